@@ -1,0 +1,1 @@
+"""How much of an installed transformers our attention reaches."""

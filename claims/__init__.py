@@ -1,0 +1,1 @@
+"""The reproduction ledger: one small honest experiment for the direction of each paper's headline."""

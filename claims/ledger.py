@@ -1,0 +1,151 @@
+"""What a claim is, how it is measured over seeds, and what verdict the numbers give.
+
+    python -m claims.P025            measures one claim and writes claims/results/P025.json
+    python -m claims.ledger          measures what is not measured yet   [--again]
+    python -m claims.ledger --table  prints the table that the docs show
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+SURE = 2.0  # standard errors that the effect must lie above zero
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A paper's claim in our terms: `measure(seed)` gives an effect that is positive when the paper is right."""
+
+    key: str  # the paper's id
+    method: str  # class name
+    says: str  # what the paper claims, in one sentence
+    paper_number: str  # its own figure, as the paper has it, or 'none given'
+    setup: str  # what we measure, on what, in one or two sentences
+    effect: str  # name and unit of the effect, such that above zero means the paper's direction
+    measure: Callable[[int], tuple[float, dict[str, float]]]  # seed -> effect, and the numbers behind it
+    seeds: int = 5
+    strong: float = 0.0  # an effect below this, though above zero, is called 'weaker'
+
+
+@dataclass(frozen=True)
+class Record:
+    """One committed result."""
+
+    key: str
+    method: str
+    says: str
+    paper_number: str
+    setup: str
+    effect: str
+    effects: list[float]
+    mean: float
+    spread: float  # standard deviation over seeds
+    verdict: str
+    details: list[dict[str, float]]
+    seconds: float
+    date: str
+    versions: dict[str, str]
+    hardware: str
+
+
+def verdict(effects: list[float], strong: float) -> str:
+    """holds / weaker / not seen at this scale, from the effects over seeds alone."""
+    mean = statistics.fmean(effects)
+    error = statistics.stdev(effects) / math.sqrt(len(effects)) if len(effects) > 1 else math.inf
+    if mean <= SURE * error:
+        return "not seen at this scale"
+    return "holds" if mean >= strong else "weaker"
+
+
+def hardware() -> str:
+    """The processor and how many of its cores may be used."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        rows = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = rows[0] if rows else cpu
+    return f"{cpu}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+
+
+def run(claim: Claim) -> Record:
+    """Measure a claim over its seeds and write the record, beside and then renamed."""
+    import torch
+    import transformers
+
+    import heedful
+
+    began = time.perf_counter()
+    effects, details = [], []
+    for seed in range(claim.seeds):
+        torch.manual_seed(seed)
+        effect, numbers = claim.measure(seed)
+        if not math.isfinite(effect):
+            raise ValueError(f"{claim.key}, seed {seed}: the effect is {effect}, which decides nothing")
+        effects.append(effect)
+        details.append(numbers)
+        print(f"{claim.key} seed {seed}: {claim.effect} = {effect:+.4g}  {numbers}", flush=True)
+    record = Record(
+        key=claim.key, method=claim.method, says=claim.says, paper_number=claim.paper_number, setup=claim.setup,
+        effect=claim.effect, effects=effects, mean=statistics.fmean(effects),
+        spread=statistics.stdev(effects) if len(effects) > 1 else 0.0, verdict=verdict(effects, claim.strong),
+        details=details, seconds=round(time.perf_counter() - began, 1), date=time.strftime("%Y-%m-%d"),
+        versions={"heedful": heedful.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        hardware=hardware(),
+    )  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    beside = RESULTS / f"{claim.key}.json.part"
+    beside.write_text(json.dumps(asdict(record), indent=1) + "\n")
+    beside.replace(RESULTS / f"{claim.key}.json")
+    print(f"{claim.key}: {record.verdict} ({record.mean:+.4g} ± {record.spread:.2g} over {claim.seeds} seeds)")
+    return record
+
+
+def claims() -> dict[str, Claim]:
+    """Every claim in this folder, by key."""
+    found = {}
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        if file.stem not in ("__init__", "ledger") and not file.stem.startswith("_"):
+            claim = importlib.import_module(f"claims.{file.stem}").CLAIM
+            found[claim.key] = claim
+    return found
+
+
+def table() -> str:
+    """The ledger as Markdown, from the committed records."""
+    rows = ["| paper | method | the paper says | its number | we measure | effect | verdict |", "|---|---|---|---|---|---|---|"]
+    for path in sorted(RESULTS.glob("*.json")):
+        r = json.loads(path.read_text())
+        number = f"{r['mean']:+.3g} ± {r['spread']:.2g} ({len(r['effects'])} seeds)"
+        rows.append(
+            f"| {r['key']} | {r['method']} | {r['says']} | {r['paper_number']} | {r['setup']} | {r['effect']}: {number} "
+            f"| **{r['verdict']}** |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="measure the claims of the ledger")
+    parser.add_argument("--again", action="store_true", help="measure those that have a record too")
+    parser.add_argument("--table", action="store_true", help="print the table and measure nothing")
+    asked = parser.parse_args()
+    if asked.table:
+        print(table())
+        return
+    for key, claim in claims().items():
+        if asked.again or not (RESULTS / f"{key}.json").exists():
+            run(claim)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""heedful: everything people do to attention in a transformer, as small values that join.
+
+import heedful
+from heedful.methods.observe.sink_rate import SinkRate
+
+with heedful.attach(model, SinkRate()) as run:
+    run(**tokenizer(text, return_tensors="pt"))
+print(run[SinkRate()])
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "attach": "heedful.verbs",
+    "fit": "heedful.verbs",
+    "operate": "heedful.verbs",
+    "arrange": "heedful.verbs",
+    "decode": "heedful.verbs",
+    "explain": "heedful.engine.select",
+    "check": "heedful.conformance",
+    "find": "heedful.catalogue",
+    "Run": "heedful.engine.run",
+    "Site": "heedful.core.sites",
+    "at": "heedful.core.sites",
+    "reads": "heedful.core.sites",
+    "Method": "heedful.core.method",
+    "Layer": "heedful.core.method",
+    "Stack": "heedful.core.stack",
+    "Call": "heedful.core.call",
+    "Phase": "heedful.core.call",
+    "Mask": "heedful.core.mask",
+    "Prompt": "heedful.core.kinds",
+    "Tokens": "heedful.core.kinds",
+    "Decode": "heedful.core.kinds",
+    "Surgery": "heedful.core.kinds",
+    "Paper": "heedful.core.paper",
+    "Fitted": "heedful.core.fitted",
+    "HeedfulError": "heedful.core.errors",
+}
+
+_MODULES = {"catalogue": "heedful.catalogue", "models": "heedful.models", "stats": "heedful.core.stats"}
+
+__all__ = sorted([*_HOMES, *_MODULES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return import_module(_MODULES[name])
+    raise AttributeError(f"module 'heedful' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if TYPE_CHECKING:
+    from heedful.catalogue import find
+    from heedful.conformance import check
+    from heedful.core.call import Call, Phase
+    from heedful.core.errors import HeedfulError
+    from heedful.core.fitted import Fitted
+    from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
+    from heedful.core.mask import Mask
+    from heedful.core.method import Layer, Method
+    from heedful.core.paper import Paper
+    from heedful.core.sites import Site, at, reads
+    from heedful.core.stack import Stack
+    from heedful.engine.run import Run
+    from heedful.engine.select import explain
+    from heedful.verbs import arrange, attach, decode, fit, operate

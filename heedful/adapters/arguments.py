@@ -1,0 +1,148 @@
+"""What transformers' models hand to an attention function, in heedful's terms. Unknown tensors are refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heedful.adapters.kvcache import HeldLayer
+from heedful.adapters.lazymask import LazyMask
+from heedful.core.errors import UnknownArgument
+from heedful.core.mask import Causal, Dense, Mask, Places
+
+# tensors that models pass along and that do not change the map, or that are read below
+HARMLESS = frozenset({
+    "position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
+    "max_length_k", "cu_seqlens", "max_seqlen", "grid_thw", "image_grid_thw", "token_type_ids", "mm_token_type_ids",
+    "input_ids", "labels", "encoder_hidden_states", "encoder_attention_mask", "seq_idx", "deepstack_visual_embeds",
+    "visual_pos_masks", "pixel_values", "num_items_in_batch", "padding_mask",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """One attention call as the model asks for it."""
+
+    queries: Places
+    keys: Places
+    mask: Mask
+    bias: Tensor | None
+    sink: Tensor | None
+    softcap: float | None
+    scale: float
+
+
+def understand(
+    module: torch.nn.Module,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    held: HeldLayer | None,
+    cross: bool,
+    native: str,
+    name: str,
+    scaling: float | None,
+    more: dict[str, Any],
+) -> Given:
+    """Places, rules and extras of a call; `native` is the implementation the model had before."""
+    for key, value in more.items():
+        if isinstance(value, Tensor) and key not in HARMLESS | {"s_aux", "sinks", "position_bias", "indices"}:
+            raise UnknownArgument(
+                f"{name} ({type(module).__name__}) hands its attention a tensor {key!r} of shape {tuple(value.shape)}, "
+                "which heedful does not know and which may change the answer; restrict the run to other parts with "
+                "attach(..., only=...)"
+            )
+    bias = more.get("position_bias")
+    queries, keys, rules = _places(q, k, mask, held, cross, more.get("position_ids"), name)
+    if mask is None:
+        flag = more.get("is_causal")
+        flag = getattr(module, "is_causal", True) if flag is None else flag
+        if native != "eager" and flag and q.shape[2] > 1 and held is None:
+            # without a mask this is what transformers' own kernels do with the flag; eager attention ignores it
+            queries = Places.row(0, q.shape[2], q.device)
+            keys = Places.row(0, k.shape[2], q.device)
+            rules = Mask((Causal(),))
+    elif not isinstance(mask, LazyMask):
+        if held is not None and not held.whole:
+            raise UnknownArgument(
+                f"{name} ({type(module).__name__}) builds its own mask, which cannot be laid over a cache with dropped "
+                "entries; leave the CACHE edit out for this model"
+            )
+        table, more_bias = _from_dense(mask, k.shape[2])
+        rules = Mask() if table is None else Mask((Dense(table),))
+        if more_bias is not None:
+            bias = more_bias if bias is None else bias + more_bias
+    if (indices := more.get("indices")) is not None:
+        rules = rules & Dense(_chosen(indices, k.shape[2]))
+    softcap = more.get("softcap")
+    scale = float(scaling) if scaling is not None else q.shape[-1] ** -0.5
+    return Given(queries, keys, rules, bias, _sink(more), None if not softcap else float(softcap), scale)
+
+
+def _places(
+    q: Tensor, k: Tensor, mask: Tensor | None, held: HeldLayer | None, cross: bool, position_ids: Any, name: str
+) -> tuple[Places, Places, Mask]:
+    n, m = q.shape[2], k.shape[2]
+    if isinstance(mask, LazyMask):
+        spec = mask.spec
+        queries, keys = spec.queries, spec.keys
+        if held is not None:
+            keys = held.places(spec.pad)
+        if len(queries) not in (1, n) or len(keys) < m:
+            raise UnknownArgument(
+                f"{name}: its mask is for {len(queries)} queries and {len(keys)} keys, but {n} queries and {m} keys arrived"
+            )
+        if len(keys) > m:
+            keys = keys.take(slice(0, m))
+        if held is None and spec.pad is None:
+            queries, keys = _by_text(queries, keys, position_ids)
+        return queries, keys, spec.mask
+    if held is not None:
+        keys = held.places(None)
+        return Places.row(held.seen - n, n, q.device), keys, Mask()
+    start = 0 if cross else max(0, m - n)
+    return Places.row(start, n, q.device), Places.row(0, m, q.device), Mask()
+
+
+def _by_text(queries: Places, keys: Places, position_ids: Any) -> tuple[Places, Places]:
+    """Places whose positions start anew in each packed text, where the model says that several are packed."""
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or len(queries) != len(keys):
+        return queries, keys
+    if position_ids.shape[1] != len(queries) or bool((position_ids.diff(dim=-1) == 1).all()):
+        return queries, keys
+    position = position_ids[:, None].to(queries.index.device)
+    return tuple(Places(p.index, position, p.first, None) for p in (queries, keys))  # type: ignore[return-value]
+
+
+def _from_dense(mask: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None]:
+    """An explicit mask as a table of pairs and what it adds to the others."""
+    while mask.ndim < 4:
+        mask = mask[None] if mask.ndim != 3 else mask[:, None]
+    mask = mask[..., :keys]
+    if mask.dtype == torch.bool:
+        return mask, None
+    if not mask.is_floating_point():
+        return mask != 0, None
+    table = mask > torch.finfo(mask.dtype).min / 2
+    rest = mask.masked_fill(~table, 0.0)
+    return (None if bool(table.all()) else table), (rest if bool(rest.any()) else None)
+
+
+def _chosen(indices: Tensor, keys: int) -> Tensor:
+    """A table of the keys that an index list `[b, q, m]` names, -1 naming none."""
+    while indices.ndim < 4:
+        indices = indices[:, None]
+    table = torch.zeros(*indices.shape[:-1], keys + 1, dtype=torch.bool, device=indices.device)
+    slots = indices.long().masked_fill((indices < 0) | (indices >= keys), keys)
+    return table.scatter_(-1, slots, True)[..., :keys]
+
+
+def _sink(more: dict[str, Any]) -> Tensor | None:
+    """A learned logit for each head (or row) that takes its share of the softmax and holds no value."""
+    aux, sinks = more.get("s_aux"), more.get("sinks")
+    if isinstance(aux, Tensor):
+        return aux.reshape(1, -1, 1, 1)
+    return sinks if isinstance(sinks, Tensor) else None

@@ -1,0 +1,169 @@
+"""Which modules of a model are attention layers, which of them go through transformers' interface, and their weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+from torch import nn
+
+from heedful.core.errors import RefusedModel
+from heedful.core.method import Layer
+
+QUERY_NAMES = ("q_proj", "query", "q_lin", "wq", "q", "query_proj", "to_q")
+KEY_NAMES = ("k_proj", "key", "k_lin", "wk", "k", "key_proj", "to_k")
+VALUE_NAMES = ("v_proj", "value", "v_lin", "wv", "v", "value_proj", "to_v")
+OUTPUT_NAMES = ("o_proj", "out_proj", "out_lin", "wo", "o", "dense", "proj", "c_proj", "projection", "to_out")
+OUTPUT_OF_PARENT = ("output.dense", "attention_output.dense", "out_proj", "o_proj")
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads")
+
+
+@cache
+def _source(kind: type) -> str:
+    """A class's own source and that of its bases, as far as there is any."""
+    found = []
+    for base in kind.__mro__:
+        if base.__module__.startswith(("torch.", "builtins", "transformers.modeling_", "transformers.utils")):
+            continue  # a model's base class speaks of the interface without being an attention layer
+        try:
+            found.append(inspect.getsource(base))
+        except (OSError, TypeError):
+            continue
+    return "\n".join(found)
+
+
+@cache
+def uses_interface(kind: type) -> bool:
+    """Whether the class looks up its attention function by the name in its config."""
+    return "ALL_ATTENTION_FUNCTIONS.get_interface(" in _source(kind)
+
+
+@cache
+def own_attention(kind: type) -> bool:
+    """Whether the class computes an attention map by itself."""
+    if issubclass(kind, nn.MultiheadAttention):
+        return True
+    source = _source(kind)
+    marks = ("softmax(", "Softmax(", "scaled_dot_product_attention(", "multi_head_attention_forward(")
+    return "attention" in kind.__name__.lower() and any(m in source for m in marks)
+
+
+def interface_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Attention modules that go through the interface, by dotted name, each module once."""
+    return {name: m for name, m in model.named_modules() if uses_interface(type(m))}
+
+
+def leftovers(model: nn.Module) -> dict[str, nn.Module]:
+    """Attention modules that compute their map by themselves, out of anybody's reach."""
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if not uses_interface(type(m))
+        and own_attention(type(m))
+        and not any(uses_interface(type(c)) for c in m.modules())
+    }
+
+
+def within(name: str, only: Iterable[str] | None) -> bool:
+    """Whether a dotted name lies under one of the prefixes."""
+    return only is None or any(name == p or name.startswith(p + ".") for p in only)
+
+
+@dataclass(frozen=True, eq=False)
+class Projections:
+    """The four linear maps of an attention layer, as modules, with the modules that own them."""
+
+    q: tuple[nn.Module, str]
+    k: tuple[nn.Module, str]
+    v: tuple[nn.Module, str]
+    o: tuple[nn.Module, str]
+    size: Layer
+
+    def module(self, letter: str) -> nn.Module:
+        owner, name = getattr(self, letter)
+        return getattr(owner, name)
+
+
+def _child(owner: nn.Module, names: Iterable[str]) -> tuple[nn.Module, str] | None:
+    children = dict(owner.named_children())
+    for name in names:
+        if name in children:
+            found = children[name]
+            if isinstance(found, nn.Sequential) and len(found) and hasattr(found[0], "weight"):
+                return found, "0"
+            if isinstance(getattr(found, "weight", None), nn.Parameter) and found.weight.ndim == 2:
+                return owner, name
+    return None
+
+
+def output_projection(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    """The module that maps heads to the residual stream: a child of the layer, or its sibling as in BERT."""
+    layer = model.get_submodule(name)
+    if found := _child(layer, OUTPUT_NAMES):
+        return found
+    parent_name = name.rpartition(".")[0]
+    if not parent_name:
+        return None
+    parent = model.get_submodule(parent_name)
+    for path in OUTPUT_OF_PARENT:
+        head, _, leaf = path.rpartition(".")
+        owner = dict(parent.named_modules()).get(head) if head else parent
+        if owner is not None and (found := _child(owner, (leaf,))):
+            return found
+    return None
+
+
+def head_width(layer: nn.Module, config: object) -> tuple[int | None, int | None]:
+    """Number of query heads and head width as the module or its config states them."""
+    heads = width = None
+    for owner in (layer, config):
+        for attribute in HEAD_COUNTS[:4]:
+            value = getattr(owner, attribute, None)
+            if heads is None and isinstance(value, int):
+                heads = value
+        for attribute in ("head_dim", "attention_head_size", "d_head", "key_value_proj_dim", "dim_per_head"):
+            value = getattr(owner, attribute, None)
+            if width is None and isinstance(value, int):
+                width = value
+    return heads, width
+
+
+def projections(model: nn.Module, name: str, number: int) -> Projections:
+    """The projections of a layer, or RefusedModel with the reason."""
+    layer = model.get_submodule(name)
+    found = [_child(layer, names) for names in (QUERY_NAMES, KEY_NAMES, VALUE_NAMES)]
+    found.append(output_projection(model, name))
+    missing = [w for w, f in zip(("query", "key", "value", "output"), found, strict=True) if f is None]
+    if missing:
+        have = ", ".join(n for n, _ in layer.named_children()) or "none"
+        raise RefusedModel(
+            f"{name} ({type(layer).__name__}) has no separate {', '.join(missing)} projection that heedful knows; its "
+            f"children are: {have}"
+        )
+    q, k, v, o = (getattr(*f) for f in found if f is not None)
+    config = getattr(layer, "config", None) or getattr(model, "config", None)
+    heads, width = head_width(layer, config)
+    q_rows, k_rows, v_rows, o_cols = (_rows(q), _rows(k), _rows(v), _columns(o))
+    if width is None and heads:
+        width = q_rows // heads
+    if not width or q_rows % width or k_rows % width:
+        raise RefusedModel(f"{name} ({type(layer).__name__}) does not tell its head width")
+    heads, kv_heads = q_rows // width, k_rows // width
+    if v_rows % kv_heads or o_cols % heads or heads % kv_heads:
+        raise RefusedModel(f"{name} ({type(layer).__name__}): its projections do not divide into {heads} heads")
+    size = Layer(number, heads, kv_heads, width, v_rows // kv_heads, _columns(q))
+    return Projections(*(f for f in found if f is not None), size)
+
+
+def _rows(linear: nn.Module) -> int:
+    return linear.weight.shape[1 if _transposed(linear) else 0]
+
+
+def _columns(linear: nn.Module) -> int:
+    return linear.weight.shape[0 if _transposed(linear) else 1]
+
+
+def _transposed(linear: nn.Module) -> bool:
+    return type(linear).__name__ == "Conv1D"

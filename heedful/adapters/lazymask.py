@@ -1,0 +1,159 @@
+"""transformers' masks without the N x N tensor: the mask function, the padding and the offsets, kept as a rule.
+
+A `LazyMask` has the shape `[b, 1, q, k]` of a boolean mask and no storage. Any operator that touches it gets the dense
+mask, so a model that slices or adds it stays right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
+
+from heedful.core.mask import Causal, Mask, Padding, Pairs, Places, Rule
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionRule(Rule):
+    """A mask function of transformers, which works on indices."""
+
+    function: MaskFunction
+    batch: int
+
+    def keeps(self, pairs: Pairs) -> Tensor:
+        device = pairs.queries.index.device
+        row = torch.arange(self.batch, device=device)[:, None, None, None]
+        head = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=device)
+        return self.function(row, head, pairs.q_index, pairs.k_index)
+
+
+@dataclass
+class MaskSpec:
+    """Everything a mask function of transformers is called with."""
+
+    arguments: dict[str, Any]
+    dense: dict[str, Tensor | None] = field(default_factory=dict)
+
+    def native(self, implementation: str) -> Tensor | None:
+        """The mask that this implementation would have had; built once a forward, for layers left alone."""
+        if implementation not in self.dense:
+            known = implementation in ALL_MASK_ATTENTION_FUNCTIONS
+            self.dense[implementation] = (
+                ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments) if known else None
+            )
+        return self.dense[implementation]
+
+    @property
+    def table(self) -> Tensor:
+        if "" not in self.dense:
+            skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            self.dense[""] = sdpa_mask(**{**self.arguments, **skips})
+        found = self.dense[""]
+        assert found is not None
+        return found
+
+    @cached_property
+    def padding(self) -> Tensor | None:
+        """The 2-D padding mask `[b, n]`, None when every token is text."""
+        given = self.arguments["attention_mask"]
+        return None if given is None or bool(given.all()) else given.bool()
+
+    @cached_property
+    def pad(self) -> Tensor | None:
+        """How many padding tokens stand on the left of each row, `[b]`; None when there are none anywhere."""
+        if self.padding is None:
+            return None
+        left = self.padding.long().cummax(-1).values.logical_not().sum(-1)
+        return left if bool(left.any()) else None
+
+    @cached_property
+    def mask(self) -> Mask:
+        function = self.arguments["mask_function"]
+        rules: list[Rule] = []
+        if function is causal_mask_function:
+            rules.append(Causal())
+        elif function is not bidirectional_mask_function:
+            rules.append(FunctionRule(function, self.arguments["batch_size"]))
+        if self.padding is not None:
+            rules.append(Padding(self.padding))
+        return Mask(tuple(rules))
+
+    @cached_property
+    def q_start(self) -> int:
+        return int(self.arguments["q_offset"])
+
+    @cached_property
+    def queries(self) -> Places:
+        return Places.row(self.q_start, self.arguments["q_length"], self.arguments["device"], self.pad)
+
+    @cached_property
+    def keys(self) -> Places:
+        start = int(self.arguments["kv_offset"])
+        return Places.row(start, self.arguments["kv_length"], self.arguments["device"], self.pad)
+
+
+class LazyMask(Tensor):
+    """A mask that has a shape, a rule, and no storage."""
+
+    spec: MaskSpec
+
+    @staticmethod
+    def __new__(cls, spec: MaskSpec) -> LazyMask:
+        a = spec.arguments
+        shape = (a["batch_size"], 1, a["q_length"], a["kv_length"])
+        out = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(a["device"]))
+        out.spec = spec
+        return out
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"LazyMask({tuple(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def dense(x: Any) -> Any:
+            return x.spec.table if isinstance(x, LazyMask) else x
+
+        return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
+
+
+def lazy_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: MaskFunction = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    allow_is_bidirectional_skip: bool = False,
+    **more: Any,
+) -> Tensor | None:
+    """A mask function for transformers that builds nothing."""
+    arguments = dict(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, kv_offset=kv_offset,
+        # a static cache hands out its live counter and advances it before attention runs
+        q_offset=q_offset.clone() if isinstance(q_offset, Tensor) else q_offset,
+        mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap, device=device,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip, **more,
+    )  # fmt: skip
+    if use_vmap or torch.compiler.is_compiling():
+        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return sdpa_mask(**{**arguments, **skips})
+    spec = MaskSpec(arguments)
+    if allow_is_bidirectional_skip and mask_function is bidirectional_mask_function and spec.padding is None:
+        return None
+    return LazyMask(spec)

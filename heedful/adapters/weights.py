@@ -1,0 +1,84 @@
+"""A layer's projections as plain tensors, head by head, and back into the model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from heedful.adapters.layers import HEAD_COUNTS, Projections, _transposed
+from heedful.core.errors import SiteError
+from heedful.core.kinds import HeadWeights
+
+
+def _matrix(linear: nn.Module) -> Tensor:
+    weight = linear.weight.detach()
+    return weight.T if _transposed(linear) else weight
+
+
+def _bias(linear: nn.Module) -> Tensor | None:
+    bias = getattr(linear, "bias", None)
+    return None if bias is None else bias.detach()
+
+
+def read_weights(p: Projections) -> HeadWeights:
+    """Copies of the four projections, by head."""
+    h, g, d, dv = p.size.heads, p.size.kv_heads, p.size.head_dim, p.size.value_dim
+
+    def rows(letter: str, heads: int, width: int) -> tuple[Tensor, Tensor | None]:
+        linear = p.module(letter)
+        bias = _bias(linear)
+        matrix = _matrix(linear).reshape(heads, width, -1).clone()
+        return matrix, None if bias is None else bias.reshape(heads, width).clone()
+
+    q, q_bias = rows("q", h, d)
+    k, k_bias = rows("k", g, d)
+    v, v_bias = rows("v", g, dv)
+    o = _matrix(p.module("o"))
+    return HeadWeights(q, k, v, o.reshape(o.shape[0], h, dv).clone(), q_bias, k_bias, v_bias, _bias(p.module("o")))
+
+
+def write_weights(layer: nn.Module, p: Projections, new: HeadWeights) -> None:
+    """Put weights back; with fewer heads, into smaller modules."""
+    if new.heads * p.size.kv_heads != new.kv_heads * p.size.heads:
+        raise SiteError(
+            f"surgery: {new.heads} query heads for {new.kv_heads} key heads, but the model shares each key head among "
+            f"{p.size.heads // p.size.kv_heads}; drop whole groups with keep_groups()"
+        )
+    parts = {
+        "q": (new.q.flatten(0, 1), new.q_bias), "k": (new.k.flatten(0, 1), new.k_bias),
+        "v": (new.v.flatten(0, 1), new.v_bias), "o": (new.o.flatten(1), new.o_bias),
+    }  # fmt: skip
+    with torch.no_grad():
+        for letter, (matrix, bias) in parts.items():
+            _fill(p, letter, matrix, bias)
+    if new.heads != p.size.heads:
+        _recount(layer, p, new)
+
+
+def _fill(p: Projections, letter: str, matrix: Tensor, bias: Tensor | None) -> None:
+    linear = p.module(letter)
+    weight = matrix.T if _transposed(linear) else matrix
+    if weight.shape == linear.weight.shape:
+        linear.weight.copy_(weight)
+    else:
+        linear.weight = nn.Parameter(weight.contiguous().clone(), requires_grad=linear.weight.requires_grad)
+        if isinstance(linear, nn.Linear):
+            linear.out_features, linear.in_features = matrix.shape
+        elif _transposed(linear):
+            linear.nx, linear.nf = weight.shape
+    have = getattr(linear, "bias", None)
+    if bias is not None and have is not None:
+        if have.shape == bias.flatten().shape:
+            have.copy_(bias.flatten())
+        else:
+            linear.bias = nn.Parameter(bias.flatten().clone(), requires_grad=have.requires_grad)
+
+
+def _recount(layer: nn.Module, p: Projections, new: HeadWeights) -> None:
+    """The head counts that a module keeps for itself."""
+    for name in HEAD_COUNTS:
+        if name in vars(layer):
+            setattr(layer, name, new.kv_heads if name == "num_key_value_heads" else new.heads)
+    for name in ("all_head_size", "inner_dim", "embed_dim"):
+        if vars(layer).get(name) == p.size.heads * p.size.head_dim:
+            setattr(layer, name, new.heads * p.size.head_dim)

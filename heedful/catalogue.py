@@ -1,0 +1,59 @@
+"""Finds every method by scanning the files under `methods/`; a method's file is its only registration."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from heedful.core.errors import CatalogueError, nearest
+from heedful.core.method import Entry
+
+
+@cache
+def entries() -> dict[str, type[Entry]]:
+    """Every method, token step, decoding step and surgery that heedful ships, by class name."""
+    import heedful.methods
+
+    found: dict[str, type[Entry]] = {}
+    for info in pkgutil.walk_packages(heedful.methods.__path__, "heedful.methods."):
+        if info.ispkg:
+            continue
+        module = importlib.import_module(info.name)
+        for name, thing in vars(module).items():
+            if name.startswith("_") or not isinstance(thing, type) or thing.__module__ != info.name:
+                continue
+            if issubclass(thing, Entry):
+                if name in found:
+                    raise CatalogueError(f"two methods are named {name}: {found[name].__module__} and {info.name}")
+                found[name] = thing
+    return dict(sorted(found.items()))
+
+
+def find(name: str) -> type[Entry]:
+    """The class of that name, whatever its case; an error with near names otherwise."""
+    known = entries()
+    by_lower = {k.lower(): v for k, v in known.items()} | {v.paper.key.lower(): v for v in known.values()}
+    wanted = by_lower.get(name.lower().replace("_", "").replace("-", ""))
+    if wanted is None:
+        raise CatalogueError(
+            f"no method named {name!r}.{nearest(name, known)} `heedful methods` lists all {len(known)}."
+        )
+    return wanted
+
+
+def family(kind: type[Entry]) -> str:
+    """The folder a method's file lies in, such as 'observe'."""
+    parts = kind.__module__.split(".")
+    return parts[2] if parts[:2] == ["heedful", "methods"] and len(parts) > 3 else "outside"
+
+
+def search(word: str = "") -> list[type[Entry]]:
+    """Entries in whose name, family, docstring or paper the word occurs."""
+    low = word.lower()
+    return [
+        kind
+        for name, kind in entries().items()
+        if low
+        in f"{name} {family(kind)} {kind.__doc__} {kind.paper.title} {kind.paper.key} {kind.paper.authors}".lower()
+    ]

@@ -1,0 +1,46 @@
+"""Every tolerance in heedful. Nothing else compares numbers with a slack of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROUNDINGS = 64.0  # float32 roundings between two orders of summation of one attention call, at most
+DEPTH = 16.0  # how much further a whole small model may carry them
+LOW_PRECISION = 2.0  # a backend's error in low precision, over that of plain low-precision arithmetic
+MERGE = 1e-12  # relative, between two orders of merging float64 statistics
+
+
+def unit(x: Tensor) -> float:
+    """One rounding at the size of a tensor's largest element."""
+    size = float(x.detach().abs().max()) if x.numel() else 0.0
+    return max(size, 1e-30) * torch.finfo(x.dtype).eps
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference; infinite where one has NaN or infinity and the other has not."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    a, b = found.detach().double(), wanted.detach().double()
+    strange = ~(a.isfinite() & b.isfinite())
+    alike = ((a == b) | (a.isnan() & b.isnan()))[strange]
+    if not bool(alike.all()):
+        return float("inf")
+    gap = (a - b).masked_fill(strange, 0.0).abs()
+    return float(gap.max()) if gap.numel() else 0.0
+
+
+def close(found: Tensor, wanted: Tensor, roundings: float = ROUNDINGS) -> bool:
+    """Equal but for the order of summation, measured in roundings at the size of what is wanted."""
+    return error(found, wanted) <= roundings * max(unit(wanted), unit(found.to(wanted.dtype)))
+
+
+def close_model(found: Tensor, wanted: Tensor) -> bool:
+    """Equal but for what a whole small model makes of other orders of summation."""
+    return close(found, wanted, ROUNDINGS * DEPTH)
+
+
+def within_budget(found: Tensor, eager: Tensor, exact: Tensor) -> bool:
+    """At most a small multiple of the error that plain arithmetic in this precision makes against float64."""
+    budget = LOW_PRECISION * error(eager, exact) + ROUNDINGS * unit(eager)
+    return error(found, exact) <= budget

@@ -1,0 +1,126 @@
+"""What is true of one attention call. Methods see this and the site's value, and nothing of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heedful.core.errors import FieldError
+from heedful.core.mask import Mask, Pairs, Places
+
+Span = tuple[int, int]
+NO_ROLES: Mapping[str, tuple[Span, ...]] = MappingProxyType({})
+
+
+class Phase(Enum):
+    """Reading the prompt, or adding one token to what the cache holds."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+    @classmethod
+    def named(cls, name: str | Phase) -> Phase:
+        if isinstance(name, Phase):
+            return name
+        if name not in {p.value for p in cls}:
+            raise FieldError("when()", "phase", name, "must be 'prefill' or 'decode'", "prefill")
+        return cls(name)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of one attention layer; inside SCORES, NORMALISE and PATTERN, one tile of it."""
+
+    layer: int  # number of the layer among the served ones
+    depth: int  # how many layers are served
+    name: str  # the module's dotted name
+    heads: int  # h
+    kv_heads: int  # g
+    queries: Places
+    keys: Places
+    scale: float  # what scores were multiplied with
+    softcap: float | None = None
+    phase: Phase = Phase.PREFILL
+    cross: bool = False  # keys come from another sequence than queries
+    roles: Mapping[str, tuple[Span, ...]] = field(default_factory=lambda: NO_ROLES)  # named spans of token positions
+    hidden: Tensor | None = None  # [b n e], the attention block's input
+    mask: Mask = field(default_factory=Mask)  # the rules for the whole call
+    forward: int = 0  # how many forwards the run has seen before this one
+    keep: Tensor | None = None  # [b|1, h|1, r, k]: which pairs are computed; None when all are
+    rows: slice = field(default_factory=lambda: slice(None))  # the tile's rows of the call
+    cols: slice | Tensor = field(default_factory=lambda: slice(None))  # the tile's columns of the call
+    params: Mapping[str, Tensor] = field(default_factory=dict)  # the method's learned parameters in this layer
+    memory: dict[str, Any] = field(default_factory=dict)  # the method's own, for this layer, as long as the run
+    scratch: dict[str, Any] = field(default_factory=dict)  # the method's own, for all layers of this one forward
+
+    @property
+    def q_pos(self) -> Tensor:
+        """Positions of the tile's queries, `[b|1, g|1, r]`."""
+        return self.queries.position
+
+    @property
+    def k_pos(self) -> Tensor:
+        """Positions of the tile's keys, `[b|1, g|1, k]`."""
+        return self.keys.position
+
+    @property
+    def pairs(self) -> Pairs:
+        return Pairs(self.queries, self.keys, self.heads, self.rows, self.cols)
+
+    @property
+    def distance(self) -> Tensor:
+        """How far behind its query each key stands, broadcastable to `[b h r k]`."""
+        return self.pairs.q - self.pairs.k
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Key heads repeated for their query heads: `[b g k d]` to `[b h k d]`."""
+        return x if x.shape[1] == self.heads else x.repeat_interleave(self.heads // x.shape[1], 1)
+
+    def by_key(self, x: Tensor, total: int) -> Tensor:
+        """Something of the tile's keys `[..., k]`, laid out by column of the whole call `[..., total]`."""
+        out = x.new_zeros(*x.shape[:-1], total)
+        out[..., self.cols] = x
+        return out
+
+    @property
+    def last_layer(self) -> bool:
+        return self.layer == self.depth - 1
+
+    def tile(self, rows: slice, cols: slice | Tensor) -> Call:
+        """The same call, seen by the queries `rows` and the keys `cols`."""
+        return replace(self, queries=self.queries.take(rows), keys=self.keys.take(cols), rows=rows, cols=cols)
+
+    def marked(self, role: str) -> Tensor:
+        """Which keys stand in the spans named `role`, `[b|1, g|1, k]`."""
+        spans = self.roles.get(role)
+        if spans is None:
+            known = ", ".join(sorted(self.roles)) or "none"
+            raise FieldError("attach()", "roles", known, f"has no spans named {role!r}", {role: ((0, 4),)})
+        out = torch.zeros_like(self.k_pos, dtype=torch.bool)
+        for start, stop in spans:
+            out |= (self.k_pos >= start) & (self.k_pos < stop)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """What a CACHE edit looks at: the cached keys and values of one layer, newest last."""
+
+    key: Tensor  # [b g k d]
+    value: Tensor  # [b g k d]
+    places: Places
+    fresh: int  # how many of them this call added
+
+    @property
+    def valid(self) -> Tensor:
+        """Which slots hold an entry, `[b g k]`."""
+        shape = self.key.shape[:3]
+        if self.places.valid is None:
+            return torch.ones(shape, dtype=torch.bool, device=self.key.device)
+        return self.places.valid.expand(shape)

@@ -1,0 +1,87 @@
+"""Every error heedful raises on purpose.
+
+HeedfulError
+├── FieldError           a field of a method or an argument has a value the rule forbids (also a ValueError)
+├── DefinitionError      a method class is written wrongly (also a TypeError)
+├── SiteError            an edit returned something its site cannot hold
+├── ClashError           two methods cannot act in one stack
+├── StatisticError       statistics that cannot be merged, saved or loaded
+├── BackendError         the backend asked for cannot serve this stack
+├── CatalogueError       no method of that name
+└── ModelError           a model cannot be loaded or served
+    ├── RefusedModel     heedful knows why it must not touch this model
+    ├── NotEntered       an attention layer ran without passing through heedful
+    └── UnknownArgument  the model passed something to its attention that heedful does not understand
+
+InactiveWarning          a stack ran and changed nothing where it should have
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class HeedfulError(Exception):
+    """Base of all errors that heedful raises on purpose."""
+
+
+class FieldError(HeedfulError, ValueError):
+    """A value outside its rule: names owner, field, value, rule and a good value."""
+
+    def __init__(self, owner: object, field: str, value: object, rule: str, good: object) -> None:
+        name = owner if isinstance(owner, str) else type(owner).__name__
+        super().__init__(f"{name}.{field} = {value!r}: {rule}; for example {field}={good!r}")
+
+
+class DefinitionError(HeedfulError, TypeError):
+    """A method class that does not follow the rules for methods."""
+
+
+class SiteError(HeedfulError):
+    """An edit gave back something that its site cannot hold."""
+
+
+class ClashError(HeedfulError):
+    """Two parts that cannot act together in one stack."""
+
+
+class StatisticError(HeedfulError):
+    """Statistics that cannot be merged, saved or loaded."""
+
+
+class BackendError(HeedfulError):
+    """The backend that was asked for cannot serve the stack; the message lists every reason."""
+
+
+class CatalogueError(HeedfulError, KeyError):
+    """No such method."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0])
+
+
+class ModelError(HeedfulError):
+    """A model that cannot be loaded or served."""
+
+
+class RefusedModel(ModelError):
+    """A model whose attention heedful knows it cannot serve rightly."""
+
+
+class NotEntered(ModelError):
+    """An attention layer ran its own attention although a run was attached."""
+
+
+class UnknownArgument(ModelError):
+    """The model handed its attention function something that may change the answer and that heedful does not know."""
+
+
+class InactiveWarning(UserWarning):
+    """A stack ran and changed nothing where it should have."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A 'did you mean' clause, empty when nothing is near."""
+    close = get_close_matches(word.lower(), {k.lower(): k for k in known}, n=3, cutoff=0.5)
+    return f" Did you mean {', '.join(close)}?" if close else ""

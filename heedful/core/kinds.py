@@ -1,0 +1,134 @@
+"""The three places beside the attention call: the prompt, the next-token logits, the weights."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from heedful.core.call import NO_ROLES, Span
+from heedful.core.errors import FieldError
+from heedful.core.method import Entry, Layer, Method
+from heedful.core.stack import Stack
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids and the named spans in them."""
+
+    tokens: tuple[int, ...]
+    roles: Mapping[str, tuple[Span, ...]] = field(default_factory=lambda: NO_ROLES, hash=False)
+
+    def __post_init__(self) -> None:
+        for role, spans in self.roles.items():
+            for start, stop in spans:
+                if not 0 <= start < stop <= len(self.tokens):
+                    rule = f"a span lies within the {len(self.tokens)} tokens and is not empty"
+                    raise FieldError(self, "roles", {role: (start, stop)}, rule, {role: ((0, 1),)})
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def spans(self, role: str) -> tuple[Span, ...]:
+        if role not in self.roles:
+            raise FieldError(self, "roles", sorted(self.roles), f"has no spans named {role!r}", {role: ((0, 1),)})
+        return self.roles[role]
+
+    def reordered(self, role: str, order: tuple[int, ...]) -> Prompt:
+        """The same prompt with the spans of one role in another order; what stands between them stays in place."""
+        spans = self.spans(role)
+        if sorted(order) != list(range(len(spans))):
+            raise FieldError(
+                self, "order", order, f"must name each of {len(spans)} spans once", tuple(range(len(spans)))
+            )
+        tokens: list[int] = []
+        moved: list[Span] = []
+        done = 0
+        for (start, stop), source in zip(spans, order, strict=True):
+            tokens += self.tokens[done:start]
+            a, b = spans[source]
+            moved.append((len(tokens), len(tokens) + b - a))
+            tokens += self.tokens[a:b]
+            done = stop
+        tokens += self.tokens[done:]
+        kept = {name: spans for name, spans in self.roles.items() if name != role}
+        inner = [n for n, s in kept.items() if any(a < spans[-1][1] and b > spans[0][0] for a, b in s)]
+        if inner:
+            raise FieldError(self, "roles", inner, f"must lie outside the reordered {role!r}", {role: spans})
+        return replace(self, tokens=tuple(tokens), roles={**kept, role: tuple(moved)})
+
+
+Reader = Callable[[Prompt, Method], Any]
+
+
+class Tokens(Entry, abstract=True):
+    """Drops, merges or reorders the tokens of a prompt."""
+
+    kind = "tokens"
+
+    @abstractmethod
+    def arrange(self, prompt: Prompt, read: Reader) -> Prompt:
+        """The new prompt; `read(prompt, method)` runs the model and gives a reading method's answer."""
+
+
+class Decode(Entry, abstract=True):
+    """Combines or changes next-token logits."""
+
+    kind = "decode"
+
+    @abstractmethod
+    def variants(self, prompt: Prompt) -> Mapping[str, tuple[Prompt, Stack]]:
+        """The runs whose logits are combined, by name; the first one is the prompt that is continued."""
+
+    @abstractmethod
+    def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
+        """The logits `[vocabulary]` to decode from, given those of each variant."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeadWeights:
+    """One layer's projections, head by head, whatever modules hold them."""
+
+    q: Tensor  # [h d e]
+    k: Tensor  # [g d e]
+    v: Tensor  # [g d e]
+    o: Tensor  # [e h d]
+    q_bias: Tensor | None = None  # [h d]
+    k_bias: Tensor | None = None  # [g d]
+    v_bias: Tensor | None = None  # [g d]
+    o_bias: Tensor | None = None  # [e]
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[0]
+
+    def keep_groups(self, groups: tuple[int, ...]) -> HeadWeights:
+        """Only these key heads, each with its query heads."""
+        size = self.heads // self.kv_heads
+        heads = [g * size + i for g in groups for i in range(size)]
+        kv = list(groups)
+
+        def pick(x: Tensor | None, rows: list[int]) -> Tensor | None:
+            return None if x is None else x[rows]
+
+        return HeadWeights(
+            self.q[heads], self.k[kv], self.v[kv], self.o[:, heads],
+            pick(self.q_bias, heads), pick(self.k_bias, kv), pick(self.v_bias, kv), self.o_bias,
+        )  # fmt: skip
+
+
+class Surgery(Entry, abstract=True):
+    """Edits weights offline."""
+
+    kind = "surgery"
+
+    @abstractmethod
+    def operate(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
+        """The layer's new weights; the same object where nothing changes."""

@@ -1,0 +1,223 @@
+"""What a method is: a frozen value that edits one or two sites of the attention call, or reads one."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, dataclass_transform
+
+from torch import Tensor
+
+from heedful.core.call import Call, Phase
+from heedful.core.errors import DefinitionError, FieldError
+from heedful.core.paper import Paper
+from heedful.core.sites import HEADLESS_SITES, Edit, Site
+from heedful.core.stats import Statistic
+
+if TYPE_CHECKING:
+    from heedful.core.stack import Stack
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The size of one attention layer, for methods that bring parameters of their own."""
+
+    number: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    width: int
+
+
+class Readings(Mapping[int, Statistic]):
+    """What one reading function found, by layer."""
+
+    def __init__(self, by_layer: Mapping[int, Statistic]) -> None:
+        self._by_layer = dict(sorted(by_layer.items()))
+
+    def __getitem__(self, layer: int) -> Statistic:
+        return self._by_layer[layer]
+
+    def __iter__(self) -> Any:
+        return iter(self._by_layer)
+
+    def __len__(self) -> int:
+        return len(self._by_layer)
+
+    def __repr__(self) -> str:
+        kinds = sorted({type(s).__name__ for s in self._by_layer.values()})
+        return f"Readings({len(self)} layers of {', '.join(kinds) or 'nothing'})"
+
+    @property
+    def values_by_layer(self) -> list[Any]:
+        return [stat.value for stat in self._by_layer.values()]
+
+
+class Session(Protocol):
+    """A run as a fit sees it."""
+
+    roles: dict[str, tuple[tuple[int, int], ...]]
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: Any) -> None: ...
+
+    def __call__(self, **inputs: Any) -> Any: ...
+
+    def __getitem__(self, part: Part) -> Any: ...
+
+    def reset(self) -> None: ...
+
+    def parameters(self) -> list[Any]: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+
+class Bench(Protocol):
+    """What a fit may do with a model: look at the sizes and weights of its layers, and run it under a stack."""
+
+    @property
+    def layers(self) -> tuple[Layer, ...]: ...
+
+    def weights(self, layer: int) -> Any:
+        """The layer's projections, head by head."""
+        ...
+
+    def attach(self, what: Part | Stack, /) -> Session: ...
+
+
+@dataclass_transform(frozen_default=True)
+class Entry(ABC):
+    """Anything with a paper that the catalogue lists: methods, token steps, decoding steps, surgery."""
+
+    paper: ClassVar[Paper]
+    kind: ClassVar[str] = "entry"
+
+    def __init_subclass__(cls, abstract: bool = False) -> None:
+        dataclass(frozen=True)(cls)
+        if not abstract and not isinstance(getattr(cls, "paper", None), Paper):
+            raise DefinitionError(f"{cls.__name__} has no paper: write paper = Paper(key, title, authors, year, ...)")
+
+    @classmethod
+    def neutral(cls) -> Self | None:
+        """Settings under which nothing changes; None where there are none."""
+        return None
+
+    @classmethod
+    def example(cls) -> Self:
+        """Settings under which something must change."""
+        return cls()
+
+    def __repr__(self) -> str:
+        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+
+class Method(Entry, abstract=True):
+    """Edits one or two sites, or reads one. Subclass it, set `paper`, name the fields, mark functions with `@at`."""
+
+    kind = "method"
+    edits: ClassVar[tuple[Edit, ...]] = ()
+    whole_map: ClassVar[bool] = False  # a SCORES or PATTERN edit that must see all rows at once
+    causal: ClassVar[bool] = True  # later tokens never change what earlier ones get, if the model is causal
+    forbids: ClassVar[dict[str, str]] = {}  # class name -> why the two cannot act together
+
+    def __init_subclass__(cls, abstract: bool = False) -> None:
+        super().__init_subclass__(abstract=abstract)
+        found: dict[str, Edit] = {}
+        for base in reversed(cls.__mro__):
+            for member in vars(base).values():
+                mark = getattr(member, "__heedful_edit__", None)
+                if isinstance(mark, Edit):
+                    found[mark.name] = mark
+        cls.edits = tuple(sorted(found.values(), key=lambda e: e.site.order))
+        if abstract:
+            return
+        sites = [e.site for e in cls.edits]
+        if not sites:
+            raise DefinitionError(f"{cls.__name__} edits no site: mark a function with @at(Site.X) or @reads(Site.X)")
+        if len(set(sites)) < len(sites):
+            raise DefinitionError(f"{cls.__name__} marks one site twice: join the functions into one")
+        if len(sites) > 2:
+            names = ", ".join(s.name for s in sites)
+            raise DefinitionError(f"{cls.__name__} marks {len(sites)} sites ({names}): a method has one or two")
+
+    def __or__(self, other: Method | Stack) -> Stack:
+        from heedful.core.stack import Stack
+
+        return Stack((self,)) | other
+
+    def on(self, layers: Iterable[int] | int | None = None, heads: Iterable[int] | int | None = None) -> Scoped:
+        """The same method for some layers and heads only."""
+        return Scoped(self).on(layers, heads)
+
+    def when(self, phase: Phase | str) -> Scoped:
+        """The same method for one phase only, 'prefill' or 'decode'."""
+        return Scoped(self).when(phase)
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        """Fresh learned parameters for one layer; none unless the method learns."""
+        return {}
+
+    def fit(self, bench: Bench, batches: Iterable[Mapping[str, Any]]) -> Self:
+        """A new method fitted to data; methods without anything to fit return themselves."""
+        return self
+
+    def finish(self, statistic: Statistic, call: Call) -> Statistic:
+        """What one whole call adds to the run, given what its tiles added up to."""
+        return statistic
+
+    def answer(self, readings: Readings) -> Any:
+        """What a reading method tells after a run."""
+        return readings
+
+
+def _numbers(owner: str, field: str, given: Iterable[int] | int | None) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    wanted = (given,) if isinstance(given, int) else tuple(given)
+    if not wanted or not all(isinstance(i, int) and i >= 0 for i in wanted):
+        raise FieldError(owner, field, given, "must be one or more numbers from 0 up", [0, 3])
+    return tuple(sorted(set(wanted)))
+
+
+@dataclass(frozen=True, repr=False)
+class Scoped:
+    """A method restricted to layers, heads or a phase; made by `.on()` and `.when()`."""
+
+    method: Method
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    phase: Phase | None = None
+
+    def __or__(self, other: Method | Scoped | Stack) -> Stack:
+        from heedful.core.stack import Stack
+
+        return Stack((self,)) | other
+
+    def on(self, layers: Iterable[int] | int | None = None, heads: Iterable[int] | int | None = None) -> Scoped:
+        name = type(self.method).__name__
+        layers, heads = _numbers(f"{name}.on()", "layers", layers), _numbers(f"{name}.on()", "heads", heads)
+        if heads is not None:
+            for edit in self.method.edits:
+                if edit.site in HEADLESS_SITES or edit.site is Site.MIX:
+                    raise FieldError(f"{name}.on()", "heads", heads, f"{edit.site.name} has no head axis", None)
+        return Scoped(self.method, layers or self.layers, heads or self.heads, self.phase)
+
+    def when(self, phase: Phase | str) -> Scoped:
+        return Scoped(self.method, self.layers, self.heads, Phase.named(phase))
+
+    def __repr__(self) -> str:
+        where = [f"{k}={list(v)}" for k, v in (("layers", self.layers), ("heads", self.heads)) if v is not None]
+        out = repr(self.method) + (f".on({', '.join(where)})" if where else "")
+        return out + (f".when({self.phase.value!r})" if self.phase else "")
+
+
+Part = Method | Scoped
+EditFunction = Callable[[Any, Call], Any]
+
+
+def method_of(part: Part) -> Method:
+    return part.method if isinstance(part, Scoped) else part

@@ -1,0 +1,49 @@
+"""Where a method comes from, and what we do unlike its authors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from heedful.core.errors import FieldError
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A citation: `key` is the paper's id in heedful's list, `differs` one sentence for each deviation."""
+
+    key: str
+    title: str
+    authors: str
+    year: int
+    arxiv: str = ""
+    venue: str = ""
+    url: str = ""
+    differs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.title:
+            raise FieldError(self, "title", self.title, "must not be empty", "Attention Is All You Need")
+        if not 1990 <= self.year <= 2100:
+            raise FieldError(self, "year", self.year, "must be a year from 1990 to 2100", 2024)
+        if isinstance(self.differs, str):
+            raise FieldError(self, "differs", self.differs, "must be a tuple of sentences", ("one sentence",))
+
+    @property
+    def link(self) -> str:
+        return self.url or (f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else "")
+
+    def bibtex(self) -> str:
+        """A BibTeX entry; its key is the first author's last word, the year and the title's first word."""
+        first = self.authors.split(",")[0].split(" and ")[0].split()
+        stem = "".join(c for c in (first[-1] if first else "anon") if c.isalnum()).lower()
+        word = "".join(c for c in self.title.split()[0] if c.isalnum()).lower()
+        rows = {
+            "title": "{" + self.title + "}",
+            "author": self.authors.replace(", ", " and "),
+            "year": str(self.year),
+            "journal": self.venue or (f"arXiv:{self.arxiv}" if self.arxiv else ""),
+            "eprint": self.arxiv,
+            "url": self.link,
+        }
+        body = ",\n".join(f"  {name} = {{{text}}}" for name, text in rows.items() if text)
+        return f"@article{{{stem}{self.year}{word},\n{body}\n}}"

@@ -1,0 +1,71 @@
+"""The named places of an attention call, in the order in which they happen.
+
+Shape letters, here and everywhere: b batch, n tokens, e width, h query heads, g key/value heads, q queries, k keys,
+r the query rows of one tile, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, NamedTuple, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Site(Enum):
+    """A place where a method may act; definition order is execution order."""
+
+    HIDDEN = ("[b n e]", "the attention block's input")
+    QUERY = ("[b h q d]", "queries after projection and rotary embedding")
+    KEY = ("[b g k d]", "keys after projection, rotary embedding and cache")
+    VALUE = ("[b g k d]", "values after projection and cache")
+    MASK = ("Mask", "which query-key pairs are computed")
+    SCORES = ("[b h r k]", "scaled, soft-capped and biased scores of a tile of query rows, before the mask")
+    NORMALISE = ("[b h r k]", "masked scores to weights; softmax unless a method replaces it")
+    PATTERN = ("[b h r k]", "the weights of a tile of query rows")
+    MIX = ("q, k, v -> [b h q d]", "replaces SCORES, NORMALISE and PATTERN as a whole")
+    HEADS = ("[b h q d]", "what each head hands to the output projection")
+    CACHE = ("Entries -> keep [b g k]", "which keys and values the next step will see")
+    OUTPUT = ("[b n e]", "after the output projection, on its way into the residual stream")
+
+    def __init__(self, shape: str, meaning: str) -> None:
+        self.shape = shape
+        self.meaning = meaning
+
+    @property
+    def order(self) -> int:
+        return list(Site).index(self)
+
+
+MAP_SITES = frozenset({Site.SCORES, Site.NORMALISE, Site.PATTERN})
+SINGLE_SITES = frozenset({Site.NORMALISE, Site.MIX})
+HEADLESS_SITES = frozenset({Site.HIDDEN, Site.OUTPUT})
+
+
+class Edit(NamedTuple):
+    """One marked function of a method class."""
+
+    site: Site
+    name: str
+    reads: bool
+
+
+def at(site: Site) -> Callable[[F], F]:
+    """Mark a method's function as the edit of a site: it takes the site's value and returns the new one."""
+
+    def mark(function: F) -> F:
+        function.__heedful_edit__ = Edit(site, function.__name__, reads=False)  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def reads(site: Site) -> Callable[[F], F]:
+    """Mark a method's function as a reader of a site: it takes the site's value and returns a statistic."""
+
+    def mark(function: F) -> F:
+        function.__heedful_edit__ = Edit(site, function.__name__, reads=True)  # type: ignore[attr-defined]
+        return function
+
+    return mark

@@ -1,0 +1,324 @@
+"""Statistics are commutative monoids: `a + b` merges tiles, batches, processes and machines.
+
+Where two statistics count along a last axis of unlike length (texts of unlike length, say), the shorter is filled up
+with what leaves the longer unchanged, so position i always meets position i.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from heedful.core.errors import StatisticError
+
+
+def _widen(x: Tensor, n: int, fill: float = 0.0) -> Tensor:
+    return x if x.shape[-1] == n else torch.nn.functional.pad(x, (0, n - x.shape[-1]), value=fill)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Accumulate in float64 where the device has it; integers stay exact."""
+    return x.double() if x.is_floating_point() and x.device.type != "mps" else x
+
+
+@dataclass(frozen=True, eq=False)
+class Statistic(ABC):
+    """A value that merges with `+`; subclasses hold tensors and plain settings, which must agree in a merge."""
+
+    kinds: ClassVar[dict[str, type[Statistic]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Statistic.kinds[cls.__name__] = cls
+
+    @abstractmethod
+    def merge(self, other: Self) -> Self:
+        """This and the other; associative and commutative."""
+
+    @property
+    @abstractmethod
+    def value(self) -> Any:
+        """The statistic itself."""
+
+    def __add__(self, other: Self) -> Self:
+        if type(other) is not type(self):
+            raise StatisticError(f"cannot merge {type(self).__name__} with {type(other).__name__}: kinds must agree")
+        if self.settings() != other.settings():
+            raise StatisticError(
+                f"cannot merge {type(self).__name__} of settings {self.settings()} with {other.settings()}: settings "
+                "must agree"
+            )
+        for name, mine in self.tensors().items():
+            theirs = other.tensors()[name]
+            if mine.shape[:-1] != theirs.shape[:-1] and type(self) is not Cat:
+                raise StatisticError(
+                    f"cannot merge {type(self).__name__}.{name} of shape {tuple(mine.shape)} with "
+                    f"{tuple(theirs.shape)}: all but the last axis must agree"
+                )
+        return self.merge(other)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+
+    def settings(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if not isinstance(getattr(self, f.name), Tensor)}
+
+    def to(self, device: torch.device | str) -> Self:
+        return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Statistic):
+    """A sum, elementwise."""
+
+    total: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Self:
+        return cls(_wide(x.detach()))
+
+    def merge(self, other: Self) -> Self:
+        n = max(self.total.shape[-1:] + other.total.shape[-1:], default=0)
+        if not self.total.ndim:
+            return type(self)(self.total + other.total)
+        return type(self)(_widen(self.total, n) + _widen(other.total, n))
+
+    @property
+    def value(self) -> Tensor:
+        return self.total
+
+
+@dataclass(frozen=True, eq=False)
+class Mean(Statistic):
+    """A mean with its own count for each element; nan where nothing was counted."""
+
+    total: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, total: Tensor, count: Tensor | float) -> Self:
+        """From sums and how many things went into each."""
+        total = _wide(total.detach())
+        return cls(total, torch.as_tensor(count, dtype=total.dtype, device=total.device).expand_as(total).clone())
+
+    def merge(self, other: Self) -> Self:
+        if not self.total.ndim:
+            return type(self)(self.total + other.total, self.count + other.count)
+        n = max(self.total.shape[-1], other.total.shape[-1])
+        return type(self)(
+            _widen(self.total, n) + _widen(other.total, n), _widen(self.count, n) + _widen(other.count, n)
+        )
+
+    @property
+    def value(self) -> Tensor:
+        return self.total / self.count
+
+
+@dataclass(frozen=True, eq=False)
+class Moments(Statistic):
+    """Count, mean and spread, merged without cancellation."""
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor  # sum of squared distances from the mean
+
+    @classmethod
+    def of(cls, samples: Tensor) -> Self:
+        """From samples on the first axis."""
+        x = _wide(samples.detach())
+        mean = x.mean(0) if len(x) else x.new_zeros(x.shape[1:])
+        return cls(torch.full_like(mean, len(x)), mean, (x - mean).square().sum(0))
+
+    def merge(self, other: Self) -> Self:
+        a, b = self, other
+        if a.mean.ndim:
+            n = max(a.mean.shape[-1], b.mean.shape[-1])
+            a = type(self)(*(_widen(x, n) for x in a.tensors().values()))
+            b = type(self)(*(_widen(x, n) for x in b.tensors().values()))
+        count = a.count + b.count
+        safe = count.clamp(min=1)
+        gap = b.mean - a.mean
+        # symmetric in a and b, so that the order of a merge cannot matter
+        mean = (a.mean * a.count + b.mean * b.count) / safe
+        return type(self)(count, mean, a.squares + b.squares + gap.square() * (a.count * b.count / safe))
+
+    @property
+    def value(self) -> Tensor:
+        return self.mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self.squares / self.count
+
+
+@dataclass(frozen=True, eq=False)
+class Max(Statistic):
+    """A maximum and its place; of equal ones the first place."""
+
+    high: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, place: Tensor | None = None) -> Self:
+        """Over the last axis, whose places are 0, 1, ... unless given."""
+        high, at = x.detach().max(-1)
+        return cls(high, at if place is None else place.expand(x.shape).gather(-1, at[..., None])[..., 0])
+
+    def merge(self, other: Self) -> Self:
+        a, b = self, other
+        if a.high.ndim:
+            n = max(a.high.shape[-1], b.high.shape[-1])
+            a, b = (type(self)(_widen(s.high, n, float("-inf")), _widen(s.place, n)) for s in (a, b))
+        first = (a.high > b.high) | ((a.high == b.high) & (a.place <= b.place))
+        return type(self)(torch.where(first, a.high, b.high), torch.where(first, a.place, b.place))
+
+    @property
+    def value(self) -> Tensor:
+        return self.high
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram(Statistic):
+    """Counts between edges; the first and the last bin take what lies outside."""
+
+    edges: tuple[float, ...]
+    counts: Tensor  # [..., len(edges) - 1]
+
+    @classmethod
+    def of(cls, x: Tensor, edges: Iterable[float], weight: Tensor | None = None) -> Self:
+        """Over the last axis of `x`, each element counted once or by its weight."""
+        marks = tuple(float(e) for e in edges)
+        inner = torch.tensor(marks[1:-1], dtype=x.dtype, device=x.device)
+        slots = torch.bucketize(x.detach(), inner, right=True)
+        weight = torch.ones_like(x, dtype=torch.float64) if weight is None else _wide(weight.detach()).expand_as(x)
+        counts = weight.new_zeros(*x.shape[:-1], len(marks) - 1).scatter_add_(-1, slots, weight)
+        return cls(marks, counts)
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(self.edges, self.counts + other.counts)
+
+    @property
+    def value(self) -> Tensor:
+        return self.counts
+
+
+@dataclass(frozen=True, eq=False)
+class TopK(Statistic):
+    """The k highest and their places; of equal ones the first places."""
+
+    k: int
+    high: Tensor  # [..., at most k], highest first
+    place: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, k: int, place: Tensor | None = None) -> Self:
+        """Over the last axis, whose places are 0, 1, ... unless given."""
+        place = torch.arange(x.shape[-1], device=x.device) if place is None else place
+        return cls._best(k, x.detach(), place.expand(x.shape))
+
+    @classmethod
+    def _best(cls, k: int, high: Tensor, place: Tensor) -> Self:
+        by_place = place.argsort(dim=-1, stable=True)
+        high, place = high.gather(-1, by_place), place.gather(-1, by_place)
+        by_value = high.argsort(dim=-1, descending=True, stable=True)[..., :k]
+        return cls(k, high.gather(-1, by_value), place.gather(-1, by_value))
+
+    def merge(self, other: Self) -> Self:
+        return self._best(self.k, torch.cat([self.high, other.high], -1), torch.cat([self.place, other.place], -1))
+
+    @property
+    def value(self) -> Tensor:
+        return self.high
+
+
+@dataclass(frozen=True, eq=False)
+class Cat(Statistic):
+    """Pieces kept whole, in the order of their names: what a caller explicitly asked to keep."""
+
+    pieces: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, name: str, x: Tensor) -> Self:
+        return cls({name: x.detach()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.pieces)
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)({name: x.to(device) for name, x in self.pieces.items()})
+
+    def __add__(self, other: Self) -> Self:
+        if type(other) is not type(self):
+            raise StatisticError(f"cannot merge Cat with {type(other).__name__}: kinds must agree")
+        return self.merge(other)
+
+    def merge(self, other: Self) -> Self:
+        if twice := sorted(set(self.pieces) & set(other.pieces)):
+            raise StatisticError(f"cannot merge Cat: both hold {twice[0]!r}; pieces need names of their own")
+        return type(self)(dict(sorted({**self.pieces, **other.pieces}.items())))
+
+    @property
+    def value(self) -> list[Tensor]:
+        return list(self.pieces.values())
+
+
+def merged(statistics: Iterable[Statistic]) -> Statistic:
+    """The sum of at least one statistic."""
+    found = list(statistics)
+    if not found:
+        raise StatisticError("nothing to merge: give one statistic or more")
+    return reduce(lambda a, b: a + b, found)
+
+
+def save(path: str | Path, statistics: Mapping[str, Statistic]) -> Path:
+    """Write statistics to one safetensors file whose header tells how to build them; written beside, then renamed."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    header: dict[str, Any] = {}
+    for name, stat in statistics.items():
+        parts = {f"{name}/{field}": x.detach().cpu().contiguous().clone() for field, x in stat.tensors().items()}
+        tensors |= parts
+        header[name] = {"kind": type(stat).__name__, "settings": stat.settings(), "tensors": list(stat.tensors())}
+    beside = path.with_name(path.name + ".part")
+    try:
+        save_file(tensors, str(beside), metadata={"heedful.statistics": json.dumps(header)})
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def load(path: str | Path) -> dict[str, Statistic]:
+    """Read what `save` wrote."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("heedful.statistics")
+            if text is None:
+                raise StatisticError(f"{path} holds no heedful statistics: give a file that heedful's save() wrote")
+            header = json.loads(text)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise StatisticError(f"cannot read statistics from {path}: {error}") from error
+    out: dict[str, Statistic] = {}
+    for name, entry in header.items():
+        parts = {field: tensors[f"{name}/{field}"] for field in entry["tensors"]}
+        kind = Statistic.kinds.get(entry["kind"])
+        if kind is None:
+            raise StatisticError(f"{path} holds a {entry['kind']!r}: import the package that defines it first")
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["settings"].items()}
+        out[name] = Cat(parts) if kind is Cat else kind(**settings, **parts)
+    return out

@@ -1,0 +1,1 @@
+"""Runs stacks: the stages of one call, the backends, and the run that holds what they find."""

@@ -1,0 +1,243 @@
+"""One attention call under a plan: the stages in the order of the sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call, Entries
+from heedful.core.errors import SiteError
+from heedful.core.mask import Mask, OnHeads
+from heedful.core.sites import Site
+from heedful.core.stack import Step
+from heedful.engine.book import Book, Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One call and everything the model says about it that is not a method's business."""
+
+    plan: Plan
+    book: Book
+    call: Call
+    bias: Tensor | None = None  # [b|1, h|1, q|1, k], added to scores
+    sink: Tensor | None = None  # [b|1, h, q|1, 1], a logit without key or value
+    dropout: float = 0.0
+    keep_pattern: bool = False  # the caller wants the whole pattern back
+
+
+def _kv_heads(heads: tuple[int, ...], call: Call, step: Step) -> list[int]:
+    """The key heads whose query heads are all chosen; a group chosen in part is an error."""
+    size = call.heads // call.kv_heads
+    groups = sorted({i // size for i in heads})
+    if len(groups) * size != len(heads):
+        raise SiteError(
+            f"{step}, layer {call.layer}: {step.edit.site.name} is shared by groups of {size} heads, so heads must name "
+            f"whole groups, for example heads={list(range(size))}"
+        )
+    return groups
+
+
+def _chosen(step: Step, call: Call) -> list[int] | None:
+    heads = step.heads
+    if heads is None:
+        return None
+    if heads[-1] >= call.heads:
+        raise SiteError(f"{step}, layer {call.layer}: heads must be below {call.heads}, for example heads=[0]")
+    return _kv_heads(heads, call, step) if step.edit.site in (Site.KEY, Site.VALUE, Site.CACHE) else list(heads)
+
+
+def stage(site: Site, x: Any, job: Job, call: Call) -> Any:
+    """The value of a site after every step that acts there."""
+    for step in job.plan.at(site):
+        seen = job.book.view(step, call)
+        act = getattr(step.method, step.edit.name)
+        chosen = _chosen(step, call)
+        if step.edit.reads:
+            if chosen is not None:
+                seen = replace(seen, heads=len(chosen))
+            job.book.note(step, call, act(x if chosen is None else x[:, chosen], seen))
+            continue
+        new = act(x, seen)
+        if isinstance(x, Mask):
+            x = _narrowed(step, x, new, chosen)
+            continue
+        if not isinstance(new, Tensor) or new.shape != x.shape:
+            got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            raise SiteError(
+                f"{step}, layer {call.layer}: must return a tensor of shape {site.shape} = {tuple(x.shape)}, got {got}"
+            )
+        if chosen is not None:
+            merged = x.clone()
+            merged[:, chosen] = new[:, chosen].to(x.dtype)
+            new = merged
+        job.book.watch(step, x, new)
+        x = new.to(x.dtype)
+    return x
+
+
+def _narrowed(step: Step, old: Mask, new: object, chosen: list[int] | None) -> Mask:
+    if not isinstance(new, Mask) or new.rules[: len(old.rules)] != old.rules:
+        raise SiteError(f"{step}: must return the mask it was given, narrowed, as in `return mask & Window(256)`")
+    if chosen is None:
+        return new
+    return Mask(old.rules + tuple(OnHeads(rule, tuple(chosen)) for rule in new.rules[len(old.rules) :]))
+
+
+def softmax(scores: Tensor, sink: Tensor | None = None) -> Tensor:
+    """Softmax in at least float32; a sink logit takes its share and is dropped."""
+    if sink is not None:
+        width = scores.shape[-1]
+        scores = torch.cat([scores, sink.to(scores.dtype).expand(*scores.shape[:-1], 1)], -1)
+        return torch.softmax(scores, -1)[..., :width]
+    return torch.softmax(scores, -1)
+
+
+def _grouped(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` where `a [b h . .]` may have several heads for each of `b [b g . .]`; b is never expanded."""
+    h, g = a.shape[1], b.shape[1]
+    if h == g:
+        return a @ b
+    out = a.reshape(a.shape[0], g, h // g * a.shape[2], a.shape[3]) @ b
+    return out.view(a.shape[0], h, a.shape[2], b.shape[3])
+
+
+def tile(job: Job, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Heads and pattern of the query rows and key columns that `call` names. This is what attention *is* here."""
+    scores = _grouped(q, k.mT) * call.scale
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if job.bias is not None:
+        rows = call.rows if job.bias.shape[-2] != 1 else slice(None)
+        scores = scores + job.bias[..., rows, :][..., call.cols].to(scores.dtype)
+    scores = stage(Site.SCORES, scores, job, call)
+    keep = call.keep
+    if keep is not None:
+        scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
+    sink = job.sink if job.sink is None or job.sink.shape[-2] == 1 else job.sink[..., call.rows, :]
+    weights = softmax(scores, sink)
+    for step in job.plan.at(Site.NORMALISE):
+        weights = _normalised(step, scores, weights, job, call)
+    if keep is not None:
+        # an exact zero already, but for queries that may see nothing, and for what a method did
+        weights = weights.masked_fill(~keep, 0.0)
+    weights = stage(Site.PATTERN, weights, job, call)
+    if keep is not None and job.plan.edits(Site.PATTERN):
+        weights = weights.masked_fill(~keep, 0.0)
+    if job.dropout:
+        weights = torch.nn.functional.dropout(weights, job.dropout)
+    return _grouped(weights.to(v.dtype), v), weights
+
+
+def _normalised(step: Step, scores: Tensor, weights: Tensor, job: Job, call: Call) -> Tensor:
+    if step.edit.reads:
+        raise SiteError(f"{step}: NORMALISE has nothing to read that PATTERN has not; use @reads(Site.PATTERN)")
+    if job.sink is not None:
+        raise SiteError(f"{step}, layer {call.layer}: the model has learned sink logits, which only softmax knows")
+    new = getattr(step.method, step.edit.name)(scores, job.book.view(step, call))
+    if not isinstance(new, Tensor) or new.shape != scores.shape:
+        got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+        raise SiteError(f"{step}, layer {call.layer}: must return weights of shape {tuple(scores.shape)}, got {got}")
+    if step.heads is not None:
+        chosen = _chosen(step, call)
+        merged = weights.clone()
+        merged[:, chosen] = new[:, chosen]
+        new = merged
+    job.book.watch(step, weights, new)
+    return new
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def attend(
+    job: Job,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    backend: Callable[[Job, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor | None]:
+    """Heads `[b h q d]` of one call, and its pattern if that was asked for."""
+    call, book = job.call, job.book
+    q = stage(Site.QUERY, q, job, call)
+    k = stage(Site.KEY, k, job, call)
+    v = stage(Site.VALUE, v, job, call)
+    mask = stage(Site.MASK, call.mask, job, call)
+    for step in job.plan.at(Site.MASK):
+        book.offered[step] += 1
+        if step not in book.changed and narrows(replace(call, mask=mask), call.mask):
+            book.changed.add(step)
+    call = replace(call, mask=mask)
+    job = replace(job, call=call)
+    pattern = None
+    if mixes := job.plan.at(Site.MIX):
+        heads = _mixed(mixes[0], job, q, k, v)
+    else:
+        heads, pattern = backend(job, q, k, v)
+    heads = stage(Site.HEADS, heads.to(v.dtype), job, call)
+    book.remember(call)
+    book.look_for_nan(heads)
+    return heads, pattern
+
+
+def _mixed(step: Step, job: Job, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    call = job.call
+    if job.bias is not None or job.sink is not None or call.softcap is not None or not call.mask.plain:
+        raise SiteError(
+            f"{step}, layer {call.layer}: a mechanism without a map can honour causality and padding only; this layer "
+            "has a bias, a soft cap, sink logits or a narrower mask; restrict the method with .on(layers=...)"
+        )
+    heads = getattr(step.method, step.edit.name)((q, k, v), job.book.view(step, call))
+    want = (*q.shape[:3], v.shape[-1])
+    if not isinstance(heads, Tensor) or heads.shape != want:
+        got = tuple(heads.shape) if isinstance(heads, Tensor) else type(heads).__name__
+        raise SiteError(f"{step}, layer {call.layer}: must return heads of shape {want}, got {got}")
+    job.book.offered[step] += 1
+    job.book.changed.add(step)
+    return heads
+
+
+def narrows(call: Call, before: Mask, rows: int = 128) -> bool:
+    """Whether the call's mask drops a pair that `before` kept."""
+    for start in range(0, len(call.queries), rows):
+        part = call.tile(slice(start, min(start + rows, len(call.queries))), slice(0, len(call.keys)))
+        new = call.mask.keeps(part.pairs)
+        if new is None:
+            return False
+        old = before.keeps(part.pairs)
+        lost = ~new if old is None else old & ~new
+        if bool(lost.any()):
+            return True
+    return False
+
+
+def keep_entries(job: Job, entries: Entries) -> Tensor | None:
+    """Which cache entries the CACHE steps keep, `[b g k]`; None when no step acts there."""
+    steps = job.plan.at(Site.CACHE)
+    if not steps:
+        return None
+    kept = entries.valid
+    for step in steps:
+        seen = job.book.view(step, job.call)
+        new = getattr(step.method, step.edit.name)(entries, seen)
+        if not isinstance(new, Tensor) or new.dtype != torch.bool or new.shape != kept.shape:
+            got = f"{new.dtype} {tuple(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
+            raise SiteError(
+                f"{step}, layer {job.call.layer}: must return which entries stay, bool of shape {tuple(kept.shape)}, "
+                f"got {got}"
+            )
+        chosen = _chosen(step, job.call)
+        if chosen is not None:
+            merged = torch.ones_like(kept)
+            merged[:, chosen] = new[:, chosen]
+            new = merged
+        narrowed = kept & new
+        job.book.watch(step, kept, narrowed)
+        kept = narrowed
+    return kept

@@ -1,0 +1,53 @@
+"""torch's scaled_dot_product_attention, for calls in which nobody looks at the map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call
+from heedful.engine.attend import Job
+from heedful.engine.needs import Needs
+
+
+class Sdpa:
+    name = "sdpa"
+
+    def refuses(self, needs: Needs) -> list[str]:
+        reasons = [f"{step} needs the map, which this kernel never shows" for step in needs.map_steps]
+        if needs.softcap:
+            reasons.append("the model caps its scores, which this kernel cannot")
+        if needs.sink:
+            reasons.append("the model has learned sink logits, which this kernel cannot add")
+        if needs.pattern:
+            reasons.append("the whole pattern was asked for (output_attentions), which this kernel never shows")
+        return reasons
+
+    def __call__(self, job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+        call = job.call
+        flag, keep = _flag_or_table(call)
+        mask = keep
+        if job.bias is not None:
+            mask = job.bias.to(q.dtype)
+            if flag:
+                flag, keep = False, call.mask.keeps(call.tile(slice(0, q.shape[2]), slice(0, k.shape[2])).pairs)
+            if keep is not None:
+                mask = mask.masked_fill(~keep, torch.finfo(q.dtype).min)
+        heads = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=flag, scale=call.scale, dropout_p=job.dropout,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        if keep is not None:
+            heads = heads.masked_fill(~keep.any(-1, keepdim=True), 0.0)
+        return heads, None
+
+
+def _flag_or_table(call: Call) -> tuple[bool, Tensor | None]:
+    """The kernel's causal flag where that says it all, else the table of pairs; neither when all pairs are kept."""
+    q, k = call.queries, call.keys
+    if call.mask.only_causal and k.valid is None and q.first is not None and k.first is not None:
+        if len(q) == 1 and q.first >= k.first + len(k) - 1:
+            return False, None
+        if q.first == k.first and len(q) == len(k):
+            return True, None
+    return False, call.mask.keeps(call.tile(slice(0, len(q)), slice(0, len(k))).pairs)

@@ -1,0 +1,61 @@
+"""Blocks of query rows in plain torch: memory grows with N, and key columns that no row may see are never touched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call
+from heedful.core.mask import Ranges
+from heedful.engine.attend import Job, tile, wide
+from heedful.engine.needs import Needs
+
+TILE_BYTES = 32 << 20  # scores of one tile: about what a last-level cache holds
+GATHER_BELOW = 0.7  # copy scattered columns together when they are at most this share of the range they span
+
+
+class Tiled:
+    name = "tiled"
+
+    def __init__(self, rows: int | None = None) -> None:
+        self.rows = rows
+
+    def refuses(self, needs: Needs) -> list[str]:
+        reasons = [f"{step} must see the whole map at once" for step in needs.whole_map]
+        if needs.pattern:
+            reasons.append("the whole pattern was asked for (output_attentions), which tiles never hold")
+        return reasons
+
+    def tile_rows(self, b: int, h: int, k: int) -> int:
+        return self.rows or max(16, min(256, TILE_BYTES // max(1, 4 * b * h * k)))
+
+    def __call__(self, job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+        q, k, v = wide(q), wide(k), wide(v)
+        total = q.shape[2]
+        step = self.tile_rows(q.shape[0], q.shape[1], k.shape[2])
+        heads = []
+        for start in range(0, total, step):
+            rows = slice(start, min(start + step, total))
+            call, cols = _cut(job.call, rows)
+            heads.append(tile(job, call, q[:, :, rows], k[:, :, cols], v[:, :, cols])[0])
+        return (heads[0] if len(heads) == 1 else torch.cat(heads, 2)), None
+
+
+def _cut(call: Call, rows: slice) -> tuple[Call, slice | Tensor]:
+    """The tile's call with its pairs, narrowed to the key columns that some of its rows may see."""
+    part = call.tile(rows, slice(0, len(call.keys)))
+    ranges = call.mask.columns(part.queries, call.keys, rows)
+    cols = _columns(ranges, call.queries.index.device)
+    part = call.tile(rows, cols)
+    return replace(part, keep=call.mask.keeps(part.pairs)), cols
+
+
+def _columns(ranges: Ranges, device: torch.device) -> slice | Tensor:
+    if not ranges:
+        return slice(0, 1)  # nobody sees anything: one masked column keeps the shapes honest
+    lo, hi = ranges[0][0], ranges[-1][1]
+    if sum(b - a for a, b in ranges) > GATHER_BELOW * (hi - lo):
+        return slice(lo, hi)
+    return torch.cat([torch.arange(a, b, device=device) for a, b in ranges])

@@ -1,0 +1,128 @@
+"""What a run knows: statistics, each method's memory and parameters, and what was seen to act."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call, Phase
+from heedful.core.errors import DefinitionError
+from heedful.core.sites import Site
+from heedful.core.stack import Stack, Step
+from heedful.core.stats import Statistic
+
+Key = tuple[int, str, int]  # part, reading function, layer
+
+
+class Plan:
+    """The steps of one layer in one phase, by site."""
+
+    def __init__(self, steps: tuple[Step, ...]) -> None:
+        self.steps = steps
+        self._by_site: dict[Site, tuple[Step, ...]] = {
+            site: tuple(s for s in steps if s.edit.site is site) for site in {s.edit.site for s in steps}
+        }
+
+    def at(self, site: Site) -> tuple[Step, ...]:
+        return self._by_site.get(site, ())
+
+    def edits(self, *sites: Site) -> bool:
+        """Whether some step changes one of the sites."""
+        return any(not s.edit.reads for site in sites for s in self.at(site))
+
+    def acts_inside(self) -> bool:
+        """Whether something acts between projection and output projection."""
+        return any(s.edit.site not in (Site.HIDDEN, Site.OUTPUT) for s in self.steps)
+
+    @property
+    def whole_map(self) -> bool:
+        return any(s.method.whole_map for s in self.steps)
+
+
+@dataclass
+class Book:
+    """The only mutable thing in a run."""
+
+    stack: Stack
+    params: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)  # (part, layer)
+    statistics: dict[Key, Statistic] = field(default_factory=dict)
+    entered: Counter[int] = field(default_factory=Counter)
+    offered: Counter[Step] = field(default_factory=Counter)
+    changed: set[Step] = field(default_factory=set)
+    calls: dict[int, Call] = field(default_factory=dict)  # each layer's largest call, for counting its pairs
+    backends: dict[int, str] = field(default_factory=dict)
+    kept: dict[int, tuple[int, int]] = field(default_factory=dict)  # cache entries kept and seen, by layer
+    nan: Tensor | None = None
+    forward: int = -1
+
+    def __post_init__(self) -> None:
+        self._memory: dict[tuple[int, int], dict[str, Any]] = defaultdict(dict)
+        self._scratch: dict[int, dict[str, Any]] = defaultdict(dict)
+        self._open: dict[Key, Statistic] = {}
+        self._plans: dict[tuple[int, Phase], Plan] = {}
+
+    def plan(self, layer: int, phase: Phase) -> Plan:
+        found = self._plans.get((layer, phase))
+        if found is None:
+            found = self._plans[layer, phase] = Plan(self.stack.steps(layer, phase))
+        return found
+
+    def new_forward(self) -> None:
+        """A new pass of the whole model begins."""
+        self.forward += 1
+        self._scratch.clear()
+        self._open.clear()
+
+    def view(self, step: Step, call: Call) -> Call:
+        """The call as one method sees it."""
+        n = step.number
+        return replace(
+            call,
+            params=self.params.get((n, call.layer), {}),
+            memory=self._memory[n, call.layer],
+            scratch=self._scratch[n],
+        )
+
+    def note(self, step: Step, call: Call, found: object) -> None:
+        """Take what a reader found in a tile."""
+        if found is None:
+            return
+        if not isinstance(found, Statistic):
+            raise DefinitionError(
+                f"{step}: a reader returns a statistic or None, not {type(found).__name__}; wrap it, as in Sum.of(x)"
+            )
+        key = (step.number, step.edit.name, call.layer)
+        self._open[key] = self._open[key] + found if key in self._open else found
+
+    def close_call(self, plan: Plan, call: Call) -> None:
+        """Hand what the tiles of a call added up to over to the run."""
+        for step in plan.steps:
+            if not step.edit.reads:
+                continue
+            key = (step.number, step.edit.name, call.layer)
+            if key in self._open:
+                whole = step.method.finish(self._open.pop(key), self.view(step, call))
+                self.statistics[key] = self.statistics[key] + whole if key in self.statistics else whole
+
+    def watch(self, step: Step, old: Any, new: Any) -> None:
+        """Remember whether a step has ever changed anything; looks no further once it has."""
+        self.offered[step] += 1
+        if step in self.changed or new is old:
+            return
+        if not isinstance(new, Tensor) or new.shape != old.shape or not torch.equal(new, old):
+            self.changed.add(step)
+
+    def remember(self, call: Call) -> None:
+        """Keep the places and rules of a layer's largest call, without its tensors."""
+        have = self.calls.get(call.layer)
+        size = len(call.queries) * len(call.keys)
+        if have is None or size >= len(have.queries) * len(have.keys):
+            self.calls[call.layer] = replace(call, hidden=None)
+
+    def look_for_nan(self, x: Tensor) -> None:
+        found = torch.isnan(x.detach()).any()
+        self.nan = found if self.nan is None else self.nan | found

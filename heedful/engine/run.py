@@ -1,0 +1,290 @@
+"""A run: one model under one stack. It alone holds memory, and it leaves the model exactly as it was."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from heedful.core.call import Call, Span
+from heedful.core.errors import FieldError, InactiveWarning, StatisticError
+from heedful.core.method import Layer, Method, Part, Readings
+from heedful.core.stack import Stack, as_stack
+from heedful.core.stats import Statistic, load, save
+from heedful.engine.book import Book
+from heedful.engine.select import Explanation, explain, named
+
+
+class Adapter(Protocol):
+    """How a run gets into a model's attention and out again."""
+
+    @property
+    def layer_names(self) -> tuple[str, ...]: ...
+
+    def sizes(self) -> tuple[Layer, ...]: ...
+
+    def install(self, run: Run) -> None: ...
+
+    def remove(self) -> None: ...
+
+    def add_parameters(self, layer: int, name: str, parameter: nn.Parameter) -> None: ...
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Whether a stack did anything: what a run saw."""
+
+    layers: int
+    entered: tuple[int, ...]
+    inactive: tuple[str, ...]
+    density: dict[int, float]
+    kept: dict[int, tuple[int, int]]
+    backends: dict[int, str]
+    nan: bool
+
+    @property
+    def active(self) -> bool:
+        return bool(self.entered) and not self.inactive
+
+    def __str__(self) -> str:
+        used = sorted(set(self.backends.values()))
+        lines = [
+            f"{'active' if self.active else 'NOT ACTIVE'}: {len(self.entered)} of {self.layers} layers entered"
+            + (f", computed by {', '.join(used)}" if used else "")
+        ]
+        if self.density:
+            low, high = min(self.density.values()), max(self.density.values())
+            lines.append(f"pairs computed: {low:.1%} to {high:.1%} of all query-key pairs, by layer")
+        if self.kept:
+            held, seen = (sum(x) for x in zip(*self.kept.values(), strict=True))
+            lines.append(f"cache entries kept: {held} of {seen} ({held / max(1, seen):.1%})")
+        lines += [f"changed nothing: {step}" for step in self.inactive]
+        if self.nan:
+            lines.append("NaN was seen in the output of some head")
+        return "\n".join(lines)
+
+
+class Run:
+    """Made by `attach`. A context manager, and callable like the model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        what: Part | Stack,
+        adapter: Adapter,
+        backend: str = "auto",
+        roles: Mapping[str, tuple[Span, ...]] | None = None,
+        tile_rows: int | None = None,
+    ) -> None:
+        self.model = model
+        self.stack = as_stack(what)
+        self.backend = named(backend)
+        self.roles = dict(roles or {})
+        if tile_rows is not None and tile_rows < 1:
+            raise FieldError("attach()", "tile_rows", tile_rows, "must be 1 or more rows", 128)
+        self.tile_rows = tile_rows
+        self.book = Book(self.stack)
+        self.closed = False
+        self._adapter = adapter
+        self._check_layers()
+        adapter.install(self)
+        try:
+            self._add_parameters()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_layers(self) -> None:
+        n = len(self.layer_names)
+        for part in self.stack:
+            for layer in getattr(part, "layers", None) or ():
+                if layer >= n:
+                    raise FieldError(f"{part!r}", "layers", layer, f"must be below {n}, the layers served", n - 1)
+
+    def _add_parameters(self) -> None:
+        if not any(type(m).parameters is not Method.parameters for m in self.stack.methods):
+            return
+        reference = next(self.model.parameters())
+        for size in self._adapter.sizes():
+            for number, method in enumerate(self.stack.methods):
+                if not any(step.number == number for step in self.stack.steps(size.number)):
+                    continue
+                found: dict[str, Tensor] = {}
+                for name, start in method.parameters(size).items():
+                    parameter = nn.Parameter(start.to(reference.device, reference.dtype))
+                    full = f"heedful_{type(method).__name__}_{number}_{name}"
+                    self._adapter.add_parameters(size.number, full, parameter)
+                    found[name] = parameter
+                self.book.params[number, size.number] = found
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The served layers' dotted names; a layer's number is its place here."""
+        return self._adapter.layer_names
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        if kind is None and self.book.entered:
+            for step in self.activity().inactive:
+                warnings.warn(f"{step} changed nothing in this run", InactiveWarning, stacklevel=2)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, under the stack."""
+        self._require_open()
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `generate`, under the stack."""
+        self._require_open()
+        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise FieldError("Run", "closed", True, "this run has ended; attach again", False)
+
+    def close(self) -> None:
+        """Leave the model as it was. What the run found stays readable."""
+        if not self.closed:
+            self.closed = True
+            self._adapter.remove()
+
+    def __getitem__(self, part: Part) -> Any:
+        """What a reading method of the stack has to tell."""
+        parts = list(self.stack.parts)
+        if part not in parts:
+            raise FieldError(
+                "Run", "[...]", part, f"must be a part of the stack {self.stack!r}", parts[0] if parts else None
+            )
+        number = parts.index(part)
+        method = self.stack.methods[number]
+        names = [edit.name for edit in method.edits if edit.reads]
+        if not names:
+            raise FieldError("Run", "[...]", part, "reads nothing, so there is nothing to tell", "a reading method")
+        found = {layer: s for (n, name, layer), s in self.book.statistics.items() if n == number and name == names[0]}
+        if not found:
+            raise StatisticError(f"{part!r} has read nothing yet: run the model first, for example run(**inputs)")
+        return method.answer(Readings(found))
+
+    def answers(self) -> dict[Part, Any]:
+        """What every reading method has to tell."""
+        out = {}
+        for number, part in enumerate(self.stack.parts):
+            if any(key[0] == number for key in self.book.statistics):
+                out[part] = self[part]
+        return out
+
+    def activity(self) -> Activity:
+        """Whether the stack is active: layers entered, steps that changed something, pairs, cache, NaN."""
+        book = self.book
+        steps = [s for s in self.stack.steps() if not s.edit.reads]
+        inactive = tuple(str(s) for s in steps if s not in book.changed)
+        density = {n: density_of(call) for n, call in sorted(book.calls.items())}
+        nan = book.nan is not None and bool(book.nan)
+        entered = tuple(sorted(book.entered))
+        return Activity(len(self.layer_names), entered, inactive, density, dict(book.kept), dict(book.backends), nan)
+
+    def explain(self) -> Explanation:
+        """Which backend serves this stack, and every reason against the others."""
+        return explain(self.stack)
+
+    def pause(self) -> None:
+        """Take the stack out of the model until `resume`; memory, statistics and parameters stay."""
+        self._require_open()
+        self._adapter.remove()
+
+    def resume(self) -> None:
+        """Put the stack back."""
+        self._require_open()
+        self._adapter.install(self)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The model as it was, for the length of a `with`."""
+        self.pause()
+        try:
+            yield
+        finally:
+            self.resume()
+
+    def reset(self) -> None:
+        """Forget statistics and memory; learned parameters stay."""
+        self.book = Book(self.stack, params=self.book.params)
+
+    @torch.no_grad()
+    def difference(self, *args: Any, **kwargs: Any) -> float:
+        """Largest change of the model's first output against the unedited model, over its largest magnitude."""
+        self._require_open()
+        edited = _first_tensor(self.model(*args, **kwargs))
+        with self.paused():
+            plain = _first_tensor(self.model(*args, **kwargs))
+        return float((edited - plain).abs().max() / plain.abs().max().clamp(min=1e-30))
+
+    def save(self, path: str | Path) -> Path:
+        """Write all statistics to one file, from which `load` and other runs of the same stack can go on."""
+        return save(path, {f"{n}.{name}.{layer}": s for (n, name, layer), s in self.book.statistics.items()})
+
+    def merge(self, path: str | Path) -> None:
+        """Add the statistics that another run of the same stack saved."""
+        found: dict[tuple[int, str, int], Statistic] = {}
+        for key, stat in load(path).items():
+            number, name, layer = key.split(".")
+            if int(number) >= len(self.stack) or name not in {e.name for e in self.stack.methods[int(number)].edits}:
+                raise StatisticError(
+                    f"{path} comes from another stack: this one has no reader {name!r} as part {number}"
+                )
+            found[int(number), name, int(layer)] = stat
+        for place, stat in found.items():
+            have = self.book.statistics.get(place)
+            self.book.statistics[place] = stat if have is None else have + stat
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every learned parameter that the stack brought."""
+        return [p for found in self.book.params.values() for p in found.values() if isinstance(p, nn.Parameter)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The learned parameters, by part, layer and name."""
+        return {
+            f"{part}.{layer}.{name}": p.detach().clone()
+            for (part, layer), found in self.book.params.items()
+            for name, p in found.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put learned parameters back; names and shapes must be exactly those of this stack."""
+        mine = {f"{n}.{layer}.{name}": p for (n, layer), f in self.book.params.items() for name, p in f.items()}
+        if set(mine) != set(state):
+            odd = sorted(set(mine) ^ set(state))[0]
+            raise FieldError("Run", "state", odd, "names must be exactly those of this stack", sorted(mine)[:1])
+        with torch.no_grad():
+            for name, p in mine.items():
+                p.copy_(state[name])
+
+
+def _first_tensor(output: Any) -> Tensor:
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
+    return next(x for x in values if isinstance(x, Tensor) and x.is_floating_point())
+
+
+def density_of(call: Call, rows: int = 256) -> float:
+    """The share of query-key pairs that the call's mask computes."""
+    q, k = len(call.queries), len(call.keys)
+    kept = total = 0
+    for start in range(0, q, rows):
+        part = call.tile(slice(start, min(start + rows, q)), slice(0, k))
+        keep = call.mask.keeps(part.pairs)
+        size = len(part.queries) * k
+        total += size
+        kept += size if keep is None else int(keep.sum()) * size // max(1, keep.numel())
+    return kept / max(1, total)

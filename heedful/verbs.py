@@ -1,0 +1,159 @@
+"""What a user does with a method and a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heedful.core.call import Span
+from heedful.core.errors import FieldError, SiteError
+from heedful.core.kinds import Decode, HeadWeights, Prompt, Surgery, Tokens
+from heedful.core.method import Bench, Layer, Method, Part
+from heedful.core.stack import Stack
+from heedful.engine.run import Run
+
+
+def attach(
+    model: nn.Module,
+    what: Part | Stack,
+    *,
+    only: str | Iterable[str] | None = None,
+    backend: str = "auto",
+    roles: Mapping[str, tuple[Span, ...]] | None = None,
+    tile_rows: int | None = None,
+) -> Run:
+    """Put a method or a stack into a model's attention until the run is closed.
+
+    `only` names the part of the model to serve by dotted prefix, `roles` names spans of token positions, `backend`
+    demands one instead of letting heedful choose, `tile_rows` fixes the rows of a tile.
+    """
+    from heedful.adapters.transformers import adapt
+
+    return Run(model, what, adapt(model, only), backend, roles, tile_rows)
+
+
+class _Bench:
+    """A model as fits see it."""
+
+    def __init__(self, model: nn.Module, only: str | Iterable[str] | None) -> None:
+        from heedful.adapters.layers import projections
+        from heedful.adapters.transformers import adapt
+
+        self.model, self.only = model, only
+        names = adapt(model, only).layer_names
+        self._found = [projections(model, name, i) for i, name in enumerate(names)]
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return tuple(p.size for p in self._found)
+
+    def weights(self, layer: int) -> HeadWeights:
+        from heedful.adapters.weights import read_weights
+
+        return read_weights(self._found[layer])
+
+    def attach(self, what: Part | Stack) -> Run:
+        return attach(self.model, what, only=self.only)
+
+
+def fit(
+    method: Method | Surgery,
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    only: str | Iterable[str] | None = None,
+) -> Any:
+    """A new method fitted to the model on data; the model stays as it is, its gradients too."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    was_training = model.training
+    model.eval()
+    try:
+        for p, _, _ in before:
+            p.requires_grad_(False)
+        bench: Bench = _Bench(model, only)
+        return method.fit(bench, batches)
+    finally:
+        for p, required, grad in before:
+            p.requires_grad_(required)
+            p.grad = grad
+        model.train(was_training)
+
+
+@torch.no_grad()
+def operate(model: nn.Module, *surgeries: Surgery, only: str | Iterable[str] | None = None) -> Any:
+    """A copy of the model with edited weights. It needs no heedful to run."""
+    from heedful.adapters.layers import projections
+    from heedful.adapters.transformers import adapt
+    from heedful.adapters.weights import read_weights, write_weights
+
+    for surgery in surgeries:
+        if not isinstance(surgery, Surgery):
+            raise FieldError(
+                "operate()", "surgeries", surgery, "must be surgery; attach() methods instead", "PruneHeads()"
+            )
+    new = copy.deepcopy(model)
+    for surgery in surgeries:
+        for i, name in enumerate(adapt(new, only).layer_names):
+            found = projections(new, name, i)
+            old = read_weights(found)
+            edited = surgery.operate(old, found.size)
+            if not isinstance(edited, HeadWeights):
+                raise SiteError(f"{surgery!r}: operate must return HeadWeights, not {type(edited).__name__}")
+            if edited is not old:
+                write_weights(new.get_submodule(name), found, edited)
+    return new
+
+
+def _tensor(prompt: Prompt, model: nn.Module) -> Tensor:
+    return torch.tensor([prompt.tokens], device=next(model.parameters()).device)
+
+
+@torch.no_grad()
+def arrange(model: nn.Module, prompt: Prompt, step: Tokens, *, only: str | Iterable[str] | None = None) -> Prompt:
+    """The prompt as a token step would have it."""
+
+    def read(shown: Prompt, method: Method) -> Any:
+        with attach(model, method, only=only, roles=shown.roles) as run:
+            run(input_ids=_tensor(shown, model), use_cache=False)
+            return run[method]
+
+    return step.arrange(prompt, read)
+
+
+@torch.no_grad()
+def decode(
+    model: nn.Module, prompt: Prompt, step: Decode, *, new_tokens: int = 20, stop: int | None = None,
+    only: str | Iterable[str] | None = None,
+) -> tuple[int, ...]:  # fmt: skip
+    """Greedy continuation of a prompt from logits that a decoding step combines."""
+    if new_tokens < 1:
+        raise FieldError("decode()", "new_tokens", new_tokens, "must be 1 or more", 20)
+    variants = step.variants(prompt)
+    feeds = {name: _tensor(shown, model) for name, (shown, _) in variants.items()}
+    caches: dict[str, Any] = {}
+    out: list[int] = []
+    runs = {}
+    try:
+        for name, (shown, stack) in variants.items():
+            runs[name] = attach(model, stack, only=only, roles=shown.roles)
+            runs[name].pause()
+        for _ in range(new_tokens):
+            logits = {}
+            for name, run in runs.items():
+                run.resume()
+                seen = run(input_ids=feeds[name], past_key_values=caches.get(name), use_cache=True)
+                run.pause()
+                caches[name], logits[name] = seen.past_key_values, seen.logits[0, -1]
+            token = int(step.combine(logits).argmax())
+            out.append(token)
+            if token == stop:
+                break
+            feeds = {name: torch.tensor([[token]], device=feed.device) for name, feed in feeds.items()}
+    finally:
+        for run in runs.values():
+            run.close()
+    return tuple(out)

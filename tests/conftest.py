@@ -1,0 +1,44 @@
+"""What every test shares: no network, fixed seeds, and on request poisoned memory and the default model."""
+
+import os
+
+# Both libraries read these once, when they are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.pop("HEEDFUL_DEFAULT_MODEL", None)
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from heedful import models
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Uninitialised memory holds NaN (the greatest value in integer tensors), so that reading it shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(scope="session")
+def default_model() -> models.Loaded:
+    """The embedded model, one for all tests of a process: leave it as it was."""
+    return models.default()

