@@ -13,8 +13,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 _HOMES = {
     "attach": "heedful.verbs",
     "fit": "heedful.verbs",
@@ -45,12 +43,45 @@ _HOMES = {
 
 _MODULES = {"catalogue": "heedful.catalogue", "models": "heedful.models", "stats": "heedful.core.stats"}
 
-__all__ = sorted([*_HOMES, *_MODULES])
+__all__ = [
+    "Call",
+    "Decode",
+    "Fitted",
+    "HeedfulError",
+    "Layer",
+    "Mask",
+    "Method",
+    "Paper",
+    "Phase",
+    "Prompt",
+    "Run",
+    "Site",
+    "Stack",
+    "Surgery",
+    "Tokens",
+    "arrange",
+    "at",
+    "attach",
+    "catalogue",
+    "check",
+    "decode",
+    "explain",
+    "find",
+    "fit",
+    "models",
+    "operate",
+    "reads",
+    "stats",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("heedful")
     if name in _MODULES:
         return import_module(_MODULES[name])
     raise AttributeError(f"module 'heedful' has no attribute {name!r}")

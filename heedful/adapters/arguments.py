@@ -35,19 +35,22 @@ class Given:
     scale: float
 
 
-def understand(
-    module: torch.nn.Module,
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    held: HeldLayer | None,
-    cross: bool,
-    native: str,
-    name: str,
-    scaling: float | None,
-    more: dict[str, Any],
-) -> Given:
-    """Places, rules and extras of a call; `native` is the implementation the model had before."""
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Who asks, and what else is known of the call."""
+
+    module: torch.nn.Module
+    name: str
+    native: str  # the implementation that the model had before
+    cross: bool
+    held: HeldLayer | None
+    scaling: float | None
+    more: dict[str, Any]
+
+
+def understand(asked: Asked, q: Tensor, k: Tensor, mask: Tensor | None) -> Given:
+    """Places, rules and extras of a call."""
+    module, name, held, more = asked.module, asked.name, asked.held, asked.more
     for key, value in more.items():
         if isinstance(value, Tensor) and key not in HARMLESS | {"s_aux", "sinks", "position_bias", "indices"}:
             raise UnknownArgument(
@@ -56,11 +59,11 @@ def understand(
                 "attach(..., only=...)"
             )
     bias = more.get("position_bias")
-    queries, keys, rules = _places(q, k, mask, held, cross, more.get("position_ids"), name)
+    queries, keys, rules = _places(asked, q, k, mask)
     if mask is None:
         flag = more.get("is_causal")
         flag = getattr(module, "is_causal", True) if flag is None else flag
-        if native != "eager" and flag and q.shape[2] > 1 and held is None:
+        if asked.native != "eager" and flag and q.shape[2] > 1 and held is None:
             # without a mask this is what transformers' own kernels do with the flag; eager attention ignores it
             queries = Places.row(0, q.shape[2], q.device)
             keys = Places.row(0, k.shape[2], q.device)
@@ -78,13 +81,12 @@ def understand(
     if (indices := more.get("indices")) is not None:
         rules = rules & Dense(_chosen(indices, k.shape[2]))
     softcap = more.get("softcap")
-    scale = float(scaling) if scaling is not None else q.shape[-1] ** -0.5
+    scale = float(asked.scaling) if asked.scaling is not None else q.shape[-1] ** -0.5
     return Given(queries, keys, rules, bias, _sink(more), None if not softcap else float(softcap), scale)
 
 
-def _places(
-    q: Tensor, k: Tensor, mask: Tensor | None, held: HeldLayer | None, cross: bool, position_ids: Any, name: str
-) -> tuple[Places, Places, Mask]:
+def _places(asked: Asked, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Places, Places, Mask]:
+    held = asked.held
     n, m = q.shape[2], k.shape[2]
     if isinstance(mask, LazyMask):
         spec = mask.spec
@@ -93,17 +95,17 @@ def _places(
             keys = held.places(spec.pad)
         if len(queries) not in (1, n) or len(keys) < m:
             raise UnknownArgument(
-                f"{name}: its mask is for {len(queries)} queries and {len(keys)} keys, but {n} queries and {m} keys arrived"
+                f"{asked.name}: its mask is for {len(queries)} queries and {len(keys)} keys, but {n} and {m} arrived"
             )
         if len(keys) > m:
             keys = keys.take(slice(0, m))
         if held is None and spec.pad is None:
-            queries, keys = _by_text(queries, keys, position_ids)
+            queries, keys = _by_text(queries, keys, asked.more.get("position_ids"))
         return queries, keys, spec.mask
     if held is not None:
         keys = held.places(None)
         return Places.row(held.seen - n, n, q.device), keys, Mask()
-    start = 0 if cross else max(0, m - n)
+    start = 0 if asked.cross else max(0, m - n)
     return Places.row(start, n, q.device), Places.row(0, m, q.device), Mask()
 
 

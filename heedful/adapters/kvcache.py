@@ -18,8 +18,10 @@ class HeldLayer(DynamicLayer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.index: Tensor | None = None
-        self.valid: Tensor | None = None
+        self.keys: Tensor
+        self.values: Tensor
+        self.index = torch.empty(0, 0, 0, dtype=torch.long)
+        self.valid = torch.empty(0, 0, 0, dtype=torch.bool)
         self.seen = 0
         self.fresh = 0
         self.whole = True  # nothing was dropped so far
@@ -38,8 +40,8 @@ class HeldLayer(DynamicLayer):
         b, g, n, _ = key_states.shape
         index = torch.arange(self.seen, self.seen + n, device=key_states.device).expand(b, g, n)
         valid = torch.ones_like(index, dtype=torch.bool)
-        self.index = index if self.index is None else torch.cat([self.index, index], -1)
-        self.valid = valid if self.valid is None else torch.cat([self.valid, valid], -1)
+        self.index = index if not self.seen else torch.cat([self.index, index], -1)
+        self.valid = valid if not self.seen else torch.cat([self.valid, valid], -1)
         self.keys = torch.cat([self.keys, key_states], -2)
         self.values = torch.cat([self.values, value_states], -2)
         self.seen += n
@@ -54,15 +56,12 @@ class HeldLayer(DynamicLayer):
         longest = int(kept.sum(-1).max())
         order = (~kept).long().argsort(dim=-1, stable=True)[..., :longest]  # kept ones first, in their order
         self.valid = kept.gather(-1, order)
-        assert self.index is not None
         self.index = self.index.gather(-1, order)
         self.keys = self.keys.gather(-2, order[..., None].expand(*order.shape, self.keys.shape[-1]))
         self.values = self.values.gather(-2, order[..., None].expand(*order.shape, self.values.shape[-1]))
 
     def places(self, pad: Tensor | None) -> Places:
         """Where the entries stand, given each row's left padding `[b]`."""
-        assert self.index is not None
-        assert self.valid is not None
         if self.whole:
             return Places.row(0, self.seen, self.index.device, pad)
         position = self.index if pad is None else self.index - pad[:, None, None]
@@ -79,7 +78,6 @@ class HeldLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.index = self.valid = None
         self.seen = 0
         self.whole = True
 
@@ -96,13 +94,13 @@ class HeldLayer(DynamicLayer):
         self._rows(lambda x: x[indices])
 
     def _rows(self, pick: Any) -> None:
-        if self.index is not None and self.valid is not None:
+        if self.seen:
             self.index, self.valid = pick(self.index), pick(self.valid)
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give a negative number, the tokens to remove")
-        if tokens_to_remove == 0 or self.index is None or self.valid is None:
+        if tokens_to_remove == 0 or not self.seen:
             return
         self.seen += tokens_to_remove
         whole = self.whole

@@ -1,4 +1,4 @@
-"""Which modules of a model are attention layers, which of them go through transformers' interface, and their weights."""
+"""Which modules of a model are attention layers, which go through transformers' interface, and their weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +22,7 @@ HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key
 
 
 @cache
-def _source(kind: type) -> str:
+def _source(kind: Any) -> str:
     """A class's own source and that of its bases, as far as there is any."""
     found = []
     for base in kind.__mro__:
@@ -34,14 +35,12 @@ def _source(kind: type) -> str:
     return "\n".join(found)
 
 
-@cache
-def uses_interface(kind: type) -> bool:
+def uses_interface(kind: Any) -> bool:
     """Whether the class looks up its attention function by the name in its config."""
     return "ALL_ATTENTION_FUNCTIONS.get_interface(" in _source(kind)
 
 
-@cache
-def own_attention(kind: type) -> bool:
+def own_attention(kind: Any) -> bool:
     """Whether the class computes an attention map by itself."""
     if issubclass(kind, nn.MultiheadAttention):
         return True
@@ -133,16 +132,20 @@ def head_width(layer: nn.Module, config: object) -> tuple[int | None, int | None
 def projections(model: nn.Module, name: str, number: int) -> Projections:
     """The projections of a layer, or RefusedModel with the reason."""
     layer = model.get_submodule(name)
-    found = [_child(layer, names) for names in (QUERY_NAMES, KEY_NAMES, VALUE_NAMES)]
-    found.append(output_projection(model, name))
-    missing = [w for w, f in zip(("query", "key", "value", "output"), found, strict=True) if f is None]
-    if missing:
+    places = {
+        "query": _child(layer, QUERY_NAMES),
+        "key": _child(layer, KEY_NAMES),
+        "value": _child(layer, VALUE_NAMES),
+        "output": output_projection(model, name),
+    }
+    found = [place for place in places.values() if place is not None]
+    if missing := [word for word, place in places.items() if place is None]:
         have = ", ".join(n for n, _ in layer.named_children()) or "none"
         raise RefusedModel(
             f"{name} ({type(layer).__name__}) has no separate {', '.join(missing)} projection that heedful knows; its "
             f"children are: {have}"
         )
-    q, k, v, o = (getattr(*f) for f in found if f is not None)
+    q, k, v, o = (getattr(*place) for place in found)
     config = getattr(layer, "config", None) or getattr(model, "config", None)
     heads, width = head_width(layer, config)
     q_rows, k_rows, v_rows, o_cols = (_rows(q), _rows(k), _rows(v), _columns(o))
@@ -154,16 +157,16 @@ def projections(model: nn.Module, name: str, number: int) -> Projections:
     if v_rows % kv_heads or o_cols % heads or heads % kv_heads:
         raise RefusedModel(f"{name} ({type(layer).__name__}): its projections do not divide into {heads} heads")
     size = Layer(number, heads, kv_heads, width, v_rows // kv_heads, _columns(q))
-    return Projections(*(f for f in found if f is not None), size)
+    return Projections(found[0], found[1], found[2], found[3], size)
 
 
-def _rows(linear: nn.Module) -> int:
-    return linear.weight.shape[1 if _transposed(linear) else 0]
+def _rows(linear: Any) -> int:
+    return int(linear.weight.shape[1 if transposed(linear) else 0])
 
 
-def _columns(linear: nn.Module) -> int:
-    return linear.weight.shape[0 if _transposed(linear) else 1]
+def _columns(linear: Any) -> int:
+    return int(linear.weight.shape[0 if transposed(linear) else 1])
 
 
-def _transposed(linear: nn.Module) -> bool:
+def transposed(linear: nn.Module) -> bool:
     return type(linear).__name__ == "Conv1D"

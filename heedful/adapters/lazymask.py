@@ -45,7 +45,7 @@ class MaskSpec:
     """Everything a mask function of transformers is called with."""
 
     arguments: dict[str, Any]
-    dense: dict[str, Tensor | None] = field(default_factory=dict)
+    dense: dict[str, Any] = field(default_factory=dict)
 
     def native(self, implementation: str) -> Tensor | None:
         """The mask that this implementation would have had; built once a forward, for layers left alone."""
@@ -61,9 +61,7 @@ class MaskSpec:
         if "" not in self.dense:
             skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
             self.dense[""] = sdpa_mask(**{**self.arguments, **skips})
-        found = self.dense[""]
-        assert found is not None
-        return found
+        return self.dense[""]
 
     @cached_property
     def padding(self) -> Tensor | None:
@@ -97,7 +95,10 @@ class MaskSpec:
 
     @cached_property
     def queries(self) -> Places:
-        return Places.row(self.q_start, self.arguments["q_length"], self.arguments["device"], self.pad)
+        start, n = self.q_start, self.arguments["q_length"]
+        text = self.padding
+        live = None if text is None or text.shape[1] < start + n else text[:, None, start : start + n]
+        return Places.row(start, n, self.arguments["device"], self.pad, live)
 
     @cached_property
     def keys(self) -> Places:
@@ -118,18 +119,18 @@ class LazyMask(Tensor):
         out.spec = spec
         return out
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyMask({tuple(self.shape)})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         def dense(x: Any) -> Any:
             return x.spec.table if isinstance(x, LazyMask) else x
 
         return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
 
 
-def lazy_mask(
+def lazy_mask(  # noqa: PLR0913 - the signature is transformers'
     batch_size: int,
     q_length: int,
     kv_length: int,

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from heedful.adapters.arguments import understand
+from heedful.adapters.arguments import Asked, understand
 from heedful.adapters.kvcache import HeldLayer, hold
 from heedful.adapters.layers import interface_layers, leftovers, output_projection, projections, within
 from heedful.adapters.lazymask import LazyMask, lazy_mask
@@ -81,12 +81,12 @@ AttentionMaskInterface.register(ADDITIVE, eager_mask)
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:
     """Every config in the model, each once."""
     found: dict[int, PreTrainedConfig] = {}
-    queue = [m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)]
+    queue: list[Any] = [getattr(m, "config", None) for m in model.modules()]
     while queue:
         config = queue.pop()
-        if id(config) not in found:
+        if isinstance(config, PreTrainedConfig) and id(config) not in found:
             found[id(config)] = config
-            queue += [c for k in config.sub_configs if isinstance(c := getattr(config, k, None), PreTrainedConfig)]
+            queue += [getattr(config, key, None) for key in config.sub_configs]
     return list(found.values())
 
 
@@ -120,8 +120,8 @@ class TransformersAdapter:
             )
         if left:
             raise RefusedModel(
-                f"{kind} computes some attention by itself, which heedful cannot reach: {_some(left)}. To work on the rest "
-                f"and leave these alone, name it: attach(..., only={_roots(names, left)!r})"
+                f"{kind} computes some attention by itself, which heedful cannot reach: {_some(left)}. To work on the "
+                f"rest and leave these alone, name it: attach(..., only={_roots(names, left)!r})"
             )
         self._names = tuple(names)
 
@@ -157,8 +157,8 @@ class TransformersAdapter:
             for name, module in self._modules.items():
                 if self._implementation(module) not in (LAZY, ADDITIVE):
                     raise RefusedModel(
-                        f"{name} ({type(module).__name__}) did not take heedful's attention; its class does not support "
-                        "setting the attention implementation"
+                        f"{name} ({type(module).__name__}) did not take heedful's attention; its class does not "
+                        "support setting the attention implementation"
                     )
                 bound = Bound(self, module, name, numbers.get(name), natives[name])
                 _bound[module] = bound
@@ -220,8 +220,8 @@ class TransformersAdapter:
             bound.hidden = None
             if not bound.called:
                 raise NotEntered(
-                    f"{bound.name} ({type(bound.module).__name__}) ran, but its attention did not pass through heedful; "
-                    "results would silently be those of the unedited model. Was it compiled or replaced after attaching?"
+                    f"{bound.name} ({type(bound.module).__name__}) ran, but its attention did not pass through "
+                    "heedful; the answer would silently be the unedited model's. Was it compiled or replaced since?"
                 )
 
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -253,7 +253,6 @@ class TransformersAdapter:
 
     def _outline(self, bound: Bound, hidden: Tensor, mask: Any) -> Call:
         """What can be known of a call before its queries are."""
-        assert bound.number is not None
         n = hidden.shape[1]
         if isinstance(mask, LazyMask):
             queries, keys = mask.spec.queries, mask.spec.keys
@@ -261,8 +260,8 @@ class TransformersAdapter:
             queries = keys = Places.row(0, n, hidden.device)
         phase = Phase.DECODE if n == 1 and (queries.first or 0) > 0 else Phase.PREFILL
         return Call(
-            bound.number, len(self._names), bound.name, 0, 0, queries, keys, 1.0, phase=phase, roles=self.run.roles,
-            hidden=hidden, forward=self.run.book.forward,
+            bound.number or 0, len(self._names), bound.name, 0, 0, queries, keys, 1.0, phase=phase,
+            roles=self.run.roles, hidden=hidden, forward=self.run.book.forward,
         )  # fmt: skip
 
     def _hook_output(self, name: str) -> None:
@@ -302,8 +301,8 @@ class TransformersAdapter:
             return self._native(bound, q, k, v, mask, scaling, dropout, more)
         book.entered[bound.number] += 1
         held = self._held(bound, k)
-        native = bound.native
-        given = understand(bound.module, q, k, mask, held, bound.cross, native, bound.name, scaling, more)
+        asked = Asked(bound.module, bound.name, bound.native, bound.cross, held, scaling, more)
+        given = understand(asked, q, k, mask)
         start = given.queries.first or 0
         past = start > 0 or (bound.cross and bound.cache is not None)
         phase = Phase.DECODE if q.shape[2] == 1 and past else Phase.PREFILL
@@ -315,7 +314,7 @@ class TransformersAdapter:
         bound.call = call
         pattern = bool(more.get("output_attentions"))
         if not plan.acts_inside() and held is None and self.run.backend == "auto":
-            book.backends[bound.number] = f"the model's own ({native})"
+            book.backends[bound.number] = f"the model's own ({bound.native})"
             return self._native(bound, q, k, v, mask, scaling, dropout, more)
         sink = given.sink
         job = Job(plan, book, call, given.bias, sink, dropout if bound.module.training else 0.0, pattern)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from heedful.adapters.layers import HEAD_COUNTS, Projections, _transposed
+from heedful.adapters.layers import HEAD_COUNTS, Projections, transposed
 from heedful.core.errors import SiteError
 from heedful.core.kinds import HeadWeights
 
 
-def _matrix(linear: nn.Module) -> Tensor:
+def _matrix(linear: Any) -> Tensor:
     weight = linear.weight.detach()
-    return weight.T if _transposed(linear) else weight
+    return weight.T if transposed(linear) else weight
 
 
 def _bias(linear: nn.Module) -> Tensor | None:
@@ -56,15 +58,15 @@ def write_weights(layer: nn.Module, p: Projections, new: HeadWeights) -> None:
 
 
 def _fill(p: Projections, letter: str, matrix: Tensor, bias: Tensor | None) -> None:
-    linear = p.module(letter)
-    weight = matrix.T if _transposed(linear) else matrix
+    linear: Any = p.module(letter)
+    weight = matrix.T if transposed(linear) else matrix
     if weight.shape == linear.weight.shape:
         linear.weight.copy_(weight)
     else:
         linear.weight = nn.Parameter(weight.contiguous().clone(), requires_grad=linear.weight.requires_grad)
         if isinstance(linear, nn.Linear):
             linear.out_features, linear.in_features = matrix.shape
-        elif _transposed(linear):
+        elif transposed(linear):
             linear.nx, linear.nf = weight.shape
     have = getattr(linear, "bias", None)
     if bias is not None and have is not None:

@@ -1,0 +1,38 @@
+"""The laws that every method must keep, open to methods from anywhere: `heedful.check(MyMethod)`."""
+
+from __future__ import annotations
+
+from heedful.conformance.verdict import LAWS, Broken, DoesNotApply, Law, Report, Verdict
+from heedful.core.errors import DefinitionError
+from heedful.core.method import Entry
+
+__all__ = ["LAWS", "Law", "Report", "Verdict", "check", "laws"]
+
+
+def laws() -> dict[str, Law]:
+    """Every law by name."""
+    from heedful.conformance import call_laws, model_laws  # noqa: F401 - importing them registers their laws
+
+    return dict(LAWS)
+
+
+def check(method: Entry | type[Entry], only: tuple[str, ...] = ()) -> Report:
+    """Try every law on a method: on its class's example settings, or on the very settings given."""
+    entry = method.example() if isinstance(method, type) and issubclass(method, Entry) else method
+    if not isinstance(entry, Entry):
+        raise DefinitionError(f"check() takes a method or its class, not {method!r}; for example check(SinkWindow)")
+    verdicts = []
+    for name, law in laws().items():
+        if (only and name not in only) or entry.kind not in law.kinds:
+            continue
+        try:
+            law.try_on(entry)
+        except DoesNotApply as why:
+            verdicts.append(Verdict(name, "does not apply", str(why)))
+        except Broken as how:
+            verdicts.append(Verdict(name, "broken", str(how)))
+        except Exception as problem:  # noqa: BLE001 - a method that fails anywhere breaks the law that was tried
+            verdicts.append(Verdict(name, "broken", f"raised {type(problem).__name__}: {problem}"))
+        else:
+            verdicts.append(Verdict(name, "kept"))
+    return Report(repr(entry), tuple(verdicts))

@@ -70,6 +70,12 @@ class Call:
         return self.keys.position
 
     @property
+    def live(self) -> Tensor:
+        """Which of the tile's queries are text and not padding, `[b|1, 1, r]`."""
+        valid = self.queries.valid
+        return torch.ones_like(self.queries.index, dtype=torch.bool) if valid is None else valid
+
+    @property
     def pairs(self) -> Pairs:
         return Pairs(self.queries, self.keys, self.heads, self.rows, self.cols)
 

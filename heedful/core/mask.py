@@ -46,19 +46,21 @@ class Places:
     position: Tensor
     first: int | None = None  # the first index, when the indices are first, first + 1, ...
     pads: tuple[int, int] | None = None  # least and largest index - position, when known
-    valid: Tensor | None = None  # [b|1, g|1, n]: False for empty cache slots
+    valid: Tensor | None = None  # [b|1, g|1, n]: False for empty cache slots, and for queries that are padding
 
     def __len__(self) -> int:
         return self.index.shape[-1]
 
     @staticmethod
-    def row(start: int, n: int, device: torch.device | str = "cpu", pad: Tensor | None = None) -> Places:
+    def row(
+        start: int, n: int, device: torch.device | str = "cpu", pad: Tensor | None = None, valid: Tensor | None = None
+    ) -> Places:
         """`n` places from index `start`; `pad [b]` is the number of padding tokens on the left of each row."""
         index = torch.arange(start, start + n, device=device)[None, None]
         if pad is None:
-            return Places(index, index, start, (0, 0))
+            return Places(index, index, start, (0, 0), valid)
         low, high = int(pad.min()), int(pad.max())
-        return Places(index, index - pad[:, None, None], start, (low, high))
+        return Places(index, index - pad[:, None, None], start, (low, high), valid)
 
     def take(self, where: slice | Tensor) -> Places:
         """The places at `where` on the last axis."""

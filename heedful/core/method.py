@@ -110,6 +110,10 @@ class Entry(ABC):
         """Settings under which something must change."""
         return cls()
 
+    def fit(self, bench: Bench, batches: Iterable[Mapping[str, Any]]) -> Self:
+        """A new one fitted to data; those without anything to fit return themselves."""
+        return self
+
     def __repr__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)]  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(changed)})"
@@ -122,6 +126,7 @@ class Method(Entry, abstract=True):
     edits: ClassVar[tuple[Edit, ...]] = ()
     whole_map: ClassVar[bool] = False  # a SCORES or PATTERN edit that must see all rows at once
     causal: ClassVar[bool] = True  # later tokens never change what earlier ones get, if the model is causal
+    streams: ClassVar[bool] = True  # what a token gets does not depend on how the text was cut into calls
     forbids: ClassVar[dict[str, str]] = {}  # class name -> why the two cannot act together
 
     def __init_subclass__(cls, abstract: bool = False) -> None:
@@ -161,9 +166,9 @@ class Method(Entry, abstract=True):
         """Fresh learned parameters for one layer; none unless the method learns."""
         return {}
 
-    def fit(self, bench: Bench, batches: Iterable[Mapping[str, Any]]) -> Self:
-        """A new method fitted to data; methods without anything to fit return themselves."""
-        return self
+    def declares(self, tokens: int) -> dict[str, float]:
+        """Numbers that must come true on one causal text: 'density' of its pairs, cache entries 'kept' a head."""
+        return {}
 
     def finish(self, statistic: Statistic, call: Call) -> Statistic:
         """What one whole call adds to the run, given what its tiles added up to."""

@@ -56,6 +56,8 @@ def clash(a: Part, b: Part) -> str | None:
         mapped = next((e.site.name for e in y.edits if e.site in MAP_SITES), None)
         if mixes and mapped:
             return f"{type(x).__name__} replaces the attention map, so there is no {mapped} for {type(y).__name__}"
+        if mixes and any(e.site is Site.MASK for e in y.edits):
+            return f"{type(x).__name__} computes no single pairs, so {type(y).__name__} has none to mask"
     for site in SINGLE_SITES:
         if all(any(e.site is site and not e.reads for e in m.edits) for m in (one, two)):
             return f"both replace {site.name}, and a layer has one"

@@ -36,8 +36,8 @@ def _kv_heads(heads: tuple[int, ...], call: Call, step: Step) -> list[int]:
     groups = sorted({i // size for i in heads})
     if len(groups) * size != len(heads):
         raise SiteError(
-            f"{step}, layer {call.layer}: {step.edit.site.name} is shared by groups of {size} heads, so heads must name "
-            f"whole groups, for example heads={list(range(size))}"
+            f"{step}, layer {call.layer}: {step.edit.site.name} is shared by groups of {size} heads, so heads must "
+            f"name whole groups, for example heads={list(range(size))}"
         )
     return groups
 
@@ -62,7 +62,10 @@ def stage(site: Site, x: Any, job: Job, call: Call) -> Any:
                 seen = replace(seen, heads=len(chosen))
             job.book.note(step, call, act(x if chosen is None else x[:, chosen], seen))
             continue
+        version = None if not isinstance(x, Tensor) or x.is_inference() else x._version
         new = act(x, seen)
+        if version is not None and x._version != version:
+            raise SiteError(f"{step}, layer {call.layer}: changed its input in place; return a new tensor instead")
         if isinstance(x, Mask):
             x = _narrowed(step, x, new, chosen)
             continue
@@ -156,13 +159,10 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def attend(
-    job: Job,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    backend: Callable[[Job, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
-) -> tuple[Tensor, Tensor | None]:
+Compute = Callable[[Job, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+
+def attend(job: Job, q: Tensor, k: Tensor, v: Tensor, backend: Compute) -> tuple[Tensor, Tensor | None]:
     """Heads `[b h q d]` of one call, and its pattern if that was asked for."""
     call, book = job.call, job.book
     q = stage(Site.QUERY, q, job, call)

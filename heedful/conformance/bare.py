@@ -1,0 +1,121 @@
+"""One attention call without a model: random queries, keys and values through the engine's own stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call, Phase
+from heedful.core.mask import Causal, Mask, Padding, Places, Rule
+from heedful.core.method import Layer, Method
+from heedful.core.stack import Stack
+from heedful.core.stats import Statistic
+from heedful.engine.attend import Job, attend
+from heedful.engine.backends import BACKENDS
+from heedful.engine.backends.tiled import Tiled
+from heedful.engine.book import Book
+from heedful.engine.needs import Needs
+
+ROLES = dict.fromkeys(("marked", "relevant", "prompt", "image", "context"), ((2, 5),)) | {
+    "documents": ((1, 4), (4, 7)),
+    "bos": ((0, 1),),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a bare call."""
+
+    b: int = 2
+    h: int = 4
+    g: int = 2
+    q: int = 19
+    k: int = 19
+    d: int = 8
+    dv: int = 8
+    e: int = 24
+
+    @property
+    def layer(self) -> Layer:
+        return Layer(0, self.h, self.g, self.d, self.dv, self.e)
+
+
+@dataclass
+class Bare:
+    """Random tensors of a shape, and the call that goes with them."""
+
+    shape: Shape = field(default_factory=Shape)
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    text: Tensor | None = None  # [b, k], False for padding
+    rules: tuple[Rule, ...] | None = None
+
+    def __post_init__(self) -> None:
+        s = self.shape
+        draw = torch.Generator().manual_seed(self.seed)
+
+        def random(*size: int) -> Tensor:
+            return torch.randn(*size, generator=draw, dtype=torch.float64).to(self.dtype)
+
+        self.q, self.hidden = 2 * random(s.b, s.h, s.q, s.d), random(s.b, s.q, s.e)
+        self.k, self.v = random(s.b, s.g, s.k, s.d), random(s.b, s.g, s.k, s.dv)
+        rules: tuple[Rule, ...] = (Causal(),)
+        pad = None
+        if self.text is not None:
+            rules += (Padding(self.text),)
+            pad = self.text.long().cummax(-1).values.logical_not().sum(-1)
+        live = None if self.text is None else self.text[:, None, s.k - s.q :]
+        queries = Places.row(s.k - s.q, s.q, pad=pad, valid=live)
+        phase = Phase.DECODE if s.q == 1 and s.k > 1 else Phase.PREFILL
+        self.call = Call(
+            0, 1, "bare", s.h, s.g, queries, Places.row(0, s.k, pad=pad), s.d**-0.5, phase=phase, roles=ROLES,
+            hidden=self.hidden, mask=Mask(rules if self.rules is None else self.rules),
+        )  # fmt: skip
+
+    def run(
+        self, method: Method, backend: str, tile_rows: int | None = None, params: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Statistic]]:
+        """Heads `[b h q d]`, and what the method's readers found."""
+        stack = Stack((method,))
+        book = Book(stack)
+        book.new_forward()
+        if params is None:
+            params = parameters(method, self.shape.layer, self.dtype)
+        book.params[0, 0] = params
+        plan = book.plan(0, self.call.phase)
+        chosen = Tiled(tile_rows) if backend == "tiled" else BACKENDS[backend]
+        heads, _ = attend(Job(plan, book, self.call), self.q, self.k, self.v, chosen)
+        book.close_call(plan, self.call)
+        return heads, {name: stat for (_, name, _), stat in book.statistics.items()}
+
+
+def parameters(method: Method, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A method's fresh parameters, drawn the same every time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return {name: x.to(dtype) for name, x in method.parameters(layer).items()}
+
+
+def serving(method: Method) -> list[str]:
+    """The backends that can serve a method, reference last."""
+    needs = Needs.of(Stack((method,)).steps())
+    return [name for name, backend in BACKENDS.items() if not backend.refuses(needs)]
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that nobody wrote holds NaN, so that reading it shows."""
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]

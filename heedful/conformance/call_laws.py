@@ -1,0 +1,231 @@
+"""Laws that one attention call must keep, tried without a model."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import pickle
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from heedful.conformance.bare import Bare, Shape, parameters, poisoned, serving
+from heedful.conformance.tolerances import MERGE, close, error, within_budget
+from heedful.conformance.verdict import Broken, DoesNotApply, law
+from heedful.core.mask import Causal, Dense
+from heedful.core.method import Method
+from heedful.core.sites import HEADLESS_SITES, Site
+from heedful.core.stats import Cat, Statistic, load, save
+
+SHAPES = {
+    "MHA": Shape(g=4),
+    "GQA": Shape(),
+    "MQA": Shape(g=1),
+    "a head width unlike e / h, and another for values": Shape(d=10, dv=6),
+    "one token": Shape(q=1, k=1),
+    "one query after many keys": Shape(q=1),
+    "one key": Shape(q=1, k=1, h=1, g=1),
+    "one head": Shape(h=1, g=1),
+}
+
+
+def _inside(method: Method) -> None:
+    """Some of the method acts between projection and output projection."""
+    if all(edit.site in HEADLESS_SITES for edit in method.edits):
+        raise DoesNotApply("acts on the residual stream only")
+
+
+@law("the tensors handed to a method are as they were afterwards")
+def hands_off(method: Method) -> None:
+    _inside(method)
+    bare = Bare()
+    given = {"query": bare.q, "key": bare.k, "value": bare.v, "hidden": bare.hidden}
+    before = {name: x.clone() for name, x in given.items()}
+    bare.run(method, serving(method)[-1])
+    for name, x in given.items():
+        if not torch.equal(x, before[name]):
+            raise Broken(f"{name} was changed in place")
+
+
+@law("grouped, multi- and single-query heads, odd widths, one token and one key all work")
+def any_shape(method: Method) -> None:
+    _inside(method)
+    for name, shape in SHAPES.items():
+        heads, _ = Bare(shape).run(method, serving(method)[-1])
+        if not bool(heads.isfinite().all()):
+            raise Broken(f"{name}: the output is not finite")
+
+
+@law("the answer does not depend on the size of a tile")
+def any_tile(method: Method) -> None:
+    _inside(method)
+    if "tiled" not in serving(method):
+        raise DoesNotApply("needs the whole map at once")
+    bare = Bare()
+    whole, told = bare.run(method, "tiled", tile_rows=64)
+    for rows in (1, 5, 19):
+        heads, parts = bare.run(method, "tiled", tile_rows=rows)
+        if not close(heads, whole):
+            raise Broken(f"tiles of {rows} rows change the output by {error(heads, whole):.2g}")
+        for name, stat in told.items():
+            if name not in parts:
+                raise Broken(f"tiles of {rows} rows lose the statistic {name!r}")
+            _same(stat, parts[name], f"tiles of {rows} rows change {name!r}", exact=False)
+
+
+@law("a query that may see nothing gets zeros, never NaN")
+def masked_rows(method: Method) -> None:
+    _inside(method)
+    table = torch.ones(2, 1, 19, 19, dtype=torch.bool).tril()
+    table[0, :, 3] = False
+    table[1, :, :6] = False
+    blind = ~table.any(-1)[:, 0]
+    text = torch.ones(2, 19, dtype=torch.bool)
+    text[1, :6] = False
+    mixes = any(e.site is Site.MIX for e in method.edits)
+    bare = Bare(text=text) if mixes else Bare(rules=(Causal(), Dense(table)))
+    if mixes:
+        blind = ~text
+    for backend in serving(method):
+        heads, _ = bare.run(method, backend)
+        if not bool(heads.isfinite().all()):
+            raise Broken(f"{backend}: the output is not finite")
+        untouched = not any(e.site is Site.HEADS and not e.reads for e in method.edits)
+        if untouched and bool(heads.transpose(1, 2)[blind].any()):
+            raise Broken(f"{backend}: a query that may see nothing got something")
+
+
+@law("later tokens never change what earlier ones get")
+def causal(method: Method) -> None:
+    _inside(method)
+    if not method.causal:
+        raise DoesNotApply("does not claim to be causal")
+    bare = Bare()
+    before, _ = bare.run(method, serving(method)[-1])
+    cut = 11
+    for name in ("q", "k", "v"):
+        getattr(bare, name)[:, :, cut:] += 3.0
+    bare.hidden[:, cut:] -= 2.0
+    after, _ = bare.run(method, serving(method)[-1])
+    if not close(after[:, :, :cut], before[:, :, :cut]):
+        raise Broken(
+            f"changing tokens from {cut} on moves earlier ones by {error(after[:, :, :cut], before[:, :, :cut]):.2g}"
+        )
+    if torch.equal(after[:, :, cut:], before[:, :, cut:]):
+        raise Broken("changing the last tokens changes nothing at all, so this law tested nothing")
+
+
+def _gradients(method: Method, bare: Bare, backend: str) -> tuple[Tensor, list[Tensor]]:
+    params = parameters(method, bare.shape.layer, bare.dtype)
+    leaves = [bare.q, bare.k, bare.v, *params.values()]
+    for x in leaves:
+        x.requires_grad_(True)
+    heads, _ = bare.run(method, backend, tile_rows=7 if backend == "tiled" else None, params=params)
+    weight = torch.linspace(-1, 1, heads.numel(), dtype=heads.dtype).view_as(heads)
+    if not heads.requires_grad:
+        return heads.detach(), []
+    grads = torch.autograd.grad((heads * weight).sum(), leaves, allow_unused=True)
+    return heads.detach(), [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
+
+
+@law("every backend agrees with the reference, values and gradients, within a budget drawn from float64")
+def backends_agree(method: Method) -> None:
+    _inside(method)
+    text = torch.ones(2, 19, dtype=torch.bool)
+    text[0, :4] = False
+    with poisoned():
+        exact, exact_grads = _gradients(method, Bare(text=text, dtype=torch.float64), "reference")
+        eager, eager_grads = _gradients(method, Bare(text=text), "reference")
+        live = text[:, None, :, None].expand_as(eager)
+        if not bool(eager[live].isfinite().all()):
+            raise Broken("reference: reads memory that nobody wrote, or makes NaN")
+        for name in serving(method):
+            found, grads = _gradients(method, Bare(text=text), name)
+            if not within_budget(found[live], eager[live], exact[live]):
+                raise Broken(f"{name}: values are off by {error(found[live], exact[live].float()):.2g}")
+            for which, g, e, x in zip(_names(len(grads)), grads, eager_grads, exact_grads, strict=True):
+                if not within_budget(g, e, x):
+                    raise Broken(f"{name}: the gradient of {which} is off by {error(g, x.float()):.2g}")
+
+
+def _names(n: int) -> list[str]:
+    return ["queries", "keys", "values", *(f"parameter {i}" for i in range(n - 3))][:n]
+
+
+def _same(a: Statistic, b: Statistic, what: str, exact: bool = True) -> None:
+    mine, theirs = a.tensors(), b.tensors()
+    if set(mine) != set(theirs) or a.settings() != b.settings():
+        raise Broken(f"{what}: other parts or settings")
+    for name, x in mine.items():
+        y = theirs[name]
+        alike = torch.equal(x.nan_to_num(), y.nan_to_num()) if exact else _near(x, y)
+        if not alike:
+            raise Broken(f"{what}: {name} differs by {error(x, y):.2g}")
+
+
+def _near(x: Tensor, y: Tensor) -> bool:
+    """Statistics gather float32 values in float64: equal but for the order of summation."""
+    if not x.is_floating_point():
+        return torch.equal(x, y)
+    return close(x.float(), y.float())
+
+
+def _merged(parts: Iterable[Statistic]) -> Statistic:
+    first, *rest = parts
+    for part in rest:
+        first = first + part
+    return first
+
+
+@law("statistics merge in any order, split as the whole, and survive saving and pickling")
+def statistics(method: Method) -> None:
+    if not any(edit.reads for edit in method.edits):
+        raise DoesNotApply("reads nothing")
+    backend = serving(method)[-1]
+    found: list[dict[str, Statistic]] = []
+    for seed, n in enumerate((19, 7, 12)):
+        bare = Bare(Shape(q=n, k=n), seed=seed)
+        object.__setattr__(bare.call, "forward", seed)
+        found.append(bare.run(method, backend)[1])
+    for name in found[0]:
+        parts = [f[name] for f in found]
+        whole = _merged(parts)
+        for order in itertools.permutations(parts):
+            _close_statistics(_merged(order), whole, f"{name}: another order of merging")
+        _close_statistics(parts[0] + (parts[1] + parts[2]), whole, f"{name}: another grouping")
+        with tempfile.TemporaryDirectory() as folder:
+            back = load(save(Path(folder) / "s.safetensors", {name: whole}))[name]
+        _same(back, whole, f"{name}: saved and loaded")
+        buffer = io.BytesIO()
+        pickle.dump(whole, buffer)
+        buffer.seek(0)
+        _same(pickle.load(buffer), whole, f"{name}: pickled")
+    _split_is_whole(method, backend)
+
+
+def _close_statistics(a: Statistic, b: Statistic, what: str) -> None:
+    for name, x in a.tensors().items():
+        y = b.tensors()[name]
+        if x.shape != y.shape:
+            raise Broken(f"{what}: {name} has shape {tuple(x.shape)} instead of {tuple(y.shape)}")
+        size = float(y.nan_to_num().abs().max()) if y.numel() else 0.0
+        if error(x, y) > MERGE * max(size, 1.0):
+            raise Broken(f"{what}: {name} differs by {error(x, y):.2g}")
+
+
+def _split_is_whole(method: Method, backend: str) -> None:
+    """Two texts in one batch tell what they tell one by one."""
+    both = Bare()
+    together = both.run(method, backend)[1]
+    alone = []
+    for row in range(2):
+        one = Bare(Shape(b=1))
+        one.q, one.k, one.v = (x[row : row + 1] for x in (both.q, both.k, both.v))
+        object.__setattr__(one.call, "hidden", both.hidden[row : row + 1])
+        alone.append(one.run(method, backend)[1])
+    for name, stat in together.items():
+        if not isinstance(stat, Cat):
+            _same(stat, _merged(a[name] for a in alone), f"{name}: a batch is not the sum of its texts", exact=False)

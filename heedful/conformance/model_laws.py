@@ -1,0 +1,312 @@
+"""Laws that a method must keep inside a model, tried on tiny random ones."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heedful.conformance.bare import ROLES
+from heedful.conformance.tolerances import close_model, error
+from heedful.conformance.verdict import Broken, DoesNotApply, law
+from heedful.core.call import Call
+from heedful.core.errors import ClashError, HeedfulError, InactiveWarning
+from heedful.core.kinds import Surgery
+from heedful.core.method import Entry, Method
+from heedful.core.paper import Paper
+from heedful.core.sites import Site, reads
+from heedful.core.stack import Stack
+from heedful.core.stats import Cat
+from heedful.verbs import attach, operate
+
+KINDS = ("llama", "mha", "mqa", "odd_head_dim")
+LENGTH = 21
+
+
+@cache
+def _model(kind: str) -> nn.Module:
+    from heedful.tiny import tiny
+
+    return tiny(kind, attn_implementation="eager", num_hidden_layers=3)
+
+
+def _ids(seed: int = 0, rows: int = 2) -> Tensor:
+    return torch.randint(3, 100, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, what: Any = None, backend: str = "auto", **inputs: Any) -> Tensor:
+    if what is None:
+        return model(**inputs).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InactiveWarning)
+        torch.manual_seed(0)  # parameters that a method draws
+        with attach(model, what, backend=backend, roles=ROLES) as run:
+            return run(**inputs).logits
+
+
+def _edits(method: Method) -> bool:
+    return any(not e.reads for e in method.edits)
+
+
+def _acts_without_cache(method: Method) -> bool:
+    return any(not e.reads and e.site is not Site.CACHE for e in method.edits)
+
+
+@law("neutral settings, and readers always, leave every logit as it was, bit for bit")
+def neutral_is_native(method: Method) -> None:
+    quiet = method if not _edits(method) else type(method).neutral()
+    if quiet is None:
+        raise DoesNotApply("has no neutral settings")
+    for kind in KINDS:
+        model = _model(kind)
+        native = _logits(model, input_ids=_ids())
+        found = _logits(model, quiet, "reference", input_ids=_ids())
+        if not torch.equal(found, native):
+            raise Broken(f"{kind}: {quiet!r} moves logits by {error(found, native):.2g}")
+
+
+@law("example settings change the output, and every layer is entered")
+def example_acts(method: Method) -> None:
+    for kind in KINDS:
+        model = _model(kind)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore", InactiveWarning)
+            torch.manual_seed(0)
+            with attach(model, method, roles=ROLES) as run:
+                found = _two_steps(run)
+                seen = run.activity()
+        if len(seen.entered) < seen.layers:
+            raise Broken(f"{kind}: {len(seen.entered)} of {seen.layers} layers were entered")
+        if _edits(method):
+            with torch.no_grad():
+                native = _two_steps(model)
+            if torch.equal(found, native):
+                raise Broken(f"{kind}: {method!r} changes nothing")
+            if seen.inactive:
+                raise Broken(f"{kind}: {'; '.join(seen.inactive)} changed nothing")
+        elif not run.answers():
+            raise Broken(f"{kind}: {method!r} reads nothing")
+
+
+def _two_steps(model: Any) -> Tensor:
+    """The logits of a text and of two tokens after it."""
+    ids = _ids()
+    out = model(input_ids=ids[:, :-2], use_cache=True)
+    logits = [out.logits]
+    for i in (-2, -1):
+        out = model(input_ids=ids[:, i : LENGTH + i + 1], past_key_values=out.past_key_values, use_cache=True)
+        logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+SPY_PAPER = Paper("none", "A spy of the laws", "heedful", 2026)
+BEFORE_MAP = (Site.HIDDEN, Site.QUERY, Site.KEY, Site.VALUE)
+
+
+def _spy(site: Site) -> Method:
+    """A method that keeps what it sees at one site."""
+
+    def keep(self: Method, x: Tensor, call: Call) -> Cat:
+        return Cat.of(f"{call.layer}.{call.forward}", x)
+
+    body = {"keep": reads(site)(keep), "paper": SPY_PAPER, "__module__": __name__}
+    spy: type[Method] = type(f"Spy{site.name.title()}", (Method,), body)
+    return spy()
+
+
+@law("what comes before the first declared site, in the first layer, is untouched")
+def declared_sites_only(method: Method) -> None:
+    first = min(e.site.order for e in method.edits)
+    upstream = [site for site in BEFORE_MAP if site.order < first]
+    if not upstream:
+        raise DoesNotApply(f"acts at {method.edits[0].site.name} already")
+    model = _model("llama")
+    for site in upstream:
+        spy = _spy(site)
+        seen = []
+        for stack in (Stack((spy,)), Stack((method, spy))):
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore", InactiveWarning)
+                torch.manual_seed(0)
+                with attach(model, stack, roles=ROLES) as run:
+                    run(input_ids=_ids())
+            seen.append(run[spy][0].pieces["0.0"])
+        if not torch.equal(*seen):
+            raise Broken(f"{site.name} changed, which the method does not declare")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of everything a run might leave behind in a model."""
+    digest = hashlib.sha256()
+    for name, x in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name}{tuple(x.shape)}{x.dtype}{x.requires_grad}".encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for name, module in model.named_modules():
+        hooks = [len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks)]
+        digest.update(f"{name}{type(module).__qualname__}{module.training}{hooks}{sorted(vars(module))}".encode())
+        config = getattr(module, "config", None)
+        digest.update(
+            f"{getattr(config, '_attn_implementation', None)}{getattr(config, 'to_json_string', str)()}".encode()
+        )
+    return digest.hexdigest()
+
+
+class _Stop(HeedfulError):
+    pass
+
+
+@law("the model is as it was after a run, also after an exception inside it")
+def leaves_no_trace(method: Method) -> None:
+    model = _model("llama")
+    before, native = fingerprint(model), _logits(model, input_ids=_ids())
+    _logits(model, method, input_ids=_ids())
+    if fingerprint(model) != before:
+        raise Broken("something stays in the model after a run")
+
+    def stop(*_: Any) -> None:
+        raise _Stop("a fault in the middle of the model")
+
+    handle = model.get_submodule("model.layers.1.mlp").register_forward_pre_hook(stop)
+    try:
+        _logits(model, method, input_ids=_ids())
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    if fingerprint(model) != before:
+        raise Broken("something stays in the model after an exception inside it")
+    if not torch.equal(_logits(model, input_ids=_ids()), native):
+        raise Broken("the model answers differently after a run")
+
+
+@law("padding on the left and the order of a batch change nothing for the text")
+def padding(method: Method) -> None:
+    model, ids = _model("llama"), _ids()
+    plain = _logits(model, method, input_ids=ids)
+    swapped = _logits(model, method, input_ids=ids.flip(0)).flip(0)
+    if not close_model(swapped, plain):
+        raise Broken(f"the order of a batch moves logits by {error(swapped, plain):.2g}")
+    short = _logits(model, method, input_ids=ids[:1, :-5])
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids[:1, :-5]], 1)
+    mask = torch.cat([torch.zeros(1, 5, dtype=torch.long), torch.ones(1, LENGTH - 5, dtype=torch.long)], 1)
+    both = _logits(
+        model,
+        method,
+        input_ids=torch.cat([padded, ids[1:]]),
+        attention_mask=torch.cat([mask, torch.ones_like(ids[1:])]),
+    )
+    if not close_model(both[:1, 5:], short):
+        raise Broken(f"left padding moves logits by {error(both[:1, 5:], short):.2g}")
+    if not close_model(both[1:], plain[1:]):
+        raise Broken(f"another text's padding moves logits by {error(both[1:], plain[1:]):.2g}")
+
+
+@law("reading a text at once and token by token come to the same")
+def streaming(method: Method) -> None:
+    if not method.streams:
+        raise DoesNotApply("does not claim it: what it does depends on the call")
+    model = _model("llama")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", InactiveWarning)
+        torch.manual_seed(0)
+        with attach(model, method, roles=ROLES) as run:
+            steps = _two_steps(run)
+            ids = _ids()
+            out: Any = None
+            parts = []
+            for i in range(0, LENGTH, 6):
+                past = None if out is None else out.past_key_values
+                out = run(input_ids=ids[:, i : i + 6], past_key_values=past, use_cache=True)
+                parts.append(out.logits)
+            chunks = torch.cat(parts, 1)
+            whole = run(input_ids=ids, use_cache=False).logits
+    for name, found in (("token by token", steps), ("in chunks", chunks)):
+        if not close_model(found, whole):
+            raise Broken(f"{name}, logits differ by {error(found, whole):.2g}")
+
+
+@law("with every other method of the catalogue it works, or the clash is declared")
+def composes(method: Method) -> None:
+    from heedful.catalogue import entries
+
+    others = [kind.example() for kind in entries().values() if issubclass(kind, Method)]
+    model = _model("llama")
+    for other in others:
+        for a, b in ((method, other), (other, method)):
+            try:
+                stack = a | b
+            except ClashError:
+                continue
+            try:
+                found = _logits(model, stack, input_ids=_ids())
+            except HeedfulError as problem:
+                raise Broken(f"{stack!r} fails and declares no clash: {problem}") from problem
+            if not bool(found.isfinite().all()):
+                raise Broken(f"{stack!r} gives numbers that are not finite")
+
+
+@law("numbers that a method declares come true")
+def declared_numbers(method: Method) -> None:
+    declared = method.declares(LENGTH)
+    if not declared:
+        raise DoesNotApply("declares none")
+    model = _model("llama")
+    with attach(model, method, roles=ROLES) as run, torch.no_grad():
+        run(input_ids=_ids(), use_cache=True)
+    seen = run.activity()
+    rows = len(_ids())
+    measured = {"density": [*seen.density.values()]}
+    measured["kept"] = [kept / (rows * 2) for kept, _ in seen.kept.values()]  # 2 key heads
+    for name, value in declared.items():
+        found = measured.get(name)
+        if not found:
+            raise Broken(f"declares {name}, which nothing measures; known are {', '.join(measured)}")
+        if any(abs(x - value) > 1e-9 * max(1.0, abs(value)) for x in found):
+            raise Broken(f"declares {name} = {value:g} for {LENGTH} tokens, measured {found[0]:g}")
+
+
+EVERY = ("method", "tokens", "decode", "surgery")
+
+
+@law("it has a paper, a demo and a claim", EVERY)
+def is_documented(entry: Entry) -> None:
+    kind = type(entry)
+    if not (kind.paper.title and kind.paper.authors and (kind.paper.link or kind.paper.venue)):
+        raise Broken("its paper lacks title, authors or a way to find it")
+    if not (kind.__doc__ or "").strip() or (kind.__doc__ or "").startswith(f"{kind.__name__}("):
+        raise Broken("the class has no docstring")
+    if not kind.__module__.startswith("heedful.methods."):
+        return
+    file = Path(inspect.getfile(kind))
+    if '__name__ == "__main__"' not in file.read_text():
+        raise Broken("its file has no demo under __main__")
+    ledger = file.parents[3] / "claims"
+    if ledger.is_dir() and not (ledger / f"{claim_file(kind.paper.key)}.py").exists():
+        raise Broken(f"claims/{claim_file(kind.paper.key)}.py is missing")
+
+
+def claim_file(key: str) -> str:
+    """The name of a paper's file in the ledger."""
+    return key if key.isidentifier() else "A" + key.replace(".", "_")
+
+
+@law("an operation leaves the model it was given as it was, and neutral settings change nothing", ("surgery",))
+def surgery_is_clean(entry: Surgery) -> None:
+    model = _model("mha")
+    before, native = fingerprint(model), _logits(model, input_ids=_ids())
+    edited = _logits(operate(model, entry), input_ids=_ids())
+    if fingerprint(model) != before:
+        raise Broken("the model it was given changed")
+    if torch.equal(edited, native):
+        raise Broken(f"{entry!r} changes nothing")
+    if (quiet := type(entry).neutral()) is not None and not torch.equal(
+        _logits(operate(model, quiet), input_ids=_ids()), native
+    ):
+        raise Broken(f"{quiet!r} changes the model")

@@ -1,0 +1,81 @@
+"""What a law says of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from heedful.core.errors import HeedfulError
+from heedful.core.method import Entry
+
+
+class Broken(HeedfulError):
+    """A method breaks a law; the message says how."""
+
+
+class DoesNotApply(HeedfulError):
+    """A law has nothing to say of a method; the message says why."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """One law: a sentence, and a function that raises Broken or DoesNotApply."""
+
+    name: str
+    text: str
+    kinds: tuple[str, ...]
+    try_on: Callable[[Entry], None]
+
+
+LAWS: dict[str, Law] = {}
+
+
+def law(text: str, kinds: tuple[str, ...] = ("method",)) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a law under its function's name."""
+
+    def mark(function: Callable[..., None]) -> Callable[..., None]:
+        name = function.__name__
+        LAWS[name] = Law(name, text, kinds, function)
+        return function
+
+    return mark
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A law and what came of it: 'kept', 'broken' or 'does not apply'."""
+
+    law: str
+    outcome: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        mark = {"kept": "✓", "broken": "✗", "does not apply": "·"}[self.outcome]
+        return f"{mark} {self.law}" + (f": {self.reason}" if self.reason else "")
+
+
+@dataclass(frozen=True)
+class Report:
+    """All verdicts on one method."""
+
+    method: str
+    verdicts: tuple[Verdict, ...]
+
+    def __iter__(self) -> Iterator[Verdict]:
+        return iter(self.verdicts)
+
+    def __getitem__(self, name: str) -> Verdict:
+        return next(v for v in self.verdicts if v.law == name)
+
+    @property
+    def ok(self) -> bool:
+        return not self.broken
+
+    @property
+    def broken(self) -> tuple[Verdict, ...]:
+        return tuple(v for v in self.verdicts if v.outcome == "broken")
+
+    def __str__(self) -> str:
+        kept = sum(v.outcome == "kept" for v in self.verdicts)
+        head = f"{self.method}: {kept} laws kept, {len(self.broken)} broken"
+        return "\n".join([head, *(f"  {v}" for v in self.verdicts)])
