@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.core.call import Span
-from heedful.core.errors import FieldError, SiteError
+from heedful.core.errors import FieldError, InactiveWarning, RefusedModel, SiteError
 from heedful.core.kinds import Decode, HeadWeights, Prompt, Surgery, Tokens
 from heedful.core.method import Bench, Layer, Method, Part
 from heedful.core.stack import Stack
@@ -75,7 +76,9 @@ def fit(
         for p, _, _ in before:
             p.requires_grad_(False)
         bench: Bench = _Bench(model, only)
-        return method.fit(bench, batches)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InactiveWarning)  # what a fit starts from changes nothing, often on purpose
+            return method.fit(bench, batches)
     finally:
         for p, required, grad in before:
             p.requires_grad_(required)
@@ -124,6 +127,13 @@ def arrange(model: nn.Module, prompt: Prompt, step: Tokens, *, only: str | Itera
     return step.arrange(prompt, read)
 
 
+def _require_causal(model: nn.Module) -> None:
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel) and (not model.can_generate() or model.config.is_encoder_decoder):
+        raise RefusedModel(f"decode() continues a prompt, and {type(model).__name__} is no causal language model")
+
+
 @torch.no_grad()
 def decode(
     model: nn.Module, prompt: Prompt, step: Decode, *, new_tokens: int = 20, stop: int | None = None,
@@ -132,7 +142,10 @@ def decode(
     """Greedy continuation of a prompt from logits that a decoding step combines."""
     if new_tokens < 1:
         raise FieldError("decode()", "new_tokens", new_tokens, "must be 1 or more", 20)
+    _require_causal(model)
     variants = step.variants(prompt)
+    if not variants:
+        raise FieldError(step, "variants", {}, "must name one run or more", {"prompt": (prompt, Stack())})
     feeds = {name: _tensor(shown, model) for name, (shown, _) in variants.items()}
     caches: dict[str, Any] = {}
     out: list[int] = []
@@ -148,7 +161,11 @@ def decode(
                 seen = run(input_ids=feeds[name], past_key_values=caches.get(name), use_cache=True)
                 run.pause()
                 caches[name], logits[name] = seen.past_key_values, seen.logits[0, -1]
-            token = int(step.combine(logits).argmax())
+            mixed = step.combine(logits)
+            if not isinstance(mixed, Tensor) or mixed.shape != seen.logits.shape[-1:]:
+                got = tuple(mixed.shape) if isinstance(mixed, Tensor) else type(mixed).__name__
+                raise SiteError(f"{step!r}: combine must return logits {tuple(seen.logits.shape[-1:])}, got {got}")
+            token = int(mixed.argmax())
             out.append(token)
             if token == stop:
                 break

@@ -87,8 +87,8 @@ def example_acts(method: Method) -> None:
         if _edits(method):
             with torch.no_grad():
                 native = _two_steps(model)
-            if torch.equal(found, native):
-                raise Broken(f"{kind}: {method!r} changes nothing")
+            if close_model(found, native):
+                raise Broken(f"{kind}: {method!r} changes nothing beyond rounding")
             if seen.inactive:
                 raise Broken(f"{kind}: {'; '.join(seen.inactive)} changed nothing")
         elif not run.answers():

@@ -83,5 +83,6 @@ class InactiveWarning(UserWarning):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A 'did you mean' clause, empty when nothing is near."""
-    close = get_close_matches(word.lower(), {k.lower(): k for k in known}, n=3, cutoff=0.5)
-    return f" Did you mean {', '.join(close)}?" if close else ""
+    names = {name.lower(): name for name in known}
+    close = get_close_matches(word.lower(), names, n=3, cutoff=0.6)
+    return f" Did you mean {', '.join(names[c] for c in close)}?" if close else ""

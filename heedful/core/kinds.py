@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,8 @@ class Prompt:
     roles: Mapping[str, tuple[Span, ...]] = field(default_factory=lambda: NO_ROLES, hash=False)
 
     def __post_init__(self) -> None:
+        if not self.tokens:
+            raise FieldError(self, "tokens", self.tokens, "must hold one token id or more", (1, 2))
         for role, spans in self.roles.items():
             for start, stop in spans:
                 if not 0 <= start < stop <= len(self.tokens):
@@ -44,6 +47,8 @@ class Prompt:
             raise FieldError(
                 self, "order", order, f"must name each of {len(spans)} spans once", tuple(range(len(spans)))
             )
+        if any(a[1] > b[0] for a, b in pairwise(spans)):
+            raise FieldError(self, "roles", {role: spans}, "must stand one after the other", {role: ((0, 4), (4, 6))})
         tokens: list[int] = []
         moved: list[Span] = []
         done = 0

@@ -133,10 +133,10 @@ class Method(Entry, abstract=True):
         super().__init_subclass__(abstract=abstract)
         found: dict[str, Edit] = {}
         for base in reversed(cls.__mro__):
-            for member in vars(base).values():
+            for name, member in vars(base).items():
                 mark = getattr(member, "__heedful_edit__", None)
                 if isinstance(mark, Edit):
-                    found[mark.name] = mark
+                    found[name] = mark._replace(name=name)
         cls.edits = tuple(sorted(found.values(), key=lambda e: e.site.order))
         if abstract:
             return

@@ -196,7 +196,7 @@ class Histogram(Statistic):
         """Over the last axis of `x`, each element counted once or by its weight."""
         marks = tuple(float(e) for e in edges)
         inner = torch.tensor(marks[1:-1], dtype=x.dtype, device=x.device)
-        slots = torch.bucketize(x.detach(), inner, right=True)
+        slots = torch.bucketize(x.detach().contiguous(), inner, right=True)
         weight = torch.ones_like(x, dtype=torch.float64) if weight is None else _wide(weight.detach()).expand_as(x)
         counts = weight.new_zeros(*x.shape[:-1], len(marks) - 1).scatter_add_(-1, slots, weight)
         return cls(marks, counts)

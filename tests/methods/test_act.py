@@ -1,0 +1,127 @@
+"""ACT: sinks inside the text lose weight, and each row's other keys get it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from heedful import attach, models
+from heedful.conformance.tolerances import close, close_model
+from heedful.core.call import Call, Phase
+from heedful.core.errors import FieldError
+from heedful.core.mask import Places
+from heedful.methods.intervene.act import ACT
+
+
+def _pattern(n: int = 13, seed: int = 0) -> Tensor:
+    scores = 3 * torch.randn(2, 3, n, n, generator=torch.Generator().manual_seed(seed))
+    scores[..., 5] += 4
+    return scores.masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
+
+
+def _call(n: int, start: int = 0) -> Call:
+    keep = torch.ones(n, n, dtype=torch.bool).tril()
+    places = Places.row(start, n)
+    return Call(0, 1, "layer", 3, 3, places, places, 1.0, keep=keep[None, None], rows=slice(0, n), cols=slice(0, n))
+
+
+def _by_loops(pattern: Tensor, beta: float, high: float) -> Tensor:
+    """The formula, column by column and row by row, as the authors' code reads."""
+    out = pattern.clone()
+    n = pattern.shape[-1]
+    for b in range(pattern.shape[0]):
+        for h in range(pattern.shape[1]):
+            a = pattern[b, h]
+            sinks = [k for k in range(n) if float(a[:, k].sum()) / (n - k) > high][1:]
+            rest = [k for k in range(n) if k not in sinks]
+            for i in range(n):
+                freed = (1 - beta) * sum(float(a[i, k]) for k in sinks)
+                for k in sinks:
+                    out[b, h, i, k] = beta * a[i, k]
+                for k in rest:
+                    out[b, h, i, k] = a[i, k] + freed * a[i, k] / a[i, rest].sum()
+    return out
+
+
+@pytest.mark.parametrize(("beta", "high"), [(0.4, 0.1), (0.0, 0.2), (0.9, 0.05)])
+def test_the_formula(beta: float, high: float) -> None:
+    pattern = _pattern()
+    found = ACT(beta, high).calibrate(pattern, _call(13))
+    assert close(found, _by_loops(pattern, beta, high))
+    assert close(found.sum(-1), torch.ones(2, 3, 13))
+    assert not close(found, pattern)
+
+
+def test_the_papers_threshold_shrinks_with_length() -> None:
+    pattern = _pattern()
+    assert torch.equal(ACT(ratio=1.3).calibrate(pattern, _call(13)), ACT(threshold=0.1).calibrate(pattern, _call(13)))
+
+
+def test_the_first_sink_is_spared_and_decoding_left_alone() -> None:
+    pattern, call = _pattern(), _call(13)
+    sinks = ACT(threshold=0.05).sinks(pattern, call)
+    high = pattern.sum(-2) / torch.arange(13, 0, -1) > 0.05
+    assert torch.equal(high.sum(-1) - 1, sinks.sum(-1))
+    assert not sinks.gather(-1, high.long().argmax(-1, keepdim=True)).any()
+    assert ACT().calibrate(pattern, replace(call, phase=Phase.DECODE)) is pattern
+
+
+def test_a_row_with_nobody_to_give_to_stays() -> None:
+    pattern = torch.zeros(1, 3, 4, 4)
+    pattern[..., 0, 0] = pattern[..., 1, 1] = pattern[..., 2, 1] = pattern[..., 3, 1] = 1
+    found = ACT().calibrate(pattern, _call(4))
+    assert torch.equal(found, pattern)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_counts_for_nothing(side: str) -> None:
+    model, method = models.tiny("llama"), ACT(threshold=0.05)
+    ids = models.tiny_inputs(model, batch=1, length=14)["input_ids"]
+    pad = torch.zeros(1, 6, dtype=torch.long)
+    parts, marks = [ids, pad], [torch.ones_like(ids), pad]
+    if side == "left":
+        parts, marks = parts[::-1], marks[::-1]
+    padded, mask = torch.cat(parts, 1), torch.cat(marks, 1)
+    with torch.no_grad(), attach(model, method) as run:
+        alone = run(input_ids=ids).logits
+        found = run(input_ids=padded, attention_mask=mask).logits[mask.bool()][None]
+    assert close_model(found, alone)
+
+
+def test_heads_are_chosen_by_wrapping() -> None:
+    model = models.tiny("llama")
+    inputs = models.tiny_inputs(model, length=20)
+    with torch.no_grad():
+        native = model(**inputs).logits
+        logits = []
+        for part in (ACT.example(), ACT.example().on(layers=1, heads=[0, 3])):
+            with attach(model, part) as run:
+                logits.append(run(**inputs).logits)
+    assert not torch.equal(logits[0], native)
+    assert not torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[1], native)
+
+
+def test_neutral_is_the_model_itself_bit_for_bit() -> None:
+    model = models.tiny("llama", attn_implementation="eager")
+    inputs = models.tiny_inputs(model)
+    with torch.no_grad():
+        native = model(**inputs).logits
+        with pytest.warns(match="changed nothing"), attach(model, ACT.neutral(), backend="reference") as run:
+            assert torch.equal(run(**inputs).logits, native)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"beta": 1.5}, r"ACT\.beta = 1\.5: must lie from 0 to 1"),
+        ({"threshold": -0.1}, r"ACT\.threshold"),
+        ({"ratio": 0.0}, r"ACT\.ratio"),
+    ],
+)
+def test_wrong_fields_are_refused(settings: dict[str, float], match: str) -> None:
+    with pytest.raises(FieldError, match=match):
+        ACT(**settings)

@@ -1,0 +1,141 @@
+"""FocusDirections: directions added to queries and keys, and learned from attention mass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from heedful import Fitted, attach, fit, models
+from heedful.conformance.tolerances import close, close_model
+from heedful.core.errors import FieldError
+from heedful.methods.intervene.focus_directions import FocusDirections, _Mass
+
+ROLES = {"relevant": ((3, 6),)}
+
+
+def _directions(layer: int = 1) -> Fitted:
+    draw = torch.Generator().manual_seed(1)
+    q = torch.zeros(4, 8)
+    q[2] = 3 * torch.randn(8, generator=draw)
+    return Fitted({f"q.{layer}": q, f"k.{layer}": torch.randn(2, 8, generator=draw)})
+
+
+def test_queries_move_and_softmax_forgets_the_keys_direction() -> None:
+    model = models.tiny("llama")
+    inputs = models.tiny_inputs(model, length=15)
+    one = _directions()
+    other = Fitted({"q.1": one["q.1"], "k.1": -2 * one["k.1"]})
+    logits = []
+    with torch.no_grad():
+        native = model(**inputs).logits
+        for directions in (one, other):
+            with attach(model, FocusDirections(0.5, directions=directions), backend="reference") as run:
+                logits.append(run(**inputs).logits)
+    assert close_model(logits[0], logits[1])
+    assert not close_model(logits[0], native)
+
+
+def test_the_formula() -> None:
+    """Against scores built by hand: (q + alpha d_Q)(k + alpha d_K), heads that were not chosen untouched."""
+    from heedful.conformance.bare import Bare
+
+    bare, directions = Bare(), _directions(layer=0)
+    heads, _ = bare.run(FocusDirections(0.5, directions=directions), "reference")
+    plain, _ = bare.run(FocusDirections(0.0), "reference")
+    q = bare.q + 0.5 * directions["q.0"][:, None]
+    k = (bare.k + 0.5 * directions["k.0"][:, None]).repeat_interleave(2, 1)
+    scores = (q @ k.mT * bare.call.scale).masked_fill(~torch.ones(19, 19, dtype=torch.bool).tril(), float("-inf"))
+    assert close(heads, scores.softmax(-1) @ bare.v.repeat_interleave(2, 1))
+    assert close(heads[:, [0, 1, 3]], plain[:, [0, 1, 3]])
+    assert not close(heads[:, 2], plain[:, 2])
+
+
+@pytest.mark.parametrize("rows", [2, 64])
+def test_mass_is_the_last_tokens_weight_on_the_relevant_span(rows: int) -> None:
+    model = models.tiny("llama", attn_implementation="eager")
+    ids = models.tiny_inputs(model, batch=1, length=12)["input_ids"]
+    with torch.no_grad():
+        wanted = [a[0, :, -1, 3:6].sum(-1) for a in model(input_ids=ids, output_attentions=True).attentions]
+        with attach(model, _Mass(), roles=ROLES, backend="tiled", tile_rows=rows) as run:
+            run(input_ids=ids)
+            pad = torch.zeros(1, 4, dtype=torch.long)
+            for parts in ((pad, ids), (ids, pad)):
+                whole = torch.cat(parts, 1)
+                run(input_ids=whole, attention_mask=(whole > 0).long())
+    for layer, mass in run[_Mass()].items():
+        assert close_model(mass, wanted[layer])
+
+
+def test_a_fit_raises_the_mass_and_leaves_the_model_alone() -> None:
+    model = models.tiny("llama")
+    batches = [{**models.tiny_inputs(model, seed=i), "roles": ROLES} for i in range(3)]
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    method = fit(FocusDirections(alpha=1.0, heads=2, epochs=5, rate=0.1), model, batches)
+    assert method == fit(FocusDirections(alpha=1.0, heads=2, epochs=5, rate=0.1), model, batches)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert method.directions is not None
+    chosen = [(int(n[2:]), i) for n, d in method.directions.items() if n[0] == "q" for i in range(4) if d[i].any()]
+    assert len(chosen) == 2
+    scale = max(float(d.abs().max()) for n, d in method.directions.items() if n[0] == "q")
+    assert all(float(d.abs().max()) < 0.01 * scale for n, d in method.directions.items() if n[0] == "k")
+    masses = []
+    for part in (_Mass(), method | _Mass()):
+        with torch.no_grad(), attach(model, part, roles=ROLES) as run:
+            for batch in batches:
+                run(input_ids=batch["input_ids"])
+            masses.append(sum(float(run[_Mass()][layer][i]) for layer, i in chosen))
+    assert masses[1] > masses[0]
+
+
+def test_neutral_is_the_model_itself_bit_for_bit() -> None:
+    model = models.tiny("llama", attn_implementation="eager")
+    inputs = models.tiny_inputs(model)
+    with torch.no_grad():
+        native = model(**inputs).logits
+        with (
+            pytest.warns(match="changed nothing"),
+            attach(model, FocusDirections.neutral(), backend="reference") as run,
+        ):
+            assert torch.equal(run(**inputs).logits, native)
+
+
+@pytest.mark.parametrize("tile_rows", [1, 5])
+def test_tiles_agree(tile_rows: int) -> None:
+    model = models.tiny("llama")
+    inputs = models.tiny_inputs(model, length=19)
+    stack = FocusDirections.example() | _Mass()
+    found = []
+    with torch.no_grad():
+        for backend, rows in (("reference", None), ("tiled", tile_rows)):
+            with attach(model, stack, backend=backend, tile_rows=rows, roles=ROLES) as run:
+                found.append((run(**inputs).logits, run[_Mass()][1]))
+    assert close_model(found[1][0], found[0][0])
+    assert close_model(found[1][1], found[0][1])
+
+
+def test_errors_say_what_to_do() -> None:
+    model = models.tiny("llama")
+    inputs = models.tiny_inputs(model)
+    with pytest.raises(FieldError, match=r"must be fitted with heedful\.fit"), attach(model, FocusDirections()) as run:
+        run(**inputs)
+    for wrong in (Fitted({"q.0": torch.zeros(9, 64)}), _directions(layer=7)):
+        method = FocusDirections(directions=wrong)
+        with pytest.raises(FieldError, match="was fitted to another model"), attach(model, method) as run:
+            run(**inputs)
+    for batches in ([], [inputs]):
+        with pytest.raises(FieldError, match='roles naming "relevant"'):
+            fit(FocusDirections(), model, batches)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"alpha": float("nan")}, r"FocusDirections\.alpha"),
+        ({"heads": 0}, r"FocusDirections\.heads = 0"),
+        ({"epochs": 0}, r"FocusDirections\.epochs = 0"),
+        ({"rate": 0.0}, r"FocusDirections\.rate"),
+    ],
+)
+def test_wrong_fields_are_refused(settings: dict[str, float], match: str) -> None:
+    with pytest.raises(FieldError, match=match):
+        FocusDirections(**settings)

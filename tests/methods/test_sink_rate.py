@@ -1,0 +1,151 @@
+"""Sink rate against dense maps, with padding on either side, in tiles, and where it must keep silent."""
+
+import pytest
+import torch
+
+import heedful
+from heedful import models
+from heedful.conformance.tolerances import close, close_model
+from heedful.core.errors import FieldError, StatisticError
+from heedful.core.stats import merged
+from heedful.methods.observe.sink_rate import SinkRate, Sinks
+from heedful.methods.sparse.sink_window import SinkWindow
+
+EPSILON = 0.12  # low enough that some heads of a tiny random model have sinks and some have none
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.tiny("llama", num_hidden_layers=3)
+
+
+def found(model, inputs, method=None, **how) -> Sinks:
+    method = method or SinkRate(EPSILON)
+    with heedful.attach(model, method, **how) as run, torch.no_grad():
+        for batch in inputs if isinstance(inputs, list) else [inputs]:
+            run(**batch)
+        return run[method]
+
+
+def ids(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
+
+
+def same(a: Sinks, b: Sinks) -> bool:
+    rates = all(torch.equal(a.rate[n].nan_to_num(), b.rate[n].nan_to_num()) for n in b.rate)
+    return rates and all(close_model(a.importance[n].float(), b.importance[n].float()) for n in b.rate)
+
+
+def test_is_the_formula_of_the_paper() -> None:
+    eager = models.tiny("llama", num_hidden_layers=3, attn_implementation="eager")
+    inputs = models.tiny_inputs(eager, batch=4, length=20)
+    with torch.no_grad():
+        maps = torch.stack(eager(**inputs, output_attentions=True).attentions).double()  # [l b h q k]
+    alpha = maps.sum(-2) / torch.arange(20, 0, -1)
+    sinks = found(eager, inputs)
+    wanted = (alpha > EPSILON).double().mean(1)
+    assert 0 < wanted.mean() < 1
+    for layer in range(3):
+        assert torch.equal(sinks.rate[layer], wanted[layer])
+        assert close(sinks.importance[layer].float(), alpha[layer].mean(0).float())
+    assert close(sinks.by_position, wanted.mean((0, 1)))
+    assert sinks.first == pytest.approx(float(wanted[..., 0].mean()))
+    assert sinks.by_layer(2) == pytest.approx({n: float(wanted[n, :, 2].mean()) for n in range(3)})
+
+
+def test_epsilon_is_exclusive(model) -> None:
+    # a text of one token gives its only key the weight one, which no epsilon below one hides
+    only = {"input_ids": ids(1)}
+    assert found(model, only, SinkRate(0.999)).first == 1.0
+    alpha = found(model, {"input_ids": ids(9)}).importance[0]
+    edge = float(alpha[0, 0])
+    assert found(model, {"input_ids": ids(9)}, SinkRate(edge)).rate[0][0, 0] == 0.0
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_does_not_count(model, left: bool) -> None:
+    short, long = ids(11, 1), ids(17, 2)
+    pad, one = torch.zeros(1, 6, dtype=torch.long), torch.ones_like(short)
+    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
+    mask = torch.cat([torch.cat([pad, one] if left else [one, pad], 1), torch.ones_like(long)])
+    apart = found(model, [{"input_ids": short}, {"input_ids": long}])
+    together = found(model, {"input_ids": padded, "attention_mask": mask})
+    assert same(together, apart)
+    assert together.rate[0].shape == (4, 17)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "bert", "gpt2"])
+def test_tiles_do_not_matter(kind: str) -> None:
+    model = models.tiny(kind)
+    inputs = models.tiny_inputs(model, length=23)
+    whole = found(model, inputs, backend="reference")
+    for rows in (1, 5, 23):
+        assert same(found(model, inputs, tile_rows=rows, backend="tiled"), whole)
+
+
+def test_only_rows_that_see_a_key_count(model) -> None:
+    inputs = {"input_ids": ids(20)}
+    stack = SinkWindow(0, 1) | SinkRate(0.999)
+    with heedful.attach(model, stack) as run, torch.no_grad():
+        run(**inputs)
+    assert run[SinkRate(0.999)].first == 1.0  # each row sees itself alone, with weight one
+
+
+def test_batches_merge_and_come_back_from_disk(model, tmp_path) -> None:
+    batches = [{"input_ids": ids(n, n)} for n in (5, 9, 13)]
+    whole = found(model, batches)
+    files = []
+    for i, batch in enumerate(batches):
+        with heedful.attach(model, SinkRate(EPSILON)) as run:
+            run(**batch)
+        files.append(run.save(tmp_path / f"{i}.safetensors"))
+    with heedful.attach(model, SinkRate(EPSILON)) as run:
+        for file in reversed(files):
+            run.merge(file)
+    assert same(run[SinkRate(EPSILON)], whole)
+    parts = [heedful.stats.load(file)["0.weigh_keys.1"] for file in files]
+    assert close(merged(parts).value[0], whole.rate[1])
+
+
+def test_heads_and_layers(model) -> None:
+    inputs = {"input_ids": ids(15)}
+    some = SinkRate(EPSILON).on(layers=[1, 2], heads=[0, 3])
+    with heedful.attach(model, some) as run, torch.no_grad():
+        run(**inputs)
+    whole = found(model, inputs)
+    assert list(run[some].rate) == [1, 2]
+    assert torch.equal(run[some].rate[1], whole.rate[1][[0, 3]])
+
+
+def test_decoding_steps_are_not_counted(model) -> None:
+    with heedful.attach(model, SinkRate(EPSILON)) as run:
+        run.generate(input_ids=ids(9), max_new_tokens=4, do_sample=False)
+    assert same(run[SinkRate(EPSILON)], found(model, {"input_ids": ids(9)}))
+
+
+def test_cross_attention_counts_the_keys_of_the_other_text() -> None:
+    model = models.tiny("t5")
+    inputs = models.tiny_inputs(model, length=8)
+    inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :5]
+    shapes = {tuple(x.shape) for x in found(model, inputs).rate.values()}
+    assert shapes == {(4, 8), (4, 5)}
+    assert found(model, inputs).by_position.shape == (8,)
+
+
+def test_changes_nothing_and_keeps_no_graph(model) -> None:
+    inputs = {"input_ids": ids(12)}
+    with heedful.attach(model, SinkRate(EPSILON)) as run:
+        out = run(**inputs).logits
+        assert run.activity().active
+    assert close_model(out, model(**inputs).logits)
+    assert not any(s.value.requires_grad for s in run.book.statistics.values())
+    assert "first-token sink rate" in str(run[SinkRate(EPSILON)])
+
+
+def test_says_what_is_wrong(model) -> None:
+    for bad in (-0.1, 1.0):
+        with pytest.raises(FieldError, match=r"epsilon = .*from 0 to below 1"):
+            SinkRate(bad)
+    with heedful.attach(model, SinkRate()) as run, pytest.raises(StatisticError, match="read nothing yet"):
+        run[SinkRate()]

@@ -1,0 +1,97 @@
+"""Small methods that several test files use."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from heedful.core.call import Call, Entries
+from heedful.core.mask import First, Mask, Window
+from heedful.core.method import Layer, Method
+from heedful.core.paper import Paper
+from heedful.core.sites import Site, at, reads
+from heedful.core.stats import Cat, Mean
+
+PAPER = Paper("T000", "A test", "Ada Tester, Bo Other", 2026, url="https://example.org")
+
+
+class Scale(Method):
+    """Multiplies what heads hand over."""
+
+    paper = PAPER
+    by: float = 2.0
+
+    @at(Site.HEADS)
+    def scale(self, heads: Tensor, call: Call) -> Tensor:
+        return heads * self.by
+
+
+class Zero(Method):
+    """Nobody attends to anything."""
+
+    paper = PAPER
+
+    @at(Site.PATTERN)
+    def zero(self, pattern: Tensor, call: Call) -> Tensor:
+        return pattern * 0
+
+
+class Narrow(Method):
+    """A window with one sink."""
+
+    paper = PAPER
+    size: int = 4
+
+    @at(Site.MASK)
+    def narrow(self, mask: Mask, call: Call) -> Mask:
+        return mask & (Window(self.size) | First(1))
+
+
+class Shares(Method):
+    """The mean share of each head's attention that the first token gets."""
+
+    paper = PAPER
+
+    @reads(Site.PATTERN)
+    def first(self, pattern: Tensor, call: Call) -> Mean:
+        share = (pattern * (call.pairs.k == 0)).sum(-1) * call.live
+        return Mean.of(share.sum((0, 2)), float(call.live.expand(pattern.shape[0], 1, -1).sum()))
+
+
+class Keep(Method):
+    """Keeps whole patterns."""
+
+    paper = PAPER
+
+    @reads(Site.PATTERN)
+    def keep(self, pattern: Tensor, call: Call) -> Cat:
+        return Cat.of(f"{call.forward:03d}.{call.rows.start:05d}", pattern)
+
+
+class Gate(Method):
+    """A learned number for each head."""
+
+    paper = PAPER
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        import torch
+
+        return {"gate": torch.full((layer.heads,), 0.5)}
+
+    @at(Site.HEADS)
+    def gate(self, heads: Tensor, call: Call) -> Tensor:
+        return heads * call.params["gate"][:, None, None]
+
+
+class Forget(Method):
+    """Keeps the last entries of the cache, a different number for each key head."""
+
+    paper = PAPER
+    last: int = 4
+
+    @at(Site.CACHE)
+    def forget(self, entries: Entries, call: Call) -> Tensor:
+        import torch
+
+        groups = torch.arange(call.kv_heads)[None, :, None]
+        newest = entries.places.index.amax(-1, keepdim=True)
+        return entries.valid & (newest - entries.places.index < self.last + groups)

@@ -1,0 +1,213 @@
+"""Values: methods, stacks, masks, papers, prompts, fitted tensors; and every error they raise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from heedful import Fitted, Method, Prompt, Site, Stack, at
+from heedful.core import errors
+from heedful.core.call import Call, Phase
+from heedful.core.errors import CatalogueError, ClashError, DefinitionError, FieldError, HeedfulError, nearest
+from heedful.core.mask import Causal, First, Mask, Pairs, Places, Where, Window, intersection, union
+from heedful.core.paper import Paper
+from heedful.core.sites import reads
+from heedful.core.stats import Sum
+
+from .samples import PAPER, Narrow, Scale, Shares, Zero
+
+
+class Mixer(Method):
+    """Replaces the map."""
+
+    paper = PAPER
+
+    @at(Site.MIX)
+    def mix(self, qkv: tuple[Tensor, Tensor, Tensor], call: Call) -> Tensor:
+        return torch.zeros_like(qkv[0])
+
+
+class Other(Mixer):
+    paper = PAPER
+
+
+class Alone(Scale):
+    """Cannot stand Zero."""
+
+    paper = PAPER
+    forbids = {"Zero": "there is nothing left to scale"}
+
+
+def test_methods_are_values() -> None:
+    assert Scale(3.0) == Scale(by=3.0)
+    assert hash(Scale(3.0)) == hash(Scale(3.0))
+    assert repr(Scale()) == "Scale(by=2.0)"
+    with pytest.raises(AttributeError):
+        Scale().by = 1.0  # type: ignore[misc]
+
+
+def test_stacks_print_hash_and_order() -> None:
+    stack = Scale() | Zero().on(layers=1) | Narrow().when("prefill")
+    assert repr(stack) == "Scale(by=2.0) | Zero().on(layers=[1]) | Narrow(size=4).when('prefill')"
+    assert stack == Stack((Scale(), Zero().on(layers=1), Narrow().when("prefill")))
+    assert len({stack, Scale() | Zero().on(layers=1) | Narrow().when("prefill")}) == 1
+    assert [s.edit.site for s in stack.steps()] == [Site.MASK, Site.PATTERN, Site.HEADS]
+    assert [s.number for s in stack.steps(layer=0)] == [2, 0]
+    assert [s.number for s in stack.steps(layer=1, phase=Phase.DECODE)] == [1, 0]
+    assert (Scale() | (Zero() | Narrow())) == ((Scale() | Zero()) | Narrow())
+    assert stack.cite().count("@article") == 1
+
+
+@pytest.mark.parametrize(
+    ("join", "reason"),
+    [
+        (lambda: Mixer() | Other(), "both replace MIX"),
+        (lambda: Mixer() | Zero(), "there is no PATTERN for Zero"),
+        (lambda: Shares() | Mixer(), "there is no PATTERN for Shares"),
+        (lambda: Narrow() | Mixer(), "has none to mask"),
+        (lambda: Alone() | Zero(), "nothing left to scale"),
+        (lambda: Zero() | Alone(), "nothing left to scale"),
+    ],
+)
+def test_clashes_are_raised_where_methods_join(join: object, reason: str) -> None:
+    with pytest.raises(ClashError, match=reason):
+        join()  # type: ignore[operator]
+
+
+def test_methods_that_never_meet_do_not_clash() -> None:
+    assert len(Mixer().on(layers=0) | Other().on(layers=1)) == 2
+    assert len(Mixer().when("prefill") | Other().when("decode")) == 2
+
+
+def test_wrong_methods_are_refused_when_defined() -> None:
+    with pytest.raises(DefinitionError, match="Empty edits no site"):
+        type("Empty", (Method,), {"paper": PAPER})
+    with pytest.raises(DefinitionError, match="Lost has no paper"):
+        type("Lost", (Method,), {"f": at(Site.KEY)(lambda self, x, call: x)})
+    edit = lambda self, x, call: x  # noqa: E731 - a marked function needs its own object
+    body = {n: at(s)(type(edit)(edit.__code__, {}, n)) for n, s in (("a", Site.KEY), ("b", Site.KEY))}
+    with pytest.raises(DefinitionError, match="marks one site twice"):
+        type("Twice", (Method,), {"paper": PAPER, **body})
+    sites = (Site.KEY, Site.QUERY, Site.HEADS)
+    body = {s.name: at(s)(type(edit)(edit.__code__, {}, s.name)) for s in sites}
+    with pytest.raises(DefinitionError, match="marks 3 sites"):
+        type("Three", (Method,), {"paper": PAPER, **body})
+
+
+def test_stacks_hold_methods_only() -> None:
+    with pytest.raises(DefinitionError, match="not the class Scale"):
+        Scale() | Scale  # type: ignore[operator]
+    with pytest.raises(DefinitionError, match="not 3"):
+        Stack((3,))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Scale().on(layers=[]), r"Scale.on\(\).layers = \[\]: must be one or more numbers"),
+        (lambda: Scale().on(heads=-1), r"Scale.on\(\).heads = -1"),
+        (lambda: Mixer().on(heads=0), "MIX has no head axis"),
+        (lambda: Scale().when("later"), r"must be 'prefill' or 'decode'; for example phase='prefill'"),
+        (lambda: Window(0), "Window.size = 0: must be 1 or more keys"),
+        (lambda: First(-1), "First.count = -1"),
+        (lambda: Paper("k", "", "a", 2020), "Paper.title = ''"),
+        (lambda: Paper("k", "t", "a", 20), "Paper.year = 20: must be a year"),
+        (lambda: Paper("k", "t", "a", 2020, differs="no"), "must be a tuple of sentences"),  # type: ignore[arg-type]
+        (lambda: Prompt((1, 2), {"a": ((0, 3),)}), "a span lies within the 2 tokens"),
+        (lambda: Prompt((1, 2)).spans("a"), "has no spans named 'a'"),
+        (lambda: Prompt((1, 2), {"a": ((0, 1),)}).reordered("a", (1,)), "must name each of 1 spans once"),
+    ],
+)
+def test_wrong_values_name_field_value_rule_and_a_good_value(make: object, message: str) -> None:
+    with pytest.raises(FieldError, match=message) as caught:
+        make()  # type: ignore[operator]
+    assert "for example" in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_the_drawn_error_tree_is_the_tree() -> None:
+    drawn = [line.strip("│├└─ ").split()[0] for line in (errors.__doc__ or "").splitlines() if "──" in line]
+    real = {n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, HeedfulError)}
+    assert set(drawn) | {"HeedfulError"} == real
+
+
+def test_near_names_are_offered() -> None:
+    assert nearest("sinkwindo", ["SinkWindow", "ACT"]) == " Did you mean SinkWindow?"
+    assert nearest("zzz", ["SinkWindow"]) == ""
+    assert str(CatalogueError("plain words")) == "plain words"
+
+
+def test_bibtex_is_made_of_the_paper() -> None:
+    text = Paper("P1", "Some Title", "Ada B. Tester, Bo Other", 2025, "2501.00001", "ICML").bibtex()
+    assert text.startswith("@article{tester2025some,")
+    assert "author = {Ada B. Tester and Bo Other}" in text
+    assert "url = {https://arxiv.org/abs/2501.00001}" in text
+
+
+ranges = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=4).map(tuple)
+
+
+@given(a=ranges, b=ranges)
+def test_ranges_behave_as_sets(a: tuple[tuple[int, int], ...], b: tuple[tuple[int, int], ...]) -> None:
+    def points(r: tuple[tuple[int, int], ...]) -> set[int]:
+        return {i for lo, hi in r for i in range(lo, hi)}
+
+    assert points(union(a, b)) == points(a) | points(b)
+    assert points(intersection(a, b)) == points(a) & points(b)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    window=st.integers(1, 9), sinks=st.integers(0, 4), start=st.integers(0, 6), rows=st.integers(1, 6),
+    pads=st.lists(st.integers(0, 5), min_size=1, max_size=3), keys=st.integers(1, 16),
+)  # fmt: skip
+def test_no_kept_pair_lies_outside_the_columns_of_a_mask(
+    window: int, sinks: int, start: int, rows: int, pads: list[int], keys: int
+) -> None:
+    pad = torch.tensor(pads)
+    q, k = Places.row(start, rows, pad=pad), Places.row(0, keys, pad=pad)
+    mask = Mask((Causal(),)) & (Window(window) | First(sinks))
+    keep = mask.keeps(Pairs(q, k, 1, slice(0, rows), slice(0, keys)))
+    assert keep is not None
+    seen = set(keep.flatten(0, -2).any(0).nonzero().flatten().tolist())
+    columns = {i for lo, hi in mask.columns(q, k, slice(0, rows)) for i in range(lo, hi)}
+    assert seen <= columns
+
+
+def test_rules_join() -> None:
+    places = Places.row(0, 5)
+    pairs = Pairs(places, places, 1, slice(0, 5), slice(0, 5))
+    even = Where(lambda q, k: (q - k) % 2 == 0)
+    both = (Window(3) & even).keeps(pairs)
+    assert torch.equal(both, Window(3).keeps(pairs) & even.keeps(pairs))
+    assert Mask().keeps(pairs) is None
+
+
+def test_a_prompt_reorders_its_documents_and_nothing_else() -> None:
+    prompt = Prompt(tuple(range(10)), {"documents": ((1, 3), (4, 7)), "question": ((8, 10),)})
+    new = prompt.reordered("documents", (1, 0))
+    assert new.tokens == (0, 4, 5, 6, 3, 1, 2, 7, 8, 9)
+    assert new.roles["documents"] == ((1, 4), (5, 7))
+    assert new.roles["question"] == ((8, 10),)
+    assert new.reordered("documents", (1, 0)).tokens == prompt.tokens
+
+
+def test_fitted_tensors_are_values(tmp_path: object) -> None:
+    x = torch.ones(2, 3)
+    a, b = Fitted({"x": x}), Fitted({"x": torch.ones(2, 3)})
+    x.zero_()
+    assert a == b
+    assert hash(a) == hash(b)
+    assert a != Fitted({"x": torch.zeros(2, 3)})
+    a.save(f"{tmp_path}/f.safetensors")
+    assert Fitted.load(f"{tmp_path}/f.safetensors") == a
+    assert repr(a).startswith("Fitted(x (2, 3); ")
+
+
+def test_readers_are_told_from_editors() -> None:
+    assert [e.reads for e in Shares.edits] == [True]
+    mark = reads(Site.KEY)(lambda self, x, call: Sum.of(x))
+    assert mark.__heedful_edit__.reads

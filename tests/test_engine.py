@@ -1,0 +1,204 @@
+"""One call: stages, backends, tiles, restriction to heads, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from heedful import Method, Site, at, explain, reads
+from heedful.conformance.bare import Bare, Shape
+from heedful.conformance.tolerances import close, error, within_budget
+from heedful.core.call import Call
+from heedful.core.errors import BackendError, DefinitionError, FieldError, SiteError
+from heedful.core.mask import Causal, Dense, Mask
+from heedful.core.stack import Stack
+from heedful.core.stats import Sum
+from heedful.engine.attend import Job, attend
+from heedful.engine.backends import BACKENDS
+from heedful.engine.book import Book
+from heedful.engine.needs import Needs
+from heedful.engine.select import named, select
+
+from .samples import PAPER, Narrow, Scale, Shares, Zero
+
+
+def run(what: Method | Stack, bare: Bare, backend: str = "reference", **job: object) -> Tensor:
+    book = Book(what if isinstance(what, Stack) else Stack((what,)))
+    book.new_forward()
+    plan = book.plan(0, bare.call.phase)
+    return attend(Job(plan, book, bare.call, **job), bare.q, bare.k, bare.v, BACKENDS[backend])[0]  # type: ignore[arg-type]
+
+
+def by_hand(bare: Bare, bias: Tensor | None = None) -> Tensor:
+    """Causal attention in float64, written out."""
+    k, v = (x.double().repeat_interleave(bare.shape.h // bare.shape.g, 1) for x in (bare.k, bare.v))
+    scores = bare.q.double() @ k.mT * bare.call.scale
+    if bias is not None:
+        scores = scores + bias
+    rows = torch.arange(bare.shape.k - bare.shape.q, bare.shape.k)[:, None]
+    scores = scores.masked_fill(torch.arange(bare.shape.k) > rows, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+NOTHING = Stack()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [Shape(), Shape(g=4), Shape(g=1), Shape(q=1), Shape(q=5), Shape(d=10, dv=6)])
+def test_backends_compute_attention(backend: str, shape: Shape) -> None:
+    bare = Bare(shape)
+    assert close(run(NOTHING, bare, backend), by_hand(bare).float())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 40), q=st.integers(1, 30), extra=st.integers(0, 10), window=st.integers(1, 12),
+    heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (3, 3)]),
+)  # fmt: skip
+def test_tiles_of_any_size_agree(rows: int, q: int, extra: int, window: int, heads: tuple[int, int]) -> None:
+    bare = Bare(Shape(h=heads[0], g=heads[1], q=q, k=q + extra))
+    whole, _ = bare.run(Narrow(window), "reference")
+    tiles, _ = bare.run(Narrow(window), "tiled", tile_rows=rows)
+    assert close(tiles, whole)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_is_added(backend: str) -> None:
+    bare = Bare()
+    bias = torch.randn(1, 4, 19, 19, dtype=torch.float64)
+    assert close(run(NOTHING, bare, backend, bias=bias.float()), by_hand(bare, bias).float())
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_sink_logits_take_their_share(backend: str) -> None:
+    bare = Bare()
+    sink = torch.full((1, 4, 1, 1), 30.0)
+    assert float(run(NOTHING, bare, backend, sink=sink).abs().max()) < 1e-6
+    assert close(run(NOTHING, bare, backend, sink=-1e4 * sink), by_hand(bare).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_low_precision_stays_within_what_low_precision_costs(backend: str, dtype: torch.dtype) -> None:
+    bare = Bare(dtype=dtype)
+    k, v = (x.repeat_interleave(2, 1) for x in (bare.k, bare.v))
+    scores = (bare.q @ k.mT * bare.call.scale).masked_fill(torch.ones(19, 19).triu(1).bool(), -torch.inf)
+    eager = scores.softmax(-1) @ v
+    assert within_budget(run(NOTHING, bare, backend), eager, by_hand(bare))
+
+
+def test_methods_act_in_the_order_of_sites_then_of_parts() -> None:
+    bare = Bare()
+    plain = run(NOTHING, bare)
+    assert close(run(Scale(2.0) | Scale(3.0), bare), 6 * plain)
+    assert not bool(run(Scale(2.0) | Zero(), bare).any())
+
+
+def test_heads_restrict_an_edit_and_a_reader() -> None:
+    bare = Bare()
+    plain, scaled = run(NOTHING, bare), run(Stack((Scale(2.0).on(heads=[1, 3]),)), bare)
+    assert torch.equal(scaled[:, [0, 2]], plain[:, [0, 2]])
+    assert close(scaled[:, [1, 3]], 2 * plain[:, [1, 3]])
+    narrow = run(Stack((Narrow(2).on(heads=[0]),)), bare)
+    assert torch.equal(narrow[:, 1:], plain[:, 1:])
+    assert not torch.equal(narrow[:, 0], plain[:, 0])
+    book = Book(Stack((Shares().on(heads=[2]),)))
+    book.new_forward()
+    plan = book.plan(0, bare.call.phase)
+    attend(Job(plan, book, bare.call), bare.q, bare.k, bare.v, BACKENDS["tiled"])
+    book.close_call(plan, bare.call)
+    assert book.statistics[0, "first", 0].value.shape == (1,)
+
+
+class Double(Method):
+    """Doubles the keys."""
+
+    paper = PAPER
+
+    @at(Site.KEY)
+    def double(self, k: Tensor, call: Call) -> Tensor:
+        return 2 * k
+
+
+def test_key_heads_are_chosen_by_whole_groups() -> None:
+    bare = Bare()
+    half = run(Stack((Double().on(heads=[2, 3]),)), bare)
+    assert torch.equal(half[:, :2], run(NOTHING, bare)[:, :2])
+    assert torch.equal(half[:, 2:], run(Double(), bare)[:, 2:])
+    with pytest.raises(SiteError, match=r"shared by groups of 2 heads.*name whole groups, for example heads=\[0, 1\]"):
+        run(Stack((Double().on(heads=[1, 2]),)), bare)
+    with pytest.raises(SiteError, match="heads must be below 4"):
+        run(Stack((Scale().on(heads=[9]),)), bare)
+
+
+def bad(site: Site, result: object, read: bool = False) -> Method:
+    mark = reads if read else at
+    body = {"paper": PAPER, "edit": mark(site)(lambda self, x, call: result), "__module__": __name__}
+    return type("Bad", (Method,), body)()
+
+
+@pytest.mark.parametrize(
+    ("method", "error_type", "message"),
+    [
+        (bad(Site.QUERY, torch.ones(2)), SiteError, r"must return a tensor of shape \[b h q d\] = \(2, 4, 19, 8\)"),
+        (bad(Site.HEADS, None), SiteError, "got NoneType"),
+        (bad(Site.MASK, Mask()), SiteError, "must return the mask it was given, narrowed"),
+        (bad(Site.NORMALISE, torch.ones(1)), SiteError, "must return weights of shape"),
+        (bad(Site.MIX, torch.ones(1)), SiteError, "must return heads of shape"),
+        (bad(Site.PATTERN, torch.ones(1), read=True), DefinitionError, "a reader returns a statistic or None, not Tensor"),
+        (bad(Site.NORMALISE, None, read=True), SiteError, "NORMALISE has nothing to read"),
+    ],
+)
+def test_edits_that_return_what_a_site_cannot_hold(method: Method, error_type: type, message: str) -> None:
+    with pytest.raises(error_type, match=message):
+        run(method, Bare())
+
+
+def test_mechanisms_without_a_map_refuse_what_they_cannot_honour() -> None:
+    bare = Bare(rules=(Causal(), Dense(torch.ones(19, 19, dtype=torch.bool)[None, None])))
+    with pytest.raises(SiteError, match="can honour causality and padding only"):
+        run(bad(Site.MIX, None), bare)
+
+
+def test_normalisers_refuse_learned_sinks() -> None:
+    with pytest.raises(SiteError, match="learned sink logits, which only softmax knows"):
+        run(bad(Site.NORMALISE, None), Bare(), sink=torch.zeros(1, 4, 1, 1))
+
+
+def test_the_cheapest_backend_that_can_is_chosen_and_explained() -> None:
+    assert select("auto", Needs()).name == "sdpa"
+    assert select("auto", Needs.of(Stack((Shares(),)).steps())).name == "tiled"
+    assert select("auto", Needs.of((), softcap=True)).name == "tiled"
+    assert select("auto", Needs.of((), pattern=True)).name == "reference"
+    text = str(explain(Shares()))
+    assert "tiled      chosen" in text
+    assert "sdpa       no\n           - Shares() at PATTERN needs the map" in text
+    assert "the model's own attention runs" in str(explain(bad(Site.OUTPUT, None)))
+    assert "brings its own computation" in str(explain(bad(Site.MIX, None)))
+
+
+def test_a_backend_asked_for_is_never_changed() -> None:
+    with pytest.raises(BackendError, match="backend 'sdpa' cannot serve this call: Zero"):
+        select("sdpa", Needs.of(Stack((Zero(),)).steps(), softcap=True, sink=True))
+    with pytest.raises(FieldError, match="must be one of auto, sdpa, tiled, reference"):
+        named("flash")
+
+
+def test_every_reason_against_a_backend_is_given_at_once() -> None:
+    with pytest.raises(BackendError) as caught:
+        select("sdpa", Needs.of(Stack((Zero(),)).steps(), softcap=True, sink=True, pattern=True))
+    assert len(str(caught.value).split(";")) == 4
+
+
+def test_values_that_only_one_reader_sees_do_not_change_the_output() -> None:
+    bare = Bare()
+    reader = bad(Site.SCORES, Sum.of(torch.ones(1)), read=True)
+    assert torch.equal(run(reader, bare), run(NOTHING, bare))
+
+
+def test_error_is_infinite_where_only_one_is_nan() -> None:
+    assert error(torch.tensor([torch.nan]), torch.tensor([1.0])) == float("inf")
+    assert error(torch.tensor([torch.nan]), torch.tensor([torch.nan])) == 0.0

@@ -1,0 +1,64 @@
+"""The public face: names, lazy imports, the catalogue."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import heedful
+from heedful import catalogue
+from heedful.core.errors import CatalogueError
+from heedful.core.method import Entry
+
+
+def test_all_is_sorted_and_everything_in_it_is_there() -> None:
+    assert heedful.__all__ == sorted(heedful.__all__)
+    assert set(heedful.__all__) == {*heedful._HOMES, *heedful._MODULES}
+    for name in heedful.__all__:
+        assert getattr(heedful, name) is not None
+    assert dir(heedful) == heedful.__all__
+    assert heedful.__version__.count(".") == 2
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        heedful.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import heedful", ["torch", "transformers", "safetensors", "typer", "rich"]),
+        ("import heedful; heedful.attach, heedful.Method, heedful.Run", ["transformers", "typer", "rich", "tokenizers"]),
+        ("import heedful.catalogue as c; c.entries()", ["transformers", "typer", "rich"]),
+    ],
+)
+def test_importing_brings_nothing_heavier_than_torch(code: str, absent: list[str]) -> None:
+    script = f"{code}\nimport sys\nprint([m for m in {absent!r} if m in sys.modules])"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
+
+
+def test_the_catalogue_finds_and_searches() -> None:
+    entries = catalogue.entries()
+    assert list(entries) == sorted(entries)
+    assert catalogue.find("sink_window") is catalogue.find("SinkWindow") is catalogue.find("2309.17453")
+    assert catalogue.family(catalogue.find("SinkWindow")) == "sparse"
+    assert catalogue.find("SinkWindow") in catalogue.search("streaming")
+    assert catalogue.search("no such word") == []
+    with pytest.raises(CatalogueError, match=r"no method named 'sinkwindo'. Did you mean SinkWindow\?"):
+        catalogue.find("sinkwindo")
+
+
+@pytest.mark.parametrize("name", sorted(catalogue.entries()))
+def test_every_entry_keeps_every_law(name: str) -> None:
+    report = heedful.check(catalogue.entries()[name])
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("name", sorted(catalogue.entries()))
+def test_every_entry_is_a_value(name: str) -> None:
+    kind: type[Entry] = catalogue.entries()[name]
+    one, two = kind.example(), kind.example()
+    assert one == two
+    assert hash(one) == hash(two)
+    assert repr(one).startswith(name)

@@ -1,0 +1,243 @@
+"""Runs on tiny models: neutral exit, readings, guards, parameters, and what is refused."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import heedful
+from heedful import attach
+from heedful.conformance.model_laws import fingerprint
+from heedful.conformance.tolerances import close_model
+from heedful.core.errors import FieldError, InactiveWarning, NotEntered, RefusedModel, StatisticError
+from heedful.core.stack import Stack
+from heedful.tiny import tiny
+
+from .samples import Forget, Gate, Keep, Narrow, Scale, Shares, Zero
+
+IDS = torch.arange(3, 27).view(2, 12)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return tiny("llama", attn_implementation="eager")
+
+
+@torch.no_grad()
+def logits(model: object, **inputs: torch.Tensor) -> torch.Tensor:
+    return model(**{"input_ids": IDS, **inputs}).logits  # type: ignore[operator]
+
+
+def test_a_run_acts_reads_and_leaves_no_trace(model: nn.Module) -> None:
+    before, native = fingerprint(model), logits(model)
+    with attach(model, Scale() | Shares()) as run:
+        assert not torch.equal(logits(run), native)
+        shares = run[Shares()]
+        assert repr(shares) == "Readings(2 layers of Mean)"
+        assert all(0 < float(x) <= 1 for stat in shares.values() for x in stat.value)
+    assert fingerprint(model) == before
+    assert torch.equal(logits(model), native)
+    assert list(run.answers()) == [Shares()]
+
+
+def test_readings_are_those_of_the_map_itself(model: nn.Module) -> None:
+    with torch.no_grad():
+        maps = model(input_ids=IDS, output_attentions=True).attentions
+    with attach(model, Shares() | Keep(), backend="reference") as run:
+        assert torch.equal(logits(run), logits_under_nothing(model, run))
+    for layer, full in enumerate(maps):
+        assert torch.equal(run[Keep()][layer].value[0], full)
+        assert close_model(run[Shares()][layer].value.float(), full[..., 0].mean((0, 2)))
+
+
+def logits_under_nothing(model: nn.Module, run: heedful.Run) -> torch.Tensor:
+    with run.paused():
+        return logits(model)
+
+
+def test_an_exception_inside_the_model_leaves_no_trace(model: nn.Module) -> None:
+    before = fingerprint(model)
+    with pytest.raises(IndexError), attach(model, Scale()) as run:
+        run(input_ids=torch.tensor([[10_000]]))
+    assert fingerprint(model) == before
+
+
+def test_closing_twice_and_using_a_closed_run(model: nn.Module) -> None:
+    run = attach(model, Shares())
+    run.close()
+    run.close()
+    with pytest.raises(FieldError, match=r"this run has ended; attach again"):
+        run(input_ids=IDS)
+    with pytest.raises(StatisticError, match="has read nothing yet"):
+        run[Shares()]
+
+
+def test_a_model_takes_one_run(model: nn.Module) -> None:
+    with attach(model, Shares()), pytest.raises(FieldError, match="a run is attached already"):
+        attach(model, Scale())
+    attach(model, Scale()).close()
+
+
+def test_untouched_layers_keep_the_models_own_attention(model: nn.Module) -> None:
+    with attach(model, Scale().on(layers=1)) as run:
+        logits(run)
+    assert run.activity().backends == {0: "the model's own (eager)", 1: "sdpa"}
+    with attach(model, Stack()) as run:
+        assert torch.equal(logits(run), logits_under_nothing(model, run))
+
+
+def test_a_stack_that_changed_nothing_is_reported(model: nn.Module) -> None:
+    with pytest.warns(InactiveWarning, match=r"Scale\(by=1.0\) at HEADS changed nothing"), attach(model, Scale(1.0)) as run:
+        logits(run)
+    assert not run.activity().active
+    assert "changed nothing: Scale(by=1.0) at HEADS" in str(run.activity())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with attach(model, Scale()) as run:
+            logits(run)
+    assert str(run.activity()).startswith("active: 2 of 2 layers entered, computed by sdpa")
+
+
+def test_density_cache_and_nan_are_seen(model: nn.Module) -> None:
+    with attach(model, Narrow(3) | Forget(4)) as run, torch.no_grad():
+        run(input_ids=IDS, use_cache=True)
+    seen = run.activity()
+    kept = (1 + 2 + 3 + 4 * 9) / 144
+    assert seen.density == {0: pytest.approx(kept), 1: pytest.approx(kept)}
+    assert seen.kept[0] == (2 * (4 + 5), 2 * 2 * 12)
+    assert not seen.nan
+    assert "cache entries kept: 36 of 96" in str(seen)
+    with attach(model, Scale(float("nan"))) as run:
+        logits(run)
+    assert run.activity().nan
+
+
+def test_the_difference_from_the_unedited_model(model: nn.Module) -> None:
+    with attach(model, Zero()) as run:
+        assert run.difference(input_ids=IDS) > 1e-3
+        assert fingerprint(model) != ""
+    with attach(model, Shares(), backend="reference") as run:
+        assert run.difference(input_ids=IDS) == 0.0
+
+
+def test_statistics_save_load_and_merge(model: nn.Module, tmp_path: Path) -> None:
+    runs = []
+    for row in (slice(0, 1), slice(1, 2), slice(0, 2)):
+        with attach(model, Shares()) as run:
+            logits(run, input_ids=IDS[row])
+        runs.append(run)
+    path = runs[1].save(tmp_path / "half.safetensors")
+    runs[0].merge(path)
+    for layer in range(2):
+        assert close_model(runs[0][Shares()][layer].value.float(), runs[2][Shares()][layer].value.float())
+    with attach(model, Scale()) as other, pytest.raises(StatisticError, match="comes from another stack"):
+        other.merge(path)
+    other.close()
+
+
+def test_learned_parameters_train_and_are_saved(model: nn.Module) -> None:
+    before = fingerprint(model)
+    run = attach(model, Gate())
+    assert len(run.parameters()) == 2
+    names = [n for n, _ in model.named_parameters() if "heedful" in n]
+    assert names == [f"model.layers.{i}.self_attn.heedful_Gate_0_gate" for i in range(2)]
+    torch.optim.SGD(run.parameters(), lr=1.0).zero_grad()
+    run(input_ids=IDS, labels=IDS).loss.backward()
+    grads = [p.grad for p in run.parameters()]
+    assert all(g is not None and bool(g.any()) for g in grads)
+    with torch.no_grad():
+        run.parameters()[0].fill_(0.25)
+    state = run.state_dict()
+    run.close()
+    model.zero_grad(set_to_none=True)
+    assert fingerprint(model) == before
+    with attach(model, Gate()) as again:
+        again.load_state_dict(state)
+        assert torch.equal(again.parameters()[0], torch.full((4,), 0.25))
+        with pytest.raises(FieldError, match="names must be exactly those of this stack"):
+            again.load_state_dict({"x": torch.ones(1)})
+        logits(again)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "magic"}, "must be one of auto, sdpa, tiled, reference"),
+        ({"tile_rows": 0}, "must be 1 or more rows"),
+        ({"only": "model.vision"}, "no served layer of LlamaForCausalLM lies there"),
+    ],
+)
+def test_wrong_arguments_are_named(model: nn.Module, arguments: dict[str, object], message: str) -> None:
+    before = fingerprint(model)
+    with pytest.raises(FieldError, match=message):
+        attach(model, Scale(), **arguments)  # type: ignore[arg-type]
+    assert fingerprint(model) == before
+
+
+def test_layers_beyond_the_model_are_named(model: nn.Module) -> None:
+    with pytest.raises(FieldError, match="must be below 2, the layers served"):
+        attach(model, Scale().on(layers=7))
+
+
+def test_asking_for_what_is_not_there(model: nn.Module) -> None:
+    with attach(model, Scale()) as run:
+        logits(run)
+        with pytest.raises(FieldError, match="must be a part of the stack"):
+            run[Shares()]
+        with pytest.raises(FieldError, match="reads nothing"):
+            run[Scale()]
+
+
+def test_models_that_cannot_be_served_are_refused() -> None:
+    with pytest.raises(RefusedModel, match="Linear is not a transformers model"):
+        attach(nn.Linear(2, 2), Scale())
+
+
+def test_a_layer_that_goes_its_own_way_is_noticed(model: nn.Module) -> None:
+    attention = model.get_submodule("model.layers.1.self_attn")
+    forward = attention.forward
+    attention.forward = lambda hidden_states, **_: (hidden_states, None)  # type: ignore[method-assign]
+    try:
+        with pytest.raises(NotEntered, match=r"layers.1.self_attn \(LlamaAttention\) ran, but its attention did not pass"):
+            with attach(model, Scale()) as run:
+                run(input_ids=IDS)
+    finally:
+        attention.forward = forward  # type: ignore[method-assign]
+        del attention.forward
+
+
+def test_a_copy_of_an_attached_model_refuses_to_run(model: nn.Module) -> None:
+    import copy
+
+    with attach(model, Scale()) as run:
+        twin = copy.deepcopy(model)
+        logits(run)
+    with pytest.raises(NotEntered, match="no run is attached to it"):
+        logits(twin)
+
+
+def test_roles_reach_a_method(model: nn.Module) -> None:
+    from torch import Tensor
+
+    from heedful import Call, Method, Site, at
+
+    from .samples import PAPER
+
+    class Mark(Method):
+        """Scales marked values."""
+
+        paper = PAPER
+
+        @at(Site.VALUE)
+        def mark(self, v: Tensor, call: Call) -> Tensor:
+            return v * (1 + call.marked("image"))[..., None]
+
+    with attach(model, Mark(), roles={"image": ((2, 4), (6, 7))}) as run:
+        logits(run)
+    assert run.activity().active
+    with pytest.raises(FieldError, match="has no spans named 'image'"), attach(model, Mark()) as run:
+        logits(run)

@@ -1,0 +1,127 @@
+"""Statistics: the algebra, on drawn data, and what is refused."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from heedful.conformance.tolerances import MERGE, error
+from heedful.core.errors import StatisticError
+from heedful.core.stats import Cat, Histogram, Max, Mean, Moments, Statistic, Sum, TopK, load, merged, save
+
+Maker = Callable[[Tensor, int], Statistic]
+
+MAKERS: dict[str, Maker] = {
+    "Sum": lambda x, _: Sum.of(x.sum(0)),
+    "Mean": lambda x, _: Mean.of(x.sum(0), float(len(x))),
+    "Moments": lambda x, _: Moments.of(x),
+    "Max": lambda x, n: Max.of(x.T, torch.arange(len(x)) + 100 * n),
+    "Histogram": lambda x, _: Histogram.of(x.T, (-2.0, -0.5, 0.0, 1.0, 3.0)),
+    "TopK": lambda x, n: TopK.of(x.T, 3, torch.arange(len(x)) + 100 * n),
+    "Cat": lambda x, n: Cat.of(f"{n}", x),
+}
+
+values = st.integers(-4, 4).map(lambda i: i / 2)
+tables = st.lists(st.lists(values, min_size=3, max_size=3), min_size=1, max_size=6).map(
+    lambda rows: torch.tensor(rows, dtype=torch.float32)
+)
+
+
+def same(a: Statistic, b: Statistic) -> bool:
+    return set(a.tensors()) == set(b.tensors()) and all(
+        error(x, b.tensors()[name]) <= MERGE * 100 for name, x in a.tensors().items()
+    )
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@settings(max_examples=30, deadline=None)
+@given(parts=st.tuples(tables, tables, tables))
+def test_merging_is_associative_and_commutative(kind: str, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+    a, b, c = (MAKERS[kind](x, n) for n, x in enumerate(parts))
+    assert same((a + b) + c, a + (b + c))
+    assert same(a + b, b + a)
+
+
+@pytest.mark.parametrize("kind", [k for k in MAKERS if k != "Cat"])
+@settings(max_examples=30, deadline=None)
+@given(rows=st.lists(st.lists(values, min_size=3, max_size=3), min_size=2, max_size=8), cut=st.integers(1, 7))
+def test_a_split_tells_what_the_whole_tells(kind: str, rows: list[list[float]], cut: int) -> None:
+    x = torch.tensor(rows)
+    cut = min(cut, len(rows) - 1)
+    if kind in ("Max", "TopK"):  # their places count from where a part begins
+        make = {"Max": Max.of, "TopK": lambda y, p: TopK.of(y, 3, p)}[kind]
+        place = torch.arange(len(x))
+        assert same(make(x[:cut].T, place[:cut]) + make(x[cut:].T, place[cut:]), make(x.T, place))
+    else:
+        assert same(MAKERS[kind](x[:cut], 0) + MAKERS[kind](x[cut:], 0), MAKERS[kind](x, 0))
+
+
+def test_moments_are_those_of_all_samples() -> None:
+    x = torch.randn(50, 4, dtype=torch.float64)
+    found = Moments.of(x[:7]) + Moments.of(x[7:8]) + Moments.of(x[8:])
+    assert error(found.value, x.mean(0)) < 1e-12
+    assert error(found.variance, x.var(0, unbiased=False)) < 1e-12
+
+
+def test_unlike_lengths_meet_position_by_position() -> None:
+    found = Mean.of(torch.tensor([2.0, 4.0]), 2.0) + Mean.of(torch.tensor([1.0, 1.0, 5.0]), 1.0)
+    assert found.value.tolist() == [1.0, 5.0 / 3.0, 5.0]
+    high = Max(torch.tensor([-1.0]), torch.tensor([3])) + Max(torch.tensor([-2.0, -7.0]), torch.tensor([1, 9]))
+    assert high.high.tolist() == [-1.0, -7.0]
+    assert high.place.tolist() == [3, 9]
+
+
+def test_of_equal_maxima_the_first_place_wins() -> None:
+    a, b = Max(torch.tensor([1.0]), torch.tensor([5])), Max(torch.tensor([1.0]), torch.tensor([2]))
+    assert (a + b).place.tolist() == (b + a).place.tolist() == [2]
+    assert TopK.of(torch.tensor([1.0, 3.0, 3.0]), 2).place.tolist() == [1, 2]
+
+
+def test_histogram_takes_what_lies_outside_into_its_ends() -> None:
+    found = Histogram.of(torch.tensor([-9.0, 0.5, 9.0]), (0.0, 1.0, 2.0), weight=torch.tensor([1.0, 2.0, 3.0]))
+    assert found.counts.tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_saving_and_pickling_keep_everything(kind: str, tmp_path: Path) -> None:
+    stat = MAKERS[kind](torch.randn(5, 3), 0)
+    back = load(save(tmp_path / "s.safetensors", {"a.b": stat}))["a.b"]
+    assert type(back) is type(stat)
+    assert back.settings() == stat.settings()
+    assert same(back, stat)
+    assert same(pickle.loads(pickle.dumps(stat)), stat)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_cannot_merge_says_why() -> None:
+    one = Sum.of(torch.ones(3))
+    with pytest.raises(StatisticError, match="cannot merge Sum with Mean: kinds must agree"):
+        one + Mean.of(torch.ones(3), 1.0)  # type: ignore[operator]
+    with pytest.raises(StatisticError, match=r"TopK of settings \{'k': 2\} with \{'k': 3\}"):
+        TopK.of(torch.ones(4), 2) + TopK.of(torch.ones(4), 3)
+    with pytest.raises(StatisticError, match=r"Sum.total of shape \(2, 3\) with \(4, 3\)"):
+        Sum.of(torch.ones(2, 3)) + Sum.of(torch.ones(4, 3))
+    with pytest.raises(StatisticError, match="both hold 'x'"):
+        Cat.of("x", torch.ones(1)) + Cat.of("x", torch.ones(1))
+    with pytest.raises(StatisticError, match="nothing to merge"):
+        merged([])
+
+
+def test_files_that_are_not_statistics_say_so(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    with pytest.raises(StatisticError, match="cannot read statistics from"):
+        load(tmp_path / "none.safetensors")
+    (tmp_path / "bad").write_text("no")
+    with pytest.raises(StatisticError, match="cannot read statistics from"):
+        load(tmp_path / "bad")
+    save_file({"x": torch.ones(1)}, str(tmp_path / "plain"))
+    with pytest.raises(StatisticError, match="holds no heedful statistics"):
+        load(tmp_path / "plain")
