@@ -8,7 +8,7 @@ STAMP := $(VENV)/.setup-done
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-all lint format types coverage check clean distclean
+.PHONY: help setup demo test test-all lint format types coverage docs claims sweep releases check clean distclean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -53,6 +53,18 @@ types: setup ## mypy over the package
 
 coverage: setup ## line and branch coverage of the test suite
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term $(ARGS)
+
+docs: setup ## the generated parts of the docs
+	$(BIN)/python docs/generate.py
+
+claims: setup ## measure the claims that have no result yet (ARGS=--again: all of them; about an hour)
+	$(BIN)/python -m claims.ledger $(ARGS)
+
+sweep: setup ## measure coverage over every class of the installed transformers (hours; it resumes)
+	$(BIN)/python -m benchmarks.coverage.serve $(ARGS)
+
+releases: setup ## the core of the suite against other releases of transformers, in clean environments
+	$(BIN)/python -m benchmarks.versions $(ARGS)
 
 check: lint types test ## everything that CI runs
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -38,7 +40,7 @@ class Alone(Scale):
     """Cannot stand Zero."""
 
     paper = PAPER
-    forbids = {"Zero": "there is nothing left to scale"}
+    forbids: ClassVar[dict[str, str]] = {"Zero": "there is nothing left to scale"}
 
 
 def test_methods_are_values() -> None:

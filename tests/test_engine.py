@@ -148,7 +148,7 @@ def bad(site: Site, result: object, read: bool = False) -> Method:
         (bad(Site.MASK, Mask()), SiteError, "must return the mask it was given, narrowed"),
         (bad(Site.NORMALISE, torch.ones(1)), SiteError, "must return weights of shape"),
         (bad(Site.MIX, torch.ones(1)), SiteError, "must return heads of shape"),
-        (bad(Site.PATTERN, torch.ones(1), read=True), DefinitionError, "a reader returns a statistic or None, not Tensor"),
+        (bad(Site.PATTERN, torch.ones(1), read=True), DefinitionError, "returns a statistic or None, not Tensor"),
         (bad(Site.NORMALISE, None, read=True), SiteError, "NORMALISE has nothing to read"),
     ],
 )

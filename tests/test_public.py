@@ -28,7 +28,7 @@ def test_all_is_sorted_and_everything_in_it_is_there() -> None:
     ("code", "absent"),
     [
         ("import heedful", ["torch", "transformers", "safetensors", "typer", "rich"]),
-        ("import heedful; heedful.attach, heedful.Method, heedful.Run", ["transformers", "typer", "rich", "tokenizers"]),
+        ("import heedful; heedful.attach, heedful.Method, heedful.Run", ["transformers", "typer", "rich"]),
         ("import heedful.catalogue as c; c.entries()", ["transformers", "typer", "rich"]),
     ],
 )

@@ -91,7 +91,8 @@ def test_untouched_layers_keep_the_models_own_attention(model: nn.Module) -> Non
 
 
 def test_a_stack_that_changed_nothing_is_reported(model: nn.Module) -> None:
-    with pytest.warns(InactiveWarning, match=r"Scale\(by=1.0\) at HEADS changed nothing"), attach(model, Scale(1.0)) as run:
+    told = r"this run changed nothing with Scale\(by=1.0\) at HEADS"
+    with pytest.warns(InactiveWarning, match=told), attach(model, Scale(1.0)) as run:
         logits(run)
     assert not run.activity().active
     assert "changed nothing: Scale(by=1.0) at HEADS" in str(run.activity())
@@ -99,6 +100,10 @@ def test_a_stack_that_changed_nothing_is_reported(model: nn.Module) -> None:
         warnings.simplefilter("error")
         with attach(model, Scale()) as run:
             logits(run)
+    with pytest.warns(InactiveWarning, match="at CACHE, which was never reached"), attach(model, Forget()) as run:
+        run(input_ids=IDS, use_cache=False)
+    with attach(model, Scale()) as run:
+        logits(run)
     assert str(run.activity()).startswith("active: 2 of 2 layers entered, computed by sdpa")
 
 
@@ -199,15 +204,10 @@ def test_models_that_cannot_be_served_are_refused() -> None:
 
 def test_a_layer_that_goes_its_own_way_is_noticed(model: nn.Module) -> None:
     attention = model.get_submodule("model.layers.1.self_attn")
-    forward = attention.forward
     attention.forward = lambda hidden_states, **_: (hidden_states, None)  # type: ignore[method-assign]
-    try:
-        with pytest.raises(NotEntered, match=r"layers.1.self_attn \(LlamaAttention\) ran, but its attention did not pass"):
-            with attach(model, Scale()) as run:
-                run(input_ids=IDS)
-    finally:
-        attention.forward = forward  # type: ignore[method-assign]
-        del attention.forward
+    told = r"layers.1.self_attn \(LlamaAttention\) ran, but its attention did not pass"
+    with pytest.raises(NotEntered, match=told), attach(model, Scale()) as run:
+        run(input_ids=IDS)
 
 
 def test_a_copy_of_an_attached_model_refuses_to_run(model: nn.Module) -> None:

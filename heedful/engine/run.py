@@ -138,7 +138,7 @@ class Run:
         self.close()
         if kind is None and self.book.entered:
             for step in self.activity().inactive:
-                warnings.warn(f"{step} changed nothing in this run", InactiveWarning, stacklevel=2)
+                warnings.warn(f"this run changed nothing with {step}", InactiveWarning, stacklevel=2)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, under the stack."""
@@ -189,7 +189,10 @@ class Run:
         """Whether the stack is active: layers entered, steps that changed something, pairs, cache, NaN."""
         book = self.book
         steps = [s for s in self.stack.steps() if not s.edit.reads]
-        inactive = tuple(str(s) for s in steps if s not in book.changed)
+        acted = {s.number for s in book.changed}
+        # a step that was never reached, such as CACHE without a cache, counts only where its whole method did nothing
+        idle = [s for s in steps if s not in book.changed and (book.offered[s] or s.number not in acted)]
+        inactive = tuple(f"{s}" + ("" if book.offered[s] else ", which was never reached") for s in idle)
         density = {n: density_of(call) for n, call in sorted(book.calls.items())}
         nan = book.nan is not None and bool(book.nan)
         entered = tuple(sorted(book.entered))

@@ -1,0 +1,28 @@
+"""The command line: `heedful --help`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; heedful's own errors are one message and exit code 1."""
+    try:
+        from heedful.cli.app import app
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("typer", "rich"):
+            raise
+        sys.exit("heedful's command line needs two more packages: pip install 'heedful[cli]'")
+    from heedful.core.errors import HeedfulError
+
+    try:
+        app()
+    except HeedfulError as error:
+        from rich.console import Console
+
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

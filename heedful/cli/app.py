@@ -1,0 +1,20 @@
+"""Joins the verbs into one program."""
+
+from __future__ import annotations
+
+import typer
+
+from heedful.cli import cite, demo, doctor, explain, laws, methods, show
+
+app = typer.Typer(
+    help="Everything people do to attention in a transformer: look at it, explain it, edit it, replace it, cheapen it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.demo)
+app.command("methods")(methods.methods)
+app.command("show")(show.show)
+app.command("explain")(explain.explain_backends)
+app.command("check")(laws.check_laws)
+app.command("cite")(cite.cite)
+app.command("doctor")(doctor.doctor)

@@ -1,0 +1,54 @@
+"""`heedful doctor [MODEL]`: the machine, the backends, and whether a model is served."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from heedful.cli.console import console
+from heedful.core.errors import ModelError
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def doctor(
+    model: Annotated[str, typer.Argument(help="A model's name or folder, 'default', or 'tiny:llama'.")] = "",
+) -> None:
+    """Show versions, device and backends, and say of a model which layers are served, or why it is refused."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    machine = f"{platform.machine()}, {cores} cores, {device}"
+    console.print(f"heedful {_version('heedful')}, Python {platform.python_version()}, {machine}")
+    console.print(", ".join(f"{p} {_version(p)}" for p in ("torch", "transformers", "safetensors", "gguf", "rich")))
+    console.print("backends: sdpa, tiled, reference; `heedful explain METHOD` says which one serves a method, and why")
+    if not model:
+        return
+    from heedful import models
+    from heedful.adapters.layers import projections
+    from heedful.adapters.transformers import adapt
+
+    with console.status(f"loading {model}"):
+        loaded = models.load(model)
+    adapter = adapt(loaded.model, None)
+    kind = type(loaded.model).__name__
+    console.print(f"[green]served[/]: {len(adapter.layer_names)} attention layers of {kind} ({loaded.name})")
+    try:
+        sizes = {
+            (s.heads, s.kv_heads, s.head_dim)
+            for s in (projections(loaded.model, n, 0).size for n in adapter.layer_names)
+        }
+    except ModelError as reason:
+        console.print(f"[yellow]no surgery and no learned parameters[/]: {reason}", markup=True)
+    else:
+        console.print("; ".join(f"{h} query heads, {g} key heads, {d} wide" for h, g, d in sorted(sizes)))

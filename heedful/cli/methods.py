@@ -1,0 +1,36 @@
+"""`heedful methods [WORD]`: what there is."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from heedful.catalogue import family, search
+from heedful.cli.console import console
+from heedful.core.errors import CatalogueError
+from heedful.core.method import Entry, Method
+
+
+def sites(kind: type[Entry]) -> str:
+    """Where an entry acts."""
+    if issubclass(kind, Method):
+        return " ".join(("reads " if e.reads else "") + e.site.name for e in kind.edits)
+    return kind.kind
+
+
+def methods(word: Annotated[str, typer.Argument(help="Show only those in which this word occurs.")] = "") -> None:
+    """List the methods, with where they act and their papers."""
+    found = search(word)
+    if not found:
+        raise CatalogueError(f"no method mentions {word!r}; `heedful methods` lists them all")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("method", "family", "acts at", "what it does"):
+        table.add_column(column, overflow="fold")
+    for kind in found:
+        what = inspect.cleandoc(kind.__doc__ or "").splitlines()[0]
+        table.add_row(kind.__name__, family(kind), sites(kind), escape(what))
+    console.print(table, soft_wrap=False)

@@ -1,0 +1,42 @@
+"""`heedful show METHOD`: all about one."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import MISSING, fields
+from typing import Annotated
+
+import typer
+
+from heedful.catalogue import family, find
+from heedful.cli.console import console
+from heedful.cli.methods import sites
+
+
+def comments(source: str) -> dict[str, str]:
+    """The comment behind each field of a class."""
+    out = {}
+    for line in source.splitlines():
+        name, colon, rest = line.strip().partition(":")
+        if colon and "#" in rest and name.isidentifier():
+            out[name] = rest.split("#", 1)[1].strip()
+    return out
+
+
+def show(name: Annotated[str, typer.Argument(help="The method's name or its paper's id.")]) -> None:
+    """Tell what a method does, its settings, its paper, and what we do unlike the authors."""
+    kind = find(name)
+    module = inspect.getmodule(kind)
+    console.print(f"[bold]{kind.__name__}[/]  {family(kind)}, acts at {sites(kind)}")
+    console.print((module.__doc__ or "").strip() if module else "", style="cyan", markup=False)
+    console.print(inspect.cleandoc(kind.__doc__ or ""), markup=False)
+    said = comments(inspect.getsource(kind))
+    for field in fields(kind):  # type: ignore[arg-type]
+        default = "" if field.default is MISSING else f" = {field.default!r}"
+        console.print(f"  {field.name}{default}  {said.get(field.name, '')}".rstrip(), markup=False)
+    paper = kind.paper
+    console.print(
+        f"\n{paper.authors}. {paper.title}. {paper.venue or 'arXiv'}, {paper.year}. {paper.link}", markup=False
+    )
+    for sentence in paper.differs:
+        console.print(f"  unlike the authors: {sentence}", markup=False)

@@ -1,0 +1,89 @@
+"""The command line: what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from heedful.cli.app import app
+from heedful.core.errors import HeedfulError
+
+runner = CliRunner()
+
+
+def told(*words: str) -> str:
+    result = runner.invoke(app, list(words), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_methods_lists_and_searches() -> None:
+    assert "SinkWindow" in told("methods")
+    assert "SinkRate" not in told("methods", "streaming")
+
+
+def test_show_tells_settings_paper_and_differences() -> None:
+    text = told("show", "sinkwindow")
+    assert "sinks = 4  tokens; the paper's default" in text
+    assert "https://arxiv.org/abs/2309.17453" in text
+    assert "unlike the authors: Keys keep their positions" in text
+
+
+def test_explain_takes_settings_and_stacks() -> None:
+    text = told("explain", "SinkWindow(sinks=2, window=8)", "SinkRate")
+    assert text.startswith("SinkWindow(sinks=2, window=8) | SinkRate(epsilon=0.3)")
+    assert "tiled      chosen" in text
+
+
+def test_cite_prints_bibtex_once() -> None:
+    assert told("cite", "SinkWindow", "2309.17453").count("@article") == 1
+
+
+def test_check_prints_every_law() -> None:
+    text = told("check", "SinkWindow(1, 4)")
+    assert "tokens come to the same" not in text
+    assert text.count("kept") >= 14
+
+
+def test_doctor_serves_a_tiny_model() -> None:
+    assert "2 attention layers of LlamaForCausalLM" in told("doctor", "tiny:llama")
+    assert "4 query heads, 2 key heads, 8 wide" in told("doctor", "tiny:llama")
+    assert "backends: sdpa, tiled, reference" in told("doctor")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show", "SinkWindo"], r"Did you mean SinkWindow\?"),
+        (["explain", "SinkWindow(window=0)"], "SinkWindow.window = 0: must be 1 or more tokens"),
+        (["explain", "SinkWindow(widow=3)"], r"no such field. Did you mean window\?"),
+        (["explain", "SinkWindow(1, 2, 3)"], "takes at most 2 values"),
+        (["explain", "SinkWindow(open"], "write it as in Python"),
+        (["explain", "PruneHeads"], "is surgery, which needs no backend"),
+        (["methods", "zzzz"], "no method mentions 'zzzz'"),
+        (["doctor", "tiny:nothing"], "nothing"),
+        (["doctor", "tiny:bloom"], "Bloom"),
+    ],
+)
+def test_wrong_input_is_one_clear_error(words: list[str], message: str) -> None:
+    with pytest.raises(HeedfulError, match=message):
+        runner.invoke(app, words, catch_exceptions=False)
+
+
+def test_the_program_prints_errors_and_exits_with_1() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "heedful.cli", "show", "Nobody"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert "CatalogueError: no method named 'Nobody'" in run.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_runs() -> None:
+    text = told("demo", "--length", "128")
+    assert "of all heads" in text
+    assert "of the causal pairs" in text
