@@ -1,8 +1,8 @@
 """What a claim is, how it is measured over seeds, and what verdict the numbers give.
 
-    python -m claims.P025            measures one claim and writes claims/results/P025.json
-    python -m claims.ledger          measures what is not measured yet   [--again]
-    python -m claims.ledger --table  prints the table that the docs show
+python -m claims.P025            measures one claim and writes claims/results/P025.json
+python -m claims.ledger          measures what is not measured yet   [--again]
+python -m claims.ledger --table  prints the table that the docs show
 """
 
 from __future__ import annotations
@@ -60,11 +60,13 @@ class Record:
 
 
 def verdict(effects: list[float], strong: float) -> str:
-    """holds / weaker / not seen at this scale, from the effects over seeds alone."""
+    """holds / weaker / not seen / reversed at this scale, from the effects over seeds alone."""
     mean = statistics.fmean(effects)
     error = statistics.stdev(effects) / math.sqrt(len(effects)) if len(effects) > 1 else math.inf
-    if mean <= SURE * error:
+    if abs(mean) <= SURE * error:
         return "not seen at this scale"
+    if mean < 0:
+        return "reversed at this scale"
     return "holds" if mean >= strong else "weaker"
 
 
@@ -73,8 +75,8 @@ def hardware() -> str:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        rows = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = rows[0] if rows else cpu
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
     return f"{cpu}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
 
 
@@ -123,13 +125,14 @@ def claims() -> dict[str, Claim]:
 
 def table() -> str:
     """The ledger as Markdown, from the committed records."""
-    rows = ["| paper | method | the paper says | its number | we measure | effect | verdict |", "|---|---|---|---|---|---|---|"]
+    head = "| paper | method | the paper says | its number | we measure | effect | verdict |"
+    rows = [head, "|---" * 7 + "|"]
     for path in sorted(RESULTS.glob("*.json")):
         r = json.loads(path.read_text())
         number = f"{r['mean']:+.3g} ± {r['spread']:.2g} ({len(r['effects'])} seeds)"
         rows.append(
-            f"| {r['key']} | {r['method']} | {r['says']} | {r['paper_number']} | {r['setup']} | {r['effect']}: {number} "
-            f"| **{r['verdict']}** |"
+            f"| {r['key']} | {r['method']} | {r['says']} | {r['paper_number']} | {r['setup']} "
+            f"| {r['effect']}: {number} | **{r['verdict']}** |"
         )
     return "\n".join(rows)
 

@@ -89,6 +89,7 @@ def fit(
 @torch.no_grad()
 def operate(model: nn.Module, *surgeries: Surgery, only: str | Iterable[str] | None = None) -> Any:
     """A copy of the model with edited weights. It needs no heedful to run."""
+    from heedful.adapters.bound import bound_modules
     from heedful.adapters.layers import projections
     from heedful.adapters.transformers import adapt
     from heedful.adapters.weights import read_weights, write_weights
@@ -98,6 +99,9 @@ def operate(model: nn.Module, *surgeries: Surgery, only: str | Iterable[str] | N
             raise FieldError(
                 "operate()", "surgeries", surgery, "must be surgery; attach() methods instead", "PruneHeads()"
             )
+    if any(module in bound_modules for module in model.modules()):
+        rule = "a run is attached to it, which a copy cannot take along; close it first"
+        raise FieldError("operate()", "model", type(model).__name__, rule, "operate(model, PruneHeads())")
     new = copy.deepcopy(model)
     for surgery in surgeries:
         for i, name in enumerate(adapt(new, only).layer_names):

@@ -1,0 +1,107 @@
+"""alpha_k = mean of A_ik over rows i that see key k; Sink_k = share of texts, layers, heads with alpha_k > epsilon."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call, Phase
+from heedful.core.errors import FieldError
+from heedful.core.method import Method, Readings
+from heedful.core.paper import Paper
+from heedful.core.sites import Site, reads
+from heedful.core.stats import Mean, Statistic
+
+
+@dataclass(frozen=True, eq=False)
+class Sinks:
+    """Which text positions are sinks, by layer; nan at positions that no text reached."""
+
+    rate: dict[int, Tensor] = field(repr=False)  # [h k]: share of texts in which the key at position k is a sink
+    importance: dict[int, Tensor] = field(repr=False)  # [h k]: alpha_k, averaged over texts
+
+    @property
+    def by_position(self) -> Tensor:
+        """The paper's Sink_k, `[k]`: over texts, layers and heads. Late positions average few rows."""
+        return torch.cat(_even(list(self.rate.values()))).nanmean(0)
+
+    @property
+    def first(self) -> float:
+        """The paper's figure: the sink rate of the first token."""
+        return float(self.by_position[0])
+
+    def by_layer(self, position: int = 0) -> dict[int, float]:
+        """The sink rate of one position in each layer, over texts and heads."""
+        return {layer: float(rate[:, position].nanmean()) for layer, rate in self.rate.items()}
+
+    def __str__(self) -> str:
+        layers = ", ".join(f"{n}: {x:.0%}" for n, x in self.by_layer().items())
+        return f"first-token sink rate {self.first:.1%}; by layer {layers}"
+
+
+def _even(rows: list[Tensor]) -> list[Tensor]:
+    n = max(x.shape[-1] for x in rows)
+    return [torch.nn.functional.pad(x, (0, n - x.shape[-1]), value=float("nan")) for x in rows]
+
+
+class SinkRate(Method):
+    """How often a position draws attention whatever it says: counted over texts, for each layer and head."""
+
+    paper = Paper(
+        "P025",
+        "When Attention Sink Emerges in Language Models: An Empirical View",
+        "Xiangming Gu, Tianyu Pang, Chao Du, Qian Liu, Fengzhuo Zhang, Cunxiao Du, Ye Wang, Min Lin",
+        2025,
+        "2410.10781",
+        "ICLR 2025",
+        differs=(
+            "A key's mean is over the text rows whose mask lets them see it, so that padding, windows and encoders "
+            "come out right; in a causal text that is the authors' number of rows from the key on.",
+            "Weights are taken as they are; the authors divide unnormalised ones by their row sum first.",
+            "Text length is the caller's choice; the authors cut every text to 64 tokens.",
+            "One forward is taken for whole texts; one-token decoding steps are not counted.",
+        ),
+    )
+    epsilon: float = 0.3  # weight; the paper's default, strictly above
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon < 1:
+            raise FieldError(self, "epsilon", self.epsilon, "must be a weight from 0 to below 1", 0.3)
+
+    @reads(Site.PATTERN)
+    def weigh_keys(self, weights: Tensor, call: Call) -> Statistic | None:
+        if call.phase is Phase.DECODE:
+            return None
+        weights = weights.detach()
+        b, h, _, k = weights.shape
+        live = call.live[..., None]  # [b|1 1 r 1]
+        seen = live.expand(-1, -1, -1, k) if call.keep is None else call.keep & live
+        place = call.pairs.k[..., 0, :].expand(b, h, k)
+        slots = int(place.max().clamp(min=0)) + 1
+        place = place.where(place >= 0, slots)  # padding goes to a slot that is cut off
+        empty = weights.new_zeros(b, h, slots + 1)
+        total = empty.scatter_add(-1, place, (weights * live).sum(-2))
+        count = empty.scatter_add(-1, place, seen.sum(-2).to(empty.dtype).expand(b, h, k))
+        return Mean.of(total[..., :slots], count[..., :slots])
+
+    def finish(self, statistic: Statistic, call: Call) -> Statistic:
+        reached = statistic.tensors()["count"] > 0
+        alpha = statistic.value.where(reached, 0.0)
+        sink = (alpha > self.epsilon).to(alpha.dtype)
+        return Mean.of(torch.stack([sink, alpha]).sum(1), reached.sum(0))  # [2 h k]
+
+    def answer(self, readings: Readings) -> Sinks:
+        found = {layer: stat.value for layer, stat in readings.items()}
+        return Sinks({n: x[0] for n, x in found.items()}, {n: x[1] for n, x in found.items()})
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model, tokenizer, _ = models.default()
+    text = tokenizer("The sun rises in the east and sets in the west. " * 5, return_tensors="pt")
+    with attach(model, SinkRate()) as run:
+        run(**text)
+        print(run[SinkRate()])
