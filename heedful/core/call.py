@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
@@ -50,6 +50,7 @@ class Call:
     cross: bool = False  # keys come from another sequence than queries
     roles: Mapping[str, tuple[Span, ...]] = field(default_factory=lambda: NO_ROLES)  # named spans of token positions
     hidden: Tensor | None = None  # [b n e], the attention block's input
+    turn: Callable[[Tensor], Tensor] | None = None  # rotates [b|1 h q d] as this call's queries and fresh keys were
     mask: Mask = field(default_factory=Mask)  # the rules for the whole call
     forward: int = 0  # how many forwards the run has seen before this one
     keep: Tensor | None = None  # [b|1, h|1, r, k]: which pairs are computed; None when all are

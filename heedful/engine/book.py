@@ -121,7 +121,7 @@ class Book:
         have = self.calls.get(call.layer)
         size = len(call.queries) * len(call.keys)
         if have is None or size >= len(have.queries) * len(have.keys):
-            self.calls[call.layer] = replace(call, hidden=None)
+            self.calls[call.layer] = replace(call, hidden=None, turn=None)
 
     def look_for_nan(self, x: Tensor) -> None:
         found = torch.isnan(x.detach()).any()

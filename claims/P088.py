@@ -1,0 +1,114 @@
+"""FocusDirections: do learned directions turn heads, and the answer, towards the relevant line among distractors?
+
+The effect is the answer's. The chosen heads' mean mass on held-out texts, beside it in the record, need not rise with
+it: the fit raises the mean of the mass's logarithm, on its own texts.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from claims.ledger import Claim, run
+from heedful import Fitted, attach, fit, models
+from heedful.core.method import Method
+from heedful.methods.intervene.focus_directions import FocusDirections, _Mass
+
+NAMES = "apple,river,stone,cloud,tiger,piano,candle,garden,bridge,winter,orange,silver,doctor,forest,window,basket"
+WORDS = "red,blue,green,black,white,pink,brown,gold,gray,purple,yellow,blind,cold,warm,soft,loud"
+LINES, LEARN, TEST, EPOCHS, RATE, HEADS, ALPHA = 8, 8, 12, 4, 0.03, 10, 0.3
+
+
+@cache
+def language_model() -> models.Loaded:
+    return models.default()
+
+
+def example(draw: random.Random) -> tuple[dict[str, Any], int]:
+    """Eight lines, a question about one of them, and the first token of its answer."""
+    tokenizer = language_model().tokenizer
+    names, words = (draw.sample(x.split(","), LINES) for x in (NAMES, WORDS))
+    asked = draw.randrange(LINES)
+    ids: list[int] = []
+    for i, (name, word) in enumerate(zip(names, words, strict=True)):
+        start = len(ids)
+        ids += tokenizer(f"The code of the {name} is {word}.\n").input_ids
+        if i == asked:
+            span = (start, len(ids))
+    ids += tokenizer(f"Question: what is the code of the {names[asked]}?\nAnswer: the code is").input_ids
+    return {"input_ids": torch.tensor([ids]), "roles": {"relevant": (span,)}}, tokenizer(f" {words[asked]}").input_ids[
+        0
+    ]
+
+
+def chosen_heads(directions: Fitted) -> list[tuple[int, int]]:
+    found = [
+        (int(name[2:]), i) for name, d in directions.items() if name[0] == "q" for i in range(len(d)) if d[i].any()
+    ]
+    return sorted(found)
+
+
+def random_like(directions: Fitted, elsewhere: bool) -> Fitted:
+    """Random directions of the same lengths in the same heads; or d_Q as learned, moved to other heads of its layer."""
+    out = {}
+    for name, d in directions.items():
+        noise = torch.nn.functional.normalize(torch.randn_like(d), dim=-1) * d.norm(dim=-1, keepdim=True)
+        out[name] = noise
+        if elsewhere and name[0] == "q":
+            out[name] = d.roll(int(torch.randint(1, len(d), ())), 0)
+    return Fitted(out)
+
+
+def measure(seed: int) -> tuple[float, dict[str, float]]:
+    model = language_model().model
+    draw = random.Random(seed)
+    learn, test = ([example(draw) for _ in range(n)] for n in (LEARN, TEST))
+    method = fit(FocusDirections(ALPHA, HEADS, EPOCHS, RATE), model, [batch for batch, _ in learn])
+    heads = chosen_heads(method.directions)
+
+    @torch.no_grad()
+    def score(part: Method | None) -> tuple[float, float]:
+        """The chosen heads' mass on the line asked for, and the log-probability of its word."""
+        reader = _Mass()
+        right = 0.0
+        with attach(model, reader if part is None else part | reader) as attached:
+            for batch, answer in test:
+                attached.roles = batch["roles"]
+                logits = attached(input_ids=batch["input_ids"], logits_to_keep=1).logits
+                right += float(logits[0, -1].log_softmax(-1)[answer]) / len(test)
+            by_layer = attached[reader]
+        return sum(float(by_layer[layer][i]) for layer, i in heads) / len(heads), right
+
+    numbers: dict[str, float] = {}
+    ways = {
+        "none": None,
+        "learned": method,
+        "learned, turned away": replace(method, alpha=-ALPHA),
+        "random directions": replace(method, directions=random_like(method.directions, elsewhere=False)),
+        "learned, other heads": replace(method, directions=random_like(method.directions, elsewhere=True)),
+    }
+    for name, part in ways.items():
+        numbers[f"mass, {name}"], numbers[f"log-probability, {name}"] = score(part)
+    return numbers["log-probability, learned"] - numbers["log-probability, none"], numbers
+
+
+CLAIM = Claim(
+    key="P088",
+    method="FocusDirections",
+    says="Directions learned in the heads that attend to relevant text raise attention to it and help long contexts.",
+    paper_number="none given in the abstract",
+    setup="SmolLM2-135M, a question about one of 8 lines; 10 heads (the paper: 20), 32 steps at rate 0.03 (the paper: "
+    "10 epochs at 0.001), strength 0.3; 12 held-out texts; random directions and other heads as controls.",
+    effect="gain in log-probability of the answer on held-out texts",
+    measure=measure,
+    seeds=3,
+    strong=0.1,
+)
+
+
+if __name__ == "__main__":
+    run(CLAIM)

@@ -1,0 +1,128 @@
+"""PruneHeads: importance by gradient, and which groups go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from heedful import Call, Fitted, Method, Site, at, attach, fit, models, operate
+from heedful.conformance.tolerances import close, close_model
+from heedful.core.errors import FieldError
+from heedful.methods.compress.prune_heads import PAPER, PruneHeads
+
+
+class Factor(Method):
+    """One group of heads times a factor."""
+
+    paper = PAPER
+    group: int = 0
+    by: float = 0.0
+
+    @at(Site.HEADS)
+    def scale(self, heads: Tensor, call: Call) -> Tensor:
+        size = call.heads // call.kv_heads
+        out = heads.clone()
+        out[:, self.group * size : (self.group + 1) * size] *= self.by
+        return out
+
+
+def _by_hooks(model: Any, ids: Tensor) -> Tensor:
+    """|sum over positions of head . dL/dhead| of each group, text by text, from the projections' inputs."""
+    out = torch.zeros(2, 2, dtype=torch.float64)
+    for row in ids:
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, args: Any, seen: list[Tensor] = seen) -> None:
+            args[0].retain_grad()
+            seen.append(args[0])
+
+        handles = [layer.self_attn.o_proj.register_forward_pre_hook(keep) for layer in model.model.layers]
+        model(input_ids=row[None], labels=row[None]).loss.backward()
+        for handle in handles:
+            handle.remove()
+        for layer, x in enumerate(seen):
+            out[layer] += (x * x.grad).view(-1, 2, 16).sum((0, 2)).abs()  # 2 groups of 2 heads of width 8
+    return torch.nn.functional.normalize(out, dim=-1)
+
+
+def test_importance_is_the_gradient_of_each_text() -> None:
+    model = models.tiny("llama", dtype=torch.float64)
+    ids = models.tiny_inputs(model, batch=3)["input_ids"]
+    found = fit(PruneHeads(), model, [{"input_ids": ids}]).importance
+    wanted = _by_hooks(model, ids)
+    for layer in range(2):
+        assert close_model(found[str(layer)].float(), wanted[layer].float())
+
+
+def test_one_batch_or_many_padded_or_not() -> None:
+    model = models.tiny("llama", dtype=torch.float64)
+    ids = models.tiny_inputs(model, batch=4)["input_ids"]
+    whole = fit(PruneHeads(), model, [{"input_ids": ids}]).importance
+    pieces = fit(PruneHeads(), model, [{"input_ids": ids[:2]}, {"input_ids": ids[2:]}]).importance
+    right = {"input_ids": torch.cat([ids, torch.zeros_like(ids[:, :3])], 1)}
+    right["attention_mask"] = torch.cat([torch.ones_like(ids), torch.zeros_like(ids[:, :3])], 1)
+    padded = fit(PruneHeads(), model, [right]).importance
+    for name, x in whole.items():
+        assert close(pieces[name], x)
+        assert close(padded[name], x)
+        assert close(x.norm(), torch.ones((), dtype=x.dtype))
+
+
+def test_fitting_leaves_the_model_alone() -> None:
+    model = models.tiny("llama")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fit(PruneHeads(), model, [models.tiny_inputs(model)])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def _fitted(**more: Any) -> PruneHeads:
+    tensors = {"0": torch.tensor([0.1, 0.2, 0.9, 0.3]), "1": torch.tensor([0.05, 0.06, 0.07, 0.08])}
+    return PruneHeads(importance=Fitted(tensors), **more)
+
+
+def test_the_least_important_go_first_and_each_layer_keeps_its_best() -> None:
+    assert _fitted(share=0.0).dropped() == ()
+    assert _fitted(share=0.25).dropped() == ((1, 0), (1, 1))
+    assert _fitted(share=0.5).dropped() == ((1, 0), (1, 1), (1, 2), (0, 0))
+    assert _fitted(share=1.0).dropped() == ((1, 0), (1, 1), (1, 2), (0, 0), (0, 1), (0, 3))
+    assert _fitted(groups=((1, 3),)).dropped() == ((1, 3),)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mha", "bert"])
+def test_a_pruned_model_is_the_model_with_those_heads_at_zero(kind: str) -> None:
+    model = models.tiny(kind)
+    inputs = models.tiny_inputs(model)
+    fitted = fit(PruneHeads(0.25), model, [inputs])
+    gone = fitted.dropped()
+    assert len(gone) == (1 if kind == "llama" else 2)
+    stack = Factor(gone[0][1]).on(layers=gone[0][0])
+    for layer, group in gone[1:]:
+        stack = stack | Factor(group).on(layers=layer)
+    with torch.no_grad(), attach(model, stack) as run:
+        wanted = run(**inputs).logits
+    small = operate(model, fitted)
+    with torch.no_grad():
+        assert close_model(small(**inputs).logits, wanted)
+    assert small.num_parameters() < model.num_parameters()
+
+
+def test_errors() -> None:
+    model = models.tiny("llama")
+    with pytest.raises(FieldError, match=r"PruneHeads.share = 1.5: must lie between 0 and 1"):
+        PruneHeads(1.5)
+    with pytest.raises(FieldError, match=r"PruneHeads.groups = .*: must be pairs of layer and key head"):
+        PruneHeads(groups=((0, -1),))
+    with pytest.raises(FieldError, match=r"PruneHeads.importance = None: is not known yet: fit, or name `groups`"):
+        operate(model, PruneHeads())
+    with pytest.raises(FieldError, match=r"name key head 2 of layer 0, which has 2"):
+        operate(model, PruneHeads(groups=((0, 2),)))
+    with pytest.raises(FieldError, match="leave layer 1 no head"):
+        operate(model, PruneHeads(groups=((1, 0), (1, 1))))
+    with pytest.raises(FieldError, match="must reach every layer"):
+        fit(PruneHeads(), model, [])
+    with pytest.raises(FieldError, match="give this model no loss; add"):
+        fit(PruneHeads(), model, [{"inputs_embeds": torch.randn(1, 4, 32)}])
