@@ -340,5 +340,3 @@ def test_check_wants_a_method() -> None:
 def test_a_law_that_does_not_apply_says_why() -> None:
     verdict = check(Scale(), only=("statistics",))["statistics"]
     assert (verdict.outcome, verdict.reason) == ("does not apply", "reads nothing")
-
-

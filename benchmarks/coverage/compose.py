@@ -15,7 +15,7 @@ _COUNTS = re.compile(r"features:?\s*(?:torch\.Size\(\[)?(\d+)")
 _START = ("vision_start_token_id", "image_start_token_id", "boi_token_id", "im_start_id", "begin_image_token_id")
 _END = ("vision_end_token_id", "image_end_token_id", "eoi_token_id", "im_end_id", "end_image_token_id")
 _TOKEN = {
-    "image": ("image_token_id", "image_token_index", "img_context_token_id", "image_patch_id", "media_token_id", "image_token"),
+    "image": ("image_token_id", "image_token_index", "img_context_token_id", "image_patch_id", "media_token_id"),
     "audio": ("audio_token_id", "audio_token_index", "audio_pad_token_id"),
     "video": ("video_token_id", "video_token_index"),
 }
@@ -43,7 +43,7 @@ def _alone(maker: Maker) -> Conversation:
 
 
 def _texts(maker: Maker) -> Iterator[Feed]:
-    for length in (LENGTH, 64):
+    for length in (maker.length(), 64):
         mask = maker.mask(length)
         feed = {"input_ids": maker.pad(maker.text(length), mask)}
         if "attention_mask" in maker.names:
@@ -51,6 +51,9 @@ def _texts(maker: Maker) -> Iterator[Feed]:
             yield {"input_ids": maker.text(length), "attention_mask": maker.mask(length, 0)}
         yield {"input_ids": maker.text(length)}
     books = field(maker.config, "num_codebooks", "num_code_groups", "n_codes_total", default=4)
+    if field(maker.config, "num_codebooks") is not None:
+        ids = maker.text(LENGTH).repeat_interleave(int(books), 0)
+        yield {"input_ids": ids, "attention_mask": maker.mask()}
     for wide in (books, books + 1):
         ids = maker.text(LENGTH)[..., None].expand(-1, -1, int(wide)).contiguous()
         yield {"input_ids": ids, "attention_mask": maker.mask()}
@@ -74,6 +77,13 @@ def _embedded(maker: Maker) -> Iterator[Feed]:
             yield {name: _random(BATCH, LENGTH, width, seed=4)}
             if name == "inputs":
                 yield {name: maker.text(), "attention_mask": maker.mask()}
+    if "hidden_states" in maker.names:
+        yield {"hidden_states": _random(BATCH, width, LENGTH, seed=4)}
+        yield {"hidden_states": _random(BATCH, 1, 3840, seed=4)}
+    if "states" in maker.names:
+        steps = maker.length()
+        feed = {n: _by_name(maker, n, steps) for n in ("states", "actions", "rewards", "returns_to_go", "timesteps")}
+        yield {**feed, "attention_mask": maker.mask(steps)}
     if "latents" in maker.names:
         yield {"latents": _random(BATCH, width, LENGTH, seed=4)}
 
@@ -104,6 +114,10 @@ def _series(maker: Maker) -> Iterator[Feed]:
 
 def _mixed(maker: Maker, kind: str, media: Feed) -> Conversation:
     """Text around one image (or sound) per row, with as many placeholder tokens as it has features."""
+    if "image_embeds_position_mask" in maker.names and kind == "image":
+        count = int(field(maker.config, "latent_query_num", default=8))
+        text = _around(maker, count, 3)
+        yield finish(maker, {**media, **text, "image_embeds_position_mask": (text["input_ids"] == 3).long()})
     token = next((v for n in _TOKEN[kind] if type(v := field(maker.config, n)) is int), None)
     counts = [0] if token is None else [_features(maker.model, kind, media)]
     for count in counts:
@@ -116,7 +130,7 @@ def _mixed(maker: Maker, kind: str, media: Feed) -> Conversation:
 
 
 def _around(maker: Maker, count: int, token: int | None) -> Feed:
-    length = LENGTH + count + (2 if count else 0)
+    length = maker.length() + count + (2 if count else 0)
     ids, mask = maker.text(length), maker.mask(length)
     if "attention_mask" in maker.names:
         ids = maker.pad(ids, mask)
@@ -144,7 +158,7 @@ def _features(model: PreTrainedModel, kind: str, media: Feed) -> int:
     with torch.no_grad():
         try:
             made = function(**{k: v.clone() for k, v in media.items() if k in known})
-        except Exception:  # the forward itself will say what is wrong with this feed
+        except Exception:  # noqa: BLE001 - the forward itself will say what is wrong with this feed
             return 0
     made = getattr(made, "pooler_output", made)
     parts = list(made) if isinstance(made, (list, tuple)) else [made]
@@ -164,6 +178,14 @@ def finish(maker: Maker, feed: Feed) -> Feed:
         full["bbox"] = torch.cat([corner, corner + 5], -1)
         if getattr(own, "dim_bbox", 4) == 8:
             full["bbox"] = torch.rand(BATCH, length, 8, generator=torch.Generator().manual_seed(1))
+    books = vars(vars(own).get("decoder_config") or own).get("num_channels")
+    if "decoder_input_ids" in full and "decoder_config" in vars(own) and type(books) is int:
+        full["decoder_input_ids"] = full["decoder_input_ids"][..., None].expand(-1, -1, books).contiguous()
+    if "visual_feats" in maker.names:
+        full["visual_feats"] = _random(BATCH, 8, int(own.visual_feat_dim), seed=8)
+        full["visual_pos"] = _random(BATCH, 8, int(own.visual_pos_dim), seed=9)
+    if "encoder_hidden_states" in maker.names and "query_embeds" in full:
+        full["encoder_hidden_states"] = _random(BATCH, 16, int(own.encoder_hidden_size), seed=8)
     for name in maker.needed:
         if name not in full:
             full[name] = _by_name(maker, name, length)
@@ -178,6 +200,14 @@ def _by_name(maker: Maker, name: str, length: int) -> Tensor:
     special = {"states": "state_dim", "actions": "act_dim", "state": "max_state_dim", "action_embeds": "max_action_dim"}
     if name in special:
         return _random(BATCH, length, int(field(own, special[name], default=hidden)))
+    if name == "context_hidden_states":
+        return _random(BATCH, length, hidden * len(field(own, "target_layer_ids", default=[0])))
+    if name == "task_inputs":
+        return maker.text(int(field(own, "task_seq_len", default=length)))
+    if name == "input_values":
+        return _random(BATCH, 1, 3840, seed=3)
+    if name == "merge_sizes":
+        return torch.ones(BATCH, dtype=torch.long)
     if name in ("rewards", "returns_to_go"):
         return _random(BATCH, length, 1)
     if name == "timesteps":

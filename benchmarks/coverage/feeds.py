@@ -21,6 +21,13 @@ BATCH = 2
 LENGTH = 20
 PADDING = 6
 
+_MEL_FIELDS = (
+    "num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim", "input_feat_size",
+    "input_dim", "n_mels", "mel_bins", "num_mel_filters", "feat_dim", "audio_dim",
+)  # fmt: skip
+_SOUND_FIELDS = ("input_features", "input_values", "audio_mel", "audio_input_features")
+_SOUND_MASK = r"(input_features|feature_attention|audio_mel|padding|attention|input_values|audio_attention)_mask"
+
 Feed = dict[str, Tensor]
 
 
@@ -82,13 +89,17 @@ class Maker:
     def text(self, length: int = LENGTH, seed: int = 1, vocab: int | None = None) -> Tensor:
         """Ordinary token ids, right padded in the second row where a pad id is known."""
         top = min(vocab or int(field(self.config, "vocab_size", "n_tokens", default=TEXT) or TEXT), TEXT)
-        ids = torch.randint(min(10, top - 1), top, (BATCH, length), generator=torch.Generator().manual_seed(seed))
-        return ids
+        return torch.randint(min(10, top - 1), top, (BATCH, length), generator=torch.Generator().manual_seed(seed))
 
     def mask(self, length: int = LENGTH, padding: int = PADDING) -> Tensor:
         mask = torch.ones(BATCH, length, dtype=torch.long)
         mask[1, length - padding :] = 0
         return mask
+
+    def length(self) -> int:
+        """How long a text may be, at most `LENGTH`."""
+        limits = [vars(one).get("max_position_embeddings") for one in configs(self.config) if "vocab_size" in vars(one)]
+        return min([LENGTH, *(v for v in limits if type(v) is int and v > 4)])
 
     def pad(self, ids: Tensor, mask: Tensor) -> Tensor:
         pad = getattr(self.config, "pad_token_id", None)
@@ -119,10 +130,9 @@ class Maker:
         return int(value[0] if isinstance(value, (list, tuple)) else value)
 
     def audio_width(self) -> int:
-        names = ("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim",
-                 "input_feat_size", "input_dim", "n_mels", "mel_bins", "num_mel_filters", "feat_dim", "audio_dim")  # fmt: skip
-        for one in (vars(self.config).get("audio_config"), vars(self.config).get("encoder_config"), *configs(self.config)):
-            for name in names if isinstance(one, PreTrainedConfig) else ():
+        own = vars(self.config)
+        for one in (own.get("audio_config"), own.get("encoder_config"), *configs(self.config)):
+            for name in _MEL_FIELDS if isinstance(one, PreTrainedConfig) else ():
                 if type(vars(one).get(name)) is int:
                     return int(vars(one)[name])
         return 80
@@ -172,6 +182,15 @@ class Maker:
             yield {key: _random(BATCH, 1, tiles, chans, height, width, seed=2), "aspect_ratio_mask": mask,
                    "aspect_ratio_ids": torch.ones(BATCH, 1, dtype=torch.long),
                    "cross_attention_mask": torch.ones(BATCH, LENGTH, 1, tiles, dtype=torch.long)}  # fmt: skip
+        if has("target_sizes"):
+            rows, columns = height // patch, width // patch
+            packed = _random(1, chans, patch, BATCH * rows * columns * patch, seed=2)
+            yield {key: packed, "target_sizes": torch.tensor([[rows, columns]] * BATCH)}
+            yield {key: plain, "target_sizes": torch.tensor([[rows, columns]] * BATCH)}
+        if has("image_attention_mask"):
+            yield {key: plain[:, None], "image_attention_mask": torch.ones(BATCH, LENGTH, 1, dtype=torch.long)}
+        if has("pixel_attention_mask"):
+            yield {key: plain[:, None], "pixel_attention_mask": torch.ones(BATCH, 1, dtype=torch.bool)}
         frames = field(self.config, "num_frames", "frames_per_clip", "num_image_with_embedding", default=2)
         video = _random(BATCH, int(frames), chans, height, width, seed=2)
         if field(self.config, "num_frames", "frames_per_clip", "tubelet_size") is not None:
@@ -181,6 +200,7 @@ class Maker:
         yield {key: video}
         rows, columns = height // patch, width // patch
         yield {key: _random(BATCH, rows * columns, chans * patch * patch, seed=2)}
+        yield {key: _random(1, chans, 4 * height, 4 * width, seed=2)}
         place = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1).reshape(-1, 2)
         rest = _random(BATCH, rows * columns, chans * patch * patch, seed=2)
         yield {key: torch.cat([place.float().expand(BATCH, -1, -1) + 1, rest], -1)}
@@ -192,18 +212,19 @@ class Maker:
         for time in dict.fromkeys((frames or 1, 1, 2)):
             yield {key: _random(BATCH * rows * columns, chans * time * patch * patch, seed=2),
                    name: torch.tensor([[1, rows, columns]] * BATCH)}  # fmt: skip
-        yield {key: _random(BATCH * rows * columns, chans, patch, patch, seed=2), name: torch.tensor([[1, rows, columns]] * BATCH)}
+        grid = torch.tensor([[1, rows, columns]] * BATCH)
+        yield {key: _random(BATCH * rows * columns, chans, patch, patch, seed=2), name: grid}
 
     def sounds(self) -> Iterator[Feed]:
         """Ways to hand over sound."""
-        key = next((k for k in ("input_features", "input_values", "audio_mel", "audio_input_features") if k in self.names), None)
+        key = next((k for k in _SOUND_FIELDS if k in self.names), None)
         if key is None:
             return
         mels = self.audio_width()
         frames = 2 * int(field(self.config, "max_source_positions", default=64))
         lengths = dict.fromkeys(v for v in (frames, 128, 64, 3000) if v <= 3000)
-        masks = [n for n in self.names if re.fullmatch(r"(input_features|feature_attention|audio_mel|padding|attention|input_values|audio_attention)_?mask", n)]
-        wave = _random(BATCH, 4000, seed=3)
+        masks = [n for n in self.names if re.fullmatch(_SOUND_MASK, n)]
+        wave = _random(BATCH, 3840, seed=3)
         fine = [n for n in masks if n in self.needed or (n == "attention_mask" and "input_ids" not in self.names)] or [
             n for n in masks if n != "attention_mask"
         ]
@@ -216,7 +237,7 @@ class Maker:
             yield feed
 
         if key == "input_values":
-            yield from masked({key: wave}, 4000)
+            yield from masked({key: wave}, 3840)
             yield {key: wave[:, None]}
         for length in lengths:
             both = (BATCH, length, mels), (BATCH, mels, length)
@@ -228,3 +249,5 @@ class Maker:
             yield {key: wave[:, None]}
         size = field(self.config, "max_length", default=128)
         yield {key: _random(BATCH, int(size), mels, seed=3)}
+        for times in (2, 4, int(field(self.config, "num_stacked_frames", default=8))):
+            yield from masked({key: _random(BATCH, 64, mels * times, seed=3)}, 64)

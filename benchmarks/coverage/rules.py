@@ -53,13 +53,15 @@ WIDTH: Table = [
     (r"(.*_)?(ffn|intermediate|mlp|feed_?forward|inner|ff)(_hidden)?_(size|dims?)|d_ff|n_inner|d_inner", "ffn"),
     (r".*intermediate_(size|dim).*|feed_forward_size|(.*_)?dim_feedforward", "ffn"),
     (r"hidden_size_per_layer_input", 32),
-    (r"(.*_)?(hidden|embed(ding)?|projection|model|proj|fusion|output|out|input|in|feature|fpn|mask|latent)_(size|dims?)", "width"),
+    (r"(.*_)?(hidden|embed(ding)?|projection|model|proj|fusion|feature)_(size|dims?)", "width"),
+    (r"(.*_)?(output|out|input|in|fpn|mask|latent)_(size|dims?)", "width"),
     (r"(.*_)?(n_embd|d_model|hidden_channels|width|conv_channels|d_latents|(qk|v)_channels)", "width"),
     (r"dim|(.*_)?(dim|hidden_size|embedding_size)|hidden_size.*|.*embed_dim.*", "width"),
     (r"(.*_)?n(um)?_groups?|topk_group", 1),
     (r"(.*_)?(num|n)_shared_experts|zero_expert_num", 1),
     (r"(.*_)?(num_experts_per_tok(en)?|top_k|topk|top_k_experts|moe_k|num_selected_experts)", 2),
     (r"(.*_)?(num|n)_(local_|routed_)?experts", 4),
+    (r"(.*_)?base_channels", 32),
     (r"state_size|.*d_state|ssm_state_size", 16),
     (r"(.*_)?chunk_size", 8),
     (r"codebook_size|num_embeddings|codebook_vocab_size|quantizer_bins", CODES),
@@ -71,6 +73,7 @@ TOKENS: Table = [
     (r"(.*_)?vocab_size(_per_layer_input)?", VOCAB),
     (r"sliding_window(_size)?|local_attention|window_size|attention_chunk_size|.*attention_window(_size)?", 8),
     (r"index_topk|(index_)?block_size|(lsh|local)_attn_chunk_length|local_radius", 8),
+    (r"index_kpool", 4),
     (r"n_positions|(.*_)?max_(.*_)?position_embeddings|n_ctx|max_seq_len.*|max_sequence_length", 512),
     (r"max_(source|target)_positions|max_(source|target|text)_length|max_pos_emb", 512),
 ]
@@ -78,7 +81,7 @@ IMAGES: Table = [
     (r"(.*_)?(image|img|input|train|crop|tile|anchor_image)_sizes?", IMAGE),
     (r"(vision_)?patch_size", 8),
     (r"(num_)?frames(_per_clip)?", 4),
-    (r"num_mel_bins|feature_size|input_feat_per_channel", 80),
+    (r"num_mel_bins|input_feat_per_channel", 80),
 ]
 FILL: dict[str, int | str] = {
     "head_dim": "head",
@@ -91,7 +94,12 @@ FILL: dict[str, int | str] = {
     "vocab_size": VOCAB,
     "moe_intermediate_size": 32,
     "n_shared_experts": 1,
-    "prediction_length": 8,
+    "prediction_length": 16,
+    "top_k_experts": 2,
+    "image_token_index": 157,
+    "image_token_id": 157,
+    "video_token_index": 158,
+    "audio_token_id": 159,
 }
 DEPTH_LIST = r"depths?|num_block_repeats|layer_depths|num_blocks|blocks_per_stage|stage_num.*|num_conv_blocks"
 HEADS_LIST = r".*heads(_per_stage)?"
@@ -100,7 +108,7 @@ WIDTH_LIST = (
     r"unit_dims|channel_list|hidden_size|out_channels|in_channels)"
 )
 LAYER_INDEX = (
-    r".*(layer|layers|block|attn|att)_?(idx|idxs|index|indexes|indices|ids|id|blocks|map)|vision_feature_layer|"
+    r".*(layer|layers|block|attn|att)_?(idx|idxs|index|indexes|indices|ids|id)|vision_feature_layer|"
     r"deepstack.*|.*_target_layers|global_attention_blocks|cross_attention_layers|.*layer_ids|global_attn_indexes"
 )
 TOKEN_ID = (

@@ -8,6 +8,8 @@ sizes depend on one another in ways no rule knows.
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,9 +18,22 @@ from transformers import PreTrainedConfig
 
 from .exceptions import overrides
 from .rules import (
-    DEPTH, DEPTH_LIST, FILL, HEADS_LIST, IMAGE, IMAGES, LAYER_INDEX, TEXT, TOKEN_ID, TOKENS, VOCAB, WIDTH, WIDTH_LIST,
-    Plan, limit,
-)  # fmt: skip
+    DEPTH,
+    DEPTH_LIST,
+    FILL,
+    HEADS_LIST,
+    IMAGE,
+    IMAGES,
+    LAYER_INDEX,
+    TEXT,
+    TOKEN_ID,
+    TOKENS,
+    VOCAB,
+    WIDTH,
+    WIDTH_LIST,
+    Plan,
+    limit,
+)
 
 MOST_LAYERS = 6
 
@@ -56,13 +71,16 @@ def shrunk(config: PreTrainedConfig, plan: Plan, ids: Ids | None = None) -> dict
             plain[name] = getattr(plan, bound) if isinstance(bound, str) else bound
         elif value is not None and (default is not None or _kept_when_derived(name, value)):
             plain[name] = value
-    rows, depth = _rows(own.get("num_hidden_layers"), plain)
-    new = {name: _small(name, value, plan, ids, depth) for name, value in plain.items()}
+    layers = own.get("num_hidden_layers")
+    rows, depth = _rows(layers, plain)
+    counted = depth if type(layers) is int else None
+    new = {name: _small(name, value, plan, ids, counted) for name, value in plain.items()}
     new.update(rows)
     if "num_hidden_layers" in new:
         new["num_hidden_layers"] = depth
     if plan.widths:
-        _relations(own, new, plan)
+        _relations(type(config), own, new, plan)
+    _stages(new, "num_hidden_layers" in new)
     new.update(nested)
     new.update(overrides(config, new))
     return new
@@ -113,14 +131,14 @@ def _rows(depth: Any, values: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     return rows, max(len(keep), min(needed, MOST_LAYERS))
 
 
-def _small(name: str, old: Any, plan: Plan, ids: Ids, depth: int) -> Any:
+def _small(name: str, old: Any, plan: Plan, ids: Ids, depth: int | None) -> Any:
     """One field's new value."""
     if re.fullmatch(TOKEN_ID, name):
         if type(old) is int:
             return ids(old)
         return type(old)(ids(v) for v in old) if _ints(old) else old
     if re.fullmatch(LAYER_INDEX, name) and (type(old) is int or _ints(old)):
-        return _index(old, depth)
+        return _index(old, depth or 2)
     tables = DEPTH + TOKENS + (IMAGES if plan.images else []) + (WIDTH if plan.widths else [])
     bound = limit(tables, name, plan)
     if _ints(old):
@@ -144,11 +162,13 @@ def _index(old: Any, depth: int) -> Any:
     return type(old)(sorted({min(v, depth - 1) for v in old}))
 
 
-def _list(name: str, old: Any, plan: Plan, bound: int | None, depth: int) -> Any:
+def _list(name: str, old: Any, plan: Plan, bound: int | None, depth: int | None) -> Any:
     """Lists of widths keep their proportions, lists of depths their length, sizes of images their shape."""
     kind = type(old)
+    if name == "backbone_out_indices" and depth is not None:
+        return kind(range(depth - len(old), depth))
     if re.fullmatch(r".*out_indices", name):
-        return old if max(old) <= depth else kind(range(depth - len(old) + 1, depth + 1))
+        return old if depth is None or max(old) <= depth else kind(range(depth - len(old) + 1, depth + 1))
     if re.fullmatch(DEPTH_LIST, name):
         return kind(min(v, 2) for v in old)
     if plan.widths and re.fullmatch(HEADS_LIST, name):
@@ -156,13 +176,22 @@ def _list(name: str, old: Any, plan: Plan, bound: int | None, depth: int) -> Any
     if plan.widths and re.fullmatch(WIDTH_LIST, name) and min(old) > 32 and not name.startswith(("patch", "image")):
         return kind(max(8, v * 32 // min(old) // 8 * 8) for v in old)
     if bound is not None and len(old) <= 3 and re.fullmatch(r".*(image|img|input|patch|crop|window|vocab).*", name):
-        return kind(min(v, bound) for v in old)
+        return kind(max(1, v * bound // min(old)) if min(old) > bound else min(v, bound) for v in old)
     if bound is not None and re.fullmatch(r".*attention_window", name):
-        return kind([bound] * depth)
+        return kind([bound] * (depth or 2))
     return old
 
 
-def _relations(own: Mapping[str, Any], new: dict[str, Any], plan: Plan) -> None:
+def _stages(new: dict[str, Any], by_layer: bool) -> None:
+    """Backbones keep their chosen outputs under private names, but take them under public ones."""
+    features, indices = new.pop("_out_features", None), new.pop("_out_indices", None)
+    if by_layer and indices:
+        new["out_indices"] = list(indices)
+    elif features:
+        new["out_features"] = list(features)
+
+
+def _relations(kind: type[PreTrainedConfig], own: Mapping[str, Any], new: dict[str, Any], plan: Plan) -> None:
     """Sizes that must agree with other sizes."""
     if "spatial_merge_size" in new and "window_size" in new:
         new["window_size"] = 2 * new["spatial_merge_size"] * new.get("patch_size", 8)
@@ -170,12 +199,25 @@ def _relations(own: Mapping[str, Any], new: dict[str, Any], plan: Plan) -> None:
         new["head_dim"] = int(new["expand"] * new.get("hidden_size", plan.width)) // new.get("num_heads", plan.heads)
     if "mamba_expand" in new and "mamba_n_heads" in new:
         new["mamba_d_head"] = int(new["mamba_expand"] * plan.width) // new["mamba_n_heads"]
+    if "patch_embed_hidden_size" in new:
+        new["patch_embed_hidden_size"] = 3 * new.get("patch_size", 8) ** 2
+    if any("sliding" in str(layer) for layer in new.get("layer_types") or ()) and not new.get("sliding_window"):
+        new["sliding_window"] = 8
     rope = own.get("rope_parameters")
-    if isinstance(rope, dict) and rope.get("mrope_section"):
-        before = own.get("head_dim") or own["hidden_size"] // own["num_attention_heads"]
-        after = new.get("head_dim") or new.get("hidden_size", plan.width) // new.get("num_attention_heads", plan.heads)
-        old = rope["mrope_section"]
-        total = round(sum(old) * after / before)
+    old = (rope.get("mrope_section") or _default_section(kind)) if isinstance(rope, dict) else None
+    if isinstance(rope, dict) and old and "num_attention_heads" in own:
+        head = new.get("head_dim") or new.get("hidden_size", plan.width) // new.get("num_attention_heads", plan.heads)
+        total = int(head * (rope.get("partial_rotary_factor") or 1.0)) // 2
         section = [max(1, v * total // sum(old)) for v in old]
         section[0] += total - sum(section)
         new["rope_parameters"] = {**rope, "mrope_section": section}
+
+
+def _default_section(kind: type[PreTrainedConfig]) -> list[int] | None:
+    """The rotary sections that the modelling code falls back to, where it names some."""
+    try:
+        module = importlib.import_module(kind.__module__.replace("configuration_", "modeling_"))
+    except ImportError:
+        return None
+    found = re.search(r'"mrope_section", \[([\d, ]+)\]', inspect.getsource(module))
+    return [int(v) for v in found.group(1).split(",")] if found else None

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +31,10 @@ from .weights import condition, marked_empty
 __all__ = ["CannotBuild", "Tiny", "build", "class_names", "output_tensors"]
 
 MOST_PARAMETERS = 120_000_000
+PATIENCE = 25
 SEED = 0
 _NOT_COMPARED = re.compile(
-    r"(.*_)?(attentions|past_key_values|mems|cache|cache_params|hidden_states|loss|loss_dict|past_buckets_states|state)"
+    r"(.*_)?(attentions|past_key_values|mems|cache|cache_params|hidden_states|loss|loss_dict|past_buckets_states)|state"
 )
 
 
@@ -56,22 +59,22 @@ class Tiny:
 
 def output_tensors(output: Any) -> list[Tensor]:
     """The float tensors of a forward's output that two runs can be compared by."""
-    return list(_tensors(output))
+    return list(_tensors(output)) or list(_tensors(output, everything=True))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any, everything: bool = False) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.numel():
             yield value.detach()
     elif isinstance(value, Mapping):
         for name, part in value.items():
-            if not _NOT_COMPARED.fullmatch(str(name)) or name == "last_hidden_state":
-                yield from _tensors(part)
+            if everything or not _NOT_COMPARED.fullmatch(str(name)):
+                yield from _tensors(part, everything)
     elif isinstance(value, (list, tuple)):
         for part in value:
-            yield from _tensors(part)
+            yield from _tensors(part, everything)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+        yield from _tensors({f.name: getattr(value, f.name) for f in dataclasses.fields(value)}, everything)
 
 
 def build(class_name: str) -> Tiny:
@@ -82,11 +85,14 @@ def build(class_name: str) -> Tiny:
     except Exception as error:
         raise CannotBuild(_say("default config", error)) from error
     reasons: list[str] = []
+    start = time.monotonic()
     for level, plan in enumerate(PLANS):
         try:
             model = _construct(kind, default, plan)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - any failure is a reason
             reasons.append(_say(f"level {level} construction", error))
+            if isinstance(error, ImportError):
+                break
             continue
         for feed, failure in _trials(model):
             if failure is None:
@@ -94,6 +100,8 @@ def build(class_name: str) -> Tiny:
             reasons.append(f"level {level} forward: {failure}")
         del model
         gc.collect()
+        if time.monotonic() - start > PATIENCE:
+            break
     raise CannotBuild(_most_telling(reasons))
 
 
@@ -131,7 +139,10 @@ def _trials(model: PreTrainedModel) -> Iterator[tuple[dict[str, Tensor], str | N
 def _failure(tiny: Tiny) -> str | None:
     try:
         tensors = output_tensors(tiny.forward())
-    except Exception as error:
+        eager = copy.deepcopy(tiny.model)
+        eager.set_attn_implementation("eager")
+        output_tensors(Tiny(eager, tiny.inputs).forward())
+    except Exception as error:  # noqa: BLE001 - any failure is a reason
         return _say(f"({', '.join(tiny.inputs)})", error)
     if not tensors:
         return f"({', '.join(tiny.inputs)}): no float output"

@@ -8,18 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heedful.adapters.kvcache import HeldLayer
+from heedful.adapters.bound import Bound, Request, passes_through
+from heedful.adapters.kvcache import HeldLayer, shrunk
 from heedful.adapters.lazymask import LazyMask
+from heedful.adapters.sparse import LISTS, chosen_pairs
 from heedful.core.errors import UnknownArgument
 from heedful.core.mask import Causal, Dense, Mask, Places
 
-# tensors that models pass along and that do not change the map, or that are read below
+# tensors that models pass along and that do not change the map
 HARMLESS = frozenset({
     "position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
     "max_length_k", "cu_seqlens", "max_seqlen", "grid_thw", "image_grid_thw", "token_type_ids", "mm_token_type_ids",
     "input_ids", "labels", "encoder_hidden_states", "encoder_attention_mask", "seq_idx", "deepstack_visual_embeds",
     "visual_pos_masks", "pixel_values", "num_items_in_batch", "padding_mask",
 })  # fmt: skip
+READ = LISTS | {"s_aux", "sinks", "position_bias"}  # those that do, and are read below
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,35 +38,22 @@ class Given:
     scale: float
 
 
-@dataclass(frozen=True, eq=False)
-class Asked:
-    """Who asks, and what else is known of the call."""
-
-    module: torch.nn.Module
-    name: str
-    native: str  # the implementation that the model had before
-    cross: bool
-    held: HeldLayer | None
-    scaling: float | None
-    more: dict[str, Any]
-
-
-def understand(asked: Asked, q: Tensor, k: Tensor, mask: Tensor | None) -> Given:
+def understand(bound: Bound, request: Request, held: HeldLayer | None) -> Given:
     """Places, rules and extras of a call."""
-    module, name, held, more = asked.module, asked.name, asked.held, asked.more
+    q, k, mask, more = request.q, request.k, request.mask, request.more
     for key, value in more.items():
-        if isinstance(value, Tensor) and key not in HARMLESS | {"s_aux", "sinks", "position_bias", "indices"}:
+        if isinstance(value, Tensor) and key not in HARMLESS | READ and not passes_through(type(bound.module), key):
             raise UnknownArgument(
-                f"{name} ({type(module).__name__}) hands its attention a tensor {key!r} of shape {tuple(value.shape)}, "
+                f"{bound.name} ({bound.kind}) hands its attention a tensor {key!r} of shape {tuple(value.shape)}, "
                 "which heedful does not know and which may change the answer; restrict the run to other parts with "
                 "attach(..., only=...)"
             )
     bias = more.get("position_bias")
-    queries, keys, rules = _places(asked, q, k, mask)
+    queries, keys, rules = _places(bound, request, held)
     if mask is None:
         flag = more.get("is_causal")
-        flag = getattr(module, "is_causal", True) if flag is None else flag
-        if asked.native != "eager" and flag and q.shape[2] > 1 and held is None:
+        flag = getattr(bound.module, "is_causal", True) if flag is None else flag
+        if bound.native != "eager" and flag and q.shape[2] > 1 and held is None:
             # without a mask this is what transformers' own kernels do with the flag; eager attention ignores it
             queries = Places.row(0, q.shape[2], q.device)
             keys = Places.row(0, k.shape[2], q.device)
@@ -71,41 +61,49 @@ def understand(asked: Asked, q: Tensor, k: Tensor, mask: Tensor | None) -> Given
     elif not isinstance(mask, LazyMask):
         if held is not None and not held.whole:
             raise UnknownArgument(
-                f"{name} ({type(module).__name__}) builds its own mask, which cannot be laid over a cache with dropped "
+                f"{bound.name} ({bound.kind}) builds its own mask, which cannot be laid over a cache with dropped "
                 "entries; leave the CACHE edit out for this model"
             )
         table, more_bias = _from_dense(mask, k.shape[2])
         rules = Mask() if table is None else Mask((Dense(table),))
         if more_bias is not None:
             bias = more_bias if bias is None else bias + more_bias
-    if (indices := more.get("indices")) is not None:
-        rules = rules & Dense(_chosen(indices, k.shape[2]))
+    if (picked := chosen_pairs(bound.module, more, q.shape[1], k.shape[2])) is not None:
+        rules = rules & Dense(picked)
     softcap = more.get("softcap")
-    scale = float(asked.scaling) if asked.scaling is not None else q.shape[-1] ** -0.5
+    scale = float(request.scaling) if request.scaling is not None else q.shape[-1] ** -0.5
     return Given(queries, keys, rules, bias, _sink(more), None if not softcap else float(softcap), scale)
 
 
-def _places(asked: Asked, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Places, Places, Mask]:
-    held = asked.held
-    n, m = q.shape[2], k.shape[2]
+def _places(bound: Bound, request: Request, held: HeldLayer | None) -> tuple[Places, Places, Mask]:
+    q, mask = request.q, request.mask
+    n, m = q.shape[2], request.k.shape[2]
     if isinstance(mask, LazyMask):
         spec = mask.spec
         queries, keys = spec.queries, spec.keys
         if held is not None:
             keys = held.places(spec.pad)
+        elif len(keys) > m and shrunk(bound.cache):
+            raise UnknownArgument(
+                f"{bound.name} ({bound.kind}) attends to the keys of another layer, whose cache dropped entries, so "
+                "which key is which is lost; leave the CACHE edit out for this model"
+            )
         if len(queries) not in (1, n) or len(keys) < m:
             raise UnknownArgument(
-                f"{asked.name}: its mask is for {len(queries)} queries and {len(keys)} keys, but {n} and {m} arrived"
+                f"{bound.name}: its mask is for {len(queries)} queries and {len(keys)} keys, but {n} and {m} arrived"
             )
         if len(keys) > m:
             keys = keys.take(slice(0, m))
+        if len(queries) != n:
+            # one row for all queries: it tells of the keys alone
+            return Places.row(0, n, q.device), keys, Mask((Dense(spec.table[..., :m]),))
         if held is None and spec.pad is None:
-            queries, keys = _by_text(queries, keys, asked.more.get("position_ids"))
+            queries, keys = _by_text(queries, keys, request.more.get("position_ids"))
         return queries, keys, spec.mask
     if held is not None:
         keys = held.places(None)
         return Places.row(held.seen - n, n, q.device), keys, Mask()
-    start = 0 if asked.cross else max(0, m - n)
+    start = 0 if bound.cross else max(0, m - n)
     return Places.row(start, n, q.device), Places.row(0, m, q.device), Mask()
 
 
@@ -131,15 +129,6 @@ def _from_dense(mask: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None]:
     table = mask > torch.finfo(mask.dtype).min / 2
     rest = mask.masked_fill(~table, 0.0)
     return (None if bool(table.all()) else table), (rest if bool(rest.any()) else None)
-
-
-def _chosen(indices: Tensor, keys: int) -> Tensor:
-    """A table of the keys that an index list `[b, q, m]` names, -1 naming none."""
-    while indices.ndim < 4:
-        indices = indices[:, None]
-    table = torch.zeros(*indices.shape[:-1], keys + 1, dtype=torch.bool, device=indices.device)
-    slots = indices.long().masked_fill((indices < 0) | (indices >= keys), keys)
-    return table.scatter_(-1, slots, True)[..., :keys]
 
 
 def _sink(more: dict[str, Any]) -> Tensor | None:

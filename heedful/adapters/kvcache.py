@@ -110,8 +110,7 @@ class HeldLayer(DynamicLayer):
 
 def hold(cache: Cache, number: int, module_name: str) -> HeldLayer:
     """The cache's layer `number`, made into one that can shrink; refused where that cannot be right."""
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.self_attention_cache
+    cache = own_cache(cache)
     if cache.layer_class_to_replicate is DynamicLayer:
         while len(cache.layers) <= number:
             cache.layers.append(DynamicLayer())
@@ -128,3 +127,27 @@ def hold(cache: Cache, number: int, module_name: str) -> HeldLayer:
         raise RefusedModel("a CACHE edit cannot act in an offloaded cache; use the default dynamic cache")
     cache.layers[number] = HeldLayer.adopt(layer)
     return cache.layers[number]
+
+
+def shrunk(cache: Cache | None) -> bool:
+    """Whether some layer of the cache dropped entries."""
+    return any(isinstance(x, HeldLayer) and not x.whole for x in own_cache(cache).layers) if cache else False
+
+
+def own_cache(cache: Cache) -> Cache:
+    """The cache of self attention, where there is one for cross attention too."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def held_layer(cache: Cache, number: int | None, k: Tensor, v: Tensor, module_name: str) -> HeldLayer | None:
+    """The layer `number` if it is one that can shrink, after checking that the call's keys are the ones it holds."""
+    layers = own_cache(cache).layers
+    layer = layers[number] if number is not None and number < len(layers) else None
+    if not isinstance(layer, HeldLayer):
+        return None
+    if not layer.seen or layer.keys.shape != k.shape or layer.values.shape != v.shape:
+        raise RefusedModel(
+            f"a CACHE edit cannot act in {module_name}: its cache layer does not hold the keys and values that it "
+            "attends to, but compressed ones or none; restrict the method to other layers with .on(layers=[...])"
+        )
+    return layer

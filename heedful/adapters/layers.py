@@ -22,17 +22,20 @@ HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key
 
 
 @cache
-def _source(kind: Any) -> str:
+def own_source(kind: type) -> str:
+    """The text of one class without its bases, empty where there is none."""
+    if kind.__module__.startswith(("torch.", "builtins", "transformers.modeling_", "transformers.utils")):
+        return ""  # a model's base class speaks of the interface without being an attention layer
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
+
+
+@cache
+def _source(kind: type) -> str:
     """A class's own source and that of its bases, as far as there is any."""
-    found = []
-    for base in kind.__mro__:
-        if base.__module__.startswith(("torch.", "builtins", "transformers.modeling_", "transformers.utils")):
-            continue  # a model's base class speaks of the interface without being an attention layer
-        try:
-            found.append(inspect.getsource(base))
-        except (OSError, TypeError):
-            continue
-    return "\n".join(found)
+    return "\n".join(own_source(base) for base in kind.__mro__)
 
 
 def uses_interface(kind: Any) -> bool:

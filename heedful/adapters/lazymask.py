@@ -1,14 +1,15 @@
 """transformers' masks without the N x N tensor: the mask function, the padding and the offsets, kept as a rule.
 
-A `LazyMask` has the shape `[b, 1, q, k]` of a boolean mask and no storage. Any operator that touches it gets the dense
-mask, so a model that slices or adds it stays right.
+A `LazyMask` has the shape `[b, 1, q, k]` of a mask and no storage. It stands for the mask that the model would have had
+without us, additive or boolean: any operator that touches it gets that one, so a model that slices, adds or inverts it
+computes what it always did.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     bidirectional_mask_function,
     causal_mask_function,
+    eager_mask,
     sdpa_mask,
 )
 
 from heedful.core.mask import Causal, Mask, Padding, Pairs, Places, Rule
 
+_NO_SKIPS = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -58,10 +61,18 @@ class MaskSpec:
 
     @property
     def table(self) -> Tensor:
-        if "" not in self.dense:
-            skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-            self.dense[""] = sdpa_mask(**{**self.arguments, **skips})
-        return self.dense[""]
+        """True where the pair is computed, `[b 1 q k]`."""
+        return self._whole("table", sdpa_mask)
+
+    @property
+    def addend(self) -> Tensor:
+        """0 where the pair is computed and the least number elsewhere, `[b 1 q k]`."""
+        return self._whole("addend", eager_mask)
+
+    def _whole(self, name: str, build: Callable[..., Tensor]) -> Tensor:
+        if name not in self.dense:
+            self.dense[name] = build(**{**self.arguments, **_NO_SKIPS})
+        return self.dense[name]
 
     @cached_property
     def padding(self) -> Tensor | None:
@@ -112,12 +123,18 @@ class LazyMask(Tensor):
     spec: MaskSpec
 
     @staticmethod
-    def __new__(cls, spec: MaskSpec) -> LazyMask:
+    def __new__(cls, spec: MaskSpec, additive: bool = False) -> LazyMask:
         a = spec.arguments
         shape = (a["batch_size"], 1, a["q_length"], a["kv_length"])
-        out = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(a["device"]))
+        dtype = a.get("dtype", torch.float32) if additive else torch.bool
+        out = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device(a["device"]))
         out.spec = spec
         return out
+
+    @property
+    def whole(self) -> Tensor:
+        """The mask that this one stands for."""
+        return self.spec.table if self.dtype == torch.bool else self.spec.addend
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyMask({tuple(self.shape)})"
@@ -125,7 +142,7 @@ class LazyMask(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         def dense(x: Any) -> Any:
-            return x.spec.table if isinstance(x, LazyMask) else x
+            return x.whole if isinstance(x, LazyMask) else x
 
         return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
 
@@ -141,6 +158,7 @@ def lazy_mask(  # noqa: PLR0913 - the signature is transformers'
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     allow_is_bidirectional_skip: bool = False,
+    additive: bool = False,
     **more: Any,
 ) -> Tensor | None:
     """A mask function for transformers that builds nothing."""
@@ -152,9 +170,11 @@ def lazy_mask(  # noqa: PLR0913 - the signature is transformers'
         allow_is_bidirectional_skip=allow_is_bidirectional_skip, **more,
     )  # fmt: skip
     if use_vmap or torch.compiler.is_compiling():
-        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return sdpa_mask(**{**arguments, **skips})
+        return (eager_mask if additive else sdpa_mask)(**{**arguments, **_NO_SKIPS})
     spec = MaskSpec(arguments)
     if allow_is_bidirectional_skip and mask_function is bidirectional_mask_function and spec.padding is None:
         return None
-    return LazyMask(spec)
+    return LazyMask(spec, additive)
+
+
+lazy_additive_mask = partial(lazy_mask, additive=True)

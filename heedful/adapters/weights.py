@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from heedful.adapters.layers import HEAD_COUNTS, Projections, transposed
-from heedful.core.errors import SiteError
+from heedful.core.errors import RefusedModel, SiteError
 from heedful.core.kinds import HeadWeights
 
 
@@ -19,7 +20,7 @@ def _matrix(linear: Any) -> Tensor:
 
 def _bias(linear: nn.Module) -> Tensor | None:
     bias = getattr(linear, "bias", None)
-    return None if bias is None else bias.detach()
+    return None if bias is None else bias.detach().clone()
 
 
 def read_weights(p: Projections) -> HeadWeights:
@@ -30,7 +31,7 @@ def read_weights(p: Projections) -> HeadWeights:
         linear = p.module(letter)
         bias = _bias(linear)
         matrix = _matrix(linear).reshape(heads, width, -1).clone()
-        return matrix, None if bias is None else bias.reshape(heads, width).clone()
+        return matrix, None if bias is None else bias.reshape(heads, width)
 
     q, q_bias = rows("q", h, d)
     k, k_bias = rows("k", g, d)
@@ -46,6 +47,8 @@ def write_weights(layer: nn.Module, p: Projections, new: HeadWeights) -> None:
             f"surgery: {new.heads} query heads for {new.kv_heads} key heads, but the model shares each key head among "
             f"{p.size.heads // p.size.kv_heads}; drop whole groups with keep_groups()"
         )
+    if new.heads != p.size.heads:
+        _require_free_heads(layer, p)
     parts = {
         "q": (new.q.flatten(0, 1), new.q_bias), "k": (new.k.flatten(0, 1), new.k_bias),
         "v": (new.v.flatten(0, 1), new.v_bias), "o": (new.o.flatten(1), new.o_bias),
@@ -55,6 +58,24 @@ def write_weights(layer: nn.Module, p: Projections, new: HeadWeights) -> None:
             _fill(p, letter, matrix, bias)
     if new.heads != p.size.heads:
         _recount(layer, p, new)
+
+
+def _require_free_heads(layer: nn.Module, p: Projections) -> None:
+    """Refuse to drop heads where something beside the projections counts them: it would go on counting the old ones."""
+    name = type(layer).__name__
+    if "position_bias" in inspect.signature(layer.forward).parameters:
+        raise RefusedModel(
+            f"{name} takes a position bias with one row a head from another layer; no head can be dropped"
+        )
+    ours = {id(x) for letter in "qkvo" for x in p.module(letter).parameters()}
+    widths = {p.size.heads * p.size.head_dim, p.size.kv_heads * p.size.head_dim}
+    for path, parameter in layer.named_parameters():
+        counts = widths if "." in path else widths | {p.size.heads}
+        if id(parameter) not in ours and counts & set(parameter.shape):
+            raise RefusedModel(
+                f"{name}.{path} {tuple(parameter.shape)} goes over all heads and is no projection, so what it should "
+                "be with fewer is not known; no head can be dropped"
+            )
 
 
 def _fill(p: Projections, letter: str, matrix: Tensor, bias: Tensor | None) -> None:

@@ -46,6 +46,11 @@ class SinkWindow(Method):
     def example(cls) -> SinkWindow:
         return cls(sinks=1, window=4)
 
+    def declares(self, tokens: int) -> dict[str, float]:
+        pairs = sum(min(i + 1, self.window + min(self.sinks, max(0, i + 1 - self.window))) for i in range(tokens))
+        # the cache holds what the next token may see beside itself
+        return {"density": pairs / tokens**2, "kept": min(tokens, self.window - 1 + self.sinks)}
+
     @at(Site.MASK)
     def drop_the_middle(self, mask: Mask, call: Call) -> Mask:
         return mask & (Window(self.window) | First(self.sinks))

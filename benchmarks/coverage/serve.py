@@ -1,0 +1,74 @@
+"""Measured coverage: every class that transformers' auto mappings name, served, refused with a reason, or wrong.
+
+`python -m benchmarks.coverage.serve --out served.jsonl` sweeps, goes on where it stopped, and leaves what became of a
+class as a JSON line; with `--table` it makes docs/coverage.md and benchmarks/coverage/coverage.json of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from . import sweep
+from .names import class_names
+from .probe import examine
+from .table import write
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The newest record of each class."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {record["class"]: record for record in map(json.loads, lines)}
+
+
+def todo(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """The classes to run, in an order in which what is done so far is a sample of the whole."""
+    done = read(options.out)
+    again = re.compile(options.again) if options.again else None
+
+    def wanted(group: str, name: str) -> bool:
+        if not (re.search(options.only, name) and re.search(options.group, group)):
+            return False
+        return name not in done or (again is not None and bool(again.search(done[name]["status"])))
+
+    chosen = [c for c in class_names() if wanted(*c)]
+    random.Random(0).shuffle(chosen)
+    return chosen
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines; the newest line of a class counts")
+    parser.add_argument("--only", default="", help="regular expression over class names")
+    parser.add_argument("--group", default="", help="regular expression over groups")
+    parser.add_argument("--again", default="", help="regular expression over statuses to run again, '.' for all")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=120, help="seconds for one class")
+    parser.add_argument("--table", action="store_true", help="only write the table of what is in --out")
+    options = parser.parse_args()
+    if options.table:
+        for path in write(list(read(options.out).values())):
+            print(path)
+        return
+    sweep.examine = examine  # the sweep's workers, with other questions
+    for record in sweep.run(todo(options), options.workers, options.limit):
+        if record["status"] == "cannot":  # it took too long, or its process died
+            record["status"] = "cannot build"
+        with options.out.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(
+            f"{record['group']:14} {record['class']:45} {record['status']:14} {record.get('reason', '')[:200]}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    main()

@@ -1,0 +1,162 @@
+"""The attention function under heedful's name, and the attention modules whose calls it hands to their run."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+from transformers.masking_utils import AttentionMaskInterface
+
+from heedful.adapters.layers import own_source
+from heedful.adapters.lazymask import LazyMask, lazy_additive_mask, lazy_mask
+from heedful.adapters.sparse import chosen_pairs
+from heedful.core.call import Call
+from heedful.core.errors import NotEntered, RefusedModel
+
+LAZY, ADDITIVE = "heedful", "heedful_additive"  # the second for models whose own attention adds its mask
+
+Outcome = tuple[Tensor, Tensor | None]  # [b q h d], and the pattern [b h q k] where there is one
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What an attention module hands to its attention function."""
+
+    q: Tensor  # [b h q d]
+    k: Tensor  # [b g k d]
+    v: Tensor  # [b g k d]
+    mask: Tensor | None
+    scaling: float | None = None
+    dropout: float = 0.0
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+class Server(Protocol):
+    """What answers the calls of a bound module."""
+
+    def attention(self, bound: Bound, request: Request) -> Outcome: ...
+
+
+@dataclass(eq=False)
+class Bound:
+    """One attention module of an attached model."""
+
+    server: Server
+    module: nn.Module
+    name: str
+    number: int | None  # None: it runs through the interface, but outside the part that is served
+    native: str  # the implementation that the model had before
+    hidden: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None  # cos and sin of this call's tokens
+    cache: Cache | None = None
+    cross: bool = False
+    called: bool = False
+    call: Call | None = None
+
+    @property
+    def kind(self) -> str:
+        return type(self.module).__name__
+
+    @property
+    def turn(self) -> Callable[[Tensor], Tensor] | None:
+        """The rotary embedding of this call's tokens, as the model's own file does it."""
+        if self.rotary is None:
+            return None
+        cos, sin = self.rotary
+        for base in type(self.module).__mro__:
+            rotate = getattr(sys.modules.get(base.__module__), "apply_rotary_pos_emb", None)
+            if rotate is not None:
+                return lambda x: rotate(x, x, cos, sin)[0]
+        return None
+
+
+bound_modules: WeakKeyDictionary[nn.Module, Bound] = WeakKeyDictionary()
+
+
+def _function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **more: Any,
+) -> Outcome:
+    """The attention function under heedful's name: hands the call to whichever run is attached to the module."""
+    bound = bound_modules.get(module)
+    if bound is None:
+        raise NotEntered(
+            f"{type(module).__name__} asks for heedful's attention, but no run is attached to it; was the model copied "
+            "while a run was attached? Attach to the copy, or copy before attaching"
+        )
+    return bound.server.attention(bound, Request(query, key, value, attention_mask, scaling, dropout, more))
+
+
+AttentionInterface.register(LAZY, _function)
+AttentionInterface.register(ADDITIVE, _function)
+AttentionMaskInterface.register(LAZY, lazy_mask)
+AttentionMaskInterface.register(ADDITIVE, lazy_additive_mask)
+
+
+def native(bound: Bound, request: Request) -> Outcome:
+    """What the model would have done, bit for bit."""
+    kind: Any = type(bound.module)
+    registry, eager = _interface(kind)
+    function: Callable[..., Outcome] = registry.get_interface(bound.native, eager)
+    mask, more = _native_mask(bound, request), request.more
+    if mask is None and isinstance(request.mask, LazyMask) and "is_causal" in more and request.q.shape[2] > 1:
+        # some modules set the flag where they see no mask, and with us they have always seen one
+        more = {**more, "is_causal": request.mask.spec.mask.causal}
+    return function(
+        bound.module, request.q, request.k, request.v, mask,
+        scaling=request.scaling, dropout=request.dropout, **more,
+    )  # fmt: skip
+
+
+# a module names its eager function where it looks its attention up; a few have several in one file
+_LOOK_UP = re.compile(r"get_interface\(\s*[^,()]+,\s*(\w+)\s*,?\s*\)")
+
+
+@cache
+def _interface(kind: Any) -> tuple[Any, Any]:
+    """The registry that a class looks its attention function up in, and its eager function."""
+    for base in kind.__mro__:
+        found = _LOOK_UP.search(own_source(base))
+        home = sys.modules.get(base.__module__)
+        if found and home is not None:
+            return getattr(home, "ALL_ATTENTION_FUNCTIONS"), getattr(home, found[1])  # noqa: B009 - mypy knows no module
+    raise RefusedModel(f"heedful finds no eager attention function beside {kind.__name__}")
+
+
+def passes_through(kind: Any, argument: str) -> bool:
+    """Whether an argument came along unasked: the class does not write it, and its own eager function ignores it."""
+    written = re.compile(rf"\b{re.escape(argument)}\s*=")
+    return argument not in inspect.signature(_interface(kind)[1]).parameters and not any(
+        written.search(own_source(base)) for base in kind.__mro__
+    )
+
+
+def _native_mask(bound: Bound, request: Request) -> Tensor | None:
+    mask, q, k = request.mask, request.q, request.k
+    picked = chosen_pairs(bound.module, request.more, q.shape[1], k.shape[2])
+    if picked is None or bound.native not in ("eager", "sdpa"):
+        return mask.spec.native(bound.native) if isinstance(mask, LazyMask) else mask
+    # models lay their choice of keys into the mask for these two names only, and hand it over apart for all others
+    if isinstance(mask, LazyMask):
+        mask = mask.spec.table
+    kept = picked if mask is None else picked & (mask if mask.dtype == torch.bool else mask == 0)
+    if bound.native == "sdpa":
+        return kept
+    return torch.zeros(kept.shape, dtype=q.dtype, device=q.device).masked_fill(~kept, torch.finfo(q.dtype).min)

@@ -1,0 +1,145 @@
+"""What a run must learn or change around an attention call: module hooks, added and taken away together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from heedful.adapters.bound import Bound
+from heedful.adapters.kvcache import hold
+from heedful.adapters.layers import output_projection
+from heedful.adapters.lazymask import LazyMask
+from heedful.core.call import Call, Phase
+from heedful.core.errors import NotEntered, RefusedModel
+from heedful.core.mask import Places
+from heedful.core.sites import Site
+from heedful.engine.attend import Job, stage
+from heedful.engine.run import Run
+
+_CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+
+
+@dataclass(eq=False)
+class Hooks:
+    """The hooks of one run in one model."""
+
+    run: Run
+    layers: int  # how many are served
+    patterns: bool = False  # the caller of this forward wants the patterns back
+    _inside: int = 0
+    _handles: list[Any] = field(default_factory=list)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # a forward of the model, or of a model in it that is called by itself
+
+    def forwards(self, model: nn.Module) -> None:
+        """Know where a forward of the whole begins and ends."""
+        for part in model.modules():
+            if part is model or isinstance(part, PreTrainedModel):
+                self._handles.append(part.register_forward_pre_hook(self._begins, with_kwargs=True))
+                self._handles.append(part.register_forward_hook(self._ends, always_call=True))
+
+    def _begins(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._inside == 0:
+            self.run.book.new_forward()
+            wanted = kwargs.get("output_attentions")
+            self.patterns = bool(getattr(model.config, "output_attentions", False) if wanted is None else wanted)
+        self._inside += 1
+
+    def _ends(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._inside = max(0, self._inside - 1)
+
+    # one attention module
+
+    def around(self, bound: Bound) -> None:
+        """See what goes into a module, edit HIDDEN, and make sure that its attention came to us."""
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            bound.called = False
+            return self._enter(bound, args, kwargs)
+
+        def after(_: nn.Module, args: Any, output: Any) -> None:
+            bound.hidden = bound.cache = bound.rotary = None
+            if not bound.called:
+                raise NotEntered(
+                    f"{bound.name} ({bound.kind}) ran, but its attention did not pass through heedful; the answer "
+                    "would silently be the unedited model's. Was it compiled or replaced since?"
+                )
+
+        self._handles.append(bound.module.register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(bound.module.register_forward_hook(after))
+
+    def _enter(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        by_name = "hidden_states" in kwargs
+        hidden = kwargs["hidden_states"] if by_name else args[0] if args else None
+        bound.hidden = hidden if isinstance(hidden, Tensor) else None
+        rotary = kwargs.get("position_embeddings")
+        bound.rotary = rotary if isinstance(rotary, tuple) and len(rotary) == 2 else None
+        bound.cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
+        bound.cross = any(isinstance(kwargs.get(n), Tensor) for n in _CROSS)
+        if bound.number is None:
+            return None
+        steps = self.run.stack.steps(bound.number)
+        if any(s.edit.site is Site.CACHE for s in steps) and bound.cache is not None and not bound.cross:
+            number = getattr(bound.module, "layer_idx", None)
+            if number is None:
+                raise RefusedModel(f"a CACHE edit cannot act in {bound.name}: the module does not tell its cache layer")
+            hold(bound.cache, number, bound.name)
+        if not any(s.edit.site is Site.HIDDEN for s in steps):
+            return None
+        if bound.hidden is None or bound.hidden.ndim != 3:
+            raise RefusedModel(
+                f"{bound.name} ({bound.kind}) is not handed hidden states [b n e], so HIDDEN has no place"
+            )
+        call = self._outline(bound, bound.hidden, kwargs.get("attention_mask"))
+        job = Job(self.run.book.plan(bound.number, call.phase), self.run.book, call)
+        bound.hidden = stage(Site.HIDDEN, bound.hidden, job, call)
+        self.run.book.close_call(job.plan, call)
+        if by_name:
+            return args, {**kwargs, "hidden_states": bound.hidden}
+        return (bound.hidden, *args[1:]), kwargs
+
+    def _outline(self, bound: Bound, hidden: Tensor, mask: Any) -> Call:
+        """What can be known of a call before its queries are."""
+        n = hidden.shape[1]
+        if isinstance(mask, LazyMask):
+            queries, keys = mask.spec.queries, mask.spec.keys
+        else:
+            queries = keys = Places.row(0, n, hidden.device)
+        phase = Phase.DECODE if n == 1 and (queries.first or 0) > 0 else Phase.PREFILL
+        return Call(
+            bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
+            roles=self.run.roles, hidden=hidden, forward=self.run.book.forward,
+        )  # fmt: skip
+
+    # its output projection
+
+    def after_projection(self, model: nn.Module, bound: Bound) -> None:
+        """Edit and read OUTPUT."""
+        found = output_projection(model, bound.name)
+        if found is None:
+            raise RefusedModel(f"an OUTPUT edit cannot act in {bound.name}: heedful finds no output projection there")
+
+        def after(_: nn.Module, args: Any, output: Any) -> Any:
+            if bound.call is None:
+                return None
+            call, bound.call = bound.call, None
+            n = len(call.queries)
+            if not isinstance(output, Tensor) or output.shape[:-1].numel() % n:
+                raise RefusedModel(
+                    f"an OUTPUT edit cannot act in {bound.name}: its projection does not give [b n e] for {n} tokens"
+                )
+            job = Job(self.run.book.plan(call.layer, call.phase), self.run.book, call)
+            new = stage(Site.OUTPUT, output.reshape(-1, n, output.shape[-1]), job, call)
+            self.run.book.close_call(job.plan, call)
+            return new.reshape(output.shape)
+
+        self._handles.append(getattr(*found).register_forward_hook(after))

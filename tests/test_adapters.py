@@ -1,0 +1,79 @@
+"""The transformers adapter over architectures: served as they are, served in part, or refused with the reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.coverage.probe import examine
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, about models of all ages
+
+SERVED = {  # one for each thing that an adapter could get wrong
+    "AlbertModel": "one module for all layers",
+    "BartForConditionalGeneration": "an encoder, a decoder and cross attention",
+    "BertForMaskedLM": "the output projection in a sibling",
+    "CLIPModel": "two towers",
+    "ChameleonForConditionalGeneration": "logits that are never",
+    "Cohere2ForCausalLM": "windowed layers",
+    "DeepseekV32ForCausalLM": "keys chosen by an indexer",
+    "DeepseekV3ForCausalLM": "a compressed cache, values narrower than keys",
+    "DiffLlamaForCausalLM": "two maps a head",
+    "DogeForCausalLM": "a registry and a mask of its own",
+    "Gemma2ForCausalLM": "a soft cap",
+    "Gemma3nForCausalLM": "layers that share keys",
+    "GPT2LMHeadModel": "one projection for three",
+    "GptOssForCausalLM": "sink logits",
+    "GraniteSWAForCausalLM": "sink logits applied as a gate",
+    "HrmTextForCausalLM": "modules called several times",
+    "JambaForCausalLM": "few attention layers among others",
+    "Llama4ForCausalLM": "chunks",
+    "LlamaForCausalLM": "key heads shared by query heads",
+    "MllamaForCausalLM": "cross attention that text does not reach",
+    "ModernBertForMaskedLM": "windows to both sides",
+    "NllbMoeForConditionalGeneration": "no sdpa of its own, so its mask is additive",
+    "Qwen3NextForCausalLM": "gates between heads and projection",
+    "T5ForConditionalGeneration": "a position bias",
+    "ViTModel": "no mask at all",
+    "WhisperForConditionalGeneration": "sound",
+    "Zamba2ForCausalLM": "shared blocks",
+}
+IN_PART = {
+    "AriaForConditionalGeneration": "MultiheadAttention",
+    "GotOcr2ForConditionalGeneration": "GotOcr2VisionAttention",
+    "LongT5ForConditionalGeneration": "LongT5LocalAttention",
+    "ModernVBertForMaskedLM": "MultiheadAttention",
+    "PegasusXForConditionalGeneration": "PegasusXGlobalLocalAttention",
+}
+REFUSED = {
+    "BloomForCausalLM": "its own are transformer.h.0.self_attention",
+    "ConvBertForMaskedLM": "no attention layer that goes through transformers' attention interface",
+    "DebertaV2ForMaskedLM": "its own are deberta.encoder.layer.0.attention.self",
+    "FalconForCausalLM": "its own are transformer.h.0.self_attention",
+    "GPTJForCausalLM": "its own are transformer.h.0.attn",
+    "LongformerForMaskedLM": "no attention layer that goes through",
+    "TrOCRForCausalLM": "no attention layer that goes through",
+    "XLNetLMHeadModel": "its own are transformer.layer.0.rel_attn",
+}
+
+
+@pytest.mark.parametrize("name", SERVED, ids=lambda name: f"{name}: {SERVED[name]}")
+def test_passed_through_it_is_native_and_an_edit_moves_it(name: str) -> None:
+    found = examine(name)
+    assert found["status"] == "served", found.get("reason")
+    exact = "SWA" not in name  # the same sum in another order: their sink is a gate after the values
+    assert not exact or found["eager"]["through"]["roundings"] == 0
+
+
+@pytest.mark.parametrize("name", IN_PART)
+def test_the_rest_is_served_where_a_part_cannot_be(name: str) -> None:
+    found = examine(name)
+    assert found["status"] == "served in part", found.get("reason")
+    assert found["own"] == [IN_PART[name]]
+    assert found["eager"]["entered"] > 0
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_served_is_refused(name: str) -> None:
+    found = examine(name)
+    assert found["status"] == "refused"
+    assert REFUSED[name] in found["reason"]
