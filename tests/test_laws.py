@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,11 +13,12 @@ from heedful import check
 from heedful.conformance import laws, model_laws
 from heedful.core.call import Call
 from heedful.core.errors import DefinitionError, SiteError
-from heedful.core.kinds import HeadWeights, Surgery
+from heedful.core.kinds import Decode, HeadWeights, Prompt, Reader, Surgery, Tokens
 from heedful.core.mask import Mask, Pairs, Rule
 from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
+from heedful.core.stack import Stack
 from heedful.core.stats import Mean, Statistic, Sum
 
 PAPER = Paper("T000", "A test", "A. Tester", 2026, url="https://example.org")
@@ -218,7 +220,7 @@ class LeavesTrace(Method):
 
     @at(Site.HEADS)
     def mark(self, heads: Tensor, call: Call) -> Tensor:
-        layer = model_laws._model("llama").get_submodule("model.layers.0")
+        layer = model_laws.tiny_model("llama").get_submodule("model.layers.0")
         layer.visits = getattr(layer, "visits", 0) + 1
         return heads * 1.5
 
@@ -288,6 +290,53 @@ class DoublesAlways(Surgery):
         return HeadWeights(2 * weights.q, weights.k, weights.v, weights.o)
 
 
+class InventsTokens(Tokens):
+    """Puts a token of its own in front."""
+
+    paper = PAPER
+
+    def arrange(self, prompt: Prompt, read: Reader) -> Prompt:
+        return Prompt((127, *prompt.tokens))
+
+
+class ReversesAlways(Tokens):
+    """Reverses under neutral settings too."""
+
+    paper = PAPER
+
+    @classmethod
+    def neutral(cls) -> ReversesAlways:
+        return cls()
+
+    def arrange(self, prompt: Prompt, read: Reader) -> Prompt:
+        return Prompt(prompt.tokens[::-1])
+
+
+class LikesTheWorst(Decode):
+    """Decodes the least likely token, under neutral settings too."""
+
+    paper = PAPER
+
+    @classmethod
+    def neutral(cls) -> LikesTheWorst:
+        return cls()
+
+    def variants(self, prompt: Prompt) -> Mapping[str, tuple[Prompt, Stack]]:
+        return {"prompt": (prompt, Stack())}
+
+    def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
+        return -logits["prompt"]
+
+
+class Moody(LikesTheWorst):
+    """Never decodes twice the same."""
+
+    paper = PAPER
+
+    def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
+        return torch.randn_like(logits["prompt"])
+
+
 MUTANTS = [
     ("hands_off", MendsHidden(), "hidden was changed in place"),
     ("hands_off", InPlace(), "changed its input in place"),
@@ -311,6 +360,10 @@ MUTANTS = [
     ("declared_numbers", Boasts(), "declares density"),
     ("is_documented", Undocumented(), "lacks title, authors"),
     ("surgery_is_clean", DoublesAlways(), "changes the model"),
+    ("prompt_steps", InventsTokens(), "tokens that the old one has not: [127]"),
+    ("prompt_steps", ReversesAlways(), "changes the prompt"),
+    ("decoding_steps", LikesTheWorst(), "decodes otherwise"),
+    ("decoding_steps", Moody(), "other tokens"),
 ]
 
 

@@ -17,31 +17,30 @@ from heedful.conformance.tolerances import close_model, error
 from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.call import Call
 from heedful.core.errors import ClashError, HeedfulError, InactiveWarning
-from heedful.core.kinds import Surgery
 from heedful.core.method import Entry, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stack import Stack
 from heedful.core.stats import Cat
-from heedful.verbs import attach, operate
+from heedful.verbs import attach
 
 KINDS = ("llama", "mha", "mqa", "odd_head_dim")
 LENGTH = 21
 
 
 @cache
-def _model(kind: str) -> nn.Module:
+def tiny_model(kind: str) -> nn.Module:
     from heedful.tiny import tiny
 
     return tiny(kind, attn_implementation="eager", num_hidden_layers=3)
 
 
-def _ids(seed: int = 0, rows: int = 2) -> Tensor:
+def text(seed: int = 0, rows: int = 2) -> Tensor:
     return torch.randint(3, 100, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, what: Any = None, backend: str = "auto", **inputs: Any) -> Tensor:
+def logits(model: nn.Module, what: Any = None, backend: str = "auto", **inputs: Any) -> Tensor:
     if what is None:
         return model(**inputs).logits
     with warnings.catch_warnings():
@@ -65,9 +64,9 @@ def neutral_is_native(method: Method) -> None:
     if quiet is None:
         raise DoesNotApply("has no neutral settings")
     for kind in KINDS:
-        model = _model(kind)
-        native = _logits(model, input_ids=_ids())
-        found = _logits(model, quiet, "reference", input_ids=_ids())
+        model = tiny_model(kind)
+        native = logits(model, input_ids=text())
+        found = logits(model, quiet, "reference", input_ids=text())
         if not torch.equal(found, native):
             raise Broken(f"{kind}: {quiet!r} moves logits by {error(found, native):.2g}")
 
@@ -75,12 +74,12 @@ def neutral_is_native(method: Method) -> None:
 @law("example settings change the output, and every layer is entered")
 def example_acts(method: Method) -> None:
     for kind in KINDS:
-        model = _model(kind)
+        model = tiny_model(kind)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore", InactiveWarning)
             torch.manual_seed(0)
             with attach(model, method, roles=ROLES) as run:
-                found = _two_steps(run) if _edits(method) else run(input_ids=_ids()).logits
+                found = _two_steps(run) if _edits(method) else run(input_ids=text()).logits
                 seen = run.activity()
         if len(seen.entered) < seen.layers:
             raise Broken(f"{kind}: {len(seen.entered)} of {seen.layers} layers were entered")
@@ -97,7 +96,7 @@ def example_acts(method: Method) -> None:
 
 def _two_steps(model: Any) -> Tensor:
     """The logits of a text and of two tokens after it."""
-    ids = _ids()
+    ids = text()
     out = model(input_ids=ids[:, :-2], use_cache=True)
     logits = [out.logits]
     for i in (-2, -1):
@@ -127,7 +126,7 @@ def declared_sites_only(method: Method) -> None:
     upstream = [site for site in BEFORE_MAP if site.order < first]
     if not upstream:
         raise DoesNotApply(f"acts at {method.edits[0].site.name} already")
-    model = _model("llama")
+    model = tiny_model("llama")
     for site in upstream:
         spy = _spy(site)
         seen = []
@@ -136,7 +135,7 @@ def declared_sites_only(method: Method) -> None:
                 warnings.simplefilter("ignore", InactiveWarning)
                 torch.manual_seed(0)
                 with attach(model, stack, roles=ROLES) as run:
-                    run(input_ids=_ids())
+                    run(input_ids=text())
             seen.append(run[spy][0].pieces["0.0"])
         if not torch.equal(*seen):
             raise Broken(f"{site.name} changed, which the method does not declare")
@@ -164,9 +163,9 @@ class _Stop(HeedfulError):
 
 @law("the model is as it was after a run, also after an exception inside it")
 def leaves_no_trace(method: Method) -> None:
-    model = _model("llama")
-    before, native = fingerprint(model), _logits(model, input_ids=_ids())
-    _logits(model, method, input_ids=_ids())
+    model = tiny_model("llama")
+    before, native = fingerprint(model), logits(model, input_ids=text())
+    logits(model, method, input_ids=text())
     if fingerprint(model) != before:
         raise Broken("something stays in the model after a run")
 
@@ -175,28 +174,28 @@ def leaves_no_trace(method: Method) -> None:
 
     handle = model.get_submodule("model.layers.1.mlp").register_forward_pre_hook(stop)
     try:
-        _logits(model, method, input_ids=_ids())
+        logits(model, method, input_ids=text())
     except _Stop:
         pass
     finally:
         handle.remove()
     if fingerprint(model) != before:
         raise Broken("something stays in the model after an exception inside it")
-    if not torch.equal(_logits(model, input_ids=_ids()), native):
+    if not torch.equal(logits(model, input_ids=text()), native):
         raise Broken("the model answers differently after a run")
 
 
 @law("padding on the left and the order of a batch change nothing for the text")
 def padding(method: Method) -> None:
-    model, ids = _model("llama"), _ids()
-    plain = _logits(model, method, input_ids=ids)
-    swapped = _logits(model, method, input_ids=ids.flip(0)).flip(0)
+    model, ids = tiny_model("llama"), text()
+    plain = logits(model, method, input_ids=ids)
+    swapped = logits(model, method, input_ids=ids.flip(0)).flip(0)
     if not close_model(swapped, plain):
         raise Broken(f"the order of a batch moves logits by {error(swapped, plain):.2g}")
-    short = _logits(model, method, input_ids=ids[:1, :-5])
+    short = logits(model, method, input_ids=ids[:1, :-5])
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids[:1, :-5]], 1)
     mask = torch.cat([torch.zeros(1, 5, dtype=torch.long), torch.ones(1, LENGTH - 5, dtype=torch.long)], 1)
-    both = _logits(
+    both = logits(
         model,
         method,
         input_ids=torch.cat([padded, ids[1:]]),
@@ -212,13 +211,13 @@ def padding(method: Method) -> None:
 def streaming(method: Method) -> None:
     if not method.streams:
         raise DoesNotApply("does not claim it: what it does depends on the call")
-    model = _model("llama")
+    model = tiny_model("llama")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", InactiveWarning)
         torch.manual_seed(0)
         with attach(model, method, roles=ROLES) as run:
             steps = _two_steps(run)
-            ids = _ids()
+            ids = text()
             out: Any = None
             parts = []
             for i in range(0, LENGTH, 6):
@@ -237,7 +236,7 @@ def composes(method: Method) -> None:
     from heedful.catalogue import entries
 
     others = [kind.example() for kind in entries().values() if issubclass(kind, Method)]
-    model = _model("llama")
+    model = tiny_model("llama")
     for other in others:
         for a, b in ((method, other), (other, method)):
             try:
@@ -245,7 +244,7 @@ def composes(method: Method) -> None:
             except ClashError:
                 continue
             try:
-                found = _logits(model, stack, input_ids=_ids())
+                found = logits(model, stack, input_ids=text())
             except HeedfulError as problem:
                 raise Broken(f"{stack!r} fails and declares no clash: {problem}") from problem
             if not bool(found.isfinite().all()):
@@ -257,11 +256,11 @@ def declared_numbers(method: Method) -> None:
     declared = method.declares(LENGTH)
     if not declared:
         raise DoesNotApply("declares none")
-    model = _model("llama")
+    model = tiny_model("llama")
     with attach(model, method, roles=ROLES) as run, torch.no_grad():
-        run(input_ids=_ids(), use_cache=True)
+        run(input_ids=text(), use_cache=True)
     seen = run.activity()
-    rows = len(_ids())
+    rows = len(text())
     measured = {"density": [*seen.density.values()]}
     measured["kept"] = [kept / (rows * 2) for kept, _ in seen.kept.values()]  # 2 key heads
     for name, value in declared.items():
@@ -295,18 +294,3 @@ def is_documented(entry: Entry) -> None:
 def claim_file(key: str) -> str:
     """The name of a paper's file in the ledger."""
     return key if key.isidentifier() else "A" + key.replace(".", "_")
-
-
-@law("an operation leaves the model it was given as it was, and neutral settings change nothing", ("surgery",))
-def surgery_is_clean(entry: Surgery) -> None:
-    model = _model("mha")
-    before, native = fingerprint(model), _logits(model, input_ids=_ids())
-    edited = _logits(operate(model, entry), input_ids=_ids())
-    if fingerprint(model) != before:
-        raise Broken("the model it was given changed")
-    if torch.equal(edited, native):
-        raise Broken(f"{entry!r} changes nothing")
-    if (quiet := type(entry).neutral()) is not None and not torch.equal(
-        _logits(operate(model, quiet), input_ids=_ids()), native
-    ):
-        raise Broken(f"{quiet!r} changes the model")

@@ -1,0 +1,71 @@
+"""Laws for what acts beside the attention call: prompts, decoding, weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from heedful.conformance.model_laws import fingerprint, logits, text, tiny_model
+from heedful.conformance.verdict import Broken, DoesNotApply, law
+from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
+from heedful.verbs import arrange, decode, operate
+
+ROLES = {"documents": ((1, 5), (5, 8), (9, 13)), "question": ((15, 19),), "context": ((1, 13),)}
+
+
+def _prompt() -> Prompt:
+    return Prompt(tuple(text()[0].tolist()), ROLES)
+
+
+@law("a prompt is made of the tokens it had, twice the same, and the model stays as it was", ("tokens",))
+def prompt_steps(entry: Tokens) -> None:
+    model = tiny_model("llama")
+    before, given = fingerprint(model), _prompt()
+    new = arrange(model, given, entry)
+    if fingerprint(model) != before:
+        raise Broken("the model changed")
+    if not isinstance(new, Prompt):
+        raise Broken(f"gave {type(new).__name__} and not a Prompt")
+    if extra := Counter(new.tokens) - Counter(given.tokens):
+        raise Broken(f"the new prompt holds tokens that the old one has not: {sorted(extra)}")
+    if arrange(model, given, entry) != new:
+        raise Broken("a second time gives another prompt")
+    if (quiet := type(entry).neutral()) is None:
+        raise DoesNotApply("has no neutral settings; the rest is kept")
+    if arrange(model, given, quiet) != given:
+        raise Broken(f"{quiet!r} changes the prompt")
+
+
+@law(
+    "decoding is twice the same, neutral settings decode as the model does, and the model stays as it was", ("decode",)
+)
+def decoding_steps(entry: Decode) -> None:
+    model = tiny_model("llama")
+    before, given = fingerprint(model), _prompt()
+    found = decode(model, given, entry, new_tokens=8)
+    if fingerprint(model) != before:
+        raise Broken("the model changed")
+    if decode(model, given, entry, new_tokens=8) != found:
+        raise Broken("a second time gives other tokens")
+    if (quiet := type(entry).neutral()) is None:
+        raise DoesNotApply("has no neutral settings; the rest is kept")
+    ids = torch.tensor([given.tokens])
+    greedy = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)  # type: ignore[operator]
+    if decode(model, given, quiet, new_tokens=8) != tuple(greedy[0, len(given) :].tolist()):
+        raise Broken(f"{quiet!r} decodes otherwise than the model alone")
+
+
+@law("an operation leaves the model it was given as it was, and neutral settings change nothing", ("surgery",))
+def surgery_is_clean(entry: Surgery) -> None:
+    model = tiny_model("mha")
+    before, native = fingerprint(model), logits(model, input_ids=text())
+    edited = logits(operate(model, entry), input_ids=text())
+    if fingerprint(model) != before:
+        raise Broken("the model it was given changed")
+    if torch.equal(edited, native):
+        raise Broken(f"{entry!r} changes nothing")
+    if (quiet := type(entry).neutral()) is None:
+        raise DoesNotApply("has no neutral settings; the rest is kept")
+    if not torch.equal(logits(operate(model, quiet), input_ids=text()), native):
+        raise Broken(f"{quiet!r} changes the model")
