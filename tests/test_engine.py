@@ -171,6 +171,7 @@ def test_normalisers_refuse_learned_sinks() -> None:
 def test_the_cheapest_backend_that_can_is_chosen_and_explained() -> None:
     assert select("auto", Needs()).name == "sdpa"
     assert select("auto", Needs.of(Stack((Shares(),)).steps())).name == "tiled"
+    assert select("auto", Needs.of(Stack((Narrow(),)).steps())).name == "tiled"
     assert select("auto", Needs.of((), softcap=True)).name == "tiled"
     assert select("auto", Needs.of((), pattern=True)).name == "reference"
     text = str(explain(Shares()))
@@ -183,6 +184,8 @@ def test_the_cheapest_backend_that_can_is_chosen_and_explained() -> None:
 def test_a_backend_asked_for_is_never_changed() -> None:
     with pytest.raises(BackendError, match="backend 'sdpa' cannot serve this call: Zero"):
         select("sdpa", Needs.of(Stack((Zero(),)).steps(), softcap=True, sink=True))
+    with pytest.raises(BackendError, match=r"Narrow\(size=4\) at MASK narrows the mask, which this kernel takes"):
+        select("sdpa", Needs.of(Stack((Narrow(),)).steps()))
     with pytest.raises(FieldError, match="must be one of auto, sdpa, tiled, reference"):
         named("flash")
 

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .feeds import BATCH, LENGTH, Feed, Maker, _random, field, parameters
 
@@ -178,8 +178,9 @@ def finish(maker: Maker, feed: Feed) -> Feed:
         full["bbox"] = torch.cat([corner, corner + 5], -1)
         if getattr(own, "dim_bbox", 4) == 8:
             full["bbox"] = torch.rand(BATCH, length, 8, generator=torch.Generator().manual_seed(1))
-    books = vars(vars(own).get("decoder_config") or own).get("num_channels")
-    if "decoder_input_ids" in full and "decoder_config" in vars(own) and type(books) is int:
+    decoder = vars(own).get("decoder_config")
+    books = vars(decoder).get("num_channels") if isinstance(decoder, PreTrainedConfig) else None
+    if "decoder_input_ids" in full and type(books) is int:
         full["decoder_input_ids"] = full["decoder_input_ids"][..., None].expand(-1, -1, books).contiguous()
     if "visual_feats" in maker.names:
         full["visual_feats"] = _random(BATCH, 8, int(own.visual_feat_dim), seed=8)

@@ -85,7 +85,7 @@ def build(class_name: str) -> Tiny:
     except Exception as error:
         raise CannotBuild(_say("default config", error)) from error
     reasons: list[str] = []
-    start = time.monotonic()
+    start = time.process_time()
     for level, plan in enumerate(PLANS):
         try:
             model = _construct(kind, default, plan)
@@ -100,25 +100,35 @@ def build(class_name: str) -> Tiny:
             reasons.append(f"level {level} forward: {failure}")
         del model
         gc.collect()
-        if time.monotonic() - start > PATIENCE:
+        if time.process_time() - start > PATIENCE:
             break
     raise CannotBuild(_most_telling(reasons))
 
 
 def _construct(kind: type[PreTrainedModel], default: PreTrainedConfig, plan: Plan) -> PreTrainedModel:
-    config = kind.config_class(**shrunk(default, plan))
+    config = _config(kind, default, plan)
     if not plan.widths:
         with torch.device("meta"):
             size = sum(p.numel() for p in kind(config).parameters())
         if size > MOST_PARAMETERS:
             raise ValueError(f"{size / 1e6:.0f} M parameters unshrunk")
-        config = kind.config_class(**shrunk(default, plan))
+        config = _config(kind, default, plan)
     with torch.random.fork_rng(devices=[]), marked_empty():
         torch.manual_seed(SEED)
         model = kind(config)
     model = model.float().eval()
     condition(model, SEED)
     return model
+
+
+def _config(kind: type[PreTrainedModel], default: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
+    """The small configuration, in the role that the class's name claims."""
+    config = kind.config_class(**shrunk(default, plan))
+    if re.search(r"LMHead|ForCausalLM", kind.__name__) and "is_decoder" in vars(config):
+        config.is_decoder = True
+    if kind.__name__.endswith("EncoderModel") and config.is_encoder_decoder:
+        config.is_encoder_decoder = False
+    return config
 
 
 def _trials(model: PreTrainedModel) -> Iterator[tuple[dict[str, Tensor], str | None]]:

@@ -180,7 +180,8 @@ class TransformersAdapter:
         job = Job(plan, book, call, given.bias, given.sink, dropout, pattern)
         needs = Needs.of(plan.steps, given.softcap is not None, given.sink is not None, pattern)
         backend = select(run.backend, needs)
-        book.backends[bound.number] = backend.name
+        mixes = plan.at(Site.MIX)
+        book.backends[bound.number] = repr(mixes[0].part) if mixes else backend.name
         if run.tile_rows and backend.name == "tiled":
             backend = Tiled(run.tile_rows)
         heads, weights = attend(job, q, k, v, backend)

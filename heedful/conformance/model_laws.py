@@ -194,12 +194,14 @@ def padding(method: Method) -> None:
         raise Broken(f"the order of a batch moves logits by {error(swapped, plain):.2g}")
     short = logits(model, method, input_ids=ids[:1, :-5])
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids[:1, :-5]], 1)
-    mask = torch.cat([torch.zeros(1, 5, dtype=torch.long), torch.ones(1, LENGTH - 5, dtype=torch.long)], 1)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
     both = logits(
         model,
         method,
         input_ids=torch.cat([padded, ids[1:]]),
-        attention_mask=torch.cat([mask, torch.ones_like(ids[1:])]),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),  # as `generate` gives them
     )
     if not close_model(both[:1, 5:], short):
         raise Broken(f"left padding moves logits by {error(both[:1, 5:], short):.2g}")

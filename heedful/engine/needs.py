@@ -13,7 +13,8 @@ class Needs:
     """The facts on which a backend may have to pass."""
 
     map_steps: tuple[str, ...] = ()  # steps that read or edit SCORES, NORMALISE or PATTERN
-    whole_map: tuple[str, ...] = ()  # those of them that must see all rows at once
+    mask_steps: tuple[str, ...] = ()  # steps that narrow MASK
+    whole_map: tuple[str, ...] = ()  # map steps that must see all rows at once
     softcap: bool = False
     sink: bool = False
     pattern: bool = False  # the caller wants the pattern back
@@ -23,6 +24,7 @@ class Needs:
         inside = [s for s in steps if s.edit.site in MAP_SITES]
         return cls(
             tuple(str(s) for s in inside),
+            tuple(str(s) for s in steps if s.edit.site is Site.MASK and not s.edit.reads),
             tuple(str(s) for s in steps if s.method.whole_map and s.edit.site in MAP_SITES | {Site.HEADS}),
             softcap,
             sink,

@@ -15,6 +15,9 @@ class Sdpa:
 
     def refuses(self, needs: Needs) -> list[str]:
         reasons = [f"{step} needs the map, which this kernel never shows" for step in needs.map_steps]
+        reasons += [
+            f"{step} narrows the mask, which this kernel takes as an N x N table only" for step in needs.mask_steps
+        ]
         if needs.softcap:
             reasons.append("the model caps its scores, which this kernel cannot")
         if needs.sink:

@@ -119,7 +119,7 @@ class Steer2Edit(Surgery):
         return replace(weights, o=(weights.o.to(added) + added).to(weights.o))
 
     def _aligned(self, weights: HeadWeights, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The unit steering vector `[e]`, each head's answer to it `[h d]`, and how far the head writes along it `[h]`."""
+        """The unit steering vector `[e]`, each head's answer to it `[h d]`, how far the head writes along it `[h]`."""
         o = weights.o.double()
         if self.vectors is None and self.seed is None:
             rule = "are not there yet: fit to texts with and without the trait"

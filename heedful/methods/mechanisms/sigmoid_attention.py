@@ -1,0 +1,55 @@
+"""Each weight is sigmoid(score - log n) by itself; rows are not normalised."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call
+from heedful.core.errors import FieldError
+from heedful.core.method import Method
+from heedful.core.paper import Paper
+from heedful.core.sites import Site, at
+
+
+class SigmoidAttention(Method):
+    """Sigmoid instead of softmax: keys do not compete, and a head may look at nothing. For models trained with it."""
+
+    paper = Paper(
+        "P313",
+        "Theory, Analysis, and Best Practices for Sigmoid Self-Attention",
+        "Jason Ramapuram, Federico Danieli, Eeshan Dhekane, Floris Weers, Dan Busbridge, Pierre Ablin, "
+        "Tatiana Likhomanenko, Jagrit Digani, Zijin Gu, Amitis Shidani, Russ Webb",
+        2024,
+        "2409.04431",
+        "ICLR 2025",
+        differs=(
+            "Only the weights are replaced: the authors' normalised queries and keys, LayerScale and hybrid norm are "
+            "the model's business.",
+            "A position bias that the model adds to its scores stays; the authors drop -log n where they use ALiBi.",
+        ),
+    )
+    length: int = 2048  # tokens of a training sequence, n in the bias -log n; the authors' text model: 2048
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise FieldError(self, "length", self.length, "must be 1 or more tokens; 1 means no bias", 2048)
+
+    @classmethod
+    def example(cls) -> SigmoidAttention:
+        return cls(length=32)
+
+    @at(Site.NORMALISE)
+    def squash(self, scores: Tensor, call: Call) -> Tensor:
+        # one constant for every row, even for the first rows of a causal map, which see few keys
+        return torch.sigmoid(scores - math.log(self.length))
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model = models.tiny("llama")
+    with attach(model, SigmoidAttention(12)) as run:
+        print(run(**models.tiny_inputs(model)).logits.std(), run.activity())
