@@ -22,7 +22,3 @@ def main() -> None:
 
         Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

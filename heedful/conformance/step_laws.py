@@ -11,7 +11,7 @@ from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
 from heedful.verbs import arrange, decode, operate
 
-ROLES = {"documents": ((1, 5), (5, 8), (9, 13)), "question": ((15, 19),), "context": ((1, 13),)}
+ROLES = {"documents": ((1, 5), (5, 8), (9, 13)), "question": ((15, 19),), "context": ((13, 15),)}
 
 
 def _prompt() -> Prompt:
