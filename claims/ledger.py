@@ -123,6 +123,16 @@ def claims() -> dict[str, Claim]:
     return found
 
 
+def judge() -> None:
+    """Give every stored record the verdict that its effects have under today's rule; nothing is measured."""
+    for key, claim in claims().items():
+        path = RESULTS / f"{key}.json"
+        if path.exists():
+            record = json.loads(path.read_text())
+            record["verdict"] = verdict(record["effects"], claim.strong)
+            path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def table() -> str:
     """The ledger as Markdown, from the committed records."""
     head = "| paper | method | the paper says | its number | we measure | effect | verdict |"
@@ -141,7 +151,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="measure the claims of the ledger")
     parser.add_argument("--again", action="store_true", help="measure those that have a record too")
     parser.add_argument("--table", action="store_true", help="print the table and measure nothing")
+    parser.add_argument("--judge", action="store_true", help="renew the verdicts of stored effects and measure nothing")
     asked = parser.parse_args()
+    if asked.judge:
+        judge()
+        return
     if asked.table:
         print(table())
         return
