@@ -3,6 +3,7 @@
 python -m claims.P025            measures one claim and writes claims/results/P025.json
 python -m claims.ledger          measures what is not measured yet   [--again]
 python -m claims.ledger --table  prints the table that the docs show
+python -m claims.ledger --judge  renews the verdicts of stored effects after the rule changed
 """
 
 from __future__ import annotations
