@@ -134,7 +134,11 @@ def _serve(one: tiny.Tiny, only: list[str] | None) -> dict[str, Any]:
     if (steps := generated(one, only, Through())) is not None:
         record["generate"] = steps
     if getattr(one.model, "_supports_sdpa", False):
-        one.model.set_attn_implementation("sdpa")
+        try:
+            one.model.set_attn_implementation("sdpa")
+        except ValueError as refusal:  # some part of the model, a convolutional backbone say, cannot be asked for sdpa
+            record["no sdpa"] = str(refusal)[:120]
+            return record
         if one.model.config._attn_implementation == "sdpa":
             record["sdpa"] = _mode(one, only, whole=False)
     return record

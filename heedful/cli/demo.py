@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from importlib.resources import files
+from itertools import groupby
 from typing import Annotated
 
 import typer
@@ -17,6 +18,15 @@ def bar(share: float, width: int = 30) -> str:
     """A share drawn as a bar."""
     eighths = round(share * width * 8)
     return "█" * (eighths // 8) + (BAR[eighths % 8 - 1] if eighths % 8 else "")
+
+
+def stretches(shares: dict[int, float]) -> list[tuple[str, float]]:
+    """Neighbouring layers of equal share as one row."""
+    rows: list[tuple[str, float]] = []
+    for share, run in groupby(shares.items(), key=lambda item: item[1]):
+        layers = [layer for layer, _ in run]
+        rows.append((f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}", share))
+    return rows
 
 
 def demo(
@@ -52,8 +62,8 @@ def demo(
     console.print(
         "[bold]1. Where heads park their attention[/] (heads that give the first token more than 0.3, by layer)"
     )
-    for layer, share in found.by_layer().items():
-        console.print(f"   {layer:>3} {share:>5.0%} {bar(share)}", style="cyan")
+    for layers, share in stretches(found.by_layer()):
+        console.print(f"   {layers:>5} {share:>5.0%} {bar(share)}", style="cyan")
     console.print(
         f"   {found.first:.0%} of all heads. Reading this took {seconds / plain_seconds:.2f} x the plain forward.\n"
     )
