@@ -13,7 +13,7 @@ from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, error, within_budget
 from heedful.core.call import Call
 from heedful.core.errors import BackendError, DefinitionError, FieldError, SiteError
-from heedful.core.mask import Causal, Dense, Mask
+from heedful.core.mask import Blocks, Causal, Dense, Mask
 from heedful.core.stack import Stack
 from heedful.core.stats import Sum
 from heedful.engine.attend import Job, attend
@@ -63,6 +63,35 @@ def test_tiles_of_any_size_agree(rows: int, q: int, extra: int, window: int, hea
     whole, _ = bare.run(Narrow(window), "reference")
     tiles, _ = bare.run(Narrow(window), "tiled", tile_rows=rows)
     assert close(tiles, whole)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 99), rows=st.integers(1, 20), size=st.sampled_from([2, 4, 5]))
+def test_a_block_table_is_a_table_of_its_blocks(seed: int, rows: int, size: int) -> None:
+    blocks = torch.rand(1, 4, -(-19 // size), -(-19 // size), generator=torch.Generator().manual_seed(seed)) < 0.4
+    table = blocks.repeat_interleave(size, 2).repeat_interleave(size, 3)[..., :19, :19]
+    wanted, _ = Bare(rules=(Causal(), Dense(table))).run(Scale(1.0), "reference")
+    bare = Bare(rules=(Causal(), Blocks(blocks, size)))
+    for backend in ("reference", "tiled"):
+        assert close(bare.run(Scale(1.0), backend, tile_rows=rows)[0], wanted)
+
+
+def test_blocks_that_nobody_computes_are_never_touched() -> None:
+    blocks = torch.zeros(1, 1, 5, 5, dtype=torch.bool)
+    blocks[..., 0], blocks[..., range(5), range(5)] = True, True
+    bare = Bare(rules=(Causal(), Blocks(blocks, 4)))
+    bare.k[:, :, 5:11] = torch.nan  # columns that rows 12 to 15 skip: a NaN there would spread
+    heads, _ = bare.run(Scale(1.0), "tiled", tile_rows=4)
+    assert bool(heads[:, :, 12:16].isfinite().all())
+    assert not bool(heads[:, :, 8:12].isfinite().all())
+
+
+def test_a_tile_knows_its_place_among_the_keys() -> None:
+    part = Bare().call.tile(slice(3, 5), torch.tensor([0, 7, 9]))
+    laid = part.by_key(torch.tensor([[1.0, 2.0, 3.0]]), 19)
+    assert laid.nonzero()[:, 1].tolist() == [0, 7, 9]
+    assert part.distance.shape == (1, 1, 2, 3)
+    assert part.distance[0, 0, 1].tolist() == [4, -3, -5]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -19,6 +19,8 @@ def main() -> None:
         app()
     except HeedfulError as error:
         from rich.console import Console
+        from rich.text import Text
 
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+        told = Text.assemble((type(error).__name__, "bold red"), f": {error}")
+        Console(stderr=True, soft_wrap=True).print(told, highlight=False)
         sys.exit(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, dataclass_transform
 
@@ -221,7 +221,6 @@ class Scoped:
 
 
 Part = Method | Scoped
-EditFunction = Callable[[Any, Call], Any]
 
 
 def method_of(part: Part) -> Method:
