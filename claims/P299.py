@@ -131,7 +131,8 @@ CLAIM = Claim(
     paper_number="at matched performance: safety up to +17.2 %, truthfulness +9.8 %, reasoning length -12.2 %",
     setup="SmolLM2-135M-Instruct, praise against blame of 8 things; alpha of three, by loss on other texts, rho of the "
     "edit and strength of additive steering (the same vectors at every attention block) set by halving so that each "
-    f"moves praise of 8 other things by {SHIFT} nat; loss on neutral text.",
+    f"moves praise of 8 other things by {SHIFT} nat; loss on neutral text."
+    " (Redesigned twice after first results were seen; every version pointed the same way.)",
     effect="nats a token that additive steering loses more on neutral text",
     measure=measure,
     seeds=3,

@@ -54,10 +54,6 @@ def _edits(method: Method) -> bool:
     return any(not e.reads for e in method.edits)
 
 
-def _acts_without_cache(method: Method) -> bool:
-    return any(not e.reads and e.site is not Site.CACHE for e in method.edits)
-
-
 @law("neutral settings, and readers always, leave every logit as it was, bit for bit")
 def neutral_is_native(method: Method) -> None:
     quiet = method if not _edits(method) else type(method).neutral()
