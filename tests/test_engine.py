@@ -22,7 +22,7 @@ from heedful.engine.book import Book
 from heedful.engine.needs import Needs
 from heedful.engine.select import named, select
 
-from .samples import PAPER, Narrow, Scale, Shares, Zero
+from .samples import PAPER, Keep, Narrow, Scale, Shares, Zero
 
 
 def run(what: Method | Stack, bare: Bare, backend: str = "reference", **job: object) -> Tensor:
@@ -80,10 +80,9 @@ def test_blocks_that_nobody_computes_are_never_touched() -> None:
     blocks = torch.zeros(1, 1, 5, 5, dtype=torch.bool)
     blocks[..., 0], blocks[..., range(5), range(5)] = True, True
     bare = Bare(rules=(Causal(), Blocks(blocks, 4)))
-    bare.k[:, :, 5:11] = torch.nan  # columns that rows 12 to 15 skip: a NaN there would spread
-    heads, _ = bare.run(Scale(1.0), "tiled", tile_rows=4)
-    assert bool(heads[:, :, 12:16].isfinite().all())
-    assert not bool(heads[:, :, 8:12].isfinite().all())
+    _, told = bare.run(Keep(), "tiled", tile_rows=4)
+    widths = {name: pattern.shape[-1] for name, pattern in told["keep"].tensors().items()}
+    assert widths == {"000.00000": 4, "000.00004": 8, "000.00008": 8, "000.00012": 8, "000.00016": 7}
 
 
 def test_a_tile_knows_its_place_among_the_keys() -> None:
