@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.speed import sparse
 from benchmarks.speed.bars import fastest
 from benchmarks.speed.sparse import best
 from heedful import attach, models
 from heedful.catalogue import find
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
-from heedful.core.blocks import BlockSparse, Grid, cover, density, fold, means
+from heedful.core.blocks import BlockSparse, Grid, cover, density, fold, hide, means
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.mask import Blocks, Causal, Dense, First, Mask, OnHeads, Rule, Window
+from heedful.core.mask import Blocks, Causal, Dense, First, Mask, OnHeads, Padding, Rule, Window
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
@@ -27,6 +28,8 @@ from heedful.methods.sparse.sink_window import SinkWindow
 from heedful.methods.sparse.sparge_attn import SpargeAttn
 
 PADDED = torch.arange(19)[None] >= torch.tensor([[0], [5]])
+LONG = torch.arange(150)[None] >= torch.tensor([[0], [5]])  # rows and blocks of which methods read a few at a time
+TEXTS = pytest.mark.parametrize("text", [None, PADDED, LONG], ids=["plain", "padded", "long"])
 SETTINGS: dict[str, dict[str, Any]] = {
     "SpargeAttn": dict(tau=0.5, alike=-1.0),
     "FlexPrefill": dict(gamma=0.4, least=0),
@@ -37,6 +40,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def call_of(bare: Bare) -> Call:
     return replace(bare.call, query=bare.q, key=bare.k, value=bare.v)
+
+
+def bare_of(text: Tensor | None) -> Bare:
+    n = 19 if text is None else text.shape[1]
+    return Bare(Shape(q=n, k=n), text=text)
 
 
 def grid_of(bare: Bare, size: int) -> Grid:
@@ -54,7 +62,7 @@ def true_map(bare: Bare, text: int) -> Tensor:
     call, h = bare.call, bare.shape.h
     pairs = call.tile(slice(0, bare.shape.q), slice(0, bare.shape.k)).pairs
     keep = call.mask.keeps(pairs)
-    assert keep is not None
+    keep = torch.ones(1, 1, bare.shape.q, bare.shape.k, dtype=torch.bool) if keep is None else keep
     keep = keep.expand(bare.shape.b, h, -1, -1)[text]
     scores = bare.q[text] @ call.spread(bare.k)[text].mT * call.scale
     return scores.masked_fill(~keep, -torch.inf).softmax(-1).nan_to_num()
@@ -72,16 +80,39 @@ def test_cover_takes_the_fewest_that_reach_a_share(mass: float) -> None:
             assert chosen.all()
 
 
+@pytest.mark.parametrize("tail", [0.0, 1.0, 6.0])
+def test_cover_needs_no_whole_order(tail: float) -> None:
+    weight = (tail * torch.randn(3, 4, 300, generator=torch.Generator().manual_seed(0))).softmax(-1)
+    weight[0, 0, 50:] = 0
+    values, order = weight.sort(dim=-1, descending=True)
+    for mass in (0.01, 0.5, 0.9, 0.999):
+        taken = values.cumsum(-1) - values < mass * weight.sum(-1, keepdim=True)
+        found = cover(weight, mass)
+        if tail:
+            assert torch.equal(found, torch.zeros_like(taken).scatter(-1, order, taken)), mass
+        assert torch.equal(found.sum(-1)[1:], taken.sum(-1)[1:]), mass
+    assert not cover(torch.zeros(2, 5), 0.5).any()
+
+
 def test_fold_begins_where_a_text_does() -> None:
     x = torch.arange(1, 8).view(1, 1, 7, 1)
     found = fold(x, 3, torch.tensor([0, 2]))[:, 0, ..., 0]
     assert found.tolist() == [[[1, 2, 3], [4, 5, 6], [7, 0, 0]], [[3, 4, 5], [6, 7, 0], [0, 0, 0]]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_hidden_scores_are_the_least_number(dtype: torch.dtype) -> None:
+    scores = torch.tensor([[3.0, -40.0], [1.0, 2.0]], dtype=dtype)
+    hide(scores, torch.tensor([[True, False], [True, True]]))
+    least = torch.finfo(dtype).min
+    assert scores.tolist() == [[least, -40.0], [least, least]]
+
+
 def test_means_leave_out_what_is_not_text() -> None:
     x = torch.tensor([1.0, 3.0, 5.0, 9.0]).view(1, 1, 2, 2, 1)
     live = torch.tensor([True, True, False, True]).view(1, 1, 2, 2)
     assert means(x, live).flatten().tolist() == [2.0, 9.0]
+    assert means(x, torch.ones_like(live)).flatten().tolist() == [2.0, 7.0]
 
 
 @pytest.mark.parametrize("rules", [(Causal(),), (Causal(), Window(4) | First(2)), ()], ids=["causal", "sinks", "all"])
@@ -106,9 +137,14 @@ def test_padded_texts_have_the_grid_that_they_have_alone() -> None:
     assert grid.cols.sum((1, 2, 3)).tolist() == [19, 14]
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [(Causal(),), (Causal(), Window(4)), (Causal(), Window(4) | First(2)), ()],
+    ids=["causal", "window", "sinks", "all"],
+)
 @pytest.mark.parametrize("text", [None, PADDED], ids=["plain", "padded"])
-def test_weights_of_some_rows_are_true(text: Tensor | None) -> None:
-    bare = Bare(text=text)
+def test_weights_of_some_rows_are_true(text: Tensor | None, rules: tuple[Rule, ...]) -> None:
+    bare = Bare(text=text, rules=rules if text is None else (*rules, Padding(text)))
     at = torch.tensor([[0, 3, 7, 13, 18]])
     for chunk, rows in grid_of(bare, 4).weights(at, 2):
         for b, pad in enumerate((0, 0 if text is None else 5)):
@@ -119,6 +155,24 @@ def test_weights_of_some_rows_are_true(text: Tensor | None) -> None:
                     wanted[:, : 19 - pad] = true_map(bare, b)[:, row + pad, pad:]
                 assert close(found, wanted[:, : found.shape[1]])
                 assert not wanted[:, found.shape[1] :].any()
+
+
+def test_layers_of_one_forward_share_a_grid_and_nothing_else() -> None:
+    one, other = call_of(Bare()), call_of(Bare(seed=1))
+    first = Grid.of(one, 4)
+    layer = replace(one, layer=1, query=other.query, key=other.key)
+    second = Grid.of(layer, 4)
+    assert first is not None
+    assert second is not None
+    assert second.open is first.open
+    assert second.call is layer
+    assert torch.equal(second.query.flatten(2, 3)[:, :, :19], other.query)
+    finer, narrow = Grid.of(layer, 2), Grid.of(replace(layer, mask=layer.mask & Window(4)), 4)
+    assert narrow is not None
+    assert finer is not None
+    assert not torch.equal(narrow.open, first.open)
+    assert finer.open.shape[-1] == 10
+    assert all(grid.call.query is None for grid in one.scratch.values())  # nothing of a layer stays behind
 
 
 def test_scores_are_capped_as_the_model_caps_them() -> None:
@@ -281,3 +335,30 @@ def test_a_speed_bar_is_missed_where_every_method_costs_too_much(
     found = best(rows)
     assert [fastest(row) for row in found] == ([] if ratio is None else [ratio])
     assert all(row["best"] == "a" for row in found)
+
+
+def test_a_bench_that_goes_on_measures_what_it_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Method | None] = []
+
+    def loss(model: Any, ids: Tensor, what: Method | None) -> tuple[float, float]:
+        asked.append(what)
+        return 2.2, 0.25
+
+    monkeypatch.setattr(sparse, "loss", loss)
+    monkeypatch.setattr(sparse, "METHODS", {"a": SinkWindow(4, 8), "b": SinkWindow(4, 16), "c": SinkWindow(4, 32)})
+    times = {"found": {"attention": {"ratio": 0.5}}, "tokens": 20}
+    rows = [{"method": name, "settings": repr(x), **times} for name, x in sparse.METHODS.items()]
+    known = [
+        {"settings": repr(SinkWindow(4, 8)), "tokens": 20, "loss": 2.0, "rise": 0.3, "density_model": 0.5},
+        {"settings": repr(SinkWindow(4, 16)), "tokens": 30, "loss": 1.0, "rise": 0.4, "density_model": 0.5},
+        {"settings": repr(SinkWindow(4, 32)), "tokens": 20, "rise": None},
+    ]
+    kept: list[int] = []
+    sparse.losses(None, torch.zeros(1, 20), rows, known, lambda: kept.append(sum("rise" in row for row in rows)))
+    assert asked == [SinkWindow(4, 16), SinkWindow(4, 32)]
+    assert [row["rise"] for row in rows] == [0.3, pytest.approx(0.1), pytest.approx(0.1)]
+    assert [row["loss"] for row in rows] == [2.0, 2.0, 2.0]
+    assert kept == [1, 2, 3]
+    sparse.losses(None, torch.zeros(1, 20), rows, [], lambda: None)
+    assert asked[2] is None
+    assert len(asked) == 6

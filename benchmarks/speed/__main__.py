@@ -10,7 +10,9 @@ import sys
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed")
     parser.add_argument("what", choices=["attention", "step", "cache", "sparse", "pattern", "model", "peers", "all"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192], help="lengths for the sparse methods")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 8192], help="lengths for the sparse methods")
+    parser.add_argument("--kernel", type=int, nargs="*", default=[2048, 8192], help="lengths for tables of blocks")
+    parser.add_argument("--resume", action="store_true", help="take the losses of sparse methods that are recorded")
     parser.add_argument("--quick", action="store_true", help="short inputs and few rounds, as a try")
     given = parser.parse_args()
     if os.environ.get("OMP_PROC_BIND") != "true":
@@ -24,7 +26,10 @@ def main() -> None:
     if given.what in ("cache", "all"):
         cache.measure((8192,), 5 if given.quick else 25)
     if given.what in ("sparse", "all"):
-        sparse.measure(given.quick, tuple(given.tokens))
+        if given.quick:
+            sparse.attempt()
+        else:
+            sparse.measure(tuple(given.tokens), tuple(given.kernel), given.resume)
     if given.what in ("pattern", "all"):
         pattern.measure(512 if given.quick else 2048, 1 if given.quick else 5)
     if given.what in ("attention", "all"):

@@ -22,9 +22,11 @@ def cover(weight: Tensor, mass: float) -> Tensor:
     """The fewest entries of the last axis whose sum reaches a share `mass` of the whole."""
     if mass >= 1:
         return torch.ones_like(weight, dtype=torch.bool)
-    values, order = weight.sort(dim=-1, descending=True)
+    whole, n = weight.sum(-1, keepdim=True), weight.shape[-1]
+    few = (weight > (1 - mass) / n * whole).sum(-1)  # the others add up to less than what may be left
+    values, order = weight.topk(max(1, int(few.max())), -1)
     before = values.cumsum(-1) - values
-    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, before < mass * values.sum(-1, keepdim=True))
+    return torch.zeros_like(weight, dtype=torch.bool).scatter(-1, order, before < mass * whole)
 
 
 def fold(x: Tensor, size: int, first: Tensor | None) -> Tensor:
@@ -40,8 +42,15 @@ def fold(x: Tensor, size: int, first: Tensor | None) -> Tensor:
     return x.unflatten(2, (-1, size))
 
 
+def hide(scores: Tensor, hidden: Tensor) -> None:
+    """Scores of these pairs become the least number, in place; several times faster than filling by a mask."""
+    scores.add_(hidden.to(scores.dtype), alpha=torch.finfo(scores.dtype).min)
+
+
 def means(x: Tensor, live: Tensor) -> Tensor:
     """The mean of what lives in each block: `[b h n size d]` and `[b|1 1 n size]` to `[b h n d]`."""
+    if bool(live.all()):
+        return x.mean(-2)  # reads x where it lies; the product would copy it
     weight = live.to(x.dtype)
     weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
     return (weight[..., None, :] @ x)[..., 0, :]
@@ -62,7 +71,27 @@ class Grid:
 
     @staticmethod
     def of(call: Call, size: int) -> Grid | None:
-        """None where some query's keys lie in so many stretches that blocks say little about them."""
+        """None where some query's keys lie in so many stretches that blocks say little about them.
+
+        Layers of one forward that share mask and places share the grid: its geometry is kept in the call's scratch.
+        """
+        held: Grid | None = call.scratch.get(f"grid {size}")
+        if held is not None and held._fits(call):
+            return replace(held, call=call)
+        grid = Grid._laid(call, size)
+        if grid is not None:
+            call.scratch[f"grid {size}"] = replace(
+                grid, call=replace(call, hidden=None, query=None, key=None, value=None)
+            )
+        return grid
+
+    def _fits(self, call: Call) -> bool:
+        own = self.call
+        same = own.mask is call.mask and own.queries is call.queries and own.keys is call.keys
+        return same and own.heads == call.heads
+
+    @staticmethod
+    def _laid(call: Call, size: int) -> Grid | None:
         ranges = call.mask.rows(call.queries, call.keys, call.heads)
         if ranges is None:
             return None
@@ -105,6 +134,15 @@ class Grid:
         """The call's keys in blocks, `[b g m size d]`."""
         return self._folded(self.call.key, 1)
 
+    @cached_property
+    def grouped(self) -> Tensor:
+        """The call's queries in blocks, those of the heads that share a key head above one another `[b g n r d]`."""
+        return self.query.unflatten(1, (self.key.shape[1], -1)).transpose(2, 3).flatten(3, 4)
+
+    def apart(self, x: Tensor) -> Tensor:
+        """Something of the grouped queries `[b g n r]` by their heads again, `[b h n size]`."""
+        return x.unflatten(-1, (-1, self.size)).transpose(2, 3).flatten(1, 2)
+
     def _folded(self, x: Tensor | None, axis: int) -> Tensor:
         if x is None:
             raise FieldError("Grid", "call", self.call.name, "has no queries and keys before MASK", None)
@@ -113,7 +151,7 @@ class Grid:
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """Queries `[... n d]` times keys `[... k d]`, scaled and soft-capped as the model does."""
-        scores = self.call.scale * (query @ key.mT)
+        scores = (self.call.scale * query) @ key.mT
         cap = self.call.softcap
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
@@ -141,13 +179,18 @@ class Grid:
             place = rows.clamp(0, n - 1)
             q, see, text = (x.expand(b, *x.shape[1:]).transpose(1, 2)[texts, place].transpose(1, 2)
                             for x in (query, ranges, live))  # fmt: skip
+            see = see * (text & (rows == place)[:, None])[..., None, None]
             stop = max(1, -(-int(see.max()) // self.size)) * self.size
-            cols = torch.arange(stop, device=q.device)
-            seen = ((cols >= see[..., :1]) & (cols < see[..., 1:])).any(-2)
-            seen = seen & (text & (rows == place)[:, None])[..., None]
-            scores = self.scores(q.reshape(b, key.shape[1], -1, d), key[:, :, :stop])
-            scores = scores.view(b, h, -1, stop).masked_fill(~seen, torch.finfo(q.dtype).min)
-            yield scores.softmax(-1).masked_fill(~seen, 0).unflatten(-1, (-1, self.size)), rows
+            scores = self.scores(q.reshape(b, key.shape[1], -1, d), key[:, :, :stop]).view(b, h, -1, stop)
+            low, high = int(see[..., 0, 0].max()), int(see[..., 0, 1].min())  # between them every row sees all
+            for part in (slice(0, low), slice(max(low, high), stop)):
+                cols = torch.arange(part.start, part.stop, device=q.device)
+                hide(scores[..., part], ((cols < see[..., :1]) | (cols >= see[..., 1:])).all(-2))
+            weights = scores.softmax(-1)
+            empty = (see[..., 0] >= see[..., 1]).all(-1)
+            if bool(empty.any()):
+                weights = weights.masked_fill(empty[..., None], 0)
+            yield weights.unflatten(-1, (-1, self.size)), rows
 
     def band(self, width: Tensor | int) -> Tensor:
         """Blocks with a key among the `width [b|1]` newest of some row, its own counted, `[b|1, 1, n, m]`."""

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
+from heedful.core.blocks import cover, means
 from heedful.core.errors import FieldError
 from heedful.core.mask import Mask
 from heedful.methods.sparse.flex_prefill import FlexPrefill
-from tests.test_blocks import PADDED, call_of, grid_of, true_map
+from tests.test_blocks import TEXTS, bare_of, call_of, grid_of, true_map
 
 
 def _fewest(weight: list[float], share: float) -> int:
@@ -46,9 +47,9 @@ def _vertical_slash(rows: Tensor, size: int, gamma: float, least: int) -> Tensor
 
 
 @pytest.mark.parametrize(("gamma", "least"), [(0.3, 0), (0.7, 0), (0.3, 12)])
-@pytest.mark.parametrize("text", [None, PADDED], ids=["plain", "padded"])
+@TEXTS
 def test_vertical_and_slash(gamma: float, least: int, text: Tensor | None) -> None:
-    bare = Bare(text=text)
+    bare = bare_of(text)
     method = FlexPrefill(gamma, 0.0, least, size=4, most=1.0)
     (rule,) = method.skip(bare.call.mask, call_of(bare)).blocks
     for b, pad in enumerate((0, 0 if text is None else 5)):
@@ -90,8 +91,12 @@ def test_heads_that_block_means_predict_go_by_them() -> None:
     assert by_shape is not None
     assert by_means is not None
     moved = (by_shape != by_means).flatten(2).any(-1)
-    assert torch.equal(moved | (found.sqrt() < tau), found.sqrt() < tau)
+    trusted = found.sqrt() < tau
+    assert torch.equal(moved | trusted, trusted)
     assert moved.any()
+    pooled = grid.pooled(means(grid.query, grid.rows), means(grid.key, grid.cols))
+    best = cover(pooled.flatten(-2), 0.5).view_as(pooled)
+    assert not (best & ~by_means)[trusted].any()
 
 
 def test_short_texts_and_maps_that_are_not_causal_stay_dense() -> None:
@@ -106,6 +111,14 @@ def test_distances_are_counted_behind_the_row() -> None:
     weights = torch.tensor([[0.1, 0.2, 0.7, 0.0], [0.4, 0.3, 0.2, 0.1]])[None, None]
     found = FlexPrefill.by_distance(weights, torch.tensor([[2, 3]]))
     assert close(found, torch.tensor([[[0.4, 0.2, 0.2, 0.2]]]))
+    weights = torch.rand(2, 3, 5, 12, generator=torch.Generator().manual_seed(0))
+    own = torch.tensor([[7], [-2]]) + torch.arange(5)
+    weights.masked_fill_(torch.arange(12) > own[:, None, :, None], 0)
+    found = FlexPrefill.by_distance(weights, own)
+    for text, first in enumerate((7, -2)):
+        for t in range(12):
+            wanted = sum(weights[text, :, i, first + i - t] for i in range(5) if first + i - t >= 0) / 5
+            assert close(found[text, :, t], torch.as_tensor(wanted).expand(3)), (text, t)
 
 
 @pytest.mark.parametrize("settings", [{"gamma": 0.0}, {"tau": 1.1}, {"least": -1}])

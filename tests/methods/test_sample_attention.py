@@ -11,7 +11,7 @@ from torch import Tensor
 from heedful.conformance.bare import Bare, Shape
 from heedful.core.errors import FieldError
 from heedful.methods.sparse.sample_attention import SampleAttention
-from tests.test_blocks import PADDED, call_of, true_map
+from tests.test_blocks import TEXTS, bare_of, call_of, true_map
 
 
 def _by_loops(weights: Tensor, ahead: int, alpha: float, step: int, window: float) -> Tensor:
@@ -36,9 +36,9 @@ def _by_loops(weights: Tensor, ahead: int, alpha: float, step: int, window: floa
 
 
 @pytest.mark.parametrize(("alpha", "rows", "window"), [(0.5, 0.25, 0.0), (0.3, 1.0, 0.3), (0.8, 0.1, 0.2)])
-@pytest.mark.parametrize("text", [None, PADDED], ids=["plain", "padded"])
+@TEXTS
 def test_the_rule(alpha: float, rows: float, window: float, text: Tensor | None) -> None:
-    bare = Bare(text=text)
+    bare = bare_of(text)
     (rule,) = SampleAttention(alpha, rows, window, size=4, most=1.0).skip(bare.call.mask, call_of(bare)).blocks
     for b, pad in enumerate((0, 0 if text is None else 5)):
         for h, weights in enumerate(true_map(bare, b)):

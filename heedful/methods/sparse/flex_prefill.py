@@ -54,20 +54,21 @@ class FlexPrefill(BlockSparse):
         n, m = grid.open.shape[-2:]
         at = grid.length[:, None] - self.size + torch.arange(self.size, device=grid.open.device)
         ((weights, _),) = grid.weights(at, self.size)
-        weights = torch.nn.functional.pad(weights, (0, 0, 0, m - weights.shape[3])).flatten(3)
-        vertical = weights.mean(2)
-        slash = self.by_distance(weights, at + grid.start[:, None])
+        weights = weights.flatten(3)
+        behind = (0, m * self.size - weights.shape[3])
+        vertical = torch.nn.functional.pad(weights.mean(2), behind)
+        slash = torch.nn.functional.pad(self.by_distance(weights, at + grid.start[:, None]), behind)
         blocks = vertical.unflatten(-1, (m, self.size)).sum(-1)
         trusted = self.divergence(blocks, self.estimate(grid, at)).sqrt() < self.tau
         table = self.best(vertical, blocks, trusted)[..., None, :].expand(-1, -1, n, -1)
-        behind = self.best(slash, slash.unflatten(-1, (m, self.size)).sum(-1), trusted)
+        far = self.best(slash, slash.unflatten(-1, (m, self.size)).sum(-1), trusted)
         rows = torch.arange(1, n + 1, device=at.device) * self.size - 1 + grid.start[:, None]
         apart = rows[:, None, :, None] // self.size - torch.arange(m, device=at.device)
-        apart_at = apart.clamp(0, m - 1).expand(len(behind), behind.shape[1], -1, -1)
-        table = table | (behind[..., None, :].expand(apart_at.shape).gather(-1, apart_at) & (apart >= 0))
+        there = apart.clamp(0, m - 1).expand(len(far), far.shape[1], -1, -1)
+        table = table | (far[..., None, :].expand(there.shape).gather(-1, there) & (apart >= 0))
         if bool(trusted.any()):
-            pooled = grid.pooled(means(grid.query, grid.rows), means(grid.key, grid.cols))
-            table = table | (cover(pooled.flatten(-2), self.gamma).view_as(pooled) & trusted[..., None, None])
+            pooled = grid.pooled(means(grid.query, grid.rows), means(grid.key, grid.cols))[trusted]
+            table[trusted] |= cover(pooled.flatten(1), self.gamma).view_as(pooled)
         short = grid.length + grid.start <= max(2 * self.size, self.least)
         return table | short[:, None, None, None]
 
@@ -82,10 +83,18 @@ class FlexPrefill(BlockSparse):
 
     @staticmethod
     def by_distance(weights: Tensor, own: Tensor) -> Tensor:
-        """The mean weight `[b h k]` at each distance behind the rows, whose own keys stand at `own [b|1 r]`."""
-        at = own[:, None, :, None] - torch.arange(weights.shape[-1], device=own.device)
-        there = weights.gather(-1, at.clamp(0, weights.shape[-1] - 1).expand(weights.shape))
-        return there.masked_fill((at < 0) | (at >= weights.shape[-1]), 0).mean(2)
+        """The mean weight `[b h k]` at each distance behind the rows, whose own keys stand at `own [b|1 r]`.
+
+        The rows follow one another and no key follows its query, so that a diagonal is a column of the same numbers
+        read with rows one longer. One that begins left of the first column runs through zeros of the row above.
+        """
+        b, h, r, k = weights.shape
+        steps, flat = (h * r * k, r * k, k + 1, 1), weights.contiguous()
+        right = flat.as_strided((b, h, r, k - r + 1), steps).sum(2)
+        left = flat.as_strided((b, h, r - 1, r - 1), steps, flat.storage_offset() + k - r + 2).sum(2)
+        at = own[:, :1] - torch.arange(k, device=own.device) + r - 1  # the first row's column, from the leftmost on
+        there = at.clamp(0, k - 1)[:, None].expand(b, h, -1)
+        return torch.cat([left, right], -1).gather(-1, there).masked_fill((at < 0)[:, None], 0) / r
 
     @staticmethod
     def estimate(grid: Grid, at: Tensor) -> Tensor:

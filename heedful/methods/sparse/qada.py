@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.core.blocks import BlockSparse, Grid, means
+from heedful.core.blocks import BlockSparse, Grid, hide, means
 from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
 
@@ -63,37 +63,42 @@ class QAdA(BlockSparse):
     def far_mass(self, grid: Grid, far: Tensor) -> Tensor:
         """The log of what far keys add up to if scores are Gaussian, `[b h n size]`."""
         keys = grid.key * grid.cols[..., None]
-        g, d = keys.shape[1], keys.shape[-1]
+        d = keys.shape[-1]
         far = far.any(1, keepdim=True).to(keys.dtype)
         count = far @ grid.cols.sum(-1).to(keys.dtype)[..., None]  # [b|1 1 n 1]
         weight = far / count.clamp(min=1)
         mean = weight @ keys.sum(-2)
-        second = weight @ (keys.mT @ keys).flatten(-2)
-        spread = second.unflatten(-1, (d, d)) - mean[..., None] * mean[..., None, :]
-        query = grid.call.scale * grid.query.unflatten(1, (g, -1))  # [b g h/g n size d]
-        first = (query @ mean[:, :, None, :, :, None])[..., 0]
-        square = ((query @ spread[:, :, None]) * query).sum(-1)
-        return count.log() + (first + square / 2).flatten(1, 2)
+        second = (weight @ (keys.mT @ keys).flatten(-2)).unflatten(-1, (d, d))
+        spread = second - mean[..., None] * mean[..., None, :]
+        scale, query = grid.call.scale, grid.grouped
+        bulk = query @ (scale**2 / 2 * spread)
+        bulk += scale * mean[..., None, :]
+        bulk *= query
+        return count.log() + grid.apart(bulk.sum(-1))
 
     def near_mass(self, grid: Grid, near: Tensor) -> Tensor:
         """The log of what the keys of near blocks add up to, `[b h n size]`; a few blocks of rows at a time."""
-        key, query = grid.key, grid.query
-        b, g = key.shape[:2]
+        key, query = grid.call.scale * grid.key.transpose(1, 2), grid.grouped
+        b, g = query.shape[:2]
         near = near.any(1, keepdim=True).expand(b, -1, -1, -1)[:, 0]
         texts = torch.arange(b, device=key.device)[:, None, None]
         inside = torch.arange(self.size, device=key.device)
         out = []
-        for rows in torch.arange(near.shape[1], device=key.device).split(16):
-            there, blocks = near[:, rows].long().topk(max(1, int(near[:, rows].sum(-1).max())), -1)  # [b r c]
-            k = key.transpose(1, 2)[texts, blocks].movedim(3, 1).flatten(3, 4)  # [b g r c*size d]
+        for rows in torch.arange(near.shape[1], device=key.device).split(4):
+            there, blocks = near[:, rows].sort(dim=-1, descending=True, stable=True)  # those that are, in their order
+            most = max(1, int(there.sum(-1).max()))
+            there, blocks = there[..., :most], blocks[..., :most]
+            k = key[texts, blocks].movedim(3, 1).flatten(3, 4)  # [b g r c*size d]
+            scores = query[:, :, rows] @ k.mT
             cols = (blocks[..., None] * self.size + inside).flatten(2)[:, None, :, None, :, None]
             see = grid.ranges[:, :, rows][:, :, :, :, None]  # [b|1 h|1 r size 1 n 2]
             seen = ((cols >= see[..., 0]) & (cols < see[..., 1])).any(-1)
-            seen = seen & (there > 0).repeat_interleave(self.size, -1)[:, None, :, None]
-            q = query[:, :, rows].unflatten(1, (g, -1))
-            scores = grid.call.scale * (q @ k[:, :, None].mT).flatten(1, 2)
-            out.append(scores.masked_fill(~seen, torch.finfo(scores.dtype).min).logsumexp(-1))
-        return torch.cat(out, 2)
+            seen = seen & there.repeat_interleave(self.size, -1)[:, None, :, None]
+            seen = seen.unflatten(1, (min(g, seen.shape[1]), -1)).transpose(2, 3)  # [b g|1 r h/g|1 size c*size]
+            hide(scores.unflatten(3, (-1, self.size)), ~seen)
+            highest = scores.softmax(-1).amax(-1)  # is 1 over the sum that logsumexp takes; faster than its own exp
+            out.append(scores.amax(-1) - highest.log())
+        return grid.apart(torch.cat(out, 2))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class SampleAttention(BlockSparse):
         at = torch.arange(0, n * self.size, max(1, round(1 / self.rows)), device=grid.open.device)[None]
         received = grid.query.new_zeros(*grid.query.shape[:2], m)
         for weights, _ in grid.weights(at):
-            received[..., : weights.shape[3]] += weights.sum((2, 4))
+            received[..., : weights.shape[3]] += weights.sum(2).sum(-1)
         width = (self.window * (grid.length + grid.start)).ceil().long()
         return cover(received, self.alpha)[..., None, :] | grid.band(width)
 

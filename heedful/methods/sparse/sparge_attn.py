@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -53,17 +54,18 @@ class SpargeAttn(BlockSparse):
         query, key = grid.query, grid.key
         whole = means(key.flatten(2, 3)[:, :, None], grid.cols.flatten(2, 3)[:, :, None])
         key = key - whole[..., None, :]  # what all keys share moves no score against another
-        like_query = self.likeness(query, grid.rows) > self.alike
-        like_key = grid.call.spread(self.likeness(key, grid.cols) > self.alike)[:, :, None]
+        like_query = self.like(query, grid.rows)[..., None]
+        like_key = grid.call.spread(self.like(key, grid.cols))[:, :, None]
         weight = grid.pooled(means(query, grid.rows), means(key, grid.cols), grid.open & like_key)
-        table = cover(weight, self.tau) | ~like_query[..., None] | ~like_key
+        table = cover(weight, self.tau) | ~like_query | ~like_key
         table[..., 0] |= self.sink
         return table
 
-    @staticmethod
-    def likeness(x: Tensor, live: Tensor) -> Tensor:
-        """The mean cosine between any two tokens of a block, each with itself too, `[b h n]`."""
-        return means(normalize(x, dim=-1), live).square().sum(-1)
+    def like(self, x: Tensor, live: Tensor) -> Tensor:
+        """Where the mean cosine of any two tokens of a block, each with itself too, is above `alike`, `[b h n]`."""
+        if self.alike < 0:  # that mean is the square of the mean unit vector
+            return torch.ones_like(x[..., 0, 0], dtype=torch.bool)
+        return means(normalize(x, dim=-1), live).square().sum(-1) > self.alike
 
 
 if __name__ == "__main__":
