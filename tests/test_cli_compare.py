@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from heedful import models
 from heedful.cli.app import app
 from heedful.cli.console import parted
+from heedful.cli.progress import Bars
 from heedful.core.errors import CatalogueError, FieldError
 from heedful.tasks import known
 
@@ -66,6 +67,47 @@ def test_commas_inside_brackets_part_nothing() -> None:
     assert parted("a(b|c)|d", "|") == ["a(b|c)", "d"]
 
 
+def test_rarer_settings(tiny: None, tmp_path: Path) -> None:
+    arguments = ["compare", "--methods", "sinkwindow(1,8)", "--tasks", "induction(length=20)", "--count", "2"]
+    arguments += ["--no-page", "--json", "--out", "kept"]
+    rarer = ["--seed", "7", "--turns", "0", "--backend", "reference", "--only", "model.layers"]
+    told = RUN.invoke(app, [*arguments, *rarer])
+    assert told.exit_code == 0, told.exception
+    found = json.loads(told.stdout)
+    assert found["costs"] == []
+    assert found["facts"]["how"] == {"backend": "'reference'", "only": "'model.layers'"}
+    records = [json.loads(x) for x in (tmp_path / "kept" / "records.jsonl").read_text().splitlines()]
+    assert {r["seed"] for r in records if r["record"] == "answered"} == {7}
+    told = RUN.invoke(app, [*arguments[:-2], "--turns", "1", "--fit"])
+    assert "tried without a fit" not in told.stderr
+    assert json.loads(told.stdout)["costs"]
+
+
+def test_spans_that_a_task_does_not_mark_are_named(tiny: None) -> None:
+    asked = ["compare", "--tasks", "induction(length=20),loss(length=64)", "--count", "2", "--no-page"]
+    told = RUN.invoke(app, [*asked, "--turns", "1", "--methods", "var,pasta|tempscale,pasta(role='context')"])
+    assert told.exit_code == 0, told.exception
+    assert "VAR was refused on induction: VAR.role = 'marked': no span in these prompts has that name" in told.stdout
+    assert "they mark 'context', 'answer'; for example role='context'" in told.stdout
+    assert "VAR was refused when costs were measured: VAR.role" in told.stdout
+    assert "PASTA | TempScale was refused on induction: PASTA.role" in told.stdout
+    assert "PASTA(role='context') was refused on induction" not in told.stdout
+    assert "PASTA(role='context') was refused on loss: PASTA.role = 'context'" in told.stdout
+    assert "no spans at all, as those of other tasks do; for example role='needle'" in told.stdout
+
+
+def test_stopping_says_how_to_go_on(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bars, "__call__", stop)
+    asked = ["compare", "--methods", "tempscale", "--tasks", "induction(length=20)", "--count", "2"]
+    told = RUN.invoke(app, [*asked, "--out", "kept"])
+    assert told.exit_code == 130
+    assert "stopped; the same command goes on" in told.stderr
+    assert RUN.invoke(app, asked).stderr.strip().endswith("stopped")
+
+
 def test_tasks_are_listed() -> None:
     told = RUN.invoke(app, ["compare", "--tasks", "list"])
     assert all(name in told.output for name in known())
@@ -80,6 +122,8 @@ def test_tasks_are_listed() -> None:
         (["--methods", "act|prunheads"], CatalogueError, "PruneHeads"),
         (["--methods", "act|pruneheads"], FieldError, "joined"),
         (["--methods", "act", "--tasks", "needel"], CatalogueError, "needle"),
+        (["--methods", "act", "--turns", "-1"], FieldError, "turns"),
+        (["--methods", "act", "--backend", "cuda"], FieldError, "must be one of auto"),
     ],
 )
 def test_bad_input_is_named(tiny: None, arguments: list[str], error: type[Exception], match: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,10 @@ def blocks(name: str) -> str:
 def run(code: str, tmp_path: Path) -> str:
     file = tmp_path / "from_docs.py"
     file.write_text(code)
-    told = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=False, cwd=ROOT)
+    here = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    told = subprocess.run(
+        [sys.executable, str(file)], capture_output=True, text=True, check=False, cwd=tmp_path, env=here
+    )
     assert told.returncode == 0, told.stderr
     return told.stdout
 

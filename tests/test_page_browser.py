@@ -1,14 +1,17 @@
-"""The page in a real browser: it opens without an error, and what it offers works."""
+"""The pages in a real browser: they open without an error, and what they offer works."""
 
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from heedful.bench.comparison import PLAIN, Comparison
+from heedful.bench.records import Answered, Cost, Record, Refused
 from heedful.diagnosis.view import room
 from heedful.report import page
 from tests.test_report import BROWSER, profile, text_view
@@ -38,13 +41,41 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return page.write(profile(text_view(32768, shown, top)), tmp_path_factory.mktemp("page") / "page.html")
 
 
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of twelve methods, one of them with a long name, on three tasks, one of which refuses a method."""
+    draw = random.Random(0)
+    long = "SnapKV(budget=0.25, window=16, kernel=7, pool='mean') | TempScale(tau=0.9)"
+    names = [PLAIN, "SinkWindow(window=96)", long, *(f"PASTA(alpha=0.{i})" for i in range(1, 10)), "VAR"]
+    tasks = {
+        "NeedleTask()": ("needle", "share right"),
+        "Recall()": ("recall", "share right"),
+        "Loss()": ("loss", "nats a token"),
+    }
+    about = {
+        k: {"name": n, "about": f"Asks for {n}.", "unit": u, "more_is_better": n != "loss"}
+        for k, (n, u) in tasks.items()
+    }
+    facts = {"model": "some/model-<135M>", "contenders": {n: n for n in names[1:]}, "tasks": about, "dtype": "float32"}
+    records: list[Record] = [Refused("VAR", "Loss()", "VAR.role = 'marked': no span in these prompts has that name")]
+    for place, name in enumerate(names):
+        for task in tasks if name != "VAR" else list(tasks)[:2]:
+            for i in range(12):
+                score = draw.random() + place / 20 if task == "Loss()" else float(draw.random() < 0.9 - place / 20)
+                records.append(Answered(name, task, 0, i, score, -1 - score, None, 0.5, name != PLAIN))
+        for turn in range(3):
+            seconds, cache = 1 + place / 10 + draw.random() / 20, 10**7 // (1 + place)
+            records.append(Cost(name, 512, "a machine", turn, seconds, seconds / 50, 10**8, cache, None, ("tiled",)))
+    return Comparison(facts, tuple(records)).page(tmp_path_factory.mktemp("compared") / "page.html")
+
+
 @pytest.fixture
 def opened(browser: Any, path: Path) -> Iterator[Any]:
-    """Opens the page in a context; afterwards nothing was asked of the network and nothing failed."""
+    """Opens a page in a context; afterwards nothing was asked of the network and nothing failed."""
     troubles: list[str] = []
     contexts = []
 
-    def open_page(**context: Any) -> Any:
+    def open_page(page: Path = path, **context: Any) -> Any:
         contexts.append(
             browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce", **context})
         )
@@ -55,7 +86,7 @@ def opened(browser: Any, path: Path) -> Iterator[Any]:
             "request",
             lambda asked: None if asked.url.startswith(("file:", "data:", "blob:")) else troubles.append(asked.url),
         )
-        tab.goto(path.as_uri())
+        tab.goto(page.as_uri())
         tab.wait_for_selector("html[data-ready]", state="attached", timeout=60_000)
         return tab
 
@@ -223,3 +254,30 @@ def test_on_a_phone(opened):
     tab.locator("#tokens .t", has_text="lamp").first.tap()
     assert tab.locator("#token-title").inner_text() == "lamp"
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_a_comparison(opened, compared):
+    tab = opened(compared)
+    assert tab.locator("h1").inner_text() == "some/model-<135M>"
+    for place in tab.locator(".plot").all():
+        place.scroll_into_view_if_needed()
+        place.locator(".main-svg").first.wait_for(state="attached", timeout=20_000)
+    assert tab.get_by_text("Worth against the time to read", exact=True).is_visible()
+    assert tab.locator(".plot .textpoint", has_text="unedited").count() == 2  # beside time, and beside the cache
+    costs = tab.locator(".table", has=tab.locator("th", has_text="prefill, s"))
+    assert costs.locator("tbody tr").count() == 13
+    assert costs.locator("tbody tr").first.locator("td").first.inner_text() == "unedited"
+    assert tab.locator(".table", has=tab.locator("th", has_text="log-prob")).count() == 3
+
+
+def test_a_comparison_on_a_phone(opened, compared):
+    tab = opened(compared, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    for place in tab.locator(".plot").all():
+        place.scroll_into_view_if_needed()
+        place.locator(".main-svg").first.wait_for(state="attached", timeout=20_000)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    areas = tab.evaluate("[...document.querySelectorAll('.plot')].map(p => p._fullLayout.xaxis._length)")
+    assert len(areas) == 4
+    assert min(areas) > 195  # long names leave half of the width to what is drawn
+    names = tab.locator(".table td:first-child", has_text="unedited").all()
+    assert all(name.bounding_box()["height"] < 40 for name in names)  # on one line

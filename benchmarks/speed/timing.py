@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from heedful.facts import processor
+
 RECORDS = Path(__file__).parents[1] / "records"
 
 
@@ -43,13 +45,8 @@ def race(contenders: Mapping[str, Callable[[], Any]], rounds: int, baseline: str
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = lines[0].split(":", 1)[1].strip() if lines else cpu
     return {
-        "cpu": cpu,
+        "cpu": processor(),
         "torch_path": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

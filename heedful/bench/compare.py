@@ -20,6 +20,7 @@ from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
 from heedful.core.method import Method, Scoped, method_of
 from heedful.core.stack import Stack
 from heedful.diagnosis.texts import positions
+from heedful.engine.select import named
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
 from heedful.tasks.task import Item, Task
@@ -101,6 +102,7 @@ def compare(
         raise FieldError("compare()", "count", count, "must be 2 or more prompts a task", 30)
     if turns < 0:
         raise FieldError("compare()", "turns", turns, "must be 0 or more", 3)
+    named(how.get("backend", "auto"))
     require_causal(given.model)
     contenders = _named(methods)
     chosen = [_task(task) for task in tasks]
@@ -136,6 +138,17 @@ def _task(task: Task | str) -> Task:
 
 def _about(task: Task) -> dict[str, Any]:
     return {"name": task.name, "about": task.about, "unit": task.unit, "more_is_better": task.more_is_better}
+
+
+def _require_role(what: Contender | None, prompt: Prompt) -> None:
+    """Refuse a method that looks for spans of a name that the prompt does not mark; say which it does."""
+    for part in what if isinstance(what, Stack) else [what]:
+        method = method_of(part) if isinstance(part, Scoped) else part
+        role = getattr(method, "role", None)
+        if isinstance(role, str) and role not in prompt.roles:
+            marked = ", ".join(map(repr, prompt.roles)) or "no spans at all, as those of other tasks do"
+            rule = f"no span in these prompts has that name; they mark {marked}"
+            raise FieldError(method, "role", role, rule, next(iter(prompt.roles), "needle"))
 
 
 def _fitting(model: Any, task: Task, words: Any, count: int, seed: int) -> Sequence[Item]:
@@ -174,6 +187,7 @@ class _Job:
                 done += len(made) - len(todo)
                 try:
                     if todo:
+                        _require_role(what, made[todo[0]].prompt)
                         with voice(self.model, what, **self.how) as speaker:  # a new one: what it did before is past
                             for n in todo:
                                 self.log.add(_answered(speaker, name, task, made[n], seed, n))
@@ -195,6 +209,7 @@ class _Job:
                 note = ""
                 if fresh and not self.log.has(Refused, name, COSTS):
                     try:
+                        _require_role(what, prompt)
                         self.log.add(cost(self.model, what, name, prompt, turn, **self.how))
                     except HeedfulError as reason:
                         self.log.add(Refused(name, COSTS, str(reason)))

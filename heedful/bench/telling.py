@@ -46,8 +46,11 @@ def findings(c: Comparison) -> Iterable[Finding]:
         told = [clause for clause in told if clause]
         cheap = _saves(prices.get(name))
         if told or cheap:
-            parts = ([cheap] if cheap else []) + (told or ["no task tells it surely from the unedited model"])
-            yield Finding(f"{name} {'; it '.join(parts)}.", 0.8 if told else 0.5)
+            known = "; it ".join([cheap] * bool(cheap) + told)
+            yield Finding(
+                f"{name} {known}{'' if told else '; no task tells it surely from the unedited model'}.",
+                0.8 if told else 0.5,
+            )
     if c.results:
         yield Finding(_lead(c), 1.0)
     for refused in c.refused:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heedful.cli.console import console, parted, require_page, stack_from
+from heedful.cli.console import console, parted, require_page, stack_from, stopping, tell, write_page
 from heedful.cli.progress import Bars
 from heedful.core.errors import FieldError, HeedfulError
 
@@ -55,7 +54,11 @@ def compare(
         "needle,recall,loss"
     ),
     count: Annotated[int, typer.Option(help="Prompts of each task.")] = 30,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    turns: Annotated[int, typer.Option(help="How often costs are measured; 0 for not at all.")] = 3,
     fit: Annotated[bool, typer.Option("--fit", help="Fit what can be fitted to plain prose first.")] = False,
+    only: Annotated[str | None, typer.Option(help="Serve this part of the model alone, as in 'model.layers'.")] = None,
+    backend: Annotated[str, typer.Option(help="Demand one, as in 'tiled'.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Keep the records here, and go on here if stopped.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results for machines.")] = False,
     page: Annotated[bool, typer.Option(help="Write the page.")] = True,
@@ -77,26 +80,17 @@ def compare(
     with bars.console.status(f"loading {model}"):
         from heedful import models
         from heedful.bench.compare import compare as run
-        from heedful.diagnosis.store import writing
 
         loaded = models.load(model)
-    try:
-        with bars.progress:
-            if fit:
-                contenders = [_fitted(loaded, what, bars) for what in contenders]
-            found = run(loaded, contenders, asked, count=count, out=out, progress=bars)
-    except KeyboardInterrupt:
-        bars.console.print("stopped" + ("; the same command goes on from here" if out else ""))
-        raise typer.Exit(130) from None
-    where = None
-    if page:
-        plain = re.sub(r"[^A-Za-z0-9._-]+", "-", loaded.name)
-        target = Path(f"compare-{plain}.html") if out is None else out / "page.html"
-        with writing(target):
-            where = found.page(target).resolve()
+    with stopping(bars, out):
+        if fit:
+            contenders = [_fitted(loaded, what, bars) for what in contenders]
+        found = run(
+            loaded, contenders, asked, count=count, seed=seed, turns=turns, out=out, progress=bars,
+            only=only, backend=backend,
+        )  # fmt: skip
+    where = write_page(found, "compare", loaded.name, out) if page else None
     if as_json:
         typer.echo(summary(found, where))
-        return
-    console.print(str(found), markup=False)
-    if where is not None:
-        console.print(f"\nThe page: {where}", markup=False)
+    else:
+        tell(found, where)

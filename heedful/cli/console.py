@@ -1,10 +1,15 @@
-"""What the verbs share: the console, and reading methods from the command line."""
+"""What the verbs share: the console, reading methods from the command line, stopping, and writing the page."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
+import typer
 from rich.console import Console
 
 from heedful.catalogue import find
@@ -15,6 +20,7 @@ from heedful.core.reading import named, written
 from heedful.core.stack import Stack
 
 if TYPE_CHECKING:
+    from heedful.cli.progress import Bars
     from heedful.voices import Contender
 
 console = Console(highlight=False, soft_wrap=True)
@@ -57,3 +63,37 @@ def require_page() -> None:
     for package in ("plotly", "jinja2"):
         if find_spec(package) is None:
             raise MissingPackage(package)
+
+
+class Paged(Protocol):
+    """What a long verb found."""
+
+    def page(self, path: str | Path) -> Path: ...
+
+
+@contextmanager
+def stopping(bars: Bars, out: Path | None) -> Iterator[None]:
+    """Show the bars; where somebody stops the run, say how it goes on."""
+    try:
+        with bars.progress:
+            yield
+    except KeyboardInterrupt:
+        bars.console.print("stopped" + ("; the same command goes on from here" if out else ""))
+        raise typer.Exit(130) from None
+
+
+def write_page(found: Paged, verb: str, name: str, out: Path | None) -> Path:
+    """Write the page into the folder of the records, or here under the model's name; where it lies."""
+    from heedful.diagnosis.store import writing
+
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    target = Path(f"{verb}-{plain}.html") if out is None else out / "page.html"
+    with writing(target):
+        return found.page(target).resolve()
+
+
+def tell(found: Paged, page: Path | None) -> None:
+    """Print what was found, and where its page lies."""
+    console.print(str(found), markup=False)
+    if page is not None:
+        console.print(f"\nThe page: {page}", markup=False)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heedful.cli.console import console, entry_from, parted, require_page
+from heedful.cli.console import console, entry_from, parted, require_page, stopping, tell, write_page
 from heedful.cli.progress import Bars
 from heedful.core.errors import FieldError
 from heedful.core.figures import head_name
@@ -73,29 +72,15 @@ def diagnose(
     with bars.console.status(f"loading {model}"):
         from heedful import models
         from heedful.diagnosis.run import diagnose as run
-        from heedful.diagnosis.store import writing
 
         loaded = models.load(model)
     built_in = files("heedful").joinpath("cli/text.txt").read_text(encoding="utf-8")
-    try:
-        with bars.progress:
-            profile = run(
-                loaded, text or built_in, measures=parts, length=length, out=out, progress=bars, backend=backend
-            )
-    except KeyboardInterrupt:
-        bars.console.print("stopped" + ("; the same command goes on from here" if out else ""))
-        raise typer.Exit(130) from None
-    where = None
-    if page:
-        plain = re.sub(r"[^A-Za-z0-9._-]+", "-", loaded.name)
-        target = Path(f"diagnose-{plain}.html") if out is None else out / "page.html"
-        with writing(target):
-            where = profile.page(target).resolve()
+    with stopping(bars, out):
+        profile = run(loaded, text or built_in, measures=parts, length=length, out=out, progress=bars, backend=backend)
+    where = write_page(profile, "diagnose", loaded.name, out) if page else None
     if as_json:
         typer.echo(summary(profile, where))
         return
-    console.print(str(profile), markup=False)
-    if where is not None:
-        console.print(f"\nThe page: {where}", markup=False)
+    tell(profile, where)
     if out is not None:
         console.print(f"The profile: {out.resolve()}", markup=False)

@@ -89,8 +89,12 @@ function remember(name, value) {
 const CONFIG = { displayModeBar: false, responsive: true, showAxisDragHandles: false, doubleClick: "reset" };
 const fine = matchMedia("(hover: hover)").matches; // dragging on a touch screen must scroll the page
 
+const cut = (text) => (text.length > 18 ? `${text.slice(0, 17)}…` : text); // a tap and the table tell the rest
+
 function paint(place, traces, layout, config = {}) {
   const template = page.theme[dark() ? "dark" : "light"];
+  if (place.clientWidth < 480 && layout.yaxis?.ticktext) layout = { ...layout, yaxis: { ...layout.yaxis, ticktext: layout.yaxis.ticktext.map(cut) } };
+  if (place.clientWidth < 480) traces = traces.map((t) => (t.mode === "markers+text" ? { ...t, text: t.text.map(cut) } : t));
   if (place.clientWidth < 480 && layout.xaxis.dtick > 1) layout = { ...layout, xaxis: { ...layout.xaxis, dtick: layout.xaxis.dtick * 2 } };
   const whole = {
     ...layout, template, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
