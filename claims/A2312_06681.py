@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import random
 import statistics
-from functools import cache
-from typing import Any
 
 import torch
 
+from claims._praise import THINGS, model, praise_and_blame, trait
 from claims.ledger import Claim, run
-from claims.P299 import BAD, GOOD, THINGS, trait
-from heedful import Fitted, attach, fit, models
+from heedful import Fitted, attach, fit
 from heedful.methods.intervene.steering_vector import SteeringVector
 
 LAYER = 13  # of 30; the paper's best layers lie before and at the middle
 DRAWS = 3
-
-
-@cache
-def model() -> models.Loaded:
-    return models.default()
-
-
-def batches(things: list[str]) -> list[dict[str, Any]]:
-    """Pairs that differ in their last word."""
-    tokenizer: Any = model().tokenizer
-    return [
-        {**tokenizer(f"I must say that the {thing} was {word}", return_tensors="pt"), "positive": words is GOOD}
-        for thing in things
-        for words in (GOOD, BAD)
-        for word in words[:3]
-    ]
 
 
 @torch.no_grad()
@@ -39,7 +21,7 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     plain = model().model
     things = random.Random(seed).sample(THINGS, len(THINGS))
     seen, unseen = things[:8], things[8:]
-    vector = fit(SteeringVector(), plain, batches(seen)).vectors[f"v.{LAYER}"]
+    vector = fit(SteeringVector(), plain, praise_and_blame(seen)).vectors[f"v.{LAYER}"]
 
     def steered(by: float, along: torch.Tensor) -> float:
         method = SteeringVector(by, Fitted({f"v.{LAYER}": along})).on(layers=LAYER)

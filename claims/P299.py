@@ -1,30 +1,26 @@
-"""Steer2Edit: at the same shift of the trait, does editing heads cost less than adding the vector everywhere?"""
+"""Steer2Edit: at the same shift of the trait, does editing heads cost less than adding a steering vector?"""
 
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from claims._praise import THINGS, model, praise_and_blame, trait
 from claims._texts import passages
 from claims.ledger import Claim, run
-from heedful import Call, Fitted, Method, Site, at, attach, fit, models, operate
+from heedful import Call, Fitted, Method, Site, at, attach, fit, operate
+from heedful.core.method import Part
 from heedful.methods.intervene.steer2edit import PAPER, Steer2Edit
+from heedful.methods.intervene.steering_vector import SteeringVector
 
-GOOD = ("wonderful", "excellent", "delightful", "lovely", "great", "fantastic")
-BAD = ("terrible", "awful", "dreadful", "horrible", "bad", "disgusting")
-THINGS = (
-    "film", "meal", "hotel", "concert", "book", "trip", "party", "lesson", "speech", "garden", "coffee", "game",
-    "house", "museum", "song", "walk",
-)  # fmt: skip
 SHIFT = 1.0  # nats of log odds that both ways must move the trait by
 ALPHAS = (0.05, 0.4, 0.8)  # among the authors' best settings, which they search for each model
 HALVINGS = 7
+LAYER = 13  # of 30, as in the claim of the steering vector's paper
 
 
 class AddVector(Method):
@@ -39,42 +35,12 @@ class AddVector(Method):
         return output + self.by * self.vectors[f"v.{call.layer}"].to(output)
 
 
-@cache
-def model() -> models.Loaded:
-    return models.default()
-
-
 def ids(texts: list[str]) -> Tensor:
     """Texts of one length each, one batch."""
     tokenizer: Any = model().tokenizer
     found = [tokenizer(text).input_ids for text in texts]
     n = min(map(len, found))
     return torch.tensor([x[:n] for x in found])
-
-
-def batches(things: list[str]) -> list[dict[str, Any]]:
-    tokenizer: Any = model().tokenizer
-    return [
-        {
-            **tokenizer(f"I must say that the {thing} was {word}, truly {word}.", return_tensors="pt"),
-            "positive": words is GOOD,
-        }
-        for thing in things
-        for words in (GOOD, BAD)
-        for word in words[:3]
-    ]
-
-
-def trait(of: Callable[..., Any], things: list[str]) -> float:
-    """Log odds of a good word over a bad one as the next, mean over things that the fit did not see."""
-    tokenizer: Any = model().tokenizer
-    odds = []
-    for thing in things:
-        shown = tokenizer(f"To be honest, the {thing} was", return_tensors="pt")
-        chances = of(**shown, use_cache=False).logits[0, -1].log_softmax(-1)
-        good, bad = (chances[[tokenizer(f" {w}").input_ids[0] for w in words]].logsumexp(0) for words in (GOOD, BAD))
-        odds.append(float(good - bad))
-    return statistics.fmean(odds)
 
 
 def matched(shift: Callable[[float], float], low: float, high: float) -> float:
@@ -91,37 +57,48 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     things = random.Random(seed).sample(THINGS, len(THINGS))
     seen, unseen = things[:8], things[8:]
     texts = ids(passages(seed, 6, 120))[:, :96]
-    fitted = fit(Steer2Edit(), plain, batches(seen))
+    fitted = fit(Steer2Edit(), plain, praise_and_blame(seen, ", truly {}."))
+    vector = fit(SteeringVector(), plain, praise_and_blame(seen))
     start = trait(plain, unseen)
 
     def edited(reach: float, alpha: float) -> Any:  # as reach grows rho falls, and heads take in more of the vector
         return operate(plain, Steer2Edit(1 / reach, alpha, fitted.vectors))
 
-    def steered(by: float, what: Callable[[Any], float]) -> float:
-        with attach(plain, AddVector(fitted.vectors, by)) as attached:
-            return what(attached)
+    ways: dict[str, Callable[[float], Part]] = {
+        "one layer": lambda by: SteeringVector(by, vector.vectors).on(layers=LAYER),
+        "every block": lambda by: AddVector(fitted.vectors, by),
+    }
 
     def loss(of: Any, neutral: Tensor = texts[2:]) -> float:
         return float(of(input_ids=neutral, labels=neutral, use_cache=False).loss)
 
-    by = matched(lambda x: steered(x, lambda m: trait(m, unseen)) - start, 0.02, 2.0)
+    def shift(of: Any) -> float:
+        return trait(of, unseen) - start
+
     tried = {}
     for alpha in ALPHAS:
-        reach = matched(lambda x, alpha=alpha: trait(edited(x, alpha), unseen) - start, 0.5, 64.0)
+        reach = matched(lambda x, alpha=alpha: shift(edited(x, alpha)), 0.5, 64.0)
         tried[loss(edited(reach, alpha), texts[:2])] = (reach, alpha)
     reach, alpha = tried[min(tried)]  # chosen on two texts, measured on four others
     new = edited(reach, alpha)
     numbers = {
         "alpha": alpha,
         "rho": 1 / reach,
-        "steering by": by,
-        "shift, edited": trait(new, unseen) - start,
-        "shift, steered": steered(by, lambda m: trait(m, unseen)) - start,
+        "shift, edited": shift(new),
         "neutral loss, plain": loss(plain),
         "neutral loss, edited": loss(new),
-        "neutral loss, steered": steered(by, loss),
     }
-    return numbers["neutral loss, steered"] - numbers["neutral loss, edited"], numbers
+    for name, way in ways.items():
+
+        def steered(by: float, what: Callable[[Any], float], way: Callable[[float], Part] = way) -> float:
+            with attach(plain, way(by)) as attached:
+                return what(attached)
+
+        by = matched(lambda x, steered=steered: steered(x, shift), 0.02, 2.0)
+        numbers[f"steering at {name}, by"] = by
+        numbers[f"shift, steered at {name}"] = steered(by, shift)
+        numbers[f"neutral loss, steered at {name}"] = steered(by, loss)
+    return numbers["neutral loss, steered at one layer"] - numbers["neutral loss, edited"], numbers
 
 
 CLAIM = Claim(
@@ -130,12 +107,13 @@ CLAIM = Claim(
     says="Editing the heads that carry a steering vector moves the trait at less cost than adding the vector.",
     paper_number="at matched performance: safety up to +17.2 %, truthfulness +9.8 %, reasoning length -12.2 %",
     setup="SmolLM2-135M-Instruct, praise against blame of 8 things; alpha of three, by loss on other texts, rho of the "
-    "edit and strength of additive steering (the same vectors at every attention block) set by halving so that each "
-    f"moves praise of 8 other things by {SHIFT} nat; loss on neutral text."
-    " (Redesigned twice after first results were seen; every version pointed the same way.)",
-    effect="nats a token that additive steering loses more on neutral text",
+    f"edit and strength of a plain steering vector (SteeringVector, layer {LAYER} of 30) set by halving so that each "
+    f"moves praise of 8 other things by {SHIFT} nat; loss on neutral text. Beside it: the edit's own vectors added at "
+    "every attention block. (Redesigned three times after first results were seen, the last time to take a plain "
+    "steering vector as baseline; the versions before, against the vectors at every block, pointed to the vectors.)",
+    effect="nats a token that the steering vector loses more on neutral text",
     measure=measure,
-    seeds=3,
+    seeds=5,
 )
 
 if __name__ == "__main__":

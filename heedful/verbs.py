@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +62,23 @@ class _Bench:
         return attach(self.model, what, only=self.only)
 
 
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients of its own, for the length of a `with`; then as it was."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    was_training = model.training
+    model.eval()
+    try:
+        for p, _, _ in before:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, required, grad in before:
+            p.requires_grad_(required)
+            p.grad = grad
+        model.train(was_training)
+
+
 def fit(
     method: Entry,
     model: nn.Module,
@@ -69,21 +87,10 @@ def fit(
     only: str | Iterable[str] | None = None,
 ) -> Any:
     """A new method fitted to the model on data; the model stays as it is, its gradients too."""
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    was_training = model.training
-    model.eval()
-    try:
-        for p, _, _ in before:
-            p.requires_grad_(False)
+    with still(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore", InactiveWarning)  # what a fit starts from changes nothing, often on purpose
         bench: Bench = _Bench(model, only)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", InactiveWarning)  # what a fit starts from changes nothing, often on purpose
-            return method.fit(bench, batches)
-    finally:
-        for p, required, grad in before:
-            p.requires_grad_(required)
-            p.grad = grad
-        model.train(was_training)
+        return method.fit(bench, batches)
 
 
 @torch.no_grad()

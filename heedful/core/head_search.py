@@ -17,10 +17,10 @@ Batch = Mapping[str, Any]
 Head = tuple[int, int]  # layer, head
 
 
-def require_heads(owner: object, heads: Iterable[Head]) -> None:
-    """Refuse a field `heads` that holds anything but pairs of layer and head."""
+def require_heads(owner: object, heads: Iterable[Head], field: str = "heads") -> None:
+    """Refuse a field that holds anything but pairs of layer and head."""
     if any(len(pair) != 2 or min(pair) < 0 for pair in heads):
-        raise FieldError(owner, "heads", heads, "must be pairs of layer and head", ((0, 0),))
+        raise FieldError(owner, field, heads, "must be pairs of layer and head", ((0, 0),))
 
 
 def heads_here(owner: object, heads: Sequence[Head], call: Call, field: str = "heads") -> list[int]:
@@ -48,16 +48,22 @@ def _score(run: Session, batch: Batch) -> Tensor:
     inputs = {k: v for k, v in batch.items() if k not in ("options", "target", "roles")}
     run.roles = dict(batch.get("roles", {}))
     logits = run(**inputs).logits.float()
-    text = inputs.get("attention_mask", torch.ones(logits.shape[:2], device=logits.device)).bool()
     if "options" in batch or "target" in batch:
-        last = text.shape[1] - 1 - text.flip(-1).int().argmax(-1)
-        ends = logits[torch.arange(len(logits), device=logits.device), last]
+        ends = at_end(logits, inputs)
         if "options" in batch:
             return ends.gather(-1, batch["options"]).log_softmax(-1)[:, 0]
         return ends.log_softmax(-1).gather(-1, batch["target"][:, None])[:, 0]
     own = logits[:, :-1].log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
+    text = inputs.get("attention_mask", torch.ones(logits.shape[:2], device=logits.device)).bool()
     real = text[:, 1:] & text[:, :-1]
     return own.masked_fill(~real, 0.0).sum(-1) / real.sum(-1).clamp(min=1)
+
+
+def at_end(logits: Tensor, inputs: Batch) -> Tensor:
+    """What logits `[b n v]` say after each text's last token, `[b v]`."""
+    text = inputs.get("attention_mask", torch.ones(logits.shape[:2], device=logits.device))
+    last = text.shape[1] - 1 - text.flip(-1).int().argmax(-1)
+    return logits[torch.arange(len(logits), device=logits.device), last]
 
 
 def gains(bench: Bench, method: Part, heads: Iterable[Head], batches: Sequence[Batch]) -> dict[Head, float]:

@@ -27,22 +27,6 @@ def ids_of(prompt: Text, model: nn.Module) -> Tensor:
 
 
 @contextmanager
-def still(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and without gradients of its own, for the length of a `with`."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    training = model.training
-    model.eval()
-    try:
-        for p, _ in before:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p, required in before:
-            p.requires_grad_(required)
-        model.train(training)
-
-
-@contextmanager
 def following(model: nn.Module) -> Iterator[None]:
     """Gradients reach back to the embeddings, for the length of a `with`."""
 

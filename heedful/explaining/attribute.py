@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from heedful.core.errors import FieldError
 from heedful.core.method import Part
-from heedful.explaining.aim import Text, aim_of, following, ids_of, still
-from heedful.verbs import attach
+from heedful.explaining.aim import Text, aim_of, following, ids_of
+from heedful.verbs import attach, still
 
 
 def attribute(

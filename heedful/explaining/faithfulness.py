@@ -18,8 +18,8 @@ from heedful.core.mask import Dense, Mask
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.explaining.aim import Aim, Text, aim_of, ids_of, still
-from heedful.verbs import attach
+from heedful.explaining.aim import Aim, Text, aim_of, ids_of
+from heedful.verbs import attach, still
 
 PAPER = Paper(
     "1806.07421",

@@ -19,9 +19,9 @@ from heedful.core.method import Method, Part
 from heedful.core.sites import Site, at, reads
 from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Cat, Statistic
-from heedful.explaining.aim import following, still
+from heedful.explaining.aim import following
 from heedful.methods.explain.patch import Patch, patched
-from heedful.verbs import attach
+from heedful.verbs import attach, still
 
 Metric = Callable[[Tensor], Tensor]  # logits [b n v] -> one number a text [b], higher where the answer is the clean one
 SIDES = {"q": Site.QUERY, "k": Site.KEY, "v": Site.VALUE}

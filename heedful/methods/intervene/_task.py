@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
+from heedful.core.head_search import Batch, at_end
 from heedful.core.method import Bench, Entry, Method, Session
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean
-
-Batch = Mapping[str, Any]
 
 
 def split(method: Entry, batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -51,10 +49,7 @@ def mean_heads(bench: Bench, prompts: Iterable[Batch]) -> dict[int, Tensor]:
 
 def next_logits(run: Session, inputs: Batch) -> Tensor:
     """The logits after each text's last token, `[b vocabulary]`."""
-    logits: Tensor = run(**inputs).logits
-    text = inputs.get("attention_mask", torch.ones(logits.shape[:2], device=logits.device))
-    last = text.shape[1] - 1 - text.flip(-1).argmax(-1)
-    return logits[torch.arange(len(logits), device=last.device), last].float()
+    return at_end(run(**inputs).logits, inputs).float()
 
 
 def learn_answers(run: Session, bare: list[Batch], steps: int, optimiser: torch.optim.Optimizer) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
+from heedful.core.head_search import Head, require_heads
 from heedful.core.kinds import Decode, Prompt
 from heedful.core.method import Bench, Method
 from heedful.core.paper import Paper
@@ -47,7 +48,7 @@ class _TowardsSelf(Method):
         return (1 - self.u) * pattern + self.u * own
 
 
-Heads = tuple[tuple[int, int], ...]
+Heads = tuple[Head, ...]
 
 
 class SoftPAG(Decode):
@@ -74,8 +75,7 @@ class SoftPAG(Decode):
             if getattr(self, name) < 1:
                 raise FieldError(self, name, getattr(self, name), "must be 1 or more", 1)
         for name in ("heads", "among"):
-            if any(len(pair) != 2 or min(pair) < 0 for pair in getattr(self, name)):
-                raise FieldError(self, name, getattr(self, name), "must be pairs of layer and head", ((0, 0),))
+            require_heads(self, getattr(self, name), name)
 
     @classmethod
     def neutral(cls) -> SoftPAG:
