@@ -83,7 +83,7 @@ def test_blocks_that_nobody_computes_are_never_touched() -> None:
     blocks[..., 0], blocks[..., range(5), range(5)] = True, True
     bare = Bare(rules=(Causal(), Blocks(blocks, 4)))
     _, told = bare.run(Keep(), "tiled", tile_rows=4)
-    widths = {name: pattern.shape[-1] for name, pattern in told["keep"].tensors().items()}
+    widths = {name: pattern.shape[-1] for name, pattern in told["keep, layer 0"].tensors().items()}
     assert widths == {"000.00000": 4, "000.00004": 8, "000.00008": 8, "000.00012": 8, "000.00016": 7}
 
 

@@ -19,6 +19,7 @@ from heedful.core.errors import InactiveWarning, RefusedModel
 from heedful.core.mask import Causal, Mask, Where
 from heedful.core.method import Method
 from heedful.core.places import Pairs, Places
+from heedful.core.ragged import Ragged
 from heedful.core.sites import Site, at
 from heedful.core.stack import Stack
 from heedful.engine.attend import Job, attend
@@ -261,6 +262,20 @@ def test_uneven_windows_in_chunks(padded: bool) -> None:
 
 
 @torch.no_grad()
+def test_nothing_is_padded_where_a_kernel_reads_heads_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cache, made = tiny("llama"), DynamicCache(), []
+    whole = Ragged.whole
+    monkeypatch.setattr(Ragged, "whole", property(lambda x: made.append(tuple(x.shape)) or whole.fget(x)))  # type: ignore[attr-defined]
+    with attach(model, Uneven()) as run:
+        run(input_ids=IDS, past_key_values=cache)
+        assert not made
+        run(input_ids=IDS[:, :1], past_key_values=cache)
+        assert cache.layers[0].counts == [*SIZES, *SIZES]
+        assert all(len(shape) == 3 for shape in made) == (run.book.backends[0] == "native"), "places alone were padded"
+        assert run.book.backends[0] != "sdpa"
+
+
+@torch.no_grad()
 def test_the_padded_copy_dies_with_the_call() -> None:
     model, cache = tiny("llama", head_dim=22), DynamicCache()
     with attach(model, Uneven()) as run:
@@ -280,7 +295,7 @@ def table(rows: Tensor, keys: int) -> Tensor:
     return ((rows[..., :1] <= at) & (at < rows[..., 1:])).any(-2)
 
 
-@pytest.mark.parametrize("query", [3, 5, 9])
+@pytest.mark.parametrize("query", [3, 4, 5, 9])
 def test_a_step_need_not_look_for_the_columns_it_sees(query: int) -> None:
     """A query newer than all keys sees each head's own; an older one, as after a crop, is looked at pair by pair."""
     held, _ = uneven()

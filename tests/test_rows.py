@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from heedful.core.chosen import Chosen
 from heedful.core.mask import Causal, First, Mask, Padding, Rule, Where, Window
 from heedful.core.places import Pairs, Places
-from heedful.core.rows import MOST
+from heedful.core.rows import MOST, encode, intersection, single, union
 
 TEXT = torch.arange(20)[None] >= torch.tensor([0, 3])[:, None]
 RULES: dict[str, tuple[Rule, ...]] = {
@@ -46,6 +48,49 @@ def test_ranges_say_what_the_table_says(
     assert torch.equal(*torch.broadcast_tensors(table(found, m), want))
     ends = found[..., 1][found[..., 0] < found[..., 1]]
     assert bool((ends <= m).all())
+
+
+def tidy(rows: Tensor) -> bool:
+    """Whether ranges are sorted and disjoint, and empty ones 0."""
+    lo, hi = rows.unbind(-1)
+    filled = lo < hi
+    reached = hi.cummax(-1).values
+    later = ~filled[..., 1:] | (lo[..., 1:] >= reached[..., :-1])
+    return bool((rows >= 0).all() and (rows[~filled] == 0).all() and later.all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 9999), a=st.integers(1, 3), b=st.integers(1, 3), heads=st.sampled_from([(1, 1), (1, 2), (2, 1)])
+)
+def test_ranges_join_as_their_tables_do(seed: int, a: int, b: int, heads: tuple[int, int]) -> None:
+    made = torch.Generator().manual_seed(seed)
+    parts = []
+    for count, h in zip((a, b), heads, strict=True):
+        lo, hi = (torch.randint(-3, 12, (1, h, 4, 1), generator=made) for _ in range(2))
+        rows = single(lo[..., 0], hi[..., 0])
+        for _ in range(count - 1):
+            lo, hi = (torch.randint(-3, 12, (1, h, 4, 1), generator=made) for _ in range(2))
+            rows = union(rows, single(lo[..., 0], hi[..., 0]))
+        parts.append(rows)
+        assert tidy(rows)
+    one, other = (table(rows, 12) for rows in parts)
+    for join, want in ((union, one | other), (intersection, one & other)):
+        found = join(*parts)
+        assert torch.equal(table(found, 12), want)
+        assert tidy(found)
+
+
+def test_a_long_range_swallows_all_that_begin_in_it() -> None:
+    long, short, late = (torch.tensor([[[[[lo, hi]]]]]) for lo, hi in ((0, 10), (2, 3), (5, 12)))
+    assert union(union(long, short), late).flatten().tolist() == [0, 10, 10, 12]
+
+
+def test_a_mask_is_read_block_by_block() -> None:
+    kept = torch.rand(1, 2, 11, 13, generator=torch.Generator().manual_seed(0)) < 0.4
+    found = encode(lambda start, stop: kept[:, :, start:stop], 11, block=4)
+    assert found is not None
+    assert torch.equal(table(found, 13), kept)
 
 
 def test_holes_in_a_text_and_dropped_keys() -> None:

@@ -55,13 +55,14 @@ def measured(*layers: DynamicLayer) -> int:
 
 
 def attention(held: HeldLayer, q: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Our attention over what a layer holds, from its places to the heads, as a run does it every step."""
+    """Our attention over what a layer holds, from its places to the heads, as a run does it in every layer."""
     book = Book(Stack((KNorm(),)))
     book.new_forward()
+    queries, mask = Places.row(held.seen, 1), Mask((Causal(),))  # which the layers of a step share
 
     def run(k: Tensor, v: Tensor) -> Tensor:
-        queries, keys = Places.row(held.seen - 1, 1), held.places(None)
-        call = Call(0, 1, "bare", q.shape[1], k.shape[1], queries, keys, q.shape[3] ** -0.5, mask=Mask((Causal(),)))
+        keys = held.places(None)
+        call = Call(0, 1, "bare", q.shape[1], k.shape[1], queries, keys, q.shape[3] ** -0.5, mask=mask)
         job = Job(book.plan(0, call.phase), book, call)
         return attend(job, q, k, v, lambda needs: select("native", needs))[0]
 
@@ -69,7 +70,7 @@ def attention(held: HeldLayer, q: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def alone(q: Tensor, held: HeldLayer) -> Callable[[], Tensor]:
-    """Attention with nothing around it; an uneven layer is padded for it."""
+    """Attention with nothing around it."""
     attended = attention(held, q)
     return lambda: attended(held.keys, held.values)
 

@@ -11,9 +11,11 @@ from benchmarks.speed.timing import race, record
 from heedful import attach, models
 from heedful.core.method import Method
 from heedful.methods.intervene.act import ACT
+from heedful.methods.intervene.pasta import PASTA
 from heedful.methods.intervene.temp_scale import TempScale
 
-EDITS: dict[str, Method] = {"ACT": ACT(), "TempScale": TempScale()}
+EDITS: dict[str, Method] = {"ACT": ACT(), "PASTA, 40 marked tokens": PASTA(), "TempScale, scores in tiles": TempScale()}
+ROLES = {"marked": ((100, 140),)}
 
 
 def measure(tokens: int = 2048, rounds: int = 5) -> None:
@@ -22,7 +24,7 @@ def measure(tokens: int = 2048, rounds: int = 5) -> None:
     feed = {"input_ids": text(tokenizer, tokens), "use_cache": False, "logits_to_keep": 1}
 
     def edited(method: Method) -> Any:
-        with attach(model, method) as run:
+        with attach(model, method, roles=ROLES) as run:
             return run(**feed)
 
     def eager() -> Any:

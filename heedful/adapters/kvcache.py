@@ -7,20 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from heedful.core.errors import RefusedModel
 from heedful.core.places import Places
-from heedful.engine.attend import Notes
+from heedful.core.ragged import spread
+from heedful.engine.book import Notes
 
 
 class HeldLayer(DynamicLayer):
     """Keys and values `[t, d]` of all entries, head after head without gaps, and the index that each came from.
 
     Seen from outside they are `[b, g, k, d]`: heads of equal length are a view of what is held; heads that differ are
-    padded on the left, anew whenever somebody looks, so that the newest entries stand last in every head.
+    padded on the left for whoever computes with them (see `core.ragged`), so that the newest entries stand last in
+    every head.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -77,7 +78,7 @@ class HeldLayer(DynamicLayer):
     @property
     def index(self) -> Tensor:
         """`[b, g, k]`: the number in the padded row that each entry came from."""
-        return self._spread(self._indices()).long()
+        return self._spread(self._indices().long())
 
     @property
     def valid(self) -> Tensor:
@@ -92,9 +93,7 @@ class HeldLayer(DynamicLayer):
 
     def _spread(self, held: Tensor) -> Tensor:
         """`[t ...]` as `[b g k ...]`."""
-        if self.even:
-            return held.view(*self.heads, max(self.counts, default=0), *held.shape[1:])
-        return pad_sequence(list(held.split(self.counts)), True, padding_side="left").unflatten(0, self.heads)
+        return spread(held, self.heads, self.counts)
 
     def holds(self, k: Tensor, v: Tensor) -> bool:
         """Whether these have the shape of what is held."""

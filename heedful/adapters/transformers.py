@@ -160,6 +160,7 @@ class TransformersAdapter:
         held = None
         if bound.cache is not None and not bound.cross:
             held = held_layer(bound.cache, getattr(bound.module, "layer_idx", None), k, v, bound.name)
+        book.notes[bound.number] = {} if held is None else held.notes_of(book.writers)
         given = understand(bound, request, held)
         past = (given.queries.first or 0) > 0 or (bound.cross and bound.cache is not None)
         phase = Phase.DECODE if q.shape[2] == 1 and past else Phase.PREFILL
@@ -207,7 +208,7 @@ def _rows(hidden: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 def _evict(job: Job, held: HeldLayer, k: Tensor, v: Tensor) -> None:
-    kept = keep_entries(job, Entries(k, v, job.call.keys, held.fresh), held.notes_of(job.book.writers))
+    kept = keep_entries(job, Entries(k, v, job.call.keys, held.fresh))
     if kept is not None:
         job.book.kept[job.call.layer] = (int(kept.sum()), held.seen * kept.shape[0] * kept.shape[1])
         held.keep(kept)

@@ -60,6 +60,7 @@ class Call:
     params: Mapping[str, Tensor] = field(default_factory=dict)  # the method's learned parameters in this layer
     memory: dict[str, Any] = field(default_factory=dict)  # the method's own, for this layer, as long as the run
     scratch: dict[str, Any] = field(default_factory=dict)  # the method's own, for all layers of this one forward
+    notes: dict[str, Tensor] = field(default_factory=dict)  # the method's own, `[b ...]`: they live with this cache
     query: Tensor | None = None  # [b h q d], the whole call's, from MASK on
     key: Tensor | None = None  # [b g k d], the whole call's, from MASK on
     value: Tensor | None = None  # [b g k d], the whole call's, from MASK on
@@ -131,8 +132,8 @@ class Call:
 class Entries:
     """What a CACHE edit looks at: the cached keys and values of one layer, newest last.
 
-    Notes that a method puts here are there again at the next call. They are kept beside the keys and values: where
-    beams swap rows the notes do too, and a new text begins without any.
+    Notes that it leaves here are there again at the next call, for the method's other edits as `call.notes`. They are
+    kept beside the keys and values: where beams swap rows the notes do too, and a new text begins without any.
     """
 
     key: Tensor  # [b g k d]

@@ -285,6 +285,10 @@ class Mask:
 
         return ranges.encode(keeps, len(q))
 
+    def idle(self, q: Places, k: Places) -> bool:
+        """Whether every query is known to see every key that there is."""
+        return all(rule.idle(q, k) for rule in self.rules)
+
     @cached_property
     def blocks(self) -> tuple[Blocks, ...]:
         """The block tables, joined into one where their blocks begin at the same places."""

@@ -33,7 +33,7 @@ class Places:
         start: int, n: int, device: torch.device | str = "cpu", pad: Tensor | None = None, valid: Tensor | None = None
     ) -> Places:
         """`n` places from index `start`; `pad [b]` is the number of padding tokens on the left of each row."""
-        index = torch.arange(start, start + n, device=device)[None, None]
+        index = torch.arange(start, start + n, device=device).view(1, 1, n)
         if pad is None:
             return Places(index, index, start, (0, 0), valid)
         low, high = int(pad.min()), int(pad.max())

@@ -33,7 +33,7 @@ def union(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _tidy(rows: Tensor) -> Tensor:
-    """Sorted, disjoint, empty ranges last, and no more of them than some row needs."""
+    """Sorted and disjoint; empty ranges are 0, and cut off where they stand last in every row."""
     rows = rows.clamp(min=0)
     empty = rows[..., 0] >= rows[..., 1]
     if rows.shape[-2] > 1:

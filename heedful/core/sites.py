@@ -51,6 +51,7 @@ class Edit(NamedTuple):
     name: str
     reads: bool
     sums: tuple[str, ...] = ()  # the parts of the pattern's summary that it reads instead of tiles
+    shifts: bool = False  # it moves weight between whole columns, see `core.shift`
 
 
 def at(site: Site) -> Callable[[F], F]:

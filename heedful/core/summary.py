@@ -41,6 +41,13 @@ class Summary:
     nearest: int = 0  # the distance of the first slot of `distance`; negative where keys may follow their query
 
     @property
+    def mean(self) -> Tensor:
+        """`[b h k]`: the mean weight that each key gets from the queries that may see it."""
+        if self.received is None or self.seen is None:
+            raise DefinitionError('the mean weight of a key needs "received", as in @sums("received")')
+        return self.received / self.seen.clamp(min=1)
+
+    @property
     def behind(self) -> Tensor | None:
         """`[b h m]`: the weight at distance 0, 1, 2, ... back; what lies ahead of the query is left out."""
         return None if self.distance is None else self.distance[..., max(0, -self.nearest) :]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor
 from heedful.core.call import Call, Entries
 from heedful.core.errors import SiteError
 from heedful.core.mask import Mask
+from heedful.core.shift import Shift
 from heedful.core.sites import Site
 from heedful.core.stack import Step
-from heedful.core.summary import Tally
+from heedful.core.summary import Summary, Tally
+from heedful.core.values import replace
 from heedful.engine.book import Book, Plan
 from heedful.engine.needs import Needs
 
@@ -33,6 +35,7 @@ class Job:
     keep_pattern: bool = False  # the caller wants the whole pattern back
     tally: Tally | None = None  # what the call's pattern adds up to, where some step wants to know
     needs: Needs | None = None  # what the backend was chosen by
+    shifts: Mapping[Step, Shift | None] = field(default_factory=dict)  # those known already
 
 
 def _kv_heads(heads: tuple[int, ...], call: Call, step: Step) -> list[int]:
@@ -69,6 +72,9 @@ def stage(site: Site, x: Any, job: Job, call: Call) -> Any:
                 seen = replace(seen, heads=len(chosen))
             job.book.note(step, call, act(x if chosen is None else x[:, chosen], seen))
             continue
+        if step.edit.shifts:
+            x = _shifted(step, x, job, call)
+            continue
         version = None if not isinstance(x, Tensor) or x.is_inference() else x._version
         new = act(x, seen)
         if version is not None and x._version != version:
@@ -94,6 +100,37 @@ def stage(site: Site, x: Any, job: Job, call: Call) -> Any:
     return x
 
 
+def _shifted(step: Step, weights: Tensor, job: Job, call: Call) -> Tensor:
+    """A tile's weights after a shift. One that is not known yet is asked for here: the tile is the whole map."""
+    if step in job.shifts:
+        shift = job.shifts[step]
+    else:
+        tally = Tally(frozenset(step.edit.sums), job.call)
+        tally.add(weights, None, call)
+        shift = shift_of(step, job, tally.summary())
+    new = weights if shift is None else shift.of(weights, call.cols)
+    job.book.watch(step, weights, new)
+    return new
+
+
+def shift_of(step: Step, job: Job, summary: Summary) -> Shift | None:
+    """What a step does to the pattern that the summary is of."""
+    call = job.call
+    found = getattr(step.method, step.edit.name)(summary, job.book.view(step, call))
+    if found is None:
+        return None
+    shape = (*call.k_pos.shape[:1], call.heads, len(call.keys))
+    for x in (found.factor, found.free) if isinstance(found, Shift) else ():
+        if x is not None and (x.dim() != 3 or x.shape[2] != shape[2] or x.shape[1] not in (1, call.heads)):
+            raise SiteError(
+                f"{step}, layer {call.layer}: a Shift's tensors are [b|1, h|1, k] = {shape}, got {tuple(x.shape)}"
+            )
+    if not isinstance(found, Shift):
+        raise SiteError(f"{step}, layer {call.layer}: must return a Shift or None, got {type(found).__name__}")
+    chosen = _chosen(step, call)
+    return found if chosen is None else found.on(chosen, call.heads)
+
+
 def _narrowed(step: Step, old: Mask, new: object, chosen: list[int] | None, heads: int) -> Mask:
     if not isinstance(new, Mask) or new.rules[: len(old.rules)] != old.rules:
         raise SiteError(f"{step}: must return the mask it was given, narrowed, as in `return mask & Window(256)`")
@@ -111,7 +148,7 @@ def softmax(scores: Tensor, sink: Tensor | None = None) -> Tensor:
     return torch.softmax(scores, -1)
 
 
-def _grouped(a: Tensor, b: Tensor) -> Tensor:
+def grouped(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` where `a [b h . .]` may have several heads for each of `b [b g . .]`; b is never expanded."""
     h, g = a.shape[1], b.shape[1]
     if h == g:
@@ -132,7 +169,7 @@ def _hide(scores: Tensor, keep: Tensor) -> Tensor:
 
 def tile(job: Job, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Heads and pattern of the query rows and key columns that `call` names. This is what attention *is* here."""
-    scores = _grouped(q, k.mT).mul_(call.scale)
+    scores = grouped(q, k.mT).mul_(call.scale)
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     if job.bias is not None:
@@ -157,7 +194,7 @@ def tile(job: Job, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
         job.tally.add(weights, scores if plain else None, call)
     if job.dropout:
         weights = torch.nn.functional.dropout(weights, job.dropout)
-    return _grouped(weights.to(v.dtype), v), weights
+    return grouped(weights.to(v.dtype), v), weights
 
 
 def _normalised(step: Step, scores: Tensor, weights: Tensor, job: Job, call: Call) -> Tensor:
@@ -197,11 +234,11 @@ def attend(job: Job, q: Tensor, k: Tensor, v: Tensor, choose: Choose) -> tuple[T
     mask = stage(Site.MASK, call.mask, job, call)
     if mask is not call.mask:
         call = replace(call, mask=mask)
-    wanted = frozenset(part for step in job.plan.summed for part in step.edit.sums)
+    wanted = job.plan.wanted
     carries = _carries(job, call)
     carry = torch.cat(list(carries.values()), -1) if carries else None
-    needs = Needs.of(
-        job.plan.steps, call.softcap is not None, job.sink is not None, job.keep_pattern,
+    needs = replace(
+        job.plan.needs, softcap=call.softcap is not None, sink=job.sink is not None, pattern=job.keep_pattern,
         bias=job.bias is not None, dropout=job.dropout > 0, call=call, tensors=(q, k, v),
     )  # fmt: skip
     job = replace(job, call=call, tally=Tally(wanted, call, carry) if wanted else None, needs=needs)
@@ -278,10 +315,7 @@ def narrows(call: Call, before: Mask, rows: int = 128) -> bool:
     return False
 
 
-Notes = dict[int, dict[str, Tensor]]  # by part
-
-
-def keep_entries(job: Job, entries: Entries, notes: Notes) -> Tensor | None:
+def keep_entries(job: Job, entries: Entries) -> Tensor | None:
     """Which cache entries the CACHE steps keep, `[b g k]`; None when no step acts there."""
     steps = job.plan.at(Site.CACHE)
     if not steps:
@@ -290,7 +324,7 @@ def keep_entries(job: Job, entries: Entries, notes: Notes) -> Tensor | None:
     live = None if padding is None else padding.at(entries.places.index)
     for step in steps:
         seen = job.book.view(step, job.call)
-        mine = replace(entries, notes=notes.setdefault(step.number, {}), live=live)
+        mine = replace(entries, notes=seen.notes, live=live)
         new = getattr(step.method, step.edit.name)(mine, seen)
         if not isinstance(new, Tensor) or new.dtype != torch.bool or new.shape != kept.shape:
             got = f"{new.dtype} {tuple(new.shape)}" if isinstance(new, Tensor) else type(new).__name__

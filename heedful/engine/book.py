@@ -6,7 +6,8 @@ import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ from torch import Tensor
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import DefinitionError
-from heedful.core.sites import HEADLESS_SITES, Site
+from heedful.core.sites import HEADLESS_SITES, MAP_SITES, Site
 from heedful.core.stack import Stack, Step
 from heedful.core.stats import Statistic
+from heedful.core.values import replace
+from heedful.engine.needs import Needs
 
 Key = tuple[int, str, int]  # part, reading function, layer
+Notes = dict[int, dict[str, Tensor]]  # by part
 
 
 class Plan:
@@ -29,6 +33,9 @@ class Plan:
         self._by_site: dict[Site, tuple[Step, ...]] = {
             site: tuple(s for s in steps if s.edit.site is site) for site in {s.edit.site for s in steps}
         }
+        self._tiles = {
+            site: tuple(s for s in found if not (s.edit.sums and s.edit.reads)) for site, found in self._by_site.items()
+        }
 
     def at(self, site: Site) -> tuple[Step, ...]:
         return self._by_site.get(site, ())
@@ -38,13 +45,34 @@ class Plan:
         return any(not s.edit.reads for site in sites for s in self.at(site))
 
     def tiles(self, site: Site) -> tuple[Step, ...]:
-        """The steps that see the site's tiles, and not their summary."""
-        return tuple(s for s in self.at(site) if not s.edit.sums)
+        """The steps that act on the site's tiles, and do not just read their summary."""
+        return self._tiles.get(site, ())
 
-    @property
+    @cached_property
     def summed(self) -> tuple[Step, ...]:
         """The steps that read the pattern's summary."""
-        return tuple(s for s in self.at(Site.PATTERN) if s.edit.sums)
+        return tuple(s for s in self.at(Site.PATTERN) if s.edit.sums and s.edit.reads)
+
+    @cached_property
+    def wanted(self) -> frozenset[str]:
+        """The parts of the summary that they read."""
+        return frozenset(part for step in self.summed for part in step.edit.sums)
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What the steps need of a backend, whatever the call."""
+        return Needs.of(self.steps)
+
+    @cached_property
+    def shifts(self) -> tuple[Step, ...]:
+        """The steps that move weight between whole columns."""
+        return tuple(s for s in self.at(Site.PATTERN) if s.edit.shifts)
+
+    def before(self, shift: Step) -> Plan:
+        """What makes the pattern that a shift is told about."""
+        edits = (s for s in self.steps if s.edit.site in MAP_SITES and not s.edit.reads)
+        earlier = self.at(Site.PATTERN)[: self.at(Site.PATTERN).index(shift)]
+        return Plan(tuple(s for s in edits if s.edit.site is not Site.PATTERN or s in earlier))
 
     def acts_inside(self) -> bool:
         """Whether something acts between projection and output projection."""
@@ -68,10 +96,11 @@ class Book:
     calls: dict[int, Call] = field(default_factory=dict)  # each layer's largest call, for counting its pairs
     backends: dict[int, str] = field(default_factory=dict)
     kept: dict[int, tuple[int, int]] = field(default_factory=dict)  # cache entries kept and seen, by layer
-    nan: Tensor | None = None
+    notes: dict[int, Notes] = field(default_factory=dict)  # what methods keep with the cache of the call, by layer
     forward: int = -1
 
     def __post_init__(self) -> None:
+        self._highest: Tensor | None = None  # of all that the heads gave
         self._memory: dict[tuple[int, int], dict[str, Any]] = defaultdict(dict)
         self._scratch: dict[int, dict[str, Any]] = defaultdict(dict)
         self._open: dict[Key, Statistic] = {}
@@ -112,6 +141,7 @@ class Book:
             params=self.params.get((n, call.layer), {}),
             memory=self._memory[n, call.layer],
             scratch=self._scratch[n],
+            notes=self.notes.get(call.layer, {}).setdefault(n, {}),
         )
 
     def note(self, step: Step, call: Call, found: object) -> None:
@@ -153,5 +183,10 @@ class Book:
     def look_for_nan(self, x: Tensor) -> None:
         if not x.numel():
             return
-        found = torch.isnan(x.detach().amax())  # a maximum with a NaN is one
-        self.nan = found if self.nan is None else self.nan | found
+        found = x.detach().max()  # a maximum with a NaN is one
+        self._highest = found if self._highest is None else torch.maximum(self._highest, found)
+
+    @property
+    def nan(self) -> bool:
+        """Whether some head gave what is no number."""
+        return self._highest is not None and bool(self._highest.isnan())

@@ -19,6 +19,7 @@ class Needs:
     """The facts on which a backend may have to pass."""
 
     map_steps: tuple[str, ...] = ()  # steps that edit SCORES, NORMALISE or PATTERN, or read their tiles
+    shifts: tuple[str, ...] = ()  # those of them that move weight between whole columns
     sum_steps: tuple[str, ...] = ()  # steps that read the pattern's summary
     sums: frozenset[str] = frozenset()  # the parts of it that they read
     mask_steps: tuple[str, ...] = ()  # steps that narrow MASK
@@ -38,8 +39,9 @@ class Needs:
         """What the steps and the model want, and whatever else is known of the call."""
         inside = [s for s in steps if s.edit.site in MAP_SITES]
         return cls(
-            map_steps=tuple(str(s) for s in inside if not s.edit.sums),
-            sum_steps=tuple(str(s) for s in inside if s.edit.sums),
+            map_steps=tuple(str(s) for s in inside if not (s.edit.sums and s.edit.reads)),
+            shifts=tuple(str(s) for s in inside if s.edit.shifts),
+            sum_steps=tuple(str(s) for s in inside if s.edit.sums and s.edit.reads),
             sums=frozenset(part for s in inside for part in s.edit.sums),
             mask_steps=tuple(str(s) for s in steps if s.edit.site is Site.MASK and not s.edit.reads),
             whole_map=tuple(str(s) for s in steps if s.method.whole_map and s.edit.site in MAP_SITES | {Site.HEADS}),
@@ -52,6 +54,14 @@ class Needs:
     @property
     def gradients(self) -> bool:
         return torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors)
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether the call is one query for each head, known to see every key that its head has."""
+        if self.call is None or len(self.call.queries) > 1:
+            return False
+        q, k = self.call.queries, self.call.keys
+        return (k.valid is None or k.held is not None) and self.call.mask.idle(q, k)
 
     @cached_property
     def rows(self) -> Tensor | None:

@@ -207,9 +207,10 @@ class Run:
         """Whether the stack is active: layers entered, steps that changed something, pairs, cache, NaN."""
         book, inactive = self.book, self.inactive
         density = {n: density_of(call) for n, call in sorted(book.calls.items())}
-        nan = book.nan is not None and bool(book.nan)
         entered = tuple(sorted(book.entered))
-        return Activity(len(self.layer_names), entered, inactive, density, dict(book.kept), dict(book.backends), nan)
+        return Activity(
+            len(self.layer_names), entered, inactive, density, dict(book.kept), dict(book.backends), book.nan
+        )
 
     def explain(self) -> Explanation:
         """Which backend serves this stack, and every reason against the others."""

@@ -25,6 +25,7 @@ class Problem(ctypes.Structure):
         *((name, _I) for name in ("batch", "heads", "kv_heads", "queries", "keys", "width", "value_width")),
         *((name, _P) for name in ("q", "k", "v", "out")),
         *((name, _I * 3) for name in ("q_stride", "k_stride", "v_stride")),
+        ("held", _P),
         ("bfloat16", _I),
         ("scale", _F),
         ("sink", _P),

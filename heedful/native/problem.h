@@ -7,10 +7,14 @@ struct Problem {
   const void *q, *k, *v;                                              // [b h q d], [b g k d], [b g k e]
   float *out;                                                         // [b q h e], contiguous
   int64_t q_stride[3], k_stride[3], v_stride[3];                      // of b, head and token
+  // [b g 2] of one query without blocks: k and v are held flat, head after head, and this is the row at which column 0
+  // of each head would lie, and the first column that it holds; null where strides say it all
+  const int64_t *held;
   int64_t bfloat16;                                                   // q, k and v are bfloat16, else float32
   float scale;
   const float *sink;      // [h] a logit without key or value for each head, or null
-  const int32_t *ranges;  // [b|1 h|1 q n 2] half-open ranges of columns that each query sees
+  const int32_t *ranges;  // [b|1 h|1 q n 2] half-open ranges of columns that each query sees; null, where one query
+                          // for each head sees all
   int64_t range_count, range_stride[2];  // n; of b and head, 0 where there is one for all
   const uint8_t *blocks;  // [b|1 g|h|1 q/block k/block] which blocks are computed, or null for all
   int64_t block, block_cols, block_units, block_stride[2];

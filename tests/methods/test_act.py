@@ -14,6 +14,7 @@ from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.places import Places
+from heedful.core.summary import Summary, Tally
 from heedful.methods.intervene.act import ACT
 
 
@@ -27,6 +28,17 @@ def _call(n: int, start: int = 0) -> Call:
     keep = torch.ones(n, n, dtype=torch.bool).tril()
     places = Places.row(start, n)
     return Call(0, 2, "layer", 3, 3, places, places, 1.0, keep=keep[None, None], rows=slice(0, n), cols=slice(0, n))
+
+
+def _summary(pattern: Tensor, call: Call) -> Summary:
+    tally = Tally(frozenset({"received"}), call)
+    tally.add(pattern, None, call)
+    return tally.summary()
+
+
+def _calibrated(method: ACT, pattern: Tensor, call: Call) -> Tensor:
+    shift = method.calibrate(_summary(pattern, call), call)
+    return pattern if shift is None else shift.of(pattern, slice(None))
 
 
 def _by_loops(pattern: Tensor, beta: float, high: float) -> Tensor:
@@ -50,7 +62,7 @@ def _by_loops(pattern: Tensor, beta: float, high: float) -> Tensor:
 @pytest.mark.parametrize(("beta", "high"), [(0.4, 0.1), (0.0, 0.2), (0.9, 0.05)])
 def test_the_formula(beta: float, high: float) -> None:
     pattern = _pattern()
-    found = ACT(beta, high).calibrate(pattern, _call(13))
+    found = _calibrated(ACT(beta, high), pattern, _call(13))
     assert close(found, _by_loops(pattern, beta, high))
     assert close(found.sum(-1), torch.ones(2, 3, 13))
     assert not close(found, pattern)
@@ -58,22 +70,24 @@ def test_the_formula(beta: float, high: float) -> None:
 
 def test_the_papers_threshold_shrinks_with_length() -> None:
     pattern = _pattern()
-    assert torch.equal(ACT(ratio=1.3).calibrate(pattern, _call(13)), ACT(threshold=0.1).calibrate(pattern, _call(13)))
+    assert torch.equal(
+        _calibrated(ACT(ratio=1.3), pattern, _call(13)), _calibrated(ACT(threshold=0.1), pattern, _call(13))
+    )
 
 
 def test_the_first_sink_is_spared_and_decoding_left_alone() -> None:
     pattern, call = _pattern(), _call(13)
-    sinks = ACT(threshold=0.05).sinks(pattern, call)
+    sinks = ACT(threshold=0.05).sinks(_summary(pattern, call), call)
     high = pattern.sum(-2) / torch.arange(13, 0, -1) > 0.05
     assert torch.equal(high.sum(-1) - 1, sinks.sum(-1))
     assert not sinks.gather(-1, high.long().argmax(-1, keepdim=True)).any()
-    assert ACT().calibrate(pattern, replace(call, phase=Phase.DECODE)) is pattern
+    assert _calibrated(ACT(), pattern, replace(call, phase=Phase.DECODE)) is pattern
 
 
 def test_a_row_with_nobody_to_give_to_stays() -> None:
     pattern = torch.zeros(1, 3, 4, 4)
     pattern[..., 0, 0] = pattern[..., 1, 1] = pattern[..., 2, 1] = pattern[..., 3, 1] = 1
-    found = ACT().calibrate(pattern, _call(4))
+    found = _calibrated(ACT(), pattern, _call(4))
     assert torch.equal(found, pattern)
 
 
@@ -108,16 +122,16 @@ def test_heads_are_chosen_by_wrapping() -> None:
 
 def test_only_heads_that_a_fit_chose_are_calibrated() -> None:
     pattern, call = _pattern(), _call(13)
-    every = ACT(threshold=0.05).calibrate(pattern, call)
-    found = ACT(threshold=0.05, heads=((0, 1), (1, 2))).calibrate(pattern, call)
+    every = _calibrated(ACT(threshold=0.05), pattern, call)
+    found = _calibrated(ACT(threshold=0.05, heads=((0, 1), (1, 2))), pattern, call)
     assert torch.equal(found[:, 1], every[:, 1])
     assert torch.equal(found[:, [0, 2]], pattern[:, [0, 2]])
     assert not torch.equal(every[:, [0, 2]], pattern[:, [0, 2]])
     by_head = replace(call, keep=call.keep.expand(-1, 3, -1, -1))
-    assert torch.equal(ACT(threshold=0.05, heads=((0, 1),)).calibrate(pattern, by_head), found)
+    assert torch.equal(_calibrated(ACT(threshold=0.05, heads=((0, 1),)), pattern, by_head), found)
     for heads in (((0, 3),), ((0, 1), (call.depth, 0))):
         with pytest.raises(FieldError, match="fitted to another model"):
-            ACT(heads=heads).calibrate(pattern, call)
+            _calibrated(ACT(heads=heads), pattern, call)
     with pytest.raises(FieldError, match="pairs of layer and head"):
         ACT(heads=((0, -1),))
 

@@ -14,6 +14,7 @@ from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
 from heedful.core.places import Places
+from heedful.core.summary import Summary
 from heedful.methods.intervene.pasta import PASTA
 
 N, SPAN = 8, (2, 5)
@@ -29,7 +30,9 @@ def _call(memory: dict[str, Any], start: int = 0, stop: int = N) -> Call:
 
 def _steered(method: PASTA, scores: Tensor, call: Call) -> Tensor:
     method.note_prompt(torch.empty(0), call)
-    return method.turn_down(scores, call).masked_fill(~call.keep, float("-inf")).softmax(-1)
+    shift = method.turn_down(Summary(), call)
+    pattern = scores.masked_fill(~call.keep, float("-inf")).softmax(-1)
+    return pattern if shift is None else shift.of(pattern, slice(None))
 
 
 def _by_loops(pattern: Tensor, alpha: float, heads: list[int], prompt: int) -> Tensor:

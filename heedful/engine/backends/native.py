@@ -11,10 +11,13 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.errors import BackendError
 from heedful.core.places import spread_heads
+from heedful.core.ragged import Ragged, padded
 from heedful.core.rows import counts
 from heedful.core.summary import Summary, Tally
 from heedful.engine.attend import Job
+from heedful.engine.backends.tiled import Tiled
 from heedful.engine.needs import Needs
+from heedful.engine.shifting import corrected
 from heedful.native import Library, Problem, library
 
 GRAIN = 32  # what a block of a block table must be a multiple of: the widest panel of the kernel
@@ -28,8 +31,12 @@ class Native:
         kernel = library()
         reasons = [kernel] if isinstance(kernel, str) else []
         reasons += [
-            f"{step} needs the scores or weights, which this kernel keeps to itself" for step in needs.map_steps
+            f"{step} needs the scores or weights, which this kernel keeps to itself"
+            for step in needs.map_steps
+            if step not in needs.shifts
         ]
+        if needs.shifts and (after := needs.shifts[1:] + needs.sum_steps):
+            reasons.append(f"{after[0]} needs the weights after {needs.shifts[0]}, and those are never made here")
         for there, what in (
             (needs.softcap, "the model caps its scores"),
             (needs.bias, "the model adds a bias to its scores"),
@@ -54,37 +61,50 @@ class Native:
             reasons.append("blocks begin with the text, and padding on the left moves them off its panels")
         if needs.sums & {"first", "distance"} and needs.call.keys.pads is None:
             reasons.append("several texts stand in one row, or keys were dropped, and it tells places by columns")
-        if not reasons and needs.rows is None:
+        if not reasons and not needs.sees_all and needs.rows is None:
             reasons.append("some query's keys lie in too many separate stretches")
         return reasons
 
     def __call__(self, job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         kernel = library()
-        if isinstance(kernel, str) or job.needs is None or job.needs.rows is None:
-            raise BackendError(kernel if isinstance(kernel, str) else "the native kernel was not asked if it can serve")
-        return _compute(kernel, job, job.needs.rows, q, k, v), None
+        if isinstance(kernel, str):
+            raise BackendError(kernel)
+        if not job.plan.shifts:
+            return _compute(kernel, job, q, k, v), None
+        tiles = Tiled()
+        height = tiles.tile_rows(q.shape[0], q.shape[1], k.shape[2])
+        return corrected(
+            job, (q, k, v), lambda plain: _compute(kernel, plain, q, k, v),
+            lambda known, block: tiles.block(known, block, q, k, v), height,
+        ), None  # fmt: skip
 
 
-def _compute(kernel: Library, job: Job, rows: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _compute(kernel: Library, job: Job, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     call, tally = job.call, job.tally
-    q, k, v = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q, k, v))
-    b, h, n, _ = q.shape
-    out = torch.empty(b, n, h, v.shape[-1])
-    p = Problem(batch=b, heads=h, kv_heads=k.shape[1], queries=n, keys=k.shape[2], width=q.shape[3])
-    p.value_width, p.scale, p.threads = v.shape[3], call.scale, torch.get_num_threads()
-    p.bfloat16 = q.dtype == torch.bfloat16
+    b, h, n, d = q.shape
+    p = Problem(b, h, k.shape[1], n, k.shape[2], d, v.shape[3])
+    p.scale, p.threads, p.bfloat16 = call.scale, torch.get_num_threads(), q.dtype == torch.bfloat16
     held: list[Tensor] = []  # what the kernel points at must outlive it
 
     def at(x: Tensor) -> int:
         held.append(x)
         return x.data_ptr()
 
+    one = n == 1 and not call.mask.blocks
+    if one and isinstance(k, Ragged) and isinstance(v, Ragged) and k.counts == v.counts:
+        p.held, k, v = at(k.table), k.flat, v.flat
+    q, k, v = _in_rows(q), _in_rows(k), _in_rows(v)
+    out = torch.empty(b, n, h, p.value_width)
     p.q, p.k, p.v, p.out = at(q), at(k), at(v), at(out)
-    for name, x in (("q_stride", q), ("k_stride", k), ("v_stride", v)):
-        getattr(p, name)[:] = x.stride()[:3]
-    ranges = rows.expand(-1, -1, n, -1, -1).to(torch.int32).contiguous()
-    p.ranges, p.range_count = at(ranges), ranges.shape[3]
-    p.range_stride[:] = [ranges.stride(i) if ranges.shape[i] > 1 else 0 for i in (0, 1)]
+    p.q_stride, p.k_stride, p.v_stride = _strides(q), _strides(k), _strides(v)
+    needs = job.needs
+    if needs is None or not (needs.sees_all and (p.held or call.keys.valid is None)):
+        rows = None if needs is None else needs.rows
+        if rows is None:
+            raise BackendError("the native kernel was not asked if it can serve")
+        ranges = rows.expand(-1, -1, n, -1, -1).to(torch.int32).contiguous()
+        p.ranges, p.range_count = at(ranges), ranges.shape[3]
+        p.range_stride[:] = [ranges.stride(i) if ranges.shape[i] > 1 else 0 for i in (0, 1)]
     if job.sink is not None:
         p.sink = at(job.sink.detach().float().reshape(-1).contiguous())
     for blocks in call.mask.blocks:
@@ -96,7 +116,18 @@ def _compute(kernel: Library, job: Job, rows: Tensor, q: Tensor, k: Tensor, v: T
     kernel.attend(p)
     if tally is not None:
         tally.whole = _told(p, tally, held)
-    return out.transpose(1, 2).to(v.dtype)
+    return out.transpose(1, 2)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Of text, head and token; of the token alone where heads are held flat."""
+    return (*(0,) * (4 - x.dim()), *x.stride()[:-1])
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """As the kernel reads it: the last axis without gaps."""
+    x = padded(x)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _ask(p: Problem, tally: Tally, call: Call, at: Callable[[Tensor], int]) -> None:

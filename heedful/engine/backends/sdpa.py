@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.ragged import Ragged
 from heedful.engine.attend import Job
 from heedful.engine.needs import Needs
 
@@ -20,6 +21,10 @@ class Sdpa:
         reasons += [
             f"{step} narrows the mask, which this kernel takes as an N x N table only" for step in needs.mask_steps
         ]
+        if any(isinstance(x, Ragged) for x in needs.tensors):
+            reasons.append(
+                "heads hold unlike numbers of keys, which this kernel takes as a padded copy and a table only"
+            )
         if needs.softcap:
             reasons.append("the model caps its scores, which this kernel cannot")
         if needs.sink:

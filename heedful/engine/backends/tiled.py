@@ -11,6 +11,7 @@ from heedful.core.call import Call
 from heedful.core.spans import Ranges
 from heedful.engine.attend import Job, tile, wide
 from heedful.engine.needs import Needs
+from heedful.engine.shifting import resolved
 
 TILE_BYTES = 4 << 20  # scores of one tile: a few of them fit into a last-level cache
 GATHER_BELOW = 0.7  # copy scattered columns together when they are at most this share of the range they span
@@ -34,14 +35,21 @@ class Tiled:
 
     def __call__(self, job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         q, k, v = wide(q), wide(k), wide(v)
+        job = resolved(job, lambda first: self._all(first, q, k, v))
+        return self._all(job, q, k, v), None
+
+    def _all(self, job: Job, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         total = q.shape[2]
         step = self.tile_rows(q.shape[0], q.shape[1], k.shape[2])
-        heads = []
-        for start in range(0, total, step):
-            rows = slice(start, min(start + step, total))
-            call, cols = _cut(job.call, rows)
-            heads.append(tile(job, call, q[:, :, rows], k[:, :, cols], v[:, :, cols])[0])
-        return (heads[0] if len(heads) == 1 else torch.cat(heads, 2)), None
+        blocks = [slice(start, min(start + step, total)) for start in range(0, total, step)]
+        heads = [self.block(job, rows, q, k, v) for rows in blocks]
+        return heads[0] if len(heads) == 1 else torch.cat(heads, 2)
+
+    @staticmethod
+    def block(job: Job, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The heads of some rows, for a job whose shifts are known."""
+        call, cols = _cut(job.call, rows)
+        return tile(job, call, wide(q[:, :, rows]), wide(k[:, :, cols]), wide(v[:, :, cols]))[0]
 
 
 def _cut(call: Call, rows: slice) -> tuple[Call, slice | Tensor]:

@@ -13,8 +13,9 @@ from heedful.core.errors import FieldError
 from heedful.core.head_search import Batch, Head, gains, heads_here, require_heads
 from heedful.core.method import Bench, Method, Readings
 from heedful.core.paper import Paper
-from heedful.core.sites import Site, at, reads
+from heedful.core.shift import Shift, shifts
 from heedful.core.stats import Sum
+from heedful.core.summary import Summary, sums
 
 
 class ACT(Method):
@@ -41,7 +42,6 @@ class ACT(Method):
             "A row whose weight lies on sinks alone stays as it is, having no key to give to.",
         ),
     )
-    whole_map = True
     causal = False  # a column's mean, and so what every row gives away, depends on later rows
     streams = False  # only the call that reads the prompt is calibrated, by its own rows
     beta: float = 0.4  # share of a sink's weight that it keeps, 0 to 1; the authors' code: 0.4
@@ -69,34 +69,21 @@ class ACT(Method):
     def example(cls) -> ACT:
         return cls(threshold=0.02)
 
-    @at(Site.PATTERN)
-    def calibrate(self, pattern: Tensor, call: Call) -> Tensor:
+    @shifts("received")
+    def calibrate(self, summary: Summary, call: Call) -> Shift | None:
         if self.beta == 1 or call.phase is Phase.DECODE:
-            return pattern
-        if self.heads is None:
-            return self._calibrated(pattern, call)
-        mine = heads_here(self, self.heads, call)
-        if not mine:
-            return pattern
-        keep = call.keep if call.keep is None or call.keep.shape[1] == 1 else call.keep[:, mine]
-        out = pattern.clone()
-        out[:, mine] = self._calibrated(pattern[:, mine], replace(call, keep=keep))
-        return out
+            return None
+        sinks = self.sinks(summary, call)
+        if self.heads is not None:
+            chosen = torch.zeros(call.heads, 1, dtype=torch.bool, device=sinks.device)
+            chosen[heads_here(self, self.heads, call)] = True
+            sinks = sinks & chosen
+        return Shift(torch.where(sinks, self.beta, 1.0), ~sinks)
 
-    def _calibrated(self, pattern: Tensor, call: Call) -> Tensor:
-        sinks = self.sinks(pattern, call)[..., None, :]
-        rest = pattern.masked_fill(sinks, 0.0).sum(-1, keepdim=True)
-        freed = (1 - self.beta) * pattern.masked_fill(~sinks, 0.0).sum(-1, keepdim=True)
-        gain = 1 + freed / rest.masked_fill(rest == 0, 1.0)
-        return (pattern * gain).where(~sinks, pattern * self.beta).where(rest > 0, pattern)
-
-    def sinks(self, pattern: Tensor, call: Call) -> Tensor:
+    def sinks(self, summary: Summary, call: Call) -> Tensor:
         """Which columns lose weight, `[b h k]`."""
-        rows = call.live[..., None]
-        seen = rows.expand_as(pattern) if call.keep is None else rows & call.keep
-        received = pattern.masked_fill(~seen, 0.0).sum(-2) / seen.sum(-2).clamp(min=1)
         high = self.threshold if self.ratio is None else self.ratio / call.live.sum(-1, keepdim=True).clamp(min=1)
-        found = received > high
+        found = summary.mean > high
         return found & (found.cumsum(-1) > 1)
 
     def fit(self, bench: Bench, batches: Iterable[Batch]) -> ACT:
@@ -119,12 +106,11 @@ class _Sinks(Method):
     """How many columns of each head would be calibrated, by (layer, head)."""
 
     paper = ACT.paper
-    whole_map = True
     method: ACT
 
-    @reads(Site.PATTERN)
-    def count(self, pattern: Tensor, call: Call) -> Sum:
-        return Sum.of(self.method.sinks(pattern, call).sum((0, -1)).double())
+    @sums("received")
+    def count(self, summary: Summary, call: Call) -> Sum:
+        return Sum.of(self.method.sinks(summary, call).sum((0, -1)).double())
 
     def answer(self, readings: Readings) -> dict[Head, float]:
         return {(n, h): float(x) for n, stat in readings.items() for h, x in enumerate(stat.value)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -14,7 +13,9 @@ from heedful.core.errors import FieldError
 from heedful.core.head_search import Batch, Head, gains, heads_here, require_heads
 from heedful.core.method import Bench, Method
 from heedful.core.paper import Paper
-from heedful.core.sites import Site, at, reads
+from heedful.core.shift import Shift, shifts
+from heedful.core.sites import Site, reads
+from heedful.core.summary import Summary
 
 
 class PASTA(Method):
@@ -36,7 +37,7 @@ class PASTA(Method):
             "The authors rank heads by their task's own score, accuracy mostly, over 1000 samples a task; here by the "
             "log-probability of the right answer on the batches given.",
             "A fit tries every head of every layer, or those of the layers in `layers`.",
-            "Sink logits that a model has learned are no tokens of the prompt and are not turned down.",
+            "What a learned sink logit takes of a row stays what it is: it is no token of the prompt.",
         ),
     )
     streams = False  # tokens that the model adds are not turned down, and so not what they would be in a prompt
@@ -63,22 +64,20 @@ class PASTA(Method):
     def note_prompt(self, query: Tensor, call: Call) -> None:
         """Where the prompt ends."""
         if call.phase is Phase.PREFILL or "end" not in call.memory:
-            call.memory["end"] = call.q_pos.amax(-1, keepdim=True)[..., None] + 1  # [b|1 1 1 1]
+            call.memory["end"] = torch.where(call.live, call.q_pos, -1).amax(-1, keepdim=True) + 1  # [b|1 1 1]
 
-    @at(Site.SCORES)
-    def turn_down(self, scores: Tensor, call: Call) -> Tensor:
+    @shifts()
+    def turn_down(self, summary: Summary, call: Call) -> Shift | None:
         if self.alpha == 1 or call.cross:
-            return scores
+            return None
         mine = None if self.heads is None else heads_here(self, self.heads, call)
         if mine == []:
-            return scores
-        marked = call.spread(call.marked(self.role))[:, :, None]
-        rest = ~marked & (call.pairs.k < call.memory["end"])  # [b|1 h 1 k]
-        if mine is not None:
-            chosen = torch.zeros(call.heads, 1, 1, dtype=torch.bool, device=scores.device)
-            chosen[mine] = True
-            rest = rest & chosen
-        return torch.where(rest, scores + math.log(self.alpha), scores)
+            return None
+        later = call.pairs.k[:, :, 0] >= call.memory["end"]
+        kept = call.spread(call.marked(self.role)) | later  # [b|1 h|1 k]
+        # rows add up to one again, so to turn the rest down is to turn these up, and they are few
+        found = Shift(torch.where(kept, 1 / self.alpha, 1.0))
+        return found if mine is None else found.on(mine, call.heads)
 
     def fit(self, bench: Bench, batches: Iterable[Batch]) -> PASTA:
         """Steer heads one by one, and keep those that are among the best of every task."""

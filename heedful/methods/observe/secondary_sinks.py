@@ -97,10 +97,10 @@ class SecondarySinks(Method):
     def weigh(self, pattern: Summary, call: Call) -> Statistic | None:
         """What the layer gives to the tokens that `align` found before it, by the layer after which they arose."""
         before = self._before(call)
-        if pattern.received is None or pattern.seen is None or before is None:
+        if before is None:
             return None
         born, norm, first = before
-        weight = (pattern.received / pattern.seen.clamp(min=1)).mean(1)  # [b k]
+        weight = pattern.mean.mean(1)  # [b k]
         if call.phase is Phase.DECODE or call.cross or weight.shape != born.shape:
             return None
         found = torch.zeros(2, 3, call.depth, dtype=torch.float64, device=born.device)

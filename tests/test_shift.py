@@ -1,0 +1,257 @@
+"""Weight moved between columns: the same from every backend, also where nobody may see the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from heedful import attach, models
+from heedful.conformance.tolerances import close, within_budget
+from heedful.core.call import Call
+from heedful.core.errors import DefinitionError, SiteError
+from heedful.core.mask import Causal, Mask, Padding, Rule, Window
+from heedful.core.method import Method, Part
+from heedful.core.places import Places
+from heedful.core.shift import Shift, shifts
+from heedful.core.sites import Site, at
+from heedful.core.stack import Stack, as_stack
+from heedful.core.stats import Sum
+from heedful.core.summary import Summary, sums
+from heedful.engine import shifting
+from heedful.engine.attend import Job, attend
+from heedful.engine.book import Book
+from heedful.engine.select import explain, select
+from heedful.native import library
+
+from .samples import PAPER
+
+N = 70
+
+
+class Columns(Method):
+    """Multiplies some columns; they themselves restore nothing, or all do."""
+
+    paper = PAPER
+    causal = False
+    columns: tuple[int, ...] = (3, 9)
+    factor: float = 0.4
+    fixed: bool = True
+
+    @shifts("received")
+    def move(self, summary: Summary, call: Call) -> Shift:
+        columns = torch.isin(call.keys.index, torch.tensor(self.columns)).expand(-1, call.heads, -1)
+        return Shift(torch.where(columns, self.factor, 1.0), ~columns if self.fixed else None)
+
+
+class Loudest(Method):
+    """Takes half from the column that received most, by head: what it does shows what it was told."""
+
+    paper = PAPER
+    causal = False
+
+    @shifts("received")
+    def move(self, summary: Summary, call: Call) -> Shift:
+        top = summary.received == summary.received.amax(-1, keepdim=True)
+        return Shift(torch.where(top, 0.5, 1.0), ~top)
+
+
+class Sharper(Method):
+    paper = PAPER
+
+    @at(Site.SCORES)
+    def sharpen(self, scores: Tensor, call: Call) -> Tensor:
+        return 1.5 * scores
+
+
+class Received(Method):
+    paper = PAPER
+
+    @sums("received")
+    def look(self, summary: Summary, call: Call) -> Sum:
+        return Sum.of(summary.received)
+
+
+def _tensors(dtype: torch.dtype = torch.float32, loud: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, N, 16, generator=draw, dtype=torch.float64) for h in (6, 2, 2))
+    if loud:
+        k[:, :, 3] = 3 * q[:, ::3].mean(2)  # nearly all of some rows lies on one column
+        q = q + 2 * k[:, :, 3:4].repeat_interleave(3, 1)
+    return (2 * q).to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _call(rules: tuple[Rule, ...], pad: int = 0) -> Call:
+    text = torch.ones(2, N, dtype=torch.bool)
+    text[1, :pad] = False
+    pads = torch.tensor([0, pad])
+    queries, keys = Places.row(0, N, pad=pads, valid=text[:, None]), Places.row(0, N, pad=pads)
+    return Call(0, 1, "bare", 6, 2, queries, keys, 0.25, mask=Mask((*rules, Padding(text)) if pad else rules))
+
+
+def _heads(backend: str, what: Part | Stack, tensors: Any, call: Call, sink: Tensor | None = None) -> Tensor:
+    book = Book(as_stack(what))
+    book.new_forward()
+    job = Job(book.plan(0, call.phase), book, call, sink=None if sink is None else sink.to(tensors[0].dtype))
+    heads, _, _ = attend(job, *tensors, lambda needs: select(backend, needs))
+    assert len(book.changed) == sum(
+        step.method.neutral() is None and not step.edit.reads for step in book.stack.steps()
+    )
+    return heads
+
+
+needs_kernel = pytest.mark.skipif(isinstance(library(), str), reason="no kernel was built")
+CASES: dict[str, dict[str, Any]] = {
+    "some columns": {},
+    "all restore": {"what": Columns((3, 9), 30.0, False)},
+    "nothing is left of them": {"what": Columns((0, 1, 30, 69), 0.0)},
+    "told by the pattern": {"what": Loudest()},
+    "a window": {"rules": (Causal(), Window(9))},
+    "no causality": {"rules": ()},
+    "padding": {"pad": 8},
+    "a column takes nearly all": {"loud": True},
+    "many columns": {"what": Columns(tuple(range(2, 50)))},
+    "some heads": {"what": Columns().on(heads=[0, 4])},
+    "a learned sink": {"sink": torch.linspace(-1, 3, 6)[None, :, None, None]},
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["native", "tiled"])
+def test_backends_agree(name: str, backend: str) -> None:
+    case = CASES[name]
+    what, sink = case.get("what", Columns()), case.get("sink")
+    call, loud = _call(case.get("rules", (Causal(),)), case.get("pad", 0)), case.get("loud", False)
+    exact = _heads("reference", what, _tensors(torch.float64, loud), call, sink)
+    eager = _heads("reference", what, _tensors(loud=loud), call, sink)
+    found = _heads(backend, what, _tensors(loud=loud), call, sink)
+    live = call.live.expand(2, 6, N)
+    assert within_budget(found[live], eager[live], exact[live])
+    assert not close(found[live], _heads("reference", Sharper(), _tensors(loud=loud), call, sink)[live])
+
+
+@needs_kernel
+def test_each_way_of_the_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[bool] = []
+    moved = shifting._moved
+
+    def watched(*given: Any) -> Tensor | None:
+        heads = moved(*given)
+        found.append(heads is not None)
+        return heads
+
+    monkeypatch.setattr(shifting, "_moved", watched)
+    _heads("native", Columns((60, 64)), _tensors(), _call((Causal(),)))
+    assert set(found) == {True}
+    found.clear()
+    _heads("native", Columns(), _tensors(loud=True), _call((Causal(),)))
+    assert False in found
+    found.clear()
+    _heads("native", CASES["many columns"]["what"], _tensors(), _call((Causal(),)))
+    assert not found
+
+
+@needs_kernel
+def test_low_precision() -> None:
+    call = _call((Causal(),))
+    exact = _heads("reference", Columns(), tuple(x.double() for x in _tensors(torch.bfloat16)), call)
+    eager = _heads("reference", Columns(), _tensors(torch.bfloat16), call)
+    found = _heads("native", Columns(), _tensors(torch.bfloat16), call)
+    assert found.dtype == torch.bfloat16
+    assert within_budget(found, eager, exact)
+
+
+def test_the_formula() -> None:
+    weights = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.1, 0.0], [0.0, 1.0, 0.0]])[None, None]
+    factor, first = torch.tensor([1.0, 0.5, 1.0])[None, None], torch.tensor([True, False, True])[None, None]
+    restored = Shift(factor, first).of(weights, slice(None))[0, 0]
+    assert close(
+        restored, torch.tensor([[0.5 * 0.85 / 0.7, 0.15, 0.2 * 0.85 / 0.7], [0.95, 0.05, 0.0], [0.0, 1.0, 0.0]])
+    )
+    spread = Shift(factor).of(weights, slice(None))[0, 0]
+    assert close(
+        spread,
+        torch.tensor([[0.5, 0.15, 0.2], [0.9, 0.05, 0.0], [0.0, 0.5, 0.0]]) / torch.tensor([[0.85], [0.95], [0.5]]),
+    )
+    some = Shift(factor, first).of(weights[..., [1, 2]], torch.tensor([1, 2]))[0, 0]
+    assert close(some[0], torch.tensor([0.15, 0.35]))
+    assert Shift(factor, first).touched.tolist() == [1]
+    assert Shift(torch.ones(1, 2, 3), torch.zeros(1, 2, 3, dtype=torch.bool)).touched.tolist() == []
+
+
+def test_in_a_stack_it_is_told_what_stands_before_it() -> None:
+    call, tensors = _call((Causal(),)), _tensors()
+    for what in (Sharper() | Loudest(), Loudest() | Columns(), Columns() | Loudest(), Loudest() | Loudest()):
+        assert close(_heads("tiled", what, tensors, call), _heads("reference", what, tensors, call))
+    assert not close(
+        _heads("tiled", Loudest() | Columns(), tensors, call), _heads("tiled", Columns() | Loudest(), tensors, call)
+    )
+
+
+def test_readers_are_told_what_it_leaves() -> None:
+    model = models.tiny("llama")
+    inputs = models.tiny_inputs(model, length=20)
+    told = []
+    for backend in ("reference", "tiled"):
+        with torch.no_grad(), attach(model, Loudest() | Received(), backend=backend) as run:
+            run(**inputs)
+            told.append(run[Received()][0].value)
+    with torch.no_grad(), attach(model, Received()) as run:
+        run(**inputs)
+        plain = run[Received()][0].value
+    assert close(told[0], told[1])
+    assert not close(told[0], plain)
+
+
+def test_gradients_go_through_tiles() -> None:
+    call = _call((Causal(),))
+    grads = []
+    for backend in ("reference", "tiled"):
+        q, k, v = (x.requires_grad_() for x in _tensors())
+        heads = _heads(backend, Columns(), (q, k, v), call)
+        grads.append(torch.autograd.grad(heads.square().sum(), (q, k, v)))
+    assert all(close(a, b) for a, b in zip(*grads, strict=True))
+
+
+@needs_kernel
+def test_what_the_kernel_cannot_do() -> None:
+    assert "native     chosen" in str(explain(Columns()))
+    for what in (Columns() | Loudest(), Columns() | Received()):
+        told = str(explain(what))
+        assert "tiled      chosen" in told
+        assert f"{what.parts[1]!r} at PATTERN needs the weights after {Columns()!r} at PATTERN" in told
+    assert "Sharper() at SCORES needs the scores" in str(explain(Sharper() | Columns()))
+
+
+class Wrong(Method):
+    paper = PAPER
+    given: Any = None
+
+    @shifts()
+    def move(self, summary: Summary, call: Call) -> Any:
+        return self.given
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (torch.ones(1, 1, N), "must return a Shift or None, got Tensor"),
+        (Shift(torch.ones(1, 6, N - 1)), r"\[b\|1, h\|1, k\] = \(2, 6, 70\), got \(1, 6, 69\)"),
+        (Shift(torch.ones(1, 2, N)), r"got \(1, 2, 70\)"),
+    ],
+)
+def test_wrong_answers(given: Any, match: str) -> None:
+    with pytest.raises(SiteError, match=match):
+        _heads("reference", Wrong(given), _tensors(), _call((Causal(),)))
+
+
+def test_wrong_definitions() -> None:
+    with pytest.raises(DefinitionError, match=r"@shifts\('recieved'\): no such part.*Did you mean received"):
+        shifts("recieved")
+    with pytest.raises(DefinitionError, match="0 or above, and at most 1 where `free` is False"):
+        Shift(torch.tensor([[[-1.0]]]))
+    with pytest.raises(DefinitionError, match="0 or above, and at most 1 where `free` is False"):
+        Shift(torch.tensor([[[2.0, 1.0]]]), torch.tensor([[[False, True]]]))
