@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from heedful import Call, Layer, Method, Site, Surgery, at, attach, check, fold, models, operate
 from heedful.conformance import fold_laws
@@ -111,7 +112,7 @@ def _attached(model: Any, what: Any, inputs: dict[str, Tensor]) -> Tensor:
         return _out(run, inputs)
 
 
-KINDS = ["llama", "mha", "odd_head_dim", "bert", "mistral", "bart", "vit", "clip", "whisper", "llava"]
+KINDS = ["llama", "mha", "gpt2", "odd_head_dim", "bert", "mistral", "bart", "vit", "clip", "whisper", "llava"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,9 +186,10 @@ STACKS = [
 ]
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
 @pytest.mark.parametrize("stack", STACKS, ids=str)
-def test_a_stack_goes_in_as_it_acts(stack: Any, tmp_path: Path) -> None:
-    model = models.tiny("bert")
+def test_a_stack_goes_in_as_it_acts(stack: Any, kind: str, tmp_path: Path) -> None:
+    model = models.tiny(kind)
     inputs = models.tiny_inputs(model)
     plain = fold(model, stack)
     found = _out(plain, inputs)
@@ -195,6 +197,31 @@ def test_a_stack_goes_in_as_it_acts(stack: Any, tmp_path: Path) -> None:
     assert not close_model(found, _out(model, inputs))
     plain.save_pretrained(tmp_path)
     assert torch.equal(_out(type(model).from_pretrained(tmp_path), inputs), found)
+
+
+class Keys(Surgery):
+    """Keys that are turned round, each head's by a factor of its own."""
+
+    paper = PAPER
+
+    def operate(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
+        return replace(weights, k=weights.k * -torch.arange(1, 1 + layer.kv_heads)[:, None, None])
+
+
+def test_one_map_for_queries_keys_and_values_that_groups_share() -> None:
+    """Phi-3's: fewer keys than queries, and no bias."""
+    settings = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, vocab_size=97, pad_token_id=0)
+    torch.manual_seed(0)
+    config = Phi3Config(**settings, num_attention_heads=4, num_key_value_heads=2)
+    model = Phi3ForCausalLM(config).eval()
+    inputs = {"input_ids": torch.arange(3, 15)[None]}
+    stack = TempScale(0.5) | Values() | Times().on(heads=[0, 3])
+    assert close_model(_out(fold(model, stack), inputs), _attached(model, stack, inputs))
+    layer, turned = (x.model.layers[1].self_attn.qkv_proj.weight for x in (model, operate(model, Keys())))
+    factor = torch.tensor([1.0] * 32 + [-1.0] * 8 + [-2.0] * 8 + [1.0] * 16)
+    assert torch.equal(turned, layer * factor[:, None])
+    with pytest.raises(RefusedModel, match="Phi3Attention maps to queries, keys and values at once"):
+        operate(model, PruneHeads(groups=((0, 0), (1, 1))))
 
 
 def test_heads_need_no_word_of_what_only_the_map_depends_on() -> None:
@@ -273,10 +300,10 @@ def test_errors() -> None:
         fold(model, TempScale)  # type: ignore[arg-type]
     with attach(model, Times()), pytest.raises(FieldError, match=r"fold\(\).model = .*a run is attached to it"):
         fold(model, TempScale(0.5))
-    with pytest.raises(FoldError, match=r"TempScale.* at SCORES .* has no separate query, key, value projection"):
-        fold(models.tiny("gpt2"), TempScale(0.5))
-    with pytest.raises(RefusedModel, match="has no separate query, key, value projection"):
-        fold(models.tiny("gpt2"), Double())
+    crossed = models.tiny("gpt2", add_cross_attention=True)  # its second kind of layer makes no queries there
+    for what, error in ((TempScale(0.5), FoldError), (Double(), RefusedModel)):
+        with pytest.raises(error, match="has no separate query, key, value projection"):
+            fold(crossed, what)
 
 
 def test_weights_must_be_weights() -> None:

@@ -138,7 +138,7 @@ def test_dropping_heads_is_silencing_them(kind: str) -> None:
     assert small.num_parameters() < model.num_parameters()
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert", "t5", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5", "gpt_oss", "gpt2"])
 def test_weights_of_the_same_shape(kind: str) -> None:
     model = models.tiny(kind)
     inputs = models.tiny_inputs(model)
@@ -151,7 +151,7 @@ def test_weights_of_the_same_shape(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("gpt2", "has no separate query, key, value projection that heedful knows; its children are: c_attn"),
+        ("gpt2", "GPT2Attention maps to queries, keys and values at once; its heads can be silenced, not dropped"),
         ("falcon", "has no attention layer that goes through transformers' attention interface"),
         ("t5", "takes a position bias with one row a head from another layer; no head can be dropped"),
         ("gpt_oss", r"GptOssAttention.sinks \(4,\) goes over all heads"),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from heedful.core.errors import RefusedModel
 from heedful.core.method import Layer
@@ -17,6 +17,8 @@ QUERY_NAMES = ("q_proj", "query", "q_lin", "wq", "q", "query_proj", "to_q")
 KEY_NAMES = ("k_proj", "key", "k_lin", "wk", "k", "key_proj", "to_k")
 VALUE_NAMES = ("v_proj", "value", "v_lin", "wv", "v", "value_proj", "to_v")
 OUTPUT_NAMES = ("o_proj", "out_proj", "out_lin", "wo", "o", "dense", "proj", "c_proj", "projection", "to_out")
+# children that map to queries, keys and values one after another, and what says so in the class; others mix them
+FUSED = {"c_attn": ".split(self.split_size, dim=2)", "qkv_proj": "qkv[..., :query_pos]"}
 OUTPUT_OF_PARENT = ("output.dense", "attention_output.dense", "out_proj", "o_proj")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads")
 
@@ -90,17 +92,25 @@ def within(name: str, only: Iterable[str] | None) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Projections:
-    """The four linear maps of an attention layer, as modules, with the modules that own them."""
+    """The four linear maps of an attention layer, as modules, with the modules that own them.
+
+    Where one module maps to queries, keys and values it stands for each of the three, and `rows` tells whose are which.
+    """
 
     q: tuple[nn.Module, str]
     k: tuple[nn.Module, str]
     v: tuple[nn.Module, str]
     o: tuple[nn.Module, str]
     size: Layer
+    rows: Mapping[str, slice] = field(default_factory=dict)  # of a fused map's outputs, by letter
 
     def module(self, letter: str) -> nn.Module:
         owner, name = getattr(self, letter)
         return getattr(owner, name)
+
+    def own(self, letter: str, x: Tensor) -> Tensor:
+        """What is the letter's own of something `[out ...]` of its module; a view."""
+        return x[self.rows[letter]] if letter in self.rows else x
 
 
 def _child(owner: nn.Module, names: Iterable[str]) -> tuple[nn.Module, str] | None:
@@ -156,6 +166,11 @@ def projections(model: nn.Module, name: str, number: int) -> Projections:
         "value": _child(layer, VALUE_NAMES),
         "output": output_projection(model, name),
     }
+    config = getattr(layer, "config", None) or getattr(model, "config", None)
+    rows: dict[str, slice] = {}
+    if (fused := _fused(layer, config)) is not None:
+        place, rows = fused
+        places |= dict.fromkeys(("query", "key", "value"), place)
     found = [place for place in places.values() if place is not None]
     if missing := [word for word, place in places.items() if place is None]:
         have = ", ".join(n for n, _ in layer.named_children()) or "none"
@@ -164,9 +179,10 @@ def projections(model: nn.Module, name: str, number: int) -> Projections:
             f"children are: {have}"
         )
     q, k, v, o = (getattr(*place) for place in found)
-    config = getattr(layer, "config", None) or getattr(model, "config", None)
     heads, width = head_width(layer, config)
     q_rows, k_rows, v_rows, o_cols = (_rows(q), _rows(k), _rows(v), _columns(o))
+    if rows:
+        q_rows, k_rows, v_rows = (rows[letter].stop - rows[letter].start for letter in "qkv")
     if width is None and heads:
         width = q_rows // heads
     if not width or q_rows % width or k_rows % width:
@@ -175,7 +191,20 @@ def projections(model: nn.Module, name: str, number: int) -> Projections:
     if v_rows % kv_heads or o_cols % heads or heads % kv_heads:
         raise RefusedModel(f"{name} ({type(layer).__name__}): its projections do not divide into {heads} heads")
     size = Layer(number, heads, kv_heads, width, v_rows // kv_heads, _columns(q))
-    return Projections(found[0], found[1], found[2], found[3], size)
+    return Projections(found[0], found[1], found[2], found[3], size, rows)
+
+
+def _fused(layer: nn.Module, config: object) -> tuple[tuple[nn.Module, str], dict[str, slice]] | None:
+    """The child that maps to queries, keys and values, if it is known how, and the rows of each."""
+    kind: Any = type(layer)
+    place, (heads, width) = _child(layer, FUSED), head_width(layer, config)
+    if place is None or FUSED[place[1]] not in own_source(kind) or not heads or not width:
+        return None
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    q, k, v = (width * count for count in (heads, heads + groups, heads + 2 * groups))
+    if _rows(getattr(*place)) != v:  # one of cross-attention makes no queries
+        return None
+    return place, {"q": slice(0, q), "k": slice(q, k), "v": slice(k, v)}
 
 
 def _rows(linear: Any) -> int:

@@ -30,7 +30,8 @@ def read_weights(p: Projections) -> HeadWeights:
     def rows(letter: str, heads: int, width: int) -> tuple[Tensor, Tensor | None]:
         linear = p.module(letter)
         bias = _bias(linear)
-        matrix = _matrix(linear).reshape(heads, width, -1).clone()
+        bias = None if bias is None else p.own(letter, bias)
+        matrix = p.own(letter, _matrix(linear)).reshape(heads, width, -1).clone()
         return matrix, None if bias is None else bias.reshape(heads, width)
 
     q, q_bias = rows("q", h, d)
@@ -48,6 +49,11 @@ def write_weights(layer: nn.Module, p: Projections, new: HeadWeights) -> None:
             f"{p.size.heads // p.size.kv_heads}; drop whole groups with keep_groups()"
         )
     if new.heads != p.size.heads:
+        if p.rows:
+            name = type(layer).__name__
+            raise RefusedModel(
+                f"{name} maps to queries, keys and values at once; its heads can be silenced, not dropped"
+            )
         _require_free_heads(layer, p)
     parts = {
         "q": (new.q.flatten(0, 1), new.q_bias), "k": (new.k.flatten(0, 1), new.k_bias),
@@ -80,10 +86,11 @@ def _require_free_heads(layer: nn.Module, p: Projections) -> None:
 
 def _fill(p: Projections, letter: str, matrix: Tensor, bias: Tensor | None) -> None:
     linear: Any = p.module(letter)
-    weight = matrix.T if transposed(linear) else matrix
-    if weight.shape == linear.weight.shape:
-        linear.weight.copy_(weight)
+    mine = p.own(letter, linear.weight.T if transposed(linear) else linear.weight)
+    if matrix.shape == mine.shape:
+        mine.copy_(matrix)
     else:
+        weight = matrix.T if transposed(linear) else matrix
         linear.weight = nn.Parameter(weight.contiguous().clone(), requires_grad=linear.weight.requires_grad)
         if isinstance(linear, nn.Linear):
             linear.out_features, linear.in_features = matrix.shape
@@ -93,8 +100,9 @@ def _fill(p: Projections, letter: str, matrix: Tensor, bias: Tensor | None) -> N
     if have is None and bias is not None and bool(bias.any()):
         raise RefusedModel(f"the {letter} projection, a {type(linear).__name__}, has no bias, which the edit needs")
     if bias is not None and have is not None:
-        if have.shape == bias.flatten().shape:
-            have.copy_(bias.flatten())
+        mine = p.own(letter, have)
+        if mine.shape == bias.flatten().shape:
+            mine.copy_(bias.flatten())
         else:
             linear.bias = nn.Parameter(bias.flatten().clone(), requires_grad=have.requires_grad)
 

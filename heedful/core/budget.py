@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from heedful.core.call import Call, Entries
 from heedful.core.errors import FieldError
@@ -53,6 +54,19 @@ def newest(entries: Entries, call: Call, count: Tensor | int) -> Tensor:
     """Which entries `[b|1 g|1 k]` are among the last `count [b|1 1 1]` tokens of their text."""
     age = _end(call) - entries.places.position
     return (age >= 0) & (age < count)
+
+
+def added_up(name: str, given: Tensor, entries: Entries, keep: Tensor | float = 1.0) -> Tensor:
+    """What each entry was given `[b g k]`, on top of the share `keep [b|1 1 1]` of what earlier calls gave it.
+
+    The sums are notes of that name, by index: nothing moves when entries go, and a fresh one begins with nothing,
+    whoever had its index before.
+    """
+    index = entries.places.index.expand(given.shape)
+    seen = int(index.max()) + 1
+    before = keep * entries.notes.get(name, given[..., :0])[..., : seen - entries.fresh]
+    entries.notes[name] = pad(before, (0, seen - before.shape[-1])).scatter_add(-1, index, given)
+    return entries.notes[name].gather(-1, index)
 
 
 def keep_best(score: Tensor, entries: Entries, most: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,14 @@ def test_the_cache_holds_what_the_next_token_may_see() -> None:
     entries = Entries(torch.randn(1, 2, N, 8), torch.randn(1, 2, N, 8), Places.row(0, N), N)
     kept = DuoAttention(0.5, 2, 4, ONE).forget(entries, call)
     assert kept[0].tolist() == [[True] * N, [_sees(N, k, 2) for k in range(N)]]
+
+
+def test_a_text_padded_on_the_right_keeps_its_own_end() -> None:
+    text = torch.arange(N)[None] < torch.tensor([[N], [12]])
+    entries = Entries(torch.randn(2, 2, N, 8), torch.randn(2, 2, N, 8), Places.row(0, N), N)
+    kept = DuoAttention(0.5, 2, 4, ONE).forget(entries, replace(Bare(text=text).call, depth=1))
+    assert kept[:, 1].tolist() == [[_sees(n, k, 2) and k < n for k in range(N)] for n in (N, 12)]
+    assert bool(kept[:, 0].all())
 
 
 @pytest.mark.parametrize(("share", "want"), [(0.0, [0, 0, 0]), (0.5, [0, 2, 1]), (1.0, [2, 2, 2])])

@@ -30,18 +30,18 @@ def _draw(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
-def _call(queries: Places, keys: Places, query: Tensor, key: Tensor, memory: dict[str, object]) -> Call:
+def _call(queries: Places, keys: Places, query: Tensor, key: Tensor, notes: dict[str, Tensor]) -> Call:
     phase = Phase.DECODE if len(queries) == 1 else Phase.PREFILL
     return Call(
-        0, 1, "layer", 4, 2, queries, keys, D**-0.5, phase=phase, mask=Mask((Causal(),)), memory=memory,
+        0, 1, "layer", 4, 2, queries, keys, D**-0.5, phase=phase, mask=Mask((Causal(),)), notes=notes,
         query=query, key=key,
     )  # fmt: skip
 
 
-def _read(method: RazorAttention, memory: dict[str, object], fresh: int = N) -> tuple[Tensor, Entries]:
+def _read(method: RazorAttention, notes: dict[str, Tensor]) -> tuple[Tensor, Entries]:
     key, value, places = _draw(2, 2, N, D), _draw(2, 2, N, DV, seed=1), Places.row(0, N)
-    entries = Entries(key, value, places, fresh)
-    return method.drop(entries, _call(places, places, _draw(2, 4, N, D), key, memory)), entries
+    entries = Entries(key, value, places, N, notes)
+    return method.drop(entries, _call(places, places, _draw(2, 4, N, D), key, notes)), entries
 
 
 def test_what_stays() -> None:
@@ -58,15 +58,15 @@ def test_what_stays() -> None:
 
 def _after(method: RazorAttention, softcap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """What two new queries get without compensation, with it, and by the formula."""
-    memory: dict[str, object] = {}
-    kept, entries = _read(method, memory)
+    notes: dict[str, Tensor] = {}
+    kept, entries = _read(method, notes)
     query, key, value = _draw(2, 4, 2, D, seed=2), _draw(2, 2, 2, D, seed=3), _draw(2, 2, 2, DV, seed=4)
     order = (~kept).long().argsort(dim=-1, stable=True)[..., : int(kept.sum(-1).amax())]
     valid = torch.cat([kept.gather(-1, order), torch.ones(2, 2, 2, dtype=torch.bool)], -1)
     index = torch.cat([order, torch.tensor([N, N + 1]).expand(2, 2, 2)], -1)
     keys = torch.cat([entries.key.gather(2, order[..., None].expand(*order.shape, D)), key], 2)
     values = torch.cat([entries.value.gather(2, order[..., None].expand(*order.shape, DV)), value], 2)
-    call = _call(Places.row(N, 2), Places(index, index, valid=valid), query, keys, memory)
+    call = _call(Places.row(N, 2), Places(index, index, valid=valid), query, keys, notes)
     call = replace(call, softcap=softcap)
     plain, want = torch.zeros(2, 4, 2, DV), torch.zeros(2, 4, 2, DV)
 
@@ -106,18 +106,15 @@ def test_it_can_be_left_out() -> None:
 
 
 def test_what_is_dropped_later_joins_the_token() -> None:
-    memory: dict[str, object] = {}
-    kept, entries = _read(NOBODY, memory)
+    notes: dict[str, Tensor] = {}
+    kept, entries = _read(NOBODY, notes)
     index = torch.cat([kept[0, 0].nonzero().flatten(), torch.tensor([N])])[None, None]
     keys = torch.cat([entries.key[:, :, kept[0, 0]], _draw(2, 2, 1, D, seed=2)], 2)
     places = Places(index, index)
-    call = _call(Places.row(N, 1), places, _draw(2, 4, 1, D), keys, memory)
-    NOBODY.drop(Entries(keys, keys[..., :DV], places, 1), call)
-    count, key, _ = memory["dropped"]
-    assert torch.equal(count, torch.full((2, 2, 1, 1), N - 4))
-    assert close(key, _draw(2, 2, N, D)[:, :, 2 : N - 2].sum(2, keepdim=True))
-    _read(NOBODY, memory)
-    assert torch.equal(memory["dropped"][0], torch.full((2, 2, 1, 1), N - 5))
+    call = _call(Places.row(N, 1), places, _draw(2, 4, 1, D), keys, notes)
+    NOBODY.drop(Entries(keys, keys[..., :DV], places, 1, notes), call)
+    assert torch.equal(notes["count"], torch.full((2, 2, 1, 1), N - 4))
+    assert close(notes["key"], _draw(2, 2, N, D)[:, :, 2 : N - 2].sum(2, keepdim=True))
 
 
 @pytest.mark.parametrize("induction", [0.0, 0.5])
@@ -136,15 +133,48 @@ def test_a_cache_from_which_nothing_was_dropped_gets_no_token(induction: float) 
     assert torch.equal(found[1], found[0])
 
 
-def test_a_copy_from_which_more_was_dropped_since_is_refused() -> None:
+def test_a_copy_of_a_cache_has_a_token_of_its_own() -> None:
     model = models.tiny("llama")
     ids = models.tiny_inputs(model, length=20)["input_ids"]
     method = RazorAttention(budget=6, least=1, sinks=1, induction=0.5, echo=0.0, seed=3)
     with torch.no_grad(), attach(model, method) as run:
         prefix = run(input_ids=ids[:, :9], use_cache=True).past_key_values
-        _pieces(run, ids[:, 9:], [4], past=copy.deepcopy(prefix))
-        with pytest.raises(SiteError, match=r"run\.forget\(\)"):
-            _pieces(run, ids[:, 9:], [], past=prefix)
+        first = _pieces(run, ids[:, 9:], [4], past=copy.deepcopy(prefix))
+        assert torch.equal(_pieces(run, ids[:, 9:], [4], past=prefix), first)
+
+
+def test_beams_that_change_places_take_their_token_along() -> None:
+    model = models.tiny("llama")
+    ids = models.tiny_inputs(model, length=20)["input_ids"]
+    method = RazorAttention(budget=6, least=1, sinks=1, induction=0.5, echo=0.0, seed=3)
+    with torch.no_grad(), attach(model, method) as run:
+        cache = run(input_ids=ids[:, :15], use_cache=True).past_key_values
+        want = _pieces(run, ids[:, 15:], [1, 2], past=copy.deepcopy(cache))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        found = _pieces(run, ids[:, 15:].flip(0), [1, 2], past=cache)
+    assert close_model(found.flip(0), want)
+
+
+def test_a_text_padded_on_the_right_goes_on_as_alone() -> None:
+    """A text of 12 tokens in a row of 16: what follows sees its newest ones, its token, and nothing of the padding."""
+    model = models.tiny("llama")
+    ids = models.tiny_inputs(model, length=20)["input_ids"]
+    mask, places = torch.ones(2, 20, dtype=torch.long), torch.arange(20).expand(2, -1).clone()
+    mask[1, 12:16] = 0
+    places[1, 16:] = torch.arange(12, 16)
+    alone = torch.cat([ids[1:, :12], ids[1:, 16:]], 1)
+    method = RazorAttention(budget=0.25, least=1, sinks=1, induction=0.5, echo=0.0, seed=3)
+    with torch.no_grad(), attach(model, method) as run:
+        past = run(input_ids=ids[:, :16], attention_mask=mask[:, :16], use_cache=True).past_key_values
+        counts = [past.layers[0].notes[0]["count"].flatten(1).tolist()]
+        inputs = dict(input_ids=ids[:, 16:], attention_mask=mask, position_ids=places[:, 16:])
+        both = run(**inputs, past_key_values=past).logits[1:]
+        past = run(input_ids=alone[:, :12], use_cache=True).past_key_values
+        counts.append(past.layers[0].notes[0]["count"].flatten(1).tolist())
+        want = run(input_ids=alone[:, 12:], past_key_values=past).logits
+    assert counts[0][1] == counts[1][0]
+    assert set(counts[1][0]) == {0, 12 - 1 - 3}
+    assert close_model(both, want)
 
 
 def _pieces(

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from heedful import attach
+from heedful.adapters.kvcache import cache_bytes
+from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call, Entries
 from heedful.core.errors import FieldError
+from heedful.core.mask import Causal, Mask, Padding
 from heedful.core.places import Places
 from heedful.methods.sparse.snap_kv import SnapKV
 from heedful.tiny import tiny
@@ -79,34 +82,48 @@ def test_a_budget_below_the_window_keeps_the_newest() -> None:
     assert kept[0, 0].nonzero().flatten().tolist() == [N - 2, N - 1]
 
 
-@torch.no_grad()
-def test_chunks_vote_as_one_prompt() -> None:
-    """The window reaches back into earlier calls."""
-    model, ids = tiny("llama", num_hidden_layers=1), torch.arange(3, 35).view(2, 16)
-    found = []
-    for cuts in ((16,), (14, 16), (13, 14, 15, 16)):
-        # the first chunks fit: only the last call has anything to drop
-        with attach(model, SnapKV(15, window=4, kernel=3)) as run:
-            cache, start = None, 0
-            for stop in cuts:
-                cache = run(input_ids=ids[:, start:stop], past_key_values=cache).past_key_values
-                start = stop
-        found.append(cache.layers[0].index)
-        assert cache.layers[0].notes[0]["queries"].shape[2] == 4
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+def test_padding_on_the_right_has_no_vote() -> None:
+    """A text that ends before its row does votes with its own last queries, as it does alone."""
+    method, n = SnapKV(6, 3, 3), 11
+    query, key = draw(4, 2), draw(2, 3)
+    text = torch.arange(N) < torch.tensor([[N], [n]])
+    places = Places.row(0, N)
+    queries = Places.row(0, N, valid=text[:, None])
+    call = Call(0, 1, "layer", 4, 2, queries, places, SCALE, query=query, mask=Mask((Causal(), Padding(text))))
+    kept = method.snap(Entries(key, key, places, N, live=text[:, None]), call)
+    part = Places.row(0, n)
+    alone = Call(0, 1, "layer", 4, 2, part, part, SCALE, query=query[1:, :, :n])
+    want = method.snap(Entries(key[1:, :, :n], key[1:, :, :n], part, n), alone)
+    assert torch.equal(kept[1, :, :n], want[0])
+    assert not kept[1, :, n:].any()
 
 
-@pytest.mark.filterwarnings("ignore:this run changed nothing")
 @torch.no_grad()
-def test_queries_that_were_cropped_vote_no_more() -> None:
+def test_later_votes_join_earlier_ones_which_fade() -> None:
+    """After a prompt, single tokens and a piece as long as the window: the authors' votes, faded and added."""
     model, ids = tiny("llama", num_hidden_layers=1), torch.arange(3, 35).view(2, 16)
-    with attach(model, SnapKV(16, window=6, kernel=3)) as run:
-        cache = run(input_ids=ids[:, :9]).past_key_values
-        cache = run(input_ids=ids[:, 9:13].flip(1), past_key_values=cache).past_key_values
-        cache.crop(-3)
-        cache = run(input_ids=ids[:, 10:12], past_key_values=cache).past_key_values
-    assert cache.layers[0].notes[0]["position"].tolist() == 2 * [[[9, -1, -1, -1, 10, 11]]]
+    window, stops = 3, (9, 10, 11, 16)
+    with attach(model, SnapKV(15, window=window, kernel=3), backend="reference") as run:
+        cache, want, start = None, torch.zeros(2, 2, 0), 0
+        for stop in stops:
+            out = run(input_ids=ids[:, start:stop], past_key_values=cache, output_attentions=True)
+            cache, new = out.past_key_values, min(window, stop - start)
+            given = out.attentions[0][:, :, -new:].sum(2).unflatten(1, (2, -1)).sum(2)
+            want = torch.nn.functional.pad(want * (1 - new / window), (0, stop - start)) + given
+            start = stop
+            assert close_model(cache.layers[0].notes[0]["votes"], want)
+    assert cache.layers[0].keys.shape[2] == 15
+
+
+@torch.no_grad()
+def test_the_budget_holds_what_it_says() -> None:
+    """Notes are part of the cache, and next to nothing of it."""
+    model, ids = tiny("llama", head_dim=64), torch.arange(400).remainder(97)[None]
+    with attach(model, SnapKV(0.25)) as run:
+        cache = run(input_ids=ids).past_key_values
+    whole = cache_bytes(model(input_ids=ids).past_key_values)
+    assert cache.layers[0].keys.shape[2] == 100
+    assert 0.25 < cache_bytes(cache) / whole < 0.27  # a number for each token, an index for each entry
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heedful.core.budget import newest
 from heedful.core.call import Call, Entries
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
@@ -85,9 +86,8 @@ class DuoAttention(Method):
 
     @at(Site.CACHE)
     def forget(self, entries: Entries, call: Call) -> Tensor:
-        position = entries.places.position
-        next_query = call.q_pos.amax((-2, -1), keepdim=True) + 1
-        keep = (position < self.sinks) | (next_query - position < self.window)
+        # the next query will see one more: itself
+        keep = (entries.places.position < self.sinks) | newest(entries, call, self.window - 1)
         return entries.valid & (keep | self.retrieving(call)[:, None].to(keep.device))
 
     def retrieving(self, call: Call) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.core.budget import Budget, keep_best, newest, require_budget, room, room_for
+from heedful.core.budget import Budget, added_up, keep_best, newest, require_budget, room, room_for
 from heedful.core.call import Call, Entries
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
@@ -59,15 +59,10 @@ class HeavyHitter(Method):
     @at(Site.CACHE)
     def keep_heavy(self, entries: Entries, call: Call) -> Tensor:
         given = call.memory.pop("received").unflatten(1, (call.kv_heads, -1)).sum(2)
-        # by index, so that nothing moves when entries go; a fresh one has nothing, whoever had its index before
-        index = entries.places.index.expand(given.shape)
-        seen = int(index.max()) + 1
-        before = entries.notes.get("received", given[..., :0])[..., : seen - entries.fresh]
-        total = torch.nn.functional.pad(before, (0, seen - before.shape[-1])).scatter_add(-1, index, given)
-        entries.notes["received"] = total
+        total = added_up("received", given, entries)
         most = room(self.budget, call)
         last = newest(entries, call, (self.recent * most).floor())
-        return keep_best(total.gather(-1, index).masked_fill(last, torch.inf), entries, most)
+        return keep_best(total.masked_fill(last, torch.inf), entries, most)
 
 
 if __name__ == "__main__":

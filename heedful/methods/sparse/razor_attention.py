@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heedful.core.budget import Budget, require_budget, room
+from heedful.core.budget import Budget, newest, require_budget, room
 from heedful.core.call import Call, Entries
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.fitted import Fitted
@@ -21,6 +21,7 @@ from heedful.core.stats import Statistic, Sum
 from heedful.core.summary import Summary, sums
 from heedful.methods.sparse._fits import among_best
 
+DROPPED = ("count", "key", "value")  # notes of what went: how much [b g 1 1], and its sums [b g 1 d] and [b g 1 v]
 ROWS = 256  # queries whose scores are held at once
 
 
@@ -43,8 +44,6 @@ class RazorAttention(Method):
             "The first token never counts as a copy, since many heads park on it.",
             "The compensation token is added to what a head gives out: exp(q k) N stands beside the sum of the kept "
             "keys' exponents, as in the paper, but biases and sink logits that a model adds to its scores do not.",
-            "What was dropped is remembered by the run, for one cache at a time, with run.forget() between: beams that "
-            "change places, and a cache that another run made, are not followed.",
             "Only rotary models' rule is here; for ALiBi the paper draws each head's reach from its slope.",
         ),
     )
@@ -107,17 +106,15 @@ class RazorAttention(Method):
 
     @at(Site.HEADS)
     def compensate(self, heads: Tensor, call: Call) -> Tensor:
-        held = call.memory.get("dropped")
-        if not self.compensation or held is None or len(call.keys) == len(call.queries) or call.cross:
+        if not self.compensation or "count" not in call.notes or call.cross:
             return heads
         if call.query is None or call.key is None:
             raise SiteError(f"{self!r}, layer {call.layer}: HEADS comes without the call's queries and keys")
-        count, key, value = held  # [b g 1 1], [b g 1 d], [b g 1 v]
+        count, key, value = (call.notes[name] for name in DROPPED)
         missing = self._missing(call.keys, call)
-        # nothing is missing from heads that .on() spared, nor from a cache that is new
-        if len(count) != len(heads) or bool(((missing != count) & (missing > 0)).any()):
+        if bool(((missing != count) & (missing > 0)).any()):  # nothing is missing from heads that .on() spared
             rule = "the cache holds other entries than this method left there; use no other method that drops entries"
-            raise SiteError(f"{self!r}, layer {call.layer}: {rule}, and one cache at a time, with run.forget() between")
+            raise SiteError(f"{self!r}, layer {call.layer}: {rule}, and crop no more than the newest")
         count = count.where(missing > 0, 0)
         count, key, value = (call.spread(x) for x in (count.float(), key, value))
         keys = call.spread(call.key.float())
@@ -141,7 +138,10 @@ class RazorAttention(Method):
         there = keys.position >= 0
         there = there if keys.valid is None else there & keys.valid
         seen = call.q_pos.amax(-1, keepdim=True) + 1
-        return (seen - there.sum(-1, keepdim=True)).clamp(min=0)[..., None]  # a row of padding ends below 0
+        if (padding := call.mask.padding) is not None:
+            there = there & padding.at(keys.index)
+            seen = padding.text[:, None, : int(call.queries.index.max()) + 1].sum(-1, keepdim=True)
+        return (seen - there.sum(-1, keepdim=True))[..., None]
 
     @staticmethod
     def _capped(scores: Tensor, call: Call) -> Tensor:
@@ -150,18 +150,13 @@ class RazorAttention(Method):
 
     @at(Site.CACHE)
     def drop(self, entries: Entries, call: Call) -> Tensor:
-        position = entries.places.position
-        most = room(self.budget, call).clamp(min=self.least)
-        recent = call.q_pos.amax((-2, -1), keepdim=True) - position < most
-        keep = recent | (position < self.sinks) | self.retrieving(call)[:, None].to(recent.device)
-        gone = (entries.valid & ~keep)[..., None]
-        count = gone.sum(-2, keepdim=True)
-        key, value = ((x.float() * gone).sum(-2, keepdim=True) for x in (entries.key, entries.value))
-        before = call.memory.get("dropped")
-        if before is not None and len(before[0]) == len(count):
-            ours = self._missing(entries.places, call) == before[0]  # elsewhere a cache came that is not this one
-            count, key, value = (a + b.where(ours, 0) for a, b in zip((count, key, value), before, strict=True))
-        call.memory["dropped"] = (count, key, value)
+        recent = newest(entries, call, room(self.budget, call).clamp(min=self.least))
+        first = entries.places.position < self.sinks
+        keep = recent | first | self.retrieving(call)[:, None].to(recent.device)
+        gone = (entries.text & ~keep)[..., None]
+        new = (gone, *(x.float() * gone for x in (entries.key, entries.value)))
+        for name, x in zip(DROPPED, new, strict=True):
+            entries.notes[name] = x.sum(-2, keepdim=True) + entries.notes.get(name, 0)
         return entries.valid & keep
 
 

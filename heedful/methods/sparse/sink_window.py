@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from heedful.core.budget import newest
 from heedful.core.call import Call, Entries
 from heedful.core.errors import FieldError
 from heedful.core.mask import First, Mask, Window
@@ -57,9 +58,8 @@ class SinkWindow(Method):
 
     @at(Site.CACHE)
     def forget_the_middle(self, entries: Entries, call: Call) -> Tensor:
-        position = entries.places.position
-        next_query = call.q_pos.amax(-1, keepdim=True) + 1
-        keep = (position < self.sinks) | (next_query - position < self.window)
+        # the next query will see one more: itself
+        keep = (entries.places.position < self.sinks) | newest(entries, call, self.window - 1)
         return entries.valid & keep
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from heedful.core.budget import Budget, keep_best, newest, require_budget, room, room_for
+from heedful.core.budget import Budget, added_up, keep_best, newest, require_budget, room, room_for
 from heedful.core.call import Call, Entries
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
@@ -31,8 +31,10 @@ class SnapKV(Method):
         "2404.14469",
         "NeurIPS 2024",
         differs=(
-            "The authors cut the prompt once; here the last w queries vote again when decoding outgrows the budget, "
-            "which costs w queries instead of one. SnapKV(...).when('prefill') is the authors' way.",
+            "The authors cut the prompt once; here later tokens vote too, so that decoding stays within the budget: "
+            "each adds its query's votes, and what was voted before fades by a factor of 1 - 1/w. "
+            "SnapKV(...).when('prefill') is the authors' way.",
+            "Votes of tokens that are cropped later, as in assisted decoding, fade like the others.",
             "A group of query heads votes as one; the authors' code keeps a cache for each query head.",
             "Votes know of causality, padding and a soft cap; of narrower masks, biases and learned sinks they do not.",
         ),
@@ -65,27 +67,28 @@ class SnapKV(Method):
 
     @at(Site.CACHE)
     def snap(self, entries: Entries, call: Call) -> Tensor:
-        queries, position = self._window(entries, call)
+        queries, position = self._last(call)
+        new = (position >= 0).sum(-1, keepdim=True)
+        votes = added_up("votes", _votes(queries, position, entries, call), entries, 1 - new / self.window)
         most = room(self.budget, call)
         if len(entries.places) <= int(most.min()):
             return entries.valid
         last = newest(entries, call, most.clamp(max=self.window))
-        votes = _votes(queries, position, entries, call).masked_fill(last, 0.0)
         index = entries.places.index.expand(votes.shape)
-        in_text = votes.new_zeros(*votes.shape[:2], int(index.max()) + 1).scatter_add(-1, index, votes)
+        in_text = votes.new_zeros(*votes.shape[:2], int(index.max()) + 1)
+        in_text.scatter_add_(-1, index, votes.masked_fill(last, 0.0))
         pooled = POOLS[self.pool](in_text, self.kernel, 1, self.kernel // 2)
         return keep_best(pooled.gather(-1, index).masked_fill(last, torch.inf), entries, most)
 
-    def _window(self, entries: Entries, call: Call) -> tuple[Tensor, Tensor]:
-        """The last queries of the text `[b h w d]` and where they stand `[b 1 w]`, -1 for no text."""
+    def _last(self, call: Call) -> tuple[Tensor, Tensor]:
+        """The call's last queries of each text `[b h w d]` and where they stand `[b 1 w]`, -1 for no text."""
         query = cast(Tensor, call.query)
+        back = torch.arange(min(self.window, len(call.queries)) - 1, -1, -1, device=query.device)
+        rows = (call.last[..., None] - back).expand(len(query), 1, -1)
         place = call.q_pos.masked_fill(~call.live, -1).expand(len(query), 1, -1)
-        queries, position = (entries.notes.get(n, x[:, :, :0]) for n, x in (("queries", query), ("position", place)))
-        start = place.masked_fill(place < 0, 1 << 30).amin(-1, keepdim=True)
-        position = position.masked_fill(position >= start, -1)  # cropped since, as where tokens were only tried
-        for name, old, new in (("queries", queries, query), ("position", position, place)):
-            entries.notes[name] = torch.cat([old, new], 2)[:, :, -self.window :].clone()
-        return entries.notes["queries"], entries.notes["position"]
+        position = place.gather(2, rows.clamp(min=0)).masked_fill(rows < 0, -1)
+        index = rows.clamp(min=0)[..., None].expand(-1, query.shape[1], -1, query.shape[3])
+        return query.gather(2, index), position
 
 
 def _votes(queries: Tensor, position: Tensor, entries: Entries, call: Call) -> Tensor:
@@ -96,7 +99,7 @@ def _votes(queries: Tensor, position: Tensor, entries: Entries, call: Call) -> T
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     place = entries.places.position[:, :, None, :]
-    seen = (place >= 0) & (place <= position[..., None]) & entries.valid[:, :, None]
+    seen = entries.text[:, :, None] & (place <= position[..., None])
     weights = scores.masked_fill(~seen[:, :, None], torch.finfo(scores.dtype).min).softmax(-1)
     return weights.masked_fill(~seen[:, :, None], 0.0).sum((2, 3))
 

@@ -1,0 +1,54 @@
+"""SinkWindow: what its cache holds, and that it is what its mask lets the next token see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from heedful import attach
+from heedful.conformance.tolerances import close_model
+from heedful.methods.sparse.sink_window import SinkWindow
+from heedful.tiny import tiny
+
+IDS = torch.arange(3, 43).view(2, 20)
+METHOD = SinkWindow(sinks=2, window=4)
+
+
+@torch.no_grad()
+def read(text: Tensor, ids: Tensor, chunks: tuple[int, ...]) -> tuple[Any, list[list[int]]]:
+    """The cache after these chunks, and the indices of text that it holds of each row."""
+    model, cache, start = tiny("llama"), DynamicCache(), 0
+    with attach(model, METHOD) as run:
+        for stop in chunks:
+            run(ids[:, start:stop], attention_mask=text[:, :stop].long(), past_key_values=cache)
+            start = stop
+    layer = cache.layers[0]
+    held = [layer.index[row, 0][layer.valid[row, 0]].tolist() for row in range(len(ids))]
+    return cache, [[i for i in row if text[n, i]] for n, row in enumerate(held)]
+
+
+@pytest.mark.parametrize("chunks", [(20,), (8, 20), (12, 20), (3, 4, 18, 20)])
+def test_a_text_padded_on_the_right_keeps_its_own_end(chunks: tuple[int, ...]) -> None:
+    text = torch.arange(20)[None] < torch.tensor([[20], [12]])
+    cache, held = read(text, IDS, chunks)
+    assert held == [[0, 1, 17, 18, 19], [0, 1, 9, 10, 11]]
+    assert cache.layers[0].counts == [5, 5, 5, 5], "no padding is held"
+
+
+def test_a_text_padded_on_the_left_keeps_the_same() -> None:
+    text = torch.arange(20)[None] >= torch.tensor([[0], [8]])
+    assert read(text, IDS, (20,))[1] == [[0, 1, 17, 18, 19], [8, 9, 17, 18, 19]]
+
+
+@torch.no_grad()
+def test_a_step_after_the_cut_is_a_row_of_the_masked_prompt() -> None:
+    with attach(tiny("llama"), METHOD) as run:
+        whole = run(IDS, use_cache=False).logits
+        cache = run(IDS[:, :17]).past_key_values
+        steps = [run(IDS[:, i : i + 1], past_key_values=cache).logits for i in range(17, 20)]
+    assert close_model(torch.cat(steps, 1), whole[:, 17:])
+    assert cache.layers[0].keys.shape[2] == METHOD.declares(20)["kept"]
