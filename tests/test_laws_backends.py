@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch import Tensor
 
 from heedful import check
 from heedful.conformance.call_laws import backends_agree, masked_rows
@@ -26,6 +27,21 @@ class Odd(Method):
     @at(Site.MASK)
     def thin(self, mask: Mask, call: Call) -> Mask:
         return mask & Where(lambda q, k: k % 2 == 0)
+
+
+class Late(Method):
+    """Goes by the size of the tile, from the second layer on."""
+
+    paper = PAPER
+
+    @at(Site.SCORES)
+    def scale(self, scores: Tensor, call: Call) -> Tensor:
+        return scores * scores.shape[-2] if call.layer else scores
+
+
+def test_what_a_method_does_after_the_first_layer_is_tried_too() -> None:
+    report = check(Late(), only=("any_tile", "backends_agree"))
+    assert {law.outcome for law in report.verdicts} == {"broken"}
 
 
 @pytest.mark.parametrize("backend", ["native", "sdpa", "tiled"])

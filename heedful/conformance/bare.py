@@ -1,10 +1,10 @@
-"""One attention call without a model: random queries, keys and values through the engine's own stages."""
+"""Attention calls without a model: random queries, keys and values through the engine's own stages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ class Bare:
     dtype: torch.dtype = torch.float32
     text: Tensor | None = None  # [b, k], False for padding
     rules: tuple[Rule, ...] | None = None
+    depth: int = 1  # layers, all of the same tensors
 
     def __post_init__(self) -> None:
         s = self.shape
@@ -81,21 +82,19 @@ class Bare:
         queries = Places.row(s.k - s.q, s.q, pad=pad, valid=live)
         phase = Phase.DECODE if s.q == 1 and s.k > 1 else Phase.PREFILL
         self.call = Call(
-            0, 1, "bare", s.h, s.g, queries, Places.row(0, s.k, pad=pad), s.d**-0.5, phase=phase, roles=ROLES,
+            0, self.depth, "bare", s.h, s.g, queries, Places.row(0, s.k, pad=pad), s.d**-0.5, phase=phase, roles=ROLES,
             hidden=self.hidden, mask=Mask(rules if self.rules is None else self.rules),
         )  # fmt: skip
 
     def run(
         self, method: Method, backend: str, tile_rows: int | None = None, params: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Statistic]]:
-        """Heads `[b h q d]`, and what the method's readers found."""
+        """Heads `[b h q d]` of all layers, one after another, and what the method's readers found in each."""
         stack = Stack((method,))
         book = Book(stack)
         book.new_forward()
         if params is None:
             params = parameters(method, self.shape.layer, self.dtype)
-        book.params[0, 0] = params
-        plan = book.plan(0, self.call.phase)
         chosen = Tiled(tile_rows) if backend == "tiled" else BACKENDS[backend]
 
         def choose(needs: Needs) -> Backend:
@@ -103,9 +102,13 @@ class Bare:
                 raise Refused(f"{backend}: " + "; ".join(reasons))
             return chosen
 
-        heads, _, _ = attend(Job(plan, book, self.call), self.q, self.k, self.v, choose)
-        book.close_call(plan, self.call)
-        return heads, {name: stat for (_, name, _), stat in book.statistics.items()}
+        heads = []
+        for layer in range(self.depth):
+            call, plan = replace(self.call, layer=layer), book.plan(layer, self.call.phase)
+            book.params[0, layer] = params
+            heads.append(attend(Job(plan, book, call), self.q, self.k, self.v, choose)[0])
+            book.close_call(plan, call)
+        return torch.cat(heads, 1), {f"{name}, layer {n}": stat for (_, name, n), stat in book.statistics.items()}
 
 
 def parameters(method: Method, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:

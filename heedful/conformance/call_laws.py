@@ -7,6 +7,7 @@ import itertools
 import pickle
 import tempfile
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from heedful.core.sites import HEADLESS_SITES, Site
 from heedful.core.stats import Cat, Statistic, load, save
 from heedful.engine.backends import BACKENDS
 
+TwoLayers = partial(Bare, depth=2)  # what a method does may begin after the first
 SHAPES = {
     "MHA": Shape(g=4),
     "GQA": Shape(),
@@ -47,7 +49,7 @@ def _may_pass(method: Method, backend: str) -> bool:
 @law("the tensors handed to a method are as they were afterwards")
 def hands_off(method: Method) -> None:
     _inside(method)
-    bare = Bare()
+    bare = TwoLayers()
     given = {"query": bare.q, "key": bare.k, "value": bare.v, "hidden": bare.hidden}
     before = {name: x.clone() for name, x in given.items()}
     bare.run(method, serving(method)[-1])
@@ -60,7 +62,7 @@ def hands_off(method: Method) -> None:
 def any_shape(method: Method) -> None:
     _inside(method)
     for name, shape in SHAPES.items():
-        heads, _ = Bare(shape).run(method, serving(method)[-1])
+        heads, _ = TwoLayers(shape).run(method, serving(method)[-1])
         if not bool(heads.isfinite().all()):
             raise Broken(f"{name}: the output is not finite")
 
@@ -70,7 +72,7 @@ def any_tile(method: Method) -> None:
     _inside(method)
     if "tiled" not in serving(method):
         raise DoesNotApply("needs the whole map at once")
-    bare = Bare()
+    bare = TwoLayers()
     whole, told = bare.run(method, "tiled", tile_rows=64)
     for rows in (1, 5, 19):
         heads, parts = bare.run(method, "tiled", tile_rows=rows)
@@ -92,7 +94,7 @@ def masked_rows(method: Method) -> None:
     text = torch.ones(2, 19, dtype=torch.bool)
     text[1, :6] = False
     mixes = any(e.site is Site.MIX for e in method.edits)
-    bare = Bare(text=text) if mixes else Bare(rules=(Causal(), Dense(table)))
+    bare = TwoLayers(text=text) if mixes else TwoLayers(rules=(Causal(), Dense(table)))
     if mixes:
         blind = ~text
     for backend in serving(method):
@@ -114,7 +116,7 @@ def causal(method: Method) -> None:
     _inside(method)
     if not method.causal:
         raise DoesNotApply("does not claim to be causal")
-    bare = Bare()
+    bare = TwoLayers()
     before, _ = bare.run(method, serving(method)[-1])
     cut = 11
     for name in ("q", "k", "v"):
@@ -148,14 +150,14 @@ def backends_agree(method: Method) -> None:
     text = torch.ones(2, 19, dtype=torch.bool)
     text[0, :4] = False
     with poisoned():
-        exact, exact_grads = _gradients(method, Bare(text=text, dtype=torch.float64), "reference")
-        eager, eager_grads = _gradients(method, Bare(text=text), "reference")
+        exact, exact_grads = _gradients(method, TwoLayers(text=text, dtype=torch.float64), "reference")
+        eager, eager_grads = _gradients(method, TwoLayers(text=text), "reference")
         live = text[:, None, :, None].expand_as(eager)
         if not bool(eager[live].isfinite().all()):
             raise Broken("reference: reads memory that nobody wrote, or makes NaN")
         for name in serving(method):
             try:
-                found, grads = _gradients(method, Bare(text=text), name)
+                found, grads = _gradients(method, TwoLayers(text=text), name)
             except Refused:
                 if not _may_pass(method, name):
                     raise
@@ -205,7 +207,7 @@ def statistics(method: Method) -> None:
     backend = serving(method)[-1]
     found: list[dict[str, Statistic]] = []
     for seed, n in enumerate((19, 7, 12)):
-        bare = Bare(Shape(q=n, k=n), seed=seed)
+        bare = TwoLayers(Shape(q=n, k=n), seed=seed)
         object.__setattr__(bare.call, "forward", seed)
         found.append(bare.run(method, backend)[1])
     for name in found[0]:
@@ -231,9 +233,9 @@ def told_alike(method: Method) -> None:
     padded = torch.ones(2, 19, dtype=torch.bool)
     padded[0, :4] = False
     for text in (None, padded):
-        want = Bare(text=text).run(method, "reference")[1]
+        want = TwoLayers(text=text).run(method, "reference")[1]
         for backend in serving(method):
-            found = Bare(text=text).run(method, backend, tile_rows=7 if backend == "tiled" else None)[1]
+            found = TwoLayers(text=text).run(method, backend, tile_rows=7 if backend == "tiled" else None)[1]
             if set(found) != set(want):
                 raise Broken(f"{backend}: other statistics, {sorted(found)} instead of {sorted(want)}")
             for name, stat in want.items():
@@ -252,11 +254,11 @@ def _close_statistics(a: Statistic, b: Statistic, what: str) -> None:
 
 def _split_is_whole(method: Method, backend: str) -> None:
     """Two texts in one batch tell what they tell one by one."""
-    both = Bare()
+    both = TwoLayers()
     together = both.run(method, backend)[1]
     alone = []
     for row in range(2):
-        one = Bare(Shape(b=1))
+        one = TwoLayers(Shape(b=1))
         one.q, one.k, one.v = (x[row : row + 1] for x in (both.q, both.k, both.v))
         object.__setattr__(one.call, "hidden", both.hidden[row : row + 1])
         alone.append(one.run(method, backend)[1])
