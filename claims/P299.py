@@ -110,7 +110,10 @@ CLAIM = Claim(
     f"edit and strength of a plain steering vector (SteeringVector, layer {LAYER} of 30) set by halving so that each "
     f"moves praise of 8 other things by {SHIFT} nat; loss on neutral text. Beside it: the edit's own vectors added at "
     "every attention block. (Redesigned three times after first results were seen, the last time to take a plain "
-    "steering vector as baseline; the versions before, against the vectors at every block, pointed to the vectors.)",
+    "steering vector as baseline; the versions before, against the vectors at every block, pointed to the vectors. "
+    "Seeds were raised from 3 to 5 then: by the first three alone nothing would be seen. The lowest alpha was best in "
+    "every seed, so a lower one may cost less. The edit is fitted on texts that end in ', truly {}.', the plain vector "
+    "is not.)",
     effect="nats a token that the steering vector loses more on neutral text",
     measure=measure,
     seeds=5,

@@ -66,7 +66,7 @@ class _Bench:
 def still(model: nn.Module) -> Iterator[None]:
     """The model in eval mode and without gradients of its own, for the length of a `with`; then as it was."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    was_training = model.training
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for p, _, _ in before:
@@ -76,7 +76,8 @@ def still(model: nn.Module) -> Iterator[None]:
         for p, required, grad in before:
             p.requires_grad_(required)
             p.grad = grad
-        model.train(was_training)
+        for module, was in training:
+            module.training = was
 
 
 def fit(

@@ -78,9 +78,11 @@ def test_rarer_settings(tiny: None, tmp_path: Path) -> None:
     assert found["facts"]["how"] == {"backend": "'reference'", "only": "'model.layers'"}
     records = [json.loads(x) for x in (tmp_path / "kept" / "records.jsonl").read_text().splitlines()]
     assert {r["seed"] for r in records if r["record"] == "answered"} == {7}
-    told = RUN.invoke(app, [*arguments[:-2], "--turns", "1", "--fit"])
+    arguments[2] = "loki(rank=0.5)"
+    told = RUN.invoke(app, [*arguments[:-2], "--turns", "1", "--fit", "--only", "model.layers.1"])
     assert "tried without a fit" not in told.stderr
     assert json.loads(told.stdout)["costs"]
+    assert not json.loads(told.stdout)["refused"]
 
 
 def test_spans_that_a_task_does_not_mark_are_named(tiny: None) -> None:
@@ -93,7 +95,7 @@ def test_spans_that_a_task_does_not_mark_are_named(tiny: None) -> None:
     assert "PASTA | TempScale was refused on induction: PASTA.role" in told.stdout
     assert "PASTA(role='context') was refused on induction" not in told.stdout
     assert "PASTA(role='context') was refused on loss: PASTA.role = 'context'" in told.stdout
-    assert "no spans at all, as those of other tasks do; for example role='needle'" in told.stdout
+    assert "they mark none; try the needle; for example role='needle'" in told.stdout
 
 
 def test_stopping_says_how_to_go_on(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,44 @@ def test_backends_compute_attention(backend: str, shape: Shape) -> None:
     assert close(run(NOTHING, bare, backend), by_hand(bare).float())
 
 
+class Block(Method):
+    """Hides the first key, as many papers do."""
+
+    paper = PAPER
+    low: float
+
+    @at(Site.SCORES)
+    def block(self, scores: Tensor, call: Call) -> Tensor:
+        return scores.where(call.pairs.k > 0, self.low)
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@pytest.mark.parametrize("low", [-torch.inf, torch.finfo(torch.float32).min])
+def test_an_edit_that_hides_all_that_a_query_may_see_shows_it_nothing_else(backend: str, low: float) -> None:
+    bare = Bare()
+    before = run(Block(low), bare, backend)
+    if low == -torch.inf:
+        assert not before[:, :, 0].any()
+    bare.v[:, :, 3:] += 100
+    assert torch.equal(run(Block(low), bare, backend)[:, :, :3], before[:, :, :3])
+
+
+class Tripled(Method):
+    paper = PAPER
+
+    @at(Site.KEY)
+    def triple(self, k: Tensor, call: Call) -> Tensor:
+        return k.mul_(3)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_change_in_place_is_an_error(mode: type) -> None:
+    with mode():
+        bare = Bare()
+        with pytest.raises(SiteError, match="changed its input in place"):
+            run(Tripled(), bare)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(1, 40), q=st.integers(1, 30), extra=st.integers(0, 10), window=st.integers(1, 12),

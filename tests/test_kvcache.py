@@ -105,7 +105,12 @@ def test_uneven_heads_take_the_memory_of_their_entries() -> None:
 def test_what_comes_later_stands_last_in_every_head() -> None:
     held, _ = uneven()
     new = torch.full((2, 2, 2, 3), 7.0)
+    with pytest.raises(RefusedModel, match=r"unlike numbers of entries.*go on inside a run"):
+        held.update(new, new[..., :2])
+    held.served = True
     keys, values = held.update(new, new[..., :2])
+    assert not held.served
+    assert type(held.keys) is type(held.values) is torch.Tensor
     assert keys.shape == (2, 2, 8, 3)
     assert values.shape == (2, 2, 8, 2)
     assert torch.equal(keys[:, :, -2:], new)
@@ -213,6 +218,7 @@ def test_a_head_that_keeps_nothing() -> None:
     kept[0, 1] = False
     held.keep(kept)
     assert held.counts == [2, 0, 2, 2]
+    held.served = True
     held.update(torch.ones(2, 2, 1, 3), torch.ones(2, 2, 1, 2))
     assert held.index[0, 1].tolist() == [0, 0, 8]
 

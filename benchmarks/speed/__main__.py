@@ -10,8 +10,14 @@ import sys
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed")
     parser.add_argument("what", choices=["attention", "step", "cache", "sparse", "pattern", "model", "peers", "all"])
-    parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 8192], help="lengths for the sparse methods")
-    parser.add_argument("--kernel", type=int, nargs="*", default=[2048, 8192], help="lengths for tables of blocks")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="*",
+        default=[2048, 8192],
+        help="lengths for the sparse methods; none: leave them out",
+    )
+    parser.add_argument("--kernel", type=int, nargs="*", default=[2048, 8192], help="the same for tables of blocks")
     parser.add_argument("--resume", action="store_true", help="take the losses of sparse methods that are recorded")
     parser.add_argument("--quick", action="store_true", help="short inputs and few rounds, as a try")
     given = parser.parse_args()

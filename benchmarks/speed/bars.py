@@ -136,6 +136,7 @@ def _where(row: Row) -> str:
         + (" at " if "shape" in row else "")
         + f"{row['tokens']:,} tokens"
         + (f", {row['best']}, {row['rise']:+.2%} loss" if "best" in row else "")
+        + (f", {row['rise_elsewhere']:+.2%} on the end of these texts" if row.get("rise_elsewhere") is not None else "")
     )
 
 
@@ -231,6 +232,8 @@ def _sparse() -> Iterator[str]:
                 f"| {row['method']} | {row['tokens']:,} | {row['density']:.1%} | {ratio:.2f} "
                 f"| {row['over_density']:.2f} | {row['choosing']:.1%} | {rise} |"
             )
+    yield ""
+    yield found.get("chosen", "")
     yield ""
     yield "The kernel alone on random blocks of 64, a table for each head: time over SDPA (over density x SDPA)."
     yield ""

@@ -55,7 +55,10 @@ def measured(*layers: DynamicLayer) -> int:
 
 
 def attention(held: HeldLayer, q: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Our attention over what a layer holds, from its places to the heads, as a run does it in every layer."""
+    """Our attention over what a layer holds, from its places to the heads, for a text without padding.
+
+    What the adapter does around it (reading the model's arguments, asking what to drop) is not part of it.
+    """
     book = Book(Stack((KNorm(),)))
     book.new_forward()
     queries, mask = Places.row(held.seen, 1), Mask((Causal(),))  # which the layers of a step share
@@ -72,7 +75,7 @@ def attention(held: HeldLayer, q: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 def alone(q: Tensor, held: HeldLayer) -> Callable[[], Tensor]:
     """Attention with nothing around it."""
     attended = attention(held, q)
-    return lambda: attended(held.keys, held.values)
+    return lambda: attended(*held.handed)
 
 
 def whole_step(q: Tensor, layer: DynamicLayer, new: Tensor) -> Callable[[], Tensor]:
@@ -92,6 +95,7 @@ def cut_step(q: Tensor, held: HeldLayer, new: Tensor) -> Callable[[], Tensor]:
     attended = attention(held, q)
 
     def run() -> Tensor:
+        held.served = True
         out = attended(*held.update(new, new))
         held.keep(held.valid & (held.index < held.seen - 1))
         held.seen -= 1

@@ -90,10 +90,11 @@ class Given(Method):
         return mask if self.rule is None else mask & self.rule
 
 
-def text(tokenizer: Any, n: int) -> Tensor:
+def text(tokenizer: Any, n: int, end: bool = False) -> Tensor:
+    """The first tokens of the help texts, or the last."""
     words = " ".join(" ".join(topics[name].split()) for name in sorted(topics))
-    found: Tensor = tokenizer(words[: 12 * n], return_tensors="pt").input_ids[:, :n]
-    return found
+    found: Tensor = tokenizer(words[-12 * n :] if end else words[: 12 * n], return_tensors="pt").input_ids
+    return found[:, -n:] if end else found[:, :n]
 
 
 @torch.no_grad()
@@ -194,7 +195,7 @@ def methods(model: Any, ids: Tensor, rounds: int) -> list[Row]:
 
 def losses(model: Any, ids: Tensor, rows: list[Row], known: list[Row], keep: Callable[[], None]) -> None:
     """Fill in what each method costs, kept after each; what `known` rows of these settings say is taken from them."""
-    taken = {(row["settings"], row["tokens"]): row for row in known if row.get("rise") is not None}
+    taken = {(row.get("settings"), row["tokens"]): row for row in known if row.get("rise") is not None}
     plain = next((row["loss"] for row in taken.values() if row["tokens"] == ids.shape[1]), None)
     plain = loss(model, ids, None)[0] if plain is None else plain
     for row in rows:
@@ -206,6 +207,15 @@ def losses(model: Any, ids: Tensor, rows: list[Row], known: list[Row], keep: Cal
             row |= {name: old[name] for name in ("loss", "rise", "density_model")}
         _tell(row)
         keep()
+
+
+def elsewhere(model: Any, ids: Tensor, rows: list[Row]) -> None:
+    """What the best of them costs on text that nothing was chosen on."""
+    (first,) = best(rows)
+    row = next(row for row in rows if row["method"] == first["best"])
+    plain, found = (loss(model, ids, what)[0] for what in (None, METHODS[row["method"]]))
+    row["rise_elsewhere"] = round(found / plain - 1, 5)
+    _tell(row)
 
 
 def _tell(row: Row) -> None:
@@ -242,7 +252,8 @@ def best(rows: list[Row]) -> list[Row]:
         able = [r for r in known if r["rise"] < ENOUGH] or sorted(known, key=lambda r: float(r["rise"]))[:1]
         if able:
             first = min(able, key=lambda r: float(r["found"]["attention"]["ratio"]))
-            out.append({"tokens": n, "best": first["method"], "found": first["found"], "rise": first["rise"]})
+            told = {name: first.get(name) for name in ("found", "rise", "rise_elsewhere")}
+            out.append({"tokens": n, "best": first["method"], **told})
     return out
 
 
@@ -259,7 +270,13 @@ def measure(
     told = load_record("sparse") or {"machine": {}, "rows": []}
     here = all(told["machine"].get(name) == x for name, x in machine().items() if name != "load")
     old = [row for row in told["rows"] if here and "best" not in row]
-    rows = [row for row in old if row["tokens"] not in (kernel if "table" in row else lengths)]
+    rows = list(old)
+
+    def renew(new: list[Row]) -> None:
+        """Put rows in place of those of the same length."""
+        done = {("table" in row, row["tokens"]) for row in new}
+        rows[:] = [row for row in rows if ("table" in row, row["tokens"]) not in done] + new
+        keep()
 
     def keep() -> None:
         rows.sort(key=lambda row: ("table" in row, row["tokens"]))
@@ -270,17 +287,17 @@ def measure(
         )  # fmt: skip
 
     for n in kernel:
-        rows += tables((n,), rounds)
-        keep()
+        renew(tables((n,), rounds))
     if not lengths:
         return
     model, tokenizer = load()
     for n in lengths:
         ids = text(tokenizer, n)
         timed = methods(model, ids, rounds)
-        rows += timed
-        keep()
+        renew(timed)
         losses(model, ids, timed, old if resume else [], keep)
+        elsewhere(model, text(tokenizer, n, end=True), timed)
+        keep()
 
 
 def attempt(n: int = 1024) -> None:
@@ -290,4 +307,5 @@ def attempt(n: int = 1024) -> None:
     ids = text(tokenizer, n)
     rows = methods(model, ids, 1)
     losses(model, ids, rows, [], lambda: None)
+    elsewhere(model, text(tokenizer, n, end=True), rows)
     print(best(rows))

@@ -89,7 +89,7 @@ def _places(bound: Bound, request: Request, held: HeldLayer | None) -> tuple[Pla
         spec = mask.spec
         queries, keys = spec.queries, spec.keys
         if held is not None:
-            keys = held.places(spec.pad)
+            keys = keys if held.whole else held.places(spec.pad, spec.position)
         elif len(keys) > m and shrunk(bound.cache):
             raise UnknownArgument(
                 f"{bound.name} ({bound.kind}) attends to the keys of another layer, whose cache dropped entries, so "
@@ -104,7 +104,7 @@ def _places(bound: Bound, request: Request, held: HeldLayer | None) -> tuple[Pla
         if len(queries) != n:
             # one row for all queries: it tells of the keys alone
             return Places.row(0, n, q.device), keys, Mask((Dense(spec.table[..., :m]),))
-        if held is None and spec.pad is None:
+        if held is None and spec.pad is None and spec.position is None:
             queries, keys = _by_text(queries, keys, request.more.get("position_ids"))
         return queries, keys, spec.mask
     if held is not None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from heedful.adapters.bound import Bound
-from heedful.adapters.kvcache import hold
+from heedful.adapters.kvcache import hold, serve
 from heedful.adapters.layers import block_of, output_projection
 from heedful.adapters.lazymask import LazyMask
 from heedful.core.call import Call, Phase
@@ -89,6 +89,7 @@ class Hooks:
         bound.cross = any(isinstance(kwargs.get(n), Tensor) for n in _CROSS)
         if bound.number is None:
             return None
+        serve(bound.cache, getattr(bound.module, "layer_idx", None))
         steps = self.run.stack.steps(bound.number)
         if any(s.edit.site is Site.CACHE for s in steps) and bound.cache is not None and not bound.cross:
             number = getattr(bound.module, "layer_idx", None)

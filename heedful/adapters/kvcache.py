@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from heedful.core.errors import RefusedModel
 from heedful.core.places import Places
-from heedful.core.ragged import spread
+from heedful.core.ragged import padded, spread
 from heedful.engine.book import Notes
 
 
@@ -20,8 +20,8 @@ class HeldLayer(DynamicLayer):
     """Keys and values `[t, d]` of all entries, head after head without gaps, and the index that each came from.
 
     Seen from outside they are `[b, g, k, d]`: heads of equal length are a view of what is held; heads that differ are
-    padded on the left for whoever computes with them (see `core.ragged`), so that the newest entries stand last in
-    every head.
+    padded on the left, so that the newest entries stand last in every head. A model is handed these without a copy
+    (see `core.ragged`), and only inside a run, since its own attention would see the padding.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -37,6 +37,7 @@ class HeldLayer(DynamicLayer):
         self.writers: tuple[str, ...] = ()  # those methods
         self.seen = 0
         self.fresh = 0
+        self.served = False  # the attention that follows the next update is a run's
         self.is_initialized = False
 
     @classmethod
@@ -61,7 +62,7 @@ class HeldLayer(DynamicLayer):
 
     @property
     def keys(self) -> Tensor:
-        return self._spread(self._keys)
+        return padded(self._spread(self._keys))
 
     @keys.setter
     def keys(self, given: Tensor | None) -> None:
@@ -69,11 +70,16 @@ class HeldLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor:
-        return self._spread(self._values)
+        return padded(self._spread(self._values))
 
     @values.setter
     def values(self, given: Tensor | None) -> None:
         _refuse(given)
+
+    @property
+    def handed(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as a model is handed them: without a copy, for who can do without."""
+        return self._spread(self._keys), self._spread(self._values)
 
     @property
     def index(self) -> Tensor:
@@ -102,12 +108,14 @@ class HeldLayer(DynamicLayer):
             (k.shape, v.shape) == ((*shape, self._keys.shape[1]), (*shape, self._values.shape[1]))
         )
 
-    def places(self, pad: Tensor | None) -> Places:
-        """Where the entries stand, given each row's left padding `[b]`."""
+    def places(self, pad: Tensor | None, positions: Tensor | None = None) -> Places:
+        """Where the entries stand, given each row's left padding `[b]`, or every position `[b n]` of the row."""
         if self.whole:
             return Places.row(0, self.seen, self._keys.device, pad)
         index = self.index
         position = index if pad is None else index - pad[:, None, None]
+        if positions is not None:
+            position = positions[:, None].expand(-1, index.shape[1], -1).gather(-1, index)
         if self.even:
             return Places(index, position, last=self.seen - 1)
         held = torch.tensor(self.counts, device=index.device).view(self.heads)
@@ -116,6 +124,12 @@ class HeldLayer(DynamicLayer):
     # how it changes
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not (self.even or self.served):
+            raise RefusedModel(
+                "heads of this cache hold unlike numbers of entries, which the model's own attention cannot tell from "
+                "padding; go on inside a run, as in `with attach(model, method) as run: run(...)`"
+            )
+        self.served = False
         b, g, n, d = key_states.shape
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -128,7 +142,7 @@ class HeldLayer(DynamicLayer):
         self.counts = [count + n for count in self.counts]
         self.seen += n
         self.fresh = n
-        return self.keys, self.values
+        return self.handed
 
     def _joined(self, held: Tensor, new: Tensor) -> Tensor:
         """What each head holds, followed by its own of `new [b g n ...]`."""
@@ -161,7 +175,7 @@ class HeldLayer(DynamicLayer):
 
     def notes_of(self, writers: tuple[str, ...]) -> Notes:
         """The notes of these methods, which begin without any where others wrote last."""
-        if writers != self.writers:
+        if writers and writers != self.writers:
             self.notes, self.writers = {}, writers
         return self.notes
 
@@ -245,6 +259,13 @@ def hold(cache: Cache, number: int, module_name: str) -> HeldLayer:
         raise RefusedModel("a CACHE edit cannot act in an offloaded cache; use the default dynamic cache")
     cache.layers[number] = HeldLayer.adopt(layer)
     return cache.layers[number]
+
+
+def serve(cache: Cache | None, number: int | None) -> None:
+    """Let the next call of a layer be handed heads of unlike length: the attention that follows is ours."""
+    layers = own_cache(cache).layers if cache else []
+    if number is not None and number < len(layers) and isinstance(layers[number], HeldLayer):
+        layers[number].served = True
 
 
 def shrunk(cache: Cache | None) -> bool:

@@ -90,6 +90,15 @@ class MaskSpec:
         return left if bool(left.any()) else None
 
     @cached_property
+    def position(self) -> Tensor | None:
+        """Each token's number in its text `[b, n]`, where padding stands inside a text too; None where none does."""
+        if self.padding is None:
+            return None
+        count = self.padding.long().cumsum(-1)
+        inside = ~self.padding & (count > 0) & (count < count[:, -1:])
+        return count - 1 if bool(inside.any()) else None
+
+    @cached_property
     def mask(self) -> Mask:
         function = self.arguments["mask_function"]
         rules: list[Rule] = []
@@ -110,12 +119,17 @@ class MaskSpec:
         start, n = self.q_start, self.arguments["q_length"]
         text = self.padding
         live = None if text is None or text.shape[1] < start + n else text[:, None, start : start + n]
-        return Places.row(start, n, self.arguments["device"], self.pad, live)
+        return self._row(start, n, live)
 
     @cached_property
     def keys(self) -> Places:
-        start = int(self.arguments["kv_offset"])
-        return Places.row(start, self.arguments["kv_length"], self.arguments["device"], self.pad)
+        return self._row(int(self.arguments["kv_offset"]), self.arguments["kv_length"])
+
+    def _row(self, start: int, n: int, live: Tensor | None = None) -> Places:
+        row = Places.row(start, n, self.arguments["device"], self.pad, live)
+        if self.position is None or self.position.shape[1] < start + n:
+            return row
+        return Places(row.index, self.position[:, None, start : start + n], start, valid=live)
 
 
 class LazyMask(Tensor):

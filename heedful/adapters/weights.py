@@ -52,7 +52,8 @@ def write_weights(layer: nn.Module, p: Projections, new: HeadWeights) -> None:
         if p.rows:
             name = type(layer).__name__
             raise RefusedModel(
-                f"{name} maps to queries, keys and values at once; its heads can be silenced, not dropped"
+                f"{name} maps to queries, keys and values at once; its heads can be silenced, as "
+                "PruneHeads(form='zeros') does, not dropped"
             )
         _require_free_heads(layer, p)
     parts = {

@@ -24,6 +24,7 @@ from heedful.engine.select import named
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
 from heedful.tasks.task import Item, Task
+from heedful.verbs import still
 from heedful.voices import Contender, Voice, require_causal, voice
 
 
@@ -98,24 +99,15 @@ def compare(
     given = model if isinstance(model, Loaded) else Loaded(*model, "")
     if given.tokenizer is None:
         raise FieldError("compare()", "model", given.name, "has no tokenizer, which tasks need", "(model, tokenizer)")
-    if count < 2:
-        raise FieldError("compare()", "count", count, "must be 2 or more prompts a task", 30)
-    if turns < 0:
-        raise FieldError("compare()", "turns", turns, "must be 0 or more", 3)
-    named(how.get("backend", "auto"))
-    require_causal(given.model)
     contenders = _named(methods)
     chosen = [_task(task) for task in tasks]
-    if not chosen:
-        raise FieldError("compare()", "tasks", (), "must name one or more", "['needle']")
+    require(given, chosen, count, turns, how)
     facts = facts_of(given.model, given.name, len(adapt(given.model, how.get("only")).layer_names))
     facts |= surroundings(next(given.model.parameters()).device)
     facts["how"] = {name: repr(value) for name, value in sorted(how.items()) if value not in (None, "auto")}
     facts["contenders"] = {name: repr(what) for name, what in contenders.items()}
     facts["tasks"] = {repr(task): _about(task) for task in chosen}
-    was_training = given.model.training
-    given.model.eval()
-    try:
+    with still(given.model):
         log = Log(None if out is None else Path(out) / LOG, facts)
         job = _Job(given.model, contenders, how, log, progress or (lambda _: None))
         items = {task: _fitting(given.model, task, given.tokenizer, count, seed) for task in chosen}
@@ -124,8 +116,6 @@ def compare(
             longest = max((item for made in items.values() for item in made), key=lambda item: len(item.prompt))
             job.costs(longest.prompt, turns)
         return Comparison(log.facts, tuple(log.records.values()))
-    finally:
-        given.model.train(was_training)
 
 
 def _task(task: Task | str) -> Task:
@@ -140,14 +130,29 @@ def _about(task: Task) -> dict[str, Any]:
     return {"name": task.name, "about": task.about, "unit": task.unit, "more_is_better": task.more_is_better}
 
 
+def require(given: Loaded, tasks: Sequence[Task], count: int, turns: int, how: Mapping[str, Any]) -> None:
+    """Refuse what no comparison can be made of, before anything takes time."""
+    if count < 2:
+        raise FieldError("compare()", "count", count, "must be 2 or more prompts a task", 30)
+    if turns < 0:
+        raise FieldError("compare()", "turns", turns, "must be 0 or more", 3)
+    if not tasks:
+        raise FieldError("compare()", "tasks", (), "must name one or more", "['needle']")
+    named(how.get("backend", "auto"), "compare()")
+    require_causal(given.model)
+    adapt(given.model, how.get("only"))
+
+
 def _require_role(what: Contender | None, prompt: Prompt) -> None:
     """Refuse a method that looks for spans of a name that the prompt does not mark; say which it does."""
     for part in what if isinstance(what, Stack) else [what]:
         method = method_of(part) if isinstance(part, Scoped) else part
         role = getattr(method, "role", None)
         if isinstance(role, str) and role not in prompt.roles:
-            marked = ", ".join(map(repr, prompt.roles)) or "no spans at all, as those of other tasks do"
-            rule = f"no span in these prompts has that name; they mark {marked}"
+            marked = (
+                f"they mark {', '.join(map(repr, prompt.roles))}" if prompt.roles else "they mark none; try the needle"
+            )
+            rule = f"no span in these prompts has that name; {marked}"
             raise FieldError(method, "role", role, rule, next(iter(prompt.roles), "needle"))
 
 

@@ -25,10 +25,10 @@ def prose(tokenizer: Any) -> list[dict[str, Any]]:
     return [{"input_ids": torch.tensor([item.prompt.tokens])} for item in items]
 
 
-def fitted(loaded: Loaded, what: Contender, report: Callable[[Progress], None]) -> Contender:
+def fitted(loaded: Loaded, what: Contender, report: Callable[[Progress], None], only: str | None = None) -> Contender:
     """The same with every part that has a fit fitted; one that needs more than plain text says so in its error."""
     if isinstance(what, Stack):
-        parts: list[Any] = [fitted(loaded, part, report) for part in what]
+        parts: list[Any] = [fitted(loaded, part, report, only) for part in what]
         return Stack(tuple(parts))
     entry = method_of(what) if isinstance(what, Scoped) else what
     if type(entry).fit is Entry.fit:
@@ -36,5 +36,5 @@ def fitted(loaded: Loaded, what: Contender, report: Callable[[Progress], None]) 
     from heedful.verbs import fit
 
     report(Progress("fits", 0, 1, f"fitting {type(entry).__name__} to {TEXTS} texts of {LENGTH} tokens"))
-    new = fit(entry, loaded.model, prose(loaded.tokenizer))
+    new = fit(entry, loaded.model, prose(loaded.tokenizer), only=only)
     return replace(what, method=new) if isinstance(what, Scoped) else new

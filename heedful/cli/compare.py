@@ -34,12 +34,12 @@ def summary(comparison: Comparison, page: Path | None) -> str:
     return json.dumps(found, indent=1)
 
 
-def _fitted(loaded: Loaded, what: Contender, bars: Bars) -> Contender:
+def _fitted(loaded: Loaded, what: Contender, bars: Bars, only: str | None) -> Contender:
     """The contender fitted to prose; as it was, with a note, where it needs more than that."""
     from heedful.bench.fitting import fitted
 
     try:
-        return fitted(loaded, what, bars)
+        return fitted(loaded, what, bars, only)
     except HeedfulError as reason:
         bars.console.print(f"tried without a fit: {reason}", markup=False)
         return what
@@ -54,7 +54,7 @@ def compare(
         "needle,recall,loss"
     ),
     count: Annotated[int, typer.Option(help="Prompts of each task.")] = 30,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draws other prompts.")] = 0,
     turns: Annotated[int, typer.Option(help="How often costs are measured; 0 for not at all.")] = 3,
     fit: Annotated[bool, typer.Option("--fit", help="Fit what can be fitted to plain prose first.")] = False,
     only: Annotated[str | None, typer.Option(help="Serve this part of the model alone, as in 'model.layers'.")] = None,
@@ -80,11 +80,13 @@ def compare(
     with bars.console.status(f"loading {model}"):
         from heedful import models
         from heedful.bench.compare import compare as run
+        from heedful.bench.compare import require
 
         loaded = models.load(model)
+        require(loaded, asked, count, turns, {"only": only, "backend": backend})
     with stopping(bars, out):
         if fit:
-            contenders = [_fitted(loaded, what, bars) for what in contenders]
+            contenders = [_fitted(loaded, what, bars, only) for what in contenders]
         found = run(
             loaded, contenders, asked, count=count, seed=seed, turns=turns, out=out, progress=bars,
             only=only, backend=backend,

@@ -45,9 +45,7 @@ def _end(call: Call) -> Tensor:
     if padding is None or bool((end >= 0).all()):
         return end
     # a chunk of a prompt may hold nothing but a row's padding: the text ended in an earlier one
-    text = padding.text[:, : int(call.queries.index.max()) + 1]
-    last = (text * torch.arange(1, text.shape[1] + 1, device=text.device)).amax(-1)[:, None, None] - 1
-    return torch.where(end >= 0, end, last - (call.queries.index - call.q_pos)[..., :1])
+    return padding.text[:, None, : int(call.queries.index.max()) + 1].sum(-1, keepdim=True) - 1
 
 
 def newest(entries: Entries, call: Call, count: Tensor | int) -> Tensor:

@@ -60,7 +60,7 @@ class Call:
     params: Mapping[str, Tensor] = field(default_factory=dict)  # the method's learned parameters in this layer
     memory: dict[str, Any] = field(default_factory=dict)  # the method's own, for this layer, as long as the run
     scratch: dict[str, Any] = field(default_factory=dict)  # the method's own, for all layers of this one forward
-    notes: dict[str, Tensor] = field(default_factory=dict)  # the method's own, `[b ...]`: they live with this cache
+    notes: dict[str, Tensor] = field(default_factory=dict)  # what the method's CACHE edit left with this cache
     query: Tensor | None = None  # [b h q d], the whole call's, from MASK on
     key: Tensor | None = None  # [b g k d], the whole call's, from MASK on
     value: Tensor | None = None  # [b g k d], the whole call's, from MASK on

@@ -43,7 +43,7 @@ class Ragged(Tensor):
 
     @property
     def table(self) -> Tensor:
-        """`[b g 2]`: the row of `flat` at which column 0 of each head would lie, and the first column that it holds."""
+        """Of each head in turn: the row of `flat` where its column 0 would lie, and the first column that it holds."""
         longest, ends = max(self.counts), itertools.accumulate(self.counts)
         return torch.tensor([x for end, n in zip(ends, self.counts, strict=True) for x in (end - longest, longest - n)])
 
@@ -63,6 +63,8 @@ class Ragged(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func._schema.is_mutable and args and isinstance(args[0], Ragged):
+            raise TypeError(f"{func}: keys and values of a cache cannot be changed in place; make new tensors")
         return func(*tree_map(padded, args), **tree_map(padded, kwargs or {}))
 
 

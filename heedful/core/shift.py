@@ -1,8 +1,9 @@
 """Weight moved between whole columns of a pattern: the edit that needs no map.
 
 A method that changes weights column by column marks its function with `@shifts` and names the parts of the pattern's
-summary that it decides by. It is asked once a call, and every backend can do what it answers: no kernel has to show its
-weights, and memory stays linear in the number of tokens.
+summary that it decides by. It is asked once a call, and every backend but `sdpa` can do what it answers: no kernel has
+to show its weights, and memory stays linear in the number of tokens. Edits that act before it may be asked twice in a
+call, so they must not count.
 """
 
 from __future__ import annotations
@@ -33,9 +34,13 @@ class Shift:
     free: Tensor | None = None  # [b|1, h|1, k]: which columns restore the sums; None: all of them
 
     def __post_init__(self) -> None:
-        fixed = self.factor if self.free is None else self.factor.where(~self.free, 0.0)
-        if bool((self.factor < 0).any()) or (self.free is not None and bool((fixed > 1).any())):
-            raise DefinitionError("a Shift's factors must be 0 or above, and at most 1 where `free` is False")
+        if self.free is not None and self.free.dtype is not torch.bool:
+            raise DefinitionError(f"a Shift's `free` must be of type bool, not {self.free.dtype}")
+        high = torch.inf if self.free is None else torch.where(self.free, torch.inf, 1.0)
+        if not bool(((self.factor >= 0) & (self.factor <= high) & self.factor.isfinite()).all()):
+            raise DefinitionError(
+                "a Shift's factors must be finite, 0 or above, and at most 1 where `free` is False, for example 0.4"
+            )
 
     def on(self, chosen: list[int], heads: int) -> Shift:
         """The same in some heads, and nothing in all others."""

@@ -24,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., object])
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """Sums over the pattern of one call, after every edit. Only the parts that were asked for are there.
+    """Sums over the pattern of one call, after every edit, or before a shift. What was asked for is there.
 
     Padding queries count nowhere in `received`, `seen` and `distance`; their rows of the others mean nothing
     (`call.live` tells which they are). A query that may see nothing has zeros everywhere.
@@ -51,6 +51,11 @@ class Summary:
     def behind(self) -> Tensor | None:
         """`[b h m]`: the weight at distance 0, 1, 2, ... back; what lies ahead of the query is left out."""
         return None if self.distance is None else self.distance[..., max(0, -self.nearest) :]
+
+    def only(self, names: tuple[str, ...]) -> Summary:
+        """These parts alone, with `seen` beside `received`."""
+        kept = {*names, "nearest"} | ({"seen"} if "received" in names else set())
+        return Summary(**{f.name: getattr(self, f.name) for f in fields(self) if f.name in kept})
 
     def on(self, heads: list[int]) -> Summary:
         """The summary of some heads; what is carried stays the mean of all, which `Scoped` sees to."""

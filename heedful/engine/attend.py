@@ -75,9 +75,15 @@ def stage(site: Site, x: Any, job: Job, call: Call) -> Any:
         if step.edit.shifts:
             x = _shifted(step, x, job, call)
             continue
-        version = None if not isinstance(x, Tensor) or x.is_inference() else x._version
+        tensor = isinstance(x, Tensor)
+        version = None if not tensor or x.is_inference() else x._version
+        # inference tensors count no versions: such a step is compared with a copy until it was seen to be clean
+        copied = x.clone() if tensor and version is None and step not in job.book.clean else None
         new = act(x, seen)
-        if version is not None and x._version != version:
+        if copied is not None:
+            job.book.clean.add(step)
+        dirty = version != x._version if version is not None else copied is not None and not _alike(x, copied)
+        if dirty:
             raise SiteError(f"{step}, layer {call.layer}: changed its input in place; return a new tensor instead")
         if isinstance(x, Mask):
             narrowed = _narrowed(step, x, new, chosen, call.heads)
@@ -100,6 +106,11 @@ def stage(site: Site, x: Any, job: Job, call: Call) -> Any:
     return x
 
 
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Equal, where no number equals itself."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
 def _shifted(step: Step, weights: Tensor, job: Job, call: Call) -> Tensor:
     """A tile's weights after a shift. One that is not known yet is asked for here: the tile is the whole map."""
     if step in job.shifts:
@@ -113,15 +124,20 @@ def _shifted(step: Step, weights: Tensor, job: Job, call: Call) -> Tensor:
     return new
 
 
+def _broadcasts(x: Tensor, shape: tuple[int, int, int]) -> bool:
+    b, h, k = shape
+    return x.dim() == 3 and x.shape[0] in (1, b) and x.shape[1] in (1, h) and x.shape[2] == k
+
+
 def shift_of(step: Step, job: Job, summary: Summary) -> Shift | None:
     """What a step does to the pattern that the summary is of."""
     call = job.call
     found = getattr(step.method, step.edit.name)(summary, job.book.view(step, call))
     if found is None:
         return None
-    shape = (*call.k_pos.shape[:1], call.heads, len(call.keys))
+    shape = (1 if call.query is None else len(call.query), call.heads, len(call.keys))
     for x in (found.factor, found.free) if isinstance(found, Shift) else ():
-        if x is not None and (x.dim() != 3 or x.shape[2] != shape[2] or x.shape[1] not in (1, call.heads)):
+        if x is not None and not _broadcasts(x, shape):
             raise SiteError(
                 f"{step}, layer {call.layer}: a Shift's tensors are [b|1, h|1, k] = {shape}, got {tuple(x.shape)}"
             )
@@ -183,8 +199,9 @@ def tile(job: Job, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
     weights = softmax(scores, sink)
     for step in job.plan.at(Site.NORMALISE):
         weights = _normalised(step, scores, weights, job, call)
-    if keep is not None and (job.plan.at(Site.NORMALISE) or not bool(keep.any(-1).all())):
-        # an exact zero already, but for queries that may see nothing, and for what a method did
+    if keep is not None and (job.plan.edits(Site.SCORES, Site.NORMALISE) or not bool(keep.any(-1).all())):
+        # an exact zero already, but for queries that may see nothing, and for what a method did: one that hides all
+        # that a query may see would leave the weight to the rest
         weights = weights.masked_fill(~keep, 0.0)
     weights = stage(Site.PATTERN, weights, job, call)
     if keep is not None and job.plan.edits(Site.PATTERN):
@@ -239,7 +256,7 @@ def attend(job: Job, q: Tensor, k: Tensor, v: Tensor, choose: Choose) -> tuple[T
     carry = torch.cat(list(carries.values()), -1) if carries else None
     needs = replace(
         job.plan.needs, softcap=call.softcap is not None, sink=job.sink is not None, pattern=job.keep_pattern,
-        bias=job.bias is not None, dropout=job.dropout > 0, call=call, tensors=(q, k, v),
+        bias=job.bias is not None, dropout=job.dropout > 0, call=call, tensors=(q, k, v), learned=_learned(job),
     )  # fmt: skip
     job = replace(job, call=call, tally=Tally(wanted, call, carry) if wanted else None, needs=needs)
     pattern = None
@@ -253,6 +270,13 @@ def attend(job: Job, q: Tensor, k: Tensor, v: Tensor, choose: Choose) -> tuple[T
     book.remember(call)
     book.look_for_nan(heads)
     return heads, pattern, call
+
+
+def _learned(job: Job) -> tuple[Tensor, ...]:
+    """What the weights depend on beside queries and keys, where a kernel could serve them."""
+    sink = () if job.sink is None else (job.sink,)
+    found = (job.book.params.get((step.number, job.call.layer), {}).values() for step in job.plan.shifts)
+    return (*sink, *itertools.chain.from_iterable(found))
 
 
 def _carries(job: Job, call: Call) -> dict[int, Tensor]:

@@ -92,6 +92,7 @@ class Book:
     statistics: dict[Key, Statistic] = field(default_factory=dict)
     entered: Counter[int] = field(default_factory=Counter)
     offered: Counter[Step] = field(default_factory=Counter)
+    clean: set[Step] = field(default_factory=set)  # seen to leave their input alone, where tensors count no versions
     changed: set[Step] = field(default_factory=set)
     calls: dict[int, Call] = field(default_factory=dict)  # each layer's largest call, for counting its pairs
     backends: dict[int, str] = field(default_factory=dict)

@@ -19,7 +19,7 @@ class Needs:
     """The facts on which a backend may have to pass."""
 
     map_steps: tuple[str, ...] = ()  # steps that edit SCORES, NORMALISE or PATTERN, or read their tiles
-    shifts: tuple[str, ...] = ()  # those of them that move weight between whole columns
+    shifts: tuple[str, ...] = ()  # steps that move weight between whole columns of the pattern
     sum_steps: tuple[str, ...] = ()  # steps that read the pattern's summary
     sums: frozenset[str] = frozenset()  # the parts of it that they read
     mask_steps: tuple[str, ...] = ()  # steps that narrow MASK
@@ -31,6 +31,7 @@ class Needs:
     pattern: bool = False  # the caller wants the pattern back
     call: Call | None = None  # after every MASK step; None where only a stack is known
     tensors: tuple[Tensor, ...] = ()  # queries, keys and values, where there are any
+    learned: tuple[Tensor, ...] = ()  # what else the weights depend on: sink logits, parameters of shifts
 
     @classmethod
     def of(
@@ -39,7 +40,7 @@ class Needs:
         """What the steps and the model want, and whatever else is known of the call."""
         inside = [s for s in steps if s.edit.site in MAP_SITES]
         return cls(
-            map_steps=tuple(str(s) for s in inside if not (s.edit.sums and s.edit.reads)),
+            map_steps=tuple(str(s) for s in inside if not s.edit.shifts and not (s.edit.sums and s.edit.reads)),
             shifts=tuple(str(s) for s in inside if s.edit.shifts),
             sum_steps=tuple(str(s) for s in inside if s.edit.sums and s.edit.reads),
             sums=frozenset(part for s in inside for part in s.edit.sums),
@@ -53,7 +54,7 @@ class Needs:
 
     @property
     def gradients(self) -> bool:
-        return torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors)
+        return torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors + self.learned)
 
     @property
     def sees_all(self) -> bool:

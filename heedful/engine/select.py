@@ -12,11 +12,11 @@ from heedful.engine.backends import BACKENDS, Backend
 from heedful.engine.needs import Needs
 
 
-def named(backend: str) -> str:
+def named(backend: str, owner: str = "attach()") -> str:
     """The name itself if it is one; an error that lists them otherwise."""
     if backend != "auto" and backend not in BACKENDS:
         known = ", ".join(["auto", *BACKENDS])
-        raise FieldError("attach()", "backend", backend, f"must be one of {known}", "auto")
+        raise FieldError(owner, "backend", backend, f"must be one of {known}", "auto")
     return backend
 
 

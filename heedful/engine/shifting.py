@@ -13,7 +13,7 @@ from heedful.core.summary import Summary, Tally
 from heedful.engine.attend import Job, grouped, shift_of, wide
 
 MOST = 256  # columns that are set right one by one; where more are touched, tiles are cheaper
-STEEP = 8.0  # what is left of a row may grow by so much before its rounding errors tell
+STEEP = 8.0  # what is left of a row may be so much smaller than all of it before its rounding errors tell
 
 
 def resolved(job: Job, first: Callable[[Job], object]) -> Job:
@@ -44,14 +44,14 @@ def corrected(
     tally = Tally(frozenset({*step.edit.sums, "place"}), job.call)
     plain = kernel(replace(job, tally=tally))
     summary = tally.summary()
-    shift = shift_of(step, job, summary)
+    shift = shift_of(step, job, summary.only(step.edit.sums))
     columns = None if shift is None else shift.touched
     if shift is None or columns is None or not len(columns):
         job.book.watch(step, plain, plain)
         return plain
     job = replace(job, shifts={step: shift})
     total = plain.shape[2]
-    if len(columns) > min(MOST, len(job.call.keys) // 2):
+    if len(columns) > MOST:
         blocks = (slice(start, min(start + rows, total)) for start in range(0, total, rows))
         return torch.cat([exact(job, block) for block in blocks], 2)
     out = torch.empty_like(plain)
@@ -85,10 +85,13 @@ def _moved(
     keep = job.call.mask.keeps(job.call.tile(block, columns).pairs)
     if keep is not None:
         weights = weights.masked_fill(~keep, 0.0)
-    whole = (level < float("inf")).to(weights.dtype)[..., None]  # rows that may see nothing have no sum to restore
+    sees = (level < float("inf"))[..., None]
+    whole = sees.to(weights.dtype)  # the row's sum, and 0 where a row may see nothing
     if job.sink is not None:
         sink = job.sink if job.sink.shape[-2] == 1 else job.sink[..., block, :]
         whole = whole - (wide(sink) - level[..., None]).exp()
+        if bool((sees & (whole * STEEP < 1)).any()):
+            return None
     kept = weights * shift.factor[..., columns][..., None, :].to(weights.dtype)
     free = None if shift.free is None else shift.free[..., columns][..., None, :]
     given = kept if free is None else kept.masked_fill(~free, 0.0)

@@ -115,7 +115,7 @@ def test_a_fit_takes_the_best_heads_of_every_task() -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"alpha": 0.0}, r"PASTA\.alpha = 0\.0: must be above 0"),
+        ({"alpha": 0.0}, r"PASTA\.alpha = 0\.0: must lie from 1e-30"),
         ({"keep": 0}, r"PASTA\.keep"),
         ({"role": ""}, r"PASTA\.role"),
         ({"heads": ((0, -1),)}, r"PASTA\.heads = .*pairs of layer and head"),

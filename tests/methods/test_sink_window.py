@@ -11,7 +11,10 @@ from transformers import DynamicCache
 
 from heedful import attach
 from heedful.conformance.tolerances import close_model
+from heedful.methods.sparse.heavy_hitter import HeavyHitter
+from heedful.methods.sparse.razor_attention import RazorAttention
 from heedful.methods.sparse.sink_window import SinkWindow
+from heedful.methods.sparse.snap_kv import SnapKV
 from heedful.tiny import tiny
 
 IDS = torch.arange(3, 43).view(2, 20)
@@ -41,7 +44,39 @@ def test_a_text_padded_on_the_right_keeps_its_own_end(chunks: tuple[int, ...]) -
 
 def test_a_text_padded_on_the_left_keeps_the_same() -> None:
     text = torch.arange(20)[None] >= torch.tensor([[0], [8]])
-    assert read(text, IDS, (20,))[1] == [[0, 1, 17, 18, 19], [8, 9, 17, 18, 19]]
+    cache, held = read(text, IDS, (20,))
+    assert held == [[0, 1, 17, 18, 19], [8, 9, 17, 18, 19]]
+    assert cache.layers[0].counts == [5, 5, 5, 5], "no padding is held"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "method", [METHOD, SnapKV(6, window=2), HeavyHitter(6), RazorAttention(0.25, least=3, sinks=1, seed=0)]
+)
+def test_a_text_goes_on_after_padding_on_its_right_as_alone(method: Any) -> None:
+    """Padding inside a text counts for nothing, however many steps follow."""
+    model, text = tiny("llama"), torch.ones(2, 20, dtype=torch.long)
+    text[1, 8:13] = 0
+    places = text.cumsum(-1) - 1
+    bounds, logits, kept = (13, 16, 17, 18, 19, 20), [], []
+    with attach(model, method) as run:
+        past, start = None, 0
+        for stop in bounds:
+            given = {"attention_mask": text[:, :stop], "position_ids": places[:, start:stop].clamp(min=0)}
+            out = run(IDS[:, start:stop], past_key_values=past, use_cache=True, **given)
+            past, start = out.past_key_values, stop
+            logits.append(out.logits[1:])
+        kept.append(past.layers[0].counts[2:])
+    alone = IDS[1:, text[1].bool()]
+    with attach(model, method) as run:
+        past, start, want = None, 0, []
+        for stop in (8, *(x - 5 for x in bounds[1:])):
+            out = run(alone[:, start:stop], past_key_values=past, use_cache=True)
+            past, start = out.past_key_values, stop
+            want.append(out.logits)
+        kept.append(past.layers[0].counts)
+    assert kept[0] == kept[1]
+    assert close_model(torch.cat(logits[1:], 1), torch.cat(want[1:], 1))
 
 
 @torch.no_grad()

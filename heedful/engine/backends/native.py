@@ -31,9 +31,7 @@ class Native:
         kernel = library()
         reasons = [kernel] if isinstance(kernel, str) else []
         reasons += [
-            f"{step} needs the scores or weights, which this kernel keeps to itself"
-            for step in needs.map_steps
-            if step not in needs.shifts
+            f"{step} needs the scores or weights, which this kernel keeps to itself" for step in needs.map_steps
         ]
         if needs.shifts and (after := needs.shifts[1:] + needs.sum_steps):
             reasons.append(f"{after[0]} needs the weights after {needs.shifts[0]}, and those are never made here")

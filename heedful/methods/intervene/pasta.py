@@ -50,8 +50,8 @@ class PASTA(Method):
     def __post_init__(self) -> None:
         if not self.role:
             raise FieldError(self, "role", self.role, "must name a role", "marked")
-        if not 0 < self.alpha < float("inf"):
-            raise FieldError(self, "alpha", self.alpha, "must be above 0 and finite", 0.01)
+        if not 1e-30 <= self.alpha <= 1e30:
+            raise FieldError(self, "alpha", self.alpha, "must lie from 1e-30 to 1e30", 0.01)
         if self.keep < 1:
             raise FieldError(self, "keep", self.keep, "must be 1 or more heads", 50)
         require_heads(self, self.heads or ())

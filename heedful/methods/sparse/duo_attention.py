@@ -88,7 +88,7 @@ class DuoAttention(Method):
     def forget(self, entries: Entries, call: Call) -> Tensor:
         # the next query will see one more: itself
         keep = (entries.places.position < self.sinks) | newest(entries, call, self.window - 1)
-        return entries.valid & (keep | self.retrieving(call)[:, None].to(keep.device))
+        return entries.text & (keep | self.retrieving(call)[:, None].to(keep.device))
 
     def retrieving(self, call: Call) -> Tensor:
         """Which key heads of the layer keep everything, `[g]`."""

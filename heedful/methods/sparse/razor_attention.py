@@ -157,7 +157,7 @@ class RazorAttention(Method):
         new = (gone, *(x.float() * gone for x in (entries.key, entries.value)))
         for name, x in zip(DROPPED, new, strict=True):
             entries.notes[name] = x.sum(-2, keepdim=True) + entries.notes.get(name, 0)
-        return entries.valid & keep
+        return entries.text & keep
 
 
 class _Copies(Method):

@@ -60,7 +60,7 @@ class SinkWindow(Method):
     def forget_the_middle(self, entries: Entries, call: Call) -> Tensor:
         # the next query will see one more: itself
         keep = (entries.places.position < self.sinks) | newest(entries, call, self.window - 1)
-        return entries.valid & keep
+        return entries.text & keep
 
 
 if __name__ == "__main__":

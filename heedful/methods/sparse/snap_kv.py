@@ -32,8 +32,9 @@ class SnapKV(Method):
         "NeurIPS 2024",
         differs=(
             "The authors cut the prompt once; here later tokens vote too, so that decoding stays within the budget: "
-            "each adds its query's votes, and what was voted before fades by a factor of 1 - 1/w. "
-            "SnapKV(...).when('prefill') is the authors' way.",
+            "a call of n tokens, one mostly, adds its votes, and what was voted before keeps 1 - n/w of its weight, "
+            "nothing from a whole window on. SnapKV(...).when('prefill') is the authors' way.",
+            "The votes are one number for each token of the text and key head, also of tokens that were dropped.",
             "Votes of tokens that are cropped later, as in assisted decoding, fade like the others.",
             "A group of query heads votes as one; the authors' code keeps a cache for each query head.",
             "Votes know of causality, padding and a soft cap; of narrower masks, biases and learned sinks they do not.",
@@ -74,11 +75,11 @@ class SnapKV(Method):
         if len(entries.places) <= int(most.min()):
             return entries.valid
         last = newest(entries, call, most.clamp(max=self.window))
-        index = entries.places.index.expand(votes.shape)
-        in_text = votes.new_zeros(*votes.shape[:2], int(index.max()) + 1)
-        in_text.scatter_add_(-1, index, votes.masked_fill(last, 0.0))
+        place = entries.places.position.clamp(min=0).expand(votes.shape)  # padding has no votes to add
+        in_text = votes.new_zeros(*votes.shape[:2], int(place.max()) + 1)
+        in_text.scatter_add_(-1, place, votes.masked_fill(last, 0.0))
         pooled = POOLS[self.pool](in_text, self.kernel, 1, self.kernel // 2)
-        return keep_best(pooled.gather(-1, index).masked_fill(last, torch.inf), entries, most)
+        return keep_best(pooled.gather(-1, place).masked_fill(last, torch.inf), entries, most)
 
     def _last(self, call: Call) -> tuple[Tensor, Tensor]:
         """The call's last queries of each text `[b h w d]` and where they stand `[b 1 w]`, -1 for no text."""
