@@ -13,7 +13,7 @@ from heedful import models
 from heedful.cli.app import app
 from heedful.cli.console import parted
 from heedful.cli.progress import Bars
-from heedful.core.errors import CatalogueError, FieldError
+from heedful.core.errors import CatalogueError, FieldError, HeedfulError
 from heedful.tasks import known
 
 RUN = CliRunner()
@@ -83,6 +83,24 @@ def test_rarer_settings(tiny: None, tmp_path: Path) -> None:
     assert "tried without a fit" not in told.stderr
     assert json.loads(told.stdout)["costs"]
     assert not json.loads(told.stdout)["refused"]
+
+
+@pytest.mark.parametrize("wrong", [["--backend", "cuda"], ["--count", "1"], ["--only", "nonsense"], ["--tasks", ","]])
+def test_bad_input_is_named_before_anything_is_fitted(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, wrong: list[str]
+) -> None:
+    def fitted(*_: Any) -> None:
+        raise AssertionError("fitted first")
+
+    monkeypatch.setattr("heedful.bench.fitting.fitted", fitted)
+    told = RUN.invoke(app, ["compare", "--methods", "loki", "--tasks", "induction(length=20)", "--fit", *wrong])
+    assert isinstance(told.exception, HeedfulError)
+
+
+def test_where_all_are_refused_it_says_so(tiny: None) -> None:
+    told = RUN.invoke(app, ["compare", "--methods", "pasta", "--tasks", "loss(length=64)", "--count", "2", "--no-page"])
+    assert "1 method, 1 task\n" in told.stdout
+    assert "None of the methods could be asked." in told.stdout
 
 
 def test_spans_that_a_task_does_not_mark_are_named(tiny: None) -> None:

@@ -61,6 +61,7 @@ def test_a_forward_without_backward_has_no_relevance() -> None:
 
 def test_reads_the_row_of_the_prediction_and_leaves_the_model_alone() -> None:
     model = models.tiny("llama").train()
+    model.model.layers[0].eval()
     with heedful.attach(model, AttentionRollout()) as run, torch.no_grad():
         run(input_ids=IDS)
     (whole,) = run[AttentionRollout()]
@@ -68,6 +69,7 @@ def test_reads_the_row_of_the_prediction_and_leaves_the_model_alone() -> None:
     assert close(attribute(model, prompt, AttentionRollout()), whole[0, -1])
     assert close(attribute(model, IDS[0].tolist(), AttentionRollout(), position=2), whole[0, 2])
     assert model.training
+    assert [layer.training for layer in model.model.layers] == [False, True]
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not model.get_input_embeddings()._forward_hooks
 

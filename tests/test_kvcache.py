@@ -25,6 +25,7 @@ from heedful.core.stack import Stack
 from heedful.engine.attend import Job, attend
 from heedful.engine.book import Book
 from heedful.engine.select import select
+from heedful.methods.observe.sink_rate import SinkRate
 from heedful.native import library
 from heedful.tiny import tiny
 
@@ -203,6 +204,8 @@ class Counts(Method):
 def test_another_stack_on_the_same_cache_begins_without_notes() -> None:
     model, cache = tiny("llama"), DynamicCache()
     for method, want in ((Counts(), 1), (Counts(), 2), (Counts(10), 11), (Counts(), 1)):
+        with attach(model, SinkRate()) as run, torch.no_grad():
+            run(input_ids=IDS[:, :2], past_key_values=cache)  # whoever only reads leaves notes alone
         with pytest.warns(InactiveWarning), attach(model, method) as run, torch.no_grad():
             run(input_ids=IDS[:, :2], past_key_values=cache)
         assert cache.layers[0].notes[0]["calls"].tolist() == [want, want]

@@ -281,6 +281,53 @@ def test_what_the_kernel_cannot_do() -> None:
     assert "Sharper() at SCORES needs the scores" in str(explain(Sharper() | Columns()))
 
 
+class Peeks(Method):
+    """Looks at a part that it did not ask for."""
+
+    paper = PAPER
+
+    @shifts("received")
+    def move(self, summary: Summary, call: Call) -> None:
+        assert summary.received is not None
+        assert summary.seen is not None
+        assert summary.peak is summary.place is summary.entropy is None
+
+
+@pytest.mark.parametrize("backend", ["native", "tiled", "reference"])
+def test_it_is_told_what_it_asked_for(backend: str) -> None:
+    if backend == "native" and isinstance(library(), str):
+        backend = "tiled"
+    book = Book(as_stack(Peeks()))
+    book.new_forward()
+    call = _call((Causal(),))
+    attend(Job(book.plan(0, call.phase), book, call), *_tensors(), lambda needs: select(backend, needs))
+    assert sum(book.offered.values()) > 0
+    assert not book.changed
+
+
+def _twin() -> Method:
+    class Columns(Method):
+        """Prints like the other one, and silences heads in tiles."""
+
+        __qualname__ = "Columns"
+        paper = PAPER
+        columns: tuple[int, ...] = (3, 9)
+        factor: float = 0.4
+        fixed: bool = True
+
+        @at(Site.PATTERN)
+        def silence(self, pattern: Tensor, call: Call) -> Tensor:
+            return pattern * 0
+
+    return Columns()
+
+
+def test_methods_that_print_alike_are_told_apart() -> None:
+    call, what = _call((Causal(),)), Columns() | _twin()
+    assert repr(what.parts[0]) == repr(what.parts[1])
+    assert not _heads("auto", what, _tensors(), call).any()
+
+
 class Wrong(Method):
     paper = PAPER
     given: Any = None

@@ -63,13 +63,19 @@ def _lead(c: Comparison) -> str:
     """How many methods win and lose anything."""
     ways = {name: {_sure(r, c) for r in c.results if r.contender == name} for name in {r.contender for r in c.results}}
     ways.pop(PLAIN, None)
+    if not ways:
+        return "None of the methods could be asked."
     better, worse = (sum(word in found for found in ways.values()) for word in ("better", "worse"))
     alike = sum(found <= {""} for found in ways.values())
     most = max(r.prompts for r in c.results)
     return (
-        f"Of {len(ways)} methods, {better or 'none'} beat the unedited model on some task, {worse or 'none'} fall "
-        f"behind it on some, and {alike or 'none'} cannot be told from it, on {most} prompts a task."
+        f"Of {_count(len(ways), 'method')}, {better or 'none'} beat the unedited model on some task, {worse or 'none'} "
+        f"fall behind it on some, and {alike or 'none'} cannot be told from it, on {most} prompts a task."
     )
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def _sure(r: Result, c: Comparison) -> str:
@@ -207,7 +213,10 @@ def told(c: Comparison) -> Told:
 
 def in_words(c: Comparison) -> str:
     """The comparison as a text: sentences, then one table for each task, then the costs."""
-    out = [f"{c.facts.get('model', 'a model')}: {len(c.contenders) - 1} methods, {len(c.tasks)} tasks", ""]
+    out = [
+        f"{c.facts.get('model', 'a model')}: {_count(len(c.contenders) - 1, 'method')}, {_count(len(c.tasks), 'task')}",
+        "",
+    ]
     out += [f"- {finding.text}" for finding in c.told().findings]
     for figure in c.told().figures:
         if isinstance(figure, Listing):

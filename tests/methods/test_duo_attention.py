@@ -56,6 +56,16 @@ def test_a_text_padded_on_the_right_keeps_its_own_end() -> None:
     assert bool(kept[:, 0].all())
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_no_padding_is_held(share: float) -> None:
+    text = torch.arange(N)[None] >= torch.tensor([[0], [7]])
+    call = Bare(text=text).call
+    entries = Entries(torch.randn(2, 2, N, 8), torch.randn(2, 2, N, 8), call.keys, N)
+    kept = DuoAttention(share, 2, 4, ONE).forget(entries, call)
+    assert not kept[1, :, :7].any()
+    assert kept.sum(-1).tolist() == ([[5, 5], [5, 5]] if share == 0 else [[N, N], [N - 7, N - 7]])
+
+
 @pytest.mark.parametrize(("share", "want"), [(0.0, [0, 0, 0]), (0.5, [0, 2, 1]), (1.0, [2, 2, 2])])
 def test_the_share_is_taken_over_all_layers(share: float, want: list[int]) -> None:
     rows = ([0.1, 0.2], [0.9, 0.8], [0.3, 0.2])

@@ -219,8 +219,10 @@ def test_left_padding_and_new_texts_change_nothing() -> None:
         alone = _steps(run, ids[:1, 5:])
         both = _steps(run, ids, mask)
         again = _steps(run, ids[:1, 5:])
+        cache = run(input_ids=ids[:, :12], attention_mask=mask[:, :12], use_cache=True).past_key_values
     assert torch.equal(again, alone)
     assert close_model(both[:1], alone)
+    assert cache.layers[0].counts == [5, 7, 5, 12], "no padding is held"
 
 
 def test_heads_that_were_spared_have_nothing_to_make_up() -> None:
