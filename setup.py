@@ -11,8 +11,8 @@ setup(
     ext_modules=[
         Extension(
             "heedful.native.kernel",
-            ["heedful/native/kernel.cpp"],
-            depends=[f"heedful/native/{name}.h" for name in ("problem", "tile", "pack", "prefill", "step")],
+            ["src/heedful/native/kernel.cpp"],
+            depends=[f"src/heedful/native/{name}.h" for name in ("problem", "tile", "pack", "prefill", "step")],
             extra_compile_args=[*FLAGS, "-Wno-psabi", *OPENMP],
             extra_link_args=OPENMP,
             optional=True,

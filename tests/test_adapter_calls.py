@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 from benchmarks.coverage import tiny as zoo
 from benchmarks.coverage.probe import Through
 from heedful import attach
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call, Entries
 from heedful.core.errors import RefusedModel, SiteError, UnknownArgument
@@ -201,7 +202,7 @@ def test_a_cache_that_cannot_shrink_is_refused() -> None:
     model = eager("llama")
     cache = StaticCache(config=model.config, max_cache_len=16)
     with attach(model, Forget()) as run, pytest.raises(RefusedModel, match="StaticLayer"), torch.no_grad():
-        run(input_ids=IDS, past_key_values=cache)
+        run(input_ids=IDS, **{CACHE: cache})
     with attach(eager("mistral"), Forget()) as run, pytest.raises(RefusedModel, match="SlidingWindow"):
         run.generate(IDS, max_new_tokens=2, do_sample=False)
 
@@ -289,11 +290,11 @@ def test_keys_that_an_indexer_chose_by_block() -> None:
 def test_dynamic_caches_of_the_caller() -> None:
     model, cache, twin = eager("llama"), DynamicCache(), DynamicCache()
     with torch.no_grad():
-        model(input_ids=IDS, past_key_values=twin)
-        plain = model(input_ids=IDS[:, :3], past_key_values=twin)[0]
+        model(input_ids=IDS, **{CACHE: twin})
+        plain = model(input_ids=IDS[:, :3], **{CACHE: twin})[0]
         with attach(model, Through(), backend="reference") as run:
-            run(input_ids=IDS, past_key_values=cache)
-            found = run(input_ids=IDS[:, :3], past_key_values=cache)[0]
+            run(input_ids=IDS, **{CACHE: cache})
+            found = run(input_ids=IDS[:, :3], **{CACHE: cache})[0]
     assert torch.equal(plain, found)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from heedful import attach
+from heedful.adapters.cache_name import CACHE
 from heedful.core.budget import Budget, keep_best, newest, room
 from heedful.core.call import Call, Entries
 from heedful.core.method import Method
@@ -41,7 +42,7 @@ def held(budget: Budget, ids: Tensor, text: Tensor, chunks: tuple[int, ...]) -> 
         start = 0
         for n in chunks:
             stop = start + n
-            run(ids[:, start:stop], attention_mask=text[:, :stop].long(), past_key_values=cache)
+            run(ids[:, start:stop], attention_mask=text[:, :stop].long(), **{CACHE: cache})
             start = stop
     layer = cache.layers[0]
     return cache, [layer.index[row, 0][layer.valid[row, 0]].tolist() for row in range(len(ids))]

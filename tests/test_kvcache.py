@@ -12,6 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from heedful import attach
+from heedful.adapters.cache_name import CACHE
 from heedful.adapters.kvcache import HeldLayer, cache_bytes
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call, Entries
@@ -205,9 +206,9 @@ def test_another_stack_on_the_same_cache_begins_without_notes() -> None:
     model, cache = tiny("llama"), DynamicCache()
     for method, want in ((Counts(), 1), (Counts(), 2), (Counts(10), 11), (Counts(), 1)):
         with attach(model, SinkRate()) as run, torch.no_grad():
-            run(input_ids=IDS[:, :2], past_key_values=cache)  # whoever only reads leaves notes alone
+            run(input_ids=IDS[:, :2], **{CACHE: cache})  # whoever only reads leaves notes alone
         with pytest.warns(InactiveWarning), attach(model, method) as run, torch.no_grad():
-            run(input_ids=IDS[:, :2], past_key_values=cache)
+            run(input_ids=IDS[:, :2], **{CACHE: cache})
         assert cache.layers[0].notes[0]["calls"].tolist() == [want, want]
 
 
@@ -245,7 +246,7 @@ def test_uneven_windows_in_a_model(beams: int) -> None:
     heads = model.config.num_key_value_heads
     one_entry = 2 * model.config.head_dim * 4 + 4
     assert heads == 2
-    assert cache_bytes(found.past_key_values) == 2 * 2 * beams * sum(SIZES) * one_entry
+    assert cache_bytes(found[CACHE]) == 2 * 2 * beams * sum(SIZES) * one_entry
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -263,7 +264,7 @@ def test_uneven_windows_in_chunks(padded: bool) -> None:
                     input_ids=IDS[:, start : start + 4],
                     attention_mask=text[:, : start + 4],
                     position_ids=(text.cumsum(-1) - 1).clamp(min=0)[:, start : start + 4],
-                    past_key_values=cache,
+                    **{CACHE: cache},
                 )
                 parts.append(out.logits)
         logits.append(torch.cat(parts, 1)[text.bool()])
@@ -276,9 +277,9 @@ def test_nothing_is_padded_where_a_kernel_reads_heads_as_they_lie(monkeypatch: p
     whole = Ragged.whole
     monkeypatch.setattr(Ragged, "whole", property(lambda x: made.append(tuple(x.shape)) or whole.fget(x)))  # type: ignore[attr-defined]
     with attach(model, Uneven()) as run:
-        run(input_ids=IDS, past_key_values=cache)
+        run(input_ids=IDS, **{CACHE: cache})
         assert not made
-        run(input_ids=IDS[:, :1], past_key_values=cache)
+        run(input_ids=IDS[:, :1], **{CACHE: cache})
         assert cache.layers[0].counts == [*SIZES, *SIZES]
         assert all(len(shape) == 3 for shape in made) == (run.book.backends[0] == "native"), "places alone were padded"
         assert run.book.backends[0] != "sdpa"
@@ -288,8 +289,8 @@ def test_nothing_is_padded_where_a_kernel_reads_heads_as_they_lie(monkeypatch: p
 def test_the_padded_copy_dies_with_the_call() -> None:
     model, cache = tiny("llama", head_dim=22), DynamicCache()
     with attach(model, Uneven()) as run:
-        run(input_ids=IDS, past_key_values=cache)
-        run(input_ids=IDS[:, :1], past_key_values=cache)
+        run(input_ids=IDS, **{CACHE: cache})
+        run(input_ids=IDS[:, :1], **{CACHE: cache})
         assert cache.layers[0].counts == [*SIZES, *SIZES]
         gc.collect()
         alive = [x for x in gc.get_objects() if type(x) is Tensor and x.shape[-1:] == (22,)]

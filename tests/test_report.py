@@ -37,7 +37,7 @@ BROWSER = os.environ.get("BROWSER_PATH") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
 )
 LAYERS, HEADS = 30, 9
-TEXT = Path(__file__).parents[1] / "heedful" / "cli" / "text.txt"
+TEXT = Path(__file__).parents[1] / "src" / "heedful" / "cli" / "text.txt"
 
 
 @dataclass(frozen=True)

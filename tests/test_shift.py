@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from heedful import attach, models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model, within_budget
 from heedful.core.call import Call
 from heedful.core.errors import DefinitionError, SiteError
@@ -262,10 +263,8 @@ def test_chunks_and_steps(side: str) -> None:
         with torch.no_grad(), attach(model, Columns((3, 9)) | SnapKV(8, window=2), backend=backend) as run:
             past, logits = None, []
             for start, stop in itertools.pairwise((0, 16, 22, 23, 24)):
-                out = run(
-                    input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=past, use_cache=True
-                )
-                past = out.past_key_values
+                out = run(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], **{CACHE: past}, use_cache=True)
+                past = out[CACHE]
                 logits.append(out.logits)
             found.append(torch.cat(logits, 1)[mask.bool()])
     assert close_model(*found)

@@ -28,6 +28,7 @@ from torch import Tensor
 from benchmarks.speed.peers import TORCH
 from benchmarks.speed.timing import record
 from heedful import attach, models
+from heedful.adapters.cache_name import CACHE
 from heedful.bench.comparison import Gap
 from heedful.core.call import Call, Entries
 from heedful.core.errors import InactiveWarning
@@ -94,7 +95,7 @@ def split(item: Item) -> dict[str, list[int]]:
 
 def read(model: Any, item: dict[str, list[int]], method: Method) -> Any:
     with attach(model, method) as run:
-        return run(input_ids=torch.tensor([item["context"]]), use_cache=True, logits_to_keep=1).past_key_values
+        return run(input_ids=torch.tensor([item["context"]]), use_cache=True, logits_to_keep=1)[CACHE]
 
 
 @torch.no_grad()
@@ -110,7 +111,7 @@ def answers(model: Any, item: dict[str, list[int]], methods: tuple[Method, ...])
                 layer.keep(judges.found[i, number])
         kept = max(max(layer.counts) for layer in cache.layers)
         with attach(model, Stack()) as run:  # knows the shortened cache and drops nothing
-            logits = run(input_ids=rest, past_key_values=cache).logits[0, -len(right) :]
+            logits = run(input_ids=rest, **{CACHE: cache}).logits[0, -len(right) :]
         likely = logits.log_softmax(-1)[torch.arange(len(right)), right]
         out.append({"right": bool((logits.argmax(-1) == right).all()), "nats": float(likely.mean()), "kept": kept})
     return out

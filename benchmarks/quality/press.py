@@ -18,6 +18,8 @@ import kvpress
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from heedful.adapters.cache_name import CACHE
+
 Compress = Callable[[int, Any, Any], tuple[Any, Any]]  # a layer's number, keys and values
 
 
@@ -29,12 +31,12 @@ class Reading:
         layers = [layer.self_attn for layer in model.model.layers]
         hooks = [layer.register_forward_hook(self.take, with_kwargs=True) for layer in layers]
         self.cache = DynamicCache()
-        model.model(input_ids=torch.tensor([context]), past_key_values=self.cache)
+        model.model(input_ids=torch.tensor([context]), **{CACHE: self.cache})
         for hook in hooks:
             hook.remove()
 
     def take(self, module: Any, _: Any, given: dict[str, Any], output: Any) -> None:
-        rest = {name: x for name, x in given.items() if name != "past_key_values"}
+        rest = {name: x for name, x in given.items() if name != CACHE}
         self.calls[module.layer_idx] = (module, rest, output[1])
 
     def under(self, press: Any) -> Compress:
@@ -54,7 +56,7 @@ class Reading:
         kept, right = cache.get_seq_length(), torch.tensor(item["answer"])
         rest = torch.tensor([item["question"] + item["answer"][:-1]])
         places = torch.arange(self.length, self.length + rest.shape[1])[None]
-        logits = self.model(input_ids=rest, past_key_values=cache, position_ids=places).logits[0, -len(right) :]
+        logits = self.model(input_ids=rest, **{CACHE: cache}, position_ids=places).logits[0, -len(right) :]
         likely = logits.log_softmax(-1)[torch.arange(len(right)), right]
         return {"right": bool((logits.argmax(-1) == right).all()), "nats": float(likely.mean()), "kept": kept}
 

@@ -18,7 +18,7 @@ from heedful.core.stack import Stack
 from heedful.diagnosis.measures import chosen, reads_text
 from heedful.diagnosis.texts import Delimiters
 
-TEXT = Path(__file__).parents[2] / "heedful" / "cli" / "text.txt"
+TEXT = Path(__file__).parents[2] / "src" / "heedful" / "cli" / "text.txt"
 
 
 def load() -> tuple[Any, Any]:

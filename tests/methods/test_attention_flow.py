@@ -9,6 +9,7 @@ from torch import Tensor
 
 import heedful
 from heedful import models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.methods.explain.attention_flow import AttentionFlow, maximum_flow
@@ -116,9 +117,9 @@ def test_says_what_is_wrong() -> None:
     model = models.tiny("llama", num_hidden_layers=4)
     ids = torch.arange(3, 8)[None]
     with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache = model(input_ids=ids, use_cache=True)[CACHE]
     for method, more, match in (
-        (AttentionFlow(), {"past_key_values": cache}, "comes in pieces"),
+        (AttentionFlow(), {CACHE: cache}, "comes in pieces"),
         (AttentionFlow().on(layers=[0, 2, 3]), {}, "without a gap"),
     ):
         run = heedful.attach(model, method)

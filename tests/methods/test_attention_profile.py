@@ -6,6 +6,7 @@ from torch import Tensor
 
 import heedful
 from heedful import models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, HeadMap, Listing
@@ -97,8 +98,8 @@ def test_tiles_and_pieces_do_not_matter(kind: str) -> None:
 def test_a_text_in_pieces_is_the_text() -> None:
     model = models.tiny("llama")
     with heedful.attach(model, METHOD, roles={"delimiters": MARKED}) as run, torch.no_grad():
-        cache = run(input_ids=ids(20)[:, :8], use_cache=True).past_key_values
-        run(input_ids=ids(20)[:, 8:], past_key_values=cache, use_cache=True)
+        cache = run(input_ids=ids(20)[:, :8], use_cache=True)[CACHE]
+        run(input_ids=ids(20)[:, 8:], **{CACHE: cache}, use_cache=True)
     same(run[METHOD], found(model, {"input_ids": ids(20)}))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from heedful import attach, fit, models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Entries
@@ -133,7 +134,7 @@ def test_uneven_heads_stream_and_decode_alike() -> None:
     with torch.no_grad(), attach(model, DuoAttention(0.5, 1, 4, gates)) as run:
         whole = run(input_ids=ids, use_cache=False).logits
         out = run(input_ids=ids[:, :-1], use_cache=True)
-        last = run(input_ids=ids[:, -1:], past_key_values=out.past_key_values, use_cache=True).logits
+        last = run(input_ids=ids[:, -1:], **{CACHE: out[CACHE]}, use_cache=True).logits
         kept, seen = run.activity().kept[0]
     assert close_model(last, whole[:, -1:])
     assert (kept, seen) == (2 * (20 + 4), 2 * 2 * 20)

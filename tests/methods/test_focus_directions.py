@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from heedful import Fitted, attach, fit, models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.methods.intervene.focus_directions import FocusDirections, _Mass
@@ -36,8 +37,8 @@ def test_directions_are_biases_of_the_projections() -> None:
             assert close_model(run(input_ids=ids).logits, wanted)
             assert close_model(run(input_ids=padded, attention_mask=mask).logits[:, 4:], wanted)
             first = run(input_ids=ids[:, :9], use_cache=True)
-            second = run(input_ids=ids[:, 9:14], past_key_values=first.past_key_values)
-            third = run(input_ids=ids[:, 14:], past_key_values=second.past_key_values)
+            second = run(input_ids=ids[:, 9:14], **{CACHE: first[CACHE]})
+            third = run(input_ids=ids[:, 14:], **{CACHE: second[CACHE]})
     assert close_model(torch.cat([first.logits, second.logits, third.logits], 1), wanted)
     assert not close_model(native, wanted)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from heedful import attach
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.methods.sparse.heavy_hitter import HeavyHitter
@@ -35,8 +36,8 @@ def test_what_received_most_stays(budget: float, share: float) -> None:
     with attach(model, method, backend="reference") as run:
         cache = None
         for chunk in (IDS[:, :9], IDS[:, 9:12], IDS[:, 12:13], IDS[:, 13:14]):
-            out = run(input_ids=chunk, past_key_values=cache, output_attentions=True)
-            cache = out.past_key_values
+            out = run(input_ids=chunk, **{CACHE: cache}, output_attentions=True)
+            cache = out[CACHE]
             layer = cache.layers[0]
             patterns.append((out.attentions[0], layer.index.clone(), layer.valid.clone()))
     for b in range(2):
@@ -68,7 +69,7 @@ def test_every_backend_weighs_alike_after_a_cut() -> None:
                 start = 0 if cache is None else cache.get_seq_length()
                 places = (text.cumsum(-1) - 1).clamp(min=0)[:, start:stop]
                 inputs = dict(input_ids=IDS[:, start:stop], attention_mask=text[:, :stop], position_ids=places)
-                cache = run(**inputs, past_key_values=cache).past_key_values
+                cache = run(**inputs, **{CACHE: cache})[CACHE]
         votes.append(cache.layers[1].notes[0]["received"])
     assert all(close_model(x, votes[0]) for x in votes)
 
@@ -78,9 +79,9 @@ def test_every_backend_weighs_alike_after_a_cut() -> None:
 def test_a_token_inherits_nothing_from_one_that_was_cropped() -> None:
     model = tiny("llama", num_hidden_layers=1)
     with attach(model, HeavyHitter(12), backend="reference") as run:
-        cache = run(input_ids=IDS[:, :10]).past_key_values
+        cache = run(input_ids=IDS[:, :10])[CACHE]
         cache.crop(-4)
-        out = run(input_ids=IDS[:, 10:12], past_key_values=cache, output_attentions=True)
+        out = run(input_ids=IDS[:, 10:12], **{CACHE: cache}, output_attentions=True)
     weights = out.attentions[0].sum(2).unflatten(1, (model.config.num_key_value_heads, -1)).sum(2)
     assert torch.equal(cache.layers[0].notes[0]["received"][..., 6:], weights[..., 6:])
     assert not torch.equal(cache.layers[0].notes[0]["received"][..., :6], weights[..., :6])

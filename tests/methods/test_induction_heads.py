@@ -6,6 +6,7 @@ from torch import Tensor
 
 import heedful
 from heedful import models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.methods.observe.induction_heads import SCORES, Copying, InductionHeads
@@ -74,8 +75,8 @@ def test_tiles_pieces_and_decoding_do_not_matter() -> None:
     whole = found(model, {"input_ids": ids(17)})
     same(found(model, {"input_ids": ids(17)}, tile_rows=3, backend="tiled"), whole)
     with heedful.attach(model, METHOD) as run, torch.no_grad():
-        cache = run(input_ids=ids(17)[:, :7], use_cache=True).past_key_values
-        run(input_ids=ids(17)[:, 7:], past_key_values=cache, use_cache=True)
+        cache = run(input_ids=ids(17)[:, :7], use_cache=True)[CACHE]
+        run(input_ids=ids(17)[:, 7:], **{CACHE: cache}, use_cache=True)
     same(run[METHOD], whole)
     with heedful.attach(model, METHOD) as run:
         run.generate(input_ids=ids(17), max_new_tokens=3, do_sample=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful import attach
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close_model
 from heedful.core.budget import keep_best, newest, room, room_for
 from heedful.core.call import Call, Entries
@@ -78,7 +79,7 @@ def test_the_budget_holds_while_decoding(method: Method) -> None:
         )  # fmt: skip
         kept, seen = run.activity().kept[1]
     heads = model.config.num_key_value_heads
-    assert out.past_key_values.layers[1].counts == [5] * 2 * heads
+    assert out[CACHE].layers[1].counts == [5] * 2 * heads
     assert (kept, seen) == (2 * heads * 5, 2 * heads * 21)
 
 
@@ -110,12 +111,10 @@ def test_beams_keep_what_is_theirs(method: Method) -> None:
     for swapped in (True, False):
         with attach(model, method) as run:
             out = run(input_ids=IDS if swapped else IDS[swap])
-            cache = out.past_key_values
+            cache = out[CACHE]
             if swapped:
                 cache.reorder_cache(swap)
-            logits += [
-                torch.cat([run(input_ids=IDS[swap, i : i + 1], past_key_values=cache).logits for i in (4, 5, 6)])
-            ]
+            logits += [torch.cat([run(input_ids=IDS[swap, i : i + 1], **{CACHE: cache}).logits for i in (4, 5, 6)])]
     assert close_model(*logits)
 
 
@@ -125,8 +124,8 @@ def test_a_new_text_starts_anew(method: Method) -> None:
     model, logits = tiny("llama"), []
     with attach(model, method) as run:
         for _ in range(2):
-            cache = run(input_ids=IDS).past_key_values
-            logits.append(run(input_ids=IDS[:, :2], past_key_values=cache).logits)
+            cache = run(input_ids=IDS)[CACHE]
+            logits.append(run(input_ids=IDS[:, :2], **{CACHE: cache}).logits)
             run(input_ids=IDS.flip(1)[:1])
     assert torch.equal(*logits)
 
@@ -137,8 +136,8 @@ def test_some_heads_only(method: Method) -> None:
     model = tiny("llama")
     size = model.config.num_attention_heads // model.config.num_key_value_heads
     with attach(model, method.on(heads=range(size))) as run:
-        cache = run(input_ids=IDS).past_key_values
-        run(input_ids=IDS[:, :1], past_key_values=cache)
+        cache = run(input_ids=IDS)[CACHE]
+        run(input_ids=IDS[:, :1], **{CACHE: cache})
     assert cache.layers[0].counts == [5, 17, 5, 17]
 
 

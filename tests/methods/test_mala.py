@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful import attach, models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, SiteError
@@ -95,8 +96,8 @@ def test_prefill_and_decode_are_the_full_forward(kind: str) -> None:
     with torch.no_grad(), attach(model, MALA(chunk=3)) as run:
         whole = run(input_ids=ids, use_cache=False).logits
         first = run(input_ids=ids[:, :6], use_cache=True)
-        second = run(input_ids=ids[:, 6:13], past_key_values=first.past_key_values, use_cache=True)
-        third = run(input_ids=ids[:, 13:], past_key_values=second.past_key_values, use_cache=True)
+        second = run(input_ids=ids[:, 6:13], **{CACHE: first[CACHE]}, use_cache=True)
+        third = run(input_ids=ids[:, 13:], **{CACHE: second[CACHE]}, use_cache=True)
     assert close_model(torch.cat([first.logits, second.logits, third.logits], 1), whole)
 
 

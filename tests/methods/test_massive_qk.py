@@ -7,6 +7,7 @@ import torch
 
 import heedful
 from heedful import models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.methods.observe.massive_qk import Massive, MassiveQK
@@ -95,7 +96,7 @@ def test_a_text_in_pieces_counts_each_token_once(model) -> None:
     whole = found(model, {"input_ids": ids(17)})
     with heedful.attach(model, METHOD) as run, torch.no_grad():
         out = run(input_ids=ids(17)[:, :9], use_cache=True)
-        run(input_ids=ids(17)[:, 9:], past_key_values=out.past_key_values, use_cache=True)
+        run(input_ids=ids(17)[:, 9:], **{CACHE: out[CACHE]}, use_cache=True)
         pieces = run[METHOD]
     for n in whole.key:
         assert close_model(pieces.query[n].float(), whole.query[n].float())

@@ -6,6 +6,7 @@ from torch import Tensor
 
 import heedful
 from heedful import models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, StatisticError
 from heedful.methods.observe.modality_share import ModalityShare, Shares
@@ -91,8 +92,8 @@ def test_tiles_and_pieces_do_not_matter() -> None:
     whole = found(model, {"input_ids": ids(16)})
     same(found(model, {"input_ids": ids(16)}, tile_rows=3, backend="tiled"), whole)
     with heedful.attach(model, METHOD, roles=ROLES) as run, torch.no_grad():
-        cache = run(input_ids=ids(16)[:, :7], use_cache=True).past_key_values
-        run(input_ids=ids(16)[:, 7:], past_key_values=cache, use_cache=True)
+        cache = run(input_ids=ids(16)[:, :7], use_cache=True)[CACHE]
+        run(input_ids=ids(16)[:, 7:], **{CACHE: cache}, use_cache=True)
     same(run[METHOD], whole)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from heedful import attach, models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
@@ -85,7 +86,7 @@ def test_each_added_token_is_a_last_row() -> None:
     ids = models.tiny_inputs(model, batch=1, length=14)["input_ids"]
     with torch.no_grad(), attach(model, PAINT(share=1.0), roles={"marked": ((2, 9),)}) as run:
         out = run(input_ids=ids[:, :-1], use_cache=True)
-        step = run(input_ids=ids[:, -1:], past_key_values=out.past_key_values).logits
+        step = run(input_ids=ids[:, -1:], **{CACHE: out[CACHE]}).logits
         with run.paused():
             native = model(input_ids=ids).logits
     assert not close_model(step[:, -1], native[:, -1])

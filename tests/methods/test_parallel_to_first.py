@@ -5,6 +5,7 @@ import torch
 
 import heedful
 from heedful import models
+from heedful.adapters.cache_name import CACHE
 from heedful.core.errors import FieldError, StatisticError
 from heedful.methods.observe.parallel_to_first import Parallels, ParallelToFirst
 
@@ -70,8 +71,8 @@ def test_padding_does_not_count(model, left: bool) -> None:
 def test_later_pieces_of_a_text_are_left_out(model) -> None:
     with heedful.attach(model, METHOD) as run, torch.no_grad():
         out = run(input_ids=ids(12), use_cache=True)
-        run(input_ids=ids(5), past_key_values=out.past_key_values, use_cache=True)
-        run(input_ids=ids(1), past_key_values=out.past_key_values, use_cache=True)
+        run(input_ids=ids(5), **{CACHE: out[CACHE]}, use_cache=True)
+        run(input_ids=ids(1), **{CACHE: out[CACHE]}, use_cache=True)
         assert run[METHOD].spread[0].sum() == 11
     with heedful.attach(model, METHOD) as run, pytest.raises(StatisticError, match="read nothing yet"):
         run[METHOD]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful import attach, fit, models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call, Entries
 from heedful.core.errors import FieldError
@@ -101,8 +102,8 @@ def test_it_cuts_the_cache_of_a_model_at_every_step() -> None:
     with torch.no_grad(), attach(model, method) as run:
         out = run(input_ids=ids, use_cache=True)
         for _ in range(3):
-            out = run(input_ids=ids[:, :1], past_key_values=out.past_key_values, use_cache=True)
-            assert {layer.keys.shape[2] for layer in out.past_key_values.layers} == {8}
+            out = run(input_ids=ids[:, :1], **{CACHE: out[CACHE]}, use_cache=True)
+            assert {layer.keys.shape[2] for layer in out[CACHE].layers} == {8}
 
 
 @pytest.mark.parametrize(

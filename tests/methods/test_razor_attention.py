@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from heedful import attach, fit, models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call, Entries, Phase
 from heedful.core.errors import FieldError, SiteError
@@ -126,7 +127,7 @@ def test_a_cache_from_which_nothing_was_dropped_gets_no_token(induction: float) 
     found = []
     for before in (0, 1):
         with torch.no_grad(), attach(model, method) as run:
-            prefix = run(input_ids=ids[:, :6], use_cache=True).past_key_values
+            prefix = run(input_ids=ids[:, :6], use_cache=True)[CACHE]
             for _ in range(before):
                 _pieces(run, ids[:, 6:].flip(1), [5, 8], past=copy.deepcopy(prefix))
             found.append(_pieces(run, ids[:, 6:], [4, 9], past=copy.deepcopy(prefix)))
@@ -138,7 +139,7 @@ def test_a_copy_of_a_cache_has_a_token_of_its_own() -> None:
     ids = models.tiny_inputs(model, length=20)["input_ids"]
     method = RazorAttention(budget=6, least=1, sinks=1, induction=0.5, echo=0.0, seed=3)
     with torch.no_grad(), attach(model, method) as run:
-        prefix = run(input_ids=ids[:, :9], use_cache=True).past_key_values
+        prefix = run(input_ids=ids[:, :9], use_cache=True)[CACHE]
         first = _pieces(run, ids[:, 9:], [4], past=copy.deepcopy(prefix))
         assert torch.equal(_pieces(run, ids[:, 9:], [4], past=prefix), first)
 
@@ -148,7 +149,7 @@ def test_beams_that_change_places_take_their_token_along() -> None:
     ids = models.tiny_inputs(model, length=20)["input_ids"]
     method = RazorAttention(budget=6, least=1, sinks=1, induction=0.5, echo=0.0, seed=3)
     with torch.no_grad(), attach(model, method) as run:
-        cache = run(input_ids=ids[:, :15], use_cache=True).past_key_values
+        cache = run(input_ids=ids[:, :15], use_cache=True)[CACHE]
         want = _pieces(run, ids[:, 15:], [1, 2], past=copy.deepcopy(cache))
         cache.reorder_cache(torch.tensor([1, 0]))
         found = _pieces(run, ids[:, 15:].flip(0), [1, 2], past=cache)
@@ -165,13 +166,13 @@ def test_a_text_padded_on_the_right_goes_on_as_alone() -> None:
     alone = torch.cat([ids[1:, :12], ids[1:, 16:]], 1)
     method = RazorAttention(budget=0.25, least=1, sinks=1, induction=0.5, echo=0.0, seed=3)
     with torch.no_grad(), attach(model, method) as run:
-        past = run(input_ids=ids[:, :16], attention_mask=mask[:, :16], use_cache=True).past_key_values
+        past = run(input_ids=ids[:, :16], attention_mask=mask[:, :16], use_cache=True)[CACHE]
         counts = [past.layers[0].notes[0]["count"].flatten(1).tolist()]
         inputs = dict(input_ids=ids[:, 16:], attention_mask=mask, position_ids=places[:, 16:])
-        both = run(**inputs, past_key_values=past).logits[1:]
-        past = run(input_ids=alone[:, :12], use_cache=True).past_key_values
+        both = run(**inputs, **{CACHE: past}).logits[1:]
+        past = run(input_ids=alone[:, :12], use_cache=True)[CACHE]
         counts.append(past.layers[0].notes[0]["count"].flatten(1).tolist())
-        want = run(input_ids=alone[:, 12:], past_key_values=past).logits
+        want = run(input_ids=alone[:, 12:], **{CACHE: past}).logits
     assert counts[0][1] == counts[1][0]
     assert set(counts[1][0]) == {0, 12 - 1 - 3}
     assert close_model(both, want)
@@ -184,8 +185,8 @@ def _pieces(
     logits = []
     for start, stop in pairwise([0, *bounds, ids.shape[1]]):
         seen = None if mask is None else mask[:, :stop]
-        out = run(input_ids=ids[:, start:stop], attention_mask=seen, past_key_values=past, use_cache=True)
-        past = out.past_key_values
+        out = run(input_ids=ids[:, start:stop], attention_mask=seen, **{CACHE: past}, use_cache=True)
+        past = out[CACHE]
         logits.append(out.logits)
     return torch.cat(logits, 1)
 
@@ -219,7 +220,7 @@ def test_left_padding_and_new_texts_change_nothing() -> None:
         alone = _steps(run, ids[:1, 5:])
         both = _steps(run, ids, mask)
         again = _steps(run, ids[:1, 5:])
-        cache = run(input_ids=ids[:, :12], attention_mask=mask[:, :12], use_cache=True).past_key_values
+        cache = run(input_ids=ids[:, :12], attention_mask=mask[:, :12], use_cache=True)[CACHE]
     assert torch.equal(again, alone)
     assert close_model(both[:1], alone)
     assert cache.layers[0].counts == [5, 7, 5, 12], "no padding is held"

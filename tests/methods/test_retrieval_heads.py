@@ -6,6 +6,7 @@ from torch import Tensor
 
 import heedful
 from heedful import models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.methods.observe.retrieval_heads import Retrieval, RetrievalHeads
@@ -74,8 +75,8 @@ def test_tiles_pieces_and_decoding_do_not_matter() -> None:
     assert whole.sum() > 0
     assert close(found(model, {"input_ids": ids(20)}, tile_rows=3, backend="tiled").map, whole)
     with heedful.attach(model, METHOD, roles=ROLES) as run, torch.no_grad():
-        cache = run(input_ids=ids(20)[:, :7], use_cache=True).past_key_values
-        run(input_ids=ids(20)[:, 7:], past_key_values=cache, use_cache=True)
+        cache = run(input_ids=ids(20)[:, :7], use_cache=True)[CACHE]
+        run(input_ids=ids(20)[:, 7:], **{CACHE: cache}, use_cache=True)
     assert close(run[METHOD].map, whole)
     later = {"needle": (*ROLES["needle"], (3, 9)), "answer": (*ROLES["answer"], (21, 27))}
     with heedful.attach(model, METHOD, roles=later) as run:

@@ -5,6 +5,7 @@ import torch
 
 import heedful
 from heedful import models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.methods.explain.rollout import AttentionRollout
@@ -143,8 +144,8 @@ def test_says_what_is_wrong() -> None:
             AttentionRollout(bad)
     llama = models.tiny("llama", num_hidden_layers=4)
     with torch.no_grad():
-        cache = llama(input_ids=ids(5), use_cache=True).past_key_values
-    refused(llama, "comes in pieces", input_ids=ids(3), past_key_values=cache)
+        cache = llama(input_ids=ids(5), use_cache=True)[CACHE]
+    refused(llama, "comes in pieces", input_ids=ids(3), **{CACHE: cache})
     refused(llama, "must follow layer 0 without a gap", AttentionRollout().on(layers=[0, 2, 3]), input_ids=ids(5))
     for kind in ("t5", "bart"):
         model = models.tiny(kind)

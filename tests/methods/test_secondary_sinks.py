@@ -7,6 +7,7 @@ import torch
 
 import heedful
 from heedful import models
+from heedful.adapters.cache_name import CACHE
 from heedful.core.errors import FieldError
 from heedful.methods.observe.secondary_sinks import Level, Secondary, SecondarySinks
 
@@ -109,8 +110,8 @@ def test_later_pieces_of_a_text_and_decoding_steps_are_left_out(model) -> None:
     whole = found(model, {"input_ids": ids(12)})
     with heedful.attach(model, METHOD) as run, torch.no_grad():
         out = run(input_ids=ids(12), use_cache=True)
-        run(input_ids=ids(5), past_key_values=out.past_key_values, use_cache=True)
-        run(input_ids=ids(1), past_key_values=out.past_key_values, use_cache=True)
+        run(input_ids=ids(5), **{CACHE: out[CACHE]}, use_cache=True)
+        run(input_ids=ids(1), **{CACHE: out[CACHE]}, use_cache=True)
         assert run[METHOD].levels == whole.levels
         assert same(run[METHOD].first_norm, whole.first_norm)
 

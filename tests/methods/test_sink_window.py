@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from heedful import attach
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close_model
 from heedful.methods.sparse.heavy_hitter import HeavyHitter
 from heedful.methods.sparse.razor_attention import RazorAttention
@@ -27,7 +28,7 @@ def read(text: Tensor, ids: Tensor, chunks: tuple[int, ...]) -> tuple[Any, list[
     model, cache, start = tiny("llama"), DynamicCache(), 0
     with attach(model, METHOD) as run:
         for stop in chunks:
-            run(ids[:, start:stop], attention_mask=text[:, :stop].long(), past_key_values=cache)
+            run(ids[:, start:stop], attention_mask=text[:, :stop].long(), **{CACHE: cache})
             start = stop
     layer = cache.layers[0]
     held = [layer.index[row, 0][layer.valid[row, 0]].tolist() for row in range(len(ids))]
@@ -63,16 +64,16 @@ def test_a_text_goes_on_after_padding_on_its_right_as_alone(method: Any) -> None
         past, start = None, 0
         for stop in bounds:
             given = {"attention_mask": text[:, :stop], "position_ids": places[:, start:stop].clamp(min=0)}
-            out = run(IDS[:, start:stop], past_key_values=past, use_cache=True, **given)
-            past, start = out.past_key_values, stop
+            out = run(IDS[:, start:stop], **{CACHE: past}, use_cache=True, **given)
+            past, start = out[CACHE], stop
             logits.append(out.logits[1:])
         kept.append(past.layers[0].counts[2:])
     alone = IDS[1:, text[1].bool()]
     with attach(model, method) as run:
         past, start, want = None, 0, []
         for stop in (8, *(x - 5 for x in bounds[1:])):
-            out = run(alone[:, start:stop], past_key_values=past, use_cache=True)
-            past, start = out.past_key_values, stop
+            out = run(alone[:, start:stop], **{CACHE: past}, use_cache=True)
+            past, start = out[CACHE], stop
             want.append(out.logits)
         kept.append(past.layers[0].counts)
     assert kept[0] == kept[1]
@@ -83,7 +84,7 @@ def test_a_text_goes_on_after_padding_on_its_right_as_alone(method: Any) -> None
 def test_a_step_after_the_cut_is_a_row_of_the_masked_prompt() -> None:
     with attach(tiny("llama"), METHOD) as run:
         whole = run(IDS, use_cache=False).logits
-        cache = run(IDS[:, :17]).past_key_values
-        steps = [run(IDS[:, i : i + 1], past_key_values=cache).logits for i in range(17, 20)]
+        cache = run(IDS[:, :17])[CACHE]
+        steps = [run(IDS[:, i : i + 1], **{CACHE: cache}).logits for i in range(17, 20)]
     assert close_model(torch.cat(steps, 1), whole[:, 17:])
     assert cache.layers[0].keys.shape[2] == METHOD.declares(20)["kept"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from heedful import attach
+from heedful.adapters.cache_name import CACHE
 from heedful.adapters.kvcache import cache_bytes
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call, Entries
@@ -106,8 +107,8 @@ def test_later_votes_join_earlier_ones_which_fade() -> None:
     with attach(model, SnapKV(15, window=window, kernel=3), backend="reference") as run:
         cache, want, start = None, torch.zeros(2, 2, 0), 0
         for stop in stops:
-            out = run(input_ids=ids[:, start:stop], past_key_values=cache, output_attentions=True)
-            cache, new = out.past_key_values, min(window, stop - start)
+            out = run(input_ids=ids[:, start:stop], **{CACHE: cache}, output_attentions=True)
+            cache, new = out[CACHE], min(window, stop - start)
             given = out.attentions[0][:, :, -new:].sum(2).unflatten(1, (2, -1)).sum(2)
             want = torch.nn.functional.pad(want * (1 - new / window), (0, stop - start)) + given
             start = stop
@@ -120,8 +121,8 @@ def test_the_budget_holds_what_it_says() -> None:
     """Notes are part of the cache, and next to nothing of it."""
     model, ids = tiny("llama", head_dim=64), torch.arange(400).remainder(97)[None]
     with attach(model, SnapKV(0.25)) as run:
-        cache = run(input_ids=ids).past_key_values
-    whole = cache_bytes(model(input_ids=ids).past_key_values)
+        cache = run(input_ids=ids)[CACHE]
+    whole = cache_bytes(model(input_ids=ids)[CACHE])
     assert cache.layers[0].keys.shape[2] == 100
     assert 0.25 < cache_bytes(cache) / whole < 0.27  # a number for each token, an index for each entry
 

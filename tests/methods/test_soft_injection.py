@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful import Fitted, attach, fit, models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.methods.intervene.soft_injection import SoftInjection
@@ -61,8 +62,8 @@ def test_only_the_last_prompt_token_is_edited_and_decoding_not_at_all() -> None:
         native = model(input_ids=ids[:, :-1]).logits
         with attach(model, SoftInjection(_task())) as run:
             first = run(input_ids=ids[:, :-1], use_cache=True)
-            second = run(input_ids=ids[:, -1:], past_key_values=copy.deepcopy(first.past_key_values))
-        wanted = model(input_ids=ids[:, -1:], past_key_values=first.past_key_values)
+            second = run(input_ids=ids[:, -1:], **{CACHE: copy.deepcopy(first[CACHE])})
+        wanted = model(input_ids=ids[:, -1:], **{CACHE: first[CACHE]})
     assert close_model(first.logits[:, :-1], native[:, :-1])
     assert not close_model(first.logits[:, -1], native[:, -1])
     assert close_model(second.logits, wanted.logits)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful import Prompt, attach, decode, fit, models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.methods.intervene.soft_pag import SoftPAG, _TowardsSelf
@@ -56,7 +57,7 @@ def test_padding_and_steps_change_nothing() -> None:
     _, stack = step.variants(Prompt((3,)))["weak"]
     with torch.no_grad(), attach(model, stack) as run:
         first = run(input_ids=ids[:, :-1], use_cache=True)
-        second = run(input_ids=ids[:, -1:], past_key_values=first.past_key_values)
+        second = run(input_ids=ids[:, -1:], **{CACHE: first[CACHE]})
     assert close_model(torch.cat([first.logits, second.logits], 1), wanted)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful import Fitted, attach, fit, fold, models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, FoldError
 from heedful.methods.intervene.steering_vector import SteeringVector
@@ -77,7 +78,7 @@ def test_generated_tokens_alone() -> None:
     ids = models.tiny_inputs(model)["input_ids"]
     with torch.no_grad(), attach(model, SteeringVector(2.0, vectors).when("decode")) as run:
         first = run(input_ids=ids[:, :-1], use_cache=True)
-        second = run(input_ids=ids[:, -1:], past_key_values=first.past_key_values).logits
+        second = run(input_ids=ids[:, -1:], **{CACHE: first[CACHE]}).logits
     with torch.no_grad():
         assert close_model(first.logits, model(input_ids=ids[:, :-1]).logits)
         assert not close_model(second[:, -1], model(input_ids=ids).logits[:, -1])

@@ -5,6 +5,7 @@ import torch
 
 import heedful
 from heedful import models
+from heedful.adapters.cache_name import CACHE
 from heedful.core.errors import FieldError
 from heedful.methods.observe.systematic_outliers import Counts, Outliers, SystematicOutliers
 
@@ -78,8 +79,8 @@ def test_a_gap_between_layers_is_not_bridged(model) -> None:
 def test_later_pieces_of_a_text_and_decoding_steps_are_left_out(model) -> None:
     with heedful.attach(model, METHOD) as run, torch.no_grad():
         out = run(input_ids=ids(12), use_cache=True)
-        run(input_ids=ids(5), past_key_values=out.past_key_values, use_cache=True)
-        run(input_ids=ids(1), past_key_values=out.past_key_values, use_cache=True)
+        run(input_ids=ids(5), **{CACHE: out[CACHE]}, use_cache=True)
+        run(input_ids=ids(1), **{CACHE: out[CACHE]}, use_cache=True)
         assert run[METHOD].layers[1].texts == 1
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful import Fitted, attach, fit, models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.methods.intervene.task_vector import LearnableTaskVector
@@ -57,11 +58,11 @@ def test_decoding_is_left_alone() -> None:
     with torch.no_grad():
         with attach(model, LearnableTaskVector(_vectors())) as run:
             first = run(input_ids=ids[:, :-1], use_cache=True)
-            caches = [(x.keys.clone(), x.values.clone()) for x in first.past_key_values.layers]
-            found = run(input_ids=ids[:, -1:], past_key_values=first.past_key_values).logits
-        for layer, (keys, values) in zip(first.past_key_values.layers, caches, strict=True):
+            caches = [(x.keys.clone(), x.values.clone()) for x in first[CACHE].layers]
+            found = run(input_ids=ids[:, -1:], **{CACHE: first[CACHE]}).logits
+        for layer, (keys, values) in zip(first[CACHE].layers, caches, strict=True):
             layer.keys, layer.values = keys, values
-        assert close_model(found, model(input_ids=ids[:, -1:], past_key_values=first.past_key_values).logits)
+        assert close_model(found, model(input_ids=ids[:, -1:], **{CACHE: first[CACHE]}).logits)
 
 
 def _batches(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

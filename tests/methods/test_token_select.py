@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful import attach, models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, SiteError
@@ -86,8 +87,8 @@ def test_the_cache_keeps_all_and_steps_see_few() -> None:
     with torch.no_grad(), attach(model, TokenSelect(8, 1, 4, 4)) as run:
         out = run(input_ids=ids, use_cache=True)
         run.book.calls.clear()
-        out = run(input_ids=ids[:, :1], past_key_values=out.past_key_values, use_cache=True)
-    assert out.past_key_values.layers[0].keys.shape[2] == 25
+        out = run(input_ids=ids[:, :1], **{CACHE: out[CACHE]}, use_cache=True)
+    assert out[CACHE].layers[0].keys.shape[2] == 25
     assert set(run.activity().density.values()) == {8 / 25}
 
 
@@ -120,7 +121,7 @@ def test_a_cache_that_dropped_the_same_of_all_heads_can_be_chosen_from() -> None
     with torch.no_grad(), attach(model, SinkWindow(2, 12) | TokenSelect(8, 1, 4, 4)) as run:
         out = run(input_ids=ids, use_cache=True)
         run.book.calls.clear()
-        run(input_ids=ids[:, :1], past_key_values=out.past_key_values, use_cache=True)
+        run(input_ids=ids[:, :1], **{CACHE: out[CACHE]}, use_cache=True)
     assert set(run.activity().density.values()) == {8 / 14}
 
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from heedful.adapters.cache_name import CACHE, cache_of
 from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
 from heedful.core.method import Part
@@ -78,8 +79,8 @@ class Single(Voice):
     def _feed(self, tokens: Iterable[int], every: bool) -> Tensor:
         ids = torch.tensor([list(tokens)], device=self.device)
         more = {} if every else self._last
-        seen = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **more)
-        self._cache = seen.past_key_values
+        seen = self.model(input_ids=ids, use_cache=True, **{CACHE: self._cache}, **more)
+        self._cache = cache_of(seen)
         return seen.logits[0] if every else seen.logits[0, -1:]
 
     def read(self, prompt: Prompt, cut: int | None = None, every: bool = False) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from heedful.adapters.cache_name import CACHE, cache_of
 from heedful.conformance.bare import ROLES
 from heedful.conformance.tolerances import close_model, error
 from heedful.conformance.verdict import Broken, DoesNotApply, law
@@ -96,7 +97,7 @@ def _two_steps(model: Any) -> Tensor:
     out = model(input_ids=ids[:, :-2], use_cache=True)
     logits = [out.logits]
     for i in (-2, -1):
-        out = model(input_ids=ids[:, i : LENGTH + i + 1], past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=ids[:, i : LENGTH + i + 1], use_cache=True, **{CACHE: cache_of(out)})
         logits.append(out.logits)
     return torch.cat(logits, 1)
 
@@ -219,8 +220,8 @@ def streaming(method: Method) -> None:
             out: Any = None
             parts = []
             for i in range(0, LENGTH, 6):
-                past = None if out is None else out.past_key_values
-                out = run(input_ids=ids[:, i : i + 6], past_key_values=past, use_cache=True)
+                past = None if out is None else cache_of(out)
+                out = run(input_ids=ids[:, i : i + 6], use_cache=True, **{CACHE: past})
                 parts.append(out.logits)
             chunks = torch.cat(parts, 1)
             whole = run(input_ids=ids, use_cache=False).logits
@@ -284,7 +285,7 @@ def is_documented(entry: Entry) -> None:
     file = Path(inspect.getfile(kind))
     if '__name__ == "__main__"' not in file.read_text():
         raise Broken("its file has no demo under __main__")
-    ledger = file.parents[3] / "claims"
+    ledger = file.parents[4] / "claims"
     if ledger.is_dir() and not (ledger / f"{claim_file(kind.paper.key)}.py").exists():
         raise Broken(f"claims/{claim_file(kind.paper.key)}.py is missing")
 
