@@ -53,7 +53,6 @@ REFUSED = {
     "ConvBertForMaskedLM": "no attention layer that goes through transformers' attention interface",
     "DebertaV2ForMaskedLM": "its own are deberta.encoder.layer.0.attention.self",
     "FalconForCausalLM": "its own are transformer.h.0.self_attention",
-    "BloomForCausalLM": "its own are transformer.h.0.attn",
     "LongformerForMaskedLM": "no attention layer that goes through",
     "TrOCRForCausalLM": "no attention layer that goes through",
     "XLNetLMHeadModel": "its own are transformer.layer.0.rel_attn",
