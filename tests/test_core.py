@@ -95,10 +95,9 @@ def test_wrong_methods_are_refused_when_defined() -> None:
     body = {n: at(s)(type(edit)(edit.__code__, {}, n)) for n, s in (("a", Site.KEY), ("b", Site.KEY))}
     with pytest.raises(DefinitionError, match="marks one site twice"):
         type("Twice", (Method,), {"paper": PAPER, **body})
-    sites = (Site.KEY, Site.QUERY, Site.HEADS)
-    body = {s.name: at(s)(type(edit)(edit.__code__, {}, s.name)) for s in sites}
-    with pytest.raises(DefinitionError, match="marks 3 sites"):
-        type("Three", (Method,), {"paper": PAPER, **body})
+    body = {"a": at(Site.KEY, when="nothing")(type(edit)(edit.__code__, {}, "a"))}
+    with pytest.raises(DefinitionError, match="when='nothing' names no field"):
+        type("Odd", (Method,), {"paper": PAPER, **body})
 
 
 def test_stacks_hold_methods_only() -> None:

@@ -16,9 +16,10 @@ from heedful.core.errors import BackendError, DefinitionError, FieldError, SiteE
 from heedful.core.mask import Blocks, Causal, Dense, Mask
 from heedful.core.stack import Stack
 from heedful.core.stats import Sum
-from heedful.engine.attend import Job, attend
+from heedful.engine.attend import attend
 from heedful.engine.backends import BACKENDS
 from heedful.engine.book import Book
+from heedful.engine.job import Job
 from heedful.engine.needs import Needs
 from heedful.engine.select import named, select
 from heedful.native import library
@@ -237,7 +238,7 @@ def bad(site: Site, result: object, read: bool = False) -> Method:
         (bad(Site.HEADS, None), SiteError, "got NoneType"),
         (bad(Site.MASK, Mask()), SiteError, "must return the mask it was given, narrowed"),
         (bad(Site.NORMALISE, torch.ones(1)), SiteError, "must return weights of shape"),
-        (bad(Site.MIX, torch.ones(1)), SiteError, "must return heads of shape"),
+        (bad(Site.MIX, torch.ones(1)), SiteError, "must return a tensor of shape"),
         (bad(Site.PATTERN, torch.ones(1), read=True), DefinitionError, "returns a statistic or None, not Tensor"),
         (bad(Site.NORMALISE, None, read=True), SiteError, "NORMALISE has nothing to read"),
     ],

@@ -23,8 +23,9 @@ from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Sum
 from heedful.core.summary import Summary, sums
 from heedful.engine import shifting
-from heedful.engine.attend import Job, attend
+from heedful.engine.attend import attend
 from heedful.engine.book import Book
+from heedful.engine.job import Job
 from heedful.engine.select import explain, select
 from heedful.methods.sparse.snap_kv import SnapKV
 from heedful.native import library

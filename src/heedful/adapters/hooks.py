@@ -17,8 +17,10 @@ from heedful.core.call import Call, Phase
 from heedful.core.errors import NotEntered, RefusedModel
 from heedful.core.places import Places
 from heedful.core.sites import Site
-from heedful.engine.attend import Job, stage
+from heedful.engine.attend import replaced
+from heedful.engine.job import Job
 from heedful.engine.run import Run
+from heedful.engine.stages import stage
 
 _CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 
@@ -45,7 +47,7 @@ class Hooks:
         for part in model.modules():
             if part is model or isinstance(part, PreTrainedModel):
                 self._handles.append(part.register_forward_pre_hook(self._begins, with_kwargs=True))
-                self._handles.append(part.register_forward_hook(self._ends, always_call=True))
+                self._handles.append(part.register_forward_hook(self._ends, with_kwargs=True, always_call=True))
 
     def _begins(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if self._inside == 0:
@@ -54,8 +56,14 @@ class Hooks:
             self.patterns = bool(getattr(model.config, "output_attentions", False) if wanted is None else wanted)
         self._inside += 1
 
-    def _ends(self, model: nn.Module, args: Any, output: Any) -> None:
+    def _ends(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         self._inside = max(0, self._inside - 1)
+        if self._inside or not self.run.book.losses or kwargs.get("labels") is None:
+            return None
+        if isinstance(output, tuple):
+            return (output[0] + self.run.loss(), *output[1:])
+        output["loss"] = output["loss"] + self.run.loss()
+        return output
 
     # one attention module
 
@@ -68,7 +76,7 @@ class Hooks:
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
             bound.hidden = bound.cache = bound.rotary = None
-            if not self.run.stack.touches(Site.OUTPUT, Site.RESIDUAL):
+            if not self.run.stack.touches(Site.BLOCK, Site.OUTPUT, Site.RESIDUAL):
                 bound.call = None  # it holds the hidden states
             if not bound.called:
                 raise NotEntered(
@@ -123,13 +131,45 @@ class Hooks:
             roles=self.run.roles, hidden=hidden, forward=self.run.book.forward,
         )  # fmt: skip
 
+    # the layers of one list
+
+    def before_blocks(self, model: nn.Module, served: list[Bound]) -> None:
+        """Edit and read EMBEDDING: what enters the first layer of each list of layers."""
+        first: dict[str, Bound] = {}
+        for bound in served:
+            name = block_of(model, bound.name)
+            if name is None:
+                raise RefusedModel(f"an EMBEDDING edit cannot act before {bound.name}: it stands in no list of layers")
+            if name.rpartition(".")[2] == "0":
+                first.setdefault(name, bound)
+        if not first:
+            raise RefusedModel("an EMBEDDING edit cannot act: no first layer of a list of layers is served")
+        for name, bound in first.items():
+            self._before_block(model, name, bound)
+
+    def _before_block(self, model: nn.Module, name: str, bound: Bound) -> None:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            by_name = "hidden_states" in kwargs
+            stream = kwargs["hidden_states"] if by_name else args[0] if args else None
+            if not isinstance(stream, Tensor) or stream.ndim != 3:
+                raise RefusedModel(f"an EMBEDDING edit cannot act before {name}: it is not handed [b n e]")
+            call = self._outline(bound, stream, kwargs.get("attention_mask"))
+            job = Job(self.run.book.plan(call.layer, call.phase), self.run.book, call)
+            new = stage(Site.EMBEDDING, stream, job, call)
+            self.run.book.close_call(job.plan, call)
+            return (args, {**kwargs, "hidden_states": new}) if by_name else ((new, *args[1:]), kwargs)
+
+        self._handles.append(model.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True))
+
     # its output projection
 
     def after_projection(self, model: nn.Module, bound: Bound) -> None:
-        """Edit and read OUTPUT."""
+        """Edit and read OUTPUT, after what replaces the BLOCK."""
         found = output_projection(model, bound.name)
         if found is None:
-            raise RefusedModel(f"an OUTPUT edit cannot act in {bound.name}: heedful finds no output projection there")
+            raise RefusedModel(
+                f"an OUTPUT or BLOCK edit cannot act in {bound.name}: heedful finds no output projection there"
+            )
 
         def after(_: nn.Module, args: Any, output: Any) -> Any:
             if bound.call is None:
@@ -143,7 +183,10 @@ class Hooks:
                     f"an OUTPUT edit cannot act in {bound.name}: its projection does not give [b n e] for {n} tokens"
                 )
             job = Job(self.run.book.plan(call.layer, call.phase), self.run.book, call)
-            new = stage(Site.OUTPUT, output.reshape(-1, n, output.shape[-1]), job, call)
+            new = output.reshape(-1, n, output.shape[-1])
+            if steps := job.plan.at(Site.BLOCK):
+                new = replaced(steps[0], job, call, new)
+            new = stage(Site.OUTPUT, new, job, call)
             self.run.book.close_call(job.plan, call)
             return new.reshape(output.shape)
 

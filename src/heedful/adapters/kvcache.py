@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
+from heedful.core.call import Kept
 from heedful.core.errors import RefusedModel
 from heedful.core.places import Places
 from heedful.core.ragged import padded, spread
@@ -150,9 +151,14 @@ class HeldLayer(DynamicLayer):
             return torch.cat([held.view(*self.heads, self.counts[0], *held.shape[1:]), new], 2).flatten(0, 2)
         return torch.cat([x for pair in zip(held.split(self.counts), new.flatten(0, 1), strict=True) for x in pair])
 
-    def keep(self, kept: Tensor) -> None:
-        """Drop every entry that is not kept `[b g k]`, and the memory it took."""
-        mine = (kept if self.even else kept[self.valid]).flatten()
+    def keep(self, left: Kept) -> None:
+        """Drop every entry that is not kept, and the memory it took; the others may be given new keys and values."""
+        kept, valid = left.keep, self.valid
+        if left.key is not None:
+            self._keys = left.key[valid].to(self._keys.dtype)
+        if left.value is not None:
+            self._values = left.value[valid].to(self._values.dtype)
+        mine = (kept if self.even else kept[valid]).flatten()
         if bool(mine.all()):
             return
         self._index = self._indices()[mine]
@@ -168,7 +174,7 @@ class HeldLayer(DynamicLayer):
         if not left:
             self._clear()
             return
-        self.keep(self.valid & (self.index < left))
+        self.keep(Kept(self.valid & (self.index < left)))
         self.seen = left
         if whole:
             self._index = None

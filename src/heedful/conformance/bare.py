@@ -17,10 +17,11 @@ from heedful.core.method import Layer, Method
 from heedful.core.places import Places
 from heedful.core.stack import Stack
 from heedful.core.stats import Statistic
-from heedful.engine.attend import Job, attend
+from heedful.engine.attend import attend
 from heedful.engine.backends import BACKENDS, Backend
 from heedful.engine.backends.tiled import Tiled
 from heedful.engine.book import Book
+from heedful.engine.job import Job
 from heedful.engine.needs import Needs
 
 ROLES = dict.fromkeys(("marked", "relevant", "prompt", "image", "context"), ((2, 5),)) | {

@@ -57,6 +57,7 @@ class Call:
     keep: Tensor | None = None  # [b|1, h|1, r, k]: which pairs are computed; None when all are
     rows: slice = field(default_factory=lambda: slice(None))  # the tile's rows of the call
     cols: slice | Tensor = field(default_factory=lambda: slice(None))  # the tile's columns of the call
+    above: int = 0  # how many of the tile's first rows are only there for edits to look at, see `Method.above`
     params: Mapping[str, Tensor] = field(default_factory=dict)  # the method's learned parameters in this layer
     memory: dict[str, Any] = field(default_factory=dict)  # the method's own, for this layer, as long as the run
     scratch: dict[str, Any] = field(default_factory=dict)  # the method's own, for all layers of this one forward
@@ -126,6 +127,15 @@ class Call:
             torch.bucketize(self.k_pos.contiguous(), starts, right=True) - 1
         )  # of the spans that begin at the key or before it
         return (last >= 0) & (self.k_pos < stops.cummax(0).values[last.clamp(min=0)])
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a CACHE edit leaves of a cache: which entries stay, and new keys or values for them, as after a merge."""
+
+    keep: Tensor  # [b g k], bool
+    key: Tensor | None = None  # [b g k d], as handed; None: unchanged
+    value: Tensor | None = None  # [b g k d], as handed; None: unchanged
 
 
 @dataclass(frozen=True, eq=False)

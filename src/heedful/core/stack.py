@@ -52,6 +52,10 @@ def clash(a: Part, b: Part) -> str | None:
         for base in type(y).__mro__:
             if base.__name__ in x.forbids:
                 return x.forbids[base.__name__]
+        if any(e.site is Site.BLOCK for e in x.edits):
+            inner = next((e.site.name for e in y.edits if e.site.inside), None)
+            if inner:
+                return f"{type(x).__name__} replaces the whole block, so there is no {inner} for {type(y).__name__}"
         mixes = any(e.site is Site.MIX for e in x.edits)
         mapped = next((e.site.name for e in y.edits if e.site in MAP_SITES), None)
         if mixes and mapped:

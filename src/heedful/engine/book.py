@@ -68,6 +68,16 @@ class Plan:
         """The steps that move weight between whole columns."""
         return tuple(s for s in self.at(Site.PATTERN) if s.edit.shifts)
 
+    @cached_property
+    def above(self) -> int:
+        """How many rows above a tile its edits look at."""
+        methods = {s.number: s.method for s in self.steps if s.edit.site in MAP_SITES}
+        return sum(method.above() for method in methods.values())
+
+    @cached_property
+    def penalties(self) -> bool:
+        return any(s.edit.loss for s in self.steps)
+
     def before(self, shift: Step) -> Plan:
         """What makes the pattern that a shift is told about."""
         edits = (s for s in self.steps if s.edit.site in MAP_SITES and not s.edit.reads)
@@ -98,6 +108,7 @@ class Book:
     backends: dict[int, str] = field(default_factory=dict)
     kept: dict[int, tuple[int, int]] = field(default_factory=dict)  # cache entries kept and seen, by layer
     notes: dict[int, Notes] = field(default_factory=dict)  # what methods keep with the cache of the call, by layer
+    losses: dict[Key, Tensor] = field(default_factory=dict)  # what steps penalised in this forward
     forward: int = -1
 
     def __post_init__(self) -> None:
@@ -120,6 +131,7 @@ class Book:
         self.forward += 1
         self._scratch.clear()
         self._open.clear()
+        self.losses = {}
 
     def forget(self) -> None:
         """Forget what methods remember of the text so far."""
@@ -149,12 +161,22 @@ class Book:
         """Take what a reader found in a tile."""
         if found is None:
             return
+        if step.edit.loss:
+            self._penalise(step, call, found)
+            return
         if not isinstance(found, Statistic):
             raise DefinitionError(
                 f"{step}: a reader returns a statistic or None, not {type(found).__name__}; wrap it, as in Sum.of(x)"
             )
         key = (step.number, step.edit.name, call.layer)
         self._open[key] = self._open[key] + found if key in self._open else found
+
+    def _penalise(self, step: Step, call: Call, found: object) -> None:
+        if not isinstance(found, Tensor) or found.ndim or not found.is_floating_point():
+            got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise DefinitionError(f"{step}: a penalty is a floating-point tensor without axes, not {got}; sum it up")
+        key = (step.number, step.edit.name, call.layer)
+        self.losses[key] = self.losses[key] + found if key in self.losses else found
 
     def close_call(self, plan: Plan, call: Call) -> None:
         """Hand what the tiles of a call added up to over to the run."""

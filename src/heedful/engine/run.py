@@ -212,6 +212,18 @@ class Run:
             len(self.layer_names), entered, inactive, density, dict(book.kept), dict(book.backends), book.nan
         )
 
+    def loss(self) -> Tensor:
+        """The stack's penalties, added up over the layers of the last forward: a differentiable number.
+
+        Where the model was given labels it is in the model's own loss already.
+        """
+        if not any(step.edit.loss for step in self.stack.steps()):
+            rule = "penalises nothing, so there is no loss; mark a function with @penalises(Site.X)"
+            raise FieldError("Run", "stack", self.stack, rule, "a stack with a penalty")
+        if not self.book.losses:
+            raise StatisticError(f"{self.stack!r} has penalised nothing yet: run the model first, as in run(**inputs)")
+        return torch.stack([x.float() for x in self.book.losses.values()]).sum()
+
     def explain(self) -> Explanation:
         """Which backend serves this stack, and every reason against the others."""
         return explain(self.stack)

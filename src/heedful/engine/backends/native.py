@@ -14,8 +14,8 @@ from heedful.core.places import spread_heads
 from heedful.core.ragged import Ragged, padded
 from heedful.core.rows import counts
 from heedful.core.summary import Summary, Tally
-from heedful.engine.attend import Job
 from heedful.engine.backends.tiled import Tiled
+from heedful.engine.job import Job
 from heedful.engine.needs import Needs
 from heedful.engine.shifting import corrected
 from heedful.native import Library, Problem, library

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from heedful.engine.attend import Job, tile, wide
+from heedful.engine.attend import tile, wide
+from heedful.engine.job import Job
 from heedful.engine.needs import Needs
 
 
