@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from heedful import check
-from heedful.conformance import laws, model_laws
+from heedful.conformance import laws, subjects
 from heedful.core.call import Call
 from heedful.core.errors import DefinitionError, SiteError
 from heedful.core.kinds import Decode, HeadWeights, Prompt, Reader, Surgery, Tokens
@@ -222,7 +222,7 @@ class LeavesTrace(Method):
 
     @at(Site.HEADS)
     def mark(self, heads: Tensor, call: Call) -> Tensor:
-        layer = model_laws.tiny_model("llama").get_submodule("model.layers.0")
+        layer = subjects.tiny_model("llama").get_submodule("model.layers.0")
         layer.visits = getattr(layer, "visits", 0) + 1
         return heads * 1.5
 

@@ -9,8 +9,9 @@ import pytest
 
 import heedful
 from heedful import catalogue
+from heedful.conformance.model_laws import composes
 from heedful.core.errors import CatalogueError
-from heedful.core.method import Entry
+from heedful.core.method import Entry, Method
 
 
 def test_all_is_sorted_and_everything_in_it_is_there() -> None:
@@ -53,6 +54,12 @@ def test_the_catalogue_finds_and_searches() -> None:
 def test_every_entry_keeps_every_law(name: str) -> None:
     report = heedful.check(catalogue.entries()[name])
     assert report.ok, str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(name for name, kind in catalogue.entries().items() if issubclass(kind, Method)))
+def test_every_method_composes_with_every_other(name: str) -> None:
+    composes(catalogue.entries()[name].example(), every=True)
 
 
 @pytest.mark.parametrize("name", sorted(catalogue.entries()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +11,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from heedful.adapters.bound import Bound
+from heedful.adapters.grids import Grid, grid_of, patches
 from heedful.adapters.kvcache import hold, serve
-from heedful.adapters.layers import block_of, output_projection
+from heedful.adapters.layers import block_of, output_projection, within
 from heedful.adapters.lazymask import LazyMask
 from heedful.core.call import Call, Phase
 from heedful.core.errors import NotEntered, RefusedModel
 from heedful.core.places import Places
+from heedful.core.regions import Span
 from heedful.core.sites import Site
 from heedful.engine.attend import replaced
 from heedful.engine.job import Job
@@ -33,6 +36,8 @@ class Hooks:
     layers: int  # how many are served
     patterns: bool = False  # the caller of this forward wants the patterns back
     _inside: int = 0
+    _parts: dict[nn.Module, str] = field(default_factory=dict)  # the models in the model, by name
+    _images: dict[str, tuple[nn.Module, Grid]] = field(default_factory=dict)  # those that read images, and their grids
     _handles: list[Any] = field(default_factory=list)
 
     def remove(self) -> None:
@@ -44,12 +49,15 @@ class Hooks:
 
     def forwards(self, model: nn.Module) -> None:
         """Know where a forward of the whole begins and ends."""
-        for part in model.modules():
+        for name, part in model.named_modules():
             if part is model or isinstance(part, PreTrainedModel):
+                self._parts[part] = name
                 self._handles.append(part.register_forward_pre_hook(self._begins, with_kwargs=True))
                 self._handles.append(part.register_forward_hook(self._ends, with_kwargs=True, always_call=True))
 
     def _begins(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if (grid := grid_of(model, kwargs)) is not None:
+            self._images[self._parts[model]] = (model, grid)
         if self._inside == 0:
             self.run.book.new_forward()
             wanted = kwargs.get("output_attentions")
@@ -64,6 +72,14 @@ class Hooks:
             return (output[0] + self.run.loss(), *output[1:])
         output["loss"] = output["loss"] + self.run.loss()
         return output
+
+    def roles(self, bound: Bound, tokens: int) -> Mapping[str, tuple[Span, ...]]:
+        """The run's roles, and the patches of the image that a layer attends over."""
+        inside = [prefix for prefix in self._images if within(bound.name, (prefix,) if prefix else None)]
+        if not inside or "patches" in self.run.roles:
+            return self.run.roles
+        found = patches(*self._images[max(inside, key=len)], tokens)
+        return self.run.roles if found is None else {**self.run.roles, "patches": found}
 
     # one attention module
 
@@ -128,7 +144,7 @@ class Hooks:
         phase = Phase.DECODE if n == 1 and (queries.first or 0) > 0 else Phase.PREFILL
         return Call(
             bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
-            roles=self.run.roles, hidden=hidden, forward=self.run.book.forward,
+            roles=self.roles(bound, len(keys)), hidden=hidden, forward=self.run.book.forward,
         )  # fmt: skip
 
     # the layers of one list

@@ -171,8 +171,8 @@ class TransformersAdapter:
         plan = book.plan(bound.number, phase)
         call = bound.call = Call(
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
-            given.softcap, phase, bound.cross, run.roles, _rows(bound.hidden, q), bound.turn, given.mask,
-            max(0, book.forward),
+            given.softcap, phase, bound.cross, self._hooks.roles(bound, len(given.keys)), _rows(bound.hidden, q),
+            bound.turn, given.mask, max(0, book.forward),
         )  # fmt: skip
         if plan.at(Site.BLOCK):
             book.backends[bound.number] = repr(plan.at(Site.BLOCK)[0].part)

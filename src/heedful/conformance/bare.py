@@ -15,6 +15,7 @@ from heedful.core.errors import BackendError
 from heedful.core.mask import Causal, Mask, Padding, Rule
 from heedful.core.method import Layer, Method
 from heedful.core.places import Places
+from heedful.core.regions import Region
 from heedful.core.stack import Stack
 from heedful.core.stats import Statistic
 from heedful.engine.attend import attend
@@ -29,6 +30,7 @@ ROLES = dict.fromkeys(("marked", "relevant", "prompt", "image", "context"), ((2,
     "bos": ((0, 1),),
     "needle": ((2, 5),),
     "answer": ((8, 11),),
+    "patches": Region(((3, 19),), (4, 4)),
 }
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from heedful.core.errors import FieldError
 from heedful.core.mask import Mask
 from heedful.core.places import Pairs, Places
+from heedful.core.regions import Region, Span, coordinates, marked
 
-Span = tuple[int, int]
 NO_ROLES: Mapping[str, tuple[Span, ...]] = MappingProxyType({})
 
 
@@ -114,19 +114,26 @@ class Call:
         """The same call, seen by the queries `rows` and the keys `cols`."""
         return replace(self, queries=self.queries.take(rows), keys=self.keys.take(cols), rows=rows, cols=cols)
 
-    def marked(self, role: str) -> Tensor:
-        """Which keys stand in the spans named `role`, `[b|1, g|1, k]`."""
+    def region(self, role: str) -> Region:
+        """The spans named `role`, with their grid if there is one."""
         spans = self.roles.get(role)
         if spans is None:
             known = ", ".join(sorted(self.roles)) or "none"
             raise FieldError("attach()", "roles", known, f"has no spans named {role!r}", {role: ((0, 4),)})
-        if not spans:
-            return torch.zeros_like(self.k_pos, dtype=torch.bool)
-        starts, stops = torch.tensor(sorted(spans), device=self.k_pos.device).T.contiguous()
-        last = (
-            torch.bucketize(self.k_pos.contiguous(), starts, right=True) - 1
-        )  # of the spans that begin at the key or before it
-        return (last >= 0) & (self.k_pos < stops.cummax(0).values[last.clamp(min=0)])
+        return spans if isinstance(spans, Region) else Region(spans)
+
+    def marked(self, role: str) -> Tensor:
+        """Which keys stand in the spans named `role`, `[b|1, g|1, k]`."""
+        return marked(self.region(role), self.k_pos)
+
+    def marked_queries(self, role: str) -> Tensor:
+        """Which of the tile's queries stand in the spans named `role`, `[b|1, g|1, r]`."""
+        return marked(self.region(role), self.q_pos)
+
+    def coordinates(self, role: str) -> tuple[Tensor, Tensor]:
+        """Where queries `[b|1, g|1, r, dims]` and keys `[b|1, g|1, k, dims]` stand on the role's grid; -1 outside."""
+        region = self.region(role)
+        return coordinates(region, self.q_pos), coordinates(region, self.k_pos)
 
 
 @dataclass(frozen=True, eq=False)

@@ -149,6 +149,7 @@ class Method(Entry, abstract=True):
     whole_map: ClassVar[bool] = False  # a SCORES or PATTERN edit that must see all rows at once
     causal: ClassVar[bool] = True  # later tokens never change what earlier ones get, if the model is causal
     streams: ClassVar[bool] = True  # what a token gets does not depend on how the text was cut into calls
+    subjects: ClassVar[tuple[str, ...]] = ("text",)  # what it is for: "text", "image", "encoder-decoder", "cross"
     forbids: ClassVar[dict[str, str]] = {}  # class name -> why the two cannot act together
 
     def __init_subclass__(cls, abstract: bool = False) -> None:

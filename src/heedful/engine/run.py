@@ -13,9 +13,10 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from heedful.core.call import Call, Span
+from heedful.core.call import Call
 from heedful.core.errors import FieldError, InactiveWarning, StatisticError
 from heedful.core.method import Layer, Method, Part, Readings
+from heedful.core.regions import Span
 from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Statistic, load, save
 from heedful.engine.book import Book
