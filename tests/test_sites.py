@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, explain, models
+from heedful import attach, edit, explain, models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call, Entries, Kept
@@ -316,3 +316,42 @@ def test_the_embedding_enters_the_first_layer_alone() -> None:
     assert seen == [0, 0]
     with pytest.raises(RefusedModel, match="no first layer"):
         attach(models.tiny("llama"), Shift(), only="model.layers.1")
+
+
+def test_a_plain_function_is_an_edit() -> None:
+    def mirror(weights: Tensor, call: Call) -> Tensor:
+        return weights.flip(1)
+
+    model = models.tiny("llama").eval()
+
+    class Mirror(Method):
+        paper = PAPER
+
+        @at(Site.PATTERN)
+        def act(self, weights: Tensor, call: Call) -> Tensor:
+            return weights.flip(1)
+
+    found = []
+    for method in (edit(Site.PATTERN, mirror), Mirror()):
+        with attach(model, method.on(layers=0) | TempScale(0.5)) as run, torch.no_grad():
+            found.append(run(input_ids=IDS).logits)
+    assert torch.equal(*found)
+    assert edit(Site.PATTERN, mirror) == edit(Site.PATTERN, mirror)
+    stack = edit(Site.PATTERN, mirror).on(layers=0) | TempScale(0.5)
+    assert repr(stack) == "edit(Site.PATTERN, mirror).on(layers=[0]) | TempScale(tau=0.5)"
+    assert stack.cite() == TempScale(0.5).paper.bibtex()
+    with pytest.raises(FieldError, match="must be a Site"):
+        edit("pattern", mirror)  # type: ignore[arg-type]
+    with pytest.raises(FieldError, match="must take the site's value and the call"):
+        edit(Site.PATTERN, 3)  # type: ignore[arg-type]
+
+
+def test_only_what_serves_another_method_needs_no_paper() -> None:
+    class _Helper(Method):
+        @at(Site.PATTERN)
+        def act(self, weights: Tensor, call: Call) -> Tensor:
+            return weights
+
+    assert (_Helper() | TempScale(0.5)).cite() == TempScale(0.5).paper.bibtex()
+    with pytest.raises(DefinitionError, match="Public has no paper"):
+        type("Public", (_Helper,), {})

@@ -33,6 +33,7 @@ _HOMES = {
     "patching": "heedful.explaining.patching",
     "path_patching": "heedful.explaining.patching",
     "HeadEffects": "heedful.explaining.patching",
+    "edit": "heedful.core.plain",
     "explain": "heedful.engine.select",
     "check": "heedful.conformance",
     "find": "heedful.catalogue",
@@ -92,6 +93,7 @@ __all__ = [
     "compare",
     "decode",
     "diagnose",
+    "edit",
     "explain",
     "faithfulness",
     "find",
@@ -135,6 +137,7 @@ if TYPE_CHECKING:
     from heedful.core.mask import Mask
     from heedful.core.method import Layer, Method
     from heedful.core.paper import Paper
+    from heedful.core.plain import edit
     from heedful.core.sites import Site, at, reads
     from heedful.core.stack import Stack
     from heedful.core.summary import Summary, sums

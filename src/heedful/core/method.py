@@ -12,7 +12,7 @@ from torch import Tensor
 from heedful.core.call import Call, Phase
 from heedful.core.errors import DefinitionError, FieldError
 from heedful.core.figures import Told
-from heedful.core.paper import Paper
+from heedful.core.paper import UNPUBLISHED, Paper
 from heedful.core.sites import HEADLESS_SITES, Edit, Site
 from heedful.core.stats import Statistic
 
@@ -99,15 +99,16 @@ class Bench(Protocol):
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
-class Entry(ABC):
+class Entry(ABC):  # noqa: B024 - what is abstract stands in its kinds
     """Anything with a paper that the catalogue lists: methods, token steps, decoding steps, surgery."""
 
-    paper: ClassVar[Paper]
+    paper: ClassVar[Paper] = UNPUBLISHED
     kind: ClassVar[str] = "entry"
 
     def __init_subclass__(cls, abstract: bool = False) -> None:
         dataclass(frozen=True)(cls)
-        if not abstract and not isinstance(getattr(cls, "paper", None), Paper):
+        private = cls.__name__.startswith("_")  # what only serves another method needs none of its own
+        if not abstract and not private and (not isinstance(cls.paper, Paper) or cls.paper is UNPUBLISHED):
             raise DefinitionError(f"{cls.__name__} has no paper: write paper = Paper(key, title, authors, year, ...)")
 
     @classmethod

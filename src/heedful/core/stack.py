@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from heedful.core.call import Phase
 from heedful.core.errors import ClashError, DefinitionError
 from heedful.core.method import Method, Part, Scoped, method_of
+from heedful.core.paper import UNPUBLISHED
 from heedful.core.sites import MAP_SITES, SINGLE_SITES, Edit, Site
 
 
@@ -116,7 +117,8 @@ class Stack:
 
     def cite(self) -> str:
         """BibTeX of exactly the papers in this stack."""
-        return "\n\n".join(dict.fromkeys(method.paper.bibtex() for method in self.methods))
+        papers = (method.paper for method in self.methods)
+        return "\n\n".join(dict.fromkeys(paper.bibtex() for paper in papers if paper is not UNPUBLISHED))
 
 
 def as_stack(what: Part | Stack) -> Stack:

@@ -105,7 +105,6 @@ class ACT(Method):
 class _Sinks(Method):
     """How many columns of each head would be calibrated, by (layer, head)."""
 
-    paper = ACT.paper
     method: ACT
 
     @sums("received")

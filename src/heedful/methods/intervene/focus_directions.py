@@ -147,8 +147,6 @@ class FocusDirections(Method):
 class _Mass(Method):
     """Each head's weight from a text's last token on the role "relevant"; keeps the gradient."""
 
-    paper = FocusDirections.paper
-
     @reads(Site.PATTERN)
     def relevant(self, pattern: Tensor, call: Call) -> Statistic:
         marked = call.marked("relevant")[:, :, None]

@@ -127,7 +127,6 @@ def _loss(run: Any, batch: Mapping[str, Any]) -> Tensor:
 class _Learner(Method):
     """Factors that learn."""
 
-    paper = HeadScale.paper
     start: float
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:

@@ -137,8 +137,6 @@ class LoFiT(Method):
 class _Scales(Method):
     """Heads times 1 + a, a near 0 at first."""
 
-    paper = LoFiT.paper
-
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         return {"a": _noise(layer)}
 
@@ -150,7 +148,6 @@ class _Scales(Method):
 class _Offsets(Method):
     """Offsets that learn, in the chosen heads, near 0 at first."""
 
-    paper = LoFiT.paper
     chosen: tuple[tuple[int, int], ...] = ()
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:

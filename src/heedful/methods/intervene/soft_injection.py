@@ -95,7 +95,6 @@ class SoftInjection(Method):
 class _Gates(Method):
     """Gates that learn, a half at first."""
 
-    paper = SoftInjection.paper
     task: Fitted
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:

@@ -93,7 +93,6 @@ class SteeringVector(Method):
 class _LastStates(Method):
     """The mean of the residual stream at the last token, of texts without and with the trait, `[2 e]`."""
 
-    paper = SteeringVector.paper
     of: Fitted  # "positive" [b] or [1], bool
 
     @reads(Site.RESIDUAL)

@@ -103,7 +103,6 @@ class LearnableTaskVector(Method):
 class _Weights(Method):
     """Weights that learn."""
 
-    paper = LearnableTaskVector.paper
     parts: Fitted  # t.<layer> [h e]: what each head writes
     start: float = 1.0
     seed: int = 0

@@ -117,8 +117,6 @@ class VAR(Method):
 class _FirstToken(Method):
     """Each dimension's size in a text's first token, over the token's root mean square."""
 
-    paper = VAR.paper
-
     @reads(Site.RESIDUAL)
     def first(self, stream: Tensor, call: Call) -> Mean | None:
         at = (call.q_pos[:, 0] == 0) & call.live[:, 0]  # [b|1 n]

@@ -120,7 +120,6 @@ def cheapest(cost: Tensor, count: int) -> tuple[int, ...]:
 class _Lost(Method):
     """The weight that a layer would lose by the best blocks of each layer before it, `[layers]`."""
 
-    paper = PAPER
     keep: float = 0.25
     size: int = 64
 

@@ -110,8 +110,6 @@ class Loki(Method):
 
 
 class _Keys(Moments):
-    paper = Loki.paper
-
     @reads(Site.KEY)
     def read(self, key: Tensor, call: Call) -> Sum:
         return self.products(key, call.k_pos[:, :1] >= 0 if call.cross else call.live)

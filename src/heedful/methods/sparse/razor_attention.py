@@ -163,7 +163,6 @@ class RazorAttention(Method):
 class _Copies(Method):
     """How much weight each head gives to what followed earlier copies of a token, and to the copies, `[h 2]`."""
 
-    paper = RazorAttention.paper
     period: int
 
     @sums("first", "distance")
