@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heedful import Fitted, Method, Prompt, Site, Stack, at
+from heedful import Method, Prompt, Site, Stack
+from heedful.authoring import Fitted, at
 from heedful.core import errors
 from heedful.core.call import Call, Phase
 from heedful.core.errors import CatalogueError, ClashError, DefinitionError, FieldError, HeedfulError, nearest

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heedful import Method, Site, at, explain, reads
+from heedful import Method, Site, explain
+from heedful.authoring import at, reads
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, error, within_budget
 from heedful.core.call import Call

@@ -20,6 +20,12 @@ def test_all_is_sorted_and_everything_in_it_is_there() -> None:
     for name in heedful.__all__:
         assert getattr(heedful, name) is not None
     assert dir(heedful) == heedful.__all__
+    assert len(heedful.__all__) < 30
+    from heedful import authoring, explaining
+
+    for module in (authoring, explaining):
+        assert module.__all__ == sorted(module.__all__)
+        assert all(getattr(module, name) is not None for name in module.__all__)
     assert heedful.__version__.count(".") == 2
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         heedful.nothing  # noqa: B018
@@ -30,6 +36,7 @@ def test_all_is_sorted_and_everything_in_it_is_there() -> None:
     [
         ("import heedful", ["torch", "transformers", "safetensors", "typer", "rich"]),
         ("import heedful; heedful.attach, heedful.Method, heedful.Run", ["transformers", "typer", "rich"]),
+        ("import heedful.authoring", ["transformers", "typer", "rich"]),
         ("import heedful.catalogue as c; c.entries()", ["transformers", "typer", "rich"]),
     ],
 )
@@ -69,3 +76,16 @@ def test_every_entry_is_a_value(name: str) -> None:
     assert one == two
     assert hash(one) == hash(two)
     assert repr(one).startswith(name)
+
+
+def test_methods_are_imported_by_name_and_one_at_a_time() -> None:
+    from heedful import methods
+
+    for name, kind in catalogue.entries().items():
+        assert getattr(methods, name) is kind
+    assert dir(methods) == sorted(catalogue.entries())
+    with pytest.raises(AttributeError, match=r"heedful has no method 'SnapKv'. Did you mean SnapKV\?"):
+        methods.SnapKv  # noqa: B018
+    script = "from heedful.methods import SnapKV\nimport sys\nprint([m for m in sys.modules if 'heavy_hitter' in m])"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]", "no other method's file was read"

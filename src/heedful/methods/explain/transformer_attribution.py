@@ -16,8 +16,8 @@ from heedful.methods.explain._layer_by_layer import LayerByLayer
 class TransformerAttribution(LayerByLayer):
     """How relevant each token is to each position for what a backward was taken of, `[b n n]` for every such forward.
 
-    `heedful.attribute(model, prompt, TransformerAttribution())` takes that backward. By hand: attach, run, call
-    `backward()` on a logit, then ask the run. Rows and columns stand as the tokens were fed. The maps of all layers and
+    `heedful.explaining.attribute(model, prompt, TransformerAttribution())` takes that backward. By hand: attach, run,
+    call `backward()` on a logit, then ask the run. Rows and columns stand as the tokens were fed. The maps of all layers and
     their gradients are held until then, so texts should be short.
     """
 
@@ -64,7 +64,7 @@ def _relevance(patterns: list[Tensor]) -> Tensor | None:
 
 if __name__ == "__main__":
     from heedful import models
-    from heedful.explaining.attribute import attribute
+    from heedful.explaining.attribution import attribute
 
     model, tokenizer, _ = models.default()
     ids = tokenizer("Paris is the capital of France, and Rome is the capital of", return_tensors="pt").input_ids
