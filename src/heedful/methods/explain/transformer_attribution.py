@@ -17,8 +17,8 @@ class TransformerAttribution(LayerByLayer):
     """How relevant each token is to each position for what a backward was taken of, `[b n n]` for every such forward.
 
     `heedful.explaining.attribute(model, prompt, TransformerAttribution())` takes that backward. By hand: attach, run,
-    call `backward()` on a logit, then ask the run. Rows and columns stand as the tokens were fed. The maps of all layers and
-    their gradients are held until then, so texts should be short.
+    call `backward()` on a logit, then ask the run. Rows and columns stand as the tokens were fed. The maps of all
+    layers and their gradients are held until then, so texts should be short.
     """
 
     paper = Paper(
