@@ -25,7 +25,7 @@ def clone(tmp_path: Path) -> Path:
 
 def test_names_of_files() -> None:
     assert [snake(x) for x in ("SnapKV", "QFilters", "ACT", "Steer2Edit", "PruneHeads")] == [
-        "snap_kv", "q_filters", "act", "steer2edit", "prune_heads"
+        "snap_kv", "q_filters", "act", "steer2_edit", "prune_heads"
     ]  # fmt: skip
 
 
