@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from heedful.adapters.carried import shelf_of
 from heedful.core.call import Call, Entries
 from heedful.core.kinds import HeadWeights
 from heedful.core.mask import First, Mask, Window
 from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
+from heedful.core.state import ByIndex
 from heedful.core.stats import Cat, Mean, Sum
 
 PAPER = Paper("T000", "A test", "Ada Tester, Bo Other", 2026, url="https://example.org")
@@ -116,3 +119,9 @@ class FoldsElsewhere(Scale):
 
     def folds(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
         return replace(weights, q=weights.q * self.by)
+
+
+def notes_in(cache: Any, layer: int = 0) -> dict[str, Tensor]:
+    """What a stack of one part keeps with a cache in one layer."""
+    found = [kept for (_, name), kept in shelf_of(cache)._kept.items() if f"layers.{layer}." in name]
+    return {name: x.x if isinstance(x, ByIndex) else x for kept in found for name, x in kept.items()}

@@ -38,7 +38,7 @@ class Places(Method):
 
     @at(Site.MASK)
     def look(self, mask: Mask, call: Call) -> Mask:
-        call.memory.setdefault("calls", []).append(call)
+        call.state.run.setdefault("calls", []).append(call)
         return mask
 
 
@@ -91,7 +91,7 @@ def eager(kind: str, **settings: Any) -> Any:
 
 
 def calls(run: Any) -> list[Call]:
-    return run.book._memory[0, 0]["calls"]
+    return run.book._of_run[0, 0]["calls"]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from heedful.adapters.bound import Bound
+from heedful.adapters.carried import shelf_of
 from heedful.adapters.kvcache import hold, serve
 from heedful.adapters.layers import block_of, output_projection
 from heedful.adapters.lazymask import LazyMask
@@ -89,6 +90,7 @@ class Hooks:
         bound.cross = any(isinstance(kwargs.get(n), Tensor) for n in _CROSS)
         if bound.number is None:
             return None
+        self.run.book.begin(bound.number, shelf_of(bound.cache))
         serve(bound.cache, getattr(bound.module, "layer_idx", None))
         steps = self.run.stack.steps(bound.number)
         if any(s.edit.site is Site.CACHE for s in steps) and bound.cache is not None and not bound.cross:
@@ -103,7 +105,7 @@ class Hooks:
                 f"{bound.name} ({bound.kind}) is not handed hidden states [b n e], so HIDDEN has no place"
             )
         call = self._outline(bound, bound.hidden, kwargs.get("attention_mask"))
-        job = Job(self.run.book.plan(bound.number, call.phase), self.run.book, call)
+        job = Job(self.run.book.plan(call, Site.HIDDEN), self.run.book, call)
         bound.hidden = stage(Site.HIDDEN, bound.hidden, job, call)
         self.run.book.close_call(job.plan, call)
         if by_name:
@@ -120,7 +122,7 @@ class Hooks:
         phase = Phase.DECODE if n == 1 and (queries.first or 0) > 0 else Phase.PREFILL
         return Call(
             bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
-            roles=self.run.roles, hidden=hidden, forward=self.run.book.forward,
+            roles=self.run.roles, hidden=hidden, forward=self.run.book.forward, batch=len(hidden),
         )  # fmt: skip
 
     # its output projection
@@ -142,7 +144,7 @@ class Hooks:
                 raise RefusedModel(
                     f"an OUTPUT edit cannot act in {bound.name}: its projection does not give [b n e] for {n} tokens"
                 )
-            job = Job(self.run.book.plan(call.layer, call.phase), self.run.book, call)
+            job = Job(self.run.book.plan(call), self.run.book, call)
             new = stage(Site.OUTPUT, output.reshape(-1, n, output.shape[-1]), job, call)
             self.run.book.close_call(job.plan, call)
             return new.reshape(output.shape)
@@ -171,7 +173,7 @@ class Hooks:
             n = len(call.queries)
             if stream.shape[:-1].numel() % n:
                 raise RefusedModel(f"a RESIDUAL edit cannot act in {name}: it does not give [b n e] for {n} tokens")
-            job = Job(self.run.book.plan(call.layer, call.phase), self.run.book, call)
+            job = Job(self.run.book.plan(call), self.run.book, call)
             new = stage(Site.RESIDUAL, stream.reshape(-1, n, stream.shape[-1]), job, call)
             self.run.book.close_call(job.plan, call)
             new = new.reshape(stream.shape)

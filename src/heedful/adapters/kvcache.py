@@ -13,7 +13,6 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from heedful.core.errors import RefusedModel
 from heedful.core.places import Places
 from heedful.core.ragged import padded, spread
-from heedful.engine.book import Notes
 
 
 class HeldLayer(DynamicLayer):
@@ -33,8 +32,6 @@ class HeldLayer(DynamicLayer):
         self._index: Tensor | None = None  # [t], int32; None: nothing was dropped so far
         self.heads = (0, 0)  # b, g
         self.counts: list[int] = []  # entries of each head of each text
-        self.notes: Notes = {}  # what methods keep with this cache
-        self.writers: tuple[str, ...] = ()  # those methods
         self.seen = 0
         self.fresh = 0
         self.served = False  # the attention that follows the next update is a run's
@@ -173,12 +170,6 @@ class HeldLayer(DynamicLayer):
         if whole:
             self._index = None
 
-    def notes_of(self, writers: tuple[str, ...]) -> Notes:
-        """The notes of these methods, which begin without any where others wrote last."""
-        if writers and writers != self.writers:
-            self.notes, self.writers = {}, writers
-        return self.notes
-
     def reset(self) -> None:
         self._clear()
 
@@ -211,7 +202,6 @@ class HeldLayer(DynamicLayer):
 
         self._keys, self._values = chosen(self._keys), chosen(self._values)
         self._index = None if self._index is None else chosen(self._index)
-        self.notes = {part: {name: x[rows] for name, x in own.items()} for part, own in self.notes.items()}
         self.heads, self.counts = (len(rows), g), [self.counts[i] for i in heads]
 
 

@@ -75,12 +75,12 @@ class Grid:
 
         Layers of one forward that share mask and places share the grid: its geometry is kept in the call's scratch.
         """
-        held: Grid | None = call.scratch.get(f"grid {size}")
+        held: Grid | None = call.state.forward.get(f"grid {size}")
         if held is not None and held._fits(call):
             return replace(held, call=call)
         grid = Grid._laid(call, size)
         if grid is not None:
-            call.scratch[f"grid {size}"] = replace(
+            call.state.forward[f"grid {size}"] = replace(
                 grid, call=replace(call, hidden=None, query=None, key=None, value=None)
             )
         return grid

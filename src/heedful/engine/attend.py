@@ -348,8 +348,7 @@ def keep_entries(job: Job, entries: Entries) -> Tensor | None:
     live = None if padding is None else padding.at(entries.places.index)
     for step in steps:
         seen = job.book.view(step, job.call)
-        mine = replace(entries, notes=seen.notes, live=live)
-        new = getattr(step.method, step.edit.name)(mine, seen)
+        new = getattr(step.method, step.edit.name)(replace(entries, live=live), seen)
         if not isinstance(new, Tensor) or new.dtype != torch.bool or new.shape != kept.shape:
             got = f"{new.dtype} {tuple(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
             raise SiteError(

@@ -17,11 +17,11 @@ class LayerByLayer(Method, abstract=True):
 
     def keep(self, tile: Tensor, call: Call) -> None:
         """Hold what a tile's rows come to, `[b r ...]`."""
-        call.scratch["tiles"][call.rows.start] = tile
+        call.state.forward["tiles"][call.rows.start] = tile
 
     def below(self, call: Call) -> Tensor | None:
         """What was kept in the layer below, `[b n ...]`; None in the first layer."""
-        held = call.scratch
+        held = call.state.forward
         if held.get("layer") != call.layer:
             if "tiles" in held:
                 if held["layer"] != call.layer - 1:

@@ -58,7 +58,7 @@ class AttentionFlow(LayerByLayer):
         mean = weights.detach().double().mean(1)  # [b r k]
         if (below := self.below(call)) is not None:
             self.of_tile(below, mean, call)
-            call.scratch.setdefault("maps", {})[call.layer - 1] = below
+            call.state.forward.setdefault("maps", {})[call.layer - 1] = below
         n = len(call.keys) if call.key is None else call.key.shape[2]
         whole = call.by_key(mean, n)
         own = call.queries.index[:, 0, :, None] == torch.arange(n, device=mean.device)
@@ -67,7 +67,9 @@ class AttentionFlow(LayerByLayer):
         return Cat.of(f"{call.rows.start:09d}", mixed) if call.last_layer else None
 
     def finish(self, statistic: Statistic, call: Call) -> Statistic:
-        maps = torch.stack([*call.scratch.get("maps", {}).values(), torch.cat(statistic.value, 1)], 1)  # [b l n n]
+        maps = torch.stack(
+            [*call.state.forward.get("maps", {}).values(), torch.cat(statistic.value, 1)], 1
+        )  # [b l n n]
         if maps.shape[2] != maps.shape[3]:
             rule = f"{call.name} sees keys that are not this forward's tokens; use the usual cache, or none"
             raise FieldError(self, "layers", call.layer, rule, "model(input_ids, use_cache=False)")

@@ -15,6 +15,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.method import Bench, Layer, Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
+from heedful.core.state import ByIndex
 from heedful.core.stats import Mean, Statistic, Sum
 
 
@@ -71,13 +72,16 @@ class FocusDirections(Method):
         if added is None:
             return key
         if call.turn is not None:
-            start = call.queries.first or 0
-            if start > 0:  # cached keys were turned in earlier calls, and the cache holds them as they were
-                added = torch.cat([call.memory["keys"][:, :, :start], added], 2)
-            call.memory["keys"] = added
+            added, start = added.expand(len(key), -1, -1, -1), call.queries.first or 0
+            # cached keys were turned in earlier calls, and the cache holds them as they were
+            before = call.state.cache.get("keys", added[:, :, :0])[:, :, :start]
+            if before.shape[2] < start:
+                rule = "must be turned from the text's first token on; read the whole text under this method"
+                raise FieldError(self, "keys", before.shape[2], rule, start)
+            added = torch.cat([before, added], 2)
+            call.state.cache["keys"] = ByIndex(added, 2)
             place = call.keys.index.clamp(max=added.shape[2] - 1)[..., None]
-            shape = (max(len(place), len(added)), *key.shape[1:])
-            added = added.expand(shape[0], -1, -1, -1).gather(2, place.expand(shape))
+            added = added.gather(2, place.expand(key.shape))
         return key + self.alpha * added
 
     def _added(self, x: Tensor, side: str, call: Call) -> Tensor | None:

@@ -125,11 +125,11 @@ class SecondarySinks(Method):
         aligned = (cosine.abs() > self.near) & live & sink & first.any(-1, keepdim=True)
         born = torch.full_like(position, -1) if before is None or before[0].shape != position.shape else before[0]
         born = born.where(born >= 0, call.layer).where(aligned, -1)
-        call.scratch["state"] = call.layer, (born, norm, first)
+        call.state.forward["state"] = call.layer, (born, norm, first)
 
     def _before(self, call: Call) -> tuple[Tensor, Tensor, Tensor] | None:
         """Which layer each token is aligned since (-1: it is not), its norm, and which is the first."""
-        layer, state = call.scratch.get("state", (None, None))
+        layer, state = call.state.forward.get("state", (None, None))
         return state if layer == call.layer - 1 else None
 
     def answer(self, readings: Readings) -> Secondary:

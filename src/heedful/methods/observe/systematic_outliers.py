@@ -85,7 +85,7 @@ class SystematicOutliers(Method):
 
     @sums("received")
     def match(self, pattern: Summary, call: Call) -> Statistic | None:
-        before, massive = call.scratch.get("massive", (None, None))
+        before, massive = call.state.forward.get("massive", (None, None))
         if pattern.received is None or massive is None or before != call.layer - 1:
             return None
         received = pattern.received.mean(1)  # [b k]
@@ -105,7 +105,7 @@ class SystematicOutliers(Method):
         live = call.live[:, 0]
         peak = size.amax(-1)  # [b n]
         mean = (size.mean(-1) * live).sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)
-        call.scratch["massive"] = call.layer, (peak > self.times * mean) & live
+        call.state.forward["massive"] = call.layer, (peak > self.times * mean) & live
 
     def answer(self, readings: Readings) -> Outliers:
         return Outliers({n: Counts(*stat.value.tolist()) for n, stat in readings.items()})
