@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful.adapters.carried import shelf_of
-from heedful.core.call import Call, Entries
+from heedful.core.call import Call, Entries, Phase
 from heedful.core.kinds import HeadWeights
 from heedful.core.mask import First, Mask, Window
 from heedful.core.method import Layer, Method
@@ -119,6 +119,46 @@ class FoldsElsewhere(Scale):
 
     def folds(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
         return replace(weights, q=weights.q * self.by)
+
+
+class KeepsRows(Method):
+    """Remembers one number for each row of the batch with the run, where beams do not find it."""
+
+    paper = PAPER
+
+    @at(Site.HEADS)
+    def scale(self, heads: Tensor, call: Call) -> Tensor:
+        if call.phase is Phase.PREFILL:
+            call.state.run["by"] = 1 + heads.gather(2, call.last[..., None, None].expand(*heads.shape[:2], 1, 1)).abs()
+        return heads * call.state.run["by"]
+
+
+class KeepsLongest(Method):
+    """Lets the longest text of a batch decide for all."""
+
+    paper = PAPER
+
+    @at(Site.HEADS)
+    def scale(self, heads: Tensor, call: Call) -> Tensor:
+        return heads * (1 + call.q_pos.max() / 50)
+
+
+class CountsCalls(Method):
+    """Counts with the run what belongs to one text."""
+
+    paper = PAPER
+
+    @at(Site.HEADS)
+    def scale(self, heads: Tensor, call: Call) -> Tensor:
+        call.state.run["calls"] = call.state.run.get("calls", 0) + 1
+        return heads * (1 + 0.1 * call.state.run["calls"])
+
+
+MIX_TEXTS_UP = [
+    ("each_text_alone", KeepsLongest(), "in a batch, logits differ"),
+    ("each_text_alone", KeepsRows(), "with its beams in another order, logits differ"),
+    ("each_text_alone", CountsCalls(), "in turn with another text, logits differ"),
+]
 
 
 def notes_in(cache: Any, layer: int = 0) -> dict[str, Tensor]:

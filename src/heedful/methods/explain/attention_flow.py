@@ -67,9 +67,8 @@ class AttentionFlow(LayerByLayer):
         return Cat.of(f"{call.rows.start:09d}", mixed) if call.last_layer else None
 
     def finish(self, statistic: Statistic, call: Call) -> Statistic:
-        maps = torch.stack(
-            [*call.state.forward.get("maps", {}).values(), torch.cat(statistic.value, 1)], 1
-        )  # [b l n n]
+        below = call.state.forward.get("maps", {}).values()
+        maps = torch.stack([*below, torch.cat(statistic.value, 1)], 1)  # [b l n n]
         if maps.shape[2] != maps.shape[3]:
             rule = f"{call.name} sees keys that are not this forward's tokens; use the usual cache, or none"
             raise FieldError(self, "layers", call.layer, rule, "model(input_ids, use_cache=False)")
