@@ -32,7 +32,7 @@ class _Carries:
 
     def crop(self: Any, *args: Any, **kwargs: Any) -> None:
         super().crop(*args, **kwargs)  # type: ignore[misc]
-        self.shelf.crop(self.get_seq_length())
+        self.shelf.crop(int(self.get_seq_length()))
 
     def reset(self: Any) -> None:
         super().reset()  # type: ignore[misc]

@@ -242,10 +242,11 @@ class BlockSparse(Method, abstract=True):
     def choose(self, grid: Grid) -> Tensor | None:
         """Which blocks are computed, `[b|1 h|1 n m]`; None: all of them."""
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE or call.cross or self.most == 0
+
     @at(Site.MASK)
     def skip(self, mask: Mask, call: Call) -> Mask:
-        if call.phase is Phase.DECODE or call.cross or self.most == 0:
-            return mask
         grid = Grid.of(replace(call, mask=mask), self.size)
         table = None if grid is None else self.choose(grid)
         return mask if grid is None or table is None else grid.narrow(mask, table, self.most)

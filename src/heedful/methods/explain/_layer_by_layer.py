@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.core.call import Call
+from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
 
@@ -14,6 +14,9 @@ class LayerByLayer(Method, abstract=True):
     """Keeps something for each row of a layer's tiles, and gives it whole to the layer above."""
 
     streams = False  # a text that comes in pieces is refused
+
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE
 
     def keep(self, tile: Tensor, call: Call) -> None:
         """Hold what a tile's rows come to, `[b r ...]`."""

@@ -72,10 +72,13 @@ class VAR(Method):
     def example(cls) -> VAR:
         return cls(tau=2.5, least=0.0, rho=1.0)
 
+    def idle(self, call: Call) -> bool:
+        return self.p == 1
+
     @at(Site.PATTERN)
     def redistribute(self, pattern: Tensor, call: Call) -> Tensor:
         layer, sinks = call.state.forward.get("sinks", (None, None))  # [b n], by index
-        if self.p == 1 or layer != call.layer - 1 or call.cross:
+        if layer != call.layer - 1 or call.cross:
             return pattern
         after = max((stop for _, stop in call.roles.get(self.role, ())), default=0)
         marked = call.spread(call.marked(self.role))[:, :, None]

@@ -71,6 +71,9 @@ class MassiveQK(Method):
         if self.times <= 1:
             raise FieldError(self, "times", self.times, "must be above 1, the mean itself", 5.0)
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE or call.cross
+
     @reads(Site.QUERY)
     def look(self, query: Tensor, call: Call) -> None:
         """Leave the queries for `measure`, which has the keys."""
@@ -79,8 +82,6 @@ class MassiveQK(Method):
     @reads(Site.KEY)
     def measure(self, key: Tensor, call: Call) -> Statistic | None:
         query: Tensor = call.state.forward.pop("query")
-        if call.phase is Phase.DECODE or call.cross:
-            return None
         n, live = query.shape[2], call.live[..., None].to(query.dtype)
         fresh = key.detach()[:, :, -n:]  # what the cache held is counted already
         q, k = (_squares(x * live if call.queries.valid is not None else x) for x in (query, fresh))

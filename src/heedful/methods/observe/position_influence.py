@@ -69,14 +69,15 @@ class PositionInfluence(Method):
         if not 0 <= self.residual < 1:
             raise FieldError(self, "residual", self.residual, "must be a share from 0 to below 1", 0.5)
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE or call.cross or call.queries.first != 0
+
     def carries(self, call: Call) -> Tensor | None:
         """What the layer before left; or which part each token stands in, where there is none before."""
         scratch, chain = call.state.forward, re.sub(r"\d+", "", call.name)  # the decoder of a model is another chain
         before, x = scratch.get("layer"), scratch.pop("next", None)
         started: set[str] = scratch.setdefault("started", set())
         scratch["layer"], scratch["x"] = call.layer, None
-        if call.phase is Phase.DECODE or call.cross or call.queries.first != 0:
-            return None
         position, live = (p[:, 0] for p in (call.q_pos, call.live))
         position, live = torch.broadcast_tensors(position, live)
         if chain not in started:

@@ -71,6 +71,9 @@ class PositionalHeads(Method):
     def example(cls) -> PositionalHeads:
         return cls(far=2)
 
+    def idle(self, call: Call) -> bool:
+        return call.cross
+
     @reads(Site.QUERY)
     def look(self, query: Tensor, call: Call) -> None:
         """Leave the queries for `correlate`, which has the keys."""
@@ -79,8 +82,6 @@ class PositionalHeads(Method):
     @reads(Site.KEY)
     def correlate(self, key: Tensor, call: Call) -> Statistic | None:
         query: Tensor = call.state.forward.pop("query")
-        if call.cross:
-            return None
         if "slow" not in call.state.forward:
             turns = periods(call, query.shape[-1])
             call.state.forward["slow"] = None if turns is None else turns >= turns.sort().values[len(turns) // 2]

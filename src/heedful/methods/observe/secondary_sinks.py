@@ -93,6 +93,9 @@ class SecondarySinks(Method):
         if self.primary <= 0:
             raise FieldError(self, "primary", self.primary, "must be above 0", 3.0)
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE
+
     @sums("received")
     def weigh(self, pattern: Summary, call: Call) -> Statistic | None:
         """What the layer gives to the tokens that `align` found before it, by the layer after which they arose."""
@@ -101,7 +104,7 @@ class SecondarySinks(Method):
             return None
         born, norm, first = before
         weight = pattern.mean.mean(1)  # [b k]
-        if call.phase is Phase.DECODE or call.cross or weight.shape != born.shape:
+        if call.cross or weight.shape != born.shape:
             return None
         found = torch.zeros(2, 3, call.depth, dtype=torch.float64, device=born.device)
         for i, x in enumerate((torch.ones_like(norm), weight, norm)):

@@ -124,9 +124,12 @@ class _Lost(Method):
     keep: float = 0.25
     size: int = 64
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE
+
     @reads(Site.MASK)
     def look(self, mask: Mask, call: Call) -> Mean | None:
-        grid = Grid.of(replace(call, mask=mask), self.size) if call.phase is Phase.PREFILL else None
+        grid = Grid.of(replace(call, mask=mask), self.size)
         if grid is None:
             return None
         weight = block_map(grid)

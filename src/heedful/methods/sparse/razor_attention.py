@@ -170,9 +170,12 @@ class _Copies(Method):
     paper = RazorAttention.paper
     period: int
 
+    def idle(self, call: Call) -> bool:
+        return call.cross
+
     @sums("first", "distance")
     def read(self, pattern: Summary, call: Call) -> Statistic | None:
-        if pattern.behind is None or pattern.first is None or call.cross:
+        if pattern.behind is None or pattern.first is None:
             return None
         # the first token is no copy: many heads park on it; from query i it stands i back
         behind, p = (pattern.behind - pattern.first).sum(0), self.period
