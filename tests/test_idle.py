@@ -134,3 +134,11 @@ def test_an_idle_method_rules_no_backend_out() -> None:
         assert run.book.backends == dict.fromkeys(range(3), "sdpa")
         with pytest.raises(BackendError, match="sdpa"):
             run(input_ids=IDS)
+
+
+@torch.no_grad()
+def test_a_run_says_that_a_method_was_idle() -> None:
+    cache = prompt()
+    with attach(MODEL, acting_at(Site.HEADS)) as run:
+        step(run, cache)
+        assert run.inactive == ("AtHeads() at HEADS, which was idle",)

@@ -16,6 +16,7 @@ from transformers import DynamicCache, StaticCache
 from heedful import attach
 from heedful.adapters.cache_name import CACHE, cache_of
 from heedful.adapters.carried import shelf_of
+from heedful.adapters.kvcache import cache_bytes
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
@@ -104,6 +105,13 @@ def test_what_happens_to_the_cache_happens_to_what_is_kept_with_it() -> None:
         assert notes(other)["token"].shape == (2, 4)
     cache.reset()
     assert not mine
+
+
+def test_what_is_kept_counts_among_the_bytes_of_the_cache() -> None:
+    cache, _ = filled()
+    alone = DynamicCache()
+    alone.update(cache.layers[0].keys, cache.layers[0].values, 0)
+    assert cache_bytes(cache) - cache_bytes(alone) == 2 * 4 + 8 * 8
 
 
 def test_a_cache_with_which_nothing_is_kept_stays_what_it_is() -> None:

@@ -43,14 +43,13 @@ class _Carries:
 
 
 @cache
-def _carrying(kind: type[Cache]) -> type[Cache]:
+def _carrying(kind: Any) -> Any:
     """The same kind of cache, with a shelf."""
     return type(kind.__name__, (_Carries, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
-def _blank(kind: type[Cache]) -> Cache:
-    new = _carrying(kind)
-    return new.__new__(new)
+def _blank(kind: Any) -> Any:
+    return object.__new__(_carrying(kind))
 
 
 # shelves of caches with which nothing is kept so far: these stay what they are
@@ -58,8 +57,10 @@ _empty: WeakKeyDictionary[Cache, Shelf] = WeakKeyDictionary()
 
 
 def _settle(place: ReferenceType[Cache], shelf: Shelf) -> None:
-    if (found := place()) is not None:
-        found.__class__, found.shelf = _carrying(type(found)), shelf
+    found: Any = place()
+    if found is not None:
+        kind: Any = type(found)
+        found.__class__, found.shelf = _carrying(kind), shelf
         del _empty[found]
 
 

@@ -212,10 +212,14 @@ def _refuse(given: Tensor | None) -> None:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes that a cache really holds: the storage of every tensor of its layers, each once, quantised or not."""
+    """Bytes that a cache really holds: the storage of every tensor, each once, quantised or not.
+
+    What methods keep with it counts too.
+    """
     split = isinstance(cache, EncoderDecoderCache)
     caches = (cache.self_attention_cache, cache.cross_attention_cache) if split else (cache,)
-    found = _tensors([vars(layer) for one in caches for layer in one.layers])
+    kept = [list(vars(one)["shelf"].tensors()) for one in caches if "shelf" in vars(one)]
+    found = _tensors([kept, *(vars(layer) for one in caches for layer in one.layers)])
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}.values())
 
 

@@ -48,6 +48,11 @@ class Shelf:
             settle(self)
         return self._kept.setdefault(key, {})
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is kept."""
+        for kept in self._kept.values():
+            yield from (x.x if isinstance(x, ByIndex) else x for x in kept.values())
+
     # what happens to the cache happens to it
 
     def choose(self, pick: Callable[[Tensor], Tensor]) -> None:

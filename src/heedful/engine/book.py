@@ -1,4 +1,4 @@
-"""What a run knows: statistics, each method's memory and parameters, and what was seen to act."""
+"""What a run knows: statistics, each method's state and parameters, and what was seen to act."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ class Book:
     statistics: dict[Key, Statistic] = field(default_factory=dict)
     entered: Counter[int] = field(default_factory=Counter)
     offered: Counter[Step] = field(default_factory=Counter)
+    idled: set[int] = field(default_factory=set)  # parts that had nothing to do in some call
     clean: set[Step] = field(default_factory=set)  # seen to leave their input alone, where tensors count no versions
     changed: set[Step] = field(default_factory=set)
     calls: dict[int, Call] = field(default_factory=dict)  # each layer's largest call, for counting its pairs
@@ -129,7 +130,9 @@ class Book:
         for step in whole.may_idle:
             if step.number not in asked and (not sites or step.edit.site in sites):
                 asked[step.number] = step.method.idle(self.view(step, call))
-        return self._plan(call.layer, call.phase, frozenset(number for number, yes in asked.items() if yes))
+        idle = frozenset(number for number, yes in asked.items() if yes)
+        self.idled |= idle
+        return self._plan(call.layer, call.phase, idle)
 
     def _plan(self, layer: int, phase: Phase, idle: frozenset[int] = frozenset()) -> Plan:
         found = self._plans.get((layer, phase, idle))
@@ -147,7 +150,7 @@ class Book:
         self._idle.clear()
 
     def forget(self) -> None:
-        """Forget what methods remember of the text so far."""
+        """Forget what methods remember of the run so far."""
         self._of_run.clear()
 
     @contextmanager
