@@ -31,7 +31,7 @@ from .samples import PAPER, Keep, Narrow, Scale, Shares, Zero
 def run(what: Method | Stack, bare: Bare, backend: str = "reference", **job: object) -> Tensor:
     book = Book(what if isinstance(what, Stack) else Stack((what,)))
     book.new_forward()
-    plan = book.plan(0, bare.call.phase)
+    plan = book.plan(bare.call)
     job_of = Job(plan, book, bare.call, **job)  # type: ignore[arg-type]
     return attend(job_of, bare.q, bare.k, bare.v, lambda needs: select(backend, needs))[0]
 
@@ -179,7 +179,7 @@ def test_heads_restrict_an_edit_and_a_reader() -> None:
     assert not torch.equal(narrow[:, 0], plain[:, 0])
     book = Book(Stack((Shares().on(heads=[2]),)))
     book.new_forward()
-    plan = book.plan(0, bare.call.phase)
+    plan = book.plan(bare.call)
     attend(Job(plan, book, bare.call), bare.q, bare.k, bare.v, lambda _: BACKENDS["tiled"])
     book.close_call(plan, bare.call)
     assert book.statistics[0, "first", 0].value.shape == (1,)
@@ -199,7 +199,7 @@ def test_a_reader_of_the_mask_for_some_heads_is_handed_all_of_it() -> None:
     bare = Bare()
     book = Book(Stack((SeesRules().on(heads=[2]),)))
     book.new_forward()
-    plan = book.plan(0, bare.call.phase)
+    plan = book.plan(bare.call)
     attend(Job(plan, book, bare.call), bare.q, bare.k, bare.v, lambda _: BACKENDS["tiled"])
     book.close_call(plan, bare.call)
     assert book.statistics[0, "count", 0].value.tolist() == [1, 4]

@@ -31,7 +31,7 @@ from heedful.methods.observe.sink_rate import SinkRate
 from heedful.native import library
 from heedful.tiny import tiny
 
-from .samples import PAPER
+from .samples import PAPER, notes_in
 
 IDS = torch.arange(3, 27).view(2, 12)
 SIZES = (3, 5)  # entries of llama's two key heads
@@ -173,10 +173,8 @@ def test_a_whole_layer_stays_whole_when_cropped() -> None:
     held.crop(-2)
     assert held.whole
     assert torch.equal(held.keys, layer().keys[:, :, :4])
-    held.notes_of(("0 A()",))[0] = {"seen": torch.ones(2)}
     held.crop(-9)
     assert held.get_seq_length() == 0
-    assert held.notes_of(("0 A()",)) == {}, "a new text begins without notes"
     held.update(torch.ones(2, 2, 1, 3), torch.ones(2, 2, 1, 2))
     assert held.index.flatten().tolist() == [0] * 4
 
@@ -198,8 +196,8 @@ class Counts(Method):
 
     @at(Site.CACHE)
     def count(self, entries: Entries, call: Call) -> Tensor:
-        before = entries.notes.get("calls", torch.full((len(entries.key),), self.start))
-        entries.notes["calls"] = before + 1
+        before = call.state.cache.get("calls", torch.full((call.batch or 0,), self.start))
+        call.state.cache["calls"] = before + 1
         return entries.valid
 
 
@@ -210,7 +208,7 @@ def test_another_stack_on_the_same_cache_begins_without_notes() -> None:
             run(input_ids=IDS[:, :2], **{CACHE: cache})  # whoever only reads leaves notes alone
         with pytest.warns(InactiveWarning), attach(model, method) as run, torch.no_grad():
             run(input_ids=IDS[:, :2], **{CACHE: cache})
-        assert cache.layers[0].notes[0]["calls"].tolist() == [want, want]
+        assert notes_in(cache)["calls"].tolist() == [want, want]
 
 
 def test_a_head_that_keeps_nothing() -> None:
@@ -331,7 +329,7 @@ def test_native_skips_what_a_head_does_not_hold(counts: tuple[int, int]) -> None
     held.keep(Kept(torch.rand(1, 2, 1300).argsort(-1).argsort(-1) < torch.tensor(counts)[None, :, None]))
     q, book = torch.randn(1, 4, 1, 8), Book(Stack((Uneven(),)))
     call = Call(0, 1, "bare", 4, 2, Places.row(1300, 1), held.places(None), 0.3, mask=Mask((Causal(),)))
-    job = Job(book.plan(0, call.phase), book, call)
+    job = Job(book.plan(call), book, call)
     found = [
         attend(job, q, held.keys, held.values, lambda needs, name=name: select(name, needs))[0]
         for name in ("native", "reference")

@@ -69,7 +69,7 @@ def run(
 ) -> Tensor:
     book = Book(Stack((method,)))
     book.new_forward()
-    job = Job(book.plan(0, call.phase), book, call, sink=sink)
+    job = Job(book.plan(call), book, call, sink=sink)
     return attend(job, q, k, v, lambda needs: select(backend, needs))[0]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -355,3 +357,31 @@ def test_only_what_serves_another_method_needs_no_paper() -> None:
     assert (_Helper() | TempScale(0.5)).cite() == TempScale(0.5).paper.bibtex()
     with pytest.raises(DefinitionError, match="Public has no paper"):
         type("Public", (_Helper,), {})
+
+
+@pytest.mark.parametrize(
+    "stack", [Neighbours(3), SinkWindow(2, 9) | Neighbours(4), Neighbours(2) | Neighbours(3)], ids=repr
+)
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_rows_above_go_with_the_cache(stack: Method, backend: str) -> None:
+    """Token by token, in chunks, with left padding and with rows swapped in between: as the whole text at once."""
+    model = models.tiny("llama").eval()
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0
+    place = (mask.cumsum(-1) - 1).clamp(min=0)
+    with attach(model, stack, backend=backend, tile_rows=2) as run, torch.no_grad():
+        whole = run(input_ids=IDS, attention_mask=mask, position_ids=place).logits
+        for cuts in ((0, 9, 10, 11, 23), (0, 1, 2, 7, 21, 22, 23)):
+            cache, parts, ids, seen = None, [], IDS, mask
+            for start, stop in itertools.pairwise(cuts):
+                out = run(
+                    input_ids=ids[:, start:stop], attention_mask=seen[:, :stop],
+                    position_ids=place[:, start:stop], use_cache=True, **{CACHE: cache},
+                )  # fmt: skip
+                cache = out[CACHE]
+                parts.append(out.logits)
+            assert close_model(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()])
+        swapped = run(input_ids=IDS[:, :20], use_cache=True)[CACHE]
+        swapped.reorder_cache(torch.tensor([1, 0]))
+        found = run(input_ids=IDS.flip(0)[:, 20:], use_cache=True, **{CACHE: swapped}).logits
+        assert close_model(found, run(input_ids=IDS.flip(0)).logits[:, 20:])

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from heedful.adapters.bound import Bound
+from heedful.adapters.carried import shelf_of
 from heedful.adapters.grids import Grid, grid_of, patches
 from heedful.adapters.kvcache import hold, serve
 from heedful.adapters.layers import block_of, output_projection, within
@@ -113,6 +114,7 @@ class Hooks:
         bound.cross = any(isinstance(kwargs.get(n), Tensor) for n in _CROSS)
         if bound.number is None:
             return None
+        self.run.book.begin(bound.number, shelf_of(bound.cache))
         serve(bound.cache, getattr(bound.module, "layer_idx", None))
         steps = self.run.stack.steps(bound.number)
         if any(s.edit.site is Site.CACHE for s in steps) and bound.cache is not None and not bound.cross:
@@ -127,7 +129,7 @@ class Hooks:
                 f"{bound.name} ({bound.kind}) is not handed hidden states [b n e], so HIDDEN has no place"
             )
         call = self._outline(bound, bound.hidden, kwargs.get("attention_mask"))
-        job = Job(self.run.book.plan(bound.number, call.phase), self.run.book, call)
+        job = Job(self.run.book.plan(call, Site.HIDDEN), self.run.book, call)
         bound.hidden = stage(Site.HIDDEN, bound.hidden, job, call)
         self.run.book.close_call(job.plan, call)
         if by_name:
@@ -144,7 +146,7 @@ class Hooks:
         phase = Phase.DECODE if n == 1 and (queries.first or 0) > 0 else Phase.PREFILL
         return Call(
             bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
-            roles=self.roles(bound, len(keys)), hidden=hidden, forward=self.run.book.forward,
+            roles=self.roles(bound, len(keys)), hidden=hidden, forward=self.run.book.forward, batch=len(hidden),
         )  # fmt: skip
 
     # the layers of one list
@@ -170,7 +172,7 @@ class Hooks:
             if not isinstance(stream, Tensor) or stream.ndim != 3:
                 raise RefusedModel(f"an EMBEDDING edit cannot act before {name}: it is not handed [b n e]")
             call = self._outline(bound, stream, kwargs.get("attention_mask"))
-            job = Job(self.run.book.plan(call.layer, call.phase), self.run.book, call)
+            job = Job(self.run.book.plan(call, Site.EMBEDDING), self.run.book, call)
             new = stage(Site.EMBEDDING, stream, job, call)
             self.run.book.close_call(job.plan, call)
             return (args, {**kwargs, "hidden_states": new}) if by_name else ((new, *args[1:]), kwargs)
@@ -198,7 +200,7 @@ class Hooks:
                 raise RefusedModel(
                     f"an OUTPUT edit cannot act in {bound.name}: its projection does not give [b n e] for {n} tokens"
                 )
-            job = Job(self.run.book.plan(call.layer, call.phase), self.run.book, call)
+            job = Job(self.run.book.plan(call), self.run.book, call)
             new = output.reshape(-1, n, output.shape[-1])
             if steps := job.plan.at(Site.BLOCK):
                 new = replaced(steps[0], job, call, new)
@@ -230,7 +232,7 @@ class Hooks:
             n = len(call.queries)
             if stream.shape[:-1].numel() % n:
                 raise RefusedModel(f"a RESIDUAL edit cannot act in {name}: it does not give [b n e] for {n} tokens")
-            job = Job(self.run.book.plan(call.layer, call.phase), self.run.book, call)
+            job = Job(self.run.book.plan(call), self.run.book, call)
             new = stage(Site.RESIDUAL, stream.reshape(-1, n, stream.shape[-1]), job, call)
             self.run.book.close_call(job.plan, call)
             new = new.reshape(stream.shape)

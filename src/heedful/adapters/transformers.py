@@ -164,16 +164,15 @@ class TransformersAdapter:
         held = None
         if bound.cache is not None and not bound.cross:
             held = held_layer(bound.cache, getattr(bound.module, "layer_idx", None), k, v, bound.name)
-        book.notes[bound.number] = {} if held is None else held.notes_of(book.writers)
         given = understand(bound, request, held)
         past = (given.queries.first or 0) > 0 or (bound.cross and bound.cache is not None)
         phase = Phase.DECODE if q.shape[2] == 1 and past else Phase.PREFILL
-        plan = book.plan(bound.number, phase)
         call = bound.call = Call(
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
             given.softcap, phase, bound.cross, self._hooks.roles(bound, len(given.keys)), _rows(bound.hidden, q),
-            bound.turn, given.mask, max(0, book.forward),
+            bound.turn, given.mask, max(0, book.forward), batch=len(q),
         )  # fmt: skip
+        plan = book.plan(call)
         if plan.at(Site.BLOCK):
             book.backends[bound.number] = repr(plan.at(Site.BLOCK)[0].part)
             return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]), None

@@ -25,7 +25,7 @@ def sites(kind: type[Entry]) -> str:
 
 def plain(kind: type[Entry]) -> dict[str, Any]:
     """An entry for machines."""
-    method = issubclass(kind, Method)
+    method = kind if issubclass(kind, Method) else None
     return {
         "name": kind.__name__,
         "family": family(kind),
@@ -34,8 +34,8 @@ def plain(kind: type[Entry]) -> dict[str, Any]:
         "paper": kind.paper.key,
         "title": kind.paper.title,
         "link": kind.paper.link,
-        "sites": [{"site": e.site.name, "reads": e.reads} for e in kind.edits] if method else [],
-        "subjects": list(kind.subjects) if method else ["text"],
+        "sites": [{"site": e.site.name, "reads": e.reads} for e in method.edits] if method else [],
+        "subjects": list(method.subjects) if method else ["text"],
         "about": inspect.cleandoc(kind.__doc__ or "").splitlines()[0],
     }
 

@@ -86,7 +86,7 @@ class Bare:
         phase = Phase.DECODE if s.q == 1 and s.k > 1 else Phase.PREFILL
         self.call = Call(
             0, self.depth, "bare", s.h, s.g, queries, Places.row(0, s.k, pad=pad), s.d**-0.5, phase=phase, roles=ROLES,
-            hidden=self.hidden, mask=Mask(rules if self.rules is None else self.rules),
+            hidden=self.hidden, mask=Mask(rules if self.rules is None else self.rules), batch=s.b,
         )  # fmt: skip
 
     def run(
@@ -107,8 +107,9 @@ class Bare:
 
         heads = []
         for layer in range(self.depth):
-            call, plan = replace(self.call, layer=layer), book.plan(layer, self.call.phase)
             book.params[0, layer] = params
+            call = replace(self.call, layer=layer)
+            plan = book.plan(call)
             heads.append(attend(Job(plan, book, call), self.q, self.k, self.v, choose)[0])
             book.close_call(plan, call)
         return torch.cat(heads, 1), {f"{name}, layer {n}": stat for (_, name, n), stat in book.statistics.items()}

@@ -216,6 +216,13 @@ class Method(Entry, abstract=True):
         """
         return ()
 
+    def idle(self, call: Call) -> bool:
+        """Whether nothing is done in this call: then it costs nothing, and no backend is ruled out for it.
+
+        Asked once a call, before any site: the layer, phase, positions, roles and state are known, and no tensors.
+        """
+        return False
+
     def carries(self, call: Call) -> Tensor | None:
         """For a reader of "carried": columns `[b k c]` that the mean of the heads' weights is multiplied with."""
         return None

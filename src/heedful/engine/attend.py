@@ -15,6 +15,7 @@ from heedful.core.sites import Site
 from heedful.core.stack import Step
 from heedful.core.summary import Tally
 from heedful.core.values import replace
+from heedful.engine.earlier import with_earlier
 from heedful.engine.job import Job
 from heedful.engine.needs import Needs
 from heedful.engine.stages import chosen_heads, own_rows, stage
@@ -130,7 +131,8 @@ def attend(job: Job, q: Tensor, k: Tensor, v: Tensor, choose: Choose) -> tuple[T
     if mixes := job.plan.at(Site.MIX):
         heads = _mixed(mixes[0], job, q, k, v)
     else:
-        heads, pattern = choose(needs)(job, q, k, v)
+        longer, rows = with_earlier(job, q)
+        heads, pattern = choose(needs)(longer, rows, k, v)
     if job.tally is not None:
         _sum_up(job, job.tally, carries)
     heads = stage(Site.HEADS, heads.to(v.dtype), job, call)

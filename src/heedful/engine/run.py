@@ -1,4 +1,4 @@
-"""A run: one model under one stack. It alone holds memory, and it leaves the model exactly as it was."""
+"""A run: one model under one stack. It holds what is remembered, and it leaves the model exactly as it was."""
 
 from __future__ import annotations
 
@@ -197,7 +197,8 @@ class Run:
         acted = {s.number for s in book.changed}
         # a step that was never reached, such as CACHE without a cache, counts only where its whole method did nothing
         idle = [s for s in steps if s not in book.changed and (book.offered[s] or s.number not in acted)]
-        return tuple(f"{s}" + ("" if book.offered[s] else ", which was never reached") for s in idle)
+        why = {s: ", which was idle" if s.number in book.idled else ", which was never reached" for s in idle}
+        return tuple(f"{s}" + ("" if book.offered[s] else why[s]) for s in idle)
 
     @property
     def active(self) -> bool:
@@ -249,11 +250,11 @@ class Run:
             self.resume()
 
     def reset(self) -> None:
-        """Forget statistics and memory; learned parameters stay."""
+        """Forget statistics and what methods remember of the run; learned parameters stay."""
         self.book = Book(self.stack, params=self.book.params)
 
     def forget(self) -> None:
-        """A new text begins: forget what methods remember of the last one. Statistics stay."""
+        """Forget what methods remember of the run. Statistics stay, and so does what they keep with a cache."""
         self.book.forget()
 
     def branch(self) -> AbstractContextManager[None]:

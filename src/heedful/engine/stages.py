@@ -94,8 +94,8 @@ def own_rows(call: Call) -> Call:
         return call
     own = slice(call.above, None)
     keep = call.keep if call.keep is None or call.keep.shape[-2] == 1 else call.keep[..., own, :]
-    rows = slice((call.rows.start or 0) + call.above, call.rows.stop)
-    return replace(call, queries=call.queries.take(own), rows=rows, keep=keep, above=0)
+    start, stop = (call.rows.start or 0) + call.above - call.earlier, call.rows.stop - call.earlier
+    return replace(call, queries=call.queries.take(own), rows=slice(start, stop), keep=keep, above=0, earlier=0)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
@@ -172,7 +172,7 @@ def keep_entries(job: Job, entries: Entries) -> Kept | None:
     live = None if padding is None else padding.at(entries.places.index)
     for step in steps:
         seen = job.book.view(step, job.call)
-        mine = replace(entries, notes=seen.notes, live=live)
+        mine = replace(entries, live=live)
         new = _left(step, getattr(step.method, step.edit.name)(mine, seen), entries, job.call)
         narrowed = kept.keep & new.keep
         job.book.watch(step, kept.keep, narrowed)

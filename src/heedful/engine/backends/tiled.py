@@ -42,7 +42,7 @@ class Tiled:
     def _all(self, job: Job, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         total = q.shape[2]
         step = self.tile_rows(q.shape[0], q.shape[1], k.shape[2])
-        blocks = [slice(start, min(start + step, total)) for start in range(0, total, step)]
+        blocks = [slice(start, min(start + step, total)) for start in range(job.call.earlier, total, step)]
         heads = [self.block(job, rows, q, k, v) for rows in blocks]
         return heads[0] if len(heads) == 1 else torch.cat(heads, 2)
 

@@ -49,6 +49,9 @@ class Patch(Method):
     def example(cls) -> Patch:
         return cls(positions=(0, 3, 6))
 
+    def idle(self, call: Call) -> bool:
+        return self.positions == ()
+
     @at(Site.HEADS)
     def put(self, heads: Tensor, call: Call) -> Tensor:
         return patched(heads, call.q_pos, self.values, self.positions, call)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.core.call import Call, Phase
+from heedful.core.call import Call
 from heedful.core.method import Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
@@ -39,8 +39,6 @@ class TransformerAttribution(LayerByLayer):
 
     @reads(Site.PATTERN)
     def follow(self, pattern: Tensor, call: Call) -> Statistic | None:
-        if call.phase is Phase.DECODE:
-            return None
         self.require_whole(call)
         if pattern.requires_grad:
             pattern.retain_grad()

@@ -56,10 +56,11 @@ class SteeringVector(Method):
     def example(cls) -> SteeringVector:
         return cls(seed=0)
 
+    def idle(self, call: Call) -> bool:
+        return self.strength == 0
+
     @at(Site.RESIDUAL)
     def steer(self, stream: Tensor, call: Call) -> Tensor:
-        if self.strength == 0:
-            return stream
         return stream + self.strength * self._vector(stream.shape[-1], call.layer).to(stream)
 
     def _vector(self, width: int, layer: int) -> Tensor:
