@@ -163,5 +163,5 @@ MIX_TEXTS_UP = [
 
 def notes_in(cache: Any, layer: int = 0) -> dict[str, Tensor]:
     """What a stack of one part keeps with a cache in one layer."""
-    found = [kept for (_, name), kept in shelf_of(cache)._kept.items() if f"layers.{layer}." in name]
+    found = [kept for key, kept in shelf_of(cache)._kept.items() if f"layers.{layer}." in key.module]
     return {name: x.x if isinstance(x, ByIndex) else x for kept in found for name, x in kept.items()}

@@ -385,3 +385,12 @@ def test_rows_above_go_with_the_cache(stack: Method, backend: str) -> None:
         swapped.reorder_cache(torch.tensor([1, 0]))
         found = run(input_ids=IDS.flip(0)[:, 20:], use_cache=True, **{CACHE: swapped}).logits
         assert close_model(found, run(input_ids=IDS.flip(0)).logits[:, 20:])
+
+
+def test_rows_above_that_were_cut_off_are_missed() -> None:
+    model = models.tiny("llama").eval()
+    with attach(model, Neighbours(3)) as run, torch.no_grad():
+        cache = run(input_ids=IDS[:, :9], use_cache=True)[CACHE]
+        cache.crop(-3)
+        with pytest.raises(SiteError, match="cut back"):
+            run(input_ids=IDS[:, 6:8], use_cache=True, **{CACHE: cache})

@@ -23,7 +23,7 @@ from heedful.core.errors import FieldError
 from heedful.core.mask import Mask
 from heedful.core.method import Method
 from heedful.core.sites import Site, at, reads
-from heedful.core.state import ByIndex, Notes
+from heedful.core.state import ByIndex, Key, Notes
 from heedful.methods.intervene.pasta import PASTA
 from heedful.methods.intervene.var import VAR
 from heedful.methods.intervene.vhr import VHR
@@ -75,7 +75,7 @@ class Told(Method):
 
 
 def notes(cache: Any) -> Notes:
-    return Notes(shelf_of(cache), (0, "layer"), ("A()",), 2)
+    return Notes(shelf_of(cache), Key(("A()",), "A()", "layer"), 2)
 
 
 def filled() -> tuple[DynamicCache, Notes]:
@@ -132,11 +132,14 @@ def test_what_beams_could_not_reorder_is_refused() -> None:
 
 def test_another_stack_sees_nothing_and_takes_the_place() -> None:
     cache, mine = filled()
-    theirs = Notes(shelf_of(cache), (0, "layer"), ("B()",), 2)
+    theirs = Notes(shelf_of(cache), Key(("B()",), "B()", "layer"), 2)
+    reader = Notes(shelf_of(cache), Key((), "C()", "layer"), 2)
+    reader["row"] = torch.ones(2)
     assert "row" not in theirs
     assert "row" in mine, "looking changes nothing"
     theirs["row"] = torch.zeros(2)
     assert not mine
+    assert "row" in reader, "who only reads is in nobody's way"
 
 
 @torch.no_grad()
@@ -150,19 +153,18 @@ def test_every_site_may_keep_what_lives_with_the_cache() -> None:
         for layer in range(2):
             assert {k: x.tolist() for k, x in notes_in(cache, layer).items()} == {"hidden": [12, 7], "mask": [12, 7]}
         run(input_ids=IDS, use_cache=False)
-        fresh = [
-            Notes(shelf, (0, name), run.book._owners) for shelf in run.book.shelves.values() for _, name in shelf._kept
-        ]
+        fresh = [kept for shelf in run.book.shelves.values() for kept in shelf._kept.values()]
     assert [x["mask"].tolist() for x in fresh] == [[12, 12]] * 2, "without a cache every call begins anew"
 
 
 @torch.no_grad()
 def test_two_parts_of_one_kind_see_their_own() -> None:
     model = tiny("llama")
-    with attach(model, Told() | Told(0.2)) as run:
+    with attach(model, Told() | Told() | Told(0.2)) as run:
         cache = run(input_ids=IDS)[CACHE]
     kept = shelf_of(cache)._kept
-    assert sorted({part for part, _ in kept}) == [0, 1]
+    assert sorted({key.part for key in kept}) == sorted({*run.book._names})
+    assert len(run.book._names) == len(set(run.book._names)) == 3
     assert all(x["seen"].tolist() == [12, 12] for x in kept.values())
 
 
@@ -205,7 +207,7 @@ def test_attention_to_an_encoder_carries_it_too() -> None:
                 known = {"encoder_outputs": (out.encoder_last_hidden_state,), CACHE: cache_of(out)}
                 out = run(**known, decoder_input_ids=token.view(1, 1), use_cache=True)
             assert close_model(score, total)
-    assert {name.split(".")[-1] for _, name in shelf_of(cache_of(out))._kept} == {"encoder_attn"}
+    assert {key.module.split(".")[-1] for key in shelf_of(cache_of(out))._kept} == {"encoder_attn"}
 
 
 @pytest.mark.parametrize("method", [VAR.example(), PASTA(alpha=0.1), VHR(alpha=3.0), Told()])

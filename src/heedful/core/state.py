@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,25 +24,33 @@ class ByIndex:
 
 
 Note = Tensor | ByIndex
-Key = tuple[int, str]  # part, module
+
+
+class Key(NamedTuple):
+    """Whose it is: the parts of a stack that edit, the part itself, and the module."""
+
+    editors: tuple[str, ...] = ()
+    part: str = ""
+    module: str = ""
 
 
 class Shelf:
-    """What the methods of one stack keep with one cache; what another stack keeps there takes its place."""
+    """What methods keep with one cache. Where other edits are kept than before, what is out of date goes."""
 
     def __init__(self, settle: Callable[[Shelf], None] | None = None) -> None:
         self._settle = settle  # puts it with the cache, once there is something to carry
-        self._owners: tuple[str, ...] = ()
+        self._editors: tuple[str, ...] = ()  # of the stack that last kept something and does not only read
         self._kept: dict[Key, dict[str, Note]] = {}
 
-    def of(self, key: Key, owners: tuple[str, ...]) -> dict[str, Note]:
-        """What was kept under a key by a stack of these parts, for reading."""
-        return self._kept.get(key, {}) if owners == self._owners else {}
+    def of(self, key: Key) -> dict[str, Note]:
+        """What was kept under a key, for reading."""
+        return self._kept.get(key, {})
 
-    def mine(self, key: Key, owners: tuple[str, ...]) -> dict[str, Note]:
-        """The same for writing: whatever another stack kept is out of date and goes."""
-        if owners != self._owners:
-            self._kept, self._owners = {}, owners
+    def mine(self, key: Key) -> dict[str, Note]:
+        """The same for writing."""
+        if key.editors and key.editors != self._editors:
+            self._editors = key.editors
+            self._kept = {k: kept for k, kept in self._kept.items() if k.editors in ((), key.editors)}
         if self._settle is not None:
             settle, self._settle = self._settle, None
             settle(self)
@@ -77,14 +85,12 @@ class Notes(MutableMapping[str, Tensor]):
     the call.
     """
 
-    def __init__(
-        self, shelf: Shelf | None = None, key: Key = (0, ""), owners: tuple[str, ...] = (), batch: int | None = None
-    ) -> None:
+    def __init__(self, shelf: Shelf | None = None, key: Key | None = None, batch: int | None = None) -> None:
         self._shelf = Shelf() if shelf is None else shelf
-        self._key, self._owners, self._batch = key, owners, batch
+        self._key, self._batch = key or Key(), batch
 
     def __getitem__(self, name: str) -> Tensor:
-        found = self._shelf.of(self._key, self._owners)[name]
+        found = self._shelf.of(self._key)[name]
         return found.x if isinstance(found, ByIndex) else found
 
     def __setitem__(self, name: str, x: Note) -> None:
@@ -93,17 +99,17 @@ class Notes(MutableMapping[str, Tensor]):
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             rule = f"must be a tensor [b ...] with the batch first, of {self._batch} texts, for beams to reorder it"
             raise FieldError("call.state", f"cache[{name!r}]", got, rule, "x.expand(call.batch, ...)")
-        self._shelf.mine(self._key, self._owners)[name] = x
+        self._shelf.mine(self._key)[name] = x
 
     def __delitem__(self, name: str) -> None:
         self[name]
-        del self._shelf.mine(self._key, self._owners)[name]
+        del self._shelf.mine(self._key)[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._shelf.of(self._key, self._owners))
+        return iter(self._shelf.of(self._key))
 
     def __len__(self) -> int:
-        return len(self._shelf.of(self._key, self._owners))
+        return len(self._shelf.of(self._key))
 
 
 @dataclass(frozen=True, eq=False)

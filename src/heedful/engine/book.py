@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +19,12 @@ from heedful.core.errors import DefinitionError
 from heedful.core.method import Method
 from heedful.core.sites import HEADLESS_SITES, MAP_SITES, Site
 from heedful.core.stack import Stack, Step
-from heedful.core.state import Notes, Shelf, State
+from heedful.core.state import Key, Notes, Shelf, State
 from heedful.core.stats import Statistic
 from heedful.core.values import replace
 from heedful.engine.needs import Needs
 
-Key = tuple[int, str, int]  # part, reading function, layer
+Found = tuple[int, str, int]  # part, reading function, layer
 
 
 class Plan:
@@ -105,7 +106,7 @@ class Book:
 
     stack: Stack
     params: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)  # (part, layer)
-    statistics: dict[Key, Statistic] = field(default_factory=dict)
+    statistics: dict[Found, Statistic] = field(default_factory=dict)
     entered: Counter[int] = field(default_factory=Counter)
     offered: Counter[Step] = field(default_factory=Counter)
     idled: set[int] = field(default_factory=set)  # parts that had nothing to do in some call
@@ -122,8 +123,11 @@ class Book:
         self._highest: Tensor | None = None  # of all that the heads gave
         self._of_forward: dict[int, dict[str, Any]] = defaultdict(dict)  # by part
         self._of_run: dict[tuple[int, int], dict[str, Any]] = defaultdict(dict)  # by part and layer
-        self._owners = tuple(map(repr, self.stack.parts))
-        self._open: dict[Key, Statistic] = {}
+        parts = self.stack.parts
+        self._names = tuple(f"{part!r} {parts[:n].count(part)}" for n, part in enumerate(parts))
+        edits = [any(not e.reads for e in method.edits) for method in self.stack.methods]
+        self._editors = tuple(itertools.compress(self._names, edits))
+        self._open: dict[Found, Statistic] = {}
         self._plans: dict[tuple[int, Phase, frozenset[int]], Plan] = {}
         self._idle: dict[int, dict[int, bool]] = defaultdict(dict)  # of the calls that are under way, by layer and part
 
@@ -177,7 +181,7 @@ class Book:
     def view(self, step: Step, call: Call) -> Call:
         """The call as one method sees it."""
         n, shelf = step.number, self.shelves.setdefault(call.layer, Shelf())
-        notes = Notes(shelf, (n, call.name), self._owners, call.batch)
+        notes = Notes(shelf, Key(self._editors, self._names[n], call.name), call.batch)
         return replace(
             call,
             params=self.params.get((n, call.layer), {}),
@@ -186,7 +190,7 @@ class Book:
 
     def kept_by_engine(self, call: Call) -> Notes:
         """What the engine itself keeps with the cache of a text."""
-        return Notes(self.shelves.setdefault(call.layer, Shelf()), (-1, call.name), self._owners, call.batch)
+        return Notes(self.shelves.setdefault(call.layer, Shelf()), Key(self._editors, "", call.name), call.batch)
 
     def note(self, step: Step, call: Call, found: object) -> None:
         """Take what a reader found in a tile."""

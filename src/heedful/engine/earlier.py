@@ -20,10 +20,18 @@ def with_earlier(job: Job, q: Tensor) -> tuple[Job, Tensor]:
         return job, q
     kept = job.book.kept_by_engine(call)
     before = kept.get("queries")
+    after = kept.get("after")  # [b], the index that follows the last of them
+    stop = int(call.queries.index.max()) + 1
+    kept["after"] = torch.full((len(q),), stop, device=q.device)
     kept["queries"] = (q if before is None else torch.cat([before.to(q), q], 2))[:, :, -above:].detach()
     first = call.queries.first
     if before is None or not first:
         return job, q
+    if after is None or not bool((after == first).all()):
+        raise SiteError(
+            f"layer {call.layer}: an edit looks at rows above its own, and the cache was cut back since these were read; "
+            "generate without a draft model, or read the text in one call"
+        )
     before = before[:, :, -first:]
     if (job.bias is not None and job.bias.shape[-2] != 1) or not all(_by_position(rule) for rule in call.mask.rules):
         raise SiteError(
