@@ -4,14 +4,13 @@
 #include "problem.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <utility>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #define LANES 4
 namespace portable {
@@ -52,33 +51,48 @@ namespace avx512 {
 #pragma GCC pop_options
 #endif
 
-#pragma GCC visibility push(default)
-extern "C" {
+namespace {
 
-// Which instruction sets this machine can run, best first; empty-terminated.
-const char *const *heedful_paths() {
-  static const char *found[4] = {nullptr};
+struct Path {
+  const char *name;
+  void (*prefill)(const Problem &), (*step)(const Problem &);
+};
+
+// Which instruction sets this machine can run, best first; ends with one without a name.
+const Path *paths() {
+  static Path found[4] = {};
   int n = 0;
 #ifdef HEEDFUL_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    found[n++] = "avx512";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[n++] = "avx2";
+    found[n++] = {"avx512", avx512::prefill, avx512::step};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[n++] = {"avx2", avx2::prefill, avx2::step};
 #endif
-  found[n++] = "portable";
-  found[n] = nullptr;
+  found[n] = {"portable", portable::prefill, portable::step};
   return found;
 }
 
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// The names of paths(), null-terminated.
+const char *const *heedful_paths() {
+  static const char *names[4] = {};
+  int n = 0;
+  for (const Path *path = paths(); path->name; path++) names[n++] = path->name;
+  return names;
+}
+
 // 0 when done, 1 when the path is not one of heedful_paths().
-int heedful_attend(const Problem *p, const char *path) {
-  bool one = p->queries == 1 && !p->blocks;
-#ifdef HEEDFUL_X86
-  if (!std::strcmp(path, "avx512")) return one ? avx512::step(*p) : avx512::prefill(*p), 0;
-  if (!std::strcmp(path, "avx2")) return one ? avx2::step(*p) : avx2::prefill(*p), 0;
-#endif
-  if (!std::strcmp(path, "portable")) return one ? portable::step(*p) : portable::prefill(*p), 0;
+int heedful_attend(const Problem *p, const char *name) {
+  for (const Path *path = paths(); path->name; path++)
+    if (!std::strcmp(path->name, name)) {
+      if (p->batch && p->heads && p->queries) (p->queries == 1 && !p->blocks ? path->step : path->prefill)(*p);
+      return 0;
+    }
   return 1;
 }
 

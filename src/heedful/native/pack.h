@@ -5,7 +5,6 @@ constexpr int ROWS = 144;    // rows of a block, all heads together
 constexpr int WIDE = 256;    // columns of a chunk: its scores stay in the second-level cache
 constexpr int PAD = 16;      // floats between rows of a chunk, so that they do not fall on one another in the cache
 constexpr int PITCH = WIDE + PAD;
-constexpr float FLOOR = -1e30f;  // below every score: where a running maximum starts
 constexpr float LOG2E = 1.44269504088896340736f, LN2 = 0.69314718055994530942f;
 
 struct Sizes {
@@ -27,6 +26,7 @@ struct Sizes {
     carry_panels = p.carry ? (p.carry_width + NR - 1) / NR : 0;
   }
   int64_t padded() const { return (stacked * rows + MR - 1) / MR * MR; }
+  int64_t slots(const Problem &p) const { return p.reach + 2 * NR; }  // of distances, with room for masked columns
   int64_t packed_keys(const Problem &p) const { return panels * NR * p.width; }
   int64_t packed_values() const { return panels * NR * value_panels * NR; }
   int64_t packed_carry() const { return panels * NR * carry_panels * NR; }

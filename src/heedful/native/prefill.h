@@ -19,7 +19,7 @@ struct Desk {
   std::vector<std::pair<int64_t, int64_t>> seen;
   std::vector<int64_t> reach;  // of each register tile's rows, the column behind the last that one of them sees
   std::vector<float> mean, mixed;  // of a chunk's weights over heads, and of what they carried
-  std::vector<float> received, distance, carried;
+  std::vector<float> received, distance;  // of one block
 };
 
 // One block of rows of one unit.
@@ -37,7 +37,7 @@ struct Block {
   }
 
   // The part of a row's sum that the sink logit has.
-  float own(int64_t r) const { return p.sink ? exp2_one(p.sink[head(r)] * LOG2E - desk.top[r]) : 0.0f; }
+  float own(int64_t r) const { return p.sink ? lowered(p.sink[head(r)] * LOG2E, desk.top[r]) : 0.0f; }
 
   // Which columns some row sees, as runs in chunks.
   void survey() {
@@ -92,25 +92,30 @@ struct Block {
 
   // Calls fill(from, to) for every stretch of a run, counted within the chunk, that a row does not see.
   template <class F>
-  bool gaps(int64_t r, const Run &run, F fill) const {
+  void gaps(int64_t r, const Run &run, F fill) const {
     const int32_t *x = ranges(r);
     int64_t at = run.column, end = run.column + run.width;
-    bool any = false;
     for (int64_t i = 0; i < p.range_count && at < end; i++) {
       int64_t lo = x[2 * i], hi = x[2 * i + 1];
       if (hi <= at || lo >= hi) continue;
-      if (lo > at) fill(at - run.column + run.at, std::min(lo, end) - run.column + run.at), any = true;
+      if (lo > at) fill(at - run.column + run.at, std::min(lo, end) - run.column + run.at);
       at = std::max(at, hi);
     }
-    if (at < end) fill(at - run.column + run.at, end - run.column + run.at), any = true;
-    return any;
+    if (at < end) fill(at - run.column + run.at, end - run.column + run.at);
   }
 
-  bool mask(int64_t r, const Chunk &c, float *row, float with) const {
-    bool any = false;
+  void mask(int64_t r, const Chunk &c, float *row) const {
     for (int64_t i = c.from; i < c.to; i++)
-      any |= gaps(r, desk.runs[i], [&](int64_t from, int64_t to) { std::fill(row + from, row + to, with); });
-    return any;
+      gaps(r, desk.runs[i], [&](int64_t from, int64_t to) { std::fill(row + from, row + to, -INFINITY); });
+  }
+
+  // Whether a row sees any column that is computed, whatever its score.
+  bool sees(int64_t r) const {
+    const int32_t *x = ranges(r);
+    for (const Run &run : desk.runs)
+      for (int64_t i = 0; i < p.range_count; i++)
+        if (std::max<int64_t>(x[2 * i], run.column) < std::min<int64_t>(x[2 * i + 1], run.column + run.width)) return true;
+    return false;
   }
 
   int32_t column(const Chunk &c, int64_t at) const {
@@ -121,7 +126,7 @@ struct Block {
 
   // Scores of a row to weights over its running maximum, and what the row adds up to so far.
   void soften(int64_t r, int64_t number, const Chunk &c, float *row) {
-    bool masked = mask(r, c, row, -INFINITY);
+    mask(r, c, row);
     vf high = load(row);
     for (int64_t i = W; i < c.width; i += W) high = greater(high, load(row + i));
     float here = highest(high), before = desk.top[r];
@@ -134,16 +139,16 @@ struct Block {
       }
     }
     if (here > before) {
-      float shrink = exp2_one(before - here);
+      float shrink = lowered(before, here);
       float keys = desk.sum[r] - own(r);  // the sum of weights of keys alone
-      desk.spread[r] = shrink * (desk.spread[r] - (keys > 0 ? (here - before) * keys : 0.0f));
+      desk.spread[r] = shrink > 0 ? shrink * (desk.spread[r] - (here - before) * keys) : 0.0f;
       desk.sum[r] *= shrink;
       desk.top[r] = here;
       float *out = desk.out.data() + r * s.value_panels * NR;
       for (int64_t e = 0; e < s.value_panels * NR; e += W) store(out + e, load(out + e) * shrink);
     }
     desk.reference[number * s.padded() + r] = desk.top[r];
-    const vf top = all(desk.top[r]), low = all(-126.0f);
+    const vf top = all(base(desk.top[r])), low = all(LEAST);
     vf sum = {}, spread = {};
     for (int64_t i = 0; i < c.width; i += W) {
       vf x = greater(load(row + i) - top, low);
@@ -152,7 +157,6 @@ struct Block {
       if (p.entropy) spread += w * x;
       store(row + i, w);
     }
-    if (masked) mask(r, c, row, 0.0f);
     desk.sum[r] += total(sum);
     desk.spread[r] += total(spread);
   }
@@ -173,7 +177,7 @@ struct Block {
     desk.scores.resize(std::max<int64_t>(1, kept() ? chunks : 1) * padded * PITCH);
     desk.reference.resize(std::max<int64_t>(1, chunks) * padded);
     for (auto *x : {&desk.sum, &desk.spread}) x->assign(padded, 0.0f);
-    for (auto *x : {&desk.top, &desk.peak}) x->assign(padded, FLOOR);
+    for (auto *x : {&desk.top, &desk.peak}) x->assign(padded, -INFINITY);
     desk.place.assign(padded, 0);
     if (p.sink)
       for (int64_t r = 0; r < rows; r++) desk.top[r] = p.sink[head(r)] * LOG2E, desk.sum[r] = 1.0f;
@@ -211,15 +215,15 @@ struct Block {
   void finish() {
     for (int64_t r = 0; r < rows; r++) {
       float sum = desk.sum[r];
-      bool blind = desk.peak[r] == FLOOR && sum - own(r) < 1e-30f;  // a sum that is no number is not blind
-      float inverse = blind ? 0.0f : 1.0f / sum;
+      bool empty = desk.top[r] == -INFINITY, blind = empty && !sees(r);
+      float inverse = blind ? 0.0f : empty ? NAN : 1.0f / sum;  // softmax of minus infinities alone is no number
       int64_t at = (b * p.heads + head(r)) * p.queries + query(r);
-      if (p.peak) p.peak[at] = blind ? 0.0f : exp2_one(desk.peak[r] - desk.top[r]) * inverse;
+      if (p.peak) p.peak[at] = lowered(desk.peak[r], desk.top[r]) * inverse;
       if (p.place) p.place[at] = desk.place[r];
       if (p.entropy) {
         float share = 1.0f - own(r) * inverse;
         float entropy = std::log(sum) * share - LN2 * desk.spread[r] * inverse;
-        p.entropy[at] = blind || entropy < 1e-30f ? 0.0f : entropy;  // masked keys leave 1e-36 each
+        p.entropy[at] = blind || entropy < 0.0f ? 0.0f : entropy;
       }
       float *out = p.out + ((b * p.queries + query(r)) * p.heads + head(r)) * p.value_width;
       const float *from = desk.out.data() + r * s.value_panels * NR;
@@ -231,11 +235,19 @@ struct Block {
   // What can be said only once the sums are known.
   void tell() {
     int64_t tall = (n + MR - 1) / MR * MR, across = s.carry_panels * NR;
+    if (p.received) desk.received.resize(s.stacked * s.panels * NR);
+    if (p.distance) {
+      desk.distance.resize(s.stacked * s.slots(p));
+      stretches([&](int64_t from, int64_t to) {
+        for (int64_t h = 0; h < s.stacked; h++)
+          std::fill(desk.distance.data() + h * s.slots(p) + from, desk.distance.data() + h * s.slots(p) + to, 0.0f);
+      });
+    }
     if (p.carry) desk.mixed.assign(tall * across, 0.0f), desk.mean.assign(tall * PITCH, 0.0f);
     for (int64_t number = 0; number < (int64_t)desk.chunks.size(); number++) {
       const Chunk &c = desk.chunks[number];
       float *factor = desk.reference.data() + number * s.padded();
-      for (int64_t r = 0; r < rows; r++) factor[r] = exp2_one(factor[r] - desk.top[r]) * desk.sum[r];
+      for (int64_t r = 0; r < rows; r++) factor[r] = lowered(factor[r], desk.top[r]) * desk.sum[r];
       const float *scores = chunk_scores(number);
       if (p.first) tell_first(c, scores, factor);
       if (p.live)
@@ -248,9 +260,6 @@ struct Block {
         }
       if (p.carry) tell_carried(c, tall, scores, factor);
     }
-    for (int64_t i = 0; i < (p.carry ? n : 0); i++)
-      for (int64_t e = 0; e < p.carry_width; e++)
-        desk.carried[(b * p.queries + row0 + i) * p.carry_width + e] += desk.mixed[i * across + e];
   }
 
   // The mean over heads of the weights, times what is carried: one product for all heads of the unit.
@@ -288,12 +297,12 @@ struct Block {
   }
 
   void tell_received(const Run &run, int64_t h, const float *scores, const float *factor) {
-    float *to = desk.received.data() + (b * p.heads + unit * s.stacked + h) * s.panels * NR + run.column;
+    float *to = desk.received.data() + h * s.panels * NR + run.column;
     for (int64_t r = h * n; r < (h + 1) * n; r += 8) {
       int64_t many = std::min<int64_t>(8, (h + 1) * n - r);
       for (int64_t i = 0; i < run.width; i += W) {
         const float *x = scores + r * PITCH + run.at + i;
-        vf sum = load(to + i);
+        vf sum = r > h * n ? load(to + i) : vf{};
         if (many == 8) {
 #pragma GCC unroll 8
           for (int64_t j = 0; j < 8; j++) sum += load(x + j * PITCH) * factor[r + j];
@@ -305,16 +314,56 @@ struct Block {
     }
   }
 
+  // The slot that a query's distance from a run's first column falls in: reach - 1 - (distance - nearest), NR further on.
+  // Masked columns weigh nothing, wherever they fall.
+  int64_t slot_of(const Run &run, int64_t q) const {
+    return NR + p.reach - 1 + p.nearest - (p.q_first + row0 + q - run.column);
+  }
+
+  // Calls act(from, to) for every stretch of slots that the block's runs can fall in.
+  template <class F>
+  void stretches(F act) const {
+    int64_t from = 0, to = 0;
+    for (const Run &run : desk.runs) {  // runs and slots rise together
+      int64_t lo = std::max<int64_t>(0, slot_of(run, n - 1)), hi = std::min(s.slots(p), slot_of(run, 0) + run.width);
+      if (lo >= hi) continue;
+      if (lo > to) {
+        if (from < to) act(from, to);
+        from = lo;
+      }
+      to = hi;
+    }
+    if (from < to) act(from, to);
+  }
+
+  // Adds what the block found to what its heads' keys have received, and from how far.
+  void add() const {
+    for (int64_t h = 0; h < s.stacked; h++) {
+      int64_t row = b * p.heads + unit * s.stacked + h;
+      if (p.received)
+        for (const Run &run : desk.runs) {
+          const float *from = desk.received.data() + h * s.panels * NR;
+          float *to = p.received + row * p.keys;
+          for (int64_t j = run.column; j < std::min(run.column + run.width, p.keys); j++) to[j] += from[j];
+        }
+      if (p.distance)
+        stretches([&](int64_t from, int64_t to) {
+          const float *slots = desk.distance.data() + h * s.slots(p);
+          float *last = p.distance + (row + 1) * p.reach - 1;
+          for (int64_t i = std::max<int64_t>(from, NR); i < std::min(to, NR + p.reach); i++) last[NR - i] += slots[i];
+        });
+    }
+  }
+
   // Slots run backwards, so that columns and slots rise together. Rows W apart touch the same vectors; neighbouring
   // rows would read what a store has not finished writing.
   void tell_distance(const Run &run, int64_t h, const float *scores, const float *factor) {
-    int64_t slots = p.reach + 2 * NR;
-    float *to = desk.distance.data() + (b * p.heads + unit * s.stacked + h) * slots;
+    int64_t slots = s.slots(p);
+    float *to = desk.distance.data() + h * slots;
     for (int64_t phase = 0; phase < W; phase++)
       for (int64_t q = phase; q < n; q += W) {
         int64_t r = h * n + q;
-        // slot of distance t: reach - 1 - (t - nearest), NR further on; masked columns weigh nothing, wherever they fall
-        int64_t slot = NR + p.reach - 1 + p.nearest - (p.q_first + row0 + q - run.column);
+        int64_t slot = slot_of(run, q);
         const float *x = scores + r * PITCH + run.at;
         int64_t from = std::max<int64_t>(0, (-slot + W - 1) / W * W), to_end = run.width;
         while (to_end > from && slot + to_end > slots) to_end -= W;
@@ -330,21 +379,17 @@ void prefill(const Problem &p) {
   int64_t size = pairs * (per_keys + per_values) + p.batch * s.packed_carry();
   if ((int64_t)packed.size() < size) packed.resize(size);
   float *keys = packed.data(), *values = keys + pairs * per_keys, *carry = values + pairs * per_values;
-  int64_t per_row = s.panels * NR, per_slots = p.reach + 2 * NR, rows = p.batch * p.heads;
-  int threads = (int)p.threads;
-  std::vector<Desk *> desks(threads, nullptr);
-#pragma omp parallel num_threads(threads)
+  // what each unit's weights carried; units are added up in order, as blocks are, so that threads change no bit of a sum
+  static thread_local std::vector<float> carried_;
+  int64_t per_carried = p.carry ? p.batch * p.queries * p.carry_width : 0;
+  if ((int64_t)carried_.size() < s.units * per_carried) carried_.resize(s.units * per_carried);
+  float *carried = carried_.data();
+  int64_t each = p.batch * s.units;
+  std::atomic<int64_t> next = 0;
+  std::vector<std::atomic<int64_t>> added(each);  // how many blocks of each unit
+#pragma omp parallel num_threads((int)p.threads)
   {
-#ifdef _OPENMP
-    int me = omp_get_thread_num();
-#else
-    int me = 0;
-#endif
     static thread_local Desk desk;
-    desks[me] = &desk;
-    if (p.received) desk.received.assign(rows * per_row, 0.0f);
-    if (p.distance) desk.distance.assign(rows * per_slots, 0.0f);
-    if (p.carry) desk.carried.assign(p.batch * p.queries * p.carry_width, 0.0f);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < pairs * s.panels; i++) {
       int64_t pair = i / s.panels, panel = i % s.panels, b = pair / p.kv_heads, g = pair % p.kv_heads;
@@ -357,30 +402,25 @@ void prefill(const Problem &p) {
         pack_rows<float>(p, s, p.carry + b * p.keys * p.carry_width, p.carry_width, p.carry_width, panel,
                          carry + b * s.packed_carry());
     }
-    int64_t each = p.batch * s.units;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < each * s.blocks; i++) {
-      int64_t row0 = (s.blocks - 1 - i / each) * s.rows, b = i % each / s.units, unit = i % s.units;  // dearest first
+    // Blocks are taken in order, dearest first: whoever waits to add his waits for one that is being computed.
+    for (int64_t i; (i = next.fetch_add(1)) < each * s.blocks;) {
+      int64_t number = i / each, row0 = (s.blocks - 1 - number) * s.rows, b = i % each / s.units, unit = i % s.units;
       int64_t n = std::min(s.rows, p.queries - row0), pair = b * p.kv_heads + unit * s.stacked * p.kv_heads / p.heads;
-      Block{p, s, desk, b, unit, row0, n, n * s.stacked, keys + pair * per_keys, values + pair * per_values,
-            carry + b * s.packed_carry()}
-          .compute();
+      Block block{p, s, desk, b, unit, row0, n, n * s.stacked, keys + pair * per_keys, values + pair * per_values,
+                  carry + b * s.packed_carry()};
+      block.compute();
+      if (p.carry)
+        for (int64_t r = 0; r < n; r++)
+          std::copy_n(desk.mixed.data() + r * s.carry_panels * NR, p.carry_width,
+                      carried + unit * per_carried + (b * p.queries + row0 + r) * p.carry_width);
+      if (!p.received && !p.distance) continue;
+      while (added[i % each].load(std::memory_order_acquire) < number) std::this_thread::yield();
+      block.add();
+      added[i % each].store(number + 1, std::memory_order_release);
     }
+#pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < rows; i++) {
-      for (Desk *x : desks) {
-        if (!x) continue;
-        if (p.received)
-          for (int64_t j = 0; j < p.keys; j++) p.received[i * p.keys + j] += x->received[i * per_row + j];
-        if (p.distance)
-          for (int64_t j = 0; j < p.reach; j++)
-            p.distance[i * p.reach + j] += x->distance[i * per_slots + NR + p.reach - 1 - j];
-      }
-    }
-    int64_t carried = p.carry ? p.batch * p.queries * p.carry_width : 0;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < carried; i++)
-      for (Desk *x : desks)
-        if (x) p.carried[i] += x->carried[i];
+    for (int64_t i = 0; i < per_carried; i++)
+      for (int64_t unit = 0; unit < s.units; unit++) p.carried[i] += carried[unit * per_carried + i];
   }
 }

@@ -31,7 +31,9 @@ INLINE float total(vf x) {
   return (sum[0] + sum[2]) + (sum[1] + sum[3]);  // not one after the other: each would wait for the last
 }
 
-// 2^x for x from -126 to 0, within 1e-7; what is no number stays so
+constexpr float LEAST = -127.0f;  // 2^this is nothing at all to exp2
+
+// 2^x for x from LEAST to 0, within 1e-7, and zero at LEAST; what is no number stays so
 INLINE vf exp2(vf x) {
   const vf magic = all(12582912.0f);  // 1.5 * 2^23: adding it leaves the whole part in the low bits
   vf shifted = x + magic;
@@ -48,7 +50,13 @@ INLINE vf exp2(vf x) {
   return y * bits.f;
 }
 
-INLINE float exp2_one(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
+// What a weight over one maximum is multiplied with to be over a later one; both may be minus infinity.
+INLINE float lowered(float before, float now) {
+  return before == now ? 1.0f : before - now < -126.0f ? 0.0f : std::exp2(before - now);
+}
+
+// Weights over a maximum; over 0 while nothing above minus infinity was seen, so that the weights are zeros.
+INLINE float base(float top) { return top == -INFINITY ? 0.0f : top; }
 
 // c[MR][NR] = a[MR][n] b[n][NR], or added to it
 template <bool ADD>
