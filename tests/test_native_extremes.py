@@ -1,4 +1,4 @@
-"""The native kernel on every instruction set of this machine: scores at the ends of float32, and sums of many threads."""
+"""The native kernel on every instruction set of this machine: scores at the ends of float32, and sums of threads."""
 
 from __future__ import annotations
 
