@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from heedful import native
-from heedful.conformance.tolerances import close
+from heedful.conformance.tolerances import LOW_PRECISION, close, error
+from heedful.core.call import Call
 from heedful.core.mask import Blocks, Rule, Where
+from heedful.core.method import Method
+from heedful.core.shift import Shift, shifts
 from heedful.core.summary import PARTS, Summary
 from heedful.engine.backends import native as backend
 
+from .samples import PAPER
 from .test_native import CAUSAL, Everything, Same, a_call, draw, pytestmark, run
 
 __all__ = ["pytestmark"]  # these tests too need a kernel
@@ -136,3 +140,45 @@ def test_the_number_of_threads_changes_no_bit(heads: tuple[int, int]) -> None:
     for part in PARTS:
         first = getattr(told[0], part)
         assert all(torch.equal(getattr(x, part), first) for x in told[1:]), part
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 6, 2, 150, 150, 33, 21), (1, 4, 1, 7, 600, 64, 64), (1, 2, 2, 1, 90, 16, 7)], ids=str
+)
+@pytest.mark.parametrize("mean", [0.0, 10.0])
+def test_bfloat16_is_as_exact_as_torchs_and_its_sums_as_float32(shape: tuple[int, ...], mean: float) -> None:
+    """Weights may be rounded on their way to the values, as torch's own kernel does it, but not where they are told."""
+    q, k, v = (x.bfloat16() for x in draw(shape))
+    v = v + mean
+    call = a_call(shape, CAUSAL)
+    heard: list[Summary] = []
+    found, eager = (run(name, Everything(heard), q, k, v, call) for name in ("native", "reference"))
+    exact = run("reference", Same(), q.double(), k.double(), v.double(), call)
+    assert error(found, exact) <= LOW_PRECISION * error(eager, exact)
+    for part in PARTS:
+        assert close(getattr(heard[0], part).float(), getattr(heard[1], part).float()), part
+
+
+class Quieter(Method):
+    """Takes most of the weight from the first two keys, and gives it to the others."""
+
+    paper = PAPER
+    causal = False
+
+    @shifts()
+    def move(self, summary: Summary, call: Call) -> Shift:
+        loud = (call.pairs.k_index[:, :, 0] < 2).expand(-1, call.heads, -1)
+        return Shift(torch.where(loud, 0.01, 1.0), ~loud)
+
+
+def test_what_a_shift_takes_away_was_not_rounded_before() -> None:
+    """Where keys had most of the weight and all but lose it, roundings of theirs would be most of what is left."""
+    shape = (1, 4, 2, 50, 200, 16, 16)
+    q, k, v = draw(shape)
+    q, k, v = torch.ones_like(q), k / 10, v / 100
+    k[:, :, 0], k[:, :, 1], v[:, :, :2] = 1.4, 1.35, 10.0
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    call = a_call(shape, CAUSAL)
+    found, eager = (run(name, Quieter(), q, k, v, call) for name in ("native", "reference"))
+    exact = run("reference", Quieter(), q.double(), k.double(), v.double(), call)
+    assert error(found, exact) <= LOW_PRECISION * error(eager, exact)

@@ -12,6 +12,11 @@
 #include <utility>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HEEDFUL_X86
+#include <immintrin.h>
+#endif
+
 #define LANES 4
 namespace portable {
 #include "tile.h"
@@ -22,8 +27,7 @@ namespace portable {
 #undef LANES
 #undef INLINE
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define HEEDFUL_X86
+#ifdef HEEDFUL_X86
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt")
 #define LANES 8
@@ -49,6 +53,21 @@ namespace avx512 {
 #undef LANES
 #undef INLINE
 #pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+#define LANES 16
+#define PAIRS
+namespace avx512bf16 {
+#include "tile.h"
+#include "pack.h"
+#include "prefill.h"
+#include "step.h"
+}  // namespace avx512bf16
+#undef PAIRS
+#undef LANES
+#undef INLINE
+#pragma GCC pop_options
 #endif
 
 namespace {
@@ -60,13 +79,15 @@ struct Path {
 
 // Which instruction sets this machine can run, best first; ends with one without a name.
 const Path *paths() {
-  static Path found[4] = {};
+  static Path found[5] = {};
   int n = 0;
 #ifdef HEEDFUL_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    found[n++] = {"avx512", avx512::prefill, avx512::step};
+  bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl");
+  if (wide && __builtin_cpu_supports("avx512bf16"))
+    found[n++] = {"avx512bf16", avx512bf16::prefill, avx512bf16::step};
+  if (wide) found[n++] = {"avx512", avx512::prefill, avx512::step};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[n++] = {"avx2", avx2::prefill, avx2::step};
 #endif
   found[n] = {"portable", portable::prefill, portable::step};
@@ -80,7 +101,7 @@ extern "C" {
 
 // The names of paths(), null-terminated.
 const char *const *heedful_paths() {
-  static const char *names[4] = {};
+  static const char *names[5] = {};
   int n = 0;
   for (const Path *path = paths(); path->name; path++) names[n++] = path->name;
   return names;

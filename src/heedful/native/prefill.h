@@ -12,7 +12,8 @@ struct Chunk {
 
 // What one thread works with.
 struct Desk {
-  std::vector<float> q, out, scores, top, peak, sum, spread, reference;
+  std::vector<float> q, weights;  // held as the register tile multiplies them: pairs of bfloat16 take half the room
+  std::vector<float> out, scores, top, peak, sum, spread, reference;
   std::vector<int32_t> place;
   std::vector<Run> runs;
   std::vector<Chunk> chunks;
@@ -22,13 +23,15 @@ struct Desk {
   std::vector<float> received, distance;  // of one block
 };
 
-// One block of rows of one unit.
+// One block of rows of one unit; the register tile multiplies E, float or bfloat16.
+template <class E>
 struct Block {
   const Problem &p;
   const Sizes &s;
   Desk &desk;
   int64_t b, unit, row0, n, rows;  // rows in the text, rows of all heads
-  const float *keys, *values, *carry;
+  const E *keys, *values;
+  const float *carry;
 
   int64_t head(int64_t r) const { return unit * s.stacked + r / n; }
   int64_t query(int64_t r) const { return row0 + r % n; }
@@ -82,12 +85,15 @@ struct Block {
 
   template <class T>
   void load_queries() {
-    float *to = desk.q.data();
+    E *to = (E *)desk.q.data();
+    std::fill(to, to + s.padded() * s.depth, E{});
     for (int64_t r = 0; r < rows; r++) {
       const T *from = (const T *)p.q + b * p.q_stride[0] + head(r) * p.q_stride[1] + query(r) * p.q_stride[2];
-      for (int64_t d = 0; d < p.width; d++) to[r * p.width + d] = number(from[d]) * (p.scale * LOG2E);
+      for (int64_t d = 0; d < p.width; d++) {
+        if constexpr (DEEP<E> == 1) to[r * s.depth + d] = number(from[d]) * (p.scale * LOG2E);
+        else to[r * s.depth + d] = from[d];
+      }
     }
-    std::fill(to + rows * p.width, desk.q.data() + s.padded() * p.width, 0.0f);
   }
 
   // Calls fill(from, to) for every stretch of a run, counted within the chunk, that a row does not see.
@@ -156,6 +162,7 @@ struct Block {
       sum += w;
       if (p.entropy) spread += w * x;
       store(row + i, w);
+      if constexpr (DEEP<E> > 1) store((E *)desk.weights.data() + r * PITCH + i, w);
     }
     desk.sum[r] += total(sum);
     desk.spread[r] += total(spread);
@@ -172,7 +179,8 @@ struct Block {
     survey();
     int64_t padded = s.padded();
     int64_t chunks = (int64_t)desk.chunks.size();
-    desk.q.resize(padded * p.width);
+    desk.q.resize(padded * s.depth / DEEP<E>);
+    if (DEEP<E> > 1) desk.weights.resize(padded * PITCH / DEEP<E>);
     desk.out.assign(padded * s.value_panels * NR, 0.0f);
     desk.scores.resize(std::max<int64_t>(1, kept() ? chunks : 1) * padded * PITCH);
     desk.reference.resize(std::max<int64_t>(1, chunks) * padded);
@@ -181,10 +189,13 @@ struct Block {
     desk.place.assign(padded, 0);
     if (p.sink)
       for (int64_t r = 0; r < rows; r++) desk.top[r] = p.sink[head(r)] * LOG2E, desk.sum[r] = 1.0f;
-    if (p.bfloat16)
+    if constexpr (DEEP<E> > 1)
+      load_queries<E>();
+    else if (p.bfloat16)
       load_queries<uint16_t>();
     else
       load_queries<float>();
+    const E *q = (const E *)desk.q.data();
     int64_t tall = (rows + MR - 1) / MR * MR;
     for (int64_t number = 0; number < chunks; number++) {
       const Chunk &c = desk.chunks[number];
@@ -194,17 +205,18 @@ struct Block {
         for (int64_t j = 0; j < run.width; j += NR)
           for (int64_t r = 0; r < tall; r += MR)
             if (run.column + j < desk.reach[r / MR])  // what is left out is masked in every row
-              product<false>(desk.q.data() + r * p.width, p.width, keys + (run.column + j) * p.width, p.width,
-                           scores + r * PITCH + run.at + j, PITCH);
+              product<false>(q + r * s.depth, s.depth, keys + (run.column + j) * s.depth, s.depth,
+                             scores + r * PITCH + run.at + j, PITCH, p.scale * LOG2E);
       }
       for (int64_t r = 0; r < rows; r++) soften(r, number, c, scores + r * PITCH);
+      const E *weights = (const E *)(DEEP<E> > 1 ? desk.weights.data() : scores);
       for (int64_t e = 0; e < s.value_panels; e++)
         for (int64_t i = c.from; i < c.to; i++) {
           const Run &run = desk.runs[i];
-          const float *v = values + (e * s.panels * NR + run.column) * NR;
+          const E *v = values + (e * s.panels * NR + run.column) * NR;
           for (int64_t r = 0; r < tall; r += MR)
-            product<true>(scores + r * PITCH + run.at, PITCH, v, std::min(run.width, desk.reach[r / MR] - run.column),
-                          desk.out.data() + r * s.value_panels * NR + e * NR, s.value_panels * NR);
+            product<true>(weights + r * PITCH + run.at, PITCH, v, std::min(run.width, desk.reach[r / MR] - run.column),
+                          desk.out.data() + r * s.value_panels * NR + e * NR, s.value_panels * NR, 1.0f);
         }
     }
     finish();
@@ -372,13 +384,15 @@ struct Block {
   }
 };
 
-void prefill(const Problem &p) {
-  Sizes s(p);
+template <class E>
+void prefill_of(const Problem &p) {
+  Sizes s(p, DEEP<E>);
   static thread_local std::vector<float> packed;  // kept between calls: touching fresh memory costs more than packing
-  int64_t pairs = p.batch * p.kv_heads, per_keys = s.packed_keys(p), per_values = s.packed_values();
-  int64_t size = pairs * (per_keys + per_values) + p.batch * s.packed_carry();
+  int64_t pairs = p.batch * p.kv_heads, per_keys = s.packed_keys(), per_values = s.packed_values();
+  int64_t both = pairs * (per_keys + per_values), size = both / DEEP<E> + p.batch * s.packed_carry();
   if ((int64_t)packed.size() < size) packed.resize(size);
-  float *keys = packed.data(), *values = keys + pairs * per_keys, *carry = values + pairs * per_values;
+  E *keys = (E *)packed.data(), *values = keys + pairs * per_keys;
+  float *carry = packed.data() + both / DEEP<E>;
   // what each unit's weights carried; units are added up in order, as blocks are, so that threads change no bit of a sum
   static thread_local std::vector<float> carried_;
   int64_t per_carried = p.carry ? p.batch * p.queries * p.carry_width : 0;
@@ -393,20 +407,23 @@ void prefill(const Problem &p) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < pairs * s.panels; i++) {
       int64_t pair = i / s.panels, panel = i % s.panels, b = pair / p.kv_heads, g = pair % p.kv_heads;
-      float *k = keys + pair * per_keys + panel * NR * p.width, *v = values + pair * per_values;
-      if (p.bfloat16)
-        pack_keys<uint16_t>(p, b, g, panel, k), pack_values<uint16_t>(p, s, b, g, panel, v);
+      E *k = keys + pair * per_keys + panel * NR * s.depth, *v = values + pair * per_values;
+      auto pack = [&]<class T>(T) { pack_keys<E, T>(p, s, b, g, panel, k), pack_values<E, T>(p, s, b, g, panel, v); };
+      if constexpr (DEEP<E> > 1)
+        pack(E{});
+      else if (p.bfloat16)
+        pack(uint16_t{});
       else
-        pack_keys<float>(p, b, g, panel, k), pack_values<float>(p, s, b, g, panel, v);
+        pack(0.0f);
       if (p.carry && g == 0)
-        pack_rows<float>(p, s, p.carry + b * p.keys * p.carry_width, p.carry_width, p.carry_width, panel,
+        pack_rows<float, float>(p, s, p.carry + b * p.keys * p.carry_width, p.carry_width, p.carry_width, panel,
                          carry + b * s.packed_carry());
     }
     // Blocks are taken in order, dearest first: whoever waits to add his waits for one that is being computed.
     for (int64_t i; (i = next.fetch_add(1)) < each * s.blocks;) {
       int64_t number = i / each, row0 = (s.blocks - 1 - number) * s.rows, b = i % each / s.units, unit = i % s.units;
       int64_t n = std::min(s.rows, p.queries - row0), pair = b * p.kv_heads + unit * s.stacked * p.kv_heads / p.heads;
-      Block block{p, s, desk, b, unit, row0, n, n * s.stacked, keys + pair * per_keys, values + pair * per_values,
+      Block<E> block{p, s, desk, b, unit, row0, n, n * s.stacked, keys + pair * per_keys, values + pair * per_values,
                   carry + b * s.packed_carry()};
       block.compute();
       if (p.carry)
@@ -423,4 +440,11 @@ void prefill(const Problem &p) {
     for (int64_t i = 0; i < per_carried; i++)
       for (int64_t unit = 0; unit < s.units; unit++) p.carried[i] += carried[unit * per_carried + i];
   }
+}
+
+void prefill(const Problem &p) {
+#ifdef PAIRS
+  if (p.bfloat16 && !p.exact) return prefill_of<uint16_t>(p);
+#endif
+  prefill_of<float>(p);
 }
