@@ -21,6 +21,7 @@
 namespace portable {
 #include "tile.h"
 #include "pack.h"
+#include "block.h"
 #include "prefill.h"
 #include "step.h"
 }  // namespace portable
@@ -34,6 +35,7 @@ namespace portable {
 namespace avx2 {
 #include "tile.h"
 #include "pack.h"
+#include "block.h"
 #include "prefill.h"
 #include "step.h"
 }  // namespace avx2
@@ -47,6 +49,7 @@ namespace avx2 {
 namespace avx512 {
 #include "tile.h"
 #include "pack.h"
+#include "block.h"
 #include "prefill.h"
 #include "step.h"
 }  // namespace avx512
@@ -61,6 +64,7 @@ namespace avx512 {
 namespace avx512bf16 {
 #include "tile.h"
 #include "pack.h"
+#include "block.h"
 #include "prefill.h"
 #include "step.h"
 }  // namespace avx512bf16
