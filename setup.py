@@ -1,7 +1,7 @@
 """The one part that is compiled. Without a compiler heedful installs all the same, and says so when it is asked."""
 
 import sys
-from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -13,7 +13,7 @@ setup(
         Extension(
             "heedful.native.kernel",
             ["src/heedful/native/kernel.cpp"],
-            depends=glob("src/heedful/native/*.h"),
+            depends=sorted(str(header) for header in Path("src/heedful/native").glob("*.h")),
             extra_compile_args=[*FLAGS, "-Wno-psabi", *OPENMP],
             extra_link_args=OPENMP,
             optional=True,

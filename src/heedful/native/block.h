@@ -1,5 +1,5 @@
-// One block of query rows, with the statistics of each row and key on the way. Included after pack.h. The query heads of a
-// group stand above one another, so that keys and values are read once for all of them.
+// One block of query rows, with the statistics of each row and key on the way. Included after pack.h.
+// The query heads of a group stand above one another, so that keys and values are read once for all of them.
 
 struct Run {  // consecutive columns
   int64_t column, width, at;  // `at`: where they stand in their chunk
@@ -118,8 +118,8 @@ struct Block {
   bool sees(int64_t r) const {
     const int32_t *x = ranges(r);
     for (const Run &run : desk.runs)
-      for (int64_t i = 0; i < p.range_count; i++)
-        if (std::max<int64_t>(x[2 * i], run.column) < std::min<int64_t>(x[2 * i + 1], run.column + run.width)) return true;
+      for (int64_t i = 0, end = run.column + run.width; i < p.range_count; i++)
+        if (std::max<int64_t>(x[2 * i], run.column) < std::min<int64_t>(x[2 * i + 1], end)) return true;
     return false;
   }
 
@@ -325,8 +325,8 @@ struct Block {
     }
   }
 
-  // The slot that a query's distance from a run's first column falls in: reach - 1 - (distance - nearest), NR further on.
-  // Masked columns weigh nothing, wherever they fall.
+  // The slot of a query's distance from a run's first column: reach - 1 - (distance - nearest), NR further on. Masked
+  // columns weigh nothing, wherever they fall.
   int64_t slot_of(const Run &run, int64_t q) const {
     return NR + p.reach - 1 + p.nearest - (p.q_first + row0 + q - run.column);
   }

@@ -87,8 +87,8 @@ const Path *paths() {
   int n = 0;
 #ifdef HEEDFUL_X86
   __builtin_cpu_init();
-  bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vl");
+  bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (wide && __builtin_cpu_supports("avx512bf16"))
     found[n++] = {"avx512bf16", avx512bf16::prefill, avx512bf16::step};
   if (wide) found[n++] = {"avx512", avx512::prefill, avx512::step};

@@ -9,7 +9,7 @@ void prefill_of(const Problem &p) {
   if ((int64_t)packed.size() < size) packed.resize(size);
   E *keys = (E *)packed.data(), *values = keys + pairs * per_keys;
   float *carry = packed.data() + both / DEEP<E>;
-  // what each unit's weights carried; units are added up in order, as blocks are, so that threads change no bit of a sum
+  // what each unit's weights carried; units are added up in order, as blocks are: threads change no bit of a sum
   static thread_local std::vector<float> carried_;
   int64_t per_carried = p.carry ? p.batch * p.queries * p.carry_width : 0;
   if ((int64_t)carried_.size() < s.units * per_carried) carried_.resize(s.units * per_carried);

@@ -80,8 +80,8 @@ INLINE void product(const float *a, int64_t lda, const float *b, int64_t n, floa
 }
 
 #ifdef PAIRS
-// The same for bfloat16: two products a lane, exact and added up in float32. b is [n/2][NR][2], and of an odd n one more
-// is taken. What is not added is multiplied with `times`.
+// The same for bfloat16: two products a lane, exact and added up in float32. b is [n/2][NR][2]; of an odd n one more is
+// taken. What is not added is multiplied with `times`.
 template <bool ADD>
 INLINE void product(const uint16_t *a, int64_t lda, const uint16_t *b, int64_t n, float *c, int64_t ldc, float times) {
   vf sum[MR][2] = {};
