@@ -309,14 +309,18 @@ def test_the_environment_picks_a_path() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ["portable", "sanitized"])
+@pytest.mark.parametrize("path", ["avx512", "avx2", "portable", "sanitized"])
 def test_the_same_tests_hold_on_other_builds(path: str, tmp_path: Path) -> None:
     """Every path of the kernel, and the kernel under the address and undefined-behaviour sanitizers."""
-    env = {**os.environ, native.PATH_VARIABLE: "portable"}
+    kernel = native.library()
+    assert isinstance(kernel, native.Library)
+    if path not in (*kernel.paths, "sanitized"):
+        pytest.skip(f"this machine has no {path}")
+    env = {**os.environ, native.PATH_VARIABLE: path}
     if path == "sanitized":
         env[native.PATH_VARIABLE] = ""
         env |= _sanitized(tmp_path)
-    files = [__file__, str(Path(__file__).with_name("test_native_flat.py"))]
+    files = [__file__, *(str(Path(__file__).with_name(f"test_native_{name}.py")) for name in ("flat", "extremes"))]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
