@@ -116,7 +116,7 @@ class Book:
     backends: dict[int, str] = field(default_factory=dict)
     kept: dict[int, tuple[int, int]] = field(default_factory=dict)  # cache entries kept and seen, by layer
     shelves: dict[int, Shelf] = field(default_factory=dict)  # what methods keep with the cache of the call, by layer
-    losses: dict[Key, Tensor] = field(default_factory=dict)  # what steps penalised in this forward
+    losses: dict[Found, Tensor] = field(default_factory=dict)  # what steps penalised in this forward
     forward: int = -1
 
     def __post_init__(self) -> None:

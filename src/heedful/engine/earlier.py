@@ -29,8 +29,8 @@ def with_earlier(job: Job, q: Tensor) -> tuple[Job, Tensor]:
         return job, q
     if after is None or not bool((after == first).all()):
         raise SiteError(
-            f"layer {call.layer}: an edit looks at rows above its own, and the cache was cut back since these were read; "
-            "generate without a draft model, or read the text in one call"
+            f"layer {call.layer}: an edit looks at rows above its own, and the cache was cut back since these were "
+            "read; generate without a draft model, or read the text in one call"
         )
     before = before[:, :, -first:]
     if (job.bias is not None and job.bias.shape[-2] != 1) or not all(_by_position(rule) for rule in call.mask.rules):
