@@ -100,7 +100,7 @@ def measure(name: str, wheel: Path) -> dict[str, object]:
             [python, "-m", "pytest", "-q", "-n", "2", "--no-header", "-p", "no:cacheprovider",
              "-p", "benchmarks.deprecations", *loud, *(f"tests/test_{part}.py" for part in CORE)],
             capture_output=True, text=True, check=False, cwd=ROOT,
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"DEPRECATIONS": str(notices)},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "DEPRECATIONS": str(notices)},
         )  # fmt: skip
         versions = installed(python)
         lines = [line for line in run.stdout.splitlines() if line.strip()]

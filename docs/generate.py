@@ -74,6 +74,7 @@ def releases() -> str:
 
 def release_page() -> str:
     """What was installed in each set, and what its libraries say that they will break."""
+    names = list(sets()[0]["versions"])
     rows = [
         "# Versions tried\n",
         "`make newest` installs each set in a clean environment and runs the core of the suite there: `newest` is the "
@@ -81,9 +82,9 @@ def release_page() -> str:
         "others are the minor releases of transformers between, with the torch of the lock.\n",
         releases(),
         "\n## What was installed\n",
-        f"| set | {' | '.join(sets()[0]['versions'])} |",
-        "|---" * (1 + len(sets()[0]["versions"])) + "|",
-        *(f"| {row['set']} | {' | '.join(row['versions'].values())} |" for row in sets()),
+        f"| set | {' | '.join(names)} |",
+        "|---" * (1 + len(names)) + "|",
+        *(f"| {row['set']} | {' | '.join(row['versions'][name] for name in names)} |" for row in sets()),
         "\n## What will break, and when\n",
         "What the libraries warned of while the core of the suite ran, each line once; a version is the one that the "
         "warning names.\n",
