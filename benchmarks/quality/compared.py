@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.quality.page import COMPARED
 from heedful import models
 from heedful.bench.compare import Progress, compare
-from heedful.bench.records import LOG
+from heedful.files import RECORDS
 from heedful.cli.console import parted, stack_from
 
 METHODS = (
@@ -42,5 +42,5 @@ if __name__ == "__main__":
     print(found)
     found.page(home / "page.html")
     shutil.copy(home / "page.html", home.with_suffix(".html"))
-    (home / LOG).unlink()
+    (home / RECORDS).unlink()
     print(f"the page: {home.with_suffix('.html')}")

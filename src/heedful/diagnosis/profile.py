@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # what two profiles must share to be one
 SAME = ("model", "kind", "weights", "layers", "heads", "kv_heads", "width", "parameters")
 WEIGHTS = "weights"  # stands for the reader where a measure looks at weights
+FEW = 64  # tokens below which shares and rates say little
 ADDED = ("texts", "windows", "tokens", "left_out")
 
 
@@ -67,7 +68,17 @@ class Profile:
 
     def findings(self) -> list[Finding]:
         """What a reader would want to know, most telling first."""
-        return sorted((f for _, told in self._told for f in told.findings), key=lambda f: -f.weight)
+        found = [*self._cautions(), *(f for _, told in self._told for f in told.findings)]
+        return sorted(found, key=lambda f: -f.weight)
+
+    def _cautions(self) -> Iterator[Finding]:
+        """What to know before the rest is believed."""
+        skipped, tokens = self.facts.get("skipped"), self.facts.get("tokens")
+        if skipped:
+            some = "; ".join(skipped[:3]) + (" ..." if len(skipped) > 3 else "")
+            yield Finding(f"{len(skipped)} of {self.facts['texts'] + len(skipped)} texts left out: {some}.", 1.0)
+        if tokens is not None and tokens < FEW:
+            yield Finding(f"{tokens} tokens are too few to tell much of a model; give it {FEW} or more to read.", 1.0)
 
     def roles(self) -> list[Role]:
         return [role for _, told in self._told for role in told.roles]
@@ -152,6 +163,7 @@ def _both(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of two runs over one model; where they differ and do not add up, those of the first."""
     out = {**b, **a}
     out |= {fact: a[fact] + b[fact] for fact in ADDED if fact in a and fact in b}
+    out["skipped"] = [*a.get("skipped", ()), *b.get("skipped", ())]
     out["length"] = max(a["length"], b["length"])
     out["backends"] = sorted({*a["backends"], *b["backends"]})
     out["seconds"] = {k: a["seconds"].get(k, 0.0) + b["seconds"].get(k, 0.0) for k in {**a["seconds"], **b["seconds"]}}

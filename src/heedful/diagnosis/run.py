@@ -22,17 +22,17 @@ from heedful.core.stack import Stack
 from heedful.core.stats import Cat, Statistic
 from heedful.diagnosis.measures import chosen, makes_trials, reads_text
 from heedful.diagnosis.profile import ADDED, WEIGHTS, Profile
-from heedful.diagnosis.store import NAME, writing
+from heedful.diagnosis.store import clean
 from heedful.diagnosis.texts import Delimiters, Source, Texts, Windows, cut, ordinary, pieces, positions, sources
 from heedful.diagnosis.view import notable, room, view_of, viewing
 from heedful.engine.run import Run
 from heedful.facts import facts_of, surroundings
+from heedful.files import PROFILE, UNFINISHED, folder_for, held
 from heedful.models import Loaded
 from heedful.verbs import attach, fit
 
 LENGTH = 2048  # tokens of a window, where the model takes as many
 SAVE_EVERY = 60.0  # seconds between two saves of what is there so far
-UNFINISHED = "unfinished"  # the folder, inside --out, of a diagnosis under way
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,15 @@ class _Subject:
             feed["decoder_input_ids"] = ids
         with memory(n):
             run(**feed)
+        if (layer := run.book.endless) is not None:
+            raise _endless(f"the heads of layer {layer} ({run.layer_names[layer]}) give")
+
+
+def _endless(what: str) -> StatisticError:
+    return StatisticError(
+        f"{what} infinity or what is no number (NaN), the first layer that does; nothing can be measured of that, and "
+        "nothing was saved. Look for broken weights, or load the model with dtype=torch.float32"
+    )
 
 
 @contextmanager
@@ -117,7 +126,7 @@ def diagnose(
     `how` goes to `attach`: `only`, `backend`, `tile_rows`.
     """
     given = model if isinstance(model, Loaded) else Loaded(model, None, "")
-    parts = chosen(measures)
+    parts, folder = chosen(measures), folder_for("diagnose()", out)
     if batch < 1:
         raise FieldError("diagnose()", "batch", batch, "must be 1 or more", 1)
     subject = _Subject(given.model, _words(tokenizer or given.tokenizer), how, progress or (lambda _: None))
@@ -129,8 +138,8 @@ def diagnose(
     try:
         facts = _facts(subject, given.name, length)
         facts["settings"] = _settings(facts, parts, windows, {"length": length, "batch": batch, **how})
-        job = _Job(subject, parts, windows, facts, batch, None if out is None else Path(out))
-        return job.whole(found[0])
+        with held(folder, "a diagnosis"):
+            return _Job(subject, parts, windows, facts, batch, folder).whole(found[0])
     finally:
         subject.model.train(was_training)
 
@@ -147,9 +156,6 @@ class _Job:
     out: Path | None
 
     def whole(self, first: Source) -> Profile:
-        if self.out is not None:  # a folder that cannot be written is better known now than in the end
-            with writing(self.out):
-                self.out.mkdir(parents=True, exist_ok=True)
         if (done := self._earlier("")) is not None:
             self.subject.report(Progress("text", 1, 1, f"finished before: read from {self.out}"))
             return done
@@ -164,7 +170,7 @@ class _Job:
 
     def _earlier(self, inside: str) -> Profile | None:
         """What an earlier call with the same settings left in the folder."""
-        if self.out is None or not (self.out / inside / NAME).exists():
+        if self.out is None or not (self.out / inside / PROFILE).exists():
             return None
         found = Profile.load(self.out / inside)
         old, new = found.facts.get("settings", {}), self.facts["settings"]
@@ -177,7 +183,10 @@ class _Job:
         return found
 
     def _profile(self, statistics: dict[str, Statistic], stage: str, seconds: float, **facts: Any) -> Profile:
-        counts = dict.fromkeys(ADDED, 0) | {"backends": []} | facts
+        broken = [int(key.split(".")[2]) for key, s in statistics.items() if any(map(_nan, s.tensors().values()))]
+        if broken:
+            raise _endless(f"the measures of layer {min(broken)} hold")
+        counts = dict.fromkeys(ADDED, 0) | {"backends": [], "skipped": []} | facts
         return Profile({**self.facts, **counts, "seconds": {stage: seconds}}, self.parts, statistics)
 
     def _text(self, earlier: Profile | None) -> Profile:
@@ -198,7 +207,8 @@ class _Job:
                 facts: dict[str, Any] = {"windows": read - start, "tokens": sum(map(len, rows[start:read]))}
                 facts["backends"] = sorted(set(run.book.backends.values()))
                 if earlier is None:
-                    facts |= {"texts": self.windows.texts, "left_out": self.windows.left_out}
+                    facts |= {name: getattr(self.windows, name) for name in ("texts", "left_out")}
+                    facts["skipped"] = list(self.windows.skipped)
                 new = self._profile(here, "text", time.perf_counter() - began, **facts)
                 return new if earlier is None else earlier + new
 
@@ -270,11 +280,15 @@ class _Job:
         return Profile(profile.facts, profile.parts, profile.statistics, view)
 
 
+def _nan(x: Tensor) -> bool:
+    return x.is_floating_point() and bool(x.isnan().any())
+
+
 def remove(folder: Path) -> None:
     """Take a profile's own files away, and the folder if nothing else is in it."""
     if folder.is_dir():
-        for file in (folder / NAME, *folder.glob("statistics-*.safetensors")):
-            file.unlink(missing_ok=True)
+        (folder / PROFILE).unlink(missing_ok=True)
+        clean(folder)
         if not any(folder.iterdir()):
             folder.rmdir()
 
