@@ -14,7 +14,7 @@ from heedful.core.figures import Figure, Finding, Role, Told
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Readings, method_of
-from heedful.core.stats import Statistic
+from heedful.core.stats import Max, Statistic, TopK
 from heedful.diagnosis.view import TokenView
 
 if TYPE_CHECKING:
@@ -35,6 +35,12 @@ class Profile:
     parts: tuple[Measure, ...]
     statistics: dict[str, Statistic]  # by "<part number>.<reader>.<layer>"
     view: TokenView | None = None
+
+    def __post_init__(self) -> None:
+        broken = [key.split(".") for key, stat in self.statistics.items() if _broken(stat)]
+        if broken:
+            number, _, layer = min(broken, key=lambda key: int(key[2]))
+            raise endless(f"what {self.parts[int(number)]!r} found in layer {layer} holds")
 
     def answer(self, part: Measure) -> Any:
         """What one measure has to tell."""
@@ -157,6 +163,22 @@ class Profile:
     def _repr_html_(self) -> str:
         items = "".join(f"<li>{escape(f.text)}</li>" for f in self.findings())
         return f"<p><b>{escape(self.headline)}</b></p><ul>{items}</ul>"
+
+
+def endless(what: str) -> StatisticError:
+    """The error for what cannot be measured since it has no end or is no number."""
+    return StatisticError(
+        f"{what} infinity or what is no number (NaN), the first layer that does, and nothing can be told of that: look "
+        "for broken weights, or load the model with dtype=torch.float32"
+    )
+
+
+def _broken(stat: Statistic) -> bool:
+    """Whether a statistic holds NaN, or infinity where it is no highest of nothing."""
+    tensors = [x for x in stat.tensors().values() if x.is_floating_point()]
+    if isinstance(stat, Max | TopK):
+        return any(bool(x.isnan().any()) for x in tensors)
+    return not all(bool(x.isfinite().all()) for x in tensors)
 
 
 def _both(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:

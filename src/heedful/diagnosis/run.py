@@ -21,9 +21,9 @@ from heedful.core.method import Part, method_of
 from heedful.core.stack import Stack
 from heedful.core.stats import Cat, Statistic
 from heedful.diagnosis.measures import chosen, makes_trials, reads_text
-from heedful.diagnosis.profile import ADDED, WEIGHTS, Profile
+from heedful.diagnosis.profile import ADDED, WEIGHTS, Profile, endless
 from heedful.diagnosis.store import clean
-from heedful.diagnosis.texts import Delimiters, Source, Texts, Windows, cut, ordinary, pieces, positions, sources
+from heedful.diagnosis.texts import Delimiters, Texts, Windows, cut, ordinary, pieces, positions, sources
 from heedful.diagnosis.view import notable, room, view_of, viewing
 from heedful.engine.run import Run
 from heedful.facts import facts_of, surroundings
@@ -82,14 +82,7 @@ class _Subject:
         with memory(n):
             run(**feed)
         if (layer := run.book.endless) is not None:
-            raise _endless(f"the heads of layer {layer} ({run.layer_names[layer]}) give")
-
-
-def _endless(what: str) -> StatisticError:
-    return StatisticError(
-        f"{what} infinity or what is no number (NaN), the first layer that does; nothing can be measured of that, and "
-        "nothing was saved. Look for broken weights, or load the model with dtype=torch.float32"
-    )
+            raise endless(f"the heads of layer {layer} ({run.layer_names[layer]}) give")
 
 
 @contextmanager
@@ -131,15 +124,14 @@ def diagnose(
         raise FieldError("diagnose()", "batch", batch, "must be 1 or more", 1)
     subject = _Subject(given.model, _words(tokenizer or given.tokenizer), how, progress or (lambda _: None))
     length = _length(subject.model, length)
-    found = sources(texts)
-    windows = cut(found, subject.tokenizer, length, subject.vocabulary)
+    windows = cut(sources(texts), subject.tokenizer, length, subject.vocabulary)
     was_training = subject.model.training
     subject.model.eval()
     try:
         facts = _facts(subject, given.name, length)
         facts["settings"] = _settings(facts, parts, windows, {"length": length, "batch": batch, **how})
         with held(folder, "a diagnosis"):
-            return _Job(subject, parts, windows, facts, batch, folder).whole(found[0])
+            return _Job(subject, parts, windows, facts, batch, folder).whole()
     finally:
         subject.model.train(was_training)
 
@@ -155,14 +147,14 @@ class _Job:
     batch: int
     out: Path | None
 
-    def whole(self, first: Source) -> Profile:
+    def whole(self) -> Profile:
         if (done := self._earlier("")) is not None:
             self.subject.report(Progress("text", 1, 1, f"finished before: read from {self.out}"))
             return done
         profile = self._text(self._earlier(UNFINISHED))
         profile += self._trials()
         profile += self._weights()
-        profile = self._view(profile, first)
+        profile = self._view(profile)
         if self.out is not None:
             profile.save(self.out)
             remove(self.out / UNFINISHED)
@@ -183,9 +175,6 @@ class _Job:
         return found
 
     def _profile(self, statistics: dict[str, Statistic], stage: str, seconds: float, **facts: Any) -> Profile:
-        broken = [int(key.split(".")[2]) for key, s in statistics.items() if any(map(_nan, s.tensors().values()))]
-        if broken:
-            raise _endless(f"the measures of layer {min(broken)} hold")
         counts = dict.fromkeys(ADDED, 0) | {"backends": [], "skipped": []} | facts
         return Profile({**self.facts, **counts, "seconds": {stage: seconds}}, self.parts, statistics)
 
@@ -266,7 +255,7 @@ class _Job:
                 statistics[f"{n}.{WEIGHTS}.0"] = Cat(dict(found.fitted))
         return self._profile(statistics, "weights", time.perf_counter() - began)
 
-    def _view(self, profile: Profile, first: Source) -> Profile:
+    def _view(self, profile: Profile) -> Profile:
         """Where the most notable heads look in the first window."""
         began = time.perf_counter()
         tokens = self.windows.tokens[0]
@@ -275,13 +264,9 @@ class _Job:
         with self.subject.attach(viewing(heads, keys)) as run:
             self.subject.read(run, (tokens,))
             self.subject.report(Progress("view", len(tokens), len(tokens)))
-        view = view_of(run, heads, pieces(first, self.subject.tokenizer, tokens))
+        view = view_of(run, heads, pieces(self.windows.first, self.subject.tokenizer, tokens))
         profile += self._profile({}, "view", time.perf_counter() - began)
         return Profile(profile.facts, profile.parts, profile.statistics, view)
-
-
-def _nan(x: Tensor) -> bool:
-    return x.is_floating_point() and bool(x.isnan().any())
 
 
 def remove(folder: Path) -> None:

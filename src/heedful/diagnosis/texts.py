@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ ENDINGS = (
     ".txt", ".md", ".rst", ".tex", ".html", ".json", ".jsonl", ".csv", ".xml", ".yaml", ".toml", ".py", ".c", ".h",
     ".cc", ".cpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql",
 )  # fmt: skip
+PORTION = 1_000_000  # characters that a tokenizer is given at once
 Texts = str | Path | Tensor | Sequence[str | Path | Tensor]
 
 
@@ -37,6 +38,7 @@ class Windows:
     """The pieces of every text, each short enough for one forward."""
 
     tokens: tuple[Tensor, ...]  # each [n]
+    first: Source  # the text that the first piece begins
     texts: int
     left_out: int  # tokens in ends too short to count as a text
     skipped: tuple[str, ...] = ()  # texts of a folder that could not be read, and why
@@ -120,6 +122,7 @@ def cut(found: list[Source], tokenizer: Any, length: int, vocabulary: int) -> Wi
     out: list[Tensor] = []
     left_out = 0
     skipped: list[str] = []
+    read: list[Source] = []
     for source in found:
         if source.unread:
             skipped.append(f"{source.name} {source.unread.partition(':')[0]}")
@@ -140,19 +143,34 @@ def cut(found: list[Source], tokenizer: Any, length: int, vocabulary: int) -> Wi
                 rule = f"token ids must be from 0 to {vocabulary - 1}, those that the model knows"
                 raise _refuse(source.name, rule + "; is this its tokenizer?", vocabulary - 1)
         out += rows
+        read.append(source)
     if not out:
         raise _refuse(skipped, "none of these can be read: attention needs texts of two tokens or more")
-    return Windows(tuple(out), len(found) - len(skipped), left_out, tuple(skipped))
+    return Windows(tuple(out), read[0], len(read), left_out, tuple(skipped))
 
 
 def _windows(source: Source, tokenizer: Any, length: int) -> list[Tensor]:
     if source.tokens is not None:
         return list(source.tokens.cpu().long().split(length))
     before, after = (torch.tensor(ids, dtype=torch.long) for ids in _around(tokenizer))
-    # at once and without a limit: a tokenizer that cuts takes time that grows with the square of a text's length
-    ids = tokenizer(source.text, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+    # a tokenizer that cuts by itself, or reads it all at once, takes more and more time for each further character
+    ids = [
+        torch.tensor(tokenizer(x, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids)
+        for x in _portions(source.text or "")
+    ]
     inner = max(1, length - len(before) - len(after))
-    return [torch.cat([before, row, after]) for row in torch.tensor(ids, dtype=torch.long).split(inner)]
+    return [torch.cat([before, row, after]) for row in torch.cat(ids).long().split(inner)]
+
+
+def _portions(text: str) -> Iterator[str]:
+    """A text in parts that a tokenizer can take at once, each but the first beginning with a space where there is one."""
+    start = 0
+    while len(text) - start > PORTION:
+        stop = text.rfind(" ", start + PORTION // 2, start + PORTION)
+        stop = stop if stop > 0 else start + PORTION
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
