@@ -258,7 +258,7 @@ class Comparison:
         """One file of records, or several as one; a folder stands for the file that `compare` wrote there."""
         files = [Path(p) / RECORDS if Path(p).is_dir() else Path(p) for p in paths]
         facts, records = merged(map(read, files))
-        if not facts:
+        if not facts["tasks"]:
             raise StatisticError(f"{', '.join(map(str, files))}: holds no comparison; its first line is gone")
         return cls(facts, tuple(records))
 
