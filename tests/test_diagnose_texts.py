@@ -120,7 +120,9 @@ def test_texts_of_a_folder_that_cannot_be_read_are_left_out_and_counted(
     assert f"8 of 10 texts left out: {tmp_path / '_ empty.txt'} is empty; " in str(whole)
     assert whole.view is not None
     assert "".join(whole.view.tokens) == "The keys."  # the first that can be read
-    assert "8 of 11 texts left out" in str(whole + diagnose(model, "words", tokenizer=characters(), measures="SinkRate"))
+    assert "8 of 11 texts left out" in str(
+        whole + diagnose(model, "words", tokenizer=characters(), measures="SinkRate")
+    )
     for name in ("a good.txt", "j good.txt"):
         (tmp_path / name).unlink()
     with pytest.raises(FieldError, match="none of these can be read"):
@@ -128,7 +130,9 @@ def test_texts_of_a_folder_that_cannot_be_read_are_left_out_and_counted(
 
 
 def test_a_few_tokens_are_called_few(model: Any) -> None:
-    assert "2 tokens are too few to tell much" in str(diagnose(model, "hi", tokenizer=characters(), measures="SinkRate"))
+    assert "2 tokens are too few to tell much" in str(
+        diagnose(model, "hi", tokenizer=characters(), measures="SinkRate")
+    )
     assert "too few" not in str(diagnose(model, WORDS, tokenizer=characters(), measures="SinkRate"))
 
 

@@ -113,5 +113,3 @@ def test_a_folder_needs_a_name(tmp_path: Path) -> None:
     for name in ("a\0b", ""):
         with pytest.raises(FieldError, match="must be the name of a folder"):
             diagnose(models.tiny("llama"), IDS, out=name)
-
-

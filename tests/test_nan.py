@@ -34,9 +34,7 @@ def poisoned(where: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize(
-    ("where", "layer"), [("weight", 1), ("embedding", 0), ("endless value", 1), ("huge query", 1)]
-)
+@pytest.mark.parametrize(("where", "layer"), [("weight", 1), ("embedding", 0), ("endless value", 1), ("huge query", 1)])
 def test_a_model_with_what_is_no_number_is_refused_by_its_first_layer(where: str, layer: int, tmp_path: Path) -> None:
     with pytest.raises(StatisticError, match=rf"the heads of layer {layer} \(model.layers.{layer}.self_attn\) give"):
         diagnose(poisoned(where), IDS, out=tmp_path)

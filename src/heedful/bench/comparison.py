@@ -63,7 +63,7 @@ class Gap:
 
 
 def luck(differences: Sequence[float]) -> float:
-    """How often chance alone gives a mean at least so far from zero: each difference could as well have its other sign."""
+    """How often chance alone gives a mean at least so far from zero, were each difference as likely of either sign."""
     x = torch.tensor(differences, dtype=torch.float64)
     draw = torch.Generator().manual_seed(0)
     flipped = (torch.randint(0, 2, (FLIPS, len(x)), generator=draw).double() * 2 - 1) @ x

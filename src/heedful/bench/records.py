@@ -134,7 +134,7 @@ def _object(text: str) -> dict[str, Any]:
 def _record(kind: type[Record], found: Mapping[str, Any]) -> Record:
     """A record whose values are of their kinds."""
     hints = get_type_hints(kind)
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k in hints}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k in hints}
     for name, value in values.items():
         if not _fits(value, hints[name]):
             raise TypeError(f"{name} is {value!r}, and must be {hints[name]}")

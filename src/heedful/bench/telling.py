@@ -198,8 +198,8 @@ def _clouds(c: Comparison) -> Iterable[Scatter]:
         if len({at[0] for at in points.values()}) > 1:
             yield Scatter(
                 key, title,
-                "Up is better, left is cheaper; the line joins those whose means none beats in both, which may be chance "
-                "where intervals overlap. Worth is the mean difference of the right answer's log-probability, over tasks.",
+                "Up is better, left is cheaper; the line joins those that none beats in both by its mean, which may be "
+                "chance where intervals overlap. Worth is the mean difference of the right answer's log-probability.",
                 points, label, "worth, nats a token",
             )  # fmt: skip
 

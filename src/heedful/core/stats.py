@@ -321,10 +321,12 @@ def load(path: str | Path) -> dict[str, Statistic]:
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:  # mmap's and torch's own, too
         raise StatisticError(f"cannot read statistics from {path}: {error}") from error
     if told.get(DIGEST) != _digest(text, tensors):
-        raise StatisticError(f"{path} was damaged or changed after it was saved: its checksum is another; measure again")
+        raise StatisticError(
+            f"{path} was damaged or changed after it was saved: its checksum is another; measure again"
+        )
     try:
         return _built(path, json.loads(text), tensors)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise StatisticError(f"{path} holds no heedful statistics that fit together ({error!r})") from error
 
 

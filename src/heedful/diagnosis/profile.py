@@ -55,8 +55,7 @@ class Profile:
 
     def _readings(self, part: Measure) -> dict[int, Statistic]:
         number = str(self.parts.index(part))
-        names = [WEIGHTS] if isinstance(part, Weights) else [e.name for e in method_of(part).edits if e.reads]
-        found: dict[str, dict[int, Statistic]] = {name: {} for name in names}
+        found: dict[str, dict[int, Statistic]] = {name: {} for name in readers(part)}
         for key, stat in self.statistics.items():
             owner, name, layer = key.split(".")
             if owner == number:
@@ -163,6 +162,11 @@ class Profile:
     def _repr_html_(self) -> str:
         items = "".join(f"<li>{escape(f.text)}</li>" for f in self.findings())
         return f"<p><b>{escape(self.headline)}</b></p><ul>{items}</ul>"
+
+
+def readers(part: Measure) -> list[str]:
+    """What a measure's statistics are named by."""
+    return [WEIGHTS] if isinstance(part, Weights) else [e.name for e in method_of(part).edits if e.reads]
 
 
 def endless(what: str) -> StatisticError:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,20 @@ from heedful.core.call import Phase
 from heedful.core.errors import DefinitionError, HeedfulError, StatisticError
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Method, Scoped, method_of
-from heedful.core.stats import Cat, load, save
-from heedful.diagnosis.profile import Profile
+from heedful.core.stats import Cat, Statistic, load, save
+from heedful.diagnosis.profile import ADDED, Profile, readers
 from heedful.diagnosis.view import TokenView
 from heedful.files import PART, PROFILE, replace_text, writing
 
 FORMAT = 2
 STATISTICS = re.compile(r"statistics-[0-9a-f]{8}\.safetensors")
+FACTS: dict[str, type] = {
+    "model": str,
+    "seconds": dict,
+    "skipped": list,
+    "backends": list,
+}  # those that are told, and of which kind
+FACTS |= dict.fromkeys(("layers", "heads", "length", *ADDED), int)
 VIEW = "view"  # the key of the token view's tensors, which no reader has
 
 
@@ -93,6 +101,21 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def _require(facts: Any, parts: tuple[Measure, ...], statistics: Mapping[str, Statistic]) -> None:
+    """Facts of the kinds that a profile tells, and statistics that its measures have read."""
+    for name, kind in FACTS.items():
+        if type(facts[name]) is not kind:
+            raise TypeError(f"{name} is {facts[name]!r}")
+    if not all(type(x) in (int, float) for x in facts["seconds"].values()):
+        raise TypeError(f"seconds are {facts['seconds']}")
+    if not all(isinstance(x, str) for x in (*facts["skipped"], *facts["backends"])):
+        raise TypeError(f"skipped is {facts['skipped']}, backends are {facts['backends']}")
+    for key in statistics:
+        number, reader, layer = key.split(".")
+        if reader not in readers(parts[int(number)]) or int(layer) < 0:
+            raise KeyError(key)
+
+
 def load_profile(folder: Path) -> Profile:
     try:
         content = json.loads((folder / PROFILE).read_text(encoding="utf-8"))
@@ -101,6 +124,7 @@ def load_profile(folder: Path) -> Profile:
         facts, spellings, view, name, of, digest = (
             content[key] for key in ("facts", "parts", "view", "statistics", "format", "digest")
         )
+        whole = digest == _digest(content)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StatisticError(
             f"{folder} holds no profile that can be read ({error}): give a folder that Profile.save() or "
@@ -113,7 +137,7 @@ def load_profile(folder: Path) -> Profile:
             f"{folder / PROFILE} names {name!r} as its statistics, and they lie beside it as statistics-*.safetensors: "
             "measure again"
         )
-    if digest != _digest(content):
+    if not whole:
         raise StatisticError(f"{folder / PROFILE} was damaged or changed after it was saved: measure again")
     entries()  # importing the methods makes their statistics known
     statistics = load(folder / name)
@@ -121,8 +145,10 @@ def load_profile(folder: Path) -> Profile:
         if view is not None:
             tensors = statistics.pop(VIEW).tensors()
             view = TokenView(view["tokens"], [(layer, head) for layer, head in view["heads"]], **tensors)
-        return Profile(facts, tuple(map(built, spellings)), statistics, view)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        parts = tuple(map(built, spellings))
+        _require(facts, parts, statistics)
+        return Profile(facts, parts, statistics, view)
+    except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, HeedfulError):
             raise
         raise StatisticError(f"{folder} holds a profile whose parts do not fit together ({error!r})") from error

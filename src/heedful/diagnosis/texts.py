@@ -163,7 +163,7 @@ def _windows(source: Source, tokenizer: Any, length: int) -> list[Tensor]:
 
 
 def _portions(text: str) -> Iterator[str]:
-    """A text in parts that a tokenizer can take at once, each but the first beginning with a space where there is one."""
+    """A text in parts that a tokenizer can take at once; they begin with a space where there is one."""
     start = 0
     while len(text) - start > PORTION:
         stop = text.rfind(" ", start + PORTION // 2, start + PORTION)

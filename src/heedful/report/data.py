@@ -11,7 +11,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from heedful.core.figures import Curves, Figure, Finding, Grid, HeadMap, Intervals, Listing, Role, Scatter, Told, head_name
+from heedful.core.figures import (
+    Curves,
+    Figure,
+    Finding,
+    Grid,
+    HeadMap,
+    Intervals,
+    Listing,
+    Role,
+    Scatter,
+    Told,
+    head_name,
+)
 from heedful.core.kinds import Measure
 from heedful.report.plots import bare
 
