@@ -15,7 +15,7 @@ from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import HeldLayer, held_layer
 from heedful.adapters.layers import interface_layers, leftovers, projections, within
 from heedful.core.call import Call, Entries, Phase
-from heedful.core.errors import FieldError, RefusedModel, SiteError
+from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
 from heedful.core.method import Layer
 from heedful.core.sites import Site
 from heedful.engine.attend import Job, attend, keep_entries
@@ -165,6 +165,11 @@ class TransformersAdapter:
         past = (given.queries.first or 0) > 0 or (bound.cross and bound.cache is not None)
         phase = Phase.DECODE if q.shape[2] == 1 and past else Phase.PREFILL
         plan = book.plan(bound.number, phase)
+        if plan.summed and given.queries.packed:
+            raise StatisticError(
+                f"{plan.summed[0].part!r} counts texts, and several are packed into one row (position_ids begin anew): "
+                "give each a row of its own, padded"
+            )
         call = bound.call = Call(
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
             given.softcap, phase, bound.cross, run.roles, _rows(bound.hidden, q), bound.turn, given.mask,

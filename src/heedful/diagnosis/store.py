@@ -22,12 +22,8 @@ from heedful.files import PART, PROFILE, replace_text, writing
 
 FORMAT = 2
 STATISTICS = re.compile(r"statistics-[0-9a-f]{8}\.safetensors")
-FACTS: dict[str, type] = {
-    "model": str,
-    "seconds": dict,
-    "skipped": list,
-    "backends": list,
-}  # those that are told, and of which kind
+# the facts that a profile tells, and of which kind they are
+FACTS: dict[str, type] = {"model": str, "seconds": dict, "skipped": list, "backends": list}
 FACTS |= dict.fromkeys(("layers", "heads", "length", *ADDED), int)
 VIEW = "view"  # the key of the token view's tensors, which no reader has
 
