@@ -15,7 +15,7 @@ from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import HeldLayer, held_layer
 from heedful.adapters.layers import interface_layers, leftovers, projections, within
 from heedful.core.call import Call, Entries, Phase
-from heedful.core.errors import FieldError, RefusedModel, SiteError
+from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
 from heedful.core.method import Layer
 from heedful.core.sites import Site
 from heedful.engine.attend import attend
@@ -173,6 +173,11 @@ class TransformersAdapter:
             bound.turn, given.mask, max(0, book.forward), batch=len(q),
         )  # fmt: skip
         plan = book.plan(call)
+        if plan.summed and given.queries.packed:
+            raise StatisticError(
+                f"{plan.summed[0].part!r} counts texts, and several are packed into one row (position_ids begin anew): "
+                "give each a row of its own, padded"
+            )
         if plan.at(Site.BLOCK):
             book.backends[bound.number] = repr(plan.at(Site.BLOCK)[0].part)
             return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]), None
