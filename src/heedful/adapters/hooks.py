@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from heedful.adapters.bound import Bound
+from heedful.adapters.compiled import as_written
 from heedful.adapters.kvcache import hold, serve
 from heedful.adapters.layers import block_of, output_projection
 from heedful.adapters.lazymask import LazyMask
@@ -44,8 +45,8 @@ class Hooks:
         """Know where a forward of the whole begins and ends."""
         for part in model.modules():
             if part is model or isinstance(part, PreTrainedModel):
-                self._handles.append(part.register_forward_pre_hook(self._begins, with_kwargs=True))
-                self._handles.append(part.register_forward_hook(self._ends, always_call=True))
+                self._handles.append(part.register_forward_pre_hook(as_written(self._begins), with_kwargs=True))
+                self._handles.append(part.register_forward_hook(as_written(self._ends), always_call=True))
 
     def _begins(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if self._inside == 0:
@@ -76,8 +77,8 @@ class Hooks:
                     "would silently be the unedited model's. Was it compiled or replaced since?"
                 )
 
-        self._handles.append(bound.module.register_forward_pre_hook(before, with_kwargs=True))
-        self._handles.append(bound.module.register_forward_hook(after))
+        self._handles.append(bound.module.register_forward_pre_hook(as_written(before), with_kwargs=True))
+        self._handles.append(bound.module.register_forward_hook(as_written(after)))
 
     def _enter(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         by_name = "hidden_states" in kwargs
@@ -147,7 +148,7 @@ class Hooks:
             self.run.book.close_call(job.plan, call)
             return new.reshape(output.shape)
 
-        self._handles.append(getattr(*found).register_forward_hook(after))
+        self._handles.append(getattr(*found).register_forward_hook(as_written(after)))
 
     # the layer that it stands in
 
@@ -177,4 +178,4 @@ class Hooks:
             new = new.reshape(stream.shape)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
-        self._handles.append(model.get_submodule(name).register_forward_hook(after))
+        self._handles.append(model.get_submodule(name).register_forward_hook(as_written(after)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from heedful.adapters.arguments import understand
 from heedful.adapters.bound import ADDITIVE, LAZY, Bound, Outcome, Request, bound_modules, native
+from heedful.adapters.compiled import lead_past
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import HeldLayer, held_layer
 from heedful.adapters.layers import interface_layers, leftovers, projections, within
@@ -48,6 +49,7 @@ class TransformersAdapter:
     only: tuple[str, ...] | None = None
     _restore: list[tuple[PreTrainedConfig, str | None]] = field(default_factory=list)
     _added: list[tuple[nn.Module, str]] = field(default_factory=list)
+    _let_compile: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self._modules = interface_layers(self.model)
@@ -116,6 +118,7 @@ class TransformersAdapter:
                 served = [b for m in self._modules.values() if (b := bound_modules[m]).number is not None]
                 self._hooks.after_blocks(self.model, served)
             self._hooks.forwards(self.model)
+            self._let_compile = lead_past(self.model)
         except BaseException:
             self.remove()
             raise
@@ -136,6 +139,7 @@ class TransformersAdapter:
                 config._attn_implementation_internal = ADDITIVE if (name or "eager") == "eager" else LAZY
 
     def remove(self) -> None:
+        self._let_compile()
         self._hooks.remove()
         for config, name in self._restore:
             config._attn_implementation_internal = name
