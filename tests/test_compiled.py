@@ -56,6 +56,7 @@ def whole(model: Any, how: Any) -> Any:
 
 
 FORMS = (whole, in_place, its_forward, layer_by_layer, around)
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # of inductor's import
 BACKENDS = ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]
 EDITS = (TempScale(0.3), TempScale(3.0), Push())
 
