@@ -28,7 +28,7 @@ def as_written(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def lead_past(model: nn.Module) -> Callable[[], None]:
-    """Have every module with hooks, and every one that was compiled, called as it is written; returns how to undo it."""
+    """Have every module with hooks, and every one that was compiled, called as it is written; gives the way back."""
     led: list[tuple[nn.Module, Any, Any]] = []
     compiled = {id(m._orig_mod) for m in model.modules() if isinstance(m, OptimizedModule)}
     for module in model.modules():

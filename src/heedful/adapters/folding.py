@@ -27,8 +27,6 @@ def obstacle(model: nn.Module, name: str, p: Projections, site: Site) -> str | N
         linear: Any = p.module(letter)
         if type(linear).forward is not nn.Linear.forward and not transposed(linear):
             return f"its {letter} projection is a {type(linear).__name__}, which is more than a linear map"
-        if not linear.weight.is_floating_point():
-            return f"the weight of its {letter} projection is quantised ({linear.weight.dtype})"
         if id(linear.weight) in shared:
             return f"the weight of its {letter} projection serves in another place too"
     if site is Site.OUTPUT:

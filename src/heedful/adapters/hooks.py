@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from heedful.adapters.bound import Bound
 from heedful.adapters.compiled import as_written
 from heedful.adapters.kvcache import hold, serve
-from heedful.adapters.layers import block_of, output_projection
+from heedful.adapters.layers import block_of, output_module
 from heedful.adapters.lazymask import LazyMask
 from heedful.core.call import Call, Phase
 from heedful.core.errors import NotEntered, RefusedModel
@@ -99,13 +99,16 @@ class Hooks:
             hold(bound.cache, number, bound.name)
         if not any(s.edit.site is Site.HIDDEN for s in steps):
             return None
-        if bound.hidden is None or bound.hidden.ndim != 3:
+        if bound.hidden is None or bound.hidden.ndim not in (2, 3):
             raise RefusedModel(
                 f"{bound.name} ({bound.kind}) is not handed hidden states [b n e], so HIDDEN has no place"
             )
-        call = self._outline(bound, bound.hidden, kwargs.get("attention_mask"))
+        flat = bound.hidden.ndim == 2  # [n e], of images whose patches stand in one row
+        hidden = bound.hidden[None] if flat else bound.hidden
+        call = self._outline(bound, hidden, kwargs.get("attention_mask"))
         job = Job(self.run.book.plan(bound.number, call.phase), self.run.book, call)
-        bound.hidden = stage(Site.HIDDEN, bound.hidden, job, call)
+        hidden = stage(Site.HIDDEN, hidden, job, call)
+        bound.hidden = hidden[0] if flat else hidden
         self.run.book.close_call(job.plan, call)
         if by_name:
             return args, {**kwargs, "hidden_states": bound.hidden}
@@ -128,7 +131,7 @@ class Hooks:
 
     def after_projection(self, model: nn.Module, bound: Bound) -> None:
         """Edit and read OUTPUT."""
-        found = output_projection(model, bound.name)
+        found = output_module(model, bound.name)
         if found is None:
             raise RefusedModel(f"an OUTPUT edit cannot act in {bound.name}: heedful finds no output projection there")
 
@@ -148,7 +151,7 @@ class Hooks:
             self.run.book.close_call(job.plan, call)
             return new.reshape(output.shape)
 
-        self._handles.append(getattr(*found).register_forward_hook(as_written(after)))
+        self._handles.append(found.register_forward_hook(as_written(after)))
 
     # the layer that it stands in
 

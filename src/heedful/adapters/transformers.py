@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from heedful.adapters.bound import ADDITIVE, LAZY, Bound, Outcome, Request, boun
 from heedful.adapters.compiled import lead_past
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import HeldLayer, held_layer
-from heedful.adapters.layers import interface_layers, leftovers, projections, within
+from heedful.adapters.layers import interface_layers, leftovers, size_of, within
 from heedful.core.call import Call, Entries, Phase
 from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.method import Layer
@@ -80,12 +81,38 @@ class TransformersAdapter:
         return self._names
 
     def sizes(self) -> tuple[Layer, ...]:
-        return tuple(projections(self.model, name, i).size for i, name in enumerate(self._names))
+        return tuple(size_of(self.model, name, i) for i, name in enumerate(self._names))
 
-    def add_parameters(self, layer: int, name: str, parameter: nn.Parameter) -> None:
-        module = self.model.get_submodule(self._names[layer])
+    def carried(self) -> set[tuple[int, str]]:
+        """Parameters that an earlier run left in the served layers, as a copy of an attached model has them."""
+        return {
+            (i, key)
+            for i, name in enumerate(self._names)
+            for key, _ in self.model.get_submodule(name).named_parameters(recurse=False)
+            if key.startswith("heedful_")
+        }
+
+    def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter:
+        """A learned parameter in a layer's module: the one that it carries already, or a new one beside its weights."""
+        path = self._names[layer]
+        module = self.model.get_submodule(path)
+        have = module._parameters.get(name)
+        if have is not None:
+            if have.shape != start.shape:
+                rule = f"is what {path} carries of an earlier run, and must have the shape that the method asks for"
+                raise FieldError("attach()", name, tuple(have.shape), rule, tuple(start.shape))
+            return have
+        # offloaded weights are on 'meta' until they are used; those that are not are where the model computes
+        beside = (p for p in chain(module.parameters(), self.model.parameters()) if not p.is_meta)
+        if (reference := next(beside, None)) is None:
+            raise RefusedModel(
+                f"all weights of {type(self.model).__name__} are offloaded, so {name} has no device to learn on; load "
+                "the model without offload"
+            )
+        parameter = nn.Parameter(start.to(reference.device, self.model.dtype))
         module.register_parameter(name, parameter)
         self._added.append((module, name))
+        return parameter
 
     # into the model and out again
 

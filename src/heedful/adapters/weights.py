@@ -23,8 +23,26 @@ def _bias(linear: nn.Module) -> Tensor | None:
     return None if bias is None else bias.detach().clone()
 
 
+def absent(model: nn.Module) -> str | None:
+    """A weight that is not there: offloaded to main memory or disk, and on 'meta' until it is used."""
+    return next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+
+
+def _require_plain(p: Projections) -> None:
+    """Refuse numbers that are packed, or kept by a class of tensors that computes with them in its own way."""
+    for letter in "qkvo":
+        weight: Any = p.module(letter).weight
+        if not weight.is_floating_point() or type(weight) is not nn.Parameter:
+            kind = weight.dtype if type(weight) is nn.Parameter else f"{type(weight).__name__}, {weight.dtype}"
+            raise RefusedModel(
+                f"the weight of its {letter} projection is quantised ({kind}) or not a plain tensor; load the model "
+                "without quantisation"
+            )
+
+
 def read_weights(p: Projections) -> HeadWeights:
     """Copies of the four projections, by head."""
+    _require_plain(p)
     h, g, d, dv = p.size.heads, p.size.kv_heads, p.size.head_dim, p.size.value_dim
 
     def rows(letter: str, heads: int, width: int) -> tuple[Tensor, Tensor | None]:
