@@ -46,7 +46,9 @@ def rewritten(
     from heedful.adapters.layers import projections
     from heedful.adapters.transformers import adapt
     from heedful.adapters.weights import absent, read_weights, write_weights
+    from heedful.adapters.wrapped import unwrapped
 
+    model = unwrapped(model)
     if any(module in bound_modules for module in model.modules()):
         rule = "a run is attached to it, which a copy cannot take along; close it first"
         raise FieldError(verb, "model", type(model).__name__, rule, f"{verb.removesuffix('()')}(model, PruneHeads())")

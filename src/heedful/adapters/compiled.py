@@ -8,13 +8,12 @@ nor files take that along; so this is where a call can be led past the compiler.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-P, R = ParamSpec("P"), TypeVar("R")
 PLACE = "_compiled_call_impl"
 _REASON = (
     "a heedful run is attached to this model, which runs as it is written until the run is closed; close it first, or "
@@ -22,9 +21,9 @@ _REASON = (
 )
 
 
-def as_written(function: Callable[P, R]) -> Callable[P, R]:
+def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, which the compiler leaves alone with all that it calls."""
-    return torch.compiler.disable(function, reason=_REASON)  # type: ignore[no-untyped-call, no-any-return]
+    return torch.compiler.disable(function, reason=_REASON)
 
 
 def lead_past(model: nn.Module) -> Callable[[], None]:

@@ -149,7 +149,8 @@ def output_projection(model: nn.Module, name: str) -> tuple[nn.Module, str] | No
 def output_module(model: nn.Module, name: str) -> nn.Module | None:
     """What gives a layer's part of the residual stream: its output projection, whatever is built around that."""
     if found := output_projection(model, name):
-        return getattr(*found)  # type: ignore[no-any-return]
+        owner, child = found
+        return owner.get_submodule(child)
     children = dict(model.get_submodule(name).named_children())
     return next((children[x] for x in OUTPUT_NAMES if x in children), None)
 

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from heedful.adapters.arguments import understand
@@ -16,6 +17,7 @@ from heedful.adapters.compiled import lead_past
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import HeldLayer, held_layer
 from heedful.adapters.layers import interface_layers, leftovers, size_of, within
+from heedful.adapters.wrapped import unwrapped
 from heedful.core.call import Call, Entries, Phase
 from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.method import Layer
@@ -48,6 +50,7 @@ class TransformersAdapter:
 
     model: PreTrainedModel
     only: tuple[str, ...] | None = None
+    shared: bool = False  # its gradients are shared with other processes, as far as they were known at the start
     _restore: list[tuple[PreTrainedConfig, str | None]] = field(default_factory=list)
     _added: list[tuple[nn.Module, str]] = field(default_factory=list)
     _let_compile: Callable[[], None] = lambda: None
@@ -102,6 +105,11 @@ class TransformersAdapter:
                 rule = f"is what {path} carries of an earlier run, and must have the shape that the method asks for"
                 raise FieldError("attach()", name, tuple(have.shape), rule, tuple(start.shape))
             return have
+        if self.shared:
+            raise RefusedModel(
+                f"DistributedDataParallel shares the gradients of the parameters that it was made with, and {name} "
+                "would not be among them; attach to the model in it first, then wrap that"
+            )
         # offloaded weights are on 'meta' until they are used; those that are not are where the model computes
         beside = (p for p in chain(module.parameters(), self.model.parameters()) if not p.is_meta)
         if (reference := next(beside, None)) is None:
@@ -264,9 +272,6 @@ def _roots(served: Iterable[str], left: list[str]) -> list[str]:
 
 
 def adapt(model: nn.Module, only: str | Iterable[str] | None) -> TransformersAdapter:
-    """An adapter for the model, or the reason why there is none."""
-    if not isinstance(model, PreTrainedModel):
-        raise RefusedModel(
-            f"{type(model).__name__} is not a transformers model (a PreTrainedModel), the only kind served so far"
-        )
-    return TransformersAdapter(model, (only,) if isinstance(only, str) else tuple(only) if only is not None else None)
+    """An adapter for the model, or the one in it, or the reason why there is none."""
+    chosen = (only,) if isinstance(only, str) else tuple(only) if only is not None else None
+    return TransformersAdapter(unwrapped(model), chosen, shared=isinstance(model, DistributedDataParallel))

@@ -29,9 +29,15 @@ def absent(model: nn.Module) -> str | None:
 
 
 def _require_plain(p: Projections) -> None:
-    """Refuse numbers that are packed, or kept by a class of tensors that computes with them in its own way."""
+    """Refuse maps that are more than their weight, and weights that are packed or compute in a way of their own."""
     for letter in "qkvo":
-        weight: Any = p.module(letter).weight
+        linear: Any = p.module(letter)
+        if type(linear).forward is not nn.Linear.forward and not transposed(linear):
+            raise RefusedModel(
+                f"its {letter} projection is a {type(linear).__name__} of {type(linear).__module__}, which is more than a "
+                "linear map; merge an adapter into the model first, as merge_and_unload() does"
+            )
+        weight = linear.weight
         if not weight.is_floating_point() or type(weight) is not nn.Parameter:
             kind = weight.dtype if type(weight) is nn.Parameter else f"{type(weight).__name__}, {weight.dtype}"
             raise RefusedModel(

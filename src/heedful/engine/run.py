@@ -26,6 +26,9 @@ class Adapter(Protocol):
     """How a run gets into a model's attention and out again."""
 
     @property
+    def model(self) -> nn.Module: ...
+
+    @property
     def layer_names(self) -> tuple[str, ...]: ...
 
     def sizes(self) -> tuple[Layer, ...]: ...
@@ -162,7 +165,8 @@ class Run:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `generate`, under the stack."""
         self._require_open()
-        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        able = self.model if hasattr(self.model, "generate") else self._adapter.model  # a wrapper may have none
+        return able.generate(*args, **kwargs)  # type: ignore[operator]
 
     def _require_open(self) -> None:
         if self.closed:
