@@ -14,9 +14,8 @@ from benchmarks.coverage import tiny as zoo
 from heedful import Call, Method, Site, at, attach, fold, models, operate
 from heedful.adapters.transformers import adapt
 from heedful.conformance.tolerances import close_model
-from heedful.core.errors import FieldError, HeedfulError, RefusedModel, StatisticError
+from heedful.core.errors import FieldError, HeedfulError, RefusedModel
 from heedful.methods.compress.prune_heads import PruneHeads
-from heedful.methods.explain.transformer_attribution import TransformerAttribution
 from heedful.methods.intervene.temp_scale import TempScale
 from heedful.methods.mechanisms.gated_heads import GatedHeads
 
@@ -253,11 +252,3 @@ def test_learned_parameters_that_a_model_carries_are_taken_up_and_stay() -> None
     ):
         attach(model, GatedHeads())
     assert models.tiny("llama").config._attn_implementation == model.config._attn_implementation
-
-
-def test_an_attribution_without_gradients_says_so() -> None:
-    model = models.tiny("llama")
-    with attach(model, TransformerAttribution()) as run:
-        run.generate(models.tiny_inputs(model)["input_ids"], max_new_tokens=2, do_sample=False)
-        with pytest.raises(StatisticError, match=r"those of generate\(\) .* call run\(input_ids\) and backward\(\)"):
-            run[TransformerAttribution()]

@@ -33,9 +33,10 @@ def _require_plain(p: Projections) -> None:
     for letter in "qkvo":
         linear: Any = p.module(letter)
         if type(linear).forward is not nn.Linear.forward and not transposed(linear):
+            kind = f"{type(linear).__name__} of {type(linear).__module__}"
             raise RefusedModel(
-                f"its {letter} projection is a {type(linear).__name__} of {type(linear).__module__}, which is more than a "
-                "linear map; merge an adapter into the model first, as merge_and_unload() does"
+                f"its {letter} projection is a {kind}, which is more than a linear map; merge an adapter into the "
+                "model first, as merge_and_unload() does"
             )
         weight = linear.weight
         if not weight.is_floating_point() or type(weight) is not nn.Parameter:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import StatisticError
 from heedful.core.method import Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
@@ -50,11 +49,6 @@ class TransformerAttribution(LayerByLayer):
     def answer(self, readings: Readings) -> list[Tensor]:
         """One `[b n n]` for each forward that a backward followed."""
         layers = [stat.pieces for stat in readings.values() if isinstance(stat, Cat)]
-        if not any(pattern.requires_grad for pieces in layers for pattern in pieces.values()):
-            raise StatisticError(
-                f"{self!r} saw forwards without gradients alone, such as those of generate() and under no_grad(), and "
-                "no backward can follow them: call run(input_ids) and backward() on a logit, or heedful.attribute()"
-            )
         return [r for name in layers[0] if (r := _relevance([pieces[name] for pieces in layers])) is not None]
 
 
