@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, SwinConfig, SwinModel
 
 from benchmarks.coverage import tiny as zoo
-from heedful import Call, Method, Site, at, attach, fold, models, operate
+from heedful import attach, fold, models, operate
 from heedful.adapters.transformers import adapt
 from heedful.conformance.tolerances import close_model
+from heedful.core.call import Call
 from heedful.core.errors import FieldError, HeedfulError, RefusedModel
+from heedful.core.method import Method
+from heedful.core.sites import Site, at
 from heedful.methods.compress.prune_heads import PruneHeads
 from heedful.methods.intervene.temp_scale import TempScale
 from heedful.methods.mechanisms.gated_heads import GatedHeads

@@ -40,9 +40,9 @@ def _require_plain(p: Projections) -> None:
             )
         weight = linear.weight
         if not weight.is_floating_point() or type(weight) is not nn.Parameter:
-            kind = weight.dtype if type(weight) is nn.Parameter else f"{type(weight).__name__}, {weight.dtype}"
+            form = weight.dtype if type(weight) is nn.Parameter else f"{type(weight).__name__}, {weight.dtype}"
             raise RefusedModel(
-                f"the weight of its {letter} projection is quantised ({kind}) or not a plain tensor; load the model "
+                f"the weight of its {letter} projection is quantised ({form}) or not a plain tensor; load the model "
                 "without quantisation"
             )
 
