@@ -45,11 +45,18 @@ def rewritten(
     from heedful.adapters.folding import renew_config
     from heedful.adapters.layers import projections
     from heedful.adapters.transformers import adapt
-    from heedful.adapters.weights import read_weights, write_weights
+    from heedful.adapters.weights import absent, read_weights, write_weights
+    from heedful.adapters.wrapped import unwrapped
 
+    model = unwrapped(model)
     if any(module in bound_modules for module in model.modules()):
         rule = "a run is attached to it, which a copy cannot take along; close it first"
         raise FieldError(verb, "model", type(model).__name__, rule, f"{verb.removesuffix('()')}(model, PruneHeads())")
+    if missing := absent(model):
+        raise RefusedModel(
+            f"{verb} needs all weights at hand, and {missing} is offloaded (on device 'meta' until it is used); load "
+            "the model whole, without device_map or offload"
+        )
     new = copy.deepcopy(model)
     names = adapt(new, only).layer_names
     sizes: dict[str, tuple[Layer, Layer]] = {}  # of each layer, before and after

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from heedful.adapters.arguments import understand
 from heedful.adapters.bound import ADDITIVE, LAZY, Bound, Outcome, Request, bound_modules, native
+from heedful.adapters.compiled import lead_past
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import HeldLayer, held_layer
-from heedful.adapters.layers import interface_layers, leftovers, projections, within
+from heedful.adapters.layers import interface_layers, leftovers, size_of, within
+from heedful.adapters.wrapped import unwrapped
 from heedful.core.call import Call, Entries, Phase
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
 from heedful.core.method import Layer
@@ -48,8 +52,10 @@ class TransformersAdapter:
 
     model: PreTrainedModel
     only: tuple[str, ...] | None = None
+    shared: bool = False  # its gradients are shared with other processes, as far as they were known at the start
     _restore: list[tuple[PreTrainedConfig, str | None]] = field(default_factory=list)
     _added: list[tuple[nn.Module, str]] = field(default_factory=list)
+    _let_compile: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self._modules = interface_layers(self.model)
@@ -80,12 +86,43 @@ class TransformersAdapter:
         return self._names
 
     def sizes(self) -> tuple[Layer, ...]:
-        return tuple(projections(self.model, name, i).size for i, name in enumerate(self._names))
+        return tuple(size_of(self.model, name, i) for i, name in enumerate(self._names))
 
-    def add_parameters(self, layer: int, name: str, parameter: nn.Parameter) -> None:
-        module = self.model.get_submodule(self._names[layer])
+    def carried(self) -> set[tuple[int, str]]:
+        """Parameters that an earlier run left in the served layers, as a copy of an attached model has them."""
+        return {
+            (i, key)
+            for i, name in enumerate(self._names)
+            for key, _ in self.model.get_submodule(name).named_parameters(recurse=False)
+            if key.startswith("heedful_")
+        }
+
+    def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter:
+        """A learned parameter in a layer's module: the one that it carries already, or a new one beside its weights."""
+        path = self._names[layer]
+        module = self.model.get_submodule(path)
+        have = module._parameters.get(name)
+        if have is not None:
+            if have.shape != start.shape:
+                rule = f"is what {path} carries of an earlier run, and must have the shape that the method asks for"
+                raise FieldError("attach()", name, tuple(have.shape), rule, tuple(start.shape))
+            return have
+        if self.shared:
+            raise RefusedModel(
+                f"DistributedDataParallel shares the gradients of the parameters that it was made with, and {name} "
+                "would not be among them; attach to the model in it first, then wrap that"
+            )
+        # offloaded weights are on 'meta' until they are used; those that are not are where the model computes
+        beside = (p for p in chain(module.parameters(), self.model.parameters()) if not p.is_meta)
+        if (reference := next(beside, None)) is None:
+            raise RefusedModel(
+                f"all weights of {type(self.model).__name__} are offloaded, so {name} has no device to learn on; load "
+                "the model without offload"
+            )
+        parameter = nn.Parameter(start.to(reference.device, self.model.dtype))
         module.register_parameter(name, parameter)
         self._added.append((module, name))
+        return parameter
 
     # into the model and out again
 
@@ -120,6 +157,7 @@ class TransformersAdapter:
             if run.stack.touches(Site.RESIDUAL):
                 self._hooks.after_blocks(self.model, served)
             self._hooks.forwards(self.model)
+            self._let_compile = lead_past(self.model)
         except BaseException:
             self.remove()
             raise
@@ -140,6 +178,7 @@ class TransformersAdapter:
                 config._attn_implementation_internal = ADDITIVE if (name or "eager") == "eager" else LAZY
 
     def remove(self) -> None:
+        self._let_compile()
         self._hooks.remove()
         for config, name in self._restore:
             config._attn_implementation_internal = name
@@ -244,9 +283,6 @@ def _roots(served: Iterable[str], left: list[str]) -> list[str]:
 
 
 def adapt(model: nn.Module, only: str | Iterable[str] | None) -> TransformersAdapter:
-    """An adapter for the model, or the reason why there is none."""
-    if not isinstance(model, PreTrainedModel):
-        raise RefusedModel(
-            f"{type(model).__name__} is not a transformers model (a PreTrainedModel), the only kind served so far"
-        )
-    return TransformersAdapter(model, (only,) if isinstance(only, str) else tuple(only) if only is not None else None)
+    """An adapter for the model, or the one in it, or the reason why there is none."""
+    chosen = (only,) if isinstance(only, str) else tuple(only) if only is not None else None
+    return TransformersAdapter(unwrapped(model), chosen, shared=isinstance(model, DistributedDataParallel))

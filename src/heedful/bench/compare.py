@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heedful.adapters.transformers import adapt
+from heedful.adapters.wrapped import unwrapped
 from heedful.bench.answer import answer
 from heedful.bench.comparison import PLAIN, Comparison
 from heedful.bench.cost import WARM_UP, cost, machine
@@ -97,7 +98,7 @@ def compare(
     `out` is a folder: records are written there as they are made, and the same call goes on where it stopped. `how`
     goes to `attach`.
     """
-    given = model if isinstance(model, Loaded) else Loaded(*model, "")
+    given = model if isinstance(model, Loaded) else Loaded(unwrapped(model[0]), model[1], "")
     if given.tokenizer is None:
         raise FieldError("compare()", "model", given.name, "has no tokenizer, which tasks need", "(model, tokenizer)")
     contenders, folder = _named(methods), folder_for("compare()", out)

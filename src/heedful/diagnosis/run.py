@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.adapters.transformers import adapt
+from heedful.adapters.wrapped import unwrapped
 from heedful.core.errors import FieldError, ModelError, RefusedModel, StatisticError
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Weights
@@ -118,7 +119,7 @@ def diagnose(
     folder for the profile: what is there so far is saved every minute, and the same call goes on where it stopped.
     `how` goes to `attach`: `only`, `backend`, `tile_rows`.
     """
-    given = model if isinstance(model, Loaded) else Loaded(model, None, "")
+    given = model if isinstance(model, Loaded) else Loaded(unwrapped(model), None, "")
     parts, folder = chosen(measures), folder_for("diagnose()", out)
     if batch < 1:
         raise FieldError("diagnose()", "batch", batch, "must be 1 or more", 1)
