@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from heedful.adapters.arguments import understand
-from heedful.adapters.bound import ADDITIVE, LAZY, Bound, Outcome, Request, bound_modules, native
+from heedful.adapters.bound import ADDITIVE, LAZY, Bound, Outcome, Request, bound_modules, bound_to, native
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import HeldLayer, held_layer
 from heedful.adapters.layers import interface_layers, leftovers, projections, within
@@ -48,6 +49,7 @@ class TransformersAdapter:
     only: tuple[str, ...] | None = None
     _restore: list[tuple[PreTrainedConfig, str | None]] = field(default_factory=list)
     _added: list[tuple[nn.Module, str]] = field(default_factory=list)
+    _hooks: Hooks | None = None
 
     def __post_init__(self) -> None:
         self._modules = interface_layers(self.model)
@@ -82,14 +84,14 @@ class TransformersAdapter:
 
     def add_parameters(self, layer: int, name: str, parameter: nn.Parameter) -> None:
         module = self.model.get_submodule(self._names[layer])
+        self._added.append((module, name))  # first, so that none is lost to an interrupt
         module.register_parameter(name, parameter)
-        self._added.append((module, name))
 
     # into the model and out again
 
     def install(self, run: Run) -> None:
         self.run = run
-        taken = [n for n, m in self._modules.items() if m in bound_modules]
+        taken = [n for n, m in self._modules.items() if bound_to(m) is not None]
         if taken:
             raise FieldError(
                 "attach()", "model", type(self.model).__name__,
@@ -97,9 +99,10 @@ class TransformersAdapter:
             )  # fmt: skip
         # transformers offers a setter and no getter
         self._restore = [(c, c._attn_implementation_internal) for c in _configs(self.model)]
-        self._hooks = Hooks(run, len(self._names))
+        hooks = self._hooks = Hooks(run, len(self._names))
         numbers = {name: i for i, name in enumerate(self._names)}
         natives = {name: self._implementation(m) for name, m in self._modules.items()}
+        bounds: list[Bound] = []
         try:
             self._switch()
             for name, module in self._modules.items():
@@ -108,14 +111,15 @@ class TransformersAdapter:
                         f"{name} ({type(module).__name__}) did not take heedful's attention; its class does not "
                         "support setting the attention implementation"
                     )
-                bound = bound_modules[module] = Bound(self, module, name, numbers.get(name), natives[name])
-                self._hooks.around(bound)
+                bound = Bound(self, module, name, numbers.get(name), natives[name])
+                hooks.around(bound)
+                bound_modules[module] = ref(bound)
+                bounds.append(bound)
                 if run.stack.touches(Site.OUTPUT) and bound.number is not None:
-                    self._hooks.after_projection(self.model, bound)
+                    hooks.after_projection(self.model, bound)
             if run.stack.touches(Site.RESIDUAL):
-                served = [b for m in self._modules.values() if (b := bound_modules[m]).number is not None]
-                self._hooks.after_blocks(self.model, served)
-            self._hooks.forwards(self.model)
+                hooks.after_blocks(self.model, [bound for bound in bounds if bound.number is not None])
+            hooks.forwards(self.model)
         except BaseException:
             self.remove()
             raise
@@ -136,17 +140,19 @@ class TransformersAdapter:
                 config._attn_implementation_internal = ADDITIVE if (name or "eager") == "eager" else LAZY
 
     def remove(self) -> None:
-        self._hooks.remove()
+        if self._hooks is not None:
+            self._hooks.remove()
         for config, name in self._restore:
             config._attn_implementation_internal = name
         self._restore = []
         for module in self._modules.values():
-            if (bound := bound_modules.get(module)) is not None and bound.server is self:
-                del bound_modules[module]
-        if self.run.closed:
-            for module, name in self._added:
-                delattr(module, name)
-            self._added = []
+            if (bound := bound_to(module)) is not None and bound.server is self:
+                bound_modules.pop(module, None)
+
+    def drop_parameters(self) -> None:
+        for module, name in self._added:
+            module._parameters.pop(name, None)
+        self._added = []
 
     # one attention call
 
@@ -170,7 +176,7 @@ class TransformersAdapter:
             given.softcap, phase, bound.cross, run.roles, _rows(bound.hidden, q), bound.turn, given.mask,
             max(0, book.forward),
         )  # fmt: skip
-        pattern = self._hooks.patterns or bool(request.more.get("output_attentions"))
+        pattern = (self._hooks is not None and self._hooks.patterns) or bool(request.more.get("output_attentions"))
         # a kernel of the model's own would leave the pattern out without a word
         own = not pattern or bound.native == "eager"
         if own and not plan.acts_inside() and held is None and run.backend == "auto":

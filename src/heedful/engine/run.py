@@ -32,7 +32,9 @@ class Adapter(Protocol):
 
     def install(self, run: Run) -> None: ...
 
-    def remove(self) -> None: ...
+    def remove(self) -> None: ...  # may be called again after an interrupt
+
+    def drop_parameters(self) -> None: ...
 
     def add_parameters(self, layer: int, name: str, parameter: nn.Parameter) -> None: ...
 
@@ -94,8 +96,8 @@ class Run:
         self.closed = False
         self._adapter = adapter
         self._check_layers()
-        adapter.install(self)
         try:
+            adapter.install(self)
             self._add_parameters()
         except BaseException:
             self.close()
@@ -157,8 +159,9 @@ class Run:
     def close(self) -> None:
         """Leave the model as it was. What the run found stays readable."""
         if not self.closed:
-            self.closed = True
             self._adapter.remove()
+            self._adapter.drop_parameters()
+            self.closed = True  # last: an interrupted close can be called again
 
     def __getitem__(self, part: Part) -> Any:
         """What a reading method of the stack has to tell."""
