@@ -9,7 +9,8 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.spans import Ranges
-from heedful.engine.attend import Job, tile, wide
+from heedful.engine.attend import tile, wide
+from heedful.engine.job import Job
 from heedful.engine.needs import Needs
 from heedful.engine.shifting import resolved
 
@@ -41,24 +42,30 @@ class Tiled:
     def _all(self, job: Job, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         total = q.shape[2]
         step = self.tile_rows(q.shape[0], q.shape[1], k.shape[2])
-        blocks = [slice(start, min(start + step, total)) for start in range(0, total, step)]
+        blocks = [slice(start, min(start + step, total)) for start in range(job.call.earlier, total, step)]
         heads = [self.block(job, rows, q, k, v) for rows in blocks]
         return heads[0] if len(heads) == 1 else torch.cat(heads, 2)
 
     @staticmethod
     def block(job: Job, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The heads of some rows, for a job whose shifts are known."""
-        call, cols = _cut(job.call, rows)
+        above = min(job.plan.above, rows.start)
+        call, cols = _cut(job.call, slice(rows.start - above, rows.stop), above if job.plan.above else None)
+        rows = call.rows
         return tile(job, call, wide(q[:, :, rows]), wide(k[:, :, cols]), wide(v[:, :, cols]))[0]
 
 
-def _cut(call: Call, rows: slice) -> tuple[Call, slice | Tensor]:
-    """The tile's call with its pairs, narrowed to the key columns that some of its rows may see."""
+def _cut(call: Call, rows: slice, above: int | None) -> tuple[Call, slice | Tensor]:
+    """The tile's call with its pairs, narrowed to the key columns that some of its rows may see.
+
+    Where edits look at neighbours, `above` of the rows are there for that, and all keys are, so that neighbours in the
+    tile are neighbours in the text.
+    """
     part = call.tile(rows, slice(0, len(call.keys)))
-    ranges = call.mask.columns(part.queries, call.keys, rows)
-    cols = _columns(ranges, call.queries.index.device)
-    part = call.tile(rows, cols)
-    return replace(part, keep=call.mask.keeps(part.pairs)), cols
+    if above is None:
+        ranges = call.mask.columns(part.queries, call.keys, rows)
+        part = call.tile(rows, _columns(ranges, call.queries.index.device))
+    return replace(part, keep=call.mask.keeps(part.pairs), above=above or 0), part.cols
 
 
 def _columns(ranges: Ranges, device: torch.device) -> slice | Tensor:
