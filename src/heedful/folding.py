@@ -41,7 +41,7 @@ def rewritten(
     model: nn.Module, steps: Sequence[Surgery | Part], only: str | Iterable[str] | None, verb: str
 ) -> tuple[Any, str | None]:
     """A copy of the model with other weights, and why it could not be saved and loaded again, if so."""
-    from heedful.adapters.bound import bound_modules
+    from heedful.adapters.bound import bound_to
     from heedful.adapters.folding import renew_config
     from heedful.adapters.layers import projections
     from heedful.adapters.transformers import adapt
@@ -49,7 +49,7 @@ def rewritten(
     from heedful.adapters.wrapped import unwrapped
 
     model = unwrapped(model)
-    if any(module in bound_modules for module in model.modules()):
+    if any(bound_to(module) is not None for module in model.modules()):
         rule = "a run is attached to it, which a copy cannot take along; close it first"
         raise FieldError(verb, "model", type(model).__name__, rule, f"{verb.removesuffix('()')}(model, PruneHeads())")
     if missing := absent(model):

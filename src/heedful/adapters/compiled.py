@@ -8,6 +8,7 @@ nor files take that along; so this is where a call can be led past the compiler.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,26 +27,29 @@ def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(function, reason=_REASON)
 
 
-def lead_past(model: nn.Module) -> Callable[[], None]:
-    """Have every module with hooks, and every one that was compiled, called as it is written; gives the way back."""
-    led: list[tuple[nn.Module, Any, Any]] = []
-    compiled = {id(m._orig_mod) for m in model.modules() if isinstance(m, OptimizedModule)}
-    for module in model.modules():
-        if isinstance(module, OptimizedModule):
-            continue  # a shell, which hands every attribute on
-        before = vars(module).get(PLACE)
-        if before or module._forward_hooks or module._forward_pre_hooks or id(module) in compiled:
-            mine = as_written(module._call_impl)
-            setattr(module, PLACE, mine)
-            led.append((module, mine, before))
+@dataclass(eq=False)
+class WrittenCalls:
+    """Has every module with hooks, and every one that was compiled, called as it is written; knows the way back."""
 
-    def undo() -> None:
-        for module, mine, before in led:
-            if vars(module).get(PLACE) is not mine:
-                continue  # compiled anew since
-            if before is None:
-                delattr(module, PLACE)
-            else:
-                setattr(module, PLACE, before)
+    _led: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
 
-    return undo
+    def lead_past(self, model: nn.Module) -> None:
+        compiled = {id(m._orig_mod) for m in model.modules() if isinstance(m, OptimizedModule)}
+        for module in model.modules():
+            if isinstance(module, OptimizedModule):
+                continue  # a shell, which hands every attribute on
+            before = vars(module).get(PLACE)
+            if before or module._forward_hooks or module._forward_pre_hooks or id(module) in compiled:
+                mine = as_written(module._call_impl)
+                self._led.append((module, mine, before))  # first, so that none is lost to an interrupt
+                setattr(module, PLACE, mine)
+
+    def undo(self) -> None:
+        while self._led:
+            module, mine, before = self._led[-1]
+            if vars(module).get(PLACE) is mine:  # else it was compiled anew since
+                if before is None:
+                    delattr(module, PLACE)
+                else:
+                    setattr(module, PLACE, before)
+            self._led.pop()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from heedful.adapters.arguments import understand
-from heedful.adapters.bound import ADDITIVE, LAZY, Bound, Outcome, Request, bound_modules, native
-from heedful.adapters.compiled import lead_past
+from heedful.adapters.bound import ADDITIVE, LAZY, Bound, Outcome, Request, bound_modules, bound_to, native
+from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import HeldLayer, held_layer
 from heedful.adapters.layers import interface_layers, leftovers, size_of, within
@@ -55,7 +56,8 @@ class TransformersAdapter:
     shared: bool = False  # its gradients are shared with other processes, as far as they were known at the start
     _restore: list[tuple[PreTrainedConfig, str | None]] = field(default_factory=list)
     _added: list[tuple[nn.Module, str]] = field(default_factory=list)
-    _let_compile: Callable[[], None] = lambda: None
+    _calls: WrittenCalls = field(default_factory=WrittenCalls)
+    _hooks: Hooks = field(init=False)
 
     def __post_init__(self) -> None:
         self._modules = interface_layers(self.model)
@@ -120,15 +122,15 @@ class TransformersAdapter:
                 "the model without offload"
             )
         parameter = nn.Parameter(start.to(reference.device, self.model.dtype))
+        self._added.append((module, name))  # first, so that none is lost to an interrupt
         module.register_parameter(name, parameter)
-        self._added.append((module, name))
         return parameter
 
     # into the model and out again
 
     def install(self, run: Run) -> None:
         self.run = run
-        taken = [n for n, m in self._modules.items() if m in bound_modules]
+        taken = [n for n, m in self._modules.items() if bound_to(m) is not None]
         if taken:
             raise FieldError(
                 "attach()", "model", type(self.model).__name__,
@@ -136,9 +138,10 @@ class TransformersAdapter:
             )  # fmt: skip
         # transformers offers a setter and no getter
         self._restore = [(c, c._attn_implementation_internal) for c in _configs(self.model)]
-        self._hooks = Hooks(run, len(self._names))
+        hooks = self._hooks = Hooks(run, len(self._names))
         numbers = {name: i for i, name in enumerate(self._names)}
         natives = {name: self._implementation(m) for name, m in self._modules.items()}
+        bounds: list[Bound] = []
         try:
             self._switch()
             for name, module in self._modules.items():
@@ -147,17 +150,19 @@ class TransformersAdapter:
                         f"{name} ({type(module).__name__}) did not take heedful's attention; its class does not "
                         "support setting the attention implementation"
                     )
-                bound = bound_modules[module] = Bound(self, module, name, numbers.get(name), natives[name])
-                self._hooks.around(bound)
+                bound = Bound(self, module, name, numbers.get(name), natives[name])
+                hooks.around(bound)
+                bound_modules[module] = ref(bound)
+                bounds.append(bound)
                 if run.stack.touches(Site.BLOCK, Site.OUTPUT) and bound.number is not None:
-                    self._hooks.after_projection(self.model, bound)
-            served = [b for m in self._modules.values() if (b := bound_modules[m]).number is not None]
+                    hooks.after_projection(self.model, bound)
+            served = [bound for bound in bounds if bound.number is not None]
             if run.stack.touches(Site.EMBEDDING):
-                self._hooks.before_blocks(self.model, served)
+                hooks.before_blocks(self.model, served)
             if run.stack.touches(Site.RESIDUAL):
-                self._hooks.after_blocks(self.model, served)
-            self._hooks.forwards(self.model)
-            self._let_compile = lead_past(self.model)
+                hooks.after_blocks(self.model, served)
+            hooks.forwards(self.model)
+            self._calls.lead_past(self.model)
         except BaseException:
             self.remove()
             raise
@@ -178,18 +183,20 @@ class TransformersAdapter:
                 config._attn_implementation_internal = ADDITIVE if (name or "eager") == "eager" else LAZY
 
     def remove(self) -> None:
-        self._let_compile()
-        self._hooks.remove()
+        self._calls.undo()
+        if hasattr(self, "_hooks"):  # an attach may end before it has any
+            self._hooks.remove()
         for config, name in self._restore:
             config._attn_implementation_internal = name
         self._restore = []
         for module in self._modules.values():
-            if (bound := bound_modules.get(module)) is not None and bound.server is self:
-                del bound_modules[module]
-        if self.run.closed:
-            for module, name in self._added:
-                delattr(module, name)
-            self._added = []
+            if (bound := bound_to(module)) is not None and bound.server is self:
+                bound_modules.pop(module, None)
+
+    def drop_parameters(self) -> None:
+        for module, name in self._added:
+            module._parameters.pop(name, None)
+        self._added = []
 
     # one attention call
 

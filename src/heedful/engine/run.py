@@ -36,7 +36,9 @@ class Adapter(Protocol):
 
     def install(self, run: Run) -> None: ...
 
-    def remove(self) -> None: ...
+    def remove(self) -> None: ...  # may be called again after an interrupt
+
+    def drop_parameters(self) -> None: ...
 
     def carried(self) -> set[tuple[int, str]]: ...
 
@@ -100,8 +102,8 @@ class Run:
         self.closed = False
         self._adapter = adapter
         self._check_layers()
-        adapter.install(self)
         try:
+            adapter.install(self)
             self._add_parameters()
         except BaseException:
             self.close()
@@ -176,8 +178,9 @@ class Run:
     def close(self) -> None:
         """Leave the model as it was. What the run found stays readable."""
         if not self.closed:
-            self.closed = True
             self._adapter.remove()
+            self._adapter.drop_parameters()
+            self.closed = True  # last: an interrupted close can be called again
 
     def __getitem__(self, part: Part) -> Any:
         """What a reading method of the stack has to tell."""
