@@ -21,13 +21,13 @@ from heedful.bench.records import Answered, Cost, Refused, line, read
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call, Entries
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
+from heedful.core.files import RECORDS
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Decode, HeadWeights, Prompt, Surgery, Tokens
 from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.core.stack import Stack
-from heedful.files import RECORDS
 from heedful.methods.intervene.temp_scale import TempScale
 from heedful.methods.sparse.sink_window import SinkWindow
 from heedful.tasks.task import Item, Sheet, Task, chosen, recalled

@@ -20,10 +20,10 @@ from heedful.bench.compare import compare
 from heedful.bench.comparison import Comparison
 from heedful.bench.records import Log, read
 from heedful.core.errors import HeedfulError
+from heedful.core.files import PROFILE, RECORDS
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.run import diagnose
 from heedful.diagnosis.store import _digest
-from heedful.files import PROFILE, RECORDS
 from heedful.methods.sparse.sink_window import SinkWindow
 from tests.test_compare import Echo, Loss
 

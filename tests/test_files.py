@@ -17,8 +17,8 @@ import torch
 
 from heedful import models
 from heedful.core.errors import FieldError, StatisticError
+from heedful.core.files import LOCK, append, held, placed, replace_text
 from heedful.diagnosis.run import diagnose
-from heedful.files import LOCK, append, held, placed, replace_text
 
 IDS = torch.arange(5, 25)
 

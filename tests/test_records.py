@@ -14,8 +14,8 @@ from heedful.bench.compare import compare
 from heedful.bench.comparison import PLAIN, Comparison
 from heedful.bench.records import FACTS, Answered, Cost, Log, Record, Refused, line, read
 from heedful.core.errors import StatisticError, WriteError
+from heedful.core.files import RECORDS
 from heedful.diagnosis.run import diagnose
-from heedful.files import RECORDS
 from heedful.methods.sparse.sink_window import SinkWindow
 from tests.test_compare import Echo
 from tests.test_files import room_for

@@ -14,7 +14,7 @@ from benchmarks.quality.page import COMPARED
 from heedful import models
 from heedful.bench.compare import Progress, compare
 from heedful.cli.console import parted, stack_from
-from heedful.files import RECORDS
+from heedful.core.files import RECORDS
 
 METHODS = (
     "snapkv(budget=0.25),knorm(budget=0.25),heavyhitter(budget=0.25),tokenselect,sinkwindow(4,96),sampleattention,"

@@ -17,13 +17,13 @@ from heedful.bench.comparison import PLAIN, Comparison
 from heedful.bench.cost import WARM_UP, cost, machine
 from heedful.bench.records import COSTS, Answered, Cost, Log, Refused
 from heedful.core.errors import FieldError, HeedfulError, SiteError, WriteError
+from heedful.core.files import RECORDS, folder_for, held
 from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
 from heedful.core.method import Method, Scoped, method_of
 from heedful.core.stack import Stack
 from heedful.diagnosis.texts import positions
 from heedful.engine.select import named
 from heedful.facts import facts_of, surroundings
-from heedful.files import RECORDS, folder_for, held
 from heedful.models import Loaded
 from heedful.tasks.task import Item, Task
 from heedful.verbs import still

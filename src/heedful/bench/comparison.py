@@ -16,7 +16,7 @@ from heedful.bench.cost import WARM_UP
 from heedful.bench.records import Answered, Cost, Record, Refused, line, merged, read
 from heedful.core.errors import StatisticError
 from heedful.core.figures import Told
-from heedful.files import RECORDS, replace_text, writing
+from heedful.core.files import RECORDS, replace_text, writing
 
 if TYPE_CHECKING:
     from heedful.report.pictures import Plots

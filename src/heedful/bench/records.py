@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from heedful.core.errors import StatisticError
-from heedful.files import append, replace_text, writing
+from heedful.core.files import append, replace_text, writing
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from heedful.core.errors import StatisticError
+from heedful.core.files import placed
 from heedful.core.fitted import Fitted
-from heedful.files import placed
 
 HEADER, DIGEST = "heedful.statistics", "heedful.digest"  # what a file says beside its tensors
 

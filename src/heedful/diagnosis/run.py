@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from heedful.adapters.transformers import adapt
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.errors import FieldError, ModelError, RefusedModel, StatisticError
+from heedful.core.files import PROFILE, UNFINISHED, folder_for, held
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Part, method_of
@@ -28,7 +29,6 @@ from heedful.diagnosis.texts import Delimiters, Texts, Windows, cut, ordinary, p
 from heedful.diagnosis.view import notable, room, view_of, viewing
 from heedful.engine.run import Run
 from heedful.facts import facts_of, surroundings
-from heedful.files import PROFILE, UNFINISHED, folder_for, held
 from heedful.models import Loaded
 from heedful.verbs import attach, fit
 

@@ -13,12 +13,12 @@ from typing import Any
 from heedful.catalogue import entries, find
 from heedful.core.call import Phase
 from heedful.core.errors import DefinitionError, HeedfulError, StatisticError
+from heedful.core.files import PART, PROFILE, replace_text, writing
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Method, Scoped, method_of
 from heedful.core.stats import Cat, Statistic, load, save
 from heedful.diagnosis.profile import ADDED, Profile, readers
 from heedful.diagnosis.view import TokenView
-from heedful.files import PART, PROFILE, replace_text, writing
 
 FORMAT = 2
 STATISTICS = re.compile(r"statistics-[0-9a-f]{8}\.safetensors")

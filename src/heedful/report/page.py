@@ -12,9 +12,9 @@ from typing import Any
 
 from heedful.catalogue import entries, family
 from heedful.core.figures import Told
+from heedful.core.files import replace_text
 from heedful.core.kinds import Measure
 from heedful.core.method import method_of
-from heedful.files import replace_text
 from heedful.report import data
 from heedful.report.colours import ACCENT, template
 from heedful.report.plots import MissingPackage
