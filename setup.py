@@ -1,6 +1,7 @@
 """The one part that is compiled. Without a compiler heedful installs all the same, and says so when it is asked."""
 
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -12,7 +13,7 @@ setup(
         Extension(
             "heedful.native.kernel",
             ["src/heedful/native/kernel.cpp"],
-            depends=[f"src/heedful/native/{name}.h" for name in ("problem", "tile", "pack", "prefill", "step")],
+            depends=sorted(str(header) for header in Path("src/heedful/native").glob("*.h")),
             extra_compile_args=[*FLAGS, "-Wno-psabi", *OPENMP],
             extra_link_args=OPENMP,
             optional=True,

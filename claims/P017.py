@@ -7,7 +7,8 @@ from torch import Tensor
 
 from claims._tiny_lm import HeadNorm, Trained
 from claims.ledger import Claim, run
-from heedful import Call, Method, Site, at
+from heedful import Method, Site
+from heedful.authoring import Call, at
 from heedful.methods.mechanisms.mala import MALA, features
 
 STEPS = 200

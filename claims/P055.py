@@ -10,7 +10,7 @@ from torch import Tensor
 
 from claims.ledger import Claim, run
 from heedful import models
-from heedful.explaining.patching import HeadEffects, patching
+from heedful.explaining.activation_patching import HeadEffects, patching
 
 PROMPTS, TOP = 12, 20
 NAMES = (

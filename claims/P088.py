@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from claims.ledger import Claim, run
-from heedful import Fitted, attach, fit, models
+from heedful import attach, fit, models
+from heedful.authoring import Fitted
 from heedful.core.method import Method
 from heedful.methods.intervene.focus_directions import FocusDirections, _Mass
 

@@ -9,7 +9,7 @@ import torch
 from claims import P098
 from claims._texts import sentences
 from claims.ledger import run
-from heedful.explaining.attribute import attribute
+from heedful.explaining.attribution import attribute
 from heedful.methods.explain.attention_flow import AttentionFlow
 
 SENTENCES = 15  # a seed

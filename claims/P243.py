@@ -7,8 +7,8 @@ from functools import cache
 from claims._texts import sentences
 from claims.ledger import Claim, run
 from heedful import models
-from heedful.explaining.attribute import attribute
-from heedful.explaining.faithfulness import faithfulness
+from heedful.explaining.attribution import attribute
+from heedful.explaining.faithful import faithfulness
 from heedful.methods.explain.rollout import AttentionRollout
 from heedful.methods.explain.transformer_attribution import TransformerAttribution
 

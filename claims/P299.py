@@ -12,7 +12,8 @@ from torch import Tensor
 from claims._praise import THINGS, model, praise_and_blame, trait
 from claims._texts import passages
 from claims.ledger import Claim, run
-from heedful import Call, Fitted, Method, Site, at, attach, fit, operate
+from heedful import Method, Site, attach, fit, operate
+from heedful.authoring import Call, Fitted, at
 from heedful.core.method import Part
 from heedful.methods.intervene.steer2edit import PAPER, Steer2Edit
 from heedful.methods.intervene.steering_vector import SteeringVector

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from heedful import Site, attach, reads
+from heedful import Site, attach
+from heedful.authoring import reads
 from heedful.core.call import Call
 from heedful.core.method import Method, Part
 from heedful.core.paper import Paper

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from heedful.core.call import Call, Entries
+from heedful.adapters.carried import shelf_of
+from heedful.core.call import Call, Entries, Phase
 from heedful.core.kinds import HeadWeights
 from heedful.core.mask import First, Mask, Window
 from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
+from heedful.core.state import ByIndex
 from heedful.core.stats import Cat, Mean, Sum
 
 PAPER = Paper("T000", "A test", "Ada Tester, Bo Other", 2026, url="https://example.org")
@@ -116,3 +119,49 @@ class FoldsElsewhere(Scale):
 
     def folds(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
         return replace(weights, q=weights.q * self.by)
+
+
+class KeepsRows(Method):
+    """Remembers one number for each row of the batch with the run, where beams do not find it."""
+
+    paper = PAPER
+
+    @at(Site.HEADS)
+    def scale(self, heads: Tensor, call: Call) -> Tensor:
+        if call.phase is Phase.PREFILL:
+            call.state.run["by"] = 1 + heads.gather(2, call.last[..., None, None].expand(*heads.shape[:2], 1, 1)).abs()
+        return heads * call.state.run["by"]
+
+
+class KeepsLongest(Method):
+    """Lets the longest text of a batch decide for all."""
+
+    paper = PAPER
+
+    @at(Site.HEADS)
+    def scale(self, heads: Tensor, call: Call) -> Tensor:
+        return heads * (1 + call.q_pos.max() / 50)
+
+
+class CountsCalls(Method):
+    """Counts with the run what belongs to one text."""
+
+    paper = PAPER
+
+    @at(Site.HEADS)
+    def scale(self, heads: Tensor, call: Call) -> Tensor:
+        call.state.run["calls"] = call.state.run.get("calls", 0) + 1
+        return heads * (1 + 0.1 * call.state.run["calls"])
+
+
+MIX_TEXTS_UP = [
+    ("each_text_alone", KeepsLongest(), "in a batch, logits differ"),
+    ("each_text_alone", KeepsRows(), "with its beams in another order, logits differ"),
+    ("each_text_alone", CountsCalls(), "in turn with another text, logits differ"),
+]
+
+
+def notes_in(cache: Any, layer: int = 0) -> dict[str, Tensor]:
+    """What a stack of one part keeps with a cache in one layer."""
+    found = [kept for key, kept in shelf_of(cache)._kept.items() if f"layers.{layer}." in key.module]
+    return {name: x.x if isinstance(x, ByIndex) else x for kept in found for name, x in kept.items()}

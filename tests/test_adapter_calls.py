@@ -38,7 +38,7 @@ class Places(Method):
 
     @at(Site.MASK)
     def look(self, mask: Mask, call: Call) -> Mask:
-        call.memory.setdefault("calls", []).append(call)
+        call.state.run.setdefault("calls", []).append(call)
         return mask
 
 
@@ -91,7 +91,7 @@ def eager(kind: str, **settings: Any) -> Any:
 
 
 def calls(run: Any) -> list[Call]:
-    return run.book._memory[0, 0]["calls"]
+    return run.book._of_run[0, 0]["calls"]
 
 
 @torch.no_grad()
@@ -179,7 +179,7 @@ def test_encoder_decoders_generate(kind: str) -> None:
     plain = model.generate(**inputs, **how)
     with attach(model, Places(), backend="reference") as run:
         found = run.generate(**inputs, **how)
-        crossed = [c for (_, _), m in run.book._memory.items() for c in m["calls"] if c.cross]
+        crossed = [c for (_, _), m in run.book._of_run.items() for c in m["calls"] if c.cross]
     assert torch.equal(plain.sequences, found.sequences)
     assert all(torch.equal(a, b) for a, b in zip(plain.logits, found.logits, strict=True))
     assert len(crossed) == 2 * 5, "two layers, five tokens"

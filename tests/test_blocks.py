@@ -172,7 +172,7 @@ def test_layers_of_one_forward_share_a_grid_and_nothing_else() -> None:
     assert finer is not None
     assert not torch.equal(narrow.open, first.open)
     assert finer.open.shape[-1] == 10
-    assert all(grid.call.query is None for grid in one.scratch.values())  # nothing of a layer stays behind
+    assert all(grid.call.query is None for grid in one.state.forward.values())  # nothing of a layer stays behind
 
 
 def test_scores_are_capped_as_the_model_caps_them() -> None:
@@ -260,7 +260,7 @@ def test_two_tables_are_joined_into_one() -> None:
 
 
 class Lent(HyLRA):
-    """A layer behind a full one: its forward's scratch holds what that one chose."""
+    """A layer behind a full one: its forward's state holds what that one chose."""
 
     def choose(self, grid: Grid) -> Tensor | None:
         super().choose(replace(grid, call=replace(grid.call, layer=0)))
@@ -312,7 +312,7 @@ def test_what_stays_dense(name: str) -> None:
         (kind.neutral(), call),
     ):
         assert method is not None
-        assert method.skip(call.mask, seen) is call.mask
+        assert method.idle(seen)
     comb = Mask((Dense(torch.ones(19, 19, dtype=torch.bool).tril() & (torch.arange(19) % 2 == 0)),))
     assert kind.example().skip(comb, call) is comb
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -88,3 +89,10 @@ def test_the_demo_runs() -> None:
     text = told("demo", "--length", "128")
     assert "of all heads" in text
     assert "of the causal pairs" in text
+
+
+def test_methods_for_machines() -> None:
+    found = json.loads(CliRunner().invoke(app, ["methods", "SnapKV", "--json"]).stdout)
+    one = next(row for row in found if row["name"] == "SnapKV")
+    assert (one["family"], one["kind"], one["subjects"]) == ("sparse", "method", ["text"])
+    assert {"site": "CACHE", "reads": False} in one["sites"]

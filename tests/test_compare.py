@@ -97,8 +97,8 @@ class Remembering(Method):
 
     @at(Site.CACHE)
     def drop(self, entries: Entries, call: Call) -> Tensor:
-        call.memory["seen"] = call.memory.get("seen", 0) + 1
-        return entries.valid & (entries.places.position >= call.memory["seen"])
+        call.state.run["seen"] = call.state.run.get("seen", 0) + 1
+        return entries.valid & (entries.places.position >= call.state.run["seen"])
 
 
 @pytest.fixture(scope="module")

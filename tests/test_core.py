@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heedful import Fitted, Method, Prompt, Site, Stack, at
+from heedful import Method, Prompt, Site, Stack
+from heedful.authoring import Fitted, at
 from heedful.core import errors
 from heedful.core.call import Call, Phase
 from heedful.core.errors import CatalogueError, ClashError, DefinitionError, FieldError, HeedfulError, nearest
@@ -95,10 +96,9 @@ def test_wrong_methods_are_refused_when_defined() -> None:
     body = {n: at(s)(type(edit)(edit.__code__, {}, n)) for n, s in (("a", Site.KEY), ("b", Site.KEY))}
     with pytest.raises(DefinitionError, match="marks one site twice"):
         type("Twice", (Method,), {"paper": PAPER, **body})
-    sites = (Site.KEY, Site.QUERY, Site.HEADS)
-    body = {s.name: at(s)(type(edit)(edit.__code__, {}, s.name)) for s in sites}
-    with pytest.raises(DefinitionError, match="marks 3 sites"):
-        type("Three", (Method,), {"paper": PAPER, **body})
+    body = {"a": at(Site.KEY, when="nothing")(type(edit)(edit.__code__, {}, "a"))}
+    with pytest.raises(DefinitionError, match="when='nothing' names no field"):
+        type("Odd", (Method,), {"paper": PAPER, **body})
 
 
 def test_stacks_hold_methods_only() -> None:

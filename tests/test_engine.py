@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heedful import Method, Site, at, explain, reads
+from heedful import Method, Site, explain
+from heedful.authoring import at, reads
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, error, within_budget
 from heedful.core.call import Call
@@ -16,9 +17,10 @@ from heedful.core.errors import BackendError, DefinitionError, FieldError, SiteE
 from heedful.core.mask import Blocks, Causal, Dense, Mask
 from heedful.core.stack import Stack
 from heedful.core.stats import Sum
-from heedful.engine.attend import Job, attend
+from heedful.engine.attend import attend
 from heedful.engine.backends import BACKENDS
 from heedful.engine.book import Book
+from heedful.engine.job import Job
 from heedful.engine.needs import Needs
 from heedful.engine.select import named, select
 from heedful.native import library
@@ -29,7 +31,7 @@ from .samples import PAPER, Keep, Narrow, Scale, Shares, Zero
 def run(what: Method | Stack, bare: Bare, backend: str = "reference", **job: object) -> Tensor:
     book = Book(what if isinstance(what, Stack) else Stack((what,)))
     book.new_forward()
-    plan = book.plan(0, bare.call.phase)
+    plan = book.plan(bare.call)
     job_of = Job(plan, book, bare.call, **job)  # type: ignore[arg-type]
     return attend(job_of, bare.q, bare.k, bare.v, lambda needs: select(backend, needs))[0]
 
@@ -177,7 +179,7 @@ def test_heads_restrict_an_edit_and_a_reader() -> None:
     assert not torch.equal(narrow[:, 0], plain[:, 0])
     book = Book(Stack((Shares().on(heads=[2]),)))
     book.new_forward()
-    plan = book.plan(0, bare.call.phase)
+    plan = book.plan(bare.call)
     attend(Job(plan, book, bare.call), bare.q, bare.k, bare.v, lambda _: BACKENDS["tiled"])
     book.close_call(plan, bare.call)
     assert book.statistics[0, "first", 0].value.shape == (1,)
@@ -197,7 +199,7 @@ def test_a_reader_of_the_mask_for_some_heads_is_handed_all_of_it() -> None:
     bare = Bare()
     book = Book(Stack((SeesRules().on(heads=[2]),)))
     book.new_forward()
-    plan = book.plan(0, bare.call.phase)
+    plan = book.plan(bare.call)
     attend(Job(plan, book, bare.call), bare.q, bare.k, bare.v, lambda _: BACKENDS["tiled"])
     book.close_call(plan, bare.call)
     assert book.statistics[0, "count", 0].value.tolist() == [1, 4]
@@ -237,7 +239,7 @@ def bad(site: Site, result: object, read: bool = False) -> Method:
         (bad(Site.HEADS, None), SiteError, "got NoneType"),
         (bad(Site.MASK, Mask()), SiteError, "must return the mask it was given, narrowed"),
         (bad(Site.NORMALISE, torch.ones(1)), SiteError, "must return weights of shape"),
-        (bad(Site.MIX, torch.ones(1)), SiteError, "must return heads of shape"),
+        (bad(Site.MIX, torch.ones(1)), SiteError, "must return a tensor of shape"),
         (bad(Site.PATTERN, torch.ones(1), read=True), DefinitionError, "returns a statistic or None, not Tensor"),
         (bad(Site.NORMALISE, None, read=True), SiteError, "NORMALISE has nothing to read"),
     ],

@@ -13,8 +13,8 @@ from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt
 from heedful.explaining.aim import aim_of
-from heedful.explaining.attribute import attribute
-from heedful.explaining.faithfulness import Faithfulness, Removal, faithfulness
+from heedful.explaining.attribution import attribute
+from heedful.explaining.faithful import Faithfulness, Removal, faithfulness
 from heedful.methods.explain.rollout import AttentionRollout
 from heedful.methods.explain.transformer_attribution import TransformerAttribution
 from tests.samples import Shares

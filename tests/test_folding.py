@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from heedful import Call, Layer, Method, Site, Surgery, at, attach, check, fold, models, operate
+from heedful import Method, Site, attach, check, fold, models, operate
+from heedful.authoring import Call, Layer, Surgery, at
 from heedful.conformance import fold_laws
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, FoldError, HeedfulError, RefusedModel, SiteError

@@ -15,7 +15,7 @@ from heedful import attach
 from heedful.adapters.cache_name import CACHE
 from heedful.adapters.kvcache import HeldLayer, cache_bytes
 from heedful.conformance.tolerances import close, close_model
-from heedful.core.call import Call, Entries
+from heedful.core.call import Call, Entries, Kept
 from heedful.core.errors import InactiveWarning, RefusedModel
 from heedful.core.mask import Causal, Mask, Where
 from heedful.core.method import Method
@@ -23,14 +23,15 @@ from heedful.core.places import Pairs, Places
 from heedful.core.ragged import Ragged
 from heedful.core.sites import Site, at
 from heedful.core.stack import Stack
-from heedful.engine.attend import Job, attend
+from heedful.engine.attend import attend
 from heedful.engine.book import Book
+from heedful.engine.job import Job
 from heedful.engine.select import select
 from heedful.methods.observe.sink_rate import SinkRate
 from heedful.native import library
 from heedful.tiny import tiny
 
-from .samples import PAPER
+from .samples import PAPER, notes_in
 
 IDS = torch.arange(3, 27).view(2, 12)
 SIZES = (3, 5)  # entries of llama's two key heads
@@ -78,7 +79,7 @@ def uneven() -> tuple[HeldLayer, Tensor]:
     held, kept = layer(), torch.ones(2, 2, 6, dtype=torch.bool)
     kept[0, 0, :3] = False
     kept[1, :, 1] = False
-    held.keep(kept)
+    held.keep(Kept(kept))
     return held, kept
 
 
@@ -134,7 +135,7 @@ def test_even_heads_are_never_copied_to_be_looked_at() -> None:
         assert values.data_ptr() == held._values.data_ptr() == held.values.data_ptr()
         kept = torch.ones(2, 2, keys.shape[2], dtype=torch.bool)
         kept[0, :, 0] = kept[1, :, 2] = False  # other entries in each text, as many in each
-        held.keep(kept)
+        held.keep(Kept(kept))
         assert held.places(None).valid is None
 
 
@@ -168,14 +169,12 @@ def test_a_held_layer_crops_reorders_and_starts_anew() -> None:
 
 def test_a_whole_layer_stays_whole_when_cropped() -> None:
     held = layer()
-    held.keep(held.valid)
+    held.keep(Kept(held.valid))
     held.crop(-2)
     assert held.whole
     assert torch.equal(held.keys, layer().keys[:, :, :4])
-    held.notes_of(("0 A()",))[0] = {"seen": torch.ones(2)}
     held.crop(-9)
     assert held.get_seq_length() == 0
-    assert held.notes_of(("0 A()",)) == {}, "a new text begins without notes"
     held.update(torch.ones(2, 2, 1, 3), torch.ones(2, 2, 1, 2))
     assert held.index.flatten().tolist() == [0] * 4
 
@@ -197,8 +196,8 @@ class Counts(Method):
 
     @at(Site.CACHE)
     def count(self, entries: Entries, call: Call) -> Tensor:
-        before = entries.notes.get("calls", torch.full((len(entries.key),), self.start))
-        entries.notes["calls"] = before + 1
+        before = call.state.cache.get("calls", torch.full((call.batch or 0,), self.start))
+        call.state.cache["calls"] = before + 1
         return entries.valid
 
 
@@ -209,18 +208,18 @@ def test_another_stack_on_the_same_cache_begins_without_notes() -> None:
             run(input_ids=IDS[:, :2], **{CACHE: cache})  # whoever only reads leaves notes alone
         with pytest.warns(InactiveWarning), attach(model, method) as run, torch.no_grad():
             run(input_ids=IDS[:, :2], **{CACHE: cache})
-        assert cache.layers[0].notes[0]["calls"].tolist() == [want, want]
+        assert notes_in(cache)["calls"].tolist() == [want, want]
 
 
 def test_a_head_that_keeps_nothing() -> None:
     held = layer()
     kept = torch.zeros(2, 2, 6, dtype=torch.bool)
-    held.keep(kept)
+    held.keep(Kept(kept))
     assert held.keys.shape == (2, 2, 0, 3)
     kept = torch.ones(2, 2, 2, dtype=torch.bool)
     held.update(torch.ones(2, 2, 2, 3), torch.ones(2, 2, 2, 2))
     kept[0, 1] = False
-    held.keep(kept)
+    held.keep(Kept(kept))
     assert held.counts == [2, 0, 2, 2]
     held.served = True
     held.update(torch.ones(2, 2, 1, 3), torch.ones(2, 2, 1, 2))
@@ -310,7 +309,7 @@ def test_a_step_need_not_look_for_the_columns_it_sees(query: int) -> None:
     """A query newer than all keys sees each head's own; an older one, as after a crop, is looked at pair by pair."""
     held, _ = uneven()
     even = layer()
-    even.keep(torch.arange(6).expand(2, 2, 6) > 1)
+    even.keep(Kept(torch.arange(6).expand(2, 2, 6) > 1))
     for one in (held, even):
         keys, queries, mask = one.places(None), Places.row(query, 1), Mask((Causal(),))
         rows = mask.rows(queries, keys, 4)
@@ -327,10 +326,10 @@ def test_a_step_need_not_look_for_the_columns_it_sees(query: int) -> None:
 def test_native_skips_what_a_head_does_not_hold(counts: tuple[int, int]) -> None:
     held = HeldLayer()
     held.update(torch.randn(1, 2, 1300, 8), torch.randn(1, 2, 1300, 8))
-    held.keep(torch.rand(1, 2, 1300).argsort(-1).argsort(-1) < torch.tensor(counts)[None, :, None])
+    held.keep(Kept(torch.rand(1, 2, 1300).argsort(-1).argsort(-1) < torch.tensor(counts)[None, :, None]))
     q, book = torch.randn(1, 4, 1, 8), Book(Stack((Uneven(),)))
     call = Call(0, 1, "bare", 4, 2, Places.row(1300, 1), held.places(None), 0.3, mask=Mask((Causal(),)))
-    job = Job(book.plan(0, call.phase), book, call)
+    job = Job(book.plan(call), book, call)
     found = [
         attend(job, q, held.keys, held.values, lambda needs, name=name: select(name, needs))[0]
         for name in ("native", "reference")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from heedful import check
-from heedful.conformance import laws, model_laws
+from heedful.conformance import laws, subjects
 from heedful.core.call import Call
 from heedful.core.errors import DefinitionError, SiteError
 from heedful.core.kinds import Decode, HeadWeights, Prompt, Reader, Surgery, Tokens
@@ -21,7 +21,7 @@ from heedful.core.places import Pairs
 from heedful.core.sites import Site, at, reads
 from heedful.core.stack import Stack
 from heedful.core.stats import Mean, Statistic, Sum
-from tests.samples import CountsTiles, FoldsElsewhere
+from tests.samples import MIX_TEXTS_UP, CountsTiles, FoldsElsewhere
 
 PAPER = Paper("T000", "A test", "A. Tester", 2026, url="https://example.org")
 
@@ -222,7 +222,7 @@ class LeavesTrace(Method):
 
     @at(Site.HEADS)
     def mark(self, heads: Tensor, call: Call) -> Tensor:
-        layer = model_laws.tiny_model("llama").get_submodule("model.layers.0")
+        layer = subjects.tiny_model("llama").get_submodule("model.layers.0")
         layer.visits = getattr(layer, "visits", 0) + 1
         return heads * 1.5
 
@@ -359,6 +359,7 @@ MUTANTS = [
     ("leaves_no_trace", LeavesTrace(), "something stays in the model"),
     ("padding", ByIndex(), "left padding moves logits"),
     ("streaming", ByRow(), "logits differ"),
+    *MIX_TEXTS_UP,
     ("composes", Proud(), "declares no clash"),
     ("declared_numbers", Boasts(), "declares density"),
     ("is_documented", Undocumented(), "lacks title, authors"),

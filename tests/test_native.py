@@ -25,8 +25,9 @@ from heedful.core.sites import Site, at
 from heedful.core.stack import Stack
 from heedful.core.stats import Statistic
 from heedful.core.summary import PARTS, Summary, sums
-from heedful.engine.attend import Job, attend
+from heedful.engine.attend import attend
 from heedful.engine.book import Book
+from heedful.engine.job import Job
 from heedful.engine.needs import Needs
 from heedful.engine.select import select
 
@@ -68,7 +69,7 @@ def run(
 ) -> Tensor:
     book = Book(Stack((method,)))
     book.new_forward()
-    job = Job(book.plan(0, call.phase), book, call, sink=sink)
+    job = Job(book.plan(call), book, call, sink=sink)
     return attend(job, q, k, v, lambda needs: select(backend, needs))[0]
 
 
@@ -308,14 +309,18 @@ def test_the_environment_picks_a_path() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ["portable", "sanitized"])
+@pytest.mark.parametrize("path", ["avx512", "avx2", "portable", "sanitized"])
 def test_the_same_tests_hold_on_other_builds(path: str, tmp_path: Path) -> None:
     """Every path of the kernel, and the kernel under the address and undefined-behaviour sanitizers."""
-    env = {**os.environ, native.PATH_VARIABLE: "portable"}
+    kernel = native.library()
+    assert isinstance(kernel, native.Library)
+    if path not in (*kernel.paths, "sanitized"):
+        pytest.skip(f"this machine has no {path}")
+    env = {**os.environ, native.PATH_VARIABLE: path}
     if path == "sanitized":
         env[native.PATH_VARIABLE] = ""
         env |= _sanitized(tmp_path)
-    files = [__file__, str(Path(__file__).with_name("test_native_flat.py"))]
+    files = [__file__, *(str(Path(__file__).with_name(f"test_native_{name}.py")) for name in ("flat", "extremes"))]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -13,7 +13,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
-from heedful.explaining.patching import HeadEffects, patching, path_patching
+from heedful.explaining.activation_patching import HeadEffects, patching, path_patching
 from heedful.methods.explain.patch import Patch
 from tests.samples import PAPER
 

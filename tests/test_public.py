@@ -9,8 +9,9 @@ import pytest
 
 import heedful
 from heedful import catalogue
+from heedful.conformance.model_laws import composes
 from heedful.core.errors import CatalogueError
-from heedful.core.method import Entry
+from heedful.core.method import Entry, Method
 
 
 def test_all_is_sorted_and_everything_in_it_is_there() -> None:
@@ -19,6 +20,12 @@ def test_all_is_sorted_and_everything_in_it_is_there() -> None:
     for name in heedful.__all__:
         assert getattr(heedful, name) is not None
     assert dir(heedful) == heedful.__all__
+    assert len(heedful.__all__) < 30
+    from heedful import authoring, explaining
+
+    for module in (authoring, explaining):
+        assert module.__all__ == sorted(module.__all__)
+        assert all(getattr(module, name) is not None for name in module.__all__)
     assert heedful.__version__.count(".") == 2
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         heedful.nothing  # noqa: B018
@@ -29,6 +36,7 @@ def test_all_is_sorted_and_everything_in_it_is_there() -> None:
     [
         ("import heedful", ["torch", "transformers", "safetensors", "typer", "rich"]),
         ("import heedful; heedful.attach, heedful.Method, heedful.Run", ["transformers", "typer", "rich"]),
+        ("import heedful.authoring", ["transformers", "typer", "rich"]),
         ("import heedful.catalogue as c; c.entries()", ["transformers", "typer", "rich"]),
     ],
 )
@@ -55,6 +63,12 @@ def test_every_entry_keeps_every_law(name: str) -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(name for name, kind in catalogue.entries().items() if issubclass(kind, Method)))
+def test_every_method_composes_with_every_other(name: str) -> None:
+    composes(catalogue.entries()[name].example(), every=True)
+
+
 @pytest.mark.parametrize("name", sorted(catalogue.entries()))
 def test_every_entry_is_a_value(name: str) -> None:
     kind: type[Entry] = catalogue.entries()[name]
@@ -62,3 +76,16 @@ def test_every_entry_is_a_value(name: str) -> None:
     assert one == two
     assert hash(one) == hash(two)
     assert repr(one).startswith(name)
+
+
+def test_methods_are_imported_by_name_and_one_at_a_time() -> None:
+    from heedful import methods
+
+    for name, kind in catalogue.entries().items():
+        assert getattr(methods, name) is kind
+    assert dir(methods) == sorted(catalogue.entries())
+    with pytest.raises(AttributeError, match=r"heedful has no method 'SnapKv'. Did you mean SnapKV\?"):
+        methods.SnapKv  # noqa: B018
+    script = "from heedful.methods import SnapKV\nimport sys\nprint([m for m in sys.modules if 'heavy_hitter' in m])"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]", "no other method's file was read"

@@ -234,7 +234,8 @@ def test_a_copy_of_an_attached_model_refuses_to_run(model: nn.Module) -> None:
 def test_roles_reach_a_method(model: nn.Module) -> None:
     from torch import Tensor
 
-    from heedful import Call, Method, Site, at
+    from heedful import Method, Site
+    from heedful.authoring import Call, at
 
     from .samples import PAPER
 

@@ -23,8 +23,9 @@ from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Sum
 from heedful.core.summary import Summary, sums
 from heedful.engine import shifting
-from heedful.engine.attend import Job, attend
+from heedful.engine.attend import attend
 from heedful.engine.book import Book
+from heedful.engine.job import Job
 from heedful.engine.select import explain, select
 from heedful.methods.sparse.snap_kv import SnapKV
 from heedful.native import library
@@ -97,7 +98,7 @@ def _call(rules: tuple[Rule, ...], pad: int = 0) -> Call:
 def _heads(backend: str, what: Part | Stack, tensors: Any, call: Call, sink: Tensor | None = None) -> Tensor:
     book = Book(as_stack(what))
     book.new_forward()
-    job = Job(book.plan(0, call.phase), book, call, sink=None if sink is None else sink.to(tensors[0].dtype))
+    job = Job(book.plan(call), book, call, sink=None if sink is None else sink.to(tensors[0].dtype))
     heads, _, _ = attend(job, *tensors, lambda needs: select(backend, needs))
     assert len(book.changed) == sum(
         step.method.neutral() is None and not step.edit.reads for step in book.stack.steps()
@@ -299,7 +300,7 @@ def test_it_is_told_what_it_asked_for(backend: str) -> None:
     book = Book(as_stack(Peeks()))
     book.new_forward()
     call = _call((Causal(),))
-    attend(Job(book.plan(0, call.phase), book, call), *_tensors(), lambda needs: select(backend, needs))
+    attend(Job(book.plan(call), book, call), *_tensors(), lambda needs: select(backend, needs))
     assert sum(book.offered.values()) > 0
     assert not book.changed
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import heedful
-from heedful import Call, Layer, Method, Paper, Site, Surgery, at, attach, models, operate
+from heedful import Method, Site, attach, models, operate
 from heedful.adapters.layers import projections
 from heedful.adapters.transformers import adapt
 from heedful.adapters.weights import read_weights
+from heedful.authoring import Call, Layer, Paper, Surgery, at
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.kinds import HeadWeights

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import heedful
-from heedful import Decode, Prompt, Stack, Tokens, models
+from heedful import Prompt, Stack, models
+from heedful.authoring import Decode, Tokens
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
 from heedful.core.kinds import Reader

@@ -17,8 +17,8 @@ from benchmarks.speed.timing import record
 from claims._texts import sentences
 from heedful import models
 from heedful.core.method import Method
-from heedful.explaining.attribute import attribute
-from heedful.explaining.faithfulness import faithfulness
+from heedful.explaining.attribution import attribute
+from heedful.explaining.faithful import faithfulness
 from heedful.methods.explain.attention_flow import AttentionFlow
 from heedful.methods.explain.rollout import AttentionRollout
 from heedful.methods.explain.transformer_attribution import TransformerAttribution

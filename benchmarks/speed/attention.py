@@ -22,8 +22,9 @@ from heedful.core.sites import Site, at
 from heedful.core.stack import Stack
 from heedful.core.stats import Statistic
 from heedful.core.summary import PARTS, Summary, sums
-from heedful.engine.attend import Job, attend
+from heedful.engine.attend import attend
 from heedful.engine.book import Book
+from heedful.engine.job import Job
 from heedful.engine.select import select
 
 PAPER = Paper("none", "a probe of this benchmark", "none", 2026)

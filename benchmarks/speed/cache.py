@@ -22,8 +22,9 @@ from heedful.core.call import Call
 from heedful.core.mask import Causal, Mask
 from heedful.core.places import Places
 from heedful.core.stack import Stack
-from heedful.engine.attend import Job, attend
+from heedful.engine.attend import attend
 from heedful.engine.book import Book
+from heedful.engine.job import Job
 from heedful.engine.select import select
 from heedful.methods.sparse.knorm import KNorm
 

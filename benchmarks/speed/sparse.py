@@ -31,8 +31,9 @@ from heedful.core.method import Method
 from heedful.core.places import Places
 from heedful.core.sites import Site, at, reads
 from heedful.core.stack import Stack
-from heedful.engine.attend import Job, attend
+from heedful.engine.attend import attend
 from heedful.engine.book import Book
+from heedful.engine.job import Job
 from heedful.engine.run import density_of
 from heedful.engine.select import select
 from heedful.methods.sparse.flex_prefill import FlexPrefill

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heedful.core.call import Span
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.kinds import HeadWeights, Prompt, Surgery, Tokens
 from heedful.core.method import Bench, Entry, Layer, Method, Part
+from heedful.core.regions import Span
 from heedful.core.stack import Stack
 from heedful.engine.run import Run
 from heedful.folding import rewritten

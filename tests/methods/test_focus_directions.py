@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from heedful import Fitted, attach, fit, models
+from heedful import attach, fit, models
 from heedful.adapters.cache_name import CACHE
+from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.methods.intervene.focus_directions import FocusDirections, _Mass

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from heedful import Fitted, attach, fit, models
+from heedful import attach, fit, models
+from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.core.kinds import HeadWeights

@@ -13,6 +13,7 @@ from heedful.core.errors import FieldError
 from heedful.methods.sparse.heavy_hitter import HeavyHitter
 from heedful.native import library
 from heedful.tiny import tiny
+from tests.samples import notes_in
 
 IDS = torch.arange(3, 35).view(2, 16)
 
@@ -70,7 +71,7 @@ def test_every_backend_weighs_alike_after_a_cut() -> None:
                 places = (text.cumsum(-1) - 1).clamp(min=0)[:, start:stop]
                 inputs = dict(input_ids=IDS[:, start:stop], attention_mask=text[:, :stop], position_ids=places)
                 cache = run(**inputs, **{CACHE: cache})[CACHE]
-        votes.append(cache.layers[1].notes[0]["received"])
+        votes.append(notes_in(cache, 1)["received"])
     assert all(close_model(x, votes[0]) for x in votes)
 
 
@@ -83,8 +84,8 @@ def test_a_token_inherits_nothing_from_one_that_was_cropped() -> None:
         cache.crop(-4)
         out = run(input_ids=IDS[:, 10:12], **{CACHE: cache}, output_attentions=True)
     weights = out.attentions[0].sum(2).unflatten(1, (model.config.num_key_value_heads, -1)).sum(2)
-    assert torch.equal(cache.layers[0].notes[0]["received"][..., 6:], weights[..., 6:])
-    assert not torch.equal(cache.layers[0].notes[0]["received"][..., :6], weights[..., :6])
+    assert torch.equal(notes_in(cache)["received"][..., 6:], weights[..., 6:])
+    assert not torch.equal(notes_in(cache)["received"][..., :6], weights[..., :6])
 
 
 @pytest.mark.parametrize("recent", [-0.1, 1.1])

@@ -47,7 +47,7 @@ def test_a_layer_sees_what_the_full_one_before_it_chose() -> None:
     full = replace(call, layer=1)
     assert method.skip(full.mask, full) is full.mask
     other = Bare(seed=1)
-    (rule,) = method.skip(call.mask, replace(call_of(other), layer=2, scratch=call.scratch)).blocks
+    (rule,) = method.skip(call.mask, replace(call_of(other), layer=2, state=call.state)).blocks
     grid = grid_of(bare, 4)
     weight = block_map(grid)
     for b in range(2):
@@ -62,7 +62,7 @@ def test_nothing_is_lent_between_unlike_masks(kind: str) -> None:
     """A full layer behind one with a window, and a decoder behind an encoder: blocks of one shape, other ones open."""
     narrow, whole = Bare(rules=(Causal(), Window(5))), Bare()
     one, other = (replace(call_of(x), layer=i, depth=4) for i, x in enumerate((narrow, whole)))
-    other = replace(other, scratch=one.scratch)
+    other = replace(other, state=one.state)
     if kind == "run":
         method = HyLRA(0.4, (0,), size=4, most=1.0)
         method.skip(one.mask, one)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import Fitted, attach, fit, fold, models
+from heedful import attach, fit, fold, models
+from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, FoldError
 from heedful.methods.intervene.lofit import LoFiT

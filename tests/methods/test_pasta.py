@@ -14,22 +14,23 @@ from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
 from heedful.core.places import Places
+from heedful.core.state import State
 from heedful.core.summary import Summary
 from heedful.methods.intervene.pasta import PASTA
 
 N, SPAN = 8, (2, 5)
 
 
-def _call(memory: dict[str, Any], start: int = 0, stop: int = N) -> Call:
+def _call(state: State, start: int = 0, stop: int = N) -> Call:
     keep = torch.ones(N, N, dtype=torch.bool).tril()[None, None, start:stop, :stop]
     queries, keys = Places.row(start, stop - start), Places.row(0, stop)
     phase = Phase.PREFILL if start == 0 else Phase.DECODE
     call = Call(0, 2, "layer", 3, 3, queries, keys, 1.0, phase=phase, roles={"marked": (SPAN,)}, keep=keep)
-    return replace(call, memory=memory, rows=slice(0, stop - start), cols=slice(0, stop))
+    return replace(call, state=state, rows=slice(0, stop - start), cols=slice(0, stop))
 
 
 def _steered(method: PASTA, scores: Tensor, call: Call) -> Tensor:
-    method.note_prompt(torch.empty(0), call)
+    method.note_prompt(torch.empty(len(scores), 0), call)
     shift = method.turn_down(Summary(), call)
     pattern = scores.masked_fill(~call.keep, float("-inf")).softmax(-1)
     return pattern if shift is None else shift.of(pattern, slice(None))
@@ -50,7 +51,7 @@ def _by_loops(pattern: Tensor, alpha: float, heads: list[int], prompt: int) -> T
 @pytest.mark.parametrize(("alpha", "heads"), [(0.01, None), (0.3, ((0, 1),)), (2.0, ((0, 0), (0, 2), (1, 1)))])
 def test_the_formula(alpha: float, heads: Any) -> None:
     scores = torch.randn(2, 3, N, N, generator=torch.Generator().manual_seed(0))
-    call = _call({})
+    call = _call(State())
     plain = scores.masked_fill(~call.keep, float("-inf")).softmax(-1)
     mine = [0, 1, 2] if heads is None else [h for layer, h in heads if layer == 0]
     found = _steered(PASTA(alpha=alpha, heads=heads), scores, call)
@@ -60,15 +61,15 @@ def test_the_formula(alpha: float, heads: Any) -> None:
 
 
 def test_tokens_that_the_model_adds_are_not_turned_down() -> None:
-    method, memory = PASTA(alpha=0.1), {}
+    method, state = PASTA(alpha=0.1), State()
     scores = torch.randn(1, 3, N, N, generator=torch.Generator().manual_seed(0))
-    _steered(method, scores[..., :6, :6], _call(memory, 0, 6))
+    _steered(method, scores[..., :6, :6], _call(state, 0, 6))
     for stop in (7, 8):
-        step = _call(memory, stop - 1, stop)
+        step = _call(state, stop - 1, stop)
         row = scores[..., stop - 1 : stop, :stop]
         assert close(_steered(method, row, step), _by_loops(row.softmax(-1), 0.1, [0, 1, 2], 6))
-    _steered(method, scores[..., :7, :7], _call(memory, 0, 7))  # another prompt begins
-    assert int(memory["end"]) == 7
+    _steered(method, scores[..., :7, :7], _call(state, 0, 7))  # another prompt begins
+    assert int(state.cache["end"]) == 7
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -127,7 +128,6 @@ def test_wrong_fields_are_refused(settings: dict[str, Any], match: str) -> None:
 
 
 def test_heads_of_another_model_are_refused() -> None:
-    memory: dict[str, Any] = {}
     for heads in (((0, 3),), ((2, 0),)):
         with pytest.raises(FieldError, match="fitted to another model"):
-            _steered(PASTA(heads=heads), torch.zeros(1, 3, N, N), _call(memory))
+            _steered(PASTA(heads=heads), torch.zeros(1, 3, N, N), _call(State()))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from heedful import Call, Fitted, Method, Site, at, attach, fit, fold, models, operate
+from heedful import Method, Site, attach, fit, fold, models, operate
+from heedful.authoring import Call, Fitted, at
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, FoldError
 from heedful.methods.compress.prune_heads import PAPER, PruneHeads

@@ -19,8 +19,10 @@ from heedful.core.errors import FieldError, SiteError
 from heedful.core.fitted import Fitted
 from heedful.core.mask import Causal, Mask
 from heedful.core.places import Places
+from heedful.core.state import State
 from heedful.methods.sparse.razor_attention import RazorAttention
 from heedful.methods.sparse.sink_window import SinkWindow
+from tests.samples import notes_in
 
 N, D, DV = 14, 6, 4
 SCORES = Fitted({"induction.0": torch.tensor([0.1, 0.9]), "echo.0": torch.tensor([0.2, 0.1])})
@@ -31,43 +33,43 @@ def _draw(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
-def _call(queries: Places, keys: Places, query: Tensor, key: Tensor, notes: dict[str, Tensor]) -> Call:
+def _call(queries: Places, keys: Places, query: Tensor, key: Tensor, state: State) -> Call:
     phase = Phase.DECODE if len(queries) == 1 else Phase.PREFILL
     return Call(
-        0, 1, "layer", 4, 2, queries, keys, D**-0.5, phase=phase, mask=Mask((Causal(),)), notes=notes,
+        0, 1, "layer", 4, 2, queries, keys, D**-0.5, phase=phase, mask=Mask((Causal(),)), state=state,
         query=query, key=key,
     )  # fmt: skip
 
 
-def _read(method: RazorAttention, notes: dict[str, Tensor]) -> tuple[Tensor, Entries]:
+def _read(method: RazorAttention, state: State) -> tuple[Tensor, Entries]:
     key, value, places = _draw(2, 2, N, D), _draw(2, 2, N, DV, seed=1), Places.row(0, N)
-    entries = Entries(key, value, places, N, notes)
-    return method.drop(entries, _call(places, places, _draw(2, 4, N, D), key, notes)), entries
+    entries = Entries(key, value, places, N)
+    return method.drop(entries, _call(places, places, _draw(2, 4, N, D), key, state)), entries
 
 
 def test_what_stays() -> None:
     protected = replace(NOBODY, induction=0.5)
     for method, want in ((NOBODY, [5, 5]), (protected, [5, N]), (replace(protected, echo=0.5), [N, N])):
-        kept, _ = _read(method, {})
+        kept, _ = _read(method, State())
         assert kept.sum(-1).tolist() == [want, want]
-    kept, _ = _read(NOBODY, {})
+    kept, _ = _read(NOBODY, State())
     assert kept[0, 0].nonzero().flatten().tolist() == [0, 1, N - 3, N - 2, N - 1]
     for budget, least, most in ((0.5, 1, 7), (0.5, 9, 9), (2, 1, 2)):
-        kept, _ = _read(replace(NOBODY, budget=budget, least=least), {})
+        kept, _ = _read(replace(NOBODY, budget=budget, least=least), State())
         assert int(kept[0, 0].sum()) == 2 + most
 
 
 def _after(method: RazorAttention, softcap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """What two new queries get without compensation, with it, and by the formula."""
-    notes: dict[str, Tensor] = {}
-    kept, entries = _read(method, notes)
+    state = State()
+    kept, entries = _read(method, state)
     query, key, value = _draw(2, 4, 2, D, seed=2), _draw(2, 2, 2, D, seed=3), _draw(2, 2, 2, DV, seed=4)
     order = (~kept).long().argsort(dim=-1, stable=True)[..., : int(kept.sum(-1).amax())]
     valid = torch.cat([kept.gather(-1, order), torch.ones(2, 2, 2, dtype=torch.bool)], -1)
     index = torch.cat([order, torch.tensor([N, N + 1]).expand(2, 2, 2)], -1)
     keys = torch.cat([entries.key.gather(2, order[..., None].expand(*order.shape, D)), key], 2)
     values = torch.cat([entries.value.gather(2, order[..., None].expand(*order.shape, DV)), value], 2)
-    call = _call(Places.row(N, 2), Places(index, index, valid=valid), query, keys, notes)
+    call = _call(Places.row(N, 2), Places(index, index, valid=valid), query, keys, state)
     call = replace(call, softcap=softcap)
     plain, want = torch.zeros(2, 4, 2, DV), torch.zeros(2, 4, 2, DV)
 
@@ -107,15 +109,15 @@ def test_it_can_be_left_out() -> None:
 
 
 def test_what_is_dropped_later_joins_the_token() -> None:
-    notes: dict[str, Tensor] = {}
-    kept, entries = _read(NOBODY, notes)
+    state = State()
+    kept, entries = _read(NOBODY, state)
     index = torch.cat([kept[0, 0].nonzero().flatten(), torch.tensor([N])])[None, None]
     keys = torch.cat([entries.key[:, :, kept[0, 0]], _draw(2, 2, 1, D, seed=2)], 2)
     places = Places(index, index)
-    call = _call(Places.row(N, 1), places, _draw(2, 4, 1, D), keys, notes)
-    NOBODY.drop(Entries(keys, keys[..., :DV], places, 1, notes), call)
-    assert torch.equal(notes["count"], torch.full((2, 2, 1, 1), N - 4))
-    assert close(notes["key"], _draw(2, 2, N, D)[:, :, 2 : N - 2].sum(2, keepdim=True))
+    call = _call(Places.row(N, 1), places, _draw(2, 4, 1, D), keys, state)
+    NOBODY.drop(Entries(keys, keys[..., :DV], places, 1), call)
+    assert torch.equal(state.cache["count"], torch.full((2, 2, 1, 1), N - 4))
+    assert close(state.cache["key"], _draw(2, 2, N, D)[:, :, 2 : N - 2].sum(2, keepdim=True))
 
 
 @pytest.mark.parametrize("induction", [0.0, 0.5])
@@ -167,11 +169,11 @@ def test_a_text_padded_on_the_right_goes_on_as_alone() -> None:
     method = RazorAttention(budget=0.25, least=1, sinks=1, induction=0.5, echo=0.0, seed=3)
     with torch.no_grad(), attach(model, method) as run:
         past = run(input_ids=ids[:, :16], attention_mask=mask[:, :16], use_cache=True)[CACHE]
-        counts = [past.layers[0].notes[0]["count"].flatten(1).tolist()]
+        counts = [notes_in(past)["count"].flatten(1).tolist()]
         inputs = dict(input_ids=ids[:, 16:], attention_mask=mask, position_ids=places[:, 16:])
         both = run(**inputs, **{CACHE: past}).logits[1:]
         past = run(input_ids=alone[:, :12], use_cache=True)[CACHE]
-        counts.append(past.layers[0].notes[0]["count"].flatten(1).tolist())
+        counts.append(notes_in(past)["count"].flatten(1).tolist())
         want = run(input_ids=alone[:, 12:], **{CACHE: past}).logits
     assert counts[0][1] == counts[1][0]
     assert set(counts[1][0]) == {0, 12 - 1 - 3}

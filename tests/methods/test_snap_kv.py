@@ -19,6 +19,7 @@ from heedful.core.mask import Causal, Mask, Padding
 from heedful.core.places import Places
 from heedful.methods.sparse.snap_kv import SnapKV
 from heedful.tiny import tiny
+from tests.samples import notes_in
 
 N, SCALE = 15, 0.5
 
@@ -112,7 +113,7 @@ def test_later_votes_join_earlier_ones_which_fade() -> None:
             given = out.attentions[0][:, :, -new:].sum(2).unflatten(1, (2, -1)).sum(2)
             want = torch.nn.functional.pad(want * (1 - new / window), (0, stop - start)) + given
             start = stop
-            assert close_model(cache.layers[0].notes[0]["votes"], want)
+            assert close_model(notes_in(cache)["votes"], want)
     assert cache.layers[0].keys.shape[2] == 15
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import Fitted, attach, fit, models
+from heedful import attach, fit, models
 from heedful.adapters.cache_name import CACHE
+from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.methods.intervene.soft_injection import SoftInjection

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import Fitted, Layer, fit, models, operate
+from heedful import fit, models, operate
+from heedful.authoring import Fitted, Layer
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.core.kinds import HeadWeights

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import Fitted, attach, fit, fold, models
+from heedful import attach, fit, fold, models
 from heedful.adapters.cache_name import CACHE
+from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, FoldError
 from heedful.methods.intervene.steering_vector import SteeringVector

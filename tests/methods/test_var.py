@@ -14,6 +14,7 @@ from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.places import Places
+from heedful.core.state import State
 from heedful.methods.intervene.var import VAR
 
 N, SPAN = 10, (2, 6)
@@ -63,10 +64,10 @@ def _by_loops(pattern: Tensor, m: VAR) -> Tensor:
 
 @pytest.mark.parametrize("method", [VAR(tau=5.0), VAR(tau=5.0, rho=0.9, least=0.4, p=0.1), VAR(tau=5.0, dims=(7,))])
 def test_the_formula(method: VAR) -> None:
-    scratch: dict[str, Any] = {}
-    method.find_sinks(_stream(), _call(1, scratch=scratch))
+    state = State()
+    method.find_sinks(_stream(), _call(1, state=state))
     pattern = _pattern()
-    found = method.redistribute(pattern, _call(2, scratch=scratch))
+    found = method.redistribute(pattern, _call(2, state=state))
     wanted = _by_loops(pattern, method)
     assert close(found, wanted)
     assert close(found.sum(-1), torch.ones(2, 4, N))
@@ -76,26 +77,25 @@ def test_the_formula(method: VAR) -> None:
 
 
 def test_only_the_layer_before_counts() -> None:
-    scratch: dict[str, Any] = {}
+    state = State()
     pattern = _pattern()
-    assert VAR(tau=5.0).redistribute(pattern, _call(2, scratch=scratch)) is pattern
-    VAR(tau=5.0).find_sinks(_stream(), _call(0, scratch=scratch))
-    assert VAR(tau=5.0).redistribute(pattern, _call(2, scratch=scratch)) is pattern
+    assert VAR(tau=5.0).redistribute(pattern, _call(2, state=state)) is pattern
+    VAR(tau=5.0).find_sinks(_stream(), _call(0, state=state))
+    assert VAR(tau=5.0).redistribute(pattern, _call(2, state=state)) is pattern
 
 
 def test_other_dimensions_do_not_count_where_some_are_named() -> None:
-    scratch: dict[str, Any] = {}
-    VAR(tau=5.0, dims=(8, 9)).find_sinks(_stream(), _call(1, scratch=scratch))
-    assert not scratch["sinks"][1].any()
+    state = State()
+    VAR(tau=5.0, dims=(8, 9)).find_sinks(_stream(), _call(1, state=state))
+    assert not state.forward["sinks"][1].any()
 
 
 def test_cached_tokens_stay_sinks() -> None:
-    memory: dict[str, Any] = {}
-    scratch: dict[str, Any] = {}
-    call = _call(1, memory=memory, scratch=scratch)
+    state = State()
+    call = _call(1, state=state)
     VAR(tau=5.0).find_sinks(_stream()[:, :4], replace(call, queries=Places.row(0, 4)))
     VAR(tau=5.0).find_sinks(_stream()[:, 4:], replace(call, queries=Places.row(4, 6)))
-    assert [set(row.nonzero().flatten().tolist()) for row in scratch["sinks"][1]] == list(SINKS)
+    assert [set(row.nonzero().flatten().tolist()) for row in state.forward["sinks"][1]] == list(SINKS)
 
 
 def test_massive_dimensions_are_found_in_first_tokens() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,15 +11,20 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from heedful.adapters.bound import Bound
+from heedful.adapters.carried import shelf_of
+from heedful.adapters.grids import Grid, grid_of, patches
 from heedful.adapters.kvcache import hold, serve
-from heedful.adapters.layers import block_of, output_projection
+from heedful.adapters.layers import block_of, output_projection, within
 from heedful.adapters.lazymask import LazyMask
 from heedful.core.call import Call, Phase
 from heedful.core.errors import NotEntered, RefusedModel
 from heedful.core.places import Places
+from heedful.core.regions import Span
 from heedful.core.sites import Site
-from heedful.engine.attend import Job, stage
+from heedful.engine.attend import replaced
+from heedful.engine.job import Job
 from heedful.engine.run import Run
+from heedful.engine.stages import stage
 
 _CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 
@@ -31,6 +37,8 @@ class Hooks:
     layers: int  # how many are served
     patterns: bool = False  # the caller of this forward wants the patterns back
     _inside: int = 0
+    _parts: dict[nn.Module, str] = field(default_factory=dict)  # the models in the model, by name
+    _images: dict[str, tuple[nn.Module, Grid]] = field(default_factory=dict)  # those that read images, and their grids
     _handles: list[Any] = field(default_factory=list)
 
     def remove(self) -> None:
@@ -42,20 +50,37 @@ class Hooks:
 
     def forwards(self, model: nn.Module) -> None:
         """Know where a forward of the whole begins and ends."""
-        for part in model.modules():
+        for name, part in model.named_modules():
             if part is model or isinstance(part, PreTrainedModel):
+                self._parts[part] = name
                 self._handles.append(part.register_forward_pre_hook(self._begins, with_kwargs=True))
-                self._handles.append(part.register_forward_hook(self._ends, always_call=True))
+                self._handles.append(part.register_forward_hook(self._ends, with_kwargs=True, always_call=True))
 
     def _begins(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if (grid := grid_of(model, kwargs)) is not None:
+            self._images[self._parts[model]] = (model, grid)
         if self._inside == 0:
             self.run.book.new_forward()
             wanted = kwargs.get("output_attentions")
             self.patterns = bool(getattr(model.config, "output_attentions", False) if wanted is None else wanted)
         self._inside += 1
 
-    def _ends(self, model: nn.Module, args: Any, output: Any) -> None:
+    def _ends(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         self._inside = max(0, self._inside - 1)
+        if self._inside or not self.run.book.losses or kwargs.get("labels") is None:
+            return None
+        if isinstance(output, tuple):
+            return (output[0] + self.run.loss(), *output[1:])
+        output["loss"] = output["loss"] + self.run.loss()
+        return output
+
+    def roles(self, bound: Bound, tokens: int) -> Mapping[str, tuple[Span, ...]]:
+        """The run's roles, and the patches of the image that a layer attends over."""
+        inside = [prefix for prefix in self._images if within(bound.name, (prefix,) if prefix else None)]
+        if not inside or "patches" in self.run.roles:
+            return self.run.roles
+        found = patches(*self._images[max(inside, key=len)], tokens)
+        return self.run.roles if found is None else {**self.run.roles, "patches": found}
 
     # one attention module
 
@@ -68,7 +93,7 @@ class Hooks:
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
             bound.hidden = bound.cache = bound.rotary = None
-            if not self.run.stack.touches(Site.OUTPUT, Site.RESIDUAL):
+            if not self.run.stack.touches(Site.BLOCK, Site.OUTPUT, Site.RESIDUAL):
                 bound.call = None  # it holds the hidden states
             if not bound.called:
                 raise NotEntered(
@@ -89,6 +114,7 @@ class Hooks:
         bound.cross = any(isinstance(kwargs.get(n), Tensor) for n in _CROSS)
         if bound.number is None:
             return None
+        self.run.book.begin(bound.number, shelf_of(bound.cache))
         serve(bound.cache, getattr(bound.module, "layer_idx", None))
         steps = self.run.stack.steps(bound.number)
         if any(s.edit.site is Site.CACHE for s in steps) and bound.cache is not None and not bound.cross:
@@ -103,7 +129,7 @@ class Hooks:
                 f"{bound.name} ({bound.kind}) is not handed hidden states [b n e], so HIDDEN has no place"
             )
         call = self._outline(bound, bound.hidden, kwargs.get("attention_mask"))
-        job = Job(self.run.book.plan(bound.number, call.phase), self.run.book, call)
+        job = Job(self.run.book.plan(call, Site.HIDDEN), self.run.book, call)
         bound.hidden = stage(Site.HIDDEN, bound.hidden, job, call)
         self.run.book.close_call(job.plan, call)
         if by_name:
@@ -120,16 +146,48 @@ class Hooks:
         phase = Phase.DECODE if n == 1 and (queries.first or 0) > 0 else Phase.PREFILL
         return Call(
             bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
-            roles=self.run.roles, hidden=hidden, forward=self.run.book.forward,
+            roles=self.roles(bound, len(keys)), hidden=hidden, forward=self.run.book.forward, batch=len(hidden),
         )  # fmt: skip
+
+    # the layers of one list
+
+    def before_blocks(self, model: nn.Module, served: list[Bound]) -> None:
+        """Edit and read EMBEDDING: what enters the first layer of each list of layers."""
+        first: dict[str, Bound] = {}
+        for bound in served:
+            name = block_of(model, bound.name)
+            if name is None:
+                raise RefusedModel(f"an EMBEDDING edit cannot act before {bound.name}: it stands in no list of layers")
+            if name.rpartition(".")[2] == "0":
+                first.setdefault(name, bound)
+        if not first:
+            raise RefusedModel("an EMBEDDING edit cannot act: no first layer of a list of layers is served")
+        for name, bound in first.items():
+            self._before_block(model, name, bound)
+
+    def _before_block(self, model: nn.Module, name: str, bound: Bound) -> None:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            by_name = "hidden_states" in kwargs
+            stream = kwargs["hidden_states"] if by_name else args[0] if args else None
+            if not isinstance(stream, Tensor) or stream.ndim != 3:
+                raise RefusedModel(f"an EMBEDDING edit cannot act before {name}: it is not handed [b n e]")
+            call = self._outline(bound, stream, kwargs.get("attention_mask"))
+            job = Job(self.run.book.plan(call, Site.EMBEDDING), self.run.book, call)
+            new = stage(Site.EMBEDDING, stream, job, call)
+            self.run.book.close_call(job.plan, call)
+            return (args, {**kwargs, "hidden_states": new}) if by_name else ((new, *args[1:]), kwargs)
+
+        self._handles.append(model.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True))
 
     # its output projection
 
     def after_projection(self, model: nn.Module, bound: Bound) -> None:
-        """Edit and read OUTPUT."""
+        """Edit and read OUTPUT, after what replaces the BLOCK."""
         found = output_projection(model, bound.name)
         if found is None:
-            raise RefusedModel(f"an OUTPUT edit cannot act in {bound.name}: heedful finds no output projection there")
+            raise RefusedModel(
+                f"an OUTPUT or BLOCK edit cannot act in {bound.name}: heedful finds no output projection there"
+            )
 
         def after(_: nn.Module, args: Any, output: Any) -> Any:
             if bound.call is None:
@@ -142,8 +200,11 @@ class Hooks:
                 raise RefusedModel(
                     f"an OUTPUT edit cannot act in {bound.name}: its projection does not give [b n e] for {n} tokens"
                 )
-            job = Job(self.run.book.plan(call.layer, call.phase), self.run.book, call)
-            new = stage(Site.OUTPUT, output.reshape(-1, n, output.shape[-1]), job, call)
+            job = Job(self.run.book.plan(call), self.run.book, call)
+            new = output.reshape(-1, n, output.shape[-1])
+            if steps := job.plan.at(Site.BLOCK):
+                new = replaced(steps[0], job, call, new)
+            new = stage(Site.OUTPUT, new, job, call)
             self.run.book.close_call(job.plan, call)
             return new.reshape(output.shape)
 
@@ -171,7 +232,7 @@ class Hooks:
             n = len(call.queries)
             if stream.shape[:-1].numel() % n:
                 raise RefusedModel(f"a RESIDUAL edit cannot act in {name}: it does not give [b n e] for {n} tokens")
-            job = Job(self.run.book.plan(call.layer, call.phase), self.run.book, call)
+            job = Job(self.run.book.plan(call), self.run.book, call)
             new = stage(Site.RESIDUAL, stream.reshape(-1, n, stream.shape[-1]), job, call)
             self.run.book.close_call(job.plan, call)
             new = new.reshape(stream.shape)

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
+from heedful.core.call import Kept
 from heedful.core.errors import RefusedModel
 from heedful.core.places import Places
 from heedful.core.ragged import padded, spread
-from heedful.engine.book import Notes
 
 
 class HeldLayer(DynamicLayer):
@@ -33,8 +33,6 @@ class HeldLayer(DynamicLayer):
         self._index: Tensor | None = None  # [t], int32; None: nothing was dropped so far
         self.heads = (0, 0)  # b, g
         self.counts: list[int] = []  # entries of each head of each text
-        self.notes: Notes = {}  # what methods keep with this cache
-        self.writers: tuple[str, ...] = ()  # those methods
         self.seen = 0
         self.fresh = 0
         self.served = False  # the attention that follows the next update is a run's
@@ -150,9 +148,14 @@ class HeldLayer(DynamicLayer):
             return torch.cat([held.view(*self.heads, self.counts[0], *held.shape[1:]), new], 2).flatten(0, 2)
         return torch.cat([x for pair in zip(held.split(self.counts), new.flatten(0, 1), strict=True) for x in pair])
 
-    def keep(self, kept: Tensor) -> None:
-        """Drop every entry that is not kept `[b g k]`, and the memory it took."""
-        mine = (kept if self.even else kept[self.valid]).flatten()
+    def keep(self, left: Kept) -> None:
+        """Drop every entry that is not kept, and the memory it took; the others may be given new keys and values."""
+        kept, valid = left.keep, self.valid
+        if left.key is not None:
+            self._keys = left.key[valid].to(self._keys.dtype)
+        if left.value is not None:
+            self._values = left.value[valid].to(self._values.dtype)
+        mine = (kept if self.even else kept[valid]).flatten()
         if bool(mine.all()):
             return
         self._index = self._indices()[mine]
@@ -168,16 +171,10 @@ class HeldLayer(DynamicLayer):
         if not left:
             self._clear()
             return
-        self.keep(self.valid & (self.index < left))
+        self.keep(Kept(self.valid & (self.index < left)))
         self.seen = left
         if whole:
             self._index = None
-
-    def notes_of(self, writers: tuple[str, ...]) -> Notes:
-        """The notes of these methods, which begin without any where others wrote last."""
-        if writers and writers != self.writers:
-            self.notes, self.writers = {}, writers
-        return self.notes
 
     def reset(self) -> None:
         self._clear()
@@ -211,7 +208,6 @@ class HeldLayer(DynamicLayer):
 
         self._keys, self._values = chosen(self._keys), chosen(self._values)
         self._index = None if self._index is None else chosen(self._index)
-        self.notes = {part: {name: x[rows] for name, x in own.items()} for part, own in self.notes.items()}
         self.heads, self.counts = (len(rows), g), [self.counts[i] for i in heads]
 
 
@@ -222,10 +218,14 @@ def _refuse(given: Tensor | None) -> None:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes that a cache really holds: the storage of every tensor of its layers, each once, quantised or not."""
+    """Bytes that a cache really holds: the storage of every tensor, each once, quantised or not.
+
+    What methods keep with it counts too.
+    """
     split = isinstance(cache, EncoderDecoderCache)
     caches = (cache.self_attention_cache, cache.cross_attention_cache) if split else (cache,)
-    found = _tensors([vars(layer) for one in caches for layer in one.layers])
+    kept = [list(vars(one)["shelf"].tensors()) for one in caches if "shelf" in vars(one)]
+    found = _tensors([kept, *(vars(layer) for one in caches for layer in one.layers)])
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}.values())
 
 

@@ -18,12 +18,14 @@ from heedful.core.call import Call, Entries, Phase
 from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.method import Layer
 from heedful.core.sites import Site
-from heedful.engine.attend import Job, attend, keep_entries
+from heedful.engine.attend import attend
 from heedful.engine.backends import Backend
 from heedful.engine.backends.tiled import Tiled
+from heedful.engine.job import Job
 from heedful.engine.needs import Needs
 from heedful.engine.run import Run
 from heedful.engine.select import select
+from heedful.engine.stages import keep_entries
 
 HEEDFUL = (LAZY, ADDITIVE)
 
@@ -110,10 +112,12 @@ class TransformersAdapter:
                     )
                 bound = bound_modules[module] = Bound(self, module, name, numbers.get(name), natives[name])
                 self._hooks.around(bound)
-                if run.stack.touches(Site.OUTPUT) and bound.number is not None:
+                if run.stack.touches(Site.BLOCK, Site.OUTPUT) and bound.number is not None:
                     self._hooks.after_projection(self.model, bound)
+            served = [b for m in self._modules.values() if (b := bound_modules[m]).number is not None]
+            if run.stack.touches(Site.EMBEDDING):
+                self._hooks.before_blocks(self.model, served)
             if run.stack.touches(Site.RESIDUAL):
-                served = [b for m in self._modules.values() if (b := bound_modules[m]).number is not None]
                 self._hooks.after_blocks(self.model, served)
             self._hooks.forwards(self.model)
         except BaseException:
@@ -160,16 +164,18 @@ class TransformersAdapter:
         held = None
         if bound.cache is not None and not bound.cross:
             held = held_layer(bound.cache, getattr(bound.module, "layer_idx", None), k, v, bound.name)
-        book.notes[bound.number] = {} if held is None else held.notes_of(book.writers)
         given = understand(bound, request, held)
         past = (given.queries.first or 0) > 0 or (bound.cross and bound.cache is not None)
         phase = Phase.DECODE if q.shape[2] == 1 and past else Phase.PREFILL
-        plan = book.plan(bound.number, phase)
         call = bound.call = Call(
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
-            given.softcap, phase, bound.cross, run.roles, _rows(bound.hidden, q), bound.turn, given.mask,
-            max(0, book.forward),
+            given.softcap, phase, bound.cross, self._hooks.roles(bound, len(given.keys)), _rows(bound.hidden, q),
+            bound.turn, given.mask, max(0, book.forward), batch=len(q),
         )  # fmt: skip
+        plan = book.plan(call)
+        if plan.at(Site.BLOCK):
+            book.backends[bound.number] = repr(plan.at(Site.BLOCK)[0].part)
+            return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]), None
         pattern = self._hooks.patterns or bool(request.more.get("output_attentions"))
         # a kernel of the model's own would leave the pattern out without a word
         own = not pattern or bound.native == "eager"
@@ -210,7 +216,7 @@ def _rows(hidden: Tensor | None, q: Tensor) -> Tensor | None:
 def _evict(job: Job, held: HeldLayer, k: Tensor, v: Tensor) -> None:
     kept = keep_entries(job, Entries(k, v, job.call.keys, held.fresh))
     if kept is not None:
-        job.book.kept[job.call.layer] = (int(kept.sum()), held.seen * kept.shape[0] * kept.shape[1])
+        job.book.kept[job.call.layer] = (int(kept.keep.sum()), held.seen * kept.keep.shape[0] * kept.keep.shape[1])
         held.keep(kept)
 
 

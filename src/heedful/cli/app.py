@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from heedful.cli import cite, compare, demo, diagnose, doctor, explain, laws, methods, show
+from heedful.cli import cite, compare, demo, diagnose, doctor, explain, laws, methods, new, show
 
 app = typer.Typer(
     help="Everything people do to attention in a transformer: look at it, explain it, edit it, replace it, cheapen it.",
@@ -15,6 +15,9 @@ app.command("demo")(demo.demo)
 app.command("diagnose")(diagnose.diagnose)
 app.command("compare")(compare.compare)
 app.command("methods")(methods.methods)
+app.add_typer(_new := typer.Typer(help="Write the beginning of something.", no_args_is_help=True), name="new")
+_new.command("method")(new.method)
+_new.callback()(lambda: None)  # so that `method` stays a word of its own
 app.command("show")(show.show)
 app.command("explain")(explain.explain_backends)
 app.command("check")(laws.check_laws)

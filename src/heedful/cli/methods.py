@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -22,11 +23,34 @@ def sites(kind: type[Entry]) -> str:
     return kind.kind
 
 
-def methods(word: Annotated[str, typer.Argument(help="Show only those in which this word occurs.")] = "") -> None:
+def plain(kind: type[Entry]) -> dict[str, Any]:
+    """An entry for machines."""
+    method = kind if issubclass(kind, Method) else None
+    return {
+        "name": kind.__name__,
+        "family": family(kind),
+        "kind": kind.kind,
+        "module": kind.__module__,
+        "paper": kind.paper.key,
+        "title": kind.paper.title,
+        "link": kind.paper.link,
+        "sites": [{"site": e.site.name, "reads": e.reads} for e in method.edits] if method else [],
+        "subjects": list(method.subjects) if method else ["text"],
+        "about": inspect.cleandoc(kind.__doc__ or "").splitlines()[0],
+    }
+
+
+def methods(
+    word: Annotated[str, typer.Argument(help="Show only those in which this word occurs.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
+) -> None:
     """List the methods, with where they act and their papers."""
     found = search(word)
     if not found:
         raise CatalogueError(f"no method mentions {word!r}; `heedful methods` lists them all")
+    if as_json:
+        typer.echo(json.dumps([plain(kind) for kind in found], indent=1))
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("method", "family", "acts at", "what it does"):
         table.add_column(column, overflow="fold")

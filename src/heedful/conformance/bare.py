@@ -15,12 +15,14 @@ from heedful.core.errors import BackendError
 from heedful.core.mask import Causal, Mask, Padding, Rule
 from heedful.core.method import Layer, Method
 from heedful.core.places import Places
+from heedful.core.regions import Region
 from heedful.core.stack import Stack
 from heedful.core.stats import Statistic
-from heedful.engine.attend import Job, attend
+from heedful.engine.attend import attend
 from heedful.engine.backends import BACKENDS, Backend
 from heedful.engine.backends.tiled import Tiled
 from heedful.engine.book import Book
+from heedful.engine.job import Job
 from heedful.engine.needs import Needs
 
 ROLES = dict.fromkeys(("marked", "relevant", "prompt", "image", "context"), ((2, 5),)) | {
@@ -28,6 +30,7 @@ ROLES = dict.fromkeys(("marked", "relevant", "prompt", "image", "context"), ((2,
     "bos": ((0, 1),),
     "needle": ((2, 5),),
     "answer": ((8, 11),),
+    "patches": Region(((3, 19),), (4, 4)),
 }
 
 
@@ -83,7 +86,7 @@ class Bare:
         phase = Phase.DECODE if s.q == 1 and s.k > 1 else Phase.PREFILL
         self.call = Call(
             0, self.depth, "bare", s.h, s.g, queries, Places.row(0, s.k, pad=pad), s.d**-0.5, phase=phase, roles=ROLES,
-            hidden=self.hidden, mask=Mask(rules if self.rules is None else self.rules),
+            hidden=self.hidden, mask=Mask(rules if self.rules is None else self.rules), batch=s.b,
         )  # fmt: skip
 
     def run(
@@ -104,8 +107,9 @@ class Bare:
 
         heads = []
         for layer in range(self.depth):
-            call, plan = replace(self.call, layer=layer), book.plan(layer, self.call.phase)
             book.params[0, layer] = params
+            call = replace(self.call, layer=layer)
+            plan = book.plan(call)
             heads.append(attend(Job(plan, book, call), self.q, self.k, self.v, choose)[0])
             book.close_call(plan, call)
         return torch.cat(heads, 1), {f"{name}, layer {n}": stat for (_, name, n), stat in book.statistics.items()}

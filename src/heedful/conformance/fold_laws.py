@@ -7,7 +7,8 @@ import tempfile
 import torch
 from torch import nn
 
-from heedful.conformance.model_laws import logits, text, tiny_model
+from heedful.conformance.model_laws import logits
+from heedful.conformance.subjects import text, tiny_model
 from heedful.conformance.tolerances import close_model, error
 from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.errors import FoldError, ModelError

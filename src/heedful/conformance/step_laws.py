@@ -6,7 +6,8 @@ from collections import Counter
 
 import torch
 
-from heedful.conformance.model_laws import fingerprint, logits, text, tiny_model
+from heedful.conformance.model_laws import fingerprint, logits
+from heedful.conformance.subjects import text, tiny_model
 from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
 from heedful.verbs import arrange, operate

@@ -75,12 +75,12 @@ class Grid:
 
         Layers of one forward that share mask and places share the grid: its geometry is kept in the call's scratch.
         """
-        held: Grid | None = call.scratch.get(f"grid {size}")
+        held: Grid | None = call.state.forward.get(f"grid {size}")
         if held is not None and held._fits(call):
             return replace(held, call=call)
         grid = Grid._laid(call, size)
         if grid is not None:
-            call.scratch[f"grid {size}"] = replace(
+            call.state.forward[f"grid {size}"] = replace(
                 grid, call=replace(call, hidden=None, query=None, key=None, value=None)
             )
         return grid
@@ -242,10 +242,11 @@ class BlockSparse(Method, abstract=True):
     def choose(self, grid: Grid) -> Tensor | None:
         """Which blocks are computed, `[b|1 h|1 n m]`; None: all of them."""
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE or call.cross or self.most == 0
+
     @at(Site.MASK)
     def skip(self, mask: Mask, call: Call) -> Mask:
-        if call.phase is Phase.DECODE or call.cross or self.most == 0:
-            return mask
         grid = Grid.of(replace(call, mask=mask), self.size)
         table = None if grid is None else self.choose(grid)
         return mask if grid is None or table is None else grid.narrow(mask, table, self.most)

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from heedful.core.call import Call, Entries
 from heedful.core.errors import FieldError
+from heedful.core.state import ByIndex
 
 Budget = int | float  # a whole number of entries a head, or a share of the text so far between 0 and 1
 
@@ -54,17 +55,16 @@ def newest(entries: Entries, call: Call, count: Tensor | int) -> Tensor:
     return (age >= 0) & (age < count)
 
 
-def added_up(name: str, given: Tensor, entries: Entries, keep: Tensor | float = 1.0) -> Tensor:
+def added_up(name: str, given: Tensor, entries: Entries, call: Call, keep: Tensor | float = 1.0) -> Tensor:
     """What each entry was given `[b g k]`, on top of the share `keep [b|1 1 1]` of what earlier calls gave it.
 
-    The sums are notes of that name, by index: nothing moves when entries go, and a fresh one begins with nothing,
-    whoever had its index before.
+    The sums are kept with the cache under that name, by index: nothing moves when entries go.
     """
     index = entries.places.index.expand(given.shape)
-    seen = int(index.max()) + 1
-    before = keep * entries.notes.get(name, given[..., :0])[..., : seen - entries.fresh]
-    entries.notes[name] = pad(before, (0, seen - before.shape[-1])).scatter_add(-1, index, given)
-    return entries.notes[name].gather(-1, index)
+    before = keep * call.state.cache.get(name, given[..., :0])
+    total = pad(before, (0, int(index.max()) + 1 - before.shape[-1])).scatter_add(-1, index, given)
+    call.state.cache[name] = ByIndex(total, -1)
+    return total.gather(-1, index)
 
 
 def keep_best(score: Tensor, entries: Entries, most: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +13,9 @@ from torch import Tensor
 from heedful.core.errors import FieldError
 from heedful.core.mask import Mask
 from heedful.core.places import Pairs, Places
+from heedful.core.regions import Region, Span, coordinates, marked
+from heedful.core.state import State
 
-Span = tuple[int, int]
 NO_ROLES: Mapping[str, tuple[Span, ...]] = MappingProxyType({})
 
 
@@ -57,10 +57,11 @@ class Call:
     keep: Tensor | None = None  # [b|1, h|1, r, k]: which pairs are computed; None when all are
     rows: slice = field(default_factory=lambda: slice(None))  # the tile's rows of the call
     cols: slice | Tensor = field(default_factory=lambda: slice(None))  # the tile's columns of the call
+    earlier: int = 0  # how many of the first rows are from earlier calls on the same text, to be looked at alone
+    above: int = 0  # how many of the tile's first rows are only there for edits to look at, see `Method.above`
     params: Mapping[str, Tensor] = field(default_factory=dict)  # the method's learned parameters in this layer
-    memory: dict[str, Any] = field(default_factory=dict)  # the method's own, for this layer, as long as the run
-    scratch: dict[str, Any] = field(default_factory=dict)  # the method's own, for all layers of this one forward
-    notes: dict[str, Tensor] = field(default_factory=dict)  # what the method's CACHE edit left with this cache
+    state: State = field(default_factory=State)  # what the method remembers
+    batch: int | None = None  # b, where it is known
     query: Tensor | None = None  # [b h q d], the whole call's, from MASK on
     key: Tensor | None = None  # [b g k d], the whole call's, from MASK on
     value: Tensor | None = None  # [b g k d], the whole call's, from MASK on
@@ -113,34 +114,45 @@ class Call:
         """The same call, seen by the queries `rows` and the keys `cols`."""
         return replace(self, queries=self.queries.take(rows), keys=self.keys.take(cols), rows=rows, cols=cols)
 
-    def marked(self, role: str) -> Tensor:
-        """Which keys stand in the spans named `role`, `[b|1, g|1, k]`."""
+    def region(self, role: str) -> Region:
+        """The spans named `role`, with their grid if there is one."""
         spans = self.roles.get(role)
         if spans is None:
             known = ", ".join(sorted(self.roles)) or "none"
             raise FieldError("attach()", "roles", known, f"has no spans named {role!r}", {role: ((0, 4),)})
-        if not spans:
-            return torch.zeros_like(self.k_pos, dtype=torch.bool)
-        starts, stops = torch.tensor(sorted(spans), device=self.k_pos.device).T.contiguous()
-        last = (
-            torch.bucketize(self.k_pos.contiguous(), starts, right=True) - 1
-        )  # of the spans that begin at the key or before it
-        return (last >= 0) & (self.k_pos < stops.cummax(0).values[last.clamp(min=0)])
+        return spans if isinstance(spans, Region) else Region(spans)
+
+    def marked(self, role: str) -> Tensor:
+        """Which keys stand in the spans named `role`, `[b|1, g|1, k]`."""
+        return marked(self.region(role), self.k_pos)
+
+    def marked_queries(self, role: str) -> Tensor:
+        """Which of the tile's queries stand in the spans named `role`, `[b|1, g|1, r]`."""
+        return marked(self.region(role), self.q_pos)
+
+    def coordinates(self, role: str) -> tuple[Tensor, Tensor]:
+        """Where queries `[b|1, g|1, r, dims]` and keys `[b|1, g|1, k, dims]` stand on the role's grid; -1 outside."""
+        region = self.region(role)
+        return coordinates(region, self.q_pos), coordinates(region, self.k_pos)
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a CACHE edit leaves of a cache: which entries stay, and new keys or values for them, as after a merge."""
+
+    keep: Tensor  # [b g k], bool
+    key: Tensor | None = None  # [b g k d], as handed; None: unchanged
+    value: Tensor | None = None  # [b g k d], as handed; None: unchanged
 
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """What a CACHE edit looks at: the cached keys and values of one layer, newest last.
-
-    Notes that it leaves here are there again at the next call, for the method's other edits as `call.notes`. They are
-    kept beside the keys and values: where beams swap rows the notes do too, and a new text begins without any.
-    """
+    """What a CACHE edit looks at: the cached keys and values of one layer, newest last."""
 
     key: Tensor  # [b g k d]
     value: Tensor  # [b g k d]
     places: Places
     fresh: int  # how many of them this call added
-    notes: dict[str, Tensor] = field(default_factory=dict)  # the method's own, `[b ...]`: they live with this cache
     live: Tensor | None = None  # [b, 1|g, k]: which are text and not padding; None: all whose position is 0 or more
 
     @property

@@ -10,11 +10,12 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from heedful.core.call import NO_ROLES, Span
+from heedful.core.call import NO_ROLES
 from heedful.core.errors import FieldError
 from heedful.core.figures import Told
 from heedful.core.fitted import Fitted
 from heedful.core.method import Bench, Entry, Layer, Method, Part
+from heedful.core.regions import Span
 from heedful.core.stack import Stack
 
 

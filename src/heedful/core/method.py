@@ -12,7 +12,7 @@ from torch import Tensor
 from heedful.core.call import Call, Phase
 from heedful.core.errors import DefinitionError, FieldError
 from heedful.core.figures import Told
-from heedful.core.paper import Paper
+from heedful.core.paper import UNPUBLISHED, Paper
 from heedful.core.sites import HEADLESS_SITES, Edit, Site
 from heedful.core.stats import Statistic
 
@@ -99,15 +99,16 @@ class Bench(Protocol):
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
-class Entry(ABC):
+class Entry(ABC):  # noqa: B024 - what is abstract stands in its kinds
     """Anything with a paper that the catalogue lists: methods, token steps, decoding steps, surgery."""
 
-    paper: ClassVar[Paper]
+    paper: ClassVar[Paper] = UNPUBLISHED
     kind: ClassVar[str] = "entry"
 
     def __init_subclass__(cls, abstract: bool = False) -> None:
         dataclass(frozen=True)(cls)
-        if not abstract and not isinstance(getattr(cls, "paper", None), Paper):
+        private = cls.__name__.startswith("_")  # what only serves another method needs none of its own
+        if not abstract and not private and (not isinstance(cls.paper, Paper) or cls.paper is UNPUBLISHED):
             raise DefinitionError(f"{cls.__name__} has no paper: write paper = Paper(key, title, authors, year, ...)")
 
     @classmethod
@@ -129,14 +130,27 @@ class Entry(ABC):
         return f"{type(self).__name__}({', '.join(changed)})"
 
 
+class _Edits:
+    """The marks of a method's functions: all of them on the class, on a value those that its fields switch on."""
+
+    def __init__(self, marks: tuple[Edit, ...]) -> None:
+        self.marks = marks
+
+    def __get__(self, method: Method | None, kind: type[Method]) -> tuple[Edit, ...]:
+        if method is None:
+            return self.marks
+        return tuple(edit for edit in self.marks if not edit.when or getattr(method, edit.when))
+
+
 class Method(Entry, abstract=True):
-    """Edits one or two sites, or reads one. Subclass it, set `paper`, name the fields, mark functions with `@at`."""
+    """Edits sites, reads them, or penalises what it finds. Set `paper`, name the fields, mark functions with `@at`."""
 
     kind = "method"
-    edits: ClassVar[tuple[Edit, ...]] = ()
+    edits: ClassVar[Any] = _Edits(())
     whole_map: ClassVar[bool] = False  # a SCORES or PATTERN edit that must see all rows at once
     causal: ClassVar[bool] = True  # later tokens never change what earlier ones get, if the model is causal
     streams: ClassVar[bool] = True  # what a token gets does not depend on how the text was cut into calls
+    subjects: ClassVar[tuple[str, ...]] = ("text",)  # what it is for: "text", "image", "encoder-decoder", "cross"
     forbids: ClassVar[dict[str, str]] = {}  # class name -> why the two cannot act together
 
     def __init_subclass__(cls, abstract: bool = False) -> None:
@@ -147,17 +161,18 @@ class Method(Entry, abstract=True):
                 mark = getattr(member, "__heedful_edit__", None)
                 if isinstance(mark, Edit):
                     found[name] = mark._replace(name=name)
-        cls.edits = tuple(sorted(found.values(), key=lambda e: e.site.order))
+        cls.edits = _Edits(tuple(sorted(found.values(), key=lambda e: (e.site.order, e.reads))))
         if abstract:
             return
-        sites = [e.site for e in cls.edits]
-        if not sites:
+        if not cls.edits:
             raise DefinitionError(f"{cls.__name__} edits no site: mark a function with @at(Site.X) or @reads(Site.X)")
-        if len(set(sites)) < len(sites):
+        names = {f.name for f in fields(cls)}
+        for edit in cls.edits:
+            if edit.when and edit.when not in names:
+                raise DefinitionError(f"{cls.__name__}.{edit.name}: when={edit.when!r} names no field of the class")
+        kinds = [(e.site, e.reads, e.loss, e.when) for e in cls.edits]
+        if len(set(kinds)) < len(kinds):
             raise DefinitionError(f"{cls.__name__} marks one site twice: join the functions into one")
-        if len(sites) > 2:
-            names = ", ".join(s.name for s in sites)
-            raise DefinitionError(f"{cls.__name__} marks {len(sites)} sites ({names}): a method has one or two")
 
     def __or__(self, other: Method | Stack) -> Stack:
         from heedful.core.stack import Stack
@@ -171,6 +186,13 @@ class Method(Entry, abstract=True):
     def when(self, phase: Phase | str) -> Scoped:
         """The same method for one phase only, 'prefill' or 'decode'."""
         return Scoped(self).when(phase)
+
+    def above(self) -> int:
+        """How many rows above its own an edit of SCORES or PATTERN looks at.
+
+        Such an edit is handed tiles with rows to spare, and all keys; what it makes of the rows to spare is dropped.
+        """
+        return 0
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         """Fresh learned parameters for one layer; none unless the method learns."""
@@ -193,6 +215,13 @@ class Method(Entry, abstract=True):
         `length` is how many tokens the model takes at most.
         """
         return ()
+
+    def idle(self, call: Call) -> bool:
+        """Whether nothing is done in this call: then it costs nothing, and no backend is ruled out for it.
+
+        Asked once a call, before any site: the layer, phase, positions, roles and state are known, and no tensors.
+        """
+        return False
 
     def carries(self, call: Call) -> Tensor | None:
         """For a reader of "carried": columns `[b k c]` that the mean of the heads' weights is multiplied with."""

@@ -47,3 +47,6 @@ class Paper:
         }
         body = ",\n".join(f"  {name} = {{{text}}}" for name, text in rows.items() if text)
         return f"@article{{{stem}{self.year}{word},\n{body}\n}}"
+
+
+UNPUBLISHED = Paper("", "Unpublished", "", 2026)  # of what only serves another method, and of plain functions

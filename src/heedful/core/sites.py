@@ -16,6 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Site(Enum):
     """A place where a method may act; definition order is execution order."""
 
+    EMBEDDING = ("[b n e]", "tokens or patches as they enter the first layer")
     HIDDEN = ("[b n e]", "the attention block's input")
     QUERY = ("[b h q d]", "queries after projection and rotary embedding")
     KEY = ("[b g k d]", "keys after projection, rotary embedding and cache")
@@ -26,7 +27,8 @@ class Site(Enum):
     PATTERN = ("[b h r k]", "the weights of a tile of query rows")
     MIX = ("q, k, v -> [b h q d]", "replaces SCORES, NORMALISE and PATTERN as a whole")
     HEADS = ("[b h q d]", "what each head hands to the output projection")
-    CACHE = ("Entries -> keep [b g k]", "which keys and values the next step will see")
+    CACHE = ("Entries -> keep [b g k] or Kept", "which keys and values the next step will see, and as what")
+    BLOCK = ("[b n e]", "replaces everything from HIDDEN to OUTPUT: takes the block's input, gives its output")
     OUTPUT = ("[b n e]", "after the output projection, on its way into the residual stream")
     RESIDUAL = ("[b n e]", "the residual stream as it leaves the layer that holds the attention")
 
@@ -38,10 +40,15 @@ class Site(Enum):
     def order(self) -> int:
         return list(Site).index(self)
 
+    @property
+    def inside(self) -> bool:
+        """Whether it lies between the projections of the block, whatever is done there."""
+        return Site.QUERY.order <= self.order <= Site.CACHE.order
+
 
 MAP_SITES = frozenset({Site.SCORES, Site.NORMALISE, Site.PATTERN})
-SINGLE_SITES = frozenset({Site.NORMALISE, Site.MIX})
-HEADLESS_SITES = frozenset({Site.HIDDEN, Site.OUTPUT, Site.RESIDUAL})
+SINGLE_SITES = frozenset({Site.NORMALISE, Site.MIX, Site.BLOCK})
+HEADLESS_SITES = frozenset({Site.EMBEDDING, Site.HIDDEN, Site.BLOCK, Site.OUTPUT, Site.RESIDUAL})
 
 
 class Edit(NamedTuple):
@@ -52,23 +59,34 @@ class Edit(NamedTuple):
     reads: bool
     sums: tuple[str, ...] = ()  # the parts of the pattern's summary that it reads instead of tiles
     shifts: bool = False  # it moves weight between whole columns, see `core.shift`
+    loss: bool = False  # what it reads is a differentiable number
+    when: str = ""  # the field without which there is no such step
 
 
-def at(site: Site) -> Callable[[F], F]:
-    """Mark a method's function as the edit of a site: it takes the site's value and returns the new one."""
-
+def _marking(edit: Edit) -> Callable[[F], F]:
     def mark(function: F) -> F:
-        function.__heedful_edit__ = Edit(site, function.__name__, reads=False)  # type: ignore[attr-defined]
+        function.__heedful_edit__ = edit._replace(name=function.__name__)  # type: ignore[attr-defined]
         return function
 
     return mark
 
 
-def reads(site: Site) -> Callable[[F], F]:
+def at(site: Site, when: str = "") -> Callable[[F], F]:
+    """Mark a method's function as the edit of a site: it takes the site's value and returns the new one.
+
+    `when` names a field of the method: where that is false, 0 or None there is no such step, and no backend is blocked.
+    """
+    return _marking(Edit(site, "", reads=False, when=when))
+
+
+def reads(site: Site, when: str = "") -> Callable[[F], F]:
     """Mark a method's function as a reader of a site: it takes the site's value and returns a statistic."""
+    return _marking(Edit(site, "", reads=True, when=when))
 
-    def mark(function: F) -> F:
-        function.__heedful_edit__ = Edit(site, function.__name__, reads=True)  # type: ignore[attr-defined]
-        return function
 
-    return mark
+def penalises(site: Site, when: str = "") -> Callable[[F], F]:
+    """Mark a function that takes the site's value and returns a differentiable number, as a tensor without axes.
+
+    `run.loss()` adds these up over tiles and layers, and they join the model's own loss where labels are given.
+    """
+    return _marking(Edit(site, "", reads=True, loss=True, when=when))

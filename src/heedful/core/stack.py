@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from heedful.core.call import Phase
 from heedful.core.errors import ClashError, DefinitionError
 from heedful.core.method import Method, Part, Scoped, method_of
+from heedful.core.paper import UNPUBLISHED
 from heedful.core.sites import MAP_SITES, SINGLE_SITES, Edit, Site
 
 
@@ -52,6 +53,10 @@ def clash(a: Part, b: Part) -> str | None:
         for base in type(y).__mro__:
             if base.__name__ in x.forbids:
                 return x.forbids[base.__name__]
+        if any(e.site is Site.BLOCK for e in x.edits):
+            inner = next((e.site.name for e in y.edits if e.site.inside), None)
+            if inner:
+                return f"{type(x).__name__} replaces the whole block, so there is no {inner} for {type(y).__name__}"
         mixes = any(e.site is Site.MIX for e in x.edits)
         mapped = next((e.site.name for e in y.edits if e.site in MAP_SITES), None)
         if mixes and mapped:
@@ -112,7 +117,8 @@ class Stack:
 
     def cite(self) -> str:
         """BibTeX of exactly the papers in this stack."""
-        return "\n\n".join(dict.fromkeys(method.paper.bibtex() for method in self.methods))
+        papers = (method.paper for method in self.methods)
+        return "\n\n".join(dict.fromkeys(paper.bibtex() for paper in papers if paper is not UNPUBLISHED))
 
 
 def as_stack(what: Part | Stack) -> Stack:

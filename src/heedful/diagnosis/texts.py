@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heedful.core.call import Span
 from heedful.core.errors import FieldError
+from heedful.core.regions import Span
 
 ENDINGS = (
     ".txt", ".md", ".rst", ".tex", ".html", ".json", ".jsonl", ".csv", ".xml", ".yaml", ".toml", ".py", ".c", ".h",

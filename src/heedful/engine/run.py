@@ -1,4 +1,4 @@
-"""A run: one model under one stack. It alone holds memory, and it leaves the model exactly as it was."""
+"""A run: one model under one stack. It holds what is remembered, and it leaves the model exactly as it was."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from heedful.core.call import Call, Span
+from heedful.core.call import Call
 from heedful.core.errors import FieldError, InactiveWarning, StatisticError
 from heedful.core.method import Layer, Method, Part, Readings
+from heedful.core.regions import Span
 from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Statistic, load, save
 from heedful.engine.book import Book
@@ -196,7 +197,8 @@ class Run:
         acted = {s.number for s in book.changed}
         # a step that was never reached, such as CACHE without a cache, counts only where its whole method did nothing
         idle = [s for s in steps if s not in book.changed and (book.offered[s] or s.number not in acted)]
-        return tuple(f"{s}" + ("" if book.offered[s] else ", which was never reached") for s in idle)
+        why = {s: ", which was idle" if s.number in book.idled else ", which was never reached" for s in idle}
+        return tuple(f"{s}" + ("" if book.offered[s] else why[s]) for s in idle)
 
     @property
     def active(self) -> bool:
@@ -211,6 +213,18 @@ class Run:
         return Activity(
             len(self.layer_names), entered, inactive, density, dict(book.kept), dict(book.backends), book.nan
         )
+
+    def loss(self) -> Tensor:
+        """The stack's penalties, added up over the layers of the last forward: a differentiable number.
+
+        Where the model was given labels it is in the model's own loss already.
+        """
+        if not any(step.edit.loss for step in self.stack.steps()):
+            rule = "penalises nothing, so there is no loss; mark a function with @penalises(Site.X)"
+            raise FieldError("Run", "stack", self.stack, rule, "a stack with a penalty")
+        if not self.book.losses:
+            raise StatisticError(f"{self.stack!r} has penalised nothing yet: run the model first, as in run(**inputs)")
+        return torch.stack([x.float() for x in self.book.losses.values()]).sum()
 
     def explain(self) -> Explanation:
         """Which backend serves this stack, and every reason against the others."""
@@ -236,11 +250,11 @@ class Run:
             self.resume()
 
     def reset(self) -> None:
-        """Forget statistics and memory; learned parameters stay."""
+        """Forget statistics and what methods remember of the run; learned parameters stay."""
         self.book = Book(self.stack, params=self.book.params)
 
     def forget(self) -> None:
-        """A new text begins: forget what methods remember of the last one. Statistics stay."""
+        """Forget what methods remember of the run. Statistics stay, and so does what they keep with a cache."""
         self.book.forget()
 
     def branch(self) -> AbstractContextManager[None]:

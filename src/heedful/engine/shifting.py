@@ -10,7 +10,9 @@ from torch import Tensor
 
 from heedful.core.shift import Shift
 from heedful.core.summary import Summary, Tally
-from heedful.engine.attend import Job, grouped, shift_of, wide
+from heedful.engine.attend import grouped, wide
+from heedful.engine.job import Job
+from heedful.engine.stages import shift_of
 
 MOST = 256  # columns that are set right one by one; where more are touched, tiles are cheaper
 STEEP = 8.0  # what is left of a row may be so much smaller than all of it before its rounding errors tell

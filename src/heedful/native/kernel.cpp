@@ -4,33 +4,38 @@
 #include "problem.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <utility>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HEEDFUL_X86
+#include <immintrin.h>
 #endif
 
 #define LANES 4
 namespace portable {
 #include "tile.h"
 #include "pack.h"
+#include "block.h"
 #include "prefill.h"
 #include "step.h"
 }  // namespace portable
 #undef LANES
 #undef INLINE
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define HEEDFUL_X86
+#ifdef HEEDFUL_X86
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt")
 #define LANES 8
 namespace avx2 {
 #include "tile.h"
 #include "pack.h"
+#include "block.h"
 #include "prefill.h"
 #include "step.h"
 }  // namespace avx2
@@ -44,41 +49,75 @@ namespace avx2 {
 namespace avx512 {
 #include "tile.h"
 #include "pack.h"
+#include "block.h"
 #include "prefill.h"
 #include "step.h"
 }  // namespace avx512
 #undef LANES
 #undef INLINE
 #pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+#define LANES 16
+#define PAIRS
+namespace avx512bf16 {
+#include "tile.h"
+#include "pack.h"
+#include "block.h"
+#include "prefill.h"
+#include "step.h"
+}  // namespace avx512bf16
+#undef PAIRS
+#undef LANES
+#undef INLINE
+#pragma GCC pop_options
 #endif
+
+namespace {
+
+struct Path {
+  const char *name;
+  void (*prefill)(const Problem &), (*step)(const Problem &);
+};
+
+// Which instruction sets this machine can run, best first; ends with one without a name.
+const Path *paths() {
+  static Path found[5] = {};
+  int n = 0;
+#ifdef HEEDFUL_X86
+  __builtin_cpu_init();
+  bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (wide && __builtin_cpu_supports("avx512bf16"))
+    found[n++] = {"avx512bf16", avx512bf16::prefill, avx512bf16::step};
+  if (wide) found[n++] = {"avx512", avx512::prefill, avx512::step};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[n++] = {"avx2", avx2::prefill, avx2::step};
+#endif
+  found[n] = {"portable", portable::prefill, portable::step};
+  return found;
+}
+
+}  // namespace
 
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Which instruction sets this machine can run, best first; empty-terminated.
+// The names of paths(), null-terminated.
 const char *const *heedful_paths() {
-  static const char *found[4] = {nullptr};
+  static const char *names[5] = {};
   int n = 0;
-#ifdef HEEDFUL_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    found[n++] = "avx512";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[n++] = "avx2";
-#endif
-  found[n++] = "portable";
-  found[n] = nullptr;
-  return found;
+  for (const Path *path = paths(); path->name; path++) names[n++] = path->name;
+  return names;
 }
 
 // 0 when done, 1 when the path is not one of heedful_paths().
-int heedful_attend(const Problem *p, const char *path) {
-  bool one = p->queries == 1 && !p->blocks;
-#ifdef HEEDFUL_X86
-  if (!std::strcmp(path, "avx512")) return one ? avx512::step(*p) : avx512::prefill(*p), 0;
-  if (!std::strcmp(path, "avx2")) return one ? avx2::step(*p) : avx2::prefill(*p), 0;
-#endif
-  if (!std::strcmp(path, "portable")) return one ? portable::step(*p) : portable::prefill(*p), 0;
+int heedful_attend(const Problem *p, const char *name) {
+  for (const Path *path = paths(); path->name; path++)
+    if (!std::strcmp(path->name, name)) {
+      if (p->batch && p->heads && p->queries) (p->queries == 1 && !p->blocks ? path->step : path->prefill)(*p);
+      return 0;
+    }
   return 1;
 }
 

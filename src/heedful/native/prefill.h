@@ -1,386 +1,66 @@
-// Attention over blocks of query rows, with the statistics of each row and key on the way.
-// Included after pack.h. The query heads of a group stand above one another, so that keys and values are read once for
-// all of them.
+// Attention of many queries: keys and values are packed, then threads take block after block. Included after block.h.
 
-struct Run {  // consecutive columns
-  int64_t column, width, at;  // `at`: where they stand in their chunk
-};
-
-struct Chunk {
-  int64_t from, to, width;  // its runs, and its columns
-};
-
-// What one thread works with.
-struct Desk {
-  std::vector<float> q, out, scores, top, peak, sum, spread, reference;
-  std::vector<int32_t> place;
-  std::vector<Run> runs;
-  std::vector<Chunk> chunks;
-  std::vector<std::pair<int64_t, int64_t>> seen;
-  std::vector<int64_t> reach;  // of each register tile's rows, the column behind the last that one of them sees
-  std::vector<float> mean, mixed;  // of a chunk's weights over heads, and of what they carried
-  std::vector<float> received, distance, carried;
-};
-
-// One block of rows of one unit.
-struct Block {
-  const Problem &p;
-  const Sizes &s;
-  Desk &desk;
-  int64_t b, unit, row0, n, rows;  // rows in the text, rows of all heads
-  const float *keys, *values, *carry;
-
-  int64_t head(int64_t r) const { return unit * s.stacked + r / n; }
-  int64_t query(int64_t r) const { return row0 + r % n; }
-  const int32_t *ranges(int64_t r) const {
-    return p.ranges + b * p.range_stride[0] + head(r) * p.range_stride[1] + query(r) * p.range_count * 2;
-  }
-
-  // The part of a row's sum that the sink logit has.
-  float own(int64_t r) const { return p.sink ? exp2_one(p.sink[head(r)] * LOG2E - desk.top[r]) : 0.0f; }
-
-  // Which columns some row sees, as runs in chunks.
-  void survey() {
-    auto &seen = desk.seen;
-    seen.clear();
-    desk.reach.assign(s.padded() / MR, 0);
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t i = 0; i < p.range_count; i++)
-        desk.reach[r / MR] = std::max<int64_t>(desk.reach[r / MR], ranges(r)[2 * i + 1]);
-    int64_t different = p.range_stride[1] ? rows : n;
-    for (int64_t r = 0; r < different; r++)
-      for (int64_t i = 0; i < p.range_count; i++)
-        if (const int32_t *x = ranges(r) + 2 * i; x[0] < x[1]) seen.emplace_back(x[0] / NR, (x[1] + NR - 1) / NR);
-    std::sort(seen.begin(), seen.end());
-    const uint8_t *blocks = nullptr;
-    if (p.blocks)
-      blocks = p.blocks + b * p.block_stride[0] + unit * p.block_stride[1] + row0 / p.block * p.block_cols;
-    desk.runs.clear();
-    desk.chunks.clear();
-    int64_t next = 0;
-    for (auto [from, to] : seen)
-      for (int64_t panel = std::max(from, next); panel < to; panel++) {
-        next = panel + 1;
-        if (!blocks || blocks[panel * NR / p.block]) take(panel);
-      }
-  }
-
-  void take(int64_t panel) {
-    auto &runs = desk.runs;
-    auto &chunks = desk.chunks;
-    if (chunks.empty() || chunks.back().width + NR > WIDE) {
-      int64_t at = (int64_t)runs.size();
-      chunks.push_back({at, at, 0});
-    }
-    Chunk &c = chunks.back();
-    if (c.to > c.from && runs.back().column + runs.back().width == panel * NR)
-      runs.back().width += NR;
-    else
-      runs.push_back({panel * NR, NR, c.width}), c.to++;
-    c.width += NR;
-  }
-
-  template <class T>
-  void load_queries() {
-    float *to = desk.q.data();
-    for (int64_t r = 0; r < rows; r++) {
-      const T *from = (const T *)p.q + b * p.q_stride[0] + head(r) * p.q_stride[1] + query(r) * p.q_stride[2];
-      for (int64_t d = 0; d < p.width; d++) to[r * p.width + d] = number(from[d]) * (p.scale * LOG2E);
-    }
-    std::fill(to + rows * p.width, desk.q.data() + s.padded() * p.width, 0.0f);
-  }
-
-  // Calls fill(from, to) for every stretch of a run, counted within the chunk, that a row does not see.
-  template <class F>
-  bool gaps(int64_t r, const Run &run, F fill) const {
-    const int32_t *x = ranges(r);
-    int64_t at = run.column, end = run.column + run.width;
-    bool any = false;
-    for (int64_t i = 0; i < p.range_count && at < end; i++) {
-      int64_t lo = x[2 * i], hi = x[2 * i + 1];
-      if (hi <= at || lo >= hi) continue;
-      if (lo > at) fill(at - run.column + run.at, std::min(lo, end) - run.column + run.at), any = true;
-      at = std::max(at, hi);
-    }
-    if (at < end) fill(at - run.column + run.at, end - run.column + run.at), any = true;
-    return any;
-  }
-
-  bool mask(int64_t r, const Chunk &c, float *row, float with) const {
-    bool any = false;
-    for (int64_t i = c.from; i < c.to; i++)
-      any |= gaps(r, desk.runs[i], [&](int64_t from, int64_t to) { std::fill(row + from, row + to, with); });
-    return any;
-  }
-
-  int32_t column(const Chunk &c, int64_t at) const {
-    int64_t i = c.from;
-    while (i + 1 < c.to && desk.runs[i + 1].at <= at) i++;
-    return (int32_t)(desk.runs[i].column + at - desk.runs[i].at);
-  }
-
-  // Scores of a row to weights over its running maximum, and what the row adds up to so far.
-  void soften(int64_t r, int64_t number, const Chunk &c, float *row) {
-    bool masked = mask(r, c, row, -INFINITY);
-    vf high = load(row);
-    for (int64_t i = W; i < c.width; i += W) high = greater(high, load(row + i));
-    float here = highest(high), before = desk.top[r];
-    if (here > desk.peak[r]) {
-      desk.peak[r] = here;
-      if (p.place) {
-        int64_t at = 0;
-        while (at < c.width && row[at] != here) at++;
-        desk.place[r] = column(c, at);
-      }
-    }
-    if (here > before) {
-      float shrink = exp2_one(before - here);
-      float keys = desk.sum[r] - own(r);  // the sum of weights of keys alone
-      desk.spread[r] = shrink * (desk.spread[r] - (keys > 0 ? (here - before) * keys : 0.0f));
-      desk.sum[r] *= shrink;
-      desk.top[r] = here;
-      float *out = desk.out.data() + r * s.value_panels * NR;
-      for (int64_t e = 0; e < s.value_panels * NR; e += W) store(out + e, load(out + e) * shrink);
-    }
-    desk.reference[number * s.padded() + r] = desk.top[r];
-    const vf top = all(desk.top[r]), low = all(-126.0f);
-    vf sum = {}, spread = {};
-    for (int64_t i = 0; i < c.width; i += W) {
-      vf x = greater(load(row + i) - top, low);
-      vf w = exp2(x);
-      sum += w;
-      if (p.entropy) spread += w * x;
-      store(row + i, w);
-    }
-    if (masked) mask(r, c, row, 0.0f);
-    desk.sum[r] += total(sum);
-    desk.spread[r] += total(spread);
-  }
-
-  // Whether weights are wanted again once the sums of their rows are known.
-  bool kept() const { return p.received || p.distance || p.first || p.carry; }
-
-  float *chunk_scores(int64_t number) const {
-    return desk.scores.data() + (kept() ? number : 0) * s.padded() * PITCH;
-  }
-
-  void compute() {
-    survey();
-    int64_t padded = s.padded();
-    int64_t chunks = (int64_t)desk.chunks.size();
-    desk.q.resize(padded * p.width);
-    desk.out.assign(padded * s.value_panels * NR, 0.0f);
-    desk.scores.resize(std::max<int64_t>(1, kept() ? chunks : 1) * padded * PITCH);
-    desk.reference.resize(std::max<int64_t>(1, chunks) * padded);
-    for (auto *x : {&desk.sum, &desk.spread}) x->assign(padded, 0.0f);
-    for (auto *x : {&desk.top, &desk.peak}) x->assign(padded, FLOOR);
-    desk.place.assign(padded, 0);
-    if (p.sink)
-      for (int64_t r = 0; r < rows; r++) desk.top[r] = p.sink[head(r)] * LOG2E, desk.sum[r] = 1.0f;
-    if (p.bfloat16)
-      load_queries<uint16_t>();
-    else
-      load_queries<float>();
-    int64_t tall = (rows + MR - 1) / MR * MR;
-    for (int64_t number = 0; number < chunks; number++) {
-      const Chunk &c = desk.chunks[number];
-      float *scores = chunk_scores(number);
-      for (int64_t i = c.from; i < c.to; i++) {
-        const Run &run = desk.runs[i];
-        for (int64_t j = 0; j < run.width; j += NR)
-          for (int64_t r = 0; r < tall; r += MR)
-            if (run.column + j < desk.reach[r / MR])  // what is left out is masked in every row
-              product<false>(desk.q.data() + r * p.width, p.width, keys + (run.column + j) * p.width, p.width,
-                           scores + r * PITCH + run.at + j, PITCH);
-      }
-      for (int64_t r = 0; r < rows; r++) soften(r, number, c, scores + r * PITCH);
-      for (int64_t e = 0; e < s.value_panels; e++)
-        for (int64_t i = c.from; i < c.to; i++) {
-          const Run &run = desk.runs[i];
-          const float *v = values + (e * s.panels * NR + run.column) * NR;
-          for (int64_t r = 0; r < tall; r += MR)
-            product<true>(scores + r * PITCH + run.at, PITCH, v, std::min(run.width, desk.reach[r / MR] - run.column),
-                          desk.out.data() + r * s.value_panels * NR + e * NR, s.value_panels * NR);
-        }
-    }
-    finish();
-    if (kept()) tell();
-  }
-
-  // Divides by the sums; from here on `sum` holds what a weight over the final maximum is multiplied with.
-  void finish() {
-    for (int64_t r = 0; r < rows; r++) {
-      float sum = desk.sum[r];
-      bool blind = desk.peak[r] == FLOOR && sum - own(r) < 1e-30f;  // a sum that is no number is not blind
-      float inverse = blind ? 0.0f : 1.0f / sum;
-      int64_t at = (b * p.heads + head(r)) * p.queries + query(r);
-      if (p.peak) p.peak[at] = blind ? 0.0f : exp2_one(desk.peak[r] - desk.top[r]) * inverse;
-      if (p.place) p.place[at] = desk.place[r];
-      if (p.entropy) {
-        float share = 1.0f - own(r) * inverse;
-        float entropy = std::log(sum) * share - LN2 * desk.spread[r] * inverse;
-        p.entropy[at] = blind || entropy < 1e-30f ? 0.0f : entropy;  // masked keys leave 1e-36 each
-      }
-      float *out = p.out + ((b * p.queries + query(r)) * p.heads + head(r)) * p.value_width;
-      const float *from = desk.out.data() + r * s.value_panels * NR;
-      for (int64_t e = 0; e < p.value_width; e++) out[e] = blind ? 0.0f : from[e] * inverse;
-      desk.sum[r] = inverse;
-    }
-  }
-
-  // What can be said only once the sums are known.
-  void tell() {
-    int64_t tall = (n + MR - 1) / MR * MR, across = s.carry_panels * NR;
-    if (p.carry) desk.mixed.assign(tall * across, 0.0f), desk.mean.assign(tall * PITCH, 0.0f);
-    for (int64_t number = 0; number < (int64_t)desk.chunks.size(); number++) {
-      const Chunk &c = desk.chunks[number];
-      float *factor = desk.reference.data() + number * s.padded();
-      for (int64_t r = 0; r < rows; r++) factor[r] = exp2_one(factor[r] - desk.top[r]) * desk.sum[r];
-      const float *scores = chunk_scores(number);
-      if (p.first) tell_first(c, scores, factor);
-      if (p.live)
-        for (int64_t r = 0; r < rows; r++)
-          if (!p.live[b * p.live_stride + query(r)]) factor[r] = 0.0f;
-      for (int64_t h = 0; h < s.stacked; h++)
-        for (int64_t i = c.from; i < c.to; i++) {
-          if (p.received) tell_received(desk.runs[i], h, scores, factor);
-          if (p.distance) tell_distance(desk.runs[i], h, scores, factor);
-        }
-      if (p.carry) tell_carried(c, tall, scores, factor);
-    }
-    for (int64_t i = 0; i < (p.carry ? n : 0); i++)
-      for (int64_t e = 0; e < p.carry_width; e++)
-        desk.carried[(b * p.queries + row0 + i) * p.carry_width + e] += desk.mixed[i * across + e];
-  }
-
-  // The mean over heads of the weights, times what is carried: one product for all heads of the unit.
-  void tell_carried(const Chunk &c, int64_t tall, const float *scores, const float *factor) {
-    for (int64_t i = 0; i < n; i++) {
-      float *mean = desk.mean.data() + i * PITCH;
-      for (int64_t j = 0; j < c.width; j += W) {
-        vf sum = {};
-        for (int64_t h = 0; h < s.stacked; h++) {
-          int64_t r = h * n + i;
-          sum += load(scores + r * PITCH + j) * factor[r];
-        }
-        store(mean + j, sum * (1.0f / p.heads));
-      }
-    }
-    for (int64_t e = 0; e < s.carry_panels; e++)
-      for (int64_t i = c.from; i < c.to; i++) {
-        const Run &run = desk.runs[i];
-        const float *x = carry + (e * s.panels * NR + run.column) * NR;
-        for (int64_t r = 0; r < tall; r += MR)
-          product<true>(desk.mean.data() + r * PITCH + run.at, PITCH, x, run.width,
-                        desk.mixed.data() + r * s.carry_panels * NR + e * NR, s.carry_panels * NR);
-      }
-  }
-
-  void tell_first(const Chunk &c, const float *scores, const float *factor) {
-    int64_t column = p.first_at[b];
-    for (int64_t i = c.from; i < c.to; i++) {
-      const Run &run = desk.runs[i];
-      if (column < run.column || column >= run.column + run.width) continue;
-      for (int64_t r = 0; r < rows; r++)
-        p.first[(b * p.heads + head(r)) * p.queries + query(r)] =
-            scores[r * PITCH + run.at + column - run.column] * factor[r];
-    }
-  }
-
-  void tell_received(const Run &run, int64_t h, const float *scores, const float *factor) {
-    float *to = desk.received.data() + (b * p.heads + unit * s.stacked + h) * s.panels * NR + run.column;
-    for (int64_t r = h * n; r < (h + 1) * n; r += 8) {
-      int64_t many = std::min<int64_t>(8, (h + 1) * n - r);
-      for (int64_t i = 0; i < run.width; i += W) {
-        const float *x = scores + r * PITCH + run.at + i;
-        vf sum = load(to + i);
-        if (many == 8) {
-#pragma GCC unroll 8
-          for (int64_t j = 0; j < 8; j++) sum += load(x + j * PITCH) * factor[r + j];
-        } else {
-          for (int64_t j = 0; j < many; j++) sum += load(x + j * PITCH) * factor[r + j];
-        }
-        store(to + i, sum);
-      }
-    }
-  }
-
-  // Slots run backwards, so that columns and slots rise together. Rows W apart touch the same vectors; neighbouring
-  // rows would read what a store has not finished writing.
-  void tell_distance(const Run &run, int64_t h, const float *scores, const float *factor) {
-    int64_t slots = p.reach + 2 * NR;
-    float *to = desk.distance.data() + (b * p.heads + unit * s.stacked + h) * slots;
-    for (int64_t phase = 0; phase < W; phase++)
-      for (int64_t q = phase; q < n; q += W) {
-        int64_t r = h * n + q;
-        // slot of distance t: reach - 1 - (t - nearest), NR further on; masked columns weigh nothing, wherever they fall
-        int64_t slot = NR + p.reach - 1 + p.nearest - (p.q_first + row0 + q - run.column);
-        const float *x = scores + r * PITCH + run.at;
-        int64_t from = std::max<int64_t>(0, (-slot + W - 1) / W * W), to_end = run.width;
-        while (to_end > from && slot + to_end > slots) to_end -= W;
-        for (int64_t i = from; i < to_end; i += W) store(to + slot + i, load(to + slot + i) + load(x + i) * factor[r]);
-      }
-  }
-};
-
-void prefill(const Problem &p) {
-  Sizes s(p);
+template <class E>
+void prefill_of(const Problem &p) {
+  Sizes s(p, DEEP<E>);
   static thread_local std::vector<float> packed;  // kept between calls: touching fresh memory costs more than packing
-  int64_t pairs = p.batch * p.kv_heads, per_keys = s.packed_keys(p), per_values = s.packed_values();
-  int64_t size = pairs * (per_keys + per_values) + p.batch * s.packed_carry();
+  int64_t pairs = p.batch * p.kv_heads, per_keys = s.packed_keys(), per_values = s.packed_values();
+  int64_t both = pairs * (per_keys + per_values), size = both / DEEP<E> + p.batch * s.packed_carry();
   if ((int64_t)packed.size() < size) packed.resize(size);
-  float *keys = packed.data(), *values = keys + pairs * per_keys, *carry = values + pairs * per_values;
-  int64_t per_row = s.panels * NR, per_slots = p.reach + 2 * NR, rows = p.batch * p.heads;
-  int threads = (int)p.threads;
-  std::vector<Desk *> desks(threads, nullptr);
-#pragma omp parallel num_threads(threads)
+  E *keys = (E *)packed.data(), *values = keys + pairs * per_keys;
+  float *carry = packed.data() + both / DEEP<E>;
+  // what each unit's weights carried; units are added up in order, as blocks are: threads change no bit of a sum
+  static thread_local std::vector<float> carried_;
+  int64_t per_carried = p.carry ? p.batch * p.queries * p.carry_width : 0;
+  if ((int64_t)carried_.size() < s.units * per_carried) carried_.resize(s.units * per_carried);
+  float *carried = carried_.data();
+  int64_t each = p.batch * s.units;
+  std::atomic<int64_t> next = 0;
+  std::vector<std::atomic<int64_t>> added(each);  // how many blocks of each unit
+#pragma omp parallel num_threads((int)p.threads)
   {
-#ifdef _OPENMP
-    int me = omp_get_thread_num();
-#else
-    int me = 0;
-#endif
     static thread_local Desk desk;
-    desks[me] = &desk;
-    if (p.received) desk.received.assign(rows * per_row, 0.0f);
-    if (p.distance) desk.distance.assign(rows * per_slots, 0.0f);
-    if (p.carry) desk.carried.assign(p.batch * p.queries * p.carry_width, 0.0f);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < pairs * s.panels; i++) {
       int64_t pair = i / s.panels, panel = i % s.panels, b = pair / p.kv_heads, g = pair % p.kv_heads;
-      float *k = keys + pair * per_keys + panel * NR * p.width, *v = values + pair * per_values;
-      if (p.bfloat16)
-        pack_keys<uint16_t>(p, b, g, panel, k), pack_values<uint16_t>(p, s, b, g, panel, v);
+      E *k = keys + pair * per_keys + panel * NR * s.depth, *v = values + pair * per_values;
+      auto pack = [&]<class T>(T) { pack_keys<E, T>(p, s, b, g, panel, k), pack_values<E, T>(p, s, b, g, panel, v); };
+      if constexpr (DEEP<E> > 1)
+        pack(E{});
+      else if (p.bfloat16)
+        pack(uint16_t{});
       else
-        pack_keys<float>(p, b, g, panel, k), pack_values<float>(p, s, b, g, panel, v);
+        pack(0.0f);
       if (p.carry && g == 0)
-        pack_rows<float>(p, s, p.carry + b * p.keys * p.carry_width, p.carry_width, p.carry_width, panel,
+        pack_rows<float, float>(p, s, p.carry + b * p.keys * p.carry_width, p.carry_width, p.carry_width, panel,
                          carry + b * s.packed_carry());
     }
-    int64_t each = p.batch * s.units;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < each * s.blocks; i++) {
-      int64_t row0 = (s.blocks - 1 - i / each) * s.rows, b = i % each / s.units, unit = i % s.units;  // dearest first
+    // Blocks are taken in order, dearest first: whoever waits to add his waits for one that is being computed.
+    for (int64_t i; (i = next.fetch_add(1)) < each * s.blocks;) {
+      int64_t number = i / each, row0 = (s.blocks - 1 - number) * s.rows, b = i % each / s.units, unit = i % s.units;
       int64_t n = std::min(s.rows, p.queries - row0), pair = b * p.kv_heads + unit * s.stacked * p.kv_heads / p.heads;
-      Block{p, s, desk, b, unit, row0, n, n * s.stacked, keys + pair * per_keys, values + pair * per_values,
-            carry + b * s.packed_carry()}
-          .compute();
+      Block<E> block{p, s, desk, b, unit, row0, n, n * s.stacked, keys + pair * per_keys, values + pair * per_values,
+                  carry + b * s.packed_carry()};
+      block.compute();
+      if (p.carry)
+        for (int64_t r = 0; r < n; r++)
+          std::copy_n(desk.mixed.data() + r * s.carry_panels * NR, p.carry_width,
+                      carried + unit * per_carried + (b * p.queries + row0 + r) * p.carry_width);
+      if (!p.received && !p.distance) continue;
+      while (added[i % each].load(std::memory_order_acquire) < number) std::this_thread::yield();
+      block.add();
+      added[i % each].store(number + 1, std::memory_order_release);
     }
+#pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < rows; i++) {
-      for (Desk *x : desks) {
-        if (!x) continue;
-        if (p.received)
-          for (int64_t j = 0; j < p.keys; j++) p.received[i * p.keys + j] += x->received[i * per_row + j];
-        if (p.distance)
-          for (int64_t j = 0; j < p.reach; j++)
-            p.distance[i * p.reach + j] += x->distance[i * per_slots + NR + p.reach - 1 - j];
-      }
-    }
-    int64_t carried = p.carry ? p.batch * p.queries * p.carry_width : 0;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < carried; i++)
-      for (Desk *x : desks)
-        if (x) p.carried[i] += x->carried[i];
+    for (int64_t i = 0; i < per_carried; i++)
+      for (int64_t unit = 0; unit < s.units; unit++) p.carried[i] += carried[unit * per_carried + i];
   }
+}
+
+void prefill(const Problem &p) {
+#ifdef PAIRS
+  if (p.bfloat16 && !p.exact) return prefill_of<uint16_t>(p);
+#endif
+  prefill_of<float>(p);
 }

@@ -11,6 +11,7 @@ struct Problem {
   // of each head would lie, and the first column that it holds; null where strides say it all
   const int64_t *held;
   int64_t bfloat16;                                                   // q, k and v are bfloat16, else float32
+  int64_t exact;  // weights are not to be rounded to bfloat16 before they meet values, whatever that costs
   float scale;
   const float *sink;      // [h] a logit without key or value for each head, or null
   const int32_t *ranges;  // [b|1 h|1 q n 2] half-open ranges of columns that each query sees; null, where one query

@@ -102,6 +102,15 @@ inline void cut(const Problem &p, int64_t pair, std::vector<Part> &parts) {
   }
 }
 
+// Whether a head sees any column that it holds, whatever its score.
+inline bool sees(const Problem &p, int64_t pair, int64_t head) {
+  const int32_t *x = p.ranges + pair / p.kv_heads * p.range_stride[0] + head * p.range_stride[1];
+  int64_t least = p.held ? p.held[2 * pair + 1] : 0;
+  for (int64_t r = 0; r < p.range_count; r++)
+    if (std::max<int64_t>(x[2 * r], least) < std::min<int64_t>(x[2 * r + 1], p.keys)) return true;
+  return false;
+}
+
 // One query for each head. `received` gets the weights themselves, from which Python draws whatever else is wanted.
 template <class T>
 void step_of(const Problem &p) {
@@ -145,25 +154,23 @@ void step_of(const Problem &p) {
       for (int64_t h = 0; h < group; h++) {
         float *row = scores + h * PART;
         const int32_t *seen = p.ranges + b * p.range_stride[0] + (g * group + h) * p.range_stride[1];
-        auto hide = [&](float with) {
-          int64_t at = from;
-          for (int64_t r = 0; r < p.range_count && at < to; r++) {
-            int64_t lo = seen[2 * r], hi = seen[2 * r + 1];
-            if (hi <= at || lo >= hi) continue;
-            for (int64_t j = at; j < std::min(lo, to); j++) row[j - from] = with;
-            at = std::max(at, hi);
-          }
-          for (int64_t j = at; j < to; j++) row[j - from] = with;
-        };
-        hide(-INFINITY);
-        for (int64_t j = n; j % W; j++) row[j] = -INFINITY;
-        vf high = all(FLOOR), sum = {};
+        int64_t at = from;
+        for (int64_t r = 0; r < p.range_count && at < to; r++) {
+          int64_t lo = seen[2 * r], hi = seen[2 * r + 1];
+          if (hi <= at || lo >= hi) continue;
+          if (lo > at) std::fill(row + at - from, row + std::min(lo, to) - from, -INFINITY);
+          at = std::max(at, hi);
+        }
+        std::fill(row + std::min(at, to) - from, row + (n + W - 1) / W * W, -INFINITY);
+        vf high = all(-INFINITY), sum = {};
         for (int64_t j = 0; j < n; j += W) high = greater(high, load(row + j));
         tops[h] = highest(high);
-        for (int64_t j = 0; j < n; j += W) store(row + j, exp2(greater(load(row + j) - tops[h], all(-126.0f))));
-        hide(0.0f);
-        for (int64_t j = n; j % W; j++) row[j] = 0.0f;
-        for (int64_t j = 0; j < n; j += W) sum += load(row + j);
+        const vf top = all(base(tops[h])), low = all(LEAST);
+        for (int64_t j = 0; j < n; j += W) {
+          vf w = exp2(greater(load(row + j) - top, low));
+          sum += w;
+          store(row + j, w);
+        }
         sums[h] = total(sum);
         if (kept) std::copy(row, row + n, kept + (b * p.heads + g * group + h) * p.keys + from);
       }
@@ -175,24 +182,24 @@ void step_of(const Problem &p) {
     for (int64_t i = 0; i < p.batch * p.heads; i++) {
       int64_t b = i / p.heads, head = i % p.heads, pair = b * p.kv_heads + head / group, h = head % group;
       int64_t first = firsts[pair], last = firsts[pair + 1];
-      float top = p.sink ? p.sink[head] * LOG2E : FLOOR, peak = FLOOR;
-      for (int64_t part = first; part < last; part++) peak = std::max(peak, found[part * per_part + group * room + h]);
-      top = std::max(top, peak);
-      float sum = p.sink ? exp2_one(p.sink[head] * LOG2E - top) : 0.0f;
+      float sink = p.sink ? p.sink[head] * LOG2E : -INFINITY, top = sink;
+      for (int64_t part = first; part < last; part++) top = std::max(top, found[part * per_part + group * room + h]);
+      float sum = p.sink ? lowered(sink, top) : 0.0f;
       float *out = p.out + i * p.value_width;
       std::fill(out, out + p.value_width, 0.0f);
       for (int64_t part = first; part < last; part++) {
         const float *at = found + part * per_part;
-        float factor = exp2_one(at[group * room + h] - top);
+        float factor = lowered(at[group * room + h], top);
         sum += factor * at[group * room + group + h];
         if (factor > 0)
           for (int64_t e = 0; e < p.value_width; e++) out[e] += factor * at[h * room + e];
       }
-      float inverse = peak == FLOOR && !(sum != sum) ? 0.0f : 1.0f / sum;
-      for (int64_t e = 0; e < p.value_width; e++) out[e] *= inverse;
+      bool empty = top == -INFINITY, blind = empty && !sees(p, pair, head);
+      float inverse = blind ? 0.0f : empty ? NAN : 1.0f / sum;  // softmax of minus infinities alone is no number
+      for (int64_t e = 0; e < p.value_width; e++) out[e] = blind ? 0.0f : out[e] * inverse;
       if (kept)
         for (int64_t part = first; part < last; part++) {
-          float factor = exp2_one(found[part * per_part + group * room + h] - top) * inverse;
+          float factor = lowered(found[part * per_part + group * room + h], top) * inverse;
           for (int64_t j = parts[part].from; j < parts[part].to; j++) kept[i * p.keys + j] *= factor;
         }
     }

@@ -31,7 +31,9 @@ INLINE float total(vf x) {
   return (sum[0] + sum[2]) + (sum[1] + sum[3]);  // not one after the other: each would wait for the last
 }
 
-// 2^x for x from -126 to 0, within 1e-7; what is no number stays so
+constexpr float LEAST = -127.0f;  // 2^this is nothing at all to exp2
+
+// 2^x for x from LEAST to 0, within 1e-7, and zero at LEAST; what is no number stays so
 INLINE vf exp2(vf x) {
   const vf magic = all(12582912.0f);  // 1.5 * 2^23: adding it leaves the whole part in the low bits
   vf shifted = x + magic;
@@ -48,11 +50,17 @@ INLINE vf exp2(vf x) {
   return y * bits.f;
 }
 
-INLINE float exp2_one(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
+// What a weight over one maximum is multiplied with to be over a later one; both may be minus infinity.
+INLINE float lowered(float before, float now) {
+  return before == now ? 1.0f : before - now < -126.0f ? 0.0f : std::exp2(before - now);
+}
+
+// Weights over a maximum; over 0 while nothing above minus infinity was seen, so that the weights are zeros.
+INLINE float base(float top) { return top == -INFINITY ? 0.0f : top; }
 
 // c[MR][NR] = a[MR][n] b[n][NR], or added to it
 template <bool ADD>
-INLINE void product(const float *a, int64_t lda, const float *b, int64_t n, float *c, int64_t ldc) {
+INLINE void product(const float *a, int64_t lda, const float *b, int64_t n, float *c, int64_t ldc, float = 1.0f) {
   vf sum[MR][2] = {};
   for (int64_t i = 0; i < n; i++) {
     vf left = load(b + i * NR), right = load(b + i * NR + W);
@@ -71,8 +79,48 @@ INLINE void product(const float *a, int64_t lda, const float *b, int64_t n, floa
   }
 }
 
+#ifdef PAIRS
+// The same for bfloat16: two products a lane, exact and added up in float32. b is [n/2][NR][2]; of an odd n one more is
+// taken. What is not added is multiplied with `times`.
+template <bool ADD>
+INLINE void product(const uint16_t *a, int64_t lda, const uint16_t *b, int64_t n, float *c, int64_t ldc, float times) {
+  vf sum[MR][2] = {};
+  for (int64_t i = 0; i < n; i += 2) {
+    const float *at = (const float *)(b + i * NR);
+    vf left = load(at), right = load(at + W);
+#pragma GCC unroll 6
+    for (int r = 0; r < MR; r++) {
+      uint32_t pair;
+      std::memcpy(&pair, a + r * lda + i, sizeof pair);
+      __m512bh x = (__m512bh)_mm512_set1_epi32((int)pair);
+      sum[r][0] = (vf)_mm512_dpbf16_ps((__m512)sum[r][0], x, (__m512bh)left);
+      sum[r][1] = (vf)_mm512_dpbf16_ps((__m512)sum[r][1], x, (__m512bh)right);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < MR; r++) {
+    float *to = c + r * ldc;
+    store(to, ADD ? load(to) + sum[r][0] : sum[r][0] * times);
+    store(to + W, ADD ? load(to + W) + sum[r][1] : sum[r][1] * times);
+  }
+}
+
+// A vector rounded to bfloat16.
+INLINE void store(uint16_t *p, vf x) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+#endif
+
 INLINE float number(float x) { return x; }
 INLINE float number(uint16_t x) {
   union { uint32_t i; float f; } bits = {(uint32_t)x << 16};
   return bits.f;
+}
+
+// How many elements of a type one lane of the register tile multiplies at once.
+template <class E>
+constexpr int64_t DEEP = sizeof(float) / sizeof(E);
+
+template <class E, class T>
+INLINE E as(T x) {
+  if constexpr (DEEP<E> == 1) return number(x);
+  else return x;
 }

@@ -6,11 +6,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from heedful.engine.attend import Job
 from heedful.engine.backends.native import Native
 from heedful.engine.backends.reference import Reference
 from heedful.engine.backends.sdpa import Sdpa
 from heedful.engine.backends.tiled import Tiled
+from heedful.engine.job import Job
 from heedful.engine.needs import Needs
 
 

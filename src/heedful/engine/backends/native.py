@@ -14,8 +14,8 @@ from heedful.core.places import spread_heads
 from heedful.core.ragged import Ragged, padded
 from heedful.core.rows import counts
 from heedful.core.summary import Summary, Tally
-from heedful.engine.attend import Job
 from heedful.engine.backends.tiled import Tiled
+from heedful.engine.job import Job
 from heedful.engine.needs import Needs
 from heedful.engine.shifting import corrected
 from heedful.native import Library, Problem, library
@@ -82,6 +82,7 @@ def _compute(kernel: Library, job: Job, q: Tensor, k: Tensor, v: Tensor) -> Tens
     b, h, n, d = q.shape
     p = Problem(b, h, k.shape[1], n, k.shape[2], d, v.shape[3])
     p.scale, p.threads, p.bfloat16 = call.scale, torch.get_num_threads(), q.dtype == torch.bfloat16
+    p.exact = bool(job.plan.shifts)  # what a shift takes away again must not have been rounded
     held: list[Tensor] = []  # what the kernel points at must outlive it
 
     def at(x: Tensor) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.ragged import Ragged
-from heedful.engine.attend import Job
+from heedful.engine.job import Job
 from heedful.engine.needs import Needs
 
 

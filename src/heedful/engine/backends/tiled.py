@@ -10,7 +10,8 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.spans import Ranges
-from heedful.engine.attend import Job, tile, wide
+from heedful.engine.attend import tile, wide
+from heedful.engine.job import Job
 from heedful.engine.needs import Needs
 from heedful.engine.shifting import resolved
 
@@ -41,16 +42,17 @@ class Tiled:
         return self._all(job, q, k, v), None
 
     def _all(self, job: Job, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = [self.block(job, rows, q, k, v) for rows in self._blocks(job.call, q.shape[0])]
+        heads = [self.block(job, rows, q, k, v) for rows in self._blocks(job, q.shape[0])]
         return heads[0] if len(heads) == 1 else torch.cat(heads, 2)
 
-    def _blocks(self, call: Call, texts: int) -> Iterator[slice]:
+    def _blocks(self, job: Job, texts: int) -> Iterator[slice]:
         """Rows for each tile, as many as its bytes allow: the first ones of a causal text see few columns."""
-        start, total = 0, len(call.queries)
+        call, start, total = job.call, job.call.earlier, len(job.call.queries)
         while start < total:
             step = self.rows or LEAST
             if self.rows is None and total - start > LEAST:
-                cols = _seen(call, slice(start, min(start + MOST, total)))
+                rows = slice(start, min(start + MOST, total))
+                cols = slice(0, len(call.keys)) if job.plan.above else _seen(call, rows)
                 width = cols.stop - cols.start if isinstance(cols, slice) else len(cols)
                 step = self.tile_rows(texts, call.heads, width)
             yield slice(start, min(start + step, total))
@@ -59,15 +61,20 @@ class Tiled:
     @staticmethod
     def block(job: Job, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The heads of some rows, for a job whose shifts are known."""
-        call, cols = _cut(job.call, rows)
+        above = min(job.plan.above, rows.start)
+        call, cols = _cut(job.call, slice(rows.start - above, rows.stop), above if job.plan.above else None)
+        rows = call.rows
         return tile(job, call, wide(q[:, :, rows]), wide(k[:, :, cols]), wide(v[:, :, cols]))[0]
 
 
-def _cut(call: Call, rows: slice) -> tuple[Call, slice | Tensor]:
-    """The tile's call with its pairs, narrowed to the key columns that some of its rows may see."""
-    cols = _seen(call, rows)
-    part = call.tile(rows, cols)
-    return replace(part, keep=call.mask.keeps(part.pairs)), cols
+def _cut(call: Call, rows: slice, above: int | None) -> tuple[Call, slice | Tensor]:
+    """The tile's call with its pairs, narrowed to the key columns that some of its rows may see.
+
+    Where edits look at neighbours, `above` of the rows are there for that, and all keys are, so that neighbours in the
+    tile are neighbours in the text.
+    """
+    part = call.tile(rows, slice(0, len(call.keys)) if above is not None else _seen(call, rows))
+    return replace(part, keep=call.mask.keeps(part.pairs), above=above or 0), part.cols
 
 
 def _seen(call: Call, rows: slice) -> slice | Tensor:

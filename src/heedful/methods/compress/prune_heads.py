@@ -37,7 +37,6 @@ PAPER = Paper(
 class _Gates(Method):
     """A factor on each group of heads, one for each text of a batch, so that its gradient is each text's own."""
 
-    paper = PAPER
     texts: int = 1  # texts in the batch, b
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:

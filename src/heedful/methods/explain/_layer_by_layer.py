@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.core.call import Call
+from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
 
@@ -15,13 +15,16 @@ class LayerByLayer(Method, abstract=True):
 
     streams = False  # a text that comes in pieces is refused
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE
+
     def keep(self, tile: Tensor, call: Call) -> None:
         """Hold what a tile's rows come to, `[b r ...]`."""
-        call.scratch["tiles"][call.rows.start] = tile
+        call.state.forward["tiles"][call.rows.start] = tile
 
     def below(self, call: Call) -> Tensor | None:
         """What was kept in the layer below, `[b n ...]`; None in the first layer."""
-        held = call.scratch
+        held = call.state.forward
         if held.get("layer") != call.layer:
             if "tiles" in held:
                 if held["layer"] != call.layer - 1:

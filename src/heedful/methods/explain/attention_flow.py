@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.core.call import Call, Phase
+from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.method import Readings
 from heedful.core.paper import Paper
@@ -52,13 +52,11 @@ class AttentionFlow(LayerByLayer):
 
     @reads(Site.PATTERN)
     def collect(self, weights: Tensor, call: Call) -> Statistic | None:
-        if call.phase is Phase.DECODE:
-            return None
         self.require_whole(call)
         mean = weights.detach().double().mean(1)  # [b r k]
         if (below := self.below(call)) is not None:
             self.of_tile(below, mean, call)
-            call.scratch.setdefault("maps", {})[call.layer - 1] = below
+            call.state.forward.setdefault("maps", {})[call.layer - 1] = below
         n = len(call.keys) if call.key is None else call.key.shape[2]
         whole = call.by_key(mean, n)
         own = call.queries.index[:, 0, :, None] == torch.arange(n, device=mean.device)
@@ -67,7 +65,8 @@ class AttentionFlow(LayerByLayer):
         return Cat.of(f"{call.rows.start:09d}", mixed) if call.last_layer else None
 
     def finish(self, statistic: Statistic, call: Call) -> Statistic:
-        maps = torch.stack([*call.scratch.get("maps", {}).values(), torch.cat(statistic.value, 1)], 1)  # [b l n n]
+        below = call.state.forward.get("maps", {}).values()
+        maps = torch.stack([*below, torch.cat(statistic.value, 1)], 1)  # [b l n n]
         if maps.shape[2] != maps.shape[3]:
             rule = f"{call.name} sees keys that are not this forward's tokens; use the usual cache, or none"
             raise FieldError(self, "layers", call.layer, rule, "model(input_ids, use_cache=False)")

@@ -16,7 +16,8 @@ from heedful.core.sites import Site, at
 class Patch(Method):
     """Puts what heads handed over in another run in place of what they hand over in this one, or zeros.
 
-    `.on(layers, heads)` says which. `heedful.patching` and `heedful.path_patching` try the heads of a model one by one.
+    `.on(layers, heads)` says which. `patching` and `path_patching` in `heedful.explaining` try the heads of a model one
+    by one.
     """
 
     paper = Paper(
@@ -47,6 +48,9 @@ class Patch(Method):
     @classmethod
     def example(cls) -> Patch:
         return cls(positions=(0, 3, 6))
+
+    def idle(self, call: Call) -> bool:
+        return self.positions == ()
 
     @at(Site.HEADS)
     def put(self, heads: Tensor, call: Call) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.core.call import Call, Phase
+from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.method import Readings
 from heedful.core.paper import Paper
@@ -44,8 +44,6 @@ class AttentionRollout(LayerByLayer):
 
     @reads(Site.PATTERN)
     def mix(self, weights: Tensor, call: Call) -> Statistic | None:
-        if call.phase is Phase.DECODE:
-            return None
         self.require_whole(call)
         mean = weights.detach().mean(1)  # [b r k]
         before = self.below(call)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heedful.core.call import Call, Phase
+from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.figures import HeadMap, Told
 from heedful.core.fitted import Fitted
@@ -66,8 +66,6 @@ class SparseAttentionDecomposition(LayerByLayer):
 
     @reads(Site.PATTERN)
     def count(self, pattern: Tensor, call: Call) -> Statistic | None:
-        if call.phase is Phase.DECODE:
-            return None
         self.require_whole(call)
         if call.query is None or call.key is None or pattern.shape[1] != call.query.shape[1]:
             rule = f"{call.name}: its pairs are taken from all heads of the call"

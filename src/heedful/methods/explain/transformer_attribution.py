@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.core.call import Call, Phase
+from heedful.core.call import Call
 from heedful.core.method import Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
@@ -16,9 +16,9 @@ from heedful.methods.explain._layer_by_layer import LayerByLayer
 class TransformerAttribution(LayerByLayer):
     """How relevant each token is to each position for what a backward was taken of, `[b n n]` for every such forward.
 
-    `heedful.attribute(model, prompt, TransformerAttribution())` takes that backward. By hand: attach, run, call
-    `backward()` on a logit, then ask the run. Rows and columns stand as the tokens were fed. The maps of all layers and
-    their gradients are held until then, so texts should be short.
+    `heedful.explaining.attribute(model, prompt, TransformerAttribution())` takes that backward. By hand: attach, run,
+    call `backward()` on a logit, then ask the run. Rows and columns stand as the tokens were fed. The maps of all
+    layers and their gradients are held until then, so texts should be short.
     """
 
     paper = Paper(
@@ -39,8 +39,6 @@ class TransformerAttribution(LayerByLayer):
 
     @reads(Site.PATTERN)
     def follow(self, pattern: Tensor, call: Call) -> Statistic | None:
-        if call.phase is Phase.DECODE:
-            return None
         self.require_whole(call)
         if pattern.requires_grad:
             pattern.retain_grad()
@@ -64,7 +62,7 @@ def _relevance(patterns: list[Tensor]) -> Tensor | None:
 
 if __name__ == "__main__":
     from heedful import models
-    from heedful.explaining.attribute import attribute
+    from heedful.explaining.attribution import attribute
 
     model, tokenizer, _ = models.default()
     ids = tokenizer("Paris is the capital of France, and Rome is the capital of", return_tensors="pt").input_ids

@@ -69,10 +69,13 @@ class ACT(Method):
     def example(cls) -> ACT:
         return cls(threshold=0.02)
 
-    @shifts("received")
-    def calibrate(self, summary: Summary, call: Call) -> Shift | None:
+    def idle(self, call: Call) -> bool:
         if self.beta == 1 or call.phase is Phase.DECODE:
-            return None
+            return True
+        return self.heads is not None and not heads_here(self, self.heads, call)
+
+    @shifts("received")
+    def calibrate(self, summary: Summary, call: Call) -> Shift:
         sinks = self.sinks(summary, call)
         if self.heads is not None:
             chosen = torch.zeros(call.heads, 1, dtype=torch.bool, device=sinks.device)
@@ -105,7 +108,6 @@ class ACT(Method):
 class _Sinks(Method):
     """How many columns of each head would be calibrated, by (layer, head)."""
 
-    paper = ACT.paper
     method: ACT
 
     @sums("received")

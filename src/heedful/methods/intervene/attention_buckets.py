@@ -36,7 +36,6 @@ _PAPER = Paper(
 class _Rebase(Method):
     """Queries and keys as another rotary base would have turned them."""
 
-    paper = _PAPER
     base: float
     new: float
     rotary: int | None = None

@@ -29,7 +29,6 @@ _PAPER = Paper(
 class _DocumentAttention(Method):
     """What the last row of a prompt gives to each span of a role, heads averaged."""
 
-    paper = _PAPER
     role: str
     last: int  # the position of the prompt's last token
 

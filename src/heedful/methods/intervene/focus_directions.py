@@ -15,6 +15,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.method import Bench, Layer, Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
+from heedful.core.state import ByIndex
 from heedful.core.stats import Mean, Statistic, Sum
 
 
@@ -60,6 +61,13 @@ class FocusDirections(Method):
     def example(cls) -> FocusDirections:
         return cls(alpha=1.0, seed=0)
 
+    def idle(self, call: Call) -> bool:
+        if self.alpha == 0 or self.directions is None:
+            return self.alpha == 0
+        if any(int(name.partition(".")[2]) >= call.depth for name in self.directions):
+            raise self._misfit(f"this one has {call.depth} layers")
+        return not {f"q.{call.layer}", f"k.{call.layer}"} & self.directions.keys()
+
     @at(Site.QUERY)
     def turn_queries(self, query: Tensor, call: Call) -> Tensor:
         added = self._added(query, "q", call)
@@ -71,18 +79,21 @@ class FocusDirections(Method):
         if added is None:
             return key
         if call.turn is not None:
-            start = call.queries.first or 0
-            if start > 0:  # cached keys were turned in earlier calls, and the cache holds them as they were
-                added = torch.cat([call.memory["keys"][:, :, :start], added], 2)
-            call.memory["keys"] = added
+            added, start = added.expand(len(key), -1, -1, -1), call.queries.first or 0
+            # cached keys were turned in earlier calls, and the cache holds them as they were
+            before = call.state.cache.get("keys", added[:, :, :0])[:, :, :start]
+            if before.shape[2] < start:
+                rule = "must be turned from the text's first token on; read the whole text under this method"
+                raise FieldError(self, "keys", before.shape[2], rule, start)
+            added = torch.cat([before, added], 2)
+            call.state.cache["keys"] = ByIndex(added, 2)
             place = call.keys.index.clamp(max=added.shape[2] - 1)[..., None]
-            shape = (max(len(place), len(added)), *key.shape[1:])
-            added = added.expand(shape[0], -1, -1, -1).gather(2, place.expand(shape))
+            added = added.gather(2, place.expand(key.shape))
         return key + self.alpha * added
 
     def _added(self, x: Tensor, side: str, call: Call) -> Tensor | None:
         """The direction as this call's tokens hold it, `[b|1 heads n d]`; None where nothing is added."""
-        direction = None if self.alpha == 0 else self._direction(x, side, call)
+        direction = self._direction(x, side, call)
         if direction is None:
             return None
         flat = direction.to(x)[None, :, None]
@@ -99,15 +110,13 @@ class FocusDirections(Method):
             source = torch.Generator().manual_seed(2 * (4099 * self.seed + call.layer) + (side == "k"))
             return torch.randn(shape, generator=source)
         found = self.directions.get(f"{side}.{call.layer}")
-        beyond = any(int(name.partition(".")[2]) >= call.depth for name in self.directions)
-        if beyond or (found is not None and found.shape != shape):
-            rule = (
-                f"was fitted to another model; this one has {call.depth} layers, and [{side} d] is {list(shape)} here"
-            )
-            raise FieldError(
-                self, "directions", self.directions, rule, "heedful.fit(FocusDirections(), model, batches)"
-            )
+        if found is not None and found.shape != shape:
+            raise self._misfit(f"[{side} d] is {list(shape)} here")
         return found
+
+    def _misfit(self, here: str) -> FieldError:
+        good = "heedful.fit(FocusDirections(), model, batches)"
+        return FieldError(self, "directions", self.directions, f"was fitted to another model; {here}", good)
 
     def fit(self, bench: Bench, batches: Iterable[Mapping[str, Any]]) -> FocusDirections:
         """Rank heads by their mass on the role "relevant", and learn directions for the best of them.
@@ -146,8 +155,6 @@ class FocusDirections(Method):
 
 class _Mass(Method):
     """Each head's weight from a text's last token on the role "relevant"; keeps the gradient."""
-
-    paper = FocusDirections.paper
 
     @reads(Site.PATTERN)
     def relevant(self, pattern: Tensor, call: Call) -> Statistic:

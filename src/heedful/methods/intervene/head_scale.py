@@ -61,12 +61,13 @@ class HeadScale(Method):
     def neutral(cls) -> HeadScale:
         return cls(scale=1.0)
 
+    def idle(self, call: Call) -> bool:
+        return self.scales is None and self.scale == 1
+
     @at(Site.QUERY)
     def sharpen(self, query: Tensor, call: Call) -> Tensor:
         factor = self.factor(call.layer, call.depth, query.shape[1])
-        if isinstance(factor, Tensor):
-            return query * factor.to(query)[:, None, None]
-        return query if factor == 1 else query * factor
+        return query * (factor.to(query)[:, None, None] if isinstance(factor, Tensor) else factor)
 
     def factor(self, layer: int, depth: int, heads: int) -> Tensor | float:
         """The factors of a layer's heads `[h]`, or the one of all."""
@@ -127,7 +128,6 @@ def _loss(run: Any, batch: Mapping[str, Any]) -> Tensor:
 class _Learner(Method):
     """Factors that learn."""
 
-    paper = HeadScale.paper
     start: float
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:

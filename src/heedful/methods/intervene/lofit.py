@@ -72,9 +72,14 @@ class LoFiT(Method):
     def example(cls) -> LoFiT:
         return cls(seed=0)
 
+    def idle(self, call: Call) -> bool:
+        if self.strength == 0:
+            return True
+        places = [(int(name.removeprefix("v.")), 0) for name in self.offsets or ()]
+        return not heads_here(self, places, call, "offsets") and self.offsets is not None
+
     @at(Site.HEADS)
     def shift(self, heads: Tensor, call: Call) -> Tensor:
-        heads_here(self, [(int(name.removeprefix("v.")), 0) for name in self.offsets or ()], call, "offsets")
         added = self._offset(heads.shape[1], heads.shape[3], call.layer)
         return heads if added is None else heads + added.to(heads)[:, None]
 
@@ -137,8 +142,6 @@ class LoFiT(Method):
 class _Scales(Method):
     """Heads times 1 + a, a near 0 at first."""
 
-    paper = LoFiT.paper
-
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         return {"a": _noise(layer)}
 
@@ -150,7 +153,6 @@ class _Scales(Method):
 class _Offsets(Method):
     """Offsets that learn, in the chosen heads, near 0 at first."""
 
-    paper = LoFiT.paper
     chosen: tuple[tuple[int, int], ...] = ()
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:

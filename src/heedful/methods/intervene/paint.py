@@ -55,15 +55,18 @@ class PAINT(Method):
     def neutral(cls) -> PAINT:
         return cls(alpha=0.0, beta=0.0)
 
+    def idle(self, call: Call) -> bool:
+        return call.cross or self.alpha == self.beta == 0
+
     @reads(Site.QUERY)
     def find_last(self, query: Tensor, call: Call) -> None:
-        call.memory["last"] = call.last  # tiles see their own rows only
+        call.state.forward["last"] = call.last  # tiles see their own rows only
 
     @at(Site.SCORES)
     def raise_informed(self, scores: Tensor, call: Call) -> Tensor:
         b, h, r, k = scores.shape
-        here = torch.arange(r, device=scores.device) + (call.rows.start or 0) == call.memory["last"]  # [b|1 r]
-        if call.cross or self.alpha == self.beta == 0 or not here.any():
+        here = torch.arange(r, device=scores.device) + (call.rows.start or 0) == call.state.forward["last"]  # [b|1 r]
+        if not here.any():
             return scores
         here = here.expand(b, r)
         row = here.int().argmax(-1)[:, None, None, None]

@@ -60,24 +60,25 @@ class PASTA(Method):
     def neutral(cls) -> PASTA:
         return cls(alpha=1.0)
 
+    def idle(self, call: Call) -> bool:
+        if self.alpha == 1 or call.cross:
+            return True
+        return self.heads is not None and not heads_here(self, self.heads, call)
+
     @reads(Site.QUERY)
     def note_prompt(self, query: Tensor, call: Call) -> None:
         """Where the prompt ends."""
-        if call.phase is Phase.PREFILL or "end" not in call.memory:
-            call.memory["end"] = torch.where(call.live, call.q_pos, -1).amax(-1, keepdim=True) + 1  # [b|1 1 1]
+        if call.phase is Phase.PREFILL or "end" not in call.state.cache:
+            end = torch.where(call.live, call.q_pos, -1).amax(-1, keepdim=True) + 1
+            call.state.cache["end"] = end.expand(len(query), -1, -1)  # [b 1 1]
 
     @shifts()
-    def turn_down(self, summary: Summary, call: Call) -> Shift | None:
-        if self.alpha == 1 or call.cross:
-            return None
-        mine = None if self.heads is None else heads_here(self, self.heads, call)
-        if mine == []:
-            return None
-        later = call.pairs.k[:, :, 0] >= call.memory["end"]
+    def turn_down(self, summary: Summary, call: Call) -> Shift:
+        later = call.pairs.k[:, :, 0] >= call.state.cache["end"]
         kept = call.spread(call.marked(self.role)) | later  # [b|1 h|1 k]
         # rows add up to one again, so to turn the rest down is to turn these up, and they are few
         found = Shift(torch.where(kept, 1 / self.alpha, 1.0))
-        return found if mine is None else found.on(mine, call.heads)
+        return found if self.heads is None else found.on(heads_here(self, self.heads, call), call.heads)
 
     def fit(self, bench: Bench, batches: Iterable[Batch]) -> PASTA:
         """Steer heads one by one, and keep those that are among the best of every task."""

@@ -61,10 +61,11 @@ class SoftInjection(Method):
     def example(cls) -> SoftInjection:
         return cls(gate=0.5)
 
+    def idle(self, call: Call) -> bool:
+        return self.gate == 0 or call.phase is Phase.DECODE
+
     @at(Site.HEADS)
     def inject(self, heads: Tensor, call: Call) -> Tensor:
-        if self.gate == 0 or call.phase is Phase.DECODE:
-            return heads
         h, d = heads.shape[1], heads.shape[3]
         if self.task is None:
             if self.gate is None:
@@ -95,7 +96,6 @@ class SoftInjection(Method):
 class _Gates(Method):
     """Gates that learn, a half at first."""
 
-    paper = SoftInjection.paper
     task: Fitted
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:

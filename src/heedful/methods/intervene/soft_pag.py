@@ -39,7 +39,6 @@ _PAPER = Paper(
 class _TowardsSelf(Method):
     """Maps on their way to identity: every token looks at itself."""
 
-    paper = _PAPER
     u: float = 1.0
 
     @at(Site.PATTERN)

@@ -34,7 +34,6 @@ PAPER = Paper(
 class _HeadMean(Method):
     """The mean of what each head hands to the output projection, for each class of texts."""
 
-    paper = PAPER
     share: Fitted  # "tokens" [2 b n]: what each token weighs in its text's mean, by class
 
     @reads(Site.HEADS)
@@ -46,7 +45,6 @@ class _HeadMean(Method):
 class _OutputMean(Method):
     """The mean of the attention block's output, for each class of texts."""
 
-    paper = PAPER
     share: Fitted
 
     @reads(Site.OUTPUT)

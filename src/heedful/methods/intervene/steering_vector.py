@@ -56,10 +56,11 @@ class SteeringVector(Method):
     def example(cls) -> SteeringVector:
         return cls(seed=0)
 
+    def idle(self, call: Call) -> bool:
+        return self.strength == 0
+
     @at(Site.RESIDUAL)
     def steer(self, stream: Tensor, call: Call) -> Tensor:
-        if self.strength == 0:
-            return stream
         return stream + self.strength * self._vector(stream.shape[-1], call.layer).to(stream)
 
     def _vector(self, width: int, layer: int) -> Tensor:
@@ -93,7 +94,6 @@ class SteeringVector(Method):
 class _LastStates(Method):
     """The mean of the residual stream at the last token, of texts without and with the trait, `[2 e]`."""
 
-    paper = SteeringVector.paper
     of: Fitted  # "positive" [b] or [1], bool
 
     @reads(Site.RESIDUAL)

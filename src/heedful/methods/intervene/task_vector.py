@@ -63,10 +63,11 @@ class LearnableTaskVector(Method):
     def example(cls) -> LearnableTaskVector:
         return cls(seed=0)
 
+    def idle(self, call: Call) -> bool:
+        return self.strength == 0 or call.phase is Phase.DECODE
+
     @at(Site.RESIDUAL)
     def add(self, stream: Tensor, call: Call) -> Tensor:
-        if self.strength == 0 or call.phase is Phase.DECODE:
-            return stream
         return _added(stream, self.strength * self._vector(stream.shape[-1], call.layer), call)
 
     def _vector(self, width: int, layer: int) -> Tensor:
@@ -103,7 +104,6 @@ class LearnableTaskVector(Method):
 class _Weights(Method):
     """Weights that learn."""
 
-    paper = LearnableTaskVector.paper
     parts: Fitted  # t.<layer> [h e]: what each head writes
     start: float = 1.0
     seed: int = 0

@@ -44,9 +44,12 @@ class TempScale(Method):
     def example(cls) -> TempScale:
         return cls(tau=0.5)
 
+    def idle(self, call: Call) -> bool:
+        return self.tau == 1
+
     @at(Site.SCORES)
     def sharpen(self, scores: Tensor, call: Call) -> Tensor:
-        return scores if self.tau == 1 else scores / self.tau
+        return scores / self.tau
 
     def folds(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
         if self.tau == 1:

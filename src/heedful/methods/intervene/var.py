@@ -14,6 +14,7 @@ from heedful.core.errors import FieldError
 from heedful.core.method import Bench, Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
+from heedful.core.state import ByIndex
 from heedful.core.stats import Mean
 
 
@@ -71,10 +72,13 @@ class VAR(Method):
     def example(cls) -> VAR:
         return cls(tau=2.5, least=0.0, rho=1.0)
 
+    def idle(self, call: Call) -> bool:
+        return self.p == 1
+
     @at(Site.PATTERN)
     def redistribute(self, pattern: Tensor, call: Call) -> Tensor:
-        layer, sinks = call.scratch.get("sinks", (None, None))  # [b n], by index
-        if self.p == 1 or layer != call.layer - 1 or call.cross:
+        layer, sinks = call.state.forward.get("sinks", (None, None))  # [b n], by index
+        if layer != call.layer - 1 or call.cross:
             return pattern
         after = max((stop for _, stop in call.roles.get(self.role, ())), default=0)
         marked = call.spread(call.marked(self.role))[:, :, None]
@@ -94,10 +98,10 @@ class VAR(Method):
         shares = _shares(stream)
         found = (shares if self.dims is None else shares[..., list(self.dims)]).amax(-1) > self.tau
         if start := call.queries.first or 0:
-            before = call.memory.get("sinks", found[:, :0])[:, :start]
+            before = call.state.cache.get("sinks", found[:, :0])
             found = torch.cat([torch.nn.functional.pad(before, (0, start - before.shape[1])), found], 1)
-        call.memory["sinks"] = found
-        call.scratch["sinks"] = call.layer, found
+        call.state.cache["sinks"] = ByIndex(found, 1)
+        call.state.forward["sinks"] = call.layer, found
 
     def fit(self, bench: Bench, batches: Iterable[Mapping[str, Any]]) -> VAR:
         """The dimensions in which first tokens are above tau, on average, in at least half of the layers."""
@@ -116,8 +120,6 @@ class VAR(Method):
 
 class _FirstToken(Method):
     """Each dimension's size in a text's first token, over the token's root mean square."""
-
-    paper = VAR.paper
 
     @reads(Site.RESIDUAL)
     def first(self, stream: Tensor, call: Call) -> Mean | None:

@@ -50,13 +50,14 @@ class VHR(Method):
     def neutral(cls) -> VHR:
         return cls(alpha=1.0)
 
+    def idle(self, call: Call) -> bool:
+        return self.alpha == 1 or call.cross
+
     @at(Site.HEADS)
     def reinforce(self, heads: Tensor, call: Call) -> Tensor:
-        if self.alpha == 1 or call.cross:
-            return heads
-        chosen: Tensor | None = call.memory.get("chosen") if call.phase is Phase.DECODE else None
-        if chosen is None or len(chosen) != len(heads):
-            chosen = call.memory["chosen"] = self.choose(call)
+        chosen = call.state.cache.get("chosen") if call.phase is Phase.DECODE else None
+        if chosen is None:
+            chosen = call.state.cache["chosen"] = self.choose(call)
         return torch.where(chosen[..., None, None], self.alpha * heads, heads)
 
     def choose(self, call: Call) -> Tensor:

@@ -105,11 +105,14 @@ class AttentionProfile(Method):
             if not 0 < getattr(self, name) < 1:
                 raise FieldError(self, name, getattr(self, name), "must lie between 0 and 1", getattr(type(self), name))
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE or call.cross
+
     @sums("received", "entropy", "peak", "first", "distance")
     def add_up(self, pattern: Summary, call: Call) -> Statistic | None:
         wanted = (pattern.received, pattern.seen, pattern.entropy, pattern.peak, pattern.first, pattern.distance)
         parts = [x for x in wanted if x is not None]
-        if call.phase is Phase.DECODE or call.cross or len(parts) < len(wanted):
+        if len(parts) < len(wanted):
             return None
         received, seen, entropy, peak, first, distance = parts
         live = call.live.expand(len(first), 1, -1)

@@ -85,9 +85,12 @@ class InductionHeads(Method):
             once = vocabulary[torch.randint(len(vocabulary), (self.texts, self.period), generator=draw)]
             yield Trial(once.repeat(1, repeats), {})
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE or call.cross
+
     @sums("first", "distance")
     def score(self, pattern: Summary, call: Call) -> Statistic | None:
-        if call.phase is Phase.DECODE or call.cross or pattern.first is None or pattern.distance is None:
+        if pattern.first is None or pattern.distance is None:
             return None
         live = call.live.expand(len(pattern.first), 1, -1)
         position = call.pairs.q[..., 0].expand_as(pattern.first)

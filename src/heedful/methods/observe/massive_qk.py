@@ -71,22 +71,23 @@ class MassiveQK(Method):
         if self.times <= 1:
             raise FieldError(self, "times", self.times, "must be above 1, the mean itself", 5.0)
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE or call.cross
+
     @reads(Site.QUERY)
     def look(self, query: Tensor, call: Call) -> None:
         """Leave the queries for `measure`, which has the keys."""
-        call.scratch["query"] = query.detach()
+        call.state.forward["query"] = query.detach()
 
     @reads(Site.KEY)
     def measure(self, key: Tensor, call: Call) -> Statistic | None:
-        query: Tensor = call.scratch.pop("query")
-        if call.phase is Phase.DECODE or call.cross:
-            return None
+        query: Tensor = call.state.forward.pop("query")
         n, live = query.shape[2], call.live[..., None].to(query.dtype)
         fresh = key.detach()[:, :, -n:]  # what the cache held is counted already
         q, k = (_squares(x * live if call.queries.valid is not None else x) for x in (query, fresh))
-        if "periods" not in call.scratch:
-            call.scratch["periods"] = periods(call, q.shape[-1])
-        turns: Tensor | None = call.scratch["periods"]
+        if "periods" not in call.state.forward:
+            call.state.forward["periods"] = periods(call, q.shape[-1])
+        turns: Tensor | None = call.state.forward["periods"]
         turns, known = (q.new_zeros(1), 0) if turns is None else (turns.to(q), len(query))
         tokens = int(call.live.expand(len(query), 1, n).sum())
         # a mean over texts of what is the same in all of them lets the periods travel along

@@ -104,10 +104,11 @@ class MaxActivations(Method):
         if self.massive <= 1:
             raise FieldError(self, "massive", self.massive, "must be above 1, the mean itself", 1000.0)
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE
+
     @reads(Site.RESIDUAL)
     def find_peaks(self, stream: Tensor, call: Call) -> Statistic | None:
-        if call.phase is Phase.DECODE:
-            return None
         size = stream.detach().abs()
         live = call.live[:, 0, :, None]
         if call.queries.valid is not None:

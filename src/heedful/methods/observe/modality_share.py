@@ -76,9 +76,12 @@ class ModalityShare(Method):
         if not self.kinds or len(set(self.kinds)) < len(self.kinds) or "text" in self.kinds:
             raise FieldError(self, "kinds", self.kinds, "must be one or more unlike names, 'text' aside", ("image",))
 
+    def idle(self, call: Call) -> bool:
+        return call.cross or not {*self.kinds} & call.roles.keys()
+
     @sums("received")
     def share(self, pattern: Summary, call: Call) -> Statistic | None:
-        if call.cross or pattern.received is None or pattern.seen is None or not {*self.kinds} & call.roles.keys():
+        if pattern.received is None or pattern.seen is None:
             return None
         nothing = torch.zeros_like(call.k_pos, dtype=torch.bool)
         marks = [call.marked(kind) if kind in call.roles else nothing for kind in self.kinds]

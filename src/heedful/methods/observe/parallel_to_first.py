@@ -70,11 +70,14 @@ class ParallelToFirst(Method):
     def edges(self) -> tuple[float, ...]:
         return tuple(sorted({i / 20 for i in range(-20, 21)} | {self.near}))
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE
+
     @reads(Site.RESIDUAL)
     def compare(self, stream: Tensor, call: Call) -> Statistic | None:
         live, position = (x[:, 0].expand(len(stream), -1) for x in (call.live, call.q_pos))
         first = (position == 0) & live
-        if call.phase is Phase.DECODE or not bool(first.any()):
+        if not bool(first.any()):
             return None  # a later piece of a text, whose first token is not at hand
         stream = stream.detach()
         lead = stream[torch.arange(len(stream), device=stream.device), first.int().argmax(-1)]  # [b e]

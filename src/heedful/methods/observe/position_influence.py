@@ -69,14 +69,15 @@ class PositionInfluence(Method):
         if not 0 <= self.residual < 1:
             raise FieldError(self, "residual", self.residual, "must be a share from 0 to below 1", 0.5)
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE or call.cross or call.queries.first != 0
+
     def carries(self, call: Call) -> Tensor | None:
         """What the layer before left; or which part each token stands in, where there is none before."""
-        scratch, chain = call.scratch, re.sub(r"\d+", "", call.name)  # the decoder of a model is another chain
+        scratch, chain = call.state.forward, re.sub(r"\d+", "", call.name)  # the decoder of a model is another chain
         before, x = scratch.get("layer"), scratch.pop("next", None)
         started: set[str] = scratch.setdefault("started", set())
         scratch["layer"], scratch["x"] = call.layer, None
-        if call.phase is Phase.DECODE or call.cross or call.queries.first != 0:
-            return None
         position, live = (p[:, 0] for p in (call.q_pos, call.live))
         position, live = torch.broadcast_tensors(position, live)
         if chain not in started:
@@ -92,14 +93,14 @@ class PositionInfluence(Method):
 
     @sums("carried")
     def spread(self, pattern: Summary, call: Call) -> Statistic | None:
-        x: Tensor | None = call.scratch.get("x")
+        x: Tensor | None = call.state.forward.get("x")
         if x is None or pattern.carried is None:
             return None
         mixed = pattern.carried  # [b q c]
         mixed = mixed / mixed.sum(-1, keepdim=True).clamp(min=1e-30)  # each row of x sums to one
         if self.residual:
             mixed = (1 - self.residual) * mixed + self.residual * x
-        call.scratch["next"] = mixed
+        call.state.forward["next"] = mixed
         position, live = call.q_pos[:, 0], call.live[:, 0]
         end = live & (position == (position * live).amax(-1, keepdim=True))
         found = torch.cat([mixed, torch.ones_like(mixed[..., :1])], -1).double()  # the last counts texts and tokens

@@ -71,20 +71,21 @@ class PositionalHeads(Method):
     def example(cls) -> PositionalHeads:
         return cls(far=2)
 
+    def idle(self, call: Call) -> bool:
+        return call.cross
+
     @reads(Site.QUERY)
     def look(self, query: Tensor, call: Call) -> None:
         """Leave the queries for `correlate`, which has the keys."""
-        call.scratch["query"] = query.detach()
+        call.state.forward["query"] = query.detach()
 
     @reads(Site.KEY)
     def correlate(self, key: Tensor, call: Call) -> Statistic | None:
-        query: Tensor = call.scratch.pop("query")
-        if call.cross:
-            return None
-        if "slow" not in call.scratch:
+        query: Tensor = call.state.forward.pop("query")
+        if "slow" not in call.state.forward:
             turns = periods(call, query.shape[-1])
-            call.scratch["slow"] = None if turns is None else turns >= turns.sort().values[len(turns) // 2]
-        slow: Tensor | None = call.scratch["slow"]
+            call.state.forward["slow"] = None if turns is None else turns >= turns.sort().values[len(turns) // 2]
+        slow: Tensor | None = call.state.forward["slow"]
         if slow is None:
             return None
         (b, h, n, d), g = query.shape, key.shape[1]

@@ -92,11 +92,12 @@ class RetrievalHeads(Method):
             needle = (start + self.cue, start + block)
             yield Trial(rows, {"needle": (needle,), "answer": ((length - self.size, length),)})
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE or call.cross or not {"needle", "answer"} <= call.roles.keys()
+
     @sums("place")
     def point(self, pattern: Summary, call: Call) -> Statistic | None:
-        if call.phase is Phase.DECODE or call.cross or pattern.place is None:
-            return None
-        if not {"needle", "answer"} <= call.roles.keys():
+        if pattern.place is None:
             return None
         live, place = call.live, call.pairs.q[..., 0]  # [b|1 1 q]
         at = pattern.place.where(live, 0).long()

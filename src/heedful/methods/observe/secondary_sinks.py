@@ -94,6 +94,9 @@ class SecondarySinks(Method):
         if self.primary <= 0:
             raise FieldError(self, "primary", self.primary, "must be above 0", 3.0)
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE
+
     @sums("received")
     def weigh(self, pattern: Summary, call: Call) -> Statistic | None:
         """What the layer gives to the tokens that `align` found before it, by the layer after which they arose."""
@@ -102,7 +105,7 @@ class SecondarySinks(Method):
             return None
         born, norm, first = before
         weight = pattern.mean.mean(1)  # [b k]
-        if call.phase is Phase.DECODE or call.cross or weight.shape != born.shape:
+        if call.cross or weight.shape != born.shape:
             return None
         found = torch.zeros(2, 3, call.depth, dtype=torch.float64, device=born.device)
         for i, x in enumerate((torch.ones_like(norm), weight, norm)):
@@ -126,11 +129,11 @@ class SecondarySinks(Method):
         aligned = (cosine.abs() > self.near) & live & sink & first.any(-1, keepdim=True)
         born = torch.full_like(position, -1) if before is None or before[0].shape != position.shape else before[0]
         born = born.where(born >= 0, call.layer).where(aligned, -1)
-        call.scratch["state"] = call.layer, (born, norm, first)
+        call.state.forward["state"] = call.layer, (born, norm, first)
 
     def _before(self, call: Call) -> tuple[Tensor, Tensor, Tensor] | None:
         """Which layer each token is aligned since (-1: it is not), its norm, and which is the first."""
-        layer, state = call.scratch.get("state", (None, None))
+        layer, state = call.state.forward.get("state", (None, None))
         return state if layer == call.layer - 1 else None
 
     def answer(self, readings: Readings) -> Secondary:

@@ -103,9 +103,12 @@ class SinkRate(Method):
         if not 0 <= self.epsilon < 1:
             raise FieldError(self, "epsilon", self.epsilon, "must be a weight from 0 to below 1", 0.3)
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE
+
     @sums("received")
     def weigh_keys(self, pattern: Summary, call: Call) -> Statistic | None:
-        if call.phase is Phase.DECODE or pattern.received is None or pattern.seen is None:
+        if pattern.received is None or pattern.seen is None:
             return None
         total, count = (call.keys.by_position(x) for x in (pattern.received, pattern.seen))
         reached = count > 0

@@ -83,13 +83,16 @@ class SystematicOutliers(Method):
     def example(cls) -> SystematicOutliers:
         return cls(times=2.0)
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE
+
     @sums("received")
     def match(self, pattern: Summary, call: Call) -> Statistic | None:
-        before, massive = call.scratch.get("massive", (None, None))
+        before, massive = call.state.forward.get("massive", (None, None))
         if pattern.received is None or massive is None or before != call.layer - 1:
             return None
         received = pattern.received.mean(1)  # [b k]
-        if call.phase is Phase.DECODE or call.cross or received.shape != massive.shape:
+        if call.cross or received.shape != massive.shape:
             return None
         rows = call.live[:, 0].sum(-1, keepdim=True).expand(len(received), 1)  # a text's length
         heard = (received >= self.share * rows) & (rows > 0)
@@ -105,7 +108,7 @@ class SystematicOutliers(Method):
         live = call.live[:, 0]
         peak = size.amax(-1)  # [b n]
         mean = (size.mean(-1) * live).sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)
-        call.scratch["massive"] = call.layer, (peak > self.times * mean) & live
+        call.state.forward["massive"] = call.layer, (peak > self.times * mean) & live
 
     def answer(self, readings: Readings) -> Outliers:
         return Outliers({n: Counts(*stat.value.tolist()) for n, stat in readings.items()})

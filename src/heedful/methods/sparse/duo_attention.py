@@ -127,7 +127,6 @@ class DuoAttention(Method):
 class _Gated(Method):
     """Mixes each head's pattern with what it would be over sinks and window alone, by learned gates."""
 
-    paper = DuoAttention.paper
     stream: Rule
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:

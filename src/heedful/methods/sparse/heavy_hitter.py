@@ -54,12 +54,12 @@ class HeavyHitter(Method):
 
     @sums("received")
     def weigh(self, pattern: Summary, call: Call) -> None:
-        call.memory["received"] = pattern.received
+        call.state.forward["received"] = pattern.received
 
     @at(Site.CACHE)
     def keep_heavy(self, entries: Entries, call: Call) -> Tensor:
-        given = call.memory.pop("received").unflatten(1, (call.kv_heads, -1)).sum(2)
-        total = added_up("received", given, entries)
+        given = call.state.forward.pop("received").unflatten(1, (call.kv_heads, -1)).sum(2)
+        total = added_up("received", given, entries, call)
         most = room(self.budget, call)
         last = newest(entries, call, (self.recent * most).floor())
         return keep_best(total.masked_fill(last, torch.inf), entries, most)

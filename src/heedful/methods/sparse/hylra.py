@@ -55,7 +55,7 @@ def best(weight: Tensor, grid: Grid, keep: float) -> Tensor:
 
 def lent(call: Call, name: str, grid: Grid) -> Tensor | None:
     """The blocks that a layer left under this name; None where its mask opens other blocks than this one's."""
-    table, opened = call.scratch.get(name, (None, None))
+    table, opened = call.state.forward.get(name, (None, None))
     return table if opened is not None and torch.equal(opened, grid.open) else None
 
 
@@ -87,7 +87,7 @@ class HyLRA(BlockSparse):
     def choose(self, grid: Grid) -> Tensor | None:
         call = grid.call
         if call.layer % 4 == 0 if self.full is None else call.layer in self.full:
-            call.scratch["table"] = best(block_map(grid), grid, self.keep), grid.open
+            call.state.forward["table"] = best(block_map(grid), grid, self.keep), grid.open
             return None
         return lent(call, "table", grid)
 
@@ -120,18 +120,20 @@ def cheapest(cost: Tensor, count: int) -> tuple[int, ...]:
 class _Lost(Method):
     """The weight that a layer would lose by the best blocks of each layer before it, `[layers]`."""
 
-    paper = PAPER
     keep: float = 0.25
     size: int = 64
 
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE
+
     @reads(Site.MASK)
     def look(self, mask: Mask, call: Call) -> Mean | None:
-        grid = Grid.of(replace(call, mask=mask), self.size) if call.phase is Phase.PREFILL else None
+        grid = Grid.of(replace(call, mask=mask), self.size)
         if grid is None:
             return None
         weight = block_map(grid)
         rows = weight.sum(-1) > 0
-        call.scratch[str(call.layer)] = best(weight, grid, self.keep), grid.open
+        call.state.forward[str(call.layer)] = best(weight, grid, self.keep), grid.open
         lost = torch.zeros(call.depth, dtype=torch.float64)
         for layer in range(call.layer + 1):
             table = lent(call, str(layer), grid)

@@ -79,9 +79,12 @@ class Loki(Method):
             found[f"axes.{layer}"] = torch.linalg.eigh(spread).eigenvectors.flip(-1).float()
         return replace(self, axes=Fitted(found))
 
+    def idle(self, call: Call) -> bool:
+        return call.cross or self.budget == 1.0
+
     @at(Site.MASK)
     def rank_keys(self, mask: Mask, call: Call) -> Mask:
-        if call.cross or call.query is None or call.key is None or self.budget == 1.0:
+        if call.query is None or call.key is None:
             return mask
         key = call.key.detach()
         key = key.to(torch.promote_types(key.dtype, torch.float32))
@@ -110,8 +113,6 @@ class Loki(Method):
 
 
 class _Keys(Moments):
-    paper = Loki.paper
-
     @reads(Site.KEY)
     def read(self, key: Tensor, call: Call) -> Sum:
         return self.products(key, call.k_pos[:, :1] >= 0 if call.cross else call.live)

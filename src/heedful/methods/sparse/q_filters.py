@@ -89,8 +89,6 @@ class QFilters(Method):
 
 
 class _Queries(Moments):
-    paper = QFilters.paper
-
     @reads(Site.QUERY)
     def read(self, query: Tensor, call: Call) -> Sum:
         return self.products(query, call.live)

@@ -21,7 +21,11 @@ from heedful.core.stats import Statistic, Sum
 from heedful.core.summary import Summary, sums
 from heedful.methods.sparse._fits import among_best
 
-DROPPED = ("count", "key", "value")  # notes of what went: how much [b g 1 1], and its sums [b g 1 d] and [b g 1 v]
+DROPPED = (
+    "count",
+    "key",
+    "value",
+)  # of what went: how much [b g 1 1], and its sums [b g 1 d] and [b g 1 v]
 ROWS = 256  # queries whose scores are held at once
 
 
@@ -106,11 +110,11 @@ class RazorAttention(Method):
 
     @at(Site.HEADS)
     def compensate(self, heads: Tensor, call: Call) -> Tensor:
-        if not self.compensation or "count" not in call.notes or call.cross:
+        if not self.compensation or "count" not in call.state.cache or call.cross:
             return heads
         if call.query is None or call.key is None:
             raise SiteError(f"{self!r}, layer {call.layer}: HEADS comes without the call's queries and keys")
-        count, key, value = (call.notes[name] for name in DROPPED)
+        count, key, value = (call.state.cache[name] for name in DROPPED)
         missing = self._missing(call.keys, call)
         if bool(((missing != count) & (missing > 0)).any()):  # nothing is missing from heads that .on() spared
             rule = "the cache holds other entries than this method left there; use no other method that drops entries"
@@ -156,19 +160,21 @@ class RazorAttention(Method):
         gone = (entries.text & ~keep)[..., None]
         new = (gone, *(x.float() * gone for x in (entries.key, entries.value)))
         for name, x in zip(DROPPED, new, strict=True):
-            entries.notes[name] = x.sum(-2, keepdim=True) + entries.notes.get(name, 0)
+            call.state.cache[name] = x.sum(-2, keepdim=True) + call.state.cache.get(name, 0)
         return entries.text & keep
 
 
 class _Copies(Method):
     """How much weight each head gives to what followed earlier copies of a token, and to the copies, `[h 2]`."""
 
-    paper = RazorAttention.paper
     period: int
+
+    def idle(self, call: Call) -> bool:
+        return call.cross
 
     @sums("first", "distance")
     def read(self, pattern: Summary, call: Call) -> Statistic | None:
-        if pattern.behind is None or pattern.first is None or call.cross:
+        if pattern.behind is None or pattern.first is None:
             return None
         # the first token is no copy: many heads park on it; from query i it stands i back
         behind, p = (pattern.behind - pattern.first).sum(0), self.period

@@ -70,7 +70,7 @@ class SnapKV(Method):
     def snap(self, entries: Entries, call: Call) -> Tensor:
         queries, position = self._last(call)
         new = (position >= 0).sum(-1, keepdim=True)
-        votes = added_up("votes", _votes(queries, position, entries, call), entries, 1 - new / self.window)
+        votes = added_up("votes", _votes(queries, position, entries, call), entries, call, 1 - new / self.window)
         most = room(self.budget, call)
         if len(entries.places) <= int(most.min()):
             return entries.valid

@@ -66,9 +66,12 @@ class TokenSelect(Method):
     def example(cls) -> TokenSelect:
         return cls(budget=6, sinks=1, window=2, chunk=2)
 
+    def idle(self, call: Call) -> bool:
+        return call.cross or self.budget == 1.0
+
     @at(Site.MASK)
     def select(self, mask: Mask, call: Call) -> Mask:
-        if call.cross or call.query is None or call.key is None:
+        if call.query is None or call.key is None:
             return mask
         held = [x for x in (call.k_pos, call.keys.valid) if x is not None and x.shape[1] > 1]
         if any(bool((x != x[:, :1]).any()) for x in held):

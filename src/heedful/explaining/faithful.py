@@ -54,7 +54,6 @@ class Removal:
 class _Hide(Method):
     """Nobody attends to the tokens that are not in `kept`."""
 
-    paper = PAPER
     kept: Fitted | None = None  # kept [b n]
 
     @at(Site.MASK)

@@ -1,0 +1,33 @@
+"""Where an image's patches stand among a vision model's tokens, as far as that is certain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from heedful.core.regions import Region
+
+# learned tokens that vision models of transformers put before the patches, by the name of their parameter
+BEFORE_PATCHES = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+Grid = tuple[int, int]
+
+
+def grid_of(model: nn.Module, inputs: dict[str, Any]) -> Grid | None:
+    """Rows and columns of patches of the images that a model is given; None where it does not say."""
+    pixels = inputs.get("pixel_values")
+    size = getattr(getattr(model, "config", None), "patch_size", None)
+    sizes = (size, size) if isinstance(size, int) else tuple(size or ())
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or len(sizes) != 2 or not all(sizes):
+        return None
+    (rows, over), (cols, more) = (divmod(n, step) for n, step in zip(pixels.shape[2:], sizes, strict=True))
+    return None if over or more else (rows, cols)
+
+
+def patches(model: nn.Module, grid: Grid, tokens: int) -> Region | None:
+    """The patches as a region, if the tokens are those that stand before patches in this model, and the patches."""
+    before = 0
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] in BEFORE_PATCHES:
+            before += parameter.shape[-2] if parameter.ndim > 1 else 1
+    return Region(((before, tokens),), grid) if tokens - before == grid[0] * grid[1] else None

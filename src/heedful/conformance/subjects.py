@@ -1,0 +1,81 @@
+"""What laws try a method on: text, images, encoder-decoders, and cross-attention alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heedful.conformance.bare import ROLES
+from heedful.core.errors import FieldError, InactiveWarning
+from heedful.core.method import Method
+from heedful.core.regions import Span
+from heedful.verbs import attach
+
+LENGTH = 21
+
+
+@cache
+def tiny_model(kind: str) -> nn.Module:
+    from heedful.tiny import tiny
+
+    if kind == "vit":
+        return tiny(kind, attn_implementation="eager", num_hidden_layers=3, image_size=16)
+    layers: dict[str, Any] = {"decoder_layers": 3} if kind == "bart" else {"num_hidden_layers": 3}
+    return tiny(kind, attn_implementation="eager", **layers)
+
+
+def text(seed: int = 0, rows: int = 2) -> Tensor:
+    return torch.randint(3, 100, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def _images() -> Tensor:
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Tiny models of one kind, and what they read."""
+
+    name: str
+    kinds: tuple[str, ...]
+    inputs: Callable[[], dict[str, Tensor]]
+    only: tuple[str, ...] | None = None  # the part of the model that is served
+    roles: Mapping[str, tuple[Span, ...]] = field(default_factory=lambda: ROLES)
+
+    def attach(self, model: nn.Module, what: Any, backend: str = "auto") -> Any:
+        torch.manual_seed(0)  # parameters that a method draws
+        return attach(model, what, backend=backend, roles=self.roles, only=self.only)
+
+    @torch.no_grad()
+    def logits(self, model: nn.Module, what: Any = None, backend: str = "auto") -> Tensor:
+        """What a model answers to the subject's inputs, as it is or under a stack."""
+        if what is None:
+            return model(**self.inputs()).logits
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InactiveWarning)
+            with self.attach(model, what, backend) as run:
+                return run(**self.inputs()).logits
+
+
+TEXT = Subject("text", ("llama", "mha", "mqa", "odd_head_dim"), lambda: {"input_ids": text()})
+IMAGE = Subject(
+    "image", ("vit",), lambda: {"pixel_values": _images()}, roles={k: v for k, v in ROLES.items() if k != "patches"}
+)
+SPLIT = Subject("encoder-decoder", ("bart",), lambda: {"input_ids": text(), "decoder_input_ids": text(1)})
+CROSS = Subject("cross", SPLIT.kinds, SPLIT.inputs, tuple(f"model.decoder.layers.{i}.encoder_attn" for i in range(3)))
+SUBJECTS = {subject.name: subject for subject in (TEXT, IMAGE, SPLIT, CROSS)}
+
+
+def subjects_of(method: Method) -> tuple[Subject, ...]:
+    """What a method is for, as it declares."""
+    for name in method.subjects:
+        if name not in SUBJECTS:
+            known = ", ".join(SUBJECTS)
+            raise FieldError(method, "subjects", name, f"must be some of {known}", ("text",))
+    return tuple(SUBJECTS[name] for name in method.subjects)

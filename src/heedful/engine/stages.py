@@ -1,0 +1,221 @@
+"""What the steps of a stack do to a site's value, one after another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call, Entries, Kept
+from heedful.core.errors import SiteError
+from heedful.core.mask import Mask
+from heedful.core.shift import Shift
+from heedful.core.sites import Site
+from heedful.core.stack import Step
+from heedful.core.summary import Summary, Tally
+from heedful.core.values import replace
+from heedful.engine.job import Job
+
+
+def _kv_heads(heads: tuple[int, ...], call: Call, step: Step) -> list[int]:
+    """The key heads whose query heads are all chosen; a group chosen in part is an error."""
+    size = call.heads // call.kv_heads
+    groups = sorted({i // size for i in heads})
+    if len(groups) * size != len(heads):
+        raise SiteError(
+            f"{step}, layer {call.layer}: {step.edit.site.name} is shared by groups of {size} heads, so heads must "
+            f"name whole groups, for example heads={list(range(size))}"
+        )
+    return groups
+
+
+def chosen_heads(step: Step, call: Call) -> list[int] | None:
+    heads = step.heads
+    if heads is None:
+        return None
+    if heads[-1] >= call.heads:
+        raise SiteError(f"{step}, layer {call.layer}: heads must be below {call.heads}, for example heads=[0]")
+    return _kv_heads(heads, call, step) if step.edit.site in (Site.KEY, Site.VALUE, Site.CACHE) else list(heads)
+
+
+def stage(site: Site, x: Any, job: Job, call: Call) -> Any:
+    """The value of a site after every step that acts there."""
+    for step in job.plan.tiles(site):
+        seen = job.book.view(step, call)
+        act = getattr(step.method, step.edit.name)
+        chosen = chosen_heads(step, call)
+        if step.edit.reads:
+            if isinstance(x, Mask):
+                chosen = None  # rules speak of all heads
+            seen = own_rows(seen)
+            if chosen is not None:
+                seen = replace(seen, heads=len(chosen))
+            mine = x[:, :, call.above :] if call.above else x
+            job.book.note(step, call, act(mine if chosen is None else mine[:, chosen], seen))
+            continue
+        if step.edit.shifts:
+            x = _shifted(step, x, job, call)
+            continue
+        tensor = isinstance(x, Tensor)
+        version = None if not tensor or x.is_inference() else x._version
+        # inference tensors count no versions: such a step is compared with a copy until it was seen to be clean
+        copied = x.clone() if tensor and version is None and step not in job.book.clean else None
+        new = act(x, seen)
+        if copied is not None:
+            job.book.clean.add(step)
+        dirty = version != x._version if version is not None else copied is not None and not _alike(x, copied)
+        if dirty:
+            raise SiteError(f"{step}, layer {call.layer}: changed its input in place; return a new tensor instead")
+        if isinstance(x, Mask):
+            narrowed = _narrowed(step, x, new, chosen, call.heads)
+            job.book.offered[step] += 1
+            if step not in job.book.changed and narrows(replace(call, mask=narrowed), x):
+                job.book.changed.add(step)
+            x = narrowed
+            continue
+        if not isinstance(new, Tensor) or new.shape != x.shape:
+            got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            raise SiteError(
+                f"{step}, layer {call.layer}: must return a tensor of shape {site.shape} = {tuple(x.shape)}, got {got}"
+            )
+        if chosen is not None:
+            merged = x.clone()
+            merged[:, chosen] = new[:, chosen].to(x.dtype)
+            new = merged
+        job.book.watch(step, x, new)
+        x = new.to(x.dtype)
+    return x
+
+
+def own_rows(call: Call) -> Call:
+    """A tile without the rows that are only there to be looked at."""
+    if not call.above:
+        return call
+    own = slice(call.above, None)
+    keep = call.keep if call.keep is None or call.keep.shape[-2] == 1 else call.keep[..., own, :]
+    start, stop = (call.rows.start or 0) + call.above - call.earlier, call.rows.stop - call.earlier
+    return replace(call, queries=call.queries.take(own), rows=slice(start, stop), keep=keep, above=0, earlier=0)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Equal, where no number equals itself."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _shifted(step: Step, weights: Tensor, job: Job, call: Call) -> Tensor:
+    """A tile's weights after a shift. One that is not known yet is asked for here: the tile is the whole map."""
+    if step in job.shifts:
+        shift = job.shifts[step]
+    else:
+        tally = Tally(frozenset(step.edit.sums), job.call)
+        tally.add(weights, None, call)
+        shift = shift_of(step, job, tally.summary())
+    new = weights if shift is None else shift.of(weights, call.cols)
+    job.book.watch(step, weights, new)
+    return new
+
+
+def _broadcasts(x: Tensor, shape: tuple[int, int, int]) -> bool:
+    b, h, k = shape
+    return x.dim() == 3 and x.shape[0] in (1, b) and x.shape[1] in (1, h) and x.shape[2] == k
+
+
+def shift_of(step: Step, job: Job, summary: Summary) -> Shift | None:
+    """What a step does to the pattern that the summary is of."""
+    call = job.call
+    found = getattr(step.method, step.edit.name)(summary, job.book.view(step, call))
+    if found is None:
+        return None
+    shape = (1 if call.query is None else len(call.query), call.heads, len(call.keys))
+    for x in (found.factor, found.free) if isinstance(found, Shift) else ():
+        if x is not None and not _broadcasts(x, shape):
+            raise SiteError(
+                f"{step}, layer {call.layer}: a Shift's tensors are [b|1, h|1, k] = {shape}, got {tuple(x.shape)}"
+            )
+    if not isinstance(found, Shift):
+        raise SiteError(f"{step}, layer {call.layer}: must return a Shift or None, got {type(found).__name__}")
+    chosen = chosen_heads(step, call)
+    return found if chosen is None else found.on(chosen, call.heads)
+
+
+def _narrowed(step: Step, old: Mask, new: object, chosen: list[int] | None, heads: int) -> Mask:
+    if not isinstance(new, Mask) or new.rules[: len(old.rules)] != old.rules:
+        raise SiteError(f"{step}: must return the mask it was given, narrowed, as in `return mask & Window(256)`")
+    if chosen is None:
+        return new
+    return Mask(old.rules + tuple(rule.on(tuple(chosen), heads) for rule in new.rules[len(old.rules) :]))
+
+
+def narrows(call: Call, before: Mask, rows: int = 128) -> bool:
+    """Whether the call's mask drops a pair that `before` kept."""
+    if call.mask is before:
+        return False
+    for start in range(0, len(call.queries), rows):
+        part = call.tile(slice(start, min(start + rows, len(call.queries))), slice(0, len(call.keys)))
+        new = call.mask.keeps(part.pairs)
+        if new is None:
+            return False
+        old = before.keeps(part.pairs)
+        lost = ~new if old is None else old & ~new
+        if bool(lost.any()):
+            return True
+    return False
+
+
+def keep_entries(job: Job, entries: Entries) -> Kept | None:
+    """What the CACHE steps leave of the entries; None when no step acts there."""
+    steps = job.plan.at(Site.CACHE)
+    if not steps:
+        return None
+    kept, padding = Kept(entries.valid), job.call.mask.padding
+    live = None if padding is None else padding.at(entries.places.index)
+    for step in steps:
+        seen = job.book.view(step, job.call)
+        mine = replace(entries, live=live)
+        new = _left(step, getattr(step.method, step.edit.name)(mine, seen), entries, job.call)
+        narrowed = kept.keep & new.keep
+        job.book.watch(step, kept.keep, narrowed)
+        for old, given in ((entries.key, new.key), (entries.value, new.value)):
+            if given is not None:
+                job.book.watch(step, old, given)
+        entries = replace(
+            entries,
+            key=entries.key if new.key is None else new.key,
+            value=entries.value if new.value is None else new.value,
+        )
+        key, value = (kept.key if new.key is None else new.key), (kept.value if new.value is None else new.value)
+        kept = Kept(narrowed, key, value)
+    return kept
+
+
+def _left(step: Step, given: object, entries: Entries, call: Call) -> Kept:
+    """What one step leaves, checked, and in the heads that it is for."""
+    kept = given if isinstance(given, Kept) else Kept(given)  # type: ignore[arg-type]
+    shape = entries.key.shape[:3]
+    new = kept.keep
+    if not isinstance(new, Tensor) or new.dtype != torch.bool or new.shape != shape:
+        got = f"{new.dtype} {tuple(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
+        raise SiteError(
+            f"{step}, layer {call.layer}: must return which entries stay, bool of shape {tuple(shape)}, got {got}"
+        )
+    for name, old, tensor in (("key", entries.key, kept.key), ("value", entries.value, kept.value)):
+        if tensor is not None and tensor.shape != old.shape:
+            raise SiteError(
+                f"{step}, layer {call.layer}: a Kept's {name} has the shape of what was handed over, "
+                f"{tuple(old.shape)}, not {tuple(tensor.shape)}"
+            )
+    chosen = chosen_heads(step, call)
+    if chosen is None:
+        return kept
+
+    def there(old: Tensor, new: Tensor | None) -> Tensor | None:
+        if new is None:
+            return None
+        merged = old.clone()
+        merged[:, chosen] = new[:, chosen].to(old.dtype)
+        return merged
+
+    keep = torch.ones_like(new)
+    keep[:, chosen] = new[:, chosen]
+    return Kept(keep, there(entries.key, kept.key), there(entries.value, kept.value))

@@ -1,0 +1,138 @@
+"""Laws are tried on what a method is for, beside partners drawn from the catalogue."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from heedful import check
+from heedful.catalogue import entries
+from heedful.conformance.model_laws import meeting, partners
+from heedful.conformance.subjects import SUBJECTS, subjects_of, tiny_model
+from heedful.core.call import Call
+from heedful.core.errors import FieldError
+from heedful.core.method import Method
+from heedful.core.paper import Paper
+from heedful.core.sites import Site, at, reads
+
+PAPER = Paper("T000", "A test", "A. Tester", 2026, url="https://example.org")
+
+
+class NearBlind(Method):
+    """Honest, for images: a patch does not see the patches in its own row."""
+
+    paper = PAPER
+    subjects = ("image",)
+    by: float = 1.0
+
+    @classmethod
+    def neutral(cls) -> NearBlind:
+        return cls(0.0)
+
+    @at(Site.SCORES)
+    def hide(self, scores: Tensor, call: Call) -> Tensor:
+        queries, keys = call.coordinates("patches")
+        same = (queries[..., :, None, 0] == keys[..., None, :, 0]) & (keys[..., None, :, 0] >= 0)
+        return scores - self.by * same
+
+
+class Everywhere(Method):
+    """Honest, for all: sharpens every head."""
+
+    paper = PAPER
+    subjects = ("text", "image", "encoder-decoder", "cross")
+    by: float = 2.0
+
+    @classmethod
+    def neutral(cls) -> Everywhere:
+        return cls(1.0)
+
+    @at(Site.SCORES)
+    def scale(self, scores: Tensor, call: Call) -> Tensor:
+        return scores * self.by
+
+
+class OnlyWhereItIsCausal(Everywhere):
+    """Claims to be for images and cross-attention, and does nothing there."""
+
+    @at(Site.SCORES)
+    def scale(self, scores: Tensor, call: Call) -> Tensor:
+        return scores * self.by if call.mask.causal else scores
+
+
+class MovesInCross(Everywhere):
+    """Its neutral settings are none in cross-attention."""
+
+    @at(Site.SCORES)
+    def scale(self, scores: Tensor, call: Call) -> Tensor:
+        return scores * (3.0 if call.cross else self.by)
+
+
+class StaysInImages(Everywhere):
+    """Leaves something in models without a cache."""
+
+    subjects = ("image",)
+
+    @at(Site.SCORES)
+    def scale(self, scores: Tensor, call: Call) -> Tensor:
+        tiny_model("vit").get_submodule("vit").left = True  # type: ignore[assignment]
+        return scores * self.by
+
+
+@pytest.mark.parametrize("kind", [NearBlind, Everywhere])
+def test_honest_methods_keep_the_laws_on_all_that_they_are_for(kind: type[Method]) -> None:
+    report = check(
+        kind, only=("neutral_is_native", "example_acts", "leaves_no_trace", "composes", "any_tile", "padding")
+    )
+    assert report.ok, str(report)
+    assert (report["padding"].outcome == "does not apply") == (kind is NearBlind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "law", "reason"),
+    [
+        (OnlyWhereItIsCausal, "example_acts", "vit: .* changes nothing beyond rounding"),
+        (MovesInCross, "neutral_is_native", "bart: .* moves logits"),
+        (StaysInImages, "leaves_no_trace", "vit: something stays in the model after a run"),
+    ],
+)
+def test_a_law_is_broken_where_the_subject_shows_it(kind: type[Method], law: str, reason: str) -> None:
+    try:
+        verdict = check(kind, only=(law,))[law]
+    finally:
+        vars(tiny_model("vit").get_submodule("vit")).pop("left", None)
+    assert verdict.outcome == "broken"
+    assert re.match(reason, verdict.reason)
+
+
+def test_subjects_are_known_and_differ() -> None:
+    class Odd(Everywhere):
+        subjects = ("video",)
+
+    with pytest.raises(FieldError, match="must be some of text, image, encoder-decoder, cross"):
+        subjects_of(Odd())
+    assert set(SUBJECTS) == set(Everywhere.subjects)
+    whole, part = SUBJECTS["encoder-decoder"], SUBJECTS["cross"]
+    model = tiny_model("bart")
+    found = [s.logits(model, Everywhere()) for s in (whole, part)]
+    assert not torch.equal(*found)
+    with part.attach(model, Everywhere()) as run:
+        assert all("encoder_attn" in name for name in run.layer_names)
+
+
+def test_partners_are_one_of_each_kind() -> None:
+    class Reads(Method):
+        paper = PAPER
+
+        @reads(Site.HEADS)
+        def look(self, x: Tensor, call: Call) -> None: ...
+
+    drawn, all_of_them = partners(Reads()), partners(Reads(), every=True)
+    kinds = [meeting(m) for m in drawn]
+    assert len(set(kinds)) == len(kinds)
+    assert set(kinds) == {meeting(m) for m in all_of_them}
+    assert len(all_of_them) == sum(issubclass(kind, Method) for kind in entries().values())
+    assert [repr(m) for m in partners(Reads())] == [repr(m) for m in drawn], "drawn the same every time"

@@ -1,0 +1,396 @@
+"""What an edit may do beyond one site: many sites, steps that fields switch on, neighbours, penalties, whole blocks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from heedful import attach, edit, explain, models
+from heedful.adapters.cache_name import CACHE
+from heedful.conformance.tolerances import close, close_model
+from heedful.core.call import Call, Entries, Kept
+from heedful.core.errors import ClashError, DefinitionError, FieldError, RefusedModel, SiteError, StatisticError
+from heedful.core.method import Method
+from heedful.core.paper import Paper
+from heedful.core.sites import Site, at, penalises, reads
+from heedful.core.stats import Sum
+from heedful.methods.intervene.temp_scale import TempScale
+from heedful.methods.sparse.sink_window import SinkWindow
+
+PAPER = Paper("none", "A test", "heedful", 2026)
+IDS = torch.randint(3, 100, (2, 23), generator=torch.Generator().manual_seed(0))
+
+
+class Many(Method):
+    """Three edits and a reader; one edit is there only where `bias` is not zero."""
+
+    paper = PAPER
+    bias: float = 0.0
+
+    @at(Site.QUERY)
+    def double(self, q: Tensor, call: Call) -> Tensor:
+        return q * 2
+
+    @at(Site.KEY)
+    def halve(self, k: Tensor, call: Call) -> Tensor:
+        return k / 2
+
+    @at(Site.SCORES, when="bias")
+    def tilt(self, scores: Tensor, call: Call) -> Tensor:
+        return scores + self.bias * call.distance
+
+    @at(Site.HEADS)
+    def flip(self, heads: Tensor, call: Call) -> Tensor:
+        return -heads
+
+    @reads(Site.HEADS)
+    def look(self, heads: Tensor, call: Call) -> Sum:
+        return Sum.of(heads.sum())
+
+
+def test_a_field_switches_a_step_on() -> None:
+    assert [e.name for e in Many.edits] == ["double", "halve", "tilt", "flip", "look"]
+    assert [e.name for e in Many().edits] == ["double", "halve", "flip", "look"]
+    chosen = {
+        name: next(c for c in explain(Many(bias)).choices if c.chosen).backend
+        for name, bias in (("off", 0.0), ("on", 0.1))
+    }
+    assert chosen == {"off": "sdpa", "on": "tiled"}
+
+
+def test_several_sites_act_in_one_method() -> None:
+    model = models.tiny("llama").eval()
+    with attach(model, Many()) as run, torch.no_grad():
+        found = run(input_ids=IDS).logits
+    (values,) = {tuple(s.value.shape) for s in run[Many()].values()}
+    assert values == ()
+    with torch.no_grad():
+        assert not close_model(found, model(input_ids=IDS).logits)
+
+
+class Neighbours(Method):
+    """Each score takes something of the rows above it; scores that are not computed count as 0."""
+
+    paper = PAPER
+    rows: int = 3
+
+    def above(self) -> int:
+        return self.rows - 1
+
+    @at(Site.SCORES)
+    def mix(self, scores: Tensor, call: Call) -> Tensor:
+        scores = scores if call.keep is None else scores.masked_fill(~call.keep, 0.0)
+        out = scores.clone()
+        for i in range(1, min(self.rows, scores.shape[2])):
+            out[:, :, i:] += 0.5**i * scores[:, :, :-i]
+        return out
+
+
+class Sharpness(Method):
+    paper = PAPER
+    weight: float = 1.0
+
+    @penalises(Site.PATTERN)
+    def sharp(self, weights: Tensor, call: Call) -> Tensor:
+        return self.weight * weights.square().sum()
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        Neighbours(),
+        TempScale(0.5) | Neighbours(),
+        Neighbours(4) | Neighbours(2),
+        SinkWindow(2, 8) | Neighbours(),
+        Neighbours() | Sharpness(),
+    ],
+    ids=repr,
+)
+def test_neighbours_are_the_same_in_every_tiling(stack: Method) -> None:
+    model = models.tiny("llama").eval()
+    logits, losses = [], []
+    for rows in (None, 64, 7, 1):
+        backend = "reference" if rows is None else "tiled"
+        with attach(model, stack, backend=backend, tile_rows=rows) as run, torch.no_grad():
+            logits.append(run(input_ids=IDS).logits)
+            losses.append(run.loss() if "Sharpness" in repr(stack) else torch.zeros(()))
+    assert all(close_model(x, logits[0]) for x in logits[1:])
+    assert all(close(x, losses[0]) for x in losses[1:])
+
+
+def test_rows_above_are_what_they_are_called_for() -> None:
+    """By hand, from the scores of one call."""
+    model = models.tiny("llama").eval()
+    seen = {}
+
+    class Spy(Method):
+        paper = PAPER
+
+        @reads(Site.SCORES)
+        def keep(self, scores: Tensor, call: Call) -> None:
+            seen.setdefault(call.layer, []).append(scores.masked_fill(~call.keep, 0.0))
+
+    with attach(model, Spy(), backend="reference") as run, torch.no_grad():
+        run(input_ids=IDS)
+    with attach(model, Neighbours() | Spy(), tile_rows=5, backend="tiled") as run, torch.no_grad():
+        run(input_ids=IDS)
+    plain, *tiles = seen[0]
+    want = plain.clone()
+    for i in range(plain.shape[2]):
+        for back in (1, 2):
+            if i >= back:
+                want[:, :, i] += 0.5**back * plain[:, :, i - back]
+    want = want.masked_fill(~torch.ones(23, 23, dtype=torch.bool).tril(), 0.0)
+    assert [x.shape[2] for x in tiles] == [5, 5, 5, 5, 3]
+    assert close(torch.cat(tiles, 2), want)
+
+
+def test_penalties_add_up_and_join_the_models_loss() -> None:
+    model = models.tiny("llama").eval()
+    with torch.no_grad():
+        plain = model(input_ids=IDS, labels=IDS).loss
+    with attach(model, Sharpness(0.5) | Sharpness(0.25)) as run:
+        with pytest.raises(StatisticError, match="penalised nothing yet"):
+            run.loss()
+        out = run(input_ids=IDS, labels=IDS)
+        assert close_model(out.loss.detach(), (plain + run.loss()).detach())
+        as_tuple = run(input_ids=IDS, labels=IDS, return_dict=False)[0]
+        assert torch.equal(as_tuple, out.loss)
+        loss = run.loss()
+        loss.backward()
+        assert bool(loss > 0)
+        run(input_ids=IDS[:, :5])
+        assert bool(run.loss() < loss / 2), "each forward has its own"
+    grads = [p.grad for n, p in model.named_parameters() if "q_proj" in n]
+    assert all(g is not None and bool(g.any()) for g in grads)
+    with attach(model, TempScale(0.5)) as run, pytest.raises(FieldError, match="penalises nothing"):
+        run.loss()
+
+
+def test_a_penalty_is_one_number() -> None:
+    class Wrong(Method):
+        paper = PAPER
+
+        @penalises(Site.HEADS)
+        def all_of_it(self, heads: Tensor, call: Call) -> Tensor:
+            return heads
+
+    with attach(models.tiny("llama"), Wrong()) as run, pytest.raises(DefinitionError, match="without axes"):
+        run(input_ids=IDS)
+
+
+class Latent(Method):
+    """Adds a learned vector to what enters the first layer."""
+
+    paper = PAPER
+
+    def parameters(self, layer) -> dict[str, Tensor]:
+        return {"shift": torch.zeros(layer.width)} if layer.number == 0 else {}
+
+    @at(Site.EMBEDDING)
+    def add(self, x: Tensor, call: Call) -> Tensor:
+        return x + call.params["shift"]
+
+
+def test_a_latent_at_the_embedding_learns_from_a_penalty() -> None:
+    model = models.tiny("llama").eval()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    with torch.no_grad():
+        plain = model(input_ids=IDS).logits
+    with attach(model, Latent() | Sharpness(0.01)) as run:
+        assert close_model(run(input_ids=IDS).logits.detach(), plain), "a shift of nothing changes nothing"
+        losses = []
+        for _ in range(4):
+            run(input_ids=IDS)
+            losses.append(run.loss())
+            (grad,) = torch.autograd.grad(losses[-1], run.parameters())
+            with torch.no_grad():
+                run.parameters()[0].sub_(0.02 * grad / grad.norm())
+    assert bool((torch.stack(losses).diff() < 0).all())
+
+
+class Constant(Method):
+    """The block gives the mean of its inputs so far."""
+
+    paper = PAPER
+
+    @at(Site.BLOCK)
+    def mean(self, x: Tensor, call: Call) -> Tensor:
+        return x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[None, :, None]
+
+
+def test_a_block_replaces_everything_between_hidden_and_output() -> None:
+    model = models.tiny("llama").eval()
+    seen = []
+
+    class Spy(Method):
+        paper = PAPER
+
+        @reads(Site.OUTPUT)
+        def look(self, x: Tensor, call: Call) -> None:
+            seen.append(x)
+
+    with attach(model, Constant() | Spy()) as run, torch.no_grad():
+        found = run(input_ids=IDS, output_hidden_states=True)
+    first = model.model.layers[0]
+    normed = first.input_layernorm(found.hidden_states[0])
+    assert close(seen[0], normed.cumsum(1) / torch.arange(1, 24)[None, :, None])
+    with attach(model, Constant().on(layers=0)) as run, torch.no_grad():
+        out = run(input_ids=IDS, use_cache=True)
+        assert run.active
+        assert out[CACHE].get_seq_length() == 23
+    with pytest.raises(ClashError, match="replaces the whole block, so there is no SCORES"):
+        Constant() | TempScale(0.5)
+    with pytest.raises(ClashError, match="both replace BLOCK"):
+        Constant() | Constant()
+    assert len(Constant().on(layers=0) | TempScale(0.5).on(layers=1)) == 2
+
+
+def test_a_block_honours_causality_or_is_refused() -> None:
+    model = models.tiny("mistral", sliding_window=4).eval()
+    with pytest.raises(SiteError, match="narrower mask"), attach(model, Constant()) as run:
+        run(input_ids=IDS)
+
+
+class Blend(Method):
+    """Drops the first entry of each head and puts the mean of both into the second."""
+
+    paper = PAPER
+
+    @at(Site.CACHE)
+    def merge(self, entries: Entries, call: Call) -> Kept:
+        keep = entries.valid.clone()
+        keep[:, :, 0] = False
+        key, value = entries.key.clone(), entries.value.clone()
+        for x in (key, value):
+            x[:, :, 1] = (x[:, :, 0] + x[:, :, 1]) / 2
+        return Kept(keep, key, value)
+
+
+def test_a_cache_edit_may_merge_entries() -> None:
+    model = models.tiny("llama").eval()
+    with torch.no_grad():
+        plain = model(input_ids=IDS, use_cache=True)[CACHE].layers[0]
+        with attach(model, Blend().on(layers=0)) as run:
+            cache = run(input_ids=IDS, use_cache=True)[CACHE]
+    for name in ("keys", "values"):
+        want = getattr(plain, name)
+        want = torch.cat([(want[:, :, :1] + want[:, :, 1:2]) / 2, want[:, :, 2:]], 2)
+        assert close(getattr(cache.layers[0], name), want)
+    with torch.no_grad(), attach(model, Blend().on(layers=0, heads=(0, 1))) as run:
+        part = run(input_ids=IDS, use_cache=True)[CACHE].layers[0]
+    assert part.counts == [22, 23, 22, 23]
+
+
+def test_a_merge_keeps_the_shape() -> None:
+    class Wrong(Method):
+        paper = PAPER
+
+        @at(Site.CACHE)
+        def cut(self, entries: Entries, call: Call) -> Kept:
+            return Kept(entries.valid, value=entries.value[..., :1])
+
+    with pytest.raises(SiteError, match="a Kept's value has the shape"), attach(models.tiny("llama"), Wrong()) as run:
+        run(input_ids=IDS, use_cache=True)
+
+
+def test_the_embedding_enters_the_first_layer_alone() -> None:
+    seen = []
+
+    class Shift(Method):
+        paper = PAPER
+
+        @at(Site.EMBEDDING)
+        def shift(self, x: Tensor, call: Call) -> Tensor:
+            seen.append(call.layer)
+            return x + 1
+
+    for kind in ("llama", "bert"):
+        model = models.tiny(kind).eval()
+        with attach(model, Shift()) as run, torch.no_grad():
+            first = run(input_ids=IDS, output_hidden_states=True).hidden_states
+        plain = model(input_ids=IDS, output_hidden_states=True).hidden_states
+        assert not close(first[1], plain[1].detach())
+    assert seen == [0, 0]
+    with pytest.raises(RefusedModel, match="no first layer"):
+        attach(models.tiny("llama"), Shift(), only="model.layers.1")
+
+
+def test_a_plain_function_is_an_edit() -> None:
+    def mirror(weights: Tensor, call: Call) -> Tensor:
+        return weights.flip(1)
+
+    model = models.tiny("llama").eval()
+
+    class Mirror(Method):
+        paper = PAPER
+
+        @at(Site.PATTERN)
+        def act(self, weights: Tensor, call: Call) -> Tensor:
+            return weights.flip(1)
+
+    found = []
+    for method in (edit(Site.PATTERN, mirror), Mirror()):
+        with attach(model, method.on(layers=0) | TempScale(0.5)) as run, torch.no_grad():
+            found.append(run(input_ids=IDS).logits)
+    assert torch.equal(*found)
+    assert edit(Site.PATTERN, mirror) == edit(Site.PATTERN, mirror)
+    stack = edit(Site.PATTERN, mirror).on(layers=0) | TempScale(0.5)
+    assert repr(stack) == "edit(Site.PATTERN, mirror).on(layers=[0]) | TempScale(tau=0.5)"
+    assert stack.cite() == TempScale(0.5).paper.bibtex()
+    with pytest.raises(FieldError, match="must be a Site"):
+        edit("pattern", mirror)  # type: ignore[arg-type]
+    with pytest.raises(FieldError, match="must take the site's value and the call"):
+        edit(Site.PATTERN, 3)  # type: ignore[arg-type]
+
+
+def test_only_what_serves_another_method_needs_no_paper() -> None:
+    class _Helper(Method):
+        @at(Site.PATTERN)
+        def act(self, weights: Tensor, call: Call) -> Tensor:
+            return weights
+
+    assert (_Helper() | TempScale(0.5)).cite() == TempScale(0.5).paper.bibtex()
+    with pytest.raises(DefinitionError, match="Public has no paper"):
+        type("Public", (_Helper,), {})
+
+
+@pytest.mark.parametrize(
+    "stack", [Neighbours(3), SinkWindow(2, 9) | Neighbours(4), Neighbours(2) | Neighbours(3)], ids=repr
+)
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_rows_above_go_with_the_cache(stack: Method, backend: str) -> None:
+    """Token by token, in chunks, with left padding and with rows swapped in between: as the whole text at once."""
+    model = models.tiny("llama").eval()
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0
+    place = (mask.cumsum(-1) - 1).clamp(min=0)
+    with attach(model, stack, backend=backend, tile_rows=2) as run, torch.no_grad():
+        whole = run(input_ids=IDS, attention_mask=mask, position_ids=place).logits
+        for cuts in ((0, 9, 10, 11, 23), (0, 1, 2, 7, 21, 22, 23)):
+            cache, parts, ids, seen = None, [], IDS, mask
+            for start, stop in itertools.pairwise(cuts):
+                out = run(
+                    input_ids=ids[:, start:stop], attention_mask=seen[:, :stop],
+                    position_ids=place[:, start:stop], use_cache=True, **{CACHE: cache},
+                )  # fmt: skip
+                cache = out[CACHE]
+                parts.append(out.logits)
+            assert close_model(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()])
+        swapped = run(input_ids=IDS[:, :20], use_cache=True)[CACHE]
+        swapped.reorder_cache(torch.tensor([1, 0]))
+        found = run(input_ids=IDS.flip(0)[:, 20:], use_cache=True, **{CACHE: swapped}).logits
+        assert close_model(found, run(input_ids=IDS.flip(0)).logits[:, 20:])
+
+
+def test_rows_above_that_were_cut_off_are_missed() -> None:
+    model = models.tiny("llama").eval()
+    with attach(model, Neighbours(3)) as run, torch.no_grad():
+        cache = run(input_ids=IDS[:, :9], use_cache=True)[CACHE]
+        cache.crop(-3)
+        with pytest.raises(SiteError, match="cut back"):
+            run(input_ids=IDS[:, 6:8], use_cache=True, **{CACHE: cache})
