@@ -4,7 +4,9 @@ from heedful.methods.compress.prune_heads import PruneHeads as PruneHeads
 from heedful.methods.explain.attention_flow import AttentionFlow as AttentionFlow
 from heedful.methods.explain.patch import Patch as Patch
 from heedful.methods.explain.rollout import AttentionRollout as AttentionRollout
-from heedful.methods.explain.sparse_attention_decomposition import SparseAttentionDecomposition as SparseAttentionDecomposition
+from heedful.methods.explain.sparse_attention_decomposition import (
+    SparseAttentionDecomposition as SparseAttentionDecomposition,
+)
 from heedful.methods.explain.transformer_attribution import TransformerAttribution as TransformerAttribution
 from heedful.methods.intervene.act import ACT as ACT
 from heedful.methods.intervene.attention_buckets import AttentionBuckets as AttentionBuckets
