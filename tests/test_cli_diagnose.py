@@ -85,7 +85,8 @@ def test_measures_are_parted_by_commas_outside_of_settings() -> None:
     ("words", "message"),
     [
         (["smol"], "no file, no folder and no name that heedful knows"),
-        (["small", "--text", "no.txt"], "no.txt': no such file or folder"),
+        (["small", "--text", "no.txt"], "there is no file or folder 'no.txt'"),
+        (["[/x]"], "no file, no folder and no name that heedful knows"),
         (["small", "--text", "."], "the folder holds no file with text"),
         (["small", "--length", "1000"], "has 512 positions; for example length=512"),
         (["tiny:llama"], "words need a tokenizer"),

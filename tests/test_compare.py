@@ -17,7 +17,7 @@ from heedful.bench.answer import answer
 from heedful.bench.compare import Progress, compare, label
 from heedful.bench.comparison import PLAIN, Comparison, Gap
 from heedful.bench.cost import WARM_UP
-from heedful.bench.records import LOG, Answered, Cost, Refused, line, read
+from heedful.bench.records import Answered, Cost, Refused, line, read
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call, Entries
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
@@ -27,6 +27,7 @@ from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.core.stack import Stack
+from heedful.files import RECORDS
 from heedful.methods.intervene.temp_scale import TempScale
 from heedful.methods.sparse.sink_window import SinkWindow
 from heedful.tasks.task import Item, Sheet, Task, chosen, recalled
@@ -196,7 +197,7 @@ def test_a_comparison_goes_on_where_it_stopped(loaded, tmp_path: Path) -> None:
     methods = [SinkWindow(1, 4), TempScale(0.5)]
     with pytest.raises(Enough):
         compare(loaded, methods, [Echo()], count=4, turns=1, out=tmp_path, progress=stop)
-    file = tmp_path / LOG
+    file = tmp_path / RECORDS
     kept = len(read(file)[1])
     assert 6 <= kept <= 7
     with file.open("a") as torn:

@@ -15,6 +15,7 @@ from heedful.core.errors import FieldError, HeedfulError, StatisticError
 from heedful.core.figures import Curves, Grid, HeadMap, Listing
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.run import diagnose
+from heedful.diagnosis.store import _digest
 from heedful.methods.observe.sink_rate import SinkRate
 from tests.test_diagnose import Marked
 from tests.test_diagnose_texts import WORDS, characters
@@ -143,5 +144,8 @@ def test_what_is_no_profile_cannot_be_loaded(model: Any, tmp_path: Path) -> None
         Profile.load(tmp_path)
     text["parts"][0]["method"] = "SinkRat"
     (tmp_path / "profile.json").write_text(json.dumps(text))
+    with pytest.raises(StatisticError, match="was damaged or changed"):
+        Profile.load(tmp_path)
+    (tmp_path / "profile.json").write_text(json.dumps({**text, "digest": _digest(text)}))
     with pytest.raises(HeedfulError, match=r"Did you mean SinkRate\?"):
         Profile.load(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from heedful import models
 from heedful.core.errors import FieldError
-from heedful.diagnosis.texts import Delimiters, cut, ordinary, pieces, positions, sources
+from heedful.diagnosis import texts
+from heedful.diagnosis.run import diagnose
+from heedful.diagnosis.texts import Delimiters, Source, cut, ordinary, pieces, positions, sources
 
 WORDS = "The keys, to the cabinet; are on the table.\nWho put them there? " * 4
 
@@ -52,7 +55,7 @@ def test_folders_are_read_in_order_without_hidden_and_empty_files(tmp_path: Path
     for name, text in {"b.txt": "bb", "a.md": "aa", "c.py": "", "d.bin": "dd", ".git/e.txt": "ee"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert [s.text for s in sources(tmp_path)] == ["aa", "bb"]
+    assert [s.text for s in sources(tmp_path) if not s.unread] == ["aa", "bb"]
     assert [s.text for s in sources([tmp_path / "d.bin", "words"])] == ["dd", "words"]
 
 
@@ -83,11 +86,89 @@ def test_positions_of_models() -> None:
     assert positions(models.tiny("t5")) is None
 
 
+def test_texts_of_a_folder_that_cannot_be_read_are_left_out_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any
+) -> None:
+    bad = {
+        "b latin.txt": ("é".encode("latin-1"), "cannot be read as UTF-8 text (byte 0)"),
+        "c utf16.txt": ("abc".encode("utf-16"), "cannot be read as UTF-8 text (byte 0)"),
+        "d binary.txt": (b"\x01\x00\x02\x00" * 9, "holds null characters, as no text does"),
+        "e one.txt": (b"a", "holds a single token"),
+        "_ empty.txt": (b"\n", "is empty"),
+        "g locked.txt": (b"abc", "cannot be read"),
+    }
+    for name, (content, _) in bad.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "h link.txt").symlink_to(tmp_path / "gone.txt")
+    os.mkfifo(tmp_path / "i pipe.txt")
+    (tmp_path / "a good.txt").write_text("The keys.")
+    (tmp_path / "j good.txt").write_text("On the table.")
+    read = Path.read_text
+
+    def locked(path: Path, **how: Any) -> str:
+        if path.name.startswith("g"):
+            raise PermissionError(13, "Permission denied")
+        return read(path, **how)
+
+    monkeypatch.setattr(Path, "read_text", locked)
+    why = {name: reason for name, (_, reason) in bad.items()} | {
+        "g locked.txt": "cannot be read", "h link.txt": "is a link to nothing", "i pipe.txt": "is no file",
+    }  # fmt: skip
+    whole = diagnose(model, tmp_path, tokenizer=characters(), measures="SinkRate")
+    assert [whole.facts[k] for k in ("texts", "tokens")] == [2, 22]
+    assert sorted(whole.facts["skipped"]) == [f"{tmp_path / name} {reason}" for name, reason in sorted(why.items())]
+    assert f"8 of 10 texts left out: {tmp_path / '_ empty.txt'} is empty; " in str(whole)
+    assert whole.view is not None
+    assert "".join(whole.view.tokens) == "The keys."  # the first that can be read
+    assert "8 of 11 texts left out" in str(
+        whole + diagnose(model, "words", tokenizer=characters(), measures="SinkRate")
+    )
+    for name in ("a good.txt", "j good.txt"):
+        (tmp_path / name).unlink()
+    with pytest.raises(FieldError, match="none of these can be read"):
+        diagnose(model, tmp_path, tokenizer=characters())
+
+
+def test_a_few_tokens_are_called_few(model: Any) -> None:
+    assert "2 tokens are too few to tell much" in str(
+        diagnose(model, "hi", tokenizer=characters(), measures="SinkRate")
+    )
+    assert "too few" not in str(diagnose(model, WORDS, tokenizer=characters(), measures="SinkRate"))
+
+
+def test_windows_are_those_of_the_tokenizer_which_never_sees_a_long_line_at_once(
+    default_model: models.Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = default_model.tokenizer
+    text = "The keys to the cabinet are on the table. " * 40
+    own = words(text, truncation=True, max_length=32, return_overflowing_tokens=True).input_ids
+    found = cut(sources(text), words, 32, 49152)
+    assert [row.tolist() for row in found.tokens] == own[: len(found.tokens)]
+    assert sum(map(len, found.tokens)) + found.left_out == sum(map(len, own))
+
+    class Counted:
+        """The same tokenizer, which notes how much it is given."""
+
+        longest = 0
+
+        def __call__(self, text: str, **how: Any) -> Any:
+            Counted.longest = max(Counted.longest, len(text))
+            return words(text, **how)
+
+    monkeypatch.setattr(texts, "PORTION", 100)
+    again = cut(sources(text), Counted(), 32, 49152)
+    assert all(torch.equal(a, b) for a, b in zip(again.tokens, found.tokens, strict=True))
+    assert Counted.longest <= 100 < len(text) / 10
+    assert len(cut([Source("line", "x" * 1000)], characters(bert=True), 16, 128).tokens) == 72  # no space at all
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(FieldError, match="the folder holds no file with text"):
         sources(tmp_path)
     (tmp_path / "latin.txt").write_bytes("abc é".encode("latin-1"))
     with pytest.raises(FieldError, match=r"latin.txt': cannot be read as UTF-8 text \(byte 4\)"):
+        sources(tmp_path / "latin.txt")
+    with pytest.raises(FieldError, match=r"no file with text .*latin.txt cannot be read as UTF-8"):
         sources(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(FieldError, match=r"empty.txt': is empty"):

@@ -174,7 +174,7 @@ def test_a_linear_map_with_more_to_it_is_refused() -> None:
 
     model = models.tiny("llama")
     model.model.layers[0].self_attn.q_proj = Adapted(32, 32, bias=False)
-    with pytest.raises(FoldError, match="its q projection is a Adapted, which is more than a linear map"):
+    with pytest.raises(FoldError, match=r"its q projection is a Adapted of .*, which is more than a linear map"):
         fold(model, TempScale(0.5))
 
 

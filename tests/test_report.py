@@ -60,6 +60,9 @@ class FakeProfile:
         self.asked.append(1)
         return self.parts
 
+    def findings(self) -> Sequence[Finding]:
+        return sorted((f for _, told in self.parts for f in told.findings), key=lambda f: -f.weight)
+
 
 def text_view(n: int, heads: Sequence[tuple[int, int]], top: int) -> FakeView:
     """Heads that look at the previous token, at the first one, and at what followed the same word before."""

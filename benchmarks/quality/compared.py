@@ -13,8 +13,8 @@ from pathlib import Path
 from benchmarks.quality.page import COMPARED
 from heedful import models
 from heedful.bench.compare import Progress, compare
-from heedful.bench.records import LOG
 from heedful.cli.console import parted, stack_from
+from heedful.files import RECORDS
 
 METHODS = (
     "snapkv(budget=0.25),knorm(budget=0.25),heavyhitter(budget=0.25),tokenselect,sinkwindow(4,96),sampleattention,"
@@ -42,5 +42,5 @@ if __name__ == "__main__":
     print(found)
     found.page(home / "page.html")
     shutil.copy(home / "page.html", home.with_suffix(".html"))
-    (home / LOG).unlink()
+    (home / RECORDS).unlink()
     print(f"the page: {home.with_suffix('.html')}")

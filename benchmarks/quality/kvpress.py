@@ -30,12 +30,13 @@ from benchmarks.speed.timing import record
 from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
 from heedful.bench.comparison import Gap
-from heedful.core.call import Call, Entries
+from heedful.core.call import Call, Entries, Kept
 from heedful.core.errors import InactiveWarning
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.core.stack import Stack
+from heedful.core.state import State
 from heedful.core.summary import Summary, sums
 from heedful.methods.sparse.heavy_hitter import HeavyHitter
 from heedful.methods.sparse.knorm import KNorm
@@ -76,14 +77,14 @@ class Judges(Method):
 
     @sums("received")
     def weigh(self, pattern: Summary, call: Call) -> None:
-        call.memory["received"] = pattern.received
+        call.state.forward["received"] = pattern.received
 
     @at(Site.CACHE)
     def judge(self, entries: Entries, call: Call) -> Tensor:
         for i, method in enumerate(self.methods):
             edit = next(e for e in method.edits if e.site is Site.CACHE)
-            seen, mine = replace(call, memory=dict(call.memory)), replace(entries, notes={})
-            self.found[i, call.layer] = getattr(method, edit.name)(mine, seen)
+            seen = replace(call, state=State(forward=dict(call.state.forward)))
+            self.found[i, call.layer] = getattr(method, edit.name)(entries, seen)
         return entries.valid
 
 
@@ -108,7 +109,7 @@ def answers(model: Any, item: dict[str, list[int]], methods: tuple[Method, ...])
         cache = copy.deepcopy(whole)
         for number, layer in enumerate(cache.layers):
             if i >= 0:
-                layer.keep(judges.found[i, number])
+                layer.keep(Kept(judges.found[i, number]))
         kept = max(max(layer.counts) for layer in cache.layers)
         with attach(model, Stack()) as run:  # knows the shortened cache and drops nothing
             logits = run(input_ids=rest, **{CACHE: cache}).logits[0, -len(right) :]

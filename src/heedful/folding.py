@@ -41,15 +41,22 @@ def rewritten(
     model: nn.Module, steps: Sequence[Surgery | Part], only: str | Iterable[str] | None, verb: str
 ) -> tuple[Any, str | None]:
     """A copy of the model with other weights, and why it could not be saved and loaded again, if so."""
-    from heedful.adapters.bound import bound_modules
+    from heedful.adapters.bound import bound_to
     from heedful.adapters.folding import renew_config
     from heedful.adapters.layers import projections
     from heedful.adapters.transformers import adapt
-    from heedful.adapters.weights import read_weights, write_weights
+    from heedful.adapters.weights import absent, read_weights, write_weights
+    from heedful.adapters.wrapped import unwrapped
 
-    if any(module in bound_modules for module in model.modules()):
+    model = unwrapped(model)
+    if any(bound_to(module) is not None for module in model.modules()):
         rule = "a run is attached to it, which a copy cannot take along; close it first"
         raise FieldError(verb, "model", type(model).__name__, rule, f"{verb.removesuffix('()')}(model, PruneHeads())")
+    if missing := absent(model):
+        raise RefusedModel(
+            f"{verb} needs all weights at hand, and {missing} is offloaded (on device 'meta' until it is used); load "
+            "the model whole, without device_map or offload"
+        )
     new = copy.deepcopy(model)
     names = adapt(new, only).layer_names
     sizes: dict[str, tuple[Layer, Layer]] = {}  # of each layer, before and after

@@ -30,6 +30,7 @@ def attach(
 ) -> Run:
     """Put a method or a stack into a model's attention until the run is closed.
 
+    The model is one of transformers, or a module around one, which is what the run then calls.
     `only` names the part of the model to serve by dotted prefix, `roles` names spans of token positions, `backend`
     demands one instead of letting heedful choose, `tile_rows` fixes the rows of a tile.
     """
@@ -46,8 +47,8 @@ class _Bench:
         from heedful.adapters.transformers import adapt
 
         self.model, self.only = model, only
-        names = adapt(model, only).layer_names
-        self._found = [projections(model, name, i) for i, name in enumerate(names)]
+        adapter = adapt(model, only)
+        self._found = [projections(adapter.model, name, i) for i, name in enumerate(adapter.layer_names)]
 
     @property
     def layers(self) -> tuple[Layer, ...]:

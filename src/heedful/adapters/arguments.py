@@ -135,7 +135,7 @@ def _from_dense(mask: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None]:
         return mask != 0, None
     table = mask > torch.finfo(mask.dtype).min / 2
     rest = mask.masked_fill(~table, 0.0)
-    return (None if bool(table.all()) else table), (rest if bool(rest.any()) else None)
+    return (None if bool(table.all()) else table), (rest if rest.requires_grad or bool(rest.any()) else None)
 
 
 def _sink(more: dict[str, Any]) -> Tensor | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,14 @@ class Bound:
         return None
 
 
-bound_modules: WeakKeyDictionary[nn.Module, Bound] = WeakKeyDictionary()
+# weak on both sides, since a bound module leads to its key; the module's own hooks hold it
+bound_modules: WeakKeyDictionary[nn.Module, ReferenceType[Bound]] = WeakKeyDictionary()
+
+
+def bound_to(module: nn.Module) -> Bound | None:
+    """What a run knows of a module, if one is attached."""
+    found = bound_modules.get(module)
+    return None if found is None else found()
 
 
 def _function(
@@ -95,7 +102,7 @@ def _function(
     **more: Any,
 ) -> Outcome:
     """The attention function under heedful's name: hands the call to whichever run is attached to the module."""
-    bound = bound_modules.get(module)
+    bound = bound_to(module)
     if bound is None:
         raise NotEntered(
             f"{type(module).__name__} asks for heedful's attention, but no run is attached to it; was the model copied "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heedful.adapters.layers import Projections, transposed
+from heedful.adapters.layers import Projections
 from heedful.core.method import Layer
 from heedful.core.sites import Site
 
@@ -25,10 +25,6 @@ def obstacle(model: nn.Module, name: str, p: Projections, site: Site) -> str | N
     layer, shared = model.get_submodule(name), _shared(model)
     for letter in "qkvo":
         linear: Any = p.module(letter)
-        if type(linear).forward is not nn.Linear.forward and not transposed(linear):
-            return f"its {letter} projection is a {type(linear).__name__}, which is more than a linear map"
-        if not linear.weight.is_floating_point():
-            return f"the weight of its {letter} projection is quantised ({linear.weight.dtype})"
         if id(linear.weight) in shared:
             return f"the weight of its {letter} projection serves in another place too"
     if site is Site.OUTPUT:

@@ -12,9 +12,10 @@ from transformers.cache_utils import Cache
 
 from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
+from heedful.adapters.compiled import as_written
 from heedful.adapters.grids import Grid, grid_of, patches
 from heedful.adapters.kvcache import hold, serve
-from heedful.adapters.layers import block_of, output_projection, within
+from heedful.adapters.layers import block_of, output_module, within
 from heedful.adapters.lazymask import LazyMask
 from heedful.core.call import Call, Phase
 from heedful.core.errors import NotEntered, RefusedModel
@@ -53,8 +54,9 @@ class Hooks:
         for name, part in model.named_modules():
             if part is model or isinstance(part, PreTrainedModel):
                 self._parts[part] = name
-                self._handles.append(part.register_forward_pre_hook(self._begins, with_kwargs=True))
-                self._handles.append(part.register_forward_hook(self._ends, with_kwargs=True, always_call=True))
+                self._handles.append(part.register_forward_pre_hook(as_written(self._begins), with_kwargs=True))
+                ends = as_written(self._ends)
+                self._handles.append(part.register_forward_hook(ends, with_kwargs=True, always_call=True))
 
     def _begins(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if (grid := grid_of(model, kwargs)) is not None:
@@ -101,8 +103,8 @@ class Hooks:
                     "would silently be the unedited model's. Was it compiled or replaced since?"
                 )
 
-        self._handles.append(bound.module.register_forward_pre_hook(before, with_kwargs=True))
-        self._handles.append(bound.module.register_forward_hook(after))
+        self._handles.append(bound.module.register_forward_pre_hook(as_written(before), with_kwargs=True))
+        self._handles.append(bound.module.register_forward_hook(as_written(after)))
 
     def _enter(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         by_name = "hidden_states" in kwargs
@@ -124,13 +126,16 @@ class Hooks:
             hold(bound.cache, number, bound.name)
         if not any(s.edit.site is Site.HIDDEN for s in steps):
             return None
-        if bound.hidden is None or bound.hidden.ndim != 3:
+        if bound.hidden is None or bound.hidden.ndim not in (2, 3):
             raise RefusedModel(
                 f"{bound.name} ({bound.kind}) is not handed hidden states [b n e], so HIDDEN has no place"
             )
-        call = self._outline(bound, bound.hidden, kwargs.get("attention_mask"))
+        flat = bound.hidden.ndim == 2  # [n e], of images whose patches stand in one row
+        hidden = bound.hidden[None] if flat else bound.hidden
+        call = self._outline(bound, hidden, kwargs.get("attention_mask"))
         job = Job(self.run.book.plan(call, Site.HIDDEN), self.run.book, call)
-        bound.hidden = stage(Site.HIDDEN, bound.hidden, job, call)
+        hidden = stage(Site.HIDDEN, hidden, job, call)
+        bound.hidden = hidden[0] if flat else hidden
         self.run.book.close_call(job.plan, call)
         if by_name:
             return args, {**kwargs, "hidden_states": bound.hidden}
@@ -177,13 +182,13 @@ class Hooks:
             self.run.book.close_call(job.plan, call)
             return (args, {**kwargs, "hidden_states": new}) if by_name else ((new, *args[1:]), kwargs)
 
-        self._handles.append(model.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(model.get_submodule(name).register_forward_pre_hook(as_written(before), with_kwargs=True))
 
     # its output projection
 
     def after_projection(self, model: nn.Module, bound: Bound) -> None:
         """Edit and read OUTPUT, after what replaces the BLOCK."""
-        found = output_projection(model, bound.name)
+        found = output_module(model, bound.name)
         if found is None:
             raise RefusedModel(
                 f"an OUTPUT or BLOCK edit cannot act in {bound.name}: heedful finds no output projection there"
@@ -208,7 +213,7 @@ class Hooks:
             self.run.book.close_call(job.plan, call)
             return new.reshape(output.shape)
 
-        self._handles.append(getattr(*found).register_forward_hook(after))
+        self._handles.append(found.register_forward_hook(as_written(after)))
 
     # the layer that it stands in
 
@@ -238,4 +243,4 @@ class Hooks:
             new = new.reshape(stream.shape)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
-        self._handles.append(model.get_submodule(name).register_forward_hook(after))
+        self._handles.append(model.get_submodule(name).register_forward_hook(as_written(after)))

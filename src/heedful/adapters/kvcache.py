@@ -264,7 +264,7 @@ def hold(cache: Cache, number: int, module_name: str) -> HeldLayer:
 def serve(cache: Cache | None, number: int | None) -> None:
     """Let the next call of a layer be handed heads of unlike length: the attention that follows is ours."""
     layers = own_cache(cache).layers if cache else []
-    if number is not None and number < len(layers) and isinstance(layers[number], HeldLayer):
+    if number is not None and 0 <= number < len(layers) and isinstance(layers[number], HeldLayer):
         layers[number].served = True
 
 
@@ -281,7 +281,7 @@ def own_cache(cache: Cache) -> Cache:
 def held_layer(cache: Cache, number: int | None, k: Tensor, v: Tensor, module_name: str) -> HeldLayer | None:
     """The layer `number` if it is one that can shrink, after checking that the call's keys are the ones it holds."""
     layers = own_cache(cache).layers
-    layer = layers[number] if number is not None and number < len(layers) else None
+    layer = layers[number] if number is not None and 0 <= number < len(layers) else None
     if not isinstance(layer, HeldLayer):
         return None
     if not layer.holds(k, v):

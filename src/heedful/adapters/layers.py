@@ -16,10 +16,14 @@ from heedful.core.method import Layer
 QUERY_NAMES = ("q_proj", "query", "q_lin", "wq", "q", "query_proj", "to_q")
 KEY_NAMES = ("k_proj", "key", "k_lin", "wk", "k", "key_proj", "to_k")
 VALUE_NAMES = ("v_proj", "value", "v_lin", "wv", "v", "value_proj", "to_v")
-OUTPUT_NAMES = ("o_proj", "out_proj", "out_lin", "wo", "o", "dense", "proj", "c_proj", "projection", "to_out")
+OUTPUT_NAMES = (
+    "o_proj", "out_proj", "out_lin", "wo", "o", "dense", "proj", "c_proj", "projection", "to_out", "Wo",
+    "projection_layer",
+)  # fmt: skip
 # children that map to queries, keys and values one after another, and what says so in the class; others mix them
 FUSED = {"c_attn": ".split(self.split_size, dim=2)", "qkv_proj": "qkv[..., :query_pos]"}
 OUTPUT_OF_PARENT = ("output.dense", "attention_output.dense", "out_proj", "o_proj")
+WIDTHS = ("qk_head_dim", "head_dim", "attention_head_size", "d_head", "key_value_proj_dim", "dim_per_head")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads")
 
 
@@ -142,19 +146,46 @@ def output_projection(model: nn.Module, name: str) -> tuple[nn.Module, str] | No
     return None
 
 
+def output_module(model: nn.Module, name: str) -> nn.Module | None:
+    """What gives a layer's part of the residual stream: its output projection, whatever is built around that."""
+    if found := output_projection(model, name):
+        owner, child = found
+        return owner.get_submodule(child)
+    children = dict(model.get_submodule(name).named_children())
+    return next((children[x] for x in OUTPUT_NAMES if x in children), None)
+
+
 def head_width(layer: nn.Module, config: object) -> tuple[int | None, int | None]:
     """Number of query heads and head width as the module or its config states them."""
     heads = width = None
-    for owner in (layer, config):
-        for attribute in HEAD_COUNTS[:4]:
-            value = getattr(owner, attribute, None)
-            if heads is None and isinstance(value, int):
-                heads = value
-        for attribute in ("head_dim", "attention_head_size", "d_head", "key_value_proj_dim", "dim_per_head"):
-            value = getattr(owner, attribute, None)
-            if width is None and isinstance(value, int):
-                width = value
+    for owner in (layer, config):  # a config is asked for what the module does not say, and may refuse to answer
+        heads = _told(owner, HEAD_COUNTS[:4]) if heads is None else heads
+        width = _told(owner, WIDTHS) if width is None else width
     return heads, width
+
+
+def _told(owner: object, names: Iterable[str]) -> int | None:
+    """The first of these attributes that is a number."""
+    return next((x for name in names if isinstance(x := getattr(owner, name, None), int)), None)
+
+
+def size_of(model: nn.Module, name: str, number: int) -> Layer:
+    """A layer's sizes: those of its projections, or as its module tells them where these are fused or factored."""
+    try:
+        return projections(model, name, number).size
+    except RefusedModel:
+        layer, place = model.get_submodule(name), output_projection(model, name)
+        config = getattr(layer, "config", None) or getattr(model, "config", None)
+        heads, width = head_width(layer, config)
+        if place is None or not heads:
+            raise
+        groups = _told(layer, ("num_key_value_heads", "num_kv_heads", "kv_heads"))
+        if groups is None:
+            groups = heads // (_told(layer, ("num_key_value_groups",)) or 1)
+        value_width, odd = divmod(_columns(o := getattr(*place)), heads)
+        if odd or not groups or heads % groups:
+            raise
+        return Layer(number, heads, groups, width or value_width, value_width, _rows(o))
 
 
 def projections(model: nn.Module, name: str, number: int) -> Projections:
@@ -208,11 +239,14 @@ def _fused(layer: nn.Module, config: object) -> tuple[tuple[nn.Module, str], dic
 
 
 def _rows(linear: Any) -> int:
-    return int(linear.weight.shape[1 if transposed(linear) else 0])
+    """What a linear map gives; a packed weight does not have its shape."""
+    told = getattr(linear, "out_features", None)
+    return told if isinstance(told, int) else int(linear.weight.shape[1 if transposed(linear) else 0])
 
 
 def _columns(linear: Any) -> int:
-    return int(linear.weight.shape[0 if transposed(linear) else 1])
+    told = getattr(linear, "in_features", None)
+    return told if isinstance(told, int) else int(linear.weight.shape[0 if transposed(linear) else 1])
 
 
 def transposed(linear: nn.Module) -> bool:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from heedful.adapters.arguments import understand
-from heedful.adapters.bound import ADDITIVE, LAZY, Bound, Outcome, Request, bound_modules, native
+from heedful.adapters.bound import ADDITIVE, LAZY, Bound, Outcome, Request, bound_modules, bound_to, native
+from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import HeldLayer, held_layer
-from heedful.adapters.layers import interface_layers, leftovers, projections, within
+from heedful.adapters.layers import interface_layers, leftovers, size_of, within
+from heedful.adapters.wrapped import unwrapped
 from heedful.core.call import Call, Entries, Phase
-from heedful.core.errors import FieldError, RefusedModel, SiteError
+from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
 from heedful.core.method import Layer
 from heedful.core.sites import Site
 from heedful.engine.attend import attend
@@ -48,8 +53,11 @@ class TransformersAdapter:
 
     model: PreTrainedModel
     only: tuple[str, ...] | None = None
+    shared: bool = False  # its gradients are shared with other processes, as far as they were known at the start
     _restore: list[tuple[PreTrainedConfig, str | None]] = field(default_factory=list)
     _added: list[tuple[nn.Module, str]] = field(default_factory=list)
+    _calls: WrittenCalls = field(default_factory=WrittenCalls)
+    _hooks: Hooks = field(init=False)
 
     def __post_init__(self) -> None:
         self._modules = interface_layers(self.model)
@@ -80,18 +88,49 @@ class TransformersAdapter:
         return self._names
 
     def sizes(self) -> tuple[Layer, ...]:
-        return tuple(projections(self.model, name, i).size for i, name in enumerate(self._names))
+        return tuple(size_of(self.model, name, i) for i, name in enumerate(self._names))
 
-    def add_parameters(self, layer: int, name: str, parameter: nn.Parameter) -> None:
-        module = self.model.get_submodule(self._names[layer])
+    def carried(self) -> set[tuple[int, str]]:
+        """Parameters that an earlier run left in the served layers, as a copy of an attached model has them."""
+        return {
+            (i, key)
+            for i, name in enumerate(self._names)
+            for key, _ in self.model.get_submodule(name).named_parameters(recurse=False)
+            if key.startswith("heedful_")
+        }
+
+    def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter:
+        """A learned parameter in a layer's module: the one that it carries already, or a new one beside its weights."""
+        path = self._names[layer]
+        module = self.model.get_submodule(path)
+        have = module._parameters.get(name)
+        if have is not None:
+            if have.shape != start.shape:
+                rule = f"is what {path} carries of an earlier run, and must have the shape that the method asks for"
+                raise FieldError("attach()", name, tuple(have.shape), rule, tuple(start.shape))
+            return have
+        if self.shared:
+            raise RefusedModel(
+                f"DistributedDataParallel shares the gradients of the parameters that it was made with, and {name} "
+                "would not be among them; attach to the model in it first, then wrap that"
+            )
+        # offloaded weights are on 'meta' until they are used; those that are not are where the model computes
+        beside = (p for p in chain(module.parameters(), self.model.parameters()) if not p.is_meta)
+        if (reference := next(beside, None)) is None:
+            raise RefusedModel(
+                f"all weights of {type(self.model).__name__} are offloaded, so {name} has no device to learn on; load "
+                "the model without offload"
+            )
+        parameter = nn.Parameter(start.to(reference.device, self.model.dtype))
+        self._added.append((module, name))  # first, so that none is lost to an interrupt
         module.register_parameter(name, parameter)
-        self._added.append((module, name))
+        return parameter
 
     # into the model and out again
 
     def install(self, run: Run) -> None:
         self.run = run
-        taken = [n for n, m in self._modules.items() if m in bound_modules]
+        taken = [n for n, m in self._modules.items() if bound_to(m) is not None]
         if taken:
             raise FieldError(
                 "attach()", "model", type(self.model).__name__,
@@ -99,9 +138,10 @@ class TransformersAdapter:
             )  # fmt: skip
         # transformers offers a setter and no getter
         self._restore = [(c, c._attn_implementation_internal) for c in _configs(self.model)]
-        self._hooks = Hooks(run, len(self._names))
+        hooks = self._hooks = Hooks(run, len(self._names))
         numbers = {name: i for i, name in enumerate(self._names)}
         natives = {name: self._implementation(m) for name, m in self._modules.items()}
+        bounds: list[Bound] = []
         try:
             self._switch()
             for name, module in self._modules.items():
@@ -110,16 +150,19 @@ class TransformersAdapter:
                         f"{name} ({type(module).__name__}) did not take heedful's attention; its class does not "
                         "support setting the attention implementation"
                     )
-                bound = bound_modules[module] = Bound(self, module, name, numbers.get(name), natives[name])
-                self._hooks.around(bound)
+                bound = Bound(self, module, name, numbers.get(name), natives[name])
+                hooks.around(bound)
+                bound_modules[module] = ref(bound)
+                bounds.append(bound)
                 if run.stack.touches(Site.BLOCK, Site.OUTPUT) and bound.number is not None:
-                    self._hooks.after_projection(self.model, bound)
-            served = [b for m in self._modules.values() if (b := bound_modules[m]).number is not None]
+                    hooks.after_projection(self.model, bound)
+            served = [bound for bound in bounds if bound.number is not None]
             if run.stack.touches(Site.EMBEDDING):
-                self._hooks.before_blocks(self.model, served)
+                hooks.before_blocks(self.model, served)
             if run.stack.touches(Site.RESIDUAL):
-                self._hooks.after_blocks(self.model, served)
-            self._hooks.forwards(self.model)
+                hooks.after_blocks(self.model, served)
+            hooks.forwards(self.model)
+            self._calls.lead_past(self.model)
         except BaseException:
             self.remove()
             raise
@@ -140,17 +183,20 @@ class TransformersAdapter:
                 config._attn_implementation_internal = ADDITIVE if (name or "eager") == "eager" else LAZY
 
     def remove(self) -> None:
-        self._hooks.remove()
+        self._calls.undo()
+        if hasattr(self, "_hooks"):  # an attach may end before it has any
+            self._hooks.remove()
         for config, name in self._restore:
             config._attn_implementation_internal = name
         self._restore = []
         for module in self._modules.values():
-            if (bound := bound_modules.get(module)) is not None and bound.server is self:
-                del bound_modules[module]
-        if self.run.closed:
-            for module, name in self._added:
-                delattr(module, name)
-            self._added = []
+            if (bound := bound_to(module)) is not None and bound.server is self:
+                bound_modules.pop(module, None)
+
+    def drop_parameters(self) -> None:
+        for module, name in self._added:
+            module._parameters.pop(name, None)
+        self._added = []
 
     # one attention call
 
@@ -173,6 +219,11 @@ class TransformersAdapter:
             bound.turn, given.mask, max(0, book.forward), batch=len(q),
         )  # fmt: skip
         plan = book.plan(call)
+        if plan.summed and given.queries.packed:
+            raise StatisticError(
+                f"{plan.summed[0].part!r} counts texts, and several are packed into one row (position_ids begin anew): "
+                "give each a row of its own, padded"
+            )
         if plan.at(Site.BLOCK):
             book.backends[bound.number] = repr(plan.at(Site.BLOCK)[0].part)
             return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]), None
@@ -239,9 +290,6 @@ def _roots(served: Iterable[str], left: list[str]) -> list[str]:
 
 
 def adapt(model: nn.Module, only: str | Iterable[str] | None) -> TransformersAdapter:
-    """An adapter for the model, or the reason why there is none."""
-    if not isinstance(model, PreTrainedModel):
-        raise RefusedModel(
-            f"{type(model).__name__} is not a transformers model (a PreTrainedModel), the only kind served so far"
-        )
-    return TransformersAdapter(model, (only,) if isinstance(only, str) else tuple(only) if only is not None else None)
+    """An adapter for the model, or the one in it, or the reason why there is none."""
+    chosen = (only,) if isinstance(only, str) else tuple(only) if only is not None else None
+    return TransformersAdapter(unwrapped(model), chosen, shared=isinstance(model, DistributedDataParallel))

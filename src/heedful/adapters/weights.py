@@ -23,8 +23,33 @@ def _bias(linear: nn.Module) -> Tensor | None:
     return None if bias is None else bias.detach().clone()
 
 
+def absent(model: nn.Module) -> str | None:
+    """A weight that is not there: offloaded to main memory or disk, and on 'meta' until it is used."""
+    return next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+
+
+def _require_plain(p: Projections) -> None:
+    """Refuse maps that are more than their weight, and weights that are packed or compute in a way of their own."""
+    for letter in "qkvo":
+        linear: Any = p.module(letter)
+        if type(linear).forward is not nn.Linear.forward and not transposed(linear):
+            kind = f"{type(linear).__name__} of {type(linear).__module__}"
+            raise RefusedModel(
+                f"its {letter} projection is a {kind}, which is more than a linear map; merge an adapter into the "
+                "model first, as merge_and_unload() does"
+            )
+        weight = linear.weight
+        if not weight.is_floating_point() or type(weight) is not nn.Parameter:
+            form = weight.dtype if type(weight) is nn.Parameter else f"{type(weight).__name__}, {weight.dtype}"
+            raise RefusedModel(
+                f"the weight of its {letter} projection is quantised ({form}) or not a plain tensor; load the model "
+                "without quantisation"
+            )
+
+
 def read_weights(p: Projections) -> HeadWeights:
     """Copies of the four projections, by head."""
+    _require_plain(p)
     h, g, d, dv = p.size.heads, p.size.kv_heads, p.size.head_dim, p.size.value_dim
 
     def rows(letter: str, heads: int, width: int) -> tuple[Tensor, Tensor | None]:

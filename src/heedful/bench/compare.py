@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from heedful.adapters.transformers import adapt
+from heedful.adapters.wrapped import unwrapped
 from heedful.bench.answer import answer
 from heedful.bench.comparison import PLAIN, Comparison
 from heedful.bench.cost import WARM_UP, cost, machine
-from heedful.bench.records import COSTS, LOG, Answered, Cost, Log, Refused
-from heedful.core.errors import FieldError, HeedfulError, SiteError
+from heedful.bench.records import COSTS, Answered, Cost, Log, Refused
+from heedful.core.errors import FieldError, HeedfulError, SiteError, WriteError
 from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
 from heedful.core.method import Method, Scoped, method_of
 from heedful.core.stack import Stack
 from heedful.diagnosis.texts import positions
 from heedful.engine.select import named
 from heedful.facts import facts_of, surroundings
+from heedful.files import RECORDS, folder_for, held
 from heedful.models import Loaded
 from heedful.tasks.task import Item, Task
 from heedful.verbs import still
@@ -96,10 +98,10 @@ def compare(
     `out` is a folder: records are written there as they are made, and the same call goes on where it stopped. `how`
     goes to `attach`.
     """
-    given = model if isinstance(model, Loaded) else Loaded(*model, "")
+    given = model if isinstance(model, Loaded) else Loaded(unwrapped(model[0]), model[1], "")
     if given.tokenizer is None:
         raise FieldError("compare()", "model", given.name, "has no tokenizer, which tasks need", "(model, tokenizer)")
-    contenders = _named(methods)
+    contenders, folder = _named(methods), folder_for("compare()", out)
     chosen = [_task(task) for task in tasks]
     require(given, chosen, count, turns, how)
     facts = facts_of(given.model, given.name, len(adapt(given.model, how.get("only")).layer_names))
@@ -107,8 +109,8 @@ def compare(
     facts["how"] = {name: repr(value) for name, value in sorted(how.items()) if value not in (None, "auto")}
     facts["contenders"] = {name: repr(what) for name, what in contenders.items()}
     facts["tasks"] = {repr(task): _about(task) for task in chosen}
-    with still(given.model):
-        log = Log(None if out is None else Path(out) / LOG, facts)
+    with still(given.model), held(folder, "a comparison"):
+        log = Log(None if folder is None else folder / RECORDS, facts, seed)
         job = _Job(given.model, contenders, how, log, progress or (lambda _: None))
         items = {task: _fitting(given.model, task, given.tokenizer, count, seed) for task in chosen}
         job.answers(items, seed)
@@ -198,6 +200,8 @@ class _Job:
                                 self.log.add(_answered(speaker, name, task, made[n], seed, n))
                                 done += 1
                                 self.report(Progress("answers", done, total))
+                except WriteError:
+                    raise
                 except HeedfulError as reason:
                     self.log.add(Refused(name, repr(task), str(reason)))
                     self.report(Progress("answers", done, total, f"{name} on {task.name}: {reason}"))
@@ -216,6 +220,8 @@ class _Job:
                     try:
                         _require_role(what, prompt)
                         self.log.add(cost(self.model, what, name, prompt, turn, **self.how))
+                    except WriteError:
+                        raise
                     except HeedfulError as reason:
                         self.log.add(Refused(name, COSTS, str(reason)))
                         note = f"costs of {name}: {reason}"

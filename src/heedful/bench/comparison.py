@@ -14,14 +14,17 @@ import torch
 
 from heedful.bench.cost import WARM_UP
 from heedful.bench.records import Answered, Cost, Record, Refused, line, merged, read
+from heedful.core.errors import StatisticError
 from heedful.core.figures import Told
-from heedful.diagnosis.store import replace_text, writing
+from heedful.files import RECORDS, replace_text, writing
 
 if TYPE_CHECKING:
     from heedful.report.pictures import Plots
 
 PLAIN = "unedited"  # the model as it is
+SHARE = "share right"  # the unit of scores from 0 to 1
 DRAWS, SURE = 2000, 0.95  # bootstrap
+FLIPS = 9999  # sign flips of a test
 FEW = 8  # prompts below which no difference is called sure
 
 
@@ -41,8 +44,8 @@ class Gap:
     prompts: int  # of the task with the fewest
 
     @classmethod
-    def of(cls, *differences: Sequence[float]) -> Gap:
-        """Of one task's differences, or the mean of several tasks'."""
+    def of(cls, *differences: Sequence[float], most: float = math.inf) -> Gap:
+        """Of one task's differences, or the mean of several tasks'; none can lie further from zero than `most`."""
         draw = torch.Generator().manual_seed(0)
         means = []
         for task in differences:
@@ -50,13 +53,22 @@ class Gap:
             drawn = x[torch.randint(len(x), (DRAWS, len(x)), generator=draw)].mean(1)
             means.append(x.mean() + (drawn - x.mean()) * _widening(len(x)))
         ends = torch.tensor([(1 - SURE) / 2, (1 + SURE) / 2], dtype=torch.float64)
-        low, high = torch.stack(means).mean(0).quantile(ends).tolist()
+        low, high = torch.stack(means).mean(0).quantile(ends).clamp(-most, most).tolist()
         return cls(statistics.fmean(map(statistics.fmean, differences)), low, high, min(map(len, differences)))
 
     @property
     def sure(self) -> bool:
         """The interval lies on one side of zero, and there are prompts enough for it to mean something."""
         return self.prompts >= FEW and (self.low > 0 or self.high < 0)
+
+
+def luck(differences: Sequence[float]) -> float:
+    """How often chance alone gives a mean at least so far from zero, were each difference as likely of either sign."""
+    x = torch.tensor(differences, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    flipped = (torch.randint(0, 2, (FLIPS, len(x)), generator=draw).double() * 2 - 1) @ x
+    far = x.sum().abs() - x.abs().sum() * torch.finfo(x.dtype).eps * len(x)  # equal sums count whatever their rounding
+    return (1 + int((flipped.abs() >= far).sum())) / (1 + FLIPS)
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,34 @@ class Comparison:
     @cached_property
     def results(self) -> list[Result]:
         """One row for each contender and task that both it and the unedited model have answered."""
-        return [_result(name, task, pairs) for (task, name), pairs in self._pairs.items()]
+        return [
+            _result(name, task, pairs, 1.0 if self.tasks[task]["unit"] == SHARE else math.inf)
+            for (task, name), pairs in self._pairs.items()
+        ]
+
+    @cached_property
+    def inactive(self) -> list[str]:
+        """Contenders that never changed anything: each is the unedited model under another name."""
+        asked = dict.fromkeys(r.contender for r in self.results if r.contender != PLAIN)
+        return [name for name in asked if not any(r.active for r in self.results if r.contender == name)]
+
+    @cached_property
+    def verdicts(self) -> dict[tuple[str, str], str]:
+        """By task and contender, "better" or "worse" than the unedited model where that is sure, else "".
+
+        With many pairs of method and task some look sure by chance; Holm's correction holds the chance that any does
+        to 5 %. What changed nothing is no pair.
+        """
+        told = {(r.task, r.contender): r for r in self.results if r.gap is not None and r.active}
+        chances = {key: luck([a.score - b.score for a, b in self._pairs[key]]) for key in told}
+        found = dict.fromkeys(told, "")
+        for rank, key in enumerate(sorted(chances, key=lambda k: chances[k])):
+            if chances[key] * (len(told) - rank) > 1 - SURE:
+                break
+            gap = told[key].gap
+            if gap is not None and gap.sure:
+                found[key] = "better" if (gap.mean > 0) == self.tasks[key[0]]["more_is_better"] else "worse"
+        return found
 
     @cached_property
     def worth(self) -> dict[str, Gap]:
@@ -144,9 +183,9 @@ class Comparison:
     def prices(self) -> list[Price]:
         """One row for each contender measured on the same machine and prompt as the unedited model."""
         costs = [r for r in self.records if isinstance(r, Cost)]
-        if not costs:
+        place = max(((r.tokens, r.machine) for r in costs if r.contender == PLAIN), default=None)
+        if place is None:
             return []
-        place = max((r.tokens, r.machine) for r in costs if r.contender == PLAIN)
         by: dict[str, dict[int, Cost]] = {}
         for r in costs:
             if (r.tokens, r.machine) == place:
@@ -217,10 +256,10 @@ class Comparison:
     @classmethod
     def load(cls, *paths: str | Path) -> Comparison:
         """One file of records, or several as one; a folder stands for the file that `compare` wrote there."""
-        from heedful.bench.records import LOG
-
-        files = [Path(p) / LOG if Path(p).is_dir() else Path(p) for p in paths]
+        files = [Path(p) / RECORDS if Path(p).is_dir() else Path(p) for p in paths]
         facts, records = merged(map(read, files))
+        if not facts["tasks"]:
+            raise StatisticError(f"{', '.join(map(str, files))}: holds no comparison; its first line is gone")
         return cls(facts, tuple(records))
 
     def __add__(self, other: Comparison) -> Comparison:
@@ -231,12 +270,13 @@ class Comparison:
 ENDS = (("", "mean"), ("_low", "low"), ("_high", "high"))
 
 
-def _result(name: str, task: str, pairs: list[tuple[Answered, Answered]]) -> Result:
+def _result(name: str, task: str, pairs: list[tuple[Answered, Answered]], most: float) -> Result:
     mine = [a for a, _ in pairs]
     score, nats = (statistics.fmean(getattr(a, field) for a in mine) for field in ("score", "nats"))
     if name == PLAIN:
         return Result(name, task, len(pairs), score, None, nats, None, False)
-    gap, nats_gap = (Gap.of([getattr(a, f) - getattr(b, f) for a, b in pairs]) for f in ("score", "nats"))
+    gap = Gap.of([a.score - b.score for a, b in pairs], most=most)
+    nats_gap = Gap.of([a.nats - b.nats for a, b in pairs])
     return Result(name, task, len(pairs), score, gap, nats, nats_gap, any(a.active for a in mine))
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from heedful.core.errors import StatisticError
+from heedful.files import append, replace_text, writing
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ KINDS: dict[str, type[Answered] | type[Cost] | type[Refused]] = {
 FACTS = "facts"
 SAME = ("weights", "dtype", "how")  # what two comparisons must share to be one
 COSTS = "costs"  # stands for a task where a contender's costs cannot be measured
-LOG = "records.jsonl"  # the file's name in a folder
+ABOUT = {"name": str, "about": str, "unit": str, "more_is_better": bool}  # what is told of a task
+LARGEST = 2.0**63  # no number of a record reaches it
 
 
 def line(record: Record) -> str:
@@ -83,62 +85,124 @@ def line(record: Record) -> str:
 
 def read(path: Path) -> tuple[dict[str, Any], list[Record]]:
     """The facts and records of a file; a last line that a kill cut short is left out."""
+    facts, records, _ = _parsed(path)
+    return facts, records
+
+
+def _parsed(path: Path) -> tuple[dict[str, Any], list[Record], str]:
+    """Facts, records, and the text of the lines that hold them."""
     facts: dict[str, Any] = {}
     records: list[Record] = []
-    text = path.read_text(encoding="utf-8")
-    lines = text.split("\n")
-    for number, one in enumerate(lines, 1):
-        if not one.strip():
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise StatisticError(f"cannot read {path}: {reason}; name a file of records, or its folder") from error
+    whole = []
+    for number, raw in enumerate(lines, 1):
+        if not raw.strip():
             continue
         try:
-            found = json.loads(one)
-            name = found.pop("record")
-            if name == FACTS:
-                facts = found
-                continue
-            kind = KINDS[name]
-            known = {f.name for f in fields(kind)}
-            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k in known}
-            records.append(kind(**values))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            one = raw.decode()
+            found = _object(one)
+            if (name := found.pop("record")) == FACTS:
+                facts = _checked_facts(found)
+            else:
+                records.append(_record(KINDS[name], found))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(lines):  # no newline after it: it was being written when the run was killed
                 break
-            raise StatisticError(f"{path}, line {number}: no record of a comparison; remove the line") from error
-    return facts, records
+            raise StatisticError(
+                f"{path}, line {number}: no record of a comparison ({error}); remove the line"
+            ) from error
+        whole.append(one + "\n")
+    return facts, records, "".join(whole)
+
+
+def _object(text: str) -> dict[str, Any]:
+    """What a line says; NaN and infinity are no numbers."""
+
+    def refuse(word: str) -> float:
+        raise ValueError(f"{word} is no number")
+
+    found = json.loads(text, parse_constant=refuse)
+    if not isinstance(found, dict):
+        raise TypeError("it holds no object")
+    return found
+
+
+def _record(kind: type[Record], found: Mapping[str, Any]) -> Record:
+    """A record whose values are of their kinds."""
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k in hints}
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise TypeError(f"{name} is {value!r}, and must be {hints[name]}")
+    record = kind(**values)
+    if isinstance(record, Cost) and not (record.prefill > 0 and record.step > 0 and record.tokens > 0):
+        raise ValueError("times and tokens must be above 0")
+    return record
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value read from a file is of the kind that a field holds."""
+    parts = get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(x, parts[0]) for x in value)
+    if get_origin(hint) is Mapping:
+        return isinstance(value, dict) and all(_fits(x, parts[1]) for x in value.values())
+    if parts:  # one of several
+        return any(_fits(value, part) for part in parts)
+    if hint is float:
+        return type(value) in (int, float) and abs(value) < LARGEST  # type: ignore[arg-type]  # false for NaN
+    return type(value) is hint and (hint is not int or abs(value) < LARGEST)  # type: ignore[arg-type]
+
+
+def _checked_facts(found: dict[str, Any]) -> dict[str, Any]:
+    """The facts, where those that are read again say what they must."""
+    contenders, tasks = (found.get(name, {}) for name in ("contenders", "tasks"))
+    if not (isinstance(contenders, dict) and all(isinstance(x, str) for x in contenders.values())):
+        raise TypeError("contenders must be what each name stands for")
+    for task, about in tasks.items() if isinstance(tasks, dict) else [("tasks", tasks)]:
+        if not isinstance(about, dict) or any(type(about.get(name)) is not kind for name, kind in ABOUT.items()):
+            raise TypeError(f"{task} must have {', '.join(ABOUT)}")
+    return found
 
 
 class Log:
     """A file of records that grows. Without a file, records are kept in memory alone."""
 
-    def __init__(self, path: Path | None, facts: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, facts: Mapping[str, Any], seed: int) -> None:
         self.path = path
         self.facts = dict(facts)
         self.records: dict[tuple[Any, ...], Record] = {}
         self.found = 0  # records that an earlier call left
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            self._go_on(path)
+            self._go_on(path, seed)
         self._write(json.dumps({"record": FACTS, **self.facts}))
 
-    def _go_on(self, path: Path) -> None:
-        earlier, records = read(path)
+    def _go_on(self, path: Path, seed: int) -> None:
+        earlier, records, whole = _parsed(path)
+        if other := {r.seed for r in records if isinstance(r, Answered)} - {seed}:
+            raise StatisticError(
+                f"{path.parent} holds answers to the prompts that seed {min(other)} draws, and this call's seed is "
+                f"{seed}: name another folder; Comparison.load(one, other) joins them"
+            )
         records = [r for r in records if not isinstance(r, Refused)]  # what refused them may be mended by now
         self.facts, records = merged([(earlier, records), (self.facts, ())])
         self.records = {(type(r), *r.key): r for r in records}
         self.found = len(self.records)
-        text = path.read_text(encoding="utf-8")
-        if text and not text.endswith("\n"):  # cut off the line that was being written
-            kept = text[: text.rfind("\n") + 1]
-            beside = path.with_name(path.name + ".part")
-            beside.write_text(kept, encoding="utf-8")
-            beside.replace(path)
+        with writing(path):
+            if path.read_bytes() != whole.encode():  # cut off the line that was being written, or end it
+                replace_text(path, whole)
 
     def _write(self, one: str) -> None:
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(one + "\n")
+            append(self.path, one + "\n")
 
     def has(self, kind: type[Record], *key: Any) -> bool:
         return (kind, *key) in self.records

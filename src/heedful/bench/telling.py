@@ -7,11 +7,10 @@ from collections.abc import Iterable
 
 import torch
 
-from heedful.bench.comparison import PLAIN, Comparison, Gap, Price, Result
+from heedful.bench.comparison import PLAIN, SHARE, Comparison, Gap, Price, Result
 from heedful.bench.records import COSTS, Answered
 from heedful.core.figures import Figure, Finding, Intervals, Listing, Scatter, Told, percent
 
-SHARE = "share right"
 MB = 1 << 20
 
 
@@ -39,10 +38,13 @@ def findings(c: Comparison) -> Iterable[Finding]:
         mine = [r for r in c.results if r.contender == name]
         if not mine:
             continue
-        if not any(r.active for r in mine):
+        if name in c.inactive:
             yield Finding(f"{name} changed nothing: it is the unedited model.", 0.9)
             continue
-        told = [_clause(word, [r for r in mine if _sure(r, c) == word], plain, c) for word in ("better", "worse")]
+        told = [
+            _clause(word, [r for r in mine if c.verdicts.get((r.task, name)) == word], plain, c)
+            for word in ("better", "worse")
+        ]
         told = [clause for clause in told if clause]
         cheap = _saves(prices.get(name))
         if told or cheap:
@@ -61,28 +63,25 @@ def findings(c: Comparison) -> Iterable[Finding]:
 
 def _lead(c: Comparison) -> str:
     """How many methods win and lose anything."""
-    ways = {name: {_sure(r, c) for r in c.results if r.contender == name} for name in {r.contender for r in c.results}}
-    ways.pop(PLAIN, None)
-    if not ways:
+    ways: dict[str, set[str]] = {}
+    for (_, name), word in c.verdicts.items():
+        ways.setdefault(name, set()).add(word)
+    asked = len(ways) + len(c.inactive)
+    if not asked:
         return "None of the methods could be asked."
     better, worse = (sum(word in found for found in ways.values()) for word in ("better", "worse"))
     alike = sum(found <= {""} for found in ways.values())
     most = max(r.prompts for r in c.results)
     return (
-        f"Of {_count(len(ways), 'method')}, {better or 'none'} beat the unedited model on some task, {worse or 'none'} "
-        f"fall behind it on some, and {alike or 'none'} cannot be told from it, on {most} prompts a task."
+        f"Of {_count(asked, 'method')}, {better or 'none'} beat the unedited model on some task, {worse or 'none'} "
+        f"fall behind it on some, {alike or 'none'} cannot be told from it and {len(c.inactive) or 'none'} changed "
+        f"nothing, on {most} prompts a task; with {_count(len(c.verdicts), 'comparison')} Holm's correction holds the "
+        "chance of any false verdict to 5 %."
     )
 
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
-
-
-def _sure(r: Result, c: Comparison) -> str:
-    """Whether a result is surely "better" or "worse" than the unedited model's; empty where neither is sure."""
-    if r.gap is None or not r.gap.sure:
-        return ""
-    return "better" if (r.gap.mean > 0) == c.tasks[r.task]["more_is_better"] else "worse"
 
 
 def _clause(word: str, results: list[Result], plain: dict[str, Result], c: Comparison) -> str:
@@ -119,7 +118,7 @@ def figures(c: Comparison) -> Iterable[Figure]:
             f"differences_{place}" if place else "differences",
             f"Difference to the unedited model, in {unit}",
             f"Each method against the unedited model on the same prompts, with its 95 % interval; {way} is better. "
-            "An interval that crosses zero tells nothing surely.",
+            "An interval that crosses zero tells nothing surely, and of many one in twenty misses zero by chance.",
             names, found, f"difference, {unit}", unit, PLAIN,
         )  # fmt: skip
     yield from _clouds(c)
@@ -136,15 +135,17 @@ def figures(c: Comparison) -> Iterable[Figure]:
                 ("method", "score", "difference", "low", "high", "log-prob", "active"),
                 [_row(r, about["unit"]) for r in mine],
             )
-    if c.prices:
-        tokens = c.prices[0].tokens
+    prices = [p for p in c.prices if p.contender not in c.inactive]
+    if prices:
+        tokens = prices[0].tokens
+        left = f" Left out, since they changed nothing: {', '.join(c.inactive)}." if c.inactive else ""
         yield Listing(
             "costs",
             "What each costs",
             f"Measured on one prompt of {tokens} tokens, in turns with the unedited model; ratios are to it. Memory is "
-            "what reading the prompt takes above the resting model.",
+            f"what reading the prompt takes above the resting model.{left}",
             ("method", "prefill, s", "prefill ×", "token, ms", "token ×", "cache, MB", "cache ×", "peak, MB", "pairs"),
-            [_cost_row(p) for p in c.prices],
+            [_cost_row(p) for p in prices],
         )
 
 
@@ -191,13 +192,14 @@ def _clouds(c: Comparison) -> Iterable[Scatter]:
         ("pareto", "Worth against the time to read", "prefill_ratio", "time to read the prompt, × unedited"),
         ("pareto_cache", "Worth against the cache held", "cache_ratio", "bytes of cache, × unedited"),
     ):
-        points = {p.contender: (getattr(p, field), *_worth(worth.get(p.contender))) for p in c.prices}
+        prices = [p for p in c.prices if p.contender not in c.inactive]
+        points = {p.contender: (getattr(p, field), *_worth(worth.get(p.contender))) for p in prices}
         points = {n: at for n, at in points.items() if n == PLAIN or (n in worth and (key == "pareto" or at[0] < 0.99))}
         if len({at[0] for at in points.values()}) > 1:
             yield Scatter(
                 key, title,
-                "Up is better, left is cheaper; the line joins the methods that none beats in both. Worth is the mean "
-                "difference of the right answer's log-probability, over tasks.",
+                "Up is better, left is cheaper; the line joins those that none beats in both by its mean, which may be "
+                "chance where intervals overlap. Worth is the mean difference of the right answer's log-probability.",
                 points, label, "worth, nats a token",
             )  # fmt: skip
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from heedful.cli.console import console, parted, require_page, stack_from, stopping, tell, write_page
 from heedful.cli.progress import Bars
@@ -77,7 +78,7 @@ def compare(
     if page:
         require_page()
     bars = Bars(STAGES)
-    with bars.console.status(f"loading {model}"):
+    with bars.console.status(f"loading {escape(model)}"):
         from heedful import models
         from heedful.bench.compare import compare as run
         from heedful.bench.compare import require

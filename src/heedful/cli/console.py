@@ -84,7 +84,7 @@ def stopping(bars: Bars, out: Path | None) -> Iterator[None]:
 
 def write_page(found: Paged, verb: str, name: str, out: Path | None) -> Path:
     """Write the page into the folder of the records, or here under the model's name; where it lies."""
-    from heedful.diagnosis.store import writing
+    from heedful.files import writing
 
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
     target = Path(f"{verb}-{plain}.html") if out is None else out / "page.html"

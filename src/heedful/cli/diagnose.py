@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from heedful.cli.console import console, entry_from, parted, require_page, stopping, tell, write_page
 from heedful.cli.progress import Bars
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.figures import head_name
 from heedful.core.method import Entry, Method
 
@@ -68,8 +69,10 @@ def diagnose(
     parts = measures_from(measures)
     if page:
         require_page()
+    if text is not None and not text.exists():
+        raise HeedfulError(f"--text: there is no file or folder '{text}'. Name one that exists, as in --text book.txt")
     bars = Bars(STAGES)
-    with bars.console.status(f"loading {model}"):
+    with bars.console.status(f"loading {escape(model)}"):
         from heedful import models
         from heedful.diagnosis.run import diagnose as run
 

@@ -7,6 +7,7 @@ HeedfulError
 ├── FoldError            an edit that a model's weights cannot hold
 ├── ClashError           two methods cannot act in one stack
 ├── StatisticError       statistics that cannot be merged, saved or loaded
+│   └── WriteError       a disk that does not take what is written
 ├── BackendError         the backend asked for cannot serve this stack
 ├── CatalogueError       no method of that name
 └── ModelError           a model cannot be loaded or served
@@ -53,6 +54,10 @@ class ClashError(HeedfulError):
 
 class StatisticError(HeedfulError):
     """Statistics that cannot be merged, saved or loaded."""
+
+
+class WriteError(StatisticError):
+    """A disk that does not take what is written; nothing half-written counts."""
 
 
 class BackendError(HeedfulError):

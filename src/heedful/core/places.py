@@ -28,6 +28,11 @@ class Places:
     def __len__(self) -> int:
         return self.index.shape[-1]
 
+    @property
+    def packed(self) -> bool:
+        """Whether positions begin anew inside a row, as where several texts share it."""
+        return self.pads is None and len(self) > 1 and bool((self.position.diff(dim=-1) < 0).any())
+
     @staticmethod
     def row(
         start: int, n: int, device: torch.device | str = "cpu", pad: Tensor | None = None, valid: Tensor | None = None

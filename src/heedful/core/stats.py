@@ -6,6 +6,7 @@ with what leaves the longer unchanged, so position i always meets position i.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.errors import StatisticError
+from heedful.core.fitted import Fitted
+from heedful.files import placed
+
+HEADER, DIGEST = "heedful.statistics", "heedful.digest"  # what a file says beside its tensors
 
 
 def _widen(x: Tensor, n: int, fill: float = 0.0) -> Tensor:
@@ -291,13 +296,15 @@ def save(path: str | Path, statistics: Mapping[str, Statistic]) -> Path:
         parts = {f"{name}/{field}": x.detach().cpu().contiguous().clone() for field, x in stat.tensors().items()}
         tensors |= parts
         header[name] = {"kind": type(stat).__name__, "settings": stat.settings(), "tensors": list(stat.tensors())}
-    beside = path.with_name(path.name + ".part")
-    try:
-        save_file(tensors, str(beside), metadata={"heedful.statistics": json.dumps(header)})
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    text = json.dumps(header)
+    with placed(path) as beside:
+        save_file(tensors, str(beside), metadata={HEADER: text, DIGEST: _digest(text, tensors)})
     return path
+
+
+def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """A name for all that a file holds, by which one flipped bit is seen."""
+    return hashlib.sha256(f"{header}|{Fitted(tensors).digest}".encode()).hexdigest()
 
 
 def load(path: str | Path) -> dict[str, Statistic]:
@@ -306,13 +313,24 @@ def load(path: str | Path) -> dict[str, Statistic]:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get("heedful.statistics")
+            told = file.metadata() or {}
+            text = told.get(HEADER)
             if text is None:
                 raise StatisticError(f"{path} holds no heedful statistics: give a file that heedful's save() wrote")
-            header = json.loads(text)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:  # mmap's and torch's own, too
         raise StatisticError(f"cannot read statistics from {path}: {error}") from error
+    if told.get(DIGEST) != _digest(text, tensors):
+        raise StatisticError(
+            f"{path} was damaged or changed after it was saved: its checksum is another; measure again"
+        )
+    try:
+        return _built(path, json.loads(text), tensors)
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise StatisticError(f"{path} holds no heedful statistics that fit together ({error!r})") from error
+
+
+def _built(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Statistic]:
     out: dict[str, Statistic] = {}
     for name, entry in header.items():
         parts = {field: tensors[f"{name}/{field}"] for field in entry["tensors"]}

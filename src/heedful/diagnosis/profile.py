@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
@@ -14,7 +14,7 @@ from heedful.core.figures import Figure, Finding, Role, Told
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Readings, method_of
-from heedful.core.stats import Statistic
+from heedful.core.stats import Max, Statistic, TopK
 from heedful.diagnosis.view import TokenView
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # what two profiles must share to be one
 SAME = ("model", "kind", "weights", "layers", "heads", "kv_heads", "width", "parameters")
 WEIGHTS = "weights"  # stands for the reader where a measure looks at weights
+FEW = 64  # tokens below which shares and rates say little
 ADDED = ("texts", "windows", "tokens", "left_out")
 
 
@@ -34,6 +35,12 @@ class Profile:
     parts: tuple[Measure, ...]
     statistics: dict[str, Statistic]  # by "<part number>.<reader>.<layer>"
     view: TokenView | None = None
+
+    def __post_init__(self) -> None:
+        broken = [key.split(".") for key, stat in self.statistics.items() if _broken(stat)]
+        if broken:
+            number, _, layer = min(broken, key=lambda key: int(key[2]))
+            raise endless(f"what {self.parts[int(number)]!r} found in layer {layer} holds")
 
     def answer(self, part: Measure) -> Any:
         """What one measure has to tell."""
@@ -48,8 +55,7 @@ class Profile:
 
     def _readings(self, part: Measure) -> dict[int, Statistic]:
         number = str(self.parts.index(part))
-        names = [WEIGHTS] if isinstance(part, Weights) else [e.name for e in method_of(part).edits if e.reads]
-        found: dict[str, dict[int, Statistic]] = {name: {} for name in names}
+        found: dict[str, dict[int, Statistic]] = {name: {} for name in readers(part)}
         for key, stat in self.statistics.items():
             owner, name, layer = key.split(".")
             if owner == number:
@@ -67,7 +73,17 @@ class Profile:
 
     def findings(self) -> list[Finding]:
         """What a reader would want to know, most telling first."""
-        return sorted((f for _, told in self._told for f in told.findings), key=lambda f: -f.weight)
+        found = [*self._cautions(), *(f for _, told in self._told for f in told.findings)]
+        return sorted(found, key=lambda f: -f.weight)
+
+    def _cautions(self) -> Iterator[Finding]:
+        """What to know before the rest is believed."""
+        skipped, tokens = self.facts.get("skipped"), self.facts.get("tokens")
+        if skipped:
+            some = "; ".join(skipped[:3]) + (" ..." if len(skipped) > 3 else "")
+            yield Finding(f"{len(skipped)} of {self.facts['texts'] + len(skipped)} texts left out: {some}.", 1.0)
+        if tokens is not None and tokens < FEW:
+            yield Finding(f"{tokens} tokens are too few to tell much of a model; give it {FEW} or more to read.", 1.0)
 
     def roles(self) -> list[Role]:
         return [role for _, told in self._told for role in told.roles]
@@ -148,10 +164,32 @@ class Profile:
         return f"<p><b>{escape(self.headline)}</b></p><ul>{items}</ul>"
 
 
+def readers(part: Measure) -> list[str]:
+    """What a measure's statistics are named by."""
+    return [WEIGHTS] if isinstance(part, Weights) else [e.name for e in method_of(part).edits if e.reads]
+
+
+def endless(what: str) -> StatisticError:
+    """The error for what cannot be measured since it has no end or is no number."""
+    return StatisticError(
+        f"{what} infinity or what is no number (NaN), the first layer that does, and nothing can be told of that: look "
+        "for broken weights, or load the model with dtype=torch.float32"
+    )
+
+
+def _broken(stat: Statistic) -> bool:
+    """Whether a statistic holds NaN, or infinity where it is no highest of nothing."""
+    tensors = [x for x in stat.tensors().values() if x.is_floating_point()]
+    if isinstance(stat, Max | TopK):
+        return any(bool(x.isnan().any()) for x in tensors)
+    return not all(bool(x.isfinite().all()) for x in tensors)
+
+
 def _both(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of two runs over one model; where they differ and do not add up, those of the first."""
     out = {**b, **a}
     out |= {fact: a[fact] + b[fact] for fact in ADDED if fact in a and fact in b}
+    out["skipped"] = [*a.get("skipped", ()), *b.get("skipped", ())]
     out["length"] = max(a["length"], b["length"])
     out["backends"] = sorted({*a["backends"], *b["backends"]})
     out["seconds"] = {k: a["seconds"].get(k, 0.0) + b["seconds"].get(k, 0.0) for k in {**a["seconds"], **b["seconds"]}}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.adapters.transformers import adapt
+from heedful.adapters.wrapped import unwrapped
 from heedful.core.errors import FieldError, ModelError, RefusedModel, StatisticError
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Weights
@@ -21,18 +22,18 @@ from heedful.core.method import Part, method_of
 from heedful.core.stack import Stack
 from heedful.core.stats import Cat, Statistic
 from heedful.diagnosis.measures import chosen, makes_trials, reads_text
-from heedful.diagnosis.profile import ADDED, WEIGHTS, Profile
-from heedful.diagnosis.store import NAME, writing
-from heedful.diagnosis.texts import Delimiters, Source, Texts, Windows, cut, ordinary, pieces, positions, sources
+from heedful.diagnosis.profile import ADDED, WEIGHTS, Profile, endless
+from heedful.diagnosis.store import clean
+from heedful.diagnosis.texts import Delimiters, Texts, Windows, cut, ordinary, pieces, positions, sources
 from heedful.diagnosis.view import SHOWN, notable, room, view_of, viewing
 from heedful.engine.run import Run
 from heedful.facts import facts_of, surroundings
+from heedful.files import PROFILE, UNFINISHED, folder_for, held
 from heedful.models import Loaded
 from heedful.verbs import attach, fit
 
 LENGTH = 2048  # tokens of a window, where the model takes as many
 SAVE_EVERY = 60.0  # seconds between two saves of what is there so far
-UNFINISHED = "unfinished"  # the folder, inside --out, of a diagnosis under way
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class _Subject:
             feed["decoder_input_ids"] = ids
         with memory(n):
             run(**feed)
+        if (layer := run.book.endless) is not None:
+            raise endless(f"the heads of layer {layer} ({run.layer_names[layer]}) give")
 
 
 @contextmanager
@@ -116,21 +119,20 @@ def diagnose(
     folder for the profile: what is there so far is saved every minute, and the same call goes on where it stopped.
     `how` goes to `attach`: `only`, `backend`, `tile_rows`.
     """
-    given = model if isinstance(model, Loaded) else Loaded(model, None, "")
-    parts = chosen(measures)
+    given = model if isinstance(model, Loaded) else Loaded(unwrapped(model), None, "")
+    parts, folder = chosen(measures), folder_for("diagnose()", out)
     if batch < 1:
         raise FieldError("diagnose()", "batch", batch, "must be 1 or more", 1)
     subject = _Subject(given.model, _words(tokenizer or given.tokenizer), how, progress or (lambda _: None))
     length = _length(subject.model, length)
-    found = sources(texts)
-    windows = cut(found, subject.tokenizer, length, subject.vocabulary)
+    windows = cut(sources(texts), subject.tokenizer, length, subject.vocabulary)
     was_training = subject.model.training
     subject.model.eval()
     try:
         facts = _facts(subject, given.name, length)
         facts["settings"] = _settings(facts, parts, windows, {"length": length, "batch": batch, **how})
-        job = _Job(subject, parts, windows, facts, batch, None if out is None else Path(out))
-        return job.whole(found[0])
+        with held(folder, "a diagnosis"):
+            return _Job(subject, parts, windows, facts, batch, folder).whole()
     finally:
         subject.model.train(was_training)
 
@@ -146,17 +148,14 @@ class _Job:
     batch: int
     out: Path | None
 
-    def whole(self, first: Source) -> Profile:
-        if self.out is not None:  # a folder that cannot be written is better known now than in the end
-            with writing(self.out):
-                self.out.mkdir(parents=True, exist_ok=True)
+    def whole(self) -> Profile:
         if (done := self._earlier("")) is not None:
             self.subject.report(Progress("text", 1, 1, f"finished before: read from {self.out}"))
             return done
         profile = self._text(self._earlier(UNFINISHED))
         profile += self._trials()
         profile += self._weights()
-        profile = self._view(profile, first)
+        profile = self._view(profile)
         if self.out is not None:
             profile.save(self.out)
             remove(self.out / UNFINISHED)
@@ -164,7 +163,7 @@ class _Job:
 
     def _earlier(self, inside: str) -> Profile | None:
         """What an earlier call with the same settings left in the folder."""
-        if self.out is None or not (self.out / inside / NAME).exists():
+        if self.out is None or not (self.out / inside / PROFILE).exists():
             return None
         found = Profile.load(self.out / inside)
         old, new = found.facts.get("settings", {}), self.facts["settings"]
@@ -177,7 +176,7 @@ class _Job:
         return found
 
     def _profile(self, statistics: dict[str, Statistic], stage: str, seconds: float, **facts: Any) -> Profile:
-        counts = dict.fromkeys(ADDED, 0) | {"backends": []} | facts
+        counts = dict.fromkeys(ADDED, 0) | {"backends": [], "skipped": []} | facts
         return Profile({**self.facts, **counts, "seconds": {stage: seconds}}, self.parts, statistics)
 
     def _text(self, earlier: Profile | None) -> Profile:
@@ -198,7 +197,8 @@ class _Job:
                 facts: dict[str, Any] = {"windows": read - start, "tokens": sum(map(len, rows[start:read]))}
                 facts["backends"] = sorted(set(run.book.backends.values()))
                 if earlier is None:
-                    facts |= {"texts": self.windows.texts, "left_out": self.windows.left_out}
+                    facts |= {name: getattr(self.windows, name) for name in ("texts", "left_out")}
+                    facts["skipped"] = list(self.windows.skipped)
                 new = self._profile(here, "text", time.perf_counter() - began, **facts)
                 return new if earlier is None else earlier + new
 
@@ -256,7 +256,7 @@ class _Job:
                 statistics[f"{n}.{WEIGHTS}.0"] = Cat(dict(found.fitted))
         return self._profile(statistics, "weights", time.perf_counter() - began)
 
-    def _view(self, profile: Profile, first: Source) -> Profile:
+    def _view(self, profile: Profile) -> Profile:
         """Where the most notable heads look in the first tokens of the first window."""
         began = time.perf_counter()
         window = self.windows.tokens[0]
@@ -266,7 +266,7 @@ class _Job:
         with self.subject.attach(viewing(heads, keys)) as run:
             self.subject.read(run, (tokens,))
             self.subject.report(Progress("view", len(tokens), len(tokens)))
-        view = view_of(run, heads, pieces(first, self.subject.tokenizer, window)[: len(tokens)])
+        view = view_of(run, heads, pieces(self.windows.first, self.subject.tokenizer, window)[: len(tokens)])
         profile += self._profile({}, "view", time.perf_counter() - began)
         return Profile(profile.facts, profile.parts, profile.statistics, view)
 
@@ -274,8 +274,8 @@ class _Job:
 def remove(folder: Path) -> None:
     """Take a profile's own files away, and the folder if nothing else is in it."""
     if folder.is_dir():
-        for file in (folder / NAME, *folder.glob("statistics-*.safetensors")):
-            file.unlink(missing_ok=True)
+        (folder / PROFILE).unlink(missing_ok=True)
+        clean(folder)
         if not any(folder.iterdir()):
             folder.rmdir()
 

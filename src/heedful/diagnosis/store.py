@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from heedful.catalogue import entries, find
 from heedful.core.call import Phase
-from heedful.core.errors import DefinitionError, StatisticError
+from heedful.core.errors import DefinitionError, HeedfulError, StatisticError
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Method, Scoped, method_of
-from heedful.core.stats import Cat, load, save
-from heedful.diagnosis.profile import Profile
+from heedful.core.stats import Cat, Statistic, load, save
+from heedful.diagnosis.profile import ADDED, Profile, readers
 from heedful.diagnosis.view import TokenView
+from heedful.files import PART, PROFILE, replace_text, writing
 
-NAME, FORMAT = "profile.json", 1
+FORMAT = 2
+STATISTICS = re.compile(r"statistics-[0-9a-f]{8}\.safetensors")
+# the facts that a profile tells, and of which kind they are
+FACTS: dict[str, type] = {"model": str, "seconds": dict, "skipped": list, "backends": list}
+FACTS |= dict.fromkeys(("layers", "heads", "length", *ADDED), int)
 VIEW = "view"  # the key of the token view's tensors, which no reader has
 
 
@@ -47,31 +53,6 @@ def _tupled(value: Any) -> Any:
     return tuple(map(_tupled, value)) if isinstance(value, list) else value
 
 
-@contextmanager
-def writing(where: Path) -> Iterator[None]:
-    """Turn the ways in which a disk says no into one plain error."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise StatisticError(
-            f"cannot write to {where}: {reason}; nothing half-written was left there. Free some space, or name another "
-            "folder that can be written"
-        ) from error
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file beside, then rename it."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def save_profile(profile: Profile, folder: Path) -> Path:
     view = profile.view
     new = folder / f"statistics-{uuid.uuid4().hex[:8]}.safetensors"
@@ -83,7 +64,8 @@ def save_profile(profile: Profile, folder: Path) -> Path:
         "view": view and {"tokens": view.tokens, "heads": view.heads},
     }
     try:
-        text = json.dumps(content, indent=1)
+        content = json.loads(json.dumps(content))  # as it will be read
+        text = json.dumps({**content, "digest": _digest(content)}, indent=1)
     except TypeError as error:
         raise StatisticError(f"cannot save the measures {profile.parts}: {error}") from error
     statistics = dict(profile.statistics)
@@ -93,30 +75,76 @@ def save_profile(profile: Profile, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             save(new, statistics)
-            replace_text(folder / NAME, text)
+            replace_text(folder / PROFILE, text)
         except BaseException:
             new.unlink(missing_ok=True)
             raise
-        for old in folder.glob("statistics-*.safetensors"):
-            if old != new:
-                old.unlink(missing_ok=True)
+        clean(folder, new)
     return folder
+
+
+def clean(folder: Path, keep: Path | None = None) -> None:
+    """Take away the statistics of earlier saves, whole or half written."""
+    for pattern in ("statistics-*.safetensors", f"*{PART}"):
+        for old in folder.glob(pattern):
+            if old != keep:
+                old.unlink(missing_ok=True)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """A name for what a profile says, by which damage is seen."""
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _require(facts: Any, parts: tuple[Measure, ...], statistics: Mapping[str, Statistic]) -> None:
+    """Facts of the kinds that a profile tells, and statistics that its measures have read."""
+    for name, kind in FACTS.items():
+        if type(facts[name]) is not kind:
+            raise TypeError(f"{name} is {facts[name]!r}")
+    if not all(type(x) in (int, float) for x in facts["seconds"].values()):
+        raise TypeError(f"seconds are {facts['seconds']}")
+    if not all(isinstance(x, str) for x in (*facts["skipped"], *facts["backends"])):
+        raise TypeError(f"skipped is {facts['skipped']}, backends are {facts['backends']}")
+    for key in statistics:
+        number, reader, layer = key.split(".")
+        if reader not in readers(parts[int(number)]) or int(layer) < 0:
+            raise KeyError(key)
 
 
 def load_profile(folder: Path) -> Profile:
     try:
-        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        facts, spellings, view, name = (content[key] for key in ("facts", "parts", "view", "statistics"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = json.loads((folder / PROFILE).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"{PROFILE} holds no object")
+        facts, spellings, view, name, of, digest = (
+            content[key] for key in ("facts", "parts", "view", "statistics", "format", "digest")
+        )
+        whole = digest == _digest(content)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StatisticError(
             f"{folder} holds no profile that can be read ({error}): give a folder that Profile.save() or "
             "`heedful diagnose --out` wrote"
         ) from error
-    if content.get("format") != FORMAT:
+    if of != FORMAT:
         raise StatisticError(f"{folder} was written by another release of heedful: measure again, or read it with that")
+    if not isinstance(name, str) or not STATISTICS.fullmatch(name):
+        raise StatisticError(
+            f"{folder / PROFILE} names {name!r} as its statistics, and they lie beside it as statistics-*.safetensors: "
+            "measure again"
+        )
+    if not whole:
+        raise StatisticError(f"{folder / PROFILE} was damaged or changed after it was saved: measure again")
     entries()  # importing the methods makes their statistics known
     statistics = load(folder / name)
-    if view is not None:
-        tensors = statistics.pop(VIEW).tensors()
-        view = TokenView(view["tokens"], [(layer, head) for layer, head in view["heads"]], **tensors)
-    return Profile(facts, tuple(map(built, spellings)), statistics, view)
+    try:
+        if view is not None:
+            tensors = statistics.pop(VIEW).tensors()
+            view = TokenView(view["tokens"], [(layer, head) for layer, head in view["heads"]], **tensors)
+        parts = tuple(map(built, spellings))
+        _require(facts, parts, statistics)
+        return Profile(facts, parts, statistics, view)
+    except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, HeedfulError):
+            raise
+        raise StatisticError(f"{folder} holds a profile whose parts do not fit together ({error!r})") from error

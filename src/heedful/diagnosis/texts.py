@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ ENDINGS = (
     ".txt", ".md", ".rst", ".tex", ".html", ".json", ".jsonl", ".csv", ".xml", ".yaml", ".toml", ".py", ".c", ".h",
     ".cc", ".cpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql",
 )  # fmt: skip
+PORTION = 1_000_000  # characters that a tokenizer is given at once
 Texts = str | Path | Tensor | Sequence[str | Path | Tensor]
 
 
@@ -28,6 +29,8 @@ class Source:
     name: str
     text: str | None = None
     tokens: Tensor | None = None  # [n]
+    found: bool = False  # in a folder; one that a caller names is refused where this one is left out
+    unread: str = ""  # why a file of a folder cannot be read
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +38,10 @@ class Windows:
     """The pieces of every text, each short enough for one forward."""
 
     tokens: tuple[Tensor, ...]  # each [n]
+    first: Source  # the text that the first piece begins
     texts: int
     left_out: int  # tokens in ends too short to count as a text
+    skipped: tuple[str, ...] = ()  # texts of a folder that could not be read, and why
 
 
 def _refuse(value: object, rule: str, good: object = Path("book.txt")) -> FieldError:
@@ -69,26 +74,33 @@ def _files(path: Path) -> list[Source]:
     if not path.exists():
         raise _refuse(str(path), "no such file or folder")
     if not path.is_dir():
-        return [Source(str(path), _read(path))]
-    inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in ENDINGS and p.is_file()]
+        text, why = _read(path)
+        if why:
+            raise _refuse(str(path), why)
+        return [Source(str(path), text)]
+    inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in ENDINGS and not p.is_dir()]
     inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    found = [Source(str(p), text) for p in inside if (text := _read(p, may_be_empty=True)).strip()]
-    if not found:
-        raise _refuse(str(path), f"the folder holds no file with text in it that ends in {', '.join(ENDINGS)}")
+    found = []
+    for p in inside:
+        text, why = _read(p) if p.is_file() else ("", "is no file" if p.exists() else "is a link to nothing")
+        found.append(Source(str(p), text, found=True, unread=why))
+    if all(source.unread for source in found):
+        rule = f"the folder holds no file with text in it that ends in {', '.join(ENDINGS)}"
+        raise _refuse(str(path), rule + "".join(f"; {source.name} {source.unread}" for source in found[:3]))
     return found
 
 
-def _read(path: Path, may_be_empty: bool = False) -> str:
+def _read(path: Path) -> tuple[str, str]:
+    """A file's text, and why it has none."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        rule = f"cannot be read as UTF-8 text (byte {error.start}): convert it, or leave it out"
-        raise _refuse(str(path), rule) from error
+        return "", f"cannot be read as UTF-8 text (byte {error.start}): convert it, or leave it out"
     except OSError as error:
-        raise _refuse(str(path), f"cannot be read: {error.strerror}") from error
-    if not may_be_empty and not text.strip():
-        raise _refuse(str(path), "is empty: give a file with words in it")
-    return text
+        return "", f"cannot be read: {error.strerror}"
+    if "\0" in text:
+        return "", "holds null characters, as no text does: leave it out"
+    return text, "" if text.strip() else "is empty: give a file with words in it"
 
 
 def positions(model: nn.Module) -> int | None:
@@ -109,7 +121,12 @@ def cut(found: list[Source], tokenizer: Any, length: int, vocabulary: int) -> Wi
     """
     out: list[Tensor] = []
     left_out = 0
+    skipped: list[str] = []
+    read: list[Source] = []
     for source in found:
+        if source.unread:
+            skipped.append(f"{source.name} {source.unread.partition(':')[0]}")
+            continue
         if source.text is not None and tokenizer is None:
             rule = "words need a tokenizer: pass it, or pass ready token ids as texts"
             raise FieldError("diagnose()", "tokenizer", None, rule, "AutoTokenizer.from_pretrained(...)")
@@ -117,25 +134,52 @@ def cut(found: list[Source], tokenizer: Any, length: int, vocabulary: int) -> Wi
         if len(rows) > 1 and 8 * len(rows[-1]) < length:
             left_out += len(rows.pop())
         if len(rows[0]) < 2:
+            if source.found:
+                skipped.append(f"{source.name} holds a single token")
+                continue
             raise _refuse(source.name, "holds a single token: attention needs two or more")
         for row in rows:
             if int(row.max()) >= vocabulary or int(row.min()) < 0:
                 rule = f"token ids must be from 0 to {vocabulary - 1}, those that the model knows"
                 raise _refuse(source.name, rule + "; is this its tokenizer?", vocabulary - 1)
         out += rows
-    return Windows(tuple(out), len(found), left_out)
+        read.append(source)
+    if not out:
+        raise _refuse(skipped, "none of these can be read: attention needs texts of two tokens or more")
+    return Windows(tuple(out), read[0], len(read), left_out, tuple(skipped))
 
 
 def _windows(source: Source, tokenizer: Any, length: int) -> list[Tensor]:
     if source.tokens is not None:
         return list(source.tokens.cpu().long().split(length))
-    if not tokenizer.is_fast:
-        return list(torch.tensor(tokenizer(source.text, verbose=False).input_ids).split(length))
-    rows = tokenizer(
-        source.text, truncation=True, max_length=length, return_overflowing_tokens=True, return_attention_mask=False,
-        verbose=False,
-    ).input_ids  # fmt: skip
-    return [torch.tensor(row) for row in rows]
+    before, after = (torch.tensor(ids, dtype=torch.long) for ids in _around(tokenizer))
+    # a tokenizer that cuts by itself, or reads it all at once, takes more and more time for each further character
+    ids = [
+        torch.tensor(tokenizer(x, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids)
+        for x in _portions(source.text or "")
+    ]
+    inner = max(1, length - len(before) - len(after))
+    return [torch.cat([before, row, after]) for row in torch.cat(ids).long().split(inner)]
+
+
+def _portions(text: str) -> Iterator[str]:
+    """A text in parts that a tokenizer can take at once; they begin with a space where there is one."""
+    start = 0
+    while len(text) - start > PORTION:
+        stop = text.rfind(" ", start + PORTION // 2, start + PORTION)
+        stop = stop if stop > 0 else start + PORTION
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that the model expects before and after a text."""
+    bare, whole = (list(tokenizer("a", add_special_tokens=s, verbose=False).input_ids) for s in (False, True))
+    for i in range(len(whole) - len(bare) + 1):
+        if bare and whole[i : i + len(bare)] == bare:
+            return whole[:i], whole[i + len(bare) :]
+    return [], []
 
 
 def pieces(source: Source, tokenizer: Any, tokens: Tensor) -> list[str]:
@@ -146,7 +190,7 @@ def pieces(source: Source, tokenizer: Any, tokens: Tensor) -> list[str]:
     special = set(tokenizer.all_special_ids)
     text = source.text
     if text is not None and tokenizer.is_fast:
-        for part in (text[: 20 * len(ids)], text):  # a long book need not be read twice
+        for part in (text[: 20 * len(ids)], text[: 400 * len(ids)]):  # a long book need not be read twice
             seen = tokenizer(part, truncation=True, max_length=len(ids), return_offsets_mapping=True, verbose=False)
             if seen.input_ids == ids:
                 out, done = [], 0

@@ -141,7 +141,7 @@ def attend(job: Job, q: Tensor, k: Tensor, v: Tensor, choose: Choose) -> tuple[T
         _sum_up(job, job.tally, carries)
     heads = stage(Site.HEADS, heads.to(v.dtype), job, call)
     book.remember(call)
-    book.look_for_nan(heads)
+    book.look_for_nan(call.layer, heads)
     return heads, pattern, call
 
 

@@ -120,7 +120,7 @@ class Book:
     forward: int = -1
 
     def __post_init__(self) -> None:
-        self._highest: Tensor | None = None  # of all that the heads gave
+        self._highest: dict[int, Tensor] = {}  # of all that the heads of each layer gave, without its sign
         self._of_forward: dict[int, dict[str, Any]] = defaultdict(dict)  # by part
         self._of_run: dict[tuple[int, int], dict[str, Any]] = defaultdict(dict)  # by part and layer
         parts = self.stack.parts
@@ -238,13 +238,20 @@ class Book:
         if have is None or size >= len(have.queries) * len(have.keys):
             self.calls[call.layer] = replace(call, hidden=None, turn=None, query=None, key=None, value=None)
 
-    def look_for_nan(self, x: Tensor) -> None:
+    def look_for_nan(self, layer: int, x: Tensor) -> None:
         if not x.numel():
             return
-        found = x.detach().max()  # a maximum with a NaN is one
-        self._highest = found if self._highest is None else torch.maximum(self._highest, found)
+        low, high = x.detach().aminmax()  # NaN where a single number is
+        found = torch.maximum(-low, high)
+        have = self._highest.get(layer)
+        self._highest[layer] = found if have is None else torch.maximum(have, found)
 
     @property
     def nan(self) -> bool:
         """Whether some head gave what is no number."""
-        return self._highest is not None and bool(self._highest.isnan())
+        return any(bool(x.isnan()) for x in self._highest.values())
+
+    @property
+    def endless(self) -> int | None:
+        """The first layer in which some head gave infinity or what is no number."""
+        return min((n for n, x in self._highest.items() if not bool(x.isfinite())), default=None)

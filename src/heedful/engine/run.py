@@ -27,15 +27,22 @@ class Adapter(Protocol):
     """How a run gets into a model's attention and out again."""
 
     @property
+    def model(self) -> nn.Module: ...
+
+    @property
     def layer_names(self) -> tuple[str, ...]: ...
 
     def sizes(self) -> tuple[Layer, ...]: ...
 
     def install(self, run: Run) -> None: ...
 
-    def remove(self) -> None: ...
+    def remove(self) -> None: ...  # may be called again after an interrupt
 
-    def add_parameters(self, layer: int, name: str, parameter: nn.Parameter) -> None: ...
+    def drop_parameters(self) -> None: ...
+
+    def carried(self) -> set[tuple[int, str]]: ...
+
+    def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter: ...
 
 
 @dataclass(frozen=True)
@@ -95,8 +102,8 @@ class Run:
         self.closed = False
         self._adapter = adapter
         self._check_layers()
-        adapter.install(self)
         try:
+            adapter.install(self)
             self._add_parameters()
         except BaseException:
             self.close()
@@ -112,18 +119,30 @@ class Run:
     def _add_parameters(self) -> None:
         if not any(type(m).parameters is not Method.parameters for m in self.stack.methods):
             return
-        reference = next(self.model.parameters())
+        wanted: dict[tuple[int, str], Tensor] = {}  # what each starts from, by layer and name in the model
+        places: dict[tuple[int, int], dict[str, str]] = {}  # those names, by part and layer
         for size in self._adapter.sizes():
             for number, method in enumerate(self.stack.methods):
                 if not any(step.number == number for step in self.stack.steps(size.number)):
                     continue
-                found: dict[str, Tensor] = {}
-                for name, start in method.parameters(size).items():
-                    parameter = nn.Parameter(start.to(reference.device, reference.dtype))
-                    full = f"heedful_{type(method).__name__}_{number}_{name}"
-                    self._adapter.add_parameters(size.number, full, parameter)
-                    found[name] = parameter
-                self.book.params[number, size.number] = found
+                prefix = f"heedful_{type(method).__name__}_{number}_"
+                starts = method.parameters(size)
+                wanted |= {(size.number, prefix + name): start for name, start in starts.items()}
+                places[number, size.number] = {name: prefix + name for name in starts}
+        carried = self._adapter.carried()
+        if carried and carried != set(wanted):
+            layer, name = min(carried ^ set(wanted))
+            have = "carries" if (layer, name) in carried else "lacks"
+            raise FieldError(
+                "attach()", "what", self.stack,
+                f"the model carries {len(carried)} learned parameters of an earlier run, and this stack has others: "
+                f"{self.layer_names[layer]} {have} {name}; attach the stack that learned them, or delete them",
+                "the same stack and `only`",
+            )  # fmt: skip
+        for (number, layer), names in places.items():
+            self.book.params[number, layer] = {
+                name: self._adapter.parameter(layer, full, wanted[layer, full]) for name, full in names.items()
+            }
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -149,7 +168,8 @@ class Run:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `generate`, under the stack."""
         self._require_open()
-        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        able = self.model if hasattr(self.model, "generate") else self._adapter.model  # a wrapper may have none
+        return able.generate(*args, **kwargs)  # type: ignore[operator]
 
     def _require_open(self) -> None:
         if self.closed:
@@ -158,8 +178,9 @@ class Run:
     def close(self) -> None:
         """Leave the model as it was. What the run found stays readable."""
         if not self.closed:
-            self.closed = True
             self._adapter.remove()
+            self._adapter.drop_parameters()
+            self.closed = True  # last: an interrupted close can be called again
 
     def __getitem__(self, part: Part) -> Any:
         """What a reading method of the stack has to tell."""

@@ -85,7 +85,8 @@ def _causal(model: nn.Module) -> bool:
     """Whether tokens see none that follow, so that the last alone has seen the whole text."""
     from heedful.adapters.transformers import adapt
 
-    modules = [model.get_submodule(name) for name in adapt(model, None).layer_names]
+    adapter = adapt(model, None)
+    modules = [adapter.model.get_submodule(name) for name in adapter.layer_names]
     return any(getattr(module, "is_causal", False) or getattr(module, "is_decoder", False) for module in modules)
 
 

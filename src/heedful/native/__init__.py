@@ -6,7 +6,6 @@ import ctypes
 import os
 from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -65,10 +64,8 @@ def library() -> Library | str:
     wanted = os.environ.get(PATH_VARIABLE, "")
     if wanted == "off":
         return f"the native kernel is switched off by {PATH_VARIABLE}=off"
-    here = Path(__file__).parent
-    places = [Path(os.environ.get(FILE_VARIABLE, "")), *(here / f"kernel{end}" for end in EXTENSION_SUFFIXES)]
-    file = next((place for place in places if place.is_file()), None)
-    if file is None:
+    file = Path(os.environ.get(FILE_VARIABLE) or Path(__file__).with_name("kernel.so"))
+    if not file.is_file():
         return "the native kernel was not built: heedful was installed without a C++ compiler; get g++ and reinstall"
     try:
         handle = ctypes.CDLL(str(file))

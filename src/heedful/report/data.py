@@ -11,7 +11,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from heedful.core.figures import Curves, Figure, Grid, HeadMap, Intervals, Listing, Role, Scatter, Told, head_name
+from heedful.core.figures import (
+    Curves,
+    Figure,
+    Finding,
+    Grid,
+    HeadMap,
+    Intervals,
+    Listing,
+    Role,
+    Scatter,
+    Told,
+    head_name,
+)
 from heedful.core.kinds import Measure
 from heedful.report.plots import bare
 
@@ -49,6 +61,8 @@ class Shown(Protocol):
     """What a page needs of a profile."""
 
     def told(self) -> Sequence[tuple[Measure, Told]]: ...
+
+    def findings(self) -> Sequence[Finding]: ...
 
     @property
     def facts(self) -> Mapping[str, Any]: ...

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from heedful.catalogue import entries, family
-from heedful.core.figures import Finding, Told
+from heedful.core.figures import Told
 from heedful.core.kinds import Measure
 from heedful.core.method import method_of
+from heedful.files import replace_text
 from heedful.report import data
 from heedful.report.colours import ACCENT, template
 from heedful.report.plots import MissingPackage
@@ -144,7 +145,7 @@ def _content(profile: data.Shown) -> tuple[dict[str, Any], dict[str, Any], str]:
     """What the template writes, what the script reads, and the packed token view."""
     told: Sequence[tuple[Measure, Told]] = profile.told()
     figures = [data.figure(f, type(method_of(part)).__name__) for part, t in told for f in t.figures]
-    findings: list[Finding] = sorted((f for _, t in told for f in t.findings), key=lambda f: -f.weight)
+    findings = profile.findings()
     roles = data.roles(told)
     about, numbers = ({}, "") if profile.view is None else data.packed(profile.view)
     read = {
@@ -207,10 +208,5 @@ def put(text: str, path: str | Path) -> Path:
     """Write a page beside its place, then put it there, so that no half-written page is left."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    replace_text(path, text)
     return path

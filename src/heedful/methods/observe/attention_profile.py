@@ -56,7 +56,8 @@ class Profile:
         p = p / p.sum(-1, keepdim=True).clamp(min=1e-9)
         entropy = torch.special.entr(p).sum(-1)
         mixed = torch.stack([torch.special.entr((p + row) / 2).sum(-1) for row in p])
-        return heads, (mixed - (entropy + entropy[:, None]) / 2).clamp(min=0)
+        apart = (mixed - (entropy + entropy[:, None]) / 2).clamp(min=0)
+        return heads, apart.fill_diagonal_(0)  # also of a head whose shares are no numbers
 
     def groups(self, alike: float) -> list[list[Head]]:
         """Heads within that divergence of a head in their middle, the largest group first; the middle head leads."""

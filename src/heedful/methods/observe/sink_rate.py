@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call, Phase
@@ -94,7 +95,8 @@ class SinkRate(Method):
             "come out right; in a causal text that is the authors' number of rows from the key on.",
             "Weights are taken as they are; the authors divide unnormalised ones by their row sum first.",
             "Text length is the caller's choice; the authors cut every text to 64 tokens.",
-            "One forward is taken for whole texts; one-token decoding steps are not counted.",
+            "A text may come in several calls, each going on where the last one ended; one-token decoding steps, and "
+            "what follows them, are not counted.",
         ),
     )
     epsilon: float = 0.3  # weight; the paper's default, strictly above
@@ -111,10 +113,29 @@ class SinkRate(Method):
         if pattern.received is None or pattern.seen is None:
             return None
         total, count = (call.keys.by_position(x) for x in (pattern.received, pattern.seen))
+        start, stop = call.queries.first or 0, (call.queries.first or 0) + len(call.queries)
+        total, count = torch.broadcast_tensors(total, count)
+        kept = call.state.cache
+        if start == 0:
+            before = None
+        elif "end" in kept and bool((kept["end"] == start).all()):
+            before = [pad(kept[name], (0, total.shape[-1] - kept[name].shape[-1])) for name in ("total", "count")]
+            total, count = (x + y for x, y in zip(before, (total, count), strict=True))
+        else:
+            return None  # no further piece of that text: tokens were decoded in between, or guessed and taken back
+        kept["total"], kept["count"], kept["end"] = total, count, torch.full((len(total),), stop)
+        now = self._counted(total, count)
+        if before is None:
+            return Mean.of(*now)
+        # the text so far was counted already: what it counts as now takes the place of that
+        return Mean.of(*(x - y for x, y in zip(now, self._counted(*before), strict=True)))
+
+    def _counted(self, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """What texts add to sums and counts, `[2 h k]` and `[h k]`, from what their keys received `[b h k]`."""
         reached = count > 0
-        alpha = (total / count).where(reached, 0.0)
+        alpha = (total / count).where(reached, 0.0).double()  # differences of what was counted must leave nothing
         sink = (alpha > self.epsilon).to(alpha.dtype)
-        return Mean.of(torch.stack([sink, alpha]).sum(1), reached.sum(0))  # [2 h k]
+        return torch.stack([sink, alpha]).sum(1), reached.sum(0)
 
     def answer(self, readings: Readings) -> Sinks:
         found = {layer: stat.value for layer, stat in readings.items()}

@@ -1,0 +1,1 @@
+"""What is measured of heedful: coverage, versions, speed and quality."""

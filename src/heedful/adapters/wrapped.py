@@ -1,0 +1,42 @@
+"""The transformers model inside what others put around it: PEFT, sentence-transformers, torch's parallel modules."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parallel import DataParallel
+from transformers import PreTrainedModel
+
+from heedful.adapters.layers import leftovers, within
+from heedful.core.errors import RefusedModel
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The one transformers model that a module is or holds, or the reason why it cannot be served."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    kind = type(model).__name__
+    inner: dict[str, PreTrainedModel] = {}  # the outermost ones, by dotted name
+    for name, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and not within(name, inner):
+            inner[name] = part
+    if not inner:
+        raise RefusedModel(
+            f"{kind} is not a transformers model (a PreTrainedModel) and holds none, the only kind served so far"
+        )
+    names = list(inner)
+    if len(names) > 1:
+        raise RefusedModel(
+            f"{kind} holds {len(names)} transformers models, {', '.join(names)}; attach to one of them, for example to "
+            f"model.{names[0]}"
+        )
+    if beside := [name for name in leftovers(model) if not within(name, names)]:
+        raise RefusedModel(
+            f"{kind} computes attention outside the transformers model in it, which heedful cannot reach: {beside[0]}. "
+            f"To leave it alone attach to model.{names[0]}"
+        )
+    if isinstance(model, DataParallel) and len(model.device_ids) > 1:
+        raise RefusedModel(
+            f"{kind} copies the model to {len(model.device_ids)} devices in every forward, where no run is attached; "
+            f"attach to model.{names[0]}, or wrap it for one device: DataParallel(model, device_ids=[0])"
+        )
+    return inner[names[0]]

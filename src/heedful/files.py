@@ -1,0 +1,125 @@
+"""Files that are whole or not there, folders that one process writes at a time, and what a disk says in plain words."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from heedful.core.errors import FieldError, StatisticError, WriteError
+
+PART = ".part"  # ends the name of a file that is being written
+LOCK = ".heedful.lock"
+PROFILE, UNFINISHED = "profile.json", "unfinished"  # of a diagnosis, and the folder inside of one under way
+RECORDS = "records.jsonl"  # of a comparison
+# what shows whose folder one is
+SIGNS = {"a diagnosis": (PROFILE, f"{UNFINISHED}/{PROFILE}"), "a comparison": (RECORDS,)}
+
+
+@contextmanager
+def writing(where: Path) -> Iterator[None]:
+    """Turn the ways in which a disk says no into one plain error."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise WriteError(
+            f"cannot write to {where}: {reason}; nothing half-written was left there. Free some space, or name another "
+            "folder that can be written"
+        ) from error
+
+
+@contextmanager
+def placed(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to; put in place once all is written, with the mode of any new file."""
+    beside = path.with_name(path.name + PART)
+    try:
+        beside.unlink(missing_ok=True)  # as a kill left it
+        beside.touch()
+        mode = beside.stat().st_mode
+        yield beside
+        beside.chmod(mode)  # safetensors makes a file of its own, which nobody else may read
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file beside, then rename it."""
+    with placed(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def append(path: Path, text: str) -> None:
+    """Add to a file all of a text, or nothing."""
+    with writing(path), path.open("ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        left = text.encode()
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except BaseException:
+            os.truncate(path, before)
+            raise
+
+
+def folder_for(owner: str, out: str | Path | None) -> Path | None:
+    """The folder that a caller names for what a verb finds."""
+    if out is not None and ("\0" in str(out) or not str(out)):
+        raise FieldError(owner, "out", str(out), "must be the name of a folder, without null characters", "kept")
+    return None if out is None else Path(out)
+
+
+@contextmanager
+def held(folder: Path | None, what: str) -> Iterator[None]:
+    """Make a folder and keep others from writing to it; refuse one that holds something else than `what`."""
+    if folder is None:
+        yield
+        return
+    with writing(folder):  # a folder that cannot be written is better known now than in the end
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _locked(folder)
+    try:
+        for other, signs in SIGNS.items():
+            if other != what and any((folder / sign).exists() for sign in signs):
+                raise StatisticError(f"{folder} holds {other}, and this call makes {what}: name another folder")
+        for left in folder.glob(f"*{PART}"):  # nobody else writes here, so a kill left them
+            left.unlink(missing_ok=True)
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.close()
+
+
+def _locked(folder: Path) -> IO[str]:
+    """The open lock of a folder. The system gives it up when its process ends, however that happens."""
+    try:
+        from fcntl import LOCK_EX, LOCK_NB, flock
+    except ModuleNotFoundError:  # a system without such locks: nobody is kept out
+        return (folder / LOCK).open("a+", encoding="utf-8")
+    while True:
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+        try:
+            flock(file, LOCK_EX | LOCK_NB)
+        except BlockingIOError as taken:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise StatisticError(
+                f"{folder} is being written by {holder}: wait until it ends, or name another folder"
+            ) from taken
+        try:
+            same = os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat())
+        except FileNotFoundError:
+            same = False
+        if same:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            return file
+        file.close()  # its holder took it away between the two steps

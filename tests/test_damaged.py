@@ -1,0 +1,187 @@
+"""Damaged files of every verb: whatever a disk or an editor did to them, the outcome is an answer or a plain error."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from heedful import models
+from heedful.bench.compare import compare
+from heedful.bench.comparison import Comparison
+from heedful.bench.records import Log, read
+from heedful.core.errors import HeedfulError
+from heedful.diagnosis.profile import Profile
+from heedful.diagnosis.run import diagnose
+from heedful.diagnosis.store import _digest
+from heedful.files import PROFILE, RECORDS
+from heedful.methods.sparse.sink_window import SinkWindow
+from tests.test_compare import Echo, Loss
+
+Swap = Callable[[random.Random, bytes], bytes]
+OTHER = (None, True, False, -1, 0, 3, 1e308, 1e-308, "3", "", "\0", "../x", [], {}, [[]], {"a": None}, [1, "b"])
+
+
+def flipped(draw: random.Random, content: bytes) -> bytes:
+    out = bytearray(content)
+    for _ in range(draw.choice((1, 1, 1, 4))):
+        out[draw.randrange(len(out))] ^= 1 << draw.randrange(8)
+    return bytes(out)
+
+
+def cut_short(draw: random.Random, content: bytes) -> bytes:
+    return content[: draw.randrange(len(content))]
+
+
+def torn(draw: random.Random, content: bytes) -> bytes:
+    start = draw.randrange(len(content))
+    return content[:start] + content[start + draw.randint(1, 64) :]
+
+
+def grown(draw: random.Random, content: bytes) -> bytes:
+    start = draw.randrange(len(content))
+    more = draw.choice((b"\0" * 64, b"[" * 100_000, b"NaN", b'"', b"\n", draw.randbytes(32)))
+    return content[:start] + more + content[start:]
+
+
+def _replaced(draw: random.Random, value: Any) -> Any:
+    """The value with one thing somewhere inside exchanged, taken out or put in."""
+    inside = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if value else []
+    if not inside or draw.random() < 0.2:
+        return draw.choice(OTHER)
+    key, old = draw.choice(inside)
+    if draw.random() < 0.1:
+        return {k: v for k, v in inside if k != key} if isinstance(value, dict) else value[:key] + value[key + 1 :]
+    new = _replaced(draw, old) if isinstance(old, dict | list) else draw.choice(OTHER)
+    return {**value, key: new} if isinstance(value, dict) else [*value[:key], new, *value[key + 1 :]]
+
+
+def swapped(draw: random.Random, content: bytes) -> bytes:
+    """A line of JSON, or all of it, with a value of another kind."""
+    text = content.decode()
+    lines = text.splitlines() if text.startswith('{"record') else [text]
+    i = draw.randrange(len(lines))
+    lines[i] = json.dumps(_replaced(draw, json.loads(lines[i])))
+    return "\n".join([*lines, ""]).encode()
+
+
+def forged(draw: random.Random, content: bytes) -> bytes:
+    """A profile with a value of another kind, and the digest that goes with it."""
+    found = json.loads(swapped(draw, content))
+    return json.dumps({**found, "digest": _digest(found)} if isinstance(found, dict) else found).encode()
+
+
+@contextmanager
+def seconds(most: int) -> Iterator[None]:
+    """A hang is an error."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(most)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a profile and one with a comparison."""
+    home = tmp_path_factory.mktemp("whole")
+    model = models.tiny("llama")
+    diagnose(model, torch.arange(5, 25), measures=["SinkRate", "AttentionProfile", "WeibullWeights"], out=home / "p")
+    loaded = models.Loaded(model, object(), "tiny")
+    compare(loaded, [SinkWindow(1, 4)], [Echo(), Loss()], count=3, turns=1, out=home / "c")
+    return home
+
+
+def read_profile(folder: Path) -> None:
+    found = Profile.load(folder)
+    str(found)
+    found.figures()
+
+
+def read_comparison(folder: Path) -> None:
+    found = Comparison.load(folder)
+    str(found)
+    found.to_pandas()
+
+
+def gone_on_with(folder: Path) -> None:
+    Log(folder / RECORDS, read(folder / RECORDS)[0], 0)
+
+
+PLANS: dict[str, tuple[str, str, Callable[[Path], None], tuple[Swap, ...]]] = {
+    "profile": ("p", PROFILE, read_profile, (flipped, cut_short, torn, grown, swapped, forged)),
+    "statistics": ("p", "statistics-*", read_profile, (flipped, cut_short, torn, grown)),
+    "records": ("c", RECORDS, read_comparison, (flipped, cut_short, torn, grown, swapped)),
+    "log": ("c", RECORDS, gone_on_with, (flipped, cut_short, torn, grown, swapped)),
+}
+
+
+def outcomes(name: str, home: Path, tmp_path: Path, count: int) -> Counter[str]:
+    """How many damaged files were read, refused, or did something else."""
+    folder, pattern, use, ways = PLANS[name]
+    shutil.copytree(home / folder, tmp_path / "copy")
+    (file,) = (tmp_path / "copy").glob(pattern)
+    whole = file.read_bytes()
+    use(file.parent)
+    found: Counter[str] = Counter()
+    for number in range(count):
+        draw = random.Random(f"{name} {number}")
+        file.write_bytes(draw.choice(ways)(draw, whole))
+        try:
+            with seconds(20):
+                use(file.parent)
+            found["read"] += 1
+        except HeedfulError:
+            found["refused"] += 1
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is counted
+            found[f"{number}: {error!r}"[:300]] += 1
+    return found
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_damaged_files_are_read_or_refused(name: str, files: Path, tmp_path: Path) -> None:
+    found = outcomes(name, files, tmp_path, 150)
+    assert set(found) <= {"read", "refused"}, found
+    assert found["refused"] > 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANS)
+def test_many_damaged_files_are_read_or_refused(name: str, files: Path, tmp_path: Path) -> None:
+    found = outcomes(name, files, tmp_path, 5000)
+    assert set(found) <= {"read", "refused"}, found
+
+
+def test_one_flipped_bit_of_a_tensor_is_seen(files: Path, tmp_path: Path) -> None:
+    shutil.copytree(files / "p", tmp_path / "copy")
+    (file,) = (tmp_path / "copy").glob("statistics-*")
+    whole = file.read_bytes()
+    for place in range(len(whole) - 2000, len(whole), 97):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(HeedfulError, match="its checksum is another"):
+            Profile.load(file.parent)
+
+
+def test_statistics_outside_of_the_folder_are_not_opened(files: Path, tmp_path: Path) -> None:
+    shutil.copytree(files / "p", tmp_path / "copy")
+    found = json.loads((tmp_path / "copy" / PROFILE).read_text())
+    for name in ("../../x.safetensors", "statistics-0/../x.safetensors", 3):
+        forged = {**found, "statistics": name}
+        (tmp_path / "copy" / PROFILE).write_text(json.dumps({**forged, "digest": _digest(forged)}))
+        with pytest.raises(HeedfulError, match="they lie beside it"):
+            Profile.load(tmp_path / "copy")
