@@ -155,6 +155,17 @@ def test_a_view_of_a_text_shorter_than_its_keys(model: Any) -> None:
     assert (view.weights[:, :, 3:] == 0).all()
 
 
+def test_the_view_is_of_the_first_tokens_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heedful.diagnosis.run.SHOWN", 8)
+    fed: list[int] = []
+    model.register_forward_pre_hook(lambda _, args, kw: fed.append(kw["input_ids"].shape[1]), with_kwargs=True)
+    view = diagnose(model, WORDS[:30], tokenizer=characters(), measures=SinkRate()).view
+    assert fed == [30, 8]
+    assert view is not None
+    assert "".join(view.tokens) == WORDS[:8]
+    assert view.received.shape[1] == 8
+
+
 @pytest.mark.parametrize("tokens", [2, 512, 2048, 8192, 32768])
 def test_a_view_fits_the_page(tokens: int) -> None:
     heads, keys = room(tokens)

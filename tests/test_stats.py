@@ -15,6 +15,7 @@ from torch import Tensor
 from heedful.conformance.tolerances import MERGE, error
 from heedful.core.errors import StatisticError
 from heedful.core.stats import Cat, Histogram, Max, Mean, Moments, Statistic, Sum, TopK, load, merged, save
+from heedful.core.summary import _diagonals
 
 Maker = Callable[[Tensor, int], Statistic]
 
@@ -125,3 +126,11 @@ def test_files_that_are_not_statistics_say_so(tmp_path: Path) -> None:
     save_file({"x": torch.ones(1)}, str(tmp_path / "plain"))
     with pytest.raises(StatisticError, match="holds no heedful statistics"):
         load(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("r", [1, 2, 5])
+@pytest.mark.parametrize("k", [1, 4, 9, 10, 40])
+def test_diagonals_add_up(r: int, k: int) -> None:
+    x = torch.arange(2.0 * 3 * r * k).view(2, 3, r, k)
+    wanted = [x.diagonal(offset, -2, -1).sum(-1) for offset in range(1 - r, k)]
+    assert torch.equal(_diagonals(x), torch.stack(wanted, -1))

@@ -1,4 +1,4 @@
-"""python -m benchmarks.speed attention|step|cache|sparse|pattern|model|peers|all (OMP_PROC_BIND=true)"""
+"""python -m benchmarks.speed attention|step|cache|sparse|pattern|model|diagnose|peers|all (OMP_PROC_BIND=true)"""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import sys
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed")
-    parser.add_argument("what", choices=["attention", "step", "cache", "sparse", "pattern", "model", "peers", "all"])
+    kinds = ["attention", "step", "cache", "sparse", "pattern", "model", "diagnose", "peers", "all"]
+    parser.add_argument("what", choices=kinds)
     parser.add_argument(
         "--tokens",
         type=int,
@@ -23,10 +24,12 @@ def main() -> None:
     given = parser.parse_args()
     if os.environ.get("OMP_PROC_BIND") != "true":
         print("OMP_PROC_BIND is not true: two threads may share a core, and ratios mean little", file=sys.stderr)
-    from benchmarks.speed import attention, cache, model, pattern, peers, sparse
+    from benchmarks.speed import attention, cache, diagnose, model, pattern, peers, sparse
 
     if given.what in ("model", "all"):
         model.measure(given.quick)
+    if given.what in ("diagnose", "all"):
+        diagnose.measure(given.quick)
     if given.what in ("step", "all"):
         attention.step((8192,) if given.quick else (8192, 16384, 32768), 5 if given.quick else 15)
     if given.what in ("cache", "all"):

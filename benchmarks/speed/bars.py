@@ -78,6 +78,12 @@ BARS = (
     Bar("the same over a forward that, like diagnose, computes the last logits alone, 2k tokens, time", 1.00, "model",
         over("diagnose, native", "plain forward, last logits", 2048)),
     Bar("the same, 8k tokens, time", 1.00, "model", over("diagnose, native", "plain forward, last logits", 8192)),
+    Bar("the whole of diagnose over such a forward, one text of 2k tokens, time", 1.35, "diagnose",
+        ratio("diagnose, the whole", windows=(1,))),
+    Bar("the same, ten windows of 2k tokens, over as many forwards, time", 1.05, "diagnose",
+        ratio("diagnose, the whole", windows=(10,))),
+    Bar("default readers with `tiled` over such a forward, 2k tokens, time", 1.35, "diagnose",
+        ratio("diagnose, tiled", windows=(1,))),
     Bar("default diagnose with `tiled` over a plain forward, 2k and 8k tokens, time", 1.35, "model",
         ratio("diagnose, tiled", tokens=LONG)),
     Bar("default diagnose with `native` over a plain forward, 2k and 8k tokens, peak memory", 1.10, "model",
@@ -135,6 +141,7 @@ def _where(row: Row) -> str:
         ", ".join(str(row[key]) for key in ("shape", "type") if key in row)
         + (" at " if "shape" in row else "")
         + f"{row['tokens']:,} tokens"
+        + (f", {row['windows']} window{'s' if row['windows'] > 1 else ''}" if "windows" in row else "")
         + (f", {row['best']}, {row['rise']:+.2%} loss" if "best" in row else "")
         + (f", {row['rise_elsewhere']:+.2%} on the end of these texts" if row.get("rise_elsewhere") is not None else "")
     )
@@ -206,6 +213,7 @@ def page() -> str:
             cells = [f"{row['peak_mb'][n]:,.0f}" if n in row["peak_mb"] else "" for n in names]
             out.append(f"| {row['tokens']:,} tokens | " + " | ".join(cells) + " |")
         out.append("")
+    out += ["## The whole of diagnose", "", _machine("diagnose"), "", *_races("diagnose"), ""]
     out += ["## Peers", "", *_peers(), ""]
     out += ["## The attention call alone", "", _machine("attention"), "", *_races("attention"), ""]
     out += ["## One decode step", "", _machine("decode_step"), "", *_races("decode_step"), ""]

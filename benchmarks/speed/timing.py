@@ -31,10 +31,15 @@ def race(contenders: Mapping[str, Callable[[], Any]], rounds: int, baseline: str
                 began = time.perf_counter()
                 run()
                 taken[name].append(time.perf_counter() - began)
+    return told(taken, against)
+
+
+def told(taken: Mapping[str, list[float]], against: str) -> dict[str, Any]:
+    """Median seconds, and the quartiles of the ratio to the baseline of the same turn."""
     out = {}
     for name, seconds in taken.items():
         ratios = [mine / theirs for mine, theirs in zip(seconds, taken[against], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else ratios * 3
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         out[name] = {
             "seconds": round(statistics.median(seconds), 6),
             "ratio": round(middle, 3),

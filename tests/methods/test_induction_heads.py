@@ -103,7 +103,7 @@ def test_draws_prompts_that_repeat() -> None:
     assert torch.equal(again.tokens, trial.tokens)
     assert not torch.equal(other.tokens, trial.tokens)
     (fewer,) = InductionHeads(period=7, repeats=4).trials(WORDS, 20)
-    assert fewer.tokens.shape == (2, 14)
+    assert fewer.tokens.shape == (1, 14)
     assert list(InductionHeads(period=7).trials(WORDS, 13)) == []
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -102,7 +103,8 @@ class Tally:
         if "received" in self.wanted:
             self._gather("received", mine.sum(-2), call)
             keep = weights.new_ones(weights.shape[-2:], dtype=torch.bool) if call.keep is None else call.keep
-            seen = (keep & call.live[..., None]).sum(-2).to(weights.dtype)
+            keep = keep if self.call.queries.valid is None else keep & call.live[..., None]
+            seen = keep.sum(-2).to(weights.dtype)
             self._gather("seen", seen.expand(*weights.shape[:2], -1), call)
         if "distance" in self.wanted:
             self._far(mine, call)
@@ -138,21 +140,18 @@ class Tally:
             slots.scatter_add_(-1, distance.clamp(0, self.reach - 1).flatten(2), weights.flatten(2))
             return
         r, k = weights.shape[-2:]
-        room = torch.nn.functional.pad(weights, (r - 1, r - 1)).contiguous()
-        # row i read from i places further on: equal distances come to stand above one another, the farthest first
-        skewed = room.as_strided((*room.shape[:2], r, k + r - 1), (*room.stride()[:2], room.stride(2) + 1, 1))
-        found = skewed.sum(-2).flip(-1)
+        found = _diagonals(weights).flip(-1)
         nearest = call.queries.first - (call.keys.first + k - 1) - self.nearest  # the slot of the first one found
         lo, hi = max(0, nearest), min(self.reach, nearest + k + r - 1)
         if lo < hi:
             slots[..., lo:hi] += found[..., lo - nearest : hi - nearest]
 
-    @property
+    @cached_property
     def nearest(self) -> int:
         """The least distance that can occur."""
         return 0 if self.call.mask.causal else int(self.call.q_pos.amin() - self.call.k_pos.amax())
 
-    @property
+    @cached_property
     def reach(self) -> int:
         """How many distances can occur."""
         return max(1, int(self.call.q_pos.amax() - self.call.k_pos.clamp(min=0).amin()) - self.nearest + 1)
@@ -166,6 +165,24 @@ class Tally:
         if "carried" in rows:
             rows["carried"] = rows["carried"].mT
         return Summary(**self._columns, **rows, nearest=self.nearest if "distance" in self.wanted else 0)
+
+
+def _diagonals(x: Tensor) -> Tensor:
+    """The sums of the diagonals of `[b h r k]`, `[b h r+k-1]`, from the lower left corner to the upper right one."""
+    r, k = x.shape[-2:]
+    if k < 2 * r:
+        return _skewed(torch.nn.functional.pad(x, (r - 1, r - 1)))
+    # whole diagonals are read where they lie; the two corners, which have shorter ones, fit into one block
+    low = x.new_ones(r, r - 1, dtype=torch.bool).tril(-1)
+    ends = _diagonals(torch.where(low, x[..., : r - 1], x[..., k - r + 1 :]))
+    return torch.cat([ends[..., : r - 1], _skewed(x), ends[..., r - 1 :]], -1)
+
+
+def _skewed(x: Tensor) -> Tensor:
+    """The sums of the diagonals that begin in the first row and end in the last one."""
+    x, r = x.contiguous(), x.shape[2]
+    # row i read from i places further on: a diagonal comes to stand as a column
+    return x.as_strided((*x.shape[:3], x.shape[3] - r + 1), (*x.stride()[:2], x.stride(2) + 1, 1)).sum(-2)
 
 
 def _entropy(weights: Tensor, scores: Tensor, peak: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`heedful.diagnose`: one pass over the text for all measures, a short one for those with prompts of their own."""
+"""`heedful.diagnose`: one pass over the text for all measures, short ones for own prompts and for the token view."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from heedful.diagnosis.measures import chosen, makes_trials, reads_text
 from heedful.diagnosis.profile import ADDED, WEIGHTS, Profile, endless
 from heedful.diagnosis.store import clean
 from heedful.diagnosis.texts import Delimiters, Texts, Windows, cut, ordinary, pieces, positions, sources
-from heedful.diagnosis.view import notable, room, view_of, viewing
+from heedful.diagnosis.view import SHOWN, notable, room, view_of, viewing
 from heedful.engine.run import Run
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
@@ -257,15 +257,16 @@ class _Job:
         return self._profile(statistics, "weights", time.perf_counter() - began)
 
     def _view(self, profile: Profile) -> Profile:
-        """Where the most notable heads look in the first window."""
+        """Where the most notable heads look in the first tokens of the first window."""
         began = time.perf_counter()
-        tokens = self.windows.tokens[0]
+        window = self.windows.tokens[0]
+        tokens = window[:SHOWN]
         most, keys = room(len(tokens))
         heads = notable(profile.roles(), self.facts["layers"], self.facts["heads"], most)
         with self.subject.attach(viewing(heads, keys)) as run:
             self.subject.read(run, (tokens,))
             self.subject.report(Progress("view", len(tokens), len(tokens)))
-        view = view_of(run, heads, pieces(self.windows.first, self.subject.tokenizer, tokens))
+        view = view_of(run, heads, pieces(self.windows.first, self.subject.tokenizer, window)[: len(tokens)])
         profile += self._profile({}, "view", time.perf_counter() - began)
         return Profile(profile.facts, profile.parts, profile.statistics, view)
 

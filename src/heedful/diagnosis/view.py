@@ -1,4 +1,4 @@
-"""The token view: where each token of one real text looks, for a few heads. Never the whole map."""
+"""The token view: where each token of a stretch of real text looks, for a few heads. Never the whole map."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ PAGE_BYTES = 1_200_000  # what a view may weigh once it is encoded
 TOKEN_BYTES = 8  # a token's text, quoted
 SLOT_BYTES = 4  # distance in two bytes and weight in one, in base64
 MOST_HEADS, MOST_KEYS = 12, 8
+SHOWN = 256  # tokens of the first window that are shown: they are read once more, after the heads are known
 
 
 @dataclass(frozen=True, eq=False)

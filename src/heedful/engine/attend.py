@@ -39,14 +39,17 @@ def grouped(a: Tensor, b: Tensor) -> Tensor:
     return out.view(a.shape[0], h, a.shape[2], b.shape[3])
 
 
-def _hide(scores: Tensor, keep: Tensor) -> Tensor:
-    """Scores of pairs that are not computed become the least number, in place and only where there are such pairs."""
-    hidden = ~keep
-    columns = hidden.flatten(0, -2).any(0).nonzero()
-    if len(columns):
-        lo, hi = int(columns[0]), int(columns[-1]) + 1
-        scores[..., lo:hi].masked_fill_(hidden[..., lo:hi], torch.finfo(scores.dtype).min)
-    return scores
+def _hide(scores: Tensor, keep: Tensor) -> bool:
+    """Scores of pairs that are not computed become the least number, in place and only where there are such pairs.
+
+    Whether some query may see nothing.
+    """
+    columns = keep.flatten(0, -2).all(0).logical_not_().nonzero()[:, 0].tolist()
+    if columns:
+        lo, hi = columns[0], columns[-1] + 1
+        scores[..., lo:hi].masked_fill_(~keep[..., lo:hi], torch.finfo(scores.dtype).min)
+    # a column that all queries see leaves none of them blind
+    return len(columns) == keep.shape[-1] and not bool(keep.any(-1).all())
 
 
 def tile(job: Job, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,14 +61,15 @@ def tile(job: Job, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
         rows = call.rows if job.bias.shape[-2] != 1 else slice(None)
         scores = scores + job.bias[..., rows, :][..., call.cols].to(scores.dtype)
     scores = stage(Site.SCORES, scores, job, call)
-    keep = call.keep
+    keep, blind = call.keep, False
     if keep is not None:
-        scores = _hide(scores.clone() if job.plan.at(Site.SCORES) else scores, keep)
+        scores = scores.clone() if job.plan.at(Site.SCORES) else scores
+        blind = _hide(scores, keep)
     sink = job.sink if job.sink is None or job.sink.shape[-2] == 1 else job.sink[..., call.rows, :]
     weights = softmax(scores, sink)
     for step in job.plan.at(Site.NORMALISE):
         weights = _normalised(step, scores, weights, job, call)
-    if keep is not None and (job.plan.edits(Site.SCORES, Site.NORMALISE) or not bool(keep.any(-1).all())):
+    if keep is not None and (blind or job.plan.edits(Site.SCORES, Site.NORMALISE)):
         # an exact zero already, but for queries that may see nothing, and for what a method did: one that hides all
         # that a query may see would leave the weight to the rest
         weights = weights.masked_fill(~keep, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,7 @@ from heedful.engine.needs import Needs
 from heedful.engine.shifting import resolved
 
 TILE_BYTES = 4 << 20  # scores of one tile: a few of them fit into a last-level cache
+LEAST, MOST = 16, 256  # rows of a tile
 GATHER_BELOW = 0.7  # copy scattered columns together when they are at most this share of the range they span
 
 
@@ -32,7 +34,7 @@ class Tiled:
         return reasons
 
     def tile_rows(self, b: int, h: int, k: int) -> int:
-        return self.rows or max(16, min(256, TILE_BYTES // max(1, 4 * b * h * k)))
+        return self.rows or max(LEAST, min(MOST, TILE_BYTES // max(1, 4 * b * h * k)))
 
     def __call__(self, job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         q, k, v = wide(q), wide(k), wide(v)
@@ -40,11 +42,21 @@ class Tiled:
         return self._all(job, q, k, v), None
 
     def _all(self, job: Job, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        total = q.shape[2]
-        step = self.tile_rows(q.shape[0], q.shape[1], k.shape[2])
-        blocks = [slice(start, min(start + step, total)) for start in range(job.call.earlier, total, step)]
-        heads = [self.block(job, rows, q, k, v) for rows in blocks]
+        heads = [self.block(job, rows, q, k, v) for rows in self._blocks(job, q.shape[0])]
         return heads[0] if len(heads) == 1 else torch.cat(heads, 2)
+
+    def _blocks(self, job: Job, texts: int) -> Iterator[slice]:
+        """Rows for each tile, as many as its bytes allow: the first ones of a causal text see few columns."""
+        call, start, total = job.call, job.call.earlier, len(job.call.queries)
+        while start < total:
+            step = self.rows or LEAST
+            if self.rows is None and total - start > LEAST:
+                rows = slice(start, min(start + MOST, total))
+                cols = slice(0, len(call.keys)) if job.plan.above else _seen(call, rows)
+                width = cols.stop - cols.start if isinstance(cols, slice) else len(cols)
+                step = self.tile_rows(texts, call.heads, width)
+            yield slice(start, min(start + step, total))
+            start += step
 
     @staticmethod
     def block(job: Job, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -61,11 +73,13 @@ def _cut(call: Call, rows: slice, above: int | None) -> tuple[Call, slice | Tens
     Where edits look at neighbours, `above` of the rows are there for that, and all keys are, so that neighbours in the
     tile are neighbours in the text.
     """
-    part = call.tile(rows, slice(0, len(call.keys)))
-    if above is None:
-        ranges = call.mask.columns(part.queries, call.keys, rows)
-        part = call.tile(rows, _columns(ranges, call.queries.index.device))
+    part = call.tile(rows, slice(0, len(call.keys)) if above is not None else _seen(call, rows))
     return replace(part, keep=call.mask.keeps(part.pairs), above=above or 0), part.cols
+
+
+def _seen(call: Call, rows: slice) -> slice | Tensor:
+    """The key columns that some of the rows may see."""
+    return _columns(call.mask.columns(call.queries.take(rows), call.keys, rows), call.queries.index.device)
 
 
 def _columns(ranges: Ranges, device: torch.device) -> slice | Tensor:

@@ -59,7 +59,7 @@ class InductionHeads(Method):
         differs=(
             "The authors' full text was not at hand: the two scores follow summaries of it.",
             "Its scores of heads alone; the cache that it builds on them is another entry.",
-            "64 tokens four times, twice; the authors repeat 2500 tokens four times. Models short of positions get "
+            "64 tokens four times; the authors repeat 2500 tokens four times. Models short of positions get "
             "fewer repeats.",
             "The first token never counts as a copy, since many heads park on it.",
             "The score of the previous token is not in the paper; it is the other half of an induction head.",
@@ -67,7 +67,7 @@ class InductionHeads(Method):
     )
     period: int = 64  # tokens until the text comes again; the paper's 2500
     repeats: int = 4  # times that it is there; the paper's
-    texts: int = 2  # texts to draw
+    texts: int = 1  # texts to draw
     seed: int = 0
     share: float = 0.3  # score above which a head plays a role; the paper takes the best 14 % and 1 % instead
 

@@ -62,9 +62,9 @@ class RetrievalHeads(Method):
     )
     size: int = 16  # tokens of the needle
     cue: int = 4  # tokens that stand before the needle and come again before the answer
-    length: int = 192  # tokens of a prompt; the paper's 1000 to 50k
+    length: int = 128  # tokens of a prompt; the paper's 1000 to 50k
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)  # where the needle stands, 0 first; the paper's ten
-    texts: int = 2  # prompts a depth
+    texts: int = 1  # prompts a depth
     seed: int = 0
     threshold: float = 0.1  # score above which a head is a retrieval head; the paper's
 

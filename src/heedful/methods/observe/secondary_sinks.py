@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,14 +39,14 @@ class Secondary:
     first_norm: Mapping[int, float] = field(repr=False)
     least: int
 
-    @property
+    @cached_property
     def levels(self) -> list[Level]:
         """The kinds of sinks, most frequent first; those that go before `least` layers are noise."""
         found = []
-        for born in range(max(self.counts, default=0)):
-            for layer in (n for n in self.counts if n >= born + self.least):
-                later = self.counts.get(layer + 1)
-                number = float(self.counts[layer][born] - (0 if later is None else later[born]))
+        counts = {n: x.tolist() for n, x in self.counts.items()}
+        for born in range(max(counts, default=0)):
+            for layer in (n for n in counts if n >= born + self.least):
+                number = counts[layer][born] - (counts[layer + 1][born] if layer + 1 in counts else 0)
                 if number > 1e-9:  # what rounding leaves of equal shares is no sink
                     found.append(Level(born, layer - born, number))
         return sorted(found, key=lambda level: -level.number)

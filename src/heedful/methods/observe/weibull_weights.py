@@ -57,7 +57,9 @@ class WeibullWeights(Weights):
     def line(self, weights: Tensor) -> Tensor:
         """Shape, scale and R2 of one matrix, `[3]`; nan where all weights are alike."""
         x = weights.detach().flatten().float().abs()
-        x = x[x > 0].log()
+        if len(x) and not x.amin() > 0:  # picking out is the dearest step, and few models have zeros
+            x = x[x > 0]
+        x = x.log()
         low, high = (float(end) for end in x.aminmax()) if len(x) else (0.0, 0.0)
         if not high > low:
             return torch.full((3,), float("nan"), dtype=torch.float64)
