@@ -92,9 +92,10 @@ def test_deprecations_are_written_down_whatever_a_test_filters(tmp_path: Path) -
     )
     notices = tmp_path / "notices.jsonl"
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # as no part of this very run
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.deprecations", "."]
     run = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"DEPRECATIONS": str(notices), "PYTHONPATH": path},
+        command, cwd=tmp_path, env=alone | {"DEPRECATIONS": str(notices), "PYTHONPATH": path},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "1 failed, 3 passed" in run.stdout, run.stdout + run.stderr
