@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from heedful import Fitted, attach, fit, models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.methods.intervene.focus_directions import FocusDirections, _Mass
+from tests.by_hand import Steps, Turn, causal_map, heads_of, llama_states
 
 ROLES = {"relevant": ((3, 6),)}
 
@@ -104,6 +106,40 @@ def test_a_fit_raises_the_mass_and_leaves_the_model_alone() -> None:
                 run(input_ids=batch["input_ids"])
             masses.append(sum(float(run[_Mass()][layer][i]) for layer, i in chosen))
     assert masses[1] > masses[0]
+
+
+def test_the_first_step_goes_down_minus_the_log_of_the_mass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kept = models.tiny("llama"), Steps(monkeypatch)
+    ids = models.tiny_inputs(model, length=10)["input_ids"]
+    q0, k0 = ([torch.zeros(h, 8, requires_grad=True) for _ in range(2)] for h in (4, 2))
+    masses: dict[tuple[int, int], Tensor] = {}
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
+        weights = causal_map(turn(q + q0[layer][:, None]), turn(k + k0[layer][:, None]))
+        for h in range(4):
+            masses[layer, h] = sum(weights[b, h, -1, j] for b in range(2) for j in range(3, 6)) / 2
+        return heads_of(weights, v)
+
+    llama_states(model, ids, attend)
+    chosen = sorted(masses, key=lambda at: -float(masses[at].detach()))[:3]
+    loss = -sum(masses[at].log() for at in chosen) / 3
+    wanted = torch.autograd.grad(loss, [x for pair in zip(q0, k0, strict=True) for x in pair], allow_unused=True)
+    wanted = [torch.zeros(1) if x is None else x for x in wanted]
+    method = fit(FocusDirections(heads=3, epochs=1, rate=0.01), model, [{"input_ids": ids, "roles": ROLES}])
+    layers = sorted({layer for layer, _ in chosen})
+    assert method.directions is not None
+    assert sorted({int(name[2:]) for name in method.directions}) == layers
+    assert kept.settings == [{"lr": 0.01, "eps": 1e-4, "weight_decay": 0.0}]
+    mine = {(tuple(x.shape), i): x for i, x in enumerate(kept.grads[0])}
+    assert len(mine) == 2 * len(layers)
+    for (_, i), found in mine.items():
+        layer, side = layers[i // 2], i % 2
+        want = wanted[2 * layer + side].clone()
+        rows = {h * len(want) // 4 for n, h in chosen if n == layer}
+        for row in range(len(want)):
+            want[row] *= row in rows  # other heads' directions do not learn
+        assert close_model(found, want), (layer, side)
+    assert kept.before[0][0].count_nonzero() == 0
 
 
 def test_neutral_is_the_model_itself_bit_for_bit() -> None:

@@ -12,6 +12,7 @@ from heedful import Fitted, attach, fit, fold, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, FoldError
 from heedful.methods.intervene.lofit import LoFiT
+from tests.by_hand import Steps, Turn, causal_map, heads_of, llama_states
 
 
 def _offsets(layers: tuple[int, ...] = (1,)) -> Fitted:
@@ -85,6 +86,41 @@ def test_the_heads_that_matter_are_chosen() -> None:
             o.mul_(keep)
     found = fit(LoFiT(share=0.25, epochs=4, select_rate=0.05), model, _batches(model))
     assert set(found.heads) == {(0, 2), (1, 1)}
+
+
+@pytest.mark.parametrize(("sharpness", "over"), [(0.2, False), (4.0, True)])
+def test_steps_go_down_the_loss_with_gradients_clipped(
+    sharpness: float, over: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kept = models.tiny("llama"), Steps(monkeypatch)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(sharpness)
+    batches, penalty = _batches(model), 0.01
+    fit(LoFiT(share=0.25, epochs=1, rate=0.3, select_rate=0.2, penalty=penalty), model, batches)
+    assert [s["lr"] for s in kept.settings] == [0.2, 0.3]
+    assert [s["weight_decay"] for s in kept.settings] == [0.0, 0.0]
+    assert kept.rates == pytest.approx([0.2, 0.1, 0.3, 0.15])
+    norms = []
+    for step in (0, 1, 2):
+        start = [x.clone().requires_grad_() for x in kept.before[step]]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
+            heads, mine = heads_of(causal_map(turn(q), turn(k)), v), start[layer % len(start)][:, None]
+            return heads * (1 + mine) if step < 2 else heads + mine * mine.detach().any(-1, keepdim=True)
+
+        if step == 2 and len(start) < 2:
+            continue  # all chosen heads are in one layer
+        batch = batches[step % 2]
+        logits = model.lm_head(llama_states(model, batch["input_ids"], attend))
+        loss = sum(-logits[b, -2].log_softmax(-1)[7] for b in range(4)) / 4
+        if step < 2:
+            loss = loss + penalty * sum(x.abs().sum() for x in start)
+        grads = torch.autograd.grad(loss, start)
+        norm = float(torch.cat([g.flatten() for g in grads]).norm())
+        norms.append(norm)
+        for found, want in zip(kept.grads[step], grads, strict=True):
+            assert close_model(found, want / max(1.0, norm))
+    assert (max(norms) > 1) == over
 
 
 def test_heads_can_be_named() -> None:
