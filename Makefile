@@ -8,7 +8,7 @@ STAMP := $(VENV)/.setup-done
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup native demo test test-all lint format types coverage docs claims sweep bars quality releases check clean distclean
+.PHONY: help setup native demo test test-all lint format types coverage docs claims sweep bars quality releases mutants check clean distclean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -78,6 +78,9 @@ quality: setup ## measure the tasks, ten methods on three of them, kvpress and t
 
 releases: setup ## the core of the suite against other releases of transformers, in clean environments
 	$(BIN)/python -m benchmarks.versions $(ARGS)
+
+mutants: setup ## change a method's formula and ask its tests (ARGS=vhr: that file alone; half an hour, it resumes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mutants $(ARGS)
 
 check: lint types test ## everything that CI runs
 

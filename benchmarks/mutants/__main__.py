@@ -41,13 +41,13 @@ def measure(path: Path, most: int) -> Row:
     if stale := set(equal) - {m.name for m in found}:
         raise SystemExit(f"{EQUIVALENT.name}: {path.stem} has no such change: {', '.join(sorted(stale))}")
     chosen = changes.choose([m for m in found if m.name not in equal], most, path.stem)
-    begun = time.monotonic()
+    state, begun = _state(path, tests), time.monotonic()
     if not trial.survives(module, path, tests, None, 600.0):
         raise SystemExit(f"{tests.relative_to(ROOT)} fails on the file as it is")
     limit = 20.0 + PATIENCE * (time.monotonic() - begun)
     survivors = [m for m in chosen if trial.survives(module, path, tests, changes.changed(source, m), limit)]
     return {
-        "state": _state(path, tests),
+        "state": state,
         "made": len(chosen),
         "caught": len(chosen) - len(survivors),
         "survivors": [{"line": m.line, "change": m.name} for m in survivors],

@@ -120,7 +120,7 @@ def changes(node: ast.AST) -> Iterator[tuple[str, Change]]:
 def _refuses(node: ast.AST) -> bool:
     """`raise`, and an `if` that only leads to one: what is refused is another matter than the formula."""
     return isinstance(node, ast.Raise) or (
-        isinstance(node, ast.If) and not node.orelse and isinstance(node.body[0], ast.Raise)
+        isinstance(node, ast.If) and not node.orelse and isinstance(node.body[-1], ast.Raise)
     )
 
 

@@ -34,8 +34,8 @@ def page() -> str:
     equal = sum(map(len, json.loads(EQUIVALENT.read_text()).values()))
     lines = [
         "# Mutants: do a method's own tests see a changed formula?\n",
-        "`make mutants` changes one sign, axis, constant, comparison, norm or reduction of a method's file at a time and "
-        f"runs that file's own tests. {caught} of {made} changes in {len(record)} files were caught; "
+        "`make mutants` changes one sign, axis, constant, comparison, norm or reduction of a method's file at a time "
+        f"and runs that file's own tests. {caught} of {made} changes in {len(record)} files were caught; "
         + (f"below {BAR:.0%}: {', '.join(below)}. " if below else f"no file is below {BAR:.0%}. ")
         + f"{equal} changes that no test could tell from the original are left out, with the reason, in "
         "`benchmarks/mutants/equivalent.json`.\n",

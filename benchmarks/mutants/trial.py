@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.abc
 import importlib.machinery
 import io
@@ -46,11 +47,28 @@ def warm() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    import heedful.adapters.transformers
     import heedful.conformance.bare
-    import heedful.models
+    import heedful.conformance.tolerances
     import heedful.verbs  # noqa: F401
+    from heedful import Method, attach, models
+    from heedful.core.paper import Paper
+    from heedful.core.sites import Site, at
 
     torch.set_num_threads(1)  # a forked child has no other threads
+
+    class Double(Method):
+        paper = Paper("none", "Double", "heedful", 2026)
+
+        @at(Site.QUERY)
+        def double(self, query: torch.Tensor, call: object) -> torch.Tensor:
+            return query * 2
+
+    model = models.tiny("llama")
+    with torch.no_grad(), attach(model, Double()) as run:
+        run(**models.tiny_inputs(model))  # the first run imports more
+    gc.collect()
+    gc.freeze()  # children need not look through all this again
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they warn that they are imported already
 
 
@@ -76,7 +94,7 @@ def _run(module: str, path: Path, tests: Path, tree: Module | None) -> int:
     if tree is not None:
         sys.meta_path.insert(0, _Changed(module, path, tree))
     try:
-        with open(os.devnull, "w") as nowhere:
+        with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):

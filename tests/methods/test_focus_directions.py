@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -194,3 +196,26 @@ def test_errors_say_what_to_do() -> None:
 def test_wrong_fields_are_refused(settings: dict[str, float], match: str) -> None:
     with pytest.raises(FieldError, match=match):
         FocusDirections(**settings)
+
+
+def test_the_mass_is_a_mean_over_texts() -> None:
+    model = models.tiny("llama", attn_implementation="eager")
+    ids = models.tiny_inputs(model, batch=3, length=12)["input_ids"]
+    with torch.no_grad(), attach(model, _Mass(), roles=ROLES) as run:
+        wanted = [a[:, :, -1, 3:6].sum(-1).mean(0) for a in model(input_ids=ids, output_attentions=True).attentions]
+        run(input_ids=ids[:2])
+        run(input_ids=ids[2:])
+    for layer, mass in run[_Mass()].items():
+        assert close_model(mass, wanted[layer])
+
+
+def test_random_directions_are_the_seeds_own() -> None:
+    from heedful.conformance.bare import Bare
+
+    bare = Bare()
+    for side, place in (("q", 0), ("k", 1)):
+        for layer in (0, 1):
+            x = torch.zeros(2, 4 - 2 * place, 5, 8)
+            found = FocusDirections(seed=3)._direction(x, side, replace(bare.call, layer=layer))
+            draw = torch.Generator().manual_seed(2 * (4099 * 3 + layer) + place)
+            assert torch.equal(found, torch.randn(4 - 2 * place, 8, generator=draw))

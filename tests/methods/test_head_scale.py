@@ -174,3 +174,25 @@ def test_scales_of_another_model_are_refused() -> None:
 def test_wrong_fields_are_refused(settings: dict[str, float], match: str) -> None:
     with pytest.raises(FieldError, match=match):
         HeadScale(**settings)
+
+
+def test_a_layer_with_one_factor_of_one_is_folded_too() -> None:
+    weights = HeadWeights(*(torch.ones(4, 8, 32) for _ in range(3)), torch.ones(32, 4, 8))
+    scales = Fitted({"s.0": torch.tensor([1.0, 2.0, 3.0, 4.0])})
+    found = HeadScale(scales=scales).folds(weights, Layer(0, 4, 4, 8, 8, 32))
+    assert [float(x[0, 0]) for x in found.q] == [1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_the_loss_is_of_the_texts_own_tokens(left: bool) -> None:
+    model = models.tiny("llama")
+    ids, pad = models.tiny_inputs(model, batch=1, length=9)["input_ids"], torch.zeros(1, 4, dtype=torch.long)
+    parts, marks = [ids, pad], [torch.ones_like(ids), pad]
+    if left:
+        parts, marks = parts[::-1], marks[::-1]
+    padded = {"input_ids": torch.cat(parts, 1), "attention_mask": torch.cat(marks, 1)}
+    with torch.no_grad():
+        said = model(input_ids=ids).logits[0].log_softmax(-1)
+        wanted = -sum(said[i, ids[0, i + 1]] for i in range(8)) / 8
+        assert close_model(_loss(model, {"input_ids": ids}), wanted)
+        assert close_model(_loss(model, padded), wanted)

@@ -101,26 +101,38 @@ def test_steps_go_down_the_loss_with_gradients_clipped(
     assert [s["weight_decay"] for s in kept.settings] == [0.0, 0.0]
     assert kept.rates == pytest.approx([0.2, 0.1, 0.3, 0.15])
     norms = []
-    for step in (0, 1, 2):
-        start = [x.clone().requires_grad_() for x in kept.before[step]]
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
-            heads, mine = heads_of(causal_map(turn(q), turn(k)), v), start[layer % len(start)][:, None]
-            return heads * (1 + mine) if step < 2 else heads + mine * mine.detach().any(-1, keepdim=True)
-
-        if step == 2 and len(start) < 2:
-            continue  # all chosen heads are in one layer
-        batch = batches[step % 2]
-        logits = model.lm_head(llama_states(model, batch["input_ids"], attend))
-        loss = sum(-logits[b, -2].log_softmax(-1)[7] for b in range(4)) / 4
-        if step < 2:
-            loss = loss + penalty * sum(x.abs().sum() for x in start)
-        grads = torch.autograd.grad(loss, start)
-        norm = float(torch.cat([g.flatten() for g in grads]).norm())
-        norms.append(norm)
+    for step in (0, 1):
+        scales = [x.clone().requires_grad_() for x in kept.before[step]]
+        loss = _loss_by_hand(model, batches[step], lambda layer, x, a=scales: x * (1 + a[layer][:, None]))
+        grads = torch.autograd.grad(loss + penalty * sum(x.abs().sum() for x in scales), scales)
+        norms.append(float(torch.cat([g.flatten() for g in grads]).norm()))
         for found, want in zip(kept.grads[step], grads, strict=True):
-            assert close_model(found, want / max(1.0, norm))
+            assert close_model(found, want / max(1.0, norms[-1]))
     assert (max(norms) > 1) == over
+
+
+def test_offsets_go_down_the_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kept = models.tiny("llama"), Steps(monkeypatch)
+    batches = _batches(model)
+    fit(LoFiT(heads=((0, 1), (1, 3)), epochs=1, penalty=9.0), model, batches)
+    offsets = [x.clone().requires_grad_() for x in kept.before[0]]
+    assert [x.any(-1).tolist() for x in offsets] == [[False, True, False, False], [False, False, False, True]]
+    assert all(5e-4 < float(x[x != 0].std()) < 2e-3 for x in kept.before[0])  # the authors' spread of 1e-3
+    loss = _loss_by_hand(model, batches[0], lambda layer, x: x + offsets[layer][:, None])
+    grads = torch.autograd.grad(loss, offsets)
+    for layer, head in ((0, 1), (1, 3)):
+        assert close_model(kept.grads[0][layer][head], grads[layer][head])
+        assert torch.equal(kept.grads[0][layer].any(-1), torch.arange(4) == head)
+
+
+def _loss_by_hand(model: Any, batch: dict[str, Tensor], edit: Any) -> Tensor:
+    """Minus the log-probability of the last token, of heads as `edit(layer, heads)` leaves them."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
+        return edit(layer, heads_of(causal_map(turn(q), turn(k)), v))
+
+    logits = model.lm_head(llama_states(model, batch["input_ids"], attend))
+    return sum(-logits[b, -2].log_softmax(-1)[7] for b in range(4)) / 4
 
 
 def test_heads_can_be_named() -> None:

@@ -95,12 +95,19 @@ def test_a_dimension_far_below_zero_is_massive_too() -> None:
     assert [set(row.nonzero().flatten().tolist()) for row in scratch["sinks"][1]] == list(SINKS)
 
 
+def test_a_stream_of_next_to_nothing_has_no_sinks() -> None:
+    scratch: dict[str, Any] = {}
+    VAR(tau=0.75).find_sinks(torch.full((1, N, 64), 1e-3), _call(1, scratch=scratch))
+    assert not scratch["sinks"][1].any()  # 1e-3 / sqrt(1e-6 + 1e-6), not over less
+
+
 @pytest.mark.parametrize(("layers", "found"), [(2, True), (1, False)])
 def test_a_dimension_is_massive_where_half_of_the_layers_say_so(layers: int, found: bool) -> None:
     """Of four layers' first tokens two say so of dimension 3, or one."""
     shares = torch.ones(4, 6)
     shares[:layers, 3] = 9.0
     shares[:3, 1] = 9.0
+    shares[:, 2] = 8.0  # no more than tau
     bench: Any = _Bench(shares)
     method = VAR(tau=8.0).fit(bench, [{"x": 1}])
     assert method.dims == ((1, 3) if found else (1,))
