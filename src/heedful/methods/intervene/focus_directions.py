@@ -71,7 +71,9 @@ class FocusDirections(Method):
         if added is None:
             return key
         if call.turn is not None:
-            if start := call.queries.first or 0:  # cached keys were turned in earlier calls, and the cache holds them as they were
+            if (
+                start := call.queries.first or 0
+            ):  # cached keys were turned in earlier calls, and the cache holds them as they were
                 added = torch.cat([call.memory["keys"][:, :, :start], added], 2)
             call.memory["keys"] = added
             place = call.keys.index.clamp(max=added.shape[2] - 1)[..., None]
