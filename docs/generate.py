@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.mutants import page as mutants  # noqa: E402
 from benchmarks.quality import page as quality  # noqa: E402
 from benchmarks.speed import bars as speed  # noqa: E402
 from claims.ledger import RESULTS, table  # noqa: E402
@@ -144,6 +145,7 @@ def main() -> None:
     pages["docs/releases.md"] = release_page()
     pages["docs/speed.md"] = NOTE + speed.page()
     pages["docs/quality.md"] = NOTE + quality.page()
+    pages["docs/mutants.md"] = NOTE + mutants.page()
     pages["README.md"] = readme((ROOT / "README.md").read_text())
     stale = [name for name, text in pages.items() if not (ROOT / name).exists() or (ROOT / name).read_text() != text]
     if "--check" in sys.argv:

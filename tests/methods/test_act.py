@@ -15,6 +15,7 @@ from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.places import Places
 from heedful.core.summary import Summary, Tally
+from heedful.methods.intervene import act
 from heedful.methods.intervene.act import ACT
 
 
@@ -196,3 +197,33 @@ def test_neutral_is_the_model_itself_bit_for_bit() -> None:
 def test_wrong_fields_are_refused(settings: dict[str, float], match: str) -> None:
     with pytest.raises(FieldError, match=match):
         ACT(**settings)
+
+
+def test_a_fit_tries_the_heads_with_the_most_to_calibrate(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.tiny("llama", num_hidden_layers=5, attn_implementation="eager")
+    inputs = models.tiny_inputs(model, batch=2, length=18)
+    with torch.no_grad():
+        maps = model(**inputs, output_attentions=True).attentions
+    rows = torch.arange(18, 0, -1)
+    high = {(n, h): (maps[n][:, h].sum(-2) / rows > 0.06).sum(-1) for n in (2, 3) for h in range(4)}
+    counted = {place: int((x - 1).clamp(min=0).sum()) for place, x in high.items()}
+    ranked = sorted(counted, key=lambda place: -counted[place])
+    assert counted[ranked[2]] > counted[ranked[3]]
+    tried: list[object] = []
+    monkeypatch.setattr(act, "gains", lambda bench, method, places, batches: tried.extend(places) or {})
+    fit(ACT(threshold=0.06, tries=3), model, [inputs])
+    assert set(tried) == set(ranked[:3])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_papers_threshold_counts_each_texts_own_tokens(side: str) -> None:
+    model, method = models.tiny("llama"), ACT(ratio=0.9)
+    ids = models.tiny_inputs(model, batch=2, length=14)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, slice(0, 6) if side == "left" else slice(8, 14)] = 0
+    own = mask[1].bool()
+    with torch.no_grad(), attach(model, method) as run:
+        found = run(input_ids=ids, attention_mask=mask).logits
+        assert close_model(found[:1], run(input_ids=ids[:1]).logits)
+        assert close_model(found[1:, own], run(input_ids=ids[1:, own]).logits)
+        assert run.activity().active

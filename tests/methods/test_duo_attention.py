@@ -21,6 +21,7 @@ from heedful.core.mask import First, Window
 from heedful.core.places import Places
 from heedful.methods.sparse._fits import _best
 from heedful.methods.sparse.duo_attention import DuoAttention, _Gated
+from tests.by_hand import Steps, Turn, causal_map, heads_of, llama_states
 
 ONE = Fitted({"gates.0": torch.tensor([0.9, 0.1])})
 N = 19
@@ -112,6 +113,37 @@ def test_a_fit_shuts_gates_that_nobody_needs_and_no_others() -> None:
     # where the window holds the text only the penalty speaks, and AdamW goes down by its rate
     assert close_model(_gates(window=16, epochs=3), torch.full((2, 2), 0.7))
     assert (_gates(window=2, epochs=6) > 0.75).all()
+
+
+def test_steps_go_down_the_squared_distance_and_the_mean_of_the_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kept = models.tiny("llama"), Steps(monkeypatch)
+    ids = models.tiny_inputs(model, length=12)["input_ids"]
+    labels = ids.clone()
+    labels[:, :-3] = labels[0, -1] = -100
+    gates = [torch.full((2,), 0.8, requires_grad=True) for _ in range(2)]
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
+        gate = gates[layer].repeat_interleave(2)[:, None, None]
+        full, near = causal_map(turn(q), turn(k)), causal_map(turn(q), turn(k), _near)
+        return heads_of(gate * full + (1 - gate) * near, v)
+
+    counted = [(0, 9), (0, 10), (1, 9), (1, 10), (1, 11)]
+    own = model(input_ids=ids, output_hidden_states=True).hidden_states[-1].detach()
+    states = llama_states(model, ids, attend)
+    size = states.shape[-1]
+    apart = sum((states[b, i, c] - own[b, i, c]) ** 2 for b, i in counted for c in range(size)) / (5 * size)
+    wanted = torch.autograd.grad(apart, gates)
+    method = DuoAttention(sinks=1, window=3, epochs=2, rate=0.2, penalty=1e-3)
+    fit(method, model, [{"input_ids": ids, "labels": labels}])
+    assert kept.settings == [{"lr": 0.2, "weight_decay": 0.0}]
+    # at first all gates are open, nothing is lost and only the penalty's mean over four gates speaks
+    assert close_model(1e3 * torch.cat(kept.grads[0]), torch.full((4,), 0.25))
+    assert close_model(torch.cat(kept.before[1]), torch.full((4,), 0.8))
+    assert close_model(1e3 * torch.cat(kept.grads[1]), 1e3 * torch.cat(wanted) + 0.25)
+
+
+def _near(q: int, k: int) -> bool:
+    return k <= q and (q - k < 3 or k < 1)
 
 
 def test_tokens_that_do_not_count_do_not_matter() -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
-from heedful.core.blocks import cover, means
 from heedful.core.errors import FieldError
 from heedful.core.mask import Mask
 from heedful.methods.sparse.flex_prefill import FlexPrefill
@@ -66,37 +65,69 @@ def test_a_later_call_has_its_slashes_where_its_own_keys_are() -> None:
         assert torch.equal(rule.table[0, h], _vertical_slash(rows[-4:], 4, 0.3, 0)[4:]), h
 
 
-def test_heads_that_block_means_predict_go_by_them() -> None:
-    bare = Bare()
+def _means(x: Tensor, size: int) -> list[Tensor]:
+    return [x[j : j + size].mean(0) for j in range(0, len(x), size)]
+
+
+def _apart(rows: Tensor, q: Tensor, k: Tensor, size: int) -> float:
+    """Root of the Jensen-Shannon divergence of the last rows' weight by blocks and of what block means say."""
+    p = [float(rows[:, j : j + size].sum()) for j in range(0, rows.shape[1], size)]
+    p = [x / sum(p) for x in p]
+    last = q[-size:].mean(0)
+    e = torch.stack([last @ y / q.shape[-1] ** 0.5 for y in _means(k, size)]).softmax(0).tolist()
+    told = sum(x * math.log(2 * x / (x + y)) + y * math.log(2 * y / (x + y)) for x, y in zip(p, e, strict=True))
+    return (told / 2) ** 0.5
+
+
+def _by_means(q: Tensor, k: Tensor, size: int, gamma: float) -> Tensor:
+    """The fewest blocks of the map of block means, over all of its rows at once, that reach gamma of it."""
+    m = -(-len(q) // size)
+    weight: dict[tuple[int, int], float] = {}
+    for i, x in enumerate(_means(q, size)):
+        row = torch.stack([x @ y / q.shape[-1] ** 0.5 for y in _means(k, size)[: i + 1]]).softmax(0)
+        weight |= {(i, j): float(w) for j, w in enumerate(row)}
+    table, total = torch.zeros(m, m, dtype=torch.bool), 0.0
+    for at in sorted(weight, key=lambda at: -weight[at]):
+        if total >= gamma * m:
+            break
+        table[at], total = True, total + weight[at]
+    return table
+
+
+@pytest.mark.parametrize("least", [0, 8])
+@pytest.mark.parametrize("padded", [False, True])
+def test_heads_that_block_means_predict_go_by_them(padded: bool, least: int) -> None:
+    size, gamma, n = 4, 0.6, 19
+    bare = bare_of(torch.arange(n)[None] >= torch.tensor([[0], [5]]) if padded else None)
     for x in (bare.q, bare.k):
-        x[:, :2] = x[:, :2, ::4].repeat_interleave(4, 2)[:, :, :19]  # tokens of a block are one and the same
+        for b, pad in enumerate((0, 5 if padded else 0)):
+            for j in range(pad, n, size):  # tokens of a block are nearly one and the same
+                x[b, :2, j : j + size] = x[b, :2, j : j + 1] + 0.3 * x[b, :2, j : j + size]
     bare.k[:, 1] = torch.randn(bare.k[:, 1].shape, generator=torch.Generator().manual_seed(3)) * 3
-    grid = grid_of(bare, 4)
-    at = grid.length[:, None] - 4 + torch.arange(4)
-    ((weights, _),) = grid.weights(at, 4)
-    blocks = weights.mean(2).sum(-1)
-    estimate = FlexPrefill.estimate(grid, at)
-    found = FlexPrefill.divergence(blocks, estimate)
-    for b in range(2):
-        for h in range(4):
-            p, q = blocks[b, h].tolist(), estimate[b, h].tolist()
-            wanted = sum(
-                (x * math.log(2 * x / (x + y)) if x else 0) / 2 + (y * math.log(2 * y / (x + y)) if y else 0) / 2
-                for x, y in zip(p, q, strict=True)
-            )
-            assert float(found[b, h]) == pytest.approx(wanted, abs=1e-6)
-    tau = float(found.flatten().sort().values[3:5].mean().sqrt())
-    by_shape = FlexPrefill(0.5, 0.0, 0, size=4).choose(grid)
-    by_means = FlexPrefill(0.5, tau, 0, size=4).choose(grid)
-    assert by_shape is not None
-    assert by_means is not None
-    moved = (by_shape != by_means).flatten(2).any(-1)
-    trusted = found.sqrt() < tau
-    assert torch.equal(moved | trusted, trusted)
-    assert moved.any()
-    pooled = grid.pooled(means(grid.query, grid.rows), means(grid.key, grid.cols))
-    best = cover(pooled.flatten(-2), 0.5).view_as(pooled)
-    assert not (best & ~by_means)[trusted].any()
+    parts = {}
+    for b, pad in enumerate((0, 5 if padded else 0)):
+        for h, rows in enumerate(true_map(bare, b)):
+            parts[b, h] = rows[-size:, pad:], bare.q[b, h, pad:], bare.k[b, h // 2, pad:]
+    apart = {at: _apart(*part, size) for at, part in parts.items()}
+    low, high = sorted(apart.values())[3:5]
+    assert low < 0.9 * high
+    method = FlexPrefill(gamma, (low + high) / 2, least, size=size, most=1.0)
+    (rule,) = method.skip(bare.call.mask, call_of(bare)).blocks
+    for (b, h), (rows, q, k) in parts.items():
+        if apart[b, h] < method.tau:  # of vertical and slash only the least is left
+            wanted = _vertical_slash(rows, size, 0.0, max(least, 1)) | _by_means(q, k, size, gamma)
+        else:
+            wanted = _vertical_slash(rows, size, gamma, least)
+        m = len(wanted)
+        assert torch.equal(rule.table[b, h, :m, :m] & torch.ones(m, m).tril().bool(), wanted), (b, h)
+
+
+def test_texts_of_two_blocks_and_of_the_least_stay_whole() -> None:
+    for tokens, least, whole in ((8, 0, True), (9, 0, False), (12, 12, True), (13, 12, False)):
+        bare = Bare(Shape(b=1, q=tokens, k=tokens))
+        table = FlexPrefill(0.01, 0.0, least, size=4).choose(grid_of(bare, 4))
+        assert table is not None
+        assert bool(table.all()) == whole, tokens
 
 
 def test_short_texts_and_maps_that_are_not_causal_stay_dense() -> None:

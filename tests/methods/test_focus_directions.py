@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 from heedful import attach, fit, models
 from heedful.adapters.cache_name import CACHE
@@ -11,6 +14,7 @@ from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.methods.intervene.focus_directions import FocusDirections, _Mass
+from tests.by_hand import Steps, Turn, causal_map, heads_of, llama_states
 
 ROLES = {"relevant": ((3, 6),)}
 
@@ -107,6 +111,40 @@ def test_a_fit_raises_the_mass_and_leaves_the_model_alone() -> None:
     assert masses[1] > masses[0]
 
 
+def test_the_first_step_goes_down_minus_the_log_of_the_mass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kept = models.tiny("llama"), Steps(monkeypatch)
+    ids = models.tiny_inputs(model, length=10)["input_ids"]
+    q0, k0 = ([torch.zeros(h, 8, requires_grad=True) for _ in range(2)] for h in (4, 2))
+    masses: dict[tuple[int, int], Tensor] = {}
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
+        weights = causal_map(turn(q + q0[layer][:, None]), turn(k + k0[layer][:, None]))
+        for h in range(4):
+            masses[layer, h] = sum(weights[b, h, -1, j] for b in range(2) for j in range(3, 6)) / 2
+        return heads_of(weights, v)
+
+    llama_states(model, ids, attend)
+    chosen = sorted(masses, key=lambda at: -float(masses[at].detach()))[:3]
+    loss = -sum(masses[at].log() for at in chosen) / 3
+    wanted = torch.autograd.grad(loss, [x for pair in zip(q0, k0, strict=True) for x in pair], allow_unused=True)
+    wanted = [torch.zeros(1) if x is None else x for x in wanted]
+    method = fit(FocusDirections(heads=3, epochs=1, rate=0.01), model, [{"input_ids": ids, "roles": ROLES}])
+    layers = sorted({layer for layer, _ in chosen})
+    assert method.directions is not None
+    assert sorted({int(name[2:]) for name in method.directions}) == layers
+    assert kept.settings == [{"lr": 0.01, "eps": 1e-4, "weight_decay": 0.0}]
+    mine = {(tuple(x.shape), i): x for i, x in enumerate(kept.grads[0])}
+    assert len(mine) == 2 * len(layers)
+    for (_, i), found in mine.items():
+        layer, side = layers[i // 2], i % 2
+        want = wanted[2 * layer + side].clone()
+        rows = {h * len(want) // 4 for n, h in chosen if n == layer}
+        for row in range(len(want)):
+            want[row] *= row in rows  # other heads' directions do not learn
+        assert close_model(found, want), (layer, side)
+    assert kept.before[0][0].count_nonzero() == 0
+
+
 def test_neutral_is_the_model_itself_bit_for_bit() -> None:
     model = models.tiny("llama", attn_implementation="eager")
     inputs = models.tiny_inputs(model)
@@ -159,3 +197,26 @@ def test_errors_say_what_to_do() -> None:
 def test_wrong_fields_are_refused(settings: dict[str, float], match: str) -> None:
     with pytest.raises(FieldError, match=match):
         FocusDirections(**settings)
+
+
+def test_the_mass_is_a_mean_over_texts() -> None:
+    model = models.tiny("llama", attn_implementation="eager")
+    ids = models.tiny_inputs(model, batch=3, length=12)["input_ids"]
+    with torch.no_grad(), attach(model, _Mass(), roles=ROLES) as run:
+        wanted = [a[:, :, -1, 3:6].sum(-1).mean(0) for a in model(input_ids=ids, output_attentions=True).attentions]
+        run(input_ids=ids[:2])
+        run(input_ids=ids[2:])
+    for layer, mass in run[_Mass()].items():
+        assert close_model(mass, wanted[layer])
+
+
+def test_random_directions_are_the_seeds_own() -> None:
+    from heedful.conformance.bare import Bare
+
+    bare = Bare()
+    for side, place in (("q", 0), ("k", 1)):
+        for layer in (0, 1):
+            x = torch.zeros(2, 4 - 2 * place, 5, 8)
+            found = FocusDirections(seed=3)._direction(x, side, replace(bare.call, layer=layer))
+            draw = torch.Generator().manual_seed(2 * (4099 * 3 + layer) + place)
+            assert torch.equal(found, torch.randn(4 - 2 * place, 8, generator=draw))

@@ -35,6 +35,7 @@ def test_gates_start_where_they_should() -> None:
     plain = GatedHeads(start=0.25).parameters(LAYER)
     assert plain["weight"].shape == (4, 32)
     assert float(plain["weight"].abs().max()) <= 32**-0.5
+    assert close(plain["weight"], (2 * torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) - 1) / 32**0.5)
     assert close(plain["bias"].sigmoid(), torch.full((4,), 0.25))
     assert float(GatedHeads(fine_tune=True).parameters(LAYER)["weight"].std()) < 0.002
     again = GatedHeads(start=0.25).parameters(LAYER)["weight"]

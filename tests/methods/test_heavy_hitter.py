@@ -92,3 +92,8 @@ def test_a_token_inherits_nothing_from_one_that_was_cropped() -> None:
 def test_wrong_fields_are_refused(recent: float) -> None:
     with pytest.raises(FieldError, match=r"HeavyHitter\.recent"):
         HeavyHitter(recent=recent)
+
+
+def test_no_more_than_the_text_is_declared() -> None:
+    assert HeavyHitter(budget=70).declares(5) == {"kept": 5}
+    assert HeavyHitter(budget=70).declares(90) == {"kept": 70}

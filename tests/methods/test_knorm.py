@@ -146,3 +146,8 @@ def test_some_heads_only(method: Method) -> None:
 def test_budgets_that_are_none(kind: Any, budget: Any) -> None:
     with pytest.raises(FieldError, match=rf"{kind.__name__}\.budget"):
         kind(budget=budget)
+
+
+def test_no_more_than_the_text_is_declared() -> None:
+    assert KNorm(budget=70).declares(5) == {"kept": 5}
+    assert KNorm(budget=70).declares(90) == {"kept": 70}

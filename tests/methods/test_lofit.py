@@ -13,6 +13,7 @@ from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, FoldError
 from heedful.methods.intervene.lofit import LoFiT
+from tests.by_hand import Steps, Turn, causal_map, heads_of, llama_states
 
 
 def _offsets(layers: tuple[int, ...] = (1,)) -> Fitted:
@@ -86,6 +87,53 @@ def test_the_heads_that_matter_are_chosen() -> None:
             o.mul_(keep)
     found = fit(LoFiT(share=0.25, epochs=4, select_rate=0.05), model, _batches(model))
     assert set(found.heads) == {(0, 2), (1, 1)}
+
+
+@pytest.mark.parametrize(("sharpness", "over"), [(0.2, False), (4.0, True)])
+def test_steps_go_down_the_loss_with_gradients_clipped(
+    sharpness: float, over: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kept = models.tiny("llama"), Steps(monkeypatch)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(sharpness)
+    batches, penalty = _batches(model), 0.01
+    fit(LoFiT(share=0.25, epochs=1, rate=0.3, select_rate=0.2, penalty=penalty), model, batches)
+    assert [s["lr"] for s in kept.settings] == [0.2, 0.3]
+    assert [s["weight_decay"] for s in kept.settings] == [0.0, 0.0]
+    assert kept.rates == pytest.approx([0.2, 0.1, 0.3, 0.15])
+    norms = []
+    for step in (0, 1):
+        scales = [x.clone().requires_grad_() for x in kept.before[step]]
+        loss = _loss_by_hand(model, batches[step], lambda layer, x, a=scales: x * (1 + a[layer][:, None]))
+        grads = torch.autograd.grad(loss + penalty * sum(x.abs().sum() for x in scales), scales)
+        norms.append(float(torch.cat([g.flatten() for g in grads]).norm()))
+        for found, want in zip(kept.grads[step], grads, strict=True):
+            assert close_model(found, want / max(1.0, norms[-1]))
+    assert (max(norms) > 1) == over
+
+
+def test_offsets_go_down_the_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kept = models.tiny("llama"), Steps(monkeypatch)
+    batches = _batches(model)
+    fit(LoFiT(heads=((0, 1), (1, 3)), epochs=1, penalty=9.0), model, batches)
+    offsets = [x.clone().requires_grad_() for x in kept.before[0]]
+    assert [x.any(-1).tolist() for x in offsets] == [[False, True, False, False], [False, False, False, True]]
+    assert all(5e-4 < float(x[x != 0].std()) < 2e-3 for x in kept.before[0])  # the authors' spread of 1e-3
+    loss = _loss_by_hand(model, batches[0], lambda layer, x: x + offsets[layer][:, None])
+    grads = torch.autograd.grad(loss, offsets)
+    for layer, head in ((0, 1), (1, 3)):
+        assert close_model(kept.grads[0][layer][head], grads[layer][head])
+        assert torch.equal(kept.grads[0][layer].any(-1), torch.arange(4) == head)
+
+
+def _loss_by_hand(model: Any, batch: dict[str, Tensor], edit: Any) -> Tensor:
+    """Minus the log-probability of the last token, of heads as `edit(layer, heads)` leaves them."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, turn: Turn) -> Tensor:
+        return edit(layer, heads_of(causal_map(turn(q), turn(k)), v))
+
+    logits = model.lm_head(llama_states(model, batch["input_ids"], attend))
+    return sum(-logits[b, -2].log_softmax(-1)[7] for b in range(4)) / 4
 
 
 def test_heads_can_be_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,15 +11,16 @@ from torch import Tensor
 
 from heedful import attach, fit, models
 from heedful.conformance.bare import Bare, Shape
-from heedful.conformance.tolerances import close_model
+from heedful.conformance.tolerances import close, close_model
 from heedful.core.budget import room_for
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import Method
+from heedful.core.places import Places
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
-from heedful.methods.sparse.loki import Loki
+from heedful.methods.sparse.loki import Loki, _Keys
 
 N, D = 19, 8
 AXES = torch.linalg.qr(torch.randn(2, D, D, generator=torch.Generator().manual_seed(5))).Q
@@ -118,3 +120,19 @@ def test_without_a_fit_it_says_so() -> None:
     other = fit(Loki(), models.tiny("mha"), [{"input_ids": ids}])
     with pytest.raises(FieldError, match="another model"), attach(model, other) as run:
         run(input_ids=ids)
+
+
+@pytest.mark.parametrize(("budget", "most"), [(3, lambda n: 3), (0.3, lambda n: -(-3 * n // 10))])
+def test_what_it_declares(budget: float, most: Callable[[int], int]) -> None:
+    for tokens in (1, 2, 10):
+        pairs = sum(min(n, most(n)) for n in range(1, tokens + 1))
+        assert Loki(budget).declares(tokens) == {"density": pairs / tokens**2}
+
+
+def test_a_fit_reads_the_text_of_another_sequence_too() -> None:
+    key = torch.randn(2, 1, 5, 2, generator=torch.Generator().manual_seed(0))
+    call = replace(Bare().call, queries=Places.row(0, 3), keys=Places.row(0, 5, pad=torch.tensor([0, 2])), cross=True)
+    text = [key[0, 0, i] for i in range(5)] + [key[1, 0, i] for i in range(2, 5)]
+    found = _Keys().read(key, call).value
+    wanted = sum(torch.outer(x, x) for x in (torch.cat([x.double(), torch.ones(1)]) for x in text))
+    assert close(found[0], wanted)

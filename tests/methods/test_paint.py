@@ -120,3 +120,10 @@ def test_padding_counts_for_nothing(side: str) -> None:
 def test_wrong_fields_are_refused(settings: dict[str, Any], match: str) -> None:
     with pytest.raises(FieldError, match=match):
         PAINT(**settings)
+
+
+def test_a_weight_at_the_fence_is_no_summary() -> None:
+    """Where all weights are alike the upper quartile and one and a half spreads above it are one of them."""
+    even = torch.full((1, 4), 0.25)
+    found = PAINT(alpha=0.7, beta=0.3, share=0.5).gains(even, torch.ones(1, 4, dtype=torch.bool))
+    assert torch.equal(found, torch.tensor([[0.7, 0.7, 0.0, 0.0]]))

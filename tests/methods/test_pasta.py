@@ -131,3 +131,15 @@ def test_heads_of_another_model_are_refused() -> None:
     for heads in (((0, 3),), ((2, 0),)):
         with pytest.raises(FieldError, match="fitted to another model"):
             _steered(PASTA(heads=heads), torch.zeros(1, 3, N, N), _call(State()))
+
+
+def test_a_prompt_ends_where_its_own_text_does() -> None:
+    state = State()
+    valid = torch.ones(3, 1, N, dtype=torch.bool)
+    valid[1, :, 5:] = valid[2] = False
+    PASTA().note_prompt(torch.empty(3, 0), replace(_call(state), queries=Places.row(0, N, valid=valid)))
+    assert state.cache["end"].tolist() == [[[N]], [[5]], [[0]]]
+    scores = torch.randn(3, 3, 1, N, generator=torch.Generator().manual_seed(0))
+    found = _steered(PASTA(alpha=0.1), scores, _call(state, N - 1, N))
+    for b, end in enumerate((N, 5, 0)):
+        assert close(found[b : b + 1], _by_loops(scores[b : b + 1].softmax(-1), 0.1, [0, 1, 2], end))

@@ -185,3 +185,8 @@ def test_errors() -> None:
         fit(PruneHeads(), model, [])
     with pytest.raises(FieldError, match="give this model no loss; add"):
         fit(PruneHeads(), model, [{"inputs_embeds": torch.randn(1, 4, 32)}])
+
+
+def test_a_layer_too_small_to_lose_a_group_keeps_it() -> None:
+    importance = Fitted({"0": torch.tensor([0.4, 0.1, 0.3, 0.2]), "1": torch.tensor([0.5])})
+    assert PruneHeads(0.5, importance=importance).dropped() == ((0, 1), (0, 3))

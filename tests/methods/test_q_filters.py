@@ -123,3 +123,8 @@ def test_without_a_fit_it_says_so_and_a_fit_to_another_model_is_refused() -> Non
     other = fit(QFilters(4, 2), models.tiny("mha"), [{"input_ids": ids}])
     with pytest.raises(FieldError, match="another model"), attach(model, other) as run:
         run(input_ids=ids, use_cache=True)
+
+
+def test_no_more_than_the_text_is_declared() -> None:
+    assert QFilters(budget=70).declares(5) == {"kept": 5}
+    assert QFilters(budget=70).declares(90) == {"kept": 70}

@@ -65,3 +65,19 @@ def test_all_or_none_are_local() -> None:
 def test_wrong_fields_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(FieldError, match=f"QAdA.{next(iter(settings))}"):
         QAdA(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_far_keys_are_taken_for_gaussian(count: int) -> None:
+    """log n + mean + half the variance of the scores of the far keys; one key has its score."""
+    bare = Bare()
+    grid = grid_of(bare, 1)
+    far = torch.zeros(1, 1, 19, 19, dtype=torch.bool)
+    far[..., 10, 2 : 2 + count] = True
+    found = QAdA(size=1).far_mass(grid, far)
+    for b in range(2):
+        for h in range(4):
+            scores = [float(bare.q[b, h, 10] @ bare.k[b, h // 2, j]) / 8**0.5 for j in range(2, 2 + count)]
+            mean = sum(scores) / count
+            wanted = math.log(count) + mean + sum((s - mean) ** 2 for s in scores) / count / 2
+            assert close(found[b, h, 10, 0], torch.tensor(wanted))

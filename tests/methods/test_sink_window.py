@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from heedful import attach
 from heedful.adapters.cache_name import CACHE
+from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close_model
 from heedful.methods.sparse.heavy_hitter import HeavyHitter
 from heedful.methods.sparse.razor_attention import RazorAttention
@@ -88,3 +89,21 @@ def test_a_step_after_the_cut_is_a_row_of_the_masked_prompt() -> None:
         steps = [run(IDS[:, i : i + 1], **{CACHE: cache}).logits for i in range(17, 20)]
     assert close_model(torch.cat(steps, 1), whole[:, 17:])
     assert cache.layers[0].keys.shape[2] == METHOD.declares(20)["kept"]
+
+
+def _sees(query: int, key: int) -> bool:
+    return key <= query and (query - key < 4 or key < 2)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 5, 6, 20])
+def test_what_it_declares(tokens: int) -> None:
+    pairs = sum(_sees(q, k) for q in range(tokens) for k in range(tokens))
+    kept = sum(_sees(tokens, k) for k in range(tokens))  # for the next token, which will see itself as well
+    assert METHOD.declares(tokens) == {"density": pairs / tokens**2, "kept": kept}
+
+
+def test_the_mask() -> None:
+    call = Bare().call
+    part = call.tile(slice(0, 19), slice(0, 19)).pairs
+    found = METHOD.drop_the_middle(call.mask, call).keeps(part)
+    assert found[0, 0].tolist() == [[_sees(q, k) for k in range(19)] for q in range(19)]

@@ -139,3 +139,8 @@ def test_the_budget_holds_what_it_says() -> None:
 def test_wrong_fields_are_refused(settings: dict[str, Any], match: str) -> None:
     with pytest.raises(FieldError, match=match):
         SnapKV(**settings)
+
+
+def test_no_more_than_the_text_is_declared() -> None:
+    assert SnapKV(budget=70).declares(5) == {"kept": 5}
+    assert SnapKV(budget=70).declares(90) == {"kept": 70}

@@ -13,7 +13,7 @@ from heedful.adapters.cache_name import CACHE
 from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
-from heedful.methods.intervene.soft_injection import SoftInjection
+from heedful.methods.intervene.soft_injection import SoftInjection, _Gates
 
 
 def _task(seed: int = 0, layers: int = 2) -> Fitted:
@@ -153,3 +153,13 @@ def test_errors_say_what_to_do() -> None:
 def test_wrong_fields_are_refused(settings: dict[str, float], match: str) -> None:
     with pytest.raises(FieldError, match=match):
         SoftInjection(**settings)
+
+
+def test_gates_learn_from_a_half_on() -> None:
+    model, task = models.tiny("llama"), _task()
+    ids = models.tiny_inputs(model)["input_ids"]
+    halves = Fitted({name: torch.full_like(x, 0.5) if name[0] == "a" else x for name, x in task.items()})
+    with torch.no_grad():
+        wanted = _by_hand(model, halves, input_ids=ids)
+        with attach(model, _Gates(task)) as run:
+            assert close_model(run(input_ids=ids).logits, wanted)

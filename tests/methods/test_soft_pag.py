@@ -64,6 +64,7 @@ def test_padding_and_steps_change_nothing() -> None:
 def test_logits_go_away_from_the_weak_run() -> None:
     strong, weak = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.5, 3.0, 0.0])
     assert close(SoftPAG(w=2.0).combine({"strong": strong, "weak": weak}), torch.tensor([2.0, 0.0, 0.0]))
+    assert close(SoftPAG(w=1.0).combine({"strong": strong, "weak": weak}), torch.tensor([1.5, 1.0, 0.0]))
     assert torch.equal(SoftPAG.neutral().combine({"strong": strong, "weak": weak}), strong)
     model, step = models.tiny("llama"), SoftPAG(heads=((0, 1), (1, 2), (0, 3)), u=0.8, w=3.0)
     ids, out = models.tiny_inputs(model, batch=1)["input_ids"], []

@@ -102,3 +102,9 @@ def test_errors() -> None:
             fit(SteeringVector(), model, batches)
     with pytest.raises(FoldError, match="acts at RESIDUAL in a way that no weights can do"):
         fold(model, SteeringVector(1.0, _vectors()))
+
+
+def test_random_vectors_are_the_seeds_own() -> None:
+    for seed, layer in ((3, 2), (0, 1), (1, 0)):
+        wanted = torch.randn(6, generator=torch.Generator().manual_seed(1_000_003 * seed + layer))
+        assert torch.equal(SteeringVector(seed=seed)._vector(6, layer), wanted)

@@ -13,7 +13,8 @@ from heedful.adapters.cache_name import CACHE
 from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
-from heedful.methods.intervene.task_vector import LearnableTaskVector
+from heedful.core.method import Layer
+from heedful.methods.intervene.task_vector import LearnableTaskVector, _Weights
 
 
 def _vectors(layers: int = 2, width: int = 32) -> Fitted:
@@ -130,3 +131,13 @@ def test_errors() -> None:
             run(**inputs)
     with pytest.raises(FieldError, match='some without "target", some with'):
         fit(LearnableTaskVector(), model, [inputs])
+
+
+def test_weights_start_at_a_spread_drawn_by_the_seed() -> None:
+    for number in (0, 1):
+        found = _Weights(_vectors(), 0.3, 5).parameters(Layer(number, 4, 2, 8, 8, 32))["w"]
+        assert close(found, 0.3 * torch.randn(4, generator=torch.Generator().manual_seed(4099 * 5 + number)))
+    model = models.tiny("llama")
+    unsaid = fit(LearnableTaskVector(steps=1, rate=1e-9), model, _batches(model)).vectors
+    assert unsaid is not None
+    assert close_model(unsaid["w.1"], torch.randn(4, generator=torch.Generator().manual_seed(1)))

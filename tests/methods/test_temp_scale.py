@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from heedful import attach, models
+from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
+from heedful.core.kinds import HeadWeights
+from heedful.core.method import Layer
 from heedful.methods.intervene.temp_scale import TempScale
 
 
@@ -56,3 +59,19 @@ def test_tiles_agree(tile_rows: int) -> None:
 def test_wrong_temperatures_are_refused(tau: float) -> None:
     with pytest.raises(FieldError, match=r"TempScale\.tau = .*must be above 0"):
         TempScale(tau)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0])
+def test_scores_and_weights_are_divided(tau: float) -> None:
+    q, k, v, o, bias = (torch.randn(4, 3, 6), torch.randn(4, 3, 6), torch.randn(4, 3, 6), torch.randn(6, 4, 3),
+                        torch.randn(4, 3))  # fmt: skip
+    scores = torch.randn(1, 4, 5, 5)
+    assert close_model(TempScale(tau).sharpen(scores, Bare().call), scores * (1 / tau))
+    for own in (None, bias):
+        found = TempScale(tau).folds(HeadWeights(q, k, v, o, own), Layer(0, 4, 4, 3, 3, 6))
+        assert close_model(found.q, q * (1 / tau))
+        assert found.k is k
+        if own is None:
+            assert found.q_bias is None
+        else:
+            assert close_model(found.q_bias, own * (1 / tau))

@@ -90,6 +90,52 @@ def test_other_dimensions_do_not_count_where_some_are_named() -> None:
     assert not state.forward["sinks"][1].any()
 
 
+def test_a_dimension_far_below_zero_is_massive_too() -> None:
+    state = State()
+    VAR(tau=5.0).find_sinks(-_stream(), _call(1, state=state))
+    assert [set(row.nonzero().flatten().tolist()) for row in state.forward["sinks"][1]] == list(SINKS)
+
+
+def test_a_stream_of_next_to_nothing_has_no_sinks() -> None:
+    state = State()
+    VAR(tau=0.75).find_sinks(torch.full((1, N, 64), 1e-3), _call(1, state=state))
+    assert not state.forward["sinks"][1].any()  # 1e-3 / sqrt(1e-6 + 1e-6), not over less
+
+
+@pytest.mark.parametrize(("layers", "found"), [(2, True), (1, False)])
+def test_a_dimension_is_massive_where_half_of_the_layers_say_so(layers: int, found: bool) -> None:
+    """Of four layers' first tokens two say so of dimension 3, or one."""
+    shares = torch.ones(4, 6)
+    shares[:layers, 3] = 9.0
+    shares[:3, 1] = 9.0
+    shares[:, 2] = 8.0  # no more than tau
+    bench: Any = _Bench(shares)
+    method = VAR(tau=8.0).fit(bench, [{"x": 1}])
+    assert method.dims == ((1, 3) if found else (1,))
+    assert bench.ran == [{"x": 1}]
+
+
+class _Bench:
+    """A bench whose one reader has found what it was told."""
+
+    def __init__(self, found: Tensor) -> None:
+        self.found, self.ran = found, []
+
+    def attach(self, reader: Any) -> Any:
+        return self
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def __call__(self, **batch: Any) -> None:
+        self.ran.append(batch)
+
+    def __getitem__(self, reader: Any) -> Tensor:
+        return self.found
+
+
 def test_cached_tokens_stay_sinks() -> None:
     state = State()
     call = _call(1, state=state)

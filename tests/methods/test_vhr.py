@@ -89,6 +89,41 @@ def test_half_of_the_heads_is_chosen_and_surges_are_not() -> None:
     assert _Given(pair=(with_span, surge)).choose(None).tolist() == [[False, True, True, False]]
 
 
+def _chosen_by_loops(one: Tensor, other: Tensor) -> list[bool]:
+    """The heads of one text `[h d]` as the paper's formulas read: sqrt of summed squares, outliers, the median."""
+    h = len(one)
+
+    def above(x: list[float]) -> list[bool]:
+        mean = sum(x) / h
+        spread = (sum((y - mean) ** 2 for y in x) / h) ** 0.5
+        return [y > mean + spread for y in x]
+
+    far = [
+        sum((a - b) ** 2 for a, b in zip(x.tolist(), y.tolist(), strict=True)) ** 0.5
+        for x, y in zip(one, other, strict=True)
+    ]
+    surge = [sum(b * b for b in y.tolist()) for y in other]
+    kept = [0.0 if a and b else x for x, a, b in zip(far, above(far), above(surge), strict=True)]
+    return [x > sorted(kept)[(h - 1) // 2] for x in kept]
+
+
+def test_divergence_is_the_norm_of_the_difference() -> None:
+    one = torch.tensor([[[3.0, 0], [2, 2], [0, 3], [2.9, 0], [5, 0], [0, 0]]])
+    other = torch.tensor([[[0.0, 0], [0, 0], [3, 0], [0, 0], [5, 1], [1, 0]]])
+    # |one - other|: 3, 2.83, 4.24, 2.9, 1, 1; as L1: 3, 4, 6, 2.9, 1, 1; |one| - |other|: 3, 2.83, 0, 2.9, 0.1, 1
+    assert _Given(pair=(one, other)).choose(None).tolist() == [[True, False, True, True, False, False]]
+    assert _chosen_by_loops(one[0], other[0]) == [True, False, True, True, False, False]
+
+
+def test_the_choice_is_the_papers_head_by_head() -> None:
+    draw = torch.Generator().manual_seed(4)
+    one, other = (torch.randn(60, 9, 3, generator=draw) for _ in range(2))
+    other[:, 0] *= 4  # a surge without the span
+    found = _Given(pair=(one, other)).choose(None)
+    assert found.tolist() == [_chosen_by_loops(x, y) for x, y in zip(one, other, strict=True)]
+    assert not found[:, 0].all()
+
+
 def test_chosen_heads_are_scaled_and_kept_while_decoding() -> None:
     call, heads = _call(TEXT), torch.randn(3, 4, N, 6)
     method = VHR(alpha=3.0)

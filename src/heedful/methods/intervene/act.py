@@ -40,6 +40,7 @@ class ACT(Method):
             "A column's mean runs over the rows that may see it: where attention is causal that is the authors' "
             "divisor T - k, and it has a meaning in windows and encoders too.",
             "A row whose weight lies on sinks alone stays as it is, having no key to give to.",
+            "Decoding steps are left as they are, having no map of their own to calibrate by.",
         ),
     )
     causal = False  # a column's mean, and so what every row gives away, depends on later rows

@@ -38,7 +38,8 @@ class HeadScale(Method):
             "The paper's scale for each length could not be read; the default and the fit's start are the authors' "
             "script's for 8k tokens from 2k.",
             "The fit follows the authors' script (AdamW with betas 0.9 and 0.95, warm-up over a tenth of the steps, "
-            "then a cosine to 0, gradients clipped at 1, factors held at `least` or above), one batch a step.",
+            "then a cosine to a tenth of the rate, gradients clipped at 1, factors held at `least` or above), one "
+            "batch a step.",
         ),
     )
     scale: float = 1.6  # factor on the scores of every head, and a fit's start; the authors' script: 1.6
@@ -102,8 +103,7 @@ class HeadScale(Method):
             optimiser = torch.optim.AdamW(factors, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0)
             warm = max(1, round(0.1 * self.steps))
             for step in range(self.steps):
-                cool = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, self.steps - warm)))
-                optimiser.param_groups[0]["lr"] = self.rate * min(1.0, (step + 1) / warm) * cool
+                optimiser.param_groups[0]["lr"] = self.rate * _schedule(step, self.steps, warm)
                 optimiser.zero_grad()
                 _loss(run, found[step % len(found)]).backward()
                 torch.nn.utils.clip_grad_norm_(factors, 1.0)
@@ -113,6 +113,12 @@ class HeadScale(Method):
                         factor.clamp_(min=self.least)
             learned = {name.split(".")[1]: p.float() for name, p in run.state_dict().items()}
         return replace(self, scales=Fitted({f"s.{layer}": p for layer, p in learned.items()}))
+
+
+def _schedule(step: int, steps: int, warm: int) -> float:
+    """Share of the rate at a step: up over the first `warm`, then a cosine down to a tenth, the authors' eta_min."""
+    down = 0.5 * (1 - math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
+    return min(1.0, (step + 1) / warm) * (1 - 0.9 * down)
 
 
 def _loss(run: Any, batch: Mapping[str, Any]) -> Tensor:

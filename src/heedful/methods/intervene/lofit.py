@@ -133,6 +133,7 @@ class LoFiT(Method):
                     loss = loss + penalty * torch.stack([p.abs().sum() for p in run.parameters()]).sum()
                 optimiser.zero_grad()
                 loss.backward()
+                torch.nn.utils.clip_grad_norm_(run.parameters(), 1.0)  # the authors' trainer's default
                 optimiser.step()
                 schedule.step()
             learned = run.state_dict()

@@ -25,6 +25,7 @@ class FlexPrefill(BlockSparse):
             "Of a head that goes by block means the fewest blocks that reach gamma are taken, over all of its rows as "
             "theirs; the block that crosses gamma is computed too.",
             "Only attention that is causal is thinned out: a slash has no meaning elsewhere.",
+            "A text of which more than `most` (90 %) of the blocks would be computed stays dense, being faster so.",
         ),
     )
     gamma: float = 0.95  # share of the weight that is computed; the authors: 0.9 to 0.95

@@ -30,6 +30,8 @@ class HeavyHitter(Method):
             "A call sees all that the cache held and the cut is for the next one, as in the authors' newer code; the "
             "paper cuts within the step.",
             "What the queries of tokens gave that are cropped later, as in assisted decoding, older entries keep.",
+            "The share is of the text as it has grown, generated tokens included; the authors fix the number of "
+            "entries at the prompt's length.",
         ),
     )
     streams = False  # what is dropped after one call, the next cannot see

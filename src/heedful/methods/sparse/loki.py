@@ -106,8 +106,7 @@ class Loki(Method):
             most = rooms(self.budget, (part.q_pos + 1).clamp(min=1))[..., None]  # [b|1 1 r 1]
             found = scores.topk(min(int(most.max()), total)).indices
             counted = (torch.arange(found.shape[-1], device=found.device) < most).expand(found.shape)
-            chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, found, counted)
-            return chosen if keep is None else chosen & keep
+            return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, found, counted)
 
         return mask & Chosen(best)
 

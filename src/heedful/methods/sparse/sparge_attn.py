@@ -28,6 +28,7 @@ class SpargeAttn(BlockSparse):
             "The block with which the sum reaches tau is computed too, so that tau = 1 is dense; theirs is not.",
             "The block of a query's own key is always computed.",
             "Thresholds are given, and the same for all heads; the authors may search them for each head.",
+            "A text of which more than `most` (90 %) of the blocks would be computed stays dense, being faster so.",
         ),
     )
     tau: float = 0.98  # share of the predicted weight that is computed; the authors' code: 0.98

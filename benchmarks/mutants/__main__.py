@@ -1,0 +1,79 @@
+"""python -m benchmarks.mutants [NAMES] [--count 10]: every method's file, or those named (`vhr`); it resumes."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+
+from benchmarks.mutants import changes, trial
+from benchmarks.mutants.page import EQUIVALENT, RECORD, ROOT, Row
+
+METHODS = ROOT / "src" / "heedful" / "methods"
+PATIENCE = 8.0  # a change may slow the tests this much before it counts as hung
+
+
+def files() -> list[Path]:
+    """Every method's file."""
+    return sorted(path for path in METHODS.rglob("*.py") if not path.name.startswith("_"))
+
+
+def tests_of(path: Path) -> Path:
+    """The tests of a method's own, `test_X.py` for `X.py`."""
+    found = sorted((ROOT / "tests").rglob(f"test_{path.name}"))
+    if len(found) != 1:
+        raise SystemExit(f"{path.name} needs one file of tests, test_{path.name}; found {len(found)}")
+    return found[0]
+
+
+def _state(*paths: Path) -> str:
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()[:16]
+
+
+def measure(path: Path, most: int) -> Row:
+    """The mutants of one file, each tried."""
+    module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+    source, tests = path.read_text(), tests_of(path)
+    equal = json.loads(EQUIVALENT.read_text()).get(path.stem, {})
+    found = changes.mutants(source)
+    if stale := set(equal) - {m.name for m in found}:
+        raise SystemExit(f"{EQUIVALENT.name}: {path.stem} has no such change: {', '.join(sorted(stale))}")
+    chosen = changes.choose([m for m in found if m.name not in equal], most, path.stem)
+    state, begun = _state(path, tests), time.monotonic()
+    if not trial.survives(module, path, tests, None, 600.0):
+        raise SystemExit(f"{tests.relative_to(ROOT)} fails on the file as it is")
+    limit = 20.0 + PATIENCE * (time.monotonic() - begun)
+    survivors = [m for m in chosen if trial.survives(module, path, tests, changes.changed(source, m), limit)]
+    return {
+        "state": state,
+        "made": len(chosen),
+        "caught": len(chosen) - len(survivors),
+        "survivors": [{"line": m.line, "change": m.name} for m in survivors],
+    }
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(prog="benchmarks.mutants", description=__doc__)
+    words.add_argument("names", nargs="*", help="files of methods, as in `vhr`; none: all")
+    words.add_argument("--count", type=int, default=10, help="mutants a file")
+    given = words.parse_args()
+    paths = {path.stem: path for path in files()}
+    if unknown := set(given.names) - set(paths):
+        raise SystemExit(f"no method's file is called {', '.join(sorted(unknown))}")
+    trial.warm()
+    for name in given.names or paths:
+        record: dict[str, Row] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+        old, path = record.get(name), paths[name]
+        if old and not given.names and old["state"] == _state(path, tests_of(path)) and old["made"] >= given.count:
+            continue
+        row = record[name] = measure(path, given.count)
+        RECORD.write_text(json.dumps({k: record[k] for k in sorted(record) if k in paths}, indent=1) + "\n")
+        print(f"{name}: {row['caught']} of {row['made']}", flush=True)
+        for one in row["survivors"]:
+            print(f"  line {one['line']}: {one['change']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

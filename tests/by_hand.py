@@ -1,0 +1,67 @@
+"""A llama written out, and what an optimiser was given: what fits are held against, apart from the package's code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+Turn = Callable[[Tensor], Tensor]
+
+
+def llama_states(model: Any, ids: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor, Turn], Tensor]) -> Tensor:
+    """Final states, where `attend(layer, q, k, v, turn)` makes `[b h n d]` of what the projections give."""
+    base = model.model
+    x = base.embed_tokens(ids)
+    cos, sin = base.rotary_emb(x, torch.arange(ids.shape[1])[None])
+    d = cos.shape[-1]
+
+    def turn(y: Tensor) -> Tensor:
+        return y * cos[:, None] + torch.cat([-y[..., d // 2 :], y[..., : d // 2]], -1) * sin[:, None]
+
+    for i, layer in enumerate(base.layers):
+        part, y = layer.self_attn, layer.input_layernorm(x)
+        q, k, v = (p(y).unflatten(-1, (-1, d)).transpose(1, 2) for p in (part.q_proj, part.k_proj, part.v_proj))
+        x = x + part.o_proj(attend(i, q, k, v, turn).transpose(1, 2).flatten(2))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return base.norm(x)
+
+
+def causal_map(q: Tensor, k: Tensor, seen: Callable[[int, int], bool] = lambda i, j: j <= i) -> Tensor:
+    """softmax(q k / sqrt(d)) over the keys seen, with key heads shared by neighbours."""
+    n = q.shape[2]
+    table = torch.tensor([[seen(i, j) for j in range(n)] for i in range(n)])
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / q.shape[-1] ** 0.5
+    return scores.masked_fill(~table, -torch.inf).softmax(-1)
+
+
+def heads_of(weights: Tensor, v: Tensor) -> Tensor:
+    return weights @ v.repeat_interleave(weights.shape[1] // v.shape[1], 1)
+
+
+class Steps:
+    """What every step of AdamW was given: gradients, rates, and the optimisers' settings."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.before: list[list[Tensor]] = []
+        self.grads: list[list[Tensor]] = []
+        self.rates: list[float] = []
+        self.settings: list[dict[str, Any]] = []
+        kept = self
+
+        class Kept(torch.optim.AdamW):
+            def __init__(self, params: Any, **settings: Any) -> None:
+                super().__init__(params, **settings)
+                kept.settings.append(settings)
+
+            def step(self, closure: Any = None) -> None:
+                params = [p for group in self.param_groups for p in group["params"]]
+                kept.before.append([p.detach().clone() for p in params])
+                kept.grads.append([p.grad.detach().clone() for p in params])
+                kept.rates.append(self.param_groups[0]["lr"])
+                super().step()
+
+        monkeypatch.setattr(torch.optim, "AdamW", Kept)

@@ -1,0 +1,144 @@
+"""The tool that changes formulas: what it changes, what it leaves alone, and that a test's silence is seen."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.mutants import __main__ as tool
+from benchmarks.mutants import changes
+from benchmarks.mutants.page import BAR, EQUIVALENT, RECORD, ROOT
+
+TOY = '''
+class Toy:
+    """1 + 1"""
+
+    def __post_init__(self):
+        self.x = 1 + 1
+
+    def share(self, xs):
+        """2 * 2"""
+        if not xs:
+            raise ValueError(f"{len(xs) + 1}" + "none")
+        return xs[-1] / sum(xs)
+
+    def size(self, x):
+        return abs(x)
+
+    def count(self, n):
+        i = 0
+        while i < n:
+            i += 1
+        return i
+
+
+if __name__ == "__main__":
+    print(3 + 3)
+'''
+TESTS = """
+from toy import Toy
+
+def test_share():
+    assert Toy().share([1, 3]) == 0.75
+
+def test_size():
+    assert Toy().size(2) == 2
+
+def test_count():
+    assert Toy().count(3) == 3
+    assert Toy().count(0) == 0
+"""
+RUN = """
+import ast, json, sys
+from pathlib import Path
+from benchmarks.mutants import changes, trial
+path, tests = Path("toy.py").resolve(), Path("test_toy.py").resolve()
+found = {"": trial.survives("toy", path, tests, None, 60.0)}
+for m in changes.mutants(path.read_text()):
+    hangs = "i -= 1" in m.name or "not i < n" in m.name
+    found[m.name] = trial.survives("toy", path, tests, changes.changed(path.read_text(), m), 2.0 if hangs else 60.0)
+print(json.dumps(found))
+"""
+
+
+def test_what_is_changed_and_what_is_not() -> None:
+    found = changes.mutants(TOY)
+    assert [m.name for m in found] == [
+        "Toy.share: xs[-1] / sum(xs) -> xs[-1] * sum(xs)",
+        "Toy.share: -1 -> -2",
+        "Toy.size: abs(x) -> x",
+        "Toy.count: 0 -> 1",
+        "Toy.count: while i < n: -> while not i < n:",
+        "Toy.count: i < n -> i <= n",
+        "Toy.count: i += 1 -> i -= 1",
+        "Toy.count: 1 -> 2",
+    ]
+    assert [m.line for m in found] == [12, 12, 15, 18, 19, 19, 20, 20]
+    for m in found:
+        assert ast.unparse(changes.changed(TOY, m)) != ast.unparse(ast.parse(TOY))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("x.sum(-1)", "x.mean(-1)"),
+        ("x.amax(-2)", "x.amin(-2)"),
+        ("x.norm(dim=-1)", "x.norm(dim=-1, p=1)"),
+        ("x.log()", "x"),
+        ("torch.exp(x)", "x"),
+        ("x & ~y", "x & y"),
+        ("x & y", "x | y"),
+        ("-x", "x"),
+        ("f(largest=True)", "f(largest=False)"),
+        ("x == y", "x != y"),
+        ("x >= y", "x > y"),
+        ("a if b else c", "a if not b else c"),
+        ("x.softmax(-1)", "x.softmax(-2)"),
+        ("0.5 * x", "1.5 * x"),
+    ],
+)
+def test_each_kind_of_change(before: str, after: str) -> None:
+    source = f"def f(x):\n    return {before}\n"
+    made = [ast.unparse(changes.changed(source, m)) for m in changes.mutants(source)]
+    assert ast.unparse(ast.parse(f"def f(x):\n    return {after}\n")) in made
+
+
+def test_the_choice_is_seeded_and_spread() -> None:
+    found = changes.mutants(Path(changes.__file__).read_text())
+    chosen = changes.choose(found, 10, "a")
+    assert chosen == changes.choose(found[::-1], 10, "a") != changes.choose(found, 10, "b")
+    assert len(set(chosen)) == 10
+    assert len({m.kind for m in chosen}) >= 4
+    assert len({m.function for m in chosen}) >= 4
+
+
+def test_silence_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "toy.py").write_text(TOY)
+    (tmp_path / "test_toy.py").write_text(TESTS)
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    env = os.environ | {"PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=True
+    )
+    found = json.loads(done.stdout)
+    assert [name for name, survives in found.items() if survives] == ["", "Toy.size: abs(x) -> x"]
+
+
+def test_the_record_has_every_file_above_the_bar() -> None:
+    record = json.loads(RECORD.read_text())
+    assert set(record) == {path.stem for path in tool.files()}
+    assert {path.stem for path in tool.files() if not tool.tests_of(path).exists()} == set()
+    assert {name: row for name, row in record.items() if row["caught"] < BAR * row["made"]} == {}
+
+
+def test_what_is_left_out_is_still_there() -> None:
+    sources = {path.stem: path.read_text() for path in tool.files()}
+    for name, left_out in json.loads(EQUIVALENT.read_text()).items():
+        assert set(left_out) <= {m.name for m in changes.mutants(sources[name])}, name
+        assert all(left_out.values()), name
