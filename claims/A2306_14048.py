@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from claims._cache import Newest, losses, prose
 from claims.ledger import Claim, run
-from heedful.methods.sparse.heavy_hitter import HeavyHitter
+from heedful.methods.sparse.cache.heavy_hitter import HeavyHitter
 
 TOKENS, REST, BUDGET = 384, 128, 0.2
 

@@ -9,7 +9,7 @@ import torch
 from claims._texts import passages
 from claims.ledger import Claim, run
 from heedful import attach, models
-from heedful.methods.sparse.sink_window import SinkWindow
+from heedful.methods.sparse.prefill.sink_window import SinkWindow
 
 TOKENS, KEPT, SINKS = 1024, 128, 4
 

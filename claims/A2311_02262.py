@@ -8,7 +8,7 @@ from claims._marked import language_model, prompts, score
 from claims.ledger import Claim, run
 from heedful import fit
 from heedful.core.stack import Stack
-from heedful.methods.intervene.pasta import PASTA
+from heedful.methods.intervene.language.pasta import PASTA
 
 PROMPTS, LEARN = 12, 3
 LAYERS = tuple(range(1, 30, 3))

@@ -11,7 +11,7 @@ from claims._praise import THINGS, model, praise_and_blame, trait
 from claims.ledger import Claim, run
 from heedful import attach, fit
 from heedful.authoring import Fitted
-from heedful.methods.intervene.steering_vector import SteeringVector
+from heedful.methods.intervene.language.steering_vector import SteeringVector
 
 LAYER = 13  # of 30; the paper's best layers lie before and at the middle
 DRAWS = 3

@@ -7,8 +7,8 @@ import torch
 from claims._cache import Newest, Reading, losses, recall
 from claims.ledger import Claim, run
 from heedful.core.method import Method
-from heedful.methods.sparse.heavy_hitter import HeavyHitter
-from heedful.methods.sparse.snap_kv import SnapKV
+from heedful.methods.sparse.cache.heavy_hitter import HeavyHitter
+from heedful.methods.sparse.cache.snap_kv import SnapKV
 
 BUDGET, WINDOW, QUESTIONS = 64, 16, 3
 

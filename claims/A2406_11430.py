@@ -7,10 +7,10 @@ from torch import Tensor
 
 from claims._cache import losses, prose
 from claims.ledger import Claim, run
-from heedful.core.budget import keep_best, room
-from heedful.core.call import Call, Entries
+from heedful.core.call import CachedKV, Call
 from heedful.core.sites import Site, at
-from heedful.methods.sparse.knorm import KNorm
+from heedful.kit.budget import keep_best, room
+from heedful.methods.sparse.cache.knorm import KNorm
 
 TOKENS, REST = 384, 96
 LAYERS = range(2, 30)  # the authors' example spares the first two
@@ -20,7 +20,7 @@ class LongKeys(KNorm):
     """The control: the entries with the longest keys stay."""
 
     @at(Site.CACHE)
-    def drop_long_keys(self, entries: Entries, call: Call) -> Tensor:
+    def drop_long_keys(self, entries: CachedKV, call: Call) -> Tensor:
         return keep_best(entries.key.float().norm(dim=-1), entries, room(self.budget, call))
 
 
@@ -28,7 +28,7 @@ class AnyKeys(KNorm):
     """The other control: entries stay at random."""
 
     @at(Site.CACHE)
-    def drop_long_keys(self, entries: Entries, call: Call) -> Tensor:
+    def drop_long_keys(self, entries: CachedKV, call: Call) -> Tensor:
         source = torch.Generator().manual_seed(call.layer)
         return keep_best(torch.rand(entries.key.shape[:3], generator=source), entries, room(self.budget, call))
 

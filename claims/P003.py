@@ -17,7 +17,7 @@ from claims.ledger import Claim, run
 from heedful import attach, fit, models
 from heedful.core.method import Method, Scoped
 from heedful.core.stack import Stack
-from heedful.methods.intervene.act import ACT
+from heedful.methods.intervene.language.act import ACT
 
 MONTHS = list(month_name)[1:]
 STEPS = {"one month before": -1, "one month after": 1, "two months after": 2, "three months after": 3}

@@ -8,7 +8,7 @@ from functools import cache
 from claims._marked import language_model, prompts, score
 from claims.ledger import Claim, run
 from heedful import fit
-from heedful.methods.intervene.var import VAR
+from heedful.methods.intervene.vision.var import VAR
 
 PROMPTS = 12
 LAYERS = range(1, 29)  # of 30; the first only looks for sinks, so that layers 2 to 28 act, as in the authors' code

@@ -9,7 +9,7 @@ from claims._tiny_lm import HeadNorm, Trained
 from claims.ledger import Claim, run
 from heedful import Method, Site
 from heedful.authoring import Call, at
-from heedful.methods.mechanisms.mala import MALA, features
+from heedful.methods.mechanisms.linear.mala import MALA, features
 
 STEPS = 200
 

@@ -11,7 +11,7 @@ import torch
 from claims.ledger import Claim, run
 from claims.P283 import OPPOSITES, language_model
 from heedful import Prompt, attach, fit
-from heedful.methods.intervene.soft_pag import Heads, SoftPAG
+from heedful.methods.intervene.diffusion.soft_pag import Heads, SoftPAG
 
 SHOTS, LEARN, TEST, AMONG, ROUNDS, DRAWS = 2, 6, 12, 16, 2, 2
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from claims._marked import prompts, score
 from claims.ledger import Claim, run
 from heedful.core.call import Call
-from heedful.methods.intervene.vhr import VHR
+from heedful.methods.intervene.vision.vhr import VHR
 
 PROMPTS = 18
 LAYERS = [1, *range(17, 30)]  # of 30: the second and the last 13, as the authors' second and last 14 of 32

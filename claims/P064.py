@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from claims._marked import prompts, score
 from claims.ledger import Claim, run
-from heedful.methods.intervene.paint import PAINT
+from heedful.methods.intervene.vision.paint import PAINT
 
 PROMPTS = 12
 LAYERS = range(2, 30)

@@ -8,8 +8,8 @@ import torch
 
 from claims._sparse import calls, text
 from claims.ledger import Claim, run
-from heedful.core.blocks import Grid
-from heedful.methods.sparse.qada import QAdA
+from heedful.kit.blocks import Grid
+from heedful.methods.sparse.prefill.qada import QAdA
 
 TOKENS = 1024
 METHOD = QAdA(size=32)
@@ -29,8 +29,8 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
         at = torch.arange(late.start, late.stop)[None]
         true = torch.cat(
             [
-                (weights.sum(-1) * near[0, 0, places[0] // grid.size][None, None, :, : weights.shape[3]]).sum(-1)
-                for weights, places in grid.weights(at)
+                (weights.sum(-1) * near[0, 0, positions[0] // grid.size][None, None, :, : weights.shape[3]]).sum(-1)
+                for weights, positions in grid.weights(at)
             ],
             2,
         )[0]

@@ -12,7 +12,7 @@ import torch
 from claims.ledger import Claim, run
 from claims.P283 import OPPOSITES
 from heedful import attach, fit, models
-from heedful.methods.intervene.lofit import LoFiT
+from heedful.methods.intervene.language.lofit import LoFiT
 
 LEARN, TEST, BATCH, EPOCHS, DRAWS = 16, 14, 16, 10, 1
 

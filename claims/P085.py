@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from claims._sparse import at_random, calls, chosen, error, heads, loss, share, text
 from claims.ledger import Claim, run
-from heedful.methods.sparse.sparge_attn import SpargeAttn
+from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn
 
 TOKENS = 1024
 METHOD = SpargeAttn(0.9, 0.3, size=32, most=1.0)

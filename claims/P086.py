@@ -12,7 +12,7 @@ from torch import Tensor
 
 from claims.ledger import Claim, run
 from heedful import attach, models
-from heedful.methods.intervene.temp_scale import TempScale
+from heedful.methods.intervene.language.temp_scale import TempScale
 
 TAU = 0.9
 SHORT, MIDDLE, LONG = 16, 64, 192  # tokens of text

@@ -17,11 +17,11 @@ from claims.ledger import Claim, run
 from heedful import attach, fit, models
 from heedful.authoring import Fitted
 from heedful.core.method import Method
-from heedful.methods.intervene.focus_directions import FocusDirections, _Mass
+from heedful.methods.intervene.language.focus_directions import FocusDirections, _Mass
 
 NAMES = "apple,river,stone,cloud,tiger,piano,candle,garden,bridge,winter,orange,silver,doctor,forest,window,basket"
 WORDS = "red,blue,green,black,white,pink,brown,gold,gray,purple,yellow,blind,cold,warm,soft,loud"
-LINES, LEARN, TEST, EPOCHS, RATE, HEADS, ALPHA = 8, 8, 12, 4, 0.03, 10, 0.3
+LINES, LEARN, TEST, EPOCHS, RATE, HEAD_OUTPUT, ALPHA = 8, 8, 12, 4, 0.03, 10, 0.3
 
 
 @cache
@@ -68,7 +68,7 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     model = language_model().model
     draw = random.Random(seed)
     learn, test = ([example(draw) for _ in range(n)] for n in (LEARN, TEST))
-    method = fit(FocusDirections(ALPHA, HEADS, EPOCHS, RATE), model, [batch for batch, _ in learn])
+    method = fit(FocusDirections(ALPHA, HEAD_OUTPUT, EPOCHS, RATE), model, [batch for batch, _ in learn])
     heads = chosen_heads(method.directions)
 
     @torch.no_grad()

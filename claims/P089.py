@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from claims._texts import passages
 from claims.ledger import Claim, run
 from heedful import fit, models, operate
-from heedful.methods.compress.prune_heads import PruneHeads
+from heedful.methods.compress.prune.prune_heads import PruneHeads
 
 SHARE = 0.2
 TOKENS = 96

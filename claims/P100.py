@@ -6,7 +6,7 @@ import statistics
 
 from claims._sparse import at_random, calls, chosen, error, heads, loss, share, sinks_and_window, text
 from claims.ledger import Claim, run
-from heedful.methods.sparse.sample_attention import SampleAttention
+from heedful.methods.sparse.prefill.sample_attention import SampleAttention
 
 TOKENS = 1024
 METHOD = SampleAttention(0.9, size=32, most=1.0)

@@ -10,7 +10,7 @@ import torch
 
 from claims.ledger import Claim, run
 from heedful import Prompt, attach, models
-from heedful.methods.intervene.attention_buckets import AttentionBuckets
+from heedful.methods.intervene.language.attention_buckets import AttentionBuckets
 
 PAIRS, PLACES, ITEMS = 14, (0, 4, 9, 13), 2  # in each prompt; where the wanted pair stands; for each place and seed
 WORDS = (

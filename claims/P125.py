@@ -10,7 +10,7 @@ import torch
 
 from claims.ledger import Claim, run
 from heedful import Prompt, arrange, models
-from heedful.methods.intervene.attention_sorting import AttentionSorting
+from heedful.methods.intervene.language.attention_sorting import AttentionSorting
 
 ITEMS, DOCUMENTS = 4, 8  # a seed; in each item
 NAMES = "Anna Boris Clara David Elena Frank Grace Henry Irene James Karen Louis Maria Peter Sarah Thomas"

@@ -7,7 +7,7 @@ from functools import cache
 from claims._cache import Newest, default, losses, prose, recall
 from claims.ledger import Claim, run
 from heedful import fit
-from heedful.methods.sparse.q_filters import QFilters
+from heedful.methods.sparse.cache.q_filters import QFilters
 
 TOKENS, REST, BUDGET, WINDOW = 384, 128, 64, 32
 

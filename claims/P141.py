@@ -25,7 +25,7 @@ class Silence(Method):
 
     paper = RetrievalHeads.paper
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def silence(self, heads: Tensor, call: Call) -> Tensor:
         return torch.zeros_like(heads)
 
@@ -39,9 +39,9 @@ def trained() -> tuple[Any, Tensor]:
 def scores(method: RetrievalHeads) -> Retrieval:
     model, words = trained()
     with attach(model, method) as attached, torch.no_grad():
-        for trial in method.trials(words, 2048):
-            attached.roles = dict(trial.roles)
-            attached(input_ids=trial.tokens, use_cache=False)
+        for probe in method.probes(words, 2048):
+            attached.roles = dict(probe.roles)
+            attached(input_ids=probe.tokens, use_cache=False)
         return attached[method]
 
 
@@ -51,15 +51,15 @@ def copied(method: RetrievalHeads, off: list[Head]) -> float:
     model, words = trained()
     without = [Silence().on(layers=n, heads=[h for m, h in off if m == n]) for n in sorted({n for n, _ in off})]
     right, asked = 0, 0
-    for trial in method.trials(words, 2048):
+    for probe in method.probes(words, 2048):
         if without:
             with attach(model, reduce(or_, without)) as attached:
-                logits = attached(input_ids=trial.tokens, use_cache=False).logits
+                logits = attached(input_ids=probe.tokens, use_cache=False).logits
         else:
-            logits = model(trial.tokens, use_cache=False).logits
-        ((first, last),) = trial.roles["answer"]
-        right += int((logits[:, first - 1 : last - 1].argmax(-1) == trial.tokens[:, first:last]).sum())
-        asked += trial.tokens[:, first:last].numel()
+            logits = model(probe.tokens, use_cache=False).logits
+        ((first, last),) = probe.roles["answer"]
+        right += int((logits[:, first - 1 : last - 1].argmax(-1) == probe.tokens[:, first:last]).sum())
+        asked += probe.tokens[:, first:last].numel()
     return right / asked
 
 

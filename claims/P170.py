@@ -8,7 +8,7 @@ from functools import cache
 from claims._cache import default, losses, prose
 from claims.ledger import Claim, run
 from heedful import fit
-from heedful.methods.sparse.loki import Loki
+from heedful.methods.sparse.decode.loki import Loki
 
 TOKENS, REST = 256, 128
 

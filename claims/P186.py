@@ -6,7 +6,7 @@ import statistics
 
 from claims._sparse import at_random, calls, chosen, error, heads, loss, share, sinks_and_window, text
 from claims.ledger import Claim, run
-from heedful.methods.sparse.flex_prefill import FlexPrefill
+from heedful.methods.sparse.prefill.flex_prefill import FlexPrefill
 
 TOKENS = 1024
 METHOD = FlexPrefill(0.9, 0.1, 128, size=32, most=1.0)

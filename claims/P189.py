@@ -13,7 +13,7 @@ from claims.ledger import Claim, run
 from heedful import attach, models
 from heedful.core.figures import Head
 from heedful.methods.observe.induction_heads import InductionHeads
-from heedful.methods.sparse.sink_window import SinkWindow
+from heedful.methods.sparse.prefill.sink_window import SinkWindow
 
 INDUCTION, ECHO = 0.14, 0.01  # the paper's shares of heads to keep
 SINKS, WINDOW = 4, 32  # tokens that all other heads see
@@ -48,8 +48,8 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     words = torch.arange(1000, tokenizer.vocab_size)
     method = InductionHeads(seed=seed)
     with attach(model, method) as attached, torch.no_grad():
-        for trial in method.trials(words, 512):
-            attached(input_ids=trial.tokens, use_cache=False)
+        for probe in method.probes(words, 512):
+            attached(input_ids=probe.tokens, use_cache=False)
         scores = attached[method]
     every = layers * heads
     best = [*scores.heads("induction", -1.0)][: round(INDUCTION * every)]

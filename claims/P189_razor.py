@@ -10,7 +10,7 @@ import torch
 from claims._cache import default, losses, recall
 from claims.ledger import Claim, run
 from heedful import fit
-from heedful.methods.sparse.razor_attention import RazorAttention
+from heedful.methods.sparse.cache.razor_attention import RazorAttention
 
 LEAST, SHARE, PERIOD = 32, 0.14, 64
 

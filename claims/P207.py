@@ -15,7 +15,7 @@ from transformers import SmolLM3Config, SmolLM3ForCausalLM
 from claims.ledger import Claim, run
 from heedful import attach, fit
 from heedful.core.stack import Stack
-from heedful.methods.intervene.head_scale import HeadScale, _loss
+from heedful.methods.intervene.language.head_scale import HeadScale, _loss
 
 KEYS, VALUES, ASKED = 128, 4, 8
 SHORT, LONG = 8, 72  # pairs in a text: nine times as many, as the paper's 2k and 18k tokens

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from claims._cache import losses, prose, recall
 from claims.ledger import Claim, run
-from heedful.methods.sparse.sink_window import SinkWindow
-from heedful.methods.sparse.token_select import TokenSelect
+from heedful.methods.sparse.decode.token_select import TokenSelect
+from heedful.methods.sparse.prefill.sink_window import SinkWindow
 
 SEEN, SINKS, CHUNK = 64, 4, 16
 

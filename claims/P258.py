@@ -10,7 +10,7 @@ from torch import Tensor
 from claims._cache import default, losses, recall
 from claims.ledger import Claim, run
 from heedful import fit
-from heedful.methods.sparse.duo_attention import IGNORED, DuoAttention
+from heedful.methods.sparse.cache.duo_attention import IGNORED, DuoAttention
 
 SHARE, SINKS, WINDOW, TEXTS = 0.5, 4, 32, 8
 

@@ -12,7 +12,7 @@ from claims.ledger import Claim, run
 from claims.P283 import OPPOSITES, language_model
 from heedful import attach, fit
 from heedful.authoring import Fitted
-from heedful.methods.intervene.task_vector import LearnableTaskVector
+from heedful.methods.intervene.language.task_vector import LearnableTaskVector
 
 SHOTS, PROMPTS, LEARN, TEST, STEPS, RATE = 5, 6, 12, 14, 24, 0.1
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from claims.ledger import Claim, run
 from heedful import attach, fit, models
-from heedful.methods.intervene.soft_injection import SoftInjection
+from heedful.methods.intervene.language.soft_injection import SoftInjection
 
 OPPOSITES = (
     "hot cold,big small,up down,old young,fast slow,day night,left right,rich poor,high low,dark light,open closed,"

@@ -15,8 +15,8 @@ from claims.ledger import Claim, run
 from heedful import Method, Site, attach, fit, operate
 from heedful.authoring import Call, Fitted, at
 from heedful.core.method import Part
-from heedful.methods.intervene.steer2edit import PAPER, Steer2Edit
-from heedful.methods.intervene.steering_vector import SteeringVector
+from heedful.methods.intervene.language.steer2edit import PAPER, Steer2Edit
+from heedful.methods.intervene.language.steering_vector import SteeringVector
 
 SHIFT = 1.0  # nats of log odds that both ways must move the trait by
 ALPHAS = (0.05, 0.4, 0.8)  # among the authors' best settings, which they search for each model

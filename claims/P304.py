@@ -7,7 +7,7 @@ import math
 from claims._tiny_lm import outliers
 from claims.ledger import Claim, run
 from heedful.core.method import Method
-from heedful.methods.mechanisms.clipped_softmax import ClippedSoftmax
+from heedful.methods.mechanisms.normalise.clipped_softmax import ClippedSoftmax
 
 STEPS = 200
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from claims import P304
 from claims.ledger import run
-from heedful.methods.mechanisms.gated_heads import GatedHeads
+from heedful.methods.mechanisms.gates.gated_heads import GatedHeads
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:

@@ -21,7 +21,7 @@ def trained() -> models.Loaded:
     return models.default()
 
 
-def streams(model: Any, ids: Tensor) -> list[Tensor]:
+def chunk_invariant(model: Any, ids: Tensor) -> list[Tensor]:
     """The residual stream after each layer, `[n e]`."""
     seen: list[Tensor] = []
 
@@ -54,7 +54,7 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
         with attach(model, MaxActivations()) as attached:
             attached(input_ids=ids)
             found = attached[MaxActivations()]
-        errors = [lost(x) for x in streams(model, ids)]
+        errors = [lost(x) for x in chunk_invariant(model, ids)]
     peaks = list(found.layers.values())
     numbers = {
         "global maximum": peaks[found.top].value,

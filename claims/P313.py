@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from claims._tiny_lm import LENGTH, HeadNorm, Trained, fresh, read
 from claims.ledger import Claim, run
-from heedful.methods.mechanisms.sigmoid_attention import SigmoidAttention
+from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention
 
 STEPS = 200
 MARGIN = 0.02  # of softmax's loss, fixed before anything was measured: what we still call a match

@@ -7,7 +7,7 @@ from dataclasses import replace
 from claims._sparse import language_model, loss, text
 from claims.ledger import Claim, run
 from heedful import fit
-from heedful.methods.sparse.hylra import HyLRA
+from heedful.methods.sparse.prefill.hylra import HyLRA
 
 TOKENS = 512
 METHOD = HyLRA(0.25, whole=8 / 30, size=32, most=1.0)

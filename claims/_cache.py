@@ -11,12 +11,12 @@ from torch import Tensor
 
 from claims._texts import passages
 from heedful import attach, models
-from heedful.core.budget import Budget, newest, room
-from heedful.core.call import Call, Entries
+from heedful.core.call import CachedKV, Call
 from heedful.core.method import Method
 from heedful.core.sites import Site, at
 from heedful.core.stack import Stack
-from heedful.methods.sparse.sink_window import SinkWindow
+from heedful.kit.budget import Budget, newest, room
+from heedful.methods.sparse.prefill.sink_window import SinkWindow
 
 TOWNS = ("Lisbon", "Oslo", "Cairo", "Lima", "Dublin", "Madrid", "Athens", "Vienna", "Prague", "Tokyo", "Ottawa", "Rome")
 
@@ -25,14 +25,14 @@ class Newest(Method):
     """The baseline: a few first entries and the newest ones stay, while the text is read in full."""
 
     paper = SinkWindow.paper
-    streams = False
+    chunk_invariant = False
     budget: Budget = 64
     sinks: int = 4
 
     @at(Site.CACHE)
-    def forget(self, entries: Entries, call: Call) -> Tensor:
+    def forget(self, entries: CachedKV, call: Call) -> Tensor:
         last = newest(entries, call, room(self.budget, call) - self.sinks)
-        return entries.valid & (last | (entries.places.position < self.sinks))
+        return entries.is_filled & (last | (entries.positions.position < self.sinks))
 
 
 class Reading(NamedTuple):

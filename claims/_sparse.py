@@ -12,12 +12,12 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from claims._texts import passages
 from heedful import attach, models
-from heedful.core.blocks import BlockSparse, Grid, density
 from heedful.core.call import Call
 from heedful.core.mask import Mask
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
+from heedful.kit.blocks import BlockSparse, Grid, density
 
 language_model = cache(models.default)
 

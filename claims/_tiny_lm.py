@@ -91,7 +91,7 @@ class HeadNorm(Method):
 
     paper = Paper("claims", "A measure of heedful's own", "heedful", 2026, venue="heedful")
 
-    @reads(Site.HEADS)
+    @reads(Site.HEAD_OUTPUT)
     def read(self, heads: Tensor, call: Call) -> Mean:
         return Mean.of(heads.norm(dim=-1).sum(), heads.shape[:3].numel())
 

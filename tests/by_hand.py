@@ -19,7 +19,7 @@ def llama_states(model: Any, ids: Tensor, attend: Callable[[int, Tensor, Tensor,
     cos, sin = base.rotary_emb(x, torch.arange(ids.shape[1])[None])
     d = cos.shape[-1]
 
-    def turn(y: Tensor) -> Tensor:
+    def rotate(y: Tensor) -> Tensor:
         return y * cos[:, None] + torch.cat([-y[..., d // 2 :], y[..., : d // 2]], -1) * sin[:, None]
 
     for i, layer in enumerate(base.layers):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful.adapters.carried import shelf_of
-from heedful.core.call import Call, Entries, Phase
+from heedful.core.call import CachedKV, Call, Phase
 from heedful.core.kinds import HeadWeights
 from heedful.core.mask import First, Mask, Window
 from heedful.core.method import Layer, Method
@@ -27,7 +27,7 @@ class Scale(Method):
     paper = PAPER
     by: float = 2.0
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def scale(self, heads: Tensor, call: Call) -> Tensor:
         return heads * self.by
 
@@ -60,8 +60,8 @@ class Shares(Method):
 
     @reads(Site.PATTERN)
     def first(self, pattern: Tensor, call: Call) -> Mean:
-        share = (pattern * (call.pairs.k == 0)).sum(-1) * call.live
-        return Mean.of(share.sum((0, 2)), float(call.live.expand(pattern.shape[0], 1, -1).sum()))
+        share = (pattern * (call.pairs.k == 0)).sum(-1) * call.is_text
+        return Mean.of(share.sum((0, 2)), float(call.is_text.expand(pattern.shape[0], 1, -1).sum()))
 
 
 class Keep(Method):
@@ -84,7 +84,7 @@ class Gate(Method):
 
         return {"gate": torch.full((layer.heads,), 0.5)}
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def gate(self, heads: Tensor, call: Call) -> Tensor:
         return heads * call.params["gate"][:, None, None]
 
@@ -96,12 +96,12 @@ class Forget(Method):
     last: int = 4
 
     @at(Site.CACHE)
-    def forget(self, entries: Entries, call: Call) -> Tensor:
+    def forget(self, entries: CachedKV, call: Call) -> Tensor:
         import torch
 
         groups = torch.arange(call.kv_heads)[None, :, None]
-        newest = entries.places.index.amax(-1, keepdim=True)
-        return entries.valid & (newest - entries.places.index < self.last + groups)
+        newest = entries.positions.index.amax(-1, keepdim=True)
+        return entries.is_filled & (newest - entries.positions.index < self.last + groups)
 
 
 class CountsTiles(Method):
@@ -126,7 +126,7 @@ class KeepsRows(Method):
 
     paper = PAPER
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def scale(self, heads: Tensor, call: Call) -> Tensor:
         if call.phase is Phase.PREFILL:
             call.state.run["by"] = 1 + heads.gather(2, call.last[..., None, None].expand(*heads.shape[:2], 1, 1)).abs()
@@ -138,7 +138,7 @@ class KeepsLongest(Method):
 
     paper = PAPER
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def scale(self, heads: Tensor, call: Call) -> Tensor:
         return heads * (1 + call.q_pos.max() / 50)
 
@@ -148,7 +148,7 @@ class CountsCalls(Method):
 
     paper = PAPER
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def scale(self, heads: Tensor, call: Call) -> Tensor:
         call.state.run["calls"] = call.state.run.get("calls", 0) + 1
         return heads * (1 + 0.1 * call.state.run["calls"])

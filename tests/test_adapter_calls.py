@@ -15,7 +15,7 @@ from benchmarks.coverage.probe import Through
 from heedful import attach
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close_model
-from heedful.core.call import Call, Entries
+from heedful.core.call import CachedKV, Call
 from heedful.core.errors import RefusedModel, SiteError, UnknownArgument
 from heedful.core.mask import Mask, Window
 from heedful.core.method import Method
@@ -31,7 +31,7 @@ IDS = torch.arange(3, 27).view(2, 12)
 DECODERS = ("llama", "gpt2", "gemma2", "mistral", "gpt_oss", "qwen3")
 
 
-class Places(Method):
+class Positions(Method):
     """Changes nothing, and remembers every call."""
 
     paper = PAPER
@@ -60,9 +60,9 @@ class Last(Method):
     size: int = 4
 
     @at(Site.CACHE)
-    def drop(self, entries: Entries, call: Call) -> Tensor:
-        newest = entries.places.index.amax(-1, keepdim=True)
-        return (newest - entries.places.index < self.size) & entries.valid
+    def drop(self, entries: CachedKV, call: Call) -> Tensor:
+        newest = entries.positions.index.amax(-1, keepdim=True)
+        return (newest - entries.positions.index < self.size) & entries.is_filled
 
 
 class Nudge(Method):
@@ -91,7 +91,7 @@ def eager(kind: str, **settings: Any) -> Any:
 
 
 def calls(run: Any) -> list[Call]:
-    return run.book._of_run[0, 0]["calls"]
+    return run.state._of_run[0, 0]["calls"]
 
 
 @torch.no_grad()
@@ -116,11 +116,11 @@ def test_padding_and_windows(kind: str, side: str) -> None:
 def test_positions_do_not_count_padding() -> None:
     model, text = eager("llama"), torch.ones_like(IDS)
     text[1, :5] = 0
-    with attach(model, Places()) as run, torch.no_grad():
+    with attach(model, Positions()) as run, torch.no_grad():
         run(input_ids=IDS, attention_mask=text)
         call = calls(run)[0]
     assert call.q_pos[1, 0].tolist() == list(range(-5, 7))
-    assert call.live[1, 0].tolist() == [False] * 5 + [True] * 7
+    assert call.is_text[1, 0].tolist() == [False] * 5 + [True] * 7
 
 
 def test_packed_texts() -> None:
@@ -133,7 +133,7 @@ def test_packed_texts() -> None:
         assert not close_model(plain, model(input_ids=IDS[:1], use_cache=False)[0])
         second = model(input_ids=IDS[:1, 5:], use_cache=False)[0]
     assert close_model(found[:, 5:], second)
-    with attach(model, Places()) as run, torch.no_grad():
+    with attach(model, Positions()) as run, torch.no_grad():
         run(**inputs)
         assert calls(run)[0].q_pos[0, 0].tolist() == position[0].tolist()
 
@@ -142,7 +142,7 @@ def test_prefixes_that_see_both_ways() -> None:
     one = zoo.build("PaliGemmaForConditionalGeneration")
     one.model.set_attn_implementation("eager")
     plain = zoo.output_tensors(one.forward())
-    with attach(one.model, Places(), only="model.language_model", backend="reference") as run:
+    with attach(one.model, Positions(), only="model.language_model", backend="reference") as run:
         found = zoo.output_tensors(one.forward())
         call = calls(run)[0]
     assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
@@ -177,9 +177,9 @@ def test_encoder_decoders_generate(kind: str) -> None:
         pad_token_id=0, **({} if kind == "whisper" else {"attention_mask": torch.ones_like(inputs["input_ids"])}),
     )  # fmt: skip
     plain = model.generate(**inputs, **how)
-    with attach(model, Places(), backend="reference") as run:
+    with attach(model, Positions(), backend="reference") as run:
         found = run.generate(**inputs, **how)
-        crossed = [c for (_, _), m in run.book._of_run.items() for c in m["calls"] if c.cross]
+        crossed = [c for (_, _), m in run.state._of_run.items() for c in m["calls"] if c.cross]
     assert torch.equal(plain.sequences, found.sequences)
     assert all(torch.equal(a, b) for a, b in zip(plain.logits, found.logits, strict=True))
     assert len(crossed) == 2 * 5, "two layers, five tokens"

@@ -16,16 +16,16 @@ from heedful import attach, models
 from heedful.catalogue import find
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
-from heedful.core.blocks import BlockSparse, Grid, cover, density, fold, hide, means
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
 from heedful.core.mask import Blocks, Causal, Dense, First, Mask, OnHeads, Padding, Rule, Window
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.methods.sparse.hylra import HyLRA
-from heedful.methods.sparse.sink_window import SinkWindow
-from heedful.methods.sparse.sparge_attn import SpargeAttn
+from heedful.kit.blocks import BlockSparse, Grid, cover, density, fold, hide, means
+from heedful.methods.sparse.prefill.hylra import HyLRA
+from heedful.methods.sparse.prefill.sink_window import SinkWindow
+from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn
 
 PADDED = torch.arange(19)[None] >= torch.tensor([[0], [5]])
 LONG = torch.arange(150)[None] >= torch.tensor([[0], [5]])  # rows and blocks of which methods read a few at a time
@@ -110,9 +110,9 @@ def test_hidden_scores_are_the_least_number(dtype: torch.dtype) -> None:
 
 def test_means_leave_out_what_is_not_text() -> None:
     x = torch.tensor([1.0, 3.0, 5.0, 9.0]).view(1, 1, 2, 2, 1)
-    live = torch.tensor([True, True, False, True]).view(1, 1, 2, 2)
-    assert means(x, live).flatten().tolist() == [2.0, 9.0]
-    assert means(x, torch.ones_like(live)).flatten().tolist() == [2.0, 7.0]
+    is_text = torch.tensor([True, True, False, True]).view(1, 1, 2, 2)
+    assert means(x, is_text).flatten().tolist() == [2.0, 9.0]
+    assert means(x, torch.ones_like(is_text)).flatten().tolist() == [2.0, 7.0]
 
 
 @pytest.mark.parametrize("rules", [(Causal(),), (Causal(), Window(4) | First(2)), ()], ids=["causal", "sinks", "all"])

@@ -11,10 +11,10 @@ from transformers import DynamicCache
 
 from heedful import attach
 from heedful.adapters.cache_name import CACHE
-from heedful.core.budget import Budget, keep_best, newest, room
-from heedful.core.call import Call, Entries
+from heedful.core.call import CachedKV, Call
 from heedful.core.method import Method
 from heedful.core.sites import Site, at
+from heedful.kit.budget import Budget, keep_best, newest, room
 from heedful.tiny import tiny
 
 from .samples import PAPER
@@ -30,8 +30,8 @@ class Best(Method):
     budget: Budget = 6
 
     @at(Site.CACHE)
-    def keep(self, entries: Entries, call: Call) -> Tensor:
-        score = entries.places.position.float().expand(entries.key.shape[:3])
+    def keep(self, entries: CachedKV, call: Call) -> Tensor:
+        score = entries.positions.position.float().expand(entries.key.shape[:3])
         return keep_best(score.masked_fill(newest(entries, call, 2), torch.inf), entries, room(self.budget, call))
 
 
@@ -45,7 +45,7 @@ def held(budget: Budget, ids: Tensor, text: Tensor, chunks: tuple[int, ...]) -> 
             run(ids[:, start:stop], attention_mask=text[:, :stop].long(), **{CACHE: cache})
             start = stop
     layer = cache.layers[0]
-    return cache, [layer.index[row, 0][layer.valid[row, 0]].tolist() for row in range(len(ids))]
+    return cache, [layer.index[row, 0][layer.is_filled[row, 0]].tolist() for row in range(len(ids))]
 
 
 @pytest.mark.parametrize("budget", [6, 0.5])

@@ -19,7 +19,7 @@ from heedful.bench.comparison import PLAIN, Comparison, Gap
 from heedful.bench.cost import WARM_UP
 from heedful.bench.records import Answered, Cost, Refused, line, read
 from heedful.conformance.tolerances import close_model
-from heedful.core.call import Call, Entries
+from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
 from heedful.core.files import RECORDS
 from heedful.core.fitted import Fitted
@@ -28,10 +28,10 @@ from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.core.stack import Stack
-from heedful.methods.intervene.temp_scale import TempScale
-from heedful.methods.sparse.sink_window import SinkWindow
+from heedful.methods.intervene.language.temp_scale import TempScale
+from heedful.methods.sparse.prefill.sink_window import SinkWindow
 from heedful.tasks.task import Item, Sheet, Task, chosen, recalled
-from heedful.voices import voice
+from heedful.text_models import text_model
 
 PAPER = Paper("test", "A test", "Nobody", 2026)
 
@@ -94,12 +94,12 @@ class Remembering(Method):
     """Drops one more old entry each time it has seen a token: its memory must not leak from one option to another."""
 
     paper = PAPER
-    streams = False
+    chunk_invariant = False
 
     @at(Site.CACHE)
-    def drop(self, entries: Entries, call: Call) -> Tensor:
+    def drop(self, entries: CachedKV, call: Call) -> Tensor:
         call.state.run["seen"] = call.state.run.get("seen", 0) + 1
-        return entries.valid & (entries.places.position >= call.state.run["seen"])
+        return entries.is_filled & (entries.positions.position >= call.state.run["seen"])
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def teacher(model: Any, tokens: tuple[int, ...], option: tuple[int, ...]) -> Ten
 
 def test_answers_are_those_of_the_whole_text(loaded) -> None:
     item = Echo().item(None, 0, 0)
-    with voice(loaded.model) as speaker:
+    with text_model(loaded.model) as speaker:
         sheet = answer(speaker, item)
     for found, option in zip(sheet.options, item.options, strict=True):
         assert close_model(found, teacher(loaded.model, item.prompt.tokens, option))
@@ -126,7 +126,7 @@ def test_answers_are_those_of_the_whole_text(loaded) -> None:
 def test_a_prompt_without_options_is_graded_itself(loaded) -> None:
     for cut in (None, 6):
         prompt = Loss().item(None, 0, 0).prompt
-        with voice(loaded.model) as speaker:
+        with text_model(loaded.model) as speaker:
             sheet = answer(speaker, Item(prompt, cut=cut))
         wanted = -teacher(loaded.model, prompt.tokens[: cut or 1], prompt.tokens[cut or 1 :])
         assert close_model(sheet.losses, wanted)
@@ -136,7 +136,7 @@ def test_options_do_not_touch_each_other(loaded) -> None:
     item = Echo().item(None, 0, 0)
     found = []
     for options in (item.options, item.options[::-1], item.options[2:]):
-        with voice(loaded.model, Remembering()) as speaker:
+        with text_model(loaded.model, Remembering()) as speaker:
             found.append(answer(speaker, Item(item.prompt, options)).options)
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[1][::-1], strict=True))
     assert torch.equal(found[0][2], found[2][0])
@@ -144,7 +144,7 @@ def test_options_do_not_touch_each_other(loaded) -> None:
 
 def test_a_new_prompt_begins_with_nothing_remembered(loaded) -> None:
     item = Echo().item(None, 0, 0)
-    with voice(loaded.model, Remembering()) as speaker:
+    with text_model(loaded.model, Remembering()) as speaker:
         first, again = answer(speaker, item), answer(speaker, item)
     assert all(torch.equal(a, b) for a, b in zip(first.options, again.options, strict=True))
 
@@ -154,7 +154,7 @@ def test_greedy_is_what_generate_says(loaded) -> None:
     ids = torch.tensor([prompt.tokens])
     own = loaded.model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     right = tuple(own[0, len(prompt) :].tolist())
-    with voice(loaded.model) as speaker:
+    with text_model(loaded.model) as speaker:
         assert recalled(answer(speaker, Item(prompt, (right,)))) == 1
         assert recalled(answer(speaker, Item(prompt, ((*right[:3], right[3] ^ 1),)))) == 0
 
@@ -177,7 +177,7 @@ def test_numbers_are_paired_with_the_unedited_model(loaded) -> None:
     for task in tasks:
         plain, mine = (r for r in found.results if r.task == repr(task))
         assert (plain.contender, mine.contender, mine.prompts) == (PLAIN, "narrow", 5)
-        with voice(loaded.model, SinkWindow(1, 4)) as speaker:
+        with text_model(loaded.model, SinkWindow(1, 4)) as speaker:
             scores = [task.score(item, answer(speaker, item)) for item in task.items(None, 5)]
         assert mine.score == pytest.approx(sum(scores) / 5)
         assert mine.gap is not None
@@ -248,7 +248,7 @@ def test_what_cannot_take_a_task_is_refused_with_the_reason(loaded) -> None:
     assert set(told) == {("Needy", repr(Loss())), ("Turned", repr(Loss()))}
     assert "half" in told["Needy", repr(Loss())]
     assert {(r.contender, r.task) for r in found.results} >= {("Needy", repr(Echo())), ("Turned", repr(Echo()))}
-    assert any("Needy was refused on loss" in f.text for f in found.told().findings)
+    assert any("Needy was refused on loss" in f.text for f in found.description().findings)
 
 
 def test_a_refused_task_leaves_no_score_and_is_tried_again(loaded, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ class Learned(Method):
 
 def test_what_does_nothing_is_called_out(loaded) -> None:
     found = compare(loaded, [TempScale(1.0), SinkWindow(0, 1000)], [Echo()], count=3, turns=0)
-    told = [f.text for f in found.told().findings]
+    told = [f.text for f in found.description().findings]
     assert any(t.startswith("TempScale(tau=1.0) changed nothing") for t in told)
     assert any(t.startswith("SinkWindow(sinks=0, window=1000) changed nothing") for t in told)
 
@@ -369,7 +369,7 @@ def test_page_and_tables(loaded, tmp_path: Path) -> None:
     found = compare(loaded, [SinkWindow(1, 4), Needy()], [Echo(), Loss()], count=3, turns=1)
     text = found.page(tmp_path / "page.html").read_text()
     assert "Efficient Streaming Language Models" in text
-    for figure in found.told().figures:
+    for figure in found.description().figures:
         assert figure.title in text
         assert getattr(found.plot, figure.key)().data
     tables = found.to_pandas()

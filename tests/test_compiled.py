@@ -11,7 +11,7 @@ from torch import Tensor
 
 from heedful import attach, models
 from heedful.conformance.tolerances import close_model
-from heedful.methods.intervene.temp_scale import TempScale
+from heedful.methods.intervene.language.temp_scale import TempScale
 from tests.samples import Shares
 from tests.test_residual import Push
 

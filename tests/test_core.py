@@ -14,12 +14,12 @@ from heedful import Method, Prompt, Site, Stack
 from heedful.authoring import Fitted, at
 from heedful.core import errors
 from heedful.core.call import Call, Phase
+from heedful.core.column_ranges import intersection, union
 from heedful.core.errors import CatalogueError, ClashError, DefinitionError, FieldError, HeedfulError, nearest
 from heedful.core.mask import Causal, First, Mask, Where, Window
 from heedful.core.paper import Paper
-from heedful.core.places import Pairs, Places
+from heedful.core.positions import Pairs, Positions
 from heedful.core.sites import reads
-from heedful.core.spans import intersection, union
 from heedful.core.stats import Sum
 
 from .samples import PAPER, Narrow, Scale, Shares, Zero
@@ -59,7 +59,7 @@ def test_stacks_print_hash_and_order() -> None:
     assert repr(stack) == "Scale(by=2.0) | Zero().on(layers=[1]) | Narrow(size=4).when('prefill')"
     assert stack == Stack((Scale(), Zero().on(layers=1), Narrow().when("prefill")))
     assert len({stack, Scale() | Zero().on(layers=1) | Narrow().when("prefill")}) == 1
-    assert [s.edit.site for s in stack.steps()] == [Site.MASK, Site.PATTERN, Site.HEADS]
+    assert [s.edit.site for s in stack.steps()] == [Site.MASK, Site.PATTERN, Site.HEAD_OUTPUT]
     assert [s.number for s in stack.steps(layer=0)] == [2, 0]
     assert [s.number for s in stack.steps(layer=1, phase=Phase.DECODE)] == [1, 0]
     assert (Scale() | (Zero() | Narrow())) == ((Scale() | Zero()) | Narrow())
@@ -172,7 +172,7 @@ def test_no_kept_pair_lies_outside_the_columns_of_a_mask(
     window: int, sinks: int, start: int, rows: int, pads: list[int], keys: int
 ) -> None:
     pad = torch.tensor(pads)
-    q, k = Places.row(start, rows, pad=pad), Places.row(0, keys, pad=pad)
+    q, k = Positions.row(start, rows, pad=pad), Positions.row(0, keys, pad=pad)
     mask = Mask((Causal(),)) & (Window(window) | First(sinks))
     keep = mask.keeps(Pairs(q, k, 1, slice(0, rows), slice(0, keys)))
     assert keep is not None
@@ -182,8 +182,8 @@ def test_no_kept_pair_lies_outside_the_columns_of_a_mask(
 
 
 def test_rules_join() -> None:
-    places = Places.row(0, 5)
-    pairs = Pairs(places, places, 1, slice(0, 5), slice(0, 5))
+    positions = Positions.row(0, 5)
+    pairs = Pairs(positions, positions, 1, slice(0, 5), slice(0, 5))
     even = Where(lambda q, k: (q - k) % 2 == 0)
     both = (Window(3) & even).keeps(pairs)
     assert torch.equal(both, Window(3).keeps(pairs) & even.keeps(pairs))

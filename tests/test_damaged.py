@@ -24,7 +24,7 @@ from heedful.core.files import PROFILE, RECORDS
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.run import diagnose
 from heedful.diagnosis.store import _digest
-from heedful.methods.sparse.sink_window import SinkWindow
+from heedful.methods.sparse.prefill.sink_window import SinkWindow
 from tests.test_compare import Echo, Loss
 
 Swap = Callable[[random.Random, bytes], bytes]

@@ -14,7 +14,7 @@ from heedful import attach, models
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, RefusedModel, StatisticError
 from heedful.core.figures import Role
-from heedful.core.method import Method, Readings, Trial
+from heedful.core.method import Method, Probe, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Statistic, Sum
@@ -34,7 +34,7 @@ from heedful.diagnosis.view import (
     viewing,
 )
 from heedful.methods.observe.sink_rate import SinkRate
-from heedful.methods.sparse.sink_window import SinkWindow
+from heedful.methods.sparse.prefill.sink_window import SinkWindow
 from tests.test_diagnose_texts import WORDS, characters
 
 
@@ -48,7 +48,7 @@ class Marked(Method):
     @reads(Site.KEY)
     def count(self, key: Tensor, call: Call) -> Statistic:
         marked = call.marked(self.role).sum() if self.role in call.roles else torch.tensor(0)
-        return Sum.of(torch.tensor([float(marked), float(call.live.sum())]))
+        return Sum.of(torch.tensor([float(marked), float(call.is_text.sum())]))
 
     def answer(self, readings: Readings) -> list[float]:
         return readings[0].value.tolist()
@@ -57,9 +57,9 @@ class Marked(Method):
 class Tried(Marked):
     """The same on a prompt of its own."""
 
-    def trials(self, vocabulary: Tensor, length: int) -> Iterable[Trial]:
+    def probes(self, vocabulary: Tensor, length: int) -> Iterable[Probe]:
         prompt = vocabulary[:6].expand(2, -1)
-        return [Trial(prompt, {"needle": ((1, 3),)}), Trial(prompt, {"needle": ((0, 4),)})]
+        return [Probe(prompt, {"needle": ((1, 3),)}), Probe(prompt, {"needle": ((0, 4),)})]
 
 
 @pytest.fixture

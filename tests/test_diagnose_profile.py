@@ -70,7 +70,7 @@ def test_profiles_of_unlike_models_or_measures_do_not_merge(model: Any) -> None:
 
 def test_a_profile_tells(model: Any) -> None:
     profile = diagnose(model, WORDS, tokenizer=characters(), measures=[SinkRate(), Marked()])
-    assert [part for part, _ in profile.told()] == [SinkRate(), Marked()]
+    assert [part for part, _ in profile.description()] == [SinkRate(), Marked()]
     assert profile.findings()[0].text in str(profile)
     everything = [finding.weight for finding in diagnose(model, WORDS, tokenizer=characters()).findings()]
     assert everything == sorted(everything, reverse=True)
@@ -81,7 +81,7 @@ def test_a_profile_tells(model: Any) -> None:
     with pytest.raises(FieldError, match="must be one of"):
         profile.answer(SinkRate(0.5))
     silent = Profile(profile.facts, (SinkRate(),), {})
-    assert silent.told() == []
+    assert silent.description() == []
     with pytest.raises(StatisticError, match="has read nothing"):
         silent.answer(SinkRate())
 

@@ -18,10 +18,10 @@ from heedful.core.mask import Blocks, Causal, Dense, Mask
 from heedful.core.stack import Stack
 from heedful.core.stats import Sum
 from heedful.engine.attend import attend
+from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends import BACKENDS
-from heedful.engine.book import Book
-from heedful.engine.job import Job
 from heedful.engine.needs import Needs
+from heedful.engine.run_state import RunState
 from heedful.engine.select import named, select
 from heedful.native import library
 
@@ -29,10 +29,10 @@ from .samples import PAPER, Keep, Narrow, Scale, Shares, Zero
 
 
 def run(what: Method | Stack, bare: Bare, backend: str = "reference", **job: object) -> Tensor:
-    book = Book(what if isinstance(what, Stack) else Stack((what,)))
-    book.new_forward()
-    plan = book.plan(bare.call)
-    job_of = Job(plan, book, bare.call, **job)  # type: ignore[arg-type]
+    run_state = RunState(what if isinstance(what, Stack) else Stack((what,)))
+    run_state.new_forward()
+    plan = run_state.plan(bare.call)
+    job_of = AttentionCall(plan, run_state, bare.call, **job)  # type: ignore[arg-type]
     return attend(job_of, bare.q, bare.k, bare.v, lambda needs: select(backend, needs))[0]
 
 
@@ -177,12 +177,12 @@ def test_heads_restrict_an_edit_and_a_reader() -> None:
     narrow = run(Stack((Narrow(2).on(heads=[0]),)), bare)
     assert torch.equal(narrow[:, 1:], plain[:, 1:])
     assert not torch.equal(narrow[:, 0], plain[:, 0])
-    book = Book(Stack((Shares().on(heads=[2]),)))
-    book.new_forward()
-    plan = book.plan(bare.call)
-    attend(Job(plan, book, bare.call), bare.q, bare.k, bare.v, lambda _: BACKENDS["tiled"])
-    book.close_call(plan, bare.call)
-    assert book.statistics[0, "first", 0].value.shape == (1,)
+    run_state = RunState(Stack((Shares().on(heads=[2]),)))
+    run_state.new_forward()
+    plan = run_state.plan(bare.call)
+    attend(AttentionCall(plan, run_state, bare.call), bare.q, bare.k, bare.v, lambda _: BACKENDS["tiled"])
+    run_state.close_call(plan, bare.call)
+    assert run_state.statistics[0, "first", 0].value.shape == (1,)
 
 
 class SeesRules(Method):
@@ -197,12 +197,12 @@ class SeesRules(Method):
 
 def test_a_reader_of_the_mask_for_some_heads_is_handed_all_of_it() -> None:
     bare = Bare()
-    book = Book(Stack((SeesRules().on(heads=[2]),)))
-    book.new_forward()
-    plan = book.plan(bare.call)
-    attend(Job(plan, book, bare.call), bare.q, bare.k, bare.v, lambda _: BACKENDS["tiled"])
-    book.close_call(plan, bare.call)
-    assert book.statistics[0, "count", 0].value.tolist() == [1, 4]
+    run_state = RunState(Stack((SeesRules().on(heads=[2]),)))
+    run_state.new_forward()
+    plan = run_state.plan(bare.call)
+    attend(AttentionCall(plan, run_state, bare.call), bare.q, bare.k, bare.v, lambda _: BACKENDS["tiled"])
+    run_state.close_call(plan, bare.call)
+    assert run_state.statistics[0, "count", 0].value.tolist() == [1, 4]
 
 
 class Double(Method):
@@ -236,7 +236,7 @@ def bad(site: Site, result: object, read: bool = False) -> Method:
     ("method", "error_type", "message"),
     [
         (bad(Site.QUERY, torch.ones(2)), SiteError, r"must return a tensor of shape \[b h q d\] = \(2, 4, 19, 8\)"),
-        (bad(Site.HEADS, None), SiteError, "got NoneType"),
+        (bad(Site.HEAD_OUTPUT, None), SiteError, "got NoneType"),
         (bad(Site.MASK, Mask()), SiteError, "must return the mask it was given, narrowed"),
         (bad(Site.NORMALISE, torch.ones(1)), SiteError, "must return weights of shape"),
         (bad(Site.MIX, torch.ones(1)), SiteError, "must return a tensor of shape"),

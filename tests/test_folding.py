@@ -18,10 +18,10 @@ from heedful.conformance import fold_laws
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, FoldError, HeedfulError, RefusedModel, SiteError
 from heedful.core.kinds import HeadWeights
-from heedful.methods.compress.prune_heads import PruneHeads
-from heedful.methods.intervene.act import ACT
-from heedful.methods.intervene.head_scale import HeadScale
-from heedful.methods.intervene.temp_scale import TempScale
+from heedful.methods.compress.prune.prune_heads import PruneHeads
+from heedful.methods.intervene.language.act import ACT
+from heedful.methods.intervene.language.head_scale import HeadScale
+from heedful.methods.intervene.language.temp_scale import TempScale
 from tests.samples import PAPER
 
 
@@ -34,7 +34,7 @@ class Times(Method):
     def _factor(self, heads: int) -> Tensor:
         return self.by + torch.arange(heads) / heads
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def scale(self, heads: Tensor, call: Call) -> Tensor:
         return heads * self._factor(call.heads)[:, None, None]
 
@@ -51,7 +51,7 @@ class Plus(Method):
     def _added(self, heads: int, width: int) -> Tensor:
         return self.by * torch.linspace(-1, 2, heads * width).view(heads, width)
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def add(self, heads: Tensor, call: Call) -> Tensor:
         return heads + self._added(call.heads, heads.shape[-1])[:, None]
 
@@ -154,7 +154,7 @@ def test_reasons_that_no_tiny_model_has() -> None:
     model.config.final_logit_softcapping = 30.0  # of the vocabulary's logits, no business of attention
     fold(model, TempScale(0.5))
     model.model.layers[0].self_attn.sub_norm = nn.LayerNorm(32)
-    with pytest.raises(FoldError, match=r"at HEADS .*: sub_norm stands between the two"):
+    with pytest.raises(FoldError, match=r"at HEAD_OUTPUT .*: sub_norm stands between the two"):
         fold(model, Times())
     fold(model, After())
     model = models.tiny("llama")
@@ -285,11 +285,11 @@ def test_errors() -> None:
     model = models.tiny("llama")
     with pytest.raises(FoldError, match=r"ACT\(.*\) acts at PATTERN in a way that no weights can do; attach\(\) it"):
         fold(model, TempScale(0.5) | ACT())
-    with pytest.raises(FoldError, match=r"Never\(by=1.5\) at HEADS cannot go into the weights of model.layers.0"):
+    with pytest.raises(FoldError, match=r"Never\(by=1.5\) at HEAD_OUTPUT cannot go into the weights of model.layers.0"):
         fold(model, Never())
     with pytest.raises(FoldError, match="weights serve every phase, not decode alone"):
         fold(model, TempScale(0.5).when("decode"))
-    with pytest.raises(FoldError, match=r"Plus\(by=0.7\) at HEADS .*: the o projection, a Linear, has no bias"):
+    with pytest.raises(FoldError, match=r"Plus\(by=0.7\) at HEAD_OUTPUT .*: the o projection, a Linear, has no bias"):
         fold(model, Plus())
     with pytest.raises(FoldError, match=r"changes the projections of keys or values, which heads may share"):
         fold(model, Values().on(heads=[0, 1]))

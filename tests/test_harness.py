@@ -21,11 +21,11 @@ from heedful.bench.answer import answer
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt
-from heedful.methods.intervene.temp_scale import TempScale
-from heedful.methods.sparse.knorm import KNorm
-from heedful.methods.sparse.sink_window import SinkWindow
+from heedful.methods.intervene.language.temp_scale import TempScale
+from heedful.methods.sparse.cache.knorm import KNorm
+from heedful.methods.sparse.prefill.sink_window import SinkWindow
 from heedful.tasks.task import Item
-from heedful.voices import voice
+from heedful.text_models import text_model
 
 WORDS = (
     "the", "cat", "sat", "on", "a", "mat", "dog", "ran", "to", "house", "and", "red", "blue", "green", "?", ":",
@@ -158,7 +158,7 @@ def test_what_edits_the_cache_acts_on_the_answer(model: Any, tokenizer: Any, tas
     with harness.model(model, tokenizer, stack) as lm:
         found = likelihoods(evaluate(lm, tasks, "local_choice"))
     assert not close_model(found, wanted(model, tokenizer, None))
-    with voice(model, stack) as speaker:
+    with text_model(model, stack) as speaker:
         for row, got in zip(ROWS, found, strict=True):
             asked = tuple(tokenizer(f"Question : {row['question']} ? Answer :").input_ids)
             options = tuple(tuple(tokenizer(text).input_ids) for text in row["choices"])

@@ -8,11 +8,11 @@ import torch
 
 from heedful import fit, models
 from heedful.conformance.tolerances import close_model
-from heedful.core.head_search import gains, scores
-from heedful.core.method import Bench, Method
+from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.core.stack import Stack
+from heedful.kit.head_search import gains, scores
 
 
 class _Search(Method):
@@ -21,13 +21,17 @@ class _Search(Method):
     paper = Paper("tests", "A test", "heedful", 2026, venue="heedful")
     kept: Any = None
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def silence(self, heads: torch.Tensor, call: Any) -> torch.Tensor:
         return torch.zeros_like(heads)
 
-    def fit(self, bench: Bench, batches: Any) -> Any:
+    def fit(self, context: FitContext, batches: Any) -> Any:
         found = list(batches)
-        return scores(bench, Stack(), found), scores(bench, self.on(1, 2), found), gains(bench, self, [(1, 2)], found)
+        return (
+            scores(context, Stack(), found),
+            scores(context, self.on(1, 2), found),
+            gains(context, self, [(1, 2)], found),
+        )
 
 
 def test_scores_of_text_targets_and_options() -> None:

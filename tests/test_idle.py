@@ -75,7 +75,7 @@ def step(model: Any, cache: Any) -> Tensor:
 
 
 def untouched(run: Any) -> bool:
-    return all(name.startswith("the model's own") for name in run.book.backends.values())
+    return all(name.startswith("the model's own") for name in run.state.backends.values())
 
 
 @pytest.mark.parametrize("site", SITES, ids=[s.name for s in SITES])
@@ -131,7 +131,7 @@ def test_an_idle_method_rules_no_backend_out() -> None:
     cache = prompt()
     with attach(MODEL, acting_at(Site.PATTERN), backend="sdpa") as run:
         assert step(run, cache).shape[1] == 1
-        assert run.book.backends == dict.fromkeys(range(3), "sdpa")
+        assert run.state.backends == dict.fromkeys(range(3), "sdpa")
         with pytest.raises(BackendError, match="sdpa"):
             run(input_ids=IDS)
 
@@ -139,6 +139,6 @@ def test_an_idle_method_rules_no_backend_out() -> None:
 @torch.no_grad()
 def test_a_run_says_that_a_method_was_idle() -> None:
     cache = prompt()
-    with attach(MODEL, acting_at(Site.HEADS)) as run:
+    with attach(MODEL, acting_at(Site.HEAD_OUTPUT)) as run:
         step(run, cache)
-        assert run.inactive == ("AtHeads() at HEADS, which was idle",)
+        assert run.inactive == ("AtHead_Output() at HEAD_OUTPUT, which was idle",)

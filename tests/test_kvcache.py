@@ -15,17 +15,17 @@ from heedful import attach
 from heedful.adapters.cache_name import CACHE
 from heedful.adapters.kvcache import HeldLayer, cache_bytes
 from heedful.conformance.tolerances import close, close_model
-from heedful.core.call import Call, Entries, Kept
+from heedful.core.call import CachedKV, Call, Kept
 from heedful.core.errors import InactiveWarning, RefusedModel
 from heedful.core.mask import Causal, Mask, Where
 from heedful.core.method import Method
-from heedful.core.places import Pairs, Places
+from heedful.core.positions import Pairs, Positions
 from heedful.core.ragged import Ragged
 from heedful.core.sites import Site, at
 from heedful.core.stack import Stack
 from heedful.engine.attend import attend
-from heedful.engine.book import Book
-from heedful.engine.job import Job
+from heedful.engine.attention_call import AttentionCall
+from heedful.engine.run_state import RunState
 from heedful.engine.select import select
 from heedful.methods.observe.sink_rate import SinkRate
 from heedful.native import library
@@ -48,9 +48,9 @@ class Uneven(Method):
     paper = PAPER
 
     @at(Site.CACHE)
-    def forget(self, entries: Entries, call: Call) -> Tensor:
+    def forget(self, entries: CachedKV, call: Call) -> Tensor:
         last = call.q_pos.amax((-2, -1), keepdim=True)
-        return entries.valid & (last - entries.places.position < sizes(call.kv_heads))
+        return entries.is_filled & (last - entries.positions.position < sizes(call.kv_heads))
 
 
 class Windows(Method):
@@ -61,8 +61,8 @@ class Windows(Method):
     @at(Site.MASK)
     def narrow(self, mask: Mask, call: Call) -> Mask:
         first = call.q_pos.amin((-2, -1), keepdim=True)[..., None]  # of text: padding stands before it
-        if call.queries.valid is not None:
-            first = call.q_pos.masked_fill(~call.queries.valid, 1 << 30).amin((-2, -1), keepdim=True)[..., None]
+        if call.queries.is_filled is not None:
+            first = call.q_pos.masked_fill(~call.queries.is_filled, 1 << 30).amin((-2, -1), keepdim=True)[..., None]
         held = sizes(call.heads)[..., None]
         return mask & Where(lambda q, k: k >= first - held)
 
@@ -84,8 +84,8 @@ def uneven() -> tuple[HeldLayer, Tensor]:
 
 
 def entries(held: HeldLayer, row: int, head: int) -> tuple[list[int], list[list[float]]]:
-    valid = held.valid[row, head]
-    return held.index[row, head][valid].tolist(), held.keys[row, head][valid].tolist()
+    is_filled = held.is_filled[row, head]
+    return held.index[row, head][is_filled].tolist(), held.keys[row, head][is_filled].tolist()
 
 
 def test_uneven_heads_take_the_memory_of_their_entries() -> None:
@@ -102,7 +102,7 @@ def test_uneven_heads_take_the_memory_of_their_entries() -> None:
             index, keys = entries(held, row, head)
             assert index == kept[row, head].nonzero().flatten().tolist()
             assert keys == layer().keys[row, head][kept[row, head]].tolist()
-    assert torch.equal(held.values[held.valid], -held.keys[held.valid][:, :2])
+    assert torch.equal(held.values[held.is_filled], -held.keys[held.is_filled][:, :2])
 
 
 def test_what_comes_later_stands_last_in_every_head() -> None:
@@ -119,10 +119,10 @@ def test_what_comes_later_stands_last_in_every_head() -> None:
     assert torch.equal(keys[:, :, -2:], new)
     assert held.counts == [5, 8, 7, 7]
     assert entries(held, 0, 0)[0] == [3, 4, 5, 6, 7]
-    places = held.places(torch.tensor([0, 2]))
-    assert places.valid is not None
-    assert torch.equal(places.valid.sum(-1).flatten(), torch.tensor(held.counts))
-    assert places.position[1, 0][places.valid[1, 0]].tolist() == [-2, 0, 1, 2, 3, 4, 5]
+    positions = held.positions(torch.tensor([0, 2]))
+    assert positions.is_filled is not None
+    assert torch.equal(positions.is_filled.sum(-1).flatten(), torch.tensor(held.counts))
+    assert positions.position[1, 0][positions.is_filled[1, 0]].tolist() == [-2, 0, 1, 2, 3, 4, 5]
     assert held.holds(keys, values)
     assert not held.holds(keys[:, :, 1:], values)
 
@@ -136,7 +136,7 @@ def test_even_heads_are_never_copied_to_be_looked_at() -> None:
         kept = torch.ones(2, 2, keys.shape[2], dtype=torch.bool)
         kept[0, :, 0] = kept[1, :, 2] = False  # other entries in each text, as many in each
         held.keep(Kept(kept))
-        assert held.places(None).valid is None
+        assert held.positions(None).is_filled is None
 
 
 def test_a_held_layer_crops_reorders_and_starts_anew() -> None:
@@ -169,7 +169,7 @@ def test_a_held_layer_crops_reorders_and_starts_anew() -> None:
 
 def test_a_whole_layer_stays_whole_when_cropped() -> None:
     held = layer()
-    held.keep(Kept(held.valid))
+    held.keep(Kept(held.is_filled))
     held.crop(-2)
     assert held.whole
     assert torch.equal(held.keys, layer().keys[:, :, :4])
@@ -195,10 +195,10 @@ class Counts(Method):
     start: int = 0
 
     @at(Site.CACHE)
-    def count(self, entries: Entries, call: Call) -> Tensor:
+    def count(self, entries: CachedKV, call: Call) -> Tensor:
         before = call.state.cache.get("calls", torch.full((call.batch or 0,), self.start))
         call.state.cache["calls"] = before + 1
-        return entries.valid
+        return entries.is_filled
 
 
 def test_another_stack_on_the_same_cache_begins_without_notes() -> None:
@@ -280,8 +280,8 @@ def test_nothing_is_padded_where_a_kernel_reads_heads_as_they_lie(monkeypatch: p
         assert not made
         run(input_ids=IDS[:, :1], **{CACHE: cache})
         assert cache.layers[0].counts == [*SIZES, *SIZES]
-        assert all(len(shape) == 3 for shape in made) == (run.book.backends[0] == "native"), "places alone were padded"
-        assert run.book.backends[0] != "sdpa"
+        assert all(len(shape) == 3 for shape in made) == (run.state.backends[0] == "native"), "places alone were padded"
+        assert run.state.backends[0] != "sdpa"
 
 
 @torch.no_grad()
@@ -311,8 +311,8 @@ def test_a_step_need_not_look_for_the_columns_it_sees(query: int) -> None:
     even = layer()
     even.keep(Kept(torch.arange(6).expand(2, 2, 6) > 1))
     for one in (held, even):
-        keys, queries, mask = one.places(None), Places.row(query, 1), Mask((Causal(),))
-        rows = mask.rows(queries, keys, 4)
+        keys, queries, mask = one.positions(None), Positions.row(query, 1), Mask((Causal(),))
+        rows = mask.key_ranges(queries, keys, 4)
         wanted = mask.keeps(Pairs(queries, keys, 4, slice(0, 1), slice(0, len(keys))))
         assert rows is not None
         assert wanted is not None
@@ -327,9 +327,9 @@ def test_native_skips_what_a_head_does_not_hold(counts: tuple[int, int]) -> None
     held = HeldLayer()
     held.update(torch.randn(1, 2, 1300, 8), torch.randn(1, 2, 1300, 8))
     held.keep(Kept(torch.rand(1, 2, 1300).argsort(-1).argsort(-1) < torch.tensor(counts)[None, :, None]))
-    q, book = torch.randn(1, 4, 1, 8), Book(Stack((Uneven(),)))
-    call = Call(0, 1, "bare", 4, 2, Places.row(1300, 1), held.places(None), 0.3, mask=Mask((Causal(),)))
-    job = Job(book.plan(call), book, call)
+    q, run_state = torch.randn(1, 4, 1, 8), RunState(Stack((Uneven(),)))
+    call = Call(0, 1, "bare", 4, 2, Positions.row(1300, 1), held.positions(None), 0.3, mask=Mask((Causal(),)))
+    job = AttentionCall(run_state.plan(call), run_state, call)
     found = [
         attend(job, q, held.keys, held.values, lambda needs, name=name: select(name, needs))[0]
         for name in ("native", "reference")

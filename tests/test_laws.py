@@ -17,7 +17,7 @@ from heedful.core.kinds import Decode, HeadWeights, Prompt, Reader, Surgery, Tok
 from heedful.core.mask import Mask, Rule
 from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
-from heedful.core.places import Pairs
+from heedful.core.positions import Pairs
 from heedful.core.sites import Site, at, reads
 from heedful.core.stack import Stack
 from heedful.core.stats import Mean, Statistic, Sum
@@ -36,7 +36,7 @@ class Scale(Method):
     def neutral(cls) -> Scale:
         return cls(1.0)
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def scale(self, heads: Tensor, call: Call) -> Tensor:
         return heads * self.by
 
@@ -56,7 +56,7 @@ class MendsHidden(Method):
 
     paper = PAPER
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def write(self, heads: Tensor, call: Call) -> Tensor:
         call.hidden.mul_(2.0)
         return heads * 2
@@ -77,7 +77,7 @@ class FourHeads(Method):
 
     paper = PAPER
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def reverse(self, heads: Tensor, call: Call) -> Tensor:
         return heads[:, torch.tensor([3, 2, 1, 0])].reshape(heads.shape)
 
@@ -97,7 +97,7 @@ class UnitHeads(Method):
 
     paper = PAPER
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def normalise(self, heads: Tensor, call: Call) -> Tensor:
         return heads / heads.norm(dim=-1, keepdim=True)
 
@@ -220,7 +220,7 @@ class LeavesTrace(Method):
 
     paper = PAPER
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def mark(self, heads: Tensor, call: Call) -> Tensor:
         layer = subjects.tiny_model("llama").get_submodule("model.layers.0")
         layer.visits = getattr(layer, "visits", 0) + 1
@@ -259,7 +259,7 @@ class Proud(Method):
 
     paper = PAPER
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def refuse(self, heads: Tensor, call: Call) -> Tensor:
         if bool((heads == 0).any()) or call.mask.rules[1:]:
             raise SiteError("Proud works alone")

@@ -127,7 +127,7 @@ def test_partners_are_one_of_each_kind() -> None:
     class Reads(Method):
         paper = PAPER
 
-        @reads(Site.HEADS)
+        @reads(Site.HEAD_OUTPUT)
         def look(self, x: Tensor, call: Call) -> None: ...
 
     drawn, all_of_them = partners(Reads()), partners(Reads(), every=True)

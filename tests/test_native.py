@@ -20,15 +20,15 @@ from heedful.core.call import Call
 from heedful.core.errors import BackendError
 from heedful.core.mask import Blocks, Causal, First, Mask, Padding, Rule, Where, Window
 from heedful.core.method import Method
-from heedful.core.places import Places
+from heedful.core.positions import Positions
 from heedful.core.sites import Site, at
 from heedful.core.stack import Stack
 from heedful.core.stats import Statistic
 from heedful.core.summary import PARTS, Summary, sums
 from heedful.engine.attend import attend
-from heedful.engine.book import Book
-from heedful.engine.job import Job
+from heedful.engine.attention_call import AttentionCall
 from heedful.engine.needs import Needs
+from heedful.engine.run_state import RunState
 from heedful.engine.select import select
 
 from .samples import PAPER
@@ -67,9 +67,9 @@ class Same(Method):
 def run(
     backend: str, method: Method, q: Tensor, k: Tensor, v: Tensor, call: Call, sink: Tensor | None = None
 ) -> Tensor:
-    book = Book(Stack((method,)))
-    book.new_forward()
-    job = Job(book.plan(call), book, call, sink=sink)
+    run_state = RunState(Stack((method,)))
+    run_state.new_forward()
+    job = AttentionCall(run_state.plan(call), run_state, call, sink=sink)
     return attend(job, q, k, v, lambda needs: select(backend, needs))[0]
 
 
@@ -83,12 +83,12 @@ def draw(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]
 
 def a_call(shape: tuple[int, ...], rules: tuple[Rule, ...], pad: Tensor | None = None) -> Call:
     _, h, g, n, m, d, _ = shape
-    live = None
+    is_text = None
     if pad is not None:
         text = torch.arange(m)[None] >= pad[:, None]
-        rules, live = (*rules, Padding(text)), text[:, None, m - n :]
-    places = Places.row(m - n, n, pad=pad, valid=live), Places.row(0, m, pad=pad)
-    return Call(0, 1, "bare", h, g, *places, d**-0.5, mask=Mask(rules))
+        rules, is_text = (*rules, Padding(text)), text[:, None, m - n :]
+    positions = Positions.row(m - n, n, pad=pad, is_filled=is_text), Positions.row(0, m, pad=pad)
+    return Call(0, 1, "bare", h, g, *positions, d**-0.5, mask=Mask(rules))
 
 
 def compare(
@@ -103,15 +103,15 @@ def compare(
         heard: list[Summary] = []
         outs[name] = run("native" if name == "native" else "reference", Everything(heard), *tensors, call, sink)
         told[name] = heard[0]
-    live = call.live.expand(shape[0], 1, shape[3])
-    rows = live[..., None].expand(outs["native"].shape)
+    is_text = call.is_text.expand(shape[0], 1, shape[3])
+    rows = is_text[..., None].expand(outs["native"].shape)
     assert within_budget(outs["native"][rows], outs["eager"][rows], outs["exact"][rows])
     for part in PARTS:
         found, eager, exact = (getattr(told[x], part) for x in ("native", "eager", "exact"))
         if part in ("received", "distance"):
             assert within_budget(found, eager, exact), part
             continue
-        keep = live.mT.expand(found.shape) if part == "carried" else live.expand(found.shape)
+        keep = is_text.mT.expand(found.shape) if part == "carried" else is_text.expand(found.shape)
         if part == "place":
             assert torch.equal(found[keep], exact[keep])
         else:

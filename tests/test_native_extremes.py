@@ -14,7 +14,7 @@ from heedful.conformance.tolerances import LOW_PRECISION, close, error
 from heedful.core.call import Call
 from heedful.core.mask import Blocks, Rule, Where
 from heedful.core.method import Method
-from heedful.core.shift import Shift, shifts
+from heedful.core.reweight import Reweight, reweights
 from heedful.core.summary import PARTS, Summary
 from heedful.engine.backends import native as backend
 
@@ -165,10 +165,10 @@ class Quieter(Method):
     paper = PAPER
     causal = False
 
-    @shifts()
-    def move(self, summary: Summary, call: Call) -> Shift:
+    @reweights()
+    def move(self, summary: Summary, call: Call) -> Reweight:
         loud = (call.pairs.k_index[:, :, 0] < 2).expand(-1, call.heads, -1)
-        return Shift(torch.where(loud, 0.01, 1.0), ~loud)
+        return Reweight(torch.where(loud, 0.01, 1.0), ~loud)
 
 
 def test_what_a_shift_takes_away_was_not_rounded_before() -> None:

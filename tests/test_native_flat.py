@@ -10,7 +10,7 @@ from heedful.conformance.tolerances import close, within_budget
 from heedful.core.call import Call
 from heedful.core.mask import Blocks, First, Mask, Rule, Where, Window
 from heedful.core.method import Method
-from heedful.core.places import Places
+from heedful.core.positions import Positions
 from heedful.core.ragged import Ragged, padded, spread
 from heedful.core.sites import Site, at
 from heedful.core.stats import Statistic
@@ -46,8 +46,8 @@ def flat_step(
     k, v = spread(flat, (2, g), counts), spread(flat[:, :20].neg(), (2, g), counts)
     longest, held = max(counts), torch.tensor(counts).view(2, g)
     index = torch.arange(longest).expand(2, g, -1)
-    there = Places(index, index, valid=index >= longest - held[..., None], last=longest - 1, held=held)
-    return q, k, v, Call(0, 1, "bare", h, g, Places.row(longest, 1), there, 0.2, mask=Mask(CAUSAL))
+    there = Positions(index, index, is_filled=index >= longest - held[..., None], last=longest - 1, filled=held)
+    return q, k, v, Call(0, 1, "bare", h, g, Positions.row(longest, 1), there, 0.2, mask=Mask(CAUSAL))
 
 
 UNEVEN = [(40, 1300, 0, 7), (1300, 788, 787, 789), (512, 513, 1, 1024), (0, 0, 3, 0)]
@@ -87,7 +87,7 @@ def test_rules_hold_where_heads_lie_flat(rules: tuple[Rule, ...]) -> None:
 def test_a_head_never_reads_what_is_not_its_own() -> None:
     """Whatever the places say of it: memory before the first head, or another head's entries, stay unread."""
     q, k, v, call = flat_step((1, 1300, 600, 7), (2, 2))
-    wrong = replace(call, keys=Places.row(0, 1300), queries=Places.row(1300, 1))
+    wrong = replace(call, keys=Positions.row(0, 1300), queries=Positions.row(1300, 1))
     assert torch.equal(run("native", Same(), q, k, v, wrong), run("native", Same(), q, k, v, call))
 
 
@@ -113,5 +113,5 @@ def test_several_queries_or_blocks_find_flat_heads_padded(n: int) -> None:
     table = torch.ones(1, 1, 1, 2, dtype=torch.bool)
     table[..., 0] = False
     for mask in (Mask(CAUSAL), Mask((*CAUSAL, Blocks(table, 32)))):
-        there = replace(call, mask=mask, queries=Places.row(64, n))
+        there = replace(call, mask=mask, queries=Positions.row(64, n))
         assert close(run("native", Same(), q, k, v, there), run("reference", Same(), q, k, v, there))

@@ -109,7 +109,7 @@ def test_the_package_is_found_from_the_folder_above_a_clone(tmp_path: Path) -> N
     (tmp_path / "heedful").symlink_to(ROOT)
     code = "import heedful; print(heedful.attach.__module__)"
     told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert told.stdout.strip() == "heedful.verbs", told.stderr
+    assert told.stdout.strip() == "heedful.api", told.stderr
 
 
 def wheel(folder: Path, **env: str) -> Path:

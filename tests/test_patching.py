@@ -30,7 +30,7 @@ class Heads(heedful.Method):
 
     paper = PAPER
 
-    @reads(Site.HEADS)
+    @reads(Site.HEAD_OUTPUT)
     def keep(self, heads: Tensor, call: heedful.Call) -> Cat:
         return Cat.of("x", heads)
 

@@ -11,7 +11,7 @@ import heedful
 from heedful import catalogue
 from heedful.conformance.model_laws import composes
 from heedful.core.errors import CatalogueError
-from heedful.core.method import Entry, Method
+from heedful.core.method import CatalogueEntry, Method
 
 
 def test_all_is_sorted_and_everything_in_it_is_there() -> None:
@@ -71,7 +71,7 @@ def test_every_method_composes_with_every_other(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(catalogue.entries()))
 def test_every_entry_is_a_value(name: str) -> None:
-    kind: type[Entry] = catalogue.entries()[name]
+    kind: type[CatalogueEntry] = catalogue.entries()[name]
     one, two = kind.example(), kind.example()
     assert one == two
     assert hash(one) == hash(two)

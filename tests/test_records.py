@@ -16,7 +16,7 @@ from heedful.bench.records import FACTS, Answered, Cost, Log, Record, Refused, l
 from heedful.core.errors import StatisticError, WriteError
 from heedful.core.files import RECORDS
 from heedful.diagnosis.run import diagnose
-from heedful.methods.sparse.sink_window import SinkWindow
+from heedful.methods.sparse.prefill.sink_window import SinkWindow
 from tests.test_compare import Echo
 from tests.test_files import room_for
 

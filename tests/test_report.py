@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from heedful.core.errors import HeedfulError
-from heedful.core.figures import Curves, Figure, Finding, Grid, HeadMap, Listing, Role, Told, head_name
+from heedful.core.figures import Curves, Description, Figure, Finding, Grid, HeadMap, Listing, Role, head_name
 from heedful.core.method import Part
 from heedful.methods.observe.sink_rate import SinkRate
 
@@ -36,7 +36,7 @@ from heedful.report.plots import DRAW, curves, draw, head_map
 BROWSER = os.environ.get("BROWSER_PATH") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
 )
-LAYERS, HEADS = 30, 9
+LAYERS, HEAD_OUTPUT = 30, 9
 TEXT = Path(__file__).parents[1] / "src" / "heedful" / "cli" / "text.txt"
 
 
@@ -52,11 +52,11 @@ class FakeView:
 @dataclass(frozen=True)
 class FakeProfile:
     facts: dict[str, Any]
-    parts: Sequence[tuple[Part, Told]]
+    parts: Sequence[tuple[Part, Description]]
     view: FakeView | None = None
     asked: list[int] = field(default_factory=list)
 
-    def told(self) -> Sequence[tuple[Part, Told]]:
+    def description(self) -> Sequence[tuple[Part, Description]]:
         self.asked.append(1)
         return self.parts
 
@@ -90,7 +90,7 @@ def _earlier(tokens: Sequence[str]) -> list[int]:
     return found
 
 
-def profile(view: FakeView | None = None, layers: int = LAYERS, heads: int = HEADS) -> FakeProfile:
+def profile(view: FakeView | None = None, layers: int = LAYERS, heads: int = HEAD_OUTPUT) -> FakeProfile:
     """Every kind of figure, with what may go wrong in one: no value, a broken tag, a negative number, a long text."""
     made = torch.Generator().manual_seed(1)
     rows, depth = list(range(layers)), torch.linspace(0, 1, layers)[:, None]
@@ -152,8 +152,8 @@ def profile(view: FakeView | None = None, layers: int = LAYERS, heads: int = HEA
     run = {"texts": 1, "tokens": 2048, "backends": ["tiled"], "date": "2026-11-21T18:15:58+00:00", "device": "cpu"}
     nested = {"seconds": {"text": 4.213, "view": 0.7}, "versions": {"torch": "2.13.0"}, "settings": {"of": ["x"]}}
     facts = {"model": "some/model-<135M>", **size, **run, **nested}
-    first = (SinkRate(), Told(maps + curved, roles, findings))
-    return FakeProfile(facts, (first, (SinkRate(0.2).on(1), Told(others))), view)
+    first = (SinkRate(), Description(maps + curved, roles, findings))
+    return FakeProfile(facts, (first, (SinkRate(0.2).on(1), Description(others))), view)
 
 
 def embedded(text: str, name: str) -> str:
@@ -261,7 +261,7 @@ def test_a_packed_view_drops_keys_that_are_not_there():
 
 
 def figures() -> dict[str, Figure]:
-    return {f.key: f for _, told in profile().told() for f in told.figures}
+    return {f.key: f for _, told in profile().description() for f in told.figures}
 
 
 @pytest.mark.parametrize("key", sorted(figures()))

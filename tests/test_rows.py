@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heedful.core.chosen import Chosen
+from heedful.core.key_ranges import MOST, encode, intersection, single, union
 from heedful.core.mask import Causal, First, Mask, Padding, Rule, Where, Window
-from heedful.core.places import Pairs, Places
-from heedful.core.rows import MOST, encode, intersection, single, union
+from heedful.core.positions import Pairs, Positions
+from heedful.kit.chosen import Chosen
 
 TEXT = torch.arange(20)[None] >= torch.tensor([0, 3])[:, None]
 RULES: dict[str, tuple[Rule, ...]] = {
@@ -39,10 +39,10 @@ def test_ranges_say_what_the_table_says(
 ) -> None:
     start, n, first, m = size
     left = None if pad is None else torch.tensor(pad)
-    q, k = Places.row(start, n, pad=left), Places.row(first, m, pad=left)
+    q, k = Positions.row(start, n, pad=left), Positions.row(first, m, pad=left)
     mask = Mask(rules)
     kept = mask.keeps(Pairs(q, k, 2, slice(0, n), slice(0, m)))
-    found = mask.rows(q, k, 2)
+    found = mask.key_ranges(q, k, 2)
     assert found is not None
     want = torch.ones(1, 1, n, m, dtype=torch.bool) if kept is None else kept
     assert torch.equal(*torch.broadcast_tensors(table(found, m), want))
@@ -96,18 +96,18 @@ def test_a_mask_is_read_block_by_block() -> None:
 def test_holes_in_a_text_and_dropped_keys() -> None:
     text = TEXT.clone()
     text[0, 5] = False
-    q = k = Places.row(0, 20)
-    assert torch.equal(table(Mask((Padding(text),)).rows(q, k, 1), 20)[:, 0, 0], text)  # type: ignore[arg-type]
-    dropped = Places(k.index, k.position, 0, (0, 0), valid=text[:1, None])
-    rows = Mask((Causal(),)).rows(q, dropped, 1)
+    q = k = Positions.row(0, 20)
+    assert torch.equal(table(Mask((Padding(text),)).key_ranges(q, k, 1), 20)[:, 0, 0], text)  # type: ignore[arg-type]
+    dropped = Positions(k.index, k.position, 0, (0, 0), is_filled=text[:1, None])
+    rows = Mask((Causal(),)).key_ranges(q, dropped, 1)
     assert rows is not None
     assert torch.equal(table(rows, 20)[0, 0], text[0] & torch.ones(20, 20).tril().bool())
 
 
 def test_rules_for_some_heads_need_no_looking() -> None:
-    q = k = Places.row(0, 20, pad=torch.tensor([0, 3]))
+    q = k = Positions.row(0, 20, pad=torch.tensor([0, 3]))
     rule = (Window(3) | First(1)).on((1, 3), 4)
-    found = rule.rows(q, k)
+    found = rule.key_ranges(q, k)
     assert found is not None
     whole = slice(0, 20)
     kept = rule.keeps(Pairs(q, k, 4, whole, whole))
@@ -118,20 +118,20 @@ def test_scattered_keys_are_not_picked_to_look_for_ranges() -> None:
     def pick(rows: slice) -> Tensor:
         raise AssertionError("picked")
 
-    q = k = Places.row(0, 20)
+    q = k = Positions.row(0, 20)
     rule = Chosen(pick)
     for scattered in (rule, rule | First(2), rule & Window(3), rule.on((0,), 2), (First(1) | rule).on((1,), 2)):
-        assert Mask((Causal(), scattered)).rows(q, k, 2) is None
+        assert Mask((Causal(), scattered)).key_ranges(q, k, 2) is None
 
 
 def test_too_many_ranges_are_no_ranges() -> None:
-    q = k = Places.row(0, 2 * MOST + 2)
-    assert Mask((Where(lambda a, b: b % 2 == 0),)).rows(q, k, 1) is None
-    assert Mask((Where(lambda a, b: b % 4 == 0),)).rows(q, k, 1) is not None
+    q = k = Positions.row(0, 2 * MOST + 2)
+    assert Mask((Where(lambda a, b: b % 2 == 0),)).key_ranges(q, k, 1) is None
+    assert Mask((Where(lambda a, b: b % 4 == 0),)).key_ranges(q, k, 1) is not None
 
 
 def test_another_call_is_asked_again() -> None:
     mask = Mask((Causal(),))
     for n in (3, 5, 3):
-        places = Places.row(0, n)
-        assert table(mask.rows(places, places, 1), n).sum() == n * (n + 1) // 2  # type: ignore[arg-type]
+        positions = Positions.row(0, n)
+        assert table(mask.key_ranges(positions, positions, 1), n).sum() == n * (n + 1) // 2  # type: ignore[arg-type]

@@ -91,11 +91,11 @@ def test_untouched_layers_keep_the_models_own_attention(model: nn.Module) -> Non
 
 
 def test_a_stack_that_changed_nothing_is_reported(model: nn.Module) -> None:
-    told = r"this run changed nothing with Scale\(by=1.0\) at HEADS"
+    told = r"this run changed nothing with Scale\(by=1.0\) at HEAD_OUTPUT"
     with pytest.warns(InactiveWarning, match=told), attach(model, Scale(1.0)) as run:
         logits(run)
     assert not run.activity().active
-    assert "changed nothing: Scale(by=1.0) at HEADS" in str(run.activity())
+    assert "changed nothing: Scale(by=1.0) at HEAD_OUTPUT" in str(run.activity())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with attach(model, Scale()) as run:

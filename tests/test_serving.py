@@ -18,9 +18,9 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError, HeedfulError, RefusedModel
 from heedful.core.method import Method
 from heedful.core.sites import Site, at
-from heedful.methods.compress.prune_heads import PruneHeads
-from heedful.methods.intervene.temp_scale import TempScale
-from heedful.methods.mechanisms.gated_heads import GatedHeads
+from heedful.methods.compress.prune.prune_heads import PruneHeads
+from heedful.methods.intervene.language.temp_scale import TempScale
+from heedful.methods.mechanisms.gates.gated_heads import GatedHeads
 
 from .samples import PAPER, Scale
 
@@ -71,9 +71,11 @@ def offloaded(way: str, folder: Path) -> PreTrainedModel:
         return accelerate.cpu_offload(model, cpu)
     if way == "disk":
         return accelerate.disk_offload(model, folder, cpu)
-    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    places["model.layers.1"] = "disk"
-    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+    positions = dict.fromkeys(
+        ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
+    )
+    positions["model.layers.1"] = "disk"
+    return accelerate.dispatch_model(model, positions, main_device="cpu", offload_dir=str(folder), force_hooks=True)
 
 
 @pytest.mark.parametrize("way", ["memory", "disk", "one layer on disk"])
@@ -108,7 +110,7 @@ def test_gates_need_sizes_and_no_projections_of_their_own(name: str) -> None:
 
         paper = PAPER
 
-        @at(Site.HEADS)
+        @at(Site.HEAD_OUTPUT)
         def look(self, heads: Tensor, call: Call) -> Tensor:
             seen[call.layer] = call
             return heads

@@ -16,18 +16,18 @@ from heedful.core.call import Call
 from heedful.core.errors import DefinitionError, SiteError
 from heedful.core.mask import Causal, Mask, Padding, Rule, Window
 from heedful.core.method import Layer, Method, Part
-from heedful.core.places import Places
-from heedful.core.shift import Shift, shifts
+from heedful.core.positions import Positions
+from heedful.core.reweight import Reweight, reweights
 from heedful.core.sites import Site, at
 from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Sum
 from heedful.core.summary import Summary, sums
-from heedful.engine import shifting
+from heedful.engine import reweighting
 from heedful.engine.attend import attend
-from heedful.engine.book import Book
-from heedful.engine.job import Job
+from heedful.engine.attention_call import AttentionCall
+from heedful.engine.run_state import RunState
 from heedful.engine.select import explain, select
-from heedful.methods.sparse.snap_kv import SnapKV
+from heedful.methods.sparse.cache.snap_kv import SnapKV
 from heedful.native import library
 
 from .samples import PAPER
@@ -44,10 +44,10 @@ class Columns(Method):
     factor: float = 0.4
     fixed: bool = True
 
-    @shifts("received")
-    def move(self, summary: Summary, call: Call) -> Shift:
+    @reweights("received")
+    def move(self, summary: Summary, call: Call) -> Reweight:
         columns = torch.isin(call.pairs.k_index[:, :, 0], torch.tensor(self.columns)).expand(-1, call.heads, -1)
-        return Shift(torch.where(columns, self.factor, 1.0), ~columns if self.fixed else None)
+        return Reweight(torch.where(columns, self.factor, 1.0), ~columns if self.fixed else None)
 
 
 class Loudest(Method):
@@ -56,10 +56,10 @@ class Loudest(Method):
     paper = PAPER
     causal = False
 
-    @shifts("received")
-    def move(self, summary: Summary, call: Call) -> Shift:
+    @reweights("received")
+    def move(self, summary: Summary, call: Call) -> Reweight:
         top = summary.received == summary.received.amax(-1, keepdim=True)
-        return Shift(torch.where(top, 0.5, 1.0), ~top)
+        return Reweight(torch.where(top, 0.5, 1.0), ~top)
 
 
 class Sharper(Method):
@@ -91,17 +91,17 @@ def _call(rules: tuple[Rule, ...], pad: int = 0) -> Call:
     text = torch.ones(2, N, dtype=torch.bool)
     text[1, :pad] = False
     pads = torch.tensor([0, pad])
-    queries, keys = Places.row(0, N, pad=pads, valid=text[:, None]), Places.row(0, N, pad=pads)
+    queries, keys = Positions.row(0, N, pad=pads, is_filled=text[:, None]), Positions.row(0, N, pad=pads)
     return Call(0, 1, "bare", 6, 2, queries, keys, 0.25, mask=Mask((*rules, Padding(text)) if pad else rules))
 
 
 def _heads(backend: str, what: Part | Stack, tensors: Any, call: Call, sink: Tensor | None = None) -> Tensor:
-    book = Book(as_stack(what))
-    book.new_forward()
-    job = Job(book.plan(call), book, call, sink=None if sink is None else sink.to(tensors[0].dtype))
+    run_state = RunState(as_stack(what))
+    run_state.new_forward()
+    job = AttentionCall(run_state.plan(call), run_state, call, sink=None if sink is None else sink.to(tensors[0].dtype))
     heads, _, _ = attend(job, *tensors, lambda needs: select(backend, needs))
-    assert len(book.changed) == sum(
-        step.method.neutral() is None and not step.edit.reads for step in book.stack.steps()
+    assert len(run_state.changed) == sum(
+        step.method.neutral() is None and not step.edit.reads for step in run_state.stack.steps()
     )
     return heads
 
@@ -137,32 +137,32 @@ def test_backends_agree(name: str, backend: str) -> None:
     exact = _heads("reference", what, _tensors(torch.float64, loud), call, sink)
     eager = _heads("reference", what, _tensors(loud=loud), call, sink)
     found = _heads(backend, what, _tensors(loud=loud), call, sink)
-    live = call.live.expand(2, 6, N)
+    is_text = call.is_text.expand(2, 6, N)
     for h in range(6):  # each by its own size: a sink may leave little of one
-        one = [x[:, h][live[:, h]] for x in (found, eager, exact)]
+        one = [x[:, h][is_text[:, h]] for x in (found, eager, exact)]
         assert within_budget(*one)
     untouched = _heads("reference", Stack(), _tensors(loud=loud), call, sink)
-    assert not close(found[live], untouched[live])
+    assert not close(found[is_text], untouched[is_text])
 
 
 @needs_kernel
 def test_each_way_of_the_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[bool] = []
-    moved = shifting._moved
+    moved = reweighting._moved
 
     def watched(*given: Any) -> Tensor | None:
         heads = moved(*given)
         found.append(heads is not None)
         return heads
 
-    monkeypatch.setattr(shifting, "_moved", watched)
+    monkeypatch.setattr(reweighting, "_moved", watched)
     _heads("native", Columns((60, 64)), _tensors(), _call((Causal(),)))
     assert set(found) == {True}
     found.clear()
     _heads("native", Columns(), _tensors(loud=True), _call((Causal(),)))
     assert False in found
     found.clear()
-    monkeypatch.setattr(shifting, "MOST", 16)
+    monkeypatch.setattr(reweighting, "MOST", 16)
     _heads("native", CASES["many columns"]["what"], _tensors(), _call((Causal(),)))
     assert not found
 
@@ -180,19 +180,19 @@ def test_low_precision() -> None:
 def test_the_formula() -> None:
     weights = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.1, 0.0], [0.0, 1.0, 0.0]])[None, None]
     factor, first = torch.tensor([1.0, 0.5, 1.0])[None, None], torch.tensor([True, False, True])[None, None]
-    restored = Shift(factor, first).of(weights, slice(None))[0, 0]
+    restored = Reweight(factor, first).of(weights, slice(None))[0, 0]
     assert close(
         restored, torch.tensor([[0.5 * 0.85 / 0.7, 0.15, 0.2 * 0.85 / 0.7], [0.95, 0.05, 0.0], [0.0, 1.0, 0.0]])
     )
-    spread = Shift(factor).of(weights, slice(None))[0, 0]
+    spread = Reweight(factor).of(weights, slice(None))[0, 0]
     assert close(
         spread,
         torch.tensor([[0.5, 0.15, 0.2], [0.9, 0.05, 0.0], [0.0, 0.5, 0.0]]) / torch.tensor([[0.85], [0.95], [0.5]]),
     )
-    some = Shift(factor, first).of(weights[..., [1, 2]], torch.tensor([1, 2]))[0, 0]
+    some = Reweight(factor, first).of(weights[..., [1, 2]], torch.tensor([1, 2]))[0, 0]
     assert close(some[0], torch.tensor([0.15, 0.35]))
-    assert Shift(factor, first).touched.tolist() == [1]
-    assert Shift(torch.ones(1, 2, 3), torch.zeros(1, 2, 3, dtype=torch.bool)).touched.tolist() == []
+    assert Reweight(factor, first).touched.tolist() == [1]
+    assert Reweight(torch.ones(1, 2, 3), torch.zeros(1, 2, 3, dtype=torch.bool)).touched.tolist() == []
 
 
 def test_in_a_stack_it_is_told_what_stands_before_it() -> None:
@@ -236,10 +236,10 @@ class Learned(Method):
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         return {"factor": torch.ones(layer.heads)}
 
-    @shifts()
-    def move(self, summary: Summary, call: Call) -> Shift:
+    @reweights()
+    def move(self, summary: Summary, call: Call) -> Reweight:
         columns = call.keys.index < 5
-        return Shift(torch.where(columns, call.params["factor"][:, None], 1.0))
+        return Reweight(torch.where(columns, call.params["factor"][:, None], 1.0))
 
 
 @pytest.mark.filterwarnings("ignore::heedful.core.errors.InactiveWarning")  # what it begins with changes nothing
@@ -286,7 +286,7 @@ class Peeks(Method):
 
     paper = PAPER
 
-    @shifts("received")
+    @reweights("received")
     def move(self, summary: Summary, call: Call) -> None:
         assert summary.received is not None
         assert summary.seen is not None
@@ -297,12 +297,12 @@ class Peeks(Method):
 def test_it_is_told_what_it_asked_for(backend: str) -> None:
     if backend == "native" and isinstance(library(), str):
         backend = "tiled"
-    book = Book(as_stack(Peeks()))
-    book.new_forward()
+    run_state = RunState(as_stack(Peeks()))
+    run_state.new_forward()
     call = _call((Causal(),))
-    attend(Job(book.plan(call), book, call), *_tensors(), lambda needs: select(backend, needs))
-    assert sum(book.offered.values()) > 0
-    assert not book.changed
+    attend(AttentionCall(run_state.plan(call), run_state, call), *_tensors(), lambda needs: select(backend, needs))
+    assert sum(run_state.offered.values()) > 0
+    assert not run_state.changed
 
 
 def _twin() -> Method:
@@ -332,7 +332,7 @@ class Wrong(Method):
     paper = PAPER
     given: Any = None
 
-    @shifts()
+    @reweights()
     def move(self, summary: Summary, call: Call) -> Any:
         return self.given
 
@@ -340,10 +340,10 @@ class Wrong(Method):
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        (torch.ones(1, 1, N), "must return a Shift or None, got Tensor"),
-        (Shift(torch.ones(1, 6, N - 1)), r"\[b\|1, h\|1, k\] = \(2, 6, 70\), got \(1, 6, 69\)"),
-        (Shift(torch.ones(1, 2, N)), r"got \(1, 2, 70\)"),
-        (Shift(torch.ones(3, 1, N)), r"got \(3, 1, 70\)"),
+        (torch.ones(1, 1, N), "must return a Reweight or None, got Tensor"),
+        (Reweight(torch.ones(1, 6, N - 1)), r"\[b\|1, h\|1, k\] = \(2, 6, 70\), got \(1, 6, 69\)"),
+        (Reweight(torch.ones(1, 2, N)), r"got \(1, 2, 70\)"),
+        (Reweight(torch.ones(3, 1, N)), r"got \(3, 1, 70\)"),
     ],
 )
 def test_wrong_answers(given: Any, match: str) -> None:
@@ -352,12 +352,12 @@ def test_wrong_answers(given: Any, match: str) -> None:
 
 
 def test_wrong_definitions() -> None:
-    with pytest.raises(DefinitionError, match=r"@shifts\('recieved'\): no such part.*Did you mean received"):
-        shifts("recieved")
+    with pytest.raises(DefinitionError, match=r"@reweights\('recieved'\): no such part.*Did you mean received"):
+        reweights("recieved")
     for bad in (-1.0, torch.nan, torch.inf):
         with pytest.raises(DefinitionError, match="must be finite, 0 or above, and at most 1 where `free` is False"):
-            Shift(torch.tensor([[[bad]]]))
+            Reweight(torch.tensor([[[bad]]]))
     with pytest.raises(DefinitionError, match="at most 1 where `free` is False"):
-        Shift(torch.tensor([[[2.0, 1.0]]]), torch.tensor([[[False, True]]]))
+        Reweight(torch.tensor([[[2.0, 1.0]]]), torch.tensor([[[False, True]]]))
     with pytest.raises(DefinitionError, match=r"`free` must be of type bool, not torch\.float32"):
-        Shift(torch.ones(1, 1, 2), torch.ones(1, 1, 2))
+        Reweight(torch.ones(1, 1, 2), torch.ones(1, 1, 2))

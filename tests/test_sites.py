@@ -11,14 +11,14 @@ from torch import Tensor
 from heedful import attach, edit, explain, models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
-from heedful.core.call import Call, Entries, Kept
+from heedful.core.call import CachedKV, Call, Kept
 from heedful.core.errors import ClashError, DefinitionError, FieldError, RefusedModel, SiteError, StatisticError
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, penalises, reads
 from heedful.core.stats import Sum
-from heedful.methods.intervene.temp_scale import TempScale
-from heedful.methods.sparse.sink_window import SinkWindow
+from heedful.methods.intervene.language.temp_scale import TempScale
+from heedful.methods.sparse.prefill.sink_window import SinkWindow
 
 PAPER = Paper("none", "A test", "heedful", 2026)
 IDS = torch.randint(3, 100, (2, 23), generator=torch.Generator().manual_seed(0))
@@ -42,11 +42,11 @@ class Many(Method):
     def tilt(self, scores: Tensor, call: Call) -> Tensor:
         return scores + self.bias * call.distance
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def flip(self, heads: Tensor, call: Call) -> Tensor:
         return -heads
 
-    @reads(Site.HEADS)
+    @reads(Site.HEAD_OUTPUT)
     def look(self, heads: Tensor, call: Call) -> Sum:
         return Sum.of(heads.sum())
 
@@ -174,7 +174,7 @@ def test_a_penalty_is_one_number() -> None:
     class Wrong(Method):
         paper = PAPER
 
-        @penalises(Site.HEADS)
+        @penalises(Site.HEAD_OUTPUT)
         def all_of_it(self, heads: Tensor, call: Call) -> Tensor:
             return heads
 
@@ -262,8 +262,8 @@ class Blend(Method):
     paper = PAPER
 
     @at(Site.CACHE)
-    def merge(self, entries: Entries, call: Call) -> Kept:
-        keep = entries.valid.clone()
+    def merge(self, entries: CachedKV, call: Call) -> Kept:
+        keep = entries.is_filled.clone()
         keep[:, :, 0] = False
         key, value = entries.key.clone(), entries.value.clone()
         for x in (key, value):
@@ -291,8 +291,8 @@ def test_a_merge_keeps_the_shape() -> None:
         paper = PAPER
 
         @at(Site.CACHE)
-        def cut(self, entries: Entries, call: Call) -> Kept:
-            return Kept(entries.valid, value=entries.value[..., :1])
+        def cut(self, entries: CachedKV, call: Call) -> Kept:
+            return Kept(entries.is_filled, value=entries.value[..., :1])
 
     with pytest.raises(SiteError, match="a Kept's value has the shape"), attach(models.tiny("llama"), Wrong()) as run:
         run(input_ids=IDS, use_cache=True)
@@ -301,7 +301,7 @@ def test_a_merge_keeps_the_shape() -> None:
 def test_the_embedding_enters_the_first_layer_alone() -> None:
     seen = []
 
-    class Shift(Method):
+    class Reweight(Method):
         paper = PAPER
 
         @at(Site.EMBEDDING)
@@ -311,13 +311,13 @@ def test_the_embedding_enters_the_first_layer_alone() -> None:
 
     for kind in ("llama", "bert"):
         model = models.tiny(kind).eval()
-        with attach(model, Shift()) as run, torch.no_grad():
+        with attach(model, Reweight()) as run, torch.no_grad():
             first = run(input_ids=IDS, output_hidden_states=True).hidden_states
         plain = model(input_ids=IDS, output_hidden_states=True).hidden_states
         assert not close(first[1], plain[1].detach())
     assert seen == [0, 0]
     with pytest.raises(RefusedModel, match="no first layer"):
-        attach(models.tiny("llama"), Shift(), only="model.layers.1")
+        attach(models.tiny("llama"), Reweight(), only="model.layers.1")
 
 
 def test_a_plain_function_is_an_edit() -> None:

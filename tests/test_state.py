@@ -24,9 +24,9 @@ from heedful.core.mask import Mask
 from heedful.core.method import Method
 from heedful.core.sites import Site, at, reads
 from heedful.core.state import ByIndex, Key, Notes
-from heedful.methods.intervene.pasta import PASTA
-from heedful.methods.intervene.var import VAR
-from heedful.methods.intervene.vhr import VHR
+from heedful.methods.intervene.language.pasta import PASTA
+from heedful.methods.intervene.vision.var import VAR
+from heedful.methods.intervene.vision.vhr import VHR
 from heedful.tiny import tiny
 
 from .samples import PAPER, Scale, notes_in
@@ -41,8 +41,8 @@ class Seen(Method):
     paper = PAPER
 
     def count(self, name: str, call: Call) -> None:
-        live = call.live[:, 0].sum(-1).expand(call.batch or 0)
-        call.state.cache[name] = call.state.cache.get(name, torch.zeros_like(live)) + live
+        is_text = call.is_text[:, 0].sum(-1).expand(call.batch or 0)
+        call.state.cache[name] = call.state.cache.get(name, torch.zeros_like(is_text)) + is_text
 
     @reads(Site.HIDDEN)
     def look(self, hidden: Tensor, call: Call) -> None:
@@ -54,7 +54,7 @@ class Seen(Method):
         return mask
 
 
-class Told(Method):
+class Description(Method):
     """The same at the end of a layer; gives what it has seen to the heads of the next call."""
 
     paper = PAPER
@@ -67,8 +67,8 @@ class Told(Method):
 
     @reads(Site.RESIDUAL)
     def look(self, stream: Tensor, call: Call) -> None:
-        live = call.live[:, 0].sum(-1).expand(len(stream))
-        call.state.cache["seen"] = call.state.cache.get("seen", torch.zeros_like(live)) + live
+        is_text = call.is_text[:, 0].sum(-1).expand(len(stream))
+        call.state.cache["seen"] = call.state.cache.get("seen", torch.zeros_like(is_text)) + is_text
         call.state.cache["norm"] = ByIndex(
             torch.cat([call.state.cache.get("norm", stream[:, :0, 0]), stream.norm(dim=-1)], 1), 1
         )
@@ -153,18 +153,18 @@ def test_every_site_may_keep_what_lives_with_the_cache() -> None:
         for layer in range(2):
             assert {k: x.tolist() for k, x in notes_in(cache, layer).items()} == {"hidden": [12, 7], "mask": [12, 7]}
         run(input_ids=IDS, use_cache=False)
-        fresh = [kept for shelf in run.book.shelves.values() for kept in shelf._kept.values()]
+        fresh = [kept for shelf in run.state.shelves.values() for kept in shelf._kept.values()]
     assert [x["mask"].tolist() for x in fresh] == [[12, 12]] * 2, "without a cache every call begins anew"
 
 
 @torch.no_grad()
 def test_two_parts_of_one_kind_see_their_own() -> None:
     model = tiny("llama")
-    with attach(model, Told() | Told() | Told(0.2)) as run:
+    with attach(model, Description() | Description() | Description(0.2)) as run:
         cache = run(input_ids=IDS)[CACHE]
     kept = shelf_of(cache)._kept
-    assert sorted({key.part for key in kept}) == sorted({*run.book._names})
-    assert len(run.book._names) == len(set(run.book._names)) == 3
+    assert sorted({key.part for key in kept}) == sorted({*run.state._names})
+    assert len(run.state._names) == len(set(run.state._names)) == 3
     assert all(x["seen"].tolist() == [12, 12] for x in kept.values())
 
 
@@ -175,7 +175,7 @@ def test_other_caches_carry_it_too(kind: str, static: bool) -> None:
     model = tiny(kind)
 
     def read(ids: Tensor, more: tuple[Tensor, ...], order: list[int] | None = None) -> Tensor:
-        with attach(model, Told()) as run:
+        with attach(model, Description()) as run:
             cache = StaticCache(model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
             run(input_ids=ids, **{CACHE: cache})
             for i, x in enumerate(more):
@@ -198,7 +198,7 @@ def test_attention_to_an_encoder_carries_it_too() -> None:
         max_new_tokens=5, num_beams=4, num_return_sequences=4, do_sample=False, eos_token_id=None, pad_token_id=0,
         forced_eos_token_id=None, output_scores=True, return_dict_in_generate=True, length_penalty=0.0,
     )  # fmt: skip
-    with attach(model, Told()) as run:
+    with attach(model, Description()) as run:
         found = run.generate(input_ids=IDS[:1], attention_mask=torch.ones_like(IDS[:1]), **how)
         for text, score in zip(found.sequences, found.sequences_scores, strict=True):
             out, total = run(input_ids=IDS[:1], decoder_input_ids=text[None, :1], use_cache=True), torch.zeros(())
@@ -210,7 +210,7 @@ def test_attention_to_an_encoder_carries_it_too() -> None:
     assert {key.module.split(".")[-1] for key in shelf_of(cache_of(out))._kept} == {"encoder_attn"}
 
 
-@pytest.mark.parametrize("method", [VAR.example(), PASTA(alpha=0.1), VHR(alpha=3.0), Told()])
+@pytest.mark.parametrize("method", [VAR.example(), PASTA(alpha=0.1), VHR(alpha=3.0), Description()])
 @torch.no_grad()
 def test_beams_score_a_text_as_it_scores_alone(method: Method) -> None:
     model, roles = tiny("llama", num_hidden_layers=3), {"marked": ((2, 5),)}

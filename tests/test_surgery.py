@@ -40,7 +40,7 @@ class Silence(Method):
     paper = PAPER
     groups: tuple[int, ...] = (0,)
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def zero(self, heads: Tensor, call: Call) -> Tensor:
         size = call.heads // call.kv_heads
         out = heads.clone()
@@ -70,7 +70,7 @@ class Double(Surgery):
 class Twice(Method):
     paper = PAPER
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def twice(self, heads: Tensor, call: Call) -> Tensor:
         return 2 * heads
 

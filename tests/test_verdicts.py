@@ -39,7 +39,7 @@ def same(_: int, n: int) -> float:
 def test_what_changed_nothing_is_named_and_drawn_nowhere_as_cheaper() -> None:
     found = comparison({"idle": same, "worse": lambda t, n: 0.0}, idle=("idle",))
     assert found.inactive == ["idle"]
-    told = found.told()
+    told = found.description()
     assert "idle changed nothing: it is the unedited model." in [f.text for f in told.findings]
     assert "1 changed nothing" in told.findings[0].text
     clouds = [f for f in told.figures if isinstance(f, Scatter)]
@@ -57,7 +57,7 @@ def test_verdicts_of_chance_are_corrected_for_their_number() -> None:
     found = comparison(methods, tasks=8)
     assert sum(r.gap.sure for r in found.results if r.gap is not None) > 1  # by chance
     assert set(found.verdicts.values()) == {""}
-    assert "none beat the unedited model on some task, none fall behind it" in found.told().findings[0].text
+    assert "none beat the unedited model on some task, none fall behind it" in found.description().findings[0].text
 
 
 def test_a_large_difference_is_told_and_eight_prompts_of_many_pairs_are_not() -> None:
@@ -72,7 +72,7 @@ def test_intervals_stay_within_what_is_possible() -> None:
     gap = found.results[1].gap
     assert gap is not None
     assert -1 <= gap.low <= gap.high <= 1
-    (figure,) = (f for f in found.told().figures if isinstance(f, Intervals))
+    (figure,) = (f for f in found.description().figures if isinstance(f, Intervals))
     assert float(figure.groups["t0"].abs().max()) <= 100
     assert Gap.of([-1.0, 1.0]).low < -1  # a unit without ends
 

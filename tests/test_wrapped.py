@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from heedful import attach, diagnose, fit, fold, models, operate
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FoldError, RefusedModel
-from heedful.methods.compress.prune_heads import PruneHeads
-from heedful.methods.intervene.temp_scale import TempScale
-from heedful.methods.mechanisms.gated_heads import GatedHeads
+from heedful.methods.compress.prune.prune_heads import PruneHeads
+from heedful.methods.intervene.language.temp_scale import TempScale
+from heedful.methods.mechanisms.gates.gated_heads import GatedHeads
 
 IDS = torch.arange(3, 27).view(2, 12)
 

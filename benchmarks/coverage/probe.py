@@ -68,7 +68,7 @@ class DropHeads(Method):
 
     paper = PRIVATE
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def drop(self, heads: Tensor, call: Call) -> Tensor:
         return torch.zeros_like(heads)
 

@@ -88,7 +88,7 @@ def _child(name: str, pipe: Connection) -> None:
 
 
 @dataclass
-class Job:
+class AttentionCall:
     """One class under way."""
 
     group: str
@@ -102,7 +102,7 @@ def run(todo: list[tuple[str, str]], workers: int, limit: float) -> Any:
     """Yield a record for each class, in the order they finish."""
     context = mp.get_context("fork")
     queue = collections.deque(todo)
-    jobs: list[Job] = []
+    jobs: list[AttentionCall] = []
     while queue or jobs:
         while queue and len(jobs) < workers:
             group, name = queue.popleft()
@@ -110,7 +110,7 @@ def run(todo: list[tuple[str, str]], workers: int, limit: float) -> Any:
             process = context.Process(target=_child, args=(name, theirs))
             process.start()
             theirs.close()
-            jobs.append(Job(group, name, process, mine, time.monotonic() + limit))
+            jobs.append(AttentionCall(group, name, process, mine, time.monotonic() + limit))
         wait([job.pipe for job in jobs], timeout=1)
         for job in list(jobs):
             if not job.pipe.poll() and time.monotonic() < job.deadline:

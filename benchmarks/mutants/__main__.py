@@ -8,7 +8,7 @@ import json
 import time
 from pathlib import Path
 
-from benchmarks.mutants import changes, trial
+from benchmarks.mutants import changes, probe
 from benchmarks.mutants.page import EQUIVALENT, RECORD, ROOT, Row
 
 METHODS = ROOT / "src" / "heedful" / "methods"
@@ -42,10 +42,10 @@ def measure(path: Path, most: int) -> Row:
         raise SystemExit(f"{EQUIVALENT.name}: {path.stem} has no such change: {', '.join(sorted(stale))}")
     chosen = changes.choose([m for m in found if m.name not in equal], most, path.stem)
     state, begun = _state(path, tests), time.monotonic()
-    if not trial.survives(module, path, tests, None, 600.0):
+    if not probe.survives(module, path, tests, None, 600.0):
         raise SystemExit(f"{tests.relative_to(ROOT)} fails on the file as it is")
     limit = 20.0 + PATIENCE * (time.monotonic() - begun)
-    survivors = [m for m in chosen if trial.survives(module, path, tests, changes.changed(source, m), limit)]
+    survivors = [m for m in chosen if probe.survives(module, path, tests, changes.changed(source, m), limit)]
     return {
         "state": state,
         "made": len(chosen),
@@ -62,7 +62,7 @@ def main() -> None:
     paths = {path.stem: path for path in files()}
     if unknown := set(given.names) - set(paths):
         raise SystemExit(f"no method's file is called {', '.join(sorted(unknown))}")
-    trial.warm()
+    probe.warm()
     for name in given.names or paths:
         record: dict[str, Row] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
         old, path = record.get(name), paths[name]

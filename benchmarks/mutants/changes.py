@@ -156,7 +156,7 @@ def _functions(node: ast.AST, above: str = "") -> Iterator[tuple[str, ast.Functi
 def mutants(source: str) -> list[Mutant]:
     """Every change that can be made to a file."""
     tree = ast.parse(source)
-    places = {id(node): i for i, node in enumerate(ast.walk(tree))}
+    positions = {id(node): i for i, node in enumerate(ast.walk(tree))}
     found, seen = [], Counter[str]()
     for function, body in _functions(tree):
         for node in (n for statement in body.body for n in _inside(statement)):
@@ -164,7 +164,7 @@ def mutants(source: str) -> list[Mutant]:
                 name = f"{function}: {_told(node)} -> {_told(change(node))}"
                 seen[name] += 1
                 name += f" ({seen[name]})" if seen[name] > 1 else ""
-                found.append(Mutant(name, kind, function, node.lineno, places[id(node)], turn))  # type: ignore[attr-defined]
+                found.append(Mutant(name, kind, function, node.lineno, positions[id(node)], turn))  # type: ignore[attr-defined]
     return found
 
 
@@ -176,8 +176,8 @@ def _told(node: ast.AST) -> str:
 def changed(source: str, mutant: Mutant) -> ast.Module:
     """The file's tree with the one change made."""
     tree = ast.parse(source)
-    places = count()
-    target = next(node for node in ast.walk(tree) if next(places) == mutant.place)
+    positions = count()
+    target = next(node for node in ast.walk(tree) if next(positions) == mutant.place)
     _, change = list(changes(target))[mutant.turn]
     made = ast.copy_location(change(target), target)
 

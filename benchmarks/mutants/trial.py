@@ -47,10 +47,6 @@ def warm() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import heedful.adapters.transformers
-    import heedful.conformance.bare
-    import heedful.conformance.tolerances
-    import heedful.verbs  # noqa: F401
     from heedful import Method, attach, models
     from heedful.core.paper import Paper
     from heedful.core.sites import Site, at

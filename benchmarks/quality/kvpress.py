@@ -30,7 +30,7 @@ from benchmarks.speed.timing import record
 from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
 from heedful.bench.comparison import Gap
-from heedful.core.call import Call, Entries, Kept
+from heedful.core.call import CachedKV, Call, Kept
 from heedful.core.errors import InactiveWarning
 from heedful.core.method import Method
 from heedful.core.paper import Paper
@@ -38,10 +38,10 @@ from heedful.core.sites import Site, at
 from heedful.core.stack import Stack
 from heedful.core.state import State
 from heedful.core.summary import Summary, sums
-from heedful.methods.sparse.heavy_hitter import HeavyHitter
-from heedful.methods.sparse.knorm import KNorm
-from heedful.methods.sparse.sink_window import SinkWindow
-from heedful.methods.sparse.snap_kv import SnapKV
+from heedful.methods.sparse.cache.heavy_hitter import HeavyHitter
+from heedful.methods.sparse.cache.knorm import KNorm
+from heedful.methods.sparse.cache.snap_kv import SnapKV
+from heedful.methods.sparse.prefill.sink_window import SinkWindow
 from heedful.tasks.needle import Needle, NeedleMany
 from heedful.tasks.task import Item, Task
 
@@ -80,7 +80,7 @@ class Judges(Method):
         call.state.forward["received"] = pattern.received
 
     @at(Site.CACHE)
-    def judge(self, entries: Entries, call: Call) -> Tensor:
+    def judge(self, entries: CachedKV, call: Call) -> Tensor:
         for i, method in enumerate(self.methods):
             edit = next(e for e in method.edits if e.site is Site.CACHE)
             seen = replace(call, state=State(forward=dict(call.state.forward)))

@@ -7,7 +7,7 @@ import json
 from benchmarks.speed.bars import load
 from benchmarks.speed.timing import RECORDS
 from heedful.bench.comparison import Comparison
-from heedful.bench.telling import markdown
+from heedful.bench.describing import markdown
 
 COMPARED = RECORDS / "compare.jsonl"
 

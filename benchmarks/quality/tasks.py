@@ -24,12 +24,12 @@ from heedful import models
 from heedful.bench.answer import answer
 from heedful.tasks import find, known
 from heedful.tasks.task import Task
-from heedful.voices import Voice, voice
+from heedful.text_models import TextModel, text_model
 
 RECORD = Path(__file__).parent.parent / "records" / "tasks.json"
 
 
-def measure(task: Task, speaker: Voice, tokenizer: Any, count: int) -> dict[str, Any]:
+def measure(task: Task, speaker: TextModel, tokenizer: Any, count: int) -> dict[str, Any]:
     """One task's row."""
     began = time.perf_counter()
     items = task.items(tokenizer, count)
@@ -60,7 +60,7 @@ def main() -> None:
     asked = parser.parse_args()
     model, tokenizer, name = models.default()
     rows = json.loads(RECORD.read_text())["tasks"] if asked.names and RECORD.exists() else {}
-    with voice(model) as speaker:
+    with text_model(model) as speaker:
         for task in map(find, asked.names or known()):
             rows[task.name] = row = measure(task, speaker, tokenizer, asked.count)
             chance = "none" if row["chance"] is None else f"{row['chance']:.3g}"

@@ -17,14 +17,14 @@ from heedful.core.call import Call
 from heedful.core.mask import Causal, Mask
 from heedful.core.method import Method
 from heedful.core.paper import Paper
-from heedful.core.places import Places
+from heedful.core.positions import Positions
 from heedful.core.sites import Site, at
 from heedful.core.stack import Stack
 from heedful.core.stats import Statistic
 from heedful.core.summary import PARTS, Summary, sums
 from heedful.engine.attend import attend
-from heedful.engine.book import Book
-from heedful.engine.job import Job
+from heedful.engine.attention_call import AttentionCall
+from heedful.engine.run_state import RunState
 from heedful.engine.select import select
 
 PAPER = Paper("none", "a probe of this benchmark", "none", 2026)
@@ -70,11 +70,11 @@ def draw(heads: int, kv_heads: int, d: int, q: int, k: int, dtype: torch.dtype) 
 
 
 def ours(method: Method, backend: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-    queries, keys = Places.row(k.shape[2] - q.shape[2], q.shape[2]), Places.row(0, k.shape[2])
+    queries, keys = Positions.row(k.shape[2] - q.shape[2], q.shape[2]), Positions.row(0, k.shape[2])
     call = Call(0, 1, "bare", q.shape[1], k.shape[1], queries, keys, q.shape[3] ** -0.5, mask=Mask((Causal(),)))
-    book = Book(Stack((method,)))
-    book.new_forward()
-    job = Job(book.plan(0, call.phase), book, call)
+    run_state = RunState(Stack((method,)))
+    run_state.new_forward()
+    job = AttentionCall(run_state.plan(0, call.phase), run_state, call)
     return lambda: attend(job, q, k, v, lambda needs: select(backend, needs))[0]
 
 

@@ -20,20 +20,20 @@ from benchmarks.speed.timing import race, record
 from heedful.adapters.kvcache import HeldLayer, cache_bytes
 from heedful.core.call import Call
 from heedful.core.mask import Causal, Mask
-from heedful.core.places import Places
+from heedful.core.positions import Positions
 from heedful.core.stack import Stack
 from heedful.engine.attend import attend
-from heedful.engine.book import Book
-from heedful.engine.job import Job
+from heedful.engine.attention_call import AttentionCall
+from heedful.engine.run_state import RunState
 from heedful.engine.select import select
-from heedful.methods.sparse.knorm import KNorm
+from heedful.methods.sparse.cache.knorm import KNorm
 
 SHARE = 4  # one entry in so many stays
 SPREAD = (0.25, 0.5, 0.75, 2.5)  # uneven heads hold so many times their share, in turn
 
 
 def counts(heads: int, n: int, even: bool) -> list[int]:
-    """Entries of each head, a quarter of all together."""
+    """CachedKV of each head, a quarter of all together."""
     if even:
         return [n // SHARE] * heads
     sizes = [SPREAD[i % len(SPREAD)] for i in range(heads)]
@@ -60,14 +60,14 @@ def attention(held: HeldLayer, q: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
     What the adapter does around it (reading the model's arguments, asking what to drop) is not part of it.
     """
-    book = Book(Stack((KNorm(),)))
-    book.new_forward()
-    queries, mask = Places.row(held.seen, 1), Mask((Causal(),))  # which the layers of a step share
+    run_state = RunState(Stack((KNorm(),)))
+    run_state.new_forward()
+    queries, mask = Positions.row(held.seen, 1), Mask((Causal(),))  # which the layers of a step share
 
     def run(k: Tensor, v: Tensor) -> Tensor:
-        keys = held.places(None)
+        keys = held.positions(None)
         call = Call(0, 1, "bare", q.shape[1], k.shape[1], queries, keys, q.shape[3] ** -0.5, mask=mask)
-        job = Job(book.plan(0, call.phase), book, call)
+        job = AttentionCall(run_state.plan(0, call.phase), run_state, call)
         return attend(job, q, k, v, lambda needs: select("native", needs))[0]
 
     return run
@@ -98,7 +98,7 @@ def cut_step(q: Tensor, held: HeldLayer, new: Tensor) -> Callable[[], Tensor]:
     def run() -> Tensor:
         held.served = True
         out = attended(*held.update(new, new))
-        held.keep(held.valid & (held.index < held.seen - 1))
+        held.keep(held.is_filled & (held.index < held.seen - 1))
         held.seen -= 1
         return out
 

@@ -10,9 +10,9 @@ from benchmarks.speed.sparse import text
 from benchmarks.speed.timing import race, record
 from heedful import attach, models
 from heedful.core.method import Method
-from heedful.methods.intervene.act import ACT
-from heedful.methods.intervene.pasta import PASTA
-from heedful.methods.intervene.temp_scale import TempScale
+from heedful.methods.intervene.language.act import ACT
+from heedful.methods.intervene.language.pasta import PASTA
+from heedful.methods.intervene.language.temp_scale import TempScale
 
 EDITS: dict[str, Method] = {"ACT": ACT(), "PASTA, 40 marked tokens": PASTA(), "TempScale, scores in tiles": TempScale()}
 ROLES = {"marked": ((100, 140),)}

@@ -24,24 +24,24 @@ from benchmarks.speed.bars import load as load_record
 from benchmarks.speed.model import load
 from benchmarks.speed.timing import machine, race, record
 from heedful import attach
-from heedful.core.blocks import BlockSparse
 from heedful.core.call import Call
 from heedful.core.mask import Blocks, Causal, Mask
 from heedful.core.method import Method
-from heedful.core.places import Places
+from heedful.core.positions import Positions
 from heedful.core.sites import Site, at, reads
 from heedful.core.stack import Stack
 from heedful.engine.attend import attend
-from heedful.engine.book import Book
-from heedful.engine.job import Job
+from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run import density_of
+from heedful.engine.run_state import RunState
 from heedful.engine.select import select
-from heedful.methods.sparse.flex_prefill import FlexPrefill
-from heedful.methods.sparse.hylra import HyLRA
-from heedful.methods.sparse.qada import QAdA
-from heedful.methods.sparse.sample_attention import SampleAttention
-from heedful.methods.sparse.sink_window import SinkWindow
-from heedful.methods.sparse.sparge_attn import SpargeAttn
+from heedful.kit.blocks import BlockSparse
+from heedful.methods.sparse.prefill.flex_prefill import FlexPrefill
+from heedful.methods.sparse.prefill.hylra import HyLRA
+from heedful.methods.sparse.prefill.qada import QAdA
+from heedful.methods.sparse.prefill.sample_attention import SampleAttention
+from heedful.methods.sparse.prefill.sink_window import SinkWindow
+from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn
 
 METHODS: dict[str, Method] = {
     "sinks and window of 1024": SinkWindow(4, 1024),
@@ -127,24 +127,24 @@ def layers(model: Any, ids: Tensor) -> dict[int, tuple[Tensor, ...]]:
     return catch.seen
 
 
-class Bench:
+class FitContext:
     """One method over the caught layers, as a run goes through them."""
 
     def __init__(self, method: Method, caught: dict[int, tuple[Tensor, ...]], depth: int) -> None:
         self.method, self.caught = method, caught
-        self.book = Book(Stack((method,)))
+        self.state = RunState(Stack((method,)))
         q, k = next(iter(caught.values()))[:2]
-        places = Places.row(0, k.shape[2])
+        positions = Positions.row(0, k.shape[2])
         self.call = Call(
-            0, depth, "bare", q.shape[1], k.shape[1], places, places, q.shape[3] ** -0.5, mask=Mask((Causal(),))
+            0, depth, "bare", q.shape[1], k.shape[1], positions, positions, q.shape[3] ** -0.5, mask=Mask((Causal(),))
         )
         self.seen: dict[int, Call] = {}
 
     def attention(self) -> None:
-        self.book.new_forward()
+        self.state.new_forward()
         for layer, (q, k, v) in self.caught.items():
             call = replace(self.call, layer=layer)
-            job = Job(self.book.plan(layer, call.phase), self.book, call)
+            job = AttentionCall(self.state.plan(layer, call.phase), self.state, call)
             self.seen[layer] = attend(job, q, k, v, lambda needs: select("auto", needs))[2]
 
     def choosing(self) -> None:
@@ -168,18 +168,18 @@ def methods(model: Any, ids: Tensor, rounds: int) -> list[Row]:
         for q, k, v in caught.values():
             sdpa(q, k, v, is_causal=True, enable_gqa=True)
 
-    benches = {name: Bench(method, caught, model.config.num_hidden_layers) for name, method in METHODS.items()}
+    benches = {name: FitContext(method, caught, model.config.num_hidden_layers) for name, method in METHODS.items()}
     runs: dict[str, Callable[[], None]] = {"sdpa": dense}
-    for name, bench in benches.items():
-        runs |= {name: bench.attention, f"{name}, choosing": bench.choosing}
+    for name, context in benches.items():
+        runs |= {name: context.attention, f"{name}, choosing": context.choosing}
     found = race(runs, rounds)
     rows: list[Row] = []
-    for name, bench in benches.items():
-        density, ratio = bench.density(), found[name]["ratio"]
+    for name, context in benches.items():
+        density, ratio = context.density(), found[name]["ratio"]
         rows.append(
             {
                 "method": name,
-                "settings": repr(bench.method),
+                "settings": repr(context.method),
                 "tokens": ids.shape[1],
                 "found": {"sdpa": found["sdpa"], "attention": found[name]},
                 "density": round(density, 4),
@@ -236,9 +236,9 @@ def tables(lengths: tuple[int, ...], rounds: int, size: int = 64) -> list[Row]:
         for share in SHARES:
             table = torch.rand(1, 9, count, count, generator=torch.Generator().manual_seed(0)) < share
             table |= torch.eye(count, dtype=torch.bool)
-            benches[f"{share:.0%} of blocks"] = Bench(Given(Blocks(table, size)), {0: (q, k, v)}, 1)
-        found = race(runs | {name: bench.attention for name, bench in benches.items()}, rounds)
-        density = {name: round(bench.density(), 4) for name, bench in benches.items()}
+            benches[f"{share:.0%} of blocks"] = FitContext(Given(Blocks(table, size)), {0: (q, k, v)}, 1)
+        found = race(runs | {name: context.attention for name, context in benches.items()}, rounds)
+        density = {name: round(context.density(), 4) for name, context in benches.items()}
         over = {name: round(found[name]["ratio"] / share, 3) for name, share in density.items()}
         rows.append({"table": True, "tokens": n, "found": found, "density": density, "over_density": over})
         print(n, {name: x["ratio"] for name, x in found.items()}, over, flush=True)

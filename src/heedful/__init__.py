@@ -14,12 +14,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
-    "attach": "heedful.verbs",
-    "fit": "heedful.verbs",
+    "attach": "heedful.api",
+    "fit": "heedful.api",
     "fold": "heedful.folding",
-    "operate": "heedful.verbs",
-    "arrange": "heedful.verbs",
-    "decode": "heedful.voices",
+    "operate": "heedful.api",
+    "arrange": "heedful.api",
+    "decode": "heedful.text_models",
     "diagnose": "heedful.diagnosis.run",
     "compare": "heedful.bench.compare",
     "check": "heedful.conformance",
@@ -97,6 +97,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from heedful import authoring, catalogue, explaining, methods, models
+    from heedful.api import arrange, attach, fit, operate
     from heedful.bench.compare import compare
     from heedful.bench.comparison import Comparison
     from heedful.catalogue import find
@@ -114,5 +115,4 @@ if TYPE_CHECKING:
     from heedful.engine.select import explain
     from heedful.folding import fold
     from heedful.tasks.task import Item, Task
-    from heedful.verbs import arrange, attach, fit, operate
-    from heedful.voices import decode
+    from heedful.text_models import decode

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from heedful.core.call import Call, Entries, Kept, Phase
+from heedful.core.call import CachedKV, Call, Kept, Phase
 from heedful.core.errors import FieldError, SiteError
-from heedful.core.figures import Curves, Finding, Grid, HeadMap, Intervals, Listing, Role, Scatter, Told
+from heedful.core.figures import Curves, Description, Finding, Grid, HeadMap, Intervals, Listing, Role, Scatter
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Decode, HeadWeights, Prompt, Reader, Surgery, Tokens
 from heedful.core.mask import Causal, First, Mask, Where, Window
-from heedful.core.method import Bench, Entry, Layer, Method, Part, Readings, Trial
+from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Probe, Readings
 from heedful.core.paper import Paper
 from heedful.core.regions import Region
+from heedful.core.reweight import Reweight, reweights
 from heedful.core.rules import Rule
-from heedful.core.shift import Shift, shifts
 from heedful.core.sites import Site, at, penalises, reads
 from heedful.core.stack import Stack
 from heedful.core.stats import Cat, Histogram, Max, Mean, Statistic, Sum, TopK
 from heedful.core.summary import Summary, sums
 
 __all__ = [
-    "Bench", "Call", "Cat", "Causal", "Curves", "Decode", "Entries", "Entry", "FieldError", "Finding", "First",
-    "Fitted", "Grid", "HeadMap", "HeadWeights", "Histogram", "Intervals", "Kept", "Layer", "Listing", "Mask", "Max",
-    "Mean", "Method", "Paper", "Part", "Phase", "Prompt", "Reader", "Readings", "Region", "Role", "Rule", "Scatter",
-    "Shift", "Site", "SiteError", "Stack", "Statistic", "Sum", "Summary", "Surgery", "Tokens", "Told", "TopK",
-    "Trial", "Where", "Window", "at", "penalises", "reads", "shifts", "sums",
+    "CachedKV", "Call", "Cat", "CatalogueEntry", "Causal", "Curves", "Decode", "Description", "FieldError",
+    "Finding", "First", "FitContext", "Fitted", "Grid", "HeadMap", "HeadWeights", "Histogram", "Intervals", "Kept",
+    "Layer", "Listing", "Mask", "Max", "Mean", "Method", "Paper", "Part", "Phase", "Probe", "Prompt", "Reader",
+    "Readings", "Region", "Reweight", "Role", "Rule", "Scatter", "Site", "SiteError", "Stack", "Statistic", "Sum",
+    "Summary", "Surgery", "Tokens", "TopK", "Where", "Window", "at", "penalises", "reads", "reweights", "sums",
 ]  # fmt: skip

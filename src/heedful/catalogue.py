@@ -7,15 +7,15 @@ import pkgutil
 from functools import cache
 
 from heedful.core.errors import CatalogueError, nearest
-from heedful.core.method import Entry
+from heedful.core.method import CatalogueEntry
 
 
 @cache
-def entries() -> dict[str, type[Entry]]:
+def entries() -> dict[str, type[CatalogueEntry]]:
     """Every method, token step, decoding step and surgery that heedful ships, by class name."""
     import heedful.methods
 
-    found: dict[str, type[Entry]] = {}
+    found: dict[str, type[CatalogueEntry]] = {}
     for info in pkgutil.walk_packages(heedful.methods.__path__, "heedful.methods."):
         if info.ispkg or info.name.rpartition(".")[2].startswith("_"):  # the latter hold what several methods share
             continue
@@ -23,33 +23,33 @@ def entries() -> dict[str, type[Entry]]:
         for name, thing in vars(module).items():
             if name.startswith("_") or not isinstance(thing, type) or thing.__module__ != info.name:
                 continue
-            if issubclass(thing, Entry):
+            if issubclass(thing, CatalogueEntry):
                 if name in found:
                     raise CatalogueError(f"two methods are named {name}: {found[name].__module__} and {info.name}")
                 found[name] = thing
     return dict(sorted(found.items()))
 
 
-def find(name: str) -> type[Entry]:
+def find(name: str) -> type[CatalogueEntry]:
     """The class of that name, whatever its case; an error with near names otherwise."""
     known = entries()
     by_lower = {k.lower(): v for k, v in known.items()} | {v.paper.key.lower(): v for v in known.values()}
-    wanted = by_lower.get(name.lower().replace("_", "").replace("-", ""))
-    if wanted is None:
+    requested = by_lower.get(name.lower().replace("_", "").replace("-", ""))
+    if requested is None:
         raise CatalogueError(
             f"no method named {name!r}.{nearest(name, known)} `heedful methods` lists all {len(known)}."
         )
-    return wanted
+    return requested
 
 
-def family(kind: type[Entry]) -> str:
+def family(kind: type[CatalogueEntry]) -> str:
     """The folder a method's file lies in, such as 'observe'."""
     parts = kind.__module__.split(".")
     return parts[2] if parts[:2] == ["heedful", "methods"] and len(parts) > 3 else "outside"
 
 
-def search(word: str = "") -> list[type[Entry]]:
-    """Entries in whose name, family, docstring or paper the word occurs."""
+def search(word: str = "") -> list[type[CatalogueEntry]]:
+    """CachedKV in whose name, family, docstring or paper the word occurs."""
     low = word.lower()
     return [
         kind

@@ -89,9 +89,9 @@ def rewritten(
 def _in_order(stack: Stack) -> list[Part]:
     """The parts as their edits go into weights: what stands nearest to a projection first.
 
-    Edits before the projection that takes them in, such as those of HEADS, go in from the last to the first.
+    Edits before the projection that takes them in, such as those of HEAD_OUTPUT, go in from the last to the first.
     """
-    ahead = [part for part in stack if any(e.site in (Site.HIDDEN, Site.HEADS) for e in method_of(part).edits)]
+    ahead = [part for part in stack if any(e.site in (Site.HIDDEN, Site.HEAD_OUTPUT) for e in method_of(part).edits)]
     return [part for part in stack if part not in ahead] + ahead[::-1]
 
 

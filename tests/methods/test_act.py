@@ -13,10 +13,10 @@ from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
-from heedful.core.places import Places
-from heedful.core.summary import Summary, Tally
+from heedful.core.positions import Positions
+from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.methods.intervene import act
-from heedful.methods.intervene.act import ACT
+from heedful.methods.intervene.language.act import ACT
 
 
 def _pattern(n: int = 13, seed: int = 0) -> Tensor:
@@ -27,14 +27,16 @@ def _pattern(n: int = 13, seed: int = 0) -> Tensor:
 
 def _call(n: int, start: int = 0) -> Call:
     keep = torch.ones(n, n, dtype=torch.bool).tril()
-    places = Places.row(start, n)
-    return Call(0, 2, "layer", 3, 3, places, places, 1.0, keep=keep[None, None], rows=slice(0, n), cols=slice(0, n))
+    positions = Positions.row(start, n)
+    return Call(
+        0, 2, "layer", 3, 3, positions, positions, 1.0, keep=keep[None, None], rows=slice(0, n), cols=slice(0, n)
+    )
 
 
 def _summary(pattern: Tensor, call: Call) -> Summary:
-    tally = Tally(frozenset({"received"}), call)
-    tally.add(pattern, None, call)
-    return tally.summary()
+    accumulator = SummaryAccumulator(frozenset({"received"}), call)
+    accumulator.add(pattern, None, call)
+    return accumulator.summary()
 
 
 def _calibrated(method: ACT, pattern: Tensor, call: Call) -> Tensor:
@@ -153,9 +155,9 @@ def test_a_fit_keeps_the_heads_that_gain() -> None:
             (edited.gather(-1, options).log_softmax(-1) - plain.gather(-1, options).log_softmax(-1))[:, 0].mean()
         )
 
-    places = [(n, h) for n in (2, 3) for h in range(model.config.num_attention_heads)]
-    wanted = tuple(place for place in places if gain(start.on(*place)) > 0)
-    assert 0 < len(wanted) < len(places)
+    positions = [(n, h) for n in (2, 3) for h in range(model.config.num_attention_heads)]
+    wanted = tuple(place for place in positions if gain(start.on(*place)) > 0)
+    assert 0 < len(wanted) < len(positions)
     batches = [{k: v[i : i + 1] for k, v in {**inputs, "options": options}.items()} for i in range(3)]
     found = fit(replace(start, tries=None), model, batches)
     assert found.heads == wanted
@@ -210,7 +212,7 @@ def test_a_fit_tries_the_heads_with_the_most_to_calibrate(monkeypatch: pytest.Mo
     ranked = sorted(counted, key=lambda place: -counted[place])
     assert counted[ranked[2]] > counted[ranked[3]]
     tried: list[object] = []
-    monkeypatch.setattr(act, "gains", lambda bench, method, places, batches: tried.extend(places) or {})
+    monkeypatch.setattr(act, "gains", lambda context, method, positions, batches: tried.extend(positions) or {})
     fit(ACT(threshold=0.06, tries=3), model, [inputs])
     assert set(tried) == set(ranked[:3])
 

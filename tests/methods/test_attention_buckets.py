@@ -7,7 +7,7 @@ import heedful
 from heedful import Prompt, models
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
-from heedful.methods.intervene.attention_buckets import AttentionBuckets, _Rebase
+from heedful.methods.intervene.language.attention_buckets import AttentionBuckets, _Rebase
 
 
 def based(base: float, kind: str = "llama"):

@@ -155,7 +155,7 @@ def test_finds_offset_heads_and_groups() -> None:
 def test_tells_what_a_reader_wants_to_know() -> None:
     profile = made({0: [{1: 0.7}, {1: 0.6}], 4: [{-2: 0.9}, {4: 0.95}]})
     profile.parts["peak"][4] = torch.tensor([0.3, 0.05])
-    told = AttentionProfile().tells(profile)
+    told = AttentionProfile().describe(profile)
     kinds = {figure.key: figure for figure in told.figures}
     assert isinstance(kinds["entropy"], HeadMap)
     assert kinds["previous"].layers == [0, 4]
@@ -178,17 +178,17 @@ def test_tells_what_a_reader_wants_to_know() -> None:
 
 def test_says_nothing_of_delimiters_that_nobody_named() -> None:
     model = models.tiny("llama")
-    told = METHOD.tells(found(model, {"input_ids": ids(12)}, roles=False))
+    told = METHOD.describe(found(model, {"input_ids": ids(12)}, roles=False))
     assert "delimiters" not in [figure.key for figure in told.figures]
     assert not any("Punctuation" in finding.text for finding in told.findings)
-    told = METHOD.tells(found(model, {"input_ids": ids(12)}))
+    told = METHOD.describe(found(model, {"input_ids": ids(12)}))
     assert any("Punctuation" in finding.text for finding in told.findings)
 
 
 def test_a_text_of_one_token_can_be_told() -> None:
     profile = found(models.tiny("llama"), {"input_ids": ids(1)})
     assert profile.mean("first") == 1.0
-    assert len(METHOD.tells(profile).figures) > 5
+    assert len(METHOD.describe(profile).figures) > 5
 
 
 @pytest.mark.parametrize(("name", "value"), [("local", 0), ("offset", 1.0), ("broad", 0.0), ("alike", -0.1)])

@@ -7,7 +7,7 @@ import heedful
 from heedful import Prompt, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
-from heedful.methods.intervene.attention_sorting import AttentionSorting, _DocumentAttention
+from heedful.methods.intervene.language.attention_sorting import AttentionSorting, _DocumentAttention
 
 SPANS = ((2, 5), (5, 11), (12, 14), (14, 19))
 

@@ -9,7 +9,7 @@ from heedful import attach, models
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, InactiveWarning
-from heedful.methods.mechanisms.clipped_softmax import ClippedSoftmax
+from heedful.methods.mechanisms.normalise.clipped_softmax import ClippedSoftmax
 
 
 def test_the_formula_in_every_backend() -> None:

@@ -14,13 +14,13 @@ from heedful import attach, fit, models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
-from heedful.core.call import Entries
+from heedful.core.call import CachedKV
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.mask import First, Window
-from heedful.core.places import Places
-from heedful.methods.sparse._fits import _best
-from heedful.methods.sparse.duo_attention import DuoAttention, _Gated
+from heedful.core.positions import Positions
+from heedful.methods.sparse.cache._fits import _best
+from heedful.methods.sparse.cache.duo_attention import DuoAttention, _Gated
 from tests.by_hand import Steps, Turn, causal_map, heads_of, llama_states
 
 ONE = Fitted({"gates.0": torch.tensor([0.9, 0.1])})
@@ -39,20 +39,20 @@ def test_the_mask_of_each_head() -> None:
     part = call.tile(slice(0, N), slice(0, N))
     kept = DuoAttention(0.5, 2, 4, ONE).narrow(call.mask, call).keeps(part.pairs)
     want = [[[[_sees(q, k, h, p) for k in range(N)] for q in range(N)] for h in range(4)] for p in (0, 5)]
-    live = text[:, None, :, None]
-    assert torch.equal(kept & live, torch.tensor(want) & live)
+    is_text = text[:, None, :, None]
+    assert torch.equal(kept & is_text, torch.tensor(want) & is_text)
 
 
 def test_the_cache_holds_what_the_next_token_may_see() -> None:
     call = Bare(Shape(b=1)).call
-    entries = Entries(torch.randn(1, 2, N, 8), torch.randn(1, 2, N, 8), Places.row(0, N), N)
+    entries = CachedKV(torch.randn(1, 2, N, 8), torch.randn(1, 2, N, 8), Positions.row(0, N), N)
     kept = DuoAttention(0.5, 2, 4, ONE).forget(entries, call)
     assert kept[0].tolist() == [[True] * N, [_sees(N, k, 2) for k in range(N)]]
 
 
 def test_a_text_padded_on_the_right_keeps_its_own_end() -> None:
     text = torch.arange(N)[None] < torch.tensor([[N], [12]])
-    entries = Entries(torch.randn(2, 2, N, 8), torch.randn(2, 2, N, 8), Places.row(0, N), N)
+    entries = CachedKV(torch.randn(2, 2, N, 8), torch.randn(2, 2, N, 8), Positions.row(0, N), N)
     kept = DuoAttention(0.5, 2, 4, ONE).forget(entries, replace(Bare(text=text).call, depth=1))
     assert kept[:, 1].tolist() == [[_sees(n, k, 2) and k < n for k in range(N)] for n in (N, 12)]
     assert bool(kept[:, 0].all())
@@ -62,7 +62,7 @@ def test_a_text_padded_on_the_right_keeps_its_own_end() -> None:
 def test_no_padding_is_held(share: float) -> None:
     text = torch.arange(N)[None] >= torch.tensor([[0], [7]])
     call = Bare(text=text).call
-    entries = Entries(torch.randn(2, 2, N, 8), torch.randn(2, 2, N, 8), call.keys, N)
+    entries = CachedKV(torch.randn(2, 2, N, 8), torch.randn(2, 2, N, 8), call.keys, N)
     kept = DuoAttention(share, 2, 4, ONE).forget(entries, call)
     assert not kept[1, :, :7].any()
     assert kept.sum(-1).tolist() == ([[5, 5], [5, 5]] if share == 0 else [[N, N], [N - 7, N - 7]])

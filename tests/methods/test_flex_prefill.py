@@ -12,7 +12,7 @@ from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.core.mask import Mask
-from heedful.methods.sparse.flex_prefill import FlexPrefill
+from heedful.methods.sparse.prefill.flex_prefill import FlexPrefill
 from tests.test_blocks import TEXTS, bare_of, call_of, grid_of, true_map
 
 

@@ -13,7 +13,7 @@ from heedful.adapters.cache_name import CACHE
 from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
-from heedful.methods.intervene.focus_directions import FocusDirections, _Mass
+from heedful.methods.intervene.language.focus_directions import FocusDirections, _Mass
 from tests.by_hand import Steps, Turn, causal_map, heads_of, llama_states
 
 ROLES = {"relevant": ((3, 6),)}

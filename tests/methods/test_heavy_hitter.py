@@ -10,7 +10,7 @@ from heedful import attach
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
-from heedful.methods.sparse.heavy_hitter import HeavyHitter
+from heedful.methods.sparse.cache.heavy_hitter import HeavyHitter
 from heedful.native import library
 from heedful.tiny import tiny
 from tests.samples import notes_in
@@ -40,11 +40,11 @@ def test_what_received_most_stays(budget: float, share: float) -> None:
             out = run(input_ids=chunk, **{CACHE: cache}, output_attentions=True)
             cache = out[CACHE]
             layer = cache.layers[0]
-            patterns.append((out.attentions[0], layer.index.clone(), layer.valid.clone()))
+            patterns.append((out.attentions[0], layer.index.clone(), layer.is_filled.clone()))
     for b in range(2):
         for head in range(g):
             received, held, seen = torch.zeros(16), [], 0
-            for pattern, index, valid in patterns:
+            for pattern, index, is_filled in patterns:
                 fresh = pattern.shape[2]
                 held += range(seen, seen + fresh)
                 seen += fresh
@@ -55,7 +55,7 @@ def test_what_received_most_stays(budget: float, share: float) -> None:
                 most = budget if isinstance(budget, int) else -(-seen * budget // 1)
                 if len(held) > most:
                     held = kept_by_hand(received, held, int(most), int(share * most))
-                assert index[b, head][valid[b, head]].tolist() == held
+                assert index[b, head][is_filled[b, head]].tolist() == held
 
 
 @torch.no_grad()
@@ -68,8 +68,8 @@ def test_every_backend_weighs_alike_after_a_cut() -> None:
             cache = None
             for stop in (12, 15, 16):
                 start = 0 if cache is None else cache.get_seq_length()
-                places = (text.cumsum(-1) - 1).clamp(min=0)[:, start:stop]
-                inputs = dict(input_ids=IDS[:, start:stop], attention_mask=text[:, :stop], position_ids=places)
+                positions = (text.cumsum(-1) - 1).clamp(min=0)[:, start:stop]
+                inputs = dict(input_ids=IDS[:, start:stop], attention_mask=text[:, :stop], position_ids=positions)
                 cache = run(**inputs, **{CACHE: cache})[CACHE]
         votes.append(notes_in(cache, 1)["received"])
     assert all(close_model(x, votes[0]) for x in votes)

@@ -13,7 +13,7 @@ from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.core.mask import Causal, Window
-from heedful.methods.sparse.hylra import HyLRA, _Lost, block_map, cheapest
+from heedful.methods.sparse.prefill.hylra import HyLRA, _Lost, block_map, cheapest
 from tests.test_blocks import PADDED, call_of, grid_of, true_map
 
 

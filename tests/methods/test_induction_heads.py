@@ -39,9 +39,9 @@ def by_hand(maps: Tensor, p: int) -> dict[str, Tensor]:
         for q in range(text.shape[-1]):
             copies = [k for k in range(1, q) if (q - k) % p == 0]
             after = [k for k in range(1, q + 1) if (q - k + 1) % p == 0]
-            for score, places in (("echo", copies), ("induction", after), ("previous", [q - 1] if q > 1 else [])):
-                if places:
-                    out[score].append(text[:, q, places].sum(-1))
+            for score, positions in (("echo", copies), ("induction", after), ("previous", [q - 1] if q > 1 else [])):
+                if positions:
+                    out[score].append(text[:, q, positions].sum(-1))
     return {score: torch.stack(x).mean(0) for score, x in out.items()}
 
 
@@ -88,29 +88,29 @@ def test_a_text_without_repeats_has_no_copies() -> None:
     assert scores.induction[0].isnan().all()
     assert scores.echo[0].isnan().all()
     assert scores.previous[0].isfinite().all()
-    assert METHOD.tells(scores).findings == ()
+    assert METHOD.describe(scores).findings == ()
     assert "previous" in str(scores)
 
 
 def test_draws_prompts_that_repeat() -> None:
-    (trial,) = InductionHeads(period=7, repeats=4, texts=3).trials(WORDS, 512)
-    assert trial.tokens.shape == (3, 28)
-    assert torch.equal(trial.tokens[:, :7], trial.tokens[:, 21:])
-    assert not torch.equal(trial.tokens[0], trial.tokens[1])
-    assert set(trial.tokens.flatten().tolist()) <= set(WORDS.tolist())
-    (again,) = InductionHeads(period=7, repeats=4, texts=3).trials(WORDS, 512)
-    (other,) = InductionHeads(period=7, repeats=4, texts=3, seed=1).trials(WORDS, 512)
-    assert torch.equal(again.tokens, trial.tokens)
-    assert not torch.equal(other.tokens, trial.tokens)
-    (fewer,) = InductionHeads(period=7, repeats=4).trials(WORDS, 20)
+    (probe,) = InductionHeads(period=7, repeats=4, texts=3).probes(WORDS, 512)
+    assert probe.tokens.shape == (3, 28)
+    assert torch.equal(probe.tokens[:, :7], probe.tokens[:, 21:])
+    assert not torch.equal(probe.tokens[0], probe.tokens[1])
+    assert set(probe.tokens.flatten().tolist()) <= set(WORDS.tolist())
+    (again,) = InductionHeads(period=7, repeats=4, texts=3).probes(WORDS, 512)
+    (other,) = InductionHeads(period=7, repeats=4, texts=3, seed=1).probes(WORDS, 512)
+    assert torch.equal(again.tokens, probe.tokens)
+    assert not torch.equal(other.tokens, probe.tokens)
+    (fewer,) = InductionHeads(period=7, repeats=4).probes(WORDS, 20)
     assert fewer.tokens.shape == (1, 14)
-    assert list(InductionHeads(period=7).trials(WORDS, 13)) == []
+    assert list(InductionHeads(period=7).probes(WORDS, 13)) == []
 
 
 def test_finds_the_copying_heads_of_a_trained_model(default_model: models.Loaded) -> None:
     method = InductionHeads(period=32, repeats=2, texts=1)
-    (trial,) = method.trials(torch.arange(1000, 40000), 128)
-    scores = found(default_model.model, {"input_ids": trial.tokens}, method)
+    (probe,) = method.probes(torch.arange(1000, 40000), 128)
+    scores = found(default_model.model, {"input_ids": probe.tokens}, method)
     (best, score), *_ = scores.heads("induction", method.share).items()
     assert best[0] > 8  # a head that copies needs the heads before it
     assert score > 0.6
@@ -120,7 +120,7 @@ def test_finds_the_copying_heads_of_a_trained_model(default_model: models.Loaded
 def test_tells_what_a_reader_wants_to_know() -> None:
     high = {0: torch.tensor([0.1, 0.2]), 3: torch.tensor([0.5, 0.9])}
     low = {n: x / 10 for n, x in high.items()}
-    told = METHOD.tells(Copying(high, low, low))
+    told = METHOD.describe(Copying(high, low, low))
     assert [figure.key for figure in told.figures] == ["induction", "echo", "previous"]
     assert told.figures[0].layers == [0, 3]
     assert torch.equal(told.figures[0].values, torch.stack(list(high.values())))
@@ -131,9 +131,9 @@ def test_tells_what_a_reader_wants_to_know() -> None:
         "looks at the previous token of random text": [],
     }
     assert told.findings[0].text.startswith("Heads 3.1 (90%), 3.0 (50%) copy:")
-    assert "No head copies" in METHOD.tells(Copying(low, low, low)).findings[0].text
+    assert "No head copies" in METHOD.describe(Copying(low, low, low)).findings[0].text
     many = Copying({0: torch.full((7,), 0.5)}, low, low)
-    assert "0.3 (50%) and 3 more copy" in METHOD.tells(many).findings[0].text
+    assert "0.3 (50%) and 3 more copy" in METHOD.describe(many).findings[0].text
 
 
 @pytest.mark.parametrize(("name", "value"), [("period", 2), ("repeats", 1), ("texts", 0), ("share", 1.0)])

@@ -11,25 +11,25 @@ from torch import Tensor
 from heedful import attach
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close_model
-from heedful.core.budget import keep_best, newest, room, room_for
-from heedful.core.call import Call, Entries
+from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
-from heedful.core.places import Places
-from heedful.methods.sparse.heavy_hitter import HeavyHitter
-from heedful.methods.sparse.knorm import KNorm
-from heedful.methods.sparse.snap_kv import SnapKV
+from heedful.core.positions import Positions
+from heedful.kit.budget import keep_best, newest, room, room_for
+from heedful.methods.sparse.cache.heavy_hitter import HeavyHitter
+from heedful.methods.sparse.cache.knorm import KNorm
+from heedful.methods.sparse.cache.snap_kv import SnapKV
 from heedful.tiny import tiny
 
 METHODS = (KNorm(budget=5), HeavyHitter(budget=5), SnapKV(budget=5, window=2, kernel=3))
 IDS = torch.arange(3, 35).view(2, 16)
 
 
-def entries(key: Tensor, pad: Tensor | None = None) -> tuple[Entries, Call]:
+def entries(key: Tensor, pad: Tensor | None = None) -> tuple[CachedKV, Call]:
     """A call that read as many tokens as there are keys."""
     n = key.shape[2]
-    places = Places.row(0, n, pad=pad)
-    return Entries(key, key, places, n), Call(0, 1, "layer", key.shape[1], key.shape[1], places, places, 1.0)
+    positions = Positions.row(0, n, pad=pad)
+    return CachedKV(key, key, positions, n), Call(0, 1, "layer", key.shape[1], key.shape[1], positions, positions, 1.0)
 
 
 def test_the_shortest_keys_stay() -> None:

@@ -12,7 +12,7 @@ from heedful import attach, fit, fold, models
 from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, FoldError
-from heedful.methods.intervene.lofit import LoFiT
+from heedful.methods.intervene.language.lofit import LoFiT
 from tests.by_hand import Steps, Turn, causal_map, heads_of, llama_states
 
 

@@ -12,15 +12,15 @@ from torch import Tensor
 from heedful import attach, fit, models
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
-from heedful.core.budget import room_for
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import Method
-from heedful.core.places import Places
+from heedful.core.positions import Positions
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
-from heedful.methods.sparse.loki import Loki, _Keys
+from heedful.kit.budget import room_for
+from heedful.methods.sparse.decode.loki import Loki, _Keys
 
 N, D = 19, 8
 AXES = torch.linalg.qr(torch.randn(2, D, D, generator=torch.Generator().manual_seed(5))).Q
@@ -100,7 +100,7 @@ def test_the_mask_holds_no_tensors_of_the_call() -> None:
     mask = Loki(4, 0.5, seed=0).rank_keys(call.mask, call)
     held = [cell.cell_contents for cell in mask.rules[-1].pick.__closure__]
     (kept,) = [x for x in held if isinstance(x, Call)]
-    assert all(getattr(kept, name) is None for name in ("query", "key", "value", "hidden", "turn"))
+    assert all(getattr(kept, name) is None for name in ("query", "key", "value", "hidden", "rotate"))
     assert not any(x is bare.k or x is bare.q for x in held)
 
 
@@ -131,7 +131,9 @@ def test_what_it_declares(budget: float, most: Callable[[int], int]) -> None:
 
 def test_a_fit_reads_the_text_of_another_sequence_too() -> None:
     key = torch.randn(2, 1, 5, 2, generator=torch.Generator().manual_seed(0))
-    call = replace(Bare().call, queries=Places.row(0, 3), keys=Places.row(0, 5, pad=torch.tensor([0, 2])), cross=True)
+    call = replace(
+        Bare().call, queries=Positions.row(0, 3), keys=Positions.row(0, 5, pad=torch.tensor([0, 2])), cross=True
+    )
     text = [key[0, 0, i] for i in range(5)] + [key[1, 0, i] for i in range(2, 5)]
     found = _Keys().read(key, call).value
     wanted = sum(torch.outer(x, x) for x in (torch.cat([x.double(), torch.ones(1)]) for x in text))

@@ -14,8 +14,8 @@ from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Causal, Mask, Padding, Window
-from heedful.core.places import Places
-from heedful.methods.mechanisms.mala import MALA, _past, features
+from heedful.core.positions import Positions
+from heedful.methods.mechanisms.linear.mala import MALA, _past, features
 
 
 def _weights(q: Tensor, k: Tensor, keep: Tensor, scale: float) -> Tensor:
@@ -139,13 +139,13 @@ def test_evicted_caches_have_their_new_keys_last() -> None:
     k = torch.randn(1, 1, 8, 4, dtype=torch.float64)
     q, v = torch.randn(1, 1, 2, 4, dtype=torch.float64), torch.randn(1, 1, 8, 4, dtype=torch.float64)
     index = torch.tensor([0, 1, 5, 6, 7, 0, 20, 21])[None, None]
-    valid = torch.tensor([1, 1, 1, 1, 1, 0, 1, 1], dtype=torch.bool)[None, None]
+    is_filled = torch.tensor([1, 1, 1, 1, 1, 0, 1, 1], dtype=torch.bool)[None, None]
     bare = Bare(Shape(b=1, h=1, g=1))
-    keys = Places(index, index, valid=valid)
+    keys = Positions(index, index, is_filled=is_filled)
     call = replace(
-        bare.call, heads=1, kv_heads=1, queries=Places.row(20, 2), keys=keys, scale=0.5, mask=Mask((Causal(),))
+        bare.call, heads=1, kv_heads=1, queries=Positions.row(20, 2), keys=keys, scale=0.5, mask=Mask((Causal(),))
     )
-    keep = (valid[0, 0] & (index[0, 0] <= torch.tensor([[20], [21]])))[None]
+    keep = (is_filled[0, 0] & (index[0, 0] <= torch.tensor([[20], [21]])))[None]
     assert close(MALA().attend((q, k, v), call), _weights(q, k, keep, 0.5) @ v)
 
 
@@ -158,5 +158,5 @@ def test_errors() -> None:
 
 
 def test_the_past_is_counted_from_the_first_key() -> None:
-    call = replace(Bare().call, queries=Places.row(9, 4), keys=Places.row(3, 12))
+    call = replace(Bare().call, queries=Positions.row(9, 4), keys=Positions.row(3, 12))
     assert _past(call, 4, 12) == 6

@@ -68,12 +68,12 @@ def test_a_planted_dimension_is_found_with_its_period() -> None:
     massive = found(planted, {"input_ids": ids(30)}, method=method)
     # the rotary embedding turns dimension 3 into 7 only once in 6283 tokens
     assert massive.dimensions(massive.query) == {3: 1}
-    told = method.tells(massive)
+    told = method.describe(massive)
     assert told.figures[2].rows == [(3, "6,283", 1, 0)]
     assert "12% of heads" in told.findings[0].text
     assert "dimension 3, which turns once in 6,283 tokens (0% of dimensions are slower)" in told.findings[0].text
     none = MassiveQK(7.9)
-    assert len(none.tells(found(planted, {"input_ids": ids(30)}, method=none)).figures) == 2
+    assert len(none.describe(found(planted, {"input_ids": ids(30)}, method=none)).figures) == 2
 
 
 @pytest.mark.usefixtures("poison")

@@ -26,7 +26,7 @@ def found(model, *inputs, method=None) -> Maxima:
         return run[method]
 
 
-def streams(model, ids) -> list[torch.Tensor]:
+def chunk_invariant(model, ids) -> list[torch.Tensor]:
     """The residual stream after each layer, `[b n e]`, without any hook of ours."""
     seen: list[torch.Tensor] = []
     handles = [
@@ -47,7 +47,7 @@ def ids(n: int, seed: int = 0) -> torch.Tensor:
 def test_is_the_maximum_of_the_residual_stream(model) -> None:
     text = torch.cat([ids(20, 1), ids(20, 2)])
     maxima = found(model, {"input_ids": text})
-    for n, stream in enumerate(streams(model, text)):
+    for n, stream in enumerate(chunk_invariant(model, text)):
         peaks, size = maxima.layers[n], stream.abs()
         assert close_model(peaks.high, size.amax((0, 1)))
         assert peaks.mean == pytest.approx(float(size.mean()), rel=1e-5)
@@ -89,14 +89,14 @@ def test_texts_merge_in_any_order(model) -> None:
 
 def test_tells_the_massive_channel_and_its_layers(model) -> None:
     method = MaxActivations(5.0)
-    told = method.tells(found(model, {"input_ids": ids(20)}))
+    told = method.describe(found(model, {"input_ids": ids(20)}))
     curves, listing = told.figures
     assert list(curves.x) == [0, 1, 2]
     assert [row[:4] for row in listing.rows] == [(5, 2, 1, 2)]
     assert "channel 5" in told.findings[0].text
     assert "67% of layers" in told.findings[0].text
     quiet = MaxActivations(1e6)
-    told = quiet.tells(found(model, {"input_ids": ids(20)}, method=quiet))
+    told = quiet.describe(found(model, {"input_ids": ids(20)}, method=quiet))
     assert len(told.figures) == 1
     assert "no layer has massive" in told.findings[0].text
 

@@ -112,7 +112,7 @@ def test_reads_named_spans_alone() -> None:
 def test_tells_what_a_reader_wants_to_know() -> None:
     attention = {"image": torch.tensor([[0.1, 0.3], [0.2, 0.6]]), "text": torch.tensor([[0.9, 0.7], [0.8, 0.4]])}
     tokens = {"image": torch.full((2, 2), 0.6), "text": torch.full((2, 2), 0.4)}
-    told = METHOD.tells(Shares((0, 4), attention, tokens))
+    told = METHOD.describe(Shares((0, 4), attention, tokens))
     assert [figure.key for figure in told.figures] == ["share_image", "share_text", "efficiency"]
     assert torch.equal(told.figures[0].values, attention["image"])
     assert told.figures[2].lines["image"].tolist() == pytest.approx([0.2 / 0.6, 0.4 / 0.6])
@@ -120,7 +120,7 @@ def test_tells_what_a_reader_wants_to_know() -> None:
     wanted = "30% of attention goes to image tokens, which are 60% of what there is to see; a text token gets 3.5 times"
     assert told.findings[0].text.startswith(wanted)
     alone = found(models.tiny("llama"), {"input_ids": ids(12)}, roles={"image": ((0, 12),)})
-    assert METHOD.tells(alone).findings[0].text.endswith("100% of what there is to see.")
+    assert METHOD.describe(alone).findings[0].text.endswith("100% of what there is to see.")
     assert "image: 100% of attention" in str(alone)
 
 

@@ -15,16 +15,16 @@ from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-from heedful.core.places import Places
-from heedful.methods.intervene.paint import PAINT
+from heedful.core.positions import Positions
+from heedful.methods.intervene.vision.paint import PAINT
 
 N, SPAN = 16, (3, 14)
 
 
-def _call(live: Tensor | None = None) -> Call:
+def _call(is_text: Tensor | None = None) -> Call:
     keep = torch.ones(N, N, dtype=torch.bool).tril()[None, None]
-    keys = Places.row(0, N)
-    queries = Places.row(0, N, valid=None if live is None else live[:, None])
+    keys = Positions.row(0, N)
+    queries = Positions.row(0, N, is_filled=None if is_text is None else is_text[:, None])
     call = Call(0, 4, "layer", 4, 2, queries, keys, 1.0, roles={"marked": (SPAN,)}, keep=keep)
     return replace(call, rows=slice(0, N), cols=slice(0, N))
 
@@ -52,9 +52,9 @@ def _by_loops(scores: Tensor, last: list[int], m: PAINT) -> Tensor:
 
 @pytest.mark.parametrize("method", [PAINT(), PAINT(alpha=1.5, beta=0.0, share=0.6), PAINT(alpha=0.0, beta=2.0)])
 def test_the_formula(method: PAINT) -> None:
-    live = torch.ones(2, N, dtype=torch.bool)
-    live[1, -4:] = False
-    call = _call(live)
+    is_text = torch.ones(2, N, dtype=torch.bool)
+    is_text[1, -4:] = False
+    call = _call(is_text)
     method.find_last(torch.empty(0), call)
     scores = _scores()
     found = method.raise_informed(scores, call)

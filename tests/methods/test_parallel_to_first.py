@@ -80,11 +80,11 @@ def test_later_pieces_of_a_text_are_left_out(model) -> None:
 
 def test_tells_where_tokens_run_parallel(model) -> None:
     answer = found(model, {"input_ids": ids(40, 1)})
-    told = METHOD.tells(answer)
+    told = METHOD.describe(answer)
     assert told.figures[0].values.sum(-1).tolist() == pytest.approx([1.0] * 3)
     assert "some tokens point the same way" in told.findings[0].text
     none = ParallelToFirst(0.999)
-    assert not none.tells(found(model, {"input_ids": ids(40, 1)}, method=none)).findings
+    assert not none.describe(found(model, {"input_ids": ids(40, 1)}, method=none)).findings
 
 
 @pytest.mark.parametrize("bad", [0.0, 1.0])

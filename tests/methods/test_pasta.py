@@ -13,17 +13,17 @@ from heedful import attach, fit, models
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.places import Places
+from heedful.core.positions import Positions
 from heedful.core.state import State
 from heedful.core.summary import Summary
-from heedful.methods.intervene.pasta import PASTA
+from heedful.methods.intervene.language.pasta import PASTA
 
 N, SPAN = 8, (2, 5)
 
 
 def _call(state: State, start: int = 0, stop: int = N) -> Call:
     keep = torch.ones(N, N, dtype=torch.bool).tril()[None, None, start:stop, :stop]
-    queries, keys = Places.row(start, stop - start), Places.row(0, stop)
+    queries, keys = Positions.row(start, stop - start), Positions.row(0, stop)
     phase = Phase.PREFILL if start == 0 else Phase.DECODE
     call = Call(0, 2, "layer", 3, 3, queries, keys, 1.0, phase=phase, roles={"marked": (SPAN,)}, keep=keep)
     return replace(call, state=state, rows=slice(0, stop - start), cols=slice(0, stop))
@@ -99,8 +99,8 @@ def test_a_fit_takes_the_best_heads_of_every_task() -> None:
             with attach(model, PASTA().on(*place), roles=roles) as run:
                 return float((run(input_ids=ids).logits[0, -1].log_softmax(-1) - plain)[target])
 
-    places = [(n, h) for n in range(2) for h in range(model.config.num_attention_heads)]
-    best = [set(sorted(places, key=lambda p: -gain(p, row, t))[:4]) for row, t in ((0, 5), (1, 9))]
+    positions = [(n, h) for n in range(2) for h in range(model.config.num_attention_heads)]
+    best = [set(sorted(positions, key=lambda p: -gain(p, row, t))[:4]) for row, t in ((0, 5), (1, 9))]
     batches = [
         {"input_ids": inputs[i : i + 1], "target": torch.tensor([t]), "roles": roles, "task": f"task {i}"}
         for i, t in ((0, 5), (1, 9))
@@ -135,9 +135,9 @@ def test_heads_of_another_model_are_refused() -> None:
 
 def test_a_prompt_ends_where_its_own_text_does() -> None:
     state = State()
-    valid = torch.ones(3, 1, N, dtype=torch.bool)
-    valid[1, :, 5:] = valid[2] = False
-    PASTA().note_prompt(torch.empty(3, 0), replace(_call(state), queries=Places.row(0, N, valid=valid)))
+    is_filled = torch.ones(3, 1, N, dtype=torch.bool)
+    is_filled[1, :, 5:] = is_filled[2] = False
+    PASTA().note_prompt(torch.empty(3, 0), replace(_call(state), queries=Positions.row(0, N, is_filled=is_filled)))
     assert state.cache["end"].tolist() == [[[N]], [[5]], [[0]]]
     scores = torch.randn(3, 3, 1, N, generator=torch.Generator().manual_seed(0))
     found = _steered(PASTA(alpha=0.1), scores, _call(state, N - 1, N))

@@ -106,14 +106,16 @@ def test_pieces_of_a_text_and_decoding_steps_are_left_out(model) -> None:
 def test_tells_halves_that_add_up(model) -> None:
     end = torch.tensor([0.5, 0.125, 0.125, 0.0, 0.25])
     answer = Influence({0: end, 1: end}, {0: end, 1: end})
-    told = METHOD.tells(answer)
+    told = METHOD.describe(answer)
     assert told.findings[0].text == (
         "Through all layers, 50% of what attention brings to the last token is the first token's; of the rest, 50% "
         "comes from the first half of the text."
     )
     assert told.figures[0].lines["up to layer 1"].tolist() == [0.25, 0.25, 0.0, 0.5]
     assert told.figures[0].x == [12.5, 37.5, 62.5, 87.5]
-    assert PositionInfluence(1).tells(Influence({0: end[:2]}, {0: end[:2]})).findings[0].text.endswith("first token's.")
+    assert (
+        PositionInfluence(1).describe(Influence({0: end[:2]}, {0: end[:2]})).findings[0].text.endswith("first token's.")
+    )
 
 
 @pytest.mark.parametrize(("field", "bad"), [("parts", 0), ("residual", 1.0), ("residual", -0.1)])

@@ -82,7 +82,7 @@ def test_a_head_of_slow_dimensions_alone_is_positional() -> None:
     method = PositionalHeads(far=5, high=0.999)
     answer = found(planted, {"input_ids": ids(30)}, method=method)
     assert list(answer.heads) == [(0, 2)]
-    told = method.tells(answer)
+    told = method.describe(answer)
     assert told.findings[0].text.startswith("25% of heads score distant tokens")
     assert list(told.roles[0].heads) == [(0, 2)]
     assert float(told.figures[1].lines["all heads"].sum()) == pytest.approx(1.0)

@@ -13,7 +13,7 @@ from heedful import Method, Site, attach, fit, fold, models, operate
 from heedful.authoring import Call, Fitted, at
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, FoldError
-from heedful.methods.compress.prune_heads import PAPER, PruneHeads
+from heedful.methods.compress.prune.prune_heads import PAPER, PruneHeads
 
 
 class Factor(Method):
@@ -23,7 +23,7 @@ class Factor(Method):
     group: int = 0
     by: float = 0.0
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def scale(self, heads: Tensor, call: Call) -> Tensor:
         size = call.heads // call.kv_heads
         out = heads.clone()

@@ -11,25 +11,25 @@ from torch import Tensor
 from heedful import attach, fit, models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close_model
-from heedful.core.call import Call, Entries
+from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.mask import Mask
 from heedful.core.method import Method
-from heedful.core.places import Places
+from heedful.core.positions import Positions
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
-from heedful.methods.sparse.q_filters import QFilters
+from heedful.methods.sparse.cache.q_filters import QFilters
 
 N, D = 12, 6
 
 
-def _entries(seed: int = 0, pad: Tensor | None = None) -> tuple[Entries, Call]:
+def _entries(seed: int = 0, pad: Tensor | None = None) -> tuple[CachedKV, Call]:
     draw = torch.Generator().manual_seed(seed)
     key, value = torch.randn(2, 2, 2, N, D, generator=draw)
-    places = Places.row(0, N, pad=pad)
-    call = Call(0, 1, "layer", 4, 2, places, places, D**-0.5, mask=Mask())
-    return Entries(key, value, places, N), call
+    positions = Positions.row(0, N, pad=pad)
+    call = Call(0, 1, "layer", 4, 2, positions, positions, D**-0.5, mask=Mask())
+    return CachedKV(key, value, positions, N), call
 
 
 def _filters(seed: int = 1) -> Tensor:
@@ -53,9 +53,9 @@ def test_the_newest_and_the_farthest_along_stay(budget: float, window: int) -> N
 
 def test_padding_holds_no_room() -> None:
     entries, call = _entries(pad=torch.tensor([0, 4]))
-    valid = torch.ones(2, 1, N, dtype=torch.bool)
-    valid[1, :, :4] = False
-    entries = replace(entries, places=replace(entries.places, valid=valid))
+    is_filled = torch.ones(2, 1, N, dtype=torch.bool)
+    is_filled[1, :, :4] = False
+    entries = replace(entries, positions=replace(entries.positions, is_filled=is_filled))
     kept = QFilters(0.5, 2, Fitted({"filters.0": _filters()})).filter(entries, call)
     assert kept.sum(-1).tolist() == [[6, 6], [4, 4]]
     assert not kept[1, :, :4].any()

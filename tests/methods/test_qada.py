@@ -11,7 +11,7 @@ from torch import Tensor
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
-from heedful.methods.sparse.qada import QAdA
+from heedful.methods.sparse.prefill.qada import QAdA
 from tests.test_blocks import PADDED, call_of, grid_of, whole_table
 
 

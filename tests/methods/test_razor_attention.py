@@ -14,14 +14,14 @@ from torch import Tensor
 from heedful import attach, fit, models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
-from heedful.core.call import Call, Entries, Phase
+from heedful.core.call import CachedKV, Call, Phase
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.fitted import Fitted
 from heedful.core.mask import Causal, Mask
-from heedful.core.places import Places
+from heedful.core.positions import Positions
 from heedful.core.state import State
-from heedful.methods.sparse.razor_attention import RazorAttention
-from heedful.methods.sparse.sink_window import SinkWindow
+from heedful.methods.sparse.cache.razor_attention import RazorAttention
+from heedful.methods.sparse.prefill.sink_window import SinkWindow
 from tests.samples import notes_in
 
 N, D, DV = 14, 6, 4
@@ -33,7 +33,7 @@ def _draw(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
-def _call(queries: Places, keys: Places, query: Tensor, key: Tensor, state: State) -> Call:
+def _call(queries: Positions, keys: Positions, query: Tensor, key: Tensor, state: State) -> Call:
     phase = Phase.DECODE if len(queries) == 1 else Phase.PREFILL
     return Call(
         0, 1, "layer", 4, 2, queries, keys, D**-0.5, phase=phase, mask=Mask((Causal(),)), state=state,
@@ -41,10 +41,10 @@ def _call(queries: Places, keys: Places, query: Tensor, key: Tensor, state: Stat
     )  # fmt: skip
 
 
-def _read(method: RazorAttention, state: State) -> tuple[Tensor, Entries]:
-    key, value, places = _draw(2, 2, N, D), _draw(2, 2, N, DV, seed=1), Places.row(0, N)
-    entries = Entries(key, value, places, N)
-    return method.drop(entries, _call(places, places, _draw(2, 4, N, D), key, state)), entries
+def _read(method: RazorAttention, state: State) -> tuple[Tensor, CachedKV]:
+    key, value, positions = _draw(2, 2, N, D), _draw(2, 2, N, DV, seed=1), Positions.row(0, N)
+    entries = CachedKV(key, value, positions, N)
+    return method.drop(entries, _call(positions, positions, _draw(2, 4, N, D), key, state)), entries
 
 
 def test_what_stays() -> None:
@@ -65,11 +65,11 @@ def _after(method: RazorAttention, softcap: float | None = None) -> tuple[Tensor
     kept, entries = _read(method, state)
     query, key, value = _draw(2, 4, 2, D, seed=2), _draw(2, 2, 2, D, seed=3), _draw(2, 2, 2, DV, seed=4)
     order = (~kept).long().argsort(dim=-1, stable=True)[..., : int(kept.sum(-1).amax())]
-    valid = torch.cat([kept.gather(-1, order), torch.ones(2, 2, 2, dtype=torch.bool)], -1)
+    is_filled = torch.cat([kept.gather(-1, order), torch.ones(2, 2, 2, dtype=torch.bool)], -1)
     index = torch.cat([order, torch.tensor([N, N + 1]).expand(2, 2, 2)], -1)
     keys = torch.cat([entries.key.gather(2, order[..., None].expand(*order.shape, D)), key], 2)
     values = torch.cat([entries.value.gather(2, order[..., None].expand(*order.shape, DV)), value], 2)
-    call = _call(Places.row(N, 2), Places(index, index, valid=valid), query, keys, state)
+    call = _call(Positions.row(N, 2), Positions(index, index, is_filled=is_filled), query, keys, state)
     call = replace(call, softcap=softcap)
     plain, want = torch.zeros(2, 4, 2, DV), torch.zeros(2, 4, 2, DV)
 
@@ -82,7 +82,7 @@ def _after(method: RazorAttention, softcap: float | None = None) -> tuple[Tensor
             g = h // 2
             gone = ~kept[b, g]
             for r in range(2):
-                seen = [i for i in range(keys.shape[2]) if valid[b, g, i] and index[b, g, i] <= N + r]
+                seen = [i for i in range(keys.shape[2]) if is_filled[b, g, i] and index[b, g, i] <= N + r]
                 scores = [score(query[b, h, r], keys[b, g, i]) for i in seen]
                 rows = [values[b, g, i] for i in seen]
                 plain[b, h, r] = torch.tensor(scores).softmax(0) @ torch.stack(rows)
@@ -113,9 +113,9 @@ def test_what_is_dropped_later_joins_the_token() -> None:
     kept, entries = _read(NOBODY, state)
     index = torch.cat([kept[0, 0].nonzero().flatten(), torch.tensor([N])])[None, None]
     keys = torch.cat([entries.key[:, :, kept[0, 0]], _draw(2, 2, 1, D, seed=2)], 2)
-    places = Places(index, index)
-    call = _call(Places.row(N, 1), places, _draw(2, 4, 1, D), keys, state)
-    NOBODY.drop(Entries(keys, keys[..., :DV], places, 1), call)
+    positions = Positions(index, index)
+    call = _call(Positions.row(N, 1), positions, _draw(2, 4, 1, D), keys, state)
+    NOBODY.drop(CachedKV(keys, keys[..., :DV], positions, 1), call)
     assert torch.equal(state.cache["count"], torch.full((2, 2, 1, 1), N - 4))
     assert close(state.cache["key"], _draw(2, 2, N, D)[:, :, 2 : N - 2].sum(2, keepdim=True))
 
@@ -162,15 +162,15 @@ def test_a_text_padded_on_the_right_goes_on_as_alone() -> None:
     """A text of 12 tokens in a row of 16: what follows sees its newest ones, its token, and nothing of the padding."""
     model = models.tiny("llama")
     ids = models.tiny_inputs(model, length=20)["input_ids"]
-    mask, places = torch.ones(2, 20, dtype=torch.long), torch.arange(20).expand(2, -1).clone()
+    mask, positions = torch.ones(2, 20, dtype=torch.long), torch.arange(20).expand(2, -1).clone()
     mask[1, 12:16] = 0
-    places[1, 16:] = torch.arange(12, 16)
+    positions[1, 16:] = torch.arange(12, 16)
     alone = torch.cat([ids[1:, :12], ids[1:, 16:]], 1)
     method = RazorAttention(budget=0.25, least=1, sinks=1, induction=0.5, echo=0.0, seed=3)
     with torch.no_grad(), attach(model, method) as run:
         past = run(input_ids=ids[:, :16], attention_mask=mask[:, :16], use_cache=True)[CACHE]
         counts = [notes_in(past)["count"].flatten(1).tolist()]
-        inputs = dict(input_ids=ids[:, 16:], attention_mask=mask, position_ids=places[:, 16:])
+        inputs = dict(input_ids=ids[:, 16:], attention_mask=mask, position_ids=positions[:, 16:])
         both = run(**inputs, **{CACHE: past}).logits[1:]
         past = run(input_ids=alone[:, :12], use_cache=True)[CACHE]
         counts.append(notes_in(past)["count"].flatten(1).tolist())

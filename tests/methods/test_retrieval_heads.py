@@ -88,34 +88,34 @@ def test_reads_nothing_without_its_spans() -> None:
     model = models.tiny("llama")
     with heedful.attach(model, METHOD, roles={"needle": ((0, 4),)}) as run:
         run(input_ids=ids(20))
-        assert not run.book.statistics
+        assert not run.state.statistics
     nowhere = found(model, {"input_ids": ids(5)})
     assert nowhere.map.isnan().all()
-    assert METHOD.tells(nowhere).findings == ()
+    assert METHOD.describe(nowhere).findings == ()
 
 
 def test_draws_needles_that_come_again() -> None:
     method = RetrievalHeads(size=6, cue=2, length=40, depths=(0.0, 1.0), texts=3)
-    trials = list(method.trials(WORDS, 512))
-    assert [trial.roles["needle"] for trial in trials] == [((2, 8),), ((26, 32),)]
-    for trial in trials:
-        (start, stop), (first, last) = trial.roles["needle"][0], trial.roles["answer"][0]
-        assert trial.tokens.shape == (3, 40)
-        assert torch.equal(trial.tokens[:, start - 2 : stop], trial.tokens[:, first - 2 : last])
-        assert all(len(set(row[start - 2 : stop].tolist())) == 8 for row in trial.tokens)
-        assert not torch.equal(trial.tokens[0], trial.tokens[1])
-        assert set(trial.tokens.flatten().tolist()) <= set(WORDS.tolist())
-    again = list(method.trials(WORDS, 512))
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(trials, again, strict=True))
-    assert next(iter(method.trials(WORDS, 20))).tokens.shape == (3, 20)
-    assert list(method.trials(WORDS, 15)) == []
-    assert list(method.trials(WORDS[:7], 512)) == []
+    probes = list(method.probes(WORDS, 512))
+    assert [probe.roles["needle"] for probe in probes] == [((2, 8),), ((26, 32),)]
+    for probe in probes:
+        (start, stop), (first, last) = probe.roles["needle"][0], probe.roles["answer"][0]
+        assert probe.tokens.shape == (3, 40)
+        assert torch.equal(probe.tokens[:, start - 2 : stop], probe.tokens[:, first - 2 : last])
+        assert all(len(set(row[start - 2 : stop].tolist())) == 8 for row in probe.tokens)
+        assert not torch.equal(probe.tokens[0], probe.tokens[1])
+        assert set(probe.tokens.flatten().tolist()) <= set(WORDS.tolist())
+    again = list(method.probes(WORDS, 512))
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(probes, again, strict=True))
+    assert next(iter(method.probes(WORDS, 20))).tokens.shape == (3, 20)
+    assert list(method.probes(WORDS, 15)) == []
+    assert list(method.probes(WORDS[:7], 512)) == []
 
 
 def test_finds_the_fetching_heads_of_a_trained_model(default_model: models.Loaded) -> None:
     method = RetrievalHeads(length=96, depths=(0.3,), texts=1)
-    (trial,) = method.trials(torch.arange(1000, 40000), 512)
-    scores = found(default_model.model, {"input_ids": trial.tokens}, trial.roles, method)
+    (probe,) = method.probes(torch.arange(1000, 40000), 512)
+    scores = found(default_model.model, {"input_ids": probe.tokens}, probe.roles, method)
     assert next(iter(scores.heads(0.5).values())) > 0.8
     assert 0.01 < len(scores.heads(method.threshold)) / scores.map.numel() < 0.2  # few, but some
 
@@ -123,14 +123,14 @@ def test_finds_the_fetching_heads_of_a_trained_model(default_model: models.Loade
 def test_tells_what_a_reader_wants_to_know() -> None:
     rows = torch.tensor([[0.0, 0.05, 0.1, 0.0], [0.5, 0.0, 0.9, 0.0]], dtype=torch.float64)
     scores = Retrieval({0: rows[0], 4: rows[1]})
-    told = METHOD.tells(scores)
+    told = METHOD.describe(scores)
     assert told.figures[0].layers == [0, 4]
     assert torch.equal(told.figures[0].values, scores.map)
     assert list(told.roles[0].heads) == [(4, 2), (4, 0)]
     (finding,) = told.findings
     assert finding.text.startswith("25% of heads fetch text from far back, above all heads 4.2 (90%)")
     assert set(finding.methods) <= set(heedful.catalogue.entries())
-    assert METHOD.tells(Retrieval({0: torch.zeros(4)})).findings[0].text == "0% of heads fetch text from far back."
+    assert METHOD.describe(Retrieval({0: torch.zeros(4)})).findings[0].text == "0% of heads fetch text from far back."
     assert "4.2: 90%" in str(scores)
 
 

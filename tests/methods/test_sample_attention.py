@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heedful.conformance.bare import Bare, Shape
 from heedful.core.errors import FieldError
-from heedful.methods.sparse.sample_attention import SampleAttention
+from heedful.methods.sparse.prefill.sample_attention import SampleAttention
 from tests.test_blocks import TEXTS, bare_of, call_of, true_map
 
 

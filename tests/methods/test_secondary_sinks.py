@@ -73,8 +73,8 @@ def test_the_first_token_must_be_a_sink_itself(model) -> None:
     strict = SecondarySinks(near=0.25, least=1, primary=50.0)
     sinks = found(model, {"input_ids": ids(20, 1)}, method=strict)
     assert not sinks.levels
-    assert len(strict.tells(sinks).figures) == 1
-    assert not strict.tells(sinks).findings
+    assert len(strict.describe(sinks).figures) == 1
+    assert not strict.describe(sinks).findings
 
 
 @pytest.mark.usefixtures("poison")
@@ -124,7 +124,7 @@ def test_tells_levels_and_what_they_get() -> None:
     nan = dict.fromkeys(counts, math.nan)
     answer = Secondary(counts, dict.fromkeys(counts, 0.125), nan, dict.fromkeys(counts, 0.5), nan, 2)
     assert answer.levels == [Level(1, 3, 2.0)]
-    told = METHOD.tells(answer)
+    told = METHOD.describe(answer)
     assert told.findings[0].text == (
         "In layers 2 to 4 tokens beside the first act as sinks (up to 2.0 a text, layer 2); each gets 12% of the "
         "attention there, the first token 50%."

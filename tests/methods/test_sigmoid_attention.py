@@ -9,7 +9,7 @@ from heedful import attach, models
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
-from heedful.methods.mechanisms.sigmoid_attention import SigmoidAttention
+from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])

@@ -9,7 +9,7 @@ from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, StatisticError
 from heedful.core.stats import merged
 from heedful.methods.observe.sink_rate import SinkRate, Sinks
-from heedful.methods.sparse.sink_window import SinkWindow
+from heedful.methods.sparse.prefill.sink_window import SinkWindow
 
 EPSILON = 0.12  # low enough that some heads of a tiny random model have sinks and some have none
 
@@ -139,7 +139,7 @@ def test_changes_nothing_and_keeps_no_graph(model) -> None:
         out = run(**inputs).logits
         assert run.activity().active
     assert close_model(out, model(**inputs).logits)
-    assert not any(s.value.requires_grad for s in run.book.statistics.values())
+    assert not any(s.value.requires_grad for s in run.state.statistics.values())
     assert "first-token sink rate" in str(run[SinkRate(EPSILON)])
 
 
@@ -157,7 +157,7 @@ def test_tells_what_a_reader_wants_to_know() -> None:
     high[1:, 0] = torch.tensor([0.5, 0.9, 0.6])
     importance = {0: alpha, 1: alpha, 2: high, 5: high}
     rate = {n: (x > 0.3).double() for n, x in importance.items()}
-    told = SinkRate().tells(Sinks(rate, importance))
+    told = SinkRate().describe(Sinks(rate, importance))
     weights, often, curves = told.figures
     assert weights.layers == [0, 1, 2, 5]
     assert torch.equal(weights.values, torch.stack([x[:, 0] for x in importance.values()]))
@@ -175,7 +175,7 @@ def test_tells_what_a_reader_wants_to_know() -> None:
 
 def test_tells_of_no_sinks_and_of_layers_of_unlike_width() -> None:
     importance = {0: torch.full((4, 3), 0.1), 1: torch.full((2, 5), 0.1)}
-    told = SinkRate().tells(Sinks({n: 0 * x for n, x in importance.items()}, importance))
+    told = SinkRate().describe(Sinks({n: 0 * x for n, x in importance.items()}, importance))
     assert told.figures[0].values.isnan().tolist() == [[False] * 4, [False, False, True, True]]
     assert told.roles[0].heads == {}
     assert told.findings[0].text.startswith("0% of heads")

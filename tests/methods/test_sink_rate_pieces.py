@@ -62,7 +62,7 @@ def test_guesses_add_no_texts(model: Any) -> None:
     prompt = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
     with attach(model, LOW) as run:
         run.generate(prompt, max_new_tokens=12, prompt_lookup_num_tokens=4, do_sample=False, pad_token_id=0)
-    (stat, *_) = run.book.statistics.values()
+    (stat, *_) = run.state.statistics.values()
     assert float(stat.count[0].max()) == 1  # type: ignore[attr-defined]
 
 

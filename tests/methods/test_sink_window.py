@@ -13,10 +13,10 @@ from heedful import attach
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close_model
-from heedful.methods.sparse.heavy_hitter import HeavyHitter
-from heedful.methods.sparse.razor_attention import RazorAttention
-from heedful.methods.sparse.sink_window import SinkWindow
-from heedful.methods.sparse.snap_kv import SnapKV
+from heedful.methods.sparse.cache.heavy_hitter import HeavyHitter
+from heedful.methods.sparse.cache.razor_attention import RazorAttention
+from heedful.methods.sparse.cache.snap_kv import SnapKV
+from heedful.methods.sparse.prefill.sink_window import SinkWindow
 from heedful.tiny import tiny
 
 IDS = torch.arange(3, 43).view(2, 20)
@@ -32,7 +32,7 @@ def read(text: Tensor, ids: Tensor, chunks: tuple[int, ...]) -> tuple[Any, list[
             run(ids[:, start:stop], attention_mask=text[:, :stop].long(), **{CACHE: cache})
             start = stop
     layer = cache.layers[0]
-    held = [layer.index[row, 0][layer.valid[row, 0]].tolist() for row in range(len(ids))]
+    held = [layer.index[row, 0][layer.is_filled[row, 0]].tolist() for row in range(len(ids))]
     return cache, [[i for i in row if text[n, i]] for n, row in enumerate(held)]
 
 
@@ -59,12 +59,12 @@ def test_a_text_goes_on_after_padding_on_its_right_as_alone(method: Any) -> None
     """Padding inside a text counts for nothing, however many steps follow."""
     model, text = tiny("llama"), torch.ones(2, 20, dtype=torch.long)
     text[1, 8:13] = 0
-    places = text.cumsum(-1) - 1
+    positions = text.cumsum(-1) - 1
     bounds, logits, kept = (13, 16, 17, 18, 19, 20), [], []
     with attach(model, method) as run:
         past, start = None, 0
         for stop in bounds:
-            given = {"attention_mask": text[:, :stop], "position_ids": places[:, start:stop].clamp(min=0)}
+            given = {"attention_mask": text[:, :stop], "position_ids": positions[:, start:stop].clamp(min=0)}
             out = run(IDS[:, start:stop], **{CACHE: past}, use_cache=True, **given)
             past, start = out[CACHE], stop
             logits.append(out.logits[1:])

@@ -13,11 +13,11 @@ from heedful import attach
 from heedful.adapters.cache_name import CACHE
 from heedful.adapters.kvcache import cache_bytes
 from heedful.conformance.tolerances import close_model
-from heedful.core.call import Call, Entries
+from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError
 from heedful.core.mask import Causal, Mask, Padding
-from heedful.core.places import Places
-from heedful.methods.sparse.snap_kv import SnapKV
+from heedful.core.positions import Positions
+from heedful.methods.sparse.cache.snap_kv import SnapKV
 from heedful.tiny import tiny
 from tests.samples import notes_in
 
@@ -28,12 +28,12 @@ def draw(heads: int, seed: int) -> Tensor:
     return 2 * torch.randn(2, heads, N, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def call_of(query: Tensor, key: Tensor, pad: Tensor | None = None, **more: Any) -> tuple[Entries, Call]:
-    places = Places.row(0, N, pad=pad)
-    live = None if pad is None else places.position >= 0
-    queries = Places(places.index, places.position, 0, None, live)
-    call = Call(0, 1, "layer", query.shape[1], key.shape[1], queries, places, SCALE, query=query, **more)
-    return Entries(key, key, places, N), call
+def call_of(query: Tensor, key: Tensor, pad: Tensor | None = None, **more: Any) -> tuple[CachedKV, Call]:
+    positions = Positions.row(0, N, pad=pad)
+    is_text = None if pad is None else positions.position >= 0
+    queries = Positions(positions.index, positions.position, 0, None, is_text)
+    call = Call(0, 1, "layer", query.shape[1], key.shape[1], queries, positions, SCALE, query=query, **more)
+    return CachedKV(key, key, positions, N), call
 
 
 def by_hand(query: Tensor, key: Tensor, most: int, method: SnapKV, start: int = 0, cap: float = 0.0) -> list[int]:
@@ -89,13 +89,13 @@ def test_padding_on_the_right_has_no_vote() -> None:
     method, n = SnapKV(6, 3, 3), 11
     query, key = draw(4, 2), draw(2, 3)
     text = torch.arange(N) < torch.tensor([[N], [n]])
-    places = Places.row(0, N)
-    queries = Places.row(0, N, valid=text[:, None])
-    call = Call(0, 1, "layer", 4, 2, queries, places, SCALE, query=query, mask=Mask((Causal(), Padding(text))))
-    kept = method.snap(Entries(key, key, places, N, live=text[:, None]), call)
-    part = Places.row(0, n)
+    positions = Positions.row(0, N)
+    queries = Positions.row(0, N, is_filled=text[:, None])
+    call = Call(0, 1, "layer", 4, 2, queries, positions, SCALE, query=query, mask=Mask((Causal(), Padding(text))))
+    kept = method.snap(CachedKV(key, key, positions, N, in_row=text[:, None]), call)
+    part = Positions.row(0, n)
     alone = Call(0, 1, "layer", 4, 2, part, part, SCALE, query=query[1:, :, :n])
-    want = method.snap(Entries(key[1:, :, :n], key[1:, :, :n], part, n), alone)
+    want = method.snap(CachedKV(key[1:, :, :n], key[1:, :, :n], part, n), alone)
     assert torch.equal(kept[1, :, :n], want[0])
     assert not kept[1, :, n:].any()
 

@@ -13,7 +13,7 @@ from heedful.adapters.cache_name import CACHE
 from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
-from heedful.methods.intervene.soft_injection import SoftInjection, _Gates
+from heedful.methods.intervene.language.soft_injection import SoftInjection, _Gates
 
 
 def _task(seed: int = 0, layers: int = 2) -> Fitted:

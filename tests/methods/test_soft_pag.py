@@ -12,7 +12,7 @@ from heedful import Prompt, attach, decode, fit, models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
-from heedful.methods.intervene.soft_pag import SoftPAG, _TowardsSelf
+from heedful.methods.intervene.diffusion.soft_pag import SoftPAG, _TowardsSelf
 
 
 def _weak(model: Any, step: SoftPAG, ids: Tensor, **more: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def test_identity_hands_over_a_tokens_own_value() -> None:
             with attach(model, _TowardsSelf(u).on(layers=1, heads=[0, 3])) as run:
                 run(**inputs)
                 if u == 0:
-                    run.book.changed.update(run.stack.steps())  # nothing changes, as it should
+                    run.state.changed.update(run.stack.steps())  # nothing changes, as it should
         found = seen["heads"].unflatten(-1, (4, 8))
         own = seen["v"].unflatten(-1, (2, 8)).repeat_interleave(2, 2)
         wanted = plain.clone()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from heedful.conformance.bare import Bare, Shape
 from heedful.core.errors import FieldError
-from heedful.methods.sparse.sparge_attn import SpargeAttn
+from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn
 from tests.test_blocks import PADDED, call_of, grid_of
 
 

@@ -92,8 +92,8 @@ def test_slices_add_up_to_the_score_whatever_they_are() -> None:
     class Spy(Slices):
         paper = Slices.paper
 
-        def _terms(self, q, k, places, call):
-            out = super()._terms(q, k, places, call)
+        def _terms(self, q, k, positions, call):
+            out = super()._terms(q, k, positions, call)
             seen[call.layer] = (out.sum(-1), (q * k).sum(-1))
             return out
 
@@ -116,7 +116,7 @@ def test_padding_and_tiles_change_nothing() -> None:
         run(input_ids=IDS)
     assert torch.equal(alone.nan_to_num(), padded.nan_to_num())
     assert torch.equal(alone.nan_to_num(), run[method].nan_to_num())
-    assert [f.key for f in method.tells(alone).figures] == ["slices"]
+    assert [f.key for f in method.describe(alone).figures] == ["slices"]
 
 
 def test_says_what_is_wrong() -> None:

@@ -11,7 +11,7 @@ from heedful.authoring import Fitted, Layer
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.core.kinds import HeadWeights
-from heedful.methods.intervene.steer2edit import Steer2Edit
+from heedful.methods.intervene.language.steer2edit import Steer2Edit
 
 
 def _weights(e: int = 6, h: int = 3, d: int = 4) -> HeadWeights:

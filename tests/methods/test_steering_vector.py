@@ -13,7 +13,7 @@ from heedful.adapters.cache_name import CACHE
 from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, FoldError
-from heedful.methods.intervene.steering_vector import SteeringVector
+from heedful.methods.intervene.language.steering_vector import SteeringVector
 
 
 def _vectors(layers: int = 2, width: int = 32) -> Fitted:

@@ -85,13 +85,13 @@ def test_later_pieces_of_a_text_and_decoding_steps_are_left_out(model) -> None:
 
 
 def test_tells_the_share_that_is_both() -> None:
-    told = METHOD.tells(Outliers({1: Counts(2, 4, 4, 2, 1), 2: Counts(2, 0, 4, 2, 2)}))
+    told = METHOD.describe(Outliers({1: Counts(2, 4, 4, 2, 1), 2: Counts(2, 0, 4, 2, 2)}))
     assert told.findings[0].text == (
         "50% of the tokens that draw much attention carry a massive activation (layers 1 to 2), 75% of them the first "
         "token."
     )
     assert told.figures[0].lines["both"].tolist() == [1.0, 1.0]
-    assert not METHOD.tells(Outliers({1: Counts(2, 4, 0, 0, 0)})).findings
+    assert not METHOD.describe(Outliers({1: Counts(2, 4, 0, 0, 0)})).findings
 
 
 @pytest.mark.parametrize(("field", "bad"), [("times", 1.0), ("share", 0.0), ("share", 1.1)])

@@ -14,7 +14,7 @@ from heedful.authoring import Fitted
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.core.method import Layer
-from heedful.methods.intervene.task_vector import LearnableTaskVector, _Weights
+from heedful.methods.intervene.language.task_vector import LearnableTaskVector, _Weights
 
 
 def _vectors(layers: int = 2, width: int = 32) -> Fitted:

@@ -11,7 +11,7 @@ from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.core.kinds import HeadWeights
 from heedful.core.method import Layer
-from heedful.methods.intervene.temp_scale import TempScale
+from heedful.methods.intervene.language.temp_scale import TempScale
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])

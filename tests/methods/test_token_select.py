@@ -13,9 +13,9 @@ from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, SiteError
-from heedful.core.places import Places
-from heedful.methods.sparse.sink_window import SinkWindow
-from heedful.methods.sparse.token_select import TokenSelect
+from heedful.core.positions import Positions
+from heedful.methods.sparse.decode.token_select import TokenSelect
+from heedful.methods.sparse.prefill.sink_window import SinkWindow
 
 N = 19
 
@@ -32,14 +32,14 @@ def _by_loops(bare: Bare, method: TokenSelect, pads: list[int]) -> Tensor:
     out = torch.zeros(s.b, s.q, s.k, dtype=torch.bool)
     before = s.k - s.q
     for b, pad in enumerate(pads):
-        places = [before + i - pad for i in range(s.q)]
-        for i, place in enumerate(places):
+        positions = [before + i - pad for i in range(s.q)]
+        for i, place in enumerate(positions):
             if place < 0:
                 continue
             chunk = [
-                j for j, other in enumerate(places) if other >= 0 and other // method.chunk == place // method.chunk
+                j for j, other in enumerate(positions) if other >= 0 and other // method.chunk == place // method.chunk
             ]
-            end = places[chunk[-1]] + 1
+            end = positions[chunk[-1]] + 1
             middle = [k for k in range(s.k) if method.sinks <= k - pad < end - method.window]
             room = method.budget if isinstance(method.budget, int) else -int(-method.budget * end // 1)
             room = max(0, room - method.sinks - method.window)
@@ -60,9 +60,9 @@ def test_the_formula(method: TokenSelect, shape: Shape, pads: list[int]) -> None
     text = torch.arange(N) >= torch.tensor(pads)[:, None]
     bare = _bare(shape, text)
     part = bare.call.tile(slice(0, shape.q), slice(0, N))
-    live = text[:, N - shape.q :, None]
+    is_text = text[:, N - shape.q :, None]
     kept = method.select(bare.call.mask, bare.call).keeps(part.pairs)[:, 0]
-    assert torch.equal(kept & live, _by_loops(bare, method, pads))
+    assert torch.equal(kept & is_text, _by_loops(bare, method, pads))
 
 
 def test_tiles_fetch_no_column_that_nobody_chose() -> None:
@@ -86,7 +86,7 @@ def test_the_cache_keeps_all_and_steps_see_few() -> None:
     ids = models.tiny_inputs(model, length=24)["input_ids"]
     with torch.no_grad(), attach(model, TokenSelect(8, 1, 4, 4)) as run:
         out = run(input_ids=ids, use_cache=True)
-        run.book.calls.clear()
+        run.state.calls.clear()
         out = run(input_ids=ids[:, :1], **{CACHE: out[CACHE]}, use_cache=True)
     assert out[CACHE].layers[0].keys.shape[2] == 25
     assert set(run.activity().density.values()) == {8 / 25}
@@ -95,24 +95,26 @@ def test_the_cache_keeps_all_and_steps_see_few() -> None:
 def test_heads_with_unlike_caches_are_refused() -> None:
     bare = _bare(Shape(q=1))
     index = torch.stack([torch.arange(N), torch.arange(N) + (torch.arange(N) < 4)]).expand(2, 2, N)
-    valid = torch.ones(2, 2, N, dtype=torch.bool)
-    valid[1, 0, 3] = False
+    is_filled = torch.ones(2, 2, N, dtype=torch.bool)
+    is_filled[1, 0, 3] = False
     alike = torch.arange(N).expand(2, 2, N)
-    for keys in (Places(index, index), Places(alike, alike, valid=valid)):
+    for keys in (Positions(index, index), Positions(alike, alike, is_filled=is_filled)):
         with pytest.raises(SiteError, match="unlike tokens"):
             TokenSelect(5, 1, 2, 2).select(bare.call.mask, replace(bare.call, keys=keys))
 
 
 def test_heads_that_hold_the_same_tokens_vote_on_them() -> None:
     bare, method = _bare(Shape(q=1)), TokenSelect(7, 1, 2, 2)
-    index, valid = (x.expand(2, 1, N) for x in (torch.arange(N), torch.arange(N) > 2))
+    index, is_filled = (x.expand(2, 1, N) for x in (torch.arange(N), torch.arange(N) > 2))
     one, both = (
-        replace(bare.call, keys=Places(index.expand(2, g, N), index.expand(2, g, N), valid=valid.expand(2, g, N)))
+        replace(
+            bare.call, keys=Positions(index.expand(2, g, N), index.expand(2, g, N), is_filled=is_filled.expand(2, g, N))
+        )
         for g in (1, 2)
     )
     found, wanted = (method.select(x.mask, x).keeps(x.tile(slice(0, 1), slice(0, N)).pairs) for x in (both, one))
     assert torch.equal(*torch.broadcast_tensors(found, wanted))
-    assert (wanted & valid[:, None]).sum(-1).unique().tolist() == [6]  # the sink is not there
+    assert (wanted & is_filled[:, None]).sum(-1).unique().tolist() == [6]  # the sink is not there
 
 
 def test_a_cache_that_dropped_the_same_of_all_heads_can_be_chosen_from() -> None:
@@ -120,7 +122,7 @@ def test_a_cache_that_dropped_the_same_of_all_heads_can_be_chosen_from() -> None
     ids = models.tiny_inputs(model, length=24)["input_ids"]
     with torch.no_grad(), attach(model, SinkWindow(2, 12) | TokenSelect(8, 1, 4, 4)) as run:
         out = run(input_ids=ids, use_cache=True)
-        run.book.calls.clear()
+        run.state.calls.clear()
         run(input_ids=ids[:, :1], **{CACHE: out[CACHE]}, use_cache=True)
     assert set(run.activity().density.values()) == {8 / 14}
 

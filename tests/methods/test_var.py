@@ -13,9 +13,9 @@ from heedful import attach, fit, models
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-from heedful.core.places import Places
+from heedful.core.positions import Positions
 from heedful.core.state import State
-from heedful.methods.intervene.var import VAR
+from heedful.methods.intervene.vision.var import VAR
 
 N, SPAN = 10, (2, 6)
 SINKS = ({0, 3}, {0})
@@ -32,8 +32,8 @@ def _stream(sinks: tuple[set[int], ...] = SINKS) -> Tensor:
 
 def _call(layer: int, **settings: Any) -> Call:
     keep = torch.ones(N, N, dtype=torch.bool).tril()[None, None]
-    places = Places.row(0, N)
-    call = Call(layer, 4, "layer", 4, 2, places, places, 1.0, roles={"marked": (SPAN,)}, keep=keep)
+    positions = Positions.row(0, N)
+    call = Call(layer, 4, "layer", 4, 2, positions, positions, 1.0, roles={"marked": (SPAN,)}, keep=keep)
     return replace(call, rows=slice(0, N), cols=slice(0, N), **settings)
 
 
@@ -109,13 +109,13 @@ def test_a_dimension_is_massive_where_half_of_the_layers_say_so(layers: int, fou
     shares[:layers, 3] = 9.0
     shares[:3, 1] = 9.0
     shares[:, 2] = 8.0  # no more than tau
-    bench: Any = _Bench(shares)
-    method = VAR(tau=8.0).fit(bench, [{"x": 1}])
+    context: Any = _FitContext(shares)
+    method = VAR(tau=8.0).fit(context, [{"x": 1}])
     assert method.dims == ((1, 3) if found else (1,))
-    assert bench.ran == [{"x": 1}]
+    assert context.ran == [{"x": 1}]
 
 
-class _Bench:
+class _FitContext:
     """A bench whose one reader has found what it was told."""
 
     def __init__(self, found: Tensor) -> None:
@@ -139,8 +139,8 @@ class _Bench:
 def test_cached_tokens_stay_sinks() -> None:
     state = State()
     call = _call(1, state=state)
-    VAR(tau=5.0).find_sinks(_stream()[:, :4], replace(call, queries=Places.row(0, 4)))
-    VAR(tau=5.0).find_sinks(_stream()[:, 4:], replace(call, queries=Places.row(4, 6)))
+    VAR(tau=5.0).find_sinks(_stream()[:, :4], replace(call, queries=Positions.row(0, 4)))
+    VAR(tau=5.0).find_sinks(_stream()[:, 4:], replace(call, queries=Positions.row(4, 6)))
     assert [set(row.nonzero().flatten().tolist()) for row in state.forward["sinks"][1]] == list(SINKS)
 
 

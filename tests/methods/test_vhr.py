@@ -14,10 +14,10 @@ from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
 from heedful.core.mask import Causal, Mask, Padding
-from heedful.core.places import Places
+from heedful.core.positions import Positions
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
-from heedful.methods.intervene.vhr import VHR
+from heedful.methods.intervene.vision.vhr import VHR
 
 N, SPAN = 9, (2, 5)
 SCALE = 0.7
@@ -28,9 +28,9 @@ def _call(text: Tensor, heads: int = 4) -> Call:
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(len(text), g, N, 6, generator=draw) for g in (heads, heads // 2, heads // 2))
     pad = text.long().cummax(-1).values.logical_not().sum(-1)
-    queries = Places.row(0, N, pad=pad, valid=text[:, None])
+    queries = Positions.row(0, N, pad=pad, is_filled=text[:, None])
     return Call(
-        0, 1, "bare", heads, heads // 2, queries, Places.row(0, N, pad=pad), SCALE, roles={"marked": (SPAN,)},
+        0, 1, "bare", heads, heads // 2, queries, Positions.row(0, N, pad=pad), SCALE, roles={"marked": (SPAN,)},
         mask=Mask((Causal(), Padding(text))), query=2 * q, key=k, value=v,
     )  # fmt: skip
 
@@ -145,7 +145,7 @@ class _Heads(VHR):
 
     paper = VHR.paper
 
-    @reads(Site.HEADS)
+    @reads(Site.HEAD_OUTPUT)
     def reinforce(self, heads: Tensor, call: Call) -> Cat:  # type: ignore[override]
         return Cat({f"{call.layer} model": heads[:, :, -1].detach(), f"{call.layer} mine": self.last_heads(call)[0]})
 

@@ -60,7 +60,7 @@ def test_every_projection_of_every_layer_and_the_model_stays() -> None:
     assert torch.all((others - GAUSSIAN).abs() < 0.12)
     assert close(found.line(model.model.layers[1].self_attn.k_proj.weight)[0], found.shapes[1, 1])
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-    told = found.tells()
+    told = found.describe()
     assert list(told.figures[0].lines) == ["queries", "keys", "values", "output", "a Gaussian"]
     assert "median shapes" in told.findings[0].text
 
@@ -69,4 +69,4 @@ def test_says_what_is_wrong() -> None:
     with pytest.raises(FieldError, match="middle"):
         WeibullWeights(1.0)
     with pytest.raises(StatisticError, match=r"heedful\.fit"):
-        WeibullWeights().tells()
+        WeibullWeights().describe()

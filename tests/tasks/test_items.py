@@ -9,7 +9,7 @@ import pytest
 
 from heedful import arrange, models
 from heedful.core.errors import FieldError, HeedfulError
-from heedful.methods.intervene.attention_sorting import AttentionSorting
+from heedful.methods.intervene.language.attention_sorting import AttentionSorting
 from heedful.tasks import find, known
 from heedful.tasks._draft import Draft, opening
 from heedful.tasks.choices import IOI, ColouredObjects, GreaterThan
@@ -151,7 +151,7 @@ def test_every_key_is_asked_once_with_its_value() -> None:
         assert len({value for _, value in told}) == 5
         assert [text.strip() for text in texts(Bytes(), item, "needle")] == [value for _, value in told]
         assert [text.strip() for text in texts(Bytes(), item, "answer")] == [value for _, value in asked]
-        assert [len(places) for places in item.graded("answer")] == [2] * 5  # a space and a digit
+        assert [len(positions) for positions in item.graded("answer")] == [2] * 5  # a space and a digit
 
 
 def test_the_second_half_repeats_the_first(tokenizer: Any) -> None:

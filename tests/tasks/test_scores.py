@@ -51,12 +51,12 @@ def test_graded_places_are_those_of_the_losses() -> None:
 def test_a_value_counts_when_all_of_it_is_right() -> None:
     task = MultiQueryRecall(pairs=3, digits=2)
     item = task.items(Bytes(), 1)[0]
-    places = item.graded("answer")
+    positions = item.graded("answer")
     rights = [True] * (len(item.prompt) - (item.cut or 1))
     assert task.score(item, Sheet((), tuple(rights), NONE)) == 1
-    rights[places[1][-1]] = False
+    rights[positions[1][-1]] = False
     assert isclose(task.score(item, Sheet((), tuple(rights), NONE)), 2 / 3)
-    rights[places[0][-1] + 1] = False  # the key that comes next cannot be known
+    rights[positions[0][-1] + 1] = False  # the key that comes next cannot be known
     assert isclose(task.score(item, Sheet((), tuple(rights), NONE)), 2 / 3)
 
 

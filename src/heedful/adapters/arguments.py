@@ -14,7 +14,7 @@ from heedful.adapters.lazymask import LazyMask
 from heedful.adapters.sparse import LISTS, chosen_pairs
 from heedful.core.errors import UnknownArgument
 from heedful.core.mask import Causal, Dense, Mask
-from heedful.core.places import Places
+from heedful.core.positions import Positions
 
 # tensors that models pass along and that do not change the map
 HARMLESS = frozenset({
@@ -30,8 +30,8 @@ READ = LISTS | {"s_aux", "sinks", "position_bias"}  # those that do, and are rea
 class Given:
     """One attention call as the model asks for it."""
 
-    queries: Places
-    keys: Places
+    queries: Positions
+    keys: Positions
     mask: Mask
     bias: Tensor | None
     sink: Tensor | None
@@ -40,7 +40,7 @@ class Given:
 
 
 def understand(bound: Bound, request: Request, held: HeldLayer | None) -> Given:
-    """Places, rules and extras of a call."""
+    """Positions, rules and extras of a call."""
     q, k, mask, more = request.q, request.k, request.mask, request.more
     for key, value in more.items():
         if isinstance(value, Tensor) and key not in HARMLESS | READ and not passes_through(type(bound.module), key):
@@ -56,8 +56,8 @@ def understand(bound: Bound, request: Request, held: HeldLayer | None) -> Given:
         flag = getattr(bound.module, "is_causal", True) if flag is None else flag
         if bound.native != "eager" and flag and q.shape[2] > 1 and held is None:
             # without a mask this is what transformers' own kernels do with the flag; eager attention ignores it
-            queries = Places.row(0, q.shape[2], q.device)
-            keys = Places.row(0, k.shape[2], q.device)
+            queries = Positions.row(0, q.shape[2], q.device)
+            keys = Positions.row(0, k.shape[2], q.device)
             rules = Mask((Causal(),))
     elif not isinstance(mask, LazyMask):
         if held is not None and not held.whole:
@@ -82,14 +82,14 @@ def understand(bound: Bound, request: Request, held: HeldLayer | None) -> Given:
     return Given(queries, keys, rules, bias, _sink(more), None if not softcap else float(softcap), scale)
 
 
-def _places(bound: Bound, request: Request, held: HeldLayer | None) -> tuple[Places, Places, Mask]:
+def _places(bound: Bound, request: Request, held: HeldLayer | None) -> tuple[Positions, Positions, Mask]:
     q, mask = request.q, request.mask
     n, m = q.shape[2], request.k.shape[2]
     if isinstance(mask, LazyMask):
         spec = mask.spec
         queries, keys = spec.queries, spec.keys
         if held is not None:
-            keys = keys if held.whole else held.places(spec.pad, spec.position)
+            keys = keys if held.whole else held.positions(spec.pad, spec.position)
         elif len(keys) > m and shrunk(bound.cache):
             raise UnknownArgument(
                 f"{bound.name} ({bound.kind}) attends to the keys of another layer, whose cache dropped entries, so "
@@ -103,25 +103,25 @@ def _places(bound: Bound, request: Request, held: HeldLayer | None) -> tuple[Pla
             keys = keys.take(slice(0, m))
         if len(queries) != n:
             # one row for all queries: it tells of the keys alone
-            return Places.row(0, n, q.device), keys, Mask((Dense(spec.table[..., :m]),))
+            return Positions.row(0, n, q.device), keys, Mask((Dense(spec.table[..., :m]),))
         if held is None and spec.pad is None and spec.position is None:
             queries, keys = _by_text(queries, keys, request.more.get("position_ids"))
         return queries, keys, spec.mask
     if held is not None:
-        keys = held.places(None)
-        return Places.row(held.seen - n, n, q.device), keys, Mask()
+        keys = held.positions(None)
+        return Positions.row(held.seen - n, n, q.device), keys, Mask()
     start = 0 if bound.cross else max(0, m - n)
-    return Places.row(start, n, q.device), Places.row(0, m, q.device), Mask()
+    return Positions.row(start, n, q.device), Positions.row(0, m, q.device), Mask()
 
 
-def _by_text(queries: Places, keys: Places, position_ids: Any) -> tuple[Places, Places]:
-    """Places whose positions start anew in each packed text, where the model says that several are packed."""
+def _by_text(queries: Positions, keys: Positions, position_ids: Any) -> tuple[Positions, Positions]:
+    """Positions whose positions start anew in each packed text, where the model says that several are packed."""
     if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or len(queries) != len(keys):
         return queries, keys
     if position_ids.shape[1] != len(queries) or bool((position_ids.diff(dim=-1) == 1).all()):
         return queries, keys
     position = position_ids[:, None].to(queries.index.device)
-    return tuple(Places(p.index, position, p.first, None) for p in (queries, keys))  # type: ignore[return-value]
+    return tuple(Positions(p.index, position, p.first, None) for p in (queries, keys))  # type: ignore[return-value]
 
 
 def _from_dense(mask: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None]:

@@ -68,7 +68,7 @@ class Bound:
         return type(self.module).__name__
 
     @property
-    def turn(self) -> Callable[[Tensor], Tensor] | None:
+    def rotate(self) -> Callable[[Tensor], Tensor] | None:
         """The rotary embedding of this call's tokens, as the model's own file does it."""
         if self.rotary is None:
             return None

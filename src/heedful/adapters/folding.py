@@ -15,7 +15,7 @@ from heedful.core.method import Layer
 from heedful.core.sites import Site
 
 PROJECTED = frozenset({Site.QUERY, Site.KEY})
-MIXED = frozenset({Site.HIDDEN, Site.VALUE, Site.PATTERN, Site.HEADS})
+MIXED = frozenset({Site.HIDDEN, Site.VALUE, Site.PATTERN, Site.HEAD_OUTPUT})
 OF_SCORES = ("relative_", "sinks")  # names of things that meet the scores alone
 OF_THE_MAP = ("q_", "k_", "query", "key", *OF_SCORES)  # and of those that only the map depends on
 

@@ -19,11 +19,11 @@ from heedful.adapters.layers import block_of, output_module, within
 from heedful.adapters.lazymask import LazyMask
 from heedful.core.call import Call, Phase
 from heedful.core.errors import NotEntered, RefusedModel
-from heedful.core.places import Places
+from heedful.core.positions import Positions
 from heedful.core.regions import Span
 from heedful.core.sites import Site
 from heedful.engine.attend import replaced
-from heedful.engine.job import Job
+from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run import Run
 from heedful.engine.stages import stage
 
@@ -62,14 +62,14 @@ class Hooks:
         if (grid := grid_of(model, kwargs)) is not None:
             self._images[self._parts[model]] = (model, grid)
         if self._inside == 0:
-            self.run.book.new_forward()
-            wanted = kwargs.get("output_attentions")
-            self.patterns = bool(getattr(model.config, "output_attentions", False) if wanted is None else wanted)
+            self.run.state.new_forward()
+            requested = kwargs.get("output_attentions")
+            self.patterns = bool(getattr(model.config, "output_attentions", False) if requested is None else requested)
         self._inside += 1
 
     def _ends(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         self._inside = max(0, self._inside - 1)
-        if self._inside or not self.run.book.losses or kwargs.get("labels") is None:
+        if self._inside or not self.run.state.losses or kwargs.get("labels") is None:
             return None
         if isinstance(output, tuple):
             return (output[0] + self.run.loss(), *output[1:])
@@ -116,7 +116,7 @@ class Hooks:
         bound.cross = any(isinstance(kwargs.get(n), Tensor) for n in _CROSS)
         if bound.number is None:
             return None
-        self.run.book.begin(bound.number, shelf_of(bound.cache))
+        self.run.state.begin(bound.number, shelf_of(bound.cache))
         serve(bound.cache, getattr(bound.module, "layer_idx", None))
         steps = self.run.stack.steps(bound.number)
         if any(s.edit.site is Site.CACHE for s in steps) and bound.cache is not None and not bound.cross:
@@ -133,10 +133,10 @@ class Hooks:
         flat = bound.hidden.ndim == 2  # [n e], of images whose patches stand in one row
         hidden = bound.hidden[None] if flat else bound.hidden
         call = self._outline(bound, hidden, kwargs.get("attention_mask"))
-        job = Job(self.run.book.plan(call, Site.HIDDEN), self.run.book, call)
+        job = AttentionCall(self.run.state.plan(call, Site.HIDDEN), self.run.state, call)
         hidden = stage(Site.HIDDEN, hidden, job, call)
         bound.hidden = hidden[0] if flat else hidden
-        self.run.book.close_call(job.plan, call)
+        self.run.state.close_call(job.plan, call)
         if by_name:
             return args, {**kwargs, "hidden_states": bound.hidden}
         return (bound.hidden, *args[1:]), kwargs
@@ -147,11 +147,11 @@ class Hooks:
         if isinstance(mask, LazyMask):
             queries, keys = mask.spec.queries, mask.spec.keys
         else:
-            queries = keys = Places.row(0, n, hidden.device)
+            queries = keys = Positions.row(0, n, hidden.device)
         phase = Phase.DECODE if n == 1 and (queries.first or 0) > 0 else Phase.PREFILL
         return Call(
             bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
-            roles=self.roles(bound, len(keys)), hidden=hidden, forward=self.run.book.forward, batch=len(hidden),
+            roles=self.roles(bound, len(keys)), hidden=hidden, forward=self.run.state.forward, batch=len(hidden),
         )  # fmt: skip
 
     # the layers of one list
@@ -177,9 +177,9 @@ class Hooks:
             if not isinstance(stream, Tensor) or stream.ndim != 3:
                 raise RefusedModel(f"an EMBEDDING edit cannot act before {name}: it is not handed [b n e]")
             call = self._outline(bound, stream, kwargs.get("attention_mask"))
-            job = Job(self.run.book.plan(call, Site.EMBEDDING), self.run.book, call)
+            job = AttentionCall(self.run.state.plan(call, Site.EMBEDDING), self.run.state, call)
             new = stage(Site.EMBEDDING, stream, job, call)
-            self.run.book.close_call(job.plan, call)
+            self.run.state.close_call(job.plan, call)
             return (args, {**kwargs, "hidden_states": new}) if by_name else ((new, *args[1:]), kwargs)
 
         self._handles.append(model.get_submodule(name).register_forward_pre_hook(as_written(before), with_kwargs=True))
@@ -205,12 +205,12 @@ class Hooks:
                 raise RefusedModel(
                     f"an OUTPUT edit cannot act in {bound.name}: its projection does not give [b n e] for {n} tokens"
                 )
-            job = Job(self.run.book.plan(call), self.run.book, call)
+            job = AttentionCall(self.run.state.plan(call), self.run.state, call)
             new = output.reshape(-1, n, output.shape[-1])
             if steps := job.plan.at(Site.BLOCK):
                 new = replaced(steps[0], job, call, new)
             new = stage(Site.OUTPUT, new, job, call)
-            self.run.book.close_call(job.plan, call)
+            self.run.state.close_call(job.plan, call)
             return new.reshape(output.shape)
 
         self._handles.append(found.register_forward_hook(as_written(after)))
@@ -237,9 +237,9 @@ class Hooks:
             n = len(call.queries)
             if stream.shape[:-1].numel() % n:
                 raise RefusedModel(f"a RESIDUAL edit cannot act in {name}: it does not give [b n e] for {n} tokens")
-            job = Job(self.run.book.plan(call), self.run.book, call)
+            job = AttentionCall(self.run.state.plan(call), self.run.state, call)
             new = stage(Site.RESIDUAL, stream.reshape(-1, n, stream.shape[-1]), job, call)
-            self.run.book.close_call(job.plan, call)
+            self.run.state.close_call(job.plan, call)
             new = new.reshape(stream.shape)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 

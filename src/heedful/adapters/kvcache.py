@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from heedful.core.call import Kept
 from heedful.core.errors import RefusedModel
-from heedful.core.places import Places
+from heedful.core.positions import Positions
 from heedful.core.ragged import padded, spread
 
 
@@ -85,7 +85,7 @@ class HeldLayer(DynamicLayer):
         return self._spread(self._indices().long())
 
     @property
-    def valid(self) -> Tensor:
+    def is_filled(self) -> Tensor:
         """`[b, g, k]`: False where a head holds fewer entries than the longest one."""
         return self._spread(torch.ones(sum(self.counts), dtype=torch.bool, device=self._keys.device))
 
@@ -106,18 +106,18 @@ class HeldLayer(DynamicLayer):
             (k.shape, v.shape) == ((*shape, self._keys.shape[1]), (*shape, self._values.shape[1]))
         )
 
-    def places(self, pad: Tensor | None, positions: Tensor | None = None) -> Places:
+    def positions(self, pad: Tensor | None, positions: Tensor | None = None) -> Positions:
         """Where the entries stand, given each row's left padding `[b]`, or every position `[b n]` of the row."""
         if self.whole:
-            return Places.row(0, self.seen, self._keys.device, pad)
+            return Positions.row(0, self.seen, self._keys.device, pad)
         index = self.index
         position = index if pad is None else index - pad[:, None, None]
         if positions is not None:
             position = positions[:, None].expand(-1, index.shape[1], -1).gather(-1, index)
         if self.even:
-            return Places(index, position, last=self.seen - 1)
+            return Positions(index, position, last=self.seen - 1)
         held = torch.tensor(self.counts, device=index.device).view(self.heads)
-        return Places(index, position, valid=self.valid, last=self.seen - 1, held=held)
+        return Positions(index, position, is_filled=self.is_filled, last=self.seen - 1, filled=held)
 
     # how it changes
 
@@ -150,12 +150,12 @@ class HeldLayer(DynamicLayer):
 
     def keep(self, left: Kept) -> None:
         """Drop every entry that is not kept, and the memory it took; the others may be given new keys and values."""
-        kept, valid = left.keep, self.valid
+        kept, is_filled = left.keep, self.is_filled
         if left.key is not None:
-            self._keys = left.key[valid].to(self._keys.dtype)
+            self._keys = left.key[is_filled].to(self._keys.dtype)
         if left.value is not None:
-            self._values = left.value[valid].to(self._values.dtype)
-        mine = (kept if self.even else kept[valid]).flatten()
+            self._values = left.value[is_filled].to(self._values.dtype)
+        mine = (kept if self.even else kept[is_filled]).flatten()
         if bool(mine.all()):
             return
         self._index = self._indices()[mine]
@@ -171,7 +171,7 @@ class HeldLayer(DynamicLayer):
         if not left:
             self._clear()
             return
-        self.keep(Kept(self.valid & (self.index < left)))
+        self.keep(Kept(self.is_filled & (self.index < left)))
         self.seen = left
         if whole:
             self._index = None

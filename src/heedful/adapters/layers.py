@@ -191,7 +191,7 @@ def size_of(model: nn.Module, name: str, number: int) -> Layer:
 def projections(model: nn.Module, name: str, number: int) -> Projections:
     """The projections of a layer, or RefusedModel with the reason."""
     layer = model.get_submodule(name)
-    places = {
+    positions = {
         "query": _child(layer, QUERY_NAMES),
         "key": _child(layer, KEY_NAMES),
         "value": _child(layer, VALUE_NAMES),
@@ -201,9 +201,9 @@ def projections(model: nn.Module, name: str, number: int) -> Projections:
     rows: dict[str, slice] = {}
     if (fused := _fused(layer, config)) is not None:
         place, rows = fused
-        places |= dict.fromkeys(("query", "key", "value"), place)
-    found = [place for place in places.values() if place is not None]
-    if missing := [word for word, place in places.items() if place is None]:
+        positions |= dict.fromkeys(("query", "key", "value"), place)
+    found = [place for place in positions.values() if place is not None]
+    if missing := [word for word, place in positions.items() if place is None]:
         have = ", ".join(n for n, _ in layer.named_children()) or "none"
         raise RefusedModel(
             f"{name} ({type(layer).__name__}) has no separate {', '.join(missing)} projection that heedful knows; its "

@@ -24,7 +24,7 @@ from transformers.masking_utils import (
 )
 
 from heedful.core.mask import Causal, Mask, Padding, Rule
-from heedful.core.places import Pairs, Places
+from heedful.core.positions import Pairs, Positions
 
 _NO_SKIPS = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -115,21 +115,21 @@ class MaskSpec:
         return int(self.arguments["q_offset"])
 
     @cached_property
-    def queries(self) -> Places:
+    def queries(self) -> Positions:
         start, n = self.q_start, self.arguments["q_length"]
         text = self.padding
-        live = None if text is None or text.shape[1] < start + n else text[:, None, start : start + n]
-        return self._row(start, n, live)
+        is_text = None if text is None or text.shape[1] < start + n else text[:, None, start : start + n]
+        return self._row(start, n, is_text)
 
     @cached_property
-    def keys(self) -> Places:
+    def keys(self) -> Positions:
         return self._row(int(self.arguments["kv_offset"]), self.arguments["kv_length"])
 
-    def _row(self, start: int, n: int, live: Tensor | None = None) -> Places:
-        row = Places.row(start, n, self.arguments["device"], self.pad, live)
+    def _row(self, start: int, n: int, is_text: Tensor | None = None) -> Positions:
+        row = Positions.row(start, n, self.arguments["device"], self.pad, is_text)
         if self.position is None or self.position.shape[1] < start + n:
             return row
-        return Places(row.index, self.position[:, None, start : start + n], start, valid=live)
+        return Positions(row.index, self.position[:, None, start : start + n], start, is_filled=is_text)
 
 
 class LazyMask(Tensor):

@@ -19,14 +19,14 @@ from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import HeldLayer, held_layer
 from heedful.adapters.layers import interface_layers, leftovers, size_of, within
 from heedful.adapters.wrapped import unwrapped
-from heedful.core.call import Call, Entries, Phase
+from heedful.core.call import CachedKV, Call, Phase
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
 from heedful.core.method import Layer
 from heedful.core.sites import Site
 from heedful.engine.attend import attend
+from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends import Backend
 from heedful.engine.backends.tiled import Tiled
-from heedful.engine.job import Job
 from heedful.engine.needs import Needs
 from heedful.engine.run import Run
 from heedful.engine.select import select
@@ -204,9 +204,9 @@ class TransformersAdapter:
         bound.called = True
         if bound.number is None:
             return native(bound, request)
-        run, book = self.run, self.run.book
+        run, run_state = self.run, self.run.state
         q, k, v = request.q, request.k, request.v
-        book.entered[bound.number] += 1
+        run_state.entered[bound.number] += 1
         held = None
         if bound.cache is not None and not bound.cross:
             held = held_layer(bound.cache, getattr(bound.module, "layer_idx", None), k, v, bound.name)
@@ -216,22 +216,22 @@ class TransformersAdapter:
         call = bound.call = Call(
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
             given.softcap, phase, bound.cross, self._hooks.roles(bound, len(given.keys)), _rows(bound.hidden, q),
-            bound.turn, given.mask, max(0, book.forward), batch=len(q),
+            bound.rotate, given.mask, max(0, run_state.forward), batch=len(q),
         )  # fmt: skip
-        plan = book.plan(call)
+        plan = run_state.plan(call)
         if plan.summed and given.queries.packed:
             raise StatisticError(
                 f"{plan.summed[0].part!r} counts texts, and several are packed into one row (position_ids begin anew): "
                 "give each a row of its own, padded"
             )
         if plan.at(Site.BLOCK):
-            book.backends[bound.number] = repr(plan.at(Site.BLOCK)[0].part)
+            run_state.backends[bound.number] = repr(plan.at(Site.BLOCK)[0].part)
             return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]), None
         pattern = self._hooks.patterns or bool(request.more.get("output_attentions"))
         # a kernel of the model's own would leave the pattern out without a word
         own = not pattern or bound.native == "eager"
         if own and not plan.acts_inside() and held is None and run.backend == "auto":
-            book.backends[bound.number] = f"the model's own ({bound.native})"
+            run_state.backends[bound.number] = f"the model's own ({bound.native})"
             return native(bound, request)
         if pattern and plan.at(Site.MIX):
             raise SiteError(
@@ -239,20 +239,20 @@ class TransformersAdapter:
                 "cannot be given; leave it out"
             )
         dropout = request.dropout if bound.module.training else 0.0
-        job = Job(plan, book, call, given.bias, given.sink, dropout, pattern)
+        job = AttentionCall(plan, run_state, call, given.bias, given.sink, dropout, pattern)
         number = bound.number
 
         def choose(needs: Needs) -> Backend:
             backend = select(run.backend, needs)
-            book.backends[number] = backend.name
+            run_state.backends[number] = backend.name
             return Tiled(run.tile_rows) if run.tile_rows and backend.name == "tiled" else backend
 
         for step in plan.at(Site.MIX):
-            book.backends[number] = repr(step.part)
+            run_state.backends[number] = repr(step.part)
         heads, weights, call = attend(job, q, k, v, choose)
         if held is not None:
             _evict(replace(job, call=call), held, k, v)
-        book.close_call(plan, call)
+        run_state.close_call(plan, call)
         return heads.transpose(1, 2).contiguous(), None if weights is None else weights.to(q.dtype)
 
 
@@ -264,10 +264,10 @@ def _rows(hidden: Tensor | None, q: Tensor) -> Tensor | None:
     return hidden if fits else None
 
 
-def _evict(job: Job, held: HeldLayer, k: Tensor, v: Tensor) -> None:
-    kept = keep_entries(job, Entries(k, v, job.call.keys, held.fresh))
+def _evict(job: AttentionCall, held: HeldLayer, k: Tensor, v: Tensor) -> None:
+    kept = keep_entries(job, CachedKV(k, v, job.call.keys, held.fresh))
     if kept is not None:
-        job.book.kept[job.call.layer] = (int(kept.keep.sum()), held.seen * kept.keep.shape[0] * kept.keep.shape[1])
+        job.run_state.kept[job.call.layer] = (int(kept.keep.sum()), held.seen * kept.keep.shape[0] * kept.keep.shape[1])
         held.keep(kept)
 
 

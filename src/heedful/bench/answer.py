@@ -8,34 +8,34 @@ import torch
 from torch import Tensor
 
 from heedful.tasks.task import Item, Sheet
-from heedful.voices import Voice
+from heedful.text_models import TextModel
 
 
 @torch.no_grad()
-def answer(voice: Voice, item: Item) -> Sheet:
+def answer(text_model: TextModel, item: Item) -> Sheet:
     """What the voice makes of one item: how likely each option is to it, or what the prompt's own tokens cost it."""
     if not item.options:
-        logits = voice.read(item.prompt, item.cut, every=True)
+        logits = text_model.read(item.prompt, item.cut, every=True)
         asked = torch.tensor(item.prompt.tokens[len(item.prompt) + 1 - len(logits) :], device=logits.device)
         losses = torch.nn.functional.cross_entropy(logits[:-1].float(), asked, reduction="none")
         return Sheet((), tuple((logits[:-1].argmax(-1) == asked).tolist()), losses)
-    last = voice.read(item.prompt, item.cut)[-1]
+    last = text_model.read(item.prompt, item.cut)[-1]
     likely, greedy = [], []
     for number, option in enumerate(item.options):
-        with voice.branch() if len(option) > 1 else nullcontext():
-            found, best = follow(voice, last, option)
+        with text_model.branch() if len(option) > 1 else nullcontext():
+            found, best = follow(text_model, last, option)
         likely.append(found)
         if number == 0:
             greedy = best
     return Sheet(tuple(likely), tuple(greedy), torch.empty(0))
 
 
-def follow(voice: Voice, logits: Tensor, option: tuple[int, ...]) -> tuple[Tensor, list[bool]]:
+def follow(text_model: TextModel, logits: Tensor, option: tuple[int, ...]) -> tuple[Tensor, list[bool]]:
     """The log-probability of each token of a continuation, and whether it was the likeliest."""
     found, best = [], []
     for place, token in enumerate(option):
         if place:
-            logits = voice.go_on(option[place - 1])
+            logits = text_model.go_on(option[place - 1])
         found.append(logits.float().log_softmax(-1)[token])
         best.append(int(logits.argmax()) == token)
     return torch.stack(found), best

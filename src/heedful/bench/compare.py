@@ -12,6 +12,7 @@ from typing import Any
 
 from heedful.adapters.transformers import adapt
 from heedful.adapters.wrapped import unwrapped
+from heedful.api import still
 from heedful.bench.answer import answer
 from heedful.bench.comparison import PLAIN, Comparison
 from heedful.bench.cost import WARM_UP, cost, machine
@@ -26,8 +27,7 @@ from heedful.engine.select import named
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
 from heedful.tasks.task import Item, Task
-from heedful.verbs import still
-from heedful.voices import Contender, Voice, require_causal, voice
+from heedful.text_models import Contender, TextModel, require_causal, text_model
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,9 @@ class _Job:
                 try:
                     if todo:
                         _require_role(what, made[todo[0]].prompt)
-                        with voice(self.model, what, **self.how) as speaker:  # a new one: what it did before is past
+                        with text_model(
+                            self.model, what, **self.how
+                        ) as speaker:  # a new one: what it did before is past
                             for n in todo:
                                 self.log.add(_answered(speaker, name, task, made[n], seed, n))
                                 done += 1
@@ -228,7 +230,7 @@ class _Job:
                 self.report(Progress("costs", done, total, note))
 
 
-def _answered(speaker: Voice, name: str, task: Task, item: Item, seed: int, n: int) -> Answered:
+def _answered(speaker: TextModel, name: str, task: Task, item: Item, seed: int, n: int) -> Answered:
     """One contender's answer to one item."""
     began = time.perf_counter()
     sheet = answer(speaker, item)

@@ -15,7 +15,7 @@ import torch
 from heedful.bench.cost import WARM_UP
 from heedful.bench.records import Answered, Cost, Record, Refused, line, merged, read
 from heedful.core.errors import StatisticError
-from heedful.core.figures import Told
+from heedful.core.figures import Description
 from heedful.core.files import RECORDS, replace_text, writing
 
 if TYPE_CHECKING:
@@ -198,17 +198,17 @@ class Comparison:
         return [r for r in self.records if isinstance(r, Refused)]
 
     @cached_property
-    def _told(self) -> Told:
-        from heedful.bench.telling import told
+    def _told(self) -> Description:
+        from heedful.bench.describing import description
 
-        return told(self)
+        return description(self)
 
-    def told(self) -> Told:
+    def description(self) -> Description:
         """Figures and sentences."""
         return self._told
 
     def __str__(self) -> str:
-        from heedful.bench.telling import in_words
+        from heedful.bench.describing import in_words
 
         return in_words(self)
 
@@ -234,7 +234,7 @@ class Comparison:
         """`comparison.plot.pareto()` and the others, as plotly figures."""
         from heedful.report.pictures import Plots
 
-        return Plots(self.told().figures)
+        return Plots(self.description().figures)
 
     def page(self, path: str | Path) -> Path:
         """One self-contained HTML page."""

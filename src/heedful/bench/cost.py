@@ -15,7 +15,7 @@ from heedful.adapters.kvcache import cache_bytes
 from heedful.bench.records import Cost
 from heedful.core.kinds import Prompt
 from heedful.facts import processor
-from heedful.voices import Contender, Voice, voice
+from heedful.text_models import Contender, TextModel, text_model
 
 
 def machine(device: torch.device) -> str:
@@ -32,7 +32,7 @@ WARM_UP = 0  # the turn in which memory is measured; times of the others count
 def cost(model: nn.Module, what: Contender | None, name: str, prompt: Prompt, turn: int, **how: Any) -> Cost:
     """One measurement on one prompt. The warm-up turn measures memory: what is given back there costs time to get."""
     device = next(model.parameters()).device
-    with voice(model, what, **how) as speaker:
+    with text_model(model, what, **how) as speaker:
         resting = _reset_high_water(device) if turn == WARM_UP else None
         began = _now(device)
         logits = speaker.read(prompt)[-1]
@@ -79,7 +79,7 @@ def _high_water(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 
-def _pairs(speaker: Voice, tokens: int) -> tuple[float | None, tuple[str, ...]]:
+def _pairs(speaker: TextModel, tokens: int) -> tuple[float | None, tuple[str, ...]]:
     if speaker.run is None:
         return None, ()
     seen = speaker.run.activity()

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from heedful.bench.compare import Progress
-from heedful.core.method import Entry, Scoped, method_of
+from heedful.core.method import CatalogueEntry, Scoped, method_of
 from heedful.core.stack import Stack
 from heedful.models import Loaded
-from heedful.voices import Contender
+from heedful.text_models import Contender
 
 TEXTS, LENGTH = 8, 256
 
@@ -31,9 +31,9 @@ def fitted(loaded: Loaded, what: Contender, report: Callable[[Progress], None], 
         parts: list[Any] = [fitted(loaded, part, report, only) for part in what]
         return Stack(tuple(parts))
     entry = method_of(what) if isinstance(what, Scoped) else what
-    if type(entry).fit is Entry.fit:
+    if type(entry).fit is CatalogueEntry.fit:
         return what
-    from heedful.verbs import fit
+    from heedful.api import fit
 
     report(Progress("fits", 0, 1, f"fitting {type(entry).__name__} to {TEXTS} texts of {LENGTH} tokens"))
     new = fit(entry, loaded.model, prose(loaded.tokenizer), only=only)

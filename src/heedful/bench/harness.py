@@ -12,7 +12,7 @@ from heedful.bench.answer import answer, follow
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.kinds import Prompt
 from heedful.tasks.task import Item
-from heedful.voices import Contender, voice
+from heedful.text_models import Contender, text_model
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -36,7 +36,7 @@ class HeedfulLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.tokenizer, self.max_length = tokenizer, length
-        self.voice = voice(model, what, only=only)
+        self.text_model = text_model(model, what, only=only)
 
     def __enter__(self) -> Self:
         return self
@@ -46,7 +46,7 @@ class HeedfulLM(TemplateLM):
 
     def close(self) -> None:
         """Leave the model as it was."""
-        self.voice.close()
+        self.text_model.close()
 
     @property
     def eot_token_id(self) -> int:
@@ -80,10 +80,10 @@ class HeedfulLM(TemplateLM):
                 raise FieldError(
                     self, "max_length", self.max_length, "holds no context beside an answer", 1 - room + self.max_length
                 )
-            last = self.voice.read(Prompt(tuple(pairs[0][1][-room:])))[-1]
+            last = self.text_model.read(Prompt(tuple(pairs[0][1][-room:])))[-1]
             for _, _, continuation in pairs:
-                with self.voice.branch():
-                    likely, greedy = follow(self.voice, last, tuple(continuation))
+                with self.text_model.branch():
+                    likely, greedy = follow(self.text_model, last, tuple(continuation))
                 found.append((float(likely.sum()), all(greedy)))
         return found
 
@@ -97,7 +97,7 @@ class HeedfulLM(TemplateLM):
         return map(make_disjoint_window, windows)
 
     def _window(self, context: list[int], continuation: list[int]) -> float:
-        sheet = answer(self.voice, Item(Prompt((*context, *continuation))))
+        sheet = answer(self.text_model, Item(Prompt((*context, *continuation))))
         return -float(sheet.losses[-len(continuation) :].sum())
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -112,14 +112,14 @@ class HeedfulLM(TemplateLM):
         room = self.max_length - most
         if room < 1:
             raise FieldError("generate_until", "max_gen_toks", most, f"must be below {self.max_length} tokens", 32)
-        logits = self.voice.read(Prompt(tuple(self.tok_encode(context)[-room:])))[-1]
+        logits = self.text_model.read(Prompt(tuple(self.tok_encode(context)[-room:])))[-1]
         out: list[int] = []
         while True:
             out.append(int(logits.argmax()))
             text = self.tokenizer.decode(out, skip_special_tokens=True)
             if out[-1] == self.eot_token_id or len(out) == most or any(stop in text for stop in stops):
                 return str(postprocess_generated_text(text, stops, None))
-            logits = self.voice.go_on(out[-1])
+            logits = self.text_model.go_on(out[-1])
 
 
 def model(

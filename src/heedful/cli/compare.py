@@ -17,7 +17,7 @@ from heedful.core.errors import FieldError, HeedfulError
 if TYPE_CHECKING:
     from heedful.bench.comparison import Comparison
     from heedful.models import Loaded
-    from heedful.voices import Contender
+    from heedful.text_models import Contender
 
 STAGES = {"fits": ("fitting", ""), "answers": ("asking", "answers"), "costs": ("measuring costs", "")}
 
@@ -26,7 +26,7 @@ def summary(comparison: Comparison, page: Path | None) -> str:
     """The comparison for machines."""
     found = {
         "facts": comparison.facts,
-        "findings": [finding.text for finding in comparison.told().findings],
+        "findings": [finding.text for finding in comparison.description().findings],
         "results": [asdict(result) for result in comparison.results],
         "costs": [asdict(price) for price in comparison.prices],
         "refused": [asdict(refused) for refused in comparison.refused],

@@ -15,13 +15,13 @@ from rich.console import Console
 from heedful.catalogue import find
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Weights
-from heedful.core.method import Entry, Method
+from heedful.core.method import CatalogueEntry, Method
 from heedful.core.reading import named, written
 from heedful.core.stack import Stack
 
 if TYPE_CHECKING:
     from heedful.cli.progress import Bars
-    from heedful.voices import Contender
+    from heedful.text_models import Contender
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -38,7 +38,7 @@ def parted(text: str, by: str = ",") -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def entry_from(text: str) -> Entry:
+def entry_from(text: str) -> CatalogueEntry:
     """A method from its name, with settings if they follow: `SinkWindow`, `SinkWindow(sinks=2, window=64)`."""
     kind = find(named(text))
     return written(text, kind, kind.example()) if "(" in text else kind.example()

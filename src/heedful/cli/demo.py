@@ -28,7 +28,7 @@ def demo(
     from heedful import attach, explain, models
     from heedful.methods.explain.rollout import AttentionRollout
     from heedful.methods.observe.sink_rate import SinkRate
-    from heedful.methods.sparse.sink_window import SinkWindow
+    from heedful.methods.sparse.prefill.sink_window import SinkWindow
 
     torch.set_grad_enabled(False)
     with console.status("loading the embedded model (the first time takes half a minute)"):

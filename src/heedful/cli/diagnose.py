@@ -14,7 +14,7 @@ from heedful.cli.console import console, entry_from, parted, require_page, stopp
 from heedful.cli.progress import Bars
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.figures import head_name
-from heedful.core.method import Entry, Method
+from heedful.core.method import CatalogueEntry, Method
 
 if TYPE_CHECKING:
     from heedful.diagnosis.profile import Profile
@@ -31,7 +31,7 @@ def measures_from(text: str) -> list[Method] | None:
     """Measures by name, parted by commas, with settings if they follow; none for the default ones."""
     parts: list[Method] = []
     for name in parted(text):
-        entry: Entry = entry_from(name if "(" in name else name + "()")
+        entry: CatalogueEntry = entry_from(name if "(" in name else name + "()")
         if not isinstance(entry, Method):
             raise FieldError("diagnose", "measures", name, f"is {entry.kind}, which reads nothing", "SinkRate")
         parts.append(entry)

@@ -13,17 +13,17 @@ from rich.table import Table
 from heedful.catalogue import family, search
 from heedful.cli.console import console
 from heedful.core.errors import CatalogueError
-from heedful.core.method import Entry, Method
+from heedful.core.method import CatalogueEntry, Method
 
 
-def sites(kind: type[Entry]) -> str:
+def sites(kind: type[CatalogueEntry]) -> str:
     """Where an entry acts."""
     if issubclass(kind, Method):
         return " ".join(("reads " if e.reads else "") + e.site.name for e in kind.edits)
     return kind.kind
 
 
-def plain(kind: type[Entry]) -> dict[str, Any]:
+def plain(kind: type[CatalogueEntry]) -> dict[str, Any]:
     """An entry for machines."""
     method = kind if issubclass(kind, Method) else None
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from heedful.conformance.verdict import LAWS, Broken, DoesNotApply, Law, Report, Verdict
 from heedful.core.errors import DefinitionError
-from heedful.core.method import Entry
+from heedful.core.method import CatalogueEntry
 
 __all__ = ["LAWS", "Law", "Report", "Verdict", "check", "laws"]
 
@@ -16,10 +16,10 @@ def laws() -> dict[str, Law]:
     return dict(LAWS)
 
 
-def check(method: Entry | type[Entry], only: tuple[str, ...] = ()) -> Report:
+def check(method: CatalogueEntry | type[CatalogueEntry], only: tuple[str, ...] = ()) -> Report:
     """Try every law on a method: on its class's example settings, or on the very settings given."""
-    entry = method.example() if isinstance(method, type) and issubclass(method, Entry) else method
-    if not isinstance(entry, Entry):
+    entry = method.example() if isinstance(method, type) and issubclass(method, CatalogueEntry) else method
+    if not isinstance(entry, CatalogueEntry):
         raise DefinitionError(f"check() takes a method or its class, not {method!r}; for example check(SinkWindow)")
     verdicts = []
     for name, law in laws().items():

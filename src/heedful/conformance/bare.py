@@ -14,16 +14,16 @@ from heedful.core.call import Call, Phase
 from heedful.core.errors import BackendError
 from heedful.core.mask import Causal, Mask, Padding, Rule
 from heedful.core.method import Layer, Method
-from heedful.core.places import Places
+from heedful.core.positions import Positions
 from heedful.core.regions import Region
 from heedful.core.stack import Stack
 from heedful.core.stats import Statistic
 from heedful.engine.attend import attend
+from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends import BACKENDS, Backend
 from heedful.engine.backends.tiled import Tiled
-from heedful.engine.book import Book
-from heedful.engine.job import Job
 from heedful.engine.needs import Needs
+from heedful.engine.run_state import RunState
 
 ROLES = dict.fromkeys(("marked", "relevant", "prompt", "image", "context"), ((2, 5),)) | {
     "documents": ((1, 4), (4, 7)),
@@ -81,11 +81,11 @@ class Bare:
         if self.text is not None:
             rules += (Padding(self.text),)
             pad = self.text.long().cummax(-1).values.logical_not().sum(-1)
-        live = None if self.text is None else self.text[:, None, s.k - s.q :]
-        queries = Places.row(s.k - s.q, s.q, pad=pad, valid=live)
+        is_text = None if self.text is None else self.text[:, None, s.k - s.q :]
+        queries = Positions.row(s.k - s.q, s.q, pad=pad, is_filled=is_text)
         phase = Phase.DECODE if s.q == 1 and s.k > 1 else Phase.PREFILL
         self.call = Call(
-            0, self.depth, "bare", s.h, s.g, queries, Places.row(0, s.k, pad=pad), s.d**-0.5, phase=phase, roles=ROLES,
+            0, self.depth, "bare", s.h, s.g, queries, Positions.row(0, s.k, pad=pad), s.d**-0.5, phase=phase, roles=ROLES,
             hidden=self.hidden, mask=Mask(rules if self.rules is None else self.rules), batch=s.b,
         )  # fmt: skip
 
@@ -94,8 +94,8 @@ class Bare:
     ) -> tuple[Tensor, dict[str, Statistic]]:
         """Heads `[b h q d]` of all layers, one after another, and what the method's readers found in each."""
         stack = Stack((method,))
-        book = Book(stack)
-        book.new_forward()
+        run_state = RunState(stack)
+        run_state.new_forward()
         if params is None:
             params = parameters(method, self.shape.layer, self.dtype)
         chosen = Tiled(tile_rows) if backend == "tiled" else BACKENDS[backend]
@@ -107,12 +107,12 @@ class Bare:
 
         heads = []
         for layer in range(self.depth):
-            book.params[0, layer] = params
+            run_state.params[0, layer] = params
             call = replace(self.call, layer=layer)
-            plan = book.plan(call)
-            heads.append(attend(Job(plan, book, call), self.q, self.k, self.v, choose)[0])
-            book.close_call(plan, call)
-        return torch.cat(heads, 1), {f"{name}, layer {n}": stat for (_, name, n), stat in book.statistics.items()}
+            plan = run_state.plan(call)
+            heads.append(attend(AttentionCall(plan, run_state, call), self.q, self.k, self.v, choose)[0])
+            run_state.close_call(plan, call)
+        return torch.cat(heads, 1), {f"{name}, layer {n}": stat for (_, name, n), stat in run_state.statistics.items()}
 
 
 def parameters(method: Method, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:

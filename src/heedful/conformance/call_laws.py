@@ -106,7 +106,7 @@ def masked_rows(method: Method) -> None:
             continue
         if not bool(heads.isfinite().all()):
             raise Broken(f"{backend}: the output is not finite")
-        untouched = not any(e.site is Site.HEADS and not e.reads for e in method.edits)
+        untouched = not any(e.site is Site.HEAD_OUTPUT and not e.reads for e in method.edits)
         if untouched and bool(heads.transpose(1, 2)[blind].any()):
             raise Broken(f"{backend}: a query that may see nothing got something")
 
@@ -152,8 +152,8 @@ def backends_agree(method: Method) -> None:
     with poisoned():
         exact, exact_grads = _gradients(method, TwoLayers(text=text, dtype=torch.float64), "reference")
         eager, eager_grads = _gradients(method, TwoLayers(text=text), "reference")
-        live = text[:, None, :, None].expand_as(eager)
-        if not bool(eager[live].isfinite().all()):
+        is_text = text[:, None, :, None].expand_as(eager)
+        if not bool(eager[is_text].isfinite().all()):
             raise Broken("reference: reads memory that nobody wrote, or makes NaN")
         for name in serving(method):
             try:
@@ -162,8 +162,8 @@ def backends_agree(method: Method) -> None:
                 if not _may_pass(method, name):
                     raise
                 continue
-            if not within_budget(found[live], eager[live], exact[live]):
-                raise Broken(f"{name}: values are off by {error(found[live], exact[live].float()):.2g}")
+            if not within_budget(found[is_text], eager[is_text], exact[is_text]):
+                raise Broken(f"{name}: values are off by {error(found[is_text], exact[is_text].float()):.2g}")
             if not BACKENDS[name].gradients:
                 continue  # asked for gradients, it would have refused
             for which, g, e, x in zip(_names(len(grads)), grads, eager_grads, exact_grads, strict=True):

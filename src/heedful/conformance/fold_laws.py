@@ -36,16 +36,16 @@ def folds_are_equal(method: Method) -> None:
             except (FoldError, ModelError) as why:
                 reasons.append(f"{kind}: {why}")
                 continue
-            wanted = logits(model, part, input_ids=text())
-            _require_equal(f"{kind}, {part!r}", plain, wanted)
+            requested = logits(model, part, input_ids=text())
+            _require_equal(f"{kind}, {part!r}", plain, requested)
     if len(reasons) == len(KINDS) * len(parts):
         raise DoesNotApply(reasons[0].partition(": ")[2])
 
 
-def _require_equal(case: str, plain: nn.Module, wanted: torch.Tensor) -> None:
+def _require_equal(case: str, plain: nn.Module, requested: torch.Tensor) -> None:
     found = logits(plain, input_ids=text())
-    if not close_model(found, wanted):
-        raise Broken(f"{case}: in weights, logits differ by {error(found, wanted):.2g}")
+    if not close_model(found, requested):
+        raise Broken(f"{case}: in weights, logits differ by {error(found, requested):.2g}")
     for name, module in plain.named_modules():
         names = [type(module).__module__, *vars(module), *dict(module.named_parameters(recurse=False))]
         if any("heedful" in x for x in names):

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from heedful.adapters.cache_name import CACHE, cache_of
+from heedful.api import attach
 from heedful.conformance.bare import ROLES
 from heedful.conformance.subjects import LENGTH, TEXT, Subject, subjects_of, text, tiny_model
 from heedful.conformance.tolerances import close_model, error
 from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.call import Call
 from heedful.core.errors import ClashError, HeedfulError, InactiveWarning
-from heedful.core.method import Entry, Method
+from heedful.core.method import CatalogueEntry, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stack import Stack
 from heedful.core.stats import Cat
 from heedful.core.values import replace
-from heedful.verbs import attach
 
 
 @torch.no_grad()
@@ -213,7 +213,7 @@ def padding(method: Method) -> None:
 @law("reading a text at once and token by token come to the same")
 def streaming(method: Method) -> None:
     _for_text(method)
-    if not method.streams:
+    if not method.chunk_invariant:
         raise DoesNotApply("does not claim it: what it does depends on the call")
     model = tiny_model("llama")
     with warnings.catch_warnings(), torch.no_grad():
@@ -240,7 +240,7 @@ Meeting = frozenset[tuple[Site, bool, bool, bool]]
 
 def meeting(method: Method) -> Meeting:
     """What of a method another one meets: the sites, and how it acts there."""
-    return frozenset((e.site, e.reads, bool(e.sums), e.shifts) for e in method.edits)
+    return frozenset((e.site, e.reads, bool(e.sums), e.reweights) for e in method.edits)
 
 
 def partners(method: Method, every: bool = False) -> list[Method]:
@@ -303,7 +303,7 @@ EVERY = ("method", "tokens", "decode", "surgery", "weights")
 
 
 @law("it has a paper, a demo and a claim", EVERY)
-def is_documented(entry: Entry) -> None:
+def is_documented(entry: CatalogueEntry) -> None:
     kind = type(entry)
     if not (kind.paper.title and kind.paper.authors and (kind.paper.link or kind.paper.venue)):
         raise Broken("its paper lacks title, authors or a way to find it")

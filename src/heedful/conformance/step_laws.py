@@ -6,12 +6,12 @@ from collections import Counter
 
 import torch
 
+from heedful.api import arrange, operate
 from heedful.conformance.model_laws import fingerprint, logits
 from heedful.conformance.subjects import text, tiny_model
 from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
-from heedful.verbs import arrange, operate
-from heedful.voices import decode
+from heedful.text_models import decode
 
 ROLES = {"documents": ((1, 5), (5, 8), (9, 13)), "question": ((15, 19),), "context": ((13, 15),)}
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from heedful.api import attach
 from heedful.conformance.bare import ROLES
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.method import Method
 from heedful.core.regions import Span
-from heedful.verbs import attach
 
 LENGTH = 21
 

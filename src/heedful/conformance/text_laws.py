@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from heedful.adapters.cache_name import CACHE, cache_of
+from heedful.api import attach
 from heedful.conformance.bare import ROLES
 from heedful.conformance.subjects import text, tiny_model
 from heedful.conformance.tolerances import close_model, error
@@ -19,7 +20,6 @@ from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.errors import InactiveWarning
 from heedful.core.method import Method
 from heedful.engine.run import Run
-from heedful.verbs import attach
 
 SHORT = 16  # tokens of the shorter prompt
 LATER = ((7, 11), (13, 17), (19, 23))  # tokens that two rows go on with
@@ -68,8 +68,8 @@ def _alone(method: Method, prompt: Tensor, later: tuple[int, ...]) -> list[Tenso
     return out
 
 
-def _compare(found: Tensor, wanted: list[Tensor], what: str) -> None:
-    want = torch.cat(wanted)
+def _compare(found: Tensor, requested: list[Tensor], what: str) -> None:
+    want = torch.cat(requested)
     if not close_model(found, want):
         raise Broken(f"{what}, logits differ from the text alone by {error(found, want):.2g}")
 

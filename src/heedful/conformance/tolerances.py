@@ -17,11 +17,11 @@ def unit(x: Tensor) -> float:
     return max(size, 1e-30) * torch.finfo(x.dtype).eps
 
 
-def error(found: Tensor, wanted: Tensor) -> float:
+def error(found: Tensor, requested: Tensor) -> float:
     """The largest difference; infinite where one has NaN or infinity and the other has not."""
-    if found.shape != wanted.shape:
+    if found.shape != requested.shape:
         return float("inf")
-    a, b = found.detach().double(), wanted.detach().double()
+    a, b = found.detach().double(), requested.detach().double()
     strange = ~(a.isfinite() & b.isfinite())
     alike = ((a == b) | (a.isnan() & b.isnan()))[strange]
     if not bool(alike.all()):
@@ -30,14 +30,14 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float(gap.max()) if gap.numel() else 0.0
 
 
-def close(found: Tensor, wanted: Tensor, roundings: float = ROUNDINGS) -> bool:
+def close(found: Tensor, requested: Tensor, roundings: float = ROUNDINGS) -> bool:
     """Equal but for the order of summation, measured in roundings at the size of what is wanted."""
-    return error(found, wanted) <= roundings * max(unit(wanted), unit(found.to(wanted.dtype)))
+    return error(found, requested) <= roundings * max(unit(requested), unit(found.to(requested.dtype)))
 
 
-def close_model(found: Tensor, wanted: Tensor) -> bool:
+def close_model(found: Tensor, requested: Tensor) -> bool:
     """Equal but for what a whole small model makes of other orders of summation."""
-    return close(found, wanted, ROUNDINGS * DEPTH)
+    return close(found, requested, ROUNDINGS * DEPTH)
 
 
 def within_budget(found: Tensor, eager: Tensor, exact: Tensor) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from heedful.core.errors import HeedfulError
-from heedful.core.method import Entry
+from heedful.core.method import CatalogueEntry
 
 
 class Broken(HeedfulError):
@@ -24,7 +24,7 @@ class Law:
     name: str
     text: str
     kinds: tuple[str, ...]
-    try_on: Callable[[Entry], None]
+    try_on: Callable[[CatalogueEntry], None]
 
 
 LAWS: dict[str, Law] = {}

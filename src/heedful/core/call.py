@@ -12,7 +12,7 @@ from torch import Tensor
 
 from heedful.core.errors import FieldError
 from heedful.core.mask import Mask
-from heedful.core.places import Pairs, Places
+from heedful.core.positions import Pairs, Positions
 from heedful.core.regions import Region, Span, coordinates, marked
 from heedful.core.state import State
 
@@ -43,15 +43,15 @@ class Call:
     name: str  # the module's dotted name
     heads: int  # h
     kv_heads: int  # g
-    queries: Places
-    keys: Places
+    queries: Positions
+    keys: Positions
     scale: float  # what scores were multiplied with
     softcap: float | None = None
     phase: Phase = Phase.PREFILL
     cross: bool = False  # keys come from another sequence than queries
     roles: Mapping[str, tuple[Span, ...]] = field(default_factory=lambda: NO_ROLES)  # named spans of token positions
     hidden: Tensor | None = None  # [b n e], the attention block's input
-    turn: Callable[[Tensor], Tensor] | None = None  # rotates [b|1 h q d] as this call's queries and fresh keys were
+    rotate: Callable[[Tensor], Tensor] | None = None  # rotates [b|1 h q d] as this call's queries and fresh keys were
     mask: Mask = field(default_factory=Mask)  # the rules for the whole call
     forward: int = 0  # how many forwards the run has seen before this one
     keep: Tensor | None = None  # [b|1, h|1, r, k]: which pairs are computed; None when all are
@@ -77,15 +77,15 @@ class Call:
         return self.keys.position
 
     @property
-    def live(self) -> Tensor:
+    def is_text(self) -> Tensor:
         """Which of the tile's queries are text and not padding, `[b|1, 1, r]`."""
-        valid = self.queries.valid
-        return torch.ones_like(self.queries.index, dtype=torch.bool) if valid is None else valid
+        is_filled = self.queries.is_filled
+        return torch.ones_like(self.queries.index, dtype=torch.bool) if is_filled is None else is_filled
 
     @property
     def last(self) -> Tensor:
         """The row of each text's last token, `[b|1, 1]`."""
-        return torch.where(self.live, self.queries.index, -1).argmax(-1)
+        return torch.where(self.is_text, self.queries.index, -1).argmax(-1)
 
     @property
     def pairs(self) -> Pairs:
@@ -146,25 +146,25 @@ class Kept:
 
 
 @dataclass(frozen=True, eq=False)
-class Entries:
+class CachedKV:
     """What a CACHE edit looks at: the cached keys and values of one layer, newest last."""
 
     key: Tensor  # [b g k d]
     value: Tensor  # [b g k d]
-    places: Places
+    positions: Positions
     fresh: int  # how many of them this call added
-    live: Tensor | None = None  # [b, 1|g, k]: which are text and not padding; None: all whose position is 0 or more
+    in_row: Tensor | None = None  # [b, 1|g, k]: which are text and not padding; None: all whose position is 0 or more
 
     @property
-    def valid(self) -> Tensor:
+    def is_filled(self) -> Tensor:
         """Which slots hold an entry, `[b g k]`."""
         shape = self.key.shape[:3]
-        if self.places.valid is None:
+        if self.positions.is_filled is None:
             return torch.ones(shape, dtype=torch.bool, device=self.key.device)
-        return self.places.valid.expand(shape)
+        return self.positions.is_filled.expand(shape)
 
     @property
-    def text(self) -> Tensor:
+    def is_text(self) -> Tensor:
         """Which slots hold a token of the text, `[b g k]`."""
-        text = self.valid & (self.places.position >= 0)
-        return text if self.live is None else text & self.live
+        text = self.is_filled & (self.positions.position >= 0)
+        return text if self.in_row is None else text & self.in_row

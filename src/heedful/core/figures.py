@@ -112,7 +112,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Told:
+class Description:
     """Everything that one method's answer has to show."""
 
     figures: tuple[Figure, ...] = ()

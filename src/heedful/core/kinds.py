@@ -12,9 +12,9 @@ from torch import Tensor
 
 from heedful.core.call import NO_ROLES
 from heedful.core.errors import FieldError
-from heedful.core.figures import Told
+from heedful.core.figures import Description
 from heedful.core.fitted import Fitted
-from heedful.core.method import Bench, Entry, Layer, Method, Part
+from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
 from heedful.core.regions import Span
 from heedful.core.stack import Stack
 
@@ -83,7 +83,7 @@ class Prompt:
 Reader = Callable[[Prompt, Method], Any]
 
 
-class Tokens(Entry, abstract=True):
+class Tokens(CatalogueEntry, abstract=True):
     """Drops, merges or reorders the tokens of a prompt."""
 
     kind = "tokens"
@@ -93,7 +93,7 @@ class Tokens(Entry, abstract=True):
         """The new prompt; `read(prompt, method)` runs the model and gives a reading method's answer."""
 
 
-class Decode(Entry, abstract=True):
+class Decode(CatalogueEntry, abstract=True):
     """Combines or changes next-token logits."""
 
     kind = "decode"
@@ -143,7 +143,7 @@ class HeadWeights:
         )  # fmt: skip
 
 
-class Surgery(Entry, abstract=True):
+class Surgery(CatalogueEntry, abstract=True):
     """Edits weights offline."""
 
     kind = "surgery"
@@ -153,18 +153,18 @@ class Surgery(Entry, abstract=True):
         """The layer's new weights; the same object where nothing changes."""
 
 
-class Weights(Entry, abstract=True):
+class Weights(CatalogueEntry, abstract=True):
     """Measures a model's weights alone: `found = heedful.fit(it, model, ())`, then `found.tells()`."""
 
     kind = "weights"
     fitted: Fitted | None = field(default=None, kw_only=True)
 
     @abstractmethod
-    def fit(self, bench: Bench, batches: Iterable[Mapping[str, Any]] = ()) -> Self:
+    def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]] = ()) -> Self:
         """The same with what it found as `fitted`."""
 
     @abstractmethod
-    def tells(self) -> Told:
+    def describe(self) -> Description:
         """What of it is worth a figure, a role or a sentence."""
 
 

@@ -18,32 +18,32 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from heedful.core import rows as ranges
+from heedful.core import key_ranges as ranges
+from heedful.core.column_ranges import Ranges, intersection, union
 from heedful.core.errors import FieldError
-from heedful.core.places import Pairs, Places, spread_heads
+from heedful.core.positions import Pairs, Positions, spread_heads
 from heedful.core.rules import Both, Either, OnHeads, Rule
-from heedful.core.spans import Ranges, intersection, union
 
 __all__ = [
     "Blocks", "Both", "Causal", "Dense", "Either", "First", "Mask", "OnHeads", "Padding", "Rule", "Where", "Window",
 ]  # fmt: skip
 
 
-def _first(k: Places) -> Tensor:
+def _first(k: Positions) -> Tensor:
     """The index of the first column, `[1 1 1]`."""
     return k.index[:1, :1, :1]
 
 
-def _pad(k: Places) -> Tensor:
+def _pad(k: Positions) -> Tensor:
     """How far positions lag behind indices, `[b|1, g|1, 1]`."""
     return (k.index - k.position)[..., :1]
 
 
-def _held(k: Places, heads: int, queries: int) -> Tensor:
+def _held(k: Positions, heads: int, queries: int) -> Tensor:
     """The range of columns that hold a key."""
-    if k.held is None:
+    if k.filled is None:
         return torch.tensor([0, len(k)], device=k.index.device).expand(1, 1, queries, 1, 2)
-    lost = len(k) - spread_heads(k.held, heads)
+    lost = len(k) - spread_heads(k.filled, heads)
     return torch.stack([lost, torch.full_like(lost, len(k))], -1)[:, :, None, None].expand(-1, -1, queries, -1, -1)
 
 
@@ -54,15 +54,15 @@ class Causal(Rule):
     def keeps(self, pairs: Pairs) -> Tensor:
         return pairs.k_index <= pairs.q_index
 
-    def span(self, q: Places, k: Places) -> Ranges | None:
+    def span(self, q: Positions, k: Positions) -> Ranges | None:
         if q.first is None or k.first is None:
             return None
         return ((0, q.first + len(q) - k.first),)
 
-    def idle(self, q: Places, k: Places) -> bool:
+    def idle(self, q: Positions, k: Positions) -> bool:
         return q.first is not None and k.last is not None and k.last <= q.first
 
-    def rows(self, q: Places, k: Places) -> Tensor:
+    def key_ranges(self, q: Positions, k: Positions) -> Tensor:
         return ranges.single(0, (q.index - _first(k) + 1).clamp(max=len(k)))
 
 
@@ -79,12 +79,12 @@ class Window(Rule):
     def keeps(self, pairs: Pairs) -> Tensor:
         return pairs.q - pairs.k < self.size
 
-    def span(self, q: Places, k: Places) -> Ranges | None:
+    def span(self, q: Positions, k: Positions) -> Ranges | None:
         if q.first is None or k.first is None or q.pads is None:
             return None
         return ((max(0, q.first - self.size + 1 - k.first), len(k)),)
 
-    def rows(self, q: Places, k: Places) -> Tensor | None:
+    def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
         if k.pads is None:
             return None
         lo = q.position - self.size + 1 + _pad(k) - _first(k)
@@ -104,12 +104,12 @@ class First(Rule):
     def keeps(self, pairs: Pairs) -> Tensor:
         return pairs.k < self.count
 
-    def span(self, q: Places, k: Places) -> Ranges | None:
+    def span(self, q: Positions, k: Positions) -> Ranges | None:
         if k.first is None or k.pads is None:
             return None
         return ((0, self.count + k.pads[1] - k.first),)
 
-    def rows(self, q: Places, k: Places) -> Tensor | None:
+    def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
         if k.pads is None:
             return None
         hi = (self.count + _pad(k) - _first(k)).clamp(max=len(k))
@@ -142,7 +142,7 @@ class Padding(Rule):
         known = self.text[:, None].expand(-1, index.shape[1], -1)
         return known.gather(-1, index.clamp(max=self.text.shape[1] - 1)) & inside
 
-    def rows(self, q: Places, k: Places) -> Tensor | None:
+    def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
         text = self.text[:, int(_first(k)) : int(_first(k)) + len(k)]
         count = text.sum(-1)
         lo = text.long().argmax(-1)
@@ -228,7 +228,7 @@ class Mask:
     """The pairs that every rule keeps; without rules, all pairs."""
 
     rules: tuple[Rule, ...] = field(default=())
-    _last: list[tuple[Places, Places, Tensor | None]] = field(default_factory=list, repr=False)
+    _last: list[tuple[Positions, Positions, Tensor | None]] = field(default_factory=list, repr=False)
 
     def __and__(self, rule: Rule) -> Mask:
         return Mask((*self.rules, rule))
@@ -236,8 +236,8 @@ class Mask:
     def keeps(self, pairs: Pairs) -> Tensor | None:
         """True where the pair is computed, `[b|1, h|1, r, k]`; None when all are."""
         kept = [rule.keeps(pairs) for rule in self.rules]
-        if pairs.keys.valid is not None:
-            kept.append(spread_heads(pairs.keys.valid, pairs.heads)[..., None, :])
+        if pairs.keys.is_filled is not None:
+            kept.append(spread_heads(pairs.keys.is_filled, pairs.heads)[..., None, :])
         if not kept:
             return None
         out = kept[0]
@@ -245,7 +245,7 @@ class Mask:
             out = out & more
         return out.expand(*out.shape[:-2], len(pairs.queries), len(pairs.keys))
 
-    def columns(self, q: Places, k: Places, rows: slice) -> Ranges:
+    def columns(self, q: Positions, k: Positions, rows: slice) -> Ranges:
         """The key columns that the queries `q`, rows `rows` of the call, may see."""
         out: Ranges = ((0, len(k)),)
         for rule in self.rules:
@@ -255,7 +255,7 @@ class Mask:
                 out = intersection(out, seen)
         return out
 
-    def rows(self, q: Places, k: Places, heads: int) -> Tensor | None:
+    def key_ranges(self, q: Positions, k: Positions, heads: int) -> Tensor | None:
         """The ranges of columns that each query of a whole call keeps, whatever `Blocks` say; None where too many.
 
         The layers of a forward share mask and places, so the last answer is kept.
@@ -264,14 +264,14 @@ class Mask:
             self._last[:] = [(q, k, self._find_rows(q, k, heads))]
         return self._last[0][2]
 
-    def _find_rows(self, q: Places, k: Places, heads: int) -> Tensor | None:
+    def _find_rows(self, q: Positions, k: Positions, heads: int) -> Tensor | None:
         rules = [rule for rule in self.rules if not isinstance(rule, Blocks) and not rule.idle(q, k)]
         if any(rule.scattered for rule in rules):
             return None
-        if (k.first is not None or not rules) and (k.valid is None or k.held is not None):
+        if (k.first is not None or not rules) and (k.is_filled is None or k.filled is not None):
             out: Tensor | None = _held(k, heads, len(q))
             for rule in rules:
-                found = rule.rows(q, k)
+                found = rule.key_ranges(q, k)
                 out = None if found is None or out is None else ranges.intersection(out, found)
             if out is not None:
                 return out if out.shape[-2] <= ranges.MOST else None
@@ -285,7 +285,7 @@ class Mask:
 
         return ranges.encode(keeps, len(q))
 
-    def idle(self, q: Places, k: Places) -> bool:
+    def idle(self, q: Positions, k: Positions) -> bool:
         """Whether every query is known to see every key that there is."""
         return all(rule.idle(q, k) for rule in self.rules)
 

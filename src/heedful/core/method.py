@@ -11,7 +11,7 @@ from torch import Tensor
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import DefinitionError, FieldError
-from heedful.core.figures import Told
+from heedful.core.figures import Description
 from heedful.core.paper import UNPUBLISHED, Paper
 from heedful.core.sites import HEADLESS_SITES, Edit, Site
 from heedful.core.stats import Statistic
@@ -78,14 +78,14 @@ class Session(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
+class Probe:
     """One input of a measure that needs prompts of its own, and the spans that it looks at."""
 
     tokens: Tensor  # [b n]
     roles: Mapping[str, tuple[tuple[int, int], ...]]
 
 
-class Bench(Protocol):
+class FitContext(Protocol):
     """What a fit may do with a model: look at the sizes and weights of its layers, and run it under a stack."""
 
     @property
@@ -99,7 +99,7 @@ class Bench(Protocol):
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
-class Entry(ABC):  # noqa: B024 - what is abstract stands in its kinds
+class CatalogueEntry(ABC):  # noqa: B024 - what is abstract stands in its kinds
     """Anything with a paper that the catalogue lists: methods, token steps, decoding steps, surgery."""
 
     paper: ClassVar[Paper] = UNPUBLISHED
@@ -121,7 +121,7 @@ class Entry(ABC):  # noqa: B024 - what is abstract stands in its kinds
         """Settings under which something must change."""
         return cls()
 
-    def fit(self, bench: Bench, batches: Iterable[Mapping[str, Any]]) -> Self:
+    def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> Self:
         """A new one fitted to data; those without anything to fit return themselves."""
         return self
 
@@ -142,14 +142,14 @@ class _Edits:
         return tuple(edit for edit in self.marks if not edit.when or getattr(method, edit.when))
 
 
-class Method(Entry, abstract=True):
+class Method(CatalogueEntry, abstract=True):
     """Edits sites, reads them, or penalises what it finds. Set `paper`, name the fields, mark functions with `@at`."""
 
     kind = "method"
     edits: ClassVar[Any] = _Edits(())
     whole_map: ClassVar[bool] = False  # a SCORES or PATTERN edit that must see all rows at once
     causal: ClassVar[bool] = True  # later tokens never change what earlier ones get, if the model is causal
-    streams: ClassVar[bool] = True  # what a token gets does not depend on how the text was cut into calls
+    chunk_invariant: ClassVar[bool] = True  # what a token gets does not depend on how the text was cut into calls
     subjects: ClassVar[tuple[str, ...]] = ("text",)  # what it is for: "text", "image", "encoder-decoder", "cross"
     forbids: ClassVar[dict[str, str]] = {}  # class name -> why the two cannot act together
 
@@ -205,11 +205,11 @@ class Method(Entry, abstract=True):
     def folds(self, weights: HeadWeights, layer: Layer) -> HeadWeights | None:
         """The layer's weights with this edit in them, for `heedful.fold`; None where no weights can do what it does.
 
-        What acts at HEADS goes into `o` and `o_bias`. Under `.on(heads=...)` the `o` of all other heads is zero.
+        What acts at HEAD_OUTPUT goes into `o` and `o_bias`. Under `.on(heads=...)` the `o` of all other heads is zero.
         """
         return None
 
-    def trials(self, vocabulary: Tensor, length: int) -> Iterable[Trial]:
+    def probes(self, vocabulary: Tensor, length: int) -> Iterable[Probe]:
         """The prompts that this measure is taken on, from ordinary tokens; none where the user's own text will do.
 
         `length` is how many tokens the model takes at most.
@@ -235,18 +235,18 @@ class Method(Entry, abstract=True):
         """What a reading method tells after a run."""
         return readings
 
-    def tells(self, answer: Any) -> Told:
+    def describe(self, answer: Any) -> Description:
         """What of an answer is worth a figure, a role or a sentence."""
-        return Told()
+        return Description()
 
 
 def _numbers(owner: str, field: str, given: Iterable[int] | int | None) -> tuple[int, ...] | None:
     if given is None:
         return None
-    wanted = (given,) if isinstance(given, int) else tuple(given)
-    if not wanted or not all(isinstance(i, int) and i >= 0 for i in wanted):
+    requested = (given,) if isinstance(given, int) else tuple(given)
+    if not requested or not all(isinstance(i, int) and i >= 0 for i in requested):
         raise FieldError(owner, field, given, "must be one or more numbers from 0 up", [0, 3])
-    return tuple(sorted(set(wanted)))
+    return tuple(sorted(set(requested)))
 
 
 @dataclass(frozen=True, repr=False)
@@ -286,7 +286,7 @@ class Scoped:
 Part = Method | Scoped
 
 
-E = TypeVar("E", bound=Entry)
+E = TypeVar("E", bound=CatalogueEntry)
 
 
 def method_of(part: Scoped | E) -> Method | E:

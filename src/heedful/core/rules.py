@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heedful.core import rows as ranges
-from heedful.core.places import Pairs, Places, spread_heads
-from heedful.core.spans import Ranges, intersection, union
+from heedful.core import key_ranges as ranges
+from heedful.core.column_ranges import Ranges, intersection, union
+from heedful.core.positions import Pairs, Positions, spread_heads
 
 
 class Rule(ABC):
@@ -20,7 +20,7 @@ class Rule(ABC):
     def keeps(self, pairs: Pairs) -> Tensor:
         """True where the pair is computed, broadcastable to `[b h r k]`."""
 
-    def span(self, q: Places, k: Places) -> Ranges | None:
+    def span(self, q: Positions, k: Positions) -> Ranges | None:
         """The key columns outside which no pair of these queries is kept; None when that is not known."""
         return None
 
@@ -28,7 +28,7 @@ class Rule(ABC):
         """What `span` says, for rules that go by the number of the query's row in the call."""
         return None
 
-    def rows(self, q: Places, k: Places) -> Tensor | None:
+    def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
         """The ranges of columns that each query keeps (see `core.rows`); None when they have to be looked for.
 
         Keys are consecutive when this is asked.
@@ -40,7 +40,7 @@ class Rule(ABC):
         """Whether its keys lie apart by nature, so that looking for ranges is in vain."""
         return False
 
-    def idle(self, q: Places, k: Places) -> bool:
+    def idle(self, q: Positions, k: Positions) -> bool:
         """Whether the rule is known to keep every pair of these."""
         return False
 
@@ -72,12 +72,12 @@ class Either(_Join):
     def keeps(self, pairs: Pairs) -> Tensor:
         return self.one.keeps(pairs) | self.other.keeps(pairs)
 
-    def span(self, q: Places, k: Places) -> Ranges | None:
+    def span(self, q: Positions, k: Positions) -> Ranges | None:
         a, b = self.one.span(q, k), self.other.span(q, k)
         return None if a is None or b is None else union(a, b)
 
-    def rows(self, q: Places, k: Places) -> Tensor | None:
-        a, b = self.one.rows(q, k), self.other.rows(q, k)
+    def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
+        a, b = self.one.key_ranges(q, k), self.other.key_ranges(q, k)
         return None if a is None or b is None else ranges.union(a, b)
 
 
@@ -88,14 +88,14 @@ class Both(_Join):
     def keeps(self, pairs: Pairs) -> Tensor:
         return self.one.keeps(pairs) & self.other.keeps(pairs)
 
-    def span(self, q: Places, k: Places) -> Ranges | None:
+    def span(self, q: Positions, k: Positions) -> Ranges | None:
         a, b = self.one.span(q, k), self.other.span(q, k)
         if a is None or b is None:
             return b if a is None else a
         return intersection(a, b)
 
-    def rows(self, q: Places, k: Places) -> Tensor | None:
-        a, b = self.one.rows(q, k), self.other.rows(q, k)
+    def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
+        a, b = self.one.key_ranges(q, k), self.other.key_ranges(q, k)
         return None if a is None or b is None else ranges.intersection(a, b)
 
 
@@ -112,8 +112,8 @@ class OnHeads(Rule):
         chosen[list(self.heads)] = True
         return self.rule.keeps(pairs) | ~chosen[None, :, None, None]
 
-    def rows(self, q: Places, k: Places) -> Tensor | None:
-        found = self.rule.rows(q, k)
+    def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
+        found = self.rule.key_ranges(q, k)
         if found is None:
             return None
         found = spread_heads(found, self.total).expand(-1, self.total, -1, -1, -1).clone()

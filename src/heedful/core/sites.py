@@ -26,8 +26,8 @@ class Site(Enum):
     NORMALISE = ("[b h r k]", "masked scores to weights; softmax unless a method replaces it")
     PATTERN = ("[b h r k]", "the weights of a tile of query rows")
     MIX = ("q, k, v -> [b h q d]", "replaces SCORES, NORMALISE and PATTERN as a whole")
-    HEADS = ("[b h q d]", "what each head hands to the output projection")
-    CACHE = ("Entries -> keep [b g k] or Kept", "which keys and values the next step will see, and as what")
+    HEAD_OUTPUT = ("[b h q d]", "what each head hands to the output projection")
+    CACHE = ("CachedKV -> keep [b g k] or Kept", "which keys and values the next step will see, and as what")
     BLOCK = ("[b n e]", "replaces everything from HIDDEN to OUTPUT: takes the block's input, gives its output")
     OUTPUT = ("[b n e]", "after the output projection, on its way into the residual stream")
     RESIDUAL = ("[b n e]", "the residual stream as it leaves the layer that holds the attention")
@@ -58,7 +58,7 @@ class Edit(NamedTuple):
     name: str
     reads: bool
     sums: tuple[str, ...] = ()  # the parts of the pattern's summary that it reads instead of tiles
-    shifts: bool = False  # it moves weight between whole columns, see `core.shift`
+    reweights: bool = False  # it moves weight between whole columns, see `core.shift`
     loss: bool = False  # what it reads is a differentiable number
     when: str = ""  # the field without which there is no such step
 

@@ -28,7 +28,7 @@ class Summary:
     """Sums over the pattern of one call, after every edit, or before a shift. What was asked for is there.
 
     Padding queries count nowhere in `received`, `seen` and `distance`; their rows of the others mean nothing
-    (`call.live` tells which they are). A query that may see nothing has zeros everywhere.
+    (`call.is_text` tells which they are). A query that may see nothing has zeros everywhere.
     """
 
     received: Tensor | None = None  # [b h k]: the weight that all queries together gave to each key
@@ -69,27 +69,27 @@ class Summary:
 PARTS = ("received", "entropy", "peak", "place", "first", "distance", "carried")  # what can be asked for
 
 
-def sums(*wanted: str) -> Callable[[F], F]:
+def sums(*requested: str) -> Callable[[F], F]:
     """Mark a method's function as a reader of the pattern's summary: it takes a `Summary` and returns a statistic."""
-    for name in wanted:
+    for name in requested:
         if name not in PARTS:
             raise DefinitionError(f"@sums({name!r}): no such part; there are {', '.join(PARTS)}.{nearest(name, PARTS)}")
-    if not wanted:
+    if not requested:
         raise DefinitionError(f"@sums() names nothing: name at least one of {', '.join(PARTS)}")
 
     def mark(function: F) -> F:
-        edit = Edit(Site.PATTERN, function.__name__, reads=True, sums=tuple(sorted(set(wanted))))
+        edit = Edit(Site.PATTERN, function.__name__, reads=True, sums=tuple(sorted(set(requested))))
         function.__heedful_edit__ = edit  # type: ignore[attr-defined]
         return function
 
     return mark
 
 
-class Tally:
+class SummaryAccumulator:
     """Adds up the summary of one call, tile by tile, in plain torch; or takes it whole from a kernel."""
 
-    def __init__(self, wanted: frozenset[str], call: Call, carry: Tensor | None = None) -> None:
-        self.wanted = wanted
+    def __init__(self, requested: frozenset[str], call: Call, carry: Tensor | None = None) -> None:
+        self.requested = requested
         self.call = call
         self.carry = carry  # [b k c], the columns of all who asked side by side
         self.whole: Summary | None = None  # set by a backend that sums up by itself
@@ -99,25 +99,25 @@ class Tally:
     def add(self, weights: Tensor, scores: Tensor | None, call: Call) -> None:
         """Take a tile: its final weights, and its masked scores where the weights are a plain softmax of them."""
         weights = weights.detach()
-        mine = weights if self.call.queries.valid is None else weights * call.live[..., None]
-        if "received" in self.wanted:
+        mine = weights if self.call.queries.is_filled is None else weights * call.is_text[..., None]
+        if "received" in self.requested:
             self._gather("received", mine.sum(-2), call)
             keep = weights.new_ones(weights.shape[-2:], dtype=torch.bool) if call.keep is None else call.keep
-            keep = keep if self.call.queries.valid is None else keep & call.live[..., None]
+            keep = keep if self.call.queries.is_filled is None else keep & call.is_text[..., None]
             seen = keep.sum(-2).to(weights.dtype)
             self._gather("seen", seen.expand(*weights.shape[:2], -1), call)
-        if "distance" in self.wanted:
+        if "distance" in self.requested:
             self._far(mine, call)
         rows: dict[str, Tensor] = {}
-        if "place" in self.wanted:
+        if "place" in self.requested:
             rows["peak"], at = weights.max(-1)
             rows["place"] = torch.arange(len(self.call.keys), device=at.device)[call.cols][at]
-        elif self.wanted & {"peak", "entropy"}:
+        elif self.requested & {"peak", "entropy"}:
             rows["peak"] = weights.amax(-1)
-        if "entropy" in self.wanted:
+        if "entropy" in self.requested:
             exact = None if scores is None else _entropy(weights, scores.detach(), rows["peak"])
             rows["entropy"] = torch.special.entr(weights).sum(-1) if exact is None else exact
-        if "first" in self.wanted:
+        if "first" in self.requested:
             rows["first"] = _first(weights, call)
         if self.carry is not None:
             rows["carried"] = (weights.mean(1) @ self.carry[:, call.cols].to(weights.dtype)).mT
@@ -160,11 +160,11 @@ class Tally:
         if self.whole is not None:
             return self.whole
         rows = {name: torch.cat([x for _, x in sorted(parts.items())], -1) for name, parts in self._rows.items()}
-        if not self.wanted & {"peak", "place"}:
+        if not self.requested & {"peak", "place"}:
             rows.pop("peak", None)
         if "carried" in rows:
             rows["carried"] = rows["carried"].mT
-        return Summary(**self._columns, **rows, nearest=self.nearest if "distance" in self.wanted else 0)
+        return Summary(**self._columns, **rows, nearest=self.nearest if "distance" in self.requested else 0)
 
 
 def _diagonals(x: Tensor) -> Tensor:

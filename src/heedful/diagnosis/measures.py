@@ -42,8 +42,8 @@ def chosen(measures: Iterable[Measure | str] | Measure | str | None) -> tuple[Me
     """The measures asked for, each once; the default ones where none are."""
     if measures is None:
         return tuple(kind() for kind in DEFAULT)
-    wanted = [measures] if isinstance(measures, str | Measure) else list(measures)
-    parts = tuple(dict.fromkeys(find(x)() if isinstance(x, str) else x for x in wanted))
+    requested = [measures] if isinstance(measures, str | Measure) else list(measures)
+    parts = tuple(dict.fromkeys(find(x)() if isinstance(x, str) else x for x in requested))
     for part in parts:
         if isinstance(part, Weights):
             continue
@@ -65,4 +65,4 @@ def reads_text(part: Measure) -> TypeGuard[Part]:
 
 def makes_trials(part: Measure) -> TypeGuard[Part]:
     """Whether a measure is taken on prompts of its own."""
-    return not isinstance(part, Weights) and type(method_of(part)).trials is not Method.trials
+    return not isinstance(part, Weights) and type(method_of(part)).probes is not Method.probes

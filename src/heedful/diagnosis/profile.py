@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heedful.core.errors import FieldError, StatisticError
-from heedful.core.figures import Figure, Finding, Role, Told
+from heedful.core.figures import Description, Figure, Finding, Role
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Readings, method_of
@@ -63,11 +63,11 @@ class Profile:
         return next(filter(None, found.values()), {})  # as in a run: one reader may only look, and notes nothing
 
     @cached_property
-    def _told(self) -> list[tuple[Measure, Told]]:
+    def _told(self) -> list[tuple[Measure, Description]]:
         found = ((part, self.answer(part)) for part in self.parts if self._readings(part))
-        return [(p, a.tells() if isinstance(p, Weights) else method_of(p).tells(a)) for p, a in found]
+        return [(p, a.describe() if isinstance(p, Weights) else method_of(p).describe(a)) for p, a in found]
 
-    def told(self) -> list[tuple[Measure, Told]]:
+    def description(self) -> list[tuple[Measure, Description]]:
         """Figures, roles and findings of each measure that read something."""
         return self._told
 

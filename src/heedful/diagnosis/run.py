@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from heedful.adapters.transformers import adapt
 from heedful.adapters.wrapped import unwrapped
+from heedful.api import attach, fit
 from heedful.core.errors import FieldError, ModelError, RefusedModel, StatisticError
 from heedful.core.files import PROFILE, UNFINISHED, folder_for, held
 from heedful.core.fitted import Fitted
@@ -30,7 +31,6 @@ from heedful.diagnosis.view import SHOWN, notable, room, view_of, viewing
 from heedful.engine.run import Run
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
-from heedful.verbs import attach, fit
 
 LENGTH = 2048  # tokens of a window, where the model takes as many
 SAVE_EVERY = 60.0  # seconds between two saves of what is there so far
@@ -82,7 +82,7 @@ class _Subject:
             feed["decoder_input_ids"] = ids
         with memory(n):
             run(**feed)
-        if (layer := run.book.endless) is not None:
+        if (layer := run.state.endless) is not None:
             raise endless(f"the heads of layer {layer} ({run.layer_names[layer]}) give")
 
 
@@ -193,9 +193,9 @@ class _Job:
         with self.subject.attach(Stack(tuple(part for _, part in mine))) as run:
 
             def so_far() -> Profile:
-                here = {f"{mine[n][0]}.{name}.{i}": s for (n, name, i), s in run.book.statistics.items()}
+                here = {f"{mine[n][0]}.{name}.{i}": s for (n, name, i), s in run.state.statistics.items()}
                 facts: dict[str, Any] = {"windows": read - start, "tokens": sum(map(len, rows[start:read]))}
-                facts["backends"] = sorted(set(run.book.backends.values()))
+                facts["backends"] = sorted(set(run.state.backends.values()))
                 if earlier is None:
                     facts |= {name: getattr(self.windows, name) for name in ("texts", "left_out")}
                     facts["skipped"] = list(self.windows.skipped)
@@ -225,21 +225,21 @@ class _Job:
         began = time.perf_counter()
         words = ordinary(self.subject.tokenizer, self.subject.model, self.subject.vocabulary)
         planned = [
-            (n, part, list(method_of(part).trials(words, self.facts["length"])))
+            (n, part, list(method_of(part).probes(words, self.facts["length"])))
             for n, part in enumerate(self.parts)
             if makes_trials(part)
         ]
-        total = sum(trial.tokens.numel() for _, _, trials in planned for trial in trials)
+        total = sum(probe.tokens.numel() for _, _, probes in planned for probe in probes)
         done = 0
         statistics: dict[str, Statistic] = {}
-        for n, part, trials in planned:
+        for n, part, probes in planned:
             with self.subject.attach(part) as run:
-                for trial in trials:
-                    run.roles = dict(trial.roles)
-                    self.subject.read(run, tuple(trial.tokens))
-                    done += trial.tokens.numel()
+                for probe in probes:
+                    run.roles = dict(probe.roles)
+                    self.subject.read(run, tuple(probe.tokens))
+                    done += probe.tokens.numel()
                     self.subject.report(Progress("trials", done, total))
-                statistics |= {f"{n}.{name}.{i}": s for (_, name, i), s in run.book.statistics.items()}
+                statistics |= {f"{n}.{name}.{i}": s for (_, name, i), s in run.state.statistics.items()}
         return self._profile(statistics, "trials", time.perf_counter() - began)
 
     def _weights(self) -> Profile:

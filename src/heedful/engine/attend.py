@@ -13,10 +13,10 @@ from heedful.core.call import Call
 from heedful.core.errors import SiteError
 from heedful.core.sites import Site
 from heedful.core.stack import Step
-from heedful.core.summary import Tally
+from heedful.core.summary import SummaryAccumulator
 from heedful.core.values import replace
+from heedful.engine.attention_call import AttentionCall
 from heedful.engine.earlier import with_earlier
-from heedful.engine.job import Job
 from heedful.engine.needs import Needs
 from heedful.engine.stages import chosen_heads, own_rows, stage
 
@@ -52,7 +52,7 @@ def _hide(scores: Tensor, keep: Tensor) -> bool:
     return len(columns) == keep.shape[-1] and not bool(keep.any(-1).all())
 
 
-def tile(job: Job, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Heads and pattern of the query rows and key columns that `call` names. This is what attention *is* here."""
     scores = grouped(q, k.mT).mul_(call.scale)
     if call.softcap is not None:
@@ -78,20 +78,20 @@ def tile(job: Job, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
         weights = weights.masked_fill(~keep, 0.0)
     if call.above:
         scores, weights, call = scores[:, :, call.above :], weights[:, :, call.above :], own_rows(call)
-    if job.tally is not None:
+    if job.accumulator is not None:
         plain = not job.plan.edits(Site.NORMALISE, Site.PATTERN)
-        job.tally.add(weights, scores if plain else None, call)
+        job.accumulator.add(weights, scores if plain else None, call)
     if job.dropout:
         weights = torch.nn.functional.dropout(weights, job.dropout)
     return grouped(weights.to(v.dtype), v), weights
 
 
-def _normalised(step: Step, scores: Tensor, weights: Tensor, job: Job, call: Call) -> Tensor:
+def _normalised(step: Step, scores: Tensor, weights: Tensor, job: AttentionCall, call: Call) -> Tensor:
     if step.edit.reads:
         raise SiteError(f"{step}: NORMALISE has nothing to read that PATTERN has not; use @reads(Site.PATTERN)")
     if job.sink is not None:
         raise SiteError(f"{step}, layer {call.layer}: the model has learned sink logits, which only softmax knows")
-    new = getattr(step.method, step.edit.name)(scores, job.book.view(step, call))
+    new = getattr(step.method, step.edit.name)(scores, job.run_state.view(step, call))
     if not isinstance(new, Tensor) or new.shape != scores.shape:
         got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
         raise SiteError(f"{step}, layer {call.layer}: must return weights of shape {tuple(scores.shape)}, got {got}")
@@ -100,7 +100,7 @@ def _normalised(step: Step, scores: Tensor, weights: Tensor, job: Job, call: Cal
         merged = weights.clone()
         merged[:, chosen] = new[:, chosen]
         new = merged
-    job.book.watch(step, weights, new)
+    job.run_state.watch(step, weights, new)
     return new
 
 
@@ -109,13 +109,13 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-Compute = Callable[[Job, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+Compute = Callable[[AttentionCall, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 Choose = Callable[[Needs], Compute]
 
 
-def attend(job: Job, q: Tensor, k: Tensor, v: Tensor, choose: Choose) -> tuple[Tensor, Tensor | None, Call]:
+def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) -> tuple[Tensor, Tensor | None, Call]:
     """Heads `[b h q d]` of one call, its pattern if that was asked for, and the call as CACHE steps should see it."""
-    call, book = job.call, job.book
+    call, run_state = job.call, job.run_state
     q = stage(Site.QUERY, q, job, call)
     k = stage(Site.KEY, k, job, call)
     v = stage(Site.VALUE, v, job, call)
@@ -123,70 +123,72 @@ def attend(job: Job, q: Tensor, k: Tensor, v: Tensor, choose: Choose) -> tuple[T
     mask = stage(Site.MASK, call.mask, job, call)
     if mask is not call.mask:
         call = replace(call, mask=mask)
-    wanted = job.plan.wanted
+    requested = job.plan.requested
     carries = _carries(job, call)
     carry = torch.cat(list(carries.values()), -1) if carries else None
     needs = replace(
         job.plan.needs, softcap=call.softcap is not None, sink=job.sink is not None, pattern=job.keep_pattern,
         bias=job.bias is not None, dropout=job.dropout > 0, call=call, tensors=(q, k, v), learned=_learned(job),
     )  # fmt: skip
-    job = replace(job, call=call, tally=Tally(wanted, call, carry) if wanted else None, needs=needs)
+    job = replace(
+        job, call=call, accumulator=SummaryAccumulator(requested, call, carry) if requested else None, needs=needs
+    )
     pattern = None
     if mixes := job.plan.at(Site.MIX):
         heads = _mixed(mixes[0], job, q, k, v)
     else:
         longer, rows = with_earlier(job, q)
         heads, pattern = choose(needs)(longer, rows, k, v)
-    if job.tally is not None:
-        _sum_up(job, job.tally, carries)
-    heads = stage(Site.HEADS, heads.to(v.dtype), job, call)
-    book.remember(call)
-    book.look_for_nan(call.layer, heads)
+    if job.accumulator is not None:
+        _sum_up(job, job.accumulator, carries)
+    heads = stage(Site.HEAD_OUTPUT, heads.to(v.dtype), job, call)
+    run_state.remember(call)
+    run_state.look_for_nan(call.layer, heads)
     return heads, pattern, call
 
 
-def _learned(job: Job) -> tuple[Tensor, ...]:
+def _learned(job: AttentionCall) -> tuple[Tensor, ...]:
     """What the weights depend on beside queries and keys, where a kernel could serve them."""
     sink = () if job.sink is None else (job.sink,)
-    found = (job.book.params.get((step.number, job.call.layer), {}).values() for step in job.plan.shifts)
+    found = (job.run_state.params.get((step.number, job.call.layer), {}).values() for step in job.plan.reweights)
     return (*sink, *itertools.chain.from_iterable(found))
 
 
-def _carries(job: Job, call: Call) -> dict[int, Tensor]:
+def _carries(job: AttentionCall, call: Call) -> dict[int, Tensor]:
     """The columns that parts want the weights multiplied with."""
     found = {}
     for step in job.plan.summed:
         if "carried" in step.edit.sums:
-            columns = step.method.carries(job.book.view(step, call))
+            columns = step.method.carries(job.run_state.view(step, call))
             if columns is not None:
                 found[step.number] = columns
     return found
 
 
-def _sum_up(job: Job, tally: Tally, carries: dict[int, Tensor]) -> None:
+def _sum_up(job: AttentionCall, accumulator: SummaryAccumulator, carries: dict[int, Tensor]) -> None:
     """Hand the summary of the whole call to the steps that read it."""
-    whole = tally.summary()
+    whole = accumulator.summary()
     ends = dict(zip(carries, itertools.accumulate(x.shape[-1] for x in carries.values()), strict=True))
     for step in job.plan.summed:
         mine = slice(ends[n] - carries[n].shape[-1], ends[n]) if (n := step.number) in ends else slice(0)
         summary = replace(whole, carried=None if whole.carried is None else whole.carried[..., mine])
         # what feeds an edit of the same method sees every head, as that edit does
         chosen = chosen_heads(step, job.call) if all(edit.reads for edit in step.method.edits) else None
-        seen = job.book.view(step, job.call)
+        seen = job.run_state.view(step, job.call)
         if chosen is not None:
             seen = replace(seen, heads=len(chosen))
         act = getattr(step.method, step.edit.name)
-        job.book.note(step, job.call, act(summary if chosen is None else summary.on(chosen), seen))
+        job.run_state.note(step, job.call, act(summary if chosen is None else summary.on(chosen), seen))
 
 
-def _mixed(step: Step, job: Job, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _mixed(step: Step, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     call = job.call
     if job.bias is not None or job.sink is not None or call.softcap is not None or not call.mask.plain:
         raise _without_map(step, call)
     return _made(step, (q, k, v), (*q.shape[:3], v.shape[-1]), job, call)
 
 
-def replaced(step: Step, job: Job, call: Call, output: Tensor) -> Tensor:
+def replaced(step: Step, job: AttentionCall, call: Call, output: Tensor) -> Tensor:
     """The block's output as a BLOCK edit makes it from the block's input."""
     if call.hidden is None:
         raise SiteError(f"{step}, layer {call.layer}: the block is not handed hidden states [b n e]")
@@ -202,12 +204,12 @@ def _without_map(step: Step, call: Call) -> SiteError:
     )
 
 
-def _made(step: Step, given: Any, want: tuple[int, ...], job: Job, call: Call) -> Tensor:
+def _made(step: Step, given: Any, want: tuple[int, ...], job: AttentionCall, call: Call) -> Tensor:
     """What a step that replaces a whole stretch of the call makes of what enters there."""
-    made = getattr(step.method, step.edit.name)(given, job.book.view(step, call))
+    made = getattr(step.method, step.edit.name)(given, job.run_state.view(step, call))
     if not isinstance(made, Tensor) or made.shape != want:
         got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
         raise SiteError(f"{step}, layer {call.layer}: must return a tensor of shape {want}, got {got}")
-    job.book.offered[step] += 1
-    job.book.changed.add(step)
+    job.run_state.offered[step] += 1
+    job.run_state.changed.add(step)
     return made

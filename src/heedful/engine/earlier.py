@@ -7,18 +7,18 @@ from torch import Tensor
 
 from heedful.core.errors import SiteError
 from heedful.core.mask import Causal, First, Mask, Padding, Window
-from heedful.core.places import Places
+from heedful.core.positions import Positions
 from heedful.core.rules import Both, Either, Rule
 from heedful.core.values import replace
-from heedful.engine.job import Job
+from heedful.engine.attention_call import AttentionCall
 
 
-def with_earlier(job: Job, q: Tensor) -> tuple[Job, Tensor]:
+def with_earlier(job: AttentionCall, q: Tensor) -> tuple[AttentionCall, Tensor]:
     """The call with the rows above its own that its edits look at, from what was kept with the cache; keeps its own."""
     above, call = job.plan.above, job.call
     if not above or call.cross:
         return job, q
-    kept = job.book.kept_by_engine(call)
+    kept = job.run_state.kept_by_engine(call)
     before = kept.get("queries")
     after = kept.get("after")  # [b], the index that follows the last of them
     stop = int(call.queries.index.max()) + 1
@@ -50,12 +50,12 @@ def _by_position(rule: Rule) -> bool:
     return isinstance(rule, Causal | Window | First | Padding)
 
 
-def _continued(queries: Places, rows: int) -> Places:
+def _continued(queries: Positions, rows: int) -> Positions:
     """The same queries with the `rows` places before them."""
     back = torch.arange(-rows, 0, device=queries.index.device)
     index, position = (torch.cat([x[..., :1] + back, x], -1) for x in (queries.index, queries.position))
-    valid = queries.valid
-    if valid is not None:
-        valid = torch.cat([position[..., :rows].expand(*valid.shape[:-1], rows) >= 0, valid], -1)
+    is_filled = queries.is_filled
+    if is_filled is not None:
+        is_filled = torch.cat([position[..., :rows].expand(*is_filled.shape[:-1], rows) >= 0, is_filled], -1)
     first = None if queries.first is None else queries.first - rows
-    return Places(index, position, first, queries.pads, valid)
+    return Positions(index, position, first, queries.pads, is_filled)

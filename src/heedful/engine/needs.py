@@ -19,7 +19,7 @@ class Needs:
     """The facts on which a backend may have to pass."""
 
     map_steps: tuple[str, ...] = ()  # steps that edit SCORES, NORMALISE or PATTERN, or read their tiles
-    shifts: tuple[str, ...] = ()  # steps that move weight between whole columns of the pattern
+    reweights: tuple[str, ...] = ()  # steps that move weight between whole columns of the pattern
     sum_steps: tuple[str, ...] = ()  # steps that read the pattern's summary
     sums: frozenset[str] = frozenset()  # the parts of it that they read
     mask_steps: tuple[str, ...] = ()  # steps that narrow MASK
@@ -40,12 +40,14 @@ class Needs:
         """What the steps and the model want, and whatever else is known of the call."""
         inside = [s for s in steps if s.edit.site in MAP_SITES]
         return cls(
-            map_steps=tuple(str(s) for s in inside if not s.edit.shifts and not (s.edit.sums and s.edit.reads)),
-            shifts=tuple(str(s) for s in inside if s.edit.shifts),
+            map_steps=tuple(str(s) for s in inside if not s.edit.reweights and not (s.edit.sums and s.edit.reads)),
+            reweights=tuple(str(s) for s in inside if s.edit.reweights),
             sum_steps=tuple(str(s) for s in inside if s.edit.sums and s.edit.reads),
             sums=frozenset(part for s in inside for part in s.edit.sums),
             mask_steps=tuple(str(s) for s in steps if s.edit.site is Site.MASK and not s.edit.reads),
-            whole_map=tuple(str(s) for s in steps if s.method.whole_map and s.edit.site in MAP_SITES | {Site.HEADS}),
+            whole_map=tuple(
+                str(s) for s in steps if s.method.whole_map and s.edit.site in MAP_SITES | {Site.HEAD_OUTPUT}
+            ),
             softcap=softcap,
             sink=sink,
             pattern=pattern,
@@ -62,11 +64,11 @@ class Needs:
         if self.call is None or len(self.call.queries) > 1:
             return False
         q, k = self.call.queries, self.call.keys
-        return (k.valid is None or k.held is not None) and self.call.mask.idle(q, k)
+        return (k.is_filled is None or k.filled is not None) and self.call.mask.idle(q, k)
 
     @cached_property
-    def rows(self) -> Tensor | None:
+    def key_ranges(self) -> Tensor | None:
         """The ranges of keys that each query sees, see `core.rows`; None where a row has too many."""
         if self.call is None:
             return None
-        return self.call.mask.rows(self.call.queries, self.call.keys, self.call.heads)
+        return self.call.mask.key_ranges(self.call.queries, self.call.keys, self.call.heads)

@@ -19,7 +19,7 @@ from heedful.core.method import Layer, Method, Part, Readings
 from heedful.core.regions import Span
 from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Statistic, load, save
-from heedful.engine.book import Book
+from heedful.engine.run_state import RunState
 from heedful.engine.select import Explanation, explain, named
 
 
@@ -98,7 +98,7 @@ class Run:
         if tile_rows is not None and tile_rows < 1:
             raise FieldError("attach()", "tile_rows", tile_rows, "must be 1 or more rows", 128)
         self.tile_rows = tile_rows
-        self.book = Book(self.stack)
+        self.state = RunState(self.stack)
         self.closed = False
         self._adapter = adapter
         self._check_layers()
@@ -119,19 +119,19 @@ class Run:
     def _add_parameters(self) -> None:
         if not any(type(m).parameters is not Method.parameters for m in self.stack.methods):
             return
-        wanted: dict[tuple[int, str], Tensor] = {}  # what each starts from, by layer and name in the model
-        places: dict[tuple[int, int], dict[str, str]] = {}  # those names, by part and layer
+        requested: dict[tuple[int, str], Tensor] = {}  # what each starts from, by layer and name in the model
+        positions: dict[tuple[int, int], dict[str, str]] = {}  # those names, by part and layer
         for size in self._adapter.sizes():
             for number, method in enumerate(self.stack.methods):
                 if not any(step.number == number for step in self.stack.steps(size.number)):
                     continue
                 prefix = f"heedful_{type(method).__name__}_{number}_"
                 starts = method.parameters(size)
-                wanted |= {(size.number, prefix + name): start for name, start in starts.items()}
-                places[number, size.number] = {name: prefix + name for name in starts}
+                requested |= {(size.number, prefix + name): start for name, start in starts.items()}
+                positions[number, size.number] = {name: prefix + name for name in starts}
         carried = self._adapter.carried()
-        if carried and carried != set(wanted):
-            layer, name = min(carried ^ set(wanted))
+        if carried and carried != set(requested):
+            layer, name = min(carried ^ set(requested))
             have = "carries" if (layer, name) in carried else "lacks"
             raise FieldError(
                 "attach()", "what", self.stack,
@@ -139,9 +139,9 @@ class Run:
                 f"{self.layer_names[layer]} {have} {name}; attach the stack that learned them, or delete them",
                 "the same stack and `only`",
             )  # fmt: skip
-        for (number, layer), names in places.items():
-            self.book.params[number, layer] = {
-                name: self._adapter.parameter(layer, full, wanted[layer, full]) for name, full in names.items()
+        for (number, layer), names in positions.items():
+            self.state.params[number, layer] = {
+                name: self._adapter.parameter(layer, full, requested[layer, full]) for name, full in names.items()
             }
 
     @property
@@ -156,7 +156,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-        if kind is None and self.book.entered:
+        if kind is None and self.state.entered:
             for step in self.inactive:
                 warnings.warn(f"this run changed nothing with {step}", InactiveWarning, stacklevel=2)
 
@@ -195,9 +195,9 @@ class Run:
         if not names:
             raise FieldError("Run", "[...]", part, "reads nothing, so there is nothing to tell", "a reading method")
         # of two readers one may only look, and leave to the other what it saw
-        noted = {name for n, name, _ in self.book.statistics if n == number}
+        noted = {name for n, name, _ in self.state.statistics if n == number}
         chosen = next((name for name in names if name in noted), names[0])
-        found = {layer: s for (n, name, layer), s in self.book.statistics.items() if n == number and name == chosen}
+        found = {layer: s for (n, name, layer), s in self.state.statistics.items() if n == number and name == chosen}
         if not found:
             raise StatisticError(f"{part!r} has read nothing yet: run the model first, for example run(**inputs)")
         return method.answer(Readings(found))
@@ -206,33 +206,39 @@ class Run:
         """What every reading method has to tell."""
         out = {}
         for number, part in enumerate(self.stack.parts):
-            if any(key[0] == number for key in self.book.statistics):
+            if any(key[0] == number for key in self.state.statistics):
                 out[part] = self[part]
         return out
 
     @property
     def inactive(self) -> tuple[str, ...]:
         """Steps that changed nothing."""
-        book = self.book
+        run_state = self.state
         steps = [s for s in self.stack.steps() if not s.edit.reads]
-        acted = {s.number for s in book.changed}
+        acted = {s.number for s in run_state.changed}
         # a step that was never reached, such as CACHE without a cache, counts only where its whole method did nothing
-        idle = [s for s in steps if s not in book.changed and (book.offered[s] or s.number not in acted)]
-        why = {s: ", which was idle" if s.number in book.idled else ", which was never reached" for s in idle}
-        return tuple(f"{s}" + ("" if book.offered[s] else why[s]) for s in idle)
+        idle = [s for s in steps if s not in run_state.changed and (run_state.offered[s] or s.number not in acted)]
+        why = {s: ", which was idle" if s.number in run_state.idled else ", which was never reached" for s in idle}
+        return tuple(f"{s}" + ("" if run_state.offered[s] else why[s]) for s in idle)
 
     @property
     def active(self) -> bool:
         """Whether every part that edits has changed something."""
-        return bool(self.book.entered) and not self.inactive
+        return bool(self.state.entered) and not self.inactive
 
     def activity(self) -> Activity:
         """Whether the stack is active: layers entered, steps that changed something, pairs, cache, NaN."""
-        book, inactive = self.book, self.inactive
-        density = {n: density_of(call) for n, call in sorted(book.calls.items())}
-        entered = tuple(sorted(book.entered))
+        run_state, inactive = self.state, self.inactive
+        density = {n: density_of(call) for n, call in sorted(run_state.calls.items())}
+        entered = tuple(sorted(run_state.entered))
         return Activity(
-            len(self.layer_names), entered, inactive, density, dict(book.kept), dict(book.backends), book.nan
+            len(self.layer_names),
+            entered,
+            inactive,
+            density,
+            dict(run_state.kept),
+            dict(run_state.backends),
+            run_state.nan,
         )
 
     def loss(self) -> Tensor:
@@ -243,9 +249,9 @@ class Run:
         if not any(step.edit.loss for step in self.stack.steps()):
             rule = "penalises nothing, so there is no loss; mark a function with @penalises(Site.X)"
             raise FieldError("Run", "stack", self.stack, rule, "a stack with a penalty")
-        if not self.book.losses:
+        if not self.state.losses:
             raise StatisticError(f"{self.stack!r} has penalised nothing yet: run the model first, as in run(**inputs)")
-        return torch.stack([x.float() for x in self.book.losses.values()]).sum()
+        return torch.stack([x.float() for x in self.state.losses.values()]).sum()
 
     def explain(self) -> Explanation:
         """Which backend serves this stack, and every reason against the others."""
@@ -272,15 +278,15 @@ class Run:
 
     def reset(self) -> None:
         """Forget statistics and what methods remember of the run; learned parameters stay."""
-        self.book = Book(self.stack, params=self.book.params)
+        self.state = RunState(self.stack, params=self.state.params)
 
     def forget(self) -> None:
         """Forget what methods remember of the run. Statistics stay, and so does what they keep with a cache."""
-        self.book.forget()
+        self.state.forget()
 
     def branch(self) -> AbstractContextManager[None]:
         """A `with` after which methods remember what they did before it, as where several continuations are tried."""
-        return self.book.branch()
+        return self.state.branch()
 
     @torch.no_grad()
     def difference(self, *args: Any, **kwargs: Any) -> float:
@@ -293,7 +299,7 @@ class Run:
 
     def save(self, path: str | Path) -> Path:
         """Write all statistics to one file, from which `load` and other runs of the same stack can go on."""
-        return save(path, {f"{n}.{name}.{layer}": s for (n, name, layer), s in self.book.statistics.items()})
+        return save(path, {f"{n}.{name}.{layer}": s for (n, name, layer), s in self.state.statistics.items()})
 
     def merge(self, path: str | Path) -> None:
         """Add the statistics that another run of the same stack saved."""
@@ -306,24 +312,24 @@ class Run:
                 )
             found[int(number), name, int(layer)] = stat
         for place, stat in found.items():
-            have = self.book.statistics.get(place)
-            self.book.statistics[place] = stat if have is None else have + stat
+            have = self.state.statistics.get(place)
+            self.state.statistics[place] = stat if have is None else have + stat
 
     def parameters(self) -> list[nn.Parameter]:
         """Every learned parameter that the stack brought."""
-        return [p for found in self.book.params.values() for p in found.values() if isinstance(p, nn.Parameter)]
+        return [p for found in self.state.params.values() for p in found.values() if isinstance(p, nn.Parameter)]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The learned parameters, by part, layer and name."""
         return {
             f"{part}.{layer}.{name}": p.detach().clone()
-            for (part, layer), found in self.book.params.items()
+            for (part, layer), found in self.state.params.items()
             for name, p in found.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put learned parameters back; names and shapes must be exactly those of this stack."""
-        mine = {f"{n}.{layer}.{name}": p for (n, layer), f in self.book.params.items() for name, p in f.items()}
+        mine = {f"{n}.{layer}.{name}": p for (n, layer), f in self.state.params.items() for name, p in f.items()}
         if set(mine) != set(state):
             odd = sorted(set(mine) ^ set(state))[0]
             raise FieldError("Run", "state", odd, "names must be exactly those of this stack", sorted(mine)[:1])

@@ -20,13 +20,13 @@ def named(backend: str, owner: str = "attach()") -> str:
     return backend
 
 
-def select(wanted: str, needs: Needs, backends: dict[str, Backend] | None = None) -> Backend:
+def select(requested: str, needs: Needs, backends: dict[str, Backend] | None = None) -> Backend:
     """The backend asked for, or with 'auto' the first that refuses nothing."""
     have = backends or BACKENDS
-    if wanted != "auto":
-        if reasons := have[wanted].refuses(needs):
-            raise BackendError(f"backend {wanted!r} cannot serve this call: " + "; ".join(reasons))
-        return have[wanted]
+    if requested != "auto":
+        if reasons := have[requested].refuses(needs):
+            raise BackendError(f"backend {requested!r} cannot serve this call: " + "; ".join(reasons))
+        return have[requested]
     return next(b for b in have.values() if not b.refuses(needs))
 
 

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heedful.core.call import Call, Entries, Kept
+from heedful.core.call import CachedKV, Call, Kept
 from heedful.core.errors import SiteError
 from heedful.core.mask import Mask
-from heedful.core.shift import Shift
+from heedful.core.reweight import Reweight
 from heedful.core.sites import Site
 from heedful.core.stack import Step
-from heedful.core.summary import Summary, Tally
+from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.core.values import replace
-from heedful.engine.job import Job
+from heedful.engine.attention_call import AttentionCall
 
 
 def _kv_heads(heads: tuple[int, ...], call: Call, step: Step) -> list[int]:
@@ -39,10 +39,10 @@ def chosen_heads(step: Step, call: Call) -> list[int] | None:
     return _kv_heads(heads, call, step) if step.edit.site in (Site.KEY, Site.VALUE, Site.CACHE) else list(heads)
 
 
-def stage(site: Site, x: Any, job: Job, call: Call) -> Any:
+def stage(site: Site, x: Any, job: AttentionCall, call: Call) -> Any:
     """The value of a site after every step that acts there."""
     for step in job.plan.tiles(site):
-        seen = job.book.view(step, call)
+        seen = job.run_state.view(step, call)
         act = getattr(step.method, step.edit.name)
         chosen = chosen_heads(step, call)
         if step.edit.reads:
@@ -52,26 +52,26 @@ def stage(site: Site, x: Any, job: Job, call: Call) -> Any:
             if chosen is not None:
                 seen = replace(seen, heads=len(chosen))
             mine = x[:, :, call.above :] if call.above else x
-            job.book.note(step, call, act(mine if chosen is None else mine[:, chosen], seen))
+            job.run_state.note(step, call, act(mine if chosen is None else mine[:, chosen], seen))
             continue
-        if step.edit.shifts:
-            x = _shifted(step, x, job, call)
+        if step.edit.reweights:
+            x = _reweighted(step, x, job, call)
             continue
         tensor = isinstance(x, Tensor)
         version = None if not tensor or x.is_inference() else x._version
         # inference tensors count no versions: such a step is compared with a copy until it was seen to be clean
-        copied = x.clone() if tensor and version is None and step not in job.book.clean else None
+        copied = x.clone() if tensor and version is None and step not in job.run_state.clean else None
         new = act(x, seen)
         if copied is not None:
-            job.book.clean.add(step)
+            job.run_state.clean.add(step)
         dirty = version != x._version if version is not None else copied is not None and not _alike(x, copied)
         if dirty:
             raise SiteError(f"{step}, layer {call.layer}: changed its input in place; return a new tensor instead")
         if isinstance(x, Mask):
             narrowed = _narrowed(step, x, new, chosen, call.heads)
-            job.book.offered[step] += 1
-            if step not in job.book.changed and narrows(replace(call, mask=narrowed), x):
-                job.book.changed.add(step)
+            job.run_state.offered[step] += 1
+            if step not in job.run_state.changed and narrows(replace(call, mask=narrowed), x):
+                job.run_state.changed.add(step)
             x = narrowed
             continue
         if not isinstance(new, Tensor) or new.shape != x.shape:
@@ -83,7 +83,7 @@ def stage(site: Site, x: Any, job: Job, call: Call) -> Any:
             merged = x.clone()
             merged[:, chosen] = new[:, chosen].to(x.dtype)
             new = merged
-        job.book.watch(step, x, new)
+        job.run_state.watch(step, x, new)
         x = new.to(x.dtype)
     return x
 
@@ -103,16 +103,16 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def _shifted(step: Step, weights: Tensor, job: Job, call: Call) -> Tensor:
+def _reweighted(step: Step, weights: Tensor, job: AttentionCall, call: Call) -> Tensor:
     """A tile's weights after a shift. One that is not known yet is asked for here: the tile is the whole map."""
-    if step in job.shifts:
-        shift = job.shifts[step]
+    if step in job.reweights:
+        shift = job.reweights[step]
     else:
-        tally = Tally(frozenset(step.edit.sums), job.call)
-        tally.add(weights, None, call)
-        shift = shift_of(step, job, tally.summary())
+        accumulator = SummaryAccumulator(frozenset(step.edit.sums), job.call)
+        accumulator.add(weights, None, call)
+        shift = reweight_of(step, job, accumulator.summary())
     new = weights if shift is None else shift.of(weights, call.cols)
-    job.book.watch(step, weights, new)
+    job.run_state.watch(step, weights, new)
     return new
 
 
@@ -121,20 +121,20 @@ def _broadcasts(x: Tensor, shape: tuple[int, int, int]) -> bool:
     return x.dim() == 3 and x.shape[0] in (1, b) and x.shape[1] in (1, h) and x.shape[2] == k
 
 
-def shift_of(step: Step, job: Job, summary: Summary) -> Shift | None:
+def reweight_of(step: Step, job: AttentionCall, summary: Summary) -> Reweight | None:
     """What a step does to the pattern that the summary is of."""
     call = job.call
-    found = getattr(step.method, step.edit.name)(summary, job.book.view(step, call))
+    found = getattr(step.method, step.edit.name)(summary, job.run_state.view(step, call))
     if found is None:
         return None
     shape = (1 if call.query is None else len(call.query), call.heads, len(call.keys))
-    for x in (found.factor, found.free) if isinstance(found, Shift) else ():
+    for x in (found.factor, found.free) if isinstance(found, Reweight) else ():
         if x is not None and not _broadcasts(x, shape):
             raise SiteError(
-                f"{step}, layer {call.layer}: a Shift's tensors are [b|1, h|1, k] = {shape}, got {tuple(x.shape)}"
+                f"{step}, layer {call.layer}: a Reweight's tensors are [b|1, h|1, k] = {shape}, got {tuple(x.shape)}"
             )
-    if not isinstance(found, Shift):
-        raise SiteError(f"{step}, layer {call.layer}: must return a Shift or None, got {type(found).__name__}")
+    if not isinstance(found, Reweight):
+        raise SiteError(f"{step}, layer {call.layer}: must return a Reweight or None, got {type(found).__name__}")
     chosen = chosen_heads(step, call)
     return found if chosen is None else found.on(chosen, call.heads)
 
@@ -163,22 +163,22 @@ def narrows(call: Call, before: Mask, rows: int = 128) -> bool:
     return False
 
 
-def keep_entries(job: Job, entries: Entries) -> Kept | None:
+def keep_entries(job: AttentionCall, entries: CachedKV) -> Kept | None:
     """What the CACHE steps leave of the entries; None when no step acts there."""
     steps = job.plan.at(Site.CACHE)
     if not steps:
         return None
-    kept, padding = Kept(entries.valid), job.call.mask.padding
-    live = None if padding is None else padding.at(entries.places.index)
+    kept, padding = Kept(entries.is_filled), job.call.mask.padding
+    is_text = None if padding is None else padding.at(entries.positions.index)
     for step in steps:
-        seen = job.book.view(step, job.call)
-        mine = replace(entries, live=live)
+        seen = job.run_state.view(step, job.call)
+        mine = replace(entries, in_row=is_text)
         new = _left(step, getattr(step.method, step.edit.name)(mine, seen), entries, job.call)
         narrowed = kept.keep & new.keep
-        job.book.watch(step, kept.keep, narrowed)
+        job.run_state.watch(step, kept.keep, narrowed)
         for old, given in ((entries.key, new.key), (entries.value, new.value)):
             if given is not None:
-                job.book.watch(step, old, given)
+                job.run_state.watch(step, old, given)
         entries = replace(
             entries,
             key=entries.key if new.key is None else new.key,
@@ -189,7 +189,7 @@ def keep_entries(job: Job, entries: Entries) -> Kept | None:
     return kept
 
 
-def _left(step: Step, given: object, entries: Entries, call: Call) -> Kept:
+def _left(step: Step, given: object, entries: CachedKV, call: Call) -> Kept:
     """What one step leaves, checked, and in the heads that it is for."""
     kept = given if isinstance(given, Kept) else Kept(given)  # type: ignore[arg-type]
     shape = entries.key.shape[:3]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from heedful.api import attach, still
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.figures import Head, HeadMap, head_name
@@ -21,7 +22,6 @@ from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Cat, Statistic
 from heedful.explaining.aim import following
 from heedful.methods.explain.patch import Patch, patched
-from heedful.verbs import attach, still
 
 Metric = Callable[[Tensor], Tensor]  # logits [b n v] -> one number a text [b], higher where the answer is the clean one
 SIDES = {"q": Site.QUERY, "k": Site.KEY, "v": Site.VALUE}
@@ -125,7 +125,7 @@ def path_patching(
     if side not in SIDES:
         raise FieldError("path_patching()", "side", side, "must be 'q', 'k' or 'v'", "q")
     probe = _Probe(model, clean, corrupt, metric, layers)
-    receivers, first = list(receivers), min(probe.wanted)
+    receivers, first = list(receivers), min(probe.requested)
     sizes = {size.number: size.heads for size in probe.sizes}
     known = all(0 <= head < sizes.get(layer, 0) for layer, head in receivers)
     if not known or (receivers and max(receivers)[0] <= first):
@@ -163,9 +163,9 @@ class _Probe:
 
         self.model, self.metric = model, metric
         self.sizes = adapt(model, None).sizes()
-        self.wanted = set(range(len(self.sizes)) if layers is None else layers)
-        if not self.wanted or not self.wanted <= set(range(len(self.sizes))):
-            raise FieldError("patching()", "layers", sorted(self.wanted), f"must lie below {len(self.sizes)}", [0])
+        self.requested = set(range(len(self.sizes)) if layers is None else layers)
+        if not self.requested or not self.requested <= set(range(len(self.sizes))):
+            raise FieldError("patching()", "layers", sorted(self.requested), f"must lie below {len(self.sizes)}", [0])
         if clean.ndim != 2 or clean.shape != corrupt.shape:
             rule = f"must be [b n] and of the shape of clean, {tuple(clean.shape)}"
             raise FieldError("patching()", "corrupt", tuple(corrupt.shape), rule, tuple(clean.shape))
@@ -198,7 +198,7 @@ class _Probe:
     def kept(
         self,
         ids: Tensor,
-        site: Site = Site.HEADS,
+        site: Site = Site.HEAD_OUTPUT,
         under: Part | Stack | None = None,
         layers: Iterable[int] | None = None,
     ) -> Fitted:
@@ -211,7 +211,7 @@ class _Probe:
 
     def first_order(self, values: Fitted, positions: tuple[int, ...] | None) -> Callable[[Head], float]:
         """Each head's effect, were the metric linear in what heads hand over."""
-        keeper = _keeping(Site.HEADS)
+        keeper = _keeping(Site.HEAD_OUTPUT)
         with still(self.model), attach(self.model, keeper) as run, following(self.model):
             self.metric(run(input_ids=self.corrupt).logits).double().mean().backward()
         effects = {}
@@ -225,7 +225,7 @@ class _Probe:
     def each(self, effect: Callable[[Head], float]) -> HeadEffects:
         share = torch.full((len(self.sizes), max(size.heads for size in self.sizes)), float("nan"))
         for size in self.sizes:
-            for head in range(size.heads if size.number in self.wanted else 0):
+            for head in range(size.heads if size.number in self.requested else 0):
                 share[size.number, head] = effect((size.number, head))
         return HeadEffects(share, self.high, self.low)
 

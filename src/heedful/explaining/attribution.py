@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from heedful.api import attach, still
 from heedful.core.errors import FieldError
 from heedful.core.method import Part
 from heedful.explaining.aim import Text, aim_of, following, ids_of
-from heedful.verbs import attach, still
 
 
 def attribute(

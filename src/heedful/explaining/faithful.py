@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from heedful.api import attach, still
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.figures import Curves, Figure
@@ -19,7 +20,6 @@ from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.explaining.aim import Aim, Text, aim_of, ids_of
-from heedful.verbs import attach, still
 
 PAPER = Paper(
     "1806.07421",

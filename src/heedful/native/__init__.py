@@ -61,8 +61,8 @@ class Library:
 @cache
 def library() -> Library | str:
     """The kernel, or why there is none."""
-    wanted = os.environ.get(PATH_VARIABLE, "")
-    if wanted == "off":
+    requested = os.environ.get(PATH_VARIABLE, "")
+    if requested == "off":
         return f"the native kernel is switched off by {PATH_VARIABLE}=off"
     file = Path(os.environ.get(FILE_VARIABLE) or Path(__file__).with_name("kernel.so"))
     if not file.is_file():
@@ -81,6 +81,6 @@ def library() -> Library | str:
         if name is None:
             break
         paths.append(name.decode())
-    if wanted and wanted not in paths:
-        return f"{PATH_VARIABLE}={wanted}: this machine has {', '.join(paths)}"
-    return Library(handle, wanted or paths[0], tuple(paths))
+    if requested and requested not in paths:
+        return f"{PATH_VARIABLE}={requested}: this machine has {', '.join(paths)}"
+    return Library(handle, requested or paths[0], tuple(paths))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from heedful.core.figures import Told
+from heedful.core.figures import Description
 from heedful.report import data
 from heedful.report.page import by_kind, entry, html, more, put
 
@@ -29,7 +29,7 @@ class Compared(Protocol):
     @property
     def contenders(self) -> list[str]: ...
 
-    def told(self) -> Told: ...
+    def description(self) -> Description: ...
 
 
 def _facts(comparison: Compared) -> list[tuple[str, str]]:
@@ -52,7 +52,7 @@ def _used(comparison: Compared) -> list[dict[str, Any]]:
 
 def render(comparison: Compared) -> str:
     """The page as text."""
-    told = comparison.told()
+    told = comparison.description()
     figures = [data.figure(figure, "") for figure in told.figures]
     plain = {k: v for k, v in comparison.facts.items() if k not in ("contenders", "tasks")}
     written = {

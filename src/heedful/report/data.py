@@ -13,6 +13,7 @@ from torch import Tensor
 
 from heedful.core.figures import (
     Curves,
+    Description,
     Figure,
     Finding,
     Grid,
@@ -21,7 +22,6 @@ from heedful.core.figures import (
     Listing,
     Role,
     Scatter,
-    Told,
     head_name,
 )
 from heedful.core.kinds import Measure
@@ -60,7 +60,7 @@ class View(Protocol):
 class Shown(Protocol):
     """What a page needs of a profile."""
 
-    def told(self) -> Sequence[tuple[Measure, Told]]: ...
+    def description(self) -> Sequence[tuple[Measure, Description]]: ...
 
     def findings(self) -> Sequence[Finding]: ...
 
@@ -113,7 +113,7 @@ def cell(x: object) -> object:
     return x if isinstance(x, (int, str, bool)) or x is None else str(x)
 
 
-def roles(told: Iterable[tuple[Measure, Told]]) -> list[dict[str, Any]]:
+def roles(told: Iterable[tuple[Measure, Description]]) -> list[dict[str, Any]]:
     def plain(role: Role) -> dict[str, Any]:
         heads = [[head_name(*head), cell(float(value))] for head, value in role.heads.items()]
         return {"name": role.name, "what": role.what, "unit": role.unit, "heads": heads}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heedful.catalogue import entries, family
-from heedful.core.figures import Told
+from heedful.core.figures import Description
 from heedful.core.files import replace_text
 from heedful.core.kinds import Measure
 from heedful.core.method import method_of
@@ -81,7 +81,7 @@ def entry(name: str) -> dict[str, Any]:
     return {"name": name, "doc": doc[0] if doc else "", "paper": kind.paper, "family": family(kind)}
 
 
-def _measures(told: Iterable[tuple[Measure, Told]]) -> list[dict[str, Any]]:
+def _measures(told: Iterable[tuple[Measure, Description]]) -> list[dict[str, Any]]:
     found = {}
     for part, _ in told:
         method = method_of(part)
@@ -143,7 +143,7 @@ def by_kind(figures: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
 
 def _content(profile: data.Shown) -> tuple[dict[str, Any], dict[str, Any], str]:
     """What the template writes, what the script reads, and the packed token view."""
-    told: Sequence[tuple[Measure, Told]] = profile.told()
+    told: Sequence[tuple[Measure, Description]] = profile.description()
     figures = [data.figure(f, type(method_of(part)).__name__) for part, t in told for f in t.figures]
     findings = profile.findings()
     roles = data.roles(told)

@@ -23,7 +23,7 @@ class _Pairs(Task):
         if self.digits < 1 or 10**self.digits < self.pairs:
             raise FieldError(self, "digits", self.digits, "must give each pair a number of its own", 3)
 
-    def told(self, draw: random.Random) -> list[tuple[str, str]]:
+    def description(self, draw: random.Random) -> list[tuple[str, str]]:
         """The pairs, in order."""
         numbers = draw.sample(range(10**self.digits), self.pairs)
         return [(word, f"{n:0{self.digits}}") for word, n in zip(draw.sample(WORDS, self.pairs), numbers, strict=True)]
@@ -40,7 +40,7 @@ class KeyValueRecall(_Pairs):
 
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
         draw = self.draw(seed, number)
-        pairs, asked = self.told(draw), draw.randrange(self.pairs)
+        pairs, asked = self.description(draw), draw.randrange(self.pairs)
         draft = Draft()
         for i, (key, value) in enumerate(pairs):
             draft.add(f"{key}:")
@@ -63,7 +63,7 @@ class MultiQueryRecall(_Pairs):
 
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
         draw = self.draw(seed, number)
-        pairs = self.told(draw)
+        pairs = self.description(draw)
         again = draw.sample(pairs, self.pairs)
         draft = Draft()
         for role, rows in (("needle", pairs), ("answer", again)):

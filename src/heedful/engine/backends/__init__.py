@@ -6,11 +6,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends.native import Native
 from heedful.engine.backends.reference import Reference
 from heedful.engine.backends.sdpa import Sdpa
 from heedful.engine.backends.tiled import Tiled
-from heedful.engine.job import Job
 from heedful.engine.needs import Needs
 
 
@@ -24,7 +24,7 @@ class Backend(Protocol):
         """Every reason why this backend cannot serve, empty when it can."""
         ...
 
-    def __call__(self, job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]: ...
+    def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]: ...
 
 
 BACKENDS: dict[str, Backend] = {b.name: b for b in (Sdpa(), Native(), Tiled(), Reference())}  # cheapest first

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import BackendError
-from heedful.core.places import spread_heads
+from heedful.core.key_ranges import counts
+from heedful.core.positions import spread_heads
 from heedful.core.ragged import Ragged, padded
-from heedful.core.rows import counts
-from heedful.core.summary import Summary, Tally
+from heedful.core.summary import Summary, SummaryAccumulator
+from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends.tiled import Tiled
-from heedful.engine.job import Job
 from heedful.engine.needs import Needs
-from heedful.engine.shifting import corrected
+from heedful.engine.reweighting import corrected
 from heedful.native import Library, Problem, library
 
 GRAIN = 32  # what a block of a block table must be a multiple of: the widest panel of the kernel
@@ -33,8 +33,8 @@ class Native:
         reasons += [
             f"{step} needs the scores or weights, which this kernel keeps to itself" for step in needs.map_steps
         ]
-        if needs.shifts and (after := needs.shifts[1:] + needs.sum_steps):
-            reasons.append(f"{after[0]} needs the weights after {needs.shifts[0]}, and those are never made here")
+        if needs.reweights and (after := needs.reweights[1:] + needs.sum_steps):
+            reasons.append(f"{after[0]} needs the weights after {needs.reweights[0]}, and those are never made here")
         for there, what in (
             (needs.softcap, "the model caps its scores"),
             (needs.bias, "the model adds a bias to its scores"),
@@ -59,15 +59,15 @@ class Native:
             reasons.append("blocks begin with the text, and padding on the left moves them off its panels")
         if needs.sums & {"first", "distance"} and needs.call.keys.pads is None:
             reasons.append("several texts stand in one row, or keys were dropped, and it tells places by columns")
-        if not reasons and not needs.sees_all and needs.rows is None:
+        if not reasons and not needs.sees_all and needs.key_ranges is None:
             reasons.append("some query's keys lie in too many separate stretches")
         return reasons
 
-    def __call__(self, job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+    def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         kernel = library()
         if isinstance(kernel, str):
             raise BackendError(kernel)
-        if not job.plan.shifts:
+        if not job.plan.reweights:
             return _compute(kernel, job, q, k, v), None
         tiles = Tiled()
         height = tiles.tile_rows(q.shape[0], q.shape[1], k.shape[2])
@@ -77,12 +77,12 @@ class Native:
         ), None  # fmt: skip
 
 
-def _compute(kernel: Library, job: Job, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    call, tally = job.call, job.tally
+def _compute(kernel: Library, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    call, accumulator = job.call, job.accumulator
     b, h, n, d = q.shape
     p = Problem(b, h, k.shape[1], n, k.shape[2], d, v.shape[3])
     p.scale, p.threads, p.bfloat16 = call.scale, torch.get_num_threads(), q.dtype == torch.bfloat16
-    p.exact = bool(job.plan.shifts)  # what a shift takes away again must not have been rounded
+    p.exact = bool(job.plan.reweights)  # what a shift takes away again must not have been rounded
     held: list[Tensor] = []  # what the kernel points at must outlive it
 
     def at(x: Tensor) -> int:
@@ -97,8 +97,8 @@ def _compute(kernel: Library, job: Job, q: Tensor, k: Tensor, v: Tensor) -> Tens
     p.q, p.k, p.v, p.out = at(q), at(k), at(v), at(out)
     p.q_stride, p.k_stride, p.v_stride = _strides(q), _strides(k), _strides(v)
     needs = job.needs
-    if needs is None or not (needs.sees_all and (p.held or call.keys.valid is None)):
-        rows = None if needs is None else needs.rows
+    if needs is None or not (needs.sees_all and (p.held or call.keys.is_filled is None)):
+        rows = None if needs is None else needs.key_ranges
         if rows is None:
             raise BackendError("the native kernel was not asked if it can serve")
         ranges = rows.expand(-1, -1, n, -1, -1).to(torch.int32).contiguous()
@@ -110,11 +110,11 @@ def _compute(kernel: Library, job: Job, q: Tensor, k: Tensor, v: Tensor) -> Tens
         table = blocks.table.to(torch.uint8).contiguous()
         p.blocks, p.block, p.block_cols, p.block_units = at(table), blocks.size, table.shape[3], table.shape[1]
         p.block_stride[:] = [table.stride(i) if table.shape[i] > 1 else 0 for i in (0, 1)]
-    if tally is not None:
-        _ask(p, tally, call, at)
+    if accumulator is not None:
+        _ask(p, accumulator, call, at)
     kernel.attend(p)
-    if tally is not None:
-        tally.whole = _told(p, tally, held)
+    if accumulator is not None:
+        accumulator.whole = _told(p, accumulator, held)
     return out.transpose(1, 2)
 
 
@@ -129,54 +129,57 @@ def _in_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _ask(p: Problem, tally: Tally, call: Call, at: Callable[[Tensor], int]) -> None:
+def _ask(p: Problem, accumulator: SummaryAccumulator, call: Call, at: Callable[[Tensor], int]) -> None:
     """Give the kernel a place for each part of the summary."""
     b, h, n, k = p.batch, p.heads, p.queries, p.keys
-    if call.queries.valid is not None:
-        live = call.queries.valid[:, 0].to(torch.uint8).contiguous()
-        p.live, p.live_stride = at(live), live.stride(0) if len(live) > 1 else 0
+    if call.queries.is_filled is not None:
+        is_text = call.queries.is_filled[:, 0].to(torch.uint8).contiguous()
+        p.live, p.live_stride = at(is_text), is_text.stride(0) if len(is_text) > 1 else 0
     if n == 1 and not p.blocks:
         p.received = at(torch.zeros(b, h, k))  # the weights themselves: everything else is drawn from them
         return
-    if "received" in tally.wanted:
+    if "received" in accumulator.requested:
         p.received = at(torch.zeros(b, h, k))
-    if "entropy" in tally.wanted:
+    if "entropy" in accumulator.requested:
         p.entropy = at(torch.zeros(b, h, n))
-    if tally.wanted & {"peak", "place"}:
+    if accumulator.requested & {"peak", "place"}:
         p.peak = at(torch.zeros(b, h, n))
-    if "place" in tally.wanted:
+    if "place" in accumulator.requested:
         p.place = at(torch.zeros(b, h, n, dtype=torch.int32))
-    if "first" in tally.wanted:
+    if "first" in accumulator.requested:
         start = (call.k_pos[:, 0] == 0).expand(b, -1)
         p.first_at = at(torch.where(start.any(-1), start.long().argmax(-1), -1).to(torch.int32))
         p.first = at(torch.zeros(b, h, n))
-    if tally.carry is not None:
-        p.carry, p.carry_width = at(tally.carry.float().expand(b, -1, -1).contiguous()), tally.carry.shape[-1]
+    if accumulator.carry is not None:
+        p.carry, p.carry_width = (
+            at(accumulator.carry.float().expand(b, -1, -1).contiguous()),
+            accumulator.carry.shape[-1],
+        )
         p.carried = at(torch.zeros(b, n, p.carry_width))
-    if "distance" in tally.wanted:
-        p.nearest, p.reach = tally.nearest, tally.reach
+    if "distance" in accumulator.requested:
+        p.nearest, p.reach = accumulator.nearest, accumulator.reach
         p.q_first = int(call.queries.index[0, 0, 0] - call.keys.index[0, 0, 0])
         p.distance = at(torch.zeros(b, h, p.reach))
 
 
-def _told(p: Problem, tally: Tally, held: list[Tensor]) -> Summary:
+def _told(p: Problem, accumulator: SummaryAccumulator, held: list[Tensor]) -> Summary:
     """The summary that the kernel wrote."""
     where = {x.data_ptr(): x for x in held}
     if p.queries == 1 and not p.blocks:
-        return _of_weights(where[p.received], tally)
+        return _of_weights(where[p.received], accumulator)
     found = {
         name: where.get(getattr(p, name) or 0)
         for name in ("received", "entropy", "peak", "first", "distance", "carried")
     }
-    call, place = tally.call, where.get(p.place or 0)
+    call, place = accumulator.call, where.get(p.place or 0)
     seen = _seen(call, where[p.ranges].long(), p).expand(p.batch, p.heads, -1) if p.received else None
     return Summary(**found, seen=seen, place=None if place is None else place.long(), nearest=p.nearest)
 
 
-def _of_weights(weights: Tensor, tally: Tally) -> Summary:
+def _of_weights(weights: Tensor, accumulator: SummaryAccumulator) -> Summary:
     """The summary of one query for each head, whose weights `[b h k]` are no larger than it."""
-    call = tally.call.tile(slice(0, 1), slice(0, weights.shape[-1]))
-    whole = Tally(tally.wanted, tally.call, tally.carry)
+    call = accumulator.call.tile(slice(0, 1), slice(0, weights.shape[-1]))
+    whole = SummaryAccumulator(accumulator.requested, accumulator.call, accumulator.carry)
     keep = call.mask.keeps(call.pairs)
     whole.add(weights[..., None, :], None, replace(call, keep=keep))
     return whole.summary()
@@ -184,16 +187,16 @@ def _of_weights(weights: Tensor, tally: Tally) -> Summary:
 
 def _seen(call: Call, ranges: Tensor, p: Problem) -> Tensor:
     """How many text queries see each key, `[b|1 h|1 k]`, from where ranges begin and end."""
-    live = call.live[..., None].to(torch.float32)
-    ranges, live = torch.broadcast_tensors(ranges, live[..., None])
-    live = live[..., 0]
+    is_text = call.is_text[..., None].to(torch.float32)
+    ranges, is_text = torch.broadcast_tensors(ranges, is_text[..., None])
+    is_text = is_text[..., 0]
     if not call.mask.blocks:
-        return counts(ranges, live, p.keys)
+        return counts(ranges, is_text, p.keys)
     (blocks,) = call.mask.blocks
     table = spread_heads(blocks.table, p.heads).float().repeat_interleave(blocks.size, -1)[..., : p.keys]
     table = table if table.shape[1] in (1, p.heads) else table.repeat_interleave(p.heads // table.shape[1], 1)
     out = torch.zeros(())
     for i, start in enumerate(range(0, p.queries, blocks.size)):
         rows = slice(start, start + blocks.size)
-        out = out + counts(ranges[:, :, rows], live[:, :, rows], p.keys) * table[:, :, i]
+        out = out + counts(ranges[:, :, rows], is_text[:, :, rows], p.keys) * table[:, :, i]
     return out

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from heedful.engine.attend import tile, wide
-from heedful.engine.job import Job
+from heedful.engine.attention_call import AttentionCall
 from heedful.engine.needs import Needs
 
 
@@ -18,7 +18,7 @@ class Reference:
     def refuses(self, needs: Needs) -> list[str]:
         return []
 
-    def __call__(self, job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         call = job.call.tile(slice(0, q.shape[2]), slice(0, k.shape[2]))
         call = replace(call, keep=call.mask.keeps(call.pairs), above=job.call.earlier)
         heads, pattern = tile(job, call, wide(q), call.spread(wide(k)), call.spread(wide(v)))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.ragged import Ragged
-from heedful.engine.job import Job
+from heedful.engine.attention_call import AttentionCall
 from heedful.engine.needs import Needs
 
 
@@ -16,7 +16,7 @@ class Sdpa:
     gradients = True
 
     def refuses(self, needs: Needs) -> list[str]:
-        inside = needs.map_steps + needs.shifts + needs.sum_steps
+        inside = needs.map_steps + needs.reweights + needs.sum_steps
         reasons = [f"{step} needs the map, which this kernel never shows" for step in inside]
         reasons += [
             f"{step} narrows the mask, which this kernel takes as an N x N table only" for step in needs.mask_steps
@@ -33,7 +33,7 @@ class Sdpa:
             reasons.append("the whole pattern was asked for (output_attentions), which this kernel never shows")
         return reasons
 
-    def __call__(self, job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+    def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         call = job.call
         flag, keep = _flag_or_table(call)
         mask = keep
@@ -55,7 +55,7 @@ class Sdpa:
 def _flag_or_table(call: Call) -> tuple[bool, Tensor | None]:
     """The kernel's causal flag where that says it all, else the table of pairs; neither when all pairs are kept."""
     q, k = call.queries, call.keys
-    if call.mask.only_causal and k.valid is None and q.first is not None and k.first is not None:
+    if call.mask.only_causal and k.is_filled is None and q.first is not None and k.first is not None:
         if len(q) == 1 and q.first >= k.first + len(k) - 1:
             return False, None
         if q.first == k.first and len(q) == len(k):

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.spans import Ranges
+from heedful.core.column_ranges import Ranges
 from heedful.engine.attend import tile, wide
-from heedful.engine.job import Job
+from heedful.engine.attention_call import AttentionCall
 from heedful.engine.needs import Needs
-from heedful.engine.shifting import resolved
+from heedful.engine.reweighting import resolved
 
 TILE_BYTES = 4 << 20  # scores of one tile: a few of them fit into a last-level cache
 LEAST, MOST = 16, 256  # rows of a tile
@@ -36,16 +36,16 @@ class Tiled:
     def tile_rows(self, b: int, h: int, k: int) -> int:
         return self.rows or max(LEAST, min(MOST, TILE_BYTES // max(1, 4 * b * h * k)))
 
-    def __call__(self, job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+    def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         q, k, v = wide(q), wide(k), wide(v)
         job = resolved(job, lambda first: self._all(first, q, k, v))
         return self._all(job, q, k, v), None
 
-    def _all(self, job: Job, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _all(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = [self.block(job, rows, q, k, v) for rows in self._blocks(job, q.shape[0])]
         return heads[0] if len(heads) == 1 else torch.cat(heads, 2)
 
-    def _blocks(self, job: Job, texts: int) -> Iterator[slice]:
+    def _blocks(self, job: AttentionCall, texts: int) -> Iterator[slice]:
         """Rows for each tile, as many as its bytes allow: the first ones of a causal text see few columns."""
         call, start, total = job.call, job.call.earlier, len(job.call.queries)
         while start < total:
@@ -59,7 +59,7 @@ class Tiled:
             start += step
 
     @staticmethod
-    def block(job: Job, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def block(job: AttentionCall, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The heads of some rows, for a job whose shifts are known."""
         above = min(job.plan.above, rows.start)
         call, cols = _cut(job.call, slice(rows.start - above, rows.stop), above if job.plan.above else None)

@@ -13,7 +13,7 @@ from heedful.core.method import Method
 class LayerByLayer(Method, abstract=True):
     """Keeps something for each row of a layer's tiles, and gives it whole to the layer above."""
 
-    streams = False  # a text that comes in pieces is refused
+    chunk_invariant = False  # a text that comes in pieces is refused
 
     def idle(self, call: Call) -> bool:
         return call.phase is Phase.DECODE

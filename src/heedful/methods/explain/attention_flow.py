@@ -71,8 +71,8 @@ class AttentionFlow(LayerByLayer):
             rule = f"{call.name} sees keys that are not this forward's tokens; use the usual cache, or none"
             raise FieldError(self, "layers", call.layer, rule, "model(input_ids, use_cache=False)")
         out = maps.new_zeros(len(maps), *maps.shape[2:])
-        live = call.live[:, 0].expand(len(maps), -1)
-        for text, layers, into in zip(live, maps, out, strict=True):
+        is_text = call.is_text[:, 0].expand(len(maps), -1)
+        for text, layers, into in zip(is_text, maps, out, strict=True):
             at = text.nonzero()[:, 0]
             into[at, : len(at)] = self._flows(layers[:, at][:, :, at])
         return Cat.of(f"{call.forward:06d}", out)
@@ -80,14 +80,14 @@ class AttentionFlow(LayerByLayer):
     def _flows(self, layers: Tensor) -> Tensor:
         """Of one text without padding: `[l n n]` to `[n n]`, each row divided by its sum."""
         n = layers.shape[-1]
-        wanted = range(n) if self.rows is None else sorted({r % n for r in self.rows if -n <= r < n})
-        starts = torch.tensor([r for r in wanted for _ in range(n)], device=layers.device)
-        ends = torch.arange(n, device=layers.device).repeat(len(wanted))
+        requested = range(n) if self.rows is None else sorted({r % n for r in self.rows if -n <= r < n})
+        starts = torch.tensor([r for r in requested for _ in range(n)], device=layers.device)
+        ends = torch.arange(n, device=layers.device).repeat(len(requested))
         step = max(1, ROOM // layers.numel())
         found = [maximum_flow(layers, a, b) for a, b in zip(starts.split(step), ends.split(step), strict=True)]
         flows = torch.cat(found).view(-1, n)
         out = flows.new_zeros(n, n)
-        out[list(wanted)] = flows / flows.sum(-1, keepdim=True)
+        out[list(requested)] = flows / flows.sum(-1, keepdim=True)
         return out
 
     def answer(self, readings: Readings) -> list[Tensor]:

@@ -52,7 +52,7 @@ class Patch(Method):
     def idle(self, call: Call) -> bool:
         return self.positions == ()
 
-    @at(Site.HEADS)
+    @at(Site.HEAD_OUTPUT)
     def put(self, heads: Tensor, call: Call) -> Tensor:
         return patched(heads, call.q_pos, self.values, self.positions, call)
 
@@ -67,8 +67,8 @@ def patched(
         here = here & torch.isin(place, torch.tensor(positions, dtype=place.dtype, device=place.device))
     source = torch.zeros_like(x)
     if values is not None and (found := values.get(str(call.layer))) is not None:
-        wanted = (*x.shape[1:2], *x.shape[3:])
-        if found.ndim != 4 or (found.shape[1], found.shape[3]) != wanted or found.shape[0] not in (1, len(x)):
+        requested = (*x.shape[1:2], *x.shape[3:])
+        if found.ndim != 4 or (found.shape[1], found.shape[3]) != requested or found.shape[0] not in (1, len(x)):
             rule = f"layer {call.layer} has [b h n d] = {list(x.shape)} and the values {list(found.shape)}"
             raise FieldError("Patch", "values", values, rule, "values of a run of the same model and batch")
         here = here & (place < found.shape[2])

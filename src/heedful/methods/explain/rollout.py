@@ -52,7 +52,7 @@ class AttentionRollout(LayerByLayer):
         else:
             keys, own = self.of_tile(before, mean, call)
         mixed = (mean @ keys + own) / (mean.sum(-1, keepdim=True) + 1)
-        mixed = mixed * call.live[:, 0, :, None]
+        mixed = mixed * call.is_text[:, 0, :, None]
         self.keep(mixed, call)
         return Cat.of(f"{call.rows.start:09d}", mixed) if call.last_layer else None
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-from heedful.core.figures import HeadMap, Told
+from heedful.core.figures import Description, HeadMap
 from heedful.core.fitted import Fitted
-from heedful.core.method import Bench, Readings
+from heedful.core.method import FitContext, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean, Statistic
@@ -55,10 +55,10 @@ class SparseAttentionDecomposition(LayerByLayer):
     def example(cls) -> SparseAttentionDecomposition:
         return cls(fires=0.2, seed=0)
 
-    def fit(self, bench: Bench, batches: Iterable[Mapping[str, Any]] = ()) -> SparseAttentionDecomposition:
+    def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]] = ()) -> SparseAttentionDecomposition:
         found = {}
-        for layer in bench.layers:
-            weights = bench.weights(layer.number)
+        for layer in context.layers:
+            weights = context.weights(layer.number)
             for side, matrix, bias in (("q", weights.q, weights.q_bias), ("k", weights.k, weights.k_bias)):
                 whole = matrix if bias is None else torch.cat([matrix, bias[..., None]], -1)  # a bias goes with x = 1
                 found[f"{side}.{layer.number}"] = torch.linalg.qr(whole.detach().double().mT).R.mT
@@ -70,7 +70,7 @@ class SparseAttentionDecomposition(LayerByLayer):
         if call.query is None or call.key is None or pattern.shape[1] != call.query.shape[1]:
             rule = f"{call.name}: its pairs are taken from all heads of the call"
             raise FieldError(self, "heads", pattern.shape[1], rule, ".on(layers=...) without heads")
-        fired = (pattern.detach() >= self.fires) & call.live[..., None] & (call.pairs.k != 0)
+        fired = (pattern.detach() >= self.fires) & call.is_text[..., None] & (call.pairs.k != 0)
         text, head, row, column = fired.nonzero().unbind(1)
         rows = torch.arange(call.query.shape[2], device=row.device)[call.rows][row]
         columns = torch.arange(call.key.shape[2], device=row.device)[call.cols][column]
@@ -87,9 +87,9 @@ class SparseAttentionDecomposition(LayerByLayer):
         each[1].index_add_(0, head, torch.ones_like(needed, dtype=torch.float64))
         return Mean.of(each[0], each[1])
 
-    def _terms(self, q: Tensor, k: Tensor, places: tuple[Tensor, ...], call: Call) -> Tensor:
+    def _terms(self, q: Tensor, k: Tensor, positions: tuple[Tensor, ...], call: Call) -> Tensor:
         """What each slice adds to the product of each pair `q, k [p d]`."""
-        text, head, group, rows, columns = places
+        text, head, group, rows, columns = positions
         d = q.shape[1]
         if self.factors is None:
             if self.seed is None:
@@ -113,18 +113,18 @@ class SparseAttentionDecomposition(LayerByLayer):
 
     def _turns(self, call: Call, d: int) -> Tensor | None:
         """How each token is turned, `[b|1 n d d]`; None where a model has no rotary embedding."""
-        if call.turn is None:
+        if call.rotate is None:
             return None
         basis = torch.eye(d, device=call.queries.index.device)[None, :, None].expand(1, d, len(call.query[0, 0]), d)  # type: ignore[index]
-        return call.turn(basis).permute(0, 2, 3, 1).double()
+        return call.rotate(basis).permute(0, 2, 3, 1).double()
 
     def answer(self, readings: Readings) -> Tensor:
         """The mean number of slices by layer and head, `[l h]`; nan where nothing fired."""
         return torch.stack(readings.values_by_layer)
 
-    def tells(self, answer: Tensor) -> Told:
+    def describe(self, answer: Tensor) -> Description:
         what = "How many slices of a head's query-key product carry the score of a pair that fires; few means sparse."
-        return Told((HeadMap("slices", "Slices a score", what, range(len(answer)), answer, ""),))
+        return Description((HeadMap("slices", "Slices a score", what, range(len(answer)), answer, ""),))
 
 
 if __name__ == "__main__":

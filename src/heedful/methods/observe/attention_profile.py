@@ -11,10 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.figures import Curves, Finding, Head, HeadMap, Listing, Role, Told, head_name, percent
+from heedful.core.figures import Curves, Description, Finding, Head, HeadMap, Listing, Role, head_name, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
-from heedful.core.places import spread_heads
+from heedful.core.positions import spread_heads
 from heedful.core.stats import Mean, Statistic
 from heedful.core.summary import Summary, sums
 
@@ -111,13 +111,13 @@ class AttentionProfile(Method):
 
     @sums("received", "entropy", "peak", "first", "distance")
     def add_up(self, pattern: Summary, call: Call) -> Statistic | None:
-        wanted = (pattern.received, pattern.seen, pattern.entropy, pattern.peak, pattern.first, pattern.distance)
-        parts = [x for x in wanted if x is not None]
-        if len(parts) < len(wanted):
+        requested = (pattern.received, pattern.seen, pattern.entropy, pattern.peak, pattern.first, pattern.distance)
+        parts = [x for x in requested if x is not None]
+        if len(parts) < len(requested):
             return None
         received, seen, entropy, peak, first, distance = parts
-        live = call.live.expand(len(first), 1, -1)
-        entropy, peak, first = (x.where(live, 0.0) for x in (entropy, peak, first))
+        is_text = call.is_text.expand(len(first), 1, -1)
+        entropy, peak, first = (x.where(is_text, 0.0) for x in (entropy, peak, first))
         away = torch.arange(distance.shape[-1], device=first.device) + pattern.nearest
         # the first token stands as far from a query as that query's position
         slots = (call.pairs.q[..., 0].expand_as(first) - pattern.nearest).clamp(0, len(away) - 1)
@@ -133,7 +133,7 @@ class AttentionProfile(Method):
         plain = torch.stack([x.sum((0, 2)) for x in (entropy, peak, first)], -1)
         held = torch.stack([(x * marked).sum((0, 2)) for x in (received, seen)], -1)
         total = torch.cat([plain, rest @ picks, held, shares], -1)
-        count = torch.full_like(total, float(live.sum()))
+        count = torch.full_like(total, float(is_text.sum()))
         roles = float("delimiters" in call.roles)
         count[:, PARTS.index("delimiters")] *= roles
         count[:, PARTS.index("fair")] = seen.sum((0, 2)) * roles
@@ -146,7 +146,7 @@ class AttentionProfile(Method):
         shares = {n: x[:, len(PARTS) :].clamp(min=0).unflatten(-1, (2, BINS)) for n, x in found.items()}
         return Profile(parts, {n: x.transpose(0, 1) for n, x in shares.items()})
 
-    def tells(self, answer: Profile) -> Told:
+    def describe(self, answer: Profile) -> Description:
         layers = list(answer.distances)
         shown = {
             "entropy": ("Entropy", "How widely each head looks; e to this power is about how many tokens it looks at."),
@@ -185,7 +185,7 @@ class AttentionProfile(Method):
         peaks = {(n, h): x for n, row in answer.parts["peak"].items() for h, x in enumerate(row.tolist())}
         broad = dict(sorted((item for item in peaks.items() if item[1] < self.broad), key=lambda item: item[1]))
         mild = f"Gives no token more than {percent(self.broad)} of its attention, on average; weakest peaks first."
-        return Told(
+        return Description(
             (*maps, _curves(answer), steady, alike),
             (
                 *(Role(f"looks at {words}", f"{steadily} {words}.", heads) for words, heads in roles.items()),

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.figures import Finding, Head, HeadMap, Role, Told, head_name, percent
-from heedful.core.method import Method, Readings, Trial
+from heedful.core.figures import Description, Finding, Head, HeadMap, Role, head_name, percent
+from heedful.core.method import Method, Probe, Readings
 from heedful.core.paper import Paper
 from heedful.core.stats import Mean, Statistic
 from heedful.core.summary import Summary, sums
@@ -78,12 +78,12 @@ class InductionHeads(Method):
         if not 0 <= self.share < 1:
             raise FieldError(self, "share", self.share, "must be a weight from 0 to below 1", 0.3)
 
-    def trials(self, vocabulary: Tensor, length: int) -> Iterable[Trial]:
+    def probes(self, vocabulary: Tensor, length: int) -> Iterable[Probe]:
         repeats = min(self.repeats, length // self.period)
         if repeats >= 2:
             draw = torch.Generator().manual_seed(self.seed)
             once = vocabulary[torch.randint(len(vocabulary), (self.texts, self.period), generator=draw)]
-            yield Trial(once.repeat(1, repeats), {})
+            yield Probe(once.repeat(1, repeats), {})
 
     def idle(self, call: Call) -> bool:
         return call.phase is Phase.DECODE or call.cross
@@ -92,23 +92,23 @@ class InductionHeads(Method):
     def score(self, pattern: Summary, call: Call) -> Statistic | None:
         if pattern.first is None or pattern.distance is None:
             return None
-        live = call.live.expand(len(pattern.first), 1, -1)
+        is_text = call.is_text.expand(len(pattern.first), 1, -1)
         position = call.pairs.q[..., 0].expand_as(pattern.first)
         slots = (position - pattern.nearest).clamp(0, pattern.distance.shape[-1] - 1)
-        rest = pattern.distance.scatter_add(-1, slots, -pattern.first.where(live, 0.0))  # the first token taken out
+        rest = pattern.distance.scatter_add(-1, slots, -pattern.first.where(is_text, 0.0))  # the first token taken out
         behind = rest[..., max(0, -pattern.nearest) :].sum(0)  # [h m]
         p = self.period
-        places = behind[:, p - 1 :: p], behind[:, p::p], behind[:, 1:2]
+        positions = behind[:, p - 1 :: p], behind[:, p::p], behind[:, 1:2]
         # how many tokens have such a place that is not the first token
-        counts = [int((live & (call.pairs.q[..., 0] >= start)).sum()) for start in (p, p + 1, 2)]
-        total = torch.stack([x.sum(-1) for x in places], -1)
+        counts = [int((is_text & (call.pairs.q[..., 0] >= start)).sum()) for start in (p, p + 1, 2)]
+        total = torch.stack([x.sum(-1) for x in positions], -1)
         return Mean.of(total, torch.tensor(counts, device=total.device))
 
     def answer(self, readings: Readings) -> Copying:
         found = {layer: stat.value for layer, stat in readings.items()}
         return Copying(*({layer: x[:, i] for layer, x in found.items()} for i in range(len(SCORES))))
 
-    def tells(self, answer: Copying) -> Told:
+    def describe(self, answer: Copying) -> Description:
         figures, roles = [], []
         for score, (name, where) in SCORES.items():
             rows = getattr(answer, score)
@@ -118,7 +118,7 @@ class InductionHeads(Method):
             what = f"Gives over {percent(self.share)} of its attention {where}, on random tokens that repeat."
             roles.append(Role(name, what, answer.heads(score, self.share)))
         measured = not figures[0].values.isnan().all()
-        return Told(tuple(figures), tuple(roles), (_finding(roles),) if measured else ())
+        return Description(tuple(figures), tuple(roles), (_finding(roles),) if measured else ())
 
 
 def _finding(roles: list[Role]) -> Finding:
@@ -140,6 +140,6 @@ if __name__ == "__main__":
     model, tokenizer, _ = models.default()
     method = InductionHeads(texts=1)
     with attach(model, method) as run:
-        for trial in method.trials(torch.arange(1000, tokenizer.vocab_size), 256):
-            run(input_ids=trial.tokens)
+        for probe in method.probes(torch.arange(1000, tokenizer.vocab_size), 256):
+            run(input_ids=probe.tokens)
         print(run[method])

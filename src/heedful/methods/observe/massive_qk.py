@@ -11,12 +11,12 @@ from torch import Tensor
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.figures import Finding, HeadMap, Listing, Told, percent
+from heedful.core.figures import Description, Finding, HeadMap, Listing, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
-from heedful.core.rotary import periods
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean, Statistic
+from heedful.kit.rotary import periods
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,14 +82,14 @@ class MassiveQK(Method):
     @reads(Site.KEY)
     def measure(self, key: Tensor, call: Call) -> Statistic | None:
         query: Tensor = call.state.forward.pop("query")
-        n, live = query.shape[2], call.live[..., None].to(query.dtype)
+        n, is_text = query.shape[2], call.is_text[..., None].to(query.dtype)
         fresh = key.detach()[:, :, -n:]  # what the cache held is counted already
-        q, k = (_squares(x * live if call.queries.valid is not None else x) for x in (query, fresh))
+        q, k = (_squares(x * is_text if call.queries.is_filled is not None else x) for x in (query, fresh))
         if "periods" not in call.state.forward:
             call.state.forward["periods"] = periods(call, q.shape[-1])
         turns: Tensor | None = call.state.forward["periods"]
         turns, known = (q.new_zeros(1), 0) if turns is None else (turns.to(q), len(query))
-        tokens = int(call.live.expand(len(query), 1, n).sum())
+        tokens = int(call.is_text.expand(len(query), 1, n).sum())
         # a mean over texts of what is the same in all of them lets the periods travel along
         total = torch.stack([q, k.repeat_interleave(len(q) // len(k), 0), (known * turns).expand_as(q)])
         return Mean.of(total, q.new_tensor([tokens, tokens, known])[:, None, None])
@@ -100,7 +100,7 @@ class MassiveQK(Method):
         turns = next(iter(readings.values())).value[2, 0]
         return Massive({n: x[0] for n, x in shares.items()}, {n: x[1] for n, x in shares.items()}, turns, self.times)
 
-    def tells(self, answer: Massive) -> Told:
+    def describe(self, answer: Massive) -> Description:
         layers = list(answer.query)
         maps = tuple(
             HeadMap(
@@ -124,7 +124,7 @@ class MassiveQK(Method):
             columns=("dimension", "tokens a turn", "heads, queries", "heads, keys"),
             rows=[(d, _turn(answer.period, d), in_query[d], in_key[d]) for d, _ in both.most_common(12)],
         )
-        return Told((*maps, listing) if both else maps, findings=(self._finding(answer, both),))
+        return Description((*maps, listing) if both else maps, findings=(self._finding(answer, both),))
 
     def _finding(self, answer: Massive, both: Counter[int]) -> Finding:
         heads = percent(float(((answer.query_ratio > self.times) | (answer.key_ratio > self.times)).double().mean()))
@@ -159,5 +159,5 @@ if __name__ == "__main__":
     with attach(model, MassiveQK()) as run:
         run(**text)
         print(run[MassiveQK()])
-    for finding in MassiveQK().tells(run[MassiveQK()]).findings:
+    for finding in MassiveQK().describe(run[MassiveQK()]).findings:
         print(finding.text)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.figures import Curves, Finding, Listing, Told, percent
+from heedful.core.figures import Curves, Description, Finding, Listing, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
@@ -110,9 +110,9 @@ class MaxActivations(Method):
     @reads(Site.RESIDUAL)
     def find_peaks(self, stream: Tensor, call: Call) -> Statistic | None:
         size = stream.detach().abs()
-        live = call.live[:, 0, :, None]
-        if call.queries.valid is not None:
-            size = size.masked_fill(~live, 0.0)
+        is_text = call.is_text[:, 0, :, None]
+        if call.queries.is_filled is not None:
+            size = size.masked_fill(~is_text, 0.0)
         high = size.amax(1)  # [b e]
         # looking up places is dear in a strided maximum, so only the few that can be massive get theirs
         top = high.topk(min(8, high.shape[-1]), -1).indices
@@ -120,13 +120,13 @@ class MaxActivations(Method):
         position = call.q_pos[:, 0].expand(len(size), -1).gather(1, rows)
         place = torch.full_like(high, UNPLACED, dtype=torch.long).scatter(1, top, position)
         peak = Max.of(high.mT, place.mT)
-        count = live.expand(len(size), -1, -1).sum() * size.shape[-1]
+        count = is_text.expand(len(size), -1, -1).sum() * size.shape[-1]
         return Peaks(peak.high, peak.place, size.sum().double(), count)
 
     def answer(self, readings: Readings) -> Maxima:
         return Maxima({n: stat for n, stat in readings.items() if isinstance(stat, Peaks)}, self.massive)
 
-    def tells(self, answer: Maxima) -> Told:
+    def describe(self, answer: Maxima) -> Description:
         layers = answer.layers
         curves = Curves(
             "maxima",
@@ -151,7 +151,7 @@ class MaxActivations(Method):
             columns=("channel", "layers", "from", "to", "largest", "in layer", "at position"),
             rows=[self._row(answer, channel, where) for channel, where in list(channels.items())[:12]],
         )
-        return Told((curves, listing) if channels else (curves,), findings=(self._finding(answer),))
+        return Description((curves, listing) if channels else (curves,), findings=(self._finding(answer),))
 
     def _row(self, answer: Maxima, channel: int, where: list[int]) -> tuple[object, ...]:
         best = max(where, key=lambda n: float(answer.layers[n].high[channel]))
@@ -181,5 +181,5 @@ if __name__ == "__main__":
     with attach(model, MaxActivations()) as run:
         run(**text)
         print(run[MaxActivations()])
-    for finding in MaxActivations().tells(run[MaxActivations()]).findings:
+    for finding in MaxActivations().describe(run[MaxActivations()]).findings:
         print(finding.text)

@@ -11,10 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-from heedful.core.figures import Curves, Finding, HeadMap, Role, Told, percent
+from heedful.core.figures import Curves, Description, Finding, HeadMap, Role, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
-from heedful.core.places import spread_heads
+from heedful.core.positions import spread_heads
 from heedful.core.stats import Mean, Statistic
 from heedful.core.summary import Summary, sums
 
@@ -101,7 +101,7 @@ class ModalityShare(Method):
         there = {kind: i for i, kind in enumerate((*self.kinds, "text")) if tokens[..., i].nansum() or kind == "text"}
         return Shares(tuple(readings), *({kind: x[..., i] for kind, i in there.items()} for x in (attention, tokens)))
 
-    def tells(self, answer: Shares) -> Told:
+    def describe(self, answer: Shares) -> Description:
         maps, roles, findings = [], [], []
         for kind, shares in answer.attention.items():
             what = f"The share of its attention that each head gives to {kind} tokens."
@@ -124,7 +124,7 @@ class ModalityShare(Method):
         curves = Curves(
             "efficiency", "Attention against tokens", what, answer.layers, lines, "layer", "efficiency index"
         )
-        return Told((*maps, curves), tuple(roles), tuple(findings))
+        return Description((*maps, curves), tuple(roles), tuple(findings))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.figures import Curves, Finding, Grid, Told
+from heedful.core.figures import Curves, Description, Finding, Grid
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
@@ -75,20 +75,20 @@ class ParallelToFirst(Method):
 
     @reads(Site.RESIDUAL)
     def compare(self, stream: Tensor, call: Call) -> Statistic | None:
-        live, position = (x[:, 0].expand(len(stream), -1) for x in (call.live, call.q_pos))
-        first = (position == 0) & live
+        is_text, position = (x[:, 0].expand(len(stream), -1) for x in (call.is_text, call.q_pos))
+        first = (position == 0) & is_text
         if not bool(first.any()):
             return None  # a later piece of a text, whose first token is not at hand
         stream = stream.detach()
         lead = stream[torch.arange(len(stream), device=stream.device), first.int().argmax(-1)]  # [b e]
         cosine = (stream @ lead[..., None])[..., 0] / (stream.norm(dim=-1) * lead.norm(dim=-1, keepdim=True))
-        others = live & ~first & first.any(-1, keepdim=True)
+        others = is_text & ~first & first.any(-1, keepdim=True)
         return Histogram.of(cosine[others], self.edges)
 
     def answer(self, readings: Readings) -> Parallels:
         return Parallels({n: stat.value for n, stat in readings.items()}, self.edges, self.near)
 
-    def tells(self, answer: Parallels) -> Told:
+    def describe(self, answer: Parallels) -> Description:
         layers = list(answer.spread)
         grid = Grid(
             "parallel_spread",
@@ -114,13 +114,13 @@ class ParallelToFirst(Method):
         )
         where = answer.near_layers
         if not where:
-            return Told((grid, curves))
+            return Description((grid, curves))
         top = max(where, key=answer.near_share)
         text = (
             f"After layers {where[0]} to {where[-1]} some tokens point the same way as the first token, most of them "
             f"after layer {top} ({answer.near_share(top):.2%} of tokens)."
         )
-        return Told((grid, curves), findings=(Finding(text, 0.3),))
+        return Description((grid, curves), findings=(Finding(text, 0.3),))
 
 
 if __name__ == "__main__":

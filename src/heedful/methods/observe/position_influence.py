@@ -11,7 +11,7 @@ from torch import Tensor
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.figures import Curves, Finding, Told, percent
+from heedful.core.figures import Curves, Description, Finding, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.stats import Statistic, Sum
@@ -78,14 +78,14 @@ class PositionInfluence(Method):
         before, x = scratch.get("layer"), scratch.pop("next", None)
         started: set[str] = scratch.setdefault("started", set())
         scratch["layer"], scratch["x"] = call.layer, None
-        position, live = (p[:, 0] for p in (call.q_pos, call.live))
-        position, live = torch.broadcast_tensors(position, live)
+        position, is_text = (p[:, 0] for p in (call.q_pos, call.is_text))
+        position, is_text = torch.broadcast_tensors(position, is_text)
         if chain not in started:
             started.add(chain)
-            length = (position * live).amax(-1, keepdim=True)  # but for the first token
+            length = (position * is_text).amax(-1, keepdim=True)  # but for the first token
             part = 1 + (position - 1).clamp(min=0) * self.parts // length.clamp(min=1)
             part = part.clamp(max=self.parts).where(position > 0, 0)
-            x = torch.nn.functional.one_hot(part, self.parts + 1).float() * live[..., None]
+            x = torch.nn.functional.one_hot(part, self.parts + 1).float() * is_text[..., None]
         elif before != call.layer - 1:
             return None
         scratch["x"] = x
@@ -101,16 +101,16 @@ class PositionInfluence(Method):
         if self.residual:
             mixed = (1 - self.residual) * mixed + self.residual * x
         call.state.forward["next"] = mixed
-        position, live = call.q_pos[:, 0], call.live[:, 0]
-        end = live & (position == (position * live).amax(-1, keepdim=True))
+        position, is_text = call.q_pos[:, 0], call.is_text[:, 0]
+        end = is_text & (position == (position * is_text).amax(-1, keepdim=True))
         found = torch.cat([mixed, torch.ones_like(mixed[..., :1])], -1).double()  # the last counts texts and tokens
-        return Sum.of(torch.stack([(found * rows[..., None]).sum((0, 1)) for rows in (end, live)]))
+        return Sum.of(torch.stack([(found * rows[..., None]).sum((0, 1)) for rows in (end, is_text)]))
 
     def answer(self, readings: Readings) -> Influence:
         shares = {n: stat.value[:, :-1] / stat.value[:, -1:] for n, stat in readings.items()}
         return Influence({n: x[0] for n, x in shares.items()}, {n: x[1] for n, x in shares.items()})
 
-    def tells(self, answer: Influence) -> Told:
+    def describe(self, answer: Influence) -> Description:
         layers = list(answer.last)
         some = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
         rest = {n: x[1:] / x[1:].sum() for n, x in answer.last.items()}
@@ -140,7 +140,7 @@ class PositionInfluence(Method):
         text = f"Through all layers, {percent(first)} of what attention brings to the last token is the first token's"
         if self.parts > 1 and early == early:  # not nan: some of it is not
             text += f"; of the rest, {percent(early)} comes from the first half of the text"
-        return Told((curve, depth), findings=(Finding(f"{text}.", 0.5, ("AttentionRollout",)),))
+        return Description((curve, depth), findings=(Finding(f"{text}.", 0.5, ("AttentionRollout",)),))
 
 
 if __name__ == "__main__":
@@ -151,5 +151,5 @@ if __name__ == "__main__":
     with attach(model, PositionInfluence()) as run:
         run(**text)
         print(run[PositionInfluence()])
-    for finding in PositionInfluence().tells(run[PositionInfluence()]).findings:
+    for finding in PositionInfluence().describe(run[PositionInfluence()]).findings:
         print(finding.text)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-from heedful.core.figures import Curves, Finding, HeadMap, Role, Told, percent
+from heedful.core.figures import Curves, Description, Finding, HeadMap, Role, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
-from heedful.core.rotary import periods
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Statistic, Sum
+from heedful.kit.rotary import periods
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,13 +89,15 @@ class PositionalHeads(Method):
         if slow is None:
             return None
         (b, h, n, d), g = query.shape, key.shape[1]
-        live, position = (x[:, 0].expand(b, n) for x in (call.live, call.q_pos))
+        is_text, position = (x[:, 0].expand(b, n) for x in (call.is_text, call.q_pos))
         # evenly spread over each text, the last of its tokens among them
         steps = torch.arange(1, self.rows + 1, device=query.device)
-        at = (live.int().argmax(-1)[:, None] + live.sum(-1, keepdim=True) * steps // self.rows - 1).clamp(0, n - 1)
+        at = (is_text.int().argmax(-1)[:, None] + is_text.sum(-1, keepdim=True) * steps // self.rows - 1).clamp(
+            0, n - 1
+        )
         q = query.gather(2, at[:, None, :, None].expand(b, h, -1, d)).reshape(b, g, -1, d).float()  # [b g h/g*r d]
         where = call.k_pos[:, :1]  # [b|1 1 k]
-        keep = (position.gather(1, at)[..., None] - where >= self.far) & (where >= 0) & live.gather(1, at)[..., None]
+        keep = (position.gather(1, at)[..., None] - where >= self.far) & (where >= 0) & is_text.gather(1, at)[..., None]
         keep = keep.repeat(1, h // g, 1)[:, None].to(q.dtype)  # [b 1 h/g*r k]
         k = key.detach().float()
 
@@ -117,7 +119,7 @@ class PositionalHeads(Method):
             self.high,
         )
 
-    def tells(self, answer: Positional) -> Told:
+    def describe(self, answer: Positional) -> Description:
         layers = list(answer.correlation)
         heat = HeadMap(
             "positional",
@@ -142,7 +144,7 @@ class PositionalHeads(Method):
         )
         heads = answer.heads
         if not heads:
-            return Told((heat, curve))
+            return Description((heat, curve))
         total = sum(len(row) for row in answer.correlation.values())
         role = Role(
             "looks far by slow dimensions",
@@ -153,7 +155,7 @@ class PositionalHeads(Method):
             f"{percent(len(heads) / total)} of heads score distant tokens almost only by the dimensions that turn "
             f"slowest with position."
         )
-        return Told((heat, curve), (role,), (Finding(text, 0.3),))
+        return Description((heat, curve), (role,), (Finding(text, 0.3),))
 
 
 if __name__ == "__main__":
@@ -164,5 +166,5 @@ if __name__ == "__main__":
     with attach(model, PositionalHeads()) as run:
         run(**text)
         print(run[PositionalHeads()])
-    for finding in PositionalHeads().tells(run[PositionalHeads()]).findings:
+    for finding in PositionalHeads().describe(run[PositionalHeads()]).findings:
         print(finding.text)

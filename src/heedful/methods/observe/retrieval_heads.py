@@ -11,10 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.figures import Finding, Head, HeadMap, Role, Told, head_name, percent
-from heedful.core.method import Method, Readings, Trial
+from heedful.core.figures import Description, Finding, Head, HeadMap, Role, head_name, percent
+from heedful.core.method import Method, Probe, Readings
 from heedful.core.paper import Paper
-from heedful.core.places import spread_heads
+from heedful.core.positions import spread_heads
 from heedful.core.stats import Mean, Statistic
 from heedful.core.summary import Summary, sums
 
@@ -78,7 +78,7 @@ class RetrievalHeads(Method):
         if not 0 <= self.threshold < 1:
             raise FieldError(self, "threshold", self.threshold, "must lie from 0 to below 1", 0.1)
 
-    def trials(self, vocabulary: Tensor, length: int) -> Iterable[Trial]:
+    def probes(self, vocabulary: Tensor, length: int) -> Iterable[Probe]:
         length, block = min(self.length, length), self.cue + self.size
         if length < 2 * block or len(vocabulary) < block:
             return
@@ -90,7 +90,7 @@ class RetrievalHeads(Method):
                 row[start : start + block] = vocabulary[torch.randperm(len(vocabulary), generator=draw)[:block]]
                 row[-block:] = row[start : start + block]
             needle = (start + self.cue, start + block)
-            yield Trial(rows, {"needle": (needle,), "answer": ((length - self.size, length),)})
+            yield Probe(rows, {"needle": (needle,), "answer": ((length - self.size, length),)})
 
     def idle(self, call: Call) -> bool:
         return call.phase is Phase.DECODE or call.cross or not {"needle", "answer"} <= call.roles.keys()
@@ -99,13 +99,13 @@ class RetrievalHeads(Method):
     def point(self, pattern: Summary, call: Call) -> Statistic | None:
         if pattern.place is None:
             return None
-        live, place = call.live, call.pairs.q[..., 0]  # [b|1 1 q]
-        at = pattern.place.where(live, 0).long()
+        is_text, place = call.is_text, call.pairs.q[..., 0]  # [b|1 1 q]
+        at = pattern.place.where(is_text, 0).long()
         found = spread_heads(call.k_pos, at.shape[1]).expand(len(at), at.shape[1], -1).gather(-1, at)
-        hits, asked = torch.zeros_like(found, dtype=torch.bool), torch.zeros_like(live)
+        hits, asked = torch.zeros_like(found, dtype=torch.bool), torch.zeros_like(is_text)
         for (start, stop), (answer, _) in zip(call.roles["needle"], call.roles["answer"], strict=True):
             comes = place + 1 - answer + start  # the needle token that comes next after each query
-            asks = live & (comes >= start) & (comes < stop)
+            asks = is_text & (comes >= start) & (comes < stop)
             hits |= asks & (found == comes)
             asked = asked | asks
         return Mean.of(hits.double().sum((0, 2)), asked.expand(len(at), 1, -1).sum())
@@ -113,19 +113,19 @@ class RetrievalHeads(Method):
     def answer(self, readings: Readings) -> Retrieval:
         return Retrieval({layer: stat.value for layer, stat in readings.items()})
 
-    def tells(self, answer: Retrieval) -> Told:
+    def describe(self, answer: Retrieval) -> Description:
         values, heads = answer.map, answer.heads(self.threshold)
         what = "How often each head looks most at the token of a hidden needle that comes next in the answer."
         figure = HeadMap("retrieval", "Retrieval", what, list(answer.score), values, low=0, high=1)
         what = f"Points at the needle token that comes next in more than {percent(self.threshold)} of all cases."
         if values.isnan().all():
-            return Told((figure,))
+            return Description((figure,))
         text = f"{percent(len(heads) / int(values.isfinite().sum()))} of heads fetch text from far back"
         if heads:
             named = (f"{head_name(*head)} ({percent(x)})" for head, x in list(heads.items())[:3])
             text += f", above all heads {', '.join(named)}"
         finding = Finding(f"{text}.", 0.7, ("FocusDirections",) if heads else ())
-        return Told((figure,), (Role("fetches from far back", what, heads),), (finding,))
+        return Description((figure,), (Role("fetches from far back", what, heads),), (finding,))
 
 
 if __name__ == "__main__":
@@ -134,7 +134,7 @@ if __name__ == "__main__":
     model, tokenizer, _ = models.default()
     method = RetrievalHeads(depths=(0.5,))
     with attach(model, method) as run:
-        for trial in method.trials(torch.arange(1000, tokenizer.vocab_size), 2048):
-            run.roles = dict(trial.roles)
-            run(input_ids=trial.tokens)
+        for probe in method.probes(torch.arange(1000, tokenizer.vocab_size), 2048):
+            run.roles = dict(probe.roles)
+            run(input_ids=probe.tokens)
         print(run[method])

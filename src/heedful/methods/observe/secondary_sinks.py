@@ -11,7 +11,7 @@ from torch import Tensor
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.figures import Curves, Finding, Listing, Told, percent
+from heedful.core.figures import Curves, Description, Finding, Listing, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
@@ -119,14 +119,14 @@ class SecondarySinks(Method):
         """Find the tokens that run parallel to a first one that is a sink, and leave them for the next layer."""
         before = self._before(call)
         stream = stream.detach()
-        live, position = (x[:, 0].expand(len(stream), -1) for x in (call.live, call.q_pos))
-        first = (position == 0) & live
+        is_text, position = (x[:, 0].expand(len(stream), -1) for x in (call.is_text, call.q_pos))
+        first = (position == 0) & is_text
         norm = stream.norm(dim=-1)  # [b n]
         lead = stream[torch.arange(len(stream), device=stream.device), first.int().argmax(-1)]  # [b e]
         top = lead.norm(dim=-1, keepdim=True)
         cosine = (stream @ lead[..., None])[..., 0] / (norm * top)
-        sink = top > self.primary * norm.masked_fill(~live, float("nan")).nanmedian(-1, keepdim=True).values
-        aligned = (cosine.abs() > self.near) & live & sink & first.any(-1, keepdim=True)
+        sink = top > self.primary * norm.masked_fill(~is_text, float("nan")).nanmedian(-1, keepdim=True).values
+        aligned = (cosine.abs() > self.near) & is_text & sink & first.any(-1, keepdim=True)
         born = torch.full_like(position, -1) if before is None or before[0].shape != position.shape else before[0]
         born = born.where(born >= 0, call.layer).where(aligned, -1)
         call.state.forward["state"] = call.layer, (born, norm, first)
@@ -148,7 +148,7 @@ class SecondarySinks(Method):
             self.least,
         )
 
-    def tells(self, answer: Secondary) -> Told:
+    def describe(self, answer: Secondary) -> Description:
         layers = list(answer.counts)
         number = Curves(
             "secondary_sinks",
@@ -162,7 +162,7 @@ class SecondarySinks(Method):
         )
         levels = answer.levels
         if not levels:
-            return Told((number,))
+            return Description((number,))
         weight = Curves(
             "secondary_weight",
             "Attention on sinks",
@@ -189,7 +189,7 @@ class SecondarySinks(Method):
             f"{answer.by_layer[top]:.1f} a text, layer {top}); each gets {percent(answer.weight[top])} of the "
             f"attention there, the first token {percent(answer.first_weight[top])}."
         )
-        return Told((number, weight, listing), findings=(Finding(text, 0.6, ("ACT",)),))
+        return Description((number, weight, listing), findings=(Finding(text, 0.6, ("ACT",)),))
 
 
 if __name__ == "__main__":
@@ -200,5 +200,5 @@ if __name__ == "__main__":
     with attach(model, SecondarySinks()) as run:
         run(**text)
         print(run[SecondarySinks()])
-    for finding in SecondarySinks().tells(run[SecondarySinks()]).findings:
+    for finding in SecondarySinks().describe(run[SecondarySinks()]).findings:
         print(finding.text)

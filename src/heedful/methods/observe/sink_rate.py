@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.figures import Curves, Finding, HeadMap, Role, Told, percent
+from heedful.core.figures import Curves, Description, Finding, HeadMap, Role, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.stats import Mean, Statistic
@@ -141,7 +141,7 @@ class SinkRate(Method):
         found = {layer: stat.value for layer, stat in readings.items()}
         return Sinks({n: x[0] for n, x in found.items()}, {n: x[1] for n, x in found.items()})
 
-    def tells(self, answer: Sinks) -> Told:
+    def describe(self, answer: Sinks) -> Description:
         layers = list(answer.rate)
         rate, weight = (pad_sequence([x[n][:, 0] for n in layers], True, NAN) for x in (answer.rate, answer.importance))
         limit = percent(self.epsilon)
@@ -158,7 +158,7 @@ class SinkRate(Method):
             HeadMap("sink_rate", "How often the first token is a sink", often, layers, rate, low=0, high=1),
             _curves(answer.importance),
         )
-        return Told(figures, (role,), (_finding(rate, layers, limit),))
+        return Description(figures, (role,), (_finding(rate, layers, limit),))
 
 
 if __name__ == "__main__":

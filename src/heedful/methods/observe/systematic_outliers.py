@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.figures import Curves, Finding, Told, percent
+from heedful.core.figures import Curves, Description, Finding, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
@@ -94,7 +94,7 @@ class SystematicOutliers(Method):
         received = pattern.received.mean(1)  # [b k]
         if call.cross or received.shape != massive.shape:
             return None
-        rows = call.live[:, 0].sum(-1, keepdim=True).expand(len(received), 1)  # a text's length
+        rows = call.is_text[:, 0].sum(-1, keepdim=True).expand(len(received), 1)  # a text's length
         heard = (received >= self.share * rows) & (rows > 0)
         both = heard & massive
         first = both & (call.k_pos[:, 0] == 0)
@@ -105,15 +105,15 @@ class SystematicOutliers(Method):
     def find(self, stream: Tensor, call: Call) -> None:
         """Leave the outliers for the next layer, whose attention they may draw."""
         size = stream.detach().abs()
-        live = call.live[:, 0]
+        is_text = call.is_text[:, 0]
         peak = size.amax(-1)  # [b n]
-        mean = (size.mean(-1) * live).sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)
-        call.state.forward["massive"] = call.layer, (peak > self.times * mean) & live
+        mean = (size.mean(-1) * is_text).sum(-1, keepdim=True) / is_text.sum(-1, keepdim=True).clamp(min=1)
+        call.state.forward["massive"] = call.layer, (peak > self.times * mean) & is_text
 
     def answer(self, readings: Readings) -> Outliers:
         return Outliers({n: Counts(*stat.value.tolist()) for n, stat in readings.items()})
 
-    def tells(self, answer: Outliers) -> Told:
+    def describe(self, answer: Outliers) -> Description:
         layers, total = answer.layers, answer.total
         lines = {
             "attention outliers": [c.attention / c.texts for c in layers.values()],
@@ -131,12 +131,12 @@ class SystematicOutliers(Method):
             y_label="tokens a text",
         )
         if not total.attention:
-            return Told((curves,))
+            return Description((curves,))
         where = [n for n, c in layers.items() if c.both]
         text = f"{percent(total.explained)} of the tokens that draw much attention carry a massive activation"
         if where:
             text += f" (layers {where[0]} to {where[-1]}), {percent(total.first / total.both)} of them the first token"
-        return Told((curves,), findings=(Finding(f"{text}.", 0.4),))
+        return Description((curves,), findings=(Finding(f"{text}.", 0.4),))
 
 
 if __name__ == "__main__":
@@ -147,5 +147,5 @@ if __name__ == "__main__":
     with attach(model, SystematicOutliers()) as run:
         run(**text)
         print(run[SystematicOutliers()])
-    for finding in SystematicOutliers().tells(run[SystematicOutliers()]).findings:
+    for finding in SystematicOutliers().describe(run[SystematicOutliers()]).findings:
         print(finding.text)

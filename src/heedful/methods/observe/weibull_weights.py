@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from heedful.core.errors import FieldError, StatisticError
-from heedful.core.figures import Curves, Finding, Told
+from heedful.core.figures import Curves, Description, Finding
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Weights
-from heedful.core.method import Bench
+from heedful.core.method import FitContext
 from heedful.core.paper import Paper
 
 GAUSSIAN = 1.2054  # the shape that Gaussian weights get, whatever their spread
@@ -47,10 +47,10 @@ class WeibullWeights(Weights):
         if not 0 < self.middle < 1:
             raise FieldError(self, "middle", self.middle, "must be a share between 0 and 1", 0.8)
 
-    def fit(self, bench: Bench, batches: Iterable[Mapping[str, Any]] = ()) -> Self:
+    def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]] = ()) -> Self:
         rows = []
-        for layer in range(len(bench.layers)):
-            w = bench.weights(layer)
+        for layer in range(len(context.layers)):
+            w = context.weights(layer)
             rows.append(torch.stack([self.line(x) for x in (w.q, w.k, w.v, w.o)], 1))
         return replace(self, fitted=Fitted(dict(zip(("shape", "scale", "r2"), torch.stack(rows, 1), strict=True))))
 
@@ -81,7 +81,7 @@ class WeibullWeights(Weights):
             raise StatisticError(f"{self!r} has seen no weights: heedful.fit({type(self).__name__}(), model, ())")
         return self.fitted["shape"]
 
-    def tells(self) -> Told:
+    def describe(self) -> Description:
         shapes = self.shapes
         lines = {name: shapes[:, i] for i, name in enumerate(NAMES)}
         curves = Curves(
@@ -96,18 +96,18 @@ class WeibullWeights(Weights):
         )
         middle = shapes.nanmedian(0).values.tolist()
         if not all(math.isfinite(m) for m in middle):
-            return Told((curves,))
+            return Description((curves,))
         q, k, v, o = (f"{m:.2f}" for m in middle)
         text = (
             f"Weights of query and key projections have median shapes {q} and {k}, values and output {v} and {o}; a "
             f"Gaussian, where training starts, has {GAUSSIAN:.2f}, and lower means heavier tails."
         )
-        return Told((curves,), findings=(Finding(text, 0.2),))
+        return Description((curves,), findings=(Finding(text, 0.2),))
 
 
 if __name__ == "__main__":
     from heedful import fit, models
 
     found = fit(WeibullWeights(), models.default().model, ())
-    for finding in found.tells().findings:
+    for finding in found.describe().findings:
         print(finding.text)

@@ -1,0 +1,121 @@
+"""What a user does with a method and a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heedful.core.errors import FieldError, InactiveWarning
+from heedful.core.kinds import HeadWeights, Prompt, Surgery, Tokens
+from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
+from heedful.core.regions import Span
+from heedful.core.stack import Stack
+from heedful.engine.run import Run
+from heedful.folding import rewritten
+
+
+def attach(
+    model: nn.Module,
+    what: Part | Stack,
+    *,
+    only: str | Iterable[str] | None = None,
+    backend: str = "auto",
+    roles: Mapping[str, tuple[Span, ...]] | None = None,
+    tile_rows: int | None = None,
+) -> Run:
+    """Put a method or a stack into a model's attention until the run is closed.
+
+    The model is one of transformers, or a module around one, which is what the run then calls.
+    `only` names the part of the model to serve by dotted prefix, `roles` names spans of token positions, `backend`
+    demands one instead of letting heedful choose, `tile_rows` fixes the rows of a tile.
+    """
+    from heedful.adapters.transformers import adapt
+
+    return Run(model, what, adapt(model, only), backend, roles, tile_rows)
+
+
+class _FitContext:
+    """A model as fits see it."""
+
+    def __init__(self, model: nn.Module, only: str | Iterable[str] | None) -> None:
+        from heedful.adapters.layers import projections
+        from heedful.adapters.transformers import adapt
+
+        self.model, self.only = model, only
+        adapter = adapt(model, only)
+        self._found = [projections(adapter.model, name, i) for i, name in enumerate(adapter.layer_names)]
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return tuple(p.size for p in self._found)
+
+    def weights(self, layer: int) -> HeadWeights:
+        from heedful.adapters.weights import read_weights
+
+        return read_weights(self._found[layer])
+
+    def attach(self, what: Part | Stack) -> Run:
+        return attach(self.model, what, only=self.only)
+
+
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients of its own, for the length of a `with`; then as it was."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for p, _, _ in before:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, required, grad in before:
+            p.requires_grad_(required)
+            p.grad = grad
+        for module, was in training:
+            module.training = was
+
+
+def fit(
+    method: CatalogueEntry,
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    only: str | Iterable[str] | None = None,
+) -> Any:
+    """A new method fitted to the model on data; the model stays as it is, its gradients too."""
+    with still(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore", InactiveWarning)  # what a fit starts from changes nothing, often on purpose
+        context: FitContext = _FitContext(model, only)
+        return method.fit(context, batches)
+
+
+@torch.no_grad()
+def operate(model: nn.Module, *surgeries: Surgery, only: str | Iterable[str] | None = None) -> Any:
+    """A copy of the model with edited weights, which needs no heedful to run; `fold` asks that it can be saved too."""
+    for surgery in surgeries:
+        if not isinstance(surgery, Surgery):
+            rule = "must be surgery; attach() methods instead, or fold() them"
+            raise FieldError("operate()", "surgeries", surgery, rule, "PruneHeads()")
+    return rewritten(model, surgeries, only, "operate()")[0]
+
+
+def _tensor(prompt: Prompt, model: nn.Module) -> Tensor:
+    return torch.tensor([prompt.tokens], device=next(model.parameters()).device)
+
+
+@torch.no_grad()
+def arrange(model: nn.Module, prompt: Prompt, step: Tokens, *, only: str | Iterable[str] | None = None) -> Prompt:
+    """The prompt as a token step would have it."""
+
+    def read(shown: Prompt, method: Method) -> Any:
+        with attach(model, method, only=only, roles=shown.roles) as run:
+            run(input_ids=_tensor(shown, model), use_cache=False)
+            return run[method]
+
+    return step.arrange(prompt, read)

@@ -1,0 +1,255 @@
+"""A comparison in words, tables and figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from heedful.bench.comparison import PLAIN, SHARE, Comparison, Gap, Price, Result
+from heedful.bench.records import COSTS, Answered
+from heedful.core.figures import Description, Figure, Finding, Intervals, Listing, Scatter, percent
+
+MB = 1 << 20
+
+
+def _number(x: float, unit: str, signed: bool = False) -> str:
+    """A score, or a difference of scores, as people write it."""
+    if unit == SHARE:
+        return f"{_plain(100 * x, 0):+.0f}" if signed else percent(x)
+    return f"{_plain(x, 3):+.3f}" if signed else f"{x:.3f}"
+
+
+def _plain(x: float, digits: int) -> float:
+    """Rounded, and no minus before a zero."""
+    return round(x, digits) + 0.0
+
+
+def _units(unit: str) -> str:
+    return "points" if unit == SHARE else unit
+
+
+def findings(c: Comparison) -> Iterable[Finding]:
+    """What a reader would want to know, one sentence each."""
+    prices = {p.contender: p for p in c.prices}
+    plain = {r.task: r for r in c.results if r.contender == PLAIN}
+    for name in c.contenders[1:]:
+        mine = [r for r in c.results if r.contender == name]
+        if not mine:
+            continue
+        if name in c.inactive:
+            yield Finding(f"{name} changed nothing: it is the unedited model.", 0.9)
+            continue
+        told = [
+            _clause(word, [r for r in mine if c.verdicts.get((r.task, name)) == word], plain, c)
+            for word in ("better", "worse")
+        ]
+        told = [clause for clause in told if clause]
+        cheap = _saves(prices.get(name))
+        if told or cheap:
+            known = "; it ".join([cheap] * bool(cheap) + told)
+            yield Finding(
+                f"{name} {known}{'' if told else '; no task tells it surely from the unedited model'}.",
+                0.8 if told else 0.5,
+            )
+    if c.results:
+        yield Finding(_lead(c), 1.0)
+    for refused in c.refused:
+        task = f" on {c.tasks[refused.task]['name']}" if refused.task in c.tasks else ""
+        task = " when costs were measured" if refused.task == COSTS else task
+        yield Finding(f"{refused.contender} was refused{task}: {refused.reason}", 0.4)
+
+
+def _lead(c: Comparison) -> str:
+    """How many methods win and lose anything."""
+    ways: dict[str, set[str]] = {}
+    for (_, name), word in c.verdicts.items():
+        ways.setdefault(name, set()).add(word)
+    asked = len(ways) + len(c.inactive)
+    if not asked:
+        return "None of the methods could be asked."
+    better, worse = (sum(word in found for found in ways.values()) for word in ("better", "worse"))
+    alike = sum(found <= {""} for found in ways.values())
+    most = max(r.prompts for r in c.results)
+    return (
+        f"Of {_count(asked, 'method')}, {better or 'none'} beat the unedited model on some task, {worse or 'none'} "
+        f"fall behind it on some, {alike or 'none'} cannot be told from it and {len(c.inactive) or 'none'} changed "
+        f"nothing, on {most} prompts a task; with {_count(len(c.verdicts), 'comparison')} Holm's correction holds the "
+        "chance of any false verdict to 5 %."
+    )
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _clause(word: str, results: list[Result], plain: dict[str, Result], c: Comparison) -> str:
+    told = []
+    for r in results:
+        score, before = (_number(x, c.tasks[r.task]["unit"]) for x in (r.score, plain[r.task].score))
+        told.append(f"{_task_name(c, r.task)} ({score}, unedited {before})")
+    if len(told) > 1:
+        told[-2:] = [f"{told[-2]} and {told[-1]}"]
+    return f"is {word} on {', '.join(told)}" if told else ""
+
+
+def _saves(price: Price | None) -> str:
+    if price is None:
+        return ""
+    parts = []
+    if price.cache_ratio < 0.95:
+        parts.append(f"keeps {percent(price.cache_ratio)} of the cache")
+    if price.density is not None and price.density < 0.95:
+        parts.append(f"computes {percent(price.density)} of the pairs")
+    return " and ".join(parts)
+
+
+def figures(c: Comparison) -> Iterable[Figure]:
+    names = c.contenders[1:]
+    groups: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    for task, about in c.tasks.items():
+        by = {r.contender: r for r in c.results if r.task == task and r.gap is not None}
+        if by:
+            rows = [_three(by[n].gap if n in by else None, 100 if about["unit"] == SHARE else 1) for n in names]
+            groups.setdefault((_units(about["unit"]), _way(about)), {})[_task_name(c, task)] = torch.tensor(rows)
+    for place, ((unit, way), found) in enumerate(groups.items()):
+        yield Intervals(
+            f"differences_{place}" if place else "differences",
+            f"Difference to the unedited model, in {unit}",
+            f"Each method against the unedited model on the same prompts, with its 95 % interval; {way} is better. "
+            "An interval that crosses zero tells nothing surely, and of many one in twenty misses zero by chance.",
+            names, found, f"difference, {unit}", unit, PLAIN,
+        )  # fmt: skip
+    yield from _clouds(c)
+    for task, about in c.tasks.items():
+        mine = [r for r in c.results if r.task == task]
+        if mine:
+            chance = _chance(c, task)
+            guess = "" if chance is None else f" Guessing scores {_number(chance, about['unit'])}."
+            yield Listing(
+                f"task_{list(c.tasks).index(task)}",
+                _task_name(c, task),
+                f"{about['about']} In {about['unit']}, over {mine[0].prompts} prompts; {_way(about)} is better.{guess} "
+                "The log-probability is that of what is right, a token.",
+                ("method", "score", "difference", "low", "high", "log-prob", "active"),
+                [_row(r, about["unit"]) for r in mine],
+            )
+    prices = [p for p in c.prices if p.contender not in c.inactive]
+    if prices:
+        tokens = prices[0].tokens
+        left = f" Left out, since they changed nothing: {', '.join(c.inactive)}." if c.inactive else ""
+        yield Listing(
+            "costs",
+            "What each costs",
+            f"Measured on one prompt of {tokens} tokens, in turns with the unedited model; ratios are to it. Memory is "
+            f"what reading the prompt takes above the resting model.{left}",
+            ("method", "prefill, s", "prefill ×", "token, ms", "token ×", "cache, MB", "cache ×", "peak, MB", "pairs"),
+            [_cost_row(p) for p in prices],
+        )
+
+
+def _way(about: dict[str, object]) -> str:
+    return "more" if about["more_is_better"] else "less"
+
+
+def _task_name(c: Comparison, task: str) -> str:
+    """A task's short name, with its settings where two share it."""
+    name = str(c.tasks[task]["name"])
+    return name if sum(about["name"] == name for about in c.tasks.values()) == 1 else task
+
+
+def _chance(c: Comparison, task: str) -> float | None:
+    found = [r.chance for r in c.records if isinstance(r, Answered) and r.task == task and r.contender == PLAIN]
+    known = [x for x in found if x is not None]
+    return sum(known) / len(known) if known and len(known) == len(found) else None
+
+
+def _three(gap: Gap | None, times: float) -> list[float]:
+    return [math.nan] * 3 if gap is None else [times * gap.mean, times * gap.low, times * gap.high]
+
+
+def _row(r: Result, unit: str) -> tuple[object, ...]:
+    gap: tuple[float | None, ...] = (None,) * 3
+    if r.gap is not None:
+        times, digits = (100, 1) if unit == SHARE else (1, 3)
+        gap = tuple(_plain(times * x, digits) for x in (r.gap.mean, r.gap.low, r.gap.high))
+    return r.contender, _number(r.score, unit), *gap, r.nats, "yes" if r.active else "no"
+
+
+def _cost_row(p: Price) -> tuple[object, ...]:
+    peak = None if p.peak is None else p.peak / MB
+    pairs = None if p.density is None else percent(p.density)
+    return (
+        p.contender, p.prefill, p.prefill_ratio, 1000 * p.step, p.step_ratio, p.cache / MB, p.cache_ratio, peak, pairs,
+    )  # fmt: skip
+
+
+def _clouds(c: Comparison) -> Iterable[Scatter]:
+    """Worth against cost: what the right answers lose or win in log-probability, mean over tasks."""
+    worth = c.worth
+    for key, title, field, label in (
+        ("pareto", "Worth against the time to read", "prefill_ratio", "time to read the prompt, × unedited"),
+        ("pareto_cache", "Worth against the cache held", "cache_ratio", "bytes of cache, × unedited"),
+    ):
+        prices = [p for p in c.prices if p.contender not in c.inactive]
+        points = {p.contender: (getattr(p, field), *_worth(worth.get(p.contender))) for p in prices}
+        points = {n: at for n, at in points.items() if n == PLAIN or (n in worth and (key == "pareto" or at[0] < 0.99))}
+        if len({at[0] for at in points.values()}) > 1:
+            yield Scatter(
+                key, title,
+                "Up is better, left is cheaper; the line joins those that none beats in both by its mean, which may be "
+                "chance where intervals overlap. Worth is the mean difference of the right answer's log-probability.",
+                points, label, "worth, nats a token",
+            )  # fmt: skip
+
+
+def _worth(gap: Gap | None) -> tuple[float, float, float]:
+    return (0.0, 0.0, 0.0) if gap is None else (gap.mean, gap.low, gap.high)
+
+
+def description(c: Comparison) -> Description:
+    found = sorted(findings(c), key=lambda f: -f.weight)
+    return Description(figures=tuple(figures(c)), findings=tuple(found))
+
+
+def in_words(c: Comparison) -> str:
+    """The comparison as a text: sentences, then one table for each task, then the costs."""
+    out = [
+        f"{c.facts.get('model', 'a model')}: {_count(len(c.contenders) - 1, 'method')}, {_count(len(c.tasks), 'task')}",
+        "",
+    ]
+    out += [f"- {finding.text}" for finding in c.description().findings]
+    for figure in c.description().figures:
+        if isinstance(figure, Listing):
+            out += ["", f"{figure.title}. {figure.what}", *_aligned(figure)]
+    return "\n".join(out)
+
+
+def markdown(c: Comparison) -> list[str]:
+    """Sentences and tables in Markdown."""
+    out = [f"- {finding.text}" for finding in c.description().findings]
+    for figure in c.description().figures:
+        if isinstance(figure, Listing):
+            rows = [[str(x) for x in figure.columns], *([_cell(x) for x in row] for row in figure.rows)]
+            lines = ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in rows]
+            rule = "|---|" + "---:|" * (len(figure.columns) - 1)
+            out += ["", f"**{figure.title}.** {figure.what}", "", lines[0], rule, *lines[1:]]
+    return out
+
+
+def _aligned(listing: Listing) -> list[str]:
+    rows = [[str(x) for x in listing.columns], *([_cell(x) for x in row] for row in listing.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+
+
+def _cell(x: object) -> str:
+    if x is None:
+        return "-"
+    if isinstance(x, float):
+        return f"{x:.1f}" if abs(x) >= 10 else f"{_plain(x, 2):.2f}"
+    return str(x)

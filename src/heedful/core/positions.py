@@ -1,0 +1,93 @@
+"""Where queries and keys stand, by *position* (number in the text) and *index* (number in the padded row)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def spread_heads(x: Tensor, heads: int) -> Tensor:
+    """Spread `[b, g, n]` over the query heads when it differs by key head."""
+    return x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Where the queries or the keys of a call stand. Both tensors are `[b|1, g|1, n]`."""
+
+    index: Tensor
+    position: Tensor
+    first: int | None = None  # the first index, when the indices are first, first + 1, ...
+    pads: tuple[int, int] | None = None  # least and largest index - position, when known
+    is_filled: Tensor | None = None  # [b|1, g|1, n]: False for empty cache slots, and for queries that are padding
+    last: int | None = None  # of keys without a `first`: the highest index, where it is known
+    filled: Tensor | None = None  # [b|1, g|1]: so many of the last places are the valid ones, where that is known
+
+    def __len__(self) -> int:
+        return self.index.shape[-1]
+
+    @property
+    def packed(self) -> bool:
+        """Whether positions begin anew inside a row, as where several texts share it."""
+        return self.pads is None and len(self) > 1 and bool((self.position.diff(dim=-1) < 0).any())
+
+    @staticmethod
+    def row(
+        start: int,
+        n: int,
+        device: torch.device | str = "cpu",
+        pad: Tensor | None = None,
+        is_filled: Tensor | None = None,
+    ) -> Positions:
+        """`n` places from index `start`; `pad [b]` is the number of padding tokens on the left of each row."""
+        index = torch.arange(start, start + n, device=device).view(1, 1, n)
+        if pad is None:
+            return Positions(index, index, start, (0, 0), is_filled)
+        low, high = int(pad.min()), int(pad.max())
+        return Positions(index, index - pad[:, None, None], start, (low, high), is_filled)
+
+    def by_position(self, x: Tensor) -> Tensor:
+        """Something of these places `[b h n]`, laid out by text position from 0 on; padding is dropped."""
+        place = spread_heads(self.position, x.shape[1])
+        if self.pads == (0, 0) and self.first == 0:
+            return x
+        slots = int(place.max().clamp(min=0)) + 1
+        place = place.where(place >= 0, slots).expand(x.shape)  # padding goes to a slot that is cut off
+        return x.new_zeros(*x.shape[:-1], slots + 1).scatter_add_(-1, place, x)[..., :slots]
+
+    def take(self, where: slice | Tensor) -> Positions:
+        """The places at `where` on the last axis."""
+        first = None
+        if isinstance(where, slice) and self.first is not None:
+            first = self.first + (where.start or 0)
+        is_filled = None if self.is_filled is None else self.is_filled[..., where]
+        return Positions(self.index[..., where], self.position[..., where], first, self.pads, is_filled)
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """A tile of query-key pairs; every coordinate broadcasts to `[b h r k]`."""
+
+    queries: Positions
+    keys: Positions
+    heads: int
+    rows: slice
+    cols: slice | Tensor
+
+    @property
+    def q(self) -> Tensor:
+        return spread_heads(self.queries.position, self.heads)[..., :, None]
+
+    @property
+    def k(self) -> Tensor:
+        return spread_heads(self.keys.position, self.heads)[..., None, :]
+
+    @property
+    def q_index(self) -> Tensor:
+        return spread_heads(self.queries.index, self.heads)[..., :, None]
+
+    @property
+    def k_index(self) -> Tensor:
+        return spread_heads(self.keys.index, self.heads)[..., None, :]

@@ -1,0 +1,88 @@
+"""Weight moved between whole columns of a pattern: the edit that needs no map.
+
+A method that changes weights column by column marks its function with `@reweights` and names the parts of the pattern's
+summary that it decides by. It is asked once a call, and every backend but `sdpa` can do what it answers: no kernel has
+to show its weights, and memory stays linear in the number of tokens. Edits that act before it may be asked twice in a
+call, so they must not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from heedful.core.errors import DefinitionError, nearest
+from heedful.core.sites import Edit, Site
+from heedful.core.summary import PARTS
+
+F = TypeVar("F", bound=Callable[..., object])
+REWEIGHT_PARTS = tuple(part for part in PARTS if part != "carried")
+
+
+@dataclass(frozen=True, eq=False)
+class Reweight:
+    """Each column's weights are multiplied with its factor; the columns that give way restore each row's sum.
+
+    They do so in proportion to their weights. A row none of whose weight lies on such columns stays as it is.
+    """
+
+    factor: Tensor  # [b|1, h|1, k]: 0 and above, and at most 1 where `free` is False
+    free: Tensor | None = None  # [b|1, h|1, k]: which columns restore the sums; None: all of them
+
+    def __post_init__(self) -> None:
+        if self.free is not None and self.free.dtype is not torch.bool:
+            raise DefinitionError(f"a Reweight's `free` must be of type bool, not {self.free.dtype}")
+        high = torch.inf if self.free is None else torch.where(self.free, torch.inf, 1.0)
+        if not bool(((self.factor >= 0) & (self.factor <= high) & self.factor.isfinite()).all()):
+            raise DefinitionError(
+                "a Reweight's factors must be finite, 0 or above, and at most 1 where `free` is False, for example 0.4"
+            )
+
+    def on(self, chosen: list[int], heads: int) -> Reweight:
+        """The same in some heads, and nothing in all others."""
+        inside = torch.zeros(heads, 1, dtype=torch.bool, device=self.factor.device)
+        inside[chosen] = True
+        return Reweight(self.factor.where(inside, 1.0), None if self.free is None else self.free | ~inside)
+
+    @property
+    def touched(self) -> Tensor:
+        """The columns `[c]` that are more to some head than one of many whose sum is restored."""
+        moved = self.factor != 1
+        if self.free is not None:
+            moved = moved | (~self.free & moved.any(-1, keepdim=True))
+        return moved.flatten(0, -2).any(0).nonzero().flatten()
+
+    def of(self, weights: Tensor, cols: slice | Tensor) -> Tensor:
+        """A tile's weights `[b h r k]` after it, where `cols` are the tile's columns."""
+        kept = weights * self.factor[..., cols][..., None, :].to(weights.dtype)
+        if self.free is None:
+            free, given, aim = None, kept, weights.sum(-1, keepdim=True)
+        else:
+            free = self.free[..., cols][..., None, :]
+            given = kept.masked_fill(~free, 0.0)
+            aim = weights.sum(-1, keepdim=True) - kept.masked_fill(free, 0.0).sum(-1, keepdim=True)
+        total = given.sum(-1, keepdim=True)
+        scale = aim / total.masked_fill(total == 0, 1.0)
+        restored = kept * scale if free is None else torch.where(free, kept * scale, kept)
+        return torch.where(total > 0, restored, weights)
+
+
+def reweights(*requested: str) -> Callable[[F], F]:
+    """Mark a function that takes the `Summary` of the pattern so far, and returns a `Reweight`, or None for none."""
+    for name in requested:
+        if name not in REWEIGHT_PARTS:
+            known = ", ".join(REWEIGHT_PARTS)
+            raise DefinitionError(
+                f"@reweights({name!r}): no such part; there are {known}.{nearest(name, REWEIGHT_PARTS)}"
+            )
+
+    def mark(function: F) -> F:
+        edit = Edit(Site.PATTERN, function.__name__, reads=False, sums=tuple(sorted(set(requested))), reweights=True)
+        function.__heedful_edit__ = edit  # type: ignore[attr-defined]
+        return function
+
+    return mark

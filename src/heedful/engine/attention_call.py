@@ -1,0 +1,31 @@
+"""One call of an attention layer, with everything the model says about it that is not a method's business."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from heedful.core.call import Call
+from heedful.core.reweight import Reweight
+from heedful.core.stack import Step
+from heedful.core.summary import SummaryAccumulator
+from heedful.engine.needs import Needs
+from heedful.engine.run_state import Plan, RunState
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One call and everything the model says about it that is not a method's business."""
+
+    plan: Plan
+    run_state: RunState
+    call: Call
+    bias: Tensor | None = None  # [b|1, h|1, q|1, k], added to scores
+    sink: Tensor | None = None  # [b|1, h, q|1, 1], a logit without key or value
+    dropout: float = 0.0
+    keep_pattern: bool = False  # the caller wants the whole pattern back
+    accumulator: SummaryAccumulator | None = None  # what the call's pattern adds up to, where some step wants to know
+    needs: Needs | None = None  # what the backend was chosen by
+    reweights: Mapping[Step, Reweight | None] = field(default_factory=dict)  # those known already

@@ -1,0 +1,257 @@
+"""What a run knows: statistics, each method's state and parameters, and what was seen to act."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call, Phase
+from heedful.core.errors import DefinitionError
+from heedful.core.method import Method
+from heedful.core.sites import HEADLESS_SITES, MAP_SITES, Site
+from heedful.core.stack import Stack, Step
+from heedful.core.state import Key, Notes, Shelf, State
+from heedful.core.stats import Statistic
+from heedful.core.values import replace
+from heedful.engine.needs import Needs
+
+Found = tuple[int, str, int]  # part, reading function, layer
+
+
+class Plan:
+    """The steps of one layer in one phase, by site."""
+
+    def __init__(self, steps: tuple[Step, ...]) -> None:
+        self.steps = steps
+        self._by_site: dict[Site, tuple[Step, ...]] = {
+            site: tuple(s for s in steps if s.edit.site is site) for site in {s.edit.site for s in steps}
+        }
+        self._tiles = {
+            site: tuple(s for s in found if not (s.edit.sums and s.edit.reads)) for site, found in self._by_site.items()
+        }
+
+    def at(self, site: Site) -> tuple[Step, ...]:
+        return self._by_site.get(site, ())
+
+    def edits(self, *sites: Site) -> bool:
+        """Whether some step changes one of the sites."""
+        return any(not s.edit.reads for site in sites for s in self.at(site))
+
+    def tiles(self, site: Site) -> tuple[Step, ...]:
+        """The steps that act on the site's tiles, and do not just read their summary."""
+        return self._tiles.get(site, ())
+
+    @cached_property
+    def may_idle(self) -> tuple[Step, ...]:
+        """The steps of methods that sometimes have nothing to do."""
+        return tuple(s for s in self.steps if type(s.method).idle is not Method.idle)
+
+    @cached_property
+    def summed(self) -> tuple[Step, ...]:
+        """The steps that read the pattern's summary."""
+        return tuple(s for s in self.at(Site.PATTERN) if s.edit.sums and s.edit.reads)
+
+    @cached_property
+    def requested(self) -> frozenset[str]:
+        """The parts of the summary that they read."""
+        return frozenset(part for step in self.summed for part in step.edit.sums)
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What the steps need of a backend, whatever the call."""
+        return Needs.of(self.steps)
+
+    @cached_property
+    def reweights(self) -> tuple[Step, ...]:
+        """The steps that move weight between whole columns."""
+        return tuple(s for s in self.at(Site.PATTERN) if s.edit.reweights)
+
+    @cached_property
+    def above(self) -> int:
+        """How many rows above a tile its edits look at."""
+        methods = {s.number: s.method for s in self.steps if s.edit.site in MAP_SITES}
+        return sum(method.above() for method in methods.values())
+
+    @cached_property
+    def penalties(self) -> bool:
+        return any(s.edit.loss for s in self.steps)
+
+    def before(self, shift: Step) -> Plan:
+        """What makes the pattern that a shift is told about."""
+        edits = (s for s in self.steps if s.edit.site in MAP_SITES and not s.edit.reads)
+        earlier = self.at(Site.PATTERN)[: self.at(Site.PATTERN).index(shift)]
+        return Plan(tuple(s for s in edits if s.edit.site is not Site.PATTERN or s in earlier))
+
+    def acts_inside(self) -> bool:
+        """Whether something acts between projection and output projection."""
+        return any(s.edit.site not in HEADLESS_SITES for s in self.steps)
+
+    @property
+    def whole_map(self) -> bool:
+        return any(s.method.whole_map for s in self.steps)
+
+
+@dataclass
+class RunState:
+    """The only mutable thing in a run."""
+
+    stack: Stack
+    params: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)  # (part, layer)
+    statistics: dict[Found, Statistic] = field(default_factory=dict)
+    entered: Counter[int] = field(default_factory=Counter)
+    offered: Counter[Step] = field(default_factory=Counter)
+    idled: set[int] = field(default_factory=set)  # parts that had nothing to do in some call
+    clean: set[Step] = field(default_factory=set)  # seen to leave their input alone, where tensors count no versions
+    changed: set[Step] = field(default_factory=set)
+    calls: dict[int, Call] = field(default_factory=dict)  # each layer's largest call, for counting its pairs
+    backends: dict[int, str] = field(default_factory=dict)
+    kept: dict[int, tuple[int, int]] = field(default_factory=dict)  # cache entries kept and seen, by layer
+    shelves: dict[int, Shelf] = field(default_factory=dict)  # what methods keep with the cache of the call, by layer
+    losses: dict[Found, Tensor] = field(default_factory=dict)  # what steps penalised in this forward
+    forward: int = -1
+
+    def __post_init__(self) -> None:
+        self._highest: dict[int, Tensor] = {}  # of all that the heads of each layer gave, without its sign
+        self._of_forward: dict[int, dict[str, Any]] = defaultdict(dict)  # by part
+        self._of_run: dict[tuple[int, int], dict[str, Any]] = defaultdict(dict)  # by part and layer
+        parts = self.stack.parts
+        self._names = tuple(f"{part!r} {parts[:n].count(part)}" for n, part in enumerate(parts))
+        edits = [any(not e.reads for e in method.edits) for method in self.stack.methods]
+        self._editors = tuple(itertools.compress(self._names, edits))
+        self._open: dict[Found, Statistic] = {}
+        self._plans: dict[tuple[int, Phase, frozenset[int]], Plan] = {}
+        self._idle: dict[int, dict[int, bool]] = defaultdict(dict)  # of the calls that are under way, by layer and part
+
+    def begin(self, layer: int, shelf: Shelf) -> None:
+        """A call of a layer begins, with what methods keep with its cache."""
+        self.shelves[layer] = shelf
+        self._idle.pop(layer, None)
+
+    def plan(self, call: Call, *sites: Site) -> Plan:
+        """The steps that act in a call: those of every part that is not idle in it.
+
+        A part is asked once a call. With sites only those are asked that act there, and the others left for later.
+        """
+        whole, asked = self._plan(call.layer, call.phase), self._idle[call.layer]
+        for step in whole.may_idle:
+            if step.number not in asked and (not sites or step.edit.site in sites):
+                asked[step.number] = step.method.idle(self.view(step, call))
+        idle = frozenset(number for number, yes in asked.items() if yes)
+        self.idled |= idle
+        return self._plan(call.layer, call.phase, idle)
+
+    def _plan(self, layer: int, phase: Phase, idle: frozenset[int] = frozenset()) -> Plan:
+        found = self._plans.get((layer, phase, idle))
+        if found is None:
+            steps = tuple(s for s in self.stack.steps(layer, phase) if s.number not in idle)
+            found = self._plans[layer, phase, idle] = Plan(steps)
+        return found
+
+    def new_forward(self) -> None:
+        """A new pass of the whole model begins."""
+        self.forward += 1
+        self._of_forward.clear()
+        self._open.clear()
+        self.losses = {}
+        self.shelves.clear()
+        self._idle.clear()
+
+    def forget(self) -> None:
+        """Forget what methods remember of the run so far."""
+        self._of_run.clear()
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        """A `with` after which methods remember what they did before it."""
+        before, self._of_run = self._of_run, copy.deepcopy(self._of_run)
+        try:
+            yield
+        finally:
+            self._of_run = before
+
+    def view(self, step: Step, call: Call) -> Call:
+        """The call as one method sees it."""
+        n, shelf = step.number, self.shelves.setdefault(call.layer, Shelf())
+        notes = Notes(shelf, Key(self._editors, self._names[n], call.name), call.batch)
+        return replace(
+            call,
+            params=self.params.get((n, call.layer), {}),
+            state=State(self._of_forward[n], self._of_run[n, call.layer], notes),
+        )
+
+    def kept_by_engine(self, call: Call) -> Notes:
+        """What the engine itself keeps with the cache of a text."""
+        return Notes(self.shelves.setdefault(call.layer, Shelf()), Key(self._editors, "", call.name), call.batch)
+
+    def note(self, step: Step, call: Call, found: object) -> None:
+        """Take what a reader found in a tile."""
+        if found is None:
+            return
+        if step.edit.loss:
+            self._penalise(step, call, found)
+            return
+        if not isinstance(found, Statistic):
+            raise DefinitionError(
+                f"{step}: a reader returns a statistic or None, not {type(found).__name__}; wrap it, as in Sum.of(x)"
+            )
+        key = (step.number, step.edit.name, call.layer)
+        self._open[key] = self._open[key] + found if key in self._open else found
+
+    def _penalise(self, step: Step, call: Call, found: object) -> None:
+        if not isinstance(found, Tensor) or found.ndim or not found.is_floating_point():
+            got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise DefinitionError(f"{step}: a penalty is a floating-point tensor without axes, not {got}; sum it up")
+        key = (step.number, step.edit.name, call.layer)
+        self.losses[key] = self.losses[key] + found if key in self.losses else found
+
+    def close_call(self, plan: Plan, call: Call) -> None:
+        """Hand what the tiles of a call added up to over to the run."""
+        for step in plan.steps:
+            if not step.edit.reads:
+                continue
+            key = (step.number, step.edit.name, call.layer)
+            if key in self._open:
+                whole = step.method.finish(self._open.pop(key), self.view(step, call))
+                self.statistics[key] = self.statistics[key] + whole if key in self.statistics else whole
+
+    def watch(self, step: Step, old: Any, new: Any) -> None:
+        """Remember whether a step has ever changed anything; looks no further once it has."""
+        self.offered[step] += 1
+        if step in self.changed or new is old:
+            return
+        if not isinstance(new, Tensor) or new.shape != old.shape or not torch.equal(new, old):
+            self.changed.add(step)
+
+    def remember(self, call: Call) -> None:
+        """Keep the places and rules of a layer's largest call; of its tensors, only what a rule itself holds on to."""
+        have = self.calls.get(call.layer)
+        size = len(call.queries) * len(call.keys)
+        if have is None or size >= len(have.queries) * len(have.keys):
+            self.calls[call.layer] = replace(call, hidden=None, rotate=None, query=None, key=None, value=None)
+
+    def look_for_nan(self, layer: int, x: Tensor) -> None:
+        if not x.numel():
+            return
+        low, high = x.detach().aminmax()  # NaN where a single number is
+        found = torch.maximum(-low, high)
+        have = self._highest.get(layer)
+        self._highest[layer] = found if have is None else torch.maximum(have, found)
+
+    @property
+    def nan(self) -> bool:
+        """Whether some head gave what is no number."""
+        return any(bool(x.isnan()) for x in self._highest.values())
+
+    @property
+    def endless(self) -> int | None:
+        """The first layer in which some head gave infinity or what is no number."""
+        return min((n for n, x in self._highest.items() if not bool(x.isfinite())), default=None)

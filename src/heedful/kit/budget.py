@@ -1,0 +1,80 @@
+"""How many cache entries a head may keep, and which: what every method that shortens the cache has in common."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from heedful.core.call import CachedKV, Call
+from heedful.core.errors import FieldError
+from heedful.core.state import ByIndex
+
+Budget = int | float  # a whole number of entries a head, or a share of the text so far between 0 and 1
+
+
+def require_budget(owner: object, budget: Budget, field: str = "budget") -> None:
+    """Refuse what is neither a number of entries nor a share."""
+    share = isinstance(budget, float) and 0 < budget <= 1
+    count = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
+    if not share and not count:
+        rule = "must be a share above 0 and at most 1, as 0.25, or a whole number of entries from 1 up, as 512"
+        raise FieldError(owner, field, budget, rule, 0.25)
+
+
+def room_for(budget: Budget, tokens: int) -> int:
+    """CachedKV that a head may hold after a text of so many tokens."""
+    return budget if isinstance(budget, int) else max(1, math.ceil(budget * tokens))
+
+
+def rooms(budget: Budget, tokens: Tensor) -> Tensor:
+    """`room_for` texts of so many tokens each; in Python's arithmetic, since float32 rounds shares otherwise."""
+    return tokens.new_tensor([room_for(budget, n) for n in tokens.flatten().tolist()]).view_as(tokens)
+
+
+def room(budget: Budget, call: Call) -> Tensor:
+    """CachedKV that each head of each text may hold after this call, `[b|1 1 1]`."""
+    return rooms(budget, _end(call) + 1)
+
+
+def _end(call: Call) -> Tensor:
+    """The position of each text's last token so far, `[b|1 1 1]`; what is padded on the right ends before its row."""
+    end = torch.where(call.is_text, call.q_pos, -1).amax((-2, -1), keepdim=True)
+    padding = call.mask.padding
+    if padding is None or bool((end >= 0).all()):
+        return end
+    # a chunk of a prompt may hold nothing but a row's padding: the text ended in an earlier one
+    return padding.text[:, None, : int(call.queries.index.max()) + 1].sum(-1, keepdim=True) - 1
+
+
+def newest(entries: CachedKV, call: Call, count: Tensor | int) -> Tensor:
+    """Which entries `[b|1 g|1 k]` are among the last `count [b|1 1 1]` tokens of their text."""
+    age = _end(call) - entries.positions.position
+    return (age >= 0) & (age < count)
+
+
+def added_up(name: str, given: Tensor, entries: CachedKV, call: Call, keep: Tensor | float = 1.0) -> Tensor:
+    """What each entry was given `[b g k]`, on top of the share `keep [b|1 1 1]` of what earlier calls gave it.
+
+    The sums are kept with the cache under that name, by index: nothing moves when entries go.
+    """
+    index = entries.positions.index.expand(given.shape)
+    before = keep * call.state.cache.get(name, given[..., :0])
+    total = pad(before, (0, int(index.max()) + 1 - before.shape[-1])).scatter_add(-1, index, given)
+    call.state.cache[name] = ByIndex(total, -1)
+    return total.gather(-1, index)
+
+
+def keep_best(score: Tensor, entries: CachedKV, most: Tensor) -> Tensor:
+    """Which entries `[b g k]` stay: each head's `most [b|1 g|1 1]` of the highest score `[b g k]`; padding goes first.
+
+    Give infinity to what must stay, such as the newest entries.
+    """
+    text = entries.is_text
+    if score.shape[-1] <= int(most.min()):
+        return text
+    order = score.masked_fill(~text, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    best = torch.arange(score.shape[-1], device=score.device) < most
+    return text & torch.zeros_like(text).scatter_(-1, order, best.expand_as(text))

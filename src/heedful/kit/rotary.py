@@ -1,0 +1,46 @@
+"""How fast each dimension of a head turns, measured on the model's own rotary embedding."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call
+
+
+def periods(call: Call, width: int) -> Tensor | None:
+    """How many tokens each of a head's `width` dimensions takes for a full turn, `[d]`; infinite where it does not
+    turn. None where the model shows no rotary embedding or the call has fewer than two tokens of text."""
+    rows = call.is_text[0, 0].nonzero()[:, 0]
+    if call.rotate is None or len(rows) < 2:
+        return None
+    ones = torch.ones(1, 1, len(call.queries), width, device=rows.device)
+    try:
+        turned = call.rotate(ones)[0, 0, rows[0] : rows[-1] + 1].double()  # [n d]
+    except RuntimeError:
+        return None  # only a part of each head is turned, which the model cuts out elsewhere
+    turning = (turned != turned[:1]).any(0).nonzero()[:, 0]
+    out = torch.full((width,), float("inf"), dtype=torch.float64, device=turned.device)
+    if len(turning) == 0:
+        return out
+    size = int(turning[-1]) // 2 * 2 + 2
+    # a pair is (j, j + half) in most models and (2j, 2j + 1) in some; its length does not change as it turns
+    layouts = [turned[:, :size].unflatten(-1, (2, -1)), turned[:, :size].unflatten(-1, (-1, 2)).mT]  # [n 2 pairs]
+    which = min((0, 1), key=lambda i: float(layouts[i].norm(dim=1).var(0).sum()))
+    speed = _speed(torch.complex(layouts[which][:, 0], layouts[which][:, 1]))
+    period = 2 * math.pi / speed
+    out[:size] = period.repeat(2) if which == 0 else period.repeat_interleave(2)
+    return out
+
+
+def _speed(z: Tensor) -> Tensor:
+    """Radians a row of what turns evenly, `[n pairs]` to `[pairs]`: longer and longer steps, unwrapped by the last."""
+    speed = (z[1] / z[0]).angle()
+    step = 2
+    while step < len(z):
+        angle = (z[step] / z[0]).angle()
+        speed = (angle + 2 * math.pi * ((speed * step - angle) / (2 * math.pi)).round()) / step
+        step *= 2
+    return speed.abs()

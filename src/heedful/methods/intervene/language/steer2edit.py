@@ -1,0 +1,161 @@
+"""Each head's output block gets + lambda v k', k = W' v / |W' v|, where it writes along a steering vector v."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call
+from heedful.core.errors import FieldError
+from heedful.core.fitted import Fitted
+from heedful.core.kinds import HeadWeights, Surgery
+from heedful.core.method import FitContext, Layer, Method
+from heedful.core.paper import Paper
+from heedful.core.sites import Site, reads
+from heedful.core.stats import Mean
+
+PAPER = Paper(
+    "P299",
+    "Steer2Edit: From Activation Steering to Component-Level Editing",
+    "Chung-En Sun, Ge Yan, Zimo Wang, Tsui-Wei Weng",
+    2026,
+    "2602.09870",
+    differs=(
+        "Only attention is edited; the authors also edit the neurons of the feed-forward blocks.",
+        "Means run over all text tokens unless `response` marks some; the authors take those that predict a response.",
+    ),
+)
+
+
+class _HeadMean(Method):
+    """The mean of what each head hands to the output projection, for each class of texts."""
+
+    share: Fitted  # "tokens" [2 b n]: what each token weighs in its text's mean, by class
+
+    @reads(Site.HEAD_OUTPUT)
+    def read(self, heads: Tensor, call: Call) -> Mean:
+        share = self.share["tokens"].to(heads)
+        return Mean.of(torch.einsum("cbn,bhnd->chd", share, heads), share.sum((1, 2))[:, None, None])
+
+
+class _OutputMean(Method):
+    """The mean of the attention block's output, for each class of texts."""
+
+    share: Fitted
+
+    @reads(Site.OUTPUT)
+    def read(self, output: Tensor, call: Call) -> Mean:
+        share = self.share["tokens"].to(output)
+        return Mean.of(torch.einsum("cbn,bne->ce", share, output), share.sum((1, 2))[:, None])
+
+
+class Steer2Edit(Surgery):
+    """Moves a steering vector into the weights of the heads that carry it. Fit it first.
+
+    `fit` takes batches of the model's inputs with `positive` beside them, a bool for the batch or `[b]`, and, if only
+    some tokens count, `response`, bool `[b n]`.
+    """
+
+    paper = PAPER
+    rho: float = 0.18  # how many heads, fewer when higher; the authors' Llama-2-7B: 0.18
+    alpha: float = 0.8  # how sparse rather than small the edit is; the authors' Llama-2-7B: 0.8
+    vectors: Fitted | None = None  # "v.LAYER" [e] the steering vector, "x.LAYER" [h d] the mean input of each head
+    seed: int | None = None  # draw random vectors in place of fitted ones: the control that any steering needs
+
+    def __post_init__(self) -> None:
+        if not self.rho > 0:
+            raise FieldError(self, "rho", self.rho, "must be above 0", 0.18)
+        if not 0 <= self.alpha < 1:
+            raise FieldError(self, "alpha", self.alpha, "must be at least 0 and below 1", 0.8)
+
+    @classmethod
+    def neutral(cls) -> Steer2Edit:
+        return cls(rho=4.0, alpha=0.5)  # no cosine is above rho * alpha
+
+    @classmethod
+    def example(cls) -> Steer2Edit:
+        return cls(rho=0.05, alpha=0.5, seed=0)
+
+    def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> Steer2Edit:
+        found: dict[str, Mean] = {}
+        for batch in batches:
+            inputs = dict(batch)
+            share = Fitted({"tokens": _shares(inputs)})
+            parts = {"x": _HeadMean(share), "v": _OutputMean(share)}
+            with context.attach(parts["x"] | parts["v"]) as run, torch.no_grad():
+                run(**inputs)
+                for letter, part in parts.items():
+                    for layer, mean in run[part].items():
+                        name = f"{letter}.{layer}"
+                        found[name] = mean if name not in found else found[name] + mean
+        if not found or any(bool((mean.count == 0).any()) for mean in found.values()):
+            raise FieldError(self, "batches", len(found), "must hold positive and other texts", {"positive": True})
+        tensors = {}
+        for name, mean in found.items():
+            other, positive = mean.value
+            tensors[name] = positive - other if name.startswith("v") else (positive + other) / 2
+        return replace(self, vectors=Fitted(tensors))
+
+    def strengths(self, weights: HeadWeights, layer: int) -> Tensor:
+        """lambda of each head, `[h]`: how much of the steering vector it takes in; 0 for heads left alone."""
+        v, _, cosine = self._aligned(weights, layer)
+        over = (cosine.abs() - self.rho * self.alpha).clamp(min=0) / (self.rho * (1 - self.alpha))
+        return (cosine.sign() * over).to(v)
+
+    def operate(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
+        if self.rho * self.alpha >= 1:
+            return weights
+        strengths = self.strengths(weights, layer.number)
+        if not bool(strengths.any()):
+            return weights
+        v, k, _ = self._aligned(weights, layer.number)
+        added = torch.einsum("h,e,hd->ehd", strengths, v, k)
+        return replace(weights, o=(weights.o.to(added) + added).to(weights.o))
+
+    def _aligned(self, weights: HeadWeights, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The unit steering vector `[e]`, each head's answer to it `[h d]`, how far the head writes along it `[h]`."""
+        o = weights.o.double()
+        if self.vectors is None and self.seed is None:
+            rule = "are not there yet: fit to texts with and without the trait"
+            raise FieldError(self, "vectors", None, rule, "heedful.fit(Steer2Edit(), model, batches)")
+        if self.vectors is None:
+            random = torch.Generator().manual_seed(1_000_003 * int(self.seed or 0) + layer)
+            v, x = (torch.randn(size, generator=random).to(o) for size in (o.shape[:1], o.shape[1:]))
+        else:
+            v, x = (self.vectors.get(f"{letter}.{layer}", torch.empty(0)).to(o) for letter in "vx")
+        if (*v.shape, *x.shape) != o.shape:
+            rule = f"need [e] = {list(o.shape[:1])} and [h d] = {list(o.shape[1:])} in layer {layer}: fit to this model"
+            raise FieldError(self, "vectors", self.vectors, rule, "heedful.fit(Steer2Edit(), model, batches)")
+        v = torch.nn.functional.normalize(v, dim=0)
+        k = torch.nn.functional.normalize(torch.einsum("ehd,e->hd", o, v), dim=-1)
+        written = torch.einsum("ehd,hd->he", o, x)
+        return v, k, torch.nn.functional.normalize(written, dim=-1) @ v
+
+
+def _shares(inputs: dict[str, Any]) -> Tensor:
+    """Each token's weight in its text's mean, `[2 b n]`, other texts first; takes what is ours out of the inputs."""
+    if "positive" not in inputs:
+        raise FieldError("Steer2Edit.fit()", "batches", sorted(inputs), "need 'positive' in each", {"positive": True})
+    positive, marked = torch.as_tensor(inputs.pop("positive")), inputs.pop("response", None)
+    ids = inputs["input_ids"]
+    tokens = inputs.get("attention_mask", torch.ones_like(ids)) if marked is None else marked
+    tokens = tokens.to(ids.device, torch.float64)
+    share = tokens / tokens.sum(-1, keepdim=True).clamp(min=1)
+    positive = positive.to(ids.device, torch.float64).reshape(-1, 1).expand(len(ids), 1)
+    return torch.stack([share * (1 - positive), share * positive])
+
+
+if __name__ == "__main__":
+    from heedful import fit, models, operate
+
+    model, tokenizer, _ = models.default()
+    good, bad = (tokenizer(f"What a {word} day this is", return_tensors="pt") for word in ("lovely", "horrid"))
+    edit = fit(Steer2Edit(), model, [{**good, "positive": True}, {**bad, "positive": False}])
+    changed = sum(
+        int((a != b).sum()) for a, b in zip(model.parameters(), operate(model, edit).parameters(), strict=True)
+    )
+    print(f"{changed} weights changed")

@@ -1,0 +1,1 @@
+"""Interventions on what is seen in images."""

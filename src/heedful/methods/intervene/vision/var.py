@@ -1,0 +1,145 @@
+"""Sinks keep a share p of their weight; marked tokens that are no sinks get the rest, in heads that look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call
+from heedful.core.errors import FieldError
+from heedful.core.method import FitContext, Method, Readings
+from heedful.core.paper import Paper
+from heedful.core.sites import Site, at, reads
+from heedful.core.state import ByIndex
+from heedful.core.stats import Mean
+
+
+def _shares(stream: Tensor) -> Tensor:
+    """Each dimension's size over the token's root mean square, `[b n e]`."""
+    wide = stream.detach().float()
+    return wide.abs() * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+
+
+class VAR(Method):
+    """Takes weight from sinks, found by massive dimensions of the residual stream, and gives it to a marked span.
+
+    A layer's sinks are those of the stream that the layer before it leaves, so the first layer in scope is left alone;
+    the authors act from the third layer to the last but one: `.on(layers=range(1, depth - 1))`. `fit` finds the massive
+    dimensions of a model on the first tokens of any texts.
+    """
+
+    paper = Paper(
+        "P016",
+        "See What You Are Description: Visual Attention Sink in Large Multimodal Models",
+        "Seil Kang, Jinyeong Kim, Junhyeok Kim, Seong Jae Hwang",
+        2025,
+        "2503.03321",
+        "ICLR 2025",
+        differs=(
+            "Any marked span stands for the image; tried on text alone, since no vision model was at hand.",
+            "The authors' code leaves a layer alone in which no marked token is a sink; here a span without sinks has "
+            "a sink share of 0, and the text's own sinks feed it.",
+            "A token that the model adds may be a sink too; the authors look at those of the prompt.",
+        ),
+    )
+    role: str = "marked"  # the spans that stand for the image
+    tau: float = 20.0  # a dimension over the token's root mean square, from which on the token is a sink; the paper: 20
+    rho: float = 0.5  # share of a head's weight on the span that may lie on sinks, at most; the authors' code: 0.5
+    least: float = 0.2  # weight that a head's row gives to the span at least; the authors' code: 0.2
+    p: float = 0.6  # share of a sink's weight that it keeps; the paper: 0.6
+    dims: tuple[int, ...] | None = None  # massive dimensions of the stream; None: any may be one
+
+    def __post_init__(self) -> None:
+        if not self.role:
+            raise FieldError(self, "role", self.role, "must name a role", "marked")
+        if not self.tau > 0:
+            raise FieldError(self, "tau", self.tau, "must be above 0", 20.0)
+        for name in ("rho", "least", "p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise FieldError(self, name, getattr(self, name), "must lie from 0 to 1", 0.5)
+        if self.dims is not None and (not self.dims or min(self.dims) < 0):
+            raise FieldError(self, "dims", self.dims, "must be one or more numbers from 0 up, or None", (1415, 2533))
+
+    @classmethod
+    def neutral(cls) -> VAR:
+        return cls(p=1.0)
+
+    @classmethod
+    def example(cls) -> VAR:
+        return cls(tau=2.5, least=0.0, rho=1.0)
+
+    def idle(self, call: Call) -> bool:
+        return self.p == 1
+
+    @at(Site.PATTERN)
+    def redistribute(self, pattern: Tensor, call: Call) -> Tensor:
+        layer, sinks = call.state.forward.get("sinks", (None, None))  # [b n], by index
+        if layer != call.layer - 1 or call.cross:
+            return pattern
+        after = max((stop for _, stop in call.roles.get(self.role, ())), default=0)
+        marked = call.spread(call.marked(self.role))[:, :, None]
+        place = call.pairs.k_index[:, :, 0].clamp(max=sinks.shape[1] - 1).expand(len(sinks), -1, -1)
+        sunk = sinks[:, None].expand(-1, place.shape[1], -1).gather(-1, place)[:, :, None]  # [b h|1 1 k]
+        span = pattern.masked_fill(~marked, 0.0).sum(-1, keepdim=True)
+        free = pattern.masked_fill(~marked | sunk, 0.0)
+        rest = free.sum(-1, keepdim=True)
+        freed = (1 - self.p) * pattern.masked_fill(~sunk, 0.0).sum(-1, keepdim=True)
+        looks = (span >= self.least) & (span - rest <= self.rho * span) & (rest > 0) & (call.pairs.q >= after)
+        given = freed / rest.masked_fill(rest == 0, 1.0) * free
+        return torch.where(looks, pattern.where(~sunk, self.p * pattern) + given, pattern)
+
+    @reads(Site.RESIDUAL)
+    def find_sinks(self, stream: Tensor, call: Call) -> None:
+        """Leave the stream's sinks, of this call's tokens and those before, for the next layer."""
+        shares = _shares(stream)
+        found = (shares if self.dims is None else shares[..., list(self.dims)]).amax(-1) > self.tau
+        if start := call.queries.first or 0:
+            before = call.state.cache.get("sinks", found[:, :0])
+            found = torch.cat([torch.nn.functional.pad(before, (0, start - before.shape[1])), found], 1)
+        call.state.cache["sinks"] = ByIndex(found, 1)
+        call.state.forward["sinks"] = call.layer, found
+
+    def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> VAR:
+        """The dimensions in which first tokens are above tau, on average, in at least half of the layers."""
+        reader = _FirstToken()
+        with torch.no_grad(), context.attach(reader) as run:
+            for batch in batches:
+                run(**batch)
+            shares = run[reader]
+        found = ((shares > self.tau).double().mean(0) >= 0.5).nonzero().flatten().tolist()
+        if not found:
+            top = float(shares.amax(-1).median())
+            rule = f"no dimension of a first token lies above it in half of the layers; its largest is about {top:.3g}"
+            raise FieldError(self, "tau", self.tau, rule, round(0.8 * top, 2))
+        return replace(self, dims=tuple(found))
+
+
+class _FirstToken(Method):
+    """Each dimension's size in a text's first token, over the token's root mean square."""
+
+    @reads(Site.RESIDUAL)
+    def first(self, stream: Tensor, call: Call) -> Mean | None:
+        at = (call.q_pos[:, 0] == 0) & call.is_text[:, 0]  # [b|1 n]
+        shares = _shares(stream)[at.expand(stream.shape[:2])]
+        return Mean.of(shares.sum(0), len(shares)) if len(shares) else None
+
+    def answer(self, readings: Readings) -> Tensor:
+        """`[layers e]`."""
+        return torch.stack(readings.values_by_layer)
+
+
+if __name__ == "__main__":
+    from heedful import attach, fit, models
+
+    model, tokenizer, _ = models.default()
+    text = tokenizer("The code is red. The code is blue. So the code is", return_tensors="pt")
+    method = fit(VAR(), model, [text])
+    print(method)
+    for roles in ({"marked": ((0, 5),)}, {"marked": ((5, 10),)}):
+        with torch.no_grad(), attach(model, method.on(layers=range(1, 29)), roles=roles) as run:
+            top = run(**text).logits[0, -1].softmax(-1).topk(3)
+        print(roles, [(tokenizer.decode(i), round(float(p), 3)) for p, i in zip(*top, strict=True)])

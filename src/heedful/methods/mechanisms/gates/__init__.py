@@ -1,0 +1,1 @@
+"""Gates on what heads hand over."""

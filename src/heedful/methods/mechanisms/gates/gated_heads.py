@@ -1,0 +1,77 @@
+"""Each head's output times sigmoid(w . x + c), a gate that looks at the layer's input x token by token."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call
+from heedful.core.errors import FieldError, SiteError
+from heedful.core.method import Layer, Method
+from heedful.core.paper import Paper
+from heedful.core.sites import Site, at
+
+
+class GatedHeads(Method):
+    """A learned gate on every head and token, so that a head can do nothing without extreme scores."""
+
+    paper = Paper(
+        "P304",
+        "Quantizable Transformers: Removing Outliers by Helping Attention Heads Do Nothing",
+        "Yelysei Bondarenko, Markus Nagel, Tijmen Blankevoort",
+        2023,
+        "2306.12929",
+        "NeurIPS 2023",
+        differs=(
+            "One linear map from the whole layer input gives every head's gate, an option of the authors' code; by "
+            "default they show each head its slice of the input, which needs h * d = e.",
+            "The gate's weights come from a generator seeded by the layer's number and do not touch the global one.",
+        ),
+    )
+    start: float = 0.5  # mean gate before training; the authors' default: 0.5, their OPT: 0.25
+    fine_tune: bool = False  # start near the unedited model: small weights, and the gate divided by `start`
+    spread: float = 0.001  # standard deviation of the weights when fine-tuning; the authors: 0.001
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start < 1:
+            raise FieldError(self, "start", self.start, "must lie between 0 and 1", 0.5)
+        if not 0 <= self.spread < math.inf:
+            raise FieldError(self, "spread", self.spread, "must be 0 or more", 0.001)
+
+    @classmethod
+    def neutral(cls) -> GatedHeads:
+        return cls(start=0.5, fine_tune=True, spread=0.0)
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(layer.number)
+        shape = (layer.heads, layer.width)
+        if self.fine_tune:
+            weight = torch.randn(shape, generator=random) * self.spread
+        else:  # as torch.nn.Linear draws it
+            weight = (torch.rand(shape, generator=random) * 2 - 1) / math.sqrt(layer.width)
+        return {"weight": weight, "bias": torch.full((layer.heads,), math.log(self.start / (1 - self.start)))}
+
+    @at(Site.HEAD_OUTPUT)
+    def gate(self, heads: Tensor, call: Call) -> Tensor:
+        b, _, q, _ = heads.shape
+        if call.hidden is None or call.hidden.numel() != b * q * call.hidden.shape[-1]:
+            raise SiteError(
+                f"{self!r}, layer {call.layer}: the layer's input [b n e] is not known, and the gate needs it"
+            )
+        hidden = call.hidden.reshape(b, q, -1)
+        gate = torch.sigmoid(torch.nn.functional.linear(hidden, call.params["weight"], call.params["bias"]))
+        if self.fine_tune:
+            gate = gate / self.start
+        return heads * gate.transpose(1, 2)[..., None]
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model = models.tiny("llama")
+    inputs = models.tiny_inputs(model)
+    with attach(model, GatedHeads(fine_tune=True)) as run:
+        run(**inputs, labels=inputs["input_ids"]).loss.backward()
+        print({name: tuple(p.shape) for name, p in run.state_dict().items()})

@@ -1,0 +1,1 @@
+"""Attention without a map, linear in the number of tokens."""

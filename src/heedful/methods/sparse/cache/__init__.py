@@ -1,0 +1,1 @@
+"""Fewer entries in the cache."""

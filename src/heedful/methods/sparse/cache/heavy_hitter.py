@@ -1,0 +1,77 @@
+"""Keep the newest entries and, of the others, those that received most: the sum of all queries' weights so far."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import CachedKV, Call
+from heedful.core.errors import FieldError
+from heedful.core.method import Method
+from heedful.core.paper import Paper
+from heedful.core.sites import Site, at
+from heedful.core.summary import Summary, sums
+from heedful.kit.budget import Budget, added_up, keep_best, newest, require_budget, room, room_for
+
+
+class HeavyHitter(Method):
+    """H2O: half of the budget for the newest entries, half for the heavy hitters among the older ones."""
+
+    paper = Paper(
+        "2306.14048",
+        "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
+        "Zhenyu Zhang, Ying Sheng, Tianyi Zhou, Tianlong Chen, Lianmin Zheng, Ruisi Cai, Zhao Song, Yuandong Tian, "
+        "Christopher Ré, Clark Barrett, Zhangyang Wang, Beidi Chen",
+        2023,
+        "2306.14048",
+        "NeurIPS 2023",
+        differs=(
+            "A group of query heads votes as one, by what all of them give; the authors' models have no groups.",
+            "A call sees all that the cache held and the cut is for the next one, as in the authors' newer code; the "
+            "paper cuts within the step.",
+            "What the queries of tokens gave that are cropped later, as in assisted decoding, older entries keep.",
+            "The share is of the text as it has grown, generated tokens included; the authors fix the number of "
+            "entries at the prompt's length.",
+        ),
+    )
+    chunk_invariant = False  # what is dropped after one call, the next cannot see
+    budget: Budget = 0.2  # share of the text, or entries a head; the paper: 0.2
+    recent: float = 0.5  # share of the budget for the newest entries, 0 to 1; the paper: 0.5
+
+    def __post_init__(self) -> None:
+        require_budget(self, self.budget)
+        if not 0 <= self.recent <= 1:
+            raise FieldError(self, "recent", self.recent, "must lie from 0 to 1", 0.5)
+
+    @classmethod
+    def neutral(cls) -> HeavyHitter:
+        return cls(budget=1.0)
+
+    @classmethod
+    def example(cls) -> HeavyHitter:
+        return cls(budget=0.25)
+
+    def declares(self, tokens: int) -> dict[str, float]:
+        return {"kept": min(tokens, room_for(self.budget, tokens))}
+
+    @sums("received")
+    def weigh(self, pattern: Summary, call: Call) -> None:
+        call.state.forward["received"] = pattern.received
+
+    @at(Site.CACHE)
+    def keep_heavy(self, entries: CachedKV, call: Call) -> Tensor:
+        given = call.state.forward.pop("received").unflatten(1, (call.kv_heads, -1)).sum(2)
+        total = added_up("received", given, entries, call)
+        most = room(self.budget, call)
+        last = newest(entries, call, (self.recent * most).floor())
+        return keep_best(total.masked_fill(last, torch.inf), entries, most)
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model, tokenizer, _ = models.default()
+    text = tokenizer("The sun rises in the east and sets in the west. " * 20, return_tensors="pt")
+    with attach(model, HeavyHitter(0.2)) as run:
+        print(tokenizer.decode(run.generate(**text, max_new_tokens=20, do_sample=False)[0, -20:]))
+        print(run.activity())

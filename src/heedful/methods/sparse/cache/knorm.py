@@ -1,0 +1,58 @@
+"""Keep the entries whose keys are short: the lowest |k|_2 of each head."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from heedful.core.call import CachedKV, Call
+from heedful.core.method import Method
+from heedful.core.paper import Paper
+from heedful.core.sites import Site, at
+from heedful.kit.budget import Budget, keep_best, require_budget, room, room_for
+
+
+class KNorm(Method):
+    """Drops the entries with the longest keys; no query is asked."""
+
+    paper = Paper(
+        "2406.11430",
+        "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
+        "Alessio Devoto, Yu Zhao, Simone Scardapane, Pasquale Minervini",
+        2024,
+        "2406.11430",
+        "EMNLP 2024",
+        differs=(
+            "Every layer is cut unless .on(layers=...) says otherwise; the authors' example spares the first two.",
+            "The cache is cut after every call that outgrows its budget; the authors' code waits for 2048 tokens.",
+        ),
+    )
+    chunk_invariant = False  # what is dropped after one call, the next cannot see
+    budget: Budget = 0.5  # share of the text, or entries a head; half costs the paper nothing on its tasks
+
+    def __post_init__(self) -> None:
+        require_budget(self, self.budget)
+
+    @classmethod
+    def neutral(cls) -> KNorm:
+        return cls(budget=1.0)
+
+    @classmethod
+    def example(cls) -> KNorm:
+        return cls(budget=0.25)
+
+    def declares(self, tokens: int) -> dict[str, float]:
+        return {"kept": min(tokens, room_for(self.budget, tokens))}
+
+    @at(Site.CACHE)
+    def drop_long_keys(self, entries: CachedKV, call: Call) -> Tensor:
+        return keep_best(-entries.key.float().norm(dim=-1), entries, room(self.budget, call))
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model, tokenizer, _ = models.default()
+    text = tokenizer("The sun rises in the east and sets in the west. " * 20, return_tensors="pt")
+    with attach(model, KNorm(0.5).on(layers=range(2, 30))) as run:
+        print(tokenizer.decode(run.generate(**text, max_new_tokens=20, do_sample=False)[0, -20:]))
+        print(run.activity())

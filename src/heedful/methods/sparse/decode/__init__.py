@@ -1,0 +1,1 @@
+"""Fewer entries read at each step."""

@@ -1,0 +1,1 @@
+"""Fewer pairs while a prompt is read."""

@@ -1,0 +1,250 @@
+"""A model that reads a prompt and goes on from it, whatever acts on it: a stack, or a step beside the attention."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from heedful.adapters.cache_name import CACHE, cache_of
+from heedful.api import arrange, attach, operate
+from heedful.core.errors import FieldError, RefusedModel, SiteError
+from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
+from heedful.core.method import Part
+from heedful.core.stack import Stack
+from heedful.engine.run import Run
+
+Contender = Part | Stack | Tokens | Decode | Surgery  # whatever can be tried on a model
+
+
+class TextModel(ABC):
+    """Reads a prompt, and goes on from it token by token. A context manager: it leaves the model as it was."""
+
+    run: Run | None = None  # where a stack acts
+
+    @abstractmethod
+    def read(self, prompt: Prompt, cut: int | None = None, every: bool = False) -> Tensor:
+        """Logits `[n v]` after each token from number `cut - 1` on, or `[1 v]` after the last one unless `every`.
+
+        With `cut` the first so many tokens are read in a call of their own.
+        """
+
+    @property
+    def active(self) -> bool:
+        """Whether what is tried has changed anything so far."""
+        return self.run is not None and self.run.active
+
+    @abstractmethod
+    def go_on(self, token: int) -> Tensor:
+        """Logits `[v]` after one more token."""
+
+    @property
+    @abstractmethod
+    def caches(self) -> tuple[Any, ...]:
+        """What the model keeps of the text so far."""
+
+    @abstractmethod
+    def branch(self) -> AbstractContextManager[None]:
+        """A `with` after which the voice stands where it stood before."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave the model as it was."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Single(TextModel):
+    """A model as it is, or under a run."""
+
+    def __init__(self, model: Any, run: Run | None = None) -> None:
+        require_causal(model)
+        self.model, self.run = model, run
+        self.device = next(model.parameters()).device
+        takes = inspect.signature(model.forward).parameters
+        self._last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._cache: Any = None
+
+    @torch.no_grad()
+    def _feed(self, tokens: Iterable[int], every: bool) -> Tensor:
+        ids = torch.tensor([list(tokens)], device=self.device)
+        more = {} if every else self._last
+        seen = self.model(input_ids=ids, use_cache=True, **{CACHE: self._cache}, **more)
+        self._cache = cache_of(seen)
+        return seen.logits[0] if every else seen.logits[0, -1:]
+
+    def read(self, prompt: Prompt, cut: int | None = None, every: bool = False) -> Tensor:
+        self._cache = None
+        if self.run is not None:
+            self.run.forget()
+            self.run.roles = dict(prompt.roles)
+        if cut is None:
+            return self._feed(prompt.tokens, every)
+        first = self._feed(prompt.tokens[:cut], False)
+        rest = self._feed(prompt.tokens[cut:], every)
+        return torch.cat([first, rest]) if every else rest
+
+    def go_on(self, token: int) -> Tensor:
+        return self._feed((token,), False)[0]
+
+    @property
+    def caches(self) -> tuple[Any, ...]:
+        return (self._cache,)
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        before, self._cache = self._cache, copy.deepcopy(self._cache)
+        try:
+            with nullcontext() if self.run is None else self.run.branch():
+                yield
+        finally:
+            self._cache = before
+
+    def close(self) -> None:
+        if self.run is not None:
+            self.run.close()
+
+
+class Operated(Single):
+    """A copy of a model with edited weights."""
+
+    def __init__(self, model: Any, surgery: Surgery, only: Any = None) -> None:
+        super().__init__(operate(model, surgery, only=only))
+        pairs = zip(model.parameters(), self.model.parameters(), strict=True)
+        self._same = all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+    @property
+    def active(self) -> bool:
+        return not self._same
+
+
+class Arranged(Single):
+    """A model that reads a prompt as a step on prompts would have it."""
+
+    def __init__(self, model: Any, step: Tokens, only: Any = None) -> None:
+        super().__init__(model)
+        self.step, self.only = step, only
+        self._changed = False
+
+    @property
+    def active(self) -> bool:
+        return self._changed
+
+    def read(self, prompt: Prompt, cut: int | None = None, every: bool = False) -> Tensor:
+        new = arrange(self.model, prompt, self.step, only=self.only)
+        self._changed |= new.tokens != prompt.tokens
+        if every and new.tokens != prompt.tokens:
+            raise FieldError(self.step, "prompt", "graded by its own tokens", "must be asked something", "options")
+        return super().read(new, cut if len(new) == len(prompt) else None, every)
+
+
+class Combined(TextModel):
+    """Several runs over variants of the prompt, whose logits a decoding step makes into one."""
+
+    def __init__(self, model: Any, step: Decode, only: Any = None) -> None:
+        require_causal(model)
+        self.model, self.step, self.only = model, step, only
+        self._parts: dict[str, tuple[Single, Run]] = {}
+
+    @property
+    def active(self) -> bool:
+        return any(text_model.active for text_model, _ in self._parts.values())
+
+    def read(self, prompt: Prompt, cut: int | None = None, every: bool = False) -> Tensor:
+        if every:
+            raise FieldError(self.step, "prompt", "graded by its own tokens", "must be asked something", "options")
+        variants = self.step.variants(prompt)
+        if not variants:
+            raise FieldError(self.step, "variants", {}, "must name one run or more", {"prompt": (prompt, Stack())})
+        self.close()
+        for name, (_, stack) in variants.items():
+            run = attach(self.model, stack, only=self.only)
+            self._parts[name] = Single(self.model, run), run
+            run.pause()
+
+        def begin(name: str, text_model: Single) -> Tensor:
+            shown = variants[name][0]
+            return text_model.read(shown, cut if len(shown) == len(prompt) else None)[0]
+
+        return self._each(begin)[None]
+
+    def go_on(self, token: int) -> Tensor:
+        return self._each(lambda _, text_model: text_model.go_on(token))
+
+    def _each(self, act: Callable[[str, Single], Tensor]) -> Tensor:
+        logits = {}
+        for name, (text_model, run) in self._parts.items():
+            run.resume()
+            logits[name] = act(name, text_model)
+            run.pause()
+        mixed, want = self.step.combine(logits), next(iter(logits.values())).shape
+        if not isinstance(mixed, Tensor) or mixed.shape != want:
+            got = tuple(mixed.shape) if isinstance(mixed, Tensor) else type(mixed).__name__
+            raise SiteError(f"{self.step!r}: combine must return logits {tuple(want)}, got {got}")
+        return mixed
+
+    @property
+    def caches(self) -> tuple[Any, ...]:
+        return tuple(cache for text_model, _ in self._parts.values() for cache in text_model.caches)
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        with ExitStack() as all_of_them:
+            for text_model, _ in self._parts.values():
+                all_of_them.enter_context(text_model.branch())
+            yield
+
+    def close(self) -> None:
+        for text_model, _ in self._parts.values():
+            text_model.close()
+
+
+def require_causal(model: Any) -> None:
+    """Refuse a model that cannot go on from a prompt."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel) and (not model.can_generate() or model.config.is_encoder_decoder):
+        raise RefusedModel(f"a prompt has to be continued, and {type(model).__name__} is no causal language model")
+
+
+def text_model(model: nn.Module, what: Contender | None = None, **how: Any) -> TextModel:
+    """The model under whatever is to be tried on it; None for the model as it is. `how` goes to `attach`."""
+    only = how.get("only")
+    if what is None:
+        return Single(model)
+    if isinstance(what, Tokens):
+        return Arranged(model, what, only)
+    if isinstance(what, Decode):
+        return Combined(model, what, only)
+    if isinstance(what, Surgery):
+        return Operated(model, what, only)
+    require_causal(model)
+    return Single(model, attach(model, what, **how))
+
+
+@torch.no_grad()
+def decode(
+    model: nn.Module, prompt: Prompt, step: Decode, *, new_tokens: int = 20, stop: int | None = None,
+    only: str | Iterable[str] | None = None,
+) -> tuple[int, ...]:  # fmt: skip
+    """Greedy continuation of a prompt from logits that a decoding step combines."""
+    if new_tokens < 1:
+        raise FieldError("decode()", "new_tokens", new_tokens, "must be 1 or more", 20)
+    out: list[int] = []
+    with Combined(model, step, only) as speaker:
+        logits = speaker.read(prompt)[0]
+        while True:
+            out.append(int(logits.argmax()))
+            if len(out) == new_tokens or out[-1] == stop:
+                return tuple(out)
+            logits = speaker.go_on(out[-1])
