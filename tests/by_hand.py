@@ -13,7 +13,7 @@ Turn = Callable[[Tensor], Tensor]
 
 
 def llama_states(model: Any, ids: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor, Turn], Tensor]) -> Tensor:
-    """Final states, where `attend(layer, q, k, v, turn)` makes `[b h n d]` of what the projections give."""
+    """Final states, where `attend(layer, q, k, v, rotate)` makes `[b h n d]` of what the projections give."""
     base = model.model
     x = base.embed_tokens(ids)
     cos, sin = base.rotary_emb(x, torch.arange(ids.shape[1])[None])
@@ -25,7 +25,7 @@ def llama_states(model: Any, ids: Tensor, attend: Callable[[int, Tensor, Tensor,
     for i, layer in enumerate(base.layers):
         part, y = layer.self_attn, layer.input_layernorm(x)
         q, k, v = (p(y).unflatten(-1, (-1, d)).transpose(1, 2) for p in (part.q_proj, part.k_proj, part.v_proj))
-        x = x + part.o_proj(attend(i, q, k, v, turn).transpose(1, 2).flatten(2))
+        x = x + part.o_proj(attend(i, q, k, v, rotate).transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return base.norm(x)
 

@@ -15,7 +15,7 @@ from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.positions import Positions
 from heedful.core.summary import Summary, SummaryAccumulator
-from heedful.methods.intervene import act
+from heedful.methods.intervene.language import act
 from heedful.methods.intervene.language.act import ACT
 
 

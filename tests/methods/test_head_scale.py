@@ -15,7 +15,7 @@ from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.core.kinds import HeadWeights
 from heedful.core.method import Layer
-from heedful.methods.intervene import head_scale
+from heedful.methods.intervene.language import head_scale
 from heedful.methods.intervene.language.head_scale import HeadScale, _loss, _schedule
 from heedful.methods.intervene.language.temp_scale import TempScale
 from tests.by_hand import Steps, Turn, causal_map, heads_of, llama_states

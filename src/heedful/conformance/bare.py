@@ -85,8 +85,8 @@ class Bare:
         queries = Positions.row(s.k - s.q, s.q, pad=pad, is_filled=is_text)
         phase = Phase.DECODE if s.q == 1 and s.k > 1 else Phase.PREFILL
         self.call = Call(
-            0, self.depth, "bare", s.h, s.g, queries, Positions.row(0, s.k, pad=pad), s.d**-0.5, phase=phase, roles=ROLES,
-            hidden=self.hidden, mask=Mask(rules if self.rules is None else self.rules), batch=s.b,
+            0, self.depth, "bare", s.h, s.g, queries, Positions.row(0, s.k, pad=pad), s.d**-0.5, phase=phase,
+            roles=ROLES, hidden=self.hidden, mask=Mask(rules if self.rules is None else self.rules), batch=s.b,
         )  # fmt: skip
 
     def run(
