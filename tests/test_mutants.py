@@ -57,12 +57,12 @@ def test_count():
 RUN = """
 import ast, json, sys
 from pathlib import Path
-from benchmarks.mutants import changes, trial
+from benchmarks.mutants import changes, probe
 path, tests = Path("toy.py").resolve(), Path("test_toy.py").resolve()
-found = {"": trial.survives("toy", path, tests, None, 60.0)}
+found = {"": probe.survives("toy", path, tests, None, 60.0)}
 for m in changes.mutants(path.read_text()):
     hangs = "i -= 1" in m.name or "not i < n" in m.name
-    found[m.name] = trial.survives("toy", path, tests, changes.changed(path.read_text(), m), 2.0 if hangs else 60.0)
+    found[m.name] = probe.survives("toy", path, tests, changes.changed(path.read_text(), m), 2.0 if hangs else 60.0)
 print(json.dumps(found))
 """
 
