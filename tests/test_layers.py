@@ -27,14 +27,12 @@ BELOW = {  # what each room may import, besides itself
         "models",
         "catalogue",
         "folding",
-        "verbs",
-        "voices",
         "api",
         "text_models",
     },
 }
 LAZILY = {  # inside a function, where a name is only looked up when it is needed
-    "methods": {"catalogue", "explaining", "api", "verbs"},
+    "methods": {"catalogue", "explaining", "api"},
 }
 
 

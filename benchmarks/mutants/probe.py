@@ -69,7 +69,7 @@ def warm() -> None:
 
 
 def survives(module: str, path: Path, tests: Path, tree: Module | None, limit: float) -> bool:
-    """Whether all tests pass; a child that takes longer than `limit` seconds has hung, and so was caught."""
+    """Whether tests and laws hold; a child that takes longer than `limit` seconds has hung, and so was caught."""
     if module in sys.modules:
         raise RuntimeError(f"{module} is imported already: the change would not be seen")
     child = os.fork()
@@ -94,9 +94,22 @@ def _run(module: str, path: Path, tests: Path, tree: Module | None) -> int:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            return int(pytest.main([str(tests), "-x", "-q", "-p", "no:cacheprovider"]))
+            status = int(pytest.main([str(tests), "-x", "-q", "-p", "no:cacheprovider"]))
+            return FAILED[0] if status == PASSED and not _lawful(module) else status
     except BaseException:  # noqa: BLE001  the child ends here whatever happens
         return NO_RUN
+
+
+def _lawful(module: str) -> bool:
+    """Whether the methods of a module keep the laws, but for the one that asks the whole catalogue."""
+    from heedful import check
+    from heedful.conformance import laws
+    from heedful.core.method import CatalogueEntry
+
+    asked = tuple(name for name in laws() if name != "composes")
+    found = vars(sys.modules[module]).values()
+    kinds = [x for x in found if isinstance(x, type) and issubclass(x, CatalogueEntry) and x.__module__ == module]
+    return all(check(kind, asked).ok for kind in kinds if not kind.__name__.startswith("_"))
 
 
 def _wait(child: int, limit: float) -> int | None:

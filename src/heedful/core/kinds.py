@@ -154,7 +154,7 @@ class Surgery(CatalogueEntry, abstract=True):
 
 
 class Weights(CatalogueEntry, abstract=True):
-    """Measures a model's weights alone: `found = heedful.fit(it, model, ())`, then `found.tells()`."""
+    """Measures a model's weights alone: `found = heedful.fit(it, model, ())`, then `found.describe()`."""
 
     kind = "weights"
     fitted: Fitted | None = field(default=None, kw_only=True)
