@@ -1,0 +1,1 @@
+"""Heads, tokens or experts that each token chooses."""
