@@ -170,6 +170,66 @@ def test_penalties_add_up_and_join_the_models_loss() -> None:
         run.loss()
 
 
+class Ones(Method):
+    paper = PAPER
+
+    @reads(Site.HEAD_OUTPUT)
+    def count(self, heads: Tensor, call: Call) -> Sum:
+        return Sum.of(torch.ones(()))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_checkpointing_computes_again_counts_once(reentrant: bool) -> None:
+    def checkpointed() -> torch.nn.Module:
+        model = models.tiny("llama").train()
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = True
+                module._gradient_checkpointing_func = lambda f, *a: torch.utils.checkpoint.checkpoint(
+                    f, *a, use_reentrant=reentrant
+                )
+        model.enable_input_require_grads()
+        return model
+
+    with attach(checkpointed(), Ones()) as run:
+        run(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        assert [float(s.value) for s in run[Ones()].values()] == [1.0, 1.0]
+    with attach(checkpointed(), Sharpness()) as run:
+        loss = run(input_ids=IDS, labels=IDS, use_cache=False).loss
+        if reentrant:
+            with pytest.raises(SiteError, match="use_reentrant=False"):
+                loss.backward()
+            return
+        before = run.loss().item()
+        loss.backward()
+        assert run.loss().item() == before
+
+
+def test_a_model_that_gives_no_loss_is_left_as_it_is() -> None:
+    model = models.tiny("llama").eval().model
+    with attach(model, Sharpness()) as run, torch.no_grad():
+        plain = run(input_ids=IDS)[0]
+        for as_dict in (True, False):
+            assert torch.equal(run(input_ids=IDS, labels=IDS, return_dict=as_dict)[0], plain)
+
+
+def test_rows_are_numbered_without_those_of_earlier_calls() -> None:
+    rows = []
+
+    class Where(Method):
+        paper = PAPER
+
+        @reads(Site.SCORES)
+        def note(self, scores: Tensor, call: Call) -> None:
+            rows.append((call.rows.start, call.rows.stop))
+
+    with attach(models.tiny("llama").eval(), Neighbours() | Where(), backend="reference") as run, torch.no_grad():
+        out = run(input_ids=IDS[:, :6], use_cache=True)
+        rows.clear()
+        run(input_ids=IDS[:, 6:8], use_cache=True, **{CACHE: out[CACHE]})
+    assert set(rows) == {(0, 2)}
+
+
 def test_a_penalty_is_one_number() -> None:
     class Wrong(Method):
         paper = PAPER

@@ -72,7 +72,12 @@ class Hooks:
         if self._inside or not self.run.state.losses or kwargs.get("labels") is None:
             return None
         if isinstance(output, tuple):
-            return (output[0] + self.run.loss(), *output[1:])
+            loss = output[0] if output else None
+            if not isinstance(loss, Tensor) or loss.ndim:
+                return None  # a model without a head is handed labels, and gives no loss
+            return (loss + self.run.loss(), *output[1:])
+        if not isinstance(output, dict) or output.get("loss") is None:
+            return None
         output["loss"] = output["loss"] + self.run.loss()
         return output
 

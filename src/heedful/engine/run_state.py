@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import DefinitionError
+from heedful.core.errors import DefinitionError, SiteError
 from heedful.core.method import Method
 from heedful.core.sites import HEADLESS_SITES, MAP_SITES, Site
 from heedful.core.stack import Stack, Step
@@ -118,6 +118,7 @@ class RunState:
     shelves: dict[int, Shelf] = field(default_factory=dict)  # what methods keep with the cache of the call, by layer
     losses: dict[Found, Tensor] = field(default_factory=dict)  # what steps penalised in this forward
     forward: int = -1
+    _backward: int = -1  # the pass back that this forward was begun in; -1: none
 
     def __post_init__(self) -> None:
         self._highest: dict[int, Tensor] = {}  # of all that the heads of each layer gave, without its sign
@@ -159,6 +160,7 @@ class RunState:
     def new_forward(self) -> None:
         """A new pass of the whole model begins."""
         self.forward += 1
+        self._backward = torch._C._current_graph_task_id()
         self._of_forward.clear()
         self._open.clear()
         self.losses = {}
@@ -196,6 +198,12 @@ class RunState:
         """Take what a reader found in a tile."""
         if found is None:
             return
+        # gradient checkpointing computes a layer once more on the way back: what was found there is known
+        again = torch._C._current_graph_task_id() != self._backward
+        if again and step.edit.loss:
+            self._same_gradient(step, call, found)
+        if again:
+            return
         if step.edit.loss:
             self._penalise(step, call, found)
             return
@@ -212,6 +220,14 @@ class RunState:
             raise DefinitionError(f"{step}: a penalty is a floating-point tensor without axes, not {got}; sum it up")
         key = (step.number, step.edit.name, call.layer)
         self.losses[key] = self.losses[key] + found if key in self.losses else found
+
+    def _same_gradient(self, step: Step, call: Call, found: object) -> None:
+        first = self.losses.get((step.number, step.edit.name, call.layer))
+        if isinstance(found, Tensor) and found.requires_grad and first is not None and not first.requires_grad:
+            raise SiteError(
+                f"{step}, layer {call.layer}: the penalty has no gradient, since gradient checkpointing with "
+                "use_reentrant=True computes it without one; use use_reentrant=False"
+            )
 
     def close_call(self, plan: Plan, call: Call) -> None:
         """Hand what the tiles of a call added up to over to the run."""
