@@ -10,6 +10,7 @@ from torch import Tensor
 
 from heedful import check
 from heedful.catalogue import entries
+from heedful.conformance import model_laws
 from heedful.conformance.model_laws import meeting, partners
 from heedful.conformance.subjects import SUBJECTS, subjects_of, tiny_model
 from heedful.core.call import Call
@@ -17,6 +18,8 @@ from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
+from heedful.methods.mechanisms.linear.mala import MALA
+from heedful.methods.mechanisms.local.dynamic_conv import DynamicConv
 
 PAPER = Paper("T000", "A test", "A. Tester", 2026, url="https://example.org")
 
@@ -106,6 +109,40 @@ def test_a_law_is_broken_where_the_subject_shows_it(kind: type[Method], law: str
         vars(tiny_model("vit").get_submodule("vit")).pop("left", None)
     assert verdict.outcome == "broken"
     assert re.match(reason, verdict.reason)
+
+
+class MeanSoFar(Method):
+    """Honest: gives each token the mean of the block's inputs so far."""
+
+    paper = PAPER
+
+    @at(Site.BLOCK)
+    def mean(self, x: Tensor, call: Call) -> Tensor:
+        is_text = call.is_text[:, 0, :, None]
+        return (x * is_text).cumsum(1) / is_text.cumsum(1).clamp(min=1)
+
+
+class WritesItsInput(MeanSoFar):
+    """Doubles what the block is handed, for everybody else too."""
+
+    @at(Site.BLOCK)
+    def mean(self, x: Tensor, call: Call) -> Tensor:
+        return x.mul_(2.0)
+
+
+def test_what_replaces_the_block_is_looked_at_where_the_block_begins() -> None:
+    assert check(MeanSoFar, only=("declared_sites_only", "padding"))["declared_sites_only"].outcome == "kept"
+    verdict = check(WritesItsInput, only=("declared_sites_only",))["declared_sites_only"]
+    assert verdict.outcome == "broken"
+    assert "HIDDEN changed" in verdict.reason
+
+
+def test_a_claim_is_missed_however_deep_the_method_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_laws, "claim_file", lambda key: "nowhere")
+    for kind in (DynamicConv, MALA):
+        verdict = check(kind, only=("is_documented",))["is_documented"]
+        assert verdict.outcome == "broken"
+        assert "claims/nowhere.py is missing" in verdict.reason
 
 
 def test_subjects_are_known_and_differ() -> None:

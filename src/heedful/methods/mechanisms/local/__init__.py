@@ -1,0 +1,1 @@
+"""Mixing of nearby tokens alone."""
