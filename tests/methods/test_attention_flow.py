@@ -125,3 +125,15 @@ def test_says_what_is_wrong() -> None:
         run = heedful.attach(model, method)
         with run, torch.no_grad(), pytest.raises(FieldError, match=match):
             run(input_ids=ids, **more)
+
+
+def test_rows_that_do_not_sum_to_one_are_normalised() -> None:
+    """Learned sink logits take a share of every row, which capacities must not lose."""
+    model = models.tiny("gpt_oss", num_hidden_layers=2, attn_implementation="eager")
+    inputs = models.tiny_inputs(model, batch=1, length=6)
+    with torch.no_grad():
+        maps = torch.stack(model(**inputs, output_attentions=True).attentions, 1)[0].double().mean(1)
+    assert float(maps.sum(-1).max()) < 0.99
+    layers = (maps + torch.eye(6)) / (maps.sum(-1, keepdim=True) + 1)
+    wanted = maximum_flow(layers, *all_pairs(6)).view(6, 6)
+    assert close_model(flows(model, inputs)[0].float(), (wanted / wanted.sum(-1, keepdim=True)).float())

@@ -10,7 +10,7 @@ from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, HeadMap, Listing
-from heedful.methods.observe.attention_profile import BINS, EDGES, PARTS, AttentionProfile, Profile
+from heedful.methods.observe.attention_profile import BINS, EDGES, PARTS, AttentionProfile, Profile, _curves, _words
 
 MARKED = ((0, 1), (4, 6), (11, 12))  # holds the first token, which must not count
 METHOD = AttentionProfile(local=3)
@@ -195,3 +195,25 @@ def test_a_text_of_one_token_can_be_told() -> None:
 def test_says_what_is_wrong(name: str, value: float) -> None:
     with pytest.raises(FieldError, match=name):
         AttentionProfile(**{name: value})
+
+
+def test_offsets_ahead_begin_at_the_next_token() -> None:
+    profile = made({0: [{-1: 0.9}, {15: 0.8}, {-15: 0.7}]})
+    assert {head: at for head, (at, _) in profile.offsets(0.5).items()} == {(0, 0): -1, (0, 1): 15, (0, 2): -15}
+    words = ["the next token", "the token itself", "the previous token", "the token 2 ahead", "the token 3 back"]
+    assert [_words(at) for at in (-1, 0, 1, -2, 3)] == words
+
+
+def test_layers_of_unlike_width_have_one_map() -> None:
+    found = made({0: [{1: 0.7}, {1: 0.6}], 1: [{1: 0.5}, {1: 0.4}, {1: 0.3}]}).map("first")
+    assert close(found.nan_to_num(-1.0), torch.tensor([[0.3, 0.4, -1.0], [0.5, 0.6, 0.7]], dtype=torch.float64))
+
+
+def test_curves_are_means_over_a_third_of_the_layers() -> None:
+    profile = made({n: [{1: share}, {2: share}] for n, share in enumerate((0.2, 0.4, 0.6, 0.8))})
+    lines = {name: line.tolist() for name, line in _curves(profile).lines.items()}
+    assert lines == {
+        "layers 0 to 1": pytest.approx([0.15, 0.15]),
+        "layers 2 to 2": pytest.approx([0.3, 0.3]),
+        "layers 3 to 3": pytest.approx([0.4, 0.4]),
+    }

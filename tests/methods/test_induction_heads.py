@@ -140,3 +140,9 @@ def test_tells_what_a_reader_wants_to_know() -> None:
 def test_says_what_is_wrong(name: str, value: float) -> None:
     with pytest.raises(FieldError, match=name):
         InductionHeads(**{name: value})
+
+
+def test_heads_lie_strictly_above() -> None:
+    scores = {0: torch.tensor([0.5, 0.25]), 1: torch.tensor([0.125, 0.75])}
+    found = Copying(scores, {}, {}).heads("induction", 0.25)
+    assert list(found.items()) == [((1, 1), 0.75), ((0, 0), 0.5)]

@@ -116,3 +116,12 @@ def test_heads_and_decoding(model) -> None:
 def test_the_threshold_lies_above_the_mean() -> None:
     with pytest.raises(FieldError, match="times"):
         MassiveQK(1.0)
+
+
+def test_ratios_are_the_largest_and_massive_lies_above_the_threshold() -> None:
+    query = {0: torch.tensor([[1.0, 4.0, 2.0], [3.0, 1.0, 1.0]]), 1: torch.tensor([[1.0, 5.0, 2.0], [1.0, 1.0, 1.0]])}
+    key = {n: 2 * x for n, x in query.items()}
+    answer = Massive(query, key, torch.ones(3), 3.0)
+    assert answer.query_ratio.tolist() == [[4.0, 3.0], [5.0, 1.0]]
+    assert answer.key_ratio.tolist() == [[8.0, 6.0], [10.0, 2.0]]
+    assert answer.dimensions(query) == {1: 2}  # 3 is not above 3

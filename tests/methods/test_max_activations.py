@@ -7,7 +7,7 @@ import heedful
 from heedful import models
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
-from heedful.methods.observe.max_activations import UNPLACED, MaxActivations, Maxima
+from heedful.methods.observe.max_activations import UNPLACED, MaxActivations, Maxima, Peaks
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +111,22 @@ def test_decoding_steps_are_not_counted(model) -> None:
 def test_the_threshold_lies_above_the_mean() -> None:
     with pytest.raises(FieldError, match=r"massive = 1\.0"):
         MaxActivations(1.0)
+
+
+def _peaks(high: list[float], place: list[int], mean: float) -> Peaks:
+    return Peaks(torch.tensor(high), torch.tensor(place), torch.tensor(10 * mean), torch.tensor(10.0))
+
+
+def test_massive_is_above_the_threshold_times_the_mean_however_small() -> None:
+    small = _peaks([0.25, 4.0], [0, 3], 0.5)
+    assert small.ratio == 8.0
+    layers = {0: _peaks([1.0, 8.0], [0, 3], 2.0), 1: small, 2: _peaks([0.0, 0.0], [0, 0], 0.0)}
+    answer = Maxima(layers, 4.0)
+    assert answer.massive_layers == [1]  # 4 times the mean is not above it
+    assert answer.massive_channels() == {1: [1]}
+
+
+@pytest.mark.parametrize(("place", "words"), [(0, "first token"), (3, "token 3"), (1, "token 1")])
+def test_the_finding_names_the_token(place: int, words: str) -> None:
+    answer = Maxima({0: _peaks([1.0, 8.0], [7, place], 2.0)}, 4.0)
+    assert f"at the text's {words};" in MaxActivations()._finding(answer).text

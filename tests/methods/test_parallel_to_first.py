@@ -91,3 +91,8 @@ def test_tells_where_tokens_run_parallel(model) -> None:
 def test_says_what_is_wrong(bad: float) -> None:
     with pytest.raises(FieldError, match="near"):
         ParallelToFirst(bad)
+
+
+def test_bins_of_a_twentieth_and_one_at_the_threshold() -> None:
+    assert ParallelToFirst(0.92).edges == pytest.approx((*(i / 20 for i in range(-20, 19)), 0.92, 0.95, 1.0))
+    assert len(ParallelToFirst(0.9).edges) == 41

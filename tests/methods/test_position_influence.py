@@ -122,3 +122,8 @@ def test_tells_halves_that_add_up(model) -> None:
 def test_says_what_is_wrong(field: str, bad: float) -> None:
     with pytest.raises(FieldError, match=field):
         PositionInfluence(**{field: bad})
+
+
+def test_the_total_is_that_of_the_last_layer() -> None:
+    last = {0: torch.tensor([0.1, 0.9]), 3: torch.tensor([0.4, 0.6])}
+    assert Influence(last, {}).total.tolist() == pytest.approx([0.4, 0.6])

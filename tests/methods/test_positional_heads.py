@@ -126,3 +126,17 @@ def test_texts_too_short_to_look_far_say_nothing(model) -> None:
 def test_says_what_is_wrong(field: str, bad: float) -> None:
     with pytest.raises(FieldError, match=field):
         PositionalHeads(**{field: bad})
+
+
+def test_heads_from_the_threshold_on_the_highest_first() -> None:
+    rows = {0: torch.tensor([0.5, 0.25]), 2: torch.tensor([0.75, 1.0])}
+    assert list(Positional(rows, {}, 0.5).heads.items()) == [((2, 1), 1.0), ((2, 0), 0.75), ((0, 0), 0.5)]
+
+
+def test_each_text_counts_alike_whatever_its_batch(model) -> None:
+    texts = [ids(24, seed) for seed in (1, 2, 3)]
+    apart = found(model, *({"input_ids": x} for x in texts))
+    batches = found(model, {"input_ids": torch.cat(texts[:2])}, {"input_ids": texts[2]})
+    for n in apart.share:
+        assert close_model(batches.correlation[n].float(), apart.correlation[n].float())
+        assert close_model(batches.share[n].float(), apart.share[n].float())

@@ -190,3 +190,12 @@ def test_errors() -> None:
 def test_a_layer_too_small_to_lose_a_group_keeps_it() -> None:
     importance = Fitted({"0": torch.tensor([0.4, 0.1, 0.3, 0.2]), "1": torch.tensor([0.5])})
     assert PruneHeads(0.5, importance=importance).dropped() == ((0, 1), (0, 3))
+
+
+def test_a_text_counts_alike_in_batches_of_unlike_sizes() -> None:
+    model = models.tiny("llama", dtype=torch.float64)
+    ids = models.tiny_inputs(model, batch=3)["input_ids"]
+    found = fit(PruneHeads(), model, [{"input_ids": ids[:2]}, {"input_ids": ids[2:]}]).importance
+    wanted = _by_hooks(model, ids)
+    for layer in range(2):
+        assert close_model(found[str(layer)].float(), wanted[layer].float())

@@ -141,3 +141,8 @@ def test_tells_what_a_reader_wants_to_know() -> None:
 def test_says_what_is_wrong(name: str, value: object) -> None:
     with pytest.raises(FieldError, match=name):
         RetrievalHeads(**{name: value})
+
+
+def test_layers_of_unlike_width_have_one_map() -> None:
+    found = Retrieval({0: torch.tensor([0.5, 0.25]), 1: torch.tensor([1.0, 0.0, 0.75])}).map
+    assert found.nan_to_num(-1.0).tolist() == [[0.5, 0.25, -1.0], [1.0, 0.0, 0.75]]

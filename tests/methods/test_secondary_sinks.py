@@ -8,6 +8,7 @@ import torch
 import heedful
 from heedful import models
 from heedful.adapters.cache_name import CACHE
+from heedful.conformance.bare import Bare, Shape
 from heedful.core.errors import FieldError
 from heedful.methods.observe.secondary_sinks import Level, Secondary, SecondarySinks
 
@@ -136,3 +137,13 @@ def test_tells_levels_and_what_they_get() -> None:
 def test_says_what_is_wrong(field: str, bad: float) -> None:
     with pytest.raises(FieldError, match=field):
         SecondarySinks(**{field: bad})
+
+
+def test_a_cosine_at_the_threshold_is_not_near() -> None:
+    call = Bare(Shape(b=1)).call
+    stream = torch.ones(1, 19, 4)  # at a cosine of exactly 1/2 to the first token
+    stream[0, 0] = torch.tensor([100.0, 0.0, 0.0, 0.0])
+    stream[0, 5] = torch.tensor([-3.0, 1.0, 1.0, 1.0])
+    SecondarySinks(near=0.5).align(stream, call)
+    _, (born, _, _) = call.state.forward["state"]
+    assert (born[0] >= 0).nonzero().flatten().tolist() == [0, 5]

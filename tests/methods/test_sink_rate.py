@@ -8,7 +8,7 @@ from heedful import models
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, StatisticError
 from heedful.core.stats import merged
-from heedful.methods.observe.sink_rate import SinkRate, Sinks
+from heedful.methods.observe.sink_rate import SinkRate, Sinks, _curves, _finding
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
 
 EPSILON = 0.12  # low enough that some heads of a tiny random model have sinks and some have none
@@ -180,3 +180,16 @@ def test_tells_of_no_sinks_and_of_layers_of_unlike_width() -> None:
     assert told.roles[0].heads == {}
     assert told.findings[0].text.startswith("0% of heads")
     assert told.findings[0].methods == ()
+
+
+def test_half_of_a_layers_heads_are_enough_to_name_it() -> None:
+    rate = torch.tensor([[0.2, 0.5], [0.9, 0.1], [0.9, 0.8]])
+    assert "from layer 4 on 75% do" in _finding(rate, [3, 4, 7], "0.3").text
+
+
+def test_positions_are_drawn_on_a_logarithm_and_shares_are_not() -> None:
+    curves = _curves({0: torch.tensor([[0.5, 0.25]]), 1: torch.tensor([[0.25, 0.75]])})
+    assert curves.log_x
+    assert not curves.log_y
+    assert list(curves.x) == [1, 2]
+    assert [line.tolist() for line in curves.lines.values()] == [[0.5, 0.25], [0.25, 0.75]]

@@ -67,3 +67,10 @@ def test_a_group_of_heads_is_not_one_head() -> None:
 def test_wrong_fields_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(FieldError, match=f"SpargeAttn.{next(iter(settings))}"):
         SpargeAttn(**settings)
+
+
+def test_blocks_whose_tokens_cancel_are_not_alike() -> None:
+    x = torch.tensor([[[[[1.0, 2.0], [-1.0, -2.0]], [[1.0, 2.0], [2.0, 1.0]]]]])  # mean cosines 0 and 0.9
+    is_text = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    for alike, wanted in ((0.0, [False, True]), (0.95, [False, False]), (-0.1, [True, True])):
+        assert SpargeAttn(alike=alike).like(x, is_text).flatten().tolist() == wanted

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 import heedful
 from heedful import models
+from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.methods.explain.sparse_attention_decomposition import SparseAttentionDecomposition as Slices
@@ -133,3 +136,12 @@ def test_says_what_is_wrong() -> None:
         run = heedful.attach(model, method)
         with run, torch.no_grad(), pytest.raises(FieldError, match=match):
             run(input_ids=IDS)
+
+
+def test_random_axes_are_the_seeds_own() -> None:
+    q, k = (torch.randn(5, 8, dtype=torch.float64) for _ in range(2))
+    for layer in (0, 1):
+        draw = torch.Generator().manual_seed(4099 * 3 + layer)
+        axes = torch.linalg.qr(torch.randn(8, 8, generator=draw, dtype=torch.float64)).Q
+        found = Slices(seed=3)._terms(q, k, (q,) * 5, replace(Bare().call, layer=layer))
+        assert close(found, torch.stack([(q @ a) * (k @ a) for a in axes.T], 1), roundings=1024)

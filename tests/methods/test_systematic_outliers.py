@@ -98,3 +98,8 @@ def test_tells_the_share_that_is_both() -> None:
 def test_says_what_is_wrong(field: str, bad: float) -> None:
     with pytest.raises(FieldError, match=field):
         SystematicOutliers(**{field: bad})
+
+
+def test_a_text_of_one_token_draws_all_attention(model) -> None:
+    layers = found(model, {"input_ids": ids(1)}).layers
+    assert [(x.texts, x.attention) for x in layers.values()] == [(1, 1)] * len(layers)

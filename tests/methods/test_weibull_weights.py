@@ -70,3 +70,13 @@ def test_says_what_is_wrong() -> None:
         WeibullWeights(1.0)
     with pytest.raises(StatisticError, match=r"heedful\.fit"):
         WeibullWeights().describe()
+
+
+def test_both_ends_of_the_middle_belong_to_it() -> None:
+    """Two values, each half of the weights, stand at a quarter and three quarters of them."""
+    shape, scale, r2 = WeibullWeights(middle=0.5).line(torch.tensor([1.0, -1.0, 2.0, 2.0])).tolist()
+    low, high = (math.log(2) * x for x in (0.5 / 1024, 1 - 0.5 / 1024))  # the middles of the outer bins of 1024
+    y = [math.log(-math.log(1 - p)) for p in (0.25, 0.75)]
+    assert shape == pytest.approx((y[1] - y[0]) / (high - low), rel=1e-6)
+    assert scale == pytest.approx(math.exp(low - y[0] / shape), rel=1e-6)
+    assert r2 == pytest.approx(1.0)
