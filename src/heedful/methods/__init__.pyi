@@ -19,13 +19,17 @@ from heedful.methods.intervene.language.steer2edit import Steer2Edit as Steer2Ed
 from heedful.methods.intervene.language.steering_vector import SteeringVector as SteeringVector
 from heedful.methods.intervene.language.task_vector import LearnableTaskVector as LearnableTaskVector
 from heedful.methods.intervene.language.temp_scale import TempScale as TempScale
+from heedful.methods.intervene.vision.control_mllm import ControlMLLM as ControlMLLM
 from heedful.methods.intervene.vision.paint import PAINT as PAINT
 from heedful.methods.intervene.vision.var import VAR as VAR
 from heedful.methods.intervene.vision.vhr import VHR as VHR
 from heedful.methods.mechanisms.gates.gated_heads import GatedHeads as GatedHeads
 from heedful.methods.mechanisms.linear.mala import MALA as MALA
+from heedful.methods.mechanisms.local.dynamic_conv import DynamicConv as DynamicConv
+from heedful.methods.mechanisms.local.light_conv import LightConv as LightConv
 from heedful.methods.mechanisms.normalise.clipped_softmax import ClippedSoftmax as ClippedSoftmax
 from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention as SigmoidAttention
+from heedful.methods.mechanisms.routed.mixture_of_heads import MixtureOfHeads as MixtureOfHeads
 from heedful.methods.observe.attention_profile import AttentionProfile as AttentionProfile
 from heedful.methods.observe.induction_heads import InductionHeads as InductionHeads
 from heedful.methods.observe.massive_qk import MassiveQK as MassiveQK

@@ -1,4 +1,4 @@
-"""g_i head_i, g = [2 a_0 s softmax(x W_s), 2 a_1 k p / sum p], a = softmax(x W_a), p the k largest of softmax(x W_r)."""
+"""g_i head_i, g = [2 a_0 s softmax(x W_s), 2 a_1 k p / sum p], a = softmax(x W_a), p the k best of softmax(x W_r)."""
 
 from __future__ import annotations
 
