@@ -1,0 +1,32 @@
+"""The k best of a text are the same whatever padding stands beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from heedful.kit.topk import top_k
+
+LENGTHS = (7, 3, 5)
+
+
+def by_loop(row: list[float], k: int) -> list[bool]:
+    kept = sorted(range(len(row)), key=lambda i: (-row[i], i))[:k]
+    return [i in kept for i in range(len(row))]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("k", [0, 2, 9, 0.4, 1.0, torch.tensor([4, 1, 6])])
+def test_padding_on_either_side_is_never_counted(side, k):
+    torch.manual_seed(0)
+    texts = [torch.randint(0, 3, (2, n)).float() for n in LENGTHS]
+    texts[1][0] = -torch.inf
+    scores, is_text = torch.full((3, 2, 7), 99.0), torch.zeros(3, 1, 7, dtype=torch.bool)
+    positions = [slice(7 - n, 7) if side == "left" else slice(0, n) for n in LENGTHS]
+    for i, place in enumerate(positions):
+        scores[i, :, place], is_text[i, :, place] = texts[i], True
+    kept = top_k(scores, k, is_text)
+    for i, (text, place) in enumerate(zip(texts, positions, strict=True)):
+        count = int(k[i]) if torch.is_tensor(k) else max(1, round(k * LENGTHS[i])) if isinstance(k, float) else k
+        assert kept[i, :, place].tolist() == [by_loop(row.tolist(), count) for row in text]
+        assert kept[i].sum() == kept[i, :, place].sum()
