@@ -182,6 +182,7 @@ class Hooks:
             if not isinstance(stream, Tensor) or stream.ndim != 3:
                 raise RefusedModel(f"an EMBEDDING edit cannot act before {name}: it is not handed [b n e]")
             call = self._outline(bound, stream, kwargs.get("attention_mask"))
+            self.run.state.begin_early(call.layer)
             job = AttentionCall(self.run.state.plan(call, Site.EMBEDDING), self.run.state, call)
             new = stage(Site.EMBEDDING, stream, job, call)
             self.run.state.close_call(job.plan, call)

@@ -130,12 +130,21 @@ class RunState:
         self._editors = tuple(itertools.compress(self._names, edits))
         self._open: dict[Found, Statistic] = {}
         self._plans: dict[tuple[int, Phase, frozenset[int]], Plan] = {}
+        self._early: set[int] = set()  # layers whose parts were asked at EMBEDDING
         self._idle: dict[int, dict[int, bool]] = defaultdict(dict)  # of the calls that are under way, by layer and part
 
     def begin(self, layer: int, shelf: Shelf) -> None:
         """A call of a layer begins, with what methods keep with its cache."""
         self.shelves[layer] = shelf
+        if layer in self._early:
+            self._early.remove(layer)
+        else:
+            self._idle.pop(layer, None)
+
+    def begin_early(self, layer: int) -> None:
+        """A call of a layer is known before its attention is entered, at EMBEDDING; parts are asked there and then."""
         self._idle.pop(layer, None)
+        self._early.add(layer)
 
     def plan(self, call: Call, *sites: Site) -> Plan:
         """The steps that act in a call: those of every part that is not idle in it.
@@ -166,6 +175,7 @@ class RunState:
         self.losses = {}
         self.shelves.clear()
         self._idle.clear()
+        self._early.clear()
 
     def forget(self) -> None:
         """Forget what methods remember of the run so far."""
