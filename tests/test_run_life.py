@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from types import FrameType
@@ -14,12 +15,17 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from heedful import attach
+from heedful import attach, models
 from heedful.adapters.kvcache import held_layer, serve
 from heedful.conformance.model_laws import fingerprint
+from heedful.conformance.tolerances import close_model
+from heedful.core.errors import FieldError, RefusedModel
+from heedful.methods import SinkRate
 from heedful.tiny import tiny
 
 from .samples import Gate, Scale
+
+IDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -89,3 +95,66 @@ def test_a_layer_number_below_zero_names_no_layer_of_a_cache() -> None:
     serve(cache, -1)
     serve(None, -1)
     assert held_layer(cache, -1, x, x, "shared") is None
+
+
+def test_a_failed_forward_counts_for_nothing() -> None:
+    model = models.tiny("llama").eval()
+    with attach(model, SinkRate()) as run, torch.no_grad():
+        run(input_ids=IDS)
+        before = run[SinkRate()]
+        handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(input_ids=IDS)
+        handle.remove()
+        after = run[SinkRate()]
+        assert repr(after) == repr(before)
+        assert all(torch.equal(after.rate[n], before.rate[n]) for n in after.rate)
+        run(input_ids=IDS)  # and the run goes on
+
+
+def test_an_interrupt_in_a_forward_leaves_no_forward_open() -> None:
+    model = models.tiny("llama").eval()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with attach(model, SinkRate()) as run, torch.no_grad():
+        handle = model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(input_ids=IDS)
+        handle.remove()
+        first = run.state.forward
+        run(input_ids=IDS)
+        assert run.state.forward == first + 1, "the next one is a forward of its own"
+
+
+def test_one_run_is_for_one_thread_at_a_time() -> None:
+    model = models.tiny("llama").eval()
+    inside, go_on, told = threading.Event(), threading.Event(), []
+
+    def wait(*_: object) -> None:
+        inside.set()
+        go_on.wait(10)
+
+    with attach(model, SinkRate()) as run, torch.no_grad():
+        handle = model.model.layers[1].mlp.register_forward_pre_hook(wait)
+        other = threading.Thread(target=lambda: told.append(run(input_ids=IDS).logits))
+        other.start()
+        inside.wait(10)
+        with pytest.raises(FieldError, match="is under way in thread"):
+            run(input_ids=IDS)
+        go_on.set()
+        other.join()
+        handle.remove()
+        assert close_model(told[0].detach(), run(input_ids=IDS).logits)
+
+
+def test_a_paged_cache_is_refused() -> None:
+    class PagedAttentionCache:
+        """As continuous batching hands one over."""
+
+    model = models.tiny("llama").eval()
+    with attach(model, SinkRate()) as run, torch.no_grad():
+        with pytest.raises(RefusedModel, match="continuous batching"):
+            run(input_ids=IDS, cache=PagedAttentionCache())
+        run(input_ids=IDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from heedful.adapters.kvcache import hold, serve
 from heedful.adapters.layers import block_of, output_module, within
 from heedful.adapters.lazymask import LazyMask
 from heedful.core.call import Call, Phase
-from heedful.core.errors import NotEntered, RefusedModel
+from heedful.core.errors import FieldError, NotEntered, RefusedModel
 from heedful.core.positions import Positions
 from heedful.core.regions import Span
 from heedful.core.sites import Site
@@ -38,6 +39,7 @@ class Hooks:
     layers: int  # how many are served
     patterns: bool = False  # the caller of this forward wants the patterns back
     _inside: int = 0
+    _thread: int | None = None  # the one that a forward is under way in
     _parts: dict[nn.Module, str] = field(default_factory=dict)  # the models in the model, by name
     _images: dict[str, tuple[nn.Module, Grid]] = field(default_factory=dict)  # those that read images, and their grids
     _handles: list[Any] = field(default_factory=list)
@@ -61,14 +63,35 @@ class Hooks:
     def _begins(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if (grid := grid_of(model, kwargs)) is not None:
             self._images[self._parts[model]] = (model, grid)
+        for thing in kwargs.values():
+            if type(thing).__name__.startswith("Paged"):
+                raise RefusedModel(
+                    f"{type(model).__name__} is run with a paged cache (continuous batching), whose rows hold pieces of "
+                    "many texts, which heedful cannot tell apart; use generate() or plain forwards"
+                )
+        if self._parts.get(model) == "":
+            self._inside = 0  # the whole model stands in no other: an interrupt left the last count standing
         if self._inside == 0:
+            if self._thread is not None and self._thread != get_ident():
+                rule = (
+                    f"a forward of this run is under way in thread {self._thread}; run one after the other, or give each "
+                    "thread a model and a run of its own"
+                )
+                raise FieldError("Run", "thread", get_ident(), rule, self._thread)
+            self._thread = get_ident()
             self.run.state.new_forward()
             requested = kwargs.get("output_attentions")
             self.patterns = bool(getattr(model.config, "output_attentions", False) if requested is None else requested)
         self._inside += 1
 
     def _ends(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if self._thread != get_ident():
+            return None  # a forward that was refused, while another thread's is under way
         self._inside = max(0, self._inside - 1)
+        if not self._inside:
+            self._thread = None
+            if output is None:
+                self.run.state.fail_forward()
         if self._inside or not self.run.state.losses or kwargs.get("labels") is None:
             return None
         if isinstance(output, tuple):

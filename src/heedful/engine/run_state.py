@@ -130,6 +130,7 @@ class RunState:
         self._editors = tuple(itertools.compress(self._names, edits))
         self._open: dict[Found, Statistic] = {}
         self._plans: dict[tuple[int, Phase, frozenset[int]], Plan] = {}
+        self._counted: dict[Found, Statistic] = {}  # the statistics as they were before this forward
         self._early: set[int] = set()  # layers whose parts were asked at EMBEDDING
         self._idle: dict[int, dict[int, bool]] = defaultdict(dict)  # of the calls that are under way, by layer and part
 
@@ -169,6 +170,7 @@ class RunState:
     def new_forward(self) -> None:
         """A new pass of the whole model begins."""
         self.forward += 1
+        self._counted = dict(self.statistics)
         self._backward = torch._C._current_graph_task_id()
         self._of_forward.clear()
         self._open.clear()
@@ -176,6 +178,11 @@ class RunState:
         self.shelves.clear()
         self._idle.clear()
         self._early.clear()
+
+    def fail_forward(self) -> None:
+        """The pass ended with an error: what it had counted so far counts for nothing."""
+        self.statistics = self._counted
+        self._open.clear()
 
     def forget(self) -> None:
         """Forget what methods remember of the run so far."""
