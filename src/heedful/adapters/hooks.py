@@ -66,16 +66,16 @@ class Hooks:
         for thing in kwargs.values():
             if type(thing).__name__.startswith("Paged"):
                 raise RefusedModel(
-                    f"{type(model).__name__} is run with a paged cache (continuous batching), whose rows hold pieces of "
-                    "many texts, which heedful cannot tell apart; use generate() or plain forwards"
+                    f"{type(model).__name__} is run with a paged cache (continuous batching), whose rows hold pieces "
+                    "of many texts, which heedful cannot tell apart; use generate() or plain forwards"
                 )
         if self._parts.get(model) == "":
             self._inside = 0  # the whole model stands in no other: an interrupt left the last count standing
         if self._inside == 0:
             if self._thread is not None and self._thread != get_ident():
                 rule = (
-                    f"a forward of this run is under way in thread {self._thread}; run one after the other, or give each "
-                    "thread a model and a run of its own"
+                    f"a forward of this run is under way in thread {self._thread}; run one after the other, or give "
+                    "each thread a model and a run of its own"
                 )
                 raise FieldError("Run", "thread", get_ident(), rule, self._thread)
             self._thread = get_ident()

@@ -60,6 +60,11 @@ def neutral_is_native(method: Method) -> None:
         native, found = subject.logits(model), subject.logits(model, quiet, "reference")
         if not torch.equal(found, native):
             raise Broken(f"{kind}: {quiet!r} moves logits by {error(found, native):.2g}")
+        if _edits(method) and type(quiet).idle is not Method.idle:
+            with subject.attach(model, quiet) as run, torch.no_grad():
+                run(**subject.inputs())
+            if not run.state.idled:
+                raise Broken(f"{kind}: {quiet!r} has nothing to do and does not say so: it is never idle")
 
 
 @law("example settings change the output, and every layer is entered")
