@@ -286,3 +286,8 @@ def test_a_fit_needs_texts_that_come_again() -> None:
         fit(RazorAttention(), model, [{"input_ids": ids}])
     with pytest.raises(FieldError, match=r"heedful\.fit\(\)"), attach(model, RazorAttention()) as run:
         run(input_ids=ids, use_cache=True)
+
+
+def test_what_is_missing_is_counted_by_each_texts_own_position() -> None:
+    call = replace(Bare().call, mask=Mask(), queries=Positions.row(5, 2, pad=torch.tensor([0, 2])))
+    assert RazorAttention._missing(Positions.row(0, 3), call).tolist() == [[[[4]]], [[[2]]]]
