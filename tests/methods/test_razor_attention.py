@@ -13,6 +13,7 @@ from torch import Tensor
 
 from heedful import attach, fit, models
 from heedful.adapters.cache_name import CACHE
+from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import CachedKV, Call, Phase
 from heedful.core.errors import FieldError, SiteError
