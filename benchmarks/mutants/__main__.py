@@ -20,30 +20,38 @@ def files() -> list[Path]:
     return sorted(path for path in METHODS.rglob("*.py") if not path.name.startswith("_"))
 
 
-def tests_of(path: Path) -> Path:
-    """The tests of a method's own, `test_X.py` for `X.py`."""
-    found = sorted((ROOT / "tests").rglob(f"test_{path.name}"))
-    if len(found) != 1:
-        raise SystemExit(f"{path.name} needs one file of tests, test_{path.name}; found {len(found)}")
-    return found[0]
+def tests_of(path: Path) -> list[Path]:
+    """The tests of a method's own: `test_X.py` for `X.py`, and `test_X_more.py` where they are many."""
+    found = [p for name in (path.stem, f"{path.stem}_*") for p in sorted((ROOT / "tests").rglob(f"test_{name}.py"))]
+    if not found or found[0].stem != f"test_{path.stem}":
+        raise SystemExit(f"{path.name} needs a file of tests, test_{path.name}")
+    return found
 
 
-def _state(*paths: Path) -> str:
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()[:16]
+def _state(path: Path) -> str:
+    """Of all that a file's row depends on: the file, its tests, and which changes are made."""
+    parts = [part.read_bytes() for part in (path, *tests_of(path), Path(changes.__file__))]
+    return hashlib.sha256(b"\0".join([*parts, json.dumps(_left_out(path)).encode()])).hexdigest()[:16]
+
+
+def _left_out(path: Path) -> dict[str, str]:
+    """The changes that no test could tell from the original, and why."""
+    named: dict[str, dict[str, str]] = json.loads(EQUIVALENT.read_text())
+    return named.get(path.stem, {})
 
 
 def measure(path: Path, most: int) -> Row:
     """The mutants of one file, each tried."""
     module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
     source, tests = path.read_text(), tests_of(path)
-    equal = json.loads(EQUIVALENT.read_text()).get(path.stem, {})
+    left_out = _left_out(path)
     found = changes.mutants(source)
-    if stale := set(equal) - {m.name for m in found}:
+    if stale := set(left_out) - {m.name for m in found}:
         raise SystemExit(f"{EQUIVALENT.name}: {path.stem} has no such change: {', '.join(sorted(stale))}")
-    chosen = changes.choose([m for m in found if m.name not in equal], most, path.stem)
-    state, begun = _state(path, tests), time.monotonic()
+    chosen = changes.choose([m for m in found if m.name not in left_out], most, path.stem)
+    state, begun = _state(path), time.monotonic()
     if not probe.survives(module, path, tests, None, 600.0):
-        raise SystemExit(f"{tests.relative_to(ROOT)} fails on the file as it is")
+        raise SystemExit(f"{tests[0].relative_to(ROOT)} fails on the file as it is")
     limit = 20.0 + PATIENCE * (time.monotonic() - begun)
     survivors = [m for m in chosen if probe.survives(module, path, tests, changes.changed(source, m), limit)]
     return {
@@ -66,9 +74,10 @@ def main() -> None:
     for name in given.names or paths:
         record: dict[str, Row] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
         old, path = record.get(name), paths[name]
-        if old and not given.names and old["state"] == _state(path, tests_of(path)) and old["made"] >= given.count:
+        if old and not given.names and old["state"] == _state(path) and old["made"] >= given.count:
             continue
-        row = record[name] = measure(path, given.count)
+        row = measure(path, given.count)
+        record = (json.loads(RECORD.read_text()) if RECORD.exists() else {}) | {name: row}  # others may have written
         RECORD.write_text(json.dumps({k: record[k] for k in sorted(record) if k in paths}, indent=1) + "\n")
         print(f"{name}: {row['caught']} of {row['made']}", flush=True)
         for one in row["survivors"]:

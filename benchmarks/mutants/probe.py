@@ -68,7 +68,7 @@ def warm() -> None:
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they warn that they are imported already
 
 
-def survives(module: str, path: Path, tests: Path, tree: Module | None, limit: float) -> bool:
+def survives(module: str, path: Path, tests: list[Path], tree: Module | None, limit: float) -> bool:
     """Whether tests and laws hold; a child that takes longer than `limit` seconds has hung, and so was caught."""
     if module in sys.modules:
         raise RuntimeError(f"{module} is imported already: the change would not be seen")
@@ -81,10 +81,10 @@ def survives(module: str, path: Path, tests: Path, tree: Module | None, limit: f
         return True
     if status is None or status < 0 or status in FAILED:
         return False
-    raise RuntimeError(f"pytest did not run {tests}: status {status}")
+    raise RuntimeError(f"pytest did not run {tests[0]}: status {status}")
 
 
-def _run(module: str, path: Path, tests: Path, tree: Module | None) -> int:
+def _run(module: str, path: Path, tests: list[Path], tree: Module | None) -> int:
     import pytest
 
     if tree is not None:
@@ -94,7 +94,7 @@ def _run(module: str, path: Path, tests: Path, tree: Module | None) -> int:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            status = int(pytest.main([str(tests), "-x", "-q", "-p", "no:cacheprovider"]))
+            status = int(pytest.main([*map(str, tests), "-x", "-q", "-p", "no:cacheprovider"]))
             return FAILED[0] if status == PASSED and not _lawful(module) else status
     except BaseException:  # noqa: BLE001  the child ends here whatever happens
         return NO_RUN

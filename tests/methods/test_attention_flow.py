@@ -12,7 +12,7 @@ from heedful import models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
-from heedful.methods.explain.attention_flow import AttentionFlow, maximum_flow
+from heedful.methods.explain.attention_flow import NOTHING, AttentionFlow, _nearest, maximum_flow
 
 
 def by_networkx(layers: Tensor, start: int, end: int) -> float:
@@ -137,3 +137,9 @@ def test_rows_that_do_not_sum_to_one_are_normalised() -> None:
     layers = (maps + torch.eye(6)) / (maps.sum(-1, keepdim=True) + 1)
     wanted = maximum_flow(layers, *all_pairs(6)).view(6, 6)
     assert close_model(flows(model, inputs)[0].float(), (wanted / wanted.sum(-1, keepdim=True)).float())
+
+
+def test_what_comes_from_rounding_is_no_way() -> None:
+    room = torch.tensor([[[NOTHING, 0.0], [2 * NOTHING, 1.0]]], dtype=torch.float64)
+    found = _nearest(room, torch.tensor([[0.0, 5.0]], dtype=torch.float64))
+    assert found.tolist() == [[float("inf"), 1.0]]

@@ -211,7 +211,10 @@ def test_layers_of_unlike_width_have_one_map() -> None:
 
 def test_curves_are_means_over_a_third_of_the_layers() -> None:
     profile = made({n: [{1: share}, {2: share}] for n, share in enumerate((0.2, 0.4, 0.6, 0.8))})
-    lines = {name: line.tolist() for name, line in _curves(profile).lines.items()}
+    curves = _curves(profile)
+    assert curves.log_x
+    assert curves.log_y
+    lines = {name: line.tolist() for name, line in curves.lines.items()}
     assert lines == {
         "layers 0 to 1": pytest.approx([0.15, 0.15]),
         "layers 2 to 2": pytest.approx([0.3, 0.3]),

@@ -220,3 +220,13 @@ def test_random_directions_are_the_seeds_own() -> None:
             found = FocusDirections(seed=3)._direction(x, side, replace(bare.call, layer=layer))
             draw = torch.Generator().manual_seed(2 * (4099 * 3 + layer) + place)
             assert torch.equal(found, torch.randn(4 - 2 * place, 8, generator=draw))
+
+
+def test_a_cropped_text_goes_on_from_where_it_was_cropped() -> None:
+    model = models.tiny("llama")
+    ids = models.tiny_inputs(model, length=15)["input_ids"]
+    with torch.no_grad(), attach(model, FocusDirections(0.7, directions=_directions())) as run:
+        wanted = run(input_ids=torch.cat([ids[:, :6], ids[:, 10:]], 1)).logits
+        out = run(input_ids=ids[:, :9], use_cache=True)
+        out[CACHE].crop(-3)
+        assert close_model(run(input_ids=ids[:, 10:], **{CACHE: out[CACHE]}).logits, wanted[:, 6:])

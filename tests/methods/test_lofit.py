@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from heedful import attach, fit, fold, models
 from heedful.authoring import Fitted
+from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, FoldError
 from heedful.methods.intervene.language.lofit import LoFiT
@@ -184,3 +186,16 @@ def test_errors() -> None:
     for batches in ([], [inputs]):
         with pytest.raises(FieldError, match="must be 1 or more, each with labels"):
             fit(LoFiT(), model, batches)
+
+
+@pytest.mark.parametrize(
+    ("method", "layer", "idle"),
+    [
+        (LoFiT(strength=0.0), 1, True),
+        (LoFiT(strength=1.0, seed=0), 1, False),
+        (LoFiT(offsets=_offsets((1,))), 1, False),
+        (LoFiT(offsets=_offsets((1,))), 0, True),
+    ],
+)
+def test_it_is_idle_where_nothing_is_added(method: LoFiT, layer: int, idle: bool) -> None:
+    assert method.idle(replace(Bare().call, layer=layer, depth=2)) == idle

@@ -28,7 +28,9 @@ AXES = torch.linalg.qr(torch.randn(2, D, D, generator=torch.Generator().manual_s
 
 @pytest.mark.parametrize("pads", [[0, 0], [0, 5]])
 @pytest.mark.parametrize("queries", [N, 6, 1])
-@pytest.mark.parametrize(("budget", "rank", "r"), [(3, 0.25, 2), (0.3, 0.5, 4), (6, 1.0, 8), (2, 0.1, 1)])
+@pytest.mark.parametrize(
+    ("budget", "rank", "r"), [(3, 0.25, 2), (0.3, 0.5, 4), (6, 1.0, 8), (2, 0.1, 1), (30, 0.5, 4), (1, 0.5, 4)]
+)
 def test_the_formula(budget: float, rank: float, r: int, queries: int, pads: list[int]) -> None:
     text = torch.arange(N) >= torch.tensor(pads)[:, None]
     bare = Bare(Shape(q=queries), text=text)
@@ -138,3 +140,8 @@ def test_a_fit_reads_the_text_of_another_sequence_too() -> None:
     found = _Keys().read(key, call).value
     wanted = sum(torch.outer(x, x) for x in (torch.cat([x.double(), torch.ones(1)]) for x in text))
     assert close(found[0], wanted)
+
+
+def test_it_is_idle_where_every_key_is_among_the_best() -> None:
+    call = Bare().call
+    assert [Loki(budget, seed=0).idle(call) for budget in (1.0, 0.5, 1)] == [True, False, False]  # one entry

@@ -125,3 +125,12 @@ def test_ratios_are_the_largest_and_massive_lies_above_the_threshold() -> None:
     assert answer.query_ratio.tolist() == [[4.0, 3.0], [5.0, 1.0]]
     assert answer.key_ratio.tolist() == [[8.0, 6.0], [10.0, 2.0]]
     assert answer.dimensions(query) == {1: 2}  # 3 is not above 3
+
+
+def test_each_text_counts_alike_whatever_its_batch(model) -> None:
+    texts = [ids(12, seed) for seed in (1, 2, 3)]
+    apart = found(model, *({"input_ids": x} for x in texts))
+    batches = found(model, {"input_ids": torch.cat(texts[:2])}, {"input_ids": texts[2]})
+    for n in apart.key:
+        assert close_model(batches.query[n].float(), apart.query[n].float())
+        assert close_model(batches.key[n].float(), apart.key[n].float())

@@ -8,7 +8,10 @@ import heedful
 from heedful import models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close
+from heedful.core.call import Call
 from heedful.core.errors import FieldError, StatisticError
+from heedful.core.positions import Positions
+from heedful.core.summary import Summary
 from heedful.methods.observe.modality_share import ModalityShare, Shares
 
 METHOD = ModalityShare(("image", "audio"))
@@ -128,3 +131,15 @@ def test_tells_what_a_reader_wants_to_know() -> None:
 def test_says_what_is_wrong(value: tuple[str, ...]) -> None:
     with pytest.raises(FieldError, match="kinds"):
         ModalityShare(value)
+
+
+def test_key_heads_that_hold_other_tokens_are_each_their_own() -> None:
+    """After a cache was cut by head, the same column is another token in another key head."""
+    position = torch.tensor([[[0, 1, 3], [0, 2, 3]]])
+    keys = Positions(position, position)
+    call = Call(0, 1, "layer", 4, 2, Positions.row(3, 1), keys, 1.0, roles={"image": ((1, 2),)})
+    received = torch.tensor([[[0.5, 0.2, 0.3], [0.1, 0.6, 0.3], [0.2, 0.3, 0.5], [0.3, 0.3, 0.4]]])
+    mean = ModalityShare(kinds=("image",)).share(Summary(received=received, seen=torch.ones(1, 4, 3)), call)
+    # of image, text and all: token 1 stands in the first two heads' second column alone
+    assert close(mean.total.float(), torch.tensor([[0.2, 0.8, 1.0], [0.6, 0.4, 1.0], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0]]))
+    assert mean.count.tolist() == [[1, 2, 3], [1, 2, 3], [0, 3, 3], [0, 3, 3]]

@@ -127,3 +127,9 @@ def test_a_weight_at_the_fence_is_no_summary() -> None:
     even = torch.full((1, 4), 0.25)
     found = PAINT(alpha=0.7, beta=0.3, share=0.5).gains(even, torch.ones(1, 4, dtype=torch.bool))
     assert torch.equal(found, torch.tensor([[0.7, 0.7, 0.0, 0.0]]))
+
+
+def test_it_is_idle_without_gains() -> None:
+    for alpha, beta, idle in ((0.0, 0.0, True), (1.0, 1.0, False), (0.0, 0.5, False), (0.5, 0.0, False)):
+        assert PAINT(alpha=alpha, beta=beta).idle(_call()) == idle
+    assert PAINT().idle(replace(_call(), cross=True))

@@ -143,3 +143,11 @@ def test_a_prompt_ends_where_its_own_text_does() -> None:
     found = _steered(PASTA(alpha=0.1), scores, _call(state, N - 1, N))
     for b, end in enumerate((N, 5, 0)):
         assert close(found[b : b + 1], _by_loops(scores[b : b + 1].softmax(-1), 0.1, [0, 1, 2], end))
+
+
+def test_it_is_idle_where_nothing_is_turned_down() -> None:
+    call = _call(State())
+    for method, idle in ((PASTA(alpha=1.0), True), (PASTA(alpha=2.0), False), (PASTA(heads=((0, 1),)), False),
+                         (PASTA(heads=((1, 1),)), True)):  # fmt: skip
+        assert method.idle(call) == idle
+    assert PASTA().idle(replace(call, cross=True))

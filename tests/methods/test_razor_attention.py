@@ -13,6 +13,7 @@ from torch import Tensor
 
 from heedful import attach, fit, models
 from heedful.adapters.cache_name import CACHE
+from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import CachedKV, Call, Phase
 from heedful.core.errors import FieldError, SiteError
@@ -286,3 +287,8 @@ def test_a_fit_needs_texts_that_come_again() -> None:
         fit(RazorAttention(), model, [{"input_ids": ids}])
     with pytest.raises(FieldError, match=r"heedful\.fit\(\)"), attach(model, RazorAttention()) as run:
         run(input_ids=ids, use_cache=True)
+
+
+def test_what_is_missing_is_counted_by_each_texts_own_position() -> None:
+    call = replace(Bare().call, mask=Mask(), queries=Positions.row(5, 2, pad=torch.tensor([0, 2])))
+    assert RazorAttention._missing(Positions.row(0, 3), call).tolist() == [[[[4]]], [[[2]]]]

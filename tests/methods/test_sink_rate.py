@@ -193,3 +193,8 @@ def test_positions_are_drawn_on_a_logarithm_and_shares_are_not() -> None:
     assert not curves.log_y
     assert list(curves.x) == [1, 2]
     assert [line.tolist() for line in curves.lines.values()] == [[0.5, 0.25], [0.25, 0.75]]
+
+
+def test_where_the_first_layer_parks_no_later_one_is_named() -> None:
+    rate = torch.tensor([[0.9, 0.8], [0.1, 0.2], [0.9, 0.8]])
+    assert "from layer" not in _finding(rate, [0, 1, 2], "0.3").text

@@ -142,3 +142,9 @@ def test_errors() -> None:
         fit(Steer2Edit(), model, [{**models.tiny_inputs(model), "positive": True}])
     with pytest.raises(FieldError, match="must hold positive and other texts"):
         fit(Steer2Edit(), model, [])
+
+
+def test_a_threshold_of_one_edits_nothing() -> None:
+    """And so it needs no vectors, as no cosine lies above one."""
+    weights = _weights()
+    assert Steer2Edit(rho=2.0, alpha=0.5).operate(weights, LAYER) is weights

@@ -141,3 +141,9 @@ def test_weights_start_at_a_spread_drawn_by_the_seed() -> None:
     unsaid = fit(LearnableTaskVector(steps=1, rate=1e-9), model, _batches(model)).vectors
     assert unsaid is not None
     assert close_model(unsaid["w.1"], torch.randn(4, generator=torch.Generator().manual_seed(1)))
+
+
+def test_random_vectors_are_the_seeds_own() -> None:
+    for seed, layer in ((3, 2), (0, 1)):
+        wanted = torch.randn(6, generator=torch.Generator().manual_seed(4099 * seed + layer))
+        assert torch.equal(LearnableTaskVector(seed=seed)._vector(6, layer), wanted)

@@ -140,3 +140,9 @@ def test_a_cache_that_dropped_the_same_of_all_heads_can_be_chosen_from() -> None
 def test_wrong_fields_are_refused(settings: dict[str, int], match: str) -> None:
     with pytest.raises(FieldError, match=match):
         TokenSelect(**settings)
+
+
+def test_it_is_idle_where_the_budget_is_the_whole_text() -> None:
+    call = _bare().call
+    found = [TokenSelect(budget, 0, 1, 1).idle(call) for budget in (1.0, 0.5, 1)]
+    assert found == [True, False, False]  # the number 1 is one entry

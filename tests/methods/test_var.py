@@ -188,3 +188,20 @@ def test_padding_counts_for_nothing(side: str) -> None:
 def test_wrong_fields_are_refused(settings: dict[str, Any], match: str) -> None:
     with pytest.raises(FieldError, match=match):
         VAR(**settings)
+
+
+def test_it_is_idle_where_sinks_keep_all() -> None:
+    assert [VAR(p=p).idle(_call(1)) for p in (0.0, 0.6, 1.0)] == [False, False, True]
+
+
+def test_empty_columns_behind_the_text_are_no_sinks() -> None:
+    """A cache laid out in advance has more columns than there are tokens."""
+    stream, method, state = _stream(), VAR(tau=5.0), State()
+    method.find_sinks(stream, _call(1, state=state))
+    call = _call(2, state=state)
+    wide = torch.ones(N, N + 3, dtype=torch.bool).tril()[None, None]
+    longer = replace(call, keys=Positions.row(0, N + 3), keep=wide, cols=slice(0, N + 3))
+    pattern = torch.nn.functional.pad(_pattern(), (0, 3))
+    found = method.redistribute(pattern, longer)
+    assert close(found[..., :N], method.redistribute(_pattern(), call))
+    assert not found[..., N:].any()

@@ -45,7 +45,8 @@ def _by_loops(call: Call, text: Tensor, without: bool) -> Tensor:
         if without:
             keys = [j for j in keys if not SPAN[0] <= j - first < SPAN[1]]
         for h in range(4):
-            weights = torch.stack([q[b, h, last] @ k[b, h // 2, j] * SCALE for j in keys]).softmax(0)
+            scores = torch.stack([q[b, h, last] @ k[b, h // 2, j] * SCALE for j in keys])
+            weights = (scores if call.softcap is None else call.softcap * (scores / call.softcap).tanh()).softmax(0)
             out[b, h] = sum(w * v[b, h // 2, j] for w, j in zip(weights, keys, strict=True))
     return out
 
@@ -65,7 +66,10 @@ def test_heads_with_and_without_the_span() -> None:
 
 def test_a_soft_cap_counts() -> None:
     call = _call(TEXT)
-    assert not close(VHR().last_heads(replace(call, softcap=2.0))[0], VHR().last_heads(call)[0])
+    capped = replace(call, softcap=2.0)
+    for x, without in zip(VHR().last_heads(capped), (False, True), strict=True):
+        assert close(x, _by_loops(capped, TEXT, without))
+    assert not close(VHR().last_heads(capped)[0], VHR().last_heads(call)[0])
 
 
 class _Given(VHR):
@@ -115,9 +119,10 @@ def test_divergence_is_the_norm_of_the_difference() -> None:
     assert _chosen_by_loops(one[0], other[0]) == [True, False, True, True, False, False]
 
 
-def test_the_choice_is_the_papers_head_by_head() -> None:
+@pytest.mark.parametrize("size", [1.0, 0.1])
+def test_the_choice_is_the_papers_head_by_head(size: float) -> None:
     draw = torch.Generator().manual_seed(4)
-    one, other = (torch.randn(60, 9, 3, generator=draw) for _ in range(2))
+    one, other = (size * torch.randn(60, 9, 3, generator=draw) for _ in range(2))
     other[:, 0] *= 4  # a surge without the span
     found = _Given(pair=(one, other)).choose(None)
     assert found.tolist() == [_chosen_by_loops(x, y) for x, y in zip(one, other, strict=True)]

@@ -24,6 +24,11 @@ def require_budget(owner: object, budget: Budget, field: str = "budget") -> None
         raise FieldError(owner, field, budget, rule, 0.25)
 
 
+def is_whole(budget: Budget) -> bool:
+    """Whether the budget is all of the text; the whole number 1 is a single entry."""
+    return isinstance(budget, float) and budget == 1
+
+
 def room_for(budget: Budget, tokens: int) -> int:
     """CachedKV that a head may hold after a text of so many tokens."""
     return budget if isinstance(budget, int) else max(1, math.ceil(budget * tokens))

@@ -17,7 +17,7 @@ from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Sum
-from heedful.kit.budget import Budget, require_budget, room_for, rooms
+from heedful.kit.budget import Budget, is_whole, require_budget, room_for, rooms
 from heedful.kit.chosen import Chosen
 from heedful.methods.sparse.cache._fits import Moments, of_layer
 
@@ -80,7 +80,7 @@ class Loki(Method):
         return replace(self, axes=Fitted(found))
 
     def idle(self, call: Call) -> bool:
-        return call.cross or self.budget == 1.0
+        return call.cross or is_whole(self.budget)
 
     @at(Site.MASK)
     def rank_keys(self, mask: Mask, call: Call) -> Mask:

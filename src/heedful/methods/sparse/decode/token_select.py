@@ -11,7 +11,7 @@ from heedful.core.mask import Mask
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.kit.budget import Budget, require_budget, rooms
+from heedful.kit.budget import Budget, is_whole, require_budget, rooms
 from heedful.kit.chosen import Chosen
 
 
@@ -67,7 +67,7 @@ class TokenSelect(Method):
         return cls(budget=6, sinks=1, window=2, chunk=2)
 
     def idle(self, call: Call) -> bool:
-        return call.cross or self.budget == 1.0
+        return call.cross or is_whole(self.budget)
 
     @at(Site.MASK)
     def select(self, mask: Mask, call: Call) -> Mask:
