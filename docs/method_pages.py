@@ -1,0 +1,126 @@
+"""The catalogue's pages: an index, and a page a family that opens with its hand-written 'How to choose'."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import textwrap
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from claims.ledger import RESULTS
+from heedful.catalogue import entries, family
+from heedful.cli.methods import sites
+from heedful.cli.show import comments
+from heedful.core.method import CatalogueEntry
+
+CHOOSE = Path(__file__).parent / "choose"
+FAMILIES = {
+    "mechanisms": "Attention computed otherwise, by gates, linear maps, convolutions or another normalisation.",
+    "sparse": "Fewer pairs computed or fewer entries cached, for the same weights.",
+    "intervene": "A trained model's behaviour moved, while it runs or in its weights.",
+    "compress": "A model made smaller by taking parts of its attention out.",
+    "observe": "What attention does, counted while the model runs as it is.",
+    "explain": "What an output owes to which token or head.",
+}
+
+
+def cell(text: str, most: int = 160) -> str:
+    """Text for one cell of a table, cut at a word where it is longer."""
+    return textwrap.shorten(text.replace("|", r"\|"), most, placeholder=" ...")
+
+
+def what(kind: type[CatalogueEntry]) -> str:
+    """The first sentence of the docstring, short enough for a table."""
+    first = inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+    return cell(re.split(r"(?<=[.!?])\s", first)[0], 90)
+
+
+def verdicts() -> dict[str, str]:
+    """What the ledger found about each method; several claims about one are told one after the other."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        record = json.loads(path.read_text())
+        found.setdefault(record["method"], []).append(record["verdict"])
+    return {name: ", ".join(words) for name, words in found.items()}
+
+
+def members() -> dict[str, dict[str, type[CatalogueEntry]]]:
+    """The entries of each family, in the order of the index."""
+    out: dict[str, dict[str, type[CatalogueEntry]]] = {name: {} for name in FAMILIES}
+    for name, kind in entries().items():
+        if family(kind) not in out:
+            raise SystemExit(f"family {family(kind)!r} of {name} has no sentence: add it to FAMILIES in {__file__}")
+        out[family(kind)][name] = kind
+    return out
+
+
+def index() -> str:
+    """The families, a sentence and a table each."""
+    rows = ["# Methods\n", "Each family has a page that tells how to choose and then describes every method.\n"]
+    for name, kinds in members().items():
+        rows += [f"## [{name}](methods/{name}.md)\n", FAMILIES[name] + "\n"]
+        rows += ["| name | what it does | acts at | paper |", "|---|---|---|---|"]
+        for method, kind in kinds.items():
+            link = f"[{method}](methods/{name}.md#{method.lower()})"
+            paper = f"[{kind.paper.key}]({kind.paper.link})"
+            rows.append(f"| {link} | {what(kind)} | {sites(kind)} | {paper} |")
+        rows.append("")
+    return "\n".join(rows)
+
+
+def prose(name: str, known: dict[str, type[CatalogueEntry]]) -> str:
+    """'How to choose', where `{Method}` becomes a link to its section with the verdict of its claim."""
+    told = verdicts()
+
+    def mention(found: re.Match[str]) -> str:
+        method = found[1]
+        if method not in known:
+            raise SystemExit(f"docs/choose/{name}.md names {{{method}}}, which is not in the family {name}")
+        return f"[{method}](#{method.lower()}) (*{told.get(method, 'no claim measured')}*)"
+
+    return re.sub(r"\{(\w+)\}", mention, (CHOOSE / f"{name}.md").read_text()).strip()
+
+
+def settings(kind: type[CatalogueEntry]) -> list[str]:
+    """The fields as a table, or a sentence where there are none."""
+    said: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        if base.__module__.startswith("heedful."):
+            said |= comments(inspect.getsource(base))
+    rows = []
+    for field in fields(kind):  # type: ignore[arg-type]
+        if not field.init:
+            continue
+        made = field.default_factory() if field.default_factory is not MISSING else field.default
+        default = "required" if made is MISSING else f"`{cell(repr(made), 60)}`"
+        rows.append(f"| `{field.name}` | {default} | {cell(said.get(field.name, ''))} |")
+    return ["| field | default | meaning |", "|---|---|---|", *rows, ""] if rows else ["It has no fields.\n"]
+
+
+def section(name: str, kind: type[CatalogueEntry], verdict: str) -> list[str]:
+    """All about one method."""
+    module, paper = inspect.getmodule(kind), kind.paper
+    rows = [f"## {name}\n", inspect.cleandoc(kind.__doc__ or "") + "\n"]
+    if module and module.__doc__:
+        rows.append(f"```text\n{inspect.cleandoc(module.__doc__)}\n```\n")
+    rows += [f"Acts at: {sites(kind)}.\n", *settings(kind)]
+    rows.append(f"Paper: [{paper.title}]({paper.link}), {paper.venue or 'arXiv'}, {paper.year} (`{paper.key}`).\n")
+    rows.append(f"Claim: [{verdict}](../claims.md).\n" if verdict else "Claim: none measured.\n")
+    if paper.differs:
+        rows += ["Unlike the authors:\n", *(f"- {sentence}" for sentence in paper.differs), ""]
+    return rows
+
+
+def pages() -> dict[str, str]:
+    """The index and the pages of the families, by path."""
+    told = verdicts()
+    out = {"docs/methods.md": index()}
+    for name, kinds in members().items():
+        rows = [f"# {name.capitalize()}\n", FAMILIES[name] + " [All families](../methods.md).\n"]
+        rows += ["## How to choose\n", prose(name, kinds) + "\n"]
+        for method, kind in kinds.items():
+            rows += section(method, kind, told.get(method, ""))
+        out[f"docs/methods/{name}.md"] = "\n".join(rows).rstrip() + "\n"
+    return out
