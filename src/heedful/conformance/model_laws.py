@@ -61,8 +61,10 @@ def neutral_is_native(method: Method) -> None:
         if not torch.equal(found, native):
             raise Broken(f"{kind}: {quiet!r} moves logits by {error(found, native):.2g}")
         if _edits(method) and type(quiet).idle is not Method.idle:
-            with subject.attach(model, quiet) as run, torch.no_grad():
-                run(**subject.inputs())
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore", InactiveWarning)
+                with subject.attach(model, quiet) as run:
+                    run(**subject.inputs())
             if not run.state.idled:
                 raise Broken(f"{kind}: {quiet!r} has nothing to do and does not say so: it is never idle")
 
