@@ -42,8 +42,10 @@ def test_tails_do_not_count() -> None:
 def test_zeros_are_left_out_and_equal_weights_have_no_shape() -> None:
     x = torch.randn(50_000)
     assert close(WeibullWeights().line(torch.cat([x, torch.zeros(9_000)])), WeibullWeights().line(x))
-    assert WeibullWeights().line(torch.ones(100)).isnan().all()
-    assert WeibullWeights().line(torch.zeros(100)).isnan().all()
+    for alike in (torch.ones(100), -0.3 * torch.ones(100), torch.zeros(100)):
+        found = WeibullWeights().line(alike)
+        assert found.shape == (3,)
+        assert found.isnan().all()
 
 
 def test_every_projection_of_every_layer_and_the_model_stays() -> None:
