@@ -14,7 +14,7 @@ from heedful.core.kinds import HeadWeights
 from heedful.core.mask import First, Mask, Window
 from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
-from heedful.core.sites import Site, at, reads
+from heedful.core.sites import Site, at, penalises, reads
 from heedful.core.state import ByIndex
 from heedful.core.stats import Cat, Mean, Sum
 
@@ -165,3 +165,12 @@ def notes_in(cache: Any, layer: int = 0) -> dict[str, Tensor]:
     """What a stack of one part keeps with a cache in one layer."""
     found = [kept for key, kept in shelf_of(cache)._kept.items() if f"layers.{layer}." in key.module]
     return {name: x.x if isinstance(x, ByIndex) else x for kept in found for name, x in kept.items()}
+
+
+class Sharpness(Method):
+    paper = PAPER
+    weight: float = 1.0
+
+    @penalises(Site.PATTERN)
+    def sharp(self, weights: Tensor, call: Call) -> Tensor:
+        return self.weight * weights.square().sum()

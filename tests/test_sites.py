@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, penalises, reads
 from heedful.core.stats import Sum
 from heedful.methods.intervene.language.temp_scale import TempScale
-from heedful.methods.sparse.prefill.sink_window import SinkWindow
+from tests.samples import Sharpness
 
 PAPER = Paper("none", "A test", "heedful", 2026)
 IDS = torch.randint(3, 100, (2, 23), generator=torch.Generator().manual_seed(0))
@@ -69,83 +67,6 @@ def test_several_sites_act_in_one_method() -> None:
     assert values == ()
     with torch.no_grad():
         assert not close_model(found, model(input_ids=IDS).logits)
-
-
-class Neighbours(Method):
-    """Each score takes something of the rows above it; scores that are not computed count as 0."""
-
-    paper = PAPER
-    rows: int = 3
-
-    def above(self) -> int:
-        return self.rows - 1
-
-    @at(Site.SCORES)
-    def mix(self, scores: Tensor, call: Call) -> Tensor:
-        scores = scores if call.keep is None else scores.masked_fill(~call.keep, 0.0)
-        out = scores.clone()
-        for i in range(1, min(self.rows, scores.shape[2])):
-            out[:, :, i:] += 0.5**i * scores[:, :, :-i]
-        return out
-
-
-class Sharpness(Method):
-    paper = PAPER
-    weight: float = 1.0
-
-    @penalises(Site.PATTERN)
-    def sharp(self, weights: Tensor, call: Call) -> Tensor:
-        return self.weight * weights.square().sum()
-
-
-@pytest.mark.parametrize(
-    "stack",
-    [
-        Neighbours(),
-        TempScale(0.5) | Neighbours(),
-        Neighbours(4) | Neighbours(2),
-        SinkWindow(2, 8) | Neighbours(),
-        Neighbours() | Sharpness(),
-    ],
-    ids=repr,
-)
-def test_neighbours_are_the_same_in_every_tiling(stack: Method) -> None:
-    model = models.tiny("llama").eval()
-    logits, losses = [], []
-    for rows in (None, 64, 7, 1):
-        backend = "reference" if rows is None else "tiled"
-        with attach(model, stack, backend=backend, tile_rows=rows) as run, torch.no_grad():
-            logits.append(run(input_ids=IDS).logits)
-            losses.append(run.loss() if "Sharpness" in repr(stack) else torch.zeros(()))
-    assert all(close_model(x, logits[0]) for x in logits[1:])
-    assert all(close(x, losses[0]) for x in losses[1:])
-
-
-def test_rows_above_are_what_they_are_called_for() -> None:
-    """By hand, from the scores of one call."""
-    model = models.tiny("llama").eval()
-    seen = {}
-
-    class Spy(Method):
-        paper = PAPER
-
-        @reads(Site.SCORES)
-        def keep(self, scores: Tensor, call: Call) -> None:
-            seen.setdefault(call.layer, []).append(scores.masked_fill(~call.keep, 0.0))
-
-    with attach(model, Spy(), backend="reference") as run, torch.no_grad():
-        run(input_ids=IDS)
-    with attach(model, Neighbours() | Spy(), tile_rows=5, backend="tiled") as run, torch.no_grad():
-        run(input_ids=IDS)
-    plain, *tiles = seen[0]
-    want = plain.clone()
-    for i in range(plain.shape[2]):
-        for back in (1, 2):
-            if i >= back:
-                want[:, :, i] += 0.5**back * plain[:, :, i - back]
-    want = want.masked_fill(~torch.ones(23, 23, dtype=torch.bool).tril(), 0.0)
-    assert [x.shape[2] for x in tiles] == [5, 5, 5, 5, 3]
-    assert close(torch.cat(tiles, 2), want)
 
 
 def test_penalties_add_up_and_join_the_models_loss() -> None:
@@ -211,23 +132,6 @@ def test_a_model_that_gives_no_loss_is_left_as_it_is() -> None:
         plain = run(input_ids=IDS)[0]
         for as_dict in (True, False):
             assert torch.equal(run(input_ids=IDS, labels=IDS, return_dict=as_dict)[0], plain)
-
-
-def test_rows_are_numbered_without_those_of_earlier_calls() -> None:
-    rows = []
-
-    class Where(Method):
-        paper = PAPER
-
-        @reads(Site.SCORES)
-        def note(self, scores: Tensor, call: Call) -> None:
-            rows.append((call.rows.start, call.rows.stop))
-
-    with attach(models.tiny("llama").eval(), Neighbours() | Where(), backend="reference") as run, torch.no_grad():
-        out = run(input_ids=IDS[:, :6], use_cache=True)
-        rows.clear()
-        run(input_ids=IDS[:, 6:8], use_cache=True, **{CACHE: out[CACHE]})
-    assert set(rows) == {(0, 2)}
 
 
 def test_a_penalty_is_one_number() -> None:
@@ -417,40 +321,3 @@ def test_only_what_serves_another_method_needs_no_paper() -> None:
     assert (_Helper() | TempScale(0.5)).cite() == TempScale(0.5).paper.bibtex()
     with pytest.raises(DefinitionError, match="Public has no paper"):
         type("Public", (_Helper,), {})
-
-
-@pytest.mark.parametrize(
-    "stack", [Neighbours(3), SinkWindow(2, 9) | Neighbours(4), Neighbours(2) | Neighbours(3)], ids=repr
-)
-@pytest.mark.parametrize("backend", ["reference", "tiled"])
-def test_rows_above_go_with_the_cache(stack: Method, backend: str) -> None:
-    """Token by token, in chunks, with left padding and with rows swapped in between: as the whole text at once."""
-    model = models.tiny("llama").eval()
-    mask = torch.ones_like(IDS)
-    mask[0, :4] = 0
-    place = (mask.cumsum(-1) - 1).clamp(min=0)
-    with attach(model, stack, backend=backend, tile_rows=2) as run, torch.no_grad():
-        whole = run(input_ids=IDS, attention_mask=mask, position_ids=place).logits
-        for cuts in ((0, 9, 10, 11, 23), (0, 1, 2, 7, 21, 22, 23)):
-            cache, parts, ids, seen = None, [], IDS, mask
-            for start, stop in itertools.pairwise(cuts):
-                out = run(
-                    input_ids=ids[:, start:stop], attention_mask=seen[:, :stop],
-                    position_ids=place[:, start:stop], use_cache=True, **{CACHE: cache},
-                )  # fmt: skip
-                cache = out[CACHE]
-                parts.append(out.logits)
-            assert close_model(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()])
-        swapped = run(input_ids=IDS[:, :20], use_cache=True)[CACHE]
-        swapped.reorder_cache(torch.tensor([1, 0]))
-        found = run(input_ids=IDS.flip(0)[:, 20:], use_cache=True, **{CACHE: swapped}).logits
-        assert close_model(found, run(input_ids=IDS.flip(0)).logits[:, 20:])
-
-
-def test_rows_above_that_were_cut_off_are_missed() -> None:
-    model = models.tiny("llama").eval()
-    with attach(model, Neighbours(3)) as run, torch.no_grad():
-        cache = run(input_ids=IDS[:, :9], use_cache=True)[CACHE]
-        cache.crop(-3)
-        with pytest.raises(SiteError, match="cut back"):
-            run(input_ids=IDS[:, 6:8], use_cache=True, **{CACHE: cache})
