@@ -40,15 +40,18 @@ def _left_out(path: Path) -> dict[str, str]:
     return named.get(path.stem, {})
 
 
+def _chosen(path: Path, most: int) -> list[changes.Mutant]:
+    found, left_out = changes.mutants(path.read_text()), _left_out(path)
+    if stale := set(left_out) - {m.name for m in found}:
+        raise SystemExit(f"{EQUIVALENT.name}: {path.stem} has no such change: {', '.join(sorted(stale))}")
+    return changes.choose([m for m in found if m.name not in left_out], most, path.stem)
+
+
 def measure(path: Path, most: int) -> Row:
     """The mutants of one file, each tried."""
     module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
     source, tests = path.read_text(), tests_of(path)
-    left_out = _left_out(path)
-    found = changes.mutants(source)
-    if stale := set(left_out) - {m.name for m in found}:
-        raise SystemExit(f"{EQUIVALENT.name}: {path.stem} has no such change: {', '.join(sorted(stale))}")
-    chosen = changes.choose([m for m in found if m.name not in left_out], most, path.stem)
+    chosen = _chosen(path, most)
     state, begun = _state(path), time.monotonic()
     if not probe.survives(module, path, tests, None, 600.0):
         raise SystemExit(f"{tests[0].relative_to(ROOT)} fails on the file as it is")
@@ -74,7 +77,7 @@ def main() -> None:
     for name in given.names or paths:
         record: dict[str, Row] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
         old, path = record.get(name), paths[name]
-        if old and not given.names and old["state"] == _state(path) and old["made"] >= given.count:
+        if old and not given.names and old["state"] == _state(path) and old["made"] >= len(_chosen(path, given.count)):
             continue
         row = measure(path, given.count)
         record = (json.loads(RECORD.read_text()) if RECORD.exists() else {}) | {name: row}  # others may have written

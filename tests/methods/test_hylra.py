@@ -13,6 +13,7 @@ from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.core.mask import Causal, Window
+from heedful.core.state import State
 from heedful.methods.sparse.prefill.hylra import HyLRA, _Lost, block_map, cheapest
 from tests.test_blocks import PADDED, call_of, grid_of, true_map
 
@@ -96,3 +97,24 @@ def test_a_fit_finds_the_layers_that_lose_least() -> None:
 def test_wrong_fields_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(FieldError, match=f"HyLRA.{next(iter(settings))}"):
         HyLRA(**settings)  # type: ignore[arg-type]
+
+
+def test_a_layer_loses_what_an_earlier_ones_blocks_leave_out() -> None:
+    size, keep, n = 4, 0.5, 5  # blocks of 19 tokens
+    state, tables = State(), []
+    for layer in range(3):
+        bare = Bare(seed=layer)
+        call = replace(call_of(bare), layer=layer, depth=3, state=state)
+        found = _Lost(keep, size).look(call.mask, call)
+        assert found is not None
+        lost, tables = [0.0] * 3, [*tables, []]
+        for b in range(2):
+            weights = true_map(bare, b).mean(0)  # over heads
+            rows = [weights[i * size : (i + 1) * size] for i in range(n)]
+            blocks = [[float(row[:, j * size : (j + 1) * size].sum()) for j in range(n)] for row in rows]
+            ranked = [sorted(range(i + 1), key=lambda j, row=blocks[i]: -row[j]) for i in range(n)]
+            tables[layer].append([set(ranked[i][: -int(-keep * (i + 1) // 1)]) for i in range(n)])
+            for full in range(layer + 1):
+                for i, row in enumerate(blocks):
+                    lost[full] += (1 - sum(row[j] for j in tables[full][b][i]) / sum(row)) / (2 * n)
+        assert found.value.tolist() == pytest.approx(lost, abs=1e-6)

@@ -75,3 +75,7 @@ def test_scores_and_weights_are_divided(tau: float) -> None:
             assert found.q_bias is None
         else:
             assert close_model(found.q_bias, own * (1 / tau))
+
+
+def test_it_is_idle_at_a_temperature_of_one() -> None:
+    assert [TempScale(tau).idle(Bare().call) for tau in (0.5, 1.0, 2.0)] == [False, True, False]

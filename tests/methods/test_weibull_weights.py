@@ -42,7 +42,7 @@ def test_tails_do_not_count() -> None:
 def test_zeros_are_left_out_and_equal_weights_have_no_shape() -> None:
     x = torch.randn(50_000)
     assert close(WeibullWeights().line(torch.cat([x, torch.zeros(9_000)])), WeibullWeights().line(x))
-    for alike in (torch.ones(100), torch.zeros(100)):
+    for alike in (torch.ones(100), -0.3 * torch.ones(100), torch.zeros(100)):
         found = WeibullWeights().line(alike)
         assert found.shape == (3,)
         assert found.isnan().all()

@@ -61,8 +61,6 @@ class WeibullWeights(Weights):
             x = x[x > 0]
         x = x.log()
         low, high = (float(end) for end in x.aminmax()) if len(x) else (0.0, 0.0)
-        if not high > low:
-            return torch.full((3,), float("nan"), dtype=torch.float64)
         count = torch.histc(x, BINS, low, high).double()
         center = low + (torch.arange(BINS, dtype=torch.float64, device=x.device) + 0.5) * (high - low) / BINS
         below = (count.cumsum(0) - count / 2) / count.sum()
@@ -70,7 +68,8 @@ class WeibullWeights(Weights):
         body = (below >= margin) & (below <= 1 - margin) & (count > 0)
         a, b, weight = center[body], (-torch.log1p(-below[body])).log(), count[body] / count[body].sum()
         a0, b0 = (weight * a).sum(), (weight * b).sum()
-        aa, ab, bb = ((weight * u * v).sum() for u, v in ((a - a0, a - a0), (a - a0, b - b0), (b - b0, b - b0)))
+        a, b = a - a0, b - b0
+        aa, ab, bb = ((weight * u * v).sum() for u, v in ((a, a), (a, b), (b, b)))
         shape = ab / aa
         return torch.stack([shape, (a0 - b0 / shape).exp(), ab.square() / (aa * bb)])
 
