@@ -122,9 +122,7 @@ def test_rows_are_numbered_without_those_of_earlier_calls() -> None:
     assert set(rows) == {(0, 2)}
 
 
-@pytest.mark.parametrize(
-    "stack", [Neighbours(3), Neighbours(2) | Neighbours(3), Narrow() | Neighbours(4)], ids=repr
-)
+@pytest.mark.parametrize("stack", [Neighbours(3), Neighbours(2) | Neighbours(3), Narrow() | Neighbours(4)], ids=repr)
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 def test_rows_above_go_with_the_cache(stack: Method, backend: str) -> None:
     """Token by token, in chunks, with left padding and with rows swapped in between: as the whole text at once."""
