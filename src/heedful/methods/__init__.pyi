@@ -29,6 +29,7 @@ from heedful.methods.mechanisms.local.dynamic_conv import DynamicConv as Dynamic
 from heedful.methods.mechanisms.local.light_conv import LightConv as LightConv
 from heedful.methods.mechanisms.normalise.clipped_softmax import ClippedSoftmax as ClippedSoftmax
 from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention as SigmoidAttention
+from heedful.methods.mechanisms.routed.dynamic_mask_attention import DynamicMaskAttention as DynamicMaskAttention
 from heedful.methods.mechanisms.routed.mixture_of_heads import MixtureOfHeads as MixtureOfHeads
 from heedful.methods.mechanisms.score.multi_token_attention import MultiTokenAttention as MultiTokenAttention
 from heedful.methods.observe.attention_profile import AttentionProfile as AttentionProfile
