@@ -168,7 +168,7 @@ def test_a_page_needs_nothing_from_outside():
     assert "@import" not in text
     assert "url(" not in embedded_style(text)
     for name in ("page.js", "tokens.js"):
-        assert not re.search(r"\bfetch\(|XMLHttpRequest|\bimport\(", page._asset(name))
+        assert not re.search(r"\bfetch\(|XMLHttpRequest|\bimport\(", page.asset(name))
 
 
 def embedded_style(text: str) -> str:
