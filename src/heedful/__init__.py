@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "ablate": "heedful.explaining.ablation",
     "attach": "heedful.api",
     "fit": "heedful.api",
     "fold": "heedful.folding",
@@ -58,6 +59,7 @@ __all__ = [
     "Site",
     "Stack",
     "Task",
+    "ablate",
     "arrange",
     "attach",
     "authoring",
@@ -112,6 +114,7 @@ if TYPE_CHECKING:
     from heedful.diagnosis.run import diagnose
     from heedful.engine.run import Run
     from heedful.engine.select import explain
+    from heedful.explaining.ablation import ablate
     from heedful.explaining.attention_patterns import patterns
     from heedful.folding import fold
     from heedful.tasks.task import Item, Task

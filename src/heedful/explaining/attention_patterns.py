@@ -20,6 +20,7 @@ from heedful.core.method import Method, Part
 from heedful.core.sites import Site, reads
 from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Cat, Statistic
+from heedful.explaining.aim import fed, spelled
 from heedful.models import Loaded
 
 if TYPE_CHECKING:
@@ -118,25 +119,6 @@ class _Whole(Method):
         return Cat.of(f"{call.rows.start or 0:09d}", whole)
 
 
-def _inputs(model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
-    """What the model is called with."""
-    device = next(model.parameters()).device
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise FieldError(
-                "patterns()", "tokenizer", None, "is needed for a text", "AutoTokenizer.from_pretrained(...)"
-            )
-        text = tokenizer(text, return_tensors="pt")
-    if isinstance(text, Mapping):
-        found = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in text.items()}
-    else:
-        ids = torch.as_tensor(text, device=device)
-        found = {"input_ids": ids[None] if ids.ndim == 1 else ids}
-    if model.config.is_encoder_decoder and "input_ids" in found:
-        found.setdefault("decoder_input_ids", found["input_ids"])
-    return found
-
-
 @torch.no_grad()
 def patterns(
     model: nn.Module | Loaded,
@@ -154,7 +136,7 @@ def patterns(
     """
     given = model if isinstance(model, Loaded) else Loaded(unwrapped(model), None, "")
     words = getattr(tokenizer or given.tokenizer, "tokenizer", tokenizer or given.tokenizer)
-    inputs = _inputs(given.model, text, words)
+    inputs = fed("patterns()", given.model, text, words)
     ids = inputs.get("input_ids")
     tokens = 0 if ids is None else ids.shape[-1]
     wanted: dict[int, list[int]] = {}
@@ -174,10 +156,4 @@ def patterns(
         given.model.train(was_training)
     maps = {layer: torch.cat(stat.value, 1) for layer, stat in sorted(found.items())}
     named = {layer: wanted.get(layer) or list(range(len(x))) for layer, x in maps.items()}
-    return Patterns(_spelled(ids, words), maps, named)
-
-
-def _spelled(ids: Tensor | None, words: Any) -> list[str]:
-    if ids is None:
-        return []
-    return [f"{i} " for i in ids[0].tolist()] if words is None else list(words.batch_decode(ids[0][:, None]))
+    return Patterns([] if ids is None else spelled(ids[0], words), maps, named)

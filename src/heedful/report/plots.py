@@ -106,6 +106,8 @@ def grid(figure: Grid) -> go.Figure:
         y=list(figure.rows),
         customdata=_array(values) if figure.log else None,
         colorbar=bar,
+        text=figure.text,
+        texttemplate=None if figure.text is None else "%{text}",
         hovertemplate=f"{figure.row_label} %{{y}}, {figure.column_label} %{{x}}<br>"
         f"<b>%{{{'customdata' if figure.log else 'z'}:{number}}}</b>{suffix(figure.unit)}<extra></extra>",
         hoverongaps=False,
