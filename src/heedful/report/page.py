@@ -111,8 +111,8 @@ def _facts(facts: Any) -> list[tuple[str, str]]:
         of = f" in {texts} text{'s' if texts != 1 else ''}" if isinstance(texts, int) else ""
         out.append(("read", f"{_short(facts['tokens'])} tokens{of}"))
     seconds = facts.get("seconds") or {}
-    if "text" in seconds:
-        out.append(("time", f"{seconds['text']:.3g} s"))
+    if seconds:
+        out.append(("time", f"{sum(seconds.values()):.3g} s"))
     if "date" in facts:
         out.append(("on", str(facts["date"])[:10]))
     return out
@@ -161,6 +161,7 @@ def _content(profile: data.Shown) -> tuple[dict[str, Any], dict[str, Any], str]:
         "more": more(profile.facts),
         "findings": findings,
         "roles": roles,
+        "role_map": data.role_map(roles, profile.facts),
         "acting": [entry(name) for name in acting],
         "measures": _measures(told),
         "kinds": by_kind(figures),
