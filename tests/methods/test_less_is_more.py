@@ -15,7 +15,7 @@ from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-from heedful.core.mask import Causal, Mask, Padding, Window
+from heedful.core.mask import Blocks, Causal, Mask, Padding, Window
 from heedful.core.positions import Positions
 from heedful.methods import LessIsMore
 
@@ -118,6 +118,19 @@ def test_what_a_mask_hides_takes_nobodys_room() -> None:
     method.share(narrow.mask, narrow)
     wide = replace(bare.call, layer=1)
     assert int(_kept(method.share(wide.mask, wide), wide).sum()) == 9, "fewer candidates than room"
+
+
+@pytest.mark.parametrize("n", [N, 70])
+def test_blocks_of_other_methods_say_what_is_hidden(n: int) -> None:
+    """Every other block of four, the last one cut short: a query takes its room from these alone."""
+    bare = _bare(Shape(b=1, q=n, k=n))
+    block = torch.arange(-(-n // 4))
+    table = (block[:, None] - block) % 2 == 0
+    call = replace(bare.call, mask=Mask((Causal(), Blocks(table[None, None], 4))))
+    kept = _kept(_shared(LessIsMore(6, 0.0, 0, (0,)), call), call)[0, 0]
+    open_ = [[j for j in range(i + 1) if (i // 4 - j // 4) % 2 == 0] for i in range(n)]
+    assert all(set(row.nonzero().flatten().tolist()) <= set(free) for row, free in zip(kept, open_, strict=True))
+    assert kept.sum(-1).tolist() == [min(6, len(free)) for free in open_]
 
 
 def test_tiles_ask_for_their_own_rows_and_empty_columns_are_nobodys() -> None:

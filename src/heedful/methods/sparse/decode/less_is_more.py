@@ -78,7 +78,7 @@ class LessIsMore(Method):
 
     def _seen(self, mask: Mask, call: Call, rows: slice) -> Tensor:
         """Which tokens some queries see in the layers to come, `[b r n]` by index."""
-        part = call.tile(rows, slice(0, len(call.keys)))
+        part = call.tile(slice(rows.start, min(rows.stop, len(call.queries))), slice(0, len(call.keys)))
         scores = _by_index(_scores(part), mask, part)  # [b h r n]
         place = torch.arange(scores.shape[-1], device=scores.device) - (part.queries.index - part.q_pos)[:, 0, :, None]
         length = (part.q_pos[:, 0] + 1).clamp(min=1)  # [b|1 r]
