@@ -19,6 +19,7 @@ _HOMES = {
     "fold": "heedful.folding",
     "operate": "heedful.api",
     "arrange": "heedful.api",
+    "load": "heedful.saving",
     "decode": "heedful.text_models",
     "diagnose": "heedful.diagnosis.run",
     "compare": "heedful.bench.compare",
@@ -72,6 +73,7 @@ __all__ = [
     "find",
     "fit",
     "fold",
+    "load",
     "methods",
     "models",
     "operate",
@@ -114,5 +116,6 @@ if TYPE_CHECKING:
     from heedful.engine.run import Run
     from heedful.engine.select import explain
     from heedful.folding import fold
+    from heedful.saving import load
     from heedful.tasks.task import Item, Task
     from heedful.text_models import decode

@@ -9,7 +9,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from huggingface_hub import constants, try_to_load_from_cache
+from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from heedful.core.errors import ModelError, nearest
+from heedful.core.errors import HeedfulError, ModelError, nearest
 from heedful.tiny import kinds, tiny, tiny_inputs
 
 __all__ = ["Loaded", "default", "encoder", "kinds", "load", "tiny", "tiny_inputs"]
@@ -54,6 +55,9 @@ _READER_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+_UNREADABLE = (
+    OSError, ValueError, ImportError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError,
+)  # fmt: skip
 log = logging.getLogger(__name__)
 
 
@@ -168,14 +172,32 @@ def _installed(package: str, ending: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _pretrained(where: str | Path, name: str, **kw: Any) -> Loaded:
-    hub = {key: kw[key] for key in _HUB_ARGUMENTS if key in kw}
+@contextmanager
+def reading(where: str | Path, name: str) -> Iterator[None]:
+    """No progress bars for local files, and one plain error for all that is wrong with a model's files."""
     try:
         with _quiet(Path(where).is_dir()):
-            config = AutoConfig.from_pretrained(where, **hub)
-            model = getattr(transformers, _auto_class(config)).from_pretrained(where, **kw)
-    except (OSError, ValueError, ImportError) as error:
+            yield
+    except HeedfulError:
+        raise
+    except _UNREADABLE as error:
         raise ModelError(f"{name}: cannot be loaded from {str(where)!r}: {_first_line(error)}") from error
+
+
+def hub_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where files come from."""
+    return {key: given[key] for key in _HUB_ARGUMENTS if key in given}
+
+
+def _pretrained(where: str | Path, name: str, **kw: Any) -> Loaded:
+    from heedful.adapters.saving import saved_with
+
+    hub = hub_arguments(kw)
+    with reading(where, name):
+        config = AutoConfig.from_pretrained(where, **hub)
+        model = getattr(transformers, _auto_class(config)).from_pretrained(where, **kw)
+    if saved := saved_with(model.config):
+        log.warning("%s was saved with %s, and this is the model without it; heedful.load() gives both", name, saved)
     return Loaded(model.eval(), _reader(where, **hub), name)
 
 

@@ -18,15 +18,18 @@ from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import HeldLayer, held_layer
 from heedful.adapters.layers import interface_layers, leftovers, size_of, within
+from heedful.adapters.saving import SavesStack, adopted
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.call import CachedKV, Call, Phase
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
 from heedful.core.method import Layer
 from heedful.core.sites import Site
+from heedful.core.stack import Stack
 from heedful.engine.attend import attend
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends import Backend
 from heedful.engine.backends.tiled import Tiled
+from heedful.engine.learned import PREFIX
 from heedful.engine.needs import Needs
 from heedful.engine.run import Run
 from heedful.engine.select import select
@@ -58,6 +61,7 @@ class TransformersAdapter:
     _added: list[tuple[nn.Module, str]] = field(default_factory=list)
     _calls: WrittenCalls = field(default_factory=WrittenCalls)
     _hooks: Hooks = field(init=False)
+    _saves: SavesStack | None = None
 
     def __post_init__(self) -> None:
         self._modules = interface_layers(self.model)
@@ -90,13 +94,16 @@ class TransformersAdapter:
     def sizes(self) -> tuple[Layer, ...]:
         return tuple(size_of(self.model, name, i) for i, name in enumerate(self._names))
 
+    def adopted(self, stack: Stack) -> int:
+        return adopted(self.model, stack, self.only)
+
     def carried(self) -> set[tuple[int, str]]:
         """Parameters that an earlier run left in the served layers, as a copy of an attached model has them."""
         return {
             (i, key)
             for i, name in enumerate(self._names)
             for key, _ in self.model.get_submodule(name).named_parameters(recurse=False)
-            if key.startswith("heedful_")
+            if key.startswith(PREFIX)
         }
 
     def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter:
@@ -162,6 +169,8 @@ class TransformersAdapter:
             if run.stack.touches(Site.RESIDUAL):
                 hooks.after_blocks(self.model, served)
             hooks.forwards(self.model)
+            self._saves = SavesStack(run, self.model, self.only)
+            self._saves.begin()
             self._calls.lead_past(self.model)
         except BaseException:
             self.remove()
@@ -184,6 +193,8 @@ class TransformersAdapter:
 
     def remove(self) -> None:
         self._calls.undo()
+        if self._saves is not None:
+            self._saves.end()
         if hasattr(self, "_hooks"):  # an attach may end before it has any
             self._hooks.remove()
         for config, name in self._restore:
