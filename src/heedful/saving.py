@@ -18,7 +18,6 @@ from heedful.adapters.transformers import adapt
 from heedful.api import attach
 from heedful.catalogue import named
 from heedful.core.errors import HeedfulError, ModelError
-from heedful.core.method import Method, Scoped
 from heedful.core.regions import Span
 from heedful.core.spelling import built
 from heedful.core.stack import Stack
@@ -67,8 +66,7 @@ def _stack(folder: str | Path, saved: Saved, more: Mapping[str, Any]) -> Stack:
             )  # fmt: skip
     try:
         tensors = kept(Path(path)) if path and Path(path).is_file() else {}
-        parts = [built(part, named, tensors) for part in saved.parts]
-        return Stack(tuple(part for part in parts if isinstance(part, Method | Scoped)))
+        return Stack(tuple(built(part, named, tensors) for part in saved.parts))  # type: ignore[misc]  # it looks
     except HeedfulError as error:
         raise ModelError(f"{folder}: the stack that it was saved with cannot be built: {error}") from error
 
@@ -76,8 +74,12 @@ def _stack(folder: str | Path, saved: Saved, more: Mapping[str, Any]) -> Stack:
 def _class_of(config: Any) -> type[PreTrainedModel]:
     """transformers' class of the name that a config gives."""
     for name in config.architectures or ():
-        kind: Any = getattr(transformers, str(name), None)
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.config_class is type(config):
+        kind = getattr(transformers, str(name), None)
+        if (
+            isinstance(kind, type)
+            and issubclass(kind, PreTrainedModel)
+            and getattr(kind, "config_class", None) is type(config)
+        ):
             return kind
     raise ModelError(
         f"transformers has no class {', '.join(map(str, config.architectures or ()))!r} for a {type(config).__name__}; "

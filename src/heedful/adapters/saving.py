@@ -87,9 +87,8 @@ class SavesStack:
     _before: Any = None
 
     def begin(self) -> None:
-        found = vars(self.model).get(SAVE)
-        if found is not self:
-            self._before = found
+        if self.run.stack:
+            self._before = vars(self.model).get(SAVE)
             vars(self.model)[SAVE] = self
 
     def end(self) -> None:
@@ -107,13 +106,13 @@ class SavesStack:
         self, save_directory: Any, is_main_process: bool = True, state_dict: dict[str, Any] | None = None, **more: Any
     ) -> Any:
         stack, model = self.run.stack, self.model
+        save = self._before or type(model).save_pretrained.__get__(model)
         told = {"format": FORMAT, "only": self.only and list(self.only), "parts": [spelled(part) for part in stack]}
         if not any(self.run.state.params.values()):
             weights = model.state_dict() if state_dict is None else state_dict
             state_dict = {**weights, MARK: torch.zeros(0, dtype=torch.uint8)}
         if is_main_process:
             _keep(Path(save_directory), [x for part in stack for x in fitted_in(part)])
-        save = self._before or type(model).save_pretrained.__get__(model)
         before = getattr(model.config, KEY, None)
         setattr(model.config, KEY, told)
         try:
