@@ -359,7 +359,9 @@ def test_a_model_without_the_stack_it_was_saved_with_is_not_edited(tmp_path: Pat
         model.save_pretrained(tmp_path)
     plain = models.load(tmp_path).model
     for verb in (lambda: fold(plain, TempScale(0.5)), lambda: operate(plain, PruneHeads(groups=((0, 0),)))):
-        with pytest.raises(RefusedModel, match=r"was saved with TempScale attached, and (fold|operate)\(\) edits the we"):
+        with pytest.raises(
+            RefusedModel, match=r"was saved with TempScale attached, and (fold|operate)\(\) edits the we"
+        ):
             verb()
     del plain.config.heedful
     fold(plain, TempScale(0.5)).save_pretrained(tmp_path)

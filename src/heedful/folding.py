@@ -55,8 +55,8 @@ def rewritten(
         raise FieldError(verb, "model", type(model).__name__, rule, f"{verb.removesuffix('()')}(model, PruneHeads())")
     if saved := saved_with(model.config):
         raise RefusedModel(
-            f"{type(model).__name__} was saved with {saved} attached, and {verb} edits the weights alone; where that is "
-            "what you want, del model.config.heedful"
+            f"{type(model).__name__} was saved with {saved} attached, and {verb} edits the weights alone; where that "
+            "is what you want, del model.config.heedful"
         )
     if missing := absent(model):
         raise RefusedModel(

@@ -23,7 +23,7 @@ from heedful.core.spelling import built
 from heedful.core.stack import Stack
 from heedful.engine.learned import PREFIX, learned
 from heedful.engine.run import Run
-from heedful.models import hub_arguments, reading
+from heedful.models import hub_arguments, reading, require_there
 
 
 def load(
@@ -39,16 +39,19 @@ def load(
     `run.model` is the model with what it learned; saved again, it is saved with its stack again. The folder may be a
     hub id, and `kind` is the model's class where transformers has none of its name.
     """
+    hub = hub_arguments(folder, more)
+    if not Path(folder).is_dir():
+        require_there(str(folder), **more)
     with reading(folder, str(folder)):
-        config = AutoConfig.from_pretrained(folder, **hub_arguments(more))
+        config = AutoConfig.from_pretrained(folder, **hub)
     if (saved := saved_with(config)) is None:
         raise ModelError(
             f"{folder} was saved without a stack; load it with heedful.models.load() or transformers, and attach() one"
         )
-    stack = _stack(folder, saved, more)
+    stack = _stack(folder, saved, hub)
     kind = kind or _class_of(config)
     with reading(folder, str(folder)):
-        model, found = _with_room(kind, stack, saved).from_pretrained(folder, **more, output_loading_info=True)
+        model, found = _with_room(kind, stack, saved).from_pretrained(folder, **more | hub, output_loading_info=True)
     model.__class__ = kind
     for odd, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds")):
         if names := sorted(name for name in found[odd] if PREFIX in name):
@@ -57,12 +60,12 @@ def load(
     return attach(model, stack, only=saved.only, backend=backend, roles=roles)
 
 
-def _stack(folder: str | Path, saved: Saved, more: Mapping[str, Any]) -> Stack:
+def _stack(folder: str | Path, saved: Saved, hub: Mapping[str, Any]) -> Stack:
     path: str | None = str(Path(folder) / TENSORS)
     if not Path(folder).is_dir():
         with reading(folder, str(folder)):
             path = cached_file(
-                folder, TENSORS, _raise_exceptions_for_missing_entries=False, **hub_arguments(more)
+                folder, TENSORS, _raise_exceptions_for_missing_entries=False, **hub
             )  # fmt: skip
     try:
         tensors = kept(Path(path)) if path and Path(path).is_file() else {}
