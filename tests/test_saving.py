@@ -229,6 +229,12 @@ def test_what_no_file_can_hold_is_refused_before_anything_is_written(model: Any,
     assert not (tmp_path / "new").exists()
 
 
+def test_nothing_is_left_behind_on_the_way_to_a_hub(model: Any, tmp_path: Path) -> None:
+    with attach(model, steering()), pytest.raises(FieldError, match="would leave heedful.safetensors behind"):
+        model.save_pretrained(tmp_path / "new", push_to_hub=True)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_folder_that_cannot_be_made_is_one_plain_error(model: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with attach(model, steering()), pytest.raises(WriteError, match="cannot write to"):

@@ -6,11 +6,13 @@ checkpoint, a hub, and back. What a stack learned is among the model's weights; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from heedful.core.errors import FieldError, ModelError
@@ -78,50 +80,89 @@ def _is(part: Part, spelling: dict[str, Any]) -> bool:
 
 
 @dataclass(eq=False)
-class SavesStack:
-    """A model's `save_pretrained` as long as a run is attached."""
+class _Takes:
+    """Stands for a module's `save_pretrained` as long as a run is attached; in a copy of the module, for the copy's."""
 
     run: Run
-    model: PreTrainedModel
-    only: tuple[str, ...] | None
-    _before: Any = None
+    module: nn.Module
+    before: Any = None
 
     def begin(self) -> None:
-        if self.run.stack:
-            self._before = vars(self.model).get(SAVE)
-            vars(self.model)[SAVE] = self
+        self.before = vars(self.module).get(SAVE)
+        vars(self.module)[SAVE] = self
 
     def end(self) -> None:
-        if vars(self.model).get(SAVE) is not self:
+        if vars(self.module).get(SAVE) is not self:
             return
-        if self._before is None:
-            del vars(self.model)[SAVE]
+        if self.before is None:
+            del vars(self.module)[SAVE]
         else:
-            vars(self.model)[SAVE] = self._before
+            vars(self.module)[SAVE] = self.before
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SavesStack:
-        return SavesStack(self.run, memo.get(id(self.model), self.model), self.only, self._before)
+    def own(self, *args: Any, **more: Any) -> Any:
+        """What the module does of itself."""
+        kind: Any = type(self.module)
+        return self.before(*args, **more) if self.before else kind.save_pretrained(self.module, *args, **more)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return replace(self, module=memo.get(id(self.module), self.module))
+
+
+@dataclass(eq=False)
+class SavesStack(_Takes):
+    """A model's `save_pretrained`, which writes the stack too."""
+
+    only: tuple[str, ...] | None = None
 
     def __call__(
         self, save_directory: Any, is_main_process: bool = True, state_dict: dict[str, Any] | None = None, **more: Any
     ) -> Any:
-        stack, model = self.run.stack, self.model
-        save = self._before or type(model).save_pretrained.__get__(model)
+        stack, model = self.run.stack, self.module
         told = {"format": FORMAT, "only": self.only and list(self.only), "parts": [spelled(part) for part in stack]}
+        tensors = [x for part in stack for x in fitted_in(part)]
+        if tensors and more.get("push_to_hub"):
+            rule = f"would leave {TENSORS} behind; save to a folder, and then model.push_to_hub(...)"
+            raise FieldError("save_pretrained()", "push_to_hub", True, rule, False)
         if not any(self.run.state.params.values()):
             weights = model.state_dict() if state_dict is None else state_dict
             state_dict = {**weights, MARK: torch.zeros(0, dtype=torch.uint8)}
         if is_main_process:
-            _keep(Path(save_directory), [x for part in stack for x in fitted_in(part)])
-        before = getattr(model.config, KEY, None)
-        setattr(model.config, KEY, told)
+            _keep(Path(save_directory), tensors)
+        config: Any = model.config
+        before = getattr(config, KEY, None)
+        setattr(config, KEY, told)
         try:
-            return save(save_directory, is_main_process=is_main_process, state_dict=state_dict, **more)
+            return self.own(save_directory, is_main_process=is_main_process, state_dict=state_dict, **more)
         finally:
+            self.run.state.saves += 1
             if before is None:
-                delattr(model.config, KEY)
+                delattr(config, KEY)
             else:
-                setattr(model.config, KEY, before)
+                setattr(config, KEY, before)
+
+
+@dataclass(eq=False)
+class SavesItself(_Takes):
+    """The `save_pretrained` of what stands around a model, which may leave the model out, as PEFT does."""
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        before = self.run.state.saves
+        out = self.own(*args, **more)
+        if self.run.state.saves == before:
+            warnings.warn(
+                f"{type(self.module).__name__} saved what is its own, without {self.run.stack!r} and what that "
+                "learned; save the transformers model in it as well, with its own save_pretrained",
+                stacklevel=2,
+            )
+        return out
+
+
+def takes_saving(run: Run, model: PreTrainedModel, only: tuple[str, ...] | None) -> list[_Takes]:
+    """Whatever stands for somebody's `save_pretrained` while a run is attached."""
+    if not run.stack:
+        return []
+    around = run.model is not model and hasattr(type(run.model), SAVE)
+    return [SavesStack(run, model, only=only)] + ([SavesItself(run, run.model)] if around else [])
 
 
 def _keep(folder: Path, tensors: list[Fitted]) -> None:

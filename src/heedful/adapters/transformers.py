@@ -18,7 +18,7 @@ from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import HeldLayer, held_layer
 from heedful.adapters.layers import interface_layers, leftovers, size_of, within
-from heedful.adapters.saving import SavesStack, adopted
+from heedful.adapters.saving import adopted, takes_saving
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.call import CachedKV, Call, Phase
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
@@ -61,7 +61,7 @@ class TransformersAdapter:
     _added: list[tuple[nn.Module, str]] = field(default_factory=list)
     _calls: WrittenCalls = field(default_factory=WrittenCalls)
     _hooks: Hooks = field(init=False)
-    _saves: SavesStack | None = None
+    _saves: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._modules = interface_layers(self.model)
@@ -115,6 +115,8 @@ class TransformersAdapter:
             if have.shape != start.shape:
                 rule = f"is what {path} carries of an earlier run, and must have the shape that the method asks for"
                 raise FieldError("attach()", name, tuple(have.shape), rule, tuple(start.shape))
+            if have.is_meta:
+                raise RefusedModel(f"{name} is offloaded with {path}, and heedful reads it there; load without offload")
             return have
         if self.shared:
             raise RefusedModel(
@@ -169,8 +171,9 @@ class TransformersAdapter:
             if run.stack.touches(Site.RESIDUAL):
                 hooks.after_blocks(self.model, served)
             hooks.forwards(self.model)
-            self._saves = SavesStack(run, self.model, self.only)
-            self._saves.begin()
+            self._saves = takes_saving(run, self.model, self.only)
+            for takes in self._saves:
+                takes.begin()
             self._calls.lead_past(self.model)
         except BaseException:
             self.remove()
@@ -193,8 +196,8 @@ class TransformersAdapter:
 
     def remove(self) -> None:
         self._calls.undo()
-        if self._saves is not None:
-            self._saves.end()
+        for takes in self._saves:
+            takes.end()
         if hasattr(self, "_hooks"):  # an attach may end before it has any
             self._hooks.remove()
         for config, name in self._restore:
