@@ -180,15 +180,10 @@ def test_a_wrapper_that_leaves_the_model_out_is_told(tmp_path: Path) -> None:
         whole.save_pretrained(tmp_path / "whole")
     for name in ("copy", "whole"):
         assert load(tmp_path / name).stack == run.stack
-    with (
-        attach(part, GatedHeads()),
-        pytest.warns(UserWarning, match="Adapter saved what is its own, without GatedHeads"),
-    ):
-        part.save_pretrained(tmp_path)
-    with (
-        attach(part, GatedHeads()),
-        pytest.warns(UserWarning, match="Adapter saved what is its own, without GatedHeads"),
-    ):
-        copy.deepcopy(part).save_pretrained(tmp_path)
+    told = "Adapter saved what is its own, without GatedHeads"
+    with attach(part, GatedHeads()):
+        for module in (part, copy.deepcopy(part)):
+            with pytest.warns(UserWarning, match=told):
+                module.save_pretrained(tmp_path)
     assert (tmp_path / "adapter").exists()
     assert "save_pretrained" not in vars(whole) | vars(part)
