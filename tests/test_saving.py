@@ -166,6 +166,18 @@ def test_a_part_of_a_model_and_many_files(tmp_path: Path) -> None:
         assert again.layer_names == tuple(only)
 
 
+@pytest.mark.parametrize("stack", [GatedHeads(), "steered"], ids=str)
+def test_a_hub_keeps_it_as_a_folder_does(stack: Any, tmp_path: Path) -> None:
+    copied = tmp_path / "models--some--body"  # as the hub's cache lays it out
+    wanted = saved(copied / "snapshots" / "0", steering() if stack == "steered" else stack)
+    (copied / "refs").mkdir()
+    (copied / "refs" / "main").write_text("0")
+    with load("some/body", cache_dir=tmp_path, trust_remote_code=False) as run:
+        assert torch.equal(logits(run), wanted)
+    with pytest.raises(ModelError, match="'some/body' is no file, no folder"):
+        load("some/body")
+
+
 def test_a_class_of_ones_own_is_named(model: Any, tmp_path: Path) -> None:
     class Mine(LlamaForCausalLM):
         pass

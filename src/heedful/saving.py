@@ -63,10 +63,9 @@ def load(
 def _stack(folder: str | Path, saved: Saved, hub: Mapping[str, Any]) -> Stack:
     path: str | None = str(Path(folder) / TENSORS)
     if not Path(folder).is_dir():
+        where = {key: x for key, x in hub.items() if key != "trust_remote_code"}
         with reading(folder, str(folder)):
-            path = cached_file(
-                folder, TENSORS, _raise_exceptions_for_missing_entries=False, **hub
-            )  # fmt: skip
+            path = cached_file(folder, TENSORS, _raise_exceptions_for_missing_entries=False, **where)
     try:
         tensors = kept(Path(path)) if path and Path(path).is_file() else {}
         return Stack(tuple(built(part, named, tensors) for part in saved.parts))  # type: ignore[misc]  # it looks
