@@ -20,6 +20,7 @@ _HOMES = {
     "fold": "heedful.folding",
     "operate": "heedful.api",
     "arrange": "heedful.api",
+    "load": "heedful.saving",
     "decode": "heedful.text_models",
     "diagnose": "heedful.diagnosis.run",
     "compare": "heedful.bench.compare",
@@ -73,6 +74,7 @@ __all__ = [
     "explaining",
     "fit",
     "fold",
+    "load",
     "methods",
     "models",
     "operate",
@@ -117,5 +119,6 @@ if TYPE_CHECKING:
     from heedful.explaining.ablation import ablate
     from heedful.explaining.attention_patterns import patterns
     from heedful.folding import fold
+    from heedful.saving import load
     from heedful.tasks.task import Item, Task
     from heedful.text_models import decode
