@@ -71,6 +71,7 @@ def test_means_are_of_the_keys_that_a_head_still_holds() -> None:
     held = torch.rand(1, 2, 18, generator=torch.Generator().manual_seed(1)) < 0.6
     held[0, 0, 4:8] = False  # nothing left of a block
     held[..., -3:] = True
+    held[..., 0] = True  # the first token counts like any other
     whole = Positions.row(0, 18)
     bare.call = replace(bare.call, keys=Positions(whole.index, whole.position, is_filled=held))
     assert close(bare.run(MoBA(SIZE, 3), "reference")[0], by_hand(bare, 3, held=held))
