@@ -49,6 +49,7 @@ from heedful.methods.sparse.cache.knorm import KNorm as KNorm
 from heedful.methods.sparse.cache.q_filters import QFilters as QFilters
 from heedful.methods.sparse.cache.razor_attention import RazorAttention as RazorAttention
 from heedful.methods.sparse.cache.snap_kv import SnapKV as SnapKV
+from heedful.methods.sparse.cache.tova import TOVA as TOVA
 from heedful.methods.sparse.decode.loki import Loki as Loki
 from heedful.methods.sparse.decode.token_select import TokenSelect as TokenSelect
 from heedful.methods.sparse.prefill.flex_prefill import FlexPrefill as FlexPrefill
