@@ -42,7 +42,12 @@ def rooms(budget: Budget, tokens: Tensor) -> Tensor:
 
 def room(budget: Budget, call: Call) -> Tensor:
     """CachedKV that each head of each text may hold after this call, `[b|1 1 1]`."""
-    return rooms(budget, _end(call) + 1)
+    return rooms(budget, length(call))
+
+
+def length(call: Call) -> Tensor:
+    """How many tokens each text has so far, this call's included, `[b|1 1 1]`."""
+    return _end(call) + 1
 
 
 def _end(call: Call) -> Tensor:

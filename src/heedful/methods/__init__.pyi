@@ -46,6 +46,7 @@ from heedful.methods.observe.weibull_weights import WeibullWeights as WeibullWei
 from heedful.methods.sparse.cache.duo_attention import DuoAttention as DuoAttention
 from heedful.methods.sparse.cache.heavy_hitter import HeavyHitter as HeavyHitter
 from heedful.methods.sparse.cache.knorm import KNorm as KNorm
+from heedful.methods.sparse.cache.pyramid_kv import PyramidKV as PyramidKV
 from heedful.methods.sparse.cache.q_filters import QFilters as QFilters
 from heedful.methods.sparse.cache.razor_attention import RazorAttention as RazorAttention
 from heedful.methods.sparse.cache.snap_kv import SnapKV as SnapKV
