@@ -32,8 +32,8 @@ CLAIM = Claim(
     paper_number="all of the full cache's performance at 12% of it; 20.5 points more than others on TREC at "
     "0.7% (abstract)",
     setup="SmolLM2-135M, six towns' numbers strewn over some 350 tokens of prose, one of them asked for at the end, "
-    f"the cache cut to {BUDGET} entries of the average layer ({WINDOW} of them the window), and the loss of the answer's"
-    " digits, against SnapKV, which has the same votes and as many entries in each layer.",
+    f"the cache cut to {BUDGET} entries of the average layer ({WINDOW} of them the window), and the loss of the "
+    "answer's digits, against SnapKV, which has the same votes and as many entries in each layer.",
     effect="nats of loss per digit that the pyramid saves at equal memory",
     measure=measure,
     seeds=8,
