@@ -24,5 +24,6 @@ __all__ = [
     "Finding", "First", "FitContext", "Fitted", "Grid", "HeadMap", "HeadWeights", "Histogram", "Intervals", "Kept",
     "Layer", "Listing", "Mask", "Max", "Mean", "Method", "Paper", "Part", "Phase", "Probe", "Prompt", "Reader",
     "Readings", "Region", "Reweight", "Role", "Rule", "Scatter", "ScoredCache", "Site", "SiteError", "Stack",
-    "Statistic", "Sum", "Summary", "Surgery", "Tokens", "TopK", "Where", "Window", "at", "penalises", "reads", "reweights", "sums",
+    "Statistic", "Sum", "Summary", "Surgery", "Tokens", "TopK", "Where", "Window", "at", "penalises", "reads",
+    "reweights", "sums",
 ]  # fmt: skip
