@@ -272,7 +272,8 @@ class RunState:
         have = self.calls.get(call.layer)
         size = len(call.queries) * len(call.keys)
         if have is None or size >= len(have.queries) * len(have.keys):
-            self.calls[call.layer] = replace(call, hidden=None, rotate=None, query=None, key=None, value=None)
+            tensors = ("hidden", "rotate", "query", "key", "value", "bias")
+            self.calls[call.layer] = replace(call, **dict.fromkeys(tensors))
 
     def look_for_nan(self, layer: int, x: Tensor) -> None:
         if not x.numel():

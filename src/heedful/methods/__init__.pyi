@@ -48,12 +48,17 @@ from heedful.methods.observe.secondary_sinks import SecondarySinks as SecondaryS
 from heedful.methods.observe.sink_rate import SinkRate as SinkRate
 from heedful.methods.observe.systematic_outliers import SystematicOutliers as SystematicOutliers
 from heedful.methods.observe.weibull_weights import WeibullWeights as WeibullWeights
+from heedful.methods.sparse.cache.ada_kv import AdaKV as AdaKV
 from heedful.methods.sparse.cache.duo_attention import DuoAttention as DuoAttention
 from heedful.methods.sparse.cache.heavy_hitter import HeavyHitter as HeavyHitter
+from heedful.methods.sparse.cache.kivi import KIVI as KIVI
 from heedful.methods.sparse.cache.knorm import KNorm as KNorm
+from heedful.methods.sparse.cache.pyramid_kv import PyramidKV as PyramidKV
 from heedful.methods.sparse.cache.q_filters import QFilters as QFilters
 from heedful.methods.sparse.cache.razor_attention import RazorAttention as RazorAttention
 from heedful.methods.sparse.cache.snap_kv import SnapKV as SnapKV
+from heedful.methods.sparse.cache.think import ThinK as ThinK
+from heedful.methods.sparse.cache.tova import TOVA as TOVA
 from heedful.methods.sparse.decode.less_is_more import LessIsMore as LessIsMore
 from heedful.methods.sparse.decode.loki import Loki as Loki
 from heedful.methods.sparse.decode.token_select import TokenSelect as TokenSelect
