@@ -137,7 +137,7 @@ class _Kept(Method):
         return Cat({"heads": heads, "is_text": call.is_text[:, 0].expand(len(heads), -1)})
 
     def answer(self, readings: Readings) -> list[Tensor]:
-        return next(iter(readings.values())).value  # type: ignore[no-any-return]
+        return next(iter(readings.values())).value
 
 
 if __name__ == "__main__":

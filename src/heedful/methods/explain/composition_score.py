@@ -126,7 +126,7 @@ class CompositionScore(Weights):
             ("writer", "component", "reader", "side", "score"),
             [(head_name(*c.writer), c.component, head_name(*c.reader), c.side, f"{c.score:.3f}") for c in strongest],
         )  # fmt: skip
-        findings = ()
+        findings: tuple[Finding, ...] = ()
         if strongest:
             first = strongest[0]
             text = (

@@ -66,7 +66,7 @@ class MAPS(Weights):
         source, target = torch.tensor(pairs, device=words.embedding.device).T
         x, out = words.embedding[source], words.unembedding.float()
         moved = _first_layer(context, x)
-        found = {}
+        found: dict[str, Tensor] = {}
         for layer in context.layers:
             weights = context.weights(layer.number)
             given = (x if layer.number == 0 else moved).float()
@@ -142,7 +142,7 @@ class _Alone(Method):
         return Cat.of("residual", residual)
 
     def answer(self, readings: Readings) -> Tensor:
-        return readings[0].value[0][:, 0]  # type: ignore[no-any-return]
+        return readings[0].value[0][:, 0]
 
 
 @torch.no_grad()
@@ -151,7 +151,7 @@ def _first_layer(context: FitContext, x: Tensor) -> Tensor:
     part = _Alone(Fitted({"x": x[:, None]})).on(layers=0)
     with context.attach(part) as run:
         run(input_ids=torch.zeros(len(x), 1, dtype=torch.long, device=x.device))
-        return run[part] - x  # type: ignore[no-any-return]
+        return run[part] - x
 
 
 if __name__ == "__main__":
