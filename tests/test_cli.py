@@ -9,6 +9,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+import heedful
 from heedful.cli.app import app
 from heedful.core.errors import HeedfulError
 
@@ -40,6 +41,16 @@ def test_explain_takes_settings_and_stacks() -> None:
     assert "tiled      possible, but dearer" in text
 
 
+def test_explain_takes_what_compare_takes() -> None:
+    joined = told("explain", "SnapKV|ACT")
+    assert joined == told("explain", "SnapKV", "ACT")
+    assert joined.startswith("SnapKV(")
+
+
+def test_the_version_is_told() -> None:
+    assert told("--version") == f"heedful {heedful.__version__}\n"
+
+
 def test_cite_prints_bibtex_once() -> None:
     assert told("cite", "SinkWindow", "2309.17453").count("@article") == 1
 
@@ -64,6 +75,7 @@ def test_doctor_serves_a_tiny_model() -> None:
         (["explain", "SinkWindow(widow=3)"], r"no such field. Did you mean window\?"),
         (["explain", "SinkWindow(1, 2, 3)"], "takes at most 2 values"),
         (["explain", "SinkWindow(open"], "write it as in Python"),
+        (["explain", "|"], "no method named"),
         (["explain", "PruneHeads"], "is surgery, which needs no backend"),
         (["methods", "zzzz"], "no method mentions 'zzzz'"),
         (["doctor", "tiny:nothing"], "nothing"),
