@@ -2,6 +2,10 @@
 
 from heedful.methods.compress.prune.prune_heads import PruneHeads as PruneHeads
 from heedful.methods.explain.attention_flow import AttentionFlow as AttentionFlow
+from heedful.methods.explain.attention_lens import AttentionLens as AttentionLens
+from heedful.methods.explain.attention_output_sae import AttentionOutputSAE as AttentionOutputSAE
+from heedful.methods.explain.composition_score import CompositionScore as CompositionScore
+from heedful.methods.explain.maps import MAPS as MAPS
 from heedful.methods.explain.patch import Patch as Patch
 from heedful.methods.explain.rollout import AttentionRollout as AttentionRollout
 from heedful.methods.explain.sparse_attention_decomposition import SparseAttentionDecomposition as SparseAttentionDecomposition
