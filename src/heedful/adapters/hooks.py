@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -15,7 +16,7 @@ from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
 from heedful.adapters.compiled import as_written
 from heedful.adapters.grids import Grid, grid_of, patches
-from heedful.adapters.kvcache import hold, serve
+from heedful.adapters.kvcache import hold, serve, tensors_in
 from heedful.adapters.layers import block_of, output_module, within
 from heedful.adapters.lazymask import LazyMask
 from heedful.core.call import Call, Phase
@@ -23,6 +24,7 @@ from heedful.core.errors import FieldError, NotEntered, RefusedModel
 from heedful.core.positions import Positions
 from heedful.core.regions import Span
 from heedful.core.sites import Site
+from heedful.engine import again
 from heedful.engine.attend import replaced
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run import Run
@@ -39,6 +41,7 @@ class Hooks:
     layers: int  # how many are served
     patterns: bool = False  # the caller of this forward wants the patterns back
     _inside: int = 0
+    _graph: bool = False  # gradients may be asked of the forward under way
     _thread: int | None = None  # the one that a forward is under way in
     _parts: dict[nn.Module, str] = field(default_factory=dict)  # the models in the model, by name
     _images: dict[str, tuple[nn.Module, Grid]] = field(default_factory=dict)  # those that read images, and their grids
@@ -79,6 +82,7 @@ class Hooks:
                 )
                 raise FieldError("Run", "thread", get_ident(), rule, self._thread)
             self._thread = get_ident()
+            self._graph = torch.is_grad_enabled()
             self.run.state.new_forward()
             requested = kwargs.get("output_attentions")
             self.patterns = bool(getattr(model.config, "output_attentions", False) if requested is None else requested)
@@ -87,6 +91,12 @@ class Hooks:
     def _ends(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if self._thread != get_ident():
             return None  # a forward that was refused, while another thread's is under way
+        new = self._with_losses(model, kwargs, output)
+        if self.run.state.checkpointed:
+            again.guard(tensors_in(output if new is None else new), self.run.installed)
+        return new
+
+    def _with_losses(self, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         self._inside = max(0, self._inside - 1)
         if not self._inside:
             self._thread = None
@@ -144,6 +154,7 @@ class Hooks:
         bound.cross = any(isinstance(kwargs.get(n), Tensor) for n in _CROSS)
         if bound.number is None:
             return None
+        self._see_checkpoint(bound)
         self.run.state.begin(bound.number, shelf_of(bound.cache))
         serve(bound.cache, getattr(bound.module, "layer_idx", None))
         steps = self.run.stack.steps(bound.number)
@@ -168,6 +179,18 @@ class Hooks:
         if by_name:
             return args, {**kwargs, "hidden_states": bound.hidden}
         return (bound.hidden, *args[1:]), kwargs
+
+    def _see_checkpoint(self, bound: Bound) -> None:
+        """Notice that a layer will be computed again on the way back, or that it is."""
+        run, state = self.run, self.run.state
+        if not state.again:
+            if self._graph and not state.checkpointed and again.expected():
+                run.checkpointed = state.checkpointed = True
+        elif not run.checkpointed:
+            raise NotEntered(
+                f"gradient checkpointing computes {bound.name} again on the way back, and its first pass was not under "
+                "this run; call backward() before you attach"
+            )
 
     def _outline(self, bound: Bound, hidden: Tensor, mask: Any) -> Call:
         """What can be known of a call before its queries are."""

@@ -225,11 +225,11 @@ def cache_bytes(cache: Cache) -> int:
     split = isinstance(cache, EncoderDecoderCache)
     caches = (cache.self_attention_cache, cache.cross_attention_cache) if split else (cache,)
     kept = [list(vars(one)["shelf"].tensors()) for one in caches if "shelf" in vars(one)]
-    found = _tensors([kept, *(vars(layer) for one in caches for layer in one.layers)])
+    found = tensors_in([kept, *(vars(layer) for one in caches for layer in one.layers)])
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}.values())
 
 
-def _tensors(thing: Any) -> Iterator[Tensor]:
+def tensors_in(thing: Any) -> Iterator[Tensor]:
     """Every plain tensor in there; quantised ones may be made of others."""
     if isinstance(thing, Tensor) and is_traceable_wrapper_subclass(thing):
         thing = [getattr(thing, name) for name in thing.__tensor_flatten__()[0]]
@@ -237,7 +237,7 @@ def _tensors(thing: Any) -> Iterator[Tensor]:
         yield thing
     elif isinstance(thing, Mapping | list | tuple):
         for part in thing.values() if isinstance(thing, Mapping) else thing:
-            yield from _tensors(part)
+            yield from tensors_in(part)
 
 
 def hold(cache: Cache, number: int, module_name: str) -> HeldLayer:

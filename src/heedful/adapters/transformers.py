@@ -87,6 +87,10 @@ class TransformersAdapter:
     def layer_names(self) -> tuple[str, ...]:
         return self._names
 
+    @property
+    def installed(self) -> bool:
+        return bool(self._restore)
+
     def sizes(self) -> tuple[Layer, ...]:
         return tuple(size_of(self.model, name, i) for i, name in enumerate(self._names))
 
