@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
@@ -33,6 +33,26 @@ from heedful.engine.stages import stage
 _CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 
 
+class Hook:
+    """A hook of a run, called as it is written; copies and files of the module have one that does nothing."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = as_written(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return NoHook, ()
+
+
+class NoHook:
+    """What is left of a hook in a copy."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
 @dataclass(eq=False)
 class Hooks:
     """The hooks of one run in one model."""
@@ -59,9 +79,14 @@ class Hooks:
         for name, part in model.named_modules():
             if part is model or isinstance(part, PreTrainedModel):
                 self._parts[part] = name
-                self._handles.append(part.register_forward_pre_hook(as_written(self._begins), with_kwargs=True))
-                ends = as_written(self._ends)
+                self._handles.append(part.register_forward_pre_hook(Hook(self._begins), with_kwargs=True))
+                ends = Hook(self._ends)
                 self._handles.append(part.register_forward_hook(ends, with_kwargs=True, always_call=True))
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a forward is under way in this thread."""
+        return self._thread == get_ident()
 
     def _begins(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if (grid := grid_of(model, kwargs)) is not None:
@@ -89,7 +114,7 @@ class Hooks:
         self._inside += 1
 
     def _ends(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if self._thread != get_ident():
+        if not self.under_way:
             return None  # a forward that was refused, while another thread's is under way
         new = self._with_losses(model, kwargs, output)
         if self.run.state.checkpointed:
@@ -141,8 +166,8 @@ class Hooks:
                     "would silently be the unedited model's. Was it compiled or replaced since?"
                 )
 
-        self._handles.append(bound.module.register_forward_pre_hook(as_written(before), with_kwargs=True))
-        self._handles.append(bound.module.register_forward_hook(as_written(after)))
+        self._handles.append(bound.module.register_forward_pre_hook(Hook(before), with_kwargs=True))
+        self._handles.append(bound.module.register_forward_hook(Hook(after)))
 
     def _enter(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         by_name = "hidden_states" in kwargs
@@ -234,7 +259,7 @@ class Hooks:
             self.run.state.close_call(job.plan, call)
             return (args, {**kwargs, "hidden_states": new}) if by_name else ((new, *args[1:]), kwargs)
 
-        self._handles.append(model.get_submodule(name).register_forward_pre_hook(as_written(before), with_kwargs=True))
+        self._handles.append(model.get_submodule(name).register_forward_pre_hook(Hook(before), with_kwargs=True))
 
     # its output projection
 
@@ -265,7 +290,7 @@ class Hooks:
             self.run.state.close_call(job.plan, call)
             return new.reshape(output.shape)
 
-        self._handles.append(found.register_forward_hook(as_written(after)))
+        self._handles.append(found.register_forward_hook(Hook(after)))
 
     # the layer that it stands in
 
@@ -295,4 +320,4 @@ class Hooks:
             new = new.reshape(stream.shape)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
-        self._handles.append(model.get_submodule(name).register_forward_hook(as_written(after)))
+        self._handles.append(model.get_submodule(name).register_forward_hook(Hook(after)))
