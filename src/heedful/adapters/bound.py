@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
@@ -153,9 +154,25 @@ def native(module: nn.Module, implementation: str, request: Request) -> Outcome:
     if mask is None and isinstance(request.mask, LazyMask) and "is_causal" in more and request.q.shape[2] > 1:
         # some modules set the flag where they see no mask, and with us they have always seen one
         more = {**more, "is_causal": request.mask.spec.mask.causal}
-    return function(
-        module, request.q, request.k, request.v, mask, scaling=request.scaling, dropout=request.dropout, **more
-    )
+    with _named(module, implementation):
+        return function(
+            module, request.q, request.k, request.v, mask, scaling=request.scaling, dropout=request.dropout, **more
+        )
+
+
+@contextmanager
+def _named(module: nn.Module, implementation: str) -> Iterator[None]:
+    """The implementation's own name in the config, which all but these two may ask for it."""
+    config: Any = getattr(module, "config", None)
+    if config is None or implementation in ("eager", "sdpa"):
+        yield
+        return
+    name = config._attn_implementation_internal
+    config._attn_implementation_internal = implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = name
 
 
 # a module names its eager function where it looks its attention up; a few have several in one file
