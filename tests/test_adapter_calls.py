@@ -20,6 +20,7 @@ from heedful.core.errors import RefusedModel, SiteError, UnknownArgument
 from heedful.core.mask import Mask, Window
 from heedful.core.method import Method
 from heedful.core.sites import Site, at
+from heedful.methods.sparse.cache.knorm import KNorm
 from heedful.tiny import tiny, tiny_inputs
 
 from .samples import PAPER, Forget, Keep, Scale, Zero
@@ -296,6 +297,20 @@ def test_dynamic_caches_of_the_caller() -> None:
             run(input_ids=IDS, **{CACHE: cache})
             found = run(input_ids=IDS[:, :3], **{CACHE: cache})[0]
     assert torch.equal(plain, found)
+
+
+@pytest.mark.parametrize("budget", [6, 64])
+@pytest.mark.parametrize("how", ["assistant_model", "prompt_lookup_num_tokens"])
+def test_guessed_tokens_and_a_cache_that_drops_entries_do_not_go_together(how: str, budget: int) -> None:
+    model, prompt = tiny("llama").eval(), torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
+    told = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    guess = {how: tiny("llama", num_hidden_layers=1).eval() if how == "assistant_model" else 4}
+    with attach(model, KNorm(budget)) as run:
+        if budget == 64:
+            assert torch.equal(run.generate(prompt, **told, **guess), run.generate(prompt, **told))
+            return
+        with pytest.raises((RefusedModel, ValueError), match=r"take back|cropped"):
+            run.generate(prompt, **told, **guess)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -35,6 +35,7 @@ class HeldLayer(DynamicLayer):
         self.counts: list[int] = []  # entries of each head of each text
         self.seen = 0
         self.fresh = 0
+        self.chosen = 0  # tokens seen when entries were last dropped
         self.served = False  # the attention that follows the next update is a run's
         self.is_initialized = False
 
@@ -150,28 +151,46 @@ class HeldLayer(DynamicLayer):
 
     def keep(self, left: Kept) -> None:
         """Drop every entry that is not kept, and the memory it took; the others may be given new keys and values."""
-        kept, is_filled = left.keep, self.is_filled
+        is_filled = self.is_filled
         if left.key is not None:
             self._keys = left.key[is_filled].to(self._keys.dtype)
         if left.value is not None:
             self._values = left.value[is_filled].to(self._values.dtype)
-        mine = (kept if self.even else kept[is_filled]).flatten()
-        if bool(mine.all()):
-            return
+        if not bool(self._flat(left.keep).all()):
+            self.chosen = self.seen
+            self._drop(left.keep)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """`[b g k]` as what is held of it, head after head."""
+        return (x if self.even else x[self.is_filled]).flatten()
+
+    def _drop(self, kept: Tensor) -> None:
+        mine = self._flat(kept)
         self._index = self._indices()[mine]
         self._keys, self._values = self._keys[mine], self._values[mine]
         self.counts = kept.sum(-1).flatten().tolist()
 
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether the newest token can be taken back as if it had never been read."""
+        return self.whole or self.chosen < self.seen
+
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give a negative number, the tokens to remove")
+        whole, left = self.whole, max(0, self.seen + tokens_to_remove)
+        guessed = self.chosen == self.seen and self.fresh > 1  # also where no guess is taken back
+        if left and not whole and (self.chosen > left or guessed):
+            raise RefusedModel(
+                "this cache cannot take back tokens that were there when entries were dropped, as assisted and "
+                "prompt-lookup decoding do with guesses; generate one after another, or leave the CACHE edit out"
+            )
         if tokens_to_remove == 0 or not self.seen:
             return
-        whole, left = self.whole, max(0, self.seen + tokens_to_remove)
         if not left:
             self._clear()
             return
-        self.keep(Kept(self.is_filled & (self.index < left)))
+        self._drop(self.is_filled & (self.index < left))
         self.seen = left
         if whole:
             self._index = None
