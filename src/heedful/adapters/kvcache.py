@@ -171,7 +171,7 @@ class HeldLayer(DynamicLayer):
         self.counts = kept.sum(-1).flatten().tolist()
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:
         """Whether the newest token can be taken back as if it had never been read."""
         return self.whole or self.chosen < self.seen
 
