@@ -324,6 +324,22 @@ def test_a_model_that_works_with_its_mask_gets_the_one_it_had(implementation: st
     assert all(close_model(a, b) for a, b in zip(found, plain, strict=True))
 
 
+def test_weights_that_a_model_hands_on_unasked_are_still_there() -> None:
+    """Kosmos 2.5's projection gives those of its eager attention, whatever output_attentions says."""
+    one = zoo.build("Kosmos2_5ForConditionalGeneration")
+    one.model.set_attn_implementation("eager")
+
+    def weights() -> Tensor:
+        out = one.forward()
+        return (out.image_outputs or out).projection_attentions
+
+    plain = weights()
+    with attach(one.model, Through(), backend="reference"):
+        assert close_model(weights(), plain)
+    with attach(one.model, Zero()):
+        assert not weights().any()
+
+
 def test_parts_of_a_model_with_unlike_implementations() -> None:
     model = eager("llava")
     model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})

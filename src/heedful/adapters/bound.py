@@ -81,6 +81,7 @@ class Bound:
     name: str
     number: int | None  # None: it runs through the interface, but outside the part that is served
     native: str  # the implementation that the model had before
+    alone: bool = False  # it stands in no list of layers: what calls it may hand its weights on unasked
     hidden: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin of this call's tokens
     cache: Cache | None = None

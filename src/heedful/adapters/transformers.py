@@ -28,7 +28,7 @@ from heedful.adapters.bound import (
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import HeldLayer, held_layer
-from heedful.adapters.layers import interface_layers, leftovers, size_of, within
+from heedful.adapters.layers import block_of, interface_layers, leftovers, size_of, within
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.call import CachedKV, Call, Phase
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
@@ -163,7 +163,8 @@ class TransformersAdapter:
                         f"{name} ({type(module).__name__}) did not take heedful's attention; its class does not "
                         "support setting the attention implementation"
                     )
-                bound = Bound(self, module, name, numbers.get(name), natives[name])
+                alone = block_of(self.model, name) is None
+                bound = Bound(self, module, name, numbers.get(name), natives[name], alone)
                 hooks.around(bound)
                 bound_modules[module] = ref(bound)
                 bounds.append(bound)
@@ -258,13 +259,14 @@ class TransformersAdapter:
         if own and not plan.acts_inside() and held is None and run.backend == "auto":
             run_state.backends[bound.number] = f"the model's own ({bound.native})"
             return native(bound.module, bound.native, request)
+        unasked = bound.alone and bound.native == "eager" and not plan.at(Site.MIX)
         if pattern and plan.at(Site.MIX):
             raise SiteError(
                 f"{plan.at(Site.MIX)[0]}, layer {bound.number}: computes no pattern, so the model's output_attentions "
                 "cannot be given; leave it out"
             )
         dropout = request.dropout if bound.module.training else 0.0
-        job = AttentionCall(plan, run_state, call, given.bias, given.sink, dropout, pattern)
+        job = AttentionCall(plan, run_state, call, given.bias, given.sink, dropout, pattern or unasked)
         number = bound.number
 
         def choose(needs: Needs) -> Backend:
