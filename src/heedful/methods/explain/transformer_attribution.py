@@ -52,9 +52,9 @@ class TransformerAttribution(LayerByLayer):
         found = [r for name in layers[0] if (r := _relevance([pieces[name] for pieces in layers])) is not None]
         if not found:
             raise StatisticError(
-                f"{self!r} needs gradients, and none reached the maps of its {len(layers[0])} forwards: call backward() "
-                "on a logit, as in run(input_ids=ids).logits[0, -1].max().backward(); generate() takes none, and heads "
-                "chosen by .on(heads=...) get none"
+                f"{self!r} needs gradients, and none reached the maps of its {len(layers[0])} forwards: call "
+                "backward() on a logit, as in run(input_ids=ids).logits[0, -1].max().backward(); generate() takes none, "
+                "and heads chosen by .on(heads=...) get none"
             )
         return found
 
