@@ -53,8 +53,8 @@ class TransformerAttribution(LayerByLayer):
         if not found:
             raise StatisticError(
                 f"{self!r} needs gradients, and none reached the maps of its {len(layers[0])} forwards: call "
-                "backward() on a logit, as in run(input_ids=ids).logits[0, -1].max().backward(); generate() takes none, "
-                "and heads chosen by .on(heads=...) get none"
+                "backward() on a logit, as in run(input_ids=ids).logits[0, -1].max().backward(); generate() takes "
+                "none, and heads chosen by .on(heads=...) get none"
             )
         return found
 
