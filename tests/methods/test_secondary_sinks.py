@@ -61,6 +61,9 @@ def test_follows_each_token_through_the_layers() -> None:
     sinks = found(eager, {"input_ids": text})
     wanted = {key: number / 3 for key, number in lives.items() if key[1] >= METHOD.least}
     assert {(x.born, x.lasts): x.number for x in sinks.levels} == pytest.approx(wanted)
+    numbers = [x.number for x in sinks.levels]
+    assert numbers == sorted(numbers, reverse=True)
+    assert len(set(numbers)) > 1
     assert len(wanted) > 2
     assert len(lives) > len(wanted)
     for n in range(1, DEPTH):
@@ -134,6 +137,12 @@ def test_a_text_in_pieces_is_that_text(model, cuts: tuple[int, ...], padding: in
     whole = read(model, text, mask=mask if padding else None)
     assert equal(read(model, *text.tensor_split(cuts, dim=1), mask=mask if padding else None), whole)
     assert whole.levels
+
+
+def test_texts_count_alike_in_batches_of_any_size(model) -> None:
+    text = torch.cat([ids(24, seed) for seed in range(4)])
+    apart = found(model, {"input_ids": text[:3]}, {"input_ids": text[3:]})
+    assert equal(apart, found(model, {"input_ids": text}))
 
 
 def test_a_cache_with_room_to_spare_holds_the_same_text(model) -> None:

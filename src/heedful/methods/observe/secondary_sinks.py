@@ -135,10 +135,10 @@ class SecondarySinks(Method):
         norm, near, here = (text[1][name] for name in found)  # [b k]
         median = norm.masked_fill(here == 0, float("nan")).nanmedian(-1, keepdim=True).values
         aligned = (near > 0) & (top > self.primary * median) & (here[:, :1] > 0)
-        below = self._below(call)
-        born = torch.full_like(norm, -1, dtype=torch.long) if below is None else below[0]
-        born = born.where(born >= 0, call.layer).where(aligned, -1)
-        call.state.forward["state"] = call.layer, (born, norm, here)
+        born, below = torch.full_like(norm, call.layer, dtype=torch.long), self._below(call)
+        if below is not None:
+            born = below[0].where(below[0] >= 0, born)
+        call.state.forward["state"] = call.layer, (born.where(aligned, -1), norm, here)
 
     def _below(self, call: Call) -> tuple[Tensor, Tensor, Tensor] | None:
         """Of each token so far `[b k]`: aligned since which layer (-1: it is not), its norm, 1 where there is one."""
@@ -207,7 +207,7 @@ def _counted(weight: Tensor, born: Tensor, norm: Tensor, here: Tensor, depth: in
     others = (born >= 0) & (torch.arange(born.shape[-1], device=born.device) > 0)
     for i, x in enumerate((here, weight, norm)):
         found[:, 0, i].scatter_add_(-1, born.clamp(min=0), x.where(others, 0.0).double())
-        found[:, 1, i, 0] = x[:, 0].where(here[:, 0] > 0, 0.0)
+        found[:, 1, i, 0] = x[:, 0]
     return found
 
 
