@@ -27,5 +27,5 @@ def added(call: Call, about: str, **found: Tensor) -> tuple[Sums | None, Sums] |
         found = {name: before[name] + pad(x, (0, longest[name] - x.shape[-1])) for name, x in found.items()}
     for name, x in found.items():
         kept[f"{about}: {name}"] = x
-    kept[end] = call.queries.index.new_full((call.batch,), start + len(call.queries))
+        kept[end] = call.queries.index.new_full((len(x),), start + len(call.queries))
     return before, found
