@@ -16,7 +16,7 @@ from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
 from heedful.adapters.compiled import as_written
 from heedful.adapters.grids import Grid, grid_of, patches
-from heedful.adapters.kvcache import hold, serve, tensors_in
+from heedful.adapters.kvcache import hold, seen, serve, tensors_in
 from heedful.adapters.layers import block_of, output_module, within
 from heedful.adapters.lazymask import LazyMask
 from heedful.core.call import Call, Phase
@@ -51,6 +51,10 @@ class NoHook:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         return None
+
+
+def _cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    return next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
 
 
 @dataclass(eq=False)
@@ -175,7 +179,7 @@ class Hooks:
         bound.hidden = hidden if isinstance(hidden, Tensor) else None
         rotary = kwargs.get("position_embeddings")
         bound.rotary = rotary if isinstance(rotary, tuple) and len(rotary) == 2 else None
-        bound.cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
+        bound.cache = _cache_among(args, kwargs)
         bound.cross = any(isinstance(kwargs.get(n), Tensor) for n in _CROSS)
         if bound.number is None:
             return None
@@ -196,7 +200,7 @@ class Hooks:
             )
         flat = bound.hidden.ndim == 2  # [n e], of images whose patches stand in one row
         hidden = bound.hidden[None] if flat else bound.hidden
-        call = self._outline(bound, hidden, kwargs.get("attention_mask"))
+        call = self._outline(bound, hidden, kwargs.get("attention_mask"), bound.cache)
         job = AttentionCall(self.run.state.plan(call, Site.HIDDEN), self.run.state, call)
         hidden = stage(Site.HIDDEN, hidden, job, call)
         bound.hidden = hidden[0] if flat else hidden
@@ -217,14 +221,16 @@ class Hooks:
                 "this run; call backward() before you attach"
             )
 
-    def _outline(self, bound: Bound, hidden: Tensor, mask: Any) -> Call:
+    def _outline(self, bound: Bound, hidden: Tensor, mask: Any, cache: Cache | None) -> Call:
         """What can be known of a call before its queries are."""
         n = hidden.shape[1]
         if isinstance(mask, LazyMask):
             queries, keys = mask.spec.queries, mask.spec.keys
         else:
-            queries = keys = Positions.row(0, n, hidden.device)
-        phase = Phase.DECODE if n == 1 and (queries.first or 0) > 0 else Phase.PREFILL
+            start = 0 if bound.cross else seen(cache, getattr(bound.module, "layer_idx", None))
+            queries, keys = Positions.row(start, n, hidden.device), Positions.row(0, start + n, hidden.device)
+        past = (queries.first or 0) > 0 or (bound.cross and cache is not None)
+        phase = Phase.DECODE if n == 1 and past else Phase.PREFILL
         return Call(
             bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
             roles=self.roles(bound, len(keys)), hidden=hidden, forward=self.run.state.forward, batch=len(hidden),
@@ -252,7 +258,7 @@ class Hooks:
             stream = kwargs["hidden_states"] if by_name else args[0] if args else None
             if not isinstance(stream, Tensor) or stream.ndim != 3:
                 raise RefusedModel(f"an EMBEDDING edit cannot act before {name}: it is not handed [b n e]")
-            call = self._outline(bound, stream, kwargs.get("attention_mask"))
+            call = self._outline(bound, stream, kwargs.get("attention_mask"), _cache_among(args, kwargs))
             self.run.state.begin_early(call.layer)
             job = AttentionCall(self.run.state.plan(call, Site.EMBEDDING), self.run.state, call)
             new = stage(Site.EMBEDDING, stream, job, call)

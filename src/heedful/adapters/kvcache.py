@@ -287,6 +287,11 @@ def serve(cache: Cache | None, number: int | None) -> None:
         layers[number].served = True
 
 
+def seen(cache: Cache | None, number: int | None) -> int:
+    """How many tokens a layer of the cache has seen so far."""
+    return int(own_cache(cache).get_seq_length(number)) if cache and number is not None and number >= 0 else 0
+
+
 def shrunk(cache: Cache | None) -> bool:
     """Whether some layer of the cache dropped entries."""
     return any(isinstance(x, HeldLayer) and not x.whole for x in own_cache(cache).layers) if cache else False
