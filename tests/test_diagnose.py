@@ -17,6 +17,7 @@ from heedful.core.figures import Role
 from heedful.core.method import Method, Probe, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
+from heedful.core.stack import Stack
 from heedful.core.stats import Statistic, Sum
 from heedful.diagnosis import run as running
 from heedful.diagnosis.measures import chosen
@@ -27,12 +28,13 @@ from heedful.diagnosis.view import (
     PAGE_BYTES,
     SLOT_BYTES,
     TOKEN_BYTES,
+    Attended,
     TokenView,
     notable,
     room,
     view_of,
-    viewing,
 )
+from heedful.methods.intervene.language.temp_scale import TempScale
 from heedful.methods.observe.sink_rate import SinkRate
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
 from tests.test_diagnose_texts import WORDS, characters
@@ -137,10 +139,11 @@ def test_the_view_is_the_map(kind: str) -> None:
 
 
 @pytest.mark.parametrize("sinks", [0, 2])
-def test_the_view_names_columns_where_tiles_leave_some_out(model: Any, sinks: int) -> None:
-    with attach(model, viewing([(0, 1), (1, 3)], 6) | SinkWindow(sinks, 4), tile_rows=4) as run:
+@pytest.mark.parametrize("edit", [(), (TempScale(0.5),)])
+def test_the_view_names_columns_where_tiles_leave_some_out(model: Any, sinks: int, edit: tuple[Any, ...]) -> None:
+    with attach(model, Stack((Attended(6), SinkWindow(sinks, 4), *edit)), tile_rows=4) as run:
         run(input_ids=torch.arange(5, 45)[None])
-    view = view_of(run, [(0, 1), (1, 3)], ["x"] * 40)
+    view = view_of(run[Attended(6)], [(0, 1), (1, 3)], ["x"] * 40)
     for row in range(10, 40):
         seen = {*range(sinks), *range(row - 3, row + 1)}
         for head in range(2):
@@ -155,12 +158,14 @@ def test_a_view_of_a_text_shorter_than_its_keys(model: Any) -> None:
     assert (view.weights[:, :, 3:] == 0).all()
 
 
-def test_the_view_is_of_the_first_tokens_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "read"), [("llama", [30]), ("bert", [30, 8])])
+def test_the_view_is_of_the_first_tokens_alone(kind: str, read: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("heedful.diagnosis.run.SHOWN", 8)
+    model = models.tiny(kind)
     fed: list[int] = []
     model.register_forward_pre_hook(lambda _, args, kw: fed.append(kw["input_ids"].shape[1]), with_kwargs=True)
     view = diagnose(model, WORDS[:30], tokenizer=characters(), measures=SinkRate()).view
-    assert fed == [30, 8]
+    assert fed == read  # tokens that look at later ones are read alone
     assert view is not None
     assert "".join(view.tokens) == WORDS[:8]
     assert view.received.shape[1] == 8

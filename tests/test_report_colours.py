@@ -1,8 +1,13 @@
 """The colours of maps."""
 
 import itertools
+import math
 
-from heedful.report.colours import SCALE, template
+import torch
+
+from heedful.core.figures import HeadMap
+from heedful.report.colours import SCALE, SIGNED, template
+from heedful.report.plots import head_map
 
 
 def lightness(colour: str) -> float:
@@ -20,3 +25,25 @@ def test_the_scale_is_even_to_the_eye():
     assert min(falls) > 0.075
     assert max(falls) < 0.11
     assert [c for _, c in template(dark=True)["layout"]["colorscale"]["sequential"]] == list(SCALE[::-1])
+
+
+def test_signed_scales_leave_zero_evenly_on_either_side():
+    for dark, colours in SIGNED.items():
+        steps = [lightness(colour) for colour in colours]
+        middle = len(steps) // 2
+        assert (steps[middle] < 0.25) if dark else (steps[middle] > 0.95)
+        away = [abs(x - steps[middle]) for x in steps]
+        for i in range(1, middle + 1):
+            assert abs(away[middle + i] - away[middle - i]) < 0.01
+            assert 0.12 < away[middle + i] - away[middle + i - 1] < 0.2
+
+
+def test_numbers_of_both_signs_are_drawn_so():
+    layers = range(1)
+    both, given = torch.tensor([[-1.0, 3.0, math.nan]]), torch.tensor([[0.0, 0.5, 1.0]])
+    heat = head_map(HeadMap("a", "a", "", layers, both, "nats")).data[0]
+    assert (heat.zmin, heat.zmax, heat.autocolorscale) == (-3.0, 3.0, True)
+    heat = head_map(HeadMap("a", "a", "", layers, given, "cosine", low=-1, high=1)).data[0]
+    assert (heat.zmin, heat.zmax, heat.autocolorscale) == (-1, 1, True)
+    heat = head_map(HeadMap("a", "a", "", layers, given, "share")).data[0]
+    assert (heat.zmin, heat.autocolorscale) == (0.0, None)

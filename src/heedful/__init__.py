@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "ablate": "heedful.explaining.ablation",
     "attach": "heedful.api",
     "fit": "heedful.api",
     "fold": "heedful.folding",
@@ -25,7 +26,7 @@ _HOMES = {
     "check": "heedful.conformance",
     "edit": "heedful.core.plain",
     "explain": "heedful.engine.select",
-    "find": "heedful.catalogue",
+    "patterns": "heedful.explaining.attention_patterns",
     "Comparison": "heedful.bench.comparison",
     "Profile": "heedful.diagnosis.profile",
     "Run": "heedful.engine.run",
@@ -58,6 +59,7 @@ __all__ = [
     "Site",
     "Stack",
     "Task",
+    "ablate",
     "arrange",
     "attach",
     "authoring",
@@ -69,12 +71,12 @@ __all__ = [
     "edit",
     "explain",
     "explaining",
-    "find",
     "fit",
     "fold",
     "methods",
     "models",
     "operate",
+    "patterns",
     "stats",
 ]
 
@@ -100,7 +102,6 @@ if TYPE_CHECKING:
     from heedful.api import arrange, attach, fit, operate
     from heedful.bench.compare import compare
     from heedful.bench.comparison import Comparison
-    from heedful.catalogue import find
     from heedful.conformance import check
     from heedful.core import stats
     from heedful.core.errors import HeedfulError
@@ -113,6 +114,8 @@ if TYPE_CHECKING:
     from heedful.diagnosis.run import diagnose
     from heedful.engine.run import Run
     from heedful.engine.select import explain
+    from heedful.explaining.ablation import ablate
+    from heedful.explaining.attention_patterns import patterns
     from heedful.folding import fold
     from heedful.tasks.task import Item, Task
     from heedful.text_models import decode

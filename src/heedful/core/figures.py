@@ -41,6 +41,7 @@ class Grid(Figure):
     column_label: str
     unit: str = ""
     log: bool = False
+    text: Sequence[Sequence[str]] | None = None  # what is written into the cells
 
 
 @dataclass(frozen=True, eq=False)

@@ -170,8 +170,9 @@ class Method(CatalogueEntry, abstract=True):
             raise DefinitionError(f"{cls.__name__} edits no site: mark a function with @at(Site.X) or @reads(Site.X)")
         names = {f.name for f in fields(cls)}
         for edit in cls.edits:
-            if edit.when and edit.when not in names:
-                raise DefinitionError(f"{cls.__name__}.{edit.name}: when={edit.when!r} names no field of the class")
+            for word, name in (("when", edit.when), ("first", edit.first)):
+                if name and name not in names:
+                    raise DefinitionError(f"{cls.__name__}.{edit.name}: {word}={name!r} names no field of the class")
         kinds = [(e.site, e.reads, e.loss, e.when) for e in cls.edits]
         if len(set(kinds)) < len(kinds):
             raise DefinitionError(f"{cls.__name__} marks one site twice: join the functions into one")

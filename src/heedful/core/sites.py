@@ -10,6 +10,8 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
+from heedful.core.errors import DefinitionError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -61,6 +63,7 @@ class Edit(NamedTuple):
     reweights: bool = False  # it moves weight between whole columns, see `core.shift`
     loss: bool = False  # what it reads is a differentiable number
     when: str = ""  # the field without which there is no such step
+    first: str = ""  # the field that says how many of a call's first rows it reads
 
 
 def _marking(edit: Edit) -> Callable[[F], F]:
@@ -79,9 +82,17 @@ def at(site: Site, when: str = "") -> Callable[[F], F]:
     return _marking(Edit(site, "", reads=False, when=when))
 
 
-def reads(site: Site, when: str = "") -> Callable[[F], F]:
-    """Mark a method's function as a reader of a site: it takes the site's value and returns a statistic."""
-    return _marking(Edit(site, "", reads=True, when=when))
+def reads(site: Site, when: str = "", first: str = "") -> Callable[[F], F]:
+    """Mark a method's function as a reader of a site: it takes the site's value and returns a statistic.
+
+    `first` names a field of the method that says how many of a call's first query rows it wants. A PATTERN reader of
+    few rows rules no backend out: unless something edits the map, its rows are computed once more, for it alone.
+    """
+    if first and site is not Site.PATTERN:
+        raise DefinitionError(
+            f"@reads({site}, first={first!r}): only PATTERN is read by rows; take them from the tensor"
+        )
+    return _marking(Edit(site, "", reads=True, when=when, first=first))
 
 
 def penalises(site: Site, when: str = "") -> Callable[[F], F]:

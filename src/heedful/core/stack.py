@@ -28,8 +28,20 @@ class Step:
     def heads(self) -> tuple[int, ...] | None:
         return self.part.heads if isinstance(self.part, Scoped) else None
 
+    @property
+    def first(self) -> int | None:
+        """How many of a call's first rows a reader wants; None for all."""
+        return getattr(self.method, self.edit.first) or None if self.edit.first else None
+
     def __str__(self) -> str:
         return f"{self.part!r} at {self.edit.site.name}"
+
+
+def apart(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The readers of a pattern's first rows that are served beside the backend: all, where nothing edits the map."""
+    if any(s.edit.site in MAP_SITES and not s.edit.reads for s in steps):
+        return ()
+    return tuple(s for s in steps if s.edit.site is Site.PATTERN and s.first is not None)
 
 
 def _overlap(a: Part, b: Part) -> bool:

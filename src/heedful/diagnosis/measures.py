@@ -22,26 +22,27 @@ from heedful.methods.observe.sink_rate import SinkRate
 from heedful.methods.observe.systematic_outliers import SystematicOutliers
 from heedful.methods.observe.weibull_weights import WeibullWeights
 
-DEFAULT: tuple[type[Method | Weights], ...] = (
-    SinkRate,
-    SecondarySinks,
-    AttentionProfile,
-    InductionHeads,
-    RetrievalHeads,
-    PositionalHeads,
-    PositionInfluence,
-    MaxActivations,
-    ParallelToFirst,
-    SystematicOutliers,
-    MassiveQK,
-    WeibullWeights,
+DEFAULT: tuple[Measure, ...] = (
+    SinkRate(),
+    SecondarySinks(),
+    AttentionProfile(),
+    # half of the prompts that these two read by themselves: a diagnosis should cost what reading the text costs
+    InductionHeads(period=48, repeats=3),
+    RetrievalHeads(length=96, depths=(0.1, 0.5)),
+    PositionalHeads(),
+    PositionInfluence(),
+    MaxActivations(),
+    ParallelToFirst(),
+    SystematicOutliers(),
+    MassiveQK(),
+    WeibullWeights(),
 )
 
 
 def chosen(measures: Iterable[Measure | str] | Measure | str | None) -> tuple[Measure, ...]:
     """The measures asked for, each once; the default ones where none are."""
     if measures is None:
-        return tuple(kind() for kind in DEFAULT)
+        return DEFAULT
     requested = [measures] if isinstance(measures, str | Measure) else list(measures)
     parts = tuple(dict.fromkeys(find(x)() if isinstance(x, str) else x for x in requested))
     for part in parts:
@@ -54,7 +55,7 @@ def chosen(measures: Iterable[Measure | str] | Measure | str | None) -> tuple[Me
             rule = f"must be methods that read and edit nothing: {', '.join(known)}"
             raise FieldError("diagnose()", "measures", part, rule, known[:1])
     if not parts:
-        raise FieldError("diagnose()", "measures", measures, "names none", [kind.__name__ for kind in DEFAULT])
+        raise FieldError("diagnose()", "measures", measures, "names none", [type(part).__name__ for part in DEFAULT])
     return parts  # type: ignore[return-value]
 
 

@@ -1,4 +1,4 @@
-"""`heedful.diagnose`: one pass over the text for all measures, short ones for own prompts and for the token view."""
+"""`heedful.diagnose`: one pass over the text for its measures and the token view, short ones for own prompts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from heedful.diagnosis.measures import chosen, makes_trials, reads_text
 from heedful.diagnosis.profile import ADDED, WEIGHTS, Profile, endless
 from heedful.diagnosis.store import clean
 from heedful.diagnosis.texts import Delimiters, Texts, Windows, cut, ordinary, pieces, positions, sources
-from heedful.diagnosis.view import SHOWN, notable, room, view_of, viewing
+from heedful.diagnosis.view import SHOWN, Attended, Looks, notable, room, view_of
 from heedful.engine.run import Run
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
@@ -147,6 +147,7 @@ class _Job:
     facts: dict[str, Any]
     batch: int
     out: Path | None
+    _looks: Mapping[int, Looks] = field(default_factory=dict)  # where the first window's first tokens look
 
     def whole(self) -> Profile:
         if (done := self._earlier("")) is not None:
@@ -190,10 +191,13 @@ class _Job:
         roles = Delimiters(self.subject.tokenizer) if self.subject.tokenizer is not None and self.batch == 1 else None
         began = saved = time.perf_counter()
         read = start
-        with self.subject.attach(Stack(tuple(part for _, part in mine))) as run:
+        looking = (Attended(tokens=SHOWN),) if read == 0 else ()
+        with self.subject.attach(Stack((*(part for _, part in mine), *looking))) as run:
 
             def so_far() -> Profile:
-                here = {f"{mine[n][0]}.{name}.{i}": s for (n, name, i), s in run.state.statistics.items()}
+                here = {
+                    f"{mine[n][0]}.{name}.{i}": s for (n, name, i), s in run.state.statistics.items() if n < len(mine)
+                }
                 facts: dict[str, Any] = {"windows": read - start, "tokens": sum(map(len, rows[start:read]))}
                 facts["backends"] = sorted(set(run.state.backends.values()))
                 if earlier is None:
@@ -218,6 +222,8 @@ class _Job:
                 if self.out is not None and read > start:
                     so_far().save(self.out / UNFINISHED)
                 raise
+            if looking and mine:
+                self._looks = run[looking[0]]
             return so_far()
 
     def _trials(self) -> Profile:
@@ -260,15 +266,21 @@ class _Job:
         """Where the most notable heads look in the first tokens of the first window."""
         began = time.perf_counter()
         window = self.windows.tokens[0]
-        tokens = window[:SHOWN]
+        tokens, looks = window[:SHOWN], self._looks
+        if not looks or any(int(look.keys.max()) >= len(tokens) for look in looks.values()):
+            # nobody read the first window now, or its tokens look at later ones: the stretch is read alone
+            looks = self._looked(tokens)
+        self.subject.report(Progress("view", len(tokens), len(tokens)))
         most, keys = room(len(tokens))
         heads = notable(profile.roles(), self.facts["layers"], self.facts["heads"], most)
-        with self.subject.attach(viewing(heads, keys)) as run:
-            self.subject.read(run, (tokens,))
-            self.subject.report(Progress("view", len(tokens), len(tokens)))
-        view = view_of(run, heads, pieces(self.windows.first, self.subject.tokenizer, window)[: len(tokens)])
+        named = pieces(self.windows.first, self.subject.tokenizer, window)[: len(tokens)]
         profile += self._profile({}, "view", time.perf_counter() - began)
-        return Profile(profile.facts, profile.parts, profile.statistics, view)
+        return Profile(profile.facts, profile.parts, profile.statistics, view_of(looks, heads, named, keys))
+
+    def _looked(self, tokens: Tensor) -> Mapping[int, Looks]:
+        with self.subject.attach(Attended()) as run:
+            self.subject.read(run, (tokens,))
+            return run[Attended()]
 
 
 def remove(folder: Path) -> None:

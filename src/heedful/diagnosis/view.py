@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from heedful.core.call import Call
+from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
 from heedful.core.figures import Head, Role
-from heedful.core.method import Method, Readings, Scoped, method_of
+from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
-from heedful.core.stack import Stack
 from heedful.core.stats import Cat, Statistic
-from heedful.methods.observe.sink_rate import SinkRate
 
 PAGE_BYTES = 1_200_000  # what a view may weigh once it is encoded
 TOKEN_BYTES = 8  # a token's text, quoted
 SLOT_BYTES = 4  # distance in two bytes and weight in one, in base64
 MOST_HEADS, MOST_KEYS = 12, 8
-SHOWN = 256  # tokens of the first window that are shown: they are read once more, after the heads are known
+SHOWN = 256  # tokens of the first window that are shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +43,16 @@ class TokenView:
             raise FieldError(self, "keys", shapes, rule, ((h, n, 8), (h, n, 8), (h, n)))
 
 
+class Looks(NamedTuple):
+    """Where the tokens of a stretch look, for every head of a layer."""
+
+    keys: Tensor  # int32 [h r t]: the columns of each token's highest weights
+    weights: Tensor  # [h r t]: these, highest first
+    sums: Tensor  # [2 h r]: the weight that the stretch gives to each of its columns, and how many tokens see it
+
+
 class Attended(Method):
-    """The keys at which each token looks most. Its statistic is of one text and does not merge with another's."""
+    """The keys at which each of the first tokens looks most, in the first text that is read."""
 
     paper = Paper(
         "VIG2019",
@@ -57,27 +63,38 @@ class Attended(Method):
         "ACL 2019",
         differs=("Each token's strongest keys alone are kept; the author keeps every weight.",),
     )
-    most: int = 8  # keys for each token
+    most: int = MOST_KEYS  # keys for each token
+    tokens: int = SHOWN  # tokens that are looked at
 
-    @reads(Site.PATTERN)
+    def idle(self, call: Call) -> bool:
+        return call.phase is Phase.DECODE or "seen" in call.state.run
+
+    @reads(Site.PATTERN, first="tokens")
     def look(self, weights: Tensor, call: Call) -> Statistic:
-        high, at = weights[0].topk(min(self.most, weights.shape[-1]))  # [h r t]
-        at = at + (call.cols.start or 0) if isinstance(call.cols, slice) else call.cols[at]
+        weights = weights[0].float()
+        columns = call.keys.index[0, 0]
+        high, at = weights.topk(min(self.most, len(columns)))  # [h r t]
         short = (0, self.most - high.shape[-1])
-        row = f"{call.rows.start or 0:09d}"
+        keep = torch.ones_like(weights) if call.keep is None else call.keep[0].expand_as(weights).float()
+        shown = columns < self.tokens
+        sums = weights.new_zeros(2, len(weights), self.tokens)
+        sums[..., columns[shown]] = torch.stack([weights.sum(1), keep.sum(1)])[..., shown]
         pad = torch.nn.functional.pad
-        return Cat({f"{row}.keys": pad(at, short).int(), f"{row}.weights": pad(high, short).float()})
+        found = {"keys": pad(columns[at], short).int(), "weights": pad(high, short), "sums": sums}
+        row = f"{call.rows.start or 0:09d}"
+        return Cat({f"{name}.{row}": x for name, x in found.items()})
 
-    def answer(self, readings: Readings) -> dict[int, tuple[Tensor, Tensor]]:
-        """Keys and weights `[h n t]` by layer."""
+    def finish(self, statistic: Statistic, call: Call) -> Statistic:
+        call.state.run["seen"] = True
+        return statistic
+
+    def answer(self, readings: Readings) -> dict[int, Looks]:
         found = {}
         for layer, cat in readings.items():
-            pieces = cat.tensors()
-            keys, weights = (
-                torch.cat([x for name, x in sorted(pieces.items()) if name.endswith(end)], 1)
-                for end in (".keys", ".weights")
+            keys, weights, sums = (
+                [x.cpu() for at, x in sorted(cat.tensors().items()) if at.startswith(name)] for name in Looks._fields
             )
-            found[layer] = keys, weights
+            found[layer] = Looks(torch.cat(keys, 1), torch.cat(weights, 1), torch.stack(sums).sum(0))
         return found
 
 
@@ -98,24 +115,11 @@ def notable(roles: Iterable[Role], layers: int, heads: int, most: int) -> list[H
     return sorted(chosen[:most])
 
 
-def viewing(heads: list[Head], keys: int) -> Stack:
-    """The methods that read a view of these heads."""
-    parts: list[Scoped] = []
-    for layer in sorted({layer for layer, _ in heads}):
-        chosen = [h for at, h in heads if at == layer]
-        parts += [Attended(keys).on(layer, chosen), SinkRate().on(layer, chosen)]
-    return Stack(tuple(parts))
-
-
-def view_of(run: Any, heads: list[Head], tokens: list[str]) -> TokenView:
-    """What a run of `viewing` over one text found."""
-    keys, weights, received = [], [], []
-    for part in run.stack:
-        if isinstance(method_of(part), Attended):
-            for at, high in run[part].values():
-                keys.append(at)
-                weights.append(high)
-        elif isinstance(method_of(part), SinkRate):
-            received += list(run[part].importance.values())
-    one = [torch.cat(x).cpu() for x in (keys, weights, received)]
-    return TokenView(tokens, heads, one[0], one[1], one[2].float())
+def view_of(looks: Mapping[int, Looks], heads: list[Head], tokens: list[str], most: int = MOST_KEYS) -> TokenView:
+    """The view of these heads, with at most so many keys for each token."""
+    n = len(tokens)
+    keys, weights = (
+        torch.stack([getattr(looks[i], name)[h, :, :most] for i, h in heads]) for name in Looks._fields[:2]
+    )
+    got, seen = torch.stack([looks[i].sums[:, h, :n] for i, h in heads], 1)
+    return TokenView(tokens, heads, keys, weights, got / seen.clamp(min=1))

@@ -18,6 +18,7 @@ from heedful.core.values import replace
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.earlier import with_earlier
 from heedful.engine.needs import Needs
+from heedful.engine.run_state import Plan
 from heedful.engine.stages import chosen_heads, own_rows, stage, untouched
 
 
@@ -139,12 +140,26 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
     else:
         longer, rows = with_earlier(job, q)
         heads, pattern = choose(needs)(longer, rows, k, v)
+    if job.plan.apart:
+        _first_rows(job, q, k, v)
     if job.accumulator is not None:
         _sum_up(job, job.accumulator, carries)
     heads = stage(Site.HEAD_OUTPUT, heads.to(v.dtype), job, call)
     run_state.remember(call)
     run_state.look_for_nan(call.layer, heads)
     return heads, pattern, call
+
+
+@torch.no_grad()
+def _first_rows(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Show the first rows of the pattern to those who want no more, computed for them alone."""
+    call = job.call
+    rows = slice(0, min(len(call.queries), max(s.first or 0 for s in job.plan.apart)))
+    ranges = call.mask.columns(call.queries.take(rows), call.keys, rows)
+    part = call.tile(rows, slice(0, ranges[-1][1] if ranges else 1))
+    part = replace(part, keep=call.mask.keeps(part.pairs))
+    alone = replace(job, plan=Plan(job.plan.apart), accumulator=None, dropout=0.0)
+    tile(alone, part, wide(q[:, :, rows]), wide(k[:, :, part.cols]), wide(v[:, :, part.cols]))
 
 
 def _learned(job: AttentionCall) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.sites import MAP_SITES, Site
-from heedful.core.stack import Step
+from heedful.core.stack import Step, apart
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Needs:
         cls, steps: tuple[Step, ...], softcap: bool = False, sink: bool = False, pattern: bool = False, **more: Any
     ) -> Needs:
         """What the steps and the model want, and whatever else is known of the call."""
-        inside = [s for s in steps if s.edit.site in MAP_SITES]
+        beside = apart(steps)
+        inside = [s for s in steps if s.edit.site in MAP_SITES and s not in beside]
         return cls(
             map_steps=tuple(str(s) for s in inside if not s.edit.reweights and not (s.edit.sums and s.edit.reads)),
             reweights=tuple(str(s) for s in inside if s.edit.reweights),

@@ -18,7 +18,7 @@ from heedful.core.call import Call, Phase
 from heedful.core.errors import DefinitionError, SiteError
 from heedful.core.method import Method
 from heedful.core.sites import HEADLESS_SITES, MAP_SITES, Site
-from heedful.core.stack import Stack, Step
+from heedful.core.stack import Stack, Step, apart
 from heedful.core.state import Key, Notes, Shelf, State
 from heedful.core.stats import Statistic
 from heedful.core.values import replace
@@ -28,15 +28,17 @@ Found = tuple[int, str, int]  # part, reading function, layer
 
 
 class Plan:
-    """The steps of one layer in one phase, by site."""
+    """The steps of one layer in one phase, by site; those that are served `apart` take no part in the tiles."""
 
-    def __init__(self, steps: tuple[Step, ...]) -> None:
+    def __init__(self, steps: tuple[Step, ...], apart: tuple[Step, ...] = ()) -> None:
         self.steps = steps
+        self.apart = apart
         self._by_site: dict[Site, tuple[Step, ...]] = {
             site: tuple(s for s in steps if s.edit.site is site) for site in {s.edit.site for s in steps}
         }
         self._tiles = {
-            site: tuple(s for s in found if not (s.edit.sums and s.edit.reads)) for site, found in self._by_site.items()
+            site: tuple(s for s in found if not (s.edit.sums and s.edit.reads) and s not in apart)
+            for site, found in self._by_site.items()
         }
 
     def at(self, site: Site) -> tuple[Step, ...]:
@@ -165,7 +167,7 @@ class RunState:
         found = self._plans.get((layer, phase, idle))
         if found is None:
             steps = tuple(s for s in self.stack.steps(layer, phase) if s.number not in idle)
-            found = self._plans[layer, phase, idle] = Plan(steps)
+            found = self._plans[layer, phase, idle] = Plan(steps, apart(steps))
         return found
 
     def new_forward(self) -> None:

@@ -54,6 +54,11 @@ def stage(site: Site, x: Any, job: AttentionCall, call: Call) -> Any:
             if chosen is not None:
                 seen = replace(seen, heads=len(chosen))
             mine = x[:, :, call.above :] if call.above else x
+            if step.first is not None:
+                left = step.first - (seen.rows.start or 0)
+                if left <= 0:
+                    continue
+                mine, seen = mine[:, :, :left], _top(seen, left)
             job.run_state.note(step, call, act(mine if chosen is None else mine[:, chosen], seen))
             continue
         if step.edit.reweights:
@@ -107,6 +112,14 @@ def own_rows(call: Call) -> Call:
     keep = call.keep if call.keep is None or call.keep.shape[-2] == 1 else call.keep[..., own, :]
     start, stop = (call.rows.start or 0) + call.above - call.earlier, call.rows.stop - call.earlier
     return replace(call, queries=call.queries.take(own), rows=slice(start, stop), keep=keep, above=0, earlier=0)
+
+
+def _top(call: Call, rows: int) -> Call:
+    """A tile's first rows."""
+    keep = call.keep if call.keep is None or call.keep.shape[-2] == 1 else call.keep[..., :rows, :]
+    start, top = call.rows.start or 0, slice(0, rows)
+    stop = start + min(rows, len(call.queries))
+    return replace(call, queries=call.queries.take(top), rows=slice(start, stop), keep=keep)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

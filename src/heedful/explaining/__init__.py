@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "attribute": "attribution",
+    "logit_lens": "logits",
+    "Lens": "logits",
+    "direct_logits": "logits",
+    "DirectLogits": "logits",
+    "patterns": "attention_patterns",
+    "Patterns": "attention_patterns",
+    "ablate": "ablation",
     "faithfulness": "faithful",
     "Faithfulness": "faithful",
     "Removal": "faithful",
@@ -15,7 +22,22 @@ _HOMES = {
     "HeadEffects": "activation_patching",
 }
 
-__all__ = ["Faithfulness", "HeadEffects", "Removal", "attribute", "faithfulness", "patching", "path_patching"]
+__all__ = [
+    "DirectLogits",
+    "Faithfulness",
+    "HeadEffects",
+    "Lens",
+    "Patterns",
+    "Removal",
+    "ablate",
+    "attribute",
+    "direct_logits",
+    "faithfulness",
+    "logit_lens",
+    "patching",
+    "path_patching",
+    "patterns",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,6 +47,9 @@ def __getattr__(name: str) -> Any:
 
 
 if TYPE_CHECKING:
+    from heedful.explaining.ablation import ablate
     from heedful.explaining.activation_patching import HeadEffects, patching, path_patching
+    from heedful.explaining.attention_patterns import Patterns, patterns
     from heedful.explaining.attribution import attribute
     from heedful.explaining.faithful import Faithfulness, Removal, faithfulness
+    from heedful.explaining.logits import DirectLogits, Lens, direct_logits, logit_lens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +24,28 @@ def ids_of(prompt: Text, model: nn.Module) -> Tensor:
     if ids.ndim != 2 or len(ids) != 1 or ids.shape[1] < 2:
         raise FieldError("prompt", "shape", tuple(ids.shape), "must be one text of 2 tokens or more", (1, 12))
     return ids
+
+
+def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
+    """What the model is called with: for a string, token ids, or what it is called with already."""
+    device = next(model.parameters()).device
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise FieldError(owner, "tokenizer", None, "is needed for a text", "AutoTokenizer.from_pretrained(name)")
+        text = tokenizer(text, return_tensors="pt")
+    if isinstance(text, Mapping):
+        found = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in text.items()}
+    else:
+        ids = torch.as_tensor(text, device=device)
+        found = {"input_ids": ids[None] if ids.ndim == 1 else ids}
+    if model.config.is_encoder_decoder and "input_ids" in found:
+        found.setdefault("decoder_input_ids", found["input_ids"])
+    return found
+
+
+def spelled(ids: Tensor, tokenizer: Any) -> list[str]:
+    """Tokens as text, one by one; their ids where nobody can spell them."""
+    return [f"{i} " for i in ids.tolist()] if tokenizer is None else list(tokenizer.batch_decode(ids[:, None]))
 
 
 @contextmanager

@@ -62,6 +62,7 @@ def render(comparison: Compared) -> str:
         "more": more(plain),
         "findings": told.findings,
         "roles": [],
+        "role_map": None,
         "acting": [],
         "measures": _used(comparison),
         "kinds": by_kind(figures),

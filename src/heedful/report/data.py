@@ -25,6 +25,7 @@ from heedful.core.figures import (
     head_name,
 )
 from heedful.core.kinds import Measure
+from heedful.report.colours import ROLES
 from heedful.report.plots import bare
 
 DECADES = 8  # received attention is packed as its logarithm, from 1e-8 to 1
@@ -119,6 +120,30 @@ def roles(told: Iterable[tuple[Measure, Description]]) -> list[dict[str, Any]]:
         return {"name": role.name, "what": role.what, "unit": role.unit, "heads": heads}
 
     return [plain(role) for _, t in told for role in t.roles if role.heads]
+
+
+def role_map(roles: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Layers by heads, each head with the roles it plays, the rarest first; None where there is nothing to show."""
+    layers, heads = facts.get("layers"), facts.get("heads")
+    if not roles or not layers or not heads:
+        return None
+    played: dict[str, list[int]] = {}
+    for n in sorted(range(len(roles)), key=lambda n: len(roles[n]["heads"])):
+        for head, _ in roles[n]["heads"]:
+            played.setdefault(head, []).append(n)
+
+    def cell_of(head: str) -> dict[str, Any]:
+        mine = played.get(head, [])
+        what = ", ".join(roles[n]["name"] for n in mine) or "no role"
+        shown = mine[:3]
+        share = 100 / max(1, len(shown))
+        ends = [f"{i * share:.0f}% {(i + 1) * share:.0f}%" for i in range(len(shown))]
+        stops = [f"var(--role-{n % len(ROLES)}) {end}" for n, end in zip(shown, ends, strict=True)]
+        fill = f"linear-gradient(135deg, {', '.join(stops)})" if mine else "var(--rule)"
+        return {"head": head, "title": f"{head}: {what}", "roles": " ".join(map(str, mine)), "fill": fill}
+
+    cells = [cell_of(head_name(layer, head)) for head in range(heads) for layer in range(layers)]
+    return {"layers": layers, "heads": heads, "cells": cells, "colours": ROLES}
 
 
 def packed(view: View) -> tuple[dict[str, Any], str]:

@@ -212,7 +212,7 @@ function walk(event) {
 function pick(head) {
   if (!maps.length || !maps.some((map) => map.values.has(head))) return;
   page.head = head;
-  for (const button of all("button.head")) {
+  for (const button of all("button.head, .cells i")) {
     if (button.dataset.head === head) button.setAttribute("aria-current", "true");
     else button.removeAttribute("aria-current");
   }
@@ -358,7 +358,7 @@ function fillTable(place, figure) {
 /* ---------- start ---------- */
 function wire() {
   document.addEventListener("click", (event) => {
-    const button = event.target.closest("button");
+    const button = event.target.closest("button, [data-head]");
     if (!button) return;
     const { head, map, table: tableOf, png } = button.dataset;
     if (head) {
@@ -399,6 +399,21 @@ function wire() {
   });
 }
 
+/* a role that is pointed at leaves its own heads alone in the map of roles */
+function wireRoles() {
+  for (const place of all("[data-role]")) {
+    const only = (on) => all(".cells i").forEach((cell) => cell.classList.toggle("dim", on && !cell.dataset.roles.split(" ").includes(place.dataset.role)));
+    for (const event of ["pointerenter", "focusin"]) place.addEventListener(event, () => only(true));
+    for (const event of ["pointerleave", "focusout"]) place.addEventListener(event, () => only(false));
+  }
+}
+
+/* on paper nothing is out of sight, and nothing is folded */
+function unfold() {
+  all("details").forEach((fold) => { fold.open = true; });
+  for (const place of all("*")) if (place.redraw && !page.drawn.has(place)) { sight.unobserve(place); page.drawn.set(place, place.redraw); place.redraw(); }
+}
+
 function drawMini(button) {
   const map = byKey.get(button.dataset.map), trace = map.plot.data[0];
   const bare = { visible: false, fixedrange: true };
@@ -418,6 +433,8 @@ async function start() {
   document.head.append(script);
   $("engine").remove();
   wire();
+  wireRoles();
+  addEventListener("beforeprint", unfold);
   if (maps.length) {
     showMap(maps[0]);
     all(".thumb").forEach(drawMini);

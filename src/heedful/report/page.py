@@ -51,11 +51,11 @@ def environment() -> Any:
     return made
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
     return (resources.files("heedful.report") / name).read_text(encoding="utf-8")
 
 
-def _embed(value: object) -> str:
+def embed(value: object) -> str:
     """JSON that may stand in a script element: nothing in a text can end the element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
@@ -111,8 +111,8 @@ def _facts(facts: Any) -> list[tuple[str, str]]:
         of = f" in {texts} text{'s' if texts != 1 else ''}" if isinstance(texts, int) else ""
         out.append(("read", f"{_short(facts['tokens'])} tokens{of}"))
     seconds = facts.get("seconds") or {}
-    if "text" in seconds:
-        out.append(("time", f"{seconds['text']:.3g} s"))
+    if seconds:
+        out.append(("time", f"{sum(seconds.values()):.3g} s"))
     if "date" in facts:
         out.append(("on", str(facts["date"])[:10]))
     return out
@@ -161,6 +161,7 @@ def _content(profile: data.Shown) -> tuple[dict[str, Any], dict[str, Any], str]:
         "more": more(profile.facts),
         "findings": findings,
         "roles": roles,
+        "role_map": data.role_map(roles, profile.facts),
         "acting": [entry(name) for name in acting],
         "measures": _measures(told),
         "kinds": by_kind(figures),
@@ -187,12 +188,12 @@ def html(written: dict[str, Any], read: dict[str, Any], numbers: str = "") -> st
     }
     return (
         environment()
-        .from_string(_asset("template.html"))
+        .from_string(asset("template.html"))
         .render(
             **written,
-            style=_asset("page.css"),
-            scripts=[_asset("page.js"), _asset("tokens.js")],
-            data=_embed(read),
+            style=asset("page.css"),
+            scripts=[asset("page.js"), asset("tokens.js")],
+            data=embed(read),
             numbers=numbers,
             engine=engine,
         )

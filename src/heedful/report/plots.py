@@ -57,6 +57,9 @@ def _limits(figure: HeadMap) -> tuple[float | None, float | None]:
     """Ends of the colour scale; a map of shares begins at 0, so that maps can be compared."""
     low = 0.0 if figure.low is None and figure.unit == "share" else figure.low
     known = figure.values[torch.isfinite(figure.values)]
+    if low is None and figure.high is None and len(known) and float(known.min()) < 0:
+        size = float(known.abs().max())
+        return -size, size  # zero in the middle, where a signed scale has none of its colours
     if low is not None and figure.high is None and len(known):
         return low, max(float(known.max()), low + 1e-9)  # plotly takes both ends or none
     return (low, figure.high) if low is not None and figure.high is not None else (None, None)
@@ -77,6 +80,7 @@ def head_map(figure: HeadMap, sort: bool = False) -> go.Figure:
         customdata=order.T.to(torch.int16).numpy(),
         zmin=low,
         zmax=high,
+        autocolorscale=(low is not None and low < 0) or None,
         xgap=1,
         ygap=1,
         colorbar={"tickformat": number},
@@ -106,6 +110,8 @@ def grid(figure: Grid) -> go.Figure:
         y=list(figure.rows),
         customdata=_array(values) if figure.log else None,
         colorbar=bar,
+        text=figure.text,
+        texttemplate=None if figure.text is None else "%{text}",
         hovertemplate=f"{figure.row_label} %{{y}}, {figure.column_label} %{{x}}<br>"
         f"<b>%{{{'customdata' if figure.log else 'z'}:{number}}}</b>{suffix(figure.unit)}<extra></extra>",
         hoverongaps=False,

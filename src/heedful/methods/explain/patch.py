@@ -14,7 +14,7 @@ from heedful.core.sites import Site, at
 
 
 class Patch(Method):
-    """Puts what heads handed over in another run in place of what they hand over in this one, or zeros.
+    """Puts what heads handed over in another run in place of what they hand over in this one, or zeros (ablation).
 
     `.on(layers, heads)` says which. `patching` and `path_patching` in `heedful.explaining` try the heads of a model one
     by one.

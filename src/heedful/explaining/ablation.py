@@ -1,0 +1,85 @@
+"""What a model says without some of its heads: their output set to zero, or to its mean over texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heedful.api import attach, still
+from heedful.core.call import Call
+from heedful.core.errors import FieldError
+from heedful.core.figures import Head
+from heedful.core.fitted import Fitted
+from heedful.core.method import Method, Part
+from heedful.core.sites import Site, at, reads
+from heedful.core.stack import Stack
+from heedful.core.stats import Mean, Statistic
+from heedful.engine.run import Run
+from heedful.explaining.aim import fed
+from heedful.methods.explain.patch import Patch
+from heedful.models import Loaded
+
+
+class _Means(Method):
+    """The mean of what each head hands over, over all tokens of the texts."""
+
+    @reads(Site.HEAD_OUTPUT)
+    def add(self, heads: Tensor, call: Call) -> Statistic:
+        mine = heads * call.is_text[..., None]
+        return Mean.of(mine.double().sum((0, 2)), call.is_text.expand(len(heads), 1, -1).sum())
+
+
+class _Constant(Method):
+    """Heads hand over the same whatever they read."""
+
+    values: Fitted  # <layer> [h d]
+
+    def __repr__(self) -> str:
+        return "mean of heads"
+
+    @at(Site.HEAD_OUTPUT)
+    def put(self, heads: Tensor, call: Call) -> Tensor:
+        constant = self.values[str(call.layer)].to(heads)[None, :, None].expand_as(heads)
+        return constant.where(call.is_text[..., None], heads)
+
+
+def ablate(
+    model: nn.Module | Loaded,
+    heads: Iterable[Head],
+    *,
+    mean: Any = None,
+    tokenizer: Any = None,
+    **how: Any,
+) -> Run:
+    """A run in which these heads, as (layer, head), hand over zeros: `with heedful.ablate(model, [(3, 1)]) as run:`.
+
+    With `mean`, one text or a list of them (strings, token ids, or what the model is called with), they hand over their
+    mean over all tokens of these, which takes away what they tell of a text and leaves what they always add. `how` goes
+    to `attach`.
+    """
+    given = model if isinstance(model, Loaded) else Loaded(model, None, "")
+    chosen: dict[int, list[int]] = {}
+    for head in heads:
+        if not (isinstance(head, tuple) and len(head) == 2):
+            raise FieldError("ablate()", "heads", head, "must be pairs of layer and head", [(3, 1)])
+        chosen.setdefault(head[0], []).append(head[1])
+    if not chosen:
+        raise FieldError("ablate()", "heads", [], "names none", [(3, 1)])
+    what: Method = Patch()
+    if mean is not None:
+        one = isinstance(mean, str | Mapping | Tensor) or all(isinstance(x, int) for x in mean)
+        what = _Constant(_means(given, [mean] if one else mean, tokenizer or given.tokenizer, list(chosen), how))
+    parts: list[Part] = [what.on(layer, mine) for layer, mine in sorted(chosen.items())]
+    return attach(given.model, Stack(tuple(parts)), **how)
+
+
+@torch.no_grad()
+def _means(given: Loaded, texts: Iterable[Any], tokenizer: Any, layers: list[int], how: Mapping[str, Any]) -> Fitted:
+    reader = _Means().on(layers)
+    with still(given.model), attach(given.model, reader, **how) as run:
+        for text in texts:
+            run(**fed("ablate()", given.model, text, tokenizer))
+        return Fitted({str(layer): stat.value for layer, stat in run[reader].items()})

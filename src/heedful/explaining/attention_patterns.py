@@ -1,0 +1,159 @@
+"""Attention patterns of one short text, whole: to look at, to index, to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from heedful.adapters.wrapped import unwrapped
+from heedful.api import attach
+from heedful.core.call import Call
+from heedful.core.errors import FieldError
+from heedful.core.figures import Grid, Head, head_name
+from heedful.core.method import Method, Part
+from heedful.core.sites import Site, reads
+from heedful.core.stack import Stack, as_stack
+from heedful.core.stats import Cat, Statistic
+from heedful.explaining.aim import fed, spelled
+from heedful.models import Loaded
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+MOST = 1 << 30  # bytes of maps that are kept without a word
+
+
+@dataclass(frozen=True, eq=False)
+class Patterns:
+    """`patterns[layer]` is `[h q k]`, `patterns[layer, head]` is `[q k]`; rows are queries. A notebook shows them."""
+
+    tokens: list[str]
+    maps: Mapping[int, Tensor]  # by layer [h q k]
+    heads: Mapping[int, list[int]]  # by layer, which heads these are
+
+    def __getitem__(self, place: int | Head) -> Tensor:
+        layer, head = place if isinstance(place, tuple) else (place, None)
+        if layer not in self.maps:
+            raise FieldError("Patterns", "[layer]", layer, f"must be one of {list(self.maps)}", next(iter(self.maps)))
+        if head is None:
+            return self.maps[layer]
+        if head not in self.heads[layer]:
+            rule = f"layer {layer} has the heads {self.heads[layer]} here"
+            raise FieldError("Patterns", "[layer, head]", place, rule, (layer, self.heads[layer][0]))
+        return self.maps[layer][self.heads[layer].index(head)]
+
+    @property
+    def tensor(self) -> Tensor:
+        """All of them, `[layers h q k]`, where every layer has the same number."""
+        shapes = {tuple(x.shape) for x in self.maps.values()}
+        if len(shapes) > 1:
+            rule = "layers differ in shape; take one layer at a time, as in patterns[3]"
+            raise FieldError("Patterns", "tensor", sorted(shapes), rule, "patterns[3]")
+        return torch.stack(list(self.maps.values()))
+
+    def names(self, count: int) -> list[str]:
+        """The tokens with their places; places alone where the axis is another sequence's."""
+        words = self.tokens if len(self.tokens) == count else [""] * count
+        return [f"{i} {word}".strip() for i, word in enumerate(words)]
+
+    def figure(self, layer: int, head: int) -> Grid:
+        values = self[layer, head]
+        q, k = (self.names(n) for n in values.shape)
+        what = "The share of its attention that each token (a row) gives to each token (a column)."
+        title = f"Pattern of head {head_name(layer, head)}"
+        return Grid(f"pattern_{layer}_{head}", title, what, values, q, k, "query", "key", "share")
+
+    def plot(self, layer: int, head: int) -> go.Figure:
+        """One head's pattern as a plotly figure."""
+        from heedful.report.plots import draw
+
+        return draw(self.figure(layer, head))
+
+    def page(self, path: str | Path) -> Path:
+        """Write the view of all of them: one HTML file that needs nothing else."""
+        from heedful.report.maps import render
+        from heedful.report.page import put
+
+        return put(render(self), path)
+
+    def __repr__(self) -> str:
+        many = sum(len(x) for x in self.maps.values())
+        q, k = next(iter(self.maps.values())).shape[1:]
+        return f"Patterns({len(self.maps)} layers, {many} heads, {q} x {k}: {''.join(self.tokens)[:60]!r})"
+
+    def _repr_html_(self) -> str:
+        from heedful.report.maps import render
+
+        frame = '<iframe title="Attention patterns" style="width:100%;height:640px;border:0" srcdoc="{}"></iframe>'
+        return frame.format(escape(render(self)))
+
+
+class _Whole(Method):
+    """Keeps the pattern of a text as it is."""
+
+    tokens: int  # how many tokens the text has; 0 where nobody knows beforehand
+    layers: int | None  # how many layers are kept; None for all
+
+    def __repr__(self) -> str:
+        return "patterns()"
+
+    @reads(Site.PATTERN, first="tokens")
+    def keep(self, weights: Tensor, call: Call) -> Statistic:
+        b, h, r, _ = weights.shape
+        if b != 1:
+            raise FieldError("patterns()", "text", b, "must be one text; take texts one at a time", "texts[0]")
+        stop = int(call.keys.index.max()) + 1
+        size = 4 * (self.layers or call.depth) * h * (self.tokens or stop) * stop
+        if size > MOST:
+            rule = f"makes maps of {size / 1e9:.1f} GB; name fewer heads, cut the text, or read it with diagnose()"
+            good = f"{int(stop * (MOST / size) ** 0.5)} tokens"
+            raise FieldError("patterns()", "text", f"{stop} tokens", rule, good)
+        whole = weights.new_zeros(h, r, stop)
+        whole[..., call.keys.index[0, 0]] = weights[0]
+        return Cat.of(f"{call.rows.start or 0:09d}", whole)
+
+
+@torch.no_grad()
+def patterns(
+    model: nn.Module | Loaded,
+    text: str | Tensor | Iterable[int] | Mapping[str, Any],
+    *,
+    tokenizer: Any = None,
+    heads: Iterable[Head] | None = None,
+    stack: Part | Stack | None = None,
+    **how: Any,
+) -> Patterns:
+    """The attention patterns of one text: of every head, or of the `heads` named as (layer, head).
+
+    `text` is a string, token ids, or what the model is called with, pixels too. Under a `stack`, the patterns are those
+    that it leaves. `how` goes to `attach`. Maps grow with the square of the text: `diagnose` reads long ones.
+    """
+    given = model if isinstance(model, Loaded) else Loaded(unwrapped(model), None, "")
+    words = getattr(tokenizer or given.tokenizer, "tokenizer", tokenizer or given.tokenizer)
+    inputs = fed("patterns()", given.model, text, words)
+    ids = inputs.get("input_ids")
+    tokens = 0 if ids is None else ids.shape[-1]
+    wanted: dict[int, list[int]] = {}
+    for layer, head in sorted(set(heads or ())):
+        wanted.setdefault(layer, []).append(head)
+    reader = _Whole(tokens, len(wanted) or None)
+    parts: list[Part] = [reader.on(layer, mine) for layer, mine in wanted.items()]
+    parts = parts or [reader]
+    before = () if stack is None else as_stack(stack).parts
+    was_training = given.model.training
+    given.model.eval()
+    try:
+        with attach(given.model, Stack((*before, *parts)), **how) as run:
+            run(**inputs)
+            found = {layer: stat for part in parts for layer, stat in run[part].items()}
+    finally:
+        given.model.train(was_training)
+    maps = {layer: torch.cat(stat.value, 1) for layer, stat in sorted(found.items())}
+    named = {layer: wanted.get(layer) or list(range(len(x))) for layer, x in maps.items()}
+    return Patterns([] if ids is None else spelled(ids[0], words), maps, named)

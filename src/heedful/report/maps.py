@@ -1,0 +1,47 @@
+"""Attention patterns as one small HTML file: every head as a thumbnail, the chosen one large, and the text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from heedful.core.errors import FieldError
+from heedful.core.figures import head_name
+from heedful.report.colours import SCALE
+from heedful.report.data import zipped
+from heedful.report.page import asset, embed, environment
+
+MOST = 24 << 20  # numbers that a page holds
+
+
+class Maps(Protocol):
+    """Attention patterns (`heedful.explaining.attention_patterns.Patterns`)."""
+
+    @property
+    def tokens(self) -> list[str]: ...
+
+    @property
+    def maps(self) -> Mapping[int, Tensor]: ...
+
+    @property
+    def heads(self) -> Mapping[int, list[int]]: ...
+
+
+def render(patterns: Maps) -> str:
+    """The page as text."""
+    count = sum(x.numel() for x in patterns.maps.values())
+    if count > MOST:
+        rule = f"has {count:,} numbers and a page holds {MOST:,}; name fewer heads"
+        raise FieldError("Patterns", "page", f"{len(patterns.maps)} layers", rule, "heads=[(3, 1)]")
+    rows, numbers = [], []
+    for layer, x in patterns.maps.items():
+        names = [head_name(layer, head) for head in patterns.heads[layer]]
+        rows.append({"layer": layer, "heads": names, "q": x.shape[1], "k": x.shape[2]})
+        # the root shows what is small; a byte is a 255th of it
+        numbers.append((x.float().cpu().nan_to_num().clamp(0, 1).sqrt() * 255).round().to(torch.uint8).flatten())
+    read = {"tokens": list(patterns.tokens), "rows": rows, "scale": list(SCALE)}
+    packed = zipped(torch.cat(numbers).numpy().tobytes())
+    return environment().from_string(asset("patterns.html")).render(data=embed(read), numbers=packed)

@@ -1,0 +1,84 @@
+"""Readers of a pattern's first rows: beside any backend, and in tiles where something edits the map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from heedful import attach, models
+from heedful.core.call import Call
+from heedful.core.errors import DefinitionError
+from heedful.core.method import Method
+from heedful.core.sites import Site, reads
+from heedful.core.stack import Stack
+from heedful.core.stats import Cat, Statistic
+from heedful.methods import SinkRate, SinkWindow, TempScale
+
+
+class _Rows(Method):
+    """The pattern's first rows as they are, spread over all columns."""
+
+    rows: int = 0  # 0: all
+
+    @reads(Site.PATTERN, first="rows")
+    def keep(self, weights: Tensor, call: Call) -> Statistic:
+        whole = weights.new_zeros(*weights.shape[:-1], IDS.shape[1])
+        whole[..., call.cols] = weights
+        assert weights.shape[2] == len(call.queries) == call.rows.stop - (call.rows.start or 0)
+        assert call.keep is None or call.keep.shape[2] in (1, weights.shape[2])
+        return Cat.of(f"{call.rows.start or 0:04d}", whole)
+
+
+IDS = torch.arange(5, 65).view(2, 30)
+
+
+def rows(model: Any, method: _Rows, *more: Any, **how: Any) -> tuple[list[Tensor], set[str]]:
+    part: Any = method if "heads" not in how else method.on(heads=how.pop("heads"))
+    with attach(model, Stack((*more, part)), **how) as run, torch.no_grad():
+        run(input_ids=IDS, use_cache=False, attention_mask=torch.ones_like(IDS).index_fill(1, torch.tensor([0, 1]), 0))
+    found = [run.state.statistics[0 + len(more), "keep", layer] for layer in range(2)]
+    return [torch.cat(x.value, 2) for x in found], set(run.state.backends.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "gemma2"])
+@pytest.mark.parametrize("more", [(), (SinkWindow(1, 3),), (TempScale(0.5),), (SinkRate(),)])
+@pytest.mark.parametrize("tile_rows", [None, 4])
+def test_they_are_those_of_the_whole_pattern(kind: str, more: tuple[Any, ...], tile_rows: int | None) -> None:
+    model = models.tiny(kind)
+    whole, _ = rows(model, _Rows(), *more, backend="reference")
+    some, _ = rows(model, _Rows(7), *more, tile_rows=tile_rows)
+    for a, b in zip(some, whole, strict=True):
+        assert a.shape[2] == 7
+        torch.testing.assert_close(a, b[:, :, :7])
+
+
+def test_they_rule_no_backend_out() -> None:
+    model = models.tiny("llama")
+    plain = attach(model, SinkRate())
+    with plain, torch.no_grad():
+        plain(input_ids=IDS)
+    assert rows(model, _Rows(7), SinkRate())[1] == set(plain.state.backends.values())
+    assert rows(model, _Rows(7))[1] == {"sdpa"}
+    assert rows(model, _Rows())[1] == {"tiled"}
+
+
+def test_some_heads_and_more_rows_than_there_are() -> None:
+    model = models.tiny("llama")
+    whole, _ = rows(model, _Rows())
+    some, _ = rows(model, _Rows(99), heads=[1, 3])
+    for a, b in zip(some, whole, strict=True):
+        torch.testing.assert_close(a, b[:, [1, 3]])
+
+
+def test_no_other_site_is_read_so() -> None:
+    with pytest.raises(DefinitionError, match="only PATTERN is read by rows"):
+        reads(Site.QUERY, first="rows")
+    with pytest.raises(DefinitionError, match="first='row' names no field"):
+
+        class _Odd(Method):
+            @reads(Site.PATTERN, first="row")
+            def keep(self, weights: Tensor, call: Call) -> Statistic | None:
+                return None

@@ -1,0 +1,115 @@
+"""`heedful.patterns`: the model's own maps, of chosen heads too, under a stack, in a notebook and on a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import heedful
+from heedful import models
+from heedful.core.errors import FieldError
+from heedful.explaining.attention_patterns import MOST, Patterns
+from heedful.methods import SinkWindow
+from tests.test_diagnose_texts import characters
+
+IDS = torch.arange(5, 25)
+
+
+def eager(model: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        found: tuple[torch.Tensor, ...] = model(**inputs, output_attentions=True).attentions
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "gemma2", "bert"])
+def test_they_are_the_models_own(kind: str) -> None:
+    model = models.tiny(kind)
+    found = heedful.patterns(model, IDS)
+    maps = eager(model, input_ids=IDS[None])
+    assert list(found.maps) == list(range(len(maps)))
+    for layer, x in enumerate(maps):
+        torch.testing.assert_close(found[layer], x[0])
+        torch.testing.assert_close(found[layer, 2], x[0, 2])
+    torch.testing.assert_close(found.tensor, torch.cat(maps))
+    assert found.tokens[0] == "5 "
+
+
+def test_pixels_and_two_halves() -> None:
+    vit = models.tiny("vit")
+    inputs = {name: x[:1] for name, x in models.tiny_inputs(vit).items()}
+    found = heedful.patterns(vit, inputs)
+    assert found.tokens == []
+    torch.testing.assert_close(found.tensor, torch.cat(eager(vit, **inputs)))
+    both = heedful.patterns(models.tiny("t5"), IDS)
+    assert {x.shape[1:] for x in both.maps.values()} == {(20, 20)}
+
+
+def test_some_heads_and_their_names() -> None:
+    model = models.tiny("llama")
+    whole, some = heedful.patterns(model, IDS), heedful.patterns(model, IDS, heads=[(1, 3), (0, 2), (1, 0)])
+    assert some.heads == {0: [2], 1: [0, 3]}
+    torch.testing.assert_close(some[1, 3], whole[1, 3])
+    torch.testing.assert_close(some[1], whole[1][[0, 3]])
+    with pytest.raises(FieldError, match=r"layer 0 has the heads \[2\] here"):
+        some[0, 1]
+    with pytest.raises(FieldError, match=r"must be one of \[0, 1\]"):
+        some[7]
+    with pytest.raises(FieldError, match="layers differ in shape"):
+        _ = some.tensor
+    with pytest.raises(FieldError, match=r"patterns\(\).on\(layers=\[9\]"):
+        heedful.patterns(model, IDS, heads=[(9, 0)])
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_under_a_stack(rows: int | None) -> None:
+    found = heedful.patterns(models.tiny("llama"), IDS, stack=SinkWindow(1, 3), tile_rows=rows)
+    seen = found.tensor > 0
+    place = torch.arange(20)
+    near = (place[:, None] - place < 3) | (place == 0)
+    assert bool((seen == (near & (place[:, None] >= place))).all())
+
+
+def test_texts_and_what_is_refused() -> None:
+    model = models.tiny("llama")
+    found = heedful.patterns(model, "a cat", tokenizer=characters())
+    assert "".join(found.tokens) == "a cat"
+    assert found.names(5)[2] == "2 c"
+    assert found.names(3) == ["0", "1", "2"]
+    with pytest.raises(FieldError, match="is needed for a text"):
+        heedful.patterns(model, "a cat")
+    with pytest.raises(FieldError, match="must be one text"):
+        heedful.patterns(model, torch.ones(2, 5, dtype=torch.long))
+
+
+def test_too_much_is_refused_before_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.tiny("llama")
+    monkeypatch.setattr("heedful.explaining.attention_patterns.MOST", 2 * 4 * 4 * 19 * 19)
+    with pytest.raises(FieldError, match=r"name fewer heads.*'19 tokens'"):
+        heedful.patterns(model, IDS)
+    assert heedful.patterns(model, IDS[:19])[1].shape == (4, 19, 19)
+    assert heedful.patterns(model, IDS, heads=[(0, 1)])[0].shape == (1, 20, 20)
+    assert MOST == 1 << 30
+
+
+def test_the_model_is_as_it_was() -> None:
+    model = models.tiny("llama").train()
+    heedful.patterns(model, IDS)
+    assert model.training
+    assert not model.config._attn_implementation.startswith("heedful")
+
+
+def test_a_notebook_and_a_page_show_them(tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    tokens = ["</script>", '"', "<b>", "é"]
+    found = Patterns(tokens, {0: torch.eye(4).expand(2, 4, 4)}, {0: [0, 1]})
+    shown = found._repr_html_()
+    assert shown.startswith("<iframe")
+    assert shown.count("<") == 2  # everything inside is escaped
+    text = found.page(tmp_path / "maps.html").read_text()
+    assert '</script>"' not in text.split('id="data">')[1].split("</script>")[0]
+    assert "query" in str(found.plot(0, 1).to_dict())
+    assert repr(found) == "Patterns(1 layers, 2 heads, 4 x 4: '</script>\"<b>é')"
