@@ -12,7 +12,8 @@ from heedful import attach, models
 from heedful.core.call import CachedKV, Call
 from heedful.core.errors import SiteError
 from heedful.core.method import Method
-from heedful.core.sites import Site, at
+from heedful.core.sites import Site, at, reads
+from heedful.core.stats import Sum
 
 from .samples import PAPER
 
@@ -52,8 +53,19 @@ class Shrink(Method):
         return entries.is_filled & (entries.positions.index > 0)
 
 
+class Look(Method):
+    """Reads, and should do no more."""
+
+    paper = PAPER
+    dirty: bool = True
+
+    @reads(Site.PATTERN)
+    def look(self, weights: Tensor, call: Call) -> Sum:
+        return Sum.of((weights.mul_(3) if self.dirty else weights * 3).sum())
+
+
 @modes
-@pytest.mark.parametrize("kind", [Block, Mix, Shrink])
+@pytest.mark.parametrize("kind", [Block, Mix, Shrink, Look])
 def test_a_change_in_place_is_an_error(kind: Any, mode: Any) -> None:
     model = models.tiny("llama").eval()
     with mode():

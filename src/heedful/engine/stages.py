@@ -59,7 +59,9 @@ def stage(site: Site, x: Any, job: AttentionCall, call: Call) -> Any:
                 if left <= 0:
                     continue
                 mine, seen = mine[:, :, :left], _top(seen, left)
-            job.run_state.note(step, call, act(mine if chosen is None else mine[:, chosen], seen))
+            with untouched(step, job, mine):
+                found = act(mine if chosen is None else mine[:, chosen], seen)
+            job.run_state.note(step, call, found)
             continue
         if step.edit.reweights:
             x = _reweighted(step, x, job, call)
