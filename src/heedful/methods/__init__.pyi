@@ -29,7 +29,9 @@ from heedful.methods.mechanisms.local.dynamic_conv import DynamicConv as Dynamic
 from heedful.methods.mechanisms.local.light_conv import LightConv as LightConv
 from heedful.methods.mechanisms.normalise.clipped_softmax import ClippedSoftmax as ClippedSoftmax
 from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention as SigmoidAttention
+from heedful.methods.mechanisms.routed.dynamic_mask_attention import DynamicMaskAttention as DynamicMaskAttention
 from heedful.methods.mechanisms.routed.mixture_of_heads import MixtureOfHeads as MixtureOfHeads
+from heedful.methods.mechanisms.score.multi_token_attention import MultiTokenAttention as MultiTokenAttention
 from heedful.methods.observe.attention_profile import AttentionProfile as AttentionProfile
 from heedful.methods.observe.induction_heads import InductionHeads as InductionHeads
 from heedful.methods.observe.massive_qk import MassiveQK as MassiveQK
@@ -49,6 +51,7 @@ from heedful.methods.sparse.cache.knorm import KNorm as KNorm
 from heedful.methods.sparse.cache.q_filters import QFilters as QFilters
 from heedful.methods.sparse.cache.razor_attention import RazorAttention as RazorAttention
 from heedful.methods.sparse.cache.snap_kv import SnapKV as SnapKV
+from heedful.methods.sparse.decode.less_is_more import LessIsMore as LessIsMore
 from heedful.methods.sparse.decode.loki import Loki as Loki
 from heedful.methods.sparse.decode.token_select import TokenSelect as TokenSelect
 from heedful.methods.sparse.prefill.flex_prefill import FlexPrefill as FlexPrefill
