@@ -19,7 +19,7 @@ from heedful.engine.attention_call import AttentionCall
 from heedful.engine.earlier import with_earlier
 from heedful.engine.needs import Needs
 from heedful.engine.run_state import Plan
-from heedful.engine.stages import chosen_heads, own_rows, stage
+from heedful.engine.stages import chosen_heads, own_rows, stage, untouched
 
 
 def softmax(scores: Tensor, sink: Tensor | None = None) -> Tensor:
@@ -198,7 +198,8 @@ def _mixed(step: Step, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> T
     call = job.call
     if job.bias is not None or job.sink is not None or call.softcap is not None or not call.mask.plain:
         raise _without_map(step, call)
-    return _made(step, (q, k, v), (*q.shape[:3], v.shape[-1]), job, call)
+    with untouched(step, job, q, k, v):
+        return _made(step, (q, k, v), (*q.shape[:3], v.shape[-1]), job, call)
 
 
 def replaced(step: Step, job: AttentionCall, call: Call, output: Tensor) -> Tensor:
@@ -207,7 +208,8 @@ def replaced(step: Step, job: AttentionCall, call: Call, output: Tensor) -> Tens
         raise SiteError(f"{step}, layer {call.layer}: the block is not handed hidden states [b n e]")
     if not call.mask.plain:
         raise _without_map(step, call)
-    return _made(step, call.hidden, tuple(output.shape), job, call).to(output.dtype)
+    with untouched(step, job, call.hidden):
+        return _made(step, call.hidden, tuple(output.shape), job, call).to(output.dtype)
 
 
 def _without_map(step: Step, call: Call) -> SiteError:
