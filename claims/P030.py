@@ -7,10 +7,11 @@ from torch import Tensor
 
 from claims._tiny_lm import Trained, batch
 from claims.ledger import Claim, run
-from heedful.authoring import Call, Method, Site, at
+from heedful.authoring import Call, Layer, Method, Site, at
 from heedful.methods import MixtureOfHeads
 
 STEPS = 250
+MOH = MixtureOfHeads(1, 2)
 
 
 class _FirstThree(Method):
@@ -21,8 +22,29 @@ class _FirstThree(Method):
         return torch.cat([heads[:, :3], torch.zeros_like(heads[:, 3:])], 1)
 
 
+class _RandomRouter(Method):
+    """The control of the choice: weighted by a learned router as in MoH, but drawn anew for each token."""
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        return MOH.parameters(layer)
+
+    @at(Site.HEAD_OUTPUT)
+    def gate(self, heads: Tensor, call: Call) -> Tensor:
+        kinds, weights = ((call.hidden @ call.params[name]).softmax(-1) for name in ("kinds", "router"))
+        drawn = torch.rand(weights.shape).argsort(-1) < MOH.routed
+        picked = weights * drawn
+        routed = MOH.routed * picked / picked.sum(-1, keepdim=True)
+        gates = 2 * torch.cat([kinds[..., :1], kinds[..., 1:] * routed], -1)
+        return heads * gates.mT[..., None]
+
+
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    ways = {"all heads": None, "MoH, 3 of 4": MixtureOfHeads(1, 2), "the same 3 of 4": _FirstThree()}
+    ways = {
+        "all heads": None,
+        "MoH, 3 of 4": MOH,
+        "the same 3 of 4": _FirstThree(),
+        "1 and 2 of 3 drawn at random": _RandomRouter(),
+    }
     numbers = {}
     for name, what in ways.items():
         trained = Trained(what, seed, STEPS)
@@ -46,10 +68,14 @@ CLAIM = Claim(
     key="P030",
     method="MixtureOfHeads",
     says="A model that uses a part of its heads for each token is as good as one that uses all, or better.",
-    paper_number="MoH-LLaMA3-8B: +2.4 points on 14 benchmarks with 75 % of the heads",
+    paper_number="MoH-LLM-B, trained from scratch on 100B tokens: 47.8 % on 6 benchmarks with 75 % of the heads, "
+    "against 47.4 % with all (table 3); MoH-ViT-B: 84.9 % on ImageNet with 75 %, against 84.8 % (table 1)",
     setup="A two-layer language model of bytes with 4 heads, trained for 250 steps: all heads; one shared and two of "
-    "three routed heads with the paper's load balance of 0.01; and, as a control, three heads that are the same for "
-    "every token.",
+    "three routed heads with the paper's load balance of 0.01; and, as controls, three heads that are the same for "
+    "every token, and one shared with two of three that are drawn at random for each token, in training and after it, "
+    "but weighted by a learned router like MoH's. The last control, and the figure of the paper, were added after a "
+    "first run had been seen; nothing else was changed. MoH-LLaMA3-8B, which has no learned router, is not what is "
+    "tried here.",
     effect="held-out loss of all heads less that of MoH, nats a byte",
     measure=measure,
     seeds=5,

@@ -270,6 +270,43 @@ def test_a_comparison(opened, compared):
     assert tab.locator(".table", has=tab.locator("th", has_text="log-prob")).count() == 3
 
 
+def test_sorting_the_verdicts(opened, compared):
+    tab = opened(compared)
+    first = "#matrix tbody tr td:nth-child({})"
+
+    def column(n: int) -> list[float]:
+        told = tab.locator(first.format(n)).evaluate_all("cells => cells.map(cell => cell.dataset.value)")
+        return [float(x) for x in told if x is not None]
+
+    button = tab.locator("#matrix thead button").nth(2)
+    for order, reverse in (("descending", True), ("ascending", False)):
+        button.click()
+        assert button.locator("..").get_attribute("aria-sort") == order
+        assert column(3) == sorted(column(3), reverse=reverse)
+    assert len(set(column(3))) > 1
+
+
+def test_the_map_of_roles(opened):
+    tab = opened()
+    assert tab.locator(".cells i").count() == 30 * 9
+    tab.locator('.cells i[data-head="14.3"]').click()
+    assert tab.locator("#card-title").inner_text() == "Head 14.3"
+    assert tab.locator(".cells i[aria-current]").count() == 1
+    tab.locator('[data-role="0"]').hover()
+    bright = tab.locator(".cells i:not(.dim)").evaluate_all("cells => cells.map(cell => cell.dataset.roles)")
+    assert bright
+    assert all("0" in roles.split() for roles in bright)
+
+
+def test_paper_shows_every_figure(opened):
+    tab = opened()
+    tab.pdf(format="A4")
+    assert (
+        tab.evaluate("[...document.querySelectorAll('.plot, .mini')].filter(x => !x.querySelector('svg')).length") == 0
+    )
+    assert tab.evaluate("[...document.querySelectorAll('details')].every(x => x.open)")
+
+
 def test_a_comparison_on_a_phone(opened, compared):
     tab = opened(compared, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     for place in tab.locator(".plot").all():

@@ -13,10 +13,13 @@ from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call
 from heedful.core.errors import SiteError
+from heedful.core.mask import First, Mask, Window
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.methods.intervene.language.temp_scale import TempScale
+from heedful.methods.sparse.cache.heavy_hitter import HeavyHitter
+from heedful.methods.sparse.cache.knorm import KNorm
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
 from tests.samples import Sharpness
 
@@ -40,6 +43,16 @@ class Neighbours(Method):
         for i in range(1, min(self.rows, scores.shape[2])):
             out[:, :, i:] += 0.5**i * scores[:, :, :-i]
         return out
+
+
+class Narrow(Method):
+    """A few sinks and a window, as a mask alone: the cache keeps all."""
+
+    paper = PAPER
+
+    @at(Site.MASK)
+    def narrow(self, mask: Mask, call: Call) -> Mask:
+        return mask & (Window(9) | First(2))
 
 
 @pytest.mark.parametrize(
@@ -109,9 +122,7 @@ def test_rows_are_numbered_without_those_of_earlier_calls() -> None:
     assert set(rows) == {(0, 2)}
 
 
-@pytest.mark.parametrize(
-    "stack", [Neighbours(3), SinkWindow(2, 9) | Neighbours(4), Neighbours(2) | Neighbours(3)], ids=repr
-)
+@pytest.mark.parametrize("stack", [Neighbours(3), Neighbours(2) | Neighbours(3), Narrow() | Neighbours(4)], ids=repr)
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 def test_rows_above_go_with_the_cache(stack: Method, backend: str) -> None:
     """Token by token, in chunks, with left padding and with rows swapped in between: as the whole text at once."""
@@ -144,3 +155,24 @@ def test_rows_above_that_were_cut_off_are_missed() -> None:
         cache.crop(-3)
         with pytest.raises(SiteError, match="cut back"):
             run(input_ids=IDS[:, 6:8], use_cache=True, **{CACHE: cache})
+
+
+@pytest.mark.parametrize("drops", [SinkWindow(2, 6), KNorm(6), HeavyHitter(6)], ids=repr)
+def test_rows_above_that_saw_dropped_keys_are_refused(drops: Method) -> None:
+    """A neighbour may lie in another column, so that what was dropped is missed; reading at once drops nothing."""
+    model = models.tiny("llama").eval()
+    with attach(model, drops | Neighbours(3)) as run, torch.no_grad():
+        run(input_ids=IDS)
+        cache = run(input_ids=IDS[:, :4], use_cache=True)[CACHE]
+        cache = run(input_ids=IDS[:, 4:6], use_cache=True, **{CACHE: cache})[CACHE]  # all still held
+        cache = run(input_ids=IDS[:, 6:9], use_cache=True, **{CACHE: cache})[CACHE]
+        with pytest.raises(SiteError, match="layer 0: an edit looks at rows above its own, and its cache no longer"):
+            run(input_ids=IDS[:, 9:10], use_cache=True, **{CACHE: cache})
+
+
+def test_rows_above_in_a_cache_that_slid_are_refused() -> None:
+    model = models.tiny("mistral", sliding_window=6).eval()
+    with attach(model, Neighbours(3)) as run, torch.no_grad():
+        cache = run(input_ids=IDS[:, :9], use_cache=True)[CACHE]
+        with pytest.raises(SiteError, match="no longer holds what these saw"):
+            run(input_ids=IDS[:, 9:10], use_cache=True, **{CACHE: cache})

@@ -195,6 +195,16 @@ def test_the_formula() -> None:
     assert Reweight(torch.ones(1, 2, 3), torch.zeros(1, 2, 3, dtype=torch.bool)).touched.tolist() == []
 
 
+@pytest.mark.parametrize("free", [torch.tensor([[[False, True, True]]]), None])
+def test_a_row_with_next_to_nothing_where_sums_are_restored_stays(free: Tensor | None) -> None:
+    """What is missing, divided by a number too small to divide by, is infinite."""
+    weights = torch.tensor([[[[1.0, 1e-40, 0.0]]]], requires_grad=True)
+    found = Reweight(torch.tensor([[[0.0 if free is None else 0.4, 1.0, 1.0]]]), free).of(weights, slice(0, 3))
+    assert torch.equal(found, weights)
+    found[0, 0, 0, 0].backward()
+    assert torch.equal(weights.grad, torch.tensor([[[[1.0, 0.0, 0.0]]]]))
+
+
 def test_in_a_stack_it_is_told_what_stands_before_it() -> None:
     call, tensors = _call((Causal(),)), _tensors()
     for what in (Sharper() | Loudest(), Loudest() | Columns(), Columns() | Loudest(), Loudest() | Loudest()):

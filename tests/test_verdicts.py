@@ -77,6 +77,46 @@ def test_intervals_stay_within_what_is_possible() -> None:
     assert Gap.of([-1.0, 1.0]).low < -1  # a unit without ends
 
 
+def test_the_matrix_has_one_verdict_for_each_method() -> None:
+    found = comparison(
+        {
+            "bad": lambda t, n: 0.0,
+            "good": lambda t, n: 1.0,
+            "mixed": lambda t, n: float(t == 0),
+            "idle": same,
+            "alike": same,
+            "loose": lambda t, n: 0.0 if n == 1 else same(t, n),
+        },
+        tasks=2,
+        idle=("idle",),
+        prompts=30,
+    )
+    rows = dict(found.matrix.rows)
+    assert list(rows) == found.contenders
+    assert [cells[0].text for cells in rows.values()] == ["", "harms", "helps", "harms", "inactive", "safe", "unclear"]
+    assert [name for name, _ in found.matrix.columns] == ["verdict", "t0", "t1", "prefill", "token", "cache"]
+    assert [cell.tone for cell in rows["mixed"]] == ["bad", "good", "bad", "good", "", ""]
+    assert [cell.text for cell in rows["mixed"][1:3]] == ["+50", "-50"]
+    low, high = (int(x) for x in rows["mixed"][1].detail.split(" to "))
+    assert low < 50 < high
+    assert [cell.text for cell in rows["idle"]] == ["inactive", "as unedited", "as unedited", "", "", ""]
+    assert rows[PLAIN][1].text == "50%"
+    assert rows[PLAIN][1].detail == "30 prompts"
+    assert all(len(cells) == len(found.matrix.columns) for cells in rows.values())
+    told = str(found)
+    assert "harms: worse on some task, surely." in told
+    assert "refused: " not in told
+
+
+def test_less_loss_is_better_in_the_matrix_too() -> None:
+    found = comparison({"low": lambda t, n: -1.0, "high": lambda t, n: 2.0, "near": lambda t, n: same(t, n) + 0.04})
+    about = {**found.facts["tasks"]["t0"], "unit": "nats a token", "more_is_better": False}
+    less = Comparison({**found.facts, "tasks": {"t0": about}}, found.records)
+    assert [cells[0].text for _, cells in less.matrix.rows] == ["", "helps", "harms", "harms"]
+    some = Comparison(less.facts, tuple(r for r in less.records if not isinstance(r, Answered) or r.number < 6))
+    assert dict(some.matrix.rows)["near"][0].text == "safe"  # too few to be sure that it is worse, and 0.04 is little
+
+
 @pytest.mark.parametrize(("differences", "chance"), [([1.0] * 9, 2 / 2**9), ([0.0] * 9, 1.0), ([1.0, -1.0], 1.0)])
 def test_luck_is_that_of_all_signs(differences: list[float], chance: float) -> None:
     assert luck(differences) == pytest.approx(chance, abs=0.002)

@@ -15,7 +15,7 @@ import torch
 from heedful.bench.cost import WARM_UP
 from heedful.bench.records import Answered, Cost, Record, Refused, line, merged, read
 from heedful.core.errors import StatisticError
-from heedful.core.figures import Description
+from heedful.core.figures import Description, Matrix
 from heedful.core.files import RECORDS, replace_text, writing
 
 if TYPE_CHECKING:
@@ -206,6 +206,20 @@ class Comparison:
     def description(self) -> Description:
         """Figures and sentences."""
         return self._told
+
+    @property
+    def verdict_words(self) -> dict[str, tuple[str, str]]:
+        """What each verdict of the matrix means."""
+        from heedful.bench.matrix import VERDICTS
+
+        return VERDICTS
+
+    @cached_property
+    def matrix(self) -> Matrix:
+        """A verdict, the differences and the costs of each method, in rows."""
+        from heedful.bench.matrix import matrix
+
+        return matrix(self)
 
     def __str__(self) -> str:
         from heedful.bench.describing import in_words

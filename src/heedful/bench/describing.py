@@ -8,26 +8,12 @@ from collections.abc import Iterable
 import torch
 
 from heedful.bench.comparison import PLAIN, SHARE, Comparison, Gap, Price, Result
+from heedful.bench.matrix import VERDICTS
+from heedful.bench.numbers import direction, number, rounded, task_name, units
 from heedful.bench.records import COSTS, Answered
 from heedful.core.figures import Description, Figure, Finding, Intervals, Listing, Scatter, percent
 
 MB = 1 << 20
-
-
-def _number(x: float, unit: str, signed: bool = False) -> str:
-    """A score, or a difference of scores, as people write it."""
-    if unit == SHARE:
-        return f"{_plain(100 * x, 0):+.0f}" if signed else percent(x)
-    return f"{_plain(x, 3):+.3f}" if signed else f"{x:.3f}"
-
-
-def _plain(x: float, digits: int) -> float:
-    """Rounded, and no minus before a zero."""
-    return round(x, digits) + 0.0
-
-
-def _units(unit: str) -> str:
-    return "points" if unit == SHARE else unit
 
 
 def findings(c: Comparison) -> Iterable[Finding]:
@@ -87,8 +73,8 @@ def _count(n: int, what: str) -> str:
 def _clause(word: str, results: list[Result], plain: dict[str, Result], c: Comparison) -> str:
     told = []
     for r in results:
-        score, before = (_number(x, c.tasks[r.task]["unit"]) for x in (r.score, plain[r.task].score))
-        told.append(f"{_task_name(c, r.task)} ({score}, unedited {before})")
+        score, before = (number(x, c.tasks[r.task]["unit"]) for x in (r.score, plain[r.task].score))
+        told.append(f"{task_name(c, r.task)} ({score}, unedited {before})")
     if len(told) > 1:
         told[-2:] = [f"{told[-2]} and {told[-1]}"]
     return f"is {word} on {', '.join(told)}" if told else ""
@@ -112,7 +98,7 @@ def figures(c: Comparison) -> Iterable[Figure]:
         by = {r.contender: r for r in c.results if r.task == task and r.gap is not None}
         if by:
             rows = [_three(by[n].gap if n in by else None, 100 if about["unit"] == SHARE else 1) for n in names]
-            groups.setdefault((_units(about["unit"]), _way(about)), {})[_task_name(c, task)] = torch.tensor(rows)
+            groups.setdefault((units(about["unit"]), direction(about)), {})[task_name(c, task)] = torch.tensor(rows)
     for place, ((unit, way), found) in enumerate(groups.items()):
         yield Intervals(
             f"differences_{place}" if place else "differences",
@@ -126,12 +112,12 @@ def figures(c: Comparison) -> Iterable[Figure]:
         mine = [r for r in c.results if r.task == task]
         if mine:
             chance = _chance(c, task)
-            guess = "" if chance is None else f" Guessing scores {_number(chance, about['unit'])}."
+            guess = "" if chance is None else f" Guessing scores {number(chance, about['unit'])}."
             yield Listing(
                 f"task_{list(c.tasks).index(task)}",
-                _task_name(c, task),
-                f"{about['about']} In {about['unit']}, over {mine[0].prompts} prompts; {_way(about)} is better.{guess} "
-                "The log-probability is that of what is right, a token.",
+                task_name(c, task),
+                f"{about['about']} In {about['unit']}, over {mine[0].prompts} prompts; {direction(about)} is better."
+                f"{guess} The log-probability is that of what is right, a token.",
                 ("method", "score", "difference", "low", "high", "log-prob", "active"),
                 [_row(r, about["unit"]) for r in mine],
             )
@@ -149,16 +135,6 @@ def figures(c: Comparison) -> Iterable[Figure]:
         )
 
 
-def _way(about: dict[str, object]) -> str:
-    return "more" if about["more_is_better"] else "less"
-
-
-def _task_name(c: Comparison, task: str) -> str:
-    """A task's short name, with its settings where two share it."""
-    name = str(c.tasks[task]["name"])
-    return name if sum(about["name"] == name for about in c.tasks.values()) == 1 else task
-
-
 def _chance(c: Comparison, task: str) -> float | None:
     found = [r.chance for r in c.records if isinstance(r, Answered) and r.task == task and r.contender == PLAIN]
     known = [x for x in found if x is not None]
@@ -173,8 +149,8 @@ def _row(r: Result, unit: str) -> tuple[object, ...]:
     gap: tuple[float | None, ...] = (None,) * 3
     if r.gap is not None:
         times, digits = (100, 1) if unit == SHARE else (1, 3)
-        gap = tuple(_plain(times * x, digits) for x in (r.gap.mean, r.gap.low, r.gap.high))
-    return r.contender, _number(r.score, unit), *gap, r.nats, "yes" if r.active else "no"
+        gap = tuple(rounded(times * x, digits) for x in (r.gap.mean, r.gap.low, r.gap.high))
+    return r.contender, number(r.score, unit), *gap, r.nats, "yes" if r.active else "no"
 
 
 def _cost_row(p: Price) -> tuple[object, ...]:
@@ -218,12 +194,25 @@ def in_words(c: Comparison) -> str:
     out = [
         f"{c.facts.get('model', 'a model')}: {_count(len(c.contenders) - 1, 'method')}, {_count(len(c.tasks), 'task')}",
         "",
+        *_verdicts(c),
+        "",
     ]
     out += [f"- {finding.text}" for finding in c.description().findings]
     for figure in c.description().figures:
         if isinstance(figure, Listing):
             out += ["", f"{figure.title}. {figure.what}", *_aligned(figure)]
     return "\n".join(out)
+
+
+def _verdicts(c: Comparison) -> list[str]:
+    """The matrix as a text, and what its verdicts mean."""
+    names = ("method", *(name for name, _ in c.matrix.columns))
+    rows = [
+        (name, *(f"{cell.text} ({cell.detail})" if cell.detail else cell.text or "-" for cell in cells))
+        for name, cells in c.matrix.rows
+    ]
+    said = dict.fromkeys(cells[0].text for _, cells in c.matrix.rows if cells[0].text)
+    return [*_aligned(Listing("", "", "", names, rows)), "", *(f"{word}: {VERDICTS[word][0]}." for word in said)]
 
 
 def markdown(c: Comparison) -> list[str]:
@@ -251,5 +240,5 @@ def _cell(x: object) -> str:
     if x is None:
         return "-"
     if isinstance(x, float):
-        return f"{x:.1f}" if abs(x) >= 10 else f"{_plain(x, 2):.2f}"
+        return f"{x:.1f}" if abs(x) >= 10 else f"{rounded(x, 2):.2f}"
     return str(x)

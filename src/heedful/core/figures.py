@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -91,6 +92,23 @@ class Scatter(Figure):
             if not out or y > self.points[out[-1]][1]:
                 out.append(name)
         return out
+
+
+class Cell(NamedTuple):
+    """One cell of a matrix: what it says, what stands below in small, what it is sorted by, and how it is coloured."""
+
+    text: str
+    detail: str = ""
+    value: float | None = None
+    tone: str = ""  # "good", "bad", "quiet" or nothing
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A table of cells whose rows are compared with each other."""
+
+    columns: tuple[tuple[str, str], ...]  # name, and what is below it in small
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ REWEIGHT_PARTS = tuple(part for part in PARTS if part != "carried")
 class Reweight:
     """Each column's weights are multiplied with its factor; the columns that give way restore each row's sum.
 
-    They do so in proportion to their weights. A row none of whose weight lies on such columns stays as it is.
+    They do so in proportion to their weights. A row with none of its weight on such columns, or too little of it to
+    divide by, stays as it is.
     """
 
     factor: Tensor  # [b|1, h|1, k]: 0 and above, and at most 1 where `free` is False
@@ -66,9 +67,10 @@ class Reweight:
             given = kept.masked_fill(~free, 0.0)
             aim = weights.sum(-1, keepdim=True) - kept.masked_fill(free, 0.0).sum(-1, keepdim=True)
         total = given.sum(-1, keepdim=True)
-        scale = aim / total.masked_fill(total == 0, 1.0)
+        enough = total >= torch.finfo(total.dtype).tiny
+        scale = aim / total.masked_fill(~enough, 1.0)
         restored = kept * scale if free is None else torch.where(free, kept * scale, kept)
-        return torch.where(total > 0, restored, weights)
+        return torch.where(enough, restored, weights)
 
 
 def reweights(*requested: str) -> Callable[[F], F]:

@@ -32,6 +32,11 @@ def with_earlier(job: AttentionCall, q: Tensor) -> tuple[AttentionCall, Tensor]:
             f"layer {call.layer}: an edit looks at rows above its own, and the cache was cut back since these were "
             "read; generate without a draft model, or read the text in one call"
         )
+    if call.keys.first != 0:  # a row above may have seen, beside a key that is still held, one that is not
+        raise SiteError(
+            f"layer {call.layer}: an edit looks at rows above its own, and its cache no longer holds what these saw; "
+            "keep the cache whole, or read the text in one call"
+        )
     before = before[:, :, -first:]
     if (job.bias is not None and job.bias.shape[-2] != 1) or not all(_by_position(rule) for rule in call.mask.rules):
         raise SiteError(

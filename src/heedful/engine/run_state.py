@@ -120,6 +120,7 @@ class RunState:
     shelves: dict[int, Shelf] = field(default_factory=dict)  # what methods keep with the cache of the call, by layer
     losses: dict[Found, Tensor] = field(default_factory=dict)  # what steps penalised in this forward
     forward: int = -1
+    saves: int = 0  # how often the model was saved with the stack
     _backward: int = -1  # the pass back that this forward was begun in; -1: none
 
     def __post_init__(self) -> None:

@@ -2,6 +2,10 @@
 
 from heedful.methods.compress.prune.prune_heads import PruneHeads as PruneHeads
 from heedful.methods.explain.attention_flow import AttentionFlow as AttentionFlow
+from heedful.methods.explain.attention_lens import AttentionLens as AttentionLens
+from heedful.methods.explain.attention_output_sae import AttentionOutputSAE as AttentionOutputSAE
+from heedful.methods.explain.composition_score import CompositionScore as CompositionScore
+from heedful.methods.explain.maps import MAPS as MAPS
 from heedful.methods.explain.patch import Patch as Patch
 from heedful.methods.explain.rollout import AttentionRollout as AttentionRollout
 from heedful.methods.explain.sparse_attention_decomposition import SparseAttentionDecomposition as SparseAttentionDecomposition
@@ -27,9 +31,14 @@ from heedful.methods.mechanisms.gates.gated_heads import GatedHeads as GatedHead
 from heedful.methods.mechanisms.linear.mala import MALA as MALA
 from heedful.methods.mechanisms.local.dynamic_conv import DynamicConv as DynamicConv
 from heedful.methods.mechanisms.local.light_conv import LightConv as LightConv
+from heedful.methods.mechanisms.local.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
 from heedful.methods.mechanisms.normalise.clipped_softmax import ClippedSoftmax as ClippedSoftmax
+from heedful.methods.mechanisms.normalise.rectified_attention import RectifiedAttention as RectifiedAttention
 from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention as SigmoidAttention
+from heedful.methods.mechanisms.routed.dynamic_mask_attention import DynamicMaskAttention as DynamicMaskAttention
 from heedful.methods.mechanisms.routed.mixture_of_heads import MixtureOfHeads as MixtureOfHeads
+from heedful.methods.mechanisms.routed.moba import MoBA as MoBA
+from heedful.methods.mechanisms.score.multi_token_attention import MultiTokenAttention as MultiTokenAttention
 from heedful.methods.observe.attention_profile import AttentionProfile as AttentionProfile
 from heedful.methods.observe.induction_heads import InductionHeads as InductionHeads
 from heedful.methods.observe.massive_qk import MassiveQK as MassiveQK
@@ -54,11 +63,13 @@ from heedful.methods.sparse.cache.razor_attention import RazorAttention as Razor
 from heedful.methods.sparse.cache.snap_kv import SnapKV as SnapKV
 from heedful.methods.sparse.cache.think import ThinK as ThinK
 from heedful.methods.sparse.cache.tova import TOVA as TOVA
+from heedful.methods.sparse.decode.less_is_more import LessIsMore as LessIsMore
 from heedful.methods.sparse.decode.loki import Loki as Loki
 from heedful.methods.sparse.decode.token_select import TokenSelect as TokenSelect
 from heedful.methods.sparse.prefill.flex_prefill import FlexPrefill as FlexPrefill
 from heedful.methods.sparse.prefill.hylra import HyLRA as HyLRA
 from heedful.methods.sparse.prefill.qada import QAdA as QAdA
+from heedful.methods.sparse.prefill.s2_attention import S2Attention as S2Attention
 from heedful.methods.sparse.prefill.sample_attention import SampleAttention as SampleAttention
 from heedful.methods.sparse.prefill.sink_window import SinkWindow as SinkWindow
 from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn as SpargeAttn

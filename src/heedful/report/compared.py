@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from heedful.core.figures import Description
+from heedful.core.figures import Description, Matrix
 from heedful.report import data
 from heedful.report.page import by_kind, entry, html, more, put
 
@@ -28,6 +28,12 @@ class Compared(Protocol):
 
     @property
     def contenders(self) -> list[str]: ...
+
+    @property
+    def verdict_words(self) -> Mapping[str, tuple[str, str]]: ...
+
+    @property
+    def matrix(self) -> Matrix: ...
 
     def description(self) -> Description: ...
 
@@ -56,13 +62,14 @@ def render(comparison: Compared) -> str:
     figures = [data.figure(figure, "") for figure in told.figures]
     plain = {k: v for k, v in comparison.facts.items() if k not in ("contenders", "tasks")}
     written = {
-        "words": WORDS,
+        "words": WORDS | {"verdicts": comparison.verdict_words},
         "model": str(comparison.facts.get("model", "a model")),
         "facts": _facts(comparison),
         "more": more(plain),
         "findings": told.findings,
         "roles": [],
         "role_map": None,
+        "matrix": comparison.matrix,
         "acting": [],
         "measures": _used(comparison),
         "kinds": by_kind(figures),

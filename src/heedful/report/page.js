@@ -360,7 +360,8 @@ function wire() {
   document.addEventListener("click", (event) => {
     const button = event.target.closest("button, [data-head]");
     if (!button) return;
-    const { head, map, table: tableOf, png } = button.dataset;
+    const { head, map, table: tableOf, png, sort } = button.dataset;
+    if (sort) sortMatrix(button);
     if (head) {
       pick(head);
       if (!button.closest(".table, #card")) $("card")?.scrollIntoView({ block: "nearest" });
@@ -397,6 +398,16 @@ function wire() {
     if (maps.some((m) => m.values.has(wanted))) pick(wanted);
     else { [$("layer").value, $("number").value] = page.head.split("."); say(`There is no head ${wanted}`); }
   });
+}
+
+/* rows by a column: downwards first, then upwards; what has no value stays below */
+function sortMatrix(button) {
+  const head = button.parentElement, body = $("matrix").tBodies[0], at = Number(button.dataset.sort);
+  const down = head.getAttribute("aria-sort") !== "descending", sign = down ? -1 : 1;
+  const value = (row) => { const text = row.cells[at].dataset.value; return text === undefined ? sign * Infinity : Number(text); };
+  all("#matrix thead th").forEach((th) => th.setAttribute("aria-sort", "none"));
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  [...body.rows].sort((a, b) => sign * (value(a) - value(b)) || 0).forEach((row) => body.append(row));
 }
 
 /* a role that is pointed at leaves its own heads alone in the map of roles */

@@ -161,6 +161,7 @@ def _content(profile: data.Shown) -> tuple[dict[str, Any], dict[str, Any], str]:
         "more": more(profile.facts),
         "findings": findings,
         "roles": roles,
+        "matrix": None,
         "role_map": data.role_map(roles, profile.facts),
         "acting": [entry(name) for name in acting],
         "measures": _measures(told),

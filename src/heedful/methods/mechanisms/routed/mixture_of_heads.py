@@ -19,6 +19,9 @@ class MixtureOfHeads(Method):
         "2410.11842",
         "ICML 2025",
         differs=(
+            "This is the learned router of the paper's section 3, of its ViT, its DiT and its language models trained "
+            "from scratch. MoH-LLaMA3-8B, tuned from a trained model, has none: it chooses by the norms of its queries "
+            "and leaves the chosen heads unweighted.",
             "As in the authors' code the chosen weights are divided by their sum and multiplied with their number, so "
             "that a gate is 1 on average; the paper's formula has the softmax alone.",
             "The load balance is the mean over text tokens of each layer's call, and is added to the loss outside of "

@@ -1,0 +1,32 @@
+"""How scores, units and tasks are written."""
+
+from __future__ import annotations
+
+from heedful.bench.comparison import SHARE, Comparison
+from heedful.core.figures import percent
+
+
+def number(x: float, unit: str, signed: bool = False) -> str:
+    """A score, or a difference of scores, as people write it."""
+    if unit == SHARE:
+        return f"{rounded(100 * x, 0):+.0f}" if signed else percent(x)
+    return f"{rounded(x, 3):+.3f}" if signed else f"{x:.3f}"
+
+
+def rounded(x: float, digits: int) -> float:
+    """Rounded, and no minus before a zero."""
+    return round(x, digits) + 0.0
+
+
+def units(unit: str) -> str:
+    return "points" if unit == SHARE else unit
+
+
+def direction(about: dict[str, object]) -> str:
+    return "more" if about["more_is_better"] else "less"
+
+
+def task_name(c: Comparison, task: str) -> str:
+    """A task's short name, with its settings where two share it."""
+    name = str(c.tasks[task]["name"])
+    return name if sum(about["name"] == name for about in c.tasks.values()) == 1 else task

@@ -1,0 +1,100 @@
+"""softmax(s + m) over the w visible keys of highest m, where m = exp(a softplus(W v)) is told by a key's value."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.core.positions import spread_heads
+from heedful.kit.chosen import Chosen
+
+
+class DynamicMaskAttention(Method):
+    """A key's value tells how much it counts: queries see those that count most; for models trained with it."""
+
+    paper = Paper(
+        "P143",
+        "Trainable Dynamic Mask Sparse Attention",
+        "Jingze Shi, Yifan Wu, Bingheng Wu, Yiran Peng, Liangdong Wang, Guang Liu, Yuyu Luo",
+        2025,
+        "2508.02124",
+        differs=(
+            "Of keys that count alike the newest are seen, where the authors leave it to chance: their a is 0 at the "
+            "start, so that all count alike, and this begins as a sliding window.",
+            "The norms of queries and keys in the authors' models are not part of it.",
+            "Values of all key heads tell what counts for each of them, as in the authors' code, so it does not go on "
+            "behind a cache whose heads hold unlike tokens.",
+        ),
+    )
+    keep: int = 2048  # keys that a query sees; the authors' code: 2048
+    start: float = 0.0  # a at the start; the authors' code: 0
+    spread: float = 0.02  # standard deviation of W at the start; the authors' code: 0.02
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise FieldError(self, "keep", self.keep, "must be 1 or more keys", 2048)
+        if not math.isfinite(self.start):
+            raise FieldError(self, "start", self.start, "must be a finite number", 0.0)
+        if not 0 <= self.spread < math.inf:
+            raise FieldError(self, "spread", self.spread, "must be 0 or more", 0.02)
+
+    @classmethod
+    def example(cls) -> DynamicMaskAttention:
+        return cls(4, start=1.0, spread=0.5)
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(layer.number)
+        weight = torch.randn(layer.kv_heads, layer.kv_heads * layer.value_dim, generator=random)
+        return {"weight": self.spread * weight, "rate": torch.full((layer.kv_heads,), self.start)}
+
+    def idle(self, call: Call) -> bool:
+        return call.cross
+
+    @at(Site.MASK)
+    def choose(self, mask: Mask, call: Call) -> Mask:
+        total = len(call.keys)
+        if total <= self.keep:
+            return mask
+        newest_first = _counts(call, slice(None)).detach().flip(-1)  # a stable sort leaves the newest of equals first
+        rank = newest_first.argsort(dim=-1, descending=True, stable=True).argsort(-1).flip(-1)
+        rank = spread_heads(rank, call.heads)[:, :, None]  # [b h 1 k]
+
+        def pick(rows: slice) -> Tensor:
+            part = call.tile(rows, slice(0, total))
+            mine, keep = rank.expand(-1, -1, len(part.queries), -1), mask.keeps(part.pairs)
+            mine = mine if keep is None else mine.masked_fill(~keep, total)
+            best = mine.topk(self.keep, largest=False).indices
+            return torch.zeros_like(mine, dtype=torch.bool).scatter(-1, best, True)
+
+        return mask & Chosen(pick)
+
+    @at(Site.SCORES)
+    def favour(self, scores: Tensor, call: Call) -> Tensor:
+        return scores + spread_heads(_counts(call, call.cols), call.heads)[:, :, None].to(scores.dtype)
+
+
+def _counts(call: Call, cols: slice | Tensor) -> Tensor:
+    """How much these keys count, `[b g k]`."""
+    if call.value is None:
+        raise SiteError(f"DynamicMaskAttention, layer {call.layer}: keys are told by their values, and none are handed")
+    held = (call.keys.index, call.keys.is_filled)  # by key head, or of all
+    if any(x is not None and bool((x != x[:, :1]).any()) for x in held):
+        rule = "heads hold unlike tokens, so their values cannot be put together; keep the cache whole"
+        raise SiteError(f"DynamicMaskAttention, layer {call.layer}: {rule}")
+    values = call.value[:, :, cols].transpose(1, 2).flatten(2)  # [b k gd]
+    wide = torch.promote_types(values.dtype, torch.float32)
+    weight, rate = (call.params[name].to(wide) for name in ("weight", "rate"))
+    return torch.exp(rate * torch.nn.functional.softplus(values.to(wide) @ weight.mT)).mT
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model = models.tiny("llama")
+    inputs = models.tiny_inputs(model)
+    with attach(model, DynamicMaskAttention(4, start=0.5)) as run:
+        run(**inputs, labels=inputs["input_ids"]).loss.backward()
+        print({name: tuple(p.shape) for name, p in run.state_dict().items()}, run.activity())
