@@ -17,12 +17,14 @@ from heedful.core.sites import Site, at, penalises, reads
 from heedful.core.stack import Stack
 from heedful.core.stats import Cat, Histogram, Max, Mean, Statistic, Sum, TopK
 from heedful.core.summary import Summary, sums
+from heedful.kit.scored_cache import ScoredCache
 
 __all__ = [
     "CachedKV", "Call", "Cat", "CatalogueEntry", "Causal", "Curves", "Decode", "Description", "FieldError",
     "Finding", "First", "FitContext", "Fitted", "Grid", "HeadMap", "HeadWeights", "Histogram", "Intervals", "Kept",
     "Layer", "Listing", "Mask", "Max", "Mean", "Method", "Paper", "Part", "Phase", "Probe", "Prompt", "Reader",
-    "Readings", "Region", "Reweight", "Role", "Rule", "Scatter", "Site", "SiteError", "Stack", "Statistic", "Sum",
-    "Summary", "Surgery", "Tokens", "TopK", "Vocabulary", "Weights", "Where", "Window", "at", "penalises", "reads",
+    "Readings", "Region", "Reweight", "Role", "Rule", "Scatter", "ScoredCache", "Site", "SiteError", "Stack",
+    "Statistic", "Sum", "Summary", "Surgery", "Tokens", "TopK", "Vocabulary", "Weights", "Where", "Window", "at",
+    "penalises", "reads",
     "reweights", "sums",
 ]  # fmt: skip
