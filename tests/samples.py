@@ -161,6 +161,50 @@ MIX_TEXTS_UP = [
 ]
 
 
+class DrawsAnew(Method):
+    """Whenever one is made it draws what no field tells."""
+
+    paper = PAPER
+
+    def __post_init__(self) -> None:
+        vars(self)["noise"] = torch.rand(())
+
+    @at(Site.HEAD_OUTPUT)
+    def scale(self, heads: Tensor, call: Call) -> Tensor:
+        return heads * vars(self)["noise"]
+
+
+class HoldsATensor(Method):
+    """Keeps what it learned in a field that no file holds."""
+
+    paper = PAPER
+    by: Any = torch.full((), 2.0)
+
+    @at(Site.HEAD_OUTPUT)
+    def scale(self, heads: Tensor, call: Call) -> Tensor:
+        return heads * self.by
+
+
+class Renames(Gate):
+    """Calls its parameter something else every time."""
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        return {f"gate{len(NAMES.append(0) or NAMES)}": x for x in super().parameters(layer).values()}
+
+    @at(Site.HEAD_OUTPUT)
+    def gate(self, heads: Tensor, call: Call) -> Tensor:
+        return heads * next(iter(call.params.values()))[:, None, None]
+
+
+NAMES: list[int] = []
+BREAK_LAWS = [
+    *MIX_TEXTS_UP,
+    ("survives_saving", DrawsAnew(), "saved and loaded again, logits differ"),
+    ("survives_saving", HoldsATensor(), "cannot be written down"),
+    ("survives_saving", Renames(), "lacks"),
+]
+
+
 def notes_in(cache: Any, layer: int = 0) -> dict[str, Tensor]:
     """What a stack of one part keeps with a cache in one layer."""
     found = [kept for key, kept in shelf_of(cache)._kept.items() if f"layers.{layer}." in key.module]

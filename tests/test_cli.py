@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+import heedful
 from heedful.cli.app import app
+from heedful.cli.methods import VERBS
 from heedful.core.errors import HeedfulError
 
 runner = CliRunner()
@@ -26,6 +29,24 @@ def test_methods_lists_and_searches() -> None:
     assert "SinkRate" not in told("methods", "streaming")
 
 
+@pytest.mark.parametrize(
+    ("word", "call"),
+    [("knockout", "ablate"), ("Ablate", "ablate"), ("lens", "explaining.logit_lens"), ("pattern", "patterns")],
+)
+def test_what_people_look_for_is_found_where_it_is_no_method(word: str, call: str) -> None:
+    assert f"In Python: heedful.{call}(" in told("methods", word)
+
+
+def test_every_verb_that_is_named_is_there() -> None:
+    for call in VERBS.values():
+        found: object = heedful
+        for name in call.split("(")[0].split(".")[1:]:
+            found = getattr(found, name)
+        told_of = call.split("(")[1].rstrip(")").split(", ")
+        known = inspect.signature(found).parameters  # type: ignore[arg-type]
+        assert all(word.split("=")[0] in known or word == "text" for word in told_of), call
+
+
 def test_show_tells_settings_paper_and_differences() -> None:
     text = told("show", "sinkwindow")
     assert "sinks = 4  tokens; the paper's default" in text
@@ -38,6 +59,16 @@ def test_explain_takes_settings_and_stacks() -> None:
     assert text.startswith("SinkWindow(sinks=2, window=8) | SinkRate(epsilon=0.3)")
     assert "native     chosen" in text
     assert "tiled      possible, but dearer" in text
+
+
+def test_explain_takes_what_compare_takes() -> None:
+    joined = told("explain", "SnapKV|ACT")
+    assert joined == told("explain", "SnapKV", "ACT")
+    assert joined.startswith("SnapKV(")
+
+
+def test_the_version_is_told() -> None:
+    assert told("--version") == f"heedful {heedful.__version__}\n"
 
 
 def test_cite_prints_bibtex_once() -> None:
@@ -64,6 +95,7 @@ def test_doctor_serves_a_tiny_model() -> None:
         (["explain", "SinkWindow(widow=3)"], r"no such field. Did you mean window\?"),
         (["explain", "SinkWindow(1, 2, 3)"], "takes at most 2 values"),
         (["explain", "SinkWindow(open"], "write it as in Python"),
+        (["explain", "|"], "no method named"),
         (["explain", "PruneHeads"], "is surgery, which needs no backend"),
         (["methods", "zzzz"], "no method mentions 'zzzz'"),
         (["doctor", "tiny:nothing"], "nothing"),

@@ -351,3 +351,18 @@ def test_the_law_looks_for_traces_and_at_what_was_saved(monkeypatch: pytest.Monk
 
 def test_the_error_is_one_of_heedfuls() -> None:
     assert issubclass(FoldError, HeedfulError)
+
+
+def test_a_model_without_the_stack_it_was_saved_with_is_not_edited(tmp_path: Path) -> None:
+    model = models.tiny("llama")
+    with attach(model, TempScale(0.5)):
+        model.save_pretrained(tmp_path)
+    plain = models.load(tmp_path).model
+    for verb in (lambda: fold(plain, TempScale(0.5)), lambda: operate(plain, PruneHeads(groups=((0, 0),)))):
+        with pytest.raises(
+            RefusedModel, match=r"was saved with TempScale attached, and (fold|operate)\(\) edits the we"
+        ):
+            verb()
+    del plain.config.heedful
+    fold(plain, TempScale(0.5)).save_pretrained(tmp_path)
+    assert "heedful" not in (tmp_path / "config.json").read_text()

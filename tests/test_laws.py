@@ -21,7 +21,7 @@ from heedful.core.positions import Pairs
 from heedful.core.sites import Site, at, reads
 from heedful.core.stack import Stack
 from heedful.core.stats import Mean, Statistic, Sum
-from tests.samples import MIX_TEXTS_UP, CountsTiles, FoldsElsewhere
+from tests.samples import BREAK_LAWS, CountsTiles, FoldsElsewhere
 
 PAPER = Paper("T000", "A test", "A. Tester", 2026, url="https://example.org")
 
@@ -359,7 +359,7 @@ MUTANTS = [
     ("leaves_no_trace", LeavesTrace(), "something stays in the model"),
     ("padding", ByIndex(), "left padding moves logits"),
     ("streaming", ByRow(), "logits differ"),
-    *MIX_TEXTS_UP,
+    *BREAK_LAWS,
     ("composes", Proud(), "declares no clash"),
     ("declared_numbers", Boasts(), "declares density"),
     ("is_documented", Undocumented(), "lacks title, authors"),

@@ -27,6 +27,7 @@ BELOW = {  # what each room may import, besides itself
         "models",
         "catalogue",
         "folding",
+        "saving",
         "api",
         "text_models",
     },

@@ -8,6 +8,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 
+import heedful
 from heedful import models
 from heedful.core.errors import FieldError, ModelError
 
@@ -137,7 +138,7 @@ def test_missing_weights_name_the_ways_out(get, monkeypatch: pytest.MonkeyPatch)
         raise ModelError("no network")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(models, "_pretrained", no_network)
+    monkeypatch.setattr(models, "require_there", no_network)
     with pytest.raises(ModelError, match=r"no network\. Ways out"):
         get()
 
@@ -258,6 +259,27 @@ def test_load_by_name() -> None:
 def test_load_says_what_is_wrong(name: str, match: str) -> None:
     with pytest.raises(ModelError, match=match):
         models.load(name)
+
+
+def test_the_hub_is_asked_once_for_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def unreached(_: object, name: str, **__: object) -> None:
+        asked.append(name)
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models.HfApi, "model_info", unreached)
+    for load in (models.load, heedful.load):
+        with pytest.raises(ModelError, match=r"'nobody/nothing' is no file.*hub cannot be asked \(no network\)\.$"):
+            load("nobody/nothing")
+    assert asked == ["nobody/nothing"] * 2
+
+
+def test_nobody_is_asked_for_a_folder(tmp_path: Path) -> None:
+    assert models.hub_arguments(tmp_path, {"dtype": "auto"}) == {"local_files_only": True}
+    assert models.hub_arguments(tmp_path, {"local_files_only": False}) == {"local_files_only": False}
+    assert models.hub_arguments("nobody/nothing", {"revision": "x", "dtype": "auto"}) == {"revision": "x"}
 
 
 def test_load_says_when_a_folder_is_broken(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from heedful import attach, diagnose, fit, fold, models, operate
+from heedful import attach, diagnose, fit, fold, load, models, operate
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FoldError, RefusedModel
 from heedful.methods.compress.prune.prune_heads import PruneHeads
@@ -156,3 +157,33 @@ def test_an_adapted_projection_is_read_in_no_weights() -> None:
         fold(wrapper, TempScale(0.3))
     with attach(wrapper, TempScale(0.3)) as run:
         assert run.difference(IDS) > 0
+
+
+class Adapter(Adapted):
+    """As PEFT saves: its own weights, and nothing of the model."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "adapter").touch()
+
+
+class Sentences(Around):
+    """As sentence-transformers saves: the model too."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.first[0].auto_model.save_pretrained(folder)
+
+
+def test_a_wrapper_that_leaves_the_model_out_is_told(tmp_path: Path) -> None:
+    whole, part = Sentences(models.tiny("llama")), Adapter(models.tiny("llama"))
+    with attach(whole, GatedHeads()) as run:
+        copy.deepcopy(whole).save_pretrained(tmp_path / "copy")
+        whole.save_pretrained(tmp_path / "whole")
+    for name in ("copy", "whole"):
+        assert load(tmp_path / name).stack == run.stack
+    told = "Adapter saved what is its own, without GatedHeads"
+    with attach(part, GatedHeads()):
+        for module in (part, copy.deepcopy(part)):
+            with pytest.warns(UserWarning, match=told):
+                module.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter").exists()
+    assert "save_pretrained" not in vars(whole) | vars(part)

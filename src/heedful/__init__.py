@@ -20,6 +20,7 @@ _HOMES = {
     "fold": "heedful.folding",
     "operate": "heedful.api",
     "arrange": "heedful.api",
+    "load": "heedful.saving",
     "decode": "heedful.text_models",
     "diagnose": "heedful.diagnosis.run",
     "compare": "heedful.bench.compare",
@@ -35,7 +36,6 @@ _HOMES = {
     "Site": "heedful.core.sites",
     "Prompt": "heedful.core.kinds",
     "Task": "heedful.tasks.task",
-    "Item": "heedful.tasks.task",
     "HeedfulError": "heedful.core.errors",
 }
 
@@ -51,7 +51,6 @@ _MODULES = {
 __all__ = [
     "Comparison",
     "HeedfulError",
-    "Item",
     "Method",
     "Profile",
     "Prompt",
@@ -73,6 +72,7 @@ __all__ = [
     "explaining",
     "fit",
     "fold",
+    "load",
     "methods",
     "models",
     "operate",
@@ -117,5 +117,6 @@ if TYPE_CHECKING:
     from heedful.explaining.ablation import ablate
     from heedful.explaining.attention_patterns import patterns
     from heedful.folding import fold
-    from heedful.tasks.task import Item, Task
+    from heedful.saving import load
+    from heedful.tasks.task import Task
     from heedful.text_models import decode

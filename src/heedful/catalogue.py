@@ -8,6 +8,7 @@ from functools import cache
 
 from heedful.core.errors import CatalogueError, nearest
 from heedful.core.method import CatalogueEntry
+from heedful.core.spelling import name_of
 
 
 @cache
@@ -40,6 +41,22 @@ def find(name: str) -> type[CatalogueEntry]:
             f"no method named {name!r}.{nearest(name, known)} `heedful methods` lists all {len(known)}."
         )
     return requested
+
+
+def named(name: str) -> type[CatalogueEntry]:
+    """The class that a file means by that name: one of the catalogue, or one of a module that is imported already."""
+    if "." not in name:
+        return find(name)
+    queue: list[type[CatalogueEntry]] = [CatalogueEntry]
+    found = None
+    while queue:
+        kind = queue.pop(0)
+        queue += kind.__subclasses__()
+        if name_of(kind) == name:
+            found = kind  # a later definition takes the place of an earlier one, as in a notebook
+    if found is None:
+        raise CatalogueError(f"{name} is defined outside of heedful: import {name.rpartition('.')[0]} first")
+    return found
 
 
 def family(kind: type[CatalogueEntry]) -> str:

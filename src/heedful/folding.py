@@ -44,6 +44,7 @@ def rewritten(
     from heedful.adapters.bound import bound_to
     from heedful.adapters.folding import renew_config
     from heedful.adapters.layers import projections
+    from heedful.adapters.saving import saved_with
     from heedful.adapters.transformers import adapt
     from heedful.adapters.weights import absent, read_weights, write_weights
     from heedful.adapters.wrapped import unwrapped
@@ -52,6 +53,11 @@ def rewritten(
     if any(bound_to(module) is not None for module in model.modules()):
         rule = "a run is attached to it, which a copy cannot take along; close it first"
         raise FieldError(verb, "model", type(model).__name__, rule, f"{verb.removesuffix('()')}(model, PruneHeads())")
+    if saved := saved_with(model.config):
+        raise RefusedModel(
+            f"{type(model).__name__} was saved with {saved} attached, and {verb} edits the weights alone; where that "
+            "is what you want, del model.config.heedful"
+        )
     if missing := absent(model):
         raise RefusedModel(
             f"{verb} needs all weights at hand, and {missing} is offloaded (on device 'meta' until it is used); load "

@@ -9,7 +9,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from heedful.core.errors import ModelError, nearest
+from heedful.core.errors import HeedfulError, ModelError, nearest
 from heedful.tiny import kinds, tiny, tiny_inputs
 
 __all__ = ["Loaded", "default", "encoder", "kinds", "load", "tiny", "tiny_inputs"]
@@ -54,6 +56,12 @@ _READER_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+_UNREADABLE = (
+    OSError, ValueError, ImportError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError,
+)  # fmt: skip
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+# the error of whatever library asks, OSError, and what no name is
+_UNREACHED: Any = (*HfHubHTTPError.__bases__, ValueError)
 log = logging.getLogger(__name__)
 
 
@@ -123,19 +131,30 @@ def load(name_or_path: str | Path, **kw: Any) -> Loaded:
                 f"{name}: the folder holds no config.json; give one written by model.save_pretrained(folder)"
             )
         return _pretrained(path, path.resolve().name, **kw)
+    require_there(name, **kw)
+    return _pretrained(name, name, **kw)
+
+
+def require_there(name: str, **kw: Any) -> None:
+    """One plain error for a name that is nowhere: the hub is asked once, where loading would ask six times over."""
     known = [*_NAMES, *(f"tiny:{kind}" for kind in kinds()), DEFAULT_REPO, ENCODER_REPO]
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise ModelError(f"{name!r}: no such file or folder.{nearest(name, known)}")
-    offline = constants.HF_HUB_OFFLINE
-    if offline and not _cached(name, **{k: kw[k] for k in ("cache_dir", "revision") if k in kw}):
-        raise ModelError(
-            f"{name!r} is no file, no folder and no name that heedful knows, it is not in the hub's cache, and "
-            f"HF_HUB_OFFLINE is set.{nearest(name, known)} To get it: unset HF_HUB_OFFLINE, or give its folder"
-        )
+    place = {k: kw[k] for k in ("cache_dir", "revision") if k in kw}
+    if _cached(name, **place):
+        return
+    near = "" if name in known else nearest(name, known)
+    nowhere = f"{name!r} is no file, no folder and no name that heedful knows, it is not in the hub's cache, and"
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(f"{nowhere} HF_HUB_OFFLINE is set.{near} To get it: unset HF_HUB_OFFLINE, or give its folder")
+    if _cached(name, ("config.json",), **place):  # and weights of another form, perhaps
+        return
     try:
-        return _pretrained(name, name, **kw)
-    except ModelError as error:
-        raise ModelError(f"{error}{nearest(name, known)}") from error.__cause__
+        HfApi().model_info(name, timeout=10, **{k: kw[k] for k in ("revision", "token") if k in kw})
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"{nowhere} the hub has none either, or does not show it to you.{near}") from error
+    except _UNREACHED as error:
+        raise ModelError(f"{nowhere} the hub cannot be asked ({_first_line(error)}).{near}") from error
 
 
 def _from_hub(repo: str, package: str, other: str, **kw: Any) -> Loaded:
@@ -145,13 +164,14 @@ def _from_hub(repo: str, package: str, other: str, **kw: Any) -> Loaded:
             f"{repo} is neither in the hub's cache nor installed, and HF_HUB_OFFLINE is set. Ways out: {ways}"
         )
     try:
+        require_there(repo, **kw)
         return _pretrained(repo, repo, **kw)
     except ModelError as error:
-        raise ModelError(f"{error}. Ways out: {ways}") from error.__cause__
+        raise ModelError(f"{str(error).rstrip('.')}. Ways out: {ways}") from error.__cause__
 
 
-def _cached(repo: str, **kw: Any) -> bool:
-    found = (try_to_load_from_cache(repo, file, **kw) for file in ("model.safetensors", "model.safetensors.index.json"))
+def _cached(repo: str, named: tuple[str, ...] = _WEIGHTS, **kw: Any) -> bool:
+    found = (try_to_load_from_cache(repo, file, **kw) for file in named)
     try:
         return any(isinstance(path, str) for path in found)
     except ValueError:  # not the form of a hub id
@@ -168,14 +188,33 @@ def _installed(package: str, ending: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _pretrained(where: str | Path, name: str, **kw: Any) -> Loaded:
-    hub = {key: kw[key] for key in _HUB_ARGUMENTS if key in kw}
+@contextmanager
+def reading(where: str | Path, name: str) -> Iterator[None]:
+    """No progress bars for local files, and one plain error for all that is wrong with a model's files."""
     try:
         with _quiet(Path(where).is_dir()):
-            config = AutoConfig.from_pretrained(where, **hub)
-            model = getattr(transformers, _auto_class(config)).from_pretrained(where, **kw)
-    except (OSError, ValueError, ImportError) as error:
+            yield
+    except HeedfulError:
+        raise
+    except _UNREADABLE as error:
         raise ModelError(f"{name}: cannot be loaded from {str(where)!r}: {_first_line(error)}") from error
+
+
+def hub_arguments(where: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where files come from; for a folder nobody asks the hub."""
+    local = {"local_files_only": True} if Path(where).is_dir() else {}
+    return local | {key: given[key] for key in _HUB_ARGUMENTS if key in given}
+
+
+def _pretrained(where: str | Path, name: str, **kw: Any) -> Loaded:
+    from heedful.adapters.saving import saved_with
+
+    hub = hub_arguments(where, kw)
+    with reading(where, name):
+        config = AutoConfig.from_pretrained(where, **hub)
+        model = getattr(transformers, _auto_class(config)).from_pretrained(where, **kw | hub)
+    if saved := saved_with(model.config):
+        log.warning("%s was saved with %s, and this is the model without it; heedful.load() gives both", name, saved)
     return Loaded(model.eval(), _reader(where, **hub), name)
 
 

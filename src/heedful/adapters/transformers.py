@@ -29,15 +29,18 @@ from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import HeldLayer, held_layer
 from heedful.adapters.layers import block_of, interface_layers, leftovers, size_of, within
+from heedful.adapters.saving import adopted, takes_saving
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.call import CachedKV, Call, Phase
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
 from heedful.core.method import Layer
 from heedful.core.sites import Site
+from heedful.core.stack import Stack
 from heedful.engine.attend import attend
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends import Backend
 from heedful.engine.backends.tiled import Tiled
+from heedful.engine.learned import PREFIX
 from heedful.engine.needs import Needs
 from heedful.engine.run import Run
 from heedful.engine.select import select
@@ -69,6 +72,7 @@ class TransformersAdapter:
     _added: list[tuple[nn.Module, str]] = field(default_factory=list)
     _calls: WrittenCalls = field(default_factory=WrittenCalls)
     _hooks: Hooks = field(init=False)
+    _saves: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._modules = interface_layers(self.model)
@@ -105,13 +109,16 @@ class TransformersAdapter:
     def sizes(self) -> tuple[Layer, ...]:
         return tuple(size_of(self.model, name, i) for i, name in enumerate(self._names))
 
+    def adopted(self, stack: Stack) -> int:
+        return adopted(self.model, stack, self.only)
+
     def carried(self) -> set[tuple[int, str]]:
         """Parameters that an earlier run left in the served layers, as a copy of an attached model has them."""
         return {
             (i, key)
             for i, name in enumerate(self._names)
             for key, _ in self.model.get_submodule(name).named_parameters(recurse=False)
-            if key.startswith("heedful_")
+            if key.startswith(PREFIX)
         }
 
     def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter:
@@ -123,6 +130,8 @@ class TransformersAdapter:
             if have.shape != start.shape:
                 rule = f"is what {path} carries of an earlier run, and must have the shape that the method asks for"
                 raise FieldError("attach()", name, tuple(have.shape), rule, tuple(start.shape))
+            if have.is_meta:
+                raise RefusedModel(f"{name} is offloaded with {path}, and heedful reads it there; load without offload")
             return have
         if self.shared:
             raise RefusedModel(
@@ -176,6 +185,9 @@ class TransformersAdapter:
             if run.stack.touches(Site.RESIDUAL):
                 hooks.after_blocks(self.model, served)
             hooks.forwards(self.model)
+            self._saves = takes_saving(run, self.model, self.only)
+            for takes in self._saves:
+                takes.begin()
             self._calls.lead_past(self.model)
         except BaseException:
             self.remove()
@@ -204,6 +216,8 @@ class TransformersAdapter:
 
     def remove(self) -> None:
         self._calls.undo()
+        for takes in self._saves:
+            takes.end()
         if hasattr(self, "_hooks"):  # an attach may end before it has any
             self._hooks.remove()
         for config, name in self._names_put:

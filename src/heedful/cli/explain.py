@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from heedful.cli.console import console, entry_from
+from heedful.cli.console import console, entry_from, parted
 from heedful.core.errors import DefinitionError
 from heedful.core.method import Method
 from heedful.core.stack import Stack
@@ -15,13 +15,13 @@ from heedful.engine.select import explain
 
 def explain_backends(
     names: Annotated[
-        list[str], typer.Argument(metavar="METHOD...", help="One method or several, joined in this order.")
+        list[str], typer.Argument(metavar="METHOD...", help="One method or several, joined in this order or by |.")
     ],
     softcap: Annotated[bool, typer.Option(help="As in a model that caps its scores.")] = False,
     sink: Annotated[bool, typer.Option(help="As in a model with learned sink logits.")] = False,
 ) -> None:
     """Say how a method or a stack would be computed, with every reason against the other ways."""
-    parts = [entry_from(name) for name in names]
+    parts = [entry_from(name) for joined in names for name in parted(joined, "|") or [joined]]
     for part in parts:
         if not isinstance(part, Method):
             raise DefinitionError(f"{type(part).__name__} is {part.kind}, which needs no backend; name a method")

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from heedful.catalogue import entries, find
-from heedful.core.call import Phase
+from heedful.catalogue import entries, named
 from heedful.core.errors import DefinitionError, HeedfulError, StatisticError
 from heedful.core.files import PART, PROFILE, replace_text, writing
 from heedful.core.kinds import Measure, Weights
-from heedful.core.method import Method, Scoped, method_of
+from heedful.core.method import Method, Scoped
+from heedful.core.spelling import built, spelled
 from heedful.core.stats import Cat, Statistic, load, save
 from heedful.diagnosis.profile import ADDED, Profile, readers
 from heedful.diagnosis.view import TokenView
@@ -28,29 +28,11 @@ FACTS |= dict.fromkeys(("layers", "heads", "length", *ADDED), int)
 VIEW = "view"  # the key of the token view's tensors, which no reader has
 
 
-def spelled(part: Measure) -> dict[str, Any]:
-    """A measure as plain values."""
-    method = method_of(part)
-    out: dict[str, Any] = {"method": type(method).__name__, "fields": dict(vars(method))}
-    if isinstance(part, Scoped):
-        out |= {"layers": part.layers, "heads": part.heads, "phase": part.phase and part.phase.value}
-    return out
-
-
-def built(spelling: dict[str, Any]) -> Measure:
-    """The measure that `spelled` described."""
-    kind = find(spelling["method"])
-    if not issubclass(kind, Method | Weights):
-        raise DefinitionError(f"{spelling['method']} is {kind.kind} and measures nothing")
-    method = kind(**{name: _tupled(value) for name, value in spelling["fields"].items()})
-    if isinstance(method, Weights) or "layers" not in spelling:
-        return method
-    phase = spelling["phase"]
-    return Scoped(method, _tupled(spelling["layers"]), _tupled(spelling["heads"]), Phase(phase) if phase else None)
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+def _measure(spelling: Any) -> Measure:
+    part = built(spelling, named, {})
+    if not isinstance(part, Method | Weights | Scoped):
+        raise DefinitionError(f"{type(part).__name__} is {part.kind} and measures nothing")
+    return part
 
 
 def save_profile(profile: Profile, folder: Path) -> Path:
@@ -141,7 +123,7 @@ def load_profile(folder: Path) -> Profile:
         if view is not None:
             tensors = statistics.pop(VIEW).tensors()
             view = TokenView(view["tokens"], [(layer, head) for layer, head in view["heads"]], **tensors)
-        parts = tuple(map(built, spellings))
+        parts = tuple(map(_measure, spellings))
         _require(facts, parts, statistics)
         return Profile(facts, parts, statistics, view)
     except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, RecursionError) as error:

@@ -20,6 +20,7 @@ from heedful.core.regions import Span
 from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Statistic, load, save
 from heedful.engine.again import guard
+from heedful.engine.learned import learned
 from heedful.engine.run_state import RunState
 from heedful.engine.select import Explanation, explain, named
 
@@ -43,6 +44,8 @@ class Adapter(Protocol):
     def remove(self) -> None: ...  # may be called again after an interrupt
 
     def drop_parameters(self) -> None: ...
+
+    def adopted(self, stack: Stack) -> int: ...  # how many parts, the first ones, the model was saved with
 
     def carried(self) -> set[tuple[int, str]]: ...
 
@@ -108,8 +111,9 @@ class Run:
         self._adapter = adapter
         self._check_layers()
         try:
+            adopted = adapter.adopted(self.stack)
             adapter.install(self)
-            self._add_parameters()
+            self._add_parameters(adopted)
         except BaseException:
             self.close()
             raise
@@ -121,22 +125,21 @@ class Run:
                 if layer >= n:
                     raise FieldError(f"{part!r}", "layers", layer, f"must be below {n}, the layers served", n - 1)
 
-    def _add_parameters(self) -> None:
+    def _add_parameters(self, adopted: int) -> None:
         if not any(type(m).parameters is not Method.parameters for m in self.stack.methods):
             return
-        requested: dict[tuple[int, str], Tensor] = {}  # what each starts from, by layer and name in the model
-        positions: dict[tuple[int, int], dict[str, str]] = {}  # those names, by part and layer
-        for size in self._adapter.sizes():
-            for number, method in enumerate(self.stack.methods):
-                if not any(step.number == number for step in self.stack.steps(size.number)):
-                    continue
-                prefix = f"heedful_{type(method).__name__}_{number}_"
-                starts = method.parameters(size)
-                requested |= {(size.number, prefix + name): start for name, start in starts.items()}
-                positions[number, size.number] = {name: prefix + name for name in starts}
+        requested = learned(self.stack, self._adapter.sizes())
+        names = {(x.layer, x.full) for x in requested}
         carried = self._adapter.carried()
-        if carried and carried != set(requested):
-            layer, name = min(carried ^ set(requested))
+        if lost := {(x.layer, x.full) for x in requested if x.part < adopted} - carried:
+            raise FieldError(
+                "attach()", "what", self.stack,
+                f"the model was saved with it, and {len(lost)} parameters that it had learned are not in the model: "
+                "transformers alone leaves them out; heedful.load(folder) gives both. To learn them anew: "
+                "del model.config.heedful", "the run that heedful.load(folder) gives",
+            )  # fmt: skip
+        if carried and carried != names:
+            layer, name = min(carried ^ names)
             have = "carries" if (layer, name) in carried else "lacks"
             raise FieldError(
                 "attach()", "what", self.stack,
@@ -144,10 +147,9 @@ class Run:
                 f"{self.layer_names[layer]} {have} {name}; attach the stack that learned them, or delete them",
                 "the same stack and `only`",
             )  # fmt: skip
-        for (number, layer), names in positions.items():
-            self.state.params[number, layer] = {
-                name: self._adapter.parameter(layer, full, requested[layer, full]) for name, full in names.items()
-            }
+        for x in requested:
+            found = self.state.params.setdefault((x.part, x.layer), {})
+            found[x.name] = self._adapter.parameter(x.layer, x.full, x.start)
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -345,6 +347,11 @@ class Run:
         if set(mine) != set(state):
             odd = sorted(set(mine) ^ set(state))[0]
             raise FieldError("Run", "state", odd, "names must be exactly those of this stack", sorted(mine)[:1])
+        for name, p in mine.items():
+            if state[name].shape != p.shape:
+                raise FieldError(
+                    "Run", name, tuple(state[name].shape), "has another shape in this model", tuple(p.shape)
+                )
         with torch.no_grad():
             for name, p in mine.items():
                 p.copy_(state[name])

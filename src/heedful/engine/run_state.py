@@ -121,6 +121,7 @@ class RunState:
     losses: dict[Found, Tensor] = field(default_factory=dict)  # what steps penalised in this forward
     forward: int = -1
     checkpointed: bool = False  # some layer of this forward will be computed again on the way back
+    saves: int = 0  # how often the model was saved with the stack
     _backward: int = -1  # the pass back that this forward was begun in; -1: none
 
     def __post_init__(self) -> None:

@@ -1,0 +1,34 @@
+"""The parameters that a stack brings, and what they are called in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from heedful.core.method import Layer
+from heedful.core.stack import Stack
+
+PREFIX = "heedful_"
+
+
+class Learned(NamedTuple):
+    """One parameter of one part in one layer."""
+
+    part: int
+    layer: int
+    name: str  # as the method calls it
+    full: str  # as the attention module does
+    start: Tensor
+
+
+def learned(stack: Stack, sizes: Iterable[Layer]) -> list[Learned]:
+    """All parameters of a stack, fresh."""
+    return [
+        Learned(number, size.number, name, f"{PREFIX}{type(method).__name__}_{number}_{name}", start)
+        for size in sizes
+        for number, method in enumerate(stack.methods)
+        if any(step.number == number for step in stack.steps(size.number))
+        for name, start in method.parameters(size).items()
+    ]
