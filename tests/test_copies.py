@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from heedful import attach, models
+from heedful import attach, load, models
 from heedful.adapters.bound import StandIn
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import NotEntered
+from heedful.core.stack import as_stack
 
 from .samples import Gate, Scale
 
@@ -133,6 +135,28 @@ def test_a_copy_of_an_attached_model_is_the_plain_model(twin_of: Any, implementa
         assert torch.equal(edited(twin, 2.0), wanted)
         assert torch.equal(logits(run), wanted)
     assert torch.equal(logits(twin), plain)
+
+
+@pytest.mark.parametrize("twin_of", COPIES[:2], ids=["deepcopy", "pickle"])
+def test_a_copy_is_saved_with_what_is_attached_to_it(twin_of: Any, tmp_path: Path) -> None:
+    model = models.tiny("llama").eval()
+    with attach(model, Scale(2.0)):
+        twin = twin_of(model)
+    with attach(twin, Scale(3.0)) as run:
+        twin.save_pretrained(tmp_path)
+        wanted = logits(run)
+    with load(tmp_path) as run:
+        assert run.stack == as_stack(Scale(3.0))
+        assert torch.equal(logits(run), wanted)
+
+
+def test_a_file_of_an_attached_model_is_saved_as_the_plain_model(tmp_path: Path) -> None:
+    model = models.tiny("llama").eval()
+    with attach(model, Scale(2.0)):
+        twin = through_a_file(model)
+    twin.save_pretrained(tmp_path)
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), logits(model))
+    assert not hasattr(twin.config, "heedful")
 
 
 def test_a_copy_of_an_attached_model_compiles_to_one_graph() -> None:
