@@ -55,9 +55,7 @@ def _hide(scores: Tensor, keep: Tensor) -> bool:
 
 def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Heads and pattern of the query rows and key columns that `call` names. This is what attention *is* here."""
-    scores = grouped(q, k.mT).mul_(call.scale)
-    if call.softcap is not None:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
+    scores = call.capped(grouped(q, k.mT).mul_(call.scale))
     if job.bias is not None:
         rows = call.rows if job.bias.shape[-2] != 1 else slice(None)
         scores = scores + job.bias[..., rows, :][..., call.cols].to(scores.dtype)
@@ -120,7 +118,7 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
     q = stage(Site.QUERY, q, job, call)
     k = stage(Site.KEY, k, job, call)
     v = stage(Site.VALUE, v, job, call)
-    call = replace(call, query=q, key=k, value=v)
+    call = replace(call, query=q, key=k, value=v, bias=job.bias)
     mask = stage(Site.MASK, call.mask, job, call)
     if mask is not call.mask:
         call = replace(call, mask=mask)

@@ -120,8 +120,8 @@ class RunState:
     shelves: dict[int, Shelf] = field(default_factory=dict)  # what methods keep with the cache of the call, by layer
     losses: dict[Found, Tensor] = field(default_factory=dict)  # what steps penalised in this forward
     forward: int = -1
-    checkpointed: bool = False  # some layer of this forward will be computed again on the way back
     saves: int = 0  # how often the model was saved with the stack
+    checkpointed: bool = False  # some layer of this forward will be computed again on the way back
     _backward: int = -1  # the pass back that this forward was begun in; -1: none
 
     def __post_init__(self) -> None:
@@ -277,7 +277,8 @@ class RunState:
         have = self.calls.get(call.layer)
         size = len(call.queries) * len(call.keys)
         if have is None or size >= len(have.queries) * len(have.keys):
-            self.calls[call.layer] = replace(call, hidden=None, rotate=None, query=None, key=None, value=None)
+            tensors = ("hidden", "rotate", "query", "key", "value", "bias")
+            self.calls[call.layer] = replace(call, **dict.fromkeys(tensors))
 
     def look_for_nan(self, layer: int, x: Tensor) -> None:
         if not x.numel():
