@@ -269,8 +269,8 @@ class TransformersAdapter:
             return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]), None
         pattern = self._hooks.patterns or bool(request.more.get("output_attentions"))
         # a kernel of the model's own would leave the pattern out without a word
-        own = not pattern or bound.native == "eager"
-        if own and not plan.acts_inside() and held is None and run.backend == "auto":
+        own = (not pattern or bound.native == "eager") and (held is None or held.whole)
+        if own and not plan.acts_inside() and run.backend == "auto":
             run_state.backends[bound.number] = f"the model's own ({bound.native})"
             return native(bound.module, bound.native, request)
         unasked = bound.alone and bound.native == "eager" and not plan.at(Site.MIX)
