@@ -65,7 +65,8 @@ CLAIM = Claim(
     paper_number="none given in the abstract; more than 25,000 models trained",
     setup=f"Fresh 2-layer byte models on {TEXTS} texts of {LENGTHS[0]} and of {LENGTHS[1]} bytes: gradient of the last "
     "token's state by all other tokens' embeddings over that by its own, as a power of the length. NAP has the "
-    f"authors' norm behind the heads. Details: with and without that norm, and held-out loss after {STEPS} steps of training.",
+    "authors' norm behind the heads. Details: with and without that norm, and held-out loss after "
+    f"{STEPS} steps of training.",
     effect="exponent of the others' influence in the length, NAP's less softmax's",
     measure=measure,
 )
