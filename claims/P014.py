@@ -89,8 +89,8 @@ CLAIM = Claim(
     paper_number="training loss 2.82, 2.72, 2.64 against 2.82, 2.73, 2.65 with 0.5, 1 and 3 billion parameters; spread "
     "of gradient norms over their mean 0.80 and 2.02 against 0.90 and 2.19",
     setup=f"A 2-layer byte model trained {STEPS} steps on Python's documentation with softmax, with a learned sink, "
-    "with the scale alone, and with scale and shift; held-out loss. Details: the first token's share, what rows add up to, "
-    "and gradient norms over all steps: spread over mean, and how many lie six median deviations above the median.",
+    "with the scale alone, and with scale and shift; held-out loss. Details: the first token's share, what rows add up "
+    "to, and gradient norms over all steps: spread over mean, and how many lie six median deviations above the median.",
     effect="held-out loss with softmax less that with scale and shift, nats a byte",
     measure=measure,
 )
