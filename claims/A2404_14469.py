@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
-from claims._cache import Newest, Reading, losses, recall
+from claims._cache import Newest, losses, questions
 from claims.ledger import Claim, run
 from heedful.core.method import Method
 from heedful.methods.sparse.cache.heavy_hitter import HeavyHitter
 from heedful.methods.sparse.cache.snap_kv import SnapKV
 
-BUDGET, WINDOW, QUESTIONS = 64, 16, 3
-
-
-def questions(seed: int) -> list[Reading]:
-    """Prompts that end with a question, and the digits of the answer."""
-    text = recall(seed)
-    counts = text.counts[0].tolist()
-    starts = [i for i, counted in enumerate(counts) if counted and not counts[i - 1]]
-    found = []
-    for start in starts[:QUESTIONS]:
-        begin = max((i + 1 for i in range(start - 1) if counts[i]), default=0)
-        stop = next((i for i in range(start, len(counts)) if not counts[i]), len(counts))
-        prompt = torch.cat([text.context, text.rest[:, begin:start]], 1)
-        found.append(Reading(prompt, text.rest[:, start:stop], text.counts[:, start:stop]))
-    return found
+BUDGET, WINDOW = 64, 16
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:

@@ -76,6 +76,20 @@ def recall(seed: int, words: int = 230, facts: int = 6) -> Reading:
     return Reading(context, torch.tensor([rest]), torch.tensor([counts]))
 
 
+def questions(seed: int, most: int = 3) -> list[Reading]:
+    """The same facts in prompts that end with a question, `most` of them, and the digits of the answer."""
+    text = recall(seed)
+    counts = text.counts[0].tolist()
+    starts = [i for i, counted in enumerate(counts) if counted and not counts[i - 1]]
+    found = []
+    for start in starts[:most]:
+        begin = max((i + 1 for i in range(start - 1) if counts[i]), default=0)
+        stop = next((i for i in range(start, len(counts)) if not counts[i]), len(counts))
+        prompt = torch.cat([text.context, text.rest[:, begin:start]], 1)
+        found.append(Reading(prompt, text.rest[:, start:stop], text.counts[:, start:stop]))
+    return found
+
+
 @torch.no_grad()
 def losses(text: Reading, what: Method | Stack | None) -> float:
     """Mean loss, in nats, of the tokens that count, the context's cache having gone through the method."""

@@ -20,6 +20,7 @@ from heedful.core.errors import RefusedModel, SiteError, UnknownArgument
 from heedful.core.mask import Mask, Window
 from heedful.core.method import Method
 from heedful.core.sites import Site, at
+from heedful.methods.sparse.cache.knorm import KNorm
 from heedful.tiny import tiny, tiny_inputs
 
 from .samples import PAPER, Forget, Keep, Scale, Zero
@@ -298,6 +299,20 @@ def test_dynamic_caches_of_the_caller() -> None:
     assert torch.equal(plain, found)
 
 
+@pytest.mark.parametrize("budget", [6, 64])
+@pytest.mark.parametrize("how", ["assistant_model", "prompt_lookup_num_tokens"])
+def test_guessed_tokens_and_a_cache_that_drops_entries_do_not_go_together(how: str, budget: int) -> None:
+    model, prompt = tiny("llama").eval(), torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
+    told = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    guess = {how: tiny("llama", num_hidden_layers=1).eval() if how == "assistant_model" else 4}
+    with attach(model, KNorm(budget)) as run:
+        if budget == 64:
+            assert torch.equal(run.generate(prompt, **told, **guess), run.generate(prompt, **told))
+            return
+        with pytest.raises((RefusedModel, ValueError), match=r"take back|cropped"):
+            run.generate(prompt, **told, **guess)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_model_that_works_with_its_mask_gets_the_one_it_had(implementation: str) -> None:
     """Additive under eager attention and boolean under sdpa: this encoder inverts it, which is not the same."""
@@ -307,6 +322,22 @@ def test_a_model_that_works_with_its_mask_gets_the_one_it_had(implementation: st
     with attach(one.model, Through(), backend="reference"):
         found = zoo.output_tensors(one.forward())
     assert all(close_model(a, b) for a, b in zip(found, plain, strict=True))
+
+
+def test_weights_that_a_model_hands_on_unasked_are_still_there() -> None:
+    """Kosmos 2.5's projection gives those of its eager attention, whatever output_attentions says."""
+    one = zoo.build("Kosmos2_5ForConditionalGeneration")
+    one.model.set_attn_implementation("eager")
+
+    def weights() -> Tensor:
+        out = one.forward()
+        return (getattr(out, "image_outputs", None) or out).projection_attentions
+
+    plain = weights()
+    with attach(one.model, Through(), backend="reference"):
+        assert close_model(weights(), plain)
+    with attach(one.model, Zero()):
+        assert not weights().any()
 
 
 def test_parts_of_a_model_with_unlike_implementations() -> None:

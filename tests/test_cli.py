@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 import heedful
 from heedful.cli.app import app
+from heedful.cli.methods import VERBS
 from heedful.core.errors import HeedfulError
 
 runner = CliRunner()
@@ -25,6 +27,24 @@ def told(*words: str) -> str:
 def test_methods_lists_and_searches() -> None:
     assert "SinkWindow" in told("methods")
     assert "SinkRate" not in told("methods", "streaming")
+
+
+@pytest.mark.parametrize(
+    ("word", "call"),
+    [("knockout", "ablate"), ("Ablate", "ablate"), ("lens", "explaining.logit_lens"), ("pattern", "patterns")],
+)
+def test_what_people_look_for_is_found_where_it_is_no_method(word: str, call: str) -> None:
+    assert f"In Python: heedful.{call}(" in told("methods", word)
+
+
+def test_every_verb_that_is_named_is_there() -> None:
+    for call in VERBS.values():
+        found: object = heedful
+        for name in call.split("(")[0].split(".")[1:]:
+            found = getattr(found, name)
+        told_of = call.split("(")[1].rstrip(")").split(", ")
+        known = inspect.signature(found).parameters  # type: ignore[arg-type]
+        assert all(word.split("=")[0] in known or word == "text" for word in told_of), call
 
 
 def test_show_tells_settings_paper_and_differences() -> None:

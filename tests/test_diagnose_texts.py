@@ -134,6 +134,8 @@ def test_a_few_tokens_are_called_few(model: Any) -> None:
         diagnose(model, "hi", tokenizer=characters(), measures="SinkRate")
     )
     assert "too few" not in str(diagnose(model, WORDS, tokenizer=characters(), measures="SinkRate"))
+    # nor where nothing was measured on the text
+    assert "too few" not in str(diagnose(model, torch.arange(5, 7), measures=["WeibullWeights", "InductionHeads"]))
 
 
 def test_windows_are_those_of_the_tokenizer_which_never_sees_a_long_line_at_once(

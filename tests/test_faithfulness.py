@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import heedful
 from heedful import models
 from heedful.conformance.tolerances import close, close_model
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.kinds import Prompt
 from heedful.explaining.aim import aim_of
 from heedful.explaining.attribution import attribute
@@ -178,9 +178,9 @@ def test_the_tokens_that_matter_beat_random_order_and_the_others_lose() -> None:
         (lambda m: attribute(m, IDS.expand(2, -1), AttentionRollout()), "one text of 2 tokens"),
         (lambda m: attribute(m, IDS, AttentionRollout(), position=7), "must be one of the 7 tokens"),
         (lambda m: attribute(m, IDS, Shares()), "must answer with one relevance"),
-        (lambda m: attribute(m, IDS, TransformerAttribution().on(heads=[0])), "must answer with one relevance"),
+        (lambda m: attribute(m, IDS, TransformerAttribution().on(heads=[0])), "heads chosen by .on"),
     ],
 )
 def test_says_what_is_wrong(call, match: str) -> None:
-    with pytest.raises(FieldError, match=match):
+    with pytest.raises(HeedfulError, match=match):
         call(models.tiny("llama"))

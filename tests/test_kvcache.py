@@ -83,6 +83,11 @@ def uneven() -> tuple[HeldLayer, Tensor]:
     return held, kept
 
 
+def read(held: HeldLayer, tokens: int) -> None:
+    held.served = True
+    held.update(torch.ones(2, 2, tokens, 3), torch.ones(2, 2, tokens, 2))
+
+
 def entries(held: HeldLayer, row: int, head: int) -> tuple[list[int], list[list[float]]]:
     is_filled = held.is_filled[row, head]
     return held.index[row, head][is_filled].tolist(), held.keys[row, head][is_filled].tolist()
@@ -148,16 +153,17 @@ def test_a_held_layer_crops_reorders_and_starts_anew() -> None:
     assert held.counts == [5, 5, 3, 6]
     assert torch.equal(held.keys, before[[1, 0]])
     assert entries(held, 1, 0)[0] == [3, 4, 5]
+    read(held, 3)
     held.crop(-2)
-    assert held.get_seq_length() == 4
-    assert entries(held, 1, 0) == ([3], [layer().keys[0, 0, 3].tolist()])
+    assert held.get_seq_length() == 7
+    assert entries(held, 1, 0) == ([3, 4, 5, 6], [*layer().keys[0, 0, 3:6].tolist(), [1.0] * 3])
     held.batch_repeat_interleave(2)
-    assert held.counts == [3, 3, 3, 3, 1, 4, 1, 4]
+    assert held.counts == [6, 6, 6, 6, 4, 7, 4, 7]
     held.batch_select_indices(torch.tensor([3]))
-    assert held.counts == [1, 4]
-    assert entries(held, 0, 0)[0] == [3]
+    assert held.counts == [4, 7]
+    assert entries(held, 0, 0)[0] == [3, 4, 5, 6]
     held.batch_select_indices(torch.tensor([True]))
-    assert held.counts == [1, 4]
+    assert held.counts == [4, 7]
     with pytest.raises(ValueError, match="negative"):
         held.crop(2)
     held.reset()
@@ -165,6 +171,22 @@ def test_a_held_layer_crops_reorders_and_starts_anew() -> None:
     held.update(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3))
     assert held.index.shape == (1, 2, 3)
     assert held.whole
+
+
+def test_tokens_that_were_there_when_entries_were_dropped_cannot_be_taken_back() -> None:
+    held, _ = uneven()
+    assert not held.is_croppable
+    for taken in (0, -1):  # none: all of several guesses were right, but they were read at once
+        with pytest.raises(RefusedModel, match="one after another"):
+            held.crop(taken)
+    read(held, 2)
+    assert held.is_croppable
+    held.crop(-1)
+    with pytest.raises(RefusedModel, match="take back"):
+        held.crop(-2)
+    read(held, 1)
+    held.keep(Kept(held.is_filled & (held.index != 7)))
+    held.crop(0)  # a token alone is no guess
 
 
 def test_a_whole_layer_stays_whole_when_cropped() -> None:

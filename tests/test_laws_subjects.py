@@ -134,7 +134,7 @@ def test_what_replaces_the_block_is_looked_at_where_the_block_begins() -> None:
     assert check(MeanSoFar, only=("declared_sites_only", "padding"))["declared_sites_only"].outcome == "kept"
     verdict = check(WritesItsInput, only=("declared_sites_only",))["declared_sites_only"]
     assert verdict.outcome == "broken"
-    assert "HIDDEN changed" in verdict.reason
+    assert "at BLOCK, layer 0: changed its input in place" in verdict.reason
 
 
 def test_a_claim_is_missed_however_deep_the_method_lies(monkeypatch: pytest.MonkeyPatch) -> None:

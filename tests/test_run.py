@@ -221,16 +221,6 @@ def test_a_layer_that_goes_its_own_way_is_noticed(model: nn.Module) -> None:
         run(input_ids=IDS)
 
 
-def test_a_copy_of_an_attached_model_refuses_to_run(model: nn.Module) -> None:
-    import copy
-
-    with attach(model, Scale()) as run:
-        twin = copy.deepcopy(model)
-        logits(run)
-    with pytest.raises(NotEntered, match="no run is attached to it"):
-        logits(twin)
-
-
 def test_roles_reach_a_method(model: nn.Module) -> None:
     from torch import Tensor
 

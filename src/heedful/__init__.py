@@ -36,7 +36,6 @@ _HOMES = {
     "Site": "heedful.core.sites",
     "Prompt": "heedful.core.kinds",
     "Task": "heedful.tasks.task",
-    "Item": "heedful.tasks.task",
     "HeedfulError": "heedful.core.errors",
 }
 
@@ -52,7 +51,6 @@ _MODULES = {
 __all__ = [
     "Comparison",
     "HeedfulError",
-    "Item",
     "Method",
     "Profile",
     "Prompt",
@@ -120,5 +118,5 @@ if TYPE_CHECKING:
     from heedful.explaining.attention_patterns import patterns
     from heedful.folding import fold
     from heedful.saving import load
-    from heedful.tasks.task import Item, Task
+    from heedful.tasks.task import Task
     from heedful.text_models import decode

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.core.errors import FieldError, InactiveWarning
-from heedful.core.kinds import HeadWeights, Prompt, Surgery, Tokens
+from heedful.core.kinds import HeadWeights, Prompt, Surgery, Tokens, Vocabulary
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
 from heedful.core.regions import Span
 from heedful.core.stack import Stack
@@ -58,6 +58,11 @@ class _FitContext:
         from heedful.adapters.weights import read_weights
 
         return read_weights(self._found[layer])
+
+    def vocabulary(self) -> Vocabulary:
+        from heedful.adapters.weights import read_vocabulary
+
+        return read_vocabulary(self.model)
 
     def attach(self, what: Part | Stack) -> Run:
         return attach(self.model, what, only=self.only)

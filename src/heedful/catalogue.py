@@ -45,8 +45,8 @@ def find(name: str) -> type[CatalogueEntry]:
 
 def named(name: str) -> type[CatalogueEntry]:
     """The class that a file means by that name: one of the catalogue, or one of a module that is imported already."""
-    if "." not in name:
-        return find(name)
+    if name in entries():
+        return entries()[name]
     queue: list[type[CatalogueEntry]] = [CatalogueEntry]
     found = None
     while queue:
@@ -54,9 +54,9 @@ def named(name: str) -> type[CatalogueEntry]:
         queue += kind.__subclasses__()
         if name_of(kind) == name:
             found = kind  # a later definition takes the place of an earlier one, as in a notebook
-    if found is None:
+    if found is None and "." in name:
         raise CatalogueError(f"{name} is defined outside of heedful: import {name.rpartition('.')[0]} first")
-    return found
+    return find(name) if found is None else found
 
 
 def family(kind: type[CatalogueEntry]) -> str:

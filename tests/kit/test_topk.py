@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from heedful.kit.budget import rooms
 from heedful.kit.topk import top_k
 
 LENGTHS = (7, 3, 5)
@@ -16,7 +19,7 @@ def by_loop(row: list[float], k: int) -> list[bool]:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("k", [0, 2, 9, 0.4, 1.0, torch.tensor([4, 1, 6])])
+@pytest.mark.parametrize("k", [0, 2, 9, 0.4, 1.0, (4, 1, 6)])
 def test_padding_on_either_side_is_never_counted(side, k):
     torch.manual_seed(0)
     texts = [torch.randint(0, 3, (2, n)).float() for n in LENGTHS]
@@ -25,8 +28,13 @@ def test_padding_on_either_side_is_never_counted(side, k):
     positions = [slice(7 - n, 7) if side == "left" else slice(0, n) for n in LENGTHS]
     for i, place in enumerate(positions):
         scores[i, :, place], is_text[i, :, place] = texts[i], True
-    kept = top_k(scores, k, is_text)
+    if isinstance(k, float):
+        counts, given = [math.ceil(k * n) for n in LENGTHS], rooms(k, is_text.sum(-1, keepdim=True))
+    elif isinstance(k, tuple):
+        counts, given = list(k), torch.tensor(k)[:, None, None]
+    else:
+        counts, given = [k] * 3, k
+    kept = top_k(scores, given, is_text)
     for i, (text, place) in enumerate(zip(texts, positions, strict=True)):
-        count = int(k[i]) if torch.is_tensor(k) else max(1, round(k * LENGTHS[i])) if isinstance(k, float) else k
-        assert kept[i, :, place].tolist() == [by_loop(row.tolist(), count) for row in text]
+        assert kept[i, :, place].tolist() == [by_loop(row.tolist(), counts[i]) for row in text]
         assert kept[i].sum() == kept[i, :, place].sum()

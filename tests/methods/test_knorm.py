@@ -68,6 +68,13 @@ def test_the_best_and_the_newest() -> None:
     assert newest(found, call, 2).flatten().tolist() == [False, False, False, True, True]
 
 
+def test_padding_never_takes_the_room_of_an_entry_that_scores_minus_infinity() -> None:
+    found, _ = entries(torch.zeros(1, 1, 4, 1), torch.tensor([2]))
+    score = torch.tensor([[[5.0, 5.0, -torch.inf, -torch.inf]]])
+    kept = keep_best(score, found, torch.tensor([[[1]]]))
+    assert kept.flatten().tolist() == [False, False, True, False]
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 def test_the_budget_holds_while_decoding(method: Method) -> None:
     model, text = tiny("llama"), torch.ones_like(IDS)

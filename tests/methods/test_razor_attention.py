@@ -61,18 +61,19 @@ def test_what_stays() -> None:
 
 
 def _after(method: RazorAttention, softcap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """What two new queries get without compensation, with it, and by the formula."""
+    """What new queries, more than a head is wide, get without compensation, with it, and by the formula."""
     state = State()
     kept, entries = _read(method, state)
-    query, key, value = _draw(2, 4, 2, D, seed=2), _draw(2, 2, 2, D, seed=3), _draw(2, 2, 2, DV, seed=4)
+    new = DV + 1
+    query, key, value = _draw(2, 4, new, D, seed=2), _draw(2, 2, new, D, seed=3), _draw(2, 2, new, DV, seed=4)
     order = (~kept).long().argsort(dim=-1, stable=True)[..., : int(kept.sum(-1).amax())]
-    is_filled = torch.cat([kept.gather(-1, order), torch.ones(2, 2, 2, dtype=torch.bool)], -1)
-    index = torch.cat([order, torch.tensor([N, N + 1]).expand(2, 2, 2)], -1)
+    is_filled = torch.cat([kept.gather(-1, order), torch.ones(2, 2, new, dtype=torch.bool)], -1)
+    index = torch.cat([order, torch.arange(N, N + new).expand(2, 2, new)], -1)
     keys = torch.cat([entries.key.gather(2, order[..., None].expand(*order.shape, D)), key], 2)
     values = torch.cat([entries.value.gather(2, order[..., None].expand(*order.shape, DV)), value], 2)
-    call = _call(Positions.row(N, 2), Positions(index, index, is_filled=is_filled), query, keys, state)
+    call = _call(Positions.row(N, new), Positions(index, index, is_filled=is_filled), query, keys, state)
     call = replace(call, softcap=softcap)
-    plain, want = torch.zeros(2, 4, 2, DV), torch.zeros(2, 4, 2, DV)
+    plain, want = torch.zeros(2, 4, new, DV), torch.zeros(2, 4, new, DV)
 
     def score(q: Tensor, k: Tensor) -> float:
         s = float(q @ k) / math.sqrt(D)
@@ -82,7 +83,7 @@ def _after(method: RazorAttention, softcap: float | None = None) -> tuple[Tensor
         for h in range(4):
             g = h // 2
             gone = ~kept[b, g]
-            for r in range(2):
+            for r in range(new):
                 seen = [i for i in range(keys.shape[2]) if is_filled[b, g, i] and index[b, g, i] <= N + r]
                 scores = [score(query[b, h, r], keys[b, g, i]) for i in seen]
                 rows = [values[b, g, i] for i in seen]

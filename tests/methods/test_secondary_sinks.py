@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import StaticCache
 
 import heedful
 from heedful import models
@@ -60,6 +61,9 @@ def test_follows_each_token_through_the_layers() -> None:
     sinks = found(eager, {"input_ids": text})
     wanted = {key: number / 3 for key, number in lives.items() if key[1] >= METHOD.least}
     assert {(x.born, x.lasts): x.number for x in sinks.levels} == pytest.approx(wanted)
+    numbers = [x.number for x in sinks.levels]
+    assert numbers == sorted(numbers, reverse=True)
+    assert len(set(numbers)) > 1
     assert len(wanted) > 2
     assert len(lives) > len(wanted)
     for n in range(1, DEPTH):
@@ -107,14 +111,52 @@ def test_a_gap_between_layers_is_not_bridged(model) -> None:
     assert list(found(model, {"input_ids": ids(15)}, method=some).counts) == [1, 4]
 
 
-def test_later_pieces_of_a_text_and_decoding_steps_are_left_out(model) -> None:
-    whole = found(model, {"input_ids": ids(12)})
+def read(model, *pieces: torch.Tensor, mask: torch.Tensor | None = None) -> Secondary:
+    cache, n = None, 0
     with heedful.attach(model, METHOD) as run, torch.no_grad():
-        out = run(input_ids=ids(12), use_cache=True)
-        run(input_ids=ids(5), **{CACHE: out[CACHE]}, use_cache=True)
-        run(input_ids=ids(1), **{CACHE: out[CACHE]}, use_cache=True)
-        assert run[METHOD].levels == whole.levels
-        assert same(run[METHOD].first_norm, whole.first_norm)
+        for piece in pieces:
+            n += piece.shape[1]
+            inputs = {"input_ids": piece} if mask is None else {"input_ids": piece, "attention_mask": mask[:, :n]}
+            cache = run(**inputs, use_cache=True, **{CACHE: cache})[CACHE]
+        return run[METHOD]
+
+
+def equal(a: Secondary, b: Secondary) -> bool:
+    names = ("weight", "norm", "first_weight", "first_norm")
+    counts = all(torch.allclose(a.counts[n], b.counts[n]) for n in b.counts)
+    return counts and all(same(getattr(a, name), getattr(b, name)) for name in names)
+
+
+@pytest.mark.parametrize("cuts", [(8, 16), (1,), (3, 5, 7)])
+@pytest.mark.parametrize("padding", [0, 9])
+def test_a_text_in_pieces_is_that_text(model, cuts: tuple[int, ...], padding: int) -> None:
+    """With padding on the left of one text, whose first pieces are nothing else."""
+    text = torch.cat([ids(24, 1), ids(24, 2), ids(24, 3)])
+    mask = torch.ones_like(text)
+    mask[1, :padding] = 0
+    whole = read(model, text, mask=mask if padding else None)
+    assert equal(read(model, *text.tensor_split(cuts, dim=1), mask=mask if padding else None), whole)
+    assert whole.levels
+
+
+def test_texts_count_alike_in_batches_of_any_size(model) -> None:
+    text = torch.cat([ids(24, seed) for seed in range(4)])
+    apart = found(model, {"input_ids": text[:3]}, {"input_ids": text[3:]})
+    assert equal(apart, found(model, {"input_ids": text}))
+
+
+def test_a_cache_with_room_to_spare_holds_the_same_text(model) -> None:
+    text, cache = ids(24, 1), StaticCache(config=model.config, max_cache_len=40)
+    whole = read(model, text)
+    with heedful.attach(model, METHOD) as run, torch.no_grad():
+        for piece in text.split(12, dim=1):
+            run(input_ids=piece, use_cache=True, **{CACHE: cache})
+        assert equal(run[METHOD], whole)
+
+
+def test_decoding_steps_and_what_follows_are_left_out(model) -> None:
+    text = ids(20, 1)
+    assert equal(read(model, text[:, :12], text[:, 12:13], text[:, 13:]), read(model, text[:, :12]))
 
 
 def test_tells_levels_and_what_they_get() -> None:

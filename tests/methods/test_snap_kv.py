@@ -118,6 +118,19 @@ def test_later_votes_join_earlier_ones_which_fade() -> None:
 
 
 @torch.no_grad()
+def test_votes_fade_by_each_texts_own_new_tokens() -> None:
+    """A piece that has four tokens of one text and one of the other, which is padded on the right."""
+    model, ids = tiny("llama", num_hidden_layers=1), torch.arange(3, 27).view(2, 12)
+    text, votes = torch.arange(12)[None] < torch.tensor([[12], [9]]), []
+    for rows, end in ((slice(0, 2), 12), (slice(1, 2), 9)):
+        with attach(model, SnapKV(6, window=3, kernel=3)) as run:
+            cache = run(input_ids=ids[rows, :8], attention_mask=text[rows, :8].long())[CACHE]
+            run(input_ids=ids[rows, 8:end], attention_mask=text[rows, :end].long(), **{CACHE: cache})
+            votes.append(notes_in(cache)["votes"][-1, :, :9])
+    assert close_model(*votes)
+
+
+@torch.no_grad()
 def test_the_budget_holds_what_it_says() -> None:
     """Notes are part of the cache, and next to nothing of it."""
     model, ids = tiny("llama", head_dim=64), torch.arange(400).remainder(97)[None]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import StaticCache
 
 import heedful
 from heedful import models
@@ -76,12 +77,41 @@ def test_a_gap_between_layers_is_not_bridged(model) -> None:
     assert list(found(model, {"input_ids": ids(15)}, method=some).layers) == [1]
 
 
-def test_later_pieces_of_a_text_and_decoding_steps_are_left_out(model) -> None:
+def read(model, *pieces: torch.Tensor, mask: torch.Tensor | None = None) -> Outliers:
+    cache, n = None, 0
     with heedful.attach(model, METHOD) as run, torch.no_grad():
-        out = run(input_ids=ids(12), use_cache=True)
-        run(input_ids=ids(5), **{CACHE: out[CACHE]}, use_cache=True)
-        run(input_ids=ids(1), **{CACHE: out[CACHE]}, use_cache=True)
-        assert run[METHOD].layers[1].texts == 1
+        for piece in pieces:
+            n += piece.shape[1]
+            inputs = {"input_ids": piece} if mask is None else {"input_ids": piece, "attention_mask": mask[:, :n]}
+            cache = run(**inputs, use_cache=True, **{CACHE: cache})[CACHE]
+        return run[METHOD]
+
+
+@pytest.mark.parametrize("cuts", [(8, 16), (1,), (3, 5, 7)])
+@pytest.mark.parametrize("padding", [0, 9])
+def test_a_text_in_pieces_is_that_text(model, cuts: tuple[int, ...], padding: int) -> None:
+    """With padding on the left of one text, whose first pieces are nothing else."""
+    text = torch.cat([ids(24, 1), ids(24, 2), ids(24, 3)])
+    mask = torch.ones_like(text)
+    mask[1, :padding] = 0
+    whole = read(model, text, mask=mask if padding else None)
+    assert read(model, *text.tensor_split(cuts, dim=1), mask=mask if padding else None).layers == whole.layers
+    assert whole.total.both > 0
+
+
+def test_a_cache_with_room_to_spare_holds_the_same_text(model) -> None:
+    text, cache = ids(24, 1), StaticCache(config=model.config, max_cache_len=40)
+    whole = read(model, text)
+    with heedful.attach(model, METHOD) as run, torch.no_grad():
+        for piece in text.split(12, dim=1):
+            run(input_ids=piece, use_cache=True, **{CACHE: cache})
+        assert run[METHOD].layers == whole.layers
+
+
+def test_decoding_steps_and_what_follows_are_left_out(model) -> None:
+    text = ids(20, 1)
+    some = read(model, text[:, :12], text[:, 12:13], text[:, 13:])
+    assert some.layers == read(model, text[:, :12]).layers
 
 
 def test_tells_the_share_that_is_both() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, StatisticError
 from heedful.methods.explain.transformer_attribution import TransformerAttribution, _relevance
 
 IDS = torch.tensor([[5, 17, 9, 88, 40, 23], [9, 5, 61, 30, 2, 70]])
@@ -66,6 +66,18 @@ def test_each_forward_with_a_backward_has_its_relevance(kind: str) -> None:
     assert len(found) == 2
     for one, want in zip(found, wanted, strict=True):
         assert close_model(one, want)
+
+
+@pytest.mark.parametrize("way", ["generate", "forward"])
+def test_without_any_backward_there_is_a_reason_and_no_empty_answer(way: str) -> None:
+    model = models.tiny("llama").eval()
+    with attach(model, TransformerAttribution()) as run:
+        if way == "generate":
+            run.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        else:
+            run(input_ids=IDS)
+        with pytest.raises(StatisticError, match="needs gradients, and none reached the maps of its 1 forwards"):
+            run[TransformerAttribution()]
 
 
 def test_decoding_steps_are_left_out_and_pieces_refused() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
-from weakref import ReferenceType, WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,31 @@ class Request:
 class Server(Protocol):
     """What answers the calls of a bound module."""
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a forward of its model is under way in this thread."""
+
     def attention(self, bound: Bound, request: Request) -> Outcome: ...
+
+
+class StandIn(str):
+    """One of heedful's names, as it stands in a config in place of another; copies and files have that one back."""
+
+    native: str | None
+    users: WeakSet[Server]  # of the models that share the config, those that are attached
+
+    def __new__(cls, name: str, native: str | None) -> StandIn:
+        new = super().__new__(cls, name)
+        new.native, new.users = native, WeakSet()
+        return new
+
+    def __reduce__(self) -> Any:
+        return type(self.native), () if self.native is None else (self.native,)
+
+
+def native_name(name: str | None) -> str:
+    """The attention implementation that a model had, or has, without a run."""
+    return (name.native if isinstance(name, StandIn) else name) or "eager"
 
 
 @dataclass(eq=False)
@@ -56,6 +81,7 @@ class Bound:
     name: str
     number: int | None  # None: it runs through the interface, but outside the part that is served
     native: str  # the implementation that the model had before
+    alone: bool = False  # it stands in no list of layers: what calls it may hand its weights on unasked
     hidden: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin of this call's tokens
     cache: Cache | None = None
@@ -102,13 +128,16 @@ def _function(
     **more: Any,
 ) -> Outcome:
     """The attention function under heedful's name: hands the call to whichever run is attached to the module."""
-    bound = bound_to(module)
-    if bound is None:
+    bound, request = bound_to(module), Request(query, key, value, attention_mask, scaling, dropout, more)
+    if bound is not None:
+        return bound.server.attention(bound, request)
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if not isinstance(name, StandIn) or any(user.under_way for user in name.users):
         raise NotEntered(
-            f"{type(module).__name__} asks for heedful's attention, but no run is attached to it; was the model copied "
-            "while a run was attached? Attach to the copy, or copy before attaching"
+            f"{type(module).__name__} asks for heedful's attention, but no run is attached to it; was it put into the "
+            "model since? Attach again"
         )
-    return bound.server.attention(bound, Request(query, key, value, attention_mask, scaling, dropout, more))
+    return native(module, native_name(name), request)  # of another model, which shares its config with an attached one
 
 
 AttentionInterface.register(LAZY, _function)
@@ -117,19 +146,34 @@ AttentionMaskInterface.register(LAZY, lazy_mask)
 AttentionMaskInterface.register(ADDITIVE, lazy_additive_mask)
 
 
-def native(bound: Bound, request: Request) -> Outcome:
+def native(module: nn.Module, implementation: str, request: Request) -> Outcome:
     """What the model would have done, bit for bit."""
-    kind: Any = type(bound.module)
+    kind: Any = type(module)
     registry, eager = _interface(kind)
-    function: Callable[..., Outcome] = registry.get_interface(bound.native, eager)
-    mask, more = _native_mask(bound, request), request.more
+    function: Callable[..., Outcome] = registry.get_interface(implementation, eager)
+    mask, more = _native_mask(module, implementation, request), request.more
     if mask is None and isinstance(request.mask, LazyMask) and "is_causal" in more and request.q.shape[2] > 1:
         # some modules set the flag where they see no mask, and with us they have always seen one
         more = {**more, "is_causal": request.mask.spec.mask.causal}
-    return function(
-        bound.module, request.q, request.k, request.v, mask,
-        scaling=request.scaling, dropout=request.dropout, **more,
-    )  # fmt: skip
+    with _named(module, implementation):
+        return function(
+            module, request.q, request.k, request.v, mask, scaling=request.scaling, dropout=request.dropout, **more
+        )
+
+
+@contextmanager
+def _named(module: nn.Module, implementation: str) -> Iterator[None]:
+    """The implementation's own name in the config, which all but these two may ask for it."""
+    config: Any = getattr(module, "config", None)
+    if config is None or implementation in ("eager", "sdpa"):
+        yield
+        return
+    name = config._attn_implementation_internal
+    config._attn_implementation_internal = implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = name
 
 
 # a module names its eager function where it looks its attention up; a few have several in one file
@@ -155,15 +199,15 @@ def passes_through(kind: Any, argument: str) -> bool:
     )
 
 
-def _native_mask(bound: Bound, request: Request) -> Tensor | None:
+def _native_mask(module: nn.Module, implementation: str, request: Request) -> Tensor | None:
     mask, q, k = request.mask, request.q, request.k
-    picked = chosen_pairs(bound.module, request.more, q.shape[1], k.shape[2])
-    if picked is None or bound.native not in ("eager", "sdpa"):
-        return mask.spec.native(bound.native) if isinstance(mask, LazyMask) else mask
+    picked = chosen_pairs(module, request.more, q.shape[1], k.shape[2])
+    if picked is None or implementation not in ("eager", "sdpa"):
+        return mask.spec.native(implementation) if isinstance(mask, LazyMask) else mask
     # models lay their choice of keys into the mask for these two names only, and hand it over apart for all others
     if isinstance(mask, LazyMask):
         mask = mask.spec.table
     kept = picked if mask is None else picked & (mask if mask.dtype == torch.bool else mask == 0)
-    if bound.native == "sdpa":
+    if implementation == "sdpa":
         return kept
     return torch.zeros(kept.shape, dtype=q.dtype, device=q.device).masked_fill(~kept, torch.finfo(q.dtype).min)

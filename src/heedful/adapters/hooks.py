@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -15,7 +16,7 @@ from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
 from heedful.adapters.compiled import as_written
 from heedful.adapters.grids import Grid, grid_of, patches
-from heedful.adapters.kvcache import hold, serve
+from heedful.adapters.kvcache import hold, seen, serve, tensors_in
 from heedful.adapters.layers import block_of, output_module, within
 from heedful.adapters.lazymask import LazyMask
 from heedful.core.call import Call, Phase
@@ -23,12 +24,37 @@ from heedful.core.errors import FieldError, NotEntered, RefusedModel
 from heedful.core.positions import Positions
 from heedful.core.regions import Span
 from heedful.core.sites import Site
+from heedful.engine import again
 from heedful.engine.attend import replaced
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run import Run
 from heedful.engine.stages import stage
 
 _CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+
+
+class Hook:
+    """A hook of a run, called as it is written; copies and files of the module have one that does nothing."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = as_written(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return NoHook, ()
+
+
+class NoHook:
+    """What is left of a hook in a copy."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+def _cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    return next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
 
 
 @dataclass(eq=False)
@@ -39,6 +65,7 @@ class Hooks:
     layers: int  # how many are served
     patterns: bool = False  # the caller of this forward wants the patterns back
     _inside: int = 0
+    _graph: bool = False  # gradients may be asked of the forward under way
     _thread: int | None = None  # the one that a forward is under way in
     _parts: dict[nn.Module, str] = field(default_factory=dict)  # the models in the model, by name
     _images: dict[str, tuple[nn.Module, Grid]] = field(default_factory=dict)  # those that read images, and their grids
@@ -56,9 +83,14 @@ class Hooks:
         for name, part in model.named_modules():
             if part is model or isinstance(part, PreTrainedModel):
                 self._parts[part] = name
-                self._handles.append(part.register_forward_pre_hook(as_written(self._begins), with_kwargs=True))
-                ends = as_written(self._ends)
+                self._handles.append(part.register_forward_pre_hook(Hook(self._begins), with_kwargs=True))
+                ends = Hook(self._ends)
                 self._handles.append(part.register_forward_hook(ends, with_kwargs=True, always_call=True))
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a forward is under way in this thread."""
+        return self._thread == get_ident()
 
     def _begins(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if (grid := grid_of(model, kwargs)) is not None:
@@ -79,14 +111,21 @@ class Hooks:
                 )
                 raise FieldError("Run", "thread", get_ident(), rule, self._thread)
             self._thread = get_ident()
+            self._graph = torch.is_grad_enabled()
             self.run.state.new_forward()
             requested = kwargs.get("output_attentions")
             self.patterns = bool(getattr(model.config, "output_attentions", False) if requested is None else requested)
         self._inside += 1
 
     def _ends(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if self._thread != get_ident():
+        if not self.under_way:
             return None  # a forward that was refused, while another thread's is under way
+        new = self._with_losses(model, kwargs, output)
+        if self.run.state.checkpointed:
+            again.guard(tensors_in(output if new is None else new), self.run.installed)
+        return new
+
+    def _with_losses(self, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         self._inside = max(0, self._inside - 1)
         if not self._inside:
             self._thread = None
@@ -131,8 +170,8 @@ class Hooks:
                     "would silently be the unedited model's. Was it compiled or replaced since?"
                 )
 
-        self._handles.append(bound.module.register_forward_pre_hook(as_written(before), with_kwargs=True))
-        self._handles.append(bound.module.register_forward_hook(as_written(after)))
+        self._handles.append(bound.module.register_forward_pre_hook(Hook(before), with_kwargs=True))
+        self._handles.append(bound.module.register_forward_hook(Hook(after)))
 
     def _enter(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         by_name = "hidden_states" in kwargs
@@ -140,10 +179,11 @@ class Hooks:
         bound.hidden = hidden if isinstance(hidden, Tensor) else None
         rotary = kwargs.get("position_embeddings")
         bound.rotary = rotary if isinstance(rotary, tuple) and len(rotary) == 2 else None
-        bound.cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
+        bound.cache = _cache_among(args, kwargs)
         bound.cross = any(isinstance(kwargs.get(n), Tensor) for n in _CROSS)
         if bound.number is None:
             return None
+        self._see_checkpoint(bound)
         self.run.state.begin(bound.number, shelf_of(bound.cache))
         serve(bound.cache, getattr(bound.module, "layer_idx", None))
         steps = self.run.stack.steps(bound.number)
@@ -160,7 +200,7 @@ class Hooks:
             )
         flat = bound.hidden.ndim == 2  # [n e], of images whose patches stand in one row
         hidden = bound.hidden[None] if flat else bound.hidden
-        call = self._outline(bound, hidden, kwargs.get("attention_mask"))
+        call = self._outline(bound, hidden, kwargs.get("attention_mask"), bound.cache)
         job = AttentionCall(self.run.state.plan(call, Site.HIDDEN), self.run.state, call)
         hidden = stage(Site.HIDDEN, hidden, job, call)
         bound.hidden = hidden[0] if flat else hidden
@@ -169,14 +209,28 @@ class Hooks:
             return args, {**kwargs, "hidden_states": bound.hidden}
         return (bound.hidden, *args[1:]), kwargs
 
-    def _outline(self, bound: Bound, hidden: Tensor, mask: Any) -> Call:
+    def _see_checkpoint(self, bound: Bound) -> None:
+        """Notice that a layer will be computed again on the way back, or that it is."""
+        run, state = self.run, self.run.state
+        if not state.again:
+            if self._graph and not state.checkpointed and again.expected():
+                run.checkpointed = state.checkpointed = True
+        elif not run.checkpointed:
+            raise NotEntered(
+                f"gradient checkpointing computes {bound.name} again on the way back, and its first pass was not under "
+                "this run; call backward() before you attach"
+            )
+
+    def _outline(self, bound: Bound, hidden: Tensor, mask: Any, cache: Cache | None) -> Call:
         """What can be known of a call before its queries are."""
         n = hidden.shape[1]
         if isinstance(mask, LazyMask):
             queries, keys = mask.spec.queries, mask.spec.keys
         else:
-            queries = keys = Positions.row(0, n, hidden.device)
-        phase = Phase.DECODE if n == 1 and (queries.first or 0) > 0 else Phase.PREFILL
+            start = 0 if bound.cross else seen(cache, getattr(bound.module, "layer_idx", None))
+            queries, keys = Positions.row(start, n, hidden.device), Positions.row(0, start + n, hidden.device)
+        past = (queries.first or 0) > 0 or (bound.cross and cache is not None)
+        phase = Phase.DECODE if n == 1 and past else Phase.PREFILL
         return Call(
             bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
             roles=self.roles(bound, len(keys)), hidden=hidden, forward=self.run.state.forward, batch=len(hidden),
@@ -204,14 +258,14 @@ class Hooks:
             stream = kwargs["hidden_states"] if by_name else args[0] if args else None
             if not isinstance(stream, Tensor) or stream.ndim != 3:
                 raise RefusedModel(f"an EMBEDDING edit cannot act before {name}: it is not handed [b n e]")
-            call = self._outline(bound, stream, kwargs.get("attention_mask"))
+            call = self._outline(bound, stream, kwargs.get("attention_mask"), _cache_among(args, kwargs))
             self.run.state.begin_early(call.layer)
             job = AttentionCall(self.run.state.plan(call, Site.EMBEDDING), self.run.state, call)
             new = stage(Site.EMBEDDING, stream, job, call)
             self.run.state.close_call(job.plan, call)
             return (args, {**kwargs, "hidden_states": new}) if by_name else ((new, *args[1:]), kwargs)
 
-        self._handles.append(model.get_submodule(name).register_forward_pre_hook(as_written(before), with_kwargs=True))
+        self._handles.append(model.get_submodule(name).register_forward_pre_hook(Hook(before), with_kwargs=True))
 
     # its output projection
 
@@ -242,7 +296,7 @@ class Hooks:
             self.run.state.close_call(job.plan, call)
             return new.reshape(output.shape)
 
-        self._handles.append(found.register_forward_hook(as_written(after)))
+        self._handles.append(found.register_forward_hook(Hook(after)))
 
     # the layer that it stands in
 
@@ -272,4 +326,4 @@ class Hooks:
             new = new.reshape(stream.shape)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
-        self._handles.append(model.get_submodule(name).register_forward_hook(as_written(after)))
+        self._handles.append(model.get_submodule(name).register_forward_hook(Hook(after)))

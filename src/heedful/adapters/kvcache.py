@@ -35,6 +35,7 @@ class HeldLayer(DynamicLayer):
         self.counts: list[int] = []  # entries of each head of each text
         self.seen = 0
         self.fresh = 0
+        self.chosen = 0  # tokens seen when entries were last dropped
         self.served = False  # the attention that follows the next update is a run's
         self.is_initialized = False
 
@@ -150,28 +151,46 @@ class HeldLayer(DynamicLayer):
 
     def keep(self, left: Kept) -> None:
         """Drop every entry that is not kept, and the memory it took; the others may be given new keys and values."""
-        kept, is_filled = left.keep, self.is_filled
+        is_filled = self.is_filled
         if left.key is not None:
             self._keys = left.key[is_filled].to(self._keys.dtype)
         if left.value is not None:
             self._values = left.value[is_filled].to(self._values.dtype)
-        mine = (kept if self.even else kept[is_filled]).flatten()
-        if bool(mine.all()):
-            return
+        if not bool(self._flat(left.keep).all()):
+            self.chosen = self.seen
+            self._drop(left.keep)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """`[b g k]` as what is held of it, head after head."""
+        return (x if self.even else x[self.is_filled]).flatten()
+
+    def _drop(self, kept: Tensor) -> None:
+        mine = self._flat(kept)
         self._index = self._indices()[mine]
         self._keys, self._values = self._keys[mine], self._values[mine]
         self.counts = kept.sum(-1).flatten().tolist()
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the newest token can be taken back as if it had never been read."""
+        return self.whole or self.chosen < self.seen
+
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give a negative number, the tokens to remove")
+        whole, left = self.whole, max(0, self.seen + tokens_to_remove)
+        guessed = self.chosen == self.seen and self.fresh > 1  # also where no guess is taken back
+        if left and not whole and (self.chosen > left or guessed):
+            raise RefusedModel(
+                "this cache cannot take back tokens that were there when entries were dropped, as assisted and "
+                "prompt-lookup decoding do with guesses; generate one after another, or leave the CACHE edit out"
+            )
         if tokens_to_remove == 0 or not self.seen:
             return
-        whole, left = self.whole, max(0, self.seen + tokens_to_remove)
         if not left:
             self._clear()
             return
-        self.keep(Kept(self.is_filled & (self.index < left)))
+        self._drop(self.is_filled & (self.index < left))
         self.seen = left
         if whole:
             self._index = None
@@ -225,11 +244,11 @@ def cache_bytes(cache: Cache) -> int:
     split = isinstance(cache, EncoderDecoderCache)
     caches = (cache.self_attention_cache, cache.cross_attention_cache) if split else (cache,)
     kept = [list(vars(one)["shelf"].tensors()) for one in caches if "shelf" in vars(one)]
-    found = _tensors([kept, *(vars(layer) for one in caches for layer in one.layers)])
+    found = tensors_in([kept, *(vars(layer) for one in caches for layer in one.layers)])
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}.values())
 
 
-def _tensors(thing: Any) -> Iterator[Tensor]:
+def tensors_in(thing: Any) -> Iterator[Tensor]:
     """Every plain tensor in there; quantised ones may be made of others."""
     if isinstance(thing, Tensor) and is_traceable_wrapper_subclass(thing):
         thing = [getattr(thing, name) for name in thing.__tensor_flatten__()[0]]
@@ -237,7 +256,7 @@ def _tensors(thing: Any) -> Iterator[Tensor]:
         yield thing
     elif isinstance(thing, Mapping | list | tuple):
         for part in thing.values() if isinstance(thing, Mapping) else thing:
-            yield from _tensors(part)
+            yield from tensors_in(part)
 
 
 def hold(cache: Cache, number: int, module_name: str) -> HeldLayer:
@@ -266,6 +285,11 @@ def serve(cache: Cache | None, number: int | None) -> None:
     layers = own_cache(cache).layers if cache else []
     if number is not None and 0 <= number < len(layers) and isinstance(layers[number], HeldLayer):
         layers[number].served = True
+
+
+def seen(cache: Cache | None, number: int | None) -> int:
+    """How many tokens a layer of the cache has seen so far."""
+    return int(own_cache(cache).get_seq_length(number)) if cache and number is not None and number >= 0 else 0
 
 
 def shrunk(cache: Cache | None) -> bool:

@@ -102,10 +102,16 @@ class _Takes:
     def own(self, *args: Any, **more: Any) -> Any:
         """What the module does of itself."""
         kind: Any = type(self.module)
-        return self.before(*args, **more) if self.before else kind.save_pretrained(self.module, *args, **more)
+        before = self.before
+        while isinstance(before, _Takes):  # left of another run, in a copy that was made under it
+            before = before.before
+        return before(*args, **more) if before else kind.save_pretrained(self.module, *args, **more)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return replace(self, module=memo.get(id(self.module), self.module))
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.module, SAVE)  # of a module that is being made: its class's own
 
 
 @dataclass(eq=False)

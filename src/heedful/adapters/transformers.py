@@ -13,11 +13,22 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from heedful.adapters.arguments import understand
-from heedful.adapters.bound import ADDITIVE, LAZY, Bound, Outcome, Request, bound_modules, bound_to, native
+from heedful.adapters.bound import (
+    ADDITIVE,
+    LAZY,
+    Bound,
+    Outcome,
+    Request,
+    StandIn,
+    bound_modules,
+    bound_to,
+    native,
+    native_name,
+)
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import HeldLayer, held_layer
-from heedful.adapters.layers import interface_layers, leftovers, size_of, within
+from heedful.adapters.layers import block_of, interface_layers, leftovers, size_of, within
 from heedful.adapters.saving import adopted, takes_saving
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.call import CachedKV, Call, Phase
@@ -57,7 +68,7 @@ class TransformersAdapter:
     model: PreTrainedModel
     only: tuple[str, ...] | None = None
     shared: bool = False  # its gradients are shared with other processes, as far as they were known at the start
-    _restore: list[tuple[PreTrainedConfig, str | None]] = field(default_factory=list)
+    _names_put: list[tuple[PreTrainedConfig, StandIn]] = field(default_factory=list)
     _added: list[tuple[nn.Module, str]] = field(default_factory=list)
     _calls: WrittenCalls = field(default_factory=WrittenCalls)
     _hooks: Hooks = field(init=False)
@@ -90,6 +101,10 @@ class TransformersAdapter:
     @property
     def layer_names(self) -> tuple[str, ...]:
         return self._names
+
+    @property
+    def installed(self) -> bool:
+        return bool(self._names_put)
 
     def sizes(self) -> tuple[Layer, ...]:
         return tuple(size_of(self.model, name, i) for i, name in enumerate(self._names))
@@ -145,11 +160,9 @@ class TransformersAdapter:
                 "attach()", "model", type(self.model).__name__,
                 "a run is attached already; close it, or join the methods into one stack", "attach(model, a | b)",
             )  # fmt: skip
-        # transformers offers a setter and no getter
-        self._restore = [(c, c._attn_implementation_internal) for c in _configs(self.model)]
         hooks = self._hooks = Hooks(run, len(self._names))
         numbers = {name: i for i, name in enumerate(self._names)}
-        natives = {name: self._implementation(m) for name, m in self._modules.items()}
+        natives = {name: native_name(self._implementation(m)) for name, m in self._modules.items()}
         bounds: list[Bound] = []
         try:
             self._switch()
@@ -159,7 +172,8 @@ class TransformersAdapter:
                         f"{name} ({type(module).__name__}) did not take heedful's attention; its class does not "
                         "support setting the attention implementation"
                     )
-                bound = Bound(self, module, name, numbers.get(name), natives[name])
+                alone = block_of(self.model, name) is None
+                bound = Bound(self, module, name, numbers.get(name), natives[name], alone)
                 hooks.around(bound)
                 bound_modules[module] = ref(bound)
                 bounds.append(bound)
@@ -190,9 +204,15 @@ class TransformersAdapter:
             for m in self.model.modules()
             if isinstance(m, PreTrainedModel) and not m._can_set_attn_implementation()
         } - {id(getattr(m, "config", None)) for m in self._modules.values()}
-        for config, name in self._restore:
-            if id(config) not in closed:
-                config._attn_implementation_internal = ADDITIVE if (name or "eager") == "eager" else LAZY
+        for config in _configs(self.model):
+            if id(config) in closed:
+                continue
+            name = config._attn_implementation_internal  # transformers offers a setter and no getter
+            if not isinstance(name, StandIn):
+                name = StandIn(ADDITIVE if native_name(name) == "eager" else LAZY, name)
+            self._names_put.append((config, name))  # first, so that none is lost to an interrupt
+            name.users.add(self)
+            config._attn_implementation_internal = name
 
     def remove(self) -> None:
         self._calls.undo()
@@ -200,12 +220,14 @@ class TransformersAdapter:
             takes.end()
         if hasattr(self, "_hooks"):  # an attach may end before it has any
             self._hooks.remove()
-        for config, name in self._restore:
-            config._attn_implementation_internal = name
-        self._restore = []
+        for config, name in self._names_put:
+            name.users.discard(self)
+            if not name.users and config._attn_implementation_internal is name:  # else it was given another since
+                config._attn_implementation_internal = name.native
         for module in self._modules.values():
             if (bound := bound_to(module)) is not None and bound.server is self:
                 bound_modules.pop(module, None)
+        self._names_put = []
 
     def drop_parameters(self) -> None:
         for module, name in self._added:
@@ -214,10 +236,14 @@ class TransformersAdapter:
 
     # one attention call
 
+    @property
+    def under_way(self) -> bool:
+        return self._hooks.under_way
+
     def attention(self, bound: Bound, request: Request) -> Outcome:
         bound.called = True
         if bound.number is None:
-            return native(bound, request)
+            return native(bound.module, bound.native, request)
         run, run_state = self.run, self.run.state
         q, k, v = request.q, request.k, request.v
         run_state.entered[bound.number] += 1
@@ -246,14 +272,15 @@ class TransformersAdapter:
         own = not pattern or bound.native == "eager"
         if own and not plan.acts_inside() and held is None and run.backend == "auto":
             run_state.backends[bound.number] = f"the model's own ({bound.native})"
-            return native(bound, request)
+            return native(bound.module, bound.native, request)
+        unasked = bound.alone and bound.native == "eager" and not plan.at(Site.MIX)
         if pattern and plan.at(Site.MIX):
             raise SiteError(
                 f"{plan.at(Site.MIX)[0]}, layer {bound.number}: computes no pattern, so the model's output_attentions "
                 "cannot be given; leave it out"
             )
         dropout = request.dropout if bound.module.training else 0.0
-        job = AttentionCall(plan, run_state, call, given.bias, given.sink, dropout, pattern)
+        job = AttentionCall(plan, run_state, call, given.bias, given.sink, dropout, pattern or unasked)
         number = bound.number
 
         def choose(needs: Needs) -> Backend:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from heedful.adapters.layers import HEAD_COUNTS, Projections, transposed
+from heedful.adapters.wrapped import unwrapped
 from heedful.core.errors import RefusedModel, SiteError
-from heedful.core.kinds import HeadWeights
+from heedful.core.kinds import HeadWeights, Vocabulary
 
 
 def _matrix(linear: Any) -> Tensor:
@@ -64,6 +65,22 @@ def read_weights(p: Projections) -> HeadWeights:
     v, v_bias = rows("v", g, dv)
     o = _matrix(p.module("o"))
     return HeadWeights(q, k, v, o.reshape(o.shape[0], h, dv).clone(), q_bias, k_bias, v_bias, _bias(p.module("o")))
+
+
+def read_vocabulary(model: nn.Module) -> Vocabulary:
+    """Copies of the embedding and the unembedding; a model that has not both, as plain tables, is refused."""
+    inner = unwrapped(model)
+    tables = []
+    for word, module in (("embedding", inner.get_input_embeddings()), ("unembedding", inner.get_output_embeddings())):
+        weight = getattr(module, "weight", None)
+        if type(weight) is not nn.Parameter or weight.ndim != 2 or not weight.is_floating_point():
+            found = "none" if module is None else f"a {type(module).__name__}"
+            raise RefusedModel(
+                f"{type(inner).__name__} has no {word} that is a plain table of tokens ({found}); load a language "
+                "model without quantisation, such as AutoModelForCausalLM gives"
+            )
+        tables.append(weight.detach().clone())
+    return Vocabulary(*tables)
 
 
 def write_weights(layer: nn.Module, p: Projections, new: HeadWeights) -> None:

@@ -15,6 +15,21 @@ from heedful.cli.console import console
 from heedful.core.errors import CatalogueError
 from heedful.core.method import CatalogueEntry, Method
 
+VERBS = {  # what people look for that is a verb of the library and no method
+    "ablate, ablation, knock out, knockout, zero a head, mean ablation": "heedful.ablate(model, heads, mean=texts)",
+    "attention patterns, attention maps, view, bertviz, circuitsvis": "heedful.patterns(model, text)",
+    "logit lens": "heedful.explaining.logit_lens(model, text)",
+    "direct logit attribution, dla": "heedful.explaining.direct_logits(model, text, answer, instead)",
+    "activation patching, causal tracing": "heedful.explaining.patching(model, clean, corrupt, metric)",
+    "path patching, circuit": "heedful.explaining.path_patching(model, clean, corrupt, metric)",
+    "faithfulness, deletion, insertion": "heedful.explaining.faithfulness(model, text, scores)",
+}
+
+
+def verbs(word: str) -> list[str]:
+    """Calls of the library that the word may mean."""
+    return [call for words, call in VERBS.items() if word and word.lower() in words]
+
 
 def sites(kind: type[CatalogueEntry]) -> str:
     """Where an entry acts."""
@@ -46,10 +61,15 @@ def methods(
 ) -> None:
     """List the methods, with where they act and their papers."""
     found = search(word)
-    if not found:
+    other = verbs(word)
+    if not found and not other:
         raise CatalogueError(f"no method mentions {word!r}; `heedful methods` lists them all")
     if as_json:
         typer.echo(json.dumps([plain(kind) for kind in found], indent=1))
+        return
+    for call in other:
+        console.print(f"In Python: {call}", markup=False, highlight=False)
+    if not found:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("method", "family", "acts at", "what it does"):

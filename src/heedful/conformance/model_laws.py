@@ -73,11 +73,14 @@ def neutral_is_native(method: Method) -> None:
 def example_acts(method: Method) -> None:
     for subject, kind, model in tried_on(method):
         steps = subject is TEXT and _edits(method)
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.set_grad_enabled(not _edits(method)):
             warnings.simplefilter("ignore", InactiveWarning)
             with subject.attach(model, method) as run:
                 found = _two_steps(run) if steps else run(**subject.inputs()).logits
                 seen = run.activity()
+                if found.requires_grad:  # some readings are of gradients
+                    found.sum().backward()
+                    model.zero_grad()
         if len(seen.entered) < seen.layers:
             raise Broken(f"{kind}: {len(seen.entered)} of {seen.layers} layers were entered")
         if not _edits(method):

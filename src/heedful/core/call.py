@@ -65,6 +65,7 @@ class Call:
     query: Tensor | None = None  # [b h q d], the whole call's, from MASK on
     key: Tensor | None = None  # [b g k d], the whole call's, from MASK on
     value: Tensor | None = None  # [b g k d], the whole call's, from MASK on
+    bias: Tensor | None = None  # [b|1, h|1, q|1, k], what the model adds to the whole call's scores, from MASK on
 
     @property
     def q_pos(self) -> Tensor:
@@ -95,6 +96,10 @@ class Call:
     def distance(self) -> Tensor:
         """How far behind its query each key stands, broadcastable to `[b h r k]`."""
         return self.pairs.q - self.pairs.k
+
+    def capped(self, scores: Tensor) -> Tensor:
+        """Scaled scores as the model bounds them."""
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
     def spread(self, x: Tensor) -> Tensor:
         """Key heads repeated for their query heads: `[b g k d]` to `[b h k d]`."""

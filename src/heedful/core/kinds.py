@@ -143,6 +143,14 @@ class HeadWeights:
         )  # fmt: skip
 
 
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """What a model knows of its tokens: the vector each comes in as, and the one its logit is a product with."""
+
+    embedding: Tensor  # [v e]
+    unembedding: Tensor  # [v e]
+
+
 class Surgery(CatalogueEntry, abstract=True):
     """Edits weights offline."""
 

@@ -88,13 +88,17 @@ class Probe:
 
 
 class FitContext(Protocol):
-    """What a fit may do with a model: look at the sizes and weights of its layers, and run it under a stack."""
+    """What a fit may do with a model: look at its sizes, weights and words, and run it under a stack."""
 
     @property
     def layers(self) -> tuple[Layer, ...]: ...
 
     def weights(self, layer: int) -> Any:
         """The layer's projections, head by head."""
+        ...
+
+    def vocabulary(self) -> Any:
+        """The rows of the embedding and of the unembedding."""
         ...
 
     def attach(self, what: Part | Stack, /) -> Session: ...

@@ -15,6 +15,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Readings, method_of
 from heedful.core.stats import Max, Statistic, TopK
+from heedful.diagnosis.measures import reads_text
 from heedful.diagnosis.view import TokenView
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Profile:
         if skipped:
             some = "; ".join(skipped[:3]) + (" ..." if len(skipped) > 3 else "")
             yield Finding(f"{len(skipped)} of {self.facts['texts'] + len(skipped)} texts left out: {some}.", 1.0)
-        if tokens is not None and tokens < FEW:
+        if tokens is not None and tokens < FEW and any(map(reads_text, self.parts)):
             yield Finding(f"{tokens} tokens are too few to tell much of a model; give it {FEW} or more to read.", 1.0)
 
     def roles(self) -> list[Role]:

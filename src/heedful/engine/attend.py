@@ -19,7 +19,7 @@ from heedful.engine.attention_call import AttentionCall
 from heedful.engine.earlier import with_earlier
 from heedful.engine.needs import Needs
 from heedful.engine.run_state import Plan
-from heedful.engine.stages import chosen_heads, own_rows, stage
+from heedful.engine.stages import chosen_heads, own_rows, stage, untouched
 
 
 def softmax(scores: Tensor, sink: Tensor | None = None) -> Tensor:
@@ -55,9 +55,7 @@ def _hide(scores: Tensor, keep: Tensor) -> bool:
 
 def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Heads and pattern of the query rows and key columns that `call` names. This is what attention *is* here."""
-    scores = grouped(q, k.mT).mul_(call.scale)
-    if call.softcap is not None:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
+    scores = call.capped(grouped(q, k.mT).mul_(call.scale))
     if job.bias is not None:
         rows = call.rows if job.bias.shape[-2] != 1 else slice(None)
         scores = scores + job.bias[..., rows, :][..., call.cols].to(scores.dtype)
@@ -120,7 +118,7 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
     q = stage(Site.QUERY, q, job, call)
     k = stage(Site.KEY, k, job, call)
     v = stage(Site.VALUE, v, job, call)
-    call = replace(call, query=q, key=k, value=v)
+    call = replace(call, query=q, key=k, value=v, bias=job.bias)
     mask = stage(Site.MASK, call.mask, job, call)
     if mask is not call.mask:
         call = replace(call, mask=mask)
@@ -200,7 +198,8 @@ def _mixed(step: Step, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> T
     call = job.call
     if job.bias is not None or job.sink is not None or call.softcap is not None or not call.mask.plain:
         raise _without_map(step, call)
-    return _made(step, (q, k, v), (*q.shape[:3], v.shape[-1]), job, call)
+    with untouched(step, job, q, k, v):
+        return _made(step, (q, k, v), (*q.shape[:3], v.shape[-1]), job, call)
 
 
 def replaced(step: Step, job: AttentionCall, call: Call, output: Tensor) -> Tensor:
@@ -209,7 +208,8 @@ def replaced(step: Step, job: AttentionCall, call: Call, output: Tensor) -> Tens
         raise SiteError(f"{step}, layer {call.layer}: the block is not handed hidden states [b n e]")
     if not call.mask.plain:
         raise _without_map(step, call)
-    return _made(step, call.hidden, tuple(output.shape), job, call).to(output.dtype)
+    with untouched(step, job, call.hidden):
+        return _made(step, call.hidden, tuple(output.shape), job, call).to(output.dtype)
 
 
 def _without_map(step: Step, call: Call) -> SiteError:

@@ -19,6 +19,7 @@ from heedful.core.method import Layer, Method, Part, Readings
 from heedful.core.regions import Span
 from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Statistic, load, save
+from heedful.engine.again import guard
 from heedful.engine.learned import learned
 from heedful.engine.run_state import RunState
 from heedful.engine.select import Explanation, explain, named
@@ -32,6 +33,9 @@ class Adapter(Protocol):
 
     @property
     def layer_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def installed(self) -> bool: ...
 
     def sizes(self) -> tuple[Layer, ...]: ...
 
@@ -103,6 +107,7 @@ class Run:
         self.tile_rows = tile_rows
         self.state = RunState(self.stack)
         self.closed = False
+        self.checkpointed = False  # gradient checkpointing was seen in some forward
         self._adapter = adapter
         self._check_layers()
         try:
@@ -253,7 +258,14 @@ class Run:
             raise FieldError("Run", "stack", self.stack, rule, "a stack with a penalty")
         if not self.state.losses:
             raise StatisticError(f"{self.stack!r} has penalised nothing yet: run the model first, as in run(**inputs)")
-        return torch.stack([x.float() for x in self.state.losses.values()]).sum()
+        total = torch.stack([x.float() for x in self.state.losses.values()]).sum()
+        if self.state.checkpointed:
+            guard((total,), self.installed)
+        return total
+
+    def installed(self) -> bool:
+        """Whether the stack is in the model: neither closed nor paused."""
+        return self._adapter.installed
 
     def explain(self) -> Explanation:
         """Which backend serves this stack, and every reason against the others."""

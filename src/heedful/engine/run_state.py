@@ -121,6 +121,7 @@ class RunState:
     losses: dict[Found, Tensor] = field(default_factory=dict)  # what steps penalised in this forward
     forward: int = -1
     saves: int = 0  # how often the model was saved with the stack
+    checkpointed: bool = False  # some layer of this forward will be computed again on the way back
     _backward: int = -1  # the pass back that this forward was begun in; -1: none
 
     def __post_init__(self) -> None:
@@ -173,6 +174,7 @@ class RunState:
     def new_forward(self) -> None:
         """A new pass of the whole model begins."""
         self.forward += 1
+        self.checkpointed = False
         self._counted = dict(self.statistics)
         self._backward = torch._C._current_graph_task_id()
         self._of_forward.clear()
@@ -214,15 +216,18 @@ class RunState:
         """What the engine itself keeps with the cache of a text."""
         return Notes(self.shelves.setdefault(call.layer, Shelf()), Key(self._editors, "", call.name), call.batch)
 
+    @property
+    def again(self) -> bool:
+        """Whether gradient checkpointing computes a layer once more, on the way back."""
+        return torch._C._current_graph_task_id() != self._backward
+
     def note(self, step: Step, call: Call, found: object) -> None:
         """Take what a reader found in a tile."""
         if found is None:
             return
-        # gradient checkpointing computes a layer once more on the way back: what was found there is known
-        again = torch._C._current_graph_task_id() != self._backward
-        if again and step.edit.loss:
-            self._same_gradient(step, call, found)
-        if again:
+        if self.again:  # what was found there is known
+            if step.edit.loss:
+                self._same_gradient(step, call, found)
             return
         if step.edit.loss:
             self._penalise(step, call, found)
@@ -272,7 +277,8 @@ class RunState:
         have = self.calls.get(call.layer)
         size = len(call.queries) * len(call.keys)
         if have is None or size >= len(have.queries) * len(have.keys):
-            self.calls[call.layer] = replace(call, hidden=None, rotate=None, query=None, key=None, value=None)
+            tensors = ("hidden", "rotate", "query", "key", "value", "bias")
+            self.calls[call.layer] = replace(call, **dict.fromkeys(tensors))
 
     def look_for_nan(self, layer: int, x: Tensor) -> None:
         if not x.numel():

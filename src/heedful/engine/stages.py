@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,21 +59,15 @@ def stage(site: Site, x: Any, job: AttentionCall, call: Call) -> Any:
                 if left <= 0:
                     continue
                 mine, seen = mine[:, :, :left], _top(seen, left)
-            job.run_state.note(step, call, act(mine if chosen is None else mine[:, chosen], seen))
+            with untouched(step, job, mine):
+                found = act(mine if chosen is None else mine[:, chosen], seen)
+            job.run_state.note(step, call, found)
             continue
         if step.edit.reweights:
             x = _reweighted(step, x, job, call)
             continue
-        tensor = isinstance(x, Tensor)
-        version = None if not tensor or x.is_inference() else x._version
-        # inference tensors count no versions: such a step is compared with a copy until it was seen to be clean
-        copied = x.clone() if tensor and version is None and step not in job.run_state.clean else None
-        new = act(x, seen)
-        if copied is not None:
-            job.run_state.clean.add(step)
-        dirty = version != x._version if version is not None else copied is not None and not _alike(x, copied)
-        if dirty:
-            raise SiteError(f"{step}, layer {call.layer}: changed its input in place; return a new tensor instead")
+        with untouched(step, job, x):
+            new = act(x, seen)
         if isinstance(x, Mask):
             narrowed = _narrowed(step, x, new, chosen, call.heads)
             job.run_state.offered[step] += 1
@@ -91,6 +87,23 @@ def stage(site: Site, x: Any, job: AttentionCall, call: Call) -> Any:
         job.run_state.watch(step, x, new)
         x = new.to(x.dtype)
     return x
+
+
+@contextmanager
+def untouched(step: Step, job: AttentionCall, *given: Any) -> Iterator[None]:
+    """See to it that a step leaves what it is handed as it was.
+
+    Inference tensors count no versions: they are compared with copies until the step was seen to be clean.
+    """
+    clean = job.run_state.clean
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    counted = [(x, x._version) for x in tensors if not x.is_inference()]
+    copied = [(x, x.clone()) for x in tensors if step not in clean and x.is_inference()]
+    yield
+    if any(x._version != version for x, version in counted) or not all(_alike(x, copy) for x, copy in copied):
+        raise SiteError(f"{step}, layer {job.call.layer}: changed its input in place; return a new tensor instead")
+    if copied:
+        clean.add(step)
 
 
 def own_rows(call: Call) -> Call:
@@ -186,12 +199,14 @@ def keep_entries(job: AttentionCall, entries: CachedKV) -> Kept | None:
     for step in steps:
         seen = job.run_state.view(step, job.call)
         mine = replace(entries, in_row=is_text)
-        new = _left(step, getattr(step.method, step.edit.name)(mine, seen), entries, job.call)
+        with untouched(step, job, entries.key, entries.value):
+            given = getattr(step.method, step.edit.name)(mine, seen)
+        new = _left(step, given, entries, job.call)
         narrowed = kept.keep & new.keep
         job.run_state.watch(step, kept.keep, narrowed)
-        for old, given in ((entries.key, new.key), (entries.value, new.value)):
-            if given is not None:
-                job.run_state.watch(step, old, given)
+        for old, written in ((entries.key, new.key), (entries.value, new.value)):
+            if written is not None:
+                job.run_state.watch(step, old, written)
         entries = replace(
             entries,
             key=entries.key if new.key is None else new.key,

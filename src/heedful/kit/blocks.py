@@ -151,9 +151,7 @@ class Grid:
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """Queries `[... n d]` times keys `[... k d]`, scaled and soft-capped as the model does."""
-        scores = (self.call.scale * query) @ key.mT
-        cap = self.call.softcap
-        return scores if cap is None else cap * torch.tanh(scores / cap)
+        return self.call.capped((self.call.scale * query) @ key.mT)
 
     def pooled(self, query: Tensor, key: Tensor, among: Tensor | None = None) -> Tensor:
         """The map `[b h n m]` of block means `[b h n d]` and `[b g m d]`: softmax over open blocks, or `among`."""

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError
 from heedful.core.state import ByIndex
+from heedful.kit.topk import top_k
 
 Budget = int | float  # a whole number of entries a head, or a share of the text so far between 0 and 1
 
@@ -41,7 +42,12 @@ def rooms(budget: Budget, tokens: Tensor) -> Tensor:
 
 def room(budget: Budget, call: Call) -> Tensor:
     """CachedKV that each head of each text may hold after this call, `[b|1 1 1]`."""
-    return rooms(budget, _end(call) + 1)
+    return rooms(budget, length(call))
+
+
+def length(call: Call) -> Tensor:
+    """How many tokens each text has so far, this call's included, `[b|1 1 1]`."""
+    return _end(call) + 1
 
 
 def _end(call: Call) -> Tensor:
@@ -75,11 +81,8 @@ def added_up(name: str, given: Tensor, entries: CachedKV, call: Call, keep: Tens
 def keep_best(score: Tensor, entries: CachedKV, most: Tensor) -> Tensor:
     """Which entries `[b g k]` stay: each head's `most [b|1 g|1 1]` of the highest score `[b g k]`; padding goes first.
 
-    Give infinity to what must stay, such as the newest entries.
+    Give infinity to what must stay, such as the newest entries. Where every head has room for all, nothing goes.
     """
-    text = entries.is_text
     if score.shape[-1] <= int(most.min()):
-        return text
-    order = score.masked_fill(~text, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    best = torch.arange(score.shape[-1], device=score.device) < most
-    return text & torch.zeros_like(text).scatter_(-1, order, best.expand_as(text))
+        return entries.is_filled
+    return top_k(score, most, entries.is_text)

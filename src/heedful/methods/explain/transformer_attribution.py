@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.errors import StatisticError
 from heedful.core.method import Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
@@ -48,7 +49,14 @@ class TransformerAttribution(LayerByLayer):
     def answer(self, readings: Readings) -> list[Tensor]:
         """One `[b n n]` for each forward that a backward followed."""
         layers = [stat.pieces for stat in readings.values() if isinstance(stat, Cat)]
-        return [r for name in layers[0] if (r := _relevance([pieces[name] for pieces in layers])) is not None]
+        found = [r for name in layers[0] if (r := _relevance([pieces[name] for pieces in layers])) is not None]
+        if not found:
+            raise StatisticError(
+                f"{self!r} needs gradients, and none reached the maps of its {len(layers[0])} forwards: call "
+                "backward() on a logit, as in run(input_ids=ids).logits[0, -1].max().backward(); generate() takes "
+                "none, and heads chosen by .on(heads=...) get none"
+            )
+        return found
 
 
 def _relevance(patterns: list[Tensor]) -> Tensor | None:

@@ -17,6 +17,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Statistic, Sum
 from heedful.core.summary import Summary, sums
+from heedful.kit.pieces import added
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class SecondarySinks(Method):
             "The authors call a token primary too if it lasts for all layers but 15; here every token but the first "
             "is secondary, and its lifetime tells.",
             "The state after the last layer is not looked at: no attention reads it.",
+            "A text may come in several calls, each going on where the last one ended; one-token decoding steps, and "
+            "what follows them, are not counted.",
         ),
     )
     near: float = 0.9  # absolute cosine to the first token, strictly above; the authors' default
@@ -100,39 +103,45 @@ class SecondarySinks(Method):
     @sums("received")
     def weigh(self, pattern: Summary, call: Call) -> Statistic | None:
         """What the layer gives to the tokens that `align` found before it, by the layer after which they arose."""
-        before = self._before(call)
-        if before is None:
+        below, kept = self._below(call), call.state.cache
+        if below is None or call.cross or pattern.received is None or pattern.seen is None:
             return None
-        born, norm, first = before
-        weight = pattern.mean.mean(1)  # [b k]
-        if call.cross or weight.shape != born.shape:
+        n = below[0].shape[-1]
+        total, count = torch.broadcast_tensors(*map(call.keys.by_position, (pattern.received, pattern.seen)))
+        if (text := added(call, "weights", total=total[..., :n], count=count[..., :n])) is None:
             return None
-        found = torch.zeros(2, 3, call.depth, dtype=torch.float64, device=born.device)
-        for i, x in enumerate((torch.ones_like(norm), weight, norm)):
-            others = (born >= 0) & ~first
-            found[0, i].index_add_(0, born[others], x[others].double())
-            found[1, i, 0] = x[first].double().sum()
-        return Sum.of(found)
+        earlier, now = text
+        counted = _counted((now["total"] / now["count"].clamp(min=1)).mean(1), *below, call.depth)
+        # a later piece may tell otherwise of earlier tokens, so the text is counted anew
+        new = counted if earlier is None else counted - kept["counted"]
+        kept["counted"] = counted
+        return Sum.of(new.sum(0))
 
     @reads(Site.RESIDUAL)
     def align(self, stream: Tensor, call: Call) -> None:
         """Find the tokens that run parallel to a first one that is a sink, and leave them for the next layer."""
-        before = self._before(call)
         stream = stream.detach()
         is_text, position = (x[:, 0].expand(len(stream), -1) for x in (call.is_text, call.q_pos))
         first = (position == 0) & is_text
-        norm = stream.norm(dim=-1)  # [b n]
-        lead = stream[torch.arange(len(stream), device=stream.device), first.int().argmax(-1)]  # [b e]
-        top = lead.norm(dim=-1, keepdim=True)
-        cosine = (stream @ lead[..., None])[..., 0] / (norm * top)
-        sink = top > self.primary * norm.masked_fill(~is_text, float("nan")).nanmedian(-1, keepdim=True).values
-        aligned = (cosine.abs() > self.near) & is_text & sink & first.any(-1, keepdim=True)
-        born = torch.full_like(position, -1) if before is None or before[0].shape != position.shape else before[0]
-        born = born.where(born >= 0, call.layer).where(aligned, -1)
-        call.state.forward["state"] = call.layer, (born, norm, first)
+        if (lead := added(call, "lead", x=stream.where(first[..., None], 0.0).sum(1))) is None:
+            return
+        x, norm = lead[1]["x"], stream.norm(dim=-1)  # [b e], [b n]
+        top = x.norm(dim=-1, keepdim=True)
+        cosine = (stream @ x[..., None])[..., 0] / (norm * top)
+        found = {"norm": norm, "near": (cosine.abs() > self.near).to(norm.dtype), "is_text": torch.ones_like(norm)}
+        by_place = {name: call.queries.by_position(x.where(is_text, 0.0)[:, None])[:, 0] for name, x in found.items()}
+        if (text := added(call, "tokens", **by_place)) is None:
+            return
+        norm, near, here = (text[1][name] for name in found)  # [b k]
+        median = norm.masked_fill(here == 0, float("nan")).nanmedian(-1, keepdim=True).values
+        aligned = (near > 0) & (top > self.primary * median) & (here[:, :1] > 0)
+        born, below = torch.full_like(norm, call.layer, dtype=torch.long), self._below(call)
+        if below is not None:
+            born = below[0].where(below[0] >= 0, born)
+        call.state.forward["state"] = call.layer, (born.where(aligned, -1), norm, here)
 
-    def _before(self, call: Call) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Which layer each token is aligned since (-1: it is not), its norm, and which is the first."""
+    def _below(self, call: Call) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Of each token so far `[b k]`: aligned since which layer (-1: it is not), its norm, 1 where there is one."""
         layer, state = call.state.forward.get("state", (None, None))
         return state if layer == call.layer - 1 else None
 
@@ -190,6 +199,16 @@ class SecondarySinks(Method):
             f"attention there, the first token {percent(answer.first_weight[top])}."
         )
         return Description((number, weight, listing), findings=(Finding(text, 0.6, ("ACT",)),))
+
+
+def _counted(weight: Tensor, born: Tensor, norm: Tensor, here: Tensor, depth: int) -> Tensor:
+    """Of each text's other tokens by birth `[b 0 ...]`, and of its first `[b 1 ... 0]`: number, weights and norms."""
+    found = weight.new_zeros(len(born), 2, 3, depth, dtype=torch.float64)
+    others = (born >= 0) & (torch.arange(born.shape[-1], device=born.device) > 0)
+    for i, x in enumerate((here, weight, norm)):
+        found[:, 0, i].scatter_add_(-1, born.clamp(min=0), x.where(others, 0.0).double())
+        found[:, 1, i, 0] = x[:, 0]
+    return found
 
 
 if __name__ == "__main__":

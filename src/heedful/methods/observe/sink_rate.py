@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call, Phase
@@ -16,6 +15,7 @@ from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.stats import Mean, Statistic
 from heedful.core.summary import Summary, sums
+from heedful.kit.pieces import added
 
 NAN = float("nan")
 ACTS = ("SinkWindow", "ACT", "ClippedSoftmax", "SigmoidAttention", "GatedHeads")
@@ -112,23 +112,14 @@ class SinkRate(Method):
     def weigh_keys(self, pattern: Summary, call: Call) -> Statistic | None:
         if pattern.received is None or pattern.seen is None:
             return None
-        total, count = (call.keys.by_position(x) for x in (pattern.received, pattern.seen))
-        start, stop = call.queries.first or 0, (call.queries.first or 0) + len(call.queries)
-        total, count = torch.broadcast_tensors(total, count)
-        kept = call.state.cache
-        if start == 0:
-            before = None
-        elif "end" in kept and bool((kept["end"] == start).all()):
-            before = [pad(kept[name], (0, total.shape[-1] - kept[name].shape[-1])) for name in ("total", "count")]
-            total, count = (x + y for x, y in zip(before, (total, count), strict=True))
-        else:
-            return None  # no further piece of that text: tokens were decoded in between, or guessed and taken back
-        kept["total"], kept["count"], kept["end"] = total, count, torch.full((len(total),), stop)
-        now = self._counted(total, count)
+        total, count = torch.broadcast_tensors(*map(call.keys.by_position, (pattern.received, pattern.seen)))
+        if (text := added(call, "keys", total=total, count=count)) is None:
+            return None
+        before, now = text
         if before is None:
-            return Mean.of(*now)
+            return Mean.of(*self._counted(**now))
         # the text so far was counted already: what it counts as now takes the place of that
-        return Mean.of(*(x - y for x, y in zip(now, self._counted(*before), strict=True)))
+        return Mean.of(*(x - y for x, y in zip(self._counted(**now), self._counted(**before), strict=True)))
 
     def _counted(self, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """What texts add to sums and counts, `[2 h k]` and `[h k]`, from what their keys received `[b h k]`."""

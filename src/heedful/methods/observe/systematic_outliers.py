@@ -16,6 +16,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Statistic, Sum
 from heedful.core.summary import Summary, sums
+from heedful.kit.pieces import added
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class SystematicOutliers(Method):
             "which are no site of attention.",
             "A layer's attention is matched with the stream on its way in, so the first layer has no count.",
             "The channels are told by MaxActivations.",
+            "A text may come in several calls, each going on where the last one ended; one-token decoding steps, and "
+            "what follows them, are not counted.",
         ),
     )
     times: float = 1000.0  # magnitude over the text's mean one; the paper's default
@@ -88,27 +91,32 @@ class SystematicOutliers(Method):
 
     @sums("received")
     def match(self, pattern: Summary, call: Call) -> Statistic | None:
-        before, massive = call.state.forward.get("massive", (None, None))
-        if pattern.received is None or massive is None or before != call.layer - 1:
+        layer, sizes = call.state.forward.get("sizes", (None, None))
+        if pattern.received is None or sizes is None or layer != call.layer - 1 or call.cross:
             return None
-        received = pattern.received.mean(1)  # [b k]
-        if call.cross or received.shape != massive.shape:
+        received = call.keys.by_position(pattern.received.mean(1, keepdim=True))[:, 0]  # [b k]
+        text = added(call, "tokens", received=received[:, : sizes["peak"].shape[-1]], **sizes)
+        if text is None:
             return None
-        rows = call.is_text[:, 0].sum(-1, keepdim=True).expand(len(received), 1)  # a text's length
+        before, now = text
+        return Sum.of(self._counted(**now) - (0 if before is None else self._counted(**before)))
+
+    def _counted(self, received: Tensor, peak: Tensor, size: Tensor, rows: Tensor) -> Tensor:
+        """Texts, their outliers of both kinds, those that are both, and first tokens among these."""
         heard = (received >= self.share * rows) & (rows > 0)
+        massive = peak > self.times * size / rows.clamp(min=1)
         both = heard & massive
-        first = both & (call.k_pos[:, 0] == 0)
-        texts = rows > 0
-        return Sum.of(torch.stack([x.sum() for x in (texts, massive, heard, both, first)]).double())
+        return torch.stack([x.sum() for x in (rows > 0, massive, heard, both, both[:, 0])]).double()
 
     @reads(Site.RESIDUAL)
     def find(self, stream: Tensor, call: Call) -> None:
-        """Leave the outliers for the next layer, whose attention they may draw."""
-        size = stream.detach().abs()
-        is_text = call.is_text[:, 0]
-        peak = size.amax(-1)  # [b n]
-        mean = (size.mean(-1) * is_text).sum(-1, keepdim=True) / is_text.sum(-1, keepdim=True).clamp(min=1)
-        call.state.forward["massive"] = call.layer, (peak > self.times * mean) & is_text
+        """Leave the tokens' sizes for the next layer, whose attention they may draw."""
+        is_text = call.is_text[:, 0, :, None]
+        size = stream.detach().abs().where(is_text, 0.0)
+        peak = call.queries.by_position(size.amax(-1)[:, None])[:, 0]  # [b k]
+        rows = is_text.sum(1).expand(len(size), 1)
+        sizes = {"peak": peak, "size": size.mean(-1).sum(-1, keepdim=True), "rows": rows}
+        call.state.forward["sizes"] = call.layer, sizes
 
     def answer(self, readings: Readings) -> Outliers:
         return Outliers({n: Counts(*stat.value.tolist()) for n, stat in readings.items()})

@@ -10,6 +10,7 @@ from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
+from heedful.kit.scores import scores_of
 
 
 class VHR(Method):
@@ -30,8 +31,8 @@ class VHR(Method):
             "Any marked span stands for the image; tried on text alone, since no vision model was at hand.",
             "Without the span means that this layer's keys leave it out; other tokens have read it in earlier layers, "
             "while the paper writes of an input without the image.",
-            "The divergence is taken on plain softmax attention of the layer's own queries, keys and values, without a "
-            "bias or sink logits that the model may have learned and without other methods' edits of the map.",
+            "The divergence is taken on plain softmax attention of the layer's own queries, keys and values, without "
+            "sink logits that the model may have learned and without other methods' edits of the map.",
             "The formulas are the paper's; the authors' code could not be read. Spreads divide by the number of heads.",
         ),
     )
@@ -74,20 +75,17 @@ class VHR(Method):
             raise FieldError("Call", "query", None, "must be there at HEAD_OUTPUT", "a call of the engine's")
         b, h, _, d = call.query.shape
         row = call.last[..., None, None].expand(b, 1, 1, 1)
-        query = call.query.gather(2, row.expand(b, h, 1, d)).view(b, call.kv_heads, -1, d)
-        scores = (query @ call.key.mT).view(b, h, 1, -1) * call.scale
-        if call.softcap is not None:
-            scores = call.softcap * torch.tanh(scores / call.softcap)
-        keep = torch.ones_like(scores, dtype=torch.bool)
+        score = scores_of(call.query.gather(2, row.expand(b, h, 1, d)), call.key, call, call.last)
+        keep = torch.ones_like(score, dtype=torch.bool)
         for i in row.unique().tolist():  # texts end in one row, but for padding on the right
             seen = call.mask.keeps(call.tile(slice(i, i + 1), slice(0, len(call.keys))).pairs)
             if seen is not None:
                 keep = torch.where(row == i, seen, keep)
         marked = call.spread(call.marked(self.role))[:, :, None]
         both = torch.stack([keep, keep & ~marked])
-        hidden = scores.masked_fill(~both, torch.finfo(scores.dtype).min)
+        hidden = score.masked_fill(~both, torch.finfo(score.dtype).min)
         weights = hidden.softmax(-1).masked_fill(~both, 0.0)  # a row that may see nothing gets nothing
-        found = weights.view(2, b, call.kv_heads, -1, scores.shape[-1]).to(call.value.dtype) @ call.value
+        found = weights.view(2, b, call.kv_heads, -1, score.shape[-1]).to(call.value.dtype) @ call.value
         one, other = found.view(2, b, h, -1)
         return one, other
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError
-from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.core.summary import Summary, sums
-from heedful.kit.budget import Budget, added_up, keep_best, newest, require_budget, room, room_for
+from heedful.kit.budget import Budget, added_up, newest
+from heedful.kit.scored_cache import ScoredCache
 
 
-class HeavyHitter(Method):
+class HeavyHitter(ScoredCache):
     """H2O: half of the budget for the newest entries, half for the heavy hitters among the older ones."""
 
     paper = Paper(
@@ -34,25 +33,13 @@ class HeavyHitter(Method):
             "entries at the prompt's length.",
         ),
     )
-    chunk_invariant = False  # what is dropped after one call, the next cannot see
     budget: Budget = 0.2  # share of the text, or entries a head; the paper: 0.2
     recent: float = 0.5  # share of the budget for the newest entries, 0 to 1; the paper: 0.5
 
     def __post_init__(self) -> None:
-        require_budget(self, self.budget)
+        super().__post_init__()
         if not 0 <= self.recent <= 1:
             raise FieldError(self, "recent", self.recent, "must lie from 0 to 1", 0.5)
-
-    @classmethod
-    def neutral(cls) -> HeavyHitter:
-        return cls(budget=1.0)
-
-    @classmethod
-    def example(cls) -> HeavyHitter:
-        return cls(budget=0.25)
-
-    def declares(self, tokens: int) -> dict[str, float]:
-        return {"kept": min(tokens, room_for(self.budget, tokens))}
 
     @sums("received")
     def weigh(self, pattern: Summary, call: Call) -> None:
@@ -62,9 +49,8 @@ class HeavyHitter(Method):
     def keep_heavy(self, entries: CachedKV, call: Call) -> Tensor:
         given = call.state.forward.pop("received").unflatten(1, (call.kv_heads, -1)).sum(2)
         total = added_up("received", given, entries, call)
-        most = room(self.budget, call)
-        last = newest(entries, call, (self.recent * most).floor())
-        return keep_best(total.masked_fill(last, torch.inf), entries, most)
+        last = newest(entries, call, (self.recent * self.most(call)).floor())
+        return self.best(total, entries, call, last)
 
 
 if __name__ == "__main__":

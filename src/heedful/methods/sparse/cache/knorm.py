@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from heedful.core.call import CachedKV, Call
-from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.kit.budget import Budget, keep_best, require_budget, room, room_for
+from heedful.kit.budget import Budget
+from heedful.kit.scored_cache import ScoredCache
 
 
-class KNorm(Method):
+class KNorm(ScoredCache):
     """Drops the entries with the longest keys; no query is asked."""
 
     paper = Paper(
@@ -26,26 +26,11 @@ class KNorm(Method):
             "The cache is cut after every call that outgrows its budget; the authors' code waits for 2048 tokens.",
         ),
     )
-    chunk_invariant = False  # what is dropped after one call, the next cannot see
     budget: Budget = 0.5  # share of the text, or entries a head; half costs the paper nothing on its tasks
-
-    def __post_init__(self) -> None:
-        require_budget(self, self.budget)
-
-    @classmethod
-    def neutral(cls) -> KNorm:
-        return cls(budget=1.0)
-
-    @classmethod
-    def example(cls) -> KNorm:
-        return cls(budget=0.25)
-
-    def declares(self, tokens: int) -> dict[str, float]:
-        return {"kept": min(tokens, room_for(self.budget, tokens))}
 
     @at(Site.CACHE)
     def drop_long_keys(self, entries: CachedKV, call: Call) -> Tensor:
-        return keep_best(-entries.key.float().norm(dim=-1), entries, room(self.budget, call))
+        return self.best(-entries.key.float().norm(dim=-1), entries, call)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,16 @@ from torch import Tensor
 from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
-from heedful.core.method import FitContext, Method
+from heedful.core.method import FitContext
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Sum
-from heedful.kit.budget import Budget, keep_best, newest, require_budget, room, room_for
+from heedful.kit.budget import Budget, newest
+from heedful.kit.scored_cache import ScoredCache
 from heedful.methods.sparse.cache._fits import Moments, of_layer
 
 
-class QFilters(Method):
+class QFilters(ScoredCache):
     """Keeps the newest entries and, of the others, those whose keys lie furthest along where queries point.
 
     Fit it first: `fit` takes batches of the model's inputs. Rotary embedding is part of queries and keys.
@@ -41,14 +42,13 @@ class QFilters(Method):
             "attention of the call that overflows the cache.",
         ),
     )
-    chunk_invariant = False  # what is dropped after one call, the next cannot see
     budget: Budget = 128  # entries a head, the newest included; the authors' demo: 128
     window: int = 64  # newest entries that always stay; the authors' demo: 64
     filters: Fitted | None = None  # "filters.LAYER" [g d]
     seed: int | None = None  # without a fit: random directions, the control
 
     def __post_init__(self) -> None:
-        require_budget(self, self.budget)
+        super().__post_init__()
         if self.window < 0:
             raise FieldError(self, "window", self.window, "must be 0 or more entries", 64)
 
@@ -59,9 +59,6 @@ class QFilters(Method):
     @classmethod
     def example(cls) -> QFilters:
         return cls(budget=6, window=2, seed=0)
-
-    def declares(self, tokens: int) -> dict[str, float]:
-        return {"kept": min(tokens, room_for(self.budget, tokens))}
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> QFilters:
         """Find each head's filter from the queries of a few texts."""
@@ -83,9 +80,7 @@ class QFilters(Method):
         _, g, _, d = entries.key.shape
         direction = of_layer(self, "filters", (g, d), call).to(entries.key.device)
         score = torch.einsum("bgkd,gd->bgk", entries.key.float(), direction)
-        most = room(self.budget, call)
-        last = newest(entries, call, most.clamp(max=self.window))
-        return keep_best(score.masked_fill(last, torch.inf), entries, most)
+        return self.best(score, entries, call, newest(entries, call, self.most(call).clamp(max=self.window)))
 
 
 class _Queries(Moments):

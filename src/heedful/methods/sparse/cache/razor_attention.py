@@ -19,6 +19,7 @@ from heedful.core.sites import Site, at
 from heedful.core.stats import Statistic, Sum
 from heedful.core.summary import Summary, sums
 from heedful.kit.budget import Budget, newest, require_budget, room
+from heedful.kit.scores import scores_of
 from heedful.methods.sparse.cache._fits import among_best
 
 DROPPED = (
@@ -47,7 +48,7 @@ class RazorAttention(Method):
             "choice of heads the code of the same company's MindSpore tools, which take the best head of a group.",
             "The first token never counts as a copy, since many heads park on it.",
             "The compensation token is added to what a head gives out: exp(q k) N stands beside the sum of the kept "
-            "keys' exponents, as in the paper, but biases and sink logits that a model adds to its scores do not.",
+            "keys' exponents, biases that a model adds included, but its sink logits do not; the token has no bias.",
             "Only rotary models' rule is here; for ALiBi the paper draws each head's reach from its slope.",
         ),
     )
@@ -121,17 +122,16 @@ class RazorAttention(Method):
             raise SiteError(f"{self!r}, layer {call.layer}: {rule}, and crop no more than the newest")
         count = count.where(missing > 0, 0)
         count, key, value = (call.spread(x) for x in (count.float(), key, value))
-        keys = call.spread(call.key.float())
         out = []
         for start in range(0, heads.shape[2], ROWS):
             rows = slice(start, min(start + ROWS, heads.shape[2]))
             part = call.tile(rows, slice(0, len(call.keys)))
             query = call.query[:, :, rows].float()
-            scores = self._capped(query @ keys.mT, call)
+            found = scores_of(query, call.key.float(), call, rows)
             keep = call.mask.keeps(part.pairs)
-            total = (scores if keep is None else scores.masked_fill(~keep, -torch.inf)).logsumexp(-1, keepdim=True)
+            total = (found if keep is None else found.masked_fill(~keep, -torch.inf)).logsumexp(-1, keepdim=True)
             total = total.where(total > -torch.inf, torch.inf)  # a query that sees nothing gets nothing
-            mean = self._capped(query @ (key / count.clamp(min=1)).mT, call)
+            mean = call.capped(call.scale * (query @ (key / count.clamp(min=1)).mT))
             weight = torch.sigmoid(mean + count.log() - total)  # of the compensation token, 0 where nothing was dropped
             out.append(heads[:, :, rows] + weight * (value / count.clamp(min=1) - heads[:, :, rows]))
         return torch.cat(out, 2)
@@ -146,11 +146,6 @@ class RazorAttention(Method):
             there = there & padding.at(keys.index)
             seen = padding.text[:, None, : int(call.queries.index.max()) + 1].sum(-1, keepdim=True)
         return (seen - there.sum(-1, keepdim=True))[..., None]
-
-    @staticmethod
-    def _capped(scores: Tensor, call: Call) -> Tensor:
-        scores = scores * call.scale
-        return scores if call.softcap is None else call.softcap * torch.tanh(scores / call.softcap)
 
     @at(Site.CACHE)
     def drop(self, entries: CachedKV, call: Call) -> Tensor:

@@ -1,0 +1,100 @@
+"""Each patch sees the k x k patches nearest to it, none fewer at a border: softmax(s_ij + B[j - i]) over them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, at
+from heedful.kit.chosen import Chosen
+
+
+class NeighborhoodAttention(Method):
+    """A window that moves with the query patch by patch, and a learned bias for each offset. For models trained so."""
+
+    paper = Paper(
+        "P184",
+        "Neighborhood Attention Transformer",
+        "Ali Hassani, Steven Walton, Jiachen Li, Shen Li, Humphrey Shi",
+        2023,
+        "2204.07143",
+        "CVPR 2023",
+        differs=(
+            "It is the attention alone, in any vision transformer: the authors' pyramid of convolutions and stages is "
+            "not here.",
+            "Tokens outside the grid of patches, as a class token, see everything and are seen by all, without a bias; "
+            "the authors' models have none.",
+            "A grid with a side below `size * dilation` patches is refused; the authors pad it with zeros.",
+            "`dilation` is that of the authors' DiNAT (2209.15001), where patches see every `dilation`-th one.",
+            "First biases come from a generator seeded by the layer's number and do not touch the global one.",
+        ),
+    )
+    subjects = ("image",)
+    size: int = 7  # patches along a side of the neighbourhood; the paper: 7
+    dilation: int = 1  # patches from one neighbour to the next; NAT: 1
+
+    def __post_init__(self) -> None:
+        if self.size < 3 or self.size % 2 == 0:
+            raise FieldError(self, "size", self.size, "must be an odd number of 3 or more patches", 7)
+        if self.dilation < 1:
+            raise FieldError(self, "dilation", self.dilation, "must be 1 or more patches", 1)
+
+    @classmethod
+    def example(cls) -> NeighborhoodAttention:
+        return cls(3)
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(layer.number)
+        table = torch.empty(layer.heads, 2 * self.size - 1, 2 * self.size - 1)
+        return {"bias": torch.nn.init.trunc_normal_(table, std=0.02, generator=random)}
+
+    @at(Site.MASK)
+    def narrow(self, mask: Mask, call: Call) -> Mask:
+        grid = _grid(call)
+        if len(grid) != 2 or min(grid) < self.size * self.dilation:
+            held = " x ".join(map(str, grid))
+            rule = f"must fit, {self.dilation} apart, into both sides of the {held} patches of layer {call.layer}"
+            raise FieldError(self, "size", self.size, rule, 3)
+        # the mask outlives the call, whose tensors need not
+        places = replace(call, query=None, key=None, value=None, hidden=None, rotate=None)
+        return mask & Chosen(lambda rows: self._near(places.tile(rows, slice(None))))
+
+    def _near(self, call: Call) -> Tensor:
+        """Which keys each query sees, `[b|1 1 r k]`; the keys of one residue are a grid of their own."""
+        query, key, outside = _places(call)
+        rest = query % self.dilation
+        many = (query.new_tensor(_grid(call)) - rest + self.dilation - 1) // self.dilation
+        start = (query // self.dilation - self.size // 2).clamp(min=0).minimum(many - self.size)  # moved in at borders
+        place = key // self.dilation - start
+        near = (place >= 0) & (place < self.size) & (key % self.dilation == rest)
+        return near.all(-1) | outside
+
+    @at(Site.SCORES)
+    def lean(self, scores: Tensor, call: Call) -> Tensor:
+        query, key, outside = _places(call)
+        rows, cols = ((key - query) // self.dilation + self.size - 1).clamp(0, 2 * self.size - 2)[:, 0].unbind(-1)
+        bias = call.params["bias"][:, rows, cols].transpose(0, 1)  # [b|1 h r k]
+        return scores + bias.masked_fill(outside, 0).to(scores.dtype)
+
+
+def _grid(call: Call) -> tuple[int, ...]:
+    return call.region("patches").grid or ()
+
+
+def _places(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Row and column of queries `[b|1 1 r 1 2]` and keys `[b|1 1 1 k 2]`, and pairs with one off the grid."""
+    query, key = call.coordinates("patches")
+    query, key = query[..., :, None, :], key[..., None, :, :]
+    return query, key, (query[..., 0] < 0) | (key[..., 0] < 0)
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model = models.tiny("vit", image_size=28)
+    inputs = models.tiny_inputs(model)
+    with attach(model, NeighborhoodAttention(3)) as run:
+        print(run.difference(**inputs))
+        print({name: tuple(p.shape) for name, p in run.state_dict().items()})

@@ -1,0 +1,91 @@
+"""Each query sees its own block of keys, and the past blocks with the highest <q, mean k>: a softmax over these."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, at
+from heedful.core.positions import spread_heads
+from heedful.kit.chosen import Chosen
+
+
+class MoBA(Method):
+    """Mixture of block attention: every token of every head is routed to a few blocks of keys, without a parameter."""
+
+    paper = Paper(
+        "P171",
+        "MoBA: Mixture of Block Attention for Long-Context LLMs",
+        "Enzhe Lu, Zhejun Jiang, Jingyuan Liu, Yulun Du, Tao Jiang, Chao Hong, Shaowei Liu, Weiran He, Enming Yuan, "
+        "Yuzhi Wang, Zhiqi Huang, Huan Yuan, Suting Xu, Xinran Xu, Guokun Lai, Yanru Chen, Huabin Zheng, Junjie Yan, "
+        "Jianlin Su, Yuxin Wu, Neo Y. Zhang, Zhilin Yang, Xinyu Zhou, Mingxing Zhang, Jiezhong Qiu",
+        2025,
+        "2502.13189",
+        differs=(
+            "New tokens choose blocks as those of the prompt do; the authors' code decodes with full attention.",
+            "Blocks are counted from where each text begins.",
+            "Blocks are chosen key by key of a mask, as in the authors' plain code: what their kernel saves is not "
+            "saved here.",
+            "Layers with full attention, as the paper's last ones in fine-tuning, are left out by `.on(layers=...)`.",
+        ),
+    )
+    size: int = 512  # keys a block; the paper's scaling laws: 512
+    blocks: int = 3  # blocks that a query sees, its own among them; the paper's scaling laws: 3
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise FieldError(self, "size", self.size, "must be 1 or more keys", 512)
+        if self.blocks < 1:
+            raise FieldError(self, "blocks", self.blocks, "must be 1 or more, the query's own counted", 3)
+
+    @classmethod
+    def example(cls) -> MoBA:
+        return cls(4, 2)
+
+    def declares(self, tokens: int) -> dict[str, float]:
+        past = [min(i // self.size, self.blocks - 1) * self.size for i in range(tokens)]
+        return {"density": sum(p + i % self.size + 1 for i, p in enumerate(past)) / tokens**2}
+
+    def idle(self, call: Call) -> bool:
+        return call.cross
+
+    @at(Site.MASK)
+    def route(self, mask: Mask, call: Call) -> Mask:
+        if call.query is None or call.key is None:
+            return mask
+        query, key = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in (call.query, call.key))
+        heads, place = call.heads, call.k_pos
+        live = place >= 0 if call.keys.is_filled is None else call.keys.is_filled & (place >= 0)
+        number = (place // self.size).clamp(min=0)  # [b|1 g|1 k]
+        means, held = (spread_heads(x, heads) for x in _means(key, number, live))
+        own = spread_heads(call.q_pos // self.size, heads)[..., None]  # [b|1 h|1 q 1]
+        blocks = torch.arange(means.shape[2], device=key.device)
+
+        def pick(rows: slice) -> Tensor:
+            gate = query[:, :, rows] @ means.mT  # [b h r m]
+            past = held[:, :, None] & (blocks < own[:, :, rows])
+            best = gate.masked_fill(~past, -torch.inf).topk(min(self.blocks - 1, means.shape[2])).indices
+            chosen = torch.zeros_like(gate, dtype=torch.bool).scatter(-1, best, True) & past
+            chosen |= blocks == own[:, :, rows]
+            at_keys = spread_heads(number, heads)[:, :, None]
+            return chosen.gather(-1, at_keys.expand(*chosen.shape[:3], -1))
+
+        return mask & Chosen(pick)
+
+
+def _means(key: Tensor, number: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of each block's live keys `[b g m d]`, and which blocks have some, from keys `[b g k d]` and blocks."""
+    number, live = (x.expand(key.shape[:3])[..., None] for x in (number, live))
+    sums = key.new_zeros(*key.shape[:2], int(number.max()) + 1, key.shape[3])
+    counts = sums[..., :1].scatter_add(2, number, live.to(key.dtype))
+    return sums.scatter_add(2, number.expand(key.shape), key * live) / counts.clamp(min=1), counts[..., 0] > 0
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model, tokenizer, _ = models.default()
+    text = tokenizer("The sun rises in the east and sets in the west. " * 20, return_tensors="pt")
+    with attach(model, MoBA(32, 3)) as run:
+        print(tokenizer.decode(run.generate(**text, max_new_tokens=20, do_sample=False)[0, -20:]))
+        print(run.activity())

@@ -1,0 +1,98 @@
+"""Round keys channel by channel and values token by token, lo + s [(x - lo) / s] with s = (hi - lo) / (2^bits - 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import CachedKV, Call, Kept
+from heedful.core.errors import FieldError
+from heedful.core.method import Method
+from heedful.core.paper import Paper
+from heedful.core.sites import Site, at
+from heedful.kit.budget import length
+
+WIDTHS = (2, 4, 8)
+
+
+class KIVI(Method):
+    """A cache of few bits: channels of keys have outliers and are scaled by themselves, the newest stay as they are."""
+
+    paper = Paper(
+        "2402.02750",
+        "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
+        "Zirui Liu, Jiayi Yuan, Hongye Jin, Shaochen Zhong, Zhaozhuo Xu, Vladimir Braverman, Beidi Chen, Xia Hu",
+        2024,
+        "2402.02750",
+        "ICML 2024",
+        differs=(
+            "Entries are held rounded, in the model's own type: attention is as if they were packed, and their memory "
+            "is not saved.",
+            "Lowest numbers and steps are held in float32; the authors hold them in float16.",
+            "A piece of a prompt attends to its own entries unrounded, as a whole prompt does in the authors' code.",
+            "A group is the tokens at so many positions in a row, of which other methods may have dropped some.",
+            "A group of which tokens are cropped is rounded once more when it is full again.",
+        ),
+    )
+    chunk_invariant = False  # what a call adds is rounded for the next
+    bits: int = 2  # of a number, 2, 4 or 8; the paper: 2, and 4
+    group: int = 32  # tokens of a key channel, and channels of a value, that share lowest and highest; the paper: 32
+    residual: int = 128  # newest values that are whole, and the most keys; the paper: 128
+
+    def __post_init__(self) -> None:
+        if self.bits not in WIDTHS:
+            raise FieldError(self, "bits", self.bits, f"must be one of {', '.join(map(str, WIDTHS))}", 2)
+        if self.group < 3:
+            raise FieldError(self, "group", self.group, "must be 3 or more: two numbers are lowest and highest", 32)
+        if self.residual < 1 or self.residual % self.group:
+            good = 4 * self.group
+            raise FieldError(self, "residual", self.residual, "must be a multiple of group, above 0", good)
+
+    @classmethod
+    def neutral(cls) -> KIVI:
+        return cls(residual=2**20)
+
+    @classmethod
+    def example(cls) -> KIVI:
+        return cls(group=4, residual=4)
+
+    @at(Site.CACHE)
+    def quantise(self, entries: CachedKV, call: Call) -> Kept:
+        after = length(call)
+        before = after - call.is_text.sum(-1, keepdim=True)
+        place, text = entries.positions.position, entries.is_text
+        keys = text & (place >= before - before % self.residual) & (place < after - after % self.residual)
+        values = text & (place >= before - self.residual) & (place < after - self.residual)
+        key, value = None, None
+        if bool(keys.any()):
+            key = torch.where(keys[..., None], self.keys(entries.key.float(), keys, place), entries.key)
+        if bool(values.any()):
+            value = torch.where(values[..., None], self.by_token(entries.value.float()), entries.value)
+        return Kept(entries.is_filled, key, value)
+
+    def keys(self, key: Tensor, those: Tensor, place: Tensor) -> Tensor:
+        """`those [b g k]` of keys `[b g k d]` rounded, with a scale for each channel and group of positions."""
+        slot = torch.where(those, place // self.group + 1, 0)[..., None].expand(key.shape)
+        size = (*key.shape[:2], int(slot.max()) + 1, key.shape[3])
+        low = key.new_full(size, torch.inf).scatter_reduce(2, slot, key, "amin")
+        high = key.new_full(size, -torch.inf).scatter_reduce(2, slot, key, "amax")
+        return self.rounded(key, low.gather(2, slot), high.gather(2, slot))
+
+    def by_token(self, x: Tensor) -> Tensor:
+        """All of `x [b g k d]` rounded, with a scale for each token and group of channels."""
+        parts = x.split(self.group, -1)
+        return torch.cat([self.rounded(p, p.amin(-1, keepdim=True), p.amax(-1, keepdim=True)) for p in parts], -1)
+
+    def rounded(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        step = (high - low) / (2**self.bits - 1)
+        return low + step * ((x - low) / step.masked_fill(step == 0, 1.0)).round()
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model, tokenizer, _ = models.default()
+    text = tokenizer("The sun rises in the east and sets in the west. " * 20, return_tensors="pt")
+    with attach(model, KIVI(bits=4)) as run:
+        print(tokenizer.decode(run.generate(**text, max_new_tokens=20, do_sample=False)[0, -20:]))
+        print(run.activity())

@@ -1,0 +1,119 @@
+"""MoBA against the authors' plain code, read in loops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from heedful.conformance.bare import Bare, Shape
+from heedful.conformance.tolerances import close
+from heedful.core.call import Phase
+from heedful.core.errors import FieldError
+from heedful.core.mask import Mask
+from heedful.core.positions import Positions
+from heedful.methods import MoBA
+
+SIZE = 4
+
+
+def seen_by(q: Tensor, keys: dict[int, Tensor], place: int, size: int, blocks: int) -> list[int]:
+    """The places that a query sees, of those whose keys are there."""
+    gates = {}
+    for block in range(place // size):
+        held = [keys[p] for p in range(block * size, (block + 1) * size) if p in keys]
+        if held:
+            gates[block] = float(q @ (sum(held[1:], held[0]) / len(held)))
+    chosen = sorted(gates, key=lambda n: -gates[n])[: blocks - 1]
+    return [p for p in keys if p <= place and p // size in [*chosen, place // size]]
+
+
+def by_hand(bare: Bare, blocks: int, pads: tuple[int, ...] = (0, 0), held: Tensor | None = None) -> Tensor:
+    """Heads of all rows that are text; zeros elsewhere."""
+    s = bare.shape
+    out = torch.zeros(s.b, s.h, s.q, s.dv, dtype=torch.float64)
+    for b in range(s.b):
+        for h in range(s.h):
+            g = h * s.g // s.h
+            there = [j for j in range(pads[b], s.k) if held is None or held[0, g, j]]
+            keys = {j - pads[b]: bare.k[b, g, j] for j in there}
+            for i in range(s.q):
+                place = s.k - s.q + i - pads[b]
+                if place >= 0:
+                    seen = seen_by(bare.q[b, h, i], keys, place, SIZE, blocks)
+                    if seen:
+                        scores = torch.stack([bare.q[b, h, i] @ keys[p] for p in seen]) / s.d**0.5
+                        out[b, h, i] = scores.softmax(0) @ bare.v[b, g, [p + pads[b] for p in seen]]
+    return out
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 9])
+@pytest.mark.parametrize("rows", [18, 5, 1])
+def test_each_query_sees_its_own_block_and_the_best_of_the_past(blocks: int, rows: int) -> None:
+    bare = Bare(Shape(q=rows, k=18), dtype=torch.float64)
+    want = by_hand(bare, blocks)
+    for backend, tile in (("reference", None), ("tiled", 3)):
+        assert close(bare.run(MoBA(SIZE, blocks), backend, tile)[0], want)
+
+
+def test_blocks_are_counted_from_where_each_text_begins() -> None:
+    pads = (0, 3)
+    text = torch.ones(2, 18, dtype=torch.bool)
+    text[1, :3] = False
+    bare = Bare(Shape(q=18, k=18), dtype=torch.float64, text=text)
+    assert close(bare.run(MoBA(SIZE, 2), "reference")[0], by_hand(bare, 2, pads))
+
+
+def test_means_are_of_the_keys_that_a_head_still_holds() -> None:
+    bare = Bare(Shape(q=3, k=18), dtype=torch.float64)
+    held = torch.rand(1, 2, 18, generator=torch.Generator().manual_seed(1)) < 0.6
+    held[0, 0, 4:8] = False  # nothing left of a block
+    held[..., -3:] = True
+    held[..., 0] = True  # the first token counts like any other
+    whole = Positions.row(0, 18)
+    bare.call = replace(bare.call, keys=Positions(whole.index, whole.position, is_filled=held))
+    assert close(bare.run(MoBA(SIZE, 3), "reference")[0], by_hand(bare, 3, held=held))
+
+
+def test_the_highest_gate_wins_though_none_is_above_zero() -> None:
+    bare = Bare(Shape(b=1, h=1, g=1, q=1, k=9, d=1, dv=1), dtype=torch.float64)
+    bare.q, bare.k = torch.ones_like(bare.q), torch.tensor([-3.0] * 4 + [-2.0] * 4 + [-1.0]).view_as(bare.k).double()
+    keep = MoBA(SIZE, 2).route(Mask(), replace(bare.call, query=bare.q, key=bare.k)).keeps(bare.call.pairs)
+    assert keep is not None
+    assert keep.flatten().tolist() == [False] * 4 + [True] * 5
+
+
+def test_gates_are_no_coarser_than_float32() -> None:
+    bare = Bare(Shape(b=1, h=1, g=1, q=1, k=9, d=1, dv=1), dtype=torch.bfloat16)
+    key = torch.tensor([1.0, 1.0, 1.0, 1.0078125, 1.0, 1.0, 1.0, 1.0, 1.0]).view(1, 1, 9, 1).bfloat16()
+    call = replace(bare.call, query=torch.ones_like(bare.q), key=key)
+    keep = MoBA(SIZE, 2).route(Mask(), call).keeps(call.pairs)
+    assert keep is not None
+    assert keep.flatten().tolist() == [True] * 4 + [False] * 4 + [True]
+
+
+def test_it_declares_the_pairs_that_it_computes() -> None:
+    bare = Bare(Shape(b=1, q=18, k=18), dtype=torch.float64)
+    pairs = sum(len(seen_by(bare.q[0, 0, i], {j: bare.k[0, 0, j] for j in range(18)}, i, SIZE, 3)) for i in range(18))
+    assert MoBA(SIZE, 3).declares(18) == {"density": pairs / 18**2}
+
+
+def test_what_it_leaves_alone() -> None:
+    call = Bare().call
+    assert MoBA(SIZE, 2).idle(replace(call, cross=True))
+    assert not MoBA(SIZE, 2).idle(call)
+    assert not MoBA(SIZE, 2).idle(replace(call, phase=Phase.DECODE))
+    for lacking in ({"query": Bare().q}, {"key": Bare().k}):
+        assert MoBA(SIZE, 2).route(call.mask, replace(call, **lacking)) is call.mask
+
+
+def test_fields() -> None:
+    assert (MoBA().size, MoBA().blocks) == (512, 3)
+    assert MoBA.example() == MoBA(4, 2)
+    with pytest.raises(FieldError, match=r"size = 0: must be 1 or more keys"):
+        MoBA(0)
+    with pytest.raises(FieldError, match=r"blocks = 0: must be 1 or more, the query's own counted"):
+        MoBA(4, 0)
+    assert MoBA(1, 1).size == 1
