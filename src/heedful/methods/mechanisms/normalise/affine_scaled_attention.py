@@ -29,7 +29,8 @@ class AffineScaledAttention(Method):
             "The shift is divided by how many keys a row sees, and not by the length of the text, since a token must "
             "not depend on how many follow.",
             "The running mean is each head's own, over text tokens, and is renewed before it is used; the paper does "
-            "not say. It moves in calls through which gradients are taken, and is kept with what is learned.",
+            "not say. It moves in calls through which gradients are taken (twice where gradient checkpointing "
+            "computes a layer twice), and is kept with what is learned.",
             "The scale's weights are drawn as torch.nn.Linear draws them, of which the paper says nothing, by a "
             "generator seeded by the layer's number.",
         ),
