@@ -55,6 +55,7 @@ class Trained:
     def __init__(self, what: Part | Stack | None, seed: int, steps: int, layers: int = 2) -> None:
         self.model = fresh(seed, layers)
         self.run = attach(self.model, Stack() if what is None else what)
+        self.norms: list[float] = []  # of each step's gradient, before it is clipped
         self._train(seed, steps)
 
     def __call__(self, **inputs: Any) -> Any:
@@ -71,7 +72,7 @@ class Trained:
             ids = batch(generator)
             optimiser.zero_grad()
             self(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.norms.append(float(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)))
             optimiser.step()
         self.model.eval()
 

@@ -1,0 +1,62 @@
+"""Each row of scores is standardised over the keys it sees: weights g (s - mean) / deviation + c, some below zero."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call
+from heedful.core.errors import FieldError
+from heedful.core.method import Layer, Method
+from heedful.core.paper import Paper
+from heedful.core.sites import Site, at
+
+
+class NormalizedAttention(Method):
+    """NAP: weights need not be a distribution, so heads may subtract values. For models trained with it."""
+
+    paper = Paper(
+        "P211",
+        "Normalized Attention Without Probability Cage",
+        "Oliver Richter, Roger Wattenhofer",
+        2020,
+        "2005.09561",
+        differs=(
+            "Only the weights are replaced: the norms and the activation that the authors put behind the heads are the "
+            "model's business.",
+            "What keeps the deviation above zero is 1e-5 in the variance of the scaled scores; their 1e-16 is below "
+            "what float32 can tell from rounding, so that equal scores would get weights made of noise.",
+            "Their keys are all tokens; under a causal mask a row is standardised over the keys that it sees, and one "
+            "that sees a single key gives it the shift alone.",
+        ),
+    )
+    eps: float = 1e-5  # added to the variance of a row's scores
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eps < math.inf:
+            raise FieldError(self, "eps", self.eps, "must be above 0, since all scores of a row may be equal", 1e-5)
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        return {"gain": torch.ones(layer.heads), "shift": torch.zeros(layer.heads)}
+
+    @at(Site.NORMALISE)
+    def standardise(self, scores: Tensor, call: Call) -> Tensor:
+        hidden = torch.zeros_like(scores, dtype=torch.bool) if call.keep is None else ~call.keep.expand_as(scores)
+        seen = (~hidden).sum(-1, keepdim=True).clamp(min=1)
+        mean = scores.masked_fill(hidden, 0.0).sum(-1, keepdim=True) / seen
+        off = (scores - mean).masked_fill(hidden, 0.0)
+        variance = off.square().sum(-1, keepdim=True) / seen
+        gain, shift = (call.params[name][:, None, None] for name in ("gain", "shift"))
+        return gain * off * torch.rsqrt(variance + self.eps) + shift
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model = models.tiny("llama")
+    inputs = models.tiny_inputs(model)
+    with attach(model, NormalizedAttention()) as run:
+        run(**inputs, labels=inputs["input_ids"]).loss.backward()
+        print({name: tuple(p.shape) for name, p in run.state_dict().items()})
