@@ -321,3 +321,18 @@ def test_only_what_serves_another_method_needs_no_paper() -> None:
     assert (_Helper() | TempScale(0.5)).cite() == TempScale(0.5).paper.bibtex()
     with pytest.raises(DefinitionError, match="Public has no paper"):
         type("Public", (_Helper,), {})
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+def test_what_stands_behind_an_edit_of_the_pattern_sees_no_weight_on_masked_pairs(rows: int | None) -> None:
+    hidden: list[bool] = []
+
+    def more(weights: Tensor, call: Call) -> Tensor:
+        assert call.keep is not None
+        hidden.append(bool(weights.masked_fill(call.keep, 0.0).any()))
+        return weights + 0.1
+
+    with attach(models.tiny("llama"), edit(Site.PATTERN, more) | edit(Site.PATTERN, more), tile_rows=rows) as run:
+        run(input_ids=IDS[:1, :12])
+    assert len(hidden) >= 4
+    assert not any(hidden)

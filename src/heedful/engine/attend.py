@@ -73,8 +73,6 @@ def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tup
         # that a query may see would leave the weight to the rest
         weights = weights.masked_fill(~keep, 0.0)
     weights = stage(Site.PATTERN, weights, job, call)
-    if keep is not None and job.plan.edits(Site.PATTERN):
-        weights = weights.masked_fill(~keep, 0.0)
     if call.above:
         scores, weights, call = scores[:, :, call.above :], weights[:, :, call.above :], own_rows(call)
     if job.accumulator is not None:

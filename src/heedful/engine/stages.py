@@ -86,6 +86,8 @@ def stage(site: Site, x: Any, job: AttentionCall, call: Call) -> Any:
             new = merged
         job.run_state.watch(step, x, new)
         x = new.to(x.dtype)
+        if site is Site.PATTERN and call.keep is not None:
+            x = x.masked_fill(~call.keep, 0.0)  # before the next step looks
     return x
 
 
