@@ -73,6 +73,7 @@ def test_tensors_of_other_names_sizes_and_values_are_refused(tmp_path: Path) -> 
             load(tmp_path)
 
     tried(f"lacks {name}", weights={k: x for k, x in weights.items() if k != name})
+    tried("lacks model.norm.weight", weights={k: x for k, x in weights.items() if k != "model.norm.weight"})
     tried("holds .*_2_bias", weights=weights | {name.replace("1_bias", "2_bias"): torch.zeros(4)})
     tried("cannot be loaded", weights=weights | {name: torch.zeros(3)})
     tried("its checksum is another", tensors={k: x + 1 for k, x in tensors.items()})

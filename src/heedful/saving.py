@@ -53,6 +53,8 @@ def load(
     with reading(folder, str(folder)):
         model, found = _with_room(kind, stack, saved).from_pretrained(folder, **more | hub, output_loading_info=True)
     model.__class__ = kind
+    if lost := sorted(name for name in found["missing_keys"] if PREFIX not in name):
+        raise ModelError(f"{folder} lacks {lost[0]}, which would be drawn at random; save the model again")
     for odd, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds")):
         if names := sorted(name for name in found[odd] if PREFIX in name):
             also = "" if odd == "missing_keys" else "not "
