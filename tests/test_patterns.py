@@ -48,6 +48,14 @@ def test_pixels_and_two_halves() -> None:
     assert {x.shape[1:] for x in both.maps.values()} == {(20, 20)}
 
 
+def test_no_axis_has_the_words_of_another_sequence() -> None:
+    model, ids = models.tiny("t5"), torch.tensor([[5, 6]])
+    same = heedful.patterns(model, {"input_ids": ids, "decoder_input_ids": ids + 2})
+    assert same.names(2) == ["0", "1"]
+    longer = heedful.patterns(model, {"input_ids": ids, "decoder_input_ids": torch.tensor([[7, 8, 9]])})
+    assert (longer.names(2), longer.names(3)) == (["0 5", "1 6"], ["0", "1", "2"])
+
+
 def test_some_heads_and_their_names() -> None:
     model = models.tiny("llama")
     whole, some = heedful.patterns(model, IDS), heedful.patterns(model, IDS, heads=[(1, 3), (0, 2), (1, 0)])
@@ -83,6 +91,12 @@ def test_texts_and_what_is_refused() -> None:
         heedful.patterns(model, "a cat")
     with pytest.raises(FieldError, match="must be one text"):
         heedful.patterns(model, torch.ones(2, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize("text", ["", [], ["a cat", "a dog"], None, 5, 0.5, torch.randn(1, 4), torch.ones(1, 0).long()])
+def test_what_is_no_text_is_named(text: Any) -> None:
+    with pytest.raises(FieldError, match=r"patterns\(\).text.*must be one text"):
+        heedful.patterns(models.tiny("llama"), text, tokenizer=characters())
 
 
 def test_too_much_is_refused_before_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from heedful.core.sites import Site, at, reads
 from heedful.core.stack import Stack
 from heedful.core.stats import Mean, Statistic
 from heedful.engine.run import Run
-from heedful.explaining.aim import fed
+from heedful.explaining.aim import fed, pairs
 from heedful.methods.explain.patch import Patch
 from heedful.models import Loaded
 
@@ -61,18 +61,14 @@ def ablate(
     to `attach`.
     """
     given = model if isinstance(model, Loaded) else Loaded(model, None, "")
-    chosen: dict[int, list[int]] = {}
-    for head in heads:
-        if not (isinstance(head, tuple) and len(head) == 2):
-            raise FieldError("ablate()", "heads", head, "must be pairs of layer and head", [(3, 1)])
-        chosen.setdefault(head[0], []).append(head[1])
+    chosen = pairs("ablate()", heads)
     if not chosen:
         raise FieldError("ablate()", "heads", [], "names none", [(3, 1)])
     what: Method = Patch()
     if mean is not None:
         one = isinstance(mean, str | Mapping | Tensor) or all(isinstance(x, int) for x in mean)
         what = _Constant(_means(given, [mean] if one else mean, tokenizer or given.tokenizer, list(chosen), how))
-    parts: list[Part] = [what.on(layer, mine) for layer, mine in sorted(chosen.items())]
+    parts: list[Part] = [what.on(layer, mine) for layer, mine in chosen.items()]
     return attach(given.model, Stack(tuple(parts)), **how)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Literal
 
 import torch
@@ -33,14 +34,36 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
         if tokenizer is None:
             raise FieldError(owner, "tokenizer", None, "is needed for a text", "AutoTokenizer.from_pretrained(name)")
         text = tokenizer(text, return_tensors="pt")
+    rule, good = "must be one text: a string, token ids, or what the model is called with", "Paris is the"
     if isinstance(text, Mapping):
         found = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in text.items()}
     else:
-        ids = torch.as_tensor(text, device=device)
+        try:
+            ids = torch.as_tensor(text, device=device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise FieldError(owner, "text", text, rule, good) from error
+        if ids.ndim not in (1, 2) or ids.is_floating_point():
+            raise FieldError(owner, "text", text, rule, good)
         found = {"input_ids": ids[None] if ids.ndim == 1 else ids}
+    if (ids := found.get("input_ids")) is not None and not ids.numel():
+        raise FieldError(owner, "text", [], rule + ", and holds no token", good)
     if model.config.is_encoder_decoder and "input_ids" in found:
         found.setdefault("decoder_input_ids", found["input_ids"])
     return found
+
+
+def pairs(owner: str, heads: Any) -> dict[int, list[int]]:
+    """Heads given as (layer, head), whatever holds them: by layer, each once."""
+    rule, good = "must be pairs of layer and head, counted from 0", [(3, 1)]
+    found: dict[int, set[int]] = {}
+    try:
+        for layer, head in heads:
+            found.setdefault(index(layer), set()).add(index(head))
+    except (TypeError, ValueError) as error:
+        raise FieldError(owner, "heads", heads, rule, good) from error
+    if any(layer < 0 or min(mine) < 0 for layer, mine in found.items()):
+        raise FieldError(owner, "heads", heads, rule, good)
+    return {layer: sorted(mine) for layer, mine in sorted(found.items())}
 
 
 def spelled(ids: Tensor, tokenizer: Any) -> list[str]:

@@ -20,7 +20,7 @@ from heedful.core.method import Method, Part
 from heedful.core.sites import Site, reads
 from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Cat, Statistic
-from heedful.explaining.aim import fed, spelled
+from heedful.explaining.aim import fed, pairs, spelled
 from heedful.models import Loaded
 
 if TYPE_CHECKING:
@@ -139,9 +139,7 @@ def patterns(
     inputs = fed("patterns()", given.model, text, words)
     ids = inputs.get("input_ids")
     tokens = 0 if ids is None else ids.shape[-1]
-    wanted: dict[int, list[int]] = {}
-    for layer, head in sorted(set(heads or ())):
-        wanted.setdefault(layer, []).append(head)
+    wanted = {} if heads is None else pairs("patterns()", heads)
     reader = _Whole(tokens, len(wanted) or None)
     parts: list[Part] = [reader.on(layer, mine) for layer, mine in wanted.items()]
     parts = parts or [reader]
@@ -156,4 +154,7 @@ def patterns(
         given.model.train(was_training)
     maps = {layer: torch.cat(stat.value, 1) for layer, stat in sorted(found.items())}
     named = {layer: wanted.get(layer) or list(range(len(x))) for layer, x in maps.items()}
-    return Patterns([] if ids is None else spelled(ids[0], words), maps, named)
+    second = inputs.get("decoder_input_ids", ids)
+    alike = second is not None and ids is not None and second.shape == ids.shape
+    unsure = ids is None or (alike and not torch.equal(ids, second))  # an axis would not tell whose words it has
+    return Patterns([] if unsure else spelled(ids[0], words), maps, named)
