@@ -140,6 +140,15 @@ def test_models_without_such_logits_are_refused(kind: str) -> None:
         logit_lens(models.tiny(kind), IDS)
 
 
+def test_a_model_with_a_tower_is_asked_for_its_language_model() -> None:
+    model = models.tiny("llava")
+    for read in (logit_lens, direct_logits):
+        with pytest.raises(RefusedModel, match="give its language model"):
+            read(model, models.tiny_inputs(model, batch=1))
+    with pytest.raises(FieldError, match=r"text = \['pixel_values'\]"):
+        logit_lens(models.tiny("vit"), models.tiny_inputs(models.tiny("vit"), batch=1))
+
+
 def test_answers_are_single_tokens() -> None:
     model, words = models.tiny("llama"), characters()
     found = direct_logits(model, "a cat", "c", "t", tokenizer=words)
@@ -151,6 +160,25 @@ def test_answers_are_single_tokens() -> None:
         direct_logits(model, IDS, "c")
     with pytest.raises(FieldError, match="must be one text"):
         logit_lens(model, torch.ones(2, 4, dtype=torch.long))
+    for wrong in (-1, 128, True):
+        with pytest.raises(FieldError, match=r"answer = .*must be a token from 0 to 127"):
+            direct_logits(model, IDS, wrong)
+    for place in (IDS.shape[-1], -IDS.shape[-1] - 1):
+        with pytest.raises(FieldError, match=r"position = .*must be one of the"):
+            direct_logits(model, IDS, 5, position=place)
+
+
+def test_half_precision_has_direct_effects_too() -> None:
+    model = models.tiny("llama", dtype=torch.bfloat16)
+    found = direct_logits(model, IDS, 5, 7)
+    exact = direct_logits(model.float(), IDS, 5, 7)
+    assert found.top(1) == exact.top(1)
+
+
+def test_they_show_themselves_in_words() -> None:
+    model = models.tiny("llama")
+    assert repr(direct_logits(model, IDS)) == str(direct_logits(model, IDS))
+    assert repr(logit_lens(model, IDS)) == str(logit_lens(model, IDS))
 
 
 # ablation
@@ -207,3 +235,18 @@ def test_heads_are_pairs() -> None:
         heedful.ablate(model, [3])  # type: ignore[list-item]
     with pytest.raises(FieldError, match="names none"):
         heedful.ablate(model, [])
+
+
+@pytest.mark.parametrize("heads", [[[1, 3]], torch.tensor([[1, 3]]), torch.tensor([[1, 3]]).numpy()])
+def test_pairs_may_come_from_a_list_or_a_table(heads: Any) -> None:
+    model = models.tiny("llama")
+    with heedful.ablate(model, heads) as run:
+        assert repr(run.stack).endswith("on(layers=[1], heads=[3])")
+    assert heedful.patterns(model, IDS, heads=heads).heads == {1: [3]}
+
+
+@pytest.mark.parametrize("heads", [{1: [3]}, 3, [3], [(1.5, 0)], [(1, 2, 3)], [(-1, 0)]])
+def test_what_is_no_pair_is_named(heads: Any) -> None:
+    for act in (heedful.ablate, lambda model, heads: heedful.patterns(model, IDS, heads=heads)):
+        with pytest.raises(FieldError, match="must be pairs of layer and head"):
+            act(models.tiny("llama"), heads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -45,7 +46,7 @@ class _Stream(Method):
         return Cat.of("x", x)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Lens:
     """What the stream would say after each layer, were it the last: the model's own norm and unembedding of it."""
 
@@ -94,7 +95,7 @@ class Lens:
 
         return draw(self.figure)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         rows = [f"the last of {len(self.tokens)} tokens, and what it says after each layer:"]
         for layer, word in enumerate(self.words()):
             chance, rank = float(self.probability[layer, -1]), int(self.rank[layer, -1])
@@ -102,7 +103,7 @@ class Lens:
         return "\n".join(rows)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DirectLogits:
     """A logit, or the difference of two, as a sum: what each part adds to the stream, as the final norm scales it."""
 
@@ -138,7 +139,7 @@ class DirectLogits:
 
         return draw(self.figure)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         heads = float(self.heads.nan_to_num(0.0).sum())
         rows = [
             f"{self.total:+.2f} nats: heads {heads:+.2f}, MLPs {float(self.mlps.sum()):+.2f}, embedding "
@@ -150,7 +151,7 @@ class DirectLogits:
 
 @torch.no_grad()
 def logit_lens(model: nn.Module | Loaded, text: Any, *, tokenizer: Any = None) -> Lens:
-    """What each layer's stream says of the next token, `Lens`; a notebook or `plot()` shows the words.
+    """What each layer's stream says of the next token, `Lens`; printed or drawn with `plot()` it shows the words.
 
     Refused where the logits are not made of the last layer's stream by a norm and an unembedding.
     """
@@ -175,10 +176,14 @@ def direct_logits(
     scale that it has on this text, so that the parts add up to the logit.
     """
     found = _Found(model, text, tokenizer)
+    n, size = found.logits.shape
+    if not -n <= position < n:
+        rule = f"must be one of the {n} tokens, from the front or back"
+        raise FieldError("direct_logits()", "position", position, rule, -1)
     logits = found.logits[position]
     found.require_sum()
-    right = int(logits.argmax()) if answer is None else _token("answer", answer, found.words)
-    vectors = [(right, 1.0)] + ([] if instead is None else [(_token("instead", instead, found.words), -1.0)])
+    right = int(logits.argmax()) if answer is None else _token("answer", answer, found.words, size)
+    vectors = [(right, 1.0)] + ([] if instead is None else [(_token("instead", instead, found.words, size), -1.0)])
     direction = sum(sign * found.head.weight[i].double() for i, sign in vectors)
     bias = getattr(found.head, "bias", None)
     rest = 0.0 if bias is None else sum(sign * float(bias[i]) for i, sign in vectors)
@@ -205,8 +210,10 @@ def direct_logits(
     return DirectLogits(heads, mlps, biases, float(told(begin)), rest + float(shift.double() @ direction), total)
 
 
-def _token(field: str, given: int | str, words: Any) -> int:
-    if isinstance(given, int):
+def _token(field: str, given: int | str, words: Any, size: int) -> int:
+    if not isinstance(given, str):
+        if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < size:
+            raise FieldError("direct_logits()", field, given, f"must be a token from 0 to {size - 1}, or its text", 42)
         return given
     if words is None:
         raise FieldError("direct_logits()", field, given, "is a text, and there is no tokenizer", 42)
@@ -227,7 +234,9 @@ class _Found:
         self.words = getattr(tokenizer or given.tokenizer, "tokenizer", tokenizer or given.tokenizer)
         inputs = fed("logit_lens()", self.model, text, self.words)
         if inputs.get("input_ids") is None or len(inputs["input_ids"]) != 1:
-            raise FieldError("logit_lens()", "text", text, "must be one text, or its token ids", "Paris is the")
+            raise FieldError(
+                "logit_lens()", "text", sorted(inputs), "must be one text, or its token ids", "Paris is the"
+            )
         self.ids = inputs["input_ids"][0]
         self.head: Any = self.model.get_output_embeddings()
         if not isinstance(self.head, nn.Linear) or self.model.config.is_encoder_decoder:
@@ -242,6 +251,8 @@ class _Found:
         self.heads, self.adds, self.leaves = (
             [stats[0, name, layer].value[0] for layer in layers] for name in ("heads", "adds", "leaves")
         )
+        if any(x.shape != self.begins.shape for x in self.leaves):
+            raise RefusedModel(f"{type(self.model).__name__} has layers of other kinds first; give its language model")
         last = self.norms[-1] if self.norms else None
         self.norm: Any = last[0] if last is not None and last[1].shape == self.leaves[-1].shape else None
         fits = self.head.in_features == self.begins.shape[-1]
@@ -281,11 +292,12 @@ class _Found:
         """The final norm as the affine map that it is at one state: factors, shift, whether it takes the mean away."""
         if self.norm is None:
             return torch.ones_like(x).double(), torch.zeros_like(x).double(), False
-        shift = self.norm(torch.zeros_like(x)).double()
+        norm, x = deepcopy(self.norm).float(), x.float()  # half precision rounds more than the two kinds differ
+        shift = norm(torch.zeros_like(x)).double()
         unit = torch.ones_like(x)  # of length 1 and mean 0
         unit[1::2] = -1
-        weight = (self.norm(unit).double() - shift) * unit.double()
-        want = self.norm(x).double() - shift
+        weight = (norm(unit).double() - shift) * unit.double()
+        want = norm(x).double() - shift
         tries = []
         for centred in (False, True):
             flat = weight * (x.double() - x.double().mean() * centred)
