@@ -45,7 +45,7 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
         if ids.ndim not in (1, 2) or ids.is_floating_point():
             raise FieldError(owner, "text", text, rule, good)
         found = {"input_ids": ids[None] if ids.ndim == 1 else ids}
-    if (ids := found.get("input_ids")) is not None and not ids.numel():
+    if "input_ids" in found and not found["input_ids"].numel():
         raise FieldError(owner, "text", [], rule + ", and holds no token", good)
     if model.config.is_encoder_decoder and "input_ids" in found:
         found.setdefault("decoder_input_ids", found["input_ids"])

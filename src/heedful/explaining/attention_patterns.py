@@ -154,7 +154,8 @@ def patterns(
         given.model.train(was_training)
     maps = {layer: torch.cat(stat.value, 1) for layer, stat in sorted(found.items())}
     named = {layer: wanted.get(layer) or list(range(len(x))) for layer, x in maps.items()}
+    if ids is None:
+        return Patterns([], maps, named)
     second = inputs.get("decoder_input_ids", ids)
-    alike = second is not None and ids is not None and second.shape == ids.shape
-    unsure = ids is None or (alike and not torch.equal(ids, second))  # an axis would not tell whose words it has
+    unsure = second.shape == ids.shape and not torch.equal(second, ids)  # an axis would not tell whose words it has
     return Patterns([] if unsure else spelled(ids[0], words), maps, named)
