@@ -12,9 +12,11 @@ import pytest
 
 from heedful.bench.comparison import PLAIN, Comparison
 from heedful.bench.records import Answered, Cost, Record, Refused
+from heedful.core.figures import Description, Role
 from heedful.diagnosis.view import room
+from heedful.methods.observe.sink_rate import SinkRate
 from heedful.report import page
-from tests.test_report import BROWSER, profile, text_view
+from tests.test_report import BROWSER, FakeProfile, profile, text_view
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"] + [
@@ -296,6 +298,15 @@ def test_the_map_of_roles(opened):
     bright = tab.locator(".cells i:not(.dim)").evaluate_all("cells => cells.map(cell => cell.dataset.roles)")
     assert bright
     assert all("0" in roles.split() for roles in bright)
+
+
+def test_a_head_of_a_model_of_one_layer_is_no_poster(browser, tmp_path):
+    told = Description(roles=(Role("parks", "Parks.", {(0, 0): 0.9}),))
+    made = page.write(FakeProfile({"layers": 1, "heads": 12}, ((SinkRate(), told),)), tmp_path / "page.html")
+    shown = browser.new_page(viewport={"width": 1280, "height": 800})
+    shown.goto(made.as_uri())
+    assert shown.locator(".cells").bounding_box()["height"] < 800
+    shown.close()
 
 
 def test_paper_shows_every_figure(opened):
