@@ -19,6 +19,7 @@ from heedful.diagnosis.measures import reads_text
 from heedful.diagnosis.view import TokenView
 
 if TYPE_CHECKING:
+    from heedful.diagnosis.difference import ProfileDifference
     from heedful.report.pictures import Plots
 
 # what two profiles must share to be one
@@ -106,6 +107,12 @@ class Profile:
             same = f".{WEIGHTS}." in key  # of one model
             both[key] = both[key] + stat if key in both and not same else stat
         return Profile(_both(self.facts, other.facts), self.parts, both, self.view or other.view)
+
+    def __sub__(self, other: Profile) -> ProfileDifference:
+        """What sets this one apart from another of equally many layers and heads."""
+        from heedful.diagnosis.difference import ProfileDifference
+
+        return ProfileDifference(self, other)
 
     def save(self, folder: str | Path) -> Path:
         """Write `profile.json` and its statistics into a folder: whole, or not at all."""
