@@ -10,7 +10,9 @@ from torch import Tensor
 
 from heedful import attach
 from heedful.adapters.cache_name import CACHE
+from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError
+from heedful.core.positions import Positions
 from heedful.methods.sparse.cache.ada_kv import AdaKV
 from heedful.tiny import tiny
 
@@ -94,3 +96,14 @@ def test_what_is_declared_and_refused() -> None:
             AdaKV(floor=floor)
     with pytest.raises(FieldError, match=r"AdaKV\.window"):
         AdaKV(window=0)
+
+
+def test_a_share_of_the_floor_that_float32_rounds_down_is_kept_whole() -> None:
+    """The second head looks at its window alone and wins no entry; two fifths of 25 are 10."""
+    n, window = 62, 2
+    query, key = torch.ones(1, 2, n, 1), torch.zeros(1, 2, n, 1)
+    key[0, 1, -window:] = 60.0
+    places = Positions.row(0, n)
+    call = Call(0, 1, "layer", 2, 2, places, places, 1.0, query=query)
+    kept = AdaKV(25 + window, window, 1, floor=0.4).allot(CachedKV(key, key, places, n), call)
+    assert kept[0].sum(-1).tolist() == [10 + 30 + window, 10 + window]

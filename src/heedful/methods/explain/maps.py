@@ -38,6 +38,8 @@ class MAPS(Weights):
         "ACL 2025",
         differs=(
             "A token that stands level with the target does not push it out of the k; the authors' sort breaks ties.",
+            "Tokens always pass the first feed-forward part on their way to later layers; the authors leave it out "
+            "for Llama 3.1 70B.",
             "Copying is scored on tokens spread over the vocabulary where no pairs are given; the authors take words.",
             "The share from which on a head is said to do the operation is ours.",
             "The most amplified tokens of a head, which the authors let a language model describe, are not here.",

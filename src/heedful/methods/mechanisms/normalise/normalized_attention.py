@@ -26,8 +26,9 @@ class NormalizedAttention(Method):
         differs=(
             "Only the weights are replaced: the norms and the activation that the authors put behind the heads are the "
             "model's business.",
-            "What keeps the deviation above zero is 1e-5 in the variance of the scaled scores; their 1e-16 is below "
-            "what float32 can tell from rounding, so that equal scores would get weights made of noise.",
+            "What keeps the deviation above zero is 1e-5 in the variance of the scaled scores, which has a gradient "
+            "where all are equal; the authors add 0.001 to the deviation of unscaled scores, and for graphs 1e-16 to "
+            "the sum of their squared distances from the mean.",
             "Their keys are all tokens; under a causal mask a row is standardised over the keys that it sees, and one "
             "that sees a single key gives it the shift alone.",
         ),

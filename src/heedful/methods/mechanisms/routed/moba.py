@@ -24,6 +24,7 @@ class MoBA(Method):
         differs=(
             "New tokens choose blocks as those of the prompt do; the authors' code decodes with full attention.",
             "Blocks are counted from where each text begins.",
+            "Means of keys are float32 at least; the authors round them to the keys' own type before the product.",
             "Blocks are chosen key by key of a mask, as in the authors' plain code: what their kernel saves is not "
             "saved here.",
             "Layers with full attention, as the paper's last ones in fine-tuning, are left out by `.on(layers=...)`.",

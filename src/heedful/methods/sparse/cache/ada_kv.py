@@ -52,7 +52,7 @@ class AdaKV(VotedCache):
         even = most - window
         before = (entries.is_text & ~last).flatten(1)
         best = top_k(votes.flatten(1), (votes.shape[1] * even).flatten(1), before).view_as(votes)
-        spare = (1 - self.floor) * (best.sum(-1, keepdim=True) - even)
+        spare = (1 - self.floor) * (best.sum(-1, keepdim=True) - even).double()  # float32 rounds shares otherwise
         return keep_best(votes.masked_fill(last, float("inf")), entries, window + (even + spare).floor())
 
 

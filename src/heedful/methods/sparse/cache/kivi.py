@@ -29,6 +29,8 @@ class KIVI(Method):
             "Entries are held rounded, in the model's own type: attention is as if they were packed, and their memory "
             "is not saved.",
             "Lowest numbers and steps are held in float32; the authors hold them in float16.",
+            "Keys and values have as many bits; the authors' code has a number for each.",
+            "A group of equal numbers stays as it is; the authors' code divides by its width, which is zero.",
             "A piece of a prompt attends to its own entries unrounded, as a whole prompt does in the authors' code.",
             "A group is the tokens at so many positions in a row, of which other methods may have dropped some.",
             "A group of which tokens are cropped is rounded once more when it is full again.",

@@ -29,6 +29,8 @@ class PyramidKV(VotedCache):
             "code rounds the step from layer to layer down, by which late layers hold more.",
             "Where the first layer has room for the whole text its surplus goes to the last ones, as in the authors' "
             "code; for texts shorter than twice the budget that code has even budgets, here they stay uneven.",
+            "As long as the first layer has room for the whole text, its room grows with the text and the last one's "
+            "shrinks; the authors set all rooms once, by the prompt.",
         ),
     )
     budget: Budget = 128  # entries a head of the average layer, the window included, or a share; the authors: 128

@@ -24,6 +24,8 @@ class TOVA(ScoredCache):
         "EMNLP 2024",
         differs=(
             "A share is of the text as it has grown, generated tokens included; the authors fix the number of entries.",
+            "Entries keep their own positions, as in the authors' code by default; its narrowing of the gaps between "
+            "them is not here.",
             "Weights are computed anew from queries and keys: they know of causality, padding, a soft cap and a bias, "
             "and not of narrower masks, learned sinks and other methods' edits of the map.",
         ),
