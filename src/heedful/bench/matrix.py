@@ -10,7 +10,10 @@ HARMLESS = 0.05  # of the share right, or nats: how much worse the far end of a 
 VERDICTS = {
     "helps": ("better on some task and worse on none", "good"),
     "safe": ("no interval reaches further than 5 points or 0.05 nats to the worse side", "good"),
-    "unclear": ("not surely worse, but some interval reaches beyond 5 points or 0.05 nats; more prompts decide", ""),
+    "unclear": (
+        "some interval reaches further than that, yet no loss is sure after Holm's correction; ask more prompts",
+        "",
+    ),
     "harms": ("worse on some task, surely", "bad"),
     "inactive": ("changed nothing here", "quiet"),
     "refused": ("could not be asked", "quiet"),
