@@ -43,16 +43,16 @@ def heads_of(weights: Tensor, v: Tensor) -> Tensor:
 
 
 class Steps:
-    """What every step of AdamW was given: gradients, rates, and the optimisers' settings."""
+    """What every step of an optimiser was given: gradients, rates, and the optimisers' settings."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, optimiser: str = "AdamW") -> None:
         self.before: list[list[Tensor]] = []
         self.grads: list[list[Tensor]] = []
         self.rates: list[float] = []
         self.settings: list[dict[str, Any]] = []
-        kept = self
+        kept, kind = self, getattr(torch.optim, optimiser)
 
-        class Kept(torch.optim.AdamW):
+        class Kept(kind):  # type: ignore[misc, valid-type]
             def __init__(self, params: Any, **settings: Any) -> None:
                 super().__init__(params, **settings)
                 kept.settings.append(settings)
@@ -64,4 +64,4 @@ class Steps:
                 kept.rates.append(self.param_groups[0]["lr"])
                 super().step()
 
-        monkeypatch.setattr(torch.optim, "AdamW", Kept)
+        monkeypatch.setattr(torch.optim, optimiser, Kept)

@@ -62,3 +62,10 @@ def test_what_cannot_be_compared_is_refused() -> None:
         a - replace(a, facts={**a.facts, "heads": 8})
     with pytest.raises(StatisticError, match="share no map of heads"):
         a - replace(a, parts=(), statistics={})
+
+
+def test_every_part_of_the_model_trains_or_rests_as_before() -> None:
+    model = models.tiny("llama").train()
+    model.model.layers[0].eval()
+    diagnose(model, IDS, measures=SinkRate())
+    assert [m.training for m in (model, *model.model.layers)] == [True, False, True]

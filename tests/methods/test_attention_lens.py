@@ -15,7 +15,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.stats import Cat
 from heedful.methods.explain.attention_lens import AttentionLens
-from tests.by_hand import causal_map, heads_of, llama_states
+from tests.by_hand import Steps, causal_map, heads_of, llama_states
 
 VOCABULARY = 40
 
@@ -42,31 +42,11 @@ def by_hand(model: Any, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     return kept[layer], final
 
 
-class Steps:
-    """What each step of Adam was given."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.before: list[list[Tensor]] = []
-        self.grads: list[list[Tensor]] = []
-        self.rates: list[float] = []
-        kept = self
-
-        class Kept(torch.optim.Adam):
-            def step(self, closure: Any = None) -> None:
-                params = [p for group in self.param_groups for p in group["params"]]
-                kept.before.append([p.detach().clone() for p in params])
-                kept.grads.append([p.grad.detach().clone() for p in params])
-                kept.rates.append(self.param_groups[0]["lr"])
-                super().step()
-
-        monkeypatch.setattr(torch.optim, "Adam", Kept)
-
-
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_first_step_goes_down_the_divergence_of_the_sum_of_heads(
     layer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, steps = llama(), Steps(monkeypatch)
+    model, steps = llama(), Steps(monkeypatch, "Adam")
     ids = torch.randint(VOCABULARY, (2, 5))
     before = {name: x.clone() for name, x in model.state_dict().items()}
     batches = [{"input_ids": ids}, {"input_ids": ids.flip(1)}]
@@ -97,7 +77,7 @@ def test_the_first_step_goes_down_the_divergence_of_the_sum_of_heads(
 
 
 def test_padding_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, steps = llama(), Steps(monkeypatch)
+    model, steps = llama(), Steps(monkeypatch, "Adam")
     ids = torch.randint(1, VOCABULARY, (1, 5))
     heedful.fit(AttentionLens(), model, [{"input_ids": ids}])
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from heedful.adapters.transformers import adapt
 from heedful.adapters.wrapped import unwrapped
-from heedful.api import attach, fit
+from heedful.api import attach, fit, still
 from heedful.core.errors import FieldError, ModelError, RefusedModel, StatisticError
 from heedful.core.files import PROFILE, UNFINISHED, folder_for, held
 from heedful.core.fitted import Fitted
@@ -126,15 +126,11 @@ def diagnose(
     subject = _Subject(given.model, _words(tokenizer or given.tokenizer), how, progress or (lambda _: None))
     length = _length(subject.model, length)
     windows = cut(sources(texts), subject.tokenizer, length, subject.vocabulary)
-    was_training = subject.model.training
-    subject.model.eval()
-    try:
+    with still(subject.model):
         facts = _facts(subject, given.name, length)
         facts["settings"] = _settings(facts, parts, windows, {"length": length, "batch": batch, **how})
         with held(folder, "a diagnosis"):
             return _Job(subject, parts, windows, facts, batch, folder).whole()
-    finally:
-        subject.model.train(was_training)
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.adapters.wrapped import unwrapped
-from heedful.api import attach
+from heedful.api import attach, still
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.figures import Grid, Head, head_name
@@ -144,14 +144,9 @@ def patterns(
     parts: list[Part] = [reader.on(layer, mine) for layer, mine in wanted.items()]
     parts = parts or [reader]
     before = () if stack is None else as_stack(stack).parts
-    was_training = given.model.training
-    given.model.eval()
-    try:
-        with attach(given.model, Stack((*before, *parts)), **how) as run:
-            run(**inputs)
-            found = {layer: stat for part in parts for layer, stat in run[part].items()}
-    finally:
-        given.model.train(was_training)
+    with still(given.model), attach(given.model, Stack((*before, *parts)), **how) as run:
+        run(**inputs)
+        found = {layer: stat for part in parts for layer, stat in run[part].items()}
     maps = {layer: torch.cat(stat.value, 1) for layer, stat in sorted(found.items())}
     named = {layer: wanted.get(layer) or list(range(len(x))) for layer, x in maps.items()}
     if ids is None:
