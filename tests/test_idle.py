@@ -12,7 +12,7 @@ from torch import Tensor
 from heedful import attach, catalogue
 from heedful.adapters.cache_name import CACHE, cache_of
 from heedful.conformance.bare import ROLES
-from heedful.core.call import Call, Phase
+from heedful.core.call import CachedKV, Call, Phase
 from heedful.core.errors import BackendError
 from heedful.core.method import Method
 from heedful.core.sites import Site, at, reads
@@ -142,3 +142,32 @@ def test_a_run_says_that_a_method_was_idle() -> None:
     with attach(MODEL, acting_at(Site.HEAD_OUTPUT)) as run:
         step(run, cache)
         assert run.inactive == ("AtHead_Output() at HEAD_OUTPUT, which was idle",)
+
+
+class DropsThenRests(Method):
+    """Drops entries of one head while the prompt is read, and has nothing to do in decode steps."""
+
+    paper = PAPER
+    chunk_invariant = False
+    rests: bool = True
+
+    def idle(self, call: Call) -> bool:
+        return self.rests and call.phase is Phase.DECODE
+
+    @at(Site.CACHE)
+    def forget(self, entries: CachedKV, call: Call) -> Tensor:
+        keep = entries.is_filled.expand(entries.key.shape[:3]).clone()
+        if call.phase is Phase.PREFILL:
+            keep[:, 0, 2:5] = False
+        return keep
+
+
+@torch.no_grad()
+def test_a_cache_that_dropped_entries_is_not_the_models_own_to_read() -> None:
+    found = []
+    for rests in (True, False):
+        with attach(MODEL, DropsThenRests(rests)) as run:
+            cache = cache_of(run(input_ids=IDS[:, :11], use_cache=True))
+            found.append(step(run, cache))
+            assert not untouched(run)
+    assert torch.equal(*found)

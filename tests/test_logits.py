@@ -217,7 +217,7 @@ def test_ablation_is_zeros_or_means_at_the_output_projection() -> None:
 
 def test_means_leave_padding_out_and_take_one_text_of_any_form() -> None:
     model, words = models.tiny("llama"), characters()
-    padded = {"input_ids": torch.tensor([[9, 9, 20, 21, 22]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
+    padded = {"input_ids": torch.tensor([[20, 21, 22, 9, 9]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
 
     def logits(mean: Any, **more: Any) -> Tensor:
         with heedful.ablate(model, [(1, 2)], mean=mean, **more) as run, torch.no_grad():
