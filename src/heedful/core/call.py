@@ -62,9 +62,9 @@ class Call:
     params: Mapping[str, Tensor] = field(default_factory=dict)  # the method's learned parameters in this layer
     state: State = field(default_factory=State)  # what the method remembers
     batch: int | None = None  # b, where it is known
-    query: Tensor | None = None  # [b h q d], the whole call's, from MASK on
-    key: Tensor | None = None  # [b g k d], the whole call's, from MASK on
-    value: Tensor | None = None  # [b g k d], the whole call's, from MASK on
+    query: Tensor | None = None  # [b h q d], the whole call's, from MASK on, and at a BLOCK that asks for it
+    key: Tensor | None = None  # [b g k d], like query
+    value: Tensor | None = None  # [b g k d], like query
     bias: Tensor | None = None  # [b|1, h|1, q|1, k], what the model adds to the whole call's scores, from MASK on
 
     @property

@@ -282,6 +282,10 @@ class Scoped:
         return Scoped(self.method, layers or self.layers, heads or self.heads, self.phase)
 
     def when(self, phase: Phase | str) -> Scoped:
+        for edit in self.method.edits:
+            if edit.before_rotary:
+                rule = "it asks for keys from before the rotary embedding, and a cache cannot hold both kinds"
+                raise FieldError(f"{type(self.method).__name__}.when()", "phase", phase, rule, None)
         return Scoped(self.method, self.layers, self.heads, Phase.named(phase))
 
     def __repr__(self) -> str:

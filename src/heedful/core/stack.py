@@ -29,6 +29,12 @@ class Step:
         return self.part.heads if isinstance(self.part, Scoped) else None
 
     @property
+    def always(self) -> bool:
+        """Whether it acts in every call of its layers."""
+        phase = self.part.phase if isinstance(self.part, Scoped) else None
+        return phase is None and type(self.method).idle is Method.idle
+
+    @property
     def first(self) -> int | None:
         """How many of a call's first rows a reader wants; None for all."""
         return getattr(self.method, self.edit.first) or None if self.edit.first else None
