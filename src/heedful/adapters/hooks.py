@@ -274,7 +274,8 @@ class Hooks:
         phase = Phase.DECODE if n == 1 and past else Phase.PREFILL
         return Call(
             bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
-            roles=self.roles(bound, len(keys)), hidden=hidden, forward=self.run.state.forward, batch=len(hidden),
+            denoising=self.run.state.denoising, roles=self.roles(bound, len(keys)), hidden=hidden,
+            forward=self.run.state.forward, batch=len(hidden),
         )  # fmt: skip
 
     # the layers of one list

@@ -34,6 +34,25 @@ class Phase(Enum):
         return cls(name)
 
 
+@dataclass(frozen=True)
+class DenoisingStep:
+    """Where the sampling of a diffusion model has come to: step `number`, counted from 0 at pure noise, of so many."""
+
+    number: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if self.of < 1:
+            raise FieldError(self, "of", self.of, "must be 1 or more steps", 50)
+        if not 0 <= self.number < self.of:
+            raise FieldError(self, "number", self.number, f"must be from 0 up and below {self.of}", 0)
+
+    @property
+    def share(self) -> float:
+        """Which share of the steps lies behind, from 0 up and below 1."""
+        return self.number / self.of
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call of one attention layer; inside SCORES, NORMALISE and PATTERN, one tile of it."""
@@ -48,6 +67,7 @@ class Call:
     scale: float  # what scores were multiplied with
     softcap: float | None = None
     phase: Phase = Phase.PREFILL
+    denoising: DenoisingStep | None = None  # of a diffusion model, as the run was told; None for all others
     cross: bool = False  # keys come from another sequence than queries
     roles: Mapping[str, tuple[Span, ...]] = field(default_factory=lambda: NO_ROLES)  # named spans of token positions
     hidden: Tensor | None = None  # [b n e], the attention block's input

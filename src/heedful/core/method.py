@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, dataclass_transform
 
 from torch import Tensor
@@ -190,9 +190,9 @@ class Method(CatalogueEntry, abstract=True):
         """The same method for some layers and heads only."""
         return Scoped(self).on(layers, heads)
 
-    def when(self, phase: Phase | str) -> Scoped:
-        """The same method for one phase only, 'prefill' or 'decode'."""
-        return Scoped(self).when(phase)
+    def when(self, phase: Phase | str | None = None, *, steps: Iterable[int] | int | None = None) -> Scoped:
+        """The same method for one phase only, 'prefill' or 'decode', or for some denoising steps of a diffusion."""
+        return Scoped(self).when(phase, steps=steps)
 
     def above(self) -> int:
         """How many rows above its own an edit of SCORES or PATTERN looks at.
@@ -258,12 +258,13 @@ def _numbers(owner: str, field: str, given: Iterable[int] | int | None) -> tuple
 
 @dataclass(frozen=True, repr=False)
 class Scoped:
-    """A method restricted to layers, heads or a phase; made by `.on()` and `.when()`."""
+    """A method restricted to layers, heads, a phase or denoising steps; made by `.on()` and `.when()`."""
 
     method: Method
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
     phase: Phase | None = None
+    steps: tuple[int, ...] | None = None
 
     def __or__(self, other: Method | Scoped | Stack) -> Stack:
         from heedful.core.stack import Stack
@@ -279,19 +280,26 @@ class Scoped:
                     raise FieldError(f"{name}.on()", "heads", heads, f"{edit.site.name} has no head axis", None)
                 if "carried" in edit.sums:
                     raise FieldError(f"{name}.on()", "heads", heads, "it follows the mean over all heads", None)
-        return Scoped(self.method, layers or self.layers, heads or self.heads, self.phase)
+        return replace(self, layers=layers or self.layers, heads=heads or self.heads)
 
-    def when(self, phase: Phase | str) -> Scoped:
+    def when(self, phase: Phase | str | None = None, *, steps: Iterable[int] | int | None = None) -> Scoped:
+        owner = f"{type(self.method).__name__}.when()"
+        if phase is None:
+            if steps is None:
+                raise FieldError(owner, "phase", None, "must name a phase, unless `steps` names some steps", "prefill")
+            return replace(self, steps=_numbers(owner, "steps", steps))
         for edit in self.method.edits:
             if edit.before_rotary:
                 rule = "it asks for keys from before the rotary embedding, and a cache cannot hold both kinds"
-                raise FieldError(f"{type(self.method).__name__}.when()", "phase", phase, rule, None)
-        return Scoped(self.method, self.layers, self.heads, Phase.named(phase))
+                raise FieldError(owner, "phase", phase, rule, None)
+        return replace(self, phase=Phase.named(phase), steps=_numbers(owner, "steps", steps) or self.steps)
 
     def __repr__(self) -> str:
         where = [f"{k}={list(v)}" for k, v in (("layers", self.layers), ("heads", self.heads)) if v is not None]
         out = repr(self.method) + (f".on({', '.join(where)})" if where else "")
-        return out + (f".when({self.phase.value!r})" if self.phase else "")
+        when = [repr(self.phase.value)] if self.phase else []
+        when += [f"steps={list(self.steps)}"] if self.steps else []
+        return out + (f".when({', '.join(when)})" if when else "")
 
 
 Part = Method | Scoped

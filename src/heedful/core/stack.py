@@ -31,8 +31,9 @@ class Step:
     @property
     def always(self) -> bool:
         """Whether it acts in every call of its layers."""
-        phase = self.part.phase if isinstance(self.part, Scoped) else None
-        return phase is None and type(self.method).idle is Method.idle
+        if isinstance(self.part, Scoped) and (self.part.phase or self.part.steps):
+            return False
+        return type(self.method).idle is Method.idle
 
     @property
     def first(self) -> int | None:
@@ -51,7 +52,7 @@ def apart(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 
 
 def _overlap(a: Part, b: Part) -> bool:
-    """Whether two parts can meet in one layer, head and phase."""
+    """Whether two parts can meet in one layer, head, phase and denoising step."""
 
     def meet(x: tuple[int, ...] | None, y: tuple[int, ...] | None) -> bool:
         return x is None or y is None or bool(set(x) & set(y))
@@ -59,7 +60,7 @@ def _overlap(a: Part, b: Part) -> bool:
     if not (isinstance(a, Scoped) and isinstance(b, Scoped)):
         return True
     phases = a.phase is None or b.phase is None or a.phase is b.phase
-    return meet(a.layers, b.layers) and meet(a.heads, b.heads) and phases
+    return meet(a.layers, b.layers) and meet(a.heads, b.heads) and meet(a.steps, b.steps) and phases
 
 
 def clash(a: Part, b: Part) -> str | None:
