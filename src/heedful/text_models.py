@@ -87,7 +87,7 @@ class Single(TextModel):
         self._cache = None
         if self.run is not None:
             self.run.forget()
-            self.run.roles = dict(prompt.roles)
+            self.run.roles = prompt.roles
         if cut is None:
             return self._feed(prompt.tokens, every)
         first = self._feed(prompt.tokens[:cut], False)

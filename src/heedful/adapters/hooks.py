@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
@@ -22,7 +22,7 @@ from heedful.adapters.lazymask import LazyMask
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError, NotEntered, RefusedModel
 from heedful.core.positions import Positions
-from heedful.core.regions import Span
+from heedful.core.regions import Marks
 from heedful.core.sites import Site
 from heedful.engine import again
 from heedful.engine.attend import replaced
@@ -143,7 +143,7 @@ class Hooks:
         output["loss"] = output["loss"] + self.run.loss()
         return output
 
-    def roles(self, bound: Bound, tokens: int) -> Mapping[str, tuple[Span, ...]]:
+    def roles(self, bound: Bound, tokens: int) -> Marks:
         """The run's roles, and the patches of the image that a layer attends over."""
         inside = [prefix for prefix in self._images if within(bound.name, (prefix,) if prefix else None)]
         if not inside or "patches" in self.run.roles:

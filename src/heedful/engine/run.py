@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, InactiveWarning, StatisticError
 from heedful.core.method import Layer, Method, Part, Readings
-from heedful.core.regions import Span
+from heedful.core.regions import PerText, Region, Roles, marks
 from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Statistic, load, save
 from heedful.engine.again import guard
@@ -95,13 +95,13 @@ class Run:
         what: Part | Stack,
         adapter: Adapter,
         backend: str = "auto",
-        roles: Mapping[str, tuple[Span, ...]] | None = None,
+        roles: Roles | Sequence[Roles] | None = None,
         tile_rows: int | None = None,
     ) -> None:
         self.model = model
         self.stack = as_stack(what)
         self.backend = named(backend)
-        self.roles = dict(roles or {})
+        self.roles = roles
         if tile_rows is not None and tile_rows < 1:
             raise FieldError("attach()", "tile_rows", tile_rows, "must be 1 or more rows", 128)
         self.tile_rows = tile_rows
@@ -117,6 +117,15 @@ class Run:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def roles(self) -> dict[str, Region | PerText]:
+        """Named spans of token positions. Set them to a mapping, or to a list with a mapping for each text."""
+        return self._roles
+
+    @roles.setter
+    def roles(self, roles: Roles | Sequence[Roles] | None) -> None:
+        self._roles = marks(roles)
 
     def _check_layers(self) -> None:
         n = len(self.layer_names)
