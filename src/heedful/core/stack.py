@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from heedful.core.call import Phase
 from heedful.core.errors import ClashError, DefinitionError
@@ -124,8 +125,12 @@ class Stack:
             found += [Step(number, part, edit) for edit in method_of(part).edits]
         return tuple(sorted(found, key=lambda s: (s.edit.site.order, s.number)))
 
+    @cached_property
+    def _sites(self) -> frozenset[Site]:
+        return frozenset(step.edit.site for step in self.steps())
+
     def touches(self, *sites: Site) -> bool:
-        return any(step.edit.site in sites for step in self.steps())
+        return not self._sites.isdisjoint(sites)
 
     def cite(self) -> str:
         """BibTeX of exactly the papers in this stack."""
