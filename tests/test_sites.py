@@ -116,11 +116,11 @@ def test_what_checkpointing_computes_again_counts_once(reentrant: bool) -> None:
         run(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
         assert [float(s.value) for s in run[Ones()].values()] == [1.0, 1.0]
     with attach(checkpointed(), Sharpness()) as run:
-        loss = run(input_ids=IDS, labels=IDS, use_cache=False).loss
         if reentrant:
             with pytest.raises(SiteError, match="use_reentrant=False"):
-                loss.backward()
+                run(input_ids=IDS, labels=IDS, use_cache=False)
             return
+        loss = run(input_ids=IDS, labels=IDS, use_cache=False).loss
         before = run.loss().item()
         loss.backward()
         assert run.loss().item() == before

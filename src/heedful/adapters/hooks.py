@@ -16,7 +16,7 @@ from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
 from heedful.adapters.compiled import as_written
 from heedful.adapters.grids import Grid, grid_of, patches
-from heedful.adapters.kvcache import hold, seen, serve, tensors_in
+from heedful.adapters.kvcache import hold, seen, serve
 from heedful.adapters.layers import block_of, output_module, within
 from heedful.adapters.lazymask import LazyMask
 from heedful.core.call import Call, Phase
@@ -24,7 +24,7 @@ from heedful.core.errors import FieldError, NotEntered, RefusedModel
 from heedful.core.positions import Positions
 from heedful.core.regions import Span
 from heedful.core.sites import Site
-from heedful.engine import again
+from heedful.engine.again import stand_around
 from heedful.engine.attend import replaced
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run import Run
@@ -110,9 +110,10 @@ class Hooks:
                     "each thread a model and a run of its own"
                 )
                 raise FieldError("Run", "thread", get_ident(), rule, self._thread)
+            blind = stand_around(self.run, type(model).__name__, whole=True)
             self._thread = get_ident()
             self._graph = torch.is_grad_enabled()
-            self.run.state.new_forward()
+            self.run.state.new_forward(blind)
             requested = kwargs.get("output_attentions")
             self.patterns = bool(getattr(model.config, "output_attentions", False) if requested is None else requested)
         self._inside += 1
@@ -120,12 +121,6 @@ class Hooks:
     def _ends(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not self.under_way:
             return None  # a forward that was refused, while another thread's is under way
-        new = self._with_losses(model, kwargs, output)
-        if self.run.state.checkpointed:
-            again.guard(tensors_in(output if new is None else new), self.run.installed)
-        return new
-
-    def _with_losses(self, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         self._inside = max(0, self._inside - 1)
         if not self._inside:
             self._thread = None
@@ -183,7 +178,7 @@ class Hooks:
         bound.cross = any(isinstance(kwargs.get(n), Tensor) for n in _CROSS)
         if bound.number is None:
             return None
-        self._see_checkpoint(bound)
+        self._stand_around(bound.name)
         self.run.state.begin(bound.number, shelf_of(bound.cache))
         serve(bound.cache, getattr(bound.module, "layer_idx", None))
         steps = self.run.stack.steps(bound.number)
@@ -209,17 +204,9 @@ class Hooks:
             return args, {**kwargs, "hidden_states": bound.hidden}
         return (bound.hidden, *args[1:]), kwargs
 
-    def _see_checkpoint(self, bound: Bound) -> None:
-        """Notice that a layer will be computed again on the way back, or that it is."""
-        run, state = self.run, self.run.state
-        if not state.again:
-            if self._graph and not state.checkpointed and again.expected():
-                run.checkpointed = state.checkpointed = True
-        elif not run.checkpointed:
-            raise NotEntered(
-                f"gradient checkpointing computes {bound.name} again on the way back, and its first pass was not under "
-                "this run; call backward() before you attach"
-            )
+    def _stand_around(self, name: str) -> None:
+        if self._graph or torch.is_grad_enabled() or not self.under_way:  # else nobody asks for gradients
+            self.run.state.now.blind_layer = stand_around(self.run, name, whole=False)
 
     def _outline(self, bound: Bound, hidden: Tensor, mask: Any, cache: Cache | None) -> Call:
         """What can be known of a call before its queries are."""
@@ -233,7 +220,7 @@ class Hooks:
         phase = Phase.DECODE if n == 1 and past else Phase.PREFILL
         return Call(
             bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
-            roles=self.roles(bound, len(keys)), hidden=hidden, forward=self.run.state.forward, batch=len(hidden),
+            roles=self.roles(bound, len(keys)), hidden=hidden, forward=self.run.state.now.number, batch=len(hidden),
         )  # fmt: skip
 
     # the layers of one list
@@ -258,6 +245,7 @@ class Hooks:
             stream = kwargs["hidden_states"] if by_name else args[0] if args else None
             if not isinstance(stream, Tensor) or stream.ndim != 3:
                 raise RefusedModel(f"an EMBEDDING edit cannot act before {name}: it is not handed [b n e]")
+            self._stand_around(name)
             call = self._outline(bound, stream, kwargs.get("attention_mask"), _cache_among(args, kwargs))
             self.run.state.begin_early(call.layer)
             job = AttentionCall(self.run.state.plan(call, Site.EMBEDDING), self.run.state, call)
