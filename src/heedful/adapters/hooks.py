@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from heedful.adapters.arguments import by_name
 from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
 from heedful.adapters.compiled import as_written
@@ -92,7 +93,8 @@ class Hooks:
         """Whether a forward is under way in this thread."""
         return self._thread == get_ident()
 
-    def _begins(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def _begins(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = by_name(model, args, kwargs)
         if (grid := grid_of(model, kwargs)) is not None:
             self._images[self._parts[model]] = (model, grid)
         for thing in kwargs.values():
@@ -118,7 +120,7 @@ class Hooks:
             self.patterns = bool(getattr(model.config, "output_attentions", False) if requested is None else requested)
         self._inside += 1
 
-    def _ends(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    def _ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self.under_way:
             return None  # a forward that was refused, while another thread's is under way
         self._inside = max(0, self._inside - 1)
@@ -126,7 +128,7 @@ class Hooks:
             self._thread = None
             if output is None:
                 self.run.state.fail_forward()
-        if self._inside or not self.run.state.losses or kwargs.get("labels") is None:
+        if self._inside or not self.run.state.losses or by_name(model, args, kwargs).get("labels") is None:
             return None
         if isinstance(output, tuple):
             loss = output[0] if output else None
@@ -169,13 +171,13 @@ class Hooks:
         self._handles.append(bound.module.register_forward_hook(Hook(after)))
 
     def _enter(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        by_name = "hidden_states" in kwargs
-        hidden = kwargs["hidden_states"] if by_name else args[0] if args else None
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0] if args else None
         bound.hidden = hidden if isinstance(hidden, Tensor) else None
-        rotary = kwargs.get("position_embeddings")
+        told = by_name(bound.module, args, kwargs)
+        rotary = told.get("position_embeddings")
         bound.rotary = rotary if isinstance(rotary, tuple) and len(rotary) == 2 else None
         bound.cache = _cache_among(args, kwargs)
-        bound.cross = any(isinstance(kwargs.get(n), Tensor) for n in _CROSS)
+        bound.cross = any(isinstance(told.get(n), Tensor) for n in _CROSS)
         if bound.number is None:
             return None
         self._stand_around(bound.name)
@@ -195,12 +197,12 @@ class Hooks:
             )
         flat = bound.hidden.ndim == 2  # [n e], of images whose patches stand in one row
         hidden = bound.hidden[None] if flat else bound.hidden
-        call = self._outline(bound, hidden, kwargs.get("attention_mask"), bound.cache)
+        call = self._outline(bound, hidden, told.get("attention_mask"), bound.cache)
         job = AttentionCall(self.run.state.plan(call, Site.HIDDEN), self.run.state, call)
         hidden = stage(Site.HIDDEN, hidden, job, call)
         bound.hidden = hidden[0] if flat else hidden
         self.run.state.close_call(job.plan, call)
-        if by_name:
+        if "hidden_states" in kwargs:
             return args, {**kwargs, "hidden_states": bound.hidden}
         return (bound.hidden, *args[1:]), kwargs
 
@@ -240,18 +242,19 @@ class Hooks:
             self._before_block(model, name, bound)
 
     def _before_block(self, model: nn.Module, name: str, bound: Bound) -> None:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            by_name = "hidden_states" in kwargs
-            stream = kwargs["hidden_states"] if by_name else args[0] if args else None
+        def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            named = "hidden_states" in kwargs
+            stream = kwargs["hidden_states"] if named else args[0] if args else None
             if not isinstance(stream, Tensor) or stream.ndim != 3:
                 raise RefusedModel(f"an EMBEDDING edit cannot act before {name}: it is not handed [b n e]")
             self._stand_around(name)
-            call = self._outline(bound, stream, kwargs.get("attention_mask"), _cache_among(args, kwargs))
+            mask = by_name(block, args, kwargs).get("attention_mask")
+            call = self._outline(bound, stream, mask, _cache_among(args, kwargs))
             self.run.state.begin_early(call.layer)
             job = AttentionCall(self.run.state.plan(call, Site.EMBEDDING), self.run.state, call)
             new = stage(Site.EMBEDDING, stream, job, call)
             self.run.state.close_call(job.plan, call)
-            return (args, {**kwargs, "hidden_states": new}) if by_name else ((new, *args[1:]), kwargs)
+            return (args, {**kwargs, "hidden_states": new}) if named else ((new, *args[1:]), kwargs)
 
         self._handles.append(model.get_submodule(name).register_forward_pre_hook(Hook(before), with_kwargs=True))
 
