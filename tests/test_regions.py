@@ -53,7 +53,7 @@ def test_an_image_has_its_patches_where_they_are(backend: str) -> None:
     SEEN.clear()
     with attach(model, Spy(), backend=backend, tile_rows=3) as run, torch.no_grad():
         run(pixel_values=torch.randn(1, 3, 8, 24), interpolate_pos_encoding=True)
-        run(pixel_values=torch.randn(1, 3, 8, 8))
+        run(torch.randn(1, 3, 8, 8))  # by its place
     wide = [c for c in SEEN if len(c.keys) == 13]
     assert wide
     for call in wide:
@@ -89,7 +89,7 @@ def test_text_has_no_patches_and_a_given_role_stands() -> None:
         by_part["text_model"].region("patches")
     SEEN.clear()
     with attach(models.tiny("vit"), Spy(), roles={"patches": ((2, 3),)}) as run, torch.no_grad():
-        run(pixel_values=torch.randn(1, 3, 8, 8))
+        run(torch.randn(1, 3, 8, 8))  # by its place
     assert SEEN[0].region("patches") == ((2, 3),)
 
 

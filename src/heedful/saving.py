@@ -23,7 +23,7 @@ from heedful.core.spelling import built
 from heedful.core.stack import Stack
 from heedful.engine.learned import PREFIX, learned
 from heedful.engine.run import Run
-from heedful.models import hub_arguments, reading, require_there
+from heedful.models import hub_arguments, reading, require_there, require_whole, some
 
 
 def load(
@@ -53,12 +53,11 @@ def load(
     with reading(folder, str(folder)):
         model, found = _with_room(kind, stack, saved).from_pretrained(folder, **more | hub, output_loading_info=True)
     model.__class__ = kind
-    if lost := sorted(name for name in found["missing_keys"] if PREFIX not in name):
-        raise ModelError(f"{folder} lacks {lost[0]}, which would be drawn at random; save the model again")
+    require_whole(str(folder), sorted(name for name in found["missing_keys"] if PREFIX not in name))
     for odd, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds")):
         if names := sorted(name for name in found[odd] if PREFIX in name):
             also = "" if odd == "missing_keys" else "not "
-            raise ModelError(f"{folder} {what} {names[0]}, which {stack!r} does {also}learn; save the model again")
+            raise ModelError(f"{folder} {what} {some(names)}, which {stack!r} does {also}learn; save the model again")
     return attach(model, stack, only=saved.only, backend=backend, roles=roles)
 
 

@@ -256,7 +256,7 @@ class TransformersAdapter:
         call = bound.call = Call(
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
             given.softcap, phase, bound.cross, self._hooks.roles(bound, len(given.keys)), _rows(bound.hidden, q),
-            bound.rotate, given.mask, max(0, run_state.forward), batch=len(q),
+            bound.rotate, given.mask, max(0, run_state.now.number), batch=len(q),
         )  # fmt: skip
         plan = run_state.plan(call)
         if plan.summed and given.queries.packed:

@@ -19,9 +19,8 @@ from heedful.core.method import Layer, Method, Part, Readings
 from heedful.core.regions import PerText, Region, Roles, marks
 from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Statistic, load, save
-from heedful.engine.again import guard
 from heedful.engine.learned import learned
-from heedful.engine.run_state import RunState
+from heedful.engine.run_state import RunState, blind
 from heedful.engine.select import Explanation, explain, named
 
 
@@ -107,7 +106,6 @@ class Run:
         self.tile_rows = tile_rows
         self.state = RunState(self.stack)
         self.closed = False
-        self.checkpointed = False  # gradient checkpointing was seen in some forward
         self._adapter = adapter
         self._check_layers()
         try:
@@ -267,10 +265,9 @@ class Run:
             raise FieldError("Run", "stack", self.stack, rule, "a stack with a penalty")
         if not self.state.losses:
             raise StatisticError(f"{self.stack!r} has penalised nothing yet: run the model first, as in run(**inputs)")
-        total = torch.stack([x.float() for x in self.state.losses.values()]).sum()
-        if self.state.checkpointed:
-            guard((total,), self.installed)
-        return total
+        if self.state.now.blind and torch.is_grad_enabled():
+            raise blind(f"{self.stack!r}")
+        return torch.stack([x.float() for x in self.state.losses.values()]).sum()
 
     def installed(self) -> bool:
         """Whether the stack is in the model: neither closed nor paused."""
