@@ -15,9 +15,10 @@ import heedful
 from heedful import models
 from heedful.bench.answer import answer
 from heedful.bench.compare import Progress, compare, label
-from heedful.bench.comparison import PLAIN, Comparison, Gap
+from heedful.bench.comparison import Comparison
 from heedful.bench.cost import WARM_UP
 from heedful.bench.records import Answered, Cost, Refused, line, read
+from heedful.bench.results import PLAIN, Gap
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError

@@ -34,6 +34,25 @@ class Phase(Enum):
         return cls(name)
 
 
+@dataclass(frozen=True)
+class DenoisingStep:
+    """Where the sampling of a diffusion model has come to: step `number`, counted from 0 at pure noise, of so many."""
+
+    number: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if self.of < 1:
+            raise FieldError(self, "of", self.of, "must be 1 or more steps", 50)
+        if not 0 <= self.number < self.of:
+            raise FieldError(self, "number", self.number, f"must be from 0 up and below {self.of}", 0)
+
+    @property
+    def share(self) -> float:
+        """Which share of the steps lies behind, from 0 up and below 1."""
+        return self.number / self.of
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call of one attention layer; inside SCORES, NORMALISE and PATTERN, one tile of it."""
@@ -48,6 +67,7 @@ class Call:
     scale: float  # what scores were multiplied with
     softcap: float | None = None
     phase: Phase = Phase.PREFILL
+    denoising: DenoisingStep | None = None  # of a diffusion model, as the run was told; None for all others
     cross: bool = False  # keys come from another sequence than queries
     roles: Marks = field(default_factory=lambda: NO_ROLES)  # named spans of token positions
     hidden: Tensor | None = None  # [b n e], the attention block's input
@@ -62,9 +82,9 @@ class Call:
     params: Mapping[str, Tensor] = field(default_factory=dict)  # the method's learned parameters in this layer
     state: State = field(default_factory=State)  # what the method remembers
     batch: int | None = None  # b, where it is known
-    query: Tensor | None = None  # [b h q d], the whole call's, from MASK on
-    key: Tensor | None = None  # [b g k d], the whole call's, from MASK on
-    value: Tensor | None = None  # [b g k d], the whole call's, from MASK on
+    query: Tensor | None = None  # [b h q d], the whole call's, from MASK on, and at a BLOCK that asks for it
+    key: Tensor | None = None  # [b g k d], like query
+    value: Tensor | None = None  # [b g k d], like query
     bias: Tensor | None = None  # [b|1, h|1, q|1, k], what the model adds to the whole call's scores, from MASK on
 
     @property

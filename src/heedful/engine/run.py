@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from heedful.core.call import Call
+from heedful.core.call import Call, DenoisingStep
 from heedful.core.errors import FieldError, InactiveWarning, StatisticError
 from heedful.core.method import Layer, Method, Part, Readings
 from heedful.core.regions import PerText, Region, Roles, marks
@@ -298,11 +298,20 @@ class Run:
 
     def reset(self) -> None:
         """Forget statistics and what methods remember of the run; learned parameters stay."""
-        self.state = RunState(self.stack, params=self.state.params)
+        self.state = RunState(self.stack, params=self.state.params, denoising=self.state.denoising)
 
     def forget(self) -> None:
         """Forget what methods remember of the run. Statistics stay, and so does what they keep with a cache."""
         self.state.forget()
+
+    @contextmanager
+    def denoising(self, number: int, of: int) -> Iterator[None]:
+        """A `with` in which a diffusion model is at step `number` of so many, counted from 0 at pure noise."""
+        before, self.state.denoising = self.state.denoising, DenoisingStep(number, of)
+        try:
+            yield
+        finally:
+            self.state.denoising = before
 
     def branch(self) -> AbstractContextManager[None]:
         """A `with` after which methods remember what they did before it, as where several continuations are tried."""
