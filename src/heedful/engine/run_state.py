@@ -117,6 +117,7 @@ class RunState:
     calls: dict[int, Call] = field(default_factory=dict)  # each layer's largest call, for counting its pairs
     backends: dict[int, str] = field(default_factory=dict)
     kept: dict[int, tuple[int, int]] = field(default_factory=dict)  # cache entries kept and seen, by layer
+    memory: dict[int, tuple[int, int]] = field(default_factory=dict)  # bytes of those, and of all as they came
     shelves: dict[int, Shelf] = field(default_factory=dict)  # what methods keep with the cache of the call, by layer
     losses: dict[Found, Tensor] = field(default_factory=dict)  # what steps penalised in this forward
     forward: int = -1
