@@ -11,7 +11,7 @@ from heedful.core.method import Method
 from heedful.core.packed import Packing
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.kit.budget import length
+from heedful.kit.budget import earlier, length
 from heedful.kit.packing import Codes
 
 WIDTHS = (2, 4, 8)
@@ -66,7 +66,7 @@ class KIVI(Method):
     @at(Site.CACHE)
     def quantise(self, entries: CachedKV, call: Call) -> Kept:
         after = length(call)
-        before = after - call.is_text.sum(-1, keepdim=True)
+        before = earlier(call)
         place, is_text = entries.positions.position, entries.is_text
         keys = is_text & (place >= before - before % self.residual) & (place < after - after % self.residual)
         values = is_text & (place >= before - self.residual) & (place < after - self.residual)

@@ -11,7 +11,7 @@ from heedful.core.method import Method
 from heedful.core.packed import Packing
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.kit.budget import length, newest
+from heedful.kit.budget import earlier, newest
 from heedful.kit.packing import Channels
 from heedful.kit.scores import last_queries
 
@@ -62,15 +62,12 @@ class ThinK(Method):
     @at(Site.CACHE)
     def thin(self, entries: CachedKV, call: Call) -> Kept:
         old = entries.is_text & ~newest(entries, call, self.recent)
-        dropped = call.state.cache.get("dropped")
-        if dropped is None:
-            dropped = torch.zeros_like(entries.key[:, :, -1], dtype=torch.bool)
+        dropped = call.state.cache.get("dropped", old.new_zeros(*old.shape[:2], entries.key.shape[-1]))
         chose = dropped.any(-1)
         new = old.any(-1) & ~chose  # texts that are only now long enough to choose
         if bool(new.any()):
             dropped = call.state.cache["dropped"] = torch.where(new[..., None], self.least(entries, call), dropped)
-        before = length(call) - call.is_text.sum(-1, keepdim=True)
-        thin = chose[..., None] & (entries.positions.position < before - self.recent)  # by an earlier call
+        thin = chose[..., None] & (entries.positions.position < earlier(call) - self.recent)  # by an earlier call
         those = old & ~thin & dropped.any(-1, keepdim=True)
         if not bool(those.any()):
             return Kept(entries.is_filled)
