@@ -40,6 +40,13 @@ class TextModel(ABC):
         """Whether what is tried has changed anything so far."""
         return self.run is not None and self.run.active
 
+    @property
+    def reason(self) -> str:
+        """Why nothing has changed so far, where that is known."""
+        if self.run is None or self.active:
+            return ""
+        return "; ".join(filter(None, map(self.run.reason, self.run.stack.methods)))
+
     @abstractmethod
     def go_on(self, token: int) -> Tensor:
         """Logits `[v]` after one more token."""

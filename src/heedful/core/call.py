@@ -12,6 +12,7 @@ from torch import Tensor
 
 from heedful.core.errors import FieldError
 from heedful.core.mask import Mask
+from heedful.core.packed import Packing
 from heedful.core.positions import Pairs, Positions
 from heedful.core.regions import Marks, PerText, Region, Roles, bounds, by_text, coordinates, marked
 from heedful.core.state import State
@@ -180,8 +181,8 @@ class Kept:
     """What a CACHE edit leaves of a cache: which entries stay, and new keys or values for them, as after a merge."""
 
     keep: Tensor  # [b g k], bool
-    key: Tensor | None = None  # [b g k d], as handed; None: unchanged
-    value: Tensor | None = None  # [b g k d], as handed; None: unchanged
+    key: Tensor | Packing | None = None  # [b g k d], as handed, or some of them packed; None: unchanged
+    value: Tensor | Packing | None = None  # [b g k d], as handed, or some of them packed; None: unchanged
 
 
 @dataclass(frozen=True, eq=False)

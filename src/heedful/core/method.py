@@ -121,6 +121,10 @@ class Method(CatalogueEntry, abstract=True):
         """
         return False
 
+    def rests(self, tokens: int) -> str | None:
+        """Why a text of so many tokens is left as it is; None where it is not, or where the method cannot know."""
+        return None
+
     def carries(self, call: Call) -> Tensor | None:
         """For a reader of "carried": columns `[b k c]` that the mean of the heads' weights is multiplied with."""
         return None

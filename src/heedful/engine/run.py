@@ -17,7 +17,7 @@ from heedful.core.call import Call, DenoisingStep
 from heedful.core.errors import FieldError, InactiveWarning, StatisticError
 from heedful.core.method import Layer, Method, Part, Readings
 from heedful.core.regions import PerText, Region, Roles, marks
-from heedful.core.stack import Stack, as_stack
+from heedful.core.stack import Stack, Step, as_stack
 from heedful.core.stats import Statistic, load, save
 from heedful.engine.learned import learned
 from heedful.engine.run_state import RunState, blind
@@ -60,6 +60,7 @@ class Activity:
     inactive: tuple[str, ...]
     density: dict[int, float]
     kept: dict[int, tuple[int, int]]
+    memory: dict[int, tuple[int, int]]
     backends: dict[int, str]
     nan: bool
 
@@ -79,6 +80,9 @@ class Activity:
         if self.kept:
             held, seen = (sum(x) for x in zip(*self.kept.values(), strict=True))
             lines.append(f"cache entries kept: {held} of {seen} ({held / max(1, seen):.1%})")
+        if self.memory:
+            held, whole = (sum(x) for x in zip(*self.memory.values(), strict=True))
+            lines.append(f"cache memory: {held / 2**20:.2f} of {whole / 2**20:.2f} MiB ({held / max(1, whole):.1%})")
         lines += [f"changed nothing: {step}" for step in self.inactive]
         if self.nan:
             lines.append("NaN was seen in the output of some head")
@@ -232,8 +236,17 @@ class Run:
         acted = {s.number for s in run_state.changed}
         # a step that was never reached, such as CACHE without a cache, counts only where its whole method did nothing
         idle = [s for s in steps if s not in run_state.changed and (run_state.offered[s] or s.number not in acted)]
-        why = {s: ", which was idle" if s.number in run_state.idled else ", which was never reached" for s in idle}
-        return tuple(f"{s}" + ("" if run_state.offered[s] else why[s]) for s in idle)
+        return tuple(f"{step}{self._why(step)}" for step in idle)
+
+    def _why(self, step: Step) -> str:
+        if self.state.offered[step]:
+            reason = self.reason(step.method)
+            return "" if reason is None else f": {reason}"
+        return ", which was idle" if step.number in self.state.idled else ", which was never reached"
+
+    def reason(self, method: Method) -> str | None:
+        """Why a method left the longest text so far as it was, where it knows."""
+        return method.rests(max((len(call.keys) for call in self.state.calls.values()), default=0))
 
     @property
     def active(self) -> bool:
@@ -251,6 +264,7 @@ class Run:
             inactive,
             density,
             dict(run_state.kept),
+            dict(run_state.cache_bytes),
             dict(run_state.backends),
             run_state.nan,
         )

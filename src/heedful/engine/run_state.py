@@ -131,6 +131,7 @@ class RunState:
     calls: dict[int, Call] = field(default_factory=dict)  # each layer's largest call, for counting its pairs
     backends: dict[int, str] = field(default_factory=dict)
     kept: dict[int, tuple[int, int]] = field(default_factory=dict)  # cache entries kept and seen, by layer
+    cache_bytes: dict[int, tuple[int, int]] = field(default_factory=dict)  # the bytes of those, and of all as they came
     denoising: DenoisingStep | None = None  # the step that a diffusion model is at
     saves: int = 0  # how often the model was saved with the stack
     now: Forward = field(default_factory=Forward)  # the last forward, or what is computed of an earlier one again

@@ -30,7 +30,7 @@ class Running:
         self.causal, self.chunk, self._kept = call.mask.causal, chunk, call.state.cache
         past = _past(call, n, total) if self.causal else 0
         end = self._kept.get(END) if self.causal and first else None
-        self.goes_on = end is not None and bool((end == first).all())
+        self.goes_on = first is not None and isinstance(end, Tensor) and bool((end == first).all())
         self.cut_back = end is not None and not self.goes_on  # what it holds beside keys and values is out of date
         self._columns = slice(past if self.goes_on else 0, past + n if self.causal else total)
         self._past = 0 if self.goes_on else past  # columns before the first query
