@@ -258,7 +258,7 @@ class TransformersAdapter:
         call = bound.call = Call(
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
             given.softcap, phase, run_state.denoising, bound.cross, self._hooks.roles(bound, len(given.keys)),
-            _rows(bound.hidden, q), bound.rotate, given.mask, max(0, run_state.forward), batch=len(q),
+            _rows(bound.hidden, q), bound.rotate, given.mask, max(0, run_state.now.number), batch=len(q),
         )  # fmt: skip
         plan = run_state.plan(call)
         if plan.summed and given.queries.packed:
@@ -310,10 +310,12 @@ def _rows(hidden: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 def _evict(job: AttentionCall, held: HeldLayer, k: Tensor, v: Tensor) -> None:
-    kept = keep_entries(job, CachedKV(k, v, job.call.keys, held.fresh))
-    if kept is not None:
-        job.run_state.kept[job.call.layer] = (int(kept.keep.sum()), held.seen * kept.keep.shape[0] * kept.keep.shape[1])
-        held.keep(kept)
+    left = keep_entries(job, CachedKV(k, v, job.call.keys, held.fresh))
+    if left:
+        held.keep(*left)
+        tokens, layer = held.seen * len(held.counts), job.call.layer
+        job.run_state.kept[layer] = (sum(held.counts), tokens)
+        job.run_state.cache_bytes[layer] = (held.nbytes, tokens * (k.shape[3] * k.itemsize + v.shape[3] * v.itemsize))
 
 
 def _some(names: list[str]) -> str:

@@ -241,5 +241,6 @@ def _answered(speaker: TextModel, name: str, task: Task, item: Item, seed: int, 
             f"prompt {n}: the log-probability of what is right is {nats}, which can be compared with nothing"
         )
     return Answered(
-        name, repr(task), seed, n, score, nats, task.chance(item), seconds, speaker.active, dict(item.labels)
-    )
+        name, repr(task), seed, n, score, nats, task.chance(item), seconds, speaker.active, dict(item.labels),
+        speaker.reason,
+    )  # fmt: skip

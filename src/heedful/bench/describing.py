@@ -25,7 +25,8 @@ def findings(c: Results) -> Iterable[Finding]:
         if not mine:
             continue
         if name in c.inactive:
-            yield Finding(f"{name} changed nothing: it is the unedited model.", 0.9)
+            why = f" ({reason})" if (reason := c.reason(name)) else ""
+            yield Finding(f"{name} changed nothing{why}: it is the unedited model.", 0.9)
             continue
         told = [
             _clause(word, [r for r in mine if c.verdicts.get((r.task, name)) == word], plain, c)

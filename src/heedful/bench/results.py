@@ -145,6 +145,11 @@ class Results:
         asked = dict.fromkeys(r.contender for r in self.results if r.contender != PLAIN)
         return [name for name in asked if not any(r.active for r in self.results if r.contender == name)]
 
+    def reason(self, name: str) -> str:
+        """Why a contender changed nothing, on the last prompt where that is known."""
+        known = (r.reason for r in reversed(self.records) if isinstance(r, Answered) and r.contender == name)
+        return next(filter(None, known), "")
+
     @cached_property
     def verdicts(self) -> dict[tuple[str, str], str]:
         """By task and contender, "better" or "worse" than the unedited model where that is sure, else "".

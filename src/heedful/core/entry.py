@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, dataclass_transform
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from heedful.core.errors import DefinitionError
 from heedful.core.paper import UNPUBLISHED, Paper
+from heedful.core.regions import Roles
 from heedful.core.stats import Statistic
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Readings(Mapping[int, Statistic]):
 class Session(Protocol):
     """A run as a fit sees it."""
 
-    roles: dict[str, tuple[tuple[int, int], ...]]
+    roles: Any  # spans of token positions by name, or a list of these with one for each text
 
     def __enter__(self) -> Self: ...
 
@@ -80,7 +81,7 @@ class Probe:
     """One input of a measure that needs prompts of its own, and the spans that it looks at."""
 
     tokens: Tensor  # [b n]
-    roles: Mapping[str, tuple[tuple[int, int], ...]]
+    roles: Roles | Sequence[Roles]  # in all rows, or in each
 
 
 class FitContext(Protocol):

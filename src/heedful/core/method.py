@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -119,6 +120,10 @@ class Method(CatalogueEntry, abstract=True):
         Asked once a call, before any site: the layer, phase, positions, roles and state are known, and no tensors.
         """
         return False
+
+    def rests(self, tokens: int) -> str | None:
+        """Why a text of so many tokens is left as it is; None where it is not, or where the method cannot know."""
+        return None
 
     def carries(self, call: Call) -> Tensor | None:
         """For a reader of "carried": columns `[b k c]` that the mean of the heads' weights is multiplied with."""
@@ -313,8 +318,12 @@ class Stack:
             found += [Step(number, part, edit) for edit in method_of(part).edits]
         return tuple(sorted(found, key=lambda s: (s.edit.site.order, s.number)))
 
+    @cached_property
+    def _sites(self) -> frozenset[Site]:
+        return frozenset(step.edit.site for step in self.steps())
+
     def touches(self, *sites: Site) -> bool:
-        return any(step.edit.site in sites for step in self.steps())
+        return not self._sites.isdisjoint(sites)
 
     def cite(self) -> str:
         """BibTeX of exactly the papers in this stack."""

@@ -37,10 +37,7 @@ class Site(Enum):
     def __init__(self, shape: str, meaning: str) -> None:
         self.shape = shape
         self.meaning = meaning
-
-    @property
-    def order(self) -> int:
-        return list(Site).index(self)
+        self.order = len(type(self).__members__)
 
     @property
     def inside(self) -> bool:

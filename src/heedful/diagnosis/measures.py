@@ -36,7 +36,7 @@ DEFAULT: tuple[Measure, ...] = (
     ParallelToFirst(),
     SystematicOutliers(),
     MassiveQK(),
-    WeibullWeights(),
+    WeibullWeights(sample=50_000),  # shapes within 0.02 of those of all weights
 )
 
 

@@ -237,7 +237,7 @@ class _Job:
         for n, part, probes in planned:
             with self.subject.attach(part) as run:
                 for probe in probes:
-                    run.roles = dict(probe.roles)
+                    run.roles = probe.roles
                     self.subject.read(run, tuple(probe.tokens))
                     done += probe.tokens.numel()
                     self.subject.report(Progress("trials", done, total))
