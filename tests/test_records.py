@@ -97,8 +97,8 @@ def test_a_line_that_is_whole_but_for_its_newline_is_counted_and_kept(tmp_path: 
 
 def test_a_full_disk_is_named_and_what_did_not_fit_is_not_counted(tmp_path: Path) -> None:
     loaded = models.Loaded(models.tiny("llama"), object(), "tiny")
-    options: dict[str, Any] = {"count": 4, "turns": 0, "out": tmp_path}
-    compare(loaded, [SinkWindow(1, 4)], [Echo()], **{**options, "count": 2})
+    options: dict[str, Any] = {"prompts": 4, "turns": 0, "out": tmp_path}
+    compare(loaded, [SinkWindow(1, 4)], [Echo()], **{**options, "prompts": 2})
     file = tmp_path / RECORDS
     before = file.read_bytes()
     with room_for(len(before) + 10), pytest.raises(WriteError, match=r"records\.jsonl: File too large"):
@@ -110,7 +110,7 @@ def test_a_full_disk_is_named_and_what_did_not_fit_is_not_counted(tmp_path: Path
 
 def test_a_folder_holds_one_seed_and_one_verb(tmp_path: Path) -> None:
     loaded = models.Loaded(models.tiny("llama"), object(), "tiny")
-    options: dict[str, Any] = {"count": 2, "turns": 0}
+    options: dict[str, Any] = {"prompts": 2, "turns": 0}
     compare(loaded, [SinkWindow(1, 4)], [Echo()], out=tmp_path / "c", **options)
     with pytest.raises(StatisticError, match="that seed 0 draws, and this call's seed is 1: name another folder"):
         compare(loaded, [SinkWindow(1, 4)], [Echo()], out=tmp_path / "c", seed=1, **options)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from heedful.bench.comparison import SHARE, Comparison
 from heedful.core.figures import percent
 
 
 def number(x: float, unit: str, signed: bool = False) -> str:
     """A score, or a difference of scores, as people write it."""
+    if math.isinf(x):
+        return "?"  # an end of an interval that few prompts leave open
     if unit == SHARE:
         return f"{rounded(100 * x, 0):+.0f}" if signed else percent(x)
     return f"{rounded(x, 3):+.3f}" if signed else f"{x:.3f}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -24,15 +25,27 @@ STAGES = {"fits": ("fitting", ""), "answers": ("asking", "answers"), "costs": ("
 
 def summary(comparison: Comparison, page: Path | None) -> str:
     """The comparison for machines."""
+    from heedful.bench.verdicts import verdict
+
     found = {
         "facts": comparison.facts,
+        "verdicts": {name: verdict(comparison, name) for name in comparison.contenders[1:]},
         "findings": [finding.text for finding in comparison.description().findings],
         "results": [asdict(result) for result in comparison.results],
         "costs": [asdict(price) for price in comparison.prices],
         "refused": [asdict(refused) for refused in comparison.refused],
         "page": page and str(page),
     }
-    return json.dumps(found, indent=1)
+    return json.dumps(_finite(found), indent=1)
+
+
+def _finite(x: Any) -> Any:
+    """The same with null for ends that an interval of few prompts does not have."""
+    if isinstance(x, dict):
+        return {name: _finite(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def _fitted(loaded: Loaded, what: Contender, bars: Bars, only: str | None) -> Contender:
@@ -54,7 +67,9 @@ def compare(
     tasks: Annotated[str, typer.Option(help="Parted by commas, as in 'needle,recall'; `--tasks list` names all.")] = (
         "needle,recall,loss"
     ),
-    count: Annotated[int, typer.Option(help="Prompts of each task.")] = 30,
+    prompts: Annotated[int, typer.Option(help="Of each task at most; asking ends when the verdicts are known.")] = 300,
+    minutes: Annotated[float, typer.Option(help="How long to ask in this call, at most.")] = 10.0,
+    margin: Annotated[float, typer.Option(help="How much worse is safe: of the share right, or nats.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Draws other prompts.")] = 0,
     turns: Annotated[int, typer.Option(help="How often costs are measured; 0 for not at all.")] = 3,
     fit: Annotated[bool, typer.Option("--fit", help="Fit what can be fitted to plain prose first.")] = False,
@@ -84,13 +99,13 @@ def compare(
         from heedful.bench.compare import require
 
         loaded = models.load(model)
-        require(loaded, asked, count, turns, {"only": only, "backend": backend})
+        require(loaded, asked, prompts, minutes, margin, turns, {"only": only, "backend": backend})
     with stopping(bars, out):
         if fit:
             contenders = [_fitted(loaded, what, bars, only) for what in contenders]
         found = run(
-            loaded, contenders, asked, count=count, seed=seed, turns=turns, out=out, progress=bars,
-            only=only, backend=backend,
+            loaded, contenders, asked, prompts=prompts, minutes=minutes, margin=margin, seed=seed, turns=turns, out=out,
+            progress=bars, only=only, backend=backend,
         )  # fmt: skip
     where = write_page(found, "compare", loaded.name, out) if page else None
     if as_json:

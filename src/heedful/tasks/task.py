@@ -80,6 +80,15 @@ class Task(ABC):
             raise FieldError(self, "count", count, "must be 1 or more", 40)
         return [self.item(tokenizer, number, seed) for number in range(count)]
 
+    def available(self, tokenizer: Tokenizer) -> int | None:
+        """How many items there are; None where they are made without end."""
+        return None
+
+    @property
+    def title(self) -> str:
+        """The name in tables."""
+        return self.name
+
     @abstractmethod
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
         """One item of the series that the seed gives, whichever others are made."""
