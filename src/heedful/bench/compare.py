@@ -84,7 +84,7 @@ def _named(contenders: Mapping[str, Contender] | Iterable[Contender]) -> dict[st
 def compare(  # noqa: PLR0913 - what a user may set, each by name
     model: Loaded | tuple[Any, Any],
     methods: Mapping[str, Contender] | Iterable[Contender],
-    tasks: Iterable[Task | str],
+    tasks: Iterable[Task | str | Path],
     *,
     prompts: int = PROMPTS,
     minutes: float = MINUTES,
@@ -115,24 +115,25 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
     facts["margin"] = margin
     facts["how"] = {name: repr(value) for name, value in sorted(how.items()) if value not in (None, "auto")}
     facts["contenders"] = {name: repr(what) for name, what in contenders.items()}
-    facts["tasks"] = {repr(task): _about(task) for task in chosen}
+    series = [Series(task, given.model, given.tokenizer, seed, prompts) for task in chosen]
+    facts["tasks"] = {made.name: _about(made.task) | {"left_out": made.left_out} for made in series}
     with still(given.model), held(folder, "a comparison"):
         log = Log(None if folder is None else folder / RECORDS, facts, seed)
         job = _Job(given.model, contenders, how, log, progress or (lambda _: None))
-        series = [Series(task, given.model, given.tokenizer, seed, prompts) for task in chosen]
         job.answers(series, minutes)
         if turns:
-            longest = max((item for made in series for item in made.first(LEAST)), key=lambda item: len(item.prompt))
+            early = [item for made in series for item in made.first(LEAST).values()]
+            longest = max(early, key=lambda item: len(item.prompt))
             job.costs(longest.prompt, turns)
         return Comparison(log.facts, tuple(log.records.values()))
 
 
-def _task(task: Task | str) -> Task:
+def _task(task: Task | str | Path) -> Task:
     if isinstance(task, Task):
         return task
-    from heedful.tasks import find
+    from heedful.tasks import find, from_file
 
-    return find(task)
+    return from_file(task) if isinstance(task, Path) else find(task)
 
 
 def _about(task: Task) -> dict[str, Any]:
@@ -178,25 +179,37 @@ def _require_role(what: Contender | None, prompt: Prompt) -> None:
 
 
 class Series:
-    """The items of one task, made as they are asked for, none longer than the model takes."""
+    """The items of one task, made as they are asked for, none longer than the model takes.
+
+    A task of the user's own goes without its longer items; of others none is left out, since all would be alike.
+    """
 
     def __init__(self, task: Task, model: Any, tokenizer: Any, seed: int, prompts: int) -> None:
         self.task, self.name, self.seed = task, repr(task), seed
         self._model, self._tokenizer, self._limit = model, tokenizer, positions(model)
-        self._made: list[Item] = []
+        self._made: dict[int, Item] = {}
+        self._tried = 0
         known = task.available(tokenizer)
         self.prompts = prompts if known is None else min(prompts, known)
+        self.left_out = list(getattr(task, "left_out", ()))
+        if known is not None:
+            if out := self.prompts - len(self.first(self.prompts)):
+                self.left_out.append(f"{out} longer than the {self._limit} positions of {type(model).__name__}")
+            if not self._made:
+                raise FieldError("compare()", "tasks", self.name, self.left_out[-1], "shorter items")
 
-    def first(self, count: int) -> list[Item]:
-        """So many items from the beginning, or all that may be asked."""
-        for number in range(len(self._made), min(count, self.prompts)):
+    def first(self, count: int) -> dict[int, Item]:
+        """The items at the first so many places, or all that may be asked, by their place."""
+        for number in range(self._tried, min(count, self.prompts)):
+            self._tried = number + 1
             item = self.task.item(self._tokenizer, number, self.seed)
             size = len(item.prompt) + max(map(len, item.options), default=0)
-            if self._limit is not None and size > self._limit:
+            if self._limit is None or size <= self._limit:
+                self._made[number] = item
+            elif self.task.available(self._tokenizer) is None:
                 rule = f"makes prompts of {size} tokens, and {type(self._model).__name__} has {self._limit} positions"
                 raise FieldError("compare()", "tasks", self.name, rule, "a shorter one")
-            self._made.append(item)
-        return self._made[:count]
+        return {number: item for number, item in self._made.items() if number < count}
 
 
 def further(prompts: int) -> int:
@@ -223,6 +236,10 @@ class _Job:
         """Ask everyone a few prompts of each task, and more of those of whom the verdict is not known."""
         if self.log.found:
             self.report(Progress("answers", 0, 1, f"goes on after {self.log.found} records made before"))
+        for task in tasks:
+            if out := task.left_out:
+                note = f"{task.task.title}: {len(out)} left out: {'; '.join(out[:3])}{'; ...' if len(out) > 3 else ''}"
+                self.report(Progress("answers", 0, 1, note))
         end = time.monotonic() + 60 * minutes
         count, open_ = 0, {(task.name, name) for task in tasks for name, _ in self.everyone()}
         while open_ and count < max(task.prompts for task in tasks):
@@ -249,7 +266,7 @@ class _Job:
         work = [(name, what, task) for name, what in self.everyone() for task in tasks if (task.name, name) in open_]
         left = {
             (name, task.name): [
-                n for n in range(len(task.first(count))) if not self.log.has(Answered, name, task.name, task.seed, n)
+                n for n in task.first(count) if not self.log.has(Answered, name, task.name, task.seed, n)
             ]
             for name, _, task in work
         }

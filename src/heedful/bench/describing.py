@@ -50,7 +50,10 @@ def findings(c: Comparison) -> Iterable[Finding]:
         )  # fmt: skip
     for task, about in c.tasks.items():
         if out := about.get("left_out"):
-            yield Finding(f"{task_name(c, task)}: {_count(len(out), 'item')} left out: {'; '.join(out[:3])}.", 0.85)
+            yield Finding(
+                f"{task_name(c, task)}: {len(out)} left out: {'; '.join(out[:3])}{'; ...' if len(out) > 3 else ''}.",
+                0.85,
+            )
     for refused in c.refused:
         task = f" on {c.tasks[refused.task]['name']}" if refused.task in c.tasks else ""
         task = " when costs were measured" if refused.task == COSTS else task

@@ -22,6 +22,8 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Any) -> str: ...
 
+    def __hash__(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class Item:
@@ -72,7 +74,7 @@ class Task(ABC):
     more_is_better: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
-        dataclass(frozen=True)(cls)
+        dataclass(frozen=True, repr=False)(cls)
 
     def items(self, tokenizer: Tokenizer, count: int, seed: int = 0) -> Sequence[Item]:
         """So many items, the same ones every time."""
