@@ -178,6 +178,12 @@ def _require_role(what: Contender | None, prompt: Prompt) -> None:
             raise FieldError(method, "role", role, rule, next(iter(prompt.roles), "needle"))
 
 
+def fits(given: Loaded, task: Task) -> bool:
+    """Whether the model takes the task's prompts, as far as the first one tells."""
+    limit = positions(given.model)
+    return limit is None or task.item(given.tokenizer, 0, 0).size <= limit
+
+
 class Series:
     """The items of one task, made as they are asked for, none longer than the model takes.
 
@@ -203,11 +209,12 @@ class Series:
         for number in range(self._tried, min(count, self.prompts)):
             self._tried = number + 1
             item = self.task.item(self._tokenizer, number, self.seed)
-            size = len(item.prompt) + max(map(len, item.options), default=0)
-            if self._limit is None or size <= self._limit:
+            if self._limit is None or item.size <= self._limit:
                 self._made[number] = item
             elif self.task.available(self._tokenizer) is None:
-                rule = f"makes prompts of {size} tokens, and {type(self._model).__name__} has {self._limit} positions"
+                rule = (
+                    f"makes prompts of {item.size} tokens, and {type(self._model).__name__} has {self._limit} positions"
+                )
                 raise FieldError("compare()", "tasks", self.name, rule, "a shorter one")
         return {number: item for number, item in self._made.items() if number < count}
 

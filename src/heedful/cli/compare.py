@@ -14,10 +14,12 @@ from rich.markup import escape
 from heedful.cli.console import console, parted, require_page, stack_from, stopping, tell, write_page
 from heedful.cli.progress import Bars
 from heedful.core.errors import FieldError, HeedfulError
+from heedful.core.ranges import ranged
 
 if TYPE_CHECKING:
     from heedful.bench.comparison import Comparison
     from heedful.models import Loaded
+    from heedful.tasks.task import Task
     from heedful.text_models import Contender
 
 STAGES = {"fits": ("fitting", ""), "answers": ("asking", "answers"), "costs": ("measuring costs", "")}
@@ -59,14 +61,27 @@ def _fitted(loaded: Loaded, what: Contender, bars: Bars, only: str | None) -> Co
         return what
 
 
+def _taken(loaded: Loaded, text: str, bars: Bars) -> list[Task]:
+    """The task, or those of a range that are short enough for the model."""
+    from heedful.bench.compare import fits
+    from heedful.diagnosis.texts import positions
+    from heedful.tasks import find
+
+    found = [find(one) for one in ranged(text, positions(loaded.model))]
+    long = [task for task in found[1:] if not fits(loaded, task)]
+    for task in long:
+        bars.console.print(f"left out: {task} is longer than the model takes", markup=False)
+    return [task for task in found if task not in long]
+
+
 def compare(
     model: Annotated[str, typer.Argument(help="A causal language model's name or folder.")] = "default",
     methods: Annotated[
-        str, typer.Option(help="Parted by commas, joined by |, as in 'act,snapkv(budget=0.25)|tempscale'.")
+        str, typer.Option(help="Parted by commas, joined by |, as in 'act,snapkv(budget=0.1..0.75)|tempscale'.")
     ] = "",
-    tasks: Annotated[str, typer.Option(help="Parted by commas, as in 'needle,recall'; `--tasks list` names all.")] = (
-        "needle,recall,loss"
-    ),
+    tasks: Annotated[
+        str, typer.Option(help="Parted by commas: names (`--tasks list` has them), or files and folders of your own.")
+    ] = "needle,recall,loss",
     prompts: Annotated[int, typer.Option(help="Of each task at most; asking ends when the verdicts are known.")] = 300,
     minutes: Annotated[float, typer.Option(help="How long to ask in this call, at most.")] = 10.0,
     margin: Annotated[float, typer.Option(help="How much worse is safe: of the share right, or nats.")] = 0.05,
@@ -86,10 +101,12 @@ def compare(
         for name, kind in known().items():
             console.print(f"{name:<22} {kind.about}", markup=False)
         return
-    contenders = [stack_from(text) for text in parted(methods)]
+    contenders = [stack_from(one) for text in parted(methods) for one in ranged(text)]
     if not contenders:
         raise FieldError("compare", "--methods", methods, "must name one or more", "act,snapkv(budget=0.25)")
-    asked = [find(text) for text in parted(tasks)]
+    asked = [
+        find(ranged(text, most=1 << 30)[0]) for text in parted(tasks)
+    ]  # to name what is wrong before the model loads
     if page:
         require_page()
     bars = Bars(STAGES)
@@ -99,6 +116,7 @@ def compare(
         from heedful.bench.compare import require
 
         loaded = models.load(model)
+        asked = [task for text in parted(tasks) for task in _taken(loaded, text, bars)]
         require(loaded, asked, prompts, minutes, margin, turns, {"only": only, "backend": backend})
     with stopping(bars, out):
         if fit:

@@ -40,6 +40,11 @@ class Item:
         if any(not option for option in self.options):
             raise FieldError(self, "options", self.options, "must each hold one token or more", ((1,), (2,)))
 
+    @property
+    def size(self) -> int:
+        """The tokens that are read in all: the prompt's, and the longest option's."""
+        return len(self.prompt) + max(map(len, self.options), default=0)
+
     def graded(self, role: str) -> list[range]:
         """Where in a sheet's losses the spans of a role stand, for an item without options."""
         first = self.cut or 1
