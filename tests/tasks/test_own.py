@@ -136,8 +136,8 @@ def test_the_command_line_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("a" * 300)
     assert find("notes/(length=64)").length == 64  # type: ignore[attr-defined]
-    with pytest.raises(FieldError, match="no such field"):
-        find("notes/(size=64)")
+    with pytest.raises(FieldError, match=r"FromFile\.size = 3: no such field"):
+        find("notes/(size=3)")
     assert "own" not in str(known())
     assert heedful.tasks.from_file("notes").title == "notes"
 
@@ -173,3 +173,13 @@ def test_items_longer_than_the_model_takes_are_left_out_and_counted(tmp_path: Pa
     assert f"1 longer than the {limit} positions of LlamaForCausalLM" in str(found)
     with pytest.raises(FieldError, match="longer than the"):
         compare(loaded, [TempScale(0.5)], [lines(tmp_path / "long.jsonl", [long])], turns=0)
+
+
+def test_a_long_text_is_read_whole(tmp_path: Path) -> None:
+    text = " ".join(f"word{i}" for i in range(3000)) + "x" * 5000
+    (tmp_path / "book.txt").write_text(text)
+    task = from_file(tmp_path / "book.txt", length=101)
+    count = task.available(WORDS)
+    assert count == len(text) // 100 + (8 * (len(text) % 100) >= 100)
+    found = {WORDS.decode(item.prompt.tokens) for item in task.items(WORDS, count or 0)}
+    assert found == {text[i : i + 100] for i in range(0, 100 * (count or 0), 100)}

@@ -40,7 +40,7 @@ def _values(first: str, last: str | None, most: int | None, text: str) -> Sequen
             raise FieldError("range", "first", first, f"the model takes {most} at most", f"{most // 2}..")
         return [f"{low * 2**i:g}" for i in range(1 + int(math.log2(most / low)))]
     if low >= high:
-        raise FieldError("range", "last", last, f"must be above {first} in {text!r}", f"{first}..{4 * low:g}")
+        raise FieldError("range", "last", last, f"must be above {first} in {text!r}", f"{last}..{first}")
     found = [low * (high / low) ** (i / (STEPS - 1)) for i in range(STEPS)]
     whole = "." not in first + last
     inner = [f"{round(x)}" if whole else f"{float(f'{x:.2g}'):g}" for x in found[1:-1]]

@@ -50,7 +50,7 @@ def find(text: str) -> Task:
     by_plain = {_plain(name): kind for kind in kinds.values() for name in (kind.name, kind.__name__)}
     kind = by_plain.get(_plain(named(text)))
     if kind is None and _is_path(named(text)):
-        return from_file(named(text), **vars(written(text, _HowRead, "notes/(length=1024)")))
+        return from_file(named(text), **vars(written(text, FromFile, "notes/(length=1024)")))
     if kind is None:
         rule = f"no task named {named(text)!r}, nor a file or folder.{nearest(named(text), kinds)}"
         raise CatalogueError(f"{rule} Known: {', '.join(kinds)}")
@@ -58,7 +58,7 @@ def find(text: str) -> Task:
 
 
 @dataclass(frozen=True)
-class _HowRead:
+class FromFile:
     """The settings of `from_file`, as they may follow a path."""
 
     length: int = OwnText.length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +17,7 @@ from heedful.tasks._rows import Asked, rows_of
 from heedful.tasks.task import Choice, Item, Sheet, Task, Tokenizer, recalled
 
 CHARACTERS = 4_000_000  # of texts, drawn from all, that are cut into windows
+PORTION = re.compile(r".{1,4000}(?=\s|$)|.{1,4000}", re.DOTALL)  # a tokenizer warns of more than its model takes
 
 
 class Given(Task):
@@ -122,7 +124,8 @@ def _windows(rows: tuple[str, ...], length: int, tokenizer: Tokenizer) -> tuple[
     texts = [rows[i] for i in _order(len(rows), "texts")]
     inner = length - len(before)
     for text, size in zip(texts, accumulate(map(len, texts)), strict=True):
-        tokens = tuple(tokenizer.encode(text[: 2 * CHARACTERS], add_special_tokens=False))
+        parts = PORTION.findall(text[: 2 * CHARACTERS])
+        tokens = tuple(token for part in parts for token in tokenizer.encode(part, add_special_tokens=False))
         pieces = [tokens[i : i + inner] for i in range(0, len(tokens), inner)]
         whole = [(*before, *piece) for piece in pieces if 8 * len(piece) >= inner or len(pieces) == 1]
         found += [window for window in whole if len(window) > 1]
