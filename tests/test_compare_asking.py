@@ -11,8 +11,9 @@ from torch import Tensor
 
 from heedful import models
 from heedful.bench.compare import Progress, compare, further
-from heedful.bench.comparison import PLAIN, Comparison
+from heedful.bench.comparison import Comparison
 from heedful.bench.records import Answered
+from heedful.bench.results import PLAIN
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt

@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from heedful.bench.comparison import MARGIN
 from heedful.bench.intervals import BETS, LEAST, PRIOR, Gap
+from heedful.bench.results import MARGIN
 
 LOOKS = (30, 40, 50, 60, 80, 100, 130, 170, 220, 290)  # where `compare` looks
 

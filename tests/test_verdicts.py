@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from heedful.bench.advice import front, share
-from heedful.bench.comparison import PLAIN, SHARE, Comparison
+from heedful.bench.comparison import Comparison
 from heedful.bench.records import Answered, Cost
+from heedful.bench.results import PLAIN, SHARE
 from heedful.core.figures import Intervals, Listing, Scatter
 
 PROMPTS = 60

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from heedful.bench.advice import AXES, front
-from heedful.bench.comparison import PLAIN, Comparison, Result
 from heedful.bench.numbers import direction, number, task_name, units
-from heedful.bench.verdicts import VERDICTS, verdict
+from heedful.bench.results import PLAIN, Result, Results
 from heedful.core.figures import Cell, Matrix
 
+VERDICTS = {
+    "helps": ("surely better on some task, and safe on every other that it can be asked", "good"),
+    "safe": ("surely no worse than by the margin on any task", "good"),
+    "unclear": ("no interval is short enough yet, or no task tells; more prompts or minutes may decide", ""),
+    "harms": ("surely worse on some task, and by more than the margin on average", "bad"),
+    "inactive": ("changed nothing here", "quiet"),
+    "refused": ("could not be asked", "quiet"),
+}
 COSTS = {"prefill": "prefill_ratio", "token": "step_ratio", "cache": "cache_ratio", "pairs": "density"}
 
 
-def matrix(c: Comparison) -> Matrix:
+def matrix(c: Results) -> Matrix:
     """A row for each method, a column for each task and cost; the unedited model first."""
     tasks = [task for task in c.tasks if any(r.task == task for r in c.results)]
     costs = {name: field for name, field in COSTS.items() if any(getattr(p, field) is not None for p in c.prices)}
@@ -25,7 +32,7 @@ def matrix(c: Comparison) -> Matrix:
     prices = {p.contender: p for p in c.prices}
 
     def row(name: str) -> tuple[Cell, ...]:
-        word = "" if name == PLAIN else verdict(c, name)
+        word = "" if name == PLAIN else c.verdict(name)
         judged = Cell(word, "", float(list(VERDICTS).index(word)), VERDICTS[word][1]) if word else Cell("", "", -1.0)
         scores = [_score(c, found.get((name, task)), task, name) for task in tasks]
         price = prices.get(name) if word != "inactive" else None
@@ -41,7 +48,7 @@ def _ratio(x: float | None, name: str, best: bool) -> Cell:
     return Cell(f"{x:.2f}", "on the front" if best else "", x, "good" if x < 0.95 and name != PLAIN else "")
 
 
-def _score(c: Comparison, r: Result | None, task: str, name: str) -> Cell:
+def _score(c: Results, r: Result | None, task: str, name: str) -> Cell:
     unit = c.tasks[task]["unit"]
     if r is None:
         refused = any((known.task, known.contender) == (task, name) for known in c.refused)

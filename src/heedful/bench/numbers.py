@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from heedful.bench.comparison import SHARE, Comparison
+from heedful.bench.results import SHARE, Results
 from heedful.core.figures import percent
 
 
@@ -30,7 +30,14 @@ def direction(about: dict[str, object]) -> str:
     return "more" if about["more_is_better"] else "less"
 
 
-def task_name(c: Comparison, task: str) -> str:
+def task_name(c: Results, task: str) -> str:
     """A task's short name, with its settings where two share it."""
     name = str(c.tasks[task]["name"])
     return name if sum(about["name"] == name for about in c.tasks.values()) == 1 else task
+
+
+def margin(c: Results) -> str:
+    """How much worse a safe method may be, in the units of the tasks."""
+    kinds = {about["unit"] for about in c.tasks.values()}
+    told = [f"{100 * c.margin:g} points"] * (SHARE in kinds) + [f"{c.margin:g} nats"] * bool(kinds - {SHARE})
+    return " or ".join(told)

@@ -27,11 +27,9 @@ STAGES = {"fits": ("fitting", ""), "answers": ("asking", "answers"), "costs": ("
 
 def summary(comparison: Comparison, page: Path | None) -> str:
     """The comparison for machines."""
-    from heedful.bench.verdicts import verdict
-
     found = {
         "facts": comparison.facts,
-        "verdicts": {name: verdict(comparison, name) for name in comparison.contenders[1:]},
+        "verdicts": {name: comparison.verdict(name) for name in comparison.contenders[1:]},
         "findings": [finding.text for finding in comparison.description().findings],
         "results": [asdict(result) for result in comparison.results],
         "costs": [asdict(price) for price in comparison.prices],
