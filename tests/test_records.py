@@ -66,7 +66,20 @@ def test_values_of_another_kind_are_refused_by_line(record: int, name: str, valu
         read(tmp_path / RECORDS)
 
 
-@pytest.mark.parametrize("facts", [{"tasks": []}, {"tasks": {"t": {"name": 3}}}, {"contenders": {"a": 1}}])
+ABOUT = {"name": "t", "about": "A.", "unit": "nats", "more_is_better": True}
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"tasks": []},
+        {"tasks": {"t": {"name": 3}}},
+        {"tasks": {"t": ABOUT | {"left_out": [3]}}},
+        {"contenders": {"a": 1}},
+        {"margin": "x"},
+        {"margin": 0},
+    ],
+)
 def test_facts_of_another_kind_are_refused(facts: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / RECORDS).write_text(json.dumps({"record": FACTS, **facts}) + "\n" + line(answered(1)) + "\n")
     with pytest.raises(StatisticError, match="line 1: no record"):

@@ -102,9 +102,8 @@ def compare(
     contenders = [stack_from(one) for text in parted(methods) for one in ranged(text)]
     if not contenders:
         raise FieldError("compare", "--methods", methods, "must name one or more", "act,snapkv(budget=0.25)")
-    asked = [
-        find(ranged(text, most=1 << 30)[0]) for text in parted(tasks)
-    ]  # to name what is wrong before the model loads
+    for text in parted(tasks):  # what is wrong is named before the model loads
+        find(ranged(text, most=1 << 30)[0])
     if page:
         require_page()
     bars = Bars(STAGES)
