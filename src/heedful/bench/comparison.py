@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heedful.bench.describing import description, in_words
+from heedful.bench.intervals import Gap
 from heedful.bench.matrix import VERDICTS, matrix
+from heedful.bench.numbers import margin
 from heedful.bench.records import line, merged, read
-from heedful.bench.results import Gap, Result, Results
+from heedful.bench.results import Result, Results
 from heedful.core.errors import StatisticError
 from heedful.core.figures import Description, Matrix
 from heedful.core.files import RECORDS, replace_text, writing
@@ -39,6 +41,11 @@ class Comparison(Results):
     def verdict_words(self) -> dict[str, tuple[str, str]]:
         """What each verdict of the matrix means."""
         return VERDICTS
+
+    @property
+    def margin_words(self) -> str:
+        """How much worse a safe method may be, in the tasks' units."""
+        return margin(self)
 
     @cached_property
     def matrix(self) -> Matrix:
