@@ -191,7 +191,7 @@ class Comparison:
             if (r.tokens, r.machine) == place:
                 by.setdefault(r.contender, {})[r.turn] = r
         plain = by[PLAIN]
-        return [_price(by[name], plain) for name in self.contenders if set(by.get(name, {})) & set(plain) - {WARM_UP}]
+        return [price(by[name], plain) for name in self.contenders if set(by.get(name, {})) & set(plain) - {WARM_UP}]
 
     @property
     def refused(self) -> list[Refused]:
@@ -213,6 +213,11 @@ class Comparison:
         from heedful.bench.matrix import VERDICTS
 
         return VERDICTS
+
+    @property
+    def words(self) -> dict[str, str]:
+        """What its page says otherwise than pages of comparisons do."""
+        return {}
 
     @cached_property
     def matrix(self) -> Matrix:
@@ -294,7 +299,8 @@ def _result(name: str, task: str, pairs: list[tuple[Answered, Answered]], most: 
     return Result(name, task, len(pairs), score, gap, nats, nats_gap, any(a.active for a in mine))
 
 
-def _price(mine: dict[int, Cost], plain: dict[int, Cost]) -> Price:
+def price(mine: dict[int, Cost], plain: dict[int, Cost]) -> Price:
+    """What the turns of one contender add up to, against the turns of the unedited model."""
     turns = sorted(set(mine) & set(plain) - {WARM_UP})
     one = mine[turns[0]]
 

@@ -200,7 +200,7 @@ def in_words(c: Comparison) -> str:
     out += [f"- {finding.text}" for finding in c.description().findings]
     for figure in c.description().figures:
         if isinstance(figure, Listing):
-            out += ["", f"{figure.title}. {figure.what}", *_aligned(figure)]
+            out += ["", f"{figure.title}. {figure.what}", *aligned(figure)]
     return "\n".join(out)
 
 
@@ -212,7 +212,7 @@ def _verdicts(c: Comparison) -> list[str]:
         for name, cells in c.matrix.rows
     ]
     said = dict.fromkeys(cells[0].text for _, cells in c.matrix.rows if cells[0].text)
-    return [*_aligned(Listing("", "", "", names, rows)), "", *(f"{word}: {VERDICTS[word][0]}." for word in said)]
+    return [*aligned(Listing("", "", "", names, rows)), "", *(f"{word}: {VERDICTS[word][0]}." for word in said)]
 
 
 def markdown(c: Comparison) -> list[str]:
@@ -227,7 +227,8 @@ def markdown(c: Comparison) -> list[str]:
     return out
 
 
-def _aligned(listing: Listing) -> list[str]:
+def aligned(listing: Listing) -> list[str]:
+    """A table as lines of text."""
     rows = [[str(x) for x in listing.columns], *([_cell(x) for x in row] for row in listing.rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

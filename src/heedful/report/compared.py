@@ -13,6 +13,8 @@ from heedful.report.page import by_kind, entry, html, more, put
 
 WORDS = {
     "over": "What helps it, and what it costs",
+    "matrix": "Differences to the unedited model on the same prompts, with their 95 % intervals; coloured where a "
+    "verdict is sure after Holm's correction.",
     "nothing": "There is nothing to compare yet.",
     "points": "Compared",
     "tables": "Scores and costs",
@@ -31,6 +33,9 @@ class Compared(Protocol):
 
     @property
     def verdict_words(self) -> Mapping[str, tuple[str, str]]: ...
+
+    @property
+    def words(self) -> Mapping[str, str]: ...
 
     @property
     def matrix(self) -> Matrix: ...
@@ -62,7 +67,7 @@ def render(comparison: Compared) -> str:
     figures = [data.figure(figure, "") for figure in told.figures]
     plain = {k: v for k, v in comparison.facts.items() if k not in ("contenders", "tasks")}
     written = {
-        "words": WORDS | {"verdicts": comparison.verdict_words},
+        "words": {**WORDS, **comparison.words, "verdicts": comparison.verdict_words},
         "model": str(comparison.facts.get("model", "a model")),
         "facts": _facts(comparison),
         "more": more(plain),

@@ -1,0 +1,36 @@
+"""Which courses make up a kind of lab."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from heedful.core.errors import FieldError, StatisticError
+from heedful.laboratory.course import Course
+from heedful.laboratory.language import Text
+from heedful.laboratory.puzzles import Puzzles
+
+KINDS: dict[str, tuple[type[Course], ...]] = {"lm": (Text, Puzzles)}
+DEFAULTS = {  # eight ways apart from one another
+    "lm": (
+        "ClippedSoftmax", "SigmoidAttention(128)", "NormalizedAttention", "RectifiedAttention", "GatedHeads", "MALA",
+        "LightConv", "DynamicMaskAttention(32)",
+    ),
+}  # fmt: skip
+
+
+def courses(kind: str, tokens: int | None) -> tuple[Course, ...]:
+    """The courses of a kind, each with so many tokens or with its own default."""
+    if kind not in KINDS:
+        raise FieldError("lab()", "kind", kind, f"must be one of {', '.join(KINDS)}", next(iter(KINDS)))
+    made = tuple(course() for course in KINDS[kind])  # type: ignore[call-arg]  # each has defaults
+    return made if tokens is None else tuple(replace(course, tokens=tokens) for course in made)
+
+
+def course_of(name: str, settings: Mapping[str, Any]) -> Course:
+    """A course as a record names it."""
+    known = {course.name: course for courses in KINDS.values() for course in courses}
+    if name not in known:
+        raise StatisticError(f"no course is named {name!r}; there are {', '.join(known)}")
+    return known[name](**settings)
