@@ -24,11 +24,14 @@ PLAIN = "softmax"
 
 def quantities(course: Course) -> tuple[Quantity, ...]:
     """The costs that are measured with a course."""
-    if course.prompt is None:
+    if not course.timed:
         return ()
+    step = Quantity(TRAIN, "Time of a training step.", RATIO, False)
+    if course.prompt is None:
+        return (step,)
     more = f"a text of {len(course.prompt)}"
     return (
-        Quantity(TRAIN, "Time of a training step.", RATIO, False),
+        step,
         Quantity(READ, f"Time to read {more} with a cache.", RATIO, False),
         Quantity(TOKEN, f"Time of one more token after {more}.", RATIO, False),
         Quantity(CACHE, f"Bytes held after {more}.", RATIO, False),
@@ -37,7 +40,7 @@ def quantities(course: Course) -> tuple[Quantity, ...]:
 
 def measure(course: Course, what: Stack, seed: int) -> tuple[dict[str, float], dict[str, Any]]:
     """The quantities, medians over turns, and the plain numbers behind them."""
-    if course.prompt is None:
+    if not course.timed:
         return {}, {}
     one, other = (_Stepping(course, stack, seed) for stack in (Stack(), what))
     pairs = []
@@ -49,19 +52,18 @@ def measure(course: Course, what: Stack, seed: int) -> tuple[dict[str, float], d
     finally:
         one.run.close()
         other.run.close()
+    ratios = {TRAIN: statistics.median(mine / plain for plain, mine in pairs)}
+    steps = {"training step": statistics.median(mine for _, mine in pairs)}
+    if course.prompt is None:
+        return ratios, steps
     model = course.model(seed)
     found = [
-        {turn: cost(model, stack, name, course.prompt, turn) for turn in range(TURNS + 1)}
+        {turn: cost(model, stack, name, course.prompt, turn, only=course.only) for turn in range(TURNS + 1)}
         for name, stack in ((PLAIN, Stack()), (repr(what), what))
     ]
     told = price(found[1], found[0])
-    ratios = {
-        TRAIN: statistics.median(mine / plain for plain, mine in pairs),
-        READ: told.prefill_ratio,
-        TOKEN: told.step_ratio,
-        CACHE: told.cache_ratio,
-    }
-    return ratios, {"training step": statistics.median(mine for _, mine in pairs), **asdict(told)}
+    ratios |= {READ: told.prefill_ratio, TOKEN: told.step_ratio, CACHE: told.cache_ratio}
+    return ratios, steps | asdict(told)
 
 
 class _Stepping:

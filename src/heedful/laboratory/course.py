@@ -41,6 +41,7 @@ class Course(ABC):
     name: ClassVar[str]
     about: ClassVar[str]  # one sentence
     rate: ClassVar[float] = 3e-3  # the highest learning rate
+    timed: ClassVar[bool] = True  # whether costs are measured with it
     tokens: int  # of all batches together
 
     def __post_init__(self) -> None:
@@ -50,7 +51,12 @@ class Course(ABC):
 
     @property
     def prompt(self) -> Prompt | None:
-        """What costs are measured on; None where they are not."""
+        """What reading and decoding are timed on; None for a model that does neither."""
+        return None
+
+    @property
+    def only(self) -> tuple[str, ...] | None:
+        """The parts of the model that a mechanism acts in, as `attach` takes them; None for all."""
         return None
 
     @property

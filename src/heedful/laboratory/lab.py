@@ -45,9 +45,9 @@ def lab(
 ) -> Lab:
     """Train softmax and each mechanism on the same tiny models, data and budget, and measure what comes of it.
 
-    `mechanisms` are methods or stacks, eight of the catalogue for None. `kind` is "lm": bytes of text, and synthetic
-    tasks. `tokens` is the budget of each training, None for each course's own. `folder` keeps what is trained: the same
-    call goes on where it stopped, and other calls use what they share with it.
+    `mechanisms` are methods or stacks, eight of the catalogue for None. `kind` is "lm" (bytes of text, and synthetic
+    tasks), "vit" (digits) or "seq2seq" (strings). `tokens` is the budget of each training, None for each course's own.
+    `folder` keeps what is trained: the same call goes on where it stopped, and other calls use what they share with it.
     """
     chosen, wanted = _chosen(mechanisms, kind), courses(kind, tokens)
     if seeds < 1:

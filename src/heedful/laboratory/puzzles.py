@@ -107,6 +107,7 @@ class Puzzles(Course):
         "Recalls, copies and repeats random tokens; the share of the answer's tokens that are right, at 2 x with "
         "twice as much to remember."
     )
+    timed: ClassVar[bool] = False  # the text's costs are its own
     tokens: int = 1_572_864
     rows: int = 8  # texts of a batch, for each task
     width: int = 64

@@ -61,7 +61,7 @@ def fresh(course: Course, what: Stack, seed: int) -> Run:
     """An untrained model under a stack: what is in no stack begins alike for all."""
     model = course.model(seed)
     torch.manual_seed(seed)  # what the stack draws is its own
-    return attach(model, what)
+    return attach(model, what, only=course.only)
 
 
 def train(course: Course, what: Stack, seed: int, report: Steps = lambda _: None) -> Trained:
