@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import heedful
 from heedful import models
 from heedful.bench.answer import answer
 from heedful.bench.compare import Progress, compare, label
-from heedful.bench.comparison import PLAIN, Comparison, Gap
+from heedful.bench.comparison import Comparison
 from heedful.bench.cost import WARM_UP
 from heedful.bench.records import Answered, Cost, Refused, line, read
+from heedful.bench.results import PLAIN, Gap
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
@@ -29,6 +31,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.core.stack import Stack
 from heedful.methods.intervene.language.temp_scale import TempScale
+from heedful.methods.sparse.cache.kivi import KIVI
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
 from heedful.tasks.task import Item, Sheet, Task, chosen, recalled
 from heedful.text_models import text_model
@@ -300,6 +303,10 @@ def test_what_does_nothing_is_called_out(loaded) -> None:
     told = [f.text for f in found.description().findings]
     assert any(t.startswith("TempScale(tau=1.0) changed nothing") for t in told)
     assert any(t.startswith("SinkWindow(sinks=0, window=1000) changed nothing") for t in told)
+    found = compare(loaded, [KIVI()], [Echo()], count=3, turns=0)
+    told = [f.text for f in found.description().findings]
+    why = r"changed nothing \(the newest 128 tokens are whole, and the text has \d+\): it is the unedited model"
+    assert any(re.search(why, t) for t in told)
 
 
 def test_costs_are_counted_against_the_unedited_model(loaded) -> None:

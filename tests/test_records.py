@@ -11,8 +11,9 @@ import torch
 
 from heedful import models
 from heedful.bench.compare import compare
-from heedful.bench.comparison import PLAIN, Comparison
+from heedful.bench.comparison import Comparison
 from heedful.bench.records import FACTS, Answered, Cost, Log, Record, Refused, line, read
+from heedful.bench.results import PLAIN
 from heedful.core.errors import StatisticError, WriteError
 from heedful.core.files import RECORDS
 from heedful.diagnosis.run import diagnose

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from heedful.bench.comparison import PLAIN, SHARE, Comparison, Gap, luck
+from heedful.bench.comparison import Comparison
 from heedful.bench.records import Answered, Cost
+from heedful.bench.results import PLAIN, SHARE, Gap, luck
 from heedful.core.figures import Intervals, Listing, Scatter
 
 PROMPTS = 20

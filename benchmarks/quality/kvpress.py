@@ -29,7 +29,7 @@ from benchmarks.speed.peers import TORCH
 from benchmarks.speed.timing import record
 from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
-from heedful.bench.comparison import Gap
+from heedful.bench.results import Gap
 from heedful.core.call import CachedKV, Call, Kept
 from heedful.core.errors import InactiveWarning
 from heedful.core.method import Method

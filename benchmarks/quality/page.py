@@ -41,7 +41,7 @@ def compared() -> list[str]:
     if not COMPARED.exists():
         return []
     found = Comparison.load(COMPARED)
-    return ["## Ten methods on three tasks\n", *markdown(found), ""]
+    return ["## Ten methods on three tasks\n", *markdown(found.description()), ""]
 
 
 def kvpress() -> list[str]:

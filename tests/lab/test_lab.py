@@ -16,8 +16,9 @@ from heedful.core.errors import FieldError, StatisticError
 from heedful.core.figures import Curves, Intervals, Scatter
 from heedful.laboratory import costs, kinds, records
 from heedful.laboratory.lab import Progress, mechanism
+from heedful.laboratory.outcome import Lab
 from heedful.laboratory.records import Record
-from heedful.laboratory.results import Lab, Refused
+from heedful.laboratory.results import Refused
 from heedful.methods import MALA, GatedHeads, SigmoidAttention
 from tests.lab.small import Fails, Halved, Little, Riddles
 

@@ -14,9 +14,10 @@ from heedful.adapters.transformers import adapt
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import still
 from heedful.bench.answer import answer
-from heedful.bench.comparison import PLAIN, Comparison
+from heedful.bench.comparison import Comparison
 from heedful.bench.cost import WARM_UP, cost, machine
 from heedful.bench.records import COSTS, Answered, Cost, Log, Refused
+from heedful.bench.results import PLAIN
 from heedful.core.errors import FieldError, HeedfulError, SiteError, WriteError
 from heedful.core.files import RECORDS, folder_for, held
 from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
@@ -240,5 +241,6 @@ def _answered(speaker: TextModel, name: str, task: Task, item: Item, seed: int, 
             f"prompt {n}: the log-probability of what is right is {nats}, which can be compared with nothing"
         )
     return Answered(
-        name, repr(task), seed, n, score, nats, task.chance(item), seconds, speaker.active, dict(item.labels)
-    )
+        name, repr(task), seed, n, score, nats, task.chance(item), seconds, speaker.active, dict(item.labels),
+        speaker.reason,
+    )  # fmt: skip

@@ -7,16 +7,16 @@ from collections.abc import Iterable
 
 import torch
 
-from heedful.bench.comparison import PLAIN, SHARE, Comparison, Gap, Price, Result
 from heedful.bench.matrix import VERDICTS
 from heedful.bench.numbers import direction, number, rounded, task_name, units
 from heedful.bench.records import COSTS, Answered
-from heedful.core.figures import Description, Figure, Finding, Intervals, Listing, Scatter, percent
+from heedful.bench.results import PLAIN, SHARE, Gap, Price, Result, Results
+from heedful.core.figures import Description, Figure, Finding, Intervals, Listing, Matrix, Scatter, percent
 
 MB = 1 << 20
 
 
-def findings(c: Comparison) -> Iterable[Finding]:
+def findings(c: Results) -> Iterable[Finding]:
     """What a reader would want to know, one sentence each."""
     prices = {p.contender: p for p in c.prices}
     plain = {r.task: r for r in c.results if r.contender == PLAIN}
@@ -25,7 +25,8 @@ def findings(c: Comparison) -> Iterable[Finding]:
         if not mine:
             continue
         if name in c.inactive:
-            yield Finding(f"{name} changed nothing: it is the unedited model.", 0.9)
+            why = f" ({reason})" if (reason := c.reason(name)) else ""
+            yield Finding(f"{name} changed nothing{why}: it is the unedited model.", 0.9)
             continue
         told = [
             _clause(word, [r for r in mine if c.verdicts.get((r.task, name)) == word], plain, c)
@@ -47,7 +48,7 @@ def findings(c: Comparison) -> Iterable[Finding]:
         yield Finding(f"{refused.contender} was refused{task}: {refused.reason}", 0.4)
 
 
-def _lead(c: Comparison) -> str:
+def _lead(c: Results) -> str:
     """How many methods win and lose anything."""
     ways: dict[str, set[str]] = {}
     for (_, name), word in c.verdicts.items():
@@ -70,7 +71,7 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
-def _clause(word: str, results: list[Result], plain: dict[str, Result], c: Comparison) -> str:
+def _clause(word: str, results: list[Result], plain: dict[str, Result], c: Results) -> str:
     told = []
     for r in results:
         score, before = (number(x, c.tasks[r.task]["unit"]) for x in (r.score, plain[r.task].score))
@@ -91,7 +92,7 @@ def _saves(price: Price | None) -> str:
     return " and ".join(parts)
 
 
-def figures(c: Comparison) -> Iterable[Figure]:
+def figures(c: Results) -> Iterable[Figure]:
     names = c.contenders[1:]
     groups: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for task, about in c.tasks.items():
@@ -135,7 +136,7 @@ def figures(c: Comparison) -> Iterable[Figure]:
         )
 
 
-def _chance(c: Comparison, task: str) -> float | None:
+def _chance(c: Results, task: str) -> float | None:
     found = [r.chance for r in c.records if isinstance(r, Answered) and r.task == task and r.contender == PLAIN]
     known = [x for x in found if x is not None]
     return sum(known) / len(known) if known and len(known) == len(found) else None
@@ -161,7 +162,7 @@ def _cost_row(p: Price) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def _clouds(c: Comparison) -> Iterable[Scatter]:
+def _clouds(c: Results) -> Iterable[Scatter]:
     """Worth against cost: what the right answers lose or win in log-probability, mean over tasks."""
     worth = c.worth
     for key, title, field, label in (
@@ -184,41 +185,41 @@ def _worth(gap: Gap | None) -> tuple[float, float, float]:
     return (0.0, 0.0, 0.0) if gap is None else (gap.mean, gap.low, gap.high)
 
 
-def description(c: Comparison) -> Description:
+def description(c: Results) -> Description:
     found = sorted(findings(c), key=lambda f: -f.weight)
     return Description(figures=tuple(figures(c)), findings=tuple(found))
 
 
-def in_words(c: Comparison) -> str:
-    """The comparison as a text: sentences, then one table for each task, then the costs."""
+def in_words(c: Results, told: Description, table: Matrix) -> str:
+    """A comparison as a text: sentences, then one table for each task, then the costs."""
     out = [
         f"{c.facts.get('model', 'a model')}: {_count(len(c.contenders) - 1, 'method')}, {_count(len(c.tasks), 'task')}",
         "",
-        *_verdicts(c),
+        *_verdicts(table),
         "",
     ]
-    out += [f"- {finding.text}" for finding in c.description().findings]
-    for figure in c.description().figures:
+    out += [f"- {finding.text}" for finding in told.findings]
+    for figure in told.figures:
         if isinstance(figure, Listing):
             out += ["", f"{figure.title}. {figure.what}", *aligned(figure)]
     return "\n".join(out)
 
 
-def _verdicts(c: Comparison) -> list[str]:
+def _verdicts(table: Matrix) -> list[str]:
     """The matrix as a text, and what its verdicts mean."""
-    names = ("method", *(name for name, _ in c.matrix.columns))
+    names = ("method", *(name for name, _ in table.columns))
     rows = [
         (name, *(f"{cell.text} ({cell.detail})" if cell.detail else cell.text or "-" for cell in cells))
-        for name, cells in c.matrix.rows
+        for name, cells in table.rows
     ]
-    said = dict.fromkeys(cells[0].text for _, cells in c.matrix.rows if cells[0].text)
+    said = dict.fromkeys(cells[0].text for _, cells in table.rows if cells[0].text)
     return [*aligned(Listing("", "", "", names, rows)), "", *(f"{word}: {VERDICTS[word][0]}." for word in said)]
 
 
-def markdown(c: Comparison) -> list[str]:
+def markdown(told: Description) -> list[str]:
     """Sentences and tables in Markdown."""
-    out = [f"- {finding.text}" for finding in c.description().findings]
-    for figure in c.description().figures:
+    out = [f"- {finding.text}" for finding in told.findings]
+    for figure in told.figures:
         if isinstance(figure, Listing):
             rows = [[str(x) for x in figure.columns], *([_cell(x) for x in row] for row in figure.rows)]
             lines = ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in rows]

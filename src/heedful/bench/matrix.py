@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from heedful.bench.comparison import PLAIN, Comparison, Gap, Result
 from heedful.bench.numbers import direction, number, task_name, units
+from heedful.bench.results import PLAIN, Gap, Result, Results
 from heedful.core.figures import Cell, Matrix
 
 HARMLESS = 0.05  # of the share right, or nats: how much worse the far end of a safe method's intervals may lie
@@ -21,7 +21,7 @@ VERDICTS = {
 COSTS = {"prefill": "prefill_ratio", "token": "step_ratio", "cache": "cache_ratio"}
 
 
-def verdict(c: Comparison, name: str) -> str:
+def verdict(c: Results, name: str) -> str:
     """What the comparison says of a method as a whole, a word of VERDICTS."""
     mine = [r for r in c.results if r.contender == name]
     if not mine:
@@ -37,12 +37,12 @@ def verdict(c: Comparison, name: str) -> str:
     return "safe" if safe and not any(r.contender == name for r in c.refused) else "unclear"
 
 
-def _worst(gap: Gap, c: Comparison, task: str) -> float:
+def _worst(gap: Gap, c: Results, task: str) -> float:
     """How much worse the task may be at the far end of the interval."""
     return -gap.low if c.tasks[task]["more_is_better"] else gap.high
 
 
-def matrix(c: Comparison) -> Matrix:
+def matrix(c: Results) -> Matrix:
     """A row for each method, a column for each task and cost; the unedited model first."""
     tasks = [task for task in c.tasks if any(r.task == task for r in c.results)]
     costs = COSTS if c.prices else {}
@@ -69,7 +69,7 @@ def _ratio(x: float, name: str) -> Cell:
     return Cell(f"{x:.2f}", "", x, "good" if x < 0.95 and name != PLAIN else "")
 
 
-def _score(c: Comparison, r: Result | None, task: str, word: str) -> Cell:
+def _score(c: Results, r: Result | None, task: str, word: str) -> Cell:
     unit = c.tasks[task]["unit"]
     if r is None:
         return Cell("refused", tone="quiet")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heedful.bench.comparison import SHARE, Comparison
+from heedful.bench.results import SHARE, Results
 from heedful.core.figures import percent
 
 
@@ -26,7 +26,7 @@ def direction(about: dict[str, object]) -> str:
     return "more" if about["more_is_better"] else "less"
 
 
-def task_name(c: Comparison, task: str) -> str:
+def task_name(c: Results, task: str) -> str:
     """A task's short name, with its settings where two share it."""
     name = str(c.tasks[task]["name"])
     return name if sum(about["name"] == name for about in c.tasks.values()) == 1 else task

@@ -26,6 +26,7 @@ class Answered:
     seconds: float
     active: bool  # whether the contender had changed anything by then
     labels: Mapping[str, float | str] = field(default_factory=dict, hash=False)
+    reason: str = ""  # why it had not, where that is known
 
     @property
     def key(self) -> tuple[Any, ...]:

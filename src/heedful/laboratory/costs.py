@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Generator, nn
 
-from heedful.bench.comparison import price
 from heedful.bench.cost import cost
+from heedful.bench.results import price
 from heedful.core.stack import Stack
 from heedful.laboratory.course import Course, Quantity
 from heedful.laboratory.training import fresh

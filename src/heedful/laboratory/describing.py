@@ -8,12 +8,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from heedful.bench.comparison import Gap
 from heedful.bench.describing import aligned
+from heedful.bench.results import Gap
 from heedful.core.figures import Cell, Curves, Description, Figure, Finding, Intervals, Listing, Matrix, Scatter
 from heedful.laboratory.costs import PLAIN, RATIO, TRAIN
 from heedful.laboratory.course import Course, Quantity
-from heedful.laboratory.results import Found, Lab
+from heedful.laboratory.results import Found, Results
 
 POINTS = 40  # of a learning curve
 
@@ -24,7 +24,7 @@ def _way(quantity: Quantity) -> str:
     return f"{quantity.unit}, {'more' if quantity.more_is_better else 'less'} is better"
 
 
-def matrix(lab: Lab) -> Matrix:
+def matrix(lab: Results) -> Matrix:
     """A row for each mechanism, a column for each quantity; softmax first."""
     columns = [(q.name, _way(q)) for course in lab.courses for q in lab.quantities(course)]
 
@@ -55,7 +55,7 @@ def written(x: float, quantity: Quantity) -> str:
     return f"{x:.2f}" if quantity.unit == RATIO or abs(x) >= 10 else f"{x:.3f}"
 
 
-def findings(lab: Lab) -> Iterable[Finding]:
+def findings(lab: Results) -> Iterable[Finding]:
     """What a reader would want to know, one sentence each."""
     for course in lab.courses:
         first = course.quantities[0]
@@ -75,7 +75,7 @@ def findings(lab: Lab) -> Iterable[Finding]:
         yield Finding(f"{refused.mechanism} was refused by {refused.course}: {refused.reason}", 0.4)
 
 
-def figures(lab: Lab) -> Iterable[Figure]:
+def figures(lab: Results) -> Iterable[Figure]:
     for course in lab.courses:
         yield from _differences(lab, course)
         yield from _worth(lab, course)
@@ -89,7 +89,7 @@ def figures(lab: Lab) -> Iterable[Figure]:
         yield _table(lab, course)
 
 
-def _differences(lab: Lab, course: Course) -> Iterable[Figure]:
+def _differences(lab: Results, course: Course) -> Iterable[Figure]:
     """Intervals of all quantities that share a unit and a way."""
     names = lab.contenders[1:]
     groups: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -111,7 +111,7 @@ def _three(gap: Gap | None) -> list[float]:
     return [math.nan] * 3 if gap is None else [gap.mean, gap.low, gap.high]
 
 
-def _worth(lab: Lab, course: Course) -> Iterable[Figure]:
+def _worth(lab: Results, course: Course) -> Iterable[Figure]:
     """The first quantity against the time of training."""
     first = course.quantities[0]
     sign = 1 if first.more_is_better else -1
@@ -132,7 +132,7 @@ def _worth(lab: Lab, course: Course) -> Iterable[Figure]:
         )  # fmt: skip
 
 
-def _learning(lab: Lab, course: Course) -> Iterable[Figure]:
+def _learning(lab: Results, course: Course) -> Iterable[Figure]:
     """The loss of training, averaged over seeds and neighbouring steps."""
     lines: dict[str, Tensor] = {}
     many = min(POINTS, course.steps)
@@ -149,7 +149,7 @@ def _learning(lab: Lab, course: Course) -> Iterable[Figure]:
         yield Curves(f"{course.name}_learning", title, what, x, lines, "tokens seen", "nats")
 
 
-def _table(lab: Lab, course: Course) -> Listing:
+def _table(lab: Results, course: Course) -> Listing:
     quantities = lab.quantities(course)
     rows = []
     for name in lab.contenders:
@@ -166,14 +166,14 @@ def _table(lab: Lab, course: Course) -> Listing:
     )  # fmt: skip
 
 
-def description(lab: Lab) -> Description:
+def description(lab: Results) -> Description:
     found = sorted(findings(lab), key=lambda f: -f.weight)
     return Description(figures=tuple(figures(lab)), findings=tuple(found))
 
 
-def in_words(lab: Lab) -> str:
+def in_words(lab: Results, told: Description) -> str:
     """The lab as a text: sentences, then for each course its numbers and the differences of what counts most."""
-    out = [f"- {finding.text}" for finding in lab.description().findings]
+    out = [f"- {finding.text}" for finding in told.findings]
     for course in lab.courses:
         table = _table(lab, course)
         out += ["", f"{table.title}. {table.what}", *aligned(table)]

@@ -16,8 +16,9 @@ from heedful.core.reading import named, written
 from heedful.core.stack import Stack
 from heedful.laboratory.costs import PLAIN
 from heedful.laboratory.kinds import DEFAULTS, courses
+from heedful.laboratory.outcome import Lab
 from heedful.laboratory.records import Record, Trainings, as_stack, name_of
-from heedful.laboratory.results import Lab, Refused, facts
+from heedful.laboratory.results import Refused, facts
 from heedful.laboratory.training import MissingTrainer, Steps
 
 
