@@ -87,6 +87,7 @@ def test_the_verb_prints_and_writes(small: None, tmp_path: Path) -> None:
     again = json.loads(CliRunner().invoke(app, [*arguments, "--json", "--no-page"]).stdout)
     assert {r["mechanism"] for r in again["results"]} == {"softmax", "SigmoidAttention(length=16)", "MALA | GatedHeads"}
     loaded = Lab.load(tmp_path / "kept")
+    assert GatedHeads.paper.title in loaded.page("again.html").read_text()
     assert {(r.mechanism, r.quantity): r.mean for r in loaded.results} == {
         (r["mechanism"], r["quantity"]): r["mean"] for r in again["results"]
     }

@@ -39,9 +39,14 @@ def courses(kind: str, tokens: int | None) -> tuple[Course, ...]:
     return made if tokens is None else tuple(replace(course, tokens=tokens) for course in made)
 
 
+def by_name() -> dict[str, type[Course]]:
+    """Every course, in the order in which tables show them."""
+    return {course.name: course for courses in KINDS.values() for course in courses}
+
+
 def course_of(name: str, settings: Mapping[str, Any]) -> Course:
     """A course as a record names it."""
-    known = {course.name: course for courses in KINDS.values() for course in courses}
+    known = by_name()
     if name not in known:
         raise StatisticError(f"no course is named {name!r}; there are {', '.join(known)}")
     return known[name](**settings)

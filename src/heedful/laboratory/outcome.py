@@ -12,7 +12,7 @@ from heedful.core.errors import StatisticError
 from heedful.core.figures import Description, Matrix
 from heedful.laboratory.course import Course
 from heedful.laboratory.describing import description, in_words, matrix
-from heedful.laboratory.kinds import course_of
+from heedful.laboratory.kinds import by_name, course_of
 from heedful.laboratory.records import Trainings
 from heedful.laboratory.results import Results, facts
 
@@ -90,4 +90,4 @@ class Lab(Results):
                     f"{folder} holds trainings of unlike settings, {other} and {course}, which are no one table: run "
                     "the lab on it with the settings that you mean"
                 )
-        return cls(facts(records), tuple(courses.values()), tuple(records))
+        return cls(facts(records), tuple(courses[name] for name in by_name() if name in courses), tuple(records))

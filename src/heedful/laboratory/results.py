@@ -95,7 +95,7 @@ def facts(records: Sequence[Record]) -> dict[str, Any]:
         "model": "Tiny models",
         **last.facts,
         "seeds": len({r.seed for r in records}),
-        "contenders": dict.fromkeys(r.mechanism for r in records if r.mechanism != PLAIN),
+        "contenders": {r.mechanism: r.mechanism for r in records if r.mechanism != PLAIN},
         "tasks": dict.fromkeys(r.course for r in records),
     }
 

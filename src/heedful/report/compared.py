@@ -17,6 +17,7 @@ WORDS = {
     "verdict is sure after Holm's correction.",
     "nothing": "There is nothing to compare yet.",
     "points": "Compared",
+    "curves": "Curves",
     "tables": "Scores and costs",
     "used": "What was compared, and by whose method",
 }
@@ -57,7 +58,7 @@ def _facts(comparison: Compared) -> list[tuple[str, str]]:
 def _used(comparison: Compared) -> list[dict[str, Any]]:
     """Every method of the catalogue that some contender holds."""
     spelled = comparison.facts.get("contenders", {}).values()
-    names = dict.fromkeys(name for text in spelled for name in re.findall(r"\b[A-Z]\w*(?=\()", text))
+    names = dict.fromkeys(name for text in spelled for name in re.findall(r"\b[A-Z]\w*", text))
     return [found for name in names if "paper" in (found := entry(name))]
 
 
