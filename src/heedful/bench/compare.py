@@ -17,6 +17,7 @@ from heedful.bench.answer import answer
 from heedful.bench.comparison import PLAIN, Comparison
 from heedful.bench.cost import WARM_UP, cost, machine
 from heedful.bench.records import COSTS, Answered, Cost, Log, Refused
+from heedful.core.asked import asks
 from heedful.core.errors import FieldError, HeedfulError, SiteError, WriteError
 from heedful.core.files import RECORDS, folder_for, held
 from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
@@ -79,6 +80,7 @@ def _named(contenders: Mapping[str, Contender] | Iterable[Contender]) -> dict[st
     return found
 
 
+@asks
 def compare(
     model: Loaded | tuple[Any, Any],
     methods: Mapping[str, Contender] | Iterable[Contender],
@@ -101,7 +103,7 @@ def compare(
     given = model if isinstance(model, Loaded) else Loaded(unwrapped(model[0]), model[1], "")
     if given.tokenizer is None:
         raise FieldError("compare()", "model", given.name, "has no tokenizer, which tasks need", "(model, tokenizer)")
-    contenders, folder = _named(methods), folder_for("compare()", out)
+    contenders, folder = _named(methods), None if out is None else folder_for("compare()", out, "out")
     chosen = [_task(task) for task in tasks]
     require(given, chosen, count, turns, how)
     facts = facts_of(given.model, given.name, len(adapt(given.model, how.get("only")).layer_names))
@@ -123,6 +125,8 @@ def compare(
 def _task(task: Task | str) -> Task:
     if isinstance(task, Task):
         return task
+    if not isinstance(task, str):
+        raise FieldError("compare()", "tasks", task, "must be tasks or their names", ["needle"])
     from heedful.tasks import find
 
     return find(task)

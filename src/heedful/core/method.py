@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, datacl
 
 from torch import Tensor
 
+from heedful.core.asked import after_kinds, require_fields
 from heedful.core.call import Call, Phase
 from heedful.core.errors import DefinitionError, FieldError
 from heedful.core.figures import Description
@@ -111,7 +112,13 @@ class CatalogueEntry(ABC):  # noqa: B024 - what is abstract stands in its kinds
     paper: ClassVar[Paper] = UNPUBLISHED
     kind: ClassVar[str] = "entry"
 
+    def __post_init__(self) -> None:
+        """Refuse fields that do not suit; by then each is known to be of the kind that its annotation names."""
+        require_fields(self)
+
     def __init_subclass__(cls, abstract: bool = False) -> None:
+        if "__post_init__" in vars(cls):
+            cls.__post_init__ = after_kinds(cls.__post_init__)  # type: ignore[assignment]
         dataclass(frozen=True)(cls)
         private = cls.__name__.startswith("_")  # what only serves another method needs none of its own
         if not abstract and not private and (not isinstance(cls.paper, Paper) or cls.paper is UNPUBLISHED):
@@ -250,8 +257,10 @@ class Method(CatalogueEntry, abstract=True):
 def _numbers(owner: str, field: str, given: Iterable[int] | int | None) -> tuple[int, ...] | None:
     if given is None:
         return None
-    requested = (given,) if isinstance(given, int) else tuple(given)
-    if not requested or not all(isinstance(i, int) and i >= 0 for i in requested):
+    requested: tuple[Any, ...] = (given,)
+    if isinstance(given, Iterable) and not isinstance(given, str | bytes):
+        requested = tuple(given)
+    if not requested or not all(type(i) is int and i >= 0 for i in requested):
         raise FieldError(owner, field, given, "must be one or more numbers from 0 up", [0, 3])
     return tuple(sorted(set(requested)))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from heedful.core.call import Phase
-from heedful.core.errors import ClashError, DefinitionError
+from heedful.core.errors import ClashError, DefinitionError, FieldError, shown
 from heedful.core.method import Method, Part, Scoped, method_of
 from heedful.core.paper import UNPUBLISHED
 from heedful.core.sites import MAP_SITES, SINGLE_SITES, Edit, Site
@@ -88,9 +88,11 @@ class Stack:
     parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.parts, tuple):
+            raise FieldError(self, "parts", self.parts, "must be a tuple of methods", ("TempScale(0.9)",))
         for i, part in enumerate(self.parts):
             if not isinstance(part, Method | Scoped):
-                what = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
+                what = f"the class {part.__name__}" if isinstance(part, type) else shown(part)
                 raise DefinitionError(f"a stack holds methods, not {what}; join methods with |, as in A() | B()")
             for other in self.parts[:i]:
                 if reason := clash(other, part):

@@ -9,8 +9,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heedful.core.asked import asks
 from heedful.core.errors import FieldError, StatisticError
 from heedful.core.figures import Description, Figure, Finding, Role
+from heedful.core.files import folder_for
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Readings, method_of
@@ -93,6 +95,7 @@ class Profile:
     def figures(self) -> dict[str, Figure]:
         return {figure.key: figure for _, told in self._told for figure in told.figures}
 
+    @asks
     def __add__(self, other: Profile) -> Profile:
         if self.parts != other.parts:
             raise StatisticError(f"cannot merge profiles of {self.parts} and of {other.parts}: measures must agree")
@@ -108,31 +111,36 @@ class Profile:
             both[key] = both[key] + stat if key in both and not same else stat
         return Profile(_both(self.facts, other.facts), self.parts, both, self.view or other.view)
 
+    @asks
     def __sub__(self, other: Profile) -> ProfileDifference:
         """What sets this one apart from another of equally many layers and heads."""
         from heedful.diagnosis.difference import ProfileDifference
 
         return ProfileDifference(self, other)
 
+    @asks
     def save(self, folder: str | Path) -> Path:
         """Write `profile.json` and its statistics into a folder: whole, or not at all."""
         from heedful.diagnosis.store import save_profile
 
-        return save_profile(self, Path(folder))
+        return save_profile(self, folder_for("Profile.save()", folder))
 
     @staticmethod
+    @asks
     def load(folder: str | Path) -> Profile:
         """Read what `save` wrote."""
         from heedful.diagnosis.store import load_profile
 
-        return load_profile(Path(folder))
+        return load_profile(folder_for("Profile.load()", folder))
 
+    @asks
     def tables(self, arrow: bool = False) -> dict[str, Any]:
         """Every figure, the roles and the findings as pandas tables, or as Arrow tables."""
         from heedful.diagnosis.tables import tables
 
         return tables(self, arrow)
 
+    @asks
     def page(self, path: str | Path) -> Path:
         """Write the page: one HTML file that needs nothing else."""
         from heedful.report.page import write

@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from heedful.core.asked import asks
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, InactiveWarning, StatisticError
 from heedful.core.method import Layer, Method, Part, Readings
@@ -308,10 +309,12 @@ class Run:
             plain = _first_tensor(self.model(*args, **kwargs))
         return float((edited - plain).abs().max() / plain.abs().max().clamp(min=1e-30))
 
+    @asks
     def save(self, path: str | Path) -> Path:
         """Write all statistics to one file, from which `load` and other runs of the same stack can go on."""
         return save(path, {f"{n}.{name}.{layer}": s for (n, name, layer), s in self.state.statistics.items()})
 
+    @asks
     def merge(self, path: str | Path) -> None:
         """Add the statistics that another run of the same stack saved."""
         found: dict[tuple[int, str, int], Statistic] = {}
@@ -338,6 +341,7 @@ class Run:
             for name, p in found.items()
         }
 
+    @asks
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put learned parameters back; names and shapes must be exactly those of this stack."""
         mine = {f"{n}.{layer}.{name}": p for (n, layer), f in self.state.params.items() for name, p in f.items()}

@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 from functools import cache
 
+from heedful.core.asked import asks
 from heedful.core.errors import CatalogueError, nearest
 from heedful.core.reading import named, written
 from heedful.tasks.task import Task
@@ -36,6 +37,7 @@ def names() -> dict[str, str]:
     return {name: kind.about for name, kind in known().items()}
 
 
+@asks
 def find(text: str) -> Task:
     """A task by its name or its class's, with settings if they follow: `needle`, `Needle(length=512)`."""
     kinds = known()
