@@ -62,8 +62,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         ),
         "compare": (
             heedful.compare, {"model": Loaded(model, str, ""), "methods": [], "tasks": ["nothing of that name"]},
-            "model methods tasks count turns only backend",
+            "model methods tasks prompts minutes margin turns only backend",
         ),
+        "lab": (heedful.lab, {"kind": "no kind", "seeds": 1}, "mechanisms kind seeds tokens folder"),
         "check": (heedful.check, {"method": TempScale, "only": ("is_documented",)}, "method only"),
         "edit": (heedful.edit, {"site": None, "function": abs}, "site function"),
         "explain": (heedful.explain, {"stack": TempScale(0.5)}, "stack softcap sink"),
@@ -126,8 +127,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
 
 
 VERBS = [
-    "attach", "fit", "fold", "operate", "arrange", "load", "decode", "diagnose", "compare", "check", "edit", "explain",
-    "patterns", "ablate", "attribute", "logit_lens", "direct_logits", "faithfulness", "patching", "path_patching",
+    "attach", "fit", "fold", "operate", "arrange", "load", "decode", "diagnose", "compare", "lab", "check", "edit",
+    "explain", "patterns", "ablate", "attribute", "logit_lens", "direct_logits", "faithfulness", "patching", "path_patching",
     "models.load", "models.tiny", "catalogue.find", "catalogue.search", "tasks.find", "Stack", "Prompt", "Removal",
     "on", "when", "|", "Run[]", "Run.save", "Run.merge", "Run.load_state_dict", "Profile.answer", "Profile.save",
     "Profile.load", "Profile.page", "Profile.+", "Profile.-", "Comparison.load", "Lens.words", "DirectLogits.top",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from heedful.api import attach
 from heedful.catalogue import named
 from heedful.core.asked import asks
 from heedful.core.errors import HeedfulError, ModelError
-from heedful.core.regions import Span
+from heedful.core.regions import Roles
 from heedful.core.spelling import built
 from heedful.core.stack import Stack
 from heedful.engine.learned import PREFIX, learned
@@ -33,7 +33,7 @@ def load(
     *,
     kind: type[PreTrainedModel] | None = None,
     backend: str = "auto",
-    roles: Mapping[str, tuple[Span, ...]] | None = None,
+    roles: Roles | Sequence[Roles] | None = None,
     **more: Any,
 ) -> Run:
     """The run of a model that was saved with a stack attached; `from_pretrained` gets `more`.

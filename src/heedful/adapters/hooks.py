@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
@@ -18,17 +18,19 @@ from heedful.adapters.carried import shelf_of
 from heedful.adapters.compiled import as_written
 from heedful.adapters.grids import Grid, grid_of, patches
 from heedful.adapters.kvcache import hold, seen, serve
-from heedful.adapters.layers import block_of, output_module, within
+from heedful.adapters.layers import block_of, output_module, projections, within
 from heedful.adapters.lazymask import LazyMask
+from heedful.adapters.replacing import NOTHING, UNROTATED, Spared, shares_keys, takes_up, unrotated
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError, NotEntered, RefusedModel
+from heedful.core.errors import FieldError, NotEntered, RefusedModel, SiteError
 from heedful.core.positions import Positions
-from heedful.core.regions import Span
+from heedful.core.regions import Marks
 from heedful.core.sites import Site
 from heedful.engine.again import stand_around
 from heedful.engine.attend import replaced
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run import Run
+from heedful.engine.run_state import Plan
 from heedful.engine.stages import stage
 
 _CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
@@ -140,7 +142,7 @@ class Hooks:
         output["loss"] = output["loss"] + self.run.loss()
         return output
 
-    def roles(self, bound: Bound, tokens: int) -> Mapping[str, tuple[Span, ...]]:
+    def roles(self, bound: Bound, tokens: int) -> Marks:
         """The run's roles, and the patches of the image that a layer attends over."""
         inside = [prefix for prefix in self._images if within(bound.name, (prefix,) if prefix else None)]
         if not inside or "patches" in self.run.roles:
@@ -189,22 +191,61 @@ class Hooks:
             if number is None:
                 raise RefusedModel(f"a CACHE edit cannot act in {bound.name}: the module does not tell its cache layer")
             hold(bound.cache, number, bound.name)
-        if not any(s.edit.site is Site.HIDDEN for s in steps):
+        early = {s.edit.site for s in steps if s.edit.site in (Site.HIDDEN, Site.BLOCK) or s.edit.before_rotary}
+        if not early:
             return None
         if bound.hidden is None or bound.hidden.ndim not in (2, 3):
-            raise RefusedModel(
-                f"{bound.name} ({bound.kind}) is not handed hidden states [b n e], so HIDDEN has no place"
-            )
+            places = " and ".join(sorted(site.name for site in early))
+            raise RefusedModel(f"{bound.name} ({bound.kind}) is not handed hidden states [b n e], so {places} has none")
         flat = bound.hidden.ndim == 2  # [n e], of images whose patches stand in one row
         hidden = bound.hidden[None] if flat else bound.hidden
         call = self._outline(bound, hidden, told.get("attention_mask"), bound.cache)
-        job = AttentionCall(self.run.state.plan(call, Site.HIDDEN), self.run.state, call)
-        hidden = stage(Site.HIDDEN, hidden, job, call)
+        plan = self.run.state.plan(call, *early)
+        args, kwargs = self._without_what_is_replaced(bound, plan, args, kwargs)
+        if Site.HIDDEN not in early:
+            return args, kwargs
+        hidden = stage(Site.HIDDEN, hidden, AttentionCall(plan, self.run.state, call), call)
         bound.hidden = hidden[0] if flat else hidden
-        self.run.state.close_call(job.plan, call)
+        self.run.state.close_call(plan, call)
         if "hidden_states" in kwargs:
             return args, {**kwargs, "hidden_states": bound.hidden}
         return (bound.hidden, *args[1:]), kwargs
+
+    def _without_what_is_replaced(
+        self, bound: Bound, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A module's arguments as a method that replaces it wants them; what it need not compute is left out."""
+        steps = (*plan.at(Site.MIX), *plan.at(Site.BLOCK))
+        bound.spared = frozenset()
+        if any(step.edit.before_rotary for step in steps) and (still := unrotated(bound, args, kwargs)) is not None:
+            if not takes_up(bound, UNROTATED):
+                raise SiteError(
+                    f"{bound.name}: the cache holds keys with the rotary embedding in them, and a method asks for keys "
+                    "from before it; read the text anew, with a method that is idle in none of its calls"
+                )
+            args, kwargs = still
+        for step in plan.at(Site.BLOCK):
+            bound.spared = frozenset("o" if step.edit.before_rotary else "qo")
+            # a later call that is not replaced, and another layer, may read the keys of one that is
+            unread = (step.always or bound.cache is None) and not shares_keys(bound.module)
+            if unread and not step.edit.before_rotary and takes_up(bound, NOTHING):
+                bound.spared = frozenset("qkvo")
+        return args, kwargs
+
+    def spare(self, model: nn.Module, bound: Bound) -> None:
+        """Let the projections of a module whose block is replaced do nothing that nobody reads."""
+        try:
+            found = projections(model, bound.name, bound.number or 0)
+        except RefusedModel:
+            return  # there they do it for nothing
+        letters: dict[nn.Module, frozenset[str]] = {}
+        for letter in "qkvo":
+            module = found.module(letter)
+            letters[module] = letters.get(module, frozenset()) | {letter}
+        for module, mine in letters.items():
+            spared = Spared(bound, mine)
+            self._handles.append(module.register_forward_pre_hook(Hook(spared.before)))
+            self._handles.append(module.register_forward_hook(Hook(spared.after)))
 
     def _stand_around(self, name: str) -> None:
         if self._graph or torch.is_grad_enabled() or not self.under_way:  # else nobody asks for gradients
@@ -222,7 +263,8 @@ class Hooks:
         phase = Phase.DECODE if n == 1 and past else Phase.PREFILL
         return Call(
             bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
-            roles=self.roles(bound, len(keys)), hidden=hidden, forward=self.run.state.now.number, batch=len(hidden),
+            denoising=self.run.state.denoising, roles=self.roles(bound, len(keys)), hidden=hidden,
+            forward=self.run.state.now.number, batch=len(hidden),
         )  # fmt: skip
 
     # the layers of one list

@@ -72,11 +72,16 @@ def append(path: Path, text: str) -> None:
             raise
 
 
-def folder_for(owner: str, out: str | Path, field: str = "folder") -> Path:
+def folder_named(owner: str, folder: str | Path, field: str = "folder") -> Path:
     """The folder that a caller names."""
-    if "\0" in str(out) or not str(out):
-        raise FieldError(owner, field, str(out), "must be the name of a folder, without null characters", "kept")
-    return Path(out)
+    if "\0" in str(folder) or not str(folder):
+        raise FieldError(owner, field, str(folder), "must be the name of a folder, without null characters", "kept")
+    return Path(folder)
+
+
+def folder_for(owner: str, out: str | Path | None, field: str = "out") -> Path | None:
+    """The folder that a caller names for what a verb finds, if any."""
+    return None if out is None else folder_named(owner, out, field)
 
 
 @contextmanager

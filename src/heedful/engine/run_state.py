@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from heedful.core.call import Call, Phase
-from heedful.core.errors import DefinitionError, SiteError
-from heedful.core.method import Method
+from heedful.core.call import Call, DenoisingStep, Phase
+from heedful.core.errors import DefinitionError, FieldError, SiteError
+from heedful.core.method import Method, Scoped
 from heedful.core.sites import HEADLESS_SITES, MAP_SITES, Site
 from heedful.core.stack import Stack, Step, apart
 from heedful.core.state import Key, Notes, Shelf, State
@@ -57,6 +57,19 @@ class Plan:
     def may_idle(self) -> tuple[Step, ...]:
         """The steps of methods that sometimes have nothing to do."""
         return tuple(s for s in self.steps if type(s.method).idle is not Method.idle)
+
+    @cached_property
+    def _stepwise(self) -> dict[int, Scoped]:
+        """The parts that act in some denoising steps alone, by number."""
+        return {s.number: s.part for s in self.steps if isinstance(s.part, Scoped) and s.part.steps is not None}
+
+    def left_out(self, at: DenoisingStep | None) -> frozenset[int]:
+        """The parts that do not act in a denoising step."""
+        for part in self._stepwise.values():
+            if at is None:
+                rule = "acts in some denoising steps, and the run was not told at which one the model is"
+                raise FieldError(repr(part), "steps", list(part.steps or ()), rule, "with run.denoising(0, of=50): ...")
+        return frozenset(n for n, part in self._stepwise.items() if at and at.number not in (part.steps or ()))
 
     @cached_property
     def summed(self) -> tuple[Step, ...]:
@@ -118,6 +131,8 @@ class RunState:
     calls: dict[int, Call] = field(default_factory=dict)  # each layer's largest call, for counting its pairs
     backends: dict[int, str] = field(default_factory=dict)
     kept: dict[int, tuple[int, int]] = field(default_factory=dict)  # cache entries kept and seen, by layer
+    cache_bytes: dict[int, tuple[int, int]] = field(default_factory=dict)  # the bytes of those, and of all as they came
+    denoising: DenoisingStep | None = None  # the step that a diffusion model is at
     saves: int = 0  # how often the model was saved with the stack
     now: Forward = field(default_factory=Forward)  # the last forward, or what is computed of an earlier one again
 
@@ -157,7 +172,7 @@ class RunState:
         for step in whole.may_idle:
             if step.number not in asked and (not sites or step.edit.site in sites):
                 asked[step.number] = step.method.idle(self.view(step, call))
-        idle = frozenset(number for number, yes in asked.items() if yes)
+        idle = frozenset(number for number, yes in asked.items() if yes) | whole.left_out(call.denoising)
         self.idled |= idle
         return self._plan(call.layer, call.phase, idle)
 
