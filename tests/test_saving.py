@@ -221,12 +221,18 @@ def test_wrapped_models_save_what_is_theirs(model: Any, tmp_path: Path) -> None:
     assert all(torch.equal(x, wanted[name]) for name, x in load(tmp_path).state_dict().items())
 
 
+class Whatever(Scale):
+    """Scales by what it is given."""
+
+    by: Any = 1.0
+
+
 @pytest.mark.parametrize(
     "what",
     [
         heedful.edit(heedful.Site.PATTERN, lambda weights, call: weights * 0.5),
         TempScale(0.5) | Scale(float("inf")),
-        Scale(torch.ones(())),  # type: ignore[arg-type]
+        Whatever(torch.ones(())),
     ],
     ids=repr,
 )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from heedful.core.asked import asks
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.kinds import HeadWeights, Prompt, Surgery, Tokens, Vocabulary
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
@@ -19,6 +20,7 @@ from heedful.engine.run import Run
 from heedful.folding import rewritten
 
 
+@asks
 def attach(
     model: nn.Module,
     what: Part | Stack,
@@ -87,6 +89,7 @@ def still(model: nn.Module) -> Iterator[None]:
             module.training = was
 
 
+@asks
 def fit(
     method: CatalogueEntry,
     model: nn.Module,
@@ -102,6 +105,7 @@ def fit(
 
 
 @torch.no_grad()
+@asks
 def operate(model: nn.Module, *surgeries: Surgery, only: str | Iterable[str] | None = None) -> Any:
     """A copy of the model with edited weights, which needs no heedful to run; `fold` asks that it can be saved too."""
     for surgery in surgeries:
@@ -116,6 +120,7 @@ def _tensor(prompt: Prompt, model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
+@asks
 def arrange(model: nn.Module, prompt: Prompt, step: Tokens, *, only: str | Iterable[str] | None = None) -> Prompt:
     """The prompt as a token step would have it."""
 

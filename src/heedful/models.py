@@ -24,6 +24,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from heedful.core.asked import asks
 from heedful.core.errors import HeedfulError, ModelError, nearest
 from heedful.tiny import kinds, tiny, tiny_inputs
 
@@ -113,6 +114,7 @@ _NAMES: dict[str, Callable[..., Loaded]] = {
 }
 
 
+@asks
 def load(name_or_path: str | Path, **kw: Any) -> Loaded:
     """A model by name ("default", "encoder", "tiny:llama"), folder, .gguf file or hub id; from_pretrained gets `kw`."""
     name = str(name_or_path)

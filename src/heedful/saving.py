@@ -17,6 +17,7 @@ from heedful.adapters.saving import MARK, TENSORS, Saved, kept, saved_with
 from heedful.adapters.transformers import adapt
 from heedful.api import attach
 from heedful.catalogue import named
+from heedful.core.asked import asks
 from heedful.core.errors import HeedfulError, ModelError
 from heedful.core.regions import Roles
 from heedful.core.spelling import built
@@ -26,6 +27,7 @@ from heedful.engine.run import Run
 from heedful.models import hub_arguments, reading, require_there, require_whole, some
 
 
+@asks
 def load(
     folder: str | Path,
     *,

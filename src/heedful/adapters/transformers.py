@@ -338,5 +338,9 @@ def _roots(served: Iterable[str], left: list[str]) -> list[str]:
 
 def adapt(model: nn.Module, only: str | Iterable[str] | None) -> TransformersAdapter:
     """An adapter for the model, or the one in it, or the reason why there is none."""
-    chosen = (only,) if isinstance(only, str) else tuple(only) if only is not None else None
+    several = isinstance(only, Iterable) and not isinstance(only, str)
+    chosen: Any = None if only is None else tuple(only) if several else (only,)
+    for name in chosen or ():
+        if not isinstance(name, str):
+            raise FieldError("attach()", "only", only, "must be dotted names of parts of the model", "model.layers")
     return TransformersAdapter(unwrapped(model), chosen, shared=isinstance(model, DistributedDataParallel))

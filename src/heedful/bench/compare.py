@@ -19,6 +19,7 @@ from heedful.bench.cost import WARM_UP, cost, machine
 from heedful.bench.intervals import LEAST
 from heedful.bench.records import COSTS, Answered, Cost, Log, Refused
 from heedful.bench.results import MARGIN, PLAIN
+from heedful.core.asked import asks
 from heedful.core.errors import FieldError, HeedfulError, SiteError, WriteError
 from heedful.core.files import RECORDS, folder_for, held
 from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
@@ -82,6 +83,7 @@ def _named(contenders: Mapping[str, Contender] | Iterable[Contender]) -> dict[st
     return found
 
 
+@asks
 def compare(  # noqa: PLR0913 - what a user may set, each by name
     model: Loaded | tuple[Any, Any],
     methods: Mapping[str, Contender] | Iterable[Contender],
@@ -132,6 +134,8 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
 def _task(task: Task | str | Path) -> Task:
     if isinstance(task, Task):
         return task
+    if not isinstance(task, str | Path):
+        raise FieldError("compare()", "tasks", task, "must be tasks, their names, or files of items", ["needle"])
     from heedful.tasks import find, from_file
 
     return from_file(task) if isinstance(task, Path) else find(task)

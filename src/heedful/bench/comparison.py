@@ -15,7 +15,8 @@ from heedful.bench.matrix import VERDICTS, matrix
 from heedful.bench.numbers import margin
 from heedful.bench.records import line, merged, read
 from heedful.bench.results import Result, Results
-from heedful.core.errors import StatisticError
+from heedful.core.asked import asks
+from heedful.core.errors import FieldError, StatisticError
 from heedful.core.figures import Description, Matrix
 from heedful.core.files import RECORDS, replace_text, writing
 
@@ -82,12 +83,14 @@ class Comparison(Results):
 
         return Plots(self.description().figures)
 
+    @asks
     def page(self, path: str | Path) -> Path:
         """One self-contained HTML page."""
         from heedful.report.compared import write
 
         return write(self, path)
 
+    @asks
     def save(self, path: str | Path) -> Path:
         """All records in one file, as `load` reads them."""
         path = Path(path)
@@ -100,12 +103,16 @@ class Comparison(Results):
     @classmethod
     def load(cls, *paths: str | Path) -> Comparison:
         """One file of records, or several as one; a folder stands for the file that `compare` wrote there."""
+        for p in paths or (None,):
+            if not isinstance(p, str | Path) or not str(p):
+                raise FieldError("Comparison.load()", "path", p, "must be a file of records, or its folder", "kept")
         files = [Path(p) / RECORDS if Path(p).is_dir() else Path(p) for p in paths]
         facts, records = merged(map(read, files))
         if not facts["tasks"]:
             raise StatisticError(f"{', '.join(map(str, files))}: holds no comparison; its first line is gone")
         return cls(facts, tuple(records))
 
+    @asks
     def __add__(self, other: Comparison) -> Comparison:
         facts, records = merged([(self.facts, self.records), (other.facts, other.records)])
         return Comparison(facts, tuple(records))

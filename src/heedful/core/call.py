@@ -30,7 +30,7 @@ class Phase(Enum):
     def named(cls, name: str | Phase) -> Phase:
         if isinstance(name, Phase):
             return name
-        if name not in {p.value for p in cls}:
+        if name not in [p.value for p in cls]:
             raise FieldError("when()", "phase", name, "must be 'prefill' or 'decode'", "prefill")
         return cls(name)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, dataclass_trans
 
 from torch import Tensor
 
+from heedful.core.asked import after_kinds, require_fields
 from heedful.core.errors import DefinitionError
 from heedful.core.paper import UNPUBLISHED, Paper
 from heedful.core.regions import Roles
@@ -108,7 +109,13 @@ class CatalogueEntry(ABC):  # noqa: B024 - what is abstract stands in its kinds
     paper: ClassVar[Paper] = UNPUBLISHED
     kind: ClassVar[str] = "entry"
 
+    def __post_init__(self) -> None:
+        """Refuse fields that do not suit; by then each is known to be of the kind that its annotation names."""
+        require_fields(self)
+
     def __init_subclass__(cls, abstract: bool = False) -> None:
+        if "__post_init__" in vars(cls):
+            cls.__post_init__ = after_kinds(cls.__post_init__)  # type: ignore[assignment]
         dataclass(frozen=True)(cls)
         private = cls.__name__.startswith("_")  # what only serves another method needs none of its own
         if not abstract and not private and (not isinstance(cls.paper, Paper) or cls.paper is UNPUBLISHED):

@@ -6,10 +6,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
+from heedful.core.asked import require_fields
 from heedful.core.call import NO_ROLES
 from heedful.core.errors import FieldError
 from heedful.core.figures import Description
@@ -17,6 +18,15 @@ from heedful.core.fitted import Fitted
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
 from heedful.core.regions import Roles, Span
 from heedful.core.stack import Stack
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What makes token ids of a text, and texts of ids: a tokenizer of transformers, or a processor."""
+
+    def __call__(self, text: Any, /, **how: Any) -> Any: ...
+
+    def batch_decode(self, ids: Any, /) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class Prompt:
     roles: Roles = field(default_factory=lambda: NO_ROLES, hash=False)
 
     def __post_init__(self) -> None:
+        require_fields(self)
         if not self.tokens:
             raise FieldError(self, "tokens", self.tokens, "must hold one token id or more", (1, 2))
         for role, spans in self.roles.items():

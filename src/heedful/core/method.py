@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heedful.core.call import Call, Phase
 from heedful.core.entry import CatalogueEntry, FitContext, Layer, Probe, Readings, Session
-from heedful.core.errors import ClashError, DefinitionError, FieldError
+from heedful.core.errors import ClashError, DefinitionError, FieldError, shown
 from heedful.core.figures import Description
 from heedful.core.paper import UNPUBLISHED
 from heedful.core.sites import HEADLESS_SITES, MAP_SITES, SINGLE_SITES, Edit, Site
@@ -145,8 +145,10 @@ class Method(CatalogueEntry, abstract=True):
 def _numbers(owner: str, field: str, given: Iterable[int] | int | None) -> tuple[int, ...] | None:
     if given is None:
         return None
-    requested = (given,) if isinstance(given, int) else tuple(given)
-    if not requested or not all(isinstance(i, int) and i >= 0 for i in requested):
+    requested: tuple[Any, ...] = (given,)
+    if isinstance(given, Iterable) and not isinstance(given, str | bytes):
+        requested = tuple(given)
+    if not requested or not all(type(i) is int and i >= 0 for i in requested):
         raise FieldError(owner, field, given, "must be one or more numbers from 0 up", [0, 3])
     return tuple(sorted(set(requested)))
 
@@ -282,9 +284,11 @@ class Stack:
     parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.parts, tuple):
+            raise FieldError(self, "parts", self.parts, "must be a tuple of methods", ("TempScale(0.9)",))
         for i, part in enumerate(self.parts):
             if not isinstance(part, Method | Scoped):
-                what = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
+                what = f"the class {part.__name__}" if isinstance(part, type) else shown(part)
                 raise DefinitionError(f"a stack holds methods, not {what}; join methods with |, as in A() | B()")
             for other in self.parts[:i]:
                 if reason := clash(other, part):

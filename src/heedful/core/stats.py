@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from heedful.core.asked import asks
 from heedful.core.errors import StatisticError
 from heedful.core.files import placed
 from heedful.core.fitted import Fitted
@@ -286,6 +287,7 @@ def merged(statistics: Iterable[Statistic]) -> Statistic:
     return reduce(lambda a, b: a + b, found)
 
 
+@asks
 def save(path: str | Path, statistics: Mapping[str, Statistic]) -> Path:
     """Write statistics to one safetensors file whose header tells how to build them; written beside, then renamed."""
     from safetensors.torch import save_file
@@ -308,6 +310,7 @@ def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(f"{header}|{Fitted(tensors).digest}".encode()).hexdigest()
 
 
+@asks
 def load(path: str | Path) -> dict[str, Statistic]:
     """Read what `save` wrote."""
     from safetensors import SafetensorError, safe_open

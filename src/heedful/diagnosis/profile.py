@@ -9,8 +9,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heedful.core.asked import asks
 from heedful.core.errors import FieldError, StatisticError
 from heedful.core.figures import Description, Figure, Finding, Role
+from heedful.core.files import folder_named
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Readings, method_of
@@ -92,6 +94,7 @@ class Profile:
     def figures(self) -> dict[str, Figure]:
         return {figure.key: figure for _, told in self._told for figure in told.figures}
 
+    @asks
     def __add__(self, other: Profile) -> Profile:
         if self.parts != other.parts:
             raise StatisticError(f"cannot merge profiles of {self.parts} and of {other.parts}: measures must agree")
@@ -107,25 +110,30 @@ class Profile:
             both[key] = both[key] + stat if key in both and not same else stat
         return Profile(_both(self.facts, other.facts), self.parts, both, self.view or other.view)
 
+    @asks
     def __sub__(self, other: Profile) -> ProfileDifference:
         """What sets this one apart from another of equally many layers and heads."""
         return ProfileDifference(self, other)
 
+    @asks
     def save(self, folder: str | Path) -> Path:
         """Write `profile.json` and its statistics into a folder: whole, or not at all."""
-        return write(Path(folder), self.facts, self.parts, self.statistics, self.view)
+        return write(folder_named("Profile.save()", folder), self.facts, self.parts, self.statistics, self.view)
 
     @staticmethod
+    @asks
     def load(folder: str | Path) -> Profile:
         """Read what `save` wrote."""
-        return Profile(*read(Path(folder)))
+        return Profile(*read(folder_named("Profile.load()", folder)))
 
+    @asks
     def tables(self, arrow: bool = False) -> dict[str, Any]:
         """Every figure, the roles and the findings as pandas tables, or as Arrow tables."""
         from heedful.diagnosis.tables import tables
 
         return tables(self, arrow)
 
+    @asks
     def page(self, path: str | Path) -> Path:
         """Write the page: one HTML file that needs nothing else."""
         from heedful.report import page

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from heedful.adapters.transformers import adapt
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import attach, fit, still
+from heedful.core.asked import asks
 from heedful.core.errors import FieldError, ModelError, RefusedModel, StatisticError
 from heedful.core.files import PROFILE, UNFINISHED, folder_for, held
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import Measure, Weights
+from heedful.core.kinds import Measure, Tokenizer, Weights
 from heedful.core.method import Part, method_of
 from heedful.core.stack import Stack
 from heedful.core.stats import Cat, Statistic
@@ -100,11 +101,12 @@ def memory(tokens: int) -> Iterator[None]:
 
 
 @torch.no_grad()
+@asks
 def diagnose(
     model: nn.Module | Loaded,
     texts: Texts,
     *,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     measures: Iterable[Measure | str] | Measure | str | None = None,
     length: int | None = None,
     batch: int = 1,

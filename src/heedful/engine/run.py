@@ -13,12 +13,14 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from heedful.core.call import Call, DenoisingStep
+from heedful.core.asked import asks
+from heedful.core.call import DenoisingStep
 from heedful.core.errors import FieldError, InactiveWarning, StatisticError
 from heedful.core.method import Layer, Method, Part, Readings
 from heedful.core.regions import PerText, Region, Roles, marks
 from heedful.core.stack import Stack, Step, as_stack
 from heedful.core.stats import Statistic, load, save
+from heedful.engine.density import density_of
 from heedful.engine.learned import learned
 from heedful.engine.run_state import RunState, blind
 from heedful.engine.select import Explanation, explain, named
@@ -340,10 +342,12 @@ class Run:
             plain = _first_tensor(self.model(*args, **kwargs))
         return float((edited - plain).abs().max() / plain.abs().max().clamp(min=1e-30))
 
+    @asks
     def save(self, path: str | Path) -> Path:
         """Write all statistics to one file, from which `load` and other runs of the same stack can go on."""
         return save(path, {f"{n}.{name}.{layer}": s for (n, name, layer), s in self.state.statistics.items()})
 
+    @asks
     def merge(self, path: str | Path) -> None:
         """Add the statistics that another run of the same stack saved."""
         found: dict[tuple[int, str, int], Statistic] = {}
@@ -370,6 +374,7 @@ class Run:
             for name, p in found.items()
         }
 
+    @asks
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put learned parameters back; names and shapes must be exactly those of this stack."""
         mine = {f"{n}.{layer}.{name}": p for (n, layer), f in self.state.params.items() for name, p in f.items()}
@@ -389,16 +394,3 @@ class Run:
 def _first_tensor(output: Any) -> Tensor:
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
     return next(x for x in values if isinstance(x, Tensor) and x.is_floating_point())
-
-
-def density_of(call: Call, rows: int = 256) -> float:
-    """The share of query-key pairs that the call's mask computes."""
-    q, k = len(call.queries), len(call.keys)
-    kept = total = 0
-    for start in range(0, q, rows):
-        part = call.tile(slice(start, min(start + rows, q)), slice(0, k))
-        keep = call.mask.keeps(part.pairs)
-        size = len(part.queries) * k
-        total += size
-        kept += size if keep is None else int(keep.sum()) * size // max(1, keep.numel())
-    return kept / max(1, total)

@@ -210,6 +210,5 @@ def write(profile: data.Shown, path: str | Path) -> Path:
 def put(text: str, path: str | Path) -> Path:
     """Write a page beside its place, then put it there, so that no half-written page is left."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, text)
     return path

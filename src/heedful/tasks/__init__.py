@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from heedful.core.asked import asks
 from heedful.core.errors import CatalogueError, nearest
 from heedful.core.reading import named, written
 from heedful.diagnosis.texts import ENDINGS
@@ -41,6 +42,7 @@ def names() -> dict[str, str]:
     return {name: kind.about for name, kind in known().items()}
 
 
+@asks
 def find(text: str) -> Task:
     """A task by its name or its class's, with settings if they follow: `needle`, `Needle(length=512)`.
 

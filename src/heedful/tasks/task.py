@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, dataclass_transform
 import torch
 from torch import Tensor
 
+from heedful.core.asked import after_kinds, require_fields
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt
 
@@ -78,7 +79,13 @@ class Task(ABC):
     unit: ClassVar[str] = "share right"
     more_is_better: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        """Refuse fields that do not suit; by then each is known to be of the kind that its annotation names."""
+        require_fields(self)
+
     def __init_subclass__(cls) -> None:
+        if "__post_init__" in vars(cls):
+            cls.__post_init__ = after_kinds(cls.__post_init__)  # type: ignore[assignment]
         dataclass(frozen=True, repr=False)(cls)
 
     def items(self, tokenizer: Tokenizer, count: int, seed: int = 0) -> Sequence[Item]:
