@@ -46,6 +46,7 @@ _MODULES = {
     "methods": "heedful.methods",
     "models": "heedful.models",
     "stats": "heedful.core.stats",
+    "tasks": "heedful.tasks",
 }
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "operate",
     "patterns",
     "stats",
+    "tasks",
 ]
 
 
@@ -98,7 +100,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from heedful import authoring, catalogue, explaining, methods, models
+    from heedful import authoring, catalogue, explaining, methods, models, tasks
     from heedful.api import arrange, attach, fit, operate
     from heedful.bench.compare import compare
     from heedful.bench.comparison import Comparison

@@ -33,6 +33,9 @@ class Compared(Protocol):
     def verdict_words(self) -> Mapping[str, tuple[str, str]]: ...
 
     @property
+    def margin_words(self) -> str: ...
+
+    @property
     def matrix(self) -> Matrix: ...
 
     def description(self) -> Description: ...
@@ -62,7 +65,7 @@ def render(comparison: Compared) -> str:
     figures = [data.figure(figure, "") for figure in told.figures]
     plain = {k: v for k, v in comparison.facts.items() if k not in ("contenders", "tasks")}
     written = {
-        "words": WORDS | {"verdicts": comparison.verdict_words},
+        "words": WORDS | {"verdicts": comparison.verdict_words, "margin": comparison.margin_words},
         "model": str(comparison.facts.get("model", "a model")),
         "facts": _facts(comparison),
         "more": more(plain),
