@@ -17,6 +17,16 @@ BELOW = {  # what each room may import, besides itself
     "adapters": {"core", "engine", "native"},
     "methods": {"core", "kit", "authoring"},
     "report": {"core", "catalogue"},
+    "laboratory": {
+        "core",
+        "engine",
+        "api",
+        "bench",
+        "catalogue",
+        "facts",
+        "methods",
+        "report",
+    },
     "conformance": {
         "core",
         "engine",

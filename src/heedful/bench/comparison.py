@@ -43,9 +43,12 @@ class Comparison(Results):
         return VERDICTS
 
     @property
-    def margin_words(self) -> str:
-        """How much worse a safe method may be, in the tasks' units."""
-        return margin(self)
+    def words(self) -> dict[str, str]:
+        """What its page says of it."""
+        return {
+            "matrix": "Differences to the unedited model on the same prompts. All intervals hold at once with 95 %, at "
+            f"whatever prompt asking stops; coloured where that decides. The margin is {margin(self)}."
+        }
 
     @cached_property
     def matrix(self) -> Matrix:

@@ -227,7 +227,7 @@ def in_words(c: Results, told: Description, table: Matrix) -> str:
     out += [f"- {finding.text}" for finding in told.findings]
     for figure in told.figures:
         if isinstance(figure, Listing):
-            out += ["", f"{figure.title}. {figure.what}", *_aligned(figure)]
+            out += ["", f"{figure.title}. {figure.what}", *aligned(figure)]
     return "\n".join(out)
 
 
@@ -239,7 +239,7 @@ def _verdicts(table: Matrix) -> list[str]:
         for name, cells in table.rows
     ]
     said = dict.fromkeys(cells[0].text for _, cells in table.rows if cells[0].text)
-    return [*_aligned(Listing("", "", "", names, rows)), "", *(f"{word}: {VERDICTS[word][0]}." for word in said)]
+    return [*aligned(Listing("", "", "", names, rows)), "", *(f"{word}: {VERDICTS[word][0]}." for word in said)]
 
 
 def markdown(told: Description) -> list[str]:
@@ -254,7 +254,8 @@ def markdown(told: Description) -> list[str]:
     return out
 
 
-def _aligned(listing: Listing) -> list[str]:
+def aligned(listing: Listing) -> list[str]:
+    """A table as lines of text."""
     rows = [[str(x) for x in listing.columns], *([_cell(x) for x in row] for row in listing.rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

@@ -184,7 +184,7 @@ class Results:
             if (r.tokens, r.machine) == place:
                 by.setdefault(r.contender, {})[r.turn] = r
         plain = by[PLAIN]
-        return [_price(by[name], plain) for name in self.contenders if set(by.get(name, {})) & set(plain) - {WARM_UP}]
+        return [price(by[name], plain) for name in self.contenders if set(by.get(name, {})) & set(plain) - {WARM_UP}]
 
     @property
     def refused(self) -> list[Refused]:
@@ -201,7 +201,8 @@ def _result(name: str, task: str, pairs: list[tuple[Answered, Answered]], most: 
     return Result(name, task, len(pairs), score, gap, nats, nats_gap, any(a.active for a in mine))
 
 
-def _price(mine: dict[int, Cost], plain: dict[int, Cost]) -> Price:
+def price(mine: dict[int, Cost], plain: dict[int, Cost]) -> Price:
+    """What the turns of one contender add up to, against the turns of the unedited model."""
     turns = sorted(set(mine) & set(plain) - {WARM_UP})
     one = mine[turns[0]]
 
