@@ -25,7 +25,7 @@ _BY_NAME: dict[str, Any] = {
     "roles": {"marked": ((0, 4),)}, "heads": [(3, 1)], "receivers": [(3, 1)], "layers": [0], "only": "model",
     "batches": [{"input_ids": "ids"}], "tasks": ["needle"], "methods": ["SnapKV(0.25)"], "parts": ("TempScale(0.9)",),
     "tokenizer": "AutoTokenizer.from_pretrained(name)", "prompt": [1, 2, 3], "path": "found", "statistics": {},
-    "folder": "kept", "name_or_path": "default", "mechanisms": ["SigmoidAttention()"],
+    "folder": "kept", "name_or_path": "default",
 }  # fmt: skip
 _BY_KIND: dict[str, Any] = {
     "Module": "models.default().model", "Loaded": "models.default()", "Method": "TempScale(0.9)",

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heedful.catalogue import find
-from heedful.core.asked import asks
 from heedful.core.errors import FieldError, HeedfulError, WriteError
 from heedful.core.files import folder_for
 from heedful.core.method import Method, Part, Scoped
@@ -36,7 +35,6 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
-@asks
 def lab(
     mechanisms: Mapping[str, Part | Stack] | Iterable[Part | Stack] | None = None,
     kind: str = "lm",
