@@ -113,5 +113,21 @@ def test_what_a_gap_says() -> None:
 
 def test_the_mean_of_tasks_lies_in_the_mean_of_their_intervals() -> None:
     assert Gap.mean_of([Gap(0.0, -1.0, 1.0, 40), Gap(2.0, 1.0, 3.0, 30)]) == Gap(1.0, 0.0, 2.0, 30)
-    assert not Gap(1.0, 0.5, 1.5, 29).sure
-    assert Gap(1.0, 0.5, 1.5, 30).sure
+
+
+def test_an_interval_that_is_looked_at_once() -> None:
+    assert Gap.once([1.0] * 9) == Gap(1, 1, 1, 9)
+    assert Gap.once([1.0] * 9).sure
+    assert not Gap.once([1.0] * 7).sure  # too few to tell
+    x = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
+    gap = Gap.once(x)
+    assert 0.8 < (gap.high - gap.low) / (2 * 1.96 / 20) < 1.2
+    assert not gap.sure
+    assert Gap.once([v + 1 for v in x]).sure
+
+
+@pytest.mark.parametrize("n", [8, 12, 30])
+def test_intervals_that_are_looked_at_once_hold_what_they_promise(n: int) -> None:
+    draw = torch.Generator().manual_seed(n)
+    wrong = sum(Gap.once(torch.randn(n, generator=draw).tolist()).sure for _ in range(300)) / 300
+    assert 0.02 < wrong < 0.09  # 5 % of the time nothing looks like something

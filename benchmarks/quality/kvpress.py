@@ -155,8 +155,8 @@ def install(home: Path) -> str:
 
 
 def gap(mine: list[Answer], other: list[Answer], what: str) -> dict[str, float]:
-    """The mean paired difference, ours less theirs, and its interval over prompts."""
-    found = Gap.of([float(a[what]) - float(b[what]) for a, b in zip(mine, other, strict=True)])
+    """The mean paired difference, ours less theirs, and its bootstrap interval over prompts."""
+    found = Gap.once([float(a[what]) - float(b[what]) for a, b in zip(mine, other, strict=True)])
     return {"mean": round(found.mean, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
 
 

@@ -42,7 +42,6 @@ _HOMES = {
 
 _MODULES = {
     "authoring": "heedful.authoring",
-    "catalogue": "heedful.catalogue",
     "explaining": "heedful.explaining",
     "methods": "heedful.methods",
     "models": "heedful.models",
@@ -99,7 +98,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from heedful import authoring, catalogue, explaining, methods, models, tasks
+    from heedful import authoring, explaining, methods, models, tasks
     from heedful.api import arrange, attach, fit, operate
     from heedful.bench.compare import compare
     from heedful.bench.comparison import Comparison

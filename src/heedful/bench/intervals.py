@@ -19,6 +19,7 @@ from torch import Tensor
 SURE = 0.95  # that all intervals of a comparison hold at once
 LEAST = 30  # prompts below which nothing is decided
 BETS = torch.linspace(0.025, 0.975, 20, dtype=torch.float64)  # shares of the capital that are bet, mixed evenly
+DRAWS, FEW = 2000, 8  # of the bootstrap, and prompts below which it calls nothing sure
 PRIOR = 4.0  # the t-interval is narrowest, for its level, at some sixty prompts
 PARTS = torch.linspace(0, 1, 17, dtype=torch.float64)[1:-1]  # where the range that holds a bound is cut
 CUTS = 6
@@ -45,6 +46,18 @@ class Gap:
         return cls(statistics.fmean(differences), low, high, len(differences))
 
     @classmethod
+    def once(cls, differences: Sequence[float]) -> Gap:
+        """With the bootstrap interval of a number of prompts or seeds that was fixed beforehand: looked at once."""
+        x = torch.tensor(differences, dtype=torch.float64)
+        n = len(x)
+        drawn = x[torch.randint(n, (DRAWS, n), generator=torch.Generator().manual_seed(0))].mean(1)
+        t = 1.96 + 2.37 / (n - 1) + 2.82 / (n - 1) ** 2  # the 97.5 % quantile with n - 1 degrees of freedom, expanded
+        wider = math.sqrt(n / (n - 1)) * t / 1.96  # the bootstrap divides by n and knows no Student's t
+        ends = torch.tensor([(1 - SURE) / 2, (1 + SURE) / 2], dtype=torch.float64)
+        low, high = (x.mean() + (drawn - x.mean()) * wider).quantile(ends).tolist()
+        return cls(statistics.fmean(differences), low, high, n)
+
+    @classmethod
     def mean_of(cls, gaps: Iterable[Gap]) -> Gap:
         """The mean of several tasks' differences: its interval holds wherever theirs hold at once."""
         found = list(gaps)
@@ -54,7 +67,7 @@ class Gap:
     @property
     def sure(self) -> bool:
         """The interval lies on one side of zero, and there are prompts enough for it to mean something."""
-        return self.prompts >= LEAST and (self.low > 0 or self.high < 0)
+        return self.prompts >= FEW and (self.low > 0 or self.high < 0)
 
     def says(self, more_is_better: bool, margin: float) -> str:
         """ "better"; "safe", which is worse by less than the margin; "worse"; or nothing yet.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful.bench.describing import aligned
-from heedful.bench.results import Gap
+from heedful.bench.intervals import Gap
 from heedful.core.figures import Cell, Curves, Description, Figure, Finding, Intervals, Listing, Matrix, Scatter
 from heedful.laboratory.costs import PLAIN, RATIO, TRAIN
 from heedful.laboratory.course import Course, Quantity

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from heedful.bench.results import Gap
+from heedful.bench.intervals import Gap
 from heedful.laboratory import costs
 from heedful.laboratory.costs import PLAIN
 from heedful.laboratory.course import Course, Quantity
@@ -106,4 +106,4 @@ def _gap(mine: Mapping[int, float], plain: Mapping[int, Record], quantity: Quant
     both = sorted(seed for seed in mine if seed in plain and quantity.name in plain[seed].numbers)
     if len(both) < 2:
         return None
-    return Gap.of([mine[seed] - plain[seed].numbers[quantity.name] for seed in both])
+    return Gap.once([mine[seed] - plain[seed].numbers[quantity.name] for seed in both])
