@@ -29,7 +29,6 @@ from benchmarks.speed.peers import TORCH
 from benchmarks.speed.timing import record
 from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
-from heedful.bench.intervals import Gap
 from heedful.core.call import CachedKV, Call, Kept
 from heedful.core.errors import InactiveWarning
 from heedful.core.method import Method
@@ -38,6 +37,7 @@ from heedful.core.sites import Site, at
 from heedful.core.stack import Stack
 from heedful.core.state import State
 from heedful.core.summary import Summary, sums
+from heedful.laboratory.differences import Difference
 from heedful.methods.sparse.cache.heavy_hitter import HeavyHitter
 from heedful.methods.sparse.cache.knorm import KNorm
 from heedful.methods.sparse.cache.snap_kv import SnapKV
@@ -156,7 +156,7 @@ def install(home: Path) -> str:
 
 def gap(mine: list[Answer], other: list[Answer], what: str) -> dict[str, float]:
     """The mean paired difference, ours less theirs, and its interval over prompts."""
-    found = Gap.of([float(a[what]) - float(b[what]) for a, b in zip(mine, other, strict=True)])
+    found = Difference.of([float(a[what]) - float(b[what]) for a, b in zip(mine, other, strict=True)])
     return {"mean": round(found.mean, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
 
 
