@@ -46,6 +46,7 @@ _MODULES = {
     "explaining": "heedful.explaining",
     "methods": "heedful.methods",
     "models": "heedful.models",
+    "tasks": "heedful.tasks",
 }
 
 __all__ = [
@@ -62,7 +63,6 @@ __all__ = [
     "arrange",
     "attach",
     "authoring",
-    "catalogue",
     "check",
     "compare",
     "decode",
@@ -78,6 +78,7 @@ __all__ = [
     "models",
     "operate",
     "patterns",
+    "tasks",
 ]
 
 
@@ -98,7 +99,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from heedful import authoring, catalogue, explaining, methods, models
+    from heedful import authoring, catalogue, explaining, methods, models, tasks
     from heedful.api import arrange, attach, fit, operate
     from heedful.bench.compare import compare
     from heedful.bench.comparison import Comparison

@@ -12,10 +12,11 @@ from torch import Tensor
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
 from heedful.core.call import Call
+from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Causal, Mask, Padding
 from heedful.core.positions import Positions
 from heedful.core.state import ByIndex, State
-from heedful.kit.running import Running, divided, grouped, wide
+from heedful.kit.running import Running, divided, grouped, require_chunk, wide
 
 N = 19
 PADDED = torch.ones(2, N, dtype=torch.bool)
@@ -86,8 +87,9 @@ def _decayed(running: Running, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _exponential(running: Running, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A softmax over positions in each channel, of keys that grow so that every call has a new top."""
-    k, fade = running.exponentials("top", running.cut(k * torch.arange(k.shape[2])[:, None] / 2))
-    v = running.cut(v)
+    k, v = running.cut(k * torch.arange(k.shape[2])[:, None] / 2), running.cut(v)
+    top, fade = running.highest("top", k)
+    k = running.exp(k - top)
     weights = running.sums("z", k, fade).repeat_interleave(2, 1)
     q = q.softmax(-1) / torch.where(weights > 0, weights, 1.0)
     return running.mixed("x", q, k, v, fade)
@@ -102,7 +104,6 @@ def test_call_by_call_is_at_once_and_the_state_keeps_its_size(step: Step, text: 
     for first, end in ((0, 7), (7, 8), (8, 14), *((i, i + 1) for i in range(14, N))):
         running = Running(_call(first, end - first, state, text), k[:, :, :end], chunk=3)
         assert running.goes_on == (first > 0)
-        assert not running.cut_back
         parts.append(step(running, q[:, :, first:end], k[:, :, :end], v[:, :, :end]))
         sizes.append(sum(x.numel() for x in state.cache.values()))
     assert close(torch.cat(parts, 2), whole)
@@ -116,9 +117,9 @@ def test_what_the_state_does_not_hold_is_read_from_the_cache(step: Step) -> None
     whole = step(Running(_call(0, N, State(), PADDED), k), q, k, v)
     state = State()
     step(Running(_call(0, 12, state, PADDED), k[:, :, :12]), q[:, :, :12], k[:, :, :12], v[:, :, :12])
-    for given, cut_back in ((state, True), (State(), False)):
+    for given in (state, State()):
         running = Running(_call(10, N - 10, given, PADDED), k)
-        assert (running.cut_back, running.goes_on) == (cut_back, False)
+        assert not running.goes_on
         assert close(step(running, q[:, :, 10:], k, v), whole[:, :, 10:])
 
 
@@ -135,9 +136,11 @@ def test_far_exponents_stay_finite_with_their_gradients() -> None:
     k = torch.tensor([[[[500.0], [-500.0], [0.0]]]], requires_grad=True)
     text = torch.tensor([[False, True, True]])
     call = replace(_call(0, 3, State(), text), heads=1, kv_heads=1)
-    found, _ = Running(call, k).exponentials("top", k)
+    running = Running(call, k)
+    found = running.exp(k - running.highest("top", k)[0])
     assert torch.equal(found.flatten(), torch.tensor([0.0, 0.0, 1.0]))
-    none, _ = Running(replace(call, mask=Mask((Causal(), Padding(text & False)))), k).exponentials("top", k)
+    running = Running(replace(call, mask=Mask((Causal(), Padding(text & False)))), k)
+    none = running.exp(k - running.highest("top", k)[0])
     assert not bool(none.any())
     (grad,) = torch.autograd.grad((found + none).sum(), k)
     assert bool(grad.isfinite().all())
@@ -169,6 +172,21 @@ def test_the_past_is_counted_from_the_first_key() -> None:
     assert close(found[:, :, 0], (seen * v[:, :, :7].repeat_interleave(2, 1)).sum(2))
 
 
+def test_keys_of_its_own_alone() -> None:
+    """What queries of earlier calls would have to ask of, too."""
+    q, k, v = _drawn()
+    state = State()
+    _even(Running(_call(0, 12, state, None), k[:, :, :12]), q[:, :, :12], k[:, :, :12], v[:, :, :12])
+    with pytest.raises(SiteError, match="layer 0: sums over earlier queries are needed, and the cache was cut back"):
+        Running(_call(10, N - 10, state, None), k, own=True)
+    Running(_call(0, N, state, None), k, own=True)
+    assert Running(_call(12, N - 12, state, None), k, own=True).goes_on
+    running = Running(_call(10, N - 10, State(), None), k, own=True)
+    found = running.mixed("x", q[:, :, 10:], running.cut(k), running.cut(v))
+    pairs = (q[:, :, 10:] @ k[:, :, 10:].repeat_interleave(2, 1).mT).tril()
+    assert close(found, pairs @ v[:, :, 10:].repeat_interleave(2, 1))
+
+
 def test_what_is_kept_is_for_each_text_and_not_for_each_token() -> None:
     q, k, v = _drawn()
     state = State()
@@ -180,6 +198,9 @@ def test_what_is_kept_is_for_each_text_and_not_for_each_token() -> None:
 def test_small_things() -> None:
     a, b = torch.randn(2, 4, 3, 5), torch.randn(2, 2, 5, 6)
     assert close(grouped(a, b), a @ b.repeat_interleave(2, 1))
+    require_chunk("it", 1)
+    with pytest.raises(FieldError, match=r"it.chunk = 0: must be 1 or more rows"):
+        require_chunk("it", 0)
     half, double = wide(torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.float64))
     assert (half.dtype, double.dtype) == (torch.float32, torch.float64)
     assert torch.equal(

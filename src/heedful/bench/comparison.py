@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heedful.bench.describing import description, in_words
+from heedful.bench.intervals import Gap
 from heedful.bench.matrix import VERDICTS, matrix
+from heedful.bench.numbers import margin
 from heedful.bench.records import line, merged, read
-from heedful.bench.results import Gap, Result, Results
+from heedful.bench.results import Result, Results
 from heedful.core.errors import StatisticError
 from heedful.core.figures import Description, Matrix
 from heedful.core.files import RECORDS, replace_text, writing
@@ -42,8 +44,11 @@ class Comparison(Results):
 
     @property
     def words(self) -> dict[str, str]:
-        """What its page says otherwise than pages of comparisons do."""
-        return {}
+        """What its page says of it."""
+        return {
+            "matrix": "Differences to the unedited model on the same prompts. All intervals hold at once with 95 %, at "
+            f"whatever prompt asking stops; coloured where that decides. The margin is {margin(self)}."
+        }
 
     @cached_property
     def matrix(self) -> Matrix:

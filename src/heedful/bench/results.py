@@ -4,64 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from heedful.bench.cost import WARM_UP
+from heedful.bench.intervals import LEAST, SURE, Gap
 from heedful.bench.records import Answered, Cost, Record, Refused
 
 PLAIN = "unedited"  # the model as it is
 SHARE = "share right"  # the unit of scores from 0 to 1
-DRAWS, SURE = 2000, 0.95  # bootstrap
-FLIPS = 9999  # sign flips of a test
-FEW = 8  # prompts below which no difference is called sure
-
-
-def _widening(n: int) -> float:
-    """How much too narrow the bootstrap interval of n numbers is, which divides by n and knows no Student's t."""
-    t = 1.96 + 2.37 / (n - 1) + 2.82 / (n - 1) ** 2  # the 97.5 % quantile with n - 1 degrees of freedom, expanded
-    return math.sqrt(n / (n - 1)) * t / 1.96
-
-
-@dataclass(frozen=True)
-class Gap:
-    """A mean paired difference to the unedited model, and its bootstrap interval over prompts."""
-
-    mean: float
-    low: float
-    high: float
-    prompts: int  # of the task with the fewest
-
-    @classmethod
-    def of(cls, *differences: Sequence[float], most: float = math.inf) -> Gap:
-        """Of one task's differences, or the mean of several tasks'; none can lie further from zero than `most`."""
-        draw = torch.Generator().manual_seed(0)
-        means = []
-        for task in differences:
-            x = torch.tensor(task, dtype=torch.float64)
-            drawn = x[torch.randint(len(x), (DRAWS, len(x)), generator=draw)].mean(1)
-            means.append(x.mean() + (drawn - x.mean()) * _widening(len(x)))
-        ends = torch.tensor([(1 - SURE) / 2, (1 + SURE) / 2], dtype=torch.float64)
-        low, high = torch.stack(means).mean(0).quantile(ends).clamp(-most, most).tolist()
-        return cls(statistics.fmean(map(statistics.fmean, differences)), low, high, min(map(len, differences)))
-
-    @property
-    def sure(self) -> bool:
-        """The interval lies on one side of zero, and there are prompts enough for it to mean something."""
-        return self.prompts >= FEW and (self.low > 0 or self.high < 0)
-
-
-def luck(differences: Sequence[float]) -> float:
-    """How often chance alone gives a mean at least so far from zero, were each difference as likely of either sign."""
-    x = torch.tensor(differences, dtype=torch.float64)
-    draw = torch.Generator().manual_seed(0)
-    flipped = (torch.randint(0, 2, (FLIPS, len(x)), generator=draw).double() * 2 - 1) @ x
-    far = x.sum().abs() - x.abs().sum() * torch.finfo(x.dtype).eps * len(x)  # equal sums count whatever their rounding
-    return (1 + int((flipped.abs() >= far).sum())) / (1 + FLIPS)
+MARGIN = 0.05  # of the share right, or nats: how much worse a safe method may be, where nobody says
 
 
 @dataclass(frozen=True)
@@ -131,19 +84,21 @@ class Results:
                     out[task, name] = [(mine[k], plain[k]) for k in both]
         return out
 
+    @property
+    def margin(self) -> float:
+        """How much worse a method may be and still be called safe: of the share right, or nats."""
+        return float(self.facts.get("margin", MARGIN))
+
     @cached_property
-    def results(self) -> list[Result]:
-        """One row for each contender and task that both it and the unedited model have answered."""
-        return [
-            _result(name, task, pairs, 1.0 if self.tasks[task]["unit"] == SHARE else math.inf)
-            for (task, name), pairs in self._pairs.items()
-        ]
+    def idle(self) -> set[tuple[str, str]]:
+        """Task and contender where nothing was changed: the answers are the unedited model's."""
+        return {key for key, pairs in self._pairs.items() if not any(a.active for a, _ in pairs)}
 
     @cached_property
     def inactive(self) -> list[str]:
         """Contenders that never changed anything: each is the unedited model under another name."""
-        asked = dict.fromkeys(r.contender for r in self.results if r.contender != PLAIN)
-        return [name for name in asked if not any(r.active for r in self.results if r.contender == name)]
+        asked = dict.fromkeys(name for _, name in self._pairs if name != PLAIN)
+        return [name for name in asked if all(key in self.idle for key in self._pairs if key[1] == name)]
 
     def reason(self, name: str) -> str:
         """Why a contender changed nothing, on the last prompt where that is known."""
@@ -151,31 +106,71 @@ class Results:
         return next(filter(None, known), "")
 
     @cached_property
-    def verdicts(self) -> dict[tuple[str, str], str]:
-        """By task and contender, "better" or "worse" than the unedited model where that is sure, else "".
+    def blind(self) -> list[str]:
+        """Tasks on which the unedited model does not beat guessing by the margin: no loss can show there."""
+        out = []
+        for task, about in self.tasks.items():
+            pairs = self._pairs.get((task, PLAIN), ())
+            if about["unit"] == SHARE and len(pairs) >= LEAST:
+                above = statistics.fmean(a.score - (a.chance or 0.0) for a, _ in pairs)
+                out += [task] * (above <= self.margin)
+        return out
 
-        With many pairs of method and task some look sure by chance; Holm's correction holds the chance that any does
-        to 5 %. What changed nothing is no pair.
+    @cached_property
+    def compared(self) -> int:
+        """For how many pairs of method and task an interval has to hold: all but those that have nothing to tell."""
+        never = self.idle | {(r.task, r.contender) for r in self.refused}
+        tasks = [task for task in self.tasks if task not in self.blind]
+        return max(1, sum((task, n) not in never for task in tasks for n in self.contenders if n != PLAIN))
+
+    @cached_property
+    def results(self) -> list[Result]:
+        """One row for each contender and task that both it and the unedited model have answered."""
+        risk = (1 - SURE) / self.compared
+        most = {task: 1.0 if about["unit"] == SHARE else math.inf for task, about in self.tasks.items()}
+        return [_result(name, task, pairs, most[task], risk) for (task, name), pairs in self._pairs.items()]
+
+    @cached_property
+    def verdicts(self) -> dict[tuple[str, str], str]:
+        """By task and contender, "better", "safe" or "worse" than the unedited model where that is sure, else "".
+
+        All intervals hold at once and at any number of prompts, so that the chance of any false verdict is 5 % at most,
+        however many methods are compared and whenever asking stops.
         """
-        told = {(r.task, r.contender): r for r in self.results if r.gap is not None and r.active}
-        chances = {key: luck([a.score - b.score for a, b in self._pairs[key]]) for key in told}
-        found = dict.fromkeys(told, "")
-        for rank, key in enumerate(sorted(chances, key=lambda k: chances[k])):
-            if chances[key] * (len(told) - rank) > 1 - SURE:
-                break
-            gap = told[key].gap
-            if gap is not None and gap.sure:
-                found[key] = "better" if (gap.mean > 0) == self.tasks[key[0]]["more_is_better"] else "worse"
-        return found
+        return {
+            (r.task, r.contender): r.gap.says(self.tasks[r.task]["more_is_better"], self.margin)
+            for r in self.results
+            if r.gap is not None and r.active and r.task not in self.blind
+        }
+
+    def verdict(self, name: str) -> str:
+        """What all tasks say of a method together: helps, safe, unclear, harms, inactive or refused."""
+        if name in self.inactive:
+            return "inactive"
+        refused = [r.task for r in self.refused if r.contender == name and r.task in self.tasks]
+        if refused and not any(key[1] == name for key in self.verdicts):
+            return "refused"
+        told = [task for task in self.tasks if task not in (*self.blind, *refused) and (task, name) not in self.idle]
+        words = {self.verdicts.get((task, name), "") for task in told}
+        if "worse" in words:
+            return "harms"
+        if not words or "" in words:
+            return "unclear"
+        return "helps" if "better" in words else "unclear" if refused else "safe"
+
+    @cached_property
+    def open(self) -> list[tuple[str, str]]:
+        """Task and contender where more prompts may still change the verdict on the contender."""
+        return [key for key, word in self.verdicts.items() if not word and self.verdict(key[1]) != "harms"]
 
     @cached_property
     def worth(self) -> dict[str, Gap]:
         """How much likelier each contender makes what is right, nats a token, mean over the tasks that it answered."""
-        differences: dict[str, list[list[float]]] = {}
-        for (_, name), pairs in self._pairs.items():
-            if name != PLAIN:
-                differences.setdefault(name, []).append([a.nats - b.nats for a, b in pairs])
-        return {name: Gap.of(*found) for name, found in differences.items()}
+        found: dict[str, list[Gap]] = {}
+        for r in self.results:
+            if r.nats_gap is not None:
+                found.setdefault(r.contender, []).append(r.nats_gap)
+        return {name: Gap.mean_of(gaps) for name, gaps in found.items()}
 
     @cached_property
     def prices(self) -> list[Price]:
@@ -196,13 +191,13 @@ class Results:
         return [r for r in self.records if isinstance(r, Refused)]
 
 
-def _result(name: str, task: str, pairs: list[tuple[Answered, Answered]], most: float) -> Result:
+def _result(name: str, task: str, pairs: list[tuple[Answered, Answered]], most: float, risk: float) -> Result:
     mine = [a for a, _ in pairs]
     score, nats = (statistics.fmean(getattr(a, field) for a in mine) for field in ("score", "nats"))
     if name == PLAIN:
         return Result(name, task, len(pairs), score, None, nats, None, False)
-    gap = Gap.of([a.score - b.score for a, b in pairs], most=most)
-    nats_gap = Gap.of([a.nats - b.nats for a, b in pairs])
+    gap = Gap.of([a.score - b.score for a, b in pairs], risk, most)
+    nats_gap = Gap.of([a.nats - b.nats for a, b in pairs], risk)
     return Result(name, task, len(pairs), score, gap, nats, nats_gap, any(a.active for a in mine))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Padding
 from heedful.core.positions import spread_heads
 
@@ -21,19 +21,25 @@ class Running:
     """Sums over the keys up to each query where the call is causal, over all keys elsewhere.
 
     A causal call goes on from what the calls before it added up, which `call.state.cache` holds, if they ended where
-    this one begins; else it adds up what keys the cache holds. What is summed is `[b g columns c]`, made of what `cut`
-    leaves of keys and values, zero where `hide` says so; every sum has a name of its own.
+    this one begins. Else it adds up what keys the cache holds; where sums are over queries too, which no cache holds,
+    it adds up its `own` tokens alone, and refuses a cache that was cut back. What is summed is `[b g columns c]`, made
+    of what `cut` leaves of keys and values, zero where `hide` says so; every sum has a name of its own.
     """
 
-    def __init__(self, call: Call, key: Tensor, chunk: int = CHUNK) -> None:
+    def __init__(self, call: Call, key: Tensor, chunk: int = CHUNK, own: bool = False) -> None:
         n, total, first = len(call.queries), key.shape[2], call.queries.first
         self.causal, self.chunk, self._kept = call.mask.causal, chunk, call.state.cache
-        past = _past(call, n, total) if self.causal else 0
+        past = past_keys(call, n, total) if self.causal else 0
         end = self._kept.get(END) if self.causal and first else None
-        self.goes_on = first is not None and isinstance(end, Tensor) and bool((end == first).all())
-        self.cut_back = end is not None and not self.goes_on  # what it holds beside keys and values is out of date
-        self._columns = slice(past if self.goes_on else 0, past + n if self.causal else total)
-        self._past = 0 if self.goes_on else past  # columns before the first query
+        self.goes_on = end is not None and bool(end.eq(first or 0).all())
+        if own and end is not None and not self.goes_on:
+            raise SiteError(
+                f"layer {call.layer}: sums over earlier queries are needed, and the cache was cut back since; generate "
+                "without a draft model, or read the text again from its start"
+            )
+        start = past if self.goes_on or own else 0
+        self._columns = slice(start, past + n if self.causal else total)
+        self._past = past - start  # columns before the first query
         self._text = text_keys(call, total, self._columns)
         self._end = torch.full((key.shape[0],), -1 if first is None else first + n, device=key.device)
 
@@ -81,13 +87,9 @@ class Running:
         self._keep(name, product)
         return torch.cat(out, 2)
 
-    def exponentials(self, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """exp(x - top) of `[b g columns c]`, top being each channel's highest so far, and the `fade` that sums want.
-
-        What lies more than some 80 below the top counts as nothing.
-        """
-        low = torch.finfo(x.dtype).min
-        top = self.hide(x, low).detach().amax(2)  # [b g c]
+    def highest(self, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The highest of `[b g columns c]` so far, `[b g 1 c]`, and the `fade` of sums that are made less it."""
+        top = self.hide(x, torch.finfo(x.dtype).min).detach().amax(2)
         before = self._before(name, None)
         fade = None
         if before is not None:
@@ -95,7 +97,11 @@ class Running:
             fade = (before - top).exp()
         if self.causal:
             self._keep(name, top)
-        return self.hide(x - top[:, :, None], low).exp(), fade
+        return top[:, :, None], fade
+
+    def exp(self, x: Tensor) -> Tensor:
+        """exp of `[b g columns c]`, zero where there is no text."""
+        return self.hide(x, torch.finfo(x.dtype).min).exp()
 
     def _before(self, name: str, fade: Tensor | None) -> Tensor | None:
         """What earlier calls added up."""
@@ -165,7 +171,7 @@ def require_chunk(owner: object, chunk: int) -> None:
         raise FieldError(owner, "chunk", chunk, "must be 1 or more rows", CHUNK)
 
 
-def _past(call: Call, n: int, total: int) -> int:
+def past_keys(call: Call, n: int, total: int) -> int:
     """How many key columns stand before the first query; a cache may hold empty columns after the last one."""
     if call.queries.first is None or call.keys.first is None:
         return total - n

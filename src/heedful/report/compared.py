@@ -13,8 +13,6 @@ from heedful.report.page import by_kind, entry, html, more, put
 
 WORDS = {
     "over": "What helps it, and what it costs",
-    "matrix": "Differences to the unedited model on the same prompts, with their 95 % intervals; coloured where a "
-    "verdict is sure after Holm's correction.",
     "nothing": "There is nothing to compare yet.",
     "points": "Compared",
     "curves": "Curves",
