@@ -99,7 +99,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from heedful import authoring, catalogue, explaining, methods, models, tasks
+    from heedful import authoring, explaining, methods, models, tasks
     from heedful.api import arrange, attach, fit, operate
     from heedful.bench.compare import compare
     from heedful.bench.comparison import Comparison

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from heedful.bench.describing import aligned
-from heedful.bench.results import Gap
 from heedful.core.figures import Cell, Curves, Description, Figure, Finding, Intervals, Listing, Matrix, Scatter
 from heedful.laboratory.costs import PLAIN, RATIO, TRAIN
 from heedful.laboratory.course import Course, Quantity
+from heedful.laboratory.differences import ENOUGH, Difference
 from heedful.laboratory.results import Found, Results
 
 POINTS = 40  # of a learning curve
@@ -66,9 +66,9 @@ def findings(lab: Results) -> Iterable[Finding]:
         named = ", ".join(f"{r.mechanism} {written(r.mean, first)}" for r in ranked)
         yield Finding(f"{course.name.capitalize()}, {first.name} ({first.unit}), the best first: {named}.", 1.0)
     seeds = int(lab.facts.get("seeds", 0))
-    if seeds < 8:
+    if seeds < ENOUGH:
         told = f"{seeds} seed{'' if seeds == 1 else 's'}"
-        yield Finding(f"With {told} no difference is called sure; it takes 8.", 0.8)
+        yield Finding(f"With {told} no difference is called sure; it takes {ENOUGH}.", 0.8)
     if lab.inactive:
         yield Finding(f"Changed nothing here, and are softmax: {', '.join(lab.inactive)}.", 0.9)
     for refused in lab.refused:
@@ -107,7 +107,7 @@ def _differences(lab: Results, course: Course) -> Iterable[Figure]:
         )  # fmt: skip
 
 
-def _three(gap: Gap | None) -> list[float]:
+def _three(gap: Difference | None) -> list[float]:
     return [math.nan] * 3 if gap is None else [gap.mean, gap.low, gap.high]
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from heedful.bench.results import Gap
 from heedful.laboratory import costs
 from heedful.laboratory.costs import PLAIN
 from heedful.laboratory.course import Course, Quantity
+from heedful.laboratory.differences import Difference
 from heedful.laboratory.records import Record
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Found:
     course: str
     quantity: str
     mean: float  # over seeds
-    gap: Gap | None  # to softmax, paired by seed; None for softmax itself, for ratios to it and for a single seed
+    gap: Difference | None  # to softmax; None for softmax itself, for ratios to it and for a single seed
     seeds: int
 
 
@@ -100,10 +100,10 @@ def facts(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _gap(mine: Mapping[int, float], plain: Mapping[int, Record], quantity: Quantity) -> Gap | None:
+def _gap(mine: Mapping[int, float], plain: Mapping[int, Record], quantity: Quantity) -> Difference | None:
     if quantity.unit == costs.RATIO:
         return None
     both = sorted(seed for seed in mine if seed in plain and quantity.name in plain[seed].numbers)
     if len(both) < 2:
         return None
-    return Gap.of([mine[seed] - plain[seed].numbers[quantity.name] for seed in both])
+    return Difference.of([mine[seed] - plain[seed].numbers[quantity.name] for seed in both])
