@@ -17,7 +17,7 @@ from torch.nn.parallel import DataParallel
 from transformers import LlamaForCausalLM
 
 import heedful
-from heedful import attach, load, models
+from heedful import attach, catalogue, load, models
 from heedful.adapters.saving import TENSORS
 from heedful.conformance import check
 from heedful.conformance.subjects import tiny_model
@@ -309,7 +309,7 @@ def test_a_class_of_ones_own_is_found_where_it_is_imported(tmp_path: Path) -> No
     assert '"tests.samples.Gate"' in (tmp_path / "config.json").read_text()
     assert load(tmp_path).stack == as_stack(Gate())
     with pytest.raises(CatalogueError, match="no method named 'Gate'"):
-        heedful.catalogue.named("Gate")
+        catalogue.named("Gate")
 
 
 def test_learned_parameters_of_another_shape_are_not_spread(model: Any) -> None:

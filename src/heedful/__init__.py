@@ -42,7 +42,6 @@ _HOMES = {
 
 _MODULES = {
     "authoring": "heedful.authoring",
-    "catalogue": "heedful.catalogue",
     "explaining": "heedful.explaining",
     "methods": "heedful.methods",
     "models": "heedful.models",

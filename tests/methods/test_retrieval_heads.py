@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import heedful
-from heedful import models
+from heedful import catalogue, models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
@@ -139,7 +139,7 @@ def test_tells_what_a_reader_wants_to_know() -> None:
     assert list(told.roles[0].heads) == [(4, 2), (4, 0)]
     (finding,) = told.findings
     assert finding.text.startswith("25% of heads fetch text from far back, above all heads 4.2 (90%)")
-    assert set(finding.methods) <= set(heedful.catalogue.entries())
+    assert set(finding.methods) <= set(catalogue.entries())
     assert METHOD.describe(Retrieval({0: torch.zeros(4)})).findings[0].text == "0% of heads fetch text from far back."
     assert "4.2: 90%" in str(scores)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import heedful
-from heedful import models
+from heedful import catalogue, models
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, StatisticError
 from heedful.core.stats import load, merged
@@ -170,7 +170,7 @@ def test_tells_what_a_reader_wants_to_know() -> None:
     assert role.heads[5, 2] == pytest.approx(0.9)
     assert "38% of heads park on the first token" in finding.text
     assert "from layer 2 on 75% do" in finding.text
-    assert set(finding.methods) <= set(heedful.catalogue.entries())
+    assert set(finding.methods) <= set(catalogue.entries())
 
 
 def test_tells_of_no_sinks_and_of_layers_of_unlike_width() -> None:
