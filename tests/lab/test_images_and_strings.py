@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from heedful import attach
+from heedful.authoring import Call, Method, Site, at
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.stack import Stack
@@ -108,6 +109,23 @@ def test_attention_on_a_word_is_what_the_map_says(backwards: bool) -> None:
         words = range(10)
         wanted = torch.stack([weights[:, :, n, 10 - n if backwards else n + 1] for n in words]).mean((0, 1))
         assert close(run[reader][layer].value, wanted)
+
+
+def test_attention_on_a_word_is_a_share_whatever_rows_add_up_to() -> None:
+    class _Larger(Method):
+        @at(Site.PATTERN)
+        def grow(self, weights: Tensor, call: Call) -> Tensor:
+            return weights * (1 + call.q_pos[..., None])
+
+    course = Letters(where="cross")
+    inputs = {k: x for k, x in course.drawn(Generator().manual_seed(0), 3).items() if k != "labels"}
+    found = []
+    for what in (Stack((reader := _OnItsWord(10, False),)), _Larger().on(layers=0) | reader):
+        with fresh(course, what, 0) as run, torch.no_grad():
+            run(**inputs)
+            found.append(run[reader][0].value.float())
+    assert float(found[0].min()) > 0.05
+    assert close(found[0], found[1])
 
 
 @pytest.mark.parametrize(("where", "parts"), [("", 6), ("cross", 2), ("decoder", 2), ("encoder", 2)])

@@ -127,7 +127,8 @@ def test_differences_are_paired_by_seed() -> None:
     assert a.mean == pytest.approx(8.6 / 3)
     assert a.gap is not None
     assert a.gap.mean == pytest.approx(-0.4 / 3)
-    assert -0.5 < a.gap.low < -0.2 < -0.1 < a.gap.high, "the spread between seeds is no part of it"
+    half = 4.30265 * 0.0577350 / 3**0.5  # Student's t for two degrees of freedom, and the spread of -0.1, -0.2, -0.1
+    assert (a.gap.low, a.gap.high) == (pytest.approx(-0.4 / 3 - half, 1e-3), pytest.approx(-0.4 / 3 + half, 1e-2))
     assert not a.gap.sure, "three seeds are too few"
     assert lab.found["B", "text", "loss"].gap is None
     assert lab.found["softmax", "text", "loss"].gap is None

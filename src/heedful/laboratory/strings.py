@@ -31,7 +31,9 @@ class _OnItsWord(Method):
         # place 0 of the source names the task, and row n writes word n
         wanted = self.length - call.q_pos if self.backwards else 1 + call.q_pos
         there = call.k_pos[..., None, :] == wanted[..., None]
-        return Mean.of((weights * there).sum(-1).mean(-1).sum(0), len(weights))
+        size = weights.abs()  # rows need not add up to one, nor be positive
+        share = (size * there).sum(-1) / size.sum(-1).clamp(min=1e-9)
+        return Mean.of(share.mean(-1).sum(0), len(weights))
 
 
 @dataclass(frozen=True)
