@@ -18,6 +18,7 @@ class Figure:
     key: str  # unique in a profile, such as "sinks"
     title: str
     what: str
+    folded: bool = field(default=False, kw_only=True)  # for the few who look for it: a page shows it on demand
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,8 @@ class Curves(Figure):
     y_label: str
     log_x: bool = False
     log_y: bool = False
+    bands: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # line -> its lower and upper edge
+    band: str = ""  # what lies between these edges, such as "the middle half of the heads"
 
 
 @dataclass(frozen=True, eq=False)

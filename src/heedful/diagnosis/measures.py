@@ -23,7 +23,7 @@ from heedful.methods.observe.systematic_outliers import SystematicOutliers
 from heedful.methods.observe.weibull_weights import WeibullWeights
 
 DEFAULT: tuple[Measure, ...] = (
-    SinkRate(),
+    SinkRate(places=64),  # where heads park; further on the mean over heads is all that is shown
     SecondarySinks(),
     AttentionProfile(),
     # half of the prompts that these two read by themselves: a diagnosis should cost what reading the text costs

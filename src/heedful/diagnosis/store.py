@@ -20,12 +20,13 @@ from heedful.core.stats import Cat, Statistic, load, save
 from heedful.diagnosis.profile import ADDED, Profile, readers
 from heedful.diagnosis.view import TokenView
 
-FORMAT = 2
+FORMAT = 3
 STATISTICS = re.compile(r"statistics-[0-9a-f]{8}\.safetensors")
 # the facts that a profile tells, and of which kind they are
 FACTS: dict[str, type] = {"model": str, "seconds": dict, "skipped": list, "backends": list}
 FACTS |= dict.fromkeys(("layers", "heads", "length", *ADDED), int)
 VIEW = "view"  # the key of the token view's tensors, which no reader has
+APART = "apart."  # what keys of parts of the texts begin with, before the part's number
 
 
 def _measure(spelling: Any) -> Measure:
@@ -51,6 +52,7 @@ def save_profile(profile: Profile, folder: Path) -> Path:
     except TypeError as error:
         raise StatisticError(f"cannot save the measures {profile.parts}: {error}") from error
     statistics = dict(profile.statistics)
+    statistics |= {f"{APART}{i}.{key}": x for i, part in enumerate(profile.apart) for key, x in part.items()}
     if view is not None:
         statistics[VIEW] = Cat({"keys": view.keys, "weights": view.weights, "received": view.received})
     with writing(folder):
@@ -124,8 +126,13 @@ def load_profile(folder: Path) -> Profile:
             tensors = statistics.pop(VIEW).tensors()
             view = TokenView(view["tokens"], [(layer, head) for layer, head in view["heads"]], **tensors)
         parts = tuple(map(_measure, spellings))
-        _require(facts, parts, statistics)
-        return Profile(facts, parts, statistics, view)
+        apart: dict[int, dict[str, Statistic]] = {}
+        for key in [key for key in statistics if key.startswith(APART)]:
+            number, _, name = key.removeprefix(APART).partition(".")
+            apart.setdefault(int(number), {})[name] = statistics.pop(key)
+        for found in (statistics, *apart.values()):
+            _require(facts, parts, found)
+        return Profile(facts, parts, statistics, view, tuple(apart[i] for i in sorted(apart)))
     except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, HeedfulError):
             raise

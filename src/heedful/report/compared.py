@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from heedful.core.figures import Description, Matrix
 from heedful.report import data
-from heedful.report.page import by_kind, entry, html, more, put
+from heedful.report.page import along, by_kind, entry, html, more, put
 
 WORDS = {
     "over": "What helps it, and what it costs",
@@ -73,6 +73,8 @@ def render(comparison: Compared) -> str:
         "acting": [],
         "measures": _used(comparison),
         "kinds": by_kind(figures),
+        "along": along(by_kind(figures)),
+        "certainty": "",
         "view": {},
     }
     return html(written, {"figures": figures})

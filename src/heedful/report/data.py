@@ -76,11 +76,14 @@ def figure(shown: Figure, measure: str) -> dict[str, Any]:
     """One figure: what it is and how plotly draws it, less what the page writes itself."""
     kind = next((name for base, name in KINDS.items() if isinstance(shown, base)), None)
     plain: dict[str, Any] = {"key": shown.key, "title": shown.title, "what": shown.what, "from": measure, "kind": kind}
+    plain["folded"] = shown.folded
     if isinstance(shown, Listing):
         return plain | {"columns": list(shown.columns), "rows": [[cell(x) for x in row] for row in shown.rows]}
     if isinstance(shown, HeadMap):
         plain |= {"unit": shown.unit, "layers": list(shown.layers)}
     plot = bare(shown)
+    if isinstance(shown, Curves) and shown.bands:
+        plain["shaded"] = f"Shaded: {shown.band}."
     if isinstance(shown, Curves) and plot.data and len(plot.data[-1].x) < len(shown.x):
         plain["note"] = f"{len(plot.data[-1].x)} of {len(shown.x)} points are drawn, the peaks among them."
     if isinstance(shown, Intervals | Scatter):

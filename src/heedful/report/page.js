@@ -344,8 +344,11 @@ function fillTable(place, figure) {
       const from = at * (cloud.meta.points + 1);
       lines.push({ name: `head ${page.head}`, x: cloud.x.slice(from, from + cloud.meta.points), y: cloud.y.slice(from, from + cloud.meta.points) });
     }
-    const values = Array.from(lines[0]?.x ?? [], (x, i) => [x, ...lines.map((t) => (Number.isFinite(t.y[i]) ? t.y[i] : null))]);
-    made = table([[figure.plot.layout.xaxis.title.text, ""], ...lines.map((t) => [t.name, ""])], values, figure.title);
+    const places = Array.from(lines.find((t) => !t.meta?.band)?.x ?? []);
+    const columns = [...lines.filter((t) => !t.meta?.band), ...lines.filter((t) => t.meta?.band)];
+    const seen = columns.map((t) => new Map(Array.from(t.x, (x, i) => [x, t.y[i]])));
+    const values = places.map((x) => [x, ...seen.map((at) => (Number.isFinite(at.get(x)) ? at.get(x) : null))]);
+    made = table([[figure.plot.layout.xaxis.title.text, ""], ...columns.map((t) => [t.name, ""])], values, figure.title);
   } else {
     made = table(figure.columns.map((c) => [c, ""]), figure.rows, figure.title);
   }

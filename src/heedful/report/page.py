@@ -27,6 +27,7 @@ WORDS = {  # what the page calls things
     "tables": "The most telling rows",
     "used": "What was measured, and by whose method",
 }
+SHOWN = 4  # curves and grids that are not folded
 SECONDS = {"text": "reading the text", "trials": "prompts of its own", "view": "the token view"}
 
 
@@ -141,6 +142,22 @@ def by_kind(figures: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
     return {kind: [f for f in figures if f["kind"] == kind] for kind in data.KINDS.values()}
 
 
+def along(kinds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The curves and grids that are shown, those that are folded away, and what shades mean where it is the same."""
+    figures = kinds["curves"] + kinds["grid"]
+    shown = [f for f in figures if not f["folded"]][:SHOWN]
+    shades = [f["shaded"] for f in figures if "shaded" in f]
+    same = shades[0] if len(shades) > 1 and len(set(shades)) == 1 else ""
+    return {"shown": shown, "folded": [f for f in figures if f not in shown], "shaded": same}
+
+
+def _certainty(facts: Any) -> str:
+    """What is known of how much texts differ."""
+    if facts.get("windows") != 1:
+        return ""
+    return "One stretch of text was read, so that nothing here tells how much texts differ; pass several to see it."
+
+
 def _content(profile: data.Shown) -> tuple[dict[str, Any], dict[str, Any], str]:
     """What the template writes, what the script reads, and the packed token view."""
     told: Sequence[tuple[Measure, Description]] = profile.description()
@@ -166,6 +183,8 @@ def _content(profile: data.Shown) -> tuple[dict[str, Any], dict[str, Any], str]:
         "acting": [entry(name) for name in acting],
         "measures": _measures(told),
         "kinds": by_kind(figures),
+        "along": along(by_kind(figures)),
+        "certainty": _certainty(profile.facts),
         "view": about,
     }
     return written, read, numbers

@@ -123,6 +123,7 @@ class PositionInfluence(Method):
             lines={f"up to layer {n}": rest[n] for n in some},
             x_label="place in the text, %",
             y_label="share but for the first token",
+            folded=True,
         )
         depth = Curves(
             "influence_depth",

@@ -141,6 +141,7 @@ class PositionalHeads(Method):
             lines={"all heads": share},
             x_label="dimension",
             y_label="share",
+            folded=True,
         )
         heads = answer.heads
         if not heads:

@@ -168,6 +168,7 @@ class SecondarySinks(Method):
             lines={"tokens a text": torch.tensor(list(answer.by_layer.values()))},
             x_label="layer",
             y_label="tokens a text",
+            folded=True,
         )
         levels = answer.levels
         if not levels:
@@ -183,6 +184,7 @@ class SecondarySinks(Method):
             },
             x_label="layer",
             y_label="mean weight",
+            folded=True,
         )
         listing = Listing(
             "sink_levels",

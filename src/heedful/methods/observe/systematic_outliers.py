@@ -137,6 +137,7 @@ class SystematicOutliers(Method):
             lines={name: torch.tensor(line) for name, line in lines.items()},
             x_label="layer",
             y_label="tokens a text",
+            folded=True,
         )
         if not total.attention:
             return Description((curves,))
