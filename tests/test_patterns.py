@@ -126,7 +126,7 @@ def test_a_notebook_and_a_page_show_them(tmp_path: Path) -> None:
     text = found.page(tmp_path / "maps.html").read_text()
     assert '</script>"' not in text.split('id="data">')[1].split("</script>")[0]
     assert "query" in str(found.plot(0, 1).to_dict())
-    assert repr(found) == "Patterns(1 layers, 2 heads, 4 x 4: '</script>\"<b>é')"
+    assert repr(found) == "Patterns(1 layer, 2 heads, 4 x 4: '</script>\"<b>é')"
 
 
 def test_every_part_of_the_model_trains_or_rests_as_before() -> None:

@@ -178,7 +178,9 @@ def test_tells_of_no_sinks_and_of_layers_of_unlike_width() -> None:
     told = SinkRate().describe(Sinks({n: 0 * x for n, x in importance.items()}, importance))
     assert told.figures[0].values.isnan().tolist() == [[False] * 4, [False, False, True, True]]
     assert told.roles[0].heads == {}
-    assert told.findings[0].text.startswith("0% of heads")
+    assert told.findings[0].text.startswith("No head parks on the first token: none gives it more than 30%")
+    strong = SinkRate().describe(Sinks({n: 0 * x + 1 for n, x in importance.items()}, importance)).findings[0]
+    assert (told.findings[0].weight, strong.weight) == (0.1, 0.9)  # a finding of nothing stands below all others
     assert told.findings[0].methods == ()
 
 

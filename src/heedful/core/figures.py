@@ -129,7 +129,7 @@ class Finding:
     """One sentence for the summary, in plain words."""
 
     text: str
-    weight: float  # 0 to 1: how much a reader would want to know it; orders the summary
+    weight: float  # 0 to 1: how much a reader would want to know it, which grows with how strong it is; orders them
     methods: tuple[str, ...] = ()  # class names in the catalogue that act on this
 
 
@@ -145,6 +145,11 @@ class Description:
 def head_name(layer: int, head: int) -> str:
     """A head as people write it: `14.3`."""
     return f"{layer}.{head}"
+
+
+def counted(number: int, thing: str) -> str:
+    """So many of a thing: `1 layer`, `2 layers`."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
 def percent(share: float) -> str:

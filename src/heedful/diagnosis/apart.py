@@ -17,7 +17,8 @@ Found = dict[str, Statistic]
 
 def joined(one: Mapping[str, Statistic], other: Mapping[str, Statistic]) -> Found:
     """The statistics of both."""
-    return {key: one[key] + other[key] if key in one and key in other else (one | other)[key] for key in one | other}
+    both = {key: one[key] + other[key] for key in one if key in other}
+    return {**one, **other, **both}
 
 
 def dealt(parts: Iterable[Mapping[str, Statistic]]) -> tuple[Found, ...]:

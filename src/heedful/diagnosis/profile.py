@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heedful.core.errors import FieldError, StatisticError
-from heedful.core.figures import Curves, Description, Figure, Finding, Role
+from heedful.core.figures import Curves, Description, Figure, Finding, Role, counted
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Readings, method_of
@@ -165,11 +165,11 @@ class Profile:
     def headline(self) -> str:
         """The run in one line."""
         facts = self.facts
-        texts = f"{facts['texts']} text" + ("s" if facts["texts"] != 1 else "")
         left = f" ({facts['left_out']:,} left out in short ends)" if facts.get("left_out") else ""
         return (
-            f"{facts['model']}: {facts['layers']} layers of {facts['heads']} heads, {texts} of {facts['tokens']:,} "
-            f"tokens{left}, {sum(facts['seconds'].values()):.1f} s"
+            f"{facts['model']}: {counted(facts['layers'], 'layer')} of {counted(facts['heads'], 'head')}, "
+            f"{counted(facts['texts'], 'text')} of {counted(facts['tokens'], 'token')}{left}, "
+            f"{sum(facts['seconds'].values()):.1f} s"
         )
 
     def __str__(self) -> str:

@@ -202,7 +202,7 @@ class _Job:
                 new = self._profile(whole, "text", time.perf_counter() - began, **facts)
                 return replace(new if earlier is None else earlier + new, apart=dealt(apart.values()))
 
-            def note(unit: int) -> None:
+            def take(unit: int) -> None:
                 """Take what the run has read, for the whole and for one part of the texts."""
                 nonlocal whole
                 here = [key for key in run.state.statistics if key[0] < len(mine)]
@@ -216,7 +216,7 @@ class _Job:
                     if roles is not None:
                         run.roles = {"delimiters": roles.spans(taken[0])}
                     self.subject.read(run, taken)
-                    note(self.windows.of[read] if self.windows.texts > 1 else read // self.batch)
+                    take(self.windows.of[read] if self.windows.texts > 1 else read // self.batch)
                     read += len(taken)
                     done += sum(map(len, taken))
                     self.subject.report(Progress("text", done, total))

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from heedful.catalogue import entries, named
 from heedful.core.errors import DefinitionError, HeedfulError, StatisticError
 from heedful.core.files import PART, PROFILE, replace_text, writing
@@ -44,7 +46,7 @@ def save_profile(profile: Profile, folder: Path) -> Path:
         "facts": profile.facts,
         "parts": [spelled(part) for part in profile.parts],
         "statistics": new.name,
-        "view": view and {"tokens": view.tokens, "heads": view.heads},
+        "view": view and {"tokens": view.tokens, "heads": view.heads, "layers": view.layers},
     }
     try:
         content = json.loads(json.dumps(content))  # as it will be read
@@ -54,7 +56,7 @@ def save_profile(profile: Profile, folder: Path) -> Path:
     statistics = dict(profile.statistics)
     statistics |= {f"{APART}{i}.{key}": x for i, part in enumerate(profile.apart) for key, x in part.items()}
     if view is not None:
-        statistics[VIEW] = Cat({"keys": view.keys, "weights": view.weights, "received": view.received})
+        statistics[VIEW] = Cat({name: x for name, x in vars(view).items() if isinstance(x, Tensor)})
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -124,7 +126,8 @@ def load_profile(folder: Path) -> Profile:
     try:
         if view is not None:
             tensors = statistics.pop(VIEW).tensors()
-            view = TokenView(view["tokens"], [(layer, head) for layer, head in view["heads"]], **tensors)
+            heads = [(layer, head) for layer, head in view["heads"]]
+            view = TokenView(view["tokens"], heads, layers=view["layers"], **tensors)
         parts = tuple(map(_measure, spellings))
         apart: dict[int, dict[str, Statistic]] = {}
         for key in [key for key in statistics if key.startswith(APART)]:

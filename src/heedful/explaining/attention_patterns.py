@@ -15,7 +15,7 @@ from heedful.adapters.wrapped import unwrapped
 from heedful.api import attach, still
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-from heedful.core.figures import Grid, Head, head_name
+from heedful.core.figures import Grid, Head, counted, head_name
 from heedful.core.method import Method, Part
 from heedful.core.sites import Site, reads
 from heedful.core.stack import Stack, as_stack
@@ -85,7 +85,8 @@ class Patterns:
     def __repr__(self) -> str:
         many = sum(len(x) for x in self.maps.values())
         q, k = next(iter(self.maps.values())).shape[1:]
-        return f"Patterns({len(self.maps)} layers, {many} heads, {q} x {k}: {''.join(self.tokens)[:60]!r})"
+        size = f"{counted(len(self.maps), 'layer')}, {counted(many, 'head')}, {q} x {k}"
+        return f"Patterns({size}: {''.join(self.tokens)[:60]!r})"
 
     def _repr_html_(self) -> str:
         from heedful.report.maps import render

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from heedful.core.figures import Description, Matrix
+from heedful.core.figures import Description, Matrix, counted
 from heedful.report import data
 from heedful.report.page import along, by_kind, entry, html, more, put
 
@@ -40,7 +40,8 @@ class Compared(Protocol):
 
 def _facts(comparison: Compared) -> list[tuple[str, str]]:
     facts = comparison.facts
-    out = [("compared", f"{len(comparison.contenders) - 1} methods"), ("on", f"{len(facts.get('tasks', {}))} tasks")]
+    many = counted(len(comparison.contenders) - 1, "method")
+    out = [("compared", many), ("on", counted(len(facts.get("tasks", {})), "task"))]
     for name, key in (("weights in", "dtype"), ("run by", "device")):
         if key in facts:
             out.append((name, str(facts[key])))

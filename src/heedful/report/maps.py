@@ -11,7 +11,7 @@ from torch import Tensor
 from heedful.core.errors import FieldError
 from heedful.core.figures import head_name
 from heedful.report.colours import SCALE
-from heedful.report.data import zipped
+from heedful.report.data import rooted, zipped
 from heedful.report.page import asset, embed, environment
 
 MOST = 24 << 20  # numbers that a page holds
@@ -40,8 +40,7 @@ def render(patterns: Maps) -> str:
     for layer, x in patterns.maps.items():
         names = [head_name(layer, head) for head in patterns.heads[layer]]
         rows.append({"layer": layer, "heads": names, "q": x.shape[1], "k": x.shape[2]})
-        # the root shows what is small; a byte is a 255th of it
-        numbers.append((x.float().cpu().nan_to_num().clamp(0, 1).sqrt() * 255).round().to(torch.uint8).flatten())
+        numbers.append(rooted(x).flatten())
     read = {"tokens": list(patterns.tokens), "rows": rows, "scale": list(SCALE)}
     packed = zipped(torch.cat(numbers).numpy().tobytes())
     return environment().from_string(asset("patterns.html")).render(data=embed(read), numbers=packed)

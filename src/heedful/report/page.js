@@ -75,6 +75,7 @@ function themed() {
   $("theme").textContent = dark() ? "Light" : "Dark";
   $("theme").setAttribute("aria-label", dark() ? "Switch to light colours" : "Switch to dark colours");
   for (const redraw of page.drawn.values()) redraw();
+  if (page.head) fillCard(page.head);
 }
 
 function remember(name, value) {
@@ -234,6 +235,9 @@ function fillCard(head) {
     body.append(el("p", { class: "part" }, el("b", {}, role.name), " ", el("span", {}, `${written(value, role.unit)}, ${nth(place)} of ${role.heads.length}`)));
   }
   if (!parts.length) body.append(el("p", { class: "part" }, el("span", {}, "Plays no part that a measure looked for.")));
+
+  const pattern = page.pattern?.(head);
+  if (pattern) body.append(pattern);
 
   const table = el("tbody");
   for (const map of maps) {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heedful.catalogue import entries, family
-from heedful.core.figures import Description
+from heedful.core.figures import Description, counted
 from heedful.core.files import replace_text
 from heedful.core.kinds import Measure
 from heedful.core.method import method_of
@@ -103,14 +103,15 @@ def _facts(facts: Any) -> list[tuple[str, str]]:
     out = []
     if "layers" in facts and "heads" in facts:
         shared = facts.get("kv_heads") not in (None, facts["heads"])
-        keys = f", {facts['kv_heads']} key heads" if shared else ""
-        out.append(("attention", f"{facts['layers']} layers × {facts['heads']} heads{keys}"))
+        keys = f", {counted(facts['kv_heads'], 'key head')}" if shared else ""
+        size = f"{counted(facts['layers'], 'layer')} × {counted(facts['heads'], 'head')}"
+        out.append(("attention", size + keys))
     if "parameters" in facts:
         out.append(("parameters", _short(facts["parameters"])))
     if "tokens" in facts:
         texts = facts.get("texts")
-        of = f" in {texts} text{'s' if texts != 1 else ''}" if isinstance(texts, int) else ""
-        out.append(("read", f"{_short(facts['tokens'])} tokens{of}"))
+        of = f" in {counted(texts, 'text')}" if isinstance(texts, int) else ""
+        out.append(("read", f"{_short(facts['tokens'])} token{'s' * (facts['tokens'] != 1)}{of}"))
     seconds = facts.get("seconds") or {}
     if seconds:
         out.append(("time", f"{sum(seconds.values()):.3g} s"))

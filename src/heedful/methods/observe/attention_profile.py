@@ -207,19 +207,22 @@ class AttentionProfile(Method):
         layers = list(answer.distances)
         text = (
             f"A head of layer {layers[wide]} looks at about {tokens[wide]:.0f} tokens at once, one of layer "
-            f"{layers[narrow]} at about {tokens[narrow]:.0f}; {percent(broad)} of heads give no token more than "
-            f"{percent(self.broad)}."
+            f"{layers[narrow]} at about {tokens[narrow]:.0f}"
         )
-        yield Finding(text, 0.4, ("TempScale",))
+        if broad:
+            text += f"; {percent(broad)} of heads give no token more than {percent(self.broad)}"
+        ratio = float(tokens[wide] / tokens[narrow].clamp(min=1))
+        yield Finding(f"{text}.", 0.1 + 0.3 * (1 - 1 / ratio), ("TempScale",))
         if steady:
             counts = ", ".join(f"{n} at {words}" for words, n in sorted(steady.items(), key=lambda item: -item[1]))
-            yield Finding(f"Heads that mostly look at one fixed distance: {counts}.", 0.4)
+            share = sum(steady.values()) / answer.map("peak").isfinite().sum().item()
+            yield Finding(f"Heads that mostly look at one fixed distance: {counts}.", min(0.6, 0.3 + 3 * share))
         if not answer.map("delimiters").isnan().all():
             share, fair = answer.mean("delimiters"), answer.mean("fair")
             text = (
                 f"Punctuation and special tokens get {percent(share)} of the attention, an even spread {percent(fair)}."
             )
-            yield Finding(text, 0.3)
+            yield Finding(text, 0.05 + 0.6 * abs(share - fair) / max(share, fair, 1e-9))
 
 
 def _words(offset: int) -> str:

@@ -200,7 +200,9 @@ class SecondarySinks(Method):
             f"{answer.by_layer[top]:.1f} a text, layer {top}); each gets {percent(answer.weight[top])} of the "
             f"attention there, the first token {percent(answer.first_weight[top])}."
         )
-        return Description((number, weight, listing), findings=(Finding(text, 0.6, ("ACT",)),))
+        return Description(
+            (number, weight, listing), findings=(Finding(text, 0.3 + 0.3 * min(1.0, answer.by_layer[top]), ("ACT",)),)
+        )
 
 
 def _counted(weight: Tensor, born: Tensor, norm: Tensor, here: Tensor, depth: int) -> Tensor:

@@ -105,11 +105,13 @@ def _curves(importance: dict[int, Tensor]) -> Curves:
 def _finding(rate: Tensor, layers: list[int], limit: str) -> Finding:
     parks = torch.where(rate.isnan(), NAN, (rate > 0.5).to(rate.dtype))
     share = float(parks.nanmean())
+    if not share:
+        return Finding(f"No head parks on the first token: none gives it more than {limit} of its attention.", 0.1)
     text = f"{percent(share)} of heads park on the first token, giving it more than {limit} of their attention"
     most = (parks.nanmean(1) >= 0.5).nonzero()[:, 0].tolist()
     if most and most[0] > 0:
         text += f"; from layer {layers[most[0]]} on {percent(float(parks[most[0] :].nanmean()))} do"
-    return Finding(f"{text}.", share, ACTS if share else ())
+    return Finding(f"{text}.", min(0.9, 0.2 + share), ACTS)
 
 
 class SinkRate(Method):
@@ -154,8 +156,8 @@ class SinkRate(Method):
         if before is None:
             return Columns.of(*self._counted(**now), self.places)
         # the text so far was counted already: what it counts as now takes the place of that
-        new = (x - y for x, y in zip(self._counted(**now), self._counted(**before), strict=True))
-        return Columns.of(*new, self.places)
+        total, count = (x - y for x, y in zip(self._counted(**now), self._counted(**before), strict=True))
+        return Columns.of(total, count, self.places)
 
     def _counted(self, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """What texts add to sums and counts, `[2 h k]` and `[h k]`, from what their keys received `[b h k]`."""
