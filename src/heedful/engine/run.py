@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, InactiveWarning, StatisticError
 from heedful.core.method import Layer, Method, Part, Readings
+from heedful.core.notebook import printed
 from heedful.core.regions import Span
 from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Statistic, load, save
@@ -85,6 +86,9 @@ class Activity:
             lines.append("NaN was seen in the output of some head")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        return printed(self)
+
 
 class Run:
     """Made by `attach`. A context manager, and callable like the model."""
@@ -150,6 +154,13 @@ class Run:
         for x in requested:
             found = self.state.params.setdefault((x.part, x.layer), {})
             found[x.name] = self._adapter.parameter(x.layer, x.full, x.start)
+
+    def __repr__(self) -> str:
+        name, state = type(self.model).__name__, "closed" if self.closed else "attached"
+        return f"Run({self.stack!r} on {name}, {state})"
+
+    def _repr_html_(self) -> str:
+        return printed(f"{self!r}\n{self.activity()}" if self.state.entered else repr(self))
 
     @property
     def layer_names(self) -> tuple[str, ...]:

@@ -250,7 +250,8 @@ function fillCard(head) {
       el("td", {}, rank ? nth(rank) : "–")));
   }
   const of = Math.max(...maps.map((m) => m.order.length));
-  body.append(el("h4", {}, `Its numbers, and its place among ${grouped(of)} heads`), el("table", { class: "values" }, table));
+  body.append(el("h4", {}, `Its numbers, and its place among ${grouped(of)} heads`), el("table", { class: "values", "data-rove": true }, table));
+  roving(body);
 
   for (const figure of page.figures) {
     const cloud = figure.kind === "curves" && figure.plot.data.find((t) => t.meta?.heads);
@@ -292,7 +293,7 @@ function drawGrid(place, figure) {
 }
 
 /* ---------- tables ---------- */
-function headButton(head) { return el("button", { type: "button", class: "head", "data-head": head }, head); }
+function headButton(head) { return el("button", { type: "button", class: "head", "data-head": head, tabindex: -1 }, head); }
 
 /* what a cell holds: a head, heads, a number, a number written as text, or text */
 function known(x) { return maps.some((map) => map.values.has(x)); }
@@ -327,7 +328,7 @@ function table(columns, lines, caption) {
     },
   }, title)));
   fill();
-  return el("table", {}, el("caption", { class: "hidden" }, caption), el("thead", {}, el("tr", {}, ...heads)), body);
+  return el("table", { "data-rove": true }, el("caption", { class: "hidden" }, caption), el("thead", {}, el("tr", {}, ...heads)), body);
 }
 
 function fillTable(place, figure) {
@@ -357,6 +358,7 @@ function fillTable(place, figure) {
     made = table(figure.columns.map((c) => [c, ""]), figure.rows, figure.title);
   }
   place.replaceChildren(made);
+  roving(place);
   place.tabIndex = 0;
   place.setAttribute("role", "region");
   place.setAttribute("aria-label", `${figure.title}, as a table`);
@@ -407,6 +409,27 @@ function wire() {
   });
 }
 
+/* many buttons that are one stop of the tab key, and go from one to the next by arrow keys */
+const stops = (group) => all("button, a[href]", group);
+function roving(root) {
+  for (const group of all("[data-rove]", root)) stops(group).forEach((button, i) => { button.tabIndex = i ? -1 : 0; });
+}
+
+function wireRoving() {
+  roving(document);
+  document.addEventListener("focusin", (event) => {
+    const group = event.target.closest?.("[data-rove]");
+    if (group && stops(group).includes(event.target)) for (const other of stops(group)) other.tabIndex = other === event.target ? 0 : -1;
+  });
+  document.addEventListener("keydown", (event) => {
+    const group = event.target.closest?.("[data-rove]"), items = group ? stops(group) : [], at = items.indexOf(event.target);
+    const to = { ArrowLeft: at - 1, ArrowUp: at - 1, ArrowRight: at + 1, ArrowDown: at + 1, Home: 0, End: items.length - 1 }[event.key];
+    if (at < 0 || to === undefined) return;
+    event.preventDefault();
+    items[Math.max(0, Math.min(items.length - 1, to))].focus();
+  });
+}
+
 /* rows by a column: downwards first, then upwards; what has no value stays below */
 function sortMatrix(button) {
   const head = button.parentElement, body = $("matrix").tBodies[0], at = Number(button.dataset.sort);
@@ -452,6 +475,7 @@ async function start() {
   $("engine").remove();
   wire();
   wireRoles();
+  wireRoving();
   addEventListener("beforeprint", unfold);
   if (maps.length) {
     showMap(maps[0]);

@@ -49,6 +49,7 @@ def environment() -> Any:
         raise MissingPackage("jinja2") from error
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters["heads"] = _heads
+    made.filters["spelled"] = _spelled
     return made
 
 
@@ -72,6 +73,13 @@ def _heads(text: str) -> Any:
     return Markup(
         MENTION.sub(lambda found: re.sub(r"(?<![\d.(])\d+\.\d+(?!\d*%)", button, found[0]), str(escape(text)))
     )
+
+
+def _spelled(name: str) -> Any:
+    """A method as it is written, which may be broken behind brackets, commas and bars and within CamelCase only."""
+    from markupsafe import Markup, escape
+
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[(,|])|(?<=[a-z])(?=[A-Z])", name))
 
 
 def entry(name: str) -> dict[str, Any]:

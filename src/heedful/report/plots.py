@@ -104,8 +104,12 @@ def grid(figure: Grid) -> go.Figure:
     if figure.log and len(known):
         decades = list(range(math.floor(float(known.min())), math.ceil(float(known.max())) + 1))
         bar = {"tickvals": decades, "ticktext": [f"{10.0**d:g}" for d in decades]}
+    size = float(known.abs().max()) if len(known) and not figure.log and float(known.min()) < 0 else None
     heat = _plotly().Heatmap(
         z=_array(shown),
+        zmin=size and -size,  # zero in the middle, where a signed scale has none of its colours
+        zmax=size,
+        autocolorscale=size is not None or None,
         x=list(figure.columns),
         y=list(figure.rows),
         customdata=_array(values) if figure.log else None,
