@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,23 @@ def test_no_axis_has_the_words_of_another_sequence() -> None:
     assert same.names(2) == ["0", "1"]
     longer = heedful.patterns(model, {"input_ids": ids, "decoder_input_ids": torch.tensor([[7, 8, 9]])})
     assert (longer.names(2), longer.names(3)) == (["0 5", "1 6"], ["0", "1", "2"])
+
+
+@pytest.mark.parametrize("kind", ["clip", "llava"])
+def test_an_images_axis_has_no_words_though_it_is_as_long_as_the_text(kind: str, tmp_path: Path) -> None:
+    model = models.tiny(kind)
+    inputs = {name: x[:1] for name, x in models.tiny_inputs(model).items()}
+    seen = heedful.patterns(model, inputs)
+    (patches,) = {x.shape[-1] for x in seen.maps.values()} - {inputs["input_ids"].shape[1]}
+    longer = {name: x[:1] for name, x in models.tiny_inputs(model, length=patches + 1).items()}
+    alike = {name: x[:, :patches] if x.ndim == 2 else x for name, x in longer.items()}
+    found = heedful.patterns(model, alike)
+    with_words = {layer for layer in found.maps if found.figure(layer, 0).columns[0] != "0"}
+    assert {x.shape[-1] for x in found.maps.values()} == {patches}
+    assert found.text == with_words == frozenset({"clip": {0, 1}, "llava": {2, 3}}[kind])
+    pytest.importorskip("jinja2")
+    rows = json.loads(found.page(tmp_path / "x.html").read_text().split('id="data">')[1].split("</script>")[0])["rows"]
+    assert {row["layer"] for row in rows if row["text"]} == with_words
 
 
 def test_some_heads_and_their_names() -> None:

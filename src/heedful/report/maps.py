@@ -29,6 +29,9 @@ class Maps(Protocol):
     @property
     def heads(self) -> Mapping[int, list[int]]: ...
 
+    @property
+    def text(self) -> frozenset[int] | None: ...
+
 
 def render(patterns: Maps) -> str:
     """The page as text."""
@@ -39,7 +42,8 @@ def render(patterns: Maps) -> str:
     rows, numbers = [], []
     for layer, x in patterns.maps.items():
         names = [head_name(layer, head) for head in patterns.heads[layer]]
-        rows.append({"layer": layer, "heads": names, "q": x.shape[1], "k": x.shape[2]})
+        reads_text = patterns.text is None or layer in patterns.text
+        rows.append({"layer": layer, "heads": names, "q": x.shape[1], "k": x.shape[2], "text": reads_text})
         numbers.append(rooted(x).flatten())
     read = {"tokens": list(patterns.tokens), "rows": rows, "scale": list(SCALE)}
     packed = zipped(torch.cat(numbers).numpy().tobytes())
