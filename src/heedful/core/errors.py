@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import PurePath
 
 
 class HeedfulError(Exception):
@@ -33,7 +34,12 @@ class FieldError(HeedfulError, ValueError):
 
     def __init__(self, owner: object, field: str, value: object, rule: str, good: object) -> None:
         name = owner if isinstance(owner, str) else type(owner).__name__
-        super().__init__(f"{name}.{field} = {value!r}: {rule}; for example {field}={good!r}")
+        super().__init__(f"{name}.{field} = {_written(value)}: {rule}; for example {field}={_written(good)}")
+
+
+def _written(value: object) -> str:
+    """A value as one would write it; a path is a Path on every system."""
+    return f"Path({str(value)!r})" if isinstance(value, PurePath) else repr(value)
 
 
 class DefinitionError(HeedfulError, TypeError):

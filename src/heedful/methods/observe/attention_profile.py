@@ -216,7 +216,9 @@ class AttentionProfile(Method):
         if steady:
             counts = ", ".join(f"{n} at {words}" for words, n in sorted(steady.items(), key=lambda item: -item[1]))
             share = sum(steady.values()) / answer.map("peak").isfinite().sum().item()
-            yield Finding(f"Heads that mostly look at one fixed distance: {counts}.", min(0.6, 0.3 + 3 * share))
+            yield Finding(
+                f"In the text, heads that mostly look at one fixed distance: {counts}.", min(0.6, 0.3 + 3 * share)
+            )
         if not answer.map("delimiters").isnan().all():
             share, fair = answer.mean("delimiters"), answer.mean("fair")
             text = (

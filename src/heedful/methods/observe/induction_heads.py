@@ -129,7 +129,8 @@ def _finding(roles: list[Role]) -> Finding:
     rest = f" and {len(copies) - len(named)} more" if len(copies) > len(named) else ""
     text = (
         f"Heads {', '.join(named)}{rest} copy: where a text comes again they look at what followed the last time"
-        f"; {len(roles[1].heads)} look at the same token before and {len(roles[2].heads)} at the previous token."
+        f". On random tokens that repeat {len(roles[1].heads)} look at the same token before, and "
+        f"{len(roles[2].heads)} at the previous token."
     )
     return Finding(text, 0.4 + 0.4 * max(copies.values()))
 
