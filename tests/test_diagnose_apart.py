@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from heedful import diagnose, models, stats
+from heedful import diagnose, models
+from heedful.core import stats
 from heedful.core.figures import Curves
 from heedful.core.stats import Mean, Sum
 from heedful.diagnosis.apart import MOST, dealt

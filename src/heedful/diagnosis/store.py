@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Method, Scoped
 from heedful.core.spelling import built, spelled
 from heedful.core.stats import Cat, Statistic, load, save
-from heedful.diagnosis.profile import ADDED, Profile, readers
+from heedful.diagnosis.measures import readers
 from heedful.diagnosis.view import TokenView
 
 FORMAT = 3
+ADDED = ("texts", "windows", "tokens", "left_out")  # facts that add up where profiles are merged
 STATISTICS = re.compile(r"statistics-[0-9a-f]{8}\.safetensors")
 # the facts that a profile tells, and of which kind they are
 FACTS: dict[str, type] = {"model": str, "seconds": dict, "skipped": list, "backends": list}
@@ -38,13 +39,20 @@ def _measure(spelling: Any) -> Measure:
     return part
 
 
-def save_profile(profile: Profile, folder: Path) -> Path:
-    view = profile.view
+def write(
+    folder: Path,
+    facts: dict[str, Any],
+    parts: tuple[Measure, ...],
+    statistics: Mapping[str, Statistic],
+    view: TokenView | None,
+    apart: Sequence[Mapping[str, Statistic]],
+) -> Path:
+    """A profile into a folder: whole, or not at all."""
     new = folder / f"statistics-{uuid.uuid4().hex[:8]}.safetensors"
     content = {
         "format": FORMAT,
-        "facts": profile.facts,
-        "parts": [spelled(part) for part in profile.parts],
+        "facts": facts,
+        "parts": [spelled(part) for part in parts],
         "statistics": new.name,
         "view": view and {"tokens": view.tokens, "heads": view.heads, "layers": view.layers},
     }
@@ -52,15 +60,15 @@ def save_profile(profile: Profile, folder: Path) -> Path:
         content = json.loads(json.dumps(content))  # as it will be read
         text = json.dumps({**content, "digest": _digest(content)}, indent=1)
     except TypeError as error:
-        raise StatisticError(f"cannot save the measures {profile.parts}: {error}") from error
-    statistics = dict(profile.statistics)
-    statistics |= {f"{APART}{i}.{key}": x for i, part in enumerate(profile.apart) for key, x in part.items()}
+        raise StatisticError(f"cannot save the measures {parts}: {error}") from error
+    whole = dict(statistics)
+    whole |= {f"{APART}{i}.{key}": x for i, found in enumerate(apart) for key, x in found.items()}
     if view is not None:
-        statistics[VIEW] = Cat({name: x for name, x in vars(view).items() if isinstance(x, Tensor)})
+        whole[VIEW] = Cat({name: x for name, x in vars(view).items() if isinstance(x, Tensor)})
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            save(new, statistics)
+            save(new, whole)
             replace_text(folder / PROFILE, text)
         except BaseException:
             new.unlink(missing_ok=True)
@@ -98,7 +106,11 @@ def _require(facts: Any, parts: tuple[Measure, ...], statistics: Mapping[str, St
             raise KeyError(key)
 
 
-def load_profile(folder: Path) -> Profile:
+Found = dict[str, Statistic]
+
+
+def read(folder: Path) -> tuple[dict[str, Any], tuple[Measure, ...], Found, TokenView | None, tuple[Found, ...]]:
+    """What `write` wrote, in its order."""
     try:
         content = json.loads((folder / PROFILE).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -129,13 +141,13 @@ def load_profile(folder: Path) -> Profile:
             heads = [(layer, head) for layer, head in view["heads"]]
             view = TokenView(view["tokens"], heads, layers=view["layers"], **tensors)
         parts = tuple(map(_measure, spellings))
-        apart: dict[int, dict[str, Statistic]] = {}
+        apart: dict[int, Found] = {}
         for key in [key for key in statistics if key.startswith(APART)]:
             number, _, name = key.removeprefix(APART).partition(".")
             apart.setdefault(int(number), {})[name] = statistics.pop(key)
         for found in (statistics, *apart.values()):
             _require(facts, parts, found)
-        return Profile(facts, parts, statistics, view, tuple(apart[i] for i in sorted(apart)))
+        return facts, parts, statistics, view, tuple(apart[i] for i in sorted(apart))
     except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, HeedfulError):
             raise
