@@ -11,6 +11,7 @@ import typer
 
 from heedful.cli.console import console
 from heedful.core.errors import ModelError
+from heedful.core.figures import counted
 
 
 def _version(package: str) -> str:
@@ -49,7 +50,8 @@ def doctor(
         loaded = models.load(model)
     adapter = adapt(loaded.model, None)
     kind = type(loaded.model).__name__
-    console.print(f"[green]served[/]: {len(adapter.layer_names)} attention layers of {kind} ({loaded.name})")
+    served = counted(len(adapter.layer_names), "attention layer")
+    console.print(f"[green]served[/]: {served} of {kind} ({loaded.name})")
     try:
         sizes = {
             (s.heads, s.kv_heads, s.head_dim)

@@ -17,6 +17,7 @@ from heedful.core.asked import asks
 from heedful.core.call import DenoisingStep
 from heedful.core.errors import FieldError, InactiveWarning, StatisticError
 from heedful.core.method import Layer, Method, Part, Readings
+from heedful.core.notebook import printed
 from heedful.core.regions import PerText, Region, Roles, marks
 from heedful.core.stack import Stack, Step, as_stack
 from heedful.core.stats import Statistic, load, save
@@ -89,6 +90,9 @@ class Activity:
         if self.nan:
             lines.append("NaN was seen in the output of some head")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return printed(self)
 
 
 class Run:
@@ -163,6 +167,13 @@ class Run:
         for x in requested:
             found = self.state.params.setdefault((x.part, x.layer), {})
             found[x.name] = self._adapter.parameter(x.layer, x.full, x.start)
+
+    def __repr__(self) -> str:
+        name, state = type(self.model).__name__, "closed" if self.closed else "attached"
+        return f"Run({self.stack!r} on {name}, {state})"
+
+    def _repr_html_(self) -> str:
+        return printed(f"{self!r}\n{self.activity()}" if self.state.entered else repr(self))
 
     @property
     def layer_names(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from heedful.core.asked import asks
 from heedful.core.errors import BackendError, FieldError
 from heedful.core.method import Part
+from heedful.core.notebook import printed
 from heedful.core.sites import HEADLESS_SITES, Site
 from heedful.core.stack import Stack, as_stack
 from heedful.engine.backends import BACKENDS, Backend
@@ -55,6 +56,9 @@ class Explanation:
     def __str__(self) -> str:
         rows = "\n".join(map(str, self.choices))
         return f"{self.stack!r}\n{rows}\n({self.untouched})"
+
+    def _repr_html_(self) -> str:
+        return printed(self)
 
 
 @asks
