@@ -78,5 +78,7 @@ from heedful.methods.sparse.prefill.s2_attention import S2Attention as S2Attenti
 from heedful.methods.sparse.prefill.sample_attention import SampleAttention as SampleAttention
 from heedful.methods.sparse.prefill.sink_window import SinkWindow as SinkWindow
 from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn as SpargeAttn
+from heedful.methods.sparse.tokens.attention_rag import AttentionRAG as AttentionRAG
+from heedful.methods.sparse.tokens.spec_pc import SpecPC as SpecPC
 
 def files() -> dict[str, str]: ...
