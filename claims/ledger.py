@@ -19,8 +19,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from heedful.laboratory.differences import student
+
 RESULTS = Path(__file__).parent / "results"
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # t at 97.5 %, by seeds
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def verdict(effects: list[float], strong: float) -> str:
     """holds / weaker / not seen / reversed at this scale, by a two-sided t test at 5 % over seeds."""
     mean = statistics.fmean(effects)
     error = statistics.stdev(effects) / math.sqrt(len(effects)) if len(effects) > 1 else math.inf
-    if abs(mean) <= STUDENT.get(len(effects), 2.26) * error:
+    if abs(mean) <= (student(len(effects)) if len(effects) > 1 else 1.0) * error:
         return "not seen at this scale"
     if mean < 0:
         return "reversed at this scale"

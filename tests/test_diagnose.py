@@ -255,7 +255,7 @@ def test_a_folder_of_other_settings_is_refused(model: Any, tmp_path: Path, chang
         ("  \n", "is empty: give a text"),
         ([], "is empty: give one text or more"),
         (["words", ""], "is empty"),
-        (3, "must be a text, a Path"),
+        (3, "must be str, Path"),
         ("a", "holds a single token"),
         (Path("no/such.txt"), r"such.txt': no such file"),
         (torch.tensor([[5, 500]]), "token ids must be from 0 to 127"),

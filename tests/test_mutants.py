@@ -138,6 +138,26 @@ def test_the_record_has_every_file_above_the_bar() -> None:
     assert {name: row for name, row in record.items() if row["caught"] < BAR * row["made"]} == {}
 
 
+def test_what_methods_share_is_tried_with_the_tests_of_those_who_use_it() -> None:
+    paths = {path.stem: path for path in tool.files()}
+    assert len(paths) == len(tool.files()), "rows go by the name of the file"
+    assert {path.stem for path in tool.files() if tool.is_shared(path)} >= {
+        "blocks",
+        "rotary",
+        "topk",
+        "_voted",
+        "_fits",
+    }
+    assert paths["knorm"] in tool.users(paths["topk"]), "by way of budget and scored_cache"
+    assert [path.stem for path in tool.users(paths["_voted"])] == ["ada_kv", "pyramid_kv", "snap_kv"]
+    tests = [path.stem for path in tool.tests_of(paths["topk"])]
+    assert tests[0] == "test_topk"
+    assert "test_knorm" in tests
+    assert not tool.is_shared(paths["knorm"])
+    with pytest.raises(SystemExit, match="needs a file of tests"):
+        tool.tests_of(paths["knorm"].with_name("none_such.py"))
+
+
 def test_what_is_left_out_is_still_there() -> None:
     sources = {path.stem: path.read_text() for path in tool.files()}
     for name, left_out in json.loads(EQUIVALENT.read_text()).items():

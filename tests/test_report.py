@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful.core.errors import HeedfulError
+from heedful.core.errors import HeedfulError, WriteError
 from heedful.core.figures import Curves, Description, Figure, Finding, Grid, HeadMap, Listing, Role, head_name
 from heedful.core.method import Part
 from heedful.methods.observe.sink_rate import SinkRate
@@ -388,7 +388,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(WriteError, match="No space"):
         page.write(profile(), path)
     assert [p.name for p in path.parent.iterdir()] == ["page.html"]
     assert path.read_text() == before

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import heedful
-from heedful import attach
+from heedful import attach, edit
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, InactiveWarning, NotEntered, RefusedModel, StatisticError
+from heedful.core.sites import Site
 from heedful.core.stack import Stack
 from heedful.tiny import tiny
 
@@ -127,7 +128,8 @@ def test_density_cache_and_nan_are_seen(model: nn.Module) -> None:
     assert seen.kept[0] == (2 * (4 + 5), 2 * 2 * 12)
     assert not seen.nan
     assert "cache entries kept: 36 of 96" in str(seen)
-    with attach(model, Scale(float("nan"))) as run:
+    broken = edit(Site.HEAD_OUTPUT, lambda heads, call: heads * float("nan"))
+    with attach(model, broken) as run:
         logits(run)
     assert run.activity().nan
 

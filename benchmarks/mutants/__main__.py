@@ -1,4 +1,4 @@
-"""python -m benchmarks.mutants [NAMES] [--count 10]: every method's file, or those named (`vhr`); it resumes."""
+"""python -m benchmarks.mutants [NAMES] [--count 10]: the files of methods and what they share, or some; it resumes."""
 
 from __future__ import annotations
 
@@ -6,26 +6,68 @@ import argparse
 import hashlib
 import json
 import time
+from functools import cache
 from pathlib import Path
 
 from benchmarks.mutants import changes, probe
 from benchmarks.mutants.page import EQUIVALENT, RECORD, ROOT, Row
+from docs.imports import graph, modules
 
-METHODS = ROOT / "src" / "heedful" / "methods"
+KIT, METHODS = (ROOT / "src" / "heedful" / room for room in ("kit", "methods"))
 PATIENCE = 8.0  # a change may slow the tests this much before it counts as hung
 
 
 def files() -> list[Path]:
-    """Every method's file."""
-    return sorted(path for path in METHODS.rglob("*.py") if not path.name.startswith("_"))
+    """Every method's file, and what several of them share."""
+    return sorted(path for home in (KIT, METHODS) for path in home.rglob("*.py") if path.name != "__init__.py")
+
+
+def is_shared(path: Path) -> bool:
+    """Whether it is no method's own: in the kit, or beside the methods that share it."""
+    return path.parent == KIT or path.name.startswith("_")
+
+
+def _own_tests(path: Path) -> list[Path]:
+    """`test_X.py` for `X.py`, and `test_X_more.py` where they are many."""
+    tests = ROOT / "tests"
+    homes = (tests, tests / "kit") if path.parent == KIT else (tests / "methods",)
+    names = (path.stem, f"{path.stem}_*")
+    return [p for name in names for home in homes for p in sorted(home.glob(f"test_{name}.py"))]
 
 
 def tests_of(path: Path) -> list[Path]:
-    """The tests of a method's own: `test_X.py` for `X.py`, and `test_X_more.py` where they are many."""
-    found = [p for name in (path.stem, f"{path.stem}_*") for p in sorted((ROOT / "tests").rglob(f"test_{name}.py"))]
-    if not found or found[0].stem != f"test_{path.stem}":
+    """A file's own tests; behind those of what is shared the tests of the methods that use it, however they do."""
+    found = _own_tests(path)
+    if is_shared(path):
+        found += [test for user in users(path) for test in _own_tests(user)]
+    elif found and found[0].stem != f"test_{path.stem}":
+        found = []
+    if not found:
         raise SystemExit(f"{path.name} needs a file of tests, test_{path.name}")
-    return found
+    return list(dict.fromkeys(found))
+
+
+@cache
+def _imports() -> tuple[dict[str, Path], dict[str, set[str]]]:
+    return modules(), graph()
+
+
+def users(path: Path) -> list[Path]:
+    """The methods that import a shared file, straight or by way of another one that is shared."""
+    (known, imports), name = _imports(), _module(path)
+    found, queue = set(), [name]
+    while queue:
+        one = queue.pop()
+        for user in (user for user, wants in imports.items() if one in wants):
+            if is_shared(known[user]):
+                queue.append(user)
+            elif METHODS in known[user].parents:
+                found.add(known[user])
+    return sorted(found)
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
 
 
 def _state(path: Path) -> str:
@@ -49,8 +91,7 @@ def _chosen(path: Path, most: int) -> list[changes.Mutant]:
 
 def measure(path: Path, most: int) -> Row:
     """The mutants of one file, each tried."""
-    module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
-    source, tests = path.read_text(), tests_of(path)
+    module, source, tests = _module(path), path.read_text(), tests_of(path)
     chosen = _chosen(path, most)
     state, begun = _state(path), time.monotonic()
     if not probe.survives(module, path, tests, None, 600.0):
@@ -67,12 +108,14 @@ def measure(path: Path, most: int) -> Row:
 
 def main() -> None:
     words = argparse.ArgumentParser(prog="benchmarks.mutants", description=__doc__)
-    words.add_argument("names", nargs="*", help="files of methods, as in `vhr`; none: all")
+    words.add_argument(
+        "names", nargs="*", help="files of methods or of what they share, as in `vhr` or `blocks`; none: all"
+    )
     words.add_argument("--count", type=int, default=10, help="mutants a file")
     given = words.parse_args()
     paths = {path.stem: path for path in files()}
     if unknown := set(given.names) - set(paths):
-        raise SystemExit(f"no method's file is called {', '.join(sorted(unknown))}")
+        raise SystemExit(f"no file of methods is called {', '.join(sorted(unknown))}")
     probe.warm()
     for name in given.names or paths:
         record: dict[str, Row] = json.loads(RECORD.read_text()) if RECORD.exists() else {}

@@ -32,7 +32,7 @@ from heedful.core.sites import Site, at, reads
 from heedful.core.stack import Stack
 from heedful.engine.attend import attend
 from heedful.engine.attention_call import AttentionCall
-from heedful.engine.run import density_of
+from heedful.engine.density import density_of
 from heedful.engine.run_state import RunState
 from heedful.engine.select import select
 from heedful.kit.blocks import BlockSparse

@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from heedful.core.asked import asks
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.kinds import HeadWeights, Prompt, Surgery, Tokens, Vocabulary
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
-from heedful.core.regions import Span
+from heedful.core.regions import Roles
 from heedful.core.stack import Stack
 from heedful.engine.run import Run
 from heedful.folding import rewritten
 
 
+@asks
 def attach(
     model: nn.Module,
     what: Part | Stack,
     *,
     only: str | Iterable[str] | None = None,
     backend: str = "auto",
-    roles: Mapping[str, tuple[Span, ...]] | None = None,
+    roles: Roles | Sequence[Roles] | None = None,
     tile_rows: int | None = None,
 ) -> Run:
     """Put a method or a stack into a model's attention until the run is closed.
 
     The model is one of transformers, or a module around one, which is what the run then calls.
-    `only` names the part of the model to serve by dotted prefix, `roles` names spans of token positions, `backend`
-    demands one instead of letting heedful choose, `tile_rows` fixes the rows of a tile.
+    `only` names the part of the model to serve by dotted prefix, `roles` names spans of token positions, in
+    every text or, as a list, in each; `backend` demands one instead of letting heedful choose, `tile_rows` fixes the
+    rows of a tile.
     """
     from heedful.adapters.transformers import adapt
 
@@ -86,6 +89,7 @@ def still(model: nn.Module) -> Iterator[None]:
             module.training = was
 
 
+@asks
 def fit(
     method: CatalogueEntry,
     model: nn.Module,
@@ -101,6 +105,7 @@ def fit(
 
 
 @torch.no_grad()
+@asks
 def operate(model: nn.Module, *surgeries: Surgery, only: str | Iterable[str] | None = None) -> Any:
     """A copy of the model with edited weights, which needs no heedful to run; `fold` asks that it can be saved too."""
     for surgery in surgeries:
@@ -115,6 +120,7 @@ def _tensor(prompt: Prompt, model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
+@asks
 def arrange(model: nn.Module, prompt: Prompt, step: Tokens, *, only: str | Iterable[str] | None = None) -> Prompt:
     """The prompt as a token step would have it."""
 

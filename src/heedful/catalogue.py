@@ -5,19 +5,21 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
+from pathlib import Path
 
+from heedful.core.asked import asks
 from heedful.core.errors import CatalogueError, nearest
 from heedful.core.method import CatalogueEntry
 from heedful.core.spelling import name_of
+
+HOME = Path(__file__).parent / "methods"
 
 
 @cache
 def entries() -> dict[str, type[CatalogueEntry]]:
     """Every method, token step, decoding step and surgery that heedful ships, by class name."""
-    import heedful.methods
-
     found: dict[str, type[CatalogueEntry]] = {}
-    for info in pkgutil.walk_packages(heedful.methods.__path__, "heedful.methods."):
+    for info in pkgutil.walk_packages([str(HOME)], "heedful.methods."):
         if info.ispkg or info.name.rpartition(".")[2].startswith("_"):  # the latter hold what several methods share
             continue
         module = importlib.import_module(info.name)
@@ -31,6 +33,7 @@ def entries() -> dict[str, type[CatalogueEntry]]:
     return dict(sorted(found.items()))
 
 
+@asks
 def find(name: str) -> type[CatalogueEntry]:
     """The class of that name, whatever its case; an error with near names otherwise."""
     known = entries()
@@ -43,6 +46,7 @@ def find(name: str) -> type[CatalogueEntry]:
     return requested
 
 
+@asks
 def named(name: str) -> type[CatalogueEntry]:
     """The class that a file means by that name: one of the catalogue, or one of a module that is imported already."""
     if name in entries():
@@ -65,6 +69,7 @@ def family(kind: type[CatalogueEntry]) -> str:
     return parts[2] if parts[:2] == ["heedful", "methods"] and len(parts) > 3 else "outside"
 
 
+@asks
 def search(word: str = "") -> list[type[CatalogueEntry]]:
     """CachedKV in whose name, family, docstring or paper the word occurs."""
     low = word.lower()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from heedful.core.asked import asks
 from heedful.core.errors import FieldError, FoldError, RefusedModel, SiteError
 from heedful.core.kinds import HeadWeights, Surgery
 from heedful.core.method import Layer, Method, Part, Scoped, method_of
@@ -18,6 +19,7 @@ from heedful.core.stack import Stack, as_stack
 
 
 @torch.no_grad()
+@asks
 def fold(model: nn.Module, *what: Part | Stack | Surgery, only: str | Iterable[str] | None = None) -> Any:
     """A copy of the model with the edits in its weights: equal in logits, and `save_pretrained` keeps it.
 
@@ -116,6 +118,8 @@ def _folded(part: Part, old: HeadWeights, found: Any, model: nn.Module, name: st
     if isinstance(part, Scoped):
         if part.phase is not None:
             raise FoldError(f"{part!r} at {sites}: weights serve every phase, not {part.phase.value} alone")
+        if part.steps is not None:
+            raise FoldError(f"{part!r} at {sites}: weights serve every denoising step, not some alone")
         if part.layers is not None and size.number not in part.layers:
             return old
         heads = part.heads

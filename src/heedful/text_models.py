@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from heedful.adapters.cache_name import CACHE, cache_of
 from heedful.api import arrange, attach, operate
+from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
 from heedful.core.method import Part
@@ -94,7 +95,7 @@ class Single(TextModel):
         self._cache = None
         if self.run is not None:
             self.run.forget()
-            self.run.roles = dict(prompt.roles)
+            self.run.roles = prompt.roles
         if cut is None:
             return self._feed(prompt.tokens, every)
         first = self._feed(prompt.tokens[:cut], False)
@@ -240,6 +241,7 @@ def text_model(model: nn.Module, what: Contender | None = None, **how: Any) -> T
 
 
 @torch.no_grad()
+@asks
 def decode(
     model: nn.Module, prompt: Prompt, step: Decode, *, new_tokens: int = 20, stop: int | None = None,
     only: str | Iterable[str] | None = None,

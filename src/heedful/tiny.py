@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
+from heedful.core.asked import asks
 from heedful.core.errors import FieldError, ModelError, nearest
 
 
@@ -115,6 +116,7 @@ def kinds() -> tuple[str, ...]:
     return tuple(_KINDS)
 
 
+@asks
 def tiny(
     kind: str = "llama",
     *,

@@ -39,3 +39,11 @@ def test_a_piece_goes_on_where_the_last_one_ended_or_is_none() -> None:
     assert added(piece(call, 5, 1), "a", x=row(1)) is None
     assert added(piece(call, 4, 1), "b", x=row(1)) is None
     assert added(piece(call, 4, 1), "a", x=row(1)) is not None
+
+
+def test_a_piece_that_goes_on_from_some_texts_alone_is_none() -> None:
+    call = Bare(Shape(b=2)).call
+    x = torch.ones(2, 1)
+    assert added(piece(call, 0, 4), "a", x=x) is not None
+    call.state.cache["a: end"] = torch.tensor([4, 3])
+    assert added(piece(call, 4, 1), "a", x=x) is None

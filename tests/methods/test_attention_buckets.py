@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import heedful
-from heedful import Prompt, models
+from heedful import Prompt, catalogue, models
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.methods.intervene.language.attention_buckets import AttentionBuckets, _Rebase
@@ -100,6 +100,6 @@ def test_says_what_is_wrong() -> None:
 
 
 def test_the_catalogue_lists_the_step_and_not_its_method() -> None:
-    listed = heedful.catalogue.entries()
+    listed = catalogue.entries()
     assert listed["AttentionBuckets"] is AttentionBuckets
     assert not any("Rebase" in name for name in listed)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import heedful
-from heedful import models
+from heedful import catalogue, models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
@@ -173,7 +173,7 @@ def test_tells_what_a_reader_wants_to_know() -> None:
     assert texts[0].startswith("Of all attention 21% goes to the first token")
     assert texts[1].endswith("25% of heads give no token more than 10%.")
     assert "2 at the previous token, 1 at" in texts[2]
-    assert {name for finding in told.findings for name in finding.methods} <= set(heedful.catalogue.entries())
+    assert {name for finding in told.findings for name in finding.methods} <= set(catalogue.entries())
 
 
 def test_says_nothing_of_delimiters_that_nobody_named() -> None:

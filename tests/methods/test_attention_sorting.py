@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import heedful
-from heedful import Prompt, models
+from heedful import Prompt, catalogue, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.methods.intervene.language.attention_sorting import AttentionSorting, _DocumentAttention
@@ -93,6 +93,6 @@ def test_says_what_is_wrong(model) -> None:
 
 
 def test_the_catalogue_lists_the_step_and_not_its_reader() -> None:
-    listed = heedful.catalogue.entries()
+    listed = catalogue.entries()
     assert listed["AttentionSorting"] is AttentionSorting
     assert not any("DocumentAttention" in name for name in listed)

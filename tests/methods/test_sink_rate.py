@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import heedful
-from heedful import models
+from heedful import catalogue, models
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, StatisticError
-from heedful.core.stats import merged
+from heedful.core.stats import load, merged
 from heedful.methods.observe.sink_rate import SinkRate, Sinks, _curves, _finding
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
 
@@ -104,7 +104,7 @@ def test_batches_merge_and_come_back_from_disk(model, tmp_path) -> None:
         for file in reversed(files):
             run.merge(file)
     assert same(run[SinkRate(EPSILON)], whole)
-    parts = [heedful.stats.load(file)["0.weigh_keys.1"] for file in files]
+    parts = [load(file)["0.weigh_keys.1"] for file in files]
     assert close(merged(parts).value[0], whole.rate[1])
 
 
@@ -170,7 +170,7 @@ def test_tells_what_a_reader_wants_to_know() -> None:
     assert role.heads[5, 2] == pytest.approx(0.9)
     assert "38% of heads park on the first token" in finding.text
     assert "from layer 2 on 75% do" in finding.text
-    assert set(finding.methods) <= set(heedful.catalogue.entries())
+    assert set(finding.methods) <= set(catalogue.entries())
 
 
 def test_tells_of_no_sinks_and_of_layers_of_unlike_width() -> None:

@@ -87,6 +87,7 @@ class Bound:
     cache: Cache | None = None
     cross: bool = False
     called: bool = False
+    spared: frozenset[str] = frozenset()  # what nobody reads of this call's projections: q, k, v, o
     call: Call | None = None
 
     @property

@@ -7,9 +7,9 @@ checkpoint, a hub, and back. What a stack learned is among the model's weights; 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -81,7 +81,7 @@ def _is(part: Part, spelling: dict[str, Any]) -> bool:
 
 @dataclass(eq=False)
 class _Takes:
-    """Stands for a module's `save_pretrained` as long as a run is attached; in a copy of the module, for the copy's."""
+    """Stands for a module's `save_pretrained` as long as a run is attached; copies of the module have their own."""
 
     run: Run
     module: nn.Module
@@ -102,16 +102,16 @@ class _Takes:
     def own(self, *args: Any, **more: Any) -> Any:
         """What the module does of itself."""
         kind: Any = type(self.module)
-        before = self.before
-        while isinstance(before, _Takes):  # left of another run, in a copy that was made under it
-            before = before.before
-        return before(*args, **more) if before else kind.save_pretrained(self.module, *args, **more)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return replace(self, module=memo.get(id(self.module), self.module))
+        return self.before(*args, **more) if self.before else kind.save_pretrained(self.module, *args, **more)
 
     def __reduce__(self) -> Any:
+        if self.before is not None:
+            return _same, (self.before,)
         return getattr, (self.module, SAVE)  # of a module that is being made: its class's own
+
+
+def _same(x: Any) -> Any:
+    return x
 
 
 @dataclass(eq=False)

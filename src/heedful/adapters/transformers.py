@@ -177,6 +177,8 @@ class TransformersAdapter:
                 hooks.around(bound)
                 bound_modules[module] = ref(bound)
                 bounds.append(bound)
+                if run.stack.touches(Site.BLOCK) and bound.number is not None:
+                    hooks.spare(self.model, bound)
                 if run.stack.touches(Site.BLOCK, Site.OUTPUT) and bound.number is not None:
                     hooks.after_projection(self.model, bound)
             served = [bound for bound in bounds if bound.number is not None]
@@ -255,8 +257,8 @@ class TransformersAdapter:
         phase = Phase.DECODE if q.shape[2] == 1 and past else Phase.PREFILL
         call = bound.call = Call(
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
-            given.softcap, phase, bound.cross, self._hooks.roles(bound, len(given.keys)), _rows(bound.hidden, q),
-            bound.rotate, given.mask, max(0, run_state.forward), batch=len(q),
+            given.softcap, phase, run_state.denoising, bound.cross, self._hooks.roles(bound, len(given.keys)),
+            _rows(bound.hidden, q), bound.rotate, given.mask, max(0, run_state.now.number), batch=len(q),
         )  # fmt: skip
         plan = run_state.plan(call)
         if plan.summed and given.queries.packed:
@@ -266,6 +268,8 @@ class TransformersAdapter:
             )
         if plan.at(Site.BLOCK):
             run_state.backends[bound.number] = repr(plan.at(Site.BLOCK)[0].part)
+            if plan.at(Site.BLOCK)[0].edit.before_rotary:
+                bound.call = replace(call, query=q, key=k, value=v)
             return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]), None
         pattern = self._hooks.patterns or bool(request.more.get("output_attentions"))
         # a kernel of the model's own would leave the pattern out without a word
@@ -311,7 +315,7 @@ def _evict(job: AttentionCall, held: HeldLayer, k: Tensor, v: Tensor) -> None:
         held.keep(*left)
         tokens, layer = held.seen * len(held.counts), job.call.layer
         job.run_state.kept[layer] = (sum(held.counts), tokens)
-        job.run_state.memory[layer] = (held.nbytes, tokens * (k.shape[3] * k.itemsize + v.shape[3] * v.itemsize))
+        job.run_state.cache_bytes[layer] = (held.nbytes, tokens * (k.shape[3] * k.itemsize + v.shape[3] * v.itemsize))
 
 
 def _some(names: list[str]) -> str:
@@ -334,5 +338,9 @@ def _roots(served: Iterable[str], left: list[str]) -> list[str]:
 
 def adapt(model: nn.Module, only: str | Iterable[str] | None) -> TransformersAdapter:
     """An adapter for the model, or the one in it, or the reason why there is none."""
-    chosen = (only,) if isinstance(only, str) else tuple(only) if only is not None else None
+    several = isinstance(only, Iterable) and not isinstance(only, str)
+    chosen: Any = None if only is None else tuple(only) if several else (only,)
+    for name in chosen or ():
+        if not isinstance(name, str):
+            raise FieldError("attach()", "only", only, "must be dotted names of parts of the model", "model.layers")
     return TransformersAdapter(unwrapped(model), chosen, shared=isinstance(model, DistributedDataParallel))

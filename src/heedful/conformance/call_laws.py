@@ -62,6 +62,8 @@ def hands_off(method: Method) -> None:
 def any_shape(method: Method) -> None:
     _inside(method)
     for name, shape in SHAPES.items():
+        if method.above() and shape.q < shape.k:
+            continue  # the rows above were read in an earlier call, and here is none
         heads, _ = TwoLayers(shape).run(method, serving(method)[-1])
         if not bool(heads.isfinite().all()):
             raise Broken(f"{name}: the output is not finite")

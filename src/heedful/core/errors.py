@@ -33,7 +33,15 @@ class FieldError(HeedfulError, ValueError):
 
     def __init__(self, owner: object, field: str, value: object, rule: str, good: object) -> None:
         name = owner if isinstance(owner, str) else type(owner).__name__
-        super().__init__(f"{name}.{field} = {value!r}: {rule}; for example {field}={good!r}")
+        super().__init__(f"{name}.{field} = {shown(value)}: {rule}; for example {field}={good!r}")
+
+
+def shown(value: object) -> str:
+    """A value on one line; of what has no such form, its kind and shape."""
+    text = repr(value)
+    if "\n" not in text and " at 0x" not in text and not hasattr(value, "shape"):
+        return text
+    return " ".join(["a", type(value).__name__, *(str(tuple(x)) for x in [getattr(value, "shape", ())] if x)])
 
 
 class DefinitionError(HeedfulError, TypeError):

@@ -37,16 +37,20 @@ def writing(where: Path) -> Iterator[None]:
 @contextmanager
 def placed(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to; put in place once all is written, with the mode of any new file."""
+    if not path.name or "\0" in str(path):
+        raise FieldError("save()", "path", str(path), "must be the name of a file, without null characters", "found")
     beside = path.with_name(path.name + PART)
-    try:
-        beside.unlink(missing_ok=True)  # as a kill left it
-        beside.touch()
-        mode = beside.stat().st_mode
-        yield beside
-        beside.chmod(mode)  # safetensors makes a file of its own, which nobody else may read
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.unlink(missing_ok=True)  # as a kill left it
+            beside.touch()
+            mode = beside.stat().st_mode
+            yield beside
+            beside.chmod(mode)  # safetensors makes a file of its own, which nobody else may read
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -68,11 +72,16 @@ def append(path: Path, text: str) -> None:
             raise
 
 
-def folder_for(owner: str, out: str | Path | None) -> Path | None:
-    """The folder that a caller names for what a verb finds."""
-    if out is not None and ("\0" in str(out) or not str(out)):
-        raise FieldError(owner, "out", str(out), "must be the name of a folder, without null characters", "kept")
-    return None if out is None else Path(out)
+def folder_named(owner: str, folder: str | Path, field: str = "folder") -> Path:
+    """The folder that a caller names."""
+    if "\0" in str(folder) or not str(folder):
+        raise FieldError(owner, field, str(folder), "must be the name of a folder, without null characters", "kept")
+    return Path(folder)
+
+
+def folder_for(owner: str, out: str | Path | None, field: str = "out") -> Path | None:
+    """The folder that a caller names for what a verb finds, if any."""
+    return None if out is None else folder_named(owner, out, field)
 
 
 @contextmanager

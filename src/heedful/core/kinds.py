@@ -7,17 +7,27 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
+from heedful.core.asked import require_fields
 from heedful.core.call import NO_ROLES
 from heedful.core.errors import FieldError
 from heedful.core.figures import Description
 from heedful.core.fitted import Fitted
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
-from heedful.core.regions import Span
+from heedful.core.regions import Roles, Span
 from heedful.core.stack import Stack
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What makes token ids of a text, and texts of ids: a tokenizer of transformers, or a processor."""
+
+    def __call__(self, text: Any, /, **how: Any) -> Any: ...
+
+    def batch_decode(self, ids: Any, /) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -25,9 +35,10 @@ class Prompt:
     """Token ids and the named spans in them."""
 
     tokens: tuple[int, ...]
-    roles: Mapping[str, tuple[Span, ...]] = field(default_factory=lambda: NO_ROLES, hash=False)
+    roles: Roles = field(default_factory=lambda: NO_ROLES, hash=False)
 
     def __post_init__(self) -> None:
+        require_fields(self)
         if not self.tokens:
             raise FieldError(self, "tokens", self.tokens, "must hold one token id or more", (1, 2))
         for role, spans in self.roles.items():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from heedful.core.asked import asks
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
@@ -35,6 +36,7 @@ def _kind(site: Site) -> type[_Plain]:
     return type(f"_Plain{site.name.title()}", (_Plain,), body)
 
 
+@asks
 def edit(site: Site, function: Callable[[Any, Call], Any]) -> Method:
     """A method that does at one site what a function of the site's value and the call returns.
 

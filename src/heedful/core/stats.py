@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from heedful.core.asked import asks
 from heedful.core.errors import StatisticError
 from heedful.core.files import placed
 from heedful.core.fitted import Fitted
@@ -60,8 +61,9 @@ class Statistic(ABC):
                 f"cannot merge {type(self).__name__} of settings {self.settings()} with {other.settings()}: settings "
                 "must agree"
             )
+        given = other.tensors()
         for name, mine in self.tensors().items():
-            theirs = other.tensors()[name]
+            theirs = given[name]
             if mine.shape[:-1] != theirs.shape[:-1] and type(self) is not Cat:
                 raise StatisticError(
                     f"cannot merge {type(self).__name__}.{name} of shape {tuple(mine.shape)} with "
@@ -285,6 +287,7 @@ def merged(statistics: Iterable[Statistic]) -> Statistic:
     return reduce(lambda a, b: a + b, found)
 
 
+@asks
 def save(path: str | Path, statistics: Mapping[str, Statistic]) -> Path:
     """Write statistics to one safetensors file whose header tells how to build them; written beside, then renamed."""
     from safetensors.torch import save_file
@@ -307,6 +310,7 @@ def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(f"{header}|{Fitted(tensors).digest}".encode()).hexdigest()
 
 
+@asks
 def load(path: str | Path) -> dict[str, Statistic]:
     """Read what `save` wrote."""
     from safetensors import SafetensorError, safe_open

@@ -9,24 +9,25 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heedful.core.asked import asks
 from heedful.core.errors import FieldError, StatisticError
 from heedful.core.figures import Description, Figure, Finding, Role
+from heedful.core.files import folder_named
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Readings, method_of
 from heedful.core.stats import Max, Statistic, TopK
-from heedful.diagnosis.measures import reads_text
+from heedful.diagnosis.difference import ProfileDifference
+from heedful.diagnosis.measures import WEIGHTS, readers, reads_text
+from heedful.diagnosis.store import ADDED, read, write
 from heedful.diagnosis.view import TokenView
 
 if TYPE_CHECKING:
-    from heedful.diagnosis.difference import ProfileDifference
     from heedful.report.pictures import Plots
 
 # what two profiles must share to be one
 SAME = ("model", "kind", "weights", "layers", "heads", "kv_heads", "width", "parameters")
-WEIGHTS = "weights"  # stands for the reader where a measure looks at weights
 FEW = 64  # tokens below which shares and rates say little
-ADDED = ("texts", "windows", "tokens", "left_out")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +94,7 @@ class Profile:
     def figures(self) -> dict[str, Figure]:
         return {figure.key: figure for _, told in self._told for figure in told.figures}
 
+    @asks
     def __add__(self, other: Profile) -> Profile:
         if self.parts != other.parts:
             raise StatisticError(f"cannot merge profiles of {self.parts} and of {other.parts}: measures must agree")
@@ -108,36 +110,35 @@ class Profile:
             both[key] = both[key] + stat if key in both and not same else stat
         return Profile(_both(self.facts, other.facts), self.parts, both, self.view or other.view)
 
+    @asks
     def __sub__(self, other: Profile) -> ProfileDifference:
         """What sets this one apart from another of equally many layers and heads."""
-        from heedful.diagnosis.difference import ProfileDifference
-
         return ProfileDifference(self, other)
 
+    @asks
     def save(self, folder: str | Path) -> Path:
         """Write `profile.json` and its statistics into a folder: whole, or not at all."""
-        from heedful.diagnosis.store import save_profile
-
-        return save_profile(self, Path(folder))
+        return write(folder_named("Profile.save()", folder), self.facts, self.parts, self.statistics, self.view)
 
     @staticmethod
+    @asks
     def load(folder: str | Path) -> Profile:
         """Read what `save` wrote."""
-        from heedful.diagnosis.store import load_profile
+        return Profile(*read(folder_named("Profile.load()", folder)))
 
-        return load_profile(Path(folder))
-
+    @asks
     def tables(self, arrow: bool = False) -> dict[str, Any]:
         """Every figure, the roles and the findings as pandas tables, or as Arrow tables."""
         from heedful.diagnosis.tables import tables
 
         return tables(self, arrow)
 
+    @asks
     def page(self, path: str | Path) -> Path:
         """Write the page: one HTML file that needs nothing else."""
-        from heedful.report.page import write
+        from heedful.report import page
 
-        return write(self, Path(path))
+        return page.write(self, Path(path))
 
     @property
     def plot(self) -> Plots:
@@ -170,11 +171,6 @@ class Profile:
     def _repr_html_(self) -> str:
         items = "".join(f"<li>{escape(f.text)}</li>" for f in self.findings())
         return f"<p><b>{escape(self.headline)}</b></p><ul>{items}</ul>"
-
-
-def readers(part: Measure) -> list[str]:
-    """What a measure's statistics are named by."""
-    return [WEIGHTS] if isinstance(part, Weights) else [e.name for e in method_of(part).edits if e.reads]
 
 
 def endless(what: str) -> StatisticError:

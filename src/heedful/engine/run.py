@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +13,16 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from heedful.core.call import Call
+from heedful.core.asked import asks
+from heedful.core.call import DenoisingStep
 from heedful.core.errors import FieldError, InactiveWarning, StatisticError
 from heedful.core.method import Layer, Method, Part, Readings
-from heedful.core.regions import Span
+from heedful.core.regions import PerText, Region, Roles, marks
 from heedful.core.stack import Stack, Step, as_stack
 from heedful.core.stats import Statistic, load, save
-from heedful.engine.again import guard
+from heedful.engine.density import density_of
 from heedful.engine.learned import learned
-from heedful.engine.run_state import RunState
+from heedful.engine.run_state import RunState, blind
 from heedful.engine.select import Explanation, explain, named
 
 
@@ -99,19 +100,18 @@ class Run:
         what: Part | Stack,
         adapter: Adapter,
         backend: str = "auto",
-        roles: Mapping[str, tuple[Span, ...]] | None = None,
+        roles: Roles | Sequence[Roles] | None = None,
         tile_rows: int | None = None,
     ) -> None:
         self.model = model
         self.stack = as_stack(what)
         self.backend = named(backend)
-        self.roles = dict(roles or {})
+        self.roles = roles
         if tile_rows is not None and tile_rows < 1:
             raise FieldError("attach()", "tile_rows", tile_rows, "must be 1 or more rows", 128)
         self.tile_rows = tile_rows
         self.state = RunState(self.stack)
         self.closed = False
-        self.checkpointed = False  # gradient checkpointing was seen in some forward
         self._adapter = adapter
         self._check_layers()
         try:
@@ -121,6 +121,15 @@ class Run:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def roles(self) -> dict[str, Region | PerText]:
+        """Named spans of token positions. Set them to a mapping, or to a list with a mapping for each text."""
+        return self._roles
+
+    @roles.setter
+    def roles(self, roles: Roles | Sequence[Roles] | None) -> None:
+        self._roles = marks(roles)
 
     def _check_layers(self) -> None:
         n = len(self.layer_names)
@@ -257,7 +266,7 @@ class Run:
             inactive,
             density,
             dict(run_state.kept),
-            dict(run_state.memory),
+            dict(run_state.cache_bytes),
             dict(run_state.backends),
             run_state.nan,
         )
@@ -272,10 +281,9 @@ class Run:
             raise FieldError("Run", "stack", self.stack, rule, "a stack with a penalty")
         if not self.state.losses:
             raise StatisticError(f"{self.stack!r} has penalised nothing yet: run the model first, as in run(**inputs)")
-        total = torch.stack([x.float() for x in self.state.losses.values()]).sum()
-        if self.state.checkpointed:
-            guard((total,), self.installed)
-        return total
+        if self.state.now.blind and torch.is_grad_enabled():
+            raise blind(f"{self.stack!r}")
+        return torch.stack([x.float() for x in self.state.losses.values()]).sum()
 
     def installed(self) -> bool:
         """Whether the stack is in the model: neither closed nor paused."""
@@ -306,11 +314,20 @@ class Run:
 
     def reset(self) -> None:
         """Forget statistics and what methods remember of the run; learned parameters stay."""
-        self.state = RunState(self.stack, params=self.state.params)
+        self.state = RunState(self.stack, params=self.state.params, denoising=self.state.denoising)
 
     def forget(self) -> None:
         """Forget what methods remember of the run. Statistics stay, and so does what they keep with a cache."""
         self.state.forget()
+
+    @contextmanager
+    def denoising(self, number: int, of: int) -> Iterator[None]:
+        """A `with` in which a diffusion model is at step `number` of so many, counted from 0 at pure noise."""
+        before, self.state.denoising = self.state.denoising, DenoisingStep(number, of)
+        try:
+            yield
+        finally:
+            self.state.denoising = before
 
     def branch(self) -> AbstractContextManager[None]:
         """A `with` after which methods remember what they did before it, as where several continuations are tried."""
@@ -325,10 +342,12 @@ class Run:
             plain = _first_tensor(self.model(*args, **kwargs))
         return float((edited - plain).abs().max() / plain.abs().max().clamp(min=1e-30))
 
+    @asks
     def save(self, path: str | Path) -> Path:
         """Write all statistics to one file, from which `load` and other runs of the same stack can go on."""
         return save(path, {f"{n}.{name}.{layer}": s for (n, name, layer), s in self.state.statistics.items()})
 
+    @asks
     def merge(self, path: str | Path) -> None:
         """Add the statistics that another run of the same stack saved."""
         found: dict[tuple[int, str, int], Statistic] = {}
@@ -355,6 +374,7 @@ class Run:
             for name, p in found.items()
         }
 
+    @asks
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put learned parameters back; names and shapes must be exactly those of this stack."""
         mine = {f"{n}.{layer}.{name}": p for (n, layer), f in self.state.params.items() for name, p in f.items()}
@@ -374,16 +394,3 @@ class Run:
 def _first_tensor(output: Any) -> Tensor:
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
     return next(x for x in values if isinstance(x, Tensor) and x.is_floating_point())
-
-
-def density_of(call: Call, rows: int = 256) -> float:
-    """The share of query-key pairs that the call's mask computes."""
-    q, k = len(call.queries), len(call.keys)
-    kept = total = 0
-    for start in range(0, q, rows):
-        part = call.tile(slice(start, min(start + rows, q)), slice(0, k))
-        keep = call.mask.keeps(part.pairs)
-        size = len(part.queries) * k
-        total += size
-        kept += size if keep is None else int(keep.sum()) * size // max(1, keep.numel())
-    return kept / max(1, total)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from heedful.core.asked import asks
 from heedful.core.errors import BackendError, FieldError
 from heedful.core.method import Part
 from heedful.core.sites import HEADLESS_SITES, Site
@@ -14,7 +15,7 @@ from heedful.engine.needs import Needs
 
 def named(backend: str, owner: str = "attach()") -> str:
     """The name itself if it is one; an error that lists them otherwise."""
-    if backend != "auto" and backend not in BACKENDS:
+    if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
         known = ", ".join(["auto", *BACKENDS])
         raise FieldError(owner, "backend", backend, f"must be one of {known}", "auto")
     return backend
@@ -56,6 +57,7 @@ class Explanation:
         return f"{self.stack!r}\n{rows}\n({self.untouched})"
 
 
+@asks
 def explain(stack: Part | Stack, *, softcap: bool = False, sink: bool = False) -> Explanation:
     """How a stack would be computed in a layer where all of it acts."""
     stack = as_stack(stack)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from heedful.api import attach, still
+from heedful.core.asked import asks
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.figures import Head
 from heedful.core.fitted import Fitted
+from heedful.core.kinds import Tokenizer
 from heedful.core.method import Method, Part
 from heedful.core.sites import Site, at, reads
 from heedful.core.stack import Stack
@@ -46,12 +48,13 @@ class _Constant(Method):
         return constant.where(call.is_text[..., None], heads)
 
 
+@asks
 def ablate(
     model: nn.Module | Loaded,
     heads: Iterable[Head],
     *,
     mean: Any = None,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     **how: Any,
 ) -> Run:
     """A run in which these heads, as (layer, head), hand over zeros: `with heedful.ablate(model, [(3, 1)]) as run:`.
@@ -66,8 +69,12 @@ def ablate(
         raise FieldError("ablate()", "heads", [], "names none", [(3, 1)])
     what: Method = Patch()
     if mean is not None:
-        one = isinstance(mean, str | Mapping | Tensor) or all(isinstance(x, int) for x in mean)
-        what = _Constant(_means(given, [mean] if one else mean, tokenizer or given.tokenizer, list(chosen), how))
+        several = isinstance(mean, Iterable) and not isinstance(mean, str | bytes | Mapping | Tensor)
+        texts = list(mean) if several else [mean]
+        texts = [texts] if texts and all(isinstance(x, int) for x in texts) else texts
+        if not texts:
+            raise FieldError("ablate()", "mean", [], "names no text", ["Paris is the capital of France."])
+        what = _Constant(_means(given, texts, tokenizer or given.tokenizer, list(chosen), how))
     parts: list[Part] = [what.on(layer, mine) for layer, mine in chosen.items()]
     return attach(given.model, Stack(tuple(parts)), **how)
 

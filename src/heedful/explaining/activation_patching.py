@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.api import attach, still
+from heedful.core.asked import asks
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.figures import Head, HeadMap, head_name
@@ -20,7 +21,7 @@ from heedful.core.method import Method, Part
 from heedful.core.sites import Site, at, reads
 from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Cat, Statistic
-from heedful.explaining.aim import following
+from heedful.explaining.aim import following, pairs, require_count
 from heedful.methods.explain.patch import Patch, patched
 
 Metric = Callable[[Tensor], Tensor]  # logits [b n v] -> one number a text [b], higher where the answer is the clean one
@@ -35,8 +36,10 @@ class HeadEffects:
     clean: float  # the metric's mean on the clean prompts
     corrupt: float
 
+    @asks
     def top(self, count: int) -> tuple[Head, ...]:
         """The heads with the largest effects, whatever their sign, largest first; none that was not tried."""
+        require_count("HeadEffects.top()", count)
         size = self.share.abs().nan_to_num(-1.0)
         best = size.flatten().argsort(descending=True, stable=True)[: min(count, self._tried)].tolist()
         return tuple((i // self.share.shape[1], i % self.share.shape[1]) for i in best)
@@ -45,6 +48,7 @@ class HeadEffects:
     def _tried(self) -> int:
         return int((~self.share.isnan()).sum())
 
+    @asks
     def overlap(self, other: HeadEffects, count: int) -> float:
         """The share of this one's top heads that are top heads of the other too; chance is count / heads."""
         if self.share.shape != other.share.shape:
@@ -72,6 +76,7 @@ class HeadEffects:
         return "\n".join(rows)
 
 
+@asks
 def patching(
     model: nn.Module,
     clean: Tensor,
@@ -106,6 +111,7 @@ def patching(
     return probe.each(effect)
 
 
+@asks
 def path_patching(
     model: nn.Module,
     clean: Tensor,
@@ -125,18 +131,15 @@ def path_patching(
     if side not in SIDES:
         raise FieldError("path_patching()", "side", side, "must be 'q', 'k' or 'v'", "q")
     probe = _Probe(model, clean, corrupt, metric, layers)
-    receivers, first = list(receivers), min(probe.requested)
+    heads_of, first = pairs("path_patching()", receivers, "receivers"), min(probe.requested)
     sizes = {size.number: size.heads for size in probe.sizes}
-    known = all(0 <= head < sizes.get(layer, 0) for layer, head in receivers)
-    if not known or (receivers and max(receivers)[0] <= first):
+    known = all(heads[-1] < sizes.get(layer, 0) for layer, heads in heads_of.items())
+    if not known or (heads_of and max(heads_of) <= first):
         rule = (
             f"must be (layer, head) pairs of the model's {len(sizes)} layers, one or more of them above layer {first}"
         )
-        raise FieldError("path_patching()", "receivers", receivers, rule, [(len(sizes) - 1, 0)])
+        raise FieldError("path_patching()", "receivers", heads_of, rule, [(len(sizes) - 1, 0)])
     before, after = (Patch(probe.kept(ids)) for ids in (probe.clean, probe.corrupt))
-    heads_of: dict[int, list[int]] = {}
-    for layer, head in receivers:
-        heads_of.setdefault(layer, []).append(head)
 
     def effect(head: Head) -> float:
         sender = Stack((before, after.on(layers=head[0], heads=head[1])))
@@ -163,9 +166,13 @@ class _Probe:
 
         self.model, self.metric = model, metric
         self.sizes = adapt(model, None).sizes()
-        self.requested = set(range(len(self.sizes)) if layers is None else layers)
-        if not self.requested or not self.requested <= set(range(len(self.sizes))):
-            raise FieldError("patching()", "layers", sorted(self.requested), f"must lie below {len(self.sizes)}", [0])
+        known = range(len(self.sizes))
+        requested = list(known if layers is None else layers)
+        if not requested or not all(isinstance(layer, int) and layer in known for layer in requested):
+            raise FieldError(
+                "patching()", "layers", requested, f"must be numbers of layers, and must lie below {len(known)}", [0]
+            )
+        self.requested = set(requested)
         if clean.ndim != 2 or clean.shape != corrupt.shape:
             rule = f"must be [b n] and of the shape of clean, {tuple(clean.shape)}"
             raise FieldError("patching()", "corrupt", tuple(corrupt.shape), rule, tuple(clean.shape))
@@ -188,10 +195,9 @@ class _Probe:
                     with attach(self.model, what) as run:
                         logits = run(input_ids=ids).logits
         found = self.metric(logits)
-        if found.shape != ids.shape[:1]:
-            raise FieldError(
-                "patching()", "metric", tuple(found.shape), f"must give one number a text {len(ids)}", (len(ids),)
-            )
+        if not isinstance(found, Tensor) or found.shape != ids.shape[:1]:
+            got = tuple(found.shape) if isinstance(found, Tensor) else found
+            raise FieldError("patching()", "metric", got, f"must give one number a text [{len(ids)}]", (len(ids),))
         return float(found.double().mean())
 
     @torch.no_grad()

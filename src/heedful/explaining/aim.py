@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from heedful.adapters.wrapped import unwrapped
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.kinds import Prompt
 
@@ -19,12 +20,35 @@ Text = Prompt | Tensor | Sequence[int]
 
 def ids_of(prompt: Text, model: nn.Module) -> Tensor:
     """The token ids of one text without padding, `[1 n]`."""
+    unwrapped(model)  # or the reason why there is none
     tokens = prompt.tokens if isinstance(prompt, Prompt) else prompt
-    ids = torch.as_tensor(tokens, device=next(model.parameters()).device)
-    ids = ids[None] if ids.ndim == 1 else ids
-    if ids.ndim != 2 or len(ids) != 1 or ids.shape[1] < 2:
-        raise FieldError("prompt", "shape", tuple(ids.shape), "must be one text of 2 tokens or more", (1, 12))
+    ids = _as_ids(tokens, next(model.parameters()).device)
+    if ids is None or len(ids) != 1 or ids.shape[1] < 2:
+        got = tuple(tokens.shape) if isinstance(tokens, Tensor) else tokens
+        raise FieldError("explain", "prompt", got, "must be one text of 2 tokens or more, as their ids", (1, 2, 3))
+    _require_known("explain", model, ids)
     return ids
+
+
+def _require_known(owner: str, model: Any, ids: Tensor) -> None:
+    """Refuse tokens that the model has no embedding of."""
+    table = getattr(model.get_input_embeddings(), "weight", None)
+    if table is None:  # it reads something else
+        return
+    known, low, high = len(table), int(ids.min()), int(ids.max())
+    if low < 0 or high >= known:
+        rule = f"holds the token {low if low < 0 else high}, and the model knows those from 0 to {known - 1}"
+        raise FieldError(owner, "text", ids, rule, [1, 2, 3])
+
+
+def _as_ids(tokens: Any, device: torch.device) -> Tensor | None:
+    """Token ids as `[b n]`, if that is what these are."""
+    try:
+        ids = torch.as_tensor(tokens, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    whole = not ids.is_floating_point() and ids.dtype is not torch.bool and ids.ndim in (1, 2)
+    return (ids[None] if ids.ndim == 1 else ids) if whole else None
 
 
 def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
@@ -37,22 +61,29 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
     rule, good = "must be one text: a string, token ids, or what the model is called with", "Paris is the"
     if isinstance(text, Mapping):
         found = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in text.items()}
-    else:
-        try:
-            ids = torch.as_tensor(text, device=device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise FieldError(owner, "text", text, rule, good) from error
-        if ids.ndim not in (1, 2) or ids.is_floating_point():
+        if not any(isinstance(x, Tensor) for x in found.values()):
             raise FieldError(owner, "text", text, rule, good)
-        found = {"input_ids": ids[None] if ids.ndim == 1 else ids}
-    if "input_ids" in found and not found["input_ids"].numel():
-        raise FieldError(owner, "text", [], rule + ", and holds no token", good)
+    else:
+        ids = _as_ids(text, device)
+        if ids is None:
+            raise FieldError(owner, "text", text, rule, good)
+        found = {"input_ids": ids}
+    if "input_ids" in found:
+        if not found["input_ids"].numel():
+            raise FieldError(owner, "text", [], rule + ", and holds no token", good)
+        _require_known(owner, model, found["input_ids"])
     if model.config.is_encoder_decoder and "input_ids" in found:
         found.setdefault("decoder_input_ids", found["input_ids"])
     return found
 
 
-def pairs(owner: str, heads: Any) -> dict[int, list[int]]:
+def require_count(owner: str, count: int) -> None:
+    """Refuse to name the best of nothing."""
+    if count < 1:
+        raise FieldError(owner, "count", count, "must be 1 head or more", 10)
+
+
+def pairs(owner: str, heads: Any, field: str = "heads") -> dict[int, list[int]]:
     """Heads given as (layer, head), whatever holds them: by layer, each once."""
     rule, good = "must be pairs of layer and head, counted from 0", [(3, 1)]
     found: dict[int, set[int]] = {}
@@ -60,9 +91,9 @@ def pairs(owner: str, heads: Any) -> dict[int, list[int]]:
         for layer, head in heads:
             found.setdefault(index(layer), set()).add(index(head))
     except (TypeError, ValueError) as error:
-        raise FieldError(owner, "heads", heads, rule, good) from error
+        raise FieldError(owner, field, heads, rule, good) from error
     if any(layer < 0 or min(mine) < 0 for layer, mine in found.items()):
-        raise FieldError(owner, "heads", heads, rule, good)
+        raise FieldError(owner, field, heads, rule, good)
     return {layer: sorted(mine) for layer, mine in sorted(found.items())}
 
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import attach, still
+from heedful.core.asked import asks
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.figures import Grid, Head, head_name
+from heedful.core.kinds import Tokenizer
 from heedful.core.method import Method, Part
 from heedful.core.sites import Site, reads
 from heedful.core.stack import Stack, as_stack
@@ -38,9 +40,10 @@ class Patterns:
     heads: Mapping[int, list[int]]  # by layer, which heads these are
 
     def __getitem__(self, place: int | Head) -> Tensor:
-        layer, head = place if isinstance(place, tuple) else (place, None)
-        if layer not in self.maps:
-            raise FieldError("Patterns", "[layer]", layer, f"must be one of {list(self.maps)}", next(iter(self.maps)))
+        layer, head = place if isinstance(place, tuple) and len(place) == 2 else (place, None)
+        if not isinstance(layer, int) or layer not in self.maps:
+            rule = f"must be one of {list(self.maps)}, or such a one and a head of it"
+            raise FieldError("Patterns", "[layer]", layer, rule, next(iter(self.maps)))
         if head is None:
             return self.maps[layer]
         if head not in self.heads[layer]:
@@ -62,6 +65,7 @@ class Patterns:
         words = self.tokens if len(self.tokens) == count else [""] * count
         return [f"{i} {word}".strip() for i, word in enumerate(words)]
 
+    @asks
     def figure(self, layer: int, head: int) -> Grid:
         values = self[layer, head]
         q, k = (self.names(n) for n in values.shape)
@@ -69,12 +73,14 @@ class Patterns:
         title = f"Pattern of head {head_name(layer, head)}"
         return Grid(f"pattern_{layer}_{head}", title, what, values, q, k, "query", "key", "share")
 
+    @asks
     def plot(self, layer: int, head: int) -> go.Figure:
         """One head's pattern as a plotly figure."""
         from heedful.report.plots import draw
 
         return draw(self.figure(layer, head))
 
+    @asks
     def page(self, path: str | Path) -> Path:
         """Write the view of all of them: one HTML file that needs nothing else."""
         from heedful.report.maps import render
@@ -120,11 +126,12 @@ class _Whole(Method):
 
 
 @torch.no_grad()
+@asks
 def patterns(
     model: nn.Module | Loaded,
     text: str | Tensor | Iterable[int] | Mapping[str, Any],
     *,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     heads: Iterable[Head] | None = None,
     stack: Part | Stack | None = None,
     **how: Any,
@@ -140,6 +147,8 @@ def patterns(
     ids = inputs.get("input_ids")
     tokens = 0 if ids is None else ids.shape[-1]
     wanted = {} if heads is None else pairs("patterns()", heads)
+    if heads is not None and not wanted:
+        raise FieldError("patterns()", "heads", [], "names none; leave it out for all", [(3, 1)])
     reader = _Whole(tokens, len(wanted) or None)
     parts: list[Part] = [reader.on(layer, mine) for layer, mine in wanted.items()]
     parts = parts or [reader]

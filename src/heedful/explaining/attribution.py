@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from heedful.api import attach, still
+from heedful.core.asked import asks
 from heedful.core.errors import FieldError
 from heedful.core.method import Part
 from heedful.explaining.aim import Text, aim_of, following, ids_of
 
 
+@asks
 def attribute(
     model: nn.Module,
     prompt: Text,

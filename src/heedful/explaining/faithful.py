@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.api import attach, still
+from heedful.core.asked import asks, require_fields
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.figures import Curves, Figure
@@ -44,8 +45,16 @@ class Removal:
     keep: tuple[int, ...] = (0, -1)  # positions that are never removed; the one that is predicted at comes on top
     token: int | None = None  # put in place of removed tokens; None: they are hidden
 
+    def __post_init__(self) -> None:
+        require_fields(self)
+
+    @asks
     def kept(self, n: int, position: int | None) -> Tensor:
         """Which of n tokens stay, `[n]`."""
+        if n < 1 or not (position is None or -n <= position < n):
+            raise FieldError(
+                "Removal.kept()", "n, position", (n, position), "must be a text's length, and in it", (9, -1)
+            )
         out = torch.zeros(n, dtype=torch.bool)
         out[[i % n for i in (*self.keep, *(() if position is None else (position,))) if -n <= i < n]] = True
         return out
@@ -73,8 +82,12 @@ class Faithfulness:
     random_deletion: Tensor  # [seeds shares]
     random_insertion: Tensor
 
+    @asks
     def area(self, curve: Tensor) -> Tensor:
         """The mean height of a curve `[... shares]`, by trapezia."""
+        if not curve.ndim or curve.shape[-1] != len(self.shares):
+            rule = f"must be a curve over the {len(self.shares)} shares, [... {len(self.shares)}]"
+            raise FieldError("Faithfulness.area()", "curve", tuple(curve.shape), rule, "faithfulness.random_deletion")
         return torch.trapezoid(curve, torch.tensor(self.shares, dtype=curve.dtype), dim=-1)
 
     @property
@@ -112,6 +125,7 @@ class Faithfulness:
         return "\n".join(rows)
 
 
+@asks
 def faithfulness(
     model: nn.Module,
     prompt: Text,
@@ -133,6 +147,8 @@ def faithfulness(
     ids, removal = ids_of(prompt, model), removal or Removal()
     n = ids.shape[1]
     given = {"scores": scores} if isinstance(scores, Tensor) else dict(scores)
+    if not given:
+        raise FieldError("faithfulness()", "scores", given, "names no explanation", {"mine": "torch.rand(n)"})
     for name, each in given.items():
         if each.shape != (n,) or not bool(each.isfinite().all()):
             rule = f"must be {n} finite scores, one a token"

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import attach, still
+from heedful.core.asked import asks
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.figures import Curves, Grid, Head, HeadMap, head_name
+from heedful.core.kinds import Tokenizer
 from heedful.core.method import Method
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
-from heedful.explaining.aim import fed, spelled
+from heedful.explaining.aim import fed, require_count, spelled
 from heedful.models import Loaded
 
 CLOSE = 1e-3  # of the largest logit: how far a reading may be from the model's own
@@ -77,8 +79,12 @@ class Lens:
         end = self.logits[-1].log_softmax(-1)
         return (end.exp() * (end - self.logits.log_softmax(-1))).sum(-1)
 
+    @asks
     def words(self, position: int = -1) -> list[str]:
         """The likeliest token after each layer."""
+        n = self.logits.shape[1]
+        if not -n <= position < n:
+            raise FieldError("Lens.words()", "position", position, f"must be from {-n} to {n - 1}", -1)
         return spelled(self.logits[:, position].argmax(-1), self.vocabulary)
 
     @property
@@ -114,8 +120,10 @@ class DirectLogits:
     rest: float  # the biases of the final norm and of the unembedding
     total: float  # what the model says; all of the above add up to it
 
+    @asks
     def top(self, count: int) -> tuple[Head, ...]:
         """The heads that say most, whatever their sign."""
+        require_count("DirectLogits.top()", count)
         best = self.heads.abs().nan_to_num(-1.0).flatten().argsort(descending=True, stable=True)[:count].tolist()
         return tuple((i // self.heads.shape[1], i % self.heads.shape[1]) for i in best)
 
@@ -150,17 +158,19 @@ class DirectLogits:
 
 
 @torch.no_grad()
-def logit_lens(model: nn.Module | Loaded, text: Any, *, tokenizer: Any = None) -> Lens:
+@asks
+def logit_lens(model: nn.Module | Loaded, text: Any, *, tokenizer: Tokenizer | None = None) -> Lens:
     """What each layer's stream says of the next token, `Lens`; printed or drawn with `plot()` it shows the words.
 
     Refused where the logits are not made of the last layer's stream by a norm and an unembedding.
     """
-    found = _Found(model, text, tokenizer)
+    found = _Found("logit_lens()", model, text, tokenizer)
     logits = torch.stack([found.says(x[0]) for x in found.leaves])
     return Lens(spelled(found.ids, found.words), logits, found.words)
 
 
 @torch.no_grad()
+@asks
 def direct_logits(
     model: nn.Module | Loaded,
     text: Any,
@@ -168,14 +178,14 @@ def direct_logits(
     instead: int | str | None = None,
     *,
     position: int = -1,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
 ) -> DirectLogits:
     """Direct logit attribution: what each head and MLP adds to the logit of `answer`, less that of `instead`.
 
     `answer` is a token: its id, or a text that is one token; by default the likeliest. The final norm is held at the
     scale that it has on this text, so that the parts add up to the logit.
     """
-    found = _Found(model, text, tokenizer)
+    found = _Found("direct_logits()", model, text, tokenizer)
     n, size = found.logits.shape
     if not -n <= position < n:
         rule = f"must be one of the {n} tokens, from the front or back"
@@ -228,15 +238,13 @@ def _token(field: str, given: int | str, words: Any, size: int) -> int:
 class _Found:
     """A text's stream, and the norm and the unembedding that make logits of it."""
 
-    def __init__(self, model: nn.Module | Loaded, text: Any, tokenizer: Any) -> None:
+    def __init__(self, owner: str, model: nn.Module | Loaded, text: Any, tokenizer: Any) -> None:
         given = model if isinstance(model, Loaded) else Loaded(unwrapped(model), None, "")
         self.model: Any = given.model
         self.words = getattr(tokenizer or given.tokenizer, "tokenizer", tokenizer or given.tokenizer)
-        inputs = fed("logit_lens()", self.model, text, self.words)
+        inputs = fed(owner, self.model, text, self.words)
         if inputs.get("input_ids") is None or len(inputs["input_ids"]) != 1:
-            raise FieldError(
-                "logit_lens()", "text", sorted(inputs), "must be one text, or its token ids", "Paris is the"
-            )
+            raise FieldError(owner, "text", sorted(inputs), "must be one text, or its token ids", "Paris is the")
         self.ids = inputs["input_ids"][0]
         self.head: Any = self.model.get_output_embeddings()
         if not isinstance(self.head, nn.Linear) or self.model.config.is_encoder_decoder:

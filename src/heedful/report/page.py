@@ -24,6 +24,7 @@ WORDS = {  # what the page calls things
     "over": "What its attention does",
     "nothing": "No measure found anything worth a sentence. The maps below hold the numbers.",
     "points": "Compared",
+    "curves": "Along layers, positions and distances",
     "tables": "The most telling rows",
     "used": "What was measured, and by whose method",
 }
@@ -209,6 +210,5 @@ def write(profile: data.Shown, path: str | Path) -> Path:
 def put(text: str, path: str | Path) -> Path:
     """Write a page beside its place, then put it there, so that no half-written page is left."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, text)
     return path

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, dataclass_transform
 import torch
 from torch import Tensor
 
+from heedful.core.asked import after_kinds, require_fields
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt
 
@@ -21,6 +22,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
     def decode(self, ids: Any) -> str: ...
+
+    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,11 @@ class Item:
             raise FieldError(self, "cut", self.cut, f"must lie inside the prompt of {len(self.prompt)} tokens", 1)
         if any(not option for option in self.options):
             raise FieldError(self, "options", self.options, "must each hold one token or more", ((1,), (2,)))
+
+    @property
+    def size(self) -> int:
+        """The tokens that are read in all: the prompt's, and the longest option's."""
+        return len(self.prompt) + max(map(len, self.options), default=0)
 
     def graded(self, role: str) -> list[range]:
         """Where in a sheet's losses the spans of a role stand, for an item without options."""
@@ -71,14 +79,29 @@ class Task(ABC):
     unit: ClassVar[str] = "share right"
     more_is_better: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        """Refuse fields that do not suit; by then each is known to be of the kind that its annotation names."""
+        require_fields(self)
+
     def __init_subclass__(cls) -> None:
-        dataclass(frozen=True)(cls)
+        if "__post_init__" in vars(cls):
+            cls.__post_init__ = after_kinds(cls.__post_init__)  # type: ignore[assignment]
+        dataclass(frozen=True, repr=False)(cls)
 
     def items(self, tokenizer: Tokenizer, count: int, seed: int = 0) -> Sequence[Item]:
         """So many items, the same ones every time."""
         if count < 1:
             raise FieldError(self, "count", count, "must be 1 or more", 40)
         return [self.item(tokenizer, number, seed) for number in range(count)]
+
+    def available(self, tokenizer: Tokenizer) -> int | None:
+        """How many items there are; None where they are made without end."""
+        return None
+
+    @property
+    def title(self) -> str:
+        """The name in tables."""
+        return self.name
 
     @abstractmethod
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:

@@ -1,0 +1,165 @@
+"""Whether what is given is of the kind that is asked for, as the annotations of functions and fields say it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
+from functools import cache, wraps
+from numbers import Real
+from types import NoneType, UnionType
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+
+from torch import Tensor
+
+from heedful.core.errors import FieldError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# good values, by the name of what is asked for or else by its kind
+_BY_NAME: dict[str, Any] = {
+    "roles": {"marked": ((0, 4),)}, "heads": [(3, 1)], "receivers": [(3, 1)], "layers": [0], "only": "model",
+    "batches": [{"input_ids": "ids"}], "tasks": ["needle"], "methods": ["SnapKV(0.25)"], "parts": ("TempScale(0.9)",),
+    "tokenizer": "AutoTokenizer.from_pretrained(name)", "prompt": [1, 2, 3], "path": "found", "statistics": {},
+    "folder": "kept", "name_or_path": "default", "mechanisms": ["SigmoidAttention()"],
+}  # fmt: skip
+_BY_KIND: dict[str, Any] = {
+    "Module": "models.default().model", "Loaded": "models.default()", "Method": "TempScale(0.9)",
+    "CatalogueEntry": "TempScale(0.9)", "Tensor": "torch.tensor([[1, 2, 3]])", "Path": "folder",
+    "Prompt": "Prompt((1, 2, 3))", "Callable": "a function", "int": 1, "a number": 0.5, "str": "text", "bool": True,
+    "tuple": (1, 2), "Sequence": [1, 2], "Iterable": [1, 2], "Site": "Site.PATTERN",
+}  # fmt: skip
+
+
+def asks(function: Callable[P, R]) -> Callable[P, R]:
+    """Refuse arguments that are of no kind that the function's annotations name; `**more` is looked at by none."""
+    inner = inspect.unwrap(function)
+    signature = inspect.signature(inner)
+    method = next(iter(signature.parameters), "") in ("self", "cls")
+    owner = inner.__qualname__ if method else f"{inner.__name__}()"
+
+    @wraps(function)
+    def asking(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = signature.bind(*args, **kwargs).arguments
+        for name, hint in _hints_of(inner).items():
+            if name in given:
+                _require(owner, name, given[name], hint, signature.parameters[name].default)
+        return function(*args, **kwargs)
+
+    return asking
+
+
+def require_fields(value: Any) -> None:
+    """Refuse a value whose fields are of no kind that their annotations name."""
+    kind: Any = type(value)
+    hints = _hints_in(kind)
+    for field in fields(value):
+        if field.name in hints:
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            _require(kind.__name__, field.name, getattr(value, field.name), hints[field.name], default)
+
+
+def after_kinds(own: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A class's own check of its fields, once each is known to be of its kind."""
+
+    @wraps(own)
+    def checked(self: Any) -> None:
+        require_fields(self)
+        own(self)
+
+    return checked
+
+
+def _require(owner: str, name: str, given: Any, hint: Any, default: Any) -> None:
+    if _fits(given, hint):
+        return
+    kinds = list(dict.fromkeys(_words(hint)))
+    told = ", ".join(kinds[:-1]) + (" or " if kinds[:-1] else "") + kinds[-1]
+    good = next((_BY_KIND[x] for kind in kinds if (x := kind.partition("[")[0]) in _BY_KIND), None)
+    good = _BY_NAME.get(name, good)
+    if default is not inspect.Parameter.empty and default is not None and _fits(default, hint):
+        good = default
+    raise FieldError(owner, name, given, f"must be {told}", good)
+
+
+def _fits(x: Any, hint: Any) -> bool:
+    origin, inside = get_origin(hint), get_args(hint)
+    if hint is Any or isinstance(hint, TypeVar):
+        return True
+    if hint is None or hint is NoneType:
+        return x is None
+    if origin in (Union, UnionType):
+        return any(_fits(x, kind) for kind in inside)
+    if origin is Literal:
+        return any(type(x) is type(one) and x == one for one in inside)
+    if origin is type:
+        return isinstance(x, type)
+    if hint is int:
+        return not isinstance(x, bool | Tensor) and hasattr(x, "__index__")
+    if hint is float:
+        return isinstance(x, Real) and not isinstance(x, bool) and not math.isnan(x)
+    if origin is tuple and isinstance(x, tuple) and inside:
+        if inside[-1] is not ...:
+            return len(inside) == len(x) and all(map(_fits, x, inside))
+        return all((type(one) is int and inside[0] is int) or _fits(one, inside[0]) for one in x)
+    kind = origin or hint
+    if kind.__module__ == "collections.abc" and isinstance(x, str | bytes):
+        return False  # a text is no list of its letters
+    if isinstance(x, list | tuple | set | frozenset) and origin in (Iterable, Sequence):
+        return get_origin(inside[0]) is tuple or all(_fits(one, inside[0]) for one in x)  # heads: pairs of any kind
+    if isinstance(x, dict) and origin is Mapping:
+        return all(_fits(key, inside[0]) and _fits(one, inside[1]) for key, one in x.items())
+    if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
+        return True
+    return isinstance(x, kind)
+
+
+def _words(hint: Any) -> Iterator[str]:
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        yield from (word for kind in sorted(inside, key=lambda kind: kind is NoneType) for word in _words(kind))
+    elif hint is None or hint is NoneType:
+        yield "None"
+    elif origin is Literal:
+        yield from map(repr, inside)
+    elif hint is float:
+        yield "a number"
+    elif origin is Callable:
+        yield "Callable"
+    else:
+        yield re.sub(r"\w+\.(?=\w)", "", str(hint)) if inside else hint.__name__
+
+
+@cache
+def _hints_of(function: Callable[..., Any]) -> Mapping[str, Any]:
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    found = {
+        name: x.annotation
+        for name, x in inspect.signature(function).parameters.items()
+        if x.kind not in kinds and x.annotation is not inspect.Parameter.empty
+    }
+    return _resolved(found, function.__globals__, {})
+
+
+@cache
+def _hints_in(kind: Any) -> Mapping[str, Any]:
+    found: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        home = vars(sys.modules[base.__module__]) if base.__module__ in sys.modules else {}
+        found |= _resolved(inspect.get_annotations(base), home, dict(vars(base)))
+    return found
+
+
+def _resolved(hints: Mapping[str, Any], names: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Annotations as types; those that name what is not there at run time are left out, since nobody can ask for it."""
+    found = {}
+    for name, hint in hints.items():
+        try:
+            found[name] = eval(hint, names, more) if isinstance(hint, str) else hint
+        except NameError:
+            continue
+    return found

@@ -1,0 +1,225 @@
+"""Whatever a verb or a value is handed, it answers with one plain error, or it does what it is for."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import heedful
+from heedful import catalogue, explaining, models, tasks
+from heedful.core import asked, stats
+from heedful.core.errors import FieldError, HeedfulError
+from heedful.core.kinds import Prompt
+from heedful.methods import AttentionRollout, SinkRate, TempScale
+from heedful.models import Loaded
+
+IDS = torch.arange(3, 23)
+NAN = float("nan")
+
+
+class Odd:
+    """Nothing that anybody asks for."""
+
+
+HOSTILE = [
+    None, [], {}, (), "", "x", 300, -1, 1.5, NAN, True, Odd(), torch.ones(2), torch.zeros(0), b"x", [None], [[1]],
+    [(0, 0), "x"], {"x": None}, ["", None], (1,), TempScale, torch.nn.Linear(2, 2), "a\0b", Path("a\0b"), 10**30,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[..., Any], dict[str, Any], str]]:
+    """By name: a verb, arguments that suit it, and those that any value is tried for."""
+    home, model = tmp_path_factory.mktemp("hostile"), models.tiny("llama").eval()
+    prompt = Prompt(tuple(IDS.tolist()))
+    with heedful.attach(model, SinkRate()) as run:
+        run(input_ids=IDS[None])
+    run.save(home / "statistics")
+    profile = heedful.diagnose(model, IDS, measures=[SinkRate()])
+    lens, patterns = explaining.logit_lens(model, IDS), heedful.patterns(model, IDS)
+    clean, corrupt = IDS[None, :6], IDS[None, 6:12]
+    effects = explaining.patching(model, clean, corrupt, lambda logits: logits[:, -1, 5], layers=[0])
+    direct = explaining.direct_logits(model, IDS)
+    faithful = explaining.faithfulness(model, IDS[:6], torch.rand(6), steps=2, seeds=1)
+    return {
+        "attach": (heedful.attach, {"model": model, "what": TempScale(0.5)}, "model what only backend roles tile_rows"),
+        "fit": (heedful.fit, {"method": TempScale(0.5), "model": model, "batches": []}, "method model batches only"),
+        "fold": (partial(heedful.fold, model), {}, "what"),
+        "operate": (partial(heedful.operate, model), {}, "what"),
+        "arrange": (heedful.arrange, {"model": model, "prompt": prompt, "step": None}, "model prompt step"),
+        "load": (heedful.load, {"folder": home}, "folder kind backend roles"),
+        "decode": (heedful.decode, {"model": model, "prompt": prompt, "step": None}, "model prompt step"),
+        "diagnose": (
+            heedful.diagnose, {"model": model, "texts": IDS, "measures": [SinkRate()]},
+            "model texts tokenizer measures length batch out only backend tile_rows",
+        ),
+        "compare": (
+            heedful.compare, {"model": Loaded(model, str, ""), "methods": [], "tasks": ["nothing of that name"]},
+            "model methods tasks prompts minutes margin turns only backend",
+        ),
+        "lab": (heedful.lab, {"kind": "no kind", "seeds": 1}, "mechanisms kind seeds tokens folder"),
+        "check": (heedful.check, {"method": TempScale, "only": ("is_documented",)}, "method only"),
+        "edit": (heedful.edit, {"site": None, "function": abs}, "site function"),
+        "explain": (heedful.explain, {"stack": TempScale(0.5)}, "stack softcap sink"),
+        "patterns": (heedful.patterns, {"model": model, "text": IDS}, "model text heads stack only backend"),
+        "ablate": (heedful.ablate, {"model": model, "heads": [(0, 1)]}, "model heads mean only"),
+        "attribute": (
+            explaining.attribute, {"model": model, "prompt": IDS[:6], "method": AttentionRollout()},
+            "model prompt method target position only",
+        ),
+        "logit_lens": (explaining.logit_lens, {"model": model, "text": IDS}, "model text"),
+        "direct_logits": (
+            explaining.direct_logits, {"model": model, "text": IDS}, "model text answer instead position"
+        ),
+        "faithfulness": (
+            explaining.faithfulness, {"model": model, "prompt": IDS[:6], "scores": torch.rand(6), "seeds": 1},
+            "model prompt scores target position removal",
+        ),
+        "patching": (
+            explaining.patching, {"model": model, "clean": clean, "corrupt": corrupt, "metric": lambda x: x[:, -1, 5]},
+            "model clean corrupt positions layers estimate",
+        ),
+        "path_patching": (
+            explaining.path_patching,
+            {"model": model, "clean": clean, "corrupt": corrupt, "metric": lambda x: x[:, -1, 5], "layers": [0]},
+            "model clean corrupt receivers side layers",
+        ),
+        "models.load": (models.load, {}, "name_or_path"),
+        "models.tiny": (models.tiny, {}, "kind"),
+        "catalogue.find": (catalogue.find, {}, "name"),
+        "catalogue.search": (catalogue.search, {}, "word"),
+        "tasks.find": (tasks.find, {}, "text"),
+        "Stack": (heedful.Stack, {}, "parts"),
+        "Prompt": (Prompt, {"tokens": (1, 2)}, "tokens roles"),
+        "Removal": (explaining.Removal, {}, "keep token"),
+        "on": (TempScale(0.5).on, {}, "layers heads"),
+        "when": (TempScale(0.5).when, {}, "phase"),
+        "|": (TempScale(0.5).__or__, {}, "other"),
+        "Run[]": (run.__getitem__, {}, "part"),
+        "Run.save": (run.save, {}, "path"),
+        "Run.merge": (run.merge, {}, "path"),
+        "Run.load_state_dict": (run.load_state_dict, {}, "state"),
+        "Profile.answer": (profile.answer, {}, "part"),
+        "Profile.save": (profile.save, {}, "folder"),
+        "Profile.load": (heedful.Profile.load, {}, "folder"),
+        "Profile.page": (profile.page, {}, "path"),
+        "Profile.+": (profile.__add__, {}, "other"),
+        "Profile.-": (profile.__sub__, {}, "other"),
+        "Comparison.load": (heedful.Comparison.load, {}, "path"),
+        "Lens.words": (lens.words, {}, "position"),
+        "DirectLogits.top": (direct.top, {}, "count"),
+        "Patterns[]": (patterns.__getitem__, {}, "place"),
+        "Patterns.figure": (patterns.figure, {"layer": 0, "head": 0}, "layer head"),
+        "Patterns.page": (patterns.page, {}, "path"),
+        "HeadEffects.top": (effects.top, {}, "count"),
+        "HeadEffects.overlap": (effects.overlap, {"other": effects, "count": 1}, "other count"),
+        "Faithfulness.area": (faithful.area, {}, "curve"),
+        "stats.load": (stats.load, {}, "path"),
+        "stats.save": (stats.save, {"path": home / "more", "statistics": {}}, "path statistics"),
+    }  # fmt: skip
+
+
+VERBS = [
+    "attach", "fit", "fold", "operate", "arrange", "load", "decode", "diagnose", "compare", "lab", "check", "edit",
+    "explain", "patterns", "ablate", "attribute", "logit_lens", "direct_logits", "faithfulness", "patching", "path_patching",
+    "models.load", "models.tiny", "catalogue.find", "catalogue.search", "tasks.find", "Stack", "Prompt", "Removal",
+    "on", "when", "|", "Run[]", "Run.save", "Run.merge", "Run.load_state_dict", "Profile.answer", "Profile.save",
+    "Profile.load", "Profile.page", "Profile.+", "Profile.-", "Comparison.load", "Lens.words", "DirectLogits.top",
+    "Patterns[]", "Patterns.figure", "Patterns.page", "HeadEffects.top", "HeadEffects.overlap", "Faithfulness.area",
+    "stats.load", "stats.save",
+]  # fmt: skip
+
+
+def refusal(act: Callable[..., Any], suits: dict[str, Any], name: str, value: Any) -> str:
+    """What heedful says of one value in the place of a good one, if anything."""
+    try:
+        found = act(**{**suits, name: value}) if suits or name not in ("what", "path") else act(value)
+    except HeedfulError as error:
+        return str(error)
+    if isinstance(found, heedful.Run):
+        found.close()
+    return ""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_says_what_is_wrong(found: Any, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    act, suits, names = found[verb]
+    told = [refusal(act, suits, name, value) for name in names.split() for value in HOSTILE]
+    assert sum(map(bool, told)) > len(HOSTILE) // 3
+    assert not any(" at 0x" in message for message in told)
+
+
+def test_the_table_has_every_verb(found: Any) -> None:
+    assert list(found) == VERBS
+    public = [getattr(home, name) for home in (heedful, explaining) for name in home.__all__]
+    tried = {inspect.unwrap(getattr(act, "func", act)) for act, _, _ in found.values()}
+    missing = [f.__name__ for f in public if inspect.isfunction(f) and inspect.unwrap(f) not in tried]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", sorted(catalogue.entries()))
+def test_a_method_takes_what_its_fields_say(name: str) -> None:
+    kind = catalogue.entries()[name]
+    for field in dataclasses.fields(kind):
+        for value in HOSTILE:
+            assert " at 0x" not in refusal(kind, {}, field.name, value)
+
+
+@pytest.mark.parametrize("kind", tasks.known().values(), ids=lambda kind: kind.__name__)
+def test_a_task_takes_what_its_fields_say(kind: Any) -> None:
+    for field in dataclasses.fields(kind):
+        with pytest.raises(FieldError, match=rf"{kind.__name__}\.{field.name} = an? Odd: must be .*; for example"):
+            kind(**{field.name: Odd()})
+
+
+def test_every_annotation_of_a_verb_is_asked_for() -> None:
+    """None names what is there for type checkers alone."""
+    for home in (heedful, explaining):
+        for name in home.__all__:
+            function = inspect.unwrap(getattr(home, name)) if inspect.isfunction(getattr(home, name)) else None
+            if function is not None:
+                told = inspect.signature(function).parameters.values()
+                named = {x.name for x in told if x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL)}
+                assert set(asked._hints_of(function)) == named, name
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: heedful.load(None), r"load\(\)\.folder = None: must be str or Path; for example folder='kept'"),
+        (lambda: TempScale(NAN), r"TempScale\.tau = nan: must be a number; for example tau=0\.9"),
+        (lambda: TempScale(True), r"TempScale\.tau = True: must be a number"),
+        (lambda: heedful.attach(models.tiny("llama"), TempScale(0.5), roles={"x": None}), r"example roles=\{'marked'"),
+        (lambda: heedful.check(TempScale, only=("any_tiles",)), r"is no law\. Did you mean any_tile\?"),
+        (lambda: Prompt((1, 2.5)), r"Prompt\.tokens = .*: must be tuple\[int, \.\.\.\]"),
+    ],
+)
+def test_errors_name_field_value_rule_and_a_good_value(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(FieldError, match=message):
+        call()
+
+
+def test_kinds_are_taken_as_python_takes_them() -> None:
+    @asked.asks
+    def verb(many: tuple[int, ...] | None = None, share: float = 0.5, layers: Any = None, *, name: str = "a") -> str:
+        return f"{many} {share} {layers} {name}"
+
+    class Whole:
+        def __index__(self) -> int:
+            return 3
+
+    assert verb((1, Whole()), 1).startswith("(1, ")  # type: ignore[arg-type]
+    assert verb(None, share=float("inf"), layers=Odd) == f"None inf {Odd} a"
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        verb(nmae="b")  # type: ignore[call-arg]
+    with pytest.raises(FieldError, match=r"verb\(\)\.name = 3: must be str; for example name='a'"):
+        verb(name=3)  # type: ignore[arg-type]
