@@ -73,12 +73,17 @@ from heedful.methods.sparse.cache.tova import TOVA as TOVA
 from heedful.methods.sparse.decode.less_is_more import LessIsMore as LessIsMore
 from heedful.methods.sparse.decode.loki import Loki as Loki
 from heedful.methods.sparse.decode.token_select import TokenSelect as TokenSelect
+from heedful.methods.sparse.prefill.anchor_attention import AnchorAttention as AnchorAttention
 from heedful.methods.sparse.prefill.flex_prefill import FlexPrefill as FlexPrefill
+from heedful.methods.sparse.prefill.hip import HiP as HiP
 from heedful.methods.sparse.prefill.hylra import HyLRA as HyLRA
+from heedful.methods.sparse.prefill.hyper_attention import HyperAttention as HyperAttention
 from heedful.methods.sparse.prefill.qada import QAdA as QAdA
 from heedful.methods.sparse.prefill.s2_attention import S2Attention as S2Attention
 from heedful.methods.sparse.prefill.sample_attention import SampleAttention as SampleAttention
 from heedful.methods.sparse.prefill.sink_window import SinkWindow as SinkWindow
 from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn as SpargeAttn
+from heedful.methods.sparse.tokens.attention_rag import AttentionRAG as AttentionRAG
+from heedful.methods.sparse.tokens.spec_pc import SpecPC as SpecPC
 
 def files() -> dict[str, str]: ...
