@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from heedful.adapters.bound import Bound
@@ -29,8 +28,6 @@ from heedful.engine.attend import replaced
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run import Run
 from heedful.engine.stages import stage
-
-_CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 
 
 class Hook:
@@ -78,14 +75,13 @@ class Hooks:
 
     # a forward of the model, or of a model in it that is called by itself
 
-    def forwards(self, model: nn.Module) -> None:
-        """Know where a forward of the whole begins and ends."""
-        for name, part in model.named_modules():
-            if part is model or isinstance(part, PreTrainedModel):
-                self._parts[part] = name
-                self._handles.append(part.register_forward_pre_hook(Hook(self._begins), with_kwargs=True))
-                ends = Hook(self._ends)
-                self._handles.append(part.register_forward_hook(ends, with_kwargs=True, always_call=True))
+    def forwards(self, parts: Mapping[str, nn.Module]) -> None:
+        """Know where a forward of the whole begins and ends; the whole is named ''."""
+        for name, part in parts.items():
+            self._parts[part] = name
+            self._handles.append(part.register_forward_pre_hook(Hook(self._begins), with_kwargs=True))
+            ends = Hook(self._ends)
+            self._handles.append(part.register_forward_hook(ends, with_kwargs=True, always_call=True))
 
     @property
     def under_way(self) -> bool:
@@ -103,6 +99,8 @@ class Hooks:
                 )
         if self._parts.get(model) == "":
             self._inside = 0  # the whole model stands in no other: an interrupt left the last count standing
+        elif not self._inside and self.run.checkpointed and self.run.state.again:
+            return  # a part that gradient checkpointing computes again
         if self._inside == 0:
             if self._thread is not None and self._thread != get_ident():
                 rule = (
@@ -114,7 +112,9 @@ class Hooks:
             self._graph = torch.is_grad_enabled()
             self.run.state.new_forward()
             requested = kwargs.get("output_attentions")
-            self.patterns = bool(getattr(model.config, "output_attentions", False) if requested is None else requested)
+            if requested is None:
+                requested = getattr(getattr(model, "config", None), "output_attentions", False)
+            self.patterns = bool(requested)
         self._inside += 1
 
     def _ends(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -161,7 +161,7 @@ class Hooks:
             return self._enter(bound, args, kwargs)
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
-            bound.hidden = bound.cache = bound.rotary = None
+            bound.hidden = bound.other = bound.cache = bound.rotary = None
             if not self.run.stack.touches(Site.BLOCK, Site.OUTPUT, Site.RESIDUAL):
                 bound.call = None  # it holds the hidden states
             if not bound.called:
@@ -174,13 +174,13 @@ class Hooks:
         self._handles.append(bound.module.register_forward_hook(Hook(after)))
 
     def _enter(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        by_name = "hidden_states" in kwargs
-        hidden = kwargs["hidden_states"] if by_name else args[0] if args else None
-        bound.hidden = hidden if isinstance(hidden, Tensor) else None
+        taking, hidden = bound.taking, bound.taking.stream(args, kwargs)
+        bound.hidden = None if hidden is None else taking.turned(hidden)
         rotary = kwargs.get("position_embeddings")
         bound.rotary = rotary if isinstance(rotary, tuple) and len(rotary) == 2 else None
         bound.cache = _cache_among(args, kwargs)
-        bound.cross = any(isinstance(kwargs.get(n), Tensor) for n in _CROSS)
+        bound.other = taking.other(args, kwargs)
+        bound.cross = bound.other is not None
         if bound.number is None:
             return None
         self._see_checkpoint(bound)
@@ -205,9 +205,7 @@ class Hooks:
         hidden = stage(Site.HIDDEN, hidden, job, call)
         bound.hidden = hidden[0] if flat else hidden
         self.run.state.close_call(job.plan, call)
-        if by_name:
-            return args, {**kwargs, "hidden_states": bound.hidden}
-        return (bound.hidden, *args[1:]), kwargs
+        return taking.put(taking.turned(bound.hidden), args, kwargs)
 
     def _see_checkpoint(self, bound: Bound) -> None:
         """Notice that a layer will be computed again on the way back, or that it is."""
@@ -254,16 +252,16 @@ class Hooks:
 
     def _before_block(self, model: nn.Module, name: str, bound: Bound) -> None:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            by_name = "hidden_states" in kwargs
-            stream = kwargs["hidden_states"] if by_name else args[0] if args else None
-            if not isinstance(stream, Tensor) or stream.ndim != 3:
+            taking, given = bound.taking, bound.taking.stream(args, kwargs)
+            if given is None or given.ndim != 3:
                 raise RefusedModel(f"an EMBEDDING edit cannot act before {name}: it is not handed [b n e]")
+            stream = taking.turned(given)
             call = self._outline(bound, stream, kwargs.get("attention_mask"), _cache_among(args, kwargs))
             self.run.state.begin_early(call.layer)
             job = AttentionCall(self.run.state.plan(call, Site.EMBEDDING), self.run.state, call)
             new = stage(Site.EMBEDDING, stream, job, call)
             self.run.state.close_call(job.plan, call)
-            return (args, {**kwargs, "hidden_states": new}) if by_name else ((new, *args[1:]), kwargs)
+            return taking.put(taking.turned(new), args, kwargs)
 
         self._handles.append(model.get_submodule(name).register_forward_pre_hook(Hook(before), with_kwargs=True))
 
@@ -271,7 +269,7 @@ class Hooks:
 
     def after_projection(self, model: nn.Module, bound: Bound) -> None:
         """Edit and read OUTPUT, after what replaces the BLOCK."""
-        found = output_module(model, bound.name)
+        found, turned = bound.output or output_module(model, bound.name), bound.taking.turned
         if found is None:
             raise RefusedModel(
                 f"an OUTPUT or BLOCK edit cannot act in {bound.name}: heedful finds no output projection there"
@@ -284,17 +282,20 @@ class Hooks:
             if not self.run.stack.touches(Site.RESIDUAL):
                 bound.call = None
             n = len(call.queries)
-            if not isinstance(output, Tensor) or output.shape[:-1].numel() % n:
+            given = output[0] if isinstance(output, tuple) else output
+            if not isinstance(given, Tensor) or given.shape[:-1].numel() % n:
                 raise RefusedModel(
                     f"an OUTPUT edit cannot act in {bound.name}: its projection does not give [b n e] for {n} tokens"
                 )
             job = AttentionCall(self.run.state.plan(call), self.run.state, call)
-            new = output.reshape(-1, n, output.shape[-1])
+            rows = turned(given)
+            new = rows.reshape(-1, n, rows.shape[-1])
             if steps := job.plan.at(Site.BLOCK):
                 new = replaced(steps[0], job, call, new)
             new = stage(Site.OUTPUT, new, job, call)
             self.run.state.close_call(job.plan, call)
-            return new.reshape(output.shape)
+            new = turned(new.reshape(rows.shape))
+            return (new, *output[1:]) if isinstance(output, tuple) else new
 
         self._handles.append(found.register_forward_hook(Hook(after)))
 
@@ -321,9 +322,10 @@ class Hooks:
             if stream.shape[:-1].numel() % n:
                 raise RefusedModel(f"a RESIDUAL edit cannot act in {name}: it does not give [b n e] for {n} tokens")
             job = AttentionCall(self.run.state.plan(call), self.run.state, call)
-            new = stage(Site.RESIDUAL, stream.reshape(-1, n, stream.shape[-1]), job, call)
+            rows = bound.taking.turned(stream)
+            new = stage(Site.RESIDUAL, rows.reshape(-1, n, rows.shape[-1]), job, call)
             self.run.state.close_call(job.plan, call)
-            new = new.reshape(stream.shape)
+            new = bound.taking.turned(new.reshape(rows.shape))
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
         self._handles.append(model.get_submodule(name).register_forward_hook(Hook(after)))

@@ -66,15 +66,23 @@ def interface_layers(model: nn.Module) -> dict[str, nn.Module]:
 def block_of(model: nn.Module, name: str) -> str | None:
     """The layer of the model that an attention module stands in: the nearest item of a list of alike items.
 
-    T5 keeps the parts of one layer in a list of their own, whose items are not alike.
+    A sequence of modules is such a list where it has several alike items. T5 keeps the parts of one layer in a list of
+    their own, whose items are not alike.
     """
     parts = name.split(".")
     items = [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]
-    items = [item for item in items if isinstance(model.get_submodule(item.rpartition(".")[0]), nn.ModuleList)]
+
+    def around(item: str) -> nn.Module:
+        return model.get_submodule(item.rpartition(".")[0])
 
     def alike(item: str) -> bool:
-        return len({type(x) for x in model.get_submodule(item.rpartition(".")[0]).children()}) == 1
+        return len({type(x) for x in around(item).children()}) == 1
 
+    def listed(item: str) -> bool:
+        chain = around(item)
+        return isinstance(chain, nn.ModuleList) or (isinstance(chain, nn.Sequential) and len(chain) > 1 and alike(item))
+
+    items = list(filter(listed, items))
     return next(filter(alike, items), items[0] if items else None)
 
 
