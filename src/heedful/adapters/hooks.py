@@ -61,6 +61,7 @@ class Hooks:
     run: Run
     layers: int  # how many are served
     patterns: bool = False  # the caller of this forward wants the patterns back
+    first: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None  # what the first forward is shown before it
     _inside: int = 0
     _graph: bool = False  # gradients may be asked of the forward under way
     _thread: int | None = None  # the one that a forward is under way in
@@ -88,6 +89,11 @@ class Hooks:
         """Whether a forward is under way in this thread."""
         return self._thread == get_ident()
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether a forward is under way in another thread."""
+        return self._thread not in (None, get_ident())
+
     def _begins(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if (grid := grid_of(model, kwargs)) is not None:
             self._images[self._parts[model]] = (model, grid)
@@ -102,13 +108,15 @@ class Hooks:
         elif not self._inside and self.run.checkpointed and self.run.state.again:
             return  # a part that gradient checkpointing computes again
         if self._inside == 0:
-            if self._thread is not None and self._thread != get_ident():
+            if self.elsewhere:
                 rule = (
                     f"a forward of this run is under way in thread {self._thread}; run one after the other, or give "
                     "each thread a model and a run of its own"
                 )
                 raise FieldError("Run", "thread", get_ident(), rule, self._thread)
             self._thread = get_ident()
+            if self.first is not None:
+                self.first(args, kwargs)
             self._graph = torch.is_grad_enabled()
             self.run.state.new_forward()
             requested = kwargs.get("output_attentions")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from heedful.core.errors import RefusedModel
+from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.method import Layer
 
 QUERY_NAMES = ("q_proj", "query", "q_lin", "wq", "q", "query_proj", "to_q")
@@ -100,6 +100,46 @@ def leftovers(model: nn.Module) -> dict[str, nn.Module]:
 def within(name: str, only: Iterable[str] | None) -> bool:
     """Whether a dotted name lies under one of the prefixes."""
     return only is None or any(name == p or name.startswith(p + ".") for p in only)
+
+
+def served(
+    kind: str, known: Iterable[str], left: Mapping[str, str], only: tuple[str, ...] | None, none: str
+) -> tuple[str, ...]:
+    """The layers of a model that a run serves, of those that are known; `left` are out of reach, with what to say."""
+    known = tuple(known)
+    names = tuple(name for name in known if within(name, only))
+    outside = [name for name in left if within(name, only)]
+    for prefix in only or ():
+        if not any(within(name, (prefix,)) for name in known):
+            roots = sorted({".".join(name.split(".")[:2]) for name in known})
+            raise FieldError("attach()", "only", prefix, f"no served layer of {kind} lies there", roots[:1] or None)
+    said = _some([left[name] for name in outside])
+    if not names:
+        raise RefusedModel(f"{kind} {none}" + (f"; its own are {said}" if outside else ""))
+    if outside:
+        raise RefusedModel(
+            f"{kind} computes some attention by itself, which heedful cannot reach: {said}. To work on the "
+            f"rest and leave these alone, name it: attach(..., only={_roots(names, outside)!r})"
+        )
+    return names
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _roots(served: Iterable[str], left: list[str]) -> list[str]:
+    """The shortest prefixes that hold served layers and none of the others."""
+    out: list[str] = []
+    for name in served:
+        parts = name.split(".")
+        for i in range(1, len(parts) + 1):
+            prefix = ".".join(parts[:i])
+            if not any(within(x, (prefix,)) for x in left):
+                if prefix not in out:
+                    out.append(prefix)
+                break
+    return out
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from heedful.adapters.bound import (
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import HeldLayer, held_layer
-from heedful.adapters.layers import block_of, interface_layers, leftovers, size_of, within
+from heedful.adapters.layers import block_of, interface_layers, leftovers, served, size_of
 from heedful.adapters.planted import Planted
 from heedful.adapters.saving import adopted, takes_saving
 from heedful.adapters.wrapped import unwrapped
@@ -72,31 +72,17 @@ class TransformersAdapter:
     def __post_init__(self) -> None:
         self._planted = Planted(self.model, self.shared)
         self._modules = interface_layers(self.model)
-        names = [n for n in self._modules if within(n, self.only)]
-        kind = type(self.model).__name__
-        left = [n for n in leftovers(self.model) if within(n, self.only)]
-        if self.only is not None:
-            for prefix in self.only:
-                if not any(within(n, (prefix,)) for n in self._modules):
-                    roots = sorted({".".join(n.split(".")[:2]) for n in self._modules})
-                    raise FieldError(
-                        "attach()", "only", prefix, f"no served layer of {kind} lies there", roots[:1] or None
-                    )
-        if not names:
-            raise RefusedModel(
-                f"{kind} has no attention layer that goes through transformers' attention interface"
-                + (f"; its own are {_some(left)}" if left else "")
-            )
-        if left:
-            raise RefusedModel(
-                f"{kind} computes some attention by itself, which heedful cannot reach: {_some(left)}. To work on the "
-                f"rest and leave these alone, name it: attach(..., only={_roots(names, left)!r})"
-            )
-        self._names = tuple(names)
+        left = {name: name for name in leftovers(self.model)}
+        none = "has no attention layer that goes through transformers' attention interface"
+        self._names = served(type(self.model).__name__, self._modules, left, self.only, none)
 
     @property
     def layer_names(self) -> tuple[str, ...]:
         return self._names
+
+    @property
+    def ready(self) -> bool:
+        return True
 
     @property
     def installed(self) -> bool:
@@ -245,24 +231,6 @@ def _evict(job: AttentionCall, held: HeldLayer, k: Tensor, v: Tensor) -> None:
     if kept is not None:
         job.run_state.kept[job.call.layer] = (int(kept.keep.sum()), held.seen * kept.keep.shape[0] * kept.keep.shape[1])
         held.keep(kept)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _roots(served: Iterable[str], left: list[str]) -> list[str]:
-    """The shortest prefixes that hold served layers and none of the others."""
-    out: list[str] = []
-    for name in served:
-        parts = name.split(".")
-        for i in range(1, len(parts) + 1):
-            prefix = ".".join(parts[:i])
-            if not any(within(x, (prefix,)) for x in left):
-                if prefix not in out:
-                    out.append(prefix)
-                break
-    return out
 
 
 def adapt(model: nn.Module, only: str | Iterable[str] | None) -> TransformersAdapter:

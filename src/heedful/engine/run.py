@@ -37,6 +37,9 @@ class Adapter(Protocol):
     @property
     def installed(self) -> bool: ...
 
+    @property
+    def ready(self) -> bool: ...  # whether the layers are known; else the first forward tells, and `settle` is called
+
     def sizes(self) -> tuple[Layer, ...]: ...
 
     def install(self, run: Run) -> None: ...
@@ -118,7 +121,13 @@ class Run:
             self.close()
             raise
 
+    def settle(self) -> None:
+        """The layers are known now, if they were not before."""
+        self._check_layers()
+
     def _check_layers(self) -> None:
+        if not self._adapter.ready:
+            return
         n = len(self.layer_names)
         for part in self.stack:
             for layer in getattr(part, "layers", None) or ():
