@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -106,4 +108,7 @@ class WrittenOut(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return written_out(*args, **(kwargs or {}), edit=self.edit)
+        if func is F.multi_head_attention_forward:  # no mode is on inside
+            with patch.object(F, "scaled_dot_product_attention", partial(written_out, edit=self.edit)):
+                return func(*args, **{**(kwargs or {}), "need_weights": False})
         return func(*args, **(kwargs or {}))

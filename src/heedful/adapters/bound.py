@@ -87,6 +87,7 @@ class Bound:
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin of this call's tokens
     cache: Cache | None = None
     other: Tensor | None = None  # the sequence that it was handed beside its own
+    joint: tuple[int, int] | None = None  # lengths of both sequences, in the order in which it attends to both at once
     cross: bool = False
     called: bool = False
     call: Call | None = None

@@ -95,7 +95,7 @@ class Hooks:
         return self._thread not in (None, get_ident())
 
     def _begins(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if (grid := grid_of(model, kwargs)) is not None:
+        if (grid := grid_of(model, kwargs, args)) is not None:
             self._images[self._parts[model]] = (model, grid)
         for thing in kwargs.values():
             if type(thing).__name__.startswith("Paged"):
@@ -169,7 +169,7 @@ class Hooks:
             return self._enter(bound, args, kwargs)
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
-            bound.hidden = bound.other = bound.cache = bound.rotary = None
+            bound.hidden = bound.other = bound.cache = bound.rotary = bound.joint = None
             if not self.run.stack.touches(Site.BLOCK, Site.OUTPUT, Site.RESIDUAL):
                 bound.call = None  # it holds the hidden states
             if not bound.called:

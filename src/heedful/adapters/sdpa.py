@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -22,7 +23,7 @@ from heedful.adapters.layout import Layout, heads_told, same_rows
 from heedful.adapters.multi_head import Untouched, through_kernel
 from heedful.adapters.planted import Planted
 from heedful.adapters.standing import Standing
-from heedful.adapters.torch_masks import places, rules_of
+from heedful.adapters.torch_masks import halves, joined, places, rules_of
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError, NotEntered, RefusedModel, SiteError
 from heedful.core.method import Layer
@@ -74,6 +75,8 @@ class _Inside(TorchFunctionMode):
             return self.server.kernel(self.bound, args, kwargs)
         if func is MULTI_HEAD:
             return self.server.function(self.bound, args, kwargs)
+        if func is torch.cat:
+            self.bound.joint = joined(self.bound, args[0] if args else kwargs.get("tensors")) or self.bound.joint
         return func(*args, **kwargs)
 
 
@@ -141,7 +144,7 @@ class SdpaAdapter:
     def _known(self) -> Found:
         if self._found is None:
             rule = f"the layers of {self.kind} are known once it has run: call it, or say what it is called with"
-            raise FieldError("attach()", "inputs", None, rule, "attach(model, stack, inputs=images)")
+            raise FieldError("attach()", "inputs", None, rule, "images")
         return self._found
 
     @property
@@ -193,7 +196,7 @@ class SdpaAdapter:
         self._look(lambda: self.model.forward(*args, **kwargs))
         if "" in self._names:
             rule = f"{self.kind} is an attention module itself, which must be known before it runs"
-            raise FieldError("attach()", "inputs", None, rule, "attach(model, stack, inputs=(x, x, x))")
+            raise FieldError("attach()", "inputs", None, rule, "(x, x, x)")
         self._hooks.first = None
         self._wait_no_more()
         self.run.settle()
@@ -308,7 +311,8 @@ class SdpaAdapter:
         q, k, v = (layout.fold(given[name]) for name in ("query", "key", "value"))
         k, v = same_rows(k, len(q)), same_rows(v, len(q))
         asked, call = self._call(bound, layout, given, (q, k, v), appends)
-        call = bound.call = replace(call, hidden=rows_of(hidden, q), roles=self._hooks.roles(bound, k.shape[2]))
+        roles = {**halves(bound, k.shape[2]), **self._hooks.roles(bound, k.shape[2])}
+        call = bound.call = replace(call, hidden=rows_of(hidden, q), roles=roles)
         plan = plan_of(run, call)
         if (nothing := replaced_whole(run, plan, call, q, v)) is not None:
             if pattern:

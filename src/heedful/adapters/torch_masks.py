@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from heedful.adapters.arguments import from_dense
 from heedful.adapters.bound import Bound
 from heedful.core.mask import Causal, Dense, Mask, Padding, Rule
 from heedful.core.positions import Positions
+from heedful.core.regions import Span
 
 
 def rules_of(mask: Tensor | None, causal: bool, rows: int, keys: int) -> tuple[Mask, Tensor | None, Tensor | None]:
@@ -50,6 +53,25 @@ def places(bound: Bound, q: Tensor, k: Tensor, text: Tensor | None, fixed: bool)
     left = text.long().cummax(-1).values.logical_not().sum(-1)
     pad = left if bool(left.any()) else None
     return Positions.row(0, n, q.device, pad, text[:, None]), Positions.row(0, m, q.device, pad), cross
+
+
+def joined(bound: Bound, parts: Any) -> tuple[int, int] | None:
+    """The order in which a module joins its own sequence and the other one, if that is what it does here."""
+    own, other = (_tokens(bound, x) for x in (bound.hidden, bound.other))
+    if own is None or other is None or own == other or len(parts) != 2:
+        return None
+    a, b = (x.shape for x in parts)
+    axes = [(p, q) for p, q in zip(a, b, strict=False) if p != q]
+    return axes[0] if len(a) == len(b) and axes in ([(own, other)], [(other, own)]) else None
+
+
+def halves(bound: Bound, tokens: int) -> dict[str, tuple[Span, ...]]:
+    """Where a module that attends to both sequences at once has its own, `image`, and the other, `context`."""
+    own = _tokens(bound, bound.hidden)
+    if bound.joint is None or sum(bound.joint) != tokens:
+        return {}
+    names = ("image", "context") if bound.joint[0] == own else ("context", "image")
+    return {names[0]: ((0, bound.joint[0]),), names[1]: ((bound.joint[0], tokens),)}
 
 
 def _tokens(bound: Bound, x: Tensor | None) -> int | None:
