@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.beside_torch import library
+from benchmarks.coverage.library_cases import (
+    PICTURES,
+    Case,
+    clip,
+    clip_model,
+    dit,
+    draw,
+    drawn,
+    flux,
+    of_timm,
+    pixart,
+    sd3,
+    unet,
+    unet2d,
+    vit,
+)
 from benchmarks.coverage.probe import DropPattern, Look
 from heedful import attach
+from heedful.cli.doctor import doctor
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
-from heedful.core.errors import NotEntered, RefusedModel
+from heedful.core.errors import ModelError, NotEntered, RefusedModel
 from heedful.methods.mechanisms.local.neighborhood_attention import NeighborhoodAttention
 
 from .samples import Gate
@@ -25,112 +44,34 @@ from .test_residual import Push
 from .test_torch_modules import CALLS, Halve, Spy, TwiceOut, model_of, slow
 from .torch_models import WrittenOut
 
-PICTURES = torch.randn(2, 3, 16, 32, generator=torch.Generator().manual_seed(0))
-SMALL: dict[str, Any] = dict(embed_dim=32, depth=2, num_heads=4, num_classes=5, img_size=(16, 32), patch_size=4)
+ROOT = Path(__file__).parents[1]
+EXAMPLES = re.findall(r"## ([\w ]+)\n\n```python\n(.*?)```", (ROOT / "docs" / "vision.md").read_text(), re.DOTALL)
 
 
-class Case(NamedTuple):
-    """A model, and how it is called."""
-
-    model: nn.Module
-    call: Callable[[], Any]
-    layers: int
-    cross: tuple[bool, ...] = ()
-
-
-def drawn(model: nn.Module, std: float = 0.2) -> Any:
-    """Weights under which attention matters."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            of_norm = p.ndim == 1 and not name.endswith("bias")
-            p.normal_(float(of_norm), std if p.ndim > 1 else 0.1, generator=generator)
-    return model.eval()
+@pytest.mark.parametrize(("name", "code"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
+def test_the_examples_of_the_docs_run(name: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for library_of in ("timm", "open_clip"):
+        library(library_of)
+    exec(code, {})
+    told = capsys.readouterr().out
+    wanted = {"timm": "blocks.0.attn torch.Size([14, 14])", "diffusers": "active: ", "Your own": "layers.1.self_attn"}
+    assert wanted.get(name, "sink rate") in told
+    assert len(code.strip().splitlines()) <= 12
 
 
-def draw(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-
-
-def vit(name: str = "vit_tiny_patch16_224", **how: Any) -> Any:
-    return drawn(library("timm").create_model(name, **{**SMALL, **how}))
-
-
-def of_timm(name: str, **how: Any) -> Case:
-    model = vit(name, **how)
-    return Case(model, lambda: model(PICTURES), 2, (False, False))
-
-
-def unet() -> Case:
-    model = drawn(diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16, attention_head_dim=4,
-    ))  # fmt: skip
-    x, words = draw(1, 4, 8, 8), draw(1, 7, 16)
-    return Case(model, lambda: model(x, 1, encoder_hidden_states=words).sample, 8, (False, True) * 4)
-
-
-TEXT: dict[str, Any] = dict(joint_attention_dim=16, num_attention_heads=2)
-
-
-def sd3() -> Case:
-    model = drawn(diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, caption_projection_dim=16,
-        pooled_projection_dim=16, out_channels=4, **TEXT,
-    ))  # fmt: skip
-    how = dict(encoder_hidden_states=draw(1, 7, 16), pooled_projections=draw(1, 16), timestep=torch.tensor([1]))
-    return Case(model, lambda: model(draw(1, 4, 8, 8), **how).sample, 2, (False,) * 2)
-
-
-def flux() -> Case:
-    """Whose queries are named."""
-    model = drawn(diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, pooled_projection_dim=16,
-        axes_dims_rope=[4, 4, 8], **TEXT,
-    ))  # fmt: skip
-    how = dict(
-        encoder_hidden_states=draw(1, 7, 16), pooled_projections=draw(1, 16), timestep=torch.tensor([1.0]),
-        img_ids=torch.zeros(16, 3), txt_ids=torch.zeros(7, 3),
-    )  # fmt: skip
-    return Case(model, lambda: model(draw(1, 16, 4), **how).sample, 2, (False,) * 2)
-
-
-def pixart() -> Case:
-    model = drawn(diffusers.PixArtTransformer2DModel(
-        sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4,
-        cross_attention_dim=16, out_channels=8, num_embeds_ada_norm=8, caption_channels=None,
-        use_additional_conditions=False,
-    ))  # fmt: skip
-    how = dict(
-        encoder_hidden_states=draw(1, 7, 16), timestep=torch.tensor([1]),
-        encoder_attention_mask=torch.tensor([[1.0] * 5 + [0.0] * 2]),
-        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-    )  # fmt: skip
-    return Case(model, lambda: model(draw(1, 4, 8, 8), **how).sample, 4, (False, True) * 2)
-
-
-def dit() -> Case:
-    model = drawn(diffusers.DiTTransformer2DModel(
-        sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4,
-        out_channels=8, num_embeds_ada_norm=8,
-    ))  # fmt: skip
-    how = dict(timestep=torch.tensor([1]), class_labels=torch.tensor([1]))
-    return Case(model, lambda: model(draw(1, 4, 8, 8), **how).sample, 2, (False,) * 2)
-
-
-def clip_model() -> Any:
-    library("open_clip")
-    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-
-    image = CLIPVisionCfg(layers=2, width=32, head_width=8, patch_size=8, image_size=32)
-    return drawn(CLIP(32, image, CLIPTextCfg(context_length=9, vocab_size=64, width=32, heads=4, layers=2)), 0.1)
-
-
-def clip() -> Case:
-    model = clip_model()
-    words = torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(0))
-    return Case(model, lambda: torch.stack(model(draw(2, 3, 32, 32), words)[:2]), 4, (False,) * 4)
+def test_doctor_and_explain_name_the_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    library("timm")
+    doctor("timm:vit_tiny_patch16_224")
+    told = capsys.readouterr().out
+    assert "12 attention layers of VisionTransformer, blocks.0.attn to blocks.11.attn" in told
+    assert "3 query heads, 3 key heads, 64 wide" in told
+    with pytest.raises(ModelError, match="Unknown model"):
+        doctor("timm:nothing")
+    with pytest.raises(RefusedModel, match="calls no attention of torch's"):
+        doctor("timm:resnet18")
+    with attach(vit(), Halve(), inputs=PICTURES) as run:
+        run(PICTURES)
+        assert "2 attention layers: blocks.0.attn, blocks.1.attn" in str(run.explain())
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -142,6 +83,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "Flux": flux,
     "PixArt": pixart,
     "DiT": dit,
+    "UNet of images": unet2d,
     "open_clip": clip,
 }
 
@@ -301,11 +243,7 @@ def test_offloading_before_and_after(first: str) -> None:
 
 @torch.no_grad()
 def test_a_pipeline_runs_under_a_run() -> None:
-    net = drawn(diffusers.UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-    ))  # fmt: skip
+    net: Any = unet2d().model
     pipe = diffusers.DDPMPipeline(unet=net, scheduler=diffusers.DDIMScheduler(num_train_timesteps=10))
     pipe.set_progress_bar_config(disable=True)
 

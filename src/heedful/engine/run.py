@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -277,8 +277,9 @@ class Run:
         return self._adapter.installed
 
     def explain(self) -> Explanation:
-        """Which backend serves this stack, and every reason against the others."""
-        return explain(self.stack)
+        """Which backend serves this stack, every reason against the others, and the layers that it is for."""
+        names = self.layer_names if self._adapter.ready else ()
+        return replace(explain(self.stack), layers=names)
 
     def pause(self) -> None:
         """Take the stack out of the model until `resume`; memory, statistics and parameters stay."""
