@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from claims._cache import losses, prose
+from claims._cache import losses, memory, prose
 from claims.ledger import Claim, run
 from heedful.core.call import CachedKV, Call
 from heedful.methods.sparse.cache.think import ThinK
@@ -42,6 +42,7 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
         ("channels of long keys", ShortChannels(SHARE)),
     ):
         numbers[f"loss, {name}"] = losses(text, method)
+    numbers["memory of the cache"] = memory(text, ThinK(SHARE))
     return numbers["loss, random channels"] - numbers["loss, ThinK"], numbers
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from claims._texts import passages
 from heedful import attach, models
+from heedful.adapters.kvcache import cache_bytes
 from heedful.core.call import CachedKV, Call
 from heedful.core.method import Method
 from heedful.core.sites import Site, at
@@ -88,6 +89,15 @@ def questions(seed: int, most: int = 3) -> list[Reading]:
         prompt = torch.cat([text.context, text.rest[:, begin:start]], 1)
         found.append(Reading(prompt, text.rest[:, start:stop], text.counts[:, start:stop]))
     return found
+
+
+@torch.no_grad()
+def memory(text: Reading, what: Method | Stack) -> float:
+    """The memory of the context's cache under the method, as a share of what it takes as it comes."""
+    model = default().model
+    whole = cache_bytes(model(input_ids=text.context, use_cache=True, logits_to_keep=1).past_key_values)
+    with attach(model, what) as run:
+        return cache_bytes(run(input_ids=text.context, use_cache=True, logits_to_keep=1).past_key_values) / whole
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from benchmarks.mutants import page as mutants  # noqa: E402
 from benchmarks.quality import page as quality  # noqa: E402
 from benchmarks.speed import bars as speed  # noqa: E402
 from claims.ledger import RESULTS, table  # noqa: E402
-from docs import method_pages  # noqa: E402
+from docs import method_pages, rooms  # noqa: E402
 from heedful.catalogue import entries  # noqa: E402
 from heedful.conformance import laws  # noqa: E402
 
@@ -133,6 +133,7 @@ def main() -> None:
     pages["docs/speed.md"] = NOTE + speed.page()
     pages["docs/quality.md"] = NOTE + quality.page()
     pages["docs/mutants.md"] = NOTE + mutants.page()
+    pages["docs/rooms.svg"] = rooms.svg()
     pages["README.md"] = readme((ROOT / "README.md").read_text())
     stale = [name for name, text in pages.items() if not (ROOT / name).exists() or (ROOT / name).read_text() != text]
     if "--check" in sys.argv:

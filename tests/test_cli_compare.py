@@ -47,7 +47,7 @@ def test_it_prints_and_writes(tiny: None, tmp_path: Path) -> None:
         "--tasks",
         "induction(length=20)",
     ]
-    arguments += ["--count", "2", "--out", "kept"]
+    arguments += ["--prompts", "2", "--out", "kept"]
     told = RUN.invoke(app, arguments)
     assert told.exit_code == 0, told.output
     assert "SinkWindow(sinks=1, window=8)" in told.output
@@ -68,7 +68,7 @@ def test_commas_inside_brackets_part_nothing() -> None:
 
 
 def test_rarer_settings(tiny: None, tmp_path: Path) -> None:
-    arguments = ["compare", "--methods", "sinkwindow(1,8)", "--tasks", "induction(length=20)", "--count", "2"]
+    arguments = ["compare", "--methods", "sinkwindow(1,8)", "--tasks", "induction(length=20)", "--prompts", "2"]
     arguments += ["--no-page", "--json", "--out", "kept"]
     rarer = ["--seed", "7", "--turns", "0", "--backend", "reference", "--only", "model.layers"]
     told = RUN.invoke(app, [*arguments, *rarer])
@@ -85,7 +85,7 @@ def test_rarer_settings(tiny: None, tmp_path: Path) -> None:
     assert not json.loads(told.stdout)["refused"]
 
 
-@pytest.mark.parametrize("wrong", [["--backend", "cuda"], ["--count", "1"], ["--only", "nonsense"], ["--tasks", ","]])
+@pytest.mark.parametrize("wrong", [["--backend", "cuda"], ["--prompts", "1"], ["--only", "nonsense"], ["--tasks", ","]])
 def test_bad_input_is_named_before_anything_is_fitted(
     tiny: None, monkeypatch: pytest.MonkeyPatch, wrong: list[str]
 ) -> None:
@@ -98,13 +98,15 @@ def test_bad_input_is_named_before_anything_is_fitted(
 
 
 def test_where_all_are_refused_it_says_so(tiny: None) -> None:
-    told = RUN.invoke(app, ["compare", "--methods", "pasta", "--tasks", "loss(length=64)", "--count", "2", "--no-page"])
+    told = RUN.invoke(
+        app, ["compare", "--methods", "pasta", "--tasks", "loss(length=64)", "--prompts", "2", "--no-page"]
+    )
     assert "1 method, 1 task\n" in told.stdout
     assert "None of the methods could be asked." in told.stdout
 
 
 def test_spans_that_a_task_does_not_mark_are_named(tiny: None) -> None:
-    asked = ["compare", "--tasks", "induction(length=20),loss(length=64)", "--count", "2", "--no-page"]
+    asked = ["compare", "--tasks", "induction(length=20),loss(length=64)", "--prompts", "2", "--no-page"]
     told = RUN.invoke(app, [*asked, "--turns", "1", "--methods", "var,pasta|tempscale,pasta(role='context')"])
     assert told.exit_code == 0, told.exception
     assert "VAR was refused on induction: VAR.role = 'marked': no span in these prompts has that name" in told.stdout
@@ -121,7 +123,7 @@ def test_stopping_says_how_to_go_on(tiny: None, monkeypatch: pytest.MonkeyPatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Bars, "__call__", stop)
-    asked = ["compare", "--methods", "tempscale", "--tasks", "induction(length=20)", "--count", "2"]
+    asked = ["compare", "--methods", "tempscale", "--tasks", "induction(length=20)", "--prompts", "2"]
     told = RUN.invoke(app, [*asked, "--out", "kept"])
     assert told.exit_code == 130
     assert "stopped; the same command goes on" in told.stderr

@@ -150,13 +150,33 @@ def test_a_copy_is_saved_with_what_is_attached_to_it(twin_of: Any, tmp_path: Pat
         assert torch.equal(logits(run), wanted)
 
 
-def test_a_file_of_an_attached_model_is_saved_as_the_plain_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.parametrize("twin_of", COPIES, ids=["deepcopy", "pickle", "torch.save"])
+def test_a_copy_of_an_attached_model_is_saved_as_the_plain_model(twin_of: Any, closed: bool, tmp_path: Path) -> None:
     model = models.tiny("llama").eval()
-    with attach(model, Scale(2.0)):
-        twin = through_a_file(model)
-    twin.save_pretrained(tmp_path)
-    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), logits(model))
+    plain = logits(model)
+    with attach(model, Scale(2.0)) as run:
+        twin = twin_of(model)
+        if closed:
+            run.close()
+        twin.save_pretrained(tmp_path)
+    found = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(found), plain)
     assert not hasattr(twin.config, "heedful")
+    assert not hasattr(found.config, "heedful")
+
+
+def test_a_copy_keeps_a_way_to_save_of_its_own(tmp_path: Path) -> None:
+    model, calls = models.tiny("llama").eval(), []
+
+    def own(folder: Any) -> None:
+        calls.append(folder)
+
+    model.save_pretrained = own
+    with attach(model, Scale(2.0)):
+        twin = copy.deepcopy(model)
+    twin.save_pretrained(tmp_path)
+    assert calls == [tmp_path]
 
 
 def test_a_copy_of_an_attached_model_compiles_to_one_graph() -> None:

@@ -103,7 +103,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = models.tiny("llama")
     diagnose(model, torch.arange(5, 25), measures=["SinkRate", "AttentionProfile", "WeibullWeights"], out=home / "p")
     loaded = models.Loaded(model, object(), "tiny")
-    compare(loaded, [SinkWindow(1, 4)], [Echo(), Loss()], count=3, turns=1, out=home / "c")
+    compare(loaded, [SinkWindow(1, 4)], [Echo(), Loss()], prompts=3, turns=1, out=home / "c")
     return home
 
 

@@ -254,6 +254,6 @@ def test_a_pipeline_runs_under_a_run() -> None:
     native = picture()
     with attach(pipe.unet, Halve()) as run:
         assert not torch.equal(picture(), native)
-        assert run.state.forward == 1
+        assert run.state.now.number == 1
         assert len(run.layer_names) == 4
     assert torch.equal(picture(), native)

@@ -1,5 +1,6 @@
 """The default model, loading by name, the copy kept of a GGUF file, and the tiny random models."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -7,15 +8,17 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 import heedful
 from heedful import models
 from heedful.core.errors import FieldError, ModelError
+from heedful.methods import GatedHeads
 
 WORDS = "The library was quiet that morning. A few students read by the window, and the old clock ticked slowly."
 
 
-def write_gguf(path: Path, seed: int = 0) -> Path:
+def write_gguf(path: Path, seed: int = 0, without: str = "") -> Path:
     """A one-layer llama with a byte-level vocabulary that has no token of two digits."""
     import gguf
 
@@ -42,7 +45,8 @@ def write_gguf(path: Path, seed: int = 0) -> Path:
     block |= {"ffn_norm": (e,), "ffn_gate": (f, e), "ffn_up": (f, e), "ffn_down": (e, f)}
     generator = torch.Generator().manual_seed(seed)
     for name, shape in (shapes | {f"blk.0.{key}": shape for key, shape in block.items()}).items():
-        writer.add_tensor(f"{name}.weight", torch.randn(shape, generator=generator).numpy())
+        if name != without:
+            writer.add_tensor(f"{name}.weight", torch.randn(shape, generator=generator).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -286,6 +290,45 @@ def test_load_says_when_a_folder_is_broken(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match="cannot be loaded from"):
         models.load(tmp_path)
+
+
+def damaged(kind: str, folder: Path, without: str) -> list[str]:
+    """A model's folder without some of its tensors."""
+    models.tiny(kind).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: x for k, x in weights.items() if without not in k}, folder / "model.safetensors", {"format": "pt"})
+    return sorted(name for name in weights if without in name)
+
+
+@pytest.mark.parametrize(("kind", "without"), [("llama", "layers.1"), ("bert", "predictions"), ("vit", "classifier")])
+def test_weights_that_are_not_there_are_named_and_not_drawn(kind: str, without: str, tmp_path: Path) -> None:
+    lost = damaged(kind, tmp_path, without)
+    assert lost
+    with pytest.raises(ModelError, match=f"lacks {lost[0]}.*which would be drawn at random") as told:
+        models.load(tmp_path)
+    assert (len(lost) <= 4) != (" more, which" in str(told.value))
+
+
+def test_gguf_without_all_its_weights_is_refused(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"lacks model\.layers\.0\.mlp\.up_proj\.weight"):
+        models.load(write_gguf(tmp_path / "small.gguf", without="blk.0.ffn_up"))
+    assert copies(cache) == []
+
+
+def test_weights_that_are_new_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    models.tiny("bert").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["TheirOwn"]}))
+    models.load(tmp_path)  # as the body alone, with a pooler that the file has not
+    assert "holds no weights for pooler.dense.bias, pooler.dense.weight of a BertModel, which are new" in caplog.text
+
+
+def test_what_a_copy_had_learned_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = models.tiny("llama")
+    with heedful.attach(model, GatedHeads()):
+        copy.deepcopy(model).save_pretrained(tmp_path)
+    models.load(tmp_path)
+    assert "holds what a run had learned (model.layers.0.self_attn.heedful_GatedHeads_0_bias" in caplog.text
 
 
 @pytest.mark.parametrize("kind", models.kinds())

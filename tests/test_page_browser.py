@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from heedful.bench.comparison import PLAIN, Comparison
+from heedful.bench.comparison import Comparison
 from heedful.bench.records import Answered, Cost, Record, Refused
+from heedful.bench.results import PLAIN
 from heedful.core.figures import Description, Role
 from heedful.diagnosis.view import room
 from heedful.methods.observe.sink_rate import SinkRate

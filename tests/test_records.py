@@ -11,8 +11,9 @@ import torch
 
 from heedful import models
 from heedful.bench.compare import compare
-from heedful.bench.comparison import PLAIN, Comparison
+from heedful.bench.comparison import Comparison
 from heedful.bench.records import FACTS, Answered, Cost, Log, Record, Refused, line, read
+from heedful.bench.results import PLAIN
 from heedful.core.errors import StatisticError, WriteError
 from heedful.core.files import RECORDS
 from heedful.diagnosis.run import diagnose
@@ -65,7 +66,20 @@ def test_values_of_another_kind_are_refused_by_line(record: int, name: str, valu
         read(tmp_path / RECORDS)
 
 
-@pytest.mark.parametrize("facts", [{"tasks": []}, {"tasks": {"t": {"name": 3}}}, {"contenders": {"a": 1}}])
+ABOUT = {"name": "t", "about": "A.", "unit": "nats", "more_is_better": True}
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"tasks": []},
+        {"tasks": {"t": {"name": 3}}},
+        {"tasks": {"t": ABOUT | {"left_out": [3]}}},
+        {"contenders": {"a": 1}},
+        {"margin": "x"},
+        {"margin": 0},
+    ],
+)
 def test_facts_of_another_kind_are_refused(facts: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / RECORDS).write_text(json.dumps({"record": FACTS, **facts}) + "\n" + line(answered(1)) + "\n")
     with pytest.raises(StatisticError, match="line 1: no record"):
@@ -97,8 +111,8 @@ def test_a_line_that_is_whole_but_for_its_newline_is_counted_and_kept(tmp_path: 
 
 def test_a_full_disk_is_named_and_what_did_not_fit_is_not_counted(tmp_path: Path) -> None:
     loaded = models.Loaded(models.tiny("llama"), object(), "tiny")
-    options: dict[str, Any] = {"count": 4, "turns": 0, "out": tmp_path}
-    compare(loaded, [SinkWindow(1, 4)], [Echo()], **{**options, "count": 2})
+    options: dict[str, Any] = {"prompts": 4, "turns": 0, "out": tmp_path}
+    compare(loaded, [SinkWindow(1, 4)], [Echo()], **{**options, "prompts": 2})
     file = tmp_path / RECORDS
     before = file.read_bytes()
     with room_for(len(before) + 10), pytest.raises(WriteError, match=r"records\.jsonl: File too large"):
@@ -110,7 +124,7 @@ def test_a_full_disk_is_named_and_what_did_not_fit_is_not_counted(tmp_path: Path
 
 def test_a_folder_holds_one_seed_and_one_verb(tmp_path: Path) -> None:
     loaded = models.Loaded(models.tiny("llama"), object(), "tiny")
-    options: dict[str, Any] = {"count": 2, "turns": 0}
+    options: dict[str, Any] = {"prompts": 2, "turns": 0}
     compare(loaded, [SinkWindow(1, 4)], [Echo()], out=tmp_path / "c", **options)
     with pytest.raises(StatisticError, match="that seed 0 draws, and this call's seed is 1: name another folder"):
         compare(loaded, [SinkWindow(1, 4)], [Echo()], out=tmp_path / "c", seed=1, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -176,3 +177,28 @@ def test_rows_above_in_a_cache_that_slid_are_refused() -> None:
         cache = run(input_ids=IDS[:, :9], use_cache=True)[CACHE]
         with pytest.raises(SiteError, match="no longer holds what these saw"):
             run(input_ids=IDS[:, 9:10], use_cache=True, **{CACHE: cache})
+
+
+@torch.no_grad()
+def test_rows_above_that_were_read_without_the_edit_are_missed() -> None:
+    model = models.tiny("llama").eval()
+
+    def read(by: Any, upto: int, cache: Any = None, since: int = 0) -> Any:
+        return by(input_ids=IDS[:, since:upto], use_cache=True, **{CACHE: cache})[CACHE]
+
+    plain = read(model, 9)
+    with attach(model, Neighbours(4)) as other:
+        edited = read(other, 9)
+    with attach(model, Neighbours(3)) as run:
+        read(run, 9)
+        for cache in (plain, edited):
+            with pytest.raises(SiteError, match="not read under it; read the text from its beginning"):
+                read(run, 10, cache, 9)
+        cache = read(run, 7)
+        with run.paused():
+            read(model, 9, cache, 7)
+        with pytest.raises(SiteError, match="grew without it"):
+            read(run, 10, cache, 9)
+    late = Neighbours(3).when("decode")
+    with pytest.raises(SiteError, match="in every phase"), attach(model, late) as run:
+        read(run, 10, read(run, 9), 9)

@@ -123,9 +123,9 @@ def test_an_interrupt_in_a_forward_leaves_no_forward_open() -> None:
         with pytest.raises(KeyboardInterrupt):
             run(input_ids=IDS)
         handle.remove()
-        first = run.state.forward
+        first = run.state.now.number
         run(input_ids=IDS)
-        assert run.state.forward == first + 1, "the next one is a forward of its own"
+        assert run.state.now.number == first + 1, "the next one is a forward of its own"
 
 
 def test_one_run_is_for_one_thread_at_a_time() -> None:

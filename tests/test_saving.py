@@ -210,19 +210,15 @@ def test_saving_is_the_models_own_before_and_after(model: Any, tmp_path: Path) -
     assert load(tmp_path).stack == as_stack(Scale())
 
 
-def test_copies_and_wrapped_models_save_what_is_theirs(model: Any, tmp_path: Path) -> None:
+def test_wrapped_models_save_what_is_theirs(model: Any, tmp_path: Path) -> None:
     wrapped = DataParallel(model)
     with attach(wrapped, GatedHeads()) as run:
-        twin = copy.deepcopy(model)
         with torch.no_grad():
             for parameter in run.parameters():
                 parameter.fill_(0.25)
-        twin.save_pretrained(tmp_path / "twin")
-        wrapped.module.save_pretrained(tmp_path / "wrapped")
+        wrapped.module.save_pretrained(tmp_path)
         wanted = run.state_dict()
-    fresh = load(tmp_path / "twin").state_dict()
-    assert all(torch.equal(x, wanted[name]) for name, x in load(tmp_path / "wrapped").state_dict().items())
-    assert not any(torch.equal(x, wanted[name]) for name, x in fresh.items())
+    assert all(torch.equal(x, wanted[name]) for name, x in load(tmp_path).state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
@@ -80,6 +82,10 @@ def test_penalties_add_up_and_join_the_models_loss() -> None:
         assert close_model(out.loss.detach(), (plain + run.loss()).detach())
         as_tuple = run(input_ids=IDS, labels=IDS, return_dict=False)[0]
         assert torch.equal(as_tuple, out.loss)
+        by_place = inspect.signature(model.forward).bind(input_ids=IDS, labels=IDS)
+        by_place.apply_defaults()
+        upto = list(by_place.arguments).index("labels") + 1
+        assert torch.equal(run(*list(by_place.arguments.values())[:upto]).loss, out.loss), "labels without their name"
         loss = run.loss()
         loss.backward()
         assert bool(loss > 0)
@@ -116,11 +122,11 @@ def test_what_checkpointing_computes_again_counts_once(reentrant: bool) -> None:
         run(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
         assert [float(s.value) for s in run[Ones()].values()] == [1.0, 1.0]
     with attach(checkpointed(), Sharpness()) as run:
-        loss = run(input_ids=IDS, labels=IDS, use_cache=False).loss
         if reentrant:
             with pytest.raises(SiteError, match="use_reentrant=False"):
-                loss.backward()
+                run(input_ids=IDS, labels=IDS, use_cache=False)
             return
+        loss = run(input_ids=IDS, labels=IDS, use_cache=False).loss
         before = run.loss().item()
         loss.backward()
         assert run.loss().item() == before

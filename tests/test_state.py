@@ -153,7 +153,7 @@ def test_every_site_may_keep_what_lives_with_the_cache() -> None:
         for layer in range(2):
             assert {k: x.tolist() for k, x in notes_in(cache, layer).items()} == {"hidden": [12, 7], "mask": [12, 7]}
         run(input_ids=IDS, use_cache=False)
-        fresh = [kept for shelf in run.state.shelves.values() for kept in shelf._kept.values()]
+        fresh = [kept for shelf in run.state.now.shelves.values() for kept in shelf._kept.values()]
     assert [x["mask"].tolist() for x in fresh] == [[12, 12]] * 2, "without a cache every call begins anew"
 
 

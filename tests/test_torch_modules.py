@@ -371,3 +371,17 @@ def test_scale_of_heads_is_scale_of_what_is_projected() -> None:
         found = run(x)
     with WrittenOut(lambda p: 2 * p):
         assert close_model(found, model(x))
+
+
+@torch.no_grad()
+def test_a_projection_inside_a_sequence_that_names_its_parts() -> None:
+    from collections import OrderedDict
+
+    model, x = Plain(), tokens()
+    for block in model.blocks:
+        block.attn.proj = nn.Sequential(OrderedDict(c=block.attn.proj, bn=nn.LayerNorm(E)))
+    with attach(model, TwiceOut(), inputs=x) as run:
+        doubled = run(x)
+    for block in model.blocks:
+        block.attn.proj.c.weight.mul_(2), block.attn.proj.c.bias.mul_(2)
+    assert close_model(doubled, model(x))

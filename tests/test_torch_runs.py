@@ -394,7 +394,7 @@ def test_what_encodes_is_called_by_itself() -> None:
     with attach(model, Halve(), inputs=lambda: model.encode(x)) as run:
         found = model.encode(x)
         assert run.activity().entered == (0, 1)
-        assert run.state.forward == 0
+        assert run.state.now.number == 0
     with WrittenOut(lambda p: p / 2):
         assert close_model(found, model.encode(x))
     with attach(model, Look()) as run, pytest.raises(NotEntered, match="called by itself"):

@@ -1,6 +1,6 @@
 """Ten methods on three tasks, as the README's command asks them, with the default model.
 
-python -m benchmarks.quality.compared [--count 16]     (HF_HUB_OFFLINE=1, an idle machine; it resumes)
+python -m benchmarks.quality.compared [--prompts 300] [--minutes 30]     (HF_HUB_OFFLINE=1, an idle machine; it resumes)
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ def report(now: Progress) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.compared")
-    parser.add_argument("--count", type=int, default=16, help="prompts of each task")
+    parser.add_argument("--prompts", type=int, default=300, help="of each task at most")
+    parser.add_argument("--minutes", type=float, default=30, help="of asking")
     given = parser.parse_args()
     home = Path(tempfile.gettempdir()) / "heedful-compared"
     print(f"records grow in {home}", flush=True)
     contenders = [stack_from(text) for text in parted(METHODS)]
-    found = compare(models.default(), contenders, TASKS, count=given.count, out=home, progress=report)
+    found = compare(models.default(), contenders, TASKS, out=home, progress=report, **vars(given))
     found.save(COMPARED)
     print(found)
     found.page(home / "page.html")

@@ -29,7 +29,7 @@ from benchmarks.speed.peers import TORCH
 from benchmarks.speed.timing import record
 from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
-from heedful.bench.comparison import Gap
+from heedful.bench.intervals import Gap
 from heedful.core.call import CachedKV, Call, Kept
 from heedful.core.errors import InactiveWarning
 from heedful.core.method import Method
@@ -155,7 +155,7 @@ def install(home: Path) -> str:
 
 
 def gap(mine: list[Answer], other: list[Answer], what: str) -> dict[str, float]:
-    """The mean paired difference, ours less theirs, and its bootstrap interval over prompts."""
+    """The mean paired difference, ours less theirs, and its interval over prompts."""
     found = Gap.of([float(a[what]) - float(b[what]) for a, b in zip(mine, other, strict=True)])
     return {"mean": round(found.mean, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
 

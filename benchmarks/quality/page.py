@@ -41,7 +41,7 @@ def compared() -> list[str]:
     if not COMPARED.exists():
         return []
     found = Comparison.load(COMPARED)
-    return ["## Ten methods on three tasks\n", *markdown(found), ""]
+    return ["## Ten methods on three tasks\n", *markdown(found.description()), ""]
 
 
 def kvpress() -> list[str]:
@@ -103,7 +103,6 @@ def page() -> str:
     head = [
         "# Quality\n",
         "What methods do to answers, measured on one small model: a statement about that model and these tasks, and no "
-        "more. Differences are paired by prompt, with 95 % bootstrap intervals; one that crosses zero tells nothing "
-        "surely.\n",
+        "more. Differences are paired by prompt; all intervals of a comparison hold at once with 95 %.\n",
     ]
     return "\n".join([*head, *tasks(), *compared(), *kvpress(), *faithfulness()])

@@ -74,7 +74,7 @@ def ours(method: Method, backend: str, q: Tensor, k: Tensor, v: Tensor) -> Calla
     call = Call(0, 1, "bare", q.shape[1], k.shape[1], queries, keys, q.shape[3] ** -0.5, mask=Mask((Causal(),)))
     run_state = RunState(Stack((method,)))
     run_state.new_forward()
-    job = AttentionCall(run_state.plan(0, call.phase), run_state, call)
+    job = AttentionCall(run_state.plan(call), run_state, call)
     return lambda: attend(job, q, k, v, lambda needs: select(backend, needs))[0]
 
 

@@ -69,6 +69,11 @@ def fastest(row: Row) -> float | None:
     return float(row["found"]["attention"]["ratio"]) if row["rise"] < ENOUGH else math.inf
 
 
+def slowest(row: Row) -> float | None:
+    """The highest ratio to the baseline."""
+    return max(float(x["ratio"]) for x in row["found"].values()) if row["tokens"] == 4096 else None
+
+
 ENOUGH = 0.01  # relative rise of the loss below which a method costs little enough to be the fastest
 LONG = (2048, 8192)
 STATISTICS = "native, row and key statistics"
@@ -116,6 +121,7 @@ BARS = (
         ratio("ACT", tokens=(2048,))),
     Bar("sparse prefill attention, choosing included, over density x SDPA, 8k tokens, time", 1.10, "sparse", paid),
     Bar("the fastest of these at under 1 % rise of the loss over SDPA, 8k tokens, time", 0.40, "sparse", fastest),
+    Bar("the slowest linear attention over SDPA, 4k tokens, time", 1.00, "linear", slowest),
     Bar("bytes held for a quarter of the cache, even or uneven, 8k tokens", 0.26, "cache", held),
 )  # fmt: skip
 
@@ -219,8 +225,17 @@ def page() -> str:
     out += ["## One decode step", "", _machine("decode_step"), "", *_races("decode_step"), ""]
     out += ["## Edits of scores and pattern, the whole model", "", _machine("pattern"), "", *_races("pattern"), ""]
     out += ["## Sparse prefill", "", *_sparse(), ""]
+    out += ["## Linear attention, the call alone", "", _machine("linear"), "", *_races("linear"), "", *_faster_from()]
     out += ["## One decode step after a cut to a quarter", "", _machine("cache"), "", *_races("cache"), ""]
     return "\n".join(out)
+
+
+def _faster_from() -> Iterator[str]:
+    """From how many tokens on each linear mechanism is faster than SDPA."""
+    if (found := load("linear")) is not None:
+        told = (f"{name} from {n:,}" if n else f"{name} at none of these" for name, n in found["faster_from"].items())
+        yield f"Faster than SDPA, of the lengths tried: {', '.join(told)}."
+        yield ""
 
 
 def _sparse() -> Iterator[str]:

@@ -20,6 +20,7 @@ _HOMES = {
     "fold": "heedful.folding",
     "operate": "heedful.api",
     "arrange": "heedful.api",
+    "lab": "heedful.laboratory.lab",
     "load": "heedful.saving",
     "decode": "heedful.text_models",
     "diagnose": "heedful.diagnosis.run",
@@ -45,7 +46,7 @@ _MODULES = {
     "explaining": "heedful.explaining",
     "methods": "heedful.methods",
     "models": "heedful.models",
-    "stats": "heedful.core.stats",
+    "tasks": "heedful.tasks",
 }
 
 __all__ = [
@@ -62,7 +63,6 @@ __all__ = [
     "arrange",
     "attach",
     "authoring",
-    "catalogue",
     "check",
     "compare",
     "decode",
@@ -72,12 +72,13 @@ __all__ = [
     "explaining",
     "fit",
     "fold",
+    "lab",
     "load",
     "methods",
     "models",
     "operate",
     "patterns",
-    "stats",
+    "tasks",
 ]
 
 
@@ -98,12 +99,11 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from heedful import authoring, catalogue, explaining, methods, models
+    from heedful import authoring, catalogue, explaining, methods, models, tasks
     from heedful.api import arrange, attach, fit, operate
     from heedful.bench.compare import compare
     from heedful.bench.comparison import Comparison
     from heedful.conformance import check
-    from heedful.core import stats
     from heedful.core.errors import HeedfulError
     from heedful.core.kinds import Prompt
     from heedful.core.method import Method
@@ -117,6 +117,7 @@ if TYPE_CHECKING:
     from heedful.explaining.ablation import ablate
     from heedful.explaining.attention_patterns import patterns
     from heedful.folding import fold
+    from heedful.laboratory.lab import lab
     from heedful.saving import load
     from heedful.tasks.task import Task
     from heedful.text_models import decode

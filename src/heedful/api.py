@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.kinds import HeadWeights, Prompt, Surgery, Tokens, Vocabulary
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
-from heedful.core.regions import Span
+from heedful.core.regions import Roles
 from heedful.core.stack import Stack
 from heedful.engine.resting import resting
 from heedful.engine.run import Run
@@ -26,7 +26,7 @@ def attach(
     *,
     only: str | Iterable[str] | None = None,
     backend: str = "auto",
-    roles: Mapping[str, tuple[Span, ...]] | None = None,
+    roles: Roles | Sequence[Roles] | None = None,
     tile_rows: int | None = None,
     inputs: Any = None,
 ) -> Run:
@@ -36,8 +36,9 @@ def attach(
     timm, diffusers and open_clip do. The layers of such a model are found by running it once, without gradients: with
     `inputs` (one argument, a tuple of them, a mapping of named ones, or a function that calls the model), else with
     what its first forward under the run is given.
-    `only` names the part of the model to serve by dotted prefix, `roles` names spans of token positions, `backend`
-    demands one instead of letting heedful choose, `tile_rows` fixes the rows of a tile.
+    `only` names the part of the model to serve by dotted prefix, `roles` names spans of token positions, in
+    every text or, as a list, in each; `backend` demands one instead of letting heedful choose, `tile_rows` fixes the
+    rows of a tile.
     """
     from heedful.adapters.choosing import adapter_for
 

@@ -9,6 +9,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import Decode, HeadWeights, Prompt, Reader, Surgery, Tokens, Vocabulary, Weights
 from heedful.core.mask import Causal, First, Mask, Where, Window
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Probe, Readings
+from heedful.core.packed import Packed, Packing
 from heedful.core.paper import Paper
 from heedful.core.regions import Region
 from heedful.core.reweight import Reweight, reweights
@@ -22,9 +23,8 @@ from heedful.kit.scored_cache import ScoredCache
 __all__ = [
     "CachedKV", "Call", "Cat", "CatalogueEntry", "Causal", "Curves", "Decode", "Description", "FieldError",
     "Finding", "First", "FitContext", "Fitted", "Grid", "HeadMap", "HeadWeights", "Histogram", "Intervals", "Kept",
-    "Layer", "Listing", "Mask", "Max", "Mean", "Method", "Paper", "Part", "Phase", "Probe", "Prompt", "Reader",
-    "Readings", "Region", "Reweight", "Role", "Rule", "Scatter", "ScoredCache", "Site", "SiteError", "Stack",
-    "Statistic", "Sum", "Summary", "Surgery", "Tokens", "TopK", "Vocabulary", "Weights", "Where", "Window", "at",
-    "penalises", "reads",
-    "reweights", "sums",
+    "Layer", "Listing", "Mask", "Max", "Mean", "Method", "Packed", "Packing", "Paper", "Part", "Phase", "Probe",
+    "Prompt", "Reader", "Readings", "Region", "Reweight", "Role", "Rule", "Scatter", "ScoredCache", "Site", "SiteError",
+    "Stack", "Statistic", "Sum", "Summary", "Surgery", "Tokens", "TopK", "Vocabulary", "Weights", "Where", "Window",
+    "at", "penalises", "reads", "reweights", "sums",
 ]  # fmt: skip

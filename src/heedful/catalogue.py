@@ -5,19 +5,20 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
+from pathlib import Path
 
 from heedful.core.errors import CatalogueError, nearest
 from heedful.core.method import CatalogueEntry
 from heedful.core.spelling import name_of
 
+HOME = Path(__file__).parent / "methods"
+
 
 @cache
 def entries() -> dict[str, type[CatalogueEntry]]:
     """Every method, token step, decoding step and surgery that heedful ships, by class name."""
-    import heedful.methods
-
     found: dict[str, type[CatalogueEntry]] = {}
-    for info in pkgutil.walk_packages(heedful.methods.__path__, "heedful.methods."):
+    for info in pkgutil.walk_packages([str(HOME)], "heedful.methods."):
         if info.ispkg or info.name.rpartition(".")[2].startswith("_"):  # the latter hold what several methods share
             continue
         module = importlib.import_module(info.name)

@@ -116,6 +116,8 @@ def _folded(part: Part, old: HeadWeights, found: Any, model: nn.Module, name: st
     if isinstance(part, Scoped):
         if part.phase is not None:
             raise FoldError(f"{part!r} at {sites}: weights serve every phase, not {part.phase.value} alone")
+        if part.steps is not None:
+            raise FoldError(f"{part!r} at {sites}: weights serve every denoising step, not some alone")
         if part.layers is not None and size.number not in part.layers:
             return old
         heads = part.heads

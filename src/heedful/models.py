@@ -208,14 +208,43 @@ def hub_arguments(where: str | Path, given: Mapping[str, Any]) -> dict[str, Any]
 
 def _pretrained(where: str | Path, name: str, **kw: Any) -> Loaded:
     from heedful.adapters.saving import saved_with
+    from heedful.engine.learned import PREFIX
 
     hub = hub_arguments(where, kw)
     with reading(where, name):
         config = AutoConfig.from_pretrained(where, **hub)
-        model = getattr(transformers, _auto_class(config)).from_pretrained(where, **kw | hub)
+        kind = getattr(transformers, _auto_class(config))
+        model, found = kind.from_pretrained(where, **kw | hub, output_loading_info=True)
+    lost = sorted(found["missing_keys"])
+    if type(model).__name__ in (config.architectures or ()):
+        require_whole(name, lost)
+    elif lost:
+        log.warning(
+            "%s holds no weights for %s of a %s, which are new and drawn at random; its config names the class %s",
+            name, some(lost), type(model).__name__, ", ".join(config.architectures or ()) or "of no model",
+        )  # fmt: skip
     if saved := saved_with(model.config):
         log.warning("%s was saved with %s, and this is the model without it; heedful.load() gives both", name, saved)
+    elif learned := sorted(key for key in found["unexpected_keys"] if PREFIX in key):
+        log.warning(
+            "%s holds what a run had learned (%s), and does not say which stack, as a copy of an attached model does; "
+            "this is the model without it: attach the stack to the copy before you save it", name, some(learned),
+        )  # fmt: skip
     return Loaded(model.eval(), _reader(where, **hub), name)
+
+
+def require_whole(name: str, lost: list[str]) -> None:
+    """One plain error for weights that a checkpoint lacks, which transformers draws at random."""
+    if lost:
+        raise ModelError(
+            f"{name} lacks {some(lost)}, which would be drawn at random; save the model again, or, where these are to "
+            "be new, load it with transformers and hand over the model"
+        )
+
+
+def some(names: list[str], most: int = 4) -> str:
+    """The first of many names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _auto_class(config: PreTrainedConfig) -> str:
@@ -294,12 +323,13 @@ def _is_copy(home: Path, source: dict[str, Any]) -> bool:
 
 def _convert(path: Path, folder: Path) -> None:
     try:
-        packed = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+        packed, found = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except (ValueError, LookupError, struct.error, ImportError, NotImplementedError) as error:
         raise ModelError(f"{path.name}: transformers cannot read this GGUF file: {_first_line(error)}") from error
+    require_whole(path.name, sorted(found["missing_keys"]))
     fields = {key: value for key, value in packed.config.to_dict().items() if key != "quantization_config"}
     # transformers refuses to save a model that it read from GGUF; an equal one made from the config it does save.
     with torch.random.fork_rng():

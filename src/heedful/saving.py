@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from heedful.adapters.transformers import adapt
 from heedful.api import attach
 from heedful.catalogue import named
 from heedful.core.errors import HeedfulError, ModelError
-from heedful.core.regions import Span
+from heedful.core.regions import Roles
 from heedful.core.spelling import built
 from heedful.core.stack import Stack
 from heedful.engine.learned import PREFIX, learned
 from heedful.engine.run import Run
-from heedful.models import hub_arguments, reading, require_there
+from heedful.models import hub_arguments, reading, require_there, require_whole, some
 
 
 def load(
@@ -31,7 +31,7 @@ def load(
     *,
     kind: type[PreTrainedModel] | None = None,
     backend: str = "auto",
-    roles: Mapping[str, tuple[Span, ...]] | None = None,
+    roles: Roles | Sequence[Roles] | None = None,
     **more: Any,
 ) -> Run:
     """The run of a model that was saved with a stack attached; `from_pretrained` gets `more`.
@@ -53,12 +53,11 @@ def load(
     with reading(folder, str(folder)):
         model, found = _with_room(kind, stack, saved).from_pretrained(folder, **more | hub, output_loading_info=True)
     model.__class__ = kind
-    if lost := sorted(name for name in found["missing_keys"] if PREFIX not in name):
-        raise ModelError(f"{folder} lacks {lost[0]}, which would be drawn at random; save the model again")
+    require_whole(str(folder), sorted(name for name in found["missing_keys"] if PREFIX not in name))
     for odd, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds")):
         if names := sorted(name for name in found[odd] if PREFIX in name):
             also = "" if odd == "missing_keys" else "not "
-            raise ModelError(f"{folder} {what} {names[0]}, which {stack!r} does {also}learn; save the model again")
+            raise ModelError(f"{folder} {what} {some(names)}, which {stack!r} does {also}learn; save the model again")
     return attach(model, stack, only=saved.only, backend=backend, roles=roles)
 
 

@@ -40,6 +40,13 @@ class TextModel(ABC):
         """Whether what is tried has changed anything so far."""
         return self.run is not None and self.run.active
 
+    @property
+    def reason(self) -> str:
+        """Why nothing has changed so far, where that is known."""
+        if self.run is None or self.active:
+            return ""
+        return "; ".join(filter(None, map(self.run.reason, self.run.stack.methods)))
+
     @abstractmethod
     def go_on(self, token: int) -> Tensor:
         """Logits `[v]` after one more token."""
@@ -87,7 +94,7 @@ class Single(TextModel):
         self._cache = None
         if self.run is not None:
             self.run.forget()
-            self.run.roles = dict(prompt.roles)
+            self.run.roles = prompt.roles
         if cut is None:
             return self._feed(prompt.tokens, every)
         first = self._feed(prompt.tokens[:cut], False)

@@ -13,6 +13,7 @@ from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError
+from heedful.core.packed import Packing
 from heedful.core.positions import Positions
 from heedful.methods.sparse.cache.kivi import KIVI
 from heedful.tiny import tiny
@@ -39,6 +40,11 @@ def by_hand(key: Tensor, value: Tensor, method: KIVI) -> tuple[Tensor, Tensor]:
     return key, value
 
 
+def written(packing: object, given: Tensor) -> Tensor:
+    assert isinstance(packing, Packing)
+    return packing.over(given)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize(("group", "residual"), [(4, 4), (3, 3), (4, 8), (3, 12), (7, 14)])
 def test_the_papers_groups(bits: int, group: int, residual: int) -> None:
@@ -55,7 +61,7 @@ def test_the_papers_groups(bits: int, group: int, residual: int) -> None:
         for g in range(2):
             want = by_hand(key[b, g, start:], value[b, g, start:], method)
             for found, given, wanted in zip((left.key, left.value), (key, value), want, strict=True):
-                found = given if found is None else found
+                found = given if found is None else written(found, given)
                 assert close(found[b, g, start:], wanted)
                 assert torch.equal(found[b, g, :start], given[b, g, :start])
     assert (left.key is None) is (residual > n)
@@ -71,7 +77,7 @@ def test_a_slot_that_holds_nothing_has_no_say() -> None:
     is_filled[0, 1, :2] = False
     row, places = Positions.row(0, n), Positions(place, place, is_filled=is_filled)
     found = KIVI(2, 4, 4).quantise(CachedKV(key, key, places, n), Call(0, 1, "layer", 4, 2, row, row, 1.0)).key
-    assert found is not None
+    found = written(found, key)
     for rows in ([2, 3], [4, 5, 6, 7]):  # positions 1 and 3, and 4 to 7
         for j in range(4):
             assert close(found[0, 1, rows, j], torch.tensor(rounded(key[0, 1, rows, j].tolist(), 2)))
@@ -105,6 +111,11 @@ def test_what_follows_attends_to_rounded_entries() -> None:
         plain.layers[0].keys, plain.layers[0].values = out[CACHE].layers[0].handed
         found = run(input_ids=ids[:, :1], **{CACHE: out[CACHE]}).logits
     assert close_model(found, model(input_ids=ids[:, :1], **{CACHE: plain}).logits)
+
+
+def test_a_short_text_is_left_as_it_is() -> None:
+    assert KIVI(residual=32).rests(31) == "the newest 32 tokens are whole, and the text has 31"
+    assert KIVI(residual=32).rests(32) is None  # a whole block of keys
 
 
 @pytest.mark.parametrize(

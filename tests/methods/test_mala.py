@@ -15,7 +15,7 @@ from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Causal, Mask, Padding, Window
 from heedful.core.positions import Positions
-from heedful.methods.mechanisms.linear.mala import MALA, _past, features
+from heedful.methods.mechanisms.linear.mala import MALA, features
 
 
 def _weights(q: Tensor, k: Tensor, keep: Tensor, scale: float) -> Tensor:
@@ -155,8 +155,3 @@ def test_errors() -> None:
     with pytest.raises(SiteError, match="causality and padding only"):
         Bare(rules=(Causal(), Window(4))).run(MALA(), "reference")
     assert MALA.neutral() is None
-
-
-def test_the_past_is_counted_from_the_first_key() -> None:
-    call = replace(Bare().call, queries=Positions.row(9, 4), keys=Positions.row(3, 12))
-    assert _past(call, 4, 12) == 6

@@ -84,6 +84,16 @@ def test_tiles_pieces_and_decoding_do_not_matter() -> None:
     assert close(run[METHOD].map, whole)
 
 
+def test_every_text_may_have_its_own_needles() -> None:
+    model = models.tiny("llama")
+    each = [{name: spans[i : i + 2] for name, spans in ROLES.items()} for i in (0, 1)]
+    alone = [found(model, {"input_ids": ids(20, seed)}, roles).map for seed, roles in enumerate(each)]
+    both = found(model, {"input_ids": torch.cat([ids(20, 0), ids(20, 1)])}, each).map
+    asked = [sum(stop - start for start, stop in roles["needle"]) for roles in each]
+    assert not close(alone[0], alone[1])
+    assert close(both, (asked[0] * alone[0] + asked[1] * alone[1]) / sum(asked))
+
+
 def test_reads_nothing_without_its_spans() -> None:
     model = models.tiny("llama")
     with heedful.attach(model, METHOD, roles={"needle": ((0, 4),)}) as run:
@@ -96,18 +106,18 @@ def test_reads_nothing_without_its_spans() -> None:
 
 def test_draws_needles_that_come_again() -> None:
     method = RetrievalHeads(size=6, cue=2, length=40, depths=(0.0, 1.0), texts=3)
-    probes = list(method.probes(WORDS, 512))
-    assert [probe.roles["needle"] for probe in probes] == [((2, 8),), ((26, 32),)]
-    for probe in probes:
-        (start, stop), (first, last) = probe.roles["needle"][0], probe.roles["answer"][0]
-        assert probe.tokens.shape == (3, 40)
-        assert torch.equal(probe.tokens[:, start - 2 : stop], probe.tokens[:, first - 2 : last])
-        assert all(len(set(row[start - 2 : stop].tolist())) == 8 for row in probe.tokens)
-        assert not torch.equal(probe.tokens[0], probe.tokens[1])
-        assert set(probe.tokens.flatten().tolist()) <= set(WORDS.tolist())
-    again = list(method.probes(WORDS, 512))
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(probes, again, strict=True))
-    assert next(iter(method.probes(WORDS, 20))).tokens.shape == (3, 20)
+    (probe,) = method.probes(WORDS, 512)
+    assert [roles["needle"] for roles in probe.roles] == 3 * [((2, 8),)] + 3 * [((26, 32),)]
+    assert probe.tokens.shape == (6, 40)
+    for row, roles in zip(probe.tokens, probe.roles, strict=True):
+        ((start, stop),), ((first, last),) = roles["needle"], roles["answer"]
+        assert (first, last) == (34, 40)
+        assert torch.equal(row[start - 2 : stop], row[first - 2 : last])
+        assert len(set(row[start - 2 : stop].tolist())) == 8
+    assert len({tuple(row.tolist()) for row in probe.tokens}) == 6
+    assert set(probe.tokens.flatten().tolist()) <= set(WORDS.tolist())
+    assert torch.equal(next(iter(method.probes(WORDS, 512))).tokens, probe.tokens)
+    assert next(iter(method.probes(WORDS, 20))).tokens.shape == (6, 20)
     assert list(method.probes(WORDS, 15)) == []
     assert list(method.probes(WORDS[:7], 512)) == []
 

@@ -44,6 +44,7 @@ def test_follows_each_token_through_the_layers() -> None:
         out = eager(input_ids=text, output_attentions=True, output_hidden_states=True)
     lives: dict[tuple[int, int], int] = {}
     weights: dict[int, list[float]] = {n: [] for n in range(1, DEPTH)}
+    norms: dict[int, list[float]] = {n: [] for n in range(1, DEPTH)}
     for row in range(3):
         for t in range(1, 20):
             born = None
@@ -53,6 +54,7 @@ def test_follows_each_token_through_the_layers() -> None:
                 if sink and torch.cosine_similarity(x[t], x[0], dim=0).abs() > METHOD.near:
                     born = n if born is None else born
                     weights[n + 1].append(float(out.attentions[n + 1][row, :, t:, t].mean()))
+                    norms[n + 1].append(float(x[t].norm()))
                 elif born is not None:
                     lives[born, n - born] = lives.get((born, n - born), 0) + 1
                     born = None
@@ -67,7 +69,8 @@ def test_follows_each_token_through_the_layers() -> None:
     assert len(wanted) > 2
     assert len(lives) > len(wanted)
     for n in range(1, DEPTH):
-        assert sinks.weight[n] == pytest.approx(sum(weights[n]) / len(weights[n]) if weights[n] else math.nan, rel=1e-4)
+        for of, each in ((sinks.weight, weights[n]), (sinks.norm, norms[n])):
+            assert of[n] == pytest.approx(sum(each) / len(each) if each else math.nan, rel=1e-4, nan_ok=True)
         assert sinks.first_weight[n] == pytest.approx(float(out.attentions[n][..., 0].mean()), rel=1e-4)
         assert sinks.first_norm[n] == pytest.approx(float(out.hidden_states[n][:, 0].norm(dim=-1).mean()), rel=1e-4)
         present = [number for (born, lasts), number in wanted.items() if born < n <= born + lasts]

@@ -7,7 +7,7 @@ import heedful
 from heedful import models
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, StatisticError
-from heedful.core.stats import merged
+from heedful.core.stats import load, merged
 from heedful.methods.observe.sink_rate import SinkRate, Sinks, _curves, _finding
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
 
@@ -104,7 +104,7 @@ def test_batches_merge_and_come_back_from_disk(model, tmp_path) -> None:
         for file in reversed(files):
             run.merge(file)
     assert same(run[SinkRate(EPSILON)], whole)
-    parts = [heedful.stats.load(file)["0.weigh_keys.1"] for file in files]
+    parts = [load(file)["0.weigh_keys.1"] for file in files]
     assert close(merged(parts).value[0], whole.rate[1])
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from heedful import attach
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close_model
-from heedful.core.call import CachedKV, Call
+from heedful.core.call import CachedKV, Call, Kept
 from heedful.core.errors import FieldError
+from heedful.core.packed import Packing
 from heedful.core.positions import Positions
 from heedful.core.state import State
 from heedful.methods.sparse.cache.think import ThinK
@@ -35,6 +36,11 @@ def call_of(query: Tensor, key: Tensor, pad: Tensor | None = None, start: int = 
     return CachedKV(key, key, keys, query.shape[2]), call
 
 
+def written(left: Kept, given: Tensor) -> Tensor:
+    assert isinstance(left.key, Packing)
+    return left.key.over(given)
+
+
 def lightest(query: Tensor, key: Tensor, share: float, window: int) -> list[int]:
     """The channels of a key head that go, of `query [s n d]` and `key [k d]`; |Q_j K_j^T| in the Frobenius norm."""
     scores = []
@@ -54,14 +60,14 @@ def test_the_papers_score_and_what_goes(share: float, recent: int, window: int) 
     left = ThinK(share, recent, window).thin(entries, call)
     assert left.keep.all()
     assert left.value is None
-    assert left.key is not None
+    found = written(left, key)
     for b, start in enumerate(pad.tolist()):
         for g in range(2):
             want = key[b, g].clone()
             gone = lightest(query[b, 2 * g : 2 * g + 2, start:], key[b, g, start:], share, window)
             for i in range(start, N - recent):
                 want[i, gone] = 0.0
-            assert torch.equal(left.key[b, g], want)
+            assert torch.equal(found[b, g], want)
 
 
 def test_channels_are_chosen_once_a_text_and_later_entries_lose_the_same() -> None:
@@ -69,14 +75,12 @@ def test_channels_are_chosen_once_a_text_and_later_entries_lose_the_same() -> No
     method, pad = ThinK(0.5, 9, 4), torch.tensor([0, 3])
     query, key = draw(4, 0), draw(2, 1)
     entries, call = call_of(query, key, pad)
-    first = method.thin(entries, call).key
-    assert first is not None
+    first = written(method.thin(entries, call), key)
     gone = [lightest(query[0, 2 * g : 2 * g + 2], key[0, g], 0.5, 4) for g in range(2)]
     assert torch.equal(first[1], key[1])
     query, more = draw(4, 2, 1), torch.cat([first, draw(2, 3, 1)], 2)
     entries, later = call_of(query, more, pad, start=N)
-    second = method.thin(entries, replace(later, state=call.state)).key
-    assert second is not None
+    second = written(method.thin(entries, replace(later, state=call.state)), more)
     for g in range(2):
         want = more[0, g].clone()
         want[: N + 1 - 9, gone[g]] = 0.0
@@ -102,6 +106,22 @@ def test_what_follows_attends_without_the_dropped_channels() -> None:
     assert not zero[:, :, 16:].any()
     plain.layers[0].keys = held
     assert close_model(model(input_ids=ids[:, :1], **{CACHE: plain}).logits, found)
+
+
+def test_padding_asks_nothing_and_the_first_token_does() -> None:
+    """Two texts of three tokens behind padding, of which all queries are asked; the loudest stand in the padding."""
+    query, key = torch.full((2, 4, 5, D), 50.0), torch.ones(2, 2, 5, D)
+    query[:, :, 2:] = 1.0
+    query[:, :, 2] = torch.arange(1.0, D + 1)  # only the first token tells channels apart
+    entries, call = call_of(query, key, torch.tensor([2, 2]))
+    found = written(ThinK(0.5, 0, 5).thin(entries, call), key)
+    assert not found[:, :, 2:, : D // 2].any()
+    assert found[:, :, 2:, D // 2 :].all()
+
+
+def test_a_short_text_is_left_as_it_is() -> None:
+    assert ThinK(recent=5).rests(5) == "the newest 5 tokens keep all channels, and the text has 5"
+    assert ThinK(recent=5).rests(6) is None
 
 
 @pytest.mark.parametrize("settings", [{"share": 1.0}, {"share": -0.1}, {"recent": -1}, {"window": 0}])

@@ -67,7 +67,19 @@ def test_every_projection_of_every_layer_and_the_model_stays() -> None:
     assert "median shapes" in told.findings[0].text
 
 
+def test_a_sample_is_spread_over_the_whole_matrix() -> None:
+    u = torch.linspace(0, 1, 40_002, dtype=torch.float64)[1:-1]
+    sizes = -torch.log1p(-u)  # from small to large, so that any part of them has another shape
+    whole, some = WeibullWeights().line(sizes), WeibullWeights(sample=4000).line(sizes)
+    assert some[0] == pytest.approx(float(whole[0]), rel=0.01)
+    assert some[1] == pytest.approx(float(whole[1]), rel=0.01)
+    assert not torch.equal(some, whole)
+    assert torch.equal(WeibullWeights(sample=40_000).line(sizes), whole)
+
+
 def test_says_what_is_wrong() -> None:
+    with pytest.raises(FieldError, match="sample"):
+        WeibullWeights(sample=999)
     with pytest.raises(FieldError, match="middle"):
         WeibullWeights(1.0)
     with pytest.raises(StatisticError, match=r"heedful\.fit"):

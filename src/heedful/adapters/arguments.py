@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heedful.adapters.bound import Bound, Request, passes_through
 from heedful.adapters.kvcache import HeldLayer, shrunk
@@ -144,3 +146,22 @@ def _sink(more: dict[str, Any]) -> Tensor | None:
     if isinstance(aux, Tensor):
         return aux.reshape(1, -1, 1, 1)
     return sinks if isinstance(sinks, Tensor) else None
+
+
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a module is called with, under the names that its forward gives it."""
+    if not args:
+        return kwargs
+    kind: Any = type(module)
+    names = _order(module.forward) if "forward" in vars(module) else _orders(kind)
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+@cache
+def _orders(kind: Any) -> tuple[str, ...]:
+    return _order(kind.forward)[1:]
+
+
+def _order(forward: Any) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, x in inspect.signature(forward).parameters.items() if x.kind in kinds)

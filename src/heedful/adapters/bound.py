@@ -90,6 +90,7 @@ class Bound:
     joint: tuple[int, int] | None = None  # lengths of both sequences, in the order in which it attends to both at once
     cross: bool = False
     called: bool = False
+    spared: frozenset[str] = frozenset()  # what nobody reads of this call's projections: q, k, v, o
     call: Call | None = None
     taking: Taking = field(default_factory=Taking)
     output: nn.Module | None = None  # what gives OUTPUT, where that is known better than from its name

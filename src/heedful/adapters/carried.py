@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from heedful.adapters.kvcache import own_cache
+from heedful.core.errors import RefusedModel
 from heedful.core.state import Shelf
 
 
@@ -17,6 +18,15 @@ class _Carries:
     """Beside a kind of cache: what happens to its rows and tokens happens to what methods keep with it."""
 
     shelf: Shelf
+
+    def update(self: Any, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        served, self.shelf.served = self.shelf.served, None
+        if layer_idx in self.shelf.instead and served != layer_idx:
+            raise RefusedModel(
+                f"layer {layer_idx} of this cache holds {self.shelf.instead[layer_idx]}, which the model's own "
+                "attention cannot read; go on under the stack that filled it"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[misc]
 
     def reorder_cache(self: Any, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.dispatched import other_kernel
 from heedful.adapters.layout import Layout, heads_told
-from heedful.adapters.taking import Taking
+from heedful.adapters.taking import Taking, stream_of
 from heedful.core.errors import RefusedModel
 from heedful.core.method import Layer
 from heedful.engine.resting import resting
@@ -121,9 +121,8 @@ class _Watch(TorchFunctionMode):
         self.stack.append(module)
         self.ran.add(module)
         self.calls.setdefault(name, []).append([])
-        taking = taking_of(module)
-        stream = taking.stream(args, kwargs)
-        self.streams[name] = None if stream is None else taking.turned(stream)
+        stream = stream_of(args, kwargs)
+        self.streams[name] = None if stream is None else taking_of(module).turned(stream)
 
     def leave(self, module: nn.Module) -> None:
         self.stack.pop()
@@ -155,11 +154,8 @@ def _function_call(given: dict[str, Any]) -> Seen:
 
 
 def taking_of(module: nn.Module) -> Taking:
-    """How a module is handed its stream, as the names of its own arguments tell."""
-    kind: Any = type(module)
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = tuple(p.name for p in inspect.signature(kind.forward).parameters.values() if p.kind in kinds)
-    return Taking(names[1:], bool(getattr(module, "batch_first", True)))
+    """How a module is handed its stream, as it tells itself."""
+    return Taking(bool(getattr(module, "batch_first", True)))
 
 
 def find(model: nn.Module, run: Callable[[], Any]) -> Found:

@@ -14,9 +14,9 @@ PICTURES = ("pixel_values", "x", "image", "hidden_states")  # what models call a
 Grid = tuple[int, int]
 
 
-def grid_of(model: nn.Module, inputs: dict[str, Any], unnamed: tuple[Any, ...] = ()) -> Grid | None:
+def grid_of(model: nn.Module, inputs: dict[str, Any]) -> Grid | None:
     """Rows and columns of patches of the images that a model is given; None where it does not say."""
-    pixels = next((inputs[name] for name in PICTURES if name in inputs), unnamed[0] if unnamed else None)
+    pixels = next((inputs[name] for name in PICTURES if name in inputs), None)
     owners = (getattr(model, "config", None), getattr(model, "patch_embed", None), model)
     size = next((found for owner in owners if (found := getattr(owner, "patch_size", None)) is not None), None)
     sizes = (size, size) if isinstance(size, int) else tuple(size or ())

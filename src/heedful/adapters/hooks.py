@@ -11,22 +11,26 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from heedful.adapters.arguments import by_name
 from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
 from heedful.adapters.compiled import as_written
 from heedful.adapters.grids import Grid, grid_of, patches
-from heedful.adapters.kvcache import hold, seen, serve, tensors_in
-from heedful.adapters.layers import block_of, output_module, within
+from heedful.adapters.kvcache import hold, seen, serve
+from heedful.adapters.layers import block_of, output_module, projections, within
 from heedful.adapters.lazymask import LazyMask
+from heedful.adapters.replacing import NOTHING, UNROTATED, Spared, shares_keys, takes_up, unrotated
+from heedful.adapters.taking import other_of, put, stream_of
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError, NotEntered, RefusedModel
+from heedful.core.errors import FieldError, NotEntered, RefusedModel, SiteError
 from heedful.core.positions import Positions
-from heedful.core.regions import Span
+from heedful.core.regions import Marks
 from heedful.core.sites import Site
-from heedful.engine import again
+from heedful.engine.again import stand_around
 from heedful.engine.attend import replaced
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run import Run
+from heedful.engine.run_state import Plan
 from heedful.engine.stages import stage
 
 
@@ -94,8 +98,9 @@ class Hooks:
         """Whether a forward is under way in another thread."""
         return self._thread not in (None, get_ident())
 
-    def _begins(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if (grid := grid_of(model, kwargs, args)) is not None:
+    def _begins(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given, kwargs = (args, kwargs), by_name(model, args, kwargs)
+        if (grid := grid_of(model, kwargs)) is not None:
             self._images[self._parts[model]] = (model, grid)
         for thing in kwargs.values():
             if type(thing).__name__.startswith("Paged"):
@@ -105,7 +110,7 @@ class Hooks:
                 )
         if self._parts.get(model) == "":
             self._inside = 0  # the whole model stands in no other: an interrupt left the last count standing
-        elif not self._inside and self.run.checkpointed and self.run.state.again:
+        elif not self._inside and self.run.state.now.again:
             return  # a part that gradient checkpointing computes again
         if self._inside == 0:
             if self.elsewhere:
@@ -114,32 +119,27 @@ class Hooks:
                     "each thread a model and a run of its own"
                 )
                 raise FieldError("Run", "thread", get_ident(), rule, self._thread)
+            blind = stand_around(self.run, type(model).__name__, whole=True)
             self._thread = get_ident()
             if self.first is not None:
-                self.first(args, kwargs)
+                self.first(*given)
             self._graph = torch.is_grad_enabled()
-            self.run.state.new_forward()
+            self.run.state.new_forward(blind)
             requested = kwargs.get("output_attentions")
             if requested is None:
                 requested = getattr(getattr(model, "config", None), "output_attentions", False)
             self.patterns = bool(requested)
         self._inside += 1
 
-    def _ends(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    def _ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self.under_way:
             return None  # a forward that was refused, while another thread's is under way
-        new = self._with_losses(model, kwargs, output)
-        if self.run.state.checkpointed:
-            again.guard(tensors_in(output if new is None else new), self.run.installed)
-        return new
-
-    def _with_losses(self, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         self._inside = max(0, self._inside - 1)
         if not self._inside:
             self._thread = None
             if output is None:
                 self.run.state.fail_forward()
-        if self._inside or not self.run.state.losses or kwargs.get("labels") is None:
+        if self._inside or not self.run.state.losses or by_name(model, args, kwargs).get("labels") is None:
             return None
         if isinstance(output, tuple):
             loss = output[0] if output else None
@@ -151,7 +151,7 @@ class Hooks:
         output["loss"] = output["loss"] + self.run.loss()
         return output
 
-    def roles(self, bound: Bound, tokens: int) -> Mapping[str, tuple[Span, ...]]:
+    def roles(self, bound: Bound, tokens: int) -> Marks:
         """The run's roles, and the patches of the image that a layer attends over."""
         inside = [prefix for prefix in self._images if within(bound.name, (prefix,) if prefix else None)]
         if not inside or "patches" in self.run.roles:
@@ -182,16 +182,17 @@ class Hooks:
         self._handles.append(bound.module.register_forward_hook(Hook(after)))
 
     def _enter(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        taking, hidden = bound.taking, bound.taking.stream(args, kwargs)
+        taking, hidden = bound.taking, stream_of(args, kwargs)
         bound.hidden = None if hidden is None else taking.turned(hidden)
-        rotary = kwargs.get("position_embeddings")
+        told = by_name(bound.module, args, kwargs)
+        rotary = told.get("position_embeddings")
         bound.rotary = rotary if isinstance(rotary, tuple) and len(rotary) == 2 else None
         bound.cache = _cache_among(args, kwargs)
-        bound.other = taking.other(args, kwargs)
+        bound.other = other_of(told, hidden)
         bound.cross = bound.other is not None
         if bound.number is None:
             return None
-        self._see_checkpoint(bound)
+        self._stand_around(bound.name)
         self.run.state.begin(bound.number, shelf_of(bound.cache))
         serve(bound.cache, getattr(bound.module, "layer_idx", None))
         steps = self.run.stack.steps(bound.number)
@@ -200,32 +201,63 @@ class Hooks:
             if number is None:
                 raise RefusedModel(f"a CACHE edit cannot act in {bound.name}: the module does not tell its cache layer")
             hold(bound.cache, number, bound.name)
-        if not any(s.edit.site is Site.HIDDEN for s in steps):
+        early = {s.edit.site for s in steps if s.edit.site in (Site.HIDDEN, Site.BLOCK) or s.edit.before_rotary}
+        if not early:
             return None
         if bound.hidden is None or bound.hidden.ndim not in (2, 3):
-            raise RefusedModel(
-                f"{bound.name} ({bound.kind}) is not handed hidden states [b n e], so HIDDEN has no place"
-            )
+            places = " and ".join(sorted(site.name for site in early))
+            raise RefusedModel(f"{bound.name} ({bound.kind}) is not handed hidden states [b n e], so {places} has none")
         flat = bound.hidden.ndim == 2  # [n e], of images whose patches stand in one row
         hidden = bound.hidden[None] if flat else bound.hidden
-        call = self._outline(bound, hidden, kwargs.get("attention_mask"), bound.cache)
-        job = AttentionCall(self.run.state.plan(call, Site.HIDDEN), self.run.state, call)
-        hidden = stage(Site.HIDDEN, hidden, job, call)
+        call = self._outline(bound, hidden, told.get("attention_mask"), bound.cache)
+        plan = self.run.state.plan(call, *early)
+        args, kwargs = self._without_what_is_replaced(bound, plan, args, kwargs)
+        if Site.HIDDEN not in early:
+            return args, kwargs
+        hidden = stage(Site.HIDDEN, hidden, AttentionCall(plan, self.run.state, call), call)
         bound.hidden = hidden[0] if flat else hidden
-        self.run.state.close_call(job.plan, call)
-        return taking.put(taking.turned(bound.hidden), args, kwargs)
+        self.run.state.close_call(plan, call)
+        return put(taking.turned(bound.hidden), args, kwargs)
 
-    def _see_checkpoint(self, bound: Bound) -> None:
-        """Notice that a layer will be computed again on the way back, or that it is."""
-        run, state = self.run, self.run.state
-        if not state.again:
-            if self._graph and not state.checkpointed and again.expected():
-                run.checkpointed = state.checkpointed = True
-        elif not run.checkpointed:
-            raise NotEntered(
-                f"gradient checkpointing computes {bound.name} again on the way back, and its first pass was not under "
-                "this run; call backward() before you attach"
-            )
+    def _without_what_is_replaced(
+        self, bound: Bound, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A module's arguments as a method that replaces it wants them; what it need not compute is left out."""
+        steps = (*plan.at(Site.MIX), *plan.at(Site.BLOCK))
+        bound.spared = frozenset()
+        if any(step.edit.before_rotary for step in steps) and (still := unrotated(bound, args, kwargs)) is not None:
+            if not takes_up(bound, UNROTATED):
+                raise SiteError(
+                    f"{bound.name}: the cache holds keys with the rotary embedding in them, and a method asks for keys "
+                    "from before it; read the text anew, with a method that is idle in none of its calls"
+                )
+            args, kwargs = still
+        for step in plan.at(Site.BLOCK):
+            bound.spared = frozenset("o" if step.edit.before_rotary else "qo")
+            # a later call that is not replaced, and another layer, may read the keys of one that is
+            unread = (step.always or bound.cache is None) and not shares_keys(bound.module)
+            if unread and not step.edit.before_rotary and takes_up(bound, NOTHING):
+                bound.spared = frozenset("qkvo")
+        return args, kwargs
+
+    def spare(self, model: nn.Module, bound: Bound) -> None:
+        """Let the projections of a module whose block is replaced do nothing that nobody reads."""
+        try:
+            found = projections(model, bound.name, bound.number or 0)
+        except RefusedModel:
+            return  # there they do it for nothing
+        letters: dict[nn.Module, frozenset[str]] = {}
+        for letter in "qkvo":
+            module = found.module(letter)
+            letters[module] = letters.get(module, frozenset()) | {letter}
+        for module, mine in letters.items():
+            spared = Spared(bound, mine)
+            self._handles.append(module.register_forward_pre_hook(Hook(spared.before)))
+            self._handles.append(module.register_forward_hook(Hook(spared.after)))
+
+    def _stand_around(self, name: str) -> None:
+        if self._graph or torch.is_grad_enabled() or not self.under_way:  # else nobody asks for gradients
+            self.run.state.now.blind_layer = stand_around(self.run, name, whole=False)
 
     def _outline(self, bound: Bound, hidden: Tensor, mask: Any, cache: Cache | None) -> Call:
         """What can be known of a call before its queries are."""
@@ -239,7 +271,8 @@ class Hooks:
         phase = Phase.DECODE if n == 1 and past else Phase.PREFILL
         return Call(
             bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
-            roles=self.roles(bound, len(keys)), hidden=hidden, forward=self.run.state.forward, batch=len(hidden),
+            denoising=self.run.state.denoising, roles=self.roles(bound, len(keys)), hidden=hidden,
+            forward=self.run.state.now.number, batch=len(hidden),
         )  # fmt: skip
 
     # the layers of one list
@@ -259,17 +292,19 @@ class Hooks:
             self._before_block(model, name, bound)
 
     def _before_block(self, model: nn.Module, name: str, bound: Bound) -> None:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            taking, given = bound.taking, bound.taking.stream(args, kwargs)
+        def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            taking, given = bound.taking, stream_of(args, kwargs)
             if given is None or given.ndim != 3:
                 raise RefusedModel(f"an EMBEDDING edit cannot act before {name}: it is not handed [b n e]")
             stream = taking.turned(given)
-            call = self._outline(bound, stream, kwargs.get("attention_mask"), _cache_among(args, kwargs))
+            self._stand_around(name)
+            mask = by_name(block, args, kwargs).get("attention_mask")
+            call = self._outline(bound, stream, mask, _cache_among(args, kwargs))
             self.run.state.begin_early(call.layer)
             job = AttentionCall(self.run.state.plan(call, Site.EMBEDDING), self.run.state, call)
             new = stage(Site.EMBEDDING, stream, job, call)
             self.run.state.close_call(job.plan, call)
-            return taking.put(taking.turned(new), args, kwargs)
+            return put(taking.turned(new), args, kwargs)
 
         self._handles.append(model.get_submodule(name).register_forward_pre_hook(Hook(before), with_kwargs=True))
 

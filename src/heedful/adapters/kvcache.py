@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -12,12 +12,15 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from heedful.core.call import Kept
 from heedful.core.errors import RefusedModel
+from heedful.core.packed import Packed, Packing, Plain, Rows
 from heedful.core.positions import Positions
 from heedful.core.ragged import padded, spread
 
 
 class HeldLayer(DynamicLayer):
     """Keys and values `[t, d]` of all entries, head after head without gaps, and the index that each came from.
+
+    What a method packs stays packed (see `core.packed`), and is unpacked whenever somebody asks for it.
 
     Seen from outside they are `[b, g, k, d]`: heads of equal length are a view of what is held; heads that differ are
     padded on the left, so that the newest entries stand last in every head. A model is handed these without a copy
@@ -29,7 +32,8 @@ class HeldLayer(DynamicLayer):
         super().__init__(**kwargs)
 
     def _clear(self) -> None:
-        self._keys = self._values = torch.empty(0, 0)
+        self._keys: Tensor | Rows = torch.empty(0, 0)
+        self._values: Tensor | Rows = torch.empty(0, 0)
         self._index: Tensor | None = None  # [t], int32; None: nothing was dropped so far
         self.heads = (0, 0)  # b, g
         self.counts: list[int] = []  # entries of each head of each text
@@ -61,7 +65,7 @@ class HeldLayer(DynamicLayer):
 
     @property
     def keys(self) -> Tensor:
-        return padded(self._spread(self._keys))
+        return padded(self.handed[0])
 
     @keys.setter
     def keys(self, given: Tensor | None) -> None:
@@ -69,7 +73,7 @@ class HeldLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor:
-        return padded(self._spread(self._values))
+        return padded(self.handed[1])
 
     @values.setter
     def values(self, given: Tensor | None) -> None:
@@ -78,7 +82,12 @@ class HeldLayer(DynamicLayer):
     @property
     def handed(self) -> tuple[Tensor, Tensor]:
         """Keys and values as a model is handed them: without a copy, for who can do without."""
-        return self._spread(self._keys), self._spread(self._values)
+        return self._spread(unpacked(self._keys)), self._spread(unpacked(self._values))
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that all of it takes."""
+        return _bytes_of(vars(self))
 
     @property
     def index(self) -> Tensor:
@@ -143,31 +152,51 @@ class HeldLayer(DynamicLayer):
         self.fresh = n
         return self.handed
 
-    def _joined(self, held: Tensor, new: Tensor) -> Tensor:
+    @overload
+    def _joined(self, held: Tensor, new: Tensor) -> Tensor: ...
+
+    @overload
+    def _joined(self, held: Rows, new: Tensor) -> Rows: ...
+
+    def _joined(self, held: Tensor | Rows, new: Tensor) -> Tensor | Rows:
         """What each head holds, followed by its own of `new [b g n ...]`."""
+        if isinstance(held, Rows):
+            there, number = len(held.part), torch.arange(len(held.part) + new[..., 0].numel(), device=held.device)
+            order = self._joined(number[:there], number[there:].view(new.shape[:3]))
+            return held.join(Plain(new.flatten(0, 2))).take(order)
         if self.even:
             return torch.cat([held.view(*self.heads, self.counts[0], *held.shape[1:]), new], 2).flatten(0, 2)
         return torch.cat([x for pair in zip(held.split(self.counts), new.flatten(0, 1), strict=True) for x in pair])
 
-    def keep(self, left: Kept) -> None:
-        """Drop every entry that is not kept, and the memory it took; the others may be given new keys and values."""
-        is_filled = self.is_filled
-        if left.key is not None:
-            self._keys = left.key[is_filled].to(self._keys.dtype)
-        if left.value is not None:
-            self._values = left.value[is_filled].to(self._values.dtype)
-        if not bool(self._flat(left.keep).all()):
+    def keep(self, *left: Kept) -> None:
+        """Drop every entry that some of these do not keep, and the memory it took.
+
+        The others may be given new keys and values, or packed ones.
+        """
+        kept = self.is_filled
+        for one in left:
+            self._keys, self._values = self._written(self._keys, one.key), self._written(self._values, one.value)
+            kept = kept & one.keep
+        if not bool(self._flat(kept).all()):
             self.chosen = self.seen
-            self._drop(left.keep)
+            self._drop(kept)
+
+    def _written(self, held: Tensor | Rows, new: Tensor | Packing | None) -> Tensor | Rows:
+        if new is None:
+            return held
+        if isinstance(new, Packing):
+            rows = held if isinstance(held, Rows) else Rows.of(held)
+            return rows.put(self._flat(new.those), new.rows)
+        return new[self.is_filled].to(held.dtype)
 
     def _flat(self, x: Tensor) -> Tensor:
         """`[b g k]` as what is held of it, head after head."""
         return (x if self.even else x[self.is_filled]).flatten()
 
     def _drop(self, kept: Tensor) -> None:
-        mine = self._flat(kept)
+        mine = self._flat(kept).nonzero().flatten()
         self._index = self._indices()[mine]
-        self._keys, self._values = self._keys[mine], self._values[mine]
+        self._keys, self._values = _taken(self._keys, mine), _taken(self._values, mine)
         self.counts = kept.sum(-1).flatten().tolist()
 
     @property
@@ -220,14 +249,20 @@ class HeldLayer(DynamicLayer):
         b, g = self.heads
         rows = pick(torch.arange(b)).tolist()
         heads = [row * g + head for row in rows for head in range(g)]
-
-        def chosen(held: Tensor) -> Tensor:
-            parts = held.split(self.counts)
-            return torch.cat([parts[i] for i in heads])
-
-        self._keys, self._values = chosen(self._keys), chosen(self._values)
-        self._index = None if self._index is None else chosen(self._index)
+        parts = torch.arange(sum(self.counts), device=self._keys.device).split(self.counts)
+        mine = torch.cat([parts[i] for i in heads])
+        self._keys, self._values = _taken(self._keys, mine), _taken(self._values, mine)
+        self._index = None if self._index is None else self._index[mine]
         self.heads, self.counts = (len(rows), g), [self.counts[i] for i in heads]
+
+
+def unpacked(held: Tensor | Rows) -> Tensor:
+    return held.tensor() if isinstance(held, Rows) else held
+
+
+def _taken(held: Tensor | Rows, which: Tensor) -> Tensor | Rows:
+    """The rows of these numbers, in this order."""
+    return held.take(which) if isinstance(held, Rows) else held[which]
 
 
 def _refuse(given: Tensor | None) -> None:
@@ -244,12 +279,17 @@ def cache_bytes(cache: Cache) -> int:
     split = isinstance(cache, EncoderDecoderCache)
     caches = (cache.self_attention_cache, cache.cross_attention_cache) if split else (cache,)
     kept = [list(vars(one)["shelf"].tensors()) for one in caches if "shelf" in vars(one)]
-    found = tensors_in([kept, *(vars(layer) for one in caches for layer in one.layers)])
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}.values())
+    return _bytes_of([kept, *(vars(layer) for one in caches for layer in one.layers)])
+
+
+def _bytes_of(thing: Any) -> int:
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_in(thing)}.values())
 
 
 def tensors_in(thing: Any) -> Iterator[Tensor]:
-    """Every plain tensor in there; quantised ones may be made of others."""
+    """Every plain tensor in there; quantised and packed ones are made of others."""
+    if isinstance(thing, Packed | Rows):
+        thing = vars(thing)
     if isinstance(thing, Tensor) and is_traceable_wrapper_subclass(thing):
         thing = [getattr(thing, name) for name in thing.__tensor_flatten__()[0]]
     if isinstance(thing, Tensor):

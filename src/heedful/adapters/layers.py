@@ -39,21 +39,21 @@ def own_source(kind: type) -> str:
 
 
 @cache
-def _source(kind: type) -> str:
+def source_of(kind: type) -> str:
     """A class's own source and that of its bases, as far as there is any."""
     return "\n".join(own_source(base) for base in kind.__mro__)
 
 
 def uses_interface(kind: Any) -> bool:
     """Whether the class looks up its attention function by the name in its config."""
-    return "ALL_ATTENTION_FUNCTIONS.get_interface(" in _source(kind)
+    return "ALL_ATTENTION_FUNCTIONS.get_interface(" in source_of(kind)
 
 
 def own_attention(kind: Any) -> bool:
     """Whether the class computes an attention map by itself."""
     if issubclass(kind, nn.MultiheadAttention):
         return True
-    source = _source(kind)
+    source = source_of(kind)
     marks = ("softmax(", "Softmax(", "scaled_dot_product_attention(", "multi_head_attention_forward(")
     return "attention" in kind.__name__.lower() and any(m in source for m in marks)
 
@@ -170,8 +170,10 @@ def _child(owner: nn.Module, names: Iterable[str]) -> tuple[nn.Module, str] | No
     for name in names:
         if name in children:
             found = children[name]
-            if isinstance(found, nn.Sequential) and len(found) and hasattr(found[0], "weight"):
-                return found, "0"
+            if isinstance(found, nn.Sequential) and len(found):
+                first, module = next(found.named_children())
+                if getattr(getattr(module, "weight", None), "ndim", 0) == 2:
+                    return found, first
             if isinstance(getattr(found, "weight", None), nn.Parameter) and found.weight.ndim == 2:
                 return owner, name
     return None

@@ -7,9 +7,9 @@ checkpoint, a hub, and back. What a stack learned is among the model's weights; 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -81,14 +81,11 @@ def _is(part: Part, spelling: dict[str, Any]) -> bool:
 
 @dataclass(eq=False)
 class _Takes(Standing):
-    """Stands for a module's `save_pretrained` as long as a run is attached; in a copy of the module, for the copy's."""
+    """Stands for a module's `save_pretrained` as long as a run is attached; copies of the module have their own."""
 
     NAME = SAVE
 
     run: Run
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return replace(self, module=memo.get(id(self.module), self.module))
 
 
 @dataclass(eq=False)

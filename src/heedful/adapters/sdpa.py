@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -54,12 +53,6 @@ class Entrance(Standing):
     def __signature__(self) -> inspect.Signature:
         kind: Any = type(self.module)
         return inspect.signature(self.before or kind.forward.__get__(self.module))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """In a copy of the module, what that has of itself."""
-        if self.before is not None:
-            return copy.deepcopy(self.before, memo)
-        return getattr(memo[id(self.module)], self.NAME) if id(self.module) in memo else self
 
 
 class _Inside(TorchFunctionMode):
@@ -341,7 +334,7 @@ class SdpaAdapter:
         phase = Phase.DECODE if q.shape[2] == 1 and (queries.first or 0) > 0 else Phase.PREFILL
         call = Call(
             bound.number or 0, len(self._names), bound.name, q.shape[1], k.shape[1], queries, keys,
-            q.shape[-1] ** -0.5 if scale is None else float(scale), None, phase, bound.cross, mask=rules,
-            forward=max(0, self.run.state.forward), batch=len(q),
+            q.shape[-1] ** -0.5 if scale is None else float(scale), None, phase,
+            self.run.state.denoising, bound.cross, mask=rules, forward=max(0, self.run.state.now.number), batch=len(q),
         )  # fmt: skip
         return Asked(q, k, v, bias, None, float(given.get("dropout_p") or 0.0)), call

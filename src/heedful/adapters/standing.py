@@ -31,10 +31,15 @@ class Standing:
 
     def own(self, *args: Any, **more: Any) -> Any:
         """What the module does of itself."""
-        before = self.before
-        while isinstance(before, Standing):  # left of another run, in a copy that was made under it
-            before = before.before
-        return before(*args, **more) if before else getattr(type(self.module), self.NAME)(self.module, *args, **more)
+        kind: Any = type(self.module)
+        return self.before(*args, **more) if self.before else getattr(kind, self.NAME)(self.module, *args, **more)
 
     def __reduce__(self) -> Any:
+        """In copies and files of the module, what that has of itself."""
+        if self.before is not None:
+            return _same, (self.before,)
         return getattr, (self.module, self.NAME)  # of a module that is being made: its class's own
+
+
+def _same(x: Any) -> Any:
+    return x

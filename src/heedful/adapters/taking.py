@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,34 +13,35 @@ OTHERS = (
     "key_value_states", "encoder_hidden_states", "cross_attention_states", "context", "memory", "key", "kv", "cond",
 )  # fmt: skip
 
+Args = tuple[Any, ...]
+
+
+def stream_of(args: Args, kwargs: dict[str, Any]) -> Tensor | None:
+    """A module's own sequence, as it is handed over."""
+    if "hidden_states" not in kwargs and args:
+        found = args[0]
+    else:
+        found = next((kwargs[name] for name in STREAMS if name in kwargs), None)
+    return found if isinstance(found, Tensor) else None
+
+
+def other_of(told: Mapping[str, Any], stream: Tensor | None) -> Tensor | None:
+    """The sequence that a module attends to beside its own, or in its place, among its arguments by name."""
+    found = (told[name] for name in OTHERS if isinstance(told.get(name), Tensor))
+    return next((x for x in found if x is not stream), None)
+
+
+def put(new: Tensor, args: Args, kwargs: dict[str, Any]) -> tuple[Args, dict[str, Any]]:
+    """The arguments with another stream, wherever that was handed over."""
+    old = stream_of(args, kwargs)
+    return tuple(new if x is old else x for x in args), {name: new if x is old else x for name, x in kwargs.items()}
+
 
 @dataclass(frozen=True)
 class Taking:
-    """What is known of a module's arguments; nothing but the common names, where no more is told."""
+    """In which order a module takes rows and tokens."""
 
-    names: tuple[str, ...] = ()  # of its positional arguments
     batch_first: bool = True  # else [n b e]
-
-    def stream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """The module's own sequence, as it is handed over."""
-        if "hidden_states" not in kwargs and args:
-            found = args[0]
-        else:
-            found = next((kwargs[name] for name in STREAMS if name in kwargs), None)
-        return found if isinstance(found, Tensor) else None
-
-    def other(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """The sequence that it attends to beside its own, or in its place."""
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        stream = self.stream(args, kwargs)
-        found = (given[name] for name in OTHERS if isinstance(given.get(name), Tensor))
-        return next((x for x in found if x is not stream), None)
-
-    def put(self, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with another stream, wherever that was handed over."""
-        old = self.stream(args, kwargs)
-        given = tuple(new if x is old else x for x in args)
-        return given, {name: new if x is old else x for name, x in kwargs.items()}
 
     def turned(self, x: Tensor) -> Tensor:
         """`[b n e]` from the module's own layout, and back."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import ref
 
@@ -130,6 +130,8 @@ class TransformersAdapter:
                 hooks.around(bound)
                 bound_modules[module] = ref(bound)
                 bounds.append(bound)
+                if run.stack.touches(Site.BLOCK) and bound.number is not None:
+                    hooks.spare(self.model, bound)
                 if run.stack.touches(Site.BLOCK, Site.OUTPUT) and bound.number is not None:
                     hooks.after_projection(self.model, bound)
             served = [bound for bound in bounds if bound.number is not None]
@@ -204,11 +206,13 @@ class TransformersAdapter:
         phase = Phase.DECODE if q.shape[2] == 1 and past else Phase.PREFILL
         call = bound.call = Call(
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
-            given.softcap, phase, bound.cross, self._hooks.roles(bound, len(given.keys)), rows_of(bound.hidden, q),
-            bound.rotate, given.mask, max(0, run_state.forward), batch=len(q),
+            given.softcap, phase, run_state.denoising, bound.cross, self._hooks.roles(bound, len(given.keys)),
+            rows_of(bound.hidden, q), bound.rotate, given.mask, max(0, run_state.now.number), batch=len(q),
         )  # fmt: skip
         plan = plan_of(run, call)
         if (nothing := replaced_whole(run, plan, call, q, v)) is not None:
+            if plan.at(Site.BLOCK)[0].edit.before_rotary:
+                bound.call = replace(call, query=q, key=k, value=v)
             return nothing, None
         pattern = self._hooks.patterns or bool(request.more.get("output_attentions"))
         # a kernel of the model's own would leave the pattern out without a word
@@ -227,10 +231,12 @@ class TransformersAdapter:
 
 
 def _evict(job: AttentionCall, held: HeldLayer, k: Tensor, v: Tensor) -> None:
-    kept = keep_entries(job, CachedKV(k, v, job.call.keys, held.fresh))
-    if kept is not None:
-        job.run_state.kept[job.call.layer] = (int(kept.keep.sum()), held.seen * kept.keep.shape[0] * kept.keep.shape[1])
-        held.keep(kept)
+    left = keep_entries(job, CachedKV(k, v, job.call.keys, held.fresh))
+    if left:
+        held.keep(*left)
+        tokens, layer = held.seen * len(held.counts), job.call.layer
+        job.run_state.kept[layer] = (sum(held.counts), tokens)
+        job.run_state.cache_bytes[layer] = (held.nbytes, tokens * (k.shape[3] * k.itemsize + v.shape[3] * v.itemsize))
 
 
 def adapt(model: nn.Module, only: str | Iterable[str] | None) -> TransformersAdapter:

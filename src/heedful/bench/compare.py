@@ -14,9 +14,11 @@ from heedful.adapters.transformers import adapt
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import still
 from heedful.bench.answer import answer
-from heedful.bench.comparison import PLAIN, Comparison
+from heedful.bench.comparison import Comparison
 from heedful.bench.cost import WARM_UP, cost, machine
+from heedful.bench.intervals import LEAST
 from heedful.bench.records import COSTS, Answered, Cost, Log, Refused
+from heedful.bench.results import MARGIN, PLAIN
 from heedful.core.errors import FieldError, HeedfulError, SiteError, WriteError
 from heedful.core.files import RECORDS, folder_for, held
 from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
@@ -40,6 +42,7 @@ class Progress:
     note: str = ""
 
 
+PROMPTS, MINUTES = 300, 10.0  # of each task at most, and of asking
 Report = Callable[[Progress], None]
 
 
@@ -79,12 +82,14 @@ def _named(contenders: Mapping[str, Contender] | Iterable[Contender]) -> dict[st
     return found
 
 
-def compare(
+def compare(  # noqa: PLR0913 - what a user may set, each by name
     model: Loaded | tuple[Any, Any],
     methods: Mapping[str, Contender] | Iterable[Contender],
-    tasks: Iterable[Task | str],
+    tasks: Iterable[Task | str | Path],
     *,
-    count: int = 30,
+    prompts: int = PROMPTS,
+    minutes: float = MINUTES,
+    margin: float = MARGIN,
     seed: int = 0,
     turns: int = 3,
     out: str | Path | None = None,
@@ -93,49 +98,65 @@ def compare(
 ) -> Comparison:
     """How each method does on each task, against the unedited model on the same prompts, and what it costs.
 
-    `model` is what `heedful.models` loads, or a model and its tokenizer. `count` is how many prompts of each task are
-    asked. Costs are measured on the longest prompt, `turns` times in turn with the unedited model (0: not at all).
-    `out` is a folder: records are written there as they are made, and the same call goes on where it stopped. `how`
-    goes to `attach`.
+    `model` is what `heedful.models` loads, or a model and its tokenizer. A task is a `Task`, its name, or a file or
+    folder of your own. Every method is asked thirty prompts of each task, then more until its verdict is known (surely
+    better, surely worse, or surely no worse than by `margin`), and at most `prompts` of each task; `minutes` is how
+    long is asked in one call. Costs are measured afterwards on the longest of the first thirty prompts, `turns` times
+    in turn with the unedited model (0: not at all). `out` is a folder: records are written there as they are made, and
+    the same call goes on where it stopped. `how` goes to `attach`.
     """
     given = model if isinstance(model, Loaded) else Loaded(unwrapped(model[0]), model[1], "")
     if given.tokenizer is None:
         raise FieldError("compare()", "model", given.name, "has no tokenizer, which tasks need", "(model, tokenizer)")
     contenders, folder = _named(methods), folder_for("compare()", out)
     chosen = [_task(task) for task in tasks]
-    require(given, chosen, count, turns, how)
+    require(given, chosen, prompts, minutes, margin, turns, how)
     facts = facts_of(given.model, given.name, len(adapt(given.model, how.get("only")).layer_names))
     facts |= surroundings(next(given.model.parameters()).device)
+    facts["margin"] = margin
     facts["how"] = {name: repr(value) for name, value in sorted(how.items()) if value not in (None, "auto")}
     facts["contenders"] = {name: repr(what) for name, what in contenders.items()}
-    facts["tasks"] = {repr(task): _about(task) for task in chosen}
+    series = [Series(task, given.model, given.tokenizer, seed, prompts) for task in chosen]
+    facts["tasks"] = {made.name: _about(made.task) | {"left_out": made.left_out} for made in series}
     with still(given.model), held(folder, "a comparison"):
         log = Log(None if folder is None else folder / RECORDS, facts, seed)
         job = _Job(given.model, contenders, how, log, progress or (lambda _: None))
-        items = {task: _fitting(given.model, task, given.tokenizer, count, seed) for task in chosen}
-        job.answers(items, seed)
+        job.answers(series, minutes)
         if turns:
-            longest = max((item for made in items.values() for item in made), key=lambda item: len(item.prompt))
+            early = [item for made in series for item in made.first(LEAST).values()]
+            longest = max(early, key=lambda item: len(item.prompt))
             job.costs(longest.prompt, turns)
         return Comparison(log.facts, tuple(log.records.values()))
 
 
-def _task(task: Task | str) -> Task:
+def _task(task: Task | str | Path) -> Task:
     if isinstance(task, Task):
         return task
-    from heedful.tasks import find
+    from heedful.tasks import find, from_file
 
-    return find(task)
+    return from_file(task) if isinstance(task, Path) else find(task)
 
 
 def _about(task: Task) -> dict[str, Any]:
-    return {"name": task.name, "about": task.about, "unit": task.unit, "more_is_better": task.more_is_better}
+    return {"name": task.title, "about": task.about, "unit": task.unit, "more_is_better": task.more_is_better}
 
 
-def require(given: Loaded, tasks: Sequence[Task], count: int, turns: int, how: Mapping[str, Any]) -> None:
+def require(
+    given: Loaded,
+    tasks: Sequence[Task],
+    prompts: int,
+    minutes: float,
+    margin: float,
+    turns: int,
+    how: Mapping[str, Any],
+) -> None:
     """Refuse what no comparison can be made of, before anything takes time."""
-    if count < 2:
-        raise FieldError("compare()", "count", count, "must be 2 or more prompts a task", 30)
+    if prompts < 2:
+        raise FieldError("compare()", "prompts", prompts, "must be 2 or more of each task", PROMPTS)
+    if not minutes > 0:
+        raise FieldError("compare()", "minutes", minutes, "must be above 0", MINUTES)
+    if not 0 < margin < 1:
+        raise FieldError("compare()", "margin", margin, "must lie between 0 and 1", MARGIN)
     if turns < 0:
         raise FieldError("compare()", "turns", turns, "must be 0 or more", 3)
     if not tasks:
@@ -158,15 +179,50 @@ def _require_role(what: Contender | None, prompt: Prompt) -> None:
             raise FieldError(method, "role", role, rule, next(iter(prompt.roles), "needle"))
 
 
-def _fitting(model: Any, task: Task, words: Any, count: int, seed: int) -> Sequence[Item]:
-    """A task's items, none of them longer than the model takes."""
-    items = task.items(words, count, seed)
-    limit = positions(model)
-    longest = max(len(item.prompt) + max(map(len, item.options), default=0) for item in items)
-    if limit is not None and longest > limit:
-        rule = f"makes prompts of {longest} tokens, and {type(model).__name__} has {limit} positions"
-        raise FieldError("compare()", "tasks", repr(task), rule, "a shorter one")
-    return items
+def fits(given: Loaded, task: Task) -> bool:
+    """Whether the model takes the task's prompts, as far as the first one tells."""
+    limit = positions(given.model)
+    return limit is None or task.item(given.tokenizer, 0, 0).size <= limit
+
+
+class Series:
+    """The items of one task, made as they are asked for, none longer than the model takes.
+
+    A task of the user's own goes without its longer items; of others none is left out, since all would be alike.
+    """
+
+    def __init__(self, task: Task, model: Any, tokenizer: Any, seed: int, prompts: int) -> None:
+        self.task, self.name, self.seed = task, repr(task), seed
+        self._model, self._tokenizer, self._limit = model, tokenizer, positions(model)
+        self._made: dict[int, Item] = {}
+        self._tried = 0
+        known = task.available(tokenizer)
+        self.prompts = prompts if known is None else min(prompts, known)
+        self.left_out = list(getattr(task, "left_out", ()))
+        if known is not None:
+            if out := self.prompts - len(self.first(self.prompts)):
+                self.left_out.append(f"{out} longer than the {self._limit} positions of {type(model).__name__}")
+            if not self._made:
+                raise FieldError("compare()", "tasks", self.name, self.left_out[-1], "shorter items")
+
+    def first(self, count: int) -> dict[int, Item]:
+        """The items at the first so many places, or all that may be asked, by their place."""
+        for number in range(self._tried, min(count, self.prompts)):
+            self._tried = number + 1
+            item = self.task.item(self._tokenizer, number, self.seed)
+            if self._limit is None or item.size <= self._limit:
+                self._made[number] = item
+            elif self.task.available(self._tokenizer) is None:
+                rule = (
+                    f"makes prompts of {item.size} tokens, and {type(self._model).__name__} has {self._limit} positions"
+                )
+                raise FieldError("compare()", "tasks", self.name, rule, "a shorter one")
+        return {number: item for number, item in self._made.items() if number < count}
+
+
+def further(prompts: int) -> int:
+    """How many prompts the next look takes: ten more at first, then a third more."""
+    return prompts + max(10, prompts // 30 * 10)
 
 
 @dataclass(eq=False)
@@ -178,35 +234,71 @@ class _Job:
     how: dict[str, Any]
     log: Log
     report: Report
+    done: int = 0
 
     def everyone(self) -> list[tuple[str, Contender | None]]:
         """The model as it is, then each contender."""
         return [(PLAIN, None), *self.contenders.items()]
 
-    def answers(self, items: Mapping[Task, Sequence[Item]], seed: int) -> None:
-        total = (len(self.contenders) + 1) * sum(map(len, items.values()))
-        done = 0
+    def answers(self, tasks: Sequence[Series], minutes: float) -> None:
+        """Ask everyone a few prompts of each task, and more of those of whom the verdict is not known."""
         if self.log.found:
-            self.report(Progress("answers", done, total, f"goes on after {self.log.found} records made before"))
-        for name, what in self.everyone():
-            for task, made in items.items():
-                todo = [n for n in range(len(made)) if not self.log.has(Answered, name, repr(task), seed, n)]
-                done += len(made) - len(todo)
-                try:
-                    if todo:
-                        _require_role(what, made[todo[0]].prompt)
-                        with text_model(
-                            self.model, what, **self.how
-                        ) as speaker:  # a new one: what it did before is past
-                            for n in todo:
-                                self.log.add(_answered(speaker, name, task, made[n], seed, n))
-                                done += 1
-                                self.report(Progress("answers", done, total))
-                except WriteError:
-                    raise
-                except HeedfulError as reason:
-                    self.log.add(Refused(name, repr(task), str(reason)))
-                    self.report(Progress("answers", done, total, f"{name} on {task.name}: {reason}"))
+            self.report(Progress("answers", 0, 1, f"goes on after {self.log.found} records made before"))
+        for task in tasks:
+            if out := task.left_out:
+                note = f"{task.task.title}: {len(out)} left out: {'; '.join(out[:3])}{'; ...' if len(out) > 3 else ''}"
+                self.report(Progress("answers", 0, 1, note))
+        end = time.monotonic() + 60 * minutes
+        count, open_ = 0, {(task.name, name) for task in tasks for name, _ in self.everyone()}
+        while open_ and count < max(task.prompts for task in tasks):
+            count = further(count)
+            if not self._round(tasks, open_, count, end):
+                self.report(Progress("answers", self.done, self.done, f"the {minutes:g} minutes are over"))
+                break
+            if count >= LEAST:
+                open_ = self._undecided(tasks, count)
+
+    def _undecided(self, tasks: Sequence[Series], count: int) -> set[tuple[str, str]]:
+        """Task and contender still to be asked, the unedited model where anybody is."""
+        found = Comparison(self.log.facts, tuple(self.log.records.values()))
+        left = {task.name for task in tasks if task.prompts > count}
+        open_ = {key for key in found.open if key[0] in left and key[1] in self.contenders}
+        names = [name for name in self.contenders if any(key[1] == name for key in open_)]
+        what = f"undecided: {', '.join(names)}" if names else "every verdict is known, or nothing is left to ask"
+        asked = min(count, max(task.prompts for task in tasks))
+        self.report(Progress("answers", self.done, self.done, f"after {asked} prompts a task, {what}"))
+        return open_ | {(task, PLAIN) for task, _ in open_}
+
+    def _round(self, tasks: Sequence[Series], open_: set[tuple[str, str]], count: int, end: float) -> bool:
+        """Ask up to so many prompts of each task; whether there was time for it."""
+        work = [(name, what, task) for name, what in self.everyone() for task in tasks if (task.name, name) in open_]
+        left = {
+            (name, task.name): [
+                n for n in task.first(count) if not self.log.has(Answered, name, task.name, task.seed, n)
+            ]
+            for name, _, task in work
+        }
+        total = self.done + sum(map(len, left.values()))
+        for name, what, task in work:
+            todo = left[name, task.name]
+            if not todo or self.log.has(Refused, name, task.name):
+                total -= len(todo)
+                continue
+            try:
+                _require_role(what, task.first(count)[todo[0]].prompt)
+                with text_model(self.model, what, **self.how) as speaker:  # a new one: what it did before is past
+                    for n in todo:
+                        if time.monotonic() > end:
+                            return False
+                        self.log.add(_answered(speaker, name, task.task, task.first(count)[n], task.seed, n))
+                        self.done += 1
+                        self.report(Progress("answers", self.done, total))
+            except WriteError:
+                raise
+            except HeedfulError as reason:
+                self.log.add(Refused(name, task.name, str(reason)))
+                self.report(Progress("answers", self.done, total, f"{name} on {task.task.title}: {reason}"))
+        return True
 
     def costs(self, prompt: Prompt, turns: int) -> None:
         everyone = self.everyone()
@@ -240,5 +332,6 @@ def _answered(speaker: TextModel, name: str, task: Task, item: Item, seed: int, 
             f"prompt {n}: the log-probability of what is right is {nats}, which can be compared with nothing"
         )
     return Answered(
-        name, repr(task), seed, n, score, nats, task.chance(item), seconds, speaker.active, dict(item.labels)
-    )
+        name, repr(task), seed, n, score, nats, task.chance(item), seconds, speaker.active, dict(item.labels),
+        speaker.reason,
+    )  # fmt: skip

@@ -7,16 +7,18 @@ from collections.abc import Iterable
 
 import torch
 
-from heedful.bench.comparison import PLAIN, SHARE, Comparison, Gap, Price, Result
+from heedful.bench.advice import advice, holding
+from heedful.bench.intervals import Gap
 from heedful.bench.matrix import VERDICTS
-from heedful.bench.numbers import direction, number, rounded, task_name, units
+from heedful.bench.numbers import direction, margin, number, rounded, task_name, units
 from heedful.bench.records import COSTS, Answered
-from heedful.core.figures import Description, Figure, Finding, Intervals, Listing, Scatter, percent
+from heedful.bench.results import PLAIN, SHARE, Price, Result, Results
+from heedful.core.figures import Description, Figure, Finding, Intervals, Listing, Matrix, Scatter, percent
 
 MB = 1 << 20
 
 
-def findings(c: Comparison) -> Iterable[Finding]:
+def findings(c: Results) -> Iterable[Finding]:
     """What a reader would want to know, one sentence each."""
     prices = {p.contender: p for p in c.prices}
     plain = {r.task: r for r in c.results if r.contender == PLAIN}
@@ -25,7 +27,8 @@ def findings(c: Comparison) -> Iterable[Finding]:
         if not mine:
             continue
         if name in c.inactive:
-            yield Finding(f"{name} changed nothing: it is the unedited model.", 0.9)
+            why = f" ({reason})" if (reason := c.reason(name)) else ""
+            yield Finding(f"{name} changed nothing{why}: it is the unedited model.", 0.3)
             continue
         told = [
             _clause(word, [r for r in mine if c.verdicts.get((r.task, name)) == word], plain, c)
@@ -34,35 +37,52 @@ def findings(c: Comparison) -> Iterable[Finding]:
         told = [clause for clause in told if clause]
         cheap = _saves(prices.get(name))
         if told or cheap:
-            known = "; it ".join([cheap] * bool(cheap) + told)
-            yield Finding(
-                f"{name} {known}{'' if told else '; no task tells it surely from the unedited model'}.",
-                0.8 if told else 0.5,
-            )
+            known = "; it ".join([cheap] * bool(cheap) + (told or [f"is {LONG[c.verdict(name)]}"]))
+            yield Finding(f"{name} {known}.", 0.8 if told else 0.5)
     if c.results:
         yield Finding(_lead(c), 1.0)
+    for text in advice(c):
+        yield Finding(text, 0.95)
+    for task in c.blind:
+        score = number(plain[task].score, c.tasks[task]["unit"])
+        yield Finding(
+            f"{task_name(c, task)} tells nothing: the unedited model gets {score}, no more than guessing by the "
+            "margin, so that no loss can show there.", 0.9,
+        )  # fmt: skip
+    for task, about in c.tasks.items():
+        if out := about.get("left_out"):
+            yield Finding(
+                f"{task_name(c, task)}: {len(out)} left out: {'; '.join(out[:3])}{'; ...' if len(out) > 3 else ''}.",
+                0.85,
+            )
     for refused in c.refused:
         task = f" on {c.tasks[refused.task]['name']}" if refused.task in c.tasks else ""
         task = " when costs were measured" if refused.task == COSTS else task
         yield Finding(f"{refused.contender} was refused{task}: {refused.reason}", 0.4)
 
 
-def _lead(c: Comparison) -> str:
-    """How many methods win and lose anything."""
-    ways: dict[str, set[str]] = {}
-    for (_, name), word in c.verdicts.items():
-        ways.setdefault(name, set()).add(word)
-    asked = len(ways) + len(c.inactive)
-    if not asked:
+LONG = {
+    "safe": "no worse than by the margin on any task",
+    "unclear": "not decided yet",
+    "refused": "not decided",
+    "helps": "better on some task",
+    "harms": "worse on some task",
+}
+
+
+def _lead(c: Results) -> str:
+    """How many methods help, are safe, harm, and are not decided."""
+    words = [c.verdict(name) for name in c.contenders[1:]]
+    words = [word for word in words if word != "refused"]
+    if not words:
         return "None of the methods could be asked."
-    better, worse = (sum(word in found for found in ways.values()) for word in ("better", "worse"))
-    alike = sum(found <= {""} for found in ways.values())
-    most = max(r.prompts for r in c.results)
+    many = {word: words.count(word) or "none" for word in ("helps", "safe", "harms", "unclear", "inactive")}
+    least, most = (end(r.prompts for r in c.results) for end in (min, max))
+    asked = f"{least} to {most}" if least < most else str(most)
     return (
-        f"Of {_count(asked, 'method')}, {better or 'none'} beat the unedited model on some task, {worse or 'none'} "
-        f"fall behind it on some, {alike or 'none'} cannot be told from it and {len(c.inactive) or 'none'} changed "
-        f"nothing, on {most} prompts a task; with {_count(len(c.verdicts), 'comparison')} Holm's correction holds the "
-        "chance of any false verdict to 5 %."
+        f"Of {_count(len(words), 'method')}, {many['helps']} helped, {many['safe']} safe within {margin(c)}, "
+        f"{many['harms']} harmful, {many['unclear']} undecided and {many['inactive']} without effect, on {asked} "
+        f"prompts a task; {_count(c.compared, 'interval')} hold at once, at whatever prompt asking stops, with 95 %."
     )
 
 
@@ -70,7 +90,7 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
-def _clause(word: str, results: list[Result], plain: dict[str, Result], c: Comparison) -> str:
+def _clause(word: str, results: list[Result], plain: dict[str, Result], c: Results) -> str:
     told = []
     for r in results:
         score, before = (number(x, c.tasks[r.task]["unit"]) for x in (r.score, plain[r.task].score))
@@ -91,7 +111,7 @@ def _saves(price: Price | None) -> str:
     return " and ".join(parts)
 
 
-def figures(c: Comparison) -> Iterable[Figure]:
+def figures(c: Results) -> Iterable[Figure]:
     names = c.contenders[1:]
     groups: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for task, about in c.tasks.items():
@@ -103,8 +123,8 @@ def figures(c: Comparison) -> Iterable[Figure]:
         yield Intervals(
             f"differences_{place}" if place else "differences",
             f"Difference to the unedited model, in {unit}",
-            f"Each method against the unedited model on the same prompts, with its 95 % interval; {way} is better. "
-            "An interval that crosses zero tells nothing surely, and of many one in twenty misses zero by chance.",
+            f"Each method against the unedited model on the same prompts; {way} is better. All intervals of the "
+            "comparison hold at once with 95 %, at whatever prompt asking stops: one on one side of zero is sure.",
             names, found, f"difference, {unit}", unit, PLAIN,
         )  # fmt: skip
     yield from _clouds(c)
@@ -116,9 +136,9 @@ def figures(c: Comparison) -> Iterable[Figure]:
             yield Listing(
                 f"task_{list(c.tasks).index(task)}",
                 task_name(c, task),
-                f"{about['about']} In {about['unit']}, over {mine[0].prompts} prompts; {direction(about)} is better."
-                f"{guess} The log-probability is that of what is right, a token.",
-                ("method", "score", "difference", "low", "high", "log-prob", "active"),
+                f"{about['about']} In {about['unit']}; {direction(about)} is better.{guess} The log-probability is "
+                "that of what is right, a token.",
+                ("method", "prompts", "score", "difference", "low", "high", "log-prob", "active"),
                 [_row(r, about["unit"]) for r in mine],
             )
     prices = [p for p in c.prices if p.contender not in c.inactive]
@@ -135,22 +155,22 @@ def figures(c: Comparison) -> Iterable[Figure]:
         )
 
 
-def _chance(c: Comparison, task: str) -> float | None:
+def _chance(c: Results, task: str) -> float | None:
     found = [r.chance for r in c.records if isinstance(r, Answered) and r.task == task and r.contender == PLAIN]
     known = [x for x in found if x is not None]
     return sum(known) / len(known) if known and len(known) == len(found) else None
 
 
 def _three(gap: Gap | None, times: float) -> list[float]:
-    return [math.nan] * 3 if gap is None else [times * gap.mean, times * gap.low, times * gap.high]
+    return [math.nan] * 3 if gap is None else [times * x for x in _known(gap)]
 
 
 def _row(r: Result, unit: str) -> tuple[object, ...]:
     gap: tuple[float | None, ...] = (None,) * 3
     if r.gap is not None:
         times, digits = (100, 1) if unit == SHARE else (1, 3)
-        gap = tuple(rounded(times * x, digits) for x in (r.gap.mean, r.gap.low, r.gap.high))
-    return r.contender, number(r.score, unit), *gap, r.nats, "yes" if r.active else "no"
+        gap = tuple(rounded(times * x, digits) if math.isfinite(x) else None for x in _known(r.gap))
+    return r.contender, r.prompts, number(r.score, unit), *gap, r.nats, "yes" if r.active else "no"
 
 
 def _cost_row(p: Price) -> tuple[object, ...]:
@@ -161,7 +181,7 @@ def _cost_row(p: Price) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def _clouds(c: Comparison) -> Iterable[Scatter]:
+def _clouds(c: Results) -> Iterable[Scatter]:
     """Worth against cost: what the right answers lose or win in log-probability, mean over tasks."""
     worth = c.worth
     for key, title, field, label in (
@@ -174,51 +194,58 @@ def _clouds(c: Comparison) -> Iterable[Scatter]:
         if len({at[0] for at in points.values()}) > 1:
             yield Scatter(
                 key, title,
-                "Up is better, left is cheaper; the line joins those that none beats in both by its mean, which may be "
-                "chance where intervals overlap. Worth is the mean difference of the right answer's log-probability.",
-                points, label, "worth, nats a token",
+                "Up is better, left is cheaper; the line is the front of what is known to hold, beaten by nothing of "
+                "that kind in both. Worth is the mean difference of the right answer's log-probability.",
+                points, label, "worth, nats a token", (PLAIN, *holding(c)),
             )  # fmt: skip
 
 
 def _worth(gap: Gap | None) -> tuple[float, float, float]:
-    return (0.0, 0.0, 0.0) if gap is None else (gap.mean, gap.low, gap.high)
+    return (0.0, 0.0, 0.0) if gap is None else _known(gap)
 
 
-def description(c: Comparison) -> Description:
+def _known(gap: Gap) -> tuple[float, float, float]:
+    """Mean and ends; what few prompts leave open is not drawn."""
+    low, high = (x if math.isfinite(x) else math.nan for x in (gap.low, gap.high))
+    return gap.mean, low, high
+
+
+def description(c: Results) -> Description:
     found = sorted(findings(c), key=lambda f: -f.weight)
     return Description(figures=tuple(figures(c)), findings=tuple(found))
 
 
-def in_words(c: Comparison) -> str:
-    """The comparison as a text: sentences, then one table for each task, then the costs."""
+def in_words(c: Results, told: Description, table: Matrix) -> str:
+    """A comparison as a text: sentences, then one table for each task, then the costs."""
     out = [
         f"{c.facts.get('model', 'a model')}: {_count(len(c.contenders) - 1, 'method')}, {_count(len(c.tasks), 'task')}",
         "",
-        *_verdicts(c),
+        *_verdicts(table),
+        f"The margin is {margin(c)}.",
         "",
     ]
-    out += [f"- {finding.text}" for finding in c.description().findings]
-    for figure in c.description().figures:
+    out += [f"- {finding.text}" for finding in told.findings]
+    for figure in told.figures:
         if isinstance(figure, Listing):
-            out += ["", f"{figure.title}. {figure.what}", *_aligned(figure)]
+            out += ["", f"{figure.title}. {figure.what}", *aligned(figure)]
     return "\n".join(out)
 
 
-def _verdicts(c: Comparison) -> list[str]:
+def _verdicts(table: Matrix) -> list[str]:
     """The matrix as a text, and what its verdicts mean."""
-    names = ("method", *(name for name, _ in c.matrix.columns))
+    names = ("method", *(name for name, _ in table.columns))
     rows = [
         (name, *(f"{cell.text} ({cell.detail})" if cell.detail else cell.text or "-" for cell in cells))
-        for name, cells in c.matrix.rows
+        for name, cells in table.rows
     ]
-    said = dict.fromkeys(cells[0].text for _, cells in c.matrix.rows if cells[0].text)
-    return [*_aligned(Listing("", "", "", names, rows)), "", *(f"{word}: {VERDICTS[word][0]}." for word in said)]
+    said = dict.fromkeys(cells[0].text for _, cells in table.rows if cells[0].text)
+    return [*aligned(Listing("", "", "", names, rows)), "", *(f"{word}: {VERDICTS[word][0]}." for word in said)]
 
 
-def markdown(c: Comparison) -> list[str]:
+def markdown(told: Description) -> list[str]:
     """Sentences and tables in Markdown."""
-    out = [f"- {finding.text}" for finding in c.description().findings]
-    for figure in c.description().figures:
+    out = [f"- {finding.text}" for finding in told.findings]
+    for figure in told.figures:
         if isinstance(figure, Listing):
             rows = [[str(x) for x in figure.columns], *([_cell(x) for x in row] for row in figure.rows)]
             lines = ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in rows]
@@ -227,7 +254,8 @@ def markdown(c: Comparison) -> list[str]:
     return out
 
 
-def _aligned(listing: Listing) -> list[str]:
+def aligned(listing: Listing) -> list[str]:
+    """A table as lines of text."""
     rows = [[str(x) for x in listing.columns], *([_cell(x) for x in row] for row in listing.rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from heedful.bench.comparison import SHARE, Comparison
+import math
+
+from heedful.bench.results import SHARE, Results
 from heedful.core.figures import percent
 
 
 def number(x: float, unit: str, signed: bool = False) -> str:
     """A score, or a difference of scores, as people write it."""
+    if math.isinf(x):
+        return "?"  # an end of an interval that few prompts leave open
     if unit == SHARE:
         return f"{rounded(100 * x, 0):+.0f}" if signed else percent(x)
     return f"{rounded(x, 3):+.3f}" if signed else f"{x:.3f}"
@@ -26,7 +30,14 @@ def direction(about: dict[str, object]) -> str:
     return "more" if about["more_is_better"] else "less"
 
 
-def task_name(c: Comparison, task: str) -> str:
+def task_name(c: Results, task: str) -> str:
     """A task's short name, with its settings where two share it."""
     name = str(c.tasks[task]["name"])
     return name if sum(about["name"] == name for about in c.tasks.values()) == 1 else task
+
+
+def margin(c: Results) -> str:
+    """How much worse a safe method may be, in the units of the tasks."""
+    kinds = {about["unit"] for about in c.tasks.values()}
+    told = [f"{100 * c.margin:g} points"] * (SHARE in kinds) + [f"{c.margin:g} nats"] * bool(kinds - {SHARE})
+    return " or ".join(told)

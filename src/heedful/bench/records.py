@@ -26,6 +26,7 @@ class Answered:
     seconds: float
     active: bool  # whether the contender had changed anything by then
     labels: Mapping[str, float | str] = field(default_factory=dict, hash=False)
+    reason: str = ""  # why it had not, where that is known
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -73,6 +74,7 @@ KINDS: dict[str, type[Answered] | type[Cost] | type[Refused]] = {
 }
 FACTS = "facts"
 SAME = ("weights", "dtype", "how")  # what two comparisons must share to be one
+LATEST = ("margin",)  # how records are read: the last call's holds
 COSTS = "costs"  # stands for a task where a contender's costs cannot be measured
 ABOUT = {"name": str, "about": str, "unit": str, "more_is_better": bool}  # what is told of a task
 LARGEST = 2.0**63  # no number of a record reaches it
@@ -161,11 +163,15 @@ def _fits(value: object, hint: Any) -> bool:
 def _checked_facts(found: dict[str, Any]) -> dict[str, Any]:
     """The facts, where those that are read again say what they must."""
     contenders, tasks = (found.get(name, {}) for name in ("contenders", "tasks"))
+    if not (_fits(margin := found.get("margin", 1.0), float) and margin > 0):
+        raise TypeError(f"margin is {margin!r}, and must be a number above 0")
     if not (isinstance(contenders, dict) and all(isinstance(x, str) for x in contenders.values())):
         raise TypeError("contenders must be what each name stands for")
     for task, about in tasks.items() if isinstance(tasks, dict) else [("tasks", tasks)]:
         if not isinstance(about, dict) or any(type(about.get(name)) is not kind for name, kind in ABOUT.items()):
             raise TypeError(f"{task} must have {', '.join(ABOUT)}")
+        if not (isinstance(out := about.get("left_out", []), list) and all(isinstance(x, str) for x in out)):
+            raise TypeError(f"what {task} left out must be a list of reasons")
     return found
 
 
@@ -229,6 +235,6 @@ def merged(parts: Iterable[tuple[Mapping[str, Any], Iterable[Record]]]) -> tuple
                     f"{name!r} is {other} in one and {what} in the other; give it another name or folder"
                 )
         joined = {name: {**facts.get(name, {}), **more.get(name, {})} for name in ("contenders", "tasks")}
-        facts = {**more, **facts, **joined}
+        facts = {**more, **facts, **joined, **{name: more[name] for name in LATEST if name in more}}
         records |= {(type(r), *r.key): r for r in found}
     return facts, list(records.values())

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import heedful
-from heedful.cli import cite, compare, demo, diagnose, doctor, explain, laws, methods, new, show
+from heedful.cli import cite, compare, demo, diagnose, doctor, explain, lab, laws, methods, new, show
 
 app = typer.Typer(
     help="Everything people do to attention in a transformer: look at it, explain it, edit it, replace it, cheapen it.",
@@ -34,6 +34,7 @@ def _before(
 app.command("demo")(demo.demo)
 app.command("diagnose")(diagnose.diagnose)
 app.command("compare")(compare.compare)
+app.command("lab")(lab.lab)
 app.command("methods")(methods.methods)
 app.add_typer(_new := typer.Typer(help="Write the beginning of something.", no_args_is_help=True), name="new")
 _new.command("method")(new.method)

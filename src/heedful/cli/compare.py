@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -13,10 +14,12 @@ from rich.markup import escape
 from heedful.cli.console import console, parted, require_page, stack_from, stopping, tell, write_page
 from heedful.cli.progress import Bars
 from heedful.core.errors import FieldError, HeedfulError
+from heedful.core.ranges import ranged
 
 if TYPE_CHECKING:
     from heedful.bench.comparison import Comparison
     from heedful.models import Loaded
+    from heedful.tasks.task import Task
     from heedful.text_models import Contender
 
 STAGES = {"fits": ("fitting", ""), "answers": ("asking", "answers"), "costs": ("measuring costs", "")}
@@ -26,13 +29,23 @@ def summary(comparison: Comparison, page: Path | None) -> str:
     """The comparison for machines."""
     found = {
         "facts": comparison.facts,
+        "verdicts": {name: comparison.verdict(name) for name in comparison.contenders[1:]},
         "findings": [finding.text for finding in comparison.description().findings],
         "results": [asdict(result) for result in comparison.results],
         "costs": [asdict(price) for price in comparison.prices],
         "refused": [asdict(refused) for refused in comparison.refused],
         "page": page and str(page),
     }
-    return json.dumps(found, indent=1)
+    return json.dumps(_finite(found), indent=1)
+
+
+def _finite(x: Any) -> Any:
+    """The same with null for ends that an interval of few prompts does not have."""
+    if isinstance(x, dict):
+        return {name: _finite(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def _fitted(loaded: Loaded, what: Contender, bars: Bars, only: str | None) -> Contender:
@@ -46,15 +59,30 @@ def _fitted(loaded: Loaded, what: Contender, bars: Bars, only: str | None) -> Co
         return what
 
 
+def _taken(loaded: Loaded, text: str, bars: Bars) -> list[Task]:
+    """The task, or those of a range that are short enough for the model."""
+    from heedful.bench.compare import fits
+    from heedful.diagnosis.texts import positions
+    from heedful.tasks import find
+
+    found = [find(one) for one in ranged(text, positions(loaded.model))]
+    long = [task for task in found[1:] if not fits(loaded, task)]
+    for task in long:
+        bars.console.print(f"left out: {task} is longer than the model takes", markup=False)
+    return [task for task in found if task not in long]
+
+
 def compare(
     model: Annotated[str, typer.Argument(help="A causal language model's name or folder.")] = "default",
     methods: Annotated[
-        str, typer.Option(help="Parted by commas, joined by |, as in 'act,snapkv(budget=0.25)|tempscale'.")
+        str, typer.Option(help="Parted by commas, joined by |, as in 'act,snapkv(budget=0.1..0.75)|tempscale'.")
     ] = "",
-    tasks: Annotated[str, typer.Option(help="Parted by commas, as in 'needle,recall'; `--tasks list` names all.")] = (
-        "needle,recall,loss"
-    ),
-    count: Annotated[int, typer.Option(help="Prompts of each task.")] = 30,
+    tasks: Annotated[
+        str, typer.Option(help="Parted by commas: names (`--tasks list` has them), or files and folders of your own.")
+    ] = "needle,recall,loss",
+    prompts: Annotated[int, typer.Option(help="Of each task at most; asking ends when the verdicts are known.")] = 300,
+    minutes: Annotated[float, typer.Option(help="How long to ask in this call, at most.")] = 10.0,
+    margin: Annotated[float, typer.Option(help="How much worse is safe: of the share right, or nats.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Draws other prompts.")] = 0,
     turns: Annotated[int, typer.Option(help="How often costs are measured; 0 for not at all.")] = 3,
     fit: Annotated[bool, typer.Option("--fit", help="Fit what can be fitted to plain prose first.")] = False,
@@ -71,10 +99,11 @@ def compare(
         for name, kind in known().items():
             console.print(f"{name:<22} {kind.about}", markup=False)
         return
-    contenders = [stack_from(text) for text in parted(methods)]
+    contenders = [stack_from(one) for text in parted(methods) for one in ranged(text)]
     if not contenders:
         raise FieldError("compare", "--methods", methods, "must name one or more", "act,snapkv(budget=0.25)")
-    asked = [find(text) for text in parted(tasks)]
+    for text in parted(tasks):  # what is wrong is named before the model loads
+        find(ranged(text, most=1 << 30)[0])
     if page:
         require_page()
     bars = Bars(STAGES)
@@ -84,13 +113,14 @@ def compare(
         from heedful.bench.compare import require
 
         loaded = models.load(model)
-        require(loaded, asked, count, turns, {"only": only, "backend": backend})
+        asked = [task for text in parted(tasks) for task in _taken(loaded, text, bars)]
+        require(loaded, asked, prompts, minutes, margin, turns, {"only": only, "backend": backend})
     with stopping(bars, out):
         if fit:
             contenders = [_fitted(loaded, what, bars, only) for what in contenders]
         found = run(
-            loaded, contenders, asked, count=count, seed=seed, turns=turns, out=out, progress=bars,
-            only=only, backend=backend,
+            loaded, contenders, asked, prompts=prompts, minutes=minutes, margin=margin, seed=seed, turns=turns, out=out,
+            progress=bars, only=only, backend=backend,
         )  # fmt: skip
     where = write_page(found, "compare", loaded.name, out) if page else None
     if as_json:

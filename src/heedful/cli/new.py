@@ -12,6 +12,7 @@ import typer
 from heedful.catalogue import entries
 from heedful.cli.console import console
 from heedful.core.errors import FieldError
+from heedful.rooms import build, rooms
 
 METHOD = Template('''"""The formula in one line."""
 
@@ -118,7 +119,7 @@ def snake(name: str) -> str:
 
 def method(
     name: Annotated[str, typer.Argument(help="The class's name, which is the paper's for the method: 'SnapKV'.")],
-    family: Annotated[str, typer.Option(help="The folder below methods/ it goes into.")] = "intervene/language",
+    family: Annotated[str, typer.Option(help="The room below methods/ it goes into.")] = "intervene/language",
     key: Annotated[str, typer.Option(help="The paper's id.")] = "P000",
     root: Annotated[Path, typer.Option(help="The clone.")] = Path(),
 ) -> None:
@@ -130,9 +131,8 @@ def method(
     home = root / "src" / "heedful" / "methods"
     if not home.is_dir():
         raise FieldError("heedful new method", "root", str(root), "must be a clone of heedful", "--root path/to/clone")
-    if not (home / family).is_dir():
-        rooms = sorted(str(p.parent.relative_to(home)) for p in home.rglob("__init__.py") if p.parent != home)
-        raise FieldError("heedful new method", "family", family, f"must be one of {', '.join(rooms)}", rooms[0])
+    if family not in (known := rooms(home)):
+        raise FieldError("heedful new method", "family", family, f"must be one of {', '.join(known)}", min(known))
     stem = snake(name)
     module = ".".join(("heedful", "methods", *Path(family).parts, stem))
     words = {"name": name, "key": key, "module": module, "year": 2026}
@@ -143,6 +143,8 @@ def method(
     }
     if there := [path for path in files if path.exists()]:
         raise FieldError("heedful new method", "name", name, f"would write over {there[0]}", f"{name}2")
+    if built := build(family, home):
+        console.print(f"wrote {built}", markup=False)
     for path, template in files.items():
         path.write_text(template.substitute(words))
         console.print(f"wrote {path}", markup=False)

@@ -52,4 +52,6 @@ class Bars:
         made = now.done - first
         rate = made / max(clock - began, 1e-9)
         speed = f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
-        self.progress.update(self._tasks[now.stage], completed=now.done, speed=speed if made and unit else "")
+        self.progress.update(
+            self._tasks[now.stage], total=now.total, completed=now.done, speed=speed if made and unit else ""
+        )

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from heedful.core.errors import FieldError
 from heedful.core.mask import Mask
+from heedful.core.packed import Packing
 from heedful.core.positions import Pairs, Positions
-from heedful.core.regions import Region, Span, coordinates, marked
+from heedful.core.regions import Marks, PerText, Region, Roles, bounds, by_text, coordinates, marked
 from heedful.core.state import State
 
-NO_ROLES: Mapping[str, tuple[Span, ...]] = MappingProxyType({})
+NO_ROLES: Roles = MappingProxyType({})
 
 
 class Phase(Enum):
@@ -34,6 +35,25 @@ class Phase(Enum):
         return cls(name)
 
 
+@dataclass(frozen=True)
+class DenoisingStep:
+    """Where the sampling of a diffusion model has come to: step `number`, counted from 0 at pure noise, of so many."""
+
+    number: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if self.of < 1:
+            raise FieldError(self, "of", self.of, "must be 1 or more steps", 50)
+        if not 0 <= self.number < self.of:
+            raise FieldError(self, "number", self.number, f"must be from 0 up and below {self.of}", 0)
+
+    @property
+    def share(self) -> float:
+        """Which share of the steps lies behind, from 0 up and below 1."""
+        return self.number / self.of
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call of one attention layer; inside SCORES, NORMALISE and PATTERN, one tile of it."""
@@ -48,8 +68,9 @@ class Call:
     scale: float  # what scores were multiplied with
     softcap: float | None = None
     phase: Phase = Phase.PREFILL
+    denoising: DenoisingStep | None = None  # of a diffusion model, as the run was told; None for all others
     cross: bool = False  # keys come from another sequence than queries
-    roles: Mapping[str, tuple[Span, ...]] = field(default_factory=lambda: NO_ROLES)  # named spans of token positions
+    roles: Marks = field(default_factory=lambda: NO_ROLES)  # named spans of token positions
     hidden: Tensor | None = None  # [b n e], the attention block's input
     rotate: Callable[[Tensor], Tensor] | None = None  # rotates [b|1 h q d] as this call's queries and fresh keys were
     mask: Mask = field(default_factory=Mask)  # the rules for the whole call
@@ -62,9 +83,9 @@ class Call:
     params: Mapping[str, Tensor] = field(default_factory=dict)  # the method's learned parameters in this layer
     state: State = field(default_factory=State)  # what the method remembers
     batch: int | None = None  # b, where it is known
-    query: Tensor | None = None  # [b h q d], the whole call's, from MASK on
-    key: Tensor | None = None  # [b g k d], the whole call's, from MASK on
-    value: Tensor | None = None  # [b g k d], the whole call's, from MASK on
+    query: Tensor | None = None  # [b h q d], the whole call's, from MASK on, and at a BLOCK that asks for it
+    key: Tensor | None = None  # [b g k d], like query
+    value: Tensor | None = None  # [b g k d], like query
     bias: Tensor | None = None  # [b|1, h|1, q|1, k], what the model adds to the whole call's scores, from MASK on
 
     @property
@@ -119,26 +140,40 @@ class Call:
         """The same call, seen by the queries `rows` and the keys `cols`."""
         return replace(self, queries=self.queries.take(rows), keys=self.keys.take(cols), rows=rows, cols=cols)
 
-    def region(self, role: str) -> Region:
-        """The spans named `role`, with their grid if there is one."""
-        spans = self.roles.get(role)
-        if spans is None:
+    def regions(self, role: str) -> tuple[Region, ...]:
+        """The spans named `role` in each text of the batch; one region where all have the same."""
+        found = self.roles.get(role)
+        if found is None:
             known = ", ".join(sorted(self.roles)) or "none"
             raise FieldError("attach()", "roles", known, f"has no spans named {role!r}", {role: ((0, 4),)})
-        return spans if isinstance(spans, Region) else Region(spans)
+        if isinstance(found, PerText):
+            return found.of(self.batch)
+        return (found if isinstance(found, Region) else Region(found),)
+
+    def region(self, role: str) -> Region:
+        """The spans named `role`, with their grid if there is one, where all texts have the same."""
+        found = set(self.regions(role))
+        if len(found) > 1:
+            rule = f"each text has its own {role!r}, and here all must have the same: read them one by one"
+            raise FieldError("attach()", "roles", len(found), rule, {role: ((0, 4),)})
+        return found.pop()
+
+    def bounds(self, role: str) -> Tensor:
+        """The starts and stops of the spans named `role`, `[b|1 spans 2]`."""
+        return bounds(self.regions(role)).to(self.queries.index.device)
 
     def marked(self, role: str) -> Tensor:
         """Which keys stand in the spans named `role`, `[b|1, g|1, k]`."""
-        return marked(self.region(role), self.k_pos)
+        return by_text(marked, self.regions(role), self.k_pos)
 
     def marked_queries(self, role: str) -> Tensor:
         """Which of the tile's queries stand in the spans named `role`, `[b|1, g|1, r]`."""
-        return marked(self.region(role), self.q_pos)
+        return by_text(marked, self.regions(role), self.q_pos)
 
     def coordinates(self, role: str) -> tuple[Tensor, Tensor]:
         """Where queries `[b|1, g|1, r, dims]` and keys `[b|1, g|1, k, dims]` stand on the role's grid; -1 outside."""
-        region = self.region(role)
-        return coordinates(region, self.q_pos), coordinates(region, self.k_pos)
+        regions = self.regions(role)
+        return by_text(coordinates, regions, self.q_pos), by_text(coordinates, regions, self.k_pos)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,8 +181,8 @@ class Kept:
     """What a CACHE edit leaves of a cache: which entries stay, and new keys or values for them, as after a merge."""
 
     keep: Tensor  # [b g k], bool
-    key: Tensor | None = None  # [b g k d], as handed; None: unchanged
-    value: Tensor | None = None  # [b g k d], as handed; None: unchanged
+    key: Tensor | Packing | None = None  # [b g k d], as handed, or some of them packed; None: unchanged
+    value: Tensor | Packing | None = None  # [b g k d], as handed, or some of them packed; None: unchanged
 
 
 @dataclass(frozen=True, eq=False)

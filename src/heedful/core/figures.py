@@ -76,6 +76,15 @@ class Intervals(Figure):
     zero: str = ""  # what zero means, for a line there; empty for no line
 
 
+def frontier(points: Mapping[str, tuple[float, ...]]) -> list[str]:
+    """The points (cost, worth) of which none is both cheaper and better, by cost."""
+    out: list[str] = []
+    for name, (_, y, *_) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
+        if not out or y > points[out[-1]][1]:
+            out.append(name)
+    return out
+
+
 @dataclass(frozen=True, eq=False)
 class Scatter(Figure):
     """Things by cost and worth: the further up and to the left the better."""
@@ -83,15 +92,12 @@ class Scatter(Figure):
     points: Mapping[str, tuple[float, float, float, float]]  # name -> x, y, and the ends of y's interval
     x_label: str
     y_label: str
+    among: Sequence[str] | None = None  # who may stand on the front; None: everybody
 
     @property
     def frontier(self) -> list[str]:
-        """The points of which none is both cheaper and better, by cost."""
-        out: list[str] = []
-        for name, (_, y, *_) in sorted(self.points.items(), key=lambda item: (item[1][0], -item[1][1])):
-            if not out or y > self.points[out[-1]][1]:
-                out.append(name)
-        return out
+        """Of those that may stand there, the points of which none is both cheaper and better, by cost."""
+        return frontier({name: at for name, at in self.points.items() if self.among is None or name in self.among})
 
 
 class Cell(NamedTuple):

@@ -68,10 +68,10 @@ def append(path: Path, text: str) -> None:
             raise
 
 
-def folder_for(owner: str, out: str | Path | None) -> Path | None:
+def folder_for(owner: str, out: str | Path | None, field: str = "out") -> Path | None:
     """The folder that a caller names for what a verb finds."""
     if out is not None and ("\0" in str(out) or not str(out)):
-        raise FieldError(owner, "out", str(out), "must be the name of a folder, without null characters", "kept")
+        raise FieldError(owner, field, str(out), "must be the name of a folder, without null characters", "kept")
     return None if out is None else Path(out)
 
 

@@ -15,7 +15,7 @@ from heedful.core.errors import FieldError
 from heedful.core.figures import Description
 from heedful.core.fitted import Fitted
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
-from heedful.core.regions import Span
+from heedful.core.regions import Roles, Span
 from heedful.core.stack import Stack
 
 
@@ -24,7 +24,7 @@ class Prompt:
     """Token ids and the named spans in them."""
 
     tokens: tuple[int, ...]
-    roles: Mapping[str, tuple[Span, ...]] = field(default_factory=lambda: NO_ROLES, hash=False)
+    roles: Roles = field(default_factory=lambda: NO_ROLES, hash=False)
 
     def __post_init__(self) -> None:
         if not self.tokens:

@@ -1,139 +1,32 @@
-"""What a method is: a frozen value that edits one or two sites of the attention call, or reads one."""
+"""What a method is, a frozen value that edits sites of the attention call or reads them; and methods joined in order.
+
+A stack is a value: it prints, hashes, compares and can be cited.
+"""
 
 from __future__ import annotations
 
-from abc import ABC
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, dataclass_transform
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import DefinitionError, FieldError
+from heedful.core.entry import CatalogueEntry, FitContext, Layer, Probe, Readings, Session
+from heedful.core.errors import ClashError, DefinitionError, FieldError
 from heedful.core.figures import Description
-from heedful.core.paper import UNPUBLISHED, Paper
-from heedful.core.sites import HEADLESS_SITES, Edit, Site
+from heedful.core.paper import UNPUBLISHED
+from heedful.core.sites import HEADLESS_SITES, MAP_SITES, SINGLE_SITES, Edit, Site
 from heedful.core.stats import Statistic
 
 if TYPE_CHECKING:
     from heedful.core.kinds import HeadWeights
-    from heedful.core.stack import Stack
 
-
-@dataclass(frozen=True)
-class Layer:
-    """The size of one attention layer, for methods that bring parameters of their own."""
-
-    number: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    width: int
-
-
-class Readings(Mapping[int, Statistic]):
-    """What one reading function found, by layer."""
-
-    def __init__(self, by_layer: Mapping[int, Statistic]) -> None:
-        self._by_layer = dict(sorted(by_layer.items()))
-
-    def __getitem__(self, layer: int) -> Statistic:
-        return self._by_layer[layer]
-
-    def __iter__(self) -> Any:
-        return iter(self._by_layer)
-
-    def __len__(self) -> int:
-        return len(self._by_layer)
-
-    def __repr__(self) -> str:
-        kinds = sorted({type(s).__name__ for s in self._by_layer.values()})
-        return f"Readings({len(self)} layers of {', '.join(kinds) or 'nothing'})"
-
-    @property
-    def values_by_layer(self) -> list[Any]:
-        return [stat.value for stat in self._by_layer.values()]
-
-
-class Session(Protocol):
-    """A run as a fit sees it."""
-
-    roles: dict[str, tuple[tuple[int, int], ...]]
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *error: Any) -> None: ...
-
-    def __call__(self, **inputs: Any) -> Any: ...
-
-    def __getitem__(self, part: Part) -> Any: ...
-
-    def reset(self) -> None: ...
-
-    def loss(self) -> Tensor: ...
-
-    def parameters(self) -> list[Any]: ...
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """One input of a measure that needs prompts of its own, and the spans that it looks at."""
-
-    tokens: Tensor  # [b n]
-    roles: Mapping[str, tuple[tuple[int, int], ...]]
-
-
-class FitContext(Protocol):
-    """What a fit may do with a model: look at its sizes, weights and words, and run it under a stack."""
-
-    @property
-    def layers(self) -> tuple[Layer, ...]: ...
-
-    def weights(self, layer: int) -> Any:
-        """The layer's projections, head by head."""
-        ...
-
-    def vocabulary(self) -> Any:
-        """The rows of the embedding and of the unembedding."""
-        ...
-
-    def attach(self, what: Part | Stack, /) -> Session: ...
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(field,))
-class CatalogueEntry(ABC):  # noqa: B024 - what is abstract stands in its kinds
-    """Anything with a paper that the catalogue lists: methods, token steps, decoding steps, surgery."""
-
-    paper: ClassVar[Paper] = UNPUBLISHED
-    kind: ClassVar[str] = "entry"
-
-    def __init_subclass__(cls, abstract: bool = False) -> None:
-        dataclass(frozen=True)(cls)
-        private = cls.__name__.startswith("_")  # what only serves another method needs none of its own
-        if not abstract and not private and (not isinstance(cls.paper, Paper) or cls.paper is UNPUBLISHED):
-            raise DefinitionError(f"{cls.__name__} has no paper: write paper = Paper(key, title, authors, year, ...)")
-
-    @classmethod
-    def neutral(cls) -> Self | None:
-        """Settings under which nothing changes; None where there are none."""
-        return None
-
-    @classmethod
-    def example(cls) -> Self:
-        """Settings under which something must change."""
-        return cls()
-
-    def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> Self:
-        """A new one fitted to data; those without anything to fit return themselves."""
-        return self
-
-    def __repr__(self) -> str:
-        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)]  # type: ignore[arg-type]
-        return f"{type(self).__name__}({', '.join(changed)})"
+__all__ = [
+    "CatalogueEntry", "FitContext", "Layer", "Method", "Part", "Probe", "Readings", "Scoped", "Session", "Stack",
+    "Step", "clash", "method_of",
+]  # fmt: skip
 
 
 class _Edits:
@@ -182,17 +75,15 @@ class Method(CatalogueEntry, abstract=True):
             raise DefinitionError(f"{cls.__name__} marks one site twice: join the functions into one")
 
     def __or__(self, other: Method | Stack) -> Stack:
-        from heedful.core.stack import Stack
-
         return Stack((self,)) | other
 
     def on(self, layers: Iterable[int] | int | None = None, heads: Iterable[int] | int | None = None) -> Scoped:
         """The same method for some layers and heads only."""
         return Scoped(self).on(layers, heads)
 
-    def when(self, phase: Phase | str) -> Scoped:
-        """The same method for one phase only, 'prefill' or 'decode'."""
-        return Scoped(self).when(phase)
+    def when(self, phase: Phase | str | None = None, *, steps: Iterable[int] | int | None = None) -> Scoped:
+        """The same method for one phase only, 'prefill' or 'decode', or for some denoising steps of a diffusion."""
+        return Scoped(self).when(phase, steps=steps)
 
     def above(self) -> int:
         """How many rows above its own an edit of SCORES or PATTERN looks at.
@@ -230,6 +121,10 @@ class Method(CatalogueEntry, abstract=True):
         """
         return False
 
+    def rests(self, tokens: int) -> str | None:
+        """Why a text of so many tokens is left as it is; None where it is not, or where the method cannot know."""
+        return None
+
     def carries(self, call: Call) -> Tensor | None:
         """For a reader of "carried": columns `[b k c]` that the mean of the heads' weights is multiplied with."""
         return None
@@ -258,16 +153,15 @@ def _numbers(owner: str, field: str, given: Iterable[int] | int | None) -> tuple
 
 @dataclass(frozen=True, repr=False)
 class Scoped:
-    """A method restricted to layers, heads or a phase; made by `.on()` and `.when()`."""
+    """A method restricted to layers, heads, a phase or denoising steps; made by `.on()` and `.when()`."""
 
     method: Method
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
     phase: Phase | None = None
+    steps: tuple[int, ...] | None = None
 
     def __or__(self, other: Method | Scoped | Stack) -> Stack:
-        from heedful.core.stack import Stack
-
         return Stack((self,)) | other
 
     def on(self, layers: Iterable[int] | int | None = None, heads: Iterable[int] | int | None = None) -> Scoped:
@@ -279,15 +173,26 @@ class Scoped:
                     raise FieldError(f"{name}.on()", "heads", heads, f"{edit.site.name} has no head axis", None)
                 if "carried" in edit.sums:
                     raise FieldError(f"{name}.on()", "heads", heads, "it follows the mean over all heads", None)
-        return Scoped(self.method, layers or self.layers, heads or self.heads, self.phase)
+        return replace(self, layers=layers or self.layers, heads=heads or self.heads)
 
-    def when(self, phase: Phase | str) -> Scoped:
-        return Scoped(self.method, self.layers, self.heads, Phase.named(phase))
+    def when(self, phase: Phase | str | None = None, *, steps: Iterable[int] | int | None = None) -> Scoped:
+        owner = f"{type(self.method).__name__}.when()"
+        if phase is None:
+            if steps is None:
+                raise FieldError(owner, "phase", None, "must name a phase, unless `steps` names some steps", "prefill")
+            return replace(self, steps=_numbers(owner, "steps", steps))
+        for edit in self.method.edits:
+            if edit.before_rotary:
+                rule = "it asks for keys from before the rotary embedding, and a cache cannot hold both kinds"
+                raise FieldError(owner, "phase", phase, rule, None)
+        return replace(self, phase=Phase.named(phase), steps=_numbers(owner, "steps", steps) or self.steps)
 
     def __repr__(self) -> str:
         where = [f"{k}={list(v)}" for k, v in (("layers", self.layers), ("heads", self.heads)) if v is not None]
         out = repr(self.method) + (f".on({', '.join(where)})" if where else "")
-        return out + (f".when({self.phase.value!r})" if self.phase else "")
+        when = [repr(self.phase.value)] if self.phase else []
+        when += [f"steps={list(self.steps)}"] if self.steps else []
+        return out + (f".when({', '.join(when)})" if when else "")
 
 
 Part = Method | Scoped
@@ -299,3 +204,128 @@ E = TypeVar("E", bound=CatalogueEntry)
 def method_of(part: Scoped | E) -> Method | E:
     """The method itself, without its restrictions."""
     return part.method if isinstance(part, Scoped) else part
+
+
+@dataclass(frozen=True)
+class Step:
+    """One edit of one part, as the engine runs it."""
+
+    number: int  # the part's place in the stack
+    part: Part
+    edit: Edit
+
+    @property
+    def method(self) -> Method:
+        return method_of(self.part)
+
+    @property
+    def heads(self) -> tuple[int, ...] | None:
+        return self.part.heads if isinstance(self.part, Scoped) else None
+
+    @property
+    def always(self) -> bool:
+        """Whether it acts in every call of its layers."""
+        if isinstance(self.part, Scoped) and (self.part.phase or self.part.steps):
+            return False
+        return type(self.method).idle is Method.idle
+
+    @property
+    def first(self) -> int | None:
+        """How many of a call's first rows a reader wants; None for all."""
+        return getattr(self.method, self.edit.first) or None if self.edit.first else None
+
+    def __str__(self) -> str:
+        return f"{self.part!r} at {self.edit.site.name}"
+
+
+def _overlap(a: Part, b: Part) -> bool:
+    """Whether two parts can meet in one layer, head, phase and denoising step."""
+
+    def meet(x: tuple[int, ...] | None, y: tuple[int, ...] | None) -> bool:
+        return x is None or y is None or bool(set(x) & set(y))
+
+    if not (isinstance(a, Scoped) and isinstance(b, Scoped)):
+        return True
+    phases = a.phase is None or b.phase is None or a.phase is b.phase
+    return meet(a.layers, b.layers) and meet(a.heads, b.heads) and meet(a.steps, b.steps) and phases
+
+
+def clash(a: Part, b: Part) -> str | None:
+    """Why two parts cannot act together, or None."""
+    if not _overlap(a, b):
+        return None
+    one, two = method_of(a), method_of(b)
+    for x, y in ((one, two), (two, one)):
+        for base in type(y).__mro__:
+            if base.__name__ in x.forbids:
+                return x.forbids[base.__name__]
+        if any(e.site is Site.BLOCK for e in x.edits):
+            inner = next((e.site.name for e in y.edits if e.site.inside), None)
+            if inner:
+                return f"{type(x).__name__} replaces the whole block, so there is no {inner} for {type(y).__name__}"
+        mixes = any(e.site is Site.MIX for e in x.edits)
+        mapped = next((e.site.name for e in y.edits if e.site in MAP_SITES), None)
+        if mixes and mapped:
+            return f"{type(x).__name__} replaces the attention map, so there is no {mapped} for {type(y).__name__}"
+        if mixes and any(e.site is Site.MASK for e in y.edits):
+            return f"{type(x).__name__} computes no single pairs, so {type(y).__name__} has none to mask"
+    for site in SINGLE_SITES:
+        if all(any(e.site is site and not e.reads for e in m.edits) for m in (one, two)):
+            return f"both replace {site.name}, and a layer has one"
+    return None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Parts in the order in which they act at a shared site."""
+
+    parts: tuple[Part, ...] = ()
+
+    def __post_init__(self) -> None:
+        for i, part in enumerate(self.parts):
+            if not isinstance(part, Method | Scoped):
+                what = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
+                raise DefinitionError(f"a stack holds methods, not {what}; join methods with |, as in A() | B()")
+            for other in self.parts[:i]:
+                if reason := clash(other, part):
+                    raise ClashError(f"{other!r} | {part!r}: {reason}")
+
+    def __or__(self, other: Part | Stack) -> Stack:
+        return Stack((*self.parts, *(other.parts if isinstance(other, Stack) else (other,))))
+
+    def __iter__(self) -> Iterator[Part]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.parts)) or "Stack()"
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        return tuple(method_of(part) for part in self.parts)
+
+    def steps(self, layer: int | None = None, phase: Phase | None = None) -> tuple[Step, ...]:
+        """Every edit in the order of sites, then of parts, that acts in the layer and phase."""
+        found = []
+        for number, part in enumerate(self.parts):
+            if isinstance(part, Scoped):
+                if layer is not None and part.layers is not None and layer not in part.layers:
+                    continue
+                if phase is not None and part.phase is not None and phase is not part.phase:
+                    continue
+            found += [Step(number, part, edit) for edit in method_of(part).edits]
+        return tuple(sorted(found, key=lambda s: (s.edit.site.order, s.number)))
+
+    @cached_property
+    def _sites(self) -> frozenset[Site]:
+        return frozenset(step.edit.site for step in self.steps())
+
+    def touches(self, *sites: Site) -> bool:
+        return not self._sites.isdisjoint(sites)
+
+    def cite(self) -> str:
+        """BibTeX of exactly the papers in this stack."""
+        papers = (method.paper for method in self.methods)
+        return "\n\n".join(dict.fromkeys(paper.bibtex() for paper in papers if paper is not UNPUBLISHED))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, repeat
 from math import prod
-from typing import Self
+from operator import index
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ class Region(tuple[Span, ...]):
     grid: tuple[int, ...] | None
 
     def __new__(cls, spans: Iterable[Span], grid: tuple[int, ...] | None = None) -> Self:
-        self = super().__new__(cls, ((start, stop) for start, stop in spans))
+        self = super().__new__(cls, ((index(start), index(stop)) for start, stop in spans))
         self.grid = grid
         tokens = sum(stop - start for start, stop in self)
         if grid is not None and prod(grid) != tokens:
@@ -33,6 +35,77 @@ class Region(tuple[Span, ...]):
 
     def __repr__(self) -> str:
         return f"Region({tuple(self)}" + (f", grid={self.grid})" if self.grid else ")")
+
+
+class PerText(tuple[Region, ...]):
+    """A region for each text of a batch."""
+
+    def of(self, batch: int | None) -> tuple[Region, ...]:
+        """One for each row; a text that beams or several answers repeat stands in as many rows, one after another."""
+        rows = len(self) if batch is None else batch
+        if rows % len(self):
+            rule = f"names spans for {len(self)} texts, and the batch has {rows}"
+            raise FieldError("attach()", "roles", len(self), rule, f"a list of {rows} mappings, or one for all")
+        return tuple(chain.from_iterable(repeat(region, rows // len(self)) for region in self))
+
+
+Roles = Mapping[str, tuple[Span, ...]]  # spans by name, the same in every text
+Marks = Mapping[str, tuple[Span, ...] | PerText]  # these as a call has them
+
+
+def marks(roles: Roles | Sequence[Roles] | None) -> dict[str, Region | PerText]:
+    """Roles as they were given: a mapping that holds for every text, or a list of one for each."""
+    if roles is None:
+        return {}
+    if isinstance(roles, Mapping):
+        return {_name(name): _region(name, spans) for name, spans in roles.items()}
+    if not isinstance(roles, Sequence) or not roles or not all(isinstance(one, Mapping) for one in roles):
+        rule = "must be a mapping of names to spans, or a list with one for each text"
+        raise FieldError("attach()", "roles", roles, rule, GOOD)
+    each = [marks(one) for one in roles]
+    names = dict.fromkeys(chain.from_iterable(each))
+    return {name: PerText(one.get(name, Region(())) for one in each) for name in names}  # type: ignore[misc]
+
+
+GOOD = {"marked": ((4, 9),)}
+
+
+def _name(name: Any) -> str:
+    if not isinstance(name, str):
+        raise FieldError("attach()", "roles", name, "the name of spans must be a word", GOOD)
+    return name
+
+
+def _region(name: str, spans: Any) -> Region | PerText:
+    if isinstance(spans, Region | PerText):
+        return spans
+    try:
+        found = Region(spans)
+    except (TypeError, ValueError) as error:
+        rule = "must be spans of token positions, each its start and its stop"
+        raise FieldError("attach()", "roles", {name: spans}, rule, GOOD) from error
+    for start, stop in found:
+        if not 0 <= start < stop:
+            rule = "a span is a start from 0 on and a stop behind it"
+            raise FieldError("attach()", "roles", {name: (start, stop)}, rule, GOOD)
+    return found
+
+
+def by_text(find: Callable[[Region, Tensor], Tensor], regions: tuple[Region, ...], position: Tensor) -> Tensor:
+    """What is found at the positions `[b|1 ...]` of each text by its own region, or by the one that all share."""
+    if len(regions) == 1:
+        return find(regions[0], position)
+    rows = position.expand(len(regions), *position.shape[1:])
+    return torch.stack([find(region, row) for region, row in zip(regions, rows, strict=True)])
+
+
+def bounds(regions: tuple[Region, ...]) -> Tensor:
+    """The spans as starts and stops, `[b|1 spans 2]`; every text has as many."""
+    if len({len(region) for region in regions}) > 1:
+        counts = [len(region) for region in regions]
+        rule = "must have as many spans in each text"
+        raise FieldError("attach()", "roles", counts, rule, [max(counts)] * len(counts))
+    return torch.tensor([list(region) for region in regions], dtype=torch.long).view(len(regions), -1, 2)
 
 
 def marked(spans: Iterable[Span], position: Tensor) -> Tensor:

@@ -37,10 +37,7 @@ class Site(Enum):
     def __init__(self, shape: str, meaning: str) -> None:
         self.shape = shape
         self.meaning = meaning
-
-    @property
-    def order(self) -> int:
-        return list(Site).index(self)
+        self.order = len(type(self).__members__)
 
     @property
     def inside(self) -> bool:
@@ -64,6 +61,7 @@ class Edit(NamedTuple):
     loss: bool = False  # what it reads is a differentiable number
     when: str = ""  # the field without which there is no such step
     first: str = ""  # the field that says how many of a call's first rows it reads
+    before_rotary: bool = False  # it asks for queries and keys as they are before the rotary embedding
 
 
 def _marking(edit: Edit) -> Callable[[F], F]:
@@ -74,12 +72,16 @@ def _marking(edit: Edit) -> Callable[[F], F]:
     return mark
 
 
-def at(site: Site, when: str = "") -> Callable[[F], F]:
+def at(site: Site, when: str = "", *, before_rotary: bool = False) -> Callable[[F], F]:
     """Mark a method's function as the edit of a site: it takes the site's value and returns the new one.
 
     `when` names a field of the method: where that is false, 0 or None there is no such step, and no backend is blocked.
+    `before_rotary` is for methods with positions of their own: a MIX is handed queries and keys that the model has not
+    rotated, a BLOCK finds them, and the values, in its call. The layer's QUERY, KEY and cache hold them so too.
     """
-    return _marking(Edit(site, "", reads=False, when=when))
+    if before_rotary and site not in (Site.MIX, Site.BLOCK):
+        raise DefinitionError(f"@at({site}, before_rotary=True): only MIX and BLOCK replace all that reads positions")
+    return _marking(Edit(site, "", reads=False, when=when, before_rotary=before_rotary))
 
 
 def reads(site: Site, when: str = "", first: str = "") -> Callable[[F], F]:

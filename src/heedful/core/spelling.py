@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from heedful.core.call import Phase
 from heedful.core.errors import DefinitionError, FieldError, HeedfulError, nearest
 from heedful.core.fitted import Fitted
 from heedful.core.method import CatalogueEntry, Scoped, method_of
 
 SHIPPED = "heedful.methods."
-SCOPE = ("layers", "heads", "phase")
+SCOPE = ("layers", "heads", "phase", "steps")
 
 
 def name_of(kind: type[CatalogueEntry]) -> str:
@@ -31,7 +30,7 @@ def spelled(part: CatalogueEntry | Scoped) -> dict[str, Any]:
         "fields": {name: _plain(method, name, getattr(method, name)) for name in names},
     }
     if isinstance(part, Scoped):
-        given = part.layers, part.heads, part.phase and part.phase.value
+        given = part.layers, part.heads, part.phase and part.phase.value, part.steps
         out |= {name: list(x) if isinstance(x, tuple) else x for name, x in zip(SCOPE, given, strict=True)}
     return out
 
@@ -79,9 +78,9 @@ def built(
         method = kind(**{word: _value(value, find, tensors) for word, value in spelling["fields"].items()})
         if not spelling.keys() & set(SCOPE):
             return method
-        layers, heads, phase = (_value(spelling.get(name), find, tensors) for name in SCOPE)
+        layers, heads, phase, steps = (_value(spelling.get(name), find, tensors) for name in SCOPE)
         scoped = Scoped(method).on(layers, heads)  # type: ignore[arg-type]  # refused by it if it is none
-        return scoped.when(Phase.named(phase)) if phase is not None else scoped
+        return scoped if phase is None and steps is None else scoped.when(phase, steps=steps)
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         if isinstance(error, HeedfulError):
             raise

@@ -41,6 +41,8 @@ class Shelf:
         self._settle = settle  # puts it with the cache, once there is something to carry
         self._editors: tuple[str, ...] = ()  # of the stack that last kept something and does not only read
         self._kept: dict[Key, dict[str, Note]] = {}
+        self.instead: dict[int, str] = {}  # layers of the cache that hold what the model's own attention cannot read
+        self.served: int | None = None  # the one among them whose next update is a run's
 
     def of(self, key: Key) -> dict[str, Note]:
         """What was kept under a key, for reading."""
@@ -51,10 +53,22 @@ class Shelf:
         if key.editors and key.editors != self._editors:
             self._editors = key.editors
             self._kept = {k: kept for k, kept in self._kept.items() if k.editors in ((), key.editors)}
+        self._go_along()
+        return self._kept.setdefault(key, {})
+
+    def _go_along(self) -> None:
         if self._settle is not None:
             settle, self._settle = self._settle, None
             settle(self)
-        return self._kept.setdefault(key, {})
+
+    def takes(self, number: int, what: str, tokens: int) -> bool:
+        """Let layer `number` of the cache take up `what` in place of the model's keys and values, unless the `tokens`
+        that it has seen are held otherwise."""
+        if tokens and self.instead.get(number) != what:
+            return False
+        self._go_along()
+        self.instead[number], self.served = what, number
+        return True
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that is kept."""
@@ -72,7 +86,7 @@ class Shelf:
     def crop(self, left: int) -> None:
         """Only the first `left` tokens of every row stay."""
         if not left:
-            self._kept = {}
+            self._kept, self.instead = {}, {}
         for kept in self._kept.values():
             kept.update({name: x.crop(left) for name, x in kept.items() if isinstance(x, ByIndex)})
 

@@ -60,8 +60,9 @@ class Statistic(ABC):
                 f"cannot merge {type(self).__name__} of settings {self.settings()} with {other.settings()}: settings "
                 "must agree"
             )
+        given = other.tensors()
         for name, mine in self.tensors().items():
-            theirs = other.tensors()[name]
+            theirs = given[name]
             if mine.shape[:-1] != theirs.shape[:-1] and type(self) is not Cat:
                 raise StatisticError(
                     f"cannot merge {type(self).__name__}.{name} of shape {tuple(mine.shape)} with "

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from heedful.core.errors import StatisticError
 from heedful.core.figures import Figure, Head, HeadMap, head_name
-from heedful.diagnosis.profile import Profile
 
 if TYPE_CHECKING:
+    from heedful.diagnosis.profile import Profile
     from heedful.report.pictures import Plots
 
 

@@ -15,18 +15,17 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Readings, method_of
 from heedful.core.stats import Max, Statistic, TopK
-from heedful.diagnosis.measures import reads_text
+from heedful.diagnosis.difference import ProfileDifference
+from heedful.diagnosis.measures import WEIGHTS, readers, reads_text
+from heedful.diagnosis.store import ADDED, read, write
 from heedful.diagnosis.view import TokenView
 
 if TYPE_CHECKING:
-    from heedful.diagnosis.difference import ProfileDifference
     from heedful.report.pictures import Plots
 
 # what two profiles must share to be one
 SAME = ("model", "kind", "weights", "layers", "heads", "kv_heads", "width", "parameters")
-WEIGHTS = "weights"  # stands for the reader where a measure looks at weights
 FEW = 64  # tokens below which shares and rates say little
-ADDED = ("texts", "windows", "tokens", "left_out")
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,22 +109,16 @@ class Profile:
 
     def __sub__(self, other: Profile) -> ProfileDifference:
         """What sets this one apart from another of equally many layers and heads."""
-        from heedful.diagnosis.difference import ProfileDifference
-
         return ProfileDifference(self, other)
 
     def save(self, folder: str | Path) -> Path:
         """Write `profile.json` and its statistics into a folder: whole, or not at all."""
-        from heedful.diagnosis.store import save_profile
-
-        return save_profile(self, Path(folder))
+        return write(Path(folder), self.facts, self.parts, self.statistics, self.view)
 
     @staticmethod
     def load(folder: str | Path) -> Profile:
         """Read what `save` wrote."""
-        from heedful.diagnosis.store import load_profile
-
-        return load_profile(Path(folder))
+        return Profile(*read(Path(folder)))
 
     def tables(self, arrow: bool = False) -> dict[str, Any]:
         """Every figure, the roles and the findings as pandas tables, or as Arrow tables."""
@@ -135,9 +128,9 @@ class Profile:
 
     def page(self, path: str | Path) -> Path:
         """Write the page: one HTML file that needs nothing else."""
-        from heedful.report.page import write
+        from heedful.report import page
 
-        return write(self, Path(path))
+        return page.write(self, Path(path))
 
     @property
     def plot(self) -> Plots:
@@ -170,11 +163,6 @@ class Profile:
     def _repr_html_(self) -> str:
         items = "".join(f"<li>{escape(f.text)}</li>" for f in self.findings())
         return f"<p><b>{escape(self.headline)}</b></p><ul>{items}</ul>"
-
-
-def readers(part: Measure) -> list[str]:
-    """What a measure's statistics are named by."""
-    return [WEIGHTS] if isinstance(part, Weights) else [e.name for e in method_of(part).edits if e.reads]
 
 
 def endless(what: str) -> StatisticError:

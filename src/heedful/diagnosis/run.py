@@ -23,9 +23,9 @@ from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Part, method_of
 from heedful.core.stack import Stack
 from heedful.core.stats import Cat, Statistic
-from heedful.diagnosis.measures import chosen, makes_trials, reads_text
-from heedful.diagnosis.profile import ADDED, WEIGHTS, Profile, endless
-from heedful.diagnosis.store import clean
+from heedful.diagnosis.measures import WEIGHTS, chosen, makes_trials, reads_text
+from heedful.diagnosis.profile import Profile, endless
+from heedful.diagnosis.store import ADDED, clean
 from heedful.diagnosis.texts import Delimiters, Texts, Windows, cut, ordinary, pieces, positions, sources
 from heedful.diagnosis.view import SHOWN, Attended, Looks, notable, room, view_of
 from heedful.engine.run import Run
@@ -237,7 +237,7 @@ class _Job:
         for n, part, probes in planned:
             with self.subject.attach(part) as run:
                 for probe in probes:
-                    run.roles = dict(probe.roles)
+                    run.roles = probe.roles
                     self.subject.read(run, tuple(probe.tokens))
                     done += probe.tokens.numel()
                     self.subject.report(Progress("trials", done, total))

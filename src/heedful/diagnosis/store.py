@@ -17,10 +17,11 @@ from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Method, Scoped
 from heedful.core.spelling import built, spelled
 from heedful.core.stats import Cat, Statistic, load, save
-from heedful.diagnosis.profile import ADDED, Profile, readers
+from heedful.diagnosis.measures import readers
 from heedful.diagnosis.view import TokenView
 
 FORMAT = 2
+ADDED = ("texts", "windows", "tokens", "left_out")  # facts that add up where profiles are merged
 STATISTICS = re.compile(r"statistics-[0-9a-f]{8}\.safetensors")
 # the facts that a profile tells, and of which kind they are
 FACTS: dict[str, type] = {"model": str, "seconds": dict, "skipped": list, "backends": list}
@@ -35,13 +36,19 @@ def _measure(spelling: Any) -> Measure:
     return part
 
 
-def save_profile(profile: Profile, folder: Path) -> Path:
-    view = profile.view
+def write(
+    folder: Path,
+    facts: dict[str, Any],
+    parts: tuple[Measure, ...],
+    statistics: Mapping[str, Statistic],
+    view: TokenView | None,
+) -> Path:
+    """A profile into a folder: whole, or not at all."""
     new = folder / f"statistics-{uuid.uuid4().hex[:8]}.safetensors"
     content = {
         "format": FORMAT,
-        "facts": profile.facts,
-        "parts": [spelled(part) for part in profile.parts],
+        "facts": facts,
+        "parts": [spelled(part) for part in parts],
         "statistics": new.name,
         "view": view and {"tokens": view.tokens, "heads": view.heads},
     }
@@ -49,14 +56,14 @@ def save_profile(profile: Profile, folder: Path) -> Path:
         content = json.loads(json.dumps(content))  # as it will be read
         text = json.dumps({**content, "digest": _digest(content)}, indent=1)
     except TypeError as error:
-        raise StatisticError(f"cannot save the measures {profile.parts}: {error}") from error
-    statistics = dict(profile.statistics)
+        raise StatisticError(f"cannot save the measures {parts}: {error}") from error
+    whole = dict(statistics)
     if view is not None:
-        statistics[VIEW] = Cat({"keys": view.keys, "weights": view.weights, "received": view.received})
+        whole[VIEW] = Cat({"keys": view.keys, "weights": view.weights, "received": view.received})
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            save(new, statistics)
+            save(new, whole)
             replace_text(folder / PROFILE, text)
         except BaseException:
             new.unlink(missing_ok=True)
@@ -94,7 +101,8 @@ def _require(facts: Any, parts: tuple[Measure, ...], statistics: Mapping[str, St
             raise KeyError(key)
 
 
-def load_profile(folder: Path) -> Profile:
+def read(folder: Path) -> tuple[dict[str, Any], tuple[Measure, ...], dict[str, Statistic], TokenView | None]:
+    """What `write` wrote, in its order."""
     try:
         content = json.loads((folder / PROFILE).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -125,7 +133,7 @@ def load_profile(folder: Path) -> Profile:
             view = TokenView(view["tokens"], [(layer, head) for layer, head in view["heads"]], **tensors)
         parts = tuple(map(_measure, spellings))
         _require(facts, parts, statistics)
-        return Profile(facts, parts, statistics, view)
+        return facts, parts, statistics, view
     except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, HeedfulError):
             raise

@@ -74,7 +74,7 @@ def _files(path: Path) -> list[Source]:
     if not path.exists():
         raise _refuse(str(path), "no such file or folder")
     if not path.is_dir():
-        text, why = _read(path)
+        text, why = read_text(path)
         if why:
             raise _refuse(str(path), why)
         return [Source(str(path), text)]
@@ -82,7 +82,7 @@ def _files(path: Path) -> list[Source]:
     inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     found = []
     for p in inside:
-        text, why = _read(p) if p.is_file() else ("", "is no file" if p.exists() else "is a link to nothing")
+        text, why = read_text(p) if p.is_file() else ("", "is no file" if p.exists() else "is a link to nothing")
         found.append(Source(str(p), text, found=True, unread=why))
     if all(source.unread for source in found):
         rule = f"the folder holds no file with text in it that ends in {', '.join(ENDINGS)}"
@@ -90,7 +90,7 @@ def _files(path: Path) -> list[Source]:
     return found
 
 
-def _read(path: Path) -> tuple[str, str]:
+def read_text(path: Path) -> tuple[str, str]:
     """A file's text, and why it has none."""
     try:
         text = path.read_text(encoding="utf-8")

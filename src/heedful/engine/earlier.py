@@ -25,12 +25,17 @@ def with_earlier(job: AttentionCall, q: Tensor) -> tuple[AttentionCall, Tensor]:
     kept["after"] = torch.full((len(q),), stop, device=q.device)
     kept["queries"] = (q if before is None else torch.cat([before.to(q), q], 2))[:, :, -above:].detach()
     first = call.queries.first
-    if before is None or not first:
+    if not first:
         return job, q
-    if after is None or not bool((after == first).all()):
+    if before is None or after is None:
+        raise SiteError(
+            f"layer {call.layer}: an edit looks at rows above its own, and the tokens in the cache were not read under "
+            "it; read the text from its beginning while this stack is attached, in every phase"
+        )
+    if not bool((after == first).all()):
         raise SiteError(
             f"layer {call.layer}: an edit looks at rows above its own, and the cache was cut back since these were "
-            "read; generate without a draft model, or read the text in one call"
+            "read, or grew without it; generate without a draft model, or read the text in one call"
         )
     if call.keys.first != 0:  # a row above may have seen, beside a key that is still held, one that is not
         raise SiteError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,15 +13,14 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from heedful.core.call import Call
+from heedful.core.call import Call, DenoisingStep
 from heedful.core.errors import FieldError, InactiveWarning, StatisticError
 from heedful.core.method import Layer, Method, Part, Readings
-from heedful.core.regions import Span
-from heedful.core.stack import Stack, as_stack
+from heedful.core.regions import PerText, Region, Roles, marks
+from heedful.core.stack import Stack, Step, as_stack
 from heedful.core.stats import Statistic, load, save
-from heedful.engine.again import guard
 from heedful.engine.learned import learned
-from heedful.engine.run_state import RunState
+from heedful.engine.run_state import RunState, blind
 from heedful.engine.select import Explanation, explain, named
 
 
@@ -64,6 +63,7 @@ class Activity:
     inactive: tuple[str, ...]
     density: dict[int, float]
     kept: dict[int, tuple[int, int]]
+    memory: dict[int, tuple[int, int]]
     backends: dict[int, str]
     nan: bool
 
@@ -83,6 +83,9 @@ class Activity:
         if self.kept:
             held, seen = (sum(x) for x in zip(*self.kept.values(), strict=True))
             lines.append(f"cache entries kept: {held} of {seen} ({held / max(1, seen):.1%})")
+        if self.memory:
+            held, whole = (sum(x) for x in zip(*self.memory.values(), strict=True))
+            lines.append(f"cache memory: {held / 2**20:.2f} of {whole / 2**20:.2f} MiB ({held / max(1, whole):.1%})")
         lines += [f"changed nothing: {step}" for step in self.inactive]
         if self.nan:
             lines.append("NaN was seen in the output of some head")
@@ -98,19 +101,18 @@ class Run:
         what: Part | Stack,
         adapter: Adapter,
         backend: str = "auto",
-        roles: Mapping[str, tuple[Span, ...]] | None = None,
+        roles: Roles | Sequence[Roles] | None = None,
         tile_rows: int | None = None,
     ) -> None:
         self.model = model
         self.stack = as_stack(what)
         self.backend = named(backend)
-        self.roles = dict(roles or {})
+        self.roles = roles
         if tile_rows is not None and tile_rows < 1:
             raise FieldError("attach()", "tile_rows", tile_rows, "must be 1 or more rows", 128)
         self.tile_rows = tile_rows
         self.state = RunState(self.stack)
         self.closed = False
-        self.checkpointed = False  # gradient checkpointing was seen in some forward
         self._adapter = adapter
         self._check_layers()
         try:
@@ -124,6 +126,15 @@ class Run:
     def settle(self) -> None:
         """The layers are known now, if they were not before."""
         self._check_layers()
+
+    @property
+    def roles(self) -> dict[str, Region | PerText]:
+        """Named spans of token positions. Set them to a mapping, or to a list with a mapping for each text."""
+        return self._roles
+
+    @roles.setter
+    def roles(self, roles: Roles | Sequence[Roles] | None) -> None:
+        self._roles = marks(roles)
 
     def _check_layers(self) -> None:
         if not self._adapter.ready:
@@ -234,8 +245,17 @@ class Run:
         acted = {s.number for s in run_state.changed}
         # a step that was never reached, such as CACHE without a cache, counts only where its whole method did nothing
         idle = [s for s in steps if s not in run_state.changed and (run_state.offered[s] or s.number not in acted)]
-        why = {s: ", which was idle" if s.number in run_state.idled else ", which was never reached" for s in idle}
-        return tuple(f"{s}" + ("" if run_state.offered[s] else why[s]) for s in idle)
+        return tuple(f"{step}{self._why(step)}" for step in idle)
+
+    def _why(self, step: Step) -> str:
+        if self.state.offered[step]:
+            reason = self.reason(step.method)
+            return "" if reason is None else f": {reason}"
+        return ", which was idle" if step.number in self.state.idled else ", which was never reached"
+
+    def reason(self, method: Method) -> str | None:
+        """Why a method left the longest text so far as it was, where it knows."""
+        return method.rests(max((len(call.keys) for call in self.state.calls.values()), default=0))
 
     @property
     def active(self) -> bool:
@@ -253,6 +273,7 @@ class Run:
             inactive,
             density,
             dict(run_state.kept),
+            dict(run_state.cache_bytes),
             dict(run_state.backends),
             run_state.nan,
         )
@@ -267,10 +288,9 @@ class Run:
             raise FieldError("Run", "stack", self.stack, rule, "a stack with a penalty")
         if not self.state.losses:
             raise StatisticError(f"{self.stack!r} has penalised nothing yet: run the model first, as in run(**inputs)")
-        total = torch.stack([x.float() for x in self.state.losses.values()]).sum()
-        if self.state.checkpointed:
-            guard((total,), self.installed)
-        return total
+        if self.state.now.blind and torch.is_grad_enabled():
+            raise blind(f"{self.stack!r}")
+        return torch.stack([x.float() for x in self.state.losses.values()]).sum()
 
     def installed(self) -> bool:
         """Whether the stack is in the model: neither closed nor paused."""
@@ -302,11 +322,20 @@ class Run:
 
     def reset(self) -> None:
         """Forget statistics and what methods remember of the run; learned parameters stay."""
-        self.state = RunState(self.stack, params=self.state.params)
+        self.state = RunState(self.stack, params=self.state.params, denoising=self.state.denoising)
 
     def forget(self) -> None:
         """Forget what methods remember of the run. Statistics stay, and so does what they keep with a cache."""
         self.state.forget()
+
+    @contextmanager
+    def denoising(self, number: int, of: int) -> Iterator[None]:
+        """A `with` in which a diffusion model is at step `number` of so many, counted from 0 at pure noise."""
+        before, self.state.denoising = self.state.denoising, DenoisingStep(number, of)
+        try:
+            yield
+        finally:
+            self.state.denoising = before
 
     def branch(self) -> AbstractContextManager[None]:
         """A `with` after which methods remember what they did before it, as where several continuations are tried."""

@@ -5,26 +5,27 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from heedful.core.call import Call, Phase
-from heedful.core.errors import DefinitionError, SiteError
-from heedful.core.method import Method
+from heedful.core.call import Call, DenoisingStep, Phase
+from heedful.core.errors import DefinitionError, FieldError, SiteError
+from heedful.core.method import Method, Scoped
 from heedful.core.sites import HEADLESS_SITES, MAP_SITES, Site
 from heedful.core.stack import Stack, Step, apart
 from heedful.core.state import Key, Notes, Shelf, State
 from heedful.core.stats import Statistic
 from heedful.core.values import replace
 from heedful.engine.needs import Needs
+from heedful.engine.one_forward import Forward, Found, Memory
 
-Found = tuple[int, str, int]  # part, reading function, layer
+_K = TypeVar("_K")
 
 
 class Plan:
@@ -56,6 +57,19 @@ class Plan:
     def may_idle(self) -> tuple[Step, ...]:
         """The steps of methods that sometimes have nothing to do."""
         return tuple(s for s in self.steps if type(s.method).idle is not Method.idle)
+
+    @cached_property
+    def _stepwise(self) -> dict[int, Scoped]:
+        """The parts that act in some denoising steps alone, by number."""
+        return {s.number: s.part for s in self.steps if isinstance(s.part, Scoped) and s.part.steps is not None}
+
+    def left_out(self, at: DenoisingStep | None) -> frozenset[int]:
+        """The parts that do not act in a denoising step."""
+        for part in self._stepwise.values():
+            if at is None:
+                rule = "acts in some denoising steps, and the run was not told at which one the model is"
+                raise FieldError(repr(part), "steps", list(part.steps or ()), rule, "with run.denoising(0, of=50): ...")
+        return frozenset(n for n, part in self._stepwise.items() if at and at.number not in (part.steps or ()))
 
     @cached_property
     def summed(self) -> tuple[Step, ...]:
@@ -117,50 +131,48 @@ class RunState:
     calls: dict[int, Call] = field(default_factory=dict)  # each layer's largest call, for counting its pairs
     backends: dict[int, str] = field(default_factory=dict)
     kept: dict[int, tuple[int, int]] = field(default_factory=dict)  # cache entries kept and seen, by layer
-    shelves: dict[int, Shelf] = field(default_factory=dict)  # what methods keep with the cache of the call, by layer
-    losses: dict[Found, Tensor] = field(default_factory=dict)  # what steps penalised in this forward
-    forward: int = -1
+    cache_bytes: dict[int, tuple[int, int]] = field(default_factory=dict)  # the bytes of those, and of all as they came
+    denoising: DenoisingStep | None = None  # the step that a diffusion model is at
     saves: int = 0  # how often the model was saved with the stack
-    checkpointed: bool = False  # some layer of this forward will be computed again on the way back
-    _backward: int = -1  # the pass back that this forward was begun in; -1: none
+    now: Forward = field(default_factory=Forward)  # the last forward, or what is computed of an earlier one again
 
     def __post_init__(self) -> None:
         self._highest: dict[int, Tensor] = {}  # of all that the heads of each layer gave, without its sign
-        self._of_forward: dict[int, dict[str, Any]] = defaultdict(dict)  # by part
         self._of_run: dict[tuple[int, int], dict[str, Any]] = defaultdict(dict)  # by part and layer
         parts = self.stack.parts
         self._names = tuple(f"{part!r} {parts[:n].count(part)}" for n, part in enumerate(parts))
         edits = [any(not e.reads for e in method.edits) for method in self.stack.methods]
         self._editors = tuple(itertools.compress(self._names, edits))
-        self._open: dict[Found, Statistic] = {}
         self._plans: dict[tuple[int, Phase, frozenset[int]], Plan] = {}
-        self._counted: dict[Found, Statistic] = {}  # the statistics as they were before this forward
-        self._early: set[int] = set()  # layers whose parts were asked at EMBEDDING
-        self._idle: dict[int, dict[int, bool]] = defaultdict(dict)  # of the calls that are under way, by layer and part
+
+    @property
+    def losses(self) -> dict[Found, Tensor]:
+        """What steps penalised in this forward."""
+        return self.now.losses
 
     def begin(self, layer: int, shelf: Shelf) -> None:
         """A call of a layer begins, with what methods keep with its cache."""
-        self.shelves[layer] = shelf
-        if layer in self._early:
-            self._early.remove(layer)
+        self.now.shelves[layer] = shelf
+        if layer in self.now.early:
+            self.now.early.remove(layer)
         else:
-            self._idle.pop(layer, None)
+            self.now.idle.pop(layer, None)
 
     def begin_early(self, layer: int) -> None:
         """A call of a layer is known before its attention is entered, at EMBEDDING; parts are asked there and then."""
-        self._idle.pop(layer, None)
-        self._early.add(layer)
+        self.now.idle.pop(layer, None)
+        self.now.early.add(layer)
 
     def plan(self, call: Call, *sites: Site) -> Plan:
         """The steps that act in a call: those of every part that is not idle in it.
 
         A part is asked once a call. With sites only those are asked that act there, and the others left for later.
         """
-        whole, asked = self._plan(call.layer, call.phase), self._idle[call.layer]
+        whole, asked = self._plan(call.layer, call.phase), self.now.idle[call.layer]
         for step in whole.may_idle:
             if step.number not in asked and (not sites or step.edit.site in sites):
                 asked[step.number] = step.method.idle(self.view(step, call))
-        idle = frozenset(number for number, yes in asked.items() if yes)
+        idle = frozenset(number for number, yes in asked.items() if yes) | whole.left_out(call.denoising)
         self.idled |= idle
         return self._plan(call.layer, call.phase, idle)
 
@@ -171,23 +183,30 @@ class RunState:
             found = self._plans[layer, phase, idle] = Plan(steps, apart(steps))
         return found
 
-    def new_forward(self) -> None:
-        """A new pass of the whole model begins."""
-        self.forward += 1
-        self.checkpointed = False
-        self._counted = dict(self.statistics)
-        self._backward = torch._C._current_graph_task_id()
-        self._of_forward.clear()
-        self._open.clear()
-        self.losses = {}
-        self.shelves.clear()
-        self._idle.clear()
-        self._early.clear()
+    def new_forward(self, blind: bool = False) -> None:
+        """A new pass of the whole model begins; it is blind where it has gradients on the way back alone."""
+        self.now = Forward(self.now.number + 1, self.now.again, counted=dict(self.statistics), blind=blind)
 
     def fail_forward(self) -> None:
         """The pass ended with an error: what it had counted so far counts for nothing."""
-        self.statistics = self._counted
-        self._open.clear()
+        if not self.now.again:
+            self.statistics = self.now.counted
+        self.now.open.clear()
+
+    def memory(self) -> Memory:
+        """What methods remember now, for whatever computes this again."""
+        return Memory(self.now.number, _copied(self.now.memory), _copied(self._of_run))
+
+    @contextmanager
+    def computing_again(self, memory: Memory) -> Iterator[None]:
+        """A `with` in which methods remember what they did when it was computed first, and readers count nothing."""
+        before = self.now, self._of_run
+        self.now = Forward(memory.number, again=True, memory=_copied(memory.forward))
+        self._of_run = _copied(memory.run)
+        try:
+            yield
+        finally:
+            self.now, self._of_run = before
 
     def forget(self) -> None:
         """Forget what methods remember of the run so far."""
@@ -204,55 +223,42 @@ class RunState:
 
     def view(self, step: Step, call: Call) -> Call:
         """The call as one method sees it."""
-        n, shelf = step.number, self.shelves.setdefault(call.layer, Shelf())
+        n, shelf = step.number, self.now.shelves.setdefault(call.layer, Shelf())
         notes = Notes(shelf, Key(self._editors, self._names[n], call.name), call.batch)
         return replace(
             call,
             params=self.params.get((n, call.layer), {}),
-            state=State(self._of_forward[n], self._of_run[n, call.layer], notes),
+            state=State(self.now.memory[n], self._of_run[n, call.layer], notes),
         )
 
     def kept_by_engine(self, call: Call) -> Notes:
         """What the engine itself keeps with the cache of a text."""
-        return Notes(self.shelves.setdefault(call.layer, Shelf()), Key(self._editors, "", call.name), call.batch)
-
-    @property
-    def again(self) -> bool:
-        """Whether gradient checkpointing computes a layer once more, on the way back."""
-        return torch._C._current_graph_task_id() != self._backward
+        return Notes(self.now.shelves.setdefault(call.layer, Shelf()), Key(self._editors, "", call.name), call.batch)
 
     def note(self, step: Step, call: Call, found: object) -> None:
         """Take what a reader found in a tile."""
         if found is None:
             return
-        if self.again:  # what was found there is known
-            if step.edit.loss:
-                self._same_gradient(step, call, found)
-            return
         if step.edit.loss:
             self._penalise(step, call, found)
+            return
+        if self.now.again:
             return
         if not isinstance(found, Statistic):
             raise DefinitionError(
                 f"{step}: a reader returns a statistic or None, not {type(found).__name__}; wrap it, as in Sum.of(x)"
             )
         key = (step.number, step.edit.name, call.layer)
-        self._open[key] = self._open[key] + found if key in self._open else found
+        self.now.open[key] = self.now.open[key] + found if key in self.now.open else found
 
     def _penalise(self, step: Step, call: Call, found: object) -> None:
         if not isinstance(found, Tensor) or found.ndim or not found.is_floating_point():
             got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise DefinitionError(f"{step}: a penalty is a floating-point tensor without axes, not {got}; sum it up")
+        if self.now.blind_layer:
+            raise blind(f"{step}, layer {call.layer}")
         key = (step.number, step.edit.name, call.layer)
         self.losses[key] = self.losses[key] + found if key in self.losses else found
-
-    def _same_gradient(self, step: Step, call: Call, found: object) -> None:
-        first = self.losses.get((step.number, step.edit.name, call.layer))
-        if isinstance(found, Tensor) and found.requires_grad and first is not None and not first.requires_grad:
-            raise SiteError(
-                f"{step}, layer {call.layer}: the penalty has no gradient, since gradient checkpointing with "
-                "use_reentrant=True computes it without one; use use_reentrant=False"
-            )
 
     def close_call(self, plan: Plan, call: Call) -> None:
         """Hand what the tiles of a call added up to over to the run."""
@@ -260,8 +266,8 @@ class RunState:
             if not step.edit.reads:
                 continue
             key = (step.number, step.edit.name, call.layer)
-            if key in self._open:
-                whole = step.method.finish(self._open.pop(key), self.view(step, call))
+            if key in self.now.open:
+                whole = step.method.finish(self.now.open.pop(key), self.view(step, call))
                 self.statistics[key] = self.statistics[key] + whole if key in self.statistics else whole
 
     def watch(self, step: Step, old: Any, new: Any) -> None:
@@ -297,3 +303,15 @@ class RunState:
     def endless(self) -> int | None:
         """The first layer in which some head gave infinity or what is no number."""
         return min((n for n, x in self._highest.items() if not bool(x.isfinite())), default=None)
+
+
+def _copied(kept: Mapping[_K, dict[str, Any]]) -> defaultdict[_K, dict[str, Any]]:
+    return defaultdict(dict, {key: dict(x) for key, x in kept.items()})
+
+
+def blind(what: str) -> SiteError:
+    """The error of a penalty that nobody could learn from."""
+    return SiteError(
+        f"{what}: the penalty has no gradient, since gradient checkpointing with use_reentrant=True computes it "
+        "without one; use use_reentrant=False"
+    )

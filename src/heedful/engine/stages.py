@@ -12,6 +12,7 @@ from torch import Tensor
 from heedful.core.call import CachedKV, Call, Kept
 from heedful.core.errors import SiteError
 from heedful.core.mask import Mask
+from heedful.core.packed import Packing
 from heedful.core.reweight import Reweight
 from heedful.core.sites import Site
 from heedful.core.stack import Step
@@ -191,32 +192,30 @@ def narrows(call: Call, before: Mask, rows: int = 128) -> bool:
     return False
 
 
-def keep_entries(job: AttentionCall, entries: CachedKV) -> Kept | None:
-    """What the CACHE steps leave of the entries; None when no step acts there."""
-    steps = job.plan.at(Site.CACHE)
-    if not steps:
-        return None
-    kept, padding = Kept(entries.is_filled), job.call.mask.padding
+def keep_entries(job: AttentionCall, entries: CachedKV) -> list[Kept]:
+    """What the CACHE steps leave of the entries, one after another."""
+    left: list[Kept] = []
+    kept, padding = entries.is_filled, job.call.mask.padding
     is_text = None if padding is None else padding.at(entries.positions.index)
-    for step in steps:
+    for step in job.plan.at(Site.CACHE):
         seen = job.run_state.view(step, job.call)
         mine = replace(entries, in_row=is_text)
         with untouched(step, job, entries.key, entries.value):
             given = getattr(step.method, step.edit.name)(mine, seen)
         new = _left(step, given, entries, job.call)
-        narrowed = kept.keep & new.keep
-        job.run_state.watch(step, kept.keep, narrowed)
-        for old, written in ((entries.key, new.key), (entries.value, new.value)):
-            if written is not None:
-                job.run_state.watch(step, old, written)
-        entries = replace(
-            entries,
-            key=entries.key if new.key is None else new.key,
-            value=entries.value if new.value is None else new.value,
-        )
-        key, value = (kept.key if new.key is None else new.key), (kept.value if new.value is None else new.value)
-        kept = Kept(narrowed, key, value)
-    return kept
+        narrowed = kept & new.keep
+        job.run_state.watch(step, kept, narrowed)
+        key, value = _written(entries.key, new.key), _written(entries.value, new.value)
+        job.run_state.watch(step, entries.key, key)
+        job.run_state.watch(step, entries.value, value)
+        kept, entries = narrowed, replace(entries, key=key, value=value)
+        left.append(new)
+    return left
+
+
+def _written(old: Tensor, new: Tensor | Packing | None) -> Tensor:
+    """The keys or values that the next step sees."""
+    return old if new is None else new.over(old) if isinstance(new, Packing) else new
 
 
 def _left(step: Step, given: object, entries: CachedKV, call: Call) -> Kept:
@@ -229,19 +228,28 @@ def _left(step: Step, given: object, entries: CachedKV, call: Call) -> Kept:
         raise SiteError(
             f"{step}, layer {call.layer}: must return which entries stay, bool of shape {tuple(shape)}, got {got}"
         )
-    for name, old, tensor in (("key", entries.key, kept.key), ("value", entries.value, kept.value)):
-        if tensor is not None and tensor.shape != old.shape:
+    for name, old, written in (("key", entries.key, kept.key), ("value", entries.value, kept.value)):
+        if isinstance(written, Packing):
+            those, rows = written.those, tuple(written.rows.tensor().shape)
+            if those.dtype != torch.bool or those.shape != shape or rows != (int(those.sum()), old.shape[3]):
+                raise SiteError(
+                    f"{step}, layer {call.layer}: a Packing of a {name} says which entries are packed, bool of shape "
+                    f"{tuple(shape)}, and packs [{int(those.sum())}, {old.shape[3]}] rows, not {rows}"
+                )
+        elif written is not None and written.shape != old.shape:
             raise SiteError(
                 f"{step}, layer {call.layer}: a Kept's {name} has the shape of what was handed over, "
-                f"{tuple(old.shape)}, not {tuple(tensor.shape)}"
+                f"{tuple(old.shape)}, not {tuple(written.shape)}"
             )
     chosen = chosen_heads(step, call)
     if chosen is None:
         return kept
 
-    def there(old: Tensor, new: Tensor | None) -> Tensor | None:
+    def there(old: Tensor, new: Tensor | Packing | None) -> Tensor | Packing | None:
         if new is None:
             return None
+        if isinstance(new, Packing):
+            return new.among(chosen)
         merged = old.clone()
         merged[:, chosen] = new[:, chosen].to(old.dtype)
         return merged

@@ -50,6 +50,11 @@ def length(call: Call) -> Tensor:
     return _end(call) + 1
 
 
+def earlier(call: Call) -> Tensor:
+    """How many tokens each text had before this call, `[b|1 1 1]`."""
+    return length(call) - call.is_text.sum(-1, keepdim=True)
+
+
 def _end(call: Call) -> Tensor:
     """The position of each text's last token so far, `[b|1 1 1]`; what is padded on the right ends before its row."""
     end = torch.where(call.is_text, call.q_pos, -1).amax((-2, -1), keepdim=True)

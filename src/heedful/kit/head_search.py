@@ -46,7 +46,7 @@ def scores(context: FitContext, what: Part | Stack, batches: Sequence[Batch]) ->
 
 def _score(run: Session, batch: Batch) -> Tensor:
     inputs = {k: v for k, v in batch.items() if k not in ("options", "target", "roles")}
-    run.roles = dict(batch.get("roles", {}))
+    run.roles = batch.get("roles")
     logits = run(**inputs).logits.float()
     if "options" in batch or "target" in batch:
         ends = at_end(logits, inputs)

@@ -32,6 +32,10 @@ class ScoredCache(Method, abstract=True):
     def declares(self, tokens: int) -> dict[str, float]:
         return {"kept": min(tokens, room_for(self.budget, tokens))}
 
+    def rests(self, tokens: int) -> str | None:
+        room = room_for(self.budget, tokens)
+        return f"there is room for {room} tokens, and the text has {tokens}" if room >= tokens else None
+
     def most(self, call: Call) -> Tensor:
         """How many entries each head of each text may hold after this call, `[b|1 1 1]`."""
         return room(self.budget, call)

@@ -28,6 +28,11 @@ from heedful.methods.intervene.vision.paint import PAINT as PAINT
 from heedful.methods.intervene.vision.var import VAR as VAR
 from heedful.methods.intervene.vision.vhr import VHR as VHR
 from heedful.methods.mechanisms.gates.gated_heads import GatedHeads as GatedHeads
+from heedful.methods.mechanisms.linear.efficient_attention import EfficientAttention as EfficientAttention
+from heedful.methods.mechanisms.linear.flow_attention import FlowAttention as FlowAttention
+from heedful.methods.mechanisms.linear.inline import InLine as InLine
+from heedful.methods.mechanisms.linear.lightning_attention import LightningAttention as LightningAttention
+from heedful.methods.mechanisms.linear.lln_attention import LLNAttention as LLNAttention
 from heedful.methods.mechanisms.linear.mala import MALA as MALA
 from heedful.methods.mechanisms.local.dynamic_conv import DynamicConv as DynamicConv
 from heedful.methods.mechanisms.local.light_conv import LightConv as LightConv

@@ -15,6 +15,7 @@ WORDS = {
     "over": "What helps it, and what it costs",
     "nothing": "There is nothing to compare yet.",
     "points": "Compared",
+    "curves": "Curves",
     "tables": "Scores and costs",
     "used": "What was compared, and by whose method",
 }
@@ -31,6 +32,9 @@ class Compared(Protocol):
 
     @property
     def verdict_words(self) -> Mapping[str, tuple[str, str]]: ...
+
+    @property
+    def words(self) -> Mapping[str, str]: ...
 
     @property
     def matrix(self) -> Matrix: ...
@@ -52,7 +56,7 @@ def _facts(comparison: Compared) -> list[tuple[str, str]]:
 def _used(comparison: Compared) -> list[dict[str, Any]]:
     """Every method of the catalogue that some contender holds."""
     spelled = comparison.facts.get("contenders", {}).values()
-    names = dict.fromkeys(name for text in spelled for name in re.findall(r"\b[A-Z]\w*(?=\()", text))
+    names = dict.fromkeys(name for text in spelled for name in re.findall(r"\b[A-Z]\w*", text))
     return [found for name in names if "paper" in (found := entry(name))]
 
 
@@ -62,7 +66,7 @@ def render(comparison: Compared) -> str:
     figures = [data.figure(figure, "") for figure in told.figures]
     plain = {k: v for k, v in comparison.facts.items() if k not in ("contenders", "tasks")}
     written = {
-        "words": WORDS | {"verdicts": comparison.verdict_words},
+        "words": {**WORDS, **comparison.words, "verdicts": comparison.verdict_words},
         "model": str(comparison.facts.get("model", "a model")),
         "facts": _facts(comparison),
         "more": more(plain),

@@ -24,6 +24,7 @@ WORDS = {  # what the page calls things
     "over": "What its attention does",
     "nothing": "No measure found anything worth a sentence. The maps below hold the numbers.",
     "points": "Compared",
+    "curves": "Along layers, positions and distances",
     "tables": "The most telling rows",
     "used": "What was measured, and by whose method",
 }

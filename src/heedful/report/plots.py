@@ -285,14 +285,14 @@ def scatter(figure: Scatter) -> go.Figure:
     x, y = ([figure.points[name][i] for name in best] for i in (0, 1))
     traces = [objects.Scatter(x=x, y=y, mode="lines", line=step, hoverinfo="skip", showlegend=False)]
     shown = _apart(figure, best)
-    for ending, symbol in (("none beats it", "circle"), ("beaten", "circle-open")):
+    for ending, symbol in (("on the front", "circle"), ("not on it", "circle-open")):
         names = [name for name in figure.points if (name in best) == (symbol == "circle")]
         if not names:
             continue
         x, y, low, high = (list(values) for values in zip(*(figure.points[name] for name in names), strict=True))
         bar = {"type": "data", "symmetric": False, "thickness": 1, "width": 0}
-        bar |= {"array": [h - v for h, v in zip(high, y, strict=True)]}
-        bar |= {"arrayminus": [v - w for v, w in zip(y, low, strict=True)]}
+        for side, ends in (("array", high), ("arrayminus", low)):
+            bar[side] = [None if math.isnan(end) else abs(end - v) for end, v in zip(ends, y, strict=True)]
         words = [name if name in shown else "" for name in names]
         trace = objects.Scatter(x=x, y=y, text=words, mode="markers+text", name=ending, error_y=bar, cliponaxis=False)
         trace.update(marker={"size": 9, "symbol": symbol}, textfont={"size": 11}, textposition="top center")

@@ -5,19 +5,24 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from heedful.core.errors import CatalogueError, nearest
 from heedful.core.reading import named, written
+from heedful.diagnosis.texts import ENDINGS
+from heedful.tasks._own import OwnText, from_file
 from heedful.tasks.task import Task
 
-__all__ = ["Task", "find", "known", "names"]
+__all__ = ["Task", "find", "from_file", "known", "names"]
 
 
 @cache
 def known() -> dict[str, type[Task]]:
     """Every task that heedful ships, by its name on the command line; a task's file is its only registration."""
-    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    names = [info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
     found = [
         thing
         for module in modules
@@ -25,10 +30,10 @@ def known() -> dict[str, type[Task]]:
         if not name.startswith("_") and inspect.isclass(thing) and thing.__module__ == module.__name__
         if issubclass(thing, Task) and not inspect.isabstract(thing)
     ]
-    names = {kind.name: kind for kind in found}
-    if len(names) < len(found):
+    by_name = {kind.name: kind for kind in found}
+    if len(by_name) < len(found):
         raise CatalogueError(f"two tasks have one name: {sorted(kind.name for kind in found)}")
-    return dict(sorted(names.items()))
+    return dict(sorted(by_name.items()))
 
 
 def names() -> dict[str, str]:
@@ -37,13 +42,30 @@ def names() -> dict[str, str]:
 
 
 def find(text: str) -> Task:
-    """A task by its name or its class's, with settings if they follow: `needle`, `Needle(length=512)`."""
+    """A task by its name or its class's, with settings if they follow: `needle`, `Needle(length=512)`.
+
+    What is a file or folder, or written as one, is read by `from_file`: `my.jsonl`, `notes/(length=1024)`.
+    """
     kinds = known()
     by_plain = {_plain(name): kind for kind in kinds.values() for name in (kind.name, kind.__name__)}
     kind = by_plain.get(_plain(named(text)))
+    if kind is None and _is_path(named(text)):
+        return from_file(named(text), **vars(written(text, FromFile, "notes/(length=1024)")))
     if kind is None:
-        raise CatalogueError(f"no task named {named(text)!r}.{nearest(named(text), kinds)} Known: {', '.join(kinds)}")
+        rule = f"no task named {named(text)!r}, nor a file or folder.{nearest(named(text), kinds)}"
+        raise CatalogueError(f"{rule} Known: {', '.join(kinds)}")
     return written(text, kind, kind())
+
+
+@dataclass(frozen=True)
+class FromFile:
+    """The settings of `from_file`, as they may follow a path."""
+
+    length: int = OwnText.length
+
+
+def _is_path(text: str) -> bool:
+    return Path(text).exists() or "/" in text or Path(text).suffix in ENDINGS
 
 
 def _plain(name: str) -> str:

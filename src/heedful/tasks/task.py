@@ -22,6 +22,8 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Any) -> str: ...
 
+    def __hash__(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class Item:
@@ -37,6 +39,11 @@ class Item:
             raise FieldError(self, "cut", self.cut, f"must lie inside the prompt of {len(self.prompt)} tokens", 1)
         if any(not option for option in self.options):
             raise FieldError(self, "options", self.options, "must each hold one token or more", ((1,), (2,)))
+
+    @property
+    def size(self) -> int:
+        """The tokens that are read in all: the prompt's, and the longest option's."""
+        return len(self.prompt) + max(map(len, self.options), default=0)
 
     def graded(self, role: str) -> list[range]:
         """Where in a sheet's losses the spans of a role stand, for an item without options."""
@@ -72,13 +79,22 @@ class Task(ABC):
     more_is_better: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
-        dataclass(frozen=True)(cls)
+        dataclass(frozen=True, repr=False)(cls)
 
     def items(self, tokenizer: Tokenizer, count: int, seed: int = 0) -> Sequence[Item]:
         """So many items, the same ones every time."""
         if count < 1:
             raise FieldError(self, "count", count, "must be 1 or more", 40)
         return [self.item(tokenizer, number, seed) for number in range(count)]
+
+    def available(self, tokenizer: Tokenizer) -> int | None:
+        """How many items there are; None where they are made without end."""
+        return None
+
+    @property
+    def title(self) -> str:
+        """The name in tables."""
+        return self.name
 
     @abstractmethod
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:

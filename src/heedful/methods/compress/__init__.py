@@ -1,1 +1,1 @@
-"""One file, one paper, one class."""
+"""A model's own weights, taken out or made smaller."""

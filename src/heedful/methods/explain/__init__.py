@@ -1,1 +1,1 @@
-"""One file, one paper, one class."""
+"""Why a model said what it said: which tokens, heads and layers an answer came from."""

@@ -1,1 +1,1 @@
-"""One file, one paper, one class."""
+"""A trained model led to do something else, by hand or by a small fit."""

@@ -1,1 +1,1 @@
-"""One file, one paper, one class."""
+"""Another way of attending, mostly for models that are trained with it."""

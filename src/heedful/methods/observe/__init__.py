@@ -1,1 +1,1 @@
-"""One file, one paper, one class."""
+"""What a model's attention does on a text, measured and left as it is."""

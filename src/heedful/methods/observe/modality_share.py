@@ -84,7 +84,7 @@ class ModalityShare(Method):
         if pattern.received is None or pattern.seen is None:
             return None
         nothing = torch.zeros_like(call.k_pos, dtype=torch.bool)
-        marks = [call.marked(kind) if kind in call.roles else nothing for kind in self.kinds]
+        marks = torch.broadcast_tensors(*(call.marked(kind) if kind in call.roles else nothing for kind in self.kinds))
         text = call.marked("text") if "text" in call.roles else ~torch.stack(marks).any(0)
         heads = pattern.received.shape[1]
         which = torch.stack([spread_heads(x, heads) for x in (*marks, text, ~nothing)], -1)  # [b|1 h|1 k kinds]

@@ -83,14 +83,13 @@ class RetrievalHeads(Method):
         if length < 2 * block or len(vocabulary) < block:
             return
         draw = torch.Generator().manual_seed(self.seed)
-        for depth in self.depths:
-            start = round(depth * (length - 2 * block))
-            rows = vocabulary[torch.randint(len(vocabulary), (self.texts, length), generator=draw)]
-            for row in rows:
-                row[start : start + block] = vocabulary[torch.randperm(len(vocabulary), generator=draw)[:block]]
-                row[-block:] = row[start : start + block]
-            needle = (start + self.cue, start + block)
-            yield Probe(rows, {"needle": (needle,), "answer": ((length - self.size, length),)})
+        starts = [round(depth * (length - 2 * block)) for depth in self.depths for _ in range(self.texts)]
+        rows = vocabulary[torch.randint(len(vocabulary), (len(starts), length), generator=draw)]
+        for row, start in zip(rows, starts, strict=True):
+            row[start : start + block] = vocabulary[torch.randperm(len(vocabulary), generator=draw)[:block]]
+            row[-block:] = row[start : start + block]
+        answer = ((length - self.size, length),)
+        yield Probe(rows, [{"needle": ((at + self.cue, at + block),), "answer": answer} for at in starts])
 
     def idle(self, call: Call) -> bool:
         return call.phase is Phase.DECODE or call.cross or not {"needle", "answer"} <= call.roles.keys()
@@ -103,8 +102,10 @@ class RetrievalHeads(Method):
         at = pattern.place.where(is_text, 0).long()
         found = spread_heads(call.k_pos, at.shape[1]).expand(len(at), at.shape[1], -1).gather(-1, at)
         hits, asked = torch.zeros_like(found, dtype=torch.bool), torch.zeros_like(is_text)
-        for (start, stop), (answer, _) in zip(call.roles["needle"], call.roles["answer"], strict=True):
-            comes = place + 1 - answer + start  # the needle token that comes next after each query
+        needles, answers = call.bounds("needle")[:, None], call.bounds("answer")[:, None]  # [b|1 1 spans 2]
+        for needle, answer in zip(needles.unbind(2), answers.unbind(2), strict=True):
+            start, stop = needle.split(1, -1)
+            comes = place + 1 - answer[..., :1] + start  # the needle token that comes next after each query
             asks = is_text & (comes >= start) & (comes < stop)
             hits |= asks & (found == comes)
             asked = asked | asks
@@ -135,6 +136,6 @@ if __name__ == "__main__":
     method = RetrievalHeads(depths=(0.5,))
     with attach(model, method) as run:
         for probe in method.probes(torch.arange(1000, tokenizer.vocab_size), 2048):
-            run.roles = dict(probe.roles)
+            run.roles = probe.roles
             run(input_ids=probe.tokens)
         print(run[method])

@@ -123,7 +123,8 @@ class SecondarySinks(Method):
         stream = stream.detach()
         is_text, position = (x[:, 0].expand(len(stream), -1) for x in (call.is_text, call.q_pos))
         first = (position == 0) & is_text
-        if (lead := added(call, "lead", x=stream.where(first[..., None], 0.0).sum(1))) is None:
+        leads = stream[torch.arange(len(stream), device=stream.device), first.int().argmax(-1)]  # [b e]
+        if (lead := added(call, "lead", x=leads.where(first.any(-1, keepdim=True), 0.0))) is None:
             return
         x, norm = lead[1]["x"], stream.norm(dim=-1)  # [b e], [b n]
         top = x.norm(dim=-1, keepdim=True)

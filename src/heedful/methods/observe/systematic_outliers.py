@@ -112,7 +112,9 @@ class SystematicOutliers(Method):
     def find(self, stream: Tensor, call: Call) -> None:
         """Leave the tokens' sizes for the next layer, whose attention they may draw."""
         is_text = call.is_text[:, 0, :, None]
-        size = stream.detach().abs().where(is_text, 0.0)
+        size = stream.detach().abs()
+        if call.queries.is_filled is not None:
+            size = size.where(is_text, 0.0)
         peak = call.queries.by_position(size.amax(-1)[:, None])[:, 0]  # [b k]
         rows = is_text.sum(1).expand(len(size), 1)
         sizes = {"peak": peak, "size": size.mean(-1).sum(-1, keepdim=True), "rows": rows}

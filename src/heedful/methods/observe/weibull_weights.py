@@ -42,8 +42,11 @@ class WeibullWeights(Weights):
     )
     # what is fitted: "shape", "scale" and "r2", each [layers 4]: queries, keys, values, output
     middle: float = 0.8  # share of the weights that the line is drawn through; the paper's default
+    sample: int | None = None  # weights of a matrix that are looked at, evenly spread; None: all, as in the paper
 
     def __post_init__(self) -> None:
+        if self.sample is not None and self.sample < 1000:
+            raise FieldError(self, "sample", self.sample, "must be 1000 weights or more, or None for all", 50_000)
         if not 0 < self.middle < 1:
             raise FieldError(self, "middle", self.middle, "must be a share between 0 and 1", 0.8)
 
@@ -56,7 +59,10 @@ class WeibullWeights(Weights):
 
     def line(self, weights: Tensor) -> Tensor:
         """Shape, scale and R2 of one matrix, `[3]`; nan where all weights are alike."""
-        x = weights.detach().flatten().float().abs()
+        x = weights.detach().flatten()
+        if self.sample is not None and len(x) > self.sample:
+            x = x[torch.linspace(0, len(x) - 1, self.sample, device=x.device, dtype=torch.float64).long()]
+        x = x.float().abs()
         if len(x) and not x.amin() > 0:  # picking out is the dearest step, and few models have zeros
             x = x[x > 0]
         x = x.log()

@@ -1,1 +1,1 @@
-"""One file, one paper, one class."""
+"""Less computed, read or kept, by models as they are."""

@@ -1,1 +1,1 @@
-"""Interventions on diffusion models."""
+"""Diffusion models: guidance, and layouts that are asked for."""

@@ -1,1 +1,1 @@
-"""Interventions on language models."""
+"""Language models: steering, marked spans, prompts and decoding."""

@@ -39,8 +39,7 @@ class _DocumentAttention(Method):
             return None
         given = weights[:, :, int(row)]  # [b h k]
         place = call.pairs.k[..., 0, :]
-        spans = call.roles.get(self.role, ())
-        sums = [(given * ((place >= start) & (place < stop))).sum(-1).mean() for start, stop in spans]
+        sums = [(given * ((place >= start) & (place < stop))).sum(-1).mean() for start, stop in call.region(self.role)]
         return Sum.of(torch.stack(sums))
 
     def answer(self, readings: Readings) -> Tensor:

@@ -1,1 +1,1 @@
-"""Interventions on what is seen in images."""
+"""Models that read images: what is looked at, and what is made up."""

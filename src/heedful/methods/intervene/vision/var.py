@@ -80,7 +80,8 @@ class VAR(Method):
         layer, sinks = call.state.forward.get("sinks", (None, None))  # [b n], by index
         if layer != call.layer - 1 or call.cross:
             return pattern
-        after = max((stop for _, stop in call.roles.get(self.role, ())), default=0)
+        stops = [max((stop for _, stop in region), default=0) for region in call.regions(self.role)]
+        after = torch.tensor(stops, device=pattern.device)[:, None, None, None]
         marked = call.spread(call.marked(self.role))[:, :, None]
         place = call.pairs.k_index[:, :, 0].clamp(max=sinks.shape[1] - 1).expand(len(sinks), -1, -1)
         sunk = sinks[:, None].expand(-1, place.shape[1], -1).gather(-1, place)[:, :, None]  # [b h|1 1 k]

@@ -1,1 +1,1 @@
-"""Gates on what heads hand over."""
+"""Gates on heads, or on what they hand over."""

@@ -1,1 +1,1 @@
-"""Attention without a map, linear in the number of tokens."""
+"""Attention without a map, its cost linear in the number of tokens."""

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from heedful.core.call import Call
-from heedful.core.errors import FieldError
-from heedful.core.mask import Padding
-from heedful.core.method import Method
-from heedful.core.paper import Paper
-from heedful.core.sites import Site, at
+from heedful.authoring import Call, Method, Paper, Site, at
+from heedful.kit.running import CHUNK, Running, require_chunk, wide
 
 
 def features(x: Tensor) -> Tensor:
     """ELU + 1, without losing what lies far below zero to rounding."""
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
-
-
-def text_keys(call: Call, total: int) -> Tensor:
-    """Which keys are text and not padding or an empty cache slot, `[b|1, g|1, k]`."""
-    row = replace(call, heads=call.kv_heads).tile(slice(0, 1), slice(0, total))
-    found = torch.ones_like(row.keys.index, dtype=torch.bool) if row.keys.is_filled is None else row.keys.is_filled
-    for rule in call.mask.rules:
-        if isinstance(rule, Padding):
-            found = found & rule.keeps(row.pairs)[..., 0, :]
-    return found
 
 
 class MALA(Method):
@@ -50,44 +34,19 @@ class MALA(Method):
             "The authors' depthwise convolution of the values and gate of the output are not part of it.",
         ),
     )
-    chunk: int = 64  # query rows a step; speed and memory only
+    chunk: int = CHUNK  # query rows a step; speed and memory only
 
     def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise FieldError(self, "chunk", self.chunk, "must be 1 or more rows", 64)
+        require_chunk(self, self.chunk)
 
     @at(Site.MIX)
     def attend(self, qkv: tuple[Tensor, Tensor, Tensor], call: Call) -> Tensor:
-        q, k, v = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in qkv)
-        b, h, n, d = q.shape
-        g, total = k.shape[1], k.shape[2]
-        text = text_keys(call, total)[..., None].to(q.dtype)
-        q = features(q).reshape(b, g, h // g, n, d) * call.scale
-        # a 1 beside each value sums phi(k) as well, and masked keys weigh nothing in any sum
-        values = torch.cat([v, torch.ones_like(v[..., :1])], -1) * text
-        phi = features(k) * text
-        past = total if not call.mask.causal else _past(call, n, total)
-        product = phi[:, :, :past].mT @ values[:, :, :past]  # [b g d dv+1]
-        plain = values[:, :, :past].sum(2)  # [b g dv+1]
-        out = []
-        for start in range(0, n, self.chunk):
-            rows = q[:, :, :, start : start + self.chunk]
-            mixed, mean = rows @ product[:, :, None], plain[:, :, None, None]
-            if call.mask.causal:
-                here = slice(past + start, past + start + rows.shape[3])
-                near, beside = phi[:, :, here], values[:, :, here]
-                mixed = mixed + (rows @ near[:, :, None].mT).tril() @ beside[:, :, None]
-                mean = mean + beside.cumsum(2)[:, :, None]
-                product, plain = product + near.mT @ beside, plain + beside.sum(2)
-            out.append(_rectified(mixed, mean))
-        return torch.cat(out, 3).reshape(b, h, n, v.shape[-1])
-
-
-def _past(call: Call, n: int, total: int) -> int:
-    """How many key columns stand before the first query; a cache may hold empty columns after the last one."""
-    if call.queries.first is None or call.keys.first is None:
-        return total - n
-    return call.queries.first - call.keys.first
+        q, k, v = wide(*qkv)
+        running = Running(call, k, self.chunk)
+        phi, v = running.hide(features(running.cut(k))), running.cut(v)
+        values = torch.cat([v, running.ones(v)], -1)  # a 1 beside each value sums phi(k) as well
+        mixed = running.mixed("products", features(q) * call.scale, phi, values)
+        return _rectified(mixed, call.spread(running.sums("values", values)))
 
 
 def _rectified(mixed: Tensor, mean: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Mixing of nearby tokens alone."""
+"""Each token mixes with its neighbours alone: windows and convolutions."""

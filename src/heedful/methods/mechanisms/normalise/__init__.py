@@ -1,1 +1,1 @@
-"""What replaces softmax."""
+"""Scores made into weights by something else than softmax."""

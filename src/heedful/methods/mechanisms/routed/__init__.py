@@ -1,1 +1,1 @@
-"""Heads, tokens or experts that each token chooses."""
+"""Each token chooses the heads, keys or experts that serve it."""

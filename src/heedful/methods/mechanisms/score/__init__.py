@@ -1,1 +1,1 @@
-"""Edits of the scores."""
+"""Scores of queries and keys made in another way, or mixed."""

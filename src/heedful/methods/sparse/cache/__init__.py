@@ -1,1 +1,1 @@
-"""Fewer entries in the cache."""
+"""Fewer or smaller entries kept in the cache."""

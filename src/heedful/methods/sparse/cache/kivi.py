@@ -8,9 +8,11 @@ from torch import Tensor
 from heedful.core.call import CachedKV, Call, Kept
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
+from heedful.core.packed import Packing
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.kit.budget import length
+from heedful.kit.budget import earlier, length
+from heedful.kit.packing import Codes
 
 WIDTHS = (2, 4, 8)
 
@@ -26,9 +28,8 @@ class KIVI(Method):
         "2402.02750",
         "ICML 2024",
         differs=(
-            "Entries are held rounded, in the model's own type: attention is as if they were packed, and their memory "
-            "is not saved.",
-            "Lowest numbers and steps are held in float32; the authors hold them in float16.",
+            "What is packed is unpacked for every call, in its lowest numbers' and steps' own type, the model's; the "
+            "authors' kernel unpacks while it multiplies, which saves time too.",
             "Keys and values have as many bits; the authors' code has a number for each.",
             "A group of equal numbers stays as it is; the authors' code divides by its width, which is zero.",
             "A piece of a prompt attends to its own entries unrounded, as a whole prompt does in the authors' code.",
@@ -58,36 +59,29 @@ class KIVI(Method):
     def example(cls) -> KIVI:
         return cls(group=4, residual=4)
 
+    def rests(self, tokens: int) -> str | None:
+        short = tokens < self.residual
+        return f"the newest {self.residual} tokens are whole, and the text has {tokens}" if short else None
+
     @at(Site.CACHE)
     def quantise(self, entries: CachedKV, call: Call) -> Kept:
         after = length(call)
-        before = after - call.is_text.sum(-1, keepdim=True)
-        place, text = entries.positions.position, entries.is_text
-        keys = text & (place >= before - before % self.residual) & (place < after - after % self.residual)
-        values = text & (place >= before - self.residual) & (place < after - self.residual)
+        before = earlier(call)
+        place, is_text = entries.positions.position, entries.is_text
+        keys = is_text & (place >= before - before % self.residual) & (place < after - after % self.residual)
+        values = is_text & (place >= before - self.residual) & (place < after - self.residual)
         key, value = None, None
         if bool(keys.any()):
-            key = torch.where(keys[..., None], self.keys(entries.key.float(), keys, place), entries.key)
+            text, head, _ = keys.nonzero().T
+            group = torch.stack([text, head, place.expand(keys.shape)[keys] // self.group], -1)
+            key = Packing(keys, self.keys(entries.key[keys], group))
         if bool(values.any()):
-            value = torch.where(values[..., None], self.by_token(entries.value.float()), entries.value)
+            value = Packing(values, Codes.by_row(entries.value[values], self.group, self.bits))
         return Kept(entries.is_filled, key, value)
 
-    def keys(self, key: Tensor, those: Tensor, place: Tensor) -> Tensor:
-        """`those [b g k]` of keys `[b g k d]` rounded, with a scale for each channel and group of positions."""
-        slot = torch.where(those, place // self.group + 1, 0)[..., None].expand(key.shape)
-        size = (*key.shape[:2], int(slot.max()) + 1, key.shape[3])
-        low = key.new_full(size, torch.inf).scatter_reduce(2, slot, key, "amin")
-        high = key.new_full(size, -torch.inf).scatter_reduce(2, slot, key, "amax")
-        return self.rounded(key, low.gather(2, slot), high.gather(2, slot))
-
-    def by_token(self, x: Tensor) -> Tensor:
-        """All of `x [b g k d]` rounded, with a scale for each token and group of channels."""
-        parts = x.split(self.group, -1)
-        return torch.cat([self.rounded(p, p.amin(-1, keepdim=True), p.amax(-1, keepdim=True)) for p in parts], -1)
-
-    def rounded(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        step = (high - low) / (2**self.bits - 1)
-        return low + step * ((x - low) / step.masked_fill(step == 0, 1.0)).round()
+    def keys(self, rows: Tensor, group: Tensor) -> Codes:
+        """Keys `[t d]`, those of a `group [t ...]` scaled together."""
+        return Codes.by_group(rows, group, self.bits)
 
 
 if __name__ == "__main__":

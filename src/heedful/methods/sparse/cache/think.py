@@ -8,9 +8,11 @@ from torch import Tensor
 from heedful.core.call import CachedKV, Call, Kept
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
+from heedful.core.packed import Packing
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.kit.budget import newest
+from heedful.kit.budget import earlier, newest
+from heedful.kit.packing import Channels
 from heedful.kit.scores import last_queries
 
 
@@ -25,7 +27,7 @@ class ThinK(Method):
         "2407.21018",
         "ICLR 2025",
         differs=(
-            "Dropped channels are held as zeros: attention is as if they were gone, and their memory is not saved.",
+            "Dropped channels come back as zeros for every call; the authors' code multiplies without them.",
             "The channels are chosen by the call with which a text outgrows the newest entries, from that call's last "
             "queries; the authors choose once, at the end of the prompt.",
             "What is generated loses the same channels as it leaves the newest entries; the authors leave it whole.",
@@ -53,16 +55,26 @@ class ThinK(Method):
     def example(cls) -> ThinK:
         return cls(share=0.5, recent=2, window=2)
 
+    def rests(self, tokens: int) -> str | None:
+        short = tokens <= self.recent
+        return f"the newest {self.recent} tokens keep all channels, and the text has {tokens}" if short else None
+
     @at(Site.CACHE)
     def thin(self, entries: CachedKV, call: Call) -> Kept:
         old = entries.is_text & ~newest(entries, call, self.recent)
-        dropped = call.state.cache.get("dropped")
-        if dropped is None:
-            dropped = torch.zeros_like(entries.key[:, :, 0], dtype=torch.bool)
-        new = old.any(-1) & ~dropped.any(-1)  # texts that are only now long enough to choose
+        dropped = call.state.cache.get("dropped", old.new_zeros(*old.shape[:2], entries.key.shape[-1]))
+        chose = dropped.any(-1)
+        new = old.any(-1) & ~chose  # texts that are only now long enough to choose
         if bool(new.any()):
             dropped = call.state.cache["dropped"] = torch.where(new[..., None], self.least(entries, call), dropped)
-        return Kept(entries.is_filled, key=entries.key.masked_fill(old[..., None] & dropped[:, :, None], 0.0))
+        thin = chose[..., None] & (entries.positions.position < earlier(call) - self.recent)  # by an earlier call
+        those = old & ~thin & dropped.any(-1, keepdim=True)
+        if not bool(those.any()):
+            return Kept(entries.is_filled)
+        head = torch.arange(chose.numel(), device=old.device).view(*chose.shape, 1).expand(old.shape)[those]
+        used, slot = head.unique(return_inverse=True)
+        rows = Channels.of(entries.key[those], ~dropped.flatten(0, 1)[used], slot)
+        return Kept(entries.is_filled, Packing(those, rows))
 
     def least(self, entries: CachedKV, call: Call) -> Tensor:
         """Which channels of each key head weigh least, `[b g d]`."""

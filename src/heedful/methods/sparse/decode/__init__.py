@@ -1,1 +1,1 @@
-"""Fewer entries read at each step."""
+"""Fewer of the kept entries read at each step."""

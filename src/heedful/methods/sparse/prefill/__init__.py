@@ -1,1 +1,1 @@
-"""Fewer pairs while a prompt is read."""
+"""Fewer pairs of tokens computed while a prompt is read."""

@@ -1,0 +1,27 @@
+"""The lab as claims use it: each training is made once, whichever claim asks first, and kept in `claims/.lab`.
+
+A training is found again by its settings, its seed and the code of its mechanism, so that softmax is trained once for
+all claims of the same course. Delete the folder after a change of the engine; everything can be trained anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from heedful.core.method import Part
+from heedful.core.stack import Stack
+from heedful.laboratory.course import Course
+from heedful.laboratory.language import Text
+from heedful.laboratory.records import Trainings
+
+LAB = Trainings(Path(__file__).parent / ".lab")
+SHORT = Text(tokens=204_800)  # 200 steps: what most claims about mechanisms train
+
+
+def numbers(
+    ways: Mapping[str, Part | Stack | None], seed: int, *quantities: str, course: Course = SHORT
+) -> dict[str, float]:
+    """Quantities of a model trained in each way, as "loss, softmax"; None is softmax."""
+    found = {name: LAB.record(course, what, seed) for name, what in ways.items()}
+    return {f"{quantity}, {name}": record[quantity] for quantity in quantities for name, record in found.items()}

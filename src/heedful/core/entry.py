@@ -1,0 +1,133 @@
+"""What the catalogue lists, and what a fit and a measure are given: sizes, readings, prompts, a model to look at."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, dataclass_transform
+
+from torch import Tensor
+
+from heedful.core.errors import DefinitionError
+from heedful.core.paper import UNPUBLISHED, Paper
+from heedful.core.regions import Roles
+from heedful.core.stats import Statistic
+
+if TYPE_CHECKING:
+    from heedful.core.method import Part, Stack
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The size of one attention layer, for methods that bring parameters of their own."""
+
+    number: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    width: int
+
+
+class Readings(Mapping[int, Statistic]):
+    """What one reading function found, by layer."""
+
+    def __init__(self, by_layer: Mapping[int, Statistic]) -> None:
+        self._by_layer = dict(sorted(by_layer.items()))
+
+    def __getitem__(self, layer: int) -> Statistic:
+        return self._by_layer[layer]
+
+    def __iter__(self) -> Any:
+        return iter(self._by_layer)
+
+    def __len__(self) -> int:
+        return len(self._by_layer)
+
+    def __repr__(self) -> str:
+        kinds = sorted({type(s).__name__ for s in self._by_layer.values()})
+        return f"Readings({len(self)} layers of {', '.join(kinds) or 'nothing'})"
+
+    @property
+    def values_by_layer(self) -> list[Any]:
+        return [stat.value for stat in self._by_layer.values()]
+
+
+class Session(Protocol):
+    """A run as a fit sees it."""
+
+    roles: Any  # spans of token positions by name, or a list of these with one for each text
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: Any) -> None: ...
+
+    def __call__(self, **inputs: Any) -> Any: ...
+
+    def __getitem__(self, part: Part) -> Any: ...
+
+    def reset(self) -> None: ...
+
+    def loss(self) -> Tensor: ...
+
+    def parameters(self) -> list[Any]: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """One input of a measure that needs prompts of its own, and the spans that it looks at."""
+
+    tokens: Tensor  # [b n]
+    roles: Roles | Sequence[Roles]  # in all rows, or in each
+
+
+class FitContext(Protocol):
+    """What a fit may do with a model: look at its sizes, weights and words, and run it under a stack."""
+
+    @property
+    def layers(self) -> tuple[Layer, ...]: ...
+
+    def weights(self, layer: int) -> Any:
+        """The layer's projections, head by head."""
+        ...
+
+    def vocabulary(self) -> Any:
+        """The rows of the embedding and of the unembedding."""
+        ...
+
+    def attach(self, what: Part | Stack, /) -> Session: ...
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+class CatalogueEntry(ABC):  # noqa: B024 - what is abstract stands in its kinds
+    """Anything with a paper that the catalogue lists: methods, token steps, decoding steps, surgery."""
+
+    paper: ClassVar[Paper] = UNPUBLISHED
+    kind: ClassVar[str] = "entry"
+
+    def __init_subclass__(cls, abstract: bool = False) -> None:
+        dataclass(frozen=True)(cls)
+        private = cls.__name__.startswith("_")  # what only serves another method needs none of its own
+        if not abstract and not private and (not isinstance(cls.paper, Paper) or cls.paper is UNPUBLISHED):
+            raise DefinitionError(f"{cls.__name__} has no paper: write paper = Paper(key, title, authors, year, ...)")
+
+    @classmethod
+    def neutral(cls) -> Self | None:
+        """Settings under which nothing changes; None where there are none."""
+        return None
+
+    @classmethod
+    def example(cls) -> Self:
+        """Settings under which something must change."""
+        return cls()
+
+    def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> Self:
+        """A new one fitted to data; those without anything to fit return themselves."""
+        return self
+
+    def __repr__(self) -> str:
+        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(changed)})"

@@ -1,0 +1,41 @@
+"""What a run knows of one forward of the whole model, and gone with it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from heedful.core.state import Shelf
+from heedful.core.stats import Statistic
+
+Found = tuple[int, str, int]  # part, reading function, layer
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward, or what a checkpoint computes of it again on the way back."""
+
+    number: int = -1
+    again: bool = False  # what readers find is known already
+    backward: int = field(default_factory=torch._C._current_graph_task_id)  # the pass back it is computed in; -1: none
+    memory: dict[int, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))  # of methods, by part
+    losses: dict[Found, Tensor] = field(default_factory=dict)  # what steps penalised
+    shelves: dict[int, Shelf] = field(default_factory=dict)  # what methods keep with the cache of the call, by layer
+    open: dict[Found, Statistic] = field(default_factory=dict)  # what the tiles of calls under way add up to
+    counted: dict[Found, Statistic] = field(default_factory=dict)  # the statistics as they were before
+    early: set[int] = field(default_factory=set)  # layers whose parts were asked at EMBEDDING
+    idle: dict[int, dict[int, bool]] = field(default_factory=lambda: defaultdict(dict))  # by layer and part
+    blind: bool = False  # it stands in a checkpoint whole, and has gradients on the way back alone
+    blind_layer: bool = False  # the layer under way does
+
+
+class Memory(NamedTuple):
+    """What methods remembered when a checkpoint was entered."""
+
+    number: int
+    forward: dict[int, dict[str, Any]]
+    run: dict[tuple[int, int], dict[str, Any]]

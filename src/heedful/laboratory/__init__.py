@@ -1,0 +1,1 @@
+"""The same tiny models, data and budget for every mechanism: one yardstick for what replaces attention."""

@@ -1,0 +1,115 @@
+"""`heedful.lab`: any number of mechanisms, each trained on the same tiny models, data and budget, beside softmax."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from heedful.catalogue import find
+from heedful.core.errors import FieldError, HeedfulError, WriteError
+from heedful.core.files import folder_for
+from heedful.core.method import Method, Part, Scoped
+from heedful.core.reading import named, written
+from heedful.core.stack import Stack
+from heedful.laboratory.costs import PLAIN
+from heedful.laboratory.kinds import DEFAULTS, courses
+from heedful.laboratory.outcome import Lab
+from heedful.laboratory.records import Record, Trainings, as_stack, name_of
+from heedful.laboratory.results import Refused, facts
+from heedful.laboratory.training import MissingTrainer, Steps
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a lab is."""
+
+    stage: str  # "steps"
+    done: int  # of all trainings together
+    total: int
+    note: str = ""
+
+
+Report = Callable[[Progress], None]
+
+
+def lab(
+    mechanisms: Mapping[str, Part | Stack] | Iterable[Part | Stack] | None = None,
+    kind: str = "lm",
+    *,
+    seeds: int = 3,
+    tokens: int | None = None,
+    folder: str | Path | None = None,
+    progress: Report | None = None,
+) -> Lab:
+    """Train softmax and each mechanism on the same tiny models, data and budget, and measure what comes of it.
+
+    `mechanisms` are methods or stacks, eight of the catalogue for None. `kind` is "lm" (bytes of text, and synthetic
+    tasks), "vit" (digits) or "seq2seq" (strings). `tokens` is the budget of each training, None for each course's own.
+    `folder` keeps what is trained: the same call goes on where it stopped, and other calls use what they share with it.
+    """
+    chosen, wanted = _chosen(mechanisms, kind), courses(kind, tokens)
+    if seeds < 1:
+        raise FieldError("lab()", "seeds", seeds, "must be 1 or more", 3)
+    report = progress or (lambda _: None)
+    kept = folder_for("lab()", folder, "folder")
+    with ExitStack() as stack:
+        trainings = Trainings(kept or Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        todo = [(seed, name, course) for seed in range(seeds) for name in chosen for course in wanted]
+        records: list[Record] = []
+        refused: dict[tuple[str, str], Refused] = {}
+        known = sum(trainings.has(course, chosen[name], seed) for seed, name, course in todo)
+        note = f"goes on after {known} of {len(todo)} trainings" if known else ""
+        total, done = sum(course.steps for _, _, course in todo), 0
+        for seed, name, course in todo:
+            report(Progress("steps", done, total, note))
+            note = ""
+            if (name, course.name) not in refused:
+                if not trainings.has(course, chosen[name], seed):
+                    report(Progress("steps", done, total, f"{course.name}, seed {seed}: {name}"))
+                try:
+                    made = trainings.record(course, chosen[name], seed, _counted(report, done, total))
+                    records.append(made.named(name))
+                except (WriteError, MissingTrainer):
+                    raise
+                except HeedfulError as reason:
+                    refused[name, course.name] = Refused(name, course.name, str(reason))
+                    note = f"{name} was refused by {course.name}: {reason}"
+            done += course.steps
+        report(Progress("steps", done, total, note))
+    told = facts(records) | {"kind": kind, "contenders": {name: repr(what) for name, what in chosen.items() if what}}
+    return Lab(told, wanted, tuple(records), tuple(refused.values()))
+
+
+def _counted(report: Report, before: int, total: int) -> Steps:
+    """Tells how far all trainings are from how far one is."""
+    return lambda now: report(Progress("steps", before + now, total))
+
+
+def _chosen(mechanisms: Mapping[str, Part | Stack] | Iterable[Part | Stack] | None, kind: str) -> dict[str, Stack]:
+    """The mechanisms by name, softmax first."""
+    found = {PLAIN: Stack()}
+    if mechanisms is None:
+        mechanisms = [mechanism(text) for text in DEFAULTS.get(kind, ())]
+    items = mechanisms.items() if isinstance(mechanisms, Mapping) else ((None, what) for what in mechanisms)
+    for given, what in items:
+        if not isinstance(what, Method | Scoped | Stack):
+            raise FieldError("lab()", "mechanisms", what, "must be methods or stacks", "[ClippedSoftmax()]")
+        stack = as_stack(what)
+        name = name_of(stack) if given is None else given
+        if name == PLAIN and len(stack):
+            raise FieldError("lab()", "mechanisms", name, "is the name of softmax; choose another", "mine")
+        found[repr(stack) if name in found and len(stack) else name] = stack
+    if len(found) < 2:
+        raise FieldError("lab()", "mechanisms", (), "must name one or more beside softmax", "[ClippedSoftmax()]")
+    return found
+
+
+def mechanism(text: str) -> Method:
+    """A mechanism as text names it, with its defaults where no settings are given."""
+    kind = find(named(text))
+    if not issubclass(kind, Method):
+        raise FieldError("lab()", "mechanisms", text, f"is {kind.kind}, which no model is trained under", "MALA")
+    return written(text if "(" in text else f"{text}()", kind, kind.example())

@@ -1,0 +1,158 @@
+"""What stands in a user's files, row by row, and why a row cannot be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heedful.core.errors import FieldError
+from heedful.diagnosis.texts import ENDINGS, read_text
+
+GOOD = '{"context": "...", "question": "...", "answer": "..."}'
+ALSO = {"context": ("context", "document"), "answer": ("answer", "answers"), "choices": ("choices", "options")}
+SHORT = 32  # characters below which a text tells nothing
+ROWS = ".jsonl"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, perhaps on a context, and its answers, the right one first."""
+
+    context: str
+    question: str
+    options: tuple[str, ...]
+
+
+Row = str | Asked
+
+
+class _BrokenError(ValueError):
+    """Why a row cannot be used."""
+
+
+def rows_of(path: Path) -> tuple[list[Row], list[str]]:
+    """The rows of a file or of a folder's files, all of the first one's kind, and what was left out and why."""
+    rows: list[Row] = []
+    left_out: list[str] = []
+    for where, found in _each(path):
+        if isinstance(found, _BrokenError):
+            left_out.append(f"{where}: {found}")
+        elif rows and _kind(found) != _kind(rows[0]):
+            one, other = _kind(found), _kind(rows[0])
+            left_out.append(f"{where}: is {one}, and those before are {other}; give each kind a file of its own")
+        else:
+            rows.append(found)
+    if not rows:
+        why = "".join(f"; {reason}" for reason in left_out[:3]) + ("; ..." if len(left_out) > 3 else "")
+        raise _refuse(path, f"holds nothing that can be asked{why}", GOOD)
+    return rows, left_out
+
+
+def _refuse(path: Path, rule: str, good: str = "my.jsonl") -> FieldError:
+    return FieldError("from_file()", "path", str(path), rule, good)
+
+
+def _kind(row: Row) -> str:
+    if isinstance(row, str):
+        return "plain text"
+    return "a question with choices" if len(row.options) > 1 else "a question"
+
+
+def _each(path: Path) -> Iterator[tuple[str, Row | _BrokenError]]:
+    """Every row with where it stands."""
+    if not path.exists():
+        raise _refuse(path, "no such file or folder")
+    if not path.is_dir():
+        yield from _file(path, path.name)
+        return
+    files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in ENDINGS and p.is_file()]
+    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    if not files:
+        raise _refuse(path, f"the folder holds no file that ends in {', '.join(ENDINGS)}")
+    for file in files:
+        yield from _file(file, str(file.relative_to(path)))
+
+
+def _file(path: Path, name: str) -> Iterator[tuple[str, Row | _BrokenError]]:
+    text, why = read_text(path)
+    if why:
+        yield name, _BrokenError(why)
+        return
+    if path.suffix.lower() != ROWS:
+        yield name, _tried(_text, {"text": text})
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield f"{name}, line {number}", _tried(_row, line)
+
+
+def _tried(read: Any, what: Any) -> Row | _BrokenError:
+    try:
+        row: Row = read(what)
+    except _BrokenError as broken:
+        return broken
+    return row
+
+
+def _row(line: str) -> Row:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _BrokenError(f"is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise _BrokenError(f"must hold an object, as in {GOOD}")
+    if "question" not in found:
+        if "text" in found:
+            return _text(found)
+        raise _BrokenError(f"has neither 'question' nor 'text' but {', '.join(map(repr, found)) or 'nothing'}")
+    context = _words(found, "context") if any(name in found for name in ALSO["context"]) else ""
+    question = _words(found, "question")
+    if any(name in found for name in ALSO["choices"]):
+        return Asked(context, question, _choices(found))
+    return Asked(context, question, (_words(found, "answer"),))
+
+
+def _given(found: Mapping[str, Any], name: str) -> Any:
+    """The value of a key, under any of its names."""
+    value = next((found[other] for other in ALSO.get(name, (name,)) if other in found), None)
+    if value is None:
+        raise _BrokenError(f"has no {name!r}")
+    return value
+
+
+def _words(found: Mapping[str, Any], name: str) -> str:
+    """A value as text; of several answers the first."""
+    value = _given(found, name)
+    if name == "answer" and isinstance(value, list) and value:
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        raise _BrokenError(f"{name!r} is {value!r}, and must be text")
+    return str(value).strip()
+
+
+def _text(found: Mapping[str, Any]) -> str:
+    text = _words(found, "text")
+    if len(text) < SHORT:
+        raise _BrokenError(f"is a text of {len(text)} characters, and less than {SHORT} tell nothing")
+    return text
+
+
+def _choices(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """The options, the right one first. The answer is one of them, its letter, or its place from 0."""
+    given = _given(found, "choices")
+    options = [str(x).strip() for x in given] if isinstance(given, list) else []
+    if len(options) < 2 or len(set(options)) < len(options) or not all(options):
+        raise _BrokenError(f"'choices' is {given!r}, and must be two or more different texts")
+    answer = _given(found, "answer")
+    letters = {chr(ord("A") + i): i for i in range(len(options))}
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        place = answer if 0 <= answer < len(options) else None
+    else:
+        said = str(answer).strip()
+        place = options.index(said) if said in options else letters.get(said.upper())
+    if place is None:
+        raise _BrokenError(f"'answer' is {answer!r}: none of the choices, nor the letter or place of one")
+    return (options[place], *options[:place], *options[place + 1 :])
