@@ -170,7 +170,8 @@ def section() -> str:
         "## Other libraries",
         f"Measured by `python -m benchmarks.coverage.libraries` on {told['date']}, torch {told['versions']['torch']}: "
         "random weights, checks 1 to 5 above, 1 and 3 within the budget, since torch's kernels round in their ways. "
-        f"Of timm one model of each of {sum(r['library'] == 'timm' for r in rows)} of its files, the smallest by name, at its own size, with two blocks where it can be told so; of "
+        f"Of timm one model of each of {sum(r['library'] == 'timm' for r in rows)} of its files, the smallest by name, "
+        "at its own size, with two blocks where it can be told so; of "
         "diffusers and open_clip classes with small configurations.",
         "\n".join(lines), "\n".join(table),
     ])  # fmt: skip
