@@ -17,7 +17,8 @@ Grid = tuple[int, int]
 def grid_of(model: nn.Module, inputs: dict[str, Any]) -> Grid | None:
     """Rows and columns of patches of the images that a model is given; None where it does not say."""
     pixels = next((inputs[name] for name in PICTURES if name in inputs), None)
-    owners = (getattr(model, "config", None), getattr(model, "patch_embed", None), model)
+    config = getattr(model, "config", None)
+    owners = (getattr(model, "patch_embed", None), model) if config is None else (config,)
     size = next((found for owner in owners if (found := getattr(owner, "patch_size", None)) is not None), None)
     sizes = (size, size) if isinstance(size, int) else tuple(size or ())
     if not isinstance(pixels, Tensor) or pixels.ndim != 4 or len(sizes) != 2 or not all(sizes):
