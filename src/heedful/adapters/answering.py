@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from heedful.core.call import Call
+from heedful.adapters.kvcache import HeldLayer
+from heedful.core.call import CachedKV, Call
 from heedful.core.errors import SiteError, StatisticError
 from heedful.core.sites import Site
 from heedful.engine.attend import attend
@@ -17,6 +18,7 @@ from heedful.engine.needs import Needs
 from heedful.engine.run import Run
 from heedful.engine.run_state import Plan
 from heedful.engine.select import select
+from heedful.engine.stages import keep_entries
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,3 +87,13 @@ def computed(run: Run, plan: Plan, call: Call, asked: Asked) -> tuple[Tensor, Te
         run.state.backends[call.layer] = repr(step.part)
     heads, weights, call = attend(job, asked.q, asked.k, asked.v, choose)
     return heads, weights, AttentionCall(plan, run.state, call, asked.bias, asked.sink, asked.dropout, pattern)
+
+
+def evict(job: AttentionCall, held: HeldLayer, k: Tensor, v: Tensor) -> None:
+    """Leave of a layer of the cache what CACHE steps keep."""
+    left = keep_entries(job, CachedKV(k, v, job.call.keys, held.fresh))
+    if left:
+        held.keep(*left)
+        tokens, layer = held.seen * len(held.counts), job.call.layer
+        job.run_state.kept[layer] = (sum(held.counts), tokens)
+        job.run_state.cache_bytes[layer] = (held.nbytes, tokens * (k.shape[3] * k.itemsize + v.shape[3] * v.itemsize))

@@ -47,12 +47,19 @@ def places(bound: Bound, q: Tensor, k: Tensor, text: Tensor | None, fixed: bool)
     else:
         cross = m < n or (m > n and tokens is not None and tokens != n)
     start = 0 if cross or fixed else max(0, m - n)
-    padded = text is not None and not cross and n == m and _contiguous(text)
-    if not padded or text is None:
-        return Positions.row(start, n, q.device), Positions.row(0, m, q.device), cross
+    return (*placed(None if cross or n != m else text, start, n, m, q.device), cross)
+
+
+def placed(
+    text: Tensor | None, start: int, queries: int, keys: int, device: torch.device
+) -> tuple[Positions, Positions]:
+    """Places of queries from index `start` on and of keys, in texts `[b k]` that padding stands around."""
+    if text is None or not _contiguous(text):
+        return Positions.row(start, queries, device), Positions.row(0, keys, device)
     left = text.long().cummax(-1).values.logical_not().sum(-1)
     pad = left if bool(left.any()) else None
-    return Positions.row(0, n, q.device, pad, text[:, None]), Positions.row(0, m, q.device, pad), cross
+    is_text = text[:, None, start : start + queries]
+    return Positions.row(start, queries, device, pad, is_text), Positions.row(0, keys, device, pad)
 
 
 def joined(bound: Bound, parts: Any) -> tuple[int, int] | None:
@@ -81,6 +88,6 @@ def _tokens(bound: Bound, x: Tensor | None) -> int | None:
 
 
 def _contiguous(text: Tensor) -> bool:
-    """Whether each row is one piece of text with padding around it."""
+    """Whether each row is one piece of text with padding around it, or nothing but padding."""
     edges = torch.nn.functional.pad(text.long(), (1, 1)).diff(dim=-1).abs().sum(-1)
-    return bool((edges == 2).all())
+    return bool((edges <= 2).all())

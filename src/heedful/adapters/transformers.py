@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from heedful.adapters.answering import Asked, computed, left_alone, plan_of, replaced_whole, rows_of
+from heedful.adapters.answering import Asked, computed, evict, left_alone, plan_of, replaced_whole, rows_of
 from heedful.adapters.arguments import understand
 from heedful.adapters.bound import (
     ADDITIVE,
@@ -27,19 +27,17 @@ from heedful.adapters.bound import (
 )
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooks import Hooks
-from heedful.adapters.kvcache import HeldLayer, held_layer
+from heedful.adapters.kvcache import held_layer
 from heedful.adapters.layers import block_of, interface_layers, leftovers, served, size_of
 from heedful.adapters.planted import Planted
 from heedful.adapters.saving import adopted, takes_saving
 from heedful.adapters.wrapped import unwrapped
-from heedful.core.call import CachedKV, Call, Phase
+from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.method import Layer
 from heedful.core.sites import Site
 from heedful.core.stack import Stack
-from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run import Run
-from heedful.engine.stages import keep_entries
 
 HEEDFUL = (LAZY, ADDITIVE)
 
@@ -225,18 +223,9 @@ class TransformersAdapter:
         asked = Asked(q, k, v, given.bias, given.sink, dropout, pattern, unasked)
         heads, weights, job = computed(run, plan, call, asked)
         if held is not None:
-            _evict(job, held, k, v)
+            evict(job, held, k, v)
         run_state.close_call(plan, job.call)
         return heads.transpose(1, 2).contiguous(), None if weights is None else weights.to(q.dtype)
-
-
-def _evict(job: AttentionCall, held: HeldLayer, k: Tensor, v: Tensor) -> None:
-    left = keep_entries(job, CachedKV(k, v, job.call.keys, held.fresh))
-    if left:
-        held.keep(*left)
-        tokens, layer = held.seen * len(held.counts), job.call.layer
-        job.run_state.kept[layer] = (sum(held.counts), tokens)
-        job.run_state.cache_bytes[layer] = (held.nbytes, tokens * (k.shape[3] * k.itemsize + v.shape[3] * v.itemsize))
 
 
 def adapt(model: nn.Module, only: str | Iterable[str] | None) -> TransformersAdapter:
