@@ -29,6 +29,7 @@ from heedful.methods.intervene.vision.paint import PAINT as PAINT
 from heedful.methods.intervene.vision.var import VAR as VAR
 from heedful.methods.intervene.vision.vhr import VHR as VHR
 from heedful.methods.mechanisms.gates.gated_heads import GatedHeads as GatedHeads
+from heedful.methods.mechanisms.gates.gated_norm import GatedNorm as GatedNorm
 from heedful.methods.mechanisms.linear.efficient_attention import EfficientAttention as EfficientAttention
 from heedful.methods.mechanisms.linear.flow_attention import FlowAttention as FlowAttention
 from heedful.methods.mechanisms.linear.inline import InLine as InLine
@@ -38,6 +39,7 @@ from heedful.methods.mechanisms.linear.mala import MALA as MALA
 from heedful.methods.mechanisms.local.dynamic_conv import DynamicConv as DynamicConv
 from heedful.methods.mechanisms.local.light_conv import LightConv as LightConv
 from heedful.methods.mechanisms.local.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
+from heedful.methods.mechanisms.local.no_mixing import NoMixing as NoMixing
 from heedful.methods.mechanisms.normalise.affine_scaled_attention import AffineScaledAttention as AffineScaledAttention
 from heedful.methods.mechanisms.normalise.clipped_softmax import ClippedSoftmax as ClippedSoftmax
 from heedful.methods.mechanisms.normalise.normalized_attention import NormalizedAttention as NormalizedAttention
@@ -47,6 +49,8 @@ from heedful.methods.mechanisms.routed.dynamic_mask_attention import DynamicMask
 from heedful.methods.mechanisms.routed.mixture_of_heads import MixtureOfHeads as MixtureOfHeads
 from heedful.methods.mechanisms.routed.moba import MoBA as MoBA
 from heedful.methods.mechanisms.score.multi_token_attention import MultiTokenAttention as MultiTokenAttention
+from heedful.methods.mechanisms.score.neural_attention import NeuralAttention as NeuralAttention
+from heedful.methods.mechanisms.score.threshold_relative_attention import ThresholdRelativeAttention as ThresholdRelativeAttention
 from heedful.methods.observe.attention_profile import AttentionProfile as AttentionProfile
 from heedful.methods.observe.induction_heads import InductionHeads as InductionHeads
 from heedful.methods.observe.massive_qk import MassiveQK as MassiveQK

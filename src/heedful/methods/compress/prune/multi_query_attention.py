@@ -42,13 +42,11 @@ class MultiQueryAttention(Surgery):
         if weights.kv_heads == 1:
             return weights
 
-        def one(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
+        def one(x: Tensor) -> Tensor:
             return x[:1] if self.form == "first" else x.mean(0, keepdim=True)
 
-        k, v = one(weights.k), one(weights.v)
-        return replace(weights, k=k, v=v, k_bias=one(weights.k_bias), v_bias=one(weights.v_bias))
+        k_bias, v_bias = (None if x is None else one(x) for x in (weights.k_bias, weights.v_bias))
+        return replace(weights, k=one(weights.k), v=one(weights.v), k_bias=k_bias, v_bias=v_bias)
 
 
 if __name__ == "__main__":
