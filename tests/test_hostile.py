@@ -90,6 +90,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
             {"model": model, "clean": clean, "corrupt": corrupt, "metric": lambda x: x[:, -1, 5], "layers": [0]},
             "model clean corrupt receivers side layers",
         ),
+        "trace": (
+            explaining.trace, {"model": model, "clean": clean[0], "corrupt": corrupt[0], "answer": 5},
+            "model clean corrupt answer instead what heads",
+        ),
         "models.load": (models.load, {}, "name_or_path"),
         "models.tiny": (models.tiny, {}, "kind"),
         "catalogue.find": (catalogue.find, {}, "name"),
@@ -128,7 +132,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
 VERBS = [
     "attach", "fit", "fold", "operate", "arrange", "load", "decode", "diagnose", "compare", "check", "edit",
     "explain", "patterns", "ablate", "attribute", "logit_lens", "direct_logits", "faithfulness", "patching",
-    "path_patching", "models.load", "models.tiny", "catalogue.find", "catalogue.search", "tasks.find", "Stack",
+    "path_patching", "trace", "models.load", "models.tiny", "catalogue.find", "catalogue.search", "tasks.find", "Stack",
     "Prompt", "Removal", "on", "when", "|", "Run[]", "Run.save", "Run.merge", "Run.load_state_dict", "Profile.answer",
     "Profile.save", "Profile.load", "Profile.page", "Profile.+", "Profile.-", "Comparison.load", "Lens.words",
     "DirectLogits.top", "Patterns[]", "Patterns.figure", "Patterns.page", "HeadEffects.top", "HeadEffects.overlap",

@@ -46,7 +46,7 @@ class Everywhere(Method):
     """Honest, for all: sharpens every head."""
 
     paper = PAPER
-    subjects = ("text", "image", "encoder-decoder", "cross")
+    subjects = ("text", "image", "encoder-decoder", "cross", "torch")
     by: float = 2.0
 
     @classmethod

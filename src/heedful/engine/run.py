@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -38,6 +38,9 @@ class Adapter(Protocol):
 
     @property
     def installed(self) -> bool: ...
+
+    @property
+    def ready(self) -> bool: ...  # whether the layers are known; else the first forward tells, and `settle` is called
 
     def sizes(self) -> tuple[Layer, ...]: ...
 
@@ -126,6 +129,10 @@ class Run:
             self.close()
             raise
 
+    def settle(self) -> None:
+        """The layers are known now, if they were not before."""
+        self._check_layers()
+
     @property
     def roles(self) -> dict[str, Region | PerText]:
         """Named spans of token positions. Set them to a mapping, or to a list with a mapping for each text."""
@@ -136,6 +143,8 @@ class Run:
         self._roles = marks(roles)
 
     def _check_layers(self) -> None:
+        if not self._adapter.ready:
+            return
         n = len(self.layer_names)
         for part in self.stack:
             for layer in getattr(part, "layers", None) or ():
@@ -301,8 +310,9 @@ class Run:
         return self._adapter.installed
 
     def explain(self) -> Explanation:
-        """Which backend serves this stack, and every reason against the others."""
-        return explain(self.stack)
+        """Which backend serves this stack, every reason against the others, and the layers that it is for."""
+        names = self.layer_names if self._adapter.ready else ()
+        return replace(explain(self.stack), layers=names)
 
     def pause(self) -> None:
         """Take the stack out of the model until `resume`; memory, statistics and parameters stay."""

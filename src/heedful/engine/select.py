@@ -52,10 +52,13 @@ class Explanation:
     stack: Stack
     choices: tuple[Choice, ...]
     untouched: str = "layers without a step keep the model's own attention"
+    layers: tuple[str, ...] = ()  # of the model, where one is known
 
     def __str__(self) -> str:
         rows = "\n".join(map(str, self.choices))
-        return f"{self.stack!r}\n{rows}\n({self.untouched})"
+        names = self.layers if len(self.layers) < 3 else (self.layers[0], "...", self.layers[-1])
+        of = f"\n{len(self.layers)} attention layers: {', '.join(names)}" if names else ""
+        return f"{self.stack!r}\n{rows}\n({self.untouched}){of}"
 
     def _repr_html_(self) -> str:
         return printed(self)
