@@ -234,7 +234,7 @@ def test_kinds_are_taken_as_python_takes_them() -> None:
         (lambda: RetrievalHeads(depths=[0.1, 0.5]), RetrievalHeads(depths=(0.1, 0.5))),
         (lambda: AttentionRollout(sources=range(2)), AttentionRollout(sources=(0, 1))),
         (lambda: PASTA(heads=[[0, 1], (1, 0)]), PASTA(heads=((0, 1), (1, 0)))),
-        (lambda: Prompt([1, 2, 3], {"marked": [[0, 2]]}), Prompt((1, 2, 3), {"marked": ((0, 2),)})),
+        (lambda: Prompt([1, 2, 3]), Prompt((1, 2, 3))),
     ],
 )
 def test_a_list_is_the_tuple_that_a_field_asks_for(given: Callable[[], Any], meant: Any) -> None:
@@ -246,12 +246,10 @@ def test_a_list_is_the_tuple_that_a_field_asks_for(given: Callable[[], Any], mea
 
 
 def test_what_is_handed_in_stays_its_owners() -> None:
-    depths, roles = [0.1, 0.5], {"marked": [[0, 2]]}
-    measure, prompt = RetrievalHeads(depths=depths), Prompt([1, 2, 3], roles)
+    depths = [0.1, 0.5]
+    measure = RetrievalHeads(depths=depths)
     depths.append(0.9)
-    roles["marked"].append([5, 6])
     assert measure.depths == (0.1, 0.5)
-    assert prompt.roles == {"marked": ((0, 2),)}
 
 
 def test_a_list_of_the_wrong_kind_is_refused_as_it_was_given() -> None:

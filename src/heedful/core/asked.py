@@ -129,8 +129,6 @@ def _as_tuples(x: Any, hint: Any) -> Any:
     origin, inside = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return next((found for kind in inside if _fits(found := _as_tuples(x, kind), kind)), x)
-    if origin is Mapping and isinstance(x, dict):
-        return {key: _as_tuples(one, inside[1]) for key, one in x.items()}
     if origin is tuple and inside and isinstance(x, list | range | tuple):
         kinds = inside[:1] * len(x) if inside[-1] is ... else inside
         return tuple(map(_as_tuples, x, kinds)) if len(kinds) == len(x) else x
