@@ -67,3 +67,11 @@ def test_sums_over_queries_that_were_cut_off_and_replaced_elsewhere_are_refused(
     model(input_ids=ids[:, 8:12], **{CACHE: cache})
     with pytest.raises(SiteError, match="the cache was cut back since"), attach(model, FlowAttention()) as run:
         run(input_ids=ids[:, 12:], **{CACHE: cache})
+
+
+def test_what_is_spread_over_query_heads_is_hidden_as_their_key_heads_are() -> None:
+    call = Bare(Shape(q=6, k=6)).call
+    held = torch.tensor([[[True] * 5 + [False], [False, True, True] * 2]])
+    running = Running(replace(call, keys=replace(Positions.row(0, 6), is_filled=held)), torch.ones(2, 2, 6, 8))
+    found = running.hide(torch.ones(2, 4, 6, 3))
+    assert found[1, :, :, 2].tolist() == held[0].repeat_interleave(2, 0).float().tolist()
