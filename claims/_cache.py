@@ -77,9 +77,9 @@ def recall(seed: int, words: int = 230, facts: int = 6) -> Reading:
     return Reading(context, torch.tensor([rest]), torch.tensor([counts]))
 
 
-def questions(seed: int, most: int = 3) -> list[Reading]:
+def questions(seed: int, most: int = 3, words: int = 230) -> list[Reading]:
     """The same facts in prompts that end with a question, `most` of them, and the digits of the answer."""
-    text = recall(seed)
+    text = recall(seed, words)
     counts = text.counts[0].tolist()
     starts = [i for i, counted in enumerate(counts) if counted and not counts[i - 1]]
     found = []

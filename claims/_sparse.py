@@ -18,6 +18,7 @@ from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.kit.blocks import BlockSparse, Grid, density
+from heedful.kit.stripes import StripeSparse
 
 language_model = cache(models.default)
 
@@ -107,3 +108,20 @@ def sinks_and_window(grid: Grid, table: Tensor) -> Tensor:
             if int(out[:, h].sum()) >= int(table[:, h].sum()):
                 break
     return out & grid.open
+
+
+def pairs(method: StripeSparse, call: Call) -> Tensor:
+    """Which pairs `[1 h q k]` of a call a method that chooses single keys computes."""
+    every = call.tile(slice(0, len(call.queries)), slice(0, len(call.keys))).pairs
+    kept = method.narrow(call.mask, call).keeps(every)
+    if kept is None:
+        raise ValueError(f"layer {call.layer}: the mask keeps everything")
+    return kept.expand(1, call.heads, -1, -1)
+
+
+def weights(call: Call) -> Tensor:
+    """The true weights of a call, `[1 h q k]`."""
+    every = call.tile(slice(0, len(call.queries)), slice(0, len(call.keys))).pairs
+    kept = call.mask.keeps(every)
+    scores = call.capped(call.query @ call.spread(call.key).mT * call.scale)
+    return (scores if kept is None else scores.masked_fill(~kept, -torch.inf)).softmax(-1)

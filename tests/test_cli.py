@@ -56,7 +56,7 @@ def test_show_tells_settings_paper_and_differences() -> None:
 
 def test_explain_takes_settings_and_stacks() -> None:
     text = told("explain", "SinkWindow(sinks=2, window=8)", "SinkRate")
-    assert text.startswith("SinkWindow(sinks=2, window=8) | SinkRate(epsilon=0.3)")
+    assert text.startswith("SinkWindow(sinks=2, window=8) | SinkRate(epsilon=0.3, places=None)")
     assert "native     chosen" in text
     assert "tiled      possible, but dearer" in text
 

@@ -52,7 +52,7 @@ def test_it_prints_the_findings_and_where_the_page_lies(tmp_path: Path) -> None:
 def test_json_is_all_that_stands_on_standard_output(tmp_path: Path) -> None:
     found = json.loads(told("small", "--json", "--no-page", "--length", "64", "--measures", "SinkRate").stdout)
     assert found["facts"]["length"] == 64
-    assert found["measures"] == ["SinkRate(epsilon=0.3)"]
+    assert found["measures"] == ["SinkRate(epsilon=0.3, places=None)"]
     assert found["findings"][0]["text"]
     assert found["page"] is None
     assert not list(tmp_path.iterdir())
@@ -89,7 +89,7 @@ def test_measures_are_parted_by_commas_outside_of_settings() -> None:
         (["[/x]"], "no file, no folder and no name that heedful knows"),
         (["small", "--text", "."], "the folder holds no file with text"),
         (["small", "--length", "1000"], "has 512 positions; for example length=512"),
-        (["tiny:llama"], "words need a tokenizer"),
+        (["tiny:llama", "--text", "/etc/hostname"], "words need a tokenizer"),
         (["tiny:vit"], "takes no token ids"),
         (["small", "--measures", "SinkRat"], r"Did you mean SinkRate\?"),
         (["small", "--measures", "SinkWindow"], "must be methods that read and edit nothing"),
@@ -104,6 +104,17 @@ def test_wrong_input_is_a_plain_error(words: list[str], message: str, tmp_path: 
     with pytest.raises(HeedfulError, match=message):
         raise error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_tokenizer_reads_drawn_tokens() -> None:
+    assert "1 text of 256 tokens" in told("tiny:llama", "--no-page", "--measures", "SinkRate").output
+
+
+def test_a_path_in_an_error_is_written_as_one_would_write_it(tmp_path: Path) -> None:
+    (tmp_path / "hi.txt").write_text("h")
+    error = str(told("small", "--text", "hi.txt", "--no-page", code=1).exception)
+    assert "'hi.txt': holds a single token" in error
+    assert error.endswith("for example texts=Path('book.txt')")
 
 
 def test_a_missing_package_is_named_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,11 @@ def test_stacks_hold_methods_only() -> None:
         (lambda: Paper("k", "t", "a", 2020, differs="no"), "must be a tuple of sentences"),  # type: ignore[arg-type]
         (lambda: Prompt((1, 2), {"a": ((0, 3),)}), "a span lies within the 2 tokens"),
         (lambda: Prompt((1, 2)).spans("a"), "has no spans named 'a'"),
+        (lambda: Prompt((1, 2)).only((1, 0)), "must be numbers of some of the 2 tokens, in their order"),
+        (lambda: Prompt((1, 2)).only((1, 1)), "in their order"),
+        (lambda: Prompt((1, 2)).only(()), "in their order"),
+        (lambda: Prompt((1, 2)).only((1, 2)), "in their order"),
+        (lambda: Prompt((1, 2)).only((-1, 0)), "in their order"),
         (lambda: Prompt((1, 2), {"a": ((0, 1),)}).reordered("a", (1,)), "must name each of 1 spans once"),
     ],
 )
@@ -197,6 +202,14 @@ def test_a_prompt_reorders_its_documents_and_nothing_else() -> None:
     assert new.roles["documents"] == ((1, 4), (5, 7))
     assert new.roles["question"] == ((8, 10),)
     assert new.reordered("documents", (1, 0)).tokens == prompt.tokens
+
+
+def test_a_prompt_of_some_of_its_tokens() -> None:
+    roles = {"documents": ((1, 3), (4, 7)), "needle": ((2, 3),), "context": ((0, 7),)}
+    new = Prompt(tuple(range(10, 20)), roles).only((1, 4, 6, 9))
+    assert new.tokens == (11, 14, 16, 19)
+    assert new.roles == {"documents": ((0, 1), (1, 3)), "needle": (), "context": ((0, 3),)}
+    assert Prompt((1, 2)).only((0, 1)) == Prompt((1, 2))
 
 
 def test_spans_inside_a_reordered_document_move_along() -> None:

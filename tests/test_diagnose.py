@@ -26,6 +26,7 @@ from heedful.diagnosis.view import (
     MOST_HEADS,
     MOST_KEYS,
     PAGE_BYTES,
+    ROW_BYTES,
     SLOT_BYTES,
     TOKEN_BYTES,
     Attended,
@@ -136,6 +137,22 @@ def test_the_view_is_the_map(kind: str) -> None:
         there = view.weights[i] > 0
         torch.testing.assert_close(weights.gather(1, view.keys[i].long())[there], view.weights[i][there])
         torch.testing.assert_close(view.received[i], weights.sum(0) / (weights > 0).sum(0))
+        torch.testing.assert_close(view.entropy[i], torch.special.entr(weights).sum(-1))
+    assert view.opening.shape == (2, 4, 20, 20)
+    for layer in view.layers:
+        torch.testing.assert_close(view.opening[layer], maps[layer][0].half())
+
+
+def test_the_view_has_the_lengths_of_values() -> None:
+    model, tokens = models.tiny("llama"), torch.arange(5, 25)
+    values: dict[int, torch.Tensor] = {}
+    for n, layer in enumerate(model.model.layers):
+        layer.self_attn.v_proj.register_forward_hook(lambda _m, _a, out, n=n: values.update({n: out[0].detach()}))
+    view = diagnose(model, tokens, measures=SinkRate()).view
+    assert view is not None
+    for i, (layer, head) in enumerate(view.heads):
+        each = values[layer].unflatten(-1, (2, 8))[:, head // 2]  # two heads share one key head
+        torch.testing.assert_close(view.norms[i], each.norm(dim=-1))
 
 
 @pytest.mark.parametrize("sinks", [0, 2])
@@ -176,8 +193,8 @@ def test_a_view_fits_the_page(tokens: int) -> None:
     heads, keys = room(tokens)
     assert 1 <= heads <= MOST_HEADS
     assert 1 <= keys <= MOST_KEYS
-    assert tokens * (heads * keys * SLOT_BYTES + TOKEN_BYTES) <= PAGE_BYTES
-    assert tokens > 8192 or heads * keys >= 32
+    assert tokens * (heads * (keys * SLOT_BYTES + ROW_BYTES) + TOKEN_BYTES) <= PAGE_BYTES
+    assert tokens > 8192 or heads * keys >= 28
     assert tokens > 2048 or (heads, keys) == (MOST_HEADS, MOST_KEYS)
 
 
@@ -328,5 +345,12 @@ def test_other_failures_of_the_model_are_not_blamed_on_memory(model: Any, monkey
 
 
 def test_a_view_must_fit_together() -> None:
-    with pytest.raises(FieldError, match="must be those of 1 heads and 2 tokens"):
-        TokenView(["a", "b"], [(0, 0)], torch.zeros(1, 3, 8), torch.zeros(1, 3, 8), torch.zeros(1, 3))
+    row, opening = torch.zeros(1, 2), torch.zeros(1, 4, 2, 2)
+    good = torch.zeros(1, 2, 8), torch.zeros(1, 2, 8), row, row, row
+    TokenView(["a", "b"], [(0, 0)], *good, [0], opening)
+    for i in range(5):
+        bad = [torch.zeros(1, 3, *x.shape[2:]) if n == i else x for n, x in enumerate(good)]
+        with pytest.raises(FieldError, match="must be those of 1 heads and 2 tokens"):
+            TokenView(["a", "b"], [(0, 0)], *bad, [0], opening)
+    with pytest.raises(FieldError, match=r"opening = \(1, 4, 2, 2\): .*of 2 layers"):
+        TokenView(["a", "b"], [(0, 0)], *good, [0, 1], opening)

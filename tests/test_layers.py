@@ -16,6 +16,7 @@ BELOW = {  # what each room may import, besides itself
     "engine": {"core", "native"},
     "adapters": {"core", "engine", "native"},
     "methods": {"core", "kit", "authoring"},
+    "nn": {"core", "engine", "adapters"},
     "report": {"core", "catalogue"},
     "laboratory": {
         "core",

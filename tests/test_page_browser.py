@@ -23,6 +23,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"] + [
     f"--disable-{part}" for part in ("background-networking", "component-update", "sync")
 ]
+UNFOLD = "document.querySelectorAll('details').forEach(fold => { fold.open = true; })"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not BROWSER, reason="no Chromium or Chrome here (apt-get install chromium)"),
@@ -107,6 +108,7 @@ def scroll_to(tab: Any, selector: str) -> None:
 def test_it_opens_and_draws_everything(opened):
     tab = opened()
     assert tab.title() == "some/model-<135M>: what its attention does"
+    tab.evaluate(UNFOLD)
     for place in tab.locator(".plot").all():
         place.scroll_into_view_if_needed()
         place.locator(".main-svg").first.wait_for(state="attached", timeout=20_000)
@@ -246,6 +248,7 @@ def test_light_and_dark(opened):
 
 def test_on_a_phone(opened):
     tab = opened(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    tab.evaluate(UNFOLD)
     for button in tab.locator("[data-table]").all():
         button.click()
     assert tab.locator(".table table").count() == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,23 @@ def test_no_axis_has_the_words_of_another_sequence() -> None:
     assert same.names(2) == ["0", "1"]
     longer = heedful.patterns(model, {"input_ids": ids, "decoder_input_ids": torch.tensor([[7, 8, 9]])})
     assert (longer.names(2), longer.names(3)) == (["0 5", "1 6"], ["0", "1", "2"])
+
+
+@pytest.mark.parametrize("kind", ["clip", "llava"])
+def test_an_images_axis_has_no_words_though_it_is_as_long_as_the_text(kind: str, tmp_path: Path) -> None:
+    model = models.tiny(kind)
+    inputs = {name: x[:1] for name, x in models.tiny_inputs(model).items()}
+    seen = heedful.patterns(model, inputs)
+    (patches,) = {x.shape[-1] for x in seen.maps.values()} - {inputs["input_ids"].shape[1]}
+    longer = {name: x[:1] for name, x in models.tiny_inputs(model, length=patches + 1).items()}
+    alike = {name: x[:, :patches] if x.ndim == 2 else x for name, x in longer.items()}
+    found = heedful.patterns(model, alike)
+    with_words = {layer for layer in found.maps if found.figure(layer, 0).columns[0] != "0"}
+    assert {x.shape[-1] for x in found.maps.values()} == {patches}
+    assert found.text == with_words == frozenset({"clip": {0, 1}, "llava": {2, 3}}[kind])
+    pytest.importorskip("jinja2")
+    rows = json.loads(found.page(tmp_path / "x.html").read_text().split('id="data">')[1].split("</script>")[0])["rows"]
+    assert {row["layer"] for row in rows if row["text"]} == with_words
 
 
 def test_some_heads_and_their_names() -> None:
@@ -126,7 +144,7 @@ def test_a_notebook_and_a_page_show_them(tmp_path: Path) -> None:
     text = found.page(tmp_path / "maps.html").read_text()
     assert '</script>"' not in text.split('id="data">')[1].split("</script>")[0]
     assert "query" in str(found.plot(0, 1).to_dict())
-    assert repr(found) == "Patterns(1 layers, 2 heads, 4 x 4: '</script>\"<b>é')"
+    assert repr(found) == "Patterns(1 layer, 2 heads, 4 x 4: '</script>\"<b>é')"
 
 
 def test_every_part_of_the_model_trains_or_rests_as_before() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import os
@@ -10,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from base64 import b64decode
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +45,10 @@ class FakeView:
     keys: Tensor
     weights: Tensor
     received: Tensor
+    entropy: Tensor
+    norms: Tensor
+    layers: list[int]
+    opening: Tensor
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ def text_view(n: int, heads: Sequence[tuple[int, int]], top: int) -> FakeView:
         keys[s, :, 0] = strong.int()
         weights[s, :, 0] = 0.45 + 0.45 * torch.rand(n, generator=made)
     received = torch.zeros(len(heads), n).scatter_add_(1, keys.flatten(1).long(), weights.flatten(1)) / (n - i)
-    return FakeView(tokens, list(heads), keys, weights, received.clamp(1e-7, 1))
+    figures = received.clamp(1e-7, 1), 4 * torch.rand(len(heads), n, generator=made), 1 + i.expand(len(heads), n) % 7
+    opening = torch.eye(16).expand(LAYERS, HEAD_OUTPUT, 16, 16)
+    return FakeView(tokens, list(heads), keys, weights, *figures, list(range(LAYERS)), opening)
 
 
 def _earlier(tokens: Sequence[str]) -> list[int]:
@@ -218,46 +222,6 @@ def test_a_page_of_nothing():
     assert "No measure found anything" in text
     assert 'id="heads"' not in text
     assert 'id="tokens"' not in text
-
-
-def unpacked(about: dict[str, Any], numbers: str) -> tuple[Tensor, Tensor, Tensor]:
-    """What the page's script makes of a packed view."""
-    raw = gzip.decompress(b64decode(numbers))
-    h, n, t = len(about["heads"]), len(about["tokens"]), about["top"]
-    wide = torch.int32 if about["wide"] else torch.int16
-    back, logs, weights = (
-        torch.frombuffer(bytearray(raw[start:end]), dtype=kind)
-        for start, end, kind in (
-            (0, h * n * t * wide.itemsize, wide),
-            (h * n * t * wide.itemsize, h * n * (t * wide.itemsize + 2), torch.uint16),
-            (h * n * (t * wide.itemsize + 2), len(raw), torch.uint8),
-        )
-    )
-    keys = torch.arange(n)[:, None] - back.view(h, n, t)
-    received = 10 ** ((logs.double().view(h, n) / 65535 - 1) * about["decades"])
-    return keys, weights.view(h, n, t) / 255, received
-
-
-@pytest.mark.parametrize("n", [50, 40_000])
-def test_a_packed_view_unpacks(n):
-    view = text_view(n, [(14, 3), (3, 1)], 3)
-    view.keys[0, 10, 1] = n - 1  # ahead, as in an encoder, and far: more than 16 bits hold in the long text
-    view.weights[0, 10, 1] = 0.5
-    about, numbers = data.packed(view)
-    keys, weights, received = unpacked(about, numbers)
-    assert about["wide"] == (n > 32768)
-    held = weights > 0
-    assert bool((keys == view.keys)[held].all())
-    assert float((weights - view.weights).abs().max()) <= 0.5 / 255 + 1e-6
-    assert float((received / view.received - 1).abs().max()) < 2e-4
-    assert about["heads"] == ["14.3", "3.1"]
-
-
-def test_a_packed_view_drops_keys_that_are_not_there():
-    keys = torch.tensor([[[0, -1], [1, 7]]], dtype=torch.int32)
-    view = FakeView(["a", "b"], [(0, 0)], keys, torch.tensor([[[1.0, 0.4], [0.6, 0.4]]]), torch.ones(1, 2))
-    _, weights, _ = unpacked(*data.packed(view))
-    assert weights[0, :, 1].tolist() == [0, 0]
 
 
 def figures() -> dict[str, Figure]:

@@ -111,7 +111,11 @@ def test_what_is_diagnosed_is_the_model_inside() -> None:
 def test_one_model_and_no_attention_beside_it() -> None:
     one, other = models.tiny("llama"), models.tiny("bert")
     with pytest.raises(RefusedModel, match=r"Linear is not a transformers model .* and holds none"):
-        attach(nn.Linear(2, 2), TempScale(0.3))
+        diagnose(nn.Linear(2, 2), IDS[:1])
+    with pytest.raises(RefusedModel, match=r"Linear calls no attention of torch's"):
+        attach(nn.Linear(2, 2), TempScale(0.3), inputs=torch.ones(1, 2))
+    with attach(nn.Linear(2, 2), TempScale(0.3)) as run, pytest.raises(RefusedModel, match="calls no attention"):
+        run(torch.ones(1, 2))
     both = Around(one, other)
     with pytest.raises(
         RefusedModel, match=r"holds 2 transformers models, first.0.auto_model, beside; attach to one of"

@@ -32,7 +32,8 @@ def write(records: Sequence[Record]) -> list[Path]:
     facts = _facts(records)
     page, data = ROOT / "docs" / "coverage.md", ROOT / "benchmarks" / "coverage" / "coverage.json"
     page.parent.mkdir(exist_ok=True)
-    page.write_text(_page(records, facts))
+    _, mark, libraries = page.read_text().partition("<!-- libraries -->")  # the part that libraries.py writes
+    page.write_text(_page(records, facts) + (f"\n{mark}{libraries}" if mark else ""))
     data.write_text(json.dumps(facts, indent=1) + "\n")
     return [page, data]
 

@@ -16,6 +16,7 @@ from heedful.core.kinds import HeadWeights, Prompt, Surgery, Tokens, Vocabulary
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
 from heedful.core.regions import Roles
 from heedful.core.stack import Stack
+from heedful.engine.resting import resting
 from heedful.engine.run import Run
 from heedful.folding import rewritten
 
@@ -29,17 +30,21 @@ def attach(
     backend: str = "auto",
     roles: Roles | Sequence[Roles] | None = None,
     tile_rows: int | None = None,
+    inputs: Any = None,
 ) -> Run:
     """Put a method or a stack into a model's attention until the run is closed.
 
-    The model is one of transformers, or a module around one, which is what the run then calls.
+    The model is one of transformers or a module around one, or any other that calls torch's attention, as those of
+    timm, diffusers and open_clip do. The layers of such a model are found by running it once, without gradients: with
+    `inputs` (one argument, a tuple of them, a mapping of named ones, or a function that calls the model), else with
+    what its first forward under the run is given.
     `only` names the part of the model to serve by dotted prefix, `roles` names spans of token positions, in
     every text or, as a list, in each; `backend` demands one instead of letting heedful choose, `tile_rows` fixes the
     rows of a tile.
     """
-    from heedful.adapters.transformers import adapt
+    from heedful.adapters.choosing import adapter_for
 
-    return Run(model, what, adapt(model, only), backend, roles, tile_rows)
+    return Run(model, what, adapter_for(model, only, inputs), backend, roles, tile_rows)
 
 
 class _FitContext:
@@ -75,18 +80,15 @@ class _FitContext:
 def still(model: nn.Module) -> Iterator[None]:
     """The model in eval mode and without gradients of its own, for the length of a `with`; then as it was."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        for p, _, _ in before:
-            p.requires_grad_(False)
-        yield
+        with resting(model):
+            for p, _, _ in before:
+                p.requires_grad_(False)
+            yield
     finally:
         for p, required, grad in before:
             p.requires_grad_(required)
             p.grad = grad
-        for module, was in training:
-            module.training = was
 
 
 @asks

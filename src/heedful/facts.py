@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from heedful.core.figures import counted
 from heedful.core.fitted import Fitted
 
 
@@ -41,7 +42,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     """The machine, the versions and the hour."""
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
-        "device": f"{named} ({torch.get_num_threads()} threads)",
+        "device": f"{named} ({counted(torch.get_num_threads(), 'thread')})",
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("heedful", "torch", "transformers")},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

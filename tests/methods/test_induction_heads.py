@@ -131,6 +131,8 @@ def test_tells_what_a_reader_wants_to_know() -> None:
         "looks at the previous token of random text": [],
     }
     assert told.findings[0].text.startswith("Heads 3.1 (90%), 3.0 (50%) copy:")
+    assert told.findings[0].weight == pytest.approx(0.4 + 0.4 * 0.9)
+    assert METHOD.describe(Copying(low, low, low)).findings[0].weight == 0.1
     assert "No head copies" in METHOD.describe(Copying(low, low, low)).findings[0].text
     many = Copying({0: torch.full((7,), 0.5)}, low, low)
     assert "0.3 (50%) and 3 more copy" in METHOD.describe(many).findings[0].text

@@ -140,7 +140,9 @@ def test_tells_what_a_reader_wants_to_know() -> None:
     (finding,) = told.findings
     assert finding.text.startswith("25% of heads fetch text from far back, above all heads 4.2 (90%)")
     assert set(finding.methods) <= set(catalogue.entries())
-    assert METHOD.describe(Retrieval({0: torch.zeros(4)})).findings[0].text == "0% of heads fetch text from far back."
+    assert finding.weight == pytest.approx(0.3 + 0.4 * 0.9)
+    (none,) = METHOD.describe(Retrieval({0: torch.zeros(4)})).findings
+    assert (none.text, none.weight) == ("No head fetches text from far back.", 0.1)
     assert "4.2: 90%" in str(scores)
 
 

@@ -139,7 +139,7 @@ def test_changes_nothing_and_keeps_no_graph(model) -> None:
         out = run(**inputs).logits
         assert run.activity().active
     assert close_model(out, model(**inputs).logits)
-    assert not any(s.value.requires_grad for s in run.state.statistics.values())
+    assert not any(x.requires_grad for s in run.state.statistics.values() for x in s.tensors().values())
     assert "first-token sink rate" in str(run[SinkRate(EPSILON)])
 
 
@@ -178,7 +178,9 @@ def test_tells_of_no_sinks_and_of_layers_of_unlike_width() -> None:
     told = SinkRate().describe(Sinks({n: 0 * x for n, x in importance.items()}, importance))
     assert told.figures[0].values.isnan().tolist() == [[False] * 4, [False, False, True, True]]
     assert told.roles[0].heads == {}
-    assert told.findings[0].text.startswith("0% of heads")
+    assert told.findings[0].text.startswith("No head parks on the first token: none gives it more than 30%")
+    strong = SinkRate().describe(Sinks({n: 0 * x + 1 for n, x in importance.items()}, importance)).findings[0]
+    assert (told.findings[0].weight, strong.weight) == (0.1, 0.9)  # a finding of nothing stands below all others
     assert told.findings[0].methods == ()
 
 
@@ -187,12 +189,29 @@ def test_half_of_a_layers_heads_are_enough_to_name_it() -> None:
     assert "from layer 4 on 75% do" in _finding(rate, [3, 4, 7], "0.3").text
 
 
-def test_positions_are_drawn_on_a_logarithm_and_shares_are_not() -> None:
-    curves = _curves({0: torch.tensor([[0.5, 0.25]]), 1: torch.tensor([[0.25, 0.75]])})
+def test_positions_are_drawn_on_logarithms_and_far_ones_together() -> None:
+    draw = torch.Generator().manual_seed(0)
+    importance = {n: torch.rand(3, 30, generator=draw) for n in range(2)}
+    curves = _curves(importance)
     assert curves.log_x
-    assert not curves.log_y
-    assert list(curves.x) == [1, 2]
-    assert [line.tolist() for line in curves.lines.values()] == [[0.5, 0.25], [0.25, 0.75]]
+    assert curves.log_y
+    assert list(curves.x) == [*range(1, 18), 24]  # places 0 to 15, then 16 to 22 and 23 to 29
+    for n, line in enumerate(curves.lines.values()):
+        wanted = importance[n].mean(0)
+        assert close(line[:16], wanted[:16])
+        assert close(line[16:], torch.stack([wanted[16:23].mean(), wanted[23:].mean()]))
+
+
+def test_heads_are_told_apart_up_to_a_place(model) -> None:
+    texts = [{"input_ids": ids(n, n)} for n in (3, 9, 12)]
+    whole, some = found(model, texts), found(model, texts, SinkRate(EPSILON, places=5))
+    for n in whole.rate:
+        for mine, wanted in ((some.rate[n], whole.rate[n]), (some.importance[n], whole.importance[n])):
+            assert close(mine[:, :5], wanted[:, :5])
+            assert close(mine[:, 5:], wanted[:, 5:].mean(0).expand(4, -1))
+    assert close(some.by_position, whole.by_position)
+    with pytest.raises(FieldError, match=r"places = 0: .*1 token or more"):
+        SinkRate(places=0)
 
 
 def test_where_the_first_layer_parks_no_later_one_is_named() -> None:

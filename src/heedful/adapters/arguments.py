@@ -73,7 +73,7 @@ def understand(bound: Bound, request: Request, held: HeldLayer | None) -> Given:
                 "attention adds to the scores as 0 and 1 and other implementations take as yes and no; load the model "
                 "with attn_implementation='sdpa' to have the second"
             )
-        table, more_bias = _from_dense(mask, k.shape[2])
+        table, more_bias = from_dense(mask, k.shape[2])
         rules = Mask() if table is None else Mask((Dense(table),))
         if more_bias is not None:
             bias = more_bias if bias is None else bias + more_bias
@@ -126,7 +126,7 @@ def _by_text(queries: Positions, keys: Positions, position_ids: Any) -> tuple[Po
     return tuple(Positions(p.index, position, p.first, None) for p in (queries, keys))  # type: ignore[return-value]
 
 
-def _from_dense(mask: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None]:
+def from_dense(mask: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None]:
     """An explicit mask as a table of pairs and what it adds to the others."""
     while mask.ndim < 4:
         mask = mask[None] if mask.ndim != 3 else mask[:, None]

@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from heedful.adapters.layers import own_source
 from heedful.adapters.lazymask import LazyMask, lazy_additive_mask, lazy_mask
 from heedful.adapters.sparse import chosen_pairs
+from heedful.adapters.taking import Taking
 from heedful.core.call import Call
 from heedful.core.errors import NotEntered, RefusedModel
 
@@ -85,10 +86,14 @@ class Bound:
     hidden: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin of this call's tokens
     cache: Cache | None = None
+    other: Tensor | None = None  # the sequence that it was handed beside its own
+    joint: tuple[int, int] | None = None  # lengths of both sequences, in the order in which it attends to both at once
     cross: bool = False
     called: bool = False
     spared: frozenset[str] = frozenset()  # what nobody reads of this call's projections: q, k, v, o
     call: Call | None = None
+    taking: Taking = field(default_factory=Taking)
+    output: nn.Module | None = None  # what gives OUTPUT, where that is known better than from its name
 
     @property
     def kind(self) -> str:

@@ -8,15 +8,18 @@ from torch import Tensor, nn
 
 from heedful.core.regions import Region
 
-# learned tokens that vision models of transformers put before the patches, by the name of their parameter
+# learned tokens that vision models put before the patches, by the name of their parameter
 BEFORE_PATCHES = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+PICTURES = ("pixel_values", "x", "image", "hidden_states")  # what models call a batch of images, [b c rows cols]
 Grid = tuple[int, int]
 
 
 def grid_of(model: nn.Module, inputs: dict[str, Any]) -> Grid | None:
     """Rows and columns of patches of the images that a model is given; None where it does not say."""
-    pixels = inputs.get("pixel_values")
-    size = getattr(getattr(model, "config", None), "patch_size", None)
+    pixels = next((inputs[name] for name in PICTURES if name in inputs), None)
+    config = getattr(model, "config", None)
+    owners = (getattr(model, "patch_embed", None), model) if config is None else (config,)
+    size = next((found for owner in owners if (found := getattr(owner, "patch_size", None)) is not None), None)
     sizes = (size, size) if isinstance(size, int) else tuple(size or ())
     if not isinstance(pixels, Tensor) or pixels.ndim != 4 or len(sizes) != 2 or not all(sizes):
         return None
@@ -26,8 +29,15 @@ def grid_of(model: nn.Module, inputs: dict[str, Any]) -> Grid | None:
 
 def patches(model: nn.Module, grid: Grid, tokens: int) -> Region | None:
     """The patches as a region, if the tokens are those that stand before patches in this model, and the patches."""
+    told = getattr(model, "num_prefix_tokens", None)
+    if isinstance(told, int):
+        return _behind(told, grid, tokens)
     before = 0
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] in BEFORE_PATCHES:
             before += parameter.shape[-2] if parameter.ndim > 1 else 1
+    return _behind(before, grid, tokens)
+
+
+def _behind(before: int, grid: Grid, tokens: int) -> Region | None:
     return Region(((before, tokens),), grid) if tokens - before == grid[0] * grid[1] else None

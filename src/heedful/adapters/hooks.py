@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from heedful.adapters.arguments import by_name
@@ -21,6 +20,7 @@ from heedful.adapters.kvcache import hold, seen, serve
 from heedful.adapters.layers import block_of, output_module, projections, within
 from heedful.adapters.lazymask import LazyMask
 from heedful.adapters.replacing import NOTHING, UNROTATED, Spared, shares_keys, takes_up, unrotated
+from heedful.adapters.taking import other_of, put, stream_of
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError, NotEntered, RefusedModel, SiteError
 from heedful.core.positions import Positions
@@ -32,8 +32,6 @@ from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run import Run
 from heedful.engine.run_state import Plan
 from heedful.engine.stages import stage
-
-_CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 
 
 class Hook:
@@ -67,6 +65,7 @@ class Hooks:
     run: Run
     layers: int  # how many are served
     patterns: bool = False  # the caller of this forward wants the patterns back
+    first: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None  # what the first forward is shown before it
     _inside: int = 0
     _graph: bool = False  # gradients may be asked of the forward under way
     _thread: int | None = None  # the one that a forward is under way in
@@ -81,22 +80,26 @@ class Hooks:
 
     # a forward of the model, or of a model in it that is called by itself
 
-    def forwards(self, model: nn.Module) -> None:
-        """Know where a forward of the whole begins and ends."""
-        for name, part in model.named_modules():
-            if part is model or isinstance(part, PreTrainedModel):
-                self._parts[part] = name
-                self._handles.append(part.register_forward_pre_hook(Hook(self._begins), with_kwargs=True))
-                ends = Hook(self._ends)
-                self._handles.append(part.register_forward_hook(ends, with_kwargs=True, always_call=True))
+    def forwards(self, parts: Mapping[str, nn.Module]) -> None:
+        """Know where a forward of the whole begins and ends; the whole is named ''."""
+        for name, part in parts.items():
+            self._parts[part] = name
+            self._handles.append(part.register_forward_pre_hook(Hook(self._begins), with_kwargs=True))
+            ends = Hook(self._ends)
+            self._handles.append(part.register_forward_hook(ends, with_kwargs=True, always_call=True))
 
     @property
     def under_way(self) -> bool:
         """Whether a forward is under way in this thread."""
         return self._thread == get_ident()
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether a forward is under way in another thread."""
+        return self._thread not in (None, get_ident())
+
     def _begins(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = by_name(model, args, kwargs)
+        given, kwargs = (args, kwargs), by_name(model, args, kwargs)
         if (grid := grid_of(model, kwargs)) is not None:
             self._images[self._parts[model]] = (model, grid)
         for thing in kwargs.values():
@@ -107,8 +110,10 @@ class Hooks:
                 )
         if self._parts.get(model) == "":
             self._inside = 0  # the whole model stands in no other: an interrupt left the last count standing
+        elif not self._inside and self.run.state.now.again:
+            return  # a part that gradient checkpointing computes again
         if self._inside == 0:
-            if self._thread is not None and self._thread != get_ident():
+            if self.elsewhere:
                 rule = (
                     f"a forward of this run is under way in thread {self._thread}; run one after the other, or give "
                     "each thread a model and a run of its own"
@@ -116,10 +121,14 @@ class Hooks:
                 raise FieldError("Run", "thread", get_ident(), rule, self._thread)
             blind = stand_around(self.run, type(model).__name__, whole=True)
             self._thread = get_ident()
+            if self.first is not None:
+                self.first(*given)
             self._graph = torch.is_grad_enabled()
             self.run.state.new_forward(blind)
             requested = kwargs.get("output_attentions")
-            self.patterns = bool(getattr(model.config, "output_attentions", False) if requested is None else requested)
+            if requested is None:
+                requested = getattr(getattr(model, "config", None), "output_attentions", False)
+            self.patterns = bool(requested)
         self._inside += 1
 
     def _ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -160,7 +169,7 @@ class Hooks:
             return self._enter(bound, args, kwargs)
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
-            bound.hidden = bound.cache = bound.rotary = None
+            bound.hidden = bound.other = bound.cache = bound.rotary = bound.joint = None
             if not self.run.stack.touches(Site.BLOCK, Site.OUTPUT, Site.RESIDUAL):
                 bound.call = None  # it holds the hidden states
             if not bound.called:
@@ -173,13 +182,14 @@ class Hooks:
         self._handles.append(bound.module.register_forward_hook(Hook(after)))
 
     def _enter(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0] if args else None
-        bound.hidden = hidden if isinstance(hidden, Tensor) else None
+        taking, hidden = bound.taking, stream_of(args, kwargs)
+        bound.hidden = None if hidden is None else taking.turned(hidden)
         told = by_name(bound.module, args, kwargs)
         rotary = told.get("position_embeddings")
         bound.rotary = rotary if isinstance(rotary, tuple) and len(rotary) == 2 else None
         bound.cache = _cache_among(args, kwargs)
-        bound.cross = any(isinstance(told.get(n), Tensor) for n in _CROSS)
+        bound.other = other_of(told, hidden)
+        bound.cross = bound.other is not None
         if bound.number is None:
             return None
         self._stand_around(bound.name)
@@ -207,9 +217,7 @@ class Hooks:
         hidden = stage(Site.HIDDEN, hidden, AttentionCall(plan, self.run.state, call), call)
         bound.hidden = hidden[0] if flat else hidden
         self.run.state.close_call(plan, call)
-        if "hidden_states" in kwargs:
-            return args, {**kwargs, "hidden_states": bound.hidden}
-        return (bound.hidden, *args[1:]), kwargs
+        return put(taking.turned(bound.hidden), args, kwargs)
 
     def _without_what_is_replaced(
         self, bound: Bound, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -285,10 +293,10 @@ class Hooks:
 
     def _before_block(self, model: nn.Module, name: str, bound: Bound) -> None:
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            named = "hidden_states" in kwargs
-            stream = kwargs["hidden_states"] if named else args[0] if args else None
-            if not isinstance(stream, Tensor) or stream.ndim != 3:
+            taking, given = bound.taking, stream_of(args, kwargs)
+            if given is None or given.ndim != 3:
                 raise RefusedModel(f"an EMBEDDING edit cannot act before {name}: it is not handed [b n e]")
+            stream = taking.turned(given)
             self._stand_around(name)
             mask = by_name(block, args, kwargs).get("attention_mask")
             call = self._outline(bound, stream, mask, _cache_among(args, kwargs))
@@ -296,7 +304,7 @@ class Hooks:
             job = AttentionCall(self.run.state.plan(call, Site.EMBEDDING), self.run.state, call)
             new = stage(Site.EMBEDDING, stream, job, call)
             self.run.state.close_call(job.plan, call)
-            return (args, {**kwargs, "hidden_states": new}) if named else ((new, *args[1:]), kwargs)
+            return put(taking.turned(new), args, kwargs)
 
         self._handles.append(model.get_submodule(name).register_forward_pre_hook(Hook(before), with_kwargs=True))
 
@@ -304,7 +312,7 @@ class Hooks:
 
     def after_projection(self, model: nn.Module, bound: Bound) -> None:
         """Edit and read OUTPUT, after what replaces the BLOCK."""
-        found = output_module(model, bound.name)
+        found, turned = bound.output or output_module(model, bound.name), bound.taking.turned
         if found is None:
             raise RefusedModel(
                 f"an OUTPUT or BLOCK edit cannot act in {bound.name}: heedful finds no output projection there"
@@ -317,17 +325,20 @@ class Hooks:
             if not self.run.stack.touches(Site.RESIDUAL):
                 bound.call = None
             n = len(call.queries)
-            if not isinstance(output, Tensor) or output.shape[:-1].numel() % n:
+            given = output[0] if isinstance(output, tuple) else output
+            if not isinstance(given, Tensor) or given.shape[:-1].numel() % n:
                 raise RefusedModel(
                     f"an OUTPUT edit cannot act in {bound.name}: its projection does not give [b n e] for {n} tokens"
                 )
             job = AttentionCall(self.run.state.plan(call), self.run.state, call)
-            new = output.reshape(-1, n, output.shape[-1])
+            rows = turned(given)
+            new = rows.reshape(-1, n, rows.shape[-1])
             if steps := job.plan.at(Site.BLOCK):
                 new = replaced(steps[0], job, call, new)
             new = stage(Site.OUTPUT, new, job, call)
             self.run.state.close_call(job.plan, call)
-            return new.reshape(output.shape)
+            new = turned(new.reshape(rows.shape))
+            return (new, *output[1:]) if isinstance(output, tuple) else new
 
         self._handles.append(found.register_forward_hook(Hook(after)))
 
@@ -354,9 +365,10 @@ class Hooks:
             if stream.shape[:-1].numel() % n:
                 raise RefusedModel(f"a RESIDUAL edit cannot act in {name}: it does not give [b n e] for {n} tokens")
             job = AttentionCall(self.run.state.plan(call), self.run.state, call)
-            new = stage(Site.RESIDUAL, stream.reshape(-1, n, stream.shape[-1]), job, call)
+            rows = bound.taking.turned(stream)
+            new = stage(Site.RESIDUAL, rows.reshape(-1, n, rows.shape[-1]), job, call)
             self.run.state.close_call(job.plan, call)
-            new = new.reshape(stream.shape)
+            new = bound.taking.turned(new.reshape(rows.shape))
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
         self._handles.append(model.get_submodule(name).register_forward_hook(Hook(after)))

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from heedful.core.errors import RefusedModel
+from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.method import Layer
 
 QUERY_NAMES = ("q_proj", "query", "q_lin", "wq", "q", "query_proj", "to_q")
@@ -25,6 +25,7 @@ FUSED = {"c_attn": ".split(self.split_size, dim=2)", "qkv_proj": "qkv[..., :quer
 OUTPUT_OF_PARENT = ("output.dense", "attention_output.dense", "out_proj", "o_proj")
 WIDTHS = ("qk_head_dim", "head_dim", "attention_head_size", "d_head", "key_value_proj_dim", "dim_per_head")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads")
+SHARED = "num_key_value_groups"  # what modules call the number of query heads to a key head
 
 
 @cache
@@ -66,15 +67,23 @@ def interface_layers(model: nn.Module) -> dict[str, nn.Module]:
 def block_of(model: nn.Module, name: str) -> str | None:
     """The layer of the model that an attention module stands in: the nearest item of a list of alike items.
 
-    T5 keeps the parts of one layer in a list of their own, whose items are not alike.
+    A sequence of modules is such a list where it has several alike items. T5 keeps the parts of one layer in a list of
+    their own, whose items are not alike.
     """
     parts = name.split(".")
     items = [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]
-    items = [item for item in items if isinstance(model.get_submodule(item.rpartition(".")[0]), nn.ModuleList)]
+
+    def around(item: str) -> nn.Module:
+        return model.get_submodule(item.rpartition(".")[0])
 
     def alike(item: str) -> bool:
-        return len({type(x) for x in model.get_submodule(item.rpartition(".")[0]).children()}) == 1
+        return len({type(x) for x in around(item).children()}) == 1
 
+    def listed(item: str) -> bool:
+        chain = around(item)
+        return isinstance(chain, nn.ModuleList) or (isinstance(chain, nn.Sequential) and len(chain) > 1 and alike(item))
+
+    items = list(filter(listed, items))
     return next(filter(alike, items), items[0] if items else None)
 
 
@@ -92,6 +101,46 @@ def leftovers(model: nn.Module) -> dict[str, nn.Module]:
 def within(name: str, only: Iterable[str] | None) -> bool:
     """Whether a dotted name lies under one of the prefixes."""
     return only is None or any(name == p or name.startswith(p + ".") for p in only)
+
+
+def served(
+    kind: str, known: Iterable[str], left: Mapping[str, str], only: tuple[str, ...] | None, none: str
+) -> tuple[str, ...]:
+    """The layers of a model that a run serves, of those that are known; `left` are out of reach, with what to say."""
+    known = tuple(known)
+    names = tuple(name for name in known if within(name, only))
+    outside = [name for name in left if within(name, only)]
+    for prefix in only or ():
+        if not any(within(name, (prefix,)) for name in known):
+            roots = sorted({".".join(name.split(".")[:2]) for name in known})
+            raise FieldError("attach()", "only", prefix, f"no served layer of {kind} lies there", roots[:1] or None)
+    said = _some([left[name] for name in outside])
+    if not names:
+        raise RefusedModel(f"{kind} {none}" + (f"; its own are {said}" if outside else ""))
+    if outside:
+        raise RefusedModel(
+            f"{kind} computes some attention by itself, which heedful cannot reach: {said}. To work on the "
+            f"rest and leave these alone, name it: attach(..., only={_roots(names, outside)!r})"
+        )
+    return names
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _roots(served: Iterable[str], left: list[str]) -> list[str]:
+    """The shortest prefixes that hold served layers and none of the others."""
+    out: list[str] = []
+    for name in served:
+        parts = name.split(".")
+        for i in range(1, len(parts) + 1):
+            prefix = ".".join(parts[:i])
+            if not any(within(x, (prefix,)) for x in left):
+                if prefix not in out:
+                    out.append(prefix)
+                break
+    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +171,10 @@ def _child(owner: nn.Module, names: Iterable[str]) -> tuple[nn.Module, str] | No
     for name in names:
         if name in children:
             found = children[name]
-            if isinstance(found, nn.Sequential) and len(found) and hasattr(found[0], "weight"):
-                return found, "0"
+            if isinstance(found, nn.Sequential) and len(found):
+                first, module = next(found.named_children())
+                if getattr(getattr(module, "weight", None), "ndim", 0) == 2:
+                    return found, first
             if isinstance(getattr(found, "weight", None), nn.Parameter) and found.weight.ndim == 2:
                 return owner, name
     return None
@@ -181,7 +232,7 @@ def size_of(model: nn.Module, name: str, number: int) -> Layer:
             raise
         groups = _told(layer, ("num_key_value_heads", "num_kv_heads", "kv_heads"))
         if groups is None:
-            groups = heads // (_told(layer, ("num_key_value_groups",)) or 1)
+            groups = heads // (_told(layer, (SHARED,)) or 1)
         value_width, odd = divmod(_columns(o := getattr(*place)), heads)
         if odd or not groups or heads % groups:
             raise

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from heedful.adapters.standing import Standing
 from heedful.core.errors import FieldError, ModelError
 from heedful.core.files import placed, writing
 from heedful.core.fitted import Fitted
@@ -80,38 +80,12 @@ def _is(part: Part, spelling: dict[str, Any]) -> bool:
 
 
 @dataclass(eq=False)
-class _Takes:
+class _Takes(Standing):
     """Stands for a module's `save_pretrained` as long as a run is attached; copies of the module have their own."""
 
+    NAME = SAVE
+
     run: Run
-    module: nn.Module
-    before: Any = None
-
-    def begin(self) -> None:
-        self.before = vars(self.module).get(SAVE)
-        vars(self.module)[SAVE] = self
-
-    def end(self) -> None:
-        if vars(self.module).get(SAVE) is not self:
-            return
-        if self.before is None:
-            del vars(self.module)[SAVE]
-        else:
-            vars(self.module)[SAVE] = self.before
-
-    def own(self, *args: Any, **more: Any) -> Any:
-        """What the module does of itself."""
-        kind: Any = type(self.module)
-        return self.before(*args, **more) if self.before else kind.save_pretrained(self.module, *args, **more)
-
-    def __reduce__(self) -> Any:
-        if self.before is not None:
-            return _same, (self.before,)
-        return getattr, (self.module, SAVE)  # of a module that is being made: its class's own
-
-
-def _same(x: Any) -> Any:
-    return x
 
 
 @dataclass(eq=False)
@@ -168,7 +142,7 @@ def takes_saving(run: Run, model: PreTrainedModel, only: tuple[str, ...] | None)
     if not run.stack:
         return []
     around = run.model is not model and hasattr(type(run.model), SAVE)
-    return [SavesStack(run, model, only=only)] + ([SavesItself(run, run.model)] if around else [])
+    return [SavesStack(model, run, only=only)] + ([SavesItself(run.model, run)] if around else [])
 
 
 def _keep(folder: Path, tensors: list[Fitted]) -> None:

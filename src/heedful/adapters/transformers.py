@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 from weakref import ref
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from heedful.adapters.answering import Asked, computed, evict, left_alone, plan_of, replaced_whole, rows_of
 from heedful.adapters.arguments import understand
 from heedful.adapters.bound import (
     ADDITIVE,
@@ -27,24 +27,17 @@ from heedful.adapters.bound import (
 )
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooks import Hooks
-from heedful.adapters.kvcache import HeldLayer, held_layer
-from heedful.adapters.layers import block_of, interface_layers, leftovers, size_of, within
+from heedful.adapters.kvcache import held_layer
+from heedful.adapters.layers import block_of, interface_layers, leftovers, served, size_of
+from heedful.adapters.planted import Planted
 from heedful.adapters.saving import adopted, takes_saving
 from heedful.adapters.wrapped import unwrapped
-from heedful.core.call import CachedKV, Call, Phase
-from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
+from heedful.core.call import Call, Phase
+from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.method import Layer
 from heedful.core.sites import Site
 from heedful.core.stack import Stack
-from heedful.engine.attend import attend
-from heedful.engine.attention_call import AttentionCall
-from heedful.engine.backends import Backend
-from heedful.engine.backends.tiled import Tiled
-from heedful.engine.learned import PREFIX
-from heedful.engine.needs import Needs
 from heedful.engine.run import Run
-from heedful.engine.select import select
-from heedful.engine.stages import keep_entries
 
 HEEDFUL = (LAZY, ADDITIVE)
 
@@ -69,38 +62,25 @@ class TransformersAdapter:
     only: tuple[str, ...] | None = None
     shared: bool = False  # its gradients are shared with other processes, as far as they were known at the start
     _names_put: list[tuple[PreTrainedConfig, StandIn]] = field(default_factory=list)
-    _added: list[tuple[nn.Module, str]] = field(default_factory=list)
+    _planted: Planted = field(init=False)
     _calls: WrittenCalls = field(default_factory=WrittenCalls)
     _hooks: Hooks = field(init=False)
     _saves: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._planted = Planted(self.model, self.shared)
         self._modules = interface_layers(self.model)
-        names = [n for n in self._modules if within(n, self.only)]
-        kind = type(self.model).__name__
-        left = [n for n in leftovers(self.model) if within(n, self.only)]
-        if self.only is not None:
-            for prefix in self.only:
-                if not any(within(n, (prefix,)) for n in self._modules):
-                    roots = sorted({".".join(n.split(".")[:2]) for n in self._modules})
-                    raise FieldError(
-                        "attach()", "only", prefix, f"no served layer of {kind} lies there", roots[:1] or None
-                    )
-        if not names:
-            raise RefusedModel(
-                f"{kind} has no attention layer that goes through transformers' attention interface"
-                + (f"; its own are {_some(left)}" if left else "")
-            )
-        if left:
-            raise RefusedModel(
-                f"{kind} computes some attention by itself, which heedful cannot reach: {_some(left)}. To work on the "
-                f"rest and leave these alone, name it: attach(..., only={_roots(names, left)!r})"
-            )
-        self._names = tuple(names)
+        left = {name: name for name in leftovers(self.model)}
+        none = "has no attention layer that goes through transformers' attention interface"
+        self._names = served(type(self.model).__name__, self._modules, left, self.only, none)
 
     @property
     def layer_names(self) -> tuple[str, ...]:
         return self._names
+
+    @property
+    def ready(self) -> bool:
+        return True
 
     @property
     def installed(self) -> bool:
@@ -113,42 +93,13 @@ class TransformersAdapter:
         return adopted(self.model, stack, self.only)
 
     def carried(self) -> set[tuple[int, str]]:
-        """Parameters that an earlier run left in the served layers, as a copy of an attached model has them."""
-        return {
-            (i, key)
-            for i, name in enumerate(self._names)
-            for key, _ in self.model.get_submodule(name).named_parameters(recurse=False)
-            if key.startswith(PREFIX)
-        }
+        return self._planted.carried(self._names)
 
     def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter:
-        """A learned parameter in a layer's module: the one that it carries already, or a new one beside its weights."""
-        path = self._names[layer]
-        module = self.model.get_submodule(path)
-        have = module._parameters.get(name)
-        if have is not None:
-            if have.shape != start.shape:
-                rule = f"is what {path} carries of an earlier run, and must have the shape that the method asks for"
-                raise FieldError("attach()", name, tuple(have.shape), rule, tuple(start.shape))
-            if have.is_meta:
-                raise RefusedModel(f"{name} is offloaded with {path}, and heedful reads it there; load without offload")
-            return have
-        if self.shared:
-            raise RefusedModel(
-                f"DistributedDataParallel shares the gradients of the parameters that it was made with, and {name} "
-                "would not be among them; attach to the model in it first, then wrap that"
-            )
-        # offloaded weights are on 'meta' until they are used; those that are not are where the model computes
-        beside = (p for p in chain(module.parameters(), self.model.parameters()) if not p.is_meta)
-        if (reference := next(beside, None)) is None:
-            raise RefusedModel(
-                f"all weights of {type(self.model).__name__} are offloaded, so {name} has no device to learn on; load "
-                "the model without offload"
-            )
-        parameter = nn.Parameter(start.to(reference.device, self.model.dtype))
-        self._added.append((module, name))  # first, so that none is lost to an interrupt
-        module.register_parameter(name, parameter)
-        return parameter
+        return self._planted.parameter(self._names[layer], name, start)
+
+    def drop_parameters(self) -> None:
+        self._planted.drop()
 
     # into the model and out again
 
@@ -186,7 +137,8 @@ class TransformersAdapter:
                 hooks.before_blocks(self.model, served)
             if run.stack.touches(Site.RESIDUAL):
                 hooks.after_blocks(self.model, served)
-            hooks.forwards(self.model)
+            whole = {n: m for n, m in self.model.named_modules() if m is self.model or isinstance(m, PreTrainedModel)}
+            hooks.forwards(whole)
             self._saves = takes_saving(run, self.model, self.only)
             for takes in self._saves:
                 takes.begin()
@@ -231,11 +183,6 @@ class TransformersAdapter:
                 bound_modules.pop(module, None)
         self._names_put = []
 
-    def drop_parameters(self) -> None:
-        for module, name in self._added:
-            module._parameters.pop(name, None)
-        self._added = []
-
     # one attention call
 
     @property
@@ -258,82 +205,27 @@ class TransformersAdapter:
         call = bound.call = Call(
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
             given.softcap, phase, run_state.denoising, bound.cross, self._hooks.roles(bound, len(given.keys)),
-            _rows(bound.hidden, q), bound.rotate, given.mask, max(0, run_state.now.number), batch=len(q),
+            rows_of(bound.hidden, q), bound.rotate, given.mask, max(0, run_state.now.number), batch=len(q),
         )  # fmt: skip
-        plan = run_state.plan(call)
-        if plan.summed and given.queries.packed:
-            raise StatisticError(
-                f"{plan.summed[0].part!r} counts texts, and several are packed into one row (position_ids begin anew): "
-                "give each a row of its own, padded"
-            )
-        if plan.at(Site.BLOCK):
-            run_state.backends[bound.number] = repr(plan.at(Site.BLOCK)[0].part)
+        plan = plan_of(run, call)
+        if (nothing := replaced_whole(run, plan, call, q, v)) is not None:
             if plan.at(Site.BLOCK)[0].edit.before_rotary:
                 bound.call = replace(call, query=q, key=k, value=v)
-            return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]), None
+            return nothing, None
         pattern = self._hooks.patterns or bool(request.more.get("output_attentions"))
         # a kernel of the model's own would leave the pattern out without a word
         own = (not pattern or bound.native == "eager") and (held is None or held.whole)
-        if own and not plan.acts_inside() and run.backend == "auto":
+        if own and left_alone(run, plan):
             run_state.backends[bound.number] = f"the model's own ({bound.native})"
             return native(bound.module, bound.native, request)
-        unasked = bound.alone and bound.native == "eager" and not plan.at(Site.MIX)
-        if pattern and plan.at(Site.MIX):
-            raise SiteError(
-                f"{plan.at(Site.MIX)[0]}, layer {bound.number}: computes no pattern, so the model's output_attentions "
-                "cannot be given; leave it out"
-            )
+        unasked = bound.alone and bound.native == "eager"
         dropout = request.dropout if bound.module.training else 0.0
-        job = AttentionCall(plan, run_state, call, given.bias, given.sink, dropout, pattern or unasked)
-        number = bound.number
-
-        def choose(needs: Needs) -> Backend:
-            backend = select(run.backend, needs)
-            run_state.backends[number] = backend.name
-            return Tiled(run.tile_rows) if run.tile_rows and backend.name == "tiled" else backend
-
-        for step in plan.at(Site.MIX):
-            run_state.backends[number] = repr(step.part)
-        heads, weights, call = attend(job, q, k, v, choose)
+        asked = Asked(q, k, v, given.bias, given.sink, dropout, pattern, unasked)
+        heads, weights, job = computed(run, plan, call, asked)
         if held is not None:
-            _evict(replace(job, call=call), held, k, v)
-        run_state.close_call(plan, call)
+            evict(job, held, k, v)
+        run_state.close_call(plan, job.call)
         return heads.transpose(1, 2).contiguous(), None if weights is None else weights.to(q.dtype)
-
-
-def _rows(hidden: Tensor | None, q: Tensor) -> Tensor | None:
-    """The block's input as `[b n e]`, where it has one row for each query."""
-    if hidden is not None and hidden.ndim == 2:
-        hidden = hidden[None]
-    fits = hidden is not None and hidden.ndim == 3 and hidden.shape[:2] == (q.shape[0], q.shape[2])
-    return hidden if fits else None
-
-
-def _evict(job: AttentionCall, held: HeldLayer, k: Tensor, v: Tensor) -> None:
-    left = keep_entries(job, CachedKV(k, v, job.call.keys, held.fresh))
-    if left:
-        held.keep(*left)
-        tokens, layer = held.seen * len(held.counts), job.call.layer
-        job.run_state.kept[layer] = (sum(held.counts), tokens)
-        job.run_state.cache_bytes[layer] = (held.nbytes, tokens * (k.shape[3] * k.itemsize + v.shape[3] * v.itemsize))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _roots(served: Iterable[str], left: list[str]) -> list[str]:
-    """The shortest prefixes that hold served layers and none of the others."""
-    out: list[str] = []
-    for name in served:
-        parts = name.split(".")
-        for i in range(1, len(parts) + 1):
-            prefix = ".".join(parts[:i])
-            if not any(within(x, (prefix,)) for x in left):
-                if prefix not in out:
-                    out.append(prefix)
-                break
-    return out
 
 
 def adapt(model: nn.Module, only: str | Iterable[str] | None) -> TransformersAdapter:

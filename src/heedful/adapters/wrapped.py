@@ -21,7 +21,8 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
             inner[name] = part
     if not inner:
         raise RefusedModel(
-            f"{kind} is not a transformers model (a PreTrainedModel) and holds none, the only kind served so far"
+            f"{kind} is not a transformers model (a PreTrainedModel) and holds none, the only kind whose texts "
+            "and weights are known here; attach() serves others too"
         )
     names = list(inner)
     if len(names) > 1:

@@ -76,6 +76,11 @@ class Comparison(Results):
             "refused": pd.DataFrame([vars(r) for r in self.refused]),
         }
 
+    def _repr_html_(self) -> str:
+        from heedful.report.cells import matrix
+
+        return matrix(self.matrix)
+
     @property
     def plot(self) -> Plots:
         """`comparison.plot.pareto()` and the others, as plotly figures."""

@@ -17,8 +17,12 @@ from heedful.core.figures import head_name
 from heedful.core.method import CatalogueEntry, Method
 
 if TYPE_CHECKING:
-    from heedful.diagnosis.profile import Profile
+    from torch import Tensor
 
+    from heedful.diagnosis.profile import Profile
+    from heedful.models import Loaded
+
+DRAWN = 256  # tokens for a model without a tokenizer
 STAGES = {
     "text": ("reading the text", "tokens"),
     "trials": ("trying prompts", "tokens"),
@@ -53,11 +57,26 @@ def summary(profile: Profile, page: Path | None) -> str:
     return json.dumps(found, indent=1)
 
 
+def built_in(loaded: Loaded) -> str | Tensor:
+    """What is read where no text is given: ours, or drawn tokens where no tokenizer knows words."""
+    if loaded.tokenizer is not None:
+        return files("heedful").joinpath("cli/text.txt").read_text(encoding="utf-8")
+    import torch
+
+    table = loaded.model.get_input_embeddings()
+    if not isinstance(table, torch.nn.Embedding):
+        return ""
+    return torch.randint(table.num_embeddings, (DRAWN,), generator=torch.Generator().manual_seed(0))
+
+
 def diagnose(
     model: Annotated[str, typer.Argument(help="A model's name or folder, 'default', 'encoder' or 'tiny:llama'.")] = (
         "default"
     ),
-    text: Annotated[Path | None, typer.Option(help="A file, or a folder of texts; one is built in.")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="A file, or a folder of texts; one is built in."),
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens that one forward reads at most; 2048 if left out.")] = None,
     out: Annotated[Path | None, typer.Option(help="Keep the profile here, and go on here if stopped.")] = None,
     measures: Annotated[str, typer.Option(help="Which ones, as in 'SinkRate(epsilon=0.2),AttentionProfile'.")] = "",
@@ -77,9 +96,10 @@ def diagnose(
         from heedful.diagnosis.run import diagnose as run
 
         loaded = models.load(model)
-    built_in = files("heedful").joinpath("cli/text.txt").read_text(encoding="utf-8")
     with stopping(bars, out):
-        profile = run(loaded, text or built_in, measures=parts, length=length, out=out, progress=bars, backend=backend)
+        profile = run(
+            loaded, text or built_in(loaded), measures=parts, length=length, out=out, progress=bars, backend=backend
+        )
     where = write_page(profile, "diagnose", loaded.name, out) if page else None
     if as_json:
         typer.echo(summary(profile, where))

@@ -11,6 +11,7 @@ import typer
 
 from heedful.cli.console import console
 from heedful.core.errors import ModelError
+from heedful.core.figures import counted
 
 
 def _version(package: str) -> str:
@@ -21,7 +22,7 @@ def _version(package: str) -> str:
 
 
 def doctor(
-    model: Annotated[str, typer.Argument(help="A model's name or folder, 'default', or 'tiny:llama'.")] = "",
+    model: Annotated[str, typer.Argument(help="A name or folder, 'default', 'tiny:llama', or 'timm:NAME'.")] = "",
 ) -> None:
     """Show versions, device and backends, and say of a model which layers are served, or why it is refused."""
     import torch
@@ -40,7 +41,9 @@ def doctor(
     known = ", ".join(BACKENDS)
     console.print(f"backends: {known}; `heedful explain METHOD` says which one serves a method, and why")
     if not model:
-        return
+        return None
+    if model.startswith("timm:"):
+        return _served_of_timm(model.removeprefix("timm:"))
     from heedful import models
     from heedful.adapters.layers import projections
     from heedful.adapters.transformers import adapt
@@ -49,7 +52,8 @@ def doctor(
         loaded = models.load(model)
     adapter = adapt(loaded.model, None)
     kind = type(loaded.model).__name__
-    console.print(f"[green]served[/]: {len(adapter.layer_names)} attention layers of {kind} ({loaded.name})")
+    served = counted(len(adapter.layer_names), "attention layer")
+    console.print(f"[green]served[/]: {served} of {kind} ({loaded.name})")
     try:
         sizes = {
             (s.heads, s.kv_heads, s.head_dim)
@@ -59,3 +63,24 @@ def doctor(
         console.print(f"[yellow]no surgery and no learned parameters[/]: {reason}", markup=True)
     else:
         console.print("; ".join(f"{h} query heads, {g} key heads, {d} wide" for h, g, d in sorted(sizes)))
+
+
+def _served_of_timm(name: str) -> None:
+    """The layers of a model of timm, found by running it with random weights."""
+    import torch
+
+    from heedful.adapters.choosing import adapter_for
+
+    try:
+        import timm
+
+        made = timm.create_model(name).eval()
+    except (ImportError, RuntimeError) as error:
+        raise ModelError(f"timm:{name}: {error}") from error
+    with console.status(f"running {name}"):
+        adapter = adapter_for(made, None, torch.zeros(1, *made.default_cfg["input_size"]))
+    names, sizes = adapter.layer_names, {(s.heads, s.kv_heads, s.head_dim) for s in adapter.sizes()}
+    console.print(
+        f"[green]served[/]: {len(names)} attention layers of {type(made).__name__}, {names[0]} to {names[-1]}"
+    )
+    console.print("; ".join(f"{h} query heads, {g} key heads, {d} wide" for h, g, d in sorted(sizes)))

@@ -20,7 +20,8 @@ VERBS = {  # what people look for that is a verb of the library and no method
     "attention patterns, attention maps, view, bertviz, circuitsvis": "heedful.patterns(model, text)",
     "logit lens": "heedful.explaining.logit_lens(model, text)",
     "direct logit attribution, dla": "heedful.explaining.direct_logits(model, text, answer, instead)",
-    "activation patching, causal tracing": "heedful.explaining.patching(model, clean, corrupt, metric)",
+    "activation patching, causal tracing": "heedful.explaining.trace(model, clean, corrupt, answer, instead)",
+    "attribution patching, head patching": "heedful.explaining.patching(model, clean, corrupt, metric, estimate=True)",
     "path patching, circuit": "heedful.explaining.path_patching(model, clean, corrupt, metric)",
     "faithfulness, deletion, insertion": "heedful.explaining.faithfulness(model, text, scores)",
 }

@@ -1,9 +1,10 @@
-"""What laws try a method on: text, images, encoder-decoders, and cross-attention alone."""
+"""What laws try a method on: text, images, encoder-decoders, cross-attention alone, and a model of plain torch."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from heedful.api import attach
 from heedful.conformance.bare import ROLES
+from heedful.conformance.torch_model import TinyTorch, WrittenOut
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.method import Method
 from heedful.core.regions import Span
@@ -24,6 +26,8 @@ LENGTH = 21
 def tiny_model(kind: str) -> nn.Module:
     from heedful.tiny import tiny
 
+    if kind == "torch":
+        return TinyTorch().eval()
     if kind == "vit":
         return tiny(kind, attn_implementation="eager", num_hidden_layers=3, image_size=16)
     layers: dict[str, Any] = {"decoder_layers": 3} if kind == "bart" else {"num_hidden_layers": 3}
@@ -47,16 +51,20 @@ class Subject:
     inputs: Callable[[], dict[str, Tensor]]
     only: tuple[str, ...] | None = None  # the part of the model that is served
     roles: Mapping[str, tuple[Span, ...]] = field(default_factory=lambda: ROLES)
+    eager: Callable[[], AbstractContextManager[Any]] = nullcontext  # under which attention is computed by its formula
+    known: bool = True  # whether a model tells its layers before it runs
 
     def attach(self, model: nn.Module, what: Any, backend: str = "auto") -> Any:
         torch.manual_seed(0)  # parameters that a method draws
-        return attach(model, what, backend=backend, roles=self.roles, only=self.only)
+        inputs = None if self.known else self.inputs()
+        return attach(model, what, backend=backend, roles=self.roles, only=self.only, inputs=inputs)
 
     @torch.no_grad()
     def logits(self, model: nn.Module, what: Any = None, backend: str = "auto") -> Tensor:
         """What a model answers to the subject's inputs, as it is or under a stack."""
         if what is None:
-            return model(**self.inputs()).logits
+            with self.eager():
+                return model(**self.inputs()).logits
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InactiveWarning)
             with self.attach(model, what, backend) as run:
@@ -69,7 +77,8 @@ IMAGE = Subject(
 )
 SPLIT = Subject("encoder-decoder", ("bart",), lambda: {"input_ids": text(), "decoder_input_ids": text(1)})
 CROSS = Subject("cross", SPLIT.kinds, SPLIT.inputs, tuple(f"model.decoder.layers.{i}.encoder_attn" for i in range(3)))
-SUBJECTS = {subject.name: subject for subject in (TEXT, IMAGE, SPLIT, CROSS)}
+TORCH = Subject("torch", ("torch",), lambda: {"input_ids": text()}, eager=WrittenOut, known=False)
+SUBJECTS = {subject.name: subject for subject in (TEXT, IMAGE, SPLIT, CROSS, TORCH)}
 
 
 def subjects_of(method: Method) -> tuple[Subject, ...]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import PurePath
 
 
 class HeedfulError(Exception):
@@ -33,11 +34,13 @@ class FieldError(HeedfulError, ValueError):
 
     def __init__(self, owner: object, field: str, value: object, rule: str, good: object) -> None:
         name = owner if isinstance(owner, str) else type(owner).__name__
-        super().__init__(f"{name}.{field} = {shown(value)}: {rule}; for example {field}={good!r}")
+        super().__init__(f"{name}.{field} = {shown(value)}: {rule}; for example {field}={shown(good)}")
 
 
 def shown(value: object) -> str:
-    """A value on one line; of what has no such form, its kind and shape."""
+    """A value on one line, as one would write it; of what has no such form, its kind and shape."""
+    if isinstance(value, PurePath):
+        return f"Path({str(value)!r})"  # on every system
     text = repr(value)
     if "\n" not in text and " at 0x" not in text and not hasattr(value, "shape"):
         return text

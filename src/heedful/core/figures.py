@@ -18,6 +18,7 @@ class Figure:
     key: str  # unique in a profile, such as "sinks"
     title: str
     what: str
+    folded: bool = field(default=False, kw_only=True)  # for the few who look for it: a page shows it on demand
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,8 @@ class Curves(Figure):
     y_label: str
     log_x: bool = False
     log_y: bool = False
+    bands: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # line -> its lower and upper edge
+    band: str = ""  # what lies between these edges, such as "the middle half of the heads"
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +135,7 @@ class Finding:
     """One sentence for the summary, in plain words."""
 
     text: str
-    weight: float  # 0 to 1: how much a reader would want to know it; orders the summary
+    weight: float  # 0 to 1: how much a reader would want to know it, which grows with how strong it is; orders them
     methods: tuple[str, ...] = ()  # class names in the catalogue that act on this
 
 
@@ -148,6 +151,11 @@ class Description:
 def head_name(layer: int, head: int) -> str:
     """A head as people write it: `14.3`."""
     return f"{layer}.{head}"
+
+
+def counted(number: int, thing: str) -> str:
+    """So many of a thing: `1 layer`, `2 layers`."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
 def percent(share: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -52,7 +53,20 @@ class Prompt:
     def spans(self, role: str) -> tuple[Span, ...]:
         if role not in self.roles:
             raise FieldError(self, "roles", sorted(self.roles), f"has no spans named {role!r}", {role: ((0, 1),)})
-        return self.roles[role]
+        return tuple(self.roles[role])
+
+    def only(self, numbers: tuple[int, ...]) -> Prompt:
+        """The prompt of these tokens alone; a span has what is left of it, and goes with the last of its tokens."""
+        if list(numbers) != sorted(set(numbers)) or not numbers or numbers[0] < 0 or numbers[-1] >= len(self):
+            rule = f"must be numbers of some of the {len(self)} tokens, in their order"
+            raise FieldError(self, "numbers", numbers, rule, tuple(range(len(self))))
+
+        def left(start: int, stop: int) -> Span:
+            return bisect_left(numbers, start), bisect_left(numbers, stop)
+
+        spans = {name: [left(*span) for span in spans] for name, spans in self.roles.items()}
+        roles = {name: tuple((a, b) for a, b in found if a < b) for name, found in spans.items()}
+        return replace(self, tokens=tuple(self.tokens[n] for n in numbers), roles=roles)
 
     def reordered(self, role: str, order: tuple[int, ...]) -> Prompt:
         """The same prompt with the spans of one role in another order; what stands between them stays in place."""

@@ -24,7 +24,7 @@ from heedful.methods.observe.weibull_weights import WeibullWeights
 
 WEIGHTS = "weights"  # stands for the reader where a measure looks at weights
 DEFAULT: tuple[Measure, ...] = (
-    SinkRate(),
+    SinkRate(places=64),  # where heads park; further on the mean over heads is all that is shown
     SecondarySinks(),
     AttentionProfile(),
     # half of the prompts that these two read by themselves: a diagnosis should cost what reading the text costs

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, StatisticError
-from heedful.core.figures import Description, Figure, Finding, Role
+from heedful.core.figures import Curves, Description, Figure, Finding, Role, counted
 from heedful.core.files import folder_named
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Readings, method_of
 from heedful.core.stats import Max, Statistic, TopK
+from heedful.diagnosis.apart import banded, dealt
 from heedful.diagnosis.difference import ProfileDifference
 from heedful.diagnosis.measures import WEIGHTS, readers, reads_text
 from heedful.diagnosis.store import ADDED, read, write
@@ -38,6 +39,7 @@ class Profile:
     parts: tuple[Measure, ...]
     statistics: dict[str, Statistic]  # by "<part number>.<reader>.<layer>"
     view: TokenView | None = None
+    apart: tuple[dict[str, Statistic], ...] = ()  # those of parts of the texts; none where the text is one part
 
     def __post_init__(self) -> None:
         broken = [key.split(".") for key, stat in self.statistics.items() if _broken(stat)]
@@ -49,17 +51,15 @@ class Profile:
         """What one measure has to tell."""
         if part not in self.parts:
             raise FieldError("Profile", "answer()", part, f"must be one of {self.parts}", next(iter(self.parts), None))
-        found = self._readings(part)
+        found = self._readings(part, self.statistics)
         if not found:
             raise StatisticError(f"{part!r} has read nothing: the text holds nothing that it looks at")
-        if isinstance(part, Weights):
-            return replace(part, fitted=Fitted(next(iter(found.values())).tensors()))
-        return method_of(part).answer(Readings(found))
+        return _answer(part, found)
 
-    def _readings(self, part: Measure) -> dict[int, Statistic]:
+    def _readings(self, part: Measure, statistics: Mapping[str, Statistic]) -> dict[int, Statistic]:
         number = str(self.parts.index(part))
         found: dict[str, dict[int, Statistic]] = {name: {} for name in readers(part)}
-        for key, stat in self.statistics.items():
+        for key, stat in statistics.items():
             owner, name, layer = key.split(".")
             if owner == number:
                 found[name][int(layer)] = stat
@@ -67,8 +67,16 @@ class Profile:
 
     @cached_property
     def _told(self) -> list[tuple[Measure, Description]]:
-        found = ((part, self.answer(part)) for part in self.parts if self._readings(part))
-        return [(p, a.describe() if isinstance(p, Weights) else method_of(p).describe(a)) for p, a in found]
+        out = []
+        for part in self.parts:
+            whole, *some = (self._readings(part, x) for x in (self.statistics, *self.apart))
+            if not whole:
+                continue
+            told = _describe(part, whole)
+            if sum(map(bool, some)) > 1 and any(isinstance(figure, Curves) for figure in told.figures):
+                told = banded(told, [_describe(part, found) for found in some if found])
+            out.append((part, told))
+        return out
 
     def description(self) -> list[tuple[Measure, Description]]:
         """Figures, roles and findings of each measure that read something."""
@@ -108,7 +116,14 @@ class Profile:
         for key, stat in other.statistics.items():
             same = f".{WEIGHTS}." in key  # of one model
             both[key] = both[key] + stat if key in both and not same else stat
-        return Profile(_both(self.facts, other.facts), self.parts, both, self.view or other.view)
+        apart = dealt((*self.in_parts, *other.in_parts))
+        return Profile(_both(self.facts, other.facts), self.parts, both, self.view or other.view, apart)
+
+    @property
+    def in_parts(self) -> tuple[dict[str, Statistic], ...]:
+        """The parts of the texts; the whole where that is one part."""
+        own = {str(n) for n, part in enumerate(self.parts) if reads_text(part)}
+        return self.apart or ({key: x for key, x in self.statistics.items() if key.split(".")[0] in own},)
 
     @asks
     def __sub__(self, other: Profile) -> ProfileDifference:
@@ -118,7 +133,8 @@ class Profile:
     @asks
     def save(self, folder: str | Path) -> Path:
         """Write `profile.json` and its statistics into a folder: whole, or not at all."""
-        return write(folder_named("Profile.save()", folder), self.facts, self.parts, self.statistics, self.view)
+        folder = folder_named("Profile.save()", folder)
+        return write(folder, self.facts, self.parts, self.statistics, self.view, self.apart)
 
     @staticmethod
     @asks
@@ -151,11 +167,11 @@ class Profile:
     def headline(self) -> str:
         """The run in one line."""
         facts = self.facts
-        texts = f"{facts['texts']} text" + ("s" if facts["texts"] != 1 else "")
         left = f" ({facts['left_out']:,} left out in short ends)" if facts.get("left_out") else ""
         return (
-            f"{facts['model']}: {facts['layers']} layers of {facts['heads']} heads, {texts} of {facts['tokens']:,} "
-            f"tokens{left}, {sum(facts['seconds'].values()):.1f} s"
+            f"{facts['model']}: {counted(facts['layers'], 'layer')} of {counted(facts['heads'], 'head')}, "
+            f"{counted(facts['texts'], 'text')} of {counted(facts['tokens'], 'token')}{left}, "
+            f"{sum(facts['seconds'].values()):.1f} s"
         )
 
     def __str__(self) -> str:
@@ -171,6 +187,17 @@ class Profile:
     def _repr_html_(self) -> str:
         items = "".join(f"<li>{escape(f.text)}</li>" for f in self.findings())
         return f"<p><b>{escape(self.headline)}</b></p><ul>{items}</ul>"
+
+
+def _answer(part: Measure, found: Mapping[int, Statistic]) -> Any:
+    if isinstance(part, Weights):
+        return replace(part, fitted=Fitted(next(iter(found.values())).tensors()))
+    return method_of(part).answer(Readings(found))
+
+
+def _describe(part: Measure, found: Mapping[int, Statistic]) -> Description:
+    answer = _answer(part, found)
+    return answer.describe() if isinstance(part, Weights) else method_of(part).describe(answer)
 
 
 def endless(what: str) -> StatisticError:

@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from heedful.core.kinds import Measure, Tokenizer, Weights
 from heedful.core.method import Part, method_of
 from heedful.core.stack import Stack
 from heedful.core.stats import Cat, Statistic
+from heedful.diagnosis.apart import MOST, Found, dealt, joined, light
 from heedful.diagnosis.measures import WEIGHTS, chosen, makes_trials, reads_text
 from heedful.diagnosis.profile import Profile, endless
 from heedful.diagnosis.store import ADDED, clean
@@ -190,19 +191,26 @@ class _Job:
         began = saved = time.perf_counter()
         read = start
         looking = (Attended(tokens=SHOWN),) if read == 0 else ()
+        whole: Found = {}
+        apart: dict[int, Found] = dict(enumerate(earlier.in_parts if earlier is not None else ()))
         with self.subject.attach(Stack((*(part for _, part in mine), *looking))) as run:
 
             def so_far() -> Profile:
-                here = {
-                    f"{mine[n][0]}.{name}.{i}": s for (n, name, i), s in run.state.statistics.items() if n < len(mine)
-                }
                 facts: dict[str, Any] = {"windows": read - start, "tokens": sum(map(len, rows[start:read]))}
                 facts["backends"] = sorted(set(run.state.backends.values()))
                 if earlier is None:
                     facts |= {name: getattr(self.windows, name) for name in ("texts", "left_out")}
                     facts["skipped"] = list(self.windows.skipped)
-                new = self._profile(here, "text", time.perf_counter() - began, **facts)
-                return new if earlier is None else earlier + new
+                new = self._profile(whole, "text", time.perf_counter() - began, **facts)
+                return replace(new if earlier is None else earlier + new, apart=dealt(apart.values()))
+
+            def take(unit: int) -> None:
+                """Take what the run has read, for the whole and for one part of the texts."""
+                nonlocal whole
+                here = [key for key in run.state.statistics if key[0] < len(mine)]
+                found = {f"{mine[n][0]}.{name}.{i}": run.state.statistics.pop((n, name, i)) for n, name, i in here}
+                whole = joined(whole, found)
+                apart[unit % MOST] = joined(apart.get(unit % MOST, {}), light(found))
 
             try:
                 while read < len(rows) and mine:
@@ -210,6 +218,7 @@ class _Job:
                     if roles is not None:
                         run.roles = {"delimiters": roles.spans(taken[0])}
                     self.subject.read(run, taken)
+                    take(self.windows.of[read] if self.windows.texts > 1 else read // self.batch)
                     read += len(taken)
                     done += sum(map(len, taken))
                     self.subject.report(Progress("text", done, total))
@@ -273,7 +282,7 @@ class _Job:
         heads = notable(profile.roles(), self.facts["layers"], self.facts["heads"], most)
         named = pieces(self.windows.first, self.subject.tokenizer, window)[: len(tokens)]
         profile += self._profile({}, "view", time.perf_counter() - began)
-        return Profile(profile.facts, profile.parts, profile.statistics, view_of(looks, heads, named, keys))
+        return replace(profile, view=view_of(looks, heads, named, keys))
 
     def _looked(self, tokens: Tensor) -> Mapping[int, Looks]:
         with self.subject.attach(Attended()) as run:

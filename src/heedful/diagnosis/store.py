@@ -6,9 +6,11 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from heedful.catalogue import entries, named
 from heedful.core.errors import DefinitionError, HeedfulError, StatisticError
@@ -20,13 +22,14 @@ from heedful.core.stats import Cat, Statistic, load, save
 from heedful.diagnosis.measures import readers
 from heedful.diagnosis.view import TokenView
 
-FORMAT = 2
+FORMAT = 3
 ADDED = ("texts", "windows", "tokens", "left_out")  # facts that add up where profiles are merged
 STATISTICS = re.compile(r"statistics-[0-9a-f]{8}\.safetensors")
 # the facts that a profile tells, and of which kind they are
 FACTS: dict[str, type] = {"model": str, "seconds": dict, "skipped": list, "backends": list}
 FACTS |= dict.fromkeys(("layers", "heads", "length", *ADDED), int)
 VIEW = "view"  # the key of the token view's tensors, which no reader has
+APART = "apart."  # what keys of parts of the texts begin with, before the part's number
 
 
 def _measure(spelling: Any) -> Measure:
@@ -42,6 +45,7 @@ def write(
     parts: tuple[Measure, ...],
     statistics: Mapping[str, Statistic],
     view: TokenView | None,
+    apart: Sequence[Mapping[str, Statistic]],
 ) -> Path:
     """A profile into a folder: whole, or not at all."""
     new = folder / f"statistics-{uuid.uuid4().hex[:8]}.safetensors"
@@ -50,7 +54,7 @@ def write(
         "facts": facts,
         "parts": [spelled(part) for part in parts],
         "statistics": new.name,
-        "view": view and {"tokens": view.tokens, "heads": view.heads},
+        "view": view and {"tokens": view.tokens, "heads": view.heads, "layers": view.layers},
     }
     try:
         content = json.loads(json.dumps(content))  # as it will be read
@@ -58,8 +62,9 @@ def write(
     except TypeError as error:
         raise StatisticError(f"cannot save the measures {parts}: {error}") from error
     whole = dict(statistics)
+    whole |= {f"{APART}{i}.{key}": x for i, found in enumerate(apart) for key, x in found.items()}
     if view is not None:
-        whole[VIEW] = Cat({"keys": view.keys, "weights": view.weights, "received": view.received})
+        whole[VIEW] = Cat({name: x for name, x in vars(view).items() if isinstance(x, Tensor)})
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -101,7 +106,10 @@ def _require(facts: Any, parts: tuple[Measure, ...], statistics: Mapping[str, St
             raise KeyError(key)
 
 
-def read(folder: Path) -> tuple[dict[str, Any], tuple[Measure, ...], dict[str, Statistic], TokenView | None]:
+Found = dict[str, Statistic]
+
+
+def read(folder: Path) -> tuple[dict[str, Any], tuple[Measure, ...], Found, TokenView | None, tuple[Found, ...]]:
     """What `write` wrote, in its order."""
     try:
         content = json.loads((folder / PROFILE).read_text(encoding="utf-8"))
@@ -130,10 +138,16 @@ def read(folder: Path) -> tuple[dict[str, Any], tuple[Measure, ...], dict[str, S
     try:
         if view is not None:
             tensors = statistics.pop(VIEW).tensors()
-            view = TokenView(view["tokens"], [(layer, head) for layer, head in view["heads"]], **tensors)
+            heads = [(layer, head) for layer, head in view["heads"]]
+            view = TokenView(view["tokens"], heads, layers=view["layers"], **tensors)
         parts = tuple(map(_measure, spellings))
-        _require(facts, parts, statistics)
-        return facts, parts, statistics, view
+        apart: dict[int, Found] = {}
+        for key in [key for key in statistics if key.startswith(APART)]:
+            number, _, name = key.removeprefix(APART).partition(".")
+            apart.setdefault(int(number), {})[name] = statistics.pop(key)
+        for found in (statistics, *apart.values()):
+            _require(facts, parts, found)
+        return facts, parts, statistics, view, tuple(apart[i] for i in sorted(apart))
     except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, HeedfulError):
             raise

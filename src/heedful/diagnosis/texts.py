@@ -42,6 +42,7 @@ class Windows:
     texts: int
     left_out: int  # tokens in ends too short to count as a text
     skipped: tuple[str, ...] = ()  # texts of a folder that could not be read, and why
+    of: tuple[int, ...] = ()  # the number of each piece's text
 
 
 def _refuse(value: object, rule: str, good: object = Path("book.txt")) -> FieldError:
@@ -123,6 +124,7 @@ def cut(found: list[Source], tokenizer: Any, length: int, vocabulary: int) -> Wi
     left_out = 0
     skipped: list[str] = []
     read: list[Source] = []
+    of: list[int] = []
     for source in found:
         if source.unread:
             skipped.append(f"{source.name} {source.unread.partition(':')[0]}")
@@ -143,10 +145,11 @@ def cut(found: list[Source], tokenizer: Any, length: int, vocabulary: int) -> Wi
                 rule = f"token ids must be from 0 to {vocabulary - 1}, those that the model knows"
                 raise _refuse(source.name, rule + "; is this its tokenizer?", vocabulary - 1)
         out += rows
+        of += [len(read)] * len(rows)
         read.append(source)
     if not out:
         raise _refuse(skipped, "none of these can be read: attention needs texts of two tokens or more")
-    return Windows(tuple(out), read[0], len(read), left_out, tuple(skipped))
+    return Windows(tuple(out), read[0], len(read), left_out, tuple(skipped), tuple(of))
 
 
 def _windows(source: Source, tokenizer: Any, length: int) -> list[Tensor]:

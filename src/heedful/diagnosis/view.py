@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
+from math import isqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
@@ -18,11 +20,13 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
 
-PAGE_BYTES = 1_200_000  # what a view may weigh once it is encoded
+PAGE_BYTES = 1_500_000  # what a view may weigh once it is encoded
 TOKEN_BYTES = 8  # a token's text, quoted
 SLOT_BYTES = 4  # distance in two bytes and weight in one, in base64
+ROW_BYTES = 8  # a head's figures of a token, in base64
 MOST_HEADS, MOST_KEYS = 12, 8
 SHOWN = 256  # tokens of the first window that are shown
+OPENING_BYTES = 500_000  # what the whole patterns of all heads may weigh, a byte a weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +38,21 @@ class TokenView:
     keys: Tensor  # int32 [heads n t]: the most attended columns of each token, strongest first
     weights: Tensor  # [heads n t]: their weights; 0 where a token sees fewer keys
     received: Tensor  # [heads n]: mean weight that each token got from those that may see it
+    entropy: Tensor  # [heads n]: of each token's weights, in nats
+    norms: Tensor  # [heads n]: how long each token's value is
+    layers: list[int]  # those of `opening`
+    opening: Tensor  # float16 [layers h s s]: the pattern of the first tokens, of every head; nan where there is none
 
     def __post_init__(self) -> None:
         h, n = len(self.heads), len(self.tokens)
-        if self.keys.shape != self.weights.shape or self.keys.shape[:2] != (h, n) or self.received.shape != (h, n):
-            shapes = tuple(tuple(x.shape) for x in (self.keys, self.weights, self.received))
-            rule = f"keys, weights and received must be those of {h} heads and {n} tokens"
-            raise FieldError(self, "keys", shapes, rule, ((h, n, 8), (h, n, 8), (h, n)))
+        rows = (self.received, self.entropy, self.norms)
+        if self.keys.shape != self.weights.shape or any(x.shape[:2] != (h, n) for x in (self.keys, *rows)):
+            shapes = tuple(tuple(x.shape) for x in (self.keys, self.weights, *rows))
+            rule = f"keys, weights and what there is of each token must be those of {h} heads and {n} tokens"
+            raise FieldError(self, "keys", shapes, rule, ((h, n, 8), (h, n, 8), (h, n), (h, n), (h, n)))
+        if self.opening.ndim != 4 or len(self.opening) != len(self.layers):
+            rule = f"must be [layers h s s] of {len(self.layers)} layers"
+            raise FieldError(self, "opening", tuple(self.opening.shape), rule, (len(self.layers), 8, 32, 32))
 
 
 class Looks(NamedTuple):
@@ -49,6 +61,9 @@ class Looks(NamedTuple):
     keys: Tensor  # int32 [h r t]: the columns of each token's highest weights
     weights: Tensor  # [h r t]: these, highest first
     sums: Tensor  # [2 h r]: the weight that the stretch gives to each of its columns, and how many tokens see it
+    entropy: Tensor  # [h r]: of each token's weights
+    opening: Tensor  # [h s s]: the whole pattern of the first tokens
+    norms: Tensor  # [h r]: the lengths of the values that the stretch's columns hold
 
 
 class Attended(Method):
@@ -79,10 +94,20 @@ class Attended(Method):
         shown = columns < self.tokens
         sums = weights.new_zeros(2, len(weights), self.tokens)
         sums[..., columns[shown]] = torch.stack([weights.sum(1), keep.sum(1)])[..., shown]
-        pad = torch.nn.functional.pad
-        found = {"keys": pad(columns[at], short).int(), "weights": pad(high, short), "sums": sums}
-        row = f"{call.rows.start or 0:09d}"
-        return Cat({f"{name}.{row}": x for name, x in found.items()})
+        start, most = call.rows.start or 0, opening_size(call.depth * call.heads)
+        opening = weights.new_zeros(len(weights), max(0, min(weights.shape[1], most - start)), most)
+        opening[..., columns[columns < most]] = weights[:, : opening.shape[1], columns < most]
+        found = {
+            "keys": pad(columns[at], short).int(),
+            "weights": pad(high, short),
+            "sums": sums,
+            "entropy": torch.special.entr(weights).sum(-1),
+            "opening": opening,
+        }
+        if start == 0 and call.value is not None:
+            norms = call.value[0, :, : self.tokens].float().norm(dim=-1)
+            found["norms"] = norms.repeat_interleave(call.heads // len(norms), 0)
+        return Cat({f"{name}.{start:09d}": x for name, x in found.items()})
 
     def finish(self, statistic: Statistic, call: Call) -> Statistic:
         call.state.run["seen"] = True
@@ -91,18 +116,26 @@ class Attended(Method):
     def answer(self, readings: Readings) -> dict[int, Looks]:
         found = {}
         for layer, cat in readings.items():
-            keys, weights, sums = (
-                [x.cpu() for at, x in sorted(cat.tensors().items()) if at.startswith(name)] for name in Looks._fields
-            )
-            found[layer] = Looks(torch.cat(keys, 1), torch.cat(weights, 1), torch.stack(sums).sum(0))
+            parts = {
+                name: [x.cpu() for at, x in sorted(cat.tensors().items()) if at.startswith(f"{name}.")]
+                for name in Looks._fields
+            }
+            sums = torch.stack(parts.pop("sums")).sum(0)
+            found[layer] = Looks(sums=sums, **{name: torch.cat(rows, 1) for name, rows in parts.items()})
         return found
+
+
+def opening_size(heads: int) -> int:
+    """How many of the first tokens have their whole patterns kept, in a model of that many heads."""
+    return max(16, min(32, isqrt(OPENING_BYTES // heads)))
 
 
 def room(tokens: int) -> tuple[int, int]:
     """How many heads, and keys for each token, a view of that many tokens has room for."""
-    slots = (PAGE_BYTES // tokens - TOKEN_BYTES) // SLOT_BYTES
-    heads = min(MOST_HEADS, max(slots // 4, min(3, slots // 2), 1))
-    return heads, min(MOST_KEYS, max(1, slots // heads))
+    free = PAGE_BYTES // tokens - TOKEN_BYTES
+    slots = free // SLOT_BYTES
+    heads = min(MOST_HEADS, max(slots // 6, min(3, slots // 3), 1))
+    return heads, min(MOST_KEYS, max(1, (free - heads * ROW_BYTES) // (heads * SLOT_BYTES)))
 
 
 def notable(roles: Iterable[Role], layers: int, heads: int, most: int) -> list[Head]:
@@ -122,4 +155,9 @@ def view_of(looks: Mapping[int, Looks], heads: list[Head], tokens: list[str], mo
         torch.stack([getattr(looks[i], name)[h, :, :most] for i, h in heads]) for name in Looks._fields[:2]
     )
     got, seen = torch.stack([looks[i].sums[:, h, :n] for i, h in heads], 1)
-    return TokenView(tokens, heads, keys, weights, got / seen.clamp(min=1))
+    entropy = torch.stack([looks[i].entropy[h] for i, h in heads])
+    norms = torch.stack([pad(looks[i].norms[h, :n], (0, max(0, n - looks[i].norms.shape[1]))) for i, h in heads])
+    layers, widest = sorted(looks), max(len(look.opening) for look in looks.values())
+    openings = [looks[i].opening[:, :n, :n].half() for i in layers]
+    opening = torch.stack([pad(x, (0, 0, 0, 0, 0, widest - len(x)), value=torch.nan) for x in openings])
+    return TokenView(tokens, heads, keys, weights, got / seen.clamp(min=1), entropy, norms, layers, opening)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from heedful.core.method import Layer
+from heedful.core.method import Layer, Method
 from heedful.core.stack import Stack
 
 PREFIX = "heedful_"
@@ -23,10 +23,15 @@ class Learned(NamedTuple):
     start: Tensor
 
 
+def planted_name(method: Method, part: int, name: str) -> str:
+    """What an attention module calls a parameter."""
+    return f"{PREFIX}{type(method).__name__}_{part}_{name}"
+
+
 def learned(stack: Stack, sizes: Iterable[Layer]) -> list[Learned]:
     """All parameters of a stack, fresh."""
     return [
-        Learned(number, size.number, name, f"{PREFIX}{type(method).__name__}_{number}_{name}", start)
+        Learned(number, size.number, name, planted_name(method, number, name), start)
         for size in sizes
         for number, method in enumerate(stack.methods)
         if any(step.number == number for step in stack.steps(size.number))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -17,6 +17,7 @@ from heedful.core.asked import asks
 from heedful.core.call import DenoisingStep
 from heedful.core.errors import FieldError, InactiveWarning, StatisticError
 from heedful.core.method import Layer, Method, Part, Readings
+from heedful.core.notebook import printed
 from heedful.core.regions import PerText, Region, Roles, marks
 from heedful.core.stack import Stack, Step, as_stack
 from heedful.core.stats import Statistic, load, save
@@ -37,6 +38,9 @@ class Adapter(Protocol):
 
     @property
     def installed(self) -> bool: ...
+
+    @property
+    def ready(self) -> bool: ...  # whether the layers are known; else the first forward tells, and `settle` is called
 
     def sizes(self) -> tuple[Layer, ...]: ...
 
@@ -90,6 +94,9 @@ class Activity:
             lines.append("NaN was seen in the output of some head")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        return printed(self)
+
 
 class Run:
     """Made by `attach`. A context manager, and callable like the model."""
@@ -122,6 +129,10 @@ class Run:
             self.close()
             raise
 
+    def settle(self) -> None:
+        """The layers are known now, if they were not before."""
+        self._check_layers()
+
     @property
     def roles(self) -> dict[str, Region | PerText]:
         """Named spans of token positions. Set them to a mapping, or to a list with a mapping for each text."""
@@ -132,6 +143,8 @@ class Run:
         self._roles = marks(roles)
 
     def _check_layers(self) -> None:
+        if not self._adapter.ready:
+            return
         n = len(self.layer_names)
         for part in self.stack:
             for layer in getattr(part, "layers", None) or ():
@@ -163,6 +176,13 @@ class Run:
         for x in requested:
             found = self.state.params.setdefault((x.part, x.layer), {})
             found[x.name] = self._adapter.parameter(x.layer, x.full, x.start)
+
+    def __repr__(self) -> str:
+        name, state = type(self.model).__name__, "closed" if self.closed else "attached"
+        return f"Run({self.stack!r} on {name}, {state})"
+
+    def _repr_html_(self) -> str:
+        return printed(f"{self!r}\n{self.activity()}" if self.state.entered else repr(self))
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -290,8 +310,9 @@ class Run:
         return self._adapter.installed
 
     def explain(self) -> Explanation:
-        """Which backend serves this stack, and every reason against the others."""
-        return explain(self.stack)
+        """Which backend serves this stack, every reason against the others, and the layers that it is for."""
+        names = self.layer_names if self._adapter.ready else ()
+        return replace(explain(self.stack), layers=names)
 
     def pause(self) -> None:
         """Take the stack out of the model until `resume`; memory, statistics and parameters stay."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from heedful.core.asked import asks
 from heedful.core.errors import BackendError, FieldError
 from heedful.core.method import Part
+from heedful.core.notebook import printed
 from heedful.core.sites import HEADLESS_SITES, Site
 from heedful.core.stack import Stack, as_stack
 from heedful.engine.backends import BACKENDS, Backend
@@ -51,10 +52,16 @@ class Explanation:
     stack: Stack
     choices: tuple[Choice, ...]
     untouched: str = "layers without a step keep the model's own attention"
+    layers: tuple[str, ...] = ()  # of the model, where one is known
 
     def __str__(self) -> str:
         rows = "\n".join(map(str, self.choices))
-        return f"{self.stack!r}\n{rows}\n({self.untouched})"
+        names = self.layers if len(self.layers) < 3 else (self.layers[0], "...", self.layers[-1])
+        of = f"\n{len(self.layers)} attention layers: {', '.join(names)}" if names else ""
+        return f"{self.stack!r}\n{rows}\n({self.untouched}){of}"
+
+    def _repr_html_(self) -> str:
+        return printed(self)
 
 
 @asks

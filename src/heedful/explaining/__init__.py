@@ -20,6 +20,8 @@ _HOMES = {
     "patching": "activation_patching",
     "path_patching": "activation_patching",
     "HeadEffects": "activation_patching",
+    "trace": "tracing",
+    "Trace": "tracing",
 }
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Lens",
     "Patterns",
     "Removal",
+    "Trace",
     "ablate",
     "attribute",
     "direct_logits",
@@ -37,6 +40,7 @@ __all__ = [
     "patching",
     "path_patching",
     "patterns",
+    "trace",
 ]
 
 
@@ -53,3 +57,4 @@ if TYPE_CHECKING:
     from heedful.explaining.attribution import attribute
     from heedful.explaining.faithful import Faithfulness, Removal, faithfulness
     from heedful.explaining.logits import DirectLogits, Lens, direct_logits, logit_lens
+    from heedful.explaining.tracing import Trace, trace

@@ -18,6 +18,7 @@ from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.figures import Head, HeadMap, head_name
 from heedful.core.fitted import Fitted
 from heedful.core.method import Method, Part
+from heedful.core.notebook import printed
 from heedful.core.sites import Site, at, reads
 from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Cat, Statistic
@@ -69,6 +70,17 @@ class HeadEffects:
         size = float(self.share.abs().nan_to_num(0.0).max())
         layers = range(len(self.share))
         return HeadMap("patching", "Effect of each head", what, layers, self.share, "score", -size, size)
+
+    def plot(self) -> Any:
+        """The heads as a plotly figure."""
+        from heedful.report.plots import draw
+
+        return draw(self.figure)
+
+    def _repr_html_(self) -> str:
+        from heedful.report.cells import heat
+
+        return printed(self) + heat(self.figure)
 
     def __str__(self) -> str:
         rows = [f"metric: clean {self.clean:.3f}, corrupt {self.corrupt:.3f}; heads with the largest effect:"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -16,7 +17,7 @@ from heedful.api import attach, still
 from heedful.core.asked import asks
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-from heedful.core.figures import Grid, Head, head_name
+from heedful.core.figures import Grid, Head, counted, head_name
 from heedful.core.kinds import Tokenizer
 from heedful.core.method import Method, Part
 from heedful.core.sites import Site, reads
@@ -38,6 +39,7 @@ class Patterns:
     tokens: list[str]
     maps: Mapping[int, Tensor]  # by layer [h q k]
     heads: Mapping[int, list[int]]  # by layer, which heads these are
+    text: frozenset[int] | None = None  # the layers that read these tokens, and no image; None: all
 
     def __getitem__(self, place: int | Head) -> Tensor:
         layer, head = place if isinstance(place, tuple) and len(place) == 2 else (place, None)
@@ -60,15 +62,16 @@ class Patterns:
             raise FieldError("Patterns", "tensor", sorted(shapes), rule, "patterns[3]")
         return torch.stack(list(self.maps.values()))
 
-    def names(self, count: int) -> list[str]:
-        """The tokens with their places; places alone where the axis is another sequence's."""
-        words = self.tokens if len(self.tokens) == count else [""] * count
+    def names(self, count: int, layer: int | None = None) -> list[str]:
+        """The tokens with their places; places alone where the axis is another sequence's, such as an image's."""
+        reads_text = self.text is None or layer is None or layer in self.text
+        words = self.tokens if reads_text and len(self.tokens) == count else [""] * count
         return [f"{i} {word}".strip() for i, word in enumerate(words)]
 
     @asks
     def figure(self, layer: int, head: int) -> Grid:
         values = self[layer, head]
-        q, k = (self.names(n) for n in values.shape)
+        q, k = (self.names(n, layer) for n in values.shape)
         what = "The share of its attention that each token (a row) gives to each token (a column)."
         title = f"Pattern of head {head_name(layer, head)}"
         return Grid(f"pattern_{layer}_{head}", title, what, values, q, k, "query", "key", "share")
@@ -91,7 +94,8 @@ class Patterns:
     def __repr__(self) -> str:
         many = sum(len(x) for x in self.maps.values())
         q, k = next(iter(self.maps.values())).shape[1:]
-        return f"Patterns({len(self.maps)} layers, {many} heads, {q} x {k}: {''.join(self.tokens)[:60]!r})"
+        size = f"{counted(len(self.maps), 'layer')}, {counted(many, 'head')}, {q} x {k}"
+        return f"Patterns({size}: {''.join(self.tokens)[:60]!r})"
 
     def _repr_html_(self) -> str:
         from heedful.report.maps import render
@@ -154,7 +158,9 @@ def patterns(
     parts = parts or [reader]
     before = () if stack is None else as_stack(stack).parts
     with still(given.model), attach(given.model, Stack((*before, *parts)), **how) as run:
-        run(**inputs)
+        with _readers(given.model, ids, run.layer_names) as readers:
+            run(**inputs)
+        text = frozenset(n for n, name in enumerate(run.layer_names) if any(map(name.startswith, readers)))
         found = {layer: stat for part in parts for layer, stat in run[part].items()}
     maps = {layer: torch.cat(stat.value, 1) for layer, stat in sorted(found.items())}
     named = {layer: wanted.get(layer) or list(range(len(x))) for layer, x in maps.items()}
@@ -162,4 +168,28 @@ def patterns(
         return Patterns([], maps, named)
     second = inputs.get("decoder_input_ids", ids)
     unsure = second.shape == ids.shape and not torch.equal(second, ids)  # an axis would not tell whose words it has
-    return Patterns([] if unsure else spelled(ids[0], words), maps, named)
+    return Patterns([] if unsure else spelled(ids[0], words), maps, named, text if readers else None)
+
+
+@contextmanager
+def _readers(model: nn.Module, ids: Tensor | None, layers: Iterable[str]) -> Iterator[list[str]]:
+    """What names of layers begin with that the token ids enter: the least part with attention around their table."""
+    found: list[str] = []
+
+    def note(name: str, given: Any) -> None:
+        if ids is None or not isinstance(given, Tensor) or not torch.equal(given, ids):
+            return
+        while name and not any(layer.startswith(f"{name}.") for layer in layers):
+            name = name.rpartition(".")[0]
+        found.append(f"{name}." if name else "")
+
+    tables = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0] if args else None))
+        for name, module in tables
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

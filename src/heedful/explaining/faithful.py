@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,13 @@ from heedful.core.figures import Curves, Figure
 from heedful.core.fitted import Fitted
 from heedful.core.mask import Dense, Mask
 from heedful.core.method import Method
+from heedful.core.notebook import printed
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.explaining.aim import Aim, Text, aim_of, ids_of
+
+if TYPE_CHECKING:
+    from heedful.report.pictures import Plots
 
 PAPER = Paper(
     "1806.07421",
@@ -114,6 +118,16 @@ class Faithfulness:
                  self.random_insertion, "put back"),
             )
         )  # fmt: skip
+
+    @property
+    def plot(self) -> Plots:
+        """`found.plot.deletion()` and `found.plot.insertion()`, as plotly figures."""
+        from heedful.report.pictures import Plots
+
+        return Plots(self.figures)
+
+    def _repr_html_(self) -> str:
+        return printed(self)
 
     def __str__(self) -> str:
         rows = [f"{'':16}{'deletion':>10}{'insertion':>11}   mean height in {self.unit}, and gain over random order"]

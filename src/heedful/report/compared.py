@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from heedful.core.figures import Description, Matrix
+from heedful.core.figures import Description, Matrix, counted
 from heedful.report import data
-from heedful.report.page import by_kind, entry, html, more, put
+from heedful.report.page import along, by_kind, entry, html, more, put
 
 WORDS = {
     "over": "What helps it, and what it costs",
@@ -44,7 +44,8 @@ class Compared(Protocol):
 
 def _facts(comparison: Compared) -> list[tuple[str, str]]:
     facts = comparison.facts
-    out = [("compared", f"{len(comparison.contenders) - 1} methods"), ("on", f"{len(facts.get('tasks', {}))} tasks")]
+    many = counted(len(comparison.contenders) - 1, "method")
+    out = [("compared", many), ("on", counted(len(facts.get("tasks", {})), "task"))]
     for name, key in (("weights in", "dtype"), ("run by", "device")):
         if key in facts:
             out.append((name, str(facts[key])))
@@ -77,6 +78,8 @@ def render(comparison: Compared) -> str:
         "acting": [],
         "measures": _used(comparison),
         "kinds": by_kind(figures),
+        "along": along(by_kind(figures)),
+        "certainty": "",
         "view": {},
     }
     return html(written, {"figures": figures})

@@ -57,6 +57,18 @@ class View(Protocol):
     @property
     def received(self) -> Tensor: ...  # [heads n]
 
+    @property
+    def entropy(self) -> Tensor: ...  # [heads n]
+
+    @property
+    def norms(self) -> Tensor: ...  # [heads n]
+
+    @property
+    def layers(self) -> Sequence[int]: ...
+
+    @property
+    def opening(self) -> Tensor: ...  # [layers h s s]
+
 
 class Shown(Protocol):
     """What a page needs of a profile."""
@@ -76,11 +88,14 @@ def figure(shown: Figure, measure: str) -> dict[str, Any]:
     """One figure: what it is and how plotly draws it, less what the page writes itself."""
     kind = next((name for base, name in KINDS.items() if isinstance(shown, base)), None)
     plain: dict[str, Any] = {"key": shown.key, "title": shown.title, "what": shown.what, "from": measure, "kind": kind}
+    plain["folded"] = shown.folded
     if isinstance(shown, Listing):
         return plain | {"columns": list(shown.columns), "rows": [[cell(x) for x in row] for row in shown.rows]}
     if isinstance(shown, HeadMap):
         plain |= {"unit": shown.unit, "layers": list(shown.layers)}
     plot = bare(shown)
+    if isinstance(shown, Curves) and shown.bands:
+        plain["shaded"] = f"Shaded: {shown.band}."
     if isinstance(shown, Curves) and plot.data and len(plot.data[-1].x) < len(shown.x):
         plain["note"] = f"{len(plot.data[-1].x)} of {len(shown.x)} points are drawn, the peaks among them."
     if isinstance(shown, Intervals | Scatter):
@@ -150,7 +165,8 @@ def packed(view: View) -> tuple[dict[str, Any], str]:
     """The token view: what the script must know first, and the numbers as compressed bytes in base64.
 
     Keys are distances back (2 bytes, or 4 in texts too long for that), weights 255ths, received attention a 16-bit
-    logarithm.
+    logarithm, entropies and lengths of values 65535ths of their largest; in whole patterns a byte is a 255th of a
+    weight's root, so that what is small shows.
     """
     keys = view.keys.to("cpu", torch.int64)
     n = len(view.tokens)
@@ -161,10 +177,14 @@ def packed(view: View) -> tuple[dict[str, Any], str]:
     wide = bool(back.abs().max() > 32767) if back.numel() else False
     received = view.received.detach().to("cpu", torch.float32).nan_to_num().clamp(10.0**-DECADES, 1)
     logs = ((received.log10() / DECADES + 1) * 65535).round().to(torch.int32)
+    (entropy, widest), (norms, longest) = map(_of_largest, (view.entropy, view.norms))
     numbers = (
         back.to(torch.int32 if wide else torch.int16).numpy().tobytes(),
         logs.numpy().astype("<u2").tobytes(),
+        entropy,
+        norms,
         weights.numpy().tobytes(),
+        rooted(view.opening).numpy().tobytes(),
     )
     about = {
         "tokens": list(view.tokens),
@@ -172,8 +192,25 @@ def packed(view: View) -> tuple[dict[str, Any], str]:
         "top": keys.shape[-1],
         "wide": wide,
         "decades": DECADES,
+        "widest": widest,
+        "longest": longest,
+        "layers": list(view.layers),
+        "opening": view.opening.shape[-1],
+        "across": view.opening.shape[1],
     }
     return about, zipped(b"".join(numbers))
+
+
+def _of_largest(x: Tensor) -> tuple[bytes, float]:
+    """Numbers from 0 up as 65535ths of the largest of them, and that."""
+    x = x.detach().to("cpu", torch.float32).nan_to_num().clamp(min=0)
+    largest = max(float(x.max()), 1e-30) if x.numel() else 1.0
+    return (x / largest * 65535).round().to(torch.int32).numpy().astype("<u2").tobytes(), largest
+
+
+def rooted(weights: Tensor) -> Tensor:
+    """Weights from 0 to 1 as bytes: 255ths of their roots."""
+    return (weights.detach().float().cpu().nan_to_num().clamp(0, 1).sqrt() * 255).round().to(torch.uint8)
 
 
 def zipped(raw: bytes) -> str:

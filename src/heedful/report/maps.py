@@ -11,7 +11,7 @@ from torch import Tensor
 from heedful.core.errors import FieldError
 from heedful.core.figures import head_name
 from heedful.report.colours import SCALE
-from heedful.report.data import zipped
+from heedful.report.data import rooted, zipped
 from heedful.report.page import asset, embed, environment
 
 MOST = 24 << 20  # numbers that a page holds
@@ -29,6 +29,9 @@ class Maps(Protocol):
     @property
     def heads(self) -> Mapping[int, list[int]]: ...
 
+    @property
+    def text(self) -> frozenset[int] | None: ...
+
 
 def render(patterns: Maps) -> str:
     """The page as text."""
@@ -39,9 +42,9 @@ def render(patterns: Maps) -> str:
     rows, numbers = [], []
     for layer, x in patterns.maps.items():
         names = [head_name(layer, head) for head in patterns.heads[layer]]
-        rows.append({"layer": layer, "heads": names, "q": x.shape[1], "k": x.shape[2]})
-        # the root shows what is small; a byte is a 255th of it
-        numbers.append((x.float().cpu().nan_to_num().clamp(0, 1).sqrt() * 255).round().to(torch.uint8).flatten())
+        reads_text = patterns.text is None or layer in patterns.text
+        rows.append({"layer": layer, "heads": names, "q": x.shape[1], "k": x.shape[2], "text": reads_text})
+        numbers.append(rooted(x).flatten())
     read = {"tokens": list(patterns.tokens), "rows": rows, "scale": list(SCALE)}
     packed = zipped(torch.cat(numbers).numpy().tobytes())
     return environment().from_string(asset("patterns.html")).render(data=embed(read), numbers=packed)

@@ -75,6 +75,7 @@ function themed() {
   $("theme").textContent = dark() ? "Light" : "Dark";
   $("theme").setAttribute("aria-label", dark() ? "Switch to light colours" : "Switch to dark colours");
   for (const redraw of page.drawn.values()) redraw();
+  if (page.head) fillCard(page.head);
 }
 
 function remember(name, value) {
@@ -235,6 +236,9 @@ function fillCard(head) {
   }
   if (!parts.length) body.append(el("p", { class: "part" }, el("span", {}, "Plays no part that a measure looked for.")));
 
+  const pattern = page.pattern?.(head);
+  if (pattern) body.append(pattern);
+
   const table = el("tbody");
   for (const map of maps) {
     const value = map.values.get(head), rank = map.rank.get(head);
@@ -246,7 +250,8 @@ function fillCard(head) {
       el("td", {}, rank ? nth(rank) : "–")));
   }
   const of = Math.max(...maps.map((m) => m.order.length));
-  body.append(el("h4", {}, `Its numbers, and its place among ${grouped(of)} heads`), el("table", { class: "values" }, table));
+  body.append(el("h4", {}, `Its numbers, and its place among ${grouped(of)} heads`), el("table", { class: "values", "data-rove": true }, table));
+  roving(body);
 
   for (const figure of page.figures) {
     const cloud = figure.kind === "curves" && figure.plot.data.find((t) => t.meta?.heads);
@@ -288,7 +293,7 @@ function drawGrid(place, figure) {
 }
 
 /* ---------- tables ---------- */
-function headButton(head) { return el("button", { type: "button", class: "head", "data-head": head }, head); }
+function headButton(head) { return el("button", { type: "button", class: "head", "data-head": head, tabindex: -1 }, head); }
 
 /* what a cell holds: a head, heads, a number, a number written as text, or text */
 function known(x) { return maps.some((map) => map.values.has(x)); }
@@ -323,7 +328,7 @@ function table(columns, lines, caption) {
     },
   }, title)));
   fill();
-  return el("table", {}, el("caption", { class: "hidden" }, caption), el("thead", {}, el("tr", {}, ...heads)), body);
+  return el("table", { "data-rove": true }, el("caption", { class: "hidden" }, caption), el("thead", {}, el("tr", {}, ...heads)), body);
 }
 
 function fillTable(place, figure) {
@@ -344,12 +349,16 @@ function fillTable(place, figure) {
       const from = at * (cloud.meta.points + 1);
       lines.push({ name: `head ${page.head}`, x: cloud.x.slice(from, from + cloud.meta.points), y: cloud.y.slice(from, from + cloud.meta.points) });
     }
-    const values = Array.from(lines[0]?.x ?? [], (x, i) => [x, ...lines.map((t) => (Number.isFinite(t.y[i]) ? t.y[i] : null))]);
-    made = table([[figure.plot.layout.xaxis.title.text, ""], ...lines.map((t) => [t.name, ""])], values, figure.title);
+    const places = Array.from(lines.find((t) => !t.meta?.band)?.x ?? []);
+    const columns = [...lines.filter((t) => !t.meta?.band), ...lines.filter((t) => t.meta?.band)];
+    const seen = columns.map((t) => new Map(Array.from(t.x, (x, i) => [x, t.y[i]])));
+    const values = places.map((x) => [x, ...seen.map((at) => (Number.isFinite(at.get(x)) ? at.get(x) : null))]);
+    made = table([[figure.plot.layout.xaxis.title.text, ""], ...columns.map((t) => [t.name, ""])], values, figure.title);
   } else {
     made = table(figure.columns.map((c) => [c, ""]), figure.rows, figure.title);
   }
   place.replaceChildren(made);
+  roving(place);
   place.tabIndex = 0;
   place.setAttribute("role", "region");
   place.setAttribute("aria-label", `${figure.title}, as a table`);
@@ -400,6 +409,27 @@ function wire() {
   });
 }
 
+/* many buttons that are one stop of the tab key, and go from one to the next by arrow keys */
+const stops = (group) => all("button, a[href]", group);
+function roving(root) {
+  for (const group of all("[data-rove]", root)) stops(group).forEach((button, i) => { button.tabIndex = i ? -1 : 0; });
+}
+
+function wireRoving() {
+  roving(document);
+  document.addEventListener("focusin", (event) => {
+    const group = event.target.closest?.("[data-rove]");
+    if (group && stops(group).includes(event.target)) for (const other of stops(group)) other.tabIndex = other === event.target ? 0 : -1;
+  });
+  document.addEventListener("keydown", (event) => {
+    const group = event.target.closest?.("[data-rove]"), items = group ? stops(group) : [], at = items.indexOf(event.target);
+    const to = { ArrowLeft: at - 1, ArrowUp: at - 1, ArrowRight: at + 1, ArrowDown: at + 1, Home: 0, End: items.length - 1 }[event.key];
+    if (at < 0 || to === undefined) return;
+    event.preventDefault();
+    items[Math.max(0, Math.min(items.length - 1, to))].focus();
+  });
+}
+
 /* rows by a column: downwards first, then upwards; what has no value stays below */
 function sortMatrix(button) {
   const head = button.parentElement, body = $("matrix").tBodies[0], at = Number(button.dataset.sort);
@@ -445,6 +475,7 @@ async function start() {
   $("engine").remove();
   wire();
   wireRoles();
+  wireRoving();
   addEventListener("beforeprint", unfold);
   if (maps.length) {
     showMap(maps[0]);

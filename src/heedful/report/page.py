@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heedful.catalogue import entries, family
-from heedful.core.figures import Description
+from heedful.core.figures import Description, counted
 from heedful.core.files import replace_text
 from heedful.core.kinds import Measure
 from heedful.core.method import method_of
@@ -28,6 +28,7 @@ WORDS = {  # what the page calls things
     "tables": "The most telling rows",
     "used": "What was measured, and by whose method",
 }
+SHOWN = 4  # curves and grids that are not folded
 SECONDS = {"text": "reading the text", "trials": "prompts of its own", "view": "the token view"}
 
 
@@ -49,6 +50,7 @@ def environment() -> Any:
         raise MissingPackage("jinja2") from error
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters["heads"] = _heads
+    made.filters["spelled"] = _spelled
     return made
 
 
@@ -72,6 +74,13 @@ def _heads(text: str) -> Any:
     return Markup(
         MENTION.sub(lambda found: re.sub(r"(?<![\d.(])\d+\.\d+(?!\d*%)", button, found[0]), str(escape(text)))
     )
+
+
+def _spelled(name: str) -> Any:
+    """A method as it is written, which may be broken behind brackets, commas and bars and within CamelCase only."""
+    from markupsafe import Markup, escape
+
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[(,|])|(?<=[a-z])(?=[A-Z])", name))
 
 
 def entry(name: str) -> dict[str, Any]:
@@ -103,14 +112,15 @@ def _facts(facts: Any) -> list[tuple[str, str]]:
     out = []
     if "layers" in facts and "heads" in facts:
         shared = facts.get("kv_heads") not in (None, facts["heads"])
-        keys = f", {facts['kv_heads']} key heads" if shared else ""
-        out.append(("attention", f"{facts['layers']} layers × {facts['heads']} heads{keys}"))
+        keys = f", {counted(facts['kv_heads'], 'key head')}" if shared else ""
+        size = f"{counted(facts['layers'], 'layer')} × {counted(facts['heads'], 'head')}"
+        out.append(("attention", size + keys))
     if "parameters" in facts:
         out.append(("parameters", _short(facts["parameters"])))
     if "tokens" in facts:
         texts = facts.get("texts")
-        of = f" in {texts} text{'s' if texts != 1 else ''}" if isinstance(texts, int) else ""
-        out.append(("read", f"{_short(facts['tokens'])} tokens{of}"))
+        of = f" in {counted(texts, 'text')}" if isinstance(texts, int) else ""
+        out.append(("read", f"{_short(facts['tokens'])} token{'s' * (facts['tokens'] != 1)}{of}"))
     seconds = facts.get("seconds") or {}
     if seconds:
         out.append(("time", f"{sum(seconds.values()):.3g} s"))
@@ -142,6 +152,22 @@ def by_kind(figures: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
     return {kind: [f for f in figures if f["kind"] == kind] for kind in data.KINDS.values()}
 
 
+def along(kinds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The curves and grids that are shown, those that are folded away, and what shades mean where it is the same."""
+    figures = kinds["curves"] + kinds["grid"]
+    shown = [f for f in figures if not f["folded"]][:SHOWN]
+    shades = [f["shaded"] for f in figures if "shaded" in f]
+    same = shades[0] if len(shades) > 1 and len(set(shades)) == 1 else ""
+    return {"shown": shown, "folded": [f for f in figures if f not in shown], "shaded": same}
+
+
+def _certainty(facts: Any) -> str:
+    """What is known of how much texts differ."""
+    if facts.get("windows") != 1:
+        return ""
+    return "One stretch of text was read, so that nothing here tells how much texts differ; pass several to see it."
+
+
 def _content(profile: data.Shown) -> tuple[dict[str, Any], dict[str, Any], str]:
     """What the template writes, what the script reads, and the packed token view."""
     told: Sequence[tuple[Measure, Description]] = profile.description()
@@ -167,6 +193,8 @@ def _content(profile: data.Shown) -> tuple[dict[str, Any], dict[str, Any], str]:
         "acting": [entry(name) for name in acting],
         "measures": _measures(told),
         "kinds": by_kind(figures),
+        "along": along(by_kind(figures)),
+        "certainty": _certainty(profile.facts),
         "view": about,
     }
     return written, read, numbers

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from heedful.core.errors import HeedfulError, nearest
 from heedful.core.figures import Curves, Figure, Grid, HeadMap, Intervals, Listing, Scatter
-from heedful.report.colours import CLOUD, ORDERED, ZERO, template
+from heedful.report.colours import CLOUD, LINES, ORDERED, ZERO, template
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -104,8 +104,12 @@ def grid(figure: Grid) -> go.Figure:
     if figure.log and len(known):
         decades = list(range(math.floor(float(known.min())), math.ceil(float(known.max())) + 1))
         bar = {"tickvals": decades, "ticktext": [f"{10.0**d:g}" for d in decades]}
+    size = float(known.abs().max()) if len(known) and not figure.log and float(known.min()) < 0 else None
     heat = _plotly().Heatmap(
         z=_array(shown),
+        zmin=size and -size,  # zero in the middle, where a signed scale has none of its colours
+        zmax=size,
+        autocolorscale=size is not None or None,
         x=list(figure.columns),
         y=list(figure.rows),
         customdata=_array(values) if figure.log else None,
@@ -153,6 +157,7 @@ def curves(figure: Curves, picked: Sequence[str] = ()) -> go.Figure:
         x, values = x[kept], values[:, kept]
         heads = [i for i, name in enumerate(names) if HEAD.fullmatch(name)]
         others = [i for i in range(len(names)) if i not in set(heads)]
+        traces += _bands(figure, x, kept, values)
         if heads:
             traces.append(_cloud(x, values[heads], [names[i] for i in heads]))
             if not others:
@@ -160,6 +165,8 @@ def curves(figure: Curves, picked: Sequence[str] = ()) -> go.Figure:
                 traces.append(objects.Scatter(x=_array(x), y=_array(middle), name="median head", mode="lines"))
         for place, i in enumerate(others):
             traces.append(objects.Scatter(x=_array(x), y=_array(values[i]), name=names[i], mode="lines"))
+            if figure.bands:
+                traces[-1].update(line={"color": LINES[i % len(LINES)]})
             if len(others) > FEW:
                 shade = ORDERED[round(place / (len(others) - 1) * (len(ORDERED) - 1))]
                 traces[-1].update(line={"color": shade, "width": 1.4}, showlegend=place in (0, len(others) - 1))
@@ -176,8 +183,30 @@ def curves(figure: Curves, picked: Sequence[str] = ()) -> go.Figure:
         },
         "yaxis": {"title": {"text": figure.y_label}, **_scale(figure.log_y, values)},
         "hovermode": "closest",
+        "legend": {"traceorder": "normal"},
     }
     return _finish(figure, traces, layout)
+
+
+def _bands(figure: Curves, x: Tensor, kept: Tensor, values: Tensor) -> list[Any]:
+    """The room between two edges of a line, in its colour, where both are known."""
+    traces = []
+    seen = torch.cat([values.flatten(), *(y.flatten().cpu() for pair in figure.bands.values() for y in pair)])
+    seen = seen[(seen > 0) & seen.isfinite()]
+    least = float(seen.min()) if figure.log_y and len(seen) else -math.inf  # zero has no place on a logarithm
+    for i, name in enumerate(figure.lines):
+        if name not in figure.bands:
+            continue
+        colour = LINES[i % len(LINES)]
+        shade = ", ".join(str(int(colour[at : at + 2], 16)) for at in (1, 3, 5))
+        edges = torch.stack([y.detach().to("cpu", torch.float32)[kept] for y in figure.bands[name]])
+        known = edges.isfinite().all(0)
+        for edge, y in zip(("lower", "upper"), edges[:, known].clamp(min=least), strict=True):
+            trace = _plotly().Scatter(x=_array(x[known]), y=_array(y), name=f"{name}, {edge} edge", mode="lines")
+            trace.update(line={"width": 0, "color": colour}, fillcolor=f"rgba({shade}, 0.18)", hoverinfo="skip")
+            trace.update(fill="tonexty" if edge == "upper" else None, showlegend=False, meta={"band": name})
+            traces.append(trace)
+    return traces
 
 
 def _names(names: Sequence[object]) -> dict[str, Any]:

@@ -5,17 +5,31 @@ const MOST = 8; // how many of those that look at a token are listed
 async function openText(buffer) {
   const view = page.view, n = view.tokens.length, top = view.top, size = view.heads.length * n;
   const back = view.wide ? new Int32Array(buffer, 0, size * top) : new Int16Array(buffer, 0, size * top);
-  const logs = new Uint16Array(buffer, back.byteLength, size);
-  const weights = new Uint8Array(buffer, back.byteLength + logs.byteLength, size * top);
+  const [logs, spread, lengths] = [0, 1, 2].map((i) => new Uint16Array(buffer, back.byteLength + 2 * i * size, size));
+  const weights = new Uint8Array(buffer, back.byteLength + 6 * size, size * top);
+  const opening = new Uint8Array(buffer, back.byteLength + 6 * size + size * top);
   const box = $("tokens"), select = $("view-head");
   let slot = 0, pinned = null, shown = null, cursor = 0;
   let looks = new Map(), watched = new Map(), incoming = null, heat = null;
 
   const received = (i, s = slot) => 10 ** ((logs[s * n + i] / 65535 - 1) * view.decades);
+  const entropy = (i) => (spread[slot * n + i] / 65535) * view.widest;
   const outgoing = (i, s = slot) => {
     const found = [];
     for (let j = (s * n + i) * top; j < (s * n + i + 1) * top; j++) if (weights[j]) found.push([i - back[j], weights[j] / 255]);
     return found.sort((a, b) => b[1] - a[1]);
+  };
+
+  /* how long a token's value is, where the text's mean is 1: with it, weights say what is brought and not what is looked at */
+  let long = () => 1;
+  function measure() {
+    let sum = 0;
+    for (let i = 0; i < n; i++) sum += lengths[slot * n + i];
+    long = (i) => (sum ? (lengths[slot * n + i] * n) / sum : 1);
+  }
+  const brought = (found) => {
+    const told = found.map(([j, w]) => [j, w * long(j)]), sum = told.reduce((a, [, w]) => a + w, 0) || 1;
+    return told.map(([j, w]) => [j, w / sum]).sort((a, b) => b[1] - a[1]);
   };
 
   /* who looks at whom, turned round: for each token the places of its lookers */
@@ -41,11 +55,17 @@ async function openText(buffer) {
 
   /* what a token draws from the others, where each of them has one to give: a fair share is 1. Shaded by logarithm, since
      one sink would drown all others otherwise; a mean over those that may see it would shade the last tokens, whom few see */
-  function shade() {
-    const drawn = new Float32Array(n), base = slot * n * top;
-    for (let i = 0; i < n; i++) for (let j = base + i * top; j < base + (i + 1) * top; j++) if (back[j]) drawn[i - back[j]] += weights[j] / 255;
-    return (i) => Math.max(0, Math.min(1, Math.log(drawn[i]) / Math.log(FULL)));
+  function drawn() {
+    const found = new Float32Array(n), base = slot * n * top;
+    for (let i = 0; i < n; i++) for (let j = base + i * top; j < base + (i + 1) * top; j++) if (back[j]) found[i - back[j]] += weights[j] / 255;
+    return found;
   }
+  const logged = (x) => Math.max(0, Math.min(1, Math.log(x) / Math.log(FULL)));
+  const SHADES = {
+    attention: ["draws attention", `how much more than its fair share of attention a token draws from the others; it is full at ${FULL} times`, () => { const got = drawn(); return (i) => logged(got[i]); }],
+    value: ["brings much", `the attention that a token draws from the others times the length of its value, which is how much of it the head hands on; it is full at ${FULL} times a fair share of mean length`, () => { const got = drawn(); return (i) => logged(got[i] * long(i)); }],
+    entropy: ["looks widely", "how widely a token looks, by the entropy of its attention; it is full at this text's widest look", () => { let most = 0; for (let i = 0; i < n; i++) most = Math.max(most, entropy(i)); return (i) => (most ? entropy(i) / most : 0); }],
+  };
 
   /* ---------- chunks ---------- */
   const chunks = [];
@@ -133,7 +153,8 @@ async function openText(buffer) {
   function show(i) {
     if (i === shown) return;
     shown = i;
-    const out = i === null ? [] : outgoing(i), into = i === null ? [] : incoming(i);
+    const byValue = $("shade").value === "value";
+    const out = i === null ? [] : byValue ? brought(outgoing(i)) : outgoing(i), into = i === null ? [] : incoming(i);
     looks = new Map(out);
     watched = new Map(into);
     box.classList.toggle("on", i !== null);
@@ -147,7 +168,8 @@ async function openText(buffer) {
     const others = into.filter(([j]) => j !== i);
     $("token-body").replaceChildren(
       el("p", { class: "note" }, `Token ${i + 1} of ${grouped(n)}; head ${view.heads[slot]}. Gets ${written(received(i), "share")} of the attention of those that may see it.`),
-      ...list("Looks at", out, i, "Nothing holds as much as half a percent of its attention."),
+      el("p", { class: "note" }, `Looks at about ${written(Math.exp(entropy(i)))} tokens at once (entropy ${written(entropy(i), "nats")}); its value is ${written(long(i))} times as long as the mean.`),
+      ...list(byValue ? `What these ${out.length} bring it, by the length of their values` : "Looks at", out, i, "Nothing holds as much as half a percent of its attention."),
       ...list(others.length > MOST ? `Looked at by ${others.length} tokens, most by` : "Looked at by", others.slice(0, MOST), i, `It is among the ${top} strongest of no other token.`));
   }
 
@@ -225,11 +247,20 @@ async function openText(buffer) {
   }
 
   /* ---------- heads ---------- */
+  function tint() {
+    const [key, what, make] = SHADES[$("shade").value];
+    heat = make();
+    $("shade-key").textContent = key;
+    $("shade-what").textContent = what;
+  }
+  $("shade").addEventListener("change", () => open(slot));
+
   function open(s) {
     slot = s;
     select.value = String(s);
     incoming = turn();
-    heat = shade();
+    measure();
+    tint();
     const sum = Array.from({ length: Math.min(n, 2000) }, (_, i) => outgoing(i).reduce((a, [, w]) => a + w, 0));
     const held = sum.reduce((a, b) => a + b, 0) / sum.length;
     $("view-about").textContent = `${grouped(n)} tokens. The ${top} strongest looks of each token are kept; in this head they hold ${written(held, "share")} of its attention on average.`;
@@ -260,6 +291,32 @@ async function openText(buffer) {
       el("span", { class: "how" }, share(w)))));
     const none = "It looks at nothing but the first token and itself with more than 5% of its attention.";
     return el("div", {}, el("h4", {}, "Examples from the text"), best.length ? el("ol", { class: "examples" }, ...list) : el("p", { class: "note" }, none));
+  };
+
+  /* the whole pattern of a head on the first tokens, as the card shows it */
+  page.pattern = (head) => {
+    const [layer, number] = head.split(".").map(Number), side = view.opening;
+    const at = (view.layers.indexOf(layer) * view.across + number) * side * side;
+    if (view.layers.indexOf(layer) < 0 || number >= view.across || !side) return null;
+    const share = (q, k) => (opening[at + q * side + k] / 255) ** 2;
+    const canvas = el("canvas", { width: side, height: side, class: "pattern", role: "img", "aria-label": `Pattern of head ${head} on the first ${side} tokens of the text` });
+    const says = el("p", { class: "note" }, `The first ${side} tokens: a row is a token that looks, a column one that is looked at.`);
+    const steps = page.theme[dark() ? "dark" : "light"].layout.colorscale.sequential.map(([, c]) => [1, 3, 5].map((i) => parseInt(c.slice(i, i + 2), 16)));
+    const image = new ImageData(side, side);
+    for (let i = 0; i < side * side; i++) {
+      const place = (opening[at + i] / 255) * (steps.length - 1), low = Math.min(steps.length - 2, Math.floor(place));
+      image.data.set([...steps[low].map((c, j) => c + (steps[low + 1][j] - c) * (place - low)), 255], 4 * i);
+    }
+    canvas.getContext("2d").putImageData(image, 0, 0);
+    const point = (event) => {
+      const box = canvas.getBoundingClientRect();
+      const [k, q] = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height].map((x) => Math.max(0, Math.min(side - 1, Math.floor(x * side))));
+      const word = (i) => `“${clean(view.tokens[i]).trim() || "␣"}”`;
+      says.textContent = `${word(q)} (${q}) gives ${written(share(q, k), "share")} to ${word(k)} (${k}).`;
+    };
+    canvas.addEventListener("pointermove", point);
+    canvas.addEventListener("pointerdown", point);
+    return el("div", {}, el("h4", {}, "Its pattern in the text"), canvas, says);
   };
 
   for (const chunk of chunks) { chunk.place.chunk = chunk; box.append(chunk.place); }

@@ -17,10 +17,9 @@ from heedful.core.paper import Paper
 from heedful.core.positions import spread_heads
 from heedful.core.stats import Mean, Statistic
 from heedful.core.summary import Summary, sums
+from heedful.kit.octaves import EDGES, EXACT
 
 PARTS = ("entropy", "peak", "first", "self", "previous", "next", "near", "far", "delimiters", "fair")
-EXACT = 16  # distances 0 to 15 have a bin each, then two bins an octave up to a million tokens
-EDGES = (*range(EXACT), *(round(2 ** (i / 2)) for i in range(8, 41)))
 BINS = len(EDGES)
 
 
@@ -208,19 +207,24 @@ class AttentionProfile(Method):
         layers = list(answer.distances)
         text = (
             f"A head of layer {layers[wide]} looks at about {tokens[wide]:.0f} tokens at once, one of layer "
-            f"{layers[narrow]} at about {tokens[narrow]:.0f}; {percent(broad)} of heads give no token more than "
-            f"{percent(self.broad)}."
+            f"{layers[narrow]} at about {tokens[narrow]:.0f}"
         )
-        yield Finding(text, 0.4, ("TempScale",))
+        if broad:
+            text += f"; {percent(broad)} of heads give no token more than {percent(self.broad)}"
+        ratio = float(tokens[wide] / tokens[narrow].clamp(min=1))
+        yield Finding(f"{text}.", 0.1 + 0.3 * (1 - 1 / ratio), ("TempScale",))
         if steady:
             counts = ", ".join(f"{n} at {words}" for words, n in sorted(steady.items(), key=lambda item: -item[1]))
-            yield Finding(f"Heads that mostly look at one fixed distance: {counts}.", 0.4)
+            share = sum(steady.values()) / answer.map("peak").isfinite().sum().item()
+            yield Finding(
+                f"In the text, heads that mostly look at one fixed distance: {counts}.", min(0.6, 0.3 + 3 * share)
+            )
         if not answer.map("delimiters").isnan().all():
             share, fair = answer.mean("delimiters"), answer.mean("fair")
             text = (
                 f"Punctuation and special tokens get {percent(share)} of the attention, an even spread {percent(fair)}."
             )
-            yield Finding(text, 0.3)
+            yield Finding(text, 0.05 + 0.6 * abs(share - fair) / max(share, fair, 1e-9))
 
 
 def _words(offset: int) -> str:
@@ -233,21 +237,26 @@ def _words(offset: int) -> str:
 def _curves(answer: Profile) -> Curves:
     """Attention per token by distance, on both sides together, in the lower, middle and upper third of the layers."""
     edges = torch.tensor(EDGES[1:], dtype=torch.float64)
-    means = torch.stack([x.sum(0).mean(0)[1:] for x in answer.distances.values()])  # [layers m], distance 0 left out
-    reached = int(means.sum(0).nonzero().max()) + 1 if means.any() else 1
-    per_token = (means / edges.diff(append=2 * edges[-1:]))[:, :reached]
+    heads = pad_sequence([x.sum(0)[:, 1:] for x in answer.distances.values()], True, float("nan"))  # [layers h m]
+    reached = int(heads.nansum((0, 1)).nonzero().max()) + 1 if heads.nansum() else 1
+    per_token = (heads / edges.diff(append=2 * edges[-1:]))[..., :reached]
     names = list(answer.distances)
-    lines = {
-        f"layers {names[part[0]]} to {names[part[-1]]}": per_token[part].mean(0)
-        for part in torch.arange(len(names)).tensor_split(min(3, len(names)))
-    }
+    lines, bands = {}, {}
+    for part in torch.arange(len(names)).tensor_split(min(3, len(names))):
+        name, mine = f"layers {names[part[0]]} to {names[part[-1]]}", per_token[part]
+        lines[name] = mine.nanmean(1).mean(0)
+        low, high = mine.flatten(0, 1).nanquantile(torch.tensor([0.25, 0.75], dtype=mine.dtype), 0)
+        bands[name] = low, high
     what = (
         "The share of its attention that a token gives to one other at each distance, averaged over heads; the first "
         "token is left out."
     )
     x = edges[:reached].tolist()
     label = "share of attention"
-    return Curves("distances", "Attention by distance", what, x, lines, "tokens away", label, log_x=True, log_y=True)
+    return Curves(
+        "distances", "Attention by distance", what, x, lines, "tokens away", label, log_x=True, log_y=True,
+        bands=bands, band="the middle half of the heads",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

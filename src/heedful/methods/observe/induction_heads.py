@@ -124,14 +124,15 @@ class InductionHeads(Method):
 def _finding(roles: list[Role]) -> Finding:
     copies = roles[0].heads
     if not copies:
-        return Finding("No head copies: none looks for what followed the same token before.", 0.3)
+        return Finding("No head copies: none looks for what followed the same token before.", 0.1)
     named = [f"{head_name(*head)} ({percent(x)})" for head, x in list(copies.items())[:4]]
     rest = f" and {len(copies) - len(named)} more" if len(copies) > len(named) else ""
     text = (
         f"Heads {', '.join(named)}{rest} copy: where a text comes again they look at what followed the last time"
-        f"; {len(roles[1].heads)} look at the same token before and {len(roles[2].heads)} at the previous token."
+        f". On random tokens that repeat {len(roles[1].heads)} look at the same token before, and "
+        f"{len(roles[2].heads)} at the previous token."
     )
-    return Finding(text, 0.8)
+    return Finding(text, 0.4 + 0.4 * max(copies.values()))
 
 
 if __name__ == "__main__":

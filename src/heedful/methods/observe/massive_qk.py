@@ -127,18 +127,20 @@ class MassiveQK(Method):
         return Description((*maps, listing) if both else maps, findings=(self._finding(answer, both),))
 
     def _finding(self, answer: Massive, both: Counter[int]) -> Finding:
-        heads = percent(float(((answer.query_ratio > self.times) | (answer.key_ratio > self.times)).double().mean()))
+        share = float(((answer.query_ratio > self.times) | (answer.key_ratio > self.times)).double().mean())
         if not both:
             return Finding(f"No head's queries or keys have a dimension above {self.times:g} times the mean.", 0.1)
         top, _ = both.most_common(1)[0]
-        text = f"{heads} of heads keep a massive dimension in their queries or keys, most often dimension {top}"
+        text = (
+            f"{percent(share)} of heads keep a massive dimension in their queries or keys, most often dimension {top}"
+        )
         period = float(answer.period[top])
         if period == period:  # not nan: the model shows its rotary embedding
             slower = float((answer.period > period).double().mean())
             text += (
                 f", which turns once in {_turn(answer.period, top)} tokens ({percent(slower)} of dimensions are slower)"
             )
-        return Finding(f"{text}.", 0.4)
+        return Finding(f"{text}.", 0.1 + 0.35 * share)
 
 
 def _turn(period: Tensor, dimension: int) -> str:

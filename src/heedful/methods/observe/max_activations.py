@@ -168,7 +168,7 @@ class MaxActivations(Method):
             f"{peak.channel} after layer {answer.top} at the text's {'first token' if place == 0 else f'token {place}'}"
         )
         if not where:
-            return Finding(f"{text}; no layer has massive activations.", 0.2)
+            return Finding(f"{text}; no layer has massive activations.", 0.1)
         share = percent(len(where) / len(answer.layers))
         return Finding(f"{text}; {share} of layers carry massive activations.", 0.7, ("ClippedSoftmax", "GatedHeads"))
 

@@ -101,6 +101,7 @@ class ParallelToFirst(Method):
             row_label="layer",
             column_label="cosine to the first token, from",
             unit="share",
+            folded=True,
         )
         curves = Curves(
             "parallel_share",
@@ -111,6 +112,7 @@ class ParallelToFirst(Method):
             lines={"share of tokens": torch.tensor([answer.near_share(n) for n in layers])},
             x_label="layer",
             y_label="share",
+            folded=True,
         )
         where = answer.near_layers
         if not where:

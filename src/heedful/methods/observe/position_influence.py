@@ -123,6 +123,7 @@ class PositionInfluence(Method):
             lines={f"up to layer {n}": rest[n] for n in some},
             x_label="place in the text, %",
             y_label="share but for the first token",
+            folded=True,
         )
         depth = Curves(
             "influence_depth",
@@ -140,7 +141,7 @@ class PositionInfluence(Method):
         text = f"Through all layers, {percent(first)} of what attention brings to the last token is the first token's"
         if self.parts > 1 and early == early:  # not nan: some of it is not
             text += f"; of the rest, {percent(early)} comes from the first half of the text"
-        return Description((curve, depth), findings=(Finding(f"{text}.", 0.5, ("AttentionRollout",)),))
+        return Description((curve, depth), findings=(Finding(f"{text}.", 0.1 + 0.4 * first, ("AttentionRollout",)),))
 
 
 if __name__ == "__main__":

@@ -141,6 +141,7 @@ class PositionalHeads(Method):
             lines={"all heads": share},
             x_label="dimension",
             y_label="share",
+            folded=True,
         )
         heads = answer.heads
         if not heads:
@@ -155,7 +156,8 @@ class PositionalHeads(Method):
             f"{percent(len(heads) / total)} of heads score distant tokens almost only by the dimensions that turn "
             f"slowest with position."
         )
-        return Description((heat, curve), (role,), (Finding(text, 0.3),))
+        weight = 0.1 + 0.4 * len(heads) / total
+        return Description((heat, curve), (role,), (Finding(text, weight),))
 
 
 if __name__ == "__main__":

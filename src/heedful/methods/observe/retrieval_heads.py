@@ -121,11 +121,12 @@ class RetrievalHeads(Method):
         what = f"Points at the needle token that comes next in more than {percent(self.threshold)} of all cases."
         if values.isnan().all():
             return Description((figure,))
-        text = f"{percent(len(heads) / int(values.isfinite().sum()))} of heads fetch text from far back"
+        finding = Finding("No head fetches text from far back.", 0.1)
         if heads:
-            named = (f"{head_name(*head)} ({percent(x)})" for head, x in list(heads.items())[:3])
-            text += f", above all heads {', '.join(named)}"
-        finding = Finding(f"{text}.", 0.7, ("FocusDirections",) if heads else ())
+            share = percent(len(heads) / int(values.isfinite().sum()))
+            named = ", ".join(f"{head_name(*head)} ({percent(x)})" for head, x in list(heads.items())[:3])
+            text = f"{share} of heads fetch text from far back, above all heads {named}."
+            finding = Finding(text, 0.3 + 0.4 * max(heads.values()), ("FocusDirections",))
         return Description((figure,), (Role("fetches from far back", what, heads),), (finding,))
 
 

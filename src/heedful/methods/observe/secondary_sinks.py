@@ -169,6 +169,7 @@ class SecondarySinks(Method):
             lines={"tokens a text": torch.tensor(list(answer.by_layer.values()))},
             x_label="layer",
             y_label="tokens a text",
+            folded=True,
         )
         levels = answer.levels
         if not levels:
@@ -184,6 +185,7 @@ class SecondarySinks(Method):
             },
             x_label="layer",
             y_label="mean weight",
+            folded=True,
         )
         listing = Listing(
             "sink_levels",
@@ -199,7 +201,9 @@ class SecondarySinks(Method):
             f"{answer.by_layer[top]:.1f} a text, layer {top}); each gets {percent(answer.weight[top])} of the "
             f"attention there, the first token {percent(answer.first_weight[top])}."
         )
-        return Description((number, weight, listing), findings=(Finding(text, 0.6, ("ACT",)),))
+        return Description(
+            (number, weight, listing), findings=(Finding(text, 0.3 + 0.3 * min(1.0, answer.by_layer[top]), ("ACT",)),)
+        )
 
 
 def _counted(weight: Tensor, born: Tensor, norm: Tensor, here: Tensor, depth: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.stats import Mean, Statistic
 from heedful.core.summary import Summary, sums
+from heedful.kit.octaves import EDGES
 from heedful.kit.pieces import added
 
 NAN = float("nan")
@@ -47,6 +49,35 @@ class Sinks:
         return f"first-token sink rate {self.first:.1%}; by layer {layers}"
 
 
+@dataclass(frozen=True, eq=False)
+class Columns(Statistic):
+    """Means over texts, at the first positions of each head, and further on of all heads together."""
+
+    early: Tensor  # [2 h p], sums of what the counts count
+    early_count: Tensor
+    later: Tensor  # [2 k-p], over heads too
+    later_count: Tensor
+
+    @classmethod
+    def of(cls, total: Tensor, count: Tensor, places: int | None) -> Self:
+        """From `[2 h k]` and `[h k]`."""
+        early, later = (Mean.of(total[..., part], count[..., part]) for part in (slice(places), slice(places, None)))
+        if places is None:
+            later = Mean.of(total[..., :0], count[..., :0])
+        return cls(early.total, early.count, later.total.sum(1), later.count.sum(1))
+
+    def merge(self, other: Self) -> Self:
+        early = Mean(self.early, self.early_count) + Mean(other.early, other.early_count)
+        later = Mean(self.later, self.later_count) + Mean(other.later, other.later_count)
+        return type(self)(early.total, early.count, later.total, later.count)
+
+    @property
+    def value(self) -> Tensor:
+        """`[2 h k]`; where no head is told by itself each has the mean of all."""
+        early, later = self.early / self.early_count, self.later / self.later_count
+        return torch.cat([early, later[:, None].expand(-1, early.shape[1], -1)], -1)
+
+
 def _even(rows: list[Tensor]) -> list[Tensor]:
     n = max(x.shape[-1] for x in rows)
     return [torch.nn.functional.pad(x, (0, n - x.shape[-1]), value=NAN) for x in rows]
@@ -55,29 +86,32 @@ def _even(rows: list[Tensor]) -> list[Tensor]:
 def _curves(importance: dict[int, Tensor]) -> Curves:
     """Importance by position in the lower, middle and upper third of the layers."""
     means = torch.stack([x.nanmean(0) for x in _even(list(importance.values()))])
+    edges = [edge for edge in EDGES if edge < means.shape[1]]
+    binned = torch.stack([x.nanmean(1) for x in means.tensor_split(edges[1:], 1)], 1)
     names = list(importance)
     lines = {
-        f"layers {names[part[0]]} to {names[part[-1]]}": means[part].nanmean(0)
-        for part in torch.arange(len(means)).tensor_split(min(3, len(means)))
+        f"layers {names[part[0]]} to {names[part[-1]]}": binned[part].nanmean(0)
+        for part in torch.arange(len(binned)).tensor_split(min(3, len(binned)))
     }
     what = (
-        "How much of the attention of the tokens that see it each position gets, averaged over heads; positions near "
-        "the end are seen by few tokens, mostly themselves."
+        "How much of the attention of the tokens that see it a token gets by its position, averaged over heads; those "
+        "near the end are seen by few, mostly by themselves."
     )
-    x = range(1, means.shape[1] + 1)  # from one, for the logarithm
-    return Curves(
-        "sink_positions", "Attention by position", what, x, lines, "position", "share of attention", log_x=True
-    )
+    x = [edge + 1 for edge in edges]  # from one, for the logarithm
+    label = "share of attention"
+    return Curves("sink_positions", "Attention by position", what, x, lines, "position", label, log_x=True, log_y=True)
 
 
 def _finding(rate: Tensor, layers: list[int], limit: str) -> Finding:
     parks = torch.where(rate.isnan(), NAN, (rate > 0.5).to(rate.dtype))
     share = float(parks.nanmean())
+    if not share:
+        return Finding(f"No head parks on the first token: none gives it more than {limit} of its attention.", 0.1)
     text = f"{percent(share)} of heads park on the first token, giving it more than {limit} of their attention"
     most = (parks.nanmean(1) >= 0.5).nonzero()[:, 0].tolist()
     if most and most[0] > 0:
         text += f"; from layer {layers[most[0]]} on {percent(float(parks[most[0] :].nanmean()))} do"
-    return Finding(f"{text}.", share, ACTS if share else ())
+    return Finding(f"{text}.", min(0.9, 0.2 + share), ACTS)
 
 
 class SinkRate(Method):
@@ -100,10 +134,13 @@ class SinkRate(Method):
         ),
     )
     epsilon: float = 0.3  # weight; the paper's default, strictly above
+    places: int | None = None  # tokens for which each head is told by itself, all by default; further on the mean is
 
     def __post_init__(self) -> None:
         if not 0 <= self.epsilon < 1:
             raise FieldError(self, "epsilon", self.epsilon, "must be a weight from 0 to below 1", 0.3)
+        if self.places is not None and self.places < 1:
+            raise FieldError(self, "places", self.places, "must be 1 token or more, or None for all", 64)
 
     def idle(self, call: Call) -> bool:
         return call.phase is Phase.DECODE
@@ -117,9 +154,10 @@ class SinkRate(Method):
             return None
         before, now = text
         if before is None:
-            return Mean.of(*self._counted(**now))
+            return Columns.of(*self._counted(**now), self.places)
         # the text so far was counted already: what it counts as now takes the place of that
-        return Mean.of(*(x - y for x, y in zip(self._counted(**now), self._counted(**before), strict=True)))
+        total, count = (x - y for x, y in zip(self._counted(**now), self._counted(**before), strict=True))
+        return Columns.of(total, count, self.places)
 
     def _counted(self, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """What texts add to sums and counts, `[2 h k]` and `[h k]`, from what their keys received `[b h k]`."""

@@ -98,6 +98,7 @@ class WeibullWeights(Weights):
             lines=lines | {"a Gaussian": torch.full((len(shapes),), GAUSSIAN)},
             x_label="layer",
             y_label="Weibull shape",
+            folded=True,
         )
         middle = shapes.nanmedian(0).values.tolist()
         if not all(math.isfinite(m) for m in middle):

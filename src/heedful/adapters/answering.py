@@ -1,0 +1,99 @@
+"""What every adapter does with an attention call once it is told in heedful's terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from heedful.adapters.kvcache import HeldLayer
+from heedful.core.call import CachedKV, Call
+from heedful.core.errors import SiteError, StatisticError
+from heedful.core.sites import Site
+from heedful.engine.attend import attend
+from heedful.engine.attention_call import AttentionCall
+from heedful.engine.backends import Backend
+from heedful.engine.backends.tiled import Tiled
+from heedful.engine.needs import Needs
+from heedful.engine.run import Run
+from heedful.engine.run_state import Plan
+from heedful.engine.select import select
+from heedful.engine.stages import keep_entries
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What a model asks of one attention call."""
+
+    q: Tensor  # [b h q d]
+    k: Tensor  # [b g k d]
+    v: Tensor  # [b g k d]
+    bias: Tensor | None = None  # added to scores
+    sink: Tensor | None = None  # a logit without key or value
+    dropout: float = 0.0
+    pattern: bool = False  # the caller wants the pattern back
+    unasked: bool = False  # it may take it unasked
+
+
+def rows_of(hidden: Tensor | None, q: Tensor) -> Tensor | None:
+    """The block's input as `[b n e]`, where it has one row for each query."""
+    if hidden is not None and hidden.ndim == 2:
+        hidden = hidden[None]
+    fits = hidden is not None and hidden.ndim == 3 and hidden.shape[:2] == (q.shape[0], q.shape[2])
+    return hidden if fits else None
+
+
+def plan_of(run: Run, call: Call) -> Plan:
+    """The steps that act in a call."""
+    plan = run.state.plan(call)
+    if plan.summed and call.queries.packed:
+        raise StatisticError(
+            f"{plan.summed[0].part!r} counts texts, and several are packed into one row (position_ids begin anew): "
+            "give each a row of its own, padded"
+        )
+    return plan
+
+
+def replaced_whole(run: Run, plan: Plan, call: Call, q: Tensor, v: Tensor) -> Tensor | None:
+    """Heads `[b q h d]` of nothing, where a step replaces the whole block; None where none does."""
+    if not plan.at(Site.BLOCK):
+        return None
+    run.state.backends[call.layer] = repr(plan.at(Site.BLOCK)[0].part)
+    return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+
+
+def left_alone(run: Run, plan: Plan) -> bool:
+    """Whether the model's own attention gives what is asked for."""
+    return not plan.acts_inside() and run.backend == "auto"
+
+
+def computed(run: Run, plan: Plan, call: Call, asked: Asked) -> tuple[Tensor, Tensor | None, AttentionCall]:
+    """Heads `[b h q d]`, the pattern where it was asked for, and the call as CACHE steps should see it."""
+    mixes = plan.at(Site.MIX)
+    if asked.pattern and mixes:
+        raise SiteError(
+            f"{mixes[0]}, layer {call.layer}: computes no pattern, so the weights that the caller wants "
+            "(output_attentions, need_weights) cannot be given; leave that out"
+        )
+    pattern = asked.pattern or (asked.unasked and not mixes)
+    job = AttentionCall(plan, run.state, call, asked.bias, asked.sink, asked.dropout, pattern)
+
+    def choose(needs: Needs) -> Backend:
+        backend = select(run.backend, needs)
+        run.state.backends[call.layer] = backend.name
+        return Tiled(run.tile_rows) if run.tile_rows and backend.name == "tiled" else backend
+
+    for step in mixes:
+        run.state.backends[call.layer] = repr(step.part)
+    heads, weights, call = attend(job, asked.q, asked.k, asked.v, choose)
+    return heads, weights, AttentionCall(plan, run.state, call, asked.bias, asked.sink, asked.dropout, pattern)
+
+
+def evict(job: AttentionCall, held: HeldLayer, k: Tensor, v: Tensor) -> None:
+    """Leave of a layer of the cache what CACHE steps keep."""
+    left = keep_entries(job, CachedKV(k, v, job.call.keys, held.fresh))
+    if left:
+        held.keep(*left)
+        tokens, layer = held.seen * len(held.counts), job.call.layer
+        job.run_state.kept[layer] = (sum(held.counts), tokens)
+        job.run_state.cache_bytes[layer] = (held.nbytes, tokens * (k.shape[3] * k.itemsize + v.shape[3] * v.itemsize))

@@ -1,0 +1,38 @@
+"""Which adapter gets into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import PreTrainedModel
+
+from heedful.adapters.sdpa import SdpaAdapter
+from heedful.adapters.transformers import TransformersAdapter, adapt
+from heedful.core.errors import FieldError
+
+
+def adapter_for(
+    model: nn.Module, only: str | Iterable[str] | None = None, inputs: Any = None
+) -> TransformersAdapter | SdpaAdapter:
+    """transformers' own interface for a model of transformers, torch's attention for any other."""
+    if any(isinstance(part, PreTrainedModel) for part in model.modules()):
+        if inputs is not None:
+            rule = "tells the layers of models from elsewhere; those of transformers are known as they are"
+            raise FieldError("attach()", "inputs", type(inputs).__name__, rule, None)
+        return adapt(model, only)
+    chosen = (only,) if isinstance(only, str) else tuple(only) if only is not None else None
+    return SdpaAdapter(_inside(model), chosen, inputs, shared=isinstance(model, DistributedDataParallel))
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model that torch's own wrappers are around."""
+    while isinstance(model, OptimizedModule | DataParallel | DistributedDataParallel):
+        if isinstance(model, DataParallel) and len(model.device_ids) > 1:
+            rule = "copies the model to each device in every forward, where no run is attached; attach to what is in it"
+            raise FieldError("attach()", "model", type(model).__name__, rule, "attach(model.module, ...)")
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    return model

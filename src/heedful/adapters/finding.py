@@ -1,0 +1,252 @@
+"""A dry run: which modules of a model call torch's attention, and which compute a map where nobody sees it.
+
+Modules are told apart by what they do while the model runs once, whatever library they come from: the innermost module
+around a call of `F.scaled_dot_product_attention` or `F.multi_head_attention_forward` is an attention layer. Whoever
+multiplies values with what a softmax gave computes attention by itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from threading import get_ident
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from heedful.adapters.compiled import WrittenCalls
+from heedful.adapters.dispatched import other_kernel
+from heedful.adapters.layout import Layout, heads_told
+from heedful.adapters.taking import Taking, stream_of
+from heedful.core.errors import RefusedModel
+from heedful.core.method import Layer
+from heedful.engine.resting import resting
+
+SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention
+MULTI_HEAD: Callable[..., Any] = F.multi_head_attention_forward
+MULTI_HEAD_SIGNATURE = inspect.signature(MULTI_HEAD)
+SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of its positional arguments
+
+_SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
+_PRODUCT = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum, torch.baddbmm}
+_LAYOUT = {
+    Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, Tensor.unflatten, Tensor.transpose,
+    torch.transpose, Tensor.permute, torch.permute, Tensor.expand, Tensor.squeeze, Tensor.unsqueeze,
+}  # fmt: skip
+
+
+def named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `scaled_dot_product_attention` by name."""
+    return dict(zip(SDPA_NAMES, args, strict=False)) | kwargs
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of torch's attention in the dry run."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    batch: int | None  # None where a module's own function was seen, and not its kernel
+    rows: int
+    value: int  # the memory of the values
+
+
+@dataclass
+class Found:
+    """What a dry run tells of a model."""
+
+    layers: dict[str, Layer] = field(default_factory=dict)  # in the order in which they ran
+    own: dict[str, str] = field(default_factory=dict)  # attention out of reach, with the reason
+    ran: set[nn.Module] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class _Watch(TorchFunctionMode):
+    """Notes who calls what while a model runs."""
+
+    model: nn.Module
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.names = {module: name for name, module in reversed(list(self.model.named_modules()))}
+        self.stack: list[nn.Module] = [self.model]
+        self.calls: dict[str, list[list[Seen]]] = {"": [[]]}  # by module, and by forward of it
+        self.streams: dict[str, Tensor | None] = {}
+        self.maps: dict[str, None] = {}
+        self.ran: set[nn.Module] = {self.model}
+        self._weights: dict[int, Tensor] = {}  # kept, so that no other tensor has their place
+        self._thread = get_ident()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is SDPA:
+            self._note(_kernel_call(self.stack[-1], self.streams.get(self._name), named(args, kwargs)))
+        elif func is MULTI_HEAD:
+            self._note(_function_call(MULTI_HEAD_SIGNATURE.bind(*args, **kwargs).arguments))
+        elif func in _PRODUCT and any(id(x) in self._weights for x in _tensors(args)):
+            self.maps.setdefault(self._name)
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and ((func in _SOFTMAX and out.ndim > 2) or self._carries(func, args, out)):
+            self._weights[id(out)] = out
+        return out
+
+    def _carries(self, func: Any, args: Any, out: Tensor) -> bool:
+        """Whether weights went in and come out in another place, type or layout."""
+        if func in _PRODUCT or not self._weights:
+            return False
+        return any(id(x) in self._weights and (func in _LAYOUT or x.shape == out.shape) for x in _tensors(args))
+
+    @property
+    def _name(self) -> str:
+        return self.names[self.stack[-1]]
+
+    def _note(self, seen: Seen) -> None:
+        self.calls[self._name][-1].append(seen)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = self.names[module]
+        if get_ident() != self._thread:
+            raise RefusedModel(
+                f"{name} ({type(module).__name__}) runs in a thread of its own, where heedful does not follow a model; "
+                "run it in one thread, as with DataParallel(..., device_ids=[0])"
+            )
+        self.stack.append(module)
+        self.ran.add(module)
+        self.calls.setdefault(name, []).append([])
+        stream = stream_of(args, kwargs)
+        self.streams[name] = None if stream is None else taking_of(module).turned(stream)
+
+    def leave(self, module: nn.Module) -> None:
+        self.stack.pop()
+        if next(module.children(), None) is not None:  # what a softmax or a dropout gives is used around it
+            self._weights.clear()
+
+
+def _tensors(args: Any) -> Iterator[Tensor]:
+    for x in args:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, list | tuple):
+            yield from _tensors(x)
+
+
+def _kernel_call(module: nn.Module, stream: Tensor | None, given: dict[str, Any]) -> Seen:
+    query, key, value = given["query"], given["key"], given["value"]
+    rows = len(stream) if stream is not None and stream.ndim > 2 else None
+    layout = Layout.of(query, heads_told(module), rows)
+    q, k = layout.fold(query), layout.fold(key)
+    place = value.untyped_storage()._cdata + value.storage_offset()
+    return Seen(q.shape[1], k.shape[1], q.shape[-1], value.shape[-1], len(q), q.shape[2], place)
+
+
+def _function_call(given: dict[str, Any]) -> Seen:
+    heads = given["num_heads"]
+    width, rows = given["embed_dim_to_check"] // heads, given["query"].shape[0]
+    return Seen(heads, heads, width, width, None, rows, id(given["value"]))
+
+
+def taking_of(module: nn.Module) -> Taking:
+    """How a module is handed its stream, as it tells itself."""
+    return Taking(bool(getattr(module, "batch_first", True)))
+
+
+def find(model: nn.Module, run: Callable[[], Any]) -> Found:
+    """Run a model once, at rest and without gradients, and tell its attention layers; it is left as it was."""
+    watch = _Watch(model)
+    with _as_it_was(model), _hooked(model, watch), torch.no_grad(), watch:
+        run()
+    found = Found(ran=watch.ran)
+    for name, forwards in watch.calls.items():
+        calls = [call for call in forwards if call]
+        if not calls:
+            continue
+        stream = watch.streams.get(name)
+        if (why := _obstacle(calls, stream)) is not None:
+            found.own[name] = why
+            continue
+        seen = calls[0][0]
+        width = int(stream.shape[-1]) if stream is not None and stream.ndim in (2, 3) else seen.heads * seen.value_dim
+        found.layers[name] = Layer(len(found.layers), seen.heads, seen.kv_heads, seen.head_dim, seen.value_dim, width)
+    found.own |= {name: _own_softmax(model.get_submodule(name)) for name in watch.maps}
+    found.own |= _scripted(model) | other_kernel(model, found.layers)
+    for name in found.own:
+        found.layers.pop(name, None)
+    found.layers = {name: replace(layer, number=i) for i, (name, layer) in enumerate(found.layers.items())}
+    return found
+
+
+def _obstacle(forwards: list[list[Seen]], stream: Tensor | None) -> str | None:
+    """Why what a module does with torch's attention is no map of tokens."""
+    most = max(map(len, forwards))
+    if most > 1:
+        values = [call.value for call in forwards[0]]
+        how = "combined" if len(set(values)) < len(values) else "none of which is the layer's alone"
+        return f"{most} calls in one forward, {how}"
+    seen = forwards[0][0]
+    if stream is not None and stream.ndim == 3 and seen.batch == len(stream):
+        tokens, width = stream.shape[1:]
+        if seen.rows != tokens and seen.head_dim == tokens and seen.heads * seen.rows == width:
+            return "over channels, not over tokens"
+    return None
+
+
+def _own_softmax(module: nn.Module) -> str:
+    switched = getattr(module, "fused_attn", True) is False  # timm's switch between both
+    return "a softmax of its own" + (", since fused_attn is False" if switched else "")
+
+
+def _scripted(model: nn.Module) -> dict[str, str]:
+    """Compiled pieces that hold attention, which nobody sees from outside."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and not any(name.startswith(f"{n}.") or not n for n in found):
+            text = str(module.inlined_graph) if hasattr(module, "forward") else ""
+            if "scaled_dot_product_attention" in text or ("aten::softmax" in text and "matmul" in text):
+                found[name] = "scripted"
+    return found
+
+
+@contextmanager
+def _hooked(model: nn.Module, watch: _Watch) -> Iterator[None]:
+    """Hooks on all modules; they also keep torch's encoder layers from their fast path, which calls no module."""
+    handles = []
+    written = WrittenCalls()
+    nested = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
+    try:
+        for module in watch.names:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            handles.append(module.register_forward_pre_hook(watch.enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(lambda m, *_: watch.leave(m), always_call=True))
+        for encoder in nested:
+            encoder.use_nested_tensor = False
+        written.lead_past(model)
+        yield
+    finally:
+        written.undo()
+        for encoder in nested:
+            encoder.use_nested_tensor = True
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """At rest, and with the buffers and the random numbers that were there before."""
+    buffers = [(x, x._version, x.clone()) for x in model.buffers() if not x.is_meta and not x.is_inference()]
+    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=cuda), resting(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the forward that follows says it again
+        yield
+    with torch.no_grad():
+        for x, version, before in buffers:
+            if x._version != version:
+                x.copy_(before)

@@ -1,0 +1,340 @@
+"""Into any model whose modules call torch's own attention: timm, diffusers, open_clip, plain torch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from heedful.adapters.answering import Asked, computed, left_alone, plan_of, replaced_whole, rows_of
+from heedful.adapters.bound import Bound
+from heedful.adapters.compiled import WrittenCalls
+from heedful.adapters.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
+from heedful.adapters.hooks import Hooks
+from heedful.adapters.layers import output_module, served
+from heedful.adapters.layout import Layout, heads_told, same_rows
+from heedful.adapters.multi_head import Untouched, through_kernel
+from heedful.adapters.planted import Planted
+from heedful.adapters.standing import Standing
+from heedful.adapters.torch_masks import halves, joined, places, rules_of
+from heedful.core.call import Call, Phase
+from heedful.core.errors import FieldError, NotEntered, RefusedModel, SiteError
+from heedful.core.method import Layer
+from heedful.core.sites import Site
+from heedful.core.stack import Stack
+from heedful.engine.run import Run
+
+NATIVE = "torch's own"
+
+
+@dataclass(eq=False)
+class Entrance(Standing):
+    """Stands for an attention module's `forward`: what that calls of torch's attention comes to the run."""
+
+    NAME = "forward"
+
+    server: SdpaAdapter
+    bound: Bound
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.server.installed:  # somebody who wrapped this one while the run was there still calls it
+            return self.own(*args, **kwargs)
+        self.server.same_thread(self.bound)
+        with _Inside(self.server, self.bound):
+            return self.own(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        kind: Any = type(self.module)
+        return inspect.signature(self.before or kind.forward.__get__(self.module))
+
+
+class _Inside(TorchFunctionMode):
+    """Leads torch's attention to a run. It is on inside one module alone, so that what runs again runs under it."""
+
+    def __init__(self, server: SdpaAdapter, bound: Bound) -> None:
+        super().__init__()
+        self.server, self.bound = server, bound
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is SDPA:
+            return self.server.kernel(self.bound, args, kwargs)
+        if func is MULTI_HEAD:
+            return self.server.function(self.bound, args, kwargs)
+        if func is torch.cat:
+            self.bound.joint = joined(self.bound, args[0] if args else kwargs.get("tensors")) or self.bound.joint
+        return func(*args, **kwargs)
+
+
+# the modules of attached models; weak on both sides, since a model's own hooks hold its adapter
+_attached: WeakKeyDictionary[nn.Module, ReferenceType[SdpaAdapter]] = WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class SdpaAdapter:
+    """Gets a run into one model, whose layers are found as it runs."""
+
+    model: nn.Module
+    only: tuple[str, ...] | None = None
+    inputs: Any = None  # what the model is called with, or what calls it; None: the first forward tells
+    shared: bool = False  # its gradients are shared with other processes, as far as they were known at the start
+    installed: bool = field(default=False, init=False)
+    _found: Found | None = field(default=None, init=False)
+    _names: tuple[str, ...] = field(default=(), init=False)
+    _answering: bool = field(default=False, init=False)
+    _calls: WrittenCalls = field(default_factory=WrittenCalls, init=False)
+    _entrances: list[Entrance] = field(default_factory=list, init=False)
+    _nested: list[nn.TransformerEncoder] = field(default_factory=list, init=False)
+    _waiting: list[Any] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self._planted = Planted(self.model, self.shared)
+        self._must_be_free()  # else the dry run would see what the other run computes
+        if self.inputs is not None:
+            self._look(self._as_asked)
+
+    def _must_be_free(self) -> None:
+        if any(m in _attached for m in self.model.modules()):
+            raise FieldError(
+                "attach()", "model", self.kind, "a run is attached already; close it, or join the methods into one "
+                "stack", "attach(model, a | b)",
+            )  # fmt: skip
+
+    @property
+    def kind(self) -> str:
+        return type(self.model).__name__
+
+    def _as_asked(self) -> Any:
+        if isinstance(self.inputs, Mapping):
+            return self.model(**self.inputs)
+        if isinstance(self.inputs, tuple):
+            return self.model(*self.inputs)
+        return self.inputs() if callable(self.inputs) else self.model(self.inputs)
+
+    def _look(self, run: Callable[[], Any]) -> None:
+        found = find(self.model, run)
+        kinds = {name: type(self.model.get_submodule(name)).__name__ for name in found.own}
+        left = {name: f"{name} ({kinds[name]}: {why})" for name, why in found.own.items()}
+        none = (
+            "calls no attention of torch's (F.scaled_dot_product_attention, nn.MultiheadAttention) that heedful reaches"
+        )
+        self._names = served(self.kind, found.layers, left, self.only, none)
+        self._found = found
+
+    # what a run asks
+
+    @property
+    def ready(self) -> bool:
+        return self._found is not None
+
+    def _known(self) -> Found:
+        if self._found is None:
+            rule = f"the layers of {self.kind} are known once it has run: call it, or say what it is called with"
+            raise FieldError("attach()", "inputs", None, rule, "images")
+        return self._found
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        self._known()
+        return self._names
+
+    def sizes(self) -> tuple[Layer, ...]:
+        found = self._known()
+        return tuple(replace(found.layers[name], number=i) for i, name in enumerate(self._names))
+
+    def adopted(self, stack: Stack) -> int:
+        return 0
+
+    def carried(self) -> set[tuple[int, str]]:
+        return self._planted.carried(self._names)
+
+    def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter:
+        return self._planted.parameter(self._names[layer], name, start)
+
+    def drop_parameters(self) -> None:
+        self._planted.drop()
+
+    # into the model and out again
+
+    def install(self, run: Run) -> None:
+        self.run = run
+        if run.stack.touches(Site.CACHE):
+            raise RefusedModel(f"{self.kind} keeps no cache that heedful knows, so a CACHE edit cannot act in it")
+        self._must_be_free()
+        self._hooks = Hooks(run, len(self._names))
+        try:
+            _attached.update(dict.fromkeys(self.model.modules(), ref(self)))
+            self._hooks.forwards({"": self.model})
+            if self.ready:
+                self._enter()
+            else:
+                self._hooks.first = self._first
+                for name, module in self.model.named_modules():
+                    if name and not isinstance(module, nn.ModuleList):
+                        self._waiting.append(module.register_forward_pre_hook(self._too_early))
+            self.installed = True
+        except BaseException:
+            self.remove()
+            raise
+
+    def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at the model with what its first forward is given, and go in."""
+        self._look(lambda: self.model.forward(*args, **kwargs))
+        if "" in self._names:
+            rule = f"{self.kind} is an attention module itself, which must be known before it runs"
+            raise FieldError("attach()", "inputs", None, rule, "(x, x, x)")
+        self._hooks.first = None
+        self._wait_no_more()
+        self.run.settle()
+        self._hooks.layers = len(self._names)
+        self._enter()
+
+    def _too_early(self, module: nn.Module, _: Any) -> None:
+        if not self._hooks.under_way:
+            raise NotEntered(
+                f"a {type(module).__name__} of {self.kind} was called by itself, before heedful knows the layers; "
+                "call the whole model first, or give what to call: attach(..., inputs=lambda: model.encode_image(x))"
+            )
+
+    def _enter(self) -> None:
+        """Stand in every served module."""
+        hooks, run, found = self._hooks, self.run, self._known()
+        parts = {name.partition(".")[0] for name in self._names if "." in name}
+        children = {name: module for name, module in self.model.named_children() if name in parts}
+        hooks.forwards({n: m for n, m in children.items() if not isinstance(m, nn.ModuleList)})
+        bounds = []
+        for number, name in enumerate(self._names):
+            module = self.model.get_submodule(name)
+            output = output_module(self.model, name)
+            if output is not None and output not in found.ran:
+                output = module  # it multiplies with its projection's weight
+            bound = Bound(self, module, name, number, NATIVE, taking=taking_of(module), output=output)  # type: ignore[arg-type]
+            hooks.around(bound)
+            self._entrances.append(Entrance(module, self, bound))  # first, so that none is lost to an interrupt
+            self._entrances[-1].begin()
+            bounds.append(bound)
+            if run.stack.touches(Site.BLOCK, Site.OUTPUT):
+                hooks.after_projection(self.model, bound)
+        if run.stack.touches(Site.EMBEDDING):
+            hooks.before_blocks(self.model, bounds)
+        if run.stack.touches(Site.RESIDUAL):
+            hooks.after_blocks(self.model, bounds)
+        for encoder in self.model.modules():  # its nested tensors would reach modules that take none
+            if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor:
+                self._nested.append(encoder)
+                encoder.use_nested_tensor = False
+        self._calls.lead_past(self.model)
+
+    def _wait_no_more(self) -> None:
+        while self._waiting:
+            self._waiting.pop().remove()
+
+    def remove(self) -> None:
+        self.installed = False
+        self._calls.undo()
+        self._wait_no_more()
+        while self._nested:
+            self._nested.pop().use_nested_tensor = True
+        if hasattr(self, "_hooks"):
+            self._hooks.remove()
+        while self._entrances:
+            self._entrances[-1].end()
+            self._entrances.pop()
+        for module in self.model.modules():
+            if (found := _attached.get(module)) is not None and found() is self:
+                del _attached[module]
+
+    # one attention call
+
+    def same_thread(self, bound: Bound) -> None:
+        """A forward is followed in one thread."""
+        if self._hooks.elsewhere:
+            raise NotEntered(
+                f"{bound.name} ({bound.kind}) runs in another thread than the forward that it belongs to, where "
+                "heedful does not follow a model; run it in one thread"
+            )
+
+    def kernel(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """`F.scaled_dot_product_attention`, as the run has it."""
+        if self._answering:
+            return SDPA(*args, **kwargs)
+        return self.attention(bound, named(args, kwargs), lambda: SDPA(*args, **kwargs))[0]
+
+    def function(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`F.multi_head_attention_forward`, as the run has it."""
+
+        def kernel(given: dict[str, Any], pattern: bool) -> tuple[Tensor, Tensor | None]:
+            def own() -> Tensor:
+                if pattern:
+                    raise Untouched
+                return SDPA(**given)
+
+            return self.attention(bound, given, own, pattern, appends=True)
+
+        return MULTI_HEAD(*args, **kwargs) if self._answering else through_kernel(kernel, args, kwargs)
+
+    def attention(
+        self,
+        bound: Bound,
+        given: dict[str, Any],
+        own: Callable[[], Tensor],
+        pattern: bool = False,
+        appends: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What comes out in the layout of the queries, and the pattern `[b h q k]` where that is wanted."""
+        if bound.called:
+            raise NotEntered(
+                f"{bound.name} ({bound.kind}) calls attention twice in one forward, which it did not when heedful "
+                "looked; give inputs that show what it does: attach(..., inputs=...)"
+            )
+        bound.called = True
+        run, number = self.run, bound.number or 0
+        run.state.entered[number] += 1
+        hidden = bound.hidden
+        layout = Layout.of(
+            given["query"], heads_told(bound.module), len(hidden) if hidden is not None and hidden.ndim > 2 else None
+        )
+        q, k, v = (layout.fold(given[name]) for name in ("query", "key", "value"))
+        k, v = same_rows(k, len(q)), same_rows(v, len(q))
+        asked, call = self._call(bound, layout, given, (q, k, v), appends)
+        roles = {**halves(bound, k.shape[2]), **self._hooks.roles(bound, k.shape[2])}
+        call = bound.call = replace(call, hidden=rows_of(hidden, q), roles=roles)
+        plan = plan_of(run, call)
+        if (nothing := replaced_whole(run, plan, call, q, v)) is not None:
+            if pattern:
+                raise SiteError(
+                    f"{plan.at(Site.BLOCK)[0]}: gives no weights; call {bound.name} with need_weights=False"
+                )
+            return layout.unfold(nothing.transpose(1, 2)), None
+        if left_alone(run, plan):
+            run.state.backends[number] = f"the model's own ({NATIVE})"
+            return own(), None
+        self._answering = True  # the kernels call torch's attention too, and a module around this one may be served
+        try:
+            heads, weights, job = computed(run, plan, call, replace(asked, pattern=pattern))
+        finally:
+            self._answering = False
+        run.state.close_call(plan, job.call)
+        return layout.unfold(heads.to(q.dtype)), None if weights is None else weights.to(q.dtype)
+
+    def _call(
+        self, bound: Bound, layout: Layout, given: dict[str, Any], qkv: tuple[Tensor, Tensor, Tensor], appends: bool
+    ) -> tuple[Asked, Call]:
+        q, k, v = qkv
+        causal, mask, scale = (given.get(name) for name in ("is_causal", "attn_mask", "scale"))
+        rules, bias, text = rules_of(None if mask is None else layout.fold(mask), bool(causal), len(q), k.shape[2])
+        queries, keys, bound.cross = places(bound, q, k, text, fixed=bool(causal) or appends)
+        phase = Phase.DECODE if q.shape[2] == 1 and (queries.first or 0) > 0 else Phase.PREFILL
+        call = Call(
+            bound.number or 0, len(self._names), bound.name, q.shape[1], k.shape[1], queries, keys,
+            q.shape[-1] ** -0.5 if scale is None else float(scale), None, phase,
+            self.run.state.denoising, bound.cross, mask=rules, forward=max(0, self.run.state.now.number), batch=len(q),
+        )  # fmt: skip
+        return Asked(q, k, v, bias, None, float(given.get("dropout_p") or 0.0)), call

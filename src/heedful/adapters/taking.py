@@ -1,0 +1,48 @@
+"""How a module is handed its stream, and the other sequence that it may attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+STREAMS = ("hidden_states", "x", "query", "src", "tgt", "input")  # names that modules give to their stream
+OTHERS = (
+    "key_value_states", "encoder_hidden_states", "cross_attention_states", "context", "memory", "key", "kv", "cond",
+)  # fmt: skip
+
+Args = tuple[Any, ...]
+
+
+def stream_of(args: Args, kwargs: dict[str, Any]) -> Tensor | None:
+    """A module's own sequence, as it is handed over."""
+    if "hidden_states" not in kwargs and args:
+        found = args[0]
+    else:
+        found = next((kwargs[name] for name in STREAMS if name in kwargs), None)
+    return found if isinstance(found, Tensor) else None
+
+
+def other_of(told: Mapping[str, Any], stream: Tensor | None) -> Tensor | None:
+    """The sequence that a module attends to beside its own, or in its place, among its arguments by name."""
+    found = (told[name] for name in OTHERS if isinstance(told.get(name), Tensor))
+    return next((x for x in found if x is not stream), None)
+
+
+def put(new: Tensor, args: Args, kwargs: dict[str, Any]) -> tuple[Args, dict[str, Any]]:
+    """The arguments with another stream, wherever that was handed over."""
+    old = stream_of(args, kwargs)
+    return tuple(new if x is old else x for x in args), {name: new if x is old else x for name, x in kwargs.items()}
+
+
+@dataclass(frozen=True)
+class Taking:
+    """In which order a module takes rows and tokens."""
+
+    batch_first: bool = True  # else [n b e]
+
+    def turned(self, x: Tensor) -> Tensor:
+        """`[b n e]` from the module's own layout, and back."""
+        return x if self.batch_first or x.ndim != 3 else x.transpose(0, 1)

@@ -1,0 +1,1 @@
+"""Fewer tokens in a prompt."""

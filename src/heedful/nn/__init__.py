@@ -1,0 +1,10 @@
+"""Attention for models that people build themselves: a module that takes any method of heedful.
+
+from heedful.methods import SigmoidAttention
+from heedful.nn import Attention, convert
+"""
+
+from heedful.nn.attention import Attention
+from heedful.nn.converting import convert
+
+__all__ = ["Attention", "convert"]

@@ -1,0 +1,130 @@
+"""One call of an `Attention`: what a model's own module and an adapter do together, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from heedful.adapters.answering import Asked, computed, evict, plan_of
+from heedful.adapters.carried import shelf_of
+from heedful.adapters.kvcache import HeldLayer, held_layer, hold, serve
+from heedful.adapters.torch_masks import placed
+from heedful.core.call import Call, Phase
+from heedful.core.errors import SiteError
+from heedful.core.mask import Dense
+from heedful.core.positions import Positions
+from heedful.core.sites import Site
+from heedful.engine.attend import replaced
+from heedful.engine.attention_call import AttentionCall
+from heedful.engine.run_state import Plan
+from heedful.engine.stages import stage
+from heedful.nn.masks import Sizes, Told
+
+if TYPE_CHECKING:
+    from heedful.nn.attention import Attention
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What a module is called with, batch first."""
+
+    query: Tensor  # [b n e]
+    key: Tensor | None  # [b m .]; None: the query's own sequence, as HIDDEN leaves it
+    value: Tensor | None  # the same
+    told: Told
+    sizes: Sizes
+    cross: bool
+    cache: Cache | None
+
+
+def attended(module: Attention, given: Given, need_weights: bool | None) -> tuple[Tensor, Tensor | None]:
+    """The output `[b n e]`, and the pattern `[b h n m]`: asked for, refused, or with None where there is one."""
+    run, state, cache = module.run, module.run.state, given.cache
+    call = _call(module, given)
+    state.entered[module.layer] += 1
+    state.begin(module.layer, shelf_of(cache))
+    early = _plan(module, call, Site.HIDDEN, Site.BLOCK)
+    hidden = stage(Site.HIDDEN, given.query, AttentionCall(early, state, call), call)
+    q, k, v = _projected(module, given, hidden, early)
+    k, v, held = _cached(module, given, call, k, v)
+    call = replace(call, hidden=hidden, keys=call.keys if held is None or held.whole else _left(held, given, call))
+    plan = _plan(module, call)
+    weights, job = None, AttentionCall(plan, state, call)
+    if blocks := plan.at(Site.BLOCK):
+        if given.cross:
+            raise SiteError(
+                f"{blocks[0]}: is handed the queries' sequence alone, so cross attention would ignore the other"
+            )
+        if need_weights:
+            raise SiteError(f"{blocks[0]}: gives no weights; call the module with need_weights=False")
+        state.backends[module.layer] = repr(blocks[0].part)
+        if blocks[0].edit.before_rotary:
+            job = replace(job, call=replace(call, query=q, key=k, value=v))
+        output = replaced(blocks[0], job, job.call, given.query)
+    else:
+        dropout = module.dropout if module.training else 0.0
+        asked = Asked(q, k, v, given.told.bias, None, dropout, bool(need_weights), need_weights is None)
+        heads, weights, job = computed(run, plan, call, asked)
+        if held is not None:
+            evict(job, held, k, v)
+        output = module.out_proj(heads.to(q.dtype).transpose(1, 2).flatten(2))
+    output = stage(Site.OUTPUT, output, job, job.call)
+    state.close_call(plan, job.call)
+    return output, None if weights is None else weights.to(output.dtype)
+
+
+def _call(module: Attention, given: Given) -> Call:
+    """What is known before anything is projected; keys and values are those of a whole cache."""
+    run, sizes = module.run, given.sizes
+    text = None if given.cross else given.told.text
+    queries, keys = placed(text, sizes.past, sizes.queries, sizes.keys, given.query.device)
+    phase = Phase.DECODE if sizes.queries == 1 and sizes.past else Phase.PREFILL
+    return Call(
+        module.layer, module.depth, run.layer_names[module.layer], module.num_heads, module.kv_heads, queries, keys,
+        module.head_dim**-0.5, None, phase, run.state.denoising, given.cross, run.roles, given.query, None,
+        given.told.mask, run.state.now.number, batch=sizes.rows,
+    )  # fmt: skip
+
+
+def _plan(module: Attention, call: Call, *sites: Site) -> Plan:
+    """The steps that act in a call; none while the run is paused or closed."""
+    if not module.run.installed():
+        return Plan(())
+    return module.run.state.plan(call, *sites) if sites else plan_of(module.run, call)
+
+
+def _projected(module: Attention, given: Given, hidden: Tensor, early: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values by head; where the block is replaced, zeros for those that nobody reads."""
+    blocks = early.at(Site.BLOCK)
+    unread = bool(blocks) and not blocks[0].edit.before_rotary
+    key, value = (hidden if x is None else x for x in (given.key, given.value))
+    later = unread and given.cache is None  # else a call that is not replaced may read what the cache holds
+    streams = ((module.q_proj, hidden, unread), (module.k_proj, key, later), (module.v_proj, value, later))
+    made = (x.new_zeros(*x.shape[:2], p.out_features) if spared else p(x) for p, x, spared in streams)
+    q, k, v = (x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in made)
+    return q, k, v
+
+
+def _cached(
+    module: Attention, given: Given, call: Call, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, HeldLayer | None]:
+    """All keys and values so far, and the layer of the cache if it is one that can shrink."""
+    cache, number = given.cache, module.layer
+    if cache is None:
+        return k, v, None
+    if module.run.installed() and module.run.stack.touches(Site.CACHE):
+        hold(cache, number, call.name)
+    serve(cache, number)
+    k, v = cache.update(k, v, number)
+    return k, v, held_layer(cache, number, k, v, call.name)
+
+
+def _left(held: HeldLayer, given: Given, call: Call) -> Positions:
+    """Where the entries stand that the cache still holds."""
+    if given.told.bias is not None or any(isinstance(rule, Dense) for rule in given.told.mask.rules):
+        raise SiteError(f"{call.name}: attn_mask cannot be laid over a cache with dropped entries; leave it out")
+    pad = call.keys.index - call.keys.position
+    return held.positions(None if call.keys.pads == (0, 0) else pad[:, 0, 0])

@@ -1,0 +1,56 @@
+"""How a run gets into one attention module: it is there from the start, and the module asks it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from heedful.adapters.planted import Planted
+from heedful.core.errors import FieldError
+from heedful.core.method import Layer
+from heedful.core.sites import Site
+from heedful.core.stack import Stack
+from heedful.engine.run import Run
+
+
+@dataclass(eq=False)
+class ModuleAdapter:
+    """The adapter of a module that is made of heedful's attention: there is nothing to find and nothing to hook."""
+
+    model: nn.Module
+    size: Layer
+    depth: int  # how many layers there are, of which this is one
+    installed: bool = field(default=False, init=False)
+    ready: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        self._planted = Planted(self.model)
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        return tuple(f"{type(self.model).__name__}.{i}" for i in range(self.depth))
+
+    def sizes(self) -> tuple[Layer, ...]:
+        return (self.size,)
+
+    def install(self, run: Run) -> None:
+        if run.stack.touches(Site.EMBEDDING, Site.RESIDUAL):
+            rule = "acts in the stream around attention, where a module has no say; attach(model, method) acts there"
+            raise FieldError("Attention", "method", run.stack, rule, None)
+        self.installed = True
+
+    def remove(self) -> None:
+        self.installed = False
+
+    def adopted(self, stack: Stack) -> int:
+        return 0
+
+    def carried(self) -> set[tuple[int, str]]:
+        return {(self.size.number, name) for _, name in self._planted.carried(("",))}
+
+    def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter:
+        return self._planted.parameter("", name, start)
+
+    def drop_parameters(self) -> None:
+        self._planted.drop()

@@ -1,0 +1,301 @@
+"""What `heedful.nn.Attention` is beside its answers: decoding, parameters, its run, copies, checkpoints, compilers."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import DynamicCache
+
+import heedful
+from heedful import catalogue
+from heedful.conformance.bare import ROLES
+from heedful.conformance.tolerances import close, close_model
+from heedful.core.errors import FieldError, RefusedModel, SiteError
+from heedful.core.method import Method
+from heedful.methods import (
+    AffineScaledAttention,
+    GatedHeads,
+    MixtureOfHeads,
+    SigmoidAttention,
+    SinkRate,
+    SinkWindow,
+    TempScale,
+)
+from heedful.nn import Attention, convert
+
+E, H, B, N = 32, 4, 2, 21
+LEFT = torch.arange(N)[None] < torch.tensor([[5], [0]])
+
+
+def text(seed: int = 1) -> Tensor:
+    return torch.randn(B, N, E, generator=torch.Generator().manual_seed(seed))
+
+
+def causal(method: Any = None, **how: Any) -> Attention:
+    return Attention(E, H, method, causal=True, batch_first=True, **how)
+
+
+@torch.no_grad()
+def in_pieces(mine: Attention, x: Tensor, size: int, padding: Tensor | None = None, cache: Any = None) -> Tensor:
+    """The output where the text comes a few tokens at a time."""
+    cache, parts = DynamicCache() if cache is None else cache, []
+    for start in range(0, x.shape[1], size):
+        part, stop = x[:, start : start + size], start + size
+        how = {} if padding is None else {"key_padding_mask": padding[:, :stop]}
+        parts.append(mine(part, part, part, cache=cache, need_weights=False, **how)[0])
+    return torch.cat(parts, 1)
+
+
+MECHANISMS = {
+    name: kind
+    for name, kind in catalogue.entries().items()
+    if issubclass(kind, Method) and catalogue.family(kind) == "mechanisms"
+}
+
+
+@pytest.mark.parametrize("name", [name for name, kind in MECHANISMS.items() if "text" in kind.subjects])
+def test_every_mechanism_for_text_acts_and_decodes_as_it_reads(name: str) -> None:
+    method = MECHANISMS[name].example()
+    mine, x = causal(method, kv_heads=2), text()
+    mine.run.roles = ROLES
+    for padding in (None, LEFT):
+        is_text = torch.ones(B, N, dtype=torch.bool) if padding is None else ~padding
+        with torch.no_grad():
+            whole = mine(x, x, x, key_padding_mask=padding)[0]
+            with mine.run.paused():
+                assert not close_model(whole, mine(x, x, x, key_padding_mask=padding)[0])
+            first = x[:, :13]
+            before = mine(first, first, first, key_padding_mask=None if padding is None else padding[:, :13])[0]
+        assert bool(whole.isfinite().all())
+        assert close_model(before[is_text[:, :13]], whole[:, :13][is_text[:, :13]])
+        for size in (1, 5):
+            assert close_model(in_pieces(mine, x, size, padding)[is_text], whole[is_text])
+
+
+@pytest.mark.parametrize("name", [name for name, kind in MECHANISMS.items() if "image" in kind.subjects])
+def test_every_mechanism_for_images_acts(name: str) -> None:
+    mine, x = Attention(E, H, MECHANISMS[name].example(), batch_first=True), text()
+    mine.run.roles = ROLES
+    out = mine(x, x, x)[0]
+    assert bool(out.isfinite().all())
+    with mine.run.paused():
+        assert not close_model(mine(x, x, x)[0], out)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in catalogue.entries().items() if issubclass(kind, Method)])
+def test_every_other_method_runs_or_is_refused_with_the_reason(name: str) -> None:
+    method = catalogue.entries()[name].example()
+    sites = {edit.site for edit in method.edits}
+    if sites & {heedful.Site.EMBEDDING, heedful.Site.RESIDUAL}:
+        with pytest.raises(
+            FieldError, match=r"acts in the stream around attention.*attach\(model, method\) acts there"
+        ):
+            causal(method)
+        return
+    mine, x = causal(method), text()
+    mine.run.roles = ROLES
+    with torch.no_grad():
+        assert bool(mine(x, x, x, need_weights=False)[0].isfinite().all())
+    if any(not edit.reads for edit in method.edits):
+        assert bool(in_pieces(mine, x, 7).isfinite().all())
+
+
+@pytest.mark.parametrize("learns", [kind for kind in MECHANISMS.values() if kind.parameters is not Method.parameters])
+def test_gradients_reach_what_mechanisms_learn(learns: type[Method]) -> None:
+    mine, x = Attention(E, H, learns.example(), causal=learns.subjects[0] == "text", batch_first=True), text()
+    mine.run.roles = ROLES
+    mine(x, x, x)[0].square().sum().backward()
+    planted = {name: p for name, p in mine.named_parameters() if name.startswith("heedful_")}
+    assert planted
+    assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in planted.values())
+
+
+def test_modules_of_one_model_share_a_cache_and_beams_reorder_it() -> None:
+    model = nn.ModuleList(
+        causal(GatedHeads() | TempScale(0.5).on(layers=[1]), layer=i, depth=3, kv_heads=2) for i in range(3)
+    )
+    assert not torch.equal(model[0].heedful_GatedHeads_0_weight, model[1].heedful_GatedHeads_0_weight)
+
+    def read(x: Tensor, cache: Any = None) -> Tensor:
+        for layer in model:
+            x = layer(x, x, x, cache=cache)[0]
+        return x
+
+    x, cache = text(), DynamicCache()
+    wanted = read(x)
+    assert close_model(torch.cat([read(part, cache) for part in x.split(4, 1)], 1), wanted)
+    assert len(cache.layers) == 3
+    with model[0].run.paused(), model[2].run.paused():
+        assert not close_model(read(x), wanted)
+    assert [layer.run.stack.steps(layer.layer) != model[0].run.stack.steps(0) for layer in model] == [
+        False,
+        True,
+        False,
+    ]
+    cache.crop(-5)
+    assert close_model(read(x[:, -5:], cache), wanted[:, -5:])
+    cache.crop(-1)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    assert close_model(read(x[[1, 1], -1:], cache), wanted[[1, 1], -1:])
+
+
+def test_a_cache_is_shortened_and_what_left_it_stays_away() -> None:
+    keep = heedful.methods.KNorm(budget=6)
+    mine, x, cache = causal(keep, kv_heads=2), text(), DynamicCache()
+    out = in_pieces(mine, x, 7, LEFT, cache)
+    assert cache.layers[0].counts == [6] * 4
+    assert mine.run.activity().kept[0] == (24, 4 * N)
+    with torch.no_grad(), mine.run.paused():
+        assert not close_model(out[0, -1], mine(x, x, x, key_padding_mask=LEFT)[0][0, -1])
+    part = x[:, :1]
+    with pytest.raises(SiteError, match="attn_mask cannot be laid over a cache with dropped entries"):
+        mine(part, part, part, attn_mask=torch.randn(1, N + 1), cache=cache)
+
+
+def test_a_cache_is_for_the_text_itself() -> None:
+    mine, x = Attention(E, H, batch_first=True), text()
+    with pytest.raises(FieldError, match="cache = 'DynamicCache': holds the keys of the text itself"):
+        mine(x, x[:, :4], x[:, :4], cache=DynamicCache())
+
+
+# what is learned
+
+
+@torch.no_grad()
+def test_parameters_are_saved_loaded_copied_and_swapped_by_torch() -> None:
+    mine, x = causal(AffineScaledAttention() | GatedHeads()).eval(), text()
+    for p in mine.parameters():
+        p.normal_(0, 0.3)
+    wanted = mine(x, x, x)[0]
+    file = io.BytesIO()
+    torch.save(mine.state_dict(), file)
+    file.seek(0)
+    other = causal(AffineScaledAttention() | GatedHeads()).eval()
+    assert not close_model(other(x, x, x)[0], wanted)
+    assert torch.equal(torch.func.functional_call(other, dict(mine.named_parameters()), (x, x, x))[0], wanted)
+    other.load_state_dict(torch.load(file), assign=True)
+    assert torch.equal(other(x, x, x)[0], wanted)
+    whole = io.BytesIO()
+    torch.save(mine, whole)
+    whole.seek(0)
+    for like in (copy.deepcopy(mine), torch.load(whole, weights_only=False)):
+        assert torch.equal(like(x, x, x)[0], wanted)
+        assert like.run is not mine.run
+        assert like.run.model is like
+        like.heedful_GatedHeads_1_weight.zero_()
+        assert not close_model(like(x, x, x)[0], wanted)
+    assert torch.equal(mine(x, x, x)[0], wanted)
+    assert close_model(mine.double()(x.double(), x.double(), x.double())[0].float(), wanted)
+
+
+def test_a_model_of_them_learns() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(E, H, 64, dropout=0.0, batch_first=True)
+    model = convert(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), SigmoidAttention() | GatedHeads())
+    learner, x, wanted = torch.optim.AdamW(model.parameters(), 1e-2), text(), text(2)
+    losses = []
+    for _ in range(8):
+        learner.zero_grad()
+        losses.append((model(x) - wanted).square().mean())
+        losses[-1].backward()
+        learner.step()
+    assert losses[-1].item() < 0.8 * losses[0].item()
+
+
+def test_a_penalty_is_the_runs_loss() -> None:
+    mine, x = causal(MixtureOfHeads()), text()
+    mine(x, x, x)
+    mine.run.loss().backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for n, p in mine.named_parameters() if "heedful" in n)
+
+
+# its run
+
+
+def test_its_run_tells_pauses_and_closes() -> None:
+    mine, x = causal(SinkRate() | SinkWindow(1, 4)), text()
+    wanted = causal()
+    wanted.load_state_dict(mine.state_dict())
+    narrow = mine(x, x, x)[0]
+    assert "first-token sink rate" in str(mine.run[SinkRate()])
+    assert mine.run.active
+    assert not close_model(wanted(x, x, x)[0], narrow)
+    with mine.run.paused():
+        assert torch.equal(mine(x, x, x)[0], wanted(x, x, x)[0])
+    assert torch.equal(mine(x, x, x)[0], narrow)
+    mine.run.close()
+    assert torch.equal(mine(x, x, x)[0], wanted(x, x, x)[0])
+
+
+def test_a_forward_that_fails_counts_for_nothing() -> None:
+    def fail(x: Tensor, call: Any) -> Tensor:
+        raise KeyError
+
+    mine, x = causal(SinkRate() | heedful.edit(heedful.Site.OUTPUT, fail)), text()
+    with pytest.raises(KeyError):
+        mine(x, x, x)
+    assert mine.run.state.statistics == {}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_computes_the_same_again_and_counts_once(reentrant: bool) -> None:
+    plain = causal(SinkRate() | GatedHeads())
+    again = copy.deepcopy(plain)
+    found = []
+    for mine in (plain, again):
+        x = text().requires_grad_()
+
+        def once(y: Tensor, mine: Attention = mine) -> Tensor:
+            return mine(y, y, y, need_weights=False)[0]
+
+        out = once(x) if mine is plain else checkpoint(once, x, use_reentrant=reentrant)
+        out.square().sum().backward()
+        found.append((x.grad, torch.cat([p.grad.flatten() for p in mine.parameters()])))
+    assert all(close(b, a) for a, b in zip(*found, strict=True))
+    assert str(again.run[SinkRate()]) == str(plain.run[SinkRate()])
+
+
+def test_attach_serves_a_model_of_them() -> None:
+    layer = nn.TransformerEncoderLayer(E, H, 64, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval(), text()
+    with heedful.attach(model, SinkRate(), inputs=x) as run:
+        run(x)
+    wanted = str(run[SinkRate()])
+    with heedful.attach(convert(model), SinkRate(), inputs=x) as run:
+        run(x)
+    assert run.layer_names == ("layers.0.self_attn", "layers.1.self_attn")
+    assert str(run[SinkRate()]) == wanted
+
+
+@pytest.fixture
+def compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("compiled")
+def test_the_compiler_goes_around_it() -> None:
+    mine, x = causal(GatedHeads()), text()
+    model = nn.Sequential(nn.Linear(E, E))
+    model.attention = mine
+
+    @torch.no_grad()
+    def whole(x: Tensor) -> Tensor:
+        y = model[0](x)
+        return mine(y, y, y, need_weights=False)[0]
+
+    assert close_model(torch.compile(whole, backend="eager")(x), whole(x))
+
+
+def test_a_replica_is_refused() -> None:
+    mine, x = causal(), text()
+    with pytest.raises(RefusedModel, match="run in a replica, as DataParallel makes them"):
+        mine._replicate_for_data_parallel()(x, x, x)

@@ -1,0 +1,85 @@
+"""The pages by keyboard, by finger and on a small screen; what the card and the text show."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.test_page_browser import browser, compared, opened, path, pytestmark, scroll_to
+
+__all__ = ["browser", "compared", "opened", "path", "pytestmark"]
+
+
+def test_few_stops_for_the_tab_key_and_arrows_between(opened):
+    tab = opened()
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.className") == "skip"
+    tab.keyboard.press("Enter")
+    seen = set()
+    for _ in range(120):
+        tab.keyboard.press("Tab")
+        seen.add(tab.evaluate("[...document.querySelectorAll('*')].indexOf(document.activeElement)"))
+    assert len(seen) < 90  # back at the top of the page before that
+    tab.locator(".sheet .thumb").first.focus()
+    for key, place in (
+        ("ArrowRight", 1),
+        ("ArrowDown", 2),
+        ("ArrowLeft", 1),
+        ("End", 4),
+        ("ArrowRight", 4),
+        ("Home", 0),
+    ):
+        tab.keyboard.press(key)
+        assert tab.locator(".sheet .thumb").nth(place).evaluate("x => x === document.activeElement")
+    alike = tab.locator('[data-listing="alike"]')
+    alike.locator("th button").first.click()
+    assert alike.locator('button[tabindex="0"]').count() == 1  # rows that were sorted are no new stops
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_too_small_to_hit(opened, compared, path, width):
+    for shown in (path, compared):
+        tab = opened(shown, viewport={"width": width, "height": 900})
+        small = """[...document.querySelectorAll('button, select, input, summary, a[href]')].filter(x => x.offsetParent
+            && getComputedStyle(x).display !== 'inline' && x.getBoundingClientRect().width > 0)
+            .map(x => [x.outerHTML.slice(0, 80), x.getBoundingClientRect()])
+            .filter(([, box]) => Math.min(box.width, box.height) < 23.99).map(([x]) => x)"""
+        assert tab.evaluate(small) == []
+
+
+def test_the_card_shows_the_heads_pattern(opened):
+    tab = opened()
+    scroll_to(tab, "#card")
+    canvas = tab.locator("#card canvas.pattern")
+    pixels = """c => { const x = c.getContext('2d').getImageData(0, 0, 16, 16).data;
+        return [[3, 3], [9, 9], [3, 5]].map(([k, q]) => [...x.slice(4 * (16 * q + k), 4 * (16 * q + k) + 3)]); }"""
+    itself, other, off = canvas.evaluate(pixels)
+    assert itself == other != off  # each token looks at itself
+    box = canvas.bounding_box()
+    tab.mouse.move(box["x"] + box["width"] * 2.5 / 16, box["y"] + box["height"] * 2.5 / 16)
+    assert "(2) gives 100% to" in tab.locator("#card-body").inner_text()
+    tab.locator("#theme").click()
+    assert tab.locator("#card canvas.pattern").evaluate(pixels)[2] != off
+
+
+def test_what_shades_the_text(opened):
+    tab = opened()
+    scroll_to(tab, "#text")
+    tab.locator("#tokens .t").first.wait_for()
+    tab.select_option("#view-head", "1")
+    shades = "spans => spans.map(x => x.style.getPropertyValue('--r'))"
+    found = {}
+    for way, words in {"attention": "fair share", "value": "length of its value", "entropy": "how widely"}.items():
+        tab.select_option("#shade", way)
+        found[way] = tab.locator("#tokens .t").evaluate_all(shades)
+        assert words in tab.locator("#shade-what").inner_text()
+    assert len({tuple(x) for x in found.values()}) == 3
+    tab.locator("#tokens .t", has_text="lamp").first.click()
+    assert "entropy" in tab.locator("#token-body").inner_text()
+
+
+def test_methods_are_broken_between_words_alone(opened, compared):
+    tab = opened(compared, viewport={"width": 390, "height": 844})
+    names = tab.locator("#matrix tbody th")
+    assert names.evaluate_all("cells => cells.every(x => x.scrollWidth <= x.clientWidth + 1)")
+    assert names.nth(1).evaluate("x => getComputedStyle(x).overflowWrap") == "normal"
+    assert names.nth(1).inner_html() == "Sink<wbr>Window(<wbr>window=96)"

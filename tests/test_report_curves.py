@@ -1,0 +1,45 @@
+"""Curves on the page: bands behind lines, four that are shown, the others folded."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from heedful.core.figures import Curves
+
+pytest.importorskip("plotly", reason="plotly is not installed (pip install 'heedful[page]')")
+pytest.importorskip("jinja2", reason="jinja2 is not installed (pip install 'heedful[page]')")
+
+from heedful.report import data, page
+from heedful.report.plots import curves
+
+
+def banded(**what: Any) -> Curves:
+    lines = {"all": torch.tensor([0.5, 0.2, 0.1]), "some": torch.tensor([0.3, 0.2, 0.4])}
+    low, high = torch.tensor([0.4, 0.0, math.nan]), torch.tensor([0.6, 0.3, math.nan])
+    how = {"log_y": True, "bands": {"some": (low, high)}, "band": "the lowest to the highest"} | what
+    return Curves("spread", "Spread", "By place.", [1, 2, 4], lines, "place", "share", **how)  # type: ignore[arg-type]
+
+
+def test_a_band_lies_behind_its_line_where_both_edges_are_known():
+    low, high, *lines = curves(banded()).data
+    assert [trace.name for trace in lines] == ["all", "some"]
+    assert (low.meta, high.meta, high.fill) == ({"band": "some"}, {"band": "some"}, "tonexty")
+    assert list(high.x) == [1, 2]
+    assert list(high.y) == pytest.approx([0.6, 0.3])
+    assert list(low.y) == pytest.approx([0.4, 0.1])  # nothing is zero on a logarithm: the least number that is shown
+    assert list(curves(banded(log_y=False)).data[0].y) == pytest.approx([0.4, 0.0])
+    assert low.line.color == lines[1].line.color != lines[0].line.color
+
+
+def test_four_curves_are_shown_and_what_shades_mean_is_said_once():
+    figures = [banded(), *(banded(folded=i == 0, band=str(i)) for i in range(5))]
+    kinds = page.by_kind([data.figure(f, "") for f in figures])
+    found = page.along(kinds)
+    assert [f["shaded"][8:-1] for f in found["shown"]] == ["the lowest to the highest", "1", "2", "3"]
+    assert [f["shaded"][8:-1] for f in found["folded"]] == ["0", "4"]
+    assert found["shaded"] == ""
+    assert page.along(page.by_kind([data.figure(banded(), "")] * 2))["shaded"] == "Shaded: the lowest to the highest."
