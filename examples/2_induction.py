@@ -103,9 +103,9 @@ effects
 # %% [markdown]
 # ## What to conclude
 #
-# Twelve of 270 heads look at what followed, and they are what copies: without them the loss on the copy more than
-# quadruples, without as many others it hardly moves. The best one matters most and still leaves the better part of
-# copying in place, since others stand in for it. Patching, which saw no pattern, puts half of the same heads among
-# its dozen, where chance would put half a head. The rest are heads of the last layers, which speak for the answer
-# without having looked for it, and heads with negative effects. Where a head looks, whether it is needed, and whether
-# it suffices are three questions; ask all three before naming a circuit.
+# Twelve of 270 heads look at what followed, and copying hangs on them: without them the loss on the copy more than
+# quadruples, without as many others it hardly moves. The best one matters most, and without it alone much of copying
+# remains. Patching, which saw no pattern, has six of them among its own dozen, where chance would put half a head.
+# Among the rest are a head of the last layer and, against the answer, heads of the first two, none of which the
+# pattern names; and the effects are first-order estimates. Where a head looks, whether it is needed, and whether it
+# suffices are three questions; ask all three before naming a circuit.

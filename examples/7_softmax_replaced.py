@@ -96,8 +96,9 @@ except heedful.HeedfulError as error:
 # %% [markdown]
 # ## What to conclude
 #
-# In so short a training softmax and softmax with gated heads learn equally fast, and sigmoid attention lags a little:
-# it has to learn first how much to look at all. One seed of a tiny model is no verdict; `heedful lab` trains over
-# seeds and tells the differences with their intervals. What holds at any size is the recipe: attach, train with any
-# trainer, save; `heedful.load` gives the same model back, to the last digit of the loss, and a mechanism that is
-# missing is an error when heedful is asked, where transformers alone would compute something else.
+# In so short a training softmax with gated heads ends where softmax does; sigmoid attention begins faster and falls
+# behind after some eighty steps. One seed of a tiny model is no verdict, and does not say why; `heedful lab` trains
+# over seeds and tells the differences with their intervals. What holds at any size is the recipe: attach, train with
+# any trainer, save. `heedful.load` gives the same model back, with the held-out loss that it was saved with. By
+# transformers alone it computes something else, after a printed line that says so, and heedful refuses to put another
+# stack onto it.
