@@ -25,6 +25,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "examples.md"
 WIDTH, HEIGHT, SCALE = 860, 420, 1.5  # pixels of a plot
@@ -64,7 +66,7 @@ def picture(figure: Any) -> bytes:
 def execute(name: str, draw: Draw = picture) -> dict[str, Any]:
     """The notebook of an example, run from scratch; an error of a cell is raised as it is."""
     made, count, begin = [], 0, time.perf_counter()
-    with _elsewhere(), _main() as space, warnings.catch_warnings():
+    with _elsewhere(), _main() as space, torch.enable_grad(), torch.random.fork_rng([]), warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the libraries below, for their authors
         for number, cell in enumerate(cells(name)):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from examples import run
 
@@ -81,6 +83,16 @@ def test_a_cell_that_raises_or_warns_fails(code: str, fault: type[Exception], tm
     name = written(tmp_path, monkeypatch, f"# %%\n{code}\n")
     with pytest.raises(fault):
         run.execute(name)
+
+
+def test_an_example_leaves_nothing_behind_for_the_next(tmp_path, monkeypatch) -> None:
+    here = Path.cwd()
+    name = written(tmp_path, monkeypatch, "# %%\nimport torch\ntorch.set_grad_enabled(False)\ntorch.manual_seed(1)\n")
+    torch.manual_seed(0)
+    run.execute(name)
+    assert torch.is_grad_enabled()
+    assert torch.initial_seed() == 0
+    assert Path.cwd() == here
 
 
 def test_a_cell_that_shows_nothing_is_noticed(tmp_path, monkeypatch) -> None:
