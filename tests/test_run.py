@@ -211,8 +211,8 @@ def test_asking_for_what_is_not_there(model: nn.Module) -> None:
 
 
 def test_models_that_cannot_be_served_are_refused() -> None:
-    with pytest.raises(RefusedModel, match="Linear is not a transformers model"):
-        attach(nn.Linear(2, 2), Scale())
+    with attach(nn.Linear(2, 2), Scale()) as run, pytest.raises(RefusedModel, match="Linear calls no attention"):
+        run(torch.ones(1, 2))
 
 
 def test_a_layer_that_goes_its_own_way_is_noticed(model: nn.Module) -> None:

@@ -149,7 +149,7 @@ def test_it_is_printed_drawn_and_shown() -> None:
 @pytest.mark.parametrize(
     ("how", "match"),
     [
-        ({"what": "stream"}, "what = 'stream': must be one of 'residual', 'attention'"),
+        ({"what": "stream"}, "what = 'stream': must be 'residual', 'attention'"),
         ({"heads": [(0, 1)]}, "not what 'residual' is about"),
         ({"corrupt": CORRUPT[:5]}, "as many tokens as the clean text, 6"),
         ({"corrupt": CLEAN}, "more or less than the clean one"),

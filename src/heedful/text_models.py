@@ -219,10 +219,11 @@ class Combined(TextModel):
 
 def require_causal(model: Any) -> None:
     """Refuse a model that cannot go on from a prompt."""
-    from transformers import PreTrainedModel
+    from heedful.adapters.wrapped import unwrapped
 
-    if isinstance(model, PreTrainedModel) and (not model.can_generate() or model.config.is_encoder_decoder):
-        raise RefusedModel(f"a prompt has to be continued, and {type(model).__name__} is no causal language model")
+    inner = unwrapped(model)
+    if not inner.can_generate() or inner.config.is_encoder_decoder:
+        raise RefusedModel(f"a prompt has to be continued, and {type(inner).__name__} is no causal language model")
 
 
 def text_model(model: nn.Module, what: Contender | None = None, **how: Any) -> TextModel:
