@@ -17,7 +17,7 @@ from heedful import catalogue, explaining, models, tasks
 from heedful.core import asked, stats
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.kinds import Prompt
-from heedful.methods import AttentionRollout, SinkRate, TempScale
+from heedful.methods import PASTA, AttentionRollout, RetrievalHeads, SinkRate, TempScale
 from heedful.models import Loaded
 
 IDS = torch.arange(3, 23)
@@ -90,6 +90,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
             {"model": model, "clean": clean, "corrupt": corrupt, "metric": lambda x: x[:, -1, 5], "layers": [0]},
             "model clean corrupt receivers side layers",
         ),
+        "trace": (
+            explaining.trace, {"model": model, "clean": clean[0], "corrupt": corrupt[0], "answer": 5},
+            "model clean corrupt answer instead what heads",
+        ),
         "models.load": (models.load, {}, "name_or_path"),
         "models.tiny": (models.tiny, {}, "kind"),
         "catalogue.find": (catalogue.find, {}, "name"),
@@ -128,7 +132,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
 VERBS = [
     "attach", "fit", "fold", "operate", "arrange", "load", "decode", "diagnose", "compare", "check", "edit",
     "explain", "patterns", "ablate", "attribute", "logit_lens", "direct_logits", "faithfulness", "patching",
-    "path_patching", "models.load", "models.tiny", "catalogue.find", "catalogue.search", "tasks.find", "Stack",
+    "path_patching", "trace", "models.load", "models.tiny", "catalogue.find", "catalogue.search", "tasks.find", "Stack",
     "Prompt", "Removal", "on", "when", "|", "Run[]", "Run.save", "Run.merge", "Run.load_state_dict", "Profile.answer",
     "Profile.save", "Profile.load", "Profile.page", "Profile.+", "Profile.-", "Comparison.load", "Lens.words",
     "DirectLogits.top", "Patterns[]", "Patterns.figure", "Patterns.page", "HeadEffects.top", "HeadEffects.overlap",
@@ -222,3 +226,34 @@ def test_kinds_are_taken_as_python_takes_them() -> None:
         verb(nmae="b")  # type: ignore[call-arg]
     with pytest.raises(FieldError, match=r"verb\(\)\.name = 3: must be str; for example name='a'"):
         verb(name=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (lambda: RetrievalHeads(depths=[0.1, 0.5]), RetrievalHeads(depths=(0.1, 0.5))),
+        (lambda: AttentionRollout(sources=range(2)), AttentionRollout(sources=(0, 1))),
+        (lambda: PASTA(heads=[[0, 1], (1, 0)]), PASTA(heads=((0, 1), (1, 0)))),
+        (lambda: Prompt([1, 2, 3]), Prompt((1, 2, 3))),
+    ],
+)
+def test_a_list_is_the_tuple_that_a_field_asks_for(given: Callable[[], Any], meant: Any) -> None:
+    """However it is nested, so that the value stays frozen: changing the list later changes nothing."""
+    found = given()
+    assert found == meant
+    assert repr(found) == repr(meant)
+    assert hash(found) == hash(meant)
+
+
+def test_what_is_handed_in_stays_its_owners() -> None:
+    depths = [0.1, 0.5]
+    measure = RetrievalHeads(depths=depths)
+    depths.append(0.9)
+    assert measure.depths == (0.1, 0.5)
+
+
+def test_a_list_of_the_wrong_kind_is_refused_as_it_was_given() -> None:
+    with pytest.raises(FieldError, match=r"RetrievalHeads\.depths = \['deep'\]: must be tuple\[float, \.\.\.\]"):
+        RetrievalHeads(depths=["deep"])
+    with pytest.raises(FieldError, match=r"PASTA\.heads = \[\[0, 1, 2\]\]: must be"):
+        PASTA(heads=[[0, 1, 2]])

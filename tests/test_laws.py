@@ -12,7 +12,7 @@ from torch import Tensor
 from heedful import check
 from heedful.conformance import laws, subjects
 from heedful.core.call import Call
-from heedful.core.errors import DefinitionError, SiteError
+from heedful.core.errors import FieldError, SiteError
 from heedful.core.kinds import Decode, HeadWeights, Prompt, Reader, Surgery, Tokens
 from heedful.core.mask import Mask, Rule
 from heedful.core.method import Layer, Method
@@ -391,7 +391,7 @@ def test_honest_methods_keep_every_law(honest: Method) -> None:
 
 
 def test_check_wants_a_method() -> None:
-    with pytest.raises(DefinitionError, match=r"check\(\) takes a method or its class, not 3"):
+    with pytest.raises(FieldError, match=r"check\(\).method = 3: must be CatalogueEntry or type"):
         check(3)  # type: ignore[arg-type]
 
 

@@ -20,6 +20,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.methods.mechanisms.linear.mala import MALA
 from heedful.methods.mechanisms.local.dynamic_conv import DynamicConv
+from heedful.methods.mechanisms.score.threshold_relative_attention import ThresholdRelativeAttention
 
 PAPER = Paper("T000", "A test", "A. Tester", 2026, url="https://example.org")
 
@@ -135,6 +136,11 @@ def test_what_replaces_the_block_is_looked_at_where_the_block_begins() -> None:
     verdict = check(WritesItsInput, only=("declared_sites_only",))["declared_sites_only"]
     assert verdict.outcome == "broken"
     assert "at BLOCK, layer 0: changed its input in place" in verdict.reason
+
+
+def test_what_asks_for_keys_that_are_not_rotated_may_have_them() -> None:
+    only = ("declared_sites_only",)
+    assert check(ThresholdRelativeAttention, only=only)["declared_sites_only"].outcome == "kept"
 
 
 def test_a_claim_is_missed_however_deep_the_method_lies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,8 @@ def test_a_stream_with_what_is_no_number_is_refused_too(tmp_path: Path) -> None:
 
 
 def _filled(stat: Statistic, value: float) -> Statistic:
-    return replace(stat, **{name: torch.full_like(x, value) for name, x in stat.tensors().items() if name == "total"})
+    sums = {name: x for name, x in stat.tensors().items() if name in ("total", "early")}
+    return replace(stat, **{name: torch.full_like(x, value) for name, x in sums.items()})
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -42,7 +42,7 @@ SPELLING = {"method": "GatedHeads", "fields": {"start": 0.5}}
         ({"format": 1, "parts": [{**SPELLING, "method": "PruneHeads", "fields": {}}]}, "holds methods, not Prune"),
         ({"format": 1, "parts": [{**SPELLING, "fields": {"stop": 1}}]}, "no such field"),
         ({"format": 1, "parts": [{**SPELLING, "fields": {"start": 2.0}}]}, "must lie between 0 and 1"),
-        ({"format": 1, "parts": [{**SPELLING, "fields": {"start": "x"}}]}, "describes no GatedHeads"),
+        ({"format": 1, "parts": [{**SPELLING, "fields": {"start": "x"}}]}, "GatedHeads.start = 'x': must be a number"),
         ({"format": 1, "parts": [{**SPELLING, "layers": [7]}]}, "holds"),
         ({"format": 1, "parts": [{**SPELLING, "layers": "all"}]}, "one or more numbers from 0"),
         ({"format": 1, "parts": [{**SPELLING, "phase": {}}]}, "describes no"),

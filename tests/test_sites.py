@@ -312,10 +312,12 @@ def test_a_plain_function_is_an_edit() -> None:
     stack = edit(Site.PATTERN, mirror).on(layers=0) | TempScale(0.5)
     assert repr(stack) == "edit(Site.PATTERN, mirror).on(layers=[0]) | TempScale(tau=0.5)"
     assert stack.cite() == TempScale(0.5).paper.bibtex()
-    with pytest.raises(FieldError, match="must be a Site"):
+    with pytest.raises(FieldError, match="must be Site"):
         edit("pattern", mirror)  # type: ignore[arg-type]
-    with pytest.raises(FieldError, match="must take the site's value and the call"):
+    with pytest.raises(FieldError, match="must be Callable"):
         edit(Site.PATTERN, 3)  # type: ignore[arg-type]
+    with pytest.raises(FieldError, match="must take the site's value and the call"):
+        edit(Site.PATTERN, lambda weights: weights)  # type: ignore[arg-type, misc]
 
 
 def test_only_what_serves_another_method_needs_no_paper() -> None:

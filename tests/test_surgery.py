@@ -93,6 +93,18 @@ class Uneven(Surgery):
         return HeadWeights(weights.q[1:], weights.k, weights.v, weights.o[:, 1:])
 
 
+class Share(Surgery):
+    """Lets two query heads share each key head, of layer 1 or of all."""
+
+    paper = PAPER
+    layers: tuple[int, ...] = (0, 1)
+
+    def operate(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
+        if layer.number not in self.layers:
+            return weights
+        return HeadWeights(weights.q, weights.k[::2], weights.v[::2], weights.o)
+
+
 class Wrong(Surgery):
     """Returns a tensor."""
 
@@ -208,6 +220,21 @@ def test_a_pruned_model_can_be_attached_to_and_trained() -> None:
     assert close_model(found, _out(operate(small, Double()), inputs))
     small(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(p.grad is not None for p in small.parameters())
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 1)])
+def test_query_heads_may_come_to_share_key_heads(layers: tuple[int, ...]) -> None:
+    model = models.tiny("mha")
+    inputs = models.tiny_inputs(model)
+    small = operate(model, Share(layers))
+    wanted = copy.deepcopy(model)  # the same with each of these key heads twice
+    for i in layers:
+        part = wanted.model.layers[i].self_attn
+        for linear in (part.k_proj, part.v_proj):
+            by_head = linear.weight.data.view(4, 8, 32)
+            by_head[1::2] = by_head[::2].clone()
+    assert close_model(_out(small, inputs), _out(wanted, inputs))
+    assert small.config.num_key_value_heads == (2 if len(layers) == 2 else 4)
 
 
 def test_weights_are_read_head_by_head() -> None:

@@ -15,7 +15,7 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Causal, Mask, Padding
 from heedful.core.positions import Positions
-from heedful.core.state import ByIndex, State
+from heedful.core.state import State
 from heedful.kit.running import Running, divided, grouped, require_chunk, wide
 
 N = 19
@@ -192,7 +192,9 @@ def test_what_is_kept_is_for_each_text_and_not_for_each_token() -> None:
     state = State()
     _even(Running(_call(0, N, state, None), k), q, k, v)
     assert {name: tuple(x.shape) for name, x in state.cache.items()} == {"x": (2, 2, 8, 8), "y": (2, 2, 8), "end": (2,)}
-    assert not any(isinstance(x, ByIndex) for x in state.cache.values())
+    state.cache._shelf.crop(4)
+    assert {name: tuple(x.shape) for name, x in state.cache.items()} == {"x": (2, 2, 8, 8), "y": (2, 2, 8), "end": (2,)}
+    assert state.cache["end"].tolist() == [-1, -1]
 
 
 def test_small_things() -> None:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
+from transformers import DynamicCache
 
+from heedful import attach, models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Bare, Shape
+from heedful.conformance.tolerances import close_model
+from heedful.core.errors import SiteError
 from heedful.core.positions import Positions
 from heedful.kit.running import Running, text_keys
+from heedful.methods import EfficientAttention, FlowAttention
 
 
 def test_sums_go_on_where_those_of_all_texts_ended() -> None:
@@ -32,3 +39,39 @@ def test_keys_that_count_are_held_and_no_padding() -> None:
     assert found is not None
     assert found.expand(2, 2, 6)[:, 0].tolist() == (held[:, 0] & text).tolist()
     assert text_keys(Bare(Shape(q=6, k=6)).call, 6) is None
+
+
+@torch.no_grad()
+def test_tokens_that_were_cut_off_and_replaced_elsewhere_are_no_part_of_the_sums() -> None:
+    """As many tokens as before, of which the last four are others that the model read alone."""
+    model = models.tiny("llama")
+    ids, other = torch.randint(3, 127, (2, 1, 16), generator=torch.Generator().manual_seed(0))
+    with attach(model, EfficientAttention()) as run:
+        cache = run(input_ids=ids[:, :12], use_cache=True)[CACHE]
+    cache.crop(-4)
+    model(input_ids=other[:, 8:12], **{CACHE: cache})
+    fresh = DynamicCache(config=model.config)
+    for number, layer in enumerate(cache.layers):
+        fresh.update(layer.keys, layer.values, number)
+    with attach(model, EfficientAttention()) as run:
+        wanted = run(input_ids=other[:, 12:], **{CACHE: fresh}).logits
+        assert close_model(run(input_ids=other[:, 12:], **{CACHE: cache}).logits, wanted)
+
+
+@torch.no_grad()
+def test_sums_over_queries_that_were_cut_off_and_replaced_elsewhere_are_refused() -> None:
+    model, ids = models.tiny("llama"), torch.arange(3, 19)[None]
+    with attach(model, FlowAttention()) as run:
+        cache = run(input_ids=ids[:, :12], use_cache=True)[CACHE]
+    cache.crop(-4)
+    model(input_ids=ids[:, 8:12], **{CACHE: cache})
+    with pytest.raises(SiteError, match="the cache was cut back since"), attach(model, FlowAttention()) as run:
+        run(input_ids=ids[:, 12:], **{CACHE: cache})
+
+
+def test_what_is_spread_over_query_heads_is_hidden_as_their_key_heads_are() -> None:
+    call = Bare(Shape(q=6, k=6)).call
+    held = torch.tensor([[[True] * 5 + [False], [False, True, True] * 2]])
+    running = Running(replace(call, keys=replace(Positions.row(0, 6), is_filled=held)), torch.ones(2, 2, 6, 8))
+    found = running.hide(torch.ones(2, 4, 6, 3))
+    assert found[1, :, :, 2].tolist() == held[0].repeat_interleave(2, 0).float().tolist()

@@ -136,6 +136,12 @@ def test_eight_bits_round_weights_and_inputs_and_give_them_back() -> None:
     assert abs(float(exact) - wanted) > 0.003
 
 
+def test_a_map_that_is_given_no_rows_has_nothing_to_round() -> None:
+    layer = nn.Linear(3, 2)
+    with torch.no_grad(), eight_bits(nn.Sequential(layer)):
+        assert layer(torch.empty(0, 3)).shape == (0, 2)
+
+
 def test_a_budget_below_one_batch_is_refused() -> None:
     with pytest.raises(FieldError, match="enough for one batch, which has 1024"):
         Text(tokens=1000)

@@ -57,7 +57,7 @@ def test_it_trains_each_and_goes_on_where_it_stopped(
     told: list[Progress] = []
     what = [Halved(), Fails()]
     monkeypatch.setitem(kinds.KINDS, "lm", (Little,))
-    found = heedful.lab(what, seeds=2, folder=tmp_path / "kept", progress=told.append)
+    found = heedful.lab(what, seeds=2, out=tmp_path / "kept", progress=told.append)
     assert found.contenders == ["softmax", "Halved", "Fails"]
     assert {(r.mechanism, r.course, r.seed) for r in found.records} == {
         (name, "text", seed) for name in ("softmax", "Halved") for seed in (0, 1)
@@ -69,14 +69,14 @@ def test_it_trains_each_and_goes_on_where_it_stopped(
     again = found.records
     train, trained = records.train, []
     monkeypatch.setattr(records, "train", lambda *a: trained.append(a[1]) or train(*a))  # type: ignore[func-returns-value]
-    more = heedful.lab({"half": Halved(), "gates": GatedHeads()}, seeds=1, folder=tmp_path / "kept")
+    more = heedful.lab({"half": Halved(), "gates": GatedHeads()}, seeds=1, out=tmp_path / "kept")
     assert [r for r in more.records if r.mechanism == "softmax"] == [again[0]]
     assert len(trained) == 1, "the gates alone were new"
     assert more.contenders == ["softmax", "half", "gates"]
 
 
 def test_the_verb_prints_and_writes(small: None, tmp_path: Path) -> None:
-    arguments = ["lab", "--mechanisms", "sigmoidattention(16),mala|gatedheads", "--folder", "kept"]
+    arguments = ["lab", "--mechanisms", "sigmoidattention(16),mala|gatedheads", "--out", "kept"]
     told = CliRunner().invoke(app, arguments)
     assert told.exit_code == 0, told.output
     assert "SigmoidAttention(length=16)" in told.output
@@ -102,7 +102,7 @@ def test_the_verb_prints_and_writes(small: None, tmp_path: Path) -> None:
         ({"mechanisms": []}, "one or more beside softmax"),
         ({"mechanisms": {"softmax": Halved()}}, "is the name of softmax"),
         ({"mechanisms": ["MALA"]}, "must be methods or stacks"),
-        ({"folder": ""}, r"lab\(\).folder = '': must be the name of a folder"),
+        ({"out": ""}, r"lab\(\).out = '': must be the name of a folder"),
     ],
 )
 def test_what_makes_no_lab_is_refused_at_once(how: dict[str, Any], says: str) -> None:

@@ -173,6 +173,8 @@ def test_tells_what_a_reader_wants_to_know() -> None:
     assert texts[0].startswith("Of all attention 21% goes to the first token")
     assert texts[1].endswith("25% of heads give no token more than 10%.")
     assert "2 at the previous token, 1 at" in texts[2]
+    tokens = profile.map("entropy").nanmean(1).exp().round()
+    assert told.findings[1].weight == pytest.approx(0.1 + 0.3 * (1 - float(tokens.min() / tokens.max())))
     assert {name for finding in told.findings for name in finding.methods} <= set(catalogue.entries())
 
 
@@ -195,6 +197,10 @@ def test_a_text_of_one_token_can_be_told() -> None:
 def test_says_what_is_wrong(name: str, value: float) -> None:
     with pytest.raises(FieldError, match=name):
         AttentionProfile(**{name: value})
+
+
+def test_an_offset_has_more_than_the_share() -> None:
+    assert list(made({0: [{1: 0.5}, {1: 0.75}]}).offsets(0.5)) == [(0, 1)]
 
 
 def test_offsets_ahead_begin_at_the_next_token() -> None:

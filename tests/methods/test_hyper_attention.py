@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
+from heedful import attach, models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Bare, Shape
-from heedful.conformance.tolerances import close
+from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Phase
 from heedful.core.errors import FieldError, SiteError
+from heedful.core.mask import Padding
 from heedful.methods.sparse.prefill.hyper_attention import HyperAttention
 from tests.test_blocks import call_of
 
@@ -82,15 +87,46 @@ def texts(text: Tensor | None) -> Iterator[tuple[int, int]]:
 @pytest.mark.parametrize("text", [None, PADDED], ids=["plain", "padded"])
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 def test_the_authors_recursion(text: Tensor | None, backend: str) -> None:
-    bare = Bare(Shape(q=33, k=33), text=text)
+    bare = Bare(Shape(q=33, k=33), text=text, depth=2)
     heads, _ = bare.run(METHOD, backend, tile_rows=5 if backend == "tiled" else None)
     for b, pad in texts(text):
-        for h in range(4):
+        for layer, h in product(range(2), range(4)):
             q, k, v = bare.q[b, h, pad:], bare.k[b, h // 2, pad:], bare.v[b, h // 2, pad:]
-            directions, column = draws(METHOD, 0, 8, 4)
+            directions, column = draws(METHOD, layer, 8, 4)
             weights = causal(q, k, directions, column[h], METHOD)
-            assert close(heads[b, h, pad:], weights / weights.sum(-1, keepdim=True) @ v), (b, h)
+            assert close(heads[b, 4 * layer + h, pad:], weights / weights.sum(-1, keepdim=True) @ v), (b, layer, h)
             assert (weights == 0).sum() > 33 * 32 / 2, "some pairs below the diagonal are left out"
+
+
+@pytest.mark.parametrize("text", [None, PADDED, PADDED.flip(1)], ids=["plain", "left", "right"])
+def test_a_text_that_is_seen_as_a_whole_is_one_square(text: Tensor | None) -> None:
+    bare = Bare(Shape(q=33, k=33), text=text, rules=() if text is None else (Padding(text),))
+    heads, _ = bare.run(METHOD, "reference")
+    for b in range(2):
+        own = slice(None) if text is None else text[b]
+        for h in range(4):
+            q, k, v = bare.q[b, h, own], bare.k[b, h // 2, own], bare.v[b, h // 2, own]
+            directions, column = draws(METHOD, 0, 8, 4)
+            weights = square(q, k, directions, column[h], METHOD)
+            assert close(heads[b, h, own], weights / weights.sum(-1, keepdim=True) @ v), (b, h)
+            assert (weights.triu(1) == 0).sum() > len(q) * (len(q) - 1) / 2 + 10, "some pairs above it are left out"
+
+
+def test_a_short_text_that_is_seen_as_a_whole_is_exact() -> None:
+    for n, squares in ((3, 0), (4, 1)):
+        call = call_of(Bare(Shape(q=n, k=n), rules=()))
+        assert len(list(METHOD.squares(call))) == 2 * squares
+        assert METHOD.idle(call) is not bool(squares)
+
+
+@torch.no_grad()
+def test_empty_places_of_a_static_cache_are_no_text() -> None:
+    model, ids = models.tiny("llama"), torch.arange(3, 36)[None]
+    with attach(model, METHOD) as run:
+        wanted = run(input_ids=ids).logits
+        found = run(input_ids=ids, **{CACHE: StaticCache(model.config, max_cache_len=40)}).logits
+    assert close_model(found, wanted)
+    assert not close_model(found, model(input_ids=ids).logits)
 
 
 def test_layers_draw_anew_and_seeds_too() -> None:

@@ -48,7 +48,7 @@ def _blocks(text: Text, size: int) -> Tensor:
 ALONE = Shape(g=4, dv=6)
 
 
-@pytest.mark.parametrize("block", [None, 0, 5])
+@pytest.mark.parametrize("block", [None, 0, 5, 7])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_features_and_blocks_are_averaged(causal: bool, padded: bool, block: int | None) -> None:

@@ -58,6 +58,8 @@ def test_measures_how_fast_each_dimension_turns(model) -> None:
         wanted = [2 * math.pi * 10000 ** (j / 4) for j in range(4)] * 2
         assert period.tolist() == pytest.approx(wanted, rel=1e-2)
     assert found(models.tiny("gpt2"), {"input_ids": ids(9)}).period.isnan().all()
+    alone = models.tiny("llama", num_attention_heads=1, num_key_value_heads=1, head_dim=8)
+    assert found(alone, {"input_ids": ids(9)}).period.tolist() == pytest.approx(wanted, rel=1e-2)
 
 
 def test_a_planted_dimension_is_found_with_its_period() -> None:

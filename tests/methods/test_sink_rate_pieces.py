@@ -63,7 +63,7 @@ def test_guesses_add_no_texts(model: Any) -> None:
     with attach(model, LOW) as run:
         run.generate(prompt, max_new_tokens=12, prompt_lookup_num_tokens=4, do_sample=False, pad_token_id=0)
     (stat, *_) = run.state.statistics.values()
-    assert float(stat.count[0].max()) == 1  # type: ignore[attr-defined]
+    assert float(stat.early_count[0].max()) == 1  # type: ignore[attr-defined]
 
 
 def test_packed_texts_are_refused(model: Any) -> None:

@@ -35,13 +35,13 @@ def scores(model: Any, shown: Prompt, window: int, first: int, stop: int | None)
 
 
 def choose(score: list[float], room: int, window: int, kernel: int, near: int) -> list[int]:
-    """Which tokens the authors' code keeps."""
+    """Which tokens the authors' code keeps, where there is room for its window."""
     n = len(score)
     left = (kernel - 1) // 2
     pooled = [max((score[j] for j in range(i - left, i - left + kernel) if 0 <= j < n), default=0.0) for i in range(n)]
     best = sorted(range(n), key=lambda i: -pooled[i])[:room]
     steps = sorted(range(-((near - 1) // 2), near - 1 - (near - 1) // 2 + 1), key=abs) if near else [0]
-    order = list(range(n - window, n))
+    order = list(range(n - 1, n - window - 1, -1))  # a window that has no room keeps its end
     for i in best:
         for step in steps:
             j = max(0, min(n - 1, i + step))
@@ -85,7 +85,7 @@ def test_a_prompt_is_what_is_left_of_it() -> None:
     assert len(found) == 12
     short = prompt(6)
     assert heedful.arrange(model, short, SpecPC(6, first=0)) is short
-    assert len(heedful.arrange(model, short, SpecPC(5, window=9, first=0))) == 5
+    assert heedful.arrange(model, short, SpecPC(5, window=9, first=0)) == short.only((1, 2, 3, 4, 5))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ FUSED = {"c_attn": ".split(self.split_size, dim=2)", "qkv_proj": "qkv[..., :quer
 OUTPUT_OF_PARENT = ("output.dense", "attention_output.dense", "out_proj", "o_proj")
 WIDTHS = ("qk_head_dim", "head_dim", "attention_head_size", "d_head", "key_value_proj_dim", "dim_per_head")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads")
+SHARED = "num_key_value_groups"  # what modules call the number of query heads to a key head
 
 
 @cache
@@ -231,7 +232,7 @@ def size_of(model: nn.Module, name: str, number: int) -> Layer:
             raise
         groups = _told(layer, ("num_key_value_heads", "num_kv_heads", "kv_heads"))
         if groups is None:
-            groups = heads // (_told(layer, ("num_key_value_groups",)) or 1)
+            groups = heads // (_told(layer, (SHARED,)) or 1)
         value_width, odd = divmod(_columns(o := getattr(*place)), heads)
         if odd or not groups or heads % groups:
             raise

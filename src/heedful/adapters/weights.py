@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heedful.adapters.layers import HEAD_COUNTS, Projections, transposed
+from heedful.adapters.layers import HEAD_COUNTS, SHARED, Projections, transposed
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.errors import RefusedModel, SiteError
 from heedful.core.kinds import HeadWeights, Vocabulary
@@ -85,17 +85,23 @@ def read_vocabulary(model: nn.Module) -> Vocabulary:
 
 def write_weights(layer: nn.Module, p: Projections, new: HeadWeights) -> None:
     """Put weights back; with fewer heads, into smaller modules."""
-    if new.heads * p.size.kv_heads != new.kv_heads * p.size.heads:
+    if new.heads % new.kv_heads:
         raise SiteError(
-            f"surgery: {new.heads} query heads for {new.kv_heads} key heads, but the model shares each key head among "
-            f"{p.size.heads // p.size.kv_heads}; drop whole groups with keep_groups()"
+            f"surgery: {new.heads} query heads for {new.kv_heads} key heads, and each key head must serve as many as "
+            "the others; drop whole groups with keep_groups()"
         )
-    if new.heads != p.size.heads:
+    changed = (new.heads, new.kv_heads) != (p.size.heads, p.size.kv_heads)
+    if changed:
+        name = type(layer).__name__
         if p.rows:
-            name = type(layer).__name__
             raise RefusedModel(
                 f"{name} maps to queries, keys and values at once; its heads can be silenced, as "
                 "PruneHeads(form='zeros') does, not dropped"
+            )
+        if SHARED not in vars(layer) and new.heads * p.size.kv_heads != new.kv_heads * p.size.heads:
+            each = p.size.heads // p.size.kv_heads
+            raise RefusedModel(
+                f"{name} has a key head for every {each} of its query heads, and cannot be told another number"
             )
         _require_free_heads(layer, p)
     parts = {
@@ -105,7 +111,7 @@ def write_weights(layer: nn.Module, p: Projections, new: HeadWeights) -> None:
     with torch.no_grad():
         for letter, (matrix, bias) in parts.items():
             _fill(p, letter, matrix, bias)
-    if new.heads != p.size.heads:
+    if changed:
         _recount(layer, p, new)
 
 
@@ -155,6 +161,8 @@ def _recount(layer: nn.Module, p: Projections, new: HeadWeights) -> None:
     for name in HEAD_COUNTS:
         if name in vars(layer):
             setattr(layer, name, new.kv_heads if name == "num_key_value_heads" else new.heads)
+    if SHARED in vars(layer):
+        setattr(layer, SHARED, new.heads // new.kv_heads)
     for name in ("all_head_size", "inner_dim", "embed_dim"):
         if vars(layer).get(name) == p.size.heads * p.size.head_dim:
             setattr(layer, name, new.heads * p.size.head_dim)

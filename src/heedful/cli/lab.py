@@ -22,7 +22,7 @@ def lab(
     kind: Annotated[str, typer.Option(help="What is trained: lm, vit or seq2seq.")] = "lm",
     seeds: Annotated[int, typer.Option(help="Trainings of each.")] = 1,
     tokens: Annotated[int | None, typer.Option(help="The budget of each training.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Keep what is trained here, and go on here if stopped.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep what is trained here, and go on here if stopped.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results for machines.")] = False,
     page: Annotated[bool, typer.Option(help="Write the page.")] = True,
 ) -> None:
@@ -35,9 +35,9 @@ def lab(
         require_page()
     chosen = [Stack(tuple(mechanism(part) for part in parted(text, "|"))) for text in parted(mechanisms)] or None
     bars = Bars(STAGES)
-    with stopping(bars, folder):
-        found = run(chosen, kind, seeds=seeds, tokens=tokens, folder=folder, progress=bars)
-    where = write_page(found, "lab", kind, folder) if page else None
+    with stopping(bars, out):
+        found = run(chosen, kind, seeds=seeds, tokens=tokens, out=out, progress=bars)
+    where = write_page(found, "lab", kind, out) if page else None
     if as_json:
         told = {"facts": found.facts, "results": [asdict(r) for r in found.results], "page": where and str(where)}
         typer.echo(json.dumps(told | {"refused": [asdict(r) for r in found.refused]}, indent=1))

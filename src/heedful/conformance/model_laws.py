@@ -127,6 +127,8 @@ def declared_sites_only(method: Method) -> None:
     first = min(e.site.order for e in method.edits)
     whole = any(e.site is Site.BLOCK for e in method.edits)  # then nothing happens inside the block
     upstream = [site for site in BEFORE_MAP if site.order < first and not (whole and site.inside)]
+    if any(e.before_rotary for e in method.edits):  # which declares that nothing is rotated
+        upstream = [site for site in upstream if site not in (Site.QUERY, Site.KEY)]
     if not upstream:
         raise DoesNotApply(f"acts at {method.edits[0].site.name} already")
     model = tiny_model("llama")

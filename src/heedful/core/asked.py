@@ -54,13 +54,19 @@ def asks(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def require_fields(value: Any) -> None:
-    """Refuse a value whose fields are of no kind that their annotations name."""
+    """Refuse a value whose fields are of no kind that their annotations name; a list becomes the tuple it means."""
     kind: Any = type(value)
     hints = _hints_in(kind)
     for field in fields(value):
         if field.name in hints:
             default = inspect.Parameter.empty if field.default is MISSING else field.default
-            _require(kind.__name__, field.name, getattr(value, field.name), hints[field.name], default)
+            given, hint = getattr(value, field.name), hints[field.name]
+            if _fits(given, hint):
+                continue
+            if _fits(taken := _as_tuples(given, hint), hint):
+                object.__setattr__(value, field.name, taken)
+            else:
+                _require(kind.__name__, field.name, given, hint, default)
 
 
 def after_kinds(own: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -116,6 +122,17 @@ def _fits(x: Any, hint: Any) -> bool:
     if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
         return True
     return isinstance(x, kind)
+
+
+def _as_tuples(x: Any, hint: Any) -> Any:
+    """Lists and ranges as tuples where the annotation names one, so that a value is frozen and has a hash."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return next((found for kind in inside if _fits(found := _as_tuples(x, kind), kind)), x)
+    if origin is tuple and inside and isinstance(x, list | range | tuple):
+        kinds = inside[:1] * len(x) if inside[-1] is ... else inside
+        return tuple(map(_as_tuples, x, kinds)) if len(kinds) == len(x) else x
+    return x
 
 
 def _words(hint: Any) -> Iterator[str]:

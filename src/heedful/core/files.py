@@ -79,9 +79,9 @@ def folder_named(owner: str, folder: str | Path, field: str = "folder") -> Path:
     return Path(folder)
 
 
-def folder_for(owner: str, out: str | Path | None, field: str = "out") -> Path | None:
+def folder_for(owner: str, out: str | Path | None) -> Path | None:
     """The folder that a caller names for what a verb finds, if any."""
-    return None if out is None else folder_named(owner, out, field)
+    return None if out is None else folder_named(owner, out, "out")
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class Prompt:
     def spans(self, role: str) -> tuple[Span, ...]:
         if role not in self.roles:
             raise FieldError(self, "roles", sorted(self.roles), f"has no spans named {role!r}", {role: ((0, 1),)})
-        return self.roles[role]
+        return tuple(self.roles[role])
 
     def only(self, numbers: tuple[int, ...]) -> Prompt:
         """The prompt of these tokens alone; a span has what is left of it, and goes with the last of its tokens."""

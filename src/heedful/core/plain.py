@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -19,9 +20,14 @@ class _Plain(Method, abstract=True):
     function: Callable[[Any, Call], Any]
 
     def __post_init__(self) -> None:
-        if not callable(self.function):
+        try:
+            inspect.signature(self.function).bind("value", "call")
+        except TypeError as error:
             good = "lambda value, call: 2 * value"
-            raise FieldError("edit()", "function", self.function, "must take the site's value and the call", good)
+            rule = "must take the site's value and the call"
+            raise FieldError("edit()", "function", self.function, rule, good) from error
+        except ValueError:  # one of C's, which does not tell
+            pass
 
     def __repr__(self) -> str:
         return f"edit({self.edits[0].site}, {getattr(self.function, '__name__', repr(self.function))})"
@@ -42,6 +48,4 @@ def edit(site: Site, function: Callable[[Any, Call], Any]) -> Method:
 
     It joins, restricts and runs like any other; `call` tells layer, positions, roles and all that methods are told.
     """
-    if not isinstance(site, Site):
-        raise FieldError("edit()", "site", site, "must be a Site", "Site.PATTERN")
     return _kind(site)(function)

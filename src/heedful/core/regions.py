@@ -49,8 +49,8 @@ class PerText(tuple[Region, ...]):
         return tuple(chain.from_iterable(repeat(region, rows // len(self)) for region in self))
 
 
-Roles = Mapping[str, tuple[Span, ...]]  # spans by name, the same in every text
-Marks = Mapping[str, tuple[Span, ...] | PerText]  # these as a call has them
+Roles = Mapping[str, Sequence[Span]]  # spans by name, the same in every text
+Marks = Mapping[str, Sequence[Span] | PerText]  # these as a call has them
 
 
 def marks(roles: Roles | Sequence[Roles] | None) -> dict[str, Region | PerText]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -21,6 +21,16 @@ class ByIndex:
     def crop(self, left: int) -> ByIndex:
         """What it says of the first `left` tokens."""
         return ByIndex(self.x.narrow(self.dim, 0, min(left, self.x.shape[self.dim])), self.dim)
+
+
+@dataclass(frozen=True, eq=False)
+class Until(ByIndex):
+    """How many tokens of each text `[b]` something kept is of: -1, and so of none, once some of them are cropped."""
+
+    dim: int = 0
+
+    def crop(self, left: int) -> Until:
+        return Until(self.x.masked_fill(self.x > left, -1))
 
 
 Note = Tensor | ByIndex
@@ -81,7 +91,7 @@ class Shelf:
         """Hold what `pick` makes of every tensor's first dimension, the texts."""
         for kept in self._kept.values():
             for name, x in kept.items():
-                kept[name] = ByIndex(pick(x.x), x.dim) if isinstance(x, ByIndex) else pick(x)
+                kept[name] = replace(x, x=pick(x.x)) if isinstance(x, ByIndex) else pick(x)
 
     def crop(self, left: int) -> None:
         """Only the first `left` tokens of every row stay."""
@@ -95,8 +105,8 @@ class Notes(MutableMapping[str, Tensor]):
     """What one method keeps with the cache of the text, in one layer: tensors `[b ...]` by name.
 
     They go where the cache goes: beams reorder their rows, copies of the cache have copies of them, and a new text
-    begins without any. Write a `ByIndex` where cropping the cache should crop them too. Without a cache they last for
-    the call.
+    begins without any. Write a `ByIndex` where cropping the cache should crop them too, and an `Until` beside what
+    cropping makes untrue. Without a cache they last for the call.
     """
 
     def __init__(self, shelf: Shelf | None = None, key: Key | None = None, batch: int | None = None) -> None:

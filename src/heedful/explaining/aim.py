@@ -32,7 +32,10 @@ def ids_of(prompt: Text, model: nn.Module) -> Tensor:
 
 def _require_known(owner: str, model: Any, ids: Tensor) -> None:
     """Refuse tokens that the model has no embedding of."""
-    table = getattr(model.get_input_embeddings(), "weight", None)
+    try:
+        table = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # of several towers
+        table = None
     if table is None:  # it reads something else
         return
     known, low, high = len(table), int(ids.min()), int(ids.max())

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from heedful.api import attach, still
+from heedful.core.asked import asks
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.figures import Grid, Head, HeadMap, head_name
 from heedful.core.fitted import Fitted
+from heedful.core.kinds import Tokenizer
 from heedful.core.method import Method, Part
 from heedful.core.notebook import printed
 from heedful.core.sites import Site, at
@@ -131,6 +133,7 @@ class Trace:
 
 
 @torch.no_grad()
+@asks
 def trace(
     model: nn.Module | Loaded,
     clean: Any,
@@ -140,7 +143,7 @@ def trace(
     *,
     what: What = "residual",
     heads: Iterable[Head] | None = None,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Trace:
     """Activation patching of two texts of equally many tokens: the corrupt one is read with one place of the clean run.
 

@@ -12,6 +12,7 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Padding
 from heedful.core.positions import spread_heads
+from heedful.core.state import Until
 
 CHUNK = 64  # query rows a step
 END = "end"  # so many tokens the state holds
@@ -110,7 +111,7 @@ class Running:
         return self._kept[name] if fade is None else self._kept[name] * fade
 
     def _keep(self, name: str, x: Tensor) -> None:
-        self._kept[name], self._kept[END] = x, self._end
+        self._kept[name], self._kept[END] = x, Until(self._end)
 
     def _decayed(self, name: str, q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
         """The same, one product a query head, each dated by the tokens of text so far."""

@@ -41,20 +41,20 @@ def lab(
     *,
     seeds: int = 3,
     tokens: int | None = None,
-    folder: str | Path | None = None,
+    out: str | Path | None = None,
     progress: Report | None = None,
 ) -> Lab:
     """Train softmax and each mechanism on the same tiny models, data and budget, and measure what comes of it.
 
     `mechanisms` are methods or stacks, eight of the catalogue for None. `kind` is "lm" (bytes of text, and synthetic
     tasks), "vit" (digits) or "seq2seq" (strings). `tokens` is the budget of each training, None for each course's own.
-    `folder` keeps what is trained: the same call goes on where it stopped, and other calls use what they share with it.
+    `out` keeps what is trained: the same call goes on where it stopped, and other calls use what they share with it.
     """
     chosen, wanted = _chosen(mechanisms, kind), courses(kind, tokens)
     if seeds < 1:
         raise FieldError("lab()", "seeds", seeds, "must be 1 or more", 3)
     report = progress or (lambda _: None)
-    kept = folder_for("lab()", folder, "folder")
+    kept = folder_for("lab()", out)
     with ExitStack() as stack:
         trainings = Trainings(kept or Path(stack.enter_context(tempfile.TemporaryDirectory())))
         todo = [(seed, name, course) for seed in range(seeds) for name in chosen for course in wanted]

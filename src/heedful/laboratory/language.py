@@ -80,7 +80,8 @@ def eight_bits(model: nn.Module) -> Iterator[None]:
             m.weight.data = _rounded(m.weight.data, -top, top)
             handles.append(
                 m.register_forward_pre_hook(
-                    lambda _, args: (_rounded(args[0], args[0].min(), args[0].max()), *args[1:])
+                    # a mechanism in attention's place gives its projections no rows, which have no least number
+                    lambda _, args: (_rounded(x, x.min(), x.max()) if (x := args[0]).numel() else x, *args[1:])
                 )
             )
         yield

@@ -22,7 +22,8 @@ class EfficientAttention(Method):
         differs=(
             "Of the authors' two ways to normalise it has the softmax, which their code has too, and not the division "
             "by n.",
-            "Causal models have a softmax over the keys so far; the authors' models see all places.",
+            "Causal models have a softmax over the keys so far; the authors' models see all places. What lies further "
+            "below a later key of the same call and channel than numbers reach, 87 in float32, weighs nothing.",
             "Queries and keys come with the model's position embedding in them, where there is one.",
             "Projections are the model's; the authors' are 1 x 1 convolutions with a residual around them.",
         ),

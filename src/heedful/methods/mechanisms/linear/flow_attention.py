@@ -20,8 +20,9 @@ class FlowAttention(Method):
         "2202.06258",
         "ICML 2022",
         differs=(
-            "As in the authors' code a source's flow is held to at most 1 before its exponential, and flows of causal "
-            "models are sums over the tokens so far; their small epsilons are left out, since sigmoids are above 0.",
+            "As in the authors' core code a source's flow is held to at most 1 before its exponential, to 5 in their "
+            "code for language models, and flows of causal models are sums over the tokens so far; their small "
+            "epsilons are left out, since sigmoids are above 0.",
             "Counts of tokens leave padding out.",
             "Flows need the queries of all earlier tokens: a causal text that was read into a cache without it begins, "
             "for it, where it goes on, and a cache that was cut back is refused.",

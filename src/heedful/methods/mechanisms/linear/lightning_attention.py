@@ -30,6 +30,9 @@ class LightningAttention(Method):
             "The gate of TransNormerLLM's attention and its position embedding are not part of it: queries and keys "
             "come with the model's.",
             "Features are taken of queries and keys that are rotated already; the authors rotate after them.",
+            "Rates are those of the authors' code, ALiBi's slopes times 1 - l / (L - 1); the paper's text has 8 h / H "
+            "times 1 - l / L.",
+            "Values are taken as they are, as in the paper's text; an example of the authors has silu of them.",
             "Padding does not count in the distance, and calls that are not causal are refused.",
             "A key head that is shared has a state of its own for each query head, since these fade unlike.",
         ),

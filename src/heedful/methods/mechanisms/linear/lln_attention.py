@@ -28,7 +28,9 @@ class LLNAttention(Method):
         differs=(
             "The spread of queries and keys is that of each text and key head, in causal models of its tokens so far; "
             "the authors take it over a whole batch and all heads, which would tell tokens of those that follow.",
-            "Blocks are counted from where a text begins.",
+            "Variances divide by how many entries there are, the authors' by one less.",
+            "Blocks are counted from where a text begins, and are averaged with the features in equal parts; the "
+            "authors' code has two ways to learn the parts too.",
             "Spreads need the queries of all earlier tokens: a causal text that was read into a cache without it "
             "begins, for it, where it goes on, and a cache that was cut back is refused.",
         ),

@@ -30,7 +30,8 @@ class ThinK(Method):
             "Dropped channels come back as zeros for every call; the authors' code multiplies without them.",
             "The channels are chosen by the call with which a text outgrows the newest entries, from that call's last "
             "queries; the authors choose once, at the end of the prompt.",
-            "What is generated loses the same channels as it leaves the newest entries; the authors leave it whole.",
+            "What is generated loses the same channels as it leaves the newest entries; the authors leave it whole. "
+            "What left them by tokens that are cropped again, such as guesses, stays thin.",
             "The heads of a group choose together; the authors' code keeps keys for each query head.",
             "The authors drop entries first: write SnapKV(...) | ThinK(...). Their variant for values is not here.",
         ),

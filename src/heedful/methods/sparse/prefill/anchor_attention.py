@@ -23,6 +23,9 @@ class AnchorAttention(StripeSparse):
         "2505.23520",
         "EMNLP 2025",
         differs=(
+            "The first keys of an anchor are one block, and blocks have 64 tokens where nothing else is said; the "
+            "newest of the authors' kernels take as many first keys as a group holds, and their blocks have 128.",
+            "Calls that are not causal keep all keys that lie behind a group's first query.",
             "Keys right before the group are candidates; the authors' code leaves out the last block before it.",
             "A text of any length is cut into groups; the authors' needs whole ones.",
             "Scores are computed in float32; the authors' kernel rounds them to 16 bits before it compares.",

@@ -25,6 +25,9 @@ class HiP(StripeSparse):
         differs=(
             "A branch is judged by its first block of keys, as in version 1.1 of the authors' code; the paper's text "
             "speaks of a token of each chunk.",
+            "Branches are as even as can be, and the first tokens are searched too; version 1.1 rounds where branches "
+            "begin, and begins behind the first tokens.",
+            "Calls that are not causal keep all keys that lie behind a block of queries.",
             "All queries of a block have a say; the authors' code asks every second one.",
             "Each query head has a tree of its own, and every layer prunes; the authors leave the first layers dense.",
             "Defaults and the first tokens, which always stay, are those of version 1.1 of the authors' code.",

@@ -15,24 +15,25 @@ from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.kit.chosen import Chosen
+from heedful.kit.running import past_keys
 
 
 @dataclass(frozen=True, eq=False)
 class _Square:
-    """Queries `middle` to `stop` of one text and keys `start` to `middle`, all of which they see."""
+    """Some queries of one text and some keys, all of which they see."""
 
     text: int
-    start: int
-    middle: int
-    stop: int
-    query: Tensor  # [h middle:stop], the block of each
-    key: Tensor  # [h start:middle]
-    extra: Tensor  # [h start:middle], log(c n / m) of keys drawn, minus infinity of others
+    rows: range
+    cols: range
+    query: Tensor  # [h rows], the block of each
+    key: Tensor  # [h cols]
+    extra: Tensor  # [h cols], log(c n / m) of keys drawn, minus infinity of others
 
     def bias(self, rows: Tensor, cols: Tensor) -> Tensor:
         """What the scores of these queries and keys gain, `[h r k]`."""
-        same = self.query[:, rows - self.middle, None] == self.key[:, None, cols - self.start]
-        return self.extra[:, None, cols - self.start].expand(same.shape).masked_fill(same, 0.0)
+        row, col = rows - self.rows.start, cols - self.cols.start
+        same = self.query[:, row, None] == self.key[:, None, col]
+        return self.extra[:, None, col].expand(same.shape).masked_fill(same, 0.0)
 
 
 class HyperAttention(Method):
@@ -77,13 +78,18 @@ class HyperAttention(Method):
         return cls(least=2, block=1, sample=1, bits=2)
 
     def rests(self, tokens: int) -> str | None:
-        least = 2 * self.least - 1
+        least = self.shortest(causal=True)
         told = f"squares of fewer than {self.least} queries are exact, and the text has {tokens}"
         return told if tokens < least else None
 
     def idle(self, call: Call) -> bool:
-        whole = len(call.queries) == len(call.keys)
-        return call.phase is Phase.DECODE or call.cross or not whole or len(call.keys) < 2 * self.least - 1
+        n = len(call.queries)
+        later = call.phase is Phase.DECODE or past_keys(call, n, len(call.keys)) > 0
+        return call.cross or later or n < self.shortest(call.mask.causal)
+
+    def shortest(self, causal: bool) -> int:
+        """Tokens of the shortest text that is not exact."""
+        return 2 * self.least - 1 if causal else self.least
 
     @at(Site.MASK)
     def choose(self, mask: Mask, call: Call) -> Mask:
@@ -110,8 +116,10 @@ class HyperAttention(Method):
         """What the scores of these rows and columns gain, `[b h r k]`; nothing where they are exact."""
         out = torch.zeros(*shape, len(rows), len(cols), device=rows.device)
         for square in squares:
-            mine = ((rows >= square.middle) & (rows < square.stop)).nonzero().flatten()
-            keys = ((cols >= square.start) & (cols < square.middle)).nonzero().flatten()
+            mine, keys = (
+                ((place >= own.start) & (place < own.stop)).nonzero().flatten()
+                for place, own in ((rows, square.rows), (cols, square.cols))
+            )
             if len(mine) and len(keys):
                 out[square.text, :, mine[:, None], keys] = square.bias(rows[mine], cols[keys])
         return out
@@ -127,8 +135,15 @@ class HyperAttention(Method):
         text = call.is_text[:, 0].expand(len(query), -1)
         for row, is_text in enumerate(text):
             places = is_text.nonzero().flatten().tolist()
-            for start, middle, stop in self.halves(places[0], places[-1] + 1) if places else ():
-                yield self.sorted(query[row], key[row], column, row, start, middle, stop)
+            for rows, cols in self.parts(places[0], places[-1] + 1, call.mask.causal) if places else ():
+                yield self.sorted(query[row], key[row], column, row, rows, cols)
+
+    def parts(self, start: int, stop: int, causal: bool) -> Iterator[tuple[range, range]]:
+        """The queries and keys of each square of a map."""
+        if causal:
+            yield from ((range(middle, end), range(begin, middle)) for begin, middle, end in self.halves(start, stop))
+        elif stop - start >= self.least:
+            yield range(start, stop), range(start, stop)
 
     def halves(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """A causal map as squares below its diagonal, whose triangles are halved until they are small."""
@@ -140,17 +155,15 @@ class HyperAttention(Method):
         yield from self.halves(start, middle)
         yield from self.halves(middle, stop)
 
-    def sorted(
-        self, query: Tensor, key: Tensor, column: Tensor, text: int, start: int, middle: int, stop: int
-    ) -> _Square:
+    def sorted(self, query: Tensor, key: Tensor, column: Tensor, text: int, rows: range, cols: range) -> _Square:
         """A square whose queries and keys are sorted by their hashes `[h n]` and cut into blocks."""
-        both = query[:, middle:stop], key[:, start:middle]
+        both = query[:, rows.start : rows.stop], key[:, cols.start : cols.stop]
         rank, place = (x.argsort(stable=True).argsort() // self.block for x in both)
-        length = middle - start
+        length = len(cols)
         drawn = (column * length).long().clamp(max=length - 1)
         count = torch.zeros(len(key), length, device=key.device).scatter_add(1, drawn, torch.ones_like(column))
         extra = (count * (length / max(1, self.sample))).log()
-        return _Square(text, start, middle, stop, rank, place, extra)
+        return _Square(text, rows, cols, rank, place, extra)
 
     @staticmethod
     def hash(x: Tensor, directions: Tensor) -> Tensor:

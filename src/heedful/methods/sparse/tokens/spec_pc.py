@@ -29,6 +29,7 @@ _PAPER = Paper(
         "The draft looks ahead by one token, as in the authors' setting, which is not read: the prompt's own last "
         "queries alone are asked.",
         "Of equal scores the earlier token goes first.",
+        "A budget smaller than the window keeps the prompt's end; the authors' code keeps the window's beginning.",
     ),
 )
 
@@ -106,7 +107,8 @@ class SpecPC(Tokens):
         best = pooled.argsort(descending=True, stable=True)[:room].tolist()
         around = range(-((self.near - 1) // 2), self.near - (self.near - 1) // 2) if self.near else (0,)
         nearest = sorted(around, key=abs)
-        order = [*range(total - rows, total), *(min(max(0, i + by), total - 1) for i in best for by in nearest)]
+        window = range(total - 1, total - rows - 1, -1)  # where there is no room for all of it, its end stays
+        order = [*window, *(min(max(0, i + by), total - 1) for i in best for by in nearest)]
         return tuple(sorted(list(dict.fromkeys(order))[:room]))
 
 

@@ -1,0 +1,65 @@
+"""o = D (silu(G x) * (U x)): a gated feed-forward part in attention's place, so that a token sees itself alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+
+
+class NoMixing(Method):
+    """The control that tells what mixing tokens is worth: as many parameters as attention has, and no other token.
+
+    In every layer, or with `.on(layers=...)` between layers that attend. For models trained with it.
+    """
+
+    paper = Paper(
+        "P285",
+        "Deconstructing Attention: Investigating Design Principles for Effective Language Modeling",
+        "Huiyin Xue, Nafise Sadat Moosavi, Nikolaos Aletras",
+        2025,
+        "2510.11602",
+        differs=(
+            "Of the paper's variants this is the one without token mixing; those of other scores, of fixed maps and of "
+            "static queries and keys are not part of it.",
+            "There are no biases, as in the paper's formula; weights are drawn as torch.nn.Linear draws them, by a "
+            "generator seeded by the layer's number.",
+            "Attention's own projections stay in the model, unused; no gradient reaches them.",
+        ),
+    )
+    share: float = 1.0  # parameters, as a share of the four projections that it stands in for; the paper: as many
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < math.inf:
+            raise FieldError(self, "share", self.share, "must be above 0", 1.0)
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(layer.number)
+        both = layer.head_dim + layer.value_dim
+        inner = max(1, round(self.share * (layer.heads + layer.kv_heads) * both / 3))
+
+        def drawn(rows: int, columns: int) -> Tensor:
+            return (torch.rand(rows, columns, generator=random) * 2 - 1) / math.sqrt(columns)
+
+        e = layer.width
+        return {"gate": drawn(inner, e), "up": drawn(inner, e), "down": drawn(e, inner)}
+
+    @at(Site.BLOCK)
+    def alone(self, hidden: Tensor, call: Call) -> Tensor:
+        p = call.params
+        x = hidden.to(p["gate"].dtype)
+        return linear(silu(linear(x, p["gate"])) * linear(x, p["up"]), p["down"])
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model = models.tiny("llama")
+    inputs = models.tiny_inputs(model)
+    with attach(model, NoMixing()) as run:
+        run(**inputs, labels=inputs["input_ids"]).loss.backward()
+        print({name: tuple(p.shape) for name, p in run.state_dict().items()})
