@@ -146,6 +146,31 @@ def test_modules_of_one_model_share_a_cache_and_beams_reorder_it() -> None:
     assert close_model(read(x[[1, 1], -1:], cache), wanted[[1, 1], -1:])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("method", [None, MECHANISMS["MALA"].example()])
+def test_causality_told_by_masks_holds_with_a_cache_too(method: Any, size: int) -> None:
+    mine, x = Attention(E, H, method, batch_first=True), text()
+    hidden = torch.ones(N, N, dtype=torch.bool).triu(1)
+    whole = mine(x, x, x, attn_mask=hidden)[0]
+    for hint in (True, False):
+        cache, start = DynamicCache(), 0
+        for part in x.split(size, 1):
+            stop = start + part.shape[1]
+            found = mine(part, part, part, attn_mask=hidden[start:stop, :stop], is_causal=hint, cache=cache)[0]
+            assert close_model(found, whole[:, start:stop])
+            start = stop
+
+
+def test_a_query_that_sees_nothing_gets_nothing() -> None:
+    mine, x = Attention(E, H, bias=False, batch_first=True), text()
+    padding = torch.stack([torch.ones(N, dtype=torch.bool), torch.zeros(N, dtype=torch.bool)])
+    out, weights = mine(x, x, x, key_padding_mask=padding)
+    assert not out[0].any()
+    assert not weights[0].any()
+    assert close(out[1:], mine(x[1:], x[1:], x[1:])[0])
+
+
 def test_a_cache_is_shortened_and_what_left_it_stays_away() -> None:
     keep = heedful.methods.KNorm(budget=6)
     mine, x, cache = causal(keep, kv_heads=2), text(), DynamicCache()

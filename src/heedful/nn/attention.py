@@ -138,11 +138,11 @@ class Attention(nn.Module):
         is_causal: bool = False,
         cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """What `torch.nn.MultiheadAttention` answers: the output, and weights after dropout's place.
+        """What `torch.nn.MultiheadAttention` answers: the output, and the weights, which here are those before dropout.
 
-        Weights not spoken of come along where the method has any; True asks for them, or for an error. With a cache,
-        such as transformers' DynamicCache, query, key and value are the next tokens of a text, and masks speak of all
-        keys so far.
+        Weights not spoken of come along where the method has any; True asks for them, or for an error. A query that
+        may see no key gets zeros, where torch gives no number. With a cache, such as transformers' DynamicCache, query,
+        key and value are the next tokens of a text, and masks speak of all keys so far.
         """
         if self.run.model is not self:
             raise RefusedModel("Attention is run in a replica, as DataParallel makes them; use one process a device")

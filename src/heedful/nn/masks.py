@@ -29,7 +29,7 @@ class Told:
 
     mask: Mask
     bias: Tensor | None  # added to scores
-    text: Tensor | None  # [b k], False for padding; None where nothing is said of it
+    text: Tensor | None  # [b k], False for padding; None where all is text
 
 
 def told(pairs: Tensor | None, padding: Tensor | None, causal: bool, hint: bool, sizes: Sizes) -> Told:
@@ -42,7 +42,10 @@ def told(pairs: Tensor | None, padding: Tensor | None, causal: bool, hint: bool,
         table, added = from_dense(_by_head(_kept("attn_mask", pairs), sizes), sizes.keys)
     if table is not None and _is_causal(table, sizes):
         causal, table = True, None
-    if hint and not causal and pairs is not None:
+    elif table is not None and bool(table.all()):
+        table = None
+    alone = sizes.queries == 1 and table is None  # one query that sees all: causality hides nothing from it
+    if hint and pairs is not None and not (causal or alone):
         rule = "says that attn_mask is the causal mask, which it is not; leave is_causal out"
         raise FieldError("Attention()", "is_causal", hint, rule, False)
     causal = causal or hint
@@ -50,8 +53,7 @@ def told(pairs: Tensor | None, padding: Tensor | None, causal: bool, hint: bool,
         rule = f"which of {sizes.keys} keys stand before which of {sizes.queries} queries is not known"
         raise FieldError("Attention()", "causal", causal, f"{rule}; give a cache or an attn_mask", False)
     rules: list[Rule] = [Causal()] if causal else []
-    if table is not None and not bool(table.all()):
-        rules.append(Dense(table))
+    rules += [] if table is None else [Dense(table)]
     if padding is None:
         return Told(Mask(tuple(rules)), added, None)
     wanted = (sizes.rows, sizes.keys)
@@ -60,7 +62,7 @@ def told(pairs: Tensor | None, padding: Tensor | None, causal: bool, hint: bool,
         rule = f"has a row for each text and a column for each key, those in the cache too: {wanted}"
         raise FieldError("Attention()", "key_padding_mask", tuple(padding.shape), rule, wanted)
     keys, more = from_dense(_kept("key_padding_mask", padding)[:, None, None], sizes.keys)
-    text = None if keys is None else keys[:, 0, 0]
+    text = None if keys is None or bool(keys.all()) else keys[:, 0, 0]
     rules += [] if text is None else [Padding(text)]
     return Told(Mask(tuple(rules)), added if more is None else more if added is None else added + more, text)
 
