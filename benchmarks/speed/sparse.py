@@ -30,9 +30,9 @@ from heedful.core.method import Method
 from heedful.core.positions import Positions
 from heedful.core.sites import Site, at, reads
 from heedful.core.stack import Stack
+from heedful.engine.activity import density_of
 from heedful.engine.attend import attend
 from heedful.engine.attention_call import AttentionCall
-from heedful.engine.density import density_of
 from heedful.engine.run_state import RunState
 from heedful.engine.select import select
 from heedful.kit.blocks import BlockSparse

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -21,7 +21,7 @@ from heedful.core.notebook import printed
 from heedful.core.regions import PerText, Region, Roles, marks
 from heedful.core.stack import Stack, Step, as_stack
 from heedful.core.stats import Statistic, load, save
-from heedful.engine.density import density_of
+from heedful.engine.activity import Activity, density_of
 from heedful.engine.learned import learned
 from heedful.engine.run_state import RunState, blind
 from heedful.engine.select import Explanation, explain, named
@@ -55,47 +55,6 @@ class Adapter(Protocol):
     def carried(self) -> set[tuple[int, str]]: ...
 
     def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter: ...
-
-
-@dataclass(frozen=True)
-class Activity:
-    """Whether a stack did anything: what a run saw."""
-
-    layers: int
-    entered: tuple[int, ...]
-    inactive: tuple[str, ...]
-    density: dict[int, float]
-    kept: dict[int, tuple[int, int]]
-    memory: dict[int, tuple[int, int]]
-    backends: dict[int, str]
-    nan: bool
-
-    @property
-    def active(self) -> bool:
-        return bool(self.entered) and not self.inactive
-
-    def __str__(self) -> str:
-        used = sorted(set(self.backends.values()))
-        lines = [
-            f"{'active' if self.active else 'NOT ACTIVE'}: {len(self.entered)} of {self.layers} layers entered"
-            + (f", computed by {', '.join(used)}" if used else "")
-        ]
-        if self.density:
-            low, high = min(self.density.values()), max(self.density.values())
-            lines.append(f"pairs computed: {low:.1%} to {high:.1%} of all query-key pairs, by layer")
-        if self.kept:
-            held, seen = (sum(x) for x in zip(*self.kept.values(), strict=True))
-            lines.append(f"cache entries kept: {held} of {seen} ({held / max(1, seen):.1%})")
-        if self.memory:
-            held, whole = (sum(x) for x in zip(*self.memory.values(), strict=True))
-            lines.append(f"cache memory: {held / 2**20:.2f} of {whole / 2**20:.2f} MiB ({held / max(1, whole):.1%})")
-        lines += [f"changed nothing: {step}" for step in self.inactive]
-        if self.nan:
-            lines.append("NaN was seen in the output of some head")
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return printed(self)
 
 
 class Run:

@@ -1,0 +1,62 @@
+"""What a run says of whether a stack did anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from heedful.core.call import Call
+from heedful.core.notebook import printed
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Whether a stack did anything: what a run saw."""
+
+    layers: int
+    entered: tuple[int, ...]
+    inactive: tuple[str, ...]
+    density: dict[int, float]
+    kept: dict[int, tuple[int, int]]
+    memory: dict[int, tuple[int, int]]
+    backends: dict[int, str]
+    nan: bool
+
+    @property
+    def active(self) -> bool:
+        return bool(self.entered) and not self.inactive
+
+    def __str__(self) -> str:
+        used = sorted(set(self.backends.values()))
+        lines = [
+            f"{'active' if self.active else 'NOT ACTIVE'}: {len(self.entered)} of {self.layers} layers entered"
+            + (f", computed by {', '.join(used)}" if used else "")
+        ]
+        if self.density:
+            low, high = min(self.density.values()), max(self.density.values())
+            lines.append(f"pairs computed: {low:.1%} to {high:.1%} of all query-key pairs, by layer")
+        if self.kept:
+            held, seen = (sum(x) for x in zip(*self.kept.values(), strict=True))
+            lines.append(f"cache entries kept: {held} of {seen} ({held / max(1, seen):.1%})")
+        if self.memory:
+            held, whole = (sum(x) for x in zip(*self.memory.values(), strict=True))
+            lines.append(f"cache memory: {held / 2**20:.2f} of {whole / 2**20:.2f} MiB ({held / max(1, whole):.1%})")
+        lines += [f"changed nothing: {step}" for step in self.inactive]
+        if self.nan:
+            lines.append("NaN was seen in the output of some head")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return printed(self)
+
+
+def density_of(call: Call, rows: int = 256) -> float:
+    """The share of query-key pairs that the call's mask computes."""
+    q, k = len(call.queries), len(call.keys)
+    kept = total = 0
+    for start in range(0, q, rows):
+        part = call.tile(slice(start, min(start + rows, q)), slice(0, k))
+        keep = call.mask.keeps(part.pairs)
+        size = len(part.queries) * k
+        total += size
+        kept += size if keep is None else int(keep.sum()) * size // max(1, keep.numel())
+    return kept / max(1, total)
