@@ -67,7 +67,7 @@ def attention(held: HeldLayer, q: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     def run(k: Tensor, v: Tensor) -> Tensor:
         keys = held.positions(None)
         call = Call(0, 1, "bare", q.shape[1], k.shape[1], queries, keys, q.shape[3] ** -0.5, mask=mask)
-        job = AttentionCall(run_state.plan(0, call.phase), run_state, call)
+        job = AttentionCall(run_state.plan(call), run_state, call)
         return attend(job, q, k, v, lambda needs: select("native", needs))[0]
 
     return run

@@ -144,7 +144,7 @@ class FitContext:
         self.state.new_forward()
         for layer, (q, k, v) in self.caught.items():
             call = replace(self.call, layer=layer)
-            job = AttentionCall(self.state.plan(layer, call.phase), self.state, call)
+            job = AttentionCall(self.state.plan(call), self.state, call)
             self.seen[layer] = attend(job, q, k, v, lambda needs: select("auto", needs))[2]
 
     def choosing(self) -> None:
