@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from benchmarks.speed.attention import SHAPES, TYPES, Idle, draw, ours, packed
 from benchmarks.speed.timing import race, record
 from heedful.adapters.kvcache import HeldLayer, cache_bytes
-from heedful.core.call import Call
+from heedful.core.call import Call, Kept
 from heedful.core.mask import Causal, Mask
 from heedful.core.positions import Positions
 from heedful.core.stack import Stack
@@ -45,7 +45,7 @@ def cut(k: Tensor, v: Tensor, even: bool) -> HeldLayer:
     held = HeldLayer()
     held.update(k, v)
     chosen = torch.rand(k.shape[:3]).argsort(-1).argsort(-1)
-    held.keep(chosen < torch.tensor(counts(k.shape[1], k.shape[2], even))[None, :, None])
+    held.keep(Kept(chosen < torch.tensor(counts(k.shape[1], k.shape[2], even))[None, :, None]))
     return held
 
 
@@ -98,7 +98,7 @@ def cut_step(q: Tensor, held: HeldLayer, new: Tensor) -> Callable[[], Tensor]:
     def run() -> Tensor:
         held.served = True
         out = attended(*held.update(new, new))
-        held.keep(held.is_filled & (held.index < held.seen - 1))
+        held.keep(Kept(held.is_filled & (held.index < held.seen - 1)))
         held.seen -= 1
         return out
 

@@ -30,6 +30,7 @@ from heedful.core.method import Method
 from heedful.core.positions import Positions
 from heedful.core.sites import Site, at, reads
 from heedful.core.stack import Stack
+from heedful.core.state import State
 from heedful.engine.activity import density_of
 from heedful.engine.attend import attend
 from heedful.engine.attention_call import AttentionCall
@@ -148,9 +149,9 @@ class FitContext:
             self.seen[layer] = attend(job, q, k, v, lambda needs: select("auto", needs))[2]
 
     def choosing(self) -> None:
-        scratch: dict[str, Any] = {}
+        shared: dict[str, Any] = {}
         for layer, (q, k, v) in self.caught.items():
-            call = replace(self.call, layer=layer, query=q, key=k, value=v, scratch=scratch)
+            call = replace(self.call, layer=layer, query=q, key=k, value=v, state=State(shared))
             if isinstance(self.method, BlockSparse):
                 self.method.skip(call.mask, call)
 
