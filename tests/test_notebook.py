@@ -65,6 +65,7 @@ def values() -> dict[str, Any]:
         "patching": patching(model, clean, corrupt, metric),
         "faithfulness": faithfulness(model, IDS, torch.rand(8), steps=2, seeds=2),
         "patterns": heedful.patterns(model, IDS),
+        "laws": heedful.check(TempScale, only=("is_documented",)),
         "profile": heedful.diagnose(model, IDS, measures=SinkRate()),
     }
 

@@ -69,6 +69,8 @@ def test_it_trains_each_and_goes_on_where_it_stopped(
     again = found.records
     train, trained = records.train, []
     monkeypatch.setattr(records, "train", lambda *a: trained.append(a[1]) or train(*a))  # type: ignore[func-returns-value]
+    assert "<td" in found._repr_html_()
+    assert "<script" not in found._repr_html_()
     more = heedful.lab({"half": Halved(), "gates": GatedHeads()}, seeds=1, out=tmp_path / "kept")
     assert [r for r in more.records if r.mechanism == "softmax"] == [again[0]]
     assert len(trained) == 1, "the gates alone were new"

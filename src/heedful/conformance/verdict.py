@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from heedful.core.errors import HeedfulError
 from heedful.core.method import CatalogueEntry
+from heedful.core.notebook import printed
 
 
 class Broken(HeedfulError):
@@ -79,3 +80,6 @@ class Report:
         kept = sum(v.outcome == "kept" for v in self.verdicts)
         head = f"{self.method}: {kept} laws kept, {len(self.broken)} broken"
         return "\n".join([head, *(f"  {v}" for v in self.verdicts)])
+
+    def _repr_html_(self) -> str:
+        return printed(self)

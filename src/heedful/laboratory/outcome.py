@@ -54,6 +54,11 @@ class Lab(Results):
     def __str__(self) -> str:
         return in_words(self, self.description())
 
+    def _repr_html_(self) -> str:
+        from heedful.report.cells import matrix as cells
+
+        return cells(self.matrix)
+
     def to_pandas(self) -> Any:
         """A row for each training, with its numbers."""
         import pandas as pd
