@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import ref
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -62,17 +62,17 @@ class TransformersAdapter:
     only: tuple[str, ...] | None = None
     shared: bool = False  # its gradients are shared with other processes, as far as they were known at the start
     _names_put: list[tuple[PreTrainedConfig, StandIn]] = field(default_factory=list)
-    _planted: Planted = field(init=False)
+    planted: Planted = field(init=False)
     _calls: WrittenCalls = field(default_factory=WrittenCalls)
     _hooks: Hooks = field(init=False)
     _saves: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._planted = Planted(self.model, self.shared)
         self._modules = interface_layers(self.model)
         left = {name: name for name in leftovers(self.model)}
         none = "has no attention layer that goes through transformers' attention interface"
         self._names = served(type(self.model).__name__, self._modules, left, self.only, none)
+        self.planted = Planted(self.model, dict(enumerate(self._names)), self.shared)
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -91,15 +91,6 @@ class TransformersAdapter:
 
     def adopted(self, stack: Stack) -> int:
         return adopted(self.model, stack, self.only)
-
-    def carried(self) -> set[tuple[int, str]]:
-        return self._planted.carried(self._names)
-
-    def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter:
-        return self._planted.parameter(self._names[layer], name, start)
-
-    def drop_parameters(self) -> None:
-        self._planted.drop()
 
     # into the model and out again
 
