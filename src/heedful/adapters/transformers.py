@@ -28,7 +28,7 @@ from heedful.adapters.bound import (
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import held_layer
-from heedful.adapters.layers import block_of, interface_layers, leftovers, served, size_of
+from heedful.adapters.layers import block_of, interface_layers, leftovers, parts_of, served, size_of
 from heedful.adapters.planted import Planted
 from heedful.adapters.saving import adopted, takes_saving
 from heedful.adapters.wrapped import unwrapped
@@ -221,9 +221,4 @@ class TransformersAdapter:
 
 def adapt(model: nn.Module, only: str | Iterable[str] | None) -> TransformersAdapter:
     """An adapter for the model, or the one in it, or the reason why there is none."""
-    several = isinstance(only, Iterable) and not isinstance(only, str)
-    chosen: Any = None if only is None else tuple(only) if several else (only,)
-    for name in chosen or ():
-        if not isinstance(name, str):
-            raise FieldError("attach()", "only", only, "must be dotted names of parts of the model", "model.layers")
-    return TransformersAdapter(unwrapped(model), chosen, shared=isinstance(model, DistributedDataParallel))
+    return TransformersAdapter(unwrapped(model), parts_of(only), shared=isinstance(model, DistributedDataParallel))
