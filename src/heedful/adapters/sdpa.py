@@ -214,10 +214,7 @@ class SdpaAdapter:
             bounds.append(bound)
             if run.stack.touches(Site.BLOCK, Site.OUTPUT):
                 hooks.after_projection(self.model, bound)
-        if run.stack.touches(Site.EMBEDDING):
-            hooks.before_blocks(self.model, bounds)
-        if run.stack.touches(Site.RESIDUAL):
-            hooks.after_blocks(self.model, bounds)
+        hooks.stream(self.model, bounds)
         for encoder in self.model.modules():  # its nested tensors would reach modules that take none
             if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor:
                 self._nested.append(encoder)

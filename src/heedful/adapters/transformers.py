@@ -123,11 +123,7 @@ class TransformersAdapter:
                     hooks.spare(self.model, bound)
                 if run.stack.touches(Site.BLOCK, Site.OUTPUT) and bound.number is not None:
                     hooks.after_projection(self.model, bound)
-            served = [bound for bound in bounds if bound.number is not None]
-            if run.stack.touches(Site.EMBEDDING):
-                hooks.before_blocks(self.model, served)
-            if run.stack.touches(Site.RESIDUAL):
-                hooks.after_blocks(self.model, served)
+            hooks.stream(self.model, [bound for bound in bounds if bound.number is not None])
             whole = {n: m for n, m in self.model.named_modules() if m is self.model or isinstance(m, PreTrainedModel)}
             hooks.forwards(whole)
             self._saves = takes_saving(run, self.model, self.only)
