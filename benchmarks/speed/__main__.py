@@ -24,8 +24,10 @@ def main() -> None:
     given = parser.parse_args()
     if os.environ.get("OMP_PROC_BIND") != "true":
         print("OMP_PROC_BIND is not true: two threads may share a core, and ratios mean little", file=sys.stderr)
-    from benchmarks.speed import attention, cache, diagnose, linear, model, pattern, peers, sparse
+    from benchmarks.speed import attention, cache, diagnose, linear, model, pattern, peers, sparse, timing
 
+    if given.quick:
+        timing.apart()
     if given.what in ("model", "all"):
         model.measure(given.quick)
     if given.what in ("diagnose", "all"):

@@ -42,5 +42,4 @@ def measure(quick: bool = False) -> None:
             else:
                 rows.append({"peer": name, "tokens": n, **json.loads(done.stdout.strip().splitlines()[-1])})
             print(rows[-1], flush=True)
-    if not quick:
-        record("peers", rows, model="SmolLM2-135M", asked="weight that each key gets, and entropy, of every head")
+    record("peers", rows, model="SmolLM2-135M", asked="weight that each key gets, and entropy, of every head")

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -60,6 +61,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def apart() -> None:
+    """From now on records go to a folder of their own, as a try's must, and not over those of whole runs."""
+    global RECORDS  # noqa: PLW0603 - the one place that says where records lie
+    RECORDS = Path(tempfile.mkdtemp(prefix="heedful-speed-"))
+
+
 def record(name: str, rows: list[dict[str, Any]], **more: Any) -> None:
     """Write one record, whole or not at all."""
     from heedful import native
@@ -70,4 +77,4 @@ def record(name: str, rows: list[dict[str, Any]], **more: Any) -> None:
     beside = path.with_suffix(".part")
     beside.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     beside.replace(path)
-    print(f"wrote {path.name}, {len(rows)} rows", flush=True)
+    print(f"wrote {path}, {len(rows)} rows", flush=True)
