@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from benchmarks.coverage.probe import Look
 from heedful import attach
+from heedful.adapters.choosing import adapter_for
 from heedful.core.errors import FieldError, HeedfulError, NotEntered, RefusedModel
+from heedful.tiny import tiny
 
 from .test_torch_modules import Halve
 from .torch_models import Attention, Plain, tokens
@@ -166,3 +168,10 @@ def test_a_module_that_changes_its_mind_is_found_out() -> None:
         )
         with pytest.raises(NotEntered, match="calls attention twice"):
             run(x)
+
+
+@pytest.mark.parametrize("only", [3, [3], ("served", None)])
+def test_parts_that_are_no_names_are_refused_in_models_of_either_kind(only: Any) -> None:
+    for model in (Mixed(Attention()), tiny("llama")):
+        with pytest.raises(FieldError, match=r"only.*must be dotted names of parts of the model"):
+            adapter_for(model, only)

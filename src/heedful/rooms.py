@@ -11,7 +11,6 @@ WAITING = {  # rooms that are built with their first method
     "mechanisms/crosslayer": "What layers share, or hand on to one another.",
     "mechanisms/pooling": "Several tokens that attend, or are attended to, as one.",
     "mechanisms/recurrent": "A state of fixed size, carried from token to token.",
-    "sparse/tokens": "Fewer tokens in the prompt, or in deeper layers.",
 }
 
 

@@ -10,6 +10,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 
+from heedful.adapters.layers import parts_of
 from heedful.adapters.sdpa import SdpaAdapter
 from heedful.adapters.transformers import TransformersAdapter, adapt
 from heedful.core.errors import FieldError
@@ -24,8 +25,7 @@ def adapter_for(
             rule = "tells the layers of models from elsewhere; those of transformers are known as they are"
             raise FieldError("attach()", "inputs", type(inputs).__name__, rule, None)
         return adapt(model, only)
-    chosen = (only,) if isinstance(only, str) else tuple(only) if only is not None else None
-    return SdpaAdapter(_inside(model), chosen, inputs, shared=isinstance(model, DistributedDataParallel))
+    return SdpaAdapter(_inside(model), parts_of(only), inputs, shared=isinstance(model, DistributedDataParallel))
 
 
 def _inside(model: nn.Module) -> nn.Module:

@@ -277,7 +277,14 @@ class Hooks:
 
     # the layers of one list
 
-    def before_blocks(self, model: nn.Module, served: list[Bound]) -> None:
+    def stream(self, model: nn.Module, served: list[Bound]) -> None:
+        """Act in the stream before the first layer and after each, where the stack does."""
+        if self.run.stack.touches(Site.EMBEDDING):
+            self._before_blocks(model, served)
+        if self.run.stack.touches(Site.RESIDUAL):
+            self._after_blocks(model, served)
+
+    def _before_blocks(self, model: nn.Module, served: list[Bound]) -> None:
         """Edit and read EMBEDDING: what enters the first layer of each list of layers."""
         first: dict[str, Bound] = {}
         for bound in served:
@@ -344,7 +351,7 @@ class Hooks:
 
     # the layer that it stands in
 
-    def after_blocks(self, model: nn.Module, served: list[Bound]) -> None:
+    def _after_blocks(self, model: nn.Module, served: list[Bound]) -> None:
         """Edit and read RESIDUAL; of several attentions in one layer the last one answers for it."""
         blocks: dict[str, Bound] = {}
         for bound in served:

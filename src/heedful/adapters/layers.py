@@ -103,6 +103,16 @@ def within(name: str, only: Iterable[str] | None) -> bool:
     return only is None or any(name == p or name.startswith(p + ".") for p in only)
 
 
+def parts_of(only: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    """The dotted names of the parts to serve, one or several; None for the whole model."""
+    several = isinstance(only, Iterable) and not isinstance(only, str)
+    chosen: Any = None if only is None else tuple(only) if several else (only,)
+    for name in chosen or ():
+        if not isinstance(name, str):
+            raise FieldError("attach()", "only", only, "must be dotted names of parts of the model", "model.layers")
+    return chosen
+
+
 def served(
     kind: str, known: Iterable[str], left: Mapping[str, str], only: tuple[str, ...] | None, none: str
 ) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -18,20 +17,22 @@ class Planted:
     """The learned parameters of one run in one model."""
 
     model: nn.Module
+    paths: dict[int, str] = field(default_factory=dict)  # the module of each layer, as far as they are known
     shared: bool = False  # gradients are shared with other processes, of the parameters known at the start
     _added: list[tuple[nn.Module, str]] = field(default_factory=list)
 
-    def carried(self, names: Sequence[str]) -> set[tuple[int, str]]:
+    def carried(self) -> set[tuple[int, str]]:
         """Parameters that an earlier run left in these layers, as a copy of an attached model has them."""
         return {
             (i, key)
-            for i, name in enumerate(names)
-            for key, _ in self.model.get_submodule(name).named_parameters(recurse=False)
+            for i, path in self.paths.items()
+            for key, _ in self.model.get_submodule(path).named_parameters(recurse=False)
             if key.startswith(PREFIX)
         }
 
-    def parameter(self, path: str, name: str, start: Tensor) -> nn.Parameter:
+    def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter:
         """A learned parameter in a layer's module: the one that it carries already, or a new one beside its weights."""
+        path = self.paths[layer]
         module = self.model.get_submodule(path)
         have = module._parameters.get(name)
         if have is not None:

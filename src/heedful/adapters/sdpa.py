@@ -95,7 +95,7 @@ class SdpaAdapter:
     _waiting: list[Any] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self._planted = Planted(self.model, self.shared)
+        self.planted = Planted(self.model, shared=self.shared)
         self._must_be_free()  # else the dry run would see what the other run computes
         if self.inputs is not None:
             self._look(self._as_asked)
@@ -126,6 +126,7 @@ class SdpaAdapter:
             "calls no attention of torch's (F.scaled_dot_product_attention, nn.MultiheadAttention) that heedful reaches"
         )
         self._names = served(self.kind, found.layers, left, self.only, none)
+        self.planted.paths = dict(enumerate(self._names))
         self._found = found
 
     # what a run asks
@@ -151,15 +152,6 @@ class SdpaAdapter:
 
     def adopted(self, stack: Stack) -> int:
         return 0
-
-    def carried(self) -> set[tuple[int, str]]:
-        return self._planted.carried(self._names)
-
-    def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter:
-        return self._planted.parameter(self._names[layer], name, start)
-
-    def drop_parameters(self) -> None:
-        self._planted.drop()
 
     # into the model and out again
 
@@ -222,10 +214,7 @@ class SdpaAdapter:
             bounds.append(bound)
             if run.stack.touches(Site.BLOCK, Site.OUTPUT):
                 hooks.after_projection(self.model, bound)
-        if run.stack.touches(Site.EMBEDDING):
-            hooks.before_blocks(self.model, bounds)
-        if run.stack.touches(Site.RESIDUAL):
-            hooks.after_blocks(self.model, bounds)
+        hooks.stream(self.model, bounds)
         for encoder in self.model.modules():  # its nested tensors would reach modules that take none
             if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor:
                 self._nested.append(encoder)

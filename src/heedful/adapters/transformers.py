@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import ref
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -28,7 +28,7 @@ from heedful.adapters.bound import (
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import held_layer
-from heedful.adapters.layers import block_of, interface_layers, leftovers, served, size_of
+from heedful.adapters.layers import block_of, interface_layers, leftovers, parts_of, served, size_of
 from heedful.adapters.planted import Planted
 from heedful.adapters.saving import adopted, takes_saving
 from heedful.adapters.wrapped import unwrapped
@@ -62,17 +62,17 @@ class TransformersAdapter:
     only: tuple[str, ...] | None = None
     shared: bool = False  # its gradients are shared with other processes, as far as they were known at the start
     _names_put: list[tuple[PreTrainedConfig, StandIn]] = field(default_factory=list)
-    _planted: Planted = field(init=False)
+    planted: Planted = field(init=False)
     _calls: WrittenCalls = field(default_factory=WrittenCalls)
     _hooks: Hooks = field(init=False)
     _saves: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._planted = Planted(self.model, self.shared)
         self._modules = interface_layers(self.model)
         left = {name: name for name in leftovers(self.model)}
         none = "has no attention layer that goes through transformers' attention interface"
         self._names = served(type(self.model).__name__, self._modules, left, self.only, none)
+        self.planted = Planted(self.model, dict(enumerate(self._names)), self.shared)
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -91,15 +91,6 @@ class TransformersAdapter:
 
     def adopted(self, stack: Stack) -> int:
         return adopted(self.model, stack, self.only)
-
-    def carried(self) -> set[tuple[int, str]]:
-        return self._planted.carried(self._names)
-
-    def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter:
-        return self._planted.parameter(self._names[layer], name, start)
-
-    def drop_parameters(self) -> None:
-        self._planted.drop()
 
     # into the model and out again
 
@@ -132,11 +123,7 @@ class TransformersAdapter:
                     hooks.spare(self.model, bound)
                 if run.stack.touches(Site.BLOCK, Site.OUTPUT) and bound.number is not None:
                     hooks.after_projection(self.model, bound)
-            served = [bound for bound in bounds if bound.number is not None]
-            if run.stack.touches(Site.EMBEDDING):
-                hooks.before_blocks(self.model, served)
-            if run.stack.touches(Site.RESIDUAL):
-                hooks.after_blocks(self.model, served)
+            hooks.stream(self.model, [bound for bound in bounds if bound.number is not None])
             whole = {n: m for n, m in self.model.named_modules() if m is self.model or isinstance(m, PreTrainedModel)}
             hooks.forwards(whole)
             self._saves = takes_saving(run, self.model, self.only)
@@ -230,9 +217,4 @@ class TransformersAdapter:
 
 def adapt(model: nn.Module, only: str | Iterable[str] | None) -> TransformersAdapter:
     """An adapter for the model, or the one in it, or the reason why there is none."""
-    several = isinstance(only, Iterable) and not isinstance(only, str)
-    chosen: Any = None if only is None else tuple(only) if several else (only,)
-    for name in chosen or ():
-        if not isinstance(name, str):
-            raise FieldError("attach()", "only", only, "must be dotted names of parts of the model", "model.layers")
-    return TransformersAdapter(unwrapped(model), chosen, shared=isinstance(model, DistributedDataParallel))
+    return TransformersAdapter(unwrapped(model), parts_of(only), shared=isinstance(model, DistributedDataParallel))

@@ -27,6 +27,16 @@ from heedful.engine.run_state import RunState, blind
 from heedful.engine.select import Explanation, explain, named
 
 
+class Parameters(Protocol):
+    """Learned parameters in a model's layers."""
+
+    def carried(self) -> set[tuple[int, str]]: ...  # by layer and name, what an earlier run left
+
+    def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter: ...
+
+    def drop(self) -> None: ...
+
+
 class Adapter(Protocol):
     """How a run gets into a model's attention and out again."""
 
@@ -35,6 +45,9 @@ class Adapter(Protocol):
 
     @property
     def layer_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def planted(self) -> Parameters: ...
 
     @property
     def installed(self) -> bool: ...
@@ -48,13 +61,7 @@ class Adapter(Protocol):
 
     def remove(self) -> None: ...  # may be called again after an interrupt
 
-    def drop_parameters(self) -> None: ...
-
     def adopted(self, stack: Stack) -> int: ...  # how many parts, the first ones, the model was saved with
-
-    def carried(self) -> set[tuple[int, str]]: ...
-
-    def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter: ...
 
 
 class Run:
@@ -115,7 +122,7 @@ class Run:
             return
         requested = learned(self.stack, self._adapter.sizes())
         names = {(x.layer, x.full) for x in requested}
-        carried = self._adapter.carried()
+        carried = self._adapter.planted.carried()
         if lost := {(x.layer, x.full) for x in requested if x.part < adopted} - carried:
             raise FieldError(
                 "attach()", "what", self.stack,
@@ -134,7 +141,7 @@ class Run:
             )  # fmt: skip
         for x in requested:
             found = self.state.params.setdefault((x.part, x.layer), {})
-            found[x.name] = self._adapter.parameter(x.layer, x.full, x.start)
+            found[x.name] = self._adapter.planted.parameter(x.layer, x.full, x.start)
 
     def __repr__(self) -> str:
         name, state = type(self.model).__name__, "closed" if self.closed else "attached"
@@ -178,7 +185,7 @@ class Run:
         """Leave the model as it was. What the run found stays readable."""
         if not self.closed:
             self._adapter.remove()
-            self._adapter.drop_parameters()
+            self._adapter.planted.drop()
             self.closed = True  # last: an interrupted close can be called again
 
     def __getitem__(self, part: Part) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
 from heedful.adapters.planted import Planted
 from heedful.core.errors import FieldError
@@ -25,7 +25,7 @@ class ModuleAdapter:
     ready: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        self._planted = Planted(self.model)
+        self.planted = Planted(self.model, {self.size.number: ""})
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -45,12 +45,3 @@ class ModuleAdapter:
 
     def adopted(self, stack: Stack) -> int:
         return 0
-
-    def carried(self) -> set[tuple[int, str]]:
-        return {(self.size.number, name) for _, name in self._planted.carried(("",))}
-
-    def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter:
-        return self._planted.parameter("", name, start)
-
-    def drop_parameters(self) -> None:
-        self._planted.drop()
