@@ -10,6 +10,7 @@ import torch
 
 import heedful
 from heedful import models
+from heedful.conformance.verdict import Report, Verdict
 from heedful.core.figures import Cell, Grid, HeadMap, Matrix
 from heedful.explaining import direct_logits, faithfulness, logit_lens, patching
 from heedful.methods import SinkRate, SinkWindow, TempScale
@@ -60,6 +61,7 @@ def values() -> dict[str, Any]:
         "activity": activity,
         "run": run,
         "explain": heedful.explain(TempScale()),
+        "check": Report("TempScale", (Verdict("causal", "broken", "1 < 2"),)),
         "lens": logit_lens(model, IDS),
         "direct": direct_logits(model, IDS, 3),
         "patching": patching(model, clean, corrupt, metric),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from heedful.core.errors import HeedfulError
 from heedful.core.method import CatalogueEntry
+from heedful.core.notebook import printed
 
 
 class Broken(HeedfulError):
@@ -74,6 +75,9 @@ class Report:
     @property
     def broken(self) -> tuple[Verdict, ...]:
         return tuple(v for v in self.verdicts if v.outcome == "broken")
+
+    def _repr_html_(self) -> str:
+        return printed(self)
 
     def __str__(self) -> str:
         kept = sum(v.outcome == "kept" for v in self.verdicts)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from heedful.core.errors import StatisticError
 from heedful.core.figures import Description, Matrix
+from heedful.core.notebook import printed
 from heedful.laboratory.course import Course
 from heedful.laboratory.describing import description, in_words, matrix
 from heedful.laboratory.kinds import by_name, course_of
@@ -53,6 +54,9 @@ class Lab(Results):
 
     def __str__(self) -> str:
         return in_words(self, self.description())
+
+    def _repr_html_(self) -> str:
+        return printed(self)
 
     def to_pandas(self) -> Any:
         """A row for each training, with its numbers."""
