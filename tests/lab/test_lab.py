@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,7 @@ def test_it_says_who_leads_what_was_refused_and_what_changed_nothing() -> None:
         refused=(Refused("B", "text", "for a reason"),),
     )  # fmt: skip
     said = str(lab)
+    assert said in html.unescape(lab._repr_html_())
     assert "Text, loss (nats), the best first: A 0.550, softmax 1.050, Idle 1.050." in said
     assert "Puzzles, recall (share right), the best first: softmax 0.500, A 0.250." in said
     assert "Changed nothing here, and are softmax: Idle." in said
