@@ -82,7 +82,7 @@ class HeadEffects:
 
         return printed(self) + heat(self.figure)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         rows = [f"metric: clean {self.clean:.3f}, corrupt {self.corrupt:.3f}; heads with the largest effect:"]
         rows += [f"  {head_name(*head):>6} {float(self.share[head]):+.1%}" for head in self.top(10)]
         return "\n".join(rows)
