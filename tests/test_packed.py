@@ -246,3 +246,9 @@ def test_a_method_says_why_a_text_is_left_as_it_is() -> None:
             run(input_ids=ids)
         assert f"at CACHE: {told}" in run.inactive[0]
     assert not KNorm(11).rests(12)
+
+
+def test_some_heads_of_a_packing_have_their_own_rows() -> None:
+    rows = torch.arange(12.0).view(6, 2)
+    second = Packing(torch.ones(1, 2, 3, dtype=torch.bool), Plain(rows)).among([1])
+    assert torch.equal(second.over(torch.zeros(1, 2, 3, 2))[0], torch.stack([torch.zeros(3, 2), rows[3:]]))

@@ -16,6 +16,7 @@ from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, InactiveWarning, RefusedModel
 from heedful.core.fitted import Fitted
 from heedful.explaining import Trace, trace
+from heedful.explaining.tracing import KINDS
 from heedful.methods.explain.patch import Patch
 
 CLEAN, CORRUPT = [5, 17, 9, 88, 40, 23], [5, 17, 77, 88, 40, 23]
@@ -167,3 +168,20 @@ def test_says_what_is_wrong(model: Any, how: dict[str, Any], match: str) -> None
 def test_an_mlp_that_is_no_summand_is_refused() -> None:
     with pytest.raises(RefusedModel, match="stands between attention and the stream"):
         trace(models.tiny("gemma2"), CLEAN, CORRUPT, what="mlp")
+
+
+@torch.no_grad()
+def test_a_pattern_is_put_in_at_its_own_rows_in_every_tile() -> None:
+    model = models.tiny("llama").eval()
+    heads, draw = model.config.num_attention_heads, torch.Generator().manual_seed(0)
+    maps = torch.randn(1, heads, 11, 11, generator=draw).tril().exp().tril()
+    values = Fitted({"0": maps / maps.sum(-1, keepdim=True)})
+    here = torch.zeros(1, heads, 11, dtype=torch.bool)
+    here[:, 1, 4:] = True
+    put = KINDS["pattern"](values, Fitted({"here": here})).on(layers=0)
+    ids = torch.randint(3, 100, (1, 11), generator=draw)
+    with attach(model, put, backend="reference") as run:
+        whole = run(input_ids=ids).logits
+    with attach(model, put, backend="tiled", tile_rows=3) as run:
+        assert close_model(run(input_ids=ids).logits, whole)
+    assert not close_model(model(input_ids=ids).logits, whole)
