@@ -14,6 +14,7 @@ from typing import ClassVar
 from heedful.core.method import Part
 from heedful.core.stack import Stack
 from heedful.laboratory.course import Course, Opener
+from heedful.laboratory.images import Digits
 from heedful.laboratory.language import Text
 from heedful.laboratory.records import Trainings
 from heedful.laboratory.strings import Strings
@@ -35,6 +36,7 @@ class Bytes(Text):
 
 
 BYTES = Bytes(tokens=SHORT.tokens)
+DIGITS = Digits(tokens=230_400)  # 200 steps of images
 CROSS = Strings(tokens=403_200, where="cross")  # 400 steps, for what acts in cross-attention alone
 
 
