@@ -37,6 +37,7 @@ from heedful.methods.mechanisms.linear.lightning_attention import LightningAtten
 from heedful.methods.mechanisms.linear.lln_attention import LLNAttention as LLNAttention
 from heedful.methods.mechanisms.linear.mala import MALA as MALA
 from heedful.methods.mechanisms.local.dynamic_conv import DynamicConv as DynamicConv
+from heedful.methods.mechanisms.local.generalized_neighborhood_attention import GeneralizedNeighborhoodAttention as GeneralizedNeighborhoodAttention
 from heedful.methods.mechanisms.local.light_conv import LightConv as LightConv
 from heedful.methods.mechanisms.local.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
 from heedful.methods.mechanisms.local.no_mixing import NoMixing as NoMixing
