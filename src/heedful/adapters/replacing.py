@@ -90,12 +90,12 @@ class Spared:
         self.bound, self.letters = bound, letters  # of what it projects to: q, k, v, o
         self._rows: torch.Size | None = None
 
-    def before(self, _: nn.Module, args: tuple[Any, ...]) -> Any:
+    def before(self, _: nn.Module, args: Args, kwargs: dict[str, Any]) -> Any:
         self._rows = None
         if not self.letters <= self.bound.spared or not args or not isinstance(args[0], Tensor):
             return None
         self._rows = args[0].shape[:-1]
-        return (args[0].narrow(-2, 0, 0), *args[1:])
+        return (args[0].narrow(-2, 0, 0), *args[1:]), kwargs
 
     def after(self, _: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         rows, self._rows = self._rows, None

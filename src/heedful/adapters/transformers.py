@@ -126,9 +126,10 @@ class TransformersAdapter:
             hooks.stream(self.model, [bound for bound in bounds if bound.number is not None])
             whole = {n: m for n, m in self.model.named_modules() if m is self.model or isinstance(m, PreTrainedModel)}
             hooks.forwards(whole)
-            self._saves = takes_saving(run, self.model, self.only)
-            for takes in self._saves:
-                takes.begin()
+            if not self._saves:
+                self._saves = takes_saving(run, self.model, self.only)
+                for takes in self._saves:
+                    takes.begin()
             self._calls.lead_past(self.model)
         except BaseException:
             self.remove()
@@ -157,8 +158,8 @@ class TransformersAdapter:
 
     def remove(self) -> None:
         self._calls.undo()
-        for takes in self._saves:
-            takes.end()
+        if self._saves and not any(self.run.state.params.values()):  # else what it learned would be saved without it
+            self._save_as_before()
         if hasattr(self, "_hooks"):  # an attach may end before it has any
             self._hooks.remove()
         for config, name in self._names_put:
@@ -169,6 +170,16 @@ class TransformersAdapter:
             if (bound := bound_to(module)) is not None and bound.server is self:
                 bound_modules.pop(module, None)
         self._names_put = []
+
+    def leave(self) -> None:
+        self.remove()
+        self._save_as_before()
+        self.planted.drop()
+
+    def _save_as_before(self) -> None:
+        for takes in self._saves:
+            takes.end()
+        self._saves = []
 
     # one attention call
 
