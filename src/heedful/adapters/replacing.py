@@ -12,12 +12,12 @@ from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
 from heedful.adapters.kvcache import seen
 from heedful.adapters.layers import source_of
+from heedful.adapters.rotation import ROTARY, rotates
 from heedful.core.errors import RefusedModel
 
 UNROTATED = "keys from before the rotary embedding"
 NOTHING = "no keys and values, since its block was replaced"
 Args = tuple[Any, ...]
-ROTARY = "position_embeddings"  # what a module takes its rotary embedding by
 
 
 def shares_keys(module: nn.Module) -> bool:
@@ -36,7 +36,7 @@ def unrotated(bound: Bound, args: Args, kwargs: dict[str, Any]) -> tuple[Args, d
     still = _still(given, _source(bound.module))
     if still is None:
         # a module that can be handed a rotary embedding, and is not, has none in this call
-        if (given is None and ROTARY in names) or not _rotates(bound):
+        if (given is None and ROTARY in names) or not rotates(bound.module):
             return None
         raise RefusedModel(
             f"{_named(bound)} rotates queries and keys by itself, so what they are before is out of reach; restrict "
@@ -64,11 +64,6 @@ def takes_up(bound: Bound, what: str) -> bool:
 
 def _named(bound: Bound) -> str:
     return f"a method that asks for queries and keys before the rotary embedding cannot act in {bound.name}: it"
-
-
-def _rotates(bound: Bound) -> bool:
-    source = _source(bound.module).lower()
-    return "rotary" in source or "rope" in source
 
 
 def _still(rotary: Any, source: str) -> Any:

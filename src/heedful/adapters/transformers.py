@@ -30,6 +30,7 @@ from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import held_layer
 from heedful.adapters.layers import block_of, interface_layers, leftovers, parts_of, served, size_of
 from heedful.adapters.planted import Planted
+from heedful.adapters.rotation import rotation
 from heedful.adapters.saving import adopted, takes_saving
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.call import Call, Phase
@@ -203,7 +204,7 @@ class TransformersAdapter:
         call = bound.call = Call(
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
             given.softcap, phase, run_state.denoising, bound.cross, self._hooks.roles(bound, len(given.keys)),
-            rows_of(bound.hidden, q), bound.rotate, given.mask, max(0, run_state.now.number), batch=len(q),
+            rows_of(bound.hidden, q), rotation(bound), given.mask, max(0, run_state.now.number), batch=len(q),
         )  # fmt: skip
         plan = plan_of(run, call)
         if (nothing := replaced_whole(run, plan, call, q, v)) is not None:
