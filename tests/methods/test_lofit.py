@@ -155,7 +155,7 @@ def test_it_folds_where_there_is_a_bias_or_can_be(has: bool) -> None:
     method = LoFiT(offsets=_offsets())
     with torch.no_grad():
         assert close_model(fold(model, method)(**inputs).logits, _by_hand(model, method.offsets, 1.0, **inputs))
-    with pytest.raises(FoldError, match="o_proj, a Linear, has no bias, .* its config has no switch for one"):
+    with pytest.raises(FoldError, match=r"o_proj, a Linear, has no bias, .* its config has no switch for one"):
         fold(models.tiny("mistral"), method)
 
 
