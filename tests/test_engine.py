@@ -82,6 +82,39 @@ def test_an_edit_that_hides_all_that_a_query_may_see_shows_it_nothing_else(backe
     assert torch.equal(run(Block(low), bare, backend)[:, :, :3], before[:, :, :3])
 
 
+class Smeared(Method):
+    """Scores times the sum of their row, of which minus infinity makes no number."""
+
+    paper = PAPER
+
+    @at(Site.SCORES)
+    def smear(self, scores: Tensor, call: Call) -> Tensor:
+        seen = scores if call.keep is None else scores.masked_fill(~call.keep, 0.0)
+        return scores * seen.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_a_pair_that_a_step_hid_is_masked_for_those_that_follow(backend: str) -> None:
+    class Seen(Method):
+        paper = PAPER
+
+        @at(Site.PATTERN)
+        def look(self, weights: Tensor, call: Call) -> Tensor:
+            assert call.keep is not None
+            assert not call.keep[..., 0].any()
+            return weights
+
+    found = run(Block(-torch.inf) | Smeared() | Seen(), Bare(), backend)
+    bare = Bare()
+    rows = torch.arange(bare.shape.q)[:, None]
+    hidden = (torch.arange(bare.shape.k) > rows) | (torch.arange(bare.shape.k) == 0)
+    k, v = (x.double().repeat_interleave(bare.shape.h // bare.shape.g, 1) for x in (bare.k, bare.v))
+    scores = bare.q.double() @ k.mT * bare.call.scale
+    scores = scores * scores.masked_fill(hidden, 0.0).sum(-1, keepdim=True)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
+    assert close(found, (weights @ v).float())
+
+
 class Tripled(Method):
     paper = PAPER
 
