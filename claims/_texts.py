@@ -21,12 +21,13 @@ def passages(seed: int, count: int, words: int) -> list[str]:
     return drawn
 
 
-def apart(seed: int, count: int, words: int) -> list[str]:
-    """Pieces of so many words of the help texts, no word of which another piece or another seed has."""
+def apart(seed: int, count: int, words: int, fitting: bool = False) -> list[str]:
+    """Pieces of so many words of the help texts, none of which another seed has; fits read other topics."""
     pieces = [
         " ".join(text.split()[i : i + words])
-        for _, text in sorted(topics.items())
+        for number, (_, text) in enumerate(sorted(topics.items()))
         for i in range(0, len(text.split()) - words + 1, words)
+        if number % 2 == fitting
     ]
     return _own(pieces, seed, count)
 
