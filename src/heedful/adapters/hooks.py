@@ -14,13 +14,8 @@ from transformers.cache_utils import Cache
 from heedful.adapters.arguments import by_name
 from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
-<<<<<<< HEAD
-from heedful.adapters.compiled import as_written
 from heedful.adapters.grids import Grid, grid_of, regions
-=======
-from heedful.adapters.grids import Grid, grid_of, patches
 from heedful.adapters.hooked import Hooked
->>>>>>> firm
 from heedful.adapters.kvcache import hold, seen, serve
 from heedful.adapters.layers import block_of, output_module, projections, within
 from heedful.adapters.lazymask import LazyMask

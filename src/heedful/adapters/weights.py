@@ -8,12 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-from heedful.adapters.layers import HEAD_COUNTS, SHARED, Projections, block_of, transposed
-=======
 from heedful.adapters.biases import give_bias
-from heedful.adapters.layers import HEAD_COUNTS, SHARED, Projections, transposed
->>>>>>> books
+from heedful.adapters.layers import HEAD_COUNTS, SHARED, Projections, block_of, transposed
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.errors import RefusedModel, SiteError
 from heedful.core.kinds import HeadWeights, Vocabulary
