@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.dispatched import other_kernel
 from heedful.adapters.hooked import Hooked
-from heedful.adapters.layout import Layout, heads_told
+from heedful.adapters.layers import heads_told
+from heedful.adapters.layout import Layout
 from heedful.adapters.taking import Taking, stream_of
 from heedful.core.errors import RefusedModel
 from heedful.core.method import Layer
