@@ -56,6 +56,7 @@ class _FitContext:
 
         self.model, self.only = model, only
         adapter = adapt(model, only)
+        self._inner, self._names = adapter.model, adapter.layer_names
         self._found = [projections(adapter.model, name, i) for i, name in enumerate(adapter.layer_names)]
 
     @property
@@ -66,6 +67,11 @@ class _FitContext:
         from heedful.adapters.weights import read_weights
 
         return read_weights(self._found[layer])
+
+    def scale(self, layer: int) -> Tensor | None:
+        from heedful.adapters.weights import read_scale
+
+        return read_scale(self._inner, self._names[layer])
 
     def vocabulary(self) -> Vocabulary:
         from heedful.adapters.weights import read_vocabulary

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from heedful.adapters.arguments import by_name
 from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
-from heedful.adapters.grids import Grid, grid_of, patches
+from heedful.adapters.grids import Grid, grid_of, regions
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.kvcache import hold, seen, serve
 from heedful.adapters.layers import block_of, output_module, projections, within
@@ -129,12 +129,11 @@ class Hooks:
         return output
 
     def roles(self, bound: Bound, tokens: int) -> Marks:
-        """The run's roles, and the patches of the image that a layer attends over."""
+        """The run's roles, and, of the image that a layer attends over, the patches and the class token."""
         inside = [prefix for prefix in self._images if within(bound.name, (prefix,) if prefix else None)]
         if not inside or "patches" in self.run.roles:
             return self.run.roles
-        found = patches(*self._images[max(inside, key=len)], tokens)
-        return self.run.roles if found is None else {**self.run.roles, "patches": found}
+        return {**regions(*self._images[max(inside, key=len)], tokens), **self.run.roles}
 
     # one attention module
 
