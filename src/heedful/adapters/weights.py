@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.adapters.biases import give_bias
-from heedful.adapters.layers import HEAD_COUNTS, SHARED, Projections, transposed
+from heedful.adapters.layers import HEAD_COUNTS, SHARED, Projections, block_of, transposed
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.errors import RefusedModel, SiteError
 from heedful.core.kinds import HeadWeights, Vocabulary
@@ -66,6 +66,16 @@ def read_weights(p: Projections) -> HeadWeights:
     v, v_bias = rows("v", g, dv)
     o = _matrix(p.module("o"))
     return HeadWeights(q, k, v, o.reshape(o.shape[0], h, dv).clone(), q_bias, k_bias, v_bias, _bias(p.module("o")))
+
+
+def read_scale(model: nn.Module, name: str) -> Tensor | None:
+    """What a block multiplies with that its attention gives, before the stream takes it in, `[e]`; None: nothing."""
+    block = model.get_submodule(block_of(model, name) or "")
+    for child in block.children():
+        if type(child).__name__.endswith("LayerScale"):  # the first is attention's, the second the feed-forward part's
+            (scale,) = child.parameters()
+            return scale.detach().clone()
+    return None
 
 
 def read_vocabulary(model: nn.Module) -> Vocabulary:

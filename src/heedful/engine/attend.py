@@ -204,6 +204,11 @@ def replaced(step: Step, job: AttentionCall, call: Call, output: Tensor) -> Tens
     """The block's output as a BLOCK edit makes it from the block's input."""
     if call.hidden is None:
         raise SiteError(f"{step}, layer {call.layer}: the block is not handed hidden states [b n e]")
+    if call.cross and not step.edit.before_rotary:
+        raise SiteError(
+            f"{step}, layer {call.layer}: is handed the queries' sequence alone, so cross attention would ignore the "
+            "other; restrict the method to self attention with .on(layers=...)"
+        )
     if not call.mask.plain:
         raise _without_map(step, call)
     with untouched(step, job, call.hidden):
