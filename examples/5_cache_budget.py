@@ -28,9 +28,9 @@ found
 
 # %% [markdown]
 # All were asked the same windows, thirty at first, then more until each verdict is known or forty are used up. An
-# interval wholly above 0 is harm, unless it ends below the margin, which is safe; they hold all at once, whenever asking
-# stops, so taking the best of several flatters nobody. The times are of one turn on a busy machine, and tell nothing.
-# Quality against the cache that is left:
+# interval wholly above 0 is harm, unless it ends below the margin, which is safe; they hold all at once, whenever one
+# stops asking, so taking the best of several flatters nobody. The times are of one turn on a busy machine, and tell
+# nothing. Quality against the cache that is left:
 
 # %%
 found.plot.pareto_cache()
@@ -49,7 +49,7 @@ run.activity()
 # ## What to conclude
 #
 # Of these three, the plainest. The first four tokens and the newest, which at 128 tokens leave 78 % of the cache, cost
-# 0.01 nats a token, and at most 0.03 with 95 % confidence: safe. KNorm holds about as much and costs 0.16 (0.09 to
+# 0.01 nats a token, and at most 0.033 with 95 % confidence: safe. KNorm holds about as much and costs 0.16 (0.09 to
 # 0.23), and SnapKV at half costs 1.8 (1.2 to 2.3): both do harm, as thirty windows were enough to know. None of these
 # settings halves the cache of this model on these documents for nothing.
 #
