@@ -7,6 +7,7 @@ from heedful.methods.explain.attention_lens import AttentionLens as AttentionLen
 from heedful.methods.explain.attention_output_sae import AttentionOutputSAE as AttentionOutputSAE
 from heedful.methods.explain.attention_viz import AttentionViz as AttentionViz
 from heedful.methods.explain.composition_score import CompositionScore as CompositionScore
+from heedful.methods.explain.image_decomposition import ImageDecomposition as ImageDecomposition
 from heedful.methods.explain.maps import MAPS as MAPS
 from heedful.methods.explain.patch import Patch as Patch
 from heedful.methods.explain.rollout import AttentionRollout as AttentionRollout
@@ -15,6 +16,7 @@ from heedful.methods.explain.transformer_attribution import TransformerAttributi
 from heedful.methods.intervene.diffusion.soft_pag import SoftPAG as SoftPAG
 from heedful.methods.intervene.language.act import ACT as ACT
 from heedful.methods.intervene.language.attention_buckets import AttentionBuckets as AttentionBuckets
+from heedful.methods.intervene.language.attention_influence import AttentionInfluence as AttentionInfluence
 from heedful.methods.intervene.language.attention_sorting import AttentionSorting as AttentionSorting
 from heedful.methods.intervene.language.focus_directions import FocusDirections as FocusDirections
 from heedful.methods.intervene.language.head_scale import HeadScale as HeadScale
@@ -26,6 +28,7 @@ from heedful.methods.intervene.language.steering_vector import SteeringVector as
 from heedful.methods.intervene.language.task_vector import LearnableTaskVector as LearnableTaskVector
 from heedful.methods.intervene.language.temp_scale import TempScale as TempScale
 from heedful.methods.intervene.vision.control_mllm import ControlMLLM as ControlMLLM
+from heedful.methods.intervene.vision.gem import GEM as GEM
 from heedful.methods.intervene.vision.paint import PAINT as PAINT
 from heedful.methods.intervene.vision.var import VAR as VAR
 from heedful.methods.intervene.vision.vhr import VHR as VHR
@@ -40,6 +43,7 @@ from heedful.methods.mechanisms.linear.lightning_attention import LightningAtten
 from heedful.methods.mechanisms.linear.lln_attention import LLNAttention as LLNAttention
 from heedful.methods.mechanisms.linear.mala import MALA as MALA
 from heedful.methods.mechanisms.local.dynamic_conv import DynamicConv as DynamicConv
+from heedful.methods.mechanisms.local.generalized_neighborhood_attention import GeneralizedNeighborhoodAttention as GeneralizedNeighborhoodAttention
 from heedful.methods.mechanisms.local.hepos import Hepos as Hepos
 from heedful.methods.mechanisms.local.light_conv import LightConv as LightConv
 from heedful.methods.mechanisms.local.local_p import LocalP as LocalP
@@ -76,6 +80,7 @@ from heedful.methods.observe.positional_heads import PositionalHeads as Position
 from heedful.methods.observe.retrieval_heads import RetrievalHeads as RetrievalHeads
 from heedful.methods.observe.secondary_sinks import SecondarySinks as SecondarySinks
 from heedful.methods.observe.sink_rate import SinkRate as SinkRate
+from heedful.methods.observe.sparse_attention_vectors import SparseAttentionVectors as SparseAttentionVectors
 from heedful.methods.observe.systematic_outliers import SystematicOutliers as SystematicOutliers
 from heedful.methods.observe.weibull_weights import WeibullWeights as WeibullWeights
 from heedful.methods.sparse.cache.ada_kv import AdaKV as AdaKV
@@ -99,6 +104,7 @@ from heedful.methods.sparse.prefill.hip import HiP as HiP
 from heedful.methods.sparse.prefill.hylra import HyLRA as HyLRA
 from heedful.methods.sparse.prefill.hyper_attention import HyperAttention as HyperAttention
 from heedful.methods.sparse.prefill.qada import QAdA as QAdA
+from heedful.methods.sparse.prefill.radial_attention import RadialAttention as RadialAttention
 from heedful.methods.sparse.prefill.s2_attention import S2Attention as S2Attention
 from heedful.methods.sparse.prefill.sample_attention import SampleAttention as SampleAttention
 from heedful.methods.sparse.prefill.sink_window import SinkWindow as SinkWindow
