@@ -47,7 +47,7 @@ def shift_stream(model: Any, name: str, layers: Sequence[str], added: Tensor) ->
         raise RefusedModel(f"{name} is not the one attention of an item in a list of layers")
     bias = give_bias(model, _last_map(model, block, len(added)))
     with torch.no_grad():
-        bias += added.to(bias)
+        bias.add_(added.to(bias))
 
 
 def _last_map(model: Any, block: str, width: int) -> nn.Module:

@@ -35,7 +35,8 @@ def rotates(module: nn.Module) -> bool:
 
 def rotation(bound: Bound) -> Callable[[Tensor], Tensor] | None:
     """The rotary embedding of this call's tokens; None where the layer has none, or skips it."""
-    turns = _turns(type(bound.module))
+    kind: Any = type(bound.module)
+    turns = _turns(kind)
     if not turns and not rotates(bound.module):
         return None
     try:
