@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from claims._texts import passages
+from claims._texts import apart, passages
 from heedful import attach, models
 from heedful.adapters.kvcache import cache_bytes
 from heedful.core.call import CachedKV, Call
@@ -19,6 +20,8 @@ from heedful.core.stack import Stack
 from heedful.kit.budget import Budget, newest, room
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
 
+Source = Callable[[int, int, int], list[str]]  # a seed's texts: how many, of how many words
+LESSONS: Source = partial(apart, fitting=True)
 TOWNS = ("Lisbon", "Oslo", "Cairo", "Lima", "Dublin", "Madrid", "Athens", "Vienna", "Prague", "Tokyo", "Ottawa", "Rome")
 
 
@@ -49,18 +52,18 @@ def default() -> models.Loaded:
     return models.default()
 
 
-def prose(seed: int, tokens: int, rest: int) -> Reading:
+def prose(seed: int, tokens: int, rest: int, source: Source = passages) -> Reading:
     """Prose cut in two; all of the second part counts."""
-    text = " ".join(" ".join(passage.split()[:150]) for passage in passages(seed, 6, 150))
+    text = " ".join(" ".join(passage.split()[:150]) for passage in source(seed, 6, 150))
     ids = default().tokenizer(text, return_tensors="pt").input_ids[:, : tokens + rest]
     return Reading(ids[:, :tokens], ids[:, tokens:], torch.ones(1, rest, dtype=torch.bool))
 
 
-def recall(seed: int, words: int = 230, facts: int = 6) -> Reading:
+def recall(seed: int, words: int = 230, facts: int = 6, source: Source = passages) -> Reading:
     """Numbers of towns strewn over prose, then asked for in another order; the digits count."""
     draw, tokenizer = random.Random(seed), default().tokenizer
     numbers = {town: f"{draw.randrange(10**4):04d}" for town in draw.sample(TOWNS, facts)}
-    filler = " ".join(passages(seed, 4, words))[: 6 * words].split()
+    filler = " ".join(source(seed, 4, words))[: 6 * words].split()
     size = len(filler) // facts
     pieces = []
     for i, (town, number) in enumerate(numbers.items()):

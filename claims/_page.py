@@ -32,7 +32,15 @@ Small models and short runs say little about large ones: a verdict is about the 
 
 def records() -> list[Record]:
     """What is committed, in the order of the papers."""
-    return [Record(**json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        told = json.loads(path.read_text())
+        if "strong" not in told:
+            raise ValueError(
+                f"{path.name}: strong, the bar for {HOLDS!r}, is missing; python -m claims.ledger --judge adds it"
+            )
+        found.append(Record(**told))
+    return found
 
 
 def counts(found: list[Record]) -> str:
