@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,24 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heedful.adapters.transformers import adapt
 from heedful.adapters.wrapped import unwrapped
-from heedful.api import attach, fit, still
+from heedful.api import fit, still
 from heedful.core.asked import asks
-from heedful.core.errors import FieldError, ModelError, RefusedModel, StatisticError
+from heedful.core.errors import FieldError, ModelError, StatisticError
 from heedful.core.files import PROFILE, UNFINISHED, folder_for, held
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Tokenizer, Weights
-from heedful.core.method import Part, method_of
+from heedful.core.method import method_of
 from heedful.core.stack import Stack
 from heedful.core.stats import Cat, Statistic
 from heedful.diagnosis.apart import MOST, Found, dealt, joined, light
 from heedful.diagnosis.measures import WEIGHTS, chosen, makes_trials, reads_text
-from heedful.diagnosis.profile import Profile, endless
+from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.store import ADDED, clean
-from heedful.diagnosis.texts import Delimiters, Texts, Windows, cut, ordinary, pieces, positions, sources
-from heedful.diagnosis.view import SHOWN, Attended, Looks, notable, room, view_of
-from heedful.engine.run import Run
+from heedful.diagnosis.subject import Subject
+from heedful.diagnosis.texts import Delimiters, Texts, Windows, cut, ordinary, pictures, pieces, positions, sources
+from heedful.diagnosis.view import Looks, notable, room, view_of
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
 
@@ -46,59 +43,6 @@ class Progress:
     done: int  # tokens of this stage
     total: int
     note: str = ""
-
-
-@dataclass(eq=False)
-class _Subject:
-    """A model, how it is fed, and what every run over it is attached with."""
-
-    model: Any  # a PreTrainedModel
-    tokenizer: Any
-    how: Mapping[str, Any]
-    report: Callable[[Progress], None]
-
-    def __post_init__(self) -> None:
-        self.layers = len(adapt(self.model, self.how.get("only")).layer_names)
-        takes = inspect.signature(self.model.forward).parameters
-        if "input_ids" not in takes:
-            raise RefusedModel(f"diagnose() reads text, and {type(self.model).__name__} takes no token ids")
-        self.fixed: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
-        if "logits_to_keep" in takes:
-            self.fixed["logits_to_keep"] = 1  # nobody looks at the logits
-        self.device = next(self.model.parameters()).device
-        self.both = bool(getattr(self.model.config, "is_encoder_decoder", False))
-        self.vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
-
-    def attach(self, what: Part | Stack) -> Run:
-        return attach(self.model, what, **self.how)
-
-    def read(self, run: Run, rows: tuple[Tensor, ...]) -> None:
-        """One forward over texts of any length, padded to the longest."""
-        n = max(map(len, rows))
-        ids = torch.stack([nn.functional.pad(row, (0, n - len(row))) for row in rows]).to(self.device)
-        feed = {"input_ids": ids, **self.fixed}
-        if any(len(row) < n for row in rows):
-            lengths = torch.tensor([len(row) for row in rows], device=self.device)
-            feed["attention_mask"] = (torch.arange(n, device=self.device) < lengths[:, None]).long()
-        if self.both:  # both halves read the text
-            feed["decoder_input_ids"] = ids
-        with memory(n):
-            run(**feed)
-        if (layer := run.state.endless) is not None:
-            raise endless(f"the heads of layer {layer} ({run.layer_names[layer]}) give")
-
-
-@contextmanager
-def memory(tokens: int) -> Iterator[None]:
-    """Say what to do where the machine has too little memory."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch raises plain RuntimeErrors on a CPU
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "t allocate memory" in str(error)
-        if not short and "not enough memory" not in str(error):
-            raise
-        rule = "the machine has too little memory to read that many tokens at once; pass fewer"
-        raise FieldError("diagnose()", "length", tokens, rule, max(2, tokens // 2)) from error
 
 
 @torch.no_grad()
@@ -117,6 +61,9 @@ def diagnose(
 ) -> Profile:
     """What the model's attention does on texts: a string, a Path to a file or folder, token ids, or a list of these.
 
+    A model that reads images takes their pixels, `[c rows cols]`, a batch or a list of them; measures that make prompts
+    of their own are left out.
+
     `length` is the most tokens that one forward reads (2048, or as many as the model takes); what is longer is cut.
     With `batch` above 1 several windows are read at once, and no measure learns where delimiters stand. `out` is a
     folder for the profile: what is there so far is saved every minute, and the same call goes on where it stopped.
@@ -126,9 +73,12 @@ def diagnose(
     parts, folder = chosen(measures), folder_for("diagnose()", out)
     if batch < 1:
         raise FieldError("diagnose()", "batch", batch, "must be 1 or more", 1)
-    subject = _Subject(given.model, _words(tokenizer or given.tokenizer), how, progress or (lambda _: None))
+    subject = Subject(given.model, _words(tokenizer or given.tokenizer), how, progress or (lambda _: None))
     length = _length(subject.model, length)
-    windows = cut(sources(texts), subject.tokenizer, length, subject.vocabulary)
+    if subject.pictures:
+        parts, windows = tuple(part for part in parts if not makes_trials(part)), pictures(texts)
+    else:
+        windows = cut(sources(texts), subject.tokenizer, length, subject.vocabulary)
     with still(subject.model):
         facts = _facts(subject, given.name, length)
         facts["settings"] = _settings(facts, parts, windows, {"length": length, "batch": batch, **how})
@@ -140,7 +90,7 @@ def diagnose(
 class _Job:
     """One diagnosis: text, trials, view."""
 
-    subject: _Subject
+    subject: Subject
     parts: tuple[Measure, ...]
     windows: Windows
     facts: dict[str, Any]
@@ -182,21 +132,24 @@ class _Job:
     def _text(self, earlier: Profile | None) -> Profile:
         """All measures that take the user's text, in one pass."""
         mine = [(n, part) for n, part in enumerate(self.parts) if reads_text(part)]
-        rows, total = self.windows.tokens, sum(map(len, self.windows.tokens))
+        rows, total = self.windows.tokens, sum(map(self.subject.count, self.windows.tokens))
         start = earlier.facts["windows"] if earlier is not None else 0
-        done = sum(map(len, rows[:start]))
+        done = sum(map(self.subject.count, rows[:start]))
         note = f"goes on after {start} of {len(rows)} windows read before" if start else ""
         self.subject.report(Progress("text", done, total, note))
         roles = Delimiters(self.subject.tokenizer) if self.subject.tokenizer is not None and self.batch == 1 else None
         began = saved = time.perf_counter()
         read = start
-        looking = (Attended(tokens=SHOWN),) if read == 0 else ()
+        looking = (self.subject.looking(rows[0]),) if read == 0 else ()
         whole: Found = {}
         apart: dict[int, Found] = dict(enumerate(earlier.in_parts if earlier is not None else ()))
         with self.subject.attach(Stack((*(part for _, part in mine), *looking))) as run:
 
             def so_far() -> Profile:
-                facts: dict[str, Any] = {"windows": read - start, "tokens": sum(map(len, rows[start:read]))}
+                facts: dict[str, Any] = {
+                    "windows": read - start,
+                    "tokens": sum(map(self.subject.count, rows[start:read])),
+                }
                 facts["backends"] = sorted(set(run.state.backends.values()))
                 if earlier is None:
                     facts |= {name: getattr(self.windows, name) for name in ("texts", "left_out")}
@@ -220,7 +173,7 @@ class _Job:
                     self.subject.read(run, taken)
                     take(self.windows.of[read] if self.windows.texts > 1 else read // self.batch)
                     read += len(taken)
-                    done += sum(map(len, taken))
+                    done += sum(map(self.subject.count, taken))
                     self.subject.report(Progress("text", done, total))
                     if self.out is not None and time.perf_counter() - saved > SAVE_EVERY:
                         so_far().save(self.out / UNFINISHED)
@@ -236,12 +189,9 @@ class _Job:
     def _trials(self) -> Profile:
         """The measures that make prompts of their own."""
         began = time.perf_counter()
+        mine = [(n, part) for n, part in enumerate(self.parts) if makes_trials(part)]
         words = ordinary(self.subject.tokenizer, self.subject.model, self.subject.vocabulary)
-        planned = [
-            (n, part, list(method_of(part).probes(words, self.facts["length"])))
-            for n, part in enumerate(self.parts)
-            if makes_trials(part)
-        ]
+        planned = [(n, part, list(method_of(part).probes(words, self.facts["length"]))) for n, part in mine]
         total = sum(probe.tokens.numel() for _, _, probes in planned for probe in probes)
         done = 0
         statistics: dict[str, Statistic] = {}
@@ -272,22 +222,27 @@ class _Job:
     def _view(self, profile: Profile) -> Profile:
         """Where the most notable heads look in the first tokens of the first window."""
         began = time.perf_counter()
-        window = self.windows.tokens[0]
-        tokens, looks = window[:SHOWN], self._looks
-        if not looks or any(int(look.keys.max()) >= len(tokens) for look in looks.values()):
+        window, looks = self.windows.tokens[0], self._looks
+        shown = self.subject.stretch(window)
+        if not looks or any(int(look.keys.max()) >= self.subject.count(shown) for look in looks.values()):
             # nobody read the first window now, or its tokens look at later ones: the stretch is read alone
-            looks = self._looked(tokens)
-        self.subject.report(Progress("view", len(tokens), len(tokens)))
-        most, keys = room(len(tokens))
+            looks = self._looked(shown)
+        if self.subject.pictures:
+            named = self.subject.places(shown)
+        else:
+            named = pieces(self.windows.first, self.subject.tokenizer, window)[: len(shown)]
+        self.subject.report(Progress("view", len(named), len(named)))
+        most, keys = room(len(named))
         heads = notable(profile.roles(), self.facts["layers"], self.facts["heads"], most)
-        named = pieces(self.windows.first, self.subject.tokenizer, window)[: len(tokens)]
         profile += self._profile({}, "view", time.perf_counter() - began)
         return replace(profile, view=view_of(looks, heads, named, keys))
 
-    def _looked(self, tokens: Tensor) -> Mapping[int, Looks]:
-        with self.subject.attach(Attended()) as run:
-            self.subject.read(run, (tokens,))
-            return run[Attended()]
+    def _looked(self, shown: Tensor) -> Mapping[int, Looks]:
+        looking = self.subject.looking(shown)
+        with self.subject.attach(looking) as run:
+            self.subject.read(run, (shown,))
+            found: Mapping[int, Looks] = run[looking]
+            return found
 
 
 def remove(folder: Path) -> None:
@@ -315,9 +270,10 @@ def _length(model: Any, length: int | None) -> int:
     return length
 
 
-def _facts(subject: _Subject, name: str, length: int) -> dict[str, Any]:
+def _facts(subject: Subject, name: str, length: int) -> dict[str, Any]:
     """What is true of the model and the machine, and stays so during the run."""
-    return {**facts_of(subject.model, name, subject.layers), "length": length, **surroundings(subject.device)}
+    kind = {"reads": "image"} if subject.pictures else {}
+    return {**facts_of(subject.model, name, subject.layers), **kind, "length": length, **surroundings(subject.device)}
 
 
 def _settings(
