@@ -21,12 +21,13 @@ zero, counted in halves of their own width.
 
 {{surprises}}
 
-Each row below is one small experiment (`claims/`), run over several draws on two CPU cores; a draw has a seed, \
-data and fits of its own. The verdict comes from the effects alone: *{HOLDS}* when the 95 % interval of their mean \
-(Student's t) lies above zero, *{WEAKER}* when it does so but the mean is below a bar that the claim's file set, \
-*{REVERSED}* when it lies below zero, else *{UNSEEN}*. The last column is reckoned from the effects too: the one \
-more draw that would undo the verdict, or how many draws in all would decide if they came out like those at hand. \
-Small models and short runs say little about large ones: a verdict is about the direction, here.
+Each row below is one small experiment (`claims/`), run over several draws on two CPU cores; a draw has a seed \
+of its own, and in claims made or renewed since that was asked also texts and fits of its own. The verdict comes \
+from the effects alone: *{HOLDS}* when the 95 % interval of their mean (Student's t) lies above zero, *{WEAKER}* \
+when it does so but the mean is below a bar that the claim's file set, *{REVERSED}* when it lies below zero, \
+else *{UNSEEN}*. The last column is reckoned from the effects too: the one more draw that would undo the \
+verdict, or how many draws in all would decide if they came out like those at hand. Small models and short runs \
+say little about large ones: a verdict is about the direction, here.
 """
 
 
