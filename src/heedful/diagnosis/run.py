@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,24 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heedful.adapters.transformers import adapt
 from heedful.adapters.wrapped import unwrapped
-from heedful.api import attach, fit, still
+from heedful.api import fit, still
 from heedful.core.asked import asks
-from heedful.core.errors import FieldError, ModelError, RefusedModel, StatisticError
+from heedful.core.errors import FieldError, ModelError, StatisticError
 from heedful.core.files import PROFILE, UNFINISHED, folder_for, held
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Tokenizer, Weights
-from heedful.core.method import Part, method_of
+from heedful.core.method import method_of
 from heedful.core.stack import Stack
 from heedful.core.stats import Cat, Statistic
 from heedful.diagnosis.apart import MOST, Found, dealt, joined, light
+from heedful.diagnosis.corpus import Corpus, Shard
 from heedful.diagnosis.measures import WEIGHTS, chosen, makes_trials, reads_text
-from heedful.diagnosis.profile import Profile, endless
+from heedful.diagnosis.profile import Profile
+from heedful.diagnosis.shards import Reader, first_of
 from heedful.diagnosis.store import ADDED, clean
-from heedful.diagnosis.texts import Delimiters, Texts, Windows, cut, ordinary, pieces, positions, sources
+from heedful.diagnosis.subject import Progress, Subject
+from heedful.diagnosis.texts import Texts, Windows, cut, ordinary, pieces, positions, some, sources
 from heedful.diagnosis.view import SHOWN, Attended, Looks, notable, room, view_of
-from heedful.engine.run import Run
+from heedful.diagnosis.workers import Here, Ray, Workers
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
 
@@ -38,84 +38,25 @@ LENGTH = 2048  # tokens of a window, where the model takes as many
 SAVE_EVERY = 60.0  # seconds between two saves of what is there so far
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a diagnosis is."""
-
-    stage: str  # "text", "trials", "weights" or "view"
-    done: int  # tokens of this stage
-    total: int
-    note: str = ""
-
-
-@dataclass(eq=False)
-class _Subject:
-    """A model, how it is fed, and what every run over it is attached with."""
-
-    model: Any  # a PreTrainedModel
-    tokenizer: Any
-    how: Mapping[str, Any]
-    report: Callable[[Progress], None]
-
-    def __post_init__(self) -> None:
-        self.layers = len(adapt(self.model, self.how.get("only")).layer_names)
-        takes = inspect.signature(self.model.forward).parameters
-        if "input_ids" not in takes:
-            raise RefusedModel(f"diagnose() reads text, and {type(self.model).__name__} takes no token ids")
-        self.fixed: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
-        if "logits_to_keep" in takes:
-            self.fixed["logits_to_keep"] = 1  # nobody looks at the logits
-        self.device = next(self.model.parameters()).device
-        self.both = bool(getattr(self.model.config, "is_encoder_decoder", False))
-        self.vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
-
-    def attach(self, what: Part | Stack) -> Run:
-        return attach(self.model, what, **self.how)
-
-    def read(self, run: Run, rows: tuple[Tensor, ...]) -> None:
-        """One forward over texts of any length, padded to the longest."""
-        n = max(map(len, rows))
-        ids = torch.stack([nn.functional.pad(row, (0, n - len(row))) for row in rows]).to(self.device)
-        feed = {"input_ids": ids, **self.fixed}
-        if any(len(row) < n for row in rows):
-            lengths = torch.tensor([len(row) for row in rows], device=self.device)
-            feed["attention_mask"] = (torch.arange(n, device=self.device) < lengths[:, None]).long()
-        if self.both:  # both halves read the text
-            feed["decoder_input_ids"] = ids
-        with memory(n):
-            run(**feed)
-        if (layer := run.state.endless) is not None:
-            raise endless(f"the heads of layer {layer} ({run.layer_names[layer]}) give")
-
-
-@contextmanager
-def memory(tokens: int) -> Iterator[None]:
-    """Say what to do where the machine has too little memory."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch raises plain RuntimeErrors on a CPU
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "t allocate memory" in str(error)
-        if not short and "not enough memory" not in str(error):
-            raise
-        rule = "the machine has too little memory to read that many tokens at once; pass fewer"
-        raise FieldError("diagnose()", "length", tokens, rule, max(2, tokens // 2)) from error
-
-
 @torch.no_grad()
 @asks
-def diagnose(
+def diagnose(  # noqa: PLR0913 - a verb's options, each by name
     model: nn.Module | Loaded,
-    texts: Texts,
+    texts: Texts | Corpus,
     *,
     tokenizer: Tokenizer | None = None,
     measures: Iterable[Measure | str] | Measure | str | None = None,
     length: int | None = None,
     batch: int = 1,
     out: str | Path | None = None,
+    workers: int | Workers | None = None,
     progress: Callable[[Progress], None] | None = None,
     **how: Any,
 ) -> Profile:
     """What the model's attention does on texts: a string, a Path to a file or folder, token ids, or a list of these.
+
+    A `Corpus` is read shard by shard, by as many `workers` as are asked for, or by `Ray` or `Ranks` as these are set;
+    its answer is the same whoever reads it.
 
     `length` is the most tokens that one forward reads (2048, or as many as the model takes); what is longer is cut.
     With `batch` above 1 several windows are read at once, and no measure learns where delimiters stand. `out` is a
@@ -126,33 +67,63 @@ def diagnose(
     parts, folder = chosen(measures), folder_for("diagnose()", out)
     if batch < 1:
         raise FieldError("diagnose()", "batch", batch, "must be 1 or more", 1)
-    subject = _Subject(given.model, _words(tokenizer or given.tokenizer), how, progress or (lambda _: None))
+    subject = Subject(given.model, _words(tokenizer or given.tokenizer), how, progress or (lambda _: None))
     length = _length(subject.model, length)
-    windows = cut(sources(texts), subject.tokenizer, length, subject.vocabulary)
+    corpus = _corpus(texts, workers)
+    shards = corpus.shards() if corpus is not None else ()
     with still(subject.model):
+        if corpus is None:
+            windows = some(cut(sources(texts), subject.tokenizer, length, subject.vocabulary))  # type: ignore[arg-type]
+        else:
+            windows = first_of(shards, subject, length)
         facts = _facts(subject, given.name, length)
-        facts["settings"] = _settings(facts, parts, windows, {"length": length, "batch": batch, **how})
-        with held(folder, "a diagnosis"):
-            return _Job(subject, parts, windows, facts, batch, folder).whole()
+        named = Fitted({f"{i:09d}": row for i, row in enumerate(windows.tokens)}).digest[:16]
+        facts["settings"] = _settings(
+            facts, parts, corpus.digest() if corpus is not None else named, {"length": length, "batch": batch, **how}
+        )
+        readers = Ray(workers) if isinstance(workers, int) else workers or Here()
+        read = Reader(subject.model, subject.tokenizer, parts, length, batch, how)
+
+        def whole() -> Profile:
+            with held(folder, "a diagnosis"):
+                return _Job(subject, parts, windows, facts, batch, folder, shards, readers, read).whole()
+
+        return readers.together(whole, read)
+
+
+def _corpus(texts: Texts | Corpus, workers: int | Workers | None) -> Corpus | None:
+    """The texts as a corpus, where they are one or are to be read by several."""
+    if isinstance(texts, Corpus):
+        return texts
+    if workers is None:
+        return None
+    if not isinstance(texts, Path):
+        rule = "share the shards of a corpus: pass Corpus(...) or a Path as texts"
+        raise FieldError("diagnose()", "workers", workers, rule, None)
+    return Corpus(texts)
 
 
 @dataclass(eq=False)
 class _Job:
     """One diagnosis: text, trials, view."""
 
-    subject: _Subject
+    subject: Subject
     parts: tuple[Measure, ...]
     windows: Windows
     facts: dict[str, Any]
     batch: int
     out: Path | None
+    shards: tuple[Shard, ...] = ()  # of a corpus; `windows` then are those of the first that can be read
+    workers: Workers = field(default_factory=Here)
+    reader: Reader | None = None
     _looks: Mapping[int, Looks] = field(default_factory=dict)  # where the first window's first tokens look
 
     def whole(self) -> Profile:
         if (done := self._earlier("")) is not None:
             self.subject.report(Progress("text", 1, 1, f"finished before: read from {self.out}"))
             return done
-        profile = self._text(self._earlier(UNFINISHED))
+        earlier = self._earlier(UNFINISHED)
+        profile = self._corpus(earlier) if self.shards else self._text(earlier)
         profile += self._trials()
         profile += self._weights()
         profile = self._view(profile)
@@ -187,7 +158,7 @@ class _Job:
         done = sum(map(len, rows[:start]))
         note = f"goes on after {start} of {len(rows)} windows read before" if start else ""
         self.subject.report(Progress("text", done, total, note))
-        roles = Delimiters(self.subject.tokenizer) if self.subject.tokenizer is not None and self.batch == 1 else None
+        roles = self.subject.delimiters(self.batch)
         began = saved = time.perf_counter()
         read = start
         looking = (Attended(tokens=SHOWN),) if read == 0 else ()
@@ -232,6 +203,44 @@ class _Job:
             if looking and mine:
                 self._looks = run[looking[0]]
             return so_far()
+
+    def _corpus(self, earlier: Profile | None) -> Profile:
+        """All measures that take text, shard by shard and added up in this order, so that nobody sees who read what."""
+        facts: dict[str, Any] = dict.fromkeys((*ADDED, "shards", "unread"), 0) | {"skipped": [], "backends": []}
+        facts |= {name: earlier.facts[name] for name in facts} if earlier is not None else {}
+        spent = earlier.facts["seconds"]["text"] if earlier is not None else 0.0
+        whole: Found = dict(earlier.statistics) if earlier is not None else {}
+        apart = dict(enumerate(map(light, earlier.in_parts if whole and earlier is not None else ())))
+        start, total = facts["shards"], len(self.shards)
+        note = f"goes on after {start} of {total} shards read before" if start else ""
+        self.subject.report(Progress("corpus", start, total, note))
+        began = saved = time.perf_counter()
+
+        def so_far() -> Profile:
+            facts["seconds"] = {"text": spent + time.perf_counter() - began}
+            return Profile({**self.facts, **facts}, self.parts, whole, None, dealt(apart.values()))
+
+        def save() -> None:
+            if self.out is not None and facts["shards"] > start:
+                so_far().save(self.out / UNFINISHED)
+
+        try:
+            for piece in self.workers.each(self.reader, self.shards[start:]):  # type: ignore[arg-type]
+                if piece.statistics:
+                    unit = (facts["shards"] - facts["unread"]) % MOST
+                    whole = joined(whole, piece.statistics)
+                    apart[unit] = joined(apart.get(unit, {}), light(piece.statistics))
+                facts |= {name: facts[name] + piece.facts[name] for name in (*ADDED, "skipped")}
+                facts["backends"] = sorted({*facts["backends"], *piece.facts["backends"]})
+                facts |= {"shards": facts["shards"] + 1, "unread": facts["unread"] + (not piece.statistics)}
+                self.subject.report(Progress("corpus", facts["shards"], total))
+                if time.perf_counter() - saved > SAVE_EVERY:
+                    save()
+                    saved = time.perf_counter()
+        except KeyboardInterrupt:
+            save()
+            raise
+        return so_far()
 
     def _trials(self) -> Profile:
         """The measures that make prompts of their own."""
@@ -315,13 +324,13 @@ def _length(model: Any, length: int | None) -> int:
     return length
 
 
-def _facts(subject: _Subject, name: str, length: int) -> dict[str, Any]:
+def _facts(subject: Subject, name: str, length: int) -> dict[str, Any]:
     """What is true of the model and the machine, and stays so during the run."""
     return {**facts_of(subject.model, name, subject.layers), "length": length, **surroundings(subject.device)}
 
 
 def _settings(
-    facts: Mapping[str, Any], parts: tuple[Measure, ...], windows: Windows, options: Mapping[str, Any]
+    facts: Mapping[str, Any], parts: tuple[Measure, ...], texts: str, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What must be equal for one call to go on where another stopped."""
     return {
@@ -329,5 +338,5 @@ def _settings(
         "heedful": facts["versions"]["heedful"],
         "measures": [repr(part) for part in parts],
         **{key: x if isinstance(x, int | str) else repr(x) for key, x in options.items() if x not in (None, "auto")},
-        "texts": Fitted({f"{i:09d}": row for i, row in enumerate(windows.tokens)}).digest[:16],
+        "texts": texts,
     }
