@@ -176,10 +176,11 @@ def soak(cycles: int) -> dict[str, Any]:
 def merges(count: int) -> dict[str, Any]:
     """As many shards as are asked for, merged as the process that leads does it; processor seconds."""
     from heedful import models
-    from heedful.diagnosis.apart import MOST, joined, light
+    from heedful.core.stats import Mean
     from heedful.diagnosis.corpus import Corpus
     from heedful.diagnosis.measures import DEFAULT
-    from heedful.diagnosis.shards import Reader
+    from heedful.diagnosis.shards import Reader, Sums
+    from heedful.diagnosis.workers import packed
 
     rows = []
     for loaded, times in ((models.load("tiny:llama"), 10 * count), (models.default(), count)):
@@ -192,21 +193,71 @@ def merges(count: int) -> dict[str, Any]:
 
                 words = characters()
             piece = Reader(loaded.model, words, DEFAULT, 512, 1, {})(shard)
-        sent = pickle.dumps(piece)
-        whole: Any = {}
-        apart: dict[int, Any] = {}
+        sent = packed(piece)
+        sums = Sums()
         began = time.process_time()
-        for i in range(times):
-            found = pickle.loads(sent).statistics
-            whole = joined(whole, found)
-            apart[i % MOST] = joined(apart.get(i % MOST, {}), light(found))
+        for _ in range(times):
+            sums = sums.plus(pickle.loads(sent))
         seconds = time.process_time() - began
-        one, all_of = (float(x["1.weigh.0"].tensors()["total"].double().sum()) for x in (piece.statistics, whole))
-        if abs(all_of - times * one) > 1e-9 * abs(all_of):
+        key = next(key for key, stat in piece.statistics.items() if type(stat) is Mean)
+        one, all_of = (float(x[key].tensors()["count"].double().sum()) for x in (piece.statistics, sums.whole))
+        if all_of != times * one:
             raise SystemExit(f"{all_of} is not {times} times {one}")
         rows.append({"model": loaded.name, "profiles": times, "bytes": len(sent), "seconds": seconds})
         print(rows[-1], flush=True)
     return {"rows": rows}
+
+
+def _where(name: str) -> str:
+    found = load()[name]["machine"]
+    return (
+        f"{found['cpu']}, {found['threads']} thread, load {found['load']}; Python {found['python']}, torch "
+        f"{found['torch']}, transformers {found['transformers']}."
+    )
+
+
+def merge_table() -> str:
+    """What merges cost."""
+    rows = ["| model | profiles | bytes of one | all | each | bar for 10,000: 10 s |", "|---|---:|---:|---:|---:|---|"]
+    for row in load()["merges"]["rows"]:
+        each = row["seconds"] / row["profiles"]
+        told = f"{row['profiles']:,} | {row['bytes']:,} | {row['seconds']:.1f} s | {1000 * each:.2f} ms"
+        rows.append(f"| {row['model']} | {told} | {'kept' if 10_000 * each <= 10 else '**missed**'} |")
+    return "\n".join([*rows, "", _where("merges")])
+
+
+TOLD: dict[str, tuple[str, str]] = {
+    "kills": (
+        "A job over a corpus killed at random moments",
+        "One process, `kill -9`, started again until it is done; each finished profile beside that of a job that "
+        "nobody killed, bit for bit: statistics, parts, counts and what could not be read. Every shard is saved.",
+    ),
+    "ray": (
+        "A job of two workers of Ray, of which one part is killed",
+        "The driver, one worker, or the whole group of processes; where the driver died, one process goes on.",
+    ),
+    "damaged": (
+        "Damaged files",
+        "Bits flipped, ends cut off, stretches taken out or put in, values of other kinds, in profiles, statistics and "
+        "records: each is read or refused by one of heedful's own errors within 20 s.",
+    ),
+    "soak": ("A reader put on a model and taken off, over and over", "One forward and its answers each time."),
+}
+
+
+def page() -> str:
+    """docs/reliability.md: what was done to it, and what it did."""
+    found = load()
+    rows = [
+        "# Kills, damage, cycles\n",
+        "Each was run as often as stands here, by `python -m benchmarks.reliability`, and no oftener.\n",
+    ]
+    for name, (title, about) in TOLD.items():
+        if name in found:
+            told = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in found[name].items() if k != "machine"}
+            rows += [f"## {title}\n", f"{about}\n", *(f"- {k}: {v}" for k, v in told.items()), f"\n{_where(name)}\n"]
+    end = "How corpora are read by many: [scale.md](scale.md)."
+    return "\n".join([*rows, "## Merges\n", merge_table(), "", end, ""])
 
 
 def main() -> None:

@@ -129,6 +129,13 @@ def test_lines_are_cut_anywhere_and_none_is_lost_or_read_twice(tmp_path: Path, s
     assert [text for shard in texts_of(Corpus(path, shard=size)) for text in shard][-1] == "é" * 9
 
 
+def test_a_line_of_ten_million_characters_is_one_text(tmp_path: Path) -> None:
+    corpus = Corpus(lines(tmp_path, "before", "words " * 1_700_000, "after"))
+    assert len(corpus.shards()) > 30
+    found = [text for shard in texts_of(corpus) for text in shard]
+    assert [text and text[:6] for text in found] == ["before", "words ", "after"]
+
+
 def test_a_large_corpus_has_larger_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "MOST_SHARDS", 3)
     assert len(as_lines(tmp_path).shards()) == 3

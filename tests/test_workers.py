@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from heedful.core.errors import FieldError, HeedfulError, StatisticError
+from heedful.core.stats import Sum
 from heedful.diagnosis.profile import Profile
-from heedful.diagnosis.workers import Failure, Ranks, Ray, _closed, _opened
+from heedful.diagnosis.workers import Failure, Piece, Ranks, Ray, _closed, _opened
 from tests import corpus_job
 from tests.test_corpus import equal
 
@@ -127,9 +128,27 @@ def test_an_error_of_a_worker_is_the_error_of_the_call() -> None:
     assert isinstance(Failure.of(KeyboardInterrupt()).error(), HeedfulError)
 
 
-def test_a_cluster_that_does_not_answer_is_named(corpus: Path) -> None:
-    pytest.importorskip("ray")
-    with pytest.raises(FieldError, match=r"Ray\.address = '127\.0\.0\.1:1': no cluster answers there"):
+def test_what_is_sent_arrives_as_it_was() -> None:
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+    given = {f"{kind} {shape}": Sum(torch.ones(shape).to(kind)) for kind in kinds for shape in ((), (0,), (3, 2))}
+    given["turned"] = Sum(torch.rand(3, 2).T)
+    given["endless"] = Sum(torch.tensor([float("nan"), -float("inf"), -0.0]))
+    found = _opened(_closed(lambda _: Piece({"texts": 1}, given), None))  # type: ignore[arg-type]
+    assert found.facts == {"texts": 1}
+    for key, stat in given.items():
+        assert found.statistics[key].total.dtype == stat.total.dtype
+        assert torch.equal(found.statistics[key].total.nan_to_num(7), stat.total.nan_to_num(7))
+        assert found.statistics[key].total.shape == stat.total.shape
+
+
+def test_a_cluster_that_does_not_answer_is_named(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+
+    def nobody(**_: Any) -> None:  # what Ray says after a minute
+        raise ConnectionError("Failed to connect to GCS\nat 127.0.0.1:1")
+
+    monkeypatch.setattr(ray, "init", nobody)
+    with pytest.raises(FieldError, match=r"Ray\.address = '127\.0\.0\.1:1': no cluster answers there \(Failed to conn"):
         corpus_job.measured(corpus, Ray(address="127.0.0.1:1"))
 
 

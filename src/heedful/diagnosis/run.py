@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from heedful.diagnosis.apart import MOST, Found, dealt, joined, light
 from heedful.diagnosis.corpus import Corpus, Shard
 from heedful.diagnosis.measures import WEIGHTS, chosen, makes_trials, reads_text
 from heedful.diagnosis.profile import Profile
-from heedful.diagnosis.shards import Reader, first_of
+from heedful.diagnosis.shards import Reader, Sums, first_of
 from heedful.diagnosis.store import ADDED, clean
 from heedful.diagnosis.subject import Progress, Subject
 from heedful.diagnosis.texts import Texts, Windows, cut, ordinary, pieces, positions, some, sources
@@ -206,37 +207,29 @@ class _Job:
 
     def _corpus(self, earlier: Profile | None) -> Profile:
         """All measures that take text, shard by shard and added up in this order, so that nobody sees who read what."""
-        facts: dict[str, Any] = dict.fromkeys((*ADDED, "shards", "unread"), 0) | {"skipped": [], "backends": []}
-        facts |= {name: earlier.facts[name] for name in facts} if earlier is not None else {}
+        sums = Sums() if earlier is None else Sums.of(earlier)
+        start, total = sums.facts["shards"], len(self.shards)
         spent = earlier.facts["seconds"]["text"] if earlier is not None else 0.0
-        whole: Found = dict(earlier.statistics) if earlier is not None else {}
-        apart = dict(enumerate(map(light, earlier.in_parts if whole and earlier is not None else ())))
-        start, total = facts["shards"], len(self.shards)
         note = f"goes on after {start} of {total} shards read before" if start else ""
         self.subject.report(Progress("corpus", start, total, note))
         began = saved = time.perf_counter()
 
         def so_far() -> Profile:
-            facts["seconds"] = {"text": spent + time.perf_counter() - began}
-            return Profile({**self.facts, **facts}, self.parts, whole, None, dealt(apart.values()))
+            facts = {**self.facts, **sums.facts, "seconds": {"text": spent + time.perf_counter() - began}}
+            return Profile(facts, self.parts, sums.whole, None, dealt(sums.apart.values()))
 
         def save() -> None:
-            if self.out is not None and facts["shards"] > start:
+            if self.out is not None and sums.facts["shards"] > start:
                 so_far().save(self.out / UNFINISHED)
 
         try:
-            for piece in self.workers.each(self.reader, self.shards[start:]):  # type: ignore[arg-type]
-                if piece.statistics:
-                    unit = (facts["shards"] - facts["unread"]) % MOST
-                    whole = joined(whole, piece.statistics)
-                    apart[unit] = joined(apart.get(unit, {}), light(piece.statistics))
-                facts |= {name: facts[name] + piece.facts[name] for name in (*ADDED, "skipped")}
-                facts["backends"] = sorted({*facts["backends"], *piece.facts["backends"]})
-                facts |= {"shards": facts["shards"] + 1, "unread": facts["unread"] + (not piece.statistics)}
-                self.subject.report(Progress("corpus", facts["shards"], total))
-                if time.perf_counter() - saved > SAVE_EVERY:
-                    save()
-                    saved = time.perf_counter()
+            with closing(self.workers.each(self.reader, self.shards[start:])) as pieces:  # type: ignore[arg-type]
+                for piece in pieces:
+                    sums = sums.plus(piece)
+                    self.subject.report(Progress("corpus", sums.facts["shards"], total))
+                    if time.perf_counter() - saved > SAVE_EVERY:
+                        save()
+                        saved = time.perf_counter()
         except KeyboardInterrupt:
             save()
             raise

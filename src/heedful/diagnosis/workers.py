@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import pickle
@@ -9,7 +10,7 @@ import shutil
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil
@@ -30,13 +31,14 @@ class Piece:
 
 
 Read = Callable[[Shard], Piece]
+Pieces = Generator[Piece, None, None]  # closed, it lets the workers go
 
 
 class Workers(ABC):
     """Whoever reads shards."""
 
     @abstractmethod
-    def each(self, read: Read, shards: Sequence[Shard]) -> Iterator[Piece]:
+    def each(self, read: Read, shards: Sequence[Shard]) -> Pieces:
         """What `read` gives for each shard, in the order of the shards, whoever is done first."""
 
     def together(self, whole: Callable[[], Any], read: Read) -> Any:
@@ -48,8 +50,8 @@ class Workers(ABC):
 class Here(Workers):
     """This process, one shard after the other."""
 
-    def each(self, read: Read, shards: Sequence[Shard]) -> Iterator[Piece]:
-        return map(read, shards)
+    def each(self, read: Read, shards: Sequence[Shard]) -> Pieces:
+        yield from map(read, shards)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Ray(Workers):
         if self.cpus <= 0:
             raise FieldError(self, "cpus", self.cpus, "must be above 0", 1.0)
 
-    def each(self, read: Read, shards: Sequence[Shard]) -> Iterator[Piece]:
+    def each(self, read: Read, shards: Sequence[Shard]) -> Pieces:
         if not shards:
             return
         with self._cluster() as ray, warnings.catch_warnings():
@@ -156,7 +158,7 @@ class Ranks(Workers):
 
     _group: Any = field(default=None, init=False, repr=False)  # one that takes objects, which NCCL's does not
 
-    def each(self, read: Read, shards: Sequence[Shard]) -> Iterator[Piece]:
+    def each(self, read: Read, shards: Sequence[Shard]) -> Pieces:
         import torch.distributed as dist
 
         size = dist.get_world_size()
@@ -237,9 +239,27 @@ class Failure:
 def _closed(read: Read, shard: Shard) -> bytes:
     """What a shard gave, or why it gave nothing, to be sent."""
     try:
-        return pickle.dumps(read(shard))
+        return packed(read(shard))
     except HeedfulError as error:
-        return pickle.dumps(Failure.of(error))
+        return packed(Failure.of(error))
+
+
+class _Packer(pickle.Pickler):
+    """Sends a tensor as an array, which is read ten times as fast as torch's own form."""
+
+    def reducer_override(self, value: Any) -> Any:
+        import torch
+
+        if type(value) is not torch.Tensor or value.dtype is torch.bfloat16:  # which arrays have not
+            return NotImplemented
+        return torch.from_numpy, (value.detach().cpu().contiguous().numpy(),)
+
+
+def packed(value: Piece | Failure) -> bytes:
+    """What goes from one of our own processes to another."""
+    out = io.BytesIO()
+    _Packer(out, pickle.HIGHEST_PROTOCOL).dump(value)
+    return out.getvalue()
 
 
 def _opened(content: bytes) -> Piece:
