@@ -1,6 +1,6 @@
 """Jobs that are killed, files that are damaged, cycles that go on for long, merges of many: measured, and told in docs.
 
-python -m benchmarks.reliability kills 100 | ray 1 | damaged 2000 | soak 500 | merges 1000
+python -m benchmarks.reliability kills 100 | damaged 2000 | soak 500 | merges 1000
 """
 
 from __future__ import annotations
@@ -76,44 +76,6 @@ def kills(rounds: int) -> dict[str, Any]:
             same = all(found.facts[x] == straight.facts[x] for x in ("texts", "tokens", "skipped", "shards"))
             wrong += not (same and equal(found, straight) and job.exitcode == 0)
     return {"kills": killed, "jobs": jobs, "wrong": wrong, "most kills of one job": max(goings)}
-
-
-def ray(rounds: int) -> dict[str, Any]:
-    """A job of two workers of Ray of which the driver, a worker, or all of the group is killed."""
-    import subprocess
-
-    from heedful.diagnosis.profile import Profile
-    from tests import corpus_job
-    from tests.test_corpus import equal
-    from tests.test_workers import killed_worker, saved, started
-
-    draw = random.Random(1)
-    found: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as home:
-        corpus = corpus_job.written(Path(home), 200)
-        straight = corpus_job.measured(corpus, None)
-        for i in range(rounds):
-            for who in ("driver", "worker", "group"):
-                out = Path(home) / f"{who}{i}"
-                job: subprocess.Popen[bytes] = started("tests/corpus_job.py", str(corpus), str(out), "2")
-                at = draw.randint(1, straight.facts["shards"] - 8)
-                while job.poll() is None and saved(out) < at:
-                    time.sleep(0.01)
-                if job.poll() is not None:
-                    found["done before the kill"] += 1
-                    continue
-                if who == "worker":
-                    killed_worker(job.pid, draw)
-                elif who == "driver":
-                    job.kill()
-                else:
-                    os.killpg(job.pid, signal.SIGKILL)
-                if job.wait(900) != 0:
-                    corpus_job.measured(corpus, None, out)
-                found[f"{who} killed"] += 1
-                found["wrong"] += not equal(Profile.load(out), straight)
-                print(dict(found), flush=True)
-    return {"wrong": 0, **found}
 
 
 def damaged(count: int) -> dict[str, Any]:
@@ -232,10 +194,6 @@ TOLD: dict[str, tuple[str, str]] = {
         "One process, `kill -9`, started again until it is done; each finished profile beside that of a job that "
         "nobody killed, bit for bit: statistics, parts, counts and what could not be read. Every shard is saved.",
     ),
-    "ray": (
-        "A job of two workers of Ray, of which one part is killed",
-        "The driver, one worker, or the whole group of processes; where the driver died, one process goes on.",
-    ),
     "damaged": (
         "Damaged files",
         "Bits flipped, ends cut off, stretches taken out or put in, values of other kinds, in profiles, statistics and "
@@ -263,7 +221,7 @@ def page() -> str:
 def main() -> None:
     torch.set_num_threads(1)
     for name, count in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-        measure = {f.__name__: f for f in (kills, ray, damaged, soak, merges)}[name]
+        measure = {f.__name__: f for f in (kills, damaged, soak, merges)}[name]
         found = {**measure(int(count)), "machine": machine()}
         RECORD.write_text(json.dumps({**load(), name: found}, indent=1, sort_keys=True) + "\n")
 

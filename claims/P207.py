@@ -20,7 +20,7 @@ from heedful.methods.intervene.language.head_scale import HeadScale, _loss
 KEYS, VALUES, ASKED = 128, 4, 8
 SHORT, LONG = 8, 72  # pairs in a text: nine times as many, as the paper's 2k and 18k tokens
 STEPS, ROWS, RATE, FIT_STEPS = 500, 32, 5e-3, 60
-UNIFORM = (1.1, 1.2, 1.4, 1.6)
+UNIFORM = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0)
 
 
 def batch(draw: torch.Generator, pairs: int, rows: int) -> dict[str, Tensor]:
@@ -59,38 +59,42 @@ def trained(seed: int) -> SmolLM3ForCausalLM:
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     model = trained(seed)
     draw = torch.Generator().manual_seed(1000 + seed)
-    method = fit(HeadScale(scale=1.0, steps=FIT_STEPS), model, [batch(draw, LONG, 8) for _ in range(FIT_STEPS)])
-    asked = {"72 pairs": batch(draw, LONG, 64), "8 pairs": batch(draw, SHORT, 64)}
-    numbers: dict[str, float] = {}
+    lessons = [batch(draw, LONG, 8) for _ in range(FIT_STEPS)]
+    method = fit(HeadScale(scale=1.0, steps=FIT_STEPS), model, lessons)
+    asked = {"72 pairs": batch(draw, LONG, 256), "8 pairs": batch(draw, SHORT, 256)}
+    learned = {name: torch.cat([lesson[name] for lesson in lessons]) for name in lessons[0]}
 
     @torch.no_grad()
-    def losses(name: str, part: HeadScale | Stack) -> None:
+    def loss(part: HeadScale | Stack, found: dict[str, Tensor]) -> float:
         with attach(model, part) as attached:
-            for what, found in asked.items():
-                numbers[f"loss, {what}, {name}"] = float(_loss(attached, found))
+            return float(_loss(attached, found))
 
-    losses("as trained", Stack())
-    losses("a factor a head", method)
-    for scale in UNIFORM:
-        losses(f"uniform {scale}", HeadScale(scale))
+    def uniform(scale: float) -> HeadScale | Stack:
+        return Stack() if scale == 1 else HeadScale(scale)
+
+    best = min(UNIFORM, key=lambda scale: loss(uniform(scale), learned))
+    ways = {"as trained": Stack(), "a factor a head": method, "the best uniform factor": uniform(best)}
+    numbers = {f"loss, {what}, {name}": loss(way, asked[what]) for name, way in ways.items() for what in asked}
     factors = torch.cat(list(method.scales.values()))
-    numbers |= {"least factor": float(factors.min()), "largest factor": float(factors.max())}
-    return numbers["loss, 72 pairs, as trained"] - numbers["loss, 72 pairs, a factor a head"], numbers
+    numbers |= {"best uniform": best, "least factor": float(factors.min()), "largest factor": float(factors.max())}
+    return numbers["loss, 72 pairs, the best uniform factor"] - numbers["loss, 72 pairs, a factor a head"], numbers
 
 
 CLAIM = Claim(
     key="P207",
     method="HeadScale",
     says="A factor on each head's scores, tuned on a few long texts, lets a model without position encoding read "
-    "texts far longer than it was trained on.",
+    "texts far longer than it was trained on, better than one factor for all heads does.",
     paper_number="from 2k to 18k tokens with 704 tuned factors (TinyLlama-NoPE)",
     setup=f"A 2-layer model without position encoding, trained {STEPS} steps to recall {SHORT} pairs and asked among "
-    f"{LONG}; factors start at 1 and learn for {FIT_STEPS} steps; uniform factors beside them. (Two earlier set-ups "
-    "were given up after a seed: a byte model lost nothing at 4 times its length and gained 0.005 nats, and with 256 "
-    "keys the model learned nothing.)",
-    effect="nats an answer won at nine times the trained length",
+    f"{LONG}; factors start at 1 and learn for {FIT_STEPS} steps, against the one factor for all heads, of "
+    f"{len(UNIFORM)}, that does best on the same lessons. (Two earlier set-ups were given up after a seed: a byte "
+    "model lost nothing at 4 times its length and gained 0.005 nats, and with 256 keys the model learned nothing. A "
+    "third was judged against no factor at all, which any factor beats; an audit that had seen its three seeds asked "
+    "for this one.)",
+    effect="nats an answer won over one factor for all, at nine times the trained length",
     measure=measure,
-    seeds=3,
+    seeds=8,
     strong=0.02,
 )
 

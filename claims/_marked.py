@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -44,20 +45,26 @@ def language_model() -> models.Loaded:
     return models.default()
 
 
-def prompts(seed: int, count: int) -> list[Marked]:
-    """Eight lines, two of which give the same thing different codes; either may be the marked one."""
+def prompts(seed: int, count: int, passage: int = 1) -> list[Marked]:
+    """Eight lines, two of which give the same thing different codes; the passage of either may be the marked one.
+
+    A passage has so many lines, a divisor of eight, and only one of the two lines in question.
+    """
     draw, tokenizer = random.Random(seed), language_model().tokenizer
     out = []
     for i in range(count):
         names, words = draw.sample(NAMES.split(","), LINES - 1), draw.sample(WORDS.split(","), LINES)
         asked, other = draw.sample(range(LINES), 2)
+        if asked // passage == other // passage:
+            other = (other + passage) % LINES
         names.insert(max(asked, other), names[min(asked, other)])
         ids: list[int] = []
-        for line, (name, word) in enumerate(zip(names, words, strict=True)):
-            start = len(ids)
+        ends = [0]
+        for name, word in zip(names, words, strict=True):
             ids += tokenizer(f"The code of the {name} is {word}.\n").input_ids
-            if line == asked:
-                span = (start, len(ids))
+            ends.append(len(ids))
+        first = asked // passage * passage
+        span = (ends[first], ends[first + passage])
         ids += tokenizer(ASKS[i % len(ASKS)].format(names[asked])).input_ids
         right, wrong = (tokenizer(f" {words[line]}").input_ids[0] for line in (asked, other))
         out.append(Marked(torch.tensor([ids]), (span,), right, wrong))
@@ -84,3 +91,15 @@ def score(asked: list[Marked], what: Method | Scoped | Stack | None, elsewhere: 
             chance += float(logits[item.right]) / len(asked)
             wins += float(logits[item.right] > logits[item.wrong]) / len(asked)
     return chance, wins
+
+
+def gain(
+    asked: list[Marked], way: Method | Scoped, beside: Mapping[str, Method | Scoped]
+) -> tuple[float, dict[str, float]]:
+    """What it gains to mark the passage, over marking nothing and over marking another place, whichever is better."""
+    numbers: dict[str, float] = {}
+    for name, each in {"without": None, "marked": way, **beside}.items():
+        numbers[f"log-probability, {name}"], numbers[f"beats the other, {name}"] = score(asked, each)
+    numbers["log-probability, another place marked"], _ = score(asked, way, elsewhere=True)
+    best = max(numbers["log-probability, without"], numbers["log-probability, another place marked"])
+    return numbers["log-probability, marked"] - best, numbers

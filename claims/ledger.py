@@ -2,7 +2,7 @@
 
 python -m claims.P025            measures one claim and writes claims/results/P025.json
 python -m claims.ledger          measures what is not measured yet   [--again]
-python -m claims.ledger --table  prints the table that the docs show
+python -m claims.ledger --page   prints the page that the docs show
 python -m claims.ledger --judge  renews the verdicts of stored effects after the rule changed
 """
 
@@ -14,14 +14,17 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from heedful.laboratory.differences import student
+from heedful.laboratory.differences import Difference
 
 RESULTS = Path(__file__).parent / "results"
+FEWEST = 5  # seeds that a claim needs
+HOLDS, WEAKER, UNSEEN, REVERSED = "holds", "weaker", "not seen at this scale", "reversed at this scale"
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Claim:
     setup: str  # what we measure, on what, in one or two sentences
     effect: str  # name and unit of the effect, such that above zero means the paper's direction
     measure: Callable[[int], tuple[float, dict[str, float]]]  # seed -> effect, and the numbers behind it
-    seeds: int = 5
+    seeds: int = FEWEST
     strong: float = 0.0  # an effect below this, though above zero, is called 'weaker'
 
 
@@ -52,6 +55,7 @@ class Record:
     effects: list[float]
     mean: float
     spread: float  # standard deviation over seeds
+    strong: float  # the claim's bar for 'holds'
     verdict: str
     details: list[dict[str, float]]
     seconds: float
@@ -62,13 +66,14 @@ class Record:
 
 def verdict(effects: list[float], strong: float) -> str:
     """holds / weaker / not seen / reversed at this scale, by a two-sided t test at 5 % over seeds."""
-    mean = statistics.fmean(effects)
-    error = statistics.stdev(effects) / math.sqrt(len(effects)) if len(effects) > 1 else math.inf
-    if abs(mean) <= (student(len(effects)) if len(effects) > 1 else 1.0) * error:
-        return "not seen at this scale"
-    if mean < 0:
-        return "reversed at this scale"
-    return "holds" if mean >= strong else "weaker"
+    if len(effects) < 2:
+        return UNSEEN
+    found = Difference.of(effects)
+    if found.low <= 0 <= found.high:
+        return UNSEEN
+    if found.mean < 0:
+        return REVERSED
+    return HOLDS if found.mean >= strong else WEAKER
 
 
 def hardware() -> str:
@@ -99,7 +104,8 @@ def run(claim: Claim) -> Record:
     record = Record(
         key=claim.key, method=claim.method, says=claim.says, paper_number=claim.paper_number, setup=claim.setup,
         effect=claim.effect, effects=effects, mean=statistics.fmean(effects),
-        spread=statistics.stdev(effects) if len(effects) > 1 else 0.0, verdict=verdict(effects, claim.strong),
+        spread=statistics.stdev(effects) if len(effects) > 1 else 0.0, strong=claim.strong,
+        verdict=verdict(effects, claim.strong),
         details=details, seconds=round(time.perf_counter() - began, 1), date=time.strftime("%Y-%m-%d"),
         versions={"heedful": heedful.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         hardware=hardware(),
@@ -128,35 +134,23 @@ def judge() -> None:
         path = RESULTS / f"{key}.json"
         if path.exists():
             record = json.loads(path.read_text())
-            record["verdict"] = verdict(record["effects"], claim.strong)
+            record |= {"strong": claim.strong, "verdict": verdict(record["effects"], claim.strong)}
             path.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def table() -> str:
-    """The ledger as Markdown, from the committed records."""
-    head = "| paper | method | the paper says | its number | we measure | effect | verdict |"
-    rows = [head, "|---" * 7 + "|"]
-    for path in sorted(RESULTS.glob("*.json")):
-        r = json.loads(path.read_text())
-        number = f"{r['mean']:+.3g} ± {r['spread']:.2g} ({len(r['effects'])} seeds)"
-        rows.append(
-            f"| {r['key']} | {r['method']} | {r['says']} | {r['paper_number']} | {r['setup']} "
-            f"| {r['effect']}: {number} | **{r['verdict']}** |"
-        )
-    return "\n".join(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="measure the claims of the ledger")
     parser.add_argument("--again", action="store_true", help="measure those that have a record too")
-    parser.add_argument("--table", action="store_true", help="print the table and measure nothing")
+    parser.add_argument("--page", action="store_true", help="print the docs' page and measure nothing")
     parser.add_argument("--judge", action="store_true", help="renew the verdicts of stored effects and measure nothing")
     asked = parser.parse_args()
     if asked.judge:
         judge()
         return
-    if asked.table:
-        print(table())
+    if asked.page:
+        from claims._page import page
+
+        sys.stdout.write(page())
         return
     for key, claim in claims().items():
         if asked.again or not (RESULTS / f"{key}.json").exists():

@@ -19,7 +19,7 @@ from benchmarks import reliability  # noqa: E402
 from benchmarks.mutants import page as mutants  # noqa: E402
 from benchmarks.quality import page as quality  # noqa: E402
 from benchmarks.speed import bars as speed  # noqa: E402
-from claims.ledger import RESULTS, table  # noqa: E402
+from claims._page import counts, page, records  # noqa: E402
 from docs import method_pages, rooms  # noqa: E402
 from heedful.catalogue import entries  # noqa: E402
 from heedful.conformance import laws  # noqa: E402
@@ -35,18 +35,6 @@ def stub() -> str:
         + "\n".join(rows)
         + "\n\ndef files() -> dict[str, str]: ...\n"
     )
-
-
-def ledger() -> str:
-    """The claims with their verdicts."""
-    about = (
-        "# The ledger: which claims hold when someone else measures them\n\n"
-        "Each row is one small experiment (`claims/`), run over several seeds on two CPU cores. The verdict comes from "
-        "the effects alone: *holds* when their mean is above zero by a two-sided t test at 5 %, *weaker* when it is so "
-        "but small, *reversed at this scale* when it is as far below zero, else *not seen at this scale*. Small models "
-        "and short runs say little about large ones: a verdict is about the direction, here.\n\n"
-    )
-    return NOTE + about + table() + "\n"
 
 
 def law_list() -> str:
@@ -109,12 +97,7 @@ def coverage() -> str:
 
 def verdicts() -> str:
     """How many claims hold."""
-    counts: dict[str, int] = {}
-    for path in RESULTS.glob("*.json"):
-        word = json.loads(path.read_text())["verdict"]
-        counts[word] = counts.get(word, 0) + 1
-    told = ", ".join(f"{n} {word}" for word, n in sorted(counts.items()))
-    return f"{sum(counts.values())} claims measured: {told}."
+    return counts(records())
 
 
 def renewed(page: str, **parts: Callable[[], str]) -> str:
@@ -129,7 +112,7 @@ def renewed(page: str, **parts: Callable[[], str]) -> str:
 
 
 def main() -> None:
-    pages = {"docs/claims.md": ledger(), "docs/laws.md": law_list()}
+    pages = {"docs/claims.md": NOTE + page(), "docs/laws.md": law_list()}
     pages |= {name: NOTE + text for name, text in method_pages.pages().items()}
     pages["src/heedful/methods/__init__.pyi"] = stub()
     pages["docs/releases.md"] = release_page()

@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("HEEDFUL_DEFAULT_MODEL", None)
+os.environ["TRITON_INTERPRET"] = "1"
 
 import random
 from collections.abc import Iterator
@@ -13,7 +14,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from heedful import models
+from heedful import gpu, models
+
+if not gpu.missing():
+    import triton  # noqa: F401  its language is made to be interpreted, or not, when it is imported
+del os.environ["TRITON_INTERPRET"]  # nothing but test_triton.py runs there
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

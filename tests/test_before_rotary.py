@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from heedful.core.call import Call
 from heedful.core.errors import DefinitionError, FieldError, RefusedModel, SiteError
 from heedful.core.method import Method
 from heedful.core.sites import Site, at, reads
+from heedful.methods import MassiveQK
 
 from .samples import PAPER
 
@@ -64,7 +66,8 @@ BOTH = (Placeless(), PlacelessBlock())
 
 @pytest.fixture(autouse=True)
 def nothing_seen() -> None:
-    SEEN.clear()
+    for kept in (SEEN, HIDDEN, PROJECTED, TURNED):
+        kept.clear()
 
 
 def projected(model: Any, hidden: Tensor, layer: int) -> QKV:
@@ -97,32 +100,69 @@ def test_they_are_what_the_projections_give_bit_for_bit(method: Method) -> None:
             assert torch.equal(found, want)
 
 
+class Rotates(Method):
+    """Keeps queries and keys, and those of the layer's projections as `call.rotate` has them."""
+
+    paper = PAPER
+
+    @reads(Site.HIDDEN)
+    def look(self, x: Tensor, call: Call) -> None:
+        HIDDEN.append(x)
+
+    @reads(Site.QUERY)
+    def queries(self, x: Tensor, call: Call) -> None:
+        self._rotated(x, 0, call)
+
+    @reads(Site.KEY)
+    def keys(self, x: Tensor, call: Call) -> None:
+        self._rotated(x, 1, call)
+
+    def _rotated(self, x: Tensor, place: int, call: Call) -> None:
+        mine = PROJECTED[0](HIDDEN[-1])[place] if PROJECTED else x
+        TURNED.append((x, mine if call.rotate is None else call.rotate(mine)))
+
+
+PROJECTED: list[Callable[[Tensor], tuple[Tensor, ...]]] = []
+TURNED: list[tuple[Tensor, Tensor]] = []
+
+
+def projection(model: Any) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """What a one-layer model's projections make of hidden states: queries and keys `[b h n d]`."""
+    for part in model.modules():
+        if hasattr(part, "query_key_value"):
+            return lambda x: part.query_key_value(x).unflatten(-1, (4, -1)).transpose(1, 2).chunk(3, -1)
+        if hasattr(part, "q_proj"):
+            return lambda x: tuple(p(x).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (part.q_proj, part.k_proj))
+    raise LookupError(type(model).__name__)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [("llama", 0), ("gpt_neox", 0), *((kind, i) for kind in ("smollm3", "cohere2", "llama4_text") for i in (0, 1))],
+)
 @torch.no_grad()
-def test_rotating_them_gives_those_that_other_methods_see() -> None:
-    rotated: list[Tensor] = []
+def test_rotating_what_is_projected_gives_what_the_model_attends_with(kind: str, layer: int) -> None:
+    """Some layers of SmolLM3 and Cohere2 are handed angles and skip them; GPT-NeoX rotates a part of each head."""
+    model = models.tiny("llama") if kind == "llama" else configured(kind, layer)
+    PROJECTED.append(projection(model))
+    with attach(model, Rotates().on(layers=0)) as run:
+        if kind == "llama4_text" and layer:
+            with pytest.raises(RefusedModel, match="in a way of its own"):
+                run(input_ids=IDS)
+            return
+        run(input_ids=IDS)
+    for want, mine in TURNED:
+        assert close(mine, want)
 
-    class Rotates(Method):
-        paper = PAPER
 
-        @at(Site.MIX, before_rotary=True)
-        def attend(self, qkv: QKV, call: Call) -> Tensor:
-            assert call.rotate is not None
-            rotated.extend((call.rotate(qkv[0]), call.rotate(qkv[1])))
-            return qkv[0]
-
-    class Looks(Method):
-        paper = PAPER
-
-        @at(Site.MIX)
-        def attend(self, qkv: QKV, call: Call) -> Tensor:
-            rotated.extend(qkv[:2])
-            return qkv[0]
-
-    for kind in (Rotates, Looks):
-        with attach(models.tiny("llama"), kind().on(layers=0)) as run:
-            run(input_ids=IDS)
-    assert torch.equal(rotated[0], rotated[2])
-    assert torch.equal(rotated[1], rotated[3])
+@pytest.mark.parametrize("kind", ["gptj", "phi"])
+@torch.no_grad()
+def test_a_rotation_that_nobody_else_can_follow_is_refused(kind: str) -> None:
+    with attach(configured(kind), Rotates()) as run, pytest.raises(RefusedModel, match="in a way of its own"):
+        run(input_ids=IDS)
+    with attach(configured(kind), MassiveQK()) as run:
+        run(input_ids=IDS)
+    assert run[MassiveQK()] is not None
 
 
 @pytest.mark.parametrize("method", BOTH, ids=repr)
@@ -220,8 +260,8 @@ def test_only_what_replaces_the_map_may_ask() -> None:
         at(Site.SCORES, before_rotary=True)
 
 
-def configured(kind: str) -> Any:
-    """Models whose attention is handed its angles in a way of its own, or makes them itself."""
+def configured(kind: str, variant: int = 1) -> Any:
+    """Models whose attention is handed its angles in a way of its own, makes them itself, or skips them."""
     import transformers
 
     sizes: dict[str, Any] = dict(vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
@@ -229,7 +269,11 @@ def configured(kind: str) -> Any:
         "gptj": dict(vocab_size=128, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, bos_token_id=1, eos_token_id=2),
         "esm": sizes | dict(position_embedding_type="rotary", pad_token_id=1, mask_token_id=2),
         "llama4_text": sizes | dict(head_dim=8, num_key_value_heads=2, num_local_experts=1, num_experts_per_tok=1)
-        | dict(no_rope_layers=[1], layer_types=["full_attention"], moe_layers=[], pad_token_id=0),
+        | dict(no_rope_layers=[variant], layer_types=["full_attention"], moe_layers=[], pad_token_id=0),
+        "smollm3": sizes | dict(num_key_value_heads=2, no_rope_layers=[variant], pad_token_id=0),
+        "cohere2": sizes | dict(num_key_value_heads=2, layer_types=[("full_attention", "sliding_attention")[variant]]),
+        "gpt_neox": sizes,
+        "phi": sizes,
         "moshi": sizes | dict(num_key_value_heads=4, head_dim=8, audio_vocab_size=16, num_codebooks=1),
     }  # fmt: skip
     config = transformers.AutoConfig.for_model(kind, **of[kind])

@@ -115,7 +115,7 @@ def test_measures_are_parted_by_commas_outside_of_settings() -> None:
         (["small", "--text", "."], "the folder holds no file with text"),
         (["small", "--length", "1000"], "has 512 positions; for example length=512"),
         (["tiny:llama", "--text", "/etc/hostname"], "words need a tokenizer"),
-        (["tiny:vit"], "takes no token ids"),
+        (["tiny:vit"], "a model that reads images takes their pixels"),
         (["small", "--measures", "SinkRat"], r"Did you mean SinkRate\?"),
         (["small", "--measures", "SinkWindow"], "must be methods that read and edit nothing"),
         (["small", "--measures", "PruneHeads"], "surgery, which reads nothing"),

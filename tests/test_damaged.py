@@ -20,11 +20,13 @@ from heedful.bench.compare import compare
 from heedful.bench.comparison import Comparison
 from heedful.bench.records import Log, read
 from heedful.core.errors import HeedfulError
-from heedful.core.files import PROFILE, RECORDS
+from heedful.core.files import PROFILE, RECORDS, digest_of
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.run import diagnose
-from heedful.diagnosis.store import _digest
+from heedful.laboratory.outcome import Lab
+from heedful.laboratory.records import Trainings
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
+from tests.lab.small import Halved, Little
 from tests.test_compare import Echo, Loss
 
 Swap = Callable[[random.Random, bytes], bytes]
@@ -77,7 +79,7 @@ def swapped(draw: random.Random, content: bytes) -> bytes:
 def forged(draw: random.Random, content: bytes) -> bytes:
     """A profile with a value of another kind, and the digest that goes with it."""
     found = json.loads(swapped(draw, content))
-    return json.dumps({**found, "digest": _digest(found)} if isinstance(found, dict) else found).encode()
+    return json.dumps({**found, "digest": digest_of(found)} if isinstance(found, dict) else found).encode()
 
 
 @contextmanager
@@ -104,6 +106,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     diagnose(model, torch.arange(5, 25), measures=["SinkRate", "AttentionProfile", "WeibullWeights"], out=home / "p")
     loaded = models.Loaded(model, object(), "tiny")
     compare(loaded, [SinkWindow(1, 4)], [Echo(), Loss()], prompts=3, turns=1, out=home / "c")
+    Trainings(home / "l").record(Little(), Halved(), 0)
     return home
 
 
@@ -123,10 +126,23 @@ def gone_on_with(folder: Path) -> None:
     Log(folder / RECORDS, read(folder / RECORDS)[0], 0)
 
 
+def read_lab(folder: Path) -> None:
+    found = Lab.load(folder)
+    str(found)
+    found.to_pandas()
+
+
+def read_weights(folder: Path) -> None:
+    with Trainings(folder).opened(Little(), Halved(), 0):
+        pass
+
+
 PLANS: dict[str, tuple[str, str, Callable[[Path], None], tuple[Swap, ...]]] = {
     "profile": ("p", PROFILE, read_profile, (flipped, cut_short, torn, grown, swapped, forged)),
     "statistics": ("p", "statistics-*", read_profile, (flipped, cut_short, torn, grown)),
     "records": ("c", RECORDS, read_comparison, (flipped, cut_short, torn, grown, swapped)),
+    "lab": ("l", "*.json", read_lab, (flipped, cut_short, torn, grown, swapped)),
+    "weights": ("l", "*.safetensors", read_weights, (flipped, cut_short, torn, grown)),
     "log": ("c", RECORDS, gone_on_with, (flipped, cut_short, torn, grown, swapped)),
 }
 
@@ -182,6 +198,6 @@ def test_statistics_outside_of_the_folder_are_not_opened(files: Path, tmp_path: 
     found = json.loads((tmp_path / "copy" / PROFILE).read_text())
     for name in ("../../x.safetensors", "statistics-0/../x.safetensors", 3):
         forged = {**found, "statistics": name}
-        (tmp_path / "copy" / PROFILE).write_text(json.dumps({**forged, "digest": _digest(forged)}))
+        (tmp_path / "copy" / PROFILE).write_text(json.dumps({**forged, "digest": digest_of(forged)}))
         with pytest.raises(HeedfulError, match="they lie beside it"):
             Profile.load(tmp_path / "copy")

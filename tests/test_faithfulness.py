@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -33,19 +35,43 @@ def test_relevance_is_gradient_times_weights_rolled_out(kind: str) -> None:
     for x in output.attentions:
         wanted = (torch.eye(7) + (x.grad[0] * x[0].detach()).clamp(min=0).mean(0)) @ wanted
     found = attribute(model, IDS, TransformerAttribution(), target=77, position=4)
-    assert close_model(found, wanted[4])
-    assert not close_model(found, torch.eye(7)[4])
+    assert close_model(found.scores, wanted[4])
+    assert not close_model(found.scores, torch.eye(7)[4])
 
 
 def test_other_targets_have_other_relevances() -> None:
     model = models.tiny("llama")
-    one, other = (attribute(model, IDS, TransformerAttribution(), target=t) for t in (7, 8))
+    one, other = (attribute(model, IDS, TransformerAttribution(), target=t).scores for t in (7, 8))
     assert not close(one, other)
     likeliest = int(model(input_ids=IDS).logits[0, -1].argmax())
     assert torch.equal(
-        attribute(model, IDS, TransformerAttribution()),
-        attribute(model, IDS, TransformerAttribution(), target=likeliest),
+        attribute(model, IDS, TransformerAttribution()).scores,
+        attribute(model, IDS, TransformerAttribution(), target=likeliest).scores,
     )
+
+
+def test_it_reads_a_text_and_tells_the_tokens_that_matter_most() -> None:
+    class Words:
+        def __call__(self, text: str, **how: Any) -> Any:
+            return {"input_ids": torch.tensor([[ord(x) for x in text]])}
+
+        def batch_decode(self, ids: Tensor) -> list[str]:
+            return [chr(i) for i in ids[:, 0].tolist()]
+
+    model = models.tiny("llama")
+    found = attribute(model, "abcab", AttentionRollout(), tokenizer=Words())
+    same = attribute(model, torch.tensor([97, 98, 99, 97, 98]), AttentionRollout())
+    assert torch.equal(found.scores, same.scores)
+    assert found.tokens == list("abcab")
+    assert len(found) == 5
+    assert [float(x) for x in found] == found.scores.tolist()
+    assert torch.equal(found[1:3], found.scores[1:3])
+    best = int(found.scores.argmax())
+    assert repr(found).startswith(f"5 tokens by {AttentionRollout()!r}, highest first: {best} '{'abcab'[best]}' ")
+    with pytest.raises(FieldError, match=r"attribute\(\).tokenizer = None: is needed for a text"):
+        attribute(model, "abc", AttentionRollout())
+    one, other = (faithfulness(model, IDS[0, :5], x, steps=2, seeds=1) for x in (same, {"scores": same.scores}))
+    assert torch.equal(one.deletion["scores"], other.deletion["scores"])
 
 
 def test_a_forward_without_backward_has_no_relevance() -> None:
@@ -66,8 +92,8 @@ def test_reads_the_row_of_the_prediction_and_leaves_the_model_alone() -> None:
         run(input_ids=IDS)
     (whole,) = run[AttentionRollout()]
     prompt = Prompt(tuple(IDS[0].tolist()))
-    assert close(attribute(model, prompt, AttentionRollout()), whole[0, -1])
-    assert close(attribute(model, IDS[0].tolist(), AttentionRollout(), position=2), whole[0, 2])
+    assert close(attribute(model, prompt, AttentionRollout()).scores, whole[0, -1])
+    assert close(attribute(model, IDS[0].tolist(), AttentionRollout(), position=2).scores, whole[0, 2])
     assert model.training
     assert [layer.training for layer in model.model.layers] == [False, True]
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -81,7 +107,7 @@ def test_without_logits_the_mean_state_is_meant() -> None:
     with heedful.attach(model, AttentionRollout()) as run, torch.no_grad():
         out = run(input_ids=IDS)
     (whole,) = run[AttentionRollout()]
-    assert close(attribute(model, IDS, AttentionRollout()), whole[0].mean(0))
+    assert close(attribute(model, IDS, AttentionRollout()).scores, whole[0].mean(0))
     assert close(aim.score(out, torch.ones(1, 7, dtype=torch.bool)), torch.ones(1))
     kept = torch.tensor([[True, True, False, True, True, True, True]])
     states = out.last_hidden_state[0]
@@ -101,7 +127,7 @@ def test_a_class_is_read_where_the_whole_text_was_seen(config: str, place: int) 
     with heedful.attach(model, AttentionRollout()) as run, torch.no_grad():
         run(input_ids=IDS)
     (whole,) = run[AttentionRollout()]
-    assert close(attribute(model, IDS, AttentionRollout()), whole[0, place])
+    assert close(attribute(model, IDS, AttentionRollout()).scores, whole[0, place])
     assert int((whole[0, place] > 0).sum()) == 7
 
 

@@ -175,18 +175,25 @@ def test_a_held_layer_crops_reorders_and_starts_anew() -> None:
 
 def test_tokens_that_were_there_when_entries_were_dropped_cannot_be_taken_back() -> None:
     held, _ = uneven()
-    assert not held.is_croppable
     for taken in (0, -1):  # none: all of several guesses were right, but they were read at once
         with pytest.raises(RefusedModel, match="one after another"):
             held.crop(taken)
     read(held, 2)
-    assert held.is_croppable
     held.crop(-1)
     with pytest.raises(RefusedModel, match="take back"):
         held.crop(-2)
     read(held, 1)
     held.keep(Kept(held.is_filled & (held.index != 7)))
     held.crop(0)  # a token alone is no guess
+
+
+def test_no_device_decides_a_step_late_where_that_cannot_be_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, _ = uneven()
+    assert held.is_croppable, "whether the guesses can be is for crop() to say, in its own words"
+    monkeypatch.setattr(held, "device", torch.device("mps"))
+    assert not held.is_croppable
+    read(held, 2)
+    assert held.is_croppable
 
 
 def test_a_whole_layer_stays_whole_when_cropped() -> None:

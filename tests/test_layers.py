@@ -12,8 +12,9 @@ KNOWN = modules()
 BELOW = {  # what each room may import, besides itself
     "core": set(),
     "native": {"core"},
+    "gpu": set(),
     "kit": {"core"},
-    "engine": {"core", "native"},
+    "engine": {"core", "native", "gpu"},
     "adapters": {"core", "engine", "native"},
     "methods": {"core", "kit", "authoring"},
     "nn": {"core", "engine", "adapters"},

@@ -11,6 +11,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import heedful
+from heedful import copies as copies_of
 from heedful import models
 from heedful.core.errors import FieldError, ModelError
 from heedful.methods import GatedHeads
@@ -206,13 +207,13 @@ def test_gguf_copy_by_two_processes(cache: Path, tmp_path: Path, monkeypatch: py
     path = write_gguf(tmp_path / "small.gguf")
     models.load(path)
     (copy,) = copies(cache)
-    real, calls = models._is_copy, []
+    real, calls = copies_of._is_copy, []
 
     def late(home: Path, source: dict) -> bool:  # at first sight there is no copy: the other process is still writing
         calls.append(home)
         return len(calls) > 1 and real(home, source)
 
-    monkeypatch.setattr(models, "_is_copy", late)
+    monkeypatch.setattr(copies_of, "_is_copy", late)
     models.load(path)
     assert copies(cache) == [copy]
 

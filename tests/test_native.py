@@ -12,112 +12,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from heedful import native
 from heedful.conformance.tolerances import close, within_budget
-from heedful.core.call import Call
 from heedful.core.errors import BackendError
-from heedful.core.mask import Blocks, Causal, First, Mask, Padding, Rule, Where, Window
-from heedful.core.method import Method
-from heedful.core.positions import Positions
-from heedful.core.sites import Site, at
-from heedful.core.stack import Stack
-from heedful.core.stats import Statistic
-from heedful.core.summary import PARTS, Summary, sums
-from heedful.engine.attend import attend
-from heedful.engine.attention_call import AttentionCall
+from heedful.core.mask import Blocks, First, Rule, Where, Window
+from heedful.core.summary import Summary
 from heedful.engine.needs import Needs
-from heedful.engine.run_state import RunState
 from heedful.engine.select import select
 
-from .samples import PAPER
+from .kernel_calls import CAUSAL, RULES, Everything, Same, a_call, compare, draw, run
 
-CAUSAL: tuple[Rule, ...] = (Causal(),)
 pytestmark = pytest.mark.skipif(
     isinstance(native.library(), str) and shutil.which("g++") is None, reason="no kernel: this machine has no compiler"
 )
-
-
-class Everything(Method):
-    """Asks for all parts of the summary and hands them to whoever made it."""
-
-    paper = PAPER
-    seen: list[Summary]
-
-    @sums(*PARTS)
-    def look(self, pattern: Summary, call: Call) -> Statistic | None:
-        self.seen.append(pattern)
-        return None
-
-    def carries(self, call: Call) -> Tensor:
-        return torch.cos(call.keys.index[:, 0, :, None] * torch.arange(17))
-
-
-class Same(Method):
-    """Touches the queries without changing them, so that a kernel has to run."""
-
-    paper = PAPER
-
-    @at(Site.QUERY)
-    def keep(self, q: Tensor, call: Call) -> Tensor:
-        return q
-
-
-def run(
-    backend: str, method: Method, q: Tensor, k: Tensor, v: Tensor, call: Call, sink: Tensor | None = None
-) -> Tensor:
-    run_state = RunState(Stack((method,)))
-    run_state.new_forward()
-    job = AttentionCall(run_state.plan(call), run_state, call, sink=sink)
-    return attend(job, q, k, v, lambda needs: select(backend, needs))[0]
-
-
-def draw(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of (b, h, g, n, k, d, e), laid out as models lay them: tokens before heads."""
-    b, h, g, n, m, d, e = shape
-    made = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(b, t, x, w, generator=made) for t, x, w in ((n, h, d), (m, g, d), (m, g, e)))
-    return 2 * q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-
-def a_call(shape: tuple[int, ...], rules: tuple[Rule, ...], pad: Tensor | None = None) -> Call:
-    _, h, g, n, m, d, _ = shape
-    is_text = None
-    if pad is not None:
-        text = torch.arange(m)[None] >= pad[:, None]
-        rules, is_text = (*rules, Padding(text)), text[:, None, m - n :]
-    positions = Positions.row(m - n, n, pad=pad, is_filled=is_text), Positions.row(0, m, pad=pad)
-    return Call(0, 1, "bare", h, g, *positions, d**-0.5, mask=Mask(rules))
-
-
-def compare(
-    shape: tuple[int, ...], rules: tuple[Rule, ...], pad: Tensor | None = None, sink: Tensor | None = None
-) -> None:
-    """Output and every part of the summary, against the reference in float64."""
-    q, k, v = draw(shape)
-    call = a_call(shape, rules, pad)
-    told: dict[str, Summary] = {}
-    outs: dict[str, Tensor] = {}
-    for name, tensors in (("exact", (q.double(), k.double(), v.double())), ("eager", (q, k, v)), ("native", (q, k, v))):
-        heard: list[Summary] = []
-        outs[name] = run("native" if name == "native" else "reference", Everything(heard), *tensors, call, sink)
-        told[name] = heard[0]
-    is_text = call.is_text.expand(shape[0], 1, shape[3])
-    rows = is_text[..., None].expand(outs["native"].shape)
-    assert within_budget(outs["native"][rows], outs["eager"][rows], outs["exact"][rows])
-    for part in PARTS:
-        found, eager, exact = (getattr(told[x], part) for x in ("native", "eager", "exact"))
-        if part in ("received", "distance"):
-            assert within_budget(found, eager, exact), part
-            continue
-        keep = is_text.mT.expand(found.shape) if part == "carried" else is_text.expand(found.shape)
-        if part == "place":
-            assert torch.equal(found[keep], exact[keep])
-        else:
-            assert within_budget(found[keep], eager[keep], exact[keep]), part
-    assert torch.equal(told["native"].seen, told["eager"].seen)
-    assert told["native"].nearest == told["eager"].nearest
 
 
 SHAPES = [
@@ -133,26 +41,18 @@ SHAPES = [
     (1, 3, 1, 1, 3, 256, 256),
     (1, 7, 1, 129, 129, 128, 128),
 ]
-RULES: dict[str, tuple[Rule, ...]] = {
-    "everything": (),
-    "causal": CAUSAL,
-    "sliding": (*CAUSAL, Window(5)),
-    "sinks and a window": (*CAUSAL, Window(5) | First(2)),
-    "holes": (*CAUSAL, Where(lambda q, k: (q - k) % 300 < 200)),
-    "blind rows": (*CAUSAL, Where(lambda q, k: q % 3 > 0)),
-}
 
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_it_agrees_with_the_reference(shape: tuple[int, ...], rules: tuple[Rule, ...]) -> None:
-    compare(shape, rules)
+    compare("native", shape, rules)
 
 
 @pytest.mark.parametrize("n", [50, 3, 1])
 def test_padding_on_the_left(n: int) -> None:
     for rules in (CAUSAL, (*CAUSAL, Window(9) | First(2))):
-        compare((2, 4, 2, n, 50, 16, 16), rules, pad=torch.tensor([0, 7]))
+        compare("native", (2, 4, 2, n, 50, 16, 16), rules, pad=torch.tensor([0, 7]))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -161,14 +61,14 @@ def test_block_tables(heads: int, size: int) -> None:
     made = torch.Generator().manual_seed(1)
     count = -(-300 // size)
     table = torch.rand(2, heads, count, count, generator=made) < 0.4
-    compare((2, 4, 2, 300, 300, 16, 16), (*CAUSAL, Blocks(table, size)))
+    compare("native", (2, 4, 2, 300, 300, 16, 16), (*CAUSAL, Blocks(table, size)))
 
 
 @pytest.mark.parametrize("n", [40, 1])
 @pytest.mark.parametrize("size", [1.0, 8.0])
 def test_sink_logits(n: int, size: float) -> None:
     sink = size * torch.randn(1, 4, 1, 1, generator=torch.Generator().manual_seed(2))
-    compare((1, 4, 2, n, 40, 16, 16), CAUSAL, sink=sink)
+    compare("native", (1, 4, 2, n, 40, 16, 16), CAUSAL, sink=sink)
 
 
 @settings(max_examples=40, deadline=None)
@@ -177,7 +77,7 @@ def test_sink_logits(n: int, size: float) -> None:
     d=st.integers(1, 70), e=st.integers(1, 70), window=st.integers(1, 150),
 )  # fmt: skip
 def test_any_shape_agrees(n: int, past: int, heads: tuple[int, int], d: int, e: int, window: int) -> None:
-    compare((1, *heads, n, n + past, d, e), (*CAUSAL, Window(window)))
+    compare("native", (1, *heads, n, n + past, d, e), (*CAUSAL, Window(window)))
 
 
 @pytest.mark.parametrize("n", [60, 1])

@@ -18,8 +18,9 @@ from heedful.core.reweight import Reweight, reweights
 from heedful.core.summary import PARTS, Summary
 from heedful.engine.backends import native as backend
 
+from .kernel_calls import CAUSAL, Everything, Same, a_call, draw, run
 from .samples import PAPER
-from .test_native import CAUSAL, Everything, Same, a_call, draw, pytestmark, run
+from .test_native import pytestmark
 
 __all__ = ["pytestmark"]  # these tests too need a kernel
 

@@ -17,8 +17,9 @@ from heedful.core.stats import Statistic
 from heedful.core.summary import Summary, sums
 from heedful.core.values import replace
 
+from .kernel_calls import CAUSAL, Same, run
 from .samples import PAPER
-from .test_native import CAUSAL, Same, pytestmark, run
+from .test_native import pytestmark
 
 __all__ = ["pytestmark"]  # these tests too need a kernel
 

@@ -11,8 +11,8 @@ import torch
 import heedful
 from heedful import models
 from heedful.core.figures import Cell, Grid, HeadMap, Matrix
-from heedful.explaining import direct_logits, faithfulness, logit_lens, patching
-from heedful.methods import SinkRate, SinkWindow, TempScale
+from heedful.explaining import attribute, direct_logits, faithfulness, logit_lens, patching
+from heedful.methods import AttentionRollout, SinkRate, SinkWindow, TempScale
 from heedful.report.cells import heat, matrix
 
 IDS = torch.arange(5, 13)
@@ -60,6 +60,7 @@ def values() -> dict[str, Any]:
         "activity": activity,
         "run": run,
         "explain": heedful.explain(TempScale()),
+        "attribution": attribute(model, IDS, AttentionRollout()),
         "lens": logit_lens(model, IDS),
         "direct": direct_logits(model, IDS, 3),
         "patching": patching(model, clean, corrupt, metric),
@@ -75,8 +76,8 @@ def test_everything_that_a_verb_returns_shows_itself() -> None:
     for name, value in values().items():
         seen = elements(value._repr_html_())
         assert seen, name
-        if name in ("lens", "direct", "patching"):
-            assert seen.count("td") == {"lens": 16, "direct": 8, "patching": 8}[name]
+        if name in (cells := {"attribution": 8, "lens": 16, "direct": 8, "patching": 8}):
+            assert seen.count("td") == cells[name]
 
 
 def test_a_map_says_its_numbers_and_is_white_at_zero() -> None:

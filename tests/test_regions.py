@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful import attach, models
-from heedful.adapters.grids import grid_of, patches
+from heedful.adapters.grids import grid_of, regions
 from heedful.conformance.tolerances import close
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
@@ -73,9 +73,10 @@ def test_what_is_not_certain_is_no_grid() -> None:
     assert grid_of(model, {"pixel_values": torch.zeros(1, 3, 8, 9)}) is None
     assert grid_of(model, {}) is None
     assert grid_of(models.tiny("llama"), {"pixel_values": torch.zeros(1, 3, 8, 8)}) is None
-    assert patches(model, (2, 2), 5) == ((1, 5),)
-    assert patches(model, (2, 2), 4) is None
-    assert patches(model, (2, 2), 7) is None
+    found = regions(model, (2, 2), 5)
+    assert found == {"patches": ((1, 5),), "cls": ((0, 1),)}
+    assert found["patches"].grid == (2, 2)
+    assert regions(model, (2, 2), 4) == regions(model, (2, 2), 7) == {}
 
 
 def test_text_has_no_patches_and_a_given_role_stands() -> None:

@@ -25,6 +25,15 @@ from heedful.tiny import tiny
 
 from .samples import Gate, Scale
 
+
+class Own(nn.Module):
+    """An attention layer that calls torch's kernel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(x, x, x).transpose(1, 2).flatten(2)
+
+
 IDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -33,13 +42,24 @@ def model() -> nn.Module:
     return tiny("llama")
 
 
-def interrupted(at: int, act: Callable[[], Any]) -> bool:
-    """Whether `act` was interrupted at its line number `at`, counted over heedful's frames."""
+def ours(frame: FrameType) -> bool:
+    name = frame.f_globals.get("__name__", "")
+    return "heedful" in name and "life" not in name
+
+
+def hooking(frame: FrameType) -> bool:
+    """What puts hooks into a model and takes them away, torch's part of it too."""
+    file, name = frame.f_code.co_filename, frame.f_code.co_name
+    return file.endswith(("hooked.py", "resting.py")) or name.startswith("register_forward") or name == "undo"
+
+
+def interrupted(at: int, act: Callable[[], Any], where: Callable[[FrameType], bool] = ours) -> bool:
+    """Whether `act` was interrupted at its line number `at`, counted over some frames: heedful's."""
     seen = 0
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal seen
-        if "heedful" not in frame.f_globals.get("__name__", "") or "life" in frame.f_globals["__name__"]:
+        if not where(frame):
             return None
         if event == "line":
             seen += 1
@@ -78,6 +98,18 @@ def test_an_interrupt_in_attach_leaves_no_trace() -> None:
         assert fingerprint(model) == before, at
         at += 1
     assert at > 100
+
+
+@pytest.mark.parametrize("through_torch", [False, True])
+def test_an_interrupt_while_hooks_come_and_go_leaves_none(through_torch: bool) -> None:
+    """Between a hook's coming and torch's handle for it, and in the tidying after a dry run."""
+    model = nn.Sequential(Own()) if through_torch else tiny("llama", num_hidden_layers=1)
+    inputs = torch.ones(1, 2, 4) if through_torch else None
+    before, at = fingerprint(model), 0
+    while interrupted(at, lambda: attach(model, Scale(), inputs=inputs), hooking):
+        assert fingerprint(model) == before, at
+        at += 1
+    assert at > 50
 
 
 def test_a_model_dropped_without_closing_is_freed() -> None:

@@ -210,6 +210,21 @@ def test_saving_is_the_models_own_before_and_after(model: Any, tmp_path: Path) -
     assert load(tmp_path).stack == as_stack(Scale())
 
 
+def test_a_paused_run_saves_nothing_that_it_learned_without_its_stack(model: Any, tmp_path: Path) -> None:
+    before = type(model).save_pretrained
+    with attach(model, GatedHeads()) as run:
+        with run.paused(), pytest.raises(FieldError, match="resume first, or close to save neither"):
+            model.save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path)
+    assert "save_pretrained" not in vars(model)
+    assert type(model).save_pretrained is before
+    assert all(torch.equal(x, run.state_dict()[name]) for name, x in load(tmp_path).state_dict().items())
+    run = attach(model, GatedHeads())
+    run.pause()
+    run.close()
+    assert "save_pretrained" not in vars(model)
+
+
 def test_wrapped_models_save_what_is_theirs(model: Any, tmp_path: Path) -> None:
     wrapped = DataParallel(model)
     with attach(wrapped, GatedHeads()) as run:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -69,25 +68,6 @@ def waited(process: subprocess.Popen[bytes], out: Path, shards: int, most: float
         if time.monotonic() > end:
             raise TimeoutError(f"only {saved(out)} shards after {most} s")
         time.sleep(0.02)
-
-
-def killed_worker(driver: int, draw: random.Random) -> bool:
-    """Kill one of the workers that a driver of Ray started, if there is one."""
-    parents, titles = {}, {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                titles[int(folder.name)] = (folder / "cmdline").read_bytes()
-            except OSError:  # it has ended
-                continue
-    mine = {driver}
-    while more := {pid for pid, parent in parents.items() if parent in mine} - mine:
-        mine |= more
-    workers = sorted(pid for pid in mine if titles.get(pid, b"").startswith(b"ray::MapWorker"))
-    if workers:
-        os.kill(draw.choice(workers), signal.SIGKILL)
-    return bool(workers)
 
 
 def test_two_workers_of_ray_give_the_bits_of_one_process(corpus: Path, straight: Profile, tmp_path: Path) -> None:

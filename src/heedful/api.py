@@ -16,7 +16,7 @@ from heedful.core.kinds import HeadWeights, Prompt, Surgery, Tokens, Vocabulary
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
 from heedful.core.regions import Roles
 from heedful.core.stack import Stack
-from heedful.engine.resting import resting
+from heedful.engine.resting import resting, undone
 from heedful.engine.run import Run
 from heedful.folding import rewritten
 
@@ -56,6 +56,7 @@ class _FitContext:
 
         self.model, self.only = model, only
         adapter = adapt(model, only)
+        self._inner, self._names = adapter.model, adapter.layer_names
         self._found = [projections(adapter.model, name, i) for i, name in enumerate(adapter.layer_names)]
 
     @property
@@ -66,6 +67,11 @@ class _FitContext:
         from heedful.adapters.weights import read_weights
 
         return read_weights(self._found[layer])
+
+    def scale(self, layer: int) -> Tensor | None:
+        from heedful.adapters.weights import read_scale
+
+        return read_scale(self._inner, self._names[layer])
 
     def vocabulary(self) -> Vocabulary:
         from heedful.adapters.weights import read_vocabulary
@@ -80,15 +86,16 @@ class _FitContext:
 def still(model: nn.Module) -> Iterator[None]:
     """The model in eval mode and without gradients of its own, for the length of a `with`; then as it was."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    try:
-        with resting(model):
-            for p, _, _ in before:
-                p.requires_grad_(False)
-            yield
-    finally:
+
+    def undo() -> None:
         for p, required, grad in before:
             p.requires_grad_(required)
             p.grad = grad
+
+    with undone(undo), resting(model):
+        for p, _, _ in before:
+            p.requires_grad_(False)
+        yield
 
 
 @asks

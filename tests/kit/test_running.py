@@ -95,8 +95,63 @@ def _exponential(running: Running, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return running.mixed("x", q, k, v, fade)
 
 
+def _lifted(running: Running, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Squares of products, by features that are as many as pairs of channels."""
+    return running.mixed("x", q, running.cut(k), running.cut(v), lift=_pairs)
+
+
+def _pairs(x: Tensor) -> Tensor:
+    return (x[..., :, None] * x[..., None, :]).flatten(-2)
+
+
+def _peaks(running: Running, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return running.peaks("x", running.cut(k).abs())
+
+
+def _averaged(running: Running, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return running.averaged("x", running.cut(_scores(k))[..., 0].repeat_interleave(2, 1), running.cut(v))
+
+
+def _scores(k: Tensor) -> Tensor:
+    """Some far above what came before, some far below, and for the first places so low that no exponential is left."""
+    return k[..., :1] * 300 + torch.arange(k.shape[2])[:, None] * 40 - 900
+
+
+STEPS = [_even, _decayed, _exponential, _lifted, _peaks, _averaged]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+@pytest.mark.parametrize("causal", [False, True])
+def test_means_under_a_softmax_of_scores_that_all_queries_share(causal: bool, chunk: int) -> None:
+    q, k, v = _drawn()
+    found = _averaged(Running(_call(0, N, State(), PADDED, causal), k, chunk), q, k, v)
+    assert found.shape == (2, 4, N if causal else 1, v.shape[-1])
+    wanted = torch.zeros_like(found)
+    for i in range(found.shape[2]):
+        for b in range(2):
+            seen = [j for j in range(i + 1 if causal else N) if PADDED[b, j]]
+            for h in range(4 if seen else 0):
+                weights = _scores(k)[b, h // 2, seen, 0].softmax(0)
+                wanted[b, h, i] = weights @ v[b, h // 2, seen]
+    assert close(found, wanted)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_lifted_features_and_peaks(causal: bool) -> None:
+    q, k, v = _drawn()
+    running = Running(_call(0, N, State(), PADDED, causal), k, chunk=4)
+    found, peaks = (step(running, q, k, v) for step in (_lifted, _peaks))
+    for i in range(N):
+        seen = PADDED[:, : i + 1 if causal else N, None]
+        for h in range(4):
+            key, value = (x[:, h // 2, : seen.shape[1]] for x in (k, v))
+            weights = (key * q[:, h, i, None]).sum(-1, keepdim=True).square() * seen
+            assert close(found[:, h, i], (weights * value).sum(1))
+            assert torch.equal(peaks[:, h // 2, i if causal else 0], (key.abs() * seen).amax(1))
+
+
 @pytest.mark.parametrize("text", [None, PADDED], ids=["whole", "padded"])
-@pytest.mark.parametrize("step", [_even, _decayed, _exponential])
+@pytest.mark.parametrize("step", STEPS)
 def test_call_by_call_is_at_once_and_the_state_keeps_its_size(step: Step, text: Tensor | None) -> None:
     q, k, v = _drawn()
     whole = step(Running(_call(0, N, State(), text), k), q, k, v)
@@ -110,7 +165,7 @@ def test_call_by_call_is_at_once_and_the_state_keeps_its_size(step: Step, text: 
     assert len(set(sizes)) == 1
 
 
-@pytest.mark.parametrize("step", [_even, _decayed, _exponential])
+@pytest.mark.parametrize("step", STEPS)
 def test_what_the_state_does_not_hold_is_read_from_the_cache(step: Step) -> None:
     """After a cut, and where the cache was made without it."""
     q, k, v = _drawn()

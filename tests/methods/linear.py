@@ -66,19 +66,33 @@ def read(bare: Bare, call: Call, by_hand: ByHand) -> tuple[Tensor, Tensor]:
 
 
 def agrees(
-    method: Method, by_hand: ByHand, causal: bool, padded: bool, shape: Shape | None = None, lower: float = 0.0
+    method: Method,
+    by_hand: ByHand,
+    causal: bool,
+    padded: bool,
+    shape: Shape | None = None,
+    lower: float = 0.0,
+    params: dict[str, Tensor] | None = None,
+    unused: tuple[str, ...] = (),
 ) -> None:
-    """Forward in both precisions, and the gradients of what the text tokens get."""
+    """Forward in both precisions, and the gradients of what the text tokens get, but for what is `unused` of q, k, v.
+
+    What is read by hand may use `params` too, which have gradients then.
+    """
     bare, call = drawn(causal, padded, shape, lower)
-    leaves = [x.requires_grad_(True) for x in (bare.q, bare.k, bare.v)]
+    call = replace(call, params=params or {})
+    qkv = {"q": bare.q, "k": bare.k, "v": bare.v}
+    given = [*(x for name, x in qkv.items() if name not in unused), *(params or {}).values()]
+    for x in (*qkv.values(), *given):
+        x.requires_grad_(True)
     wanted, text = read(bare, call, by_hand)
-    found = method.attend(tuple(leaves), call) * text  # type: ignore[attr-defined]
+    found = method.attend(tuple(qkv.values()), call) * text  # type: ignore[attr-defined]
     assert close(found, wanted)
     weight = torch.linspace(-1, 1, wanted.numel(), dtype=torch.float64).view_as(wanted)
-    asked = [torch.autograd.grad((x * weight).sum(), leaves) for x in (found, wanted)]
+    asked = [torch.autograd.grad((x * weight).sum(), given) for x in (found, wanted)]
     for slope, want in zip(*asked, strict=True):
         assert bool(want.any())
         assert close(slope, want, 2048)
-    single = [x.detach().float() for x in leaves]
+    single = [x.detach().float() for x in qkv.values()]
     found = method.attend(tuple(single), replace(call, state=State())) * text  # type: ignore[attr-defined]
     assert close(found, wanted.float(), 512)

@@ -148,14 +148,15 @@ def test_heads_can_be_named() -> None:
         fit(LoFiT(heads=((0, 4),)), model, _batches(model))
 
 
-def test_it_folds_where_there_is_a_bias() -> None:
-    model = models.tiny("llama", attention_bias=True)
+@pytest.mark.parametrize("has", [True, False])
+def test_it_folds_where_there_is_a_bias_or_can_be(has: bool) -> None:
+    model = models.tiny("llama", attention_bias=has)
     inputs = models.tiny_inputs(model)
     method = LoFiT(offsets=_offsets())
     with torch.no_grad():
         assert close_model(fold(model, method)(**inputs).logits, _by_hand(model, method.offsets, 1.0, **inputs))
-    with pytest.raises(FoldError, match="the o projection, a Linear, has no bias"):
-        fold(models.tiny("llama"), method)
+    with pytest.raises(FoldError, match=r"o_proj, a Linear, has no bias, .* its config has no switch for one"):
+        fold(models.tiny("mistral"), method)
 
 
 def test_errors() -> None:

@@ -100,8 +100,42 @@ def test_errors() -> None:
     for batches in ([], [{**inputs, "positive": True}]):
         with pytest.raises(FieldError, match="must hold positive and other texts"):
             fit(SteeringVector(), model, batches)
-    with pytest.raises(FoldError, match="acts at RESIDUAL in a way that no weights can do"):
-        fold(model, SteeringVector(1.0, _vectors()))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # in one the biases are made, in the other they are there
+def test_it_folds_into_the_bias_of_the_last_map(kind: str, tmp_path: Any) -> None:
+    model, method = models.tiny(kind), SteeringVector(-1.5, _vectors())
+    inputs = models.tiny_inputs(model)
+    plain = fold(model, method.on(layers=1))
+    folder = tmp_path / "folded"
+    plain.save_pretrained(folder)
+    again = type(plain).from_pretrained(folder).eval()
+    block = "transformer.h" if kind == "gpt2" else "model.layers"
+    added = {
+        n: p for n, p in again.named_parameters() if not torch.equal(p, dict(model.named_parameters()).get(n, p * 0))
+    }
+    assert list(added) == [f"{block}.1.mlp.{'c_proj' if kind == 'gpt2' else 'down_proj'}.bias"]
+    with torch.no_grad(), attach(model, method.on(layers=1)) as run:
+        assert close_model(again(**inputs).logits, run(**inputs).logits)
+        run.close()
+        assert not close_model(again(**inputs).logits, model(**inputs).logits)
+    assert getattr(model.config, "mlp_bias", False) is False
+    assert fold(model, SteeringVector(0.0, _vectors())).config.to_dict() == model.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("bert", "nothing in bert.encoder.layer.0 gives its output to the stream as it is"),
+        ("gemma2", "nothing in model.layers.0 gives its output to the stream as it is"),
+        ("mistral", "model.layers.0.mlp.down_proj, a Linear, has no bias"),
+        ("bart", "is not the one attention of an item"),
+        ("vit", "models that read tokens, not pixel_values"),
+    ],
+)
+def test_where_it_cannot_fold_it_says_why(kind: str, why: str) -> None:
+    with pytest.raises(FoldError, match=why):
+        fold(models.tiny(kind), SteeringVector(seed=0), only="model.decoder" if kind == "bart" else None)
 
 
 def test_random_vectors_are_the_seeds_own() -> None:

@@ -99,18 +99,6 @@ class Bound:
     def kind(self) -> str:
         return type(self.module).__name__
 
-    @property
-    def rotate(self) -> Callable[[Tensor], Tensor] | None:
-        """The rotary embedding of this call's tokens, as the model's own file does it."""
-        if self.rotary is None:
-            return None
-        cos, sin = self.rotary
-        for base in type(self.module).__mro__:
-            rotate = getattr(sys.modules.get(base.__module__), "apply_rotary_pos_emb", None)
-            if rotate is not None:
-                return lambda x: rotate(x, x, cos, sin)[0]
-        return None
-
 
 # weak on both sides, since a bound module leads to its key; the module's own hooks hold it
 bound_modules: WeakKeyDictionary[nn.Module, ReferenceType[Bound]] = WeakKeyDictionary()

@@ -22,11 +22,12 @@ from torch.overrides import TorchFunctionMode
 
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.dispatched import other_kernel
+from heedful.adapters.hooked import Hooked
 from heedful.adapters.layout import Layout, heads_told
 from heedful.adapters.taking import Taking, stream_of
 from heedful.core.errors import RefusedModel
 from heedful.core.method import Layer
-from heedful.engine.resting import resting
+from heedful.engine.resting import resting, undone
 
 SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention
 MULTI_HEAD: Callable[..., Any] = F.multi_head_attention_forward
@@ -217,25 +218,25 @@ def _scripted(model: nn.Module) -> dict[str, str]:
 @contextmanager
 def _hooked(model: nn.Module, watch: _Watch) -> Iterator[None]:
     """Hooks on all modules; they also keep torch's encoder layers from their fast path, which calls no module."""
-    handles = []
-    written = WrittenCalls()
+    hooked, written = Hooked(), WrittenCalls()
     nested = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
-    try:
+
+    def undo() -> None:
+        written.undo()
+        for encoder in nested:
+            encoder.use_nested_tensor = True
+        hooked.remove()
+
+    with undone(undo):
         for module in watch.names:
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            handles.append(module.register_forward_pre_hook(watch.enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(lambda m, *_: watch.leave(m), always_call=True))
+            hooked.before(module, watch.enter)
+            hooked.after(module, lambda m, *_: watch.leave(m), always_call=True)
         for encoder in nested:
             encoder.use_nested_tensor = False
         written.lead_past(model)
         yield
-    finally:
-        written.undo()
-        for encoder in nested:
-            encoder.use_nested_tensor = True
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

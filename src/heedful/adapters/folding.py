@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from heedful.adapters.biases import shapes
 from heedful.adapters.layers import Projections
 from heedful.core.method import Layer
 from heedful.core.sites import Site
@@ -22,6 +23,8 @@ OF_THE_MAP = ("q_", "k_", "query", "key", *OF_SCORES)  # and of those that only 
 
 def obstacle(model: nn.Module, name: str, p: Projections, site: Site) -> str | None:
     """Why nothing that acts at the site can be written into the layer's projections; None where something can."""
+    if site is Site.RESIDUAL:
+        return None
     layer, shared = model.get_submodule(name), _shared(model)
     for letter in "qkvo":
         linear: Any = p.module(letter)
@@ -94,7 +97,7 @@ def renew_config(model: Any, sizes: Mapping[str, Layer]) -> str | None:
             if hasattr(config, "num_key_value_heads"):
                 config.num_key_value_heads = groups
         with torch.device("meta"):
-            if _shapes(type(model)(model.config)) == _shapes(model):
+            if shapes(type(model)(model.config)) == shapes(model):
                 return None
     except (AttributeError, ValueError):  # a fixed head width, or heads that do not divide the width
         pass
@@ -102,8 +105,3 @@ def renew_config(model: Any, sizes: Mapping[str, Layer]) -> str | None:
         vars(config).clear()
         vars(config).update(fields)
     return "its config has no way to tell heads of another width than all heads together, over their number"
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    found: Mapping[str, Tensor] = model.state_dict()
-    return {name: x.shape for name, x in found.items()}

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from heedful.core.regions import Region
 
 # learned tokens that vision models put before the patches, by the name of their parameter
-BEFORE_PATCHES = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+CLASS_TOKENS = ("cls_token", "class_embedding")  # it comes first
+BEFORE_PATCHES = (*CLASS_TOKENS, "distillation_token", "register_tokens")
 PICTURES = ("pixel_values", "x", "image", "hidden_states")  # what models call a batch of images, [b c rows cols]
 Grid = tuple[int, int]
 
@@ -27,17 +28,21 @@ def grid_of(model: nn.Module, inputs: dict[str, Any]) -> Grid | None:
     return None if over or more else (rows, cols)
 
 
-def patches(model: nn.Module, grid: Grid, tokens: int) -> Region | None:
-    """The patches as a region, if the tokens are those that stand before patches in this model, and the patches."""
+def before_patches(model: nn.Module) -> int:
+    """How many tokens stand before the patches of an image."""
     told = getattr(model, "num_prefix_tokens", None)
     if isinstance(told, int):
-        return _behind(told, grid, tokens)
-    before = 0
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] in BEFORE_PATCHES:
-            before += parameter.shape[-2] if parameter.ndim > 1 else 1
-    return _behind(before, grid, tokens)
+        return told
+    named = [x for name, x in model.named_parameters() if name.rpartition(".")[2] in BEFORE_PATCHES]
+    return sum(x.shape[-2] if x.ndim > 1 else 1 for x in named)
 
 
-def _behind(before: int, grid: Grid, tokens: int) -> Region | None:
-    return Region(((before, tokens),), grid) if tokens - before == grid[0] * grid[1] else None
+def regions(model: nn.Module, grid: Grid, tokens: int) -> dict[str, Region]:
+    """The patches and the class token, `cls`, if the tokens are what stands before patches in this model, and these."""
+    before = before_patches(model)
+    if tokens - before != grid[0] * grid[1]:
+        return {}
+    found = {"patches": Region(((before, tokens),), grid)}
+    if before and any(name.rpartition(".")[2] in CLASS_TOKENS for name, _ in model.named_parameters()):
+        found["cls"] = Region(((0, 1),))
+    return found

@@ -14,8 +14,8 @@ from transformers.cache_utils import Cache
 from heedful.adapters.arguments import by_name
 from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
-from heedful.adapters.compiled import as_written
-from heedful.adapters.grids import Grid, grid_of, patches
+from heedful.adapters.grids import Grid, grid_of, regions
+from heedful.adapters.hooked import Hooked
 from heedful.adapters.kvcache import hold, seen, serve
 from heedful.adapters.layers import block_of, output_module, projections, within
 from heedful.adapters.lazymask import LazyMask
@@ -32,26 +32,6 @@ from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run import Run
 from heedful.engine.run_state import Plan
 from heedful.engine.stages import stage
-
-
-class Hook:
-    """A hook of a run, called as it is written; copies and files of the module have one that does nothing."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = as_written(function)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
-
-    def __reduce__(self) -> Any:
-        return NoHook, ()
-
-
-class NoHook:
-    """What is left of a hook in a copy."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        return None
 
 
 def _cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
@@ -71,12 +51,10 @@ class Hooks:
     _thread: int | None = None  # the one that a forward is under way in
     _parts: dict[nn.Module, str] = field(default_factory=dict)  # the models in the model, by name
     _images: dict[str, tuple[nn.Module, Grid]] = field(default_factory=dict)  # those that read images, and their grids
-    _handles: list[Any] = field(default_factory=list)
+    _hooked: Hooked = field(default_factory=Hooked)
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooked.remove()
 
     # a forward of the model, or of a model in it that is called by itself
 
@@ -84,9 +62,8 @@ class Hooks:
         """Know where a forward of the whole begins and ends; the whole is named ''."""
         for name, part in parts.items():
             self._parts[part] = name
-            self._handles.append(part.register_forward_pre_hook(Hook(self._begins), with_kwargs=True))
-            ends = Hook(self._ends)
-            self._handles.append(part.register_forward_hook(ends, with_kwargs=True, always_call=True))
+            self._hooked.before(part, self._begins)
+            self._hooked.after(part, self._ends, with_kwargs=True, always_call=True)
 
     @property
     def under_way(self) -> bool:
@@ -152,12 +129,11 @@ class Hooks:
         return output
 
     def roles(self, bound: Bound, tokens: int) -> Marks:
-        """The run's roles, and the patches of the image that a layer attends over."""
+        """The run's roles, and, of the image that a layer attends over, the patches and the class token."""
         inside = [prefix for prefix in self._images if within(bound.name, (prefix,) if prefix else None)]
         if not inside or "patches" in self.run.roles:
             return self.run.roles
-        found = patches(*self._images[max(inside, key=len)], tokens)
-        return self.run.roles if found is None else {**self.run.roles, "patches": found}
+        return {**regions(*self._images[max(inside, key=len)], tokens), **self.run.roles}
 
     # one attention module
 
@@ -178,8 +154,8 @@ class Hooks:
                     "would silently be the unedited model's. Was it compiled or replaced since?"
                 )
 
-        self._handles.append(bound.module.register_forward_pre_hook(Hook(before), with_kwargs=True))
-        self._handles.append(bound.module.register_forward_hook(Hook(after)))
+        self._hooked.before(bound.module, before)
+        self._hooked.after(bound.module, after)
 
     def _enter(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         taking, hidden = bound.taking, stream_of(args, kwargs)
@@ -252,8 +228,8 @@ class Hooks:
             letters[module] = letters.get(module, frozenset()) | {letter}
         for module, mine in letters.items():
             spared = Spared(bound, mine)
-            self._handles.append(module.register_forward_pre_hook(Hook(spared.before)))
-            self._handles.append(module.register_forward_hook(Hook(spared.after)))
+            self._hooked.before(module, spared.before)
+            self._hooked.after(module, spared.after)
 
     def _stand_around(self, name: str) -> None:
         if self._graph or torch.is_grad_enabled() or not self.under_way:  # else nobody asks for gradients
@@ -313,7 +289,7 @@ class Hooks:
             self.run.state.close_call(job.plan, call)
             return put(taking.turned(new), args, kwargs)
 
-        self._handles.append(model.get_submodule(name).register_forward_pre_hook(Hook(before), with_kwargs=True))
+        self._hooked.before(model.get_submodule(name), before)
 
     # its output projection
 
@@ -347,7 +323,7 @@ class Hooks:
             new = turned(new.reshape(rows.shape))
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
-        self._handles.append(found.register_forward_hook(Hook(after)))
+        self._hooked.after(found, after)
 
     # the layer that it stands in
 
@@ -378,4 +354,4 @@ class Hooks:
             new = bound.taking.turned(new.reshape(rows.shape))
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
-        self._handles.append(model.get_submodule(name).register_forward_hook(Hook(after)))
+        self._hooked.after(model.get_submodule(name), after)

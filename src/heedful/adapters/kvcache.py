@@ -201,8 +201,12 @@ class HeldLayer(DynamicLayer):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether the newest token can be taken back as if it had never been read."""
-        return self.whole or self.chosen < self.seen
+        """Whether the newest token can be taken back as if it had never been read.
+
+        transformers asks before it crops guesses, where `crop` says better what is wrong, and on 'mps' alone before it
+        decides on a token one step late.
+        """
+        return self.device.type != "mps" or self.whole or self.chosen < self.seen
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:

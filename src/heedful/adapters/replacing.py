@@ -12,12 +12,12 @@ from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
 from heedful.adapters.kvcache import seen
 from heedful.adapters.layers import source_of
+from heedful.adapters.rotation import ROTARY, rotates
 from heedful.core.errors import RefusedModel
 
 UNROTATED = "keys from before the rotary embedding"
 NOTHING = "no keys and values, since its block was replaced"
 Args = tuple[Any, ...]
-ROTARY = "position_embeddings"  # what a module takes its rotary embedding by
 
 
 def shares_keys(module: nn.Module) -> bool:
@@ -36,7 +36,7 @@ def unrotated(bound: Bound, args: Args, kwargs: dict[str, Any]) -> tuple[Args, d
     still = _still(given, _source(bound.module))
     if still is None:
         # a module that can be handed a rotary embedding, and is not, has none in this call
-        if (given is None and ROTARY in names) or not _rotates(bound):
+        if (given is None and ROTARY in names) or not rotates(bound.module):
             return None
         raise RefusedModel(
             f"{_named(bound)} rotates queries and keys by itself, so what they are before is out of reach; restrict "
@@ -66,11 +66,6 @@ def _named(bound: Bound) -> str:
     return f"a method that asks for queries and keys before the rotary embedding cannot act in {bound.name}: it"
 
 
-def _rotates(bound: Bound) -> bool:
-    source = _source(bound.module).lower()
-    return "rotary" in source or "rope" in source
-
-
 def _still(rotary: Any, source: str) -> Any:
     """Angles of nothing in the form of those that are given: complex numbers, or cosines and sines in either order."""
     if isinstance(rotary, Tensor) and rotary.is_complex():
@@ -90,12 +85,12 @@ class Spared:
         self.bound, self.letters = bound, letters  # of what it projects to: q, k, v, o
         self._rows: torch.Size | None = None
 
-    def before(self, _: nn.Module, args: tuple[Any, ...]) -> Any:
+    def before(self, _: nn.Module, args: Args, kwargs: dict[str, Any]) -> Any:
         self._rows = None
         if not self.letters <= self.bound.spared or not args or not isinstance(args[0], Tensor):
             return None
         self._rows = args[0].shape[:-1]
-        return (args[0].narrow(-2, 0, 0), *args[1:])
+        return (args[0].narrow(-2, 0, 0), *args[1:]), kwargs
 
     def after(self, _: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         rows, self._rows = self._rows, None

@@ -98,6 +98,9 @@ class SavesStack(_Takes):
         self, save_directory: Any, is_main_process: bool = True, state_dict: dict[str, Any] | None = None, **more: Any
     ) -> Any:
         stack, model = self.run.stack, self.module
+        if not self.run.installed():
+            rule = f"leaves what {stack!r} learned in the weights without it; resume first, or close to save neither"
+            raise FieldError("save_pretrained()", "run", "paused", rule, "run.resume()")
         told = {"format": FORMAT, "only": self.only and list(self.only), "parts": [spelled(part) for part in stack]}
         tensors = [x for part in stack for x in fitted_in(part)]
         if tensors and more.get("push_to_hub"):

@@ -16,6 +16,7 @@ from heedful.adapters.answering import Asked, computed, left_alone, plan_of, rep
 from heedful.adapters.bound import Bound
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
+from heedful.adapters.hooked import Hooked
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.layers import output_module, served
 from heedful.adapters.layout import Layout, heads_told, same_rows
@@ -92,7 +93,7 @@ class SdpaAdapter:
     _calls: WrittenCalls = field(default_factory=WrittenCalls, init=False)
     _entrances: list[Entrance] = field(default_factory=list, init=False)
     _nested: list[nn.TransformerEncoder] = field(default_factory=list, init=False)
-    _waiting: list[Any] = field(default_factory=list, init=False)
+    _waiting: Hooked = field(default_factory=Hooked, init=False)
 
     def __post_init__(self) -> None:
         self.planted = Planted(self.model, shared=self.shared)
@@ -170,7 +171,7 @@ class SdpaAdapter:
                 self._hooks.first = self._first
                 for name, module in self.model.named_modules():
                     if name and not isinstance(module, nn.ModuleList):
-                        self._waiting.append(module.register_forward_pre_hook(self._too_early))
+                        self._waiting.before(module, self._too_early)
             self.installed = True
         except BaseException:
             self.remove()
@@ -183,12 +184,12 @@ class SdpaAdapter:
             rule = f"{self.kind} is an attention module itself, which must be known before it runs"
             raise FieldError("attach()", "inputs", None, rule, "(x, x, x)")
         self._hooks.first = None
-        self._wait_no_more()
+        self._waiting.remove()
         self.run.settle()
         self._hooks.layers = len(self._names)
         self._enter()
 
-    def _too_early(self, module: nn.Module, _: Any) -> None:
+    def _too_early(self, module: nn.Module, *_: Any) -> None:
         if not self._hooks.under_way:
             raise NotEntered(
                 f"a {type(module).__name__} of {self.kind} was called by itself, before heedful knows the layers; "
@@ -221,14 +222,10 @@ class SdpaAdapter:
                 encoder.use_nested_tensor = False
         self._calls.lead_past(self.model)
 
-    def _wait_no_more(self) -> None:
-        while self._waiting:
-            self._waiting.pop().remove()
-
     def remove(self) -> None:
         self.installed = False
         self._calls.undo()
-        self._wait_no_more()
+        self._waiting.remove()
         while self._nested:
             self._nested.pop().use_nested_tensor = True
         if hasattr(self, "_hooks"):
@@ -239,6 +236,10 @@ class SdpaAdapter:
         for module in self.model.modules():
             if (found := _attached.get(module)) is not None and found() is self:
                 del _attached[module]
+
+    def leave(self) -> None:
+        self.remove()
+        self.planted.drop()
 
     # one attention call
 

@@ -30,6 +30,7 @@ from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import held_layer
 from heedful.adapters.layers import block_of, interface_layers, leftovers, parts_of, served, size_of
 from heedful.adapters.planted import Planted
+from heedful.adapters.rotation import rotation
 from heedful.adapters.saving import adopted, takes_saving
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.call import Call, Phase
@@ -126,9 +127,10 @@ class TransformersAdapter:
             hooks.stream(self.model, [bound for bound in bounds if bound.number is not None])
             whole = {n: m for n, m in self.model.named_modules() if m is self.model or isinstance(m, PreTrainedModel)}
             hooks.forwards(whole)
-            self._saves = takes_saving(run, self.model, self.only)
-            for takes in self._saves:
-                takes.begin()
+            if not self._saves:
+                self._saves = takes_saving(run, self.model, self.only)
+                for takes in self._saves:
+                    takes.begin()
             self._calls.lead_past(self.model)
         except BaseException:
             self.remove()
@@ -157,8 +159,8 @@ class TransformersAdapter:
 
     def remove(self) -> None:
         self._calls.undo()
-        for takes in self._saves:
-            takes.end()
+        if self._saves and not any(self.run.state.params.values()):  # else what it learned would be saved without it
+            self._save_as_before()
         if hasattr(self, "_hooks"):  # an attach may end before it has any
             self._hooks.remove()
         for config, name in self._names_put:
@@ -169,6 +171,16 @@ class TransformersAdapter:
             if (bound := bound_to(module)) is not None and bound.server is self:
                 bound_modules.pop(module, None)
         self._names_put = []
+
+    def leave(self) -> None:
+        self.remove()
+        self._save_as_before()
+        self.planted.drop()
+
+    def _save_as_before(self) -> None:
+        for takes in self._saves:
+            takes.end()
+        self._saves = []
 
     # one attention call
 
@@ -192,7 +204,7 @@ class TransformersAdapter:
         call = bound.call = Call(
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
             given.softcap, phase, run_state.denoising, bound.cross, self._hooks.roles(bound, len(given.keys)),
-            rows_of(bound.hidden, q), bound.rotate, given.mask, max(0, run_state.now.number), batch=len(q),
+            rows_of(bound.hidden, q), rotation(bound), given.mask, max(0, run_state.now.number), batch=len(q),
         )  # fmt: skip
         plan = plan_of(run, call)
         if (nothing := replaced_whole(run, plan, call, q, v)) is not None:

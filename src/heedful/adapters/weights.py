@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heedful.adapters.layers import HEAD_COUNTS, SHARED, Projections, transposed
+from heedful.adapters.biases import give_bias
+from heedful.adapters.layers import HEAD_COUNTS, SHARED, Projections, block_of, transposed
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.errors import RefusedModel, SiteError
 from heedful.core.kinds import HeadWeights, Vocabulary
@@ -67,6 +68,16 @@ def read_weights(p: Projections) -> HeadWeights:
     return HeadWeights(q, k, v, o.reshape(o.shape[0], h, dv).clone(), q_bias, k_bias, v_bias, _bias(p.module("o")))
 
 
+def read_scale(model: nn.Module, name: str) -> Tensor | None:
+    """What a block multiplies with that its attention gives, before the stream takes it in, `[e]`; None: nothing."""
+    block = model.get_submodule(block_of(model, name) or "")
+    for child in block.children():
+        if type(child).__name__.endswith("LayerScale"):  # the first is attention's, the second the feed-forward part's
+            (scale,) = child.parameters()
+            return scale.detach().clone()
+    return None
+
+
 def read_vocabulary(model: nn.Module) -> Vocabulary:
     """Copies of the embedding and the unembedding; a model that has not both, as plain tables, is refused."""
     inner = unwrapped(model)
@@ -83,7 +94,7 @@ def read_vocabulary(model: nn.Module) -> Vocabulary:
     return Vocabulary(*tables)
 
 
-def write_weights(layer: nn.Module, p: Projections, new: HeadWeights) -> None:
+def write_weights(model: nn.Module, layer: nn.Module, p: Projections, new: HeadWeights) -> None:
     """Put weights back; with fewer heads, into smaller modules."""
     if new.heads % new.kv_heads:
         raise SiteError(
@@ -104,6 +115,9 @@ def write_weights(layer: nn.Module, p: Projections, new: HeadWeights) -> None:
                 f"{name} has a key head for every {each} of its query heads, and cannot be told another number"
             )
         _require_free_heads(layer, p)
+    for letter, bias in zip("qkvo", (new.q_bias, new.k_bias, new.v_bias, new.o_bias), strict=True):
+        if bias is not None and bool(bias.any()):
+            give_bias(model, p.module(letter))
     parts = {
         "q": (new.q.flatten(0, 1), new.q_bias), "k": (new.k.flatten(0, 1), new.k_bias),
         "v": (new.v.flatten(0, 1), new.v_bias), "o": (new.o.flatten(1), new.o_bias),
@@ -146,8 +160,6 @@ def _fill(p: Projections, letter: str, matrix: Tensor, bias: Tensor | None) -> N
         elif transposed(linear):
             linear.nx, linear.nf = weight.shape
     have = getattr(linear, "bias", None)
-    if have is None and bias is not None and bool(bias.any()):
-        raise RefusedModel(f"the {letter} projection, a {type(linear).__name__}, has no bias, which the edit needs")
     if bias is not None and have is not None:
         mine = p.own(letter, have)
         if mine.shape == bias.flatten().shape:

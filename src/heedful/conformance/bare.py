@@ -124,7 +124,7 @@ def parameters(method: Method, layer: Layer, dtype: torch.dtype) -> dict[str, Te
 
 def serving(method: Method) -> list[str]:
     """The backends that can serve a method, reference last."""
-    needs = Needs.of(Stack((method,)).steps())
+    needs = Needs.of(Stack((method,)).steps(), tensors=(torch.empty(0),))  # on the device where a Bare is
     return [name for name, backend in BACKENDS.items() if not backend.refuses(needs)]
 
 

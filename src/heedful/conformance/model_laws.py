@@ -35,7 +35,8 @@ def logits(model: nn.Module, what: Any = None, backend: str = "auto", **inputs: 
     return replace(TEXT, inputs=lambda: inputs).logits(model, what, backend)
 
 
-def _for_text(method: Method) -> None:
+def for_text(method: Method) -> None:
+    """Pass over methods that are not for text."""
     if "text" not in method.subjects:
         raise DoesNotApply(f"is for {', '.join(method.subjects)}, not for text")
 
@@ -123,7 +124,7 @@ def _spy(site: Site) -> Method:
 
 @law("what comes before the first declared site, in the first layer, is untouched")
 def declared_sites_only(method: Method) -> None:
-    _for_text(method)
+    for_text(method)
     first = min(e.site.order for e in method.edits)
     whole = any(e.site is Site.BLOCK for e in method.edits)  # then nothing happens inside the block
     upstream = [site for site in BEFORE_MAP if site.order < first and not (whole and site.inside)]
@@ -200,7 +201,7 @@ def _leaves_no_trace(method: Method, subject: Subject, model: nn.Module) -> None
 
 @law("padding on the left and the order of a batch change nothing for the text")
 def padding(method: Method) -> None:
-    _for_text(method)
+    for_text(method)
     model, ids = tiny_model("llama"), text()
     plain = logits(model, method, input_ids=ids)
     swapped = logits(model, method, input_ids=ids.flip(0)).flip(0)
@@ -225,7 +226,7 @@ def padding(method: Method) -> None:
 
 @law("reading a text at once and token by token come to the same")
 def streaming(method: Method) -> None:
-    _for_text(method)
+    for_text(method)
     if not method.chunk_invariant:
         raise DoesNotApply("does not claim it: what it does depends on the call")
     model = tiny_model("llama")
@@ -293,7 +294,7 @@ def composes(method: Method, every: bool = False) -> None:
 
 @law("numbers that a method declares come true")
 def declared_numbers(method: Method) -> None:
-    _for_text(method)
+    for_text(method)
     declared = method.declares(LENGTH)
     if not declared:
         raise DoesNotApply("declares none")

@@ -14,6 +14,7 @@ from torch import Tensor
 from heedful.adapters.cache_name import CACHE, cache_of
 from heedful.api import attach
 from heedful.conformance.bare import ROLES
+from heedful.conformance.model_laws import for_text
 from heedful.conformance.subjects import text, tiny_model
 from heedful.conformance.tolerances import close_model, error
 from heedful.conformance.verdict import Broken, DoesNotApply, law
@@ -76,6 +77,7 @@ def _compare(found: Tensor, requested: list[Tensor], what: str) -> None:
 
 @law("beams, batches of unlike texts, and two texts in turn equal each text alone")
 def each_text_alone(method: Method) -> None:
+    for_text(method)
     if all(edit.reads for edit in method.edits):
         raise DoesNotApply("reads only, and so leaves every logit as it was")
     long, short = text()[:1], text(1)[:1, :SHORT]

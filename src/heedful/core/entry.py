@@ -95,6 +95,10 @@ class FitContext(Protocol):
         """The layer's projections, head by head."""
         ...
 
+    def scale(self, layer: int) -> Tensor | None:
+        """What the layer's block multiplies with that its attention gives (LayerScale), `[e]`; None where nothing."""
+        ...
+
     def vocabulary(self) -> Any:
         """The rows of the embedding and of the unembedding."""
         ...

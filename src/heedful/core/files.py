@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from heedful.core.errors import FieldError, StatisticError, WriteError
 
@@ -70,6 +72,12 @@ def replace_text(path: Path, text: str) -> None:
     """Write a file beside, then rename it."""
     with placed(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """A name for all that a JSON file says, which it keeps as its "digest": by it damage is seen."""
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def append(path: Path, text: str) -> None:

@@ -144,6 +144,7 @@ class HeadWeights:
     k_bias: Tensor | None = None  # [g d]
     v_bias: Tensor | None = None  # [g d]
     o_bias: Tensor | None = None  # [e]
+    stream: Tensor | None = None  # [e], a constant that an edit adds to the stream as it leaves the layer
 
     @property
     def heads(self) -> int:
@@ -164,7 +165,7 @@ class HeadWeights:
 
         return HeadWeights(
             self.q[heads], self.k[kv], self.v[kv], self.o[:, heads],
-            pick(self.q_bias, heads), pick(self.k_bias, kv), pick(self.v_bias, kv), self.o_bias,
+            pick(self.q_bias, heads), pick(self.k_bias, kv), pick(self.v_bias, kv), self.o_bias, self.stream,
         )  # fmt: skip
 
 

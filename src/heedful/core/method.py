@@ -104,6 +104,7 @@ class Method(CatalogueEntry, abstract=True):
         """The layer's weights with this edit in them, for `heedful.fold`; None where no weights can do what it does.
 
         What acts at HEAD_OUTPUT goes into `o` and `o_bias`. Under `.on(heads=...)` the `o` of all other heads is zero.
+        A constant on top of RESIDUAL goes into `stream`. Biases that a model can have and has not are given to it.
         """
         return None
 

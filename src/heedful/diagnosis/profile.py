@@ -170,7 +170,7 @@ class Profile:
         left = f" ({facts['left_out']:,} left out in short ends)" if facts.get("left_out") else ""
         return (
             f"{facts['model']}: {counted(facts['layers'], 'layer')} of {counted(facts['heads'], 'head')}, "
-            f"{counted(facts['texts'], 'text')} of {counted(facts['tokens'], 'token')}{left}, "
+            f"{counted(facts['texts'], facts.get('reads', 'text'))} of {counted(facts['tokens'], 'token')}{left}, "
             f"{sum(facts['seconds'].values()):.1f} s"
         )
 

@@ -28,15 +28,25 @@ from heedful.diagnosis.measures import WEIGHTS, chosen, makes_trials, reads_text
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.shards import Reader, Sums, first_of
 from heedful.diagnosis.store import ADDED, clean
-from heedful.diagnosis.subject import Progress, Subject
-from heedful.diagnosis.texts import Texts, Windows, cut, ordinary, pieces, positions, some, sources
-from heedful.diagnosis.view import SHOWN, Attended, Looks, notable, room, view_of
+from heedful.diagnosis.subject import Subject
+from heedful.diagnosis.texts import Texts, Windows, cut, ordinary, pictures, pieces, positions, some, sources
+from heedful.diagnosis.view import Looks, notable, room, view_of
 from heedful.diagnosis.workers import Here, Ray, Workers
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
 
 LENGTH = 2048  # tokens of a window, where the model takes as many
 SAVE_EVERY = 60.0  # seconds between two saves of what is there so far
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a diagnosis is."""
+
+    stage: str  # "text", "corpus", "trials", "weights" or "view"
+    done: int  # tokens of this stage, or shards
+    total: int
+    note: str = ""
 
 
 @torch.no_grad()
@@ -59,6 +69,9 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
     A `Corpus` is read shard by shard, by as many `workers` as are asked for, or by `Ray` or `Ranks` as these are set;
     its answer is the same whoever reads it.
 
+    A model that reads images takes their pixels, `[c rows cols]`, a batch or a list of them; measures that make prompts
+    of their own are left out.
+
     `length` is the most tokens that one forward reads (2048, or as many as the model takes); what is longer is cut.
     With `batch` above 1 several windows are read at once, and no measure learns where delimiters stand. `out` is a
     folder for the profile: what is there so far is saved every minute, and the same call goes on where it stopped.
@@ -72,11 +85,16 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
     length = _length(subject.model, length)
     corpus = _corpus(texts, workers)
     shards = corpus.shards() if corpus is not None else ()
+    if subject.pictures:
+        if corpus is not None:
+            rule = f"holds texts, and {type(subject.model).__name__} reads images: pass their pixels"
+            raise FieldError("diagnose()", "texts", corpus, rule, "processor(image, return_tensors='pt').pixel_values")
+        parts, windows = tuple(part for part in parts if not makes_trials(part)), pictures(texts)  # type: ignore[arg-type]
+    elif corpus is None:
+        windows = some(cut(sources(texts), subject.tokenizer, length, subject.vocabulary))  # type: ignore[arg-type]
+    else:
+        windows = first_of(shards, subject, length)
     with still(subject.model):
-        if corpus is None:
-            windows = some(cut(sources(texts), subject.tokenizer, length, subject.vocabulary))  # type: ignore[arg-type]
-        else:
-            windows = first_of(shards, subject, length)
         facts = _facts(subject, given.name, length)
         named = Fitted({f"{i:09d}": row for i, row in enumerate(windows.tokens)}).digest[:16]
         facts["settings"] = _settings(
@@ -154,21 +172,24 @@ class _Job:
     def _text(self, earlier: Profile | None) -> Profile:
         """All measures that take the user's text, in one pass."""
         mine = [(n, part) for n, part in enumerate(self.parts) if reads_text(part)]
-        rows, total = self.windows.tokens, sum(map(len, self.windows.tokens))
+        rows, total = self.windows.tokens, sum(map(self.subject.count, self.windows.tokens))
         start = earlier.facts["windows"] if earlier is not None else 0
-        done = sum(map(len, rows[:start]))
+        done = sum(map(self.subject.count, rows[:start]))
         note = f"goes on after {start} of {len(rows)} windows read before" if start else ""
         self.subject.report(Progress("text", done, total, note))
         roles = self.subject.delimiters(self.batch)
         began = saved = time.perf_counter()
         read = start
-        looking = (Attended(tokens=SHOWN),) if read == 0 else ()
+        looking = (self.subject.looking(rows[0]),) if read == 0 else ()
         whole: Found = {}
         apart: dict[int, Found] = dict(enumerate(earlier.in_parts if earlier is not None else ()))
         with self.subject.attach(Stack((*(part for _, part in mine), *looking))) as run:
 
             def so_far() -> Profile:
-                facts: dict[str, Any] = {"windows": read - start, "tokens": sum(map(len, rows[start:read]))}
+                facts: dict[str, Any] = {
+                    "windows": read - start,
+                    "tokens": sum(map(self.subject.count, rows[start:read])),
+                }
                 facts["backends"] = sorted(set(run.state.backends.values()))
                 if earlier is None:
                     facts |= {name: getattr(self.windows, name) for name in ("texts", "left_out")}
@@ -192,7 +213,7 @@ class _Job:
                     self.subject.read(run, taken)
                     take(self.windows.of[read] if self.windows.texts > 1 else read // self.batch)
                     read += len(taken)
-                    done += sum(map(len, taken))
+                    done += sum(map(self.subject.count, taken))
                     self.subject.report(Progress("text", done, total))
                     if self.out is not None and time.perf_counter() - saved > SAVE_EVERY:
                         so_far().save(self.out / UNFINISHED)
@@ -238,12 +259,9 @@ class _Job:
     def _trials(self) -> Profile:
         """The measures that make prompts of their own."""
         began = time.perf_counter()
+        mine = [(n, part) for n, part in enumerate(self.parts) if makes_trials(part)]
         words = ordinary(self.subject.tokenizer, self.subject.model, self.subject.vocabulary)
-        planned = [
-            (n, part, list(method_of(part).probes(words, self.facts["length"])))
-            for n, part in enumerate(self.parts)
-            if makes_trials(part)
-        ]
+        planned = [(n, part, list(method_of(part).probes(words, self.facts["length"]))) for n, part in mine]
         total = sum(probe.tokens.numel() for _, _, probes in planned for probe in probes)
         done = 0
         statistics: dict[str, Statistic] = {}
@@ -274,22 +292,27 @@ class _Job:
     def _view(self, profile: Profile) -> Profile:
         """Where the most notable heads look in the first tokens of the first window."""
         began = time.perf_counter()
-        window = self.windows.tokens[0]
-        tokens, looks = window[:SHOWN], self._looks
-        if not looks or any(int(look.keys.max()) >= len(tokens) for look in looks.values()):
+        window, looks = self.windows.tokens[0], self._looks
+        shown = self.subject.stretch(window)
+        if not looks or any(int(look.keys.max()) >= self.subject.count(shown) for look in looks.values()):
             # nobody read the first window now, or its tokens look at later ones: the stretch is read alone
-            looks = self._looked(tokens)
-        self.subject.report(Progress("view", len(tokens), len(tokens)))
-        most, keys = room(len(tokens))
+            looks = self._looked(shown)
+        if self.subject.pictures:
+            named = self.subject.places(shown)
+        else:
+            named = pieces(self.windows.first, self.subject.tokenizer, window)[: len(shown)]
+        self.subject.report(Progress("view", len(named), len(named)))
+        most, keys = room(len(named))
         heads = notable(profile.roles(), self.facts["layers"], self.facts["heads"], most)
-        named = pieces(self.windows.first, self.subject.tokenizer, window)[: len(tokens)]
         profile += self._profile({}, "view", time.perf_counter() - began)
         return replace(profile, view=view_of(looks, heads, named, keys))
 
-    def _looked(self, tokens: Tensor) -> Mapping[int, Looks]:
-        with self.subject.attach(Attended()) as run:
-            self.subject.read(run, (tokens,))
-            return run[Attended()]
+    def _looked(self, shown: Tensor) -> Mapping[int, Looks]:
+        looking = self.subject.looking(shown)
+        with self.subject.attach(looking) as run:
+            self.subject.read(run, (shown,))
+            found: Mapping[int, Looks] = run[looking]
+            return found
 
 
 def remove(folder: Path) -> None:
@@ -319,7 +342,8 @@ def _length(model: Any, length: int | None) -> int:
 
 def _facts(subject: Subject, name: str, length: int) -> dict[str, Any]:
     """What is true of the model and the machine, and stays so during the run."""
-    return {**facts_of(subject.model, name, subject.layers), "length": length, **surroundings(subject.device)}
+    kind = {"reads": "image"} if subject.pictures else {}
+    return {**facts_of(subject.model, name, subject.layers), **kind, "length": length, **surroundings(subject.device)}
 
 
 def _settings(

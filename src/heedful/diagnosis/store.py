@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import uuid
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from heedful.catalogue import entries, named
 from heedful.core.errors import DefinitionError, HeedfulError, StatisticError
-from heedful.core.files import PART, PROFILE, replace_text, writing
+from heedful.core.files import PART, PROFILE, digest_of, replace_text, writing
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Method, Scoped
 from heedful.core.spelling import built, spelled
@@ -58,7 +57,7 @@ def write(
     }
     try:
         content = json.loads(json.dumps(content))  # as it will be read
-        text = json.dumps({**content, "digest": _digest(content)}, indent=1)
+        text = json.dumps({**content, "digest": digest_of(content)}, indent=1)
     except TypeError as error:
         raise StatisticError(f"cannot save the measures {parts}: {error}") from error
     whole = dict(statistics)
@@ -83,12 +82,6 @@ def clean(folder: Path, keep: Path | None = None) -> None:
         for old in folder.glob(pattern):
             if old != keep:
                 old.unlink(missing_ok=True)
-
-
-def _digest(content: dict[str, Any]) -> str:
-    """A name for what a profile says, by which damage is seen."""
-    rest = {key: value for key, value in content.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _require(facts: Any, parts: tuple[Measure, ...], statistics: Mapping[str, Statistic]) -> None:
@@ -118,7 +111,7 @@ def read(folder: Path) -> tuple[dict[str, Any], tuple[Measure, ...], Found, Toke
         facts, spellings, view, name, of, digest = (
             content[key] for key in ("facts", "parts", "view", "statistics", "format", "digest")
         )
-        whole = digest == _digest(content)
+        whole = digest == digest_of(content)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StatisticError(
             f"{folder} holds no profile that can be read ({error}): give a folder that Profile.save() or "

@@ -1,4 +1,4 @@
-"""A model that a diagnosis reads with: how it is fed, and what every run over it is attached with."""
+"""What is diagnosed: a model, and how it is fed with texts or with images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from heedful.adapters.grids import Grid, before_patches, grid_of
 from heedful.adapters.transformers import adapt
 from heedful.api import attach
 from heedful.core.errors import FieldError, RefusedModel
@@ -18,17 +19,9 @@ from heedful.core.method import Part
 from heedful.core.stack import Stack
 from heedful.diagnosis.profile import endless
 from heedful.diagnosis.texts import Delimiters
+from heedful.diagnosis.view import SHOWN, Attended
 from heedful.engine.run import Run
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a diagnosis is."""
-
-    stage: str  # "text", "trials", "weights" or "view"
-    done: int  # tokens of this stage
-    total: int
-    note: str = ""
+from heedful.explaining.aim import reads_pictures
 
 
 @dataclass(eq=False)
@@ -38,19 +31,24 @@ class Subject:
     model: Any  # a PreTrainedModel
     tokenizer: Any
     how: Mapping[str, Any]
-    report: Callable[[Progress], None]
+    report: Callable[..., None]
 
     def __post_init__(self) -> None:
         self.layers = len(adapt(self.model, self.how.get("only")).layer_names)
         takes = inspect.signature(self.model.forward).parameters
-        if "input_ids" not in takes:
-            raise RefusedModel(f"diagnose() reads text, and {type(self.model).__name__} takes no token ids")
+        self.pictures = reads_pictures(self.model)
+        if self.pictures:
+            self.tokenizer = None  # what prepares images is none
+        if not self.pictures and "input_ids" not in takes:
+            raise RefusedModel(
+                f"diagnose() reads text or images, and {type(self.model).__name__} takes neither ids nor pixels alone"
+            )
         self.fixed: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
         if "logits_to_keep" in takes:
             self.fixed["logits_to_keep"] = 1  # nobody looks at the logits
         self.device = next(self.model.parameters()).device
         self.both = bool(getattr(self.model.config, "is_encoder_decoder", False))
-        self.vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
+        self.vocabulary = 0 if self.pictures else int(self.model.get_input_embeddings().weight.shape[0])
 
     def attach(self, what: Part | Stack) -> Run:
         return attach(self.model, what, **self.how)
@@ -60,19 +58,56 @@ class Subject:
         return Delimiters(self.tokenizer) if self.tokenizer is not None and batch == 1 else None
 
     def read(self, run: Run, rows: tuple[Tensor, ...]) -> None:
-        """One forward over texts of any length, padded to the longest."""
-        n = max(map(len, rows))
+        """One forward over images of one size, or over texts of any length, padded to the longest."""
+        n = max(map(self.count, rows))
+        feed = self._pixels(rows) if self.pictures else self._tokens(rows, n)
+        with memory(n):
+            run(**feed)
+        if (layer := run.state.endless) is not None:
+            raise endless(f"the heads of layer {layer} ({run.layer_names[layer]}) give")
+
+    def count(self, row: Tensor) -> int:
+        """The tokens of a text or an image."""
+        if not self.pictures:
+            return len(row)
+        rows, cols = self._grid(row)
+        return before_patches(self.model) + rows * cols
+
+    def stretch(self, row: Tensor) -> Tensor:
+        """What is looked at by itself: the first tokens of a text, an image whole."""
+        return row if self.pictures else row[:SHOWN]
+
+    def looking(self, row: Tensor) -> Attended:
+        return Attended(tokens=self.count(row) if self.pictures else SHOWN)
+
+    def places(self, row: Tensor) -> list[str]:
+        """What an image's tokens are called: patches by row and column."""
+        rows, cols = self._grid(row)
+        before = [f"[{i}] " for i in range(before_patches(self.model))]
+        return [*before, *(f"{i},{j} " for i in range(rows) for j in range(cols))]
+
+    def _grid(self, row: Tensor) -> Grid:
+        grid = grid_of(self.model, {"pixel_values": row[None]})
+        if grid is None:
+            rule = f"the sides of an image must be multiples of the patches of {type(self.model).__name__}"
+            raise FieldError("diagnose()", "texts", tuple(row.shape), rule, (3, 224, 224))
+        return grid
+
+    def _pixels(self, rows: tuple[Tensor, ...]) -> dict[str, Any]:
+        if len({row.shape for row in rows}) > 1:
+            shapes = [tuple(row.shape) for row in rows]
+            raise FieldError("diagnose()", "batch", len(rows), f"needs images of one size, and these are {shapes}", 1)
+        return {"pixel_values": torch.stack(rows).to(self.device, self.model.dtype), **self.fixed}
+
+    def _tokens(self, rows: tuple[Tensor, ...], n: int) -> dict[str, Any]:
         ids = torch.stack([nn.functional.pad(row, (0, n - len(row))) for row in rows]).to(self.device)
-        feed = {"input_ids": ids, **self.fixed}
+        feed: dict[str, Any] = {"input_ids": ids, **self.fixed}
         if any(len(row) < n for row in rows):
             lengths = torch.tensor([len(row) for row in rows], device=self.device)
             feed["attention_mask"] = (torch.arange(n, device=self.device) < lengths[:, None]).long()
         if self.both:  # both halves read the text
             feed["decoder_input_ids"] = ids
-        with memory(n):
-            run(**feed)
-        if (layer := run.state.endless) is not None:
-            raise endless(f"the heads of layer {layer} ({run.layer_names[layer]}) give")
+        return feed
 
 
 @contextmanager

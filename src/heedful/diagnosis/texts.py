@@ -37,7 +37,7 @@ class Source:
 class Windows:
     """The pieces of every text, each short enough for one forward."""
 
-    tokens: tuple[Tensor, ...]  # each [n]
+    tokens: tuple[Tensor, ...]  # each [n], or, of an image, its pixels [c rows cols]
     first: Source | None  # the text that the first piece begins; none where no text could be read
     texts: int
     left_out: int  # tokens in ends too short to count as a text
@@ -166,6 +166,19 @@ def some(windows: Windows) -> Windows:
             list(windows.skipped[:9]), "none of these can be read: attention needs texts of two tokens or more"
         )
     return windows
+
+
+def pictures(given: Texts) -> Windows:
+    """Images as they are, each a window of its own."""
+    batch = given if isinstance(given, Sequence) else [given]
+    found = [one for x in batch for one in (x if isinstance(x, Tensor) and x.ndim == 4 else [x])]
+    if not found or not all(isinstance(x, Tensor) and x.ndim == 3 and x.is_floating_point() for x in found):
+        rule = (
+            "a model that reads images takes their pixels, [c rows cols], a batch [b c rows cols], or a list of these"
+        )
+        raise _refuse(type(given).__name__, rule, "processor(image, return_tensors='pt').pixel_values")
+    rows = tuple(x.cpu() for x in found if isinstance(x, Tensor))
+    return Windows(rows, Source("image"), len(rows), 0, (), tuple(range(len(rows))))
 
 
 def _windows(source: Source, tokenizer: Any, length: int) -> list[Tensor]:

@@ -19,7 +19,7 @@ from heedful.engine.attention_call import AttentionCall
 from heedful.engine.earlier import with_earlier
 from heedful.engine.needs import Needs
 from heedful.engine.run_state import Plan
-from heedful.engine.stages import chosen_heads, own_rows, stage, untouched
+from heedful.engine.stages import chosen_heads, own_rows, stage, staged, untouched
 
 
 def softmax(scores: Tensor, sink: Tensor | None = None) -> Tensor:
@@ -59,7 +59,7 @@ def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tup
     if job.bias is not None:
         rows = call.rows if job.bias.shape[-2] != 1 else slice(None)
         scores = scores + job.bias[..., rows, :][..., call.cols].to(scores.dtype)
-    scores = stage(Site.SCORES, scores, job, call)
+    scores, call = staged(Site.SCORES, scores, job, call)
     keep, blind = call.keep, False
     if keep is not None:
         scores = scores.clone() if job.plan.at(Site.SCORES) else scores
@@ -204,6 +204,11 @@ def replaced(step: Step, job: AttentionCall, call: Call, output: Tensor) -> Tens
     """The block's output as a BLOCK edit makes it from the block's input."""
     if call.hidden is None:
         raise SiteError(f"{step}, layer {call.layer}: the block is not handed hidden states [b n e]")
+    if call.cross and not step.edit.before_rotary:
+        raise SiteError(
+            f"{step}, layer {call.layer}: is handed the queries' sequence alone, so cross attention would ignore the "
+            "other; restrict the method to self attention with .on(layers=...)"
+        )
     if not call.mask.plain:
         raise _without_map(step, call)
     with untouched(step, job, call.hidden):

@@ -34,8 +34,6 @@ class Parameters(Protocol):
 
     def parameter(self, layer: int, name: str, start: Tensor) -> nn.Parameter: ...
 
-    def drop(self) -> None: ...
-
 
 class Adapter(Protocol):
     """How a run gets into a model's attention and out again."""
@@ -59,7 +57,9 @@ class Adapter(Protocol):
 
     def install(self, run: Run) -> None: ...
 
-    def remove(self) -> None: ...  # may be called again after an interrupt
+    def remove(self) -> None: ...  # until it is installed again; may be called again after an interrupt
+
+    def leave(self) -> None: ...  # for good, with the learned parameters; may be called again too
 
     def adopted(self, stack: Stack) -> int: ...  # how many parts, the first ones, the model was saved with
 
@@ -184,8 +184,7 @@ class Run:
     def close(self) -> None:
         """Leave the model as it was. What the run found stays readable."""
         if not self.closed:
-            self._adapter.remove()
-            self._adapter.planted.drop()
+            self._adapter.leave()
             self.closed = True  # last: an interrupted close can be called again
 
     def __getitem__(self, part: Part) -> Any:

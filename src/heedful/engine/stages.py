@@ -44,6 +44,15 @@ def chosen_heads(step: Step, call: Call) -> list[int] | None:
 
 def stage(site: Site, x: Any, job: AttentionCall, call: Call) -> Any:
     """The value of a site after every step that acts there."""
+    return staged(site, x, job, call)[0]
+
+
+def staged(site: Site, x: Any, job: AttentionCall, call: Call) -> tuple[Any, Call]:
+    """The value of a site after every step that acts there, and the call without the pairs that the steps hid.
+
+    A score of minus infinity says that a pair is not to be seen. It is told in `call.keep`, as a mask is, and leaves
+    a finite score behind: the next step may add, multiply and convolve.
+    """
     for step in job.plan.tiles(site):
         seen = job.run_state.view(step, call)
         act = getattr(step.method, step.edit.name)
@@ -86,10 +95,22 @@ def stage(site: Site, x: Any, job: AttentionCall, call: Call) -> Any:
             merged[:, chosen] = new[:, chosen].to(x.dtype)
             new = merged
         job.run_state.watch(step, x, new)
+        if site is Site.SCORES:
+            new, call = _hidden(x, new, call)
         x = new.to(x.dtype)
         if site is Site.PATTERN and call.keep is not None:
             x = x.masked_fill(~call.keep, 0.0)  # before the next step looks
-    return x
+    return x, call
+
+
+def _hidden(old: Tensor, new: Tensor, call: Call) -> tuple[Tensor, Call]:
+    """Scores that became minus infinity as they were, and the call without their pairs."""
+    hidden = new == -torch.inf
+    if not bool(hidden.any()):
+        return new, call
+    hidden &= old > -torch.inf  # what overflowed before any step is a fault that is to be seen
+    keep = ~hidden if call.keep is None else call.keep & ~hidden
+    return torch.where(hidden, old.to(new.dtype), new), replace(call, keep=keep)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "attribute": "attribution",
+    "Attribution": "attribution",
     "logit_lens": "logits",
     "Lens": "logits",
     "direct_logits": "logits",
@@ -25,6 +26,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Attribution",
     "DirectLogits",
     "Faithfulness",
     "HeadEffects",
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
     from heedful.explaining.ablation import ablate
     from heedful.explaining.activation_patching import HeadEffects, patching, path_patching
     from heedful.explaining.attention_patterns import Patterns, patterns
-    from heedful.explaining.attribution import attribute
+    from heedful.explaining.attribution import Attribution, attribute
     from heedful.explaining.faithful import Faithfulness, Removal, faithfulness
     from heedful.explaining.logits import DirectLogits, Lens, direct_logits, logit_lens
     from heedful.explaining.tracing import Trace, trace

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import index
@@ -66,6 +67,8 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
         found = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in text.items()}
         if not any(isinstance(x, Tensor) for x in found.values()):
             raise FieldError(owner, "text", text, rule, good)
+    elif reads_pictures(model) and isinstance(text, Tensor) and text.is_floating_point() and text.ndim in (3, 4):
+        found = {model.main_input_name: (text if text.ndim == 4 else text[None]).to(device)}
     else:
         ids = _as_ids(text, device)
         if ids is None:
@@ -78,6 +81,15 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
     if model.config.is_encoder_decoder and "input_ids" in found:
         found.setdefault("decoder_input_ids", found["input_ids"])
     return found
+
+
+def reads_pictures(model: Any) -> bool:
+    """Whether it is an image that the model is called with, and no text."""
+    return getattr(model, "main_input_name", "") == "pixel_values" and "input_ids" not in _takes(model)
+
+
+def _takes(model: Any) -> Collection[str]:
+    return inspect.signature(model.forward).parameters
 
 
 def require_count(owner: str, count: int) -> None:

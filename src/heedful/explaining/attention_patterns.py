@@ -142,8 +142,9 @@ def patterns(
 ) -> Patterns:
     """The attention patterns of one text: of every head, or of the `heads` named as (layer, head).
 
-    `text` is a string, token ids, or what the model is called with, pixels too. Under a `stack`, the patterns are those
-    that it leaves. `how` goes to `attach`. Maps grow with the square of the text: `diagnose` reads long ones.
+    `text` is a string, token ids, the pixels of one image, or all that the model is called with. Under a `stack`, the
+    patterns are those that it leaves. `how` goes to `attach`. Maps grow with the square of the text: `diagnose` reads
+    long ones.
     """
     given = model if isinstance(model, Loaded) else Loaded(unwrapped(model), None, "")
     words = getattr(tokenizer or given.tokenizer, "tokenizer", tokenizer or given.tokenizer)

@@ -2,35 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from heedful.api import attach, still
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError
+from heedful.core.figures import Grid
+from heedful.core.kinds import Tokenizer
 from heedful.core.method import Part
-from heedful.explaining.aim import Text, aim_of, following, ids_of
+from heedful.explaining.aim import Text, aim_of, fed, following, ids_of, spelled
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attribution:
+    """A score for each token of one text: `scores [n]`, and indexed like them. A notebook shows it."""
+
+    tokens: list[str]
+    scores: Tensor  # [n]
+    method: str  # that told them
+
+    def __getitem__(self, place: Any) -> Tensor:
+        return self.scores[place]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.scores)
+
+    @property
+    def figure(self) -> Grid:
+        what = f"How much each token matters for what the model says, by {self.method}."
+        columns = [f"{i} {x}" for i, x in enumerate(self.tokens)]
+        return Grid("attribution", "Attribution", what, self.scores[None], ["score"], columns, "", "token")
+
+    def _repr_html_(self) -> str:
+        from heedful.report.cells import heat
+
+        return heat(self.figure)
+
+    def plot(self) -> Any:
+        """The tokens as a plotly figure."""
+        from heedful.report.plots import draw
+
+        return draw(self.figure)
+
+    def __repr__(self) -> str:
+        order = self.scores.argsort(descending=True, stable=True).tolist()
+        told = (f"{i} {self.tokens[i]!r} {float(self.scores[i]):.3g}" for i in order[:8])
+        rest = ", ..." if len(order) > 8 else ""
+        return f"{len(self)} tokens by {self.method}, highest first: {', '.join(told)}{rest}"
 
 
 @asks
 def attribute(
     model: nn.Module,
-    prompt: Text,
+    prompt: Text | str,
     method: Part,
     *,
+    tokenizer: Tokenizer | None = None,
     target: int | None = None,
     position: int | None = None,
     only: str | Iterable[str] | None = None,
-) -> Tensor:
-    """A score for each token of one text, `[n]`: `method` is AttentionRollout, AttentionFlow, TransformerAttribution.
+) -> Attribution:
+    """A score for each token of one text, given as a string or as token ids.
 
-    What is explained is the logit of `target` (the likeliest, if none is given) at `position`: by default the last
-    token, or the first where the model gives classes and its attention is not causal. A model without logits is
-    explained by its mean state, from all positions. One forward and one backward; the maps of all layers are held at
-    once where the method needs gradients.
+    `method` is AttentionRollout, AttentionFlow or TransformerAttribution. What is explained is the logit of `target`
+    (the likeliest, if none is given) at `position`: by default the last token, or the first where the model gives
+    classes and its attention is not causal. A model without logits is explained by its mean state, from all positions.
+    One forward and one backward; the maps of all layers are held at once where the method needs gradients.
     """
-    ids = ids_of(prompt, model)
+    ids = ids_of(
+        fed("attribute()", model, prompt, tokenizer)["input_ids"] if isinstance(prompt, str) else prompt, model
+    )
     with still(model):
         aim = aim_of(model, ids, target, position)
         with attach(model, method, only=only) as run, following(model):
@@ -40,4 +88,4 @@ def attribute(
     if not (isinstance(found, list) and len(found) == 1 and found[0].shape == (1, n, n)):
         rule = f"must answer with one relevance [1 {n} {n}] for the text, of every token for every position"
         raise FieldError("attribute()", "method", method, rule, "AttentionRollout()")
-    return aim.row(found[0][0]).detach()
+    return Attribution(spelled(ids[0], tokenizer), aim.row(found[0][0]).detach(), repr(method))

@@ -22,6 +22,7 @@ from heedful.core.notebook import printed
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.explaining.aim import Aim, Text, aim_of, ids_of
+from heedful.explaining.attribution import Attribution
 
 if TYPE_CHECKING:
     from heedful.report.pictures import Plots
@@ -143,7 +144,7 @@ class Faithfulness:
 def faithfulness(
     model: nn.Module,
     prompt: Text,
-    scores: Tensor | Mapping[str, Tensor],
+    scores: Tensor | Attribution | Mapping[str, Tensor | Attribution],
     *,
     target: int | None = None,
     position: int | None = None,
@@ -160,7 +161,8 @@ def faithfulness(
         raise FieldError("faithfulness()", "steps, seeds", (steps, seeds), "both must be 1 or more", (10, 8))
     ids, removal = ids_of(prompt, model), removal or Removal()
     n = ids.shape[1]
-    given = {"scores": scores} if isinstance(scores, Tensor) else dict(scores)
+    named = scores if isinstance(scores, Mapping) else {"scores": scores}
+    given = {name: x.scores if isinstance(x, Attribution) else x for name, x in named.items()}
     if not given:
         raise FieldError("faithfulness()", "scores", given, "names no explanation", {"mine": "torch.rand(n)"})
     for name, each in given.items():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.errors import RefusedModel
 
 
 def periods(call: Call, width: int) -> Tensor | None:
@@ -19,8 +20,8 @@ def periods(call: Call, width: int) -> Tensor | None:
     ones = torch.ones(1, 1, len(call.queries), width, device=rows.device)
     try:
         turned = call.rotate(ones)[0, 0, rows[0] : rows[-1] + 1].double()  # [n d]
-    except RuntimeError:
-        return None  # only a part of each head is turned, which the model cuts out elsewhere
+    except (RuntimeError, RefusedModel):
+        return None  # only a part of each head is turned, or in a way that nobody else can follow
     turning = (turned != turned[:1]).any(0).nonzero()[:, 0]
     out = torch.full((width,), float("inf"), dtype=torch.float64, device=turned.device)
     if len(turning) == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,7 @@ from heedful.core.positions import spread_heads
 from heedful.core.state import Until
 
 CHUNK = 64  # query rows a step
+Lift = Callable[[Tensor], Tensor]
 END = "end"  # so many tokens the state holds
 
 
@@ -67,22 +69,35 @@ class Running:
         return out
 
     def mixed(
-        self, name: str, q: Tensor, k: Tensor, v: Tensor, fade: Tensor | None = None, decay: Tensor | None = None
+        self,
+        name: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        fade: Tensor | None = None,
+        decay: Tensor | None = None,
+        lift: Lift | None = None,
     ) -> Tensor:
         """The sum of (q k) v over the keys of each query, `[b h n c]`, of q `[b h n m]` and columns `[b g columns .]`.
 
         Under a `decay [h]` a key counts exp(-decay) less with each token of text after it, in calls that are causal.
+        Features too wide for all tokens at once are what `lift` makes of a chunk of q or k.
         """
-        if not self.causal:
-            return grouped(q, k.mT @ v)
-        if decay is not None:
+        if decay is not None and self.causal:
             return self._decayed(name, q, k, v, decay)
+        if not self.causal:
+            product = self._products(k, v, lift)
+            if lift is None:
+                return grouped(q, product)
+            return torch.cat([grouped(lift(rows), product) for rows in q.split(self.chunk, 2)], 2)
         before = self._before(name, None if fade is None else fade[..., None])
-        product = k[:, :, : self._past].mT @ v[:, :, : self._past] if before is None else before  # [b g m c]
+        product = self._products(k[:, :, : self._past], v[:, :, : self._past], lift) if before is None else before
         k, v, out = k[:, :, self._past :], v[:, :, self._past :], []
         for start in range(0, q.shape[2], self.chunk):
             here = slice(start, start + self.chunk)
             rows, near, beside = q[:, :, here], k[:, :, here], v[:, :, here]
+            if lift is not None:
+                rows, near = lift(rows), lift(near)
             out.append(grouped(rows, product) + grouped(grouped(rows, near.mT).tril(), beside))
             product = product + near.mT @ beside
         self._keep(name, product)
@@ -103,6 +118,51 @@ class Running:
     def exp(self, x: Tensor) -> Tensor:
         """exp of `[b g columns c]`, zero where there is no text."""
         return self.hide(x, torch.finfo(x.dtype).min).exp()
+
+    def peaks(self, name: str, x: Tensor) -> Tensor:
+        """The highest of `[b g columns c]`, none below 0, over the keys of each query; as with sums."""
+        if not self.causal:
+            return x.amax(2, keepdim=True)
+        before = self._before(name, None)
+        before = pad(x[:, :, : self._past], (0, 0, 1, 0)).amax(2) if before is None else before
+        out = torch.maximum(before[:, :, None], x[:, :, self._past :].cummax(2).values)
+        self._keep(name, out[:, :, -1])
+        return out
+
+    def averaged(self, name: str, scores: Tensor, v: Tensor) -> Tensor:
+        """Means of `v [b g columns c]` under the softmax of `scores [b h columns]`, the same for all queries.
+
+        A score counts from the highest that a query sees, so that none is too low beside one yet to come.
+        """
+        lowest = torch.finfo(scores.dtype).min
+        scores, v = self.hide(scores[..., None], lowest)[..., 0], torch.cat([v, self.ones(v)], -1)
+        past = self._past if self.causal else scores.shape[2]
+        top, total = self._before(f"{name}, top", None), self._before(f"{name}, total", None)
+        if top is None or total is None:
+            old = scores[:, :, :past]
+            top = pad(old, (0, 1), value=lowest).detach().amax(-1, keepdim=True)  # [b h 1]
+            total = grouped((old - top).exp()[:, :, None], v[:, :, :past])  # [b h 1 c]
+        if not self.causal:
+            return divided(total)
+        out = []
+        pieces = zip(scores[:, :, past:].split(self.chunk, 2), v[:, :, past:].split(self.chunk, 2), strict=True)
+        for near, beside in pieces:
+            peaks = torch.maximum(top, near.detach().cummax(-1).values)[..., None]  # [b h rows 1]
+            weights = (near[:, :, None] - peaks).clamp(max=0).exp().tril()
+            out.append(grouped(weights, beside) + (top[..., None] - peaks).exp() * total)
+            top, total = peaks[:, :, -1], out[-1][:, :, -1:]
+        self._keep(f"{name}, top", top)
+        self._keep(f"{name}, total", total)
+        return divided(torch.cat(out, 2))
+
+    def _products(self, k: Tensor, v: Tensor, lift: Lift | None) -> Tensor:
+        """The sum of k v over all columns, `[b g m c]`."""
+        if lift is None:
+            return k.mT @ v
+        product = lift(k[:, :, :0]).mT @ v[:, :, :0]
+        for near, beside in zip(k.split(self.chunk, 2), v.split(self.chunk, 2), strict=True):
+            product = product + lift(near).mT @ beside
+        return product
 
     def _before(self, name: str, fade: Tensor | None) -> Tensor | None:
         """What earlier calls added up."""
@@ -142,7 +202,7 @@ class Running:
 def grouped(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` where `a [b h . .]` may have several heads for each of `b [b g . .]`; b is never expanded."""
     g = b.shape[1]
-    return (a.reshape(a.shape[0], g, -1, a.shape[3]) @ b).view(*a.shape[:3], b.shape[3])
+    return (a.reshape(a.shape[0], g, a.shape[1] // g * a.shape[2], a.shape[3]) @ b).view(*a.shape[:3], b.shape[3])
 
 
 def wide(*given: Tensor) -> tuple[Tensor, ...]:

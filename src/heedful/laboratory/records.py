@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from heedful.bench.compare import label
 from heedful.core.errors import StatisticError
-from heedful.core.files import placed, replace_text, writing
+from heedful.core.files import digest_of, placed, replace_text, writing
+from heedful.core.fitted import Fitted
 from heedful.core.method import Method, Part
 from heedful.core.spelling import spelled
 from heedful.core.stack import Stack
@@ -53,6 +56,7 @@ class Record:
     seconds: float  # of training
     costs: dict[str, Any]  # plain numbers behind the ratios
     facts: dict[str, Any]  # machine and versions
+    weights: str = ""  # the checksum of what was trained
 
     def named(self, name: str) -> Record:
         """The same under another name for its mechanism."""
@@ -147,14 +151,15 @@ class Trainings:
         record = Record(
             key(course, stack, seed), course.name, asdict(course), name_of(stack), seed, numbers | ratios,
             found.losses, found.norms, found.parameters, found.learned, any(active), found.seconds, plain,
-            surroundings(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+            surroundings(torch.device("cuda" if torch.cuda.is_available() else "cpu")), Fitted(found.weights).digest,
         )  # fmt: skip
         mine = path.with_name(f"{path.name}.{os.getpid()}")  # another process may be making the same one
         with writing(path):
             with placed(_weights(mine)) as beside:
                 save_file(found.weights, beside)
             _weights(mine).replace(_weights(path))
-            replace_text(mine, json.dumps(asdict(record)) + "\n")
+            told = json.loads(json.dumps(asdict(record)))  # as it will be read
+            replace_text(mine, json.dumps({**told, "digest": digest_of(told)}) + "\n")
             mine.replace(path)
         return read(path)
 
@@ -162,8 +167,7 @@ class Trainings:
     def opened(self, course: Course, what: Part | Stack | None, seed: int, *readers: Method) -> Iterator[Run]:
         """The trained model under its mechanism, without gradients, and what of these readers can act beside it."""
         stack = as_stack(what)
-        self.record(course, stack, seed)
-        weights = load_file(_weights(self._path(course, stack, seed)))
+        weights = _trained(self._path(course, stack, seed), self.record(course, stack, seed))
         with opened(course, stack, seed, weights, *readers) as run:
             yield run
 
@@ -179,6 +183,19 @@ def read(path: Path) -> Record:
     """A record from its file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if found["digest"] != digest_of(found):
+            raise ValueError("it was damaged or changed after it was saved")
         return Record(**{f.name: found[f.name] for f in fields(Record)})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StatisticError(f"{path} is no record of a training ({error}); remove it to train anew") from error
+
+
+def _trained(path: Path, record: Record) -> dict[str, Tensor]:
+    """The weights that a record names."""
+    try:
+        found = Fitted.load(_weights(path))
+        if found.digest != record.weights:
+            raise ValueError("its checksum is another")
+        return dict(found)
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError) as error:
+        raise StatisticError(f"{_weights(path)} was damaged ({error}); remove {path.name} to train anew") from error

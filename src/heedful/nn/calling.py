@@ -54,10 +54,6 @@ def attended(module: Attention, given: Given, need_weights: bool | None) -> tupl
     plan = _plan(module, call)
     weights, job = None, AttentionCall(plan, state, call)
     if blocks := plan.at(Site.BLOCK):
-        if given.cross:
-            raise SiteError(
-                f"{blocks[0]}: is handed the queries' sequence alone, so cross attention would ignore the other"
-            )
         if need_weights:
             raise SiteError(f"{blocks[0]}: gives no weights; call the module with need_weights=False")
         state.backends[module.layer] = repr(blocks[0].part)

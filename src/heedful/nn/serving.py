@@ -43,5 +43,9 @@ class ModuleAdapter:
     def remove(self) -> None:
         self.installed = False
 
+    def leave(self) -> None:
+        self.remove()
+        self.planted.drop()
+
     def adopted(self, stack: Stack) -> int:
         return 0

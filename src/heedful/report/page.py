@@ -119,7 +119,7 @@ def _facts(facts: Any) -> list[tuple[str, str]]:
         out.append(("parameters", _short(facts["parameters"])))
     if "tokens" in facts:
         texts = facts.get("texts")
-        of = f" in {counted(texts, 'text')}" if isinstance(texts, int) else ""
+        of = f" in {counted(texts, facts.get('reads', 'text'))}" if isinstance(texts, int) else ""
         out.append(("read", f"{_short(facts['tokens'])} token{'s' * (facts['tokens'] != 1)}{of}"))
     seconds = facts.get("seconds") or {}
     if seconds:

@@ -11,6 +11,7 @@ from heedful.engine.backends.native import Native
 from heedful.engine.backends.reference import Reference
 from heedful.engine.backends.sdpa import Sdpa
 from heedful.engine.backends.tiled import Tiled
+from heedful.engine.backends.triton import Triton
 from heedful.engine.needs import Needs
 
 
@@ -27,4 +28,4 @@ class Backend(Protocol):
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]: ...
 
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (Sdpa(), Native(), Tiled(), Reference())}  # cheapest first
+BACKENDS: dict[str, Backend] = {b.name: b for b in (Sdpa(), Native(), Triton(), Tiled(), Reference())}  # cheapest first

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import BackendError
-from heedful.core.key_ranges import counts
-from heedful.core.positions import spread_heads
 from heedful.core.ragged import Ragged, padded
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.engine.attention_call import AttentionCall
+from heedful.engine.backends.mapless import kept_back, of_weights, seen_by
 from heedful.engine.backends.tiled import Tiled
 from heedful.engine.needs import Needs
 from heedful.engine.reweighting import corrected
@@ -30,20 +28,9 @@ class Native:
     def refuses(self, needs: Needs) -> list[str]:
         kernel = library()
         reasons = [kernel] if isinstance(kernel, str) else []
-        reasons += [
-            f"{step} needs the scores or weights, which this kernel keeps to itself" for step in needs.map_steps
-        ]
-        if needs.reweights and (after := needs.reweights[1:] + needs.sum_steps):
-            reasons.append(f"{after[0]} needs the weights after {needs.reweights[0]}, and those are never made here")
-        for there, what in (
-            (needs.softcap, "the model caps its scores"),
-            (needs.bias, "the model adds a bias to its scores"),
-            (needs.dropout, "dropout is on"),
-            (needs.pattern, "the whole pattern was asked for (output_attentions)"),
-            (needs.gradients, "gradients are wanted"),
-        ):
-            if there:
-                reasons.append(f"{what}, which this kernel cannot serve")
+        reasons += kept_back(needs)
+        if needs.softcap:
+            reasons.append("the model caps its scores, which this kernel cannot serve")
         if needs.call is None:
             return reasons
         for x in needs.tensors:
@@ -166,37 +153,11 @@ def _told(p: Problem, accumulator: SummaryAccumulator, held: list[Tensor]) -> Su
     """The summary that the kernel wrote."""
     where = {x.data_ptr(): x for x in held}
     if p.queries == 1 and not p.blocks:
-        return _of_weights(where[p.received], accumulator)
+        return of_weights(where[p.received], accumulator)
     found = {
         name: where.get(getattr(p, name) or 0)
         for name in ("received", "entropy", "peak", "first", "distance", "carried")
     }
     call, place = accumulator.call, where.get(p.place or 0)
-    seen = _seen(call, where[p.ranges].long(), p).expand(p.batch, p.heads, -1) if p.received else None
+    seen = seen_by(call, where[p.ranges].long(), p.keys).expand(p.batch, p.heads, -1) if p.received else None
     return Summary(**found, seen=seen, place=None if place is None else place.long(), nearest=p.nearest)
-
-
-def _of_weights(weights: Tensor, accumulator: SummaryAccumulator) -> Summary:
-    """The summary of one query for each head, whose weights `[b h k]` are no larger than it."""
-    call = accumulator.call.tile(slice(0, 1), slice(0, weights.shape[-1]))
-    whole = SummaryAccumulator(accumulator.requested, accumulator.call, accumulator.carry)
-    keep = call.mask.keeps(call.pairs)
-    whole.add(weights[..., None, :], None, replace(call, keep=keep))
-    return whole.summary()
-
-
-def _seen(call: Call, ranges: Tensor, p: Problem) -> Tensor:
-    """How many text queries see each key, `[b|1 h|1 k]`, from where ranges begin and end."""
-    is_text = call.is_text[..., None].to(torch.float32)
-    ranges, is_text = torch.broadcast_tensors(ranges, is_text[..., None])
-    is_text = is_text[..., 0]
-    if not call.mask.blocks:
-        return counts(ranges, is_text, p.keys)
-    (blocks,) = call.mask.blocks
-    table = spread_heads(blocks.table, p.heads).float().repeat_interleave(blocks.size, -1)[..., : p.keys]
-    table = table if table.shape[1] in (1, p.heads) else table.repeat_interleave(p.heads // table.shape[1], 1)
-    out = torch.zeros(())
-    for i, start in enumerate(range(0, p.queries, blocks.size)):
-        rows = slice(start, start + blocks.size)
-        out = out + counts(ranges[:, :, rows], is_text[:, :, rows], p.keys) * table[:, :, i]
-    return out

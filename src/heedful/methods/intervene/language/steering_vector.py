@@ -12,7 +12,8 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
-from heedful.core.method import FitContext, Method
+from heedful.core.kinds import HeadWeights
+from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Mean
@@ -62,6 +63,13 @@ class SteeringVector(Method):
     @at(Site.RESIDUAL)
     def steer(self, stream: Tensor, call: Call) -> Tensor:
         return stream + self.strength * self._vector(stream.shape[-1], call.layer).to(stream)
+
+    def folds(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
+        return (
+            weights
+            if self.strength == 0
+            else replace(weights, stream=self.strength * self._vector(layer.width, layer.number))
+        )
 
     def _vector(self, width: int, layer: int) -> Tensor:
         if self.vectors is None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, at
-from heedful.kit.chosen import Chosen
+from heedful.methods.mechanisms.local._neighbours import require_room, within
 
 
 class NeighborhoodAttention(Method):
@@ -52,24 +50,9 @@ class NeighborhoodAttention(Method):
 
     @at(Site.MASK)
     def narrow(self, mask: Mask, call: Call) -> Mask:
-        grid = _grid(call)
-        if len(grid) != 2 or min(grid) < self.size * self.dilation:
-            held = " x ".join(map(str, grid))
-            rule = f"must fit, {self.dilation} apart, into both sides of the {held} patches of layer {call.layer}"
-            raise FieldError(self, "size", self.size, rule, 3)
-        # the mask outlives the call, whose tensors need not
-        places = replace(call, query=None, key=None, value=None, hidden=None, rotate=None)
-        return mask & Chosen(lambda rows: self._near(places.tile(rows, slice(None))))
-
-    def _near(self, call: Call) -> Tensor:
-        """Which keys each query sees, `[b|1 1 r k]`; the keys of one residue are a grid of their own."""
-        query, key, outside = _places(call)
-        rest = query % self.dilation
-        many = (query.new_tensor(_grid(call)) - rest + self.dilation - 1) // self.dilation
-        start = (query // self.dilation - self.size // 2).clamp(min=0).minimum(many - self.size)  # moved in at borders
-        place = key // self.dilation - start
-        near = (place >= 0) & (place < self.size) & (key % self.dilation == rest)
-        return near.all(-1) | outside
+        size, dilation = (self.size,) * 2, (self.dilation,) * 2
+        require_room(self, self.size, call, size, dilation, 3)
+        return within(mask, call, size, (1, 1), dilation)
 
     @at(Site.SCORES)
     def lean(self, scores: Tensor, call: Call) -> Tensor:
@@ -77,10 +60,6 @@ class NeighborhoodAttention(Method):
         rows, cols = ((key - query) // self.dilation + self.size - 1).clamp(0, 2 * self.size - 2)[:, 0].unbind(-1)
         bias = call.params["bias"][:, rows, cols].transpose(0, 1)  # [b|1 h r k]
         return scores + bias.masked_fill(outside, 0).to(scores.dtype)
-
-
-def _grid(call: Call) -> tuple[int, ...]:
-    return call.region("patches").grid or ()
 
 
 def _places(call: Call) -> tuple[Tensor, Tensor, Tensor]:

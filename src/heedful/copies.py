@@ -1,0 +1,77 @@
+"""Copies kept of models that come packed in another form: made at first use, and there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from heedful.core.errors import ModelError
+
+CACHE_FORMAT = 1  # raised when a conversion changes, so that older copies are made anew
+log = logging.getLogger(__name__)
+
+
+def unpacked(path: Path, convert: Callable[[Path, Path], None], takes: str) -> Path:
+    """The folder with the float32 copy of a file, which `convert(path, folder)` writes if it is not there yet."""
+    digest = digest_of(path)
+    source = {"format": CACHE_FORMAT, "file": path.name, "size": path.stat().st_size, "sha256": digest}
+    home = _cache_folder() / f"{path.stem}-{digest[:12]}"
+    if not _is_copy(home, source):
+        log.warning("unpacking %s once, about %s; the copy stays in %s", path.name, takes, home)
+        try:
+            home.parent.mkdir(parents=True, exist_ok=True)
+            _make_copy(path, home, source, convert)
+        except OSError as error:
+            raise ModelError(
+                f"{path.name}: cannot keep the unpacked copy in {home}: {first_line(error)}; "
+                "set XDG_CACHE_HOME to a folder that can be written and has room for four bytes a parameter"
+            ) from error
+    return home
+
+
+def digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _make_copy(path: Path, home: Path, source: dict[str, Any], convert: Callable[[Path, Path], None]) -> None:
+    """Write beside `home` and rename, so that a copy is there whole or not at all, whoever else makes one."""
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=home.parent))
+    try:
+        convert(path, draft)
+        written = {**source, "weights": (draft / "model.safetensors").stat().st_size}
+        (draft / "source.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
+        if home.exists() and not _is_copy(home, source):
+            home.rename(draft / "spoilt")
+        try:
+            draft.rename(home)
+        except OSError:
+            if not _is_copy(home, source):  # else another process was first, with the same bytes
+                raise
+        shutil.rmtree(home / "spoilt", ignore_errors=True)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is_copy(home: Path, source: dict[str, Any]) -> bool:
+    try:
+        written = json.loads((home / "source.json").read_text(encoding="utf-8"))
+        weights = (home / "model.safetensors").stat().st_size
+    except (OSError, ValueError):
+        return False
+    return bool(written == {**source, "weights": weights})
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heedful"

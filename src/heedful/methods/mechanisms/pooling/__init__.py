@@ -1,0 +1,1 @@
+"""Several tokens that attend, or are attended to, as one."""

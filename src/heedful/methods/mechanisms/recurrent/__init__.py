@@ -1,0 +1,1 @@
+"""A state of fixed size, carried from token to token."""

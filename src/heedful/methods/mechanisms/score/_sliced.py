@@ -1,0 +1,32 @@
+"""What attention with fewer maps shares: tokens themselves, a slice of channels to each head, in a map's place."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from heedful.authoring import Call, Layer, SiteError
+
+
+def maps(layer: Layer, *names: str, **sized: int) -> dict[str, Tensor]:
+    """Square linear maps of the layer's width, or of a size of their own, drawn as torch.nn.Linear draws them."""
+    random = torch.Generator().manual_seed(layer.number)
+    sizes = dict.fromkeys(names, layer.width) | sized
+    return {name: (torch.rand(n, n, generator=random) * 2 - 1) / math.sqrt(n) for name, n in sizes.items()}
+
+
+def attended(x: Tensor, call: Call, keys: Tensor, values: Tensor) -> Tensor:
+    """Softmax attention of tokens `[b n e]` to keys and values of as many channels, each head with its slice."""
+    if call.mask.rules:
+        raise SiteError(
+            f"layer {call.layer}: attention with fewer maps is for images, whose patches see one another, and there is "
+            "a mask; restrict the method to layers without one"
+        )
+    q, k, v = (
+        y.unflatten(-1, (call.heads, -1)).transpose(1, 2) for y in (linear(x, call.params["query"]), keys, values)
+    )
+    weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+    return linear((weights @ v).transpose(1, 2).flatten(2), call.params["out"])

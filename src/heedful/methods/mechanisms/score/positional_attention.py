@@ -1,0 +1,67 @@
+"""s_ij = (W_q p_i) (W_k p_j), p sines and cosines of a place: where to look is told by places alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from heedful.authoring import Call, Layer, Method, Paper, Site, at
+from heedful.core.positions import spread_heads
+
+
+class PositionalAttention(Method):
+    """Queries and keys of places, the same in every layer and for every text; for models trained with it."""
+
+    paper = Paper(
+        "P059",
+        "Positional Attention: Expressivity and Learnability of Algorithmic Computation",
+        "Artur Back de Luca, George Giapitzakis, Shenghao Yang, Petar Veličković, Kimon Fountoulakis",
+        2025,
+        "2410.01686",
+        "ICML 2025",
+        differs=(
+            "A place is told by sines and cosines, as many as the layer is wide, and is not added to the tokens too.",
+            "The model's own queries and keys, its factor and its soft cap go unused; a bias that it adds stays.",
+            "Weights are drawn as torch.nn.Linear draws them, by a generator seeded by the layer's number.",
+        ),
+    )
+    subjects = ("text", "image")
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(layer.number)
+        shape = (layer.heads, layer.head_dim, layer.width)
+        bound = 1 / math.sqrt(layer.width)
+        return {name: (torch.rand(shape, generator=random) * 2 - 1) * bound for name in ("query", "key")}
+
+    @at(Site.SCORES)
+    def score(self, scores: Tensor, call: Call) -> Tensor:
+        q, k = (self._map(name, place, call) for name, place in (("query", call.q_pos), ("key", call.k_pos)))
+        found = (q @ k.mT).to(scores.dtype).expand_as(scores)
+        if call.bias is None:
+            return found
+        rows = call.rows if call.bias.shape[2] > 1 else slice(None)
+        return found + call.bias[:, :, rows][..., call.cols].to(scores.dtype)
+
+    def _map(self, name: str, place: Tensor, call: Call) -> Tensor:
+        weight = call.params[name]
+        return waves(spread_heads(place, call.heads), weight.shape[-1]).to(weight) @ weight.mT  # [b|1 h n d]
+
+
+def waves(place: Tensor, width: int) -> Tensor:
+    """Sines, then cosines, of places `[...]` at rates from 1 down to 1 / 10000, `[... width]`."""
+    half = (width + 1) // 2
+    rates = 10000.0 ** (-torch.arange(half, device=place.device, dtype=torch.float64) / half)
+    angles = place[..., None] * rates
+    return torch.cat([angles.sin(), angles.cos()], -1)[..., :width]
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model = models.tiny("llama")
+    inputs = models.tiny_inputs(model)
+    with attach(model, PositionalAttention()) as run:
+        run(**inputs, labels=inputs["input_ids"]).loss.backward()
+        print({name: tuple(p.shape) for name, p in run.state_dict().items()})

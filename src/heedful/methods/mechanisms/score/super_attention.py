@@ -1,0 +1,57 @@
+"""Out = concat_h(softmax(Q_h K_h^T / sqrt(d)) (W_A X)_h) W_o, W_A a learned map over places."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.methods.mechanisms.score._sliced import attended, maps
+
+
+class SuperAttention(Method):
+    """Values are made by a map over places in place of one over channels. For image models trained with it."""
+
+    paper = Paper(
+        "P075",
+        "You Need to Pay Better Attention: Rethinking the Mathematics of Attention Mechanism",
+        "Mehran Hosseini, Peyman Hosseini",
+        2024,
+        "2403.01643",
+        differs=(
+            "For images alone, whose tokens are always as many.",
+            "There are no biases; weights are drawn as torch.nn.Linear draws them, by a generator seeded by the "
+            "layer's number. The model's own projections stay in it, unused.",
+        ),
+    )
+    subjects = ("image",)
+    tokens: int = 197  # L, of every image, a class token counted; that of ViT-B/16
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise FieldError(self, "tokens", self.tokens, "must be 1 or more", 197)
+
+    @classmethod
+    def example(cls) -> SuperAttention:
+        return cls(17)  # of the tiny model that laws are tried on
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        return maps(layer, "query", "key", "out", places=self.tokens)
+
+    @at(Site.BLOCK)
+    def attend(self, hidden: Tensor, call: Call) -> Tensor:
+        if hidden.shape[1] != self.tokens:
+            raise SiteError(
+                f"{self!r}, layer {call.layer}: has a map over {self.tokens} places, and there are {hidden.shape[1]} "
+                f"tokens; SuperAttention({hidden.shape[1]}) has one for these"
+            )
+        x = hidden.to(call.params["out"].dtype)
+        return attended(x, call, x @ call.params["key"].mT, call.params["places"] @ x)
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model = models.tiny("vit")
+    with attach(model, SuperAttention(5)) as run:
+        print(run.difference(**models.tiny_inputs(model)))
+        print({name: tuple(p.shape) for name, p in run.state_dict().items()})

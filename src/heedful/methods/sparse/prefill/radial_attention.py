@@ -1,0 +1,99 @@
+"""Frames d apart see bands |p - q| <= S / 2^bits(d) of each other; those thinner than a block are wider and rarer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, at
+from heedful.kit.chosen import Chosen
+
+
+class RadialAttention(Method):
+    """A mask for video that thins out with the distance in time, so that pairs grow as n log n; nothing is looked at.
+
+    The role `patches` needs a grid whose first axis is time: `roles={"patches": Region(((0, 4800),), (8, 20, 30))}`.
+    Dense steps at the start of a generation are `.when(steps=...)`, dense layers `.on(layers=...)`.
+    """
+
+    paper = Paper(
+        "P249",
+        "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video Generation",
+        "Xingyang Li, Muyang Li, Tianle Cai, Haocheng Xi, Shuo Yang, Yujun Lin, Lvmin Zhang, Songlin Yang, Jinbo Hu, "
+        "Kelly Peng, Maneesh Agrawala, Ion Stoica, Kurt Keutzer, Song Han",
+        2025,
+        "2506.19852",
+        "NeurIPS 2025",
+        differs=(
+            "Pairs are kept one by one as the authors' bands say; their kernel then rounds these to whole blocks.",
+            "Tokens outside the grid, as those of a text, see everything and are seen by all.",
+            "The authors' fine-tuning for longer videos is not here.",
+        ),
+    )
+    subjects = ("image",)
+    block: int = 128  # tokens: no band is thinner; the authors: 128
+    decay: float = 1.0  # factor on the width of bands of frames 2 and more apart; the authors' function: 1
+    beside: float = 1.0  # width of the band between neighbouring frames, in frames; HunyuanVideo: 1, Wan: 0.5
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise FieldError(self, "block", self.block, "must be 1 token or more", 128)
+        if not 0 < self.decay < float("inf"):
+            raise FieldError(self, "decay", self.decay, "must be finite and above 0", 1.0)
+        if not 0 <= self.beside <= 1:
+            raise FieldError(self, "beside", self.beside, "must lie from 0 to 1", 1.0)
+
+    @classmethod
+    def example(cls) -> RadialAttention:
+        return cls(block=1, decay=0.25, beside=0.25)
+
+    @at(Site.MASK)
+    def narrow(self, mask: Mask, call: Call) -> Mask:
+        grid = call.region("patches").grid
+        if grid is None or len(grid) < 2:
+            rule = "must lie on a grid of time and one or more axes of space"
+            raise FieldError(self, "patches", grid, rule, "roles={'patches': Region(((0, 4800),), (8, 20, 30))}")
+        # the mask outlives the call, whose tensors need not
+        places = replace(call, query=None, key=None, value=None, hidden=None, rotate=None)
+        return mask & Chosen(lambda rows: self._near(places.tile(rows, slice(None)), grid))
+
+    def _near(self, call: Call, grid: tuple[int, ...]) -> Tensor:
+        """Which keys each query sees, `[b|1 1 r k]`."""
+        (q_time, q_place, q_off), (k_time, k_place, k_off) = (_placed(x, grid) for x in call.coordinates("patches"))
+        width = self._widths(grid[0], prod(grid[1:])).to(q_time.device)
+        apart = (q_time[..., :, None] - k_time[..., None, :]).abs()
+        near = (q_place[..., :, None] - k_place[..., None, :]).abs() <= width[apart]
+        return near | (k_time == 0)[..., None, :] | q_off[..., :, None] | k_off[..., None, :]
+
+    def _widths(self, frames: int, size: int) -> Tensor:
+        """Half the width of the band between frames that lie so far apart, `[frames]`; below 0 where there is none."""
+        out = []
+        for apart in range(frames):
+            length = 2.0 ** (size.bit_length() - apart.bit_length())
+            rare = apart % max(1, int(self.block / length))
+            wide = (
+                size if apart == 0 else int(self.beside * size) if apart == 1 else max(length * self.decay, self.block)
+            )
+            out.append(-1.0 if rare else float(wide))
+        return torch.tensor(out)
+
+
+def _placed(at: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """The frame of each token, its place in the frame, and whether it is off the grid."""
+    off, at = at[..., 0] < 0, at.clamp(min=0)
+    place = at[..., 1]
+    for axis, side in enumerate(grid[2:], start=2):
+        place = place * side + at[..., axis]
+    return at[..., 0], place, off
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model = models.tiny("vit", image_size=32)
+    inputs = models.tiny_inputs(model)  # rows of patches as frames
+    with attach(model, RadialAttention(block=2)) as run:
+        print(run.difference(**inputs))

@@ -1,0 +1,120 @@
+"""What a kernel is tried with: calls of any shape and mask, and a method that asks for all that can be summed up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from heedful.conformance.tolerances import within_budget
+from heedful.core.call import Call
+from heedful.core.mask import Causal, First, Mask, Padding, Rule, Where, Window
+from heedful.core.method import Method
+from heedful.core.positions import Positions
+from heedful.core.sites import Site, at
+from heedful.core.stack import Stack
+from heedful.core.stats import Statistic
+from heedful.core.summary import PARTS, Summary, sums
+from heedful.engine.attend import attend
+from heedful.engine.attention_call import AttentionCall
+from heedful.engine.run_state import RunState
+from heedful.engine.select import select
+
+from .samples import PAPER
+
+CAUSAL: tuple[Rule, ...] = (Causal(),)
+RULES: dict[str, tuple[Rule, ...]] = {
+    "everything": (),
+    "causal": CAUSAL,
+    "sliding": (*CAUSAL, Window(5)),
+    "sinks and a window": (*CAUSAL, Window(5) | First(2)),
+    "holes": (*CAUSAL, Where(lambda q, k: (q - k) % 300 < 200)),
+    "blind rows": (*CAUSAL, Where(lambda q, k: q % 3 > 0)),
+}
+
+
+class Everything(Method):
+    """Asks for all parts of the summary and hands them to whoever made it."""
+
+    paper = PAPER
+    seen: list[Summary]
+
+    @sums(*PARTS)
+    def look(self, pattern: Summary, call: Call) -> Statistic | None:
+        self.seen.append(pattern)
+        return None
+
+    def carries(self, call: Call) -> Tensor:
+        return torch.cos(call.keys.index[:, 0, :, None] * torch.arange(17))
+
+
+class Same(Method):
+    """Touches the queries without changing them, so that a kernel has to run."""
+
+    paper = PAPER
+
+    @at(Site.QUERY)
+    def keep(self, q: Tensor, call: Call) -> Tensor:
+        return q
+
+
+def run(
+    backend: str, method: Method, q: Tensor, k: Tensor, v: Tensor, call: Call, sink: Tensor | None = None
+) -> Tensor:
+    run_state = RunState(Stack((method,)))
+    run_state.new_forward()
+    job = AttentionCall(run_state.plan(call), run_state, call, sink=sink)
+    return attend(job, q, k, v, lambda needs: select(backend, needs))[0]
+
+
+def draw(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of (b, h, g, n, k, d, e), laid out as models lay them: tokens before heads."""
+    b, h, g, n, m, d, e = shape
+    made = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(b, t, x, w, generator=made) for t, x, w in ((n, h, d), (m, g, d), (m, g, e)))
+    return 2 * q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def a_call(shape: tuple[int, ...], rules: tuple[Rule, ...], pad: Tensor | None = None) -> Call:
+    _, h, g, n, m, d, _ = shape
+    is_text = None
+    if pad is not None:
+        text = torch.arange(m)[None] >= pad[:, None]
+        rules, is_text = (*rules, Padding(text)), text[:, None, m - n :]
+    positions = Positions.row(m - n, n, pad=pad, is_filled=is_text), Positions.row(0, m, pad=pad)
+    return Call(0, 1, "bare", h, g, *positions, d**-0.5, mask=Mask(rules))
+
+
+def compare(
+    backend: str,
+    shape: tuple[int, ...],
+    rules: tuple[Rule, ...],
+    pad: Tensor | None = None,
+    sink: Tensor | None = None,
+    softcap: float | None = None,
+) -> None:
+    """Output and every part of the summary, against the reference in float64."""
+    q, k, v = draw(shape)
+    call = replace(a_call(shape, rules, pad), softcap=softcap)
+    told: dict[str, Summary] = {}
+    outs: dict[str, Tensor] = {}
+    for name, tensors in (("exact", (q.double(), k.double(), v.double())), ("eager", (q, k, v)), (backend, (q, k, v))):
+        heard: list[Summary] = []
+        outs[name] = run(backend if name == backend else "reference", Everything(heard), *tensors, call, sink)
+        told[name] = heard[0]
+    is_text = call.is_text.expand(shape[0], 1, shape[3])
+    rows = is_text[..., None].expand(outs[backend].shape)
+    assert within_budget(outs[backend][rows], outs["eager"][rows], outs["exact"][rows])
+    for part in PARTS:
+        found, eager, exact = (getattr(told[x], part) for x in (backend, "eager", "exact"))
+        if part in ("received", "distance"):
+            assert within_budget(found, eager, exact), part
+            continue
+        keep = is_text.mT.expand(found.shape) if part == "carried" else is_text.expand(found.shape)
+        if part == "place":
+            assert torch.equal(found[keep], exact[keep])
+        else:
+            assert within_budget(found[keep], eager[keep], exact[keep]), part
+    assert torch.equal(told[backend].seen, told["eager"].seen)
+    assert told[backend].nearest == told["eager"].nearest

@@ -1,0 +1,46 @@
+"""What is said of tokens as they are read, asked by key."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from heedful.conformance.bare import Bare
+from heedful.core.positions import Positions
+from heedful.core.state import Key, Notes, Shelf, State
+from heedful.kit.told import of_keys
+
+SAID = torch.arange(2 * 4 * 9 * 3).view(2, 4, 9, 3).double()
+
+
+def _asked(state: State, first: int, stop: int, keys: Positions | None = None) -> torch.Tensor:
+    places = Positions.row(0, stop) if keys is None else keys
+    call = replace(Bare().call, queries=Positions.row(first, stop - first), keys=places, state=state)
+    return of_keys(call, "said", SAID[:, :, first:stop])
+
+
+def test_call_after_call_and_after_a_crop() -> None:
+    shelf = Shelf()
+    state = State(cache=Notes(shelf, Key(("x",), "x", "x"), 2))
+    assert torch.equal(_asked(state, 0, 5), SAID[:, :, :5])
+    assert torch.equal(_asked(state, 5, 9), SAID)
+    shelf.crop(7)
+    assert torch.equal(state.cache["said"], SAID[:, :, :7])
+    assert torch.equal(_asked(state, 7, 9), SAID)
+
+
+def test_of_tokens_read_without_it_nothing_is_known() -> None:
+    found = _asked(State(), 6, 9)
+    assert torch.equal(found[:, :, 6:], SAID[:, :, 6:])
+    assert bool(found[:, :, :6].isneginf().all())
+
+
+def test_keys_are_found_by_their_index() -> None:
+    """By key head, of a cache that dropped some; and one that has room left over."""
+    index = torch.tensor([[0, 3, 8], [1, 2, 8]])[None].expand(2, -1, -1)
+    found = _asked(State(), 0, 9, Positions(index, index))
+    for h in range(4):
+        assert torch.equal(found[:, h], SAID[:, h, index[0, h // 2]])
+    roomy = _asked(State(), 0, 9, Positions.row(0, 12))
+    assert torch.equal(roomy[:, :, :9], SAID)

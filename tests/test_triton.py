@@ -1,0 +1,272 @@
+"""The GPU's kernels in triton's interpreter, against the reference; and their code for cards that are not here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from heedful import gpu
+from heedful.conformance.tolerances import close, error
+from heedful.core.errors import BackendError
+from heedful.core.mask import Blocks, First, Rule, Where, Window
+from heedful.engine.needs import Needs
+from heedful.engine.select import explain, select
+from heedful.methods import SinkRate, TempScale
+
+from .kernel_calls import CAUSAL, RULES, Same, a_call, compare, draw, run
+
+SMALL = [
+    (2, 4, 2, 19, 19, 8, 8),
+    (2, 4, 1, 50, 50, 10, 6),
+    (1, 1, 1, 1, 1, 4, 4),
+    (1, 6, 2, 1, 50, 64, 64),
+    (1, 4, 2, 7, 90, 80, 80),
+]
+LARGE = [
+    (1, 6, 6, 33, 33, 1, 3),
+    (1, 2, 2, 200, 200, 16, 256),
+    (1, 5, 1, 1, 1100, 20, 33),
+    (1, 7, 1, 129, 129, 128, 128),
+]
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    if gpu.missing():
+        pytest.fail(gpu.missing())
+    monkeypatch.setenv(gpu.INTERPRETED, "1")
+
+
+def _of_both(small: list[object], large: list[object]) -> list[object]:
+    return [*small, *(pytest.param(x, marks=pytest.mark.slow) for x in large)]
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("shape", _of_both([*SMALL], [*LARGE]), ids=str)
+def test_it_agrees_with_the_reference(shape: tuple[int, ...], rules: tuple[Rule, ...]) -> None:
+    compare("triton", shape, rules)
+
+
+@pytest.mark.parametrize("n", [40, 3, 1])
+def test_padding_on_the_left(n: int) -> None:
+    compare("triton", (2, 4, 2, n, 40, 16, 16), (*CAUSAL, Window(9) | First(2)), pad=torch.tensor([0, 7]))
+
+
+@pytest.mark.parametrize("heads", _of_both([2], [1, 4]))
+@pytest.mark.parametrize("size", _of_both([64], [128]))
+def test_block_tables(heads: int, size: int) -> None:
+    made = torch.Generator().manual_seed(1)
+    count = -(-150 // size)
+    table = torch.rand(1, heads, count, count, generator=made) < 0.4
+    compare("triton", (1, 4, 2, 150, 150, 16, 16), (*CAUSAL, Blocks(table, size)))
+
+
+@pytest.mark.parametrize("n", [20, 1])
+@pytest.mark.parametrize("size", [1.0, 8.0])
+def test_sink_logits(n: int, size: float) -> None:
+    sink = size * torch.randn(1, 4, 1, 1, generator=torch.Generator().manual_seed(2))
+    compare("triton", (1, 4, 2, n, 20, 16, 16), CAUSAL, sink=sink)
+
+
+@pytest.mark.parametrize("softcap", [5.0, 20.0])
+def test_soft_caps(softcap: float) -> None:
+    compare("triton", (1, 4, 2, 20, 40, 16, 16), CAUSAL, softcap=softcap)
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    n=st.integers(1, 90), past=st.integers(0, 40), heads=st.sampled_from([(1, 1), (4, 1), (6, 2), (5, 5)]),
+    d=st.integers(1, 70), e=st.integers(1, 70), window=st.integers(1, 100),
+)  # fmt: skip
+def test_any_shape_agrees(n: int, past: int, heads: tuple[int, int], d: int, e: int, window: int) -> None:
+    compare("triton", (1, *heads, n, n + past, d, e), (*CAUSAL, Window(window)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [60, 1])
+def test_low_precision_is_as_good_as_torch_s_own(n: int, dtype: torch.dtype) -> None:
+    """Weights are rounded before they meet the values, as for all tensor cores: within twice the error of torch's."""
+    shape = (2, 6, 2, n, 60, 32, 32)
+    q, k, v = (x.to(dtype) for x in draw(shape))
+    call = a_call(shape, CAUSAL)
+    found = run("triton", Same(), q, k, v, call)
+    exact = run("reference", Same(), q.double(), k.double(), v.double(), call)
+    keep = torch.ones(n, 60, dtype=torch.bool).tril(60 - n)
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=True)
+    assert found.dtype == dtype
+    assert error(found, exact) <= 2 * error(plain, exact)
+
+
+def test_a_long_cache_is_split_among_programs() -> None:
+    """As many spans as fit, of which some see nothing: against the reference, and with a sink that counts once."""
+    from heedful.gpu.launch import SPAN
+
+    shape = (1, 4, 2, 1, 2 * SPAN + 100, 16, 16)
+    q, k, v = draw(shape)
+    for sink in (None, torch.randn(1, 4, 1, 1)):
+        for rules in (CAUSAL, (*CAUSAL, Window(50))):
+            found, want = (run(x, Same(), q, k, v, a_call(shape, rules), sink) for x in ("triton", "reference"))
+            assert close(found, want)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, which interprets, warns of what a GPU does silently
+@pytest.mark.parametrize("n", [40, 1])
+def test_what_is_no_number_reaches_those_who_see_it(n: int) -> None:
+    shape = (1, 2, 2, n, 40, 8, 8)
+    q, k, v = draw(shape)
+    k[0, 0, 20] = v[0, 1, 39, 3] = float("nan")
+    q[0, 1, -1] = float("inf")
+    found, want = (run(name, Same(), q, k, v, a_call(shape, CAUSAL)) for name in ("triton", "reference"))
+    assert bool(found[0, 0, max(0, 20 - 40 + n) :].isnan().all())
+    assert not bool(found[0, 1, -1].isfinite().any())
+    clean = want.isfinite()
+    assert close(found[clean], want[clean])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_row_of_minus_infinities_is_no_number_and_a_blind_one_is_zero() -> None:
+    shape = (1, 2, 1, 9, 9, 8, 8)
+    q, k, v = draw(shape)
+    q[:, :, 4, 0], k[..., 0] = -float("inf"), 1.0
+    rules = (*CAUSAL, Where(lambda q, k: q != 6))
+    found, want = (run(name, Same(), q, k, v, a_call(shape, rules)) for name in ("triton", "reference"))
+    assert bool(found[:, :, 4].isnan().all())
+    assert bool((found[:, :, 6] == 0).all())
+    clean = [n for n in range(9) if n != 4]
+    assert close(found[:, :, clean], want[:, :, clean])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_keys_that_are_masked_may_hold_anything() -> None:
+    shape = (1, 4, 2, 70, 70, 8, 8)
+    q, k, v = draw(shape)
+    before = run("triton", Same(), q, k, v, a_call(shape, CAUSAL))
+    k[:, :, 61:], v[:, :, 61:] = 1e30, 3e38
+    assert torch.equal(run("triton", Same(), q, k, v, a_call(shape, CAUSAL))[:, :, :61], before[:, :, :61])
+
+
+def test_skipped_blocks_are_not_read() -> None:
+    """What lies in blocks that the table leaves out cannot reach the output, not even as no number."""
+    shape = (1, 2, 1, 192, 192, 8, 8)
+    q, k, v = draw(shape)
+    table = torch.eye(3, dtype=torch.bool)[None, None]
+    k[:, :, 64:128] = v[:, :, 64:128] = float("nan")
+    with pytest.warns(RuntimeWarning, match="NaN"):  # numpy's, of the blocks that are read
+        found = run("triton", Same(), q, k, v, a_call(shape, (*CAUSAL, Blocks(table, 64))))
+    spoilt = found.isnan().any(-1).any(1)[0].nonzero().flatten()
+    assert spoilt.tolist() == list(range(64, 128))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"bias": True}, "adds a bias"),
+        ({"dropout": True}, "dropout is on"),
+        ({"pattern": True}, "output_attentions"),
+        ({"map_steps": ("ACT() at PATTERN",)}, r"ACT\(\) at PATTERN needs the scores or weights"),
+    ],
+)
+def test_what_it_cannot_serve_it_says(change: dict[str, object], reason: str) -> None:
+    with pytest.raises(BackendError, match=reason):
+        select("triton", Needs(**change))  # type: ignore[arg-type]
+
+
+def test_calls_that_it_cannot_serve_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (1, 4, 2, 40, 40, 8, 8)
+    q, k, v = draw(shape)
+
+    def tried(*tensors: Tensor, rules: tuple[Rule, ...] = CAUSAL) -> Tensor:
+        return run("triton", Same(), *tensors, a_call(shape, rules))
+
+    with pytest.raises(BackendError, match="too many separate stretches"):
+        tried(q, k, v, rules=(*CAUSAL, Where(lambda a, b: (a - b) % 2 == 0)))
+    with pytest.raises(BackendError, match="multiple of 64"):
+        tried(q, k, v, rules=(*CAUSAL, Blocks(torch.ones(1, 1, 2, 2, dtype=torch.bool), 32)))
+    with pytest.raises(BackendError, match="float16, bfloat16 and float32"):
+        tried(q.double(), k.double(), v.double())
+    with pytest.raises(BackendError, match="gradients are wanted"):
+        tried(q.clone().requires_grad_(), k, v)
+    with pytest.raises(BackendError, match="300 wide"):
+        tried(*(x.new_zeros(*x.shape[:3], 300) for x in (q, k, v)))
+    monkeypatch.delenv(gpu.INTERPRETED)
+    with pytest.raises(BackendError, match="it runs on GPUs, and this call is on cpu"):
+        tried(q, k, v)
+
+
+def test_explain_names_it_beside_the_others() -> None:
+    text = str(explain(SinkRate() | TempScale()))
+    assert "triton" in text
+
+
+COMPILED = """
+import itertools, sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from heedful.gpu import kernels, launch
+from heedful.gpu.kernels import Found, Keep, Lines, Sizes
+
+def plain(value, path, found):
+    "The signature of a value, with None as a constant, whose place is noted."
+    if isinstance(value, tuple):
+        return type(value)(*(plain(x, (*path, i), found) for i, x in enumerate(value)))
+    if value is None or isinstance(value, int):
+        found[path] = value
+        return "constexpr"
+    return value
+
+def size(fn, target, values):
+    found = {}
+    signature = {name: plain(x, (i,), found) for i, (name, x) in enumerate(values.items())}
+    made = compile(ASTSource(fn=fn, signature=signature, constexprs=found), target=GPUTarget("cuda", target, 32))
+    return made.metadata.shared
+
+for kind, width, full in itertools.product(*(eval(x) for x in sys.argv[1:4])):
+    fit = launch.tiles(width, 4096)
+    lines = Lines("*" + kind, "i32", "i32", "i32")
+    more = (lambda x: x) if full else (lambda x: None)
+    sizes = Sizes(*["i32"] * 7, "fp32", more("fp32"), None)
+    keep = Keep("*i32", "i32", "i32", more("*u8"), *["i32"] * 5, more("*u8"), "i32")
+    found = Found("*fp32", "*fp32", *map(more, ("*fp32", "*fp32", "*i32", "*fp32", "*fp32")))
+    carry = more(Lines("*fp32", "i32", "i32", "i32"))
+    tile = dict(BM=fit.rows, BN=fit.keys, BD=width, RANGES=2)
+    rows = dict(q=lines, k=lines, v=lines, size=sizes, keep=keep, sink=more("*fp32"), first=more("*i32"), carry=carry,
+                found=found, span="i32")
+    rest = dict(q=lines, k=lines, lse="*fp32", size=sizes, keep=keep, out="*fp32")
+    calls = {
+        "attend_rows": {**rows, **dict(BM=fit.rows, BN=fit.keys, BD=width, BE=width, BC=16, RANGES=2)},
+        "add_columns": {**rest, **tile},
+        "add_diagonals": {**rest, "offset": "i32", "reach": "i32", "B": fit.keys, "BD": width, "RANGES": 2},
+    }
+    for target, room in ((80, 163 << 10), (90, 227 << 10)):
+        for name, values in calls.items():
+            kernel = getattr(kernels, name)
+            names = kernel.arg_names
+            used = size(kernel, target, dict(zip(names, values.values(), strict=True)))
+            assert used <= room, (name, kind, width, used)
+            print(name, target, kind, width, full, used)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kinds", "widths"),
+    [
+        (["bf16"], [64]),
+        pytest.param(["fp32", "fp16"], [16, 64, 128, 256], marks=pytest.mark.slow),
+        pytest.param(["bf16"], [128, 256], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_they_compile_for_cards_and_fit_their_shared_memory(kinds: list[str], widths: list[int]) -> None:
+    """Down to machine code for Ampere and Hopper, without such a card: with everything asked for, and with nothing."""
+    env = {**os.environ, gpu.INTERPRETED: "0"}
+    command = [sys.executable, "-c", COMPILED, repr(kinds), repr(widths), "[False, True]"]
+    told = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr[-3000:]
+    assert len(told.stdout.splitlines()) == 12 * len(kinds) * len(widths)
