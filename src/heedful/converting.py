@@ -39,7 +39,7 @@ GOOD = [{"input_ids": "..."}]
 ADAM = ("exp_avg", "exp_avg_sq", "step")
 
 
-class _Lesson(Method):
+class _OfLayers(Method):
     """What the model's own layers are shown and give, kept whole for one forward."""
 
     @reads(Site.HIDDEN)
@@ -49,6 +49,10 @@ class _Lesson(Method):
     @reads(Site.OUTPUT)
     def given(self, x: Tensor, call: Call) -> Cat:
         return Cat.of("x", x)
+
+
+class _OfStream(Method):
+    """The model's own stream as it leaves each layer."""
 
     @reads(Site.RESIDUAL)
     def left(self, x: Tensor, call: Call) -> Cat:
@@ -80,6 +84,10 @@ class _ByItself(Method):
 
     @penalises(Site.OUTPUT)
     def judge(self, x: Tensor, call: Call) -> Tensor:
+        if call.cross:
+            rule = f"acts in layer {call.layer}, which looks at another stream, and that is not the model's own"
+            good = f"{self.board.how.target!r}, restricted by .on(layers=...) to self-attention, or layer_epochs=0"
+            raise FieldError(self.board.how, "target", self.board.how.target, rule, good)
         found: Tensor = self.board.apart(self.board.how.of_layer, "given", x, call)
         return found
 
@@ -118,7 +126,10 @@ def converted(
             rule = "edits no layer, so there is nothing to teach"
             raise FieldError(how, "target", how.target, rule, "SinkWindow(4, 256)")
         run.pause()
-        with held(folder, "a conversion"), resting(model), resting(student), warnings.catch_warnings():
+        with (
+            held(folder, "a conversion"), resting(model), resting(student), torch.enable_grad(),
+            warnings.catch_warnings(),
+        ):  # fmt: skip
             warnings.simplefilter("ignore", InactiveWarning)
             _School(how, model, student, stack, only, layers, found, folder, progress or (lambda _: None)).teach()
         run.resume()
@@ -139,7 +150,8 @@ def _copy(how: Conversion, model: nn.Module, only: str | tuple[str, ...] | None)
             f"{type(inner).__name__} has weights in {min(low)}, where the small steps of training are lost; load it "
             "with dtype=torch.float32"
         )
-    student, unsaved = rewritten(inner, () if how.surgery is None else (how.surgery,), only, "fit()")
+    with torch.no_grad():
+        student, unsaved = rewritten(inner, () if how.surgery is None else (how.surgery,), only, "fit()")
     if unsaved:
         raise FoldError(f"{type(inner).__name__} could not be loaded again after {how.surgery!r}: {unsaved}")
     return student
@@ -217,7 +229,7 @@ class _School:
     @contextmanager
     def _by_itself(self) -> Iterator[Callable[[Mapping[str, Any]], Tensor]]:
         what = self.stack | _ByItself(self.board).on(layers=self.layers)
-        lesson = Stack() | _Lesson().on(layers=self.layers)
+        lesson = Stack() | _OfLayers().on(layers=self.layers)
         with self._attached(self.teacher, lesson) as own, self._attached(self.student, what) as run:
 
             def loss(batch: Mapping[str, Any]) -> Tensor:
@@ -231,7 +243,7 @@ class _School:
     def _as_a_whole(self) -> Iterator[Callable[[Mapping[str, Any]], Tensor]]:
         what, lesson = self.stack, Stack()
         if self.how.features:
-            what, lesson = what | _Along(self.board).on(layers=self.layers), lesson | _Lesson().on(layers=self.layers)
+            what, lesson = what | _Along(self.board).on(layers=self.layers), lesson | _OfStream().on(layers=self.layers)
         with self._attached(self.teacher, lesson) as own, self._attached(self.student, what) as run:
 
             def loss(batch: Mapping[str, Any]) -> Tensor:
@@ -263,7 +275,7 @@ class _School:
         both = getattr(getattr(self.teacher, "config", None), "is_encoder_decoder", False)
         mask = batch.get("decoder_attention_mask" if both else "attention_mask")
         shape = logits.shape[:-1]
-        return torch.ones(shape, dtype=torch.bool) if mask is None or mask.shape != shape else mask.bool()
+        return logits.new_ones(shape, dtype=torch.bool) if mask is None or mask.shape != shape else mask.bool()
 
     # on the disk
 

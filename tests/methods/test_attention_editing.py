@@ -15,7 +15,15 @@ from heedful import attach, models
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.kinds import Progress
-from heedful.methods import AttentionEditing, GatedHeads, GatedNorm, MultiQueryAttention, SinkWindow, TempScale
+from heedful.methods import (
+    AttentionEditing,
+    GatedHeads,
+    GatedNorm,
+    LLNAttention,
+    MultiQueryAttention,
+    SinkWindow,
+    TempScale,
+)
 from tests.by_hand import Steps
 
 TARGET = SinkWindow(1, 2) | GatedHeads(start=0.3)
@@ -195,6 +203,29 @@ def test_fewer_key_heads_are_taught_too() -> None:
         assert run.model.config.num_key_value_heads == 1
     assert float(losses[3].split()[1]) < float(losses[1].split()[1])
     assert float(losses[6].split()[1]) < float(losses[5].split()[1])
+
+
+def test_a_linear_mechanism_is_taught_within_no_grad_and_generates() -> None:
+    model = models.tiny("llama")
+    inputs = models.tiny_inputs(model)
+    with torch.no_grad(), heedful.fit(AttentionEditing(LLNAttention().on(layers=1)), model, [inputs]) as run:
+        words = {"input_ids": inputs["input_ids"], "max_new_tokens": 3, "do_sample": False}
+        assert not torch.equal(run(**inputs).logits, model(**inputs).logits)
+        assert run.generate(**words).shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_images_and_both_halves_of_an_encoder_decoder_are_taught() -> None:
+    model = models.tiny("vit")
+    heedful.fit(AttentionEditing(GatedHeads()), model, [models.tiny_inputs(model)]).close()
+    model = models.tiny("t5")
+    inputs = models.tiny_inputs(model)
+    with attach(model, TempScale(0.5)) as run:
+        own = [i for i, name in enumerate(run.layer_names) if "EncDec" not in name]
+    assert 0 < len(own) < len(run.layer_names)
+    heedful.fit(AttentionEditing(GatedHeads().on(layers=own), features=0.1), model, [inputs]).close()
+    with pytest.raises(FieldError, match=r"AttentionEditing\.target = .*looks at another stream"):
+        heedful.fit(AttentionEditing(GatedHeads()), model, [inputs])
+    heedful.fit(AttentionEditing(GatedHeads(), layer_epochs=0), model, [inputs]).close()
 
 
 def test_a_model_without_logits_is_taught_in_layers_alone() -> None:
