@@ -61,7 +61,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "decode": (heedful.decode, {"model": model, "prompt": prompt, "step": None}, "model prompt step"),
         "diagnose": (
             heedful.diagnose, {"model": model, "texts": IDS, "measures": [SinkRate()]},
-            "model texts tokenizer measures length batch out only backend tile_rows",
+            "model texts tokenizer measures length batch out workers only backend tile_rows",
         ),
         "compare": (
             heedful.compare, {"model": Loaded(model, str, ""), "methods": [], "tasks": ["nothing of that name"]},

@@ -45,6 +45,9 @@ class Activity:
             lines.append("NaN was seen in the output of some head")
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def _repr_html_(self) -> str:
         return printed(self)
 

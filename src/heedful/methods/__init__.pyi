@@ -6,6 +6,7 @@ from heedful.methods.compress.prune.prune_heads import PruneHeads as PruneHeads
 from heedful.methods.explain.attention_flow import AttentionFlow as AttentionFlow
 from heedful.methods.explain.attention_lens import AttentionLens as AttentionLens
 from heedful.methods.explain.attention_output_sae import AttentionOutputSAE as AttentionOutputSAE
+from heedful.methods.explain.attention_viz import AttentionViz as AttentionViz
 from heedful.methods.explain.composition_score import CompositionScore as CompositionScore
 from heedful.methods.explain.image_decomposition import ImageDecomposition as ImageDecomposition
 from heedful.methods.explain.maps import MAPS as MAPS
@@ -16,6 +17,7 @@ from heedful.methods.explain.transformer_attribution import TransformerAttributi
 from heedful.methods.intervene.diffusion.soft_pag import SoftPAG as SoftPAG
 from heedful.methods.intervene.language.act import ACT as ACT
 from heedful.methods.intervene.language.attention_buckets import AttentionBuckets as AttentionBuckets
+from heedful.methods.intervene.language.attention_influence import AttentionInfluence as AttentionInfluence
 from heedful.methods.intervene.language.attention_sorting import AttentionSorting as AttentionSorting
 from heedful.methods.intervene.language.focus_directions import FocusDirections as FocusDirections
 from heedful.methods.intervene.language.head_scale import HeadScale as HeadScale
@@ -97,6 +99,7 @@ from heedful.methods.sparse.decode.less_is_more import LessIsMore as LessIsMore
 from heedful.methods.sparse.decode.loki import Loki as Loki
 from heedful.methods.sparse.decode.token_select import TokenSelect as TokenSelect
 from heedful.methods.sparse.prefill.anchor_attention import AnchorAttention as AnchorAttention
+from heedful.methods.sparse.prefill.block_attention import BlockAttention as BlockAttention
 from heedful.methods.sparse.prefill.flex_prefill import FlexPrefill as FlexPrefill
 from heedful.methods.sparse.prefill.hip import HiP as HiP
 from heedful.methods.sparse.prefill.hylra import HyLRA as HyLRA
