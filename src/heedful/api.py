@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ from heedful.core.stack import Stack
 from heedful.engine.resting import resting, undone
 from heedful.engine.run import Run
 from heedful.folding import rewritten
+
+if TYPE_CHECKING:
+    from heedful.adapters.layers import Projections
+    from heedful.adapters.transformers import TransformersAdapter
 
 
 @asks
@@ -49,16 +54,22 @@ def attach(
 
 
 class _FitContext:
-    """A model as fits see it."""
+    """A model as fits see it: any can be run under a stack, and those of transformers tell sizes and weights too."""
 
     def __init__(self, model: nn.Module, only: str | Iterable[str] | None) -> None:
-        from heedful.adapters.layers import projections
+        self.model, self.only = model, only
+
+    @cached_property
+    def _adapter(self) -> TransformersAdapter:
         from heedful.adapters.transformers import adapt
 
-        self.model, self.only = model, only
-        adapter = adapt(model, only)
-        self._inner, self._names = adapter.model, adapter.layer_names
-        self._found = [projections(adapter.model, name, i) for i, name in enumerate(adapter.layer_names)]
+        return adapt(self.model, self.only)
+
+    @cached_property
+    def _found(self) -> list[Projections]:
+        from heedful.adapters.layers import projections
+
+        return [projections(self._adapter.model, name, i) for i, name in enumerate(self._adapter.layer_names)]
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -72,7 +83,7 @@ class _FitContext:
     def scale(self, layer: int) -> Tensor | None:
         from heedful.adapters.weights import read_scale
 
-        return read_scale(self._inner, self._names[layer])
+        return read_scale(self._adapter.model, self._adapter.layer_names[layer])
 
     def vocabulary(self) -> Vocabulary:
         from heedful.adapters.weights import read_vocabulary
