@@ -14,7 +14,8 @@ from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.kinds import Conversion, Decode, Prompt, Surgery, Tokens
 from heedful.text_models import decode
 
-ROLES = {"documents": ((1, 5), (5, 8), (9, 13)), "question": ((15, 19),), "context": ((13, 15),)}
+_SPAN = ((13, 15),)
+ROLES = {"documents": ((1, 5), (5, 8), (9, 13)), "question": ((15, 19),), "context": _SPAN, "marked": _SPAN}
 
 
 def _prompt() -> Prompt:

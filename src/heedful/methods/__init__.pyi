@@ -14,6 +14,8 @@ from heedful.methods.explain.patch import Patch as Patch
 from heedful.methods.explain.rollout import AttentionRollout as AttentionRollout
 from heedful.methods.explain.sparse_attention_decomposition import SparseAttentionDecomposition as SparseAttentionDecomposition
 from heedful.methods.explain.transformer_attribution import TransformerAttribution as TransformerAttribution
+from heedful.methods.intervene.diffusion.attentive_eraser import AttentiveEraser as AttentiveEraser
+from heedful.methods.intervene.diffusion.hrv import HRV as HRV
 from heedful.methods.intervene.diffusion.soft_pag import SoftPAG as SoftPAG
 from heedful.methods.intervene.language.act import ACT as ACT
 from heedful.methods.intervene.language.attention_buckets import AttentionBuckets as AttentionBuckets
