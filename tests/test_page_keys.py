@@ -52,7 +52,8 @@ def test_nothing_is_too_small_to_hit(opened, compared, path, width):
 def test_a_finger_hits_the_cells_of_the_map_of_roles(opened, screen):
     touch = screen.get("touch", False)
     tab = opened(viewport={"width": screen["width"], "height": 900}, has_touch=touch, is_mobile=touch)
-    sizes = "[...document.querySelectorAll('.cells i')].map(x => x.getBoundingClientRect()).flatMap(x => [x.width, x.height])"
+    sizes = """[...document.querySelectorAll('.cells i')].map(x => x.getBoundingClientRect())
+        .flatMap(x => [x.width, x.height])"""
     assert min(tab.evaluate(sizes)) > 23.99
     assert tab.evaluate("document.documentElement.scrollWidth") == screen["width"]
     assert tab.locator(".cells i").first.bounding_box()["x"] >= 0
