@@ -61,3 +61,28 @@ def test_a_score_that_overflowed_before_any_step_is_not_taken_for_a_mask() -> No
     run(Doubled() | Kept(), bare)
     ((keep, _),) = SEEN
     assert keep[..., 0, 0].all()
+
+
+class Top(Method):
+    """Notes how many rows of a tile it is shown, of a map that it edits, so that no other way leads to them."""
+
+    paper = PAPER
+    tokens: int = 4
+
+    @at(Site.SCORES)
+    def double(self, scores: Tensor, call: Call) -> Tensor:
+        return scores * 2
+
+    @reads(Site.PATTERN, first="tokens")
+    def look(self, weights: Tensor, call: Call) -> Sum:
+        ROWS.append(weights.shape[2])
+        return Sum(weights.sum())
+
+
+ROWS: list[int] = []
+
+
+def test_a_reader_of_the_first_rows_is_shown_no_tile_without_any() -> None:
+    ROWS.clear()
+    Bare().run(Top(4), "tiled", tile_rows=4)
+    assert ROWS == [4]

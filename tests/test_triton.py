@@ -105,13 +105,14 @@ def test_low_precision_is_as_good_as_torch_s_own(n: int, dtype: torch.dtype) -> 
 
 
 def test_a_long_cache_is_split_among_programs() -> None:
-    """As many spans as fit, of which some see nothing: against the reference, and with a sink that counts once."""
+    """As many spans as fit, of which some or all see nothing; and with a sink that counts once."""
     from heedful.gpu.launch import SPAN
 
     shape = (1, 4, 2, 1, 2 * SPAN + 100, 16, 16)
     q, k, v = draw(shape)
+    blind = Where(lambda q, k: k < 0)
     for sink in (None, torch.randn(1, 4, 1, 1)):
-        for rules in (CAUSAL, (*CAUSAL, Window(50))):
+        for rules in (CAUSAL, (*CAUSAL, Window(50)), (*CAUSAL, blind)):
             found, want = (run(x, Same(), q, k, v, a_call(shape, rules), sink) for x in ("triton", "reference"))
             assert close(found, want)
 
