@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from heedful import gpu
 from heedful.conformance.tolerances import close, error
 from heedful.core.errors import BackendError
 from heedful.core.mask import Blocks, First, Rule, Where, Window
+from heedful.core.positions import Positions
+from heedful.core.summary import Summary
 from heedful.engine.needs import Needs
 from heedful.engine.select import explain, select
 from heedful.methods import SinkRate, TempScale
 
-from .kernel_calls import CAUSAL, RULES, Same, a_call, compare, draw, run
+from .kernel_calls import CAUSAL, RULES, Everything, Same, a_call, compare, draw, run
 
 SMALL = [
     (2, 4, 2, 19, 19, 8, 8),
@@ -57,6 +60,18 @@ def test_it_agrees_with_the_reference(shape: tuple[int, ...], rules: tuple[Rule,
 @pytest.mark.parametrize("n", [40, 3, 1])
 def test_padding_on_the_left(n: int) -> None:
     compare("triton", (2, 4, 2, n, 40, 16, 16), (*CAUSAL, Window(9) | First(2)), pad=torch.tensor([0, 7]))
+
+
+def test_queries_that_are_no_text_count_nowhere() -> None:
+    """Of each text its own: where padding stands behind a text, its queries see keys, and must not be counted."""
+    shape = (2, 4, 2, 20, 20, 16, 16)
+    is_text = torch.arange(20)[None, None] < torch.tensor([20, 14])[:, None, None]
+    call = replace(a_call(shape, CAUSAL), queries=Positions.row(0, 20, is_filled=is_text))
+    found: dict[str, list[Summary]] = {"triton": [], "reference": []}
+    for name, told in found.items():
+        run(name, Everything(told), *draw(shape), call)
+    for part in ("received", "seen", "distance"):
+        assert close(*(getattr(told[0], part) for told in found.values())), part
 
 
 @pytest.mark.parametrize("heads", _of_both([2], [1, 4]))
