@@ -54,6 +54,7 @@ from heedful.methods.mechanisms.normalise.clipped_softmax import ClippedSoftmax 
 from heedful.methods.mechanisms.normalise.normalized_attention import NormalizedAttention as NormalizedAttention
 from heedful.methods.mechanisms.normalise.rectified_attention import RectifiedAttention as RectifiedAttention
 from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention as SigmoidAttention
+from heedful.methods.mechanisms.normalise.softplus_attention import SoftplusAttention as SoftplusAttention
 from heedful.methods.mechanisms.pooling.combiner import Combiner as Combiner
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
 from heedful.methods.mechanisms.routed.dynamic_mask_attention import DynamicMaskAttention as DynamicMaskAttention
