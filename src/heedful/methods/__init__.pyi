@@ -68,6 +68,7 @@ from heedful.methods.mechanisms.score.multi_token_attention import MultiTokenAtt
 from heedful.methods.mechanisms.score.neural_attention import NeuralAttention as NeuralAttention
 from heedful.methods.mechanisms.score.optimised_attention import OptimisedAttention as OptimisedAttention
 from heedful.methods.mechanisms.score.positional_attention import PositionalAttention as PositionalAttention
+from heedful.methods.mechanisms.score.selective_self_attention import SelectiveSelfAttention as SelectiveSelfAttention
 from heedful.methods.mechanisms.score.super_attention import SuperAttention as SuperAttention
 from heedful.methods.mechanisms.score.threshold_relative_attention import ThresholdRelativeAttention as ThresholdRelativeAttention
 from heedful.methods.observe.attention_profile import AttentionProfile as AttentionProfile
