@@ -5,20 +5,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, InactiveWarning
-from heedful.core.kinds import HeadWeights, Prompt, Surgery, Tokens, Vocabulary
+from heedful.core.kinds import Conversion, HeadWeights, Prompt, Report, Surgery, Tokens, Vocabulary
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
 from heedful.core.regions import Roles
 from heedful.core.stack import Stack
 from heedful.engine.resting import resting, undone
 from heedful.engine.run import Run
 from heedful.folding import rewritten
+
+if TYPE_CHECKING:
+    from heedful.adapters.layers import Projections
+    from heedful.adapters.transformers import TransformersAdapter
 
 
 @asks
@@ -48,16 +54,22 @@ def attach(
 
 
 class _FitContext:
-    """A model as fits see it."""
+    """A model as fits see it: any can be run under a stack, and those of transformers tell sizes and weights too."""
 
     def __init__(self, model: nn.Module, only: str | Iterable[str] | None) -> None:
-        from heedful.adapters.layers import projections
+        self.model, self.only = model, only
+
+    @cached_property
+    def _adapter(self) -> TransformersAdapter:
         from heedful.adapters.transformers import adapt
 
-        self.model, self.only = model, only
-        adapter = adapt(model, only)
-        self._inner, self._names = adapter.model, adapter.layer_names
-        self._found = [projections(adapter.model, name, i) for i, name in enumerate(adapter.layer_names)]
+        return adapt(self.model, self.only)
+
+    @cached_property
+    def _found(self) -> list[Projections]:
+        from heedful.adapters.layers import projections
+
+        return [projections(self._adapter.model, name, i) for i, name in enumerate(self._adapter.layer_names)]
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -71,7 +83,7 @@ class _FitContext:
     def scale(self, layer: int) -> Tensor | None:
         from heedful.adapters.weights import read_scale
 
-        return read_scale(self._inner, self._names[layer])
+        return read_scale(self._adapter.model, self._adapter.layer_names[layer])
 
     def vocabulary(self) -> Vocabulary:
         from heedful.adapters.weights import read_vocabulary
@@ -105,8 +117,22 @@ def fit(
     batches: Iterable[Mapping[str, Any]],
     *,
     only: str | Iterable[str] | None = None,
+    out: str | Path | None = None,
+    progress: Report | None = None,
 ) -> Any:
-    """A new method fitted to the model on data; the model stays as it is, its gradients too."""
+    """A new method fitted to the model on data; the model stays as it is, its gradients too.
+
+    Of a conversion, the run of a copy that has learned it. A conversion may be long: it keeps its state in the folder
+    `out`, from which the same call goes on where it stopped, and tells `progress` of each step.
+    """
+    if isinstance(method, Conversion):
+        from heedful.converting import converted
+
+        return converted(method, model, batches, only, out, progress)
+    for name, given in (("out", out), ("progress", progress)):
+        if given is not None:
+            rule = f"is for conversions; {type(method).__name__} is fitted in one go"
+            raise FieldError("fit()", name, given, rule, None)
     with still(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", InactiveWarning)  # what a fit starts from changes nothing, often on purpose
         context: FitContext = _FitContext(model, only)
