@@ -57,6 +57,7 @@ from heedful.methods.mechanisms.normalise.clipped_softmax import ClippedSoftmax 
 from heedful.methods.mechanisms.normalise.normalized_attention import NormalizedAttention as NormalizedAttention
 from heedful.methods.mechanisms.normalise.rectified_attention import RectifiedAttention as RectifiedAttention
 from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention as SigmoidAttention
+from heedful.methods.mechanisms.normalise.softplus_attention import SoftplusAttention as SoftplusAttention
 from heedful.methods.mechanisms.pooling.combiner import Combiner as Combiner
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
 from heedful.methods.mechanisms.routed.dynamic_mask_attention import DynamicMaskAttention as DynamicMaskAttention
@@ -70,6 +71,7 @@ from heedful.methods.mechanisms.score.multi_token_attention import MultiTokenAtt
 from heedful.methods.mechanisms.score.neural_attention import NeuralAttention as NeuralAttention
 from heedful.methods.mechanisms.score.optimised_attention import OptimisedAttention as OptimisedAttention
 from heedful.methods.mechanisms.score.positional_attention import PositionalAttention as PositionalAttention
+from heedful.methods.mechanisms.score.selective_self_attention import SelectiveSelfAttention as SelectiveSelfAttention
 from heedful.methods.mechanisms.score.super_attention import SuperAttention as SuperAttention
 from heedful.methods.mechanisms.score.threshold_relative_attention import ThresholdRelativeAttention as ThresholdRelativeAttention
 from heedful.methods.observe.attention_profile import AttentionProfile as AttentionProfile
@@ -113,6 +115,7 @@ from heedful.methods.sparse.prefill.sample_attention import SampleAttention as S
 from heedful.methods.sparse.prefill.sink_window import SinkWindow as SinkWindow
 from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn as SpargeAttn
 from heedful.methods.sparse.tokens.attention_rag import AttentionRAG as AttentionRAG
+from heedful.methods.sparse.tokens.sentinel import Sentinel as Sentinel
 from heedful.methods.sparse.tokens.spec_pc import SpecPC as SpecPC
 
 def files() -> dict[str, str]: ...
