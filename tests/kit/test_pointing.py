@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from heedful.conformance.bare import Bare, Shape
@@ -27,9 +28,11 @@ def by_hand(place: torch.Tensor, columns: torch.Tensor, pads: tuple[int, ...]) -
     return [x / asked for x in hits]
 
 
-def test_keys_may_differ_from_head_to_head() -> None:
+@pytest.mark.parametrize("pads", [(0, 2), (0, 0)])
+def test_keys_may_differ_from_head_to_head(pads: tuple[int, int]) -> None:
     draw = torch.Generator().manual_seed(0)
-    bare = Bare(Shape(q=17, k=17), text=torch.arange(17) >= torch.tensor([0, 2])[:, None])
+    text = torch.arange(17) >= torch.tensor(pads)[:, None]
+    bare = Bare(Shape(q=17, k=17), text=text if any(pads) else None)
     columns = torch.stack([torch.randperm(15, generator=draw) for _ in range(4)]).view(2, 2, 15)
     call = replace(bare.call, keys=Positions(columns, columns), roles={"needle": NEEDLES, "answer": ANSWERS})
     place = torch.randint(15, (2, 4, 17), generator=draw)
@@ -39,7 +42,7 @@ def test_keys_may_differ_from_head_to_head() -> None:
         place[1, 3, first + 2] = (columns[1, 1] == start + 1).nonzero()[0, 0]
     found = pointing(Summary(place=place), call)
     assert found is not None
-    want = by_hand(place, columns, (0, 2))
+    want = by_hand(place, columns, pads)
     assert len(set(want)) > 1
     assert [round(x, 9) for x in found.value.tolist()] == [round(x, 9) for x in want]
 

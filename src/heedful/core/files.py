@@ -17,8 +17,13 @@ PART = ".part"  # ends the name of a file that is being written
 LOCK = ".heedful.lock"
 PROFILE, UNFINISHED = "profile.json", "unfinished"  # of a diagnosis, and the folder inside of one under way
 RECORDS = "records.jsonl"  # of a comparison
+TAUGHT = "conversion.safetensors"  # of a model that is taught another attention
 # what shows whose folder one is
-SIGNS = {"a diagnosis": (PROFILE, f"{UNFINISHED}/{PROFILE}"), "a comparison": (RECORDS,)}
+SIGNS = {
+    "a diagnosis": (PROFILE, f"{UNFINISHED}/{PROFILE}"),
+    "a comparison": (RECORDS,),
+    "a conversion": (TAUGHT,),
+}
 
 
 @contextmanager
