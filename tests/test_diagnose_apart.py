@@ -11,9 +11,9 @@ import torch
 
 from heedful import diagnose, models
 from heedful.core import stats
-from heedful.core.figures import Curves
+from heedful.core.figures import Curves, Description
 from heedful.core.stats import Mean, Sum
-from heedful.diagnosis.apart import MOST, dealt
+from heedful.diagnosis.apart import MOST, banded, dealt
 from heedful.diagnosis.profile import Profile
 from heedful.methods import AttentionProfile, MaxActivations, SinkRate
 
@@ -48,6 +48,20 @@ def test_bands_reach_from_the_lowest_to_the_highest_text(model: Any) -> None:
                     assert high[i].isnan()
     assert "heads" in alone[0]["distances"].band  # of one text nobody knows how much texts differ
     assert alone[0]["maxima"].bands == {}
+
+
+def test_where_one_part_alone_tells_there_is_no_band() -> None:
+    def told(*values: float) -> Description:
+        line = {"line": torch.tensor(values)}
+        return Description((Curves("key", "Title", "What.", range(len(values)), line, "x", "y"),))
+
+    (figure,) = banded(told(1.5, 2.5, 4.0), [told(1.0, 3.0), told(2.0, 2.0, 4.0)]).figures
+    assert isinstance(figure, Curves)
+    low, high = figure.bands["line"]
+    assert low[:2].tolist() == [1.0, 2.0]
+    assert high[:2].tolist() == [2.0, 3.0]
+    assert low[2].isnan()
+    assert high[2].isnan()
 
 
 def test_windows_of_one_text_are_parts_of_it(model: Any) -> None:

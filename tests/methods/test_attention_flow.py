@@ -111,6 +111,14 @@ def test_padding_has_no_part_in_it() -> None:
         assert close_model(found[1:].float(), flows(model, {"input_ids": long}, AttentionFlow(rows=(1, -1))).float())
 
 
+def test_of_a_row_that_is_all_padding_nothing_flows() -> None:
+    ids = torch.arange(3, 9)[None]
+    mask = torch.tensor([[0] * 6, [1] * 6])
+    found = flows(models.tiny("llama", num_hidden_layers=2), {"input_ids": ids.repeat(2, 1), "attention_mask": mask})
+    assert not found[0].any()
+    assert found[1].any()
+
+
 def test_says_what_is_wrong() -> None:
     with pytest.raises(FieldError, match="one or more unlike positions"):
         AttentionFlow(rows=(1, 1))

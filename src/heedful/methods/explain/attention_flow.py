@@ -73,7 +73,8 @@ class AttentionFlow(LayerByLayer):
         out = maps.new_zeros(len(maps), *maps.shape[2:])
         is_text = call.is_text[:, 0].expand(len(maps), -1)
         for text, layers, into in zip(is_text, maps, out, strict=True):
-            at = text.nonzero()[:, 0]
+            if not len(at := text.nonzero()[:, 0]):  # all of it is padding
+                continue
             into[at, : len(at)] = self._flows(layers[:, at][:, :, at])
         return Cat.of(f"{call.forward:06d}", out)
 
