@@ -8,7 +8,7 @@ from claims.ledger import Claim, run
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     found = accuracies(seed)
-    return found["accuracy, super"] - max(found["accuracy, softmax"], found["accuracy, optimised"]), found
+    return found["accuracy, super"] - max(found["accuracy, softmax"], found["accuracy, efficient"]), found
 
 
 CLAIM = Claim(
@@ -16,7 +16,7 @@ CLAIM = Claim(
     method="SuperAttention",
     says="Values that are made by a map over places make attention better than softmax attention.",
     paper_number="up to 17 % better (abstract)",
-    setup=f"{SETUP} Without its map over places it is the optimised one.",
+    setup=f"{SETUP} Without its map over places it is the efficient one.",
     effect="accuracy above the better of softmax attention and the same without the map over places",
     measure=measure,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from heedful.core.stack import Stack
 from heedful.kit.budget import Budget, newest, room
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
 
+Source = Callable[[int, int, int], list[str]]  # a seed's texts: how many, of how many words
 TOWNS = ("Lisbon", "Oslo", "Cairo", "Lima", "Dublin", "Madrid", "Athens", "Vienna", "Prague", "Tokyo", "Ottawa", "Rome")
 
 
@@ -56,11 +58,11 @@ def prose(seed: int, tokens: int, rest: int) -> Reading:
     return Reading(ids[:, :tokens], ids[:, tokens:], torch.ones(1, rest, dtype=torch.bool))
 
 
-def recall(seed: int, words: int = 230, facts: int = 6) -> Reading:
+def recall(seed: int, words: int = 230, facts: int = 6, source: Source = passages) -> Reading:
     """Numbers of towns strewn over prose, then asked for in another order; the digits count."""
     draw, tokenizer = random.Random(seed), default().tokenizer
     numbers = {town: f"{draw.randrange(10**4):04d}" for town in draw.sample(TOWNS, facts)}
-    filler = " ".join(passages(seed, 4, words))[: 6 * words].split()
+    filler = " ".join(source(seed, 4, words))[: 6 * words].split()
     size = len(filler) // facts
     pieces = []
     for i, (town, number) in enumerate(numbers.items()):

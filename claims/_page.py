@@ -21,18 +21,27 @@ zero, counted in halves of their own width.
 
 {{surprises}}
 
-Each row below is one small experiment (`claims/`), run over several draws on two CPU cores; a draw has a seed, \
-data and fits of its own. The verdict comes from the effects alone: *{HOLDS}* when the 95 % interval of their mean \
-(Student's t) lies above zero, *{WEAKER}* when it does so but the mean is below a bar that the claim's file set, \
-*{REVERSED}* when it lies below zero, else *{UNSEEN}*. The last column is reckoned from the effects too: the one \
-more draw that would undo the verdict, or how many draws in all would decide if they came out like those at hand. \
-Small models and short runs say little about large ones: a verdict is about the direction, here.
+Each row below is one small experiment (`claims/`), run over several draws on two CPU cores; a draw has a seed \
+of its own, and in claims made or renewed since that was asked also texts and fits of its own. The verdict comes \
+from the effects alone: *{HOLDS}* when the 95 % interval of their mean (Student's t) lies above zero, *{WEAKER}* \
+when it does so but the mean is below a bar that the claim's file set, *{REVERSED}* when it lies below zero, \
+else *{UNSEEN}*. The last column is reckoned from the effects too: the one more draw that would undo the \
+verdict, or how many draws in all would decide if they came out like those at hand. Small models and short runs \
+say little about large ones: a verdict is about the direction, here.
 """
 
 
 def records() -> list[Record]:
     """What is committed, in the order of the papers."""
-    return [Record(**json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        told = json.loads(path.read_text())
+        if "strong" not in told:
+            raise ValueError(
+                f"{path.name}: strong, the bar for {HOLDS!r}, is missing; python -m claims.ledger --judge adds it"
+            )
+        found.append(Record(**told))
+    return found
 
 
 def counts(found: list[Record]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import field, replace
 from functools import cache
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from claims._texts import passages
+from claims._texts import apart, passages
 from heedful import attach, models
 from heedful.core.call import Call
 from heedful.core.mask import Mask
@@ -26,6 +27,12 @@ language_model = cache(models.default)
 def text(seed: int, tokens: int) -> dict[str, Any]:
     words = " ".join(passages(seed, 12, 120))
     return {"input_ids": language_model().tokenizer(words[: 8 * tokens], return_tensors="pt").input_ids[:, :tokens]}
+
+
+def own_text(seed: int, tokens: int) -> dict[str, Any]:
+    """A stretch of one help text that no other seed reads."""
+    (words,) = apart(seed, 1, tokens)
+    return {"input_ids": language_model().tokenizer(words, return_tensors="pt").input_ids[:, :tokens]}
 
 
 class Calls(Method):
@@ -108,6 +115,26 @@ def sinks_and_window(grid: Grid, table: Tensor) -> Tensor:
             if int(out[:, h].sum()) >= int(table[:, h].sum()):
                 break
     return out & grid.open
+
+
+def over_fixed(method: BlockSparse, seed: int, tokens: int) -> tuple[float, dict[str, float]]:
+    """How much less a method's heads err than with sinks and a window, as many blocks a head; the bar for all alike."""
+    inputs = own_text(seed, tokens)
+    found, dense_loss = calls(inputs)
+    rows: list[dict[str, float]] = []
+    for call in found:
+        grid, table = chosen(method, call)
+        dense = heads(grid, None)
+        others = {"error": table, "sinks_and_window": sinks_and_window(grid, table)}
+        others["random_blocks"] = at_random(grid, table, seed)
+        rows.append({name: error(heads(grid, each), dense) for name, each in others.items()})
+        rows[-1] |= {
+            "density": share(grid, table),
+            "density, sinks and window": share(grid, others["sinks_and_window"]),
+        }
+    numbers = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+    numbers |= {"loss_dense": dense_loss, "loss": loss(inputs, method)}
+    return numbers["sinks_and_window"] - numbers["error"], numbers
 
 
 def pairs(method: StripeSparse, call: Call) -> Tensor:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import reliability  # noqa: E402
 from benchmarks.mutants import page as mutants  # noqa: E402
 from benchmarks.quality import page as quality  # noqa: E402
 from benchmarks.speed import bars as speed  # noqa: E402
@@ -98,13 +100,14 @@ def verdicts() -> str:
     return counts(records())
 
 
-def readme(text: str) -> str:
-    """The README with its generated parts renewed."""
-    for name, make in {"releases": releases, "coverage": coverage, "verdicts": verdicts}.items():
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+def renewed(page: str, **parts: Callable[[], str]) -> str:
+    """A page that is written by hand, with its generated parts renewed."""
+    text = (ROOT / page).read_text()
+    for name, make in parts.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         if not re.search(pattern, text, re.DOTALL):
-            raise SystemExit(f"README.md has no place for {name!r}: <!-- {name} --> ... <!-- /{name} -->")
-        text = re.sub(pattern, lambda m, make=make: m[1] + make() + m[2], text, flags=re.DOTALL)
+            raise SystemExit(f"{page} has no place for {name!r}: <!-- {name} --> ... <!-- /{name} -->")
+        text = re.sub(pattern, lambda m, make=make: m[1] + make() + "\n" + m[2], text, flags=re.DOTALL)
     return text
 
 
@@ -117,7 +120,9 @@ def main() -> None:
     pages["docs/quality.md"] = NOTE + quality.page()
     pages["docs/mutants.md"] = NOTE + mutants.page()
     pages["docs/rooms.svg"] = rooms.svg()
-    pages["README.md"] = readme((ROOT / "README.md").read_text())
+    pages["docs/reliability.md"] = NOTE + reliability.page()
+    pages["docs/scale.md"] = renewed("docs/scale.md", merges=reliability.merge_table)
+    pages["README.md"] = renewed("README.md", releases=releases, coverage=coverage, verdicts=verdicts)
     stale = [name for name, text in pages.items() if not (ROOT / name).exists() or (ROOT / name).read_text() != text]
     if "--check" in sys.argv:
         sys.exit(f"stale: {', '.join(stale)}; run `make docs`" if stale else 0)

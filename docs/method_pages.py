@@ -20,7 +20,7 @@ FAMILIES = {
     "mechanisms": "Attention computed otherwise, by gates, linear maps, convolutions or another normalisation.",
     "sparse": "Fewer pairs computed or fewer entries cached, for the same weights.",
     "intervene": "A trained model's behaviour moved, while it runs or in its weights.",
-    "compress": "A model made smaller by taking parts of its attention out.",
+    "compress": "A model made cheaper: parts of its attention taken out, or another attention taught to it.",
     "observe": "What attention does, counted while the model runs as it is.",
     "explain": "What an output owes to which token or head.",
 }

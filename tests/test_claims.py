@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from claims import _page
 from claims._page import ABOUT, change, counts, interval, needed, page, records, surprise, surprises, table, undoing
 from claims._texts import apart, passages, sentences
 from claims.ledger import HOLDS, REVERSED, UNSEEN, WEAKER, Record, verdict
@@ -96,6 +99,13 @@ def test_the_page_opens_with_the_counts_and_three_surprises() -> None:
     assert len(lines) == 6
     assert all(f"| {r.key} |" in rest for r in found)
     assert ABOUT.partition("Each row below")[2].strip().splitlines()[0] in rest
+
+
+def test_a_record_without_its_bar_says_how_it_gets_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "P1.json").write_text('{"key": "P1"}')
+    monkeypatch.setattr(_page, "RESULTS", tmp_path)
+    with pytest.raises(ValueError, match=r"P1.json: strong, .* --judge"):
+        records()
 
 
 def test_every_verdict_is_that_of_its_effects() -> None:

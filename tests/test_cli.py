@@ -84,7 +84,7 @@ def test_check_prints_every_law() -> None:
 def test_doctor_serves_a_tiny_model() -> None:
     assert "2 attention layers of LlamaForCausalLM" in told("doctor", "tiny:llama")
     assert "4 query heads, 2 key heads, 8 wide" in told("doctor", "tiny:llama")
-    assert "backends: sdpa, native, tiled, reference" in told("doctor")
+    assert "backends: sdpa, native, triton, tiled, reference" in told("doctor")
 
 
 @pytest.mark.parametrize(

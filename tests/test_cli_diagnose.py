@@ -15,6 +15,7 @@ from heedful.cli import diagnose as verb
 from heedful.cli.app import app
 from heedful.core.errors import HeedfulError
 from heedful.diagnosis.profile import Profile
+from heedful.diagnosis.workers import Ray
 from heedful.methods.observe.sink_rate import SinkRate
 from tests.test_diagnose_texts import characters
 
@@ -68,6 +69,30 @@ def test_a_folder_is_kept_and_read_again(tmp_path: Path) -> None:
     assert "Name another folder" in str(told(*words, "--length", "8", code=1).exception)
 
 
+def test_a_corpus_is_read_and_what_is_bad_in_it_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text('{"body": "Who put the keys there?"}\n{\n{"body": "On the table."}\n')
+    words = ("small", "--corpus", "corpus.jsonl", "--column", "body", "--measures", "SinkRate", "--no-page")
+    told_of = told(*words, "--out", "kept").stdout
+    assert "2 texts of 36 tokens" in told_of
+    assert "1 of 3 texts left out: corpus.jsonl at byte 36 is no line of JSON." in told_of
+    assert "finished before" in told(*words, "--out", "kept").stderr
+
+
+def test_workers_and_the_cluster_are_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Ray] = []
+
+    def each(self: Ray, read: Any, shards: Any) -> Any:
+        asked.append(self)
+        yield from map(read, shards)
+
+    monkeypatch.setattr(Ray, "each", each)
+    (tmp_path / "corpus.jsonl").write_text('{"text": "Who put the keys there?"}\n')
+    words = ("small", "--corpus", "corpus.jsonl", "--measures", "SinkRate", "--no-page")
+    for more in (["--workers", "3"], ["--ray", "auto"], ["--ray", "10.0.0.1:6379", "--workers", "64"]):
+        told(*words, *more)
+    assert asked == [Ray(3), Ray(2, "auto"), Ray(64, "10.0.0.1:6379")]
+
+
 def test_stopping_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -90,12 +115,16 @@ def test_measures_are_parted_by_commas_outside_of_settings() -> None:
         (["small", "--text", "."], "the folder holds no file with text"),
         (["small", "--length", "1000"], "has 512 positions; for example length=512"),
         (["tiny:llama", "--text", "/etc/hostname"], "words need a tokenizer"),
-        (["tiny:vit"], "takes no token ids"),
+        (["tiny:vit"], "a model that reads images takes their pixels"),
         (["small", "--measures", "SinkRat"], r"Did you mean SinkRate\?"),
         (["small", "--measures", "SinkWindow"], "must be methods that read and edit nothing"),
         (["small", "--measures", "PruneHeads"], "surgery, which reads nothing"),
         (["small", "--backend", "fast"], "must be one of auto"),
         (["small", "--out", "/dev/null/here"], "cannot write to"),
+        (["small", "--corpus", "no.jsonl"], "there is no such file or folder"),
+        (["small", "--workers", "2"], "there is none. Name one: --corpus"),
+        (["small", "--corpus", "/etc/hostname", "--text", "/etc/hostname"], "one of them is read"),
+        (["small", "--corpus", "/etc/hostname", "--workers", "0"], "must be 1 or more"),
     ],
 )
 def test_wrong_input_is_a_plain_error(words: list[str], message: str, tmp_path: Path) -> None:

@@ -333,6 +333,8 @@ def test_bad_input_is_named(loaded) -> None:
     for problem, call in (
         ("methods", lambda: compare(loaded, [], [Echo()])),
         ("methods", lambda: compare(loaded, [SinkWindow], [Echo()])),
+        (r"Decode \| Surgery\]; for example", lambda: compare(loaded, [Echo()], [Echo()])),
+        (r"Decode \| Surgery\] \(this suits tasks=\); for", lambda: compare(loaded, [Echo()], [SinkWindow()])),
         ("methods", lambda: compare(loaded, {PLAIN: SinkWindow()}, [Echo()])),
         ("tasks", lambda: compare(loaded, [SinkWindow()], [])),
         ("tasks", lambda: compare(loaded, [SinkWindow()], [Echo(5000)])),
@@ -365,3 +367,5 @@ def test_page_and_tables(loaded, tmp_path: Path) -> None:
     assert list(tables["costs"]["contender"]) == [p.contender for p in found.prices]
     assert len(tables["results"]) == len(found.results)
     assert "unedited" in str(found)
+    answers = sum(isinstance(record, Answered) for record in found.records)
+    assert repr(found) == f"Comparison({found.facts['model']}: 2 methods on echo, loss, {answers} answers)"

@@ -13,9 +13,9 @@ import torch
 from heedful import models
 from heedful.core.errors import FieldError, HeedfulError, StatisticError
 from heedful.core.figures import Curves, Grid, HeadMap, Listing
+from heedful.core.files import digest_of
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.run import diagnose
-from heedful.diagnosis.store import _digest
 from heedful.methods.observe.sink_rate import SinkRate
 from tests.test_diagnose import Marked
 from tests.test_diagnose_texts import WORDS, characters
@@ -150,6 +150,6 @@ def test_what_is_no_profile_cannot_be_loaded(model: Any, tmp_path: Path) -> None
     (tmp_path / "profile.json").write_text(json.dumps(text))
     with pytest.raises(StatisticError, match="was damaged or changed"):
         Profile.load(tmp_path)
-    (tmp_path / "profile.json").write_text(json.dumps({**text, "digest": _digest(text)}))
+    (tmp_path / "profile.json").write_text(json.dumps({**text, "digest": digest_of(text)}))
     with pytest.raises(HeedfulError, match=r"Did you mean SinkRate\?"):
         Profile.load(tmp_path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,6 +61,34 @@ HERE = [name for name in BACKENDS if name != "triton"]  # which test_triton.py t
 def test_backends_compute_attention(backend: str, shape: Shape) -> None:
     bare = Bare(shape)
     assert close(run(NOTHING, bare, backend), by_hand(bare).float())
+
+
+def in_chunks(bare: Bare, chunk: int = 3) -> Tensor:
+    """Rabe and Staats (arXiv 2112.05682), row by row: chunks, a running maximum, sums rescaled with it."""
+    b, h, n, _ = bare.q.shape
+    group, past = h // bare.k.shape[1], bare.shape.k - n
+    out = torch.zeros(b, h, n, bare.v.shape[-1], dtype=torch.float64)
+    for text, head, row in itertools.product(range(b), range(h), range(n)):
+        q = bare.q[text, head, row].double() * bare.call.scale
+        top, total, summed = -math.inf, 0.0, torch.zeros(bare.v.shape[-1], dtype=torch.float64)
+        for start in range(0, past + row + 1, chunk):
+            cols = slice(start, min(start + chunk, past + row + 1))
+            scores = bare.k[text, head // group, cols].double() @ q
+            higher = max(top, float(scores.max()))
+            part, shrink = (scores - higher).exp(), math.exp(top - higher)
+            total = total * shrink + float(part.sum())
+            summed = summed * shrink + part @ bare.v[text, head // group, cols].double()
+            top = higher
+        out[text, head, row] = summed / total
+    return out
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("size", [1.0, 60.0])  # of queries: so large, an exponential of a score overflows
+def test_attention_in_chunks_is_attention(backend: str, size: float) -> None:
+    bare = Bare()
+    bare.q *= size
+    assert close(run(NOTHING, bare, backend), in_chunks(bare).float())
 
 
 class Block(Method):

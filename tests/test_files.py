@@ -17,7 +17,7 @@ import torch
 
 from heedful import models
 from heedful.core.errors import FieldError, StatisticError
-from heedful.core.files import LOCK, append, held, placed, replace_text
+from heedful.core.files import LOCK, append, digest_of, held, placed, replace_text
 from heedful.diagnosis.run import diagnose
 
 IDS = torch.arange(5, 25)
@@ -113,3 +113,12 @@ def test_a_folder_needs_a_name(tmp_path: Path) -> None:
     for name in ("a\0b", ""):
         with pytest.raises(FieldError, match="must be the name of a folder"):
             diagnose(models.tiny("llama"), IDS, out=name)
+
+
+def test_a_digest_is_of_all_that_a_file_says_but_itself() -> None:
+    content = {"facts": {"texts": 3}, "parts": ["A"], "view": None}
+    told = digest_of(content)
+    assert told == digest_of({**dict(reversed(content.items())), "digest": told})
+    for name in content:
+        assert digest_of({**content, name: "another"}) != told
+        assert digest_of({key: x for key, x in content.items() if key != name}) != told

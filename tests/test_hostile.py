@@ -50,7 +50,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
     faithful = explaining.faithfulness(model, IDS[:6], torch.rand(6), steps=2, seeds=1)
     return {
         "attach": (heedful.attach, {"model": model, "what": TempScale(0.5)}, "model what only backend roles tile_rows"),
-        "fit": (heedful.fit, {"method": TempScale(0.5), "model": model, "batches": []}, "method model batches only"),
+        "fit": (
+            heedful.fit, {"method": TempScale(0.5), "model": model, "batches": []},
+            "method model batches only out progress",
+        ),
         "fold": (partial(heedful.fold, model), {}, "what"),
         "operate": (partial(heedful.operate, model), {}, "what"),
         "arrange": (heedful.arrange, {"model": model, "prompt": prompt, "step": None}, "model prompt step"),
@@ -58,7 +61,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "decode": (heedful.decode, {"model": model, "prompt": prompt, "step": None}, "model prompt step"),
         "diagnose": (
             heedful.diagnose, {"model": model, "texts": IDS, "measures": [SinkRate()]},
-            "model texts tokenizer measures length batch out only backend tile_rows",
+            "model texts tokenizer measures length batch out workers only backend tile_rows",
         ),
         "compare": (
             heedful.compare, {"model": Loaded(model, str, ""), "methods": [], "tasks": ["nothing of that name"]},

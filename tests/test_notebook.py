@@ -56,6 +56,7 @@ def values() -> dict[str, Any]:
     assert "layers entered" not in before
     assert "2 of 2 layers entered" in shown
     assert repr(run).endswith("on LlamaForCausalLM, closed)")
+    assert repr(activity) == str(activity)
     return {
         "activity": activity,
         "run": run,

@@ -21,7 +21,7 @@ from benchmarks import deprecations, versions
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-CUDA = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
+CUDA = re.compile(r"torch|nvidia-.*|cuda-.*")  # triton is there for its interpreter; torch.txt has the same version
 
 
 def locked(name: str) -> list[tuple[Requirement, bool]]:

@@ -228,8 +228,8 @@ def test_memory_is_really_saved_and_told() -> None:
             seen = run.activity()
         assert held < most * whole, method
         layers = [layer.nbytes for layer in cache.layers]
-        assert [x for x, _ in seen.memory.values()] == layers
-        assert sum(x for _, x in seen.memory.values()) == whole
+        assert [x for x, _ in seen.cache_bytes.values()] == layers
+        assert sum(x for _, x in seen.cache_bytes.values()) == whole
         assert held >= sum(layers)
         assert f"cache memory: {sum(layers) / 2**20:.2f} of" in str(seen)
 

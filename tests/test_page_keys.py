@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from heedful.explaining.attention_patterns import Patterns
 from tests.test_page_browser import browser, compared, opened, path, pytestmark, scroll_to
 
 __all__ = ["browser", "compared", "opened", "path", "pytestmark"]
@@ -44,6 +46,41 @@ def test_nothing_is_too_small_to_hit(opened, compared, path, width):
             .map(x => [x.outerHTML.slice(0, 80), x.getBoundingClientRect()])
             .filter(([, box]) => Math.min(box.width, box.height) < 23.99).map(([x]) => x)"""
         assert tab.evaluate(small) == []
+
+
+@pytest.mark.parametrize("screen", [{"width": 390}, {"width": 1280, "touch": True}, {"width": 390, "touch": True}])
+def test_a_finger_hits_the_cells_of_the_map_of_roles(opened, screen):
+    touch = screen.get("touch", False)
+    tab = opened(viewport={"width": screen["width"], "height": 900}, has_touch=touch, is_mobile=touch)
+    sizes = """[...document.querySelectorAll('.cells i')].map(x => x.getBoundingClientRect())
+        .flatMap(x => [x.width, x.height])"""
+    assert min(tab.evaluate(sizes)) > 23.99
+    assert tab.evaluate("document.documentElement.scrollWidth") == screen["width"]
+    assert tab.locator(".cells i").first.bounding_box()["x"] >= 0
+
+
+def test_the_map_of_roles_goes_by_arrow_keys(opened):
+    tab = opened()
+    tab.locator(".cells").focus()
+    layer, head = map(int, tab.locator("#card-title").inner_text().split()[1].split("."))
+    for key in ("ArrowUp", "ArrowLeft", "ArrowLeft"):
+        tab.keyboard.press(key)
+    assert tab.locator("#card-title").inner_text() == f"Head {layer - 2}.{head - 1}"
+    assert tab.locator(".cells i[aria-current]").get_attribute("data-head") == f"{layer - 2}.{head - 1}"
+    for _ in range(40):  # there is nothing further up
+        tab.keyboard.press("ArrowUp")
+    assert tab.locator("#card-title").inner_text() == f"Head {layer - 2}.0"
+
+
+def test_the_page_of_a_pictures_patterns_offers_no_text(browser, tmp_path):
+    for tokens, shown in ((["a", "b"], True), ([], False)):
+        maps = Patterns(tokens, {0: torch.eye(2).expand(2, 2, 2)}, {0: [0, 1]})
+        tab = browser.new_page()
+        tab.goto(maps.page(tmp_path / f"{len(tokens)}.html").as_uri())
+        tab.wait_for_selector("#maps button[aria-pressed=true]")
+        assert tab.locator("#tools").is_visible() is shown
+        assert ("token" in tab.locator("h1 + p").inner_text()) is shown
+        tab.close()
 
 
 def test_the_card_shows_the_heads_pattern(opened):

@@ -47,6 +47,9 @@ def test_pixels_and_two_halves() -> None:
     torch.testing.assert_close(found.tensor, torch.cat(eager(vit, **inputs)))
     both = heedful.patterns(models.tiny("t5"), IDS)
     assert {x.shape[1:] for x in both.maps.values()} == {(20, 20)}
+    for words in (None, characters()):
+        with pytest.raises(FieldError, match="reads images takes the pixels of one"):
+            heedful.patterns(vit, "a cat", tokenizer=words)
 
 
 def test_no_axis_has_the_words_of_another_sequence() -> None:

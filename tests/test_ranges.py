@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from heedful.cli.app import app
+from heedful.cli.ranges import ranged
 from heedful.core.errors import FieldError
-from heedful.core.ranges import ranged
 from tests.test_cli_compare import RUN, tiny  # noqa: F401 - a fixture
 
 

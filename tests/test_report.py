@@ -217,6 +217,16 @@ def test_the_summary_is_sorted_and_leads_on():
     assert "When Attention Sink Emerges" in text
 
 
+def test_the_run_has_no_empty_rows_and_numbers_are_written_in_one_way():
+    told = {"skipped": [], "how": "", "backends": ["native"], "parameters": 134515008, "nothing": None, "left_out": 0}
+    assert page.more(told) == [("backends", "native"), ("parameters", "134,515,008"), ("left out", "0")]
+
+
+def test_what_stands_in_backticks_is_code():
+    code = page.environment().from_string("{{ text | code }}")
+    assert code.render(text="`fit(it)` <b> `x`") == "<code>fit(it)</code> &lt;b&gt; <code>x</code>"
+
+
 def test_a_page_of_nothing():
     text = page.render(FakeProfile({"model": "tiny"}, ()))
     assert "No measure found anything" in text

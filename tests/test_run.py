@@ -184,7 +184,7 @@ def test_learned_parameters_train_and_are_saved(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backend": "magic"}, "must be one of auto, sdpa, native, tiled, reference"),
+        ({"backend": "magic"}, "must be one of auto, sdpa, native, triton, tiled, reference"),
         ({"tile_rows": 0}, "must be 1 or more rows"),
         ({"only": "model.vision"}, "no served layer of LlamaForCausalLM lies there"),
     ],

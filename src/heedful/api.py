@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, InactiveWarning
-from heedful.core.kinds import HeadWeights, Prompt, Surgery, Tokens, Vocabulary
+from heedful.core.kinds import Conversion, HeadWeights, Prompt, Report, Surgery, Tokens, Vocabulary
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
 from heedful.core.regions import Roles
 from heedful.core.stack import Stack
@@ -105,8 +106,22 @@ def fit(
     batches: Iterable[Mapping[str, Any]],
     *,
     only: str | Iterable[str] | None = None,
+    out: str | Path | None = None,
+    progress: Report | None = None,
 ) -> Any:
-    """A new method fitted to the model on data; the model stays as it is, its gradients too."""
+    """A new method fitted to the model on data; the model stays as it is, its gradients too.
+
+    Of a conversion, the run of a copy that has learned it. A conversion may be long: it keeps its state in the folder
+    `out`, from which the same call goes on where it stopped, and tells `progress` of each step.
+    """
+    if isinstance(method, Conversion):
+        from heedful.converting import converted
+
+        return converted(method, model, batches, only, out, progress)
+    for name, given in (("out", out), ("progress", progress)):
+        if given is not None:
+            rule = f"is for conversions; {type(method).__name__} is fitted in one go"
+            raise FieldError("fit()", name, given, rule, None)
     with still(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", InactiveWarning)  # what a fit starts from changes nothing, often on purpose
         context: FitContext = _FitContext(model, only)

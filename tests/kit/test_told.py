@@ -30,6 +30,13 @@ def test_call_after_call_and_after_a_crop() -> None:
     assert torch.equal(_asked(state, 7, 9), SAID)
 
 
+def test_what_is_read_again_is_said_anew() -> None:
+    """Where nobody cut back what was said of later tokens."""
+    state = State()
+    _asked(state, 0, 9)
+    assert torch.equal(_asked(state, 6, 8), SAID[:, :, :8])
+
+
 def test_of_tokens_read_without_it_nothing_is_known() -> None:
     found = _asked(State(), 6, 9)
     assert torch.equal(found[:, :, 6:], SAID[:, :, 6:])

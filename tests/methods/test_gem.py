@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 import heedful
 from heedful import attach, fit, models
+from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Phase
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, SiteError
 from heedful.methods import GEM
 
 HEADS = 4
@@ -182,6 +184,16 @@ def test_what_was_not_fitted_is_refused() -> None:
     ):
         with pytest.raises(FieldError, match=match), heedful.attach(vit, method) as run:
             run(**inputs)
+
+
+@torch.no_grad()
+def test_a_cache_is_refused() -> None:
+    model, cache = models.tiny("llama"), DynamicCache()
+    ids = torch.arange(3, 11)[None]
+    with attach(model, GEM(last=1, seed=0)) as run:
+        run(input_ids=ids, **{CACHE: cache})
+        with pytest.raises(SiteError, match="read at once; hand it no cache"):
+            run(input_ids=ids[:, :2], **{CACHE: cache})
 
 
 def test_layers_before_the_path_are_left_alone() -> None:

@@ -22,7 +22,7 @@ from heedful.engine.stages import keep_entries
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class Operands:
     """What a model asks of one attention call."""
 
     q: Tensor  # [b h q d]
@@ -67,16 +67,16 @@ def left_alone(run: Run, plan: Plan) -> bool:
     return not plan.acts_inside() and run.backend == "auto"
 
 
-def computed(run: Run, plan: Plan, call: Call, asked: Asked) -> tuple[Tensor, Tensor | None, AttentionCall]:
+def computed(run: Run, plan: Plan, call: Call, operands: Operands) -> tuple[Tensor, Tensor | None, AttentionCall]:
     """Heads `[b h q d]`, the pattern where it was asked for, and the call as CACHE steps should see it."""
     mixes = plan.at(Site.MIX)
-    if asked.pattern and mixes:
+    if operands.pattern and mixes:
         raise SiteError(
             f"{mixes[0]}, layer {call.layer}: computes no pattern, so the weights that the caller wants "
             "(output_attentions, need_weights) cannot be given; leave that out"
         )
-    pattern = asked.pattern or (asked.unasked and not mixes)
-    job = AttentionCall(plan, run.state, call, asked.bias, asked.sink, asked.dropout, pattern)
+    pattern = operands.pattern or (operands.unasked and not mixes)
+    job = AttentionCall(plan, run.state, call, operands.bias, operands.sink, operands.dropout, pattern)
 
     def choose(needs: Needs) -> Backend:
         backend = select(run.backend, needs)
@@ -85,8 +85,8 @@ def computed(run: Run, plan: Plan, call: Call, asked: Asked) -> tuple[Tensor, Te
 
     for step in mixes:
         run.state.backends[call.layer] = repr(step.part)
-    heads, weights, call = attend(job, asked.q, asked.k, asked.v, choose)
-    return heads, weights, AttentionCall(plan, run.state, call, asked.bias, asked.sink, asked.dropout, pattern)
+    heads, weights, call = attend(job, operands.q, operands.k, operands.v, choose)
+    return heads, weights, AttentionCall(plan, run.state, call, operands.bias, operands.sink, operands.dropout, pattern)
 
 
 def evict(job: AttentionCall, held: HeldLayer, k: Tensor, v: Tensor) -> None:

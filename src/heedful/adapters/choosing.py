@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from heedful.adapters.layers import parts_of
 from heedful.adapters.sdpa import SdpaAdapter
 from heedful.adapters.transformers import TransformersAdapter, adapt
+from heedful.adapters.wrapped import stays_one
 from heedful.core.errors import FieldError
 
 
@@ -31,8 +32,6 @@ def adapter_for(
 def _inside(model: nn.Module) -> nn.Module:
     """The model that torch's own wrappers are around."""
     while isinstance(model, OptimizedModule | DataParallel | DistributedDataParallel):
-        if isinstance(model, DataParallel) and len(model.device_ids) > 1:
-            rule = "copies the model to each device in every forward, where no run is attached; attach to what is in it"
-            raise FieldError("attach()", "model", type(model).__name__, rule, "attach(model.module, ...)")
+        stays_one(model)
         model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
     return model

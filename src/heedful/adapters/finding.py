@@ -8,8 +8,9 @@ multiplies values with what a softmax gave computes attention by itself.
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import get_ident
@@ -21,9 +22,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from heedful.adapters.compiled import WrittenCalls
-from heedful.adapters.dispatched import other_kernel
 from heedful.adapters.hooked import Hooked
-from heedful.adapters.layout import Layout, heads_told
+from heedful.adapters.layers import heads_told
+from heedful.adapters.layout import Layout
 from heedful.adapters.taking import Taking, stream_of
 from heedful.core.errors import RefusedModel
 from heedful.core.method import Layer
@@ -32,6 +33,8 @@ from heedful.engine.resting import resting, undone
 SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention
 MULTI_HEAD: Callable[..., Any] = F.multi_head_attention_forward
 MULTI_HEAD_SIGNATURE = inspect.signature(MULTI_HEAD)
+# diffusers' attention backends that call `F.scaled_dot_product_attention`
+DIFFUSERS_OWN = frozenset({"native", "_native_math", "_native_flash", "_native_efficient", "_native_cudnn"})
 SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of its positional arguments
 
 _SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
@@ -177,7 +180,7 @@ def find(model: nn.Module, run: Callable[[], Any]) -> Found:
         width = int(stream.shape[-1]) if stream is not None and stream.ndim in (2, 3) else seen.heads * seen.value_dim
         found.layers[name] = Layer(len(found.layers), seen.heads, seen.kv_heads, seen.head_dim, seen.value_dim, width)
     found.own |= {name: _own_softmax(model.get_submodule(name)) for name in watch.maps}
-    found.own |= _scripted(model) | other_kernel(model, found.layers)
+    found.own |= _scripted(model) | _other_kernel(model, found.layers)
     for name in found.own:
         found.layers.pop(name, None)
     found.layers = {name: replace(layer, number=i) for i, (name, layer) in enumerate(found.layers.items())}
@@ -212,6 +215,23 @@ def _scripted(model: nn.Module) -> dict[str, str]:
             text = str(module.inlined_graph) if hasattr(module, "forward") else ""
             if "scaled_dot_product_attention" in text or ("aten::softmax" in text and "matmul" in text):
                 found[name] = "scripted"
+    return found
+
+
+def _other_kernel(model: nn.Module, known: Iterable[str]) -> dict[str, str]:
+    """Modules that hand their attention to a kernel that is not torch's, with the reason."""
+    dispatch: Any = sys.modules.get("diffusers.models.attention_dispatch")
+    if dispatch is None:
+        return {}
+    served, found = set(known), {}
+    everywhere = dispatch._AttentionBackendRegistry.get_active_backend()[0]
+    for name, module in model.named_modules():
+        processor: Any = getattr(module, "processor", None)
+        if name in served or not hasattr(processor, "_attention_backend"):
+            continue
+        chosen = getattr(processor._attention_backend or everywhere, "value", None)
+        if chosen is not None and chosen not in DIFFUSERS_OWN:
+            found[name] = f"attention backend {chosen!r}; model.set_attention_backend('native')"
     return found
 
 

@@ -243,8 +243,7 @@ class Hooks:
         else:
             start = 0 if bound.cross else seen(cache, getattr(bound.module, "layer_idx", None))
             queries, keys = Positions.row(start, n, hidden.device), Positions.row(0, start + n, hidden.device)
-        past = (queries.first or 0) > 0 or (bound.cross and cache is not None)
-        phase = Phase.DECODE if n == 1 and past else Phase.PREFILL
+        phase = Phase.of(queries, bound.cross and cache is not None)
         return Call(
             bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
             denoising=self.run.state.denoising, roles=self.roles(bound, len(keys)), hidden=hidden,
@@ -295,7 +294,7 @@ class Hooks:
 
     def after_projection(self, model: nn.Module, bound: Bound) -> None:
         """Edit and read OUTPUT, after what replaces the BLOCK."""
-        found, turned = bound.output or output_module(model, bound.name), bound.taking.turned
+        found = bound.output or output_module(model, bound.name)
         if found is None:
             raise RefusedModel(
                 f"an OUTPUT or BLOCK edit cannot act in {bound.name}: heedful finds no output projection there"
@@ -307,21 +306,7 @@ class Hooks:
             call = bound.call
             if not self.run.stack.touches(Site.RESIDUAL):
                 bound.call = None
-            n = len(call.queries)
-            given = output[0] if isinstance(output, tuple) else output
-            if not isinstance(given, Tensor) or given.shape[:-1].numel() % n:
-                raise RefusedModel(
-                    f"an OUTPUT edit cannot act in {bound.name}: its projection does not give [b n e] for {n} tokens"
-                )
-            job = AttentionCall(self.run.state.plan(call), self.run.state, call)
-            rows = turned(given)
-            new = rows.reshape(-1, n, rows.shape[-1])
-            if steps := job.plan.at(Site.BLOCK):
-                new = replaced(steps[0], job, call, new)
-            new = stage(Site.OUTPUT, new, job, call)
-            self.run.state.close_call(job.plan, call)
-            new = turned(new.reshape(rows.shape))
-            return (new, *output[1:]) if isinstance(output, tuple) else new
+            return self._acted(Site.OUTPUT, bound, bound.name, call, output)
 
         self._hooked.after(found, after)
 
@@ -341,17 +326,26 @@ class Hooks:
     def _after_block(self, model: nn.Module, name: str, bound: Bound) -> None:
         def after(block: nn.Module, args: Any, output: Any) -> Any:
             call, bound.call = bound.call, None
-            stream = output[0] if isinstance(output, tuple) else output
-            if call is None or not isinstance(stream, Tensor):
+            if call is None or not isinstance(output, Tensor | tuple):
                 return None
-            n = len(call.queries)
-            if stream.shape[:-1].numel() % n:
-                raise RefusedModel(f"a RESIDUAL edit cannot act in {name}: it does not give [b n e] for {n} tokens")
-            job = AttentionCall(self.run.state.plan(call), self.run.state, call)
-            rows = bound.taking.turned(stream)
-            new = stage(Site.RESIDUAL, rows.reshape(-1, n, rows.shape[-1]), job, call)
-            self.run.state.close_call(job.plan, call)
-            new = bound.taking.turned(new.reshape(rows.shape))
-            return (new, *output[1:]) if isinstance(output, tuple) else new
+            return self._acted(Site.RESIDUAL, bound, name, call, output)
 
         self._hooked.after(model.get_submodule(name), after)
+
+    # what leaves one of them
+
+    def _acted(self, site: Site, bound: Bound, name: str, call: Call, output: Any) -> Any:
+        """What a module gives, `[b n e]` alone or first of several, as the steps of a site leave it."""
+        given = output[0] if isinstance(output, tuple) else output
+        n, turned = len(call.queries), bound.taking.turned
+        if not isinstance(given, Tensor) or given.shape[:-1].numel() % n:
+            raise RefusedModel(f"{site.name} cannot be acted on in {name}: it does not give [b n e] for {n} tokens")
+        job = AttentionCall(self.run.state.plan(call), self.run.state, call)
+        rows = turned(given)
+        new = rows.reshape(-1, n, rows.shape[-1])
+        if site is Site.OUTPUT and (steps := job.plan.at(Site.BLOCK)):
+            new = replaced(steps[0], job, call, new)
+        new = stage(site, new, job, call)
+        self.run.state.close_call(job.plan, call)
+        new = turned(new.reshape(rows.shape))
+        return (new, *output[1:]) if isinstance(output, tuple) else new

@@ -24,7 +24,7 @@ OUTPUT_NAMES = (
 FUSED = {"c_attn": ".split(self.split_size, dim=2)", "qkv_proj": "qkv[..., :query_pos]"}
 OUTPUT_OF_PARENT = ("output.dense", "attention_output.dense", "out_proj", "o_proj")
 WIDTHS = ("qk_head_dim", "head_dim", "attention_head_size", "d_head", "key_value_proj_dim", "dim_per_head")
-HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads")
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 SHARED = "num_key_value_groups"  # what modules call the number of query heads to a key head
 
 
@@ -220,9 +220,14 @@ def head_width(layer: nn.Module, config: object) -> tuple[int | None, int | None
     """Number of query heads and head width as the module or its config states them."""
     heads = width = None
     for owner in (layer, config):  # a config is asked for what the module does not say, and may refuse to answer
-        heads = _told(owner, HEAD_COUNTS[:4]) if heads is None else heads
+        heads = heads_told(owner) if heads is None else heads
         width = _told(owner, WIDTHS) if width is None else width
     return heads, width
+
+
+def heads_told(owner: object) -> int | None:
+    """The number of query heads as a module or a config tells it."""
+    return _told(owner, HEADS)
 
 
 def _told(owner: object, names: Iterable[str]) -> int | None:

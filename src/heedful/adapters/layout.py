@@ -5,14 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from torch import Tensor, nn
-
-HEADS = ("num_heads", "heads", "n_heads", "n_head", "num_attention_heads")
-
-
-def heads_told(module: nn.Module) -> int | None:
-    """The number of heads as a module tells it."""
-    return next((x for name in HEADS if isinstance(x := getattr(module, name, None), int)), None)
+from torch import Tensor
 
 
 @dataclass(frozen=True)

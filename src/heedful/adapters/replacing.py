@@ -28,7 +28,8 @@ def shares_keys(module: nn.Module) -> bool:
 
 def unrotated(bound: Bound, args: Args, kwargs: dict[str, Any]) -> tuple[Args, dict[str, Any]] | None:
     """The arguments of a module with a rotary embedding that rotates by nothing; None where there is none at all."""
-    names = list(inspect.signature(type(bound.module).forward).parameters)[1:]
+    kind: Any = type(bound.module)
+    names = list(inspect.signature(kind.forward).parameters)[1:]
     place = names.index(ROTARY) if ROTARY in names and ROTARY not in kwargs else len(args)
     given = kwargs.get(ROTARY) if place >= len(args) else args[place]
     if shares_keys(bound.module):
@@ -36,7 +37,7 @@ def unrotated(bound: Bound, args: Args, kwargs: dict[str, Any]) -> tuple[Args, d
     still = _still(given, _source(bound.module))
     if still is None:
         # a module that can be handed a rotary embedding, and is not, has none in this call
-        if (given is None and ROTARY in names) or not rotates(bound.module):
+        if (given is None and ROTARY in names) or not rotates(kind):
             return None
         raise RefusedModel(
             f"{_named(bound)} rotates queries and keys by itself, so what they are before is out of reach; restrict "

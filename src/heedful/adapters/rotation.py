@@ -11,7 +11,7 @@ from functools import cache
 from textwrap import dedent
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from heedful.adapters.bound import Bound
 from heedful.adapters.layers import own_source, source_of
@@ -27,9 +27,9 @@ class _Turn(NamedTuple):
     function: Callable[..., Any] | None  # (q, k, cos, sin) to both; None where it is of another form
 
 
-def rotates(module: nn.Module) -> bool:
+@cache
+def rotates(kind: Any) -> bool:
     """Whether a module's class speaks of a rotary embedding."""
-    kind: Any = type(module)
     return re.search(r"rotary|(?<![a-z])rope", source_of(kind).lower()) is not None
 
 
@@ -37,7 +37,7 @@ def rotation(bound: Bound) -> Callable[[Tensor], Tensor] | None:
     """The rotary embedding of this call's tokens; None where the layer has none, or skips it."""
     kind: Any = type(bound.module)
     turns = _turns(kind)
-    if not turns and not rotates(bound.module):
+    if not turns and not rotates(kind):
         return None
     try:
         acting = [turn for turn in turns if all(_holds(test, bound) for test in turn.tests)]

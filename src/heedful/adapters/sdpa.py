@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from heedful.adapters.answering import Asked, computed, left_alone, plan_of, replaced_whole, rows_of
+from heedful.adapters.answering import Operands, computed, left_alone, plan_of, replaced_whole, rows_of
 from heedful.adapters.bound import Bound
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.hooks import Hooks
-from heedful.adapters.layers import output_module, served
-from heedful.adapters.layout import Layout, heads_told, same_rows
+from heedful.adapters.layers import heads_told, output_module, served
+from heedful.adapters.layout import Layout, same_rows
 from heedful.adapters.multi_head import Untouched, through_kernel
 from heedful.adapters.planted import Planted
 from heedful.adapters.standing import Standing
@@ -293,7 +293,7 @@ class SdpaAdapter:
         )
         q, k, v = (layout.fold(given[name]) for name in ("query", "key", "value"))
         k, v = same_rows(k, len(q)), same_rows(v, len(q))
-        asked, call = self._call(bound, layout, given, (q, k, v), appends)
+        operands, call = self._call(bound, layout, given, (q, k, v), appends)
         roles = {**halves(bound, k.shape[2]), **self._hooks.roles(bound, k.shape[2])}
         call = bound.call = replace(call, hidden=rows_of(hidden, q), roles=roles)
         plan = plan_of(run, call)
@@ -308,7 +308,7 @@ class SdpaAdapter:
             return own(), None
         self._answering = True  # the kernels call torch's attention too, and a module around this one may be served
         try:
-            heads, weights, job = computed(run, plan, call, replace(asked, pattern=pattern))
+            heads, weights, job = computed(run, plan, call, replace(operands, pattern=pattern))
         finally:
             self._answering = False
         run.state.close_call(plan, job.call)
@@ -316,15 +316,14 @@ class SdpaAdapter:
 
     def _call(
         self, bound: Bound, layout: Layout, given: dict[str, Any], qkv: tuple[Tensor, Tensor, Tensor], appends: bool
-    ) -> tuple[Asked, Call]:
+    ) -> tuple[Operands, Call]:
         q, k, v = qkv
         causal, mask, scale = (given.get(name) for name in ("is_causal", "attn_mask", "scale"))
         rules, bias, text = rules_of(None if mask is None else layout.fold(mask), bool(causal), len(q), k.shape[2])
         queries, keys, bound.cross = places(bound, q, k, text, fixed=bool(causal) or appends)
-        phase = Phase.DECODE if q.shape[2] == 1 and (queries.first or 0) > 0 else Phase.PREFILL
         call = Call(
             bound.number or 0, len(self._names), bound.name, q.shape[1], k.shape[1], queries, keys,
-            q.shape[-1] ** -0.5 if scale is None else float(scale), None, phase,
+            q.shape[-1] ** -0.5 if scale is None else float(scale), None, Phase.of(queries),
             self.run.state.denoising, bound.cross, mask=rules, forward=max(0, self.run.state.now.number), batch=len(q),
         )  # fmt: skip
-        return Asked(q, k, v, bias, None, float(given.get("dropout_p") or 0.0)), call
+        return Operands(q, k, v, bias, None, float(given.get("dropout_p") or 0.0)), call

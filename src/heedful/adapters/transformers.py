@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from heedful.adapters.answering import Asked, computed, evict, left_alone, plan_of, replaced_whole, rows_of
+from heedful.adapters.answering import Operands, computed, evict, left_alone, plan_of, replaced_whole, rows_of
 from heedful.adapters.arguments import understand
 from heedful.adapters.bound import (
     ADDITIVE,
@@ -199,8 +199,7 @@ class TransformersAdapter:
         if bound.cache is not None and not bound.cross:
             held = held_layer(bound.cache, getattr(bound.module, "layer_idx", None), k, v, bound.name)
         given = understand(bound, request, held)
-        past = (given.queries.first or 0) > 0 or (bound.cross and bound.cache is not None)
-        phase = Phase.DECODE if q.shape[2] == 1 and past else Phase.PREFILL
+        phase = Phase.of(given.queries, bound.cross and bound.cache is not None)
         call = bound.call = Call(
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
             given.softcap, phase, run_state.denoising, bound.cross, self._hooks.roles(bound, len(given.keys)),
@@ -219,8 +218,8 @@ class TransformersAdapter:
             return native(bound.module, bound.native, request)
         unasked = bound.alone and bound.native == "eager"
         dropout = request.dropout if bound.module.training else 0.0
-        asked = Asked(q, k, v, given.bias, given.sink, dropout, pattern, unasked)
-        heads, weights, job = computed(run, plan, call, asked)
+        operands = Operands(q, k, v, given.bias, given.sink, dropout, pattern, unasked)
+        heads, weights, job = computed(run, plan, call, operands)
         if held is not None:
             evict(job, held, k, v)
         run_state.close_call(plan, job.call)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.adapters.biases import give_bias
-from heedful.adapters.layers import HEAD_COUNTS, SHARED, Projections, block_of, transposed
+from heedful.adapters.layers import HEADS, SHARED, Projections, block_of, transposed
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.errors import RefusedModel, SiteError
 from heedful.core.kinds import HeadWeights, Vocabulary
@@ -170,7 +170,7 @@ def _fill(p: Projections, letter: str, matrix: Tensor, bias: Tensor | None) -> N
 
 def _recount(layer: nn.Module, p: Projections, new: HeadWeights) -> None:
     """The head counts that a module keeps for itself."""
-    for name in HEAD_COUNTS:
+    for name in (*HEADS, "num_key_value_heads"):
         if name in vars(layer):
             setattr(layer, name, new.kv_heads if name == "num_key_value_heads" else new.heads)
     if SHARED in vars(layer):

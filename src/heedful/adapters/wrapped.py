@@ -35,9 +35,14 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
             f"{kind} computes attention outside the transformers model in it, which heedful cannot reach: {beside[0]}. "
             f"To leave it alone attach to model.{names[0]}"
         )
+    stays_one(model)
+    return inner[names[0]]
+
+
+def stays_one(model: nn.Module) -> None:
+    """Refuse what copies the model in every forward."""
     if isinstance(model, DataParallel) and len(model.device_ids) > 1:
         raise RefusedModel(
-            f"{kind} copies the model to {len(model.device_ids)} devices in every forward, where no run is attached; "
-            f"attach to model.{names[0]}, or wrap it for one device: DataParallel(model, device_ids=[0])"
+            f"{type(model).__name__} copies the model to {len(model.device_ids)} devices in every forward, where no "
+            "run is attached; attach to model.module, or wrap it for one device: DataParallel(model, device_ids=[0])"
         )
-    return inner[names[0]]

@@ -13,7 +13,7 @@ from heedful.bench.describing import description, in_words
 from heedful.bench.intervals import Gap
 from heedful.bench.matrix import VERDICTS, matrix
 from heedful.bench.numbers import margin
-from heedful.bench.records import line, merged, read
+from heedful.bench.records import Answered, line, merged, read
 from heedful.bench.results import Result, Results
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, StatisticError
@@ -58,6 +58,11 @@ class Comparison(Results):
 
     def __str__(self) -> str:
         return in_words(self, self.description(), self.matrix)
+
+    def __repr__(self) -> str:
+        tasks = ", ".join(task["name"] for task in self.facts["tasks"].values())
+        answers = sum(isinstance(record, Answered) for record in self.records)
+        return f"Comparison({self.facts['model']}: {len(self.contenders) - 1} methods on {tasks}, {answers} answers)"
 
     def to_pandas(self) -> dict[str, Any]:
         """`results`, `costs` and `refused` as data frames."""

@@ -13,8 +13,8 @@ from rich.markup import escape
 
 from heedful.cli.console import console, parted, require_page, stack_from, stopping, tell, write_page
 from heedful.cli.progress import Bars
+from heedful.cli.ranges import ranged
 from heedful.core.errors import FieldError, HeedfulError
-from heedful.core.ranges import ranged
 
 if TYPE_CHECKING:
     from heedful.bench.comparison import Comparison

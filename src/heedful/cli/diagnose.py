@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DRAWN = 256  # tokens for a model without a tokenizer
 STAGES = {
     "text": ("reading the text", "tokens"),
+    "corpus": ("reading the corpus", "shards"),
     "trials": ("trying prompts", "tokens"),
     "weights": ("looking at weights", ""),
     "view": ("following heads", "tokens"),
@@ -77,6 +78,13 @@ def diagnose(
         Path | None,
         typer.Option(help="A file, or a folder of texts; one is built in."),
     ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="Many texts instead: a JSONL or Parquet file, or a folder of these or of texts."),
+    ] = None,
+    column: Annotated[str, typer.Option(help="What the corpus calls its texts.")] = "text",
+    workers: Annotated[int | None, typer.Option(help="So many processes read the corpus, by Ray.")] = None,
+    ray: Annotated[str, typer.Option(help="Workers of the Ray cluster at this address; auto finds it.")] = "",
     length: Annotated[int | None, typer.Option(help="Tokens that one forward reads at most; 2048 if left out.")] = None,
     out: Annotated[Path | None, typer.Option(help="Keep the profile here, and go on here if stopped.")] = None,
     measures: Annotated[str, typer.Option(help="Which ones, as in 'SinkRate(epsilon=0.2),AttentionProfile'.")] = "",
@@ -90,15 +98,30 @@ def diagnose(
         require_page()
     if text is not None and not text.exists():
         raise HeedfulError(f"--text: there is no file or folder '{text}'. Name one that exists, as in --text book.txt")
+    if text is not None and corpus is not None:
+        raise HeedfulError(f"--text {text} --corpus {corpus}: one of them is read. Leave one out")
+    if corpus is None and (workers is not None or ray):
+        raise HeedfulError("--workers and --ray share a corpus, and there is none. Name one: --corpus texts.jsonl")
     bars = Bars(STAGES)
     with bars.console.status(f"loading {escape(model)}"):
         from heedful import models
+        from heedful.diagnosis.corpus import Corpus
         from heedful.diagnosis.run import diagnose as run
+        from heedful.diagnosis.workers import Ray
 
+        asked = Corpus(corpus, column) if corpus is not None else None
+        readers = Ray(2 if workers is None else workers, ray) if ray or workers is not None else None
         loaded = models.load(model)
     with stopping(bars, out):
         profile = run(
-            loaded, text or built_in(loaded), measures=parts, length=length, out=out, progress=bars, backend=backend
+            loaded,
+            asked or text or built_in(loaded),
+            measures=parts,
+            length=length,
+            out=out,
+            workers=readers,
+            progress=bars,
+            backend=backend,
         )
     where = write_page(profile, "diagnose", loaded.name, out) if page else None
     if as_json:

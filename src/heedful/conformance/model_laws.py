@@ -313,7 +313,7 @@ def declared_numbers(method: Method) -> None:
             raise Broken(f"declares {name} = {value:g} for {LENGTH} tokens, measured {found[0]:g}")
 
 
-EVERY = ("method", "tokens", "decode", "surgery", "weights")
+EVERY = ("method", "tokens", "decode", "surgery", "weights", "conversion")
 
 
 @law("it has a paper, a demo and a claim", EVERY)

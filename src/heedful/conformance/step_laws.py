@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import torch
 
-from heedful.api import arrange, operate
+from heedful.api import arrange, fit, operate
 from heedful.conformance.model_laws import fingerprint, logits
 from heedful.conformance.subjects import text, tiny_model
 from heedful.conformance.verdict import Broken, DoesNotApply, law
-from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
+from heedful.core.kinds import Conversion, Decode, Prompt, Surgery, Tokens
 from heedful.text_models import decode
 
 ROLES = {"documents": ((1, 5), (5, 8), (9, 13)), "question": ((15, 19),), "context": ((13, 15),)}
@@ -71,3 +72,23 @@ def surgery_is_clean(entry: Surgery) -> None:
         raise DoesNotApply("has no neutral settings; the rest is kept")
     if not torch.equal(logits(operate(model, quiet), input_ids=text()), native):
         raise Broken(f"{quiet!r} changes the model")
+
+
+@law("a conversion edits and teaches a copy, twice the same, and leaves the model as it was", ("conversion",))
+def conversion_is_clean(entry: Conversion) -> None:
+    model, batches = tiny_model("llama"), [{"input_ids": text()}]
+    before, native = fingerprint(model), logits(model, input_ids=text())
+
+    def taught(how: Conversion) -> torch.Tensor:
+        with fit(how, model, batches) as run:
+            return logits(run.model, input_ids=text())
+
+    found = taught(entry)
+    if fingerprint(model) != before:
+        raise Broken("the model it was given changed")
+    if torch.equal(found, native):
+        raise Broken(f"{entry!r} changes nothing")
+    if torch.equal(found, taught(replace(entry, layer_epochs=0, epochs=0))):
+        raise Broken(f"{entry!r} teaches nothing")
+    if not torch.equal(found, taught(entry)):
+        raise Broken("a second time gives another model")

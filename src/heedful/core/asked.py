@@ -44,10 +44,11 @@ def asks(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def asking(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = signature.bind(*args, **kwargs).arguments
-        for name, hint in _hints_of(inner).items():
+        given, hints = signature.bind(*args, **kwargs).arguments, _hints_of(inner)
+        for name, hint in hints.items():
             if name in given:
-                _require(owner, name, given[name], hint, signature.parameters[name].default)
+                default = signature.parameters[name].default
+                _require(owner, name, given[name], hint, default, _places(given[name], name, hints, given))
         return function(*args, **kwargs)
 
     return asking
@@ -80,7 +81,12 @@ def after_kinds(own: Callable[[Any], None]) -> Callable[[Any], None]:
     return checked
 
 
-def _require(owner: str, name: str, given: Any, hint: Any, default: Any) -> None:
+def _places(x: Any, name: str, hints: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
+    """Other arguments that are of no kind for their place, and whose place would take this one: two were exchanged."""
+    return (o for o in given if o != name and o in hints and not _fits(given[o], hints[o]) and _fits(x, hints[o]))
+
+
+def _require(owner: str, name: str, given: Any, hint: Any, default: Any, places: Iterable[str] = ()) -> None:
     if _fits(given, hint):
         return
     kinds = list(dict.fromkeys(_words(hint)))
@@ -89,7 +95,8 @@ def _require(owner: str, name: str, given: Any, hint: Any, default: Any) -> None
     good = _BY_NAME.get(name, good)
     if default is not inspect.Parameter.empty and default is not None and _fits(default, hint):
         good = default
-    raise FieldError(owner, name, given, f"must be {told}", good)
+    elsewhere = "".join(f" (this suits {place}=)" for place in places)
+    raise FieldError(owner, name, given, f"must be {told}{elsewhere}", good)
 
 
 def _fits(x: Any, hint: Any) -> bool:

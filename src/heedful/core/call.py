@@ -27,6 +27,11 @@ class Phase(Enum):
     DECODE = "decode"
 
     @classmethod
+    def of(cls, queries: Positions, past: bool = False) -> Phase:
+        """A token alone with something before it is decoded: in its text, or in a cache that is there."""
+        return cls.DECODE if len(queries) == 1 and (past or (queries.first or 0) > 0) else cls.PREFILL
+
+    @classmethod
     def named(cls, name: str | Phase) -> Phase:
         if isinstance(name, Phase):
             return name

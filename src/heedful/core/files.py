@@ -17,8 +17,13 @@ PART = ".part"  # ends the name of a file that is being written
 LOCK = ".heedful.lock"
 PROFILE, UNFINISHED = "profile.json", "unfinished"  # of a diagnosis, and the folder inside of one under way
 RECORDS = "records.jsonl"  # of a comparison
+TAUGHT = "conversion.safetensors"  # of a model that is taught another attention
 # what shows whose folder one is
-SIGNS = {"a diagnosis": (PROFILE, f"{UNFINISHED}/{PROFILE}"), "a comparison": (RECORDS,)}
+SIGNS = {
+    "a diagnosis": (PROFILE, f"{UNFINISHED}/{PROFILE}"),
+    "a comparison": (RECORDS,),
+    "a conversion": (TAUGHT,),
+}
 
 
 @contextmanager
@@ -50,9 +55,22 @@ def placed(path: Path) -> Iterator[Path]:
             mode = beside.stat().st_mode
             yield beside
             beside.chmod(mode)  # safetensors makes a file of its own, which nobody else may read
+            _on_disk(beside)
             beside.replace(path)
+            _on_disk(path.parent)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def _on_disk(path: Path) -> None:
+    """Wait until a file, or what a folder says of its files, would outlast a loss of power."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return  # a system that opens no folders
+    file = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -1,7 +1,8 @@
-"""The three places beside the attention call: the prompt, the next-token logits, the weights."""
+"""What stands beside the attention call: the prompt, the next-token logits, the weights, and a model taught anew."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +19,8 @@ from heedful.core.figures import Description
 from heedful.core.fitted import Fitted
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
 from heedful.core.regions import Roles, Span
-from heedful.core.stack import Stack
+from heedful.core.sites import Site
+from heedful.core.stack import Stack, as_stack
 
 
 @runtime_checkable
@@ -203,3 +205,57 @@ class Weights(CatalogueEntry, abstract=True):
 
 
 Measure = Part | Weights
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a conversion is."""
+
+    stage: str  # "layers" or "whole"
+    done: int  # steps of this stage
+    total: int
+    note: str = ""
+
+
+Report = Callable[[Progress], None]
+
+
+class Conversion(CatalogueEntry, abstract=True):
+    """Teaches a copy of a model another attention: `run = heedful.fit(it, model, batches)` is that copy under it.
+
+    First each layer by itself, shown what the model's own layer is shown; then the copy as a whole.
+    """
+
+    kind = "conversion"
+    target: Part | Stack = field(default_factory=Stack)  # what acts in the copy, in the layers that it is for
+    surgery: Surgery | None = None  # what is done to the copy's weights before: fewer key heads, for instance
+    layer_epochs: int = 1  # passes over the batches in which each layer learns by itself
+    epochs: int = 1  # passes in which the copy learns as a whole
+    layer_rate: float = 1e-3  # Adam's learning rate for single layers
+    rate: float = 1e-4  # Adam's learning rate for the whole
+    features: float = 0.0  # weight of staying near the model's stream while the whole is taught; 0: not asked for
+
+    def __post_init__(self) -> None:
+        for name in ("layer_epochs", "epochs"):
+            if getattr(self, name) < 0:
+                raise FieldError(self, name, getattr(self, name), "must be 0 or more passes", 1)
+        for name in ("layer_rate", "rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise FieldError(self, name, getattr(self, name), "must be above 0 and finite", 1e-4)
+        if not 0 <= self.features < math.inf:
+            raise FieldError(self, "features", self.features, "must be 0 or more, and finite", 0.1)
+        if any(e.site is Site.HIDDEN and not e.reads for m in as_stack(self.target).methods for e in m.edits):
+            rule = "edits HIDDEN, and what a layer is shown is the model's own while it learns by itself"
+            raise FieldError(self, "target", self.target, rule, "GatedHeads(fine_tune=True)")
+
+    @abstractmethod
+    def of_layer(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """How far what a layer's attention gives is from what the model's own gives, `[n e]` each: a number."""
+
+    @abstractmethod
+    def of_whole(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """How far logits are from the model's own, `[n v]` each: a number."""
+
+    @abstractmethod
+    def of_stream(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """How far the stream after a layer is from the model's own, `[n e]` each: a number."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ from heedful.core.method import method_of
 from heedful.core.stack import Stack
 from heedful.core.stats import Cat, Statistic
 from heedful.diagnosis.apart import MOST, Found, dealt, joined, light
+from heedful.diagnosis.corpus import Corpus, Shard
 from heedful.diagnosis.measures import WEIGHTS, chosen, makes_trials, reads_text
 from heedful.diagnosis.profile import Profile
+from heedful.diagnosis.shards import Reader, Sums, first_of
 from heedful.diagnosis.store import ADDED, clean
 from heedful.diagnosis.subject import Subject
-from heedful.diagnosis.texts import Delimiters, Texts, Windows, cut, ordinary, pictures, pieces, positions, sources
+from heedful.diagnosis.texts import Texts, Windows, cut, ordinary, pictures, pieces, positions, some, sources
 from heedful.diagnosis.view import Looks, notable, room, view_of
+from heedful.diagnosis.workers import Here, Ray, Workers
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
 
@@ -39,27 +43,31 @@ SAVE_EVERY = 60.0  # seconds between two saves of what is there so far
 class Progress:
     """How far a diagnosis is."""
 
-    stage: str  # "text", "trials", "weights" or "view"
-    done: int  # tokens of this stage
+    stage: str  # "text", "corpus", "trials", "weights" or "view"
+    done: int  # tokens of this stage, or shards
     total: int
     note: str = ""
 
 
 @torch.no_grad()
 @asks
-def diagnose(
+def diagnose(  # noqa: PLR0913 - a verb's options, each by name
     model: nn.Module | Loaded,
-    texts: Texts,
+    texts: Texts | Corpus,
     *,
     tokenizer: Tokenizer | None = None,
     measures: Iterable[Measure | str] | Measure | str | None = None,
     length: int | None = None,
     batch: int = 1,
     out: str | Path | None = None,
+    workers: int | Workers | None = None,
     progress: Callable[[Progress], None] | None = None,
     **how: Any,
 ) -> Profile:
     """What the model's attention does on texts: a string, a Path to a file or folder, token ids, or a list of these.
+
+    A `Corpus` is read shard by shard, by as many `workers` as are asked for, or by `Ray` or `Ranks` as these are set;
+    its answer is the same whoever reads it.
 
     A model that reads images takes their pixels, `[c rows cols]`, a batch or a list of them; measures that make prompts
     of their own are left out.
@@ -75,15 +83,43 @@ def diagnose(
         raise FieldError("diagnose()", "batch", batch, "must be 1 or more", 1)
     subject = Subject(given.model, _words(tokenizer or given.tokenizer), how, progress or (lambda _: None))
     length = _length(subject.model, length)
+    corpus = _corpus(texts, workers)
+    shards = corpus.shards() if corpus is not None else ()
     if subject.pictures:
-        parts, windows = tuple(part for part in parts if not makes_trials(part)), pictures(texts)
+        if corpus is not None:
+            rule = f"holds texts, and {type(subject.model).__name__} reads images: pass their pixels"
+            raise FieldError("diagnose()", "texts", corpus, rule, "processor(image, return_tensors='pt').pixel_values")
+        parts, windows = tuple(part for part in parts if not makes_trials(part)), pictures(texts)  # type: ignore[arg-type]
+    elif corpus is None:
+        windows = some(cut(sources(texts), subject.tokenizer, length, subject.vocabulary))  # type: ignore[arg-type]
     else:
-        windows = cut(sources(texts), subject.tokenizer, length, subject.vocabulary)
+        windows = first_of(shards, subject, length)
     with still(subject.model):
         facts = _facts(subject, given.name, length)
-        facts["settings"] = _settings(facts, parts, windows, {"length": length, "batch": batch, **how})
-        with held(folder, "a diagnosis"):
-            return _Job(subject, parts, windows, facts, batch, folder).whole()
+        named = Fitted({f"{i:09d}": row for i, row in enumerate(windows.tokens)}).digest[:16]
+        facts["settings"] = _settings(
+            facts, parts, corpus.digest() if corpus is not None else named, {"length": length, "batch": batch, **how}
+        )
+        readers = Ray(workers) if isinstance(workers, int) else workers or Here()
+        read = Reader(subject.model, subject.tokenizer, parts, length, batch, how)
+
+        def whole() -> Profile:
+            with held(folder, "a diagnosis"):
+                return _Job(subject, parts, windows, facts, batch, folder, shards, readers, read).whole()
+
+        return readers.together(whole, read)
+
+
+def _corpus(texts: Texts | Corpus, workers: int | Workers | None) -> Corpus | None:
+    """The texts as a corpus, where they are one or are to be read by several."""
+    if isinstance(texts, Corpus):
+        return texts
+    if workers is None:
+        return None
+    if not isinstance(texts, Path):
+        rule = "share the shards of a corpus: pass Corpus(...) or a Path as texts"
+        raise FieldError("diagnose()", "workers", workers, rule, None)
+    return Corpus(texts)
 
 
 @dataclass(eq=False)
@@ -96,13 +132,17 @@ class _Job:
     facts: dict[str, Any]
     batch: int
     out: Path | None
+    shards: tuple[Shard, ...] = ()  # of a corpus; `windows` then are those of the first that can be read
+    workers: Workers = field(default_factory=Here)
+    reader: Reader | None = None
     _looks: Mapping[int, Looks] = field(default_factory=dict)  # where the first window's first tokens look
 
     def whole(self) -> Profile:
         if (done := self._earlier("")) is not None:
             self.subject.report(Progress("text", 1, 1, f"finished before: read from {self.out}"))
             return done
-        profile = self._text(self._earlier(UNFINISHED))
+        earlier = self._earlier(UNFINISHED)
+        profile = self._corpus(earlier) if self.shards else self._text(earlier)
         profile += self._trials()
         profile += self._weights()
         profile = self._view(profile)
@@ -137,7 +177,7 @@ class _Job:
         done = sum(map(self.subject.count, rows[:start]))
         note = f"goes on after {start} of {len(rows)} windows read before" if start else ""
         self.subject.report(Progress("text", done, total, note))
-        roles = Delimiters(self.subject.tokenizer) if self.subject.tokenizer is not None and self.batch == 1 else None
+        roles = self.subject.delimiters(self.batch)
         began = saved = time.perf_counter()
         read = start
         looking = (self.subject.looking(rows[0]),) if read == 0 else ()
@@ -185,6 +225,36 @@ class _Job:
             if looking and mine:
                 self._looks = run[looking[0]]
             return so_far()
+
+    def _corpus(self, earlier: Profile | None) -> Profile:
+        """All measures that take text, shard by shard and added up in this order, so that nobody sees who read what."""
+        sums = Sums() if earlier is None else Sums.of(earlier)
+        start, total = sums.facts["shards"], len(self.shards)
+        spent = earlier.facts["seconds"]["text"] if earlier is not None else 0.0
+        note = f"goes on after {start} of {total} shards read before" if start else ""
+        self.subject.report(Progress("corpus", start, total, note))
+        began = saved = time.perf_counter()
+
+        def so_far() -> Profile:
+            facts = {**self.facts, **sums.facts, "seconds": {"text": spent + time.perf_counter() - began}}
+            return Profile(facts, self.parts, sums.whole, None, dealt(sums.apart.values()))
+
+        def save() -> None:
+            if self.out is not None and sums.facts["shards"] > start:
+                so_far().save(self.out / UNFINISHED)
+
+        try:
+            with closing(self.workers.each(self.reader, self.shards[start:])) as pieces:  # type: ignore[arg-type]
+                for piece in pieces:
+                    sums = sums.plus(piece)
+                    self.subject.report(Progress("corpus", sums.facts["shards"], total))
+                    if time.perf_counter() - saved > SAVE_EVERY:
+                        save()
+                        saved = time.perf_counter()
+        except KeyboardInterrupt:
+            save()
+            raise
+        return so_far()
 
     def _trials(self) -> Profile:
         """The measures that make prompts of their own."""
@@ -277,7 +347,7 @@ def _facts(subject: Subject, name: str, length: int) -> dict[str, Any]:
 
 
 def _settings(
-    facts: Mapping[str, Any], parts: tuple[Measure, ...], windows: Windows, options: Mapping[str, Any]
+    facts: Mapping[str, Any], parts: tuple[Measure, ...], texts: str, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What must be equal for one call to go on where another stopped."""
     return {
@@ -285,5 +355,5 @@ def _settings(
         "heedful": facts["versions"]["heedful"],
         "measures": [repr(part) for part in parts],
         **{key: x if isinstance(x, int | str) else repr(x) for key, x in options.items() if x not in (None, "auto")},
-        "texts": Fitted({f"{i:09d}": row for i, row in enumerate(windows.tokens)}).digest[:16],
+        "texts": texts,
     }

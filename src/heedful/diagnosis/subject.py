@@ -18,6 +18,7 @@ from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.method import Part
 from heedful.core.stack import Stack
 from heedful.diagnosis.profile import endless
+from heedful.diagnosis.texts import Delimiters
 from heedful.diagnosis.view import SHOWN, Attended
 from heedful.engine.run import Run
 from heedful.explaining.aim import reads_pictures
@@ -51,6 +52,10 @@ class Subject:
 
     def attach(self, what: Part | Stack) -> Run:
         return attach(self.model, what, **self.how)
+
+    def delimiters(self, batch: int) -> Delimiters | None:
+        """Who says where delimiters stand, where words are known and texts are read one by one."""
+        return Delimiters(self.tokenizer) if self.tokenizer is not None and batch == 1 else None
 
     def read(self, run: Run, rows: tuple[Tensor, ...]) -> None:
         """One forward over images of one size, or over texts of any length, padded to the longest."""

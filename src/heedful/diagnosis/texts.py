@@ -38,7 +38,7 @@ class Windows:
     """The pieces of every text, each short enough for one forward."""
 
     tokens: tuple[Tensor, ...]  # each [n], or, of an image, its pixels [c rows cols]
-    first: Source  # the text that the first piece begins
+    first: Source | None  # the text that the first piece begins; none where no text could be read
     texts: int
     left_out: int  # tokens in ends too short to count as a text
     skipped: tuple[str, ...] = ()  # texts of a folder that could not be read, and why
@@ -99,9 +99,18 @@ def read_text(path: Path) -> tuple[str, str]:
         return "", f"cannot be read as UTF-8 text (byte {error.start}): convert it, or leave it out"
     except OSError as error:
         return "", f"cannot be read: {error.strerror}"
+    return text, why_not(text)
+
+
+def why_not(text: str) -> str:
+    """Why words are none that a tokenizer takes; nothing where they are."""
     if "\0" in text:
-        return "", "holds null characters, as no text does: leave it out"
-    return text, "" if text.strip() else "is empty: give a file with words in it"
+        return "holds null characters, as no text does: leave it out"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"holds half a character (a lone surrogate at {error.start}): leave it out"
+    return "" if text.strip() else "is empty: give a file with words in it"
 
 
 def positions(model: nn.Module) -> int | None:
@@ -115,7 +124,7 @@ def positions(model: nn.Module) -> int | None:
     return int(limit) if limit else None
 
 
-def cut(found: list[Source], tokenizer: Any, length: int, vocabulary: int) -> Windows:
+def cut(found: Iterable[Source], tokenizer: Any, length: int, vocabulary: int) -> Windows:
     """Every text as windows of at most `length` tokens, each with the special tokens that the model expects.
 
     An end of less than an eighth of a window is left out, since each window counts as a text.
@@ -137,7 +146,7 @@ def cut(found: list[Source], tokenizer: Any, length: int, vocabulary: int) -> Wi
             left_out += len(rows.pop())
         if len(rows[0]) < 2:
             if source.found:
-                skipped.append(f"{source.name} holds a single token")
+                skipped.append(f"{source.name} holds {'a single' if len(rows[0]) else 'no'} token")
                 continue
             raise _refuse(source.name, "holds a single token: attention needs two or more")
         for row in rows:
@@ -147,9 +156,16 @@ def cut(found: list[Source], tokenizer: Any, length: int, vocabulary: int) -> Wi
         out += rows
         of += [len(read)] * len(rows)
         read.append(source)
-    if not out:
-        raise _refuse(skipped, "none of these can be read: attention needs texts of two tokens or more")
-    return Windows(tuple(out), read[0], len(read), left_out, tuple(skipped), tuple(of))
+    return Windows(tuple(out), read[0] if read else None, len(read), left_out, tuple(skipped), tuple(of))
+
+
+def some(windows: Windows) -> Windows:
+    """The same, if there is anything to read."""
+    if not windows.tokens:
+        raise _refuse(
+            list(windows.skipped[:9]), "none of these can be read: attention needs texts of two tokens or more"
+        )
+    return windows
 
 
 def pictures(given: Texts) -> Windows:
@@ -198,13 +214,13 @@ def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def pieces(source: Source, tokenizer: Any, tokens: Tensor) -> list[str]:
+def pieces(source: Source | None, tokenizer: Any, tokens: Tensor) -> list[str]:
     """The text of a source's first window, token by token; the pieces of a fast tokenizer join to the text."""
     ids: list[int] = tokens.tolist()
     if tokenizer is None:
         return [f"{i} " for i in ids]
     special = set(tokenizer.all_special_ids)
-    text = source.text
+    text = source.text if source is not None else None
     if text is not None and tokenizer.is_fast:
         for part in (text[: 20 * len(ids)], text[: 400 * len(ids)]):  # a long book need not be read twice
             seen = tokenizer(part, truncation=True, max_length=len(ids), return_offsets_mapping=True, verbose=False)

@@ -17,7 +17,7 @@ class Activity:
     inactive: tuple[str, ...]
     density: dict[int, float]
     kept: dict[int, tuple[int, int]]
-    memory: dict[int, tuple[int, int]]
+    cache_bytes: dict[int, tuple[int, int]]  # held, and of the whole cache
     backends: dict[int, str]
     nan: bool
 
@@ -37,13 +37,16 @@ class Activity:
         if self.kept:
             held, seen = (sum(x) for x in zip(*self.kept.values(), strict=True))
             lines.append(f"cache entries kept: {held} of {seen} ({held / max(1, seen):.1%})")
-        if self.memory:
-            held, whole = (sum(x) for x in zip(*self.memory.values(), strict=True))
+        if self.cache_bytes:
+            held, whole = (sum(x) for x in zip(*self.cache_bytes.values(), strict=True))
             lines.append(f"cache memory: {held / 2**20:.2f} of {whole / 2**20:.2f} MiB ({held / max(1, whole):.1%})")
         lines += [f"changed nothing: {step}" for step in self.inactive]
         if self.nan:
             lines.append("NaN was seen in the output of some head")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def _repr_html_(self) -> str:
         return printed(self)

@@ -59,6 +59,9 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
     """What the model is called with: for a string, token ids, or what it is called with already."""
     device = next(model.parameters()).device
     if isinstance(text, str):
+        if reads_pictures(model):
+            rule = "a model that reads images takes the pixels of one, [c rows cols]"
+            raise FieldError(owner, "text", text, rule, "processor(image, return_tensors='pt').pixel_values")
         if tokenizer is None:
             raise FieldError(owner, "tokenizer", None, "is needed for a text", "AutoTokenizer.from_pretrained(name)")
         text = tokenizer(text, return_tensors="pt")

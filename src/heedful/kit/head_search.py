@@ -53,6 +53,11 @@ def _score(run: Session, batch: Batch) -> Tensor:
         if "options" in batch:
             return ends.gather(-1, batch["options"]).log_softmax(-1)[:, 0]
         return ends.log_softmax(-1).gather(-1, batch["target"][:, None])[:, 0]
+    return of_text(logits, inputs)
+
+
+def of_text(logits: Tensor, inputs: Batch) -> Tensor:
+    """The mean log-probability of each text's own tokens by logits `[b n v]`, `[b]`."""
     own = logits[:, :-1].log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
     text = inputs.get("attention_mask", torch.ones(logits.shape[:2], device=logits.device)).bool()
     real = text[:, 1:] & text[:, :-1]

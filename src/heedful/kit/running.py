@@ -220,6 +220,10 @@ def text_keys(call: Call, total: int, columns: slice = slice(None)) -> Tensor | 
     """Which keys are text and not padding or an empty cache slot, `[b|1, g|1, columns]`; None: all."""
     row = replace(call, heads=call.kv_heads).tile(slice(0, 1), slice(0, total))
     found = row.keys.is_filled
+    end = total if call.cross else past_keys(call, len(call.queries), total) + len(call.queries)
+    if end < total:  # a static cache has room after the last token
+        written = (torch.arange(total, device=call.keys.index.device) < end).view(1, 1, total)
+        found = written if found is None else found & written
     for rule in call.mask.rules:
         if isinstance(rule, Padding):
             kept = rule.keeps(row.pairs)[..., 0, :]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from heedful.adapters.answering import Asked, computed, evict, plan_of
+from heedful.adapters.answering import Operands, computed, evict, plan_of
 from heedful.adapters.carried import shelf_of
 from heedful.adapters.kvcache import HeldLayer, held_layer, hold, serve
 from heedful.adapters.torch_masks import placed
@@ -62,8 +62,8 @@ def attended(module: Attention, given: Given, need_weights: bool | None) -> tupl
         output = replaced(blocks[0], job, job.call, given.query)
     else:
         dropout = module.dropout if module.training else 0.0
-        asked = Asked(q, k, v, given.told.bias, None, dropout, bool(need_weights), need_weights is None)
-        heads, weights, job = computed(run, plan, call, asked)
+        operands = Operands(q, k, v, given.told.bias, None, dropout, bool(need_weights), need_weights is None)
+        heads, weights, job = computed(run, plan, call, operands)
         if held is not None:
             evict(job, held, k, v)
         output = module.out_proj(heads.to(q.dtype).transpose(1, 2).flatten(2))
@@ -77,7 +77,7 @@ def _call(module: Attention, given: Given) -> Call:
     run, sizes = module.run, given.sizes
     text = None if given.cross else given.told.text
     queries, keys = placed(text, sizes.past, sizes.queries, sizes.keys, given.query.device)
-    phase = Phase.DECODE if sizes.queries == 1 and sizes.past else Phase.PREFILL
+    phase = Phase.of(queries, sizes.past > 0)
     return Call(
         module.layer, module.depth, run.layer_names[module.layer], module.num_heads, module.kv_heads, queries, keys,
         module.head_dim**-0.5, None, phase, run.state.denoising, given.cross, run.roles, given.query, None,

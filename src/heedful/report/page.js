@@ -54,7 +54,7 @@ function written(value, unit) {
   return unit === "nats" || unit === "tokens" ? `${digits} ${unit}` : digits;
 }
 
-function grouped(n) { return n.toLocaleString("en").replace(/,/g, "\u202f"); }
+function grouped(n) { return n.toLocaleString("en"); }
 
 function nth(n) {
   const rest = n % 100;
@@ -99,7 +99,7 @@ function paint(place, traces, layout, config = {}) {
   if (place.clientWidth < 480 && layout.xaxis.dtick > 1) layout = { ...layout, xaxis: { ...layout.xaxis, dtick: layout.xaxis.dtick * 2 } };
   const whole = {
     ...layout, template, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    dragmode: layout.dragmode ?? (fine ? "zoom" : false), separators: ".\u202f",
+    dragmode: layout.dragmode ?? (fine ? "zoom" : false), separators: ".,",
   };
   return Plotly.react(place, traces, whole, { ...CONFIG, ...config });
 }
@@ -198,8 +198,10 @@ function showMap(map) {
   if (!$("map-table").hidden) fillTable($("map-table"), map);
 }
 
+const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
 function walk(event) {
-  const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+  const step = STEPS[event.key];
   if (!step) return;
   event.preventDefault();
   const map = page.map, order = rows(map), [layer, head] = page.head.split(".").map(Number);
@@ -447,6 +449,17 @@ function wireRoles() {
     for (const event of ["pointerenter", "focusin"]) place.addEventListener(event, () => only(true));
     for (const event of ["pointerleave", "focusout"]) place.addEventListener(event, () => only(false));
   }
+  document.querySelector(".cells")?.addEventListener("keydown", (event) => {
+    const [across, down] = STEPS[event.key] ?? [0, 0];
+    if (!across && !down) return;
+    event.preventDefault();
+    const [layer, head] = page.head.split(".").map(Number);
+    const next = document.querySelector(`.cells [data-head="${name(layer + across, head + down)}"]`);
+    if (!next) return;
+    pick(next.dataset.head);
+    next.scrollIntoView({ block: "nearest", inline: "nearest" });
+    say(next.title);
+  });
 }
 
 /* on paper nothing is out of sight, and nothing is folded */

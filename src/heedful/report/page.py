@@ -50,6 +50,7 @@ def environment() -> Any:
         raise MissingPackage("jinja2") from error
     made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters["heads"] = _heads
+    made.filters["code"] = _code
     made.filters["spelled"] = _spelled
     return made
 
@@ -74,6 +75,13 @@ def _heads(text: str) -> Any:
     return Markup(
         MENTION.sub(lambda found: re.sub(r"(?<![\d.(])\d+\.\d+(?!\d*%)", button, found[0]), str(escape(text)))
     )
+
+
+def _code(text: str) -> Any:
+    """A sentence whose words in backticks are code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _spelled(name: str) -> Any:
@@ -104,7 +112,7 @@ def _short(number: float) -> str:
     for size, letter in ((1e9, " billion"), (1e6, " million")):
         if number >= size:
             return f"{number / size:.3g}{letter}"
-    return f"{number:,.0f}".replace(",", "\u202f")
+    return f"{number:,.0f}"
 
 
 def _facts(facts: Any) -> list[tuple[str, str]]:
@@ -139,10 +147,11 @@ def more(facts: Any) -> list[tuple[str, str]]:
             if not any(isinstance(v, (dict, list, tuple)) for v in value.values()):
                 rows.append((name, ", ".join(f"{k} {v}" for k, v in value.items())))
         elif isinstance(value, (list, tuple)):
-            rows.append((name, ", ".join(map(str, value))))
+            if value:
+                rows.append((name, ", ".join(map(str, value))))
         elif isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool)):
-            rows.append((name.replace("_", " "), f"{value:,}".replace(",", "\u202f")))
-        elif value is not None:
+            rows.append((name.replace("_", " "), f"{value:,}"))
+        elif value not in (None, ""):
             rows.append((name.replace("_", " "), str(value)))
     return rows
 

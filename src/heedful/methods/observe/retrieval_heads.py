@@ -14,9 +14,9 @@ from heedful.core.errors import FieldError
 from heedful.core.figures import Description, Finding, Head, HeadMap, Role, head_name, percent
 from heedful.core.method import Method, Probe, Readings
 from heedful.core.paper import Paper
-from heedful.core.positions import spread_heads
-from heedful.core.stats import Mean, Statistic
+from heedful.core.stats import Statistic
 from heedful.core.summary import Summary, sums
+from heedful.kit.pointing import pointing
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,20 +96,7 @@ class RetrievalHeads(Method):
 
     @sums("place")
     def point(self, pattern: Summary, call: Call) -> Statistic | None:
-        if pattern.place is None:
-            return None
-        is_text, place = call.is_text, call.pairs.q[..., 0]  # [b|1 1 q]
-        at = pattern.place.where(is_text, 0).long()
-        found = spread_heads(call.k_pos, at.shape[1]).expand(len(at), at.shape[1], -1).gather(-1, at)
-        hits, asked = torch.zeros_like(found, dtype=torch.bool), torch.zeros_like(is_text)
-        needles, answers = call.bounds("needle")[:, None], call.bounds("answer")[:, None]  # [b|1 1 spans 2]
-        for needle, answer in zip(needles.unbind(2), answers.unbind(2), strict=True):
-            start, stop = needle.split(1, -1)
-            comes = place + 1 - answer[..., :1] + start  # the needle token that comes next after each query
-            asks = is_text & (comes >= start) & (comes < stop)
-            hits |= asks & (found == comes)
-            asked = asked | asks
-        return Mean.of(hits.double().sum((0, 2)), asked.expand(len(at), 1, -1).sum())
+        return pointing(pattern, call)
 
     def answer(self, readings: Readings) -> Retrieval:
         return Retrieval({layer: stat.value for layer, stat in readings.items()})

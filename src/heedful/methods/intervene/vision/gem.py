@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, SiteError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
@@ -87,6 +87,8 @@ class GEM(Method):
         if call.layer < self._first(call) or call.query is None or call.key is None or call.value is None:
             return None
         q, k, v = (call.spread(x.detach()) for x in (call.query, call.key, call.value))
+        if q.shape[2] != k.shape[2]:
+            raise SiteError(f"GEM, layer {call.layer}: tokens draw together that are read at once; hand it no cache")
         heat = self._heat(q, call)
         each = [self._alike({"query": q, "key": k, "value": v}[name], heat) @ v for name in self.of]
         maps, bias = self._maps(call.layer, heads)

@@ -19,8 +19,10 @@ class Fastmax(Method):
         2024,
         "2402.07901",
         differs=(
-            "Queries and keys are centred and divided by the longest of their text, as in the authors' torch code; in "
-            "causal models by the longest so far, since the longest of all would tell tokens of those that follow.",
+            "Queries and keys are centred over their channels and divided by the longest of their text, as in one of "
+            "the authors' torch files; another centres each channel over the text, which would tell of later tokens, "
+            "and the wrapper of their kernels does not centre. The paper's text was not at hand.",
+            "In causal models the longest is that so far, since that of all would tell tokens of those that follow.",
             "The longest query so far is needed: a causal text that was read into a cache without it begins, for it, "
             "where it goes on, and a cache that was cut back is refused.",
             "Products of two channels are made once and not twice, and no features are dropped in training.",

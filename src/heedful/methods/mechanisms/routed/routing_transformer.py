@@ -32,6 +32,7 @@ class RoutingTransformer(Method):
             "mean of several. Pairs are left out by a mask, and what gathering them saves is not saved here.",
             "Clusters take tokens out of a whole text, which tells earlier tokens of later ones, as in the authors' "
             "training. New tokens choose anew among all so far; a query that was read without it is in no cluster.",
+            "Scores have the model's factor; in the authors' code the levelling of queries takes theirs away again.",
             "Means begin with a count of one each, where the authors count from zero, and move in calls through which "
             "gradients are taken, after these have chosen by them. There is no commitment loss.",
         ),

@@ -1,4 +1,4 @@
-"""Out = concat_h(softmax(Q_h K_h^T / sqrt(d)) (W_A X)_h) W_o, W_A a learned map over places."""
+"""Out = concat_h(softmax(Q_h X_h^T / sqrt(d)) (W_A X)_h) W_o, W_A a learned map over places."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from heedful.methods.mechanisms.score._sliced import attended, maps
 
 
 class SuperAttention(Method):
-    """Values are made by a map over places in place of one over channels. For image models trained with it."""
+    """Keys are slices of the tokens, values these mixed by a map over places. For image models trained with it."""
 
     paper = Paper(
         "P075",
@@ -18,7 +18,9 @@ class SuperAttention(Method):
         2024,
         "2403.01643",
         differs=(
-            "For images alone, whose tokens are always as many.",
+            "For images alone, whose tokens are always as many; the triangular map proposed for texts is not here.",
+            "That keys have no map either is told by the abstract's counts and by others' code that was checked with "
+            "the authors; their full text was not at hand.",
             "There are no biases; weights are drawn as torch.nn.Linear draws them, by a generator seeded by the "
             "layer's number. The model's own projections stay in it, unused.",
         ),
@@ -35,7 +37,7 @@ class SuperAttention(Method):
         return cls(17)  # of the tiny model that laws are tried on
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
-        return maps(layer, "query", "key", "out", places=self.tokens)
+        return maps(layer, "query", "out", places=self.tokens)
 
     @at(Site.BLOCK)
     def attend(self, hidden: Tensor, call: Call) -> Tensor:
@@ -45,7 +47,7 @@ class SuperAttention(Method):
                 f"tokens; SuperAttention({hidden.shape[1]}) has one for these"
             )
         x = hidden.to(call.params["out"].dtype)
-        return attended(x, call, x @ call.params["key"].mT, call.params["places"] @ x)
+        return attended(x, call, x, call.params["places"] @ x)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,269 @@
+"""Who reads the shards of a corpus: this process, workers of Ray, or the processes that torchrun started."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pickle
+import shutil
+import tempfile
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+from heedful.core.asked import require_fields
+from heedful.core.errors import FieldError, HeedfulError
+from heedful.core.stats import Statistic
+from heedful.diagnosis.corpus import Shard
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What one shard gave."""
+
+    facts: dict[str, Any]  # counts, what was left out and why, backends
+    statistics: dict[str, Statistic]
+
+
+Read = Callable[[Shard], Piece]
+Pieces = Generator[Piece, None, None]  # closed, it lets the workers go
+
+
+class Workers(ABC):
+    """Whoever reads shards."""
+
+    @abstractmethod
+    def each(self, read: Read, shards: Sequence[Shard]) -> Pieces:
+        """What `read` gives for each shard, in the order of the shards, whoever is done first."""
+
+    def together(self, whole: Callable[[], Any], read: Read) -> Any:
+        """What `whole` gives, which may ask for `each`; in every process that takes part."""
+        return whole()
+
+
+@dataclass(frozen=True)
+class Here(Workers):
+    """This process, one shard after the other."""
+
+    def each(self, read: Read, shards: Sequence[Shard]) -> Pieces:
+        yield from map(read, shards)
+
+
+@dataclass(frozen=True)
+class Ray(Workers):
+    """Workers of Ray Data, each with the model: on this machine, or on a cluster by its address."""
+
+    workers: int = 2
+    address: str = ""  # of a cluster that runs already, or "auto" for the one here; else one is started and stopped
+    cpus: float = 1.0  # of each worker, which computes with as many threads
+
+    def __post_init__(self) -> None:
+        require_fields(self)
+        if self.workers < 1:
+            raise FieldError(self, "workers", self.workers, "must be 1 or more", 2)
+        if self.cpus <= 0:
+            raise FieldError(self, "cpus", self.cpus, "must be above 0", 1.0)
+
+    def each(self, read: Read, shards: Sequence[Shard]) -> Pieces:
+        if not shards:
+            return
+        with self._cluster() as ray, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray's own, of its own settings
+            import ray.data as data
+
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
+            context = data.DataContext.get_current()
+            context.enable_progress_bars = False
+            context.print_on_execution_start = False
+            context.execution_options.preserve_order = True
+            rows = data.from_items([{"number": i} for i in range(len(shards))], override_num_blocks=len(shards))
+            done = rows.map_batches(
+                _Actor,
+                batch_size=1,
+                compute=data.ActorPoolStrategy(size=self.workers),
+                num_cpus=self.cpus,
+                fn_constructor_args=(ray.put((read, tuple(shards))), max(1, round(self.cpus))),
+            )
+            for row in done.iter_batches(batch_size=1, prefetch_batches=0):
+                yield _opened(row["piece"][0])
+
+    @contextmanager
+    def _cluster(self) -> Iterator[Any]:
+        """Ray, running: the caller's own, the one at the address, or one for this run alone."""
+        try:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told of what is run here
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what fails is raised
+            import ray
+        except ModuleNotFoundError as error:
+            if error.name != "ray":
+                raise
+            rule = "several workers need one more package: pip install 'heedful[scale]'"
+            raise FieldError("diagnose()", "workers", self, rule, None) from error
+        if ray.is_initialized():
+            yield ray
+            return
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        if self.address:
+            try:
+                ray.init(address=self.address, **quiet)
+            except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+                reason = str(error).partition("\n")[0]
+                rule = f"no cluster answers there ({reason}); start one with `ray start --head`, or leave it out"
+                raise FieldError(self, "address", self.address, rule, "auto") from error
+            try:
+                yield ray
+            finally:
+                ray.shutdown()
+            return
+        home = tempfile.mkdtemp(prefix="heedful-")  # nobody else may read it
+        try:
+            ray.init(
+                num_cpus=ceil(self.workers * self.cpus),
+                include_dashboard=False,
+                _temp_dir=home,
+                _node_ip_address="127.0.0.1",
+                **quiet,
+            )
+            yield ray
+        finally:
+            ray.shutdown()
+            shutil.rmtree(home, ignore_errors=True)
+
+
+class _Actor:
+    """A worker of Ray: it holds the model, and reads the shards whose numbers it is told."""
+
+    def __init__(self, work: Any, threads: int) -> None:
+        import ray
+        import torch
+
+        torch.set_num_threads(threads)
+        self.read, self.shards = ray.get(work) if isinstance(work, ray.ObjectRef) else work
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"piece": [_closed(self.read, self.shards[int(i)]) for i in batch["number"]]}
+
+
+@dataclass(eq=False)
+class Ranks(Workers):
+    """The processes of torch.distributed, as torchrun and accelerate start them; each calls `diagnose` alike.
+
+    The first one leads: it says which shards are next, adds up what comes back, and alone writes to `out`.
+    """
+
+    _group: Any = field(default=None, init=False, repr=False)  # one that takes objects, which NCCL's does not
+
+    def each(self, read: Read, shards: Sequence[Shard]) -> Pieces:
+        import torch.distributed as dist
+
+        size = dist.get_world_size()
+        for start in range(0, len(shards), size):
+            mine = tuple(shards[start : start + size])
+            self._told(("read", mine))
+            yield from map(_opened, self._gathered(_closed(read, mine[0]))[: len(mine)])
+
+    def together(self, whole: Callable[[], Any], read: Read) -> Any:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            rule = "torch.distributed is not initialised: start the script with torchrun, and call init_process_group()"
+            raise FieldError("diagnose()", "workers", self, rule, 2)
+        self._group = dist.new_group(backend="gloo")
+        try:
+            return self._lead(whole) if dist.get_rank() == 0 else self._follow(read)
+        finally:
+            dist.destroy_process_group(self._group)
+
+    def _lead(self, whole: Callable[[], Any]) -> Any:
+        try:
+            found = whole()
+        except BaseException as error:
+            self._told(("failed", Failure.of(error)))
+            raise
+        self._told(("done", found))
+        return found
+
+    def _follow(self, read: Read) -> Any:
+        import torch.distributed as dist
+
+        while True:
+            word, what = self._told(None)
+            if word == "done":
+                return what
+            if word == "failed":
+                raise what.error()
+            rank = dist.get_rank()
+            self._gathered(_closed(read, what[rank]) if rank < len(what) else b"")
+
+    def _told(self, word: Any) -> Any:
+        """What the first process says to all."""
+        import torch.distributed as dist
+
+        said = [word]
+        dist.broadcast_object_list(said, 0, self._group)
+        return said[0]
+
+    def _gathered(self, content: bytes) -> list[bytes]:
+        """What all hand to the first process."""
+        import torch.distributed as dist
+
+        found: Any = [b""] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(content, found, 0, self._group)
+        return found or []
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One of our errors on its way to another process."""
+
+    kind: type[HeedfulError]
+    text: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        if isinstance(error, HeedfulError):
+            return cls(type(error), str(error))
+        return cls(HeedfulError, f"the process that leads was stopped by {error!r}")
+
+    def error(self) -> HeedfulError:
+        found = self.kind.__new__(self.kind)
+        found.args = (self.text,)
+        return found
+
+
+def _closed(read: Read, shard: Shard) -> bytes:
+    """What a shard gave, or why it gave nothing, to be sent."""
+    try:
+        return packed(read(shard))
+    except HeedfulError as error:
+        return packed(Failure.of(error))
+
+
+class _Packer(pickle.Pickler):
+    """Sends a tensor as an array, which is read ten times as fast as torch's own form."""
+
+    def reducer_override(self, value: Any) -> Any:
+        import torch
+
+        if type(value) is not torch.Tensor or value.dtype is torch.bfloat16:  # which arrays have not
+            return NotImplemented
+        return torch.from_numpy, (value.detach().cpu().contiguous().numpy(),)
+
+
+def packed(value: Piece | Failure) -> bytes:
+    """What goes from one of our own processes to another."""
+    out = io.BytesIO()
+    _Packer(out, pickle.HIGHEST_PROTOCOL).dump(value)
+    return out.getvalue()
+
+
+def _opened(content: bytes) -> Piece:
+    found = pickle.loads(content)
+    if isinstance(found, Failure):
+        raise found.error()
+    return found

@@ -1,0 +1,1 @@
+"""Another attention, taught to a model that had its own."""

@@ -1,0 +1,81 @@
+"""A token of document d computes the keys of d alone; a token outside all documents computes every key."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call
+from heedful.core.errors import FieldError
+from heedful.core.mask import Mask, Where
+from heedful.core.method import Method
+from heedful.core.paper import Paper
+from heedful.core.regions import Region, by_text
+from heedful.core.sites import Site, at
+
+
+class BlockAttention(Method):
+    """Documents that do not see one another, as if each had been read alone, kept, and turned to its place in the text.
+
+    What stands outside the marked documents, a question behind them above all, sees everything before it.
+    """
+
+    paper = Paper(
+        "P164",
+        "Block-Attention for Efficient Prefilling",
+        "Dongyang Ma, Yan Wang, Tian Lan",
+        2025,
+        "2409.15355",
+        "ICLR 2025",
+        differs=(
+            "The authors fine-tune with this mask; here it is put into any model, trained with it or not.",
+            "They read each document at positions from 0 on, keep its keys, and turn these to their place later. Where "
+            "positions are rotary, one text under the mask gives the same; the keys are not kept for other prompts.",
+            "Where positions are added to the embedding, documents keep those of the text; the authors' models have "
+            "none such.",
+            "To them all but the last block are blocks; here what is not marked as a document sees all before it, "
+            "wherever it stands.",
+        ),
+    )
+    role: str = "documents"  # the spans that do not see one another
+
+    def __post_init__(self) -> None:
+        if not self.role:
+            raise FieldError(self, "role", self.role, "must name a role", "documents")
+
+    def idle(self, call: Call) -> bool:
+        return call.cross
+
+    @at(Site.MASK)
+    def part(self, mask: Mask, call: Call) -> Mask:
+        regions = call.regions(self.role)
+
+        def sees(query: Tensor, key: Tensor) -> Tensor:
+            mine, theirs = (by_text(_document, regions, place) for place in (query, key))
+            return (mine < 0) | (mine == theirs)
+
+        return mask & Where(sees)
+
+
+def _document(spans: Region, position: Tensor) -> Tensor:
+    """Which span each position lies in; -1 where in none."""
+    if any(one[1] > other[0] for one, other in pairwise(sorted(spans))):
+        rule = "must not overlap: a token is of one document or of none"
+        raise FieldError("attach()", "roles", tuple(spans), rule, ((0, 4), (4, 9)))
+    number = torch.full_like(position, -1)
+    for i, (start, stop) in enumerate(spans):
+        number = number.masked_fill((position >= start) & (position < stop), i)
+    return number
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model, tokenizer, _ = models.default()
+    parts = ["The number of Oslo is 52.\n", "The number of Lima is 17.\n", "The number of Lima is"]
+    ids = [tokenizer(part, return_tensors="pt").input_ids for part in parts]
+    ends = torch.tensor([0, *(x.shape[1] for x in ids)]).cumsum(0).tolist()
+    with attach(model, BlockAttention(), roles={"documents": ((ends[0], ends[1]), (ends[1], ends[2]))}) as run:
+        print(tokenizer.decode(run.generate(torch.cat(ids, 1), max_new_tokens=4, do_sample=False)[0]))

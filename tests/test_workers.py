@@ -1,0 +1,151 @@
+"""Several processes read one corpus: Ray's workers and torch's ranks give the bits that one process gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from heedful.core.errors import FieldError, HeedfulError, StatisticError
+from heedful.core.stats import Sum
+from heedful.diagnosis.profile import Profile
+from heedful.diagnosis.workers import Failure, Piece, Ranks, Ray, _closed, _opened
+from tests import corpus_job
+from tests.test_corpus import equal
+
+HOME = Path(__file__).parents[1]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HOME / 'src'}:{HOME}"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return corpus_job.written(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def straight(corpus: Path) -> Profile:
+    """What one process finds, with one thread as each worker has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return corpus_job.measured(corpus, None)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def started(*words: str) -> subprocess.Popen[bytes]:
+    """A process, first of its own group, that does the job."""
+    log = subprocess.DEVNULL
+    return subprocess.Popen([sys.executable, *words], env=ENV, cwd=HOME, stdout=log, stderr=log, start_new_session=True)
+
+
+def alike(found: Profile, wanted: Profile) -> None:
+    assert equal(found, wanted)
+    for fact in ("texts", "windows", "tokens", "left_out", "skipped", "shards", "unread", "backends"):
+        assert found.facts[fact] == wanted.facts[fact], fact
+
+
+def saved(out: Path) -> int:
+    """Shards that are safe on disk."""
+    try:
+        return int(json.loads((out / "unfinished" / "profile.json").read_text())["facts"]["shards"])
+    except FileNotFoundError:
+        return 0
+
+
+def waited(process: subprocess.Popen[bytes], out: Path, shards: int, most: float = 200) -> None:
+    """Until so many shards are saved, or the process is done."""
+    end = time.monotonic() + most
+    while process.poll() is None and saved(out) < shards:
+        if time.monotonic() > end:
+            raise TimeoutError(f"only {saved(out)} shards after {most} s")
+        time.sleep(0.02)
+
+
+def test_two_workers_of_ray_give_the_bits_of_one_process(corpus: Path, straight: Profile, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    heard: list[Any] = []
+    found = corpus_job.measured(corpus, 2, tmp_path / "out", progress=heard.append)
+    alike(found, straight)
+    alike(Profile.load(tmp_path / "out"), straight)
+    steps = [p.done for p in heard if p.stage == "corpus"]
+    assert steps == list(range(straight.facts["shards"] + 1))
+
+
+def test_two_ranks_give_the_bits_of_one_process(corpus: Path, straight: Profile, tmp_path: Path) -> None:
+    words = ("--nproc-per-node=2", "--standalone", "tests/corpus_job.py", str(corpus), str(tmp_path / "out"), "ranks")
+    process = started("-m", "torch.distributed.run", *words)
+    try:
+        assert process.wait(200) == 0
+    finally:
+        process.poll() is None and os.killpg(process.pid, signal.SIGKILL)
+    alike(Profile.load(tmp_path / "out"), straight)
+    alike(Profile.load(tmp_path / "out-of-rank-1"), straight)  # each of them has it all
+
+
+def test_ranks_want_a_group(corpus: Path) -> None:
+    with pytest.raises(FieldError, match=r"torch.distributed is not initialised: start the script with torchrun"):
+        corpus_job.measured(corpus, Ranks())
+
+
+def test_an_error_of_a_worker_is_the_error_of_the_call() -> None:
+    def fail(_: Any) -> Any:
+        raise FieldError("diagnose()", "length", 9, "the machine has too little memory", 4)
+
+    content = _closed(fail, None)  # type: ignore[arg-type]
+    with pytest.raises(FieldError, match=r"diagnose\(\)\.length = 9: the machine has too little memory; for example"):
+        _opened(content)
+    for error in (StatisticError("x"), FieldError("a", "b", 1, "c", 2)):
+        assert str(Failure.of(error).error()) == str(error)
+    assert isinstance(Failure.of(KeyboardInterrupt()).error(), HeedfulError)
+
+
+def test_what_is_sent_arrives_as_it_was() -> None:
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+    given = {f"{kind} {shape}": Sum(torch.ones(shape).to(kind)) for kind in kinds for shape in ((), (0,), (3, 2))}
+    given["turned"] = Sum(torch.rand(3, 2).T)
+    given["endless"] = Sum(torch.tensor([float("nan"), -float("inf"), -0.0]))
+    found = _opened(_closed(lambda _: Piece({"texts": 1}, given), None))  # type: ignore[arg-type]
+    assert found.facts == {"texts": 1}
+    for key, stat in given.items():
+        assert found.statistics[key].total.dtype == stat.total.dtype
+        assert torch.equal(found.statistics[key].total.nan_to_num(7), stat.total.nan_to_num(7))
+        assert found.statistics[key].total.shape == stat.total.shape
+
+
+def test_a_cluster_that_does_not_answer_is_named(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+
+    def nobody(**_: Any) -> None:  # what Ray says after a minute
+        raise ConnectionError("Failed to connect to GCS\nat 127.0.0.1:1")
+
+    monkeypatch.setattr(ray, "init", nobody)
+    with pytest.raises(FieldError, match=r"Ray\.address = '127\.0\.0\.1:1': no cluster answers there \(Failed to conn"):
+        corpus_job.measured(corpus, Ray(address="127.0.0.1:1"))
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_killed_job_goes_on_and_ends_with_the_same_bits(
+    corpus: Path, straight: Profile, tmp_path: Path, at: int
+) -> None:
+    process = started("tests/corpus_job.py", str(corpus), str(tmp_path), "here")
+    try:
+        waited(process, tmp_path, at)
+        assert process.poll() is None, "it was done before it could be killed"
+    finally:
+        process.poll() is None and os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    before = saved(tmp_path)
+    assert before >= at
+    heard: list[Any] = []
+    torch.set_num_threads(1)
+    alike(corpus_job.measured(corpus, None, tmp_path, progress=heard.append), straight)
+    assert heard[0].done == before
