@@ -49,5 +49,9 @@ def test_keys_are_found_by_their_index() -> None:
     found = _asked(State(), 0, 9, Positions(index, index))
     for h in range(4):
         assert torch.equal(found[:, h], SAID[:, h, index[0, h // 2]])
+    call = replace(Bare().call, queries=Positions.row(0, 9), keys=Positions(index, index))
+    of_groups = of_keys(call, "said", SAID[:, :2])
+    for g in range(2):
+        assert torch.equal(of_groups[:, g], SAID[:, g, index[0, g]])
     roomy = _asked(State(), 0, 9, Positions.row(0, 12))
     assert torch.equal(roomy[:, :, :9], SAID)

@@ -59,12 +59,14 @@ from heedful.methods.mechanisms.normalise.rectified_attention import RectifiedAt
 from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention as SigmoidAttention
 from heedful.methods.mechanisms.normalise.softplus_attention import SoftplusAttention as SoftplusAttention
 from heedful.methods.mechanisms.pooling.combiner import Combiner as Combiner
+from heedful.methods.mechanisms.pooling.slot_attention import SlotAttention as SlotAttention
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
 from heedful.methods.mechanisms.routed.dynamic_mask_attention import DynamicMaskAttention as DynamicMaskAttention
 from heedful.methods.mechanisms.routed.mixture_of_heads import MixtureOfHeads as MixtureOfHeads
 from heedful.methods.mechanisms.routed.moba import MoBA as MoBA
 from heedful.methods.mechanisms.routed.mosa import MoSA as MoSA
 from heedful.methods.mechanisms.routed.routing_transformer import RoutingTransformer as RoutingTransformer
+from heedful.methods.mechanisms.routed.sparse_k import SparseK as SparseK
 from heedful.methods.mechanisms.score.dual_attention import DualAttention as DualAttention
 from heedful.methods.mechanisms.score.halved_attention import HalvedAttention as HalvedAttention
 from heedful.methods.mechanisms.score.multi_token_attention import MultiTokenAttention as MultiTokenAttention

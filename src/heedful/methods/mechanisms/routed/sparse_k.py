@@ -1,0 +1,142 @@
+"""softmax(m_j s_ij) over the k keys of highest m, which gates values too: m = clip(w x - tau_i, 0, 1), sum m = k."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from heedful.authoring import CachedKV, Call, Causal, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.core.mask import Padding
+from heedful.core.positions import spread_heads
+from heedful.kit.chosen import Chosen
+from heedful.kit.told import of_keys
+
+ROWS = 128  # whose thresholds are sought at once
+
+
+class SparseK(Method):
+    """A token tells how much it counts as a key; queries see those that count most. For models trained with it.
+
+    In the authors' models a sliding window stands beside it: `SparseK(64).on(heads=[2, 3])` beside heads that have one.
+    """
+
+    paper = Paper(
+        "P229",
+        "Sparser is Faster and Less is More: Efficient Sparse Attention for Long-Range Transformers",
+        "Chao Lou, Zixia Jia, Zilong Zheng, Kewei Tu",
+        2024,
+        "2406.16747",
+        differs=(
+            "The authors' code was not to be had. Formulas are the paper's as others implement them, keys and values "
+            "gated alike; what else it does to train stably is not part of it: a norm of scores, a slope over places, "
+            "hard gates in the forward.",
+            "A cache drops keys that are gated to nothing, which never come back; those few that are gated, and not "
+            "among the k of highest gate, it holds too.",
+            "Scores are gated as the model makes them, behind its scale and with any bias that it adds.",
+            "What scores tokens is drawn as torch.nn.Linear draws it, by a generator seeded by the layer's number. "
+            "Tokens that a cache took up without it are never chosen.",
+        ),
+    )
+    subjects = ("text", "image")
+    keep: int = 512  # keys that a query sees, the k of the paper
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise FieldError(self, "keep", self.keep, "must be 1 or more keys", 512)
+
+    @classmethod
+    def example(cls) -> SparseK:
+        return cls(3)
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(layer.number)
+        return {"score": (torch.rand(layer.kv_heads, layer.width, generator=random) * 2 - 1) / math.sqrt(layer.width)}
+
+    def idle(self, call: Call) -> bool:
+        return call.cross
+
+    @at(Site.MASK)
+    def choose(self, mask: Mask, call: Call) -> Mask:
+        if call.hidden is None:
+            raise SiteError(f"SparseK, layer {call.layer}: the block is not handed hidden states to score by")
+        weight = call.params["score"]
+        told = of_keys(call, "scores", (call.hidden.flatten(1, -2).to(weight.dtype) @ weight.mT).mT[..., None])[..., 0]
+        scores, total = spread_heads(told, call.heads), told.shape[-1]
+        known = scores.isfinite()[:, :, None]
+        rank = scores.detach().argsort(dim=-1, descending=True, stable=True).argsort(-1)[:, :, None]
+
+        def seen(rows: slice) -> Tensor:
+            part = call.tile(rows, slice(0, total))
+            keep = mask.keeps(part.pairs)
+            return known.expand(-1, -1, len(part.queries), -1) & (True if keep is None else keep)
+
+        def pick(rows: slice) -> Tensor:
+            there = seen(rows)
+            mine = rank.masked_fill(~there, total)
+            best = mine.topk(min(self.keep, total), largest=False).indices
+            return torch.zeros_like(there).scatter(-1, best, True) & there
+
+        rows = [slice(i, i + ROWS) for i in range(0, len(call.queries), ROWS)]
+        levels = torch.cat([threshold(scores[:, :, None], seen(part), self.keep) for part in rows], 2)
+        call.state.forward[str(call.layer)] = scores, levels
+        return mask & Chosen(pick)
+
+    @at(Site.CACHE)
+    def drop(self, entries: CachedKV, call: Call) -> Tensor:
+        """Thresholds only rise while nothing that was seen goes out of sight."""
+        if not all(isinstance(rule, Causal | Padding | Chosen) for rule in call.mask.rules):
+            return entries.is_filled
+        scores, levels = call.state.forward[str(call.layer)]
+        last = call.last.expand(len(levels), 1)[..., None, None].expand(-1, call.heads, -1, -1)
+        kept = scores > levels.expand(-1, call.heads, -1, -1).gather(2, last)[..., 0]
+        return entries.is_text & kept.unflatten(1, (call.kv_heads, -1)).any(2)
+
+    @at(Site.SCORES)
+    def gate(self, scores: Tensor, call: Call) -> Tensor:
+        return scores * self._gates(call).to(scores.dtype)
+
+    @at(Site.PATTERN)
+    def gate_values(self, pattern: Tensor, call: Call) -> Tensor:
+        return pattern * self._gates(call).to(pattern.dtype)
+
+    def _gates(self, call: Call) -> Tensor:
+        """How far each of the tile's keys is let through for each of its queries, `[b h r k]`."""
+        scores, levels = call.state.forward[str(call.layer)]
+        return (scores[:, :, None, call.cols] - levels[:, :, call.rows]).clamp(0, 1)
+
+
+def threshold(scores: Tensor, there: Tensor, k: int) -> Tensor:
+    """tau with sum clip(scores - tau, 0, 1) = k over the entries of each row that are there, `[... 1]`.
+
+    Where there are no more than k, it is low enough to let all of them through. Its gradient is that of the paper's
+    projection, since which entries lie between 0 and 1 does not change nearby.
+    """
+    with torch.no_grad():
+        count = there.sum(-1, keepdim=True)
+        least = scores.masked_fill(~there, torch.inf).amin(-1, keepdim=True)
+        least = least.where(count > 0, 0.0)
+        rising = scores.where(there, least - 3).sort(-1).values  # what is not there counts for nothing near tau
+        n, below = rising.shape[-1], pad(rising.cumsum(-1), (1, 0))
+        bends = torch.cat([rising, rising - 1], -1).sort(-1).values  # where the sum of gates bends
+        full, some = (torch.searchsorted(rising, x, right=True) for x in (bends + 1, bends))
+        sums = n - full + below.gather(-1, full) - below.gather(-1, some) - bends * (full - some)
+        last = ((sums >= k).sum(-1, keepdim=True) - 1).clamp(min=0)
+        middle = (bends.gather(-1, last) + bends.gather(-1, last + 1)) / 2  # of two bends, with tau between
+        inside = there & (scores > middle) & (scores < middle + 1)
+        over, partly = (there & (scores > middle + 1)).sum(-1, keepdim=True), inside.sum(-1, keepdim=True)
+    total = scores.where(inside, 0.0).sum(-1, keepdim=True)
+    level = ((total + over - k) / partly.clamp(min=1)).where(partly > 0, middle)
+    return level.where(count > k, least - 2)
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model = models.tiny("llama")
+    inputs = models.tiny_inputs(model)
+    with attach(model, SparseK(4)) as run:
+        run(**inputs, labels=inputs["input_ids"]).loss.backward()
+        print({name: tuple(p.shape) for name, p in run.state_dict().items()}, run.activity())
