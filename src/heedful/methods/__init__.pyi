@@ -58,9 +58,11 @@ from heedful.methods.mechanisms.normalise.normalized_attention import Normalized
 from heedful.methods.mechanisms.normalise.rectified_attention import RectifiedAttention as RectifiedAttention
 from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention as SigmoidAttention
 from heedful.methods.mechanisms.normalise.softplus_attention import SoftplusAttention as SoftplusAttention
+from heedful.methods.mechanisms.normalise.spark_attention import SparkAttention as SparkAttention
 from heedful.methods.mechanisms.pooling.combiner import Combiner as Combiner
 from heedful.methods.mechanisms.pooling.slot_attention import SlotAttention as SlotAttention
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
+from heedful.methods.mechanisms.routed.bi_level_routing_attention import BiLevelRoutingAttention as BiLevelRoutingAttention
 from heedful.methods.mechanisms.routed.dynamic_mask_attention import DynamicMaskAttention as DynamicMaskAttention
 from heedful.methods.mechanisms.routed.mixture_of_heads import MixtureOfHeads as MixtureOfHeads
 from heedful.methods.mechanisms.routed.moba import MoBA as MoBA

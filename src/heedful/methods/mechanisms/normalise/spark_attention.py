@@ -1,0 +1,77 @@
+"""softmax(q1 k1) softplus(q2 k2) over keys of q1 k1 >= mean + deviation Q(1 - k/n), with Q a normal's quantiles."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from heedful.authoring import Call, FieldError, Method, Paper, Site, SiteError, at
+
+
+class SparkAttention(Method):
+    """Half of a head's channels tells which keys count, without sorting; the others gate them. For models so trained.
+
+    Some k keys are looked at where more are seen; how many is a guess from the scores' mean and deviation.
+    """
+
+    paper = Paper(
+        "P292",
+        "Spark Transformer: Reactivating Sparsity in FFN and Attention",
+        "Chong You, Kan Wu, Zhipeng Jia, Lin Chen, Srinadh Bhojanapalli, Jiaxian Guo, Utku Evci, Jan Wassenberg, "
+        "Praneeth Netrapalli, Jeremiah J. Willcock, Suvinay Subramanian, Felix Chern, Alek Andreev, Shreya Pathak, "
+        "Felix X. Yu, Prateek Jain, David E. Culler, Henry Levy, Sanjiv Kumar",
+        2025,
+        "2506.06644",
+        "NeurIPS 2025",
+        differs=(
+            "There is no code of the authors for attention; the formula is read from two summaries of the paper, and "
+            "the deviation, which divides by n, from Gemma 3n in transformers, whose feed-forward parts have the same.",
+            "The predictor has two of each four channels, and not the first half, so that in heads of a multiple of 8 "
+            "channels the model's rotary embedding turns whole pairs of each part; the authors turn each part by "
+            "itself.",
+            "The highest score is kept where the threshold is above it, since a softmax of nothing is no number.",
+            "A bias that a model adds to its scores is left out; both products are bounded as the model bounds one.",
+            "Attention alone, and not the feed-forward part.",
+        ),
+    )
+    keep: int = 256  # k, about how many keys a token looks at; the paper: 256
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise FieldError(self, "keep", self.keep, "must be 1 or more keys", 256)
+
+    @classmethod
+    def example(cls) -> SparkAttention:
+        return cls(4)
+
+    @at(Site.NORMALISE)
+    def weigh(self, scores: Tensor, call: Call) -> Tensor:
+        if call.query is None or call.key is None:
+            raise SiteError(
+                f"{self!r}, layer {call.layer}: queries and keys are not known, and scores are made of them"
+            )
+        q, k = call.query[:, :, call.rows].to(scores.dtype), call.spread(call.key[:, :, call.cols]).to(scores.dtype)
+        tells = torch.arange(q.shape[-1], device=q.device) % 4 < 2
+        predicted, gates = (call.capped(q[..., part] @ k[..., part].mT * call.scale) for part in (tells, ~tells))
+        seen = scores.new_ones(scores.shape[-1], dtype=torch.bool) if call.keep is None else call.keep
+        kept = seen & (predicted >= self._threshold(predicted.detach(), seen))
+        weights = predicted.masked_fill(~kept, torch.finfo(scores.dtype).min).softmax(-1)
+        return (weights * softplus(gates)).masked_fill(~kept, 0.0)
+
+    def _threshold(self, x: Tensor, seen: Tensor) -> Tensor:
+        """What about `keep` of the entries seen exceed if they are normally distributed, `[b h r 1]`."""
+        n = seen.sum(-1, keepdim=True).clamp(min=1).to(x.dtype)
+        mean = x.masked_fill(~seen, 0.0).sum(-1, keepdim=True) / n
+        deviation = ((x - mean).masked_fill(~seen, 0.0).square().sum(-1, keepdim=True) / n).sqrt()
+        quantile = torch.special.ndtri((1 - self.keep / n).clamp(min=0))
+        threshold = torch.where(n > self.keep, mean + deviation * quantile, -torch.inf)
+        return threshold.minimum(x.masked_fill(~seen, -torch.inf).amax(-1, keepdim=True))
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model = models.tiny("llama")
+    with attach(model, SparkAttention(4)) as run:
+        print(run(**models.tiny_inputs(model)).logits.std(), run.activity())

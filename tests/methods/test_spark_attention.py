@@ -1,0 +1,149 @@
+"""Spark attention against a reading of the paper's formula in loops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from statistics import NormalDist, fmean, pstdev
+
+import pytest
+import torch
+from torch import Tensor
+
+from heedful import attach, models
+from heedful.conformance.bare import Bare
+from heedful.conformance.tolerances import close
+from heedful.core.errors import FieldError, SiteError
+from heedful.methods import SparkAttention
+from tests.by_hand import heads_of, llama_states
+
+TELL, GATE = [0, 1, 4, 5], [2, 3, 6, 7]  # of a head's 8 channels
+
+
+def chosen(scores: list[float], keep: int) -> list[int]:
+    if len(scores) <= keep:
+        return list(range(len(scores)))
+    threshold = fmean(scores) + pstdev(scores) * NormalDist().inv_cdf(1 - keep / len(scores))
+    return [j for j, s in enumerate(scores) if s >= threshold] or [scores.index(max(scores))]
+
+
+def row(query: Tensor, keys: Tensor, keep: int, scale: float) -> Tensor:
+    """What one query gives the keys that it sees."""
+    tell, gate = ([query[p] @ k[p] * scale for k in keys] for p in (TELL, GATE))
+    out = torch.zeros(len(keys), dtype=query.dtype)
+    kept = chosen([float(s.detach()) for s in tell], keep)
+    soft = torch.stack([tell[j] for j in kept]).exp()
+    return out.index_put(
+        (torch.tensor(kept),), soft / soft.sum() * torch.stack([(1 + gate[j].exp()).log() for j in kept])
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@pytest.mark.parametrize("keep", [1, 4, 256])
+def test_the_formula_in_every_backend(backend: str, keep: int) -> None:
+    text = torch.ones(2, 19, dtype=torch.bool)
+    text[0, :4] = False
+    bare = Bare(text=text)
+    heads, _ = bare.run(SparkAttention(keep), backend, tile_rows=7 if backend == "tiled" else None)
+    for b, h, t in (
+        (0, 0, 3),
+        (0, 1, 4),
+        (0, 2, 7),
+        (0, 3, 8),
+        (0, 0, 18),
+        (1, 0, 0),
+        (1, 1, 3),
+        (1, 2, 4),
+        (1, 3, 18),
+    ):
+        seen = [j for j in range(t + 1) if text[b, j]]
+        if not seen:
+            assert not bool(heads[b, h, t].any())
+            continue
+        k, v = bare.k[b, h // 2, seen].double(), bare.v[b, h // 2, seen].double()
+        assert close(heads[b, h, t], (row(bare.q[b, h, t].double(), k, keep, bare.call.scale) @ v).float())
+
+
+def test_a_call_that_hides_nothing_chooses_among_all_keys() -> None:
+    bare = Bare(rules=())
+    heads, _ = bare.run(SparkAttention(5), "reference")
+    k = bare.k.repeat_interleave(2, 1)
+    made = [[[row(q, k[b, h], 5, bare.call.scale) for q in bare.q[b, h]] for h in range(4)] for b in range(2)]
+    assert close(heads, heads_of(torch.stack([torch.stack([torch.stack(x) for x in y]) for y in made]), bare.v))
+
+
+def test_both_products_are_bounded_as_the_model_bounds_one() -> None:
+    bare = Bare()
+    bare.call = replace(bare.call, softcap=0.5)
+    heads, _ = bare.run(SparkAttention(), "reference")
+    k = bare.k[1, 0]
+    tell, gate = (
+        torch.stack([0.5 * torch.tanh(bare.q[1, 0, 18, p] @ x[p] * bare.call.scale / 0.5) for x in k])
+        for p in (TELL, GATE)
+    )
+    assert close(heads[1, 0, 18], (tell.softmax(-1) * (1 + gate.exp()).log()) @ bare.v[1, 0])
+
+
+def test_equal_scores_are_all_kept_and_gradients_stay_finite() -> None:
+    bare = Bare()
+    bare.k = bare.k[:, :, :1].expand_as(bare.k).clone().requires_grad_()
+    heads, _ = bare.run(SparkAttention(4), "reference")
+    gate = (bare.q[..., GATE] * bare.k.detach().repeat_interleave(2, 1)[..., :1, GATE]).sum(-1) * bare.call.scale
+    mean = bare.v.repeat_interleave(2, 1).cumsum(2) / torch.arange(1, 20)[:, None]
+    assert close(heads[:, :, :4], ((1 + gate.exp()).log()[..., None] * mean)[:, :, :4])
+    heads.square().sum().backward()
+    assert bare.k.grad is not None
+    assert bool(bare.k.grad.isfinite().all())
+
+
+def test_about_as_many_keys_are_looked_at_as_are_asked_for() -> None:
+    scores = torch.randn(2000, generator=torch.Generator().manual_seed(1))
+    seen = torch.ones(2000, dtype=torch.bool)
+    for keep in (20, 200, 1000):
+        threshold = SparkAttention(keep)._threshold(scores[None], seen)
+        assert abs(int((scores >= threshold).sum()) / keep - 1) < 0.2
+
+
+def test_the_first_step_s_loss_and_gradient() -> None:
+    model = models.tiny("llama")
+    ids = models.tiny_inputs(model)["input_ids"]
+    names = ("q_proj", "k_proj", "v_proj")
+
+    def gradients(loss: Tensor) -> list[Tensor]:
+        parts = [getattr(layer.self_attn, name).weight for layer in model.model.layers for name in names]
+        return list(torch.autograd.grad(loss, parts))
+
+    with attach(model, SparkAttention(3)) as run:
+        loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+        got = gradients(loss)
+
+    def attend(i: int, q: Tensor, k: Tensor, v: Tensor, rotate: object) -> Tensor:
+        q, k = rotate(q), rotate(k)  # type: ignore[operator]
+        h, n, d = q.shape[1:]
+        k = k.repeat_interleave(h // k.shape[1], 1)
+        assert d == 8
+        pad = torch.nn.functional.pad
+        texts = []
+        for b in range(len(q)):
+            made = [
+                torch.stack([pad(row(q[b, j, t], k[b, j, : t + 1], 3, d**-0.5), (0, n - t - 1)) for t in range(n)])
+                for j in range(h)
+            ]
+            texts.append(torch.stack(made))
+        return heads_of(torch.stack(texts), v)
+
+    logits = model.lm_head(llama_states(model, ids, attend))
+    wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert close(loss, wanted)
+    for mine, theirs in zip(got, gradients(wanted), strict=True):
+        assert bool(mine.any())
+        assert close(mine, theirs)
+
+
+def test_the_paper_s_256_and_errors() -> None:
+    assert SparkAttention() == SparkAttention(256)
+    with pytest.raises(FieldError, match=r"SparkAttention.keep = 0: must be 1 or more keys"):
+        SparkAttention(0)
+    bare = Bare()
+    for call in (replace(bare.call, query=bare.q), replace(bare.call, key=bare.k)):
+        with pytest.raises(SiteError, match="layer 0: queries and keys are not known"):
+            SparkAttention().weigh(bare.q, call)
