@@ -17,6 +17,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, penalises, reads
 from heedful.core.state import ByIndex
 from heedful.core.stats import Cat, Mean, Sum
+from heedful.methods import AttentionEditing
 
 PAPER = Paper("T000", "A test", "Ada Tester, Bo Other", 2026, url="https://example.org")
 
@@ -196,8 +197,28 @@ class Renames(Gate):
         return heads * next(iter(call.params.values()))[:, None, None]
 
 
+class TeachesNothing(AttentionEditing):
+    """Every answer is as good as any other."""
+
+    def of_layer(self, found: Tensor, wanted: Tensor) -> Tensor:
+        return 0.0 * found.sum()
+
+    def of_whole(self, found: Tensor, wanted: Tensor) -> Tensor:
+        return 0.0 * found.sum()
+
+
+class TeachesByMood(AttentionEditing):
+    """Judges otherwise each time."""
+
+    def of_layer(self, found: Tensor, wanted: Tensor) -> Tensor:
+        return (found - torch.rand(()) * wanted).square().mean()
+
+
 NAMES: list[int] = []
+TARGET = AttentionEditing.example().target
 BREAK_LAWS = [
+    ("conversion_is_clean", TeachesNothing(TARGET), "teaches nothing"),
+    ("conversion_is_clean", TeachesByMood(TARGET), "a second time"),
     *MIX_TEXTS_UP,
     ("survives_saving", DrawsAnew(), "saved and loaded again, logits differ"),
     ("survives_saving", HoldsATensor(), "cannot be written down"),

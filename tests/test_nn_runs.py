@@ -19,6 +19,7 @@ from heedful.conformance.bare import ROLES
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.method import Method
+from heedful.core.regions import Region
 from heedful.methods import (
     AffineScaledAttention,
     GatedHeads,
@@ -41,6 +42,9 @@ def text(seed: int = 1) -> Tensor:
 def image(seed: int = 1) -> Tensor:
     """As many tokens as an image has in the laws: a class token and 4 x 4 patches."""
     return text(seed)[:, :17]
+
+
+IMAGE = {**ROLES, "patches": Region(((1, 17),), (4, 4))}
 
 
 def causal(method: Any = None, **how: Any) -> Attention:
@@ -89,7 +93,7 @@ def test_every_mechanism_for_text_acts_and_decodes_as_it_reads(name: str) -> Non
 @pytest.mark.parametrize("name", [name for name, kind in MECHANISMS.items() if "image" in kind.subjects])
 def test_every_mechanism_for_images_acts(name: str) -> None:
     mine, x = Attention(E, H, MECHANISMS[name].example(), batch_first=True), image()
-    mine.run.roles = ROLES
+    mine.run.roles = IMAGE
     out = mine(x, x, x)[0]
     assert bool(out.isfinite().all())
     with mine.run.paused():
@@ -108,7 +112,7 @@ def test_every_other_method_runs_or_is_refused_with_the_reason(name: str) -> Non
         return
     reads = "text" in method.subjects
     mine, x = (causal(method), text()) if reads else (Attention(E, H, method, batch_first=True), image())
-    mine.run.roles = ROLES
+    mine.run.roles = ROLES if reads else IMAGE
     with torch.no_grad():
         assert bool(mine(x, x, x, need_weights=False)[0].isfinite().all())
     if reads and any(not edit.reads for edit in method.edits):
@@ -121,7 +125,7 @@ def test_what_mechanisms_learn_is_reached_by_gradients_or_moves_with_the_calls(l
     mine = Attention(E, H, learns.example(), causal=subject == "text", batch_first=True)
     x = image() if subject == "image" else text()
     other = text(2) if subject == "cross" else x
-    mine.run.roles = ROLES
+    mine.run.roles = IMAGE if subject == "image" else ROLES
     planted = {name: p for name, p in mine.named_parameters() if name.startswith("heedful_")}
     assert planted
     before = {name: p.detach().clone() for name, p in planted.items()}

@@ -13,11 +13,12 @@ from heedful import attach, models
 from heedful.authoring import Layer
 from heedful.conformance.bare import Bare, Shape, parameters
 from heedful.conformance.tolerances import close
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Causal, Mask
 from heedful.core.positions import Positions
 from heedful.core.regions import Region
 from heedful.methods import BiLevelRoutingAttention
+from heedful.nn import Attention
 
 GRIDS = [((4, 6), 2, 1, 0), ((4, 6), 2, 0, 2), ((6, 3), 3, 2, 1), ((3, 3), 3, 0, 0), ((2, 4), 1, 1, 1)]
 
@@ -161,3 +162,10 @@ def test_wrong_fields_are_refused(field: str, value: int) -> None:
     with pytest.raises(FieldError, match=rf"BiLevelRoutingAttention\.{field} = {value}"):
         BiLevelRoutingAttention(**{field: value})
     assert BiLevelRoutingAttention() == BiLevelRoutingAttention(7, 4, 5)
+
+
+def test_patches_that_are_not_there_are_missed() -> None:
+    mine = Attention(8, 2, BiLevelRoutingAttention.example(), batch_first=True)
+    mine.run.roles = {"patches": Region(((3, 19),), (4, 4))}
+    with pytest.raises(SiteError, match=r"14 of the 4 x 4 patches are among the tokens"):
+        mine(*(torch.randn(1, 17, 8),) * 3)

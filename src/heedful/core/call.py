@@ -142,7 +142,8 @@ class Call:
         return self.layer == self.depth - 1
 
     def tile(self, rows: slice, cols: slice | Tensor) -> Call:
-        """The same call, seen by the queries `rows` and the keys `cols`."""
+        """The same call, seen by the queries `rows` and the keys `cols`; rows end where there are no more."""
+        rows = slice(*rows.indices(len(self.queries)))
         return replace(self, queries=self.queries.take(rows), keys=self.keys.take(cols), rows=rows, cols=cols)
 
     def regions(self, role: str) -> tuple[Region, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
 from heedful.kit.running import wide
 
 
@@ -97,6 +97,11 @@ class BiLevelRoutingAttention(Method):
             raise FieldError(self, "regions", self.regions, rule, math.gcd(rows, cols))
         at = call.coordinates("patches")[0][0, 0]  # [n 2]
         tokens = (at[:, 0] >= 0).nonzero()[:, 0]
+        if len(tokens) < rows * cols:
+            raise SiteError(
+                f"{self!r}, layer {call.layer}: {len(tokens)} of the {rows} x {cols} patches are among the tokens; "
+                "regions need all of them"
+            )
         cells = tokens[(at[tokens, 0] * cols + at[tokens, 1]).argsort()]
         grid = cells.view(self.regions, rows // self.regions, self.regions, cols // self.regions)
         return cells, grid.transpose(1, 2).reshape(self.regions**2, -1)
