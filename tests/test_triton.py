@@ -15,15 +15,19 @@ from torch import Tensor
 
 from heedful import gpu
 from heedful.conformance.tolerances import close, error
+from heedful.core.call import Call
 from heedful.core.errors import BackendError
 from heedful.core.mask import Blocks, First, Rule, Where, Window
+from heedful.core.method import Method
 from heedful.core.positions import Positions
+from heedful.core.reweight import Reweight, reweights
 from heedful.core.summary import Summary
 from heedful.engine.needs import Needs
 from heedful.engine.select import explain, select
 from heedful.methods import SinkRate, TempScale
 
 from .kernel_calls import CAUSAL, RULES, Everything, Same, a_call, compare, draw, run
+from .samples import PAPER
 
 SMALL = [
     (2, 4, 2, 19, 19, 8, 8),
@@ -93,6 +97,26 @@ def test_sink_logits(n: int, size: float) -> None:
 @pytest.mark.parametrize("softcap", [5.0, 20.0])
 def test_soft_caps(softcap: float) -> None:
     compare("triton", (1, 4, 2, 20, 40, 16, 16), CAUSAL, softcap=softcap)
+
+
+class Halved(Method):
+    """Halves a column and lets the others restore what it held."""
+
+    paper = PAPER
+    causal = False
+
+    @reweights("received")
+    def move(self, summary: Summary, call: Call) -> Reweight:
+        columns = (call.pairs.k_index[:, :, 0] == 3).expand(-1, call.heads, -1)
+        return Reweight(torch.where(columns, 0.5, 1.0), ~columns)
+
+
+def test_weight_is_moved_under_a_soft_cap() -> None:
+    shape = (1, 4, 2, 20, 40, 16, 16)
+    call = replace(a_call(shape, CAUSAL), softcap=1.0)
+    found, want = (run(name, Halved(), *draw(shape), call) for name in ("triton", "reference"))
+    assert close(found, want)
+    assert not close(found, run("triton", Same(), *draw(shape), call))
 
 
 @settings(max_examples=5, deadline=None)
