@@ -106,6 +106,9 @@ def test_a_folder_of_another_is_refused(tmp_path: Path) -> None:
 def test_damage_is_told(tmp_path: Path) -> None:
     taught(tmp_path)
     file = tmp_path / TAUGHT
-    file.write_bytes(file.read_bytes()[:-7])
-    with pytest.raises(StatisticError, match=r"was damaged .*; remove it to begin anew"):
-        taught(tmp_path)
+    whole = file.read_bytes()
+    turned = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in (len(whole) - 9, len(whole) // 2)]
+    for broken in (whole[:-7], *turned, whole.replace(b'"stage":"1"', b'"stage":"0"')):
+        file.write_bytes(broken)
+        with pytest.raises(StatisticError, match=r"was damaged .*; remove it to begin anew"):
+            taught(tmp_path)
