@@ -146,7 +146,11 @@ def test_a_model_comes_back_out_of_an_onnx_file(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_file_is_told(tmp_path: Path) -> None:
     path = exported(small(), tmp_path / "x.onnx")
     intact = path.read_bytes()
-    for broken in (b"", b"\x00\x01\x02nonsense", intact[: len(intact) // 2], written((7, written((5, 3))))):
+    one = ((1, 1), (2, 1), (8, b"x"), (9, bytes(4)))
+    path.write_bytes(written((7, written((5, written(*one))))))
+    assert weights_of(path) == {"x": torch.zeros(1)}
+    numbers = [written((7, written((5, written(*one[:i], (one[i][0], 10**20), *one[i + 1 :]))))) for i in (0, 2, 3)]
+    for broken in (b"", b"\x00\x01\x02nonsense", intact[: len(intact) // 2], written((7, written((5, 3)))), *numbers):
         path.write_bytes(broken)
         with pytest.raises(ModelError, match=r"x\.onnx: is no ONNX file with its weights inside"):
             weights_of(path)

@@ -55,7 +55,7 @@ def rewritten(
     model = unwrapped(model)
     if any(bound_to(module) is not None for module in model.modules()):
         rule = "a run is attached to it, which a copy cannot take along; close it first"
-        raise FieldError(verb, "model", type(model).__name__, rule, f"{verb.removesuffix('()')}(model, PruneHeads())")
+        raise FieldError(verb, "model", type(model).__name__, rule, "the model after run.close()")
     if saved := saved_with(model.config):
         raise RefusedModel(
             f"{type(model).__name__} was saved with {saved} attached, and {verb} edits the weights alone; where that "

@@ -132,9 +132,9 @@ class _Job:
     facts: dict[str, Any]
     batch: int
     out: Path | None
-    shards: tuple[Shard, ...] = ()  # of a corpus; `windows` then are those of the first that can be read
-    workers: Workers = field(default_factory=Here)
-    reader: Reader | None = None
+    shards: tuple[Shard, ...]  # of a corpus; `windows` then are those of the first that can be read
+    workers: Workers
+    reader: Reader
     _looks: Mapping[int, Looks] = field(default_factory=dict)  # where the first window's first tokens look
 
     def whole(self) -> Profile:
@@ -244,7 +244,7 @@ class _Job:
                 so_far().save(self.out / UNFINISHED)
 
         try:
-            with closing(self.workers.each(self.reader, self.shards[start:])) as pieces:  # type: ignore[arg-type]
+            with closing(self.workers.each(self.reader, self.shards[start:])) as pieces:
                 for piece in pieces:
                     sums = sums.plus(piece)
                     self.subject.report(Progress("corpus", sums.facts["shards"], total))

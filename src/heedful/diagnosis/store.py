@@ -13,7 +13,7 @@ from torch import Tensor
 
 from heedful.catalogue import entries, named
 from heedful.core.errors import DefinitionError, HeedfulError, StatisticError
-from heedful.core.files import PART, PROFILE, digest_of, replace_text, writing
+from heedful.core.files import PART, PROFILE, digest_of, replace_text, sealed, writing
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Method, Scoped
 from heedful.core.spelling import built, spelled
@@ -56,8 +56,7 @@ def write(
         "view": view and {"tokens": view.tokens, "heads": view.heads, "layers": view.layers},
     }
     try:
-        content = json.loads(json.dumps(content))  # as it will be read
-        text = json.dumps({**content, "digest": digest_of(content)}, indent=1)
+        text = json.dumps(sealed(content), indent=1)
     except TypeError as error:
         raise StatisticError(f"cannot save the measures {parts}: {error}") from error
     whole = dict(statistics)

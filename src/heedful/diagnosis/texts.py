@@ -79,16 +79,20 @@ def _files(path: Path) -> list[Source]:
         if why:
             raise _refuse(str(path), why)
         return [Source(str(path), text)]
-    inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in ENDINGS and not p.is_dir()]
-    inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     found = []
-    for p in inside:
+    for p in files_in(path, ENDINGS):
         text, why = read_text(p) if p.is_file() else ("", "is no file" if p.exists() else "is a link to nothing")
         found.append(Source(str(p), text, found=True, unread=why))
     if all(source.unread for source in found):
         rule = f"the folder holds no file with text in it that ends in {', '.join(ENDINGS)}"
         raise _refuse(str(path), rule + "".join(f"; {source.name} {source.unread}" for source in found[:3]))
     return found
+
+
+def files_in(folder: Path, endings: Sequence[str]) -> list[Path]:
+    """The files of a folder and those below it that end so, in the order of their names; none that is hidden."""
+    found = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in endings and not p.is_dir()]
+    return [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
 
 
 def read_text(path: Path) -> tuple[str, str]:

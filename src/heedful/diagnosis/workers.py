@@ -161,11 +161,11 @@ class Ranks(Workers):
     def each(self, read: Read, shards: Sequence[Shard]) -> Pieces:
         import torch.distributed as dist
 
-        size = dist.get_world_size()
-        for start in range(0, len(shards), size):
-            mine = tuple(shards[start : start + size])
-            self._told(("read", mine))
-            yield from map(_opened, self._gathered(_closed(read, mine[0]))[: len(mine)])
+        self._told(("shards", tuple(shards)))
+        for start in range(0, len(shards), dist.get_world_size()):
+            self._told(("read", start))
+            found = self._gathered(_closed(read, shards[start]))
+            yield from map(_opened, found[: len(shards) - start])
 
     def together(self, whole: Callable[[], Any], read: Read) -> Any:
         import torch.distributed as dist
@@ -183,7 +183,8 @@ class Ranks(Workers):
         try:
             found = whole()
         except BaseException as error:
-            self._told(("failed", Failure.of(error)))
+            known = isinstance(error, HeedfulError)
+            self._told(("failed", error if known else HeedfulError(f"the process that leads was stopped by {error!r}")))
             raise
         self._told(("done", found))
         return found
@@ -191,14 +192,18 @@ class Ranks(Workers):
     def _follow(self, read: Read) -> Any:
         import torch.distributed as dist
 
+        shards: Sequence[Shard] = ()
         while True:
             word, what = self._told(None)
             if word == "done":
                 return what
             if word == "failed":
-                raise what.error()
-            rank = dist.get_rank()
-            self._gathered(_closed(read, what[rank]) if rank < len(what) else b"")
+                raise what
+            if word == "shards":
+                shards = what
+            else:
+                number = what + dist.get_rank()
+                self._gathered(_closed(read, shards[number]) if number < len(shards) else b"")
 
     def _told(self, word: Any) -> Any:
         """What the first process says to all."""
@@ -217,31 +222,12 @@ class Ranks(Workers):
         return found or []
 
 
-@dataclass(frozen=True)
-class Failure:
-    """One of our errors on its way to another process."""
-
-    kind: type[HeedfulError]
-    text: str
-
-    @classmethod
-    def of(cls, error: BaseException) -> Failure:
-        if isinstance(error, HeedfulError):
-            return cls(type(error), str(error))
-        return cls(HeedfulError, f"the process that leads was stopped by {error!r}")
-
-    def error(self) -> HeedfulError:
-        found = self.kind.__new__(self.kind)
-        found.args = (self.text,)
-        return found
-
-
 def _closed(read: Read, shard: Shard) -> bytes:
     """What a shard gave, or why it gave nothing, to be sent."""
     try:
         return packed(read(shard))
     except HeedfulError as error:
-        return packed(Failure.of(error))
+        return packed(error)
 
 
 class _Packer(pickle.Pickler):
@@ -255,7 +241,7 @@ class _Packer(pickle.Pickler):
         return torch.from_numpy, (value.detach().cpu().contiguous().numpy(),)
 
 
-def packed(value: Piece | Failure) -> bytes:
+def packed(value: Piece | HeedfulError) -> bytes:
     """What goes from one of our own processes to another."""
     out = io.BytesIO()
     _Packer(out, pickle.HIGHEST_PROTOCOL).dump(value)
@@ -264,6 +250,6 @@ def packed(value: Piece | Failure) -> bytes:
 
 def _opened(content: bytes) -> Piece:
     found = pickle.loads(content)
-    if isinstance(found, Failure):
-        raise found.error()
+    if isinstance(found, HeedfulError):
+        raise found
     return found

@@ -15,6 +15,20 @@ from heedful.report.data import rooted, zipped
 from heedful.report.page import asset, embed, environment
 
 MOST = 24 << 20  # numbers that a page holds
+SIDE = 320  # pixels of a picture's longer side at most
+
+
+class Picture(Protocol):
+    """An image whose patches are tokens."""
+
+    @property
+    def pixels(self) -> Tensor: ...  # [c rows cols]
+
+    @property
+    def grid(self) -> tuple[int, int]: ...
+
+    @property
+    def before(self) -> int: ...
 
 
 class Maps(Protocol):
@@ -32,6 +46,9 @@ class Maps(Protocol):
     @property
     def text(self) -> frozenset[int] | None: ...
 
+    @property
+    def picture(self) -> Picture | None: ...
+
 
 def render(patterns: Maps) -> str:
     """The page as text."""
@@ -45,6 +62,19 @@ def render(patterns: Maps) -> str:
         reads_text = patterns.text is None or layer in patterns.text
         rows.append({"layer": layer, "heads": names, "q": x.shape[1], "k": x.shape[2], "text": reads_text})
         numbers.append(rooted(x).flatten())
-    read = {"tokens": list(patterns.tokens), "rows": rows, "scale": list(SCALE)}
+    read = {"tokens": list(patterns.tokens), "rows": rows, "scale": list(SCALE), "picture": None}
+    if (picture := patterns.picture) is not None:
+        seen = _colours(picture.pixels)
+        read["picture"] = {"size": seen.shape[:2], "grid": picture.grid, "before": picture.before}
+        numbers.append(seen.flatten())
     packed = zipped(torch.cat(numbers).numpy().tobytes())
     return environment().from_string(asset("patterns.html")).render(data=embed(read), numbers=packed)
+
+
+def _colours(pixels: Tensor) -> Tensor:
+    """An image as bytes `[rows cols 3]`, its darkest number black and its brightest white; grey unless it has three."""
+    shown = pixels if len(pixels) == 3 else pixels.mean(0).expand(3, -1, -1)
+    size = [max(1, round(n * min(1.0, SIDE / max(shown.shape[1:])))) for n in shown.shape[1:]]
+    shown = torch.nn.functional.interpolate(shown[None], size, mode="area")[0]
+    low, high = shown.aminmax()
+    return ((shown - low) / (high - low).clamp(min=1e-6) * 255).round().byte().permute(1, 2, 0)
