@@ -66,10 +66,11 @@ class SparseK(Method):
         told = of_keys(call, "scores", (call.hidden.flatten(1, -2).to(weight.dtype) @ weight.mT).mT[..., None])[..., 0]
         scores, total = spread_heads(told, call.heads), told.shape[-1]
         known = scores.isfinite()[:, :, None]
+        places = call.places
         rank = scores.detach().argsort(dim=-1, descending=True, stable=True).argsort(-1)[:, :, None]
 
         def seen(rows: slice) -> Tensor:
-            part = call.tile(rows, slice(0, total))
+            part = places.tile(rows, slice(0, total))
             keep = mask.keeps(part.pairs)
             return known.expand(-1, -1, len(part.queries), -1) & (True if keep is None else keep)
 
