@@ -87,13 +87,14 @@ class SparseK(Method):
 
     @at(Site.CACHE)
     def drop(self, entries: CachedKV, call: Call) -> Tensor:
-        """Thresholds only rise while nothing that was seen goes out of sight."""
-        if not all(isinstance(rule, Causal | Padding | Chosen) for rule in call.mask.rules):
+        """Thresholds only rise while nothing that was seen goes out of sight, as by keys that another method chose."""
+        others = [rule for rule in call.mask.rules if not isinstance(rule, Causal | Padding)]
+        if not (len(others) == 1 and isinstance(others[0], Chosen)):
             return entries.is_filled
         scores, levels = call.state.forward[str(call.layer)]
         last = call.last.expand(len(levels), 1)[..., None, None].expand(-1, call.heads, -1, -1)
         kept = scores > levels.expand(-1, call.heads, -1, -1).gather(2, last)[..., 0]
-        return entries.is_text & kept.unflatten(1, (call.kv_heads, -1)).any(2)
+        return entries.is_text & kept[:, :: call.heads // call.kv_heads]  # heads that share keys agree
 
     @at(Site.SCORES)
     def gate(self, scores: Tensor, call: Call) -> Tensor:
