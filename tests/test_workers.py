@@ -41,10 +41,11 @@ def straight(corpus: Path) -> Profile:
         torch.set_num_threads(threads)
 
 
-def started(*words: str) -> subprocess.Popen[bytes]:
+def started(*words: str, **told: str) -> subprocess.Popen[bytes]:
     """A process, first of its own group, that does the job."""
     log = subprocess.DEVNULL
-    return subprocess.Popen([sys.executable, *words], env=ENV, cwd=HOME, stdout=log, stderr=log, start_new_session=True)
+    env = ENV | told
+    return subprocess.Popen([sys.executable, *words], env=env, cwd=HOME, stdout=log, stderr=log, start_new_session=True)
 
 
 def alike(found: Profile, wanted: Profile) -> None:
@@ -80,13 +81,17 @@ def test_two_workers_of_ray_give_the_bits_of_one_process(corpus: Path, straight:
     assert steps == list(range(straight.facts["shards"] + 1))
 
 
-def test_two_ranks_give_the_bits_of_one_process(corpus: Path, straight: Profile, tmp_path: Path) -> None:
-    words = ("--nproc-per-node=2", "--standalone", "tests/corpus_job.py", str(corpus), str(tmp_path / "out"), "ranks")
-    process = started("-m", "torch.distributed.run", *words)
+def run_by_torch(*words: str, **told: str) -> int:
+    """How a script ends in two processes that torch starts."""
+    process = started("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *words, **told)
     try:
-        assert process.wait(200) == 0
+        return process.wait(200)
     finally:
         process.poll() is None and os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_two_ranks_give_the_bits_of_one_process(corpus: Path, straight: Profile, tmp_path: Path) -> None:
+    assert run_by_torch("tests/corpus_job.py", str(corpus), str(tmp_path / "out"), "ranks") == 0
     alike(Profile.load(tmp_path / "out"), straight)
     alike(Profile.load(tmp_path / "out-of-rank-1"), straight)  # each of them has it all
     assert straight.facts["shards"] % 2, "so that the last round has nothing for one of them"

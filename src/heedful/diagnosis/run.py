@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import fit, still
@@ -101,6 +102,9 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
             facts, parts, corpus.digest() if corpus is not None else named, {"length": length, "batch": batch, **how}
         )
         readers = Ray(workers) if isinstance(workers, int) else workers or Here()
+        if workers is not None and any(isinstance(p, DTensor) for p in subject.model.parameters()):
+            rule = "read a text of their own each, and these weights are spread over processes that must read the same"
+            raise FieldError("diagnose()", "workers", workers, rule, None)
         read = Reader(subject.model, subject.tokenizer, parts, length, batch, how)
 
         def whole() -> Profile:
