@@ -140,7 +140,7 @@ def test_refusals(folder: Path) -> None:
             run(IDS)
     with pytest.raises(RefusedModel, match="is spread over 2 processes; load the model whole"):
         heedful.fold(spread, TempScale(0.5))
-    with pytest.raises(FieldError, match="these weights are spread over processes that must read the same"):
+    with pytest.raises(FieldError, match="these weights are spread over processes that must do the same"):
         heedful.diagnose(spread, Path(__file__), tokenizer=characters(), workers=2)
     other: Any = nn.TransformerEncoderLayer(8, 2)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import fit, still
@@ -32,7 +31,7 @@ from heedful.diagnosis.store import ADDED, clean
 from heedful.diagnosis.subject import Subject
 from heedful.diagnosis.texts import Texts, Windows, cut, ordinary, pictures, pieces, positions, some, sources
 from heedful.diagnosis.view import Looks, notable, room, view_of
-from heedful.diagnosis.workers import Here, Ray, Workers
+from heedful.diagnosis.workers import Workers, as_workers
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
 
@@ -101,10 +100,7 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
         facts["settings"] = _settings(
             facts, parts, corpus.digest() if corpus is not None else named, {"length": length, "batch": batch, **how}
         )
-        readers = Ray(workers) if isinstance(workers, int) else workers or Here()
-        if workers is not None and any(isinstance(p, DTensor) for p in subject.model.parameters()):
-            rule = "read a text of their own each, and these weights are spread over processes that must read the same"
-            raise FieldError("diagnose()", "workers", workers, rule, None)
+        readers = as_workers(workers, subject.model, "diagnose()")
         read = Reader(subject.model, subject.tokenizer, parts, length, batch, how)
 
         def whole() -> Profile:
