@@ -53,5 +53,8 @@ def test_keys_are_found_by_their_index() -> None:
     of_groups = of_keys(call, "said", SAID[:, :2])
     for g in range(2):
         assert torch.equal(of_groups[:, g], SAID[:, g, index[0, g]])
+    of_all = of_keys(call, "said once", SAID[:, :1])
+    for g in range(2):
+        assert torch.equal(of_all[:, g], SAID[:, 0, index[0, g]])
     roomy = _asked(State(), 0, 9, Positions.row(0, 12))
     assert torch.equal(roomy[:, :, :9], SAID)

@@ -86,7 +86,8 @@ class Bare:
         phase = Phase.DECODE if s.q == 1 and s.k > 1 else Phase.PREFILL
         self.call = Call(
             0, self.depth, "bare", s.h, s.g, queries, Positions.row(0, s.k, pad=pad), s.d**-0.5, phase=phase,
-            roles=ROLES, hidden=self.hidden, mask=Mask(rules if self.rules is None else self.rules), batch=s.b,
+            training=True, ids=torch.randint(3, 9, (s.b, s.q), generator=draw), roles=ROLES, hidden=self.hidden,
+            mask=Mask(rules if self.rules is None else self.rules), batch=s.b,
         )  # fmt: skip
 
     def run(
