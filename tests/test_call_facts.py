@@ -18,7 +18,7 @@ from heedful.core.errors import SiteError
 from heedful.core.mask import Mask
 from heedful.core.method import Method
 from heedful.core.sites import Site, at, reads
-from heedful.kit.told import token_ids
+from heedful.kit.told import at_places, token_ids
 from heedful.tiny import tiny, tiny_inputs
 
 from .samples import PAPER
@@ -41,7 +41,8 @@ class Tokens(Method):
 
     @at(Site.MASK)
     def look(self, mask: Mask, call: Call) -> Mask:
-        SEEN.append((call.name, token_ids(call)))
+        ids = token_ids(call)
+        SEEN.append((call.name, (at_places(ids, call.queries), at_places(ids, call.keys))))
         return mask
 
 
