@@ -295,7 +295,8 @@ class SdpaAdapter:
         k, v = same_rows(k, len(q)), same_rows(v, len(q))
         operands, call = self._call(bound, layout, given, (q, k, v), appends)
         roles = {**halves(bound, k.shape[2]), **self._hooks.roles(bound, k.shape[2])}
-        call = bound.call = replace(call, hidden=rows_of(hidden, q), roles=roles)
+        ids = self._hooks.ids(bound, len(q), q.shape[2])
+        call = bound.call = replace(call, hidden=rows_of(hidden, q), ids=ids, roles=roles)
         plan = plan_of(run, call)
         if (nothing := replaced_whole(run, plan, call, q, v)) is not None:
             if pattern:
@@ -324,6 +325,7 @@ class SdpaAdapter:
         call = Call(
             bound.number or 0, len(self._names), bound.name, q.shape[1], k.shape[1], queries, keys,
             q.shape[-1] ** -0.5 if scale is None else float(scale), None, Phase.of(queries),
-            self.run.state.denoising, bound.cross, mask=rules, forward=max(0, self.run.state.now.number), batch=len(q),
+            self.run.state.denoising, bound.cross, bound.module.training, mask=rules,
+            forward=max(0, self.run.state.now.number), batch=len(q),
         )  # fmt: skip
         return Operands(q, k, v, bias, None, float(given.get("dropout_p") or 0.0)), call

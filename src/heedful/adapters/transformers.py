@@ -206,7 +206,8 @@ class TransformersAdapter:
         phase = Phase.of(given.queries, bound.cross and bound.cache is not None)
         call = bound.call = Call(
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
-            given.softcap, phase, run_state.denoising, bound.cross, self._hooks.roles(bound, len(given.keys)),
+            given.softcap, phase, run_state.denoising, bound.cross, bound.module.training,
+            self._hooks.ids(bound, len(q), q.shape[2]), self._hooks.roles(bound, len(given.keys)),
             rows_of(bound.hidden, q), rotation(bound), given.mask, max(0, run_state.now.number), batch=len(q),
         )  # fmt: skip
         plan = plan_of(run, call)

@@ -200,13 +200,13 @@ class RunState:
 
     def memory(self) -> Memory:
         """What methods remember now, for whatever computes this again."""
-        return Memory(self.now.number, _copied(self.now.memory), _copied(self._of_run))
+        return Memory(self.now.number, _copied(self.now.memory), _copied(self._of_run), dict(self.now.ids))
 
     @contextmanager
     def computing_again(self, memory: Memory) -> Iterator[None]:
         """A `with` in which methods remember what they did when it was computed first, and readers count nothing."""
         before = self.now, self._of_run
-        self.now = Forward(memory.number, again=True, memory=_copied(memory.forward))
+        self.now = Forward(memory.number, again=True, memory=_copied(memory.forward), ids=dict(memory.ids))
         self._of_run = _copied(memory.run)
         try:
             yield
@@ -288,7 +288,7 @@ class RunState:
         have = self.calls.get(call.layer)
         size = len(call.queries) * len(call.keys)
         if have is None or size >= len(have.queries) * len(have.keys):
-            tensors = ("hidden", "rotate", "query", "key", "value", "bias")
+            tensors = ("ids", "hidden", "rotate", "query", "key", "value", "bias")
             self.calls[call.layer] = replace(call, **dict.fromkeys(tensors))
 
     def look_for_nan(self, layer: int, x: Tensor) -> None:
