@@ -69,6 +69,7 @@ from heedful.methods.mechanisms.pooling.slot_attention import SlotAttention as S
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
 from heedful.methods.mechanisms.routed.bi_level_routing_attention import BiLevelRoutingAttention as BiLevelRoutingAttention
 from heedful.methods.mechanisms.routed.dynamic_mask_attention import DynamicMaskAttention as DynamicMaskAttention
+from heedful.methods.mechanisms.routed.injected_patterns import InjectedPatterns as InjectedPatterns
 from heedful.methods.mechanisms.routed.mixture_of_heads import MixtureOfHeads as MixtureOfHeads
 from heedful.methods.mechanisms.routed.moba import MoBA as MoBA
 from heedful.methods.mechanisms.routed.mosa import MoSA as MoSA
@@ -121,6 +122,7 @@ from heedful.methods.sparse.prefill.qada import QAdA as QAdA
 from heedful.methods.sparse.prefill.radial_attention import RadialAttention as RadialAttention
 from heedful.methods.sparse.prefill.s2_attention import S2Attention as S2Attention
 from heedful.methods.sparse.prefill.sample_attention import SampleAttention as SampleAttention
+from heedful.methods.sparse.prefill.seer_attention import SeerAttention as SeerAttention
 from heedful.methods.sparse.prefill.sink_window import SinkWindow as SinkWindow
 from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn as SpargeAttn
 from heedful.methods.sparse.tokens.attention_rag import AttentionRAG as AttentionRAG
