@@ -16,6 +16,7 @@ import heedful
 from heedful import dinov2, models
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, ModelError
+from heedful.diagnosis.glances import ImageView
 from heedful.methods import ModalityShare, SinkRate
 from heedful.onnx_weights import weights_of
 
@@ -69,8 +70,8 @@ def test_a_diagnosis_reads_its_pictures(dino: models.Loaded, tmp_path: Path) -> 
     found = heedful.diagnose(dino, pictures, batch=2, out=tmp_path)
     assert (found.facts["texts"], found.facts["tokens"], found.facts["reads"]) == (2, 514, "image")
     assert found.headline.startswith("DINOv2-S/14: 12 layers of 6 heads, 2 images of 514 tokens")
-    assert found.view is not None
-    assert found.view.tokens[:3] + found.view.tokens[-1:] == ["[0] ", "0,0 ", "0,1 ", "15,15 "]
+    assert isinstance(found.view, ImageView)
+    assert (found.view.before, found.view.grid, found.view.names) == (["class token"], [16, 16], ["image", "image"])
     assert heedful.diagnose(dino, list(pictures), batch=2, out=tmp_path).facts["date"] == found.facts["date"]
 
 

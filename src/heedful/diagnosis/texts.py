@@ -43,6 +43,7 @@ class Windows:
     left_out: int  # tokens in ends too short to count as a text
     skipped: tuple[str, ...] = ()  # texts of a folder that could not be read, and why
     of: tuple[int, ...] = ()  # the number of each piece's text
+    names: tuple[str, ...] = ()  # of each piece, where pieces are images
 
 
 def _refuse(value: object, rule: str, good: object = Path("book.txt")) -> FieldError:
@@ -170,19 +171,6 @@ def some(windows: Windows) -> Windows:
             list(windows.skipped[:9]), "none of these can be read: attention needs texts of two tokens or more"
         )
     return windows
-
-
-def pictures(given: Texts) -> Windows:
-    """Images as they are, each a window of its own."""
-    batch = given if isinstance(given, Sequence) else [given]
-    found = [one for x in batch for one in (x if isinstance(x, Tensor) and x.ndim == 4 else [x])]
-    if not found or not all(isinstance(x, Tensor) and x.ndim == 3 and x.is_floating_point() for x in found):
-        rule = (
-            "a model that reads images takes their pixels, [c rows cols], a batch [b c rows cols], or a list of these"
-        )
-        raise _refuse(type(given).__name__, rule, "processor(image, return_tensors='pt').pixel_values")
-    rows = tuple(x.cpu() for x in found if isinstance(x, Tensor))
-    return Windows(rows, Source("image"), len(rows), 0, (), tuple(range(len(rows))))
 
 
 def _windows(source: Source, tokenizer: Any, length: int) -> list[Tensor]:

@@ -41,6 +41,7 @@ from heedful.methods.intervene.vision.var import VAR as VAR
 from heedful.methods.intervene.vision.vhr import VHR as VHR
 from heedful.methods.mechanisms.gates.gated_heads import GatedHeads as GatedHeads
 from heedful.methods.mechanisms.gates.gated_norm import GatedNorm as GatedNorm
+from heedful.methods.mechanisms.gates.head_mask import HeadMask as HeadMask
 from heedful.methods.mechanisms.linear.aaren import Aaren as Aaren
 from heedful.methods.mechanisms.linear.efficient_attention import EfficientAttention as EfficientAttention
 from heedful.methods.mechanisms.linear.fastmax import Fastmax as Fastmax

@@ -11,11 +11,10 @@ from torch import Tensor
 from heedful.core.errors import FieldError
 from heedful.core.figures import head_name
 from heedful.report.colours import SCALE
-from heedful.report.data import rooted, zipped
+from heedful.report.data import colours, rooted, zipped
 from heedful.report.page import asset, embed, environment
 
 MOST = 24 << 20  # numbers that a page holds
-SIDE = 320  # pixels of a picture's longer side at most
 
 
 class Picture(Protocol):
@@ -64,17 +63,8 @@ def render(patterns: Maps) -> str:
         numbers.append(rooted(x).flatten())
     read = {"tokens": list(patterns.tokens), "rows": rows, "scale": list(SCALE), "picture": None}
     if (picture := patterns.picture) is not None:
-        seen = _colours(picture.pixels)
+        seen = colours(picture.pixels)
         read["picture"] = {"size": seen.shape[:2], "grid": picture.grid, "before": picture.before}
         numbers.append(seen.flatten())
     packed = zipped(torch.cat(numbers).numpy().tobytes())
     return environment().from_string(asset("patterns.html")).render(data=embed(read), numbers=packed)
-
-
-def _colours(pixels: Tensor) -> Tensor:
-    """An image as bytes `[rows cols 3]`, its darkest number black and its brightest white; grey unless it has three."""
-    shown = pixels if len(pixels) == 3 else pixels.mean(0).expand(3, -1, -1)
-    size = [max(1, round(n * min(1.0, SIDE / max(shown.shape[1:])))) for n in shown.shape[1:]]
-    shown = torch.nn.functional.interpolate(shown[None], size, mode="area")[0]
-    low, high = shown.aminmax()
-    return ((shown - low) / (high - low).clamp(min=1e-6) * 255).round().byte().permute(1, 2, 0)
