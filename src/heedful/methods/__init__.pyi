@@ -3,6 +3,9 @@
 from heedful.methods.compress.convert.attention_editing import AttentionEditing as AttentionEditing
 from heedful.methods.compress.prune.multi_query_attention import MultiQueryAttention as MultiQueryAttention
 from heedful.methods.compress.prune.prune_heads import PruneHeads as PruneHeads
+from heedful.methods.compress.quantise.absmax import Absmax as Absmax
+from heedful.methods.compress.quantise.fp4 import FP4 as FP4
+from heedful.methods.compress.quantise.llm_int8 import LLMInt8 as LLMInt8
 from heedful.methods.explain.attention_flow import AttentionFlow as AttentionFlow
 from heedful.methods.explain.attention_lens import AttentionLens as AttentionLens
 from heedful.methods.explain.attention_output_sae import AttentionOutputSAE as AttentionOutputSAE
