@@ -84,9 +84,9 @@ CLAIM = Claim(
     "need reasoning over their context.",
     paper_number="1.4 to 3.5 points on five benchmarks for a 7B model trained on what was selected (abstract)",
     setup=f"SmolLM2-135M-Instruct, the twentieth of heads that copy {COPY} random tokens best, others each seed; "
-    f"{TEXTS} texts a seed that come back to {FACTS} numbers they gave, and the same with other numbers there: how much "
-    "higher the first score, against as many other heads drawn anew each seed. That texts are told apart is tested, "
-    "not what training on them gives. (Measured before with one fit for all seeds: +0.047, holds.)",
+    f"{TEXTS} texts a seed that come back to {FACTS} numbers they gave, and the same with other numbers there: how "
+    "much higher the first score, against as many other heads drawn anew each seed. That texts are told apart is "
+    "tested, not what training on them gives. (Measured before with one fit for all seeds: +0.047, holds.)",
     effect="relative rise of the loss, referring minus unrelated texts, found heads minus heads by chance",
     measure=measure,
 )

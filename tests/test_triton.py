@@ -143,6 +143,28 @@ def test_low_precision_is_as_good_as_torch_s_own(n: int, dtype: torch.dtype) -> 
     assert error(found, exact) <= 2 * error(plain, exact)
 
 
+@pytest.mark.parametrize("axis", [0, 2])
+def test_lines_that_lie_far_apart(axis: int) -> None:
+    """Further than 32 bits count; memory that nobody touches costs nothing."""
+    from heedful.gpu.launch import Problem, attend
+
+    shape, step = (3, 2, 4, 16), 2**30 + 64
+    q, k, v = (torch.randn(shape).half() for _ in range(3))
+    strides = [128, 64, 16, 1]
+    strides[axis] = step
+    far = torch.empty(step * (shape[axis] - 1) + 512, dtype=torch.float16).as_strided(shape, strides).copy_(k)
+    ranges = torch.tensor([0, 4], dtype=torch.int32).expand(1, 1, 4, 1, 2).contiguous()
+    first = torch.zeros(3, dtype=torch.int32)
+    found, want = (attend(Problem(q, x, v, ranges, 0.25, received=True, first_at=first)) for x in (far, k))
+    assert torch.equal(found.out, want.out)
+    assert same(found.received, want.received)
+    assert same(found.first, want.first)
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b)
+
+
 def test_a_long_cache_is_split_among_programs() -> None:
     """As many spans as fit, of which some or all see nothing; and with a sink that counts once."""
     from heedful.gpu.launch import SPAN

@@ -63,8 +63,8 @@ def rewritten(
         )
     if missing := absent(model):
         raise RefusedModel(
-            f"{verb} needs all weights at hand, and {missing} is offloaded (on device 'meta' until it is used); load "
-            "the model whole, without device_map or offload"
+            f"{verb} needs all weights at hand, and {missing}; load the model whole, without device_map, offload or "
+            "tp_plan"
         )
     new = copy.deepcopy(model)
     names = adapt(new, only).layer_names

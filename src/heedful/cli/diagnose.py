@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from heedful.cli.console import console, entry_from, parted, require_page, stopping, tell, write_page
+from heedful.cli.console import console, entry_from, parted, require_page, stopping, tell, workers_from, write_page
 from heedful.cli.progress import Bars
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.figures import head_name
@@ -135,10 +135,8 @@ def diagnose(
         from heedful import models
         from heedful.diagnosis.corpus import Corpus
         from heedful.diagnosis.run import diagnose as run
-        from heedful.diagnosis.workers import Ray
 
         asked = Corpus(corpus, column) if corpus is not None else None
-        readers = Ray(2 if workers is None else workers, ray) if ray or workers is not None else None
         loaded = models.load(model)
     with stopping(bars, out):
         profile = run(
@@ -147,7 +145,7 @@ def diagnose(
             measures=parts,
             length=length,
             out=out,
-            workers=readers,
+            workers=workers_from(workers, ray),
             progress=bars,
             backend=backend,
         )

@@ -75,6 +75,8 @@ class Call:
     phase: Phase = Phase.PREFILL
     denoising: DenoisingStep | None = None  # of a diffusion model, as the run was told; None for all others
     cross: bool = False  # keys come from another sequence than queries
+    training: bool = False  # what the module that is served says of itself, as where it drops weights
+    ids: Tensor | None = None  # [b n], tokens up to the whole call's last query; None: not known
     roles: Marks = field(default_factory=lambda: NO_ROLES)  # named spans of token positions
     hidden: Tensor | None = None  # [b n e], the attention block's input
     rotate: Callable[[Tensor], Tensor] | None = None  # rotates [b|1 h q d] as this call's queries and fresh keys were

@@ -34,7 +34,7 @@ from heedful.diagnosis.store import ADDED, clean
 from heedful.diagnosis.subject import Subject
 from heedful.diagnosis.texts import Texts, Windows, cut, ordinary, pieces, positions, some, sources
 from heedful.diagnosis.view import SHOWN, Attended, Looks, TokenView, notable, room, view_of
-from heedful.diagnosis.workers import Here, Ray, Workers
+from heedful.diagnosis.workers import Workers, as_workers
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
 
@@ -105,7 +105,7 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
         facts["settings"] = _settings(
             facts, parts, corpus.digest() if corpus is not None else named, {"length": length, "batch": batch, **how}
         )
-        readers = Ray(workers) if isinstance(workers, int) else workers or Here()
+        readers = as_workers(workers, subject.model, "diagnose()")
         read = Reader(subject.model, subject.tokenizer, parts, length, batch, how)
 
         def whole() -> Profile:

@@ -18,13 +18,17 @@ from heedful.methods.intervene.diffusion.attentive_eraser import AttentiveEraser
 from heedful.methods.intervene.diffusion.hrv import HRV as HRV
 from heedful.methods.intervene.diffusion.soft_pag import SoftPAG as SoftPAG
 from heedful.methods.intervene.language.act import ACT as ACT
+from heedful.methods.intervene.language.asguard import ASGuard as ASGuard
 from heedful.methods.intervene.language.attention_buckets import AttentionBuckets as AttentionBuckets
 from heedful.methods.intervene.language.attention_influence import AttentionInfluence as AttentionInfluence
 from heedful.methods.intervene.language.attention_sorting import AttentionSorting as AttentionSorting
+from heedful.methods.intervene.language.attn_rank import AttnRank as AttnRank
+from heedful.methods.intervene.language.austeer import AUSteer as AUSteer
 from heedful.methods.intervene.language.focus_directions import FocusDirections as FocusDirections
 from heedful.methods.intervene.language.head_scale import HeadScale as HeadScale
 from heedful.methods.intervene.language.lofit import LoFiT as LoFiT
 from heedful.methods.intervene.language.pasta import PASTA as PASTA
+from heedful.methods.intervene.language.sadr import SADR as SADR
 from heedful.methods.intervene.language.soft_injection import SoftInjection as SoftInjection
 from heedful.methods.intervene.language.steer2edit import Steer2Edit as Steer2Edit
 from heedful.methods.intervene.language.steering_vector import SteeringVector as SteeringVector
@@ -37,6 +41,7 @@ from heedful.methods.intervene.vision.var import VAR as VAR
 from heedful.methods.intervene.vision.vhr import VHR as VHR
 from heedful.methods.mechanisms.gates.gated_heads import GatedHeads as GatedHeads
 from heedful.methods.mechanisms.gates.gated_norm import GatedNorm as GatedNorm
+from heedful.methods.mechanisms.gates.head_mask import HeadMask as HeadMask
 from heedful.methods.mechanisms.linear.aaren import Aaren as Aaren
 from heedful.methods.mechanisms.linear.efficient_attention import EfficientAttention as EfficientAttention
 from heedful.methods.mechanisms.linear.fastmax import Fastmax as Fastmax
