@@ -178,6 +178,13 @@ def test_a_view_of_images_is_saved_and_checked(folder: Path, tmp_path: Path) -> 
         ImageView(**{**vars(again.view), "looks": again.view.looks[..., :4]})
 
 
+def test_half_of_the_heads_play_a_role_and_the_others_are_of_the_last_layer() -> None:
+    found = {layer: torch.zeros(6, 3, 3) for layer in (0, 1, 3)}
+    assert glances.chosen([(0, 2), (2, 1), (3, 1)], found) == [(0, 2), *((3, h) for h in range(6))]  # layer 2 is none
+    assert glances.chosen([], {0: torch.zeros(12, 3, 3)}) == [(0, h) for h in range(8)]
+    assert len(glances.chosen([(0, h) for h in range(4)], found)) == 8
+
+
 def test_room_is_kept() -> None:
     assert glances.room(257, 8) == 4
     assert glances.room(577, 8) == 1

@@ -79,6 +79,14 @@ class Glances(Method):
         return {layer: stat.value.half() for layer, stat in readings.items()}  # [h n n]
 
 
+def chosen(notable: list[Head], found: Mapping[int, Tensor]) -> list[Head]:
+    """The heads to show: half of them by their roles, and the first of the last layer, which says what is passed on."""
+    last = max(found)
+    known = [(n, h) for n, h in notable if n in found]
+    more = [(last, h) for h in range(len(found[last])) if (last, h) not in known]
+    return sorted([*known, *more[: MOST_HEADS - len(known)]])
+
+
 def room(places: int, heads: int) -> int:
     """Of how many images whole maps are kept."""
     return max(1, min(MOST_IMAGES, MAPS // (heads * places**2)))

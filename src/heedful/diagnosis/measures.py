@@ -14,6 +14,7 @@ from heedful.methods.observe.induction_heads import InductionHeads
 from heedful.methods.observe.massive_qk import MassiveQK
 from heedful.methods.observe.max_activations import MaxActivations
 from heedful.methods.observe.modality_share import ModalityShare
+from heedful.methods.observe.offset_local_heads import OffsetLocalHeads
 from heedful.methods.observe.parallel_to_first import ParallelToFirst
 from heedful.methods.observe.position_influence import PositionInfluence
 from heedful.methods.observe.positional_heads import PositionalHeads
@@ -40,8 +41,8 @@ DEFAULT: tuple[Measure, ...] = (
     WeibullWeights(sample=50_000),  # shapes within 0.02 of those of all weights
 )
 PICTURED: tuple[Measure, ...] = (  # of a model that reads images
+    OffsetLocalHeads(),
     ModalityShare(("cls", "register", "border"), "middle"),
-    AttentionProfile(),
     MaxActivations(),
     SystematicOutliers(),
     MassiveQK(),

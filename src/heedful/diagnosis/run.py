@@ -16,7 +16,6 @@ from heedful.adapters.wrapped import unwrapped
 from heedful.api import fit, still
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, ModelError, StatisticError
-from heedful.core.figures import Head
 from heedful.core.files import PROFILE, UNFINISHED, folder_for, held
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Tokenizer, Weights
@@ -303,9 +302,6 @@ class _Job:
         profile += self._profile({}, "view", time.perf_counter() - began)
         return replace(profile, view=view)
 
-    def _notable(self, profile: Profile, most: int) -> list[Head]:
-        return notable(profile.roles(), self.facts["layers"], self.facts["heads"], most)
-
     def _tokens(self, profile: Profile) -> TokenView:
         """In the first tokens of the first window."""
         window, looks = self.windows.tokens[0], self._looks
@@ -316,7 +312,8 @@ class _Job:
         named = pieces(self.windows.first, self.subject.tokenizer, window)[: len(shown)]
         self.subject.report(Progress("view", len(named), len(named)))
         most, keys = room(len(named))
-        return view_of(looks, self._notable(profile, most), named, keys)
+        heads = notable(profile.roles(), self.facts["layers"], self.facts["heads"], most)
+        return view_of(looks, heads, named, keys)
 
     def _glances(self, profile: Profile) -> ImageView | None:
         """In the first images that have the shape of the first; None where layers do not see an image whole."""
@@ -327,9 +324,9 @@ class _Job:
         for done, row in enumerate(pixels, 1):
             found.append(self._read(Glances(tokens), row))
             self.subject.report(Progress("view", tokens * done, tokens * len(pixels)))
-        heads = [(n, h) for n, h in self._notable(profile, glances.MOST_HEADS) if n in found[0]]
-        if not heads:
+        if not found[0]:
             return None
+        heads = glances.chosen(notable(profile.roles(), 0, 0, glances.MOST_HEADS // 2), found[0])
         names = [self.windows.names[n] for n in rows[: len(pixels)]]
         return glances.view_of(found, heads, pixels, names, *self.subject.places(pixels[0]))
 

@@ -92,6 +92,7 @@ from heedful.methods.observe.induction_heads import InductionHeads as InductionH
 from heedful.methods.observe.massive_qk import MassiveQK as MassiveQK
 from heedful.methods.observe.max_activations import MaxActivations as MaxActivations
 from heedful.methods.observe.modality_share import ModalityShare as ModalityShare
+from heedful.methods.observe.offset_local_heads import OffsetLocalHeads as OffsetLocalHeads
 from heedful.methods.observe.parallel_to_first import ParallelToFirst as ParallelToFirst
 from heedful.methods.observe.position_influence import PositionInfluence as PositionInfluence
 from heedful.methods.observe.positional_heads import PositionalHeads as PositionalHeads
@@ -116,6 +117,7 @@ from heedful.methods.sparse.decode.less_is_more import LessIsMore as LessIsMore
 from heedful.methods.sparse.decode.loki import Loki as Loki
 from heedful.methods.sparse.decode.token_select import TokenSelect as TokenSelect
 from heedful.methods.sparse.prefill.anchor_attention import AnchorAttention as AnchorAttention
+from heedful.methods.sparse.prefill.attention_aware_token_filtering import AttentionAwareTokenFiltering as AttentionAwareTokenFiltering
 from heedful.methods.sparse.prefill.block_attention import BlockAttention as BlockAttention
 from heedful.methods.sparse.prefill.flex_prefill import FlexPrefill as FlexPrefill
 from heedful.methods.sparse.prefill.hip import HiP as HiP

@@ -503,7 +503,8 @@ async function start() {
   }
   if (page.view) await (page.view.images ? openImages : openText)(await unzip("numbers"));
   const notable = [...all(".findings [data-head]").map((b) => b.dataset.head), ...page.roles.flatMap((role) => role.heads.map(([head]) => head))];
-  if (maps.length) pick(notable.find((head) => page.view?.heads.includes(head)) ?? notable[0] ?? maps[0].order[0]);
+  const last = page.view?.images && page.view.heads.at(-1); // of the last layer, whose class token tells the image
+  if (maps.length) pick(last || (notable.find((head) => page.view?.heads.includes(head)) ?? notable[0] ?? maps[0].order[0]));
   document.documentElement.dataset.ready = "";
 }
 
