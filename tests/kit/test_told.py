@@ -9,7 +9,7 @@ import torch
 from heedful.conformance.bare import Bare
 from heedful.core.positions import Positions
 from heedful.core.state import Key, Notes, Shelf, State
-from heedful.kit.told import of_keys
+from heedful.kit.told import at_places, of_keys
 
 SAID = torch.arange(2 * 4 * 9 * 3).view(2, 4, 9, 3).double()
 
@@ -55,3 +55,13 @@ def test_keys_are_found_by_their_index() -> None:
         assert torch.equal(of_groups[:, g], SAID[:, g, index[0, g]])
     roomy = _asked(State(), 0, 9, Positions.row(0, 12))
     assert torch.equal(roomy[:, :, :9], SAID)
+
+
+def test_what_is_said_of_tokens_is_found_at_places() -> None:
+    index = torch.tensor([[0, 3, 8], [1, 2, 12]])[None]
+    said = SAID[:, 0, :, 0]
+    found = at_places(said, Positions(index, index))
+    for row in range(2):
+        for g in range(2):
+            assert found[row, g].tolist() == [float(said[row, min(int(i), 8)]) for i in index[0, g]]
+    assert torch.equal(at_places(said, Positions.row(2, 4))[:, 0], said[:, 2:6])

@@ -20,7 +20,7 @@ from heedful.adapters.kvcache import hold, seen, serve
 from heedful.adapters.layers import block_of, output_module, projections, within
 from heedful.adapters.lazymask import LazyMask
 from heedful.adapters.replacing import NOTHING, UNROTATED, Spared, shares_keys, takes_up, unrotated
-from heedful.adapters.taking import other_of, put, stream_of
+from heedful.adapters.taking import other_of, put, stream_of, tokens_of
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError, NotEntered, RefusedModel, SiteError
 from heedful.core.positions import Positions
@@ -106,6 +106,7 @@ class Hooks:
             if requested is None:
                 requested = getattr(getattr(model, "config", None), "output_attentions", False)
             self.patterns = bool(requested)
+        self.run.state.now.ids[self._parts[model]] = tokens_of(kwargs)
         self._inside += 1
 
     def _ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -134,6 +135,14 @@ class Hooks:
         if not inside or "patches" in self.run.roles:
             return self.run.roles
         return {**regions(*self._images[max(inside, key=len)], tokens), **self.run.roles}
+
+    def ids(self, bound: Bound, rows: int, tokens: int) -> Tensor | None:
+        """The tokens `[b n]` that a layer's queries are of, if the model around it was given just these."""
+        found, inside = None, -1
+        for name, given in self.run.state.now.ids.items():
+            if len(name) > inside and within(bound.name, (name,) if name else None):
+                found, inside = given, len(name)
+        return found if found is not None and found.shape == (rows, tokens) else None
 
     # one attention module
 
@@ -169,7 +178,7 @@ class Hooks:
         if bound.number is None:
             return None
         self._stand_around(bound.name)
-        self.run.state.begin(bound.number, shelf_of(bound.cache))
+        self.run.state.begin(bound.number, shelf_of(bound.cache), bound.module)
         serve(bound.cache, getattr(bound.module, "layer_idx", None))
         steps = self.run.stack.steps(bound.number)
         if any(s.edit.site is Site.CACHE for s in steps) and bound.cache is not None and not bound.cross:
@@ -246,8 +255,8 @@ class Hooks:
         phase = Phase.of(queries, bound.cross and cache is not None)
         return Call(
             bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
-            denoising=self.run.state.denoising, roles=self.roles(bound, len(keys)), hidden=hidden,
-            forward=self.run.state.now.number, batch=len(hidden),
+            denoising=self.run.state.denoising, training=bound.module.training, ids=self.ids(bound, len(hidden), n),
+            roles=self.roles(bound, len(keys)), hidden=hidden, forward=self.run.state.now.number, batch=len(hidden),
         )  # fmt: skip
 
     # the layers of one list

@@ -85,7 +85,7 @@ class SdpaAdapter:
     model: nn.Module
     only: tuple[str, ...] | None = None
     inputs: Any = None  # what the model is called with, or what calls it; None: the first forward tells
-    shared: bool = False  # its gradients are shared with other processes, as far as they were known at the start
+    shared_by: str = ""  # what shares its gradients with other processes, as far as they were known at the start
     installed: bool = field(default=False, init=False)
     _found: Found | None = field(default=None, init=False)
     _names: tuple[str, ...] = field(default=(), init=False)
@@ -96,7 +96,7 @@ class SdpaAdapter:
     _waiting: Hooked = field(default_factory=Hooked, init=False)
 
     def __post_init__(self) -> None:
-        self.planted = Planted(self.model, shared=self.shared)
+        self.planted = Planted(self.model, shared_by=self.shared_by)
         self._must_be_free()  # else the dry run would see what the other run computes
         if self.inputs is not None:
             self._look(self._as_asked)
@@ -295,7 +295,8 @@ class SdpaAdapter:
         k, v = same_rows(k, len(q)), same_rows(v, len(q))
         operands, call = self._call(bound, layout, given, (q, k, v), appends)
         roles = {**halves(bound, k.shape[2]), **self._hooks.roles(bound, k.shape[2])}
-        call = bound.call = replace(call, hidden=rows_of(hidden, q), roles=roles)
+        ids = self._hooks.ids(bound, len(q), q.shape[2])
+        call = bound.call = replace(call, hidden=rows_of(hidden, q), ids=ids, roles=roles)
         plan = plan_of(run, call)
         if (nothing := replaced_whole(run, plan, call, q, v)) is not None:
             if pattern:
@@ -324,6 +325,7 @@ class SdpaAdapter:
         call = Call(
             bound.number or 0, len(self._names), bound.name, q.shape[1], k.shape[1], queries, keys,
             q.shape[-1] ** -0.5 if scale is None else float(scale), None, Phase.of(queries),
-            self.run.state.denoising, bound.cross, mask=rules, forward=max(0, self.run.state.now.number), batch=len(q),
+            self.run.state.denoising, bound.cross, bound.module.training, mask=rules,
+            forward=max(0, self.run.state.now.number), batch=len(q),
         )  # fmt: skip
         return Operands(q, k, v, bias, None, float(given.get("dropout_p") or 0.0)), call

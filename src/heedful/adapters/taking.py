@@ -31,6 +31,13 @@ def other_of(told: Mapping[str, Any], stream: Tensor | None) -> Tensor | None:
     return next((x for x in found if x is not stream), None)
 
 
+def tokens_of(told: Mapping[str, Any]) -> Tensor | None:
+    """The token ids `[b n]` that a model is given, among its arguments by name."""
+    found = told.get("input_ids")
+    fits = isinstance(found, Tensor) and found.ndim == 2 and not found.is_floating_point()
+    return found if fits else None
+
+
 def put(new: Tensor, args: Args, kwargs: dict[str, Any]) -> tuple[Args, dict[str, Any]]:
     """The arguments with another stream, wherever that was handed over."""
     old = stream_of(args, kwargs)

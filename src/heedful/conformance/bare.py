@@ -76,6 +76,7 @@ class Bare:
 
         self.q, self.hidden = 2 * random(s.b, s.h, s.q, s.d), random(s.b, s.q, s.e)
         self.k, self.v = random(s.b, s.g, s.k, s.d), random(s.b, s.g, s.k, s.dv)
+        self.ids = torch.randint(3, 9, (s.b, s.k), generator=draw)
         rules: tuple[Rule, ...] = (Causal(),)
         pad = None
         if self.text is not None:
@@ -86,7 +87,8 @@ class Bare:
         phase = Phase.DECODE if s.q == 1 and s.k > 1 else Phase.PREFILL
         self.call = Call(
             0, self.depth, "bare", s.h, s.g, queries, Positions.row(0, s.k, pad=pad), s.d**-0.5, phase=phase,
-            roles=ROLES, hidden=self.hidden, mask=Mask(rules if self.rules is None else self.rules), batch=s.b,
+            training=True, ids=self.ids, roles=ROLES, hidden=self.hidden,
+            mask=Mask(rules if self.rules is None else self.rules), batch=s.b,
         )  # fmt: skip
 
     def run(

@@ -20,6 +20,7 @@ from heedful.core.mask import Causal, Dense
 from heedful.core.method import Method
 from heedful.core.sites import HEADLESS_SITES, Site
 from heedful.core.stats import Cat, Statistic, load, save
+from heedful.core.values import replace
 from heedful.engine.backends import BACKENDS
 
 TwoLayers = partial(Bare, depth=2)  # what a method does may begin after the first
@@ -262,7 +263,7 @@ def _split_is_whole(method: Method, backend: str) -> None:
     for row in range(2):
         one = TwoLayers(Shape(b=1))
         one.q, one.k, one.v = (x[row : row + 1] for x in (both.q, both.k, both.v))
-        object.__setattr__(one.call, "hidden", both.hidden[row : row + 1])
+        one.call = replace(one.call, hidden=both.hidden[row : row + 1], ids=both.ids[row : row + 1])
         alone.append(one.run(method, backend)[1])
     for name, stat in together.items():
         if not isinstance(stat, Cat):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from heedful.adapters.cache_name import CACHE, cache_of
 from heedful.api import attach
-from heedful.conformance.bare import ROLES
-from heedful.conformance.subjects import LENGTH, TEXT, Subject, subjects_of, text, tiny_model
+from heedful.conformance.bare import ROLES, Bare
+from heedful.conformance.subjects import LENGTH, TEXT, Subject, in_training, subjects_of, text, tiny_model
 from heedful.conformance.tolerances import close_model, error
 from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.call import Call
@@ -43,9 +43,16 @@ def for_text(method: Method) -> None:
 
 def tried_on(method: Method, first: bool = False) -> Iterator[tuple[Subject, str, nn.Module]]:
     """The subjects that a method is for, with their models; `first`: one model of each."""
+    made = in_training if in_training_alone(method) else tiny_model
     for subject in subjects_of(method):
         for kind in subject.kinds[: 1 if first else None]:
-            yield subject, kind, tiny_model(kind)
+            yield subject, kind, made(kind)
+
+
+def in_training_alone(method: Method) -> bool:
+    """Whether a method is idle where nothing is trained; models that decode are at rest, and it is so there."""
+    call = Bare().call
+    return not method.idle(call) and method.idle(replace(call, training=False))
 
 
 def _edits(method: Method) -> bool:

@@ -39,6 +39,7 @@ def _survives(method: Method, subject: Subject, model: Any) -> None:
             wanted = run(**subject.inputs()).logits
             model.save_pretrained(folder)
         with load(folder, roles=subject.roles, attn_implementation="eager") as again:
+            again.model.train(model.training)
             if again.stack != run.stack:
                 raise Broken(f"what was saved as {run.stack!r} is loaded as {again.stack!r}")
             found = again(**subject.inputs()).logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -32,6 +33,12 @@ def tiny_model(kind: str) -> nn.Module:
         return tiny(kind, attn_implementation="eager", num_hidden_layers=3, image_size=16)
     layers: dict[str, Any] = {"decoder_layers": 3} if kind == "bart" else {"num_hidden_layers": 3}
     return tiny(kind, attn_implementation="eager", **layers)
+
+
+@cache
+def in_training(kind: str) -> nn.Module:
+    """The same model as its training has it; it drops nothing there."""
+    return copy.deepcopy(tiny_model(kind)).train()
 
 
 def text(seed: int = 0, rows: int = 2) -> Tensor:

@@ -75,6 +75,8 @@ class Call:
     phase: Phase = Phase.PREFILL
     denoising: DenoisingStep | None = None  # of a diffusion model, as the run was told; None for all others
     cross: bool = False  # keys come from another sequence than queries
+    training: bool = False  # what the module that is served says of itself, as where it drops weights
+    ids: Tensor | None = None  # [b n], tokens up to the whole call's last query; None: not known
     roles: Marks = field(default_factory=lambda: NO_ROLES)  # named spans of token positions
     hidden: Tensor | None = None  # [b n e], the attention block's input
     rotate: Callable[[Tensor], Tensor] | None = None  # rotates [b|1 h q d] as this call's queries and fresh keys were
@@ -122,6 +124,11 @@ class Call:
     def distance(self) -> Tensor:
         """How far behind its query each key stands, broadcastable to `[b h r k]`."""
         return self.pairs.q - self.pairs.k
+
+    @property
+    def places(self) -> Call:
+        """The same without the tensors that it computes with, for a mask, which outlives it."""
+        return replace(self, query=None, key=None, value=None, bias=None, hidden=None, rotate=None)
 
     def capped(self, scores: Tensor) -> Tensor:
         """Scaled scores as the model bounds them."""

@@ -24,6 +24,7 @@ class Forward:
     backward: int = field(default_factory=torch._C._current_graph_task_id)  # the pass back it is computed in; -1: none
     memory: dict[int, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))  # of methods, by part
     losses: dict[Found, Tensor] = field(default_factory=dict)  # what steps penalised
+    ids: dict[str, Tensor | None] = field(default_factory=dict)  # tokens given to the models in it, by name
     shelves: dict[int, Shelf] = field(default_factory=dict)  # what methods keep with the cache of the call, by layer
     open: dict[Found, Statistic] = field(default_factory=dict)  # what the tiles of calls under way add up to
     counted: dict[Found, Statistic] = field(default_factory=dict)  # the statistics as they were before
@@ -39,3 +40,4 @@ class Memory(NamedTuple):
     number: int
     forward: dict[int, dict[str, Any]]
     run: dict[tuple[int, int], dict[str, Any]]
+    ids: dict[str, Tensor | None]

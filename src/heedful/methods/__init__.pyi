@@ -25,13 +25,17 @@ from heedful.methods.intervene.diffusion.attentive_eraser import AttentiveEraser
 from heedful.methods.intervene.diffusion.hrv import HRV as HRV
 from heedful.methods.intervene.diffusion.soft_pag import SoftPAG as SoftPAG
 from heedful.methods.intervene.language.act import ACT as ACT
+from heedful.methods.intervene.language.asguard import ASGuard as ASGuard
 from heedful.methods.intervene.language.attention_buckets import AttentionBuckets as AttentionBuckets
 from heedful.methods.intervene.language.attention_influence import AttentionInfluence as AttentionInfluence
 from heedful.methods.intervene.language.attention_sorting import AttentionSorting as AttentionSorting
+from heedful.methods.intervene.language.attn_rank import AttnRank as AttnRank
+from heedful.methods.intervene.language.austeer import AUSteer as AUSteer
 from heedful.methods.intervene.language.focus_directions import FocusDirections as FocusDirections
 from heedful.methods.intervene.language.head_scale import HeadScale as HeadScale
 from heedful.methods.intervene.language.lofit import LoFiT as LoFiT
 from heedful.methods.intervene.language.pasta import PASTA as PASTA
+from heedful.methods.intervene.language.sadr import SADR as SADR
 from heedful.methods.intervene.language.soft_injection import SoftInjection as SoftInjection
 from heedful.methods.intervene.language.steer2edit import Steer2Edit as Steer2Edit
 from heedful.methods.intervene.language.steering_vector import SteeringVector as SteeringVector
@@ -44,6 +48,7 @@ from heedful.methods.intervene.vision.var import VAR as VAR
 from heedful.methods.intervene.vision.vhr import VHR as VHR
 from heedful.methods.mechanisms.gates.gated_heads import GatedHeads as GatedHeads
 from heedful.methods.mechanisms.gates.gated_norm import GatedNorm as GatedNorm
+from heedful.methods.mechanisms.gates.head_mask import HeadMask as HeadMask
 from heedful.methods.mechanisms.linear.aaren import Aaren as Aaren
 from heedful.methods.mechanisms.linear.efficient_attention import EfficientAttention as EfficientAttention
 from heedful.methods.mechanisms.linear.fastmax import Fastmax as Fastmax
@@ -71,6 +76,7 @@ from heedful.methods.mechanisms.pooling.slot_attention import SlotAttention as S
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
 from heedful.methods.mechanisms.routed.bi_level_routing_attention import BiLevelRoutingAttention as BiLevelRoutingAttention
 from heedful.methods.mechanisms.routed.dynamic_mask_attention import DynamicMaskAttention as DynamicMaskAttention
+from heedful.methods.mechanisms.routed.injected_patterns import InjectedPatterns as InjectedPatterns
 from heedful.methods.mechanisms.routed.mixture_of_heads import MixtureOfHeads as MixtureOfHeads
 from heedful.methods.mechanisms.routed.moba import MoBA as MoBA
 from heedful.methods.mechanisms.routed.mosa import MoSA as MoSA
@@ -90,6 +96,7 @@ from heedful.methods.observe.induction_heads import InductionHeads as InductionH
 from heedful.methods.observe.massive_qk import MassiveQK as MassiveQK
 from heedful.methods.observe.max_activations import MaxActivations as MaxActivations
 from heedful.methods.observe.modality_share import ModalityShare as ModalityShare
+from heedful.methods.observe.offset_local_heads import OffsetLocalHeads as OffsetLocalHeads
 from heedful.methods.observe.parallel_to_first import ParallelToFirst as ParallelToFirst
 from heedful.methods.observe.position_influence import PositionInfluence as PositionInfluence
 from heedful.methods.observe.positional_heads import PositionalHeads as PositionalHeads
@@ -114,6 +121,7 @@ from heedful.methods.sparse.decode.less_is_more import LessIsMore as LessIsMore
 from heedful.methods.sparse.decode.loki import Loki as Loki
 from heedful.methods.sparse.decode.token_select import TokenSelect as TokenSelect
 from heedful.methods.sparse.prefill.anchor_attention import AnchorAttention as AnchorAttention
+from heedful.methods.sparse.prefill.attention_aware_token_filtering import AttentionAwareTokenFiltering as AttentionAwareTokenFiltering
 from heedful.methods.sparse.prefill.block_attention import BlockAttention as BlockAttention
 from heedful.methods.sparse.prefill.flex_prefill import FlexPrefill as FlexPrefill
 from heedful.methods.sparse.prefill.hip import HiP as HiP
@@ -123,6 +131,7 @@ from heedful.methods.sparse.prefill.qada import QAdA as QAdA
 from heedful.methods.sparse.prefill.radial_attention import RadialAttention as RadialAttention
 from heedful.methods.sparse.prefill.s2_attention import S2Attention as S2Attention
 from heedful.methods.sparse.prefill.sample_attention import SampleAttention as SampleAttention
+from heedful.methods.sparse.prefill.seer_attention import SeerAttention as SeerAttention
 from heedful.methods.sparse.prefill.sink_window import SinkWindow as SinkWindow
 from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn as SpargeAttn
 from heedful.methods.sparse.tokens.attention_rag import AttentionRAG as AttentionRAG

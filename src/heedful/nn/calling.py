@@ -45,7 +45,7 @@ def attended(module: Attention, given: Given, need_weights: bool | None) -> tupl
     run, state, cache = module.run, module.run.state, given.cache
     call = _call(module, given)
     state.entered[module.layer] += 1
-    state.begin(module.layer, shelf_of(cache))
+    state.begin(module.layer, shelf_of(cache), module)
     early = _plan(module, call, Site.HIDDEN, Site.BLOCK)
     hidden = stage(Site.HIDDEN, given.query, AttentionCall(early, state, call), call)
     q, k, v = _projected(module, given, hidden, early)
@@ -80,8 +80,8 @@ def _call(module: Attention, given: Given) -> Call:
     phase = Phase.of(queries, sizes.past > 0)
     return Call(
         module.layer, module.depth, run.layer_names[module.layer], module.num_heads, module.kv_heads, queries, keys,
-        module.head_dim**-0.5, None, phase, run.state.denoising, given.cross, run.roles, given.query, None,
-        given.told.mask, run.state.now.number, batch=sizes.rows,
+        module.head_dim**-0.5, None, phase, run.state.denoising, given.cross, module.training, None, run.roles,
+        given.query, None, given.told.mask, run.state.now.number, batch=sizes.rows,
     )  # fmt: skip
 
 
