@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 
 import torch
 
-from claims._praise import THINGS, model, praise_and_blame, trait
+from claims._praise import model, own_things, praise_and_blame, trait
 from claims.ledger import Claim, run
 from heedful import attach, fit
 from heedful.authoring import Fitted
@@ -20,8 +19,7 @@ DRAWS = 3
 @torch.no_grad()
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     plain = model().model
-    things = random.Random(seed).sample(THINGS, len(THINGS))
-    seen, unseen = things[:8], things[8:]
+    seen, unseen = own_things(seed)
     vector = fit(SteeringVector(), plain, praise_and_blame(seen)).vectors[f"v.{LAYER}"]
 
     def steered(by: float, along: torch.Tensor) -> float:
@@ -46,10 +44,10 @@ CLAIM = Claim(
     paper_number="none in the abstract",
     setup=f"SmolLM2-135M-Instruct, layer {LAYER} of 30; vector from praise against blame of 8 things (last word), "
     "strength 1 and -1; log odds of six good words over six bad ones after a sentence about 8 other things, against "
-    f"{DRAWS} random vectors of the same length.",
+    f"{DRAWS} random vectors of the same length; no two seeds share a thing. (Measured before over 3 seeds, which "
+    "parted the same 16 things: +8.25.)",
     effect="nats between adding and subtracting, over what random vectors move",
     measure=measure,
-    seeds=3,
     strong=1.0,
 )
 

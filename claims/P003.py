@@ -79,7 +79,7 @@ CLAIM = Claim(
     "head as control. (A first quiz, capitals, was at 100% without ACT and was given up.)",
     effect="gain in log-probability of the right option on the other half",
     measure=measure,
-    seeds=3,
+    seeds=8,
     strong=0.02,
 )
 

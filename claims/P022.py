@@ -19,9 +19,9 @@ COPY, COPIES, TEXTS, FACTS = 24, 8, 4, 3  # tokens and prompts that heads are fo
 
 
 @cache
-def found() -> AttentionInfluence:
+def found(seed: int) -> AttentionInfluence:
     """The twentieth of heads that copy random tokens best."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
     again = torch.randint(1000, 9000, (COPIES, COPY), generator=draw).repeat(1, 2)
     copies = {"input_ids": again, "roles": {"needle": ((0, COPY),), "answer": ((COPY, 2 * COPY),)}}
     method: AttentionInfluence = fit(AttentionInfluence(), default().model, [copies])
@@ -30,7 +30,7 @@ def found() -> AttentionInfluence:
 
 def by_chance(seed: int) -> AttentionInfluence:
     """As many heads of those that were not found."""
-    chosen, model = found().heads or (), default().model
+    chosen, model = found(seed).heads or (), default().model
     every = [(n, h) for n in range(model.config.num_hidden_layers) for h in range(model.config.num_attention_heads)]
     rest = [head for head in every if head not in chosen]
     return AttentionInfluence(heads=tuple(sorted(random.Random(seed).sample(rest, len(chosen)))))
@@ -67,7 +67,7 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     kinds = dict(zip(("referring", "unrelated"), texts(seed), strict=True))
     numbers = {
         f"influence, {kind} texts, {how}": float(influence(method, batch).mean())
-        for how, method in (("found heads", found()), ("heads by chance", by_chance(seed)))
+        for how, method in (("found heads", found(seed)), ("heads by chance", by_chance(seed)))
         for kind, batch in kinds.items()
     }
     found_gap, chance_gap = (
@@ -83,10 +83,10 @@ CLAIM = Claim(
     says="The relative rise of a small model's loss when the heads that retrieve are masked singles out the texts that "
     "need reasoning over their context.",
     paper_number="1.4 to 3.5 points on five benchmarks for a 7B model trained on what was selected (abstract)",
-    setup=f"SmolLM2-135M-Instruct, the twentieth of heads that copy {COPY} random tokens best; {TEXTS} texts a seed "
-    f"that come back to {FACTS} numbers they gave, and the same with other numbers there: how much higher the first "
-    "score, against as many other heads drawn anew each seed. That texts are told apart is tested, not what training "
-    "on them gives.",
+    setup=f"SmolLM2-135M-Instruct, the twentieth of heads that copy {COPY} random tokens best, others each seed; "
+    f"{TEXTS} texts a seed that come back to {FACTS} numbers they gave, and the same with other numbers there: how "
+    "much higher the first score, against as many other heads drawn anew each seed. That texts are told apart is "
+    "tested, not what training on them gives. (Measured before with one fit for all seeds: +0.047, holds.)",
     effect="relative rise of the loss, referring minus unrelated texts, found heads minus heads by chance",
     measure=measure,
 )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import softplus
 
 from claims._lab import SHORT, Bytes, numbers
 from claims.ledger import Claim, run
-from heedful.authoring import Call, Method, Site, at
+from heedful.authoring import Call, Site, at
 from heedful.laboratory.course import Opener
 from heedful.laboratory.language import LONGER
 from heedful.methods import SoftplusAttention
@@ -30,16 +29,8 @@ class _Lengths(Bytes):
             return {"loss": self.loss(run, seed)} | {f"loss at {n} x": self.loss(run, seed, n) for n in LONGER}
 
 
-class _FirstStage(Method):
+class _FirstStage(SoftplusAttention):
     """The control: softplus of scaled cosines over its sum, and no sharpening."""
-
-    @at(Site.QUERY)
-    def direct(self, query: Tensor, call: Call) -> Tensor:
-        return normalize(query, dim=-1) * (math.log(query.shape[-1]) / call.scale)
-
-    @at(Site.KEY)
-    def shorten(self, key: Tensor, call: Call) -> Tensor:
-        return normalize(key, dim=-1)
 
     @at(Site.NORMALISE)
     def weigh(self, scores: Tensor, call: Call) -> Tensor:

@@ -102,7 +102,6 @@ CLAIM = Claim(
     "second task gave the right colour no lead at all, and was replaced by the one of five with the largest lead.)",
     effect="share of the top heads that both tasks have, less chance",
     measure=measure,
-    seeds=3,
     strong=0.3,
 )
 

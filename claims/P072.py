@@ -6,7 +6,7 @@ import statistics
 
 import torch
 
-from claims._sparse import calls, text
+from claims._sparse import calls, own_text
 from claims.ledger import Claim, run
 from heedful.kit.blocks import Grid
 from heedful.methods.sparse.prefill.qada import QAdA
@@ -16,7 +16,7 @@ METHOD = QAdA(size=32)
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    found, _ = calls(text(seed, TOKENS))
+    found, _ = calls(own_text(seed, TOKENS))
     rows: list[dict[str, float]] = []
     for call in found:
         grid = Grid.of(call, METHOD.size)
@@ -57,10 +57,9 @@ CLAIM = Claim(
     paper_number="none given in the abstract",
     setup=f"SmolLM2-135M, second half of texts of {TOKENS} tokens, every layer: the half of head-query pairs that is "
     "predicted most local sees sinks and window alone; true weight lost, against leaving whole heads local, those that "
-    "lose least on this very text",
+    "lose least on this very text. (Measured before over 3 seeds, whose texts could be the same: +0.0076, holds.)",
     effect="weight lost with fixed heads minus weight lost",
     measure=measure,
-    seeds=3,
 )
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from claims.ledger import Claim, run
 from heedful import fit, models, operate
 from heedful.methods.compress.prune.prune_heads import PruneHeads
 
-SHARE = 0.2
+SHARE, DRAWS = 0.2, 10
 TOKENS = 96
 TEXTS = 6  # to judge heads by, and as many to measure on
 
@@ -74,7 +74,7 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
         "seconds a forward, whole": slow,
         "seconds a forward, pruned": fast,
     }
-    drawn = [loss(operate(whole, at_random(10 * seed + i, len(fitted.dropped()))), unseen) for i in range(2)]
+    drawn = [loss(operate(whole, at_random(DRAWS * seed + i, len(fitted.dropped()))), unseen) for i in range(DRAWS)]
     numbers["loss, pruned at random"] = statistics.fmean(drawn)
     return numbers["loss, pruned at random"] - numbers["loss, pruned by gradient"], numbers
 
@@ -86,10 +86,11 @@ CLAIM = Claim(
     paper_number="about 20 % (WMT) to 40 % (BERT) of heads without noticeable loss",
     setup=f"SmolLM2-135M-Instruct; {SHARE:.0%} of all groups of heads that share a key head removed, judged on {TEXTS} "
     f"texts of {TOKENS} tokens of Python's documentation; loss on {TEXTS} others against as many groups drawn at "
-    "random (2 draws). Details: loss of the whole model, size, median processor time of a forward.",
+    f"random (mean of {DRAWS} draws). Details: loss of the whole model, size, median processor time of a forward. "
+    "(Measured before over 3 seeds with 2 draws: +1.39, not seen.)",
     effect="nats a token that random pruning loses more",
     measure=measure,
-    seeds=3,
+    seeds=8,
 )
 
 if __name__ == "__main__":

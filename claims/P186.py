@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-
-from claims._sparse import at_random, calls, chosen, error, heads, loss, share, sinks_and_window, text
+from claims._sparse import over_fixed
 from claims.ledger import Claim, run
 from heedful.methods.sparse.prefill.flex_prefill import FlexPrefill
 
@@ -13,23 +11,7 @@ METHOD = FlexPrefill(0.9, 0.1, 128, size=32, most=1.0)
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    inputs = text(seed, TOKENS)
-    found, dense_loss = calls(inputs)
-    rows: list[dict[str, float]] = []
-    for call in found:
-        grid, table = chosen(METHOD, call)
-        dense = heads(grid, None)
-        rows.append(
-            {
-                "density": share(grid, table),
-                "error": error(heads(grid, table), dense),
-                "sinks_and_window": error(heads(grid, sinks_and_window(grid, table)), dense),
-                "random_blocks": error(heads(grid, at_random(grid, table, seed)), dense),
-            }
-        )
-    numbers = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
-    numbers["loss_dense"], numbers["loss"] = dense_loss, loss(inputs, METHOD)
-    return numbers["sinks_and_window"] - numbers["error"], numbers
+    return over_fixed(METHOD, seed, TOKENS)
 
 
 CLAIM = Claim(
@@ -39,10 +21,9 @@ CLAIM = Claim(
     paper_number="none given in the abstract",
     setup=f"SmolLM2-135M, texts of {TOKENS} tokens, every layer's own queries and keys, blocks of 32, gamma 0.9, at "
     "least 128 tokens: relative L1 error of the heads, against the first block and a window, at least as many blocks a "
-    "head",
+    "head. (Measured before over 3 seeds, whose texts could be the same: -0.0096, not seen.)",
     effect="error of sinks and window minus error",
     measure=measure,
-    seeds=3,
 )
 
 if __name__ == "__main__":

@@ -74,7 +74,6 @@ CLAIM = Claim(
     "5e-5, from random weights). Control: heads weighted at random, vectors of the same length.",
     effect="mean log-probability of the answer over the better of no edit and the control",
     measure=measure,
-    seeds=3,
     strong=0.5,
 )
 

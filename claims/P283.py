@@ -91,7 +91,6 @@ CLAIM = Claim(
     "50), gates from 24 steps of 4 words (the paper: 400 of 1).",
     effect="first-token accuracy, injected without examples over ten examples",
     measure=measure,
-    seeds=3,
     strong=0.1,
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from claims._sparse import language_model, loss, text
+from claims._sparse import language_model, loss, own_text
 from claims.ledger import Claim, run
 from heedful import fit
 from heedful.methods.sparse.prefill.hylra import HyLRA
@@ -14,8 +14,8 @@ METHOD = HyLRA(0.25, whole=8 / 30, size=32, most=1.0)
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    method = fit(METHOD, language_model().model, [text(100 + seed, TOKENS)])
-    inputs = text(seed, TOKENS)
+    method = fit(METHOD, language_model().model, [own_text(seed, TOKENS, fitting=True)])
+    inputs = own_text(seed, TOKENS)
     dense = loss(inputs, None)
     rise = {
         "programme": loss(inputs, method) - dense,
@@ -32,10 +32,10 @@ CLAIM = Claim(
     "can reuse indices at next to no loss",
     paper_number="throughput 6 to 46 % higher at under 1 % loss of accuracy",
     setup=f"SmolLM2-135M, layers chosen on one text of {TOKENS} tokens and tried on another: 8 of 30 see all, the "
-    "others a quarter of the blocks of 32; rise of the loss, against every fourth layer (also 8)",
+    "others a quarter of the blocks of 32; rise of the loss, against every fourth layer (also 8). "
+    "(Measured before over 4 seeds, whose texts could be the same: -0.053, not seen.)",
     effect="rise of loss with every fourth layer minus rise, nats a token",
     measure=measure,
-    seeds=4,
 )
 
 if __name__ == "__main__":

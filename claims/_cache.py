@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from claims._texts import passages
+from claims._texts import apart, passages
 from heedful import attach, models
 from heedful.adapters.kvcache import cache_bytes
 from heedful.core.call import CachedKV, Call
@@ -21,6 +21,7 @@ from heedful.kit.budget import Budget, newest, room
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
 
 Source = Callable[[int, int, int], list[str]]  # a seed's texts: how many, of how many words
+LESSONS: Source = partial(apart, fitting=True)
 TOWNS = ("Lisbon", "Oslo", "Cairo", "Lima", "Dublin", "Madrid", "Athens", "Vienna", "Prague", "Tokyo", "Ottawa", "Rome")
 
 
@@ -51,9 +52,9 @@ def default() -> models.Loaded:
     return models.default()
 
 
-def prose(seed: int, tokens: int, rest: int) -> Reading:
+def prose(seed: int, tokens: int, rest: int, source: Source = passages) -> Reading:
     """Prose cut in two; all of the second part counts."""
-    text = " ".join(" ".join(passage.split()[:150]) for passage in passages(seed, 6, 150))
+    text = " ".join(" ".join(passage.split()[:150]) for passage in source(seed, 6, 150))
     ids = default().tokenizer(text, return_tensors="pt").input_ids[:, : tokens + rest]
     return Reading(ids[:, :tokens], ids[:, tokens:], torch.ones(1, rest, dtype=torch.bool))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,6 +17,21 @@ THINGS = (
     "film", "meal", "hotel", "concert", "book", "trip", "party", "lesson", "speech", "garden", "coffee", "game",
     "house", "museum", "song", "walk",
 )  # fmt: skip
+
+MORE = (
+    "play", "show", "opera", "dance", "picnic", "dinner", "breakfast", "lunch", "cake", "pie", "soup", "salad",
+    "bread", "cheese", "wine", "beer", "tea", "juice", "view", "beach", "lake", "park", "forest", "mountain",
+    "village", "city", "street", "bridge", "castle", "church", "school", "library", "office", "shop", "market",
+    "cafe", "bar", "train", "flight", "bus", "ship", "cruise", "tour", "holiday", "wedding", "festival", "parade",
+    "race", "match", "contest", "speaker", "teacher", "course", "class", "seminar", "poem", "novel", "story",
+    "article", "letter", "painting", "photo", "statue", "design",
+)  # fmt: skip
+
+
+def own_things(seed: int) -> tuple[list[str], list[str]]:
+    """Eight things to learn from and eight others to be asked about, none of which another seed has."""
+    every = random.Random(0).sample(THINGS + MORE, len(THINGS + MORE))[16 * seed : 16 * seed + 16]
+    return every[:8], every[8:]
 
 
 @cache

@@ -29,9 +29,9 @@ def text(seed: int, tokens: int) -> dict[str, Any]:
     return {"input_ids": language_model().tokenizer(words[: 8 * tokens], return_tensors="pt").input_ids[:, :tokens]}
 
 
-def own_text(seed: int, tokens: int) -> dict[str, Any]:
+def own_text(seed: int, tokens: int, fitting: bool = False) -> dict[str, Any]:
     """A stretch of one help text that no other seed reads."""
-    (words,) = apart(seed, 1, tokens)
+    (words,) = apart(seed, 1, tokens, fitting)
     return {"input_ids": language_model().tokenizer(words, return_tensors="pt").input_ids[:, :tokens]}
 
 

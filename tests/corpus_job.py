@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from heedful import models
+from heedful.core.errors import FieldError, HeedfulError
 from heedful.diagnosis import run as running
 from heedful.diagnosis.corpus import Corpus
 from heedful.diagnosis.profile import Profile
@@ -40,6 +41,11 @@ def slowly(_: Progress) -> None:
     time.sleep(0.05)
 
 
+def stopped(now: Progress, error: BaseException) -> None:
+    if now.done == 2:
+        raise error
+
+
 def main(corpus: Path, out: Path, who: str) -> None:
     torch.set_num_threads(1)
     running.SAVE_EVERY = 0.0
@@ -48,8 +54,16 @@ def main(corpus: Path, out: Path, who: str) -> None:
         return
     torch.distributed.init_process_group("gloo")
     found = measured(corpus, Ranks(), out)
-    if torch.distributed.get_rank():
+    rank = torch.distributed.get_rank()
+    if rank:
         found.save(out.with_name(out.name + "-of-rank-1"))
+    told = []
+    for error in (FieldError("corpus_job", "done", 2, "is enough", 3), KeyboardInterrupt()):
+        try:
+            measured(corpus, Ranks(), progress=lambda now, error=error: stopped(now, error))
+        except (HeedfulError, KeyboardInterrupt) as found_out:
+            told.append(f"{type(found_out).__name__} {found_out}")
+    out.with_name(f"{out.name}-stopped-{rank}").write_text("\n".join(told))
     torch.distributed.destroy_process_group()
 
 

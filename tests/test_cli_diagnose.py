@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from typer.testing import CliRunner
 
 from heedful import models
@@ -93,6 +95,19 @@ def test_workers_and_the_cluster_are_handed_on(tmp_path: Path, monkeypatch: pyte
     assert asked == [Ray(3), Ray(2, "auto"), Ray(64, "10.0.0.1:6379")]
 
 
+def test_a_folder_of_images_becomes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = models.Loaded(models.tiny("vit"), ViTImageProcessorPil(size={"height": 8, "width": 8}), "us/vit")
+    monkeypatch.setattr(models, "load", lambda _: loaded)
+    (tmp_path / "photos").mkdir()
+    for i, shade in enumerate(("red", "blue")):
+        Image.new("RGB", (9, 7), shade).save(tmp_path / "photos" / f"{i}.png")
+    (tmp_path / "photos" / "2.png").write_text("no image")
+    found = told("vision", "--images", "photos")
+    assert "us/vit: 2 layers of 4 heads, 2 images of 10 tokens" in found.stdout
+    assert "1 of 3 images left out: photos/2.png is no image that can be read." in found.stdout
+    assert "In the images" in (tmp_path / "diagnose-us-vit.html").read_text(encoding="utf-8")
+
+
 def test_stopping_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -115,7 +130,18 @@ def test_measures_are_parted_by_commas_outside_of_settings() -> None:
         (["small", "--text", "."], "the folder holds no file with text"),
         (["small", "--length", "1000"], "has 512 positions; for example length=512"),
         (["tiny:llama", "--text", "/etc/hostname"], "words need a tokenizer"),
-        (["tiny:vit"], "a model that reads images takes their pixels"),
+        (["tiny:vit"], "reads images. Name one, or a folder of them: heedful diagnose tiny:vit --images photos"),
+        (["tiny:vit", "--images", "no"], "--images: there is no file or folder 'no'. Name one that exists"),
+        (["tiny:vit", "--images", "."], r"the folder holds no file that ends in \.png"),
+        (["tiny:vit", "--images", "/etc/hostname"], "needs the model's image processor"),
+        (
+            ["small", "--images", "."],
+            r"--images \.: us/small reads text\. Leave it out",
+        ),
+        (
+            ["small", "--images", ".", "--text", "/etc/hostname"],
+            r"--text /etc/hostname --images \.: one of them is read",
+        ),
         (["small", "--measures", "SinkRat"], r"Did you mean SinkRate\?"),
         (["small", "--measures", "SinkWindow"], "must be methods that read and edit nothing"),
         (["small", "--measures", "PruneHeads"], "surgery, which reads nothing"),

@@ -98,7 +98,7 @@ def test_asking_goes_on_to_what_a_larger_call_allows(loaded, tmp_path: Path) -> 
 
 def test_the_time_ends_it_and_the_same_call_goes_on(loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("heedful.bench.compare.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("heedful.bench.asking.time.time", lambda: now[0])
 
     def tick(step: Progress) -> None:
         now[0] += 1.0

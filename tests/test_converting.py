@@ -80,6 +80,14 @@ def test_a_killed_one_goes_on_bit_by_bit(tmp_path: Path) -> None:
     assert same(found, taught()[0])
 
 
+def test_every_batch_has_its_turn_in_each_epoch() -> None:
+    teacher, given, seen = model(), batches(), []
+    teacher.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    heedful.fit(HOW, teacher, given).close()
+    assert len(seen) == 16, "by the model and by its copy, which has the hook too"
+    assert all(torch.equal(x, given[i // 2 % 2]["input_ids"]) for i, x in enumerate(seen))
+
+
 def test_between_two_saves_some_time_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[str] = []
     monkeypatch.setattr(converting, "save_file", lambda tensors, path, metadata: saved.append(metadata["done"]))
@@ -92,8 +100,11 @@ def test_a_folder_of_another_is_refused(tmp_path: Path) -> None:
     other = AttentionEditing(HOW.target, layer_epochs=2, epochs=2, rate=1e-3)
     with pytest.raises(StatisticError, match="of another conversion"):
         taught(tmp_path, other)
+    for fed in (batches()[:1], [{**batch, "return_dict": True} for batch in batches()]):
+        with pytest.raises(StatisticError, match="of another conversion"):
+            heedful.fit(HOW, model(), fed, out=tmp_path)
     with pytest.raises(StatisticError, match="of another conversion"):
-        heedful.fit(HOW, model(), batches()[:1], out=tmp_path)
+        heedful.fit(HOW, model(), batches(), out=tmp_path, only="model")
     changed = model()
     with torch.no_grad():
         changed.model.norm.weight[0] += 1
@@ -106,6 +117,9 @@ def test_a_folder_of_another_is_refused(tmp_path: Path) -> None:
 def test_damage_is_told(tmp_path: Path) -> None:
     taught(tmp_path)
     file = tmp_path / TAUGHT
-    file.write_bytes(file.read_bytes()[:-7])
-    with pytest.raises(StatisticError, match=r"was damaged .*; remove it to begin anew"):
-        taught(tmp_path)
+    whole = file.read_bytes()
+    turned = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in (len(whole) - 9, len(whole) // 2)]
+    for broken in (whole[:-7], *turned, whole.replace(b'"stage":"1"', b'"stage":"0"')):
+        file.write_bytes(broken)
+        with pytest.raises(StatisticError, match=r"was damaged .*; remove it to begin anew"):
+            taught(tmp_path)

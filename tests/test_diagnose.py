@@ -177,7 +177,7 @@ def test_a_view_of_a_text_shorter_than_its_keys(model: Any) -> None:
 
 @pytest.mark.parametrize(("kind", "read"), [("llama", [30]), ("bert", [30, 8])])
 def test_the_view_is_of_the_first_tokens_alone(kind: str, read: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heedful.diagnosis.subject.SHOWN", 8)
+    monkeypatch.setattr("heedful.diagnosis.run.SHOWN", 8)
     model = models.tiny(kind)
     fed: list[int] = []
     model.register_forward_pre_hook(lambda _, args, kw: fed.append(kw["input_ids"].shape[1]), with_kwargs=True)

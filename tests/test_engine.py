@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -365,3 +366,13 @@ def test_values_that_only_one_reader_sees_do_not_change_the_output() -> None:
 def test_error_is_infinite_where_only_one_is_nan() -> None:
     assert error(torch.tensor([torch.nan]), torch.tensor([1.0])) == float("inf")
     assert error(torch.tensor([torch.nan]), torch.tensor([torch.nan])) == 0.0
+
+
+def test_a_call_s_places_are_all_of_it_but_what_it_computes_with() -> None:
+    bare = Bare()
+    row = torch.zeros(1, 1, 1, 19)
+    call = replace(bare.call, query=bare.q, key=bare.k, value=bare.v, bias=row, hidden=bare.hidden, rotate=torch.abs)
+    kept = {field.name: getattr(call.places, field.name) for field in fields(call)}
+    lost = {name for name, value in kept.items() if value is not getattr(call, name)}
+    assert lost == {"query", "key", "value", "bias", "hidden", "rotate"}
+    assert all(kept[name] is None for name in lost)

@@ -54,7 +54,11 @@ def test_the_examples_of_the_docs_run(name: str, code: str, capsys: pytest.Captu
         library(library_of)
     exec(code, {})
     told = capsys.readouterr().out
-    wanted = {"timm": "blocks.0.attn torch.Size([14, 14])", "diffusers": "active: ", "Your own": "layers.1.self_attn"}
+    wanted = {
+        "timm": "blocks.0.attn torch.Size([14, 14])",
+        "diffusers": "(64, 64, 3) active: 4 of 4",
+        "Your own": "layers.1.self_attn",
+    }
     wanted["DINOv2"] = "12 layers of 6 heads, 1 image of 257 tokens"
     assert wanted.get(name, "sink rate") in told
     assert len(code.strip().splitlines()) <= 12

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from heedful.explaining.attention_patterns import Patterns
+from heedful.explaining.attention_patterns import Patterns, Picture
+from heedful.report import page
 from tests.test_page_browser import browser, compared, opened, path, pytestmark, scroll_to
+from tests.test_report import profile, text_view
 
 __all__ = ["browser", "compared", "opened", "path", "pytestmark"]
 
@@ -72,6 +74,16 @@ def test_the_map_of_roles_goes_by_arrow_keys(opened):
     assert tab.locator("#card-title").inner_text() == f"Head {layer - 2}.0"
 
 
+@pytest.mark.parametrize("width", [1280, 800, 390])
+def test_the_boxes_of_a_short_text_are_no_taller_than_what_is_in_them(opened, tmp_path, width):
+    tab = opened(
+        page.write(profile(text_view(40, [(14, 3)], 8)), tmp_path / "x.html"), viewport={"width": width, "height": 900}
+    )
+    tab.locator("#tokens .t").first.wait_for()
+    tall = {name: tab.locator(name).bounding_box()["height"] for name in ("#tokens", "#token")}
+    assert max(tall.values()) < 300, tall
+
+
 def test_the_page_of_a_pictures_patterns_offers_no_text(browser, tmp_path):
     for tokens, shown in ((["a", "b"], True), ([], False)):
         maps = Patterns(tokens, {0: torch.eye(2).expand(2, 2, 2)}, {0: [0, 1]})
@@ -81,6 +93,47 @@ def test_the_page_of_a_pictures_patterns_offers_no_text(browser, tmp_path):
         assert tab.locator("#tools").is_visible() is shown
         assert ("token" in tab.locator("h1 + p").inner_text()) is shown
         tab.close()
+
+
+def test_a_picture_is_light_where_the_chosen_patch_looks(browser, tmp_path):
+    weights = torch.zeros(1, 7, 7)
+    weights[0, 0] = torch.tensor([0.0, 0, 0, 0.75, 0, 0, 0.25])  # of the token before the patches
+    weights[0, 1, 4] = weights[0, 2, 5] = 1.0
+    pixels = torch.linspace(-1, 1, 24).view(1, 4, 6).repeat(3, 1, 1)
+    maps = Patterns([], {0: weights, 1: torch.eye(4)[None]}, {0: [0], 1: [0]}, picture=Picture(pixels, (2, 3), 1))
+    tab = browser.new_page()
+    tab.goto(maps.page(tmp_path / "x.html").as_uri())
+    tab.wait_for_selector("#maps button[aria-pressed=true]")
+    picture = tab.locator("#picture")
+    shares = """() => {
+        const c = document.getElementById('picture'), at = c.getContext('2d'), w = c.width / 6, h = c.height / 4;
+        const here = (x, y) => at.getImageData((x + 0.5) * w, (y + 0.5) * h, 1, 1).data[0];
+        const own = (x, y) => (6 * y + x) * 255 / 23;
+        return [1, 3].flatMap(y => [1, 3, 5].map(x => here(x, y) / own(x, y)));
+    }"""  # of each patch's own light, by its last pixel, which its outline leaves alone
+    dark = 0.15
+
+    def seen(*wanted):
+        assert tab.evaluate(shares) == pytest.approx(wanted, abs=0.02)
+
+    half = 1 - 0.85 * (1 - 3**-0.5)  # a quarter beside three of them, by their roots
+    seen(dark, dark, 1, dark, dark, half)
+    assert "where token 0 gives its attention" in picture.get_attribute("aria-label")
+    box = picture.bounding_box()
+    picture.hover(position={"x": box["width"] / 6, "y": box["height"] / 4})
+    assert "the patch in row 0, column 0" in picture.get_attribute("aria-label")
+    seen(dark, dark, dark, 1, dark, dark)
+    picture.focus()
+    for key, place in (("ArrowRight", (0, 1)), ("ArrowUp", (0, 1)), ("ArrowDown", (1, 1)), ("ArrowLeft", (1, 0))):
+        tab.keyboard.press(key)
+        assert "row {}, column {}".format(*place) in picture.get_attribute("aria-label")
+    tab.locator("[value=in]").check()
+    seen(1, dark, dark, dark, dark, dark)
+    tab.locator("#text span").click()
+    assert "where token 0 is looked at from" in picture.get_attribute("aria-label")
+    tab.locator("#maps button").last.click()  # a map of something else
+    assert not picture.is_visible()
+    tab.close()
 
 
 def test_the_card_shows_the_heads_pattern(opened):

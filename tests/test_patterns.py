@@ -44,6 +44,10 @@ def test_pixels_and_two_halves() -> None:
     inputs = {name: x[:1] for name, x in models.tiny_inputs(vit).items()}
     found = heedful.patterns(vit, inputs)
     assert found.tokens == []
+    assert found.picture is not None
+    assert (found.picture.grid, found.picture.before) == ((2, 2), 1)
+    assert torch.equal(found.picture.pixels, inputs["pixel_values"][0])
+    assert heedful.patterns(models.tiny("llama"), IDS).picture is None
     torch.testing.assert_close(found.tensor, torch.cat(eager(vit, **inputs)))
     both = heedful.patterns(models.tiny("t5"), IDS)
     assert {x.shape[1:] for x in both.maps.values()} == {(20, 20)}

@@ -83,7 +83,7 @@ def test_methods_are_imported_by_name_and_one_at_a_time() -> None:
 
     for name, kind in catalogue.entries().items():
         assert getattr(methods, name) is kind
-    assert dir(methods) == sorted(catalogue.entries())
+    assert dir(methods) == methods.__all__ == sorted(catalogue.entries())
     with pytest.raises(AttributeError, match=r"heedful has no method 'SnapKv'. Did you mean SnapKV\?"):
         methods.SnapKv  # noqa: B018
     script = "from heedful.methods import SnapKV\nimport sys\nprint([m for m in sys.modules if 'heavy_hitter' in m])"

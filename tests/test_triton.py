@@ -15,15 +15,19 @@ from torch import Tensor
 
 from heedful import gpu
 from heedful.conformance.tolerances import close, error
+from heedful.core.call import Call
 from heedful.core.errors import BackendError
 from heedful.core.mask import Blocks, First, Rule, Where, Window
+from heedful.core.method import Method
 from heedful.core.positions import Positions
+from heedful.core.reweight import Reweight, reweights
 from heedful.core.summary import Summary
 from heedful.engine.needs import Needs
 from heedful.engine.select import explain, select
 from heedful.methods import SinkRate, TempScale
 
 from .kernel_calls import CAUSAL, RULES, Everything, Same, a_call, compare, draw, run
+from .samples import PAPER
 
 SMALL = [
     (2, 4, 2, 19, 19, 8, 8),
@@ -95,6 +99,26 @@ def test_soft_caps(softcap: float) -> None:
     compare("triton", (1, 4, 2, 20, 40, 16, 16), CAUSAL, softcap=softcap)
 
 
+class Halved(Method):
+    """Halves a column and lets the others restore what it held."""
+
+    paper = PAPER
+    causal = False
+
+    @reweights("received")
+    def move(self, summary: Summary, call: Call) -> Reweight:
+        columns = (call.pairs.k_index[:, :, 0] == 3).expand(-1, call.heads, -1)
+        return Reweight(torch.where(columns, 0.5, 1.0), ~columns)
+
+
+def test_weight_is_moved_under_a_soft_cap() -> None:
+    shape = (1, 4, 2, 20, 40, 16, 16)
+    call = replace(a_call(shape, CAUSAL), softcap=1.0)
+    found, want = (run(name, Halved(), *draw(shape), call) for name in ("triton", "reference"))
+    assert close(found, want)
+    assert not close(found, run("triton", Same(), *draw(shape), call))
+
+
 @settings(max_examples=5, deadline=None)
 @given(
     n=st.integers(1, 90), past=st.integers(0, 40), heads=st.sampled_from([(1, 1), (4, 1), (6, 2), (5, 5)]),
@@ -117,6 +141,28 @@ def test_low_precision_is_as_good_as_torch_s_own(n: int, dtype: torch.dtype) -> 
     plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=True)
     assert found.dtype == dtype
     assert error(found, exact) <= 2 * error(plain, exact)
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_lines_that_lie_far_apart(axis: int) -> None:
+    """Further than 32 bits count; memory that nobody touches costs nothing."""
+    from heedful.gpu.launch import Problem, attend
+
+    shape, step = (3, 2, 4, 16), 2**30 + 64
+    q, k, v = (torch.randn(shape).half() for _ in range(3))
+    strides = [128, 64, 16, 1]
+    strides[axis] = step
+    far = torch.empty(step * (shape[axis] - 1) + 512, dtype=torch.float16).as_strided(shape, strides).copy_(k)
+    ranges = torch.tensor([0, 4], dtype=torch.int32).expand(1, 1, 4, 1, 2).contiguous()
+    first = torch.zeros(3, dtype=torch.int32)
+    found, want = (attend(Problem(q, x, v, ranges, 0.25, received=True, first_at=first)) for x in (far, k))
+    assert torch.equal(found.out, want.out)
+    assert same(found.received, want.received)
+    assert same(found.first, want.first)
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b)
 
 
 def test_a_long_cache_is_split_among_programs() -> None:

@@ -16,6 +16,7 @@ import heedful
 from heedful import dinov2, models
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, ModelError
+from heedful.diagnosis.glances import ImageView
 from heedful.methods import ModalityShare, SinkRate
 from heedful.onnx_weights import weights_of
 
@@ -69,8 +70,8 @@ def test_a_diagnosis_reads_its_pictures(dino: models.Loaded, tmp_path: Path) -> 
     found = heedful.diagnose(dino, pictures, batch=2, out=tmp_path)
     assert (found.facts["texts"], found.facts["tokens"], found.facts["reads"]) == (2, 514, "image")
     assert found.headline.startswith("DINOv2-S/14: 12 layers of 6 heads, 2 images of 514 tokens")
-    assert found.view is not None
-    assert found.view.tokens[:3] + found.view.tokens[-1:] == ["[0] ", "0,0 ", "0,1 ", "15,15 "]
+    assert isinstance(found.view, ImageView)
+    assert (found.view.before, found.view.grid, found.view.names) == (["class token"], [16, 16], ["image", "image"])
     assert heedful.diagnose(dino, list(pictures), batch=2, out=tmp_path).facts["date"] == found.facts["date"]
 
 
@@ -146,7 +147,11 @@ def test_a_model_comes_back_out_of_an_onnx_file(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_file_is_told(tmp_path: Path) -> None:
     path = exported(small(), tmp_path / "x.onnx")
     intact = path.read_bytes()
-    for broken in (b"", b"\x00\x01\x02nonsense", intact[: len(intact) // 2], written((7, written((5, 3))))):
+    one = ((1, 1), (2, 1), (8, b"x"), (9, bytes(4)))
+    path.write_bytes(written((7, written((5, written(*one))))))
+    assert weights_of(path) == {"x": torch.zeros(1)}
+    numbers = [written((7, written((5, written(*one[:i], (one[i][0], 10**20), *one[i + 1 :]))))) for i in (0, 2, 3)]
+    for broken in (b"", b"\x00\x01\x02nonsense", intact[: len(intact) // 2], written((7, written((5, 3)))), *numbers):
         path.write_bytes(broken)
         with pytest.raises(ModelError, match=r"x\.onnx: is no ONNX file with its weights inside"):
             weights_of(path)

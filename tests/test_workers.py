@@ -8,18 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from heedful.core.errors import FieldError, HeedfulError, StatisticError
+from heedful import compare, models
+from heedful.bench.comparison import Comparison
+from heedful.bench.records import Answered, Refused
+from heedful.core.errors import FieldError
 from heedful.core.stats import Sum
 from heedful.diagnosis.profile import Profile
-from heedful.diagnosis.workers import Failure, Piece, Ranks, Ray, _closed, _opened
+from heedful.diagnosis.workers import Piece, Ranks, Ray, _closed, _opened
+from heedful.methods import BlockAttention, SinkWindow, TempScale
 from tests import corpus_job
 from tests.test_corpus import equal
+from tests.test_diagnose_texts import characters
 
 HOME = Path(__file__).parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HOME / 'src'}:{HOME}"}
@@ -41,10 +47,11 @@ def straight(corpus: Path) -> Profile:
         torch.set_num_threads(threads)
 
 
-def started(*words: str) -> subprocess.Popen[bytes]:
+def started(*words: str, **told: str) -> subprocess.Popen[bytes]:
     """A process, first of its own group, that does the job."""
     log = subprocess.DEVNULL
-    return subprocess.Popen([sys.executable, *words], env=ENV, cwd=HOME, stdout=log, stderr=log, start_new_session=True)
+    env = ENV | told
+    return subprocess.Popen([sys.executable, *words], env=env, cwd=HOME, stdout=log, stderr=log, start_new_session=True)
 
 
 def alike(found: Profile, wanted: Profile) -> None:
@@ -80,15 +87,24 @@ def test_two_workers_of_ray_give_the_bits_of_one_process(corpus: Path, straight:
     assert steps == list(range(straight.facts["shards"] + 1))
 
 
-def test_two_ranks_give_the_bits_of_one_process(corpus: Path, straight: Profile, tmp_path: Path) -> None:
-    words = ("--nproc-per-node=2", "--standalone", "tests/corpus_job.py", str(corpus), str(tmp_path / "out"), "ranks")
-    process = started("-m", "torch.distributed.run", *words)
+def run_by_torch(*words: str, **told: str) -> int:
+    """How a script ends in two processes that torch starts."""
+    process = started("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *words, **told)
     try:
-        assert process.wait(200) == 0
+        return process.wait(200)
     finally:
         process.poll() is None and os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_two_ranks_give_the_bits_of_one_process(corpus: Path, straight: Profile, tmp_path: Path) -> None:
+    assert run_by_torch("tests/corpus_job.py", str(corpus), str(tmp_path / "out"), "ranks") == 0
     alike(Profile.load(tmp_path / "out"), straight)
     alike(Profile.load(tmp_path / "out-of-rank-1"), straight)  # each of them has it all
+    assert straight.facts["shards"] % 2, "so that the last round has nothing for one of them"
+    told = [(tmp_path / f"out-stopped-{rank}").read_text().splitlines() for rank in (0, 1)]
+    wanted = "FieldError corpus_job.done = 2: is enough; for example done=3"
+    assert told[0] == [wanted, "KeyboardInterrupt "]
+    assert told[1] == [wanted, "HeedfulError the process that leads was stopped by KeyboardInterrupt()"]
 
 
 def test_ranks_want_a_group(corpus: Path) -> None:
@@ -103,9 +119,6 @@ def test_an_error_of_a_worker_is_the_error_of_the_call() -> None:
     content = _closed(fail, None)  # type: ignore[arg-type]
     with pytest.raises(FieldError, match=r"diagnose\(\)\.length = 9: the machine has too little memory; for example"):
         _opened(content)
-    for error in (StatisticError("x"), FieldError("a", "b", 1, "c", 2)):
-        assert str(Failure.of(error).error()) == str(error)
-    assert isinstance(Failure.of(KeyboardInterrupt()).error(), HeedfulError)
 
 
 def test_what_is_sent_arrives_as_it_was() -> None:
@@ -149,3 +162,23 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bits(
     torch.set_num_threads(1)
     alike(corpus_job.measured(corpus, None, tmp_path, progress=heard.append), straight)
     assert heard[0].done == before
+
+
+def told(found: Comparison) -> list[tuple[Any, ...]]:
+    """What was answered, without the times."""
+    kept = [replace(x, seconds=0.0) if isinstance(x, Answered) else x for x in found.records]
+    return sorted((type(x).__name__, *x.key, *map(str, astuple(x))) for x in kept)
+
+
+def test_two_workers_answer_as_one_process_does(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    loaded = models.Loaded(models.tiny("llama"), characters(), "tiny")
+    methods = [SinkWindow(4, 8), TempScale(0.5), BlockAttention(role="nowhere")]
+    how: dict[str, Any] = {"prompts": 20, "turns": 0, "minutes": 60.0}
+    heard: list[Any] = []
+    alone = compare(loaded, methods, ["recall"], **how)
+    shared = compare(loaded, methods, ["recall"], workers=2, out=tmp_path, progress=heard.append, **how)
+    assert told(shared) == told(alone)
+    assert {type(x) for x in alone.records} == {Answered, Refused}
+    assert told(Comparison.load(tmp_path)) == told(alone)
+    assert max(p.done for p in heard) == sum(isinstance(x, Answered) for x in alone.records)

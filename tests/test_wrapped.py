@@ -139,7 +139,7 @@ def test_processes_share_the_gradients_they_know_of(tmp_path: Path) -> None:
         parallel = nn.parallel.DistributedDataParallel(model)
         with attach(parallel, TempScale(0.3)) as run:
             assert not close_model(run(IDS).logits, plain)
-        with pytest.raises(RefusedModel, match="attach to the model in it first, then wrap that"):
+        with pytest.raises(RefusedModel, match="attach to the plain model first, then wrap that"):
             attach(parallel, GatedHeads())
         with attach(model, GatedHeads()) as run:
             nn.parallel.DistributedDataParallel(model)(IDS).logits.sum().backward()

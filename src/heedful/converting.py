@@ -18,12 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from heedful.adapters.bound import bound_to
 from heedful.adapters.transformers import adapt
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, FoldError, InactiveWarning, RefusedModel, StatisticError
-from heedful.core.files import TAUGHT, folder_for, held, placed
+from heedful.core.files import TAUGHT, digest_of, folder_for, held, placed, sealed
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Conversion, Progress, Report
 from heedful.core.method import Method
@@ -142,9 +141,6 @@ def converted(
 def _copy(how: Conversion, model: nn.Module, only: str | tuple[str, ...] | None) -> nn.Module:
     """The model with its surgery, to be taught."""
     inner = unwrapped(model)
-    if any(bound_to(module) is not None for module in inner.modules()):
-        rule = "a run is attached to it, which a copy cannot take along; close it first"
-        raise FieldError("fit()", "model", type(inner).__name__, rule, "the model after run.close()")
     if low := {str(p.dtype) for p in inner.parameters() if p.is_floating_point()} - {"torch.float32", "torch.float64"}:
         raise RefusedModel(
             f"{type(inner).__name__} has weights in {min(low)}, where the small steps of training are lost; load it "
@@ -294,8 +290,9 @@ class _School:
         tensors = {f"model.{name}": p.detach().contiguous() for name, p in self.student.named_parameters()}
         for i, state in optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": state[name].contiguous() for name in ADAM}
+        told = {"key": key, "stage": str(stage), "done": str(done), "tensors": Fitted(tensors).digest}
         with placed(self.folder / TAUGHT) as beside:
-            save_file(tensors, beside, metadata={"key": key, "stage": str(stage), "done": str(done)})
+            save_file(tensors, beside, metadata=sealed(told))
 
     def _found(self, key: str) -> tuple[int, int, dict[str, Tensor]]:
         """The stage and the step to go on from, with the copy as it was then, and what Adam knew."""
@@ -304,6 +301,8 @@ class _School:
         try:
             with safe_open(path, "pt") as file:
                 told, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if told["digest"] != digest_of(told) or told["tensors"] != Fitted(tensors).digest:
+                raise ValueError("its checksum is another")
             if told["key"] != key:
                 raise StatisticError(
                     f"{path} is of another conversion: of other settings, weights or batches; name another folder"

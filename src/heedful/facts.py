@@ -34,7 +34,9 @@ def facts_of(model: Any, name: str, layers: int) -> dict[str, Any]:
 
 def fingerprint(model: Any) -> str:
     """A short name for a model's weights, from the first few numbers of each."""
-    few = {f"{i:06d}": p.detach().flatten()[:16].cpu() for i, p in enumerate(model.parameters())}
+    from heedful.adapters.spread import whole
+
+    few = {f"{i:06d}": whole(p.detach()).flatten()[:16].cpu() for i, p in enumerate(model.parameters())}
     return Fitted(few).digest[:16]
 
 

@@ -55,7 +55,7 @@ def rewritten(
     model = unwrapped(model)
     if any(bound_to(module) is not None for module in model.modules()):
         rule = "a run is attached to it, which a copy cannot take along; close it first"
-        raise FieldError(verb, "model", type(model).__name__, rule, f"{verb.removesuffix('()')}(model, PruneHeads())")
+        raise FieldError(verb, "model", type(model).__name__, rule, "the model after run.close()")
     if saved := saved_with(model.config):
         raise RefusedModel(
             f"{type(model).__name__} was saved with {saved} attached, and {verb} edits the weights alone; where that "
@@ -63,8 +63,8 @@ def rewritten(
         )
     if missing := absent(model):
         raise RefusedModel(
-            f"{verb} needs all weights at hand, and {missing} is offloaded (on device 'meta' until it is used); load "
-            "the model whole, without device_map or offload"
+            f"{verb} needs all weights at hand, and {missing}; load the model whole, without device_map, offload or "
+            "tp_plan"
         )
     new = copy.deepcopy(model)
     names = adapt(new, only).layer_names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,9 +26,9 @@ def weights_of(path: Path) -> dict[str, Tensor]:
     added is given under the bias's name, turned back.
     """
     try:
-        graph = next(_Record(value) for number, value in _fields(path.read_bytes()) if number == _GRAPH)
-        found = dict(_tensor(_Record(value)) for value in graph[_INITIALIZER] if _Record(value)[_TYPE] == [_FLOAT32])
-        nodes = [_Record(value) for value in graph[_NODE]]
+        graph = _Record(next(value for number, value in _fields(path.read_bytes()) if number == _GRAPH))
+        found = dict(_tensor(x) for x in map(_Record, graph[_INITIALIZER]) if x[_TYPE] == [_FLOAT32])
+        nodes = list(map(_Record, graph[_NODE]))
         made = {_text(name): node for node in nodes for name in node[_OUTPUT]}
         for node in nodes:
             if node[_OP] != [b"Add"]:
@@ -42,7 +41,7 @@ def weights_of(path: Path) -> dict[str, Tensor]:
                 matrix = _text(product[_INPUT][1])
                 if matrix in found:
                     found[f"{bias.removesuffix('bias')}weight"] = found[matrix].T.contiguous()
-    except (ValueError, LookupError, TypeError, RuntimeError, struct.error, StopIteration) as error:
+    except (ValueError, LookupError, TypeError, RuntimeError, StopIteration) as error:
         raise ModelError(f"{path.name}: is no ONNX file with its weights inside") from error
     return found
 
@@ -52,9 +51,7 @@ class _Record:
 
     def __init__(self, data: bytes | int) -> None:
         self._fields: dict[int, list[bytes | int]] = {}
-        if isinstance(data, int):
-            raise TypeError("a number where a record belongs")
-        for number, value in _fields(data):
+        for number, value in _fields(_bytes(data)):
             self._fields.setdefault(number, []).append(value)
 
     def __getitem__(self, number: int) -> list[bytes | int]:
@@ -91,14 +88,20 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
+def _bytes(value: bytes | int) -> bytes:
+    if isinstance(value, int):
+        raise TypeError("a number where bytes belong")
+    return value
+
+
 def _text(value: bytes | int) -> str:
-    return bytes(value).decode()
+    return _bytes(value).decode()
 
 
 def _tensor(record: _Record) -> tuple[str, Tensor]:
-    (raw,) = record[_RAW]
+    (raw,) = map(_bytes, record[_RAW])
     shape = [n for value in record[_DIMS] for n in ([value] if isinstance(value, int) else _packed(value))]
-    if isinstance(raw, int) or len(raw) != 4 * math.prod(shape):
+    if len(raw) != 4 * math.prod(shape):
         raise ValueError("weights that do not fill their shape")
     numbers = torch.frombuffer(bytearray(raw), dtype=torch.float32)
     return _text(record[_NAME][0]), numbers.reshape(shape)

@@ -36,7 +36,7 @@ def record(name: str, seed: int, course: str = "text", **numbers: float) -> Reco
     settings = {"text": Little().__dict__, "puzzles": Riddles().__dict__}[course]
     return Record(
         f"{name}{seed}", course, dict(settings), name, seed, numbers, [2.0, 1.0, 1.0], [1.0, 1.0, 1.0], 10, 0, True,
-        1.0, {}, {"date": "2026-01-01", "device": "here"},
+        1.0, {}, {"date": "2026-01-01", "device": "here"}, "",
     )  # fmt: skip
 
 

@@ -107,14 +107,6 @@ def test_the_first_steps_loss_and_gradient_are_those_of_the_loops() -> None:
         assert close(one, other)
 
 
-def test_soft_caps_are_kept() -> None:
-    bare = _bare((2, 2), 0, 0, g=4)
-    params = {name: torch.zeros_like(x) for name, x in _params(bare, 5).items()}
-    call = replace(bare.call, params=params, softcap=0.5)
-    found = BiLevelRoutingAttention(1, 1).attend((bare.q, bare.k, bare.v), call)
-    assert close(found, (0.5 * (bare.q @ bare.k.mT / math.sqrt(8) / 0.5).tanh()).softmax(-1) @ bare.v)
-
-
 def test_an_image_model_is_served_and_learns() -> None:
     model = models.tiny("vit", image_size=16)
     inputs = models.tiny_inputs(model)

@@ -16,6 +16,7 @@ from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Phase
 from heedful.core.errors import FieldError
+from heedful.core.method import Readings
 from heedful.methods import ImageDecomposition
 from heedful.methods.explain.image_decomposition import Contributions
 
@@ -96,6 +97,16 @@ def test_any_tiling_gives_the_same(backend: str) -> None:
         found = run[method]
     assert found.tokens == {}
     assert close_model(found.heads[2], parts[2].sum(2))
+
+
+def test_tokens_that_the_class_token_does_not_see_give_nothing() -> None:
+    bare = Bare()  # causal, so that the third token sees three
+    method = ImageDecomposition(tokens=3, directions=Fitted({"d": torch.eye(32)[:2]}), seed=0)
+    stats = bare.run(method, "reference")[1]
+    found = method.answer(Readings({0: next(iter(stats.values()))})).tokens[0]
+    assert found.shape == (2, 4, 19, 2)
+    assert bool(found[:, :, :3].all())
+    assert not bool(found[:, :, 3:].any())
 
 
 def text_span(data: Tensor, pool: Tensor, count: int, rank: int) -> tuple[list[int], list[float]]:

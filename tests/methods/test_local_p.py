@@ -93,6 +93,13 @@ def test_a_wide_window_with_an_even_bell_is_global_attention() -> None:
     assert close(found, plain.softmax(-1) @ bare.v.repeat_interleave(2, 1))
 
 
+def test_rows_of_earlier_calls_that_an_edit_beside_it_looks_at_are_not_its_own() -> None:
+    bare, params = _drawn()
+    call, weights = replace(bare.call, params=params, key=bare.k), torch.rand(2, 4, 4, 13, dtype=torch.float64)
+    found = LocalP(3).favour(weights, replace(call.tile(slice(1, 5), slice(0, 13)), earlier=2, rows=slice(3, 7)))
+    assert close(found, LocalP(3).favour(weights, call.tile(slice(1, 5), slice(0, 13))))
+
+
 def test_in_a_model_padding_is_no_part_of_the_source() -> None:
     model = models.tiny("bart").eval()
     ids = torch.arange(3, 19)[None]

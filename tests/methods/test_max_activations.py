@@ -126,7 +126,7 @@ def test_massive_is_above_the_threshold_times_the_mean_however_small() -> None:
     assert answer.massive_channels() == {1: [1]}
 
 
-@pytest.mark.parametrize(("place", "words"), [(0, "first token"), (3, "token 3"), (1, "token 1")])
+@pytest.mark.parametrize(("place", "words"), [(0, "the first token"), (3, "token 3"), (1, "token 1")])
 def test_the_finding_names_the_token(place: int, words: str) -> None:
     answer = Maxima({0: _peaks([1.0, 8.0], [7, place], 2.0)}, 4.0)
-    assert f"at the text's {words};" in MaxActivations()._finding(answer).text
+    assert f"at {words};" in MaxActivations()._finding(answer).text

@@ -143,3 +143,22 @@ def test_key_heads_that_hold_other_tokens_are_each_their_own() -> None:
     # of image, text and all: token 1 stands in the first two heads' second column alone
     assert close(mean.total.float(), torch.tensor([[0.2, 0.8, 1.0], [0.6, 0.4, 1.0], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0]]))
     assert mean.count.tolist() == [[1, 2, 3], [1, 2, 3], [0, 3, 3], [0, 3, 3]]
+
+
+def test_what_stands_in_no_span_has_the_name_that_is_asked_for() -> None:
+    model = models.tiny("vit", image_size=20)  # a class token and 5 x 5 patches
+    maps = heedful.patterns(model, torch.randn(3, 20, 20, generator=torch.Generator().manual_seed(0))).tensor
+    method = ModalityShare(("cls", "register", "border"), "middle")
+    with heedful.attach(model, method) as run, torch.no_grad():
+        run(pixel_values=torch.randn(1, 3, 20, 20, generator=torch.Generator().manual_seed(0)))
+    inner = [1 + 5 * i + j for i in range(1, 4) for j in range(1, 4)]
+    assert list(run[method].attention) == ["cls", "border", "middle"]
+    assert close(run[method].attention["middle"], maps[..., inner].sum(-1).mean(-1))
+    assert close(run[method].tokens["border"], torch.full((2, 4), 16 / 26))
+    each = maps[..., inner].mean((1, 2, 3)) / maps[..., 0].mean((1, 2))
+    assert close(run[method].mdi("cls"), each)
+    told = method.describe(run[method])
+    assert "; a middle token gets" in told.findings[1].text
+    assert {role.name for role in told.roles} == {"looks at cls", "looks at border"}
+    with pytest.raises(FieldError, match="'middle' aside"):
+        ModalityShare(("cls", "middle"), "middle")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, models
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.methods import SoftplusAttention
-from tests.by_hand import heads_of, llama_states
+from tests.methods.rows import agrees, agrees_where_all_is_seen, learns
 
 
 def weights(query: Tensor, keys: Tensor, power: float) -> Tensor:
@@ -26,53 +26,14 @@ def weights(query: Tensor, keys: Tensor, power: float) -> Tensor:
     return second / second.sum()
 
 
-def rows(q: Tensor, k: Tensor, power: float) -> Tensor:
-    """All rows of a causal map, `[b h n n]`."""
-    b, h, n, _ = q.shape
-    k = k.repeat_interleave(h // k.shape[1], 1)
-    pad = torch.nn.functional.pad
-    made = [
-        pad(weights(q[i, j, t], k[i, j, : t + 1], power), (0, n - t - 1))
-        for i in range(b)
-        for j in range(h)
-        for t in range(n)
-    ]
-    return torch.stack(made).view(b, h, n, n)
-
-
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 @pytest.mark.parametrize("power", [1.0, 3.0, 15.0])
 def test_the_formula_in_every_backend(backend: str, power: float) -> None:
-    text = torch.ones(2, 19, dtype=torch.bool)
-    text[0, :4] = False
-    bare = Bare(text=text)
-    heads, _ = bare.run(SoftplusAttention(power), backend, tile_rows=7 if backend == "tiled" else None)
-    for b, h, t in (
-        (0, 0, 3),
-        (0, 1, 4),
-        (0, 2, 6),
-        (0, 3, 7),
-        (0, 0, 18),
-        (1, 0, 0),
-        (1, 1, 2),
-        (1, 2, 3),
-        (1, 3, 18),
-    ):
-        seen = [j for j in range(t + 1) if text[b, j]]
-        if not seen:
-            assert not bool(heads[b, h, t].any())
-            continue
-        k, v = bare.k[b, h // 2, seen].double(), bare.v[b, h // 2, seen].double()
-        assert close(heads[b, h, t], (weights(bare.q[b, h, t].double(), k, power) @ v).float())
+    agrees(SoftplusAttention(power), partial(weights, power=power), backend, (0, 2, 3, 4, 6, 7, 18))
 
 
 def test_a_call_that_hides_nothing_counts_all_keys() -> None:
-    bare = Bare(rules=())
-    heads, _ = bare.run(SoftplusAttention(), "reference")
-    k = bare.k.repeat_interleave(2, 1)
-    made = [[[weights(q, k[b, h], 15.0) for q in bare.q[b, h]] for h in range(4)] for b in range(2)]
-    wanted = torch.stack([torch.stack([torch.stack(x) for x in y]) for y in made])
-    assert close(heads, heads_of(wanted, bare.v))
+    agrees_where_all_is_seen(SoftplusAttention(), partial(weights, power=15.0))
 
 
 def test_the_paper_s_power_is_15() -> None:
@@ -100,27 +61,7 @@ def test_the_length_of_queries_and_keys_tells_nothing() -> None:
 
 
 def test_the_first_step_s_loss_and_gradient() -> None:
-    model = models.tiny("llama")
-    ids = models.tiny_inputs(model)["input_ids"]
-    names = ("q_proj", "k_proj", "v_proj")
-
-    def gradients(loss: Tensor) -> list[Tensor]:
-        parts = [getattr(layer.self_attn, name).weight for layer in model.model.layers for name in names]
-        return list(torch.autograd.grad(loss, parts))
-
-    with attach(model, SoftplusAttention(3.0)) as run:
-        loss = run(input_ids=ids, labels=ids, use_cache=False).loss
-        got = gradients(loss)
-
-    def attend(i: int, q: Tensor, k: Tensor, v: Tensor, rotate: object) -> Tensor:
-        return heads_of(rows(rotate(q), rotate(k), 3.0), v)  # type: ignore[operator]
-
-    logits = model.lm_head(llama_states(model, ids, attend))
-    wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert close(loss, wanted)
-    for mine, theirs in zip(got, gradients(wanted), strict=True):
-        assert bool(mine.any())
-        assert close(mine, theirs)
+    learns(SoftplusAttention(3.0), partial(weights, power=3.0))
 
 
 def test_settings_are_checked() -> None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from statistics import NormalDist, fmean, pstdev
 
 import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, models
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, SiteError
 from heedful.methods import SparkAttention
-from tests.by_hand import heads_of, llama_states
+from tests.methods.rows import agrees, agrees_where_all_is_seen, learns
 
 TELL, GATE = [0, 1, 4, 5], [2, 3, 6, 7]  # of a head's 8 channels
+SCALE = 8**-0.5
 
 
 def chosen(scores: list[float], keep: int) -> list[int]:
@@ -40,35 +41,11 @@ def row(query: Tensor, keys: Tensor, keep: int, scale: float) -> Tensor:
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 @pytest.mark.parametrize("keep", [1, 4, 256])
 def test_the_formula_in_every_backend(backend: str, keep: int) -> None:
-    text = torch.ones(2, 19, dtype=torch.bool)
-    text[0, :4] = False
-    bare = Bare(text=text)
-    heads, _ = bare.run(SparkAttention(keep), backend, tile_rows=7 if backend == "tiled" else None)
-    for b, h, t in (
-        (0, 0, 3),
-        (0, 1, 4),
-        (0, 2, 7),
-        (0, 3, 8),
-        (0, 0, 18),
-        (1, 0, 0),
-        (1, 1, 3),
-        (1, 2, 4),
-        (1, 3, 18),
-    ):
-        seen = [j for j in range(t + 1) if text[b, j]]
-        if not seen:
-            assert not bool(heads[b, h, t].any())
-            continue
-        k, v = bare.k[b, h // 2, seen].double(), bare.v[b, h // 2, seen].double()
-        assert close(heads[b, h, t], (row(bare.q[b, h, t].double(), k, keep, bare.call.scale) @ v).float())
+    agrees(SparkAttention(keep), partial(row, keep=keep, scale=SCALE), backend, (0, 3, 4, 7, 8, 18))
 
 
 def test_a_call_that_hides_nothing_chooses_among_all_keys() -> None:
-    bare = Bare(rules=())
-    heads, _ = bare.run(SparkAttention(5), "reference")
-    k = bare.k.repeat_interleave(2, 1)
-    made = [[[row(q, k[b, h], 5, bare.call.scale) for q in bare.q[b, h]] for h in range(4)] for b in range(2)]
-    assert close(heads, heads_of(torch.stack([torch.stack([torch.stack(x) for x in y]) for y in made]), bare.v))
+    agrees_where_all_is_seen(SparkAttention(5), partial(row, keep=5, scale=SCALE))
 
 
 def test_both_products_are_bounded_as_the_model_bounds_one() -> None:
@@ -104,39 +81,7 @@ def test_about_as_many_keys_are_looked_at_as_are_asked_for() -> None:
 
 
 def test_the_first_step_s_loss_and_gradient() -> None:
-    model = models.tiny("llama")
-    ids = models.tiny_inputs(model)["input_ids"]
-    names = ("q_proj", "k_proj", "v_proj")
-
-    def gradients(loss: Tensor) -> list[Tensor]:
-        parts = [getattr(layer.self_attn, name).weight for layer in model.model.layers for name in names]
-        return list(torch.autograd.grad(loss, parts))
-
-    with attach(model, SparkAttention(3)) as run:
-        loss = run(input_ids=ids, labels=ids, use_cache=False).loss
-        got = gradients(loss)
-
-    def attend(i: int, q: Tensor, k: Tensor, v: Tensor, rotate: object) -> Tensor:
-        q, k = rotate(q), rotate(k)  # type: ignore[operator]
-        h, n, d = q.shape[1:]
-        k = k.repeat_interleave(h // k.shape[1], 1)
-        assert d == 8
-        pad = torch.nn.functional.pad
-        texts = []
-        for b in range(len(q)):
-            made = [
-                torch.stack([pad(row(q[b, j, t], k[b, j, : t + 1], 3, d**-0.5), (0, n - t - 1)) for t in range(n)])
-                for j in range(h)
-            ]
-            texts.append(torch.stack(made))
-        return heads_of(torch.stack(texts), v)
-
-    logits = model.lm_head(llama_states(model, ids, attend))
-    wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert close(loss, wanted)
-    for mine, theirs in zip(got, gradients(wanted), strict=True):
-        assert bool(mine.any())
-        assert close(mine, theirs)
+    learns(SparkAttention(3), partial(row, keep=3, scale=SCALE))
 
 
 def test_the_paper_s_256_and_errors() -> None:

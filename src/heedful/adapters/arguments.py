@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from heedful.adapters.bound import Bound, Request, passes_through
 from heedful.adapters.kvcache import HeldLayer, shrunk
-from heedful.adapters.lazymask import LazyMask
-from heedful.adapters.sparse import LISTS, chosen_pairs
+from heedful.adapters.lazymask import LISTS, LazyMask, chosen_pairs
 from heedful.core.errors import UnknownArgument
 from heedful.core.mask import Causal, Dense, Mask
 from heedful.core.positions import Positions

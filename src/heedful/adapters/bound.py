@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet
 
 import torch
@@ -19,11 +19,13 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 
 from heedful.adapters.layers import own_source
-from heedful.adapters.lazymask import LazyMask, lazy_additive_mask, lazy_mask
-from heedful.adapters.sparse import chosen_pairs
+from heedful.adapters.lazymask import LazyMask, chosen_pairs, lazy_additive_mask, lazy_mask
 from heedful.adapters.taking import Taking
 from heedful.core.call import Call
 from heedful.core.errors import NotEntered, RefusedModel
+
+if TYPE_CHECKING:
+    from heedful.adapters.spread import Spread
 
 LAZY, ADDITIVE = "heedful", "heedful_additive"  # the second for models whose own attention adds its mask
 
@@ -93,6 +95,7 @@ class Bound:
     spared: frozenset[str] = frozenset()  # what nobody reads of this call's projections: q, k, v, o
     call: Call | None = None
     taking: Taking = field(default_factory=Taking)
+    spread: Spread | None = None
     output: nn.Module | None = None  # what gives OUTPUT, where that is known better than from its name
 
     @property

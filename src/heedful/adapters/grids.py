@@ -38,11 +38,20 @@ def before_patches(model: nn.Module) -> int:
 
 
 def regions(model: nn.Module, grid: Grid, tokens: int) -> dict[str, Region]:
-    """The patches and the class token, `cls`, if the tokens are what stands before patches in this model, and these."""
-    before = before_patches(model)
-    if tokens - before != grid[0] * grid[1]:
+    """What an image's tokens are, if they are what stands before patches in this model, and these.
+
+    The `patches`, those at its `border`, the class token, `cls`, and what else is learned, `register`.
+    """
+    before, (rows, cols) = before_patches(model), grid
+    if tokens - before != rows * cols:
         return {}
     found = {"patches": Region(((before, tokens),), grid)}
-    if before and any(name.rpartition(".")[2] in CLASS_TOKENS for name, _ in model.named_parameters()):
+    if rows > 2 and cols > 2:
+        sides = [(before + i * cols - 1, before + i * cols + 1) for i in range(2, rows - 1)]
+        found["border"] = Region(((before, before + cols + 1), *sides, (tokens - cols - 1, tokens)))
+    first = int(before and any(name.rpartition(".")[2] in CLASS_TOKENS for name, _ in model.named_parameters()))
+    if first:
         found["cls"] = Region(((0, 1),))
+    if before > first:
+        found["register"] = Region(((first, before),))
     return found

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -23,9 +23,11 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
+from heedful.core.errors import UnknownArgument
 from heedful.core.mask import Causal, Mask, Padding, Rule
 from heedful.core.positions import Pairs, Positions
 
+LISTS = frozenset({"indices", "block_indices"})  # under which a model's own indexer hands over the keys that it chose
 _NO_SKIPS = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -193,3 +195,27 @@ def lazy_mask(  # noqa: PLR0913 - the signature is transformers'
 
 
 lazy_additive_mask = partial(lazy_mask, additive=True)
+
+
+def chosen_pairs(module: nn.Module, more: dict[str, Any], heads: int, keys: int) -> Tensor | None:
+    """A table `[b h|1 q k]` of the pairs that a model's own indexer chose; None when it chooses none besides."""
+    if isinstance(found := more.get("indices"), Tensor):
+        while found.ndim < 4:
+            found = found[:, None]
+        return _named(found, keys)
+    if isinstance(found := more.get("block_indices"), Tensor):
+        size = getattr(getattr(module, "indexer", None), "block_size", None)
+        if not isinstance(size, int) or heads % found.shape[1]:
+            raise UnknownArgument(
+                f"{type(module).__name__} hands its attention a choice of key blocks, but does not tell their size"
+            )
+        table = _named(found, -(-keys // size)).repeat_interleave(size, -1)[..., :keys]
+        return table.repeat_interleave(heads // found.shape[1], 1)
+    return None
+
+
+def _named(numbers: Tensor, count: int) -> Tensor:
+    """Which of `count` slots the last axis names; -1 names none."""
+    table = torch.zeros(*numbers.shape[:-1], count + 1, dtype=torch.bool, device=numbers.device)
+    slots = numbers.long().masked_fill((numbers < 0) | (numbers >= count), count)
+    return table.scatter_(-1, slots, True)[..., :count]

@@ -18,7 +18,7 @@ class Planted:
 
     model: nn.Module
     paths: dict[int, str] = field(default_factory=dict)  # the module of each layer, as far as they are known
-    shared: bool = False  # gradients are shared with other processes, of the parameters known at the start
+    shared_by: str = ""  # what shares gradients with other processes, of the parameters known at the start
     _added: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def carried(self) -> set[tuple[int, str]]:
@@ -42,10 +42,10 @@ class Planted:
             if have.is_meta:
                 raise RefusedModel(f"{name} is offloaded with {path}, and heedful reads it there; load without offload")
             return have
-        if self.shared:
+        if self.shared_by:
             raise RefusedModel(
-                f"DistributedDataParallel shares the gradients of the parameters that it was made with, and {name} "
-                "would not be among them; attach to the model in it first, then wrap that"
+                f"{self.shared_by} shares the gradients of the parameters that it was made with, and {name} "
+                "would not be among them; attach to the plain model first, then wrap that"
             )
         # offloaded weights are on 'meta' until they are used; those that are not are where the model computes
         beside = (p for p in chain(module.parameters(), self.model.parameters()) if not p.is_meta)

@@ -85,7 +85,7 @@ class SdpaAdapter:
     model: nn.Module
     only: tuple[str, ...] | None = None
     inputs: Any = None  # what the model is called with, or what calls it; None: the first forward tells
-    shared: bool = False  # its gradients are shared with other processes, as far as they were known at the start
+    shared_by: str = ""  # what shares its gradients with other processes, as far as they were known at the start
     installed: bool = field(default=False, init=False)
     _found: Found | None = field(default=None, init=False)
     _names: tuple[str, ...] = field(default=(), init=False)
@@ -96,7 +96,7 @@ class SdpaAdapter:
     _waiting: Hooked = field(default_factory=Hooked, init=False)
 
     def __post_init__(self) -> None:
-        self.planted = Planted(self.model, shared=self.shared)
+        self.planted = Planted(self.model, shared_by=self.shared_by)
         self._must_be_free()  # else the dry run would see what the other run computes
         if self.inputs is not None:
             self._look(self._as_asked)

@@ -8,7 +8,6 @@ from typing import Any
 from weakref import ref
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from heedful.adapters.answering import Operands, computed, evict, left_alone, plan_of, replaced_whole, rows_of
@@ -32,7 +31,8 @@ from heedful.adapters.layers import block_of, interface_layers, leftovers, parts
 from heedful.adapters.planted import Planted
 from heedful.adapters.rotation import rotation
 from heedful.adapters.saving import adopted, takes_saving
-from heedful.adapters.wrapped import unwrapped
+from heedful.adapters.spread import spread_of
+from heedful.adapters.wrapped import shared_by, unwrapped
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.method import Layer
@@ -61,7 +61,7 @@ class TransformersAdapter:
 
     model: PreTrainedModel
     only: tuple[str, ...] | None = None
-    shared: bool = False  # its gradients are shared with other processes, as far as they were known at the start
+    shared_by: str = ""  # what shares its gradients with other processes, as far as they were known at the start
     _names_put: list[tuple[PreTrainedConfig, StandIn]] = field(default_factory=list)
     planted: Planted = field(init=False)
     _calls: WrittenCalls = field(default_factory=WrittenCalls)
@@ -73,7 +73,7 @@ class TransformersAdapter:
         left = {name: name for name in leftovers(self.model)}
         none = "has no attention layer that goes through transformers' attention interface"
         self._names = served(type(self.model).__name__, self._modules, left, self.only, none)
-        self.planted = Planted(self.model, dict(enumerate(self._names)), self.shared)
+        self.planted = Planted(self.model, dict(enumerate(self._names)), self.shared_by)
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -117,6 +117,7 @@ class TransformersAdapter:
                     )
                 alone = block_of(self.model, name) is None
                 bound = Bound(self, module, name, numbers.get(name), natives[name], alone)
+                bound.spread = spread_of(self.model, name)
                 hooks.around(bound)
                 bound_modules[module] = ref(bound)
                 bounds.append(bound)
@@ -193,11 +194,14 @@ class TransformersAdapter:
         if bound.number is None:
             return native(bound.module, bound.native, request)
         run, run_state = self.run, self.run.state
-        q, k, v = request.q, request.k, request.v
         run_state.entered[bound.number] += 1
         held = None
         if bound.cache is not None and not bound.cross:
-            held = held_layer(bound.cache, getattr(bound.module, "layer_idx", None), k, v, bound.name)
+            held = held_layer(bound.cache, getattr(bound.module, "layer_idx", None), request.k, request.v, bound.name)
+        mine, spread = request, bound.spread
+        if spread is not None and (spread := spread.serves(request, run)) is not None:
+            request = spread.joined(request)
+        q, k, v = request.q, request.k, request.v
         given = understand(bound, request, held)
         phase = Phase.of(given.queries, bound.cross and bound.cache is not None)
         call = bound.call = Call(
@@ -207,7 +211,7 @@ class TransformersAdapter:
             rows_of(bound.hidden, q), rotation(bound), given.mask, max(0, run_state.now.number), batch=len(q),
         )  # fmt: skip
         plan = plan_of(run, call)
-        if (nothing := replaced_whole(run, plan, call, q, v)) is not None:
+        if (nothing := replaced_whole(run, plan, call, mine.q, v)) is not None:
             if plan.at(Site.BLOCK)[0].edit.before_rotary:
                 bound.call = replace(call, query=q, key=k, value=v)
             return nothing, None
@@ -216,7 +220,7 @@ class TransformersAdapter:
         own = (not pattern or bound.native == "eager") and (held is None or held.whole)
         if own and left_alone(run, plan):
             run_state.backends[bound.number] = f"the model's own ({bound.native})"
-            return native(bound.module, bound.native, request)
+            return native(bound.module, bound.native, mine)
         unasked = bound.alone and bound.native == "eager"
         dropout = request.dropout if bound.module.training else 0.0
         operands = Operands(q, k, v, given.bias, given.sink, dropout, pattern, unasked)
@@ -224,9 +228,11 @@ class TransformersAdapter:
         if held is not None:
             evict(job, held, k, v)
         run_state.close_call(plan, job.call)
+        if spread is not None:
+            heads, weights = spread.own(heads), None if weights is None else spread.own(weights)
         return heads.transpose(1, 2).contiguous(), None if weights is None else weights.to(q.dtype)
 
 
 def adapt(model: nn.Module, only: str | Iterable[str] | None) -> TransformersAdapter:
     """An adapter for the model, or the one in it, or the reason why there is none."""
-    return TransformersAdapter(unwrapped(model), parts_of(only), shared=isinstance(model, DistributedDataParallel))
+    return TransformersAdapter(unwrapped(model), parts_of(only), shared_by(model))

@@ -7,27 +7,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from heedful.adapters.biases import give_bias
 from heedful.adapters.layers import HEADS, SHARED, Projections, block_of, transposed
+from heedful.adapters.spread import whole
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.errors import RefusedModel, SiteError
 from heedful.core.kinds import HeadWeights, Vocabulary
 
 
 def _matrix(linear: Any) -> Tensor:
-    weight = linear.weight.detach()
+    weight = whole(linear.weight.detach())
     return weight.T if transposed(linear) else weight
 
 
 def _bias(linear: nn.Module) -> Tensor | None:
     bias = getattr(linear, "bias", None)
-    return None if bias is None else bias.detach().clone()
+    return None if bias is None else whole(bias.detach()).clone()
 
 
 def absent(model: nn.Module) -> str | None:
-    """A weight that is not there: offloaded to main memory or disk, and on 'meta' until it is used."""
-    return next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    """A weight that is not here, and where it is: on 'meta' until it is used, or spread over processes."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            return f"{name} is offloaded (on device 'meta' until it is used)"
+        if isinstance(parameter, DTensor):
+            return f"{name} is spread over {parameter.device_mesh.size()} processes"
+    return None
 
 
 def _require_plain(p: Projections) -> None:
@@ -41,7 +48,7 @@ def _require_plain(p: Projections) -> None:
                 "model first, as merge_and_unload() does"
             )
         weight = linear.weight
-        if not weight.is_floating_point() or type(weight) is not nn.Parameter:
+        if not weight.is_floating_point() or type(weight) not in (nn.Parameter, DTensor):
             form = weight.dtype if type(weight) is nn.Parameter else f"{type(weight).__name__}, {weight.dtype}"
             raise RefusedModel(
                 f"the weight of its {letter} projection is quantised ({form}) or not a plain tensor; load the model "
@@ -83,14 +90,14 @@ def read_vocabulary(model: nn.Module) -> Vocabulary:
     inner = unwrapped(model)
     tables = []
     for word, module in (("embedding", inner.get_input_embeddings()), ("unembedding", inner.get_output_embeddings())):
-        weight = getattr(module, "weight", None)
-        if type(weight) is not nn.Parameter or weight.ndim != 2 or not weight.is_floating_point():
+        weight: Any = getattr(module, "weight", None)
+        if type(weight) not in (nn.Parameter, DTensor) or weight.ndim != 2 or not weight.is_floating_point():
             found = "none" if module is None else f"a {type(module).__name__}"
             raise RefusedModel(
                 f"{type(inner).__name__} has no {word} that is a plain table of tokens ({found}); load a language "
                 "model without quantisation, such as AutoModelForCausalLM gives"
             )
-        tables.append(weight.detach().clone())
+        tables.append(whole(weight.detach()).clone())
     return Vocabulary(*tables)
 
 

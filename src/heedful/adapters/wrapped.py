@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.parallel import DataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 
 from heedful.adapters.layers import leftovers, within
@@ -37,6 +38,13 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
         )
     stays_one(model)
     return inner[names[0]]
+
+
+def shared_by(model: nn.Module) -> str:
+    """What shares the model's gradients with other processes: that of torch which was put around it, if any was."""
+    if isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
+        return type(model).__name__
+    return "fully_shard" if any(isinstance(part, FSDPModule) for part in model.modules()) else ""
 
 
 def stays_one(model: nn.Module) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,25 @@ from typing import Any
 from heedful.adapters.transformers import adapt
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import still
-from heedful.bench.answer import answer
+from heedful.bench.asking import Asked, Asker, require_role
 from heedful.bench.comparison import Comparison
 from heedful.bench.cost import WARM_UP, cost, machine
 from heedful.bench.intervals import LEAST
 from heedful.bench.records import COSTS, Answered, Cost, Log, Refused
 from heedful.bench.results import MARGIN, PLAIN
 from heedful.core.asked import asks
-from heedful.core.errors import FieldError, HeedfulError, SiteError, WriteError
+from heedful.core.errors import FieldError, HeedfulError, WriteError
 from heedful.core.files import RECORDS, folder_for, held
 from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
 from heedful.core.method import Method, Scoped, method_of
 from heedful.core.stack import Stack
 from heedful.diagnosis.texts import positions
+from heedful.diagnosis.workers import Here, Workers, as_workers
 from heedful.engine.select import named
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
 from heedful.tasks.task import Item, Task
-from heedful.text_models import Contender, TextModel, require_causal, text_model
+from heedful.text_models import Contender, require_causal
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
     seed: int = 0,
     turns: int = 3,
     out: str | Path | None = None,
+    workers: int | Workers | None = None,
     progress: Report | None = None,
     **how: Any,
 ) -> Comparison:
@@ -105,7 +107,8 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
     better, surely worse, or surely no worse than by `margin`), and at most `prompts` of each task; `minutes` is how
     long is asked in one call. Costs are measured afterwards on the longest of the first thirty prompts, `turns` times
     in turn with the unedited model (0: not at all). `out` is a folder: records are written there as they are made, and
-    the same call goes on where it stopped. `how` goes to `attach`.
+    the same call goes on where it stopped. `workers` share the questions, as many as are asked for, or `Ray` or `Ranks`
+    as these are set; costs are measured here. `how` goes to `attach`.
     """
     given = model if isinstance(model, Loaded) else Loaded(unwrapped(model[0]), model[1], "")
     if given.tokenizer is None:
@@ -120,15 +123,22 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
     facts["contenders"] = {name: repr(what) for name, what in contenders.items()}
     series = [Series(task, given.model, given.tokenizer, seed, prompts) for task in chosen]
     facts["tasks"] = {made.name: _about(made.task) | {"left_out": made.left_out} for made in series}
-    with still(given.model), held(folder, "a comparison"):
-        log = Log(None if folder is None else folder / RECORDS, facts, seed)
-        job = _Job(given.model, contenders, how, log, progress or (lambda _: None))
-        job.answers(series, minutes)
-        if turns:
-            early = [item for made in series for item in made.first(LEAST).values()]
-            longest = max(early, key=lambda item: len(item.prompt))
-            job.costs(longest.prompt, turns)
-        return Comparison(log.facts, tuple(log.records.values()))
+    readers, asker = as_workers(workers, given.model, "compare()"), Asker(given.model, how, time.time() + 60 * minutes)
+
+    def whole() -> Comparison:
+        with held(folder, "a comparison"):
+            log = Log(None if folder is None else folder / RECORDS, facts, seed)
+            job = _Job(asker, contenders, readers, log, progress or (lambda _: None))
+            job.answers(series, minutes)
+            if turns:
+                early = [item for made in series for item in made.first(LEAST).values()]
+                longest = max(early, key=lambda item: len(item.prompt))
+                job.costs(longest.prompt, turns)
+            return Comparison(log.facts, tuple(log.records.values()))
+
+    with still(given.model):
+        found: Comparison = readers.together(whole, asker)
+        return found
 
 
 def _task(task: Task | str | Path) -> Task:
@@ -168,19 +178,6 @@ def require(
     named(how.get("backend", "auto"), "compare()")
     require_causal(given.model)
     adapt(given.model, how.get("only"))
-
-
-def _require_role(what: Contender | None, prompt: Prompt) -> None:
-    """Refuse a method that looks for spans of a name that the prompt does not mark; say which it does."""
-    for part in what if isinstance(what, Stack) else [what]:
-        method = method_of(part) if isinstance(part, Scoped) else part
-        role = getattr(method, "role", None)
-        if isinstance(role, str) and role not in prompt.roles:
-            marked = (
-                f"they mark {', '.join(map(repr, prompt.roles))}" if prompt.roles else "they mark none; try the needle"
-            )
-            rule = f"no span in these prompts has that name; {marked}"
-            raise FieldError(method, "role", role, rule, next(iter(prompt.roles), "needle"))
 
 
 def fits(given: Loaded, task: Task) -> bool:
@@ -233,9 +230,9 @@ def further(prompts: int) -> int:
 class _Job:
     """One comparison under way."""
 
-    model: Any
+    asker: Asker
     contenders: dict[str, Contender]
-    how: dict[str, Any]
+    workers: Workers
     log: Log
     report: Report
     done: int = 0
@@ -252,11 +249,10 @@ class _Job:
             if out := task.left_out:
                 note = f"{task.task.title}: {len(out)} left out: {'; '.join(out[:3])}{'; ...' if len(out) > 3 else ''}"
                 self.report(Progress("answers", 0, 1, note))
-        end = time.monotonic() + 60 * minutes
         count, open_ = 0, {(task.name, name) for task in tasks for name, _ in self.everyone()}
         while open_ and count < max(task.prompts for task in tasks):
             count = further(count)
-            if not self._round(tasks, open_, count, end):
+            if not self._round(tasks, open_, count):
                 self.report(Progress("answers", self.done, self.done, f"the {minutes:g} minutes are over"))
                 break
             if count >= LEAST:
@@ -273,40 +269,38 @@ class _Job:
         self.report(Progress("answers", self.done, self.done, f"after {asked} prompts a task, {what}"))
         return open_ | {(task, PLAIN) for task, _ in open_}
 
-    def _round(self, tasks: Sequence[Series], open_: set[tuple[str, str]], count: int, end: float) -> bool:
+    def _round(self, tasks: Sequence[Series], open_: set[tuple[str, str]], count: int) -> bool:
         """Ask up to so many prompts of each task; whether there was time for it."""
-        work = [(name, what, task) for name, what in self.everyone() for task in tasks if (task.name, name) in open_]
-        left = {
-            (name, task.name): [
-                n for n in task.first(count) if not self.log.has(Answered, name, task.name, task.seed, n)
-            ]
-            for name, _, task in work
-        }
-        total = self.done + sum(map(len, left.values()))
-        for name, what, task in work:
-            todo = left[name, task.name]
-            if not todo or self.log.has(Refused, name, task.name):
-                total -= len(todo)
-                continue
-            try:
-                _require_role(what, task.first(count)[todo[0]].prompt)
-                with text_model(self.model, what, **self.how) as speaker:  # a new one: what it did before is past
-                    for n in todo:
-                        if time.monotonic() > end:
-                            return False
-                        self.log.add(_answered(speaker, name, task.task, task.first(count)[n], task.seed, n))
-                        self.done += 1
-                        self.report(Progress("answers", self.done, total))
-            except WriteError:
-                raise
-            except HeedfulError as reason:
-                self.log.add(Refused(name, task.name, str(reason)))
-                self.report(Progress("answers", self.done, total, f"{name} on {task.task.title}: {reason}"))
-        return True
+        work = []
+        for name, what in self.everyone():
+            for task in tasks:
+                if (task.name, name) in open_ and not self.log.has(Refused, name, task.name):
+                    items = {
+                        n: item for n, item in task.first(count).items()
+                        if not self.log.has(Answered, name, task.name, task.seed, n)
+                    }  # fmt: skip
+                    work += [Asked(name, what, task.task, task.seed, items)] if items else []
+        total, over = self.done + sum(len(asked.items) for asked in work), False
+        ask = self.asker.records if isinstance(self.workers, Here) else self.asker  # each answer, where it is seen
+        with closing(self.workers.each(ask, work)) as found:
+            for asked, records in zip(work, found, strict=True):
+                left = len(asked.items)
+                with closing(records) if isinstance(records, Generator) else nullcontext():
+                    for record in records:
+                        self.log.add(record)
+                        if isinstance(record, Refused):
+                            total, left = total - left, 0
+                            note = f"{asked.name} on {asked.task.title}: {record.reason}"
+                        else:
+                            self.done, left, note = self.done + 1, left - 1, ""
+                        self.report(Progress("answers", self.done, total, note))
+                over = over or left > 0
+        return not over
 
     def costs(self, prompt: Prompt, turns: int) -> None:
         everyone = self.everyone()
-        here = machine(next(self.model.parameters()).device)
+        model, how = self.asker.model, self.asker.how
+        here = machine(next(model.parameters()).device)
         total, done = len(everyone) * (turns + 1), 0
         for turn in range(WARM_UP, turns + 1):
             measured = (name for name, _ in everyone if not self.log.has(Refused, name, COSTS))
@@ -316,26 +310,11 @@ class _Job:
                 note = ""
                 if fresh and not self.log.has(Refused, name, COSTS):
                     try:
-                        _require_role(what, prompt)
-                        self.log.add(cost(self.model, what, name, prompt, turn, **self.how))
+                        require_role(what, prompt)
+                        self.log.add(cost(model, what, name, prompt, turn, **how))
                     except WriteError:
                         raise
                     except HeedfulError as reason:
                         self.log.add(Refused(name, COSTS, str(reason)))
                         note = f"costs of {name}: {reason}"
                 self.report(Progress("costs", done, total, note))
-
-
-def _answered(speaker: TextModel, name: str, task: Task, item: Item, seed: int, n: int) -> Answered:
-    """One contender's answer to one item."""
-    began = time.perf_counter()
-    sheet = answer(speaker, item)
-    score, nats, seconds = task.score(item, sheet), task.nats(item, sheet), time.perf_counter() - began
-    if not (math.isfinite(score) and math.isfinite(nats)):
-        raise SiteError(
-            f"prompt {n}: the log-probability of what is right is {nats}, which can be compared with nothing"
-        )
-    return Answered(
-        name, repr(task), seed, n, score, nats, task.chance(item), seconds, speaker.active, dict(item.labels),
-        speaker.reason,
-    )  # fmt: skip

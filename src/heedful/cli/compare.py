@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from heedful.cli.console import console, parted, require_page, stack_from, stopping, tell, write_page
+from heedful.cli.console import console, parted, require_page, stack_from, stopping, tell, workers_from, write_page
 from heedful.cli.progress import Bars
 from heedful.cli.ranges import ranged
 from heedful.core.errors import FieldError, HeedfulError
@@ -89,6 +89,8 @@ def compare(
     only: Annotated[str | None, typer.Option(help="Serve this part of the model alone, as in 'model.layers'.")] = None,
     backend: Annotated[str, typer.Option(help="Demand one, as in 'tiled'.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Keep the records here, and go on here if stopped.")] = None,
+    workers: Annotated[int | None, typer.Option(help="So many processes ask, by Ray; costs are measured here.")] = None,
+    ray: Annotated[str, typer.Option(help="Workers of the Ray cluster at this address; auto finds it.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the results for machines.")] = False,
     page: Annotated[bool, typer.Option(help="Write the page.")] = True,
 ) -> None:
@@ -120,7 +122,7 @@ def compare(
             contenders = [_fitted(loaded, what, bars, only) for what in contenders]
         found = run(
             loaded, contenders, asked, prompts=prompts, minutes=minutes, margin=margin, seed=seed, turns=turns, out=out,
-            progress=bars, only=only, backend=backend,
+            workers=workers_from(workers, ray), progress=bars, only=only, backend=backend,
         )  # fmt: skip
     where = write_page(found, "compare", loaded.name, out) if page else None
     if as_json:

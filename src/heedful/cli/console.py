@@ -21,6 +21,7 @@ from heedful.core.stack import Stack
 
 if TYPE_CHECKING:
     from heedful.cli.progress import Bars
+    from heedful.diagnosis.workers import Ray
     from heedful.text_models import Contender
 
 console = Console(highlight=False, soft_wrap=True)
@@ -54,6 +55,13 @@ def stack_from(text: str) -> Contender:
             rule = f"{type(entry).__name__} is {entry.kind}, which cannot be joined"
             raise FieldError("compare", "methods", text, rule, "SinkWindow | TempScale")
     return Stack(tuple(entry for entry in entries if isinstance(entry, Method)))
+
+
+def workers_from(workers: int | None, ray: str) -> Ray | None:
+    """The workers that `--workers` and `--ray` ask for; None: this process."""
+    from heedful.diagnosis.workers import Ray
+
+    return Ray(2 if workers is None else workers, ray) if ray or workers is not None else None
 
 
 def require_page() -> None:

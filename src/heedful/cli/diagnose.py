@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from heedful.cli.console import console, entry_from, parted, require_page, stopping, tell, write_page
+from heedful.cli.console import console, entry_from, parted, require_page, stopping, tell, workers_from, write_page
 from heedful.cli.progress import Bars
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.figures import head_name
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DRAWN = 256  # tokens for a model without a tokenizer
 STAGES = {
     "text": ("reading the text", "tokens"),
+    "images": ("reading the images", "tokens"),
     "corpus": ("reading the corpus", "shards"),
     "trials": ("trying prompts", "tokens"),
     "weights": ("looking at weights", ""),
@@ -70,6 +71,24 @@ def built_in(loaded: Loaded) -> str | Tensor:
     return torch.randint(table.num_embeddings, (DRAWN,), generator=torch.Generator().manual_seed(0))
 
 
+def pick(model: str, loaded: Loaded, text: Path | None, images: Path | None) -> Path | str | Tensor:
+    """What the model reads, where no corpus is."""
+    from heedful.explaining.aim import reads_pictures
+
+    if reads_pictures(loaded.model):
+        if images is None:
+            raise HeedfulError(
+                f"{loaded.name} reads images. Name one, or a folder of them: heedful diagnose {model} --images photos"
+            )
+        return images
+    if images is not None:
+        raise HeedfulError(
+            f"--images {images}: {loaded.name} reads text. Leave it out, or name a model that reads images, as in "
+            "heedful diagnose vision --images photos"
+        )
+    return text or built_in(loaded)
+
+
 def diagnose(
     model: Annotated[str, typer.Argument(help="A model's name or folder, 'default', 'encoder' or 'tiny:llama'.")] = (
         "default"
@@ -77,6 +96,10 @@ def diagnose(
     text: Annotated[
         Path | None,
         typer.Option(help="A file, or a folder of texts; one is built in."),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="An image or a folder of them, for a model that reads images, such as 'vision'."),
     ] = None,
     corpus: Annotated[
         Path | None,
@@ -96,10 +119,15 @@ def diagnose(
     parts = measures_from(measures)
     if page:
         require_page()
-    if text is not None and not text.exists():
-        raise HeedfulError(f"--text: there is no file or folder '{text}'. Name one that exists, as in --text book.txt")
-    if text is not None and corpus is not None:
-        raise HeedfulError(f"--text {text} --corpus {corpus}: one of them is read. Leave one out")
+    named = {"text": text, "images": images, "corpus": corpus}
+    given = {option: path for option, path in named.items() if path is not None}
+    if len(given) > 1:
+        both = " ".join(f"--{option} {path}" for option, path in given.items())
+        raise HeedfulError(f"{both}: one of them is read. Leave the rest out")
+    for option, good in (("text", "book.txt"), ("images", "photos")):
+        if option in given and not given[option].exists():
+            missing = f"--{option}: there is no file or folder '{given[option]}'"
+            raise HeedfulError(f"{missing}. Name one that exists, as in --{option} {good}")
     if corpus is None and (workers is not None or ray):
         raise HeedfulError("--workers and --ray share a corpus, and there is none. Name one: --corpus texts.jsonl")
     bars = Bars(STAGES)
@@ -107,19 +135,17 @@ def diagnose(
         from heedful import models
         from heedful.diagnosis.corpus import Corpus
         from heedful.diagnosis.run import diagnose as run
-        from heedful.diagnosis.workers import Ray
 
         asked = Corpus(corpus, column) if corpus is not None else None
-        readers = Ray(2 if workers is None else workers, ray) if ray or workers is not None else None
         loaded = models.load(model)
     with stopping(bars, out):
         profile = run(
             loaded,
-            asked or text or built_in(loaded),
+            asked or pick(model, loaded, text, images),
             measures=parts,
             length=length,
             out=out,
-            workers=readers,
+            workers=workers_from(workers, ray),
             progress=bars,
             backend=backend,
         )

@@ -125,6 +125,11 @@ class Call:
         """How far behind its query each key stands, broadcastable to `[b h r k]`."""
         return self.pairs.q - self.pairs.k
 
+    @property
+    def places(self) -> Call:
+        """The same without the tensors that it computes with, for a mask, which outlives it."""
+        return replace(self, query=None, key=None, value=None, bias=None, hidden=None, rotate=None)
+
     def capped(self, scores: Tensor) -> Tensor:
         """Scaled scores as the model bounds them."""
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)

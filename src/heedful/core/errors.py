@@ -20,13 +20,17 @@ InactiveWarning          a stack ran and changed nothing where it should have
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import PurePath
 
 
 class HeedfulError(Exception):
-    """Base of all errors that heedful raises on purpose."""
+    """Base of all errors that heedful raises on purpose; sent to another process it is the same words."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__ or None  # type: ignore[attr-defined]
 
 
 class FieldError(HeedfulError, ValueError):

@@ -85,6 +85,12 @@ def digest_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file is to say, as it will be read again, with its digest."""
+    told = json.loads(json.dumps(content))
+    return {**told, "digest": digest_of(told)}
+
+
 def append(path: Path, text: str) -> None:
     """Add to a file all of a text, or nothing."""
     with writing(path), path.open("ab", buffering=0) as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import IO, Any
 
 from heedful.core.asked import require_fields
 from heedful.core.errors import FieldError
-from heedful.diagnosis.texts import ENDINGS, Source, read_text, why_not
+from heedful.diagnosis.texts import ENDINGS, Source, files_in, read_text, why_not
 
 SHARD = 262_144  # bytes of a shard at least; what one worker does before it reports
 ROW = 4_096  # bytes that a row counts for where nobody knows its size
@@ -49,7 +50,7 @@ class Corpus:
         if not isinstance(self.where, Path):
             rows = len(self.where)
             step = max(1, self.shard // ROW, -(-rows // MOST_SHARDS))
-            return tuple(Rows(self.where, self.column, i, min(rows, i + step)) for i in range(0, rows, step))
+            return tuple(_cut(Rows, self.where, self.column, rows, step))
         files = _files(self.where)
         size = max(self.shard, -(-sum(map(_size, files)) // MOST_SHARDS))
         found = tuple(shard for some in _grouped(files, size) for shard in _shards(some, self.column, size))
@@ -67,12 +68,12 @@ class Corpus:
         return hashlib.sha256(json.dumps([told, self.column, self.shard]).encode()).hexdigest()[:16]
 
 
-class Shard:
+class Shard(ABC):
     """A piece of a corpus."""
 
+    @abstractmethod
     def read(self) -> Iterator[Source]:
         """Its texts; what cannot be read says why, and the rest is read nevertheless."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -88,23 +89,28 @@ class Files(Shard):
 
 
 @dataclass(frozen=True)
-class Lines(Shard):
-    """The lines of JSON that begin between two places of a file."""
+class Stretch(Shard):
+    """What begins between two places of something longer."""
 
-    path: Path
+    whole: Any  # a Path, or rows
     column: str
     start: int
     stop: int
 
+
+@dataclass(frozen=True)
+class Lines(Stretch):
+    """Lines of JSON in a file, from byte to byte."""
+
     def read(self) -> Iterator[Source]:
         place = self.start
         try:
-            with self.path.open("rb") as file:
+            with self.whole.open("rb") as file:
                 if place:  # a line that begins before is another shard's
                     file.seek(place - 1)
                     place += _rest(file) - 1
                 while place < self.stop and (line := file.readline(LONGEST)):
-                    name, size = f"{self.path} at byte {place}", len(line)
+                    name, size = f"{self.whole} at byte {place}", len(line)
                     if size == LONGEST and not line.endswith(b"\n"):
                         size += _rest(file)
                         yield Source(name, found=True, unread=f"is a line of more than {LONGEST} bytes")
@@ -113,17 +119,12 @@ class Lines(Shard):
                         yield Source(name, text, found=True, unread=why)
                     place += size
         except OSError as error:
-            yield Source(f"{self.path} from byte {place}", found=True, unread=f"cannot be read ({error.strerror})")
+            yield Source(f"{self.whole} from byte {place}", found=True, unread=f"cannot be read ({error.strerror})")
 
 
 @dataclass(frozen=True)
-class Table(Shard):
+class Table(Stretch):
     """Some rows of a Parquet file."""
-
-    path: Path
-    column: str
-    start: int
-    stop: int
 
     def read(self) -> Iterator[Source]:
         from pyarrow import ArrowException
@@ -131,7 +132,7 @@ class Table(Shard):
 
         place = self.start
         try:
-            with ParquetFile(self.path) as file:
+            with ParquetFile(self.whole) as file:
                 if self.column not in file.schema_arrow.names:
                     raise LookupError(f"it has no column {self.column!r}")
                 end, groups = 0, []
@@ -144,24 +145,19 @@ class Table(Shard):
                     inside = batch.slice(max(0, self.start - row), max(0, self.stop - max(row, self.start)))
                     row += len(batch)
                     for value in inside.column(0).to_pylist() if len(inside) else ():
-                        yield _source(f"{self.path} row {place}", value)
+                        yield _source(f"{self.whole} row {place}", value)
                         place += 1
         except (OSError, ArrowException, UnicodeDecodeError, LookupError) as error:
             reason = str(error).partition("\n")[0]
-            yield Source(f"{self.path} from row {place}", found=True, unread=f"cannot be read ({reason})")
+            yield Source(f"{self.whole} from row {place}", found=True, unread=f"cannot be read ({reason})")
 
 
-@dataclass(frozen=True, eq=False)
-class Rows(Shard):
+@dataclass(frozen=True)
+class Rows(Stretch):
     """Some rows of a `datasets.Dataset`."""
 
-    rows: Any
-    column: str
-    start: int
-    stop: int
-
     def read(self) -> Iterator[Source]:
-        for i, value in enumerate(self.rows[self.start : self.stop][self.column], self.start):
+        for i, value in enumerate(self.whole[self.start : self.stop][self.column], self.start):
             yield _source(f"row {i}", value)
 
 
@@ -196,10 +192,7 @@ def _rest(file: IO[bytes]) -> int:
 
 
 def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    found = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in (*LINES, *TABLES, *ENDINGS) and not p.is_dir()]
-    return [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    return files_in(path, (*LINES, *TABLES, *ENDINGS)) if path.is_dir() else [path]
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -235,14 +228,17 @@ def _grouped(files: Iterable[Path], size: int) -> Iterator[list[Path]]:
 def _shards(some: Sequence[Path], column: str, size: int) -> Iterator[Shard]:
     path = some[0]
     if path.suffix.lower() in LINES:
-        end = _size(path)
-        yield from (Lines(path, column, i, min(end, i + size)) for i in range(0, end or 1, size))
+        yield from _cut(Lines, path, column, _size(path) or 1, size)  # one for what has none, to tell why
     elif path.suffix.lower() in TABLES:
         rows = _row_count(path)
         step = max(1, rows * size // max(1, _size(path)))
-        yield from (Table(path, column, i, min(rows, i + step)) for i in range(0, rows, step))
+        yield from _cut(Table, path, column, rows, step)
     else:
         yield Files(tuple(some))
+
+
+def _cut(kind: type[Stretch], whole: Any, column: str, end: int, step: int) -> Iterator[Stretch]:
+    return (kind(whole, column, i, min(end, i + step)) for i in range(0, end, step))
 
 
 def _row_count(path: Path) -> int:

@@ -13,6 +13,8 @@ from heedful.methods.observe.attention_profile import AttentionProfile
 from heedful.methods.observe.induction_heads import InductionHeads
 from heedful.methods.observe.massive_qk import MassiveQK
 from heedful.methods.observe.max_activations import MaxActivations
+from heedful.methods.observe.modality_share import ModalityShare
+from heedful.methods.observe.offset_local_heads import OffsetLocalHeads
 from heedful.methods.observe.parallel_to_first import ParallelToFirst
 from heedful.methods.observe.position_influence import PositionInfluence
 from heedful.methods.observe.positional_heads import PositionalHeads
@@ -38,12 +40,22 @@ DEFAULT: tuple[Measure, ...] = (
     MassiveQK(),
     WeibullWeights(sample=50_000),  # shapes within 0.02 of those of all weights
 )
+PICTURED: tuple[Measure, ...] = (  # of a model that reads images
+    OffsetLocalHeads(),
+    ModalityShare(("cls", "register", "border"), "middle"),
+    MaxActivations(),
+    SystematicOutliers(),
+    MassiveQK(),
+    WeibullWeights(sample=50_000),
+)
 
 
-def chosen(measures: Iterable[Measure | str] | Measure | str | None) -> tuple[Measure, ...]:
+def chosen(
+    measures: Iterable[Measure | str] | Measure | str | None, default: tuple[Measure, ...] = DEFAULT
+) -> tuple[Measure, ...]:
     """The measures asked for, each once; the default ones where none are."""
     if measures is None:
-        return DEFAULT
+        return default
     requested = [measures] if isinstance(measures, str | Measure) else list(measures)
     parts = tuple(dict.fromkeys(find(x)() if isinstance(x, str) else x for x in requested))
     for part in parts:

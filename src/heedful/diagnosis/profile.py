@@ -19,6 +19,7 @@ from heedful.core.method import Readings, method_of
 from heedful.core.stats import Max, Statistic, TopK
 from heedful.diagnosis.apart import banded, dealt
 from heedful.diagnosis.difference import ProfileDifference
+from heedful.diagnosis.glances import ImageView
 from heedful.diagnosis.measures import WEIGHTS, readers, reads_text
 from heedful.diagnosis.store import ADDED, read, write
 from heedful.diagnosis.view import TokenView
@@ -38,7 +39,7 @@ class Profile:
     facts: dict[str, Any]  # plain values: model, layers, heads, tokens, seconds, versions ...
     parts: tuple[Measure, ...]
     statistics: dict[str, Statistic]  # by "<part number>.<reader>.<layer>"
-    view: TokenView | None = None
+    view: TokenView | ImageView | None = None
     apart: tuple[dict[str, Statistic], ...] = ()  # those of parts of the texts; none where the text is one part
 
     def __post_init__(self) -> None:
@@ -92,7 +93,8 @@ class Profile:
         skipped, tokens = self.facts.get("skipped"), self.facts.get("tokens")
         if skipped:
             some = "; ".join(skipped[:3]) + (" ..." if len(skipped) > 3 else "")
-            yield Finding(f"{len(skipped)} of {self.facts['texts'] + len(skipped)} texts left out: {some}.", 1.0)
+            read = counted(self.facts["texts"] + len(skipped), self.facts.get("reads", "text"))
+            yield Finding(f"{len(skipped)} of {read} left out: {some}.", 1.0)
         if tokens is not None and tokens < FEW and any(map(reads_text, self.parts)):
             yield Finding(f"{tokens} tokens are too few to tell much of a model; give it {FEW} or more to read.", 1.0)
 

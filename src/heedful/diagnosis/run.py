@@ -22,16 +22,19 @@ from heedful.core.kinds import Measure, Tokenizer, Weights
 from heedful.core.method import method_of
 from heedful.core.stack import Stack
 from heedful.core.stats import Cat, Statistic
+from heedful.diagnosis import glances
 from heedful.diagnosis.apart import MOST, Found, dealt, joined, light
 from heedful.diagnosis.corpus import Corpus, Shard
-from heedful.diagnosis.measures import WEIGHTS, chosen, makes_trials, reads_text
+from heedful.diagnosis.glances import Glances, ImageView
+from heedful.diagnosis.images import images
+from heedful.diagnosis.measures import DEFAULT, PICTURED, WEIGHTS, chosen, makes_trials, reads_text
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.shards import Reader, Sums, first_of
 from heedful.diagnosis.store import ADDED, clean
 from heedful.diagnosis.subject import Subject
-from heedful.diagnosis.texts import Texts, Windows, cut, ordinary, pictures, pieces, positions, some, sources
-from heedful.diagnosis.view import Looks, notable, room, view_of
-from heedful.diagnosis.workers import Here, Ray, Workers
+from heedful.diagnosis.texts import Texts, Windows, cut, ordinary, pieces, positions, some, sources
+from heedful.diagnosis.view import SHOWN, Attended, Looks, TokenView, notable, room, view_of
+from heedful.diagnosis.workers import Workers, as_workers
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
 
@@ -43,7 +46,7 @@ SAVE_EVERY = 60.0  # seconds between two saves of what is there so far
 class Progress:
     """How far a diagnosis is."""
 
-    stage: str  # "text", "corpus", "trials", "weights" or "view"
+    stage: str  # "text", "images", "corpus", "trials", "weights" or "view"
     done: int  # tokens of this stage, or shards
     total: int
     note: str = ""
@@ -69,8 +72,8 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
     A `Corpus` is read shard by shard, by as many `workers` as are asked for, or by `Ray` or `Ranks` as these are set;
     its answer is the same whoever reads it.
 
-    A model that reads images takes their pixels, `[c rows cols]`, a batch or a list of them; measures that make prompts
-    of their own are left out.
+    A model that reads images takes a Path to an image or a folder of them, which its own processor prepares, or their
+    pixels, `[c rows cols]`, a batch, or a list of these; measures that make prompts of their own are left out.
 
     `length` is the most tokens that one forward reads (2048, or as many as the model takes); what is longer is cut.
     With `batch` above 1 several windows are read at once, and no measure learns where delimiters stand. `out` is a
@@ -78,10 +81,11 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
     `how` goes to `attach`: `only`, `backend`, `tile_rows`.
     """
     given = model if isinstance(model, Loaded) else Loaded(unwrapped(model), None, "")
-    parts, folder = chosen(measures), folder_for("diagnose()", out)
+    folder = folder_for("diagnose()", out)
     if batch < 1:
         raise FieldError("diagnose()", "batch", batch, "must be 1 or more", 1)
     subject = Subject(given.model, _words(tokenizer or given.tokenizer), how, progress or (lambda _: None))
+    parts = chosen(measures, PICTURED if subject.pictures else DEFAULT)
     length = _length(subject.model, length)
     corpus = _corpus(texts, workers)
     shards = corpus.shards() if corpus is not None else ()
@@ -89,7 +93,8 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
         if corpus is not None:
             rule = f"holds texts, and {type(subject.model).__name__} reads images: pass their pixels"
             raise FieldError("diagnose()", "texts", corpus, rule, "processor(image, return_tensors='pt').pixel_values")
-        parts, windows = tuple(part for part in parts if not makes_trials(part)), pictures(texts)  # type: ignore[arg-type]
+        parts = tuple(part for part in parts if not makes_trials(part))
+        windows = images(texts, tokenizer or given.tokenizer)  # type: ignore[arg-type]
     elif corpus is None:
         windows = some(cut(sources(texts), subject.tokenizer, length, subject.vocabulary))  # type: ignore[arg-type]
     else:
@@ -100,7 +105,7 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
         facts["settings"] = _settings(
             facts, parts, corpus.digest() if corpus is not None else named, {"length": length, "batch": batch, **how}
         )
-        readers = Ray(workers) if isinstance(workers, int) else workers or Here()
+        readers = as_workers(workers, subject.model, "diagnose()")
         read = Reader(subject.model, subject.tokenizer, parts, length, batch, how)
 
         def whole() -> Profile:
@@ -132,9 +137,9 @@ class _Job:
     facts: dict[str, Any]
     batch: int
     out: Path | None
-    shards: tuple[Shard, ...] = ()  # of a corpus; `windows` then are those of the first that can be read
-    workers: Workers = field(default_factory=Here)
-    reader: Reader | None = None
+    shards: tuple[Shard, ...]  # of a corpus; `windows` then are those of the first that can be read
+    workers: Workers
+    reader: Reader
     _looks: Mapping[int, Looks] = field(default_factory=dict)  # where the first window's first tokens look
 
     def whole(self) -> Profile:
@@ -176,11 +181,12 @@ class _Job:
         start = earlier.facts["windows"] if earlier is not None else 0
         done = sum(map(self.subject.count, rows[:start]))
         note = f"goes on after {start} of {len(rows)} windows read before" if start else ""
-        self.subject.report(Progress("text", done, total, note))
+        stage = "images" if self.subject.pictures else "text"
+        self.subject.report(Progress(stage, done, total, note))
         roles = self.subject.delimiters(self.batch)
         began = saved = time.perf_counter()
         read = start
-        looking = (self.subject.looking(rows[0]),) if read == 0 else ()
+        looking = (Attended(tokens=SHOWN),) if read == 0 and not self.subject.pictures else ()
         whole: Found = {}
         apart: dict[int, Found] = dict(enumerate(earlier.in_parts if earlier is not None else ()))
         with self.subject.attach(Stack((*(part for _, part in mine), *looking))) as run:
@@ -194,7 +200,7 @@ class _Job:
                 if earlier is None:
                     facts |= {name: getattr(self.windows, name) for name in ("texts", "left_out")}
                     facts["skipped"] = list(self.windows.skipped)
-                new = self._profile(whole, "text", time.perf_counter() - began, **facts)
+                new = self._profile(whole, stage, time.perf_counter() - began, **facts)
                 return replace(new if earlier is None else earlier + new, apart=dealt(apart.values()))
 
             def take(unit: int) -> None:
@@ -214,7 +220,7 @@ class _Job:
                     take(self.windows.of[read] if self.windows.texts > 1 else read // self.batch)
                     read += len(taken)
                     done += sum(map(self.subject.count, taken))
-                    self.subject.report(Progress("text", done, total))
+                    self.subject.report(Progress(stage, done, total))
                     if self.out is not None and time.perf_counter() - saved > SAVE_EVERY:
                         so_far().save(self.out / UNFINISHED)
                         saved = time.perf_counter()
@@ -244,7 +250,7 @@ class _Job:
                 so_far().save(self.out / UNFINISHED)
 
         try:
-            with closing(self.workers.each(self.reader, self.shards[start:])) as pieces:  # type: ignore[arg-type]
+            with closing(self.workers.each(self.reader, self.shards[start:])) as pieces:
                 for piece in pieces:
                     sums = sums.plus(piece)
                     self.subject.report(Progress("corpus", sums.facts["shards"], total))
@@ -290,29 +296,44 @@ class _Job:
         return self._profile(statistics, "weights", time.perf_counter() - began)
 
     def _view(self, profile: Profile) -> Profile:
-        """Where the most notable heads look in the first tokens of the first window."""
+        """Where the most notable heads look."""
         began = time.perf_counter()
+        view = self._glances(profile) if self.subject.pictures else self._tokens(profile)
+        profile += self._profile({}, "view", time.perf_counter() - began)
+        return replace(profile, view=view)
+
+    def _tokens(self, profile: Profile) -> TokenView:
+        """In the first tokens of the first window."""
         window, looks = self.windows.tokens[0], self._looks
-        shown = self.subject.stretch(window)
-        if not looks or any(int(look.keys.max()) >= self.subject.count(shown) for look in looks.values()):
+        shown = window[:SHOWN]
+        if not looks or any(int(look.keys.max()) >= len(shown) for look in looks.values()):
             # nobody read the first window now, or its tokens look at later ones: the stretch is read alone
-            looks = self._looked(shown)
-        if self.subject.pictures:
-            named = self.subject.places(shown)
-        else:
-            named = pieces(self.windows.first, self.subject.tokenizer, window)[: len(shown)]
+            looks = self._read(Attended(tokens=SHOWN), shown)
+        named = pieces(self.windows.first, self.subject.tokenizer, window)[: len(shown)]
         self.subject.report(Progress("view", len(named), len(named)))
         most, keys = room(len(named))
         heads = notable(profile.roles(), self.facts["layers"], self.facts["heads"], most)
-        profile += self._profile({}, "view", time.perf_counter() - began)
-        return replace(profile, view=view_of(looks, heads, named, keys))
+        return view_of(looks, heads, named, keys)
 
-    def _looked(self, shown: Tensor) -> Mapping[int, Looks]:
-        looking = self.subject.looking(shown)
+    def _glances(self, profile: Profile) -> ImageView | None:
+        """In the first images that have the shape of the first; None where layers do not see an image whole."""
+        rows = [n for n, row in enumerate(self.windows.tokens) if row.shape == self.windows.tokens[0].shape]
+        pixels = [self.windows.tokens[n] for n in rows[: glances.MOST_IMAGES]]
+        tokens = self.subject.count(pixels[0])
+        found = []
+        for done, row in enumerate(pixels, 1):
+            found.append(self._read(Glances(tokens), row))
+            self.subject.report(Progress("view", tokens * done, tokens * len(pixels)))
+        if not found[0]:
+            return None
+        heads = glances.chosen(notable(profile.roles(), 0, 0, glances.MOST_HEADS // 2), found[0])
+        names = [self.windows.names[n] for n in rows[: len(pixels)]]
+        return glances.view_of(found, heads, pixels, names, *self.subject.places(pixels[0]))
+
+    def _read(self, looking: Attended | Glances, shown: Tensor) -> Any:
         with self.subject.attach(looking) as run:
             self.subject.read(run, (shown,))
-            found: Mapping[int, Looks] = run[looking]
-            return found
+            return run[looking] if run.state.statistics else {}
 
 
 def remove(folder: Path) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from heedful.catalogue import entries, named
 from heedful.core.errors import DefinitionError, HeedfulError, StatisticError
-from heedful.core.files import PART, PROFILE, digest_of, replace_text, writing
+from heedful.core.files import PART, PROFILE, digest_of, replace_text, sealed, writing
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import Method, Scoped
 from heedful.core.spelling import built, spelled
 from heedful.core.stats import Cat, Statistic, load, save
+from heedful.diagnosis.glances import ImageView
 from heedful.diagnosis.measures import readers
 from heedful.diagnosis.view import TokenView
 
@@ -43,7 +44,7 @@ def write(
     facts: dict[str, Any],
     parts: tuple[Measure, ...],
     statistics: Mapping[str, Statistic],
-    view: TokenView | None,
+    view: TokenView | ImageView | None,
     apart: Sequence[Mapping[str, Statistic]],
 ) -> Path:
     """A profile into a folder: whole, or not at all."""
@@ -53,11 +54,10 @@ def write(
         "facts": facts,
         "parts": [spelled(part) for part in parts],
         "statistics": new.name,
-        "view": view and {"tokens": view.tokens, "heads": view.heads, "layers": view.layers},
+        "view": view and {name: x for name, x in vars(view).items() if not isinstance(x, Tensor)},
     }
     try:
-        content = json.loads(json.dumps(content))  # as it will be read
-        text = json.dumps({**content, "digest": digest_of(content)}, indent=1)
+        text = json.dumps(sealed(content), indent=1)
     except TypeError as error:
         raise StatisticError(f"cannot save the measures {parts}: {error}") from error
     whole = dict(statistics)
@@ -100,9 +100,10 @@ def _require(facts: Any, parts: tuple[Measure, ...], statistics: Mapping[str, St
 
 
 Found = dict[str, Statistic]
+View = TokenView | ImageView
 
 
-def read(folder: Path) -> tuple[dict[str, Any], tuple[Measure, ...], Found, TokenView | None, tuple[Found, ...]]:
+def read(folder: Path) -> tuple[dict[str, Any], tuple[Measure, ...], Found, View | None, tuple[Found, ...]]:
     """What `write` wrote, in its order."""
     try:
         content = json.loads((folder / PROFILE).read_text(encoding="utf-8"))
@@ -132,7 +133,8 @@ def read(folder: Path) -> tuple[dict[str, Any], tuple[Measure, ...], Found, Toke
         if view is not None:
             tensors = statistics.pop(VIEW).tensors()
             heads = [(layer, head) for layer, head in view["heads"]]
-            view = TokenView(view["tokens"], heads, layers=view["layers"], **tensors)
+            plain: dict[str, Any] = {**view, "heads": heads, **tensors}
+            view = TokenView(**plain) if "tokens" in plain else ImageView(**plain)
         parts = tuple(map(_measure, spellings))
         apart: dict[int, Found] = {}
         for key in [key for key in statistics if key.startswith(APART)]:

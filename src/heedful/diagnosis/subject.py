@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heedful.adapters.grids import Grid, before_patches, grid_of
+from heedful.adapters.grids import Grid, before_patches, grid_of, regions
 from heedful.adapters.transformers import adapt
 from heedful.api import attach
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.method import Part
 from heedful.core.stack import Stack
+from heedful.diagnosis.glances import places as shown
 from heedful.diagnosis.profile import endless
 from heedful.diagnosis.texts import Delimiters
-from heedful.diagnosis.view import SHOWN, Attended
 from heedful.engine.run import Run
 from heedful.explaining.aim import reads_pictures
 
@@ -73,18 +73,13 @@ class Subject:
         rows, cols = self._grid(row)
         return before_patches(self.model) + rows * cols
 
-    def stretch(self, row: Tensor) -> Tensor:
-        """What is looked at by itself: the first tokens of a text, an image whole."""
-        return row if self.pictures else row[:SHOWN]
-
-    def looking(self, row: Tensor) -> Attended:
-        return Attended(tokens=self.count(row) if self.pictures else SHOWN)
-
-    def places(self, row: Tensor) -> list[str]:
-        """What an image's tokens are called: patches by row and column."""
-        rows, cols = self._grid(row)
-        before = [f"[{i}] " for i in range(before_patches(self.model))]
-        return [*before, *(f"{i},{j} " for i in range(rows) for j in range(cols))]
+    def places(self, row: Tensor) -> tuple[list[str], Grid]:
+        """What an image's tokens before its patches are, and its rows and columns of places that are shown."""
+        grid = self._grid(row)
+        found = regions(self.model, grid, self.count(row))
+        first = ["class token"] if "cls" in found else []
+        learned = [f"register {i}" for i in range(1, before_patches(self.model) - len(first) + 1)]
+        return [*first, *learned], shown(found["patches"])[1]
 
     def _grid(self, row: Tensor) -> Grid:
         grid = grid_of(self.model, {"pixel_values": row[None]})

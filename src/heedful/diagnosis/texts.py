@@ -43,6 +43,7 @@ class Windows:
     left_out: int  # tokens in ends too short to count as a text
     skipped: tuple[str, ...] = ()  # texts of a folder that could not be read, and why
     of: tuple[int, ...] = ()  # the number of each piece's text
+    names: tuple[str, ...] = ()  # of each piece, where pieces are images
 
 
 def _refuse(value: object, rule: str, good: object = Path("book.txt")) -> FieldError:
@@ -79,16 +80,20 @@ def _files(path: Path) -> list[Source]:
         if why:
             raise _refuse(str(path), why)
         return [Source(str(path), text)]
-    inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in ENDINGS and not p.is_dir()]
-    inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     found = []
-    for p in inside:
+    for p in files_in(path, ENDINGS):
         text, why = read_text(p) if p.is_file() else ("", "is no file" if p.exists() else "is a link to nothing")
         found.append(Source(str(p), text, found=True, unread=why))
     if all(source.unread for source in found):
         rule = f"the folder holds no file with text in it that ends in {', '.join(ENDINGS)}"
         raise _refuse(str(path), rule + "".join(f"; {source.name} {source.unread}" for source in found[:3]))
     return found
+
+
+def files_in(folder: Path, endings: Sequence[str]) -> list[Path]:
+    """The files of a folder and those below it that end so, in the order of their names; none that is hidden."""
+    found = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in endings and not p.is_dir()]
+    return [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
 
 
 def read_text(path: Path) -> tuple[str, str]:
@@ -166,19 +171,6 @@ def some(windows: Windows) -> Windows:
             list(windows.skipped[:9]), "none of these can be read: attention needs texts of two tokens or more"
         )
     return windows
-
-
-def pictures(given: Texts) -> Windows:
-    """Images as they are, each a window of its own."""
-    batch = given if isinstance(given, Sequence) else [given]
-    found = [one for x in batch for one in (x if isinstance(x, Tensor) and x.ndim == 4 else [x])]
-    if not found or not all(isinstance(x, Tensor) and x.ndim == 3 and x.is_floating_point() for x in found):
-        rule = (
-            "a model that reads images takes their pixels, [c rows cols], a batch [b c rows cols], or a list of these"
-        )
-        raise _refuse(type(given).__name__, rule, "processor(image, return_tensors='pt').pixel_values")
-    rows = tuple(x.cpu() for x in found if isinstance(x, Tensor))
-    return Windows(rows, Source("image"), len(rows), 0, (), tuple(range(len(rows))))
 
 
 def _windows(source: Source, tokenizer: Any, length: int) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Who reads the shards of a corpus: this process, workers of Ray, or the processes that torchrun started."""
+"""Who does the parts of a job: this process, workers of Ray, or the processes that torchrun started."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
+from torch import nn
+from torch.distributed.tensor import DTensor
+
 from heedful.core.asked import require_fields
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.stats import Statistic
-from heedful.diagnosis.corpus import Shard
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,15 +32,15 @@ class Piece:
     statistics: dict[str, Statistic]
 
 
-Read = Callable[[Shard], Piece]
-Pieces = Generator[Piece, None, None]  # closed, it lets the workers go
+Read = Callable[[Any], Any]  # of one shard, or whatever else is shared: what it gives
+Pieces = Generator[Any, None, None]  # closed, it lets the workers go
 
 
 class Workers(ABC):
-    """Whoever reads shards."""
+    """Whoever reads shards, or does other parts of a job that can be sent."""
 
     @abstractmethod
-    def each(self, read: Read, shards: Sequence[Shard]) -> Pieces:
+    def each(self, read: Read, shards: Sequence[Any]) -> Pieces:
         """What `read` gives for each shard, in the order of the shards, whoever is done first."""
 
     def together(self, whole: Callable[[], Any], read: Read) -> Any:
@@ -50,7 +52,7 @@ class Workers(ABC):
 class Here(Workers):
     """This process, one shard after the other."""
 
-    def each(self, read: Read, shards: Sequence[Shard]) -> Pieces:
+    def each(self, read: Read, shards: Sequence[Any]) -> Pieces:
         yield from map(read, shards)
 
 
@@ -69,7 +71,7 @@ class Ray(Workers):
         if self.cpus <= 0:
             raise FieldError(self, "cpus", self.cpus, "must be above 0", 1.0)
 
-    def each(self, read: Read, shards: Sequence[Shard]) -> Pieces:
+    def each(self, read: Read, shards: Sequence[Any]) -> Pieces:
         if not shards:
             return
         with self._cluster() as ray, warnings.catch_warnings():
@@ -158,14 +160,14 @@ class Ranks(Workers):
 
     _group: Any = field(default=None, init=False, repr=False)  # one that takes objects, which NCCL's does not
 
-    def each(self, read: Read, shards: Sequence[Shard]) -> Pieces:
+    def each(self, read: Read, shards: Sequence[Any]) -> Pieces:
         import torch.distributed as dist
 
-        size = dist.get_world_size()
-        for start in range(0, len(shards), size):
-            mine = tuple(shards[start : start + size])
-            self._told(("read", mine))
-            yield from map(_opened, self._gathered(_closed(read, mine[0]))[: len(mine)])
+        self._told(("shards", tuple(shards)))
+        for start in range(0, len(shards), dist.get_world_size()):
+            self._told(("read", start))
+            found = self._gathered(_closed(read, shards[start]))
+            yield from map(_opened, found[: len(shards) - start])
 
     def together(self, whole: Callable[[], Any], read: Read) -> Any:
         import torch.distributed as dist
@@ -183,7 +185,8 @@ class Ranks(Workers):
         try:
             found = whole()
         except BaseException as error:
-            self._told(("failed", Failure.of(error)))
+            known = isinstance(error, HeedfulError)
+            self._told(("failed", error if known else HeedfulError(f"the process that leads was stopped by {error!r}")))
             raise
         self._told(("done", found))
         return found
@@ -191,14 +194,18 @@ class Ranks(Workers):
     def _follow(self, read: Read) -> Any:
         import torch.distributed as dist
 
+        shards: Sequence[Any] = ()
         while True:
             word, what = self._told(None)
             if word == "done":
                 return what
             if word == "failed":
-                raise what.error()
-            rank = dist.get_rank()
-            self._gathered(_closed(read, what[rank]) if rank < len(what) else b"")
+                raise what
+            if word == "shards":
+                shards = what
+            else:
+                number = what + dist.get_rank()
+                self._gathered(_closed(read, shards[number]) if number < len(shards) else b"")
 
     def _told(self, word: Any) -> Any:
         """What the first process says to all."""
@@ -217,31 +224,12 @@ class Ranks(Workers):
         return found or []
 
 
-@dataclass(frozen=True)
-class Failure:
-    """One of our errors on its way to another process."""
-
-    kind: type[HeedfulError]
-    text: str
-
-    @classmethod
-    def of(cls, error: BaseException) -> Failure:
-        if isinstance(error, HeedfulError):
-            return cls(type(error), str(error))
-        return cls(HeedfulError, f"the process that leads was stopped by {error!r}")
-
-    def error(self) -> HeedfulError:
-        found = self.kind.__new__(self.kind)
-        found.args = (self.text,)
-        return found
-
-
-def _closed(read: Read, shard: Shard) -> bytes:
+def _closed(read: Read, shard: Any) -> bytes:
     """What a shard gave, or why it gave nothing, to be sent."""
     try:
         return packed(read(shard))
     except HeedfulError as error:
-        return packed(Failure.of(error))
+        return packed(error)
 
 
 class _Packer(pickle.Pickler):
@@ -255,15 +243,23 @@ class _Packer(pickle.Pickler):
         return torch.from_numpy, (value.detach().cpu().contiguous().numpy(),)
 
 
-def packed(value: Piece | Failure) -> bytes:
+def packed(value: Any) -> bytes:
     """What goes from one of our own processes to another."""
     out = io.BytesIO()
     _Packer(out, pickle.HIGHEST_PROTOCOL).dump(value)
     return out.getvalue()
 
 
-def _opened(content: bytes) -> Piece:
+def _opened(content: bytes) -> Any:
     found = pickle.loads(content)
-    if isinstance(found, Failure):
-        raise found.error()
+    if isinstance(found, HeedfulError):
+        raise found
     return found
+
+
+def as_workers(asked: int | Workers | None, model: nn.Module, verb: str) -> Workers:
+    """So many workers of Ray, those that are named, or this process."""
+    if asked is not None and any(isinstance(p, DTensor) for p in model.parameters()):
+        rule = "work on something else each, and these weights are spread over processes that must do the same"
+        raise FieldError(verb, "workers", asked, rule, None)
+    return Ray(asked) if isinstance(asked, int) else asked or Here()

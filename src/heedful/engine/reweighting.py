@@ -79,7 +79,7 @@ def _level(q: Tensor, k: Tensor, job: AttentionCall, summary: Summary) -> Tensor
     b, h, n = summary.place.shape
     place = summary.place.reshape(b, k.shape[1], -1)
     best = k.gather(2, place[..., None].expand(-1, -1, -1, k.shape[3])).view(b, h, n, -1)
-    return torch.linalg.vecdot(q, best) * job.call.scale - summary.peak.log()
+    return job.call.capped(torch.linalg.vecdot(q, best) * job.call.scale) - summary.peak.log()
 
 
 def _moved(
@@ -93,7 +93,7 @@ def _moved(
 ) -> Tensor | None:
     """A block's heads after the shift; None where some row must be computed anew."""
     q, k, v = tensors
-    weights = (grouped(q, k.mT) * job.call.scale - level[..., None]).exp()  # [b h r c]
+    weights = (job.call.capped(grouped(q, k.mT) * job.call.scale) - level[..., None]).exp()  # [b h r c]
     keep = job.call.mask.keeps(job.call.tile(block, columns).pairs)
     if keep is not None:
         weights = weights.masked_fill(~keep, 0.0)

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heedful.core.call import Call, DenoisingStep, Phase
 from heedful.core.errors import DefinitionError, FieldError, SiteError
@@ -22,6 +22,7 @@ from heedful.core.stack import Stack, Step, apart
 from heedful.core.state import Key, Notes, Shelf, State
 from heedful.core.stats import Statistic
 from heedful.core.values import replace
+from heedful.engine.learned import planted_name
 from heedful.engine.needs import Needs
 from heedful.engine.one_forward import Forward, Found, Memory
 
@@ -150,9 +151,13 @@ class RunState:
         """What steps penalised in this forward."""
         return self.now.losses
 
-    def begin(self, layer: int, shelf: Shelf) -> None:
+    def begin(self, layer: int, shelf: Shelf, module: nn.Module) -> None:
         """A call of a layer begins, with what methods keep with its cache."""
         self.now.shelves[layer] = shelf
+        for number, method in enumerate(self.stack.methods):
+            if kept := self.params.get((number, layer)):  # whoever loads, moves or shards weights may put others there
+                found = {name: getattr(module, planted_name(method, number, name)) for name in kept}
+                self.params[number, layer] = found
         if layer in self.now.early:
             self.now.early.remove(layer)
         else:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from heedful.adapters.grids import before_patches, grid_of
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import attach, still
 from heedful.core.asked import asks
@@ -33,6 +34,15 @@ MOST = 1 << 30  # bytes of maps that are kept without a word
 
 
 @dataclass(frozen=True, eq=False)
+class Picture:
+    """An image whose patches are tokens."""
+
+    pixels: Tensor  # [c rows cols], as the model gets them
+    grid: tuple[int, int]  # rows and columns of patches
+    before: int  # tokens that stand before the patches
+
+
+@dataclass(frozen=True, eq=False)
 class Patterns:
     """`patterns[layer]` is `[h q k]`, `patterns[layer, head]` is `[q k]`; rows are queries. A notebook shows them."""
 
@@ -40,6 +50,7 @@ class Patterns:
     maps: Mapping[int, Tensor]  # by layer [h q k]
     heads: Mapping[int, list[int]]  # by layer, which heads these are
     text: frozenset[int] | None = None  # the layers that read these tokens, and no image; None: all
+    picture: Picture | None = None  # what is looked at, where all tokens are an image's
 
     def __getitem__(self, place: int | Head) -> Tensor:
         layer, head = place if isinstance(place, tuple) and len(place) == 2 else (place, None)
@@ -166,10 +177,16 @@ def patterns(
     maps = {layer: torch.cat(stat.value, 1) for layer, stat in sorted(found.items())}
     named = {layer: wanted.get(layer) or list(range(len(x))) for layer, x in maps.items()}
     if ids is None:
-        return Patterns([], maps, named)
+        return Patterns([], maps, named, picture=_picture(given.model, inputs))
     second = inputs.get("decoder_input_ids", ids)
     unsure = second.shape == ids.shape and not torch.equal(second, ids)  # an axis would not tell whose words it has
     return Patterns([] if unsure else spelled(ids[0], words), maps, named, text if readers else None)
+
+
+def _picture(model: nn.Module, inputs: dict[str, Any]) -> Picture | None:
+    if (pixels := inputs.get("pixel_values")) is None or (grid := grid_of(model, {"pixel_values": pixels})) is None:
+        return None
+    return Picture(pixels[0].float().cpu(), grid, before_patches(model))
 
 
 @contextmanager

@@ -98,10 +98,16 @@ def _span(keep, size, batch, head, query, RANGES: tl.constexpr):
 
 
 @triton.jit
+def _wide(x):
+    """A number that may be multiplied by a stride: a batch of long texts has more elements than 32 bits can count."""
+    return x.to(tl.int64)
+
+
+@triton.jit
 def _read(x, batch, head, line, there, width, W: tl.constexpr):
     """Lines of a tensor `[b h n d]`, and zeros where nothing is there."""
     wide = tl.arange(0, W)
-    at = x.at + batch * x.b + head[:, None] * x.h + line[:, None] * x.n + wide[None, :]
+    at = x.at + batch * x.b + head[:, None] * x.h + _wide(line)[:, None] * x.n + wide[None, :]
     return tl.load(at, mask=there[:, None] & (wide < width)[None, :], other=0.0)
 
 
@@ -134,7 +140,7 @@ def attend_rows(
 ):  # fmt: skip
     """Heads, the log-sum-exp of each row's scores, and what can be said of a row; each program has a span of keys."""
     shared_heads = size.heads // size.group
-    batch, shared = tl.program_id(1) // shared_heads, tl.program_id(1) % shared_heads
+    batch, shared = _wide(tl.program_id(1) // shared_heads), tl.program_id(1) % shared_heads
     texts, split = tl.num_programs(1) // shared_heads, tl.program_id(2)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     query, head = row // size.group, shared * size.group + row % size.group
@@ -214,7 +220,7 @@ def attend_rows(
         if keep.table is not None:
             kept = kept & _listed(keep, size, batch, head, query, one)
         wide = tl.arange(0, BD)
-        at = k_lines.at + batch * k_lines.b + shared * k_lines.h + one * k_lines.n + wide
+        at = k_lines.at + batch * k_lines.b + shared * k_lines.h + _wide(one) * k_lines.n + wide
         k = tl.load(at, mask=(wide < size.d) & (one >= 0), other=0.0)
         score = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * size.scale
         weight = tl.exp(_capped(score, size) - base) * share
@@ -255,14 +261,14 @@ def add_columns(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """What each key receives: a program has a block of keys and goes through all queries, in their order."""
-    batch, head = tl.program_id(1) // size.heads, tl.program_id(1) % size.heads
+    batch, head = _wide(tl.program_id(1) // size.heads), tl.program_id(1) % size.heads
     first = tl.program_id(0) * BN
     summed = tl.zeros([BN], tl.float32)
     for start in range(0, size.n, BM):
         query = start + tl.arange(0, BM)
         summed += tl.sum(_weights(q_lines, k_lines, lse, size, keep, batch, head, query, first, BN, BD, RANGES), 0)
     col = first + tl.arange(0, BN)
-    tl.store(received + tl.program_id(1) * size.m + col, summed, mask=col < size.m)
+    tl.store(received + _wide(tl.program_id(1)) * size.m + col, summed, mask=col < size.m)
 
 
 @triton.jit
@@ -271,7 +277,7 @@ def add_diagonals(
     B: tl.constexpr, BD: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """The weight at each distance: a program has a diagonal of tiles, in all of which a place means one distance."""
-    batch, head = tl.program_id(1) // size.heads, tl.program_id(1) % size.heads
+    batch, head = _wide(tl.program_id(1) // size.heads), tl.program_id(1) % size.heads
     wide = tl.cdiv(size.m, B)
     lag = tl.program_id(0) - (wide - 1)
     summed = tl.zeros([B, B], tl.float32)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from heedful.bench.compare import label
 from heedful.core.errors import StatisticError
-from heedful.core.files import digest_of, placed, replace_text, writing
+from heedful.core.files import digest_of, placed, replace_text, sealed, writing
 from heedful.core.fitted import Fitted
 from heedful.core.method import Method, Part
 from heedful.core.spelling import spelled
@@ -56,7 +56,7 @@ class Record:
     seconds: float  # of training
     costs: dict[str, Any]  # plain numbers behind the ratios
     facts: dict[str, Any]  # machine and versions
-    weights: str = ""  # the checksum of what was trained
+    weights: str  # the checksum of what was trained
 
     def named(self, name: str) -> Record:
         """The same under another name for its mechanism."""
@@ -158,8 +158,7 @@ class Trainings:
             with placed(_weights(mine)) as beside:
                 save_file(found.weights, beside)
             _weights(mine).replace(_weights(path))
-            told = json.loads(json.dumps(asdict(record)))  # as it will be read
-            replace_text(mine, json.dumps({**told, "digest": digest_of(told)}) + "\n")
+            replace_text(mine, json.dumps(sealed(asdict(record))) + "\n")
             mine.replace(path)
         return read(path)
 

@@ -17,6 +17,8 @@ def files() -> dict[str, str]:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":  # of a star
+        return __dir__()
     if not name.startswith("_"):
         if (home := files().get(name.lower())) is not None and hasattr(module := import_module(home), name):
             return getattr(module, name)

@@ -3,6 +3,9 @@
 from heedful.methods.compress.convert.attention_editing import AttentionEditing as AttentionEditing
 from heedful.methods.compress.prune.multi_query_attention import MultiQueryAttention as MultiQueryAttention
 from heedful.methods.compress.prune.prune_heads import PruneHeads as PruneHeads
+from heedful.methods.compress.quantise.absmax import Absmax as Absmax
+from heedful.methods.compress.quantise.fp4 import FP4 as FP4
+from heedful.methods.compress.quantise.llm_int8 import LLMInt8 as LLMInt8
 from heedful.methods.explain.attention_flow import AttentionFlow as AttentionFlow
 from heedful.methods.explain.attention_lens import AttentionLens as AttentionLens
 from heedful.methods.explain.attention_output_sae import AttentionOutputSAE as AttentionOutputSAE
@@ -18,13 +21,17 @@ from heedful.methods.intervene.diffusion.attentive_eraser import AttentiveEraser
 from heedful.methods.intervene.diffusion.hrv import HRV as HRV
 from heedful.methods.intervene.diffusion.soft_pag import SoftPAG as SoftPAG
 from heedful.methods.intervene.language.act import ACT as ACT
+from heedful.methods.intervene.language.asguard import ASGuard as ASGuard
 from heedful.methods.intervene.language.attention_buckets import AttentionBuckets as AttentionBuckets
 from heedful.methods.intervene.language.attention_influence import AttentionInfluence as AttentionInfluence
 from heedful.methods.intervene.language.attention_sorting import AttentionSorting as AttentionSorting
+from heedful.methods.intervene.language.attn_rank import AttnRank as AttnRank
+from heedful.methods.intervene.language.austeer import AUSteer as AUSteer
 from heedful.methods.intervene.language.focus_directions import FocusDirections as FocusDirections
 from heedful.methods.intervene.language.head_scale import HeadScale as HeadScale
 from heedful.methods.intervene.language.lofit import LoFiT as LoFiT
 from heedful.methods.intervene.language.pasta import PASTA as PASTA
+from heedful.methods.intervene.language.sadr import SADR as SADR
 from heedful.methods.intervene.language.soft_injection import SoftInjection as SoftInjection
 from heedful.methods.intervene.language.steer2edit import Steer2Edit as Steer2Edit
 from heedful.methods.intervene.language.steering_vector import SteeringVector as SteeringVector
@@ -86,6 +93,7 @@ from heedful.methods.observe.induction_heads import InductionHeads as InductionH
 from heedful.methods.observe.massive_qk import MassiveQK as MassiveQK
 from heedful.methods.observe.max_activations import MaxActivations as MaxActivations
 from heedful.methods.observe.modality_share import ModalityShare as ModalityShare
+from heedful.methods.observe.offset_local_heads import OffsetLocalHeads as OffsetLocalHeads
 from heedful.methods.observe.parallel_to_first import ParallelToFirst as ParallelToFirst
 from heedful.methods.observe.position_influence import PositionInfluence as PositionInfluence
 from heedful.methods.observe.positional_heads import PositionalHeads as PositionalHeads
@@ -110,6 +118,7 @@ from heedful.methods.sparse.decode.less_is_more import LessIsMore as LessIsMore
 from heedful.methods.sparse.decode.loki import Loki as Loki
 from heedful.methods.sparse.decode.token_select import TokenSelect as TokenSelect
 from heedful.methods.sparse.prefill.anchor_attention import AnchorAttention as AnchorAttention
+from heedful.methods.sparse.prefill.attention_aware_token_filtering import AttentionAwareTokenFiltering as AttentionAwareTokenFiltering
 from heedful.methods.sparse.prefill.block_attention import BlockAttention as BlockAttention
 from heedful.methods.sparse.prefill.flex_prefill import FlexPrefill as FlexPrefill
 from heedful.methods.sparse.prefill.hip import HiP as HiP

@@ -14,7 +14,6 @@ from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.method import Layer, Part
 from heedful.core.stack import Stack, as_stack
 from heedful.engine.again import stand_around
-from heedful.engine.learned import planted_name
 from heedful.engine.run import Run
 from heedful.nn.calling import Given, attended
 from heedful.nn.masks import Sizes, told
@@ -177,9 +176,6 @@ class Attention(nn.Module):
         """One call of the module, which is all that its run knows of a forward."""
         state = self.run.state
         state.new_forward(stand_around(self.run, type(self).__name__, whole=True))
-        for (number, layer), kept in state.params.items():  # whoever loads or moves weights may put others here
-            method = self.method.methods[number]
-            state.params[number, layer] = {n: getattr(self, planted_name(method, number, n)) for n in kept}
         try:
             return attended(self, asked, need_weights)
         except BaseException:

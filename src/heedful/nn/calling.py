@@ -45,7 +45,7 @@ def attended(module: Attention, given: Given, need_weights: bool | None) -> tupl
     run, state, cache = module.run, module.run.state, given.cache
     call = _call(module, given)
     state.entered[module.layer] += 1
-    state.begin(module.layer, shelf_of(cache))
+    state.begin(module.layer, shelf_of(cache), module)
     early = _plan(module, call, Site.HIDDEN, Site.BLOCK)
     hidden = stage(Site.HIDDEN, given.query, AttentionCall(early, state, call), call)
     q, k, v = _projected(module, given, hidden, early)

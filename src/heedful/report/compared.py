@@ -67,6 +67,7 @@ def render(comparison: Compared) -> str:
     figures = [data.figure(figure, "") for figure in told.figures]
     plain = {k: v for k, v in comparison.facts.items() if k not in ("contenders", "tasks")}
     written = {
+        "glances": False,
         "words": {**WORDS, **comparison.words, "verdicts": comparison.verdict_words},
         "model": str(comparison.facts.get("model", "a model")),
         "facts": _facts(comparison),

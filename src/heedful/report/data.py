@@ -28,6 +28,7 @@ from heedful.core.kinds import Measure
 from heedful.report.colours import ROLES
 from heedful.report.plots import bare
 
+SIDE = 320  # pixels of a picture's longer side at most
 DECADES = 8  # received attention is packed as its logarithm, from 1e-8 to 1
 KINDS: dict[type[Figure], str] = {
     HeadMap: "heads",
@@ -81,7 +82,7 @@ class Shown(Protocol):
     def facts(self) -> Mapping[str, Any]: ...
 
     @property
-    def view(self) -> View | None: ...
+    def view(self) -> Any: ...  # a View, images (`heedful.report.glances.ImageView`), or None
 
 
 def figure(shown: Figure, measure: str) -> dict[str, Any]:
@@ -211,6 +212,15 @@ def _of_largest(x: Tensor) -> tuple[bytes, float]:
 def rooted(weights: Tensor) -> Tensor:
     """Weights from 0 to 1 as bytes: 255ths of their roots."""
     return (weights.detach().float().cpu().nan_to_num().clamp(0, 1).sqrt() * 255).round().to(torch.uint8)
+
+
+def colours(pixels: Tensor) -> Tensor:
+    """An image as bytes `[rows cols 3]`, its darkest number black and its brightest white; grey unless it has three."""
+    shown = pixels if len(pixels) == 3 else pixels.mean(0).expand(3, -1, -1)
+    size = [max(1, round(n * min(1.0, SIDE / max(shown.shape[1:])))) for n in shown.shape[1:]]
+    shown = torch.nn.functional.interpolate(shown[None], size, mode="area")[0]
+    low, high = shown.aminmax()
+    return ((shown - low) / (high - low).clamp(min=1e-6) * 255).round().byte().permute(1, 2, 0)
 
 
 def zipped(raw: bytes) -> str:

@@ -11,10 +11,23 @@ from torch import Tensor
 from heedful.core.errors import FieldError
 from heedful.core.figures import head_name
 from heedful.report.colours import SCALE
-from heedful.report.data import rooted, zipped
+from heedful.report.data import colours, rooted, zipped
 from heedful.report.page import asset, embed, environment
 
 MOST = 24 << 20  # numbers that a page holds
+
+
+class Picture(Protocol):
+    """An image whose patches are tokens."""
+
+    @property
+    def pixels(self) -> Tensor: ...  # [c rows cols]
+
+    @property
+    def grid(self) -> tuple[int, int]: ...
+
+    @property
+    def before(self) -> int: ...
 
 
 class Maps(Protocol):
@@ -32,6 +45,9 @@ class Maps(Protocol):
     @property
     def text(self) -> frozenset[int] | None: ...
 
+    @property
+    def picture(self) -> Picture | None: ...
+
 
 def render(patterns: Maps) -> str:
     """The page as text."""
@@ -45,6 +61,10 @@ def render(patterns: Maps) -> str:
         reads_text = patterns.text is None or layer in patterns.text
         rows.append({"layer": layer, "heads": names, "q": x.shape[1], "k": x.shape[2], "text": reads_text})
         numbers.append(rooted(x).flatten())
-    read = {"tokens": list(patterns.tokens), "rows": rows, "scale": list(SCALE)}
+    read = {"tokens": list(patterns.tokens), "rows": rows, "scale": list(SCALE), "picture": None}
+    if (picture := patterns.picture) is not None:
+        seen = colours(picture.pixels)
+        read["picture"] = {"size": seen.shape[:2], "grid": picture.grid, "before": picture.before}
+        numbers.append(seen.flatten())
     packed = zipped(torch.cat(numbers).numpy().tobytes())
     return environment().from_string(asset("patterns.html")).render(data=embed(read), numbers=packed)

@@ -501,8 +501,15 @@ async function start() {
     else if (figure.plot.layout.height) place.style.height = `${figure.plot.layout.height}px`;
     whenSeen(place, () => (figure.kind === "grid" ? drawGrid : drawCurves)(place, figure));
   }
-  if (page.view) await openText(await unzip("numbers"));
+  if (page.view) await (page.view.images ? openImages : openText)(await unzip("numbers"));
   const notable = [...all(".findings [data-head]").map((b) => b.dataset.head), ...page.roles.flatMap((role) => role.heads.map(([head]) => head))];
-  if (maps.length) pick(notable.find((head) => page.view?.heads.includes(head)) ?? notable[0] ?? maps[0].order[0]);
+  const last = page.view?.images && page.view.heads.at(-1); // of the last layer, whose class token tells the image
+  if (maps.length) pick(last || (notable.find((head) => page.view?.heads.includes(head)) ?? notable[0] ?? maps[0].order[0]));
   document.documentElement.dataset.ready = "";
 }
+
+/* once the script of the view, which comes after this one, is known */
+addEventListener("DOMContentLoaded", () => start().catch((error) => {
+  console.error(error);
+  document.body.append(el("p", { class: "noscript" }, "The maps could not be drawn; they need a browser from 2023 or later. The summary above is whole."));
+}));

@@ -17,6 +17,7 @@ from heedful.core.kinds import Measure
 from heedful.core.method import method_of
 from heedful.report import data
 from heedful.report.colours import ACCENT, template
+from heedful.report.glances import packed
 from heedful.report.plots import MissingPackage
 
 MENTION = re.compile(r"\b[Hh]eads? {0}(?:(?:, and |, | and ){0})*".format(r"\d+\.\d+(?: \([^)]*\))?"))
@@ -29,7 +30,12 @@ WORDS = {  # what the page calls things
     "used": "What was measured, and by whose method",
 }
 SHOWN = 4  # curves and grids that are not folded
-SECONDS = {"text": "reading the text", "trials": "prompts of its own", "view": "the token view"}
+SECONDS = {
+    "text": "reading the text",
+    "images": "reading the images",
+    "trials": "prompts of its own",
+    "view": "the view",
+}
 
 
 @cache
@@ -174,6 +180,8 @@ def _certainty(facts: Any) -> str:
     """What is known of how much texts differ."""
     if facts.get("windows") != 1:
         return ""
+    if facts.get("reads") == "image":
+        return "One image was read, so that nothing here tells how much images differ; pass several to see it."
     return "One stretch of text was read, so that nothing here tells how much texts differ; pass several to see it."
 
 
@@ -183,7 +191,7 @@ def _content(profile: data.Shown) -> tuple[dict[str, Any], dict[str, Any], str]:
     figures = [data.figure(f, type(method_of(part)).__name__) for part, t in told for f in t.figures]
     findings = profile.findings()
     roles = data.roles(told)
-    about, numbers = ({}, "") if profile.view is None else data.packed(profile.view)
+    about, numbers = ({}, "") if profile.view is None else _view(profile.view)
     read = {
         "figures": figures,
         "roles": roles,
@@ -205,8 +213,13 @@ def _content(profile: data.Shown) -> tuple[dict[str, Any], dict[str, Any], str]:
         "along": along(by_kind(figures)),
         "certainty": _certainty(profile.facts),
         "view": about,
+        "glances": "images" in about,
     }
     return written, read, numbers
+
+
+def _view(view: Any) -> tuple[dict[str, Any], str]:
+    return data.packed(view) if hasattr(view, "tokens") else packed(view)
 
 
 def render(profile: data.Shown) -> str:
@@ -231,7 +244,7 @@ def html(written: dict[str, Any], read: dict[str, Any], numbers: str = "") -> st
         .render(
             **written,
             style=asset("page.css"),
-            scripts=[asset("page.js"), asset("tokens.js")],
+            scripts=[asset("page.js"), asset("glances.js" if written["glances"] else "tokens.js")],
             data=embed(read),
             numbers=numbers,
             engine=engine,

@@ -326,8 +326,3 @@ async function openText(buffer) {
   new ResizeObserver(lay).observe(box);
   whenSeen($("strip"), strip);
 }
-
-start().catch((error) => {
-  console.error(error);
-  document.body.append(el("p", { class: "noscript" }, "The maps could not be drawn; they need a browser from 2023 or later. The summary above is whole."));
-});

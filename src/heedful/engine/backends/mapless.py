@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -11,11 +12,14 @@ from heedful.core.call import Call
 from heedful.core.key_ranges import counts
 from heedful.core.positions import spread_heads
 from heedful.core.summary import Summary, SummaryAccumulator
+from heedful.engine.attention_call import AttentionCall
+from heedful.engine.backends.tiled import Tiled
 from heedful.engine.needs import Needs
+from heedful.engine.reweighting import corrected
 
 
 def kept_back(needs: Needs) -> list[str]:
-    """Every reason against a kernel that shows no weights, adds no bias and has no gradient."""
+    """Every reason against a kernel that shows no weights, adds no bias, has no gradient and goes by columns."""
     reasons = [f"{step} needs the scores or weights, which this kernel keeps to itself" for step in needs.map_steps]
     if needs.reweights and (after := needs.reweights[1:] + needs.sum_steps):
         reasons.append(f"{after[0]} needs the weights after {needs.reweights[0]}, and those are never made here")
@@ -27,7 +31,35 @@ def kept_back(needs: Needs) -> list[str]:
     ):
         if there:
             reasons.append(f"{what}, which this kernel cannot serve")
+    if needs.call is not None and needs.sums & {"first", "distance"} and needs.call.keys.pads is None:
+        reasons.append("several texts stand in one row, or keys were dropped, and it tells places by columns")
     return reasons
+
+
+Rows = Callable[[AttentionCall], Tensor]
+
+
+def through(compute: Rows, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads by way of a kernel, set right where weight is moved between columns."""
+    if not job.plan.reweights:
+        return compute(job)
+    tiles = Tiled()
+    height = tiles.tile_rows(q.shape[0], q.shape[1], k.shape[2])
+    return corrected(job, (q, k, v), compute, lambda known, block: tiles.block(known, block, q, k, v), height)
+
+
+def first_columns(call: Call, texts: int) -> Tensor:
+    """The column of each text's first token `[b]`, -1 where it is not there."""
+    start = (call.k_pos[:, 0] == 0).expand(texts, -1)
+    return torch.where(start.any(-1), start.long().argmax(-1), -1).to(torch.int32).contiguous()
+
+
+def lag(call: Call) -> int:
+    """How far behind the first key the first query stands."""
+    return int(call.queries.index[0, 0, 0] - call.keys.index[0, 0, 0])
+
+
+STRETCHES = "some query's keys lie in too many separate stretches"
 
 
 def of_weights(weights: Tensor, accumulator: SummaryAccumulator) -> Summary:

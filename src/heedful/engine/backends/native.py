@@ -12,10 +12,8 @@ from heedful.core.errors import BackendError
 from heedful.core.ragged import Ragged, padded
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.engine.attention_call import AttentionCall
-from heedful.engine.backends.mapless import kept_back, of_weights, seen_by
-from heedful.engine.backends.tiled import Tiled
+from heedful.engine.backends.mapless import STRETCHES, first_columns, kept_back, lag, of_weights, seen_by, through
 from heedful.engine.needs import Needs
-from heedful.engine.reweighting import corrected
 from heedful.native import Library, Problem, library
 
 GRAIN = 32  # what a block of a block table must be a multiple of: the widest panel of the kernel
@@ -44,24 +42,15 @@ class Native:
             reasons.append(f"it takes one block table, of blocks that are a multiple of {GRAIN} wide")
         if any(b.first is not None for b in blocks):
             reasons.append("blocks begin with the text, and padding on the left moves them off its panels")
-        if needs.sums & {"first", "distance"} and needs.call.keys.pads is None:
-            reasons.append("several texts stand in one row, or keys were dropped, and it tells places by columns")
         if not reasons and not needs.sees_all and needs.key_ranges is None:
-            reasons.append("some query's keys lie in too many separate stretches")
+            reasons.append(STRETCHES)
         return reasons
 
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         kernel = library()
         if isinstance(kernel, str):
             raise BackendError(kernel)
-        if not job.plan.reweights:
-            return _compute(kernel, job, q, k, v), None
-        tiles = Tiled()
-        height = tiles.tile_rows(q.shape[0], q.shape[1], k.shape[2])
-        return corrected(
-            job, (q, k, v), lambda plain: _compute(kernel, plain, q, k, v),
-            lambda known, block: tiles.block(known, block, q, k, v), height,
-        ), None  # fmt: skip
+        return through(lambda plain: _compute(kernel, plain, q, k, v), job, q, k, v), None
 
 
 def _compute(kernel: Library, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -134,8 +123,7 @@ def _ask(p: Problem, accumulator: SummaryAccumulator, call: Call, at: Callable[[
     if "place" in accumulator.requested:
         p.place = at(torch.zeros(b, h, n, dtype=torch.int32))
     if "first" in accumulator.requested:
-        start = (call.k_pos[:, 0] == 0).expand(b, -1)
-        p.first_at = at(torch.where(start.any(-1), start.long().argmax(-1), -1).to(torch.int32))
+        p.first_at = at(first_columns(call, b))
         p.first = at(torch.zeros(b, h, n))
     if accumulator.carry is not None:
         p.carry, p.carry_width = (
@@ -145,7 +133,7 @@ def _ask(p: Problem, accumulator: SummaryAccumulator, call: Call, at: Callable[[
         p.carried = at(torch.zeros(b, n, p.carry_width))
     if "distance" in accumulator.requested:
         p.nearest, p.reach = accumulator.nearest, accumulator.reach
-        p.q_first = int(call.queries.index[0, 0, 0] - call.keys.index[0, 0, 0])
+        p.q_first = lag(call)
         p.distance = at(torch.zeros(b, h, p.reach))
 
 

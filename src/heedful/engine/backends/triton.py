@@ -11,10 +11,8 @@ from heedful.core.call import Call
 from heedful.core.ragged import padded
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.engine.attention_call import AttentionCall
-from heedful.engine.backends.mapless import kept_back, of_weights, seen_by
-from heedful.engine.backends.tiled import Tiled
+from heedful.engine.backends.mapless import STRETCHES, first_columns, kept_back, lag, of_weights, seen_by, through
 from heedful.engine.needs import Needs
-from heedful.engine.reweighting import corrected
 from heedful.gpu import why_not
 
 WIDEST = 256  # of a head
@@ -41,22 +39,13 @@ class Triton:
         blocks = call.mask.blocks
         if len(blocks) > 1 or any(b.size % GRAIN or b.first is not None for b in blocks):
             reasons.append(f"it takes one block table that begins with the row, of blocks a multiple of {GRAIN} wide")
-        if needs.sums & {"first", "distance"} and call.keys.pads is None:
-            reasons.append("several texts stand in one row, or keys were dropped, and it tells places by columns")
         if not reasons and needs.key_ranges is None:
-            reasons.append("some query's keys lie in too many separate stretches")
+            reasons.append(STRETCHES)
         return reasons
 
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         q, k, v = padded(q), padded(k), padded(v)
-        if not job.plan.reweights:
-            return _compute(job, q, k, v), None
-        tiles = Tiled()
-        height = tiles.tile_rows(q.shape[0], q.shape[1], k.shape[2])
-        return corrected(
-            job, (q, k, v), lambda plain: _compute(plain, q, k, v),
-            lambda known, block: tiles.block(known, block, q, k, v), height,
-        ), None  # fmt: skip
+        return through(lambda plain: _compute(plain, q, k, v), job, q, k, v), None
 
 
 @torch.no_grad()
@@ -101,12 +90,9 @@ def _more(accumulator: SummaryAccumulator, call: Call, texts: int) -> dict[str, 
     asked = accumulator.requested
     found: dict[str, Any] = {"entropy": "entropy" in asked, "place": bool(asked & {"peak", "place"})}
     if "first" in asked:
-        start = call.k_pos[:, 0] == 0
-        column = torch.where(start.any(-1), start.long().argmax(-1), -1)
-        found["first_at"] = column.expand(texts).to(torch.int32).contiguous()
+        found["first_at"] = first_columns(call, texts)
     if accumulator.carry is not None:
         found["carry"] = accumulator.carry.float().expand(texts, -1, -1).contiguous()
     if "distance" in asked:
-        lag = int(call.queries.index[0, 0, 0] - call.keys.index[0, 0, 0])
-        found |= {"offset": lag - accumulator.nearest, "reach": accumulator.reach}
+        found |= {"offset": lag(call) - accumulator.nearest, "reach": accumulator.reach}
     return found

@@ -57,8 +57,10 @@ class AttentionViz(Method):
         "2305.03210",
         "IEEE VIS 2023",
         differs=(
-            "The authors' full text was not at hand: shift and scale are what the page of one of them tells, and c is "
-            "that of 33 from 1/16 to 16 whose correlation of product and distance is the lowest.",
+            "The authors' full text was not at hand: shift and scale are what the page of one of them tells. There c "
+            "is one of 7 from 0.2 to 5, by the correlation of product and distance over pairs nearer than the 0.5th "
+            "percentile, each weighed by the square of how much nearer. Here it is one of 33 from 1/16 to 16, by the "
+            "correlation over all pairs, which a short text has too.",
             "Correlations are over pairs of one text whose key does not stand behind its query.",
             "Two principal axes in place of t-SNE and UMAP, and no interactive page.",
             "With rotary embedding queries and keys are those after the turn, so that a point is of a word at a place.",

@@ -165,7 +165,7 @@ class MaxActivations(Method):
         place = int(peak.place[peak.channel])
         text = (
             f"The largest activation is {peak.value:,.0f}, {peak.ratio:,.0f} times the mean magnitude, in channel "
-            f"{peak.channel} after layer {answer.top} at the text's {'first token' if place == 0 else f'token {place}'}"
+            f"{peak.channel} after layer {answer.top} at {'the first token' if place == 0 else f'token {place}'}"
         )
         if not where:
             return Finding(f"{text}; no layer has massive activations.", 0.1)

@@ -26,20 +26,21 @@ class Shares:
     layers: tuple[int, ...]
     attention: dict[str, Tensor] = field(repr=False)  # kind -> [layers h]: share of all attention
     tokens: dict[str, Tensor] = field(repr=False)  # kind -> [layers h]: share of all query-key pairs
+    rest: str = "text"  # the kind that the others are held against
 
     def aei(self, kind: str) -> Tensor:
         """Attention efficiency index by layer: above 1, a kind gets more than its share of tokens."""
         return self.attention[kind].nanmean(1) / self.tokens[kind].nanmean(1)
 
     def mdi(self, kind: str) -> Tensor:
-        """Modality dominance index by layer: what a text token gets over what a token of that kind gets."""
-        return self.aei("text") / self.aei(kind)
+        """Modality dominance index by layer: what a token of the rest gets over what a token of that kind gets."""
+        return self.aei(self.rest) / self.aei(kind)
 
     def overall(self, kind: str) -> tuple[float, float, float]:
         """Share of attention, share of tokens and MDI, over all layers."""
         got, there = (x[kind].nanmean() for x in (self.attention, self.tokens))
-        text = self.attention["text"].nanmean() / self.tokens["text"].nanmean()
-        return float(got), float(there), float(text / (got / there))
+        rest = self.attention[self.rest].nanmean() / self.tokens[self.rest].nanmean()
+        return float(got), float(there), float(rest / (got / there))
 
     def __str__(self) -> str:
         rows = [(kind, *self.overall(kind)) for kind in self.attention]
@@ -71,10 +72,12 @@ class ModalityShare(Method):
         ),
     )
     kinds: tuple[str, ...] = ("image", "video", "audio", "context")  # names of spans; the paper's are modalities
+    rest: str = "text"  # what stands in none of them, or in spans of this name where there are any; the paper's is text
 
     def __post_init__(self) -> None:
-        if not self.kinds or len(set(self.kinds)) < len(self.kinds) or "text" in self.kinds:
-            raise FieldError(self, "kinds", self.kinds, "must be one or more unlike names, 'text' aside", ("image",))
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds) or self.rest in self.kinds:
+            rule = f"must be one or more unlike names, {self.rest!r} aside"
+            raise FieldError(self, "kinds", self.kinds, rule, ("image",))
 
     def idle(self, call: Call) -> bool:
         return call.cross or not {*self.kinds} & call.roles.keys()
@@ -85,9 +88,9 @@ class ModalityShare(Method):
             return None
         nothing = torch.zeros_like(call.k_pos, dtype=torch.bool)
         marks = torch.broadcast_tensors(*(call.marked(kind) if kind in call.roles else nothing for kind in self.kinds))
-        text = call.marked("text") if "text" in call.roles else ~torch.stack(marks).any(0)
+        rest = call.marked(self.rest) if self.rest in call.roles else ~torch.stack(marks).any(0)
         heads = pattern.received.shape[1]
-        which = torch.stack([spread_heads(x, heads) for x in (*marks, text, ~nothing)], -1)  # [b|1 h|1 k kinds]
+        which = torch.stack([spread_heads(x, heads) for x in (*marks, rest, ~nothing)], -1)  # [b|1 h|1 k kinds]
         which = which.to(pattern.received.dtype)
         got, there = ((x[..., None, :] @ which).sum((0, 2)) for x in (pattern.received, pattern.seen))
         return Mean.of(got, there)  # [h kinds]
@@ -98,8 +101,10 @@ class ModalityShare(Method):
             pad_sequence([x / x[:, -1:] for x in rows], True, float("nan"))  # [layers h kinds]
             for rows in ([stat.total for stat in found], [stat.count for stat in found])
         )
-        there = {kind: i for i, kind in enumerate((*self.kinds, "text")) if tokens[..., i].nansum() or kind == "text"}
-        return Shares(tuple(readings), *({kind: x[..., i] for kind, i in there.items()} for x in (attention, tokens)))
+        every = enumerate((*self.kinds, self.rest))
+        there = {kind: i for i, kind in every if tokens[..., i].nansum() or kind == self.rest}
+        got, pairs = ({kind: x[..., i] for kind, i in there.items()} for x in (attention, tokens))
+        return Shares(tuple(readings), got, pairs, self.rest)
 
     def describe(self, answer: Shares) -> Description:
         maps, roles, findings = [], [], []
@@ -107,7 +112,7 @@ class ModalityShare(Method):
             what = f"The share of its attention that each head gives to {kind} tokens."
             values = HeadMap(f"share_{kind}", f"Attention on {kind}", what, answer.layers, shares, low=0, high=1)
             maps.append(values)
-            if kind == "text":
+            if kind == self.rest:
                 continue
             heads = {(answer.layers[n], h): float(shares[n, h]) for n, h in (shares > 0.5).nonzero().tolist()}
             what = f"Gives over half of its attention to {kind} tokens."
@@ -117,7 +122,7 @@ class ModalityShare(Method):
                 f"{percent(got)} of attention goes to {kind} tokens, which are {percent(there)} of what there is to see"
             )
             if math.isfinite(mdi):
-                text += f"; a text token gets {mdi:.2g} times what one of them gets"
+                text += f"; a {self.rest} token gets {mdi:.2g} times what one of them gets"
             findings.append(Finding(f"{text}.", 0.6))
         what = "The share of attention that a kind of token gets over its share of the tokens; 1 is an even spread."
         lines = {kind: answer.aei(kind) for kind in answer.attention}

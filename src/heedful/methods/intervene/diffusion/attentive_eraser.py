@@ -20,9 +20,9 @@ class _Redirected(Method):
     """Self-attention looks away from the marked places, and in early steps they look about with little preference."""
 
     causal = False  # what stands in the marked places is gone for those before them too
-    role: str = "marked"
-    u: float = 0.3
-    early: float = 0.25
+    role: str
+    u: float
+    early: float
 
     def idle(self, call: Call) -> bool:
         return call.cross

@@ -15,8 +15,8 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
-from heedful.core.sites import Site, at, reads
-from heedful.core.stats import Mean
+from heedful.core.sites import Site, at
+from heedful.methods.intervene.language._contrast import contrast
 
 
 class SteeringVector(Method):
@@ -84,33 +84,8 @@ class SteeringVector(Method):
         return found
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> SteeringVector:
-        found: dict[int, Mean] = {}
-        for batch in batches:
-            inputs = dict(batch)
-            if "positive" not in inputs:
-                raise FieldError(self, "batches", sorted(inputs), "need 'positive' in each", {"positive": True})
-            reader = _LastStates(Fitted({"positive": torch.as_tensor(inputs.pop("positive")).reshape(-1)}))
-            with torch.no_grad(), context.attach(reader) as run:
-                run(**inputs)
-                for layer, mean in run[reader].items():
-                    found[layer] = found[layer] + mean if layer in found else mean
-        if not found or any(bool((mean.count == 0).any()) for mean in found.values()):
-            raise FieldError(self, "batches", len(found), "must hold positive and other texts", {"positive": True})
-        return replace(self, vectors=Fitted({f"v.{i}": mean.value[1] - mean.value[0] for i, mean in found.items()}))
-
-
-class _LastStates(Method):
-    """The mean of the residual stream at the last token, of texts without and with the trait, `[2 e]`."""
-
-    of: Fitted  # "positive" [b] or [1], bool
-
-    @reads(Site.RESIDUAL)
-    def read(self, stream: Tensor, call: Call) -> Mean:
-        b, _, e = stream.shape
-        last = stream.double().gather(1, call.last[..., None].expand(b, 1, e))[:, 0]
-        positive = self.of["positive"].to(last).expand(b)
-        share = torch.stack([1 - positive, positive])
-        return Mean.of(share @ last, share.sum(-1, keepdim=True))
+        found = contrast(self, context, Site.RESIDUAL, batches)
+        return replace(self, vectors=Fitted({f"v.{layer}": one.difference for layer, one in found.items()}))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Aaren(Method):
         running = Running(call, k)
         k, v = running.cut(k), running.cut(v)
         asked = call.params["query"].to(q)[None, :, None].expand(len(q), -1, -1, -1)  # [b h 1 d]
-        scores = call.capped(grouped(asked, k.mT) * call.scale)[:, :, 0]
+        scores = (grouped(asked, k.mT) * call.scale)[:, :, 0]
         return running.averaged("mean", scores, v).expand(-1, -1, q.shape[2], -1)
 
 

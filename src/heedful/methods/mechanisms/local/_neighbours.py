@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -17,8 +16,7 @@ def grid_of(call: Call) -> tuple[int, ...]:
 
 def within(mask: Mask, call: Call, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Mask:
     """The mask, narrowed to the window of each query's group; tokens off the grid see all and are seen by all."""
-    # the mask outlives the call, whose tensors need not
-    places = replace(call, query=None, key=None, value=None, hidden=None, rotate=None)
+    places = call.places
     return mask & Chosen(lambda rows: _near(places.tile(rows, slice(None)), size, stride, dilation))
 
 

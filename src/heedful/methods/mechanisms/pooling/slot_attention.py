@@ -75,10 +75,9 @@ class SlotAttention(Method):
         key, value = linear(inputs, p["key"]), linear(inputs, p["value"])
         noise = torch.randn(self.slots, len(p["mean"]), generator=torch.Generator().manual_seed(call.layer))
         slots = (p["mean"] + p["spread"].exp() * noise.to(p["mean"])).expand(len(hidden), -1, -1)
-        weights, slots = self._round(key, value, slots, call)
-        for _ in range(self.rounds - 1):
+        for _ in range(self.rounds):
             weights, slots = self._round(key, value, slots, call)
-        return linear(weights @ slots, p["out"]).to(hidden.dtype)
+        return linear(weights @ slots, p["out"])
 
     def _round(self, key: Tensor, value: Tensor, slots: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         query = linear(self._normed("slot", slots, call), call.params["query"]) / math.sqrt(slots.shape[-1])

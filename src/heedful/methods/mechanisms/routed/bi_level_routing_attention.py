@@ -87,7 +87,7 @@ class BiLevelRoutingAttention(Method):
         return query @ key.mT
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        return call.capped(q @ k.mT * call.scale).softmax(-1) @ v
+        return (q @ k.mT * call.scale).softmax(-1) @ v
 
     def _laid_out(self, call: Call) -> tuple[Tensor, Tensor]:
         """Which tokens are the patches, row by row `[patches]`, and region by region `[regions patches]`."""

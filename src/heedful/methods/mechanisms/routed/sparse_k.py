@@ -66,10 +66,11 @@ class SparseK(Method):
         told = of_keys(call, "scores", (call.hidden.flatten(1, -2).to(weight.dtype) @ weight.mT).mT[..., None])[..., 0]
         scores, total = spread_heads(told, call.heads), told.shape[-1]
         known = scores.isfinite()[:, :, None]
+        places = call.places
         rank = scores.detach().argsort(dim=-1, descending=True, stable=True).argsort(-1)[:, :, None]
 
         def seen(rows: slice) -> Tensor:
-            part = call.tile(rows, slice(0, total))
+            part = places.tile(rows, slice(0, total))
             keep = mask.keeps(part.pairs)
             return known.expand(-1, -1, len(part.queries), -1) & (True if keep is None else keep)
 
@@ -86,13 +87,14 @@ class SparseK(Method):
 
     @at(Site.CACHE)
     def drop(self, entries: CachedKV, call: Call) -> Tensor:
-        """Thresholds only rise while nothing that was seen goes out of sight."""
-        if not all(isinstance(rule, Causal | Padding | Chosen) for rule in call.mask.rules):
+        """Thresholds only rise while nothing that was seen goes out of sight, as by keys that another method chose."""
+        others = [rule for rule in call.mask.rules if not isinstance(rule, Causal | Padding)]
+        if not (len(others) == 1 and isinstance(others[0], Chosen)):
             return entries.is_filled
         scores, levels = call.state.forward[str(call.layer)]
         last = call.last.expand(len(levels), 1)[..., None, None].expand(-1, call.heads, -1, -1)
         kept = scores > levels.expand(-1, call.heads, -1, -1).gather(2, last)[..., 0]
-        return entries.is_text & kept.unflatten(1, (call.kv_heads, -1)).any(2)
+        return entries.is_text & kept[:, :: call.heads // call.kv_heads]  # heads that share keys agree
 
     @at(Site.SCORES)
     def gate(self, scores: Tensor, call: Call) -> Tensor:

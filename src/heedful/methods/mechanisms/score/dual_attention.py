@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
-from heedful.kit.running import text_keys, wide
+from heedful.kit.running import wide
 from heedful.kit.told import of_keys
 
 ROWS = 256  # queries whose weights are held at once
@@ -78,8 +78,7 @@ class DualAttention(Method):
         asked = linear(x, p["asked"], p["asked_bias"]) @ p["templates"].mT / math.sqrt(x.shape[-1])
         symbols = linear(asked.softmax(-1) @ p["library"], p["symbol"])
         told = of_keys(call, "tokens", torch.cat([linear(x, p["to"]), symbols], -1)[:, None])[:, 0]  # [b k .]
-        known, text = told.isfinite().all(-1)[:, None], text_keys(call, total)
-        known = known if text is None else known & text
+        known = told.isfinite().all(-1)[:, None, None]  # [b 1 1 k]
         told = told.where(told.isfinite(), 0.0)
         to, symbols = told.split([len(p["to"]), len(p["symbol"])], -1)
         symbols = symbols.unflatten(-1, (count, -1)).transpose(1, 2)  # [b c k d]
@@ -89,7 +88,7 @@ class DualAttention(Method):
         for start in range(0, q.shape[2], ROWS):
             rows = slice(start, min(start + ROWS, q.shape[2]))
             keep = call.mask.keeps(call.tile(rows, slice(0, total)).pairs)
-            keep = known[:, :, None] if keep is None else keep & known[:, :, None]
+            keep = known if keep is None else keep & known
             scores = (q[:, :, rows] @ k.mT * call.scale).masked_fill(~keep, torch.finfo(q.dtype).min)
             weights = scores.softmax(-1).masked_fill(~keep, 0.0)
             sensory, relational = weights.split([call.heads - count, count], 1)

@@ -95,8 +95,7 @@ class Loki(Method):
         axes = axes[..., : room_for(float(self.rank), d)]
         low = key @ axes  # [b g k r]
         query = call.query.detach().to(key).unflatten(1, (g, -1)) @ axes[:, None]  # [b g h/g q r]
-        # the mask outlives the call, whose tensors need not
-        positions = replace(call, query=None, key=None, value=None, hidden=None, rotate=None)
+        positions = call.places
 
         def best(rows: slice) -> Tensor:
             part = positions.tile(rows, slice(0, total))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import prod
 
 import torch
@@ -56,8 +55,7 @@ class RadialAttention(Method):
         if grid is None or len(grid) < 2:
             rule = "must lie on a grid of time and one or more axes of space"
             raise FieldError(self, "patches", grid, rule, "roles={'patches': Region(((0, 4800),), (8, 20, 30))}")
-        # the mask outlives the call, whose tensors need not
-        places = replace(call, query=None, key=None, value=None, hidden=None, rotate=None)
+        places = call.places
         return mask & Chosen(lambda rows: self._near(places.tile(rows, slice(None)), grid))
 
     def _near(self, call: Call, grid: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,44 @@
+"""A model whose heads or weights stand in two processes computes what it does in one, or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from heedful import attach
+from heedful.conformance.tolerances import close_model
+from heedful.methods import GatedHeads
+
+from .spread_job import IDS
+from .test_workers import run_by_torch
+
+
+def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=128, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    failed = run_by_torch("tests/spread_job.py", SPREAD_HOME=str(tmp_path))
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert not failed, "\n".join(said)
+    assert all("9 passed" in x for x in said)
+
+
+def test_weights_that_others_put_there_are_used() -> None:
+    """`load_state_dict(assign=True)` replaces the parameters themselves."""
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=128
+    )
+    model = LlamaForCausalLM(config)
+    with attach(model, GatedHeads()) as run, torch.no_grad():
+        before = run(IDS).logits
+        state = {n: x + 3.0 if "heedful_" in n else x.clone() for n, x in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+        after = run(IDS).logits
+        assert not close_model(after, before)
+        assert all(isinstance(p, nn.Parameter) for p in run.parameters())
+        assert {id(p) for p in run.parameters()} <= {id(p) for p in model.parameters()}
