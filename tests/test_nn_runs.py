@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 import heedful
 from heedful import catalogue
 from heedful.conformance.bare import ROLES
+from heedful.conformance.model_laws import in_training_alone
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.method import Method
@@ -69,7 +70,12 @@ MECHANISMS = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name, kind in MECHANISMS.items() if "text" in kind.subjects])
+BY_TOKENS = ("InjectedPatterns",)  # ask which tokens they are shown, and a module is shown embeddings
+DRAWN = tuple(name for name, kind in MECHANISMS.items() if in_training_alone(kind.example()))  # anew in each call
+READ = [name for name, kind in MECHANISMS.items() if "text" in kind.subjects and name not in (*BY_TOKENS, *DRAWN)]
+
+
+@pytest.mark.parametrize("name", READ)
 def test_every_mechanism_for_text_acts_and_decodes_as_it_reads(name: str) -> None:
     method = MECHANISMS[name].example()
     mine, x = causal(method, kv_heads=2), text()
@@ -88,6 +94,16 @@ def test_every_mechanism_for_text_acts_and_decodes_as_it_reads(name: str) -> Non
             assert close_model(before[is_text[:, :13]], whole[:, :13][is_text[:, :13]])
         for size in sizes:
             assert close_model(in_pieces(mine, x, size, padding)[is_text], whole[is_text])
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_what_acts_in_training_alone_rests_with_the_module(name: str) -> None:
+    mine, x = causal(MECHANISMS[name].example()), text()
+    for training in (True, False):
+        mine.train(training)
+        out = mine(x, x, x)[0]
+        with mine.run.paused():
+            assert close_model(mine(x, x, x)[0], out) is not training
 
 
 @pytest.mark.parametrize("name", [name for name, kind in MECHANISMS.items() if "image" in kind.subjects])
@@ -113,6 +129,10 @@ def test_every_other_method_runs_or_is_refused_with_the_reason(name: str) -> Non
     reads = "text" in method.subjects
     mine, x = (causal(method), text()) if reads else (Attention(E, H, method, batch_first=True), image())
     mine.run.roles = ROLES if reads else IMAGE
+    if name in BY_TOKENS:
+        with pytest.raises(SiteError, match="was not given input_ids of this shape; hand it ids"):
+            mine(x, x, x)
+        return
     with torch.no_grad():
         assert bool(mine(x, x, x, need_weights=False)[0].isfinite().all())
     if reads and any(not edit.reads for edit in method.edits):

@@ -142,6 +142,13 @@ def test_queries_are_turned_back(halves: bool, scale: float, behind: int) -> Non
     assert close(turned_back(replace(Bare().call, rotate=rotate), rotate(x)), x)
 
 
+def test_a_token_that_was_turned_the_other_way_is_turned_back() -> None:
+    """From which the pairs are told as well."""
+    turn = turning(-0.2 * torch.tensor([SPEEDS]), halves=True)
+    x = torch.randn(1, 1, 1, 2 * len(SPEEDS), generator=torch.Generator().manual_seed(0))
+    assert close(turned_back(replace(Bare().call, rotate=turn), turn(x)), x)
+
+
 def test_what_was_not_turned_stays() -> None:
     x = torch.randn(2, 3, 5, 6)
     assert turned_back(replace(Bare().call, rotate=None), x) is x

@@ -66,6 +66,7 @@ from heedful.methods.mechanisms.local.neighborhood_attention import Neighborhood
 from heedful.methods.mechanisms.local.no_mixing import NoMixing as NoMixing
 from heedful.methods.mechanisms.normalise.affine_scaled_attention import AffineScaledAttention as AffineScaledAttention
 from heedful.methods.mechanisms.normalise.clipped_softmax import ClippedSoftmax as ClippedSoftmax
+from heedful.methods.mechanisms.normalise.landmark_attention import LandmarkAttention as LandmarkAttention
 from heedful.methods.mechanisms.normalise.normalized_attention import NormalizedAttention as NormalizedAttention
 from heedful.methods.mechanisms.normalise.rectified_attention import RectifiedAttention as RectifiedAttention
 from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention as SigmoidAttention

@@ -1,0 +1,109 @@
+"""Softmax over a row's own block and the landmarks of blocks before; a landmark's weight goes to its block's tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, at, reads
+from heedful.core.positions import Positions, spread_heads
+from heedful.kit.told import at_places, token_ids
+
+
+class LandmarkAttention(Method):
+    """The last token of each block stands for it: who looks at it looks into the block. For models trained with it."""
+
+    paper = Paper(
+        "P193",
+        "Landmark Attention: Random-Access Infinite Context Length for Transformers",
+        "Amirkeivan Mohtashami, Martin Jaggi",
+        2023,
+        "2305.16300",
+        "NeurIPS 2023",
+        differs=(
+            "Where the text has no landmark tokens, every N-th token serves as one and is not looked at itself; the "
+            "authors insert a token of their own, which is what `tokens` is for.",
+            "Blocks that a query does not choose have no weight, but their keys are read; what fetching few of them "
+            "saves is not saved here.",
+            "Every query chooses blocks in each head by itself, and keys keep their positions; for texts longer than "
+            "in training the authors' code moves chosen blocks to positions that were seen there.",
+            "A query that has nothing before it in its block and no landmark gets nothing.",
+        ),
+    )
+    every: int = 51  # tokens of a block, with its landmark; the authors' LLaMA: 50 and the landmark
+    tokens: tuple[int, ...] = ()  # landmark tokens, which end blocks wherever they stand; (): every N-th token does
+    blocks: int | None = None  # a query's and head's highest landmarks that count; None: all, as in training
+
+    def __post_init__(self) -> None:
+        if self.every < 2:
+            raise FieldError(self, "every", self.every, "must be 2 or more tokens, the landmark among them", 51)
+        if any(token < 0 for token in self.tokens):
+            raise FieldError(self, "tokens", self.tokens, "must be numbers of tokens from 0 up", (32000,))
+        if self.blocks is not None and self.blocks < 0:
+            raise FieldError(self, "blocks", self.blocks, "must be 0 or more, or None for all", 4)
+
+    @classmethod
+    def example(cls) -> LandmarkAttention:
+        return cls(4, blocks=2)
+
+    @reads(Site.MASK, when="tokens")
+    def find(self, mask: Mask, call: Call) -> None:
+        """Leave for the tiles which tokens of the text so far are landmarks, by index."""
+        ids = token_ids(call)
+        marks = torch.isin(ids, torch.tensor(self.tokens, dtype=ids.dtype, device=ids.device))
+        call.state.forward[call.name] = marks.long()
+
+    def placed(self, places: Positions, call: Call) -> tuple[Tensor, Tensor]:
+        """The block of each place, and whether it is its landmark, `[b|1 g|1 n]`."""
+        if not self.tokens:
+            return places.position // self.every, places.position % self.every == self.every - 1
+        marks: Tensor = call.state.forward[call.name]
+        return at_places(marks.cumsum(-1) - marks, places), at_places(marks, places) > 0
+
+    @at(Site.NORMALISE)
+    def weigh(self, scores: Tensor, call: Call) -> Tensor:
+        asking = spread_heads(self.placed(call.queries, call)[0], call.heads)[..., None]
+        giving, mark = (spread_heads(x, call.heads)[..., None, :] for x in self.placed(call.keys, call))
+        keep = scores.new_ones(scores.shape[-1], dtype=torch.bool) if call.keep is None else call.keep
+        own, marks, past = (
+            keep & x for x in (~mark & (giving == asking), mark & (giving < asking), ~mark & (giving < asking))
+        )
+        if self.blocks is not None:
+            marks = marks & _highest(scores, marks, self.blocks)
+        first = _softmax(scores, own | marks)
+        # a block's keys follow one another, however many a cache dropped
+        number = pad(giving.diff(dim=-1).ne(0), (1, 0)).cumsum(-1).expand(scores.shape)
+        within = _softmax_by_block(scores, past, number)
+        of_block = torch.zeros_like(within).scatter_add(-1, number, first * marks)
+        return first * own + within * of_block.gather(-1, number)
+
+
+def _highest(scores: Tensor, among: Tensor, count: int) -> Tensor:
+    """Which of these columns are a row's highest, so many of them."""
+    ranked = scores.masked_fill(~among, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return ranked < count
+
+
+def _softmax(scores: Tensor, among: Tensor) -> Tensor:
+    """Over some columns; zero elsewhere, and in rows without any."""
+    return scores.masked_fill(~among, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~among, 0.0)
+
+
+def _softmax_by_block(scores: Tensor, among: Tensor, number: Tensor) -> Tensor:
+    """Over some columns of each block by itself; `number` is each column's block."""
+    low = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~among, low)
+    highest = torch.full_like(scores, low).scatter_reduce(-1, number, scores.detach(), "amax").gather(-1, number)
+    raised = (scores - highest).exp().masked_fill(~among, 0.0)
+    sums = torch.zeros_like(raised).scatter_add(-1, number, raised).gather(-1, number)
+    return raised / sums.masked_fill(~among, 1.0)
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model = models.tiny("llama")
+    inputs = models.tiny_inputs(model)
+    with attach(model, LandmarkAttention(4)) as run:
+        print(run.difference(**inputs))
