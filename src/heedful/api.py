@@ -93,6 +93,9 @@ class _FitContext:
     def attach(self, what: Part | Stack) -> Run:
         return attach(self.model, what, only=self.only)
 
+    def after(self, surgery: Surgery) -> _FitContext:
+        return _FitContext(operate(self.model, surgery, only=self.only), self.only)
+
 
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:

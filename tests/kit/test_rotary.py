@@ -17,7 +17,7 @@ from heedful.core.call import Call
 from heedful.core.method import Method
 from heedful.core.positions import Positions
 from heedful.core.sites import Site, reads
-from heedful.kit.rotary import periods
+from heedful.kit.rotary import periods, turned_back
 from tests.samples import PAPER
 
 SPEEDS = (3.0, 1.0, 0.3, 0.01)  # radians a token; the first is nearly half a turn
@@ -124,3 +124,49 @@ def test_those_of_a_llama_are_the_powers_of_its_base() -> None:
     for found in FOUND:
         assert found is not None
         assert bool(((found.float() / want - 1).abs() < 1e-3).all())
+
+
+@pytest.mark.parametrize("halves", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 1.7])
+@pytest.mark.parametrize("behind", [0, 3])
+def test_queries_are_turned_back(halves: bool, scale: float, behind: int) -> None:
+    """In models that scale what they turn, and with dimensions behind that are not turned."""
+    angles = torch.arange(5.0)[:, None] * torch.tensor(SPEEDS) + 0.2
+    turn, width = turning(angles, halves), 2 * len(SPEEDS)
+
+    def rotate(x: Tensor) -> Tensor:
+        turned = torch.cat([turn(row[None, None]) for row in x.flatten(0, 1)], 1).view(x.shape)
+        return torch.cat([scale * turned[..., :width], turned[..., width:]], -1)
+
+    x = torch.randn(2, 3, 5, width + behind, generator=torch.Generator().manual_seed(0))
+    assert close(turned_back(replace(Bare().call, rotate=rotate), rotate(x)), x)
+
+
+def test_what_was_not_turned_stays() -> None:
+    x = torch.randn(2, 3, 5, 6)
+    assert turned_back(replace(Bare().call, rotate=None), x) is x
+    assert close(turned_back(replace(Bare().call, rotate=lambda y: y), x), x)
+
+
+def test_a_models_own_queries_are_turned_back() -> None:
+    """Also of padded texts, whose rows stand at other places."""
+
+    class Both(Method):
+        paper = PAPER
+
+        @reads(Site.QUERY)
+        def look(self, query: Tensor, call: Call) -> None:
+            found.append((turned_back(call, query), query))
+
+    model, found, wanted = models.tiny("llama"), [], []
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    place = (mask.cumsum(-1) - 1).clamp(min=0)
+    ids = torch.arange(3, 17).view(2, 7)
+    proj = model.model.layers[0].self_attn.q_proj
+    handle = proj.register_forward_hook(lambda _, args, out: wanted.append(out.unflatten(-1, (4, -1)).transpose(1, 2)))
+    with torch.inference_mode(), attach(model, Both()) as run:
+        run(ids, attention_mask=mask, position_ids=place)
+    handle.remove()
+    assert close(found[0][0], wanted[0])
+    assert not close(found[0][1], wanted[0])

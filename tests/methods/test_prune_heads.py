@@ -13,6 +13,8 @@ from heedful import Method, Site, attach, fit, fold, models, operate
 from heedful.authoring import Call, Fitted, at
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, FoldError
+from heedful.core.kinds import HeadWeights
+from heedful.core.method import Layer
 from heedful.methods.compress.prune.prune_heads import PAPER, PruneHeads
 
 
@@ -199,3 +201,9 @@ def test_a_text_counts_alike_in_batches_of_unlike_sizes() -> None:
     wanted = _by_hooks(model, ids)
     for layer in range(2):
         assert close_model(found[str(layer)].float(), wanted[layer].float())
+
+
+def test_what_is_silenced_keeps_its_shape() -> None:
+    weights = HeadWeights(torch.randn(4, 3, 5), torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.randn(5, 4, 3))
+    found = PruneHeads(groups=((0, 1),), form="zeros").operate(weights, Layer(0, 4, 2, 3, 3, 5)).o
+    assert torch.equal(found, torch.cat([weights.o[:, :2], torch.zeros(5, 2, 3)], 1))

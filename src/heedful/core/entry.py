@@ -16,6 +16,7 @@ from heedful.core.regions import Roles
 from heedful.core.stats import Statistic
 
 if TYPE_CHECKING:
+    from heedful.core.kinds import Surgery
     from heedful.core.method import Part, Stack
 
 
@@ -104,6 +105,10 @@ class FitContext(Protocol):
         ...
 
     def attach(self, what: Part | Stack, /) -> Session: ...
+
+    def after(self, surgery: Surgery, /) -> FitContext:
+        """A copy of the model with its weights edited: what a fit finds there, step by step."""
+        ...
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))

@@ -45,3 +45,21 @@ def _speed(z: Tensor) -> Tensor:
         speed = (angle + 2 * math.pi * ((speed * step - angle) / (2 * math.pi)).round()) / step
         step *= 2
     return speed.abs()
+
+
+def turned_back(call: Call, x: Tensor) -> Tensor:
+    """Queries or fresh keys `[b h n d]` of the call as they were before the rotary embedding.
+
+    Dimensions turn in pairs, and a turn of a pair and the same turn back add up to twice its diagonal.
+    """
+    if call.rotate is None:
+        return x
+    width = x.shape[-1]
+    blank = x.new_zeros(1, 1, x.shape[2], width)
+    reach = call.rotate(blank.index_fill(-1, torch.zeros(1, dtype=torch.long, device=x.device), 1.0)).abs()
+    apart = max(1, int(reach.amax((0, 1, 2))[1:].argmax()) + 1)  # how far from a dimension the other of its pair stands
+    one = torch.arange(width, device=x.device) // apart % 2 == 0  # one of each pair, which the other does not reach
+    diagonal = call.rotate(blank + one.to(x)).where(one, call.rotate(blank + (~one).to(x)))
+    ones = call.rotate(blank + 1)
+    # divided by what the model scales a turn with, squared
+    return (2 * diagonal * x - call.rotate(x)) / (2 * diagonal * ones - call.rotate(ones))

@@ -3,6 +3,9 @@
 from heedful.methods.compress.convert.attention_editing import AttentionEditing as AttentionEditing
 from heedful.methods.compress.prune.multi_query_attention import MultiQueryAttention as MultiQueryAttention
 from heedful.methods.compress.prune.prune_heads import PruneHeads as PruneHeads
+from heedful.methods.compress.quantise.absmax import Absmax as Absmax
+from heedful.methods.compress.quantise.fp4 import FP4 as FP4
+from heedful.methods.compress.quantise.llm_int8 import LLMInt8 as LLMInt8
 from heedful.methods.explain.attention_flow import AttentionFlow as AttentionFlow
 from heedful.methods.explain.attention_lens import AttentionLens as AttentionLens
 from heedful.methods.explain.attention_output_sae import AttentionOutputSAE as AttentionOutputSAE
@@ -69,6 +72,7 @@ from heedful.methods.mechanisms.pooling.slot_attention import SlotAttention as S
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
 from heedful.methods.mechanisms.routed.bi_level_routing_attention import BiLevelRoutingAttention as BiLevelRoutingAttention
 from heedful.methods.mechanisms.routed.dynamic_mask_attention import DynamicMaskAttention as DynamicMaskAttention
+from heedful.methods.mechanisms.routed.injected_patterns import InjectedPatterns as InjectedPatterns
 from heedful.methods.mechanisms.routed.mixture_of_heads import MixtureOfHeads as MixtureOfHeads
 from heedful.methods.mechanisms.routed.moba import MoBA as MoBA
 from heedful.methods.mechanisms.routed.mosa import MoSA as MoSA
@@ -123,6 +127,7 @@ from heedful.methods.sparse.prefill.qada import QAdA as QAdA
 from heedful.methods.sparse.prefill.radial_attention import RadialAttention as RadialAttention
 from heedful.methods.sparse.prefill.s2_attention import S2Attention as S2Attention
 from heedful.methods.sparse.prefill.sample_attention import SampleAttention as SampleAttention
+from heedful.methods.sparse.prefill.seer_attention import SeerAttention as SeerAttention
 from heedful.methods.sparse.prefill.sink_window import SinkWindow as SinkWindow
 from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn as SpargeAttn
 from heedful.methods.sparse.tokens.attention_rag import AttentionRAG as AttentionRAG

@@ -158,6 +158,6 @@ if __name__ == "__main__":
     guard = fit(ASGuard(rate=0.05), model, batches)
     print(guard.heads)
     asked = attack("Austria", " Berlin")
-    for method in (ASGuard(scales=Fitted({})), guard):
-        with torch.no_grad(), attach(model, method) as run:
-            print(tokenizer.decode(run(**asked).logits[0, -1].argmax()))
+    print(tokenizer.decode(model(**asked).logits[0, -1].argmax()))
+    with torch.no_grad(), attach(model, guard) as run:
+        print(tokenizer.decode(run(**asked).logits[0, -1].argmax()))

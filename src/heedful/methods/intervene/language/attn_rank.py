@@ -55,7 +55,8 @@ class AttnRank(Tokens):
     """Puts the most relevant items of a prompt into the slots that the model attends to most, whatever stands there.
 
     `fit` takes prompts of one text each, "input_ids" `[1 n]` with "roles", whose items stand in random order before a
-    question. A prompt to be arranged has its items in the order of their relevance, the most relevant first.
+    question. A prompt to be arranged has its items in the order of their relevance, the most relevant first. Let all
+    begin with words of their own: a model parks attention on a text's first token, and it would count for a slot.
     """
 
     paper = _PAPER
@@ -113,7 +114,7 @@ if __name__ == "__main__":
     facts = ["The secret word is walnut.", "The lamp is green.", "Trains run every hour.", "The dog sleeps."]
 
     def asked(order: list[str]) -> Prompt:
-        tokens: list[int] = []
+        tokens: list[int] = tokenizer("Some facts.\n").input_ids
         spans = []
         for fact in order:
             piece = tokenizer(f"{fact}\n").input_ids

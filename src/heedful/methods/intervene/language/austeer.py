@@ -112,6 +112,6 @@ if __name__ == "__main__":
     batches = [{**tokenizer(x, return_tensors="pt"), "positive": flag} for flag, each in texts.items() for x in each]
     method = fit(AUSteer(), model, batches)
     asked = tokenizer("I think that the film was", return_tensors="pt")
-    for strength in (-10.0, 0.0, 10.0):
+    for strength in (-2.0, 2.0):
         with attach(model, replace(method, strength=strength)) as run:
             print(strength, tokenizer.decode(run.generate(**asked, max_new_tokens=8, do_sample=False)[0]))

@@ -1,0 +1,1 @@
+"""Weights, keys or values in fewer bits."""
