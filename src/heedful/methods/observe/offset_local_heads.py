@@ -117,22 +117,23 @@ class OffsetLocalHeads(Method):
         if grid is None or len(grid) != 2:
             return None
         b, h, r, _ = weights.shape
-        q, k = (call.spread(x).expand(b, h, -1, 2) for x in call.coordinates("patches"))
-        among = call.is_text.expand(b, h, r) & (q[..., 0] >= 0)
+        # as a rule all heads have the same places, [1 1 n 2], and what follows from these is computed once
+        q, k = (x if x.shape[1] == 1 else call.spread(x) for x in call.coordinates("patches"))
+        among = call.is_text & (q[..., 0] >= 0)
         seen = True if call.keep is None else call.keep
         pairs = (among[..., None] & (k[..., 0] >= 0)[:, :, None] & seen).to(weights.dtype)
         weights, even = (x / x.sum(-1, keepdim=True).clamp(min=1e-30) for x in (weights.detach() * pairs, pairs))
-        away = k[:, :, None] - q[:, :, :, None]  # [b h r k 2]
+        away = k[:, :, None] - q[:, :, :, None]  # [b|1 h|1 r k 2]
         near = (away.abs() <= self.reach).all(-1)
         side = 2 * self.reach + 1
         at = (away[..., 0] + self.reach) * side + away[..., 1] + self.reach
-        at = torch.where(near, at, side**2)  # what is further away falls into a slot of its own
+        at = torch.where(near, at, side**2).expand_as(weights)  # what is further away falls into a slot of its own
         around = weights.new_zeros(b, h, side**2 + 1).scatter_add_(-1, at.flatten(2), weights.flatten(2))[..., :-1]
         down, right = (x.to(weights.dtype) / max(1, n - 1) for x, n in zip(away.unbind(-1), grid, strict=True))
         far = (down**2 + right**2).sqrt()
         plain = [(x * y).sum((-2, -1)) for x, y in ((weights, far), (weights, down), (weights, right), (even, far))]
-        total = torch.cat([around, torch.stack(plain, -1)], -1).sum(0)
-        return Mean.of(total, among.sum((0, 2))[:, None])  # [h offsets+4]
+        total = torch.cat([around, *(x.expand(b, h)[..., None] for x in plain)], -1).sum(0)
+        return Mean.of(total, among.expand(b, h, r).sum((0, 2))[:, None])  # [h offsets+4]
 
     def answer(self, readings: Readings) -> Aligned:
         found = pad_sequence([stat.value for stat in readings.values()], True, float("nan"))
