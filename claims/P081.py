@@ -100,10 +100,10 @@ CLAIM = Claim(
     says="Attention on impermissible tokens can be trained away at little cost, and the model uses them all the same.",
     paper_number="none in the abstract, which says surprisingly little cost in accuracy",
     setup=f"Encoders of 2 layers that have learned in {STEPS} steps to tell which of two words stands somewhere among "
-    f"{LENGTH} tokens, trained {STEPS} steps further with and without the penalty on the first token's attention to it; "
-    f"{UNSEEN} unseen texts. Use is the share of what can be lost that is lost when another token stands there. A first "
-    "set-up trained from scratch: nothing was learned under the penalty, and its measure took that for success; both "
-    "were changed once that was seen.",
+    f"{LENGTH} tokens, trained {STEPS} steps further with and without the penalty on the first token's attention to "
+    f"it; {UNSEEN} unseen texts. Use is the share of what can be lost that is lost when another token stands there. A "
+    "first set-up trained from scratch: nothing was learned under the penalty, and its measure took that for "
+    "success; both were changed once that was seen.",
     effect="how much further use exceeds attention with the penalty than without (shares of 1)",
     measure=measure,
     seeds=8,
