@@ -175,9 +175,11 @@ def test_the_table_has_every_verb(found: Any) -> None:
 @pytest.mark.parametrize("name", sorted(catalogue.entries()))
 def test_a_method_takes_what_its_fields_say(name: str) -> None:
     kind = catalogue.entries()[name]
+    needed = {x.name for x in dataclasses.fields(kind) if x.init and x.default is x.default_factory}
+    suits = {field: getattr(kind.example(), field) for field in needed}
     for field in dataclasses.fields(kind):
         for value in HOSTILE:
-            assert " at 0x" not in refusal(kind, {}, field.name, value)
+            assert " at 0x" not in refusal(kind, suits, field.name, value)
 
 
 @pytest.mark.parametrize("kind", tasks.known().values(), ids=lambda kind: kind.__name__)
@@ -206,6 +208,10 @@ def test_every_annotation_of_a_verb_is_asked_for() -> None:
         (lambda: TempScale(True), r"TempScale\.tau = True: must be a number"),
         (lambda: heedful.attach(models.tiny("llama"), TempScale(0.5), roles={"x": None}), r"example roles=\{'marked'"),
         (lambda: heedful.check(TempScale, only=("any_tiles",)), r"is no law\. Did you mean any_tile\?"),
+        (
+            lambda: heedful.fit(TempScale(0.5), models.tiny("llama"), {"input_ids": torch.ones(1, 4)}),  # type: ignore[arg-type]
+            r"fit\(\)\.batches = .*: must be Iterable\[Mapping\[str, Any\]\]; for example batches=\[",
+        ),
         (lambda: Prompt((1, 2.5)), r"Prompt\.tokens = .*: must be tuple\[int, \.\.\.\]"),
     ],
 )

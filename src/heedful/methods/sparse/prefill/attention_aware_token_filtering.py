@@ -91,9 +91,11 @@ class AttentionAwareTokenFiltering(Method):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> AttentionAwareTokenFiltering:
         """How often each patch draws more than the mean in the first layer, over all images."""
-        part = _Drawn()
+        part, shown = _Drawn(), list(batches)
+        if not shown:
+            raise FieldError(self, "batches", 0, "must be 1 or more", [{"pixel_values": "..."}])
         with torch.no_grad(), context.attach(part) as run:
-            for batch in batches:
+            for batch in shown:
                 run(**batch)
             (found,) = run[part].values()
         rate, mean = found.value.float()
