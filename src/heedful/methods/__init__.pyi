@@ -9,6 +9,7 @@ from heedful.methods.compress.quantise.fp4 import FP4 as FP4
 from heedful.methods.compress.quantise.llm_int8 import LLMInt8 as LLMInt8
 from heedful.methods.compress.quantise.quant_vla import QuantVLA as QuantVLA
 from heedful.methods.compress.quantise.rsq import RSQ as RSQ
+from heedful.methods.compress.quantise.turbo_boa import TurboBoA as TurboBoA
 from heedful.methods.explain.attention_flow import AttentionFlow as AttentionFlow
 from heedful.methods.explain.attention_lens import AttentionLens as AttentionLens
 from heedful.methods.explain.attention_output_sae import AttentionOutputSAE as AttentionOutputSAE

@@ -17,6 +17,7 @@ from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Sum
+from heedful.methods.compress.quantise.absmax import Absmax
 
 PAPER = Paper(
     "P327",
@@ -42,14 +43,8 @@ class QuantVLA(Surgery):
     """
 
     paper = PAPER
-    quantiser: Surgery  # what rounds, such as Absmax(4)
+    quantiser: Surgery = Absmax(4)  # what rounds
     scales: Fitted | None = None  # "LAYER" [h + 1]: of each head's scores, and of the output
-
-    @classmethod
-    def example(cls) -> QuantVLA:
-        from heedful.methods.compress.quantise.absmax import Absmax
-
-        return cls(Absmax(4))
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> QuantVLA:
         shown = [dict(batch) for batch in batches]
@@ -127,7 +122,6 @@ def _read(context: FitContext, reader: _Spread | _Size, batches: list[dict[str, 
 
 if __name__ == "__main__":
     from heedful import fit, models, operate
-    from heedful.methods import Absmax
 
     model, tokenizer, _ = models.default()
     text = dict(tokenizer("The sun rises in the east and sets in the west, and so does the moon.", return_tensors="pt"))
