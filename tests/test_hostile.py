@@ -175,11 +175,9 @@ def test_the_table_has_every_verb(found: Any) -> None:
 @pytest.mark.parametrize("name", sorted(catalogue.entries()))
 def test_a_method_takes_what_its_fields_say(name: str) -> None:
     kind = catalogue.entries()[name]
-    needed = {x.name for x in dataclasses.fields(kind) if x.init and x.default is x.default_factory}
-    suits = {field: getattr(kind.example(), field) for field in needed}
     for field in dataclasses.fields(kind):
         for value in HOSTILE:
-            assert " at 0x" not in refusal(kind, suits, field.name, value)
+            assert " at 0x" not in refusal(kind, {}, field.name, value)
 
 
 @pytest.mark.parametrize("kind", tasks.known().values(), ids=lambda kind: kind.__name__)
