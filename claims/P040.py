@@ -68,7 +68,6 @@ CLAIM = Claim(
     f"the {AMONG} ({DRAWS} draws). Guidance by every head stands in the details.",
     effect="mean log-probability of the answer over the better of no guidance and other heads",
     measure=measure,
-    seeds=3,
     strong=0.1,
 )
 

@@ -14,7 +14,7 @@ from claims.P283 import OPPOSITES
 from heedful import attach, fit, models
 from heedful.methods.intervene.language.lofit import LoFiT
 
-LEARN, TEST, BATCH, EPOCHS, DRAWS = 16, 14, 16, 10, 1
+LEARN, TEST, BATCH, EPOCHS, DRAWS = 16, 14, 16, 10, 2
 
 
 @cache
@@ -76,10 +76,9 @@ CLAIM = Claim(
     paper_number="comparable to LoRA with 20 to 200 times fewer parameters",
     setup=f"SmolLM2-135M-Instruct, opposites of words without examples; {LEARN} pairs to learn from, {EPOCHS} passes, "
     f"3 % of 270 heads; loss of the answer's first token on {TEST} others, against as many heads drawn at random "
-    f"({DRAWS} draw), trained alike.",
+    f"(mean of {DRAWS} draws), trained alike. (Measured before over 3 seeds with one draw: +1.30 ± 1.69, not seen.)",
     effect="nats an answer that random heads lose more",
     measure=measure,
-    seeds=3,
     strong=0.1,
 )
 

@@ -50,7 +50,8 @@ CLAIM = Claim(
     paper_number="none in the abstract",
     setup=f"SmolLM2-135M-Instruct, {DOCUMENTS} one-line documents (who was born where); slots ranked by {SHOWN} "
     f"prompts; {ITEMS} others a seed, their true document known to be the most relevant, against that document in each "
-    "slot by turns, which is what a random order gives on average. Prompts are drawn anew for each seed.",
+    "slot by turns, which is what a random order gives on average. Prompts are drawn anew for each seed. The first "
+    "slot gets the most in all of them, so that an order by relevance alone, the best first, would do as well.",
     effect="log-probability of the answer's first token, ranked minus the mean over all slots",
     measure=measure,
     strong=0.1,

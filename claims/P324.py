@@ -50,9 +50,12 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
         for word, part in (("first", range(depth // 3)), ("last", range(depth - depth // 3, depth))):
             with rounded(FP4(form), (*ATTENTION, *FORWARD), part) as model:
                 numbers[f"rise, {form}, {word} third of layers"] = P322.loss(model, ids) - whole
-    forward = statistics.fmean(numbers[f"rise, {name}"] for name in ("up_proj", "down_proj"))
-    attention = statistics.fmean(numbers[f"rise, {name}"] for name in ATTENTION)
-    return forward - attention, numbers
+    return effect(numbers), numbers
+
+
+def effect(numbers: dict[str, float]) -> float:
+    forward = min(numbers[f"rise, {name}"] for name in ("up_proj", "down_proj"))
+    return forward - statistics.fmean(numbers[f"rise, {name}"] for name in ATTENTION)
 
 
 CLAIM = Claim(
@@ -61,10 +64,11 @@ CLAIM = Claim(
     says="In FP4 the up and down projections of the feed-forward part are the most sensitive, attention's the least.",
     paper_number="none in the abstract; Qwen2.5 of 0.5B, 7B and 14B",
     setup=f"SmolLM2-135M-Instruct, {P322.TEXTS} texts of {P322.TOKENS} tokens of Python's documentation a seed; the "
-    "weights of one projection in all layers in MXFP4, mean rise of up and down against that of q, k, v and o. "
-    "Details: each projection, and all in the first and the last third of the layers, in both formats. Up and "
-    "down hold 3 to 8 times as many weights as each of attention's.",
-    effect="nats a token by which the loss rises more for up and down than for attention's projections",
+    "weights of one projection in all layers in MXFP4, the lesser rise of up and down against the mean of q, k, v and "
+    "o. Details: each projection, and all in the first and the last third of the layers, in both formats. Up and "
+    "down hold 3 to 8 times as many weights as each of attention's. (First the mean of up and down was asked for, "
+    "which down carries alone; the effect was changed after that, and follows from the same measurements.)",
+    effect="nats a token by which the loss rises more for each of up and down than for attention's projections",
     measure=measure,
     seeds=5,
 )

@@ -23,7 +23,7 @@ from heedful.authoring import Call, at
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.facts import fingerprint
-from heedful.methods import MAPS, DynamicConv, GatedHeads, SinkRate, SnapKV, TempScale
+from heedful.methods import MAPS, DynamicConv, GatedHeads, Impermissible, SinkRate, SnapKV, TempScale
 from tests.samples import PAPER
 from tests.test_diagnose_texts import characters
 
@@ -137,6 +137,12 @@ def test_refusals(folder: Path) -> None:
         with torch.no_grad():
             run(IDS)
         with pytest.raises(RefusedModel, match="its 8 heads are spread over processes, and what methods learn is not"):
+            run(IDS)
+    with heedful.attach(spread, Impermissible(), roles={"impermissible": ((2, 9),)}) as run:
+        with torch.no_grad():
+            run(IDS)
+            assert run.loss() > 0
+        with pytest.raises(RefusedModel, match="the gradient of what methods penalise would count once for each"):
             run(IDS)
     with pytest.raises(RefusedModel, match="is spread over 2 processes; load the model whole"):
         heedful.fold(spread, TempScale(0.5))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import heedful
-from heedful import models
+from heedful import fit, models
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.fitted import Fitted
@@ -98,6 +98,8 @@ def test_a_fit_to_another_size_is_refused() -> None:
         seen(model, fitted([0.5] * 24), images())
     with pytest.raises(FieldError, match="must be fitted"):
         seen(model, AttentionAwareTokenFiltering(), images())
+    with pytest.raises(FieldError, match=r"AttentionAwareTokenFiltering.batches = 0: must be 1 or more"):
+        fit(AttentionAwareTokenFiltering(), model, [])
 
 
 def test_a_fit_to_no_image_is_refused() -> None:

@@ -106,6 +106,17 @@ def test_a_fit_keeps_the_channels_that_most_pairs_agree_about(count: int) -> Non
     )
 
 
+def test_where_pairs_are_divided_the_trait_counts_as_more() -> None:
+    """The authors turn the sign only where fewer pairs rise than fall."""
+    model = models.tiny("llama")
+    ids = models.tiny_inputs(model, batch=2, length=7)["input_ids"]
+    ids = torch.cat([ids, ids.flip(0)])  # each pair's moves are the other's, turned round
+    batch = {"input_ids": ids, "positive": torch.tensor([True, False, True, False])}
+    found = fit(AUSteer(count=1000), model, [batch]).momenta
+    assert found is not None
+    assert all(close(x, torch.full((4, 8), 0.5)) for x in found.values())
+
+
 def test_a_layer_without_channels_is_idle() -> None:
     model = models.tiny("llama")
     momenta = Fitted({**_momenta(), "beta.1": torch.zeros(4, 8)})

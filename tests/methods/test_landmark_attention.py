@@ -94,6 +94,19 @@ def test_landmark_tokens(cut: int | None) -> None:
     assert close_model(found, wanted)
 
 
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_each_text_has_its_own_landmark_tokens(backend: str) -> None:
+    texts = [[5, 3, MARK, 3, 4, MARK, 7, 8], [MARK, 5, 8, 6, MARK, 3]]
+    model = models.tiny("llama")
+    ids = torch.tensor([texts[0], [0, 0, *texts[1]]])
+    mask = torch.tensor([[1] * 8, [0] * 2 + [1] * 6])
+    method = LandmarkAttention(tokens=(MARK,))
+    with torch.no_grad(), attach(model, method, backend=backend) as run:
+        both = run(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+        for found, text in zip(both, texts, strict=True):
+            assert close_model(found[8 - len(text) :], run(torch.tensor([text])).logits[0])
+
+
 def test_weights_add_up_to_one_and_gradients_reach_landmarks() -> None:
     scores = torch.randn(2, 4, 19, 19, generator=torch.Generator().manual_seed(0)).requires_grad_()
     bare = Bare()

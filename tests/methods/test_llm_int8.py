@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful import attach, models, operate
+from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.methods import Absmax, LLMInt8
@@ -49,6 +50,16 @@ def test_padding_has_no_outliers() -> None:
     found = LLMInt8().rounded(x, is_text)
     assert close(found[0, 1:], by_hand(x[0, 1:], 6.0, 8))
     assert not torch.equal(found[0, 1:, 2], x[0, 1:, 2])
+
+
+def test_padding_has_none_at_either_place() -> None:
+    call = Bare(text=torch.arange(19)[None] < torch.tensor([[19], [14]])).call
+    shown, heads = torch.rand(2, 19, 32), torch.rand(2, 4, 19, 8)
+    shown[1, 14:] = heads[1, :, 14:] = 50.0
+    method = LLMInt8(6.0, 3)
+    assert close(method.shown(shown, call)[1, :14], by_hand(shown[1, :14], 6.0, 3))
+    found = method.handed_on(heads, call).transpose(1, 2).flatten(2)
+    assert close(found[1, :14], by_hand(heads.transpose(1, 2).flatten(2)[1, :14], 6.0, 3))
 
 
 def test_all_columns_apart_and_none() -> None:

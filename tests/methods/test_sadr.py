@@ -122,6 +122,23 @@ def test_the_target_may_stand_behind_the_prompt() -> None:
     assert close_model(losses[1], losses[0])
 
 
+def test_targets_of_unlike_length_may_move_padding_on_the_left() -> None:
+    """Rows are compared token by token of the text, wherever padding has put it."""
+    model = models.tiny("llama", attn_implementation="eager")
+    inputs, roles, _, _ = _prompts("left")
+    method = fit(SADR(), model, [{**inputs, "roles": roles}])
+    _changed(model, 4.0)
+    first, second = inputs["input_ids"][0], inputs["input_ids"][1, 2:]
+    longer = torch.stack([torch.cat([first, torch.tensor([9])]), torch.cat([second, torch.tensor([9, 11, 12])])])
+    losses = []
+    with attach(model, method, roles=roles) as run:
+        for each in (inputs, {"input_ids": longer, "attention_mask": torch.ones_like(longer)}):
+            run(**each)
+            losses.append(run.loss())
+    assert losses[0].item() > 1e-4
+    assert close_model(losses[1], losses[0])
+
+
 def test_random_rows_are_the_seeds_own() -> None:
     model = models.tiny("llama", attn_implementation="eager")
     inputs, roles, _, rows = _prompts("right")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -200,6 +201,33 @@ def test_the_first_step_of_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(found.gates["gates.0"], steps.before[0][0])
     with torch.no_grad(), attach(model, replace(found, share=0.3, last=0, most=1.0)) as run:
         run(ids)
+
+
+@pytest.mark.parametrize("blocks", [3, 6, 9])
+def test_the_rows_that_a_fit_leaves_out(blocks: int) -> None:
+    scores, wanted = torch.rand(2, 1, 2, blocks, blocks, generator=torch.Generator().manual_seed(0))
+    wanted = wanted.tril() / wanted.tril().sum(-1, keepdim=True)
+    found = SeerAttention().divergence(scores, wanted, torch.ones(blocks, blocks, dtype=torch.bool).tril())
+    assert close(found, divergence(scores, wanted))
+
+
+def test_the_rate_rises_to_its_height_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.tiny("llama", num_hidden_layers=1)
+    steps = Steps(monkeypatch)
+    ids = torch.randint(3, 100, (1, LONG), generator=torch.Generator().manual_seed(0))
+    fit(SeerAttention(size=SIZE, steps=25), model, [{"input_ids": ids}])
+    wanted = [1e-3 * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / 25)) / 2 for step in range(25)]
+    assert steps.rates == pytest.approx(wanted)
+
+
+def test_a_fit_keeps_the_pools_of_a_text_and_not_the_text() -> None:
+    bare = bare_of(None)
+    bare.call = replace(bare.call, rotate=lambda x: x)
+    queries = weakref.ref(bare.call.hidden)
+    pooled = Pooled.of(grid_of(bare, SIZE))
+    del bare
+    assert bool(pooled.scores(gates()).isfinite().all())
+    assert queries() is None
 
 
 def test_texts_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,11 @@ class Spread:
             raise RefusedModel(f"{said}what CACHE steps would keep is not; load the model whole")
         if torch.is_grad_enabled() and any(run.state.params.values()):
             raise RefusedModel(f"{said}what methods learn is not; learn with the model whole, or use torch.no_grad()")
+        if torch.is_grad_enabled() and any(step.edit.loss for step in run.stack.steps()):
+            raise RefusedModel(
+                f"{said}the gradient of what methods penalise would count once for each; learn with the model whole, "
+                "or use torch.no_grad()"
+            )
         return self
 
     def joined(self, request: Request) -> Request:

@@ -17,7 +17,7 @@ class Impermissible(Method):
     """Trains a model to hide, from whoever looks at its attention, that it uses some tokens; a test of explanations.
 
     Attach it with roles that name the tokens, and train on labels: the penalty joins the model's loss. Attention falls
-    on other tokens, and the model uses those all the same. An explanation that is worth something still finds them.
+    on other tokens. Where the model uses those all the same, an explanation that is worth something still finds them.
     """
 
     paper = Paper(

@@ -29,6 +29,8 @@ PAPER = Paper(
         "the authors turn the whole stream, and outputs with it. The Hadamard matrix is as wide as the largest power "
         "of two in the width, and repeated.",
         "The Hessian has r^2, as in the paper's formula; the authors' code has r, scaled to a mean of 1 in each text.",
+        "What a token gets is read again before the output projection is rounded, when queries and keys are rounded "
+        "already; the authors' code reads it once for a layer, before any of it is.",
         "The paper's other rules for a token's weight, and its longer calibration by shifted texts, are not here.",
     ),
 )

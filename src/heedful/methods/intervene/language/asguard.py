@@ -115,7 +115,7 @@ class ASGuard(Method):
         scales = {}
         for layer, s in learned.items():
             mine = [head for number, head in heads if number == layer]
-            scales[f"s.{layer}"] = torch.ones_like(s).index_copy(0, torch.tensor(mine), s[mine])
+            scales[f"s.{layer}"] = torch.ones_like(s).index_copy(0, torch.tensor(mine, device=s.device), s[mine])
         return replace(self, heads=heads, scales=Fitted(scales))
 
     def _found(self, context: FitContext, batches: list[Mapping[str, Any]]) -> tuple[Head, ...]:

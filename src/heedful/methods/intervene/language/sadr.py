@@ -127,11 +127,11 @@ class _Rows(Method):
 
 
 def _row(weights: Tensor, call: Call, at: Tensor, role: str) -> tuple[Tensor, Tensor]:
-    """The row of each text's token at a position, `[b h n]`, and what it gives the subject's last token, `[b h]`."""
+    """The row of each text's token at a position, `[b h n]` by position, and what it gives the subject's last token."""
     here = (call.q_pos[:, 0] == at[:, None]).to(weights)
     row = torch.einsum("br,bhrk->bhk", here, weights)
     last = call.bounds(role)[..., 1].amax(-1)[:, None, None] - 1
-    return row, (row * (call.pairs.k[..., 0, :] == last)).sum(-1)
+    return call.keys.by_position(row), (row * (call.pairs.k[..., 0, :] == last)).sum(-1)
 
 
 if __name__ == "__main__":

@@ -35,17 +35,18 @@ class Pooled:
     @staticmethod
     def of(grid: Grid) -> Pooled:
         call, top = grid.call, None if grid.first is None else grid.first[:, 0]
+        turned = call.rotate  # a fit keeps what is made here, and need not keep the whole call
         query, key = (fold(turned_back(call, x), grid.size, top) for x in (_wide(call.query), _wide(call.key)))
         tokens, top = len(call.queries), torch.zeros(1, dtype=torch.long, device=query.device) if top is None else top
         begin = (top[:, None] + grid.size * torch.arange(query.shape[2], device=top.device)).clamp(max=tokens - 1)
         block = ((torch.arange(tokens, device=top.device) - top[:, None]) // grid.size).clamp(min=0)
 
         def rotate(blocks: Tensor) -> Tensor:
-            if call.rotate is None:
+            if turned is None:
                 return blocks
             b, h, _, d = blocks.shape
             of_token, of_block = (x[:, None, :, None].expand(b, h, -1, d) for x in (block, begin))
-            return call.rotate(blocks.gather(2, of_token)).gather(2, of_block)
+            return turned(blocks.gather(2, of_token)).gather(2, of_block)
 
         is_text = grid.rows[..., None]
         empty = ~is_text.any(-2)
@@ -90,7 +91,8 @@ class SeerAttention(BlockSparse):
             "As the authors' code has it, with its defaults; the paper's sections could not be read.",
             "A prompt is read in one call; the later pieces of one that is read in several see everything.",
             "A gate learns layer by layer from one text a step, the texts in turn; the authors take 16 texts of 65536 "
-            "tokens a step, and clip the gradient of all layers together.",
+            "tokens a step, and clip the gradient of all layers together. Their rate falls once it has risen; here it "
+            "falls from the first step on.",
             "The block of a query's own key is always computed.",
             "A text of which more than `most` (90 %) of the blocks would be computed stays dense, being faster so.",
         ),
