@@ -82,7 +82,7 @@ for label in list(mechanisms)[1:]:
 
 # %% [markdown]
 # What if somebody loads the folder by transformers alone? The weights fit, so it loads, and transformers prints that
-# something is left over: "heedful.load(folder) brings back the stack". Taken as it is, the model computes softmax
+# something is left over: "heedful.load brings back the stack". Taken as it is, the model computes softmax
 # over weights that were trained for sigmoid; and heedful refuses to put another stack onto it.
 
 # %%

@@ -47,6 +47,20 @@ def test_every_verb_that_is_named_is_there() -> None:
         assert all(word.split("=")[0] in known or word == "text" for word in told_of), call
 
 
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("LandmarkAttention", "mechanisms, acts at NORMALISE, reads MASK"),
+        ("LLMInt8", "compress, acts at HIDDEN and HEAD_OUTPUT"),
+        ("InjectedPatterns", "mechanisms, acts at MASK, reads MASK and PATTERN"),
+        ("OffsetLocalHeads", "observe, reads PATTERN"),
+        ("Absmax", "compress, surgery"),
+    ],
+)
+def test_what_a_method_is_in_a_call(name: str, role: str) -> None:
+    assert told("show", name).splitlines()[0] == f"{name}  {role}"
+
+
 def test_show_tells_settings_paper_and_differences() -> None:
     text = told("show", "sinkwindow")
     assert "sinks = 4  tokens; the paper's default" in text

@@ -152,3 +152,8 @@ def test_bad_input_is_named(tiny: None, arguments: list[str], error: type[Except
     told = RUN.invoke(app, ["compare", *arguments])
     assert isinstance(told.exception, error)
     assert match in str(told.exception)
+
+
+def test_workers_are_looked_at_before_the_model_loads() -> None:
+    told = RUN.invoke(app, ["compare", "smol", "--methods", "act", "--workers", "0"])
+    assert str(told.exception).startswith("Ray.workers = 0: must be 1 or more")

@@ -151,6 +151,7 @@ def test_measures_are_parted_by_commas_outside_of_settings() -> None:
         (["small", "--workers", "2"], "there is none. Name one: --corpus"),
         (["small", "--corpus", "/etc/hostname", "--text", "/etc/hostname"], "one of them is read"),
         (["small", "--corpus", "/etc/hostname", "--workers", "0"], "must be 1 or more"),
+        (["smol", "--corpus", "/etc/hostname", "--workers", "0"], "must be 1 or more"),  # before the model loads
     ],
 )
 def test_wrong_input_is_a_plain_error(words: list[str], message: str, tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from heedful import Method, Site, attach, check, fold, models, operate
-from heedful.authoring import Call, Layer, Surgery, at
+from heedful.authoring import Call, Fitted, Layer, Surgery, at
 from heedful.conformance import fold_laws
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, FoldError, HeedfulError, RefusedModel, SiteError
 from heedful.core.kinds import HeadWeights
 from heedful.methods.compress.prune.prune_heads import PruneHeads
+from heedful.methods.compress.quantise.absmax import Absmax
+from heedful.methods.compress.quantise.quant_vla import QuantVLA
 from heedful.methods.intervene.language.act import ACT
 from heedful.methods.intervene.language.head_scale import HeadScale
 from heedful.methods.intervene.language.temp_scale import TempScale
@@ -366,3 +368,21 @@ def test_a_model_without_the_stack_it_was_saved_with_is_not_edited(tmp_path: Pat
     del plain.config.heedful
     fold(plain, TempScale(0.5)).save_pretrained(tmp_path)
     assert "heedful" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("surgery", "field"),
+    [
+        (Absmax(4, layers=(0, 2)), r"Absmax\.layers = \(0, 2\)"),
+        (PruneHeads(groups=((0, 1), (2, 0))), r"PruneHeads\.groups = \(\(0, 1\), \(2, 0\)\)"),
+        (
+            PruneHeads(0.5, importance=Fitted({str(i): torch.arange(2.0) for i in range(3)})),
+            r"PruneHeads\.importance = ",
+        ),
+        (QuantVLA(Absmax(layers=(2,)), scales=Fitted({str(i): torch.ones(5) for i in range(3)})), r"Absmax\.layers = "),
+    ],
+)
+def test_layers_that_a_model_lacks_are_refused(surgery: Any, field: str) -> None:
+    """Nothing that was asked for is left out in silence."""
+    with pytest.raises(FieldError, match=field + ".*: .*2 layers; for example"):
+        operate(models.tiny("llama"), surgery)

@@ -206,6 +206,10 @@ def test_every_annotation_of_a_verb_is_asked_for() -> None:
         (lambda: TempScale(True), r"TempScale\.tau = True: must be a number"),
         (lambda: heedful.attach(models.tiny("llama"), TempScale(0.5), roles={"x": None}), r"example roles=\{'marked'"),
         (lambda: heedful.check(TempScale, only=("any_tiles",)), r"is no law\. Did you mean any_tile\?"),
+        (
+            lambda: heedful.fit(TempScale(0.5), models.tiny("llama"), {"input_ids": torch.ones(1, 4)}),  # type: ignore[arg-type]
+            r"fit\(\)\.batches = .*: must be Iterable\[Mapping\[str, Any\]\]; for example batches=\[",
+        ),
         (lambda: Prompt((1, 2.5)), r"Prompt\.tokens = .*: must be tuple\[int, \.\.\.\]"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +151,19 @@ def test_a_claim_is_missed_however_deep_the_method_lies(monkeypatch: pytest.Monk
         verdict = check(kind, only=("is_documented",))["is_documented"]
         assert verdict.outcome == "broken"
         assert "claims/nowhere.py is missing" in verdict.reason
+
+
+def test_a_claim_that_was_begun_and_not_measured_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `heedful new method` leaves it."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / f"{DynamicConv.paper.key}.py").touch()
+    monkeypatch.setattr(model_laws, "LEDGER", tmp_path)
+    verdict = check(DynamicConv, only=("is_documented",))["is_documented"]
+    assert verdict.outcome == "broken"
+    key = DynamicConv.paper.key
+    assert f"claims/results/{key}.json is missing; python -m claims.{key} writes it" in verdict.reason
+    (tmp_path / "results" / f"{key}.json").touch()
+    assert check(DynamicConv, only=("is_documented",))["is_documented"].outcome == "kept"
 
 
 def test_subjects_are_known_and_differ() -> None:

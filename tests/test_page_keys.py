@@ -118,7 +118,7 @@ def test_a_picture_is_light_where_the_chosen_patch_looks(browser, tmp_path):
 
     half = 1 - 0.85 * (1 - 3**-0.5)  # a quarter beside three of them, by their roots
     seen(dark, dark, 1, dark, dark, half)
-    assert "where token 0 gives its attention" in picture.get_attribute("aria-label")
+    assert "where the class token gives its attention" in picture.get_attribute("aria-label")
     box = picture.bounding_box()
     picture.hover(position={"x": box["width"] / 6, "y": box["height"] / 4})
     assert "the patch in row 0, column 0" in picture.get_attribute("aria-label")
@@ -129,8 +129,11 @@ def test_a_picture_is_light_where_the_chosen_patch_looks(browser, tmp_path):
         assert "row {}, column {}".format(*place) in picture.get_attribute("aria-label")
     tab.locator("[value=in]").check()
     seen(1, dark, dark, dark, dark, dark)
+    assert tab.locator("#text span").inner_text().strip() == "class token"
+    assert tab.locator("#maps").bounding_box()["x"] == picture.bounding_box()["x"]
+    assert picture.bounding_box()["y"] < tab.locator("#says").bounding_box()["y"]  # beside the large map, not below it
     tab.locator("#text span").click()
-    assert "where token 0 is looked at from" in picture.get_attribute("aria-label")
+    assert "where the class token is looked at from" in picture.get_attribute("aria-label")
     tab.locator("#maps button").last.click()  # a map of something else
     assert not picture.is_visible()
     tab.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import heedful
 from heedful import models
 from heedful.core.errors import FieldError
-from heedful.explaining.attention_patterns import MOST, Patterns
+from heedful.explaining.attention_patterns import MOST, Patterns, Picture
 from heedful.methods import SinkWindow
 from tests.test_diagnose_texts import characters
 
@@ -152,6 +153,9 @@ def test_a_notebook_and_a_page_show_them(tmp_path: Path) -> None:
     assert '</script>"' not in text.split('id="data">')[1].split("</script>")[0]
     assert "query" in str(found.plot(0, 1).to_dict())
     assert repr(found) == "Patterns(1 layer, 2 heads, 4 x 4: '</script>\"<b>é')"
+    seen = Picture(torch.zeros(3, 8, 12), (2, 3), 1)
+    assert repr(replace(found, tokens=[], picture=seen)) == "Patterns(1 layer, 2 heads, 4 x 4: 2 x 3 patches)"
+    assert repr(replace(found, tokens=[])) == "Patterns(1 layer, 2 heads, 4 x 4)"
 
 
 def test_every_part_of_the_model_trains_or_rests_as_before() -> None:

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 import heedful
 from heedful import attach, catalogue, load, models
-from heedful.adapters.saving import TENSORS
+from heedful.adapters.saving import MARK, TENSORS
 from heedful.conformance import check
 from heedful.conformance.subjects import tiny_model
 from heedful.core.errors import CatalogueError, FieldError, ModelError, WriteError
@@ -279,7 +279,7 @@ def test_the_tensors_of_another_stack_are_taken_away(model: Any, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("stack", "line"),
-    [(GatedHeads(), "heedful_GatedHeads_0_weight"), (SigmoidAttention(), "heedful.load(folder) brings back the stack")],
+    [(GatedHeads(), "heedful_GatedHeads_0_weight"), (SigmoidAttention(), "heedful.load brings back the stack")],
 )
 def test_transformers_alone_says_what_is_missing(
     stack: Any, line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -344,3 +344,13 @@ def test_an_empty_stack_is_nothing_to_save(model: Any, tmp_path: Path) -> None:
     with attach(model, Stack()):
         model.save_pretrained(tmp_path)
     assert "heedful" not in (tmp_path / "config.json").read_text()
+
+
+def test_names_that_a_model_turns_over_are_not_left_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers saves some models, ViT among them, under names that it makes by patterns."""
+    model = models.tiny("vit")
+    with attach(model, TempScale(0.5)):
+        model.save_pretrained(tmp_path)
+    assert MARK in load_file(tmp_path / "model.safetensors")
+    load(tmp_path).close()
+    assert "UNEXPECTED" not in caplog.text

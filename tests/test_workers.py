@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -141,8 +142,22 @@ def test_a_cluster_that_does_not_answer_is_named(corpus: Path, monkeypatch: pyte
         raise ConnectionError("Failed to connect to GCS\nat 127.0.0.1:1")
 
     monkeypatch.setattr(ray, "init", nobody)
-    with pytest.raises(FieldError, match=r"Ray\.address = '127\.0\.0\.1:1': no cluster answers there \(Failed to conn"):
-        corpus_job.measured(corpus, Ray(address="127.0.0.1:1"))
+    with pytest.raises(FieldError, match=r"Ray\.address = 'auto': no cluster answers there \(Failed to conn"):
+        corpus_job.measured(corpus, Ray(address="auto"))
+
+
+@pytest.mark.parametrize("before", ["", "ray://"])
+def test_nobody_waits_for_a_place_where_nobody_listens(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """Ray itself asks again and again, for minutes."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"{before}127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(FieldError, match=rf"Ray\.address = '{where}': no cluster answers there \(.*refused"):
+            corpus_job.measured(corpus, Ray(address=where))
 
 
 @pytest.mark.parametrize("at", [1, 4])

@@ -72,6 +72,8 @@ def rewritten(
     for step in steps:
         if isinstance(step, Scoped) and step.layers and step.layers[-1] >= len(names):
             raise FieldError(f"{step!r}", "layers", step.layers[-1], f"must be below {len(names)}", len(names) - 1)
+        if isinstance(step, Surgery):
+            step.require_depth(len(names))
         for i, name in enumerate(names):
             try:
                 found = projections(new, name, i)

@@ -142,6 +142,7 @@ def test_errors() -> None:
         ({"count": 0}, r"ASGuard.count = 0"),
         ({"epochs": 0}, r"ASGuard.epochs = 0"),
         ({"rate": 0.0}, r"ASGuard.rate = 0.0"),
+        ({"rate": float("inf")}, r"ASGuard.rate = inf"),
         ({"heads": ((0, -1),)}, r"ASGuard.heads"),
     ):
         with pytest.raises(FieldError, match=match):
@@ -154,5 +155,18 @@ def test_errors() -> None:
     for batches in ([], [inputs]):
         with pytest.raises(FieldError, match="must be 1 or more, each with labels"):
             fit(ASGuard(), model, batches)
-    with pytest.raises(FieldError, match="fitted to another model"):
-        fit(ASGuard(heads=((0, 4),)), model, _batches(model))
+    for heads in (((0, 4),), ((0, 0), (2, 0))):
+        rule = r"ASGuard\.heads = .*: must be below 2 layers and their 4 heads; for example heads=\(\(0, 0\),\)"
+        with pytest.raises(FieldError, match=rule):
+            fit(ASGuard(heads=heads), model, _batches(model))
+
+
+def test_a_model_in_bfloat16_learns_in_small_steps() -> None:
+    """Steps of 0.001 at 1 are smaller than what bfloat16 can tell apart there, so they are counted in float32."""
+    model = models.tiny("llama", dtype=torch.bfloat16)
+    found = fit(ASGuard(heads=((0, 1),)), model, _batches(model)).scales
+    assert found is not None
+    assert close(found["s.0"][[0, 2, 3]], torch.ones(3, 8))
+    moved = (found["s.0"][1] - 1).abs()
+    assert float(moved.max()) > 0.0025
+    assert float(moved.max()) < 0.0065

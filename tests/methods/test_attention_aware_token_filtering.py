@@ -102,6 +102,11 @@ def test_a_fit_to_another_size_is_refused() -> None:
         fit(AttentionAwareTokenFiltering(), model, [])
 
 
+def test_a_fit_to_no_image_is_refused() -> None:
+    with pytest.raises(FieldError, match=r"AttentionAwareTokenFiltering\.batches = 0: must be 1 or more"):
+        heedful.fit(AttentionAwareTokenFiltering(), models.tiny("vit"), [])
+
+
 @pytest.mark.parametrize("share", [0.0, 1.1, -1.0])
 def test_wrong_shares_are_refused(share: float) -> None:
     with pytest.raises(FieldError, match="must lie above 0"):

@@ -102,6 +102,9 @@ def test_says_what_is_wrong() -> None:
     for wrong in (batch(bare), batch(ended), two, {"input_ids": torch.tensor([prompt().tokens])}):
         with pytest.raises(FieldError, match="each one text with spans of 'documents'"):
             fit(AttnRank(), model, [wrong])
+    image = models.tiny("vit")
+    with pytest.raises(FieldError, match=r"batches = \['pixel_values'\].*each one text with spans of 'documents'"):
+        fit(AttnRank(), image, [models.tiny_inputs(image)])
     fewer = Prompt(prompt().tokens, {"documents": SPANS[:2]})
     for batches in ([], [batch(prompt()), batch(fewer)]):
         with pytest.raises(FieldError, match="must be one prompt or more, all of as many items"):

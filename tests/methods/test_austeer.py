@@ -141,6 +141,8 @@ def test_errors() -> None:
     inputs, positive, _ = _texts(model)
     with pytest.raises(FieldError, match=r"AUSteer.count = 0: must be 1 channel or more"):
         AUSteer(count=0)
+    with pytest.raises(FieldError, match=r"AUSteer.strength = -inf: must be finite"):
+        AUSteer(strength=-float("inf"))
     with pytest.raises(FieldError, match="are not there yet: fit to texts"), attach(model, AUSteer()) as run:
         run(**inputs)
     for wrong in (_momenta(layers=1), _momenta(heads=3)):

@@ -98,7 +98,7 @@ def test_what_a_model_says_under_it() -> None:
 def test_defaults_and_what_is_wrong() -> None:
     assert LLMInt8() == LLMInt8(6.0, 8)
     assert LLMInt8.neutral() == LLMInt8(0.0)
-    for wrong in ({"threshold": -0.1}, {"bits": 1}, {"bits": 9}):
+    for wrong in ({"threshold": -0.1}, {"threshold": float("inf")}, {"bits": 1}, {"bits": 9}):
         with pytest.raises(FieldError, match=rf"LLMInt8\.{next(iter(wrong))} = "):
             LLMInt8(**wrong)
     assert LLMInt8(bits=2).bits == 2

@@ -12,7 +12,7 @@ from torch import Tensor
 from heedful import fit, fold, models, operate
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
-from heedful.methods import RSQ, Absmax, QuantVLA
+from heedful.methods import RSQ, Absmax, PruneHeads, QuantVLA
 from tests.by_hand import causal_map, heads_of, llama_states
 
 
@@ -126,6 +126,13 @@ def test_the_quantiser_is_fitted_too_and_silent_layers_stay() -> None:
     assert isinstance(found.quantiser, RSQ)
     assert found.quantiser.found is not None
     assert found.scales["0"].tolist() == [1.0] * 5
+
+
+def test_what_takes_heads_out_is_no_quantiser() -> None:
+    model = models.tiny("llama")
+    batch = {**models.tiny_inputs(model), "labels": models.tiny_inputs(model)["input_ids"]}
+    with pytest.raises(FieldError, match=r"QuantVLA\.quantiser = PruneHeads.*: must leave every head in its place"):
+        fit(QuantVLA(PruneHeads(groups=((0, 0), (1, 0)))), model, [batch])
 
 
 def test_says_what_is_wrong() -> None:

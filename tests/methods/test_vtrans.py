@@ -20,6 +20,7 @@ from heedful.methods import VTrans
 from tests.by_hand import Steps, causal_map, heads_of, llama_states
 
 BETA = 0.3
+INF = float("inf")
 
 
 class Draws:
@@ -138,7 +139,15 @@ def test_the_smaller_model_loads(tmp_path: Path) -> None:
 
 
 def test_says_what_is_wrong() -> None:
-    for wrong in ({"epochs": 0}, {"rate": 0.0}, {"beta": 0.0}, {"share": 2.0}, {"form": "odd"}):
+    for wrong in (
+        {"epochs": 0},
+        {"rate": 0.0},
+        {"beta": 0.0},
+        {"rate": INF},
+        {"beta": INF},
+        {"share": 2.0},
+        {"form": "odd"},
+    ):
         with pytest.raises(FieldError, match=rf"VTrans\.{next(iter(wrong))} = "):
             VTrans(**wrong)
     how = VTrans()

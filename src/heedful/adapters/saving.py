@@ -26,8 +26,9 @@ from heedful.engine.run import Run
 KEY = "heedful"  # of the config
 FORMAT = 1
 TENSORS = "heedful.safetensors"
-# the name of an empty tensor among the weights, for those who load them without the stack: transformers prints it
-MARK = "heedful.load(folder) brings back the stack that this was saved with"
+# the name of an empty tensor among the weights, for those who load them without the stack: transformers prints it; no
+# brackets, since transformers makes some models' names anew by patterns
+MARK = "heedful.load brings back the stack that this was saved with"
 SAVE = "save_pretrained"
 
 

@@ -108,6 +108,7 @@ def compare(
         find(ranged(text, most=1 << 30)[0])
     if page:
         require_page()
+    shared = workers_from(workers, ray)
     bars = Bars(STAGES)
     with bars.console.status(f"loading {escape(model)}"):
         from heedful import models
@@ -122,7 +123,7 @@ def compare(
             contenders = [_fitted(loaded, what, bars, only) for what in contenders]
         found = run(
             loaded, contenders, asked, prompts=prompts, minutes=minutes, margin=margin, seed=seed, turns=turns, out=out,
-            workers=workers_from(workers, ray), progress=bars, only=only, backend=backend,
+            workers=shared, progress=bars, only=only, backend=backend,
         )  # fmt: skip
     where = write_page(found, "compare", loaded.name, out) if page else None
     if as_json:

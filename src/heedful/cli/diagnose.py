@@ -130,6 +130,7 @@ def diagnose(
             raise HeedfulError(f"{missing}. Name one that exists, as in --{option} {good}")
     if corpus is None and (workers is not None or ray):
         raise HeedfulError("--workers and --ray share a corpus, and there is none. Name one: --corpus texts.jsonl")
+    shared = workers_from(workers, ray)
     bars = Bars(STAGES)
     with bars.console.status(f"loading {escape(model)}"):
         from heedful import models
@@ -145,7 +146,7 @@ def diagnose(
             measures=parts,
             length=length,
             out=out,
-            workers=workers_from(workers, ray),
+            workers=shared,
             progress=bars,
             backend=backend,
         )

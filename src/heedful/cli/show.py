@@ -10,7 +10,7 @@ import typer
 
 from heedful.catalogue import family, find
 from heedful.cli.console import console
-from heedful.cli.methods import sites
+from heedful.core.method import CatalogueEntry, Method
 
 
 def comments(source: str) -> dict[str, str]:
@@ -23,11 +23,21 @@ def comments(source: str) -> dict[str, str]:
     return out
 
 
+def role(kind: type[CatalogueEntry]) -> str:
+    """What an entry is in a call: where it acts and what it reads, or of which other kind it is."""
+    if not issubclass(kind, Method):
+        return kind.kind
+    found: dict[str, list[str]] = {}
+    for edit in sorted(kind.edits, key=lambda e: e.reads):
+        found.setdefault("reads" if edit.reads else "acts at", []).append(edit.site.name)
+    return ", ".join(f"{does} {' and '.join(dict.fromkeys(where))}" for does, where in found.items())
+
+
 def show(name: Annotated[str, typer.Argument(help="The method's name or its paper's id.")]) -> None:
     """Tell what a method does, its settings, its paper, and what we do unlike the authors."""
     kind = find(name)
     module = inspect.getmodule(kind)
-    console.print(f"[bold]{kind.__name__}[/]  {family(kind)}, acts at {sites(kind)}")
+    console.print(f"[bold]{kind.__name__}[/]  {family(kind)}, {role(kind)}")
     console.print((module.__doc__ or "").strip() if module else "", style="cyan", markup=False)
     console.print(inspect.cleandoc(kind.__doc__ or ""), markup=False)
     said = comments(inspect.getsource(kind))

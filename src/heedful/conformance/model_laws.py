@@ -320,6 +320,7 @@ def declared_numbers(method: Method) -> None:
             raise Broken(f"declares {name} = {value:g} for {LENGTH} tokens, measured {found[0]:g}")
 
 
+LEDGER = Path(__file__).parents[3] / "claims"
 EVERY = ("method", "tokens", "decode", "surgery", "weights", "conversion")
 
 
@@ -335,9 +336,13 @@ def is_documented(entry: CatalogueEntry) -> None:
     file = Path(inspect.getfile(kind))
     if '__name__ == "__main__"' not in file.read_text():
         raise Broken("its file has no demo under __main__")
-    ledger = Path(__file__).parents[3] / "claims"
-    if ledger.is_dir() and not (ledger / f"{claim_file(kind.paper.key)}.py").exists():
-        raise Broken(f"claims/{claim_file(kind.paper.key)}.py is missing")
+    name = claim_file(kind.paper.key)
+    if not LEDGER.is_dir():
+        return
+    if not (LEDGER / f"{name}.py").exists():
+        raise Broken(f"claims/{name}.py is missing")
+    if not (LEDGER / "results" / f"{kind.paper.key}.json").exists():
+        raise Broken(f"claims/results/{kind.paper.key}.json is missing; python -m claims.{name} writes it")
 
 
 def claim_file(key: str) -> str:

@@ -122,6 +122,8 @@ def _fits(x: Any, hint: Any) -> bool:
     kind = origin or hint
     if kind.__module__ == "collections.abc" and isinstance(x, str | bytes):
         return False  # a text is no list of its letters
+    if origin in (Iterable, Sequence) and isinstance(x, Mapping):
+        return False  # one batch is no list of its names
     if isinstance(x, list | tuple | set | frozenset) and origin in (Iterable, Sequence):
         return get_origin(inside[0]) is tuple or all(_fits(one, inside[0]) for one in x)  # heads: pairs of any kind
     if isinstance(x, dict) and origin is Mapping:

@@ -188,6 +188,9 @@ class Surgery(CatalogueEntry, abstract=True):
     def operate(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
         """The layer's new weights; the same object where nothing changes."""
 
+    def require_depth(self, depth: int) -> None:
+        """Refuse a model of so many layers, where others are named; `operate` would never see those."""
+
 
 class Weights(CatalogueEntry, abstract=True):
     """Measures a model's weights alone: `found = heedful.fit(it, model, ())`, then `found.describe()`."""

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import shutil
+import socket
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
@@ -112,8 +113,9 @@ class Ray(Workers):
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if self.address:
             try:
+                _knock(self.address)
                 ray.init(address=self.address, **quiet)
-            except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            except (OSError, OverflowError, ValueError, RuntimeError) as error:
                 reason = str(error).partition("\n")[0]
                 rule = f"no cluster answers there ({reason}); start one with `ray start --head`, or leave it out"
                 raise FieldError(self, "address", self.address, rule, "auto") from error
@@ -135,6 +137,13 @@ class Ray(Workers):
         finally:
             ray.shutdown()
             shutil.rmtree(home, ignore_errors=True)
+
+
+def _knock(address: str) -> None:
+    """Ray asks a place where nobody listens for minutes, and this one a few seconds."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 class _Actor:

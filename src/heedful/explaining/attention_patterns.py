@@ -106,7 +106,9 @@ class Patterns:
         many = sum(len(x) for x in self.maps.values())
         q, k = next(iter(self.maps.values())).shape[1:]
         size = f"{counted(len(self.maps), 'layer')}, {counted(many, 'head')}, {q} x {k}"
-        return f"Patterns({size}: {''.join(self.tokens)[:60]!r})"
+        if self.picture is not None:
+            return f"Patterns({size}: {' x '.join(map(str, self.picture.grid))} patches)"
+        return f"Patterns({size}: {''.join(self.tokens)[:60]!r})" if self.tokens else f"Patterns({size})"
 
     def _repr_html_(self) -> str:
         from heedful.report.maps import render

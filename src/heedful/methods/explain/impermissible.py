@@ -41,8 +41,8 @@ class Impermissible(Method):
     asking: str = ""  # the role of the queries; "": all of the text
 
     def __post_init__(self) -> None:
-        if self.coefficient < 0:
-            raise FieldError(self, "coefficient", self.coefficient, "must be 0 or more", 1.0)
+        if not 0 <= self.coefficient < float("inf"):
+            raise FieldError(self, "coefficient", self.coefficient, "must be 0 or more and finite", 1.0)
         if not self.role:
             raise FieldError(self, "role", self.role, "must name a role", "impermissible")
 

@@ -169,7 +169,8 @@ class OffsetLocalHeads(Method):
         values = answer.around[answer.layers.index(strongest[0]), strongest[1]]
         names = [f"{n:+d}" if n else "0" for n in range(-self.reach, self.reach + 1)]
         what = (
-            f"The share of its attention that head {head_name(*strongest)} gives to patches around each patch, 0 and 0."
+            f"The share of its attention that head {head_name(*strongest)} gives to each patch's neighbours; the patch "
+            "itself is in the middle, at 0 and 0."
         )
         grid = Grid(
             "offset_map", f"Around a patch, head {head_name(*strongest)}", what, values, names, names, "down", "right"

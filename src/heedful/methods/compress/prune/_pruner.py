@@ -57,6 +57,17 @@ class HeadPruner(Surgery, abstract=True):
         free = [(layer, group) for _, layer, group in order if (layer, group) not in best]
         return tuple(free[: round(self.share * len(order))])
 
+    def require_depth(self, depth: int) -> None:
+        for name, layers in (
+            ("groups", [layer for layer, _ in self.groups]),
+            ("importance", list(map(int, self.importance or ()))),
+        ):
+            if max(layers, default=0) >= depth:
+                good = (
+                    ((depth - 1, 0),) if name == "groups" else f"heedful.fit({type(self).__name__}(), model, batches)"
+                )
+                raise FieldError(self, name, getattr(self, name), f"must be of the model's {depth} layers", good)
+
     def operate(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
         gone = {group for number, group in self.dropped() if number == layer.number}
         if not gone:

@@ -81,8 +81,8 @@ class VTrans(HeadPruner):
         if self.epochs < 1:
             raise FieldError(self, "epochs", self.epochs, "must be 1 or more", 10)
         for name in ("rate", "beta"):
-            if not getattr(self, name) > 0:
-                raise FieldError(self, name, getattr(self, name), "must be above 0", 1e-3)
+            if not 0 < getattr(self, name) < float("inf"):
+                raise FieldError(self, name, getattr(self, name), "must be above 0 and finite", 1e-3)
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> VTrans:
         shown = [labelled(batch) for batch in batches]

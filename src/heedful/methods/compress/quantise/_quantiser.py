@@ -29,6 +29,10 @@ class Quantiser(Surgery, abstract=True):
         if self.layers is not None and min(self.layers, default=0) < 0:
             raise FieldError(self, "layers", self.layers, "must be numbers from 0 up", (0, 1))
 
+    def require_depth(self, depth: int) -> None:
+        if max(self.layers or (), default=0) >= depth:
+            raise FieldError(self, "layers", self.layers, f"must be of the model's {depth} layers", (depth - 1,))
+
     def operate(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
         if not self.projections or (self.layers is not None and layer.number not in self.layers):
             return weights

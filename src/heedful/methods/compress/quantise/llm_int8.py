@@ -38,8 +38,8 @@ class LLMInt8(Method):
     bits: int = 8  # of an input; the paper has 8
 
     def __post_init__(self) -> None:
-        if self.threshold < 0:
-            raise FieldError(self, "threshold", self.threshold, "must be 0 or more", 6.0)
+        if not 0 <= self.threshold < float("inf"):
+            raise FieldError(self, "threshold", self.threshold, "must be 0 or more and finite", 6.0)
         if not 2 <= self.bits <= 8:
             raise FieldError(self, "bits", self.bits, "must lie between 2 and 8", 8)
 

@@ -61,6 +61,9 @@ class QuantVLA(Surgery):
             how = replace(how, scales=Fitted(ones))
         return how
 
+    def require_depth(self, depth: int) -> None:
+        self.quantiser.require_depth(depth)
+
     def operate(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
         mine = None if self.scales is None else self.scales.get(str(layer.number))
         if mine is None or len(mine) != layer.heads + 1:
@@ -68,6 +71,8 @@ class QuantVLA(Surgery):
             rule = f"must be of {layer.heads} heads in layer {layer.number}: fit to this model"
             raise FieldError(self, "scales", found, rule, "heedful.fit(QuantVLA(Absmax(4)), model, batches)")
         w = self.quantiser.operate(weights, layer)
+        if w.q.shape != weights.q.shape or w.k.shape != weights.k.shape:
+            raise FieldError(self, "quantiser", self.quantiser, "must leave every head in its place", "Absmax(4)")
         scores, output = mine[:-1].to(w.q)[:, None], mine[-1].to(w.q)
         return replace(
             w, q=w.q * scores[..., None], q_bias=None if w.q_bias is None else w.q_bias * scores,

@@ -52,8 +52,8 @@ class ASGuard(Method):
         for name in ("count", "epochs"):
             if getattr(self, name) < 1:
                 raise FieldError(self, name, getattr(self, name), "must be 1 or more", 3)
-        if not self.rate > 0:
-            raise FieldError(self, "rate", self.rate, "must be above 0", 1e-3)
+        if not 0 < self.rate < float("inf"):
+            raise FieldError(self, "rate", self.rate, "must be above 0 and finite", 1e-3)
         require_heads(self, self.heads)
 
     @classmethod
@@ -94,15 +94,24 @@ class ASGuard(Method):
         found = list(batches)
         if not found or any("labels" not in batch for batch in found):
             raise FieldError(self, "batches", len(found), "must be 1 or more, each with labels", [{"labels": "..."}])
+        wide = {x.number: x.heads for x in context.layers}
+        if any(head >= wide.get(layer, 0) for layer, head in self.heads):
+            rule = f"must be below {len(wide)} layers and their {max(wide.values())} heads"
+            raise FieldError(self, "heads", self.heads, rule, ((0, 0),))
         heads = self.heads or self._found(context, found)
         learner = _Scales(heads).on(layers={layer for layer, _ in heads})
         with context.attach(learner) as run, torch.enable_grad():
-            optimiser = torch.optim.AdamW(run.parameters(), lr=self.rate)
+            learns = run.parameters()
+            whole = [p.detach().float() for p in learns]  # steps of `rate` from 1 on are lost in 16 bits
+            optimiser = torch.optim.AdamW(whole, lr=self.rate)
             for step in range(self.epochs * len(found)):
-                optimiser.zero_grad()
                 run(**found[step % len(found)]).loss.backward()
+                for x, p in zip(whole, learns, strict=True):
+                    x.grad, p.grad = p.grad.float(), None
                 optimiser.step()
-            learned = {int(name.split(".")[1]): p.float() for name, p in run.state_dict().items()}  # part.layer.name
+                for x, p in zip(whole, learns, strict=True):
+                    p.data.copy_(x)
+            learned = {int(name.split(".")[1]): x for name, x in zip(run.state_dict(), whole, strict=True)}
         scales = {}
         for layer, s in learned.items():
             mine = [head for number, head in heads if number == layer]

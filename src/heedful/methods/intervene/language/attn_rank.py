@@ -85,11 +85,11 @@ class AttnRank(Tokens):
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> AttnRank:
         found = []
         for batch in batches:
-            ids, spans = batch["input_ids"], tuple(batch.get("roles", {}).get(self.role, ()))
-            if not spans or len(ids) != 1 or ids.shape[1] <= spans[-1][1]:
+            ids, spans = batch.get("input_ids"), tuple(batch.get("roles", {}).get(self.role, ()))
+            if ids is None or not spans or len(ids) != 1 or ids.shape[1] <= spans[-1][1]:
                 rule = f"must be prompts, each one text with spans of {self.role!r} in 'roles' and tokens behind them"
                 good = [{"input_ids": "[1 20]", "roles": {self.role: ((0, 8), (8, 16))}}]
-                raise FieldError(self, "batches", (tuple(ids.shape), spans), rule, good)
+                raise FieldError(self, "batches", [*batch] if ids is None else (tuple(ids.shape), spans), rule, good)
             reader = _SlotAttention(self.role)
             with torch.no_grad(), context.attach(reader) as run:
                 run.roles = batch["roles"]

@@ -49,6 +49,8 @@ class AUSteer(Method):
     def __post_init__(self) -> None:
         if self.count < 1:
             raise FieldError(self, "count", self.count, "must be 1 channel or more", 100)
+        if not abs(self.strength) < float("inf"):
+            raise FieldError(self, "strength", self.strength, "must be finite", 10.0)
 
     @classmethod
     def neutral(cls) -> AUSteer:
