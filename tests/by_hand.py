@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from heedful import models
 
 Turn = Callable[[Tensor], Tensor]
 
@@ -28,6 +31,31 @@ def llama_states(model: Any, ids: Tensor, attend: Callable[[int, Tensor, Tensor,
         x = x + part.o_proj(attend(i, q, k, v, rotate).transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return base.norm(x)
+
+
+@contextmanager
+def block_inputs(model: Any) -> Iterator[list[Tensor]]:
+    """What the attention blocks of a llama are handed, `[b n e]` each, as its layers run meanwhile."""
+    found: list[Tensor] = []
+    norms = [layer.input_layernorm for layer in model.model.layers]
+    hooks = [norm.register_forward_hook(lambda _, __, out: found.append(out)) for norm in norms]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def ending_in(model: Any, token: int = 7) -> list[dict[str, Tensor]]:
+    """Two batches of texts whose last token is always the same, and alone is a label."""
+    out = []
+    for seed in range(2):
+        ids = models.tiny_inputs(model, batch=4, length=6, seed=seed)["input_ids"]
+        ids[:, -1] = token
+        labels = torch.full_like(ids, -100)
+        labels[:, -1] = token
+        out.append({"input_ids": ids, "labels": labels})
+    return out
 
 
 def causal_map(q: Tensor, k: Tensor, seen: Callable[[int, int], bool] = lambda i, j: j <= i) -> Tensor:

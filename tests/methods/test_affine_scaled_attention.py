@@ -14,7 +14,7 @@ from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.method import Layer
 from heedful.methods import AffineScaledAttention
-from tests.by_hand import heads_of, llama_states
+from tests.by_hand import block_inputs, heads_of, llama_states
 
 SIZE = Layer(3, 4, 2, 8, 6, 32)
 
@@ -102,9 +102,6 @@ def test_the_first_step_s_loss_and_gradient() -> None:
     weights = [p for p in learned if p.ndim == 2]
     means = [p for p in learned if p.ndim == 1]
     mine = [p.detach().clone().requires_grad_() for p in weights]
-    inputs: list[Tensor] = []
-    for layer in model.model.layers:
-        layer.input_layernorm.register_forward_hook(lambda _, __, x: inputs.append(x))
 
     def attend(i: int, q: Tensor, k: Tensor, v: Tensor, rotate: object) -> Tensor:
         q, k = rotate(q), rotate(k)  # type: ignore[operator]
@@ -117,7 +114,8 @@ def test_the_first_step_s_loss_and_gradient() -> None:
         soft = scores.masked_fill(keep == 0, -torch.inf).softmax(-1)
         return heads_of(a * soft + (mean[:, None, None] - a) * keep / keep.sum(-1, keepdim=True), v)
 
-    logits = model.lm_head(llama_states(model, ids, attend))
+    with block_inputs(model) as inputs:
+        logits = model.lm_head(llama_states(model, ids, attend))
     wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert close(loss, wanted)
     wanted.backward()

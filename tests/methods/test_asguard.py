@@ -15,7 +15,7 @@ from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.methods.intervene.language.asguard import ASGuard
-from tests.by_hand import Steps, Turn, causal_map, heads_of, llama_states
+from tests.by_hand import Steps, Turn, causal_map, ending_in, heads_of, llama_states
 
 
 def _scales(layers: tuple[int, ...] = (1,)) -> Fitted:
@@ -43,18 +43,6 @@ def test_channels_are_scaled(layers: tuple[int, ...]) -> None:
     assert close_model(fold(model, ASGuard(scales=scales))(**inputs).logits, wanted)
 
 
-def _batches(model: Any, token: int = 7) -> list[dict[str, Tensor]]:
-    """Texts whose last token is always the same."""
-    out = []
-    for seed in range(2):
-        ids = models.tiny_inputs(model, batch=4, length=6, seed=seed)["input_ids"]
-        ids[:, -1] = token
-        labels = torch.full_like(ids, -100)
-        labels[:, -1] = token
-        out.append({"input_ids": ids, "labels": labels})
-    return out
-
-
 def _loss(model: Any, batch: dict[str, Tensor], scales: list[Tensor]) -> Tensor:
     """Minus the log-probability of the last token, of heads that are scaled, `[h d]` a layer."""
 
@@ -67,7 +55,7 @@ def _loss(model: Any, batch: dict[str, Tensor], scales: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_heads_are_those_without_which_the_loss_falls_most(count: int) -> None:
-    model, batches = models.tiny("llama"), _batches(models.tiny("llama"))
+    model, batches = models.tiny("llama"), ending_in(models.tiny("llama"))
     ones = [torch.ones(4, 8, requires_grad=True) for _ in range(2)]
     grads = torch.autograd.grad(sum(_loss(model, batch, ones) for batch in batches), ones)
     falls = {(layer, head): float(grads[layer][head].sum()) for layer in range(2) for head in range(4)}
@@ -78,7 +66,7 @@ def test_heads_are_those_without_which_the_loss_falls_most(count: int) -> None:
 
 def test_scales_go_down_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     model, kept = models.tiny("llama"), Steps(monkeypatch)
-    batches, heads = _batches(model), ((0, 1), (1, 3), (1, 0))
+    batches, heads = ending_in(model), ((0, 1), (1, 3), (1, 0))
     found = fit(ASGuard(heads=heads, epochs=2, rate=0.05), model, batches)
     assert kept.settings == [{"lr": 0.05}]
     assert kept.rates == [0.05] * 4
@@ -108,7 +96,7 @@ def test_scales_go_down_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_fit_touches_the_layers_of_its_heads_and_leaves_the_model() -> None:
     model = models.tiny("llama")
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    found = fit(ASGuard(heads=((1, 2),)), model, _batches(model))
+    found = fit(ASGuard(heads=((1, 2),)), model, ending_in(model))
     assert list(found.scales or ()) == ["s.1"]
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -158,13 +146,13 @@ def test_errors() -> None:
     for heads in (((0, 4),), ((0, 0), (2, 0))):
         rule = r"ASGuard\.heads = .*: must be below 2 layers and their 4 heads; for example heads=\(\(0, 0\),\)"
         with pytest.raises(FieldError, match=rule):
-            fit(ASGuard(heads=heads), model, _batches(model))
+            fit(ASGuard(heads=heads), model, ending_in(model))
 
 
 def test_a_model_in_bfloat16_learns_in_small_steps() -> None:
     """Steps of 0.001 at 1 are smaller than what bfloat16 can tell apart there, so they are counted in float32."""
     model = models.tiny("llama", dtype=torch.bfloat16)
-    found = fit(ASGuard(heads=((0, 1),)), model, _batches(model)).scales
+    found = fit(ASGuard(heads=((0, 1),)), model, ending_in(model)).scales
     assert found is not None
     assert close(found["s.0"][[0, 2, 3]], torch.ones(3, 8))
     moved = (found["s.0"][1] - 1).abs()

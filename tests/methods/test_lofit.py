@@ -15,7 +15,7 @@ from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, FoldError
 from heedful.methods.intervene.language.lofit import LoFiT
-from tests.by_hand import Steps, Turn, causal_map, heads_of, llama_states
+from tests.by_hand import Steps, Turn, causal_map, ending_in, heads_of, llama_states
 
 
 def _offsets(layers: tuple[int, ...] = (1,)) -> Fitted:
@@ -47,18 +47,6 @@ def test_the_formula(layers: tuple[int, ...]) -> None:
     assert not close_model(_by_hand(model, offsets, 1.0, **inputs), wanted)
 
 
-def _batches(model: Any, token: int = 7) -> list[dict[str, Tensor]]:
-    """Texts whose last token is always the same."""
-    out = []
-    for seed in range(2):
-        ids = models.tiny_inputs(model, batch=4, length=6, seed=seed)["input_ids"]
-        ids[:, -1] = token
-        labels = torch.full_like(ids, -100)
-        labels[:, -1] = token
-        out.append({"input_ids": ids, "labels": labels})
-    return out
-
-
 def _loss(model: Any, batches: list[dict[str, Tensor]]) -> float:
     with torch.no_grad():
         return sum(float(model(**batch).loss) for batch in batches)
@@ -67,7 +55,7 @@ def _loss(model: Any, batches: list[dict[str, Tensor]]) -> float:
 def test_a_fit_chooses_heads_and_learns() -> None:
     model = models.tiny("llama")
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    batches = _batches(model)
+    batches = ending_in(model)
     method = fit(LoFiT(share=0.25, epochs=8, rate=0.3), model, batches)
     assert method == fit(LoFiT(share=0.25, epochs=8, rate=0.3), model, batches)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
@@ -87,7 +75,7 @@ def test_the_heads_that_matter_are_chosen() -> None:
             keep = torch.zeros_like(o)
             keep[:, 8 * head : 8 * head + 8] = 1
             o.mul_(keep)
-    found = fit(LoFiT(share=0.25, epochs=4, select_rate=0.05), model, _batches(model))
+    found = fit(LoFiT(share=0.25, epochs=4, select_rate=0.05), model, ending_in(model))
     assert set(found.heads) == {(0, 2), (1, 1)}
 
 
@@ -98,7 +86,7 @@ def test_steps_go_down_the_loss_with_gradients_clipped(
     model, kept = models.tiny("llama"), Steps(monkeypatch)
     with torch.no_grad():
         model.lm_head.weight.mul_(sharpness)
-    batches, penalty = _batches(model), 0.01
+    batches, penalty = ending_in(model), 0.01
     fit(LoFiT(share=0.25, epochs=1, rate=0.3, select_rate=0.2, penalty=penalty), model, batches)
     assert [s["lr"] for s in kept.settings] == [0.2, 0.3]
     assert [s["weight_decay"] for s in kept.settings] == [0.0, 0.0]
@@ -116,7 +104,7 @@ def test_steps_go_down_the_loss_with_gradients_clipped(
 
 def test_offsets_go_down_the_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model, kept = models.tiny("llama"), Steps(monkeypatch)
-    batches = _batches(model)
+    batches = ending_in(model)
     fit(LoFiT(heads=((0, 1), (1, 3)), epochs=1, penalty=9.0), model, batches)
     offsets = [x.clone().requires_grad_() for x in kept.before[0]]
     assert [x.any(-1).tolist() for x in offsets] == [[False, True, False, False], [False, False, False, True]]
@@ -140,12 +128,12 @@ def _loss_by_hand(model: Any, batch: dict[str, Tensor], edit: Any) -> Tensor:
 
 def test_heads_can_be_named() -> None:
     model = models.tiny("llama")
-    method = fit(LoFiT(heads=((1, 3), (1, 0)), epochs=2), model, _batches(model))
+    method = fit(LoFiT(heads=((1, 3), (1, 0)), epochs=2), model, ending_in(model))
     assert method.heads == ((1, 3), (1, 0))
     assert list(method.offsets) == ["v.1"]
     assert [bool(v.any()) for v in method.offsets["v.1"]] == [True, False, False, True]
     with pytest.raises(FieldError, match=r"LoFiT.heads = \(0, 4\): a head must be below 4"):
-        fit(LoFiT(heads=((0, 4),)), model, _batches(model))
+        fit(LoFiT(heads=((0, 4),)), model, ending_in(model))
 
 
 @pytest.mark.parametrize("has", [True, False])

@@ -14,7 +14,7 @@ from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.methods import RSQ
 from heedful.methods.compress.quantise.rsq import hadamard
-from tests.by_hand import causal_map, heads_of, llama_states
+from tests.by_hand import block_inputs, causal_map, heads_of, llama_states
 
 LEAST, BITS, WIDTH = 0.1, 3, 16
 
@@ -38,11 +38,6 @@ def narrow() -> Any:
 def inputs_of(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Of one text and each layer: inputs of q, k and v `[n e]`, inputs of o `[n hd]`, and r `[n]`."""
     found: list[Any] = []
-    shown: list[Tensor] = []
-    hooks = [
-        layer.input_layernorm.register_forward_hook(lambda _, __, out: shown.append(out[0]))
-        for layer in model.model.layers
-    ]
 
     def attend(i: int, q: Tensor, k: Tensor, v: Tensor, rotate: Any) -> Tensor:
         weights = causal_map(rotate(q), rotate(k))
@@ -52,11 +47,9 @@ def inputs_of(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         found.append((heads[0].transpose(0, 1).flatten(1), torch.tensor(r, dtype=torch.float64)))
         return heads
 
-    with torch.no_grad():
+    with torch.no_grad(), block_inputs(model) as shown:
         llama_states(model, ids[None], attend)
-    for hook in hooks:
-        hook.remove()
-    return [(x, y, r) for x, (y, r) in zip(shown, found, strict=True)]
+    return [(x[0], y, r) for x, (y, r) in zip(shown, found, strict=True)]
 
 
 def gptq(w: Tensor, hessian: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.method import Layer
 from heedful.methods import SelectiveSelfAttention
-from tests.by_hand import causal_map, heads_of, llama_states
+from tests.by_hand import block_inputs, causal_map, heads_of, llama_states
 
 SIZE = Layer(3, 4, 2, 8, 6, 32)
 
@@ -72,9 +72,6 @@ def test_the_first_step_s_loss_and_gradient() -> None:
         part: [p.detach().clone().requires_grad_() for name, p in learned.items() if name.endswith(part)]
         for part in ("query", "value", "place")
     }
-    inputs: list[Tensor] = []
-    for layer in model.model.layers:
-        layer.input_layernorm.register_forward_hook(lambda _, __, x: inputs.append(x))
 
     def attend(i: int, q: Tensor, k: Tensor, v: Tensor, rotate: object) -> Tensor:
         q, k = rotate(q), rotate(k)  # type: ignore[operator]
@@ -84,7 +81,8 @@ def test_the_first_step_s_loss_and_gradient() -> None:
         scale = 1 + torch.tanh(torch.einsum("bgnd,gd->bgn", v, mine["value"][i]))
         return heads_of(causal_map(heat[..., None] * q, k), scale[..., None] * v)
 
-    logits = model.lm_head(llama_states(model, ids, attend))
+    with block_inputs(model) as inputs:
+        logits = model.lm_head(llama_states(model, ids, attend))
     wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert close(loss, wanted)
     wanted.backward()

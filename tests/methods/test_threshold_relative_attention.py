@@ -15,7 +15,7 @@ from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.method import Layer
 from heedful.methods import ThresholdRelativeAttention
-from tests.by_hand import llama_states
+from tests.by_hand import block_inputs, llama_states
 from tests.methods.linear import PADDED, drawn
 
 
@@ -96,9 +96,6 @@ def test_the_first_step_s_loss_and_gradient() -> None:
     model.zero_grad()
     mine = [p.detach().clone().requires_grad_() for p in learned]
     gates = {"weight": [p for p in mine if p.ndim == 2], "bias": [p for p in mine if p.ndim == 1]}
-    inputs: list[Tensor] = []
-    for layer in model.model.layers:
-        layer.input_layernorm.register_forward_hook(lambda _, __, x: inputs.append(x))
 
     def attend(i: int, q: Tensor, k: Tensor, v: Tensor, _: object) -> Tensor:
         n, groups = q.shape[2], q.shape[1] // k.shape[1]
@@ -110,7 +107,8 @@ def test_the_first_step_s_loss_and_gradient() -> None:
 
         return torch.stack([torch.stack([one(b, h) for h in range(q.shape[1])]) for b in range(len(q))])
 
-    logits = model.lm_head(llama_states(model, ids, attend))
+    with block_inputs(model) as inputs:
+        logits = model.lm_head(llama_states(model, ids, attend))
     wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     assert close(loss, wanted)
     wanted.backward()

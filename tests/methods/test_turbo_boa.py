@@ -13,7 +13,7 @@ from heedful import fit, fold, models, operate
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.methods import TurboBoA
-from tests.by_hand import causal_map, heads_of, llama_states
+from tests.by_hand import block_inputs, causal_map, heads_of, llama_states
 
 HEADS, GROUPS, D, WIDTH = 4, 2, 4, 16
 ROWS, LACK = 3, 0.25
@@ -29,12 +29,7 @@ def damp(h: Tensor) -> Tensor:
 
 def seen(model: Any, ids: Tensor) -> list[dict[str, Any]]:
     """Of one text and each layer: inputs, turned queries and keys, heads, and each head's mixture of inputs."""
-    shown: list[Tensor] = []
     found: list[dict[str, Any]] = []
-    hooks = [
-        layer.input_layernorm.register_forward_hook(lambda _, __, out: shown.append(out[0]))
-        for layer in model.model.layers
-    ]
 
     def attend(i: int, q: Tensor, k: Tensor, v: Tensor, rotate: Any) -> Tensor:
         weights = causal_map(rotate(q), rotate(k))
@@ -42,16 +37,14 @@ def seen(model: Any, ids: Tensor) -> list[dict[str, Any]]:
         eye = torch.eye(D, dtype=torch.float64)
         turns = [rotate(eye[j].expand(1, 1, len(ids), D))[0, 0] for j in range(D)]  # [n d] each
         found.append({
-            "q": rotate(q)[0], "k": rotate(k)[0], "o": heads[0].transpose(0, 1).flatten(1), "x": shown[i],
-            "v": torch.stack([weights[0, h] @ shown[i] for h in range(HEADS)]),
+            "q": rotate(q)[0], "k": rotate(k)[0], "o": heads[0].transpose(0, 1).flatten(1), "x": shown[i][0],
+            "v": torch.stack([weights[0, h] @ shown[i][0] for h in range(HEADS)]),
             "R": [torch.stack([turns[j][n] for j in range(D)], 1) for n in range(len(ids))],
         })  # fmt: skip
         return heads
 
-    with torch.no_grad():
+    with torch.no_grad(), block_inputs(model) as shown:
         llama_states(model, ids[None], attend)
-    for hook in hooks:
-        hook.remove()
     return found
 
 
