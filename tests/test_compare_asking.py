@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from heedful import models
+from heedful import attach, models
 from heedful.bench.compare import Progress, compare, further
 from heedful.bench.comparison import Comparison
 from heedful.bench.records import Answered
@@ -113,6 +113,17 @@ def test_the_time_ends_it_and_the_same_call_goes_on(loaded, tmp_path: Path, monk
     assert 31 < sum(asked(found).values()) < 120
     found = compare(loaded, {"wide": WIDE}, [First()], prompts=60, minutes=9, **options)
     assert asked(found) == {PLAIN: 60, "wide": 60}
+
+
+def test_an_interrupt_between_two_answers_leaves_the_model_itself(loaded) -> None:
+    def stop(step: Progress) -> None:
+        if step.done == 33:  # under way with the second contender
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as held:
+        compare(loaded, {"wide": WIDE}, [First()], turns=0, progress=stop)
+    assert held.tb, "what was under way is still referred to"
+    attach(loaded.model, WIDE).close()
 
 
 def test_a_task_of_few_items_ends_with_them(loaded) -> None:
