@@ -130,7 +130,7 @@ class Hooks:
         return output
 
     def roles(self, bound: Bound, tokens: int) -> Marks:
-        """The run's roles, and, of the image that a layer attends over, the patches and the class token."""
+        """The run's roles, and what the tokens are of the image that a layer attends over."""
         inside = [prefix for prefix in self._images if within(bound.name, (prefix,) if prefix else None)]
         if not inside or "patches" in self.run.roles:
             return self.run.roles
