@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from heedful.models import Loaded
 
 DRAWN = 256  # tokens for a model without a tokenizer
+OTHERS = {"images": ("image", "photos"), "audio": ("sound", "clips")}  # what is no text, and a good value
 STAGES = {
     "text": ("reading the text", "tokens"),
     "images": ("reading the images", "tokens"),
+    "sounds": ("reading the sounds", "tokens"),
     "corpus": ("reading the corpus", "shards"),
     "trials": ("trying prompts", "tokens"),
     "weights": ("looking at weights", ""),
@@ -71,22 +73,27 @@ def built_in(loaded: Loaded) -> str | Tensor:
     return torch.randint(table.num_embeddings, (DRAWN,), generator=torch.Generator().manual_seed(0))
 
 
-def pick(model: str, loaded: Loaded, text: Path | None, images: Path | None) -> Path | str | Tensor:
-    """What the model reads, where no corpus is."""
-    from heedful.explaining.aim import reads_pictures
+def pick(model: str, loaded: Loaded, given: dict[str, Path]) -> Path | str | Tensor:
+    """What the model reads, where no corpus is, of what is `given` by option."""
+    from heedful.explaining.aim import reads_pictures, reads_sounds
 
-    if reads_pictures(loaded.model):
-        if images is None:
-            raise HeedfulError(
-                f"{loaded.name} reads images. Name one, or a folder of them: heedful diagnose {model} --images photos"
-            )
-        return images
-    if images is not None:
+    kinds = {"images": reads_pictures, "audio": reads_sounds}
+    mine = next((option for option, reads in kinds.items() if reads(loaded.model)), "text")
+    if mine in given:
+        return given[mine]
+    if mine != "text":
+        thing, good = OTHERS[mine]
         raise HeedfulError(
-            f"--images {images}: {loaded.name} reads text. Leave it out, or name a model that reads images, as in "
-            "heedful diagnose vision --images photos"
+            f"{loaded.name} reads {thing}s. Name one, or a folder of them: heedful diagnose {model} --{mine} {good}"
         )
-    return text or built_in(loaded)
+    for option, (thing, good) in OTHERS.items():
+        if option in given:
+            example = {"images": "vision", "audio": "speech"}[option]
+            raise HeedfulError(
+                f"--{option} {given[option]}: {loaded.name} reads text. Leave it out, or name a model that reads "
+                f"{thing}s, as in heedful diagnose {example} --{option} {good}"
+            )
+    return built_in(loaded)
 
 
 def diagnose(
@@ -100,6 +107,10 @@ def diagnose(
     images: Annotated[
         Path | None,
         typer.Option(help="An image or a folder of them, for a model that reads images, such as 'vision'."),
+    ] = None,
+    audio: Annotated[
+        Path | None,
+        typer.Option(help="A WAV file or a folder of them, for a model that hears, such as 'speech'."),
     ] = None,
     corpus: Annotated[
         Path | None,
@@ -119,12 +130,12 @@ def diagnose(
     parts = measures_from(measures)
     if page:
         require_page()
-    named = {"text": text, "images": images, "corpus": corpus}
+    named = {"text": text, "images": images, "audio": audio, "corpus": corpus}
     given = {option: path for option, path in named.items() if path is not None}
     if len(given) > 1:
         both = " ".join(f"--{option} {path}" for option, path in given.items())
         raise HeedfulError(f"{both}: one of them is read. Leave the rest out")
-    for option, good in (("text", "book.txt"), ("images", "photos")):
+    for option, good in (("text", "book.txt"), *((name, good) for name, (_, good) in OTHERS.items())):
         if option in given and not given[option].exists():
             missing = f"--{option}: there is no file or folder '{given[option]}'"
             raise HeedfulError(f"{missing}. Name one that exists, as in --{option} {good}")
@@ -142,7 +153,7 @@ def diagnose(
     with stopping(bars, out):
         profile = run(
             loaded,
-            asked or pick(model, loaded, text, images),
+            asked or pick(model, loaded, given),
             measures=parts,
             length=length,
             out=out,

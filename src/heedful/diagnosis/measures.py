@@ -48,6 +48,14 @@ PICTURED: tuple[Measure, ...] = (  # of a model that reads images
     MassiveQK(),
     WeibullWeights(sample=50_000),
 )
+HEARD: tuple[Measure, ...] = (  # of a model that hears
+    SinkRate(places=64),
+    AttentionProfile(),
+    MaxActivations(),
+    SystematicOutliers(),
+    MassiveQK(),
+    WeibullWeights(sample=50_000),
+)
 
 
 def chosen(

@@ -19,10 +19,9 @@ from heedful.core.method import Readings, method_of
 from heedful.core.stats import Max, Statistic, TopK
 from heedful.diagnosis.apart import banded, dealt
 from heedful.diagnosis.difference import ProfileDifference
-from heedful.diagnosis.glances import ImageView
+from heedful.diagnosis.hearing import SoundView
 from heedful.diagnosis.measures import WEIGHTS, readers, reads_text
-from heedful.diagnosis.store import ADDED, read, write
-from heedful.diagnosis.view import TokenView
+from heedful.diagnosis.store import ADDED, View, read, write
 
 if TYPE_CHECKING:
     from heedful.report.pictures import Plots
@@ -39,7 +38,7 @@ class Profile:
     facts: dict[str, Any]  # plain values: model, layers, heads, tokens, seconds, versions ...
     parts: tuple[Measure, ...]
     statistics: dict[str, Statistic]  # by "<part number>.<reader>.<layer>"
-    view: TokenView | ImageView | None = None
+    view: View | None = None
     apart: tuple[dict[str, Statistic], ...] = ()  # those of parts of the texts; none where the text is one part
 
     def __post_init__(self) -> None:
@@ -102,7 +101,8 @@ class Profile:
         return [role for _, told in self._told for role in told.roles]
 
     def figures(self) -> dict[str, Figure]:
-        return {figure.key: figure for _, told in self._told for figure in told.figures}
+        viewed = self.view.figures() if isinstance(self.view, SoundView) else ()
+        return {figure.key: figure for figure in (*(x for _, told in self._told for x in told.figures), *viewed)}
 
     @asks
     def __add__(self, other: Profile) -> Profile:
