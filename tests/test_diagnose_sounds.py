@@ -214,3 +214,10 @@ def test_sounds_are_read_one_by_one() -> None:
         heedful.diagnose(loaded(), torch.stack([heard(), heard(1)]), batch=2, measures=SinkRate())
     rows = sounds([heard(), torch.stack([heard(1), heard(2)])], None, writes(loaded().model))  # type: ignore[list-item]
     assert (len(rows.tokens), rows.texts, rows.of) == (3, 3, (0, 1, 2))
+
+
+def test_more_may_be_heard_than_is_written() -> None:
+    model = models.tiny("whisper", max_source_positions=100)
+    found = heedful.diagnose(model, torch.randn(8, 200, generator=torch.Generator().manual_seed(0)))
+    assert found.facts["tokens"] > 100
+    assert "heard_0" in found.figures()
