@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from heedful.bench.compare import Progress
-from heedful.core.method import CatalogueEntry, Scoped, method_of
-from heedful.core.stack import Stack
+from heedful.core.method import CatalogueEntry, Scoped, Stack, method_of
 from heedful.models import Loaded
 from heedful.text_models import Contender
 
