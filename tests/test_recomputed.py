@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from heedful import attach, catalogue, models
+from heedful.conformance.bare import ROLES
 from heedful.core.errors import InactiveWarning
 from heedful.core.method import Method, Stack
+from heedful.core.sites import MAP_SITES
 from heedful.engine.backends import tiled
 from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention
 
@@ -21,7 +23,9 @@ from .samples import Scale, Shares, Sharpness
 METHODS = {
     name: kind
     for name, kind in catalogue.entries().items()
-    if issubclass(kind, Method) and "text" in kind.subjects and any(not edit.reads for edit in kind.edits)
+    if issubclass(kind, Method)
+    and "text" in kind.subjects
+    and any(edit.site in MAP_SITES and not edit.reads for edit in kind.edits)
 }
 BATCH = {"input_ids": torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(0)), "use_cache": False}
 
@@ -29,7 +33,7 @@ BATCH = {"input_ids": torch.randint(3, 100, (2, 20), generator=torch.Generator()
 def read(model: Any, what: Any, rows: int = 8) -> tuple[Any, list[Tensor]]:
     """A run over a text in blocks of rows, and all gradients of what it answers."""
     torch.manual_seed(0)
-    with warnings.catch_warnings(), attach(model, what, backend="tiled", tile_rows=rows) as run:
+    with warnings.catch_warnings(), attach(model, what, backend="tiled", tile_rows=rows, roles=ROLES) as run:
         warnings.simplefilter("ignore", InactiveWarning)
         out = run(**BATCH).logits
         loss = (out * torch.linspace(-1, 1, out.shape[-1])).sum()
