@@ -13,7 +13,7 @@ from heedful.bench.answer import answer
 from heedful.bench.records import Answered, Refused
 from heedful.core.errors import FieldError, HeedfulError, SiteError
 from heedful.core.kinds import Prompt
-from heedful.core.method import Scoped, Stack
+from heedful.core.method import Stack, method_of
 from heedful.tasks.task import Item, Task
 from heedful.text_models import Contender, TextModel, text_model
 
@@ -54,7 +54,7 @@ class Asker:
 def require_role(what: Contender | None, prompt: Prompt) -> None:
     """Refuse a method that looks for spans of a name that the prompt does not mark; say which it does."""
     for part in what if isinstance(what, Stack) else [what]:
-        method = part.method if isinstance(part, Scoped) else part
+        method = method_of(part)
         role = getattr(method, "role", None)
         if isinstance(role, str) and role not in prompt.roles:
             marked = (

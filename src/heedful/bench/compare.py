@@ -51,7 +51,7 @@ def label(what: Contender) -> str:
     """A contender's short name: the settings that differ from the defaults."""
     if isinstance(what, Stack):
         return " | ".join(label(part) for part in what) or PLAIN
-    entry = method_of(what) if isinstance(what, Scoped) else what
+    entry: Any = method_of(what)
     known = {f.name: f.default for f in fields(entry)}
     told = [f"{name}={_short(x)}" for name, x in vars(entry).items() if name in known and x != known[name]]
     name = type(entry).__name__ + (f"({', '.join(told)})" if told else "")

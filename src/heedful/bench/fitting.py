@@ -29,7 +29,7 @@ def fitted(loaded: Loaded, what: Contender, report: Callable[[Progress], None], 
     if isinstance(what, Stack):
         parts: list[Any] = [fitted(loaded, part, report, only) for part in what]
         return Stack(tuple(parts))
-    entry = method_of(what) if isinstance(what, Scoped) else what
+    entry = method_of(what)
     if type(entry).fit is CatalogueEntry.fit:
         return what
     from heedful.api import fit

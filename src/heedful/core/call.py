@@ -128,7 +128,7 @@ class Call:
     @property
     def places(self) -> Call:
         """The same without the tensors that it computes with, for what outlives it."""
-        return replace(self, **dict.fromkeys(("ids", "hidden", "rotate", "query", "key", "value", "bias")))
+        return replace(self, ids=None, query=None, key=None, value=None, bias=None, hidden=None, rotate=None)
 
     def capped(self, scores: Tensor) -> Tensor:
         """Scaled scores as the model bounds them."""

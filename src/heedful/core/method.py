@@ -201,7 +201,7 @@ class Scoped:
 Part = Method | Scoped
 
 
-E = TypeVar("E", bound=CatalogueEntry)
+E = TypeVar("E", bound=CatalogueEntry | None)
 
 
 def method_of(part: Scoped | E) -> Method | E:

@@ -153,7 +153,7 @@ def _lines(x: Tensor) -> Lines:
 def _shared(x: Tensor) -> Lines:
     """Lines that stand for all texts, heads or queries where there is one."""
     lines = _lines(x)
-    return lines._replace(**{name: 0 for name, size in zip("bhn", x.shape, strict=False) if size == 1})
+    return Lines(lines.at, *(0 if size == 1 else gap for gap, size in zip(lines[1:], x.shape[:3], strict=True)))
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
