@@ -371,8 +371,9 @@ def test_error_is_infinite_where_only_one_is_nan() -> None:
 def test_a_call_s_places_are_all_of_it_but_what_it_computes_with() -> None:
     bare = Bare()
     row = torch.zeros(1, 1, 1, 19)
-    call = replace(bare.call, query=bare.q, key=bare.k, value=bare.v, bias=row, hidden=bare.hidden, rotate=torch.abs)
+    call = replace(bare.call, ids=row.long()[0, 0], query=bare.q, key=bare.k, value=bare.v, bias=row)
+    call = replace(call, hidden=bare.hidden, rotate=torch.abs)
     kept = {field.name: getattr(call.places, field.name) for field in fields(call)}
     lost = {name for name, value in kept.items() if value is not getattr(call, name)}
-    assert lost == {"query", "key", "value", "bias", "hidden", "rotate"}
+    assert lost == {"ids", "query", "key", "value", "bias", "hidden", "rotate"}
     assert all(kept[name] is None for name in lost)

@@ -301,11 +301,11 @@ for kind, width, full in itertools.product(*(eval(x) for x in sys.argv[1:4])):
     sizes = Sizes(*["i32"] * 7, "fp32", more("fp32"), None)
     keep = Keep("*i32", "i32", "i32", more("*u8"), *["i32"] * 5, more("*u8"), "i32")
     found = Found("*fp32", "*fp32", *map(more, ("*fp32", "*fp32", "*i32", "*fp32", "*fp32")))
-    carry = more(Lines("*fp32", "i32", "i32", "i32"))
+    carry, bias = (more(Lines("*fp32", "i32", "i32", "i32")) for _ in range(2))
     tile = dict(BM=fit.rows, BN=fit.keys, BD=width, RANGES=2)
-    rows = dict(q=lines, k=lines, v=lines, size=sizes, keep=keep, sink=more("*fp32"), first=more("*i32"), carry=carry,
-                found=found, span="i32")
-    rest = dict(q=lines, k=lines, lse="*fp32", size=sizes, keep=keep, out="*fp32")
+    rows = dict(q=lines, k=lines, v=lines, size=sizes, keep=keep, bias=bias, sink=more("*fp32"), first=more("*i32"),
+                carry=carry, found=found, span="i32")
+    rest = dict(q=lines, k=lines, lse="*fp32", size=sizes, keep=keep, bias=bias, out="*fp32")
     calls = {
         "attend_rows": {**rows, **dict(BM=fit.rows, BN=fit.keys, BD=width, BE=width, BC=16, RANGES=2)},
         "add_columns": {**rest, **tile},
