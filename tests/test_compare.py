@@ -26,10 +26,9 @@ from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticEr
 from heedful.core.files import RECORDS
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Decode, HeadWeights, Prompt, Surgery, Tokens
-from heedful.core.method import Layer, Method
+from heedful.core.method import Layer, Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.core.stack import Stack
 from heedful.methods.intervene.language.temp_scale import TempScale
 from heedful.methods.sparse.cache.kivi import KIVI
 from heedful.methods.sparse.prefill.sink_window import SinkWindow

@@ -15,11 +15,10 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.kinds import Decode, HeadWeights, Prompt, Reader, Surgery, Tokens
 from heedful.core.mask import Mask, Rule
-from heedful.core.method import Layer, Method
+from heedful.core.method import Layer, Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.positions import Pairs
 from heedful.core.sites import Site, at, reads
-from heedful.core.stack import Stack
 from heedful.core.stats import Mean, Statistic, Sum
 from tests.samples import BREAK_LAWS, CountsTiles, FoldsElsewhere
 

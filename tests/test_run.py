@@ -14,8 +14,8 @@ from heedful import attach, edit
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, InactiveWarning, NotEntered, RefusedModel, StatisticError
+from heedful.core.method import Stack
 from heedful.core.sites import Site
-from heedful.core.stack import Stack
 from heedful.tiny import tiny
 
 from .samples import Forget, Gate, Keep, Narrow, Scale, Shares, Zero

@@ -8,14 +8,13 @@ from heedful.core.figures import Curves, Description, Finding, Grid, HeadMap, In
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Conversion, Decode, HeadWeights, Prompt, Reader, Surgery, Tokens, Vocabulary, Weights
 from heedful.core.mask import Causal, First, Mask, Where, Window
-from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Probe, Readings
+from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Probe, Readings, Stack
 from heedful.core.packed import Packed, Packing
 from heedful.core.paper import Paper
 from heedful.core.regions import Region
 from heedful.core.reweight import Reweight, reweights
 from heedful.core.rules import Rule
 from heedful.core.sites import Site, at, penalises, reads
-from heedful.core.stack import Stack
 from heedful.core.stats import Cat, Histogram, Max, Mean, Statistic, Sum, TopK
 from heedful.core.summary import Summary, sums
 from heedful.kit.scored_cache import ScoredCache

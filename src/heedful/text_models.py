@@ -17,8 +17,7 @@ from heedful.api import arrange, attach, operate
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
-from heedful.core.method import Part
-from heedful.core.stack import Stack
+from heedful.core.method import Part, Stack
 from heedful.engine.run import Run
 
 Contender = Part | Stack | Tokens | Decode | Surgery  # whatever can be tried on a model

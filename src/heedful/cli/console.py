@@ -15,9 +15,8 @@ from rich.console import Console
 from heedful.catalogue import find
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Weights
-from heedful.core.method import CatalogueEntry, Method
+from heedful.core.method import CatalogueEntry, Method, Stack
 from heedful.core.reading import named, written
-from heedful.core.stack import Stack
 
 if TYPE_CHECKING:
     from heedful.cli.progress import Bars

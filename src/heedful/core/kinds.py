@@ -17,10 +17,9 @@ from heedful.core.call import NO_ROLES
 from heedful.core.errors import FieldError
 from heedful.core.figures import Description
 from heedful.core.fitted import Fitted
-from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
+from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Stack, as_stack
 from heedful.core.regions import Roles, Span
 from heedful.core.sites import Site
-from heedful.core.stack import Stack, as_stack
 
 
 @runtime_checkable

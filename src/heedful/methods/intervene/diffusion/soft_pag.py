@@ -12,10 +12,9 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Decode, Prompt
-from heedful.core.method import FitContext, Method
+from heedful.core.method import FitContext, Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.core.stack import Stack
 from heedful.kit.head_search import Head, require_heads
 from heedful.methods.intervene.language._task import next_logits
 

@@ -10,10 +10,9 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Decode, Prompt
-from heedful.core.method import Method
+from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.core.stack import Stack
 
 _PAPER = Paper(
     "P122",
