@@ -9,8 +9,13 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
+<<<<<<< HEAD
 from heedful.core.kinds import Decode, Prompt
 from heedful.core.method import Method, Stack
+=======
+from heedful.core.kinds import NOTHING_READ, Decode, Prompt, Read
+from heedful.core.method import Method
+>>>>>>> text
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 
@@ -91,7 +96,7 @@ class AttentionBuckets(Decode):
             f"base {new}": (prompt, own.get(new, Stack((_Rebase(self.base, new, self.rotary),)))) for new in self.bases
         }
 
-    def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
+    def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
         each = torch.stack([x.float() for x in logits.values()])
         return torch.softmax(each.amax(-1), 0) @ each
 
