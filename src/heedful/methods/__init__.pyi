@@ -86,6 +86,7 @@ from heedful.methods.mechanisms.routed.routing_transformer import RoutingTransfo
 from heedful.methods.mechanisms.routed.sparse_k import SparseK as SparseK
 from heedful.methods.mechanisms.score.dual_attention import DualAttention as DualAttention
 from heedful.methods.mechanisms.score.halved_attention import HalvedAttention as HalvedAttention
+from heedful.methods.mechanisms.score.mhe import MHE as MHE
 from heedful.methods.mechanisms.score.multi_token_attention import MultiTokenAttention as MultiTokenAttention
 from heedful.methods.mechanisms.score.neural_attention import NeuralAttention as NeuralAttention
 from heedful.methods.mechanisms.score.optimised_attention import OptimisedAttention as OptimisedAttention
