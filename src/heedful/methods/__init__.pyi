@@ -58,6 +58,7 @@ from heedful.methods.mechanisms.linear.inline import InLine as InLine
 from heedful.methods.mechanisms.linear.lightning_attention import LightningAttention as LightningAttention
 from heedful.methods.mechanisms.linear.lln_attention import LLNAttention as LLNAttention
 from heedful.methods.mechanisms.linear.mala import MALA as MALA
+from heedful.methods.mechanisms.local.activator import Activator as Activator
 from heedful.methods.mechanisms.local.dynamic_conv import DynamicConv as DynamicConv
 from heedful.methods.mechanisms.local.generalized_neighborhood_attention import GeneralizedNeighborhoodAttention as GeneralizedNeighborhoodAttention
 from heedful.methods.mechanisms.local.hepos import Hepos as Hepos
