@@ -143,7 +143,7 @@ class RunState:
         self._names = tuple(f"{part!r} {parts[:n].count(part)}" for n, part in enumerate(parts))
         edits = [any(not e.reads for e in method.edits) for method in self.stack.methods]
         self._editors = tuple(itertools.compress(self._names, edits))
-        self._plans: dict[tuple[int, Phase, frozenset[int]], Plan] = {}
+        self._plans: dict[tuple[int, Phase, frozenset[int], bool | None], Plan] = {}
 
     @property
     def losses(self) -> dict[Found, Tensor]:
@@ -178,13 +178,15 @@ class RunState:
                 asked[step.number] = step.method.idle(self.view(step, call))
         idle = frozenset(number for number, yes in asked.items() if yes) | whole.left_out(call.denoising)
         self.idled |= idle
-        return self._plan(call.layer, call.phase, idle)
+        return self._plan(call.layer, call.phase, idle, call.training)
 
-    def _plan(self, layer: int, phase: Phase, idle: frozenset[int] = frozenset()) -> Plan:
-        found = self._plans.get((layer, phase, idle))
+    def _plan(self, layer: int, phase: Phase, idle: frozenset[int] = frozenset(), training: bool | None = None) -> Plan:
+        """Those of a layer in a phase, without idle parts; with `training` None those of training and of rest."""
+        found = self._plans.get((layer, phase, idle, training))
         if found is None:
-            steps = tuple(s for s in self.stack.steps(layer, phase) if s.number not in idle)
-            found = self._plans[layer, phase, idle] = Plan(steps, apart(steps))
+            left = (s for s in self.stack.steps(layer, phase) if s.number not in idle)
+            steps = tuple(s for s in left if training is None or s.edit.training in (None, training))
+            found = self._plans[layer, phase, idle, training] = Plan(steps, apart(steps))
         return found
 
     def new_forward(self, blind: bool = False) -> None:
