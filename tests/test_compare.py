@@ -25,13 +25,8 @@ from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
 from heedful.core.files import RECORDS
 from heedful.core.fitted import Fitted
-<<<<<<< HEAD
-from heedful.core.kinds import Decode, HeadWeights, Prompt, Surgery, Tokens
-from heedful.core.method import Layer, Method, Stack
-=======
 from heedful.core.kinds import NOTHING_READ, Decode, HeadWeights, Prompt, Read, Surgery, Tokens
-from heedful.core.method import Layer, Method
->>>>>>> text
+from heedful.core.method import Layer, Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.methods.intervene.language.temp_scale import TempScale

@@ -11,13 +11,8 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-<<<<<<< HEAD
-from heedful.core.kinds import Decode, Prompt
-from heedful.core.method import FitContext, Method, Stack
-=======
 from heedful.core.kinds import NOTHING_READ, Decode, Prompt, Read
-from heedful.core.method import FitContext, Method
->>>>>>> text
+from heedful.core.method import FitContext, Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.kit.head_search import Head, require_heads
