@@ -34,6 +34,7 @@ from heedful.methods.intervene.language.attn_rank import AttnRank as AttnRank
 from heedful.methods.intervene.language.austeer import AUSteer as AUSteer
 from heedful.methods.intervene.language.focus_directions import FocusDirections as FocusDirections
 from heedful.methods.intervene.language.head_scale import HeadScale as HeadScale
+from heedful.methods.intervene.language.largepig import LargePiG as LargePiG
 from heedful.methods.intervene.language.lofit import LoFiT as LoFiT
 from heedful.methods.intervene.language.pasta import PASTA as PASTA
 from heedful.methods.intervene.language.sadr import SADR as SADR
