@@ -77,6 +77,7 @@ from heedful.methods.mechanisms.normalise.rectified_attention import RectifiedAt
 from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention as SigmoidAttention
 from heedful.methods.mechanisms.normalise.softplus_attention import SoftplusAttention as SoftplusAttention
 from heedful.methods.mechanisms.normalise.spark_attention import SparkAttention as SparkAttention
+from heedful.methods.mechanisms.places.fftnet import FFTNet as FFTNet
 from heedful.methods.mechanisms.pooling.combiner import Combiner as Combiner
 from heedful.methods.mechanisms.pooling.slot_attention import SlotAttention as SlotAttention
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
