@@ -18,8 +18,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from heedful import Site, attach
 from heedful.authoring import Call, Mask, Method, Paper, Where, at
-from heedful.core.method import Part
-from heedful.core.stack import Stack
+from heedful.core.method import Part, Stack
 
 SIDE = 6  # patches
 PATCH = 2  # pixels

@@ -25,11 +25,10 @@ from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
 from heedful.core.files import RECORDS
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import Decode, HeadWeights, Prompt, Surgery, Tokens
-from heedful.core.method import Layer, Method
+from heedful.core.kinds import NOTHING_READ, Decode, HeadWeights, Prompt, Read, Surgery, Tokens
+from heedful.core.method import Layer, Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.core.stack import Stack
 from heedful.methods.intervene.language.temp_scale import TempScale
 from heedful.methods.sparse.cache.kivi import KIVI
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
@@ -89,7 +88,7 @@ class Against(Decode):
     def variants(self, prompt: Prompt) -> Mapping[str, tuple[Prompt, Stack]]:
         return {"all": (prompt, Stack()), "sharp": (prompt, Stack((TempScale(0.5),)))}
 
-    def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
+    def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
         return 2 * logits["all"] - logits["sharp"]
 
 

@@ -14,8 +14,8 @@ from heedful import attach, edit
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, HeedfulError, InactiveWarning, NotEntered, RefusedModel, StatisticError
+from heedful.core.method import Stack
 from heedful.core.sites import Site
-from heedful.core.stack import Stack
 from heedful.methods import SinkRate, SinkWindow
 from heedful.tiny import tiny
 

@@ -16,9 +16,8 @@ from heedful.catalogue import stack_from
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.kinds import Conversion, HeadWeights, Prompt, Report, Surgery, Tokens, Vocabulary
-from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
+from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Stack
 from heedful.core.regions import Roles
-from heedful.core.stack import Stack
 from heedful.engine.resting import resting, undone
 from heedful.engine.run import Run
 from heedful.folding import rewritten

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 from heedful.core.asked import asks
 from heedful.core.errors import CatalogueError, FieldError, nearest
 from heedful.core.kinds import Weights
-from heedful.core.method import CatalogueEntry, Method
+from heedful.core.method import CatalogueEntry, Method, Stack
 from heedful.core.reading import named as name_in
 from heedful.core.reading import written
 from heedful.core.spelling import name_of
-from heedful.core.stack import Stack
 
 if TYPE_CHECKING:
     from heedful.text_models import Contender

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,9 @@ from heedful.core.asked import asks
 from heedful.core.errors import FieldError, HeedfulError, WriteError
 from heedful.core.files import RECORDS, folder_for, held
 from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
-from heedful.core.method import Method, Scoped, method_of
-from heedful.core.stack import Stack
+from heedful.core.method import Method, Scoped, Stack, method_of
 from heedful.diagnosis.texts import positions
-from heedful.diagnosis.workers import Here, Workers, as_workers
+from heedful.diagnosis.workers import Workers, as_workers
 from heedful.engine.select import named
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
@@ -53,7 +52,7 @@ def label(what: Contender) -> str:
     """A contender's short name: the settings that differ from the defaults."""
     if isinstance(what, Stack):
         return " | ".join(label(part) for part in what) or PLAIN
-    entry = method_of(what) if isinstance(what, Scoped) else what
+    entry: Any = method_of(what)
     known = {f.name: f.default for f in fields(entry)}
     told = [f"{name}={_short(x)}" for name, x in vars(entry).items() if name in known and x != known[name]]
     name = type(entry).__name__ + (f"({', '.join(told)})" if told else "")
@@ -288,19 +287,17 @@ class _Job:
                     }  # fmt: skip
                     work += [Asked(name, what, task.task, task.seed, items)] if items else []
         total, over = self.done + sum(len(asked.items) for asked in work), False
-        ask = self.asker.records if isinstance(self.workers, Here) else self.asker  # each answer, where it is seen
-        with closing(self.workers.each(ask, work)) as found:
+        with closing(self.workers.each(self.asker, work)) as found:
             for asked, records in zip(work, found, strict=True):
                 left = len(asked.items)
-                with closing(records) if isinstance(records, Generator) else nullcontext():
-                    for record in records:
-                        self.log.add(record)
-                        if isinstance(record, Refused):
-                            total, left = total - left, 0
-                            note = f"{asked.name} on {asked.task.title}: {record.reason}"
-                        else:
-                            self.done, left, note = self.done + 1, left - 1, ""
-                        self.report(Progress("answers", self.done, total, note))
+                for record in records:
+                    self.log.add(record)
+                    if isinstance(record, Refused):
+                        total, left = total - left, 0
+                        note = f"{asked.name} on {asked.task.title}: {record.reason}"
+                    else:
+                        self.done, left, note = self.done + 1, left - 1, ""
+                    self.report(Progress("answers", self.done, total, note))
                 over = over or left > 0
         return not over
 

@@ -15,8 +15,7 @@ from heedful.adapters.grids import Grid, before_patches, grid_of, names_before, 
 from heedful.adapters.transformers import adapt
 from heedful.api import attach
 from heedful.core.errors import FieldError, RefusedModel
-from heedful.core.method import Part
-from heedful.core.stack import Stack
+from heedful.core.method import Part, Stack
 from heedful.diagnosis.glances import places as shown
 from heedful.diagnosis.profile import endless
 from heedful.diagnosis.texts import Delimiters

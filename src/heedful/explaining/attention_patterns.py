@@ -20,9 +20,8 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.figures import Grid, Head, counted, head_name
 from heedful.core.kinds import Tokenizer
-from heedful.core.method import Method, Part
+from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.sites import Site, reads
-from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Cat, Statistic
 from heedful.explaining.aim import fed, pairs, spelled
 from heedful.models import Loaded

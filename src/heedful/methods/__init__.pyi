@@ -58,6 +58,7 @@ from heedful.methods.mechanisms.linear.inline import InLine as InLine
 from heedful.methods.mechanisms.linear.lightning_attention import LightningAttention as LightningAttention
 from heedful.methods.mechanisms.linear.lln_attention import LLNAttention as LLNAttention
 from heedful.methods.mechanisms.linear.mala import MALA as MALA
+from heedful.methods.mechanisms.local.activator import Activator as Activator
 from heedful.methods.mechanisms.local.dynamic_conv import DynamicConv as DynamicConv
 from heedful.methods.mechanisms.local.generalized_neighborhood_attention import GeneralizedNeighborhoodAttention as GeneralizedNeighborhoodAttention
 from heedful.methods.mechanisms.local.hepos import Hepos as Hepos
@@ -86,6 +87,7 @@ from heedful.methods.mechanisms.routed.routing_transformer import RoutingTransfo
 from heedful.methods.mechanisms.routed.sparse_k import SparseK as SparseK
 from heedful.methods.mechanisms.score.dual_attention import DualAttention as DualAttention
 from heedful.methods.mechanisms.score.halved_attention import HalvedAttention as HalvedAttention
+from heedful.methods.mechanisms.score.mhe import MHE as MHE
 from heedful.methods.mechanisms.score.multi_token_attention import MultiTokenAttention as MultiTokenAttention
 from heedful.methods.mechanisms.score.neural_attention import NeuralAttention as NeuralAttention
 from heedful.methods.mechanisms.score.optimised_attention import OptimisedAttention as OptimisedAttention
