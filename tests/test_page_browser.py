@@ -266,7 +266,7 @@ def test_a_comparison(opened, compared):
     for place in tab.locator(".plot").all():
         place.scroll_into_view_if_needed()
         place.locator(".main-svg").first.wait_for(state="attached", timeout=20_000)
-    assert tab.get_by_text("Worth against the time to read", exact=True).is_visible()
+    assert tab.get_by_text("Quality against prefill time", exact=True).is_visible()
     assert tab.locator(".plot .textpoint", has_text="unedited").count() == 2  # beside time, and beside the cache
     costs = tab.locator(".table", has=tab.locator("th", has_text="prefill, s"))
     assert costs.locator("tbody tr").count() == 13

@@ -19,6 +19,7 @@ from heedful.bench.cost import WARM_UP, cost, machine
 from heedful.bench.intervals import LEAST
 from heedful.bench.records import COSTS, Answered, Cost, Log, Refused
 from heedful.bench.results import MARGIN, PLAIN
+from heedful.catalogue import stack_from
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, HeedfulError, WriteError
 from heedful.core.files import RECORDS, folder_for, held
@@ -58,19 +59,24 @@ def label(what: Contender) -> str:
     return name + repr(what).removeprefix(repr(entry)) if isinstance(what, Scoped) else name
 
 
+def _read(what: Any) -> Any:
+    return stack_from(what) if isinstance(what, str) else what
+
+
 def _short(value: object) -> str:
     """A setting as a label has it: what a fit found is named by what it holds."""
     text = repr(value)
     return text if len(text) <= 60 else "#" + hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
-def _named(contenders: Mapping[str, Contender] | Iterable[Contender]) -> dict[str, Contender]:
-    """Contenders by the names that the table shows."""
+def _named(contenders: Mapping[str, Contender | str] | Iterable[Contender | str]) -> dict[str, Contender]:
+    """Contenders by the names that the table shows; those that are text are read as on the command line."""
+    found: dict[str, Contender] = {}
     if isinstance(contenders, Mapping):
-        found = dict(contenders)
+        found = {name: _read(what) for name, what in contenders.items()}
     else:
-        found = {}
-        for what in contenders:
+        for given in contenders:
+            what = _read(given)
             if not isinstance(what, Method | Scoped | Stack | Tokens | Decode | Surgery):
                 rule = "must be methods, stacks, or steps on tokens, logits or weights"
                 raise FieldError("compare()", "methods", what, rule, "SnapKV(0.25) | TempScale()")
@@ -86,7 +92,7 @@ def _named(contenders: Mapping[str, Contender] | Iterable[Contender]) -> dict[st
 @asks
 def compare(  # noqa: PLR0913 - what a user may set, each by name
     model: Loaded | tuple[Any, Any],
-    methods: Mapping[str, Contender] | Iterable[Contender],
+    methods: Mapping[str, Contender | str] | Iterable[Contender | str],
     tasks: Iterable[Task | str | Path],
     *,
     prompts: int = PROMPTS,
@@ -101,7 +107,8 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
 ) -> Comparison:
     """How each method does on each task, against the unedited model on the same prompts, and what it costs.
 
-    `model` is what `heedful.models` loads, or a model and its tokenizer. A task is a `Task`, its name, or a file or
+    `model` is what `heedful.models` loads, or a model and its tokenizer. A method is a value or, as on the command
+    line, its spelling: "snapkv(budget=0.25)|tempscale". A task is a `Task`, its name, or a file or
     folder of your own. Every method is asked thirty prompts of each task, then more until its verdict is known (surely
     better, surely worse, or surely no worse than by `margin`), and at most `prompts` of each task; `minutes` is how
     long is asked in one call. Costs are measured afterwards on the longest of the first thirty prompts, `turns` times

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from heedful.cli.console import parted, require_page, stopping, tell, write_page
+from heedful.catalogue import parted
+from heedful.cli.console import require_page, stopping, tell, write_page
 from heedful.cli.progress import Bars
 
 STAGES = {"steps": ("training", "steps")}
