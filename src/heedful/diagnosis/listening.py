@@ -11,9 +11,8 @@ from torch import Tensor
 from heedful.adapters.transformers import adapt
 from heedful.core.call import Call
 from heedful.core.figures import Head
-from heedful.core.method import Method, Readings
+from heedful.core.method import Method, Readings, Stack
 from heedful.core.sites import Site, reads
-from heedful.core.stack import Stack
 from heedful.core.stats import Cat, Statistic
 from heedful.core.summary import Summary, sums
 from heedful.diagnosis.hearing import SoundView

@@ -32,6 +32,9 @@ FACTS |= dict.fromkeys(("layers", "heads", "length", *ADDED), int)
 VIEW = "view"  # the key of the token view's tensors, which no reader has
 APART = "apart."  # what keys of parts of the texts begin with, before the part's number
 
+Found = dict[str, Statistic]
+View = TokenView | ImageView
+
 
 Found = dict[str, Statistic]
 View = TokenView | ImageView | SoundView
