@@ -78,6 +78,7 @@ from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttent
 from heedful.methods.mechanisms.normalise.softplus_attention import SoftplusAttention as SoftplusAttention
 from heedful.methods.mechanisms.normalise.spark_attention import SparkAttention as SparkAttention
 from heedful.methods.mechanisms.places.fftnet import FFTNet as FFTNet
+from heedful.methods.mechanisms.places.masked_mixer import MaskedMixer as MaskedMixer
 from heedful.methods.mechanisms.pooling.combiner import Combiner as Combiner
 from heedful.methods.mechanisms.pooling.slot_attention import SlotAttention as SlotAttention
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
