@@ -201,7 +201,7 @@ class Scoped:
 Part = Method | Scoped
 
 
-E = TypeVar("E", bound=CatalogueEntry)
+E = TypeVar("E", bound=CatalogueEntry | None)
 
 
 def method_of(part: Scoped | E) -> Method | E:
@@ -336,3 +336,7 @@ class Stack:
         """BibTeX of exactly the papers in this stack."""
         papers = (method.paper for method in self.methods)
         return "\n\n".join(dict.fromkeys(paper.bibtex() for paper in papers if paper is not UNPUBLISHED))
+
+
+def as_stack(what: Part | Stack) -> Stack:
+    return what if isinstance(what, Stack) else Stack((what,))

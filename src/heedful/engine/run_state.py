@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from heedful.core.call import Call, DenoisingStep, Phase
 from heedful.core.errors import DefinitionError, FieldError, SiteError
-from heedful.core.method import Method, Scoped
+from heedful.core.method import Method, Scoped, Stack, Step
 from heedful.core.sites import HEADLESS_SITES, MAP_SITES, Site
-from heedful.core.stack import Stack, Step, apart
 from heedful.core.state import Key, Notes, Shelf, State
 from heedful.core.stats import Statistic
 from heedful.core.values import replace
 from heedful.engine.learned import planted_name
-from heedful.engine.needs import Needs
+from heedful.engine.needs import Needs, apart
 from heedful.engine.one_forward import Forward, Found, Memory
 
 _K = TypeVar("_K")
@@ -290,8 +289,7 @@ class RunState:
         have = self.calls.get(call.layer)
         size = len(call.queries) * len(call.keys)
         if have is None or size >= len(have.queries) * len(have.keys):
-            tensors = ("ids", "hidden", "rotate", "query", "key", "value", "bias")
-            self.calls[call.layer] = replace(call, **dict.fromkeys(tensors))
+            self.calls[call.layer] = call.places
 
     def look_for_nan(self, layer: int, x: Tensor) -> None:
         if not x.numel():
