@@ -19,8 +19,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from heedful import Site, attach
 from heedful.authoring import Call, Mask, Method, Paper, Where, at
-from heedful.core.method import Part
-from heedful.core.stack import Stack
+from heedful.core.method import Part, Stack
 from heedful.methods.mechanisms.local._neighbours import narrowed
 
 SIDE = 6  # patches
