@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from claims.ledger import Claim, run
 from heedful import attach
-from heedful.core.method import Part
-from heedful.core.stack import Stack
+from heedful.core.method import Part, Stack
 from heedful.engine.run import Run
 from heedful.laboratory.language import byte_model
 from heedful.methods import NeuralAttentionSearch, SinkWindow

@@ -144,6 +144,7 @@ from heedful.methods.sparse.prefill.sample_attention import SampleAttention as S
 from heedful.methods.sparse.prefill.seer_attention import SeerAttention as SeerAttention
 from heedful.methods.sparse.prefill.sink_window import SinkWindow as SinkWindow
 from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn as SpargeAttn
+from heedful.methods.sparse.prefill.sparsifiner import Sparsifiner as Sparsifiner
 from heedful.methods.sparse.tokens.attention_rag import AttentionRAG as AttentionRAG
 from heedful.methods.sparse.tokens.sentinel import Sentinel as Sentinel
 from heedful.methods.sparse.tokens.spec_pc import SpecPC as SpecPC
