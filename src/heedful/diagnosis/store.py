@@ -19,6 +19,7 @@ from heedful.core.method import Method, Scoped
 from heedful.core.spelling import built, spelled
 from heedful.core.stats import Cat, Statistic, load, save
 from heedful.diagnosis.glances import ImageView
+from heedful.diagnosis.hearing import SoundView
 from heedful.diagnosis.measures import readers
 from heedful.diagnosis.view import TokenView
 
@@ -32,7 +33,9 @@ VIEW = "view"  # the key of the token view's tensors, which no reader has
 APART = "apart."  # what keys of parts of the texts begin with, before the part's number
 
 Found = dict[str, Statistic]
-View = TokenView | ImageView
+View = TokenView | ImageView | SoundView
+# by a field that no other has
+VIEWS: dict[str, type[View]] = {"tokens": TokenView, "before": ImageView, "words": SoundView}
 
 
 def _measure(spelling: Any) -> Measure:
@@ -131,9 +134,10 @@ def read(folder: Path) -> tuple[dict[str, Any], tuple[Measure, ...], Found, View
     try:
         if view is not None:
             tensors = statistics.pop(VIEW).tensors()
-            heads = [(layer, head) for layer, head in view["heads"]]
-            plain: dict[str, Any] = {**view, "heads": heads, **tensors}
-            view = TokenView(**plain) if "tokens" in plain else ImageView(**plain)
+            heads = {key: [(layer, head) for layer, head in view[key]] for key in ("heads", "meant") if key in view}
+            plain: dict[str, Any] = {**view, **heads, **tensors}
+            (kind,) = (VIEWS[field] for field in VIEWS if field in plain)
+            view = kind(**plain)
         parts = tuple(map(_measure, spellings))
         apart: dict[int, Found] = {}
         for key in [key for key in statistics if key.startswith(APART)]:

@@ -1,4 +1,4 @@
-"""What is diagnosed: a model, and how it is fed with texts or with images."""
+"""What is diagnosed: a model, and how it is fed with texts, with images or with sounds."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.method import Part, Stack
 from heedful.diagnosis.glances import places as shown
 from heedful.diagnosis.profile import endless
+from heedful.diagnosis.sounds import Sound
 from heedful.diagnosis.texts import Delimiters
 from heedful.engine.run import Run
-from heedful.explaining.aim import reads_pictures
+from heedful.explaining.aim import reads_pictures, reads_sounds
 
 
 @dataclass(eq=False)
@@ -36,18 +37,22 @@ class Subject:
         self.layers = len(adapt(self.model, self.how.get("only")).layer_names)
         takes = inspect.signature(self.model.forward).parameters
         self.pictures = reads_pictures(self.model)
-        if self.pictures:
+        self.sounds = reads_sounds(self.model)
+        # spells what is written of sounds; an extractor of features alone spells nothing
+        self.words = self.tokenizer if hasattr(self.tokenizer, "decode") else None
+        if self.pictures or self.sounds:
             self.tokenizer = None  # what prepares images is none
-        if not self.pictures and "input_ids" not in takes:
+        elif "input_ids" not in takes:
             raise RefusedModel(
-                f"diagnose() reads text or images, and {type(self.model).__name__} takes neither ids nor pixels alone"
+                f"diagnose() reads text, images or sounds, and {type(self.model).__name__} takes neither ids nor "
+                "pixels alone"
             )
         self.fixed: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
         if "logits_to_keep" in takes:
             self.fixed["logits_to_keep"] = 1  # nobody looks at the logits
         self.device = next(self.model.parameters()).device
         self.both = bool(getattr(self.model.config, "is_encoder_decoder", False))
-        self.vocabulary = 0 if self.pictures else int(self.model.get_input_embeddings().weight.shape[0])
+        self.vocabulary = 0 if self.pictures or self.sounds else int(self.model.get_input_embeddings().weight.shape[0])
 
     def attach(self, what: Part | Stack) -> Run:
         return attach(self.model, what, **self.how)
@@ -56,17 +61,24 @@ class Subject:
         """Who says where delimiters stand, where words are known and texts are read one by one."""
         return Delimiters(self.tokenizer) if self.tokenizer is not None and batch == 1 else None
 
-    def read(self, run: Run, rows: tuple[Tensor, ...]) -> None:
-        """One forward over images of one size, or over texts of any length, padded to the longest."""
+    @property
+    def reads(self) -> str:
+        """What the model is called with."""
+        return "image" if self.pictures else "sound" if self.sounds else "text"
+
+    def read(self, run: Run, rows: tuple[Any, ...]) -> None:
+        """One forward over images of one size, sounds, or texts of any length, padded to the longest."""
         n = max(map(self.count, rows))
-        feed = self._pixels(rows) if self.pictures else self._tokens(rows, n)
+        feed = self._sounds(rows) if self.sounds else self._pixels(rows) if self.pictures else self._tokens(rows, n)
         with memory(n):
             run(**feed)
         if (layer := run.state.endless) is not None:
             raise endless(f"the heads of layer {layer} ({run.layer_names[layer]}) give")
 
-    def count(self, row: Tensor) -> int:
-        """The tokens of a text or an image."""
+    def count(self, row: Any) -> int:
+        """The tokens of a text or an image; of a sound the encoder's and those that are written."""
+        if isinstance(row, Sound):
+            return row.places + len(row.written)
         if not self.pictures:
             return len(row)
         rows, cols = self._grid(row)
@@ -89,6 +101,13 @@ class Subject:
             shapes = [tuple(row.shape) for row in rows]
             raise FieldError("diagnose()", "batch", len(rows), f"needs images of one size, and these are {shapes}", 1)
         return {"pixel_values": torch.stack(rows).to(self.device, self.model.dtype), **self.fixed}
+
+    def _sounds(self, rows: tuple[Sound, ...]) -> dict[str, Any]:
+        if len(rows) > 1:
+            rule = "sounds are read one by one, since of each another number of words is written"
+            raise FieldError("diagnose()", "batch", len(rows), rule, 1)
+        heard = rows[0].features[None].to(self.device, self.model.dtype)
+        return {"input_features": heard, "decoder_input_ids": rows[0].written[None].to(self.device), **self.fixed}
 
     def _tokens(self, rows: tuple[Tensor, ...], n: int) -> dict[str, Any]:
         ids = torch.stack([nn.functional.pad(row, (0, n - len(row))) for row in rows]).to(self.device)

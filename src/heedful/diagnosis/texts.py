@@ -37,13 +37,13 @@ class Source:
 class Windows:
     """The pieces of every text, each short enough for one forward."""
 
-    tokens: tuple[Tensor, ...]  # each [n], or, of an image, its pixels [c rows cols]
+    tokens: tuple[Any, ...]  # each [n], or, of an image, its pixels [c rows cols], or a `Sound`
     first: Source | None  # the text that the first piece begins; none where no text could be read
     texts: int
     left_out: int  # tokens in ends too short to count as a text
     skipped: tuple[str, ...] = ()  # texts of a folder that could not be read, and why
     of: tuple[int, ...] = ()  # the number of each piece's text
-    names: tuple[str, ...] = ()  # of each piece, where pieces are images
+    names: tuple[str, ...] = ()  # of each piece, where pieces are images or sounds
 
 
 def _refuse(value: object, rule: str, good: object = Path("book.txt")) -> FieldError:

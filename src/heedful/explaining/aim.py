@@ -91,6 +91,11 @@ def reads_pictures(model: Any) -> bool:
     return getattr(model, "main_input_name", "") == "pixel_values" and "input_ids" not in _takes(model)
 
 
+def reads_sounds(model: Any) -> bool:
+    """Whether it is a sound that the model is called with, of which it writes down the words."""
+    return getattr(model, "main_input_name", "") == "input_features" and "decoder_input_ids" in _takes(model)
+
+
 def _takes(model: Any) -> Collection[str]:
     return inspect.signature(model.forward).parameters
 

@@ -81,6 +81,7 @@ def render(comparison: Compared) -> str:
         "measures": _used(comparison),
         "kinds": by_kind(figures),
         "along": along(by_kind(figures)),
+        "sounds": {"grid": []},
         "certainty": "",
         "view": {},
     }

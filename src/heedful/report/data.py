@@ -83,7 +83,7 @@ class Shown(Protocol):
     def facts(self) -> Mapping[str, Any]: ...
 
     @property
-    def view(self) -> Any: ...  # a View, images (`heedful.report.glances.ImageView`), or None
+    def view(self) -> Any: ...  # a View, images (`heedful.report.glances.ImageView`), one with `figures`, or None
 
 
 def figure(shown: Figure, measure: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ SHOWN = 4  # curves and grids that are not folded
 SECONDS = {
     "text": "reading the text",
     "images": "reading the images",
+    "sounds": "reading the sounds",
     "trials": "synthetic probes",
     "view": "the view",
 }
@@ -185,8 +186,8 @@ def _certainty(facts: Any) -> str:
     """What is known of how much texts differ."""
     if facts.get("windows") != 1:
         return ""
-    if facts.get("reads") == "image":
-        return "One image was read, so that nothing here tells how much images differ; pass several to see it."
+    if (kind := facts.get("reads")) is not None:
+        return f"One {kind} was read, so that nothing here tells how much {kind}s differ; pass several to see it."
     return "One stretch of text was read, so that nothing here tells how much texts differ; pass several to see it."
 
 
@@ -195,9 +196,11 @@ def _content(profile: data.Shown) -> tuple[dict[str, Any], dict[str, Any], str]:
     told: Sequence[tuple[Measure, Description]] = profile.description()
     figures = [data.figure(f, type(method_of(part)).__name__) for part, t in told for f in t.figures]
     findings = profile.findings()
+    heard = [data.figure(f, "the view") for f in profile.view.figures()] if hasattr(profile.view, "figures") else []
+    figures += heard
     roles = data.roles(told)
     sparks = {f.key: line for _, t in told for f in t.figures if (line := spark(f)) is not None}
-    about, numbers = ({}, "") if profile.view is None else _view(profile.view)
+    about, numbers = ({}, "") if profile.view is None or heard else _view(profile.view)
     read = {
         "figures": figures,
         "roles": roles,
@@ -217,8 +220,9 @@ def _content(profile: data.Shown) -> tuple[dict[str, Any], dict[str, Any], str]:
         "role_map": data.role_map(roles, profile.facts),
         "acting": [entry(name) for name in acting],
         "measures": _measures(told),
-        "kinds": by_kind(figures),
-        "along": along(by_kind(figures)),
+        "kinds": by_kind([f for f in figures if f not in heard or f["kind"] == "heads"]),
+        "sounds": by_kind(heard),
+        "along": along(by_kind([f for f in figures if f not in heard])),
         "certainty": _certainty(profile.facts),
         "view": about,
         "glances": "images" in about,

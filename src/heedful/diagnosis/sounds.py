@@ -1,0 +1,155 @@
+"""Sounds as a user has them, as a model hears them: stretches of its length, and the words that it writes down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import FeatureExtractionMixin
+
+from heedful.adapters.cache_name import CACHE, cache_of
+from heedful.core.errors import FieldError
+from heedful.diagnosis.texts import Source, Texts, Windows, files_in
+from heedful.diagnosis.waves import ENDINGS, read_wave
+
+MOST = 448  # tokens that are written, where a model knows no bound
+GOOD = "extractor(samples, sampling_rate=16_000, return_tensors='pt').input_features, or Path('clips')"
+
+
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """What the encoder hears, and what the decoder wrote of it."""
+
+    features: Tensor  # [channels frames]
+    share: float  # of the frames that hold sound; behind it is silence, which the model's reader put there
+    seconds: float  # that all frames last; 0 where nobody knows
+    places: int  # that the encoder makes of the frames
+    written: Tensor  # [n]: token ids, those that ask for a text first
+    asked: int  # how many of these ask
+
+
+Writes = Callable[[Tensor], tuple[int, Tensor, int]]  # of features: places, token ids, and how many of these ask
+Stretches = list[tuple[Tensor, float, float]]  # features, the share of them that holds sound, seconds
+
+
+def _refuse(value: object, rule: str, good: object = Path("clips")) -> FieldError:
+    return FieldError("diagnose()", "texts", value, rule, good)
+
+
+def sounds(given: Texts, reader: Any, write: Writes) -> Windows:
+    """Each stretch of sound a window of its own; files as the model's own `reader` prepares them.
+
+    A file of a folder that cannot be read is left out, and told; one that is named is an error.
+    """
+    rows: list[Sound] = []
+    names: list[str] = []
+    of: list[int] = []
+    skipped: list[str] = []
+    texts = 0
+    for source, stretches in _each(given, reader):
+        if source.unread:
+            skipped.append(f"{source.name} {source.unread}")
+            continue
+        for n, (features, share, seconds) in enumerate(stretches):
+            rows.append(Sound(features, share, seconds, *write(features)))
+            names.append(f"{source.name} from {n * seconds:.3g} s" if n else source.name)
+            of.append(texts)
+        texts += 1
+    if not rows:
+        raise _refuse(str(given), "holds no sound that can be read" + "".join(f"; {x}" for x in skipped[:3]))
+    return Windows(tuple(rows), Source(names[0]), texts, 0, tuple(skipped), tuple(of), tuple(names))
+
+
+def _each(given: Texts, reader: Any) -> Iterator[tuple[Source, Stretches]]:
+    """Sounds by name, as features, or why they have none."""
+    if isinstance(given, Path):
+        if not given.exists():
+            raise _refuse(str(given), "no such file or folder")
+        found = files_in(given, ENDINGS) if given.is_dir() else [given]
+        if not found:
+            raise _refuse(str(given), f"the folder holds no file that ends in {', '.join(ENDINGS)}")
+        prepare = extractor_of(reader)
+        for path in found:
+            samples, why = read_wave(path, prepare.sampling_rate)
+            if why and path == given:
+                raise _refuse(str(path), why)
+            yield Source(str(path), found=True, unread=why), [] if why else _stretches(samples, prepare)
+    elif isinstance(given, Tensor) and given.ndim in (2, 3) and given.is_floating_point() and given.numel():
+        for one in given if given.ndim == 3 else given[None]:
+            yield Source("sound"), [(one, 1.0, 0.0)]
+    elif isinstance(given, Sequence) and not isinstance(given, str) and given:
+        for some in given:
+            yield from _each(some, reader)
+    else:
+        rule = (
+            "a model that hears takes features of sounds, [channels frames], a batch [b channels frames], WAV files or "
+            "folders of them, as Path, or a list of these"
+        )
+        raise _refuse(type(given).__name__, rule, GOOD)
+
+
+def extractor_of(reader: Any) -> Any:
+    """What turns samples into features for the model, alone or in a processor of sounds and text."""
+    found = getattr(reader, "feature_extractor", reader)
+    if not isinstance(found, FeatureExtractionMixin) or not hasattr(found, "sampling_rate"):
+        rule = (
+            "reading sound files needs the model's feature extractor, and the model came without one: save it beside "
+            "the model with processor.save_pretrained(folder), or pass it"
+        )
+        raise FieldError("diagnose()", "tokenizer", reader, rule, "AutoProcessor.from_pretrained(...)")
+    return found
+
+
+def _stretches(samples: Tensor, prepare: Any) -> Stretches:
+    """A sound in stretches that the model hears at once; all of it where it hears any length."""
+    size = getattr(prepare, "n_samples", None) or len(samples)
+    rate = prepare.sampling_rate
+    out = []
+    for part in samples.split(size):
+        features = prepare(part.numpy(), sampling_rate=rate, return_tensors="pt")["input_features"]
+        out.append((torch.as_tensor(features)[0], len(part) / size, size / rate))
+    return out
+
+
+def writes(model: Any) -> Writes:
+    """What writes down what a model hears: the likeliest token each time, until it ends or half its places are full."""
+    told, config = model.generation_config, model.config
+    never, begin = (
+        [i for i in getattr(told, name, None) or () if i < config.vocab_size]  # Whisper's own stand in any such config
+        for name in ("suppress_tokens", "begin_suppress_tokens")
+    )
+    most = getattr(config, "max_target_positions", MOST) // 2
+    end = told.eos_token_id if isinstance(told.eos_token_id, list) else [told.eos_token_id]
+
+    @torch.no_grad()
+    def write(features: Tensor) -> tuple[int, Tensor, int]:
+        first = next(model.parameters())
+        heard = model.get_encoder()(features[None].to(first.device, first.dtype), return_dict=True)
+        ids = [config.decoder_start_token_id]
+
+        def next_scores(ids: list[int], cache: Any) -> tuple[Tensor, Any]:
+            new = torch.tensor([ids], device=first.device)
+            said = model(encoder_outputs=heard, decoder_input_ids=new, use_cache=True, **{CACHE: cache})
+            return said.logits[0, -1].float(), cache_of(said)
+
+        if languages := getattr(told, "lang_to_id", None):
+            known = sorted(languages.values())
+            scores = next_scores(ids, None)[0][known]
+            ids += [known[int(scores.argmax())], told.task_to_id["transcribe"]]
+        if (untimed := getattr(told, "no_timestamps_token_id", None)) is not None:
+            ids.append(untimed)
+        asked, new, cache = len(ids), ids, None
+        while len(ids) < most:
+            scores, cache = next_scores(new, cache)
+            scores[[*never, *begin] if len(ids) == asked else never] = -torch.inf
+            new = [int(scores.argmax())]
+            if new[0] in end:
+                break
+            ids = [*ids, *new]
+        return heard[0].shape[1], torch.tensor(ids), asked
+
+    return write
