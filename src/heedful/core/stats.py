@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from pathlib import Path
@@ -77,8 +77,12 @@ class Statistic(ABC):
     def settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if not isinstance(getattr(self, f.name), Tensor)}
 
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same of other tensors."""
+        return replace(self, **{name: change(x) for name, x in self.tensors().items()})
+
     def to(self, device: torch.device | str) -> Self:
-        return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
+        return self.changed(lambda x: x.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,8 +265,8 @@ class Cat(Statistic):
     def settings(self) -> dict[str, Any]:
         return {}
 
-    def to(self, device: torch.device | str) -> Self:
-        return type(self)({name: x.to(device) for name, x in self.pieces.items()})
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)({name: change(x) for name, x in self.pieces.items()})
 
     def __add__(self, other: Self) -> Self:
         if type(other) is not type(self):
