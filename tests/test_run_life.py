@@ -54,7 +54,7 @@ def hooking(frame: FrameType) -> bool:
 
 
 def leaving(frame: FrameType) -> bool:
-    """Heedful's, but for what undoes: an interrupt there comes after what was to be done, or before it is done again."""
+    """Heedful's, but for what undoes: an interrupt there comes before a thing is done again, or after."""
     return ours(frame) and frame.f_globals["__name__"] != "heedful.engine.resting"
 
 

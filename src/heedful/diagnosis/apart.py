@@ -35,7 +35,7 @@ def dealt(parts: Iterable[Mapping[str, Statistic]]) -> tuple[Found, ...]:
 
 def light(part: Mapping[str, Statistic]) -> Found:
     """In single precision, which is enough to see how far parts lie apart."""
-    return {key: stat.changed(_single) for key, stat in part.items()}
+    return {key: stat.having({n: _single(x) for n, x in stat.tensors().items()}) for key, stat in part.items()}
 
 
 def _single(x: Tensor) -> Tensor:
