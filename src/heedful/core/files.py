@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import platform
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +137,44 @@ def held(folder: Path | None, what: str) -> Iterator[None]:
     finally:
         (folder / LOCK).unlink(missing_ok=True)
         lock.close()
+
+
+@contextmanager
+def scratch(name: str) -> Iterator[Path]:
+    """A new temporary folder of this process's own, gone with it; what killed processes left of that name goes too.
+
+    A folder is known to be in use by a lock on itself, which it has before it has its name.
+    """
+    home = Path(tempfile.gettempdir())
+    for left in home.glob(f"{name}-*"):
+        if (lock := _lock_of(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    begun = Path(tempfile.mkdtemp(prefix=f".{name}-"))
+    lock = _lock_of(begun)
+    folder = begun.rename(home / begun.name[1:])
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock_of(folder: Path) -> int | None:
+    """A lock on a folder itself; none where another process has it, or this one may not, or the system has no such."""
+    try:
+        from fcntl import LOCK_EX, LOCK_NB, flock
+
+        file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (ModuleNotFoundError, OSError):
+        return None
+    try:
+        flock(file, LOCK_EX | LOCK_NB)
+    except OSError:
+        os.close(file)
+        return None
+    return file
 
 
 def _locked(folder: Path) -> IO[str]:

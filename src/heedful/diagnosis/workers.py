@@ -6,9 +6,7 @@ import io
 import logging
 import os
 import pickle
-import shutil
 import socket
-import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -22,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from heedful.core.asked import require_fields
 from heedful.core.errors import FieldError, HeedfulError
+from heedful.core.files import scratch
 from heedful.core.stats import Statistic
 
 
@@ -124,19 +123,18 @@ class Ray(Workers):
             finally:
                 ray.shutdown()
             return
-        home = tempfile.mkdtemp(prefix="heedful-")  # nobody else may read it
-        try:
-            ray.init(
-                num_cpus=ceil(self.workers * self.cpus),
-                include_dashboard=False,
-                _temp_dir=home,
-                _node_ip_address="127.0.0.1",
-                **quiet,
-            )
-            yield ray
-        finally:
-            ray.shutdown()
-            shutil.rmtree(home, ignore_errors=True)
+        with scratch("heedful-ray") as home:
+            try:
+                ray.init(
+                    num_cpus=ceil(self.workers * self.cpus),
+                    include_dashboard=False,
+                    _temp_dir=str(home),
+                    _node_ip_address="127.0.0.1",
+                    **quiet,
+                )
+                yield ray
+            finally:
+                ray.shutdown()
 
 
 def _knock(address: str) -> None:
