@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import stat
 import tempfile
@@ -125,6 +126,25 @@ def test_a_scratch_folder_is_gone_with_its_process_or_at_the_next_start(
     with scratch("mine"):
         assert not theirs.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["mine-file"]
+
+
+def test_a_scratch_folder_is_gone_though_somebody_wrote_to_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    remove, tries = shutil.rmtree, []
+
+    def late(folder: Path, **how: Any) -> None:
+        remove(folder, **how)
+        if len(tries) < 2:
+            folder.mkdir()
+        tries.append(folder)
+
+    monkeypatch.setattr(shutil, "rmtree", late)
+    with scratch("mine") as folder:
+        pass
+    assert tries == [folder] * 3
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_second_run_in_one_process_is_kept_out_too(tmp_path: Path) -> None:

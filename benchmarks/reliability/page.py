@@ -1,173 +1,17 @@
-"""Jobs that are killed, files that are damaged, cycles that go on for long, merges of many: measured, and told in docs.
-
-python -m benchmarks.reliability kills 100 | damaged 2000 | soak 500 | merges 1000
-"""
+"""docs/reliability.md: what was done, and what came of it, from the committed records."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import pickle
-import random
-import resource
-import signal
-import sys
-import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.speed.timing import RECORDS, machine
+from benchmarks.speed.timing import RECORDS
 
 RECORD = RECORDS / "reliability.json"
-ROOT = Path(__file__).parents[1]
-FORK = multiprocessing.get_context("fork")  # a process that need not import everything again
 
 
 def load() -> dict[str, Any]:
     return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-
-
-def _forked(act: Callable[[], Any]) -> Any:
-    def alone() -> None:
-        os.setsid()
-        act()
-
-    process = FORK.Process(target=alone)
-    process.start()
-    return process
-
-
-def kills(rounds: int) -> dict[str, Any]:
-    """A job over a corpus in one process, killed at random moments until it is done; then another."""
-    from heedful.diagnosis import run as running
-    from heedful.diagnosis.profile import Profile
-    from tests import corpus_job
-    from tests.test_corpus import equal
-
-    running.SAVE_EVERY = 0.0
-    draw, killed, jobs, wrong, goings = random.Random(0), 0, 0, 0, []
-    with tempfile.TemporaryDirectory() as home:
-        corpus = corpus_job.written(Path(home), 60)
-        straight = corpus_job.measured(corpus, None)
-        began = time.monotonic()
-        whole = _forked(lambda: corpus_job.measured(corpus, None, Path(home) / "timed", progress=corpus_job.slowly))
-        whole.join()
-        takes = time.monotonic() - began
-        while killed < rounds:
-            out, hits = Path(home) / f"out{jobs}", 0
-            while True:
-                job = _forked(lambda out=out: corpus_job.measured(corpus, None, out, progress=corpus_job.slowly))
-                job.join(draw.uniform(0, takes / 2) if killed < rounds else None)
-                if job.exitcode is not None:
-                    break
-                os.kill(job.pid, signal.SIGKILL)
-                job.join()
-                killed, hits = killed + 1, hits + 1
-                print(f"{killed} kills, {jobs} jobs, {wrong} wrong", flush=True)
-            jobs += 1
-            goings.append(hits)
-            found = Profile.load(out)
-            same = all(found.facts[x] == straight.facts[x] for x in ("texts", "tokens", "skipped", "shards"))
-            wrong += not (same and equal(found, straight) and job.exitcode == 0)
-    return {"kills": killed, "jobs": jobs, "wrong": wrong, "most kills of one job": max(goings)}
-
-
-def damaged(count: int) -> dict[str, Any]:
-    """Files of every kind with something changed in them."""
-    from tests import test_damaged as damage
-
-    found: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as home:
-        files = damage.files.__wrapped__(_Folders(Path(home)))
-        for name in damage.PLANS:
-            place = Path(home) / name
-            place.mkdir()
-            found += damage.outcomes(name, files, place, count // len(damage.PLANS))
-            print(name, dict(found), flush=True)
-    other = sum(n for word, n in found.items() if word not in ("read", "refused"))
-    return {"files": sum(found.values()), "refused": found["refused"], "read": found["read"], "anything else": other}
-
-
-class _Folders:
-    """What pytest calls a factory of folders."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-
-    def mktemp(self, name: str) -> Path:
-        (self.home / name).mkdir()
-        return self.home / name
-
-
-def soak(cycles: int) -> dict[str, Any]:
-    """A reader put on a model and taken off, over and over: what is left of it."""
-    import threading
-
-    from heedful import attach, models
-    from heedful.facts import fingerprint
-    from heedful.methods import AttentionProfile, SinkRate
-
-    model, ids = models.tiny("llama").eval(), torch.arange(5, 37)[None]
-
-    def state() -> tuple[Any, ...]:
-        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-        return hooks, threading.active_count(), model.config._attn_implementation, fingerprint(model)
-
-    before, memory = state(), []
-    began = time.monotonic()
-    for i in range(cycles):
-        with attach(model, SinkRate() | AttentionProfile()) as run, torch.no_grad():
-            run(input_ids=ids)
-            run.answers()
-        if i in (cycles // 4, cycles - 1):
-            memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20)
-    return {
-        "cycles": cycles,
-        "seconds": time.monotonic() - began,
-        "growth in MB from a quarter on": memory[-1] - memory[0],
-        "hooks, threads, config and weights as before": state() == before,
-    }
-
-
-def merges(count: int) -> dict[str, Any]:
-    """As many shards as are asked for, merged as the process that leads does it; processor seconds."""
-    from heedful import models
-    from heedful.core.stats import Mean
-    from heedful.diagnosis.corpus import Corpus
-    from heedful.diagnosis.measures import DEFAULT
-    from heedful.diagnosis.shards import Reader, Sums
-    from heedful.diagnosis.workers import packed
-
-    rows = []
-    for loaded, times in ((models.load("tiny:llama"), 10 * count), (models.default(), count)):
-        with tempfile.TemporaryDirectory() as home:
-            (Path(home) / "a.txt").write_text("The keys to the cabinet are on the table. " * 60)
-            shard = Corpus(Path(home)).shards()[0]
-            words = loaded.tokenizer
-            if words is None:
-                from tests.test_diagnose_texts import characters
-
-                words = characters()
-            piece = Reader(loaded.model, words, DEFAULT, 512, 1, {})(shard)
-        sent = packed(piece)
-        sums = Sums()
-        began = time.process_time()
-        for _ in range(times):
-            sums = sums.plus(pickle.loads(sent))
-        seconds = time.process_time() - began
-        key = next(key for key, stat in piece.statistics.items() if type(stat) is Mean)
-        one, all_of = (float(x[key].tensors()["count"].double().sum()) for x in (piece.statistics, sums.whole))
-        if all_of != times * one:
-            raise SystemExit(f"{all_of} is not {times} times {one}")
-        rows.append({"model": loaded.name, "profiles": times, "bytes": len(sent), "seconds": seconds})
-        print(rows[-1], flush=True)
-    return {"rows": rows}
 
 
 def _where(name: str) -> str:
@@ -180,12 +24,38 @@ def _where(name: str) -> str:
 
 def merge_table() -> str:
     """What merges cost."""
-    rows = ["| model | profiles | bytes of one | all | each | bar for 10,000: 10 s |", "|---|---:|---:|---:|---:|---|"]
+    rows = [
+        "| model | window | profiles | bytes of one | all | each | bar for 10,000: 10 s |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
     for row in load()["merges"]["rows"]:
         each = row["seconds"] / row["profiles"]
         told = f"{row['profiles']:,} | {row['bytes']:,} | {row['seconds']:.1f} s | {1000 * each:.2f} ms"
-        rows.append(f"| {row['model']} | {told} | {'kept' if 10_000 * each <= 10 else '**missed**'} |")
+        rows.append(f"| {row['model']} | {row['window']:,} | {told} | {_kept(10_000 * each <= 10)} |")
     return "\n".join([*rows, "", _where("merges")])
+
+
+def simulation() -> str:
+    """What a thousand workers would do, by what a merge costs."""
+    found = load()["simulated"]
+    rows = [
+        f"{found['shards']:,} shards, {1000 * found['seconds of a merge']:.2f} ms for a merge, "
+        f"{found['bytes of a profile']:,} bytes for a profile over a link of {found['link'] / 1e9:.0f} GB/s, workers "
+        "of unlike speed and shards of unlike length (each by up to half), added up in the order of the corpus:\n",
+        "| workers | a shard takes | hours | of the ideal speed | leader or link busy | most profiles that wait |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in found["rows"]:
+        wait = row["most profiles that wait"]
+        cells = [f"{row['workers']:,}", f"{row['seconds of a shard']:.0f} s", f"{row['hours']:.2f}"]
+        cells += [f"{row['of the ideal']:.0%}", f"{row['busy']:.1%}"]
+        cells += [f"{wait:,} ({wait * found['bytes of a profile'] / 1e6:,.0f} MB)"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _kept(holds: bool) -> str:
+    return "kept" if holds else "**missed**"
 
 
 TOLD: dict[str, tuple[str, str]] = {
@@ -194,13 +64,44 @@ TOLD: dict[str, tuple[str, str]] = {
         "One process, `kill -9`, started again until it is done; each finished profile beside that of a job that "
         "nobody killed, bit for bit: statistics, parts, counts and what could not be read. Every shard is saved.",
     ),
+    "ray_kills": (
+        "Two workers of Ray, their driver or all of them killed at random moments",
+        "`kill -9` of the process that leads, of a worker, or of both and all that they started; where the driver was "
+        "killed the same command is started again. Compared as above. Every shard is saved.",
+    ),
     "damaged": (
         "Damaged files",
         "Bits flipped, ends cut off, stretches taken out or put in, values of other kinds, in profiles, statistics and "
         "records: each is read or refused by one of heedful's own errors within 20 s.",
     ),
     "soak": ("A reader put on a model and taken off, over and over", "One forward and its answers each time."),
+    "mixed": (
+        "Everything by chance, for long",
+        "Four tiny models and now and then the default one, in one process: methods of the whole catalogue, one to "
+        "three at a time. After each thing that is done every tiny model is compared with what it was: weights, hooks, "
+        "config. Memory is looked at every half a minute; slopes are those of a straight line from a quarter of the "
+        "time on. What is refused is a method that a model cannot have, by one of heedful's own errors.",
+    ),
+    "two_workers": (
+        "Two workers beside one",
+        "Documents a second of the default model, one thread each, in turns; the bar is 1.6 times on two cores that do "
+        "nothing else.",
+    ),
+    "checkpoints": (
+        "What saves cost",
+        "Of what the default model has found so far with windows of 2,048 tokens; the bar is 2 % of the time.",
+    ),
 }
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, list):
+        return ", ".join(map(_told, value))
+    if isinstance(value, dict):
+        return "; ".join(f"{name} {_told(x)}" for name, x in value.items()) or "none"
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def page() -> str:
@@ -212,19 +113,7 @@ def page() -> str:
     ]
     for name, (title, about) in TOLD.items():
         if name in found:
-            told = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in found[name].items() if k != "machine"}
-            rows += [f"## {title}\n", f"{about}\n", *(f"- {k}: {v}" for k, v in told.items()), f"\n{_where(name)}\n"]
+            told = [f"- {key}: {_told(x)}" for key, x in found[name].items() if key != "machine"]
+            rows += [f"## {title}\n", f"{about}\n", *told, f"\n{_where(name)}\n"]
     end = "How corpora are read by many: [scale.md](scale.md)."
     return "\n".join([*rows, "## Merges\n", merge_table(), "", end, ""])
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    for name, count in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-        measure = {f.__name__: f for f in (kills, damaged, soak, merges)}[name]
-        found = {**measure(int(count)), "machine": machine()}
-        RECORD.write_text(json.dumps({**load(), name: found}, indent=1, sort_keys=True) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from heedful.core.errors import FieldError, StatisticError, WriteError
 
 PART = ".part"  # ends the name of a file that is being written
 LOCK = ".heedful.lock"
+PATIENCE = 50  # tries to take a folder away, a tenth of a second apart
 PROFILE, UNFINISHED = "profile.json", "unfinished"  # of a diagnosis, and the folder inside of one under way
 RECORDS = "records.jsonl"  # of a comparison
 TAUGHT = "conversion.safetensors"  # of a model that is taught another attention
@@ -156,7 +158,11 @@ def scratch(name: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for _ in range(PATIENCE):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.1)  # a process that is about to end wrote to it meanwhile
         if lock is not None:
             os.close(lock)
 

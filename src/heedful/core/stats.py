@@ -308,7 +308,7 @@ def save(path: str | Path, statistics: Mapping[str, Statistic]) -> Path:
     header: dict[str, Any] = {}
     for name, stat in statistics.items():
         parts = {field: x.detach().cpu() for field, x in stat.tensors().items()}
-        tensors |= {f"{name}/{field}": _packed(x) for field, x in parts.items()}
+        tensors |= {f"{name}/{field}": compact(x) for field, x in parts.items()}
         header[name] = {
             "kind": type(stat).__name__,
             "settings": stat.settings(),
@@ -321,7 +321,7 @@ def save(path: str | Path, statistics: Mapping[str, Statistic]) -> Path:
     return path
 
 
-def _packed(x: Tensor) -> Tensor:
+def compact(x: Tensor) -> Tensor:
     """What says the same in fewer bytes: an axis along which all is alike once, whole numbers as such."""
     for axis in range(x.ndim):
         if x.shape[axis] > 1 and torch.equal(x, x.narrow(axis, 0, 1).expand_as(x)):

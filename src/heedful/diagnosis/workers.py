@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from heedful.core.asked import require_fields
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.files import scratch
-from heedful.core.stats import Statistic
+from heedful.core.stats import Statistic, compact
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +150,6 @@ class _Actor:
 
     def __init__(self, work: Any, threads: int) -> None:
         import ray
-        import torch
 
         torch.set_num_threads(threads)
         self.read, self.shards = ray.get(work) if isinstance(work, ray.ObjectRef) else work
@@ -240,14 +240,19 @@ def _closed(read: Read, shard: Any) -> bytes:
 
 
 class _Packer(pickle.Pickler):
-    """Sends a tensor as an array, which is read ten times as fast as torch's own form."""
+    """Sends a tensor as an array, which is read ten times as fast as torch's own form; what is alike in it once."""
 
     def reducer_override(self, value: Any) -> Any:
-        import torch
-
-        if type(value) is not torch.Tensor or value.dtype is torch.bfloat16:  # which arrays have not
+        if type(value) is not Tensor or value.dtype is torch.bfloat16:  # which arrays have not
             return NotImplemented
-        return torch.from_numpy, (value.detach().cpu().contiguous().numpy(),)
+        few = compact(value.detach().cpu())
+        if few.shape == value.shape and few.dtype == value.dtype:
+            return torch.from_numpy, (few.numpy(),)
+        return _spread, (few.numpy(), value.dtype, value.shape)
+
+
+def _spread(few: Any, kind: torch.dtype, shape: torch.Size) -> Tensor:
+    return torch.from_numpy(few).to(kind).expand(shape)
 
 
 def packed(value: Any) -> bytes:
