@@ -15,8 +15,7 @@ from torch import Tensor
 
 from claims.ledger import Claim, run
 from heedful import attach, fit, models
-from heedful.core.method import Method, Scoped
-from heedful.core.stack import Stack
+from heedful.core.method import Method, Scoped, Stack
 from heedful.methods.intervene.language.act import ACT
 
 MONTHS = list(month_name)[1:]

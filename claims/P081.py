@@ -12,8 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from claims.ledger import Claim, run
 from heedful import attach
 from heedful.authoring import Call, Site, reads
-from heedful.core.method import Method
-from heedful.core.stack import Stack
+from heedful.core.method import Method, Stack
 from heedful.core.stats import Mean
 from heedful.methods import Impermissible
 

@@ -10,7 +10,7 @@ import torch
 from claims.ledger import Claim, run
 from heedful import attach, fit, models
 from heedful.core.figures import Head
-from heedful.core.stack import Stack
+from heedful.core.method import Stack
 from heedful.methods.explain.maps import MAPS
 from heedful.methods.explain.patch import Patch
 

@@ -8,7 +8,7 @@ from claims._pairs import ASKED, PAIRS, VALUES, recall
 from claims.ledger import Claim, run
 from heedful import Site
 from heedful.authoring import Call, Mask, Method, Paper, Where, at
-from heedful.core.stack import Stack
+from heedful.core.method import Stack
 from heedful.methods import S2Attention
 
 STEPS = 400

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from claims._digits import LAYERS, SIDE, Reads, accuracy
+from claims._digits import LAYERS, SIDE, Reads, Windows, accuracy
 from claims.ledger import Claim, run
 from heedful import Site
-from heedful.authoring import Call, Layer, Mask, Method, at
-from heedful.kit.chosen import Chosen
+from heedful.authoring import Call, Layer, Method, at
 from heedful.methods import NeighborhoodAttention
+from heedful.methods.mechanisms.local._neighbours import pairs
 
 STEPS = 600
 SIZE = 3
@@ -27,38 +27,16 @@ class _Offsets(Method):
 
     @at(Site.SCORES)
     def lean(self, scores: Tensor, call: Call) -> Tensor:
-        q, k, outside = _pairs(call)
+        q, k, outside = pairs(call)
         rows, cols = (k - q + SIDE - 1).clamp(0, 2 * SIDE - 2)[0, 0].unbind(-1)
         return scores + call.params["bias"][:, rows, cols].masked_fill(outside, 0)
-
-
-class _Windows(Method):
-    """The control, as in Swin: patches see those of their window, and windows begin `shift` patches in."""
-
-    paper = Reads.paper
-    shift: int = 0
-
-    @at(Site.MASK)
-    def narrow(self, mask: Mask, call: Call) -> Mask:
-        def pick(rows: slice) -> Tensor:
-            q, k, outside = _pairs(call.tile(rows, slice(None)))
-            return ((q + SIZE - self.shift) // SIZE == (k + SIZE - self.shift) // SIZE).all(-1) | outside
-
-        return mask & Chosen(pick)
-
-
-def _pairs(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Places of queries and keys, and which pairs have one off the grid."""
-    query, key = call.coordinates("patches")
-    q, k = query[..., :, None, :], key[..., None, :, :]
-    return q, k, (q[..., 0] < 0) | (k[..., 0] < 0)
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     even, odd = range(0, LAYERS, 2), range(1, LAYERS, 2)
     ways = {
         "neighbourhoods": NeighborhoodAttention(SIZE),
-        "shifted windows": _Offsets() | _Windows(0).on(layers=even) | _Windows(SIZE // 2).on(layers=odd),
+        "shifted windows": _Offsets() | Windows(SIZE).on(layers=even) | Windows(SIZE, SIZE // 2).on(layers=odd),
         "all patches": _Offsets(),
     }
     numbers = {f"accuracy, {name}": accuracy(what, seed, STEPS) for name, what in ways.items()}

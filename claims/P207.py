@@ -14,7 +14,7 @@ from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 from claims.ledger import Claim, run
 from heedful import attach, fit
-from heedful.core.stack import Stack
+from heedful.core.method import Stack
 from heedful.methods.intervene.language.head_scale import HeadScale, _loss
 
 KEYS, VALUES, ASKED = 128, 4, 8

@@ -11,8 +11,7 @@ from claims._tiny_lm import LENGTH, Trained, fresh, text
 from claims.ledger import Claim, run
 from heedful import Site, attach, edit
 from heedful.core.call import Call
-from heedful.core.method import Part
-from heedful.core.stack import Stack
+from heedful.core.method import Part, Stack
 from heedful.methods import NormalizedAttention
 
 STEPS = 200

@@ -13,7 +13,7 @@ from torch import Tensor
 from claims._pictures import COLOURS, CONCEPTS, GROUNDS, ID, LENGTH, SHAPES, SIDE, denoiser, draw, right, sample
 from claims.ledger import Claim, run
 from heedful import attach, fit
-from heedful.core.stack import Stack
+from heedful.core.method import Stack
 from heedful.kit.head_search import Head
 from heedful.methods import HRV
 

@@ -12,7 +12,7 @@ from claims._praise import model
 from claims._texts import apart
 from claims.ledger import Claim, run
 from heedful import attach, fit
-from heedful.core.stack import Stack
+from heedful.core.method import Stack
 from heedful.methods.intervene.language.asguard import ASGuard
 
 TRUTHS = (

@@ -14,9 +14,8 @@ from claims._texts import apart, passages
 from heedful import attach, models
 from heedful.adapters.kvcache import cache_bytes
 from heedful.core.call import CachedKV, Call
-from heedful.core.method import Method
+from heedful.core.method import Method, Stack
 from heedful.core.sites import Site, at
-from heedful.core.stack import Stack
 from heedful.kit.budget import Budget, newest, room
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
 

@@ -6,6 +6,7 @@ of a patch. Patches do not see the class token, which only reads, as the last me
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import cache
 from itertools import product
@@ -18,8 +19,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from heedful import Site, attach
 from heedful.authoring import Call, Mask, Method, Paper, Where, at
-from heedful.core.method import Part
-from heedful.core.stack import Stack
+from heedful.core.method import Part, Stack
+from heedful.methods.mechanisms.local._neighbours import narrowed
 
 SIDE = 6  # patches
 PATCH = 2  # pixels
@@ -39,6 +40,22 @@ class Reads(Method):
     @at(Site.MASK)
     def hide(self, mask: Mask, call: Call) -> Mask:
         return mask & Where(lambda q, k: (k > 0) | (q == 0))
+
+
+class Windows(Method):
+    """As in Swin: patches see those of their window, and windows begin `shift` patches in."""
+
+    paper = Reads.paper
+    size: int
+    shift: int = 0
+
+    @at(Site.MASK)
+    def narrow(self, mask: Mask, call: Call) -> Mask:
+        def sees(_: int, query: Tensor, key: Tensor) -> Tensor:
+            back = self.size - self.shift
+            return (query + back) // self.size == (key + back) // self.size
+
+        return narrowed(mask, call, sees)
 
 
 @cache
@@ -63,18 +80,17 @@ def accuracy(what: Part | Stack, seed: int, steps: int) -> float:
 
 def accuracy_of(what: Part | Stack, seed: int, steps: int) -> float:
     """Train under a stack; the share of held-out digits named rightly, in all places."""
+    return taught(what, seed, steps)[1]
+
+
+def taught(what: Part | Stack, seed: int, steps: int, begun: nn.Module | None = None) -> tuple[nn.Module, float]:
+    """A fresh model trained under a stack, or a copy of one that is `begun` already, and its accuracy."""
     random = torch.Generator().manual_seed(seed)
     images, labels = digits()
     order = torch.randperm(len(images), generator=random)
     tried, kept = order[:HELD_OUT], order[HELD_OUT:]
     torch.manual_seed(seed)
-    model = ViTForImageClassification(
-        ViTConfig(
-            image_size=PIXELS, patch_size=PATCH, num_channels=1, hidden_size=32, intermediate_size=64,
-            num_hidden_layers=LAYERS, num_attention_heads=4, num_labels=10, initializer_range=0.1,
-            attn_implementation="sdpa",
-        )
-    )  # fmt: skip
+    model = _fresh() if begun is None else copy.deepcopy(begun)
     run = attach(model, what)
     _train(model, run, images[kept], labels[kept], random, steps)
     with torch.no_grad():
@@ -84,7 +100,17 @@ def accuracy_of(what: Part | Stack, seed: int, steps: int) -> float:
             for place in PLACES
         ]
     run.close()
-    return float(torch.stack(right).float().mean())
+    return model, float(torch.stack(right).float().mean())
+
+
+def _fresh() -> nn.Module:
+    return ViTForImageClassification(
+        ViTConfig(
+            image_size=PIXELS, patch_size=PATCH, num_channels=1, hidden_size=32, intermediate_size=64,
+            num_hidden_layers=LAYERS, num_attention_heads=4, num_labels=10, initializer_range=0.1,
+            attn_implementation="sdpa",
+        )
+    )  # fmt: skip
 
 
 def _train(model: nn.Module, run: Any, images: Tensor, labels: Tensor, random: torch.Generator, steps: int) -> None:

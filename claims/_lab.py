@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from heedful.core.method import Part
-from heedful.core.stack import Stack
+from heedful.core.method import Part, Stack
 from heedful.laboratory.course import Course, Opener
 from heedful.laboratory.images import Digits
 from heedful.laboratory.language import Text

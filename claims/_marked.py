@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from heedful import attach, models
-from heedful.core.method import Method, Scoped
-from heedful.core.stack import Stack
+from heedful.core.method import Method, Scoped, Stack
 
 NAMES = "apple,river,stone,cloud,tiger,piano,candle,garden,bridge,winter,orange,silver,doctor,forest,window,basket"
 WORDS = "red,blue,green,black,white,pink,brown,gold,gray,purple,yellow,blind,cold,warm,soft,loud"

@@ -17,9 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from heedful import Site, attach
 from heedful.authoring import reads
 from heedful.core.call import Call
-from heedful.core.method import Method, Part
+from heedful.core.method import Method, Part, Stack
 from heedful.core.paper import Paper
-from heedful.core.stack import Stack
 from heedful.core.stats import Mean
 
 LENGTH = 128  # bytes of a training sequence

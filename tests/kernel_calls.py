@@ -10,10 +10,10 @@ from torch import Tensor
 from heedful.conformance.tolerances import within_budget
 from heedful.core.call import Call
 from heedful.core.mask import Causal, First, Mask, Padding, Rule, Where, Window
-from heedful.core.method import Method
+from heedful.core.method import Method, Stack
 from heedful.core.positions import Positions
+from heedful.core.reweight import Reweight, reweights
 from heedful.core.sites import Site, at
-from heedful.core.stack import Stack
 from heedful.core.stats import Statistic
 from heedful.core.summary import PARTS, Summary, sums
 from heedful.engine.attend import attend
@@ -60,11 +60,18 @@ class Same(Method):
 
 
 def run(
-    backend: str, method: Method, q: Tensor, k: Tensor, v: Tensor, call: Call, sink: Tensor | None = None
+    backend: str,
+    method: Method,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: Call,
+    sink: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     run_state = RunState(Stack((method,)))
     run_state.new_forward()
-    job = AttentionCall(run_state.plan(call), run_state, call, sink=sink)
+    job = AttentionCall(run_state.plan(call), run_state, call, bias, sink)
     return attend(job, q, k, v, lambda needs: select(backend, needs))[0]
 
 
@@ -86,6 +93,28 @@ def a_call(shape: tuple[int, ...], rules: tuple[Rule, ...], pad: Tensor | None =
     return Call(0, 1, "bare", h, g, *positions, d**-0.5, mask=Mask(rules))
 
 
+BIASES = (False, True, False), (True, False, True), (True, True, True)  # told apart by text, head, query
+
+
+def a_bias(shape: tuple[int, ...], apart: tuple[bool, ...]) -> Tensor:
+    """What a model adds to its scores: of each key, and of what else is told apart."""
+    b, h, _, n, m, *_ = shape
+    sizes = [size if one else 1 for size, one in zip((b, h, n), apart, strict=True)]
+    return 2 * torch.randn(*sizes, m, generator=torch.Generator().manual_seed(3))
+
+
+class Halved(Method):
+    """Halves a column and lets the others restore what it held."""
+
+    paper = PAPER
+    causal = False
+
+    @reweights("received")
+    def move(self, summary: Summary, call: Call) -> Reweight:
+        columns = (call.pairs.k_index[:, :, 0] == 3).expand(-1, call.heads, -1)
+        return Reweight(torch.where(columns, 0.5, 1.0), ~columns)
+
+
 def compare(
     backend: str,
     shape: tuple[int, ...],
@@ -93,6 +122,7 @@ def compare(
     pad: Tensor | None = None,
     sink: Tensor | None = None,
     softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> None:
     """Output and every part of the summary, against the reference in float64."""
     q, k, v = draw(shape)
@@ -101,7 +131,7 @@ def compare(
     outs: dict[str, Tensor] = {}
     for name, tensors in (("exact", (q.double(), k.double(), v.double())), ("eager", (q, k, v)), (backend, (q, k, v))):
         heard: list[Summary] = []
-        outs[name] = run(backend if name == backend else "reference", Everything(heard), *tensors, call, sink)
+        outs[name] = run(backend if name == backend else "reference", Everything(heard), *tensors, call, sink, bias)
         told[name] = heard[0]
     is_text = call.is_text.expand(shape[0], 1, shape[3])
     rows = is_text[..., None].expand(outs[backend].shape)

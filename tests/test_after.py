@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from heedful import fit, models, operate
-from heedful.core.method import FitContext
-from heedful.core.stack import Stack
+from heedful.core.method import FitContext, Stack
 from heedful.methods import Absmax
 
 

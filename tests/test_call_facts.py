@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, StaticCache
 
-from heedful import attach, nn
+from heedful import attach, edit, nn
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.torch_model import TinyTorch
 from heedful.core.call import CachedKV, Call
@@ -232,6 +232,30 @@ def test_a_layer_that_is_frozen_says_so_of_itself() -> None:
     with attach(model, Training()) as run:
         run(IDS)
     assert [training for where, training in SEEN if where == "late"] == [True, False]
+
+
+class Halves(Method):
+    """In training queries are twice as long, at rest half."""
+
+    paper = PAPER
+
+    @at(Site.QUERY, training=True)
+    def more(self, query: Tensor, call: Call) -> Tensor:
+        return query * 2
+
+    @at(Site.QUERY, training=False)
+    def less(self, query: Tensor, call: Call) -> Tensor:
+        return query / 2
+
+
+def test_a_step_may_be_of_training_or_of_rest_alone() -> None:
+    model = tiny("llama")
+    with attach(model, Halves()) as run, torch.no_grad():
+        for training, factor in ((True, 2.0), (False, 0.5), (True, 2.0)):
+            found = run.model.train(training)(IDS).logits
+            assert run.active
+            with attach(tiny("llama"), edit(Site.QUERY, lambda q, call, factor=factor: q * factor)) as other:
+                assert torch.equal(found, other(IDS).logits)
 
 
 def test_nothing_is_kept_for_who_does_not_ask() -> None:

@@ -16,9 +16,8 @@ from heedful import attach, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
 from heedful.core.errors import NotEntered, SiteError
-from heedful.core.method import Method
+from heedful.core.method import Method, Stack
 from heedful.core.sites import Site, at
-from heedful.core.stack import Stack
 
 from .samples import PAPER, Scale, Shares, Sharpness
 

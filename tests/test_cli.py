@@ -31,7 +31,13 @@ def test_methods_lists_and_searches() -> None:
 
 @pytest.mark.parametrize(
     ("word", "call"),
-    [("knockout", "ablate"), ("Ablate", "ablate"), ("lens", "explaining.logit_lens"), ("pattern", "patterns")],
+    [
+        ("knockout", "ablate"),
+        ("Ablate", "ablate"),
+        ("lens", "explaining.logit_lens"),
+        ("pattern", "patterns"),
+        ("recommend", "compare"),
+    ],
 )
 def test_what_people_look_for_is_found_where_it_is_no_method(word: str, call: str) -> None:
     assert f"In Python: heedful.{call}(" in told("methods", word)

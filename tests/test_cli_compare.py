@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from heedful import models
+from heedful.catalogue import parted
 from heedful.cli.app import app
-from heedful.cli.console import parted
 from heedful.cli.progress import Bars
 from heedful.core.errors import CatalogueError, FieldError, HeedfulError
 from heedful.tasks import known

@@ -127,16 +127,16 @@ def test_measures_are_parted_by_commas_outside_of_settings() -> None:
         (["smol"], "no file, no folder and no name that heedful knows"),
         (["small", "--text", "no.txt"], "there is no file or folder 'no.txt'"),
         (["[/x]"], "no file, no folder and no name that heedful knows"),
-        (["small", "--text", "."], "the folder holds no file with text"),
+        (["smol", "--text", "."], r"--text \.: the folder holds no file that ends in \.txt"),  # before the model loads
         (["small", "--length", "1000"], "has 512 positions; for example length=512"),
         (["tiny:llama", "--text", "/etc/hostname"], "words need a tokenizer"),
         (["tiny:vit"], "reads images. Name one, or a folder of them: heedful diagnose tiny:vit --images photos"),
         (["tiny:vit", "--images", "no"], "--images: there is no file or folder 'no'. Name one that exists"),
-        (["tiny:vit", "--images", "."], r"the folder holds no file that ends in \.png"),
+        (["smol", "--images", "."], r"--images \.: the folder holds no file that ends in \.png"),
         (["tiny:vit", "--images", "/etc/hostname"], "needs the model's image processor"),
         (
-            ["small", "--images", "."],
-            r"--images \.: us/small reads text\. Leave it out",
+            ["small", "--images", "/etc/hostname"],
+            "--images /etc/hostname: us/small reads text. Leave it out",
         ),
         (
             ["small", "--images", ".", "--text", "/etc/hostname"],

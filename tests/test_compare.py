@@ -25,11 +25,10 @@ from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
 from heedful.core.files import RECORDS
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import Decode, HeadWeights, Prompt, Surgery, Tokens
-from heedful.core.method import Layer, Method
+from heedful.core.kinds import NOTHING_READ, Decode, HeadWeights, Prompt, Read, Surgery, Tokens
+from heedful.core.method import Layer, Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.core.stack import Stack
 from heedful.methods.intervene.language.temp_scale import TempScale
 from heedful.methods.sparse.cache.kivi import KIVI
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
@@ -89,7 +88,7 @@ class Against(Decode):
     def variants(self, prompt: Prompt) -> Mapping[str, tuple[Prompt, Stack]]:
         return {"all": (prompt, Stack()), "sharp": (prompt, Stack((TempScale(0.5),)))}
 
-    def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
+    def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
         return 2 * logits["all"] - logits["sharp"]
 
 
@@ -306,7 +305,7 @@ def test_what_does_nothing_is_called_out(loaded) -> None:
     assert any(t.startswith("SinkWindow(sinks=0, window=1000) changed nothing") for t in told)
     found = compare(loaded, [KIVI()], [Echo()], prompts=3, turns=0)
     told = [f.text for f in found.description().findings]
-    why = r"changed nothing \(the newest 128 tokens are whole, and the text has \d+\): it is the unedited model"
+    why = r"changed nothing: the newest 128 tokens are whole, and the text has \d+: a smaller residual would act\."
     assert any(re.search(why, t) for t in told)
 
 
@@ -317,9 +316,19 @@ def test_costs_are_counted_against_the_unedited_model(loaded) -> None:
     layers, entries = 2, 40
     assert plain.cache == 2 * layers * 2 * entries * loaded.model.config.head_dim * 4
     assert mine.cache_ratio < 0.25
+    assert mine.prefill_low <= mine.prefill_ratio <= mine.prefill_high
+    assert (mine.turns, mine.held) == (2, 0.5)
     assert mine.density is not None
     assert mine.density == pytest.approx(sum(min(i + 1, 4) + (i >= 4) for i in range(40)) / (40 * 41 / 2))
     assert {r.turn for r in found.records if isinstance(r, Cost)} == {WARM_UP, 1, 2}
+
+
+def test_methods_are_values_or_their_spelling(loaded) -> None:
+    written = compare(loaded, ["sinkwindow(1, 4)|tempscale(tau=0.5)"], [Echo()], prompts=2, turns=0)
+    assert written.contenders[1:] == ["SinkWindow(sinks=1, window=4) | TempScale(tau=0.5)"]
+    assert compare(loaded, {"mine": "KNorm"}, [Echo()], prompts=2, turns=0).facts["contenders"] == {
+        "mine": "KNorm(budget=0.5)"
+    }
 
 
 def test_labels_name_what_differs() -> None:
@@ -333,8 +342,8 @@ def test_bad_input_is_named(loaded) -> None:
     for problem, call in (
         ("methods", lambda: compare(loaded, [], [Echo()])),
         ("methods", lambda: compare(loaded, [SinkWindow], [Echo()])),
-        (r"Decode \| Surgery\]; for example", lambda: compare(loaded, [Echo()], [Echo()])),
-        (r"Decode \| Surgery\] \(this suits tasks=\); for", lambda: compare(loaded, [Echo()], [SinkWindow()])),
+        (r"Surgery \| str\]; for example", lambda: compare(loaded, [Echo()], [Echo()])),
+        (r"Surgery \| str\] \(this suits tasks=\); for", lambda: compare(loaded, [Echo()], [SinkWindow()])),
         ("methods", lambda: compare(loaded, {PLAIN: SinkWindow()}, [Echo()])),
         ("tasks", lambda: compare(loaded, [SinkWindow()], [])),
         ("tasks", lambda: compare(loaded, [SinkWindow()], [Echo(5000)])),

@@ -20,7 +20,7 @@ from heedful.adapters.bound import StandIn
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import NotEntered
-from heedful.core.stack import as_stack
+from heedful.core.method import as_stack
 
 from .samples import Gate, Scale
 

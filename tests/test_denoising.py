@@ -9,10 +9,9 @@ from torch import Tensor
 from heedful import attach, fold, models
 from heedful.core.call import Call, DenoisingStep
 from heedful.core.errors import ClashError, FieldError, FoldError
-from heedful.core.method import Method, Scoped
+from heedful.core.method import Method, Scoped, Stack
 from heedful.core.sites import Site, at
 from heedful.core.spelling import built, spelled
-from heedful.core.stack import Stack
 from heedful.methods.intervene.language.head_scale import HeadScale
 from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention
 

@@ -14,27 +14,14 @@ from heedful import attach, models
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, RefusedModel, StatisticError
 from heedful.core.figures import Role
-from heedful.core.method import Method, Probe, Readings
+from heedful.core.method import Method, Probe, Readings, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
-from heedful.core.stack import Stack
 from heedful.core.stats import Statistic, Sum
 from heedful.diagnosis import run as running
 from heedful.diagnosis.measures import chosen
 from heedful.diagnosis.run import Progress, diagnose
-from heedful.diagnosis.view import (
-    MOST_HEADS,
-    MOST_KEYS,
-    PAGE_BYTES,
-    ROW_BYTES,
-    SLOT_BYTES,
-    TOKEN_BYTES,
-    Attended,
-    TokenView,
-    notable,
-    room,
-    view_of,
-)
+from heedful.diagnosis.view import MOST_KEYS, Attended, TokenView, notable, view_of
 from heedful.methods.intervene.language.temp_scale import TempScale
 from heedful.methods.observe.sink_rate import SinkRate
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
@@ -186,16 +173,6 @@ def test_the_view_is_of_the_first_tokens_alone(kind: str, read: list[int], monke
     assert view is not None
     assert "".join(view.tokens) == WORDS[:8]
     assert view.received.shape[1] == 8
-
-
-@pytest.mark.parametrize("tokens", [2, 512, 2048, 8192, 32768])
-def test_a_view_fits_the_page(tokens: int) -> None:
-    heads, keys = room(tokens)
-    assert 1 <= heads <= MOST_HEADS
-    assert 1 <= keys <= MOST_KEYS
-    assert tokens * (heads * (keys * SLOT_BYTES + ROW_BYTES) + TOKEN_BYTES) <= PAGE_BYTES
-    assert tokens > 8192 or heads * keys >= 28
-    assert tokens > 2048 or (heads, keys) == (MOST_HEADS, MOST_KEYS)
 
 
 def test_the_view_shows_the_strongest_of_each_role_in_turn() -> None:

@@ -17,7 +17,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 import heedful
 from heedful import models
-from heedful.adapters.grids import regions
+from heedful.adapters.grids import names_before, regions
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.regions import Region
@@ -248,6 +248,12 @@ def test_the_sides_of_an_image_are_known() -> None:
     assert "register" not in found
     model.register_parameter("register_tokens", torch.nn.Parameter(torch.zeros(1, 3, 8)))
     assert regions(model, (2, 2), 8)["register"] == ((1, 4),)
+    assert names_before(model) == ["class token", "register 1", "register 2", "register 3"]
+    for module in model.modules():
+        if hasattr(module, "cls_token"):
+            del module.cls_token
+    assert names_before(model) == ["register 1", "register 2", "register 3"]
+    assert "cls" not in regions(model, (2, 2), 7)
 
 
 def test_text_models_take_no_folder_of_images(folder: Path) -> None:

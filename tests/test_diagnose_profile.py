@@ -79,6 +79,8 @@ def test_a_profile_tells(model: Any) -> None:
     everything = [finding.weight for finding in diagnose(model, WORDS, tokenizer=characters()).findings()]
     assert everything == sorted(everything, reverse=True)
     assert len(set(everything)) > 2
+    whole = diagnose(model, WORDS, tokenizer=characters())
+    assert {finding.shows for finding in whole.findings()} - {""} <= whole.figures().keys()
     assert f"2 layers of 4 heads, 1 text of {len(WORDS)} tokens" in profile.headline
     assert profile.findings()[0].text.replace(">", "&gt;") in profile._repr_html_()
     assert any(isinstance(figure, HeadMap) for figure in profile.figures().values())

@@ -11,9 +11,8 @@ from torch import Tensor
 from heedful import attach, models
 from heedful.core.call import Call
 from heedful.core.errors import DefinitionError
-from heedful.core.method import Method
+from heedful.core.method import Method, Stack
 from heedful.core.sites import Site, reads
-from heedful.core.stack import Stack
 from heedful.core.stats import Cat, Statistic
 from heedful.methods import SinkRate, SinkWindow, TempScale
 

@@ -18,11 +18,10 @@ from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import CachedKV, Call, Kept
 from heedful.core.errors import InactiveWarning, RefusedModel
 from heedful.core.mask import Causal, Mask, Where
-from heedful.core.method import Method
+from heedful.core.method import Method, Stack
 from heedful.core.positions import Pairs, Positions
 from heedful.core.ragged import Ragged
 from heedful.core.sites import Site, at
-from heedful.core.stack import Stack
 from heedful.engine.attend import attend
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run_state import RunState

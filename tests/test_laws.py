@@ -13,13 +13,12 @@ from heedful import check
 from heedful.conformance import laws, subjects
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, SiteError
-from heedful.core.kinds import Decode, HeadWeights, Prompt, Reader, Surgery, Tokens
+from heedful.core.kinds import NOTHING_READ, Decode, HeadWeights, Prompt, Read, Reader, Surgery, Tokens
 from heedful.core.mask import Mask, Rule
-from heedful.core.method import Layer, Method
+from heedful.core.method import Layer, Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.positions import Pairs
 from heedful.core.sites import Site, at, reads
-from heedful.core.stack import Stack
 from heedful.core.stats import Mean, Statistic, Sum
 from tests.samples import BREAK_LAWS, CountsTiles, FoldsElsewhere
 
@@ -326,7 +325,7 @@ class LikesTheWorst(Decode):
     def variants(self, prompt: Prompt) -> Mapping[str, tuple[Prompt, Stack]]:
         return {"prompt": (prompt, Stack())}
 
-    def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
+    def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
         return -logits["prompt"]
 
 
@@ -335,7 +334,7 @@ class Moody(LikesTheWorst):
 
     paper = PAPER
 
-    def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
+    def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
         return torch.randn_like(logits["prompt"])
 
 

@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from heedful.core.summary import Summary
 from heedful.engine.needs import Needs
 from heedful.engine.select import select
 
-from .kernel_calls import CAUSAL, RULES, Everything, Same, a_call, compare, draw, run
+from .kernel_calls import BIASES, CAUSAL, RULES, Everything, Halved, Same, a_bias, a_call, compare, draw, run
 
 pytestmark = pytest.mark.skipif(
     isinstance(native.library(), str) and shutil.which("g++") is None, reason="no kernel: this machine has no compiler"
@@ -71,13 +73,35 @@ def test_sink_logits(n: int, size: float) -> None:
     compare("native", (1, 4, 2, n, 40, 16, 16), CAUSAL, sink=sink)
 
 
+@pytest.mark.parametrize("n", [20, 1])
+@pytest.mark.parametrize("biases", BIASES)
+@pytest.mark.parametrize("softcap", [None, 5.0, 20.0])
+def test_soft_caps_and_biases(n: int, biases: tuple[bool, ...], softcap: float | None) -> None:
+    shape = (2, 4, 2, n, 700, 16, 16)
+    compare("native", shape, CAUSAL, softcap=softcap, bias=a_bias(shape, biases))
+
+
+@pytest.mark.parametrize("n", [20, 1])
+def test_weight_is_moved_under_a_bias_and_a_soft_cap(n: int) -> None:
+    shape = (1, 4, 2, n, 40, 16, 16)
+    call, bias = replace(a_call(shape, CAUSAL), softcap=1.0), a_bias(shape, BIASES[-1])
+    found, want = (run(name, Halved(), *draw(shape), call, bias=bias) for name in ("native", "reference"))
+    assert close(found, want)
+    assert not close(found, run("native", Same(), *draw(shape), call, bias=bias))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(1, 140), past=st.integers(0, 60), heads=st.sampled_from([(1, 1), (4, 1), (6, 2), (5, 5)]),
-    d=st.integers(1, 70), e=st.integers(1, 70), window=st.integers(1, 150),
+    d=st.integers(1, 70), e=st.integers(1, 70), window=st.integers(1, 150), softcap=st.sampled_from([None, 5.0]),
+    biases=st.sampled_from([None, *BIASES]),
 )  # fmt: skip
-def test_any_shape_agrees(n: int, past: int, heads: tuple[int, int], d: int, e: int, window: int) -> None:
-    compare("native", (1, *heads, n, n + past, d, e), (*CAUSAL, Window(window)))
+def test_any_shape_agrees(
+    n: int, past: int, heads: tuple[int, int], d: int, e: int, window: int, softcap: float | None, biases: Any
+) -> None:
+    shape = (1, *heads, n, n + past, d, e)
+    bias = None if biases is None else a_bias(shape, biases)
+    compare("native", shape, (*CAUSAL, Window(window)), softcap=softcap, bias=bias)
 
 
 @pytest.mark.parametrize("n", [60, 1])
@@ -170,8 +194,6 @@ def test_it_is_built_wherever_a_compiler_is() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"softcap": True}, "caps its scores"),
-        ({"bias": True}, "adds a bias"),
         ({"dropout": True}, "dropout is on"),
         ({"pattern": True}, "output_attentions"),
         ({"map_steps": ("ACT() at PATTERN",)}, r"ACT\(\) at PATTERN needs the scores or weights"),

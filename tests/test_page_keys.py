@@ -50,9 +50,9 @@ def test_nothing_is_too_small_to_hit(opened, compared, path, width):
         assert tab.evaluate(small) == []
 
 
-@pytest.mark.parametrize("screen", [{"width": 390}, {"width": 1280, "touch": True}, {"width": 390, "touch": True}])
-def test_a_finger_hits_the_cells_of_the_map_of_roles(opened, screen):
-    touch = screen.get("touch", False)
+@pytest.mark.parametrize("screen", [{"width": x, "touch": y} for x in (390, 700, 1280) for y in (False, True)])
+def test_the_cells_of_the_map_of_roles_are_large_enough_to_hit(opened, screen):
+    touch = screen["touch"]
     tab = opened(viewport={"width": screen["width"], "height": 900}, has_touch=touch, is_mobile=touch)
     sizes = """[...document.querySelectorAll('.cells i')].map(x => x.getBoundingClientRect())
         .flatMap(x => [x.width, x.height])"""
@@ -100,7 +100,8 @@ def test_a_picture_is_light_where_the_chosen_patch_looks(browser, tmp_path):
     weights[0, 0] = torch.tensor([0.0, 0, 0, 0.75, 0, 0, 0.25])  # of the token before the patches
     weights[0, 1, 4] = weights[0, 2, 5] = 1.0
     pixels = torch.linspace(-1, 1, 24).view(1, 4, 6).repeat(3, 1, 1)
-    maps = Patterns([], {0: weights, 1: torch.eye(4)[None]}, {0: [0], 1: [0]}, picture=Picture(pixels, (2, 3), 1))
+    picture = Picture(pixels, (2, 3), ["class token"])
+    maps = Patterns([], {0: weights, 1: torch.eye(4)[None]}, {0: [0], 1: [0]}, picture=picture)
     tab = browser.new_page()
     tab.goto(maps.page(tmp_path / "x.html").as_uri())
     tab.wait_for_selector("#maps button[aria-pressed=true]")

@@ -46,7 +46,7 @@ def test_pixels_and_two_halves() -> None:
     found = heedful.patterns(vit, inputs)
     assert found.tokens == []
     assert found.picture is not None
-    assert (found.picture.grid, found.picture.before) == ((2, 2), 1)
+    assert (found.picture.grid, found.picture.before) == ((2, 2), ["class token"])
     assert torch.equal(found.picture.pixels, inputs["pixel_values"][0])
     assert heedful.patterns(models.tiny("llama"), IDS).picture is None
     torch.testing.assert_close(found.tensor, torch.cat(eager(vit, **inputs)))
@@ -153,7 +153,7 @@ def test_a_notebook_and_a_page_show_them(tmp_path: Path) -> None:
     assert '</script>"' not in text.split('id="data">')[1].split("</script>")[0]
     assert "query" in str(found.plot(0, 1).to_dict())
     assert repr(found) == "Patterns(1 layer, 2 heads, 4 x 4: '</script>\"<b>é')"
-    seen = Picture(torch.zeros(3, 8, 12), (2, 3), 1)
+    seen = Picture(torch.zeros(3, 8, 12), (2, 3), ["class token"])
     assert repr(replace(found, tokens=[], picture=seen)) == "Patterns(1 layer, 2 heads, 4 x 4: 2 x 3 patches)"
     assert repr(replace(found, tokens=[])) == "Patterns(1 layer, 2 heads, 4 x 4)"
 

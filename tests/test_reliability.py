@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.reliability import damaged, kills, merges, page, soak
 from heedful.core.errors import HeedfulError
-from heedful.core.stack import as_stack
+from heedful.core.method import as_stack
 from heedful.methods import TempScale
 from tests import test_corpus, test_damaged
 

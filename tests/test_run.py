@@ -13,9 +13,10 @@ import heedful
 from heedful import attach, edit
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
-from heedful.core.errors import FieldError, InactiveWarning, NotEntered, RefusedModel, StatisticError
+from heedful.core.errors import FieldError, HeedfulError, InactiveWarning, NotEntered, RefusedModel, StatisticError
+from heedful.core.method import Stack
 from heedful.core.sites import Site
-from heedful.core.stack import Stack
+from heedful.methods import SinkRate, SinkWindow
 from heedful.tiny import tiny
 
 from .samples import Forget, Gate, Keep, Narrow, Scale, Shares, Zero
@@ -83,6 +84,15 @@ def test_a_model_takes_one_run(model: nn.Module) -> None:
     attach(model, Scale()).close()
 
 
+def test_a_stack_may_be_spelled(model: nn.Module) -> None:
+    with attach(model, "sinkwindow(1, 4) | sinkrate") as run:
+        assert run.stack == SinkWindow(1, 4) | SinkRate()
+    with pytest.raises(HeedfulError, match=r"Did you mean SinkWindow\?"):
+        attach(model, "sinkwindo")
+    with pytest.raises(FieldError, match="cannot be joined"):
+        attach(model, "pruneheads|sinkrate")
+
+
 def test_untouched_layers_keep_the_models_own_attention(model: nn.Module) -> None:
     with attach(model, Scale().on(layers=1)) as run:
         logits(run)
@@ -136,7 +146,10 @@ def test_density_cache_and_nan_are_seen(model: nn.Module) -> None:
 
 def test_the_difference_from_the_unedited_model(model: nn.Module) -> None:
     with attach(model, Zero()) as run:
-        assert run.difference(input_ids=IDS) > 1e-3
+        found = run.difference(input_ids=IDS)
+        assert found > 1e-3
+        assert str(found) == f"{float(found):.3g} of the largest output"
+        assert f"{found:.1f}" == f"{float(found):.1f}"
         assert fingerprint(model) != ""
     with attach(model, Shares(), backend="reference") as run:
         assert run.difference(input_ids=IDS) == 0.0

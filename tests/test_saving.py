@@ -23,7 +23,7 @@ from heedful.conformance import check
 from heedful.conformance.subjects import tiny_model
 from heedful.core.errors import CatalogueError, FieldError, ModelError, WriteError
 from heedful.core.fitted import Fitted
-from heedful.core.stack import Stack, as_stack
+from heedful.core.method import Stack, as_stack
 from heedful.methods import (
     MALA,
     DuoAttention,

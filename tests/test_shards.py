@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from heedful.core.stats import Sum
-from heedful.diagnosis.shards import Sums
+from heedful.diagnosis.shards import Piece, Sums
 from heedful.diagnosis.store import ADDED
-from heedful.diagnosis.workers import Piece
 
 
 def test_parts_are_dealt_among_the_shards_that_gave_something() -> None:

@@ -15,11 +15,10 @@ from heedful.conformance.tolerances import close, close_model, within_budget
 from heedful.core.call import Call
 from heedful.core.errors import DefinitionError, SiteError
 from heedful.core.mask import Causal, Mask, Padding, Rule, Window
-from heedful.core.method import Layer, Method, Part
+from heedful.core.method import Layer, Method, Part, Stack, as_stack
 from heedful.core.positions import Positions
 from heedful.core.reweight import Reweight, reweights
 from heedful.core.sites import Site, at
-from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Sum
 from heedful.core.summary import Summary, sums
 from heedful.engine import reweighting

@@ -15,19 +15,15 @@ from torch import Tensor
 
 from heedful import gpu
 from heedful.conformance.tolerances import close, error
-from heedful.core.call import Call
 from heedful.core.errors import BackendError
 from heedful.core.mask import Blocks, First, Rule, Where, Window
-from heedful.core.method import Method
 from heedful.core.positions import Positions
-from heedful.core.reweight import Reweight, reweights
 from heedful.core.summary import Summary
 from heedful.engine.needs import Needs
 from heedful.engine.select import explain, select
 from heedful.methods import SinkRate, TempScale
 
-from .kernel_calls import CAUSAL, RULES, Everything, Same, a_call, compare, draw, run
-from .samples import PAPER
+from .kernel_calls import BIASES, CAUSAL, RULES, Everything, Halved, Same, a_bias, a_call, compare, draw, run
 
 SMALL = [
     (2, 4, 2, 19, 19, 8, 8),
@@ -99,16 +95,26 @@ def test_soft_caps(softcap: float) -> None:
     compare("triton", (1, 4, 2, 20, 40, 16, 16), CAUSAL, softcap=softcap)
 
 
-class Halved(Method):
-    """Halves a column and lets the others restore what it held."""
+@pytest.mark.parametrize("biases", BIASES)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_biases(biases: tuple[bool, ...], softcap: float | None) -> None:
+    shape = (2, 4, 2, 20, 40, 16, 16)
+    compare("triton", shape, CAUSAL, softcap=softcap, bias=a_bias(shape, biases))
 
-    paper = PAPER
-    causal = False
 
-    @reweights("received")
-    def move(self, summary: Summary, call: Call) -> Reweight:
-        columns = (call.pairs.k_index[:, :, 0] == 3).expand(-1, call.heads, -1)
-        return Reweight(torch.where(columns, 0.5, 1.0), ~columns)
+@pytest.mark.parametrize("n", [1, 50])
+def test_a_bias_of_one_layout_or_another(n: int) -> None:
+    bias = torch.randn(1, 50, 4, n, generator=torch.Generator().manual_seed(4)).permute(0, 2, 3, 1)
+    compare("triton", (1, 4, 1, n, 50, 10, 6), (*CAUSAL, Window(30)), bias=bias)
+    compare("triton", (1, 4, 1, n, 50, 10, 6), CAUSAL, pad=torch.tensor([7]), bias=bias[:, :1])
+
+
+def test_weight_is_moved_under_a_bias() -> None:
+    shape = (1, 4, 2, 20, 40, 16, 16)
+    call, bias = a_call(shape, CAUSAL), a_bias(shape, BIASES[-1])
+    found, want = (run(name, Halved(), *draw(shape), call, bias=bias) for name in ("triton", "reference"))
+    assert close(found, want)
+    assert not close(found, run("triton", Same(), *draw(shape), call, bias=bias))
 
 
 def test_weight_is_moved_under_a_soft_cap() -> None:
@@ -229,7 +235,6 @@ def test_skipped_blocks_are_not_read() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"bias": True}, "adds a bias"),
         ({"dropout": True}, "dropout is on"),
         ({"pattern": True}, "output_attentions"),
         ({"map_steps": ("ACT() at PATTERN",)}, r"ACT\(\) at PATTERN needs the scores or weights"),
@@ -296,11 +301,11 @@ for kind, width, full in itertools.product(*(eval(x) for x in sys.argv[1:4])):
     sizes = Sizes(*["i32"] * 7, "fp32", more("fp32"), None)
     keep = Keep("*i32", "i32", "i32", more("*u8"), *["i32"] * 5, more("*u8"), "i32")
     found = Found("*fp32", "*fp32", *map(more, ("*fp32", "*fp32", "*i32", "*fp32", "*fp32")))
-    carry = more(Lines("*fp32", "i32", "i32", "i32"))
+    carry, bias = (more(Lines("*fp32", "i32", "i32", "i32")) for _ in range(2))
     tile = dict(BM=fit.rows, BN=fit.keys, BD=width, RANGES=2)
-    rows = dict(q=lines, k=lines, v=lines, size=sizes, keep=keep, sink=more("*fp32"), first=more("*i32"), carry=carry,
-                found=found, span="i32")
-    rest = dict(q=lines, k=lines, lse="*fp32", size=sizes, keep=keep, out="*fp32")
+    rows = dict(q=lines, k=lines, v=lines, size=sizes, keep=keep, bias=bias, sink=more("*fp32"), first=more("*i32"),
+                carry=carry, found=found, span="i32")
+    rest = dict(q=lines, k=lines, lse="*fp32", size=sizes, keep=keep, bias=bias, out="*fp32")
     calls = {
         "attend_rows": {**rows, **dict(BM=fit.rows, BN=fit.keys, BD=width, BE=width, BC=16, RANGES=2)},
         "add_columns": {**rest, **tile},

@@ -8,10 +8,11 @@ from torch import Tensor
 
 import heedful
 from heedful import Prompt, Stack, models
-from heedful.authoring import Decode, Tokens
+from heedful.adapters.cache_name import CACHE
+from heedful.authoring import Decode, Readings, Tokens
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
-from heedful.core.kinds import Reader
+from heedful.core.kinds import NOTHING_READ, Read, Reader
 from tests.samples import PAPER, Scale, Shares, Zero
 
 
@@ -23,7 +24,7 @@ class Plain(Decode):
     def variants(self, prompt: Prompt) -> Mapping[str, tuple[Prompt, Stack]]:
         return {"prompt": (prompt, Stack())}
 
-    def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
+    def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
         return logits["prompt"]
 
 
@@ -38,7 +39,7 @@ class Contrast(Decode):
         bare = Prompt(prompt.tokens[:start] + prompt.tokens[stop:])
         return {"with": (prompt, Stack()), "without": (bare, Stack((Scale(0.5),)))}
 
-    def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
+    def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
         return (1 + self.weight) * logits["with"] - self.weight * logits["without"]
 
 
@@ -106,12 +107,46 @@ def test_decode_hands_each_step_logits_of_one_token(model) -> None:
     class Look(Plain):
         paper = PAPER
 
-        def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
+        def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
             shapes.append({name: tuple(x.shape) for name, x in logits.items()})
             return logits["prompt"]
 
     heedful.decode(model, Prompt(numbers(5)), Look(), new_tokens=3)
     assert shapes == [{"prompt": (128,)}] * 3
+
+
+def test_decode_hands_over_what_was_read_of_each_token_alone(model) -> None:
+    seen = []
+
+    class Look(Plain):
+        paper = PAPER
+
+        def variants(self, prompt: Prompt) -> Mapping[str, tuple[Prompt, Stack]]:
+            halved = Stack((Scale(0.5), Shares().on(layers=1)))
+            return {"prompt": (prompt, Stack((Shares(),))), "halved": (prompt, halved)}
+
+        def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
+            seen.append({name: dict(found) for name, found in read.items()})
+            return logits["prompt"]
+
+    tokens = numbers(5)
+    more = heedful.decode(model, Prompt(tokens), Look(), new_tokens=3)
+    with heedful.attach(model, Shares()) as run:
+        for i, found in enumerate(seen):
+            assert list(found) == ["prompt", "halved"]
+            assert list(found["prompt"]) == [Shares()]
+            assert list(found["halved"]) == [Shares().on(layers=1)]
+            run.reset()
+            with run.paused():
+                cache = model(torch.tensor([tokens + more[: i - 1]]))[CACHE] if i else None
+            run(torch.tensor([tokens if not i else more[i - 1 : i]]), **{CACHE: cache})
+            _close(found["prompt"][Shares()], run[Shares()])
+    assert len(seen) == 3
+
+
+def _close(found: Readings, wanted: Readings) -> None:
+    assert list(found) == list(wanted)
+    assert all(close_model(found[layer].value.float(), wanted[layer].value.float()) for layer in found)
 
 
 def test_decode_stops_at_a_token(model) -> None:
@@ -153,7 +188,7 @@ def test_decode_leaves_the_model_as_it_was_after_a_fault(model, fault: str) -> N
             bad = {"attach": Scale().on(layers=99), "forward": Scale().on(heads=99)}.get(fault, Scale())
             return {"prompt": (prompt, Stack()), "bad": (prompt, Stack((bad,)))}
 
-        def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
+        def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
             raise KeyError(fault)
 
     before = state(model)
@@ -173,7 +208,7 @@ def test_decode_says_what_is_wrong(model) -> None:
     class Short(Plain):
         paper = PAPER
 
-        def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
+        def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
             return logits["prompt"][:5]
 
     prompt = Prompt(numbers(5))

@@ -9,6 +9,7 @@ import pytest
 
 from heedful.bench.advice import front, share
 from heedful.bench.comparison import Comparison
+from heedful.bench.describing import settings
 from heedful.bench.records import Answered, Cost
 from heedful.bench.results import PLAIN, SHARE
 from heedful.core.figures import Intervals, Listing, Scatter
@@ -56,7 +57,9 @@ def test_what_changed_nothing_is_named_and_drawn_nowhere_as_cheaper() -> None:
     assert found.inactive == ["idle"]
     assert found.compared == 1
     told = found.description()
-    assert "idle changed nothing: it is the unedited model." in [f.text for f in told.findings]
+    assert "idle changed nothing: longer prompts, or a stronger setting, may show what it does." in [
+        f.text for f in told.findings
+    ]
     assert "1 without effect" in told.findings[0].text
     clouds = [f for f in told.figures if isinstance(f, Scatter)]
     assert clouds
@@ -167,6 +170,7 @@ def test_the_front_is_named_from_what_is_decided() -> None:
     assert dict(found.matrix.rows)["half"][-1].detail == ""
     (cloud,) = (f for f in found.description().figures if isinstance(f, Scatter) and f.key == "pareto_cache")
     assert cloud.frontier == ["third"]
+    assert cloud.joined == []
     helps = comparison({**scores, "half": right}, prompts=200, caches=caches)
     assert front(helps, "cache_ratio") == ["third", "half"]
     told = [f.text for f in helps.description().findings]
@@ -186,3 +190,26 @@ def test_what_is_not_decided_is_on_no_front_and_named() -> None:
 @pytest.mark.parametrize(("x", "said"), [(0.51, "half"), (0.26, "a quarter"), (0.4, "40%"), (0.05, "5%")])
 def test_shares_are_said_as_people_say_them(x: float, said: str) -> None:
     assert share(x) == said
+
+
+def test_times_have_their_ends_and_save_only_where_each_turn_does() -> None:
+    found = comparison({"m": same}, prompts=200)
+    times = {1: 0.5, 2: 0.9, 3: 0.6}
+    costs = [Cost("m", 40, "m", turn, 2 * x, x, 0, 100, None) for turn, x in times.items()]
+    plain = [Cost(PLAIN, 40, "m", turn, 2.0, 1.0, 0, 100, None) for turn in times]
+    answers = [r for r in found.records if isinstance(r, Answered)]
+    told = Comparison(found.facts, (*answers, *plain, *costs))
+    (_, price) = told.prices
+    assert (price.prefill_ratio, price.prefill_low, price.prefill_high) == (0.6, 0.5, 0.9)
+    assert (price.step_ratio, price.step_low, price.step_high, price.held) == (0.6, 0.5, 0.9, 0.75)
+    cells = dict(told.matrix.rows)["m"]
+    assert (cells[2].text, cells[2].detail, cells[2].tone) == ("0.60", "0.50 to 0.90, on the front", "good")
+    assert "the median of 3 timing repeats beside the baseline, with the lowest and the highest" in told.words["matrix"]
+    slow = [Cost("m", 40, "m", 4, 2.2, 1.1, 0, 100, None), Cost(PLAIN, 40, "m", 4, 2.0, 1.0, 0, 100, None)]
+    once = dict(Comparison(found.facts, (*told.records, *slow)).matrix.rows)["m"]
+    assert (once[2].detail, once[2].tone) == ("0.50 to 1.10", "")
+
+
+def test_settings_of_one_method_are_joined_in_the_order_of_their_cost() -> None:
+    points = {"A(b=2)": (0.5, 1.0), "A": (0.7, 1.0), "B": (0.1, 1.0), "A(b=1)": (0.2, 0.0), "A | B": (0.3, 0.0)}
+    assert settings(points) == [["A(b=1)", "A(b=2)", "A"]]

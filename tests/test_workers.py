@@ -22,7 +22,8 @@ from heedful.bench.records import Answered, Refused
 from heedful.core.errors import FieldError
 from heedful.core.stats import Sum
 from heedful.diagnosis.profile import Profile
-from heedful.diagnosis.workers import Piece, Ranks, Ray, _closed, _opened
+from heedful.diagnosis.shards import Piece
+from heedful.diagnosis.workers import Ranks, Ray, _closed, _opened
 from heedful.methods import BlockAttention, SinkWindow, TempScale
 from tests import corpus_job
 from tests.test_corpus import equal

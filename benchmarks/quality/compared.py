@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.quality.page import COMPARED
 from heedful import models
 from heedful.bench.compare import Progress, compare
-from heedful.cli.console import parted, stack_from
+from heedful.catalogue import parted, stack_from
 from heedful.core.files import RECORDS
 
 METHODS = (

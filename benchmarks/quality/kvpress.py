@@ -31,10 +31,9 @@ from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
 from heedful.core.call import CachedKV, Call, Kept
 from heedful.core.errors import InactiveWarning
-from heedful.core.method import Method
+from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.core.stack import Stack
 from heedful.core.state import State
 from heedful.core.summary import Summary, sums
 from heedful.laboratory.differences import Difference

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from heedful.diagnosis.workers import Piece, Pieces, Ray, Read, Workers
+from heedful.diagnosis.shards import Piece
+from heedful.diagnosis.workers import Pieces, Ray, Read, Workers
 
 LINK = 1e9  # bytes a second that reach the process that leads
 SENTENCE = "The keys to the cabinet are on the table. "

@@ -97,7 +97,7 @@ class Job:
     def stack(self) -> Any:
         """One to three methods that can act together."""
         from heedful.core.errors import HeedfulError
-        from heedful.core.stack import Stack
+        from heedful.core.method import Stack
 
         while True:
             try:

@@ -1,4 +1,7 @@
-"""python -m benchmarks.speed attention|step|cache|sparse|pattern|model|diagnose|peers|linear|all, OMP_PROC_BIND=true"""
+"""python -m benchmarks.speed attention|step|cache|sparse|pattern|model|diagnose|peers|linear|training|all
+
+OMP_PROC_BIND=true beside it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,19 @@ import sys
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed")
-    kinds = ["attention", "step", "cache", "sparse", "pattern", "model", "diagnose", "peers", "linear", "all"]
+    kinds = [
+        "attention",
+        "step",
+        "cache",
+        "sparse",
+        "pattern",
+        "model",
+        "diagnose",
+        "peers",
+        "linear",
+        "training",
+        "all",
+    ]
     parser.add_argument("what", choices=kinds)
     parser.add_argument(
         "--tokens",
@@ -24,7 +39,7 @@ def main() -> None:
     given = parser.parse_args()
     if os.environ.get("OMP_PROC_BIND") != "true":
         print("OMP_PROC_BIND is not true: two threads may share a core, and ratios mean little", file=sys.stderr)
-    from benchmarks.speed import attention, cache, diagnose, linear, model, pattern, peers, sparse, timing
+    from benchmarks.speed import attention, cache, diagnose, linear, model, pattern, peers, sparse, timing, training
 
     if given.quick:
         timing.apart()
@@ -47,6 +62,8 @@ def main() -> None:
         attention.prefill((1024, 2048) if given.quick else (1024, 2048, 4096, 8192, 16384), 3 if given.quick else 7)
     if given.what in ("linear", "all"):
         linear.measure((512, 1024) if given.quick else (256, 512, 1024, 2048, 4096, 8192), 3 if given.quick else 5)
+    if given.what in ("training", "all"):
+        training.measure((512, 1024) if given.quick else (1024, 2048, 4096, 8192), 3 if given.quick else 5)
     if given.what in ("peers", "all"):
         peers.measure(given.quick)
 

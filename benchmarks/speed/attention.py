@@ -15,11 +15,10 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from benchmarks.speed.timing import race, record
 from heedful.core.call import Call
 from heedful.core.mask import Causal, Mask
-from heedful.core.method import Method
+from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.positions import Positions
 from heedful.core.sites import Site, at
-from heedful.core.stack import Stack
 from heedful.core.stats import Statistic
 from heedful.core.summary import PARTS, Summary, sums
 from heedful.engine.attend import attend

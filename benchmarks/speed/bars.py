@@ -208,26 +208,28 @@ def page() -> str:
         out += [f"Growth of time with the length of the text, 1k to 8k tokens: {told}.", ""]
     out += ["## The whole model", "", _machine("model"), "", *_races("model"), ""]
     if model is not None:
-        names = list(dict.fromkeys(n for row in model["rows"] for n in row["peak_mb"]))
-        out += [
-            "Peak memory of a process, in MB:",
-            "",
-            "| | " + " | ".join(names) + " |",
-            "|---|" + "---:|" * len(names),
-        ]
-        for row in model["rows"]:
-            cells = [f"{row['peak_mb'][n]:,.0f}" if n in row["peak_mb"] else "" for n in names]
-            out.append(f"| {row['tokens']:,} tokens | " + " | ".join(cells) + " |")
-        out.append("")
+        out += ["Peak memory of a process, in MB:", "", *_peaks(model["rows"]), ""]
     out += ["## The whole of diagnose", "", _machine("diagnose"), "", *_races("diagnose"), ""]
     out += ["## Peers", "", *_peers(), ""]
     out += ["## The attention call alone", "", _machine("attention"), "", *_races("attention"), ""]
+    out += ["## The attention call and the way back", "", _machine("training"), "", *_races("training"), ""]
+    if (found := load("training")) is not None:
+        out += ["Peak memory beyond inputs and libraries, in MB:", "", *_peaks(found["rows"]), ""]
     out += ["## One decode step", "", _machine("decode_step"), "", *_races("decode_step"), ""]
     out += ["## Edits of scores and pattern, the whole model", "", _machine("pattern"), "", *_races("pattern"), ""]
     out += ["## Sparse prefill", "", *_sparse(), ""]
     out += ["## Linear attention, the call alone", "", _machine("linear"), "", *_races("linear"), "", *_faster_from()]
     out += ["## One decode step after a cut to a quarter", "", _machine("cache"), "", *_races("cache"), ""]
     return "\n".join(out)
+
+
+def _peaks(rows: list[Row]) -> Iterator[str]:
+    names = list(dict.fromkeys(n for row in rows for n in row["peak_mb"]))
+    yield "| | " + " | ".join(names) + " |"
+    yield "|---|" + "---:|" * len(names)
+    for row in rows:
+        cells = [f"{row['peak_mb'][n]:,.0f}" if n in row["peak_mb"] else "" for n in names]
+        yield f"| {row['tokens']:,} tokens | " + " | ".join(cells) + " |"
 
 
 def _faster_from() -> Iterator[str]:

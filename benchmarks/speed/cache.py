@@ -20,8 +20,8 @@ from benchmarks.speed.timing import race, record
 from heedful.adapters.kvcache import HeldLayer, cache_bytes
 from heedful.core.call import Call, Kept
 from heedful.core.mask import Causal, Mask
+from heedful.core.method import Stack
 from heedful.core.positions import Positions
-from heedful.core.stack import Stack
 from heedful.engine.attend import attend
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run_state import RunState

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.speed.timing import race, record
 from heedful import attach, models
-from heedful.core.stack import Stack
+from heedful.core.method import Stack
 from heedful.diagnosis.measures import chosen, reads_text
 from heedful.diagnosis.texts import Delimiters
 
@@ -61,19 +61,18 @@ def contenders(model: Any, tokenizer: Any, n: int) -> dict[str, Callable[[], Any
     }
 
 
-def peak(name: str, n: int) -> float:
-    """MB that one contender takes at most, in a process of its own."""
+def alone_in_a_process(contender: str) -> float:
+    """MB that one contender takes at most, in a process of its own, where it is this expression."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))  # OMP_PROC_BIND ties this thread, and what it starts
-    code = f"from benchmarks.speed.model import alone; alone({name!r}, {n})"
+    code = f"from benchmarks.speed import model, training; model.alone({contender})"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     return float(told.split()[-1])
 
 
-def alone(name: str, n: int) -> None:
-    model, tokenizer = load()
+def alone(contender: Callable[[], Any]) -> None:
     with torch.no_grad():
-        contenders(model, tokenizer, n)[name]()
+        contender()
     # of this process since it began; getrusage would count what it was forked from
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
     print(int(line.split()[1]) / 1024)
@@ -88,7 +87,7 @@ def measure(quick: bool = False) -> None:
         if n > 2048:
             del runs["output_attentions"]  # 19 GB at 4k
         found = race(runs, 3 if quick else max(3, 7 * 2048 // (n + 1024)))
-        peaks = {name: round(peak(name, n), 1) for name in runs}
+        peaks = {name: round(alone_in_a_process(f"model.contenders(*model.load(), {n})[{name!r}]"), 1) for name in runs}
         rows.append({"tokens": n, "found": found, "peak_mb": peaks})
         print(n, {name: x["ratio"] for name, x in found.items()}, peaks, flush=True)
     record("model", rows, baseline="plain forward", model="SmolLM2-135M")

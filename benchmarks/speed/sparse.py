@@ -26,10 +26,9 @@ from benchmarks.speed.timing import machine, race, record
 from heedful import attach
 from heedful.core.call import Call
 from heedful.core.mask import Blocks, Causal, Mask
-from heedful.core.method import Method
+from heedful.core.method import Method, Stack
 from heedful.core.positions import Positions
 from heedful.core.sites import Site, at, reads
-from heedful.core.stack import Stack
 from heedful.core.state import State
 from heedful.engine.activity import density_of
 from heedful.engine.attend import attend

@@ -32,7 +32,7 @@ _HOMES = {
     "Comparison": "heedful.bench.comparison",
     "Profile": "heedful.diagnosis.profile",
     "Run": "heedful.engine.run",
-    "Stack": "heedful.core.stack",
+    "Stack": "heedful.core.method",
     "Method": "heedful.core.method",
     "Site": "heedful.core.sites",
     "Prompt": "heedful.core.kinds",
@@ -105,10 +105,9 @@ if TYPE_CHECKING:
     from heedful.conformance import check
     from heedful.core.errors import HeedfulError
     from heedful.core.kinds import Prompt
-    from heedful.core.method import Method
+    from heedful.core.method import Method, Stack
     from heedful.core.plain import edit
     from heedful.core.sites import Site
-    from heedful.core.stack import Stack
     from heedful.diagnosis.profile import Profile
     from heedful.diagnosis.run import diagnose
     from heedful.engine.run import Run

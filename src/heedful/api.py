@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from heedful.catalogue import stack_from
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.kinds import Conversion, HeadWeights, Prompt, Report, Surgery, Tokens, Vocabulary
-from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
+from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Stack
 from heedful.core.regions import Roles
-from heedful.core.stack import Stack
 from heedful.engine.resting import resting, undone
 from heedful.engine.run import Run
 from heedful.folding import rewritten
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @asks
 def attach(
     model: nn.Module,
-    what: Part | Stack,
+    what: Part | Stack | str,
     *,
     only: str | Iterable[str] | None = None,
     backend: str = "auto",
@@ -39,6 +39,8 @@ def attach(
     inputs: Any = None,
 ) -> Run:
     """Put a method or a stack into a model's attention until the run is closed.
+
+    What acts is a value or, as on the command line, its spelling: "sinkwindow(sinks=4, window=64) | sinkrate".
 
     The model is one of transformers or a module around one, or any other that calls torch's attention, as those of
     timm, diffusers and open_clip do. The layers of such a model are found by running it once, without gradients: with
@@ -50,7 +52,8 @@ def attach(
     """
     from heedful.adapters.choosing import adapter_for
 
-    return Run(model, what, adapter_for(model, only, inputs), backend, roles, tile_rows)
+    stack: Any = stack_from(what, "attach()") if isinstance(what, str) else what
+    return Run(model, stack, adapter_for(model, only, inputs), backend, roles, tile_rows)
 
 
 class _FitContext:

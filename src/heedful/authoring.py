@@ -6,25 +6,36 @@ from heedful.core.call import CachedKV, Call, Kept, Phase
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.figures import Curves, Description, Finding, Grid, HeadMap, Intervals, Listing, Role, Scatter
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import Conversion, Decode, HeadWeights, Prompt, Reader, Surgery, Tokens, Vocabulary, Weights
+from heedful.core.kinds import (
+    NOTHING_READ,
+    Conversion,
+    Decode,
+    HeadWeights,
+    Prompt,
+    Read,
+    Reader,
+    Surgery,
+    Tokens,
+    Vocabulary,
+    Weights,
+)
 from heedful.core.mask import Causal, First, Mask, Where, Window
-from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Probe, Readings
+from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Probe, Readings, Stack
 from heedful.core.packed import Packed, Packing
 from heedful.core.paper import Paper
 from heedful.core.regions import Region
 from heedful.core.reweight import Reweight, reweights
 from heedful.core.rules import Rule
 from heedful.core.sites import Site, at, penalises, reads
-from heedful.core.stack import Stack
 from heedful.core.stats import Cat, Histogram, Max, Mean, Statistic, Sum, TopK
 from heedful.core.summary import Summary, sums
 from heedful.kit.scored_cache import ScoredCache
 
 __all__ = [
-    "CachedKV", "Call", "Cat", "CatalogueEntry", "Causal", "Conversion", "Curves", "Decode", "Description",
-    "FieldError", "Finding", "First", "FitContext", "Fitted", "Grid", "HeadMap", "HeadWeights", "Histogram",
-    "Intervals", "Kept", "Layer", "Listing", "Mask", "Max", "Mean", "Method", "Packed", "Packing", "Paper", "Part",
-    "Phase", "Probe", "Prompt", "Reader", "Readings", "Region", "Reweight", "Role", "Rule", "Scatter", "ScoredCache",
-    "Site", "SiteError", "Stack", "Statistic", "Sum", "Summary", "Surgery", "Tokens", "TopK", "Vocabulary", "Weights",
-    "Where", "Window", "at", "penalises", "reads", "reweights", "sums",
+    "NOTHING_READ", "CachedKV", "Call", "Cat", "CatalogueEntry", "Causal", "Conversion", "Curves", "Decode",
+    "Description", "FieldError", "Finding", "First", "FitContext", "Fitted", "Grid", "HeadMap", "HeadWeights",
+    "Histogram", "Intervals", "Kept", "Layer", "Listing", "Mask", "Max", "Mean", "Method", "Packed", "Packing", "Paper",
+    "Part", "Phase", "Probe", "Prompt", "Read", "Reader", "Readings", "Region", "Reweight", "Role", "Rule", "Scatter",
+    "ScoredCache", "Site", "SiteError", "Stack", "Statistic", "Sum", "Summary", "Surgery", "Tokens", "TopK",
+    "Vocabulary", "Weights", "Where", "Window", "at", "penalises", "reads", "reweights", "sums",
 ]  # fmt: skip

@@ -6,11 +6,18 @@ import importlib
 import pkgutil
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from heedful.core.asked import asks
-from heedful.core.errors import CatalogueError, nearest
-from heedful.core.method import CatalogueEntry
+from heedful.core.errors import CatalogueError, FieldError, nearest
+from heedful.core.kinds import Weights
+from heedful.core.method import CatalogueEntry, Method, Stack
+from heedful.core.reading import named as name_in
+from heedful.core.reading import written
 from heedful.core.spelling import name_of
+
+if TYPE_CHECKING:
+    from heedful.text_models import Contender
 
 HOME = Path(__file__).parent / "methods"
 
@@ -61,6 +68,36 @@ def named(name: str) -> type[CatalogueEntry]:
     if found is None and "." in name:
         raise CatalogueError(f"{name} is defined outside of heedful: import {name.rpartition('.')[0]} first")
     return find(name) if found is None else found
+
+
+def parted(text: str, by: str = ",") -> list[str]:
+    """What stands between commas, but for those within brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == by and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
+
+
+def entry_from(text: str) -> CatalogueEntry:
+    """A method from its name, with settings if they follow: `SinkWindow`, `SinkWindow(sinks=2, window=64)`."""
+    kind = find(name_in(text))
+    return written(text, kind, kind.example()) if "(" in text else kind.example()
+
+
+def stack_from(text: str, owner: str = "compare()") -> Contender:
+    """What can be tried on a model: one step, or methods joined by `|`; without settings, with the defaults."""
+    entries = [entry_from(part if "(" in part else part + "()") for part in parted(text, "|")]
+    if len(entries) == 1 and not isinstance(entries[0], Weights):
+        return entries[0]  # type: ignore[return-value]  # every other kind of entry is one
+    for entry in entries:
+        if not isinstance(entry, Method):
+            rule = f"{type(entry).__name__} is {entry.kind}, which cannot be joined"
+            raise FieldError(owner, "methods", text, rule, "SinkWindow | TempScale")
+    return Stack(tuple(entry for entry in entries if isinstance(entry, Method)))
 
 
 def family(kind: type[CatalogueEntry]) -> str:

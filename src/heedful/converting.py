@@ -25,9 +25,8 @@ from heedful.core.errors import FieldError, FoldError, InactiveWarning, RefusedM
 from heedful.core.files import TAUGHT, digest_of, folder_for, held, placed, sealed
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Conversion, Progress, Report
-from heedful.core.method import Method
+from heedful.core.method import Method, Stack, as_stack
 from heedful.core.sites import Site, at, penalises, reads
-from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Cat
 from heedful.engine.resting import resting
 from heedful.engine.run import Run

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, FoldError, RefusedModel, SiteError
 from heedful.core.kinds import HeadWeights, Surgery
-from heedful.core.method import Layer, Method, Part, Scoped, method_of
+from heedful.core.method import Layer, Method, Part, Scoped, Stack, as_stack, method_of
 from heedful.core.sites import Site
-from heedful.core.stack import Stack, as_stack
 
 
 @torch.no_grad()

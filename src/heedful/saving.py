@@ -20,9 +20,9 @@ from heedful.api import attach
 from heedful.catalogue import named
 from heedful.core.asked import asks
 from heedful.core.errors import HeedfulError, ModelError
+from heedful.core.method import Stack
 from heedful.core.regions import Roles
 from heedful.core.spelling import built
-from heedful.core.stack import Stack
 from heedful.engine.learned import PREFIX, learned
 from heedful.engine.run import Run
 from heedful.models import hub_arguments, reading, require_there, require_whole, some

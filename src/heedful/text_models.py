@@ -17,8 +17,7 @@ from heedful.api import arrange, attach, operate
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
-from heedful.core.method import Part
-from heedful.core.stack import Stack
+from heedful.core.method import Part, Stack
 from heedful.engine.run import Run
 
 Contender = Part | Stack | Tokens | Decode | Surgery  # whatever can be tried on a model
@@ -190,12 +189,13 @@ class Combined(TextModel):
         return self._each(lambda _, text_model: text_model.go_on(token))
 
     def _each(self, act: Callable[[str, Single], Tensor]) -> Tensor:
-        logits = {}
+        logits, read = {}, {}
         for name, (text_model, run) in self._parts.items():
             run.resume()
-            logits[name] = act(name, text_model)
+            run.state.statistics.clear()  # readers tell of this forward, and of none before it
+            logits[name], read[name] = act(name, text_model), run.answers()
             run.pause()
-        mixed, want = self.step.combine(logits), next(iter(logits.values())).shape
+        mixed, want = self.step.combine(logits, read), next(iter(logits.values())).shape
         if not isinstance(mixed, Tensor) or mixed.shape != want:
             got = tuple(mixed.shape) if isinstance(mixed, Tensor) else type(mixed).__name__
             raise SiteError(f"{self.step!r}: combine must return logits {tuple(want)}, got {got}")

@@ -12,9 +12,8 @@ from heedful import fit, models
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
-from heedful.core.method import FitContext, Method
+from heedful.core.method import FitContext, Method, Stack
 from heedful.core.sites import Site, at
-from heedful.core.stack import Stack
 from heedful.kit.head_search import at_end, gains, heads_here, require_heads, scores
 from tests.samples import PAPER
 

@@ -7,7 +7,7 @@ import torch
 
 from heedful import attach, models
 from heedful.core.errors import FieldError
-from heedful.core.stack import Stack
+from heedful.core.method import Stack
 from heedful.kit.labels import labelled, loss_of
 
 

@@ -56,8 +56,8 @@ def test_budgets_of_all_kinds() -> None:
     assert Late(0.3).declares(9) == {"kept": math.ceil(0.3 * 9)}
     assert Late(0.5).most(given(7)[1]).tolist() == [[[4]]]
     assert Late(4).rests(5) is None
-    assert Late(4).rests(4) == "there is room for 4 tokens, and the text has 4"
+    assert Late(4).rests(4) == "there is room for 4 tokens, and the text has 4: budget=0.5 would act"
     assert Late(0.5).rests(7) is None
-    assert Late(1.0).rests(7) == "there is room for 7 tokens, and the text has 7"
+    assert Late(1.0).rests(7) == "there is room for 7 tokens, and the text has 7: budget=0.5 would act"
     with pytest.raises(FieldError, match="budget = 0"):
         Late(0)

@@ -9,7 +9,7 @@ import torch
 from heedful.conformance.bare import Bare
 from heedful.core.positions import Positions
 from heedful.core.state import Key, Notes, Shelf, State
-from heedful.kit.told import at_places, of_keys
+from heedful.kit.told import at_places, of_keys, of_text
 
 SAID = torch.arange(2 * 4 * 9 * 3).view(2, 4, 9, 3).double()
 
@@ -55,6 +55,17 @@ def test_keys_are_found_by_their_index() -> None:
         assert torch.equal(of_groups[:, g], SAID[:, g, index[0, g]])
     roomy = _asked(State(), 0, 9, Positions.row(0, 12))
     assert torch.equal(roomy[:, :, :9], SAID)
+
+
+def test_of_a_text_it_is_told_by_index_whatever_keys_are_left() -> None:
+    index = torch.tensor([[0, 3, 8], [1, 2, 8]])[None].expand(2, -1, -1)
+    state = State()
+    for first, stop, keys in ((2, 6, Positions.row(0, 6)), (6, 9, Positions(index, index))):
+        call = replace(Bare().call, queries=Positions.row(first, stop - first), keys=keys, state=state)
+        found = of_text(call, "said", SAID[:, :, first:stop])
+    assert torch.equal(found[:, :, 2:], SAID[:, :, 2:])
+    assert bool(found[:, :, :2].isneginf().all())
+    assert torch.equal(found, state.cache["said"])
 
 
 def test_what_is_said_of_tokens_is_found_at_places() -> None:

@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
-from heedful.core.stack import Stack
+from heedful.core.method import Stack
 from heedful.laboratory import puzzles
 from heedful.laboratory.language import Text, eight_bits, text
 from heedful.laboratory.puzzles import BLANK, GO, KEYS, PUZZLES, VALUES, Puzzles

@@ -14,7 +14,7 @@ from heedful import attach
 from heedful.authoring import Call, Method, Site, at
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, HeedfulError
-from heedful.core.stack import Stack
+from heedful.core.method import Stack
 from heedful.laboratory import costs, images
 from heedful.laboratory.images import PLACES, SEEN, Digits, digits, placed
 from heedful.laboratory.records import Trainings

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from heedful.authoring import Call, Mean, Method, Site, reads
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import StatisticError
-from heedful.core.stack import Stack
+from heedful.core.method import Stack
 from heedful.laboratory import costs, records, training
 from heedful.laboratory.records import Trainings, as_stack, key
 from heedful.laboratory.training import MissingTrainer, fresh, train

@@ -102,7 +102,8 @@ def test_a_key_at_the_edge_is_near_enough() -> None:
 
 def test_a_short_text_is_left_as_it_is() -> None:
     method = AnchorAttention(step=2, size=4)
-    assert method.rests(12) == "the first block and a group of queries hold 12 tokens, and the text has 12"
+    told = "the first block and a group of queries hold 12 tokens, and the text has 12: a smaller size would act"
+    assert method.rests(12) == told
     assert method.rests(13) is None
     bare = Bare(Shape(q=12, k=12))
     assert method.narrow(bare.call.mask, call_of(bare)) is bare.call.mask

@@ -168,12 +168,12 @@ def test_tells_what_a_reader_wants_to_know() -> None:
     assert list(curves.x) == [1, 2, 3, 4]
     assert curves.lines["layers 0 to 0"].tolist() == pytest.approx([0.65, 0, 0, 0])
     roles = {role.name: list(role.heads) for role in told.roles}
-    assert roles["looks at the previous token"] == [(0, 0), (0, 1)]
-    assert roles["looks broadly"] == [(4, 1)]
+    assert roles["previous-token head"] == [(0, 0), (0, 1)]
+    assert roles["broad attention"] == [(4, 1)]
     texts = [finding.text for finding in told.findings]
     assert texts[0].startswith("Of all attention 21% goes to the first token")
     assert texts[1].endswith("25% of heads give no token more than 10%.")
-    assert "2 at the previous token, 1 at" in texts[2]
+    assert "one fixed distance: 2 to the previous token, 1 to" in texts[2]
     assert "layer 0 looks at about 8 tokens at once, one of layer 4 at about 2" in texts[1]
     assert told.findings[1].weight == pytest.approx(0.1 + 0.3 * (1 - 2 / 8))
     assert {name for finding in told.findings for name in finding.methods} <= set(catalogue.entries())

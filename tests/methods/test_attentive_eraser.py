@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from heedful import Prompt, attach, decode, models
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
-from heedful.core.stack import Stack
+from heedful.core.method import Stack
 from heedful.methods import AttentiveEraser
 
 MARKED = (2, 3, 6)

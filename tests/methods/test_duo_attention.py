@@ -195,3 +195,9 @@ def test_without_a_fit_or_labels_it_says_so() -> None:
         run(input_ids=ids)
     with pytest.raises(FieldError, match="labels"):
         fit(DuoAttention(), model, [{"input_ids": ids}])
+
+
+def test_a_short_text_is_left_whole_and_told_so() -> None:
+    told = "there is room for 6 tokens, and the text has 6: smaller sinks or window would act"
+    assert DuoAttention(sinks=2, window=4, seed=0).rests(6) == told
+    assert DuoAttention(sinks=2, window=4, seed=0).rests(7) is None

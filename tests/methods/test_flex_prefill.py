@@ -156,3 +156,10 @@ def test_distances_are_counted_behind_the_row() -> None:
 def test_wrong_fields_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(FieldError, match=f"FlexPrefill.{next(iter(settings))}"):
         FlexPrefill(**settings)  # type: ignore[arg-type]
+
+
+def test_a_short_text_is_left_whole_and_told_so() -> None:
+    told = "there is room for {0} tokens, and the text has {0}: a smaller least, or size, would act"
+    for method, most in ((FlexPrefill(least=9, size=4), 9), (FlexPrefill(least=7, size=4), 8)):
+        assert method.rests(most) == told.format(most)
+        assert method.rests(most + 1) is None

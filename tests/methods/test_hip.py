@@ -95,7 +95,7 @@ def test_a_tree_finds_the_best_key_where_its_branch_looks_alike() -> None:
 
 def test_a_short_text_is_left_as_it_is() -> None:
     method = HiP(keep=8, window=4)
-    assert method.rests(12) == "there is room for 12 tokens, and the text has 12"
+    assert method.rests(12) == "there is room for 12 tokens, and the text has 12: a smaller keep or window would act"
     assert method.rests(13) is None
     assert method.idle(Bare(Shape(q=12, k=12)).call)
     assert not method.idle(Bare(Shape(q=13, k=13)).call)

@@ -157,7 +157,7 @@ def test_what_is_small_is_exact(n: int, squares: list[tuple[int, int, int]]) -> 
     assert list(METHOD.halves(0, n)) == squares
     call = Bare(Shape(q=n, k=n)).call
     assert METHOD.idle(call) is not bool(squares)
-    told = f"squares of fewer than 4 queries are exact, and the text has {n}"
+    told = f"squares of fewer than 4 queries are exact, and the text has {n}: a smaller least would act"
     assert METHOD.rests(n) == (None if squares else told)
 
 

@@ -126,16 +126,17 @@ def test_tells_what_a_reader_wants_to_know() -> None:
     assert torch.equal(told.figures[0].values, torch.stack(list(high.values())))
     roles = {role.name: list(role.heads) for role in told.roles}
     assert roles == {
-        "copies (induction)": [(3, 1), (3, 0)],
-        "looks at the same token before": [],
-        "looks at the previous token of random text": [],
+        "induction head": [(3, 1), (3, 0)],
+        "duplicate-token head": [],
+        "previous-token head, synthetic text": [],
     }
-    assert told.findings[0].text.startswith("Heads 3.1 (90%), 3.0 (50%) copy:")
+    assert told.findings[0].text.startswith("Induction heads 3.1 (90%), 3.0 (50%):")
+    assert told.findings[0].text.endswith("show 0 duplicate-token heads and 0 previous-token heads.")
     assert told.findings[0].weight == pytest.approx(0.4 + 0.4 * 0.9)
     assert METHOD.describe(Copying(low, low, low)).findings[0].weight == 0.1
-    assert "No head copies" in METHOD.describe(Copying(low, low, low)).findings[0].text
+    assert "No induction head" in METHOD.describe(Copying(low, low, low)).findings[0].text
     many = Copying({0: torch.full((7,), 0.5)}, low, low)
-    assert "0.3 (50%) and 3 more copy" in METHOD.describe(many).findings[0].text
+    assert "0.3 (50%) and 3 more:" in METHOD.describe(many).findings[0].text
 
 
 @pytest.mark.parametrize(("name", "value"), [("period", 2), ("repeats", 1), ("texts", 0), ("share", 1.0)])

@@ -241,3 +241,8 @@ def test_decoding_is_the_whole_and_prompts_may_see_all() -> None:
 def test_wrong_fields_are_refused(settings: dict[str, object], match: str) -> None:
     with pytest.raises(FieldError, match=match):
         LessIsMore(**settings)  # type: ignore[arg-type]
+
+
+def test_a_short_text_is_left_whole_and_told_so() -> None:
+    assert LessIsMore(5).rests(5) == "there is room for 5 tokens, and the text has 5: budget=0.5 would act"
+    assert LessIsMore(5).rests(6) is None

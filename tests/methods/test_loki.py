@@ -145,3 +145,8 @@ def test_a_fit_reads_the_text_of_another_sequence_too() -> None:
 def test_it_is_idle_where_every_key_is_among_the_best() -> None:
     call = Bare().call
     assert [Loki(budget, seed=0).idle(call) for budget in (1.0, 0.5, 1)] == [True, False, False]  # one entry
+
+
+def test_a_short_text_is_left_whole_and_told_so() -> None:
+    assert Loki(5).rests(5) == "there is room for 5 tokens, and the text has 5: budget=0.5 would act"
+    assert Loki(5).rests(6) is None

@@ -73,7 +73,7 @@ def test_a_planted_dimension_is_found_with_its_period() -> None:
     told = method.describe(massive)
     assert told.figures[2].rows == [(3, "6,283", 1, 0)]
     assert "12% of heads" in told.findings[0].text
-    assert "dimension 3, which turns once in 6,283 tokens (0% of dimensions are slower)" in told.findings[0].text
+    assert "dimension 3, of RoPE wavelength 6,283 (0% of dimensions have longer ones)" in told.findings[0].text
     none = MassiveQK(7.9)
     assert len(none.describe(found(planted, {"input_ids": ids(30)}, method=none)).figures) == 2
 

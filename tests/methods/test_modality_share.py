@@ -119,7 +119,7 @@ def test_tells_what_a_reader_wants_to_know() -> None:
     assert [figure.key for figure in told.figures] == ["share_image", "share_text", "efficiency"]
     assert torch.equal(told.figures[0].values, attention["image"])
     assert told.figures[2].lines["image"].tolist() == pytest.approx([0.2 / 0.6, 0.4 / 0.6])
-    assert [(role.name, list(role.heads)) for role in told.roles] == [("looks at image", [(4, 1)])]
+    assert [(role.name, list(role.heads)) for role in told.roles] == [("looks at image tokens", [(4, 1)])]
     wanted = "30% of attention goes to image tokens, which are 60% of what there is to see; a text token gets 3.5 times"
     assert told.findings[0].text.startswith(wanted)
     alone = found(models.tiny("llama"), {"input_ids": ids(12)}, roles={"image": ((0, 12),)})
@@ -159,6 +159,7 @@ def test_what_stands_in_no_span_has_the_name_that_is_asked_for() -> None:
     assert close(run[method].mdi("cls"), each)
     told = method.describe(run[method])
     assert "; a middle token gets" in told.findings[1].text
-    assert {role.name for role in told.roles} == {"looks at cls", "looks at border"}
+    assert {role.name for role in told.roles} == {"looks at class tokens", "looks at border tokens"}
+    assert "of attention goes to class tokens" in told.findings[0].text
     with pytest.raises(FieldError, match="'middle' aside"):
         ModalityShare(("cls", "middle"), "middle")

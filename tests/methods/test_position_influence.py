@@ -108,8 +108,8 @@ def test_tells_halves_that_add_up(model) -> None:
     answer = Influence({0: end, 1: end}, {0: end, 1: end})
     told = METHOD.describe(answer)
     assert told.findings[0].text == (
-        "Through all layers, 50% of what attention brings to the last token is the first token's; of the rest, 50% "
-        "comes from the first half of the text."
+        "By rollout, which ignores value norms, 50% of what reaches the last token through all layers is the first "
+        "token's; of the rest, 50% comes from the first half of the text."
     )
     assert told.figures[0].lines["up to layer 1"].tolist() == [0.25, 0.25, 0.0, 0.5]
     assert told.figures[0].x == [12.5, 37.5, 62.5, 87.5]

@@ -293,3 +293,11 @@ def test_a_fit_needs_texts_that_come_again() -> None:
 def test_what_is_missing_is_counted_by_each_texts_own_position() -> None:
     call = replace(Bare().call, mask=Mask(), queries=Positions.row(5, 2, pad=torch.tensor([0, 2])))
     assert RazorAttention._missing(Positions.row(0, 3), call).tolist() == [[[[4]]], [[[2]]]]
+
+
+def test_a_short_text_is_left_whole_and_told_so() -> None:
+    told = "there is room for {0} tokens, and the text has {0}: a smaller least, with budget=0.2, would act"
+    for budget, least, most in ((3, 5, 7), (6, 5, 8)):
+        method = RazorAttention(budget, least, sinks=2, seed=0)
+        assert method.rests(most) == told.format(most)
+        assert method.rests(most + 1) is None

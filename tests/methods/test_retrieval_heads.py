@@ -138,11 +138,13 @@ def test_tells_what_a_reader_wants_to_know() -> None:
     assert torch.equal(told.figures[0].values, scores.map)
     assert list(told.roles[0].heads) == [(4, 2), (4, 0)]
     (finding,) = told.findings
-    assert finding.text.startswith("25% of heads fetch text from far back, above all heads 4.2 (90%)")
+    assert finding.text.startswith(
+        "25% of heads are retrieval heads, which fetch text from far back, above all heads 4.2 (90"
+    )
     assert set(finding.methods) <= set(catalogue.entries())
     assert finding.weight == pytest.approx(0.3 + 0.4 * 0.9)
     (none,) = METHOD.describe(Retrieval({0: torch.zeros(4)})).findings
-    assert (none.text, none.weight) == ("No head fetches text from far back.", 0.1)
+    assert (none.text, none.weight) == ("No retrieval head: none fetches text from far back.", 0.1)
     assert "4.2: 90%" in str(scores)
 
 

@@ -172,8 +172,8 @@ def test_tells_levels_and_what_they_get() -> None:
     assert answer.levels == [Level(1, 3, 2.0)]
     told = METHOD.describe(answer)
     assert told.findings[0].text == (
-        "In layers 2 to 4 tokens beside the first act as sinks (up to 2.0 a text, layer 2); each gets 12% of the "
-        "attention there, the first token 50%."
+        "In layers 2 to 4 there are secondary sinks, tokens beside the first (up to 2.0 a text, layer 2); each gets "
+        "12% of the attention there, the first token 50%."
     )
     assert told.figures[2].rows == [(1, 3, 2.0)]
 

@@ -168,7 +168,7 @@ def test_tells_what_a_reader_wants_to_know() -> None:
     (role,), (finding,) = told.roles, told.findings
     assert list(role.heads) == [(2, 2), (5, 2), (2, 3), (5, 3), (2, 1), (5, 1)]
     assert role.heads[5, 2] == pytest.approx(0.9)
-    assert "38% of heads park on the first token" in finding.text
+    assert "38% of heads have an attention sink, the first token, which gets more than 30%" in finding.text
     assert "from layer 2 on 75% do" in finding.text
     assert set(finding.methods) <= set(catalogue.entries())
 
@@ -178,7 +178,7 @@ def test_tells_of_no_sinks_and_of_layers_of_unlike_width() -> None:
     told = SinkRate().describe(Sinks({n: 0 * x for n, x in importance.items()}, importance))
     assert told.figures[0].values.isnan().tolist() == [[False] * 4, [False, False, True, True]]
     assert told.roles[0].heads == {}
-    assert told.findings[0].text.startswith("No head parks on the first token: none gives it more than 30%")
+    assert told.findings[0].text.startswith("No attention sink: no head gives the first token more than 30%")
     strong = SinkRate().describe(Sinks({n: 0 * x + 1 for n, x in importance.items()}, importance)).findings[0]
     assert (told.findings[0].weight, strong.weight) == (0.1, 0.9)  # a finding of nothing stands below all others
     assert told.findings[0].methods == ()

@@ -107,3 +107,9 @@ def test_the_mask() -> None:
     part = call.tile(slice(0, 19), slice(0, 19)).pairs
     found = METHOD.drop_the_middle(call.mask, call).keeps(part)
     assert found[0, 0].tolist() == [[_sees(q, k) for k in range(19)] for q in range(19)]
+
+
+def test_a_short_text_is_left_whole_and_told_so() -> None:
+    told = "there is room for 6 tokens, and the text has 6: window=3 would act"
+    assert SinkWindow(2, 4).rests(6) == told
+    assert SinkWindow(2, 4).rests(7) is None

@@ -120,7 +120,8 @@ def test_padding_asks_nothing_and_the_first_token_does() -> None:
 
 
 def test_a_short_text_is_left_as_it_is() -> None:
-    assert ThinK(recent=5).rests(5) == "the newest 5 tokens keep all channels, and the text has 5"
+    told = "the newest 5 tokens keep all channels, and the text has 5: recent=2 would act"
+    assert ThinK(recent=5).rests(5) == told
     assert ThinK(recent=5).rests(6) is None
 
 

@@ -146,3 +146,11 @@ def test_it_is_idle_where_the_budget_is_the_whole_text() -> None:
     call = _bare().call
     found = [TokenSelect(budget, 0, 1, 1).idle(call) for budget in (1.0, 0.5, 1)]
     assert found == [True, False, False]  # the number 1 is one entry
+
+
+def test_a_short_text_is_left_whole_and_told_so() -> None:
+    told = "there is room for {0} tokens, and the text has {0}: smaller sinks, window and budget would act"
+    for budget, most in ((5, 5), (0.1, 3)):  # sinks and window always have room
+        method = TokenSelect(budget, sinks=1, window=2, chunk=2)
+        assert method.rests(most) == told.format(most)
+        assert method.rests(most + 1) is None

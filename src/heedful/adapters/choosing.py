@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 from torch._dynamo import OptimizedModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 
 from heedful.adapters.layers import parts_of
 from heedful.adapters.sdpa import SdpaAdapter
+from heedful.adapters.spread import is_spread
 from heedful.adapters.transformers import TransformersAdapter, adapt
 from heedful.adapters.wrapped import shared_by, stays_one
 from heedful.core.errors import FieldError, RefusedModel
@@ -27,12 +27,13 @@ def adapter_for(
             rule = "tells the layers of models from elsewhere; those of transformers are known as they are"
             raise FieldError("attach()", "inputs", type(inputs).__name__, rule, None)
         return adapt(model, only)
-    if not shared_by(model) and any(isinstance(p, DTensor) for p in model.parameters()):
+    shared = shared_by(model)
+    if not shared and is_spread(model):
         raise RefusedModel(
             f"{type(model).__name__} is no model of transformers, and its weights are spread over processes, each with "
             "a part of the heads, which heedful joins for those alone; load it whole"
         )
-    return SdpaAdapter(_inside(model), parts_of(only), inputs, shared_by=shared_by(model))
+    return SdpaAdapter(_inside(model), parts_of(only), inputs, shared_by=shared)
 
 
 def _inside(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from heedful.core.regions import Region
 
 # learned tokens that vision models put before the patches, by the name of their parameter
 CLASS_TOKENS = ("cls_token", "class_embedding")  # it comes first
+CLASS = "class token"
 BEFORE_PATCHES = (*CLASS_TOKENS, "distillation_token", "register_tokens")
 PICTURES = ("pixel_values", "x", "image", "hidden_states")  # what models call a batch of images, [b c rows cols]
 Grid = tuple[int, int]
@@ -37,19 +38,27 @@ def before_patches(model: nn.Module) -> int:
     return sum(x.shape[-2] if x.ndim > 1 else 1 for x in named)
 
 
+def names_before(model: nn.Module) -> list[str]:
+    """What each token before the patches is: the class token, where there is one, then registers."""
+    count = before_patches(model)
+    first = [CLASS] if any(name.rpartition(".")[2] in CLASS_TOKENS for name, _ in model.named_parameters()) else []
+    return [*first, *(f"register {i}" for i in range(1, count - len(first) + 1))][:count]
+
+
 def regions(model: nn.Module, grid: Grid, tokens: int) -> dict[str, Region]:
     """What an image's tokens are, if they are what stands before patches in this model, and these.
 
     The `patches`, those at its `border`, the class token, `cls`, and what else is learned, `register`.
     """
-    before, (rows, cols) = before_patches(model), grid
+    named, (rows, cols) = names_before(model), grid
+    before = len(named)
     if tokens - before != rows * cols:
         return {}
     found = {"patches": Region(((before, tokens),), grid)}
     if rows > 2 and cols > 2:
         sides = [(before + i * cols - 1, before + i * cols + 1) for i in range(2, rows - 1)]
         found["border"] = Region(((before, before + cols + 1), *sides, (tokens - cols - 1, tokens)))
-    first = int(before and any(name.rpartition(".")[2] in CLASS_TOKENS for name, _ in model.named_parameters()))
+    first = named.count(CLASS)
     if first:
         found["cls"] = Region(((0, 1),))
     if before > first:

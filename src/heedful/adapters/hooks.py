@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import get_ident
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,17 @@ from heedful.engine.run import Run
 from heedful.engine.run_state import Plan
 from heedful.engine.stages import stage
 
+_T = TypeVar("_T")
+
 
 def _cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
     return next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
+
+
+def _around(name: str, known: Mapping[str, _T]) -> _T | None:
+    """What is known of the innermost of these models that a layer lies in."""
+    inside = [prefix for prefix in known if within(name, (prefix,) if prefix else None)]
+    return known[max(inside, key=len)] if inside else None
 
 
 @dataclass(eq=False)
@@ -131,17 +139,14 @@ class Hooks:
 
     def roles(self, bound: Bound, tokens: int) -> Marks:
         """The run's roles, and what the tokens are of the image that a layer attends over."""
-        inside = [prefix for prefix in self._images if within(bound.name, (prefix,) if prefix else None)]
-        if not inside or "patches" in self.run.roles:
+        image = _around(bound.name, self._images)
+        if image is None or "patches" in self.run.roles:
             return self.run.roles
-        return {**regions(*self._images[max(inside, key=len)], tokens), **self.run.roles}
+        return {**regions(*image, tokens), **self.run.roles}
 
     def ids(self, bound: Bound, rows: int, tokens: int) -> Tensor | None:
         """The tokens `[b n]` that a layer's queries are of, if the model around it was given just these."""
-        found, inside = None, -1
-        for name, given in self.run.state.now.ids.items():
-            if len(name) > inside and within(bound.name, (name,) if name else None):
-                found, inside = given, len(name)
+        found = _around(bound.name, self.run.state.now.ids)
         return found if found is not None and found.shape == (rows, tokens) else None
 
     # one attention module

@@ -18,9 +18,8 @@ from heedful.adapters.standing import Standing
 from heedful.core.errors import FieldError, ModelError
 from heedful.core.files import placed, writing
 from heedful.core.fitted import Fitted
-from heedful.core.method import Part
+from heedful.core.method import Part, Stack
 from heedful.core.spelling import fitted_in, spelled
-from heedful.core.stack import Stack
 from heedful.engine.run import Run
 
 KEY = "heedful"  # of the config

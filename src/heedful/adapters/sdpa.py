@@ -26,9 +26,8 @@ from heedful.adapters.standing import Standing
 from heedful.adapters.torch_masks import halves, joined, places, rules_of
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError, NotEntered, RefusedModel, SiteError
-from heedful.core.method import Layer
+from heedful.core.method import Layer, Stack
 from heedful.core.sites import Site
-from heedful.core.stack import Stack
 from heedful.engine.run import Run
 
 NATIVE = "torch's own"

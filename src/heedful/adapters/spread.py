@@ -67,6 +67,11 @@ class Spread:
         return heads.chunk(self.mesh.size(), 1)[self.mesh.get_local_rank()]
 
 
+def is_spread(model: nn.Module) -> bool:
+    """Whether processes have parts of the model's weights each."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
 def spread_of(model: nn.Module, name: str) -> Spread | None:
     """How the heads of a layer are spread; None where its weights are whole."""
     layer = model.get_submodule(name)

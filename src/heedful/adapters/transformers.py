@@ -35,9 +35,8 @@ from heedful.adapters.spread import spread_of
 from heedful.adapters.wrapped import shared_by, unwrapped
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError, RefusedModel
-from heedful.core.method import Layer
+from heedful.core.method import Layer, Stack
 from heedful.core.sites import Site
-from heedful.core.stack import Stack
 from heedful.engine.run import Run
 
 HEEDFUL = (LAZY, ADDITIVE)

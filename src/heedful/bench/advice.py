@@ -11,7 +11,7 @@ SAVED = 0.95  # of the unedited model's cost: what costs more saves nothing wort
 AXES = {
     "cache_ratio": ("of the cache", "cache"),
     "density": ("of the pairs", "pairs"),
-    "prefill_ratio": ("of the time to read", "time"),
+    "prefill_ratio": ("of the prefill time", "prefill time"),
 }
 FRACTIONS = {"three quarters": 3 / 4, "two thirds": 2 / 3, "half": 1 / 2, "a third": 1 / 3, "a quarter": 1 / 4}
 NEAR = 0.02  # a share so near to a fraction is called by it
@@ -30,8 +30,9 @@ def front(c: Results, field: str) -> list[str]:
 
 def cheap(c: Results, field: str) -> dict[str, float]:
     """Every method that saves of a cost, and what share of it is left."""
-    found = {p.contender: getattr(p, field) for p in c.prices if p.contender in c.worth}
-    return {name: x for name, x in found.items() if x is not None and x < SAVED and name not in c.inactive}
+    most = {"prefill_ratio": "prefill_high"}.get(field, field)  # times vary: what saves some is shorter in every turn
+    found = {p.contender: (getattr(p, field), getattr(p, most)) for p in c.prices if p.contender in c.worth}
+    return {name: x for name, (x, y) in found.items() if x is not None and y < SAVED and name not in c.inactive}
 
 
 def advice(c: Results) -> Iterable[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,7 @@ from heedful.bench.answer import answer
 from heedful.bench.records import Answered, Refused
 from heedful.core.errors import FieldError, HeedfulError, SiteError
 from heedful.core.kinds import Prompt
-from heedful.core.method import Scoped
-from heedful.core.stack import Stack
+from heedful.core.method import Stack, method_of
 from heedful.tasks.task import Item, Task
 from heedful.text_models import Contender, TextModel, text_model
 
@@ -38,15 +37,12 @@ class Asker:
     how: Mapping[str, Any]
     end: float  # by the clock, which other machines have too
 
-    def __call__(self, asked: Asked) -> tuple[Answered | Refused, ...]:
-        with still(self.model):
-            return tuple(self.records(asked))
-
-    def records(self, asked: Asked) -> Iterator[Answered | Refused]:
+    def __call__(self, asked: Asked) -> Generator[Answered | Refused, None, None]:
         """Each answer as it is given, and the reason where one cannot be."""
         try:
             require_role(asked.what, next(iter(asked.items.values())).prompt)
-            with text_model(self.model, asked.what, **self.how) as speaker:  # a new one: what it did before is past
+            # a new one: what it did before is past
+            with still(self.model), text_model(self.model, asked.what, **self.how) as speaker:
                 for n, item in asked.items.items():
                     if time.time() > self.end:
                         return
@@ -58,7 +54,7 @@ class Asker:
 def require_role(what: Contender | None, prompt: Prompt) -> None:
     """Refuse a method that looks for spans of a name that the prompt does not mark; say which it does."""
     for part in what if isinstance(what, Stack) else [what]:
-        method = part.method if isinstance(part, Scoped) else part
+        method = method_of(part)
         role = getattr(method, "role", None)
         if isinstance(role, str) and role not in prompt.roles:
             marked = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ from heedful.bench.cost import WARM_UP, cost, machine
 from heedful.bench.intervals import LEAST
 from heedful.bench.records import COSTS, Answered, Cost, Log, Refused
 from heedful.bench.results import MARGIN, PLAIN
+from heedful.catalogue import stack_from
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, HeedfulError, WriteError
 from heedful.core.files import RECORDS, folder_for, held
 from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
-from heedful.core.method import Method, Scoped, method_of
-from heedful.core.stack import Stack
+from heedful.core.method import Method, Scoped, Stack, method_of
 from heedful.diagnosis.texts import positions
-from heedful.diagnosis.workers import Here, Workers, as_workers
+from heedful.diagnosis.workers import Workers, as_workers
 from heedful.engine.select import named
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
@@ -52,11 +52,15 @@ def label(what: Contender) -> str:
     """A contender's short name: the settings that differ from the defaults."""
     if isinstance(what, Stack):
         return " | ".join(label(part) for part in what) or PLAIN
-    entry = method_of(what) if isinstance(what, Scoped) else what
+    entry: Any = method_of(what)
     known = {f.name: f.default for f in fields(entry)}
     told = [f"{name}={_short(x)}" for name, x in vars(entry).items() if name in known and x != known[name]]
     name = type(entry).__name__ + (f"({', '.join(told)})" if told else "")
     return name + repr(what).removeprefix(repr(entry)) if isinstance(what, Scoped) else name
+
+
+def _read(what: Any) -> Any:
+    return stack_from(what) if isinstance(what, str) else what
 
 
 def _short(value: object) -> str:
@@ -65,13 +69,14 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else "#" + hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
-def _named(contenders: Mapping[str, Contender] | Iterable[Contender]) -> dict[str, Contender]:
-    """Contenders by the names that the table shows."""
+def _named(contenders: Mapping[str, Contender | str] | Iterable[Contender | str]) -> dict[str, Contender]:
+    """Contenders by the names that the table shows; those that are text are read as on the command line."""
+    found: dict[str, Contender] = {}
     if isinstance(contenders, Mapping):
-        found = dict(contenders)
+        found = {name: _read(what) for name, what in contenders.items()}
     else:
-        found = {}
-        for what in contenders:
+        for given in contenders:
+            what = _read(given)
             if not isinstance(what, Method | Scoped | Stack | Tokens | Decode | Surgery):
                 rule = "must be methods, stacks, or steps on tokens, logits or weights"
                 raise FieldError("compare()", "methods", what, rule, "SnapKV(0.25) | TempScale()")
@@ -87,7 +92,7 @@ def _named(contenders: Mapping[str, Contender] | Iterable[Contender]) -> dict[st
 @asks
 def compare(  # noqa: PLR0913 - what a user may set, each by name
     model: Loaded | tuple[Any, Any],
-    methods: Mapping[str, Contender] | Iterable[Contender],
+    methods: Mapping[str, Contender | str] | Iterable[Contender | str],
     tasks: Iterable[Task | str | Path],
     *,
     prompts: int = PROMPTS,
@@ -102,7 +107,8 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
 ) -> Comparison:
     """How each method does on each task, against the unedited model on the same prompts, and what it costs.
 
-    `model` is what `heedful.models` loads, or a model and its tokenizer. A task is a `Task`, its name, or a file or
+    `model` is what `heedful.models` loads, or a model and its tokenizer. A method is a value or, as on the command
+    line, its spelling: "snapkv(budget=0.25)|tempscale". A task is a `Task`, its name, or a file or
     folder of your own. Every method is asked thirty prompts of each task, then more until its verdict is known (surely
     better, surely worse, or surely no worse than by `margin`), and at most `prompts` of each task; `minutes` is how
     long is asked in one call. Costs are measured afterwards on the longest of the first thirty prompts, `turns` times
@@ -281,19 +287,17 @@ class _Job:
                     }  # fmt: skip
                     work += [Asked(name, what, task.task, task.seed, items)] if items else []
         total, over = self.done + sum(len(asked.items) for asked in work), False
-        ask = self.asker.records if isinstance(self.workers, Here) else self.asker  # each answer, where it is seen
-        with closing(self.workers.each(ask, work)) as found:
+        with closing(self.workers.each(self.asker, work)) as found:
             for asked, records in zip(work, found, strict=True):
                 left = len(asked.items)
-                with closing(records) if isinstance(records, Generator) else nullcontext():
-                    for record in records:
-                        self.log.add(record)
-                        if isinstance(record, Refused):
-                            total, left = total - left, 0
-                            note = f"{asked.name} on {asked.task.title}: {record.reason}"
-                        else:
-                            self.done, left, note = self.done + 1, left - 1, ""
-                        self.report(Progress("answers", self.done, total, note))
+                for record in records:
+                    self.log.add(record)
+                    if isinstance(record, Refused):
+                        total, left = total - left, 0
+                        note = f"{asked.name} on {asked.task.title}: {record.reason}"
+                    else:
+                        self.done, left, note = self.done + 1, left - 1, ""
+                    self.report(Progress("answers", self.done, total, note))
                 over = over or left > 0
         return not over
 

@@ -17,7 +17,7 @@ from heedful.bench.records import Answered, line, merged, read
 from heedful.bench.results import Result, Results
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, StatisticError
-from heedful.core.figures import Description, Matrix
+from heedful.core.figures import Description, Matrix, counted, percent
 from heedful.core.files import RECORDS, replace_text, writing
 
 if TYPE_CHECKING:
@@ -46,10 +46,16 @@ class Comparison(Results):
     @property
     def words(self) -> dict[str, str]:
         """What its page says of it."""
-        return {
-            "matrix": "Differences to the unedited model on the same prompts. All intervals hold at once with 95 %, at "
-            f"whatever prompt asking stops; coloured where that decides. The margin is {margin(self)}."
-        }
+        text = (
+            "Differences to the baseline, the unedited model, on the same prompts. All intervals hold at once with "
+            f"95 %, at whatever prompt asking stops; coloured where that decides. The margin is {margin(self)}."
+        )
+        if self.prices:
+            held, turns = self.prices[0].held, self.prices[0].turns
+            text += f" Of times, the median of {counted(turns, 'timing repeat')} beside the baseline" + (
+                f", with the lowest and the highest, which hold it with {percent(held)}." if turns > 1 else "."
+            )
+        return {"matrix": text}
 
     @cached_property
     def matrix(self) -> Matrix:

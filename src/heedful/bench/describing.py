@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -27,8 +28,8 @@ def findings(c: Results) -> Iterable[Finding]:
         if not mine:
             continue
         if name in c.inactive:
-            why = f" ({reason})" if (reason := c.reason(name)) else ""
-            yield Finding(f"{name} changed nothing{why}: it is the unedited model.", 0.3)
+            why = c.reason(name) or "longer prompts, or a stronger setting, may show what it does"
+            yield Finding(f"{name} changed nothing: {why}.", 0.3)
             continue
         told = [
             _clause(word, [r for r in mine if c.verdicts.get((r.task, name)) == word], plain, c)
@@ -122,9 +123,10 @@ def figures(c: Results) -> Iterable[Figure]:
     for place, ((unit, way), found) in enumerate(groups.items()):
         yield Intervals(
             f"differences_{place}" if place else "differences",
-            f"Difference to the unedited model, in {unit}",
-            f"Each method against the unedited model on the same prompts; {way} is better. All intervals of the "
-            "comparison hold at once with 95 %, at whatever prompt asking stops: one on one side of zero is sure.",
+            f"Difference to the baseline, in {unit}",
+            f"Each method against the baseline, the unedited model, on the same prompts; {way} is better. All "
+            "intervals of the comparison hold at once with 95 %, at whatever prompt asking stops: one on one side of "
+            "zero is sure.",
             names, found, f"difference, {unit}", unit, PLAIN,
         )  # fmt: skip
     yield from _clouds(c)
@@ -148,8 +150,8 @@ def figures(c: Results) -> Iterable[Figure]:
         yield Listing(
             "costs",
             "What each costs",
-            f"Measured on one prompt of {tokens} tokens, in turns with the unedited model; ratios are to it. Memory is "
-            f"what reading the prompt takes above the resting model.{left}",
+            f"Measured on one prompt of {tokens} tokens, in {_count(prices[0].turns, 'timing repeat')}, each beside "
+            f"one of the baseline; ratios are to it. Memory is what prefill takes above the resting model.{left}",
             ("method", "prefill, s", "prefill ×", "token, ms", "token ×", "cache, MB", "cache ×", "peak, MB", "pairs"),
             [_cost_row(p) for p in prices],
         )
@@ -182,22 +184,32 @@ def _cost_row(p: Price) -> tuple[object, ...]:
 
 
 def _clouds(c: Results) -> Iterable[Scatter]:
-    """Worth against cost: what the right answers lose or win in log-probability, mean over tasks."""
+    """Quality against cost: what the right answers lose or win in log-probability, mean over tasks."""
     worth = c.worth
     for key, title, field, label in (
-        ("pareto", "Worth against the time to read", "prefill_ratio", "time to read the prompt, × unedited"),
-        ("pareto_cache", "Worth against the cache held", "cache_ratio", "bytes of cache, × unedited"),
+        ("pareto", "Quality against prefill time", "prefill_ratio", "prefill time, × baseline"),
+        ("pareto_cache", "Quality against cache size", "cache_ratio", "bytes of cache, × baseline"),
     ):
         prices = [p for p in c.prices if p.contender not in c.inactive]
         points = {p.contender: (getattr(p, field), *_worth(worth.get(p.contender))) for p in prices}
         points = {n: at for n, at in points.items() if n == PLAIN or (n in worth and (key == "pareto" or at[0] < 0.99))}
+        joined = settings(points) if key == "pareto_cache" else []
         if len({at[0] for at in points.values()}) > 1:
             yield Scatter(
                 key, title,
-                "Up is better, left is cheaper; the line is the front of what is known to hold, beaten by nothing of "
-                "that kind in both. Worth is the mean difference of the right answer's log-probability.",
-                points, label, "worth, nats a token", (PLAIN, *holding(c)),
+                "Up is better, left is cheaper; the grey line is the front of what is known to hold, beaten by nothing "
+                f"of that kind in both{'; dotted ones join the settings of one method' * bool(joined)}. Quality is the "
+                "mean difference of the right answer's log-probability.",
+                points, label, "quality, nats a token", (PLAIN, *holding(c)), joined,
             )  # fmt: skip
+
+
+def settings(points: Mapping[str, tuple[float, ...]]) -> list[list[str]]:
+    """Names that are one method with other settings, in the order of cost."""
+    families: dict[str, list[str]] = {}
+    for name in sorted(points, key=lambda name: points[name][0]):
+        families.setdefault(re.sub(r"\([^|]*\)", "", name), []).append(name)
+    return [names for names in families.values() if len(names) > 1]
 
 
 def _worth(gap: Gap | None) -> tuple[float, float, float]:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from heedful.bench.compare import Progress
-from heedful.core.method import CatalogueEntry, Scoped, method_of
-from heedful.core.stack import Stack
+from heedful.core.method import CatalogueEntry, Scoped, Stack, method_of
 from heedful.models import Loaded
 from heedful.text_models import Contender
 
@@ -30,7 +29,7 @@ def fitted(loaded: Loaded, what: Contender, report: Callable[[Progress], None], 
     if isinstance(what, Stack):
         parts: list[Any] = [fitted(loaded, part, report, only) for part in what]
         return Stack(tuple(parts))
-    entry = method_of(what) if isinstance(what, Scoped) else what
+    entry = method_of(what)
     if type(entry).fit is CatalogueEntry.fit:
         return what
     from heedful.api import fit

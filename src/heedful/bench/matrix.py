@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from heedful.bench.advice import AXES, front
+from heedful.bench.advice import AXES, SAVED, front
 from heedful.bench.numbers import direction, number, task_name, units
-from heedful.bench.results import PLAIN, Result, Results
+from heedful.bench.results import PLAIN, Price, Result, Results
 from heedful.core.figures import Cell, Matrix
 
 VERDICTS = {
@@ -16,6 +16,7 @@ VERDICTS = {
     "refused": ("could not be asked", "quiet"),
 }
 COSTS = {"prefill": "prefill_ratio", "token": "step_ratio", "cache": "cache_ratio", "pairs": "density"}
+ENDS = {"prefill_ratio": ("prefill_low", "prefill_high"), "step_ratio": ("step_low", "step_high")}
 
 
 def matrix(c: Results) -> Matrix:
@@ -26,7 +27,7 @@ def matrix(c: Results) -> Matrix:
     for task in tasks:
         about = c.tasks[task]
         columns.append((task_name(c, task), f"{units(about['unit'])}, {direction(about)} is better"))
-    columns += [(name, "× unedited") for name in costs]
+    columns += [(name, "× baseline") for name in costs]
     best = {field: front(c, field) for field in AXES}
     found = {(r.contender, r.task): r for r in c.results}
     prices = {p.contender: p for p in c.prices}
@@ -36,16 +37,20 @@ def matrix(c: Results) -> Matrix:
         judged = Cell(word, "", float(list(VERDICTS).index(word)), VERDICTS[word][1]) if word else Cell("", "", -1.0)
         scores = [_score(c, found.get((name, task)), task, name) for task in tasks]
         price = prices.get(name) if word != "inactive" else None
-        ratios = [_ratio(getattr(price, field, None), name, name in best.get(field, ())) for field in costs.values()]
+        ratios = [_ratio(price, field, name in best.get(field, ())) for field in costs.values()]
         return (judged, *scores, *ratios)
 
     return Matrix(tuple(columns), tuple((name, row(name)) for name in c.contenders))
 
 
-def _ratio(x: float | None, name: str, best: bool) -> Cell:
-    if x is None:
+def _ratio(price: Price | None, field: str, best: bool) -> Cell:
+    """A cost with the ends that are known of it; less is good where all of that is less."""
+    x = getattr(price, field, None)
+    if price is None or x is None:
         return Cell("")
-    return Cell(f"{x:.2f}", "on the front" if best else "", x, "good" if x < 0.95 and name != PLAIN else "")
+    low, high = (getattr(price, end) for end in ENDS.get(field, (field, field)))
+    told = [f"{low:.2f} to {high:.2f}"] * (low < high) + ["on the front"] * best
+    return Cell(f"{x:.2f}", ", ".join(told), x, "good" if high < SAVED and price.contender != PLAIN else "")
 
 
 def _score(c: Results, r: Result | None, task: str, name: str) -> Cell:

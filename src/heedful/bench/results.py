@@ -33,19 +33,31 @@ class Result:
 
 @dataclass(frozen=True)
 class Price:
-    """What one contender costs on the longest prompt; ratios are medians of turns with the unedited model."""
+    """What one contender costs on the longest prompt; ratios are medians of turns with the unedited model.
+
+    The lowest and the highest turn hold the median with a probability of `held`, whatever times are distributed like.
+    """
 
     contender: str
     tokens: int
     prefill: float  # seconds
     prefill_ratio: float
+    prefill_low: float  # ratio of the lowest turn
+    prefill_high: float
     step: float  # seconds a token
     step_ratio: float
+    step_low: float
+    step_high: float
+    turns: int
     peak: int | None  # bytes above the resting model
     cache: int  # bytes
     cache_ratio: float
     density: float | None  # pairs computed, of a causal map's
     backends: tuple[str, ...]
+
+    @property
+    def held(self) -> float:
+        return 1 - 2.0 ** (1 - self.turns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,11 +218,13 @@ def price(mine: dict[int, Cost], plain: dict[int, Cost]) -> Price:
     turns = sorted(set(mine) & set(plain) - {WARM_UP})
     one = mine[turns[0]]
 
-    def middle(field: str, against: bool) -> float:
-        return statistics.median(getattr(mine[t], field) / (getattr(plain[t], field) if against else 1) for t in turns)
+    def times(field: str) -> tuple[float, float, float, float]:
+        own = [getattr(mine[t], field) for t in turns]
+        ratios = [x / getattr(plain[t], field) for x, t in zip(own, turns, strict=True)]
+        return statistics.median(own), statistics.median(ratios), min(ratios), max(ratios)
 
     peak = mine[WARM_UP].peak if WARM_UP in mine else None
     return Price(
-        one.contender, one.tokens, middle("prefill", False), middle("prefill", True), middle("step", False),
-        middle("step", True), peak, one.cache, one.cache / max(1, plain[turns[0]].cache), one.density, one.backends,
+        one.contender, one.tokens, *times("prefill"), *times("step"), len(turns), peak, one.cache,
+        one.cache / max(1, plain[turns[0]].cache), one.density, one.backends,
     )  # fmt: skip

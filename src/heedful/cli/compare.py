@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from heedful.cli.console import console, parted, require_page, stack_from, stopping, tell, workers_from, write_page
+from heedful.catalogue import parted, stack_from
+from heedful.cli.console import console, require_page, stopping, tell, workers_from, write_page
 from heedful.cli.progress import Bars
 from heedful.cli.ranges import ranged
 from heedful.core.errors import FieldError, HeedfulError

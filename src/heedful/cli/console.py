@@ -1,4 +1,4 @@
-"""What the verbs share: the console, reading methods from the command line, stopping, and writing the page."""
+"""What the verbs share: the console, stopping, and writing the page."""
 
 from __future__ import annotations
 
@@ -12,49 +12,11 @@ from typing import TYPE_CHECKING, Protocol
 import typer
 from rich.console import Console
 
-from heedful.catalogue import find
-from heedful.core.errors import FieldError
-from heedful.core.kinds import Weights
-from heedful.core.method import CatalogueEntry, Method
-from heedful.core.reading import named, written
-from heedful.core.stack import Stack
-
 if TYPE_CHECKING:
     from heedful.cli.progress import Bars
     from heedful.diagnosis.workers import Ray
-    from heedful.text_models import Contender
 
 console = Console(highlight=False, soft_wrap=True)
-
-
-def parted(text: str, by: str = ",") -> list[str]:
-    """What stands between commas, but for those within brackets."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == by and not depth:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts if part.strip()]
-
-
-def entry_from(text: str) -> CatalogueEntry:
-    """A method from its name, with settings if they follow: `SinkWindow`, `SinkWindow(sinks=2, window=64)`."""
-    kind = find(named(text))
-    return written(text, kind, kind.example()) if "(" in text else kind.example()
-
-
-def stack_from(text: str) -> Contender:
-    """What can be tried on a model: one step, or methods joined by `|`; without settings, with the defaults."""
-    entries = [entry_from(part if "(" in part else part + "()") for part in parted(text, "|")]
-    if len(entries) == 1 and not isinstance(entries[0], Weights):
-        return entries[0]  # type: ignore[return-value]  # every other kind of entry is one
-    for entry in entries:
-        if not isinstance(entry, Method):
-            rule = f"{type(entry).__name__} is {entry.kind}, which cannot be joined"
-            raise FieldError("compare", "methods", text, rule, "SinkWindow | TempScale")
-    return Stack(tuple(entry for entry in entries if isinstance(entry, Method)))
 
 
 def workers_from(workers: int | None, ray: str) -> Ray | None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from heedful.cli.console import console, entry_from, parted, require_page, stopping, tell, workers_from, write_page
+from heedful.catalogue import entry_from, parted
+from heedful.cli.console import console, require_page, stopping, tell, workers_from, write_page
 from heedful.cli.progress import Bars
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.figures import head_name
@@ -71,6 +72,24 @@ def built_in(loaded: Loaded) -> str | Tensor:
     return torch.randint(table.num_embeddings, (DRAWN,), generator=torch.Generator().manual_seed(0))
 
 
+def require_files(text: Path | None, images: Path | None) -> None:
+    """Refuse what holds nothing to read before a model is loaded."""
+    from heedful.diagnosis import images as pictures
+    from heedful.diagnosis import texts
+
+    for option, path, good, endings in (
+        ("text", text, "book.txt", texts.ENDINGS),
+        ("images", images, "photos", pictures.ENDINGS),
+    ):
+        if path is None:
+            continue
+        if not path.exists():
+            missing = f"--{option}: there is no file or folder '{path}'"
+            raise HeedfulError(f"{missing}. Name one that exists, as in --{option} {good}")
+        if path.is_dir() and not texts.files_in(path, endings):
+            raise HeedfulError(f"--{option} {path}: the folder holds no file that ends in {', '.join(endings)}")
+
+
 def pick(model: str, loaded: Loaded, text: Path | None, images: Path | None) -> Path | str | Tensor:
     """What the model reads, where no corpus is."""
     from heedful.explaining.aim import reads_pictures
@@ -124,10 +143,7 @@ def diagnose(
     if len(given) > 1:
         both = " ".join(f"--{option} {path}" for option, path in given.items())
         raise HeedfulError(f"{both}: one of them is read. Leave the rest out")
-    for option, good in (("text", "book.txt"), ("images", "photos")):
-        if option in given and not given[option].exists():
-            missing = f"--{option}: there is no file or folder '{given[option]}'"
-            raise HeedfulError(f"{missing}. Name one that exists, as in --{option} {good}")
+    require_files(text, images)
     if corpus is None and (workers is not None or ray):
         raise HeedfulError("--workers and --ray share a corpus, and there is none. Name one: --corpus texts.jsonl")
     shared = workers_from(workers, ray)

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from heedful.cli.console import console, entry_from, parted
+from heedful.catalogue import entry_from, parted
+from heedful.cli.console import console
 from heedful.core.errors import DefinitionError
-from heedful.core.method import Method
-from heedful.core.stack import Stack
+from heedful.core.method import Method, Stack
 from heedful.engine.select import explain
 
 

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from heedful.cli.console import parted, require_page, stopping, tell, write_page
+from heedful.catalogue import parted
+from heedful.cli.console import require_page, stopping, tell, write_page
 from heedful.cli.progress import Bars
 
 STAGES = {"steps": ("training", "steps")}
@@ -27,7 +28,7 @@ def lab(
     page: Annotated[bool, typer.Option(help="Write the page.")] = True,
 ) -> None:
     """Train softmax and every mechanism on the same tiny models, data and budget; tell what each wins and costs."""
-    from heedful.core.stack import Stack
+    from heedful.core.method import Stack
     from heedful.laboratory.lab import lab as run
     from heedful.laboratory.lab import mechanism
 

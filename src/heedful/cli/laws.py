@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from heedful.cli.console import console, entry_from
+from heedful.catalogue import entry_from
+from heedful.cli.console import console
 from heedful.conformance import check, laws
 
 

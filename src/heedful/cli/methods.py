@@ -24,6 +24,11 @@ VERBS = {  # what people look for that is a verb of the library and no method
     "attribution patching, head patching": "heedful.explaining.patching(model, clean, corrupt, metric, estimate=True)",
     "path patching, circuit": "heedful.explaining.path_patching(model, clean, corrupt, metric)",
     "faithfulness, deletion, insertion": "heedful.explaining.faithfulness(model, text, scores)",
+    "diagnose, head roles, profile": "heedful.diagnose(model, texts)",
+    "compare, recommend, benchmark, which budget, cache budget": "heedful.compare(model, methods, tasks)",
+    "train from scratch, learning curves": "heedful.lab(mechanisms)",
+    "save and load, from_pretrained": "heedful.load(folder)",
+    "hook, own function, edit activations": "heedful.edit(site, function)",
 }
 
 

@@ -13,10 +13,9 @@ from torch import Tensor
 from heedful.core.call import Call, Phase
 from heedful.core.errors import BackendError
 from heedful.core.mask import Causal, Mask, Padding, Rule
-from heedful.core.method import Layer, Method
+from heedful.core.method import Layer, Method, Stack
 from heedful.core.positions import Positions
 from heedful.core.regions import Region
-from heedful.core.stack import Stack
 from heedful.core.stats import Statistic
 from heedful.engine.attend import attend
 from heedful.engine.attention_call import AttentionCall

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,9 @@ from heedful.conformance.tolerances import close_model, error
 from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.call import Call
 from heedful.core.errors import ClashError, HeedfulError, InactiveWarning
-from heedful.core.method import CatalogueEntry, Method
+from heedful.core.method import CatalogueEntry, Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
-from heedful.core.stack import Stack
 from heedful.core.stats import Cat
 from heedful.core.values import replace
 
@@ -256,26 +256,26 @@ def streaming(method: Method) -> None:
             raise Broken(f"{name}, logits differ by {error(found, whole):.2g}")
 
 
-Meeting = frozenset[tuple[Site, bool, bool, bool]]
-
-
-def meeting(method: Method) -> Meeting:
-    """What of a method another one meets: the sites, and how it acts there."""
-    return frozenset((e.site, e.reads, bool(e.sums), e.reweights) for e in method.edits)
+def meeting(method: Method) -> frozenset[tuple[int, bool, bool, bool]]:
+    """What of a method another one meets: the sites by their order, and how it acts there."""
+    return frozenset((e.site.order, e.reads, bool(e.sums), e.reweights) for e in method.edits)
 
 
 def partners(method: Method, every: bool = False) -> list[Method]:
-    """Methods of the catalogue to try beside this one: of all that act at the same sites one, drawn by its name."""
+    """Methods of the catalogue to try beside this one: of each way to act at a site one, drawn by this one's name."""
     from heedful.catalogue import entries
 
-    others = [kind.example() for kind in entries().values() if issubclass(kind, Method)]
+    kinds = (kind.example() for kind in entries().values() if issubclass(kind, Method))
+    others = [other for other in kinds if method.subjects[0] in other.subjects]
     if every:
         return others
-    alike: dict[Meeting, list[Method]] = {}
-    for other in others:
-        alike.setdefault(meeting(other), []).append(other)
-    start = zlib.crc32(type(method).__name__.encode())
-    return [group[start % len(group)] for group in alike.values()]
+    start, ways = zlib.crc32(type(method).__name__.encode()), Counter(way for other in others for way in meeting(other))
+    chosen: list[Method] = []
+    for way in sorted(ways, key=lambda way: (ways[way], way)):  # what acts in a rare way stands for common ones as well
+        if not any(way in meeting(other) for other in chosen):
+            alike = [other for other in others if way in meeting(other)]
+            chosen.append(alike[start % len(alike)])
+    return chosen
 
 
 @law("with methods that act at any other site, or at the same, it works, or the clash is declared")
@@ -283,8 +283,6 @@ def composes(method: Method, every: bool = False) -> None:
     subject, _, model = next(iter(tried_on(method, first=True)))
     mine = {e.site for e in method.edits}
     for other in partners(method, every):
-        if subject.name not in other.subjects:
-            continue
         shared = bool(mine & {e.site for e in other.edits})
         for a, b in ((method, other), (other, method))[: 2 if shared else 1]:
             try:

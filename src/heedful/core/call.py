@@ -127,8 +127,8 @@ class Call:
 
     @property
     def places(self) -> Call:
-        """The same without the tensors that it computes with, for a mask, which outlives it."""
-        return replace(self, query=None, key=None, value=None, bias=None, hidden=None, rotate=None)
+        """The same without the tensors that it computes with, for what outlives it."""
+        return replace(self, ids=None, query=None, key=None, value=None, bias=None, hidden=None, rotate=None)
 
     def capped(self, scores: Tensor) -> Tensor:
         """Scaled scores as the model bounds them."""

@@ -90,12 +90,13 @@ def frontier(points: Mapping[str, tuple[float, ...]]) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Scatter(Figure):
-    """Things by cost and worth: the further up and to the left the better."""
+    """Things by cost and quality: the further up and to the left the better."""
 
     points: Mapping[str, tuple[float, float, float, float]]  # name -> x, y, and the ends of y's interval
     x_label: str
     y_label: str
     among: Sequence[str] | None = None  # who may stand on the front; None: everybody
+    joined: Sequence[Sequence[str]] = ()  # names that a line joins, such as settings of one method
 
     @property
     def frontier(self) -> list[str]:
@@ -124,7 +125,7 @@ class Matrix:
 class Role:
     """A part that some heads play, with how strongly each does."""
 
-    name: str  # such as "copies" or "looks at the previous token"
+    name: str  # such as "induction head" or "previous-token head"
     what: str
     heads: Mapping[Head, float]  # strongest first
     unit: str = "share"
@@ -137,6 +138,7 @@ class Finding:
     text: str
     weight: float  # 0 to 1: how much a reader would want to know it, which grows with how strong it is; orders them
     methods: tuple[str, ...] = ()  # class names in the catalogue that act on this
+    shows: str = ""  # the key of the figure that it is read off
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
@@ -17,10 +18,9 @@ from heedful.core.call import NO_ROLES
 from heedful.core.errors import FieldError
 from heedful.core.figures import Description
 from heedful.core.fitted import Fitted
-from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part
+from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Stack, as_stack
 from heedful.core.regions import Roles, Span
 from heedful.core.sites import Site
-from heedful.core.stack import Stack, as_stack
 
 
 @runtime_checkable
@@ -120,8 +120,12 @@ class Tokens(CatalogueEntry, abstract=True):
         """The new prompt; `read(prompt, method)` runs the model and gives a reading method's answer."""
 
 
+Read = Mapping[str, Mapping[Part, Any]]  # of each variant, what its reading methods have to tell of the last forward
+NOTHING_READ: Read = MappingProxyType({})
+
+
 class Decode(CatalogueEntry, abstract=True):
-    """Combines or changes next-token logits."""
+    """Combines or changes next-token logits, of which it may read what made them."""
 
     kind = "decode"
 
@@ -130,8 +134,8 @@ class Decode(CatalogueEntry, abstract=True):
         """The runs whose logits are combined, by name; the first one is the prompt that is continued."""
 
     @abstractmethod
-    def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
-        """The logits `[vocabulary]` to decode from, given those of each variant."""
+    def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
+        """The logits `[vocabulary]` to decode from, given those of each variant and what its readers read of them."""
 
 
 @dataclass(frozen=True, eq=False)

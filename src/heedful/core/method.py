@@ -70,7 +70,7 @@ class Method(CatalogueEntry, abstract=True):
             for word, name in (("when", edit.when), ("first", edit.first)):
                 if name and name not in names:
                     raise DefinitionError(f"{cls.__name__}.{edit.name}: {word}={name!r} names no field of the class")
-        kinds = [(e.site, e.reads, e.loss, e.when) for e in cls.edits]
+        kinds = [(e.site, e.reads, e.loss, e.when, e.training) for e in cls.edits]
         if len(set(kinds)) < len(kinds):
             raise DefinitionError(f"{cls.__name__} marks one site twice: join the functions into one")
 
@@ -201,7 +201,7 @@ class Scoped:
 Part = Method | Scoped
 
 
-E = TypeVar("E", bound=CatalogueEntry)
+E = TypeVar("E", bound=CatalogueEntry | None)
 
 
 def method_of(part: Scoped | E) -> Method | E:
@@ -229,6 +229,8 @@ class Step:
     def always(self) -> bool:
         """Whether it acts in every call of its layers."""
         if isinstance(self.part, Scoped) and (self.part.phase or self.part.steps):
+            return False
+        if self.edit.training is not None:
             return False
         return type(self.method).idle is Method.idle
 
@@ -334,3 +336,7 @@ class Stack:
         """BibTeX of exactly the papers in this stack."""
         papers = (method.paper for method in self.methods)
         return "\n\n".join(dict.fromkeys(paper.bibtex() for paper in papers if paper is not UNPUBLISHED))
+
+
+def as_stack(what: Part | Stack) -> Stack:
+    return what if isinstance(what, Stack) else Stack((what,))

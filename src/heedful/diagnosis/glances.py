@@ -12,6 +12,7 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.figures import Head
 from heedful.core.method import Method, Readings
+from heedful.core.pictures import shrunk
 from heedful.core.regions import Region
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean, Statistic
@@ -113,10 +114,5 @@ def view_of(
     ]
     whole = found[: room(len(before) + grid[0] * grid[1], len(heads))]
     maps = torch.stack([torch.stack([maps[i][h] for i, h in heads]) for maps in whole])
-    return ImageView(names, before, list(grid), heads, layers, _small(pixels), torch.stack(ways), maps)
-
-
-def _small(pixels: Sequence[Tensor]) -> Tensor:
-    x = torch.stack([one.float() for one in pixels])
-    size = [max(1, round(n * min(1.0, SIDE / max(x.shape[2:])))) for n in x.shape[2:]]
-    return torch.nn.functional.interpolate(x, size, mode="area").half()
+    small = shrunk(torch.stack([one.float() for one in pixels]), SIDE).half()
+    return ImageView(names, before, list(grid), heads, layers, small, torch.stack(ways), maps)

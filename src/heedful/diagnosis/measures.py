@@ -84,4 +84,4 @@ def reads_text(part: Measure) -> TypeGuard[Part]:
 
 def makes_trials(part: Measure) -> TypeGuard[Part]:
     """Whether a measure is taken on prompts of its own."""
-    return not isinstance(part, Weights) and type(method_of(part)).probes is not Method.probes
+    return isinstance(part, Part) and type(method_of(part)).probes is not Method.probes

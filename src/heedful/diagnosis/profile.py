@@ -19,10 +19,8 @@ from heedful.core.method import Readings, method_of
 from heedful.core.stats import Max, Statistic, TopK
 from heedful.diagnosis.apart import banded, dealt
 from heedful.diagnosis.difference import ProfileDifference
-from heedful.diagnosis.glances import ImageView
 from heedful.diagnosis.measures import WEIGHTS, readers, reads_text
-from heedful.diagnosis.store import ADDED, read, write
-from heedful.diagnosis.view import TokenView
+from heedful.diagnosis.store import ADDED, View, read, write
 
 if TYPE_CHECKING:
     from heedful.report.pictures import Plots
@@ -39,7 +37,7 @@ class Profile:
     facts: dict[str, Any]  # plain values: model, layers, heads, tokens, seconds, versions ...
     parts: tuple[Measure, ...]
     statistics: dict[str, Statistic]  # by "<part number>.<reader>.<layer>"
-    view: TokenView | ImageView | None = None
+    view: View | None = None
     apart: tuple[dict[str, Statistic], ...] = ()  # those of parts of the texts; none where the text is one part
 
     def __post_init__(self) -> None:

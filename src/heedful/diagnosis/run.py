@@ -19,8 +19,7 @@ from heedful.core.errors import FieldError, ModelError, StatisticError
 from heedful.core.files import PROFILE, UNFINISHED, folder_for, held
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Tokenizer, Weights
-from heedful.core.method import method_of
-from heedful.core.stack import Stack
+from heedful.core.method import Stack, method_of
 from heedful.core.stats import Cat, Statistic
 from heedful.diagnosis import glances
 from heedful.diagnosis.apart import MOST, Found, dealt, joined, light
@@ -33,7 +32,7 @@ from heedful.diagnosis.shards import Reader, Sums, first_of
 from heedful.diagnosis.store import ADDED, clean
 from heedful.diagnosis.subject import Subject
 from heedful.diagnosis.texts import Texts, Windows, cut, ordinary, pieces, positions, some, sources
-from heedful.diagnosis.view import SHOWN, Attended, Looks, TokenView, notable, room, view_of
+from heedful.diagnosis.view import MOST_HEADS, SHOWN, Attended, Looks, TokenView, notable, view_of
 from heedful.diagnosis.workers import Workers, as_workers
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
@@ -311,9 +310,8 @@ class _Job:
             looks = self._read(Attended(tokens=SHOWN), shown)
         named = pieces(self.windows.first, self.subject.tokenizer, window)[: len(shown)]
         self.subject.report(Progress("view", len(named), len(named)))
-        most, keys = room(len(named))
-        heads = notable(profile.roles(), self.facts["layers"], self.facts["heads"], most)
-        return view_of(looks, heads, named, keys)
+        heads = notable(profile.roles(), self.facts["layers"], self.facts["heads"], MOST_HEADS)
+        return view_of(looks, heads, named)
 
     def _glances(self, profile: Profile) -> ImageView | None:
         """In the first images that have the shape of the first; None where layers do not see an image whole."""

@@ -11,7 +11,8 @@ import torch
 
 from heedful.api import still
 from heedful.core.kinds import Measure
-from heedful.core.stack import Stack
+from heedful.core.method import Stack
+from heedful.core.stats import Statistic
 from heedful.diagnosis.apart import MOST, Found
 from heedful.diagnosis.corpus import Shard
 from heedful.diagnosis.layers import by_layer, stacked, together
@@ -20,7 +21,14 @@ from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.store import ADDED
 from heedful.diagnosis.subject import Subject
 from heedful.diagnosis.texts import Windows, cut, some
-from heedful.diagnosis.workers import Piece
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What one shard gave."""
+
+    facts: dict[str, Any]  # counts, what was left out and why, backends
+    statistics: dict[str, Statistic]
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,6 +31,9 @@ FACTS |= dict.fromkeys(("layers", "heads", "length", *ADDED), int)
 VIEW = "view"  # the key of the token view's tensors, which no reader has
 APART = "apart."  # what keys of parts of the texts begin with, before the part's number
 
+Found = dict[str, Statistic]
+View = TokenView | ImageView
+
 
 def _measure(spelling: Any) -> Measure:
     part = built(spelling, named, {})
@@ -44,7 +47,7 @@ def write(
     facts: dict[str, Any],
     parts: tuple[Measure, ...],
     statistics: Mapping[str, Statistic],
-    view: TokenView | ImageView | None,
+    view: View | None,
     apart: Sequence[Mapping[str, Statistic]],
 ) -> Path:
     """A profile into a folder: whole, or not at all."""
@@ -97,10 +100,6 @@ def _require(facts: Any, parts: tuple[Measure, ...], statistics: Mapping[str, St
         number, reader, layer = key.split(".")
         if reader not in readers(parts[int(number)]) or int(layer) < 0:
             raise KeyError(key)
-
-
-Found = dict[str, Statistic]
-View = TokenView | ImageView
 
 
 def read(folder: Path) -> tuple[dict[str, Any], tuple[Measure, ...], Found, View | None, tuple[Found, ...]]:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heedful.adapters.grids import Grid, before_patches, grid_of, regions
+from heedful.adapters.grids import Grid, before_patches, grid_of, names_before, regions
 from heedful.adapters.transformers import adapt
 from heedful.api import attach
 from heedful.core.errors import FieldError, RefusedModel
-from heedful.core.method import Part
-from heedful.core.stack import Stack
+from heedful.core.method import Part, Stack
 from heedful.diagnosis.glances import places as shown
 from heedful.diagnosis.profile import endless
 from heedful.diagnosis.texts import Delimiters
@@ -76,10 +75,7 @@ class Subject:
     def places(self, row: Tensor) -> tuple[list[str], Grid]:
         """What an image's tokens before its patches are, and its rows and columns of places that are shown."""
         grid = self._grid(row)
-        found = regions(self.model, grid, self.count(row))
-        first = ["class token"] if "cls" in found else []
-        learned = [f"register {i}" for i in range(1, before_patches(self.model) - len(first) + 1)]
-        return [*first, *learned], shown(found["patches"])[1]
+        return names_before(self.model), shown(regions(self.model, grid, self.count(row))["patches"])[1]
 
     def _grid(self, row: Tensor) -> Grid:
         grid = grid_of(self.model, {"pixel_values": row[None]})

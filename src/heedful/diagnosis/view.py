@@ -20,10 +20,6 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
 
-PAGE_BYTES = 1_500_000  # what a view may weigh once it is encoded
-TOKEN_BYTES = 8  # a token's text, quoted
-SLOT_BYTES = 4  # distance in two bytes and weight in one, in base64
-ROW_BYTES = 8  # a head's figures of a token, in base64
 MOST_HEADS, MOST_KEYS = 12, 8
 SHOWN = 256  # tokens of the first window that are shown
 OPENING_BYTES = 500_000  # what the whole patterns of all heads may weigh, a byte a weight
@@ -130,14 +126,6 @@ def opening_size(heads: int) -> int:
     return max(16, min(32, isqrt(OPENING_BYTES // heads)))
 
 
-def room(tokens: int) -> tuple[int, int]:
-    """How many heads, and keys for each token, a view of that many tokens has room for."""
-    free = PAGE_BYTES // tokens - TOKEN_BYTES
-    slots = free // SLOT_BYTES
-    heads = min(MOST_HEADS, max(slots // 6, min(3, slots // 3), 1))
-    return heads, min(MOST_KEYS, max(1, (free - heads * ROW_BYTES) // (heads * SLOT_BYTES)))
-
-
 def notable(roles: Iterable[Role], layers: int, heads: int, most: int) -> list[Head]:
     """The heads to show: the strongest of each role in turn; spread over the layers where none plays a part."""
     turns = zip_longest(*(role.heads for role in roles))
@@ -148,12 +136,10 @@ def notable(roles: Iterable[Role], layers: int, heads: int, most: int) -> list[H
     return sorted(chosen[:most])
 
 
-def view_of(looks: Mapping[int, Looks], heads: list[Head], tokens: list[str], most: int = MOST_KEYS) -> TokenView:
-    """The view of these heads, with at most so many keys for each token."""
+def view_of(looks: Mapping[int, Looks], heads: list[Head], tokens: list[str]) -> TokenView:
+    """The view of these heads."""
     n = len(tokens)
-    keys, weights = (
-        torch.stack([getattr(looks[i], name)[h, :, :most] for i, h in heads]) for name in Looks._fields[:2]
-    )
+    keys, weights = (torch.stack([getattr(looks[i], name)[h] for i, h in heads]) for name in Looks._fields[:2])
     got, seen = torch.stack([looks[i].sums[:, h, :n] for i, h in heads], 1)
     entropy = torch.stack([looks[i].entropy[h] for i, h in heads])
     norms = torch.stack([pad(looks[i].norms[h, :n], (0, max(0, n - looks[i].norms.shape[1]))) for i, h in heads])

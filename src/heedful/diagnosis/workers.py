@@ -10,30 +10,21 @@ import socket
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from heedful.adapters.spread import is_spread
 from heedful.core.asked import require_fields
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.files import scratch
-from heedful.core.stats import Statistic, compact
+from heedful.core.stats import compact
 
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """What one shard gave."""
-
-    facts: dict[str, Any]  # counts, what was left out and why, backends
-    statistics: dict[str, Statistic]
-
-
-Read = Callable[[Any], Any]  # of one shard, or whatever else is shared: what it gives
+Read = Callable[[Any], Any]  # of one shard, or whatever else is shared: what it gives, at once or one by one
 Pieces = Generator[Any, None, None]  # closed, it lets the workers go
 
 
@@ -42,7 +33,10 @@ class Workers(ABC):
 
     @abstractmethod
     def each(self, read: Read, shards: Sequence[Any]) -> Pieces:
-        """What `read` gives for each shard, in the order of the shards, whoever is done first."""
+        """What `read` gives for each shard, in the order of the shards, whoever is done first.
+
+        What it gives one by one comes so where this process reads, and else all at once.
+        """
 
     def together(self, whole: Callable[[], Any], read: Read) -> Any:
         """What `whole` gives, which may ask for `each`; in every process that takes part."""
@@ -54,7 +48,10 @@ class Here(Workers):
     """This process, one shard after the other."""
 
     def each(self, read: Read, shards: Sequence[Any]) -> Pieces:
-        yield from map(read, shards)
+        for shard in shards:
+            found = read(shard)
+            with closing(found) if isinstance(found, Generator) else nullcontext():
+                yield found
 
 
 @dataclass(frozen=True)
@@ -234,7 +231,8 @@ class Ranks(Workers):
 def _closed(read: Read, shard: Any) -> bytes:
     """What a shard gave, or why it gave nothing, to be sent."""
     try:
-        return packed(read(shard))
+        found = read(shard)
+        return packed(tuple(found) if isinstance(found, Generator) else found)
     except HeedfulError as error:
         return packed(error)
 
@@ -271,7 +269,7 @@ def _opened(content: bytes) -> Any:
 
 def as_workers(asked: int | Workers | None, model: nn.Module, verb: str) -> Workers:
     """So many workers of Ray, those that are named, or this process."""
-    if asked is not None and any(isinstance(p, DTensor) for p in model.parameters()):
+    if asked is not None and is_spread(model):
         rule = "work on something else each, and these weights are spread over processes that must do the same"
         raise FieldError(verb, "workers", asked, rule, None)
     return Ray(asked) if isinstance(asked, int) else asked or Here()

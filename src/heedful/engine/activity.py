@@ -8,6 +8,13 @@ from heedful.core.call import Call
 from heedful.core.notebook import printed
 
 
+class Difference(float):
+    """How far outputs moved, as a share of the largest of them; a number that says so where it is shown."""
+
+    def __repr__(self) -> str:
+        return f"{float(self):.3g} of the largest output"
+
+
 @dataclass(frozen=True)
 class Activity:
     """Whether a stack did anything: what a run saw."""

@@ -15,9 +15,13 @@ from typing import Any, NamedTuple, Protocol
 from weakref import ref
 
 import torch
+from torch import Tensor
 from torch.utils import checkpoint
 
 from heedful.core.errors import NotEntered
+from heedful.core.summary import SummaryAccumulator
+from heedful.core.values import replace
+from heedful.engine.attention_call import AttentionCall
 from heedful.engine.one_forward import Memory
 from heedful.engine.run_state import RunState
 
@@ -97,6 +101,26 @@ def stand_around(run: OfRun, name: str, whole: bool) -> bool:
     if not whole and torch._C._current_graph_task_id() != run.state.now.backward:
         raise _strange(name)  # by other means than torch's
     return blind
+
+
+def recomputed(compute: Callable[[AttentionCall], Tensor], job: AttentionCall) -> Tensor:
+    """What a part of a call gives; nothing in between is kept for the way back, which computes it again as it was."""
+    state, layer, accumulator = job.run_state, job.call.layer, job.accumulator
+    memory, shelf, known = state.memory(), state.now.shelves.get(layer), False
+
+    def part() -> Tensor:
+        nonlocal known
+        if not known:
+            known = True
+            return compute(job)
+        counted = accumulator and SummaryAccumulator(accumulator.requested, accumulator.call, accumulator.carry)
+        with state.computing_again(memory):
+            if shelf is not None:
+                state.now.shelves[layer] = shelf
+            return compute(replace(job, accumulator=counted))  # the first count stands
+
+    found: Tensor = checkpoint.checkpoint(part, use_reentrant=False)
+    return found
 
 
 def _strange(name: str) -> NotEntered:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import SiteError
+from heedful.core.method import Step
 from heedful.core.sites import Site
-from heedful.core.stack import Step
 from heedful.core.summary import SummaryAccumulator
 from heedful.core.values import replace
 from heedful.engine.attention_call import AttentionCall
@@ -53,12 +53,18 @@ def _hide(scores: Tensor, keep: Tensor) -> bool:
     return len(columns) == keep.shape[-1] and not bool(keep.any(-1).all())
 
 
+def biased(scores: Tensor, job: AttentionCall, rows: slice, cols: slice | Tensor) -> Tensor:
+    """Scores of some rows and columns with what the model adds to them."""
+    if job.bias is None:
+        return scores
+    own = job.bias if job.bias.shape[-2] == 1 else job.bias[..., rows, :]
+    return scores + own[..., cols].to(scores.dtype)
+
+
 def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Heads and pattern of the query rows and key columns that `call` names. This is what attention *is* here."""
     scores = call.capped(grouped(q, k.mT).mul_(call.scale))
-    if job.bias is not None:
-        rows = call.rows if job.bias.shape[-2] != 1 else slice(None)
-        scores = scores + job.bias[..., rows, :][..., call.cols].to(scores.dtype)
+    scores = biased(scores, job, call.rows, call.cols)
     scores, call = staged(Site.SCORES, scores, job, call)
     keep, blind = call.keep, False
     if keep is not None:
@@ -160,9 +166,9 @@ def _first_rows(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _learned(job: AttentionCall) -> tuple[Tensor, ...]:
     """What the weights depend on beside queries and keys, where a kernel could serve them."""
-    sink = () if job.sink is None else (job.sink,)
+    given = (x for x in (job.sink, job.bias) if x is not None)
     found = (job.run_state.params.get((step.number, job.call.layer), {}).values() for step in job.plan.reweights)
-    return (*sink, *itertools.chain.from_iterable(found))
+    return (*given, *itertools.chain.from_iterable(found))
 
 
 def _carries(job: AttentionCall, call: Call) -> dict[int, Tensor]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.method import Step
 from heedful.core.reweight import Reweight
-from heedful.core.stack import Step
 from heedful.core.summary import SummaryAccumulator
 from heedful.engine.needs import Needs
 from heedful.engine.run_state import Plan, RunState

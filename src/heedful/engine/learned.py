@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from heedful.core.method import Layer, Method
-from heedful.core.stack import Stack
+from heedful.core.method import Layer, Method, Stack
 
 PREFIX = "heedful_"
 

@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.method import Step
 from heedful.core.sites import MAP_SITES, Site
-from heedful.core.stack import Step, apart
+
+
+def apart(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The readers of a pattern's first rows that are served beside the backend: all, where nothing edits the map."""
+    if any(s.edit.site in MAP_SITES and not s.edit.reads for s in steps):
+        return ()
+    return tuple(s for s in steps if s.edit.site is Site.PATTERN and s.first is not None)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heedful.core.reweight import Reweight
 from heedful.core.summary import Summary, SummaryAccumulator
-from heedful.engine.attend import grouped, wide
+from heedful.engine.attend import biased, grouped, wide
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.stages import reweight_of
 
@@ -79,7 +79,10 @@ def _level(q: Tensor, k: Tensor, job: AttentionCall, summary: Summary) -> Tensor
     b, h, n = summary.place.shape
     place = summary.place.reshape(b, k.shape[1], -1)
     best = k.gather(2, place[..., None].expand(-1, -1, -1, k.shape[3])).view(b, h, n, -1)
-    return job.call.capped(torch.linalg.vecdot(q, best) * job.call.scale) - summary.peak.log()
+    score = job.call.capped(torch.linalg.vecdot(q, best) * job.call.scale)
+    if job.bias is not None:
+        score = score + job.bias.to(score.dtype).expand(b, h, n, -1).gather(3, summary.place[..., None])[..., 0]
+    return score - summary.peak.log()
 
 
 def _moved(
@@ -93,7 +96,8 @@ def _moved(
 ) -> Tensor | None:
     """A block's heads after the shift; None where some row must be computed anew."""
     q, k, v = tensors
-    weights = (job.call.capped(grouped(q, k.mT) * job.call.scale) - level[..., None]).exp()  # [b h r c]
+    scores = biased(job.call.capped(grouped(q, k.mT) * job.call.scale), job, block, columns)
+    weights = (scores - level[..., None]).exp()  # [b h r c]
     keep = job.call.mask.keeps(job.call.tile(block, columns).pairs)
     if keep is not None:
         weights = weights.masked_fill(~keep, 0.0)

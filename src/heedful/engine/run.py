@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from heedful.core.asked import asks
 from heedful.core.call import DenoisingStep
 from heedful.core.errors import FieldError, InactiveWarning, StatisticError
-from heedful.core.method import Layer, Method, Part, Readings
+from heedful.core.method import Layer, Method, Part, Readings, Stack, Step, as_stack
 from heedful.core.notebook import printed
 from heedful.core.regions import PerText, Region, Roles, marks
-from heedful.core.stack import Stack, Step, as_stack
 from heedful.core.stats import Statistic, load, save
-from heedful.engine.activity import Activity, density_of
+from heedful.engine.activity import Activity, Difference, density_of
 from heedful.engine.learned import learned
 from heedful.engine.resting import undone
 from heedful.engine.run_state import RunState, blind
@@ -322,13 +321,13 @@ class Run:
         return self.state.branch()
 
     @torch.no_grad()
-    def difference(self, *args: Any, **kwargs: Any) -> float:
+    def difference(self, *args: Any, **kwargs: Any) -> Difference:
         """Largest change of the model's first output against the unedited model, over its largest magnitude."""
         self._require_open()
         edited = _first_tensor(self.model(*args, **kwargs))
         with self.paused():
             plain = _first_tensor(self.model(*args, **kwargs))
-        return float((edited - plain).abs().max() / plain.abs().max().clamp(min=1e-30))
+        return Difference((edited - plain).abs().max() / plain.abs().max().clamp(min=1e-30))
 
     @asks
     def save(self, path: str | Path) -> Path:

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from heedful.core.call import Call, DenoisingStep, Phase
 from heedful.core.errors import DefinitionError, FieldError, SiteError
-from heedful.core.method import Method, Scoped
+from heedful.core.method import Method, Scoped, Stack, Step
 from heedful.core.sites import HEADLESS_SITES, MAP_SITES, Site
-from heedful.core.stack import Stack, Step, apart
 from heedful.core.state import Key, Notes, Shelf, State
 from heedful.core.stats import Statistic
 from heedful.core.values import replace
 from heedful.engine.learned import planted_name
-from heedful.engine.needs import Needs
+from heedful.engine.needs import Needs, apart
 from heedful.engine.one_forward import Forward, Found, Memory
 
 _K = TypeVar("_K")
@@ -144,7 +143,7 @@ class RunState:
         self._names = tuple(f"{part!r} {parts[:n].count(part)}" for n, part in enumerate(parts))
         edits = [any(not e.reads for e in method.edits) for method in self.stack.methods]
         self._editors = tuple(itertools.compress(self._names, edits))
-        self._plans: dict[tuple[int, Phase, frozenset[int]], Plan] = {}
+        self._plans: dict[tuple[int, Phase, frozenset[int], bool | None], Plan] = {}
 
     @property
     def losses(self) -> dict[Found, Tensor]:
@@ -179,13 +178,15 @@ class RunState:
                 asked[step.number] = step.method.idle(self.view(step, call))
         idle = frozenset(number for number, yes in asked.items() if yes) | whole.left_out(call.denoising)
         self.idled |= idle
-        return self._plan(call.layer, call.phase, idle)
+        return self._plan(call.layer, call.phase, idle, call.training)
 
-    def _plan(self, layer: int, phase: Phase, idle: frozenset[int] = frozenset()) -> Plan:
-        found = self._plans.get((layer, phase, idle))
+    def _plan(self, layer: int, phase: Phase, idle: frozenset[int] = frozenset(), training: bool | None = None) -> Plan:
+        """Those of a layer in a phase, without idle parts; with `training` None those of training and of rest."""
+        found = self._plans.get((layer, phase, idle, training))
         if found is None:
-            steps = tuple(s for s in self.stack.steps(layer, phase) if s.number not in idle)
-            found = self._plans[layer, phase, idle] = Plan(steps, apart(steps))
+            left = (s for s in self.stack.steps(layer, phase) if s.number not in idle)
+            steps = tuple(s for s in left if training is None or s.edit.training in (None, training))
+            found = self._plans[layer, phase, idle, training] = Plan(steps, apart(steps))
         return found
 
     def new_forward(self, blind: bool = False) -> None:
@@ -288,8 +289,7 @@ class RunState:
         have = self.calls.get(call.layer)
         size = len(call.queries) * len(call.keys)
         if have is None or size >= len(have.queries) * len(have.keys):
-            tensors = ("ids", "hidden", "rotate", "query", "key", "value", "bias")
-            self.calls[call.layer] = replace(call, **dict.fromkeys(tensors))
+            self.calls[call.layer] = call.places
 
     def look_for_nan(self, layer: int, x: Tensor) -> None:
         if not x.numel():

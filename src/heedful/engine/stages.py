@@ -12,10 +12,10 @@ from torch import Tensor
 from heedful.core.call import CachedKV, Call, Kept
 from heedful.core.errors import SiteError
 from heedful.core.mask import Mask
+from heedful.core.method import Step
 from heedful.core.packed import Packing
 from heedful.core.reweight import Reweight
 from heedful.core.sites import Site
-from heedful.core.stack import Step
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.core.values import replace
 from heedful.engine.attention_call import AttentionCall

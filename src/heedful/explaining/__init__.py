@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "agreement": "agreeing",
+    "Agreement": "agreeing",
     "attribute": "attribution",
     "Attribution": "attribution",
     "logit_lens": "logits",
@@ -26,6 +28,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Agreement",
     "Attribution",
     "DirectLogits",
     "Faithfulness",
@@ -35,6 +38,7 @@ __all__ = [
     "Removal",
     "Trace",
     "ablate",
+    "agreement",
     "attribute",
     "direct_logits",
     "faithfulness",
@@ -55,6 +59,7 @@ def __getattr__(name: str) -> Any:
 if TYPE_CHECKING:
     from heedful.explaining.ablation import ablate
     from heedful.explaining.activation_patching import HeadEffects, patching, path_patching
+    from heedful.explaining.agreeing import Agreement, agreement
     from heedful.explaining.attention_patterns import Patterns, patterns
     from heedful.explaining.attribution import Attribution, attribute
     from heedful.explaining.faithful import Faithfulness, Removal, faithfulness

@@ -15,9 +15,8 @@ from heedful.core.errors import FieldError
 from heedful.core.figures import Head
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Tokenizer
-from heedful.core.method import Method, Part
+from heedful.core.method import Method, Part, Stack
 from heedful.core.sites import Site, at, reads
-from heedful.core.stack import Stack
 from heedful.core.stats import Mean, Statistic
 from heedful.engine.run import Run
 from heedful.explaining.aim import fed, pairs

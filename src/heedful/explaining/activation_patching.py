@@ -17,10 +17,9 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.figures import Head, HeadMap, head_name
 from heedful.core.fitted import Fitted
-from heedful.core.method import Method, Part
+from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.notebook import printed
 from heedful.core.sites import Site, at, reads
-from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Cat, Statistic
 from heedful.explaining.aim import following, pairs, require_count
 from heedful.methods.explain.patch import Patch, patched

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from heedful.adapters.grids import before_patches, grid_of
+from heedful.adapters.grids import grid_of, names_before
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import attach, still
 from heedful.core.asked import asks
@@ -20,9 +20,8 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.figures import Grid, Head, counted, head_name
 from heedful.core.kinds import Tokenizer
-from heedful.core.method import Method, Part
+from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.sites import Site, reads
-from heedful.core.stack import Stack, as_stack
 from heedful.core.stats import Cat, Statistic
 from heedful.explaining.aim import fed, pairs, spelled
 from heedful.models import Loaded
@@ -39,7 +38,7 @@ class Picture:
 
     pixels: Tensor  # [c rows cols], as the model gets them
     grid: tuple[int, int]  # rows and columns of patches
-    before: int  # tokens that stand before the patches
+    before: list[str]  # what the tokens are that stand before the patches
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +187,7 @@ def patterns(
 def _picture(model: nn.Module, inputs: dict[str, Any]) -> Picture | None:
     if (pixels := inputs.get("pixel_values")) is None or (grid := grid_of(model, {"pixel_values": pixels})) is None:
         return None
-    return Picture(pixels[0].float().cpu(), grid, before_patches(model))
+    return Picture(pixels[0].float().cpu(), grid, names_before(model))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""heedful's own attention for GPUs, in Triton: what the CPU kernel of `heedful.native` gives, and soft caps."""
+"""Attention for GPUs, in Triton: what the CPU kernel of `heedful.native` gives, and soft caps and biases too."""
 
 from __future__ import annotations
 

@@ -120,8 +120,19 @@ def _product(a, b, size):
 
 
 @triton.jit
-def _scores(q, k, size):
-    return _capped(_product(q, tl.trans(k), size) * size.scale, size)
+def _scores(q, k, size, bias, batch, head, query, col):
+    """A tile's scores, with what the model adds to them."""
+    scores = _capped(_product(q, tl.trans(k), size) * size.scale, size)
+    if bias is not None:
+        scores += _added(bias, batch, head, query, col[None, :], (query < size.n)[:, None] & (col < size.m)[None, :])
+    return scores
+
+
+@triton.jit
+def _added(bias, batch, head, query, col, there):
+    """The bias of some pairs; heads and queries stand beside one another."""
+    at = bias.at + batch * bias.b + (_wide(head) * bias.h + _wide(query) * bias.n)[:, None] + col
+    return tl.load(at, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -135,7 +146,7 @@ def _capped(scores, size):
 
 @triton.jit
 def attend_rows(
-    q_lines, k_lines, v_lines, size, keep, sink, first_at, carry, found, span,
+    q_lines, k_lines, v_lines, size, keep, bias, sink, first_at, carry, found, span,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """Heads, the log-sum-exp of each row's scores, and what can be said of a row; each program has a span of keys."""
@@ -165,7 +176,8 @@ def attend_rows(
         seen = tl.max(kept.to(tl.int32), 0) > 0  # what no row may see is not read: it may hold anything
         if tl.max(seen.to(tl.int32)) > 0:
             same = shared + 0 * col
-            scores = _scores(q, _read(k_lines, batch, same, col, seen, size.d, BD), size)
+            k = _read(k_lines, batch, same, col, seen, size.d, BD)
+            scores = _scores(q, k, size, bias, batch, head, query, col)
             scores = tl.where(kept, scores, float("-inf"))
             sees = sees | (tl.max(kept.to(tl.int32), 1) > 0)
             best = tl.max(scores, 1)
@@ -222,8 +234,10 @@ def attend_rows(
         wide = tl.arange(0, BD)
         at = k_lines.at + batch * k_lines.b + shared * k_lines.h + _wide(one) * k_lines.n + wide
         k = tl.load(at, mask=(wide < size.d) & (one >= 0), other=0.0)
-        score = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * size.scale
-        weight = tl.exp(_capped(score, size) - base) * share
+        score = _capped(tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * size.scale, size)
+        if bias is not None:
+            score += tl.sum(_added(bias, batch, head, query, col[None, :], (inside & (one >= 0))[:, None]), 1)
+        weight = tl.exp(score - base) * share
         tl.store(found.first + line, tl.where(kept & (one >= 0), weight, 0.0), mask=inside)
     if found.carried is not None:
         wide = tl.arange(0, BC)
@@ -233,7 +247,7 @@ def attend_rows(
 
 @triton.jit
 def _weights(
-    q_lines, k_lines, lse, size, keep, batch, head, query, first,
+    q_lines, k_lines, lse, size, keep, bias, batch, head, query, first,
     BN: tl.constexpr, BD: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """A tile's weights, from its rows' log-sum-exp; none of queries that are not text."""
@@ -251,13 +265,14 @@ def _weights(
         k = _read(k_lines, batch, head // size.group + 0 * col, col, seen, size.d, BD)
         level = tl.load(lse + (batch * size.heads + head) * size.n + query, mask=query < size.n, other=0.0)
         sees = kept & (level > float("-inf"))[:, None]
-        weights = tl.where(sees, tl.exp(_scores(q, k, size) - level[:, None]), 0.0)
+        scores = _scores(q, k, size, bias, batch, head + 0 * query, query, col)
+        weights = tl.where(sees, tl.exp(scores - level[:, None]), 0.0)
     return weights
 
 
 @triton.jit
 def add_columns(
-    q_lines, k_lines, lse, size, keep, received,
+    q_lines, k_lines, lse, size, keep, bias, received,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """What each key receives: a program has a block of keys and goes through all queries, in their order."""
@@ -266,14 +281,15 @@ def add_columns(
     summed = tl.zeros([BN], tl.float32)
     for start in range(0, size.n, BM):
         query = start + tl.arange(0, BM)
-        summed += tl.sum(_weights(q_lines, k_lines, lse, size, keep, batch, head, query, first, BN, BD, RANGES), 0)
+        weights = _weights(q_lines, k_lines, lse, size, keep, bias, batch, head, query, first, BN, BD, RANGES)
+        summed += tl.sum(weights, 0)
     col = first + tl.arange(0, BN)
     tl.store(received + _wide(tl.program_id(1)) * size.m + col, summed, mask=col < size.m)
 
 
 @triton.jit
 def add_diagonals(
-    q_lines, k_lines, lse, size, keep, distance, offset, reach,
+    q_lines, k_lines, lse, size, keep, bias, distance, offset, reach,
     B: tl.constexpr, BD: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """The weight at each distance: a program has a diagonal of tiles, in all of which a place means one distance."""
@@ -283,7 +299,7 @@ def add_diagonals(
     summed = tl.zeros([B, B], tl.float32)
     for i in range(tl.maximum(lag, 0), tl.minimum(tl.cdiv(size.n, B), wide + lag)):
         query = i * B + tl.arange(0, B)
-        summed += _weights(q_lines, k_lines, lse, size, keep, batch, head, query, (i - lag) * B, B, BD, RANGES)
+        summed += _weights(q_lines, k_lines, lse, size, keep, bias, batch, head, query, (i - lag) * B, B, BD, RANGES)
     place = tl.arange(0, B)
     far = lag * B + offset + place[:, None] - place[None, :]
     tl.atomic_add(distance + tl.program_id(1) * reach + far, summed, mask=(far >= 0) & (far < reach))

@@ -41,6 +41,7 @@ class Problem:
     ranges: Tensor  # [b|1 h|1 n r 2], int32
     scale: float
     softcap: float | None = None
+    bias: Tensor | None = None  # [b|1 h|1 n|1 m], added to scores
     sink: Tensor | None = None  # [h]
     table: Tensor | None = None  # [b|1 units rows columns]
     block: int = 0
@@ -72,28 +73,33 @@ class Answer:
 def attend(p: Problem) -> Answer:
     """One call; the second pass over keys, and the third, are made where columns or distances are asked for."""
     size, keep = _sizes(p), _keep(p)
-    q, k = _lines(p.q), _lines(p.k)
+    q, k, bias = _lines(p.q), _lines(p.k), None if p.bias is None else _shared(p.bias)
     fit = tiles(max(size.d, size.e), size.n * size.group)
     widths = {"BD": _power(size.d), "RANGES": p.ranges.shape[3]}
-    answer = _rows(p, q, k, size, keep, fit, widths)
+    answer = _rows(p, q, k, size, keep, bias, fit, widths)
     texts = p.q.shape[0] * size.heads
     if p.received:
         received = p.q.new_empty(p.q.shape[0], size.heads, size.m, dtype=torch.float32)
         grid = (triton.cdiv(size.m, fit.keys), texts)
-        _call(kernels.add_columns, grid, q, k, answer.lse, size, keep, received, BM=fit.rows, BN=fit.keys, **widths)
+        _call(
+            kernels.add_columns, grid, q, k, answer.lse, size, keep, bias, received, BM=fit.rows, BN=fit.keys, **widths
+        )  # fmt: skip
         answer = _with(answer, received=received)
     if p.reach:
         distance = p.q.new_zeros(p.q.shape[0], size.heads, p.reach, dtype=torch.float32)
         side = fit.keys
         grid = (triton.cdiv(size.n, side) + triton.cdiv(size.m, side) - 1, texts)
         _call(
-            kernels.add_diagonals, grid, q, k, answer.lse, size, keep, distance, p.offset, p.reach, B=side, **widths
+            kernels.add_diagonals, grid, q, k, answer.lse, size, keep, bias, distance, p.offset, p.reach, B=side,
+            **widths,
         )  # fmt: skip
         answer = _with(answer, distance=distance)
     return answer
 
 
-def _rows(p: Problem, q: Lines, k: Lines, size: Sizes, keep: Keep, fit: Tiles, widths: dict[str, int]) -> Answer:
+def _rows(
+    p: Problem, q: Lines, k: Lines, size: Sizes, keep: Keep, bias: Lines | None, fit: Tiles, widths: dict[str, int]
+) -> Answer:
     b, groups = p.q.shape[0], size.heads // size.group
     blocks = triton.cdiv(size.n * size.group, fit.rows)
     plain = not (p.entropy or p.place or p.first_at is not None or p.carry is not None)
@@ -111,8 +117,8 @@ def _rows(p: Problem, q: Lines, k: Lines, size: Sizes, keep: Keep, fit: Tiles, w
         room(p.carry is not None, size.c),
     )  # fmt: skip
     _call(
-        kernels.attend_rows, (blocks, b * groups, splits), q, k, _lines(p.v), size, keep, p.sink, p.first_at, carry,
-        found, span, BM=fit.rows, BN=fit.keys, BE=_power(size.e), BC=_power(size.c), **widths,
+        kernels.attend_rows, (blocks, b * groups, splits), q, k, _lines(p.v), size, keep, bias, p.sink, p.first_at,
+        carry, found, span, BM=fit.rows, BN=fit.keys, BE=_power(size.e), BC=_power(size.c), **widths,
     )  # fmt: skip
     if splits > 1:
         whole = torch.logsumexp(lse, 0)
@@ -142,6 +148,12 @@ def _power(width: int) -> int:
 def _lines(x: Tensor) -> Lines:
     x = x if x.stride(-1) == 1 else x.contiguous()
     return Lines(x, *x.stride()[:3])
+
+
+def _shared(x: Tensor) -> Lines:
+    """Lines that stand for all texts, heads or queries where there is one."""
+    lines = _lines(x)
+    return Lines(lines.at, *(0 if size == 1 else gap for gap, size in zip(lines[1:], x.shape[:3], strict=True)))
 
 
 def _strides(x: Tensor) -> tuple[int, int]:

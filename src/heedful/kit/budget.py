@@ -35,6 +35,12 @@ def room_for(budget: Budget, tokens: int) -> int:
     return budget if isinstance(budget, int) else max(1, math.ceil(budget * tokens))
 
 
+def all_fit(room: int, tokens: int, acting: str) -> str | None:
+    """Why a text is left whole that there is room for, and a setting that would act; None where there is none."""
+    told = f"there is room for {room} tokens, and the text has {tokens}: {acting} would act"
+    return told if room >= tokens else None
+
+
 def rooms(budget: Budget, tokens: Tensor) -> Tensor:
     """`room_for` texts of so many tokens each; in Python's arithmetic, since float32 rounds shares otherwise."""
     return tokens.new_tensor([room_for(budget, n) for n in tokens.flatten().tolist()]).view_as(tokens)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-SHRINKS = 80  # hundredths that a searched step is taken smaller by, at most
+SHRINKS = 80  # sizes of a step that are searched, each a hundredth smaller than the last
 DAMPING = 0.01  # share of a Hessian's mean diagonal that is added to it, so that it has an inverse
 
 

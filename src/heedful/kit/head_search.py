@@ -10,8 +10,7 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-from heedful.core.method import FitContext, Part, Session
-from heedful.core.stack import Stack
+from heedful.core.method import FitContext, Part, Session, Stack
 
 Batch = Mapping[str, Any]
 Head = tuple[int, int]  # layer, head

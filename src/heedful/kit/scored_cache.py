@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heedful.core.call import CachedKV, Call
 from heedful.core.method import Method
-from heedful.kit.budget import Budget, keep_best, require_budget, room, room_for
+from heedful.kit.budget import Budget, all_fit, keep_best, require_budget, room, room_for
 
 
 class ScoredCache(Method, abstract=True):
@@ -33,8 +33,7 @@ class ScoredCache(Method, abstract=True):
         return {"kept": min(tokens, room_for(self.budget, tokens))}
 
     def rests(self, tokens: int) -> str | None:
-        room = room_for(self.budget, tokens)
-        return f"there is room for {room} tokens, and the text has {tokens}" if room >= tokens else None
+        return all_fit(room_for(self.budget, tokens), tokens, "budget=0.5")
 
     def most(self, call: Call) -> Tensor:
         """How many entries each head of each text may hold after this call, `[b|1 1 1]`."""

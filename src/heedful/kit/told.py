@@ -21,6 +21,11 @@ def of_keys(call: Call, name: str, own: Tensor) -> Tensor:
     return found.gather(2, where.expand(*found.shape[:2], -1)[..., None].expand(-1, -1, -1, own.shape[3]))
 
 
+def of_text(call: Call, name: str, own: Tensor) -> Tensor:
+    """The same by index, up to the call's last token, `[b h n c]`."""
+    return _so_far(call, name, own, UNKNOWN)
+
+
 def _so_far(call: Call, name: str, own: Tensor, unknown: float) -> Tensor:
     """What is said of the text's tokens up to this call's last, by index, `[b h n c]`; keeps it with the cache."""
     first = (call.queries.first or 0) + len(call.queries) - own.shape[2]

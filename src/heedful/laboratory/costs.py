@@ -12,7 +12,7 @@ from torch import Generator, nn
 
 from heedful.bench.cost import cost
 from heedful.bench.results import price
-from heedful.core.stack import Stack
+from heedful.core.method import Stack
 from heedful.laboratory.course import Course, Quantity
 from heedful.laboratory.training import fresh
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from heedful.catalogue import find
 from heedful.core.errors import FieldError, HeedfulError, WriteError
 from heedful.core.files import folder_for
-from heedful.core.method import Method, Part, Scoped
+from heedful.core.method import Method, Part, Scoped, Stack
 from heedful.core.reading import named, written
-from heedful.core.stack import Stack
 from heedful.laboratory.costs import PLAIN
 from heedful.laboratory.kinds import DEFAULTS, courses
 from heedful.laboratory.outcome import Lab

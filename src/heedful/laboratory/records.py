@@ -25,9 +25,8 @@ from heedful.bench.compare import label
 from heedful.core.errors import StatisticError
 from heedful.core.files import digest_of, placed, replace_text, sealed, writing
 from heedful.core.fitted import Fitted
-from heedful.core.method import Method, Part
+from heedful.core.method import Method, Part, Stack
 from heedful.core.spelling import spelled
-from heedful.core.stack import Stack
 from heedful.engine.run import Run
 from heedful.facts import surroundings
 from heedful.laboratory import costs, training

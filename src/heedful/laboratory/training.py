@@ -15,8 +15,7 @@ from torch.utils.data import IterableDataset
 
 from heedful.api import attach
 from heedful.core.errors import ClashError, HeedfulError, InactiveWarning
-from heedful.core.method import Method
-from heedful.core.stack import Stack
+from heedful.core.method import Method, Stack
 from heedful.engine.run import Run
 from heedful.laboratory.course import Batch, Course
 

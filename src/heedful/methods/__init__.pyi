@@ -34,6 +34,7 @@ from heedful.methods.intervene.language.attn_rank import AttnRank as AttnRank
 from heedful.methods.intervene.language.austeer import AUSteer as AUSteer
 from heedful.methods.intervene.language.focus_directions import FocusDirections as FocusDirections
 from heedful.methods.intervene.language.head_scale import HeadScale as HeadScale
+from heedful.methods.intervene.language.largepig import LargePiG as LargePiG
 from heedful.methods.intervene.language.lofit import LoFiT as LoFiT
 from heedful.methods.intervene.language.pasta import PASTA as PASTA
 from heedful.methods.intervene.language.sadr import SADR as SADR
@@ -52,14 +53,17 @@ from heedful.methods.mechanisms.gates.gated_norm import GatedNorm as GatedNorm
 from heedful.methods.mechanisms.gates.head_mask import HeadMask as HeadMask
 from heedful.methods.mechanisms.linear.aaren import Aaren as Aaren
 from heedful.methods.mechanisms.linear.efficient_attention import EfficientAttention as EfficientAttention
+from heedful.methods.mechanisms.linear.enhanced_linear_attention import EnhancedLinearAttention as EnhancedLinearAttention
 from heedful.methods.mechanisms.linear.fastmax import Fastmax as Fastmax
 from heedful.methods.mechanisms.linear.flow_attention import FlowAttention as FlowAttention
 from heedful.methods.mechanisms.linear.inline import InLine as InLine
 from heedful.methods.mechanisms.linear.lightning_attention import LightningAttention as LightningAttention
 from heedful.methods.mechanisms.linear.lln_attention import LLNAttention as LLNAttention
 from heedful.methods.mechanisms.linear.mala import MALA as MALA
+from heedful.methods.mechanisms.local.activator import Activator as Activator
 from heedful.methods.mechanisms.local.dynamic_conv import DynamicConv as DynamicConv
 from heedful.methods.mechanisms.local.generalized_neighborhood_attention import GeneralizedNeighborhoodAttention as GeneralizedNeighborhoodAttention
+from heedful.methods.mechanisms.local.halo_attention import HaloAttention as HaloAttention
 from heedful.methods.mechanisms.local.hepos import Hepos as Hepos
 from heedful.methods.mechanisms.local.light_conv import LightConv as LightConv
 from heedful.methods.mechanisms.local.local_p import LocalP as LocalP
@@ -73,6 +77,7 @@ from heedful.methods.mechanisms.normalise.rectified_attention import RectifiedAt
 from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention as SigmoidAttention
 from heedful.methods.mechanisms.normalise.softplus_attention import SoftplusAttention as SoftplusAttention
 from heedful.methods.mechanisms.normalise.spark_attention import SparkAttention as SparkAttention
+from heedful.methods.mechanisms.places.fftnet import FFTNet as FFTNet
 from heedful.methods.mechanisms.pooling.combiner import Combiner as Combiner
 from heedful.methods.mechanisms.pooling.slot_attention import SlotAttention as SlotAttention
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
@@ -86,6 +91,7 @@ from heedful.methods.mechanisms.routed.routing_transformer import RoutingTransfo
 from heedful.methods.mechanisms.routed.sparse_k import SparseK as SparseK
 from heedful.methods.mechanisms.score.dual_attention import DualAttention as DualAttention
 from heedful.methods.mechanisms.score.halved_attention import HalvedAttention as HalvedAttention
+from heedful.methods.mechanisms.score.mhe import MHE as MHE
 from heedful.methods.mechanisms.score.multi_token_attention import MultiTokenAttention as MultiTokenAttention
 from heedful.methods.mechanisms.score.neural_attention import NeuralAttention as NeuralAttention
 from heedful.methods.mechanisms.score.optimised_attention import OptimisedAttention as OptimisedAttention
@@ -131,6 +137,7 @@ from heedful.methods.sparse.prefill.hylra import HyLRA as HyLRA
 from heedful.methods.sparse.prefill.hyper_attention import HyperAttention as HyperAttention
 from heedful.methods.sparse.prefill.qada import QAdA as QAdA
 from heedful.methods.sparse.prefill.radial_attention import RadialAttention as RadialAttention
+from heedful.methods.sparse.prefill.rectified_spa_attn import RectifiedSpaAttn as RectifiedSpaAttn
 from heedful.methods.sparse.prefill.s2_attention import S2Attention as S2Attention
 from heedful.methods.sparse.prefill.sample_attention import SampleAttention as SampleAttention
 from heedful.methods.sparse.prefill.seer_attention import SeerAttention as SeerAttention

@@ -129,8 +129,19 @@ struct Block {
     return (int32_t)(desk.runs[i].column + at - desk.runs[i].at);
   }
 
+  // A row's scores with what the model makes of them; of columns behind the last key nothing is said.
+  void model(int64_t r, const Chunk &c, float *row) const {
+    const float *bias = p.bias;
+    if (bias) bias += b * p.bias_stride[0] + head(r) * p.bias_stride[1] + query(r) * p.bias_stride[2];
+    for (int64_t i = c.from; i < c.to; i++) {
+      const Run &run = desk.runs[i];
+      as_modelled(row + run.at, std::min(run.width, p.keys - run.column), p.softcap, bias ? bias + run.column : nullptr);
+    }
+  }
+
   // Scores of a row to weights over its running maximum, and what the row adds up to so far.
   void soften(int64_t r, int64_t number, const Chunk &c, float *row) {
+    if (p.softcap || p.bias) model(r, c, row);
     mask(r, c, row);
     vf high = load(row);
     for (int64_t i = W; i < c.width; i += W) high = greater(high, load(row + i));

@@ -6,7 +6,6 @@ constexpr int ROWS = 144;    // rows of a block, all heads together
 constexpr int WIDE = 256;    // columns of a chunk: its scores stay in the second-level cache
 constexpr int PAD = 16;      // floats between rows of a chunk, so that they do not fall on one another in the cache
 constexpr int PITCH = WIDE + PAD;
-constexpr float LOG2E = 1.44269504088896340736f, LN2 = 0.69314718055994530942f;
 
 struct Sizes {
   int64_t units, stacked, rows, blocks, depth, panels, value_panels, carry_panels;

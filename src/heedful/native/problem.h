@@ -12,7 +12,9 @@ struct Problem {
   const int64_t *held;
   int64_t bfloat16;                                                   // q, k and v are bfloat16, else float32
   int64_t exact;  // weights are not to be rounded to bfloat16 before they meet values, whatever that costs
-  float scale;
+  float scale, softcap;   // what scaled scores are bounded by, as softcap * tanh(score / softcap); 0 where they are not
+  const float *bias;      // [b|1 h|1 q|1 k] added to scores, or null; k without gaps
+  int64_t bias_stride[3]; // of b, head and query, 0 where there is one for all
   const float *sink;      // [h] a logit without key or value for each head, or null
   const int32_t *ranges;  // [b|1 h|1 q n 2] half-open ranges of columns that each query sees; null, where one query
                           // for each head sees all

@@ -153,6 +153,9 @@ void step_of(const Problem &p) {
       });
       for (int64_t h = 0; h < group; h++) {
         float *row = scores + h * PART;
+        const float *bias = p.bias;
+        if (bias) bias += b * p.bias_stride[0] + (g * group + h) * p.bias_stride[1] + from;
+        as_modelled(row, n, p.softcap, bias);
         const int32_t *seen = p.ranges + b * p.range_stride[0] + (g * group + h) * p.range_stride[1];
         int64_t at = from;
         for (int64_t r = 0; r < p.range_count && at < to; r++) {

@@ -31,6 +31,7 @@ INLINE float total(vf x) {
   return (sum[0] + sum[2]) + (sum[1] + sum[3]);  // not one after the other: each would wait for the last
 }
 
+constexpr float LOG2E = 1.44269504088896340736f, LN2 = 0.69314718055994530942f;
 constexpr float LEAST = -127.0f;  // 2^this is nothing at all to exp2
 
 // 2^x for x from LEAST to 0, within 1e-7, and zero at LEAST; what is no number stays so
@@ -48,6 +49,22 @@ INLINE vf exp2(vf x) {
   union { vf f; vi i; } bits = {shifted};
   bits.i = (bits.i << 23) + 0x3f800000;
   return y * bits.f;
+}
+
+// Scores, times LOG2E, bounded: softcap * tanh(score / softcap), from an exponential that cannot overflow.
+INLINE vf capped(vf x, float softcap) {
+  vf size = x < vf{} ? -x : x;
+  vf small = exp2(greater(size * (-2.0f / softcap), all(LEAST)));
+  vf high = (1.0f - small) / (1.0f + small) * (softcap * LOG2E);
+  return x < vf{} ? -high : high;
+}
+
+// Scores of one query, times LOG2E, as the model has them: bounded, and with what it adds to them.
+INLINE void as_modelled(float *scores, int64_t n, float softcap, const float *bias) {
+  if (softcap)
+    for (int64_t j = 0; j < n; j += W) store(scores + j, capped(load(scores + j), softcap));
+  if (bias)
+    for (int64_t j = 0; j < n; j++) scores[j] += bias[j] * LOG2E;
 }
 
 // What a weight over one maximum is multiplied with to be over a later one; both may be minus infinity.

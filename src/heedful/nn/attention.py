@@ -11,8 +11,7 @@ from transformers.cache_utils import Cache
 from heedful.adapters.compiled import as_written
 from heedful.adapters.kvcache import seen
 from heedful.core.errors import FieldError, RefusedModel
-from heedful.core.method import Layer, Part
-from heedful.core.stack import Stack, as_stack
+from heedful.core.method import Layer, Part, Stack, as_stack
 from heedful.engine.again import stand_around
 from heedful.engine.run import Run
 from heedful.nn.calling import Given, attended

@@ -7,8 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from heedful.core.errors import FieldError
-from heedful.core.method import Part
-from heedful.core.stack import Stack
+from heedful.core.method import Part, Stack
 from heedful.nn.attention import Attention
 
 M = TypeVar("M", bound=nn.Module)

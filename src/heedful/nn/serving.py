@@ -8,9 +8,8 @@ from torch import nn
 
 from heedful.adapters.planted import Planted
 from heedful.core.errors import FieldError
-from heedful.core.method import Layer
+from heedful.core.method import Layer, Stack
 from heedful.core.sites import Site
-from heedful.core.stack import Stack
 from heedful.engine.run import Run
 
 

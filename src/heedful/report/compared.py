@@ -73,6 +73,7 @@ def render(comparison: Compared) -> str:
         "facts": _facts(comparison),
         "more": more(plain),
         "findings": told.findings,
+        "sparks": {},
         "roles": [],
         "role_map": None,
         "matrix": comparison.matrix,

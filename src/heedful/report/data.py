@@ -25,6 +25,7 @@ from heedful.core.figures import (
     head_name,
 )
 from heedful.core.kinds import Measure
+from heedful.core.pictures import shrunk
 from heedful.report.colours import ROLES
 from heedful.report.plots import bare
 
@@ -138,6 +139,11 @@ def roles(told: Iterable[tuple[Measure, Description]]) -> list[dict[str, Any]]:
     return [plain(role) for _, t in told for role in t.roles if role.heads]
 
 
+def sharing(facts: Mapping[str, Any]) -> int:
+    """How many query heads share a key head."""
+    return (facts.get("heads") or 1) // (facts.get("kv_heads") or facts.get("heads") or 1) or 1
+
+
 def role_map(roles: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> dict[str, Any] | None:
     """Layers by heads, each head with the roles it plays, the rarest first; None where there is nothing to show."""
     layers, heads = facts.get("layers"), facts.get("heads")
@@ -158,8 +164,13 @@ def role_map(roles: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> di
         fill = f"linear-gradient(135deg, {', '.join(stops)})" if mine else "var(--rule)"
         return {"head": head, "title": f"{head}: {what}", "roles": " ".join(map(str, mine)), "fill": fill}
 
-    cells = [cell_of(head_name(layer, head)) for head in range(heads) for layer in range(layers)]
-    return {"layers": layers, "heads": heads, "cells": cells, "colours": ROLES}
+    group = sharing(facts)
+    cells = [
+        cell_of(head_name(layer, head)) | {"begins": head > 0 and group > 1 and head % group == 0}
+        for head in range(heads)
+        for layer in range(layers)
+    ]
+    return {"layers": layers, "heads": heads, "group": group, "cells": cells, "colours": ROLES}
 
 
 def packed(view: View) -> tuple[dict[str, Any], str]:
@@ -217,8 +228,7 @@ def rooted(weights: Tensor) -> Tensor:
 def colours(pixels: Tensor) -> Tensor:
     """An image as bytes `[rows cols 3]`, its darkest number black and its brightest white; grey unless it has three."""
     shown = pixels if len(pixels) == 3 else pixels.mean(0).expand(3, -1, -1)
-    size = [max(1, round(n * min(1.0, SIDE / max(shown.shape[1:])))) for n in shown.shape[1:]]
-    shown = torch.nn.functional.interpolate(shown[None], size, mode="area")[0]
+    shown = shrunk(shown[None], SIDE)[0]
     low, high = shown.aminmax()
     return ((shown - low) / (high - low).clamp(min=1e-6) * 255).round().byte().permute(1, 2, 0)
 

@@ -13,10 +13,10 @@ async function openImages(buffer) {
   let way = first ? "class" : "mean", head = view.heads[0], image = 0, pinned = null, token = null;
 
   /* one row of weights: what the class token looks at, or all tokens in the mean */
-  function look(at, of, how) {
+  function look(at, of) {
     const [layer, number] = of.split(".").map(Number), i = view.layers.indexOf(layer);
     if (i < 0 || number >= view.across) return null;
-    return weights(((WAYS[how] * images + at) * layers + i) * view.across + number);
+    return weights(((WAYS[way] * images + at) * layers + i) * view.across + number);
   }
   const from = (of) => rows + (image * view.heads.length + view.heads.indexOf(of)) * n;
   const mapped = () => image < view.whole && view.heads.includes(head);
@@ -62,7 +62,6 @@ async function openImages(buffer) {
   /* ---------- the sheet: images down, heads across ---------- */
   const sheet = $("glances"), drawn = [];
   function fillSheet() {
-    drawn.length = 0;
     const top = el("tr", {}, el("th", { scope: "col" }, "image"), ...view.heads.map((of) => el("th", { scope: "col" },
       el("button", { type: "button", class: "head", "data-head": of, onclick: () => pick(of) }, of), el("small", {}, parts(of).slice(0, 1).join("")))));
     const lines = view.images.map((label, at) => el("tr", {}, el("th", { scope: "row", title: label }, sized(112, { role: "img", "aria-label": label })),
@@ -76,7 +75,7 @@ async function openImages(buffer) {
     all("tbody th canvas", sheet).forEach((canvas, at) => light(canvas, at, null));
   }
   function relight() {
-    for (const [canvas, at, of] of drawn) light(canvas, at, look(at, of, way), true);
+    for (const [canvas, at, of] of drawn) light(canvas, at, look(at, of), true);
   }
   function marked() {
     for (const [, at, of, button] of drawn) if (at === image && of === head) button.setAttribute("aria-current", "true"); else button.removeAttribute("aria-current");
@@ -102,7 +101,7 @@ async function openImages(buffer) {
   function show() {
     const about = $("glance-body"), turned = $("glance-way").value === "in";
     const only = token === null || !mapped();
-    const row = only ? look(image, head, way) : turned ? lookedAtBy(token) : looksAt(token);
+    const row = only ? look(image, head) : turned ? lookedAtBy(token) : looksAt(token);
     light(large, image, row, false);
     if (!only && token >= first) frame(token);
     all("button", chips).forEach((chip, i) => chip.setAttribute("aria-pressed", String(!only && i === token)));
@@ -111,11 +110,10 @@ async function openImages(buffer) {
     large.setAttribute("aria-label", `${view.images[image]}, lit by what ${who} ${turned && !only ? "is looked at by" : "looks at"} in head ${head}`);
     about.replaceChildren();
     if (!row) return about.append(el("p", { class: "note" }, `Head ${head} does not see the image whole.`));
+    const best = [...row.keys()].sort((a, b) => row[b] - row[a]).slice(0, 5);
     if (turned && !only) {
-      const best = [...row.keys()].sort((a, b) => row[b] - row[a]).slice(0, 5);
       about.append(el("p", { class: "note" }, "Gives to it, of its own attention"), listed(best.map((i) => [place(i), row[i]])));
     } else {
-      const best = [...row.keys()].sort((a, b) => row[b] - row[a]).slice(0, 5);
       about.append(el("h4", {}, "Where its attention goes"), listed(shares(row)), el("h4", {}, "Most to"), listed(best.map((i) => [place(i), row[i]])));
     }
     const rim = edge.filter(Boolean).length;
@@ -162,7 +160,7 @@ async function openImages(buffer) {
   page.listeners.push((of) => { if (of !== head) open(image, of); });
   /* the card of a head shows it on the image that is open */
   page.pattern = (of) => {
-    const row = look(image, of, way);
+    const row = look(image, of);
     if (!row) return null;
     const canvas = sized(224, { class: "glance", role: "img", "aria-label": `what head ${of} looks at in ${view.images[image]}` });
     light(canvas, image, row, true);

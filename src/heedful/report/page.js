@@ -161,6 +161,13 @@ function gridHeight(figure) {
   return Math.min(700, Math.max(190, many * (many > 40 ? 10 : 18) + 80));
 }
 
+/* lines between the heads that share a key head and the next ones */
+function groups(heads) {
+  const color = dark() ? "#e9e9ec" : "#1d1f26", line = { color, width: 1 }, found = [];
+  if (page.group > 1) for (let y = page.group; y < heads; y += page.group) found.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: y - 0.5, y1: y - 0.5, line, opacity: 0.45 });
+  return found;
+}
+
 function drawMap() {
   const map = page.map, trace = map.plot.data[0], order = rows(map);
   const cells = (pick) => trace.z.map((_, r) => map.layers.map((_, i) => pick(order[i][r], i)));
@@ -172,7 +179,7 @@ function drawMap() {
   const narrow = $("map").clientWidth < 480;
   const layout = {
     ...map.plot.layout, height: mapHeight(map), dragmode: false, margin: { l: 8, r: 8, t: 8, b: 8 },
-    shapes: r < 0 ? [] : [box(5, ground), box(2.5, accent())],
+    shapes: [...(first ? [] : groups(trace.z.length)), ...(r < 0 ? [] : [box(5, ground), box(2.5, accent())])],
     yaxis: { ...map.plot.layout.yaxis, title: { text: first ? "rank in the layer" : "head" }, dtick: trace.z.length > 16 ? 4 : 1 },
   };
   const bar = narrow ? { ...trace.colorbar, orientation: "h", y: 1.02, yanchor: "bottom", thickness: 6 } : trace.colorbar;

@@ -14,11 +14,12 @@ from heedful.catalogue import entries, family
 from heedful.core.figures import Description, counted
 from heedful.core.files import replace_text
 from heedful.core.kinds import Measure
-from heedful.core.method import method_of
+from heedful.core.method import Method, method_of
 from heedful.report import data
 from heedful.report.colours import ACCENT, template
 from heedful.report.glances import packed
 from heedful.report.plots import MissingPackage
+from heedful.report.sparks import spark
 
 MENTION = re.compile(r"\b[Hh]eads? {0}(?:(?:, and |, | and ){0})*".format(r"\d+\.\d+(?: \([^)]*\))?"))
 WORDS = {  # what the page calls things
@@ -33,7 +34,7 @@ SHOWN = 4  # curves and grids that are not folded
 SECONDS = {
     "text": "reading the text",
     "images": "reading the images",
-    "trials": "prompts of its own",
+    "trials": "synthetic probes",
     "view": "the view",
 }
 
@@ -102,7 +103,9 @@ def entry(name: str) -> dict[str, Any]:
     if kind is None:
         return {"name": name}
     doc = (kind.__doc__ or "").strip().splitlines()
-    return {"name": name, "doc": doc[0] if doc else "", "paper": kind.paper, "family": family(kind)}
+    reads = issubclass(kind, Method) and all(edit.reads for edit in kind.edits)
+    told = {"name": name, "doc": doc[0] if doc else "", "paper": kind.paper, "family": family(kind)}
+    return told | {"comparable": issubclass(kind, Method) and not reads}
 
 
 def _measures(told: Iterable[tuple[Measure, Description]]) -> list[dict[str, Any]]:
@@ -124,11 +127,13 @@ def _short(number: float) -> str:
 def _facts(facts: Any) -> list[tuple[str, str]]:
     """The line below the model's name."""
     out = []
+    if "kind" in facts:
+        out.append(("model", str(facts["kind"])))
     if "layers" in facts and "heads" in facts:
-        shared = facts.get("kv_heads") not in (None, facts["heads"])
-        keys = f", {counted(facts['kv_heads'], 'key head')}" if shared else ""
+        keys = facts.get("kv_heads") or facts["heads"]
+        shared = {facts["heads"]: "", 1: ", multi-query: one key head"}
         size = f"{counted(facts['layers'], 'layer')} × {counted(facts['heads'], 'head')}"
-        out.append(("attention", size + keys))
+        out.append(("attention", size + shared.get(keys, f", grouped-query: {counted(keys, 'key head')}")))
     if "parameters" in facts:
         out.append(("parameters", _short(facts["parameters"])))
     if "tokens" in facts:
@@ -191,11 +196,13 @@ def _content(profile: data.Shown) -> tuple[dict[str, Any], dict[str, Any], str]:
     figures = [data.figure(f, type(method_of(part)).__name__) for part, t in told for f in t.figures]
     findings = profile.findings()
     roles = data.roles(told)
+    sparks = {f.key: line for _, t in told for f in t.figures if (line := spark(f)) is not None}
     about, numbers = ({}, "") if profile.view is None else _view(profile.view)
     read = {
         "figures": figures,
         "roles": roles,
         "view": about or None,
+        "group": data.sharing(profile.facts),
     }
     acting = list(dict.fromkeys(name for f in findings for name in f.methods))
     written = {
@@ -204,6 +211,7 @@ def _content(profile: data.Shown) -> tuple[dict[str, Any], dict[str, Any], str]:
         "facts": _facts(profile.facts),
         "more": more(profile.facts),
         "findings": findings,
+        "sparks": sparks,
         "roles": roles,
         "matrix": None,
         "role_map": data.role_map(roles, profile.facts),
@@ -234,6 +242,7 @@ def html(written: dict[str, Any], read: dict[str, Any], numbers: str = "") -> st
     read = {
         "roles": [],
         "view": None,
+        "group": 1,
         "theme": {"light": template(False), "dark": template(True)},
         "accent": {"light": ACCENT[False], "dark": ACCENT[True]},
         **read,

@@ -307,14 +307,18 @@ def intervals(figure: Intervals) -> go.Figure:
 
 
 def scatter(figure: Scatter) -> go.Figure:
-    """Names at their cost and worth, with intervals, and a line through those that none beats."""
+    """Names at their cost and quality, with intervals, and a line through those that none beats."""
     objects = _plotly()
     best = figure.frontier
     step = {"color": CLOUD, "width": 2, "shape": "hv"}
     x, y = ([figure.points[name][i] for name in best] for i in (0, 1))
     traces = [objects.Scatter(x=x, y=y, mode="lines", line=step, hoverinfo="skip", showlegend=False)]
+    for names in figure.joined:
+        x, y = ([figure.points[name][i] for name in names] for i in (0, 1))
+        thin = {"color": ZERO, "width": 1, "dash": "dot"}
+        traces.append(objects.Scatter(x=x, y=y, mode="lines", line=thin, hoverinfo="skip", showlegend=False))
     shown = _apart(figure, best)
-    for ending, symbol in (("on the front", "circle"), ("not on it", "circle-open")):
+    for ending, symbol, colour in (("on the front", "circle", LINES[0]), ("not on it", "circle-open", LINES[3])):
         names = [name for name in figure.points if (name in best) == (symbol == "circle")]
         if not names:
             continue
@@ -324,7 +328,9 @@ def scatter(figure: Scatter) -> go.Figure:
             bar[side] = [None if math.isnan(end) else abs(end - v) for end, v in zip(ends, y, strict=True)]
         words = [name if name in shown else "" for name in names]
         trace = objects.Scatter(x=x, y=y, text=words, mode="markers+text", name=ending, error_y=bar, cliponaxis=False)
-        trace.update(marker={"size": 9, "symbol": symbol}, textfont={"size": 11}, textposition="top center")
+        trace.update(
+            marker={"size": 9, "symbol": symbol, "color": colour}, textfont={"size": 11}, textposition="top center"
+        )
         trace.update(customdata=names, hovertemplate="%{customdata}<br>%{x:.3~f}, <b>%{y:+.3~f}</b><extra></extra>")
         traces.append(trace)
     ends = [at[0] for at in figure.points.values()]

@@ -170,7 +170,7 @@ async function openText(buffer) {
       el("p", { class: "note" }, `Token ${i + 1} of ${grouped(n)}; head ${view.heads[slot]}. Gets ${written(received(i), "share")} of the attention of those that may see it.`),
       el("p", { class: "note" }, `Looks at about ${written(Math.exp(entropy(i)))} tokens at once (entropy ${written(entropy(i), "nats")}); its value is ${written(long(i))} times as long as the mean.`),
       ...list(byValue ? `What these ${out.length} bring it, by the length of their values` : "Looks at", out, i, "Nothing holds as much as half a percent of its attention."),
-      ...list(others.length > MOST ? `Looked at by ${others.length} tokens, most by` : "Looked at by", others.slice(0, MOST), i, `It is among the ${top} strongest of no other token.`));
+      ...list(others.length > MOST ? `Looked at by ${others.length} tokens, most by` : "Looked at by", others.slice(0, MOST), i, `It is among the top-${top} keys of no other token.`));
   }
 
   function mark(i) {
@@ -263,7 +263,7 @@ async function openText(buffer) {
     tint();
     const sum = Array.from({ length: Math.min(n, 2000) }, (_, i) => outgoing(i).reduce((a, [, w]) => a + w, 0));
     const held = sum.reduce((a, b) => a + b, 0) / sum.length;
-    $("view-about").textContent = `${grouped(n)} tokens. The ${top} strongest looks of each token are kept; in this head they hold ${written(held, "share")} of its attention on average.`;
+    $("view-about").textContent = `${grouped(n)} tokens. The top-${top} keys per query are kept; in this head they hold ${written(held, "share")} of its attention on average.`;
     const again = shown;
     shown = undefined;
     show(again);

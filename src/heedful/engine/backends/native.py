@@ -27,8 +27,6 @@ class Native:
         kernel = library()
         reasons = [kernel] if isinstance(kernel, str) else []
         reasons += kept_back(needs)
-        if needs.softcap:
-            reasons.append("the model caps its scores, which this kernel cannot serve")
         if needs.call is None:
             return reasons
         for x in needs.tensors:
@@ -80,6 +78,11 @@ def _compute(kernel: Library, job: AttentionCall, q: Tensor, k: Tensor, v: Tenso
         ranges = rows.expand(-1, -1, n, -1, -1).to(torch.int32).contiguous()
         p.ranges, p.range_count = at(ranges), ranges.shape[3]
         p.range_stride[:] = [ranges.stride(i) if ranges.shape[i] > 1 else 0 for i in (0, 1)]
+    p.softcap = call.softcap or 0.0
+    if job.bias is not None:
+        bias = _in_rows(job.bias.detach().float())
+        p.bias = at(bias)
+        p.bias_stride[:] = [bias.stride(i) if bias.shape[i] > 1 else 0 for i in range(3)]
     if job.sink is not None:
         p.sink = at(job.sink.detach().float().reshape(-1).contiguous())
     for blocks in call.mask.blocks:

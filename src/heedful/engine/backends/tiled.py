@@ -1,21 +1,29 @@
-"""Blocks of query rows in plain torch: memory grows with N, and key columns that no row may see are never touched."""
+"""Blocks of query rows in plain torch: memory grows with N, and key columns that no row may see are never touched.
+
+Where gradients are asked of a long call, blocks are computed again on the way back, as in M. N. Rabe and C. Staats,
+Self-attention Does Not Need O(n^2) Memory (arXiv 2112.05682). They divide keys as well, and rescale; a block here sees
+all keys of its rows, as edits of a row want them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.column_ranges import Ranges
+from heedful.engine.again import recomputed
 from heedful.engine.attend import tile, wide
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.needs import Needs
 from heedful.engine.reweighting import resolved
 
 TILE_BYTES = 4 << 20  # scores of one tile: a few of them fit into a last-level cache
+KEPT_BYTES = 64 << 20  # of a call's scores that the way back may find kept
 LEAST, MOST = 16, 256  # rows of a tile
 GATHER_BELOW = 0.7  # copy scattered columns together when they are at most this share of the range they span
 
@@ -42,7 +50,9 @@ class Tiled:
         return self._all(job, q, k, v), None
 
     def _all(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = [self.block(job, rows, q, k, v) for rows in self._blocks(job, q.shape[0])]
+        again = _has_gradients(job, q, k, v) and _bytes(job.call, len(q)) > KEPT_BYTES
+        parts = [partial(self.block, rows=rows, q=q, k=k, v=v) for rows in self._blocks(job, q.shape[0])]
+        heads = [recomputed(part, job) if again else part(job) for part in parts]
         return heads[0] if len(heads) == 1 else torch.cat(heads, 2)
 
     def _blocks(self, job: AttentionCall, texts: int) -> Iterator[slice]:
@@ -65,6 +75,15 @@ class Tiled:
         call, cols = _cut(job.call, slice(rows.start - above, rows.stop), above if job.plan.above else None)
         rows = call.rows
         return tile(job, call, wide(q[:, :, rows]), wide(k[:, :, cols]), wide(v[:, :, cols]))[0]
+
+
+def _has_gradients(job: AttentionCall, *given: Tensor) -> bool:
+    return torch.is_grad_enabled() and (any(x.requires_grad for x in given) or any(job.run_state.params.values()))
+
+
+def _bytes(call: Call, texts: int) -> int:
+    """What the scores of a whole call would take."""
+    return 4 * texts * call.heads * len(call.queries) * len(call.keys)
 
 
 def _cut(call: Call, rows: slice, above: int | None) -> tuple[Call, slice | Tensor]:

@@ -61,6 +61,7 @@ def _compute(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     one = q.shape[2] == 1 and table is None  # the weights themselves are no more than a summary
     problem = Problem(
         q, k, v, ranges, call.scale, softcap=call.softcap,
+        bias=None if job.bias is None else job.bias.detach(),
         sink=None if job.sink is None else job.sink.detach().float().reshape(-1).contiguous(),
         table=None if table is None else table.table.to(torch.uint8).contiguous(),
         block=0 if table is None else table.size,

@@ -177,9 +177,9 @@ class AttentionProfile(Method):
                 for group in answer.groups(self.alike)[:8] if len(group) > 1
             ],
         )  # fmt: skip
-        roles: dict[str, dict[Head, float]] = {}
+        roles: dict[int, dict[Head, float]] = {}
         for head, (at, share) in offsets.items():
-            roles.setdefault(_words(at), {})[head] = share
+            roles.setdefault(at, {})[head] = share
         steadily = f"Gives more than {percent(self.offset)} of its attention to"
         peaks = {(n, h): x for n, row in answer.parts["peak"].items() for h, x in enumerate(row.tolist())}
         broad = dict(sorted((item for item in peaks.items() if item[1] < self.broad), key=lambda item: item[1]))
@@ -187,21 +187,19 @@ class AttentionProfile(Method):
         return Description(
             (*maps, _curves(answer), steady, alike),
             (
-                *(Role(f"looks at {words}", f"{steadily} {words}.", heads) for words, heads in roles.items()),
-                Role("looks broadly", mild, broad),
+                *(Role(_role(at), f"{steadily} {_words(at)}.", heads) for at, heads in roles.items()),
+                Role("broad attention", mild, broad),
             ),
-            tuple(
-                self._findings(answer, {words: len(heads) for words, heads in roles.items()}, len(broad) / len(peaks))
-            ),
+            tuple(self._findings(answer, {at: len(heads) for at, heads in roles.items()}, len(broad) / len(peaks))),
         )
 
-    def _findings(self, answer: Profile, steady: dict[str, int], broad: float) -> Iterator[Finding]:
+    def _findings(self, answer: Profile, steady: dict[int, int], broad: float) -> Iterator[Finding]:
         first, self_, near, far = (percent(answer.mean(part)) for part in ("first", "self", "near", "far"))
         text = (
             f"Of all attention {first} goes to the first token, {self_} from a token to itself, {near} to others at "
             f"most {self.local} tokens away and {far} further."
         )
-        yield Finding(text, 0.7, ("SinkWindow",))
+        yield Finding(text, 0.7, ("SinkWindow",), "distances")
         tokens = answer.map("entropy").nanmean(1).exp().round()
         wide, narrow = (int(x) for x in (tokens.argmax(), tokens.argmin()))
         layers = list(answer.distances)
@@ -212,19 +210,19 @@ class AttentionProfile(Method):
         if broad:
             text += f"; {percent(broad)} of heads give no token more than {percent(self.broad)}"
         ratio = float(tokens[wide] / tokens[narrow].clamp(min=1))
-        yield Finding(f"{text}.", 0.1 + 0.3 * (1 - 1 / ratio), ("TempScale",))
+        yield Finding(f"{text}.", 0.1 + 0.3 * (1 - 1 / ratio), ("TempScale",), "entropy")
         if steady:
-            counts = ", ".join(f"{n} at {words}" for words, n in sorted(steady.items(), key=lambda item: -item[1]))
+            most_first = sorted(steady.items(), key=lambda item: -item[1])
+            counts = ", ".join(f"{n} to {_words(at)}" for at, n in most_first)
             share = sum(steady.values()) / answer.map("peak").isfinite().sum().item()
-            yield Finding(
-                f"In the text, heads that mostly look at one fixed distance: {counts}.", min(0.6, 0.3 + 3 * share)
-            )
+            text = f"In what was read some heads give more than {percent(self.offset)} to one fixed distance: {counts}."
+            yield Finding(text, min(0.6, 0.3 + 3 * share), shows="previous")
         if not answer.map("delimiters").isnan().all():
             share, fair = answer.mean("delimiters"), answer.mean("fair")
             text = (
                 f"Punctuation and special tokens get {percent(share)} of the attention, an even spread {percent(fair)}."
             )
-            yield Finding(text, 0.05 + 0.6 * abs(share - fair) / max(share, fair, 1e-9))
+            yield Finding(text, 0.05 + 0.6 * abs(share - fair) / max(share, fair, 1e-9), shows="delimiters")
 
 
 def _words(offset: int) -> str:
@@ -232,6 +230,13 @@ def _words(offset: int) -> str:
     if abs(offset) < 2:
         return {0: "the token itself", 1: "the previous token", -1: "the next token"}[offset]
     return f"the token {abs(offset)} {'back' if offset > 0 else 'ahead'}"
+
+
+def _role(offset: int) -> str:
+    """What a head is called that looks there."""
+    if abs(offset) < 2:
+        return {0: "current-token head", 1: "previous-token head", -1: "next-token head"}[offset]
+    return f"head at {_words(offset).removeprefix('the token ')}"
 
 
 def _curves(answer: Profile) -> Curves:

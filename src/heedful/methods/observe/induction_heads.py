@@ -11,16 +11,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.figures import Description, Finding, Head, HeadMap, Role, head_name, percent
+from heedful.core.figures import Description, Finding, Head, HeadMap, Role, counted, head_name, percent
 from heedful.core.method import Method, Probe, Readings
 from heedful.core.paper import Paper
 from heedful.core.stats import Mean, Statistic
 from heedful.core.summary import Summary, sums
 
 SCORES = {
-    "induction": ("copies (induction)", "to what followed the same token before"),
-    "echo": ("looks at the same token before", "to earlier copies of the same token"),
-    "previous": ("looks at the previous token of random text", "to the token before"),
+    "induction": ("induction head", "to what followed the same token before"),
+    "echo": ("duplicate-token head", "to earlier copies of the same token"),
+    "previous": ("previous-token head, synthetic text", "to the token before"),
 }
 
 
@@ -124,15 +124,16 @@ class InductionHeads(Method):
 def _finding(roles: list[Role]) -> Finding:
     copies = roles[0].heads
     if not copies:
-        return Finding("No head copies: none looks for what followed the same token before.", 0.1)
+        text = "No induction head: none looks for what followed the same token before."
+        return Finding(text, 0.1, shows="induction")
     named = [f"{head_name(*head)} ({percent(x)})" for head, x in list(copies.items())[:4]]
     rest = f" and {len(copies) - len(named)} more" if len(copies) > len(named) else ""
     text = (
-        f"Heads {', '.join(named)}{rest} copy: where a text comes again they look at what followed the last time"
-        f". On random tokens that repeat {len(roles[1].heads)} look at the same token before, and "
-        f"{len(roles[2].heads)} at the previous token."
+        f"Induction heads {', '.join(named)}{rest}: where a text comes again they look at what followed the last time. "
+        f"The same random tokens, repeated, show {counted(len(roles[1].heads), 'duplicate-token head')} and "
+        f"{counted(len(roles[2].heads), 'previous-token head')}."
     )
-    return Finding(text, 0.4 + 0.4 * max(copies.values()))
+    return Finding(text, 0.4 + 0.4 * max(copies.values()), shows="induction")
 
 
 if __name__ == "__main__":

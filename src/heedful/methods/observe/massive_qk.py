@@ -119,17 +119,18 @@ class MassiveQK(Method):
         listing = Listing(
             "massive_dimensions",
             "Massive dimensions",
-            "Dimensions of a head that are massive in most heads, with how many tokens of distance turn them once "
-            "around: the slow ones tell little of position.",
-            columns=("dimension", "tokens a turn", "heads, queries", "heads, keys"),
-            rows=[(d, _turn(answer.period, d), in_query[d], in_key[d]) for d, _ in both.most_common(12)],
+            "Dimensions of a head that are massive in most heads, with their RoPE wavelengths in tokens: the long ones "
+            "tell little of position.",
+            columns=("dimension", "RoPE wavelength", "heads, queries", "heads, keys"),
+            rows=[(d, _wave(answer.period, d), in_query[d], in_key[d]) for d, _ in both.most_common(12)],
         )
         return Description((*maps, listing) if both else maps, findings=(self._finding(answer, both),))
 
     def _finding(self, answer: Massive, both: Counter[int]) -> Finding:
         share = float(((answer.query_ratio > self.times) | (answer.key_ratio > self.times)).double().mean())
         if not both:
-            return Finding(f"No head's queries or keys have a dimension above {self.times:g} times the mean.", 0.1)
+            text = f"No head's queries or keys have a dimension above {self.times:g} × the mean."
+            return Finding(text, 0.1, shows="massive_keys")
         top, _ = both.most_common(1)[0]
         text = (
             f"{percent(share)} of heads keep a massive dimension in their queries or keys, most often dimension {top}"
@@ -138,14 +139,14 @@ class MassiveQK(Method):
         if period == period:  # not nan: the model shows its rotary embedding
             slower = float((answer.period > period).double().mean())
             text += (
-                f", which turns once in {_turn(answer.period, top)} tokens ({percent(slower)} of dimensions are slower)"
+                f", of RoPE wavelength {_wave(answer.period, top)} ({percent(slower)} of dimensions have longer ones)"
             )
-        return Finding(f"{text}.", 0.1 + 0.35 * share)
+        return Finding(f"{text}.", 0.1 + 0.35 * share, shows="massive_keys")
 
 
-def _turn(period: Tensor, dimension: int) -> str:
-    turn = float(period[dimension])
-    return "" if turn != turn else "never" if turn == float("inf") else f"{turn:,.0f}"
+def _wave(period: Tensor, dimension: int) -> str:
+    tokens = float(period[dimension])
+    return "" if tokens != tokens else "infinite" if tokens == float("inf") else f"{tokens:,.0f}"
 
 
 def _squares(x: Tensor) -> Tensor:

@@ -164,13 +164,14 @@ class MaxActivations(Method):
         peak, where = answer.layers[answer.top], answer.massive_layers
         place = int(peak.place[peak.channel])
         text = (
-            f"The largest activation is {peak.value:,.0f}, {peak.ratio:,.0f} times the mean magnitude, in channel "
+            f"The largest activation is {peak.value:,.0f} ({peak.ratio:,.0f} × the mean), in channel "
             f"{peak.channel} after layer {answer.top} at {'the first token' if place == 0 else f'token {place}'}"
         )
         if not where:
-            return Finding(f"{text}; no layer has massive activations.", 0.1)
+            return Finding(f"{text}; no layer has massive activations.", 0.1, shows="maxima")
         share = percent(len(where) / len(answer.layers))
-        return Finding(f"{text}; {share} of layers carry massive activations.", 0.7, ("ClippedSoftmax", "GatedHeads"))
+        acts = ("ClippedSoftmax", "GatedHeads")
+        return Finding(f"{text}; {share} of layers carry massive activations.", 0.7, acts, "maxima")
 
 
 if __name__ == "__main__":

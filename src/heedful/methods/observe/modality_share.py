@@ -18,6 +18,8 @@ from heedful.core.positions import spread_heads
 from heedful.core.stats import Mean, Statistic
 from heedful.core.summary import Summary, sums
 
+NAMES = {"cls": "class"}  # what people call the tokens of a span
+
 
 @dataclass(frozen=True, eq=False)
 class Shares:
@@ -109,23 +111,24 @@ class ModalityShare(Method):
     def describe(self, answer: Shares) -> Description:
         maps, roles, findings = [], [], []
         for kind, shares in answer.attention.items():
-            what = f"The share of its attention that each head gives to {kind} tokens."
-            values = HeadMap(f"share_{kind}", f"Attention on {kind}", what, answer.layers, shares, low=0, high=1)
+            name = NAMES.get(kind, kind)
+            what = f"The share of its attention that each head gives to {name} tokens."
+            values = HeadMap(f"share_{kind}", f"Attention on {name} tokens", what, answer.layers, shares, low=0, high=1)
             maps.append(values)
             if kind == self.rest:
                 continue
             heads = {(answer.layers[n], h): float(shares[n, h]) for n, h in (shares > 0.5).nonzero().tolist()}
-            what = f"Gives over half of its attention to {kind} tokens."
-            roles.append(Role(f"looks at {kind}", what, dict(sorted(heads.items(), key=lambda head: -head[1]))))
+            what = f"Gives over half of its attention to {name} tokens."
+            roles.append(Role(f"looks at {name} tokens", what, dict(sorted(heads.items(), key=lambda head: -head[1]))))
             got, there, mdi = answer.overall(kind)
             text = (
-                f"{percent(got)} of attention goes to {kind} tokens, which are {percent(there)} of what there is to see"
+                f"{percent(got)} of attention goes to {name} tokens, which are {percent(there)} of what there is to see"
             )
             if math.isfinite(mdi):
                 text += f"; a {self.rest} token gets {mdi:.2g} times what one of them gets"
-            findings.append(Finding(f"{text}.", 0.6))
+            findings.append(Finding(f"{text}.", 0.6, shows=f"share_{kind}"))
         what = "The share of attention that a kind of token gets over its share of the tokens; 1 is an even spread."
-        lines = {kind: answer.aei(kind) for kind in answer.attention}
+        lines = {NAMES.get(kind, kind): answer.aei(kind) for kind in answer.attention}
         curves = Curves(
             "efficiency", "Attention against tokens", what, answer.layers, lines, "layer", "efficiency index"
         )

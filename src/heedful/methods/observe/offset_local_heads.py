@@ -161,10 +161,12 @@ class OffsetLocalHeads(Method):
             f"in layer {answer.layers[-1]}; even attention would look {float(answer.even.nanmean()):.2f} far, and "
             f"{percent(share)} of heads look as far or further."
         )
-        findings = [Finding(text, 0.45)]
+        findings = [Finding(text, 0.45, shows="patch_distance")]
         if not heads:
             text = f"No head gives {self.share:.0%} of its attention or more to one neighbour of each patch."
-            return Description((far, beside, curves), tuple(roles), (*findings, Finding(text, 0.1)))
+            return Description(
+                (far, beside, curves), tuple(roles), (*findings, Finding(text, 0.1, shows="patch_neighbour"))
+            )
         strongest = next(iter(heads))
         values = answer.around[answer.layers.index(strongest[0]), strongest[1]]
         names = [f"{n:+d}" if n else "0" for n in range(-self.reach, self.reach + 1)]
@@ -189,7 +191,11 @@ class OffsetLocalHeads(Method):
         told = ", ".join(f"{count} {way}" for way, count in ways_looked.items())
         few = "looks" if len(heads) == 1 else "look"
         text = f"{counted(len(heads), 'head')} {few} at one neighbour of each patch more than anywhere else: {told}."
-        return Description((far, beside, curves, grid, listing), (role, *roles), (Finding(text, 0.5), *findings))
+        return Description(
+            (far, beside, curves, grid, listing),
+            (role, *roles),
+            (Finding(text, 0.5, shows="patch_neighbour"), *findings),
+        )
 
 
 if __name__ == "__main__":

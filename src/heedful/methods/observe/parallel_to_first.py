@@ -122,7 +122,7 @@ class ParallelToFirst(Method):
             f"After layers {where[0]} to {where[-1]} some tokens point the same way as the first token, most of them "
             f"after layer {top} ({answer.near_share(top):.2%} of tokens)."
         )
-        return Description((grid, curves), findings=(Finding(text, 0.3),))
+        return Description((grid, curves), findings=(Finding(text, 0.3, shows="parallel_share"),))
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ class PositionInfluence(Method):
         depth = Curves(
             "influence_depth",
             "Influence of the first token by depth",
-            "How much of what reaches a token comes from the text's first one, followed through all layers up to each.",
+            "How much of what reaches a token comes from the text's first one, through all layers up to each; by "
+            "rollout, which ignores value norms.",
             x=layers,
             lines={
                 "on the last token": torch.tensor(list(answer.first.values())),
@@ -138,10 +139,14 @@ class PositionInfluence(Method):
             y_label="share",
         )
         first, early = float(answer.total[0]), float(rest[layers[-1]][: self.parts // 2].sum())
-        text = f"Through all layers, {percent(first)} of what attention brings to the last token is the first token's"
+        text = (
+            f"By rollout, which ignores value norms, {percent(first)} of what reaches the last token through all "
+            "layers is the first token's"
+        )
         if self.parts > 1 and early == early:  # not nan: some of it is not
             text += f"; of the rest, {percent(early)} comes from the first half of the text"
-        return Description((curve, depth), findings=(Finding(f"{text}.", 0.1 + 0.4 * first, ("AttentionRollout",)),))
+        finding = Finding(f"{text}.", 0.1 + 0.4 * first, ("AttentionRollout",), "influence_depth")
+        return Description((curve, depth), findings=(finding,))
 
 
 if __name__ == "__main__":

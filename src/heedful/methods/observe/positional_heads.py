@@ -125,7 +125,7 @@ class PositionalHeads(Method):
             "positional",
             "Positional heads",
             f"How far a head's scores of keys {self.far} tokens back and more follow from the half of its dimensions "
-            "that turns slowest with position; 1 means entirely.",
+            "with the longest RoPE wavelengths; 1 means entirely.",
             layers=layers,
             values=torch.stack(list(answer.correlation.values())),
             unit="score",
@@ -148,16 +148,16 @@ class PositionalHeads(Method):
             return Description((heat, curve))
         total = sum(len(row) for row in answer.correlation.values())
         role = Role(
-            "looks far by slow dimensions",
-            "Scores distant tokens by the half of its dimensions that turns slowest.",
+            "long RoPE wavelengths",
+            "Scores distant tokens by the half of its dimensions with the longest RoPE wavelengths.",
             heads,
         )
         text = (
-            f"{percent(len(heads) / total)} of heads score distant tokens almost only by the dimensions that turn "
-            f"slowest with position."
+            f"{percent(len(heads) / total)} of heads score distant tokens almost only by the dimensions with the "
+            "longest RoPE wavelengths."
         )
         weight = 0.1 + 0.4 * len(heads) / total
-        return Description((heat, curve), (role,), (Finding(text, weight),))
+        return Description((heat, curve), (role,), (Finding(text, weight, shows="positional"),))
 
 
 if __name__ == "__main__":

@@ -108,13 +108,13 @@ class RetrievalHeads(Method):
         what = f"Points at the needle token that comes next in more than {percent(self.threshold)} of all cases."
         if values.isnan().all():
             return Description((figure,))
-        finding = Finding("No head fetches text from far back.", 0.1)
+        finding = Finding("No retrieval head: none fetches text from far back.", 0.1, shows="retrieval")
         if heads:
             share = percent(len(heads) / int(values.isfinite().sum()))
             named = ", ".join(f"{head_name(*head)} ({percent(x)})" for head, x in list(heads.items())[:3])
-            text = f"{share} of heads fetch text from far back, above all heads {named}."
-            finding = Finding(text, 0.3 + 0.4 * max(heads.values()), ("FocusDirections",))
-        return Description((figure,), (Role("fetches from far back", what, heads),), (finding,))
+            text = f"{share} of heads are retrieval heads, which fetch text from far back, above all heads {named}."
+            finding = Finding(text, 0.3 + 0.4 * max(heads.values()), ("FocusDirections",), "retrieval")
+        return Description((figure,), (Role("retrieval head", what, heads),), (finding,))
 
 
 if __name__ == "__main__":

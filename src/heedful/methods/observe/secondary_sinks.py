@@ -197,13 +197,12 @@ class SecondarySinks(Method):
         where = [n for n, x in answer.by_layer.items() if x > 0]
         top = max(where, key=lambda n: answer.by_layer[n])
         text = (
-            f"In layers {where[0]} to {where[-1]} tokens beside the first act as sinks (up to "
+            f"In layers {where[0]} to {where[-1]} there are secondary sinks, tokens beside the first (up to "
             f"{answer.by_layer[top]:.1f} a text, layer {top}); each gets {percent(answer.weight[top])} of the "
             f"attention there, the first token {percent(answer.first_weight[top])}."
         )
-        return Description(
-            (number, weight, listing), findings=(Finding(text, 0.3 + 0.3 * min(1.0, answer.by_layer[top]), ("ACT",)),)
-        )
+        finding = Finding(text, 0.3 + 0.3 * min(1.0, answer.by_layer[top]), ("ACT",), "secondary_sinks")
+        return Description((number, weight, listing), findings=(finding,))
 
 
 def _counted(weight: Tensor, born: Tensor, norm: Tensor, here: Tensor, depth: int) -> Tensor:

@@ -106,12 +106,13 @@ def _finding(rate: Tensor, layers: list[int], limit: str) -> Finding:
     parks = torch.where(rate.isnan(), NAN, (rate > 0.5).to(rate.dtype))
     share = float(parks.nanmean())
     if not share:
-        return Finding(f"No head parks on the first token: none gives it more than {limit} of its attention.", 0.1)
-    text = f"{percent(share)} of heads park on the first token, giving it more than {limit} of their attention"
+        text = f"No attention sink: no head gives the first token more than {limit} of its attention in most texts."
+        return Finding(text, 0.1, shows="sinks")
+    text = f"{percent(share)} of heads have an attention sink, the first token, which gets more than {limit}"
     most = (parks.nanmean(1) >= 0.5).nonzero()[:, 0].tolist()
     if most and most[0] > 0:
         text += f"; from layer {layers[most[0]]} on {percent(float(parks[most[0] :].nanmean()))} do"
-    return Finding(f"{text}.", min(0.9, 0.2 + share), ACTS)
+    return Finding(f"{text}.", min(0.9, 0.2 + share), ACTS, "sinks")
 
 
 class SinkRate(Method):
@@ -178,13 +179,13 @@ class SinkRate(Method):
         often = f"The share of texts in which a head gives the first token more than {limit} of its attention."
         parks = {(layers[i], h): float(weight[i, h]) for i, h in (rate > 0.5).nonzero().tolist()}
         role = Role(
-            "parks on the first token",
+            "attention sink",
             f"Gives the first token more than {limit} of its attention in most texts, whatever that token says.",
             dict(sorted(parks.items(), key=lambda head: -head[1])),
         )
         figures = (
             HeadMap("sinks", "Attention on the first token", what, layers, weight, low=0, high=1),
-            HeadMap("sink_rate", "How often the first token is a sink", often, layers, rate, low=0, high=1),
+            HeadMap("sink_rate", "Sink rate of the first token", often, layers, rate, low=0, high=1),
             _curves(answer.importance),
         )
         return Description(figures, (role,), (_finding(rate, layers, limit),))

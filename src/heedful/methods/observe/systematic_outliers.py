@@ -147,7 +147,7 @@ class SystematicOutliers(Method):
         text = f"{percent(total.explained)} of the tokens that draw much attention carry a massive activation"
         if where:
             text += f" (layers {where[0]} to {where[-1]}), {percent(total.first / total.both)} of them the first token"
-        return Description((curves,), findings=(Finding(f"{text}.", 0.1 + 0.4 * total.explained),))
+        return Description((curves,), findings=(Finding(f"{text}.", 0.1 + 0.4 * total.explained, shows="outliers"),))
 
 
 if __name__ == "__main__":

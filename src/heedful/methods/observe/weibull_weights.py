@@ -108,7 +108,7 @@ class WeibullWeights(Weights):
             f"Weights of query and key projections have median shapes {q} and {k}, values and output {v} and {o}; a "
             f"Gaussian, where training starts, has {GAUSSIAN:.2f}, and lower means heavier tails."
         )
-        return Description((curves,), findings=(Finding(text, 0.2),))
+        return Description((curves,), findings=(Finding(text, 0.2, shows="weibull"),))
 
 
 if __name__ == "__main__":

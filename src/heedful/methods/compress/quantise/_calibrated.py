@@ -14,9 +14,8 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights, Surgery
-from heedful.core.method import FitContext, Layer, Method
+from heedful.core.method import FitContext, Layer, Method, Stack
 from heedful.core.sites import Site, reads
-from heedful.core.stack import Stack
 from heedful.core.stats import Cat
 from heedful.methods.compress.quantise._quantiser import Quantiser, matrix, written
 

@@ -14,9 +14,8 @@ from torch.nn.functional import pad
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights
-from heedful.core.method import FitContext, Layer
+from heedful.core.method import FitContext, Layer, Stack
 from heedful.core.paper import Paper
-from heedful.core.stack import Stack
 from heedful.kit.grids import above_zero
 from heedful.kit.labels import labelled, loss_of
 from heedful.methods.compress.quantise._quantiser import Quantiser

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Decode, Prompt
-from heedful.core.method import Method
+from heedful.core.kinds import NOTHING_READ, Decode, Prompt, Read
+from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.core.stack import Stack
 
 
 class _Redirected(Method):
@@ -88,7 +87,7 @@ class AttentiveEraser(Decode):
             "redirected": (prompt, Stack((part.on(self.layers) if self.layers else part,))),
         }
 
-    def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
+    def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
         plain, redirected = logits["plain"].float(), logits["redirected"].float()
         return plain if self.s == 0 else plain + self.s * (redirected - plain)
 

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Decode, Prompt
-from heedful.core.method import FitContext, Method
+from heedful.core.kinds import NOTHING_READ, Decode, Prompt, Read
+from heedful.core.method import FitContext, Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.core.stack import Stack
 from heedful.kit.head_search import Head, require_heads
 from heedful.methods.intervene.language._task import next_logits
 
@@ -87,7 +86,7 @@ class SoftPAG(Decode):
     def variants(self, prompt: Prompt) -> Mapping[str, tuple[Prompt, Stack]]:
         return {"strong": (prompt, Stack()), "weak": (prompt, self._weak(self.heads))}
 
-    def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
+    def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
         strong, weak = logits["strong"].float(), logits["weak"].float()
         return strong if self.w == 0 else strong + self.w * (strong - weak)
 

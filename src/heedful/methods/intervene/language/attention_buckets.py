@@ -9,11 +9,10 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Decode, Prompt
-from heedful.core.method import Method
+from heedful.core.kinds import NOTHING_READ, Decode, Prompt, Read
+from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.core.stack import Stack
 
 _PAPER = Paper(
     "P122",
@@ -92,7 +91,7 @@ class AttentionBuckets(Decode):
             f"base {new}": (prompt, own.get(new, Stack((_Rebase(self.base, new, self.rotary),)))) for new in self.bases
         }
 
-    def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
+    def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
         each = torch.stack([x.float() for x in logits.values()])
         return torch.softmax(each.amax(-1), 0) @ each
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, at
-from heedful.methods.mechanisms.local._neighbours import require_room, within
+from heedful.methods.mechanisms.local._neighbours import pairs, require_room, within
 
 
 class NeighborhoodAttention(Method):
@@ -56,17 +56,10 @@ class NeighborhoodAttention(Method):
 
     @at(Site.SCORES)
     def lean(self, scores: Tensor, call: Call) -> Tensor:
-        query, key, outside = _places(call)
+        query, key, outside = pairs(call)
         rows, cols = ((key - query) // self.dilation + self.size - 1).clamp(0, 2 * self.size - 2)[:, 0].unbind(-1)
         bias = call.params["bias"][:, rows, cols].transpose(0, 1)  # [b|1 h r k]
         return scores + bias.masked_fill(outside, 0).to(scores.dtype)
-
-
-def _places(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Row and column of queries `[b|1 1 r 1 2]` and keys `[b|1 1 1 k 2]`, and pairs with one off the grid."""
-    query, key = call.coordinates("patches")
-    query, key = query[..., :, None, :], key[..., None, :, :]
-    return query, key, (query[..., 0] < 0) | (key[..., 0] < 0)
 
 
 if __name__ == "__main__":

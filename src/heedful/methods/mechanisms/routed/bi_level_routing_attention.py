@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.kit.patches import patch_tokens, require_divides, sides, whole_image
 from heedful.kit.running import wide
 
 
@@ -58,8 +57,7 @@ class BiLevelRoutingAttention(Method):
         return {"kernel": kernel, "bias": bias}
 
     def idle(self, call: Call) -> bool:
-        grid = getattr(call.roles.get("patches"), "grid", None)
-        return call.cross or call.mask.causal or len(call.queries) != len(call.keys) or grid is None or len(grid) != 2
+        return not whole_image(call)
 
     @at(Site.MIX)
     def attend(self, qkv: tuple[Tensor, Tensor, Tensor], call: Call) -> Tensor:
@@ -91,25 +89,15 @@ class BiLevelRoutingAttention(Method):
 
     def _laid_out(self, call: Call) -> tuple[Tensor, Tensor]:
         """Which tokens are the patches, row by row `[patches]`, and region by region `[regions patches]`."""
-        rows, cols = call.region("patches").grid or (0, 0)
-        if rows % self.regions or cols % self.regions:
-            rule = f"must divide both sides of the {rows} x {cols} patches of layer {call.layer}"
-            raise FieldError(self, "regions", self.regions, rule, math.gcd(rows, cols))
-        at = call.coordinates("patches")[0][0, 0]  # [n 2]
-        tokens = (at[:, 0] >= 0).nonzero()[:, 0]
-        if len(tokens) < rows * cols:
-            raise SiteError(
-                f"{self!r}, layer {call.layer}: {len(tokens)} of the {rows} x {cols} patches are among the tokens; "
-                "regions need all of them"
-            )
-        cells = tokens[(at[tokens, 0] * cols + at[tokens, 1]).argsort()]
+        require_divides(self, "regions", call)
+        (rows, cols), cells = sides(call), patch_tokens(self, call)
         grid = cells.view(self.regions, rows // self.regions, self.regions, cols // self.regions)
         return cells, grid.transpose(1, 2).reshape(self.regions**2, -1)
 
     def _convolved(self, v: Tensor, call: Call) -> Tensor:
         """Each channel of the values of patches `[b h patches d]`, over those around each."""
         kernel, bias = (call.params[name].to(v) for name in ("kernel", "bias"))
-        image = v.mT.flatten(1, 2).unflatten(-1, call.region("patches").grid or ())
+        image = v.mT.flatten(1, 2).unflatten(-1, sides(call))
         found = conv2d(
             image, kernel.flatten(0, 1)[:, None], bias.flatten(), padding=self.kernel // 2, groups=bias.numel()
         )

@@ -51,12 +51,19 @@ class VotedCache(ScoredCache, abstract=True):
         """Which entries are in the window, `[b|1 1 k]`; where there is no room for all of it, the newest of it."""
         return newest(entries, call, self.most(call).clamp(max=self.window))
 
-    def pooled(self, entries: CachedKV, call: Call) -> Tensor:
-        """The pooled votes for each entry `[b g k]`, among those before the window."""
+    def votes(self, entries: CachedKV, call: Call) -> Tensor:
+        """What the last queries of all calls so far gave each entry, `[b g k]`."""
         weights, position = last_weights(entries, call, self.window)
         new = (position >= 0).sum(-1, keepdim=True)
         given = weights.unflatten(1, (call.kv_heads, -1)).sum((2, 3))
-        votes = added_up("votes", given, entries, call, 1 - new / self.window)
+        return added_up("votes", given, entries, call, 1 - new / self.window)
+
+    def pooled(self, entries: CachedKV, call: Call) -> Tensor:
+        """The pooled votes for each entry `[b g k]`, among those before the window."""
+        return self.among(self.votes(entries, call), entries, call)
+
+    def among(self, votes: Tensor, entries: CachedKV, call: Call) -> Tensor:
+        """These votes `[b g k]`, pooled among the entries before the window."""
         place = entries.positions.position.clamp(min=0).expand(votes.shape)  # padding has no votes to add
         in_text = votes.new_zeros(*votes.shape[:2], int(place.max()) + 1)
         in_text.scatter_add_(-1, place, votes.masked_fill(self.last(entries, call), 0.0))

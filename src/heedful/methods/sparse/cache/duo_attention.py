@@ -16,7 +16,7 @@ from heedful.core.mask import First, Mask, Rule, Window
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.kit.budget import newest
+from heedful.kit.budget import all_fit, newest
 from heedful.methods.sparse.cache._fits import among_best
 
 IGNORED = -100  # the label of tokens that do not count, as everywhere in transformers
@@ -75,6 +75,9 @@ class DuoAttention(Method):
     @classmethod
     def example(cls) -> DuoAttention:
         return cls(sinks=1, window=4, seed=0)
+
+    def rests(self, tokens: int) -> str | None:
+        return all_fit(self.sinks + self.window, tokens, "smaller sinks or window")
 
     @property
     def stream(self) -> Rule:

@@ -61,7 +61,8 @@ class KIVI(Method):
 
     def rests(self, tokens: int) -> str | None:
         short = tokens < self.residual
-        return f"the newest {self.residual} tokens are whole, and the text has {tokens}" if short else None
+        told = f"the newest {self.residual} tokens are whole, and the text has {tokens}: a smaller residual would act"
+        return told if short else None
 
     @at(Site.CACHE)
     def quantise(self, entries: CachedKV, call: Call) -> Kept:

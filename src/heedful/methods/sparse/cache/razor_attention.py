@@ -18,7 +18,7 @@ from heedful.core.positions import Positions
 from heedful.core.sites import Site, at
 from heedful.core.stats import Statistic, Sum
 from heedful.core.summary import Summary, sums
-from heedful.kit.budget import Budget, newest, require_budget, room
+from heedful.kit.budget import Budget, all_fit, newest, require_budget, room, room_for
 from heedful.kit.scores import scores_of
 from heedful.methods.sparse.cache._fits import among_best
 
@@ -80,6 +80,10 @@ class RazorAttention(Method):
     @classmethod
     def example(cls) -> RazorAttention:
         return cls(budget=3, least=1, sinks=1, seed=0)
+
+    def rests(self, tokens: int) -> str | None:
+        room = self.sinks + max(room_for(self.budget, tokens), self.least)
+        return all_fit(room, tokens, "a smaller least, with budget=0.2,")
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> RazorAttention:
         """Score heads by how much they look at earlier copies of a token, and at what followed them."""

@@ -58,7 +58,8 @@ class ThinK(Method):
 
     def rests(self, tokens: int) -> str | None:
         short = tokens <= self.recent
-        return f"the newest {self.recent} tokens keep all channels, and the text has {tokens}" if short else None
+        told = f"the newest {self.recent} tokens keep all channels, and the text has {tokens}: "
+        return f"{told}recent={tokens // 2} would act" if short else None
 
     @at(Site.CACHE)
     def thin(self, entries: CachedKV, call: Call) -> Kept:

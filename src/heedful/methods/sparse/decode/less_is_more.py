@@ -7,7 +7,7 @@ from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, SiteError, at
 from heedful.core.positions import spread_heads
-from heedful.kit.budget import Budget, is_whole, require_budget, rooms
+from heedful.kit.budget import Budget, all_fit, is_whole, require_budget, room_for, rooms
 from heedful.kit.chosen import Chosen
 
 ROWS = 64  # queries that are ranked for at a time; memory only
@@ -53,6 +53,9 @@ class LessIsMore(Method):
     @classmethod
     def example(cls) -> LessIsMore:
         return cls(4, 0.5, 1, (0,))
+
+    def rests(self, tokens: int) -> str | None:
+        return all_fit(room_for(self.budget, tokens), tokens, "budget=0.5")
 
     def idle(self, call: Call) -> bool:
         return call.cross or is_whole(self.budget) or call.layer < min(self.selecting)

@@ -17,7 +17,7 @@ from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Sum
-from heedful.kit.budget import Budget, is_whole, require_budget, room_for, rooms
+from heedful.kit.budget import Budget, all_fit, is_whole, require_budget, room_for, rooms
 from heedful.kit.chosen import Chosen
 from heedful.methods.sparse.cache._fits import Moments, of_layer
 
@@ -64,6 +64,9 @@ class Loki(Method):
 
     def declares(self, tokens: int) -> dict[str, float]:
         return {"density": sum(min(n, room_for(self.budget, n)) for n in range(1, tokens + 1)) / tokens**2}
+
+    def rests(self, tokens: int) -> str | None:
+        return all_fit(room_for(self.budget, tokens), tokens, "budget=0.5")
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> Loki:
         """Find the principal axes of each key head from the keys of a few texts."""

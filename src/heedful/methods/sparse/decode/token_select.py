@@ -11,7 +11,7 @@ from heedful.core.mask import Mask
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.kit.budget import Budget, is_whole, require_budget, rooms
+from heedful.kit.budget import Budget, all_fit, is_whole, require_budget, room_for, rooms
 from heedful.kit.chosen import Chosen
 
 
@@ -65,6 +65,10 @@ class TokenSelect(Method):
     @classmethod
     def example(cls) -> TokenSelect:
         return cls(budget=6, sinks=1, window=2, chunk=2)
+
+    def rests(self, tokens: int) -> str | None:
+        room = max(room_for(self.budget, tokens), self.sinks + self.window)
+        return all_fit(room, tokens, "smaller sinks, window and budget")
 
     def idle(self, call: Call) -> bool:
         return call.cross or is_whole(self.budget)

@@ -53,8 +53,8 @@ class AnchorAttention(StripeSparse):
 
     def rests(self, tokens: int) -> str | None:
         whole = self.size + self.group
-        told = f"the first block and a group of queries hold {whole} tokens, and the text has {tokens}"
-        return told if tokens <= whole else None
+        told = f"the first block and a group of queries hold {whole} tokens, and the text has {tokens}: "
+        return f"{told}a smaller size would act" if tokens <= whole else None
 
     def idle(self, call: Call) -> bool:
         return super().idle(call) or len(call.keys) <= self.size

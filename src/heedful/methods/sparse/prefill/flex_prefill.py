@@ -8,6 +8,7 @@ from torch import Tensor
 from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
 from heedful.kit.blocks import BlockSparse, Grid, cover, means
+from heedful.kit.budget import all_fit
 
 
 class FlexPrefill(BlockSparse):
@@ -48,6 +49,9 @@ class FlexPrefill(BlockSparse):
     @classmethod
     def example(cls) -> FlexPrefill:
         return cls(0.5, 0.1, 0, size=4, most=1.0)
+
+    def rests(self, tokens: int) -> str | None:
+        return all_fit(max(2 * self.size, self.least), tokens, "a smaller least, or size,")
 
     def choose(self, grid: Grid) -> Tensor | None:
         if not grid.call.mask.causal:

@@ -9,6 +9,7 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
 from heedful.kit.blocks import Grid
+from heedful.kit.budget import all_fit
 from heedful.kit.stripes import StripeSparse
 
 
@@ -58,8 +59,7 @@ class HiP(StripeSparse):
         return cls(keep=2, block=1, window=2, sinks=1, size=3)
 
     def rests(self, tokens: int) -> str | None:
-        room = self.keep + self.window
-        return f"there is room for {room} tokens, and the text has {tokens}" if room >= tokens else None
+        return all_fit(self.keep + self.window, tokens, "a smaller keep or window")
 
     def idle(self, call: Call) -> bool:
         return call.cross or len(call.keys) <= self.keep + self.window

@@ -79,8 +79,8 @@ class HyperAttention(Method):
 
     def rests(self, tokens: int) -> str | None:
         least = self.shortest(causal=True)
-        told = f"squares of fewer than {self.least} queries are exact, and the text has {tokens}"
-        return told if tokens < least else None
+        told = f"squares of fewer than {self.least} queries are exact, and the text has {tokens}: "
+        return f"{told}a smaller least would act" if tokens < least else None
 
     def idle(self, call: Call) -> bool:
         n = len(call.queries)

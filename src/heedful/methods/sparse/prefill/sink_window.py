@@ -10,7 +10,7 @@ from heedful.core.mask import First, Mask, Window
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.kit.budget import newest
+from heedful.kit.budget import all_fit, newest
 
 
 class SinkWindow(Method):
@@ -51,6 +51,9 @@ class SinkWindow(Method):
         pairs = sum(min(i + 1, self.window + min(self.sinks, max(0, i + 1 - self.window))) for i in range(tokens))
         # the cache holds what the next token may see beside itself
         return {"density": pairs / tokens**2, "kept": min(tokens, self.window - 1 + self.sinks)}
+
+    def rests(self, tokens: int) -> str | None:
+        return all_fit(self.sinks + self.window, tokens, f"window={tokens // 2}")
 
     @at(Site.MASK)
     def drop_the_middle(self, mask: Mask, call: Call) -> Mask:

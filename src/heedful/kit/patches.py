@@ -1,0 +1,44 @@
+"""The patches of an image that is read at once: which tokens they are, row by row."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from heedful.core.call import Call
+from heedful.core.errors import FieldError, SiteError
+from heedful.core.method import Method
+
+
+def whole_image(call: Call) -> bool:
+    """Whether all tokens see all tokens, among them patches in rows and columns."""
+    grid = getattr(call.roles.get("patches"), "grid", None)
+    one_read = not call.cross and len(call.queries) == len(call.keys)
+    return one_read and not call.mask.causal and grid is not None and len(grid) == 2
+
+
+def sides(call: Call) -> tuple[int, int]:
+    """How many rows and columns of patches there are."""
+    rows, cols = call.region("patches").grid or ()
+    return rows, cols
+
+
+def patch_tokens(method: Method, call: Call) -> Tensor:
+    """Which tokens the patches are, row by row `[patches]`; some that are missing are refused."""
+    rows, cols = sides(call)
+    at = call.coordinates("patches")[0][0, 0]  # [n 2]
+    tokens = (at[:, 0] >= 0).nonzero()[:, 0]
+    if len(tokens) < rows * cols:
+        rule = f"{len(tokens)} of the {rows} x {cols} patches are among the tokens, and all of them are needed"
+        raise SiteError(f"{method!r}, layer {call.layer}: {rule}")
+    return tokens[(at[tokens, 0] * cols + at[tokens, 1]).argsort()]
+
+
+def require_divides(method: Method, name: str, call: Call) -> None:
+    """Refuse a field that does not divide both sides of the grid."""
+    rows, cols = sides(call)
+    given = getattr(method, name)
+    if rows % given or cols % given:
+        rule = f"must divide both sides of the {rows} x {cols} patches of layer {call.layer}"
+        raise FieldError(method, name, given, rule, math.gcd(rows, cols))

@@ -1,0 +1,1 @@
+"""Tokens mixed by weights of places or frequencies, without queries and keys."""
