@@ -54,11 +54,11 @@ def load(
             f"{folder} was saved without a stack; load it with heedful.models.load() or transformers, and attach() one"
         )
     stack = _stack(folder, saved, hub)
-    kind = kind or _class_of(config)
+    own: Any = kind or _class_of(config)
     with reading(folder, str(folder)):
         how = {**more, **hub, ROOM: (stack, saved), "output_loading_info": True}
-        model, found = _with_room(kind).from_pretrained(folder, **how)
-    model.__class__ = kind
+        model, found = _with_room(own).from_pretrained(folder, **how)
+    model.__class__ = own
     require_whole(str(folder), sorted(name for name in found["missing_keys"] if PREFIX not in name))
     for odd, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds")):
         if names := sorted(name for name in found[odd] if PREFIX in name):

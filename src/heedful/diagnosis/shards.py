@@ -97,7 +97,8 @@ class Sums:
     @property
     def whole(self) -> Found:
         """All parts together, layer by layer."""
-        return by_layer(reduce(together, self.apart.values(), {}))
+        whole: Found = reduce(together, self.apart.values(), {})
+        return by_layer(whole)
 
     @property
     def parts(self) -> tuple[Found, ...]:
