@@ -253,7 +253,7 @@ class _Job:
 
         def so_far() -> Profile:
             facts = {**self.facts, **sums.facts, "seconds": {"text": spent + time.perf_counter() - began}}
-            return Profile(facts, self.parts, sums.whole, None, dealt(sums.apart.values()))
+            return Profile(facts, self.parts, sums.whole, None, sums.parts)
 
         def save() -> None:
             if self.out is not None and sums.facts["shards"] > start:
@@ -270,7 +270,7 @@ class _Job:
         except KeyboardInterrupt:
             save()
             raise
-        return so_far()
+        return replace(so_far(), apart=dealt(sums.parts))
 
     def _trials(self) -> Profile:
         """The measures that make prompts of their own."""
