@@ -30,7 +30,7 @@ from heedful.diagnosis.measures import DEFAULT, HEARD, PICTURED, WEIGHTS, chosen
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.shards import Reader, Sums, first_of
 from heedful.diagnosis.sounds import sounds, writes
-from heedful.diagnosis.store import ADDED, clean
+from heedful.diagnosis.store import ADDED, View, clean
 from heedful.diagnosis.subject import Subject
 from heedful.diagnosis.texts import Texts, Windows, cut, ordinary, pieces, positions, some, sources
 from heedful.diagnosis.view import MOST_HEADS, SHOWN, Attended, Looks, TokenView, notable, view_of
