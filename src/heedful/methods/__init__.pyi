@@ -125,6 +125,7 @@ from heedful.methods.sparse.cache.pyramid_kv import PyramidKV as PyramidKV
 from heedful.methods.sparse.cache.q_filters import QFilters as QFilters
 from heedful.methods.sparse.cache.razor_attention import RazorAttention as RazorAttention
 from heedful.methods.sparse.cache.snap_kv import SnapKV as SnapKV
+from heedful.methods.sparse.cache.task_kv import TaskKV as TaskKV
 from heedful.methods.sparse.cache.think import ThinK as ThinK
 from heedful.methods.sparse.cache.tova import TOVA as TOVA
 from heedful.methods.sparse.decode.less_is_more import LessIsMore as LessIsMore
