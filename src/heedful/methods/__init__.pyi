@@ -87,6 +87,7 @@ from heedful.methods.mechanisms.routed.injected_patterns import InjectedPatterns
 from heedful.methods.mechanisms.routed.mixture_of_heads import MixtureOfHeads as MixtureOfHeads
 from heedful.methods.mechanisms.routed.moba import MoBA as MoBA
 from heedful.methods.mechanisms.routed.mosa import MoSA as MoSA
+from heedful.methods.mechanisms.routed.neural_attention_search import NeuralAttentionSearch as NeuralAttentionSearch
 from heedful.methods.mechanisms.routed.routing_transformer import RoutingTransformer as RoutingTransformer
 from heedful.methods.mechanisms.routed.sparse_k import SparseK as SparseK
 from heedful.methods.mechanisms.score.dual_attention import DualAttention as DualAttention
