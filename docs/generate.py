@@ -15,9 +15,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import reliability  # noqa: E402
 from benchmarks.mutants import page as mutants  # noqa: E402
 from benchmarks.quality import page as quality  # noqa: E402
+from benchmarks.reliability import page as reliability  # noqa: E402
 from benchmarks.speed import bars as speed  # noqa: E402
 from claims._page import counts, page, records  # noqa: E402
 from docs import method_pages, rooms  # noqa: E402
@@ -121,7 +121,7 @@ def main() -> None:
     pages["docs/mutants.md"] = NOTE + mutants.page()
     pages["docs/rooms.svg"] = rooms.svg()
     pages["docs/reliability.md"] = NOTE + reliability.page()
-    pages["docs/scale.md"] = renewed("docs/scale.md", merges=reliability.merge_table)
+    pages["docs/scale.md"] = renewed("docs/scale.md", merges=reliability.merge_table, simulation=reliability.simulation)
     pages["README.md"] = renewed("README.md", releases=releases, coverage=coverage, verdicts=verdicts)
     stale = [name for name, text in pages.items() if not (ROOT / name).exists() or (ROOT / name).read_text() != text]
     if "--check" in sys.argv:

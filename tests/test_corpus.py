@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from heedful import models
 from heedful.conformance.tolerances import MERGE
@@ -134,6 +138,18 @@ def test_a_line_of_ten_million_characters_is_one_text(tmp_path: Path) -> None:
     assert len(corpus.shards()) > 30
     found = [text for shard in texts_of(corpus) for text in shard]
     assert [text and text[:6] for text in found] == ["before", "words ", "after"]
+
+
+def test_ten_million_characters_in_one_line_are_diagnosed_with_the_rest(model: Any, tmp_path: Path) -> None:
+    words = Tokenizer(WordLevel({"?": 3, "words": 5}, unk_token="?"))
+    words.pre_tokenizer = WhitespaceSplit()
+    path = lines(tmp_path, "words before", ("x" * 9_999 + " ") * 1_000, b"{", "words after")
+    found = diagnose(
+        model, Corpus(path), tokenizer=PreTrainedTokenizerFast(tokenizer_object=words), measures="SinkRate"
+    )
+    assert found.facts["shards"] > 30
+    assert (found.facts["texts"], found.facts["left_out"], found.facts["tokens"]) == (3, 0, 1_004)
+    assert [why.rpartition(" is ")[2] for why in found.facts["skipped"]] == ["no line of JSON"]
 
 
 def test_a_large_corpus_has_larger_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,15 +147,15 @@ PLANS: dict[str, tuple[str, str, Callable[[Path], None], tuple[Swap, ...]]] = {
 }
 
 
-def outcomes(name: str, home: Path, tmp_path: Path, count: int) -> Counter[str]:
-    """How many damaged files were read, refused, or did something else."""
+def outcomes(name: str, home: Path, tmp_path: Path, count: int, first: int = 0) -> Counter[str]:
+    """How many damaged files were read, refused, or did something else; each number is a damage of its own."""
     folder, pattern, use, ways = PLANS[name]
     shutil.copytree(home / folder, tmp_path / "copy")
     (file,) = (tmp_path / "copy").glob(pattern)
     whole = file.read_bytes()
     use(file.parent)
     found: Counter[str] = Counter()
-    for number in range(count):
+    for number in range(first, first + count):
         draw = random.Random(f"{name} {number}")
         file.write_bytes(draw.choice(ways)(draw, whole))
         try:

@@ -15,7 +15,7 @@ from heedful.core.figures import Curves, Description
 from heedful.core.stats import Mean, Sum
 from heedful.diagnosis.apart import MOST, banded, dealt
 from heedful.diagnosis.profile import Profile
-from heedful.methods import AttentionProfile, MaxActivations, SinkRate
+from heedful.methods import AttentionFlow, AttentionProfile, MaxActivations, SinkRate
 
 MEASURES = [SinkRate(0.1, places=4), AttentionProfile(), MaxActivations()]
 TEXTS = [torch.randint(3, 127, (n,), generator=torch.Generator().manual_seed(n)) for n in (20, 31, 26)]
@@ -48,6 +48,13 @@ def test_bands_reach_from_the_lowest_to_the_highest_text(model: Any) -> None:
                     assert high[i].isnan()
     assert "heads" in alone[0]["distances"].band  # of one text nobody knows how much texts differ
     assert alone[0]["maxima"].bands == {}
+
+
+def test_pieces_that_a_measure_keeps_whole_are_kept_in_parts_too(model: Any) -> None:
+    found = diagnose(model, TEXTS, measures=AttentionFlow())
+    pieces = [x for part in found.apart for stat in part.values() for x in stat.tensors().values()]
+    assert len(pieces) == len(TEXTS)
+    assert all(x.dtype == torch.float32 for x in pieces)
 
 
 def test_where_one_part_alone_tells_there_is_no_band() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 
 from heedful import models
 from heedful.core.errors import FieldError, StatisticError
-from heedful.core.files import LOCK, append, digest_of, held, placed, replace_text
+from heedful.core.files import LOCK, append, digest_of, held, placed, replace_text, scratch
 from heedful.diagnosis.run import diagnose
 
 IDS = torch.arange(5, 25)
@@ -86,6 +88,62 @@ def test_a_held_folder_names_its_holder_and_a_dead_one_holds_nothing(tmp_path: P
     assert (tmp_path / LOCK).exists()
     with held(tmp_path, "a diagnosis"):
         assert f"process {os.getpid()}" in (tmp_path / LOCK).read_text()
+    assert not list(tmp_path.iterdir())
+
+
+def _working(name: str, said: Any) -> None:
+    with scratch(name) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text("x")
+        said.put(str(folder))
+        signal.pause()
+
+
+def test_a_scratch_folder_is_gone_with_its_process_or_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with scratch("mine") as folder, scratch("mine") as second:
+        assert sorted(tmp_path.iterdir()) == sorted([folder, second])
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not list(tmp_path.iterdir())
+    kind = multiprocessing.get_context("spawn")
+    said = kind.Queue()
+    other = kind.Process(target=_working, args=("mine", said))
+    other.start()
+    try:
+        theirs = Path(said.get(timeout=60))
+        with scratch("mine") as folder, scratch("other"):
+            assert (theirs / "sub" / "file").exists(), "its process lives"
+    finally:
+        other.kill()
+        other.join()
+    assert list(tmp_path.iterdir()) == [theirs]
+    with scratch("other"):
+        assert theirs.exists(), "it has another name"
+    (tmp_path / "mine-file").touch()
+    with scratch("mine"):
+        assert not theirs.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine-file"]
+
+
+def test_a_scratch_folder_is_gone_though_somebody_wrote_to_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    remove, tries = shutil.rmtree, []
+
+    def late(folder: Path, **how: Any) -> None:
+        remove(folder, **how)
+        if len(tries) < 2:
+            folder.mkdir()
+        tries.append(folder)
+
+    monkeypatch.setattr(shutil, "rmtree", late)
+    with scratch("mine") as folder:
+        pass
+    assert tries == [folder] * 3
     assert not list(tmp_path.iterdir())
 
 

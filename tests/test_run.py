@@ -89,8 +89,13 @@ def test_a_stack_may_be_spelled(model: nn.Module) -> None:
         assert run.stack == SinkWindow(1, 4) | SinkRate()
     with pytest.raises(HeedfulError, match=r"Did you mean SinkWindow\?"):
         attach(model, "sinkwindo")
-    with pytest.raises(FieldError, match="cannot be joined"):
+    with pytest.raises(FieldError, match=r"attach\(\)\.what = .*cannot be joined"):
         attach(model, "pruneheads|sinkrate")
+    for nothing in ("", " | "):
+        with pytest.raises(FieldError, match="names no method"):
+            attach(model, nothing)
+    with pytest.raises(HeedfulError, match="a stack holds methods, not PruneHeads"):
+        attach(model, "pruneheads")
 
 
 def test_untouched_layers_keep_the_models_own_attention(model: nn.Module) -> None:

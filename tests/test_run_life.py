@@ -53,6 +53,11 @@ def hooking(frame: FrameType) -> bool:
     return file.endswith(("hooked.py", "resting.py")) or name.startswith("register_forward") or name == "undo"
 
 
+def leaving(frame: FrameType) -> bool:
+    """Heedful's, but for what undoes: an interrupt there comes before a thing is done again, or after."""
+    return ours(frame) and frame.f_globals["__name__"] != "heedful.engine.resting"
+
+
 def interrupted(at: int, act: Callable[[], Any], where: Callable[[FrameType], bool] = ours) -> bool:
     """Whether `act` was interrupted at its line number `at`, counted over some frames: heedful's."""
     seen = 0
@@ -85,6 +90,17 @@ def test_an_interrupt_in_close_leaves_nothing_that_closing_again_does_not_take(m
         run = attach(model, Scale() | Gate())
         go_on = interrupted(at, run.close)
         run.close()
+        assert fingerprint(model) == before, at
+        at += 1
+    assert at > 20
+
+
+def test_an_interrupt_as_a_with_ends_leaves_nothing(model: nn.Module) -> None:
+    """Once it has begun to end: before its first line nobody could do anything."""
+    before, at, go_on = fingerprint(model), 1, True
+    while go_on:
+        run = attach(model, Scale() | Gate())
+        go_on = interrupted(at, lambda run=run: run.__exit__(None, None, None), leaving)
         assert fingerprint(model) == before, at
         at += 1
     assert at > 20

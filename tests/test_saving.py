@@ -127,6 +127,15 @@ def test_the_run_goes_on_where_it_was(model: Any, tmp_path: Path) -> None:
         assert type(run.model) is type(model)
 
 
+def test_loading_again_and_again_leaves_one_class(model: Any, tmp_path: Path) -> None:
+    """transformers holds on to the classes that it makes models of."""
+    saved(tmp_path)
+    before = len(type(model).__subclasses__())
+    for _ in range(3):
+        load(tmp_path).close()
+    assert len(type(model).__subclasses__()) <= before + 1
+
+
 def test_what_is_loaded_is_saved_again_with_what_joined_it(tmp_path: Path) -> None:
     saved(tmp_path / "one")
     run = load(tmp_path / "one")

@@ -127,8 +127,11 @@ def test_what_is_sent_arrives_as_it_was() -> None:
     kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
     given = {f"{kind} {shape}": Sum(torch.ones(shape).to(kind)) for kind in kinds for shape in ((), (0,), (3, 2))}
     given["turned"] = Sum(torch.rand(3, 2).T)
+    given["counted"] = Sum((torch.arange(5.0, dtype=torch.float64) * 9).expand(40, 3, 5).contiguous())
     given["endless"] = Sum(torch.tensor([float("nan"), -float("inf"), -0.0]))
-    found = _opened(_closed(lambda _: Piece({"texts": 1}, given), None))  # type: ignore[arg-type]
+    sent = _closed(lambda _: Piece({"texts": 1}, given), None)  # type: ignore[arg-type]
+    assert len(sent) < 8 * given["counted"].total.numel(), "what is alike along an axis is sent once"
+    found = _opened(sent)
     assert found.facts == {"texts": 1}
     for key, stat in given.items():
         assert found.statistics[key].total.dtype == stat.total.dtype

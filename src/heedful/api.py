@@ -52,7 +52,7 @@ def attach(
     """
     from heedful.adapters.choosing import adapter_for
 
-    stack: Any = stack_from(what, "attach()") if isinstance(what, str) else what
+    stack: Any = stack_from(what, "attach()", "what") if isinstance(what, str) else what
     return Run(model, stack, adapter_for(model, only, inputs), backend, roles, tile_rows)
 
 

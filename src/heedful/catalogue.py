@@ -88,15 +88,17 @@ def entry_from(text: str) -> CatalogueEntry:
     return written(text, kind, kind.example()) if "(" in text else kind.example()
 
 
-def stack_from(text: str, owner: str = "compare()") -> Contender:
+def stack_from(text: str, owner: str = "compare()", field: str = "methods") -> Contender:
     """What can be tried on a model: one step, or methods joined by `|`; without settings, with the defaults."""
     entries = [entry_from(part if "(" in part else part + "()") for part in parted(text, "|")]
     if len(entries) == 1 and not isinstance(entries[0], Weights):
         return entries[0]  # type: ignore[return-value]  # every other kind of entry is one
+    if not entries:
+        raise FieldError(owner, field, text, "names no method", "SinkWindow | TempScale")
     for entry in entries:
         if not isinstance(entry, Method):
             rule = f"{type(entry).__name__} is {entry.kind}, which cannot be joined"
-            raise FieldError(owner, "methods", text, rule, "SinkWindow | TempScale")
+            raise FieldError(owner, field, text, rule, "SinkWindow | TempScale")
     return Stack(tuple(entry for entry in entries if isinstance(entry, Method)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from heedful.core.spelling import built
 from heedful.engine.learned import PREFIX, learned
 from heedful.engine.run import Run
 from heedful.models import hub_arguments, reading, require_there, require_whole, some
+
+ROOM = "heedful_room"  # what a class with room is told of the stack, beside what the model's own takes
 
 
 @asks
@@ -51,10 +54,11 @@ def load(
             f"{folder} was saved without a stack; load it with heedful.models.load() or transformers, and attach() one"
         )
     stack = _stack(folder, saved, hub)
-    kind = kind or _class_of(config)
+    own: Any = kind or _class_of(config)
     with reading(folder, str(folder)):
-        model, found = _with_room(kind, stack, saved).from_pretrained(folder, **more | hub, output_loading_info=True)
-    model.__class__ = kind
+        how = {**more, **hub, ROOM: (stack, saved), "output_loading_info": True}
+        model, found = _with_room(own).from_pretrained(folder, **how)
+    model.__class__ = own
     require_whole(str(folder), sorted(name for name in found["missing_keys"] if PREFIX not in name))
     for odd, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds")):
         if names := sorted(name for name in found[odd] if PREFIX in name):
@@ -92,10 +96,12 @@ def _class_of(config: Any) -> type[PreTrainedModel]:
     )
 
 
-def _with_room(kind: Any, stack: Stack, saved: Saved) -> Any:
-    """The class with room for what the stack learned, so that transformers loads it with all other weights."""
+@cache  # transformers holds on to every class that it has made a model of
+def _with_room(kind: Any) -> Any:
+    """The class with room for what a stack learned, so that transformers loads it with all other weights."""
 
     def begin(self: Any, *args: Any, **kwargs: Any) -> None:
+        stack, saved = kwargs.pop(ROOM)
         kind.__init__(self, *args, **kwargs)
         adapter = adapt(self, saved.only)
         # transformers makes models without storage, and methods draw on the CPU

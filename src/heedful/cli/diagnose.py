@@ -78,11 +78,12 @@ def require_files(given: dict[str, Path]) -> None:
     """Refuse what holds nothing to read before a model is loaded."""
     from heedful.diagnosis import images, texts, waves
 
-    for option, good, endings in (
-        ("text", "book.txt", texts.ENDINGS),
-        ("images", "photos", images.ENDINGS),
-        ("audio", "clips", waves.ENDINGS),
-    ):
+    readable = {
+        "text": ("book.txt", texts.ENDINGS),
+        "images": (OTHERS["images"][1], images.ENDINGS),
+        "audio": (OTHERS["audio"][1], waves.ENDINGS),
+    }
+    for option, (good, endings) in readable.items():
         path = given.get(option)
         if path is None:
             continue

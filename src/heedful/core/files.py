@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import platform
+import shutil
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +18,7 @@ from heedful.core.errors import FieldError, StatisticError, WriteError
 
 PART = ".part"  # ends the name of a file that is being written
 LOCK = ".heedful.lock"
+PATIENCE = 50  # tries to take a folder away, a tenth of a second apart
 PROFILE, UNFINISHED = "profile.json", "unfinished"  # of a diagnosis, and the folder inside of one under way
 RECORDS = "records.jsonl"  # of a comparison
 TAUGHT = "conversion.safetensors"  # of a model that is taught another attention
@@ -135,6 +139,48 @@ def held(folder: Path | None, what: str) -> Iterator[None]:
     finally:
         (folder / LOCK).unlink(missing_ok=True)
         lock.close()
+
+
+@contextmanager
+def scratch(name: str) -> Iterator[Path]:
+    """A new temporary folder of this process's own, gone with it; what killed processes left of that name goes too.
+
+    A folder is known to be in use by a lock on itself, which it has before it has its name.
+    """
+    home = Path(tempfile.gettempdir())
+    for left in home.glob(f"{name}-*"):
+        if (lock := _lock_of(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    begun = Path(tempfile.mkdtemp(prefix=f".{name}-"))
+    lock = _lock_of(begun)
+    folder = begun.rename(home / begun.name[1:])
+    try:
+        yield folder
+    finally:
+        for _ in range(PATIENCE):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.1)  # a process that is about to end wrote to it meanwhile
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock_of(folder: Path) -> int | None:
+    """A lock on a folder itself; none where another process has it, or this one may not, or the system has no such."""
+    try:
+        from fcntl import LOCK_EX, LOCK_NB, flock
+
+        file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (ModuleNotFoundError, OSError):
+        return None
+    try:
+        flock(file, LOCK_EX | LOCK_NB)
+    except OSError:
+        os.close(file)
+        return None
+    return file
 
 
 def _locked(folder: Path) -> IO[str]:

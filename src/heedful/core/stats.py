@@ -11,7 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -40,9 +40,11 @@ class Statistic(ABC):
     """A value that merges with `+`; subclasses hold tensors and plain settings, which must agree in a merge."""
 
     kinds: ClassVar[dict[str, type[Statistic]]] = {}
+    by_element: ClassVar[bool] = False  # merging treats what stands along all axes but the last alike and apart
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, by_element: bool = False) -> None:
         Statistic.kinds[cls.__name__] = cls
+        cls.by_element = by_element  # of each class its own: a subclass may merge otherwise
 
     @abstractmethod
     def merge(self, other: Self) -> Self:
@@ -72,17 +74,26 @@ class Statistic(ABC):
         return self.merge(other)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return {name: x for name in _names(type(self)) if isinstance(x := getattr(self, name), Tensor)}
 
     def settings(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if not isinstance(getattr(self, f.name), Tensor)}
+        return {name: x for name in _names(type(self)) if not isinstance(x := getattr(self, name), Tensor)}
+
+    def having(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same with other tensors."""
+        return replace(self, **tensors)
 
     def to(self, device: torch.device | str) -> Self:
-        return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
+        return self.having({name: x.to(device) for name, x in self.tensors().items()})
+
+
+@cache
+def _names(kind: type[Statistic]) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind))
 
 
 @dataclass(frozen=True, eq=False)
-class Sum(Statistic):
+class Sum(Statistic, by_element=True):
     """A sum, elementwise."""
 
     total: Tensor
@@ -103,7 +114,7 @@ class Sum(Statistic):
 
 
 @dataclass(frozen=True, eq=False)
-class Mean(Statistic):
+class Mean(Statistic, by_element=True):
     """A mean with its own count for each element; nan where nothing was counted."""
 
     total: Tensor
@@ -129,7 +140,7 @@ class Mean(Statistic):
 
 
 @dataclass(frozen=True, eq=False)
-class Moments(Statistic):
+class Moments(Statistic, by_element=True):
     """Count, mean and spread, merged without cancellation."""
 
     count: Tensor
@@ -166,7 +177,7 @@ class Moments(Statistic):
 
 
 @dataclass(frozen=True, eq=False)
-class Max(Statistic):
+class Max(Statistic, by_element=True):
     """A maximum and its place; of equal ones the first place."""
 
     high: Tensor
@@ -192,7 +203,7 @@ class Max(Statistic):
 
 
 @dataclass(frozen=True, eq=False)
-class Histogram(Statistic):
+class Histogram(Statistic, by_element=True):
     """Counts between edges; the first and the last bin take what lies outside."""
 
     edges: tuple[float, ...]
@@ -217,7 +228,7 @@ class Histogram(Statistic):
 
 
 @dataclass(frozen=True, eq=False)
-class TopK(Statistic):
+class TopK(Statistic, by_element=True):
     """The k highest and their places; of equal ones the first places."""
 
     k: int
@@ -261,8 +272,8 @@ class Cat(Statistic):
     def settings(self) -> dict[str, Any]:
         return {}
 
-    def to(self, device: torch.device | str) -> Self:
-        return type(self)({name: x.to(device) for name, x in self.pieces.items()})
+    def having(self, tensors: Mapping[str, Tensor]) -> Self:
+        return type(self)(tensors)
 
     def __add__(self, other: Self) -> Self:
         if type(other) is not type(self):
@@ -297,7 +308,7 @@ def save(path: str | Path, statistics: Mapping[str, Statistic]) -> Path:
     header: dict[str, Any] = {}
     for name, stat in statistics.items():
         parts = {field: x.detach().cpu() for field, x in stat.tensors().items()}
-        tensors |= {f"{name}/{field}": _packed(x) for field, x in parts.items()}
+        tensors |= {f"{name}/{field}": compact(x) for field, x in parts.items()}
         header[name] = {
             "kind": type(stat).__name__,
             "settings": stat.settings(),
@@ -310,7 +321,7 @@ def save(path: str | Path, statistics: Mapping[str, Statistic]) -> Path:
     return path
 
 
-def _packed(x: Tensor) -> Tensor:
+def compact(x: Tensor) -> Tensor:
     """What says the same in fewer bytes: an axis along which all is alike once, whole numbers as such."""
     for axis in range(x.ndim):
         if x.shape[axis] > 1 and torch.equal(x, x.narrow(axis, 0, 1).expand_as(x)):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from heedful.core.figures import Curves, Description, Figure
 from heedful.core.stats import Statistic
@@ -34,11 +35,11 @@ def dealt(parts: Iterable[Mapping[str, Statistic]]) -> tuple[Found, ...]:
 
 def light(part: Mapping[str, Statistic]) -> Found:
     """In single precision, which is enough to see how far parts lie apart."""
-    return {key: _light(stat) for key, stat in part.items()}
+    return {key: stat.having({n: _single(x) for n, x in stat.tensors().items()}) for key, stat in part.items()}
 
 
-def _light(stat: Statistic) -> Statistic:
-    return replace(stat, **{n: x.float() for n, x in stat.tensors().items() if x.dtype == torch.float64})
+def _single(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float64 else x
 
 
 def banded(told: Description, parts: Sequence[Description]) -> Description:

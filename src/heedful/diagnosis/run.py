@@ -25,13 +25,12 @@ from heedful.diagnosis import glances, listening
 from heedful.diagnosis.apart import MOST, Found, dealt, joined, light
 from heedful.diagnosis.corpus import Corpus, Shard
 from heedful.diagnosis.glances import Glances, ImageView
-from heedful.diagnosis.hearing import SoundView
 from heedful.diagnosis.images import images
 from heedful.diagnosis.measures import DEFAULT, HEARD, PICTURED, WEIGHTS, chosen, makes_trials, reads_text
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.shards import Reader, Sums, first_of
 from heedful.diagnosis.sounds import sounds, writes
-from heedful.diagnosis.store import ADDED, clean
+from heedful.diagnosis.store import ADDED, View, clean
 from heedful.diagnosis.subject import Subject
 from heedful.diagnosis.texts import Texts, Windows, cut, ordinary, pieces, positions, some, sources
 from heedful.diagnosis.view import MOST_HEADS, SHOWN, Attended, Looks, TokenView, notable, view_of
@@ -254,7 +253,7 @@ class _Job:
 
         def so_far() -> Profile:
             facts = {**self.facts, **sums.facts, "seconds": {"text": spent + time.perf_counter() - began}}
-            return Profile(facts, self.parts, sums.whole, None, dealt(sums.apart.values()))
+            return Profile(facts, self.parts, sums.whole, None, sums.parts)
 
         def save() -> None:
             if self.out is not None and sums.facts["shards"] > start:
@@ -271,7 +270,7 @@ class _Job:
         except KeyboardInterrupt:
             save()
             raise
-        return so_far()
+        return replace(so_far(), apart=dealt(sums.parts))
 
     def _trials(self) -> Profile:
         """The measures that make prompts of their own."""
@@ -309,7 +308,7 @@ class _Job:
     def _view(self, profile: Profile) -> Profile:
         """Where the most notable heads look."""
         began = time.perf_counter()
-        view: TokenView | ImageView | SoundView | None
+        view: View | None
         if self.subject.sounds:
             view = listening.look(self.subject, self.windows)
         else:

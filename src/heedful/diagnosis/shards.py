@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, Self
 
 import torch
@@ -13,8 +13,9 @@ from heedful.api import still
 from heedful.core.kinds import Measure
 from heedful.core.method import Stack
 from heedful.core.stats import Statistic
-from heedful.diagnosis.apart import MOST, Found, joined, light
+from heedful.diagnosis.apart import MOST, Found
 from heedful.diagnosis.corpus import Shard
+from heedful.diagnosis.layers import by_layer, stacked, together
 from heedful.diagnosis.measures import reads_text
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.store import ADDED
@@ -61,7 +62,7 @@ class Reader:
                     run.roles = {"delimiters": roles.spans(rows[i])}
                 subject.read(run, rows[i : i + self.batch])
             found = {f"{mine[n][0]}.{name}.{layer}": x for (n, name, layer), x in run.state.statistics.items()}
-            return Piece(facts | {"backends": sorted(set(run.state.backends.values()))}, found)
+            return Piece(facts | {"backends": sorted(set(run.state.backends.values()))}, stacked(found))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,15 +72,13 @@ class Sums:
     facts: Mapping[str, Any] = field(
         default_factory=lambda: {**dict.fromkeys((*ADDED, "shards", "unread"), 0), "skipped": [], "backends": []}
     )
-    whole: Found = field(default_factory=dict)
-    apart: Mapping[int, Found] = field(default_factory=dict)
+    apart: Mapping[int, Found] = field(default_factory=dict)  # in parts, each of every fifth shard; layers stacked
 
     @classmethod
     def of(cls, earlier: Profile) -> Self:
         """What was saved of them."""
-        whole = dict(earlier.statistics)
-        parts = map(light, earlier.in_parts if whole else ())
-        return cls({name: earlier.facts[name] for name in cls().facts}, whole, dict(enumerate(parts)))
+        parts = map(stacked, earlier.in_parts if earlier.statistics else ())
+        return cls({name: earlier.facts[name] for name in cls().facts}, dict(enumerate(parts)))
 
     def plus(self, piece: Piece) -> Self:
         """These and the next one."""
@@ -93,8 +92,18 @@ class Sums:
         if not found:
             return replace(self, facts=facts)
         unit = (told["shards"] - told["unread"]) % MOST
-        apart = {**self.apart, unit: joined(self.apart.get(unit, {}), light(found))}
-        return replace(self, facts=facts, whole=joined(self.whole, found), apart=apart)
+        return replace(self, facts=facts, apart={**self.apart, unit: together(self.apart.get(unit, {}), found)})
+
+    @property
+    def whole(self) -> Found:
+        """All parts together, layer by layer."""
+        whole: Found = reduce(together, self.apart.values(), {})
+        return by_layer(whole)
+
+    @property
+    def parts(self) -> tuple[Found, ...]:
+        """Each part, layer by layer; none where there is but one."""
+        return tuple(map(by_layer, self.apart.values())) if len(self.apart) > 1 else ()
 
 
 def first_of(shards: Iterable[Shard], subject: Subject, length: int) -> Windows:

@@ -33,10 +33,6 @@ VIEW = "view"  # the key of the token view's tensors, which no reader has
 APART = "apart."  # what keys of parts of the texts begin with, before the part's number
 
 Found = dict[str, Statistic]
-View = TokenView | ImageView
-
-
-Found = dict[str, Statistic]
 View = TokenView | ImageView | SoundView
 # by a field that no other has
 VIEWS: dict[str, type[View]] = {"tokens": TokenView, "before": ImageView, "words": SoundView}

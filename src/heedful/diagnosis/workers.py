@@ -6,9 +6,7 @@ import io
 import logging
 import os
 import pickle
-import shutil
 import socket
-import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -17,11 +15,14 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from heedful.adapters.spread import is_spread
 from heedful.core.asked import require_fields
 from heedful.core.errors import FieldError, HeedfulError
+from heedful.core.files import scratch
+from heedful.core.stats import compact
 
 Read = Callable[[Any], Any]  # of one shard, or whatever else is shared: what it gives, at once or one by one
 Pieces = Generator[Any, None, None]  # closed, it lets the workers go
@@ -120,19 +121,18 @@ class Ray(Workers):
             finally:
                 ray.shutdown()
             return
-        home = tempfile.mkdtemp(prefix="heedful-")  # nobody else may read it
-        try:
-            ray.init(
-                num_cpus=ceil(self.workers * self.cpus),
-                include_dashboard=False,
-                _temp_dir=home,
-                _node_ip_address="127.0.0.1",
-                **quiet,
-            )
-            yield ray
-        finally:
-            ray.shutdown()
-            shutil.rmtree(home, ignore_errors=True)
+        with scratch("heedful-ray") as home:
+            try:
+                ray.init(
+                    num_cpus=ceil(self.workers * self.cpus),
+                    include_dashboard=False,
+                    _temp_dir=str(home),
+                    _node_ip_address="127.0.0.1",
+                    **quiet,
+                )
+                yield ray
+            finally:
+                ray.shutdown()
 
 
 def _knock(address: str) -> None:
@@ -147,7 +147,6 @@ class _Actor:
 
     def __init__(self, work: Any, threads: int) -> None:
         import ray
-        import torch
 
         torch.set_num_threads(threads)
         self.read, self.shards = ray.get(work) if isinstance(work, ray.ObjectRef) else work
@@ -239,14 +238,19 @@ def _closed(read: Read, shard: Any) -> bytes:
 
 
 class _Packer(pickle.Pickler):
-    """Sends a tensor as an array, which is read ten times as fast as torch's own form."""
+    """Sends a tensor as an array, which is read ten times as fast as torch's own form; what is alike in it once."""
 
     def reducer_override(self, value: Any) -> Any:
-        import torch
-
-        if type(value) is not torch.Tensor or value.dtype is torch.bfloat16:  # which arrays have not
+        if type(value) is not Tensor or value.dtype is torch.bfloat16:  # which arrays have not
             return NotImplemented
-        return torch.from_numpy, (value.detach().cpu().contiguous().numpy(),)
+        few = compact(value.detach().cpu())
+        if few.shape == value.shape and few.dtype == value.dtype:
+            return torch.from_numpy, (few.numpy(),)
+        return _spread, (few.numpy(), value.dtype, value.shape)
+
+
+def _spread(few: Any, kind: torch.dtype, shape: torch.Size) -> Tensor:
+    return torch.from_numpy(few).to(kind).expand(shape)
 
 
 def packed(value: Any) -> bytes:

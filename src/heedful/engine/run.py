@@ -22,6 +22,7 @@ from heedful.core.regions import PerText, Region, Roles, marks
 from heedful.core.stats import Statistic, load, save
 from heedful.engine.activity import Activity, Difference, density_of
 from heedful.engine.learned import learned
+from heedful.engine.resting import undone
 from heedful.engine.run_state import RunState, blind
 from heedful.engine.select import Explanation, explain, named
 
@@ -160,7 +161,8 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        with undone(self.close):
+            pass
         if kind is None and self.state.entered:
             for step in self.inactive:
                 warnings.warn(f"this run changed nothing with {step}", InactiveWarning, stacklevel=2)

@@ -78,6 +78,7 @@ from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttent
 from heedful.methods.mechanisms.normalise.softplus_attention import SoftplusAttention as SoftplusAttention
 from heedful.methods.mechanisms.normalise.spark_attention import SparkAttention as SparkAttention
 from heedful.methods.mechanisms.places.fftnet import FFTNet as FFTNet
+from heedful.methods.mechanisms.places.masked_mixer import MaskedMixer as MaskedMixer
 from heedful.methods.mechanisms.pooling.combiner import Combiner as Combiner
 from heedful.methods.mechanisms.pooling.slot_attention import SlotAttention as SlotAttention
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
@@ -87,6 +88,7 @@ from heedful.methods.mechanisms.routed.injected_patterns import InjectedPatterns
 from heedful.methods.mechanisms.routed.mixture_of_heads import MixtureOfHeads as MixtureOfHeads
 from heedful.methods.mechanisms.routed.moba import MoBA as MoBA
 from heedful.methods.mechanisms.routed.mosa import MoSA as MoSA
+from heedful.methods.mechanisms.routed.neural_attention_search import NeuralAttentionSearch as NeuralAttentionSearch
 from heedful.methods.mechanisms.routed.routing_transformer import RoutingTransformer as RoutingTransformer
 from heedful.methods.mechanisms.routed.sparse_k import SparseK as SparseK
 from heedful.methods.mechanisms.score.dual_attention import DualAttention as DualAttention
@@ -123,6 +125,7 @@ from heedful.methods.sparse.cache.pyramid_kv import PyramidKV as PyramidKV
 from heedful.methods.sparse.cache.q_filters import QFilters as QFilters
 from heedful.methods.sparse.cache.razor_attention import RazorAttention as RazorAttention
 from heedful.methods.sparse.cache.snap_kv import SnapKV as SnapKV
+from heedful.methods.sparse.cache.task_kv import TaskKV as TaskKV
 from heedful.methods.sparse.cache.think import ThinK as ThinK
 from heedful.methods.sparse.cache.tova import TOVA as TOVA
 from heedful.methods.sparse.decode.less_is_more import LessIsMore as LessIsMore
@@ -143,6 +146,7 @@ from heedful.methods.sparse.prefill.sample_attention import SampleAttention as S
 from heedful.methods.sparse.prefill.seer_attention import SeerAttention as SeerAttention
 from heedful.methods.sparse.prefill.sink_window import SinkWindow as SinkWindow
 from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn as SpargeAttn
+from heedful.methods.sparse.prefill.sparsifiner import Sparsifiner as Sparsifiner
 from heedful.methods.sparse.tokens.attention_rag import AttentionRAG as AttentionRAG
 from heedful.methods.sparse.tokens.sentinel import Sentinel as Sentinel
 from heedful.methods.sparse.tokens.spec_pc import SpecPC as SpecPC

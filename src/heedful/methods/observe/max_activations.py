@@ -21,7 +21,7 @@ UNPLACED = -1  # this channel was not among the highest of the text that holds i
 
 
 @dataclass(frozen=True, eq=False)
-class Peaks(Statistic):
+class Peaks(Statistic, by_element=True):
     """The highest magnitude of each channel and where it stands, beside the sum of all magnitudes."""
 
     high: Tensor  # [e]

@@ -50,7 +50,7 @@ class Sinks:
 
 
 @dataclass(frozen=True, eq=False)
-class Columns(Statistic):
+class Columns(Statistic, by_element=True):
     """Means over texts, at the first positions of each head, and further on of all heads together."""
 
     early: Tensor  # [2 h p], sums of what the counts count

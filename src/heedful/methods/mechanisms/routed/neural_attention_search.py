@@ -1,0 +1,163 @@
+"""softmax(s) over pairs with M_ij = G_j + S_j [i - j <= w] + L_j prod(1 - G_n, j < n < i), types G, L and S learned."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from heedful.authoring import CachedKV, Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError
+from heedful.core.sites import at, penalises, reads
+from heedful.kit.budget import newest
+from heedful.kit.chosen import Chosen
+from heedful.kit.told import UNKNOWN, of_text
+
+KEPT, LOCAL, PASSING = range(3)  # the authors' global, local and sliding window tokens
+TYPES = "types"  # what is said of a token with the cache
+
+
+class NeuralAttentionSearch(Method):
+    """NAtS: a token is kept for good, until the next that is, or for a window, in each key head as its input says.
+
+    For models trained with it: while they train types are drawn, and every pair of tokens has a gradient. At rest the
+    likeliest type counts, and the cache drops what nobody will see again.
+    """
+
+    paper = Paper(
+        "P077",
+        "Neural Attention Search",
+        "Difan Deng, Marius Lindauer",
+        2025,
+        "2502.13251",
+        "NeurIPS 2025",
+        differs=(
+            "Of the paper's text the abstract and a summary could be read; formulas are those of the authors' code.",
+            "The mask's gradient is the authors', softmax(s) over all keys times what a heads' gradient tells of each; "
+            "that of the types is the product rule's, where their kernel gives a global token only what a local one "
+            "would not have had, adds up one that is not there near the diagonal alone, and counts all tokens as "
+            "local there.",
+            "Types are drawn by a generator seeded by `seed`, the number of the run's forward and of the layer.",
+            "The last token of a training text is not made global, which nobody could see.",
+            "At rest the authors' code for training from scratch adds 0.1 to what tells for global, and that for "
+            "fine-tuning does not, as here. Tokens that a cache took up without it are global.",
+            "Where softmax has a learned sink, its share in training is what it has over all keys.",
+        ),
+    )
+    window: int = 16  # tokens after it that see one that is kept for a window; the authors: 16, fine-tuning 256
+    sparsity: float = 5e-7  # of a token's loss by the share of the text that sees it; the authors: 0 to 5e-7
+    seed: int = 0  # of the types drawn in training
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise FieldError(self, "window", self.window, "must be 1 or more tokens", 16)
+        if not 0 <= self.sparsity < math.inf:
+            raise FieldError(self, "sparsity", self.sparsity, "must be 0 or more", 5e-7)
+
+    @classmethod
+    def example(cls) -> NeuralAttentionSearch:
+        return cls(window=2)
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(layer.number)
+        weight = torch.rand(layer.kv_heads, 3, layer.width, generator=random) * 2 - 1
+        return {"type": weight / math.sqrt(layer.width)}
+
+    def idle(self, call: Call) -> bool:
+        return call.cross
+
+    @reads(Site.QUERY)
+    def tell(self, query: Tensor, call: Call) -> None:
+        """The types of the call's tokens go beside those of the tokens before them."""
+        of_text(call, TYPES, self._types(call))
+
+    @at(Site.MASK, training=False)
+    def hide(self, mask: Mask, call: Call) -> Mask:
+        types, places, total = call.state.cache[TYPES].detach(), call.places, len(call.keys)
+        return mask & Chosen(lambda rows: self._seen(types, places.tile(rows, slice(0, total))) > 0)
+
+    @penalises(Site.MASK, when="sparsity")
+    def shorten(self, mask: Mask, call: Call) -> Tensor:
+        """How long tokens are seen, as shares of their text, for those kept for good and the local ones."""
+        types, place = call.state.cache[TYPES][:, :, -len(call.queries) :], call.q_pos
+        length = torch.where(call.is_text, place, -1).amax(-1, keepdim=True) + 1
+        lasting = types * types.detach()
+        next_kept = place.where(lasting[..., KEPT] > 0, length - 1).flip(-1).cummin(-1).values.flip(-1)
+        seen = lasting[..., KEPT] * (length - place) + lasting[..., LOCAL] * (next_kept - place)
+        return self.sparsity * (seen / length.clamp(min=1)).sum() * (call.heads // call.kv_heads)
+
+    @at(Site.PATTERN, training=True)
+    def share_out(self, pattern: Tensor, call: Call) -> Tensor:
+        seen = self._seen(call.state.cache[TYPES], call).to(pattern.dtype)
+        kept, total = seen.detach(), pattern.sum(-1, keepdim=True)
+        part = (kept * pattern).sum(-1, keepdim=True) / total.where(total > 0, 1.0)
+        # what is seen hardly at all would otherwise have a gradient without bound
+        weights = pattern * (kept + part.detach() * (seen - kept))
+        left = weights.sum(-1, keepdim=True)
+        return weights / left.where(left > torch.finfo(left.dtype).tiny, 1.0) * total
+
+    @at(Site.CACHE)
+    def drop(self, entries: CachedKV, call: Call) -> Tensor:
+        types = _known(call.state.cache[TYPES])
+        so_far = types[..., KEPT].cumsum(-1)
+        latest = so_far == so_far[..., -1:]
+        stays = torch.stack([types[..., KEPT] > 0, (types[..., LOCAL] > 0) & latest, types[..., PASSING] > 0], -1)
+        index = entries.positions.index.expand(*stays.shape[:2], -1)
+        kept, local, passing = (stays[..., i].gather(-1, index) for i in (KEPT, LOCAL, PASSING))
+        return entries.is_text & (kept | local | passing & newest(entries, call, self.window))
+
+    def _types(self, call: Call) -> Tensor:
+        """G, L and S of the call's tokens `[b g n 3]`: one is 1, and their gradient that of a softmax."""
+        if call.hidden is None:
+            raise SiteError(f"NeuralAttentionSearch, layer {call.layer}: the block is not handed hidden states to type")
+        weight = call.params["type"]
+        told = call.hidden.detach().flatten(1, -2).to(weight.dtype) @ weight.flatten(0, 1).mT
+        told = told.to(torch.promote_types(told.dtype, torch.float32)).unflatten(-1, weight.shape[:2]).transpose(1, 2)
+        if call.training:
+            draw = torch.Generator().manual_seed(1_000_003 * self.seed + call.depth * call.forward + call.layer)
+            told = told - torch.empty(told.shape, dtype=torch.float64).exponential_(generator=draw).log().to(told)
+        soft = told.softmax(-1)
+        types = _all(soft, soft.argmax(-1, keepdim=True)) + (soft - soft.detach())
+        types = types.where((call.q_pos != 0)[..., None], _all(soft, KEPT))
+        return types.where(call.is_text[..., None], _all(soft, PASSING))
+
+    def _seen(self, types: Tensor, call: Call) -> Tensor:
+        """M of a tile `[b h r k]`, 1 or 0 and with a gradient, from the text's types by index `[b g n 3]`."""
+        types = _known(types)
+        kept = types[..., KEPT]
+        # the product's gradient is that of every token between while none is kept for good, then of the one that is
+        own = torch.stack([kept, kept * kept.detach()], -1)
+        so_far = own.cumsum(-2)
+        rows, cols = (
+            x.index.clamp(max=types.shape[2] - 1).expand(*types.shape[:2], -1)[..., None].expand(-1, -1, -1, 2)
+            for x in (call.queries, call.keys)
+        )
+        between = (so_far - own).gather(2, rows)[:, :, :, None] - so_far.gather(2, cols)[:, :, None]
+        every, those = (between * (rows[:, :, :, None] > cols[:, :, None])).unbind(-1)
+        alive = torch.where(every.detach() == 0, 1 - every, torch.where(every.detach() == 1, 1 - those, 0.0))
+        near = call.q_pos[..., None] - call.k_pos[..., None, :] <= self.window
+        kept, local, passing = (types[..., i].gather(2, cols[..., 0])[:, :, None] for i in (KEPT, LOCAL, PASSING))
+        return call.spread(kept + local * alive + passing * near)
+
+
+def _all(like: Tensor, kind: int | Tensor) -> Tensor:
+    """All of one type, or each of its own `[... 1]`."""
+    return torch.zeros_like(like).scatter(-1, torch.as_tensor(kind).to(like.device).expand(*like.shape[:-1], 1), 1.0)
+
+
+def _known(types: Tensor) -> Tensor:
+    """With those that nobody typed kept for good."""
+    return types.where(types != UNKNOWN, _all(types, KEPT))
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model = models.tiny("llama").train()
+    inputs = models.tiny_inputs(model)
+    with attach(model, NeuralAttentionSearch(4)) as run:
+        run(**inputs, labels=inputs["input_ids"]).loss.backward()
+        print({name: tuple(p.shape) for name, p in run.state_dict().items()})
+        model.eval()
+        run.generate(**inputs, max_new_tokens=8)
+        print(run.activity())
