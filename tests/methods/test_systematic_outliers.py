@@ -114,6 +114,13 @@ def test_decoding_steps_and_what_follows_are_left_out(model) -> None:
     assert some.layers == read(model, text[:, :12]).layers
 
 
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_a_decoder_s_first_layer_is_not_matched_with_the_encoder_s_stream(kind: str) -> None:
+    model = models.tiny(kind)
+    told = found(model, models.tiny_inputs(model))
+    assert sorted(told.layers) == [1, 4]  # an encoder of two layers, and of each decoder layer the half that looks at itself
+
+
 def test_tells_the_share_that_is_both() -> None:
     told = METHOD.describe(Outliers({1: Counts(2, 4, 4, 2, 1), 2: Counts(2, 0, 4, 2, 2)}))
     assert told.findings[0].text == (

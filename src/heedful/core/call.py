@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -143,6 +144,11 @@ class Call:
         out = x.new_zeros(*x.shape[:-1], total)
         out[..., self.cols] = x
         return out
+
+    @property
+    def tower(self) -> str:
+        """The stack of layers that it stands in, such as a model's decoder: what its name has before a number."""
+        return re.split(r"\d", self.name, maxsplit=1)[0]
 
     @property
     def last_layer(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -74,14 +73,14 @@ class PositionInfluence(Method):
 
     def carries(self, call: Call) -> Tensor | None:
         """What the layer before left; or which part each token stands in, where there is none before."""
-        scratch, chain = call.state.forward, re.sub(r"\d+", "", call.name)  # the decoder of a model is another chain
+        scratch = call.state.forward
         before, x = scratch.get("layer"), scratch.pop("next", None)
         started: set[str] = scratch.setdefault("started", set())
         scratch["layer"], scratch["x"] = call.layer, None
         position, is_text = (p[:, 0] for p in (call.q_pos, call.is_text))
         position, is_text = torch.broadcast_tensors(position, is_text)
-        if chain not in started:
-            started.add(chain)
+        if call.tower not in started:
+            started.add(call.tower)
             length = (position * is_text).amax(-1, keepdim=True)  # but for the first token
             part = 1 + (position - 1).clamp(min=0) * self.parts // length.clamp(min=1)
             part = part.clamp(max=self.parts).where(position > 0, 0)
