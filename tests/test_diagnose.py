@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from heedful import attach, models
 from heedful.core.call import Call
@@ -277,8 +278,12 @@ def test_other_refusals(model: Any) -> None:
         diagnose(model, WORDS, tokenizer=characters(), batch=0)
     with pytest.raises(RefusedModel, match="Linear is not a transformers model"):
         diagnose(torch.nn.Linear(2, 2), WORDS)
-    with pytest.raises(RefusedModel, match="takes neither ids nor pixels alone"):
+    with pytest.raises(FieldError, match="a model that hears takes features of sounds"):
         diagnose(models.tiny("whisper"), WORDS)
+    small: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    heard = Wav2Vec2Config(**small, conv_dim=(8,), conv_stride=(2,), conv_kernel=(3,), num_conv_pos_embedding_groups=2)
+    with pytest.raises(RefusedModel, match="takes neither ids nor"):
+        diagnose(Wav2Vec2Model(heard), WORDS)
 
 
 @pytest.mark.parametrize("measures", [SinkWindow(), ["SinkWindow"], ["PruneHeads"]])

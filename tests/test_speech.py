@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from importlib.metadata import files
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,11 @@ TYPES = {torch.float32: 0, torch.int8: 1, torch.int16: 2, torch.float16: 4}
 
 def clip(name: str) -> Path:
     """A sound that package moonshine-voice has."""
-    return next(Path(str(file.locate())) for file in files("moonshine-voice") or [] if file.name == name)
+    try:
+        found = files("moonshine-voice") or []
+    except PackageNotFoundError:
+        pytest.skip("moonshine-voice is installed on Linux for x86-64 alone")
+    return next(Path(str(file.locate())) for file in found if file.name == name)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from heedful.core.errors import FieldError, SiteError
 from heedful.core.figures import Curves, Description, Finding, Grid, HeadMap, Intervals, Listing, Role, Scatter
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import (
-    NOTHING_READ,
     Conversion,
     Decode,
     HeadWeights,
@@ -32,7 +31,7 @@ from heedful.core.summary import Summary, sums
 from heedful.kit.scored_cache import ScoredCache
 
 __all__ = [
-    "NOTHING_READ", "CachedKV", "Call", "Cat", "CatalogueEntry", "Causal", "Conversion", "Curves", "Decode",
+    "CachedKV", "Call", "Cat", "CatalogueEntry", "Causal", "Conversion", "Curves", "Decode",
     "Description", "FieldError", "Finding", "First", "FitContext", "Fitted", "Grid", "HeadMap", "HeadWeights",
     "Histogram", "Intervals", "Kept", "Layer", "Listing", "Mask", "Max", "Mean", "Method", "Packed", "Packing", "Paper",
     "Part", "Phase", "Probe", "Prompt", "Read", "Reader", "Readings", "Region", "Reweight", "Role", "Rule", "Scatter",

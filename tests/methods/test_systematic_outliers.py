@@ -118,7 +118,10 @@ def test_decoding_steps_and_what_follows_are_left_out(model) -> None:
 def test_a_decoder_s_first_layer_is_not_matched_with_the_encoder_s_stream(kind: str) -> None:
     model = models.tiny(kind)
     told = found(model, models.tiny_inputs(model))
-    assert sorted(told.layers) == [1, 4]  # an encoder of two layers, and of each decoder layer the half that looks at itself
+    assert sorted(told.layers) == [
+        1,
+        4,
+    ]  # an encoder of two layers, and of each decoder layer the half that looks at itself
 
 
 def test_tells_the_share_that_is_both() -> None:
