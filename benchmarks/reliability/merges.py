@@ -97,8 +97,9 @@ def checkpoints(count: int) -> dict[str, Any]:
             told.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as home:
-        (Path(home) / "a.jsonl").write_text(f'{{"text": "{SENTENCE}"}}\n' * count)
-        corpus = Corpus(Path(home) / "a.jsonl", shard=1)
+        line = f'{{"text": "{SENTENCE}"}}\n'
+        (Path(home) / "a.jsonl").write_text(line * count)
+        corpus = Corpus(Path(home) / "a.jsonl", shard=len(line))
         diagnose(loaded, corpus, measures=_measures(), workers=given, out=Path(home) / "out", progress=note)
     running.SAVE_EVERY = every
     seconds = [after - before for before, after in zip(told, given.asked, strict=True)]
@@ -171,12 +172,12 @@ def two_workers(rounds: int) -> dict[str, Any]:
         "documents a second, two workers": list(two),
         "ratio in each round": ratios,
         "ratio, median": statistics.median(ratios),
-        "seconds of a job, Ray's start and trials included": [statistics.median(x) for x in (alone, shared)],
+        "seconds of a job, Ray's start included": [statistics.median(x) for x in (alone, shared)],
         "load, lowest and highest": [min(load), max(load)],
     }
 
 
-def _rate(workers: int, shards: int = 24, documents: int = 4) -> tuple[float, float]:
+def _rate(workers: int, shards: int = 16, documents: int = 2) -> tuple[float, float]:
     """Documents a second from the second shard that is there to the last, and the seconds of the whole job."""
     from heedful import diagnose, models
     from heedful.diagnosis.corpus import Corpus
@@ -193,7 +194,7 @@ def _rate(workers: int, shards: int = 24, documents: int = 4) -> tuple[float, fl
         (Path(home) / "a.jsonl").write_text(line * documents * shards)
         corpus = Corpus(Path(home) / "a.jsonl", shard=documents * len(line))
         began = time.perf_counter()
-        diagnose(models.default(), corpus, workers=Ray(workers), progress=note)
+        diagnose(models.default(), corpus, measures=_measures(), workers=Ray(workers), progress=note)
         seconds = time.perf_counter() - began
     if len(times) != shards:
         raise SystemExit(f"{len(times)} shards instead of {shards}")
