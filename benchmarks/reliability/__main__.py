@@ -10,6 +10,7 @@ import json
 import sys
 
 import torch
+import transformers
 
 from benchmarks.reliability.damaged import damaged
 from benchmarks.reliability.kills import kills, ray_kills
@@ -25,6 +26,8 @@ MEASURES = {
 
 def main() -> None:
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()  # of this process: whoever calls one of these keeps its own
+    transformers.utils.logging.set_verbosity_error()
     for name, count in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         found = {**MEASURES[name](int(count)), "machine": machine()}
         RECORD.write_text(json.dumps({**load(), name: found}, indent=1, sort_keys=True) + "\n")

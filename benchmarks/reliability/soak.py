@@ -22,7 +22,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import transformers
 
 SAMPLE = 30.0  # seconds between two looks at memory
 WARM = 0.25  # of the time, after which memory should grow no more
@@ -309,8 +308,6 @@ def mixed(seconds: int, seed: int = 0) -> dict[str, Any]:
     from heedful.conformance.model_laws import fingerprint
     from heedful.core.errors import HeedfulError
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
     job, watch = Job(random.Random(seed)), Watch()
     names, weights = list(ACTS), [weight for _, weight in ACTS.values()]
     before = {kind: fingerprint(loaded.model) for kind, loaded in job.models.items()}
