@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from transformers import FeatureExtractionMixin
 
 from heedful.adapters.cache_name import CACHE, cache_of
 from heedful.core.errors import FieldError
-from heedful.diagnosis.texts import Source, Texts, Windows, files_in
+from heedful.diagnosis.gathering import Gathering
+from heedful.diagnosis.texts import Source, Texts, Windows
 from heedful.diagnosis.waves import ENDINGS, read_wave
 
 MOST = 448  # tokens that are written, where a model knows no bound
-GOOD = "extractor(samples, sampling_rate=16_000, return_tensors='pt').input_features, or Path('clips')"
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +33,7 @@ class Sound:
 
 
 Writes = Callable[[Tensor], tuple[int, Tensor, int]]  # of features: places, token ids, and how many of these ask
-Stretches = list[tuple[Tensor, float, float]]  # features, the share of them that holds sound, seconds
-
-
-def _refuse(value: object, rule: str, good: object = Path("clips")) -> FieldError:
-    return FieldError("diagnose()", "texts", value, rule, good)
+Stretch = tuple[Tensor, float, float]  # features, the share of them that holds sound, seconds
 
 
 def sounds(given: Texts, reader: Any, write: Writes) -> Windows:
@@ -50,7 +46,7 @@ def sounds(given: Texts, reader: Any, write: Writes) -> Windows:
     of: list[int] = []
     skipped: list[str] = []
     texts = 0
-    for source, stretches in _each(given, reader):
+    for source, stretches in SOUNDS.each(given, reader):
         if source.unread:
             skipped.append(f"{source.name} {source.unread}")
             continue
@@ -60,36 +56,8 @@ def sounds(given: Texts, reader: Any, write: Writes) -> Windows:
             of.append(texts)
         texts += 1
     if not rows:
-        raise _refuse(str(given), "holds no sound that can be read" + "".join(f"; {x}" for x in skipped[:3]))
+        raise SOUNDS.nothing(given, skipped)
     return Windows(tuple(rows), Source(names[0]), texts, 0, tuple(skipped), tuple(of), tuple(names))
-
-
-def _each(given: Texts, reader: Any) -> Iterator[tuple[Source, Stretches]]:
-    """Sounds by name, as features, or why they have none."""
-    if isinstance(given, Path):
-        if not given.exists():
-            raise _refuse(str(given), "no such file or folder")
-        found = files_in(given, ENDINGS) if given.is_dir() else [given]
-        if not found:
-            raise _refuse(str(given), f"the folder holds no file that ends in {', '.join(ENDINGS)}")
-        prepare = extractor_of(reader)
-        for path in found:
-            samples, why = read_wave(path, prepare.sampling_rate)
-            if why and path == given:
-                raise _refuse(str(path), why)
-            yield Source(str(path), found=True, unread=why), [] if why else _stretches(samples, prepare)
-    elif isinstance(given, Tensor) and given.ndim in (2, 3) and given.is_floating_point() and given.numel():
-        for one in given if given.ndim == 3 else given[None]:
-            yield Source("sound"), [(one, 1.0, 0.0)]
-    elif isinstance(given, Sequence) and not isinstance(given, str) and given:
-        for some in given:
-            yield from _each(some, reader)
-    else:
-        rule = (
-            "a model that hears takes features of sounds, [channels frames], a batch [b channels frames], WAV files or "
-            "folders of them, as Path, or a list of these"
-        )
-        raise _refuse(type(given).__name__, rule, GOOD)
 
 
 def extractor_of(reader: Any) -> Any:
@@ -104,7 +72,7 @@ def extractor_of(reader: Any) -> Any:
     return found
 
 
-def _stretches(samples: Tensor, prepare: Any) -> Stretches:
+def _stretches(samples: Tensor, prepare: Any) -> list[Stretch]:
     """A sound in stretches that the model hears at once; all of it where it hears any length."""
     size = getattr(prepare, "n_samples", None) or len(samples)
     rate = prepare.sampling_rate
@@ -153,3 +121,28 @@ def writes(model: Any) -> Writes:
         return heard[0].shape[1], torch.tensor(ids), asked
 
     return write
+
+
+def _reads(reader: Any) -> Callable[[Path], tuple[list[Stretch], str]]:
+    prepare = extractor_of(reader)
+
+    def read(path: Path) -> tuple[list[Stretch], str]:
+        samples, why = read_wave(path, prepare.sampling_rate)
+        return [] if why else _stretches(samples, prepare), why
+
+    return read
+
+
+def _features(given: Tensor) -> list[Stretch] | None:
+    if given.ndim not in (2, 3) or not given.is_floating_point() or not given.numel():
+        return None
+    return [(one, 1.0, 0.0) for one in (given if given.ndim == 3 else given[None])]
+
+
+SOUNDS = Gathering(
+    "sound", ENDINGS, "clips",
+    "a model that hears takes features of sounds, [channels frames], a batch [b channels frames], WAV files or folders "
+    "of them, as Path, or a list of these",
+    "extractor(samples, sampling_rate=16_000, return_tensors='pt').input_features, or Path('clips')",
+    _reads, _features,
+)  # fmt: skip
