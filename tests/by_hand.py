@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from heedful import models
+from heedful.adapters.cache_name import CACHE
 
 Turn = Callable[[Tensor], Tensor]
 
@@ -93,3 +94,13 @@ class Steps:
                 super().step()
 
         monkeypatch.setattr(torch.optim, optimiser, Kept)
+
+
+def in_pieces(run: Any, ids: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Any]:
+    """The logits of a text that comes in pieces, each going on from the last one's cache; and the cache."""
+    cache, parts = None, []
+    for piece in ids.split(sizes, 1):
+        out = run(input_ids=piece, use_cache=True, **{CACHE: cache})
+        cache = out[CACHE]
+        parts.append(out.logits)
+    return torch.cat(parts, 1), cache

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import gc
-import sys
 import threading
 import weakref
-from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import pytest
 import torch
@@ -23,6 +20,7 @@ from heedful.core.errors import FieldError, RefusedModel
 from heedful.methods import SinkRate
 from heedful.tiny import tiny
 
+from .interrupting import interrupted, ours
 from .samples import Gate, Scale
 
 
@@ -42,11 +40,6 @@ def model() -> nn.Module:
     return tiny("llama")
 
 
-def ours(frame: FrameType) -> bool:
-    name = frame.f_globals.get("__name__", "")
-    return "heedful" in name and "life" not in name
-
-
 def hooking(frame: FrameType) -> bool:
     """What puts hooks into a model and takes them away, torch's part of it too."""
     file, name = frame.f_code.co_filename, frame.f_code.co_name
@@ -56,32 +49,6 @@ def hooking(frame: FrameType) -> bool:
 def leaving(frame: FrameType) -> bool:
     """Heedful's, but for what undoes: an interrupt there comes before a thing is done again, or after."""
     return ours(frame) and frame.f_globals["__name__"] != "heedful.engine.resting"
-
-
-def interrupted(at: int, act: Callable[[], Any], where: Callable[[FrameType], bool] = ours) -> bool:
-    """Whether `act` was interrupted at its line number `at`, counted over some frames: heedful's."""
-    seen = 0
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal seen
-        if not where(frame):
-            return None
-        if event == "line":
-            seen += 1
-            if seen == at + 1:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        act()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
 
 
 def test_an_interrupt_in_close_leaves_nothing_that_closing_again_does_not_take(model: nn.Module) -> None:

@@ -9,7 +9,6 @@ import random
 import resource
 import shutil
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -18,10 +17,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
+
+from tests.interrupting import interrupted
 
 SAMPLE = 30.0  # seconds between two looks at memory
 WARM = 0.25  # of the time, after which memory should grow no more
@@ -233,31 +233,6 @@ ACTS: dict[str, tuple[Callable[[Job], None], float]] = {
     "the default model: generate with half of the cache, diagnose": (Job.real, 0.2),
     "one of these, interrupted at a random line": (Job.interrupt, 4),
 }
-
-
-def interrupted(at: int, act: Callable[[], Any]) -> bool:
-    """Whether `act` was interrupted at its line number `at`, counted over heedful's own."""
-    seen = 0
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal seen
-        if not frame.f_globals.get("__name__", "").startswith("heedful."):
-            return None
-        if event == "line":
-            seen += 1
-            if seen == at:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return trace
-
-    sys.settrace(trace)
-    try:
-        act()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(None)
-    return False
 
 
 @dataclass(eq=False)

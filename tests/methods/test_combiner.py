@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from heedful import attach, models
-from heedful.adapters.cache_name import CACHE
 from heedful.authoring import Layer
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
@@ -17,6 +16,7 @@ from heedful.core.errors import FieldError, SiteError
 from heedful.core.positions import Positions
 from heedful.core.state import State
 from heedful.methods import Combiner
+from tests.by_hand import in_pieces
 from tests.methods.linear import Text, agrees, drawn, read
 
 SIZE = 4
@@ -91,12 +91,9 @@ def test_call_by_call() -> None:
     model = models.tiny("llama").eval()
     ids = models.tiny_inputs(model, length=17)["input_ids"]
     with attach(model, Combiner(SIZE)) as run, torch.no_grad():
-        whole, cache, parts = run(input_ids=ids).logits, None, []
-        for cut in ids.split((6, 1, 1, 9), 1):
-            out = run(input_ids=cut, use_cache=True, **{CACHE: cache})
-            cache = out[CACHE]
-            parts.append(out.logits)
-    assert close_model(torch.cat(parts, 1), whole)
+        whole = run(input_ids=ids).logits
+        parts, _ = in_pieces(run, ids, (6, 1, 1, 9))
+    assert close_model(parts, whole)
 
 
 def test_queries_that_nobody_kept_are_left_out_of_the_summary() -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from heedful import attach, models
-from heedful.adapters.cache_name import CACHE
 from heedful.authoring import Layer
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
@@ -21,6 +20,7 @@ from heedful.core.positions import Positions
 from heedful.core.state import State
 from heedful.methods import DualAttention
 from heedful.methods.mechanisms.score import dual_attention
+from tests.by_hand import in_pieces
 
 TEXT = torch.ones(2, 9, dtype=torch.bool)
 TEXT[0, :3] = False
@@ -89,12 +89,9 @@ def test_call_by_call() -> None:
     model = models.tiny("llama").eval()
     ids = models.tiny_inputs(model, length=12)["input_ids"]
     with attach(model, METHOD) as run, torch.no_grad():
-        whole, cache, parts = run(input_ids=ids).logits, None, []
-        for cut in ids.split((7, 1, 4), 1):
-            out = run(input_ids=cut, use_cache=True, **{CACHE: cache})
-            cache = out[CACHE]
-            parts.append(out.logits)
-    assert close_model(torch.cat(parts, 1), whole)
+        whole = run(input_ids=ids).logits
+        parts, _ = in_pieces(run, ids, (7, 1, 4))
+    assert close_model(parts, whole)
 
 
 def test_tokens_that_were_read_without_it_are_not_seen() -> None:

@@ -17,6 +17,7 @@ from heedful.core.errors import FieldError, SiteError
 from heedful.core.positions import Positions
 from heedful.core.state import State
 from heedful.methods import MaskedMixer
+from tests.by_hand import in_pieces
 
 N, E, PLACES = 9, 6, 11
 
@@ -93,12 +94,9 @@ def test_in_a_model_step_by_step_and_after_a_crop() -> None:
     model = models.tiny("llama").eval()
     ids = models.tiny_inputs(model, length=16)["input_ids"]
     with attach(model, MaskedMixer(16)) as run, torch.no_grad():
-        whole, cache, parts = run(input_ids=ids).logits, None, []
-        for cut in ids.split((9, 1, 6), 1):
-            out = run(input_ids=cut, use_cache=True, **{CACHE: cache})
-            cache = out[CACHE]
-            parts.append(out.logits)
-        assert close_model(torch.cat(parts, 1), whole)
+        whole = run(input_ids=ids).logits
+        parts, cache = in_pieces(run, ids, (9, 1, 6))
+        assert close_model(parts, whole)
         cache.crop(-4)
         again = run(input_ids=ids[:, 12:], use_cache=True, **{CACHE: cache}).logits
         assert close_model(again, whole[:, 12:])

@@ -19,6 +19,7 @@ from heedful.core.positions import Positions
 from heedful.core.state import State
 from heedful.methods import Mega
 from heedful.methods.mechanisms.recurrent import mega
+from tests.by_hand import in_pieces
 
 N, E, Z, A, REACH = 9, 6, 4, 3, 5
 
@@ -99,12 +100,9 @@ def test_in_a_model_step_by_step_and_after_a_crop() -> None:
     model = models.tiny("llama").eval()
     ids = models.tiny_inputs(model, length=16)["input_ids"]
     with attach(model, Mega(8, 3, 5)) as run, torch.no_grad():
-        whole, cache, parts = run(input_ids=ids).logits, None, []
-        for cut in ids.split((9, 1, 6), 1):
-            out = run(input_ids=cut, use_cache=True, **{CACHE: cache})
-            cache = out[CACHE]
-            parts.append(out.logits)
-        assert close_model(torch.cat(parts, 1), whole)
+        whole = run(input_ids=ids).logits
+        parts, cache = in_pieces(run, ids, (9, 1, 6))
+        assert close_model(parts, whole)
         cache.crop(-4)
         with pytest.raises(SiteError, match="layer 0: Mega goes on from token 12, and its averages are not"):
             run(input_ids=ids[:, 12:], use_cache=True, **{CACHE: cache})
