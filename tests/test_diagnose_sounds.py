@@ -221,3 +221,34 @@ def test_more_may_be_heard_than_is_written() -> None:
     found = heedful.diagnose(model, torch.randn(8, 200, generator=torch.Generator().manual_seed(0)))
     assert found.facts["tokens"] > 100
     assert "heard_0" in found.figures()
+
+
+def test_a_part_without_cross_attention_is_read_and_has_no_view() -> None:
+    found = heedful.diagnose(loaded(), heard(), only="model.encoder")
+    assert found.view is None
+    assert found.facts["layers"] == 2
+
+
+def test_heads_that_are_known_to_follow_are_named_by_the_decoder_s_layer() -> None:
+    given = loaded()
+    given.model.generation_config.alignment_heads = [[0, 1], [1, 2]]
+    whole = heedful.diagnose(given, heard(), measures=SinkRate()).view
+    some = ("model.encoder", "model.decoder.layers.1")
+    part = heedful.diagnose(given, heard(), measures=SinkRate(), only=some).view
+    assert isinstance(whole, SoundView)
+    assert isinstance(part, SoundView)
+    assert whole.meant == [(3, 1), (5, 2)]
+    assert part.meant == [(3, 2)]  # the only cross-attention that is left, of the decoder's layer 1
+
+
+@pytest.mark.parametrize(("step", "unit"), [(0.04, "s"), (0.06, "s"), (5.0, "places")])
+def test_every_stretch_has_a_name_of_its_own(step: float, unit: str) -> None:
+    maps, none = torch.rand(2, 1, 2, 300).half(), torch.zeros(1, 1)
+    view = SoundView(
+        ["a.wav", "b.wav"], [["so", "so"], []], [step, step], unit, [(0, 0)], [], {}, [0], maps, none, none
+    )
+    told = {figure.key: figure for figure in view.figures()}
+    grid = told["heard_0"]
+    assert isinstance(grid, Grid)
+    assert len(set(grid.columns)) == 300
+    assert "heard_1" not in told  # nothing was written of it

@@ -16,8 +16,11 @@ from heedful.core.errors import InactiveWarning
 from heedful.core.method import Method, Stack
 from heedful.core.sites import MAP_SITES
 from heedful.engine.backends import tiled
+from heedful.methods import MultiTokenAttention
 from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention
 
+from . import kernel_calls
+from .kernel_calls import CAUSAL, a_call
 from .samples import Scale, Shares, Sharpness
 
 METHODS = {
@@ -112,3 +115,32 @@ def test_what_is_kept_grows_with_the_text(monkeypatch: pytest.MonkeyPatch) -> No
     assert saved(model, 1024) < 2.1 * saved(model, 512)
     assert saved(model, 1024) < long / 8
     assert long > 3 * short  # what is kept else
+
+
+@pytest.mark.parametrize("learns", ["bias", "sink", "nothing"])
+def test_what_weights_depend_on_beside_queries_and_keys_may_learn(learns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled, "KEPT_BYTES", 0)
+    again: list[object] = []
+    monkeypatch.setattr(tiled, "recomputed", lambda part, job: again.append(part) or part(job))
+    shape = (1, 4, 2, 40, 40, 8, 8)
+    given = {"bias": torch.zeros(1, 4, 40, 40), "sink": torch.zeros(1, 4, 1, 1)}
+    if learns in given:
+        given[learns].requires_grad_()
+    kernel_calls.run("tiled", kernel_calls.Same(), *kernel_calls.draw(shape), a_call(shape, CAUSAL), **given)
+    assert bool(again) == (learns in given)
+
+
+@pytest.mark.filterwarnings("ignore::heedful.core.errors.InactiveWarning")
+def test_a_mechanism_that_learns_in_a_frozen_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled, "KEPT_BYTES", 0)
+    again: list[object] = []
+    monkeypatch.setattr(tiled, "recomputed", lambda part, job: again.append(part) or part(job))
+    model = models.tiny("llama").requires_grad_(False)
+    with attach(model, MultiTokenAttention(), backend="tiled", tile_rows=8) as run:
+        run(**BATCH)
+        assert again
+        again.clear()
+        for parameter in run.parameters():
+            parameter.requires_grad_(False)
+        run(**BATCH)
+        assert not again

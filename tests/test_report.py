@@ -199,6 +199,14 @@ def test_text_cannot_break_out_of_its_place():
     assert "<135M>" not in text.replace(embedded(text, "data"), "")
 
 
+@pytest.mark.parametrize(
+    ("heads", "keys", "told"), [(1, 1, ""), (4, 4, ""), (4, 1, "multi-query"), (4, 2, "grouped-query")]
+)
+def test_the_kind_of_attention_is_named_where_heads_share_keys(heads: int, keys: int, told: str) -> None:
+    ((_, found),) = page._facts({"layers": 2, "heads": heads, "kv_heads": keys})
+    assert found.partition(", ")[2].partition(":")[0] == told
+
+
 def test_the_summary_is_sorted_and_leads_on():
     text = page.render(profile())
     at = [

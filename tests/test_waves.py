@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from heedful.conformance.tolerances import close
+from heedful.diagnosis import waves
 from heedful.diagnosis.waves import read_wave, resampled
 
 
@@ -60,6 +61,23 @@ def test_what_a_lower_rate_cannot_hold_is_gone() -> None:
     found = resampled(tone(12_000, 48_000), 48_000, 16_000)
     assert float(found[320:-320].abs().max()) < 1e-2
     assert close(resampled(tone(440, 16_000), 16_000, 16_000), tone(440, 16_000))
+
+
+def test_kernels_of_an_odd_rate_are_held_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = resampled(tone(440, 11_127, 0.1), 11_127, 16_000)
+    made: list[int] = []
+    sinc = torch.sinc
+    monkeypatch.setattr(torch, "sinc", lambda x: made.append(x.numel()) or sinc(x))
+    monkeypatch.setattr(waves, "AT_ONCE", 1 << 20)
+    assert close(resampled(tone(440, 11_127, 0.1), 11_127, 16_000), whole)
+    assert max(made) <= 1 << 20
+
+
+def test_a_rate_of_no_sound_is_told(tmp_path: Path) -> None:
+    for rate in (10, 2_000_000_000):
+        samples, why = read_wave(write(tmp_path / "x.wav", bytes(200), rate=rate), 16_000)
+        assert not len(samples)
+        assert why == f"tells a rate of {rate:,} Hz, at which no sound is kept"
 
 
 def test_what_is_wrong_with_a_file_is_told(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
+from heedful.copies import first_line
 from heedful.core.errors import ModelError
 from heedful.onnx_weights import weights_of
 
@@ -55,7 +56,7 @@ def model_of(weights: dict[str, Tensor], name: str) -> Dinov2Model:
             model = Dinov2Model(config)
         model.load_state_dict(own)
     except (LookupError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{name}: its weights are not those of a DINOv2: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{name}: its weights are not those of a DINOv2: {first_line(error)}") from error
     return model.eval()
 
 

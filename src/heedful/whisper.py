@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
 
+from heedful.copies import first_line
 from heedful.core.errors import ModelError
 from heedful.ct2_weights import weights_of
 
@@ -73,7 +74,7 @@ def model_of(variables: dict[str, Tensor], name: str) -> WhisperForConditionalGe
             model = WhisperForConditionalGeneration(config)
         model.load_state_dict(own)
     except (LookupError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{name}: its weights are not those of a Whisper: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{name}: its weights are not those of a Whisper: {first_line(error)}") from error
     return model.eval()
 
 

@@ -14,7 +14,7 @@ from heedful.bench.matrix import VERDICTS
 from heedful.bench.numbers import direction, margin, number, rounded, task_name, units
 from heedful.bench.records import COSTS, Answered
 from heedful.bench.results import PLAIN, SHARE, Price, Result, Results
-from heedful.core.figures import Description, Figure, Finding, Intervals, Listing, Matrix, Scatter, percent
+from heedful.core.figures import Description, Figure, Finding, Intervals, Listing, Matrix, Scatter, counted, percent
 
 MB = 1 << 20
 
@@ -81,14 +81,10 @@ def _lead(c: Results) -> str:
     least, most = (end(r.prompts for r in c.results) for end in (min, max))
     asked = f"{least} to {most}" if least < most else str(most)
     return (
-        f"Of {_count(len(words), 'method')}, {many['helps']} helped, {many['safe']} safe within {margin(c)}, "
+        f"Of {counted(len(words), 'method')}, {many['helps']} helped, {many['safe']} safe within {margin(c)}, "
         f"{many['harms']} harmful, {many['unclear']} undecided and {many['inactive']} without effect, on {asked} "
-        f"prompts a task; {_count(c.compared, 'interval')} hold at once, at whatever prompt asking stops, with 95 %."
+        f"prompts a task; {counted(c.compared, 'interval')} hold at once, at whatever prompt asking stops, with 95 %."
     )
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def _clause(word: str, results: list[Result], plain: dict[str, Result], c: Results) -> str:
@@ -150,7 +146,7 @@ def figures(c: Results) -> Iterable[Figure]:
         yield Listing(
             "costs",
             "What each costs",
-            f"Measured on one prompt of {tokens} tokens, in {_count(prices[0].turns, 'timing repeat')}, each beside "
+            f"Measured on one prompt of {tokens} tokens, in {counted(prices[0].turns, 'timing repeat')}, each beside "
             f"one of the baseline; ratios are to it. Memory is what prefill takes above the resting model.{left}",
             ("method", "prefill, s", "prefill ×", "token, ms", "token ×", "cache, MB", "cache ×", "peak, MB", "pairs"),
             [_cost_row(p) for p in prices],
@@ -230,7 +226,8 @@ def description(c: Results) -> Description:
 def in_words(c: Results, told: Description, table: Matrix) -> str:
     """A comparison as a text: sentences, then one table for each task, then the costs."""
     out = [
-        f"{c.facts.get('model', 'a model')}: {_count(len(c.contenders) - 1, 'method')}, {_count(len(c.tasks), 'task')}",
+        f"{c.facts.get('model', 'a model')}: {counted(len(c.contenders) - 1, 'method')}, "
+        f"{counted(len(c.tasks), 'task')}",
         "",
         *_verdicts(table),
         f"The margin is {margin(c)}.",

@@ -128,7 +128,7 @@ class Call:
 
     @property
     def places(self) -> Call:
-        """The same without the tensors that it computes with, for what outlives it."""
+        """The same without token ids and the tensors that it computes with, for what outlives it."""
         return replace(self, ids=None, query=None, key=None, value=None, bias=None, hidden=None, rotate=None)
 
     def capped(self, scores: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class Call:
     @property
     def tower(self) -> str:
         """The stack of layers that it stands in, such as a model's decoder: what its name has before a number."""
-        return re.split(r"\d", self.name, maxsplit=1)[0]
+        return re.split(r"(?:^|\.)\d+(?:\.|$)", self.name, maxsplit=1)[0]
 
     @property
     def last_layer(self) -> bool:

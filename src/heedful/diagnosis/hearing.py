@@ -41,8 +41,9 @@ class SoundView:
         """Words over time for each sound, the same by single heads for the first, and the kinds of attention."""
         mean = f"The mean of heads {', '.join(head_name(*head) for head in self.meant)}"
         for i, name in enumerate(self.names):
-            yield self._grid(f"heard_{i}", name.rpartition("/")[2], f"{mean}", i, 0)
-        for n, head in enumerate(self.heads, 1):
+            if self.words[i]:
+                yield self._grid(f"heard_{i}", name.rpartition("/")[2], mean, i, 0)
+        for n, head in enumerate(self.heads if self.words[0] else (), 1):
             yield self._grid(f"heard_by_{head_name(*head)}", f"head {head_name(*head)}", "This head alone", 0, n)
         yield self._listing()
         what = "The share of its attention that a head spends on the silence behind the end of a sound."
@@ -62,7 +63,7 @@ class SoundView:
         values = self.maps[sound, which, : len(words)].float()
         values = values[:, ~values.isnan().all(0)]
         rows = [f"{n} {word}" for n, word in enumerate(words, 1)]
-        columns = [f"{step * n:.3g}" for n in range(values.shape[1])]
+        columns = [f"{step * n:.2f}" if self.unit == "s" else f"{step * n:.0f}" for n in range(values.shape[1])]
         label = "second" if self.unit == "s" else "place"
         what = f"{whose}: how much it attends to each stretch of the sound while it writes each word."
         return Grid(key, f"When words are heard: {title}", what, values, rows, columns, "word", label, "share")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,16 +100,20 @@ def words_of(sound: Sound, tokenizer: Any) -> list[tuple[str, list[int]]]:
     return [(tokenizer.decode(mine).strip(), at) for mine, at in found]
 
 
-def timed(model: Any, cross: list[int], found: Mapping[int, Tensor]) -> list[Head]:
+def timed(model: Any, layers: Sequence[str], cross: list[int], found: Mapping[int, Tensor]) -> list[Head]:
     """The heads that are known to follow the sound, as the model's own settings name them; all where they name none."""
     told = getattr(model.generation_config, "alignment_heads", None)
     every = [(n, h) for n in cross if n in found for h in range(len(found[n]))]
-    named = [(cross[i], h) for i, h in told or () if i < len(cross)]
+    of_decoder = {int(re.findall(r"\d+", layers[n])[-1]): n for n in cross}  # some may be left out of the run
+    named = [(of_decoder[i], h) for i, h in told or () if i in of_decoder]
     return [head for head in named if head in every] or every
 
 
-def look(subject: Subject, windows: Windows) -> SoundView:
-    """The view of the first sounds, each read alone: what the decoder looks at while it writes, kept as stretches."""
+def look(subject: Subject, windows: Windows) -> SoundView | None:
+    """The view of the first sounds, each read alone: what the decoder looks at while it writes, kept as stretches.
+
+    None where no layer that is read looks from the words at the sound.
+    """
     layers = adapt(subject.model, subject.how.get("only")).layer_names
     heard, shares = [], []
     few = windows.tokens[:MOST_SOUNDS]
@@ -117,6 +122,8 @@ def look(subject: Subject, windows: Windows) -> SoundView:
         parts = Shares(count), Heard(len(sound.written), count, side)
         with subject.attach(Stack(parts)) as run:
             subject.read(run, (sound,))
+            if parts[1] not in run.answers():
+                return None
             shares.append(run[parts[0]])
             heard.append((name, sound, words_of(sound, subject.words), side, run[parts[1]]))
     return view_of(subject.model, layers, heard, shares)
@@ -130,7 +137,7 @@ def view_of(
 ) -> SoundView:
     """The view of these sounds: name, sound, words, places of a stretch, and maps by layer; what `Shares` tells."""
     kinds = kinds_of(model, layers, set(heard[0][4]))
-    meant = timed(model, kinds[CROSS], heard[0][4])
+    meant = timed(model, layers, kinds[CROSS], heard[0][4])
     numbers = sorted(shares[0])
     widest = max(len(shares[0][n]["entropy"]) for n in numbers)
 

@@ -14,6 +14,8 @@ from heedful.copies import first_line
 ENDINGS = (".wav", ".wave")
 REACH = 24  # zero crossings of the sinc to each side: what is lost lies within 2 % of the highest pitch that is kept
 KEPT = 0.98  # of the pitches that the lower rate can hold
+RATES = range(1_000, 1_000_001)  # samples a second
+AT_ONCE = 1 << 22  # numbers of the kernels that are held at once: rates that share no divisor have many
 
 
 def read_wave(path: Path, rate: int) -> tuple[Tensor, str]:
@@ -30,8 +32,8 @@ def read_wave(path: Path, rate: int) -> tuple[Tensor, str]:
         return torch.zeros(0), "ends before all the sound that it announces"
     if not data:
         return torch.zeros(0), "holds no sound"
-    if own < 1:
-        return torch.zeros(0), "tells no rate"
+    if own not in RATES:
+        return torch.zeros(0), f"tells a rate of {own:,} Hz, at which no sound is kept"
     return resampled(_numbers(data, width).reshape(-1, channels).mean(1), own, rate), ""
 
 
@@ -54,8 +56,10 @@ def resampled(samples: Tensor, own: int, rate: int) -> Tensor:
     base = KEPT * min(before, after)
     wide = math.ceil(REACH * before / base)
     places = torch.arange(-wide, wide + before, dtype=torch.float64) / before
-    at = ((places - torch.arange(after, dtype=torch.float64)[:, None] / after) * base).clamp(-REACH, REACH)
-    kernels = torch.sinc(at) * (at * math.pi / REACH / 2).cos() ** 2 * base / before
     padded = torch.nn.functional.pad(samples[None, None], (wide, wide + before))
-    found = torch.nn.functional.conv1d(padded, kernels.float()[:, None], stride=before)[0]
-    return found.T.flatten()[: math.ceil(len(samples) * after / before)]
+    found = []
+    for phases in torch.arange(after, dtype=torch.float64).split(max(1, AT_ONCE // len(places))):
+        at = ((places - phases[:, None] / after) * base).clamp(-REACH, REACH)
+        kernels = torch.sinc(at) * (at * math.pi / REACH / 2).cos() ** 2 * base / before
+        found.append(torch.nn.functional.conv1d(padded, kernels.float()[:, None], stride=before)[0])
+    return torch.cat(found).T.flatten()[: math.ceil(len(samples) * after / before)]

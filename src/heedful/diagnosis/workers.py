@@ -250,7 +250,7 @@ class _Packer(pickle.Pickler):
 
 
 def _spread(few: Any, kind: torch.dtype, shape: torch.Size) -> Tensor:
-    return torch.from_numpy(few).to(kind).expand(shape)
+    return torch.from_numpy(few).to(kind).expand(shape).contiguous()
 
 
 def packed(value: Any) -> bytes:

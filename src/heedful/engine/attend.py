@@ -12,7 +12,7 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.errors import SiteError
 from heedful.core.method import Step
-from heedful.core.sites import Site
+from heedful.core.sites import MAP_SITES, Site
 from heedful.core.summary import SummaryAccumulator
 from heedful.core.values import replace
 from heedful.engine.attention_call import AttentionCall
@@ -165,9 +165,10 @@ def _first_rows(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _learned(job: AttentionCall) -> tuple[Tensor, ...]:
-    """What the weights depend on beside queries and keys, where a kernel could serve them."""
+    """What the weights depend on beside queries and keys."""
     given = (x for x in (job.sink, job.bias) if x is not None)
-    found = (job.run_state.params.get((step.number, job.call.layer), {}).values() for step in job.plan.reweights)
+    edits = (step for step in job.plan.steps if step.edit.site in MAP_SITES)
+    found = (job.run_state.params.get((step.number, job.call.layer), {}).values() for step in edits)
     return (*given, *itertools.chain.from_iterable(found))
 
 

@@ -1,4 +1,4 @@
-"""Attention for GPUs, in Triton: what the CPU kernel of `heedful.native` gives, and soft caps and biases too."""
+"""Attention for GPUs, in Triton: what the CPU kernel of `heedful.native` gives."""
 
 from __future__ import annotations
 

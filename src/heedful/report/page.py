@@ -132,7 +132,7 @@ def _facts(facts: Any) -> list[tuple[str, str]]:
         out.append(("model", str(facts["kind"])))
     if "layers" in facts and "heads" in facts:
         keys = facts.get("kv_heads") or facts["heads"]
-        shared = {facts["heads"]: "", 1: ", multi-query: one key head"}
+        shared = {1: ", multi-query: one key head", facts["heads"]: ""}
         size = f"{counted(facts['layers'], 'layer')} × {counted(facts['heads'], 'head')}"
         out.append(("attention", size + shared.get(keys, f", grouped-query: {counted(keys, 'key head')}")))
     if "parameters" in facts:

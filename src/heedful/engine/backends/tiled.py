@@ -50,7 +50,7 @@ class Tiled:
         return self._all(job, q, k, v), None
 
     def _all(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        again = _has_gradients(job, q, k, v) and _bytes(job.call, len(q)) > KEPT_BYTES
+        again = job.needs is not None and job.needs.gradients and _bytes(job.call, len(q)) > KEPT_BYTES
         parts = [partial(self.block, rows=rows, q=q, k=k, v=v) for rows in self._blocks(job, q.shape[0])]
         heads = [recomputed(part, job) if again else part(job) for part in parts]
         return heads[0] if len(heads) == 1 else torch.cat(heads, 2)
@@ -75,10 +75,6 @@ class Tiled:
         call, cols = _cut(job.call, slice(rows.start - above, rows.stop), above if job.plan.above else None)
         rows = call.rows
         return tile(job, call, wide(q[:, :, rows]), wide(k[:, :, cols]), wide(v[:, :, cols]))[0]
-
-
-def _has_gradients(job: AttentionCall, *given: Tensor) -> bool:
-    return torch.is_grad_enabled() and (any(x.requires_grad for x in given) or any(job.run_state.params.values()))
 
 
 def _bytes(call: Call, texts: int) -> int:
