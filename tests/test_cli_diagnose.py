@@ -18,7 +18,7 @@ from heedful.cli.app import app
 from heedful.core.errors import HeedfulError
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.workers import Ray
-from heedful.methods.observe.sink_rate import SinkRate
+from heedful.methods import SinkRate, WeibullWeights
 from tests.test_diagnose_sounds import Reads, write
 from tests.test_diagnose_texts import characters
 
@@ -130,6 +130,7 @@ def test_stopping_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_measures_are_parted_by_commas_outside_of_settings() -> None:
     assert verb.measures_from("SinkRate(0.1), sinkrate") == [SinkRate(0.1), SinkRate()]
+    assert verb.measures_from("weibullweights") == [WeibullWeights()]
     assert verb.measures_from("") is None
 
 
