@@ -276,6 +276,8 @@ def _peers() -> Iterator[str]:
         yield "Not measured yet."
         return
     yield f"Each asked for the {found['asked']}; {found['model']}, each in the same environment of its own."
+    yield "heedful has no row, since it was not asked in the same run: its default diagnosis, which asks for more,"
+    yield "stands under [The whole model](#the-whole-model)."
     yield ""
     yield "| | version | tokens | seconds (range) | over plain | peak MB |"
     yield "|---|---|---:|---:|---:|---:|"

@@ -106,6 +106,7 @@ def test_the_verb_prints_and_writes(small: None, tmp_path: Path) -> None:
         ({"mechanisms": ["MALA"]}, "must be methods or stacks"),
         ({"mechanisms": [SinkRate()]}, "only reads, so that it trains as softmax does"),
         ({"out": ""}, r"lab\(\).out = '': must be the name of a folder"),
+        ({"out": __file__}, "is a file, and must be the name of a folder"),
     ],
 )
 def test_what_makes_no_lab_is_refused_at_once(how: dict[str, Any], says: str) -> None:

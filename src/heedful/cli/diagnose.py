@@ -101,6 +101,11 @@ def pick(model: str, loaded: Loaded, given: dict[str, Path]) -> Path | str | Ten
 
     kinds = {"images": reads_pictures, "audio": reads_sounds}
     mine = next((option for option, reads in kinds.items() if reads(loaded.model)), "text")
+    if mine == "text" and mine in given and loaded.tokenizer is None:
+        raise HeedfulError(
+            f"--text {given['text']}: {loaded.name} has no tokenizer, and reads no words. Leave it out, or name a "
+            "model that has one, as in heedful diagnose default --text book.txt"
+        )
     if mine in given:
         return given[mine]
     if mine != "text":
