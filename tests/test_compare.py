@@ -15,7 +15,7 @@ from torch import Tensor
 import heedful
 from heedful import models
 from heedful.bench.answer import answer
-from heedful.bench.compare import Progress, compare, label
+from heedful.bench.compare import compare, label
 from heedful.bench.comparison import Comparison
 from heedful.bench.cost import WARM_UP
 from heedful.bench.records import Answered, Cost, Refused, line, read
@@ -25,7 +25,7 @@ from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
 from heedful.core.files import RECORDS
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import NOTHING_READ, Decode, HeadWeights, Prompt, Read, Surgery, Tokens
+from heedful.core.kinds import NOTHING_READ, Decode, HeadWeights, Progress, Prompt, Read, Surgery, Tokens
 from heedful.core.method import Layer, Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
