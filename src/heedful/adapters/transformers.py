@@ -27,7 +27,7 @@ from heedful.adapters.bound import (
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import held_layer
-from heedful.adapters.layers import block_of, interface_layers, leftovers, parts_of, served, size_of
+from heedful.adapters.layers import block_of, interface_layers, leftovers, lowest, parts_of, served, size_of
 from heedful.adapters.planted import Planted
 from heedful.adapters.rotation import rotation
 from heedful.adapters.saving import adopted, takes_saving
@@ -104,6 +104,7 @@ class TransformersAdapter:
             )  # fmt: skip
         hooks = self._hooks = Hooks(run, len(self._names))
         numbers = {name: i for i, name in enumerate(self._names)}
+        first = dict(zip(self._names, lowest(self._names), strict=True))
         natives = {name: native_name(self._implementation(m)) for name, m in self._modules.items()}
         bounds: list[Bound] = []
         try:
@@ -115,7 +116,7 @@ class TransformersAdapter:
                         "support setting the attention implementation"
                     )
                 alone = block_of(self.model, name) is None
-                bound = Bound(self, module, name, numbers.get(name), natives[name], alone)
+                bound = Bound(self, module, name, numbers.get(name), natives[name], first.get(name, 0), alone)
                 bound.spread = spread_of(self.model, name)
                 hooks.around(bound)
                 bound_modules[module] = ref(bound)
@@ -207,7 +208,8 @@ class TransformersAdapter:
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
             given.softcap, phase, run_state.denoising, bound.cross, bound.module.training,
             self._hooks.ids(bound, len(q), q.shape[2]), self._hooks.roles(bound, len(given.keys)),
-            rows_of(bound.hidden, q), rotation(bound), given.mask, max(0, run_state.now.number), batch=len(q),
+            rows_of(bound.hidden, q), rotation(bound), given.mask, max(0, run_state.now.number),
+            lowest=bound.lowest, batch=len(q),
         )  # fmt: skip
         plan = plan_of(run, call)
         if (nothing := replaced_whole(run, plan, call, mine.q, v)) is not None:
