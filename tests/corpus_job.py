@@ -12,10 +12,11 @@ import torch
 
 from heedful import models
 from heedful.core.errors import FieldError, HeedfulError
+from heedful.core.kinds import Progress
 from heedful.diagnosis import run as running
 from heedful.diagnosis.corpus import Corpus
 from heedful.diagnosis.profile import Profile
-from heedful.diagnosis.run import Progress, diagnose
+from heedful.diagnosis.run import diagnose
 from heedful.diagnosis.workers import Ranks, Workers
 from tests.test_diagnose_texts import characters
 

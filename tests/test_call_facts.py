@@ -12,11 +12,13 @@ from transformers import DynamicCache, StaticCache
 
 from heedful import attach, edit, nn
 from heedful.adapters.cache_name import CACHE
+from heedful.adapters.layers import lowest
 from heedful.conformance.torch_model import TinyTorch
 from heedful.core.call import CachedKV, Call
 from heedful.core.errors import SiteError
 from heedful.core.mask import Mask
 from heedful.core.method import Method
+from heedful.core.positions import Positions
 from heedful.core.sites import Site, at, reads
 from heedful.kit.told import at_places, token_ids
 from heedful.tiny import tiny, tiny_inputs
@@ -265,3 +267,42 @@ def test_nothing_is_kept_for_who_does_not_ask() -> None:
         run(IDS, **{CACHE: cache})
     assert type(cache) is DynamicCache
     assert all(call.ids is None for call in run.state.calls.values())
+
+
+class Below(Method):
+    """Notes which layer each goes on from, asked early and late."""
+
+    paper = PAPER
+
+    @reads(Site.HIDDEN)
+    def early(self, hidden: Tensor, call: Call) -> None:
+        SEEN.append((call.name, call.below))
+
+    @reads(Site.QUERY)
+    def late(self, query: Tensor, call: Call) -> None:
+        SEEN.append((call.name, call.below))
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "below"),
+    [
+        (tiny("bart"), tiny_inputs(tiny("bart")), [None, 0, None, 2, 3, 4]),  # two encoder layers, two of a decoder
+        (TinyTorch(), {"input_ids": IDS}, [None, 0, 1]),
+    ],
+)
+def test_a_call_knows_which_layer_it_goes_on_from(model: Any, inputs: dict[str, Tensor], below: list[Any]) -> None:
+    with attach(model, Below()) as run, torch.no_grad():
+        run(**inputs)
+        numbers = {name: i for i, name in enumerate(run.layer_names)}
+    assert sorted({(numbers[name], found) for name, found in SEEN}) == list(enumerate(below))
+
+
+def test_layers_follow_one_another_within_their_list() -> None:
+    names = (
+        "encoder.block.0.layer.0.SelfAttention", "encoder.block.1.layer.0.SelfAttention", "decoder.layers.0.self_attn",
+        "decoder.layers.0.encoder_attn", "decoder.layers.1.self_attn", "pooler.attn", "0.attn", "1.attn",
+    )  # fmt: skip
+    assert lowest(names) == (0, 0, 2, 2, 2, 5, 6, 6)
+    at = Positions.row(0, 1)
+    calls = [Call(i, 8, name, 1, 1, at, at, 1.0, lowest=lowest(names)[i]) for i, name in enumerate(names)]
+    assert [call.below for call in calls] == [None, 0, None, 2, 3, None, None, 6]

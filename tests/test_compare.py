@@ -15,17 +15,17 @@ from torch import Tensor
 import heedful
 from heedful import models
 from heedful.bench.answer import answer
-from heedful.bench.compare import Progress, compare, label
+from heedful.bench.compare import compare, label
 from heedful.bench.comparison import Comparison
 from heedful.bench.cost import WARM_UP
 from heedful.bench.records import Answered, Cost, Refused, line, read
-from heedful.bench.results import PLAIN
+from heedful.bench.results import PLAIN, Ratio
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError, RefusedModel, SiteError, StatisticError
 from heedful.core.files import RECORDS
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import NOTHING_READ, Decode, HeadWeights, Prompt, Read, Surgery, Tokens
+from heedful.core.kinds import NOTHING_READ, Decode, HeadWeights, Progress, Prompt, Read, Surgery, Tokens
 from heedful.core.method import Layer, Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
@@ -312,14 +312,15 @@ def test_what_does_nothing_is_called_out(loaded) -> None:
 def test_costs_are_counted_against_the_unedited_model(loaded) -> None:
     found = compare(loaded, [SinkWindow(1, 4)], [Echo(40)], prompts=2, turns=2)
     plain, mine = found.prices
-    assert plain.prefill_ratio == plain.step_ratio == plain.cache_ratio == 1
+    assert plain.ratios == dict.fromkeys(("prefill", "token", "cache"), Ratio(1, 1, 1))
     layers, entries = 2, 40
     assert plain.cache == 2 * layers * 2 * entries * loaded.model.config.head_dim * 4
-    assert mine.cache_ratio < 0.25
-    assert mine.prefill_low <= mine.prefill_ratio <= mine.prefill_high
+    assert mine.ratios["cache"].high < 0.25
+    assert mine.ratios["prefill"].low <= mine.ratios["prefill"].median <= mine.ratios["prefill"].high
     assert (mine.turns, mine.held) == (2, 0.5)
-    assert mine.density is not None
-    assert mine.density == pytest.approx(sum(min(i + 1, 4) + (i >= 4) for i in range(40)) / (40 * 41 / 2))
+    assert mine.ratios["pairs"].median == pytest.approx(
+        sum(min(i + 1, 4) + (i >= 4) for i in range(40)) / (40 * 41 / 2)
+    )
     assert {r.turn for r in found.records if isinstance(r, Cost)} == {WARM_UP, 1, 2}
 
 
@@ -374,6 +375,8 @@ def test_page_and_tables(loaded, tmp_path: Path) -> None:
         assert getattr(found.plot, figure.key)().data
     tables = found.to_pandas()
     assert list(tables["costs"]["contender"]) == [p.contender for p in found.prices]
+    assert {"prefill", "prefill_ratio", "prefill_ratio_low", "cache_ratio_high"} < set(tables["costs"].columns)
+    assert {"gap", "gap_low", "gap_high", "score"} < set(tables["results"].columns)
     assert len(tables["results"]) == len(found.results)
     assert "unedited" in str(found)
     answers = sum(isinstance(record, Answered) for record in found.records)

@@ -10,13 +10,13 @@ import pytest
 from torch import Tensor
 
 from heedful import attach, models
-from heedful.bench.compare import Progress, compare, further
+from heedful.bench.compare import compare, further
 from heedful.bench.comparison import Comparison
 from heedful.bench.records import Answered
 from heedful.bench.results import PLAIN
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-from heedful.core.kinds import Prompt
+from heedful.core.kinds import Progress, Prompt
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at

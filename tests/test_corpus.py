@@ -18,12 +18,13 @@ from transformers import PreTrainedTokenizerFast
 from heedful import models
 from heedful.conformance.tolerances import MERGE
 from heedful.core.errors import FieldError, StatisticError, WriteError
+from heedful.core.kinds import Progress
 from heedful.core.stats import Histogram
 from heedful.diagnosis import corpus as reading
 from heedful.diagnosis import run as running
 from heedful.diagnosis.corpus import ROW, Corpus
 from heedful.diagnosis.profile import Profile
-from heedful.diagnosis.run import Progress, diagnose
+from heedful.diagnosis.run import diagnose
 from heedful.diagnosis.workers import Ray
 from tests.test_diagnose_texts import characters
 from tests.test_files import room_for

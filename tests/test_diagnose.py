@@ -15,13 +15,14 @@ from heedful import attach, models
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, RefusedModel, StatisticError
 from heedful.core.figures import Role
+from heedful.core.kinds import Progress
 from heedful.core.method import Method, Probe, Readings, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Statistic, Sum
 from heedful.diagnosis import run as running
 from heedful.diagnosis.measures import chosen
-from heedful.diagnosis.run import Progress, diagnose
+from heedful.diagnosis.run import diagnose
 from heedful.diagnosis.view import MOST_KEYS, Attended, TokenView, notable, view_of
 from heedful.methods.intervene.language.temp_scale import TempScale
 from heedful.methods.observe.sink_rate import SinkRate
@@ -165,7 +166,7 @@ def test_a_view_of_a_text_shorter_than_its_keys(model: Any) -> None:
 
 @pytest.mark.parametrize(("kind", "read"), [("llama", [30]), ("bert", [30, 8])])
 def test_the_view_is_of_the_first_tokens_alone(kind: str, read: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heedful.diagnosis.run.SHOWN", 8)
+    monkeypatch.setattr("heedful.diagnosis.view.SHOWN", 8)
     model = models.tiny(kind)
     fed: list[int] = []
     model.register_forward_pre_hook(lambda _, args, kw: fed.append(kw["input_ids"].shape[1]), with_kwargs=True)

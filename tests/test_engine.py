@@ -368,20 +368,6 @@ def test_error_is_infinite_where_only_one_is_nan() -> None:
     assert error(torch.tensor([torch.nan]), torch.tensor([torch.nan])) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("name", "tower"),
-    [
-        ("model.decoder.layers.3.self_attn", "model.decoder.layers"),
-        ("t5.encoder.block.0.layer.0.SelfAttention", "t5.encoder.block"),
-        ("speecht5.decoder.wrapped_decoder.layers.1.self_attn", "speecht5.decoder.wrapped_decoder.layers"),
-        ("0.attn", ""),
-        ("attn", "attn"),
-    ],
-)
-def test_a_tower_is_what_stands_before_a_layer_s_number(name: str, tower: str) -> None:
-    assert replace(Bare().call, name=name).tower == tower
-
-
 def test_a_call_s_places_are_all_of_it_but_what_it_computes_with() -> None:
     bare = Bare()
     row = torch.zeros(1, 1, 1, 19)

@@ -19,6 +19,10 @@ def words(svg: str) -> str:
     return " ".join(x.text or "" for x in ET.fromstring(svg).iter() if x.tag.endswith("text"))
 
 
+def test_a_room_that_stands_waits_for_nothing() -> None:
+    assert not [room for room in rooms.WAITING if (rooms.HOME / room).exists()]
+
+
 def test_it_shows_every_room_with_its_sentence() -> None:
     said = words(picture.svg())
     for room, sentence in rooms.rooms().items():

@@ -11,7 +11,7 @@ from heedful.bench.advice import front, share
 from heedful.bench.comparison import Comparison
 from heedful.bench.describing import settings
 from heedful.bench.records import Answered, Cost
-from heedful.bench.results import PLAIN, SHARE
+from heedful.bench.results import PLAIN, SHARE, Ratio
 from heedful.core.figures import Intervals, Listing, Scatter
 
 PROMPTS = 60
@@ -163,7 +163,7 @@ def test_the_front_is_named_from_what_is_decided() -> None:
     scores = {"half": same, "third": same, "fifth": wrong, "tenth": wrong}
     caches = {PLAIN: 100, "half": 51, "third": 33, "fifth": 20, "tenth": 10}
     found = comparison(scores, prompts=200, caches=caches)
-    assert front(found, "cache_ratio") == ["third"]
+    assert front(found, "cache") == ["third"]
     told = [f.text for f in found.description().findings]
     assert "At a third of the cache use third; below a third nothing holds." in told
     assert dict(found.matrix.rows)["third"][-1].detail == "on the front"
@@ -172,7 +172,7 @@ def test_the_front_is_named_from_what_is_decided() -> None:
     assert cloud.frontier == ["third"]
     assert cloud.joined == []
     helps = comparison({**scores, "half": right}, prompts=200, caches=caches)
-    assert front(helps, "cache_ratio") == ["third", "half"]
+    assert front(helps, "cache") == ["third", "half"]
     told = [f.text for f in helps.description().findings]
     assert "At half of the cache use half; at a third of the cache use third; below a third nothing holds." in told
 
@@ -180,7 +180,7 @@ def test_the_front_is_named_from_what_is_decided() -> None:
 def test_what_is_not_decided_is_on_no_front_and_named() -> None:
     caches = {PLAIN: 100, "half": 50, "tenth": 10}
     found = comparison({"half": same, "tenth": same}, prompts=40, caches=caches)
-    assert front(found, "cache_ratio") == []
+    assert front(found, "cache") == []
     told = [f.text for f in found.description().findings]
     assert "Nothing that saves cache is known to hold yet: undecided are half, tenth." in told
     lost = comparison({"half": wrong, "tenth": wrong}, caches=caches)
@@ -205,8 +205,8 @@ def test_times_have_their_ends_and_save_only_where_each_turn_does() -> None:
     answers = [r for r in found.records if isinstance(r, Answered)]
     told = Comparison(found.facts, (*answers, *plain, *costs))
     (_, price) = told.prices
-    assert (price.prefill_ratio, price.prefill_low, price.prefill_high) == (0.6, 0.5, 0.9)
-    assert (price.step_ratio, price.step_low, price.step_high, price.held) == (0.6, 0.5, 0.9, 0.75)
+    assert price.ratios == {"prefill": Ratio(0.6, 0.5, 0.9), "token": Ratio(0.6, 0.5, 0.9), "cache": Ratio(1, 1, 1)}
+    assert price.held == 0.75
     cells = dict(told.matrix.rows)["m"]
     assert (cells[2].text, cells[2].detail, cells[2].tone) == ("0.60", "0.50 to 0.90, on the front", "good")
     assert "the median of 3 timing repeats beside the baseline, with the lowest and the highest" in told.words["matrix"]

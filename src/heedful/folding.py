@@ -43,7 +43,7 @@ def rewritten(
 ) -> tuple[Any, str | None]:
     """A copy of the model with other weights, and why it could not be saved and loaded again, if so."""
     from heedful.adapters.biases import shift_stream
-    from heedful.adapters.bound import bound_to
+    from heedful.adapters.bound import server_of
     from heedful.adapters.folding import renew_config
     from heedful.adapters.layers import projections
     from heedful.adapters.saving import saved_with
@@ -52,7 +52,7 @@ def rewritten(
     from heedful.adapters.wrapped import unwrapped
 
     model = unwrapped(model)
-    if any(bound_to(module) is not None for module in model.modules()):
+    if any(server_of(module) is not None for module in model.modules()):
         rule = "a run is attached to it, which a copy cannot take along; close it first"
         raise FieldError(verb, "model", type(model).__name__, rule, "the model after run.close()")
     if saved := saved_with(model.config):

@@ -7,10 +7,7 @@ from pathlib import Path
 
 HOME = Path(__file__).parent / "methods"
 WAITING = {  # rooms that are built with their first method
-    "compress/quantise": "Weights, keys or values in fewer bits.",
     "mechanisms/crosslayer": "What layers share, or hand on to one another.",
-    "mechanisms/pooling": "Several tokens that attend, or are attended to, as one.",
-    "mechanisms/recurrent": "A state of fixed size, carried from token to token.",
 }
 
 

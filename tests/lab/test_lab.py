@@ -14,8 +14,9 @@ import heedful
 from heedful.cli.app import app
 from heedful.core.errors import FieldError, StatisticError
 from heedful.core.figures import Curves, Intervals, Scatter
+from heedful.core.kinds import Progress
 from heedful.laboratory import costs, kinds, records
-from heedful.laboratory.lab import Progress, mechanism
+from heedful.laboratory.lab import mechanism
 from heedful.laboratory.outcome import Lab
 from heedful.laboratory.records import Record
 from heedful.laboratory.results import Refused

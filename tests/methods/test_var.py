@@ -82,6 +82,8 @@ def test_only_the_layer_before_counts() -> None:
     assert VAR(tau=5.0).redistribute(pattern, _call(2, state=state)) is pattern
     VAR(tau=5.0).find_sinks(_stream(), _call(0, state=state))
     assert VAR(tau=5.0).redistribute(pattern, _call(2, state=state)) is pattern
+    VAR(tau=5.0).find_sinks(_stream(), _call(1, state=state))
+    assert VAR(tau=5.0).redistribute(pattern, _call(2, state=state, lowest=2)) is pattern  # a decoder's first layer
 
 
 def test_other_dimensions_do_not_count_where_some_are_named() -> None:

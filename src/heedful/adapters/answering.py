@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -54,11 +54,20 @@ def plan_of(run: Run, call: Call) -> Plan:
     return plan
 
 
-def replaced_whole(run: Run, plan: Plan, call: Call, q: Tensor, v: Tensor) -> Tensor | None:
-    """Heads `[b q h d]` of nothing, where a step replaces the whole block; None where none does."""
-    if not plan.at(Site.BLOCK):
+def replaced_whole(run: Run, plan: Plan, call: Call, operands: Operands) -> Call | None:
+    """The call as it is seen by the step that replaces the whole block; None where none does."""
+    if not (steps := plan.at(Site.BLOCK)):
         return None
-    run.state.backends[call.layer] = repr(plan.at(Site.BLOCK)[0].part)
+    if operands.pattern:
+        raise SiteError(f"{steps[0]}: gives no weights; call {call.name} with need_weights=False")
+    run.state.backends[call.layer] = repr(steps[0].part)
+    if not steps[0].edit.before_rotary:
+        return call
+    return replace(call, query=operands.q, key=operands.k, value=operands.v)
+
+
+def no_heads(q: Tensor, v: Tensor) -> Tensor:
+    """`[b q h d]` of zeros, which stand for what nobody reads."""
     return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
 
 

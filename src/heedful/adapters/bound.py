@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import ReferenceType, WeakKeyDictionary, WeakSet
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from heedful.adapters.layers import own_source
 from heedful.adapters.lazymask import LazyMask, chosen_pairs, lazy_additive_mask, lazy_mask
 from heedful.adapters.taking import Taking
 from heedful.core.call import Call
-from heedful.core.errors import NotEntered, RefusedModel
+from heedful.core.errors import FieldError, NotEntered, RefusedModel
 
 if TYPE_CHECKING:
     from heedful.adapters.spread import Spread
@@ -84,6 +84,7 @@ class Bound:
     name: str
     number: int | None  # None: it runs through the interface, but outside the part that is served
     native: str  # the implementation that the model had before
+    lowest: int = 0  # the number of the first layer of the list that it stands in
     alone: bool = False  # it stands in no list of layers: what calls it may hand its weights on unasked
     hidden: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin of this call's tokens
@@ -103,14 +104,47 @@ class Bound:
         return type(self.module).__name__
 
 
-# weak on both sides, since a bound module leads to its key; the module's own hooks hold it
-bound_modules: WeakKeyDictionary[nn.Module, ReferenceType[Bound]] = WeakKeyDictionary()
+# the modules of attached models, each with its Bound or what serves it otherwise; weak on both sides, since these lead
+# to their keys, and the modules' own hooks hold them
+_attached: WeakKeyDictionary[nn.Module, ReferenceType[Any]] = WeakKeyDictionary()
+
+
+def _found(module: nn.Module) -> Any:
+    found = _attached.get(module)
+    return None if found is None else found()
 
 
 def bound_to(module: nn.Module) -> Bound | None:
-    """What a run knows of a module, if one is attached."""
-    found = bound_modules.get(module)
-    return None if found is None else found()
+    """What the run that is attached to a module through transformers' interface knows of it."""
+    found = _found(module)
+    return found if isinstance(found, Bound) else None
+
+
+def server_of(module: nn.Module) -> Any:
+    """The adapter of the run that is attached to a module, if one is."""
+    found = _found(module)
+    return found.server if isinstance(found, Bound) else found
+
+
+def require_free(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Refuse a model with modules to which a run is attached."""
+    if any(server_of(module) is not None for module in modules):
+        raise FieldError(
+            "attach()", "model", type(model).__name__,
+            "a run is attached already; close it, or join the methods into one stack", "attach(model, a | b)",
+        )  # fmt: skip
+
+
+def take(modules: Iterable[nn.Module], by: Any) -> None:
+    """Note who serves modules from now on: a Bound of its own, or an adapter for all."""
+    _attached.update(dict.fromkeys(modules, ref(by)))
+
+
+def let_go(modules: Iterable[nn.Module], server: Any) -> None:
+    """Forget those that the adapter serves."""
+    for module in modules:
+        if server_of(module) is server:
+            del _attached[module]
 
 
 def _function(

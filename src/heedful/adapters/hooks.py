@@ -261,7 +261,8 @@ class Hooks:
         return Call(
             bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
             denoising=self.run.state.denoising, training=bound.module.training, ids=self.ids(bound, len(hidden), n),
-            roles=self.roles(bound, len(keys)), hidden=hidden, forward=self.run.state.now.number, batch=len(hidden),
+            roles=self.roles(bound, len(keys)), hidden=hidden, forward=self.run.state.now.number,
+            lowest=bound.lowest, batch=len(hidden),
         )  # fmt: skip
 
     # the layers of one list

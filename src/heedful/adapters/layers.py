@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -62,6 +63,12 @@ def own_attention(kind: Any) -> bool:
 def interface_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Attention modules that go through the interface, by dotted name, each module once."""
     return {name: m for name, m in model.named_modules() if uses_interface(type(m))}
+
+
+def lowest(names: Sequence[str]) -> tuple[int, ...]:
+    """For each of the layers the number of the first in its list: those whose names are alike up to a number."""
+    lists = [re.split(r"(?:^|\.)\d+(?:\.|$)", name, maxsplit=1)[0] for name in names]
+    return tuple(lists.index(mine) for mine in lists)
 
 
 def block_of(model: nn.Module, name: str) -> str | None:

@@ -6,26 +6,25 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from heedful.adapters.answering import Operands, computed, left_alone, plan_of, replaced_whole, rows_of
-from heedful.adapters.bound import Bound
+from heedful.adapters.answering import Operands, computed, left_alone, no_heads, plan_of, replaced_whole, rows_of
+from heedful.adapters.bound import Bound, let_go, require_free, take
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.hooks import Hooks
-from heedful.adapters.layers import heads_told, output_module, served
+from heedful.adapters.layers import heads_told, lowest, output_module, served
 from heedful.adapters.layout import Layout, same_rows
 from heedful.adapters.multi_head import Untouched, through_kernel
 from heedful.adapters.planted import Planted
 from heedful.adapters.standing import Standing
 from heedful.adapters.torch_masks import halves, joined, places, rules_of
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError, NotEntered, RefusedModel, SiteError
+from heedful.core.errors import FieldError, NotEntered, RefusedModel
 from heedful.core.method import Layer, Stack
 from heedful.core.sites import Site
 from heedful.engine.run import Run
@@ -73,10 +72,6 @@ class _Inside(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# the modules of attached models; weak on both sides, since a model's own hooks hold its adapter
-_attached: WeakKeyDictionary[nn.Module, ReferenceType[SdpaAdapter]] = WeakKeyDictionary()
-
-
 @dataclass(eq=False)
 class SdpaAdapter:
     """Gets a run into one model, whose layers are found as it runs."""
@@ -96,16 +91,9 @@ class SdpaAdapter:
 
     def __post_init__(self) -> None:
         self.planted = Planted(self.model, shared_by=self.shared_by)
-        self._must_be_free()  # else the dry run would see what the other run computes
+        require_free(self.model, self.model.modules())  # else the dry run would see what the other run computes
         if self.inputs is not None:
             self._look(self._as_asked)
-
-    def _must_be_free(self) -> None:
-        if any(m in _attached for m in self.model.modules()):
-            raise FieldError(
-                "attach()", "model", self.kind, "a run is attached already; close it, or join the methods into one "
-                "stack", "attach(model, a | b)",
-            )  # fmt: skip
 
     @property
     def kind(self) -> str:
@@ -159,10 +147,10 @@ class SdpaAdapter:
         self.run = run
         if run.stack.touches(Site.CACHE):
             raise RefusedModel(f"{self.kind} keeps no cache that heedful knows, so a CACHE edit cannot act in it")
-        self._must_be_free()
+        require_free(self.model, self.model.modules())
         self._hooks = Hooks(run, len(self._names))
         try:
-            _attached.update(dict.fromkeys(self.model.modules(), ref(self)))
+            take(self.model.modules(), self)
             self._hooks.forwards({"": self.model})
             if self.ready:
                 self._enter()
@@ -202,12 +190,12 @@ class SdpaAdapter:
         children = {name: module for name, module in self.model.named_children() if name in parts}
         hooks.forwards({n: m for n, m in children.items() if not isinstance(m, nn.ModuleList)})
         bounds = []
-        for number, name in enumerate(self._names):
+        for number, (name, first) in enumerate(zip(self._names, lowest(self._names), strict=True)):
             module = self.model.get_submodule(name)
             output = output_module(self.model, name)
             if output is not None and output not in found.ran:
                 output = module  # it multiplies with its projection's weight
-            bound = Bound(self, module, name, number, NATIVE, taking=taking_of(module), output=output)  # type: ignore[arg-type]
+            bound = Bound(self, module, name, number, NATIVE, first, taking=taking_of(module), output=output)  # type: ignore[arg-type]
             hooks.around(bound)
             self._entrances.append(Entrance(module, self, bound))  # first, so that none is lost to an interrupt
             self._entrances[-1].begin()
@@ -232,9 +220,7 @@ class SdpaAdapter:
         while self._entrances:
             self._entrances[-1].end()
             self._entrances.pop()
-        for module in self.model.modules():
-            if (found := _attached.get(module)) is not None and found() is self:
-                del _attached[module]
+        let_go(self.model.modules(), self)
 
     def leave(self) -> None:
         self.remove()
@@ -297,18 +283,16 @@ class SdpaAdapter:
         ids = self._hooks.ids(bound, len(q), q.shape[2])
         call = bound.call = replace(call, hidden=rows_of(hidden, q), ids=ids, roles=roles)
         plan = plan_of(run, call)
-        if (nothing := replaced_whole(run, plan, call, q, v)) is not None:
-            if pattern:
-                raise SiteError(
-                    f"{plan.at(Site.BLOCK)[0]}: gives no weights; call {bound.name} with need_weights=False"
-                )
-            return layout.unfold(nothing.transpose(1, 2)), None
+        operands = replace(operands, pattern=pattern)
+        if (seen := replaced_whole(run, plan, call, operands)) is not None:
+            bound.call = seen
+            return layout.unfold(no_heads(q, v).transpose(1, 2)), None
         if left_alone(run, plan):
             run.state.backends[number] = f"the model's own ({NATIVE})"
             return own(), None
         self._answering = True  # the kernels call torch's attention too, and a module around this one may be served
         try:
-            heads, weights, job = computed(run, plan, call, replace(operands, pattern=pattern))
+            heads, weights, job = computed(run, plan, call, operands)
         finally:
             self._answering = False
         run.state.close_call(plan, job.call)
@@ -325,6 +309,6 @@ class SdpaAdapter:
             bound.number or 0, len(self._names), bound.name, q.shape[1], k.shape[1], queries, keys,
             q.shape[-1] ** -0.5 if scale is None else float(scale), None, Phase.of(queries),
             self.run.state.denoising, bound.cross, bound.module.training, mask=rules,
-            forward=max(0, self.run.state.now.number), batch=len(q),
+            forward=max(0, self.run.state.now.number), lowest=bound.lowest, batch=len(q),
         )  # fmt: skip
         return Operands(q, k, v, bias, None, float(given.get("dropout_p") or 0.0)), call

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
-from weakref import ref
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from heedful.adapters.answering import Operands, computed, evict, left_alone, plan_of, replaced_whole, rows_of
+from heedful.adapters.answering import Operands, computed, evict, left_alone, no_heads, plan_of, replaced_whole, rows_of
 from heedful.adapters.arguments import understand
 from heedful.adapters.bound import (
     ADDITIVE,
@@ -19,22 +18,23 @@ from heedful.adapters.bound import (
     Outcome,
     Request,
     StandIn,
-    bound_modules,
-    bound_to,
+    let_go,
     native,
     native_name,
+    require_free,
+    take,
 )
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import held_layer
-from heedful.adapters.layers import block_of, interface_layers, leftovers, parts_of, served, size_of
+from heedful.adapters.layers import block_of, interface_layers, leftovers, lowest, parts_of, served, size_of
 from heedful.adapters.planted import Planted
 from heedful.adapters.rotation import rotation
 from heedful.adapters.saving import adopted, takes_saving
 from heedful.adapters.spread import spread_of
 from heedful.adapters.wrapped import shared_by, unwrapped
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError, RefusedModel
+from heedful.core.errors import RefusedModel
 from heedful.core.method import Layer, Stack
 from heedful.core.sites import Site
 from heedful.engine.run import Run
@@ -96,14 +96,10 @@ class TransformersAdapter:
 
     def install(self, run: Run) -> None:
         self.run = run
-        taken = [n for n, m in self._modules.items() if bound_to(m) is not None]
-        if taken:
-            raise FieldError(
-                "attach()", "model", type(self.model).__name__,
-                "a run is attached already; close it, or join the methods into one stack", "attach(model, a | b)",
-            )  # fmt: skip
+        require_free(self.model, self._modules.values())
         hooks = self._hooks = Hooks(run, len(self._names))
         numbers = {name: i for i, name in enumerate(self._names)}
+        first = dict(zip(self._names, lowest(self._names), strict=True))
         natives = {name: native_name(self._implementation(m)) for name, m in self._modules.items()}
         bounds: list[Bound] = []
         try:
@@ -115,10 +111,10 @@ class TransformersAdapter:
                         "support setting the attention implementation"
                     )
                 alone = block_of(self.model, name) is None
-                bound = Bound(self, module, name, numbers.get(name), natives[name], alone)
+                bound = Bound(self, module, name, numbers.get(name), natives[name], first.get(name, 0), alone)
                 bound.spread = spread_of(self.model, name)
                 hooks.around(bound)
-                bound_modules[module] = ref(bound)
+                take([module], bound)
                 bounds.append(bound)
                 if run.stack.touches(Site.BLOCK) and bound.number is not None:
                     hooks.spare(self.model, bound)
@@ -167,9 +163,7 @@ class TransformersAdapter:
             name.users.discard(self)
             if not name.users and config._attn_implementation_internal is name:  # else it was given another since
                 config._attn_implementation_internal = name.native
-        for module in self._modules.values():
-            if (bound := bound_to(module)) is not None and bound.server is self:
-                bound_modules.pop(module, None)
+        let_go(self._modules.values(), self)
         self._names_put = []
 
     def leave(self) -> None:
@@ -207,13 +201,13 @@ class TransformersAdapter:
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
             given.softcap, phase, run_state.denoising, bound.cross, bound.module.training,
             self._hooks.ids(bound, len(q), q.shape[2]), self._hooks.roles(bound, len(given.keys)),
-            rows_of(bound.hidden, q), rotation(bound), given.mask, max(0, run_state.now.number), batch=len(q),
+            rows_of(bound.hidden, q), rotation(bound), given.mask, max(0, run_state.now.number),
+            lowest=bound.lowest, batch=len(q),
         )  # fmt: skip
         plan = plan_of(run, call)
-        if (nothing := replaced_whole(run, plan, call, mine.q, v)) is not None:
-            if plan.at(Site.BLOCK)[0].edit.before_rotary:
-                bound.call = replace(call, query=q, key=k, value=v)
-            return nothing, None
+        if (seen := replaced_whole(run, plan, call, Operands(q, k, v))) is not None:
+            bound.call = seen
+            return no_heads(mine.q, v), None
         pattern = self._hooks.patterns or bool(request.more.get("output_attentions"))
         # a kernel of the model's own would leave the pattern out without a word
         own = (not pattern or bound.native == "eager") and (held is None or held.whole)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,7 +23,7 @@ from heedful.catalogue import stack_from
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, HeedfulError, WriteError
 from heedful.core.files import RECORDS, folder_for, held
-from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
+from heedful.core.kinds import Decode, Progress, Prompt, Report, Surgery, Tokens
 from heedful.core.method import Method, Scoped, Stack, method_of
 from heedful.diagnosis.texts import positions
 from heedful.diagnosis.workers import Workers, as_workers
@@ -33,19 +33,7 @@ from heedful.models import Loaded
 from heedful.tasks.task import Item, Task
 from heedful.text_models import Contender, require_causal
 
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a comparison is."""
-
-    stage: str  # "answers" or "costs"
-    done: int  # answers, or turns
-    total: int
-    note: str = ""
-
-
 PROMPTS, MINUTES = 300, 10.0  # of each task at most, and of asking
-Report = Callable[[Progress], None]
 
 
 def label(what: Contender) -> str:

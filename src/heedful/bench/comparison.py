@@ -14,7 +14,7 @@ from heedful.bench.intervals import Gap
 from heedful.bench.matrix import VERDICTS, matrix
 from heedful.bench.numbers import margin
 from heedful.bench.records import Answered, line, merged, read
-from heedful.bench.results import Result, Results
+from heedful.bench.results import Price, Result, Results
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, StatisticError
 from heedful.core.figures import Description, Matrix, counted, percent
@@ -23,7 +23,7 @@ from heedful.core.files import RECORDS, replace_text, writing
 if TYPE_CHECKING:
     from heedful.report.pictures import Plots
 
-ENDS = (("", "mean"), ("_low", "low"), ("_high", "high"))
+ENDS = ("", "_low", "_high")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,16 +74,25 @@ class Comparison(Results):
         """`results`, `costs` and `refused` as data frames."""
         import pandas as pd
 
+        def columns(name: str, *ends: float) -> dict[str, float]:
+            return {f"{name}{end}": x for end, x in zip(ENDS, ends, strict=True)}
+
         def row(result: Result) -> dict[str, Any]:
-            out: dict[str, Any] = {k: x for k, x in vars(result).items() if not isinstance(x, Gap) and x is not None}
+            out = dict(vars(result))
             for name in ("gap", "nats_gap"):
-                gap: Gap | None = getattr(result, name)
-                out |= {f"{name}{end}": math.nan if gap is None else getattr(gap, part) for end, part in ENDS}
+                gap: Gap | None = out.pop(name)
+                out |= columns(name, *((math.nan,) * 3 if gap is None else (gap.mean, gap.low, gap.high)))
+            return out
+
+        def costs(price: Price) -> dict[str, Any]:
+            out = dict(vars(price))
+            for name, ratio in out.pop("ratios").items():
+                out |= columns(f"{name}_ratio", ratio.median, ratio.low, ratio.high)
             return out
 
         return {
             "results": pd.DataFrame([row(r) for r in self.results]),
-            "costs": pd.DataFrame([vars(p) for p in self.prices]),
+            "costs": pd.DataFrame([costs(p) for p in self.prices]),
             "refused": pd.DataFrame([vars(r) for r in self.refused]),
         }
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from heedful.bench.advice import advice, holding
+from heedful.bench.advice import SAVED, advice, holding
 from heedful.bench.intervals import Gap
 from heedful.bench.matrix import VERDICTS
 from heedful.bench.numbers import direction, margin, number, rounded, task_name, units
@@ -100,12 +100,9 @@ def _clause(word: str, results: list[Result], plain: dict[str, Result], c: Resul
 def _saves(price: Price | None) -> str:
     if price is None:
         return ""
-    parts = []
-    if price.cache_ratio < 0.95:
-        parts.append(f"keeps {percent(price.cache_ratio)} of the cache")
-    if price.density is not None and price.density < 0.95:
-        parts.append(f"computes {percent(price.density)} of the pairs")
-    return " and ".join(parts)
+    verbs = {"cache": "keeps", "pairs": "computes"}
+    saved = {cost: x.median for cost, x in price.ratios.items() if cost in verbs and x.high < SAVED}
+    return " and ".join(f"{verbs[cost]} {percent(x)} of the {cost}" for cost, x in saved.items())
 
 
 def figures(c: Results) -> Iterable[Figure]:
@@ -173,21 +170,20 @@ def _row(r: Result, unit: str) -> tuple[object, ...]:
 
 def _cost_row(p: Price) -> tuple[object, ...]:
     peak = None if p.peak is None else p.peak / MB
-    pairs = None if p.density is None else percent(p.density)
-    return (
-        p.contender, p.prefill, p.prefill_ratio, 1000 * p.step, p.step_ratio, p.cache / MB, p.cache_ratio, peak, pairs,
-    )  # fmt: skip
+    prefill, token, cache = (p.ratios[cost].median for cost in ("prefill", "token", "cache"))
+    pairs = percent(p.ratios["pairs"].median) if "pairs" in p.ratios else None
+    return p.contender, p.prefill, prefill, 1000 * p.token, token, p.cache / MB, cache, peak, pairs
 
 
 def _clouds(c: Results) -> Iterable[Scatter]:
     """Quality against cost: what the right answers lose or win in log-probability, mean over tasks."""
     worth = c.worth
-    for key, title, field, label in (
-        ("pareto", "Quality against prefill time", "prefill_ratio", "prefill time, × baseline"),
-        ("pareto_cache", "Quality against cache size", "cache_ratio", "bytes of cache, × baseline"),
+    for key, title, cost, label in (
+        ("pareto", "Quality against prefill time", "prefill", "prefill time, × baseline"),
+        ("pareto_cache", "Quality against cache size", "cache", "bytes of cache, × baseline"),
     ):
         prices = [p for p in c.prices if p.contender not in c.inactive]
-        points = {p.contender: (getattr(p, field), *_worth(worth.get(p.contender))) for p in prices}
+        points = {p.contender: (p.ratios[cost].median, *_worth(worth.get(p.contender))) for p in prices}
         points = {n: at for n, at in points.items() if n == PLAIN or (n in worth and (key == "pareto" or at[0] < 0.99))}
         joined = settings(points) if key == "pareto_cache" else []
         if len({at[0] for at in points.values()}) > 1:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from heedful.bench.compare import Progress
+from heedful.core.kinds import Progress
 from heedful.core.method import CatalogueEntry, Scoped, Stack, method_of
 from heedful.models import Loaded
 from heedful.text_models import Contender

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heedful.bench.advice import AXES, SAVED, front
+from heedful.bench.advice import SAVED, WORDS, front
 from heedful.bench.numbers import direction, number, task_name, units
 from heedful.bench.results import PLAIN, Price, Result, Results
 from heedful.core.figures import Cell, Matrix
@@ -15,20 +15,18 @@ VERDICTS = {
     "inactive": ("changed nothing here", "quiet"),
     "refused": ("could not be asked", "quiet"),
 }
-COSTS = {"prefill": "prefill_ratio", "token": "step_ratio", "cache": "cache_ratio", "pairs": "density"}
-ENDS = {"prefill_ratio": ("prefill_low", "prefill_high"), "step_ratio": ("step_low", "step_high")}
 
 
 def matrix(c: Results) -> Matrix:
     """A row for each method, a column for each task and cost; the unedited model first."""
     tasks = [task for task in c.tasks if any(r.task == task for r in c.results)]
-    costs = {name: field for name, field in COSTS.items() if any(getattr(p, field) is not None for p in c.prices)}
+    costs = max((list(p.ratios) for p in c.prices), key=len, default=[])
     columns = [("verdict", "")]
     for task in tasks:
         about = c.tasks[task]
         columns.append((task_name(c, task), f"{units(about['unit'])}, {direction(about)} is better"))
     columns += [(name, "× baseline") for name in costs]
-    best = {field: front(c, field) for field in AXES}
+    best = {cost: front(c, cost) for cost in WORDS}
     found = {(r.contender, r.task): r for r in c.results}
     prices = {p.contender: p for p in c.prices}
 
@@ -37,20 +35,19 @@ def matrix(c: Results) -> Matrix:
         judged = Cell(word, "", float(list(VERDICTS).index(word)), VERDICTS[word][1]) if word else Cell("", "", -1.0)
         scores = [_score(c, found.get((name, task)), task, name) for task in tasks]
         price = prices.get(name) if word != "inactive" else None
-        ratios = [_ratio(price, field, name in best.get(field, ())) for field in costs.values()]
+        ratios = [_ratio(price, cost, name in best.get(cost, ())) for cost in costs]
         return (judged, *scores, *ratios)
 
     return Matrix(tuple(columns), tuple((name, row(name)) for name in c.contenders))
 
 
-def _ratio(price: Price | None, field: str, best: bool) -> Cell:
+def _ratio(price: Price | None, cost: str, best: bool) -> Cell:
     """A cost with the ends that are known of it; less is good where all of that is less."""
-    x = getattr(price, field, None)
-    if price is None or x is None:
+    if price is None or (ratio := price.ratios.get(cost)) is None:
         return Cell("")
-    low, high = (getattr(price, end) for end in ENDS.get(field, (field, field)))
-    told = [f"{low:.2f} to {high:.2f}"] * (low < high) + ["on the front"] * best
-    return Cell(f"{x:.2f}", ", ".join(told), x, "good" if high < SAVED and price.contender != PLAIN else "")
+    told = [f"{ratio.low:.2f} to {ratio.high:.2f}"] * (ratio.low < ratio.high) + ["on the front"] * best
+    tone = "good" if ratio.high < SAVED and price.contender != PLAIN else ""
+    return Cell(f"{ratio.median:.2f}", ", ".join(told), ratio.median, tone)
 
 
 def _score(c: Results, r: Result | None, task: str, name: str) -> Cell:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,27 +33,33 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Price:
-    """What one contender costs on the longest prompt; ratios are medians of turns with the unedited model.
+class Ratio:
+    """Of a cost to the unedited model's: the median of turns, the lowest and the highest; equal where it is counted."""
 
-    The lowest and the highest turn hold the median with a probability of `held`, whatever times are distributed like.
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, turns: Sequence[float]) -> Ratio:
+        return cls(statistics.median(turns), min(turns), max(turns))
+
+
+@dataclass(frozen=True)
+class Price:
+    """What one contender costs on the longest prompt.
+
+    The ends of a ratio hold it with a probability of `held`, whatever times are distributed like.
     """
 
     contender: str
     tokens: int
-    prefill: float  # seconds
-    prefill_ratio: float
-    prefill_low: float  # ratio of the lowest turn
-    prefill_high: float
-    step: float  # seconds a token
-    step_ratio: float
-    step_low: float
-    step_high: float
     turns: int
-    peak: int | None  # bytes above the resting model
+    prefill: float  # seconds
+    token: float  # seconds
     cache: int  # bytes
-    cache_ratio: float
-    density: float | None  # pairs computed, of a causal map's
+    peak: int | None  # bytes above the resting model
+    ratios: Mapping[str, Ratio]  # of "prefill", "token", "cache" and, where they are known, "pairs" of a causal map
     backends: tuple[str, ...]
 
     @property
@@ -218,13 +225,13 @@ def price(mine: dict[int, Cost], plain: dict[int, Cost]) -> Price:
     turns = sorted(set(mine) & set(plain) - {WARM_UP})
     one = mine[turns[0]]
 
-    def times(field: str) -> tuple[float, float, float, float]:
-        own = [getattr(mine[t], field) for t in turns]
-        ratios = [x / getattr(plain[t], field) for x, t in zip(own, turns, strict=True)]
-        return statistics.median(own), statistics.median(ratios), min(ratios), max(ratios)
-
+    ratios = {
+        "prefill": Ratio.of([mine[t].prefill / plain[t].prefill for t in turns]),
+        "token": Ratio.of([mine[t].step / plain[t].step for t in turns]),
+        "cache": Ratio.of([one.cache / max(1, plain[turns[0]].cache)]),
+    }
+    if one.density is not None:
+        ratios["pairs"] = Ratio.of([one.density])
+    prefill, token = (statistics.median(getattr(mine[t], field) for t in turns) for field in ("prefill", "step"))
     peak = mine[WARM_UP].peak if WARM_UP in mine else None
-    return Price(
-        one.contender, one.tokens, *times("prefill"), *times("step"), len(turns), peak, one.cache,
-        one.cache / max(1, plain[turns[0]].cache), one.density, one.backends,
-    )  # fmt: skip
+    return Price(one.contender, one.tokens, len(turns), prefill, token, one.cache, peak, ratios, one.backends)

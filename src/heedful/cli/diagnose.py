@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from heedful.models import Loaded
 
 DRAWN = 256  # tokens for a model without a tokenizer
-OTHERS = {"images": ("image", "photos"), "audio": ("sound", "clips")}  # what is no text, and a good value
+OTHERS = {
+    "images": ("image", "photos", "vision"),
+    "audio": ("sound", "clips", "speech"),
+}  # and a model
 STAGES = {
     "text": ("reading the text", "tokens"),
     "images": ("reading the images", "tokens"),
@@ -97,10 +100,9 @@ def require_files(given: dict[str, Path]) -> None:
 
 def pick(model: str, loaded: Loaded, given: dict[str, Path]) -> Path | str | Tensor:
     """What the model reads, where no corpus is, of what is `given` by option."""
-    from heedful.explaining.aim import reads_pictures, reads_sounds
+    from heedful.explaining.aim import read_by
 
-    kinds = {"images": reads_pictures, "audio": reads_sounds}
-    mine = next((option for option, reads in kinds.items() if reads(loaded.model)), "text")
+    mine = next((option for option, (thing, *_) in OTHERS.items() if thing == read_by(loaded.model)), "text")
     if mine == "text" and mine in given and loaded.tokenizer is None:
         raise HeedfulError(
             f"--text {given['text']}: {loaded.name} has no tokenizer, and reads no words. Leave it out, or name a "
@@ -109,13 +111,12 @@ def pick(model: str, loaded: Loaded, given: dict[str, Path]) -> Path | str | Ten
     if mine in given:
         return given[mine]
     if mine != "text":
-        thing, good = OTHERS[mine]
+        thing, good, _ = OTHERS[mine]
         raise HeedfulError(
             f"{loaded.name} reads {thing}s. Name one, or a folder of them: heedful diagnose {model} --{mine} {good}"
         )
-    for option, (thing, good) in OTHERS.items():
+    for option, (thing, good, example) in OTHERS.items():
         if option in given:
-            example = {"images": "vision", "audio": "speech"}[option]
             raise HeedfulError(
                 f"--{option} {given[option]}: {loaded.name} reads text. Leave it out, or name a model that reads "
                 f"{thing}s, as in heedful diagnose {example} --{option} {good}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -90,6 +89,7 @@ class Call:
     above: int = 0  # how many of the tile's first rows are only there for edits to look at, see `Method.above`
     params: Mapping[str, Tensor] = field(default_factory=dict)  # the method's learned parameters in this layer
     state: State = field(default_factory=State)  # what the method remembers
+    lowest: int = 0  # number of the first layer of the list that it stands in, such as a model's decoder
     batch: int | None = None  # b, where it is known
     query: Tensor | None = None  # [b h q d], the whole call's, from MASK on, and at a BLOCK that asks for it
     key: Tensor | None = None  # [b g k d], like query
@@ -146,9 +146,9 @@ class Call:
         return out
 
     @property
-    def tower(self) -> str:
-        """The stack of layers that it stands in, such as a model's decoder: what its name has before a number."""
-        return re.split(r"(?:^|\.)\d+(?:\.|$)", self.name, maxsplit=1)[0]
+    def below(self) -> int | None:
+        """The layer whose stream this one goes on from; None for the first of a list of layers, such as a decoder's."""
+        return self.layer - 1 if self.layer > self.lowest else None
 
     @property
     def last_layer(self) -> bool:

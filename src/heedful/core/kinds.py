@@ -216,10 +216,10 @@ Measure = Part | Weights
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a conversion is."""
+    """How far something is that takes its time."""
 
-    stage: str  # "layers" or "whole"
-    done: int  # steps of this stage
+    stage: str  # what is being done, such as "layers" or "whole" of a conversion
+    done: int  # steps of this stage, or tokens, shards, answers
     total: int
     note: str = ""
 

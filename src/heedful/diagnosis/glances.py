@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,12 +12,18 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.figures import Head
+from heedful.core.kinds import Progress
 from heedful.core.method import Method, Readings
 from heedful.core.pictures import shrunk
 from heedful.core.regions import Region
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean, Statistic
-from heedful.diagnosis.view import Attended
+from heedful.diagnosis.view import Attended, notable
+
+if TYPE_CHECKING:
+    from heedful.diagnosis.profile import Profile
+    from heedful.diagnosis.subject import Subject
+    from heedful.diagnosis.texts import Windows
 
 CELLS = 576  # places of an image at most; where there are more patches, squares of them are one
 MOST_IMAGES, MOST_HEADS = 4, 8
@@ -91,6 +98,23 @@ def chosen(notable: list[Head], found: Mapping[int, Tensor]) -> list[Head]:
 def room(places: int, heads: int) -> int:
     """Of how many images whole maps are kept."""
     return max(1, min(MOST_IMAGES, MAPS // (heads * places**2)))
+
+
+def look(
+    subject: Subject, windows: Windows, profile: Profile, before: list[str], grid: tuple[int, int]
+) -> ImageView | None:
+    """The view of the first images that have the shape of the first; None where layers do not see an image whole."""
+    rows = [n for n, row in enumerate(windows.tokens) if row.shape == windows.tokens[0].shape][:MOST_IMAGES]
+    pixels = [windows.tokens[n] for n in rows]
+    tokens = subject.count(pixels[0])
+    found = []
+    for done, row in enumerate(pixels, 1):
+        found.append(subject.shown(Glances(tokens), row))
+        subject.report(Progress("view", tokens * done, tokens * len(pixels)))
+    if not found[0]:
+        return None
+    heads = chosen(notable(profile.roles(), 0, 0, MOST_HEADS // 2), found[0])
+    return view_of(found, heads, pixels, [windows.names[n] for n in rows], before, grid)
 
 
 def view_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from heedful.core.stats import Cat, Statistic
 from heedful.core.summary import Summary, sums
 from heedful.diagnosis.hearing import SoundView
 from heedful.diagnosis.sounds import Sound
-from heedful.diagnosis.subject import Subject
 from heedful.diagnosis.texts import Windows
 from heedful.diagnosis.view import Attended
+
+if TYPE_CHECKING:
+    from heedful.diagnosis.subject import Subject
 
 MOST_SOUNDS, MOST_HEADS = 4, 4
 COLUMNS = 300  # stretches of a sound at most for which attention is told

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import fit, still
@@ -18,38 +18,24 @@ from heedful.core.asked import asks
 from heedful.core.errors import FieldError, ModelError, StatisticError
 from heedful.core.files import PROFILE, UNFINISHED, folder_for, held
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import Measure, Tokenizer, Weights
+from heedful.core.kinds import Measure, Progress, Report, Tokenizer, Weights
 from heedful.core.method import Stack, method_of
 from heedful.core.stats import Cat, Statistic
-from heedful.diagnosis import glances, listening
 from heedful.diagnosis.apart import MOST, Found, dealt, joined, light
 from heedful.diagnosis.corpus import Corpus, Shard
-from heedful.diagnosis.glances import Glances, ImageView
-from heedful.diagnosis.images import images
-from heedful.diagnosis.measures import DEFAULT, HEARD, PICTURED, WEIGHTS, chosen, makes_trials, reads_text
+from heedful.diagnosis.measures import WEIGHTS, chosen, makes_trials, reads_text
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.shards import Reader, Sums, first_of
-from heedful.diagnosis.sounds import sounds, writes
-from heedful.diagnosis.store import ADDED, View, clean
+from heedful.diagnosis.store import ADDED, clean
 from heedful.diagnosis.subject import Subject
-from heedful.diagnosis.texts import Texts, Windows, cut, ordinary, pieces, positions, some, sources
-from heedful.diagnosis.view import MOST_HEADS, SHOWN, Attended, Looks, TokenView, notable, view_of
+from heedful.diagnosis.texts import Texts, Windows, ordinary, positions
+from heedful.diagnosis.view import LooksByLayer, first_tokens
 from heedful.diagnosis.workers import Workers, as_workers
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
 
 LENGTH = 2048  # tokens of a window, where the model takes as many
 SAVE_EVERY = 60.0  # seconds between two saves of what is there so far
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a diagnosis is."""
-
-    stage: str  # "text", "images", "sounds", "corpus", "trials", "weights" or "view"
-    done: int  # tokens of this stage, or shards
-    total: int
-    note: str = ""
 
 
 @torch.no_grad()
@@ -64,7 +50,7 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
     batch: int = 1,
     out: str | Path | None = None,
     workers: int | Workers | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Report | None = None,
     **how: Any,
 ) -> Profile:
     """What the model's attention does on texts: a string, a Path to a file or folder, token ids, or a list of these.
@@ -86,7 +72,7 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
     if batch < 1:
         raise FieldError("diagnose()", "batch", batch, "must be 1 or more", 1)
     subject = Subject(given.model, _words(tokenizer or given.tokenizer), how, progress or (lambda _: None))
-    parts = chosen(measures, {"image": PICTURED, "sound": HEARD, "text": DEFAULT}[subject.reads])
+    parts = chosen(measures, subject.input.measures)
     length = _length(subject.model, length)
     corpus = _corpus(texts, workers)
     shards = corpus.shards() if corpus is not None else ()
@@ -95,11 +81,10 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
             rule = f"holds texts, and {type(subject.model).__name__} reads {subject.reads}s: pass these, or their Path"
             raise FieldError("diagnose()", "texts", corpus, rule, Path(f"{subject.reads}s"))
         parts = tuple(part for part in parts if not makes_trials(part))
-        windows = _others(texts, subject, tokenizer or given.tokenizer)  # type: ignore[arg-type]
-    elif corpus is None:
-        windows = some(cut(sources(texts), subject.tokenizer, length, subject.vocabulary))  # type: ignore[arg-type]
-    else:
+    if corpus is not None:
         windows = first_of(shards, subject, length)
+    else:
+        windows = subject.input.windows(subject, texts, tokenizer or given.tokenizer, length)  # type: ignore[arg-type]
     with still(subject.model):
         facts = _facts(subject, given.name, length)
         rows = (getattr(row, "features", row) for row in windows.tokens)
@@ -115,14 +100,6 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
                 return _Job(subject, parts, windows, facts, batch, folder, shards, readers, read).whole()
 
         return readers.together(whole, read)
-
-
-def _others(texts: Texts, subject: Subject, reader: Any) -> Windows:
-    """What the model reads where that is no text."""
-    if subject.pictures:
-        return images(texts, reader)
-    with still(subject.model):
-        return sounds(texts, reader, writes(subject.model))
 
 
 def _corpus(texts: Texts | Corpus, workers: int | Workers | None) -> Corpus | None:
@@ -150,7 +127,7 @@ class _Job:
     shards: tuple[Shard, ...]  # of a corpus; `windows` then are those of the first that can be read
     workers: Workers
     reader: Reader
-    _looks: Mapping[int, Looks] = field(default_factory=dict)  # where the first window's first tokens look
+    _looks: LooksByLayer = field(default_factory=dict)  # where the first window's first tokens look
 
     def whole(self) -> Profile:
         if (done := self._earlier("")) is not None:
@@ -191,12 +168,12 @@ class _Job:
         start = earlier.facts["windows"] if earlier is not None else 0
         done = sum(map(self.subject.count, rows[:start]))
         note = f"goes on after {start} of {len(rows)} windows read before" if start else ""
-        stage = {"image": "images", "sound": "sounds", "text": "text"}[self.subject.reads]
+        stage = self.subject.input.stage
         self.subject.report(Progress(stage, done, total, note))
         roles = self.subject.delimiters(self.batch)
         began = saved = time.perf_counter()
         read = start
-        looking = (Attended(tokens=SHOWN),) if read == 0 and self.subject.reads == "text" else ()
+        looking = (first_tokens(),) if read == 0 and self.subject.reads == "text" else ()
         whole: Found = {}
         apart: dict[int, Found] = dict(enumerate(earlier.in_parts if earlier is not None else ()))
         with self.subject.attach(Stack((*(part for _, part in mine), *looking))) as run:
@@ -308,45 +285,9 @@ class _Job:
     def _view(self, profile: Profile) -> Profile:
         """Where the most notable heads look."""
         began = time.perf_counter()
-        view: View | None
-        if self.subject.sounds:
-            view = listening.look(self.subject, self.windows)
-        else:
-            view = self._glances(profile) if self.subject.pictures else self._tokens(profile)
+        view = self.subject.input.view(self.subject, self.windows, profile, self._looks)
         profile += self._profile({}, "view", time.perf_counter() - began)
         return replace(profile, view=view)
-
-    def _tokens(self, profile: Profile) -> TokenView:
-        """In the first tokens of the first window."""
-        window, looks = self.windows.tokens[0], self._looks
-        shown = window[:SHOWN]
-        if not looks or any(int(look.keys.max()) >= len(shown) for look in looks.values()):
-            # nobody read the first window now, or its tokens look at later ones: the stretch is read alone
-            looks = self._read(Attended(tokens=SHOWN), shown)
-        named = pieces(self.windows.first, self.subject.tokenizer, window)[: len(shown)]
-        self.subject.report(Progress("view", len(named), len(named)))
-        heads = notable(profile.roles(), self.facts["layers"], self.facts["heads"], MOST_HEADS)
-        return view_of(looks, heads, named)
-
-    def _glances(self, profile: Profile) -> ImageView | None:
-        """In the first images that have the shape of the first; None where layers do not see an image whole."""
-        rows = [n for n, row in enumerate(self.windows.tokens) if row.shape == self.windows.tokens[0].shape]
-        pixels = [self.windows.tokens[n] for n in rows[: glances.MOST_IMAGES]]
-        tokens = self.subject.count(pixels[0])
-        found = []
-        for done, row in enumerate(pixels, 1):
-            found.append(self._read(Glances(tokens), row))
-            self.subject.report(Progress("view", tokens * done, tokens * len(pixels)))
-        if not found[0]:
-            return None
-        heads = glances.chosen(notable(profile.roles(), 0, 0, glances.MOST_HEADS // 2), found[0])
-        names = [self.windows.names[n] for n in rows[: len(pixels)]]
-        return glances.view_of(found, heads, pixels, names, *self.subject.places(pixels[0]))
-
-    def _read(self, looking: Attended | Glances, shown: Tensor) -> Any:
-        with self.subject.attach(looking) as run:
-            self.subject.read(run, (shown,))
-            return run[looking] if run.state.statistics else {}
 
 
 def remove(folder: Path) -> None:

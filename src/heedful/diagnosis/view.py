@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from math import isqrt
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +15,17 @@ from torch.nn.functional import pad
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
 from heedful.core.figures import Head, Role
+from heedful.core.kinds import Progress
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
+from heedful.diagnosis.texts import pieces
+
+if TYPE_CHECKING:
+    from heedful.diagnosis.profile import Profile
+    from heedful.diagnosis.subject import Subject
+    from heedful.diagnosis.texts import Windows
 
 MOST_HEADS, MOST_KEYS = 12, 8
 SHOWN = 256  # tokens of the first window that are shown
@@ -60,6 +67,9 @@ class Looks(NamedTuple):
     entropy: Tensor  # [h r]: of each token's weights
     opening: Tensor  # [h s s]: the whole pattern of the first tokens
     norms: Tensor  # [h r]: the lengths of the values that the stretch's columns hold
+
+
+LooksByLayer = Mapping[int, Looks]
 
 
 class Attended(Method):
@@ -134,6 +144,24 @@ def notable(roles: Iterable[Role], layers: int, heads: int, most: int) -> list[H
         every = [(layer, h) for layer in range(layers) for h in range(heads)]
         chosen = every[:: max(1, -(-len(every) // most))]
     return sorted(chosen[:most])
+
+
+def first_tokens() -> Attended:
+    """What looks at the tokens that are shown."""
+    return Attended(tokens=SHOWN)
+
+
+def look(subject: Subject, windows: Windows, profile: Profile, looks: LooksByLayer) -> TokenView:
+    """The view of the first tokens of the first window."""
+    window = windows.tokens[0]
+    shown = window[:SHOWN]
+    if not looks or any(int(look.keys.max()) >= len(shown) for look in looks.values()):
+        # nobody read the first window now, or its tokens look at later ones: the stretch is read alone
+        looks = subject.shown(first_tokens(), shown)
+    named = pieces(windows.first, subject.tokenizer, window)[: len(shown)]
+    subject.report(Progress("view", len(named), len(named)))
+    heads = notable(profile.roles(), profile.facts["layers"], profile.facts["heads"], MOST_HEADS)
+    return view_of(looks, heads, named)
 
 
 def view_of(looks: Mapping[int, Looks], heads: list[Head], tokens: list[str]) -> TokenView:

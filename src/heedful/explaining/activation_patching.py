@@ -18,10 +18,10 @@ from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.figures import Head, HeadMap, head_name
 from heedful.core.fitted import Fitted
 from heedful.core.method import Method, Part, Stack, as_stack
-from heedful.core.notebook import printed
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat, Statistic
 from heedful.explaining.aim import following, pairs, require_count
+from heedful.explaining.drawn import Told
 from heedful.methods.explain.patch import Patch, patched
 
 Metric = Callable[[Tensor], Tensor]  # logits [b n v] -> one number a text [b], higher where the answer is the clean one
@@ -29,7 +29,7 @@ SIDES = {"q": Site.QUERY, "k": Site.KEY, "v": Site.VALUE}
 
 
 @dataclass(frozen=True, eq=False)
-class HeadEffects:
+class HeadEffects(Told):
     """How much of the difference between two prompts hangs on each head alone."""
 
     share: Tensor  # [layers h]: 1 is all of the difference; nan where a head was not tried
@@ -69,17 +69,6 @@ class HeadEffects:
         size = float(self.share.abs().nan_to_num(0.0).max())
         layers = range(len(self.share))
         return HeadMap("patching", "Effect of each head", what, layers, self.share, "score", -size, size)
-
-    def plot(self) -> Any:
-        """The heads as a plotly figure."""
-        from heedful.report.plots import draw
-
-        return draw(self.figure)
-
-    def _repr_html_(self) -> str:
-        from heedful.report.cells import heat
-
-        return printed(self) + heat(self.figure)
 
     def __repr__(self) -> str:
         rows = [f"metric: clean {self.clean:.3f}, corrupt {self.corrupt:.3f}; heads with the largest effect:"]

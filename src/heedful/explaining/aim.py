@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import index
@@ -59,7 +59,7 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
     """What the model is called with: for a string, token ids, or what it is called with already."""
     device = next(model.parameters()).device
     if isinstance(text, str):
-        if reads_pictures(model):
+        if read_by(model) == "image":
             rule = "a model that reads images takes the pixels of one, [c rows cols]"
             raise FieldError(owner, "text", text, rule, "processor(image, return_tensors='pt').pixel_values")
         if tokenizer is None:
@@ -70,7 +70,7 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
         found = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in text.items()}
         if not any(isinstance(x, Tensor) for x in found.values()):
             raise FieldError(owner, "text", text, rule, good)
-    elif reads_pictures(model) and isinstance(text, Tensor) and text.is_floating_point() and text.ndim in (3, 4):
+    elif read_by(model) == "image" and isinstance(text, Tensor) and text.is_floating_point() and text.ndim in (3, 4):
         found = {model.main_input_name: (text if text.ndim == 4 else text[None]).to(device)}
     else:
         ids = _as_ids(text, device)
@@ -86,18 +86,15 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
     return found
 
 
-def reads_pictures(model: Any) -> bool:
-    """Whether it is an image that the model is called with, and no text."""
-    return getattr(model, "main_input_name", "") == "pixel_values" and "input_ids" not in _takes(model)
+Reads = Literal["text", "image", "sound"]
 
 
-def reads_sounds(model: Any) -> bool:
-    """Whether it is a sound that the model is called with, of which it writes down the words."""
-    return getattr(model, "main_input_name", "") == "input_features" and "decoder_input_ids" in _takes(model)
-
-
-def _takes(model: Any) -> Collection[str]:
-    return inspect.signature(model.forward).parameters
+def read_by(model: Any) -> Reads:
+    """What the model is called with: an image and no text, a sound of which it writes down the words, or else text."""
+    takes, main = inspect.signature(model.forward).parameters, getattr(model, "main_input_name", "")
+    if main == "pixel_values" and "input_ids" not in takes:
+        return "image"
+    return "sound" if main == "input_features" and "decoder_input_ids" in takes else "text"
 
 
 def require_count(owner: str, count: int) -> None:

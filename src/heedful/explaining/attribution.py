@@ -15,10 +15,11 @@ from heedful.core.figures import Grid
 from heedful.core.kinds import Tokenizer
 from heedful.core.method import Part
 from heedful.explaining.aim import Text, aim_of, fed, following, ids_of, spelled
+from heedful.explaining.drawn import Drawn
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Attribution:
+class Attribution(Drawn):
     """A score for each token of one text: `scores [n]`, and indexed like them. A notebook shows it."""
 
     tokens: list[str]
@@ -39,17 +40,6 @@ class Attribution:
         what = f"How much each token matters for what the model says, by {self.method}."
         columns = [f"{i} {x}" for i, x in enumerate(self.tokens)]
         return Grid("attribution", "Attribution", what, self.scores[None], ["score"], columns, "", "token")
-
-    def _repr_html_(self) -> str:
-        from heedful.report.cells import heat
-
-        return heat(self.figure)
-
-    def plot(self) -> Any:
-        """The tokens as a plotly figure."""
-        from heedful.report.plots import draw
-
-        return draw(self.figure)
 
     def __repr__(self) -> str:
         order = self.scores.argsort(descending=True, stable=True).tolist()

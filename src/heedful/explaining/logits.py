@@ -13,14 +13,14 @@ from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.figures import Curves, Grid, Head, HeadMap, head_name
 from heedful.core.kinds import Tokenizer
-from heedful.core.notebook import printed
 from heedful.explaining.aim import require_count, spelled
+from heedful.explaining.drawn import Drawn, Told
 from heedful.explaining.stream import Stream, token_of
 from heedful.models import Loaded
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Lens:
+class Lens(Drawn):
     """What the stream would say after each layer, were it the last: the model's own norm and unembedding of it."""
 
     tokens: list[str]
@@ -66,17 +66,6 @@ class Lens:
         text = [spelled(row, self.vocabulary) for row in best]
         return Grid("lens", "Logit lens", what, self.probability, rows, columns, "layer", "token", "share", text=text)
 
-    def _repr_html_(self) -> str:
-        from heedful.report.cells import heat
-
-        return heat(self.figure)
-
-    def plot(self) -> Any:
-        """The words of all layers and tokens as a plotly figure."""
-        from heedful.report.plots import draw
-
-        return draw(self.figure)
-
     def __repr__(self) -> str:
         rows = [f"the last of {len(self.tokens)} tokens, and what it says after each layer:"]
         for layer, word in enumerate(self.words()):
@@ -86,7 +75,7 @@ class Lens:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DirectLogits:
+class DirectLogits(Told):
     """A logit, or the difference of two, as a sum: what each part adds to the stream, as the final norm scales it."""
 
     heads: Tensor  # [layers h]
@@ -116,17 +105,6 @@ class DirectLogits:
         what = "What the heads and the MLP of each layer say directly to the logits."
         x = range(len(self.mlps))
         return Curves("direct_layers", "Direct effect by layer", what, x, lines, "layer", "nats")
-
-    def _repr_html_(self) -> str:
-        from heedful.report.cells import heat
-
-        return printed(self) + heat(self.figure)
-
-    def plot(self) -> Any:
-        """The heads as a plotly figure."""
-        from heedful.report.plots import draw
-
-        return draw(self.figure)
 
     def __repr__(self) -> str:
         heads = float(self.heads.nan_to_num(0.0).sum())

@@ -18,10 +18,10 @@ from heedful.core.figures import Grid, Head, HeadMap, head_name
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Tokenizer
 from heedful.core.method import Method, Part
-from heedful.core.notebook import printed
 from heedful.core.sites import Site, at
 from heedful.explaining.aim import pairs
 from heedful.explaining.attention_patterns import patterns
+from heedful.explaining.drawn import Told
 from heedful.explaining.stream import Stream, token_of
 from heedful.models import Loaded
 
@@ -83,7 +83,7 @@ KINDS: dict[str, type[_Put]] = {
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Trace:
+class Trace(Told):
     """How much of the difference between two texts each place alone brings back."""
 
     share: Tensor  # [layers n], [layers h], or [heads n] where heads were named; 1 is all of the difference
@@ -111,12 +111,6 @@ class Trace:
         best = self.share.abs().nan_to_num(-1.0).flatten().argsort(descending=True, stable=True)[:count].tolist()
         return tuple(divmod(i, self.share.shape[1]) for i in best)
 
-    def plot(self) -> Any:
-        """The map as a plotly figure."""
-        from heedful.report.plots import draw
-
-        return draw(self.figure)
-
     def __repr__(self) -> str:
         figure = self.figure
         rows = [f"{WHAT[self.what]}: clean {self.clean:+.2f}, corrupt {self.corrupt:+.2f} nats; what brings most back:"]
@@ -125,11 +119,6 @@ class Trace:
             token = "" if isinstance(figure, HeadMap) else f" at {figure.columns[j]!r}"
             rows.append(f"  {float(self.share[i, j]):+7.1%}  {place}{token}")
         return "\n".join(rows)
-
-    def _repr_html_(self) -> str:
-        from heedful.report.cells import heat
-
-        return printed(self) + heat(self.figure)
 
 
 @torch.no_grad()
@@ -160,16 +149,7 @@ def trace(
     if right.ids.shape != wrong.ids.shape:
         rule = f"must have as many tokens as the clean text, {len(right.ids)}"
         raise FieldError("trace()", "corrupt", f"{len(wrong.ids)} tokens", rule, "a text with one word exchanged")
-    size = right.logits.shape[-1]
-    chosen = (
-        int(right.logits[-1].argmax()) if answer is None else token_of("trace()", "answer", answer, right.words, size)
-    )
-    other = None if instead is None else token_of("trace()", "instead", instead, right.words, size)
-
-    def lead(logits: Tensor) -> Tensor:
-        last = logits[..., -1, :].double()
-        return last[..., chosen] - (0 if other is None else last[..., other])
-
+    lead = _lead(right, answer, instead)
     high, low = float(lead(right.logits)), float(lead(wrong.logits))
     if high == low:
         rule = f"must say the answer more or less than the clean one; its lead is {low:.3g} in both"
@@ -207,6 +187,20 @@ def trace(
         rows = [by_token(layer, each) for layer in counts]
     share = (torch.stack(rows) - low) / (high - low)
     return Trace(share, what, wrong.tokens, named, high, low)
+
+
+def _lead(clean: Stream, answer: int | str | None, instead: int | str | None) -> Callable[[Tensor], Tensor]:
+    """What makes of logits `[... n v]` that of the answer at the last token, less that of what might stand instead."""
+    size = clean.logits.shape[-1]
+    likeliest = int(clean.logits[-1].argmax())
+    chosen = likeliest if answer is None else token_of("trace()", "answer", answer, clean.words, size)
+    other = None if instead is None else token_of("trace()", "instead", instead, clean.words, size)
+
+    def lead(logits: Tensor) -> Tensor:
+        last = logits[..., -1, :].double()
+        return last[..., chosen] - (0 if other is None else last[..., other])
+
+    return lead
 
 
 def _values(right: Stream, wrong: Stream, what: str) -> Fitted:

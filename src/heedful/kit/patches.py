@@ -1,4 +1,4 @@
-"""The patches of an image that is read at once: which tokens they are, row by row."""
+"""The patches of an image: the grid that they lie on, and which tokens they are, row by row."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ def whole_image(call: Call) -> bool:
     return one_read and not call.mask.causal and grid is not None and len(grid) == 2
 
 
+def grid_of(call: Call) -> tuple[int, ...]:
+    """How many patches lie along each axis."""
+    return call.region("patches").grid or ()
+
+
 def sides(call: Call) -> tuple[int, int]:
     """How many rows and columns of patches there are."""
-    rows, cols = call.region("patches").grid or ()
+    rows, cols = grid_of(call)
     return rows, cols
 
 

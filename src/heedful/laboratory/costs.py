@@ -62,7 +62,7 @@ def measure(course: Course, what: Stack, seed: int) -> tuple[dict[str, float], d
         for name, stack in ((PLAIN, Stack()), (repr(what), what))
     ]
     told = price(found[1], found[0])
-    ratios |= {READ: told.prefill_ratio, TOKEN: told.step_ratio, CACHE: told.cache_ratio}
+    ratios |= {name: told.ratios[cost].median for name, cost in ((READ, "prefill"), (TOKEN, "token"), (CACHE, "cache"))}
     return ratios, steps | asdict(told)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from heedful.catalogue import find
 from heedful.core.errors import FieldError, HeedfulError, WriteError
 from heedful.core.files import folder_for
+from heedful.core.kinds import Progress, Report
 from heedful.core.method import Method, Part, Scoped, Stack
 from heedful.core.reading import named, written
 from heedful.laboratory.costs import PLAIN
@@ -19,19 +19,6 @@ from heedful.laboratory.outcome import Lab
 from heedful.laboratory.records import Record, Trainings, as_stack, name_of
 from heedful.laboratory.results import Refused, facts
 from heedful.laboratory.training import MissingTrainer, Steps
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a lab is."""
-
-    stage: str  # "steps"
-    done: int  # of all trainings together
-    total: int
-    note: str = ""
-
-
-Report = Callable[[Progress], None]
 
 
 def lab(

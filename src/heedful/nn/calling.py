@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from heedful.adapters.answering import Operands, computed, evict, plan_of
+from heedful.adapters.answering import Operands, computed, evict, plan_of, replaced_whole
 from heedful.adapters.carried import shelf_of
 from heedful.adapters.kvcache import HeldLayer, held_layer, hold, serve
 from heedful.adapters.torch_masks import placed
@@ -52,17 +52,12 @@ def attended(module: Attention, given: Given, need_weights: bool | None) -> tupl
     k, v, held = _cached(module, given, call, k, v)
     call = replace(call, hidden=hidden, keys=call.keys if held is None or held.whole else _left(held, given, call))
     plan = _plan(module, call)
-    weights, job = None, AttentionCall(plan, state, call)
-    if blocks := plan.at(Site.BLOCK):
-        if need_weights:
-            raise SiteError(f"{blocks[0]}: gives no weights; call the module with need_weights=False")
-        state.backends[module.layer] = repr(blocks[0].part)
-        if blocks[0].edit.before_rotary:
-            job = replace(job, call=replace(call, query=q, key=k, value=v))
-        output = replaced(blocks[0], job, job.call, given.query)
+    dropout = module.dropout if module.training else 0.0
+    operands = Operands(q, k, v, given.told.bias, None, dropout, bool(need_weights), need_weights is None)
+    if (seen := replaced_whole(run, plan, call, operands)) is not None:
+        weights, job = None, AttentionCall(plan, state, seen)
+        output = replaced(plan.at(Site.BLOCK)[0], job, seen, given.query)
     else:
-        dropout = module.dropout if module.training else 0.0
-        operands = Operands(q, k, v, given.told.bias, None, dropout, bool(need_weights), need_weights is None)
         heads, weights, job = computed(run, plan, call, operands)
         if held is not None:
             evict(job, held, k, v)

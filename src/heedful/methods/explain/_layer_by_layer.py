@@ -27,7 +27,10 @@ class LayerByLayer(Method, abstract=True):
         held = call.state.forward
         if held.get("layer") != call.layer:
             if "tiles" in held:
-                if held["layer"] != call.layer - 1:
+                if call.below is None:
+                    rule = f"begins another list of layers than layer {held['layer']} is of; attach to one part"
+                    raise FieldError(self, "layers", call.layer, rule, "attach(..., only='model.language_model')")
+                if held["layer"] != call.below:
                     good = f".on(layers=range({call.layer}, {call.depth}))"
                     raise FieldError(
                         self, "layers", call.layer, f"must follow layer {held['layer']} without a gap", good

@@ -56,7 +56,7 @@ class AttentionFlow(LayerByLayer):
         mean = weights.detach().double().mean(1)  # [b r k]
         if (below := self.below(call)) is not None:
             self.of_tile(below, mean, call)
-            call.state.forward.setdefault("maps", {})[call.layer - 1] = below
+            call.state.forward.setdefault("maps", {})[call.below] = below
         n = len(call.keys) if call.key is None else call.key.shape[2]
         whole = call.by_key(mean, n)
         own = call.queries.index[:, 0, :, None] == torch.arange(n, device=mean.device)

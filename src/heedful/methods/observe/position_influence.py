@@ -75,17 +75,17 @@ class PositionInfluence(Method):
         """What the layer before left; or which part each token stands in, where there is none before."""
         scratch = call.state.forward
         before, x = scratch.get("layer"), scratch.pop("next", None)
-        started: set[str] = scratch.setdefault("started", set())
+        started: set[int] = scratch.setdefault("started", set())
         scratch["layer"], scratch["x"] = call.layer, None
         position, is_text = (p[:, 0] for p in (call.q_pos, call.is_text))
         position, is_text = torch.broadcast_tensors(position, is_text)
-        if call.tower not in started:
-            started.add(call.tower)
+        if call.lowest not in started:
+            started.add(call.lowest)
             length = (position * is_text).amax(-1, keepdim=True)  # but for the first token
             part = 1 + (position - 1).clamp(min=0) * self.parts // length.clamp(min=1)
             part = part.clamp(max=self.parts).where(position > 0, 0)
             x = torch.nn.functional.one_hot(part, self.parts + 1).float() * is_text[..., None]
-        elif before != call.layer - 1:
+        elif before != call.below:
             return None
         scratch["x"] = x
         return x

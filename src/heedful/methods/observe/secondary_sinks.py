@@ -139,12 +139,12 @@ class SecondarySinks(Method):
         born, below = torch.full_like(norm, call.layer, dtype=torch.long), self._below(call)
         if below is not None:
             born = below[0].where(below[0] >= 0, born)
-        call.state.forward["state"] = (call.tower, call.layer), (born.where(aligned, -1), norm, here)
+        call.state.forward["state"] = call.layer, (born.where(aligned, -1), norm, here)
 
     def _below(self, call: Call) -> tuple[Tensor, Tensor, Tensor] | None:
         """Of each token so far `[b k]`: aligned since which layer (-1: it is not), its norm, 1 where there is one."""
-        below, state = call.state.forward.get("state", (None, None))
-        return state if below == (call.tower, call.layer - 1) else None
+        layer, state = call.state.forward.get("state", (None, None))
+        return state if layer == call.below else None
 
     def answer(self, readings: Readings) -> Secondary:
         totals = {n: stat.value for n, stat in readings.items()}

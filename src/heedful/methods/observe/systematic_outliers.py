@@ -91,8 +91,8 @@ class SystematicOutliers(Method):
 
     @sums("received")
     def match(self, pattern: Summary, call: Call) -> Statistic | None:
-        below, sizes = call.state.forward.get("sizes", (None, None))
-        if pattern.received is None or sizes is None or below != (call.tower, call.layer - 1) or call.cross:
+        layer, sizes = call.state.forward.get("sizes", (None, None))
+        if pattern.received is None or sizes is None or layer != call.below or call.cross:
             return None
         received = call.keys.by_position(pattern.received.mean(1, keepdim=True))[:, 0]  # [b k]
         text = added(call, "tokens", received=received[:, : sizes["peak"].shape[-1]], **sizes)
@@ -118,7 +118,7 @@ class SystematicOutliers(Method):
         peak = call.queries.by_position(size.amax(-1)[:, None])[:, 0]  # [b k]
         rows = is_text.sum(1).expand(len(size), 1)
         sizes = {"peak": peak, "size": size.mean(-1).sum(-1, keepdim=True), "rows": rows}
-        call.state.forward["sizes"] = (call.tower, call.layer), sizes
+        call.state.forward["sizes"] = call.layer, sizes
 
     def answer(self, readings: Readings) -> Outliers:
         return Outliers({n: Counts(*stat.value.tolist()) for n, stat in readings.items()})

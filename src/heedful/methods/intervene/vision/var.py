@@ -78,7 +78,7 @@ class VAR(Method):
     @at(Site.PATTERN)
     def redistribute(self, pattern: Tensor, call: Call) -> Tensor:
         layer, sinks = call.state.forward.get("sinks", (None, None))  # [b n], by index
-        if layer != call.layer - 1 or call.cross:
+        if sinks is None or layer != call.below or call.cross:
             return pattern
         stops = [max((stop for _, stop in region), default=0) for region in call.regions(self.role)]
         after = torch.tensor(stops, device=pattern.device)[:, None, None, None]

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, gelu
 
 from heedful.authoring import Call, Layer, Method, Paper, Site, at
+from heedful.kit.patches import patch_tokens, sides, whole_image
 from heedful.kit.running import Running, wide
 
 SIDE = 3  # patches of the local kernel
@@ -60,25 +61,16 @@ class InLine(Method):
 
     def local(self, call: Call, v: Tensor) -> Tensor | None:
         """What a kernel predicted from the whole image makes of each patch's neighbours, `[b h n c]`."""
-        region = call.roles.get("patches")
-        grid = getattr(region, "grid", None)
-        if grid is None or len(grid) != 2 or call.mask.causal or call.hidden is None or call.cross:
+        if not whole_image(call) or call.hidden is None:
             return None
         p = {name: x.to(v) for name, x in call.params.items()}
         heads = call.hidden.to(v).mean(1).unflatten(-1, (call.heads, -1))  # [b h e/h]
         inner = gelu(torch.einsum("bhc,hdc->bhd", heads, p["in"]) + p["in_bias"])
         kernels = torch.einsum("bhd,hcd->bhc", inner, p["out"]) + p["out_bias"]
-        at = call.coordinates("patches")[0][0, 0]  # [n 2]
-        inside = at[:, 0] >= 0
-        place = at[inside, 0] * grid[1] + at[inside, 1]
-        v = call.spread(v)
-        image = torch.zeros(*v.shape[:2], grid[0] * grid[1], v.shape[-1], dtype=v.dtype, device=v.device)
-        image = image.index_copy(2, place, v[:, :, inside]).mT.reshape(1, -1, *grid)  # [1 b*h*c y x]
+        v, tokens = call.spread(v), patch_tokens(self, call)
+        image = v[:, :, tokens].mT.reshape(1, -1, *sides(call))  # [1 b*h*c y x]
         found = conv2d(image, kernels.reshape(-1, 1, SIDE, SIDE), padding=SIDE // 2, groups=image.shape[1])
-        found = found.view(*v.shape[:2], v.shape[-1], -1).mT
-        out = torch.zeros_like(v)
-        out[:, :, inside] = found[:, :, place]
-        return out
+        return torch.zeros_like(v).index_copy(2, tokens, found.view(*v.shape[:2], v.shape[-1], -1).mT)
 
 
 if __name__ == "__main__":

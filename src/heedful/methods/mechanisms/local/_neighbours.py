@@ -9,12 +9,9 @@ from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Mask, Method
 from heedful.kit.chosen import Chosen
+from heedful.kit.patches import grid_of
 
 Sees = Callable[[int, Tensor, Tensor], Tensor]  # (axis, places of queries, places of keys) -> which may meet
-
-
-def grid_of(call: Call) -> tuple[int, ...]:
-    return call.region("patches").grid or ()
 
 
 def within(mask: Mask, call: Call, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Mask:

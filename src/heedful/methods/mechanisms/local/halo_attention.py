@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
-from heedful.methods.mechanisms.local._neighbours import grid_of, narrowed, pairs
+from heedful.kit.patches import grid_of
+from heedful.methods.mechanisms.local._neighbours import narrowed, pairs
 
 
 class HaloAttention(Method):

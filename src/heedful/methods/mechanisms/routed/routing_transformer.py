@@ -33,8 +33,8 @@ class RoutingTransformer(Method):
             "Clusters take tokens out of a whole text, which tells earlier tokens of later ones, as in the authors' "
             "training. New tokens choose anew among all so far; a query that was read without it is in no cluster.",
             "Scores have the model's factor; in the authors' code the levelling of queries takes theirs away again.",
-            "Means begin with a count of one each, where the authors count from zero, and move in calls through which "
-            "gradients are taken, after these have chosen by them. There is no commitment loss.",
+            "Means begin with a count of one each, where the authors count from zero, and move in each call of a "
+            "module that trains, after it has chosen by them. There is no commitment loss.",
         ),
     )
     subjects = ("text", "image")
@@ -84,7 +84,7 @@ class RoutingTransformer(Method):
         start = past_keys(call, n, total)
         asking = top_k(asked, size, text & asked.isfinite())[..., start : start + n].to(means.dtype)
         giving = top_k(held, size, text).to(means.dtype)
-        if call.query.requires_grad:
+        if call.training:
             self._move(call, torch.cat([query, key], 2), torch.cat([text[..., start : start + n], text], -1))
         return mask & Chosen(lambda rows: asking[..., rows].mT @ giving > 0)
 
