@@ -83,7 +83,7 @@ class Comparison(Results):
 
         return {
             "results": pd.DataFrame([row(r) for r in self.results]),
-            "costs": pd.DataFrame([vars(p) for p in self.prices]),
+            "costs": pd.DataFrame([vars(p) for rows in self.batches for p in self.priced[rows]]),
             "refused": pd.DataFrame([vars(r) for r in self.refused]),
         }
 

@@ -33,24 +33,25 @@ class Result:
 
 @dataclass(frozen=True)
 class Price:
-    """What one contender costs on the longest prompt; ratios are medians of turns with the unedited model.
+    """What one contender costs on a batch of the longest prompt; ratios are medians of turns with the unedited model.
 
     The lowest and the highest turn hold the median with a probability of `held`, whatever times are distributed like.
     """
 
     contender: str
-    tokens: int
+    batch: int
+    tokens: int  # of one row
     prefill: float  # seconds
     prefill_ratio: float
     prefill_low: float  # ratio of the lowest turn
     prefill_high: float
-    step: float  # seconds a token
+    step: float  # seconds for a token of every row
     step_ratio: float
     step_low: float
     step_high: float
     turns: int
     peak: int | None  # bytes above the resting model
-    cache: int  # bytes
+    cache: int  # bytes of all rows
     cache_ratio: float
     density: float | None  # pairs computed, of a causal map's
     backends: tuple[str, ...]
@@ -58,6 +59,16 @@ class Price:
     @property
     def held(self) -> float:
         return 1 - 2.0 ** (1 - self.turns)
+
+    @property
+    def read_rate(self) -> float:
+        """Tokens of prompts a second."""
+        return self.batch * self.tokens / self.prefill
+
+    @property
+    def write_rate(self) -> float:
+        """Tokens that follow a second."""
+        return self.batch / self.step
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,19 +195,36 @@ class Results:
                 found.setdefault(r.contender, []).append(r.nats_gap)
         return {name: Gap.mean_of(gaps) for name, gaps in found.items()}
 
+    @property
+    def batches(self) -> list[int]:
+        """The sizes for which costs were asked; what is compared at one size alone is so at the first."""
+        return list(self.facts.get("batch", [1]))
+
+    @property
+    def limit(self) -> int | None:
+        """How many bytes the cache may take, where somebody said."""
+        return self.facts.get("cache")
+
     @cached_property
-    def prices(self) -> list[Price]:
-        """One row for each contender measured on the same machine and prompt as the unedited model."""
-        costs = [r for r in self.records if isinstance(r, Cost)]
+    def priced(self) -> dict[int, list[Price]]:
+        """By batch, one row for each contender measured on the same machine and prompt as the unedited model."""
+        costs = [r for r in self.records if isinstance(r, Cost) and r.batch in self.batches]
         place = max(((r.tokens, r.machine) for r in costs if r.contender == PLAIN), default=None)
-        if place is None:
-            return []
-        by: dict[str, dict[int, Cost]] = {}
+        by: dict[tuple[int, str], dict[int, Cost]] = {}
         for r in costs:
             if (r.tokens, r.machine) == place:
-                by.setdefault(r.contender, {})[r.turn] = r
-        plain = by[PLAIN]
-        return [price(by[name], plain) for name in self.contenders if set(by.get(name, {})) & set(plain) - {WARM_UP}]
+                by.setdefault((r.batch, r.contender), {})[r.turn] = r
+        found = {}
+        for batch in self.batches:
+            plain = by.get((batch, PLAIN), {})
+            timed = [by[batch, n] for n in self.contenders if set(by.get((batch, n), {})) & set(plain) - {WARM_UP}]
+            found[batch] = [price(mine, plain) for mine in timed]
+        return found
+
+    @property
+    def prices(self) -> list[Price]:
+        """The same at the first batch."""
+        return self.priced[self.batches[0]]
 
     @property
     def refused(self) -> list[Refused]:
@@ -225,6 +253,6 @@ def price(mine: dict[int, Cost], plain: dict[int, Cost]) -> Price:
 
     peak = mine[WARM_UP].peak if WARM_UP in mine else None
     return Price(
-        one.contender, one.tokens, *times("prefill"), *times("step"), len(turns), peak, one.cache,
+        one.contender, one.batch, one.tokens, *times("prefill"), *times("step"), len(turns), peak, one.cache,
         one.cache / max(1, plain[turns[0]].cache), one.density, one.backends,
     )  # fmt: skip
