@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # How a number of each unit is written, in d3's language, which plotly speaks.
 WRITTEN = {"share": ".1~%", "nats": ".3~f", "tokens": ",.3~r"}
 HEAD = re.compile(r"\d+\.\d+")  # what `head_name` makes
+ROOM, TINY = 64, 1e-6  # letters that stand side by side below a plot; what rounding leaves of a ratio
 FEW = 6  # lines up to here have a colour and a place in the legend each
 POINTS, NUMBERS = 600, 48_000  # in a line, and in the lines of one figure: a page stays light, a peak stays
 
@@ -210,9 +211,17 @@ def _bands(figure: Curves, x: Tensor, kept: Tensor, values: Tensor) -> list[Any]
 
 
 def _names(names: Sequence[object]) -> dict[str, Any]:
-    """An axis of names; of numbers, such as layers, as many as there is room for."""
-    numbers = all(re.fullmatch(r"[-+]?\d*\.?\d+", str(name)) for name in names)
-    return {"type": "category"} | ({"tickangle": 0, "dtick": math.ceil(len(names) / 16)} if numbers else {})
+    """An axis of names; of numbers, such as layers or seconds, as many as there is room for, at round ones."""
+    told = [str(name) for name in names]
+    if not all(re.fullmatch(r"[-+]?\d*\.?\d+", name) for name in told):
+        return {"type": "category"}
+    every = math.ceil(len(told) * (2 + max(map(len, told), default=0)) / ROOM)
+    step = (float(told[-1]) - float(told[0])) / (len(told) - 1) if len(told) > 1 else 0.0
+    if every > 1 and step > 0:
+        decade = 10.0 ** math.floor(math.log10(every * step))
+        apart = next(n * decade for n in (1, 2, 5, 10) if n * decade >= (1 - TINY) * every * step)
+        every = round(apart / step)
+    return {"type": "category", "tickangle": 0, "dtick": every}
 
 
 def _scale(log: bool, shown: Tensor | None) -> dict[str, Any]:
