@@ -50,11 +50,6 @@ def test_the_committed_notebook_is_its_source_executed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_cores_are_through_in_three_minutes(name: str) -> None:
-    assert run.notebook(name)["metadata"]["heedful"]["cpu"] <= 2 * 180
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_an_example_asks_and_concludes(name: str) -> None:
     first, *_, last = (cell.text for cell in run.cells(name) if cell.kind == "markdown")
     assert first.startswith("# ")
