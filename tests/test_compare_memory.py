@@ -128,7 +128,7 @@ def test_what_fits_and_holds_is_named(loaded: models.Loaded) -> None:
         f"Within {limit} of cache, at batch 4 and 40 tokens, use half ({size(held(4, 0.5))}); the unedited model "
         f"({full}) does not fit.",
     ]
-    assert found.matrix.columns[-1] == (f"in {limit}", "largest batch whose cache fits")
+    assert found.matrix.columns[-1] == (f"batch in {limit}", "largest tried whose cache fits")
     assert {name: row[-1].text for name, row in found.matrix.rows} == {PLAIN: "1", "half": "4", "most": "1", "bad": "4"}
     assert set(within(found)) < {finding.text for finding in found.description().findings}
     tight = told(loaded, ways, held(1, 0.2))

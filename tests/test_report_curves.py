@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from heedful.core.figures import Curves, Grid
+from heedful.core.figures import Curves, Grid, Scatter
 
 pytest.importorskip("plotly", reason="plotly is not installed (pip install 'heedful[page]')")
 pytest.importorskip("jinja2", reason="jinja2 is not installed (pip install 'heedful[page]')")
 
 from heedful.report import data, page
-from heedful.report.plots import curves, grid
+from heedful.report.plots import curves, grid, scatter
 
 
 def banded(**what: Any) -> Curves:
@@ -61,3 +61,18 @@ def test_numbers_below_a_grid_are_round_and_do_not_run_into_each_other(names: li
     axis = grid(figure).layout.xaxis
     assert axis.type == "category"
     assert (None if axis.dtick is None else names[:: axis.dtick]) == labels
+
+
+def test_few_places_are_the_ticks():
+    lines = {"a": torch.tensor([1.0, 3.0, 9.0])}
+    axis = curves(Curves("c", "C", "", [1, 4, 16], lines, "batch", "tokens a second", log_x=True)).layout.xaxis
+    assert (axis.type, list(axis.tickvals), list(axis.ticktext)) == ("log", [1, 4, 16], ["1", "4", "16"])
+    longer = Curves("c", "C", "", list(range(9)), {"a": torch.arange(9.0)}, "layer", "share")
+    assert curves(longer).layout.xaxis.tickvals is None
+
+
+@pytest.mark.parametrize(("end", "named"), [(0.1, {"one", "two", "far"}), (2.0, {"one", "far"})])
+def test_names_stand_apart_on_the_axis_that_intervals_make_long(end: float, named: set[str]):
+    points = {"one": (1.0, 0.0, -end, end), "two": (1.01, -0.05, math.nan, math.nan), "far": (2.0, -0.1, -0.1, -0.1)}
+    drawn = scatter(Scatter("s", "S", "", points, "cost", "quality"))
+    assert {text for trace in drawn.data for text in trace.text or () if text} == named

@@ -30,7 +30,7 @@ def matrix(c: Results) -> Matrix:
         columns.append((task_name(c, task), f"{units(about['unit'])}, {direction(about)} is better"))
     columns += [(name, "× baseline") for name in costs]
     if c.limit is not None:
-        columns.append((f"in {size(c.limit)}", "largest batch whose cache fits"))
+        columns.append((f"batch in {size(c.limit)}", "largest tried whose cache fits"))
     best = {field: front(c, field) for field in AXES}
     found = {(r.contender, r.task): r for r in c.results}
     prices = {p.contender: p for p in c.prices}

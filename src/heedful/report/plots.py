@@ -177,11 +177,10 @@ def curves(figure: Curves, picked: Sequence[str] = ()) -> go.Figure:
     if len(figure.x) == 1:  # a line of one point shows nothing
         for trace in traces:
             trace.update(mode="markers")
+    few = {"tickvals": list(figure.x), "ticktext": [f"{v:g}" for v in figure.x]} if len(figure.x) <= FEW else {}
+    along = _scale(figure.log_x, torch.tensor([float(v) for v in figure.x])) | few
     layout = {
-        "xaxis": {
-            "title": {"text": figure.x_label},
-            **_scale(figure.log_x, torch.tensor([float(v) for v in figure.x])),
-        },
+        "xaxis": {"title": {"text": figure.x_label}, **along},
         "yaxis": {"title": {"text": figure.y_label}, **_scale(figure.log_y, values)},
         "hovermode": "closest",
         "legend": {"traceorder": "normal"},
@@ -352,10 +351,16 @@ def scatter(figure: Scatter) -> go.Figure:
     return _finish(figure, traces, layout)
 
 
+def _reach(values: Sequence[float]) -> float:
+    """How much of an axis values take, with what is no number left out."""
+    known = [x for x in values if not math.isnan(x)]
+    return max(known) - min(known) or 1.0
+
+
 def _apart(figure: Scatter, best: Sequence[str]) -> list[str]:
     """The points whose names have room beside the others', the best ones first; the rest are named on hover."""
     at = figure.points
-    wide, high = (max(v[i] for v in at.values()) - min(v[i] for v in at.values()) or 1.0 for i in (0, 1))
+    wide, high = (_reach([x for v in at.values() for x in part(v)]) for part in (lambda v: v[:1], lambda v: v[1:]))
     out: list[str] = []
     for name in (*best, *(n for n in at if n not in best)):
         if all(abs(at[name][0] - at[o][0]) > 0.16 * wide or abs(at[name][1] - at[o][1]) > 0.07 * high for o in out):
