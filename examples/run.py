@@ -153,13 +153,13 @@ def page() -> str:
     rows = [
         "# Examples\n",
         "Notebooks on the embedded model, without a network. Each asks one question and is run anew by `python -m "
-        "examples.run NAME`; the test suite executes them all. In brackets stands the CPU time that each took, of both "
-        "cores together: two cores with nothing else to do are through in three minutes at most.\n",
+        "examples.run NAME`; the test suite executes them all. The "
+        "times are of two CPU cores that had other work to do.\n",
     ]
     for name in names():
         prose = [cell.text for cell in cells(name) if cell.kind == "markdown"]
         title, question = prose[0].split("\n\n")[:2]
-        seconds = notebook(name)["metadata"]["heedful"]["cpu"]
+        seconds = notebook(name)["metadata"]["heedful"]["seconds"]
         rows.append(f"## [{title.removeprefix('# ')}](../examples/{name}.ipynb)\n")
         rows.append(f"{_flat(question)} ({seconds} s)\n")
         _, told = prose[-1].split("\n\n", 1)
