@@ -65,7 +65,7 @@ def picture(figure: Any) -> bytes:
 
 def execute(name: str, draw: Draw = picture) -> dict[str, Any]:
     """The notebook of an example, run from scratch; an error of a cell is raised as it is."""
-    made, count, begin = [], 0, time.perf_counter()
+    made, count, begin, worked = [], 0, time.perf_counter(), time.process_time()
     with _elsewhere(), _main() as space, torch.enable_grad(), torch.random.fork_rng([]), warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the libraries below, for their authors
@@ -78,7 +78,7 @@ def execute(name: str, draw: Draw = picture) -> dict[str, Any]:
     about = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
-        "heedful": {"seconds": round(time.perf_counter() - begin)},
+        "heedful": {"seconds": round(time.perf_counter() - begin), "cpu": round(time.process_time() - worked)},
     }
     return {"cells": made, "metadata": about, "nbformat": 4, "nbformat_minor": 5}
 
@@ -194,7 +194,8 @@ def main(wanted: list[str]) -> None:
     for name in wanted or names():
         made = execute(name)
         put(name, made)
-        print(f"{name}: {made['metadata']['heedful']['seconds']} s")
+        took = made["metadata"]["heedful"]
+        print(f"{name}: {took['seconds']} s, of which {took['cpu']} s of CPU")
     if all((HERE / f"{name}.ipynb").exists() for name in names()):
         PAGE.write_text(page())
 

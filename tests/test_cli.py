@@ -27,6 +27,8 @@ def told(*words: str) -> str:
 def test_methods_lists_and_searches() -> None:
     assert "SinkWindow" in told("methods")
     assert "SinkRate" not in told("methods", "streaming")
+    for word in ("quantise", "quantize", "quantization"):  # by rooms, docstrings and titles, as either writes it
+        assert all(name in told("methods", word) for name in ("KIVI", "FP4", "RSQ", "Absmax"))
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,18 @@ def test_rarer_settings(tiny: None, tmp_path: Path) -> None:
     assert not json.loads(told.stdout)["refused"]
 
 
+def test_batches_and_a_limit_of_memory(tiny: None, tmp_path: Path) -> None:
+    asked = ["compare", "--methods", "sinkwindow(1,8)", "--tasks", "induction(length=20)", "--prompts", "2"]
+    more = ["--turns", "1", "--batch", "1,3", "--cache", "20KB", "--out", "kept"]
+    told = RUN.invoke(app, [*asked, *more])
+    assert told.exit_code == 0, told.exception
+    assert "Within 20 KB of cache, at batch 1 and" in told.stdout
+    assert "What each costs by batch" in told.stdout
+    found = json.loads(RUN.invoke(app, [*asked, *more, "--json", "--no-page"]).stdout)
+    assert [p["batch"] for p in found["costs"]] == [1, 1, 3, 3]
+    assert found["facts"]["cache"] == 20 << 10
+
+
 @pytest.mark.parametrize("wrong", [["--backend", "cuda"], ["--prompts", "1"], ["--only", "nonsense"], ["--tasks", ","]])
 def test_bad_input_is_named_before_anything_is_fitted(
     tiny: None, monkeypatch: pytest.MonkeyPatch, wrong: list[str]
@@ -145,6 +157,10 @@ def test_tasks_are_listed() -> None:
         (["--methods", "act|pruneheads"], FieldError, "joined"),
         (["--methods", "act", "--tasks", "needel"], CatalogueError, "needle"),
         (["--methods", "act", "--turns", "-1"], FieldError, "turns"),
+        (["--methods", "act", "--batch", "1,four"], FieldError, "must be whole numbers, parted by commas"),
+        (["--methods", "act", "--batch", "0"], FieldError, "batch"),
+        (["--methods", "act", "--cache", "much"], FieldError, "must be a size above 0"),
+        (["--methods", "act", "--cache", "4GB", "--turns", "0"], FieldError, "measures no cache"),
         (["--methods", "act", "--backend", "cuda"], FieldError, "must be one of auto"),
     ],
 )

@@ -91,7 +91,7 @@ def test_measures_with_trials_are_run_on_them_alone_with_their_roles(model: Any)
     assert [(p.stage, p.done, p.total) for p in seen] == [
         ("text", 0, 3), ("text", 3, 3), ("trials", 12, 24), ("trials", 24, 24), ("view", 3, 3),
     ]  # fmt: skip
-    assert set(profile.facts["seconds"]) == {"text", "trials", "weights", "view"}
+    assert set(profile.facts["seconds"]) == {"preparing", "text", "trials", "weights", "view"}
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "mistral", "t5", "bart"])

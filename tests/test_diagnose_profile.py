@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,21 @@ def test_a_profile_saves_and_loads(model: Any, tmp_path: Path) -> None:
     assert again.view.tokens == profile.view.tokens
     assert again.view.heads == profile.view.heads
     assert torch.equal(again.view.keys, profile.view.keys)
+
+
+def test_the_times_add_up_to_what_a_call_takes(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from heedful.diagnosis import run
+
+    def slowly(*given: Any, act: Any = run.cut) -> Any:  # as what has to be written down before it is read
+        time.sleep(0.5)
+        return act(*given)
+
+    monkeypatch.setattr(run, "cut", slowly)
+    began = time.perf_counter()
+    seconds = diagnose(model, WORDS, tokenizer=characters(), measures=SinkRate()).facts["seconds"]
+    whole = time.perf_counter() - began
+    assert seconds["preparing"] > 0.5
+    assert 0.8 * whole < sum(seconds.values()) < whole
 
 
 def test_profiles_of_two_texts_add_up_to_that_of_both(model: Any) -> None:

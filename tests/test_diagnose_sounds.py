@@ -195,6 +195,10 @@ def test_the_page_shows_words_over_time_and_a_profile_comes_back(tmp_path: Path)
     kinds = figures["heard_kinds"]
     assert isinstance(kinds, Listing)
     assert [row[0] for row in kinds.rows] == [ENCODER, DECODER, CROSS]
+    assert [row[3] is None for row in kinds.rows] == [False, True, False]  # silence is for who hears
+    words = figures["heard_words"]
+    assert isinstance(words, Listing)
+    assert all(isinstance(row[2], float) for row in words.rows)  # as text, 1.12 would be a head's name
     text = page.render(found)
     assert 'href="#sounds"' in text
     assert 'data-plot="heard_1"' in text

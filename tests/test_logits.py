@@ -186,13 +186,13 @@ def test_they_show_themselves_in_words() -> None:
 
 def by_hand(model: Any, ids: Tensor, heads: dict[int, list[int]], value: Tensor | None) -> Tensor:
     """Logits with some slices of what enters the output projections replaced."""
-    hooks = []
+    hooks, count = [], model.config.num_attention_heads
     for layer, chosen in heads.items():
 
         def put(module: Any, args: Any, layer: int = layer, chosen: list[int] = chosen) -> Any:
-            x = args[0].clone().unflatten(-1, (4, -1))
+            x = args[0].clone().unflatten(-1, (count, -1))
             for head in chosen:
-                x[..., head, :] = 0.0 if value is None else value[layer].unflatten(-1, (4, -1))[head].to(x)
+                x[..., head, :] = 0.0 if value is None else value[layer].unflatten(-1, (count, -1))[head].to(x)
             return (x.flatten(-2),)
 
         hooks.append(model.model.layers[layer].self_attn.o_proj.register_forward_pre_hook(put))
@@ -213,6 +213,22 @@ def test_ablation_is_zeros_or_means_at_the_output_projection() -> None:
     with heedful.ablate(model, [(1, 0), (0, 2), (1, 3)], mean=texts) as run, torch.no_grad():
         found = run(input_ids=IDS[None]).logits
     torch.testing.assert_close(found, by_hand(model, IDS, {0: [2], 1: [0, 3]}, means))
+
+
+def test_means_of_a_real_text_are_what_heads_of_a_real_model_hand_over(default_model: models.Loaded) -> None:
+    heads, text = {1: [0], 18: [6, 8]}, "When Mary and John went to the store, John gave a drink to"
+    mean = ["The lighthouse on the northern point had been dark.", "Marta bought it for eleven crowns."]
+    model, ids = default_model.model, [default_model.tokenizer(t, return_tensors="pt").input_ids[0] for t in mean]
+    means = torch.cat([stream(model, one)[1] for one in ids], 1).mean(1)
+    asked = default_model.tokenizer(text, return_tensors="pt")
+    pairs = [(layer, head) for layer, mine in heads.items() for head in mine]
+    with heedful.ablate(default_model, pairs, mean=mean) as run, torch.no_grad():
+        found = run(**asked).logits
+    wanted = by_hand(model, asked.input_ids[0], heads, means)
+    torch.testing.assert_close(found, wanted)
+    with torch.no_grad():
+        plain = model(**asked).logits
+    assert float((wanted - plain).abs().max()) > 0.1
 
 
 def test_means_leave_padding_out_and_take_one_text_of_any_form() -> None:

@@ -116,6 +116,14 @@ def test_it_opens_and_draws_everything(opened):
     assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
 
 
+def test_what_is_further_down_is_drawn_without_being_scrolled_to(opened):
+    tab = opened()
+    seen = "[...document.querySelectorAll('[data-plot], .mini, #map, #strip')].filter(x => x.offsetParent)"
+    assert tab.evaluate(f"{seen}.length") > 8
+    tab.wait_for_function(f"{seen}.every(x => x.querySelector('.main-svg'))", timeout=20_000)
+    assert tab.evaluate("scrollY") == 0
+
+
 def test_every_control_has_a_name(opened):
     tab = opened()
     named = "x.textContent.trim() || x.getAttribute('aria-label') || x.labels?.length"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,11 +111,16 @@ def family(kind: type[CatalogueEntry]) -> str:
 
 @asks
 def search(word: str = "") -> list[type[CatalogueEntry]]:
-    """Entries in whose name, family, docstring or paper the word occurs."""
-    low = word.lower()
-    return [
-        kind
-        for name, kind in entries().items()
-        if low
-        in f"{name} {family(kind)} {kind.__doc__} {kind.paper.title} {kind.paper.key} {kind.paper.authors}".lower()
-    ]
+    """Those in whose name, room, docstring or paper the word occurs; who quantises also finds quantization."""
+    low = re.sub("is(e|ation)$", "is", _spelled(word))
+    return [kind for name, kind in entries().items() if low in _spelled(f"{name} {_about(kind)}")]
+
+
+def _about(kind: type[CatalogueEntry]) -> str:
+    room = " ".join(kind.__module__.split(".")[2:-1]) or family(kind)
+    return f"{room} {kind.__doc__} {kind.paper.title} {kind.paper.key} {kind.paper.authors}"
+
+
+def _spelled(text: str) -> str:
+    """In lower case, and as the British write it."""
+    return text.lower().replace("iz", "is")

@@ -27,6 +27,7 @@ class TextModel(ABC):
     """Reads a prompt, and goes on from it token by token. A context manager: it leaves the model as it was."""
 
     run: Run | None = None  # where a stack acts
+    rows: int = 1  # of a batch, all of the same text
 
     @abstractmethod
     def read(self, prompt: Prompt, cut: int | None = None, every: bool = False) -> Tensor:
@@ -84,7 +85,7 @@ class Single(TextModel):
 
     @torch.no_grad()
     def _feed(self, tokens: Iterable[int], every: bool) -> Tensor:
-        ids = torch.tensor([list(tokens)], device=self.device)
+        ids = torch.tensor([list(tokens)] * self.rows, device=self.device)
         more = {} if every else self._last
         seen = self.model(input_ids=ids, use_cache=True, **{CACHE: self._cache}, **more)
         self._cache = cache_of(seen)
@@ -177,6 +178,7 @@ class Combined(TextModel):
         for name, (_, stack) in variants.items():
             run = attach(self.model, stack, only=self.only)
             self._parts[name] = Single(self.model, run), run
+            self._parts[name][0].rows = self.rows
             run.pause()
 
         def begin(name: str, text_model: Single) -> Tensor:

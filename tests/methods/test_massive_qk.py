@@ -74,6 +74,11 @@ def test_a_planted_dimension_is_found_with_its_period() -> None:
     assert told.figures[2].rows == [(3, "6,283", 1, 0)]
     assert "12% of heads" in told.findings[0].text
     assert "dimension 3, of RoPE wavelength 6,283 (0% of dimensions have longer ones)" in told.findings[0].text
+    still = Massive(massive.query, massive.key, torch.full_like(massive.period, math.nan), 3.0)
+    bare = method.describe(still).figures[2]  # of a model without rotary embedding
+    assert (bare.columns, bare.rows) == (("dimension", "heads, queries", "heads, keys"), [(3, 1, 0)])
+    assert "RoPE" not in bare.what
+    assert "RoPE wavelength" in told.figures[2].columns
     none = MassiveQK(7.9)
     assert len(none.describe(found(planted, {"input_ids": ids(30)}, method=none)).figures) == 2
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from heedful.adapters.transformers import adapt
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import still
@@ -17,7 +19,8 @@ from heedful.bench.asking import Asked, Asker, require_role
 from heedful.bench.comparison import Comparison
 from heedful.bench.cost import WARM_UP, cost, machine
 from heedful.bench.intervals import LEAST
-from heedful.bench.records import COSTS, Answered, Cost, Log, Refused
+from heedful.bench.numbers import size_from
+from heedful.bench.records import Answered, Cost, Log, Refused, costs_at
 from heedful.bench.results import MARGIN, PLAIN
 from heedful.catalogue import stack_from
 from heedful.core.asked import asks
@@ -88,6 +91,8 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
     margin: float = MARGIN,
     seed: int = 0,
     turns: int = 3,
+    batch: int | Sequence[int] = 1,
+    cache: int | str | None = None,
     out: str | Path | None = None,
     workers: int | Workers | None = None,
     progress: Report | None = None,
@@ -100,19 +105,21 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
     folder of your own. Every method is asked thirty prompts of each task, then more until its verdict is known (surely
     better, surely worse, or surely no worse than by `margin`), and at most `prompts` of each task; `minutes` is how
     long is asked in one call. Costs are measured afterwards on the longest of the first thirty prompts, `turns` times
-    in turn with the unedited model (0: not at all). `out` is a folder: records are written there as they are made, and
-    the same call goes on where it stopped. `workers` share the questions, as many as are asked for, or `Ray` or `Ranks`
-    as these are set; costs are measured here. `how` goes to `attach`.
+    in turn with the unedited model (0: not at all), on `batch` rows of it, or on each of several such sizes; what fits
+    and holds is named where `cache`, as in "4GB", says how much a batch's cache may take. `out` is a folder: records
+    are written there as they are made, and the same call goes on where it stopped. `workers` share the questions, as
+    many as are asked for, or `Ray` or `Ranks` as these are set; costs are measured here. `how` goes to `attach`.
     """
     given = model if isinstance(model, Loaded) else Loaded(unwrapped(model[0]), model[1], "")
     if given.tokenizer is None:
         raise FieldError("compare()", "model", given.name, "has no tokenizer, which tasks need", "(model, tokenizer)")
     contenders, folder = _named(methods), folder_for("compare()", out)
+    batches, limit = costed(batch, cache, turns)
     chosen = [_task(task) for task in tasks]
     require(given, chosen, prompts, minutes, margin, turns, how)
     facts = facts_of(given.model, given.name, len(adapt(given.model, how.get("only")).layer_names))
     facts |= surroundings(next(given.model.parameters()).device)
-    facts["margin"] = margin
+    facts |= {"margin": margin, "batch": batches, "cache": limit}
     facts["how"] = {name: repr(value) for name, value in sorted(how.items()) if value not in (None, "auto")}
     facts["contenders"] = {name: repr(what) for name, what in contenders.items()}
     series = [Series(task, given.model, given.tokenizer, seed, prompts) for task in chosen]
@@ -127,12 +134,23 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
             if turns:
                 early = [item for made in series for item in made.first(LEAST).values()]
                 longest = max(early, key=lambda item: len(item.prompt))
-                job.costs(longest.prompt, turns)
+                for rows in batches:
+                    job.costs(longest.prompt, turns, rows)
             return Comparison(log.facts, tuple(log.records.values()))
 
     with still(given.model):
         found: Comparison = readers.together(whole, asker)
         return found
+
+
+def costed(batch: int | Sequence[int], cache: int | str | None, turns: int) -> tuple[list[int], int | None]:
+    """The batches of which costs are measured, and how many bytes of cache are allowed."""
+    batches = list(dict.fromkeys([batch] if isinstance(batch, int) else batch))
+    if not batches or min(batches) < 1:
+        raise FieldError("compare()", "batch", batch, "must be 1 or more, or several such sizes", (1, 4, 16))
+    if cache is not None and not turns:
+        raise FieldError("compare()", "turns", turns, "measures no cache, and one is limited", 1)
+    return batches, None if cache is None else size_from(cache)
 
 
 def _task(task: Task | str | Path) -> Task:
@@ -289,24 +307,24 @@ class _Job:
                 over = over or left > 0
         return not over
 
-    def costs(self, prompt: Prompt, turns: int) -> None:
+    def costs(self, prompt: Prompt, turns: int, rows: int) -> None:
         everyone = self.everyone()
         model, how = self.asker.model, self.asker.how
         here = machine(next(model.parameters()).device)
-        total, done = len(everyone) * (turns + 1), 0
+        total, done, costs = len(everyone) * (turns + 1), 0, costs_at(rows)
         for turn in range(WARM_UP, turns + 1):
-            measured = (name for name, _ in everyone if not self.log.has(Refused, name, COSTS))
-            fresh = not all(self.log.has(Cost, name, len(prompt), here, turn) for name in measured)
+            measured = (name for name, _ in everyone if not self.log.has(Refused, name, costs))
+            fresh = not all(self.log.has(Cost, name, len(prompt), here, turn, rows) for name in measured)
             for name, what in everyone:  # a turn that a kill cut short is measured anew: its baseline is another's
                 done += 1
                 note = ""
-                if fresh and not self.log.has(Refused, name, COSTS):
+                if fresh and not self.log.has(Refused, name, costs):
                     try:
                         require_role(what, prompt)
-                        self.log.add(cost(model, what, name, prompt, turn, **how))
+                        self.log.add(cost(model, what, name, prompt, turn, rows, **how))
                     except WriteError:
                         raise
-                    except HeedfulError as reason:
-                        self.log.add(Refused(name, COSTS, str(reason)))
-                        note = f"costs of {name}: {reason}"
+                    except (HeedfulError, torch.OutOfMemoryError) as reason:
+                        self.log.add(Refused(name, costs, str(reason)))
+                        note = f"{costs} of {name}: {reason}"
                 self.report(Progress("costs", done, total, note))

@@ -92,7 +92,7 @@ class Comparison(Results):
 
         return {
             "results": pd.DataFrame([row(r) for r in self.results]),
-            "costs": pd.DataFrame([costs(p) for p in self.prices]),
+            "costs": pd.DataFrame([costs(p) for rows in self.batches for p in self.priced[rows]]),
             "refused": pd.DataFrame([vars(r) for r in self.refused]),
         }
 

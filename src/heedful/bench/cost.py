@@ -29,10 +29,16 @@ WARM_UP = 0  # the turn in which memory is measured; times of the others count
 
 
 @torch.no_grad()
-def cost(model: nn.Module, what: Contender | None, name: str, prompt: Prompt, turn: int, **how: Any) -> Cost:
-    """One measurement on one prompt. The warm-up turn measures memory: what is given back there costs time to get."""
+def cost(
+    model: nn.Module, what: Contender | None, name: str, prompt: Prompt, turn: int, batch: int = 1, **how: Any
+) -> Cost:  # fmt: skip
+    """One measurement on one prompt, or on a batch of it alone.
+
+    The warm-up turn measures memory: what is given back there costs time to get.
+    """
     device = next(model.parameters()).device
     with text_model(model, what, **how) as speaker:
+        speaker.rows = batch
         resting = _reset_high_water(device) if turn == WARM_UP else None
         began = _now(device)
         logits = speaker.read(prompt)[-1]
@@ -46,7 +52,7 @@ def cost(model: nn.Module, what: Contender | None, name: str, prompt: Prompt, tu
             steps.append(_now(device) - began)
         density, backends = _pairs(speaker, len(prompt))
     step = statistics.median(steps)
-    return Cost(name, len(prompt), machine(device), turn, prefill, step, peak, held, density, backends)
+    return Cost(name, len(prompt), machine(device), turn, prefill, step, peak, held, density, backends, batch)
 
 
 def _now(device: torch.device) -> float:

@@ -11,12 +11,11 @@ import torch
 from heedful.bench.advice import SAVED, advice, holding
 from heedful.bench.intervals import Gap
 from heedful.bench.matrix import VERDICTS
-from heedful.bench.numbers import direction, margin, number, rounded, task_name, units
-from heedful.bench.records import COSTS, Answered
+from heedful.bench.memory import by_batch, within
+from heedful.bench.numbers import MB, direction, margin, number, rounded, task_name, units
+from heedful.bench.records import Answered, costs_at
 from heedful.bench.results import PLAIN, SHARE, Price, Result, Results
 from heedful.core.figures import Description, Figure, Finding, Intervals, Listing, Matrix, Scatter, counted, percent
-
-MB = 1 << 20
 
 
 def findings(c: Results) -> Iterable[Finding]:
@@ -42,7 +41,7 @@ def findings(c: Results) -> Iterable[Finding]:
             yield Finding(f"{name} {known}.", 0.8 if told else 0.5)
     if c.results:
         yield Finding(_lead(c), 1.0)
-    for text in advice(c):
+    for text in (*within(c), *advice(c)):
         yield Finding(text, 0.95)
     for task in c.blind:
         score = number(plain[task].score, c.tasks[task]["unit"])
@@ -58,7 +57,9 @@ def findings(c: Results) -> Iterable[Finding]:
             )
     for refused in c.refused:
         task = f" on {c.tasks[refused.task]['name']}" if refused.task in c.tasks else ""
-        task = " when costs were measured" if refused.task == COSTS else task
+        batch = next((rows for rows in c.batches if refused.task == costs_at(rows)), None)
+        if batch is not None:
+            task = " when costs were measured" + (f" at batch {batch}" if batch > 1 else "")
         yield Finding(f"{refused.contender} was refused{task}: {refused.reason}", 0.4)
 
 
@@ -138,16 +139,19 @@ def figures(c: Results) -> Iterable[Figure]:
             )
     prices = [p for p in c.prices if p.contender not in c.inactive]
     if prices:
-        tokens = prices[0].tokens
+        tokens, batch = prices[0].tokens, prices[0].batch
+        read = "one prompt" if batch == 1 else f"a batch of {batch}, all one prompt"
         left = f" Left out, since they changed nothing: {', '.join(c.inactive)}." if c.inactive else ""
         yield Listing(
             "costs",
             "What each costs",
-            f"Measured on one prompt of {tokens} tokens, in {counted(prices[0].turns, 'timing repeat')}, each beside "
+            f"Measured on {read} of {tokens} tokens, in {counted(prices[0].turns, 'timing repeat')}, each beside "
             f"one of the baseline; ratios are to it. Memory is what prefill takes above the resting model.{left}",
             ("method", "prefill, s", "prefill ×", "token, ms", "token ×", "cache, MB", "cache ×", "peak, MB", "pairs"),
             [_cost_row(p) for p in prices],
         )
+    if len(c.batches) > 1:
+        yield from by_batch(c)
 
 
 def _chance(c: Results, task: str) -> float | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from heedful.bench.advice import SAVED, WORDS, front
-from heedful.bench.numbers import direction, number, task_name, units
+from heedful.bench.memory import largest
+from heedful.bench.numbers import direction, number, size, task_name, units
 from heedful.bench.results import PLAIN, Price, Result, Results
 from heedful.core.figures import Cell, Matrix
 
@@ -26,6 +27,8 @@ def matrix(c: Results) -> Matrix:
         about = c.tasks[task]
         columns.append((task_name(c, task), f"{units(about['unit'])}, {direction(about)} is better"))
     columns += [(name, "× baseline") for name in costs]
+    if c.limit is not None:
+        columns.append((f"batch in {size(c.limit)}", "largest tried whose cache fits"))
     best = {cost: front(c, cost) for cost in WORDS}
     found = {(r.contender, r.task): r for r in c.results}
     prices = {p.contender: p for p in c.prices}
@@ -36,9 +39,20 @@ def matrix(c: Results) -> Matrix:
         scores = [_score(c, found.get((name, task)), task, name) for task in tasks]
         price = prices.get(name) if word != "inactive" else None
         ratios = [_ratio(price, cost, name in best.get(cost, ())) for cost in costs]
-        return (judged, *scores, *ratios)
+        return (judged, *scores, *ratios, *_room(c, name))
 
     return Matrix(tuple(columns), tuple((name, row(name)) for name in c.contenders))
+
+
+def _room(c: Results, name: str) -> list[Cell]:
+    """The largest batch that the limit has room for; nothing where there is no limit."""
+    sizes = {rows: p.cache for rows in c.batches for p in c.priced[rows] if p.contender == name}
+    if c.limit is None or not sizes:
+        return [] if c.limit is None else [Cell("")]
+    rows = largest(c, name)
+    if rows is None:
+        return [Cell("none", f"{size(min(sizes.values()))} at {min(sizes)}", 0.0, "bad")]
+    return [Cell(str(rows), size(sizes[rows]), float(rows), "good" if rows == max(c.batches) else "")]
 
 
 def _ratio(price: Price | None, cost: str, best: bool) -> Cell:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 from heedful.bench.results import SHARE, Results
+from heedful.core.errors import FieldError
 from heedful.core.figures import percent
+
+SIZES = {"B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
+MB = SIZES["MB"]
 
 
 def number(x: float, unit: str, signed: bool = False) -> str:
@@ -41,3 +46,19 @@ def margin(c: Results) -> str:
     kinds = {about["unit"] for about in c.tasks.values()}
     told = [f"{100 * c.margin:g} points"] * (SHARE in kinds) + [f"{c.margin:g} nats"] * bool(kinds - {SHARE})
     return " or ".join(told)
+
+
+def size(x: float) -> str:
+    """Bytes as people write them: `3.1 GB`."""
+    unit = max((u for u in SIZES if x >= SIZES[u]), key=lambda u: SIZES[u], default="B")
+    return f"{x / SIZES[unit]:.3g} {unit}"
+
+
+def size_from(text: str | int) -> int:
+    """Bytes as people write them, read again; 1 GB is 1024 MB."""
+    parts = re.fullmatch(r"([\d_]+(?:\.\d+)?) ?([A-Z]*)", str(text).strip().upper())
+    unit = SIZES.get(parts[2].replace("IB", "B") or "B") if parts else None
+    if parts is None or unit is None or not float(parts[1]) > 0:
+        rule = f"must be a size above 0, in {', '.join(SIZES)}"
+        raise FieldError("compare()", "cache", text, rule, "4GB")
+    return int(float(parts[1]) * unit)

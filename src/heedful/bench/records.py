@@ -47,10 +47,11 @@ class Cost:
     cache: int  # bytes held after the prompt
     density: float | None  # pairs computed over those of a causal map, mean over layers; None where nobody narrows it
     backends: tuple[str, ...] = ()
+    batch: int = 1  # rows that were read side by side, all of the same prompt
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return self.contender, self.tokens, self.machine, self.turn
+        return self.contender, self.tokens, self.machine, self.turn, self.batch
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Refused:
     """A contender that cannot take a task, or cannot be measured, and why."""
 
     contender: str
-    task: str  # COSTS where the longest prompt is none for it
+    task: str  # `costs_at` a batch where it cannot take the longest prompt so
     reason: str
 
     @property
@@ -74,10 +75,14 @@ KINDS: dict[str, type[Answered] | type[Cost] | type[Refused]] = {
 }
 FACTS = "facts"
 SAME = ("weights", "dtype", "how")  # what two comparisons must share to be one
-LATEST = ("margin",)  # how records are read: the last call's holds
-COSTS = "costs"  # stands for a task where a contender's costs cannot be measured
+LATEST = ("margin", "batch", "cache")  # how records are read: the last call's holds
 ABOUT = {"name": str, "about": str, "unit": str, "more_is_better": bool}  # what is told of a task
 LARGEST = 2.0**63  # no number of a record reaches it
+
+
+def costs_at(batch: int) -> str:
+    """What stands for a task where a contender's costs cannot be measured."""
+    return "costs" if batch == 1 else f"costs at batch {batch}"
 
 
 def line(record: Record) -> str:
@@ -141,8 +146,8 @@ def _record(kind: type[Record], found: Mapping[str, Any]) -> Record:
         if not _fits(value, hints[name]):
             raise TypeError(f"{name} is {value!r}, and must be {hints[name]}")
     record = kind(**values)
-    if isinstance(record, Cost) and not (record.prefill > 0 and record.step > 0 and record.tokens > 0):
-        raise ValueError("times and tokens must be above 0")
+    if isinstance(record, Cost) and min(record.prefill, record.step, record.tokens, record.batch) <= 0:
+        raise ValueError("times, tokens and batch must be above 0")
     return record
 
 
@@ -165,6 +170,10 @@ def _checked_facts(found: dict[str, Any]) -> dict[str, Any]:
     contenders, tasks = (found.get(name, {}) for name in ("contenders", "tasks"))
     if not (_fits(margin := found.get("margin", 1.0), float) and margin > 0):
         raise TypeError(f"margin is {margin!r}, and must be a number above 0")
+    if not _fits(found.get("cache"), int | None):
+        raise TypeError(f"cache is {found['cache']!r}, and must be a number of bytes")
+    if not (isinstance(batch := found.get("batch", [1]), list) and batch and all(_fits(x, int) for x in batch)):
+        raise TypeError(f"batch is {batch!r}, and must be a list of sizes")
     if not (isinstance(contenders, dict) and all(isinstance(x, str) for x in contenders.values())):
         raise TypeError("contenders must be what each name stands for")
     for task, about in tasks.items() if isinstance(tasks, dict) else [("tasks", tasks)]:

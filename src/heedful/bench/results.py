@@ -47,17 +47,18 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Price:
-    """What one contender costs on the longest prompt.
+    """What one contender costs on a batch of the longest prompt.
 
     The ends of a ratio hold it with a probability of `held`, whatever times are distributed like.
     """
 
     contender: str
-    tokens: int
+    batch: int
+    tokens: int  # of one row
     turns: int
     prefill: float  # seconds
-    token: float  # seconds
-    cache: int  # bytes
+    token: float  # seconds, of every row
+    cache: int  # bytes of all rows
     peak: int | None  # bytes above the resting model
     ratios: Mapping[str, Ratio]  # of "prefill", "token", "cache" and, where they are known, "pairs" of a causal map
     backends: tuple[str, ...]
@@ -65,6 +66,16 @@ class Price:
     @property
     def held(self) -> float:
         return 1 - 2.0 ** (1 - self.turns)
+
+    @property
+    def read_rate(self) -> float:
+        """Tokens of prompts a second."""
+        return self.batch * self.tokens / self.prefill
+
+    @property
+    def write_rate(self) -> float:
+        """Tokens that follow a second."""
+        return self.batch / self.token
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,19 +202,36 @@ class Results:
                 found.setdefault(r.contender, []).append(r.nats_gap)
         return {name: Gap.mean_of(gaps) for name, gaps in found.items()}
 
+    @property
+    def batches(self) -> list[int]:
+        """The sizes for which costs were asked; what is compared at one size alone is so at the first."""
+        return list(self.facts.get("batch", [1]))
+
+    @property
+    def limit(self) -> int | None:
+        """How many bytes the cache may take, where somebody said."""
+        return self.facts.get("cache")
+
     @cached_property
-    def prices(self) -> list[Price]:
-        """One row for each contender measured on the same machine and prompt as the unedited model."""
-        costs = [r for r in self.records if isinstance(r, Cost)]
+    def priced(self) -> dict[int, list[Price]]:
+        """By batch, one row for each contender measured on the same machine and prompt as the unedited model."""
+        costs = [r for r in self.records if isinstance(r, Cost) and r.batch in self.batches]
         place = max(((r.tokens, r.machine) for r in costs if r.contender == PLAIN), default=None)
-        if place is None:
-            return []
-        by: dict[str, dict[int, Cost]] = {}
+        by: dict[tuple[int, str], dict[int, Cost]] = {}
         for r in costs:
             if (r.tokens, r.machine) == place:
-                by.setdefault(r.contender, {})[r.turn] = r
-        plain = by[PLAIN]
-        return [price(by[name], plain) for name in self.contenders if set(by.get(name, {})) & set(plain) - {WARM_UP}]
+                by.setdefault((r.batch, r.contender), {})[r.turn] = r
+        found = {}
+        for batch in self.batches:
+            plain = by.get((batch, PLAIN), {})
+            timed = [by[batch, n] for n in self.contenders if set(by.get((batch, n), {})) & set(plain) - {WARM_UP}]
+            found[batch] = [price(mine, plain) for mine in timed]
+        return found
+
+    @property
+    def prices(self) -> list[Price]:
+        """The same at the first batch."""
+        return self.priced[self.batches[0]]
 
     @property
     def refused(self) -> list[Refused]:
@@ -234,4 +262,5 @@ def price(mine: dict[int, Cost], plain: dict[int, Cost]) -> Price:
         ratios["pairs"] = Ratio.of([one.density])
     prefill, token = (statistics.median(getattr(mine[t], field) for t in turns) for field in ("prefill", "step"))
     peak = mine[WARM_UP].peak if WARM_UP in mine else None
-    return Price(one.contender, one.tokens, len(turns), prefill, token, one.cache, peak, ratios, one.backends)
+    about = one.contender, one.batch, one.tokens, len(turns)
+    return Price(*about, prefill, token, one.cache, peak, ratios, one.backends)

@@ -33,7 +33,7 @@ def summary(comparison: Comparison, page: Path | None) -> str:
         "verdicts": {name: comparison.verdict(name) for name in comparison.contenders[1:]},
         "findings": [finding.text for finding in comparison.description().findings],
         "results": [asdict(result) for result in comparison.results],
-        "costs": [asdict(price) for price in comparison.prices],
+        "costs": [asdict(price) for rows in comparison.batches for price in comparison.priced[rows]],
         "refused": [asdict(refused) for refused in comparison.refused],
         "page": page and str(page),
     }
@@ -47,6 +47,14 @@ def _finite(x: Any) -> Any:
     if isinstance(x, list | tuple):
         return [_finite(value) for value in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def _sizes(text: str) -> list[int]:
+    """The sizes of batches that are parted by commas."""
+    try:
+        return [int(one) for one in parted(text)]
+    except ValueError:
+        raise FieldError("compare", "--batch", text, "must be whole numbers, parted by commas", "1,4,16") from None
 
 
 def _fitted(loaded: Loaded, what: Contender, bars: Bars, only: str | None) -> Contender:
@@ -86,6 +94,10 @@ def compare(
     margin: Annotated[float, typer.Option(help="How much worse is safe: of the share right, or nats.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Draws other prompts.")] = 0,
     turns: Annotated[int, typer.Option(help="How often costs are measured; 0 for not at all.")] = 3,
+    batch: Annotated[str, typer.Option(help="Measure costs of so many rows at once, as in '1,4,16'.")] = "1",
+    cache: Annotated[
+        str | None, typer.Option(help="How much a batch's cache may take, as in '4GB'; what fits and holds is named.")
+    ] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Fit what can be fitted to plain prose first.")] = False,
     only: Annotated[str | None, typer.Option(help="Serve this part of the model alone, as in 'model.layers'.")] = None,
     backend: Annotated[str, typer.Option(help="Demand one, as in 'tiled'.")] = "auto",
@@ -107,9 +119,12 @@ def compare(
         raise FieldError("compare", "--methods", methods, "must name one or more", "act,snapkv(budget=0.25)")
     for text in parted(tasks):  # what is wrong is named before the model loads
         find(ranged(text, most=1 << 30)[0])
+    from heedful.bench.compare import costed
+
     if page:
         require_page()
     shared = workers_from(workers, ray)
+    batches, limit = costed(_sizes(batch), cache, turns)
     bars = Bars(STAGES)
     with bars.console.status(f"loading {escape(model)}"):
         from heedful import models
@@ -124,7 +139,7 @@ def compare(
             contenders = [_fitted(loaded, what, bars, only) for what in contenders]
         found = run(
             loaded, contenders, asked, prompts=prompts, minutes=minutes, margin=margin, seed=seed, turns=turns, out=out,
-            workers=shared, progress=bars, only=only, backend=backend,
+            batch=batches, cache=limit, workers=shared, progress=bars, only=only, backend=backend,
         )  # fmt: skip
     where = write_page(found, "compare", loaded.name, out) if page else None
     if as_json:

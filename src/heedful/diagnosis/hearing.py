@@ -74,12 +74,12 @@ class SoundView:
             for n, word in enumerate(self.words[i][:MOST_WORDS]):
                 row = self.maps[i, 0, n].float().nan_to_num()
                 peak = int(row.argmax())
-                rows.append((name.rpartition("/")[2], word, f"{peak * self.steps[i]:.2f}", percent(float(row[peak]))))
+                rows.append((name.rpartition("/")[2], word, round(peak * self.steps[i], 2), percent(float(row[peak]))))
         label = "second" if self.unit == "s" else "place"
         what = "Each word with the stretch of its sound that gets most attention while it is written, in the mean."
         return Listing("heard_words", "Words and when they are heard", what, ("sound", "word", label, "share"), rows)
 
 
-def _told(view: SoundView, mine: list[int]) -> str:
+def _told(view: SoundView, mine: list[int]) -> str | None:
     found = view.silence[mine]
-    return "" if bool(found.isnan().all()) else percent(float(found.nanmean()))
+    return None if bool(found.isnan().all()) else percent(float(found.nanmean()))

@@ -67,6 +67,7 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
     folder for the profile: what is there so far is saved every minute, and the same call goes on where it stopped.
     `how` goes to `attach`: `only`, `backend`, `tile_rows`.
     """
+    began = time.perf_counter()
     given = model if isinstance(model, Loaded) else Loaded(unwrapped(model), None, "")
     folder = folder_for("diagnose()", out)
     if batch < 1:
@@ -96,8 +97,9 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
         read = Reader(subject.model, subject.tokenizer, parts, length, batch, how)
 
         def whole() -> Profile:
+            spent = time.perf_counter() - began
             with held(folder, "a diagnosis"):
-                return _Job(subject, parts, windows, facts, batch, folder, shards, readers, read).whole()
+                return _Job(subject, parts, windows, facts, batch, folder, shards, readers, read, spent).whole()
 
         return readers.together(whole, read)
 
@@ -127,6 +129,7 @@ class _Job:
     shards: tuple[Shard, ...]  # of a corpus; `windows` then are those of the first that can be read
     workers: Workers
     reader: Reader
+    spent: float  # seconds, before it begins: sounds were written down, files read, weights told apart
     _looks: LooksByLayer = field(default_factory=dict)  # where the first window's first tokens look
 
     def whole(self) -> Profile:
@@ -136,7 +139,7 @@ class _Job:
         earlier = self._earlier(UNFINISHED)
         profile = self._corpus(earlier) if self.shards else self._text(earlier)
         profile += self._trials()
-        profile += self._weights()
+        profile += self._weights() + self._profile({}, "preparing", self.spent)
         profile = self._view(profile)
         if self.out is not None:
             profile.save(self.out)

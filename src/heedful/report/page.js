@@ -105,19 +105,31 @@ function paint(place, traces, layout, config = {}) {
 }
 
 /* draw when it comes into sight, and again whenever the theme or the picked head changes */
+const waiting = new Set();
 const sight = new IntersectionObserver((entries) => {
-  for (const entry of entries) {
-    if (!entry.isIntersecting) continue;
-    sight.unobserve(entry.target);
-    const redraw = entry.target.redraw;
-    page.drawn.set(entry.target, redraw);
-    redraw();
-  }
+  for (const entry of entries) if (entry.isIntersecting) draw(entry.target);
 }, { rootMargin: "300px" });
 
 function whenSeen(place, redraw) {
   place.redraw = redraw;
+  waiting.add(place);
   sight.observe(place);
+}
+
+function draw(place) {
+  sight.unobserve(place);
+  if (!waiting.delete(place)) return;
+  page.drawn.set(place, place.redraw);
+  place.redraw();
+}
+
+/* what is further down comes between other things, so that a picture of the whole page shows all of it */
+const idle = window.requestIdleCallback ?? ((act) => setTimeout(act, 50));
+function further() {
+  const next = [...waiting].find((place) => place.isConnected && place.offsetParent);
+  if (!next) return;
+  draw(next);
+  idle(further);
 }
 
 /* ---------- maps ---------- */
@@ -268,7 +280,7 @@ function fillCard(head) {
     const place = el("div", { class: "plot", style: "height:11rem" });
     body.append(el("h4", {}, figure.title), place);
     const drawIt = () => drawCurves(place, figure, true);
-    for (const old of [...page.drawn.keys()]) if (!old.isConnected) page.drawn.delete(old);
+    for (const known of [page.drawn, waiting]) for (const old of [...known.keys()]) if (!old.isConnected) known.delete(old);
     whenSeen(place, drawIt);
   }
   const examples = page.examples?.(head);
@@ -472,7 +484,7 @@ function wireRoles() {
 /* on paper nothing is out of sight, and nothing is folded */
 function unfold() {
   all("details").forEach((fold) => { fold.open = true; });
-  for (const place of all("*")) if (place.redraw && !page.drawn.has(place)) { sight.unobserve(place); page.drawn.set(place, place.redraw); place.redraw(); }
+  for (const place of [...waiting]) if (place.isConnected) draw(place);
 }
 
 function drawMini(button) {
@@ -513,6 +525,7 @@ async function start() {
   const last = page.view?.images && page.view.heads.at(-1); // of the last layer, whose class token tells the image
   if (maps.length) pick(last || (notable.find((head) => page.view?.heads.includes(head)) ?? notable[0] ?? maps[0].order[0]));
   document.documentElement.dataset.ready = "";
+  idle(further);
 }
 
 /* once the script of the view, which comes after this one, is known */

@@ -32,6 +32,7 @@ WORDS = {  # what the page calls things
 }
 SHOWN = 4  # curves and grids that are not folded
 SECONDS = {
+    "preparing": "preparing what is read",
     "text": "reading the text",
     "images": "reading the images",
     "sounds": "reading the sounds",

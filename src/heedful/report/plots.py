@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # How a number of each unit is written, in d3's language, which plotly speaks.
 WRITTEN = {"share": ".1~%", "nats": ".3~f", "tokens": ",.3~r"}
 HEAD = re.compile(r"\d+\.\d+")  # what `head_name` makes
+ROOM, TINY = 64, 1e-6  # letters that stand side by side below a plot; what rounding leaves of a ratio
 FEW = 6  # lines up to here have a colour and a place in the legend each
 POINTS, NUMBERS = 600, 48_000  # in a line, and in the lines of one figure: a page stays light, a peak stays
 
@@ -176,11 +177,10 @@ def curves(figure: Curves, picked: Sequence[str] = ()) -> go.Figure:
     if len(figure.x) == 1:  # a line of one point shows nothing
         for trace in traces:
             trace.update(mode="markers")
+    few = {"tickvals": list(figure.x), "ticktext": [f"{v:g}" for v in figure.x]} if len(figure.x) <= FEW else {}
+    along = _scale(figure.log_x, torch.tensor([float(v) for v in figure.x])) | few
     layout = {
-        "xaxis": {
-            "title": {"text": figure.x_label},
-            **_scale(figure.log_x, torch.tensor([float(v) for v in figure.x])),
-        },
+        "xaxis": {"title": {"text": figure.x_label}, **along},
         "yaxis": {"title": {"text": figure.y_label}, **_scale(figure.log_y, values)},
         "hovermode": "closest",
         "legend": {"traceorder": "normal"},
@@ -210,9 +210,17 @@ def _bands(figure: Curves, x: Tensor, kept: Tensor, values: Tensor) -> list[Any]
 
 
 def _names(names: Sequence[object]) -> dict[str, Any]:
-    """An axis of names; of numbers, such as layers, as many as there is room for."""
-    numbers = all(re.fullmatch(r"[-+]?\d*\.?\d+", str(name)) for name in names)
-    return {"type": "category"} | ({"tickangle": 0, "dtick": math.ceil(len(names) / 16)} if numbers else {})
+    """An axis of names; of numbers, such as layers or seconds, as many as there is room for, at round ones."""
+    told = [str(name) for name in names]
+    if not all(re.fullmatch(r"[-+]?\d*\.?\d+", name) for name in told):
+        return {"type": "category"}
+    every = math.ceil(len(told) * (2 + max(map(len, told), default=0)) / ROOM)
+    step = (float(told[-1]) - float(told[0])) / (len(told) - 1) if len(told) > 1 else 0.0
+    if every > 1 and step > 0:
+        decade = 10.0 ** math.floor(math.log10(every * step))
+        apart = next(n * decade for n in (1, 2, 5, 10) if n * decade >= (1 - TINY) * every * step)
+        every = round(apart / step)
+    return {"type": "category", "tickangle": 0, "dtick": every}
 
 
 def _scale(log: bool, shown: Tensor | None) -> dict[str, Any]:
@@ -343,10 +351,16 @@ def scatter(figure: Scatter) -> go.Figure:
     return _finish(figure, traces, layout)
 
 
+def _reach(values: Sequence[float]) -> float:
+    """How much of an axis values take, with what is no number left out."""
+    known = [x for x in values if not math.isnan(x)]
+    return max(known) - min(known) or 1.0
+
+
 def _apart(figure: Scatter, best: Sequence[str]) -> list[str]:
     """The points whose names have room beside the others', the best ones first; the rest are named on hover."""
     at = figure.points
-    wide, high = (max(v[i] for v in at.values()) - min(v[i] for v in at.values()) or 1.0 for i in (0, 1))
+    wide, high = (_reach([x for v in at.values() for x in part(v)]) for part in (lambda v: v[:1], lambda v: v[1:]))
     out: list[str] = []
     for name in (*best, *(n for n in at if n not in best)):
         if all(abs(at[name][0] - at[o][0]) > 0.16 * wide or abs(at[name][1] - at[o][1]) > 0.07 * high for o in out):

@@ -116,13 +116,16 @@ class MassiveQK(Method):
         )
         in_query, in_key = answer.dimensions(answer.query), answer.dimensions(answer.key)
         both = in_query + in_key
+        turns, what = not bool(answer.period.isnan().all()), "Dimensions of a head that are massive in most heads"
+        rows = [(d, _wave(answer.period, d), in_query[d], in_key[d]) for d, _ in both.most_common(12)]
         listing = Listing(
             "massive_dimensions",
             "Massive dimensions",
-            "Dimensions of a head that are massive in most heads, with their RoPE wavelengths in tokens: the long ones "
-            "tell little of position.",
-            columns=("dimension", "RoPE wavelength", "heads, queries", "heads, keys"),
-            rows=[(d, _wave(answer.period, d), in_query[d], in_key[d]) for d, _ in both.most_common(12)],
+            f"{what}, with their RoPE wavelengths in tokens: the long ones tell little of position."
+            if turns
+            else f"{what}.",
+            columns=("dimension", *("RoPE wavelength",) * turns, "heads, queries", "heads, keys"),
+            rows=[(d, *(wave,) * turns, *many) for d, wave, *many in rows],
         )
         return Description((*maps, listing) if both else maps, findings=(self._finding(answer, both),))
 
