@@ -23,6 +23,8 @@ from heedful.diagnosis.texts import Delimiters
 from heedful.engine.run import Run
 from heedful.explaining.aim import reads_pictures, reads_sounds
 
+SMALLER = 16, 4, 1  # rows of a tile, where memory does not hold the ones that are fast
+
 
 @dataclass(eq=False)
 class Subject:
@@ -70,8 +72,16 @@ class Subject:
         """One forward over images of one size, sounds, or texts of any length, padded to the longest."""
         n = max(map(self.count, rows))
         feed = self._sounds(rows) if self.sounds else self._pixels(rows) if self.pictures else self._tokens(rows, n)
-        with memory(n):
-            run(**feed)
+        fewer = [height for height in SMALLER if run.tile_rows is None or height < run.tile_rows]
+        while True:
+            try:
+                with memory(n):
+                    run(**feed)
+                break
+            except TooLittleMemory:
+                if not fewer or "tiled" not in run.state.backends.values():
+                    raise
+            run.tile_rows = fewer.pop(0)  # what the failed forward had counted counts for nothing
         if (layer := run.state.endless) is not None:
             raise endless(f"the heads of layer {layer} ({run.layer_names[layer]}) give")
 
@@ -120,6 +130,10 @@ class Subject:
         return feed
 
 
+class TooLittleMemory(FieldError):
+    """A forward that the machine's memory does not hold."""
+
+
 @contextmanager
 def memory(tokens: int) -> Iterator[None]:
     """Say what to do where the machine has too little memory."""
@@ -130,4 +144,4 @@ def memory(tokens: int) -> Iterator[None]:
         if not short and "not enough memory" not in str(error):
             raise
         rule = "the machine has too little memory to read that many tokens at once; pass fewer"
-        raise FieldError("diagnose()", "length", tokens, rule, max(2, tokens // 2)) from error
+        raise TooLittleMemory("diagnose()", "length", tokens, rule, max(2, tokens // 2)) from error
