@@ -192,8 +192,8 @@ class RunState:
 
     def new_forward(self, blind: bool = False) -> None:
         """A new pass of the whole model begins; it is blind where it has gradients on the way back alone."""
-        before = {"counted": dict(self.statistics), "noted": _copied(self._of_run)}
-        self.now = Forward(self.now.number + 1, self.now.again, blind=blind, **before)
+        counted, noted = dict(self.statistics), _copied(self._of_run)
+        self.now = Forward(self.now.number + 1, self.now.again, counted=counted, noted=noted, blind=blind)
 
     def fail_forward(self) -> None:
         """The pass ended with an error: what it had counted and noted so far counts for nothing."""
