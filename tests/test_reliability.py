@@ -28,7 +28,7 @@ WAITING = {"two_workers", "sanitized"}  # for an idle machine, and for half an h
 
 def test_nothing_of_what_was_done_went_wrong() -> None:
     found = page.load()
-    assert {*page.TOLD, "merges", "simulated"} - WAITING <= set(found)
+    assert {*page.TOLD, "merges", "simulated", "numbers"} - WAITING <= set(found)
     assert found["kills"]["wrong"] == found["ray_kills"]["wrong"] == 0
     assert found["kills"]["kills"] >= 100
     assert found["ray_kills"]["kills, all"] == sum(found["ray_kills"]["kills"].values()) >= 30
