@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.reliability.problems import sanitizing
 from heedful import native
 from heedful.conformance.tolerances import close, within_budget
 from heedful.core.errors import BackendError
@@ -241,31 +242,8 @@ def test_the_same_tests_hold_on_other_builds(path: str, tmp_path: Path) -> None:
     env = {**os.environ, native.PATH_VARIABLE: path}
     if path == "sanitized":
         env[native.PATH_VARIABLE] = ""
-        env |= _sanitized(tmp_path)
+        env |= sanitizing(tmp_path)
     files = [__file__, *(str(Path(__file__).with_name(f"test_native_{name}.py")) for name in ("flat", "extremes"))]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-def _sanitized(folder: Path) -> dict[str, str]:
-    source = Path(native.__file__).parent / "kernel.cpp"
-    library = folder / "kernel.so"
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-g",
-        "-fPIC",
-        "-shared",
-        "-fopenmp",
-        "-Wno-psabi",
-        "-fno-math-errno",
-        "-ffp-contract=fast",
-    ]
-    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    subprocess.run(["g++", *flags, *checks, str(source), "-o", str(library)], check=True)
-    runtime = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    return {"LD_PRELOAD": " ".join(runtime), "ASAN_OPTIONS": "detect_leaks=0", native.FILE_VARIABLE: str(library)}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,18 +16,22 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.reliability import damaged, kills, merges, page, soak
+from benchmarks.reliability import damaged, kills, merges, numbers, page, problems, soak
 from heedful.core.errors import HeedfulError
 from heedful.core.method import as_stack
+from heedful.engine.backends import native as backend
 from heedful.methods import TempScale
 from tests import test_corpus, test_damaged
+
+WAITING = {"two_workers", "sanitized"}  # for an idle machine, and for half an hour of one
 
 
 def test_nothing_of_what_was_done_went_wrong() -> None:
     found = page.load()
-    assert {*page.TOLD, "merges", "simulated"} - {"two_workers"} <= set(found)  # which wants an idle machine
+    assert {*page.TOLD, "merges", "simulated", "numbers"} - WAITING <= set(found)
     assert found["kills"]["wrong"] == found["ray_kills"]["wrong"] == 0
-    assert sum(found["ray_kills"]["kills"].values()) >= 30
+    assert found["kills"]["kills"] >= 100
+    assert found["ray_kills"]["kills, all"] == sum(found["ray_kills"]["kills"].values()) >= 30
     assert found["damaged"]["anything else"] == 0
     assert found["damaged"]["files"] >= 100_000
     assert found["mixed"]["errors that are not heedful's own"] == {}
@@ -34,6 +42,117 @@ def test_nothing_of_what_was_done_went_wrong() -> None:
     assert found["soak"]["growth in MB from a quarter on"] < 1
     for name, (title, _) in page.TOLD.items():
         assert (title in page.page()) == (name in found)
+
+
+def recorded(name: str) -> Any:
+    if name not in page.load():
+        pytest.skip(f"not measured yet: python -m benchmarks.reliability {name}")
+    return page.load()[name]
+
+
+def test_two_workers_were_measured_where_nothing_else_ran() -> None:
+    found = recorded("two_workers")
+    assert found["load before it"] < 0.5
+    assert found["ratio, median"] >= 1.6
+
+
+def test_thirty_thousand_problems_were_computed_under_the_sanitizers() -> None:
+    found = recorded("sanitized")
+    assert found["problems"] >= 30_000
+    told = ("reports of a sanitizer, or a process that died", problems.SEVERAL, problems.EXACT)
+    assert [found[what] for what in told] == [0, 0, 0]
+
+
+def test_the_kernels_numbers_are_as_near_as_torchs() -> None:
+    rows = recorded("numbers")["rows"]
+    assert {(row["case"], row["dtype"]) for row in rows} == set(itertools.product(numbers.CASES, numbers.DTYPES))
+    for row in rows:
+        for word in ("median", "99.9 %", "worst"):
+            assert row["native"][word] <= 2 * row["torch"][word], row
+
+
+def test_a_number_that_is_off_is_seen() -> None:
+    found = numbers.numbers(1, lambda *_: {"native": torch.tensor([0.0, 0.0, 3.0]), "torch": torch.zeros(3)})
+    assert all(row["native"] == {"median": 0, "99.9 %": 3, "worst": 3} for row in found["rows"])
+    assert all(row["torch"]["worst"] == 0 for row in found["rows"])
+
+
+@pytest.mark.parametrize("name", numbers.CASES)
+def test_both_kernels_compute_what_float64_does(name: str) -> None:
+    """Another mask, bias or cap in any of the three would be far off."""
+    case = numbers.CASES[name]
+    small = replace(case, shape=(*case.shape[:3], min(case.shape[3], 40), min(case.shape[4], 50), *case.shape[5:]))
+    for who, far in numbers.gaps(small, torch.float32, 1).items():
+        assert float(far.max()) < 1e-3, who
+
+
+def test_random_problems_hold_and_a_fault_in_one_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = sum((problems.Problem(number).complaints() for number in range(12)), Counter())
+    assert told[problems.SEVERAL] == told[problems.EXACT] == 0
+    assert told.total() == 12
+    plain = backend._compute
+
+    def off(kernel: Any, job: Any, *given: Any) -> Any:
+        heads = plain(kernel, job, *given)
+        return heads + (torch.get_num_threads() > 1) * 1e-6
+
+    monkeypatch.setattr(backend, "_compute", off)
+    assert problems.Problem(3).complaints()[problems.SEVERAL] == 1
+    monkeypatch.setattr(backend, "_compute", lambda *given: plain(*given) * 1.05)
+    found = sum((problems.Problem(number).complaints() for number in range(8)), Counter())
+    assert found[problems.SEVERAL] == 0
+    assert found[problems.EXACT] == 8
+
+
+@pytest.mark.slow
+def test_problems_under_the_sanitizers_and_what_they_report(tmp_path: Path) -> None:
+    told = problems.sanitizing(tmp_path)
+    found, died = problems.asked(0, 200, told)
+    assert died == found[problems.SEVERAL] == found[problems.EXACT] == 0
+    assert sum(n for word, n in found.items() if word.startswith("on ")) == 200
+    beyond = "import torch\nfrom tests.kernel_calls import *\nq, k, v = draw((1, 2, 2, 40, 40, 8, 8))\n" + (
+        "k = k[:, :, :1].clone().as_strided(k.shape, k.stride()) if {} else k\n"
+        "run('native', Same(), q, k, v, a_call((1, 2, 2, 40, 40, 8, 8), CAUSAL))"
+    )
+    for planted, ends in ((False, True), (True, False)):
+        words = [sys.executable, "-c", beyond.replace("{}", str(planted))]
+        env = {**os.environ, **told, "PYTHONPATH": f"{problems.ROOT / 'src'}:{problems.ROOT}"}
+        done = subprocess.run(words, env=env, cwd=problems.ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) == ends, done.stderr[-2000:]
+        assert ends or "AddressSanitizer" in done.stderr
+
+
+def test_what_runs_found_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = iter([(Counter({"on a": 250}), 0), (Counter(), 1), (Counter({"on a": 9, problems.EXACT: 2}), 0)])
+    monkeypatch.setattr(problems, "sanitizing", lambda _: {})
+    monkeypatch.setattr(problems, "asked", lambda *_: next(asked))
+    *_, first = problems.sanitized(500, {})
+    (second,) = problems.sanitized(9, first)
+    assert second["problems"] == 509
+    assert second["reports of a sanitizer, or a process that died"] == 1
+    assert (second[problems.SEVERAL], second[problems.EXACT]) == (0, 2)
+    assert second["problems on each path"] == {"a": 259}
+
+
+def test_kills_of_several_runs_add_up_and_each_is_told() -> None:
+    run = {"jobs": 2, "wrong": 1, "drivers looked after": 3, "processes left": 1, "ended": False, "folders left": None}
+    once = kills._added({}, run | {"kills": {"a worker": 2}})
+    twice = kills._added(once, run | {"kills": {"the driver": 3}, "ended": True, "folders left": ["a"]})
+    assert twice["kills"] == {"a worker": 2, "the driver": 3}
+    assert (twice["kills, all"], twice["jobs"], twice["wrong"], twice["runs"], len(twice["each"])) == (5, 4, 2, 2, 2)
+    assert twice["runs cut off by a limit of time, of which jobs that had ended are counted"] == 1
+    assert twice["processes that outlived their driver by 120 s, in 6 kills"] == 2
+    assert twice["folders left in the end"] == 1
+    assert "- each: " not in page.page()
+
+
+def test_what_was_killed_is_looked_after_when_its_time_is_over() -> None:
+    now = time.monotonic()
+    waits: list[tuple[set[int], float]] = [({2**30}, now - 1), ({2**30}, now + 60)]
+    assert kills.due(waits) == (1, 0)
+    assert len(waits) == 1
+    assert kills.due(waits, all_of_them=True) == (1, 0)
+    assert not waits
 
 
 def test_what_damage_did_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,9 +193,11 @@ def test_jobs_killed_at_random_moments_end_with_the_same_bits() -> None:
 @pytest.mark.slow
 def test_two_workers_of_ray_killed_at_random_moments_end_with_the_same_bits() -> None:
     pytest.importorskip("ray")
-    found = kills.ray_kills(3)
-    assert sum(found["kills"].values()) == 3
-    assert found["wrong"] == found["processes that outlived their driver by 120 s"] == 0
+    *_, found = kills.ray_kills(3, {})
+    assert found["kills, all"] == 3
+    (run,) = found["each"]
+    assert run["ended"]
+    assert run["wrong"] == run["processes left"] == 0
 
 
 def test_what_outlives_a_process_is_counted_and_ended() -> None:

@@ -9,7 +9,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -126,28 +126,38 @@ class _RayJob:
         self.process.join(seconds)
         return self.process.exitcode is not None
 
-    def kill(self, what: str, draw: random.Random) -> tuple[bool, int]:
-        """Kill the driver, a worker, or all: whether there was one, and how many outlived their driver."""
+    def kill(self, what: str, draw: random.Random) -> tuple[bool, set[int]]:
+        """Kill the driver, a worker, or all: whether there was one, and what the driver had started."""
         started = below(self.process.pid)
         if what == WORKER:
             workers = [pid for pid, name in started.items() if "MapBatches" in name or "MapWorker" in name]
             if workers:
                 os.kill(draw.choice(workers), signal.SIGKILL)
-            return bool(workers), 0
+            return bool(workers), set(started)
         for pid in (self.process.pid, *(started if what == ALL else ())):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.join()
-        return True, outlived(set(started))
+        return True, set(started)
 
 
-def ray_kills(rounds: int, seed: int = 0) -> dict[str, Any]:
-    """Jobs of two workers of Ray, of which the driver, a worker or all are killed at random moments."""
+def due(waits: list[tuple[set[int], float]], all_of_them: bool = False) -> tuple[int, int]:
+    """Of those whose time is over, or of all, how many kills and how many processes that are there still."""
+    now = time.monotonic()
+    ready = [(pids, end) for pids, end in waits if all_of_them or end <= now]
+    waits[:] = [one for one in waits if one not in ready]
+    return len(ready), sum(outlived(pids, end - time.monotonic()) for pids, end in ready)
+
+
+def ray_kills(rounds: int, before: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Jobs of two workers of Ray, of which the driver, a worker or all are killed: so many kills more, by jobs."""
     from heedful.diagnosis import run as running
     from tests import corpus_job
 
     running.SAVE_EVERY = 0.0
-    draw, hit, jobs, wrong, left = random.Random(seed), Counter[str](), 0, 0, 0
+    mine: dict[str, Any] = {"began": time.strftime("%Y-%m-%d %H:%M"), "jobs": 0, "wrong": 0, "ended": False}
+    draw, hit, waits = random.Random(mine["began"]), Counter[str](), list[tuple[set[int], float]]()
+    seen, left = 0, 0  # kills of a driver after which was looked long enough, and processes that were there still
     with tempfile.TemporaryDirectory(prefix="k") as home:
         corpus, scratch = corpus_job.written(Path(home), 100), Path(home) / "s"
         scratch.mkdir()
@@ -156,30 +166,47 @@ def ray_kills(rounds: int, seed: int = 0) -> dict[str, Any]:
         job = _RayJob(corpus, Path(home) / "out0", scratch)
         try:
             while hit.total() < rounds or not takes:
-                out = Path(home) / f"out{jobs}"  # the first job is killed by nobody, and tells how long one takes
+                out = Path(home) / f"out{mine['jobs']}"  # the first job is killed by nobody: how long does one take?
                 while not job.ended(draw.uniform(0, takes) if takes and hit.total() < rounds else None):
                     what = draw.choice(KINDS)
-                    there, more = job.kill(what, draw)
+                    there, started = job.kill(what, draw)
                     hit[what] += there
-                    left += more
-                    print(f"{dict(hit)}, {jobs} jobs of {takes:.0f} s, {wrong} wrong, {left} left", flush=True)
                     if what != WORKER:
+                        waits.append((started, time.monotonic() + PATIENCE))
                         job = _RayJob(corpus, out, scratch)
+                    print(f"{dict(hit)}, {mine['jobs']} jobs of {takes:.0f} s, {mine['wrong']} wrong", flush=True)
                 takes = takes or time.monotonic() - began
-                jobs += 1
-                wrong += job.process.exitcode != 0 or _wrong(out, straight)
-                if hit.total() < rounds:
-                    job = _RayJob(corpus, Path(home) / f"out{jobs}", scratch)
+                mine["jobs"] += 1
+                mine["wrong"] += job.process.exitcode != 0 or _wrong(out, straight)
+                last = hit.total() >= rounds
+                now, more = due(waits, last)
+                seen, left = seen + now, left + more
+                mine |= {"kills": dict(hit), "drivers looked after": seen, "processes left": left, "ended": last}
+                mine["folders left"] = [path.name for path in scratch.iterdir()] if last else None
+                yield _added(before, mine)
+                if not last:
+                    job = _RayJob(corpus, Path(home) / f"out{mine['jobs']}", scratch)
         finally:
             if not job.ended(0):
                 job.kill(ALL, draw)
-        kept = [str(path.relative_to(scratch)) for path in scratch.rglob("*")]
-        print("left:", kept[:9], flush=True)
-        folders = sum(1 for _ in scratch.iterdir())
+
+
+def _added(before: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
+    """What all runs found, and each for itself."""
+    each = [*before.get("each", ()), dict(mine)]
+    own = [run for run in each if "put together" not in run]
+    old = {key: x for run in each if "put together" in run for key, x in run["processes left"].items()}
+    hit = sum((Counter(run["kills"]) for run in each), Counter())
+    seen, left = (sum(run[key] for run in own) for key in ("drivers looked after", "processes left"))
     return {
         "kills": dict(hit),
-        "jobs": jobs,
-        "wrong": wrong,
-        f"processes that outlived their driver by {PATIENCE:.0f} s": left,
-        "folders left of all of them in the end": folders,
+        "kills, all": hit.total(),
+        "jobs": sum(run["jobs"] for run in each),
+        "wrong": sum(run["wrong"] for run in each),
+        "runs": sum(run.get("put together", 1) for run in each),
+        "runs cut off by a limit of time, of which jobs that had ended are counted": sum(not x["ended"] for x in own),
+        **old,
+        f"processes that outlived their driver by {PATIENCE:.0f} s, in {seen} kills": left,
+        "folders left in the end": sum(len(run["folders left"] or ()) for run in each),
+        "each": each,
     }

@@ -17,6 +17,7 @@ from typing import Any
 from heedful.diagnosis.shards import Piece
 from heedful.diagnosis.workers import Pieces, Ray, Read, Workers
 
+MINUTES = 8  # that two workers and one are measured for at most
 LINK = 1e9  # bytes a second that reach the process that leads
 SENTENCE = "The keys to the cabinet are on the table. "
 
@@ -155,10 +156,15 @@ def _simulated(workers: int, shards: int, seconds: float, merge: float, seed: in
 
 
 def two_workers(rounds: int) -> dict[str, Any]:
-    """The default model over one corpus, by one worker of Ray and by two, of one thread each, in turns."""
+    """The default model over one corpus, by one worker of Ray and by two, of one thread each, in turns.
+
+    So many rounds, or as many as end within some minutes.
+    """
     found: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
-    load = [os.getloadavg()[0]]
-    for _ in range(rounds):
+    load, began = [os.getloadavg()[0]], time.monotonic()
+    for done in range(rounds):
+        if done and (time.monotonic() - began) * (done + 1) / done > MINUTES * 60:
+            break
         for workers, mine in found.items():
             rate, seconds = _rate(workers)
             mine.append((rate, seconds))
@@ -167,12 +173,13 @@ def two_workers(rounds: int) -> dict[str, Any]:
     (one, alone), (two, shared) = (zip(*mine, strict=True) for mine in found.values())
     ratios = [b / a for a, b in zip(one, two, strict=True)]
     return {
-        "rounds": rounds,
+        "rounds": len(ratios),
         "documents a second, one worker": list(one),
         "documents a second, two workers": list(two),
         "ratio in each round": ratios,
         "ratio, median": statistics.median(ratios),
         "seconds of a job, Ray's start included": [statistics.median(x) for x in (alone, shared)],
+        "load before it": load[0],
         "load, lowest and highest": [min(load), max(load)],
     }
 

@@ -232,13 +232,17 @@ def reading(where: str | Path, name: str) -> Iterator[None]:
     except HeedfulError:
         raise
     except _UNREADABLE as error:
-        raise ModelError(f"{name}: cannot be loaded from {str(where)!r}: {first_line(error)}") from error
+        own = "; if you trust it: models.load(name, trust_remote_code=True)" if "remote_code" in str(error) else ""
+        raise ModelError(f"{name}: cannot be loaded from {str(where)!r}: {first_line(error)}{own}") from error
 
 
 def hub_arguments(where: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `from_pretrained`'s arguments that say where files come from; for a folder nobody asks the hub."""
+    """Those of `from_pretrained`'s arguments that say where files come from; for a folder nobody asks the hub.
+
+    Code that comes with a model is not run unless a caller says so: transformers would ask whoever sits at a terminal.
+    """
     local = {"local_files_only": True} if Path(where).is_dir() else {}
-    return local | {key: given[key] for key in _HUB_ARGUMENTS if key in given}
+    return {"trust_remote_code": False} | local | {key: given[key] for key in _HUB_ARGUMENTS if key in given}
 
 
 def _pretrained(where: str | Path, name: str, **kw: Any) -> Loaded:

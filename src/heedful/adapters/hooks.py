@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -57,6 +58,7 @@ class Hooks:
     _inside: int = 0
     _graph: bool = False  # gradients may be asked of the forward under way
     _thread: int | None = None  # the one that a forward is under way in
+    _process: int | None = None  # the one that the last forward was in
     _parts: dict[nn.Module, str] = field(default_factory=dict)  # the models in the model, by name
     _images: dict[str, tuple[nn.Module, Grid]] = field(default_factory=dict)  # those that read images, and their grids
     _hooked: Hooked = field(default_factory=Hooked)
@@ -104,6 +106,7 @@ class Hooks:
                     "each thread a model and a run of its own"
                 )
                 raise FieldError("Run", "thread", get_ident(), rule, self._thread)
+            self._require_threads()
             blind = stand_around(self.run, type(model).__name__, whole=True)
             self._thread = get_ident()
             if self.first is not None:
@@ -116,6 +119,17 @@ class Hooks:
             self.patterns = bool(requested)
         self.run.state.now.ids[self._parts[model]] = tokens_of(kwargs)
         self._inside += 1
+
+    def _require_threads(self) -> None:
+        """A fork has none of the threads that its parent computed with, and would wait for them without end."""
+        if self._process not in (None, os.getpid()) and (threads := torch.get_num_threads()) > 1:
+            rule = (
+                f"this process was forked from process {self._process}, in which the run had computed already, and "
+                "torch would wait for threads that are there alone; call torch.set_num_threads(1) first, or start the "
+                "process by spawn and attach there"
+            )
+            raise FieldError("Run", "threads", threads, rule, 1)
+        self._process = os.getpid()
 
     def _ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self.under_way:

@@ -21,6 +21,8 @@ from heedful.diagnosis.texts import Delimiters
 from heedful.engine.run import Run
 from heedful.explaining.aim import read_by
 
+SMALLER = 16, 4, 1  # rows of a tile, where memory does not hold the ones that are fast
+
 
 @dataclass(eq=False)
 class Subject:
@@ -63,9 +65,18 @@ class Subject:
         return self.input.count(self, row)
 
     def read(self, run: Run, rows: tuple[Any, ...]) -> None:
-        """One forward over rows."""
-        with memory(max(map(self.count, rows))):
-            run(**self.input.feed(self, rows), **self.fixed)
+        """One forward over rows, in smaller tiles where memory does not hold those that are fast."""
+        feed, tokens = self.input.feed(self, rows), max(map(self.count, rows))
+        fewer = [height for height in SMALLER if run.tile_rows is None or height < run.tile_rows]
+        while True:
+            try:
+                with memory(tokens):
+                    run(**feed, **self.fixed)
+                break
+            except TooLittleMemory:
+                if not fewer or "tiled" not in run.state.backends.values():
+                    raise
+            run.tile_rows = fewer.pop(0)  # what the failed forward had counted counts for nothing
         if (layer := run.state.endless) is not None:
             raise endless(f"the heads of layer {layer} ({run.layer_names[layer]}) give")
 
@@ -74,6 +85,10 @@ class Subject:
         with self.attach(reader) as run:
             self.read(run, (row,))
             return run[reader] if run.state.statistics else {}
+
+
+class TooLittleMemory(FieldError):
+    """A forward that the machine's memory does not hold."""
 
 
 @contextmanager
@@ -86,4 +101,4 @@ def memory(tokens: int) -> Iterator[None]:
         if not short and "not enough memory" not in str(error):
             raise
         rule = "the machine has too little memory to read that many tokens at once; pass fewer"
-        raise FieldError("diagnose()", "length", tokens, rule, max(2, tokens // 2)) from error
+        raise TooLittleMemory("diagnose()", "length", tokens, rule, max(2, tokens // 2)) from error

@@ -250,7 +250,7 @@ class _Packer(pickle.Pickler):
 
 
 def _spread(few: Any, kind: torch.dtype, shape: torch.Size) -> Tensor:
-    return torch.from_numpy(few).to(kind).expand(shape).contiguous()
+    return torch.from_numpy(few).to(kind).expand(shape)  # a sum with it is a tensor of its own
 
 
 def packed(value: Any) -> bytes:

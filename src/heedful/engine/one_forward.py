@@ -47,6 +47,7 @@ class Forward:
     shelves: dict[int, Shelf] = field(default_factory=dict)  # what methods keep with the cache of the call, by layer
     open: dict[Found, Statistic] = field(default_factory=dict)  # what the tiles of calls under way add up to
     counted: dict[Found, Statistic] = field(default_factory=dict)  # the statistics as they were before
+    noted: dict[tuple[int, int], dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))  # likewise
     early: set[int] = field(default_factory=set)  # layers whose parts were asked at EMBEDDING
     idle: dict[int, dict[int, bool]] = field(default_factory=lambda: defaultdict(dict))  # by layer and part
     spare: Spare = field(default_factory=Spare)

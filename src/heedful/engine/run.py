@@ -8,14 +8,14 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from heedful.core.asked import asks
 from heedful.core.call import DenoisingStep
-from heedful.core.errors import FieldError, InactiveWarning, StatisticError
+from heedful.core.errors import FieldError, HeedfulError, InactiveWarning, StatisticError
 from heedful.core.method import Layer, Method, Part, Readings, Stack, Step, as_stack
 from heedful.core.notebook import printed
 from heedful.core.regions import PerText, Region, Roles, marks
@@ -146,6 +146,13 @@ class Run:
     def __repr__(self) -> str:
         name, state = type(self.model).__name__, "closed" if self.closed else "attached"
         return f"Run({self.stack!r} on {name}, {state})"
+
+    def __reduce__(self) -> NoReturn:
+        """The hooks stay in this process and this model, so a copy would run the model unedited."""
+        raise HeedfulError(
+            f"a run cannot be copied or sent to another process: {self!r}. Copy or send the model, which is the plain "
+            "one there, and run.stack; then attach(model, stack)"
+        )
 
     def _repr_html_(self) -> str:
         return printed(f"{self!r}\n{self.activity()}" if self.state.entered else repr(self))

@@ -192,12 +192,13 @@ class RunState:
 
     def new_forward(self, blind: bool = False) -> None:
         """A new pass of the whole model begins; it is blind where it has gradients on the way back alone."""
-        self.now = Forward(self.now.number + 1, self.now.again, counted=dict(self.statistics), blind=blind)
+        counted, noted = dict(self.statistics), _copied(self._of_run)
+        self.now = Forward(self.now.number + 1, self.now.again, counted=counted, noted=noted, blind=blind)
 
     def fail_forward(self) -> None:
-        """The pass ended with an error: what it had counted so far counts for nothing."""
+        """The pass ended with an error: what it had counted and noted so far counts for nothing."""
         if not self.now.again:
-            self.statistics = self.now.counted
+            self.statistics, self._of_run = self.now.counted, self.now.noted
         self.now.open.clear()
 
     def memory(self) -> Memory:
