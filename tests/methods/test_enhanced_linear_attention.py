@@ -139,7 +139,8 @@ def test_where_softmax_stays_and_what_cannot_be() -> None:
     for kernel in (0, 4, -1):
         with pytest.raises(FieldError, match=rf"kernel = {kernel}: must be an odd number of patches"):
             EnhancedLinearAttention(kernel)
-    with pytest.raises(FieldError, match=r"least = 0.0: must be above 0"):
-        EnhancedLinearAttention(3, 0.0)
+    for least in (0.0, float("inf")):
+        with pytest.raises(FieldError, match=rf"least = {least}: must be above 0"):
+            EnhancedLinearAttention(3, least)
     assert EnhancedLinearAttention() == EnhancedLinearAttention(7, 100.0)
     assert EnhancedLinearAttention.example() == EnhancedLinearAttention(3, 1.0)

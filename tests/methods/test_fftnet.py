@@ -73,6 +73,16 @@ def test_without_an_mlp_it_starts_as_the_identity() -> None:
     assert float((found - x).detach().abs().max()) < 1e-4  # but for what keeps from dividing by zero
 
 
+def test_of_few_bits_it_computes_in_more() -> None:
+    x, p = _drawn(7)
+    x, p = x.bfloat16(), {name: w.bfloat16() for name, w in p.items()}
+    found = FFTNet(7).filter(x, _call(7, p))
+    assert found.dtype is torch.bfloat16
+    exact = {name: w.double() for name, w in p.items()}
+    wanted = torch.stack([_by_hand(image, exact) for image in x.double()])
+    assert bool(((found.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-6).all())  # the last rounding alone
+
+
 def test_the_start() -> None:
     layer = Layer(3, 8, 8, 32, 32, 256)
     p, again = FFTNet(197).parameters(layer), FFTNet(197).parameters(layer)

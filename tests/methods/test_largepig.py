@@ -110,6 +110,7 @@ def test_layers_that_the_model_lacks_are_refused(model: Any) -> None:
         ({"layers": (-1,)}, r"LargePiG\.layers"),
         ({"layers": (1, 1)}, r"LargePiG\.layers"),
         ({"scale": -1.0}, r"LargePiG\.scale"),
+        ({"scale": math.inf}, r"LargePiG\.scale"),
         ({"most": 1.1}, r"LargePiG\.most"),
         ({"most": -0.1}, r"LargePiG\.most"),
     ],

@@ -18,6 +18,7 @@ from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Mask
+from heedful.core.positions import Positions
 from heedful.core.state import State
 from heedful.methods import NeuralAttentionSearch
 
@@ -157,6 +158,21 @@ def test_what_lasting_tokens_cost(settings: dict[str, object]) -> None:
             want = want + 0.7 * types[b, g, j, kind] * lasting / len(mine)
     assert close(found, want)
     assert close(*(torch.autograd.grad(x, weight)[0] for x in (found, want)))
+
+
+def test_texts_that_share_a_row_cost_what_they_cost_alone() -> None:
+    bare, params = _bare(training=False)
+    method = NeuralAttentionSearch(2, sparsity=0.7)
+
+    def cost(places: Positions, hidden: Tensor) -> Tensor:
+        call = replace(bare.call, queries=places, keys=places, hidden=hidden, params=params, state=State())
+        method.tell(bare.q, call)
+        return method.shorten(Mask(), call)
+
+    row = torch.arange(N)[None, None]
+    packed = Positions(row, torch.cat([torch.arange(5), torch.arange(N - 5)])[None, None], 0)
+    apart = [cost(Positions.row(0, x.shape[1]), x) for x in bare.hidden.split([5, N - 5], 1)]
+    assert close(cost(packed, bare.hidden), sum(apart))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

@@ -163,6 +163,7 @@ def test_what_cannot_be() -> None:
     for field, value in (
         ("share", 0.0), ("share", 1.1), ("tokens_by", 0), ("channels_by", 0), ("terms", 0), ("least", -0.1),
         ("steps", 0), ("rate", 0.0), ("decay", -0.1),
+        ("rate", float("inf")), ("decay", float("inf")), ("least", float("inf")),
     ):  # fmt: skip
         with pytest.raises(FieldError, match=rf"Sparsifiner\.{field} = {value}"):
             Sparsifiner(**{field: value})

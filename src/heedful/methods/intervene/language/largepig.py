@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -95,7 +96,7 @@ class LargePiG(Decode):
             raise FieldError(self, "role", self.role, "must name a role", "context")
         if not self.layers or min(self.layers) < 0 or len(set(self.layers)) < len(self.layers):
             raise FieldError(self, "layers", self.layers, "must be one or more unlike numbers from 0 up", (14, 22))
-        if self.scale < 0:
+        if not 0 <= self.scale < math.inf:
             raise FieldError(self, "scale", self.scale, "must be 0 or more", 500.0)
         if not 0 <= self.most <= 1:
             raise FieldError(self, "most", self.most, "must lie from 0 to 1", 0.5)

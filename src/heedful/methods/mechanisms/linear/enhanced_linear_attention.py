@@ -42,7 +42,7 @@ class EnhancedLinearAttention(Method):
     def __post_init__(self) -> None:
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise FieldError(self, "kernel", self.kernel, "must be an odd number of patches", 7)
-        if self.least <= 0:
+        if not 0 < self.least < math.inf:
             raise FieldError(self, "least", self.least, "must be above 0", 100.0)
 
     @classmethod

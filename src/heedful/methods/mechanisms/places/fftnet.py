@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.kit.running import wide
 
 EPS = 1e-6  # beside the size of a frequency that is divided by; the authors' code
 
@@ -68,14 +69,15 @@ class FFTNet(Method):
                 f"{hidden.shape[1]} tokens; FFTNet({hidden.shape[1]}) has filters for these"
             )
         p = call.params
-        x = hidden.to(p["filter"].dtype)
+        x, *rest = wide(hidden.to(p["filter"].dtype), *p.values())  # there is no transform of less than 32 bits
+        p = dict(zip(p, rest, strict=True))
         told = linear(gelu(linear(x.mean(1), p["in"], p["in_bias"])), p["out"], p["out_bias"])
         scale = p["filter"] + told.unflatten(-1, p["filter"].shape)  # [b h waves]
         waves = torch.fft.rfft(x.unflatten(-1, (len(p["filter"]), -1)), dim=1, norm="ortho")  # [b waves h c]
         waves = waves * scale.mT[..., None]
         size = waves.abs()
         waves = waves * ((size + p["bias"].mT[..., None]).relu() / (size + EPS))
-        return torch.fft.irfft(waves, n=self.tokens, dim=1, norm="ortho").flatten(2)
+        return torch.fft.irfft(waves, n=self.tokens, dim=1, norm="ortho").flatten(2).to(hidden.dtype)
 
 
 if __name__ == "__main__":

@@ -79,11 +79,12 @@ class NeuralAttentionSearch(Method):
     @penalises(Site.MASK, when="sparsity")
     def shorten(self, mask: Mask, call: Call) -> Tensor:
         """How long tokens are seen, as shares of their text, for those kept for good and the local ones."""
-        types, place = call.state.cache[TYPES][:, :, -len(call.queries) :], call.q_pos
-        length = torch.where(call.is_text, place, -1).amax(-1, keepdim=True) + 1
-        lasting = types * types.detach()
-        next_kept = place.where(lasting[..., KEPT] > 0, length - 1).flip(-1).cummin(-1).values.flip(-1)
-        seen = lasting[..., KEPT] * (length - place) + lasting[..., LOCAL] * (next_kept - place)
+        types, place, index = call.state.cache[TYPES][:, :, -len(call.queries) :], call.q_pos, call.queries.index
+        length, lasting = _lengths(call), types * types.detach()
+        beyond = int(index.max()) + len(call.queries)  # farther than any text's end
+        next_kept = index.where(lasting[..., KEPT] > 0, beyond).flip(-1).cummin(-1).values.flip(-1)
+        until = (next_kept - index).minimum(length - 1 - place)
+        seen = lasting[..., KEPT] * (length - place) + lasting[..., LOCAL] * until
         return self.sparsity * (seen / length.clamp(min=1)).sum() * (call.heads // call.kv_heads)
 
     @at(Site.PATTERN, training=True)
@@ -143,6 +144,14 @@ class NeuralAttentionSearch(Method):
 def _all(like: Tensor, kind: int | Tensor) -> Tensor:
     """All of one type, or each of its own `[... 1]`."""
     return torch.zeros_like(like).scatter(-1, torch.as_tensor(kind).to(like.device).expand(*like.shape[:-1], 1), 1.0)
+
+
+def _lengths(call: Call) -> Tensor:
+    """How many tokens the text of each query has so far `[b|1 g|1 n]`; a row may hold several."""
+    place = call.q_pos
+    last = torch.where(call.is_text, place, -1)
+    text = (place.diff(dim=-1, prepend=place[..., :1]) < 0).cumsum(-1).expand(last.shape)
+    return torch.full_like(last, -1).scatter_reduce(-1, text, last, "amax").gather(-1, text) + 1
 
 
 def _known(types: Tensor) -> Tensor:

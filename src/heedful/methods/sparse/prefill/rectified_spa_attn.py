@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, at
+from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, SiteError, at
 from heedful.core.mask import Blocks
 from heedful.methods.sparse.prefill._pooled import Pooled, ranks, require_blocks, sees_all
 
@@ -55,6 +55,11 @@ class RectifiedSpaAttn(Method):
 
     @at(Site.HEAD_OUTPUT)
     def rectify(self, heads: Tensor, call: Call) -> Tensor:
+        if len(call.mask.rules) > 1:
+            raise SiteError(
+                f"{self!r}, layer {call.layer}: what is skipped is stood in for by means of whole blocks, and another "
+                "method hides keys of them; let one of the two have the layer, .on(layers=...)"
+            )
         blocks = Pooled(call, self.size)
         weights = blocks.scores.softmax(-1)
         pooled = weights.masked_fill(self._kept(weights) | ~_pays(blocks), 0.0)

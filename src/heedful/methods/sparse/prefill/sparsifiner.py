@@ -58,9 +58,9 @@ class Sparsifiner(Method):
             if getattr(self, name) < 1:
                 raise FieldError(self, name, getattr(self, name), "must be 1 or more", getattr(type(self), name))
         for name in ("least", "decay"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise FieldError(self, name, getattr(self, name), "must be 0 or more", getattr(type(self), name))
-        if self.rate <= 0:
+        if not 0 < self.rate < math.inf:
             raise FieldError(self, "rate", self.rate, "must be above 0", 3e-4)
 
     @classmethod
