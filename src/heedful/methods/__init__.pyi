@@ -80,6 +80,7 @@ from heedful.methods.mechanisms.normalise.spark_attention import SparkAttention 
 from heedful.methods.mechanisms.places.fftnet import FFTNet as FFTNet
 from heedful.methods.mechanisms.places.masked_mixer import MaskedMixer as MaskedMixer
 from heedful.methods.mechanisms.pooling.combiner import Combiner as Combiner
+from heedful.methods.mechanisms.pooling.efficient_probing import EfficientProbing as EfficientProbing
 from heedful.methods.mechanisms.pooling.global_subsampled_attention import GlobalSubsampledAttention as GlobalSubsampledAttention
 from heedful.methods.mechanisms.pooling.slot_attention import SlotAttention as SlotAttention
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
