@@ -208,7 +208,7 @@ def page() -> str:
         out += [f"Growth of time with the length of the text, 1k to 8k tokens: {told}.", ""]
     out += ["## The whole model", "", _machine("model"), "", *_races("model"), ""]
     if model is not None:
-        out += ["Peak memory of a process, in MB:", "", *_peaks(model["rows"]), ""]
+        out += ["Peak memory of a process, in MB (of five where a range is given: the median):", "", *_peaks(model["rows"]), ""]
     out += ["## The whole of diagnose", "", _machine("diagnose"), "", *_races("diagnose"), ""]
     out += ["## Peers", "", *_peers(), ""]
     out += ["## The attention call alone", "", _machine("attention"), "", *_races("attention"), ""]
@@ -228,8 +228,15 @@ def _peaks(rows: list[Row]) -> Iterator[str]:
     yield "| | " + " | ".join(names) + " |"
     yield "|---|" + "---:|" * len(names)
     for row in rows:
-        cells = [f"{row['peak_mb'][n]:,.0f}" if n in row["peak_mb"] else "" for n in names]
+        cells = [_peak(row, n) for n in names]
         yield f"| {row['tokens']:,} tokens | " + " | ".join(cells) + " |"
+
+
+def _peak(row: Row, name: str) -> str:
+    if name not in row["peak_mb"]:
+        return ""
+    low, high = row.get("peak_range", {}).get(name, (None, None))
+    return f"{row['peak_mb'][name]:,.0f}" + ("" if low is None else f" ({low:,.0f} to {high:,.0f})")
 
 
 def _faster_from() -> Iterator[str]:

@@ -189,7 +189,7 @@ def _entropy(weights: Tensor, scores: Tensor, peak: Tensor) -> Tensor:
     """Of softmax weights, from their scores: log-sum-exp times the row's sum, less the weights' mean score."""
     # exp(score - lse) = weight holds at the peak too, which gives the log-sum-exp without another pass
     lse = scores.amax(-1) - peak.log()
-    found = lse * weights.sum(-1) - torch.linalg.vecdot(weights, scores)
+    found = lse * weights.sum(-1) - torch.einsum("bhqk,bhqk->bhq", weights, scores)
     return torch.where(peak > 0, found.clamp(min=0.0), 0.0)
 
 

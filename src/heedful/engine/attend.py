@@ -22,22 +22,22 @@ from heedful.engine.run_state import Plan
 from heedful.engine.stages import chosen_heads, own_rows, stage, staged, untouched
 
 
-def softmax(scores: Tensor, sink: Tensor | None = None) -> Tensor:
+def softmax(scores: Tensor, sink: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Softmax in at least float32; a sink logit takes its share and is dropped."""
     if sink is not None:
         width = scores.shape[-1]
         scores = torch.cat([scores, sink.to(scores.dtype).expand(*scores.shape[:-1], 1)], -1)
         return torch.softmax(scores, -1)[..., :width]
-    return torch.softmax(scores, -1)
+    return torch.softmax(scores, -1, out=out)
 
 
-def grouped(a: Tensor, b: Tensor) -> Tensor:
+def grouped(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """`a @ b` where `a [b h . .]` may have several heads for each of `b [b g . .]`; b is never expanded."""
-    h, g = a.shape[1], b.shape[1]
-    if h == g:
-        return a @ b
-    out = a.reshape(a.shape[0], g, h // g * a.shape[2], a.shape[3]) @ b
-    return out.view(a.shape[0], h, a.shape[2], b.shape[3])
+    texts, h, rows, d = a.shape
+    group = h // b.shape[1]
+    given = None if out is None else out.view(-1, group * rows, b.shape[3])
+    found = torch.bmm(a.reshape(-1, group * rows, d), b.reshape(-1, *b.shape[2:]), out=given)
+    return found.view(texts, h, rows, b.shape[3])
 
 
 def _hide(scores: Tensor, keep: Tensor) -> bool:
@@ -63,7 +63,8 @@ def biased(scores: Tensor, job: AttentionCall, rows: slice, cols: slice | Tensor
 
 def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Heads and pattern of the query rows and key columns that `call` names. This is what attention *is* here."""
-    scores = call.capped(grouped(q, k.mT).mul_(call.scale))
+    scores = grouped(q, k.mT, job.lent("scores", (*q.shape[:3], k.shape[2]), q))
+    scores = call.capped(scores.mul_(call.scale))
     scores = biased(scores, job, call.rows, call.cols)
     scores, call = staged(Site.SCORES, scores, job, call)
     keep, blind = call.keep, False
@@ -71,7 +72,7 @@ def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tup
         scores = scores.clone() if job.plan.at(Site.SCORES) else scores
         blind = _hide(scores, keep)
     sink = job.sink if job.sink is None or job.sink.shape[-2] == 1 else job.sink[..., call.rows, :]
-    weights = softmax(scores, sink)
+    weights = softmax(scores, sink, job.lent("weights", scores.shape, scores))
     for step in job.plan.at(Site.NORMALISE):
         weights = _normalised(step, scores, weights, job, call)
     if keep is not None and (blind or job.plan.edits(Site.SCORES, Site.NORMALISE)):

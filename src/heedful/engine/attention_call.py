@@ -12,6 +12,7 @@ from heedful.core.method import Step
 from heedful.core.reweight import Reweight
 from heedful.core.summary import SummaryAccumulator
 from heedful.engine.needs import Needs
+from heedful.engine.one_forward import Spare
 from heedful.engine.run_state import Plan, RunState
 
 
@@ -28,4 +29,9 @@ class AttentionCall:
     keep_pattern: bool = False  # the caller wants the whole pattern back
     accumulator: SummaryAccumulator | None = None  # what the call's pattern adds up to, where some step wants to know
     needs: Needs | None = None  # what the backend was chosen by
+    spare: Spare | None = None  # where tiles write their maps
     reweights: Mapping[Step, Reweight | None] = field(default_factory=dict)  # those known already
+
+    def lent(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+        """Where a tile's map may be written, if nobody keeps it."""
+        return None if self.spare is None else self.spare(name, shape, like)

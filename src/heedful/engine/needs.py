@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from heedful.core.call import Call
 from heedful.core.method import Step
 from heedful.core.sites import MAP_SITES, Site
+
+TRANSFORMED = "torch.func or forward derivatives are in use"
 
 
 def apart(steps: tuple[Step, ...]) -> tuple[Step, ...]:
@@ -65,6 +69,12 @@ class Needs:
     @property
     def gradients(self) -> bool:
         return torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors + self.learned)
+
+    @property
+    def transformed(self) -> bool:
+        """Whether torch derives forwards here, or runs over many inputs at once, which its own functions alone know."""
+        given = (x for x in self.tensors + self.learned if isinstance(x, Tensor))
+        return any(is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None for x in given)
 
     @property
     def sees_all(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,24 @@ from heedful.core.state import Shelf
 from heedful.core.stats import Statistic
 
 Found = tuple[int, str, int]  # part, reading function, layer
+
+
+class Spare:
+    """Memory that tile after tile writes its map into, where nobody keeps what a tile is.
+
+    Fresh memory for each takes the system longer to hand out than the softmax takes.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        key, size = (name, like.device, like.dtype), prod(shape)
+        held = self._held.get(key)
+        if held is None or len(held) < size:
+            with torch.inference_mode(False):  # what is made inside could not be written to outside
+                held = self._held[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return held[:size].view(shape)
 
 
 @dataclass(eq=False)
@@ -30,6 +49,7 @@ class Forward:
     counted: dict[Found, Statistic] = field(default_factory=dict)  # the statistics as they were before
     early: set[int] = field(default_factory=set)  # layers whose parts were asked at EMBEDDING
     idle: dict[int, dict[int, bool]] = field(default_factory=lambda: defaultdict(dict))  # by layer and part
+    spare: Spare = field(default_factory=Spare)
     blind: bool = False  # it stands in a checkpoint whole, and has gradients on the way back alone
     blind_layer: bool = False  # the layer under way does
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from heedful.core.call import Call, DenoisingStep, Phase
 from heedful.core.errors import DefinitionError, FieldError, SiteError
@@ -281,7 +282,7 @@ class RunState:
         self.offered[step] += 1
         if step in self.changed or new is old:
             return
-        if not isinstance(new, Tensor) or new.shape != old.shape or not torch.equal(new, old):
+        if not isinstance(new, Tensor) or new.shape != old.shape or _differ(new, old):
             self.changed.add(step)
 
     def remember(self, call: Call) -> None:
@@ -308,6 +309,11 @@ class RunState:
     def endless(self) -> int | None:
         """The first layer in which some head gave infinity or what is no number."""
         return min((n for n, x in self._highest.items() if not bool(x.isfinite())), default=None)
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    """Whether they do; assumed under torch.func, where many inputs may stand in one tensor."""
+    return is_functorch_wrapped_tensor(a) or not torch.equal(a, b)
 
 
 def _copied(kept: Mapping[_K, dict[str, Any]]) -> defaultdict[_K, dict[str, Any]]:

@@ -14,7 +14,7 @@ from heedful.core.positions import spread_heads
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends.tiled import Tiled
-from heedful.engine.needs import Needs
+from heedful.engine.needs import TRANSFORMED, Needs
 from heedful.engine.reweighting import corrected
 
 
@@ -27,6 +27,7 @@ def kept_back(needs: Needs) -> list[str]:
         (needs.dropout, "dropout is on"),
         (needs.pattern, "the whole pattern was asked for (output_attentions)"),
         (needs.gradients, "gradients are wanted"),
+        (needs.transformed, TRANSFORMED),
     ):
         if there:
             reasons.append(f"{what}, which this kernel cannot serve")

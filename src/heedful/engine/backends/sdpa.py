@@ -8,7 +8,7 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.ragged import Ragged
 from heedful.engine.attention_call import AttentionCall
-from heedful.engine.needs import Needs
+from heedful.engine.needs import TRANSFORMED, Needs
 
 
 class Sdpa:
@@ -25,6 +25,8 @@ class Sdpa:
             reasons.append(
                 "heads hold unlike numbers of keys, which this kernel takes as a padded copy and a table only"
             )
+        if needs.transformed:
+            reasons.append(f"{TRANSFORMED}, for which this kernel has no rules")
         if needs.softcap:
             reasons.append("the model caps its scores, which this kernel cannot")
         if needs.sink:

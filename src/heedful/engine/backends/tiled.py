@@ -50,7 +50,10 @@ class Tiled:
         return self._all(job, q, k, v), None
 
     def _all(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        again = job.needs is not None and job.needs.gradients and _bytes(job.call, len(q)) > KEPT_BYTES
+        needs = job.needs or Needs()
+        again = needs.gradients and not needs.transformed and _bytes(job.call, len(q)) > KEPT_BYTES
+        if not (needs.gradients or needs.transformed or needs.map_steps):  # a step may keep what it is shown
+            job = replace(job, spare=job.run_state.now.spare)
         parts = [partial(self.block, rows=rows, q=q, k=k, v=v) for rows in self._blocks(job, q.shape[0])]
         heads = [recomputed(part, job) if again else part(job) for part in parts]
         return heads[0] if len(heads) == 1 else torch.cat(heads, 2)

@@ -1,0 +1,111 @@
+"""Calls under torch's own transforms: derivatives carried forward, and many inputs at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.func import grad, jvp, vmap
+
+from heedful import attach
+from heedful.conformance.bare import Bare, Shape
+from heedful.conformance.tolerances import close, close_model
+from heedful.core.errors import BackendError
+from heedful.core.method import Method, Stack
+from heedful.engine.attend import attend
+from heedful.engine.attention_call import AttentionCall
+from heedful.engine.backends import tiled
+from heedful.engine.backends.tiled import Tiled
+from heedful.engine.run_state import RunState
+from heedful.engine.select import select
+from heedful.methods import SinkRate
+from heedful.tiny import tiny, tiny_inputs
+
+from .samples import Keep, Scale
+
+# torch scripts its own rules when a derivative is first carried forward
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+WHAT = [Scale(), SinkRate(), Keep()]
+
+
+def heads(what: Method, bare: Bare, q: Tensor, backend: str = "auto") -> Tensor:
+    state = RunState(Stack((what,)))
+    state.new_forward()
+    job = AttentionCall(state.plan(bare.call), state, bare.call)
+    return attend(job, q, bare.k, bare.v, lambda needs: select(backend, needs))[0]
+
+
+def written_out(bare: Bare, q: Tensor, by: float) -> Tensor:
+    """Causal attention in float64, made larger."""
+    k, v = (x.double().repeat_interleave(bare.shape.h // bare.shape.g, 1) for x in (bare.k, bare.v))
+    later = torch.ones(bare.shape.q, bare.shape.k, dtype=torch.bool).triu(1 + bare.shape.k - bare.shape.q)
+    scores = (q @ k.mT * bare.call.scale).masked_fill(later, -torch.inf)
+    return scores.softmax(-1) @ v * by
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "tiled"])
+@pytest.mark.parametrize("what", WHAT, ids=lambda x: type(x).__name__)
+def test_derivatives_are_carried_forward(what: Method, backend: str) -> None:
+    bare, by = Bare(), 2.0 if isinstance(what, Scale) else 1.0
+    way = torch.randn_like(bare.q)
+    _, wanted = jvp(lambda q: written_out(bare, q, by), (bare.q.double(),), (way.double(),))
+    _, found = jvp(lambda q: heads(what, bare, q, backend), (bare.q,), (way,))
+    assert close(found, wanted.float())
+    with torch.no_grad(), dual_level():
+        dual = unpack_dual(heads(what, bare, make_dual(bare.q, way), backend))
+        assert dual.tangent is not None
+        assert close(dual.tangent, wanted.float())
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "tiled"])
+@pytest.mark.parametrize("what", WHAT, ids=lambda x: type(x).__name__)
+def test_many_inputs_at_once_are_each_alone(what: Method, backend: str) -> None:
+    bare = Bare()
+    many = torch.stack([bare.q, bare.q.flip(2), -bare.q])
+    found = vmap(lambda q: heads(what, bare, q, backend))(many)
+    assert close(found, torch.stack([heads(what, bare, q, "reference") for q in many]))
+
+
+def test_gradients_of_long_calls_are_those_of_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = Bare(Shape(q=40, k=40))
+    wanted = grad(lambda q: written_out(bare, q, 2.0).sum())(bare.q.double())
+    monkeypatch.setattr(tiled, "KEPT_BYTES", 0)
+    assert close(grad(lambda q: heads(Scale(), bare, q, "tiled").sum())(bare.q), wanted.float())
+
+
+def test_a_kernel_without_derivatives_says_so() -> None:
+    bare = Bare()
+    with pytest.raises(BackendError, match=r"torch\.func or forward derivatives"):
+        jvp(lambda q: heads(Scale(), bare, q, "native"), (bare.q,), (bare.q,))
+
+
+def test_derivatives_of_a_model_are_carried_through_a_run() -> None:
+    model = tiny()
+    tokens = tiny_inputs(model)["input_ids"]
+    embedded = model.get_input_embeddings()(tokens).detach()
+    way = torch.randn_like(embedded)
+
+    def carried() -> Tensor:
+        with torch.no_grad(), dual_level():
+            tangent: Tensor = unpack_dual(model(inputs_embeds=make_dual(embedded, way)).logits).tangent
+            return tangent
+
+    model.set_attn_implementation("eager")
+    wanted = carried()
+    model.set_attn_implementation("sdpa")
+    with attach(model, SinkRate()):
+        found = carried()
+    assert close_model(found, wanted)
+
+
+def test_what_tiles_wrote_under_inference_mode_takes_what_comes_later() -> None:
+    bare, state = Bare(), RunState(Stack((SinkRate(),)))
+    state.new_forward()
+    job = AttentionCall(state.plan(bare.call), state, bare.call)
+    with torch.inference_mode():
+        first = attend(job, bare.q, bare.k, bare.v, lambda needs: Tiled(4))[0]
+    with torch.no_grad():
+        again = attend(job, bare.q, bare.k, bare.v, lambda needs: Tiled(4))[0]
+    assert torch.equal(first, again)
