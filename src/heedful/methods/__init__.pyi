@@ -149,6 +149,7 @@ from heedful.methods.sparse.prefill.s2_attention import S2Attention as S2Attenti
 from heedful.methods.sparse.prefill.sample_attention import SampleAttention as SampleAttention
 from heedful.methods.sparse.prefill.seer_attention import SeerAttention as SeerAttention
 from heedful.methods.sparse.prefill.sink_window import SinkWindow as SinkWindow
+from heedful.methods.sparse.prefill.sla import SLA as SLA
 from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn as SpargeAttn
 from heedful.methods.sparse.prefill.sparsifiner import Sparsifiner as Sparsifiner
 from heedful.methods.sparse.tokens.attention_rag import AttentionRAG as AttentionRAG
