@@ -1,0 +1,106 @@
+"""Patches halved again and again by how much nearer they are to one of two centres; each sees those of its part."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, SiteError, at
+from heedful.kit.chosen import Chosen
+from heedful.kit.patches import patch_tokens, sides, whole_image
+from heedful.kit.running import wide
+
+ROUNDS = 2  # in which centres move; the published code
+SHARP = 100  # factor on cosines before their softmax; the published code
+
+
+class BOAT(Method):
+    """Parts of equal size by what patches are like, wherever they stand. For models trained with it, beside windows.
+
+    Windows are `GeneralizedNeighborhoodAttention((w, w), (w, w))`, in other layers or in other heads.
+    """
+
+    paper = Paper(
+        "P130",
+        "BOAT: Bilateral Local Attention Vision Transformer",
+        "Tan Yu, Gangming Zhao, Ping Li, Yizhou Yu",
+        2022,
+        "2201.13027",
+        "BMVC 2022",
+        differs=(
+            "It is the attention among patches that are alike, without the windows that the authors have before it in "
+            "the same block, and without their convolution of values.",
+            "Tokens outside the grid of patches, as a class token, see everything and are seen by all; the authors' "
+            "models have none.",
+            "The steps are those of the code published with trained models (github.com/mahaoyuHKU/pytorch-boat, which "
+            "calls itself unofficial): by queries, head by head, and keys and values of two halves overlap alone.",
+            "In causal models, and where the patches are no grid or not all are read at once, plain attention stays.",
+        ),
+    )
+    subjects = ("image",)
+    halvings: int = 2  # how often all patches are halved; the published code: until 49 are left, of 14 x 14 twice
+    overlap: int = 20  # patches of the other half that are seen too, those nearest to the cut; the published code: 20
+
+    def __post_init__(self) -> None:
+        if self.halvings < 1:
+            raise FieldError(self, "halvings", self.halvings, "must be 1 or more", 2)
+        if self.overlap < 0:
+            raise FieldError(self, "overlap", self.overlap, "must be 0 or more patches", 20)
+
+    @classmethod
+    def example(cls) -> BOAT:
+        return cls(2, 1)
+
+    def idle(self, call: Call) -> bool:
+        return not whole_image(call)
+
+    @at(Site.MASK)
+    @torch.no_grad()
+    def narrow(self, mask: Mask, call: Call) -> Mask:
+        if call.query is None:
+            raise SiteError(f"{self!r}, layer {call.layer}: patches are sorted by queries, and it is handed none")
+        tokens = patch_tokens(self, call)
+        if len(tokens) % 2**self.halvings:
+            rows, cols = sides(call)
+            rule = f"must halve the {rows} x {cols} patches of layer {call.layer} without a rest"
+            raise FieldError(self, "halvings", self.halvings, rule, 1)
+        (query,) = wide(call.query[:, :, tokens])
+        size = len(tokens) // 2**self.halvings
+        place = self.order(query).argsort(-1)  # [b h patches]
+        where = torch.full(call.query.shape[:3], -1, device=query.device).index_copy(2, tokens, place)
+
+        def pick(rows: slice) -> Tensor:
+            at, cols = where[:, :, rows, None], where[:, :, None]
+            cut = (2 * (at // (2 * size)) + 1) * size  # between the two halves of the last halving
+            ahead = at >= cut
+            first = torch.where(ahead, cut - self.overlap, cut - size)
+            stop = torch.where(ahead, cut + size, cut + self.overlap)
+            near = (cols >= first) & (cols < stop) & (cols // (2 * size) == at // (2 * size))
+            return near | (at < 0) | (cols < 0)
+
+        return mask & Chosen(pick)
+
+    def order(self, query: Tensor) -> Tensor:
+        """The patches `[b h n d]` in the order in which parts stand side by side, `[b h n]`."""
+        b, h, n, _ = query.shape
+        order = torch.arange(n, device=query.device).expand(b, h, n)
+        for halving in range(self.halvings):
+            parts = order.unflatten(-1, (2**halving, -1))  # [b h parts p]
+            placed = query.gather(2, order[..., None].expand_as(query)).unflatten(2, parts.shape[2:])
+            x = normalize(placed, dim=-1)
+            centres = normalize(placed.unflatten(3, (2, -1)).mean(-2), dim=-1)  # of the halves as they stand
+            for _ in range(ROUNDS):
+                centres = normalize((SHARP * x @ centres.mT).softmax(-1).mT @ placed, dim=-1)
+            first, second = (x @ centres.mT + 1).unbind(-1)
+            order = parts.gather(-1, (first / second).argsort(-1)).flatten(2)
+        return order
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model = models.tiny("vit", image_size=32)
+    inputs = models.tiny_inputs(model)
+    with attach(model, BOAT(2, 4)) as run:
+        print(run.difference(**inputs))
