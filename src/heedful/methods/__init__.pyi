@@ -101,6 +101,7 @@ from heedful.methods.mechanisms.score.positional_attention import PositionalAtte
 from heedful.methods.mechanisms.score.selective_self_attention import SelectiveSelfAttention as SelectiveSelfAttention
 from heedful.methods.mechanisms.score.super_attention import SuperAttention as SuperAttention
 from heedful.methods.mechanisms.score.threshold_relative_attention import ThresholdRelativeAttention as ThresholdRelativeAttention
+from heedful.methods.mechanisms.score.tokenformer import TokenFormer as TokenFormer
 from heedful.methods.observe.attention_profile import AttentionProfile as AttentionProfile
 from heedful.methods.observe.induction_heads import InductionHeads as InductionHeads
 from heedful.methods.observe.massive_qk import MassiveQK as MassiveQK
