@@ -48,6 +48,7 @@ from heedful.methods.intervene.vision.gem import GEM as GEM
 from heedful.methods.intervene.vision.paint import PAINT as PAINT
 from heedful.methods.intervene.vision.var import VAR as VAR
 from heedful.methods.intervene.vision.vhr import VHR as VHR
+from heedful.methods.mechanisms.gates.gaam import GAAM as GAAM
 from heedful.methods.mechanisms.gates.gated_heads import GatedHeads as GatedHeads
 from heedful.methods.mechanisms.gates.gated_norm import GatedNorm as GatedNorm
 from heedful.methods.mechanisms.gates.head_mask import HeadMask as HeadMask
