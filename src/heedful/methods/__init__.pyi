@@ -49,6 +49,7 @@ from heedful.methods.intervene.vision.gem import GEM as GEM
 from heedful.methods.intervene.vision.paint import PAINT as PAINT
 from heedful.methods.intervene.vision.var import VAR as VAR
 from heedful.methods.intervene.vision.vhr import VHR as VHR
+from heedful.methods.mechanisms.gates.gaam import GAAM as GAAM
 from heedful.methods.mechanisms.gates.gated_heads import GatedHeads as GatedHeads
 from heedful.methods.mechanisms.gates.gated_norm import GatedNorm as GatedNorm
 from heedful.methods.mechanisms.gates.head_mask import HeadMask as HeadMask
@@ -106,6 +107,7 @@ from heedful.methods.mechanisms.score.positional_attention import PositionalAtte
 from heedful.methods.mechanisms.score.selective_self_attention import SelectiveSelfAttention as SelectiveSelfAttention
 from heedful.methods.mechanisms.score.super_attention import SuperAttention as SuperAttention
 from heedful.methods.mechanisms.score.threshold_relative_attention import ThresholdRelativeAttention as ThresholdRelativeAttention
+from heedful.methods.mechanisms.score.tokenformer import TokenFormer as TokenFormer
 from heedful.methods.observe.attention_profile import AttentionProfile as AttentionProfile
 from heedful.methods.observe.induction_heads import InductionHeads as InductionHeads
 from heedful.methods.observe.massive_qk import MassiveQK as MassiveQK
