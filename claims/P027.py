@@ -16,9 +16,9 @@ SHOWN, TOKENS, UNSEEN = 4, 160, 4
 LAYERS = (8, 20)
 
 
-def shown(seed: int) -> list[dict[str, Tensor]]:
+def shown(seed: int, count: int = SHOWN) -> list[dict[str, Tensor]]:
     """Texts to fit on, one batch."""
-    ids = [P322.loaded().tokenizer(x).input_ids[:TOKENS] for x in apart(seed, SHOWN, TOKENS, fitting=True)]
+    ids = [P322.loaded().tokenizer(x).input_ids[:TOKENS] for x in apart(seed, count, TOKENS, fitting=True)]
     return [{"input_ids": torch.tensor(ids)}]
 
 

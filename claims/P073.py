@@ -94,10 +94,11 @@ CLAIM = Claim(
     method="DualAttention",
     says="With heads that tell relations, tasks about relations are learned from fewer examples.",
     paper_number="better data and parameter efficiency than transformers (abstract, no figure)",
-    setup=f"Whether the last of {SIZE} objects is one of those before it: {STEPS} steps of {BATCH}, {OBJECTS // 2} "
-    f"objects as random vectors, tried on as many others. {LAYERS} layers of {HEADS} heads, {WIDTH} wide: of softmax "
-    "attention, of dual attention with two relational heads, and with these handing over symbols alone. Another task, "
-    "whether two rows of three objects have the same pattern, was left, since nobody had learned it in as many steps.",
+    setup=f"Whether the last of {SIZE} objects is one of those before it: {STEPS} steps of {BATCH}, with "
+    f"{OBJECTS // 2} objects as random vectors, tried on as many others. {LAYERS} layers of {HEADS} heads, {WIDTH} "
+    "wide: of softmax attention, of dual attention with two relational heads, and with these handing over symbols "
+    "alone. Another task, whether two rows of three objects have the same pattern, was left, since nobody had learned "
+    "it in as many steps.",
     effect="accuracy on unseen objects above the better of the two others",
     measure=measure,
 )

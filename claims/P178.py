@@ -66,7 +66,7 @@ CLAIM = Claim(
     says="With keys shifted to the queries' centre and both scaled, which changes no weight, near queries and keys are "
     "those that attend to each other.",
     paper_number="none in the abstract",
-    setup=f"SmolLM2-135M-Instruct, {FITTED} of Python's help texts a seed, {TOKENS} tokens each, give each head its "
+    setup=f"SmolLM2-135M-Instruct, {FITTED} of Python's help texts a seed, {TOKENS} tokens each, give every head's "
     f"shift and scale; on {READ} others, rows {TOKENS // 2} to {TOKENS - 1} of all heads: the rank correlation of a "
     "key's weight with its nearness to the query. Shift and scale alone are in the details.",
     effect="rank correlation of weight and nearness that the joint space gains",

@@ -8,12 +8,12 @@ import torch
 
 from claims import P322
 from claims.ledger import Claim, run
-from claims.P027 import SHOWN, TOKENS, shown
+from claims.P027 import TOKENS, shown
 from heedful import fit, operate
 from heedful.core.fitted import Fitted
 from heedful.methods import Absmax, QuantVLA
 
-BITS = 3
+BITS, SHOWN = 3, 5
 
 
 def dealt(seed: int, scales: Fitted) -> Fitted:
@@ -28,7 +28,7 @@ def dealt(seed: int, scales: Fitted) -> Fitted:
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     model, ids = P322.loaded().model, P322.texts(seed)
-    found = fit(QuantVLA(Absmax(BITS)), model, shown(seed))
+    found = fit(QuantVLA(Absmax(BITS)), model, shown(seed, SHOWN))
     table = torch.stack(list((found.scales or {}).values()))
     numbers = {
         "loss": P322.loss(model, ids),

@@ -25,7 +25,8 @@ Each row below is one small experiment (`claims/`), run over several draws on tw
 of its own, and in claims made or renewed since that was asked also texts and fits of its own. The verdict comes \
 from the effects alone: *{HOLDS}* when the 95 % interval of their mean (Student's t) lies above zero, *{WEAKER}* \
 when it does so but the mean is below a bar that the claim's file set, *{REVERSED}* when it lies below zero, \
-else *{UNSEEN}*. The last column is reckoned from the effects too: the one more draw that would undo the \
+else *{UNSEEN}*. Where a claim has several controls, each draw is measured against the best of them in that draw, \
+which leans against the paper. The last column is reckoned from the effects too: the one more draw that would undo the \
 verdict, or how many draws in all would decide if they came out like those at hand. Small models and short runs \
 say little about large ones: a verdict is about the direction, here.
 """

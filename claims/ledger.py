@@ -3,7 +3,7 @@
 python -m claims.P025            measures one claim and writes claims/results/P025.json
 python -m claims.ledger          measures what is not measured yet   [--again]
 python -m claims.ledger --page   prints the page that the docs show
-python -m claims.ledger --judge  renews the verdicts of stored effects after the rule changed
+python -m claims.ledger --judge  renews verdicts and words of stored effects after the rule or a sentence changed
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from heedful.laboratory.differences import Difference
 
 RESULTS = Path(__file__).parent / "results"
 FEWEST = 5  # seeds that a claim needs
+WORDS = ("key", "method", "says", "paper_number", "setup", "effect", "strong")  # of a claim, which its record repeats
 HOLDS, WEAKER, UNSEEN, REVERSED = "holds", "weaker", "not seen at this scale", "reversed at this scale"
 
 
@@ -102,9 +103,8 @@ def run(claim: Claim) -> Record:
         details.append(numbers)
         print(f"{claim.key} seed {seed}: {claim.effect} = {effect:+.4g}  {numbers}", flush=True)
     record = Record(
-        key=claim.key, method=claim.method, says=claim.says, paper_number=claim.paper_number, setup=claim.setup,
-        effect=claim.effect, effects=effects, mean=statistics.fmean(effects),
-        spread=statistics.stdev(effects) if len(effects) > 1 else 0.0, strong=claim.strong,
+        **words(claim), effects=effects, mean=statistics.fmean(effects),
+        spread=statistics.stdev(effects) if len(effects) > 1 else 0.0,
         verdict=verdict(effects, claim.strong),
         details=details, seconds=round(time.perf_counter() - began, 1), date=time.strftime("%Y-%m-%d"),
         versions={"heedful": heedful.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
@@ -128,13 +128,18 @@ def claims() -> dict[str, Claim]:
     return found
 
 
+def words(claim: Claim) -> dict[str, str | float]:
+    """What a record says that was known before anything was measured."""
+    return {name: getattr(claim, name) for name in WORDS}
+
+
 def judge() -> None:
-    """Give every stored record the verdict that its effects have under today's rule; nothing is measured."""
+    """Give every stored record the verdict that its effects have under today's rule, and its claim's words."""
     for key, claim in claims().items():
         path = RESULTS / f"{key}.json"
         if path.exists():
             record = json.loads(path.read_text())
-            record |= {"strong": claim.strong, "verdict": verdict(record["effects"], claim.strong)}
+            record |= words(claim) | {"verdict": verdict(record["effects"], claim.strong)}
             path.write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -142,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="measure the claims of the ledger")
     parser.add_argument("--again", action="store_true", help="measure those that have a record too")
     parser.add_argument("--page", action="store_true", help="print the docs' page and measure nothing")
-    parser.add_argument("--judge", action="store_true", help="renew the verdicts of stored effects and measure nothing")
+    parser.add_argument("--judge", action="store_true", help="renew verdicts and words, and measure nothing")
     asked = parser.parse_args()
     if asked.judge:
         judge()

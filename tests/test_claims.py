@@ -9,7 +9,7 @@ import pytest
 from claims import _page
 from claims._page import ABOUT, change, counts, interval, needed, page, records, surprise, surprises, table, undoing
 from claims._texts import apart, passages, sentences
-from claims.ledger import HOLDS, REVERSED, UNSEEN, WEAKER, Record, verdict
+from claims.ledger import HOLDS, REVERSED, UNSEEN, WEAKER, WORDS, Record, claims, verdict, words
 
 
 @pytest.mark.parametrize(("count", "words"), [(12, 120), (4, 230), (1, 100)])
@@ -106,6 +106,15 @@ def test_a_record_without_its_bar_says_how_it_gets_one(tmp_path: Path, monkeypat
     monkeypatch.setattr(_page, "RESULTS", tmp_path)
     with pytest.raises(ValueError, match=r"P1.json: strong, .* --judge"):
         records()
+
+
+def test_a_record_says_what_its_claim_says() -> None:
+    """A constant that changed after the run shows here: what it changed has to be measured again."""
+    made = claims()
+    assert {found.key for found in records()} <= made.keys()
+    for found in records():
+        assert {name: getattr(found, name) for name in WORDS} == words(made[found.key]), found.key
+        assert len(found.effects) == made[found.key].seeds, found.key
 
 
 def test_every_verdict_is_that_of_its_effects() -> None:

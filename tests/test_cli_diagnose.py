@@ -18,7 +18,7 @@ from heedful.cli.app import app
 from heedful.core.errors import HeedfulError
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.workers import Ray
-from heedful.methods.observe.sink_rate import SinkRate
+from heedful.methods import SinkRate, WeibullWeights
 from tests.test_diagnose_sounds import Reads, write
 from tests.test_diagnose_texts import characters
 
@@ -130,6 +130,7 @@ def test_stopping_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_measures_are_parted_by_commas_outside_of_settings() -> None:
     assert verb.measures_from("SinkRate(0.1), sinkrate") == [SinkRate(0.1), SinkRate()]
+    assert verb.measures_from("weibullweights") == [WeibullWeights()]
     assert verb.measures_from("") is None
 
 
@@ -141,7 +142,7 @@ def test_measures_are_parted_by_commas_outside_of_settings() -> None:
         (["[/x]"], "no file, no folder and no name that heedful knows"),
         (["smol", "--text", "."], r"--text \.: the folder holds no file that ends in \.txt"),  # before the model loads
         (["small", "--length", "1000"], "has 512 positions; for example length=512"),
-        (["tiny:llama", "--text", "/etc/hostname"], "words need a tokenizer"),
+        (["tiny:llama", "--text", "/etc/hostname"], "tiny:llama has no tokenizer, and reads no words"),
         (["tiny:vit"], "reads images. Name one, or a folder of them: heedful diagnose tiny:vit --images photos"),
         (["tiny:vit", "--images", "no"], "--images: there is no file or folder 'no'. Name one that exists"),
         (["smol", "--images", "."], r"--images \.: the folder holds no file that ends in \.png"),
@@ -167,6 +168,7 @@ def test_measures_are_parted_by_commas_outside_of_settings() -> None:
         (["small", "--measures", "PruneHeads"], "surgery, which reads nothing"),
         (["small", "--backend", "fast"], "must be one of auto"),
         (["small", "--out", "/dev/null/here"], "cannot write to"),
+        (["small", "--out", "/dev/null"], "is a file, and must be the name of a folder"),
         (["small", "--corpus", "no.jsonl"], "there is no such file or folder"),
         (["small", "--workers", "2"], "there is none. Name one: --corpus"),
         (["small", "--corpus", "/etc/hostname", "--text", "/etc/hostname"], "one of them is read"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -10,10 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from heedful.catalogue import entries, family
+from heedful.catalogue import entries, entry_from, family
+from heedful.core.errors import HeedfulError
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = sorted({family(kind) for kind in entries().values()})
+HOMES = ("", "src/heedful", "src/heedful/methods", "src/heedful/adapters", "src/heedful/conformance")
+INVENTED = re.compile(r"sharpen|P000|test_X|^dist/$|heedful\.safetensors")  # examples, and what is written elsewhere
+PAGES = sorted(
+    str(path.relative_to(ROOT)) for pattern in ("*.md", "docs/*.md", "docs/methods/*.md") for path in ROOT.glob(pattern)
+)
 METHOD_PAGES = ["docs/methods.md", *(f"docs/methods/{name}.md" for name in FAMILIES)]
 
 
@@ -32,6 +41,27 @@ def run(code: str, tmp_path: Path) -> str:
     return told.stdout
 
 
+def names(text: str) -> list[str]:
+    """What stands between backticks in running text."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+def exists(name: str) -> bool:
+    """Whether it is there, where it is a path, a name within heedful, or a method with settings; else True."""
+    if INVENTED.search(name):
+        return True
+    if re.fullmatch(r"[\w./]+/[\w.]*|\w+\.py", name):
+        return any((ROOT / home / name).exists() for home in HOMES)
+    try:
+        if dotted := re.match(r"heedful(\.\w+)+", name):
+            pkgutil.resolve_name(dotted[0])
+        if "(" in name and name.partition("(")[0] in entries():
+            entry_from(name)
+    except (ImportError, AttributeError, HeedfulError):
+        return False
+    return True
+
+
 def test_generated_parts_are_up_to_date() -> None:
     told = subprocess.run(
         [sys.executable, "docs/generate.py", "--check"], capture_output=True, text=True, check=False, cwd=ROOT
@@ -39,11 +69,33 @@ def test_generated_parts_are_up_to_date() -> None:
     assert told.returncode == 0, told.stderr
 
 
-def test_the_readme_runs(tmp_path: Path) -> None:
+def test_the_readme_runs_and_prints_what_it_says(tmp_path: Path) -> None:
+    promised = re.findall(r"print\(run.*\)  # ([^\n]*?) \.\.\.", blocks("README.md"))
+    assert len(promised) == 2
     told = run(blocks("README.md"), tmp_path)
-    assert "first-token sink rate" in told
-    assert "active: 30 of 30 layers entered, computed by tiled" in told
-    assert "@article" in told
+    assert [words for words in [*promised, "@article"] if words not in told] == []
+
+
+def test_most_methods_are_as_short_as_the_readme_says() -> None:
+    lengths = sorted(len(Path(inspect.getfile(kind)).read_text().splitlines()) for kind in entries().values())
+    most = re.search(r"one file, mostly of fewer than (\d+) lines", (ROOT / "README.md").read_text())
+    assert most is not None
+    assert lengths[len(lengths) // 2] < int(most[1])
+
+
+def test_names_in_the_docs_are_there() -> None:
+    """Paths lead to files, dotted names into the package, and methods have the settings that they are given."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/choose/*.md")]
+    missing = [f"{page.name}: {name}" for page in pages for name in names(page.read_text()) if not exists(name)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_code_in_the_docs_imports_from_heedful_what_is_there(page: str) -> None:
+    brought = [node for node in ast.walk(ast.parse(blocks(page))) if isinstance(node, ast.ImportFrom)]
+    ours = [f"{node.module}:{name.name}" for node in brought if "heedful" in str(node.module) for name in node.names]
+    for name in ours:
+        pkgutil.resolve_name(name)
 
 
 def test_the_method_in_contributing_keeps_every_law(tmp_path: Path) -> None:
@@ -55,7 +107,7 @@ def test_the_method_in_contributing_keeps_every_law(tmp_path: Path) -> None:
     assert "0 broken" in told
 
 
-@pytest.mark.parametrize("page", [*sorted(p.name for p in ROOT.glob("*.md")), "docs/claims.md", *METHOD_PAGES])
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
         if not target.startswith("http"):

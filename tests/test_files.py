@@ -54,6 +54,20 @@ def test_a_file_takes_its_place_whole_with_the_mode_of_any_other(tmp_path: Path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "plain"]
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_place_and_its_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[Path, list[str]]] = []
+
+    def sync(file: int) -> None:
+        where = Path(f"/proc/self/fd/{file}").resolve()
+        synced.append((where, sorted(p.name for p in tmp_path.iterdir())))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    replace_text(tmp_path / "a", "new")
+    assert synced == [(tmp_path / "a.part", ["a.part"]), (tmp_path, ["a"])]
+
+
 def test_what_is_added_to_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     file = tmp_path / "records.jsonl"
     append(file, "one\n")

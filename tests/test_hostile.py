@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import heedful
-from heedful import catalogue, explaining, models, tasks
+from heedful import catalogue, explaining, models, nn, tasks
 from heedful.core import asked, stats
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.kinds import Prompt
@@ -97,6 +97,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
             explaining.trace, {"model": model, "clean": clean[0], "corrupt": corrupt[0], "answer": 5},
             "model clean corrupt answer instead what heads",
         ),
+        "nn.convert": (nn.convert, {"model": torch.nn.MultiheadAttention(8, 2)}, "model method"),
         "models.load": (models.load, {}, "name_or_path"),
         "models.tiny": (models.tiny, {}, "kind"),
         "catalogue.find": (catalogue.find, {}, "name"),
@@ -135,11 +136,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
 VERBS = [
     "attach", "fit", "fold", "operate", "arrange", "load", "decode", "diagnose", "compare", "check", "edit",
     "explain", "patterns", "ablate", "attribute", "logit_lens", "direct_logits", "faithfulness", "patching",
-    "path_patching", "trace", "models.load", "models.tiny", "catalogue.find", "catalogue.search", "tasks.find", "Stack",
-    "Prompt", "Removal", "on", "when", "|", "Run[]", "Run.save", "Run.merge", "Run.load_state_dict", "Profile.answer",
-    "Profile.save", "Profile.load", "Profile.page", "Profile.+", "Profile.-", "Comparison.load", "Lens.words",
-    "DirectLogits.top", "Patterns[]", "Patterns.figure", "Patterns.page", "HeadEffects.top", "HeadEffects.overlap",
-    "Faithfulness.area", "stats.load", "stats.save",
+    "path_patching", "trace", "nn.convert", "models.load", "models.tiny", "catalogue.find", "catalogue.search",
+    "tasks.find", "Stack", "Prompt", "Removal", "on", "when", "|", "Run[]", "Run.save", "Run.merge",
+    "Run.load_state_dict", "Profile.answer", "Profile.save", "Profile.load", "Profile.page", "Profile.+", "Profile.-",
+    "Comparison.load", "Lens.words", "DirectLogits.top", "Patterns[]", "Patterns.figure", "Patterns.page",
+    "HeadEffects.top", "HeadEffects.overlap", "Faithfulness.area", "stats.load", "stats.save",
 ]  # fmt: skip
 
 
@@ -166,7 +167,7 @@ def test_a_verb_says_what_is_wrong(found: Any, verb: str, tmp_path: Path, monkey
 
 def test_the_table_has_every_verb(found: Any) -> None:
     assert list(found) == VERBS
-    public = [getattr(home, name) for home in (heedful, explaining) for name in home.__all__]
+    public = [getattr(home, name) for home in (heedful, explaining, nn) for name in home.__all__]
     tried = {inspect.unwrap(getattr(act, "func", act)) for act, _, _ in found.values()}
     missing = [f.__name__ for f in public if inspect.isfunction(f) and inspect.unwrap(f) not in tried]
     assert sorted(missing) == ["agreement", "lab"]  # tried in tests of their own
@@ -210,6 +211,8 @@ def test_every_annotation_of_a_verb_is_asked_for() -> None:
             lambda: heedful.fit(TempScale(0.5), models.tiny("llama"), {"input_ids": torch.ones(1, 4)}),  # type: ignore[arg-type]
             r"fit\(\)\.batches = .*: must be Iterable\[Mapping\[str, Any\]\]; for example batches=\[",
         ),
+        (lambda: nn.convert(3), r"convert\(\)\.model = 3: must be Module; for example model='models\.default"),
+        (lambda: heedful.decode(models.tiny("llama"), [1, 2], None), r"for example prompt='Prompt\(\(1, 2, 3\)\)'"),
         (lambda: Prompt((1, 2.5)), r"Prompt\.tokens = .*: must be tuple\[int, \.\.\.\]"),
     ],
 )

@@ -187,6 +187,11 @@ def test_what_is_not_decided_is_on_no_front_and_named() -> None:
     assert "Nothing that saves cache holds." in [f.text for f in lost.description().findings]
 
 
+def test_what_costs_as_good_as_the_same_is_not_below() -> None:
+    found = comparison({"third": same, "near": wrong}, prompts=200, caches={PLAIN: 100, "third": 33, "near": 32})
+    assert "At a third of the cache use third." in [f.text for f in found.description().findings]
+
+
 @pytest.mark.parametrize(("x", "said"), [(0.51, "half"), (0.26, "a quarter"), (0.4, "40%"), (0.05, "5%")])
 def test_shares_are_said_as_people_say_them(x: float, said: str) -> None:
     assert share(x) == said

@@ -208,7 +208,8 @@ def page() -> str:
         out += [f"Growth of time with the length of the text, 1k to 8k tokens: {told}.", ""]
     out += ["## The whole model", "", _machine("model"), "", *_races("model"), ""]
     if model is not None:
-        out += ["Peak memory of a process, in MB (of five where a range is given: the median):", "", *_peaks(model["rows"]), ""]
+        told = "Peak memory of a process, in MB (of five where a range is given: the median):"
+        out += [told, "", *_peaks(model["rows"]), ""]
     out += ["## The whole of diagnose", "", _machine("diagnose"), "", *_races("diagnose"), ""]
     out += ["## Peers", "", *_peers(), ""]
     out += ["## The attention call alone", "", _machine("attention"), "", *_races("attention"), ""]

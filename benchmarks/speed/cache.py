@@ -33,7 +33,7 @@ SPREAD = (0.25, 0.5, 0.75, 2.5)  # uneven heads hold so many times their share, 
 
 
 def counts(heads: int, n: int, even: bool) -> list[int]:
-    """CachedKV of each head, a quarter of all together."""
+    """Entries of each head, a quarter of all together."""
     if even:
         return [n // SHARE] * heads
     sizes = [SPREAD[i % len(SPREAD)] for i in range(heads)]

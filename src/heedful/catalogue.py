@@ -110,7 +110,7 @@ def family(kind: type[CatalogueEntry]) -> str:
 
 @asks
 def search(word: str = "") -> list[type[CatalogueEntry]]:
-    """CachedKV in whose name, family, docstring or paper the word occurs."""
+    """Entries in whose name, family, docstring or paper the word occurs."""
     low = word.lower()
     return [
         kind

@@ -20,7 +20,7 @@ from heedful.laboratory.lab import mechanism
 from heedful.laboratory.outcome import Lab
 from heedful.laboratory.records import Record
 from heedful.laboratory.results import Refused
-from heedful.methods import MALA, GatedHeads, SigmoidAttention
+from heedful.methods import MALA, GatedHeads, SigmoidAttention, SinkRate
 from tests.lab.small import Fails, Halved, Little, Riddles
 
 COURSES = (Little(), Riddles())
@@ -105,7 +105,9 @@ def test_the_verb_prints_and_writes(small: None, tmp_path: Path) -> None:
         ({"mechanisms": []}, "one or more beside softmax"),
         ({"mechanisms": {"softmax": Halved()}}, "is the name of softmax"),
         ({"mechanisms": ["MALA"]}, "must be methods or stacks"),
+        ({"mechanisms": [SinkRate()]}, "only reads, so that it trains as softmax does"),
         ({"out": ""}, r"lab\(\).out = '': must be the name of a folder"),
+        ({"out": __file__}, "is a file, and must be the name of a folder"),
     ],
 )
 def test_what_makes_no_lab_is_refused_at_once(how: dict[str, Any], says: str) -> None:

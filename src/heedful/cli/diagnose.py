@@ -15,6 +15,7 @@ from heedful.cli.console import console, require_page, stopping, tell, workers_f
 from heedful.cli.progress import Bars
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.figures import head_name
+from heedful.core.kinds import Measure, Weights
 from heedful.core.method import CatalogueEntry, Method
 
 if TYPE_CHECKING:
@@ -39,12 +40,12 @@ STAGES = {
 }
 
 
-def measures_from(text: str) -> list[Method] | None:
+def measures_from(text: str) -> list[Measure] | None:
     """Measures by name, parted by commas, with settings if they follow; none for the default ones."""
-    parts: list[Method] = []
+    parts: list[Measure] = []
     for name in parted(text):
         entry: CatalogueEntry = entry_from(name if "(" in name else name + "()")
-        if not isinstance(entry, Method):
+        if not isinstance(entry, Method | Weights):
             raise FieldError("diagnose", "measures", name, f"is {entry.kind}, which reads nothing", "SinkRate")
         parts.append(entry)
     return parts or None
@@ -102,6 +103,11 @@ def pick(model: str, loaded: Loaded, given: dict[str, Path]) -> Path | str | Ten
     from heedful.explaining.aim import read_by
 
     mine = next((option for option, (thing, *_) in OTHERS.items() if thing == read_by(loaded.model)), "text")
+    if mine == "text" and mine in given and loaded.tokenizer is None:
+        raise HeedfulError(
+            f"--text {given['text']}: {loaded.name} has no tokenizer, and reads no words. Leave it out, or name a "
+            "model that has one, as in heedful diagnose default --text book.txt"
+        )
     if mine in given:
         return given[mine]
     if mine != "text":

@@ -24,14 +24,15 @@ R = TypeVar("R")
 _BY_NAME: dict[str, Any] = {
     "roles": {"marked": ((0, 4),)}, "heads": [(3, 1)], "receivers": [(3, 1)], "layers": [0], "only": "model",
     "batches": [{"input_ids": "ids"}], "tasks": ["needle"], "methods": ["SnapKV(0.25)"], "parts": ("TempScale(0.9)",),
-    "tokenizer": "AutoTokenizer.from_pretrained(name)", "prompt": [1, 2, 3], "path": "found", "statistics": {},
+    "tokenizer": "AutoTokenizer.from_pretrained(name)", "path": "found", "statistics": {},
     "folder": "kept", "name_or_path": "default",
 }  # fmt: skip
 _BY_KIND: dict[str, Any] = {
     "Module": "models.default().model", "Loaded": "models.default()", "Method": "TempScale(0.9)",
     "CatalogueEntry": "TempScale(0.9)", "Tensor": "torch.tensor([[1, 2, 3]])", "Path": "folder",
-    "Prompt": "Prompt((1, 2, 3))", "Callable": "a function", "int": 1, "a number": 0.5, "str": "text", "bool": True,
-    "tuple": (1, 2), "Sequence": [1, 2], "Iterable": [1, 2], "Site": "Site.PATTERN",
+    "Prompt": "Prompt((1, 2, 3))", "Callable": "a function", "Profile": "another profile", "int": 1,
+    "a number": 0.5, "str": "text", "bool": True, "tuple": (1, 2), "Sequence": [1, 2], "Iterable": [1, 2],
+    "Site": "Site.PATTERN",
 }  # fmt: skip
 
 
@@ -100,8 +101,10 @@ def _require(owner: str, name: str, given: Any, hint: Any, default: Any, places:
 
 
 def _fits(x: Any, hint: Any) -> bool:
+    if isinstance(hint, TypeVar):
+        hint = hint.__bound__ or Any
     origin, inside = get_origin(hint), get_args(hint)
-    if hint is Any or isinstance(hint, TypeVar):
+    if hint is Any:
         return True
     if hint is None or hint is NoneType:
         return x is None
@@ -145,6 +148,7 @@ def _as_tuples(x: Any, hint: Any) -> Any:
 
 
 def _words(hint: Any) -> Iterator[str]:
+    hint = hint.__bound__ if isinstance(hint, TypeVar) else hint
     origin, inside = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         yield from (word for kind in sorted(inside, key=lambda kind: kind is NoneType) for word in _words(kind))

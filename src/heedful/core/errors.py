@@ -2,6 +2,7 @@
 
 HeedfulError
 ├── FieldError           a field of a method or an argument has a value the rule forbids (also a ValueError)
+│   └── UnknownFieldError  there is no such field
 ├── DefinitionError      a method class is written wrongly (also a TypeError)
 ├── SiteError            an edit returned something its site cannot hold
 ├── FoldError            an edit that a model's weights cannot hold
@@ -21,7 +22,7 @@ InactiveWarning          a stack ran and changed nothing where it should have
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import PurePath
 
@@ -49,6 +50,14 @@ def shown(value: object) -> str:
     if "\n" not in text and " at 0x" not in text and not hasattr(value, "shape"):
         return text
     return " ".join(["a", type(value).__name__, *(str(tuple(x)) for x in [getattr(value, "shape", ())] if x)])
+
+
+class UnknownFieldError(FieldError):
+    """A field that its owner does not have: names those that it has."""
+
+    def __init__(self, owner: str, field: str, value: object, known: Sequence[str]) -> None:
+        told = f"It has {', '.join(known)}" if known else "It has none"
+        HeedfulError.__init__(self, f"{owner}.{field} = {shown(value)}: no such field.{nearest(field, known)} {told}")
 
 
 class DefinitionError(HeedfulError, TypeError):

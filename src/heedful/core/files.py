@@ -117,7 +117,12 @@ def folder_named(owner: str, folder: str | Path, field: str = "folder") -> Path:
 
 def folder_for(owner: str, out: str | Path | None) -> Path | None:
     """The folder that a caller names for what a verb finds, if any."""
-    return None if out is None else folder_named(owner, out, "out")
+    if out is None:
+        return None
+    folder = folder_named(owner, out, "out")
+    if folder.exists() and not folder.is_dir():
+        raise FieldError(owner, "out", str(folder), "is a file, and must be the name of a folder", "kept")
+    return folder
 
 
 @contextmanager

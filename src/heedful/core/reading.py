@@ -6,7 +6,7 @@ import ast
 from dataclasses import fields
 from typing import TypeVar
 
-from heedful.core.errors import CatalogueError, FieldError, nearest
+from heedful.core.errors import CatalogueError, FieldError, UnknownFieldError
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ def written(text: str, kind: type[T], good: object) -> T:
     known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     for word, value in settings.items():
         if word not in known:
-            raise FieldError(kind.__name__, word, value, f"no such field.{nearest(word, known)}", known[:1])
+            raise UnknownFieldError(kind.__name__, word, value, known)
     if len(values) > len(known):
         raise FieldError(kind.__name__, "fields", len(values), f"takes at most {len(known)} values", known)
     for word, value in zip(known, values, strict=False):

@@ -10,7 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from heedful.gpu import interpreted, kernels
+from heedful.gpu import backward, interpreted, kernels
+from heedful.gpu.backward import Back
 from heedful.gpu.kernels import Found, Keep, Lines, Sizes
 
 SPAN = 1024  # keys to a program where a call has too few rows to fill a GPU
@@ -95,6 +96,21 @@ def attend(p: Problem) -> Answer:
         )  # fmt: skip
         answer = _with(answer, distance=distance)
     return answer
+
+
+def pull(p: Problem, out: Tensor, lse: Tensor, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What queries, keys and values are given, in float32, when the output is given that."""
+    size, keep, bias = _sizes(p), _keep(p), None if p.bias is None else _shared(p.bias)
+    back = Back(lse.contiguous(), (given.float() * out).sum(-1).contiguous())
+    lines = [_lines(x) for x in (p.q, p.k, p.v, given.to(p.v.dtype))]
+    q, k, v = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (p.q, p.k, p.v))
+    fit = tiles(2 * max(size.d, size.e), size.n * size.group)
+    widths = {"BM": fit.rows, "BN": fit.keys, "BD": _power(size.d), "BE": _power(size.e), "RANGES": p.ranges.shape[3]}
+    groups = p.q.shape[0] * size.heads // size.group
+    rows, columns = triton.cdiv(size.n * size.group, fit.rows), triton.cdiv(size.m, fit.keys)
+    _call(backward.pull_queries, (rows, groups), *lines, size, keep, bias, back, q, **widths)
+    _call(backward.pull_keys, (columns, groups), *lines, size, keep, bias, back, k, v, **widths)
+    return q, k, v
 
 
 def _rows(

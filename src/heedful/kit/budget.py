@@ -31,7 +31,7 @@ def is_whole(budget: Budget) -> bool:
 
 
 def room_for(budget: Budget, tokens: int) -> int:
-    """CachedKV that a head may hold after a text of so many tokens."""
+    """Entries that a head may hold after a text of so many tokens."""
     return budget if isinstance(budget, int) else max(1, math.ceil(budget * tokens))
 
 
@@ -47,7 +47,7 @@ def rooms(budget: Budget, tokens: Tensor) -> Tensor:
 
 
 def room(budget: Budget, call: Call) -> Tensor:
-    """CachedKV that each head of each text may hold after this call, `[b|1 1 1]`."""
+    """Entries that each head of each text may hold after this call, `[b|1 1 1]`."""
     return rooms(budget, length(call))
 
 

@@ -87,6 +87,8 @@ def _chosen(mechanisms: Mapping[str, Part | Stack] | Iterable[Part | Stack] | No
         name = name_of(stack) if given is None else given
         if name == PLAIN and len(stack):
             raise FieldError("lab()", "mechanisms", name, "is the name of softmax; choose another", "mine")
+        if len(stack) and all(step.edit.reads and not step.edit.loss for step in stack.steps()):
+            raise FieldError("lab()", "mechanisms", what, "only reads, so that it trains as softmax does", "MALA()")
         found[repr(stack) if name in found and len(stack) else name] = stack
     if len(found) < 2:
         raise FieldError("lab()", "mechanisms", (), "must name one or more beside softmax", "[ClippedSoftmax()]")

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from heedful.core.asked import asks
 from heedful.core.errors import FieldError
 from heedful.core.method import Part, Stack
 from heedful.nn.attention import Attention
@@ -13,6 +14,7 @@ from heedful.nn.attention import Attention
 M = TypeVar("M", bound=nn.Module)
 
 
+@asks
 def convert(model: M, method: Part | Stack | None = None) -> M | Attention:
     """The model with an `Attention` of equal weights, under a method, in place of each `MultiheadAttention` in it.
 

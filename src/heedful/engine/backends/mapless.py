@@ -19,14 +19,13 @@ from heedful.engine.reweighting import corrected
 
 
 def kept_back(needs: Needs) -> list[str]:
-    """Every reason against a kernel that shows no weights, has no gradient and goes by columns."""
+    """Every reason against a kernel that shows no weights and goes by columns."""
     reasons = [f"{step} needs the scores or weights, which this kernel keeps to itself" for step in needs.map_steps]
     if needs.reweights and (after := needs.reweights[1:] + needs.sum_steps):
         reasons.append(f"{after[0]} needs the weights after {needs.reweights[0]}, and those are never made here")
     for there, what in (
         (needs.dropout, "dropout is on"),
         (needs.pattern, "the whole pattern was asked for (output_attentions)"),
-        (needs.gradients, "gradients are wanted"),
         (needs.transformed, TRANSFORMED),
     ):
         if there:

@@ -27,6 +27,8 @@ class Native:
         kernel = library()
         reasons = [kernel] if isinstance(kernel, str) else []
         reasons += kept_back(needs)
+        if needs.gradients:
+            reasons.append("gradients are wanted, which this kernel cannot serve")
         if needs.call is None:
             return reasons
         for x in needs.tensors:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.errors import BackendError
 from heedful.core.ragged import padded
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends.mapless import STRETCHES, first_columns, kept_back, lag, of_weights, seen_by, through
 from heedful.engine.needs import Needs
 from heedful.gpu import why_not
+
+if TYPE_CHECKING:
+    from heedful.gpu.launch import Answer, Problem
 
 WIDEST = 256  # of a head
 GRAIN = 64  # what a block of a block table must be a multiple of: the most keys that a tile has
@@ -22,7 +27,7 @@ TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 class Triton:
     name = "triton"
-    gradients = False
+    gradients = True
 
     def refuses(self, needs: Needs) -> list[str]:
         call = needs.call
@@ -30,6 +35,8 @@ class Triton:
         device = needs.tensors[0].device if needs.tensors else torch.device(likely)
         reasons = [reason] if (reason := why_not(device)) else []
         reasons += kept_back(needs)
+        if needs.gradients and (needs.reweights or any(x.requires_grad for x in needs.learned)):
+            reasons.append("gradients of more than queries, keys and values are wanted, which this kernel cannot serve")
         if call is None or reasons:
             return reasons
         if any(x.dtype not in TYPES for x in needs.tensors) or len({x.dtype for x in needs.tensors}) > 1:
@@ -48,8 +55,37 @@ class Triton:
         return through(lambda plain: _compute(plain, q, k, v), job, q, k, v), None
 
 
-@torch.no_grad()
+class _Way(torch.autograd.Function):
+    """The way back through a call that the kernel has computed."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, problem: Problem, answer: Answer) -> Tensor:
+        ctx.save_for_backward(q, k, v, answer.out, answer.lse)
+        ctx.problem = problem
+        return answer.out
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
+        from heedful.gpu.launch import pull
+
+        if torch.is_grad_enabled():
+            rule = "the kernel for GPUs has no second derivatives, and create_graph=True asks for them"
+            raise BackendError(f"{rule}; attach with backend='tiled'")
+        q, k, v, out, lse = ctx.saved_tensors
+        made = pull(replace(ctx.problem, q=q, k=k, v=v), out, lse, given)
+        return *(new.to(x.dtype) for new, x in zip(made, (q, k, v), strict=True)), None, None
+
+
 def _compute(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        problem, answer = _answered(job, q, k, v)
+    if job.needs is not None and job.needs.gradients:
+        heads: Tensor = _Way.apply(q, k, v, problem, answer)
+        return heads
+    return answer.out
+
+
+def _answered(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Problem, Answer]:
     from heedful.gpu.launch import Problem, attend
 
     call, accumulator = job.call, job.accumulator
@@ -79,7 +115,7 @@ def _compute(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             entropy=answer.entropy, peak=answer.peak, place=place, first=answer.first, distance=answer.distance,
             carried=answer.carried, nearest=accumulator.nearest if "distance" in asked else 0,
         )  # fmt: skip
-    return answer.out
+    return problem, answer
 
 
 def _seen(received: Tensor | None, call: Call, ranges: Tensor) -> Tensor | None:

@@ -1,0 +1,119 @@
+"""The way back of attention as Triton kernels: weights are computed again, tile by tile, from each row's log-sum-exp.
+
+With `p` a weight, `g` what a row's output is given on the way back, `v` a value and `o` the output, a score is given
+`p (g v - g o)`, a value `p g`; queries and keys are given what their scores are, times the keys and queries that they
+met. One kernel goes through the keys of each row, for queries; the other through the rows of each key.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from heedful.gpu.kernels import _added, _capped, _kept, _listed, _product, _read, _span, _wide
+
+
+class Back(NamedTuple):
+    """What the way back begins with: `lse` and `met [b h n]`, the latter the output times what it is given."""
+
+    lse: Tensor
+    met: Tensor
+
+
+@triton.jit
+def _given(q, k, v, pull, level, met, kept, size, bias, batch, head, query, col):
+    """A tile's weights, and what its scores are given before they are capped and scaled."""
+    capped = _capped(_product(q, tl.trans(k), size) * size.scale, size)
+    scores = capped
+    if bias is not None:
+        scores += _added(bias, batch, head, query, col[None, :], (query < size.n)[:, None] & (col < size.m)[None, :])
+    kept = kept & (level > float("-inf"))[:, None]
+    weights = tl.where(kept, tl.exp(scores - level[:, None]), 0.0)
+    given = weights * (_product(pull, tl.trans(v), size) - met[:, None])
+    if size.softcap is not None:
+        share = capped / size.softcap
+        given = given * (1.0 - share * share)
+    return weights, tl.where(kept, given, 0.0)  # what is masked may hold anything
+
+
+@triton.jit
+def _pairs(keep, size, batch, head, query, col, at, RANGES: tl.constexpr):
+    """Which pairs of a tile are computed."""
+    kept = _kept(keep, size, batch, head, query, col, RANGES)
+    if keep.table is not None:
+        kept = kept & _listed(keep, size, batch, head, query, at)[:, None]
+    return kept
+
+
+@triton.jit
+def pull_queries(
+    q_lines, k_lines, v_lines, pull_lines, size, keep, bias, back, made,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, RANGES: tl.constexpr,
+):  # fmt: skip
+    """What queries are given: a program has rows, packed as in `attend_rows`, and goes through their keys."""
+    shared_heads = size.heads // size.group
+    batch, shared = _wide(tl.program_id(1) // shared_heads), tl.program_id(1) % shared_heads
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    query, head = row // size.group, shared * size.group + row % size.group
+    inside = query < size.n
+    q = _read(q_lines, batch, head, query, inside, size.d, BD)
+    pull = _read(pull_lines, batch, head, query, inside, size.e, BE)
+    line = (batch * size.heads + head) * size.n + query
+    level = tl.load(back.lse + line, mask=inside, other=float("-inf"))
+    met = tl.load(back.met + line, mask=inside, other=0.0)
+    summed = tl.zeros([BM, BD], tl.float32)
+    start, stop = _span(keep, size, batch, head, query, RANGES)
+    for at in range(start // BN * BN, stop, BN):
+        col = at + tl.arange(0, BN)
+        kept = _pairs(keep, size, batch, head, query, col, at, RANGES)
+        seen = tl.max(kept.to(tl.int32), 0) > 0
+        if tl.max(seen.to(tl.int32)) > 0:
+            same = shared + 0 * col
+            k = _read(k_lines, batch, same, col, seen, size.d, BD)
+            v = _read(v_lines, batch, same, col, seen, size.e, BE)
+            _, given = _given(q, k, v, pull, level, met, kept, size, bias, batch, head, query, col)
+            summed += _product(given.to(k.dtype), k, size)
+    wide = tl.arange(0, BD)
+    there = inside[:, None] & (wide < size.d)[None, :]
+    tl.store(made + line[:, None] * size.d + wide[None, :], summed * size.scale, mask=there)
+
+
+@triton.jit
+def pull_keys(
+    q_lines, k_lines, v_lines, pull_lines, size, keep, bias, back, made_k, made_v,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, RANGES: tl.constexpr,
+):  # fmt: skip
+    """What keys and values are given: a program has a block of keys and goes through the rows of all its heads."""
+    shared_heads = size.heads // size.group
+    batch, shared = _wide(tl.program_id(1) // shared_heads), tl.program_id(1) % shared_heads
+    first = tl.program_id(0) * BN
+    col = first + tl.arange(0, BN)
+    inside = col < size.m
+    same = shared + 0 * col
+    k = _read(k_lines, batch, same, col, inside, size.d, BD)
+    v = _read(v_lines, batch, same, col, inside, size.e, BE)
+    keys = tl.zeros([BN, BD], tl.float32)
+    values = tl.zeros([BN, BE], tl.float32)
+    for start in range(0, size.n * size.group, BM):
+        row = start + tl.arange(0, BM)
+        query, head = row // size.group, shared * size.group + row % size.group
+        kept = _pairs(keep, size, batch, head, query, col, first, RANGES)
+        sees = tl.max(kept.to(tl.int32), 1) > 0
+        if tl.max(sees.to(tl.int32)) > 0:
+            q = _read(q_lines, batch, head, query, sees, size.d, BD)
+            pull = _read(pull_lines, batch, head, query, sees, size.e, BE)
+            line = (batch * size.heads + head) * size.n + query
+            level = tl.load(back.lse + line, mask=sees, other=float("-inf"))
+            met = tl.load(back.met + line, mask=sees, other=0.0)
+            weights, given = _given(q, k, v, pull, level, met, kept, size, bias, batch, head, query, col)
+            keys += _product(tl.trans(given).to(q.dtype), q, size)
+            values += _product(tl.trans(weights).to(pull.dtype), pull, size)
+    line = (batch * shared_heads + shared) * size.m + col
+    wide, far = tl.arange(0, BD), tl.arange(0, BE)
+    at = made_k + line[:, None] * size.d + wide[None, :]
+    tl.store(at, keys * size.scale, mask=inside[:, None] & (wide < size.d)[None, :])
+    at = made_v + line[:, None] * size.e + far[None, :]
+    tl.store(at, values, mask=inside[:, None] & (far < size.e)[None, :])

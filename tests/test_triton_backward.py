@@ -1,0 +1,150 @@
+"""The way back through the GPU's kernels, in triton's interpreter, against the reference in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from heedful import attach, gpu
+from heedful.conformance.tolerances import close_model, error, within_budget
+from heedful.core.errors import BackendError
+from heedful.core.mask import Blocks, First, Rule, Where, Window
+from heedful.tiny import tiny, tiny_inputs
+
+from .kernel_calls import BIASES, CAUSAL, RULES, Everything, Halved, Same, a_bias, a_call, draw, run
+from .samples import Scale
+
+SHAPES = [(2, 4, 2, 19, 19, 8, 8), (1, 4, 1, 50, 50, 10, 6), (1, 6, 2, 1, 50, 64, 64)]
+LARGE = [(1, 2, 2, 140, 140, 16, 256), (1, 7, 1, 65, 129, 128, 128)]
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    if gpu.missing():
+        pytest.fail(gpu.missing())
+    monkeypatch.setenv(gpu.INTERPRETED, "1")
+
+
+def pulled(
+    backend: str, tensors: tuple[Tensor, ...], shape: tuple[int, ...], rules: tuple[Rule, ...] = CAUSAL, **more: object
+) -> tuple[Tensor, ...]:
+    """What queries, keys and values are given, when the output is given waves."""
+    pad, softcap, method = (more.pop(name, None) for name in ("pad", "softcap", "method"))
+    call = replace(a_call(shape, rules, pad), softcap=softcap)  # type: ignore[arg-type]
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = run(backend, method or Same(), *leaves, call, **more)  # type: ignore[arg-type]
+    waves = torch.arange(out.numel(), dtype=torch.float64).view_as(out).sin() * call.is_text[..., None]
+    return torch.autograd.grad(out, leaves, waves.to(out.dtype))
+
+
+def compare(shape: tuple[int, ...], rules: tuple[Rule, ...] = CAUSAL, **more: object) -> None:
+    tensors = draw(shape)
+    exact = pulled("reference", tuple(x.double() for x in tensors), shape, rules, **more)
+    eager, found = (pulled(name, tensors, shape, rules, **more) for name in ("reference", "triton"))
+    for name, a, b, c in zip(("queries", "keys", "values"), found, eager, exact, strict=True):
+        assert within_budget(a, b, c), name
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("shape", [*SHAPES, *(pytest.param(x, marks=pytest.mark.slow) for x in LARGE)], ids=str)
+def test_it_agrees_with_the_reference(shape: tuple[int, ...], rules: tuple[Rule, ...]) -> None:
+    compare(shape, rules)
+
+
+@pytest.mark.parametrize("n", [40, 3])
+def test_padding(n: int) -> None:
+    compare((2, 4, 2, n, 40, 16, 16), (*CAUSAL, Window(9) | First(2)), pad=torch.tensor([0, 7]))
+
+
+@pytest.mark.parametrize("softcap", [2.0, 20.0])
+@pytest.mark.parametrize("biases", [None, *BIASES])
+def test_soft_caps_biases_and_sinks(softcap: float, biases: tuple[bool, ...] | None) -> None:
+    shape = (2, 4, 2, 20, 40, 16, 16)
+    bias = None if biases is None else a_bias(shape, biases)
+    compare(shape, softcap=softcap, bias=bias, sink=torch.linspace(-1, 4, 4).view(1, 4, 1, 1))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_block_tables(heads: int) -> None:
+    table = torch.rand(1, heads, 3, 3, generator=torch.Generator().manual_seed(1)) < 0.5
+    compare((1, 4, 2, 150, 150, 16, 16), (*CAUSAL, Blocks(table, 64)))
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    n=st.integers(1, 70), past=st.integers(0, 40), heads=st.sampled_from([(1, 1), (4, 1), (6, 2), (5, 5)]),
+    d=st.integers(1, 40), e=st.integers(1, 40), window=st.integers(1, 100),
+)  # fmt: skip
+def test_any_shape_agrees(n: int, past: int, heads: tuple[int, int], d: int, e: int, window: int) -> None:
+    compare((1, *heads, n, n + past, d, e), (*CAUSAL, Window(window)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_as_good_as_torch_s_own(dtype: torch.dtype) -> None:
+    shape = (2, 6, 2, 60, 60, 32, 32)
+    tensors = tuple(x.to(dtype) for x in draw(shape))
+    exact = pulled("reference", tuple(x.double() for x in tensors), shape)
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    plain = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+    waves = torch.arange(plain.numel(), dtype=torch.float64).view_as(plain).sin()
+    torch_s = torch.autograd.grad(plain, leaves, waves.to(dtype))
+    for a, b, c in zip(pulled("triton", tensors, shape), torch_s, exact, strict=True):
+        assert a.dtype == dtype
+        assert error(a, c) <= 2 * error(b, c)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what a GPU does silently
+def test_what_is_masked_may_hold_anything() -> None:
+    shape = (1, 4, 2, 70, 70, 8, 8)
+    q, k, v = draw(shape)
+    rules = (*CAUSAL, Where(lambda a, b: b < 61))
+    before = pulled("triton", (q, k, v), shape, rules, softcap=5.0)
+    k[:, :, 61:], v[:, :, 61:] = 1e30, float("nan")
+    after = pulled("triton", (q, k, v), shape, rules, softcap=5.0)
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[:, :, :61], b[:, :, :61])
+    assert not any(bool(x[:, :, 61:].any()) for x in after[1:])
+
+
+def test_readers_are_told_the_same_on_the_way() -> None:
+    shape = (1, 4, 2, 20, 20, 8, 8)
+    alone: list[object] = []
+    beside: list[object] = []
+    run("triton", Everything(alone), *draw(shape), a_call(shape, CAUSAL))  # type: ignore[arg-type]
+    pulled("triton", draw(shape), shape, method=Everything(beside))  # type: ignore[arg-type]
+    assert torch.equal(alone[0].received, beside[0].received)  # type: ignore[attr-defined]
+    assert not beside[0].received.requires_grad  # type: ignore[attr-defined]
+
+
+def test_a_model_learns_through_it_what_it_learns_without() -> None:
+    model = tiny()
+    feed = tiny_inputs(model)
+    feed["labels"] = feed["input_ids"]
+
+    def learned() -> list[Tensor]:
+        model.zero_grad()
+        model(**feed).loss.backward()
+        return [x.grad.clone() for x in model.parameters() if x.grad is not None]
+
+    with attach(model, Scale(), backend="reference"):
+        wanted = learned()
+    with attach(model, Scale(), backend="triton"):
+        found = learned()
+    assert all(close_model(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_what_has_no_way_back_is_refused() -> None:
+    shape = (1, 4, 2, 20, 20, 8, 8)
+    bias = a_bias(shape, BIASES[0]).requires_grad_()
+    with pytest.raises(BackendError, match="gradients of more than queries, keys and values"):
+        run("triton", Same(), *draw(shape), a_call(shape, CAUSAL), bias=bias)
+    with pytest.raises(BackendError, match="gradients of more than queries, keys and values"):
+        pulled("triton", draw(shape), shape, method=Halved())
+    q, k, v = (x.requires_grad_() for x in draw(shape))
+    with pytest.raises(BackendError, match="no second derivatives"):
+        torch.autograd.grad(run("triton", Same(), q, k, v, a_call(shape, CAUSAL)).sum(), q, create_graph=True)
