@@ -143,12 +143,12 @@ def figures(c: Results) -> Iterable[Figure]:
     prices = [p for p in c.prices if p.contender not in c.inactive]
     if prices:
         tokens, batch = prices[0].tokens, prices[0].batch
-        rows = "one prompt" if batch == 1 else f"a batch of {batch}, all one prompt"
+        read = "one prompt" if batch == 1 else f"a batch of {batch}, all one prompt"
         left = f" Left out, since they changed nothing: {', '.join(c.inactive)}." if c.inactive else ""
         yield Listing(
             "costs",
             "What each costs",
-            f"Measured on {rows} of {tokens} tokens, in {counted(prices[0].turns, 'timing repeat')}, each beside "
+            f"Measured on {read} of {tokens} tokens, in {counted(prices[0].turns, 'timing repeat')}, each beside "
             f"one of the baseline; ratios are to it. Memory is what prefill takes above the resting model.{left}",
             ("method", "prefill, s", "prefill ×", "token, ms", "token ×", "cache, MB", "cache ×", "peak, MB", "pairs"),
             [_cost_row(p) for p in prices],

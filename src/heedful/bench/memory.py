@@ -25,7 +25,9 @@ def largest(c: Results, name: str) -> int | None:
 
 def within(c: Results) -> Iterable[str]:
     """A sentence for each batch: what to use within the limit."""
-    for batch in c.batches if c.limit is not None else ():
+    if c.limit is None:
+        return
+    for batch in c.batches:
         prices = {p.contender: p for p in c.priced[batch]}
         if PLAIN not in prices:
             continue
