@@ -19,8 +19,9 @@ from heedful.conformance.bare import ROLES
 from heedful.conformance.model_laws import in_training_alone
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, RefusedModel, SiteError
-from heedful.core.method import Method
+from heedful.core.method import Method, as_stack
 from heedful.core.regions import Region
+from heedful.core.sites import Site
 from heedful.methods import (
     AffineScaledAttention,
     GatedHeads,
@@ -66,7 +67,9 @@ def in_pieces(mine: Attention, x: Tensor, size: int, padding: Tensor | None = No
 MECHANISMS = {
     name: kind
     for name, kind in catalogue.entries().items()
-    if issubclass(kind, Method) and catalogue.family(kind) == "mechanisms"
+    if issubclass(kind, Method)
+    and catalogue.family(kind) == "mechanisms"
+    and not as_stack(kind.example()).touches(Site.EMBEDDING, Site.RESIDUAL)  # which a module has no say in
 }
 
 

@@ -64,7 +64,6 @@ from heedful.methods.mechanisms.linear.lln_attention import LLNAttention as LLNA
 from heedful.methods.mechanisms.linear.mala import MALA as MALA
 from heedful.methods.mechanisms.local.activator import Activator as Activator
 from heedful.methods.mechanisms.local.dynamic_conv import DynamicConv as DynamicConv
-from heedful.methods.mechanisms.local.ff_nified_attention import FFNifiedAttention as FFNifiedAttention
 from heedful.methods.mechanisms.local.generalized_neighborhood_attention import GeneralizedNeighborhoodAttention as GeneralizedNeighborhoodAttention
 from heedful.methods.mechanisms.local.halo_attention import HaloAttention as HaloAttention
 from heedful.methods.mechanisms.local.hepos import Hepos as Hepos
