@@ -115,6 +115,7 @@ def test_where_all_are_refused_it_says_so(tiny: None) -> None:
     )
     assert "1 method, 1 task\n" in told.stdout
     assert "None of the methods could be asked." in told.stdout
+    assert told.exit_code == 1
 
 
 def test_spans_that_a_task_does_not_mark_are_named(tiny: None) -> None:

@@ -62,7 +62,7 @@ test.test_it_is_the_papers_formula()
     [
         (["snapkv"], "must be the name of a class"),
         (["SnapKV"], "exists, in heedful.methods"),
-        (["Sharper", "--family", "nowhere"], "must be one of compress/quantise, intervene/language, "),
+        (["Sharper", "--family", "nowhere"], "must be one of intervene/language, mechanisms/crosslayer; "),
         (["Sharper", "--root", "/nowhere"], "must be a clone of heedful"),
     ],
 )

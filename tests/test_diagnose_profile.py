@@ -51,13 +51,13 @@ def test_a_profile_saves_and_loads(model: Any, tmp_path: Path) -> None:
 
 
 def test_the_times_add_up_to_what_a_call_takes(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from heedful.diagnosis import run
+    from heedful.diagnosis import inputs
 
-    def slowly(*given: Any, act: Any = run.cut) -> Any:  # as what has to be written down before it is read
+    def slowly(*given: Any, act: Any = inputs.cut) -> Any:  # as what has to be written down before it is read
         time.sleep(0.5)
         return act(*given)
 
-    monkeypatch.setattr(run, "cut", slowly)
+    monkeypatch.setattr(inputs, "cut", slowly)
     began = time.perf_counter()
     seconds = diagnose(model, WORDS, tokenizer=characters(), measures=SinkRate()).facts["seconds"]
     whole = time.perf_counter() - began

@@ -51,7 +51,8 @@ def exists(name: str) -> bool:
     if INVENTED.search(name):
         return True
     if re.fullmatch(r"[\w./]+/[\w.]*|\w+\.py", name):
-        return any((ROOT / home / name).exists() for home in HOMES)
+        made = (ROOT / ".gitignore").read_text().split()  # when it is first needed
+        return name.strip("/") in [x.strip("/") for x in made] or any((ROOT / home / name).exists() for home in HOMES)
     try:
         if dotted := re.match(r"heedful(\.\w+)+", name):
             pkgutil.resolve_name(dotted[0])

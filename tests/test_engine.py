@@ -27,6 +27,7 @@ from heedful.engine.backends import BACKENDS
 from heedful.engine.needs import Needs
 from heedful.engine.run_state import RunState
 from heedful.engine.select import named, select
+from heedful.methods import SinkRate, TempScale
 from heedful.native import library
 
 from .samples import PAPER, Keep, Narrow, Scale, Shares, Zero
@@ -335,6 +336,7 @@ def test_the_cheapest_backend_that_can_is_chosen_and_explained() -> None:
     assert select("auto", Needs.of(Stack((Narrow(),)).steps())).name == fast
     assert select("auto", Needs.of((), softcap=True)).name == fast
     assert select("auto", Needs.of((), pattern=True)).name == "reference"
+    assert str(explain("tempscale(tau=0.5) | sinkrate")) == str(explain(TempScale(0.5) | SinkRate()))
     text = str(explain(Shares()))
     assert "tiled      chosen" in text
     assert "sdpa       no\n           - Shares() at PATTERN needs the map" in text

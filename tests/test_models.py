@@ -282,9 +282,11 @@ def test_the_hub_is_asked_once_for_what_is_not_there(monkeypatch: pytest.MonkeyP
 
 
 def test_nobody_is_asked_for_a_folder(tmp_path: Path) -> None:
-    assert models.hub_arguments(tmp_path, {"dtype": "auto"}) == {"local_files_only": True}
-    assert models.hub_arguments(tmp_path, {"local_files_only": False}) == {"local_files_only": False}
-    assert models.hub_arguments("nobody/nothing", {"revision": "x", "dtype": "auto"}) == {"revision": "x"}
+    own = {"trust_remote_code": False}  # code that comes with a model is not run unless a caller says so
+    assert models.hub_arguments(tmp_path, {"dtype": "auto"}) == own | {"local_files_only": True}
+    assert models.hub_arguments(tmp_path, {"local_files_only": False}) == own | {"local_files_only": False}
+    assert models.hub_arguments("nobody/nothing", {"revision": "x", "dtype": "auto"}) == own | {"revision": "x"}
+    assert models.hub_arguments("nobody/nothing", {"trust_remote_code": True}) == {"trust_remote_code": True}
 
 
 def test_load_says_when_a_folder_is_broken(tmp_path: Path) -> None:

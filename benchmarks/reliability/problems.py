@@ -128,14 +128,24 @@ class Problem:
         finally:
             torch.set_num_threads(1)
         found: Counter[str] = Counter()
+        steep = largest(given[0], given[1], call, bias)
         for part, x in one.items():
             if not torch.equal(x.nan_to_num(), many[part].nan_to_num()):
                 found[SEVERAL] = 1
             here = seen(call, part, x)
-            near = part == "place" or within_budget(x[here].float(), eager[part][here].float(), exact[part][here])
+            near = part == "place" or within_budget(
+                x[here].float(), eager[part][here].float(), exact[part][here], steep
+            )
             if not near:
                 found[EXACT] = 1
         return found
+
+
+def largest(q: Tensor, k: Tensor, call: Any, bias: Tensor | None) -> float:
+    """How large a score can be, by the lengths of queries and keys."""
+    lengths = [float(x.float().norm(dim=-1).max()) for x in (q, k)]
+    added = 0.0 if bias is None else float(bias.abs().max())
+    return min(lengths[0] * lengths[1] * call.scale, call.softcap or float("inf")) + added
 
 
 def seen(call: Any, part: str, x: Tensor) -> Tensor:

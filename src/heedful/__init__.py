@@ -27,7 +27,7 @@ _HOMES = {
     "compare": "heedful.bench.compare",
     "check": "heedful.conformance",
     "edit": "heedful.core.plain",
-    "explain": "heedful.engine.select",
+    "explain": "heedful.api",
     "patterns": "heedful.explaining.attention_patterns",
     "Comparison": "heedful.bench.comparison",
     "Profile": "heedful.diagnosis.profile",
@@ -99,7 +99,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from heedful import authoring, explaining, methods, models, tasks
-    from heedful.api import arrange, attach, fit, operate
+    from heedful.api import arrange, attach, explain, fit, operate
     from heedful.bench.compare import compare
     from heedful.bench.comparison import Comparison
     from heedful.conformance import check
@@ -111,7 +111,6 @@ if TYPE_CHECKING:
     from heedful.diagnosis.profile import Profile
     from heedful.diagnosis.run import diagnose
     from heedful.engine.run import Run
-    from heedful.engine.select import explain
     from heedful.explaining.ablation import ablate
     from heedful.explaining.attention_patterns import patterns
     from heedful.folding import fold

@@ -18,6 +18,7 @@ from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.kinds import Conversion, HeadWeights, Prompt, Report, Surgery, Tokens, Vocabulary
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Stack
 from heedful.core.regions import Roles
+from heedful.engine import select
 from heedful.engine.resting import resting, undone
 from heedful.engine.run import Run
 from heedful.folding import rewritten
@@ -25,6 +26,7 @@ from heedful.folding import rewritten
 if TYPE_CHECKING:
     from heedful.adapters.layers import Projections
     from heedful.adapters.transformers import TransformersAdapter
+    from heedful.engine.select import Explanation
 
 
 @asks
@@ -54,6 +56,13 @@ def attach(
 
     stack: Any = stack_from(what, "attach()", "what") if isinstance(what, str) else what
     return Run(model, stack, adapter_for(model, only, inputs), backend, roles, tile_rows)
+
+
+@asks
+def explain(what: Part | Stack | str, *, softcap: bool = False, sink: bool = False) -> Explanation:
+    """How a method or a stack, as a value or its spelling, would be computed in a layer where all of it acts."""
+    stack: Any = stack_from(what, "explain()", "what") if isinstance(what, str) else what
+    return select.explain(stack, softcap=softcap, sink=sink)
 
 
 class _FitContext:
@@ -135,6 +144,8 @@ def fit(
         from heedful.converting import converted
 
         return converted(method, model, batches, only, out, progress)
+    if type(method).fit is CatalogueEntry.fit:
+        raise FieldError("fit()", "method", method, "has nothing that is fitted; attach it as it is", "HeadScale()")
     for name, given in (("out", out), ("progress", progress)):
         if given is not None:
             rule = f"is for conversions; {type(method).__name__} is fitted in one go"

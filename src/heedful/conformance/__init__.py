@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from heedful.conformance.verdict import LAWS, Broken, DoesNotApply, Law, Report, Verdict
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, nearest
@@ -18,8 +20,9 @@ def laws() -> dict[str, Law]:
 
 
 @asks
-def check(method: CatalogueEntry | type[CatalogueEntry], only: tuple[str, ...] = ()) -> Report:
+def check(method: CatalogueEntry | type[CatalogueEntry], only: str | Iterable[str] = ()) -> Report:
     """Try every law on a method: on its class's example settings, or on the very settings given."""
+    only = (only,) if isinstance(only, str) else tuple(only)
     entry = method.example() if isinstance(method, type) and issubclass(method, CatalogueEntry) else method
     if unknown := [name for name in only if name not in laws()]:
         rule = f"is no law.{nearest(str(unknown[0]), laws())}"

@@ -50,7 +50,7 @@ class Method(CatalogueEntry, abstract=True):
     causal: ClassVar[bool] = True  # later tokens never change what earlier ones get, if the model is causal
     chunk_invariant: ClassVar[bool] = True  # what a token gets does not depend on how the text was cut into calls
     subjects: ClassVar[tuple[str, ...]] = ("text",)  # what it is for: "text", "image", "encoder-decoder", "cross"
-    forbids: ClassVar[dict[str, str]] = {}  # class name -> why the two cannot act together
+    forbids: ClassVar[dict[str, str]] = {}  # class, or site that it changes -> why the two cannot act together
 
     def __init_subclass__(cls, abstract: bool = False) -> None:
         super().__init_subclass__(abstract=abstract)
@@ -261,9 +261,10 @@ def clash(a: Part, b: Part) -> str | None:
         return None
     one, two = method_of(a), method_of(b)
     for x, y in ((one, two), (two, one)):
-        for base in type(y).__mro__:
-            if base.__name__ in x.forbids:
-                return x.forbids[base.__name__]
+        changed = [e.site.name for e in y.edits if not e.reads]
+        for name in (*(base.__name__ for base in type(y).__mro__), *changed):
+            if name in x.forbids:
+                return x.forbids[name]
         if any(e.site is Site.BLOCK for e in x.edits):
             inner = next((e.site.name for e in y.edits if e.site.inside), None)
             if inner:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, at
 from heedful.core.mask import Blocks
 from heedful.methods.sparse.prefill._pooled import Pooled, ranks, require_blocks, sees_all
 
@@ -27,6 +29,9 @@ class RectifiedSpaAttn(Method):
         ),
     )
     subjects = ("image",)
+    forbids: ClassVar[dict[str, str]] = {
+        "MASK": "what is skipped is stood in for by means of whole blocks, with the keys that another method hides"
+    }
     least: float = 0.25  # share of blocks that are kept at least; the authors' code for Wan 2.1: 25 %
     mass: float = 0.3  # pooled weight that kept blocks come to at least; the authors' code for Wan 2.1: 0.3
     size: int = 128  # tokens of a block; the authors' code: 128
@@ -55,11 +60,6 @@ class RectifiedSpaAttn(Method):
 
     @at(Site.HEAD_OUTPUT)
     def rectify(self, heads: Tensor, call: Call) -> Tensor:
-        if len(call.mask.rules) > 1:
-            raise SiteError(
-                f"{self!r}, layer {call.layer}: what is skipped is stood in for by means of whole blocks, and another "
-                "method hides keys of them; let one of the two have the layer, .on(layers=...)"
-            )
         blocks = Pooled(call, self.size)
         weights = blocks.scores.softmax(-1)
         pooled = weights.masked_fill(self._kept(weights) | ~_pays(blocks), 0.0)
