@@ -154,7 +154,7 @@ def page() -> str:
         "# Examples\n",
         "Notebooks on the embedded model, without a network. Each asks one question and is run anew by `python -m "
         "examples.run NAME`; the test suite executes them all. The "
-        "times are of two CPU cores that had other work to do.\n",
+        "times are of two CPU cores with little else to do.\n",
     ]
     for name in names():
         prose = [cell.text for cell in cells(name) if cell.kind == "markdown"]
