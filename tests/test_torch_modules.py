@@ -385,25 +385,3 @@ def test_a_projection_inside_a_sequence_that_names_its_parts() -> None:
     for block in model.blocks:
         block.attn.proj.c.weight.mul_(2), block.attn.proj.c.bias.mul_(2)
     assert close_model(doubled, model(x))
-
-
-def test_a_block_that_asks_for_queries_and_keys_has_them() -> None:
-    """In a model of torch's attention too."""
-
-    class Asks(Method):
-        paper = PAPER
-
-        @at(Site.BLOCK, before_rotary=True)
-        def attend(self, x: Tensor, call: Call) -> Tensor:
-            assert call.query is not None
-            assert call.key is not None
-            assert call.value is not None
-            scores = (call.query @ call.key.mT) * call.scale
-            return (scores.softmax(-1) @ call.value).transpose(1, 2).flatten(2)
-
-    model, x = Plain(), tokens()
-    with attach(model, Asks(), inputs=x) as run:
-        found = run(x)
-    for block in model.blocks:
-        block.attn.proj = nn.Identity()
-    assert close_model(found, model(x))

@@ -16,11 +16,13 @@ from benchmarks.coverage.probe import DropPattern, Look
 from heedful import attach
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
+from heedful.core.call import Call
 from heedful.core.errors import FieldError, NotEntered
-from heedful.core.sites import Site, reads
+from heedful.core.method import Method
+from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Sum
 
-from .samples import Gate, Scale, Shares, Sharpness
+from .samples import PAPER, Gate, Scale, Shares, Sharpness
 from .test_torch_modules import Halve, encoder, model_of
 from .torch_models import Attention, E, H, Plain, WrittenOut, tokens
 
@@ -279,3 +281,25 @@ def test_more_axes_than_four() -> None:
             found = run(x)
         assert not found[..., 8:16].any()
         assert close_model(found[..., 16:], native[..., 16:])
+
+
+def test_a_block_that_asks_for_queries_and_keys_has_them() -> None:
+    """In a model of torch's attention too."""
+
+    class Asks(Method):
+        paper = PAPER
+
+        @at(Site.BLOCK, before_rotary=True)
+        def attend(self, x: Tensor, call: Call) -> Tensor:
+            assert call.query is not None
+            assert call.key is not None
+            assert call.value is not None
+            scores = (call.query @ call.key.mT) * call.scale
+            return (scores.softmax(-1) @ call.value).transpose(1, 2).flatten(2)
+
+    model, x = Plain(), tokens()
+    with attach(model, Asks(), inputs=x) as run:
+        found = run(x)
+    for block in model.blocks:
+        block.attn.proj = nn.Identity()
+    assert close_model(found, model(x))

@@ -40,13 +40,10 @@ def close_model(found: Tensor, requested: Tensor) -> bool:
     return close(found, requested, ROUNDINGS * DEPTH)
 
 
-def within_budget(found: Tensor, eager: Tensor, exact: Tensor, steep: float = 1.0) -> bool:
+def within_budget(found: Tensor, eager: Tensor, exact: Tensor, more: float = 0.0) -> bool:
     """At most a small multiple of the error that plain arithmetic in this precision makes against float64.
 
-    `steep` is how large scores may be, which are rounded at that size before their exponential: of a weight near 1 so
-    many roundings, whichever way they were added up.
+    `more` is what else a rounding may come to, as of scores that are large, before their exponential is taken.
     """
-    budget = LOW_PRECISION * error(eager, exact) + ROUNDINGS * unit(eager)
-    if steep > 1:
-        budget += steep * torch.finfo(torch.float32).eps
+    budget = LOW_PRECISION * error(eager, exact) + ROUNDINGS * unit(eager) + more
     return error(found, exact) <= budget
