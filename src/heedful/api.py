@@ -144,8 +144,6 @@ def fit(
         from heedful.converting import converted
 
         return converted(method, model, batches, only, out, progress)
-    if type(method).fit is CatalogueEntry.fit:
-        raise FieldError("fit()", "method", method, "has nothing that is fitted; attach it as it is", "HeadScale()")
     for name, given in (("out", out), ("progress", progress)):
         if given is not None:
             rule = f"is for conversions; {type(method).__name__} is fitted in one go"
