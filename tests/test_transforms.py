@@ -11,8 +11,10 @@ from torch.func import grad, jvp, vmap
 from heedful import attach
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
+from heedful.core.call import Call
 from heedful.core.errors import BackendError
 from heedful.core.method import Method, Stack
+from heedful.core.sites import Site, reads
 from heedful.engine.attend import attend
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends import tiled
@@ -22,7 +24,7 @@ from heedful.engine.select import select
 from heedful.methods import SinkRate
 from heedful.tiny import tiny, tiny_inputs
 
-from .samples import Keep, Scale
+from .samples import PAPER, Keep, Scale
 
 # torch scripts its own rules when a derivative is first carried forward
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -109,3 +111,25 @@ def test_what_tiles_wrote_under_inference_mode_takes_what_comes_later() -> None:
     with torch.no_grad():
         again = attend(job, bare.q, bare.k, bare.v, lambda needs: Tiled(4))[0]
     assert torch.equal(first, again)
+
+
+@torch.no_grad()
+def test_a_tile_that_a_reader_keeps_is_not_written_over() -> None:
+    bare, shown = Bare(), list[Tensor]()
+
+    class Hoards(Method):
+        paper = PAPER
+
+        @reads(Site.PATTERN)
+        def keep(self, pattern: Tensor, call: Call) -> None:
+            shown.append(pattern)
+
+    state = RunState(Stack((Hoards(),)))
+    state.new_forward()
+    for rows in (bare.shape.q, 4):
+        backend = Tiled(rows)
+        attend(AttentionCall(state.plan(bare.call), state, bare.call), bare.q, bare.k, bare.v, lambda _, b=backend: b)
+    whole, *tiles = shown
+    assert len(tiles) == 5
+    for number, tile in enumerate(tiles):
+        assert close(tile, whole[:, :, 4 * number : 4 * (number + 1), : tile.shape[-1]])
