@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.mutants import page as mutants  # noqa: E402
 from benchmarks.quality import page as quality  # noqa: E402
 from benchmarks.reliability import page as reliability  # noqa: E402
-from benchmarks.speed import bars as speed  # noqa: E402
+from benchmarks.speed import page as speed  # noqa: E402
 from claims._page import counts, page, records  # noqa: E402
 from docs import method_pages, rooms  # noqa: E402
 from heedful.catalogue import entries, family  # noqa: E402

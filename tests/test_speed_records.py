@@ -1,4 +1,4 @@
-"""A try of a benchmark leaves the records of whole runs alone."""
+"""Speed records: a try leaves those of whole runs alone, and one machine's stand beside another's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed import cache, timing
+from benchmarks.speed import bars, cache, timing
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -16,7 +16,31 @@ def test_a_try_writes_no_record_of_a_whole_run(quick: bool, tmp_path: Path, monk
     monkeypatch.setattr(timing, "RECORDS", tmp_path)
     monkeypatch.setattr(cache, "measure", lambda *_: timing.record("cache", [{"tokens": 1}]))
     monkeypatch.setattr(sys, "argv", ["benchmarks.speed", "cache", *["--quick"] * quick])
-    (tmp_path / "cache.json").write_text("whole")
+    (tmp_path / "cache.json").write_text(whole := '{"machines": []}')
     runpy.run_module("benchmarks.speed", run_name="__main__")
-    assert ((tmp_path / "cache.json").read_text() == "whole") is quick
-    assert (timing.RECORDS / "cache.json").read_text() != "whole"
+    assert ((tmp_path / "cache.json").read_text() == whole) is quick
+    assert (timing.RECORDS / "cache.json").read_text() != whole
+
+
+def test_what_one_machine_gave_stays_beside_anothers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "RECORDS", tmp_path)
+    here = timing.machine()
+    for cpu, seconds in (("Intel(R) Xeon(R) Processor", 1.0), ("AMD EPYC", 2.0), ("Intel(R) Xeon(R) Processor", 3.0)):
+        monkeypatch.setattr(timing, "machine", lambda cpu=cpu: {**here, "cpu": cpu})
+        timing.record("cache", [{"seconds": seconds}])
+    found = [(timing.label(x).split(",")[0], x["rows"][0]["seconds"]) for x in timing.load("cache")]
+    assert found == [("AMD EPYC", 2.0), ("Intel Xeon", 3.0)]
+
+
+def test_a_bar_tells_the_worst_row_that_it_speaks_of() -> None:
+    bar = bars.Bar("", 1.0, "x", lambda row: row.get("figure"))
+    rows = [
+        {"tokens": 10, "figure": 0.5},
+        {"tokens": 20, "figure": 1.25},
+        {"tokens": 30},
+        {"tokens": 40, "figure": 1.5},
+    ]
+    assert bars.found(bar, {"rows": rows}) == "**1.500**, in 2 of 3: 40 tokens"
+    assert bars.found(bar, {"rows": rows[:1]}) == "0.500"
+    assert bars.found(bar, {"rows": rows[2:3]}) == ""
+    assert bars.slowest({"tokens": 4096, "found": {"sdpa": {"ratio": 1.0}, "a": {"ratio": 0.5}}}) == 0.5

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks.speed.bars import load
-from benchmarks.speed.timing import RECORDS
+from benchmarks.speed.timing import RECORDS, load
 from heedful.bench.comparison import Comparison
 from heedful.bench.describing import markdown
 
@@ -46,9 +45,9 @@ def compared() -> list[str]:
 
 def kvpress() -> list[str]:
     """Our cache methods beside kvpress' at equal budget."""
-    found = load("kvpress")
-    if found is None:
+    if not (measured := load("kvpress")):
         return []
+    found = measured[-1]
     theirs = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     out = [
         "## Beside kvpress, at equal budget\n",
@@ -74,9 +73,9 @@ def kvpress() -> list[str]:
 
 def faithfulness() -> list[str]:
     """Explanations against random order."""
-    found = load("faithfulness")
-    if found is None:
+    if not (measured := load("faithfulness")):
         return []
+    found = measured[-1]
     out = [
         "## Explanations against random order\n",
         f"{found['rows'][0]['texts']} short texts. The most important tokens go first (deletion) or come first "

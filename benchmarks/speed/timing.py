@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import tempfile
 import time
@@ -15,9 +16,11 @@ from typing import Any
 
 import torch
 
+from heedful.core.files import replace_text
 from heedful.facts import processor
 
 RECORDS = Path(__file__).parents[1] / "records"
+_NOISE = re.compile(r"\((R|TM)\)| Processor| CPU")
 
 
 def race(contenders: Mapping[str, Callable[[], Any]], rounds: int, baseline: str | None = None) -> dict[str, Any]:
@@ -67,14 +70,25 @@ def apart() -> None:
     RECORDS = Path(tempfile.mkdtemp(prefix="heedful-speed-"))
 
 
+def label(told: Mapping[str, Any]) -> str:
+    """What tells one kind of machine from another: its processor, and the path that our kernel takes on it."""
+    m = told["machine"]
+    return f"{_NOISE.sub('', m['cpu']).strip()}, {m['native']}"
+
+
+def load(name: str) -> list[dict[str, Any]]:
+    """What was measured last on each kind of machine, the newest at the end."""
+    path = RECORDS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["machines"] if path.exists() else []
+
+
 def record(name: str, rows: list[dict[str, Any]], **more: Any) -> None:
-    """Write one record, whole or not at all."""
+    """Write what one machine gave beside what others did, whole or not at all."""
     from heedful import native
 
     kernel = native.library()
     told = {"machine": {**machine(), "native": getattr(kernel, "path", str(kernel))}, **more, "rows": rows}
+    whole = [*(x for x in load(name) if label(x) != label(told)), told]
     path = RECORDS / f"{name}.json"
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+    replace_text(path, json.dumps({"machines": whole}, indent=1) + "\n")
     print(f"wrote {path}, {len(rows)} rows", flush=True)
