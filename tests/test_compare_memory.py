@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 
 from heedful import models
 from heedful.adapters.kvcache import cache_bytes
+from heedful.bench import asking
 from heedful.bench import compare as comparing
 from heedful.bench.compare import compare
 from heedful.bench.comparison import Comparison
 from heedful.bench.memory import within
 from heedful.bench.numbers import size, size_from
-from heedful.bench.records import Answered, Cost
+from heedful.bench.records import Answered, Cost, Refused
 from heedful.bench.results import PLAIN
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
@@ -86,9 +88,39 @@ def test_what_has_no_room_at_a_batch_is_refused_there_alone(
     found = compare(loaded, [SinkWindow(1, 4)], [Echo(LENGTH)], prompts=2, turns=1, batch=[1, 8], cache="1GB")
     assert [p.contender for p in found.priced[1]] == found.contenders
     assert found.priced[8] == []
-    assert f"{PLAIN} was refused when costs were measured at batch 8: no room" in str(found)
+    assert f"{PLAIN} was refused when costs were measured at batch 8: compare().batch = 8: the machine has" in str(
+        found
+    )
+    assert f"too little memory to read 8 rows of {LENGTH} tokens at once; pass fewer; for example batch=4" in str(found)
     lines = next(figure for figure in found.description().figures if figure.key == "throughput").lines
     assert all(math.isnan(line[1]) for line in lines.values())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_method_that_memory_does_not_hold_is_refused_and_the_others_are_asked(
+    error: Exception, loaded: models.Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(speaker: Any, item: Any) -> Any:
+        if speaker.run is not None:
+            raise error
+        return whole(speaker, item)
+
+    whole = asking.answer
+    monkeypatch.setattr(asking, "answer", answer)
+    found = compare(loaded, [SinkWindow(1, 4)], [Echo(LENGTH)], prompts=2, turns=0)
+    (refused,) = [record for record in found.records if isinstance(record, Refused)]
+    assert refused.contender == "SinkWindow(sinks=1, window=4)"
+    assert re.search("too little memory to read [0-9]+ tokens at once; pass fewer", refused.reason)
+    assert sum(isinstance(record, Answered) for record in found.records) == 2
+
+
+def test_what_is_no_lack_of_memory_ends_the_comparison(loaded: models.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(*_: Any) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(asking, "answer", answer)
+    with pytest.raises(RuntimeError, match="something else"):
+        compare(loaded, [SinkWindow(1, 4)], [Echo(LENGTH)], prompts=2, turns=0)
 
 
 def held(rows: int, share: float = 1.0) -> int:

@@ -14,6 +14,7 @@ from heedful.bench.records import Answered, Refused
 from heedful.core.errors import FieldError, HeedfulError, SiteError
 from heedful.core.kinds import Prompt
 from heedful.core.method import Stack, method_of
+from heedful.engine.memory import enough_memory
 from heedful.tasks.task import Item, Task
 from heedful.text_models import Contender, TextModel, text_model
 
@@ -46,7 +47,9 @@ class Asker:
                 for n, item in asked.items.items():
                     if time.time() > self.end:
                         return
-                    yield _answered(speaker, asked, item, n)
+                    with enough_memory("compare()", "tasks", asked.task, f"{item.size} tokens", "shorter prompts"):
+                        found = _answered(speaker, asked, item, n)
+                    yield found
         except HeedfulError as reason:
             yield Refused(asked.name, repr(asked.task), str(reason))
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from heedful.adapters.transformers import adapt
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import still
@@ -25,11 +23,13 @@ from heedful.bench.results import MARGIN, PLAIN
 from heedful.catalogue import stack_from
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, HeedfulError, WriteError
+from heedful.core.figures import counted
 from heedful.core.files import RECORDS, folder_for, held
 from heedful.core.kinds import Decode, Progress, Prompt, Report, Surgery, Tokens
 from heedful.core.method import Method, Scoped, Stack, method_of
 from heedful.diagnosis.texts import positions
 from heedful.diagnosis.workers import Workers, as_workers
+from heedful.engine.memory import enough_memory
 from heedful.engine.select import named
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
@@ -321,10 +321,13 @@ class _Job:
                 if fresh and not self.log.has(Refused, name, costs):
                     try:
                         require_role(what, prompt)
-                        self.log.add(cost(model, what, name, prompt, turn, rows, **how))
+                        size = f"{counted(rows, 'row')} of {len(prompt)} tokens"
+                        with enough_memory("compare()", "batch", rows, size, max(1, rows // 2)):
+                            found = cost(model, what, name, prompt, turn, rows, **how)
+                        self.log.add(found)
                     except WriteError:
                         raise
-                    except (HeedfulError, torch.OutOfMemoryError) as reason:
+                    except HeedfulError as reason:
                         self.log.add(Refused(name, costs, str(reason)))
                         note = f"{costs} of {name}: {reason}"
                 self.report(Progress("costs", done, total, note))

@@ -2,7 +2,8 @@
 
 HeedfulError
 ├── FieldError           a field of a method or an argument has a value the rule forbids (also a ValueError)
-│   └── UnknownFieldError  there is no such field
+│   ├── UnknownFieldError  there is no such field
+│   └── TooLittleMemory    the machine's memory does not hold it
 ├── DefinitionError      a method class is written wrongly (also a TypeError)
 ├── SiteError            an edit returned something its site cannot hold
 ├── FoldError            an edit that a model's weights cannot hold
@@ -58,6 +59,10 @@ class UnknownFieldError(FieldError):
     def __init__(self, owner: str, field: str, value: object, known: Sequence[str]) -> None:
         told = f"It has {', '.join(known)}" if known else "It has none"
         HeedfulError.__init__(self, f"{owner}.{field} = {shown(value)}: no such field.{nearest(field, known)} {told}")
+
+
+class TooLittleMemory(FieldError):
+    """What the machine's memory does not hold."""
 
 
 class DefinitionError(HeedfulError, TypeError):

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from heedful.adapters.transformers import adapt
 from heedful.api import attach
-from heedful.core.errors import FieldError, RefusedModel
+from heedful.core.errors import RefusedModel, TooLittleMemory
 from heedful.core.kinds import Report
 from heedful.core.method import Part, Stack
 from heedful.diagnosis.inputs import INPUTS
 from heedful.diagnosis.profile import endless
 from heedful.diagnosis.texts import Delimiters
+from heedful.engine.memory import enough_memory
 from heedful.engine.run import Run
 from heedful.explaining.aim import read_by
 
@@ -70,7 +68,7 @@ class Subject:
         fewer = [height for height in SMALLER if run.tile_rows is None or height < run.tile_rows]
         while True:
             try:
-                with memory(tokens):
+                with enough_memory("diagnose()", "length", tokens, "that many tokens", max(2, tokens // 2)):
                     run(**feed, **self.fixed)
                 break
             except TooLittleMemory:
@@ -85,20 +83,3 @@ class Subject:
         with self.attach(reader) as run:
             self.read(run, (row,))
             return run[reader] if run.state.statistics else {}
-
-
-class TooLittleMemory(FieldError):
-    """A forward that the machine's memory does not hold."""
-
-
-@contextmanager
-def memory(tokens: int) -> Iterator[None]:
-    """Say what to do where the machine has too little memory."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch raises plain RuntimeErrors on a CPU
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "t allocate memory" in str(error)
-        if not short and "not enough memory" not in str(error):
-            raise
-        rule = "the machine has too little memory to read that many tokens at once; pass fewer"
-        raise TooLittleMemory("diagnose()", "length", tokens, rule, max(2, tokens // 2)) from error
