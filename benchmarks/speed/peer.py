@@ -1,7 +1,6 @@
 """One peer's way to the same numbers, in its own environment: python peer.py NAME FOLDER TOKENS ROUNDS. Prints JSON.
 
-What is asked of each: for every head, how much weight each key gets, and the entropy of each query's weights. This file
-imports nothing of heedful's.
+What is asked of each: for every head, how much weight each key gets, and the entropy of each query's weights.
 """
 
 from __future__ import annotations
@@ -57,6 +56,33 @@ def plain(folder: str, ids: Any) -> Callable[[], Any]:
     return lambda: model(input_ids=ids, use_cache=False)
 
 
+def heedful(folder: str, ids: Any) -> Callable[[], Any]:
+    from heedful import attach
+    from heedful.authoring import Call, Method, Paper, Site, Statistic, Sum, Summary, sums
+
+    class TwoNumbers(Method):
+        """What each key gets, and each row's entropy."""
+
+        paper = Paper("X", "Two numbers", "A", 2026, "2601.00001")
+
+        @sums("received")
+        def column_sums(self, summary: Summary, call: Call) -> Statistic:
+            return Sum.of(summary.received)
+
+        @sums("entropy")
+        def entropies(self, summary: Summary, call: Call) -> Statistic:
+            return Sum.of(summary.entropy)
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+    def run() -> Any:
+        with attach(model, TwoNumbers()) as reading:
+            reading(input_ids=ids, use_cache=False)
+        return reading.state.statistics
+
+    return run
+
+
 def peak() -> float:
     """MB; getrusage would count what this process was forked from."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
@@ -66,7 +92,7 @@ def peak() -> float:
 def main() -> None:
     name, folder, n, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     ids = torch.randint(100, 40000, (1, n), generator=torch.Generator().manual_seed(0))
-    makers = {"plain": plain, "transformer-lens": lens, "nnsight": nnsight}
+    makers = {"plain": plain, "heedful": heedful, "transformer-lens": lens, "nnsight": nnsight}
     taken: list[float] = []
     with torch.no_grad():
         run = makers[name](folder, ids)

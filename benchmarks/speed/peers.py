@@ -1,4 +1,4 @@
-"""TransformerLens and nnsight on the same model, text length and machine, each asked for two numbers of every head."""
+"""heedful, TransformerLens and nnsight on one model, text and machine, each asked for two numbers of every head."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ def measure(quick: bool = False) -> None:
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
         subprocess.run([*pip, TORCH], check=True)
         subprocess.run([*pip, *PEERS, f"transformers=={transformers.__version__}"], check=True)
+        subprocess.run([*pip, "--no-deps", str(Path(__file__).parents[2])], check=True)  # this tree's heedful
         script = str(Path(__file__).with_name("peer.py"))
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, range(os.cpu_count() or 1))  # OMP_PROC_BIND ties this thread, and what it starts
-        for name in ("plain", *PEERS):
+        for name in ("plain", "heedful", *PEERS):
             done = subprocess.run(
                 [python, script, name, folder, str(n), str(rounds)], capture_output=True, text=True, check=False
             )
