@@ -58,20 +58,17 @@ def plain(folder: str, ids: Any) -> Callable[[], Any]:
 
 def heedful(folder: str, ids: Any) -> Callable[[], Any]:
     from heedful import attach
-    from heedful.authoring import Call, Method, Paper, Site, Statistic, Sum, Summary, sums
+    from heedful.authoring import Call, Method, Paper, Statistic, Sum, Summary, sums
 
     class TwoNumbers(Method):
         """What each key gets, and each row's entropy."""
 
         paper = Paper("X", "Two numbers", "A", 2026, "2601.00001")
 
-        @sums("received")
-        def column_sums(self, summary: Summary, call: Call) -> Statistic:
-            return Sum.of(summary.received)
-
-        @sums("entropy")
-        def entropies(self, summary: Summary, call: Call) -> Statistic:
-            return Sum.of(summary.entropy)
+        @sums("received", "entropy")
+        def look(self, summary: Summary, call: Call) -> Statistic | None:
+            received, entropy = summary.received, summary.entropy
+            return None if received is None or entropy is None else Sum.of(torch.cat([received, entropy], -1))
 
     model = AutoModelForCausalLM.from_pretrained(folder)
 
