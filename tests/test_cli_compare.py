@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from heedful import models
-from heedful.catalogue import parted
+from heedful.catalogue import entries, in_room, parted, room
 from heedful.cli.app import app
 from heedful.cli.progress import Bars
 from heedful.core.errors import CatalogueError, FieldError, HeedfulError
@@ -174,3 +174,37 @@ def test_bad_input_is_named(tiny: None, arguments: list[str], error: type[Except
 def test_workers_are_looked_at_before_the_model_loads() -> None:
     told = RUN.invoke(app, ["compare", "smol", "--methods", "act", "--workers", "0"])
     assert str(told.exception).startswith("Ray.workers = 0: must be 1 or more")
+
+
+def test_a_room_stands_for_the_methods_in_it() -> None:
+    there = {name for name, kind in entries().items() if room(kind) == "sparse/cache"}
+    assert set(in_room("sparse/cache")) == there
+    assert set(in_room("sparse")) > there
+    budgets = in_room("sparse/cache(budget=0.1..0.75)")
+    assert {"SnapKV(budget=0.1..0.75)", "KNorm(budget=0.1..0.75)"} <= set(budgets)
+    assert not any(one.startswith("KIVI(") for one in budgets), "it has no budget"
+    assert "CompositionScore" not in in_room("explain"), "what only reads weights is no contender"
+    assert in_room("act") == ["act"]
+    assert in_room("snapkv(budget=0.5)") == ["snapkv(budget=0.5)"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("sparse/cache(0.25)", r"settings for all of sparse/cache need names; for example .*budget=0\.25"),
+        ("observe(budget=0.25)", "no method of observe has budget"),
+    ],
+)
+def test_settings_of_a_room_have_names_that_somebody_there_knows(text: str, told: str) -> None:
+    with pytest.raises(FieldError, match=told):
+        in_room(text)
+
+
+def test_a_room_is_compared_but_for_those_that_do_not_take_its_settings(tiny: None) -> None:
+    arguments = ["compare", "--methods", "sparse/decode(budget=8)", "--tasks", "induction(length=20)", "--turns", "0"]
+    told = RUN.invoke(app, [*arguments, "--prompts", "2", "--no-page", "--json"])
+    assert told.exit_code == 0, told.output
+    assert "left out: TokenSelect.budget = 8: must hold the 128 sinks" in told.stderr
+    names = {name.partition("(")[0] for name in json.loads(told.stdout)["facts"]["contenders"]}
+    assert names == {one.partition("(")[0] for one in in_room("sparse/decode(budget=8)")} - {"TokenSelect"}
+    assert len(names) >= 2

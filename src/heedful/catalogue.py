@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,6 +104,34 @@ def stack_from(text: str, owner: str = "compare()", field: str = "methods") -> C
     return Stack(tuple(entry for entry in entries if isinstance(entry, Method)))
 
 
+def room(kind: type[CatalogueEntry]) -> str:
+    """The folder under `methods/` that a method's file lies in, such as 'sparse/cache'."""
+    return "/".join(kind.__module__.split(".")[2:-1])
+
+
+def in_room(text: str) -> list[str]:
+    """The text once for each method of the room that it names, as in `sparse/cache(budget=0.25)`; else itself.
+
+    Those are meant that have every setting that follows, and act on something.
+    """
+    name, opened, settings = text.partition("(")
+    home = f"{name.strip().strip('/')}/"
+    living = [k for k in entries().values() if f"{room(k)}/".startswith(home) and not issubclass(k, Weights)]
+    if not living:
+        return [text]
+    words = [part.partition("=") for part in parted(settings.removesuffix(")"))]
+    for word, equals, _ in words:
+        if not equals:
+            rule = f"settings for all of {name} need names"
+            raise FieldError("compare()", "methods", text, rule, f"{name}(budget={word})")
+    wanted = {word.strip() for word, _, _ in words}
+    found = [kind for kind in living if wanted <= {field.name for field in fields(kind)}]  # type: ignore[arg-type]
+    if not found:
+        rule = f"no method of {name} has {' and '.join(sorted(wanted))}"
+        raise FieldError("compare()", "methods", text, rule, name)
+    return [kind.__name__ + opened + settings for kind in found]
+
+
 def family(kind: type[CatalogueEntry]) -> str:
     """The folder a method's file lies in, such as 'observe'."""
     parts = kind.__module__.split(".")
@@ -117,8 +146,8 @@ def search(word: str = "") -> list[type[CatalogueEntry]]:
 
 
 def _about(kind: type[CatalogueEntry]) -> str:
-    room = " ".join(kind.__module__.split(".")[2:-1]) or family(kind)
-    return f"{room} {kind.__doc__} {kind.paper.title} {kind.paper.key} {kind.paper.authors}"
+    home = room(kind).replace("/", " ") or family(kind)
+    return f"{home} {kind.__doc__} {kind.paper.title} {kind.paper.key} {kind.paper.authors}"
 
 
 def _spelled(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from heedful.catalogue import parted, stack_from
+from heedful.catalogue import in_room, parted, stack_from
 from heedful.cli.console import console, require_page, stopping, tell, workers_from, write_page
 from heedful.cli.progress import Bars
 from heedful.cli.ranges import ranged
@@ -49,6 +49,20 @@ def _finite(x: Any) -> Any:
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
+def _named(text: str) -> list[Contender]:
+    """What a text stands for; of a room those that take its settings, with a line for each that does not."""
+    living = in_room(text)
+    if living == [text]:
+        return [stack_from(one) for one in ranged(text)]
+    found = []
+    for one in living:
+        try:
+            found += [stack_from(each) for each in ranged(one)]
+        except FieldError as reason:
+            typer.echo(f"left out: {reason}", err=True)
+    return found
+
+
 def _sizes(text: str) -> list[int]:
     """The sizes of batches that are parted by commas."""
     try:
@@ -84,7 +98,8 @@ def _taken(loaded: Loaded, text: str, bars: Bars) -> list[Task]:
 def compare(
     model: Annotated[str, typer.Argument(help="A causal language model's name or folder.")] = "default",
     methods: Annotated[
-        str, typer.Option(help="Parted by commas, joined by |, as in 'act,snapkv(budget=0.1..0.75)|tempscale'.")
+        str,
+        typer.Option(help="Parted by commas, joined by |, as in 'act,snapkv(budget=0.1..0.75)|tempscale'; or rooms."),
     ] = "",
     tasks: Annotated[
         str, typer.Option(help="Parted by commas: names (`--tasks list` has them), or files and folders of your own.")
@@ -114,7 +129,7 @@ def compare(
         for name, kind in known().items():
             console.print(f"{name:<22} {kind.about}", markup=False)
         return
-    contenders = [stack_from(one) for text in parted(methods) for one in ranged(text)]
+    contenders = [what for text in parted(methods) for what in _named(text)]
     if not contenders:
         raise FieldError("compare", "--methods", methods, "must name one or more", "act,snapkv(budget=0.25)")
     for text in parted(tasks):  # what is wrong is named before the model loads
