@@ -154,7 +154,7 @@ def page() -> str:
 def _machine(told: Told) -> str:
     m = told["machine"]
     return (
-        f"{label(told)}; {m['threads']} threads, torch path {m['torch_path']}, torch {m['torch']}, "
+        f"{label(told)}; our path {m['native']}, {m['threads']} threads, torch {m['torch']}, "
         f"transformers {m['transformers']}; load average {m['load']} at the end."
     )
 

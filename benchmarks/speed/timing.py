@@ -71,9 +71,9 @@ def apart() -> None:
 
 
 def label(told: Mapping[str, Any]) -> str:
-    """What tells one kind of machine from another: its processor, and the path that our kernel takes on it."""
+    """What tells one kind of machine from another: its processor, and the instructions that torch uses on it."""
     m = told["machine"]
-    return f"{_NOISE.sub('', m['cpu']).strip()}, {m['native']}"
+    return f"{_NOISE.sub('', m['cpu']).strip()}, {m['torch_path']}"
 
 
 def load(name: str) -> list[dict[str, Any]]:
