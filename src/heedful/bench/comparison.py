@@ -48,7 +48,7 @@ class Comparison(Results):
         """What its page says of it."""
         text = (
             "Differences to the baseline, the unedited model, on the same prompts. All intervals hold at once with "
-            f"95 %, at whatever prompt asking stops; coloured where that decides. The margin is {margin(self)}."
+            f"95%, at whatever prompt asking stops; coloured where that decides. The margin is {margin(self)}."
         )
         if self.prices:
             held, turns = self.prices[0].held, self.prices[0].turns

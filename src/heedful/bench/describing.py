@@ -84,7 +84,7 @@ def _lead(c: Results) -> str:
     return (
         f"Of {counted(len(words), 'method')}, {many['helps']} helped, {many['safe']} safe within {margin(c)}, "
         f"{many['harms']} harmful, {many['unclear']} undecided and {many['inactive']} without effect, on {asked} "
-        f"prompts a task; {counted(c.compared, 'interval')} hold at once, at whatever prompt asking stops, with 95 %."
+        f"prompts a task; {counted(c.compared, 'interval')} hold at once, at whatever prompt asking stops, with 95%."
     )
 
 
@@ -119,7 +119,7 @@ def figures(c: Results) -> Iterable[Figure]:
             f"differences_{place}" if place else "differences",
             f"Difference to the baseline, in {unit}",
             f"Each method against the baseline, the unedited model, on the same prompts; {way} is better. All "
-            "intervals of the comparison hold at once with 95 %, at whatever prompt asking stops: one on one side of "
+            "intervals of the comparison hold at once with 95%, at whatever prompt asking stops: one on one side of "
             "zero is sure.",
             names, found, f"difference, {unit}", unit, PLAIN,
         )  # fmt: skip

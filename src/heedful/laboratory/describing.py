@@ -102,7 +102,7 @@ def _differences(lab: Results, course: Course) -> Iterable[Figure]:
         yield Intervals(
             f"{course.name}_differences" + (f"_{place}" if place else ""),
             f"{course.name.capitalize()}: difference to softmax, in {unit}",
-            f"Each mechanism against softmax of the same seeds, with the 95 % interval over seeds; {way} is better.",
+            f"Each mechanism against softmax of the same seeds, with the 95% interval over seeds; {way} is better.",
             names, found, f"difference, {unit}", unit, PLAIN,
         )  # fmt: skip
 
@@ -181,6 +181,6 @@ def in_words(lab: Results, told: Description) -> str:
         gaps = [r for r in lab.results if (r.course, r.quantity) == (course.name, first.name) and r.gap is not None]
         rows = [(r.mechanism, *(f"{x:+.3f}" for x in (r.gap.mean, r.gap.low, r.gap.high))) for r in gaps if r.gap]
         if rows:
-            title = f"{first.name}, difference to softmax in {first.unit}, with the 95 % interval over seeds"
+            title = f"{first.name}, difference to softmax in {first.unit}, with the 95% interval over seeds"
             out += ["", title, *aligned(Listing("", "", "", ("mechanism", "mean", "low", "high"), rows))]
     return "\n".join(out)

@@ -33,7 +33,7 @@ class Lab(Results):
         """What its page says otherwise than that of a comparison."""
         return {
             "over": "What replaces softmax, and what it costs",
-            "matrix": "Means over seeds; below them the difference to softmax, paired by seed, with its 95 % interval "
+            "matrix": "Means over seeds; below them the difference to softmax, paired by seed, with its 95% interval "
             "where there are several. Coloured where eight seeds or more put that interval on one side of zero; of "
             "many such intervals one in twenty misses zero by chance.",
         }
