@@ -123,9 +123,10 @@ def compare(
     sink: Tensor | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Output and every part of the summary, against the reference in float64."""
-    q, k, v = draw(shape)
+    q, k, v = (x.to(dtype) for x in draw(shape))
     call = replace(a_call(shape, rules, pad), softcap=softcap)
     told: dict[str, Summary] = {}
     outs: dict[str, Tensor] = {}

@@ -25,6 +25,7 @@ from torch import Tensor
 from heedful import native
 from heedful.core.mask import Blocks, First, Rule, Where, Window
 from heedful.core.summary import PARTS, Summary
+from heedful.kit.chosen import Chosen
 
 ROOT = Path(__file__).parents[2]
 PIECE = 250  # problems of one process
@@ -84,6 +85,10 @@ class Problem:
             made = torch.Generator().manual_seed(self.number)
             table = torch.rand(b, heads, -(-n // size), -(-m // size), generator=made) < 0.5
             return (*calls.CAUSAL, Blocks(table, size)), True
+        if n == 1 and draw.random() < 0.3:
+            made = torch.Generator().manual_seed(self.number)
+            table = torch.rand(draw.choice((1, b)), draw.choice((1, h)), 1, m, generator=made) < draw.random()
+            return (*calls.CAUSAL, Chosen(lambda rows: table)), False
         wide, first = draw.randint(1, 300), draw.randint(1, 9)
         others: list[tuple[Rule, ...]] = [
             *calls.RULES.values(), (*calls.CAUSAL, Window(wide)), (*calls.CAUSAL, Window(wide) | First(first)),
