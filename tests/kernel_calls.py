@@ -149,3 +149,24 @@ def compare(
             assert within_budget(found[keep], eager[keep], exact[keep]), part
     assert torch.equal(told[backend].seen, told["eager"].seen)
     assert told[backend].nearest == told["eager"].nearest
+
+
+def pulled(
+    backend: str, tensors: tuple[Tensor, ...], shape: tuple[int, ...], rules: tuple[Rule, ...] = CAUSAL, **more: object
+) -> tuple[Tensor, ...]:
+    """What queries, keys and values are given, when the output is given waves."""
+    pad, softcap, method = (more.pop(name, None) for name in ("pad", "softcap", "method"))
+    call = replace(a_call(shape, rules, pad), softcap=softcap)  # type: ignore[arg-type]
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = run(backend, method or Same(), *leaves, call, **more)  # type: ignore[arg-type]
+    waves = torch.arange(out.numel(), dtype=torch.float64).view_as(out).sin() * call.is_text[..., None]
+    return torch.autograd.grad(out, leaves, waves.to(out.dtype))
+
+
+def compare_pulled(backend: str, shape: tuple[int, ...], rules: tuple[Rule, ...] = CAUSAL, **more: object) -> None:
+    """The same against the reference in float64."""
+    tensors = draw(shape)
+    exact = pulled("reference", tuple(x.double() for x in tensors), shape, rules, **more)
+    eager, found = (pulled(name, tensors, shape, rules, **more) for name in ("reference", backend))
+    for name, a, b, c in zip(("queries", "keys", "values"), found, eager, exact, strict=True):
+        assert within_budget(a, b, c), name

@@ -242,7 +242,8 @@ def test_the_same_tests_hold_on_other_builds(path: str, tmp_path: Path) -> None:
     if path == "sanitized":
         env[native.PATH_VARIABLE] = ""
         env |= sanitizing(tmp_path)
-    files = [__file__, *(str(Path(__file__).with_name(f"test_native_{name}.py")) for name in ("flat", "extremes", "bfloat16"))]
+    names = ("", "_flat", "_extremes", "_bfloat16", "_picked", "_backward")
+    files = [str(Path(__file__).with_name(f"test_native{name}.py")) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,8 +1,6 @@
-"""The way back through the native kernel, on every instruction set of this machine, against the reference in float64."""
+"""The way back through the native kernel on every instruction set of this machine, against the reference in float64."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 import torch
@@ -10,63 +8,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heedful import attach, native
-from heedful.conformance.tolerances import close, close_model, error, within_budget
+from heedful import attach
+from heedful.conformance.tolerances import close, close_model, error
 from heedful.core.errors import BackendError
 from heedful.core.mask import Blocks, First, Rule, Where, Window
 from heedful.core.summary import Summary
-from heedful.core.values import replace
-from heedful.engine.backends import native as backend
 from heedful.engine.backends.tiled import Tiled
 from heedful.tiny import tiny, tiny_inputs
 
-from .kernel_calls import BIASES, CAUSAL, RULES, Everything, Halved, Same, a_bias, a_call, draw, run
+from .kernel_calls import (
+    BIASES,
+    CAUSAL,
+    RULES,
+    Everything,
+    Halved,
+    Same,
+    a_bias,
+    a_call,
+    compare_pulled,
+    draw,
+    pulled,
+    run,
+)  # fmt: skip
 from .samples import Scale
 from .test_native import SHAPES, pytestmark
+from .test_native_extremes import path
 
-__all__ = ["pytestmark"]  # these tests too need a kernel
-
-KERNEL = native.library()
-PATHS = () if isinstance(KERNEL, str) else KERNEL.paths
-
-
-@pytest.fixture(params=PATHS, autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    assert isinstance(KERNEL, native.Library)
-    kernel = dataclasses.replace(KERNEL, path=request.param)
-    monkeypatch.setattr(backend, "library", lambda: kernel)
-    return kernel.path
-
-
-def pulled(
-    backend: str, tensors: tuple[Tensor, ...], shape: tuple[int, ...], rules: tuple[Rule, ...] = CAUSAL, **more: object
-) -> tuple[Tensor, ...]:
-    """What queries, keys and values are given, when the output is given waves."""
-    pad, softcap, method = (more.pop(name, None) for name in ("pad", "softcap", "method"))
-    call = replace(a_call(shape, rules, pad), softcap=softcap)  # type: ignore[arg-type]
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    out = run(backend, method or Same(), *leaves, call, **more)  # type: ignore[arg-type]
-    waves = torch.arange(out.numel(), dtype=torch.float64).view_as(out).sin() * call.is_text[..., None]
-    return torch.autograd.grad(out, leaves, waves.to(out.dtype))
-
-
-def compare(shape: tuple[int, ...], rules: tuple[Rule, ...] = CAUSAL, **more: object) -> None:
-    tensors = draw(shape)
-    exact = pulled("reference", tuple(x.double() for x in tensors), shape, rules, **more)
-    eager, found = (pulled(name, tensors, shape, rules, **more) for name in ("reference", "native"))
-    for name, a, b, c in zip(("queries", "keys", "values"), found, eager, exact, strict=True):
-        assert within_budget(a, b, c), name
+__all__ = ["path", "pytestmark"]  # these tests too need a kernel, and run on each of its paths
 
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_it_agrees_with_the_reference(shape: tuple[int, ...], rules: tuple[Rule, ...]) -> None:
-    compare(shape, rules)
+    compare_pulled("native", shape, rules)
 
 
 @pytest.mark.parametrize("n", [40, 3, 1])
 def test_padding(n: int) -> None:
-    compare((2, 4, 2, n, 40, 16, 16), (*CAUSAL, Window(9) | First(2)), pad=torch.tensor([0, 7]))
+    compare_pulled("native", (2, 4, 2, n, 40, 16, 16), (*CAUSAL, Window(9) | First(2)), pad=torch.tensor([0, 7]))
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0, 20.0])
@@ -74,14 +53,14 @@ def test_padding(n: int) -> None:
 def test_soft_caps_biases_and_sinks(softcap: float | None, biases: tuple[bool, ...] | None) -> None:
     shape = (2, 4, 2, 20, 700, 16, 16)
     bias = None if biases is None else a_bias(shape, biases)
-    compare(shape, softcap=softcap, bias=bias, sink=torch.linspace(-1, 4, 4).view(1, 4, 1, 1))
+    compare_pulled("native", shape, softcap=softcap, bias=bias, sink=torch.linspace(-1, 4, 4).view(1, 4, 1, 1))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_block_tables(heads: int) -> None:
     """One for each query head goes through the heads of a group one after another."""
     table = torch.rand(2, heads, 10, 10, generator=torch.Generator().manual_seed(1)) < 0.5
-    compare((2, 4, 2, 300, 300, 16, 16), (*CAUSAL, Blocks(table, 32)))
+    compare_pulled("native", (2, 4, 2, 300, 300, 16, 16), (*CAUSAL, Blocks(table, 32)))
 
 
 @settings(max_examples=25, deadline=None)
@@ -90,7 +69,7 @@ def test_block_tables(heads: int) -> None:
     d=st.integers(1, 70), e=st.integers(1, 70), window=st.integers(1, 300),
 )  # fmt: skip
 def test_any_shape_agrees(n: int, past: int, heads: tuple[int, int], d: int, e: int, window: int) -> None:
-    compare((1, *heads, n, n + past, d, e), (*CAUSAL, Window(window)))
+    compare_pulled("native", (1, *heads, n, n + past, d, e), (*CAUSAL, Window(window)))
 
 
 def test_bfloat16_is_as_good_as_torchs_own() -> None:

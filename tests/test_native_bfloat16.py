@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import subprocess
 import sys
@@ -10,19 +9,16 @@ import sys
 import pytest
 import torch
 
-from heedful import native
 from heedful.conformance.tolerances import LOW_PRECISION, close, error
 from heedful.core.mask import Blocks, First, Rule, Window
 from heedful.core.summary import PARTS, Summary
-from heedful.engine.backends import native as backend
 
 from .kernel_calls import BIASES, CAUSAL, RULES, Everything, Same, a_bias, a_call, compare, draw, run
 from .test_native import SHAPES, pytestmark
+from .test_native_extremes import PATHS, path
 
-__all__ = ["pytestmark"]  # these tests too need a kernel
+__all__ = ["path", "pytestmark"]  # these tests too need a kernel, and run on each of its paths
 
-KERNEL = native.library()
-PATHS = () if isinstance(KERNEL, str) else KERNEL.paths
 HALF = torch.bfloat16
 REFUSED = """
 import ctypes, sys
@@ -35,14 +31,6 @@ asked = ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(room),
 from heedful.native import library
 print(asked, *library().paths)
 """
-
-
-@pytest.fixture(params=PATHS, autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    assert isinstance(KERNEL, native.Library)
-    kernel = dataclasses.replace(KERNEL, path=request.param)
-    monkeypatch.setattr(backend, "library", lambda: kernel)
-    return kernel.path
 
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
@@ -132,5 +120,5 @@ def test_torchs_own_kernels_go_on_as_before() -> None:
 def test_where_tiles_are_refused_there_are_the_other_paths() -> None:
     done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, check=True)
     asked, *paths = done.stdout.split()
-    assert asked == "0", ctypes.get_errno()
+    assert asked == "0"
     assert tuple(paths) == PATHS[1:]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
-from heedful import native
 from heedful.conformance.tolerances import close, within_budget
 from heedful.core.errors import BackendError
 from heedful.core.mask import Rule, Where
@@ -15,7 +12,6 @@ from heedful.core.method import Method
 from heedful.core.ragged import Ragged
 from heedful.core.summary import Summary
 from heedful.core.values import replace
-from heedful.engine.backends import native as backend
 from heedful.engine.backends.tiled import Tiled
 from heedful.kit.chosen import Chosen
 from heedful.methods.sparse.decode.loki import Loki
@@ -23,22 +19,16 @@ from heedful.methods.sparse.decode.token_select import TokenSelect
 
 from .kernel_calls import BIASES, CAUSAL, Everything, Same, a_bias, a_call, compare, draw, run
 from .test_native import pytestmark
+from .test_native_extremes import path
 from .test_native_flat import UNEVEN, Columns, flat_step
 
-__all__ = ["pytestmark"]  # these tests too need a kernel
-
-KERNEL = native.library()
-PATHS = () if isinstance(KERNEL, str) else KERNEL.paths
+__all__ = ["path", "pytestmark"]  # these tests too need a kernel, and run on each of its paths
 
 
-@pytest.fixture(params=PATHS, autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(autouse=True)
+def no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever tiles would do in its place is no answer of the kernel's."""
-    assert isinstance(KERNEL, native.Library)
-    kernel = dataclasses.replace(KERNEL, path=request.param)
-    monkeypatch.setattr(backend, "library", lambda: kernel)
     monkeypatch.setattr(Tiled, "refuses", lambda self, needs: ["not in this test"])
-    return kernel.path
 
 
 def picked(*shape: int, share: float = 0.2) -> Rule:
@@ -49,7 +39,9 @@ def picked(*shape: int, share: float = 0.2) -> Rule:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("alike", [(1, 1), (1, 6), (2, 1), (2, 6)], ids=["all", "heads", "texts", "each"])
-@pytest.mark.parametrize("shape", [(2, 6, 2, 1, 1300, 64, 64), (2, 6, 6, 1, 90, 33, 21), (2, 6, 1, 1, 7, 8, 20)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 6, 2, 1, 1300, 64, 64), (2, 6, 6, 1, 90, 33, 21), (2, 6, 1, 1, 7, 8, 20)], ids=str
+)
 def test_it_agrees_with_the_reference(shape: tuple[int, ...], alike: tuple[int, int], dtype: torch.dtype) -> None:
     for share in (0.06, 0.5):
         compare("native", shape, (*CAUSAL, picked(*alike, 1, shape[4], share=share)), dtype=dtype)
@@ -132,7 +124,9 @@ def test_heads_of_unlike_length_are_read_where_they_lie(counts: tuple[int, ...],
             assert close(getattr(heard[0], part), getattr(heard[1], part)), part
 
 
-@pytest.mark.parametrize("method", [Loki(budget=40, seed=0), TokenSelect(budget=40, sinks=1, window=3, chunk=1)], ids=repr)
+@pytest.mark.parametrize(
+    "method", [Loki(budget=40, seed=0), TokenSelect(budget=40, sinks=1, window=3, chunk=1)], ids=repr
+)
 def test_methods_that_pick_keys_are_served(method: Method) -> None:
     shape = (2, 6, 2, 1, 500, 16, 16)
     q, k, v = draw(shape)
@@ -145,4 +139,3 @@ def test_more_queries_than_one_are_refused_as_before() -> None:
     shape = (1, 4, 2, 2, 500, 16, 16)
     with pytest.raises(BackendError, match="too many separate stretches"):
         run("native", Same(), *draw(shape), a_call(shape, (*CAUSAL, picked(1, 1, 2, 500))))
-

@@ -112,7 +112,11 @@ def _pulled(kernel: Library, p: Problem, tensors: list[Tensor], out: Tensor, giv
     given, out = _in_rows(given.float()), out.transpose(1, 2)
     p.q, p.k, p.v, p.out, p.given = (x.data_ptr() for x in (q, k, v, out, given))
     p.given_stride[:] = _shared(given, 3)
-    made = [torch.empty(out.shape[0], p.queries, p.heads, p.width).transpose(1, 2), torch.zeros(k.shape), torch.zeros(v.shape)]
+    made = [
+        torch.empty(out.shape[0], p.queries, p.heads, p.width).transpose(1, 2),
+        torch.zeros(k.shape),
+        torch.zeros(v.shape),
+    ]
     p.to_q, p.to_k, p.to_v = (x.data_ptr() for x in made)
     kernel.pull(p)
     return made
