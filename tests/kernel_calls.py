@@ -158,9 +158,13 @@ def pulled(
     pad, softcap, method = (more.pop(name, None) for name in ("pad", "softcap", "method"))
     call = replace(a_call(shape, rules, pad), softcap=softcap)  # type: ignore[arg-type]
     leaves = [x.detach().requires_grad_() for x in tensors]
-    out = run(backend, method or Same(), *leaves, call, **more)  # type: ignore[arg-type]
-    waves = torch.arange(out.numel(), dtype=torch.float64).view_as(out).sin() * call.is_text[..., None]
-    return torch.autograd.grad(out, leaves, waves.to(out.dtype))
+    return back(run(backend, method or Same(), *leaves, call, **more), leaves, call)  # type: ignore[arg-type]
+
+
+def back(heads: Tensor, leaves: list[Tensor], call: Call) -> tuple[Tensor, ...]:
+    """What leaves are given, when heads are given waves where there is text."""
+    waves = torch.arange(heads.numel(), dtype=torch.float64).view_as(heads).sin() * call.is_text[..., None]
+    return torch.autograd.grad(heads, leaves, waves.to(heads.dtype))
 
 
 def compare_pulled(backend: str, shape: tuple[int, ...], rules: tuple[Rule, ...] = CAUSAL, **more: object) -> None:

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 PIECE = 250  # problems of one process
 BUILD = ("-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi", "-fno-math-errno")
 CHECKS = ("-ffp-contract=fast", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+WAYS = ("to queries", "to keys", "to values")
 SEVERAL, EXACT = "other bits with several threads", "further from float64 than the reference's error allows"
 
 
@@ -117,15 +118,19 @@ class Problem:
 
         asks = calls.Everything if parts == PARTS else flat.Columns
         listens = self.draw.random() < 0.7
+        back = self.draw.random() < 0.4 and parts == PARTS and given[0].dtype == torch.float32
 
         def answer(backend: str, threads: int, wide: bool = False) -> dict[str, Tensor]:
             torch.set_num_threads(threads)
             heard: list[Summary] = []
             tensors = [x.double() for x in given] if wide else given
             method = asks(heard) if listens else calls.Same()
+            tensors = [x.detach().requires_grad_() for x in tensors] if back else tensors
             heads = calls.run(backend, method, *tensors, call, sink, bias)
             told = {part: x for part in parts if heard and isinstance(x := getattr(heard[0], part), Tensor)}
-            return {"heads": heads} | told
+            if back:
+                told |= dict(zip(WAYS, calls.back(heads, tensors, call), strict=True))
+            return {"heads": heads.detach()} | told
 
         try:
             one, many = answer("native", 1), answer("native", self.draw.randint(2, 4))
@@ -140,8 +145,9 @@ class Problem:
                 found[SEVERAL] = 1
             here = seen(call, part, x)
             own = unit(x[here]) if x.dtype == torch.bfloat16 else 0.0
+            size = float(exact[part].abs().max()) if part in WAYS else 1.0
             near = part == "place" or within_budget(
-                x[here].float(), eager[part][here].float(), exact[part][here], of_scores + own
+                x[here].float(), eager[part][here].float(), exact[part][here], of_scores * size + own
             )
             if not near:
                 found[EXACT] = 1
@@ -157,7 +163,7 @@ def largest(q: Tensor, k: Tensor, call: Any, bias: Tensor | None) -> float:
 
 def seen(call: Any, part: str, x: Tensor) -> Tensor:
     """Where the answer means anything: rows of text."""
-    if part in ("received", "distance", "seen"):
+    if part in ("received", "distance", "seen", *WAYS):
         return torch.ones_like(x, dtype=torch.bool)
     rows = call.is_text
     if part == "heads":

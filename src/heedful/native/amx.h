@@ -11,12 +11,11 @@ constexpr bool UNSCALED<uint16_t> = true;
 template <>
 struct Registers<uint16_t> {
   Registers() {
-    struct alignas(64) {
+    static const struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } sizes;
-    asm volatile("" ::: "memory");
     _tile_loadconfig(&sizes);
   }
   ~Registers() { _tile_release(); }

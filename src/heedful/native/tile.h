@@ -17,7 +17,7 @@ INLINE vf all(float x) { return x - vf{}; }
 // of x and y the greater, and x where it is no number
 INLINE vf greater(vf x, vf y) {
 #if LANES == 16
-  return (vf)_mm512_max_ps((__m512)y, (__m512)x);  // which the compiler does not see in the line below
+  return (vf)_mm512_maskz_max_ps(0xffff, (__m512)y, (__m512)x);  // which the compiler does not see in the line below
 #else
   return y > x ? y : x;
 #endif
