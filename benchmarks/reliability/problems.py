@@ -139,19 +139,24 @@ class Problem:
             torch.set_num_threads(1)
         found: Counter[str] = Counter()
         steep = largest(given[0], given[1], call, bias)
+        torchs = ("carried",) if given[0].shape[2] == 1 else ()  # drawn from the weights by a product of torch's
         of_scores = torch.finfo(torch.float32).eps * (steep if steep > 1 else 0.0)
         for part, x in one.items():
-            if not torch.equal(x.nan_to_num(), many[part].nan_to_num()):
+            if part not in torchs and not torch.equal(x.nan_to_num(), many[part].nan_to_num()):
                 found[SEVERAL] = 1
             here = seen(call, part, x)
             own = unit(x[here]) if x.dtype == torch.bfloat16 else 0.0
-            size = float(exact[part].abs().max()) if part in WAYS else 1.0
-            near = part == "place" or within_budget(
-                x[here].float(), eager[part][here].float(), exact[part][here], of_scores * size + own
-            )
+            more = own + (pull(given, call, float(exact[part].abs().max()), of_scores) if part in WAYS else of_scores)
+            near = part == "place" or within_budget(x[here].float(), eager[part][here].float(), exact[part][here], more)
             if not near:
                 found[EXACT] = 1
         return found
+
+
+def pull(given: tuple[Tensor, ...], call: Any, size: float, of_scores: float) -> float:
+    """A rounding of a gradient: of its size as of the scores, and of what is taken from one another on the way."""
+    q, k, v = (float(x.norm(dim=-1).max()) for x in given)
+    return of_scores * size + torch.finfo(torch.float32).eps * float(call.scale) * v * max(q, k)
 
 
 def largest(q: Tensor, k: Tensor, call: Any, bias: Tensor | None) -> float:
