@@ -123,9 +123,10 @@ def compare(
     sink: Tensor | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Output and every part of the summary, against the reference in float64."""
-    q, k, v = draw(shape)
+    q, k, v = (x.to(dtype) for x in draw(shape))
     call = replace(a_call(shape, rules, pad), softcap=softcap)
     told: dict[str, Summary] = {}
     outs: dict[str, Tensor] = {}
@@ -148,3 +149,28 @@ def compare(
             assert within_budget(found[keep], eager[keep], exact[keep]), part
     assert torch.equal(told[backend].seen, told["eager"].seen)
     assert told[backend].nearest == told["eager"].nearest
+
+
+def pulled(
+    backend: str, tensors: tuple[Tensor, ...], shape: tuple[int, ...], rules: tuple[Rule, ...] = CAUSAL, **more: object
+) -> tuple[Tensor, ...]:
+    """What queries, keys and values are given, when the output is given waves."""
+    pad, softcap, method = (more.pop(name, None) for name in ("pad", "softcap", "method"))
+    call = replace(a_call(shape, rules, pad), softcap=softcap)  # type: ignore[arg-type]
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    return back(run(backend, method or Same(), *leaves, call, **more), leaves, call)  # type: ignore[arg-type]
+
+
+def back(heads: Tensor, leaves: list[Tensor], call: Call) -> tuple[Tensor, ...]:
+    """What leaves are given, when heads are given waves where there is text."""
+    waves = torch.arange(heads.numel(), dtype=torch.float64).view_as(heads).sin() * call.is_text[..., None]
+    return torch.autograd.grad(heads, leaves, waves.to(heads.dtype))
+
+
+def compare_pulled(backend: str, shape: tuple[int, ...], rules: tuple[Rule, ...] = CAUSAL, **more: object) -> None:
+    """The same against the reference in float64."""
+    tensors = draw(shape)
+    exact = pulled("reference", tuple(x.double() for x in tensors), shape, rules, **more)
+    eager, found = (pulled(name, tensors, shape, rules, **more) for name in ("reference", backend))
+    for name, a, b, c in zip(("queries", "keys", "values"), found, eager, exact, strict=True):
+        assert within_budget(a, b, c), name

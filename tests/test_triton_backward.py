@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,12 +9,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from heedful import attach, gpu
-from heedful.conformance.tolerances import close_model, error, within_budget
+from heedful.conformance.tolerances import close_model, error
 from heedful.core.errors import BackendError
 from heedful.core.mask import Blocks, First, Rule, Where, Window
 from heedful.tiny import tiny, tiny_inputs
 
-from .kernel_calls import BIASES, CAUSAL, RULES, Everything, Halved, Same, a_bias, a_call, draw, run
+from .kernel_calls import (
+    BIASES,
+    CAUSAL,
+    RULES,
+    Everything,
+    Halved,
+    Same,
+    a_bias,
+    a_call,
+    compare_pulled,
+    draw,
+    pulled,
+    run,
+)  # fmt: skip
 from .samples import Scale
 
 SHAPES = [(2, 4, 2, 19, 19, 8, 8), (1, 4, 1, 50, 50, 10, 6), (1, 6, 2, 1, 50, 64, 64)]
@@ -30,35 +41,15 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(gpu.INTERPRETED, "1")
 
 
-def pulled(
-    backend: str, tensors: tuple[Tensor, ...], shape: tuple[int, ...], rules: tuple[Rule, ...] = CAUSAL, **more: object
-) -> tuple[Tensor, ...]:
-    """What queries, keys and values are given, when the output is given waves."""
-    pad, softcap, method = (more.pop(name, None) for name in ("pad", "softcap", "method"))
-    call = replace(a_call(shape, rules, pad), softcap=softcap)  # type: ignore[arg-type]
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    out = run(backend, method or Same(), *leaves, call, **more)  # type: ignore[arg-type]
-    waves = torch.arange(out.numel(), dtype=torch.float64).view_as(out).sin() * call.is_text[..., None]
-    return torch.autograd.grad(out, leaves, waves.to(out.dtype))
-
-
-def compare(shape: tuple[int, ...], rules: tuple[Rule, ...] = CAUSAL, **more: object) -> None:
-    tensors = draw(shape)
-    exact = pulled("reference", tuple(x.double() for x in tensors), shape, rules, **more)
-    eager, found = (pulled(name, tensors, shape, rules, **more) for name in ("reference", "triton"))
-    for name, a, b, c in zip(("queries", "keys", "values"), found, eager, exact, strict=True):
-        assert within_budget(a, b, c), name
-
-
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("shape", [*SHAPES, *(pytest.param(x, marks=pytest.mark.slow) for x in LARGE)], ids=str)
 def test_it_agrees_with_the_reference(shape: tuple[int, ...], rules: tuple[Rule, ...]) -> None:
-    compare(shape, rules)
+    compare_pulled("triton", shape, rules)
 
 
 @pytest.mark.parametrize("n", [40, 3])
 def test_padding(n: int) -> None:
-    compare((2, 4, 2, n, 40, 16, 16), (*CAUSAL, Window(9) | First(2)), pad=torch.tensor([0, 7]))
+    compare_pulled("triton", (2, 4, 2, n, 40, 16, 16), (*CAUSAL, Window(9) | First(2)), pad=torch.tensor([0, 7]))
 
 
 @pytest.mark.parametrize("softcap", [2.0, 20.0])
@@ -66,13 +57,13 @@ def test_padding(n: int) -> None:
 def test_soft_caps_biases_and_sinks(softcap: float, biases: tuple[bool, ...] | None) -> None:
     shape = (2, 4, 2, 20, 40, 16, 16)
     bias = None if biases is None else a_bias(shape, biases)
-    compare(shape, softcap=softcap, bias=bias, sink=torch.linspace(-1, 4, 4).view(1, 4, 1, 1))
+    compare_pulled("triton", shape, softcap=softcap, bias=bias, sink=torch.linspace(-1, 4, 4).view(1, 4, 1, 1))
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_block_tables(heads: int) -> None:
     table = torch.rand(1, heads, 3, 3, generator=torch.Generator().manual_seed(1)) < 0.5
-    compare((1, 4, 2, 150, 150, 16, 16), (*CAUSAL, Blocks(table, 64)))
+    compare_pulled("triton", (1, 4, 2, 150, 150, 16, 16), (*CAUSAL, Blocks(table, 64)))
 
 
 @settings(max_examples=5, deadline=None)
@@ -81,7 +72,7 @@ def test_block_tables(heads: int) -> None:
     d=st.integers(1, 40), e=st.integers(1, 40), window=st.integers(1, 100),
 )  # fmt: skip
 def test_any_shape_agrees(n: int, past: int, heads: tuple[int, int], d: int, e: int, window: int) -> None:
-    compare((1, *heads, n, n + past, d, e), (*CAUSAL, Window(window)))
+    compare_pulled("triton", (1, *heads, n, n + past, d, e), (*CAUSAL, Window(window)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -95,11 +95,11 @@ TOLD: dict[str, tuple[str, str]] = {
     ),
     "sanitized": (
         "Random problems for the native kernel, under the sanitizers",
-        "Shapes, masks, block tables, soft caps, biases, sinks, padding, heads of unlike length in one piece, types "
-        "and instruction sets by chance, for a kernel built with the address and undefined-behaviour sanitizers. "
-        "Each problem is computed with one thread and with two to four, whose answers and sums must be the same bits, "
-        "and beside the reference in float64, from which it may lie twice as far as the reference in its own type, "
-        "and a rounding of the largest score or, in bfloat16, of the largest number.",
+        "Shapes, masks, block tables, keys picked one by one, soft caps, biases, sinks, padding, heads of unlike "
+        "length in one piece, types and instruction sets by chance, for a kernel built with the address and "
+        "undefined-behaviour sanitizers. Each problem is computed with one thread and with two to four, whose answers "
+        "and sums must be the same bits, and beside the reference in float64, from which it may lie twice as far "
+        "as the reference in its own type, and a rounding of the largest score or, in bfloat16, of the largest number.",
     ),
     "soak": ("A reader put on a model and taken off, over and over", "One forward and its answers each time."),
     "mixed": (

@@ -25,11 +25,13 @@ from torch import Tensor
 from heedful import native
 from heedful.core.mask import Blocks, First, Rule, Where, Window
 from heedful.core.summary import PARTS, Summary
+from heedful.kit.chosen import Chosen
 
 ROOT = Path(__file__).parents[2]
 PIECE = 250  # problems of one process
 BUILD = ("-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi", "-fno-math-errno")
 CHECKS = ("-ffp-contract=fast", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+WAYS = ("to queries", "to keys", "to values")
 SEVERAL, EXACT = "other bits with several threads", "further from float64 than the reference's error allows"
 
 
@@ -84,6 +86,10 @@ class Problem:
             made = torch.Generator().manual_seed(self.number)
             table = torch.rand(b, heads, -(-n // size), -(-m // size), generator=made) < 0.5
             return (*calls.CAUSAL, Blocks(table, size)), True
+        if n == 1 and draw.random() < 0.3:
+            made = torch.Generator().manual_seed(self.number)
+            table = torch.rand(draw.choice((1, b)), draw.choice((1, h)), 1, m, generator=made) < draw.random()
+            return (*calls.CAUSAL, Chosen(lambda rows: table)), False
         wide, first = draw.randint(1, 300), draw.randint(1, 9)
         others: list[tuple[Rule, ...]] = [
             *calls.RULES.values(), (*calls.CAUSAL, Window(wide)), (*calls.CAUSAL, Window(wide) | First(first)),
@@ -112,15 +118,19 @@ class Problem:
 
         asks = calls.Everything if parts == PARTS else flat.Columns
         listens = self.draw.random() < 0.7
+        back = self.draw.random() < 0.4 and given[0].shape[2] > 1 and given[0].dtype == torch.float32
 
         def answer(backend: str, threads: int, wide: bool = False) -> dict[str, Tensor]:
             torch.set_num_threads(threads)
             heard: list[Summary] = []
             tensors = [x.double() for x in given] if wide else given
             method = asks(heard) if listens else calls.Same()
+            tensors = [x.detach().requires_grad_() for x in tensors] if back else tensors
             heads = calls.run(backend, method, *tensors, call, sink, bias)
             told = {part: x for part in parts if heard and isinstance(x := getattr(heard[0], part), Tensor)}
-            return {"heads": heads} | told
+            if back:
+                told |= dict(zip(WAYS, calls.back(heads, tensors, call), strict=True))
+            return {"heads": heads.detach()} | told
 
         try:
             one, many = answer("native", 1), answer("native", self.draw.randint(2, 4))
@@ -129,18 +139,24 @@ class Problem:
             torch.set_num_threads(1)
         found: Counter[str] = Counter()
         steep = largest(given[0], given[1], call, bias)
+        torchs = ("carried",) if given[0].shape[2] == 1 else ()  # drawn from the weights by a product of torch's
         of_scores = torch.finfo(torch.float32).eps * (steep if steep > 1 else 0.0)
         for part, x in one.items():
-            if not torch.equal(x.nan_to_num(), many[part].nan_to_num()):
+            if part not in torchs and not torch.equal(x.nan_to_num(), many[part].nan_to_num()):
                 found[SEVERAL] = 1
             here = seen(call, part, x)
             own = unit(x[here]) if x.dtype == torch.bfloat16 else 0.0
-            near = part == "place" or within_budget(
-                x[here].float(), eager[part][here].float(), exact[part][here], of_scores + own
-            )
+            more = own + (pull(given, call, float(exact[part].abs().max()), of_scores) if part in WAYS else of_scores)
+            near = part == "place" or within_budget(x[here].float(), eager[part][here].float(), exact[part][here], more)
             if not near:
                 found[EXACT] = 1
         return found
+
+
+def pull(given: tuple[Tensor, ...], call: Any, size: float, of_scores: float) -> float:
+    """A rounding of a gradient: of its size as of the scores, and of what is taken from one another on the way."""
+    q, k, v = (float(x.norm(dim=-1).max()) for x in given)
+    return of_scores * size + torch.finfo(torch.float32).eps * float(call.scale) * v * max(q, k)
 
 
 def largest(q: Tensor, k: Tensor, call: Any, bias: Tensor | None) -> float:
@@ -152,7 +168,7 @@ def largest(q: Tensor, k: Tensor, call: Any, bias: Tensor | None) -> float:
 
 def seen(call: Any, part: str, x: Tensor) -> Tensor:
     """Where the answer means anything: rows of text."""
-    if part in ("received", "distance", "seen"):
+    if part in ("received", "distance", "seen", *WAYS):
         return torch.ones_like(x, dtype=torch.bool)
     rows = call.is_text
     if part == "heads":

@@ -6,6 +6,7 @@ Random inputs: the time of a dense call does not depend on what the numbers are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from heedful.engine.attend import attend
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run_state import RunState
 from heedful.engine.select import select
+from heedful.kit.chosen import Chosen
 
 PAPER = Paper("none", "a probe of this benchmark", "none", 2026)
 SHAPES = {"9/3 heads of 64": (9, 3, 64), "32/8 heads of 128": (32, 8, 128)}
@@ -39,6 +41,21 @@ class Idle(Method):
     @at(Site.QUERY)
     def keep(self, q: Tensor, call: Call) -> Tensor:
         return q
+
+
+class Picked(Method):
+    """Every key of a sixteenth that chance picks, the same for all heads, as methods do that rank tokens."""
+
+    paper = PAPER
+
+    @at(Site.MASK)
+    def narrow(self, mask: Mask, call: Call) -> Mask:
+        return mask & Chosen(lambda rows: _sixteenth(len(call.keys)))
+
+
+@cache
+def _sixteenth(keys: int) -> Tensor:
+    return torch.rand(1, 1, 1, keys, generator=torch.Generator().manual_seed(0)) < 1 / 16
 
 
 class Columns(Method):
@@ -121,6 +138,8 @@ def step(lengths: tuple[int, ...], rounds: int) -> None:
                         "packed": lambda q=q, k=k, v=v: packed(q, k, v),
                         "native": ours(Idle(), "native", q, k, v),
                         "native, all statistics": ours(Everything(), "native", q, k, v),
+                        "native, a sixteenth picked": ours(Picked(), "native", q, k, v),
+                        "tiled, a sixteenth picked": ours(Picked(), "tiled", q, k, v),
                     },
                     rounds,
                 )

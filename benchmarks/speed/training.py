@@ -24,6 +24,7 @@ def contenders(n: int) -> dict[str, Callable[[], None]]:
         "sdpa": lambda: sdpa(q, k, v, is_causal=True, enable_gqa=True),
         "softmax, map kept": ours(Idle(), "reference", q, k, v),
         "softmax, tiled": ours(Idle(), "tiled", q, k, v),
+        "softmax, native": ours(Idle(), "native", q, k, v),
         "sigmoid, map kept": ours(SigmoidAttention(), "reference", q, k, v),
         "sigmoid, tiled": ours(SigmoidAttention(), "tiled", q, k, v),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,8 @@ class Problem(ctypes.Structure):
         ("ranges", _P),
         ("range_count", _I),
         ("range_stride", _I * 2),
+        ("picked", _P),
+        ("picked_stride", _I * 2),
         ("blocks", _P),
         *((name, _I) for name in ("block", "block_cols", "block_units")),
         ("block_stride", _I * 2),
@@ -45,6 +48,10 @@ class Problem(ctypes.Structure):
         ("carry_width", _I),
         *((name, _P) for name in ("received", "entropy", "peak", "first", "distance", "place", "carried")),
         *((name, _I) for name in ("nearest", "reach", "q_first", "threads")),
+        ("rows", _P),
+        ("given", _P),
+        ("given_stride", _I * 3),
+        *((name, _P) for name in ("to_q", "to_k", "to_v")),
     ]
 
 
@@ -57,7 +64,14 @@ class Library:
     paths: tuple[str, ...]  # all that this machine can run, best first
 
     def attend(self, problem: Problem) -> None:
-        if self.handle.heedful_attend(ctypes.byref(problem), self.path.encode()):
+        self._do(self.handle.heedful_attend, problem)
+
+    def pull(self, problem: Problem) -> None:
+        """The way back of what was attended."""
+        self._do(self.handle.heedful_pull, problem)
+
+    def _do(self, what: Callable[[object, bytes], int], problem: Problem) -> None:
+        if what(ctypes.byref(problem), self.path.encode()):
             raise BackendError(f"the native kernel has no path {self.path!r}; there are {', '.join(self.paths)}")
 
 
@@ -78,7 +92,8 @@ def library() -> Library | str:
     if handle.heedful_problem_bytes() != ctypes.sizeof(Problem):
         return f"the native kernel in {file.name} is of another version of heedful; reinstall heedful"
     handle.heedful_paths.restype = ctypes.POINTER(ctypes.c_char_p)
-    handle.heedful_attend.argtypes = [ctypes.POINTER(Problem), ctypes.c_char_p]
+    for way in (handle.heedful_attend, handle.heedful_pull):
+        way.argtypes = [ctypes.POINTER(Problem), ctypes.c_char_p]
     paths = []
     for name in handle.heedful_paths():
         if name is None:

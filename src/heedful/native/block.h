@@ -1,26 +1,5 @@
-// One block of query rows, with the statistics of each row and key on the way. Included after pack.h.
+// One block of query rows, with the statistics of each row and key on the way. Included after desk.h.
 // The query heads of a group stand above one another, so that keys and values are read once for all of them.
-
-struct Run {  // consecutive columns
-  int64_t column, width, at;  // `at`: where they stand in their chunk
-};
-
-struct Chunk {
-  int64_t from, to, width;  // its runs, and its columns
-};
-
-// What one thread works with.
-struct Desk {
-  std::vector<float> q, weights;  // held as the register tile multiplies them: pairs of bfloat16 take half the room
-  std::vector<float> out, scores, top, peak, sum, spread, reference;
-  std::vector<int32_t> place;
-  std::vector<Run> runs;
-  std::vector<Chunk> chunks;
-  std::vector<std::pair<int64_t, int64_t>> seen;
-  std::vector<int64_t> reach;  // of each register tile's rows, the column behind the last that one of them sees
-  std::vector<float> mean, mixed;  // of a chunk's weights over heads, and of what they carried
-  std::vector<float> received, distance;  // of one block
-};
 
 // One block of rows of one unit; the register tile multiplies E, float or bfloat16.
 template <class E>
@@ -45,10 +24,10 @@ struct Block {
   void survey() {
     auto &seen = desk.seen;
     seen.clear();
-    desk.reach.assign(s.padded() / MR, 0);
+    desk.reach.assign(s.padded() / HIGH<E>, 0);
     for (int64_t r = 0; r < rows; r++)
       for (int64_t i = 0; i < p.range_count; i++)
-        desk.reach[r / MR] = std::max<int64_t>(desk.reach[r / MR], ranges(r)[2 * i + 1]);
+        desk.reach[r / HIGH<E>] = std::max<int64_t>(desk.reach[r / HIGH<E>], ranges(r)[2 * i + 1]);
     int64_t different = p.range_stride[1] ? rows : n;
     for (int64_t r = 0; r < different; r++)
       for (int64_t i = 0; i < p.range_count; i++)
@@ -141,16 +120,22 @@ struct Block {
 
   // Scores of a row to weights over its running maximum, and what the row adds up to so far.
   void soften(int64_t r, int64_t number, const Chunk &c, float *row) {
-    if (p.softcap || p.bias) model(r, c, row);
+    float times = UNSCALED<E> ? p.scale * LOG2E : 1.0f;
+    if (bool changed = p.softcap || p.bias; changed || !(times > 0.0f)) {
+      if (UNSCALED<E>)
+        for (int64_t i = 0; i < c.width; i += W) store(row + i, load(row + i) * times);
+      if (changed) model(r, c, row);
+      times = 1.0f;
+    }
     mask(r, c, row);
-    vf high = load(row);
-    for (int64_t i = W; i < c.width; i += W) high = greater(high, load(row + i));
-    float here = highest(high), before = desk.top[r];
+    vf high = load(row), other = load(row + W);  // a panel is two vectors
+    for (int64_t i = NR; i < c.width; i += NR) high = greater(high, load(row + i)), other = greater(other, load(row + i + W));
+    float greatest = highest(greater(high, other)), here = scaled(greatest, times), before = desk.top[r];
     if (here > desk.peak[r]) {
       desk.peak[r] = here;
       if (p.place) {
         int64_t at = 0;
-        while (at < c.width && row[at] != here) at++;
+        while (at < c.width && row[at] != greatest) at++;
         desk.place[r] = column(c, at);
       }
     }
@@ -165,14 +150,15 @@ struct Block {
     }
     desk.reference[number * s.padded() + r] = desk.top[r];
     const vf top = all(base(desk.top[r])), low = all(LEAST);
+    const bool whole = DEEP<E> == 1 || kept();  // weights are wanted as they are
     vf sum = {}, spread = {};
     for (int64_t i = 0; i < c.width; i += W) {
-      vf x = greater(load(row + i) - top, low);
+      vf x = greater(scaled(load(row + i), times) - top, low);
       vf w = exp2(x);
       sum += w;
       if (p.entropy) spread += w * x;
-      store(row + i, w);
-      if constexpr (DEEP<E> > 1) store((E *)desk.weights.data() + r * PITCH + i, w);
+      if (whole) store(row + i, w);
+      if constexpr (DEEP<E> > 1) store((E *)desk.weights.data() + r * WEIGHTS<E> + i, w);
     }
     desk.sum[r] += total(sum);
     desk.spread[r] += total(spread);
@@ -190,7 +176,7 @@ struct Block {
     int64_t padded = s.padded();
     int64_t chunks = (int64_t)desk.chunks.size();
     desk.q.resize(padded * s.depth / DEEP<E>);
-    if (DEEP<E> > 1) desk.weights.resize(padded * PITCH / DEEP<E>);
+    if (DEEP<E> > 1) desk.weights.resize(padded * WEIGHTS<E> / DEEP<E>);
     desk.out.assign(padded * s.value_panels * NR, 0.0f);
     desk.scores.resize(std::max<int64_t>(1, kept() ? chunks : 1) * padded * PITCH);
     desk.reference.resize(std::max<int64_t>(1, chunks) * padded);
@@ -206,15 +192,15 @@ struct Block {
     else
       load_queries<float>();
     const E *q = (const E *)desk.q.data();
-    int64_t tall = (rows + MR - 1) / MR * MR;
+    int64_t tall = (rows + HIGH<E> - 1) / HIGH<E> * HIGH<E>, pitch = DEEP<E> > 1 ? WEIGHTS<E> : PITCH;
     for (int64_t number = 0; number < chunks; number++) {
       const Chunk &c = desk.chunks[number];
       float *scores = chunk_scores(number);
       for (int64_t i = c.from; i < c.to; i++) {
         const Run &run = desk.runs[i];
         for (int64_t j = 0; j < run.width; j += NR)
-          for (int64_t r = 0; r < tall; r += MR)
-            if (run.column + j < desk.reach[r / MR])  // what is left out is masked in every row
+          for (int64_t r = 0; r < tall; r += HIGH<E>)
+            if (run.column + j < desk.reach[r / HIGH<E>])  // what is left out is masked in every row
               product<false>(q + r * s.depth, s.depth, keys + (run.column + j) * s.depth, s.depth,
                              scores + r * PITCH + run.at + j, PITCH, p.scale * LOG2E);
       }
@@ -224,8 +210,8 @@ struct Block {
         for (int64_t i = c.from; i < c.to; i++) {
           const Run &run = desk.runs[i];
           const E *v = values + (e * s.panels * NR + run.column) * NR;
-          for (int64_t r = 0; r < tall; r += MR)
-            product<true>(weights + r * PITCH + run.at, PITCH, v, std::min(run.width, desk.reach[r / MR] - run.column),
+          for (int64_t r = 0; r < tall; r += HIGH<E>)
+            product<true>(weights + r * pitch + run.at, pitch, v, std::min(run.width, desk.reach[r / HIGH<E>] - run.column),
                           desk.out.data() + r * s.value_panels * NR + e * NR, s.value_panels * NR, 1.0f);
         }
     }
@@ -242,6 +228,7 @@ struct Block {
       int64_t at = (b * p.heads + head(r)) * p.queries + query(r);
       if (p.peak) p.peak[at] = lowered(desk.peak[r], desk.top[r]) * inverse;
       if (p.place) p.place[at] = desk.place[r];
+      if (p.rows) p.rows[2 * at] = base(desk.top[r]), p.rows[2 * at + 1] = inverse;
       if (p.entropy) {
         float share = 1.0f - own(r) * inverse;
         float entropy = std::log(sum) * share - LN2 * desk.spread[r] * inverse;

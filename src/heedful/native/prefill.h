@@ -2,8 +2,8 @@
 
 template <class E>
 void prefill_of(const Problem &p) {
-  Sizes s(p, DEEP<E>);
-  static thread_local std::vector<float> packed;  // kept between calls: touching fresh memory costs more than packing
+  Sizes s(p, HIGH<E>, STEP<E>);
+  static thread_local Floats packed;  // kept between calls: touching fresh memory costs more than packing
   int64_t pairs = p.batch * p.kv_heads, per_keys = s.packed_keys(), per_values = s.packed_values();
   int64_t both = pairs * (per_keys + per_values), size = both / DEEP<E> + p.batch * s.packed_carry();
   if ((int64_t)packed.size() < size) packed.resize(size);
@@ -20,6 +20,7 @@ void prefill_of(const Problem &p) {
 #pragma omp parallel num_threads((int)p.threads)
   {
     static thread_local Desk desk;
+    [[maybe_unused]] Registers<E> registers;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < pairs * s.panels; i++) {
       int64_t pair = i / s.panels, panel = i % s.panels, b = pair / p.kv_heads, g = pair % p.kv_heads;
@@ -62,5 +63,9 @@ void prefill(const Problem &p) {
 #ifdef PAIRS
   if (p.bfloat16 && !p.exact) return prefill_of<uint16_t>(p);
 #endif
+#ifdef TILES
+  avx512bf16::prefill(p);
+#else
   prefill_of<float>(p);
+#endif
 }

@@ -19,6 +19,8 @@ struct Problem {
   const int32_t *ranges;  // [b|1 h|1 q n 2] half-open ranges of columns that each query sees; null, where one query
                           // for each head sees all
   int64_t range_count, range_stride[2];  // n; of b and head, 0 where there is one for all
+  const uint8_t *picked;  // [b|1 h|1 k] the keys that one query for each head sees, in place of ranges, or null
+  int64_t picked_stride[2];
   const uint8_t *blocks;  // [b|1 g|h|1 q/block k/block] which blocks are computed, or null for all
   int64_t block, block_cols, block_units, block_stride[2];
   const uint8_t *live;  // [b|1 q] which queries are text, or null for all
@@ -32,4 +34,10 @@ struct Problem {
   float *carried;                                                     // [b q c], the mean over heads
   int64_t nearest, reach, q_first;  // the distance of slot 0, how many slots, and the column that query 0 stands at
   int64_t threads;
+  // The way back. What each row had for a maximum and the inverse of its sum is told on the way there: [b h q 2], null
+  // where there is no way back.
+  float *rows;
+  const float *given;  // what the output is given
+  int64_t given_stride[3];
+  float *to_q, *to_k, *to_v;  // [b q h d], [b g k d], [b g k e], contiguous; the last two begin as zeros
 };

@@ -4,6 +4,7 @@
 
 constexpr int64_t PART = 512;  // keys that one thread takes at a time
 constexpr int64_t FEW = 4;     // heads served by one reading of a key
+constexpr int64_t AHEAD = 16;  // keys, from asking for one to reading it
 // sums a head: so many that none waits for itself, and no more than registers hold
 template <int HEADS>
 constexpr int AT_ONCE = HEADS < FEW ? 4 : 2;
@@ -15,39 +16,66 @@ INLINE vf wide(const uint16_t *p) {
   return bits.f;
 }
 
+// Keys or values, one behind the other.
+template <class T>
+struct All {
+  const T *from;
+  int64_t pitch, width;
+  const T *operator[](int64_t j) const { return from + j * pitch; }
+  void fetch(int64_t, int64_t) const {}
+};
+
+// Some of them, by their columns.
+template <class T>
+struct Some {
+  const T *from;
+  int64_t pitch, width;
+  const int32_t *columns;
+  const T *operator[](int64_t j) const { return from + columns[j] * pitch; }
+  // Asks for number j of n before it is wanted: nothing else could guess where it lies.
+  void fetch(int64_t j, int64_t n) const {
+    if (j >= n) return;
+    const char *at = (const char *)(*this)[j];
+    for (int64_t i = 0; i < width * (int64_t)sizeof(T); i += 64) __builtin_prefetch(at + i);
+  }
+};
+
 // Scores of some heads against KEYS keys from number j on; q is [heads][padded], scores [heads][PART].
-template <class T, int HEADS, int KEYS>
-INLINE void score_some(const Problem &p, const T *keys, const float *q, int64_t padded, int64_t j, float *scores) {
-  int64_t whole = p.width / W * W, pitch = p.k_stride[2];
-  const T *key = keys + j * pitch;
+template <int HEADS, int KEYS, class R>
+INLINE void score_some(const R &keys, const float *q, int64_t padded, int64_t j, float *scores) {
+  int64_t whole = keys.width / W * W;
+  decltype(keys[0]) key[KEYS];
+  for (int i = 0; i < KEYS; i++) key[i] = keys[j + i];
   vf sum[HEADS * KEYS] = {};
   for (int64_t d = 0; d < whole; d += W) {
 #pragma GCC unroll 16
-    for (int i = 0; i < HEADS * KEYS; i++) sum[i] += wide(key + i % KEYS * pitch + d) * load(q + i / KEYS * padded + d);
+    for (int i = 0; i < HEADS * KEYS; i++) sum[i] += wide(key[i % KEYS] + d) * load(q + i / KEYS * padded + d);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < HEADS * KEYS; i++) scores[i / KEYS * PART + j + i % KEYS] = total(sum[i]);
-  for (int64_t d = whole; d < p.width; d++)
+  for (int64_t d = whole; d < keys.width; d++)
     for (int i = 0; i < HEADS * KEYS; i++)
-      scores[i / KEYS * PART + j + i % KEYS] += number(key[i % KEYS * pitch + d]) * q[i / KEYS * padded + d];
+      scores[i / KEYS * PART + j + i % KEYS] += number(key[i % KEYS][d]) * q[i / KEYS * padded + d];
 }
 
-template <class T, int HEADS>
-void score(const Problem &p, const T *keys, const float *q, int64_t padded, int64_t n, float *scores) {
+template <int HEADS, class R>
+void score(const R &keys, const R &values, const float *q, int64_t padded, int64_t n, float *scores) {
+  constexpr int KEYS = AT_ONCE<HEADS>;
   int64_t j = 0;
-  for (; j + AT_ONCE<HEADS> <= n; j += AT_ONCE<HEADS>) score_some<T, HEADS, AT_ONCE<HEADS>>(p, keys, q, padded, j, scores);
-  for (; j < n; j++) score_some<T, HEADS, 1>(p, keys, q, padded, j, scores);
+  for (; j + KEYS <= n; j += KEYS) {
+    for (int i = 0; i < KEYS; i++) keys.fetch(j + i + AHEAD, n), values.fetch(j + i, n);
+    score_some<HEADS, KEYS>(keys, q, padded, j, scores);
+  }
+  for (; j < n; j++) score_some<HEADS, 1>(keys, q, padded, j, scores);
 }
 
 // What some heads' weights [heads][PART] of n values add up to: VECTORS vectors of out [heads][room] from width e on.
-template <class T, int HEADS, int VECTORS>
-INLINE void gather_some(const Problem &p, const T *values, const float *weights, int64_t n, int64_t e, float *out,
-                        int64_t room) {
-  int64_t pitch = p.v_stride[2];
+template <int HEADS, int VECTORS, class R>
+INLINE void gather_some(const R &values, const float *weights, int64_t n, int64_t e, float *out, int64_t room) {
   vf sum[HEADS][VECTORS] = {};
   for (int64_t j = 0; j < n; j++) {
     vf x[VECTORS];
-    for (int i = 0; i < VECTORS; i++) x[i] = wide(values + j * pitch + e + i * W);
+    for (int i = 0; i < VECTORS; i++) x[i] = wide(values[j] + e + i * W);
     for (int h = 0; h < HEADS; h++)
       for (int i = 0; i < VECTORS; i++) sum[h][i] += x[i] * weights[h * PART + j];
   }
@@ -55,21 +83,21 @@ INLINE void gather_some(const Problem &p, const T *values, const float *weights,
     for (int i = 0; i < VECTORS; i++) store(out + h * room + e + i * W, sum[h][i]);
 }
 
-template <class T, int HEADS>
-void gather(const Problem &p, const T *values, const float *weights, int64_t n, float *out, int64_t room) {
+template <int HEADS, class R>
+void gather(const R &values, const float *weights, int64_t n, float *out, int64_t room) {
   int64_t e = 0;
-  for (; e + AT_ONCE<HEADS> * W <= p.value_width; e += AT_ONCE<HEADS> * W)
-    gather_some<T, HEADS, AT_ONCE<HEADS>>(p, values, weights, n, e, out, room);
-  for (; e + W <= p.value_width; e += W) gather_some<T, HEADS, 1>(p, values, weights, n, e, out, room);
-  for (; e < p.value_width; e++)
+  for (; e + AT_ONCE<HEADS> * W <= values.width; e += AT_ONCE<HEADS> * W)
+    gather_some<HEADS, AT_ONCE<HEADS>>(values, weights, n, e, out, room);
+  for (; e + W <= values.width; e += W) gather_some<HEADS, 1>(values, weights, n, e, out, room);
+  for (; e < values.width; e++)
     for (int h = 0; h < HEADS; h++) {
       float sum = 0;
-      for (int64_t j = 0; j < n; j++) sum += number(values[j * p.v_stride[2] + e]) * weights[h * PART + j];
+      for (int64_t j = 0; j < n; j++) sum += number(values[j][e]) * weights[h * PART + j];
       out[h * room + e] = sum;
     }
 }
 
-template <class T, class F>
+template <class F>
 void by_heads(int64_t group, F act) {
   for (int64_t h = 0; h < group;) {
     int64_t left = group - h;
@@ -82,6 +110,7 @@ void by_heads(int64_t group, F act) {
 
 struct Part {  // columns of which some head of the group sees the first, the last and maybe what is between
   int64_t pair, from, to;
+  const int32_t *columns;  // where keys were picked: of these, one for one
 };
 
 // What the heads of a group see, cut where columns are a multiple of PART. Columns that a head does not hold are left
@@ -98,17 +127,67 @@ inline void cut(const Problem &p, int64_t pair, std::vector<Part> &parts) {
         if (lo < hi) from = std::min(from, lo), to = std::max(to, hi);
       }
     }
-    if (from < to) parts.push_back({pair, from, to});
+    if (from < to) parts.push_back({pair, from, to, nullptr});
+  }
+}
+
+inline const uint8_t *picks(const Problem &p, int64_t b, int64_t head) {
+  return p.picked + b * p.picked_stride[0] + head * p.picked_stride[1];
+}
+
+// The columns that some head of a group picked and holds.
+inline void list(const Problem &p, int64_t pair, std::vector<int32_t> &columns) {
+  int64_t group = p.heads / p.kv_heads, b = pair / p.kv_heads, g = pair % p.kv_heads;
+  int64_t least = p.held ? p.held[2 * pair + 1] : 0, heads = p.picked_stride[1] ? group : 1;
+  columns.clear();
+  for (int64_t start = least / 8 * 8; start < p.keys; start += 8) {
+    uint64_t some = 0;
+    for (int64_t h = 0; h < heads; h++) {
+      uint64_t eight = 0;
+      std::memcpy(&eight, picks(p, b, g * group + h) + start, std::min<int64_t>(8, p.keys - start));
+      some |= eight;
+    }
+    if (!some) continue;
+    uint8_t each[8];
+    std::memcpy(each, &some, 8);
+    for (int64_t j = std::max(start, least); j < std::min(start + 8, p.keys); j++)
+      if (each[j - start]) columns.push_back((int32_t)j);
   }
 }
 
 // Whether a head sees any column that it holds, whatever its score.
 inline bool sees(const Problem &p, int64_t pair, int64_t head) {
+  if (p.picked) {
+    const uint8_t *x = picks(p, pair / p.kv_heads, head);
+    return std::any_of(x + (p.held ? p.held[2 * pair + 1] : 0), x + p.keys, [](uint8_t one) { return one; });
+  }
   const int32_t *x = p.ranges + pair / p.kv_heads * p.range_stride[0] + head * p.range_stride[1];
   int64_t least = p.held ? p.held[2 * pair + 1] : 0;
   for (int64_t r = 0; r < p.range_count; r++)
     if (std::max<int64_t>(x[2 * r], least) < std::min<int64_t>(x[2 * r + 1], p.keys)) return true;
   return false;
+}
+
+// Scores of a part, up to a whole vector, that a head does not see become minus infinity.
+inline void hide(const Problem &p, const Part &part, int64_t b, int64_t head, float *row) {
+  auto [pair, from, to, columns] = part;
+  int64_t n = to - from, at = from;
+  if (columns) {
+    const uint8_t *mine = picks(p, b, head);
+    if (p.picked_stride[1])
+      for (int64_t j = 0; j < n; j++)
+        if (!mine[columns[j]]) row[j] = -INFINITY;
+    std::fill(row + n, row + (n + W - 1) / W * W, -INFINITY);
+    return;
+  }
+  const int32_t *seen = p.ranges + b * p.range_stride[0] + head * p.range_stride[1];
+  for (int64_t r = 0; r < p.range_count && at < to; r++) {
+    int64_t lo = seen[2 * r], hi = seen[2 * r + 1];
+    if (hi <= at || lo >= hi) continue;
+    if (lo > at) std::fill(row + at - from, row + std::min(lo, to) - from, -INFINITY);
+    at = std::max(at, hi);
+  }
+  std::fill(row + std::min(at, to) - from, row + (n + W - 1) / W * W, -INFINITY);
 }
 
 // One query for each head. `received` gets the weights themselves, from which Python draws whatever else is wanted.
@@ -120,7 +199,20 @@ void step_of(const Problem &p) {
   static thread_local std::vector<int64_t> firsts_;  // the number of each pair's first part
   static thread_local std::vector<float> found_;
   parts_.clear(), firsts_.assign(1, 0);
-  for (int64_t pair = 0; pair < pairs; pair++) cut(p, pair, parts_), firsts_.push_back((int64_t)parts_.size());
+  static thread_local std::vector<std::vector<int32_t>> columns_;  // of each pair, where keys were picked
+  if (p.picked && (int64_t)columns_.size() < pairs) columns_.resize(pairs);
+  for (int64_t pair = 0; pair < pairs; pair++) {
+    if (!p.picked)
+      cut(p, pair, parts_);
+    else {
+      // what was picked for all heads alike is looked for once
+      int64_t like = p.picked_stride[1] || p.held ? pair : pair / p.kv_heads * p.kv_heads;
+      if (like == pair) list(p, pair, columns_[pair]);
+      for (int64_t at = 0, all = (int64_t)columns_[like].size(); at < all; at += PART)
+        parts_.push_back({pair, at, std::min(at + PART, all), columns_[like].data() + at});
+    }
+    firsts_.push_back((int64_t)parts_.size());
+  }
   int64_t per_part = group * (room + 2), count = (int64_t)parts_.size();
   if ((int64_t)found_.size() < count * per_part) found_.resize(count * per_part);
   const Part *parts = parts_.data();  // of this thread: others would see their own
@@ -134,37 +226,41 @@ void step_of(const Problem &p) {
     float *q = own.data(), *scores = q + group * padded;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; i++) {
-      auto [pair, from, to] = parts[i];
-      int64_t b = pair / p.kv_heads, g = pair % p.kv_heads, n = to - from;
+      const int64_t pair = parts[i].pair, from = parts[i].from, n = parts[i].to - from;
+      const int64_t b = pair / p.kv_heads, g = pair % p.kv_heads;
+      const int32_t *columns = parts[i].columns;
       float *out = found + i * per_part, *tops = out + group * room, *sums = tops + group;
       for (int64_t h = 0; h < group; h++) {
         const T *one = (const T *)p.q + b * p.q_stride[0] + (g * group + h) * p.q_stride[1];
         for (int64_t d = 0; d < padded; d++) q[h * padded + d] = d < p.width ? number(one[d]) * (p.scale * LOG2E) : 0.0f;
       }
-      // of column `from`
-      const T *keys = (const T *)p.k + b * p.k_stride[0] + g * p.k_stride[1] + from * p.k_stride[2];
-      const T *values = (const T *)p.v + b * p.v_stride[0] + g * p.v_stride[1] + from * p.v_stride[2];
+      const T *keys = (const T *)p.k + b * p.k_stride[0] + g * p.k_stride[1];
+      const T *values = (const T *)p.v + b * p.v_stride[0] + g * p.v_stride[1];
       if (p.held) {
-        keys = (const T *)p.k + (p.held[2 * pair] + from) * p.k_stride[2];
-        values = (const T *)p.v + (p.held[2 * pair] + from) * p.v_stride[2];
+        keys = (const T *)p.k + p.held[2 * pair] * p.k_stride[2];
+        values = (const T *)p.v + p.held[2 * pair] * p.v_stride[2];
       }
-      by_heads<T>(group, [&]<int HEADS>(int64_t h) {
-        score<T, HEADS>(p, keys, q + h * padded, padded, n, scores + h * PART);
+      // Calls act(keys, values) with those of the part.
+      auto with = [&](auto act) {
+        if (columns)
+          act(Some<T>{keys, p.k_stride[2], p.width, columns}, Some<T>{values, p.v_stride[2], p.value_width, columns});
+        else
+          act(All<T>{keys + from * p.k_stride[2], p.k_stride[2], p.width},
+              All<T>{values + from * p.v_stride[2], p.v_stride[2], p.value_width});
+      };
+      with([&](auto keys, auto values) {
+        by_heads(group, [&]<int HEADS>(int64_t h) {
+          score<HEADS>(keys, values, q + h * padded, padded, n, scores + h * PART);
+        });
       });
       for (int64_t h = 0; h < group; h++) {
         float *row = scores + h * PART;
         const float *bias = p.bias;
-        if (bias) bias += b * p.bias_stride[0] + (g * group + h) * p.bias_stride[1] + from;
-        as_modelled(row, n, p.softcap, bias);
-        const int32_t *seen = p.ranges + b * p.range_stride[0] + (g * group + h) * p.range_stride[1];
-        int64_t at = from;
-        for (int64_t r = 0; r < p.range_count && at < to; r++) {
-          int64_t lo = seen[2 * r], hi = seen[2 * r + 1];
-          if (hi <= at || lo >= hi) continue;
-          if (lo > at) std::fill(row + at - from, row + std::min(lo, to) - from, -INFINITY);
-          at = std::max(at, hi);
-        }
-        std::fill(row + std::min(at, to) - from, row + (n + W - 1) / W * W, -INFINITY);
+        if (bias) bias += b * p.bias_stride[0] + (g * group + h) * p.bias_stride[1];
+        as_modelled(row, n, p.softcap, bias && !columns ? bias + from : nullptr);
+        if (bias && columns)
+          for (int64_t j = 0; j < n; j++) row[j] += bias[columns[j]] * LOG2E;
+        hide(p, parts[i], b, g * group + h, row);
         vf high = all(-INFINITY), sum = {};
         for (int64_t j = 0; j < n; j += W) high = greater(high, load(row + j));
         tops[h] = highest(high);
@@ -175,10 +271,12 @@ void step_of(const Problem &p) {
           store(row + j, w);
         }
         sums[h] = total(sum);
-        if (kept) std::copy(row, row + n, kept + (b * p.heads + g * group + h) * p.keys + from);
+        if (!kept) continue;
+        float *into = kept + (b * p.heads + g * group + h) * p.keys;
+        for (int64_t j = 0; j < n; j++) into[columns ? columns[j] : from + j] = row[j];
       }
-      by_heads<T>(group, [&]<int HEADS>(int64_t h) {
-        gather<T, HEADS>(p, values, scores + h * PART, n, out + h * room, room);
+      with([&](auto, auto values) {
+        by_heads(group, [&]<int HEADS>(int64_t h) { gather<HEADS>(values, scores + h * PART, n, out + h * room, room); });
       });
     }
 #pragma omp for schedule(static)
@@ -203,7 +301,9 @@ void step_of(const Problem &p) {
       if (kept)
         for (int64_t part = first; part < last; part++) {
           float factor = lowered(found[part * per_part + group * room + h], top) * inverse;
-          for (int64_t j = parts[part].from; j < parts[part].to; j++) kept[i * p.keys + j] *= factor;
+          const int32_t *columns = parts[part].columns;
+          for (int64_t j = parts[part].from; j < parts[part].to; j++)
+            kept[i * p.keys + (columns ? columns[j - parts[part].from] : j)] *= factor;
         }
     }
   }

@@ -15,12 +15,21 @@ INLINE vf load(const float *p) { return *(const vu *)p; }
 INLINE void store(float *p, vf x) { *(vu *)p = x; }
 INLINE vf all(float x) { return x - vf{}; }
 // of x and y the greater, and x where it is no number
-INLINE vf greater(vf x, vf y) { return y > x ? y : x; }
+INLINE vf greater(vf x, vf y) {
+#if LANES == 16
+  return (vf)_mm512_maskz_max_ps(0xffff, (__m512)y, (__m512)x);  // which the compiler does not see in the line below
+#else
+  return y > x ? y : x;
+#endif
+}
 
 INLINE float highest(vf x) {
-  float top = x[0];
-  for (int i = 1; i < W; i++) top = x[i] > top ? x[i] : top;
-  return top;
+  typedef float quarter __attribute__((vector_size(16)));
+  union { vf whole; quarter parts[W / 4]; } lanes = {x};
+  quarter top = lanes.parts[0];
+  for (int i = 1; i < W / 4; i++) top = lanes.parts[i] > top ? lanes.parts[i] : top;
+  float left = top[1] > top[0] ? top[1] : top[0], right = top[3] > top[2] ? top[3] : top[2];
+  return right > left ? right : left;
 }
 
 INLINE float total(vf x) {
@@ -72,6 +81,16 @@ INLINE float lowered(float before, float now) {
   return before == now ? 1.0f : before - now < -126.0f ? 0.0f : std::exp2(before - now);
 }
 
+// A score of queries and keys that were not scaled before, or as it is; rounded, so that the greatest stays the greatest.
+template <class X>
+INLINE X scaled(X x, [[maybe_unused]] float times) {
+#ifdef TILES
+  x = x * times;
+  asm("" : "+v"(x));  // or the compiler takes the product into what is done next, and rounds once for both
+#endif
+  return x;
+}
+
 // Weights over a maximum; over 0 while nothing above minus infinity was seen, so that the weights are zeros.
 INLINE float base(float top) { return top == -INFINITY ? 0.0f : top; }
 
@@ -97,6 +116,11 @@ INLINE void product(const float *a, int64_t lda, const float *b, int64_t n, floa
 }
 
 #ifdef PAIRS
+// A vector rounded to bfloat16.
+INLINE void store(uint16_t *p, vf x) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+#endif
+
+#if defined(PAIRS) && !defined(TILES)
 // The same for bfloat16: two products a lane, exact and added up in float32. b is [n/2][NR][2]; of an odd n one more is
 // taken. What is not added is multiplied with `times`.
 template <bool ADD>
@@ -121,9 +145,6 @@ INLINE void product(const uint16_t *a, int64_t lda, const uint16_t *b, int64_t n
     store(to + W, ADD ? load(to + W) + sum[r][1] : sum[r][1] * times);
   }
 }
-
-// A vector rounded to bfloat16.
-INLINE void store(uint16_t *p, vf x) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
 #endif
 
 INLINE float number(float x) { return x; }
@@ -135,6 +156,18 @@ INLINE float number(uint16_t x) {
 // How many elements of a type one lane of the register tile multiplies at once.
 template <class E>
 constexpr int64_t DEEP = sizeof(float) / sizeof(E);
+
+// What a product of a type goes through in one step: rows, and elements of each; and whether it leaves scores unscaled.
+template <class E>
+constexpr int HIGH = MR;
+template <class E>
+constexpr int64_t STEP = DEEP<E>;
+template <class E>
+constexpr bool UNSCALED = false;
+
+// What a thread must have before products of a type, and gives back.
+template <class E>
+struct Registers {};
 
 template <class E, class T>
 INLINE E as(T x) {

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import BackendError
+from heedful.core.method import Stack
 from heedful.core.ragged import Ragged, padded
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends.mapless import STRETCHES, first_columns, kept_back, lag, of_weights, seen_by, through
+from heedful.engine.backends.tiled import Tiled
 from heedful.engine.needs import Needs
+from heedful.engine.run_state import Plan, RunState
 from heedful.native import Library, Problem, library
 
 GRAIN = 32  # what a block of a block table must be a multiple of: the widest panel of the kernel
@@ -21,14 +26,14 @@ GRAIN = 32  # what a block of a block table must be a multiple of: the widest pa
 
 class Native:
     name = "native"
-    gradients = False
+    gradients = True
 
     def refuses(self, needs: Needs) -> list[str]:
         kernel = library()
         reasons = [kernel] if isinstance(kernel, str) else []
         reasons += kept_back(needs)
-        if needs.gradients:
-            reasons.append("gradients are wanted, which this kernel cannot serve")
+        if needs.gradients and (needs.reweights or any(x.requires_grad for x in needs.learned)):
+            reasons.append("gradients of more than queries, keys and values are wanted, which this kernel cannot serve")
         if needs.call is None:
             return reasons
         for x in needs.tensors:
@@ -42,7 +47,7 @@ class Native:
             reasons.append(f"it takes one block table, of blocks that are a multiple of {GRAIN} wide")
         if any(b.first is not None for b in blocks):
             reasons.append("blocks begin with the text, and padding on the left moves them off its panels")
-        if not reasons and not needs.sees_all and needs.key_ranges is None:
+        if not reasons and (needs.gradients or not _alone(needs.call)) and needs.key_ranges is None:
             reasons.append(STRETCHES)
         return reasons
 
@@ -53,55 +58,143 @@ class Native:
         return through(lambda plain: _compute(kernel, plain, q, k, v), job, q, k, v), None
 
 
-def _compute(kernel: Library, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    call, accumulator = job.call, job.accumulator
-    b, h, n, d = q.shape
-    p = Problem(b, h, k.shape[1], n, k.shape[2], d, v.shape[3])
-    p.scale, p.threads, p.bfloat16 = call.scale, torch.get_num_threads(), q.dtype == torch.bfloat16
-    p.exact = bool(job.plan.reweights)  # what a shift takes away again must not have been rounded
-    held: list[Tensor] = []  # what the kernel points at must outlive it
+def _alone(call: Call) -> bool:
+    """Whether there is one query for each head; where there is no way back, it reads the cache as it lies."""
+    return len(call.queries) == 1 and not call.mask.blocks
 
-    def at(x: Tensor) -> int:
-        held.append(x)
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A problem, and what it points at, which must outlive it."""
+
+    problem: Problem
+    alone: bool
+    held: list[Tensor] = field(default_factory=list)
+
+    def at(self, x: Tensor) -> int:
+        self.held.append(x)
         return x.data_ptr()
 
-    one = n == 1 and not call.mask.blocks
-    if one and isinstance(k, Ragged) and isinstance(v, Ragged) and k.counts == v.counts:
+
+class _Way(torch.autograd.Function):
+    """The way back through a call that the kernel has computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: Library, job: AttentionCall, answer: tuple[_Asked, Tensor]
+    ) -> Tensor:
+        asked, out = answer
+        ctx.save_for_backward(q, k, v, out)
+        # not the job: a run holds penalties of the graph, and no collector finds the circle
+        ctx.kernel, ctx.asked = kernel, asked
+        ctx.plain = partial(AttentionCall, call=job.call, bias=job.bias, sink=job.sink, needs=job.needs)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, out = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants to derive once more
+            found = iter(_again(ctx.plain(Plan(()), RunState(Stack())), tensors, given))
+            return *(next(found) if x.requires_grad else None for x in tensors), None, None, None
+        made = _pulled(ctx.kernel, ctx.asked.problem, tensors, out, given)
+        return *(new.to(x.dtype) for new, x in zip(made, tensors, strict=True)), None, None, None
+
+
+def _again(job: AttentionCall, tensors: list[Tensor], given: Tensor) -> tuple[Tensor, ...]:
+    heads = Tiled()(job, *tensors)[0]
+    wanted = [x for x in tensors if x.requires_grad]
+    return torch.autograd.grad(heads, wanted, given.to(heads.dtype), create_graph=True)
+
+
+def _pulled(kernel: Library, p: Problem, tensors: list[Tensor], out: Tensor, given: Tensor) -> list[Tensor]:
+    """What queries, keys and values are given, in float32."""
+    q, k, v = (_in_rows(x) for x in tensors)
+    given, out = _in_rows(given.float()), out.transpose(1, 2)
+    p.q, p.k, p.v, p.out, p.given = (x.data_ptr() for x in (q, k, v, out, given))
+    p.given_stride[:] = _shared(given, 3)
+    made = [
+        torch.empty(out.shape[0], p.queries, p.heads, p.width).transpose(1, 2),
+        torch.zeros(k.shape),
+        torch.zeros(v.shape),
+    ]
+    p.to_q, p.to_k, p.to_v = (x.data_ptr() for x in made)
+    kernel.pull(p)
+    return made
+
+
+def _compute(kernel: Library, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if job.needs is None or not job.needs.gradients:
+        return _attended(kernel, job, (q, k, v))[1]
+    with torch.no_grad():
+        answer = _attended(kernel, job, (q, k, v), back=True)
+    heads: Tensor = _Way.apply(padded(q), padded(k), padded(v), kernel, job, answer)
+    return heads
+
+
+def _attended(
+    kernel: Library, job: AttentionCall, tensors: tuple[Tensor, Tensor, Tensor], back: bool = False
+) -> tuple[_Asked, Tensor]:
+    (q, k, v), call, accumulator = tensors, job.call, job.accumulator
+    needs = job.needs or Needs(call=call)
+    b, h, n, d = q.shape
+    p = Problem(b, h, k.shape[1], n, k.shape[2], d, v.shape[3])
+    asked = _Asked(p, _alone(call) and not back)
+    at = asked.at
+    p.scale, p.threads, p.bfloat16 = call.scale, torch.get_num_threads(), q.dtype == torch.bfloat16
+    p.exact = bool(job.plan.reweights)  # what a shift takes away again must not have been rounded
+    if asked.alone and isinstance(k, Ragged) and isinstance(v, Ragged) and k.counts == v.counts:
         p.held, k, v = at(k.table), k.flat, v.flat
     q, k, v = _in_rows(q), _in_rows(k), _in_rows(v)
     out = torch.empty(b, n, h, p.value_width)
-    p.q, p.k, p.v, p.out = at(q), at(k), at(v), at(out)
+    p.q, p.k, p.v, p.out = (x.data_ptr() for x in (q, k, v, out))
     p.q_stride, p.k_stride, p.v_stride = _strides(q), _strides(k), _strides(v)
-    needs = job.needs
-    if needs is None or not (needs.sees_all and (p.held or call.keys.is_filled is None)):
-        rows = None if needs is None else needs.key_ranges
-        if rows is None:
-            raise BackendError("the native kernel was not asked if it can serve")
-        ranges = rows.expand(-1, -1, n, -1, -1).to(torch.int32).contiguous()
-        p.ranges, p.range_count = at(ranges), ranges.shape[3]
-        p.range_stride[:] = [ranges.stride(i) if ranges.shape[i] > 1 else 0 for i in (0, 1)]
+    _tell_mask(asked, needs, call)
     p.softcap = call.softcap or 0.0
     if job.bias is not None:
         bias = _in_rows(job.bias.detach().float())
         p.bias = at(bias)
-        p.bias_stride[:] = [bias.stride(i) if bias.shape[i] > 1 else 0 for i in range(3)]
+        p.bias_stride[:] = _shared(bias, 3)
     if job.sink is not None:
         p.sink = at(job.sink.detach().float().reshape(-1).contiguous())
-    for blocks in call.mask.blocks:
-        table = blocks.table.to(torch.uint8).contiguous()
-        p.blocks, p.block, p.block_cols, p.block_units = at(table), blocks.size, table.shape[3], table.shape[1]
-        p.block_stride[:] = [table.stride(i) if table.shape[i] > 1 else 0 for i in (0, 1)]
+    if back:
+        p.rows = at(torch.empty(b, h, n, 2))
     if accumulator is not None:
-        _ask(p, accumulator, call, at)
+        _ask(asked, accumulator, call)
     kernel.attend(p)
     if accumulator is not None:
-        accumulator.whole = _told(p, accumulator, held)
-    return out.transpose(1, 2)
+        accumulator.whole = _told(asked, accumulator)
+    return asked, out.transpose(1, 2)
+
+
+def _tell_mask(asked: _Asked, needs: Needs, call: Call) -> None:
+    """Which keys each query sees: all, ranges of them, or, where a query is alone, what was picked for it."""
+    p = asked.problem
+    for blocks in call.mask.blocks:
+        table = blocks.table.to(torch.uint8).contiguous()
+        p.blocks, p.block, p.block_cols, p.block_units = asked.at(table), blocks.size, table.shape[3], table.shape[1]
+        p.block_stride[:] = _shared(table, 2)
+    if asked.alone and needs.sees_all and (p.held or call.keys.is_filled is None):
+        return
+    if (rows := needs.key_ranges) is not None:
+        ranges = rows.expand(-1, -1, p.queries, -1, -1).to(torch.int32).contiguous()
+        p.ranges, p.range_count = asked.at(ranges), ranges.shape[3]
+        p.range_stride[:] = _shared(ranges, 2)
+    elif asked.alone and (kept := call.mask.keeps(call.pairs)) is not None:
+        picked = kept.to(torch.uint8).contiguous()
+        p.picked = asked.at(picked)
+        p.picked_stride[:] = _shared(picked, 2)
+    else:
+        raise BackendError("the native kernel was not asked if it can serve")
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
     """Of text, head and token; of the token alone where heads are held flat."""
     return (*(0,) * (4 - x.dim()), *x.stride()[:-1])
+
+
+def _shared(x: Tensor, axes: int) -> list[int]:
+    """Strides of the first axes, 0 where one stands for all."""
+    return [x.stride(i) if x.shape[i] > 1 else 0 for i in range(axes)]
 
 
 def _in_rows(x: Tensor) -> Tensor:
@@ -110,13 +203,14 @@ def _in_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _ask(p: Problem, accumulator: SummaryAccumulator, call: Call, at: Callable[[Tensor], int]) -> None:
+def _ask(asked: _Asked, accumulator: SummaryAccumulator, call: Call) -> None:
     """Give the kernel a place for each part of the summary."""
+    p, at = asked.problem, asked.at
     b, h, n, k = p.batch, p.heads, p.queries, p.keys
     if call.queries.is_filled is not None:
         is_text = call.queries.is_filled[:, 0].to(torch.uint8).contiguous()
         p.live, p.live_stride = at(is_text), is_text.stride(0) if len(is_text) > 1 else 0
-    if n == 1 and not p.blocks:
+    if asked.alone:
         p.received = at(torch.zeros(b, h, k))  # the weights themselves: everything else is drawn from them
         return
     if "received" in accumulator.requested:
@@ -142,10 +236,10 @@ def _ask(p: Problem, accumulator: SummaryAccumulator, call: Call, at: Callable[[
         p.distance = at(torch.zeros(b, h, p.reach))
 
 
-def _told(p: Problem, accumulator: SummaryAccumulator, held: list[Tensor]) -> Summary:
+def _told(asked: _Asked, accumulator: SummaryAccumulator) -> Summary:
     """The summary that the kernel wrote."""
-    where = {x.data_ptr(): x for x in held}
-    if p.queries == 1 and not p.blocks:
+    p, where = asked.problem, {x.data_ptr(): x for x in asked.held}
+    if asked.alone:
         return of_weights(where[p.received], accumulator)
     found = {
         name: where.get(getattr(p, name) or 0)

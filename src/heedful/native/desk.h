@@ -1,0 +1,22 @@
+// What one thread works with, and how the columns of a block are cut. Included after pack.h.
+
+struct Run {  // consecutive columns
+  int64_t column, width, at;  // `at`: where they stand in their chunk
+};
+
+struct Chunk {
+  int64_t from, to, width;  // its runs, and its columns
+};
+
+// What one thread works with.
+struct Desk {
+  Floats q, weights;  // held as the register tile multiplies them: pairs of bfloat16 take half the room
+  Floats out, scores, top, peak, sum, spread, reference;
+  std::vector<int32_t> place;
+  std::vector<Run> runs;
+  std::vector<Chunk> chunks;
+  std::vector<std::pair<int64_t, int64_t>> seen;
+  std::vector<int64_t> reach;  // of each register tile's rows, the column behind the last that one of them sees
+  Floats mean, mixed;  // of a chunk's weights over heads, and of what they carried
+  Floats received, distance;  // of one block
+};
