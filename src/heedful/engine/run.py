@@ -195,14 +195,17 @@ class Run:
             self._adapter.leave()
             self.closed = True  # last: an interrupted close can be called again
 
-    def __getitem__(self, part: Part) -> Any:
-        """What a reading method of the stack has to tell."""
+    def __getitem__(self, part: Part | int) -> Any:
+        """What a reading method of the stack has to tell; one that stands in it twice is named by its place."""
         parts = list(self.stack.parts)
-        if part not in parts:
-            raise FieldError(
-                "Run", "[...]", part, f"must be a part of the stack {self.stack!r}", parts[0] if parts else None
-            )
-        number = parts.index(part)
+        places = [n for n, mine in enumerate(parts) if part in (mine, n)]
+        if not places:
+            rule, good = f"must be a part of the stack {self.stack!r}, or its place there", parts[0] if parts else None
+            raise FieldError("Run", "[...]", part, rule, good)
+        if len(places) > 1:
+            rule = f"stands in the stack at the places {places}, and need not read the same at both; name one of these"
+            raise FieldError("Run", "[...]", part, rule, places[0])
+        number = places[0]
         method = self.stack.methods[number]
         names = [edit.name for edit in method.edits if edit.reads]
         if not names:
@@ -339,13 +342,14 @@ class Run:
     @asks
     def save(self, path: str | Path) -> Path:
         """Write all statistics to one file, from which `load` and other runs of the same stack can go on."""
-        return save(path, {f"{n}.{name}.{layer}": s for (n, name, layer), s in self.state.statistics.items()})
+        found = {f"{n}.{name}.{layer}": s for (n, name, layer), s in self.state.statistics.items()}
+        return save(path, found, of=repr(self.stack))
 
     @asks
     def merge(self, path: str | Path) -> None:
         """Add the statistics that another run of the same stack saved."""
         found: dict[tuple[int, str, int], Statistic] = {}
-        for key, stat in load(path).items():
+        for key, stat in load(path, of=repr(self.stack)).items():
             number, name, layer = key.split(".")
             if int(number) >= len(self.stack) or name not in {e.name for e in self.stack.methods[int(number)].edits}:
                 raise StatisticError(
