@@ -20,7 +20,7 @@ from heedful.core.method import Layer, Method, Part, Readings, Stack, Step, as_s
 from heedful.core.notebook import printed
 from heedful.core.regions import PerText, Region, Roles, marks
 from heedful.core.stats import Statistic, load, save
-from heedful.engine.activity import Activity, Difference, density_of
+from heedful.engine.activity import Activity, Difference, density_of, first_output
 from heedful.engine.learned import learned
 from heedful.engine.resting import undone
 from heedful.engine.run_state import RunState, blind
@@ -296,18 +296,21 @@ class Run:
         self._adapter.remove()
 
     def resume(self) -> None:
-        """Put the stack back."""
+        """Put the stack back, if it is not there."""
         self._require_open()
-        self._adapter.install(self)
+        if not self.installed():
+            self._adapter.install(self)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The model as it was, for the length of a `with`."""
+        """The model as it was, for the length of a `with`; one inside another changes nothing."""
+        was = self.installed()
         self.pause()
         try:
             yield
         finally:
-            self.resume()
+            if was and not self.closed:
+                self.resume()
 
     def reset(self) -> None:
         """Forget statistics and what methods remember of the run; learned parameters stay."""
@@ -332,11 +335,16 @@ class Run:
 
     @torch.no_grad()
     def difference(self, *args: Any, **kwargs: Any) -> Difference:
-        """Largest change of the model's first output against the unedited model, over its largest magnitude."""
+        """Largest change of the model's first output against the unedited model, over its largest magnitude.
+
+        Both go on from a cache that is given, and leave it as it was.
+        """
         self._require_open()
-        edited = _first_tensor(self.model(*args, **kwargs))
+        if not self.installed():
+            raise FieldError("Run", "paused", True, "there is no stack in the model to compare; resume() first", False)
+        edited = first_output(self.model, args, kwargs)
         with self.paused():
-            plain = _first_tensor(self.model(*args, **kwargs))
+            plain = first_output(self.model, args, kwargs)
         return Difference((edited - plain).abs().max() / plain.abs().max().clamp(min=1e-30))
 
     @asks
@@ -387,8 +395,3 @@ class Run:
         with torch.no_grad():
             for name, p in mine.items():
                 p.copy_(state[name])
-
-
-def _first_tensor(output: Any) -> Tensor:
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
-    return next(x for x in values if isinstance(x, Tensor) and x.is_floating_point())
