@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from heedful.adapters.bound import Bound, Request, passes_through
 from heedful.adapters.kvcache import HeldLayer, shrunk
+from heedful.adapters.layers import list_of
 from heedful.adapters.lazymask import LISTS, LazyMask, chosen_pairs
 from heedful.core.errors import UnknownArgument
 from heedful.core.mask import Causal, Dense, Mask
@@ -40,8 +42,8 @@ class Given:
     scale: float
 
 
-def understand(bound: Bound, request: Request, held: HeldLayer | None) -> Given:
-    """Positions, rules and extras of a call."""
+def understand(bound: Bound, request: Request, held: HeldLayer | None, known: dict[str, Positions]) -> Given:
+    """Positions, rules and extras of a call; `known` is where the tokens of each list of layers stand."""
     q, k, mask, more = request.q, request.k, request.mask, request.more
     for key, value in more.items():
         if isinstance(value, Tensor) and key not in HARMLESS | READ and not passes_through(type(bound.module), key):
@@ -52,6 +54,10 @@ def understand(bound: Bound, request: Request, held: HeldLayer | None) -> Given:
             )
     bias = more.get("position_bias")
     queries, keys, rules = _places(bound, request, held)
+    if bound.cross:
+        queries = own_places(bound, known, len(q), q.shape[2], q.device)
+    else:
+        known[list_of(bound.name)] = queries
     if mask is None:
         flag = more.get("is_causal")
         flag = getattr(bound.module, "is_causal", True) if flag is None else flag
@@ -113,6 +119,17 @@ def _places(bound: Bound, request: Request, held: HeldLayer | None) -> tuple[Pos
         return Positions.row(held.seen - n, n, q.device), keys, Mask()
     start = 0 if bound.cross else max(0, m - n)
     return Positions.row(start, n, q.device), Positions.row(0, m, q.device), Mask()
+
+
+def own_places(bound: Bound, known: Mapping[str, Positions], rows: int, n: int, device: torch.device) -> Positions:
+    """Where the queries of cross attention stand: as the self attention before it in the same list of layers was told.
+
+    Its own mask speaks of the other sequence alone.
+    """
+    own = known.get(list_of(bound.name))
+    if own is None or len(own) != n or not {len(own.index), len(own.position)} <= {1, rows}:
+        return Positions.row(0, n, device)
+    return own
 
 
 def _by_text(queries: Positions, keys: Positions, position_ids: Any) -> tuple[Positions, Positions]:
