@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from heedful.adapters.bound import Bound, Request, passes_through
 from heedful.adapters.kvcache import HeldLayer, shrunk
 from heedful.adapters.layers import list_of
 from heedful.adapters.lazymask import LISTS, LazyMask, chosen_pairs
-from heedful.core.errors import UnknownArgument
+from heedful.core.errors import SiteError, UnknownArgument
 from heedful.core.mask import Causal, Dense, Mask
+from heedful.core.method import Scoped, Stack
 from heedful.core.positions import Positions
 
 # tensors that models pass along and that do not change the map
@@ -140,6 +142,22 @@ def _by_text(queries: Positions, keys: Positions, position_ids: Any) -> tuple[Po
         return queries, keys
     position = position_ids[:, None].to(queries.index.device)
     return tuple(Positions(p.index, position, p.first, None) for p in (queries, keys))  # type: ignore[return-value]
+
+
+def require_no_guesses(stack: Stack, given: Mapping[str, Any]) -> None:
+    """Refuse guessed tokens where a part acts in one phase: they are read several at once, as prompts are.
+
+    Whoever guesses wants the logits of all of them, and whoever reads a prompt those of the last token, or of all.
+    """
+    phased = next((part for part in stack if isinstance(part, Scoped) and part.phase is not None), None)
+    kept = given.get("logits_to_keep")
+    if phased is None or not isinstance(kept, int) or kept < 2 or not any(isinstance(x, Cache) for x in given.values()):
+        return
+    raise SiteError(
+        f"{phased!r} acts in one phase, and the last {kept} tokens of a call may be guesses (logits_to_keep={kept} "
+        "with a cache, as in assisted and prompt-lookup decoding), which are read as a prompt is; generate one token "
+        "after another, leave .when(...) out, or read a prompt without logits_to_keep"
+    )
 
 
 def from_dense(mask: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None]:

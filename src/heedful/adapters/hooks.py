@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from heedful.adapters.arguments import by_name, own_places
+from heedful.adapters.arguments import by_name, own_places, require_no_guesses
 from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
 from heedful.adapters.grids import Grid, grid_of, regions
@@ -108,6 +108,7 @@ class Hooks:
                 )
                 raise FieldError("Run", "thread", get_ident(), rule, self._thread)
             self._require_threads()
+            require_no_guesses(self.run.stack, kwargs)
             blind = stand_around(self.run, type(model).__name__, whole=True)
             self._thread = get_ident()
             if self.first is not None:
