@@ -313,6 +313,22 @@ def test_guessed_tokens_and_a_cache_that_drops_entries_do_not_go_together(how: s
             run.generate(prompt, **told, **guess)
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("how", ["assistant_model", "prompt_lookup_num_tokens"])
+def test_guessed_tokens_are_of_neither_phase(how: str, phase: str) -> None:
+    """They are read several at once, so that other tokens would be generated than one by one."""
+    model, prompt = tiny("llama").eval(), torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
+    told = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    guess = {how: tiny("llama", num_hidden_layers=1).eval() if how == "assistant_model" else 4}
+    with attach(model, Scale(3.0).when(phase)) as run:
+        with pytest.raises(SiteError, match=r"acts in one phase, and the last \d tokens of a call may be guesses"):
+            run.generate(prompt, **told, **guess)
+        run.generate(prompt, **told)
+        run(prompt, logits_to_keep=2)  # without a cache of earlier tokens it is a prompt
+    with attach(model, Scale(3.0)) as run:
+        assert torch.equal(run.generate(prompt, **told, **guess), run.generate(prompt, **told))
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_model_that_works_with_its_mask_gets_the_one_it_had(implementation: str) -> None:
     """Additive under eager attention and boolean under sdpa: this encoder inverts it, which is not the same."""

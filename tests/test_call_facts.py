@@ -306,3 +306,44 @@ def test_layers_follow_one_another_within_their_list() -> None:
     at = Positions.row(0, 1)
     calls = [Call(i, 8, name, 1, 1, at, at, 1.0, lowest=lowest(names)[i]) for i, name in enumerate(names)]
     assert [call.below for call in calls] == [None, 0, None, 2, 3, None, None, 6]
+
+
+class Places(Method):
+    """Notes where queries stand, and which of them are text."""
+
+    paper = PAPER
+
+    @reads(Site.HIDDEN)
+    def early(self, x: Tensor, call: Call) -> None:
+        self.look(x, call)
+
+    @reads(Site.PATTERN)
+    def look(self, x: Tensor, call: Call) -> None:
+        if call.cross:
+            rows = (x.expand(len(IDS), -1, -1).cpu() for x in (call.q_pos, call.is_text))
+            SEEN.append((call.name, tuple(x[:, 0].tolist() for x in rows)))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_queries_of_cross_attention_stand_in_their_own_text(kind: str, side: str) -> None:
+    """Not in the other, whose padding is another."""
+    model = tiny(kind)
+    padding = torch.ones_like(IDS)
+    padding[1, slice(8) if side == "left" else slice(4, None)] = 0
+    own = torch.ones(2, 9, dtype=torch.long)
+    own[0, 7:] = 0
+    given = {"input_ids": IDS, "attention_mask": padding, "decoder_input_ids": IDS[:, :9]}
+    with attach(model, Places()) as run:
+        run(**given, decoder_attention_mask=own)
+    assert len(SEEN) == 4
+    assert all(found == ([list(range(9))] * 2, own.bool().tolist()) for _, found in SEEN)
+
+
+def test_queries_of_cross_attention_go_on_where_the_text_stopped() -> None:
+    model = tiny("bart")
+    for only in (None, [f"model.decoder.layers.{i}.encoder_attn" for i in range(2)]):
+        SEEN.clear()
+        with attach(model, Places(), only=only) as run:
+            run.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False, num_beams=1)
+        assert [found[0][0] for _, found in SEEN] == [[i] for i in (0, 1, 2) for _ in range(4)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from heedful import attach, models
+from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, RefusedModel, StatisticError
 from heedful.core.figures import Role
@@ -337,3 +338,13 @@ def test_a_view_must_fit_together() -> None:
             TokenView(["a", "b"], [(0, 0)], *bad, [0], opening)
     with pytest.raises(FieldError, match=r"opening = \(1, 4, 2, 2\): .*of 2 layers"):
         TokenView(["a", "b"], [(0, 0)], *good, [0, 1], opening)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_several_windows_at_once_are_read_as_one_by_one_by_both_halves(kind: str) -> None:
+    """What fills up the shorter ones is no text, in the decoder neither."""
+    model = models.tiny(kind)
+    texts = [torch.arange(3, 3 + n) for n in (60, 25, 40)]
+    profiles = [diagnose(model, texts, measures=[SinkRate()], batch=batch) for batch in (1, 3)]
+    one, several = (profile.answer(SinkRate()).importance for profile in profiles)
+    assert all(close_model(x.nan_to_num(-1.0).float(), one[n].nan_to_num(-1.0).float()) for n, x in several.items())

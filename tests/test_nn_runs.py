@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -364,3 +365,35 @@ def test_a_replica_is_refused() -> None:
     mine, x = causal(), text()
     with pytest.raises(RefusedModel, match="run in a replica, as DataParallel makes them"):
         mine._replicate_for_data_parallel()(x, x, x)
+
+
+@torch.no_grad()
+def test_threads_that_share_a_module_wait_for_one_another() -> None:
+    """Tiles of a forward share memory, and what a run knows is of one forward."""
+    mine = Attention(64, 4, SinkRate(), causal=True, batch_first=True).eval()
+    mine.run.backend, rows = "tiled", torch.randn(24, 1, 200, 64)
+
+    @torch.no_grad()
+    def given(x: Tensor) -> Tensor:
+        out: Tensor = mine(x, x, x, need_weights=False)[0]
+        return out
+
+    wanted = list(map(given, rows))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(given, rows))
+    assert all(map(torch.equal, found, wanted))
+    assert copy.deepcopy(mine)(rows[0], rows[0], rows[0])[0].shape == wanted[0].shape
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ((16, TempScale()), r"Attention\.heads = .*must be int; for example heads=1$"),
+        ((0, 4), "width = 0: must be 1 or more"),
+        ((16.0, 4), r"width = 16\.0: must be int"),
+        ((16, 4, "tempscale(0.5)"), r"Attention\.method = .* must be Method"),
+    ],
+)
+def test_what_is_no_size_and_no_method_is_refused(given: Any, rule: str) -> None:
+    with pytest.raises(FieldError, match=rule):
+        Attention(*given)

@@ -170,9 +170,31 @@ def test_statistics_save_load_and_merge(model: nn.Module, tmp_path: Path) -> Non
     runs[0].merge(path)
     for layer in range(2):
         assert close_model(runs[0][Shares()][layer].value.float(), runs[2][Shares()][layer].value.float())
-    with attach(model, Scale()) as other, pytest.raises(StatisticError, match="comes from another stack"):
+    for another in (Scale(), Shares() | Scale(), Shares().on(layers=0), SinkRate()):
+        with attach(model, another) as other, pytest.raises(StatisticError, match="comes from another stack"):
+            other.merge(path)
+
+
+def test_what_two_settings_of_a_reader_found_does_not_mix(model: nn.Module, tmp_path: Path) -> None:
+    with attach(model, SinkRate(0.3)) as run:
+        logits(run)
+    path = run.save(tmp_path / "some.safetensors")
+    with attach(model, SinkRate(0.9)) as other, pytest.raises(StatisticError, match=r"epsilon=0\.3.*epsilon=0\.9"):
         other.merge(path)
-    other.close()
+
+
+def test_a_reader_before_an_edit_and_again_after_it(model: nn.Module) -> None:
+    halved = edit(Site.PATTERN, lambda weights, call: weights / 2)
+    with attach(model, Keep() | halved | Keep()) as run:
+        logits(run)
+        before, after = run[0], run[2]
+        for layer in range(2):
+            assert torch.equal(before[layer].value[0], 2 * after[layer].value[0])
+        for ask in (lambda: run[Keep()], run.answers):
+            with pytest.raises(FieldError, match=r"at the places \[0, 2\]"):
+                ask()
+        with pytest.raises(FieldError, match="or its place there"):
+            run[3]
 
 
 def test_learned_parameters_train_and_are_saved(model: nn.Module) -> None:

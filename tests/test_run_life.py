@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from types import FrameType
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from heedful import attach, models
+from heedful.adapters.cache_name import CACHE
 from heedful.adapters.kvcache import held_layer, serve
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
@@ -173,3 +175,46 @@ def test_a_paged_cache_is_refused() -> None:
         with pytest.raises(RefusedModel, match="continuous batching"):
             run(input_ids=IDS, cache=PagedAttentionCache())
         run(input_ids=IDS)
+
+
+def test_a_pause_inside_another_ends_with_the_outer_one(model: nn.Module) -> None:
+    with torch.no_grad(), attach(model, Scale()) as run:
+        acts = run(IDS).logits
+        run.resume()
+        with run.paused():
+            plain = run(IDS).logits
+            with run.paused():
+                pass
+            assert torch.equal(run(IDS).logits, plain)
+            with pytest.raises(FieldError, match=r"resume\(\) first"):
+                run.difference(IDS)
+        assert torch.equal(run(IDS).logits, acts)
+        with run.paused():
+            run.close()
+        assert torch.equal(model(IDS).logits, plain)
+
+
+def test_a_difference_leaves_the_cache_as_it_was(model: nn.Module) -> None:
+    """Both forwards go on from the same text."""
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(IDS, **{CACHE: cache})
+    with attach(model, SinkRate(), backend="reference") as run:
+        assert run.difference(IDS[:, :3], **{CACHE: cache}) < 1e-5
+    assert cache.get_seq_length() == IDS.shape[1]
+    with attach(model, Scale()) as run:
+        assert run.difference(IDS[:, :3], **{CACHE: cache}) > 1e-3
+        model(IDS, **{CACHE: (grown := DynamicCache())})
+        with pytest.raises(FieldError, match=r"fill it under torch\.no_grad"):
+            run.difference(IDS[:, :3], **{CACHE: grown})
+
+
+@pytest.mark.parametrize("how", [lambda y: [y, y], lambda y: {"a": (None, y)}, lambda y: (y.long(), [y])])
+def test_a_difference_is_of_the_first_numbers_wherever_they_are(how: Callable[[torch.Tensor], object]) -> None:
+    own = Own()
+    own.register_forward_hook(lambda module, args, output: how(output))
+    with attach(nn.Sequential(own), Scale(3.0)) as run:
+        assert run.difference(torch.randn(2, 5, 8)) == pytest.approx(2.0)
+    own.register_forward_hook(lambda module, args, output: None if output is None else ["nothing"])
+    with attach(nn.Sequential(own), Scale()) as run, pytest.raises(FieldError, match="gives no floating-point numbers"):
+        run.difference(torch.randn(2, 5, 8))

@@ -14,7 +14,8 @@ from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call
 from heedful.core.errors import BackendError
 from heedful.core.method import Method, Stack
-from heedful.core.sites import Site, reads
+from heedful.core.sites import Site, at, reads
+from heedful.core.stats import Mean
 from heedful.engine.attend import attend
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends import tiled
@@ -22,6 +23,7 @@ from heedful.engine.backends.tiled import Tiled
 from heedful.engine.run_state import RunState
 from heedful.engine.select import select
 from heedful.methods import SinkRate
+from heedful.nn import Attention
 from heedful.tiny import tiny, tiny_inputs
 
 from .samples import PAPER, Keep, Scale
@@ -29,7 +31,28 @@ from .samples import PAPER, Keep, Scale
 # torch scripts its own rules when a derivative is first carried forward
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
-WHAT = [Scale(), SinkRate(), Keep()]
+
+class Scores(Method):
+    """Edits scores."""
+
+    paper = PAPER
+
+    @at(Site.SCORES)
+    def double(self, scores: Tensor, call: Call) -> Tensor:
+        return scores * 2
+
+
+class Hides(Method):
+    """Hides what scores little, in some rows all of it."""
+
+    paper = PAPER
+
+    @at(Site.SCORES)
+    def hide(self, scores: Tensor, call: Call) -> Tensor:
+        return scores.masked_fill(scores < 0.3, -torch.inf)
+
+
+WHAT = [Scale(), SinkRate(), Keep(), Scores()]
 
 
 def heads(what: Method, bare: Bare, q: Tensor, backend: str = "auto") -> Tensor:
@@ -50,9 +73,9 @@ def written_out(bare: Bare, q: Tensor, by: float) -> Tensor:
 @pytest.mark.parametrize("backend", ["auto", "reference", "tiled"])
 @pytest.mark.parametrize("what", WHAT, ids=lambda x: type(x).__name__)
 def test_derivatives_are_carried_forward(what: Method, backend: str) -> None:
-    bare, by = Bare(), 2.0 if isinstance(what, Scale) else 1.0
+    bare, by, sharp = Bare(), 2.0 if isinstance(what, Scale) else 1.0, 2.0 if isinstance(what, Scores) else 1.0
     way = torch.randn_like(bare.q)
-    _, wanted = jvp(lambda q: written_out(bare, q, by), (bare.q.double(),), (way.double(),))
+    _, wanted = jvp(lambda q: written_out(bare, sharp * q, by), (bare.q.double(),), (way.double(),))
     _, found = jvp(lambda q: heads(what, bare, q, backend), (bare.q,), (way,))
     assert close(found, wanted.float())
     with torch.no_grad(), dual_level():
@@ -133,3 +156,54 @@ def test_a_tile_that_a_reader_keeps_is_not_written_over() -> None:
     assert len(tiles) == 5
     for number, tile in enumerate(tiles):
         assert close(tile, whole[:, :, 4 * number : 4 * (number + 1), : tile.shape[-1]])
+
+
+class Total(Method):
+    """Adds up what each head gives each key, and counts calls."""
+
+    paper = PAPER
+
+    @reads(Site.PATTERN)
+    def add(self, pattern: Tensor, call: Call) -> Mean:
+        return Mean.of(pattern.double().sum((0, 2)), 1)
+
+
+@pytest.mark.parametrize("what", [None, Total(), Scores(), SinkRate()], ids=lambda x: type(x).__name__)
+def test_a_module_runs_on_as_before_after_many_inputs_at_once(what: Method | None) -> None:
+    """Nothing of a transform is kept, and readers count every input."""
+    module, other = (Attention(16, 2, what, causal=True, batch_first=True).eval() for _ in range(2))
+    other.load_state_dict(module.state_dict())
+    x = torch.randn(3, 2, 5, 16)
+    wanted = torch.stack([other(row, row, row)[0] for row in x])
+    assert close(vmap(lambda row: module(row, row, row)[0])(x), wanted)
+    both = vmap(vmap(lambda row: module(row, row, row)[0]))(x)
+    assert close(both, wanted)
+    slopes = vmap(grad(lambda row: module(row, row, row)[0].sum()))(x)
+    assert close(slopes[1], torch.autograd.grad(other(y := x[1].requires_grad_(), y, y)[0].sum(), y)[0])
+    assert close(module(x[0], x[0], x[0])[0], wanted[0])
+    assert not module.run.activity().nan
+    if isinstance(what, Total):
+        vmap(lambda row: module(row, row, row)[0])(x)
+        found, stat = module.run[what][0], other.run[what][0]
+        assert isinstance(found, Mean)
+        assert isinstance(stat, Mean)
+        assert int(found.count[0, 0]) == 3 + 6 + 3 + 1 + 3
+        assert int(stat.count[0, 0]) == 3 + 1
+
+
+def test_readers_of_many_inputs_find_what_readers_of_each_find() -> None:
+    module, other = (Attention(16, 2, Total(), causal=True, batch_first=True).eval() for _ in range(2))
+    other.load_state_dict(module.state_dict())
+    x = torch.randn(4, 2, 5, 16)
+    vmap(lambda row: module(row, row, row)[0], in_dims=0)(x)
+    for row in x:
+        other(row, row, row)
+    assert close(*(each.run[Total()][0].value.float() for each in (module, other)))
+
+
+def test_what_nobody_sees_is_zero_in_each_of_many_inputs() -> None:
+    """An edit that hides pairs of some inputs hides them there alone."""
+    bare = Bare()
+    many = torch.stack([bare.q, -bare.q])
+    found = vmap(lambda q: heads(Hides(), bare, q, "reference"))(many)
+    assert close(found, torch.stack([heads(Hides(), bare, q, "reference") for q in many]))

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from heedful.core.figures import counted
 from heedful.core.fitted import Fitted
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by how many bytes they take
 
 
 def facts_of(model: Any, name: str, layers: int) -> dict[str, Any]:
@@ -33,11 +36,22 @@ def facts_of(model: Any, name: str, layers: int) -> dict[str, Any]:
 
 
 def fingerprint(model: Any) -> str:
-    """A short name for a model's weights, from the first few numbers of each."""
+    """A short name for a model's weights, from the first few numbers of each and the sums of its rows.
+
+    Numbers are added up by their bits, so that one that differs is seen and no order of summation is.
+    """
     from heedful.adapters.spread import whole
 
-    few = {f"{i:06d}": whole(p.detach()).flatten()[:16].cpu() for i, p in enumerate(model.parameters())}
-    return Fitted(few).digest[:16]
+    told: dict[str, Tensor] = {}
+    for i, p in enumerate(model.parameters()):
+        weight = whole(p.detach())
+        told[f"{i:06d}"] = weight.flatten()[:16].cpu()
+        if weight.numel():
+            rows = (weight.flatten(0, -2) if weight.ndim > 1 else weight.reshape(1, -1)).contiguous()
+            each = rows.element_size()
+            by_eight = not (rows.shape[1] * each % 8 or rows.storage_offset() * each % 8)  # which are added fastest
+            told[f"{i:06d} rows"] = rows.view(BITS[8 if by_eight else each]).sum(-1, dtype=torch.long).cpu()
+    return Fitted(told).digest[:16]
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:

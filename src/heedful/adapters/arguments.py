@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from heedful.adapters.bound import Bound, Request, passes_through
 from heedful.adapters.kvcache import HeldLayer, shrunk
+from heedful.adapters.layers import list_of
 from heedful.adapters.lazymask import LISTS, LazyMask, chosen_pairs
-from heedful.core.errors import UnknownArgument
+from heedful.core.errors import SiteError, UnknownArgument
 from heedful.core.mask import Causal, Dense, Mask
+from heedful.core.method import Scoped, Stack
 from heedful.core.positions import Positions
 
 # tensors that models pass along and that do not change the map
@@ -40,8 +44,8 @@ class Given:
     scale: float
 
 
-def understand(bound: Bound, request: Request, held: HeldLayer | None) -> Given:
-    """Positions, rules and extras of a call."""
+def understand(bound: Bound, request: Request, held: HeldLayer | None, known: dict[str, Positions]) -> Given:
+    """Positions, rules and extras of a call; `known` is where the tokens of each list of layers stand."""
     q, k, mask, more = request.q, request.k, request.mask, request.more
     for key, value in more.items():
         if isinstance(value, Tensor) and key not in HARMLESS | READ and not passes_through(type(bound.module), key):
@@ -52,6 +56,10 @@ def understand(bound: Bound, request: Request, held: HeldLayer | None) -> Given:
             )
     bias = more.get("position_bias")
     queries, keys, rules = _places(bound, request, held)
+    if bound.cross:
+        queries = own_places(bound, known, len(q), q.shape[2], q.device)
+    else:
+        known[list_of(bound.name)] = queries
     if mask is None:
         flag = more.get("is_causal")
         flag = getattr(bound.module, "is_causal", True) if flag is None else flag
@@ -115,6 +123,17 @@ def _places(bound: Bound, request: Request, held: HeldLayer | None) -> tuple[Pos
     return Positions.row(start, n, q.device), Positions.row(0, m, q.device), Mask()
 
 
+def own_places(bound: Bound, known: Mapping[str, Positions], rows: int, n: int, device: torch.device) -> Positions:
+    """Where the queries of cross attention stand: as the self attention before it in the same list of layers was told.
+
+    Its own mask speaks of the other sequence alone.
+    """
+    own = known.get(list_of(bound.name))
+    if own is None or len(own) != n or not {len(own.index), len(own.position)} <= {1, rows}:
+        return Positions.row(0, n, device)
+    return own
+
+
 def _by_text(queries: Positions, keys: Positions, position_ids: Any) -> tuple[Positions, Positions]:
     """Positions whose positions start anew in each packed text, where the model says that several are packed."""
     if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or len(queries) != len(keys):
@@ -123,6 +142,22 @@ def _by_text(queries: Positions, keys: Positions, position_ids: Any) -> tuple[Po
         return queries, keys
     position = position_ids[:, None].to(queries.index.device)
     return tuple(Positions(p.index, position, p.first, None) for p in (queries, keys))  # type: ignore[return-value]
+
+
+def require_no_guesses(stack: Stack, given: Mapping[str, Any]) -> None:
+    """Refuse guessed tokens where a part acts in one phase: they are read several at once, as prompts are.
+
+    Whoever guesses wants the logits of all of them, and whoever reads a prompt those of the last token, or of all.
+    """
+    phased = next((part for part in stack if isinstance(part, Scoped) and part.phase is not None), None)
+    kept = given.get("logits_to_keep")
+    if phased is None or not isinstance(kept, int) or kept < 2 or not any(isinstance(x, Cache) for x in given.values()):
+        return
+    raise SiteError(
+        f"{phased!r} acts in one phase, and the last {kept} tokens of a call may be guesses (logits_to_keep={kept} "
+        "with a cache, as in assisted and prompt-lookup decoding), which are read as a prompt is; generate one token "
+        "after another, leave .when(...) out, or read a prompt without logits_to_keep"
+    )
 
 
 def from_dense(mask: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None]:

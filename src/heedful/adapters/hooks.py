@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from heedful.adapters.arguments import by_name
+from heedful.adapters.arguments import by_name, own_places, require_no_guesses
 from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
 from heedful.adapters.grids import Grid, grid_of, regions
@@ -53,6 +53,7 @@ class Hooks:
 
     run: Run
     layers: int  # how many are served
+    crosses: bool = False  # a module that is handed another sequence is known to attend to that alone
     patterns: bool = False  # the caller of this forward wants the patterns back
     first: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None  # what the first forward is shown before it
     _inside: int = 0
@@ -107,6 +108,7 @@ class Hooks:
                 )
                 raise FieldError("Run", "thread", get_ident(), rule, self._thread)
             self._require_threads()
+            require_no_guesses(self.run.stack, kwargs)
             blind = stand_around(self.run, type(model).__name__, whole=True)
             self._thread = get_ident()
             if self.first is not None:
@@ -213,7 +215,8 @@ class Hooks:
             raise RefusedModel(f"{bound.name} ({bound.kind}) is not handed hidden states [b n e], so {places} has none")
         flat = bound.hidden.ndim == 2  # [n e], of images whose patches stand in one row
         hidden = bound.hidden[None] if flat else bound.hidden
-        call = self._outline(bound, hidden, told.get("attention_mask"), bound.cache)
+        cross = bound.cross and self.crosses
+        call = self._outline(bound, hidden, told.get("attention_mask"), bound.cache, cross)
         plan = self.run.state.plan(call, *early)
         args, kwargs = self._without_what_is_replaced(bound, plan, args, kwargs)
         if Site.HIDDEN not in early:
@@ -263,20 +266,22 @@ class Hooks:
         if self._graph or torch.is_grad_enabled() or not self.under_way:  # else nobody asks for gradients
             self.run.state.now.blind_layer = stand_around(self.run, name, whole=False)
 
-    def _outline(self, bound: Bound, hidden: Tensor, mask: Any, cache: Cache | None) -> Call:
+    def _outline(self, bound: Bound, hidden: Tensor, mask: Any, cache: Cache | None, cross: bool = False) -> Call:
         """What can be known of a call before its queries are."""
         n = hidden.shape[1]
         if isinstance(mask, LazyMask):
             queries, keys = mask.spec.queries, mask.spec.keys
         else:
-            start = 0 if bound.cross else seen(cache, getattr(bound.module, "layer_idx", None))
+            start = 0 if cross else seen(cache, getattr(bound.module, "layer_idx", None))
             queries, keys = Positions.row(start, n, hidden.device), Positions.row(0, start + n, hidden.device)
-        phase = Phase.of(queries, bound.cross and cache is not None)
+        if cross:
+            queries = own_places(bound, self.run.state.now.queries, len(hidden), n, hidden.device)
+        phase = Phase.of(queries, cross and cache is not None)
         return Call(
             bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
-            denoising=self.run.state.denoising, training=bound.module.training, ids=self.ids(bound, len(hidden), n),
-            roles=self.roles(bound, len(keys)), hidden=hidden, forward=self.run.state.now.number,
-            lowest=bound.lowest, batch=len(hidden),
+            denoising=self.run.state.denoising, cross=cross, training=bound.module.training,
+            ids=self.ids(bound, len(hidden), n), roles=self.roles(bound, len(keys)), hidden=hidden,
+            forward=self.run.state.now.number, lowest=bound.lowest, batch=len(hidden),
         )  # fmt: skip
 
     # the layers of one list

@@ -66,9 +66,14 @@ def interface_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def lowest(names: Sequence[str]) -> tuple[int, ...]:
-    """For each of the layers the number of the first in its list: those whose names are alike up to a number."""
-    lists = [re.split(r"(?:^|\.)\d+(?:\.|$)", name, maxsplit=1)[0] for name in names]
+    """For each of the layers the number of the first in its list."""
+    lists = [list_of(name) for name in names]
     return tuple(lists.index(mine) for mine in lists)
+
+
+def list_of(name: str) -> str:
+    """The list of layers that one stands in: those whose names are alike up to a number."""
+    return re.split(r"(?:^|\.)\d+(?:\.|$)", name, maxsplit=1)[0]
 
 
 def block_of(model: nn.Module, name: str) -> str | None:

@@ -27,7 +27,8 @@ from heedful.adapters.bound import (
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import held_layer
-from heedful.adapters.layers import block_of, interface_layers, leftovers, lowest, parts_of, served, size_of
+from heedful.adapters.layers import block_of, interface_layers, leftovers, list_of, lowest, parts_of, served, size_of
+from heedful.adapters.lazymask import LazyMask
 from heedful.adapters.planted import Planted
 from heedful.adapters.rotation import rotation
 from heedful.adapters.saving import adopted, takes_saving
@@ -97,7 +98,7 @@ class TransformersAdapter:
     def install(self, run: Run) -> None:
         self.run = run
         require_free(self.model, self._modules.values())
-        hooks = self._hooks = Hooks(run, len(self._names))
+        hooks = self._hooks = Hooks(run, len(self._names), crosses=True)
         numbers = {name: i for i, name in enumerate(self._names)}
         first = dict(zip(self._names, lowest(self._names), strict=True))
         natives = {name: native_name(self._implementation(m)) for name, m in self._modules.items()}
@@ -184,9 +185,11 @@ class TransformersAdapter:
 
     def attention(self, bound: Bound, request: Request) -> Outcome:
         bound.called = True
-        if bound.number is None:
-            return native(bound.module, bound.native, request)
         run, run_state = self.run, self.run.state
+        if bound.number is None:
+            if not bound.cross and isinstance(request.mask, LazyMask):
+                run_state.now.queries[list_of(bound.name)] = request.mask.spec.queries
+            return native(bound.module, bound.native, request)
         run_state.entered[bound.number] += 1
         held = None
         if bound.cache is not None and not bound.cross:
@@ -195,7 +198,7 @@ class TransformersAdapter:
         if spread is not None and (spread := spread.serves(request, run)) is not None:
             request = spread.joined(request)
         q, k, v = request.q, request.k, request.v
-        given = understand(bound, request, held)
+        given = understand(bound, request, held, run_state.now.queries)
         phase = Phase.of(given.queries, bound.cross and bound.cache is not None)
         call = bound.call = Call(
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,

@@ -14,6 +14,7 @@ from heedful.adapters.transformers import adapt
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import still
 from heedful.bench.asking import Asked, Asker, require_role
+from heedful.bench.code import code_of
 from heedful.bench.comparison import Comparison
 from heedful.bench.cost import WARM_UP, cost, machine
 from heedful.bench.intervals import LEAST
@@ -122,6 +123,7 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
     facts |= {"margin": margin, "batch": batches, "cache": limit}
     facts["how"] = {name: repr(value) for name, value in sorted(how.items()) if value not in (None, "auto")}
     facts["contenders"] = {name: repr(what) for name, what in contenders.items()}
+    facts["code"] = {name: code_of(what) for name, what in contenders.items()}
     series = [Series(task, given.model, given.tokenizer, seed, prompts) for task in chosen]
     facts["tasks"] = {made.name: _about(made.task) | {"left_out": made.left_out} for made in series}
     readers, asker = as_workers(workers, given.model, "compare()"), Asker(given.model, how, time.time() + 60 * minutes)

@@ -167,7 +167,7 @@ def _fits(value: object, hint: Any) -> bool:
 
 def _checked_facts(found: dict[str, Any]) -> dict[str, Any]:
     """The facts, where those that are read again say what they must."""
-    contenders, tasks = (found.get(name, {}) for name in ("contenders", "tasks"))
+    contenders, code, tasks = (found.get(name, {}) for name in ("contenders", "code", "tasks"))
     if not (_fits(margin := found.get("margin", 1.0), float) and margin > 0):
         raise TypeError(f"margin is {margin!r}, and must be a number above 0")
     if not _fits(found.get("cache"), int | None):
@@ -176,6 +176,8 @@ def _checked_facts(found: dict[str, Any]) -> dict[str, Any]:
         raise TypeError(f"batch is {batch!r}, and must be a list of sizes")
     if not (isinstance(contenders, dict) and all(isinstance(x, str) for x in contenders.values())):
         raise TypeError("contenders must be what each name stands for")
+    if not (isinstance(code, dict) and all(isinstance(x, str) for x in code.values())):
+        raise TypeError("code must be the name of each contender's code")
     for task, about in tasks.items() if isinstance(tasks, dict) else [("tasks", tasks)]:
         if not isinstance(about, dict) or any(type(about.get(name)) is not kind for name, kind in ABOUT.items()):
             raise TypeError(f"{task} must have {', '.join(ABOUT)}")
@@ -207,6 +209,13 @@ class Log:
                 f"{path.parent} holds answers to the prompts that seed {min(other)} draws, and this call's seed is "
                 f"{seed}: name another folder; Comparison.load(one, other) joins them"
             )
+        known = earlier.get("code", {})
+        for name, code in self.facts.get("code", {}).items():
+            if known.get(name, code) != code:
+                raise StatisticError(
+                    f"{path.parent} holds answers of {name!r} from before its code was changed: name another folder, "
+                    "or remove this one"
+                )
         records = [r for r in records if not isinstance(r, Refused)]  # what refused them may be mended by now
         self.facts, records = merged([(earlier, records), (self.facts, ())])
         self.records = {(type(r), *r.key): r for r in records}
@@ -243,7 +252,7 @@ def merged(parts: Iterable[tuple[Mapping[str, Any], Iterable[Record]]]) -> tuple
                 raise StatisticError(
                     f"{name!r} is {other} in one and {what} in the other; give it another name or folder"
                 )
-        joined = {name: {**facts.get(name, {}), **more.get(name, {})} for name in ("contenders", "tasks")}
+        joined = {name: {**facts.get(name, {}), **more.get(name, {})} for name in ("contenders", "tasks", "code")}
         facts = {**more, **facts, **joined, **{name: more[name] for name in LATEST if name in more}}
         records |= {(type(r), *r.key): r for r in found}
     return facts, list(records.values())

@@ -41,7 +41,7 @@ def asks(function: Callable[P, R]) -> Callable[P, R]:
     inner = inspect.unwrap(function)
     signature = inspect.signature(inner)
     method = next(iter(signature.parameters), "") in ("self", "cls")
-    owner = inner.__qualname__ if method else f"{inner.__name__}()"
+    owner = inner.__qualname__.removesuffix(".__init__") if method else f"{inner.__name__}()"
 
     @wraps(function)
     def asking(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -93,7 +93,7 @@ def _require(owner: str, name: str, given: Any, hint: Any, default: Any, places:
     kinds = list(dict.fromkeys(_words(hint)))
     told = ", ".join(kinds[:-1]) + (" or " if kinds[:-1] else "") + kinds[-1]
     good = next((_BY_KIND[x] for kind in kinds if (x := kind.partition("[")[0]) in _BY_KIND), None)
-    good = _BY_NAME.get(name, good)
+    good = good if hint is int else _BY_NAME.get(name, good)  # a number of heads is no list of them
     if default is not inspect.Parameter.empty and default is not None and _fits(default, hint):
         good = default
     elsewhere = "".join(f" (this suits {place}=)" for place in places)

@@ -82,7 +82,10 @@ class Method(CatalogueEntry, abstract=True):
         return Scoped(self).on(layers, heads)
 
     def when(self, phase: Phase | str | None = None, *, steps: Iterable[int] | int | None = None) -> Scoped:
-        """The same method for one phase only, 'prefill' or 'decode', or for some denoising steps of a diffusion."""
+        """The same method for one phase only, 'prefill' or 'decode', or for some denoising steps of a diffusion.
+
+        A token alone with a cache behind it is decoded; several at once are a prompt, or a piece of one.
+        """
         return Scoped(self).when(phase, steps=steps)
 
     def above(self) -> int:

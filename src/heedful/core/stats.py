@@ -23,7 +23,7 @@ from heedful.core.errors import StatisticError
 from heedful.core.files import placed
 from heedful.core.fitted import Fitted
 
-HEADER, DIGEST = "heedful.statistics", "heedful.digest"  # what a file says beside its tensors
+HEADER, DIGEST, OF = "heedful.statistics", "heedful.digest", "heedful.of"  # what a file says beside its tensors
 
 
 def _widen(x: Tensor, n: int, fill: float = 0.0) -> Tensor:
@@ -299,8 +299,11 @@ def merged(statistics: Iterable[Statistic]) -> Statistic:
 
 
 @asks
-def save(path: str | Path, statistics: Mapping[str, Statistic]) -> Path:
-    """Write statistics to one safetensors file whose header tells how to build them; written beside, then renamed."""
+def save(path: str | Path, statistics: Mapping[str, Statistic], of: str = "") -> Path:
+    """Write statistics to one safetensors file whose header tells how to build them; written beside, then renamed.
+
+    `of` says which stack found them, where somebody may ask.
+    """
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -317,7 +320,7 @@ def save(path: str | Path, statistics: Mapping[str, Statistic]) -> Path:
         }
     text = json.dumps(header)
     with placed(path) as beside:
-        save_file(tensors, str(beside), metadata={HEADER: text, DIGEST: _digest(text, tensors)})
+        save_file(tensors, str(beside), metadata={HEADER: text, OF: of, DIGEST: _digest(of + text, tensors)})
     return path
 
 
@@ -340,8 +343,8 @@ def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 @asks
-def load(path: str | Path) -> dict[str, Statistic]:
-    """Read what `save` wrote."""
+def load(path: str | Path, of: str = "") -> dict[str, Statistic]:
+    """Read what `save` wrote, unless it is said to be of another stack than `of`."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -353,10 +356,13 @@ def load(path: str | Path) -> dict[str, Statistic]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:  # mmap's and torch's own, too
         raise StatisticError(f"cannot read statistics from {path}: {error}") from error
-    if told.get(DIGEST) != _digest(text, tensors):
+    made = told.get(OF, "")
+    if told.get(DIGEST) != _digest(made + text, tensors):
         raise StatisticError(
             f"{path} was damaged or changed after it was saved: its checksum is another; measure again"
         )
+    if of and made and made != of:
+        raise StatisticError(f"{path} comes from another stack: {made}, and this one is {of}; statistics do not mix")
     try:
         return _built(path, json.loads(text), tensors)
     except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:

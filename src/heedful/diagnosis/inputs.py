@@ -70,6 +70,8 @@ class TextInput(Input):
             feed["attention_mask"] = (torch.arange(n, device=subject.device) < lengths[:, None]).long()
         if getattr(subject.model.config, "is_encoder_decoder", False):  # both halves read the text
             feed["decoder_input_ids"] = ids
+            if "attention_mask" in feed:
+                feed["decoder_attention_mask"] = feed["attention_mask"]
         return feed
 
     def view(self, subject: Subject, windows: Windows, profile: Profile, looks: view.LooksByLayer) -> View | None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
 
 from heedful.core.call import Call
+from heedful.core.errors import FieldError
 from heedful.core.notebook import printed
 
 
@@ -57,6 +63,35 @@ class Activity:
 
     def _repr_html_(self) -> str:
         return printed(self)
+
+
+def first_output(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The first numbers that a model gives, on a cache of its own where it is handed one."""
+    output = model(*map(_anew, args), **{name: _anew(x) for name, x in kwargs.items()})
+    found = next((x for x in _tensors(output) if x.is_floating_point()), None)
+    if found is None:
+        rule = "gives no floating-point numbers, alone or in tuples, lists or mappings; compare what it gives yourself"
+        raise FieldError("Run.difference()", "model", type(model).__name__, rule, "a model that gives logits")
+    return found
+
+
+def _anew(x: Any) -> Any:
+    """An argument for one forward: a cache would be written to, and the next forward go on from another text."""
+    if not hasattr(x, "get_seq_length"):
+        return x
+    try:
+        return copy.deepcopy(x)
+    except RuntimeError as error:
+        rule = f"cannot be copied for a second forward ({error}); fill it under torch.no_grad()"
+        raise FieldError("Run.difference()", "cache", type(x).__name__, rule, None) from error
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for x in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(x)
 
 
 def density_of(call: Call, rows: int = 256) -> float:

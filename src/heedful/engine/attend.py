@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import SiteError
@@ -45,6 +46,9 @@ def _hide(scores: Tensor, keep: Tensor) -> bool:
 
     Whether some query may see nothing.
     """
+    if is_functorch_wrapped_tensor(keep):  # of many inputs, which nobody can look into
+        scores.masked_fill_(~keep, torch.finfo(scores.dtype).min)
+        return True
     columns = keep.flatten(0, -2).all(0).logical_not_().nonzero()[:, 0].tolist()
     if columns:
         lo, hi = columns[0], columns[-1] + 1

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from heedful.core.positions import Positions
 from heedful.core.state import Shelf
 from heedful.core.stats import Statistic
 
@@ -44,6 +45,7 @@ class Forward:
     memory: dict[int, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))  # of methods, by part
     losses: dict[Found, Tensor] = field(default_factory=dict)  # what steps penalised
     ids: dict[str, Tensor | None] = field(default_factory=dict)  # tokens given to the models in it, by name
+    queries: dict[str, Positions] = field(default_factory=dict)  # where the tokens of each list of layers stand
     shelves: dict[int, Shelf] = field(default_factory=dict)  # what methods keep with the cache of the call, by layer
     open: dict[Found, Statistic] = field(default_factory=dict)  # what the tiles of calls under way add up to
     counted: dict[Found, Statistic] = field(default_factory=dict)  # the statistics as they were before

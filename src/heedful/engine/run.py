@@ -20,7 +20,7 @@ from heedful.core.method import Layer, Method, Part, Readings, Stack, Step, as_s
 from heedful.core.notebook import printed
 from heedful.core.regions import PerText, Region, Roles, marks
 from heedful.core.stats import Statistic, load, save
-from heedful.engine.activity import Activity, Difference, density_of
+from heedful.engine.activity import Activity, Difference, density_of, first_output
 from heedful.engine.learned import learned
 from heedful.engine.resting import undone
 from heedful.engine.run_state import RunState, blind
@@ -195,14 +195,17 @@ class Run:
             self._adapter.leave()
             self.closed = True  # last: an interrupted close can be called again
 
-    def __getitem__(self, part: Part) -> Any:
-        """What a reading method of the stack has to tell."""
+    def __getitem__(self, part: Part | int) -> Any:
+        """What a reading method of the stack has to tell; one that stands in it twice is named by its place."""
         parts = list(self.stack.parts)
-        if part not in parts:
-            raise FieldError(
-                "Run", "[...]", part, f"must be a part of the stack {self.stack!r}", parts[0] if parts else None
-            )
-        number = parts.index(part)
+        places = [n for n, mine in enumerate(parts) if part in (mine, n)]
+        if not places:
+            rule, good = f"must be a part of the stack {self.stack!r}, or its place there", parts[0] if parts else None
+            raise FieldError("Run", "[...]", part, rule, good)
+        if len(places) > 1:
+            rule = f"stands in the stack at the places {places}, and need not read the same at both; name one of these"
+            raise FieldError("Run", "[...]", part, rule, places[0])
+        number = places[0]
         method = self.stack.methods[number]
         names = [edit.name for edit in method.edits if edit.reads]
         if not names:
@@ -293,18 +296,21 @@ class Run:
         self._adapter.remove()
 
     def resume(self) -> None:
-        """Put the stack back."""
+        """Put the stack back, if it is not there."""
         self._require_open()
-        self._adapter.install(self)
+        if not self.installed():
+            self._adapter.install(self)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The model as it was, for the length of a `with`."""
+        """The model as it was, for the length of a `with`; one inside another changes nothing."""
+        was = self.installed()
         self.pause()
         try:
             yield
         finally:
-            self.resume()
+            if was and not self.closed:
+                self.resume()
 
     def reset(self) -> None:
         """Forget statistics and what methods remember of the run; learned parameters stay."""
@@ -329,23 +335,29 @@ class Run:
 
     @torch.no_grad()
     def difference(self, *args: Any, **kwargs: Any) -> Difference:
-        """Largest change of the model's first output against the unedited model, over its largest magnitude."""
+        """Largest change of the model's first output against the unedited model, over its largest magnitude.
+
+        Both go on from a cache that is given, and leave it as it was.
+        """
         self._require_open()
-        edited = _first_tensor(self.model(*args, **kwargs))
+        if not self.installed():
+            raise FieldError("Run", "paused", True, "there is no stack in the model to compare; resume() first", False)
+        edited = first_output(self.model, args, kwargs)
         with self.paused():
-            plain = _first_tensor(self.model(*args, **kwargs))
+            plain = first_output(self.model, args, kwargs)
         return Difference((edited - plain).abs().max() / plain.abs().max().clamp(min=1e-30))
 
     @asks
     def save(self, path: str | Path) -> Path:
         """Write all statistics to one file, from which `load` and other runs of the same stack can go on."""
-        return save(path, {f"{n}.{name}.{layer}": s for (n, name, layer), s in self.state.statistics.items()})
+        found = {f"{n}.{name}.{layer}": s for (n, name, layer), s in self.state.statistics.items()}
+        return save(path, found, of=repr(self.stack))
 
     @asks
     def merge(self, path: str | Path) -> None:
         """Add the statistics that another run of the same stack saved."""
         found: dict[tuple[int, str, int], Statistic] = {}
-        for key, stat in load(path).items():
+        for key, stat in load(path, of=repr(self.stack)).items():
             number, name, layer = key.split(".")
             if int(number) >= len(self.stack) or name not in {e.name for e in self.stack.methods[int(number)].edits}:
                 raise StatisticError(
@@ -383,8 +395,3 @@ class Run:
         with torch.no_grad():
             for name, p in mine.items():
                 p.copy_(state[name])
-
-
-def _first_tensor(output: Any) -> Tensor:
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
-    return next(x for x in values if isinstance(x, Tensor) and x.is_floating_point())

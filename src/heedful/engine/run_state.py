@@ -25,6 +25,7 @@ from heedful.core.values import replace
 from heedful.engine.learned import planted_name
 from heedful.engine.needs import Needs, apart
 from heedful.engine.one_forward import Forward, Found, Memory
+from heedful.engine.transformed import plain, summed
 
 _K = TypeVar("_K")
 
@@ -275,7 +276,7 @@ class RunState:
                 continue
             key = (step.number, step.edit.name, call.layer)
             if key in self.now.open:
-                whole = step.method.finish(self.now.open.pop(key), self.view(step, call))
+                whole = summed(step.method.finish(self.now.open.pop(key), self.view(step, call)))
                 self.statistics[key] = self.statistics[key] + whole if key in self.statistics else whole
 
     def watch(self, step: Step, old: Any, new: Any) -> None:
@@ -296,7 +297,7 @@ class RunState:
     def look_for_nan(self, layer: int, x: Tensor) -> None:
         if not x.numel():
             return
-        low, high = x.detach().aminmax()  # NaN where a single number is
+        low, high = plain(x.detach()).aminmax()  # NaN where a single number is
         found = torch.maximum(-low, high)
         have = self._highest.get(layer)
         self._highest[layer] = found if have is None else torch.maximum(have, found)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from heedful.core.call import CachedKV, Call, Kept
 from heedful.core.errors import SiteError
@@ -106,7 +107,7 @@ def staged(site: Site, x: Any, job: AttentionCall, call: Call) -> tuple[Any, Cal
 def _hidden(old: Tensor, new: Tensor, call: Call) -> tuple[Tensor, Call]:
     """Scores that became minus infinity as they were, and the call without their pairs."""
     hidden = new == -torch.inf
-    if not bool(hidden.any()):
+    if not is_functorch_wrapped_tensor(hidden) and not bool(hidden.any()):
         return new, call
     hidden &= old > -torch.inf  # what overflowed before any step is a fault that is to be seen
     keep = ~hidden if call.keep is None else call.keep & ~hidden

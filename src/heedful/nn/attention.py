@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import RLock
 from typing import Any, Self
 
 import torch
@@ -10,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from heedful.adapters.compiled import as_written
 from heedful.adapters.kvcache import seen
+from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.method import Layer, Part, Stack, as_stack
 from heedful.engine.again import stand_around
@@ -31,6 +33,7 @@ class Attention(nn.Module):
     _qkv_same_embed_dim = False
     run: Run
 
+    @asks
     def __init__(  # noqa: PLR0913 - what a user may set, most of it under torch's names
         self,
         width: int,
@@ -49,6 +52,8 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_dim, self.num_heads, self.kv_heads = width, heads, heads if kv_heads is None else kv_heads
+        if width < 1:
+            raise FieldError(self, "width", width, "must be 1 or more", 64)
         if heads < 1 or width % heads:
             raise FieldError(self, "heads", heads, f"must be 1 or more and divide the width, {width}", 1)
         if self.kv_heads < 1 or heads % self.kv_heads:
@@ -110,10 +115,11 @@ class Attention(nn.Module):
     def _open(self) -> None:
         size = Layer(self.layer, self.num_heads, self.kv_heads, self.head_dim, self.head_dim, self.embed_dim)
         self.run = Run(self, self.method, ModuleAdapter(self, size, self.depth))
+        self._lock = RLock()  # a run knows one forward at a time, and threads may share a module
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files have a run of their own, with the learned parameters in the module."""
-        return {name: x for name, x in vars(self).items() if name != "run"}
+        return {name: x for name, x in vars(self).items() if name not in ("run", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -173,13 +179,14 @@ class Attention(nn.Module):
 
     def _one_forward(self, asked: Given, need_weights: bool | None) -> tuple[Tensor, Tensor | None]:
         """One call of the module, which is all that its run knows of a forward."""
-        state = self.run.state
-        state.new_forward(stand_around(self.run, type(self).__name__, whole=True))
-        try:
-            return attended(self, asked, need_weights)
-        except BaseException:
-            state.fail_forward()
-            raise
+        with self._lock:
+            state = self.run.state
+            state.new_forward(stand_around(self.run, type(self).__name__, whole=True))
+            try:
+                return attended(self, asked, need_weights)
+            except BaseException:
+                state.fail_forward()
+                raise
 
 
 def _take(mine: nn.Linear, weight: Tensor, bias: Tensor | None, learns: Tensor | None) -> None:
