@@ -29,12 +29,12 @@ class Native:
         reasons += kept_back(needs)
         if needs.gradients:
             reasons.append("gradients are wanted, which this kernel cannot serve")
-        if needs.call is None:
-            return reasons
         for x in needs.tensors:
             if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
                 reasons.append(f"it runs on the CPU in float32 and bfloat16, and this call is {x.dtype} on {x.device}")
                 break
+        if needs.call is None:
+            return reasons
         if len({x.dtype for x in needs.tensors}) > 1:
             reasons.append("queries, keys and values are of unlike types")
         blocks = needs.call.mask.blocks
