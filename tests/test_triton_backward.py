@@ -10,13 +10,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heedful import attach, gpu
+from heedful import attach
 from heedful.conformance.tolerances import close_model, error, within_budget
 from heedful.core.errors import BackendError
 from heedful.core.mask import Blocks, First, Rule, Where, Window
 from heedful.tiny import tiny, tiny_inputs
 
-from .kernel_calls import BIASES, CAUSAL, RULES, Everything, Halved, Same, a_bias, a_call, draw, run
+from .kernel_calls import (
+    BIASES,
+    CAUSAL,
+    DEVICE,
+    RULES,
+    Everything,
+    Halved,
+    Same,
+    a_bias,
+    a_call,
+    draw,
+    interpreting,
+    run,
+)
 from .samples import Scale
 
 SHAPES = [(2, 4, 2, 19, 19, 8, 8), (1, 4, 1, 50, 50, 10, 6), (1, 6, 2, 1, 50, 64, 64)]
@@ -25,19 +38,19 @@ LARGE = [(1, 2, 2, 140, 140, 16, 256), (1, 7, 1, 65, 129, 128, 128)]
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    if gpu.missing():
-        pytest.fail(gpu.missing())
-    monkeypatch.setenv(gpu.INTERPRETED, "1")
+    interpreting(monkeypatch)
 
 
 def pulled(
     backend: str, tensors: tuple[Tensor, ...], shape: tuple[int, ...], rules: tuple[Rule, ...] = CAUSAL, **more: object
 ) -> tuple[Tensor, ...]:
-    """What queries, keys and values are given, when the output is given waves."""
+    """What queries, keys, values, and bias and sink where there are any, are given when the output is given waves."""
     pad, softcap, method = (more.pop(name, None) for name in ("pad", "softcap", "method"))
     call = replace(a_call(shape, rules, pad), softcap=softcap)  # type: ignore[arg-type]
     leaves = [x.detach().requires_grad_() for x in tensors]
-    out = run(backend, method or Same(), *leaves, call, **more)  # type: ignore[arg-type]
+    learned = {name: x.to(tensors[0].dtype).requires_grad_() for name, x in more.items() if isinstance(x, Tensor)}
+    out = run(backend, method or Same(), *leaves, call, **learned)  # type: ignore[arg-type]
+    leaves += [learned[name] for name in ("bias", "sink") if name in learned]
     waves = torch.arange(out.numel(), dtype=torch.float64).view_as(out).sin() * call.is_text[..., None]
     return torch.autograd.grad(out, leaves, waves.to(out.dtype))
 
@@ -46,7 +59,8 @@ def compare(shape: tuple[int, ...], rules: tuple[Rule, ...] = CAUSAL, **more: ob
     tensors = draw(shape)
     exact = pulled("reference", tuple(x.double() for x in tensors), shape, rules, **more)
     eager, found = (pulled(name, tensors, shape, rules, **more) for name in ("reference", "triton"))
-    for name, a, b, c in zip(("queries", "keys", "values"), found, eager, exact, strict=True):
+    names = ["queries", "keys", "values", *(name for name in ("bias", "sink") if more.get(name) is not None)]
+    for name, a, b, c in zip(names, found, eager, exact, strict=True):
         assert within_budget(a, b, c), name
 
 
@@ -67,6 +81,40 @@ def test_soft_caps_biases_and_sinks(softcap: float, biases: tuple[bool, ...] | N
     shape = (2, 4, 2, 20, 40, 16, 16)
     bias = None if biases is None else a_bias(shape, biases)
     compare(shape, softcap=softcap, bias=bias, sink=torch.linspace(-1, 4, 4).view(1, 4, 1, 1))
+
+
+APART = [(False, False, False), (False, True, False), (True, True, False), (False, True, True), (True, False, True)]
+
+
+@pytest.mark.parametrize("apart", APART, ids=str)
+@pytest.mark.parametrize("rules", [(), (*CAUSAL, Window(30) | First(2))], ids=["everything", "sinks and a window"])
+def test_what_a_bias_is_given_is_that_of_all_it_stands_for(apart: tuple[bool, ...], rules: tuple[Rule, ...]) -> None:
+    shape = (2, 4, 2, 70, 90, 16, 16)
+    compare(shape, rules, bias=a_bias(shape, apart))
+
+
+def test_a_bias_under_padding_and_a_table() -> None:
+    shape = (2, 4, 2, 70, 70, 16, 16)
+    table = torch.tensor([[True, False], [True, True]])[None, None]
+    compare(shape, (*CAUSAL, Blocks(table, 64)), bias=a_bias(shape, (True, True, True)))
+    compare(shape, CAUSAL, pad=torch.tensor([0, 7]), bias=a_bias(shape, (False, True, False)))
+
+
+def test_a_sink_gives_nothing_where_nothing_is_seen() -> None:
+    compare(
+        (1, 2, 1, 9, 9, 8, 8), (*CAUSAL, Where(lambda q, k: q != 6)), sink=torch.tensor([-1.0, 3.0]).view(1, 2, 1, 1)
+    )
+
+
+def test_a_bias_alone_may_learn() -> None:
+    """Queries, keys and values that need nothing are given nothing."""
+    shape = (1, 4, 2, 20, 20, 8, 8)
+    for name in ("reference", "triton"):
+        bias = a_bias(shape, BIASES[0]).requires_grad_()
+        tensors = draw(shape)
+        run(name, Same(), *tensors, a_call(shape, CAUSAL), bias=bias).sum().backward()
+        assert bias.grad is not None
+        assert all(x.grad is None for x in tensors)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -121,10 +169,12 @@ def test_readers_are_told_the_same_on_the_way() -> None:
     assert not beside[0].received.requires_grad  # type: ignore[attr-defined]
 
 
-def test_a_model_learns_through_it_what_it_learns_without() -> None:
-    model = tiny()
-    feed = tiny_inputs(model)
-    feed["labels"] = feed["input_ids"]
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss", "t5"])
+def test_a_model_learns_through_it_what_it_learns_without(kind: str) -> None:
+    """Sink logits and a bias of its own too."""
+    model = tiny(kind).to(DEVICE)
+    feed = {name: x.to(DEVICE) for name, x in tiny_inputs(model).items()}
+    feed["labels"] = feed.get("decoder_input_ids", feed["input_ids"])
 
     def learned() -> list[Tensor]:
         model.zero_grad()
@@ -140,10 +190,7 @@ def test_a_model_learns_through_it_what_it_learns_without() -> None:
 
 def test_what_has_no_way_back_is_refused() -> None:
     shape = (1, 4, 2, 20, 20, 8, 8)
-    bias = a_bias(shape, BIASES[0]).requires_grad_()
-    with pytest.raises(BackendError, match="gradients of more than queries, keys and values"):
-        run("triton", Same(), *draw(shape), a_call(shape, CAUSAL), bias=bias)
-    with pytest.raises(BackendError, match="gradients of more than queries, keys and values"):
+    with pytest.raises(BackendError, match=r"through what Halved\(\).* moves"):
         pulled("triton", draw(shape), shape, method=Halved())
     q, k, v = (x.requires_grad_() for x in draw(shape))
     with pytest.raises(BackendError, match="no second derivatives"):

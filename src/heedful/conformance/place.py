@@ -8,12 +8,13 @@ from contextvars import ContextVar
 
 import torch
 
-_HERE: ContextVar[torch.device] = ContextVar("where laws are tried", default=torch.device("cpu"))
+CPU = torch.device("cpu")
+_HERE: ContextVar[torch.device | None] = ContextVar("where laws are tried", default=None)
 
 
 def place() -> torch.device:
     """The device of all that a law makes."""
-    return _HERE.get()
+    return _HERE.get() or CPU
 
 
 @contextmanager

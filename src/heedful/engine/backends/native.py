@@ -46,6 +46,9 @@ class Native:
             reasons.append(STRETCHES)
         return reasons
 
+    def runs(self, needs: Needs) -> str:
+        return ""
+
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         kernel = library()
         if isinstance(kernel, str):
