@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import keeping, page
+from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.keeping import REHEARSAL, Kept, Room
 from benchmarks.gpu.parts import PARTS
 from benchmarks.speed import timing
@@ -21,25 +22,26 @@ from benchmarks.speed import timing
 CPU = torch.device("cpu")
 
 
-def asked(*words: str, code: str = "") -> subprocess.CompletedProcess[str]:
-    """In a process of its own, since kernels are interpreted, or not, from their import on."""
-    given = ["-c", code] if code else ["-m", "benchmarks.gpu", *words]
-    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *given], env=env, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_without_a_card_it_says_so_in_a_line() -> None:
-    told = asked()
-    assert told.returncode == 3
-    assert told.stdout == ""
-    assert told.stderr.splitlines() == ["make gpu: this machine has no card that torch can use, so nothing is measured"]
+def test_without_a_card_it_says_so_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu"])
+    assert main() == 3
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.splitlines() == ["make gpu: this machine has no card that torch can use, so nothing is measured"]
 
 
-def test_a_part_that_is_not_there_is_refused() -> None:
-    told = asked("--rehearse", "speed")
-    assert told.returncode == 2
-    assert "no such part: speed" in told.stderr
+def test_a_part_that_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--rehearse", "speed"])
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # which a rehearsal sets
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert "no such part: speed" in capsys.readouterr().err
 
 
 def rehearsed(parts: tuple[str, ...], tmp_path: Path) -> dict[str, dict[str, Any]]:
@@ -59,7 +61,8 @@ from benchmarks.gpu import page
 (Path({str(tmp_path)!r}) / "page.md").write_text(page.page())
 sys.exit(code)
 """
-    told = asked(code=code)
+    # in a process of its own, since kernels are interpreted, or not, from their import on
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr[-3000:]
     assert before == {path: path.read_bytes() for path in timing.RECORDS.glob("gpu_*.json")}
     return {path.stem.removeprefix("gpu_"): json.loads(path.read_text()) for path in tmp_path.glob("gpu_*.json")}
@@ -90,6 +93,7 @@ def test_laws_and_kernel_tests_are_rehearsed(tmp_path: Path) -> None:
     assert len(found["laws"]["rows"]) == REHEARSAL.methods
     assert not any(row["broken"] for row in found["laws"]["rows"])
     assert "passed" in found["kernels"]["rows"][0]["outcome"]
+    assert not found["kernels"]["rows"][0]["stopped"]
     text = (tmp_path / "page.md").read_text()
     assert f"{REHEARSAL.methods} methods were tried; 0 break a law there." in text
 
@@ -110,10 +114,9 @@ def test_nothing_new_is_begun_when_time_is_up(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(timing, "RECORDS", tmp_path)
     late = Room(CPU, REHEARSAL, time.monotonic() - 1)
     for name, (_, measure) in PARTS.items():
-        if name != "kernels":  # which is one row, and is stopped from without
-            kept = Kept(name, CPU)
-            measure(kept, late)
-            assert not kept.rows, name
+        kept = Kept(name, CPU)
+        measure(kept, late)
+        assert not kept.rows, name
     assert len(late.race({"a": list, "b": list})["found"]) == 2
     assert sum(share for share, _ in PARTS.values()) == pytest.approx(1.0)
 
@@ -135,3 +138,25 @@ def test_bars_are_held_against_every_row(tmp_path: Path, monkeypatch: pytest.Mon
     told = [row for row in page.verdicts() if "diagnose" in row or "peak memory" in row]
     assert told[0].endswith("| 1.15 | 1.300 | **no**, in 1 of 2 |")
     assert told[1].endswith("| 1.10 | 1.090 | yes |")
+
+
+def test_kernel_tests_that_fail_or_are_stopped_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "RECORDS", tmp_path)
+    told: list[Any] = [
+        "FAILED tests/a.py::b - no\n1 failed in 2s",
+        subprocess.TimeoutExpired("pytest", 1.0),
+        "1 passed",
+    ]
+
+    def run(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
+        found = told.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return subprocess.CompletedProcess(command, "failed" in found, found, "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    room, kept = Room(CPU, replace(REHEARSAL, tests=("a", "b")), time.monotonic() + 60), Kept("kernels", CPU)
+    PARTS["kernels"][1](kept, room)
+    assert [(row["failed"], row["stopped"]) for row in kept.rows] == [(["tests/a.py::b"], False), ([], True)]
+    PARTS["kernels"][1](kept, room)
+    assert [row["outcome"] for row in kept.rows] == ["1 failed in 2s", "1 passed"]

@@ -50,6 +50,14 @@ def problem(learns: bool = False, whole: bool = False, n: int = 20) -> Any:
     )  # fmt: skip
 
 
+def split() -> Any:
+    """A call whose keys are divided among programs."""
+    from heedful.gpu.launch import Problem
+
+    q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 300, 8), torch.randn(1, 1, 300, 6)
+    return Problem(q, k, v, torch.tensor([0, 300], dtype=torch.int32).expand(1, 1, 3, 1, 2).contiguous(), 0.3)
+
+
 def one_query(listed: bool = False, weights: bool = True) -> Any:
     from heedful.gpu.launch import Step
 
@@ -66,6 +74,12 @@ def test_torch_s_own_checks_pass(learns: bool, whole: bool) -> None:
     from heedful.gpu import operators
 
     torch.library.opcheck(operators._attend, problem(learns, whole).parts)
+
+
+def test_a_split_is_laid_out_as_foretold() -> None:
+    from heedful.gpu import operators
+
+    torch.library.opcheck(operators._attend, split().parts, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])

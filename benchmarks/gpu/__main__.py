@@ -23,13 +23,13 @@ def main() -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # to be said before kernels are imported
     import torch
 
+    if not (given.rehearse or torch.cuda.is_available()):
+        print("make gpu: this machine has no card that torch can use, so nothing is measured", file=sys.stderr)
+        return 3
     from benchmarks.gpu import keeping
     from benchmarks.gpu.parts import PARTS
     from benchmarks.speed import timing
 
-    if not (given.rehearse or torch.cuda.is_available()):
-        print("make gpu: this machine has no card that torch can use, so nothing is measured", file=sys.stderr)
-        return 3
     if unknown := set(given.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     device, sizes = torch.device("cuda:0"), keeping.CARD

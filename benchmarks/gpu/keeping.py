@@ -37,7 +37,8 @@ class Sizes:
     block: int
     methods: int  # that laws are tried on, at most
     laws: tuple[str, ...]  # all where none are named
-    tests: tuple[str, ...]
+    tests: tuple[str, ...]  # files
+    of_tests: tuple[str, ...]  # which ones of them
     tuned: tuple[int, ...]  # widths of heads
     sizes: tuple[tuple[int, int, int, int], ...]  # rows, keys, warps, stages to try
     dtype: torch.dtype = torch.bfloat16
@@ -46,15 +47,15 @@ class Sizes:
 CARD = Sizes(
     lengths=(2048, 8192, 32768, 131072), prefill=(32768, 131072), cache=32768, batches=(1, 16), shape=(32, 8, 64),
     layers=16, inner=8192, vocabulary=128256, rounds=7, repeats=50, block=128, methods=1000, laws=(),
-    tests=("tests/test_triton.py", "tests/test_triton_backward.py", "tests/test_triton_step.py", "-m", ""),
-    tuned=(64, 128),
+    tests=("tests/test_triton_step.py", "tests/test_triton_backward.py", "tests/test_triton.py"),
+    of_tests=("-m", "", "-k", "not compile"), tuned=(64, 128),
     sizes=((64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2),
            (128, 64, 8, 3), (128, 128, 8, 2)),
 )  # fmt: skip
 REHEARSAL = Sizes(
     lengths=(16, 24), prefill=(128,), cache=40, batches=(1, 2), shape=(2, 1, 16), layers=1, inner=32, vocabulary=96,
     rounds=1, repeats=1, block=64, methods=2, laws=("any_shape", "backends_agree"),
-    tests=("tests/test_triton.py", "-k", "sink_logits"), tuned=(16,), sizes=((16, 16, 4, 2),),
+    tests=("tests/test_triton.py",), of_tests=("-k", "sink_logits"), tuned=(16,), sizes=((16, 16, 4, 2),),
 )  # fmt: skip
 
 

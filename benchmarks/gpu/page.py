@@ -83,8 +83,8 @@ def _laws(rows: list[Row]) -> Iterator[str]:
 
 def _tests(rows: list[Row]) -> Iterator[str]:
     for row in rows:
-        yield f"{row['outcome'].strip('= ')}"
-        yield from (f"- `{name}`" for name in row["failed"])
+        yield f"- `{row['tests']}`: {row['outcome'].strip('= ')}"
+        yield from (f"  - `{name}`" for name in row["failed"])
 
 
 def _sizes(rows: list[Row]) -> Iterator[str]:

@@ -122,7 +122,7 @@ def step(p: Step) -> tuple[Tensor, Tensor | None]:
     span = blocks.span(p.longest, b * units)
     splits = triton.cdiv(max(1, p.longest), span)
     out, lse = (p.q.new_empty(splits, b, h, *last, dtype=torch.float32) for last in ((e,), ()))
-    scores = torch.full((b, h, p.keys), float("-inf"), device=p.q.device) if p.weights else None
+    scores = torch.full((b, h, p.keys), float("-inf"), dtype=torch.float32, device=p.q.device) if p.weights else None
     seen = Seen(p.ends, units, p.places, 0 if p.places is None else p.places.shape[2], p.base)
     bias = None if p.bias is None else _shared(p.bias)
     _call(
@@ -208,7 +208,8 @@ def _rows(
         carry, found, span, BM=fit.rows, BN=fit.keys, BE=_power(size.e), BC=_power(size.c), **widths,
     )  # fmt: skip
     if splits > 1:
-        return Answer(*_merged(out.transpose(2, 3), lse))
+        heads, whole = _merged(out.transpose(2, 3), lse)
+        return Answer(heads.transpose(1, 2).contiguous().transpose(1, 2), whole)  # laid out as without a split
     alone = {name: x[0] for name, x in zip(Found._fields, found, strict=True) if x is not None}
     alone["out"] = alone["out"].transpose(1, 2)
     if p.carry is not None:
