@@ -118,6 +118,14 @@ def test_a_compiled_function_holds_them_in_one_graph(backend: str) -> None:
     assert [x.requires_grad for x in found] == [True, False, False, False, False]
 
 
+def test_there_are_no_second_derivatives() -> None:
+    from heedful.gpu.operators import attend
+
+    p = problem(True)
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        torch.autograd.grad(attend(p).out.sum(), p.q, create_graph=True)
+
+
 def test_an_export_holds_them() -> None:
     from heedful.gpu.launch import Problem, Step
     from heedful.gpu.operators import attend, step

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heedful.core.errors import BackendError
 from heedful.gpu import launch
 from heedful.gpu.launch import Answer, Problem, Step
 
@@ -22,6 +21,7 @@ _STEP = (
     "Tensor? bias, Tensor? sink, Tensor? places, Tensor? base, bool weights"
 )  # those of a Step
 BIAS, SINK = 6, 7  # of a Problem's fields
+ONCE = "the kernel for GPUs has no second derivatives, and create_graph=True asks for them"
 
 
 def attend(p: Problem) -> Answer:
@@ -102,8 +102,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _way_back(ctx: Any, given: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        rule = "the kernel for GPUs has no second derivatives, and create_graph=True asks for them"
-        raise BackendError(f"{rule}; attach with backend='tiled'")
+        raise NotImplementedError(ONCE)
     if given is None:
         return (None,) * len(ctx.rest)
     out, lse, *tensors = ctx.saved_tensors

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.errors import BackendError
 from heedful.core.ragged import Ragged, padded
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.engine.attention_call import AttentionCall
@@ -95,7 +96,7 @@ def _one_query(job: AttentionCall, keys: one_query.Keys, q: Tensor, k: Tensor, v
 
 def _answered(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from heedful.gpu.launch import Problem
-    from heedful.gpu.operators import attend
+    from heedful.gpu.operators import ONCE, attend
 
     call, accumulator = job.call, job.accumulator
     if job.needs is None or (found := job.needs.key_ranges) is None:
@@ -121,7 +122,14 @@ def _answered(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             entropy=answer.entropy, peak=answer.peak, place=place, first=answer.first, distance=answer.distance,
             carried=answer.carried, nearest=accumulator.nearest if "distance" in asked else 0,
         )  # fmt: skip
+    if answer.out.requires_grad:
+        answer.out.register_hook(lambda given: _once(ONCE))
     return answer.out
+
+
+def _once(rule: str) -> None:
+    if torch.is_grad_enabled():
+        raise BackendError(f"{rule}; attach with backend='tiled'")
 
 
 def _seen(received: Tensor | None, call: Call, ranges: Tensor) -> Tensor | None:
