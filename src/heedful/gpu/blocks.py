@@ -58,7 +58,8 @@ def tiles(kind: str, width: int, rows: int, device: torch.device, block: int = 0
     fit = safe(2 * power if kind == BACK else power)
     measured = table().get(architecture(device), {}).get(kind, {}).get(str(power))
     if measured is not None:
-        fit = Tiles(*measured, tuned=True)
+        most, wide, warps, stages = measured
+        fit = Tiles(most, wide, warps, stages, tuned=True)
     least = max(16, 1 << (max(1, rows) - 1).bit_length())
     keys = fit.keys if not block or block % fit.keys == 0 else safe(power).keys
     return Tiles(min(fit.rows, least), keys, fit.warps, fit.stages, fit.tuned)
