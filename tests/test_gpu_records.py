@@ -16,8 +16,10 @@ import torch
 from benchmarks.gpu import keeping, page
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.keeping import REHEARSAL, Kept, Room
-from benchmarks.gpu.parts import PARTS
+from benchmarks.gpu.parts import PARTS, table_of
 from benchmarks.speed import timing
+from heedful.core.mask import Causal
+from heedful.core.positions import Pairs, Positions
 
 CPU = torch.device("cpu")
 
@@ -81,7 +83,7 @@ def test_speed_is_rehearsed(tmp_path: Path) -> None:
     assert len(rows["tune"][0]["found"]) == 1 + len(REHEARSAL.sizes)
     (row,) = rows["prefill"]
     assert set(row["over_density"]) == set(row["density"]) == set(row["found"]) - {"SDPA, dense"}
-    assert 0 < row["density"]["10% of blocks"] < row["density"]["50% of blocks"] < 1
+    assert all(0.5 <= share <= 1 for share in row["density"].values()), "half of two blocks is their diagonal"
     text = (tmp_path / "page.md").read_text()
     assert "no card: a rehearsal" in text
     assert "Sparse prefill" in text
@@ -96,6 +98,14 @@ def test_laws_and_kernel_tests_are_rehearsed(tmp_path: Path) -> None:
     assert not found["kernels"]["rows"][0]["stopped"]
     text = (tmp_path / "page.md").read_text()
     assert f"{REHEARSAL.methods} methods were tried; 0 break a law there." in text
+
+
+def test_density_is_that_of_the_table() -> None:
+    rule, density = table_of(Room(CPU, REHEARSAL, time.monotonic()), 192, 0.4)
+    row = Positions.row(0, 192)
+    pairs = Pairs(row, row, REHEARSAL.shape[0], slice(0, 192), slice(0, 192))
+    seen = (rule.keeps(pairs) & Causal().keeps(pairs)).double().mean((0, 1)).sum()
+    assert float(seen) / (192 * 193 / 2) == pytest.approx(density)
 
 
 def test_rows_are_kept_as_they_come_and_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
