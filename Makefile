@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: help setup lock native demo test test-all lint format types coverage docs claims sweep bars quality newest wheel mutants check clean distclean
+.PHONY: help setup lock native demo test test-all lint format types coverage docs claims sweep bars gpu quality newest wheel mutants check clean distclean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -81,6 +81,9 @@ sweep: setup ## measure coverage over every class of the installed transformers 
 
 bars: setup ## measure speed and memory against the baselines (an hour or more; leave the machine alone)
 	OMP_PROC_BIND=true $(BIN)/python -m benchmarks.speed all
+
+gpu: setup ## on a machine with a card: laws, kernel tests and speed there, in ten minutes (it resumes; ARGS=--again)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 quality: setup ## measure the tasks, ten methods on three of them, kvpress and the explanations (an hour)
 	$(BIN)/python -m benchmarks.quality.tasks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Generator, Tensor
@@ -73,7 +74,7 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
         layer = attention(RandomFeatureHeads(mean, seed))
         found[name] = error([gathered(layer, x) for x in data], data)
     errors = [found[name] for name in ("a flat net", "heads by chance", "heads by chance, like to like")]
-    return min(math.log(a / b) for a, b in zip(errors, errors[1:], strict=False)), found
+    return min(math.log(a / b) for a, b in pairwise(errors)), found
 
 
 CLAIM = Claim(

@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.gpu import page as gpu  # noqa: E402
 from benchmarks.mutants import page as mutants  # noqa: E402
 from benchmarks.quality import page as quality  # noqa: E402
 from benchmarks.reliability import page as reliability  # noqa: E402
@@ -139,6 +140,7 @@ def main() -> None:
     pages["src/heedful/methods/__init__.pyi"] = stub()
     pages["docs/releases.md"] = release_page()
     pages["docs/speed.md"] = NOTE + speed.page()
+    pages["docs/gpu.md"] = NOTE + gpu.page()
     pages["docs/quality.md"] = NOTE + quality.page()
     pages["docs/mutants.md"] = NOTE + mutants.page()
     pages["docs/rooms.svg"] = rooms.svg()

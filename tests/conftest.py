@@ -6,7 +6,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("HEEDFUL_DEFAULT_MODEL", None)
-os.environ["TRITON_INTERPRET"] = "1"
+# HEEDFUL_DEVICE=cuda: where the tests of kernels for GPUs are to run
+os.environ["TRITON_INTERPRET"] = "0" if "HEEDFUL_DEVICE" in os.environ else "1"
 
 import random
 from collections.abc import Iterator

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from heedful import gpu
 from heedful.conformance.tolerances import within_budget
 from heedful.core.call import Call
 from heedful.core.mask import Causal, First, Mask, Padding, Rule, Where, Window
 from heedful.core.method import Method, Stack
 from heedful.core.positions import Positions
+from heedful.core.ragged import Ragged
 from heedful.core.reweight import Reweight, reweights
 from heedful.core.sites import Site, at
 from heedful.core.stats import Statistic
@@ -20,9 +25,11 @@ from heedful.engine.attend import attend
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run_state import RunState
 from heedful.engine.select import select
+from heedful.kit.chosen import Chosen
 
 from .samples import PAPER
 
+DEVICE = torch.device(os.environ.get("HEEDFUL_DEVICE", "cpu"))  # where kernels for GPUs are tried
 CAUSAL: tuple[Rule, ...] = (Causal(),)
 RULES: dict[str, tuple[Rule, ...]] = {
     "everything": (),
@@ -46,7 +53,7 @@ class Everything(Method):
         return None
 
     def carries(self, call: Call) -> Tensor:
-        return torch.cos(call.keys.index[:, 0, :, None] * torch.arange(17))
+        return torch.cos(call.keys.index[:, 0, :, None] * torch.arange(17, device=call.keys.index.device))
 
 
 class Same(Method):
@@ -69,10 +76,39 @@ def run(
     sink: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
+    if backend == "triton":
+        q, k, v, call, sink, bias = on_device((q, k, v, call, sink, bias))
     run_state = RunState(Stack((method,)))
     run_state.new_forward()
     job = AttentionCall(run_state.plan(call), run_state, call, bias, sink)
-    return attend(job, q, k, v, lambda needs: select(backend, needs))[0]
+    return attend(job, q, k, v, lambda needs: select(backend, needs))[0].cpu()
+
+
+def interpreting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has kernels for GPUs run in triton's interpreter, where no card is named."""
+    if gpu.missing():
+        pytest.fail(gpu.missing())
+    if DEVICE.type == "cpu":
+        monkeypatch.setenv(gpu.INTERPRETED, "1")
+
+
+def on_device(x: Any) -> Any:
+    """A value with all its tensors on the device where kernels for GPUs are tried."""
+    if DEVICE.type == "cpu":
+        return x
+    if isinstance(x, Ragged):
+        return Ragged(x.flat.to(DEVICE), (x.shape[0], x.shape[1]), x.counts)
+    if isinstance(x, Tensor):
+        return x.to(DEVICE)
+    if isinstance(x, tuple):
+        return tuple(map(on_device, x))
+    if isinstance(x, Mask):
+        return Mask(tuple(map(on_device, x.rules)))
+    if isinstance(x, Chosen):
+        return Chosen(lambda rows: on_device(x.pick(rows)))
+    if is_dataclass(x) and not isinstance(x, type):
+        return replace(x, **{f.name: on_device(getattr(x, f.name)) for f in fields(x) if f.init})
+    return x
 
 
 def draw(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +174,7 @@ def compare(
     rows = is_text[..., None].expand(outs[backend].shape)
     assert within_budget(outs[backend][rows], outs["eager"][rows], outs["exact"][rows])
     for part in PARTS:
-        found, eager, exact = (getattr(told[x], part) for x in (backend, "eager", "exact"))
+        found, eager, exact = (getattr(told[x], part).cpu() for x in (backend, "eager", "exact"))
         if part in ("received", "distance"):
             assert within_budget(found, eager, exact), part
             continue
@@ -147,18 +183,25 @@ def compare(
             assert torch.equal(found[keep], exact[keep])
         else:
             assert within_budget(found[keep], eager[keep], exact[keep]), part
-    assert torch.equal(told[backend].seen, told["eager"].seen)
+    assert torch.equal(told[backend].seen.cpu(), told["eager"].seen)
     assert told[backend].nearest == told["eager"].nearest
 
 
 def pulled(
-    backend: str, tensors: tuple[Tensor, ...], shape: tuple[int, ...], rules: tuple[Rule, ...] = CAUSAL, **more: object
+    backend: str,
+    tensors: tuple[Tensor, ...],
+    shape: tuple[int, ...],
+    rules: tuple[Rule, ...] = CAUSAL,
+    learned: tuple[str, ...] = (),
+    **more: object,
 ) -> tuple[Tensor, ...]:
-    """What queries, keys and values are given, when the output is given waves."""
+    """What queries, keys, values and what else is `learned`, bias or sink, are given when the output is given waves."""
     pad, softcap, method = (more.pop(name, None) for name in ("pad", "softcap", "method"))
     call = replace(a_call(shape, rules, pad), softcap=softcap)  # type: ignore[arg-type]
     leaves = [x.detach().requires_grad_() for x in tensors]
-    return back(run(backend, method or Same(), *leaves, call, **more), leaves, call)  # type: ignore[arg-type]
+    beside = {name: more[name].to(tensors[0].dtype).requires_grad_() for name in learned}  # type: ignore[attr-defined]
+    heads = run(backend, method or Same(), *leaves, call, **(more | beside))  # type: ignore[arg-type]
+    return back(heads, [*leaves, *beside.values()], call)
 
 
 def back(heads: Tensor, leaves: list[Tensor], call: Call) -> tuple[Tensor, ...]:
@@ -167,10 +210,16 @@ def back(heads: Tensor, leaves: list[Tensor], call: Call) -> tuple[Tensor, ...]:
     return torch.autograd.grad(heads, leaves, waves.to(heads.dtype))
 
 
-def compare_pulled(backend: str, shape: tuple[int, ...], rules: tuple[Rule, ...] = CAUSAL, **more: object) -> None:
+def compare_pulled(
+    backend: str,
+    shape: tuple[int, ...],
+    rules: tuple[Rule, ...] = CAUSAL,
+    learned: tuple[str, ...] = (),
+    **more: object,
+) -> None:
     """The same against the reference in float64."""
     tensors = draw(shape)
-    exact = pulled("reference", tuple(x.double() for x in tensors), shape, rules, **more)
-    eager, found = (pulled(name, tensors, shape, rules, **more) for name in ("reference", backend))
-    for name, a, b, c in zip(("queries", "keys", "values"), found, eager, exact, strict=True):
+    exact = pulled("reference", tuple(x.double() for x in tensors), shape, rules, learned, **more)
+    eager, found = (pulled(name, tensors, shape, rules, learned, **more) for name in ("reference", backend))
+    for name, a, b, c in zip(("queries", "keys", "values", *learned), found, eager, exact, strict=True):
         assert within_budget(a, b, c), name

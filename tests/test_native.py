@@ -196,6 +196,7 @@ def test_it_is_built_wherever_a_compiler_is() -> None:
     ("change", "reason"),
     [
         ({"dropout": True}, "dropout is on"),
+        ({"tensors": (torch.empty(0, device="meta"),)}, "float32 on meta"),
         ({"pattern": True}, "output_attentions"),
         ({"map_steps": ("ACT() at PATTERN",)}, r"ACT\(\) at PATTERN needs the scores or weights"),
     ],

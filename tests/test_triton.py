@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -23,7 +25,21 @@ from heedful.engine.needs import Needs
 from heedful.engine.select import explain, select
 from heedful.methods import SinkRate, TempScale
 
-from .kernel_calls import BIASES, CAUSAL, RULES, Everything, Halved, Same, a_bias, a_call, compare, draw, run
+from .kernel_calls import (
+    BIASES,
+    CAUSAL,
+    DEVICE,
+    RULES,
+    Everything,
+    Halved,
+    Same,
+    a_bias,
+    a_call,
+    compare,
+    draw,
+    interpreting,
+    run,
+)
 
 SMALL = [
     (2, 4, 2, 19, 19, 8, 8),
@@ -42,9 +58,7 @@ LARGE = [
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    if gpu.missing():
-        pytest.fail(gpu.missing())
-    monkeypatch.setenv(gpu.INTERPRETED, "1")
+    interpreting(monkeypatch)
 
 
 def _of_both(small: list[object], large: list[object]) -> list[object]:
@@ -71,7 +85,7 @@ def test_queries_that_are_no_text_count_nowhere() -> None:
     for name, told in found.items():
         run(name, Everything(told), *draw(shape), call)
     for part in ("received", "seen", "distance"):
-        assert close(*(getattr(told[0], part) for told in found.values())), part
+        assert close(*(getattr(told[0], part).cpu() for told in found.values())), part
 
 
 @pytest.mark.parametrize("heads", _of_both([2], [1, 4]))
@@ -88,6 +102,16 @@ def test_block_tables(heads: int, size: int) -> None:
 def test_sink_logits(n: int, size: float) -> None:
     sink = size * torch.randn(1, 4, 1, 1, generator=torch.Generator().manual_seed(2))
     compare("triton", (1, 4, 2, n, 20, 16, 16), CAUSAL, sink=sink)
+
+
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_sinks_of_each_row_are_left_to_tiles(backend: str) -> None:
+    shape = (1, 4, 2, 20, 20, 16, 16)
+    sink = torch.randn(1, 4, 20, 1)
+    with pytest.raises(BackendError, match="a sink logit for each row"):
+        run(backend, Same(), *draw(shape), a_call(shape, CAUSAL), sink=sink)
+    found, want = (run(name, Same(), *draw(shape), a_call(shape, CAUSAL), sink=sink) for name in ("auto", "reference"))
+    assert close(found, want)
 
 
 @pytest.mark.parametrize("softcap", [5.0, 20.0])
@@ -155,12 +179,16 @@ def test_lines_that_lie_far_apart(axis: int) -> None:
     from heedful.gpu.launch import Problem, attend
 
     shape, step = (3, 2, 4, 16), 2**30 + 64
-    q, k, v = (torch.randn(shape).half() for _ in range(3))
+    q, k, v = (torch.randn(shape).half().to(DEVICE) for _ in range(3))
     strides = [128, 64, 16, 1]
     strides[axis] = step
-    far = torch.empty(step * (shape[axis] - 1) + 512, dtype=torch.float16).as_strided(shape, strides).copy_(k)
-    ranges = torch.tensor([0, 4], dtype=torch.int32).expand(1, 1, 4, 1, 2).contiguous()
-    first = torch.zeros(3, dtype=torch.int32)
+    far = (
+        torch.empty(step * (shape[axis] - 1) + 512, dtype=torch.float16, device=DEVICE)
+        .as_strided(shape, strides)
+        .copy_(k)
+    )
+    ranges = torch.tensor([0, 4], dtype=torch.int32, device=DEVICE).expand(1, 1, 4, 1, 2).contiguous()
+    first = torch.zeros(3, dtype=torch.int32, device=DEVICE)
     found, want = (attend(Problem(q, x, v, ranges, 0.25, received=True, first_at=first)) for x in (far, k))
     assert torch.equal(found.out, want.out)
     assert same(found.received, want.received)
@@ -173,7 +201,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
 
 def test_a_long_cache_is_split_among_programs() -> None:
     """As many spans as fit, of which some or all see nothing; and with a sink that counts once."""
-    from heedful.gpu.launch import SPAN
+    from heedful.gpu.blocks import SPAN
 
     shape = (1, 4, 2, 1, 2 * SPAN + 100, 16, 16)
     q, k, v = draw(shape)
@@ -226,7 +254,8 @@ def test_skipped_blocks_are_not_read() -> None:
     q, k, v = draw(shape)
     table = torch.eye(3, dtype=torch.bool)[None, None]
     k[:, :, 64:128] = v[:, :, 64:128] = float("nan")
-    with pytest.warns(RuntimeWarning, match="NaN"):  # numpy's, of the blocks that are read
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of the blocks that are read
         found = run("triton", Same(), q, k, v, a_call(shape, (*CAUSAL, Blocks(table, 64))))
     spoilt = found.isnan().any(-1).any(1)[0].nonzero().flatten()
     assert spoilt.tolist() == list(range(64, 128))
@@ -237,6 +266,7 @@ def test_skipped_blocks_are_not_read() -> None:
     [
         ({"dropout": True}, "dropout is on"),
         ({"pattern": True}, "output_attentions"),
+        ({"sinks_by_row": True}, "a sink logit for each row"),
         ({"map_steps": ("ACT() at PATTERN",)}, r"ACT\(\) at PATTERN needs the scores or weights"),
     ],
 )
@@ -260,22 +290,29 @@ def test_calls_that_it_cannot_serve_are_named(monkeypatch: pytest.MonkeyPatch) -
         tried(q.double(), k.double(), v.double())
     with pytest.raises(BackendError, match="300 wide"):
         tried(*(x.new_zeros(*x.shape[:3], 300) for x in (q, k, v)))
-    monkeypatch.delenv(gpu.INTERPRETED)
-    with pytest.raises(BackendError, match="it runs on GPUs, and this call is on cpu"):
-        tried(q, k, v)
+    if DEVICE.type == "cpu":
+        monkeypatch.delenv(gpu.INTERPRETED)
+        with pytest.raises(BackendError, match="it runs on GPUs, and this call is on cpu"):
+            tried(q, k, v)
 
 
 def test_explain_names_it_beside_the_others() -> None:
     text = str(explain(SinkRate() | TempScale()))
     assert "triton" in text
+    found = str(explain(SinkRate()))
+    called = re.search("triton .*attend_rows.*, and attend_step for one query; block sizes (.*)", found)
+    assert called is not None
+    assert "add_columns" in called[0]
+    assert called[1] == ("that are safe, and not tuned" if DEVICE.type == "cpu" else called[1])
 
 
 COMPILED = """
 import itertools, sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from heedful.gpu import backward, kernels, launch
-from heedful.gpu.backward import Back
+from heedful.gpu import backward, blocks, decode, kernels
+from heedful.gpu.backward import Apart, Back
+from heedful.gpu.decode import Made, Seen
 from heedful.gpu.kernels import Found, Keep, Lines, Sizes
 
 def plain(value, path, found):
@@ -294,7 +331,7 @@ def size(fn, target, values):
     return made.metadata.shared
 
 for kind, width, full in itertools.product(*(eval(x) for x in sys.argv[1:4])):
-    fit = launch.tiles(width, 4096)
+    fit = blocks.safe(width)
     lines = Lines("*" + kind, "i32", "i32", "i32")
     more = (lambda x: x) if full else (lambda x: None)
     sizes = Sizes(*["i32"] * 7, "fp32", more("fp32"), None)
@@ -310,16 +347,22 @@ for kind, width, full in itertools.product(*(eval(x) for x in sys.argv[1:4])):
         "add_columns": {**rest, **tile},
         "add_diagonals": {**rest, "offset": "i32", "reach": "i32", "B": fit.keys, "BD": width, "RANGES": 2},
     }
-    fit = launch.tiles(2 * width, 4096)
+    fit = blocks.safe(2 * width)
     both = dict(q=lines, k=lines, v=lines, pull=lines, size=sizes, keep=keep, bias=bias, back=Back("*fp32", "*fp32"))
     ends = dict(BM=fit.rows, BN=fit.keys, BD=width, BE=width, RANGES=2)
     calls["pull_queries"] = {**both, "made": "*fp32", **ends}
     calls["pull_keys"] = {**both, "made_k": "*fp32", "made_v": "*fp32", **ends}
+    apart = dict(bias=Lines("*fp32", "i32", "i32", "i32"), apart=Apart("i32", "i32", "i32"), texts="i32", made="*fp32")
+    calls["pull_bias"] = {**{k: x for k, x in both.items() if k != "bias"}, **apart, **ends, "ROWS": full}
+    seen = Seen("*i32", "i32", more("*i32"), "i32", more("*i64"))
+    calls["attend_step"] = dict(q=lines, k=lines, v=lines, size=sizes, seen=seen, bias=bias, sink=more("*fp32"),
+        made=Made("*fp32", "*fp32", more("*fp32")), span="i32", BM=16, BN=blocks.safe(width).keys, BD=width, BE=width)
     for target, room in ((80, 163 << 10), (90, 227 << 10)):
         for name, values in calls.items():
-            kernel = getattr(kernels, name, None) or getattr(backward, name)
-            names = kernel.arg_names
-            used = size(kernel, target, dict(zip(names, values.values(), strict=True)))
+            kernel = next(getattr(x, name) for x in (kernels, backward, decode) if hasattr(x, name))
+            order = values.values() if name != "pull_bias" else [values[x] for x in (
+                "q", "k", "v", "pull", "size", "keep", "bias", "back", "apart", "texts", "made", *ends, "ROWS")]
+            used = size(kernel, target, dict(zip(kernel.arg_names, order, strict=True)))
             assert used <= room, (name, kind, width, used)
             print(name, target, kind, width, full, used)
 """
@@ -340,4 +383,4 @@ def test_they_compile_for_cards_and_fit_their_shared_memory(kinds: list[str], wi
     command = [sys.executable, "-c", COMPILED, repr(kinds), repr(widths), "[False, True]"]
     told = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr[-3000:]
-    assert len(told.stdout.splitlines()) == 20 * len(kinds) * len(widths)
+    assert len(told.stdout.splitlines()) == 28 * len(kinds) * len(widths)

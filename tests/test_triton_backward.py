@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heedful import attach, gpu
+from heedful import attach
 from heedful.conformance.tolerances import close_model, error
 from heedful.core.errors import BackendError
 from heedful.core.mask import Blocks, First, Rule, Where, Window
@@ -17,6 +17,7 @@ from heedful.tiny import tiny, tiny_inputs
 from .kernel_calls import (
     BIASES,
     CAUSAL,
+    DEVICE,
     RULES,
     Everything,
     Halved,
@@ -25,9 +26,10 @@ from .kernel_calls import (
     a_call,
     compare_pulled,
     draw,
+    interpreting,
     pulled,
     run,
-)  # fmt: skip
+)
 from .samples import Scale
 
 SHAPES = [(2, 4, 2, 19, 19, 8, 8), (1, 4, 1, 50, 50, 10, 6), (1, 6, 2, 1, 50, 64, 64)]
@@ -36,9 +38,7 @@ LARGE = [(1, 2, 2, 140, 140, 16, 256), (1, 7, 1, 65, 129, 128, 128)]
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    if gpu.missing():
-        pytest.fail(gpu.missing())
-    monkeypatch.setenv(gpu.INTERPRETED, "1")
+    interpreting(monkeypatch)
 
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
@@ -57,7 +57,44 @@ def test_padding(n: int) -> None:
 def test_soft_caps_biases_and_sinks(softcap: float, biases: tuple[bool, ...] | None) -> None:
     shape = (2, 4, 2, 20, 40, 16, 16)
     bias = None if biases is None else a_bias(shape, biases)
-    compare_pulled("triton", shape, softcap=softcap, bias=bias, sink=torch.linspace(-1, 4, 4).view(1, 4, 1, 1))
+    sink = torch.linspace(-1, 4, 4).view(1, 4, 1, 1)
+    learned = ("sink",) if bias is None else ("bias", "sink")
+    compare_pulled("triton", shape, CAUSAL, learned, softcap=softcap, bias=bias, sink=sink)
+
+
+APART = [(False, False, False), (False, True, False), (True, True, False), (False, True, True), (True, False, True)]
+
+
+@pytest.mark.parametrize("apart", APART, ids=str)
+@pytest.mark.parametrize("rules", [(), (*CAUSAL, Window(30) | First(2))], ids=["everything", "sinks and a window"])
+def test_what_a_bias_is_given_is_that_of_all_it_stands_for(apart: tuple[bool, ...], rules: tuple[Rule, ...]) -> None:
+    shape = (2, 4, 2, 70, 90, 16, 16)
+    compare_pulled("triton", shape, rules, ("bias",), bias=a_bias(shape, apart))
+
+
+def test_a_bias_under_padding_and_a_table() -> None:
+    shape = (2, 4, 2, 70, 70, 16, 16)
+    table = torch.tensor([[True, False], [True, True]])[None, None]
+    compare_pulled("triton", shape, (*CAUSAL, Blocks(table, 64)), ("bias",), bias=a_bias(shape, (True, True, True)))
+    compare_pulled(
+        "triton", shape, CAUSAL, ("bias",), pad=torch.tensor([0, 7]), bias=a_bias(shape, (False, True, False))
+    )
+
+
+def test_a_sink_gives_nothing_where_nothing_is_seen() -> None:
+    rules, sink = (*CAUSAL, Where(lambda q, k: q != 6)), torch.tensor([-1.0, 3.0]).view(1, 2, 1, 1)
+    compare_pulled("triton", (1, 2, 1, 9, 9, 8, 8), rules, ("sink",), sink=sink)
+
+
+def test_a_bias_alone_may_learn() -> None:
+    """Queries, keys and values that need nothing are given nothing."""
+    shape = (1, 4, 2, 20, 20, 8, 8)
+    for name in ("reference", "triton"):
+        bias = a_bias(shape, BIASES[0]).requires_grad_()
+        tensors = draw(shape)
+        run(name, Same(), *tensors, a_call(shape, CAUSAL), bias=bias).sum().backward()
+        assert bias.grad is not None
+        assert all(x.grad is None for x in tensors)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -112,10 +149,12 @@ def test_readers_are_told_the_same_on_the_way() -> None:
     assert not beside[0].received.requires_grad  # type: ignore[attr-defined]
 
 
-def test_a_model_learns_through_it_what_it_learns_without() -> None:
-    model = tiny()
-    feed = tiny_inputs(model)
-    feed["labels"] = feed["input_ids"]
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss", "t5"])
+def test_a_model_learns_through_it_what_it_learns_without(kind: str) -> None:
+    """Sink logits and a bias of its own too."""
+    model = tiny(kind).to(DEVICE)
+    feed = {name: x.to(DEVICE) for name, x in tiny_inputs(model).items()}
+    feed["labels"] = feed.get("decoder_input_ids", feed["input_ids"])
 
     def learned() -> list[Tensor]:
         model.zero_grad()
@@ -131,10 +170,7 @@ def test_a_model_learns_through_it_what_it_learns_without() -> None:
 
 def test_what_has_no_way_back_is_refused() -> None:
     shape = (1, 4, 2, 20, 20, 8, 8)
-    bias = a_bias(shape, BIASES[0]).requires_grad_()
-    with pytest.raises(BackendError, match="gradients of more than queries, keys and values"):
-        run("triton", Same(), *draw(shape), a_call(shape, CAUSAL), bias=bias)
-    with pytest.raises(BackendError, match="gradients of more than queries, keys and values"):
+    with pytest.raises(BackendError, match=r"through what Halved\(\).* moves"):
         pulled("triton", draw(shape), shape, method=Halved())
     q, k, v = (x.requires_grad_() for x in draw(shape))
     with pytest.raises(BackendError, match="no second derivatives"):

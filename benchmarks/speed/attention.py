@@ -86,7 +86,8 @@ def draw(heads: int, kv_heads: int, d: int, q: int, k: int, dtype: torch.dtype) 
 
 
 def ours(method: Method, backend: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-    queries, keys = Positions.row(k.shape[2] - q.shape[2], q.shape[2]), Positions.row(0, k.shape[2])
+    queries = Positions.row(k.shape[2] - q.shape[2], q.shape[2], q.device)
+    keys = Positions.row(0, k.shape[2], q.device)
     call = Call(0, 1, "bare", q.shape[1], k.shape[1], queries, keys, q.shape[3] ** -0.5, mask=Mask((Causal(),)))
     run_state = RunState(Stack((method,)))
     run_state.new_forward()

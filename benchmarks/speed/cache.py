@@ -44,8 +44,8 @@ def cut(k: Tensor, v: Tensor, even: bool) -> HeldLayer:
     """A layer that read all of it and kept a quarter, strewn over the text."""
     held = HeldLayer()
     held.update(k, v)
-    chosen = torch.rand(k.shape[:3]).argsort(-1).argsort(-1)
-    held.keep(Kept(chosen < torch.tensor(counts(k.shape[1], k.shape[2], even))[None, :, None]))
+    chosen = torch.rand(k.shape[:3], device=k.device).argsort(-1).argsort(-1)
+    held.keep(Kept(chosen < torch.tensor(counts(k.shape[1], k.shape[2], even), device=k.device)[None, :, None]))
     return held
 
 
@@ -55,27 +55,27 @@ def measured(*layers: DynamicLayer) -> int:
     return cache_bytes(cache)
 
 
-def attention(held: HeldLayer, q: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def attention(held: HeldLayer, q: Tensor, backend: str = "native") -> Callable[[Tensor, Tensor], Tensor]:
     """Our attention over what a layer holds, from its places to the heads, for a text without padding.
 
     What the adapter does around it (reading the model's arguments, asking what to drop) is not part of it.
     """
     run_state = RunState(Stack((KNorm(),)))
     run_state.new_forward()
-    queries, mask = Positions.row(held.seen, 1), Mask((Causal(),))  # which the layers of a step share
+    queries, mask = Positions.row(held.seen, 1, q.device), Mask((Causal(),))  # which the layers of a step share
 
     def run(k: Tensor, v: Tensor) -> Tensor:
         keys = held.positions(None)
         call = Call(0, 1, "bare", q.shape[1], k.shape[1], queries, keys, q.shape[3] ** -0.5, mask=mask)
         job = AttentionCall(run_state.plan(call), run_state, call)
-        return attend(job, q, k, v, lambda needs: select("native", needs))[0]
+        return attend(job, q, k, v, lambda needs: select(backend, needs))[0]
 
     return run
 
 
-def alone(q: Tensor, held: HeldLayer) -> Callable[[], Tensor]:
+def alone(q: Tensor, held: HeldLayer, backend: str = "native") -> Callable[[], Tensor]:
     """Attention with nothing around it."""
-    attended = attention(held, q)
+    attended = attention(held, q, backend)
     return lambda: attended(*held.handed)
 
 

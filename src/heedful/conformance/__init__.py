@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
+from heedful.conformance import place
 from heedful.conformance.verdict import LAWS, Broken, DoesNotApply, Law, Report, Verdict
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, nearest
@@ -20,8 +23,10 @@ def laws() -> dict[str, Law]:
 
 
 @asks
-def check(method: CatalogueEntry | type[CatalogueEntry], only: str | Iterable[str] = ()) -> Report:
-    """Try every law on a method: on its class's example settings, or on the very settings given."""
+def check(
+    method: CatalogueEntry | type[CatalogueEntry], only: str | Iterable[str] = (), device: torch.device | str = "cpu"
+) -> Report:
+    """Try every law on a method: on its class's example settings, or on the very settings given; on one device."""
     only = (only,) if isinstance(only, str) else tuple(only)
     entry = method.example() if isinstance(method, type) and issubclass(method, CatalogueEntry) else method
     if unknown := [name for name in only if name not in laws()]:
@@ -32,7 +37,8 @@ def check(method: CatalogueEntry | type[CatalogueEntry], only: str | Iterable[st
         if (only and name not in only) or entry.kind not in law.kinds:
             continue
         try:
-            law.try_on(entry)
+            with place.on(device):
+                law.try_on(entry)
         except DoesNotApply as why:
             verdicts.append(Verdict(name, "does not apply", str(why)))
         except Broken as how:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heedful.conformance.place import place
 from heedful.core.call import Call, Phase
 from heedful.core.errors import BackendError
 from heedful.core.mask import Causal, Mask, Padding, Rule
@@ -71,21 +72,22 @@ class Bare:
         draw = torch.Generator().manual_seed(self.seed)
 
         def random(*size: int) -> Tensor:
-            return torch.randn(*size, generator=draw, dtype=torch.float64).to(self.dtype)
+            return torch.randn(*size, generator=draw, dtype=torch.float64).to(place(), self.dtype)
 
         self.q, self.hidden = 2 * random(s.b, s.h, s.q, s.d), random(s.b, s.q, s.e)
         self.k, self.v = random(s.b, s.g, s.k, s.d), random(s.b, s.g, s.k, s.dv)
-        self.ids = torch.randint(3, 9, (s.b, s.k), generator=draw)
+        self.ids = torch.randint(3, 9, (s.b, s.k), generator=draw).to(place())
         rules: tuple[Rule, ...] = (Causal(),)
         pad = None
         if self.text is not None:
+            self.text = self.text.to(place())
             rules += (Padding(self.text),)
             pad = self.text.long().cummax(-1).values.logical_not().sum(-1)
         is_text = None if self.text is None else self.text[:, None, s.k - s.q :]
-        queries = Positions.row(s.k - s.q, s.q, pad=pad, is_filled=is_text)
+        queries = Positions.row(s.k - s.q, s.q, place(), pad, is_text)
         phase = Phase.DECODE if s.q == 1 and s.k > 1 else Phase.PREFILL
         self.call = Call(
-            0, self.depth, "bare", s.h, s.g, queries, Positions.row(0, s.k, pad=pad), s.d**-0.5, phase=phase,
+            0, self.depth, "bare", s.h, s.g, queries, Positions.row(0, s.k, place(), pad), s.d**-0.5, phase=phase,
             training=True, ids=self.ids, roles=ROLES, hidden=self.hidden,
             mask=Mask(rules if self.rules is None else self.rules), batch=s.b,
         )  # fmt: skip
@@ -118,14 +120,14 @@ class Bare:
 
 def parameters(method: Method, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
     """A method's fresh parameters, drawn the same every time."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return {name: x.to(dtype) for name, x in method.parameters(layer).items()}
+        return {name: x.to(place(), dtype) for name, x in method.parameters(layer).items()}
 
 
 def serving(method: Method) -> list[str]:
     """The backends that can serve a method, reference last."""
-    needs = Needs.of(Stack((method,)).steps(), tensors=(torch.empty(0),))  # on the device where a Bare is
+    needs = Needs.of(Stack((method,)).steps(), tensors=(torch.empty(0, device=place()),))
     return [name for name, backend in BACKENDS.items() if not backend.refuses(needs)]
 
 

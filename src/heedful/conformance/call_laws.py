@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from heedful.conformance.bare import Bare, Refused, Shape, parameters, poisoned, serving
+from heedful.conformance.place import place
 from heedful.conformance.tolerances import MERGE, close, error, within_budget
 from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.mask import Causal, Dense
@@ -44,7 +45,7 @@ def _inside(method: Method) -> None:
 
 def _may_pass(method: Method, backend: str) -> bool:
     """Whether what the method makes of the mask may be nothing for this kernel."""
-    return backend in ("native", "sdpa") and any(e.site is Site.MASK and not e.reads for e in method.edits)
+    return backend in ("native", "sdpa", "triton") and any(e.site is Site.MASK and not e.reads for e in method.edits)
 
 
 @law("the tensors handed to a method are as they were afterwards")
@@ -90,11 +91,11 @@ def any_tile(method: Method) -> None:
 @law("a query that may see nothing gets zeros, never NaN")
 def masked_rows(method: Method) -> None:
     _inside(method)
-    table = torch.ones(2, 1, 19, 19, dtype=torch.bool).tril()
+    table = torch.ones(2, 1, 19, 19, dtype=torch.bool, device=place()).tril()
     table[0, :, 3] = False
     table[1, :, :6] = False
     blind = ~table.any(-1)[:, 0]
-    text = torch.ones(2, 19, dtype=torch.bool)
+    text = torch.ones(2, 19, dtype=torch.bool, device=place())
     text[1, :6] = False
     mixes = any(e.site is Site.MIX for e in method.edits)
     bare = TwoLayers(text=text) if mixes else TwoLayers(rules=(Causal(), Dense(table)))
@@ -140,7 +141,7 @@ def _gradients(method: Method, bare: Bare, backend: str, wanted: bool = True) ->
     for x in leaves:
         x.requires_grad_(wanted and BACKENDS[backend].gradients)
     heads, _ = bare.run(method, backend, tile_rows=7 if backend == "tiled" else None, params=params)
-    weight = torch.linspace(-1, 1, heads.numel(), dtype=heads.dtype).view_as(heads)
+    weight = torch.linspace(-1, 1, heads.numel(), dtype=heads.dtype, device=heads.device).view_as(heads)
     if not heads.requires_grad:
         return heads.detach(), []
     grads = torch.autograd.grad((heads * weight).sum(), leaves, allow_unused=True)
@@ -150,7 +151,7 @@ def _gradients(method: Method, bare: Bare, backend: str, wanted: bool = True) ->
 @law("every backend agrees with the reference, values and gradients, within a budget drawn from float64")
 def backends_agree(method: Method) -> None:
     _inside(method)
-    text = torch.ones(2, 19, dtype=torch.bool)
+    text = torch.ones(2, 19, dtype=torch.bool, device=place())
     text[0, :4] = False
     with poisoned():
         exact, exact_grads = _gradients(method, TwoLayers(text=text, dtype=torch.float64), "reference")
@@ -228,7 +229,7 @@ def statistics(method: Method) -> None:
             _close_statistics(_merged(order), whole, f"{name}: another order of merging")
         _close_statistics(parts[0] + (parts[1] + parts[2]), whole, f"{name}: another grouping")
         with tempfile.TemporaryDirectory() as folder:
-            back = load(save(Path(folder) / "s.safetensors", {name: whole}))[name]
+            back = load(save(Path(folder) / "s.safetensors", {name: whole}))[name].to(place())
         _same(back, whole, f"{name}: saved and loaded")
         buffer = io.BytesIO()
         pickle.dump(whole, buffer)
@@ -241,7 +242,7 @@ def statistics(method: Method) -> None:
 def told_alike(method: Method) -> None:
     if not any(edit.reads for edit in method.edits):
         raise DoesNotApply("reads nothing")
-    padded = torch.ones(2, 19, dtype=torch.bool)
+    padded = torch.ones(2, 19, dtype=torch.bool, device=place())
     padded[0, :4] = False
     for text in (None, padded):
         want = TwoLayers(text=text).run(method, "reference")[1]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from heedful.conformance.model_laws import logits
+from heedful.conformance.place import place
 from heedful.conformance.subjects import text, tiny_model
 from heedful.conformance.tolerances import close_model, error
 from heedful.conformance.verdict import Broken, DoesNotApply, law
@@ -52,6 +53,6 @@ def _require_equal(case: str, plain: nn.Module, requested: torch.Tensor) -> None
             raise Broken(f"{case}: something of heedful stays in {name or 'the model'}")
     with _quiet(local=True), tempfile.TemporaryDirectory() as folder:
         plain.save_pretrained(folder)  # type: ignore[operator]
-        again = type(plain).from_pretrained(folder, attn_implementation="eager").eval()  # type: ignore[attr-defined]
+        again = type(plain).from_pretrained(folder, attn_implementation="eager").eval().to(place())  # type: ignore[attr-defined]
     if not torch.equal(logits(again, input_ids=text()), found):
         raise Broken(f"{case}: saved and loaded again, it answers differently")

@@ -215,7 +215,7 @@ def padding(method: Method) -> None:
     if not close_model(swapped, plain):
         raise Broken(f"the order of a batch moves logits by {error(swapped, plain):.2g}")
     short = logits(model, method, input_ids=ids[:1, :-5])
-    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids[:1, :-5]], 1)
+    padded = torch.cat([ids.new_zeros(1, 5), ids[:1, :-5]], 1)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     both = logits(

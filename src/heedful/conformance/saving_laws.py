@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from heedful.conformance.model_laws import tried_on
+from heedful.conformance.place import place
 from heedful.conformance.subjects import Subject
 from heedful.conformance.tolerances import error
 from heedful.conformance.verdict import Broken, law
@@ -35,10 +36,11 @@ def _survives(method: Method, subject: Subject, model: Any) -> None:
     with _quiet(local=True), tempfile.TemporaryDirectory() as folder:
         with subject.attach(model, method) as run:
             for parameter in run.parameters():  # away from where it starts, as training would
-                parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
+                parameter += 0.1 * torch.randn(parameter.shape, generator=draw).to(parameter)
             wanted = run(**subject.inputs()).logits
             model.save_pretrained(folder)
         with load(folder, roles=subject.roles, attn_implementation="eager") as again:
+            again.model.to(place())
             again.model.train(model.training)
             if again.stack != run.stack:
                 raise Broken(f"what was saved as {run.stack!r} is loaded as {again.stack!r}")

@@ -10,6 +10,7 @@ from torch import nn
 
 from heedful.api import arrange, fit, operate
 from heedful.conformance.model_laws import fingerprint, logits
+from heedful.conformance.place import place
 from heedful.conformance.subjects import text, tiny_model
 from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.errors import FieldError
@@ -56,7 +57,7 @@ def decoding_steps(entry: Decode) -> None:
         raise Broken("a second time gives other tokens")
     if (quiet := type(entry).neutral()) is None:
         raise DoesNotApply("has no neutral settings; the rest is kept")
-    ids = torch.tensor([given.tokens])
+    ids = torch.tensor([given.tokens], device=place())
     greedy = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)  # type: ignore[operator]
     if decode(model, given, quiet, new_tokens=8) != tuple(greedy[0, len(given) :].tolist()):
         raise Broken(f"{quiet!r} decodes otherwise than the model alone")

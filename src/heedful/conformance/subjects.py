@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from heedful.api import attach
 from heedful.conformance.bare import ROLES
+from heedful.conformance.place import place
 from heedful.conformance.torch_model import TinyTorch, WrittenOut
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.method import Method
@@ -23,8 +24,16 @@ from heedful.core.regions import Span
 LENGTH = 21
 
 
-@cache
 def tiny_model(kind: str) -> nn.Module:
+    return _tiny_model(kind, place())
+
+
+@cache
+def _tiny_model(kind: str, device: torch.device) -> nn.Module:
+    return _drawn(kind).to(device)
+
+
+def _drawn(kind: str) -> nn.Module:
     from heedful.tiny import tiny
 
     if kind == "torch":
@@ -35,18 +44,22 @@ def tiny_model(kind: str) -> nn.Module:
     return tiny(kind, attn_implementation="eager", **layers)
 
 
-@cache
 def in_training(kind: str) -> nn.Module:
     """The same model as its training has it; it drops nothing there."""
-    return copy.deepcopy(tiny_model(kind)).train()
+    return _in_training(kind, place())
+
+
+@cache
+def _in_training(kind: str, device: torch.device) -> nn.Module:
+    return copy.deepcopy(_tiny_model(kind, device)).train()
 
 
 def text(seed: int = 0, rows: int = 2) -> Tensor:
-    return torch.randint(3, 100, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, 100, (rows, LENGTH), generator=torch.Generator().manual_seed(seed)).to(place())
 
 
 def _images() -> Tensor:
-    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(place())
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from heedful.adapters.cache_name import CACHE, cache_of
 from heedful.api import attach
 from heedful.conformance.bare import ROLES
 from heedful.conformance.model_laws import for_text
+from heedful.conformance.place import place
 from heedful.conformance.subjects import text, tiny_model
 from heedful.conformance.tolerances import close_model, error
 from heedful.conformance.verdict import Broken, DoesNotApply, law
@@ -58,13 +59,17 @@ def _attached(method: Method) -> Iterator[Run]:
             yield run
 
 
+def _tokens(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows, device=place())
+
+
 def _alone(method: Method, prompt: Tensor, later: tuple[int, ...]) -> list[Tensor]:
     """Logits `[1 v]` after a prompt `[1 n]` and after each token that follows, under a run of their own."""
     with _attached(method) as run:
         found, rows = _Rows(run, torch.ones_like(prompt)).go_on(prompt)
         out = [found]
         for token in later:
-            found, rows = rows.go_on(torch.tensor([[token]]))
+            found, rows = rows.go_on(_tokens([token]))
             out.append(found)
     return out
 
@@ -86,17 +91,17 @@ def each_text_alone(method: Method) -> None:
     third = _alone(method, short, (b, c, f))
 
     with _attached(method) as run:
-        pad = torch.zeros(1, long.shape[1] - SHORT, dtype=torch.long)
+        pad = long.new_zeros(1, long.shape[1] - SHORT)
         ids = torch.cat([long, torch.cat([pad, short], 1)])
         mask = torch.ones_like(ids)
         mask[1, : pad.shape[1]] = 0
         found, rows = _Rows(run, mask).go_on(ids)
         _compare(found, [one[0], other[0]], "in a batch")
-        found, rows = rows.go_on(torch.tensor([[a], [b]]))
+        found, rows = rows.go_on(_tokens([a], [b]))
         _compare(found, [one[1], other[1]], "in a batch, after a token")
-        found, rows = rows.reordered([1, 0]).go_on(torch.tensor([[c], [d]]))
+        found, rows = rows.reordered([1, 0]).go_on(_tokens([c], [d]))
         _compare(found, [other[2], one[2]], "with its beams in another order")
-        found, _ = rows.reordered([0, 0]).go_on(torch.tensor([[e], [f]]))
+        found, _ = rows.reordered([0, 0]).go_on(_tokens([e], [f]))
         _compare(found, [other[3], third[3]], "with two beams from one")
 
     with _attached(method) as run:
@@ -106,7 +111,7 @@ def each_text_alone(method: Method) -> None:
         found, second = second.go_on(short)
         _compare(found, other[:1], "in turn with another text")
         for i, (x, y) in enumerate(((a, b), (d, c)), 1):
-            found, first = first.go_on(torch.tensor([[x]]))
+            found, first = first.go_on(_tokens([x]))
             _compare(found, one[i : i + 1], "in turn with another text")
-            found, second = second.go_on(torch.tensor([[y]]))
+            found, second = second.go_on(_tokens([y]))
             _compare(found, other[i : i + 1], "in turn with another text")

@@ -281,7 +281,11 @@ class Mask:
             rows = slice(start, stop)
             part = Pairs(q.take(rows), k, heads, rows, everything)
             kept = Mask(tuple(rules)).keeps(part)
-            return torch.ones(1, 1, stop - start, len(k), dtype=torch.bool) if kept is None else kept
+            return (
+                torch.ones(1, 1, stop - start, len(k), dtype=torch.bool, device=k.index.device)
+                if kept is None
+                else kept
+            )
 
         return ranges.encode(keeps, len(q))
 

@@ -136,6 +136,7 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
     carry = torch.cat(list(carries.values()), -1) if carries else None
     needs = replace(
         job.plan.needs, softcap=call.softcap is not None, sink=job.sink is not None, pattern=job.keep_pattern,
+        sinks_by_row=job.sink is not None and job.sink.numel() != call.heads,
         bias=job.bias is not None, dropout=job.dropout > 0, call=call, tensors=(q, k, v), learned=_learned(job),
     )  # fmt: skip
     job = replace(

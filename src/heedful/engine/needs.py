@@ -37,6 +37,7 @@ class Needs:
     whole_map: tuple[str, ...] = ()  # map steps that must see all rows at once
     softcap: bool = False
     sink: bool = False
+    sinks_by_row: bool = False  # of each text or query, not of each head alone
     bias: bool = False
     dropout: bool = False
     pattern: bool = False  # the caller wants the pattern back

@@ -38,9 +38,11 @@ class Choice:
     backend: str
     chosen: bool
     reasons: tuple[str, ...]
+    runs: str = ""  # what is called, where the name does not say it
 
     def __str__(self) -> str:
         state = "chosen" if self.chosen else "possible, but dearer" if not self.reasons else "no"
+        state += f": {self.runs}" if self.runs and not self.reasons else ""
         return f"{self.backend:<10} {state}" + "".join(f"\n           - {r}" for r in self.reasons)
 
 
@@ -75,5 +77,5 @@ def explain(stack: Part | Stack, *, softcap: bool = False, sink: bool = False) -
         reason = ("nothing acts between projection and output projection: the model's own attention runs",)
         return Explanation(stack, tuple(Choice(name, False, reason) for name in BACKENDS))
     best = select("auto", needs)
-    choices = tuple(Choice(n, b is best, tuple(b.refuses(needs))) for n, b in BACKENDS.items())
+    choices = tuple(Choice(n, b is best, tuple(b.refuses(needs)), b.runs(needs)) for n, b in BACKENDS.items())
     return Explanation(stack, choices)

@@ -2,7 +2,8 @@
 
 With `p` a weight, `g` what a row's output is given on the way back, `v` a value and `o` the output, a score is given
 `p (g v - g o)`, a value `p g`; queries and keys are given what their scores are, times the keys and queries that they
-met. One kernel goes through the keys of each row, for queries; the other through the rows of each key.
+met. One kernel goes through the keys of each row, for queries; another through the rows of each key. A bias is given
+what capped scores are: a third has a tile of it, and goes through all texts, heads and queries that it stands for.
 """
 
 from __future__ import annotations
@@ -25,18 +26,20 @@ class Back(NamedTuple):
 
 @triton.jit
 def _given(q, k, v, pull, level, met, kept, size, bias, batch, head, query, col):
-    """A tile's weights, and what its scores are given before they are capped and scaled."""
+    """A tile's weights, and what its scores are given after they are capped, and before they are capped and scaled."""
     capped = _capped(_product(q, tl.trans(k), size) * size.scale, size)
     scores = capped
     if bias is not None:
         scores += _added(bias, batch, head, query, col[None, :], (query < size.n)[:, None] & (col < size.m)[None, :])
     kept = kept & (level > float("-inf"))[:, None]
     weights = tl.where(kept, tl.exp(scores - level[:, None]), 0.0)
-    given = weights * (_product(pull, tl.trans(v), size) - met[:, None])
+    added = weights * (_product(pull, tl.trans(v), size) - met[:, None])
+    added = tl.where(kept, added, 0.0)  # what is masked may hold anything
+    given = added
     if size.softcap is not None:
-        share = capped / size.softcap
-        given = given * (1.0 - share * share)
-    return weights, tl.where(kept, given, 0.0)  # what is masked may hold anything
+        share = tl.where(kept, capped / size.softcap, 0.0)
+        given = added * (1.0 - share * share)
+    return weights, added, given
 
 
 @triton.jit
@@ -74,7 +77,7 @@ def pull_queries(
             same = shared + 0 * col
             k = _read(k_lines, batch, same, col, seen, size.d, BD)
             v = _read(v_lines, batch, same, col, seen, size.e, BE)
-            _, given = _given(q, k, v, pull, level, met, kept, size, bias, batch, head, query, col)
+            _, _, given = _given(q, k, v, pull, level, met, kept, size, bias, batch, head, query, col)
             summed += _product(given.to(k.dtype), k, size)
     wide = tl.arange(0, BD)
     there = inside[:, None] & (wide < size.d)[None, :]
@@ -108,7 +111,7 @@ def pull_keys(
             line = (batch * size.heads + head) * size.n + query
             level = tl.load(back.lse + line, mask=sees, other=float("-inf"))
             met = tl.load(back.met + line, mask=sees, other=0.0)
-            weights, given = _given(q, k, v, pull, level, met, kept, size, bias, batch, head, query, col)
+            weights, _, given = _given(q, k, v, pull, level, met, kept, size, bias, batch, head, query, col)
             keys += _product(tl.trans(given).to(q.dtype), q, size)
             values += _product(tl.trans(weights).to(pull.dtype), pull, size)
     line = (batch * shared_heads + shared) * size.m + col
@@ -117,3 +120,54 @@ def pull_keys(
     tl.store(at, keys * size.scale, mask=inside[:, None] & (wide < size.d)[None, :])
     at = made_v + line[:, None] * size.e + far[None, :]
     tl.store(at, values, mask=inside[:, None] & (far < size.e)[None, :])
+
+
+class Apart(NamedTuple):
+    """How many texts, heads and queries a bias tells apart: 1, or all."""
+
+    texts: int
+    heads: int
+    queries: int
+
+
+@triton.jit
+def pull_bias(
+    q_lines, k_lines, v_lines, pull_lines, size, keep, bias, back, apart, texts, made,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, RANGES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What a bias is given, `[b|1 h|1 n|1 m]`; with ROWS it tells queries apart."""
+    text, mine = tl.program_id(2) // apart.heads, tl.program_id(2) % apart.heads
+    first = tl.program_id(0) * BN
+    col = first + tl.arange(0, BN)
+    inside = col < size.m
+    begin, end = tl.program_id(1) * BM, size.n
+    if ROWS:
+        end = begin + BM
+    summed = tl.zeros([BM, BN], tl.float32)
+    for i in range(texts // apart.texts):
+        batch = _wide(text + i)
+        for j in range(size.heads // apart.heads):
+            head = mine + j
+            for start in range(begin, end, BM):
+                query = start + tl.arange(0, BM)
+                heads = head + 0 * query
+                kept = _pairs(keep, size, batch, heads, query, col, first, RANGES)
+                sees, seen = tl.max(kept.to(tl.int32), 1) > 0, tl.max(kept.to(tl.int32), 0) > 0
+                if tl.max(sees.to(tl.int32)) > 0:
+                    shared = head // size.group + 0 * col
+                    q = _read(q_lines, batch, heads, query, sees, size.d, BD)
+                    pull = _read(pull_lines, batch, heads, query, sees, size.e, BE)
+                    k = _read(k_lines, batch, shared, col, seen, size.d, BD)
+                    v = _read(v_lines, batch, shared, col, seen, size.e, BE)
+                    line = (batch * size.heads + head) * size.n + query
+                    level = tl.load(back.lse + line, mask=sees, other=float("-inf"))
+                    met = tl.load(back.met + line, mask=sees, other=0.0)
+                    _, added, _ = _given(q, k, v, pull, level, met, kept, size, bias, batch, heads, query, col)
+                    summed += added
+    line = _wide(tl.program_id(2)) * apart.queries
+    if ROWS:
+        query = begin + tl.arange(0, BM)
+        at = made + (line + query)[:, None] * size.m + col[None, :]
+        tl.store(at, summed, mask=(query < size.n)[:, None] & inside[None, :])
+    else:
+        tl.store(made + line * size.m + col, tl.sum(summed, 0), mask=inside)

@@ -1,35 +1,20 @@
-"""Calls the kernels: block sizes, a split of long caches among programs, and the order of passes."""
+"""Calls the kernels: a split of long caches among programs, and the order of passes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from heedful.gpu import backward, interpreted, kernels
-from heedful.gpu.backward import Back
+from heedful.gpu import backward, blocks, decode, interpreted, kernels
+from heedful.gpu.backward import Apart, Back
+from heedful.gpu.blocks import BACK, ROWS, STEP, Tiles
+from heedful.gpu.decode import Made, Seen
 from heedful.gpu.kernels import Found, Keep, Lines, Sizes
-
-SPAN = 1024  # keys to a program where a call has too few rows to fill a GPU
-FEW = 64  # programs below which keys are split
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How many rows and keys a program has at a time."""
-
-    rows: int
-    keys: int
-
-
-def tiles(width: int, rows: int) -> Tiles:
-    """What fits into the shared memory of any card since Volta, in float32 too: untuned, and safe."""
-    keys = 64 if width <= 64 else 32 if width <= 128 else 16
-    return Tiles(max(16, min(64, keys * 2, triton.next_power_of_2(rows))), keys)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +40,34 @@ class Problem:
     offset: int = 0  # of distances: that of the first query and the first key, less the least one
     reach: int = 0  # how many distances there are; 0 where none are asked for
 
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """What operators take, in this order."""
+        return tuple(getattr(self, x.name) for x in fields(self))
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One query of each head as the kernel takes it; `ends`, `places` and `base` are as in `decode.Seen`."""
+
+    q: Tensor  # [b h 1 d]
+    k: Tensor  # [b g m d], or [t d] of all heads, one after another, where there is a base
+    v: Tensor
+    ends: Tensor
+    scale: float
+    keys: int  # columns
+    longest: int  # the most keys that a unit sees
+    softcap: float | None = None
+    bias: Tensor | None = None
+    sink: Tensor | None = None
+    places: Tensor | None = None
+    base: Tensor | None = None
+    weights: bool = False
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, x.name) for x in fields(self))
+
 
 @dataclass(frozen=True, eq=False)
 class Answer:
@@ -75,8 +88,8 @@ def attend(p: Problem) -> Answer:
     """One call; the second pass over keys, and the third, are made where columns or distances are asked for."""
     size, keep = _sizes(p), _keep(p)
     q, k, bias = _lines(p.q), _lines(p.k), None if p.bias is None else _shared(p.bias)
-    fit = tiles(max(size.d, size.e), size.n * size.group)
-    widths = {"BD": _power(size.d), "RANGES": p.ranges.shape[3]}
+    fit = blocks.tiles(ROWS, max(size.d, size.e), size.n * size.group, p.q.device, p.block)
+    widths = {"BD": _power(size.d), "RANGES": p.ranges.shape[3], **fit.how}
     answer = _rows(p, q, k, size, keep, bias, fit, widths)
     texts = p.q.shape[0] * size.heads
     if p.received:
@@ -98,28 +111,86 @@ def attend(p: Problem) -> Answer:
     return answer
 
 
-def pull(p: Problem, out: Tensor, lse: Tensor, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What queries, keys and values are given, in float32, when the output is given that."""
+def step(p: Step) -> tuple[Tensor, Tensor | None]:
+    """Heads `[b h 1 e]` of one query each, and their weights `[b h m]` where these are asked for."""
+    b, h, _, d = p.q.shape
+    flat, units, e = p.base is not None, p.ends.shape[1], p.v.shape[-1]
+    g = p.k.shape[1] if p.base is None else p.base.shape[1]
+    k, v = (Lines(x, 0, 0, x.stride(0)) if flat else _lines(x) for x in (_close(p.k), _close(p.v)))
+    size = Sizes(h, h // g, 1, p.keys, d, e, 0, p.scale, p.softcap, _widened(p.q))
+    fit = blocks.tiles(STEP, max(d, e), h // units, p.q.device)
+    span = blocks.span(p.longest, b * units)
+    splits = triton.cdiv(max(1, p.longest), span)
+    out, lse = (p.q.new_empty(splits, b, h, *last, dtype=torch.float32) for last in ((e,), ()))
+    scores = torch.full((b, h, p.keys), float("-inf"), dtype=torch.float32, device=p.q.device) if p.weights else None
+    seen = Seen(p.ends, units, p.places, 0 if p.places is None else p.places.shape[2], p.base)
+    bias = None if p.bias is None else _shared(p.bias)
+    _call(
+        decode.attend_step, (splits, b * units), _lines(p.q), k, v, size, seen, bias, p.sink, Made(out, lse, scores),
+        span, BM=max(16, fit.rows), BN=fit.keys, BD=_power(d), BE=_power(e), **fit.how,
+    )  # fmt: skip
+    heads, whole = _merged(out[..., None, :], lse[..., None])
+    if scores is None:
+        return heads, None
+    level = whole.masked_fill(whole == float("-inf"), 0.0)  # of heads that see nothing
+    return heads, (scores - level).exp()
+
+
+def _merged(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """What spans of keys come to together, `out [splits b h n e]` and `lse [splits b h n]`."""
+    if len(out) == 1:
+        return out[0], lse[0]
+    whole = torch.logsumexp(lse, 0)
+    share = (lse - whole).exp().nan_to_num(0.0)  # a row that sees nothing has no share in anything
+    return (out * share[..., None]).sum(0), whole
+
+
+def pull(
+    p: Problem, out: Tensor, lse: Tensor, given: Tensor, to_bias: bool = False, to_sink: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What queries, keys, values, bias and sink are given, in float32, when the output is given that."""
     size, keep, bias = _sizes(p), _keep(p), None if p.bias is None else _shared(p.bias)
     back = Back(lse.contiguous(), (given.float() * out).sum(-1).contiguous())
     lines = [_lines(x) for x in (p.q, p.k, p.v, given.to(p.v.dtype))]
     q, k, v = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (p.q, p.k, p.v))
-    fit = tiles(2 * max(size.d, size.e), size.n * size.group)
+    fit = blocks.tiles(BACK, max(size.d, size.e), size.n * size.group, p.q.device, p.block)
     widths = {"BM": fit.rows, "BN": fit.keys, "BD": _power(size.d), "BE": _power(size.e), "RANGES": p.ranges.shape[3]}
+    widths |= fit.how
     groups = p.q.shape[0] * size.heads // size.group
     rows, columns = triton.cdiv(size.n * size.group, fit.rows), triton.cdiv(size.m, fit.keys)
     _call(backward.pull_queries, (rows, groups), *lines, size, keep, bias, back, q, **widths)
     _call(backward.pull_keys, (columns, groups), *lines, size, keep, bias, back, k, v, **widths)
-    return q, k, v
+    made = _pulled_bias(p, p.bias, lines, (size, keep, back), fit, widths) if to_bias and p.bias is not None else None
+    return q, k, v, made, _pulled_sink(p.sink, back) if to_sink and p.sink is not None else None
+
+
+def _pulled_bias(
+    p: Problem, bias: Tensor, lines: list[Lines], of: tuple[Sizes, Keep, Back], fit: Tiles, widths: dict[str, int]
+) -> Tensor:
+    size, keep, back = of
+    apart = Apart(*bias.shape[:3])
+    made = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
+    rows = triton.cdiv(size.n, fit.rows) if apart.queries > 1 else 1
+    grid = (triton.cdiv(size.m, fit.keys), rows, apart.texts * apart.heads)
+    _call(
+        backward.pull_bias, grid, *lines, size, keep, _shared(bias), back, apart, p.q.shape[0], made,
+        ROWS=apart.queries > 1, **widths,
+    )  # fmt: skip
+    return made
+
+
+def _pulled_sink(sink: Tensor, back: Back) -> Tensor:
+    """A sink has a weight, like a key, and no value; where nothing is seen it has all of it, and gives nothing."""
+    return -((sink[:, None] - back.lse).exp() * back.met).sum((0, 2))
 
 
 def _rows(
     p: Problem, q: Lines, k: Lines, size: Sizes, keep: Keep, bias: Lines | None, fit: Tiles, widths: dict[str, int]
 ) -> Answer:
     b, groups = p.q.shape[0], size.heads // size.group
-    blocks = triton.cdiv(size.n * size.group, fit.rows)
+    programs = triton.cdiv(size.n * size.group, fit.rows)
     plain = not (p.entropy or p.place or p.first_at is not None or p.carry is not None)
-    span = SPAN if plain and blocks * b * groups < FEW else max(1, size.m)
+    span = blocks.span(size.m, programs * b * groups, whole=not plain)
     splits = triton.cdiv(max(1, size.m), span)
 
     def room(wanted: bool, *last: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
@@ -133,13 +204,12 @@ def _rows(
         room(p.carry is not None, size.c),
     )  # fmt: skip
     _call(
-        kernels.attend_rows, (blocks, b * groups, splits), q, k, _lines(p.v), size, keep, bias, p.sink, p.first_at,
+        kernels.attend_rows, (programs, b * groups, splits), q, k, _lines(p.v), size, keep, bias, p.sink, p.first_at,
         carry, found, span, BM=fit.rows, BN=fit.keys, BE=_power(size.e), BC=_power(size.c), **widths,
     )  # fmt: skip
     if splits > 1:
-        whole = torch.logsumexp(lse, 0)
-        share = (lse - whole).exp().nan_to_num(0.0)  # a row that sees nothing has no share in anything
-        return Answer((out * share.transpose(2, 3)[..., None]).sum(0).transpose(1, 2), whole)
+        heads, whole = _merged(out.transpose(2, 3), lse)
+        return Answer(heads.transpose(1, 2).contiguous().transpose(1, 2), whole)  # laid out as without a split
     alone = {name: x[0] for name, x in zip(Found._fields, found, strict=True) if x is not None}
     alone["out"] = alone["out"].transpose(1, 2)
     if p.carry is not None:
@@ -161,8 +231,13 @@ def _power(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
+def _close(x: Tensor) -> Tensor:
+    """The last axis without gaps."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _lines(x: Tensor) -> Lines:
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = _close(x)
     return Lines(x, *x.stride()[:3])
 
 
@@ -179,10 +254,12 @@ def _strides(x: Tensor) -> tuple[int, int]:
 
 def _sizes(p: Problem) -> Sizes:
     h, c = p.q.shape[1], 0 if p.carry is None else p.carry.shape[-1]
-    widened = 1 if interpreted() and p.q.dtype == torch.bfloat16 else None
-    return Sizes(
-        h, h // p.k.shape[1], p.q.shape[2], p.k.shape[2], p.q.shape[3], p.v.shape[3], c, p.scale, p.softcap, widened
-    )  # fmt: skip
+    shape = h, h // p.k.shape[1], p.q.shape[2], p.k.shape[2], p.q.shape[3], p.v.shape[3], c
+    return Sizes(*shape, p.scale, p.softcap, _widened(p.q))
+
+
+def _widened(q: Tensor) -> int | None:
+    return 1 if interpreted() and q.dtype == torch.bfloat16 else None
 
 
 def _keep(p: Problem) -> Keep:

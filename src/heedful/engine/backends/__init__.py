@@ -25,6 +25,10 @@ class Backend(Protocol):
         """Every reason why this backend cannot serve, empty when it can."""
         ...
 
+    def runs(self, needs: Needs) -> str:
+        """What is called, where the name does not say it."""
+        ...
+
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]: ...
 
 

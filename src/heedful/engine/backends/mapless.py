@@ -26,6 +26,7 @@ def kept_back(needs: Needs) -> list[str]:
     for there, what in (
         (needs.dropout, "dropout is on"),
         (needs.pattern, "the whole pattern was asked for (output_attentions)"),
+        (needs.sinks_by_row, "the model has a sink logit for each row"),
         (needs.transformed, TRANSFORMED),
     ):
         if there:

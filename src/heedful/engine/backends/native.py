@@ -34,12 +34,12 @@ class Native:
         reasons += kept_back(needs)
         if needs.gradients and (needs.reweights or any(x.requires_grad for x in needs.learned)):
             reasons.append("gradients of more than queries, keys and values are wanted, which this kernel cannot serve")
-        if needs.call is None:
-            return reasons
         for x in needs.tensors:
             if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
                 reasons.append(f"it runs on the CPU in float32 and bfloat16, and this call is {x.dtype} on {x.device}")
                 break
+        if needs.call is None:
+            return reasons
         if len({x.dtype for x in needs.tensors}) > 1:
             reasons.append("queries, keys and values are of unlike types")
         blocks = needs.call.mask.blocks
@@ -50,6 +50,9 @@ class Native:
         if not reasons and (needs.gradients or not _alone(needs.call)) and needs.key_ranges is None:
             reasons.append(STRETCHES)
         return reasons
+
+    def runs(self, needs: Needs) -> str:
+        return ""
 
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         kernel = library()

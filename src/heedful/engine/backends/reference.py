@@ -18,6 +18,9 @@ class Reference:
     def refuses(self, needs: Needs) -> list[str]:
         return []
 
+    def runs(self, needs: Needs) -> str:
+        return ""
+
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         call = job.call.tile(slice(0, q.shape[2]), slice(0, k.shape[2]))
         call = replace(call, keep=call.mask.keeps(call.pairs), above=job.call.earlier)

@@ -35,6 +35,9 @@ class Sdpa:
             reasons.append("the whole pattern was asked for (output_attentions), which this kernel never shows")
         return reasons
 
+    def runs(self, needs: Needs) -> str:
+        return ""
+
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         call = job.call
         flag, keep = _flag_or_table(call)

@@ -44,6 +44,9 @@ class Tiled:
     def tile_rows(self, b: int, h: int, k: int) -> int:
         return self.rows or max(LEAST, min(MOST, TILE_BYTES // max(1, 4 * b * h * k)))
 
+    def runs(self, needs: Needs) -> str:
+        return ""
+
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         q, k, v = wide(q), wide(k), wide(v)
         job = resolved(job, lambda first: self._all(first, q, k, v))

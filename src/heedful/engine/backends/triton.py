@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import BackendError
-from heedful.core.ragged import padded
+from heedful.core.ragged import Ragged, padded
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.engine.attention_call import AttentionCall
+from heedful.engine.backends import one_query
 from heedful.engine.backends.mapless import STRETCHES, first_columns, kept_back, lag, of_weights, seen_by, through
 from heedful.engine.needs import Needs
 from heedful.gpu import why_not
-
-if TYPE_CHECKING:
-    from heedful.gpu.launch import Answer, Problem
+from heedful.gpu.blocks import architecture, table
 
 WIDEST = 256  # of a head
 GRAIN = 64  # what a block of a block table must be a multiple of: the most keys that a tile has
+PASSES = {"received": "add_columns", "distance": "add_diagonals"}  # over keys, for these parts of a summary
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -31,18 +30,18 @@ class Triton:
 
     def refuses(self, needs: Needs) -> list[str]:
         call = needs.call
-        likely = "cuda" if torch.cuda.is_available() else "cpu"
-        device = needs.tensors[0].device if needs.tensors else torch.device(likely)
-        reasons = [reason] if (reason := why_not(device)) else []
+        reasons = [reason] if (reason := why_not(_device(needs))) else []
         reasons += kept_back(needs)
-        if needs.gradients and (needs.reweights or any(x.requires_grad for x in needs.learned)):
-            reasons.append("gradients of more than queries, keys and values are wanted, which this kernel cannot serve")
+        if needs.gradients and needs.reweights:
+            reasons.append(f"gradients are wanted through what {needs.reweights[0]} moves, which this kernel has not")
         if call is None or reasons:
             return reasons
         if any(x.dtype not in TYPES for x in needs.tensors) or len({x.dtype for x in needs.tensors}) > 1:
             reasons.append("it takes float16, bfloat16 and float32, and one type for queries, keys and values")
         if (widest := max(x.shape[-1] for x in needs.tensors)) > WIDEST:
             reasons.append(f"heads are {widest} wide, and {WIDEST} is the most that it takes")
+        if len(call.queries) == 1 and not needs.gradients:
+            return reasons  # whatever the mask is
         blocks = call.mask.blocks
         if len(blocks) > 1 or any(b.size % GRAIN or b.first is not None for b in blocks):
             reasons.append(f"it takes one block table that begins with the row, of blocks a multiple of {GRAIN} wide")
@@ -50,43 +49,54 @@ class Triton:
             reasons.append(STRETCHES)
         return reasons
 
+    def runs(self, needs: Needs) -> str:
+        passes = [name for part, name in PASSES.items() if part in needs.sums]
+        card = architecture(_device(needs))
+        sizes = f"block sizes tuned for {card}" if table().get(card) else "block sizes that are safe, and not tuned"
+        return f"attend_rows{''.join(f', {name}' for name in passes)}, and attend_step for one query; {sizes}"
+
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
-        q, k, v = padded(q), padded(k), padded(v)
         return through(lambda plain: _compute(plain, q, k, v), job, q, k, v), None
 
 
-class _Way(torch.autograd.Function):
-    """The way back through a call that the kernel has computed."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, problem: Problem, answer: Answer) -> Tensor:
-        ctx.save_for_backward(q, k, v, answer.out, answer.lse)
-        ctx.problem = problem
-        return answer.out
-
-    @staticmethod
-    def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
-        from heedful.gpu.launch import pull
-
-        if torch.is_grad_enabled():
-            rule = "the kernel for GPUs has no second derivatives, and create_graph=True asks for them"
-            raise BackendError(f"{rule}; attach with backend='tiled'")
-        q, k, v, out, lse = ctx.saved_tensors
-        made = pull(replace(ctx.problem, q=q, k=k, v=v), out, lse, given)
-        return *(new.to(x.dtype) for new, x in zip(made, (q, k, v), strict=True)), None, None
+def _device(needs: Needs) -> torch.device:
+    """That of the call; where none is known, the likely one."""
+    return needs.tensors[0].device if needs.tensors else torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _compute(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with torch.no_grad():
-        problem, answer = _answered(job, q, k, v)
-    if job.needs is not None and job.needs.gradients:
-        heads: Tensor = _Way.apply(q, k, v, problem, answer)
-        return heads
-    return answer.out
+    if job.needs is None:
+        raise ValueError("the kernel was not asked if it can serve")
+    if q.shape[2] == 1 and not job.needs.gradients and (keys := one_query.seen(job.call, job.needs, k)) is not None:
+        return _one_query(job, keys, q, k, v)
+    return _answered(job, q, padded(k), padded(v))
 
 
-def _answered(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Problem, Answer]:
-    from heedful.gpu.launch import Problem, attend
+def _sink(job: AttentionCall) -> Tensor | None:
+    return None if job.sink is None else job.sink.float().reshape(-1).contiguous()
+
+
+def _one_query(job: AttentionCall, keys: one_query.Keys, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from heedful.gpu.launch import Step
+    from heedful.gpu.operators import step
+
+    flat = isinstance(k, Ragged) and isinstance(v, Ragged) and k.counts == v.counts
+    k, v = (x.flat if flat and isinstance(x, Ragged) else padded(x) for x in (k, v))
+    problem = Step(
+        q, k, v, keys.ends, job.call.scale, len(job.call.keys), keys.longest, job.call.softcap, job.bias, _sink(job),
+        keys.places, keys.base if flat else None, job.accumulator is not None,
+    )  # fmt: skip
+    heads, weights = step(problem)
+    if job.accumulator is not None and weights is not None:
+        is_text = job.call.queries.is_filled
+        weights = weights if is_text is None else weights * is_text
+        job.accumulator.whole = of_weights(weights, job.accumulator)
+    return heads
+
+
+def _answered(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from heedful.gpu.launch import Problem
+    from heedful.gpu.operators import ONCE, attend
 
     call, accumulator = job.call, job.accumulator
     if job.needs is None or (found := job.needs.key_ranges) is None:
@@ -95,17 +105,14 @@ def _answered(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Prob
     asked = frozenset[str]() if accumulator is None else accumulator.requested
     table = call.mask.blocks[0] if call.mask.blocks else None
     one = q.shape[2] == 1 and table is None  # the weights themselves are no more than a summary
-    problem = Problem(
-        q, k, v, ranges, call.scale, softcap=call.softcap,
-        bias=None if job.bias is None else job.bias.detach(),
-        sink=None if job.sink is None else job.sink.detach().float().reshape(-1).contiguous(),
+    answer = attend(Problem(
+        q, k, v, ranges, call.scale, softcap=call.softcap, bias=job.bias, sink=_sink(job),
         table=None if table is None else table.table.to(torch.uint8).contiguous(),
         block=0 if table is None else table.size,
         is_text=None if call.queries.is_filled is None else call.queries.is_filled[:, 0].to(torch.uint8).contiguous(),
         received="received" in asked or (one and accumulator is not None),
         **({} if one or accumulator is None else _more(accumulator, call, len(q))),
-    )  # fmt: skip
-    answer = attend(problem)
+    ))  # fmt: skip
     if accumulator is not None and one and answer.received is not None:
         accumulator.whole = of_weights(answer.received, accumulator)
     elif accumulator is not None:
@@ -115,7 +122,14 @@ def _answered(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Prob
             entropy=answer.entropy, peak=answer.peak, place=place, first=answer.first, distance=answer.distance,
             carried=answer.carried, nearest=accumulator.nearest if "distance" in asked else 0,
         )  # fmt: skip
-    return problem, answer
+    if answer.out.requires_grad:
+        answer.out.register_hook(lambda given: _once(ONCE))
+    return answer.out
+
+
+def _once(rule: str) -> None:
+    if torch.is_grad_enabled():
+        raise BackendError(f"{rule}; attach with backend='tiled'")
 
 
 def _seen(received: Tensor | None, call: Call, ranges: Tensor) -> Tensor | None:
