@@ -86,7 +86,7 @@ def test_random_problems_hold_and_a_fault_in_one_is_counted(monkeypatch: pytest.
 
     def off(kernel: Any, job: Any, *given: Any) -> Any:
         heads = plain(kernel, job, *given)
-        return heads + (torch.get_num_threads() > 1) * 1e-6
+        return heads * (1 + (torch.get_num_threads() > 1) * 0.02)
 
     monkeypatch.setattr(backend, "_compute", off)
     assert problems.Problem(3).complaints()[problems.SEVERAL] == 1
