@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heedful import attach
+from heedful import attach, check
+from heedful.conformance.bare import serving
 from heedful.conformance.tolerances import close_model, error
 from heedful.core.errors import BackendError
 from heedful.core.mask import Blocks, First, Rule, Where, Window
+from heedful.core.method import Method
+from heedful.methods import ACT, SinkRate, SpargeAttn
 from heedful.tiny import tiny, tiny_inputs
 
 from .kernel_calls import (
@@ -166,6 +169,14 @@ def test_a_model_learns_through_it_what_it_learns_without(kind: str) -> None:
     with attach(model, Scale(), backend="triton"):
         found = learned()
     assert all(close_model(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("kind", [ACT, SinkRate, SpargeAttn])  # moves weight, reads sums, narrows the mask
+def test_methods_keep_their_laws_on_the_kernel(kind: type[Method]) -> None:
+    only = ("backends_agree", "told_alike", "masked_rows")
+    assert "triton" in serving(kind.example())
+    report = check(kind, only, DEVICE)
+    assert report.ok, report
 
 
 def test_what_has_no_way_back_is_refused() -> None:
