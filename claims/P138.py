@@ -15,10 +15,10 @@ from heedful.authoring import Stack
 from heedful.methods import FocusICL
 
 KINDS = {
-    "animal": "dog cat horse tiger rabbit monkey mouse lion sheep goat camel eagle whale snake frog",
-    "food": "bread cheese rice soup apple banana pasta butter honey cake salad pizza egg lemon grape",
-    "tool": "hammer saw drill knife shovel pliers wrench ladder broom brush axe rake screw scissors needle",
-    "clothing": "shirt coat hat shoe sock scarf glove dress jacket belt skirt boot tie sweater jeans",
+    "blue": "dog cat horse tiger rabbit monkey mouse lion sheep goat camel eagle whale snake frog",
+    "red": "bread cheese rice soup apple banana pasta butter honey cake salad pizza egg lemon grape",
+    "green": "hammer saw drill knife shovel pliers wrench ladder broom brush axe rake screw scissors needle",
+    "white": "shirt coat hat shoe sock scarf glove dress jacket belt skirt boot tie sweater jeans",
 }
 SHOTS, ASKED, BATCH, DROP = (
     40,
@@ -77,11 +77,11 @@ CLAIM = Claim(
     says="With many demonstrations, leaving out their least attended tokens and attending to them in batches improves "
     "what is learned in context.",
     paper_number="5.2 % on average above plain in-context learning (abstract)",
-    setup=f"SmolLM2-135M-Instruct; {SHOTS} demonstrations name the kind of a word (animal, food, tool or clothing), "
-    f"anew for each of {ASKED} questions a seed; batches of {BATCH}, {DROP:.0%} of the tokens left out, numbers taken "
-    "before any was measured. In the details either part alone. The paper asks models of 7B and more hard questions, "
-    "and chooses both numbers for each task.",
-    effect="log-probability of the right kind among the four, filtered and in batches minus all at once",
+    setup=f"SmolLM2-135M-Instruct; {SHOTS} demonstrations give words a colour by their kind (animals blue, food red, "
+    f"tools green, clothing white), anew for each of {ASKED} questions a seed; batches of {BATCH}, {DROP:.0%} of the "
+    "tokens left out, numbers taken before any was measured. Kinds by their own names were left after one prompt, which every "
+    "way answered surely. In the details either part alone. The paper asks models of 7B and more hard questions.",
+    effect="log-probability of the right colour among the four, filtered and in batches minus all at once",
     measure=measure,
     strong=0.1,
 )

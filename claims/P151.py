@@ -13,9 +13,9 @@ from heedful.authoring import Call, Mask, Paper, Site, Where, at
 from heedful.core.method import Stack
 from heedful.methods import PrefixGlobal
 
-LENGTH, PREFIX, RADIUS = 96, 8, 4  # tokens
+LENGTH, PREFIX, RADIUS = 64, 8, 4  # tokens
 VALUES, COPY = 16, 24  # what the prefix holds; after these come the names of its places, then the token that copies
-STEPS, BATCH, RATE, TRIED = 250, 8, 3e-3, 64
+STEPS, BATCH, RATE, TRIED = 200, 8, 3e-3, 64
 LABELS = 25
 
 
