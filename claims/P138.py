@@ -79,8 +79,8 @@ CLAIM = Claim(
     paper_number="5.2 % on average above plain in-context learning (abstract)",
     setup=f"SmolLM2-135M-Instruct; {SHOTS} demonstrations give words a colour by their kind (animals blue, food red, "
     f"tools green, clothing white), anew for each of {ASKED} questions a seed; batches of {BATCH}, {DROP:.0%} of the "
-    "tokens left out, numbers taken before any was measured. Kinds by their own names were left after one prompt, which every "
-    "way answered surely. In the details either part alone. The paper asks models of 7B and more hard questions.",
+    "tokens left out, numbers taken before any was measured. Kinds by their own names were left after one prompt, "
+    "which every way answered surely. In the details either part alone. The paper asks models of 7B and more.",
     effect="log-probability of the right colour among the four, filtered and in batches minus all at once",
     measure=measure,
     strong=0.1,
