@@ -20,12 +20,8 @@ KINDS = {
     "green": "hammer saw drill knife shovel pliers wrench ladder broom brush axe rake screw scissors needle",
     "white": "shirt coat hat shoe sock scarf glove dress jacket belt skirt boot tie sweater jeans",
 }
-SHOTS, ASKED, BATCH, DROP = (
-    40,
-    6,
-    10,
-    0.1,
-)  # demonstrations, questions a seed, demonstrations in a batch, share left out
+SHOTS, ASKED = 40, 6  # demonstrations, and questions a seed
+BATCH, DROP = 10, 0.1  # demonstrations in a batch, share left out
 
 
 @cache

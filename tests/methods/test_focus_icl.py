@@ -13,6 +13,7 @@ from heedful import attach, models
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
+from heedful.core.mask import Mask
 from heedful.core.regions import PerText, Region, numbered
 from heedful.methods import FocusICL
 
@@ -90,8 +91,21 @@ def test_a_question_is_read_as_ever_where_one_batch_holds_all() -> None:
     for drop, size, idle in ((0.0, 5, True), (0.0, 4, False), (0.1, 5, False)):
         call = replace(Bare(Shape()).call, roles=roles)
         assert FocusICL(drop, size).idle(call) == idle
+    each = PerText((Region(SPANS), Region(SPANS[:2])))
+    assert not FocusICL(0.0, 2).idle(replace(Bare(Shape()).call, roles={"demonstrations": each}))
     assert close_model(changed[:, :10], plain[:, :10])
     assert not close_model(changed[:, 14:], plain[:, 14:])
+
+
+def test_batches_do_not_see_each_other_in_either_direction() -> None:
+    bare = Bare(Shape(b=1, q=N, k=N))
+    call = replace(bare.call, roles={"demonstrations": SPANS})
+    whole = call.tile(slice(0, N), slice(0, N))
+    keep = FocusICL(0.0, 2).part(Mask(), call).keeps(whole.pairs)
+    for i in range(N):
+        for j in range(N):
+            apart = home(i) >= 0 and home(j) >= 0 and home(i) // 2 != home(j) // 2
+            assert bool(keep[0, 0, i, j]) != apart
 
 
 def test_spans_are_numbered_and_may_not_overlap() -> None:

@@ -83,12 +83,13 @@ class FocusICL(Method):
         out = (self.drop * seen.sum(-1, keepdim=True)).floor()
         if not bool((out > 0).any()):
             return scores
-        rank = scores.detach().masked_fill(~seen, torch.inf).argsort(dim=-1, stable=True).argsort(-1)
+        rank = scores.detach().masked_fill(~seen, torch.inf).argsort(-1).argsort(-1)
         return scores.masked_fill(seen & (rank < out), -torch.inf)
 
     def _begun(self, spans: Region, position: Tensor) -> Tensor:
         """How many batches of demonstrations begin at each position or before it."""
-        return sum((position >= start).long() for start, _ in spans[:: self.size]) + torch.zeros_like(position)
+        starts = torch.tensor([start for start, _ in spans[:: self.size]], dtype=torch.long, device=position.device)
+        return (position[..., None] >= starts).sum(-1)
 
     def _batch(self, call: Call, position: Tensor) -> Tensor:
         """Which batch of demonstrations each position belongs to; -1 where it is of the question."""
