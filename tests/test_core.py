@@ -127,6 +127,9 @@ def test_stacks_hold_methods_only() -> None:
         (lambda: Prompt((1, 2)).only(()), "in their order"),
         (lambda: Prompt((1, 2)).only((1, 2)), "in their order"),
         (lambda: Prompt((1, 2)).only((-1, 0)), "in their order"),
+        (lambda: Prompt((1, 2)).inserted(3, Prompt((5,))), "must be a place from 0 to 2"),
+        (lambda: Prompt((1, 2)).inserted(-1, Prompt((5,))), "must be a place from 0 to 2"),
+        (lambda: Prompt((1, 2)).piece(1, 3), "in their order"),
         (lambda: Prompt((1, 2), {"a": ((0, 1),)}).reordered("a", (1,)), "must name each of 1 spans once"),
     ],
 )
@@ -210,6 +213,24 @@ def test_a_prompt_of_some_of_its_tokens() -> None:
     assert new.tokens == (11, 14, 16, 19)
     assert new.roles == {"documents": ((0, 1), (1, 3)), "needle": (), "context": ((0, 3),)}
     assert Prompt((1, 2)).only((0, 1)) == Prompt((1, 2))
+
+
+def test_a_piece_of_a_prompt_has_the_spans_that_lie_within_it() -> None:
+    roles = {"documents": ((1, 3), (4, 7)), "needle": ((2, 3),), "context": ((0, 7),), "across": ((3, 5),)}
+    new = Prompt(tuple(range(10, 20)), roles).piece(4, 8)
+    assert new.tokens == (14, 15, 16, 17)
+    assert new.roles == {"documents": ((0, 3),), "needle": (), "context": (), "across": ()}
+
+
+def test_a_prompt_takes_in_another_with_its_roles() -> None:
+    roles = {"documents": ((1, 3), (3, 5)), "context": ((0, 5),)}
+    other = Prompt((7, 8), {"documents": ((0, 1),), "new": ((0, 2),)})
+    new = Prompt(tuple(range(10, 16)), roles).inserted(3, other)
+    assert new.tokens == (10, 11, 12, 7, 8, 13, 14, 15)
+    assert new.roles == {"documents": ((1, 3), (3, 4), (5, 7)), "context": ((0, 7),), "new": ((3, 5),)}
+    first, last = (Prompt((1, 2), {"all": ((0, 2),)}).inserted(place, Prompt((9,))) for place in (0, 2))
+    assert (first.tokens, first.roles) == ((9, 1, 2), {"all": ((1, 3),)})
+    assert (last.tokens, last.roles) == ((1, 2, 9), {"all": ((0, 2),)})
 
 
 def test_spans_inside_a_reordered_document_move_along() -> None:

@@ -364,7 +364,7 @@ MUTANTS = [
     ("is_documented", Undocumented(), "lacks title, authors"),
     ("folds_are_equal", FoldsElsewhere(), "in weights, logits differ"),
     ("surgery_is_clean", DoublesAlways(), "changes the model"),
-    ("prompt_steps", InventsTokens(), "tokens that the old one has not: [127]"),
+    ("prompt_steps", InventsTokens(), "tokens that the old one has not and `adds` does not tell: [127]"),
     ("prompt_steps", ReversesAlways(), "changes the prompt"),
     ("decoding_steps", LikesTheWorst(), "decodes otherwise"),
     ("decoding_steps", Moody(), "other tokens"),

@@ -16,6 +16,7 @@ from heedful.conformance.model_laws import meeting, partners
 from heedful.conformance.subjects import SUBJECTS, subjects_of, tiny_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
+from heedful.core.kinds import Prompt, Reader, Tokens
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
@@ -195,3 +196,20 @@ def test_partners_are_one_of_each_way_to_act() -> None:
     methods = [kind for kind in entries().values() if issubclass(kind, Method)]
     assert len(all_of_them) == sum("text" in kind.subjects for kind in methods)
     assert [repr(m) for m in partners(Reads())] == [repr(m) for m in drawn], "drawn the same every time"
+
+
+def test_a_prompt_grows_by_what_was_declared_and_no_more() -> None:
+    class Grows(Tokens):
+        paper = PAPER
+        more: int = 2
+
+        def adds(self, prompt: Prompt) -> tuple[int, ...]:
+            return (127, 127)
+
+        def arrange(self, prompt: Prompt, read: Reader) -> Prompt:
+            return Prompt((127,) * self.more + prompt.tokens)
+
+    assert check(Grows(), only=("prompt_steps",)).ok
+    verdict = check(Grows(3), only=("prompt_steps",))["prompt_steps"]
+    assert verdict.outcome == "broken"
+    assert "`adds` does not tell: [127]" in verdict.reason

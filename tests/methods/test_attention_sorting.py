@@ -7,7 +7,8 @@ import heedful
 from heedful import Prompt, catalogue, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
-from heedful.methods.intervene.language.attention_sorting import AttentionSorting, _DocumentAttention
+from heedful.methods.intervene.language._documents import DocumentAttention
+from heedful.methods.intervene.language.attention_sorting import AttentionSorting
 
 SPANS = ((2, 5), (5, 11), (12, 14), (14, 19))
 
@@ -33,7 +34,7 @@ def scores(model, shown: Prompt) -> torch.Tensor:
 def test_scores_are_those_of_the_whole_map(kind: str) -> None:
     model = models.tiny(kind, attn_implementation="eager")
     shown = prompt()
-    reader = _DocumentAttention("documents", 22)
+    reader = DocumentAttention("documents", 22)
     for how in ({"backend": "reference"}, {"tile_rows": 1}, {"tile_rows": 7}):
         with heedful.attach(model, reader, roles=shown.roles, **how) as run, torch.no_grad():
             run(torch.tensor([shown.tokens]))

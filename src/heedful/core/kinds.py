@@ -70,6 +70,22 @@ class Prompt:
         roles = {name: tuple((a, b) for a, b in found if a < b) for name, found in spans.items()}
         return replace(self, tokens=tuple(self.tokens[n] for n in numbers), roles=roles)
 
+    def piece(self, start: int, stop: int) -> Prompt:
+        """The prompt of these tokens alone, with the spans that lie within them; unlike `only` it cuts no span."""
+        within = {name: tuple(x for x in spans if start <= x[0] and x[1] <= stop) for name, spans in self.roles.items()}
+        return replace(self, roles=within).only(tuple(range(start, stop)))
+
+    def inserted(self, place: int, other: Prompt) -> Prompt:
+        """The prompt with another one before its token `place`; a span around the place grows, spans of both join."""
+        if not 0 <= place <= len(self):
+            raise FieldError(self, "place", place, f"must be a place from 0 to {len(self)}", len(self))
+        n = len(other)
+        roles = {}
+        for name in (*self.roles, *(x for x in other.roles if x not in self.roles)):
+            stay = [(a + n * (a >= place), b + n * (b > place)) for a, b in self.roles.get(name, ())]
+            roles[name] = tuple(sorted(stay + [(a + place, b + place) for a, b in other.roles.get(name, ())]))
+        return replace(self, tokens=self.tokens[:place] + other.tokens + self.tokens[place:], roles=roles)
+
     def reordered(self, role: str, order: tuple[int, ...]) -> Prompt:
         """The same prompt with the spans of one role in another order; what stands between them stays in place."""
         spans = self.spans(role)
@@ -111,9 +127,13 @@ Reader = Callable[[Prompt, Method], Any]
 
 
 class Tokens(CatalogueEntry, abstract=True):
-    """Drops, merges or reorders the tokens of a prompt."""
+    """Drops, merges, reorders or repeats the tokens of a prompt."""
 
     kind = "tokens"
+
+    def adds(self, prompt: Prompt) -> tuple[int, ...]:
+        """The tokens that `arrange` may put beside those of the prompt, each as often as it may."""
+        return ()
 
     @abstractmethod
     def arrange(self, prompt: Prompt, read: Reader) -> Prompt:

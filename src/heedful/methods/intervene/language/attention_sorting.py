@@ -2,49 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt, Reader, Tokens
-from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
-from heedful.core.sites import Site, reads
-from heedful.core.stats import Statistic, Sum
-
-_PAPER = Paper(
-    "P125",
-    "Attention Sorting Combats Recency Bias In Long Context Language Models",
-    "Alexander Peysakhovich, Adam Lerer",
-    2023,
-    "2310.01427",
-    differs=(
-        "All documents are kept; the authors' code can also keep the best few.",
-        "Documents that are attended equally keep their order; the authors' code turns it round.",
-    ),
-)
-
-
-class _DocumentAttention(Method):
-    """What the last row of a prompt gives to each span of a role, heads averaged."""
-
-    role: str
-    last: int  # the position of the prompt's last token
-
-    @reads(Site.PATTERN)
-    def sum_spans(self, weights: Tensor, call: Call) -> Statistic | None:
-        row = (call.q_pos[0, 0] == self.last).nonzero().flatten()
-        if not len(row):
-            return None
-        given = weights[:, :, int(row)]  # [b h k]
-        place = call.pairs.k[..., 0, :]
-        sums = [(given * ((place >= start) & (place < stop))).sum(-1).mean() for start, stop in call.region(self.role)]
-        return Sum.of(torch.stack(sums))
-
-    def answer(self, readings: Readings) -> Tensor:
-        """The scores of the documents, layers averaged."""
-        return torch.stack(readings.values_by_layer).mean(0)
+from heedful.methods.intervene.language._documents import DocumentAttention
 
 
 class AttentionSorting(Tokens):
@@ -53,7 +14,17 @@ class AttentionSorting(Tokens):
     A longer document counts for more, since scores are sums; the spans must hold a document's heading and its end too.
     """
 
-    paper = _PAPER
+    paper = Paper(
+        "P125",
+        "Attention Sorting Combats Recency Bias In Long Context Language Models",
+        "Alexander Peysakhovich, Adam Lerer",
+        2023,
+        "2310.01427",
+        differs=(
+            "All documents are kept; the authors' code can also keep the best few.",
+            "Documents that are attended equally keep their order; the authors' code turns it round.",
+        ),
+    )
     role: str = "documents"  # the role that names the documents' spans
     rounds: int = 3  # sorts; the authors' code: 3, their experiments up to 5
 
@@ -70,7 +41,7 @@ class AttentionSorting(Tokens):
     def arrange(self, prompt: Prompt, read: Reader) -> Prompt:
         prompt.spans(self.role)
         for _ in range(self.rounds):
-            scores = read(prompt, _DocumentAttention(self.role, len(prompt) - 1))
+            scores = read(prompt, DocumentAttention(self.role, len(prompt) - 1))
             order = tuple(scores.argsort(stable=True).tolist())
             if order == tuple(range(len(order))):
                 break  # the same prompt would be scored the same again
