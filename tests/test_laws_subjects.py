@@ -115,6 +115,36 @@ def test_a_law_is_broken_where_the_subject_shows_it(kind: type[Method], law: str
     assert re.match(reason, verdict.reason)
 
 
+class ByItsGradient(Method):
+    """Honest: in training it adds to scores what the gradient was that went back last."""
+
+    paper = PAPER
+    by: float = 100.0
+
+    def idle(self, call: Call) -> bool:
+        return not call.training
+
+    @at(Site.SCORES)
+    def add(self, scores: Tensor, call: Call) -> Tensor:
+        last = call.state.run.get("added")
+        call.state.run["added"] = added = torch.zeros_like(scores).requires_grad_()
+        again = 0.0 if last is None or last.grad is None else self.by * last.grad
+        return scores + added + again
+
+
+class ByNothing(ByItsGradient):
+    """Waits for a gradient, and does nothing with it."""
+
+    by: float = 0.0
+
+
+def test_a_method_may_wait_for_a_gradient_but_then_must_act() -> None:
+    assert check(ByItsGradient(), only=("example_acts",))["example_acts"].outcome == "kept"
+    verdict = check(ByNothing(), only=("example_acts",))["example_acts"]
+    assert verdict.outcome == "broken"
+    assert "changes nothing beyond rounding" in verdict.reason
+
+
 class MeanSoFar(Method):
     """Honest: gives each token the mean of the block's inputs so far."""
 

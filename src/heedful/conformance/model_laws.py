@@ -98,9 +98,25 @@ def example_acts(method: Method) -> None:
         with torch.no_grad():
             native = _two_steps(model) if steps else subject.logits(model)
         if close_model(found, native):
+            if _acts_after_a_gradient(method, subject, model):
+                continue
             raise Broken(f"{kind}: {method!r} changes nothing beyond rounding")
         if seen.inactive:
             raise Broken(f"{kind}: {'; '.join(seen.inactive)} changed nothing")
+
+
+def _acts_after_a_gradient(method: Method, subject: Subject, model: nn.Module) -> bool:
+    """Whether a forward is changed once one before it in the same run went back: some act in training by gradients."""
+    if not in_training_alone(method):
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InactiveWarning)
+        with subject.attach(model, method) as run:
+            run(**subject.inputs()).logits.square().sum().backward()
+            model.zero_grad()
+            with torch.no_grad():
+                found = run(**subject.inputs()).logits
+    return not close_model(found, subject.logits(model))
 
 
 def _two_steps(model: Any) -> Tensor:

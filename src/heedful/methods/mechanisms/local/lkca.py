@@ -1,0 +1,72 @@
+"""Weights a_ij = w[place of j - place of i], a kernel over offsets on the grid of patches: values are convolved."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.kit.patches import grid_of
+from heedful.methods.mechanisms.local._neighbours import pairs
+
+
+class LKCA(Method):
+    """One large kernel a head, in place of scores and softmax: no patch is asked what it is. For models trained so."""
+
+    paper = Paper(
+        "P154",
+        "LKCA: Large Kernel Convolutional Attention",
+        "Chenghao Li, Boheng Zeng, Yi Lu, Pengbo Shi, Qingzi Chen, Jirui Liu, Lingyun Zhu",
+        2024,
+        "2401.05738",
+        differs=(
+            "Only the abstract could be read, and the authors' code is not to be had: that a kernel is shared by the "
+            "channels of a head, and its size, are guesses.",
+            "It is the form that the paper calls attention's, a map whose entries are the kernel's; a test holds it "
+            "against the convolution. The layer's queries and keys go unused there.",
+            "Tokens outside the grid, as a class token, keep the model's own softmax over all tokens, and patches do "
+            "not see them.",
+            "Kernels are drawn as torch.nn.Conv2d draws them, by a generator seeded by the layer's number.",
+        ),
+    )
+    subjects = ("image",)
+    size: int = 11  # patches along a side of the kernel
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.size % 2 == 0:
+            raise FieldError(self, "size", self.size, "must be an odd number of patches", 11)
+
+    @classmethod
+    def example(cls) -> LKCA:
+        return cls(3)
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        random, shape = torch.Generator().manual_seed(layer.number), (layer.heads, self.size, self.size)
+        return {"kernel": (torch.rand(shape, generator=random) * 2 - 1) / self.size}
+
+    @at(Site.NORMALISE)
+    def convolve(self, scores: Tensor, call: Call) -> Tensor:
+        if len(grid_of(call)) != 2:
+            rule = f"a kernel has two sides, and the patches lie on a grid of {len(grid_of(call))}"
+            raise SiteError(f"{self!r}, layer {call.layer}: {rule}")
+        query, key, outside = pairs(call)
+        reach = self.size // 2
+        offset = (self.places(key, call) - self.places(query, call))[:, 0]  # [b|1 r k 2]
+        beyond = (offset.abs() > reach).any(-1)[:, None] | outside
+        down, right = (offset + reach).clamp(0, self.size - 1).unbind(-1)
+        weights = call.params["kernel"].to(scores.dtype)[:, down, right].transpose(0, 1)  # [b|1 h r k]
+        return torch.where(query[..., 0] < 0, scores.softmax(-1), weights.masked_fill(beyond, 0.0))
+
+    def places(self, at: Tensor, call: Call) -> Tensor:
+        """Where the kernel has patches `[... 2]` that lie there on the grid."""
+        return at
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model = models.tiny("vit", image_size=28)
+    inputs = models.tiny_inputs(model)
+    with attach(model, LKCA(5)) as run:
+        print(run.difference(**inputs))
+        print({name: tuple(p.shape) for name, p in run.state_dict().items()})

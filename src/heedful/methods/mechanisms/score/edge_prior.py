@@ -1,0 +1,65 @@
+"""p(e_i = j) ~ prior(i - j) exp(s_ij): attention is the mean over a latent edge e_i, and a prior knows of edges."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+
+
+class EdgePrior(Method):
+    """Adds to each score the logarithm of a prior over how far away a token looks; an even prior is softmax."""
+
+    paper = Paper(
+        "P108",
+        "Attention: Marginal Probability is All You Need?",
+        "Ryan Singh, Christopher L. Buckley",
+        2023,
+        "2304.04556",
+        differs=(
+            "Of the priors over edges that the paper speaks of this has those by distance, learned ones and the "
+            "geometric one; priors of zero and one are masks, which are rules here.",
+            "Distance is counted to either side alike. The model's own scores are the logarithm of the likelihood.",
+            "A learned prior is not made to add up to one, which softmax does not see.",
+        ),
+    )
+    subjects = ("text", "encoder-decoder")
+    decay: float = 0.0  # what the log prior loses with each token of distance; 0: it is even
+    learned: int = (
+        128  # distances with a learned log prior in each head, the last for all beyond; 0: the prior is fixed
+    )
+
+    def __post_init__(self) -> None:
+        if self.decay < 0:
+            raise FieldError(self, "decay", self.decay, "must be 0 or more", 0.1)
+        if self.learned < 0:
+            raise FieldError(self, "learned", self.learned, "must be 0 or more distances", 128)
+
+    @classmethod
+    def neutral(cls) -> EdgePrior:
+        return cls()
+
+    @classmethod
+    def example(cls) -> EdgePrior:
+        return cls(0.5, 4)
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        return {"prior": torch.zeros(layer.heads, self.learned)} if self.learned else {}
+
+    @at(Site.SCORES)
+    def lean(self, scores: Tensor, call: Call) -> Tensor:
+        far = call.distance.abs()
+        prior = -self.decay * far.to(scores.dtype)
+        if self.learned:
+            head = torch.arange(call.heads, device=far.device)[:, None, None]
+            prior = prior + call.params["prior"].to(scores.dtype)[head, far.clamp(max=self.learned - 1)]
+        return scores + prior
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model, tokenizer, _ = models.default()
+    with attach(model, EdgePrior(0.02, 0)) as run:
+        print(run.difference(**tokenizer("Paris is the capital of", return_tensors="pt")))
