@@ -16,6 +16,7 @@ from heedful.methods.explain.attention_lens import AttentionLens as AttentionLen
 from heedful.methods.explain.attention_output_sae import AttentionOutputSAE as AttentionOutputSAE
 from heedful.methods.explain.attention_viz import AttentionViz as AttentionViz
 from heedful.methods.explain.composition_score import CompositionScore as CompositionScore
+from heedful.methods.explain.head_circuits import HeadCircuits as HeadCircuits
 from heedful.methods.explain.image_decomposition import ImageDecomposition as ImageDecomposition
 from heedful.methods.explain.impermissible import Impermissible as Impermissible
 from heedful.methods.explain.maps import MAPS as MAPS
@@ -33,11 +34,13 @@ from heedful.methods.intervene.language.attention_influence import AttentionInfl
 from heedful.methods.intervene.language.attention_sorting import AttentionSorting as AttentionSorting
 from heedful.methods.intervene.language.attn_rank import AttnRank as AttnRank
 from heedful.methods.intervene.language.austeer import AUSteer as AUSteer
+from heedful.methods.intervene.language.best_order import BestOrder as BestOrder
 from heedful.methods.intervene.language.focus_directions import FocusDirections as FocusDirections
 from heedful.methods.intervene.language.head_scale import HeadScale as HeadScale
 from heedful.methods.intervene.language.largepig import LargePiG as LargePiG
 from heedful.methods.intervene.language.lofit import LoFiT as LoFiT
 from heedful.methods.intervene.language.pasta import PASTA as PASTA
+from heedful.methods.intervene.language.re_reading import ReReading as ReReading
 from heedful.methods.intervene.language.sadr import SADR as SADR
 from heedful.methods.intervene.language.soft_injection import SoftInjection as SoftInjection
 from heedful.methods.intervene.language.steer2edit import Steer2Edit as Steer2Edit
@@ -60,14 +63,17 @@ from heedful.methods.mechanisms.linear.fastmax import Fastmax as Fastmax
 from heedful.methods.mechanisms.linear.flow_attention import FlowAttention as FlowAttention
 from heedful.methods.mechanisms.linear.inline import InLine as InLine
 from heedful.methods.mechanisms.linear.lightning_attention import LightningAttention as LightningAttention
+from heedful.methods.mechanisms.linear.linear_self_attention import LinearSelfAttention as LinearSelfAttention
 from heedful.methods.mechanisms.linear.lln_attention import LLNAttention as LLNAttention
 from heedful.methods.mechanisms.linear.mala import MALA as MALA
 from heedful.methods.mechanisms.local.activator import Activator as Activator
 from heedful.methods.mechanisms.local.dynamic_conv import DynamicConv as DynamicConv
+from heedful.methods.mechanisms.local.ff_nified_attention import FFNifiedAttention as FFNifiedAttention
 from heedful.methods.mechanisms.local.generalized_neighborhood_attention import GeneralizedNeighborhoodAttention as GeneralizedNeighborhoodAttention
 from heedful.methods.mechanisms.local.halo_attention import HaloAttention as HaloAttention
 from heedful.methods.mechanisms.local.hepos import Hepos as Hepos
 from heedful.methods.mechanisms.local.light_conv import LightConv as LightConv
+from heedful.methods.mechanisms.local.lkca import LKCA as LKCA
 from heedful.methods.mechanisms.local.local_p import LocalP as LocalP
 from heedful.methods.mechanisms.local.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
 from heedful.methods.mechanisms.local.no_mixing import NoMixing as NoMixing
@@ -75,6 +81,7 @@ from heedful.methods.mechanisms.normalise.affine_scaled_attention import AffineS
 from heedful.methods.mechanisms.normalise.clipped_softmax import ClippedSoftmax as ClippedSoftmax
 from heedful.methods.mechanisms.normalise.landmark_attention import LandmarkAttention as LandmarkAttention
 from heedful.methods.mechanisms.normalise.normalized_attention import NormalizedAttention as NormalizedAttention
+from heedful.methods.mechanisms.normalise.random_feature_heads import RandomFeatureHeads as RandomFeatureHeads
 from heedful.methods.mechanisms.normalise.rectified_attention import RectifiedAttention as RectifiedAttention
 from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention as SigmoidAttention
 from heedful.methods.mechanisms.normalise.softplus_attention import SoftplusAttention as SoftplusAttention
@@ -96,7 +103,9 @@ from heedful.methods.mechanisms.routed.mosa import MoSA as MoSA
 from heedful.methods.mechanisms.routed.neural_attention_search import NeuralAttentionSearch as NeuralAttentionSearch
 from heedful.methods.mechanisms.routed.routing_transformer import RoutingTransformer as RoutingTransformer
 from heedful.methods.mechanisms.routed.sparse_k import SparseK as SparseK
+from heedful.methods.mechanisms.score.continuum_attention import ContinuumAttention as ContinuumAttention
 from heedful.methods.mechanisms.score.dual_attention import DualAttention as DualAttention
+from heedful.methods.mechanisms.score.edge_prior import EdgePrior as EdgePrior
 from heedful.methods.mechanisms.score.halved_attention import HalvedAttention as HalvedAttention
 from heedful.methods.mechanisms.score.mhe import MHE as MHE
 from heedful.methods.mechanisms.score.multi_token_attention import MultiTokenAttention as MultiTokenAttention
