@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain, repeat
+from itertools import chain, pairwise, repeat
 from math import prod
 from operator import index
 from typing import Any, Self
@@ -117,6 +117,17 @@ def marked(spans: Iterable[Span], position: Tensor) -> Tensor:
     # of the spans that begin at the position or before it
     last = torch.bucketize(position.contiguous(), starts, right=True) - 1
     return (last >= 0) & (position < stops.cummax(0).values[last.clamp(min=0)])
+
+
+def numbered(spans: Region, position: Tensor) -> Tensor:
+    """Which span each position lies in, counted from 0; -1 where in none."""
+    if any(one[1] > other[0] for one, other in pairwise(sorted(spans))):
+        rule = "must not overlap: a token is of one span or of none"
+        raise FieldError("attach()", "roles", tuple(spans), rule, ((0, 4), (4, 9)))
+    number = torch.full_like(position, -1)
+    for i, (start, stop) in enumerate(spans):
+        number = number.masked_fill((position >= start) & (position < stop), i)
+    return number
 
 
 def coordinates(region: Region, position: Tensor) -> Tensor:
