@@ -160,7 +160,7 @@ def test_says_what_is_wrong() -> None:
     with pytest.raises(FieldError, match="batches"):
         likeness(model, model, [])
     with pytest.raises(FieldError, match="by name"):
-        likeness(model, model, [ids(9)])
+        likeness(model, model, ids(9))  # type: ignore[arg-type]
     vit = models.tiny("vit", image_size=20)
     both = {"input_ids": ids(9), "pixel_values": torch.randn(1, 3, 20, 20)}
 
