@@ -153,7 +153,9 @@ def test_tiles_and_pieces_do_not_matter(cuts: tuple[int, ...]) -> None:
 def test_one_token_depends_on_nothing() -> None:
     model = models.tiny("llama")
     assert same(found(model, {"input_ids": ids(1)}, {"input_ids": ids(9)}), found(model, {"input_ids": ids(9)}))
-    assert bool(found(model, {"input_ids": ids(1)}).values.isnan().all())
+    nothing = found(model, {"input_ids": ids(1)})
+    assert bool(nothing.values.isnan().all())
+    assert not METHOD.describe(nothing).figures
 
 
 def test_looks_at_no_other_text() -> None:

@@ -191,6 +191,13 @@ def test_tells_what_a_reader_wants_to_know() -> None:
     assert none.weight < told.findings[0].weight
 
 
+def test_tells_nothing_where_no_query_is_behind_the_span() -> None:
+    looks = found(models.tiny("llama"), {"input_ids": ids(9)}, roles={"image": ((4, 9),)})
+    assert bool(looks.score.isnan().all())
+    assert looks.ranked == {}
+    assert not METHOD.describe(looks).figures
+
+
 def test_lists_ten_heads() -> None:
     score = torch.arange(1.0, 13.0)[None].double() / 20
     looks = Looks((0,), score, score, score, 0.1)

@@ -116,6 +116,8 @@ class AttentionNMI(Method):
         return Dependence(tuple(readings), values, self.low, self.high)
 
     def describe(self, answer: Dependence) -> Description:
+        if bool(answer.values.isnan().all()):  # no text had two tokens
+            return Description()
         what = (
             "The mutual information between a query's place and where it looks, over what it could be: 0 where all "
             "look at the same, 1 where each looks at one place of its own."

@@ -104,7 +104,9 @@ class VisualHeads(Method):
         return Looks(tuple(readings), *found.unbind(-1), self.least)
 
     def describe(self, answer: Looks) -> Description:
-        name = self.kind
+        name, ranked = self.kind, list(answer.ranked.items())
+        if not ranked:  # no query stands behind the span
+            return Description()
         maps = (
             HeadMap(
                 f"{name}_heads", f"Heads that look at the {name}",
@@ -121,7 +123,6 @@ class VisualHeads(Method):
         lines["score"] = answer.score.nanmean(1)
         what = f"Weight on {name} tokens, its concentration and the product, means over heads."
         curves = Curves(f"{name}_depth", f"Looking at the {name} by layer", what, answer.layers, lines, "layer", "")
-        ranked = list(answer.ranked.items())
         at = {layer: n for n, layer in enumerate(answer.layers)}
         rows = [
             (head_name(*head), f"{score:.2f}", percent(float(answer.weight[at[head[0]], head[1]])),
