@@ -205,7 +205,7 @@ def test_lists_ten_heads() -> None:
     assert str(looks).count(",") == 9
 
 
-@pytest.mark.parametrize(("field", "bad"), [("kind", ""), ("least", 0.0), ("least", 1.0)])
+@pytest.mark.parametrize(("field", "bad"), [("role", ""), ("least", 0.0), ("least", 1.0)])
 def test_says_what_is_wrong(field: str, bad: object) -> None:
     with pytest.raises(FieldError, match=field):
         VisualHeads(**{field: bad})

@@ -70,27 +70,27 @@ class VisualHeads(Method):
             "All queries behind the span count while a prompt is read; the authors' are of the tokens written.",
         ),
     )
-    kind: str = "image"  # the name of the span
+    role: str = "image"  # the name of the span
     least: float = 0.1  # score of a visual head
 
     def __post_init__(self) -> None:
-        if not self.kind:
-            raise FieldError(self, "kind", self.kind, "must name a span", "image")
+        if not self.role:
+            raise FieldError(self, "role", self.role, "must name a span", "image")
         if not 0 < self.least < 1:
             raise FieldError(self, "least", self.least, "must lie between 0 and 1", 0.1)
 
     def idle(self, call: Call) -> bool:
-        return call.cross or self.kind not in call.roles
+        return call.cross or self.role not in call.roles
 
     @reads(Site.PATTERN)
     def look(self, weights: Tensor, call: Call) -> Statistic:
         b, h, r, _ = weights.shape
-        rows = call.is_text & ~spread_heads(call.marked_queries(self.kind), h)
+        rows = call.is_text & ~spread_heads(call.marked_queries(self.role), h)
         if call.mask.causal:
-            stops = [max((stop for _, stop in region), default=0) for region in call.regions(self.kind)]
+            stops = [max((stop for _, stop in region), default=0) for region in call.regions(self.role)]
             rows = rows & (spread_heads(call.q_pos, h) >= torch.tensor(stops, device=rows.device)[:, None, None])
         rows = rows.expand(b, h, r)
-        span = spread_heads(call.marked(self.kind), h)[:, :, None]  # [b|1 h|1 1 k]
+        span = spread_heads(call.marked(self.role), h)[:, :, None]  # [b|1 h|1 1 k]
         given = weights.detach().double() * span
         weight = given.sum(-1)
         entropy = torch.special.entr(given / weight[..., None].clamp(min=1e-30)).sum(-1)
@@ -104,7 +104,7 @@ class VisualHeads(Method):
         return Looks(tuple(readings), *found.unbind(-1), self.least)
 
     def describe(self, answer: Looks) -> Description:
-        name, ranked = self.kind, list(answer.ranked.items())
+        name, ranked = self.role, list(answer.ranked.items())
         if not ranked:  # no query stands behind the span
             return Description()
         maps = (
@@ -135,16 +135,16 @@ class VisualHeads(Method):
         )  # fmt: skip
         heads = answer.heads
         what = f"Gives {name} tokens much of its attention, and few of them most of that."
-        role = Role(f"{name} head", what, heads, "score")
+        part = Role(f"{name} head", what, heads, "score")
         if not heads:
             text = f"No head looks hard at some of the {name}: the highest score is {ranked[0][1]:.2f}."
-            return Description((*maps, curves, listing), (role,), (Finding(text, 0.1, shows=f"{name}_heads"),))
+            return Description((*maps, curves, listing), (part,), (Finding(text, 0.1, shows=f"{name}_heads"),))
         layers = sorted({layer for layer, _ in heads})
         text = (
             f"{counted(len(heads), 'head')} of {len(ranked)} look hard at some of the {name}, in layers {layers[0]} to "
             f"{layers[-1]}; most does {head_name(*ranked[0][0])}, with a score of {ranked[0][1]:.2f}."
         )
-        return Description((*maps, curves, listing), (role,), (Finding(text, 0.5, ("Patch",), f"{name}_heads"),))
+        return Description((*maps, curves, listing), (part,), (Finding(text, 0.5, ("Patch",), f"{name}_heads"),))
 
 
 if __name__ == "__main__":
