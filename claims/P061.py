@@ -53,20 +53,24 @@ def _area(scores: dict[Head, float], circuit: set[Head]) -> float:
     return float(above.mean())
 
 
-def _scores(texts: Tensor, positive: list[bool]) -> dict[Head, float]:
+def _scores(texts: Tensor) -> tuple[dict[Head, float], dict[Head, float]]:
+    """Each head's score, and what it would be were every other text a positive one: as many of each kind among both."""
+    positive = [True] * EXAMPLES + [False] * EXAMPLES
     method = fit(CircuitCodes(), _model().model, [{"input_ids": texts, "positive": positive}])
     with attach(_model().model, method) as seen, torch.no_grad():
-        seen(input_ids=texts[:1])
-        found: dict[Head, float] = seen[method].ranked
-    return found
+        seen(input_ids=texts)
+        found = seen[method]
+    mixed = {}
+    for layer, head in found.ranked:
+        codes = found.codes[:, layer, head].tolist()
+        mixed[layer, head] = len(set(codes[::2]) - set(codes[1::2])) / len(set(codes))
+    return found.ranked, mixed
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     draw = torch.Generator().manual_seed(seed)
     clean, corrupt, _ = _pairs(draw, EXAMPLES)
-    texts = torch.cat([clean, corrupt])
-    mixed = [bool(i % 2) for i in range(2 * EXAMPLES)]  # as many of each kind as of the other
-    scores, by_chance = _scores(texts, [True] * EXAMPLES + [False] * EXAMPLES), _scores(texts, mixed)
+    scores, by_chance = _scores(torch.cat([clean, corrupt]))
     effects = _effects(draw)
     circuit = set(sorted(effects, key=lambda head: -effects[head])[:CIRCUIT])
     first = set(list(scores)[:CIRCUIT])

@@ -14,7 +14,7 @@ from heedful.authoring import Call, Cat, Method, Site, reads
 from heedful.explaining import Likeness, likeness
 from heedful.explaining.likening import PAPER, alike
 
-STEPS, TEXTS, LAYERS = 200, 16, 4
+STEPS, TEXTS, LAYERS = 150, 16, 2
 
 
 class _States(Method):
@@ -72,10 +72,10 @@ CLAIM = Claim(
     setup=f"Pairs of {LAYERS}-layer byte models trained {STEPS} steps on Python's documentation, from other weights "
     f"and in another order of text; no speech. On {TEXTS} held-out sequences, others for each seed, layers of the same "
     "depth: linear CKA above that with a model before its training, less the best correlation of neurons above that "
-    "with the same states turned at random, which have no neurons of their own.",
+    "with the same states turned at random, which have no neurons of their own. Begun with four layers "
+    "and 200 steps and cut for time after the first seed, which had 0.40.",
     effect="likeness of subspaces above chance less that of neurons above chance",
     measure=measure,
-    seeds=8,
     strong=0.1,
 )
 

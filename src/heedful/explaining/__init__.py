@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "Ability": "dissociating",
     "agreement": "agreeing",
     "Agreement": "agreeing",
     "attribute": "attribution",
@@ -16,6 +17,8 @@ _HOMES = {
     "Lens": "logits",
     "direct_logits": "logits",
     "DirectLogits": "logits",
+    "dissociate": "dissociating",
+    "Dissociation": "dissociating",
     "patterns": "attention_patterns",
     "Patterns": "attention_patterns",
     "ablate": "ablation",
@@ -32,9 +35,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "Ability",
     "Agreement",
     "Attribution",
     "DirectLogits",
+    "Dissociation",
     "Faithfulness",
     "HeadEffects",
     "Lens",
@@ -47,6 +52,7 @@ __all__ = [
     "agreement",
     "attribute",
     "direct_logits",
+    "dissociate",
     "faithfulness",
     "likeness",
     "logit_lens",
@@ -70,6 +76,7 @@ if TYPE_CHECKING:
     from heedful.explaining.agreeing import Agreement, agreement
     from heedful.explaining.attention_patterns import Patterns, patterns
     from heedful.explaining.attribution import Attribution, attribute
+    from heedful.explaining.dissociating import Ability, Dissociation, dissociate
     from heedful.explaining.faithful import Faithfulness, Removal, faithfulness
     from heedful.explaining.gradients import WeightGradients, weight_gradients
     from heedful.explaining.likening import Likeness, likeness
