@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from heedful.core.asked import asks
+from heedful.core.asked import asks, require_fields
 from heedful.core.errors import FieldError
 from heedful.core.figures import Grid, Head, head_name
 from heedful.core.paper import Paper
@@ -45,8 +45,9 @@ class Ability:
     wrong: Tensor  # [b] the one that answers the corrupt one
 
     def __post_init__(self) -> None:
-        rows = len(self.clean)
-        if self.clean.ndim != 2 or rows < 2 or self.corrupt.shape != self.clean.shape:
+        require_fields(self)
+        rows = self.clean.shape[0] if self.clean.ndim == 2 else 0
+        if rows < 2 or self.corrupt.shape != self.clean.shape:
             got = tuple(self.clean.shape), tuple(self.corrupt.shape)
             rule = "and `corrupt` must be two prompts or more of one length, [b n] both"
             raise FieldError("Ability", "clean", got, rule, "torch.tensor([[1, 2, 3], [4, 5, 6]])")
