@@ -126,7 +126,7 @@ class CatalogueEntry(ABC):  # noqa: B024 - what is abstract stands in its kinds
         if "__post_init__" in vars(cls):
             cls.__post_init__ = after_kinds(cls.__post_init__)  # type: ignore[assignment]
         dataclass(frozen=True)(cls)
-        if any(f.name == "kind" for f in fields(cls)):
+        if any(f.name == "kind" for f in fields(cls)):  # type: ignore[arg-type]
             raise DefinitionError(
                 f"{cls.__name__} has a field named kind, which says what sort of entry it is; give it another name"
             )
