@@ -101,7 +101,8 @@ class VisualHeads(Method):
 
     def answer(self, readings: Readings) -> Looks:
         found = pad_sequence([stat.value for stat in readings.values()], True, float("nan"))
-        return Looks(tuple(readings), *found.unbind(-1), self.least)
+        weight, concentration, score = found.unbind(-1)
+        return Looks(tuple(readings), weight, concentration, score, self.least)
 
     def describe(self, answer: Looks) -> Description:
         name, ranked = self.role, list(answer.ranked.items())
