@@ -166,6 +166,13 @@ def test_without_a_fit_a_seed_draws_features(model) -> None:
         assert codes[0, layer].tolist() == [code_of(end, encoder, torch.zeros(16)) for end in ends[0]]
 
 
+def test_where_no_feature_fires_the_code_is_the_first(model) -> None:
+    silent = CircuitCodes(sae=Fitted({"encoder": torch.eye(8), "bias": torch.arange(8.0) - 20}))
+    with heedful.attach(model, silent) as run, torch.no_grad():
+        run(input_ids=ids(6))
+        assert run[silent].codes.unique().tolist() == [0]
+
+
 def test_tells_what_a_reader_wants_to_know() -> None:
     nan = float("nan")
     codes = Codes((0, 3), torch.zeros(5, 2, 3, dtype=torch.long), torch.tensor([[0.2, 0.0, 0.75], [0.0, 0.5, nan]]))

@@ -91,7 +91,7 @@ class CircuitCodes(Method):
     def encode(self, heads: Tensor, call: Call) -> Statistic:
         ends = _ends(heads, call)
         encoder, bias = self._maps(ends)
-        return Cat.of(f"{call.forward:06d}", (_unit(ends) @ encoder + bias).relu().argmax(-1))
+        return Cat.of(f"{call.forward:06d}", _code(ends, encoder, bias))
 
     def _maps(self, ends: Tensor) -> tuple[Tensor, Tensor]:
         d = ends.shape[-1]
@@ -149,7 +149,7 @@ class CircuitCodes(Method):
         encoder, bias = self._learn(torch.cat([x.flatten(0, 1) for x in ends.values()]))
         found = {"encoder": encoder, "bias": bias}
         for layer, x in ends.items():
-            codes = (_unit(x) @ encoder + bias).relu().argmax(-1)
+            codes = _code(x, encoder, bias)
             found[f"scores.{layer}"] = torch.tensor([_unique(column, positive) for column in codes.T.tolist()])
         return replace(self, sae=Fitted(found))
 
@@ -175,6 +175,11 @@ def _unique(codes: list[int], positive: list[bool]) -> float:
     """The share of the codes that positive examples alone have."""
     others = {code for code, is_positive in zip(codes, positive, strict=True) if not is_positive}
     return len(set(codes) - others) / len(set(codes))
+
+
+def _code(ends: Tensor, encoder: Tensor, bias: Tensor) -> Tensor:
+    """The feature that fires most, of outputs `[... d]`; the first where none does."""
+    return (_unit(ends) @ encoder + bias).relu().argmax(-1)
 
 
 def _unit(x: Tensor) -> Tensor:
