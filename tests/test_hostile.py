@@ -47,7 +47,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
     clean, corrupt = IDS[None, :6], IDS[None, 6:12]
     effects = explaining.patching(model, clean, corrupt, lambda logits: logits[:, -1, 5], layers=[0])
     direct = explaining.direct_logits(model, IDS)
-    ability = explaining.Ability("a", IDS[:12].view(4, 3), IDS[:12].view(4, 3).flip(0), IDS[:4], IDS[4:8])
     faithful = explaining.faithfulness(model, IDS[:6], torch.rand(6), steps=2, seeds=1)
     return {
         "attach": (heedful.attach, {"model": model, "what": TempScale(0.5)}, "model what only backend roles tile_rows"),
@@ -98,19 +97,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
             explaining.likeness, {"model": model, "other": model, "batches": [{"input_ids": clean}]},
             "model other batches only",
         ),
-        "weight_gradients": (
-            explaining.weight_gradients, {"model": model, "batches": [{"input_ids": clean}]}, "model batches only",
-        ),
-        "dissociate": (
-            explaining.dissociate, {"model": model, "one": ability, "other": ability, "count": 1, "draws": 1},
-            "model one other count draws",
-        ),
-        "Ability": (
-            explaining.Ability,
-            {"name": "a", "clean": IDS[:6].view(2, 3), "corrupt": IDS[:6].view(2, 3), "right": IDS[:2],
-             "wrong": IDS[:2]},
-            "name clean corrupt right wrong",
-        ),
         "Likeness.best": (explaining.Likeness(*[torch.zeros(2, 2)] * 3).best, {"level": "heads"}, "level"),
         "trace": (
             explaining.trace, {"model": model, "clean": clean[0], "corrupt": corrupt[0], "answer": 5},
@@ -155,7 +141,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
 VERBS = [
     "attach", "fit", "fold", "operate", "arrange", "load", "decode", "diagnose", "compare", "check", "edit",
     "explain", "patterns", "ablate", "attribute", "logit_lens", "direct_logits", "faithfulness", "patching",
-    "path_patching", "likeness", "weight_gradients", "dissociate", "Ability", "Likeness.best", "trace", "nn.convert",
+    "path_patching", "likeness", "Likeness.best", "trace", "nn.convert",
     "models.load", "models.tiny",
     "catalogue.find", "catalogue.search", "tasks.find", "Stack", "Prompt", "Removal", "on", "when", "|", "Run[]",
     "Run.save", "Run.merge", "Run.load_state_dict", "Profile.answer", "Profile.save", "Profile.load", "Profile.page",

@@ -6,7 +6,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
-    "Ability": "dissociating",
     "agreement": "agreeing",
     "Agreement": "agreeing",
     "attribute": "attribution",
@@ -17,8 +16,6 @@ _HOMES = {
     "Lens": "logits",
     "direct_logits": "logits",
     "DirectLogits": "logits",
-    "dissociate": "dissociating",
-    "Dissociation": "dissociating",
     "patterns": "attention_patterns",
     "Patterns": "attention_patterns",
     "ablate": "ablation",
@@ -30,16 +27,12 @@ _HOMES = {
     "HeadEffects": "activation_patching",
     "trace": "tracing",
     "Trace": "tracing",
-    "weight_gradients": "gradients",
-    "WeightGradients": "gradients",
 }
 
 __all__ = [
-    "Ability",
     "Agreement",
     "Attribution",
     "DirectLogits",
-    "Dissociation",
     "Faithfulness",
     "HeadEffects",
     "Lens",
@@ -47,12 +40,10 @@ __all__ = [
     "Patterns",
     "Removal",
     "Trace",
-    "WeightGradients",
     "ablate",
     "agreement",
     "attribute",
     "direct_logits",
-    "dissociate",
     "faithfulness",
     "likeness",
     "logit_lens",
@@ -60,7 +51,6 @@ __all__ = [
     "path_patching",
     "patterns",
     "trace",
-    "weight_gradients",
 ]
 
 
@@ -76,9 +66,7 @@ if TYPE_CHECKING:
     from heedful.explaining.agreeing import Agreement, agreement
     from heedful.explaining.attention_patterns import Patterns, patterns
     from heedful.explaining.attribution import Attribution, attribute
-    from heedful.explaining.dissociating import Ability, Dissociation, dissociate
     from heedful.explaining.faithful import Faithfulness, Removal, faithfulness
-    from heedful.explaining.gradients import WeightGradients, weight_gradients
     from heedful.explaining.likening import Likeness, likeness
     from heedful.explaining.logits import DirectLogits, Lens, direct_logits, logit_lens
     from heedful.explaining.tracing import Trace, trace
