@@ -35,8 +35,8 @@ PAPER = Paper(
         "A layer's states are the residual stream as it leaves the layer.",
     ),
 )
-LEVELS = ("neurons", "layers", "heads")
 LEVEL = Literal["neurons", "layers", "heads"]
+LEVELS: tuple[LEVEL, ...] = ("neurons", "layers", "heads")
 WHAT = {
     "neurons": "How well some neuron of the other model's layer follows a neuron, the best for each and their mean.",
     "layers": "How alike the geometry of all tokens is in two layers (linear CKA), however it is turned.",
