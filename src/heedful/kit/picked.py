@@ -14,6 +14,7 @@ from heedful.core.mask import Dense, Mask
 from heedful.core.method import Method
 from heedful.core.sites import Site, at
 from heedful.kit.scores import scores_of
+from heedful.kit.topk import top_k
 
 KEPT = "kept"
 
@@ -38,10 +39,6 @@ class PickedPatches(Method, abstract=True):
     def choose(self, weights: Tensor, call: Call) -> Tensor:
         """Which patches stay `[b p]`, of an encoder's weights `[b h q k]`."""
 
-    def later(self, kept: Tensor, mask: Mask, call: Call) -> Tensor:
-        """Which of the patches that stayed in the encoder `[b p]` stay behind this layer of the language model."""
-        return kept
-
     def idle(self, call: Call) -> bool:
         return call.cross or call.layer < self.layer
 
@@ -56,12 +53,9 @@ class PickedPatches(Method, abstract=True):
         if kept is None:
             return mask
         reads_on = call.lowest > self.layer
-        shown = mask & Dense(seen(kept, call, "image" if reads_on else "patches"))
         if reads_on:
             cache[KEPT] = kept  # what is decoded later has no encoder before it
-            if KEPT in forward:
-                forward[KEPT] = self.later(kept, shown, call)
-        return shown
+        return mask & Dense(seen(kept, call, "image" if reads_on else "patches"))
 
     def patches(self, call: Call) -> slice:
         """Where the patches stand among the encoder's tokens."""
@@ -94,5 +88,4 @@ def weights_of(mask: Mask, call: Call, rows: slice) -> Tensor:
 
 def best(score: Tensor, count: int | Tensor) -> Tensor:
     """True at the `count` (one number, or `[b 1]`) highest of each row `[b p]`; the earlier of equals goes first."""
-    place = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return place < count
+    return top_k(score, count, torch.ones_like(score, dtype=torch.bool))

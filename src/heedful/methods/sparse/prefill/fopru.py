@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 
+import torch
 from torch import Tensor
 
 from heedful.core.call import Call
@@ -66,7 +67,7 @@ class FoPru(PickedPatches):
             rule = "must have a grid of rows and columns, for its rows to be ranked"
             raise FieldError("attach()", "roles", grid, rule, {"patches": "Region(((1, 257),), (16, 16))"})
         rows, cols = grid
-        kept = best(found.unflatten(1, grid).sum(-1), ceil(self.share * rows))
+        kept = best(torch.einsum("brc->br", found.unflatten(1, grid)), ceil(self.share * rows))
         return kept.repeat_interleave(cols, 1)
 
 

@@ -60,7 +60,7 @@ class GreedyPrune(PickedPatches):
 
     def choose(self, weights: Tensor, call: Call) -> Tensor:
         where = self.patches(call)
-        salient = weights.mean((1, 2))[:, where]
+        salient = torch.einsum("bhqk->bk", weights)[:, where]  # the mean but for a factor, which greedy() takes away
         tokens = cast(Tensor, call.hidden)[:, where].to(salient.dtype)
         return greedy(salient, tokens, ceil(self.share * salient.shape[1]), self.diversity)
 
