@@ -119,7 +119,7 @@ def marked(spans: Iterable[Span], position: Tensor) -> Tensor:
     return (last >= 0) & (position < stops.cummax(0).values[last.clamp(min=0)])
 
 
-def numbered(spans: Region, position: Tensor) -> Tensor:
+def span_of(spans: Region, position: Tensor) -> Tensor:
     """Which span each position lies in, counted from 0; -1 where in none."""
     if any(one[1] > other[0] for one, other in pairwise(sorted(spans))):
         rule = "must not overlap: a token is of one span or of none"
@@ -130,14 +130,20 @@ def numbered(spans: Region, position: Tensor) -> Tensor:
     return number
 
 
-def coordinates(region: Region, position: Tensor) -> Tensor:
-    """Each position's place on the region's grid `[... dims]`, and -1 for what lies outside of it."""
-    if region.grid is None:
-        raise FieldError("Region", "grid", None, "has no grid, so there are no coordinates", (7, 7))
+def numbers(region: Region, position: Tensor) -> Tensor:
+    """Which of the region's positions, in their order, each one is, from 0 up, and -1 for what lies outside of it."""
     number, before = torch.full_like(position, -1), 0
     for start, stop in region:
         inside = (position >= start) & (position < stop)
         number = torch.where(inside, position - start + before, number)
         before += stop - start
+    return number
+
+
+def coordinates(region: Region, position: Tensor) -> Tensor:
+    """Each position's place on the region's grid `[... dims]`, and -1 for what lies outside of it."""
+    if region.grid is None:
+        raise FieldError("Region", "grid", None, "has no grid, so there are no coordinates", (7, 7))
+    number = numbers(region, position)
     at = torch.stack(torch.unravel_index(number.clamp(min=0), region.grid), -1)
     return at.masked_fill((number < 0)[..., None], -1)

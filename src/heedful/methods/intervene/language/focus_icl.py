@@ -10,7 +10,7 @@ from heedful.core.errors import FieldError
 from heedful.core.mask import Mask, Where
 from heedful.core.method import Method
 from heedful.core.paper import Paper
-from heedful.core.regions import Region, by_text, numbered
+from heedful.core.regions import Region, by_text, span_of
 from heedful.core.sites import Site, at
 
 
@@ -93,7 +93,7 @@ class FocusICL(Method):
 
     def _batch(self, call: Call, position: Tensor) -> Tensor:
         """Which batch of demonstrations each position belongs to; -1 where it is of the question."""
-        return by_text(numbered, call.regions(self.role), position).div(self.size, rounding_mode="floor")
+        return by_text(span_of, call.regions(self.role), position).div(self.size, rounding_mode="floor")
 
 
 if __name__ == "__main__":

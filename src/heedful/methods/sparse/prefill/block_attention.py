@@ -10,7 +10,7 @@ from heedful.core.errors import FieldError
 from heedful.core.mask import Mask, Where
 from heedful.core.method import Method
 from heedful.core.paper import Paper
-from heedful.core.regions import by_text, numbered
+from heedful.core.regions import by_text, span_of
 from heedful.core.sites import Site, at
 
 
@@ -51,7 +51,7 @@ class BlockAttention(Method):
         regions = call.regions(self.role)
 
         def sees(query: Tensor, key: Tensor) -> Tensor:
-            mine, theirs = (by_text(numbered, regions, place) for place in (query, key))
+            mine, theirs = (by_text(span_of, regions, place) for place in (query, key))
             return (mine < 0) | (mine == theirs)
 
         return mask & Where(sees)
