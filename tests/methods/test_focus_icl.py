@@ -14,7 +14,7 @@ from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.core.mask import Mask
-from heedful.core.regions import PerText, Region, numbered
+from heedful.core.regions import PerText, Region, span_of
 from heedful.methods import FocusICL
 
 SPANS = ((1, 4), (4, 6), (6, 9), (10, 12), (12, 14))  # a word before them, one between, three behind
@@ -110,8 +110,8 @@ def test_batches_do_not_see_each_other_in_either_direction() -> None:
 
 def test_spans_are_numbered_and_may_not_overlap() -> None:
     place = torch.arange(N)
-    assert numbered(Region(SPANS), place).tolist() == [home(i) for i in range(N)]
-    assert numbered(Region(SPANS[::-1]), place).tolist() == [4 - home(i) if home(i) >= 0 else -1 for i in range(N)]
+    assert span_of(Region(SPANS), place).tolist() == [home(i) for i in range(N)]
+    assert span_of(Region(SPANS[::-1]), place).tolist() == [4 - home(i) if home(i) >= 0 else -1 for i in range(N)]
     with pytest.raises(FieldError, match="must not overlap"):
         numbered(Region(((0, 3), (2, 4))), place)
 

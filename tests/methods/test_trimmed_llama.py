@@ -103,6 +103,16 @@ def test_padding_is_wanted_by_nobody(model: Any, inputs: Any) -> None:
     assert close_model(found, by_hand(model, ids[0], decoder[0], 2 / 12))
 
 
+@torch.no_grad()
+def test_padding_of_the_decoder_wants_nothing(model: Any, inputs: Any) -> None:
+    ids, decoder = inputs["input_ids"][:1], inputs["decoder_input_ids"][:1]
+    padded = torch.cat([decoder[:, :6], decoder[:, :6]], 1)
+    mask = (torch.arange(12) < 6).long()[None]
+    with heedful.attach(model, TrimmedLlama(0.1)) as run:
+        found = run(input_ids=ids, decoder_input_ids=padded, decoder_attention_mask=mask).logits[0, :6]
+    assert close_model(found, by_hand(model, ids[0], decoder[0, :6], 0.1))
+
+
 def test_defaults_and_wrong_fields(model: Any, inputs: Any) -> None:
     assert TrimmedLlama().share == 0.25
     for share in (0.0, -1.0, 1.1):
