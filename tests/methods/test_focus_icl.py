@@ -113,7 +113,7 @@ def test_spans_are_numbered_and_may_not_overlap() -> None:
     assert span_of(Region(SPANS), place).tolist() == [home(i) for i in range(N)]
     assert span_of(Region(SPANS[::-1]), place).tolist() == [4 - home(i) if home(i) >= 0 else -1 for i in range(N)]
     with pytest.raises(FieldError, match="must not overlap"):
-        numbered(Region(((0, 3), (2, 4))), place)
+        span_of(Region(((0, 3), (2, 4))), place)
 
 
 def test_says_what_is_wrong() -> None:
