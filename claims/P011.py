@@ -12,7 +12,7 @@ import torch
 from claims.ledger import Claim, run
 from claims.P125 import LEAD, NAMES, TOWNS
 from heedful import Prompt, attach, models
-from heedful.methods.intervene.language._documents import DocumentAttention
+from heedful.methods.intervene.language._documents import _DocumentAttention
 
 ITEMS, ORDERS, CHAINS = 5, 8, 4  # questions a seed, orders of each, pairs of documents in each
 
@@ -43,7 +43,7 @@ def item(chance: random.Random) -> tuple[Prompt, list[int]]:
 @torch.no_grad()
 def read(prompt: Prompt, options: list[int]) -> tuple[float, float]:
     """The peak of attention, and the log-probability of the right town among those named."""
-    reader = DocumentAttention("documents", len(prompt) - 1)
+    reader = _DocumentAttention("documents", len(prompt) - 1)
     with attach(trained().model, reader, roles=prompt.roles) as attached:
         logits = attached(input_ids=torch.tensor([prompt.tokens]), use_cache=False).logits[0, -1]
         return float(attached[reader].max()), float(logits[options].log_softmax(-1)[0])

@@ -92,6 +92,9 @@ def test_wrong_methods_are_refused_when_defined() -> None:
         type("Empty", (Method,), {"paper": PAPER})
     with pytest.raises(DefinitionError, match="Lost has no paper"):
         type("Lost", (Method,), {"f": at(Site.KEY)(lambda self, x, call: x)})
+    body = {"paper": PAPER, "kind": "image", "__annotations__": {"kind": "str"}}
+    with pytest.raises(DefinitionError, match="Named has a field named kind"):
+        type("Named", (Method,), {**body, "f": at(Site.KEY)(lambda self, x, call: x)})
     edit = lambda self, x, call: x  # noqa: E731 - a marked function needs its own object
     body = {n: at(s)(type(edit)(edit.__code__, {}, n)) for n, s in (("a", Site.KEY), ("b", Site.KEY))}
     with pytest.raises(DefinitionError, match="marks one site twice"):

@@ -15,7 +15,7 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.paper import Paper
-from heedful.core.regions import Region, coordinates, marked
+from heedful.core.regions import Region, coordinates, marked, numbers
 from heedful.core.sites import Site, at, reads
 
 SEEN: list[Call] = []
@@ -37,6 +37,7 @@ def test_coordinates_run_row_by_row_through_all_spans() -> None:
         want[i] = list(place)
     assert found == want
     assert marked(region, torch.arange(10)).nonzero().flatten().tolist() == [1, 2, 3, 6, 7, 8]
+    assert numbers(region, torch.arange(10)).tolist() == [-1, 0, 1, 2, -1, -1, 3, 4, 5, -1]
 
 
 def test_a_grid_holds_its_spans() -> None:

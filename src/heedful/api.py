@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from heedful.catalogue import stack_from
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, InactiveWarning
-from heedful.core.kinds import Conversion, HeadWeights, Prompt, Report, Surgery, Tokens, Vocabulary
+from heedful.core.kinds import (
+    NOTHING,
+    Conversion,
+    HeadWeights,
+    Prompt,
+    Reader,
+    Report,
+    Surgery,
+    Tokens,
+    Vocabulary,
+)
 from heedful.core.method import CatalogueEntry, FitContext, Layer, Method, Part, Stack
 from heedful.core.regions import Roles
 from heedful.engine import select
@@ -173,10 +183,15 @@ def _tensor(prompt: Prompt, model: nn.Module) -> Tensor:
 @asks
 def arrange(model: nn.Module, prompt: Prompt, step: Tokens, *, only: str | Iterable[str] | None = None) -> Prompt:
     """The prompt as a token step would have it."""
+    return step.arrange(prompt, reader(model, only))
+
+
+def reader(model: nn.Module, only: str | Iterable[str] | None = None, inputs: Mapping[str, Any] = NOTHING) -> Reader:
+    """What reads a prompt under a method and tells its answer; `inputs` go to the model beside the prompt's tokens."""
 
     def read(shown: Prompt, method: Method) -> Any:
         with attach(model, method, only=only, roles=shown.roles) as run:
-            run(input_ids=_tensor(shown, model), use_cache=False)
+            run(input_ids=_tensor(shown, model), use_cache=False, **inputs)
             return run[method]
 
-    return step.arrange(prompt, read)
+    return read

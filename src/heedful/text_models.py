@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Self
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from heedful.adapters.cache_name import CACHE, cache_of
-from heedful.api import arrange, attach, operate
+from heedful.api import arrange, attach, operate, reader
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel, SiteError
-from heedful.core.kinds import Decode, Prompt, Surgery, Tokens
+from heedful.core.kinds import NOTHING, Decode, Prompt, Surgery, Tokens
 from heedful.core.method import Part, Stack
 from heedful.engine.run import Run
 
@@ -75,9 +75,9 @@ class TextModel(ABC):
 class Single(TextModel):
     """A model as it is, or under a run."""
 
-    def __init__(self, model: Any, run: Run | None = None) -> None:
+    def __init__(self, model: Any, run: Run | None = None, inputs: Mapping[str, Any] = NOTHING) -> None:
         require_causal(model)
-        self.model, self.run = model, run
+        self.model, self.run, self.inputs = model, run, inputs
         self.device = next(model.parameters()).device
         takes = inspect.signature(model.forward).parameters
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
@@ -86,7 +86,7 @@ class Single(TextModel):
     @torch.no_grad()
     def _feed(self, tokens: Iterable[int], every: bool) -> Tensor:
         ids = torch.tensor([list(tokens)] * self.rows, device=self.device)
-        more = {} if every else self._last
+        more = {**({} if every else self._last), **(self.inputs if self._cache is None else {})}
         seen = self.model(input_ids=ids, use_cache=True, **{CACHE: self._cache}, **more)
         self._cache = cache_of(seen)
         return seen.logits[0] if every else seen.logits[0, -1:]
@@ -159,9 +159,10 @@ class Arranged(Single):
 class Combined(TextModel):
     """Several runs over variants of the prompt, whose logits a decoding step makes into one."""
 
-    def __init__(self, model: Any, step: Decode, only: Any = None) -> None:
+    def __init__(self, model: Any, step: Decode, only: Any = None, inputs: Mapping[str, Any] = NOTHING) -> None:
         require_causal(model)
-        self.model, self.step, self.only = model, step, only
+        self.model, self.step, self.only, self.inputs = model, step, only, inputs
+        self._ready = step
         self._parts: dict[str, tuple[Single, Run]] = {}
 
     @property
@@ -171,13 +172,15 @@ class Combined(TextModel):
     def read(self, prompt: Prompt, cut: int | None = None, every: bool = False) -> Tensor:
         if every:
             raise FieldError(self.step, "prompt", "graded by its own tokens", "must be asked something", "options")
-        variants = self.step.variants(prompt)
+        self.close()
+        self._parts = {}
+        self._ready = self.step.ready(prompt, reader(self.model, self.only, self.inputs))
+        variants = self._ready.variants(prompt)
         if not variants:
             raise FieldError(self.step, "variants", {}, "must name one run or more", {"prompt": (prompt, Stack())})
-        self.close()
         for name, (_, stack) in variants.items():
             run = attach(self.model, stack, only=self.only)
-            self._parts[name] = Single(self.model, run), run
+            self._parts[name] = Single(self.model, run, self.inputs), run
             self._parts[name][0].rows = self.rows
             run.pause()
 
@@ -197,7 +200,7 @@ class Combined(TextModel):
             run.state.statistics.clear()  # readers tell of this forward, and of none before it
             logits[name], read[name] = act(name, text_model), run.answers()
             run.pause()
-        mixed, want = self.step.combine(logits, read), next(iter(logits.values())).shape
+        mixed, want = self._ready.combine(logits, read), next(iter(logits.values())).shape
         if not isinstance(mixed, Tensor) or mixed.shape != want:
             got = tuple(mixed.shape) if isinstance(mixed, Tensor) else type(mixed).__name__
             raise SiteError(f"{self.step!r}: combine must return logits {tuple(want)}, got {got}")
@@ -247,13 +250,16 @@ def text_model(model: nn.Module, what: Contender | None = None, **how: Any) -> T
 @asks
 def decode(
     model: nn.Module, prompt: Prompt, step: Decode, *, new_tokens: int = 20, stop: int | None = None,
-    only: str | Iterable[str] | None = None,
+    only: str | Iterable[str] | None = None, inputs: Mapping[str, Any] = NOTHING,
 ) -> tuple[int, ...]:  # fmt: skip
-    """Greedy continuation of a prompt from logits that a decoding step combines."""
+    """Greedy continuation of a prompt from logits that a decoding step combines.
+
+    `inputs` are what the model takes beside the prompt's tokens, such as `pixel_values`.
+    """
     if new_tokens < 1:
         raise FieldError("decode()", "new_tokens", new_tokens, "must be 1 or more", 20)
     out: list[int] = []
-    with Combined(model, step, only) as speaker:
+    with Combined(model, step, only, inputs) as speaker:
         logits = speaker.read(prompt)[0]
         while True:
             out.append(int(logits.argmax()))

@@ -32,7 +32,8 @@ def drawn() -> dict[str, Tensor]:
 def test_the_formula_in_every_backend(backend: str) -> None:
     text = torch.ones(2, 19, dtype=torch.bool)
     text[0, :4] = False
-    bare, params = Bare(text=text), drawn()
+    bare = Bare(text=text, dtype=torch.float64)  # what rows give and take nearly cancels
+    params = {name: x.double() for name, x in drawn().items()}
     heads, _ = bare.run(AffineScaledAttention(), backend, params=params, tile_rows=7 if backend == "tiled" else None)
     scales = []
     for b in range(2):
@@ -48,7 +49,7 @@ def test_the_formula_in_every_backend(backend: str) -> None:
                 soft = scores.exp() / scores.exp().sum()
                 shift = (float(params["mean"][h]) - a) / len(seen)
                 wanted = sum((a * w + shift) * bare.v[b, h // 2, j] for w, j in zip(soft, seen, strict=True))
-                assert close(heads[b, h, t], wanted)
+                assert close(heads[b, h, t], wanted, 2048)
     assert min(scales) == 0.0
     assert max(scales) == 1.0
 

@@ -7,7 +7,7 @@ import heedful
 from heedful import Prompt, catalogue, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
-from heedful.methods.intervene.language._documents import DocumentAttention
+from heedful.methods.intervene.language._documents import _DocumentAttention
 from heedful.methods.intervene.language.attention_sorting import AttentionSorting
 
 SPANS = ((2, 5), (5, 11), (12, 14), (14, 19))
@@ -34,7 +34,7 @@ def scores(model, shown: Prompt) -> torch.Tensor:
 def test_scores_are_those_of_the_whole_map(kind: str) -> None:
     model = models.tiny(kind, attn_implementation="eager")
     shown = prompt()
-    reader = DocumentAttention("documents", 22)
+    reader = _DocumentAttention("documents", 22)
     for how in ({"backend": "reference"}, {"tile_rows": 1}, {"tile_rows": 7}):
         with heedful.attach(model, reader, roles=shown.roles, **how) as run, torch.no_grad():
             run(torch.tensor([shown.tokens]))
@@ -96,4 +96,4 @@ def test_says_what_is_wrong(model) -> None:
 def test_the_catalogue_lists_the_step_and_not_its_reader() -> None:
     listed = catalogue.entries()
     assert listed["AttentionSorting"] is AttentionSorting
-    assert not any("DocumentAttention" in name for name in listed)
+    assert not any("_DocumentAttention" in name for name in listed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from heedful import fit, fold, models, operate
-from heedful.conformance.tolerances import close_model
+from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.methods import RSQ
 from heedful.methods.compress.quantise.rsq import hadamard
@@ -22,7 +22,7 @@ LEAST, BITS, WIDTH = 0.1, 3, 16
 def test_the_turn_is_orthogonal_and_of_equal_magnitudes() -> None:
     for width, block in ((8, 8), (12, 4), (5, 1)):
         turn = hadamard(width, 3)
-        assert torch.allclose(turn @ turn.T, torch.eye(width))
+        assert close(turn @ turn.T, torch.eye(width))
         for i in range(width):
             near = range(i // block * block, i // block * block + block)
             for j in range(width):

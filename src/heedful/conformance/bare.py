@@ -27,6 +27,7 @@ from heedful.engine.run_state import RunState
 
 ROLES = dict.fromkeys(("marked", "relevant", "prompt", "image", "context"), ((2, 5),)) | {
     "documents": ((1, 4), (4, 7)),
+    "demonstrations": ((1, 4), (4, 7)),
     "bos": ((0, 1),),
     "needle": ((2, 5),),
     "answer": ((8, 11),),

@@ -18,7 +18,8 @@ from heedful.core.kinds import Conversion, Decode, Prompt, Surgery, Tokens
 from heedful.text_models import decode
 
 _SPAN = ((13, 15),)
-ROLES = {"documents": ((1, 5), (5, 8), (9, 13)), "question": ((15, 19),), "context": _SPAN, "marked": _SPAN}
+ROLES = {"documents": ((1, 5), (5, 8), (9, 13)), "question": ((15, 19),)}
+ROLES |= dict.fromkeys(("context", "image", "marked"), _SPAN)
 
 
 def _prompt() -> Prompt:

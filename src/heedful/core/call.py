@@ -14,7 +14,7 @@ from heedful.core.errors import FieldError
 from heedful.core.mask import Mask
 from heedful.core.packed import Packing
 from heedful.core.positions import Pairs, Positions
-from heedful.core.regions import Marks, PerText, Region, Roles, bounds, by_text, coordinates, marked
+from heedful.core.regions import Marks, PerText, Region, Roles, bounds, by_text, coordinates, marked, numbers
 from heedful.core.state import State
 
 NO_ROLES: Roles = MappingProxyType({})
@@ -188,6 +188,10 @@ class Call:
     def marked_queries(self, role: str) -> Tensor:
         """Which of the tile's queries stand in the spans named `role`, `[b|1, g|1, r]`."""
         return by_text(marked, self.regions(role), self.q_pos)
+
+    def numbers(self, role: str) -> Tensor:
+        """Which of the role's positions, in their order, each key is, from 0 up, `[b|1, g|1, k]`; -1 outside."""
+        return by_text(numbers, self.regions(role), self.k_pos)
 
     def coordinates(self, role: str) -> tuple[Tensor, Tensor]:
         """Where queries `[b|1, g|1, r, dims]` and keys `[b|1, g|1, k, dims]` stand on the role's grid; -1 outside."""

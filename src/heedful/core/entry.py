@@ -126,6 +126,10 @@ class CatalogueEntry(ABC):  # noqa: B024 - what is abstract stands in its kinds
         if "__post_init__" in vars(cls):
             cls.__post_init__ = after_kinds(cls.__post_init__)  # type: ignore[assignment]
         dataclass(frozen=True)(cls)
+        if any(f.name == "kind" for f in fields(cls)):  # type: ignore[arg-type]
+            raise DefinitionError(
+                f"{cls.__name__} has a field named kind, which says what sort of entry it is; give it another name"
+            )
         private = cls.__name__.startswith("_")  # what only serves another method needs none of its own
         if not abstract and not private and (not isinstance(cls.paper, Paper) or cls.paper is UNPUBLISHED):
             raise DefinitionError(f"{cls.__name__} has no paper: write paper = Paper(key, title, authors, year, ...)")

@@ -140,6 +140,7 @@ class Tokens(CatalogueEntry, abstract=True):
         """The new prompt; `read(prompt, method)` runs the model and gives a reading method's answer."""
 
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 Read = Mapping[str, Mapping[Part, Any]]  # of each variant, what its reading methods have to tell of the last forward
 NOTHING_READ: Read = MappingProxyType({})
 
@@ -148,6 +149,10 @@ class Decode(CatalogueEntry, abstract=True):
     """Combines or changes next-token logits, of which it may read what made them."""
 
     kind = "decode"
+
+    def ready(self, prompt: Prompt, read: Reader) -> Decode:
+        """The step that knows the prompt, where variants depend on what the model reads of it; the same otherwise."""
+        return self
 
     @abstractmethod
     def variants(self, prompt: Prompt) -> Mapping[str, tuple[Prompt, Stack]]:

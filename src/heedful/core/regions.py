@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain, repeat
+from itertools import chain, pairwise, repeat
 from math import prod
 from operator import index
 from typing import Any, Self
@@ -119,14 +119,31 @@ def marked(spans: Iterable[Span], position: Tensor) -> Tensor:
     return (last >= 0) & (position < stops.cummax(0).values[last.clamp(min=0)])
 
 
-def coordinates(region: Region, position: Tensor) -> Tensor:
-    """Each position's place on the region's grid `[... dims]`, and -1 for what lies outside of it."""
-    if region.grid is None:
-        raise FieldError("Region", "grid", None, "has no grid, so there are no coordinates", (7, 7))
+def span_of(spans: Region, position: Tensor) -> Tensor:
+    """Which span each position lies in, counted from 0; -1 where in none."""
+    if any(one[1] > other[0] for one, other in pairwise(sorted(spans))):
+        rule = "must not overlap: a token is of one span or of none"
+        raise FieldError("attach()", "roles", tuple(spans), rule, ((0, 4), (4, 9)))
+    number = torch.full_like(position, -1)
+    for i, (start, stop) in enumerate(spans):
+        number = number.masked_fill((position >= start) & (position < stop), i)
+    return number
+
+
+def numbers(region: Region, position: Tensor) -> Tensor:
+    """Which of the region's positions, in their order, each one is, from 0 up, and -1 for what lies outside of it."""
     number, before = torch.full_like(position, -1), 0
     for start, stop in region:
         inside = (position >= start) & (position < stop)
         number = torch.where(inside, position - start + before, number)
         before += stop - start
+    return number
+
+
+def coordinates(region: Region, position: Tensor) -> Tensor:
+    """Each position's place on the region's grid `[... dims]`, and -1 for what lies outside of it."""
+    if region.grid is None:
+        raise FieldError("Region", "grid", None, "has no grid, so there are no coordinates", (7, 7))
+    number = numbers(region, position)
     at = torch.stack(torch.unravel_index(number.clamp(min=0), region.grid), -1)
     return at.masked_fill((number < 0)[..., None], -1)

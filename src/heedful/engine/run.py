@@ -198,7 +198,8 @@ class Run:
     def __getitem__(self, part: Part | int) -> Any:
         """What a reading method of the stack has to tell; one that stands in it twice is named by its place."""
         parts = list(self.stack.parts)
-        places = [n for n, mine in enumerate(parts) if part in (mine, n)]
+        asked = part if isinstance(part, Part | int) else None
+        places = [n for n, mine in enumerate(parts) if asked in (mine, n)]
         if not places:
             rule, good = f"must be a part of the stack {self.stack!r}, or its place there", parts[0] if parts else None
             raise FieldError("Run", "[...]", part, rule, good)

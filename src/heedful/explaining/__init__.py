@@ -10,6 +10,8 @@ _HOMES = {
     "Agreement": "agreeing",
     "attribute": "attribution",
     "Attribution": "attribution",
+    "likeness": "likening",
+    "Likeness": "likening",
     "logit_lens": "logits",
     "Lens": "logits",
     "direct_logits": "logits",
@@ -34,6 +36,7 @@ __all__ = [
     "Faithfulness",
     "HeadEffects",
     "Lens",
+    "Likeness",
     "Patterns",
     "Removal",
     "Trace",
@@ -42,6 +45,7 @@ __all__ = [
     "attribute",
     "direct_logits",
     "faithfulness",
+    "likeness",
     "logit_lens",
     "patching",
     "path_patching",
@@ -63,5 +67,6 @@ if TYPE_CHECKING:
     from heedful.explaining.attention_patterns import Patterns, patterns
     from heedful.explaining.attribution import Attribution, attribute
     from heedful.explaining.faithful import Faithfulness, Removal, faithfulness
+    from heedful.explaining.likening import Likeness, likeness
     from heedful.explaining.logits import DirectLogits, Lens, direct_logits, logit_lens
     from heedful.explaining.tracing import Trace, trace

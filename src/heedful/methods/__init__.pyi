@@ -4,6 +4,7 @@ from heedful.methods.compress.convert.attention_editing import AttentionEditing 
 from heedful.methods.compress.prune.dimap import DIMAP as DIMAP
 from heedful.methods.compress.prune.multi_query_attention import MultiQueryAttention as MultiQueryAttention
 from heedful.methods.compress.prune.prune_heads import PruneHeads as PruneHeads
+from heedful.methods.compress.prune.sequential_attention import SequentialAttention as SequentialAttention
 from heedful.methods.compress.prune.vtrans import VTrans as VTrans
 from heedful.methods.compress.quantise.absmax import Absmax as Absmax
 from heedful.methods.compress.quantise.fp4 import FP4 as FP4
@@ -15,6 +16,7 @@ from heedful.methods.explain.attention_flow import AttentionFlow as AttentionFlo
 from heedful.methods.explain.attention_lens import AttentionLens as AttentionLens
 from heedful.methods.explain.attention_output_sae import AttentionOutputSAE as AttentionOutputSAE
 from heedful.methods.explain.attention_viz import AttentionViz as AttentionViz
+from heedful.methods.explain.circuit_codes import CircuitCodes as CircuitCodes
 from heedful.methods.explain.composition_score import CompositionScore as CompositionScore
 from heedful.methods.explain.head_circuits import HeadCircuits as HeadCircuits
 from heedful.methods.explain.image_decomposition import ImageDecomposition as ImageDecomposition
@@ -36,6 +38,7 @@ from heedful.methods.intervene.language.attn_rank import AttnRank as AttnRank
 from heedful.methods.intervene.language.austeer import AUSteer as AUSteer
 from heedful.methods.intervene.language.best_order import BestOrder as BestOrder
 from heedful.methods.intervene.language.focus_directions import FocusDirections as FocusDirections
+from heedful.methods.intervene.language.focus_icl import FocusICL as FocusICL
 from heedful.methods.intervene.language.head_scale import HeadScale as HeadScale
 from heedful.methods.intervene.language.largepig import LargePiG as LargePiG
 from heedful.methods.intervene.language.lofit import LoFiT as LoFiT
@@ -47,6 +50,7 @@ from heedful.methods.intervene.language.steer2edit import Steer2Edit as Steer2Ed
 from heedful.methods.intervene.language.steering_vector import SteeringVector as SteeringVector
 from heedful.methods.intervene.language.task_vector import LearnableTaskVector as LearnableTaskVector
 from heedful.methods.intervene.language.temp_scale import TempScale as TempScale
+from heedful.methods.intervene.vision.avisc import AvisC as AvisC
 from heedful.methods.intervene.vision.control_mllm import ControlMLLM as ControlMLLM
 from heedful.methods.intervene.vision.gem import GEM as GEM
 from heedful.methods.intervene.vision.paint import PAINT as PAINT
@@ -56,6 +60,7 @@ from heedful.methods.mechanisms.gates.gaam import GAAM as GAAM
 from heedful.methods.mechanisms.gates.gated_heads import GatedHeads as GatedHeads
 from heedful.methods.mechanisms.gates.gated_norm import GatedNorm as GatedNorm
 from heedful.methods.mechanisms.gates.head_mask import HeadMask as HeadMask
+from heedful.methods.mechanisms.gates.polarized_self_attention import PolarizedSelfAttention as PolarizedSelfAttention
 from heedful.methods.mechanisms.linear.aaren import Aaren as Aaren
 from heedful.methods.mechanisms.linear.efficient_attention import EfficientAttention as EfficientAttention
 from heedful.methods.mechanisms.linear.enhanced_linear_attention import EnhancedLinearAttention as EnhancedLinearAttention
@@ -93,6 +98,7 @@ from heedful.methods.mechanisms.pooling.efficient_probing import EfficientProbin
 from heedful.methods.mechanisms.pooling.global_subsampled_attention import GlobalSubsampledAttention as GlobalSubsampledAttention
 from heedful.methods.mechanisms.pooling.slot_attention import SlotAttention as SlotAttention
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
+from heedful.methods.mechanisms.recurrent.monotonic_location_attention import MonotonicLocationAttention as MonotonicLocationAttention
 from heedful.methods.mechanisms.routed.bi_level_routing_attention import BiLevelRoutingAttention as BiLevelRoutingAttention
 from heedful.methods.mechanisms.routed.boat import BOAT as BOAT
 from heedful.methods.mechanisms.routed.dynamic_mask_attention import DynamicMaskAttention as DynamicMaskAttention
@@ -116,6 +122,7 @@ from heedful.methods.mechanisms.score.selective_self_attention import SelectiveS
 from heedful.methods.mechanisms.score.super_attention import SuperAttention as SuperAttention
 from heedful.methods.mechanisms.score.threshold_relative_attention import ThresholdRelativeAttention as ThresholdRelativeAttention
 from heedful.methods.mechanisms.score.tokenformer import TokenFormer as TokenFormer
+from heedful.methods.observe.attention_nmi import AttentionNMI as AttentionNMI
 from heedful.methods.observe.attention_profile import AttentionProfile as AttentionProfile
 from heedful.methods.observe.induction_heads import InductionHeads as InductionHeads
 from heedful.methods.observe.massive_qk import MassiveQK as MassiveQK
@@ -125,11 +132,13 @@ from heedful.methods.observe.offset_local_heads import OffsetLocalHeads as Offse
 from heedful.methods.observe.parallel_to_first import ParallelToFirst as ParallelToFirst
 from heedful.methods.observe.position_influence import PositionInfluence as PositionInfluence
 from heedful.methods.observe.positional_heads import PositionalHeads as PositionalHeads
+from heedful.methods.observe.reference_frames import ReferenceFrames as ReferenceFrames
 from heedful.methods.observe.retrieval_heads import RetrievalHeads as RetrievalHeads
 from heedful.methods.observe.secondary_sinks import SecondarySinks as SecondarySinks
 from heedful.methods.observe.sink_rate import SinkRate as SinkRate
 from heedful.methods.observe.sparse_attention_vectors import SparseAttentionVectors as SparseAttentionVectors
 from heedful.methods.observe.systematic_outliers import SystematicOutliers as SystematicOutliers
+from heedful.methods.observe.visual_heads import VisualHeads as VisualHeads
 from heedful.methods.observe.weibull_weights import WeibullWeights as WeibullWeights
 from heedful.methods.sparse.cache.ada_kv import AdaKV as AdaKV
 from heedful.methods.sparse.cache.duo_attention import DuoAttention as DuoAttention
@@ -150,6 +159,8 @@ from heedful.methods.sparse.prefill.anchor_attention import AnchorAttention as A
 from heedful.methods.sparse.prefill.attention_aware_token_filtering import AttentionAwareTokenFiltering as AttentionAwareTokenFiltering
 from heedful.methods.sparse.prefill.block_attention import BlockAttention as BlockAttention
 from heedful.methods.sparse.prefill.flex_prefill import FlexPrefill as FlexPrefill
+from heedful.methods.sparse.prefill.fopru import FoPru as FoPru
+from heedful.methods.sparse.prefill.greedy_prune import GreedyPrune as GreedyPrune
 from heedful.methods.sparse.prefill.hip import HiP as HiP
 from heedful.methods.sparse.prefill.hylra import HyLRA as HyLRA
 from heedful.methods.sparse.prefill.hyper_attention import HyperAttention as HyperAttention
@@ -163,6 +174,7 @@ from heedful.methods.sparse.prefill.sink_window import SinkWindow as SinkWindow
 from heedful.methods.sparse.prefill.sla import SLA as SLA
 from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn as SpargeAttn
 from heedful.methods.sparse.prefill.sparsifiner import Sparsifiner as Sparsifiner
+from heedful.methods.sparse.prefill.trimmed_llama import TrimmedLlama as TrimmedLlama
 from heedful.methods.sparse.tokens.attention_rag import AttentionRAG as AttentionRAG
 from heedful.methods.sparse.tokens.sentinel import Sentinel as Sentinel
 from heedful.methods.sparse.tokens.spec_pc import SpecPC as SpecPC

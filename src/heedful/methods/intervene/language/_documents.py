@@ -7,15 +7,13 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.method import Method, Readings
-from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Statistic, Sum
 
 
-class DocumentAttention(Method):
+class _DocumentAttention(Method):
     """What the last row of a prompt gives to each span of a role, heads averaged."""
 
-    paper = Paper("none", "A reader of methods that order documents", "heedful", 2026)
     role: str
     last: int  # the position of the prompt's last token
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt, Reader, Tokens
 from heedful.core.paper import Paper
-from heedful.methods.intervene.language._documents import DocumentAttention
+from heedful.methods.intervene.language._documents import _DocumentAttention
 
 
 class AttentionSorting(Tokens):
@@ -41,7 +41,7 @@ class AttentionSorting(Tokens):
     def arrange(self, prompt: Prompt, read: Reader) -> Prompt:
         prompt.spans(self.role)
         for _ in range(self.rounds):
-            scores = read(prompt, DocumentAttention(self.role, len(prompt) - 1))
+            scores = read(prompt, _DocumentAttention(self.role, len(prompt) - 1))
             order = tuple(scores.argsort(stable=True).tolist())
             if order == tuple(range(len(order))):
                 break  # the same prompt would be scored the same again

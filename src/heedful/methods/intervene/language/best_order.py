@@ -7,7 +7,7 @@ import random
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt, Reader, Tokens
 from heedful.core.paper import Paper
-from heedful.methods.intervene.language._documents import DocumentAttention
+from heedful.methods.intervene.language._documents import _DocumentAttention
 
 
 class BestOrder(Tokens):
@@ -50,7 +50,7 @@ class BestOrder(Tokens):
         draw = random.Random(self.seed)
         drawn = [tuple(draw.sample(places, len(places))) for _ in range(self.orders - 1)]
         shown = [prompt, *(prompt.reordered(self.role, order) for order in drawn)]
-        return max(shown, key=lambda each: float(read(each, DocumentAttention(self.role, len(each) - 1)).max()))
+        return max(shown, key=lambda each: float(read(each, _DocumentAttention(self.role, len(each) - 1)).max()))
 
 
 if __name__ == "__main__":

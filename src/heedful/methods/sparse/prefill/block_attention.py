@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from heedful.core.errors import FieldError
 from heedful.core.mask import Mask, Where
 from heedful.core.method import Method
 from heedful.core.paper import Paper
-from heedful.core.regions import Region, by_text
+from heedful.core.regions import by_text, span_of
 from heedful.core.sites import Site, at
 
 
@@ -53,21 +51,10 @@ class BlockAttention(Method):
         regions = call.regions(self.role)
 
         def sees(query: Tensor, key: Tensor) -> Tensor:
-            mine, theirs = (by_text(_document, regions, place) for place in (query, key))
+            mine, theirs = (by_text(span_of, regions, place) for place in (query, key))
             return (mine < 0) | (mine == theirs)
 
         return mask & Where(sees)
-
-
-def _document(spans: Region, position: Tensor) -> Tensor:
-    """Which span each position lies in; -1 where in none."""
-    if any(one[1] > other[0] for one, other in pairwise(sorted(spans))):
-        rule = "must not overlap: a token is of one document or of none"
-        raise FieldError("attach()", "roles", tuple(spans), rule, ((0, 4), (4, 9)))
-    number = torch.full_like(position, -1)
-    for i, (start, stop) in enumerate(spans):
-        number = number.masked_fill((position >= start) & (position < stop), i)
-    return number
 
 
 if __name__ == "__main__":

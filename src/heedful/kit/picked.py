@@ -1,0 +1,91 @@
+"""Some of an image's tokens, chosen by what a layer of the encoder attends to: nobody sees the others afterwards."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call
+from heedful.core.errors import FieldError
+from heedful.core.mask import Dense, Mask
+from heedful.core.method import Method
+from heedful.core.sites import Site, at
+from heedful.kit.scores import scores_of
+from heedful.kit.topk import top_k
+
+KEPT = "kept"
+
+
+class PickedPatches(Method, abstract=True):
+    """Chooses in one layer of an encoder which patches its later layers, and a language model behind it, may see.
+
+    Where patches stand in the encoder is the role `patches`, which a vision model's own run names by itself; where
+    they stand in the language model's prompt is the role `image`. Both have the patches in the same order.
+    """
+
+    subjects = ("image",)
+    causal = False  # the whole image is looked at before it is chosen from
+    chunk_invariant = False
+    layer: int = 22  # of the encoder, where patches are chosen; LLaVA's: the last but one of 24
+
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise FieldError(self, "layer", self.layer, "must be the number of a layer, from 0 up", 22)
+
+    @abstractmethod
+    def choose(self, weights: Tensor, call: Call) -> Tensor:
+        """Which patches stay `[b p]`, of an encoder's weights `[b h q k]`."""
+
+    def idle(self, call: Call) -> bool:
+        return call.cross or call.layer < self.layer
+
+    @at(Site.MASK)
+    def pick(self, mask: Mask, call: Call) -> Mask:
+        forward, cache = call.state.forward, call.state.cache
+        if call.layer == self.layer:
+            if self.patches(call).stop <= len(call.queries):
+                forward[KEPT] = self.choose(weights_of(mask, call, slice(0, len(call.queries))), call)
+            return mask
+        kept = forward.get(KEPT, cache.get(KEPT))
+        if kept is None:
+            return mask
+        reads_on = call.lowest > self.layer
+        if reads_on:
+            cache[KEPT] = kept  # what is decoded later has no encoder before it
+        return mask & Dense(seen(kept, call, "image" if reads_on else "patches"))
+
+    def patches(self, call: Call) -> slice:
+        """Where the patches stand among the encoder's tokens."""
+        spans = call.region("patches")
+        if len(spans) != 1:
+            raise FieldError("attach()", "roles", tuple(spans), "patches must be one span", {"patches": ((1, 257),)})
+        return slice(*spans[0])
+
+
+def seen(kept: Tensor, call: Call, role: str) -> Tensor:
+    """Which keys may be seen, `[b h|1 1 k]`: all but the role's tokens that are not kept `[b p]`."""
+    number = call.numbers(role)
+    if int(number.max()) >= kept.shape[1]:
+        rule = f"must hold the {kept.shape[1]} patches of the encoder"
+        raise FieldError("attach()", "roles", {role: int(number.max()) + 1}, rule, {role: ((1, 1 + kept.shape[1]),)})
+    number = number.expand(len(kept), -1, -1)
+    stays = (number < 0) | kept[:, None].expand(-1, number.shape[1], -1).gather(2, number.clamp(min=0))
+    return (stays if stays.shape[1] == 1 else call.spread(stays))[:, :, None]
+
+
+def weights_of(mask: Mask, call: Call, rows: slice) -> Tensor:
+    """The weights of some of the call's queries, `[b h r k]`, by softmax over what they may see."""
+    query, key = cast(Tensor, call.query), cast(Tensor, call.key)
+    scores = scores_of(query[:, :, rows], key, call, rows)
+    keep = mask.keeps(call.tile(rows, slice(0, len(call.keys))).pairs)
+    if keep is None:
+        return scores.softmax(-1)
+    return scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~keep, 0.0)
+
+
+def best(score: Tensor, count: int | Tensor) -> Tensor:
+    """True at the `count` (one number, or `[b 1]`) highest of each row `[b p]`; the earlier of equals goes first."""
+    return top_k(score, count, torch.ones_like(score, dtype=torch.bool))

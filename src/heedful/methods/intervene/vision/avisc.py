@@ -1,0 +1,119 @@
+"""Against the image's blind tokens alone: above mean + lambda std of the last row, in layers that look at the image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call
+from heedful.core.errors import FieldError
+from heedful.core.kinds import Decode, Prompt, Reader
+from heedful.core.method import Method, Readings, Stack
+from heedful.core.paper import Paper
+from heedful.core.sites import Site, at, reads
+from heedful.core.stats import Sum
+from heedful.methods.intervene.vision._against import LITTLE, PROMPT, Against
+
+
+class _Looks(Method):
+    """What a prompt's last token gives to each of some places, heads averaged, in layers that see nothing ahead."""
+
+    end: int  # the number of the last token
+    places: tuple[int, ...]
+
+    @reads(Site.PATTERN)
+    def look(self, weights: Tensor, call: Call) -> Sum | None:
+        mine = (call.q_pos[0, 0] == self.end).nonzero().flatten()
+        if not len(mine) or not call.mask.causal or call.cross:
+            return None
+        found = call.k_pos[0, 0, :, None] == torch.tensor(self.places, device=weights.device)
+        return Sum.of(weights[0, :, mine[0]].mean(0) @ found.to(weights))
+
+    def answer(self, readings: Readings) -> dict[int, Tensor]:
+        return dict(zip(readings, readings.values_by_layer, strict=True))
+
+
+class _Emptied(Method):
+    """Some tokens of a prompt come in as zeros."""
+
+    places: tuple[int, ...]
+
+    @at(Site.EMBEDDING)
+    def empty(self, stream: Tensor, call: Call) -> Tensor:
+        gone = torch.isin(call.q_pos[:, 0], torch.tensor(self.places, device=stream.device))
+        return stream.masked_fill(gone[..., None], 0.0)
+
+
+class AvisC(Against):
+    """Contrasts what a model says with what it says from the image tokens that it stares at, all others emptied.
+
+    Layers count until together they have the share `gamma` of what all layers give to the image.
+    """
+
+    paper = Paper(
+        "P158",
+        "Don't Miss the Forest for the Trees: Attentional Vision Calibration for Large Vision Language Models",
+        "Sangmin Woo, Donguk Kim, Jaehyuk Jang, Yubin Choi, Changick Kim",
+        2024,
+        "2405.17820",
+        "Findings of ACL 2025",
+        differs=(
+            "Blind tokens are told once, at the end of the prompt, for all that is decoded; the formulas are those of "
+            "another project's form of the authors' code, and the number of standard deviations is the paper's.",
+            "Any spans may stand for the image; tried on text, since no vision-language model was at hand.",
+        ),
+    )
+    gamma: float = 0.5  # share of the attention to the image that the layers have which are listened to
+    deviations: float = 1.0  # lambda: how many standard deviations above the mean a token is blind
+    role: str = "image"  # the spans of the prompt that stand for the image
+    emptied: tuple[int, ...] | None = None  # tokens that come in as zeros; None: told by each prompt
+    first: int = 0  # the layer before which they are emptied, the language model's first
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.gamma <= 1:
+            raise FieldError(self, "gamma", self.gamma, "must lie above 0, and be 1 at most", 0.5)
+        if not self.role:
+            raise FieldError(self, "role", self.role, "must name a role", "image")
+
+    @classmethod
+    def neutral(cls) -> AvisC:
+        return cls(alpha=0.0)
+
+    def ready(self, prompt: Prompt, read: Reader) -> Decode:
+        places = tuple(sorted({i for span in prompt.spans(self.role) for i in range(*span)}))
+        if self.emptied is not None or self.alpha == 0 or not places:
+            return self
+        found = cast(dict[int, Tensor], read(prompt, _Looks(len(prompt) - 1, places)))
+        dark = ~self.blind(torch.stack(list(found.values())))
+        emptied = tuple(place for place, gone in zip(places, dark.tolist(), strict=True) if gone)
+        return replace(self, emptied=emptied, first=min(found))
+
+    def blind(self, given: Tensor) -> Tensor:
+        """Which tokens are blind `[n]`, by what the last one gives to each in every layer `[layers n]`."""
+        heavy = given.sum(1) / given.sum()
+        order = heavy.argsort(descending=True, stable=True)
+        count = int((heavy[order].cumsum(0) < self.gamma).sum()) + 1
+        mean = given[order[:count]].mean(0)
+        return mean >= mean.mean() + self.deviations * mean.std()
+
+    def variants(self, prompt: Prompt) -> Mapping[str, tuple[Prompt, Stack]]:
+        if self.alpha == 0 or not self.emptied:
+            return {PROMPT: (prompt, Stack())}
+        emptied = Stack((_Emptied(self.emptied).on(layers=self.first),))
+        return {PROMPT: (prompt, Stack()), LITTLE: (prompt, emptied)}
+
+
+if __name__ == "__main__":
+    from heedful import decode, models
+
+    model, tokenizer, _ = models.default()
+    lines = tokenizer("The code of the apple is red.\nThe code of the river is blue.\n").input_ids
+    ids = lines + tokenizer("Question: what is the code of the apple?\nAnswer: the code is").input_ids
+    asked = Prompt(tuple(ids), {"image": ((1, len(lines)),)})
+    for alpha in (0.0, 1.0):
+        print(alpha, tokenizer.decode(decode(model, asked, AvisC(alpha), new_tokens=6)))
