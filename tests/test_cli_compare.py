@@ -200,6 +200,13 @@ def test_settings_of_a_room_have_names_that_somebody_there_knows(text: str, told
         in_room(text)
 
 
+def test_a_room_that_is_not_there_says_which_are() -> None:
+    with pytest.raises(
+        CatalogueError, match=r"no room named 'sparse/cash'\. Did you mean sparse/cache.*There are .*sparse/decode"
+    ):
+        in_room("sparse/cash(budget=0.25)")
+
+
 def test_a_room_is_compared_but_for_those_that_do_not_take_its_settings(tiny: None) -> None:
     arguments = ["compare", "--methods", "sparse/decode(budget=8)", "--tasks", "induction(length=20)", "--turns", "0"]
     told = RUN.invoke(app, [*arguments, "--prompts", "2", "--no-page", "--json"])

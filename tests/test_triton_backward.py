@@ -71,7 +71,7 @@ APART = [(False, False, False), (False, True, False), (True, True, False), (Fals
 @pytest.mark.parametrize("apart", APART, ids=str)
 @pytest.mark.parametrize("rules", [(), (*CAUSAL, Window(30) | First(2))], ids=["everything", "sinks and a window"])
 def test_what_a_bias_is_given_is_that_of_all_it_stands_for(apart: tuple[bool, ...], rules: tuple[Rule, ...]) -> None:
-    shape = (2, 4, 2, 70, 90, 16, 16)
+    shape = (2, 2, 1, 70, 90, 16, 16)
     compare_pulled("triton", shape, rules, ("bias",), bias=a_bias(shape, apart))
 
 

@@ -117,6 +117,9 @@ def in_room(text: str) -> list[str]:
     name, opened, settings = text.partition("(")
     home = f"{name.strip().strip('/')}/"
     living = [k for k in entries().values() if f"{room(k)}/".startswith(home) and not issubclass(k, Weights)]
+    if not living and "/" in name:
+        rooms = sorted({room(kind) for kind in entries().values()})
+        raise CatalogueError(f"no room named {name!r}.{nearest(name, rooms)} There are {', '.join(rooms)}.")
     if not living:
         return [text]
     words = [part.partition("=") for part in parted(settings.removesuffix(")"))]

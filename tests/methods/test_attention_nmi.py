@@ -15,6 +15,7 @@ from heedful.authoring import Call, Method, Site, at
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.methods.observe.attention_nmi import AttentionNMI, Dependence
+from tests.readers import padded
 
 METHOD = AttentionNMI()
 SIDE = 20  # pixels; 5 x 5 patches behind a class token
@@ -127,11 +128,8 @@ def test_rows_that_look_at_no_patch_do_not_count() -> None:
 def test_padding_does_not_count(left: bool) -> None:
     model = models.tiny("llama")
     short, long = ids(11, 1), ids(17, 2)
-    pad, one = torch.full((1, 6), 90), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([0 * pad, one] if left else [one, 0 * pad], 1), torch.ones_like(long)])
     apart = found(model, {"input_ids": short}, {"input_ids": long})
-    assert same(found(model, {"input_ids": padded, "attention_mask": mask}), apart)
+    assert same(found(model, padded(short, long, left)), apart)
 
 
 @pytest.mark.parametrize("cuts", [(8, 16), (1,), (3, 5, 7)])

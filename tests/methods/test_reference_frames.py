@@ -13,6 +13,7 @@ from heedful.authoring import Call, Method, Site, at
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.methods.observe.reference_frames import FRAMES, Frame, Frames, ReferenceFrames
+from tests.readers import padded
 
 METHOD = ReferenceFrames(share=0.12)  # a tiny random model has tokens on either side
 
@@ -125,11 +126,8 @@ def test_a_star_is_wholly_central_and_an_even_map_not_at_all() -> None:
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_does_not_count(model, left: bool) -> None:
     short, long = ids(11, 1), ids(17, 2)
-    pad, one = torch.full((1, 6), 90), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([0 * pad, one] if left else [one, 0 * pad], 1), torch.ones_like(long)])
     assert same(
-        found(model, {"input_ids": padded, "attention_mask": mask}),
+        found(model, padded(short, long, left)),
         found(model, {"input_ids": short}, {"input_ids": long}),
     )
 

@@ -15,6 +15,7 @@ from heedful.authoring import Call, Fitted, Method, Site, at
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, StatisticError
 from heedful.methods.observe.visual_heads import Looks, VisualHeads
+from tests.readers import padded
 
 METHOD = VisualHeads()
 SPANS = ((2, 6), (8, 9))
@@ -114,11 +115,8 @@ def test_one_token_has_all_of_the_weight_on_it() -> None:
 def test_padding_does_not_count(left: bool) -> None:
     model = models.tiny("llama")
     short, long = ids(11, 1), ids(17, 2)
-    pad, one = torch.full((1, 6), 90), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([0 * pad, one] if left else [one, 0 * pad], 1), torch.ones_like(long)])
     apart = found(model, {"input_ids": short}, {"input_ids": long})
-    assert same(found(model, {"input_ids": padded, "attention_mask": mask}), apart)
+    assert same(found(model, padded(short, long, left)), apart)
 
 
 def test_each_text_may_have_a_span_of_its_own() -> None:
