@@ -14,9 +14,9 @@ import pytest
 from torch import Tensor
 
 from heedful import Site, edit, models
-from heedful.bench.code import code_of
 from heedful.bench.compare import compare
 from heedful.bench.comparison import Comparison
+from heedful.core.code import code_of
 from heedful.core.errors import StatisticError
 from heedful.core.files import RECORDS
 from heedful.core.method import Method
@@ -61,7 +61,7 @@ def test_a_class_typed_at_a_prompt_is_told_by_its_functions() -> None:
 def test_another_process_gives_the_same_names() -> None:
     """Sets have another order there, and objects other addresses."""
     script = (
-        "from heedful import Site, edit; from heedful.bench.code import code_of\n"
+        "from heedful import Site, edit; from heedful.core.code import code_of\n"
         "print(code_of(edit(Site.PATTERN, lambda w, c, o=object(): w if c.name in {'a', 'b', 'c', 'd'} else 2 * w)))"
     )
     told = {

@@ -15,6 +15,7 @@ from heedful import models
 from heedful.core.errors import FieldError, HeedfulError, StatisticError
 from heedful.core.figures import Curves, Grid, HeadMap, Listing
 from heedful.core.files import digest_of
+from heedful.diagnosis import run as running
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.run import diagnose
 from heedful.methods.observe.sink_rate import SinkRate
@@ -171,3 +172,14 @@ def test_what_is_no_profile_cannot_be_loaded(model: Any, tmp_path: Path) -> None
     (tmp_path / "profile.json").write_text(json.dumps({**text, "digest": digest_of(text)}))
     with pytest.raises(HeedfulError, match=r"Did you mean SinkRate\?"):
         Profile.load(tmp_path)
+
+
+def test_a_measure_whose_code_has_changed_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> Profile:
+        return diagnose(models.tiny("llama"), torch.arange(5, 37), measures="SinkRate", out=tmp_path / "out")
+
+    found()
+    found()  # read from the folder
+    monkeypatch.setattr(running, "code_of", lambda *_: "of another day")
+    with pytest.raises(StatisticError, match=r"holds a diagnosis with other settings: its code is '[0-9a-f]{16}'"):
+        found()

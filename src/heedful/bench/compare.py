@@ -14,7 +14,6 @@ from heedful.adapters.transformers import adapt
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import still
 from heedful.bench.asking import Asked, Asker, require_role
-from heedful.bench.code import code_of
 from heedful.bench.comparison import Comparison
 from heedful.bench.cost import WARM_UP, cost, machine
 from heedful.bench.intervals import LEAST
@@ -23,6 +22,7 @@ from heedful.bench.records import Answered, Cost, Log, Refused, costs_at
 from heedful.bench.results import MARGIN, PLAIN
 from heedful.catalogue import stack_from
 from heedful.core.asked import asks
+from heedful.core.code import code_of
 from heedful.core.errors import FieldError, HeedfulError, WriteError
 from heedful.core.figures import counted
 from heedful.core.files import RECORDS, folder_for, held

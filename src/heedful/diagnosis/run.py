@@ -15,6 +15,7 @@ from torch import nn
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import fit, still
 from heedful.core.asked import asks
+from heedful.core.code import code_of
 from heedful.core.errors import FieldError, ModelError, StatisticError
 from heedful.core.files import PROFILE, UNFINISHED, folder_for, held
 from heedful.core.fitted import Fitted
@@ -332,6 +333,7 @@ def _settings(
         **{key: facts[key] for key in ("model", "weights", "dtype")},
         "heedful": facts["versions"]["heedful"],
         "measures": [repr(part) for part in parts],
+        "code": code_of(*parts),
         **{key: x if isinstance(x, int | str) else repr(x) for key, x in options.items() if x not in (None, "auto")},
         "texts": texts,
     }

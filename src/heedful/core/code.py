@@ -1,4 +1,4 @@
-"""What contenders do, told by their code: answers of other code under the same name are no answers of theirs."""
+"""What methods do, told by their code: what other code under the same name found is nothing of theirs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import Any
 
 from heedful.core.entry import CatalogueEntry
 from heedful.core.method import Stack, method_of
-from heedful.text_models import Contender
 
 
-def code_of(what: Contender) -> str:
+def code_of(*given: Any) -> str:
     """A short name for the code of all parts, the files of their classes and the functions that they hold."""
-    parts: Any = what if isinstance(what, Stack) else [what]
+    parts = [part for what in given for part in (what if isinstance(what, Stack) else (what,))]
     told = "\n".join(text for part in parts for text in _entry(method_of(part)))
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
