@@ -81,11 +81,13 @@ def test_answers_of_other_code_are_not_taken(tmp_path: Path) -> None:
 
     first = asked(0.9)
     assert asked(0.9).results == first.results
-    with pytest.raises(StatisticError, match="holds answers of 'mine' from before its code was changed"):
+    with pytest.raises(StatisticError, match="answers of 'mine' are from before and from after its code was changed"):
         asked(0.1)
     assert asked(0.1, "other").results[-1].score == asked(0.1, out=None).results[-1].score
-    with pytest.raises(StatisticError, match="holds answers of 'mine'"):
+    with pytest.raises(StatisticError, match="answers of 'mine' are from before"):
         asked(0.1)
+    with pytest.raises(StatisticError, match="answers of 'mine' are from before"):
+        first + asked(0.1, out=None)
     records = tmp_path / RECORDS
     records.write_text(records.read_text() + json.dumps({"record": "facts", "code": 3}) + "\n")
     with pytest.raises(StatisticError, match="code must be the name of each contender's code"):

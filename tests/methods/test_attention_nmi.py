@@ -194,3 +194,7 @@ def test_says_what_is_wrong(low: float, high: float) -> None:
     with pytest.raises(FieldError, match=r"low|high"):
         AttentionNMI(low, high)
     assert AttentionNMI(0.0, 1.0).low == 0.0
+
+
+def test_one_token_is_called_nothing() -> None:
+    assert found(models.tiny("llama"), {"input_ids": ids(1)}).labels == {}

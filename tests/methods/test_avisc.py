@@ -155,3 +155,7 @@ def test_wrong_fields_are_refused(settings: dict[str, Any]) -> None:
 def test_defaults() -> None:
     method = AvisC()
     assert (method.alpha, method.beta, method.gamma, method.deviations, method.role) == (1.0, 0.1, 0.5, 1.0, "image")
+
+
+def test_the_only_token_of_an_image_is_not_emptied() -> None:
+    assert AvisC().blind(torch.tensor([[0.3], [0.2]])).tolist() == [True]

@@ -220,3 +220,20 @@ def test_says_what_is_wrong(model) -> None:
     wide = CircuitCodes(sae=Fitted({"encoder": torch.eye(10), "bias": torch.zeros(10)}))
     with heedful.attach(model, wide) as run, pytest.raises(FieldError, match="heads of width 10, and these are 8 wide"):
         run(input_ids=ids(6))
+
+
+def test_one_label_is_that_of_all_texts_of_a_batch_and_others_must_be_as_many() -> None:
+    model = models.tiny("llama")
+    each = [
+        {"input_ids": ids(6, 1, 2), "positive": [True, True]},
+        {"input_ids": ids(6, 3, 4), "positive": [False, False]},
+    ]
+    one = [{**batch, "positive": batch["positive"][0]} for batch in each]
+    few = CircuitCodes(features=6, steps=2)
+    told, again = (heedful.fit(few, model, batches) for batches in (each, one))
+    assert told == again
+    for field in ({"penalty": float("inf")}, {"rate": float("inf")}):
+        with pytest.raises(FieldError, match="and finite"):
+            CircuitCodes(**field)
+    with pytest.raises(FieldError, match="'positive' must be one label, or one for each of 2 texts"):
+        heedful.fit(few, model, [{"input_ids": ids(6, 1, 2), "positive": [True, False, True]}])

@@ -76,7 +76,7 @@ def test_equal_weights_change_no_bit() -> None:
 
 
 def test_errors() -> None:
-    for weights in ((), (1.0, 0.0), (-1.0,)):
+    for weights in ((), (1.0, 0.0), (-1.0,), (1.0, float("inf"))):
         with pytest.raises(FieldError, match=r"ContinuumAttention.weights = .*: must be one or more weights above 0"):
             ContinuumAttention(weights)
     for places in ((), (1.0,), (0.0, 0.0, 1.0), (0.0, 2.0, 1.0)):

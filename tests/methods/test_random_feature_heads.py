@@ -44,6 +44,8 @@ def test_every_head_layer_and_seed_has_a_matrix_of_its_own_and_none_is_learned()
     assert names == {name for name, _ in Attention(8, 2).named_parameters()}
 
 
-def test_a_seed_is_no_less_than_zero() -> None:
+def test_a_seed_is_no_less_than_zero_and_a_mean_is_finite() -> None:
+    with pytest.raises(FieldError, match=r"RandomFeatureHeads\.mean = inf: must be finite"):
+        RandomFeatureHeads(float("inf"))
     with pytest.raises(FieldError, match=r"RandomFeatureHeads\.seed = -1: must be 0 or more"):
         RandomFeatureHeads(seed=-1)

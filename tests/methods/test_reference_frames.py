@@ -201,3 +201,9 @@ def test_says_what_is_wrong(bad: float) -> None:
     with pytest.raises(FieldError, match=r"share = .*above 0 and at most a half"):
         ReferenceFrames(bad)
     assert ReferenceFrames(0.5).share == 0.5
+
+
+def test_a_text_too_short_for_a_frame_is_told_as_none(model) -> None:
+    frames = found(model, {"input_ids": ids(2)})
+    assert frames.layers == {}
+    assert str(frames).startswith("none frame")

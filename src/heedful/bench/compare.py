@@ -324,7 +324,7 @@ class _Job:
                     try:
                         require_role(what, prompt)
                         size = f"{counted(rows, 'row')} of {len(prompt)} tokens"
-                        with enough_memory("compare()", "batch", rows, size, max(1, rows // 2)):
+                        with enough_memory("compare()", "batch", rows, size, rows // 2 or "a task of shorter prompts"):
                             found = cost(model, what, name, prompt, turn, rows, **how)
                         self.log.add(found)
                     except WriteError:

@@ -209,13 +209,6 @@ class Log:
                 f"{path.parent} holds answers to the prompts that seed {min(other)} draws, and this call's seed is "
                 f"{seed}: name another folder; Comparison.load(one, other) joins them"
             )
-        known = earlier.get("code", {})
-        for name, code in self.facts.get("code", {}).items():
-            if known.get(name, code) != code:
-                raise StatisticError(
-                    f"{path.parent} holds answers of {name!r} from before its code was changed: name another folder, "
-                    "or remove this one"
-                )
         records = [r for r in records if not isinstance(r, Refused)]  # what refused them may be mended by now
         self.facts, records = merged([(earlier, records), (self.facts, ())])
         self.records = {(type(r), *r.key): r for r in records}
@@ -251,6 +244,12 @@ def merged(parts: Iterable[tuple[Mapping[str, Any], Iterable[Record]]]) -> tuple
             if (other := facts.get("contenders", {}).get(name, what)) != what:
                 raise StatisticError(
                     f"{name!r} is {other} in one and {what} in the other; give it another name or folder"
+                )
+        for name, code in more.get("code", {}).items():
+            if facts.get("code", {}).get(name, code) != code:
+                raise StatisticError(
+                    f"answers of {name!r} are from before and from after its code was changed: name another folder, or "
+                    "remove the older one"
                 )
         joined = {name: {**facts.get(name, {}), **more.get(name, {})} for name in ("contenders", "tasks", "code")}
         facts = {**more, **facts, **joined, **{name: more[name] for name in LATEST if name in more}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor
@@ -30,17 +30,28 @@ class PickedPatches(Method, abstract=True):
     causal = False  # the whole image is looked at before it is chosen from
     chunk_invariant = False
     layer: int = 22  # of the encoder, where patches are chosen; LLaVA's: the last but one of 24
+    share: float = 0.25  # of the patches that stay, rounded up
 
     def __post_init__(self) -> None:
         if self.layer < 0:
             raise FieldError(self, "layer", self.layer, "must be the number of a layer, from 0 up", 22)
+        if not 0 < self.share <= 1:
+            raise FieldError(self, "share", self.share, "must lie above 0, and be 1 at most", 0.25)
+
+    @classmethod
+    def neutral(cls) -> Self:
+        return cls(share=1.0)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(layer=0)
 
     @abstractmethod
     def choose(self, weights: Tensor, call: Call) -> Tensor:
         """Which patches stay `[b p]`, of an encoder's weights `[b h q k]`."""
 
     def idle(self, call: Call) -> bool:
-        return call.cross or call.layer < self.layer
+        return self.share == 1.0 or call.cross or call.layer < self.layer
 
     @at(Site.MASK)
     def pick(self, mask: Mask, call: Call) -> Mask:

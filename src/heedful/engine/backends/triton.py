@@ -65,9 +65,8 @@ def _device(needs: Needs) -> torch.device:
 
 
 def _compute(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if job.needs is None:
-        raise ValueError("the kernel was not asked if it can serve")
-    if q.shape[2] == 1 and not job.needs.gradients and (keys := one_query.seen(job.call, job.needs, k)) is not None:
+    needs = job.needs or Needs(call=job.call)
+    if q.shape[2] == 1 and not needs.gradients and (keys := one_query.seen(job.call, needs, k)) is not None:
         return _one_query(job, keys, q, k, v)
     return _answered(job, q, padded(k), padded(v))
 
@@ -100,7 +99,7 @@ def _answered(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     call, accumulator = job.call, job.accumulator
     if job.needs is None or (found := job.needs.key_ranges) is None:
-        raise ValueError("the kernel was not asked if it can serve")
+        raise BackendError("the Triton kernel was not asked if it can serve")
     ranges = found.expand(-1, -1, q.shape[2], -1, -1).to(torch.int32).contiguous()
     asked = frozenset[str]() if accumulator is None else accumulator.requested
     table = call.mask.blocks[0] if call.mask.blocks else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -75,10 +76,10 @@ class CircuitCodes(Method):
         for name, least in (("features", 2), ("steps", 1)):
             if getattr(self, name) < least:
                 raise FieldError(self, name, getattr(self, name), f"must be {least} or more", getattr(type(self), name))
-        if not self.penalty >= 0:
-            raise FieldError(self, "penalty", self.penalty, "must be 0 or more", 0.02)
-        if not self.rate > 0:
-            raise FieldError(self, "rate", self.rate, "must be above 0", 1e-2)
+        if not 0 <= self.penalty < math.inf:
+            raise FieldError(self, "penalty", self.penalty, "must be 0 or more, and finite", 0.02)
+        if not 0 < self.rate < math.inf:
+            raise FieldError(self, "rate", self.rate, "must be above 0, and finite", 1e-2)
 
     @classmethod
     def example(cls) -> CircuitCodes:
@@ -140,8 +141,13 @@ class CircuitCodes(Method):
             for batch in batches:
                 if "positive" not in batch:
                     raise FieldError(self, "batches", sorted(batch), 'must have "positive" [b]', [{"positive": "..."}])
-                positive += torch.as_tensor(batch["positive"]).bool().tolist()
+                labels = torch.as_tensor(batch["positive"]).bool().flatten().tolist()
                 run(**{name: x for name, x in batch.items() if name != "positive"})
+                texts = len(next(iter(run[part].values())).value[-1])
+                if len(labels) not in (1, texts):
+                    rule = f"'positive' must be one label, or one for each of {texts} texts"
+                    raise FieldError(self, "batches", labels, rule, [{"positive": [True] * texts}])
+                positive += labels if len(labels) == texts else labels * texts
             if len(set(positive)) < 2:
                 rule = "must hold positive examples and others"
                 raise FieldError(self, "batches", positive, rule, [{"positive": [True, False]}])

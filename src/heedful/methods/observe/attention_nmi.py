@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -37,8 +38,9 @@ class Dependence:
 
     @property
     def by_layer(self) -> dict[int, float]:
-        """Each layer's mean over heads."""
-        return dict(zip(self.layers, self.values.nanmean(1).tolist(), strict=True))
+        """Each layer's mean over heads, of those where there is one."""
+        means = zip(self.layers, self.values.nanmean(1).tolist(), strict=True)
+        return {layer: value for layer, value in means if not math.isnan(value)}
 
     def label(self, value: float) -> str:
         """What attention of such an NMI is called."""
@@ -123,7 +125,7 @@ class AttentionNMI(Method):
             "look at the same, 1 where each looks at one place of its own."
         )
         heads = HeadMap("nmi", "Dependence on the query", what, answer.layers, answer.values, "score", 0, 1)
-        by_layer = torch.tensor(list(answer.by_layer.values()))
+        by_layer = answer.values.nanmean(1)
         depth = Curves(
             "nmi_depth", "Dependence on the query by layer", what, answer.layers, {"mean of heads": by_layer},
             "layer", "NMI", folded=True,

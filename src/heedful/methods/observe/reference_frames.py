@@ -48,11 +48,13 @@ class Frames:
     def mean(self, what: str) -> float:
         """Over layers: "first", "last", "between", "centralisation", or the name of a frame."""
         each = [f.kinds[what] if what in FRAMES else getattr(f, what) for f in self.layers.values()]
-        return sum(each) / len(each)
+        return sum(each) / len(each) if each else 0.0
 
     @property
     def kind(self) -> str:
         """The model's frame: the most common one, and bidirectional where layers share the two ends among them."""
+        if not self.layers:
+            return NONE
         if min(self.mean("first"), self.mean("last")) >= self.share:
             return "bidirectional"
         return max(FRAMES, key=lambda name: (name != NONE and self.mean(name) > 0, self.mean(name)))

@@ -99,6 +99,8 @@ class AvisC(Against):
         order = heavy.argsort(descending=True, stable=True)
         count = int((heavy[order].cumsum(0) < self.gamma).sum()) + 1
         mean = given[order[:count]].mean(0)
+        if len(mean) == 1:
+            return torch.ones_like(mean, dtype=torch.bool)  # there is no other token to tell it from
         return mean >= mean.mean() + self.deviations * mean.std()
 
     def variants(self, prompt: Prompt) -> Mapping[str, tuple[Prompt, Stack]]:

@@ -51,15 +51,11 @@ class LKCA(Method):
             raise SiteError(f"{self!r}, layer {call.layer}: {rule}")
         query, key, outside = pairs(call)
         reach = self.size // 2
-        offset = (self.places(key, call) - self.places(query, call))[:, 0]  # [b|1 r k 2]
+        offset = (key - query)[:, 0]  # [b|1 r k 2]
         beyond = (offset.abs() > reach).any(-1)[:, None] | outside
         down, right = (offset + reach).clamp(0, self.size - 1).unbind(-1)
         weights = call.params["kernel"].to(scores.dtype)[:, down, right].transpose(0, 1)  # [b|1 h r k]
         return torch.where(query[..., 0] < 0, scores.softmax(-1), weights.masked_fill(beyond, 0.0))
-
-    def places(self, at: Tensor, call: Call) -> Tensor:
-        """Where the kernel has patches `[... 2]` that lie there on the grid."""
-        return at
 
 
 if __name__ == "__main__":

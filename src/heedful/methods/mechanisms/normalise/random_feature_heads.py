@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -35,6 +36,8 @@ class RandomFeatureHeads(Method):
     seed: int = 0  # of the draw; every layer and head has a matrix of its own
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.mean):
+            raise FieldError(self, "mean", self.mean, "must be finite", 1.0)
         if self.seed < 0:
             raise FieldError(self, "seed", self.seed, "must be 0 or more", 0)
 

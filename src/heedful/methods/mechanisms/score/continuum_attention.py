@@ -30,8 +30,9 @@ class ContinuumAttention(Method):
     weights: tuple[float, ...] = (1.0,)  # of each sample, in the order of the tokens; only their ratios count
 
     def __post_init__(self) -> None:
-        if not self.weights or min(self.weights) <= 0:
-            raise FieldError(self, "weights", self.weights, "must be one or more weights above 0", (0.5, 1.0, 0.5))
+        if not self.weights or min(self.weights) <= 0 or max(self.weights) == math.inf:
+            rule = "must be one or more weights above 0, and finite"
+            raise FieldError(self, "weights", self.weights, rule, (0.5, 1.0, 0.5))
 
     @classmethod
     def of(cls, places: Sequence[float]) -> ContinuumAttention:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,8 +33,8 @@ class EdgePrior(Method):
     )
 
     def __post_init__(self) -> None:
-        if self.decay < 0:
-            raise FieldError(self, "decay", self.decay, "must be 0 or more", 0.1)
+        if not 0 <= self.decay < math.inf:
+            raise FieldError(self, "decay", self.decay, "must be 0 or more, and finite", 0.1)
         if self.learned < 0:
             raise FieldError(self, "learned", self.learned, "must be 0 or more distances", 128)
 

@@ -36,26 +36,12 @@ class FoPru(PickedPatches):
             "A share of the patches or of the rows is rounded up.",
         ),
     )
-    share: float = 0.25  # of the patches that stay, or of their rows
     by: str = "token"  # what is ranked: each "token", or each "row" of the image's grid
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie above 0, and be 1 at most", 0.25)
         if self.by not in ("token", "row"):
             raise FieldError(self, "by", self.by, "must be 'token' or 'row'", "token")
-
-    @classmethod
-    def neutral(cls) -> FoPru:
-        return cls(share=1.0)
-
-    @classmethod
-    def example(cls) -> FoPru:
-        return cls(layer=0)
-
-    def idle(self, call: Call) -> bool:
-        return self.share == 1.0 or super().idle(call)
 
     def choose(self, weights: Tensor, call: Call) -> Tensor:
         where = self.patches(call)

@@ -37,26 +37,12 @@ class GreedyPrune(PickedPatches):
             "A patch that goes is seen by nobody behind the layer, and keeps its place.",
         ),
     )
-    share: float = 0.25  # of the patches that stay, rounded up
     diversity: float = 1.0  # weight of being unlike the kept; 0: the most salient, whatever they are like
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.share <= 1:
-            raise FieldError(self, "share", self.share, "must lie above 0, and be 1 at most", 0.25)
         if not 0 <= self.diversity < math.inf:
             raise FieldError(self, "diversity", self.diversity, "must be 0 or more, and finite", 1.0)
-
-    @classmethod
-    def neutral(cls) -> GreedyPrune:
-        return cls(share=1.0)
-
-    @classmethod
-    def example(cls) -> GreedyPrune:
-        return cls(layer=0)
-
-    def idle(self, call: Call) -> bool:
-        return self.share == 1.0 or super().idle(call)
 
     def choose(self, weights: Tensor, call: Call) -> Tensor:
         where = self.patches(call)
