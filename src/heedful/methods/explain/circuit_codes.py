@@ -143,7 +143,7 @@ class CircuitCodes(Method):
                     raise FieldError(self, "batches", sorted(batch), 'must have "positive" [b]', [{"positive": "..."}])
                 labels = torch.as_tensor(batch["positive"]).bool().flatten().tolist()
                 run(**{name: x for name, x in batch.items() if name != "positive"})
-                texts = len(next(iter(run[part].values())).value[-1])
+                texts = sum(map(len, next(iter(run[part].values())).value)) - len(positive)
                 if len(labels) not in (1, texts):
                     rule = f"'positive' must be one label, or one for each of {texts} texts"
                     raise FieldError(self, "batches", labels, rule, [{"positive": [True] * texts}])
