@@ -226,7 +226,7 @@ def test_one_label_is_that_of_all_texts_of_a_batch_and_others_must_be_as_many() 
     model = models.tiny("llama")
     each = [
         {"input_ids": ids(6, 1, 2), "positive": [True, True]},
-        {"input_ids": ids(6, 3, 4), "positive": [False, False]},
+        {"input_ids": ids(6, 3, 2), "positive": [False, False]},
     ]
     one = [{**batch, "positive": batch["positive"][0]} for batch in each]
     few = CircuitCodes(features=6, steps=2)
