@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import time
+import resource
 from functools import cache
 from pathlib import Path
 
@@ -89,14 +89,20 @@ def _chosen(path: Path, most: int) -> list[changes.Mutant]:
     return changes.choose([m for m in found if m.name not in left_out], most, path.stem)
 
 
+def _computed() -> float:
+    """Seconds that processors have spent on children of this process."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
 def measure(path: Path, most: int) -> Row:
     """The mutants of one file, each tried."""
     module, source, tests = _module(path), path.read_text(), tests_of(path)
     chosen = _chosen(path, most)
-    state, begun = _state(path), time.monotonic()
+    state, begun = _state(path), _computed()
     if not probe.survives(module, path, tests, None, 600.0):
         raise SystemExit(f"{tests[0].relative_to(ROOT)} fails on the file as it is")
-    limit = 20.0 + PATIENCE * (time.monotonic() - begun)
+    limit = 20.0 + PATIENCE * (_computed() - begun)
     survivors = [m for m in chosen if probe.survives(module, path, tests, changes.changed(source, m), limit)]
     return {
         "state": state,

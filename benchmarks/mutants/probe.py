@@ -6,7 +6,9 @@ import gc
 import importlib.abc
 import importlib.machinery
 import io
+import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+ASLEEP = 20  # times its limit of computing that a child may take by the clock: the machine may be busy
 PASSED, FAILED, NO_RUN = 0, (1, 2), 70  # pytest's status: 2 is a file that could not even be imported
 
 
@@ -69,14 +72,15 @@ def warm() -> None:
 
 
 def survives(module: str, path: Path, tests: list[Path], tree: Module | None, limit: float) -> bool:
-    """Whether tests and laws hold; a child that takes longer than `limit` seconds has hung, and so was caught."""
+    """Whether tests and laws hold; a child that computes for more than `limit` seconds hangs, and so is caught."""
     if module in sys.modules:
         raise RuntimeError(f"{module} is imported already: the change would not be seen")
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit), math.ceil(limit)))
         os._exit(_run(module, path, tests, tree))
-    status = _wait(child, limit)
+    status = _wait(child, ASLEEP * limit)
     if status == PASSED:
         return True
     if status is None or status < 0 or status in FAILED:

@@ -99,7 +99,7 @@ def test_the_verb_prints_and_writes(small: None, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ({"kind": "pool"}, "must be one of lm"),
+        ({"kind": "pools"}, "must be one of lm"),
         ({"seeds": 0}, "must be 1 or more"),
         ({"tokens": 3}, "enough for one batch"),
         ({"mechanisms": []}, "one or more beside softmax"),

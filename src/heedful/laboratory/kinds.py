@@ -7,13 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 from heedful.core.errors import FieldError, StatisticError
+from heedful.laboratory.bags import Bags
 from heedful.laboratory.course import Course
 from heedful.laboratory.images import Digits
 from heedful.laboratory.language import Text
 from heedful.laboratory.puzzles import Puzzles
+from heedful.laboratory.regression import Regression
 from heedful.laboratory.strings import Strings
 
-KINDS: dict[str, tuple[type[Course], ...]] = {"lm": (Text, Puzzles), "vit": (Digits,), "seq2seq": (Strings,)}
+KINDS: dict[str, tuple[type[Course], ...]] = {
+    "lm": (Text, Puzzles, Regression), "vit": (Digits,), "seq2seq": (Strings,), "pool": (Bags,),
+}  # fmt: skip
 DEFAULTS = {  # eight ways apart from one another
     "lm": (
         "ClippedSoftmax", "SigmoidAttention(128)", "NormalizedAttention", "RectifiedAttention", "GatedHeads", "MALA",
@@ -27,13 +31,17 @@ DEFAULTS = {  # eight ways apart from one another
         "ClippedSoftmax", "SigmoidAttention(11)", "NormalizedAttention", "RectifiedAttention", "GatedHeads", "MALA",
         "MixtureOfHeads(2, 1)", "AffineScaledAttention",
     ),
+    "pool": (
+        "ClippedSoftmax", "SigmoidAttention(26)", "NormalizedAttention", "RectifiedAttention", "GatedHeads",
+        "MixtureOfHeads(2, 1)", "EfficientProbing(4)", "MALA",
+    ),
 }  # fmt: skip
 
 
 def courses(kind: str, tokens: int | None) -> tuple[Course, ...]:
     """The courses of a kind, each with so many tokens or with its own default."""
     if kind not in KINDS:
-        rule = f"must be one of {', '.join(KINDS)}; pooling by queries is not built yet"
+        rule = f"must be one of {', '.join(KINDS)}"
         raise FieldError("lab()", "kind", kind, rule, next(iter(KINDS)))
     made = tuple(course() for course in KINDS[kind])  # type: ignore[call-arg]  # each has defaults
     return made if tokens is None else tuple(replace(course, tokens=tokens) for course in made)

@@ -1,8 +1,6 @@
 """Blocks of query rows in plain torch: memory grows with N, and key columns that no row may see are never touched.
 
-Where gradients are asked of a long call, blocks are computed again on the way back, as in M. N. Rabe and C. Staats,
-Self-attention Does Not Need O(n^2) Memory (arXiv 2112.05682). They divide keys as well, and rescale; a block here sees
-all keys of its rows, as edits of a row want them.
+Where gradients are asked of a long call, blocks are computed again on the way back, so that no map is kept for it.
 """
 
 from __future__ import annotations
@@ -16,11 +14,25 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.column_ranges import Ranges
+from heedful.core.paper import Paper
 from heedful.engine.again import recomputed
 from heedful.engine.attend import tile, wide
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.needs import Needs
 from heedful.engine.reweighting import resolved
+
+PAPER = Paper(
+    "P166",
+    "Self-attention Does Not Need O(n^2) Memory",
+    "Markus N. Rabe and Charles Staats",
+    2021,
+    "2112.05682",
+    differs=(
+        "Queries alone are divided, since edits of a row want all of its keys: a block's rows are longer in a longer "
+        "text, and fewer.",
+        "Calls whose map takes less than 64 MB keep their blocks for the way back.",
+    ),
+)
 
 TILE_BYTES = 4 << 20  # scores of one tile: a few of them fit into a last-level cache
 KEPT_BYTES = 64 << 20  # of a call's scores that the way back may find kept
