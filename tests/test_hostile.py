@@ -98,6 +98,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
             "model other batches only",
         ),
         "Likeness.best": (explaining.Likeness(*[torch.zeros(2, 2)] * 3).best, {"level": "heads"}, "level"),
+        "linearity": (
+            explaining.linearity, {"model": model, "batches": [{"input_ids": clean}]}, "model batches only",
+        ),
+        "word_maps": (explaining.word_maps, {"pipe": model, "prompts": "a cube"}, "pipe prompts steps seed"),
         "trace": (
             explaining.trace, {"model": model, "clean": clean[0], "corrupt": corrupt[0], "answer": 5},
             "model clean corrupt answer instead what heads",
@@ -141,7 +145,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
 VERBS = [
     "attach", "fit", "fold", "operate", "arrange", "load", "decode", "diagnose", "compare", "check", "edit",
     "explain", "patterns", "ablate", "attribute", "logit_lens", "direct_logits", "faithfulness", "patching",
-    "path_patching", "likeness", "Likeness.best", "trace", "nn.convert",
+    "path_patching", "likeness", "Likeness.best", "linearity", "word_maps", "trace", "nn.convert",
     "models.load", "models.tiny",
     "catalogue.find", "catalogue.search", "tasks.find", "Stack", "Prompt", "Removal", "on", "when", "|", "Run[]",
     "Run.save", "Run.merge", "Run.load_state_dict", "Profile.answer", "Profile.save", "Profile.load", "Profile.page",

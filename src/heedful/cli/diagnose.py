@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from heedful.catalogue import entry_from, parted
 from heedful.cli.console import console, require_page, stopping, tell, workers_from, write_page
+from heedful.cli.pictured import pictured
 from heedful.cli.progress import Bars
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.figures import head_name
@@ -140,6 +141,12 @@ def diagnose(
         Path | None,
         typer.Option(help="A WAV file or a folder of them, for a model that hears, such as 'speech'."),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of prompts, one a line, for a text-to-image pipeline: a picture of each, word by word."
+        ),
+    ] = None,
     corpus: Annotated[
         Path | None,
         typer.Option(help="Many texts instead: a JSONL or Parquet file, or a folder of these or of texts."),
@@ -158,7 +165,7 @@ def diagnose(
     parts = measures_from(measures)
     if page:
         require_page()
-    named = {"text": text, "images": images, "audio": audio, "corpus": corpus}
+    named = {"text": text, "images": images, "audio": audio, "prompts": prompts, "corpus": corpus}
     given = {option: path for option, path in named.items() if path is not None}
     if len(given) > 1:
         both = " ".join(f"--{option} {path}" for option, path in given.items())
@@ -167,6 +174,12 @@ def diagnose(
     if corpus is None and (workers is not None or ray):
         raise HeedfulError("--workers and --ray share a corpus, and there is none. Name one: --corpus texts.jsonl")
     shared = workers_from(workers, ray)
+    if prompts is not None:
+        rest = {"measures": measures, "length": length, "backend": backend != "auto"}
+        if taken := [f"--{name}" for name, value in rest.items() if value]:
+            raise HeedfulError(f"{', '.join(taken)}: not with --prompts, which tells of words alone. Leave it out")
+        pictured(model, prompts, out, as_json, page)
+        return
     bars = Bars(STAGES)
     with bars.console.status(f"loading {escape(model)}"):
         from heedful import models

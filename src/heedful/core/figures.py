@@ -69,6 +69,14 @@ class Listing(Figure):
 
 
 @dataclass(frozen=True, eq=False)
+class Lit(Figure):
+    """A picture, once as it is and once for each name, lit where a map is high."""
+
+    pixels: Tensor  # [3 rows columns], from 0 to 1
+    maps: Mapping[str, Tensor]  # name -> [rows columns], of any size
+
+
+@dataclass(frozen=True, eq=False)
 class Intervals(Figure):
     """A number with its interval for each name, in one or more groups that stand side by side."""
 

@@ -12,6 +12,8 @@ _HOMES = {
     "Attribution": "attribution",
     "likeness": "likening",
     "Likeness": "likening",
+    "linearity": "linear",
+    "Linearity": "linear",
     "logit_lens": "logits",
     "Lens": "logits",
     "direct_logits": "logits",
@@ -27,6 +29,9 @@ _HOMES = {
     "HeadEffects": "activation_patching",
     "trace": "tracing",
     "Trace": "tracing",
+    "word_maps": "picturing",
+    "WordMap": "picturing",
+    "WordMaps": "picturing",
 }
 
 __all__ = [
@@ -37,20 +42,25 @@ __all__ = [
     "HeadEffects",
     "Lens",
     "Likeness",
+    "Linearity",
     "Patterns",
     "Removal",
     "Trace",
+    "WordMap",
+    "WordMaps",
     "ablate",
     "agreement",
     "attribute",
     "direct_logits",
     "faithfulness",
     "likeness",
+    "linearity",
     "logit_lens",
     "patching",
     "path_patching",
     "patterns",
     "trace",
+    "word_maps",
 ]
 
 
@@ -68,5 +78,7 @@ if TYPE_CHECKING:
     from heedful.explaining.attribution import Attribution, attribute
     from heedful.explaining.faithful import Faithfulness, Removal, faithfulness
     from heedful.explaining.likening import Likeness, likeness
+    from heedful.explaining.linear import Linearity, linearity
     from heedful.explaining.logits import DirectLogits, Lens, direct_logits, logit_lens
+    from heedful.explaining.picturing import WordMap, WordMaps, word_maps
     from heedful.explaining.tracing import Trace, trace

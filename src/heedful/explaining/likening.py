@@ -20,6 +20,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
 from heedful.explaining.drawn import Told
+from heedful.explaining.streams import STREAMS
 
 PAPER = Paper(
     "P124",
@@ -140,14 +141,6 @@ def alike(x: Tensor, y: Tensor) -> tuple[float, float]:
     return float(correlation.amax(1).mean()), float(cka)
 
 
-class _States(Method):
-    """The stream as it leaves each layer, at tokens that are no padding."""
-
-    @reads(Site.RESIDUAL)
-    def keep(self, stream: Tensor, call: Call) -> Cat:
-        return Cat.of("x", stream[call.is_text[:, 0].expand(len(stream), -1)].float())
-
-
 class _Maps(Method):
     """Each layer's map, with rows of padding at zero."""
 
@@ -158,9 +151,10 @@ class _Maps(Method):
 
 def _seen(model: nn.Module, batch: Mapping[str, Any], only: str | None) -> tuple[list[Tensor], list[Tensor]]:
     """States `[tokens e]` and maps `[b h q k]` of each layer."""
-    with torch.no_grad(), still(model), attach(model, _States() | _Maps(), only=only, backend="reference") as run:
+    reader = STREAMS | _Maps()
+    with torch.no_grad(), still(model), attach(model, reader, only=only, backend="reference") as run:
         run(**batch)
-        readings = run[_States()], run[_Maps()]
+        readings = run[STREAMS], run[_Maps()]
     states, maps = ([stat.value[0] for stat in found.values()] for found in readings)
     return states, maps
 

@@ -20,6 +20,7 @@ from heedful.core.figures import (
     HeadMap,
     Intervals,
     Listing,
+    Lit,
     Role,
     Scatter,
     head_name,
@@ -27,6 +28,7 @@ from heedful.core.figures import (
 from heedful.core.kinds import Measure
 from heedful.core.pictures import shrunk
 from heedful.report.colours import ROLES
+from heedful.report.lit import sources
 from heedful.report.plots import bare
 
 SIDE = 320  # pixels of a picture's longer side at most
@@ -36,6 +38,7 @@ KINDS: dict[type[Figure], str] = {
     Grid: "grid",
     Curves: "curves",
     Listing: "table",
+    Lit: "lit",
     Intervals: "points",
     Scatter: "points",
 }
@@ -93,6 +96,8 @@ def figure(shown: Figure, measure: str) -> dict[str, Any]:
     plain["folded"] = shown.folded
     if isinstance(shown, Listing):
         return plain | {"columns": list(shown.columns), "rows": [[cell(x) for x in row] for row in shown.rows]}
+    if isinstance(shown, Lit):
+        return plain | {"pictures": [{"name": name, "source": source} for name, source in sources(shown)]}
     if isinstance(shown, HeadMap):
         plain |= {"unit": shown.unit, "layers": list(shown.layers)}
     plot = bare(shown)

@@ -203,7 +203,7 @@ def _content(profile: data.Shown) -> tuple[dict[str, Any], dict[str, Any], str]:
     sparks = {f.key: line for _, t in told for f in t.figures if (line := spark(f)) is not None}
     about, numbers = ({}, "") if profile.view is None or heard else _view(profile.view)
     read = {
-        "figures": figures,
+        "figures": [f for f in figures if f["kind"] != "lit"],  # the template has written those
         "roles": roles,
         "view": about or None,
         "group": data.sharing(profile.facts),

@@ -1,0 +1,99 @@
+"""linearity: do tokens that know more of their prefix go through the layers more linearly?"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from claims._texts import apart
+from claims.ledger import Claim, run
+from heedful import models
+from heedful.explaining.linear import linearity
+from heedful.explaining.streams import streams
+
+TEXTS, WORDS, LENGTH = 20, 170, 200  # tokens are cut at LENGTH
+BEFORE = 6  # tokens of the prefix that are to be told
+RIDGE = 1e-2  # of the states' mean square
+
+
+@cache
+def _model() -> Any:
+    return models.default()
+
+
+def _ids(seed: int, fitting: bool) -> list[Tensor]:
+    loaded = _model()
+    texts = (loaded.tokenizer(text, return_tensors="pt").input_ids for text in apart(seed, TEXTS, WORDS, fitting))
+    return [ids[:, :LENGTH] for ids in texts]
+
+
+def _known(ids: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of tokens with enough before them: states, all layers at equal weight, what stands before, and which they are."""
+    model = _model().model
+    embedding = model.get_input_embeddings().weight.detach()
+    states, before, which, first = [], [], [], 0
+    for text in ids:
+        layers = [x / x.norm(dim=1, keepdim=True) for x in streams(model, {"input_ids": text, "use_cache": False})]
+        n = text.shape[1]
+        states.append(torch.stack(layers).mean(0)[BEFORE:])
+        words = embedding[text[0]]
+        before.append(torch.stack([words[i - BEFORE : i].flatten() for i in range(BEFORE, n)]))
+        which.append(torch.arange(first + BEFORE, first + n))
+        first += n
+    return torch.cat(states), torch.cat(before), torch.cat(which)
+
+
+def _ranked(x: Tensor) -> Tensor:
+    return x.argsort().argsort().double()
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Spearman's."""
+    return float(torch.corrcoef(torch.stack([_ranked(x), _ranked(y)]))[0, 1])
+
+
+def measure(seed: int) -> tuple[float, dict[str, float]]:
+    shown, wanted, _ = _known(_ids(seed, fitting=True))
+    mean, aim = shown.mean(0), wanted.mean(0)
+    x = shown - mean
+    probe = torch.linalg.solve(
+        x.T @ x + RIDGE * len(x) * x.square().mean() * torch.eye(x.shape[1]), x.T @ (wanted - aim)
+    )
+    ids = _ids(seed, fitting=False)
+    shown, wanted, which = _known(ids)
+    missed = ((shown - mean) @ probe + aim - wanted).square().sum(1) / (wanted - aim).square().sum(1)
+    told = linearity(_model().model, [{"input_ids": text, "use_cache": False} for text in ids])
+    bent = told.tokens[which]
+    words = _model().tokenizer.convert_ids_to_tokens(torch.cat(ids, 1)[0, which].tolist())
+    marks = torch.tensor([not any(c.isalnum() for c in word) for word in words])
+    drawn = bent[torch.randperm(len(bent), generator=torch.Generator().manual_seed(seed))]
+    numbers = {
+        "share of the prefix that is missed": float(missed.mean()),
+        "the same of tokens without a letter": float(missed[marks].mean()),
+        "linearity of layers": float(told.layers.mean()),
+        "correlation with tokens drawn anew": correlation(missed, drawn),
+        "tokens": float(len(bent)),
+    }
+    return correlation(missed, bent), numbers
+
+
+CLAIM = Claim(
+    key="P244",
+    method="linearity",
+    says="The more a token knows of its prefix, the more linearly it goes from layer to layer.",
+    paper_number="a strong correlation (abstract)",
+    setup=f"SmolLM2-135M on {TEXTS} pieces of Python's documentation of {LENGTH} tokens, other ones for each seed. What a "
+    f"token knows: the share of the embeddings of the {BEFORE} tokens before it that ridge regression misses, from its "
+    "states of all layers at equal weight, fitted on as many pieces of other topics; the authors train a copy of the model "
+    "to write the whole prefix. Spearman's correlation over tokens of that share and of what the linear maps leave, the "
+    "mean over layers.",
+    effect="rank correlation of what a token does not know of its prefix and how little linear it is",
+    measure=measure,
+    strong=0.2,
+)
+
+if __name__ == "__main__":
+    run(CLAIM)

@@ -1,0 +1,33 @@
+"""The residual stream as it leaves each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heedful.api import attach, still
+from heedful.core.call import Call
+from heedful.core.method import Method
+from heedful.core.sites import Site, reads
+from heedful.core.stats import Cat
+
+
+class _Streams(Method):
+    """The stream as it leaves each layer, at tokens that are no padding."""
+
+    @reads(Site.RESIDUAL)
+    def keep(self, stream: Tensor, call: Call) -> Cat:
+        return Cat.of("x", stream[call.is_text[:, 0].expand(len(stream), -1)].float())
+
+
+STREAMS = _Streams()
+
+
+def streams(model: nn.Module, batch: Mapping[str, Any], only: str | None = None) -> list[Tensor]:
+    """States of all tokens behind each layer, `[tokens e]`, for one call of a model."""
+    with torch.no_grad(), still(model), attach(model, STREAMS, only=only, backend="reference") as run:
+        run(**batch)
+        return [stat.value[0] for stat in run[STREAMS].values()]

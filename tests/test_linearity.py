@@ -1,0 +1,77 @@
+"""Linearity against least squares by normal equations, token by token, and where a step is linear by construction."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from heedful import models
+from heedful.core.errors import FieldError
+from heedful.explaining import linearity
+from heedful.explaining.linear import unmapped
+
+
+def by_normal_equations(x: Tensor, y: Tensor) -> list[float]:
+    """The authors' measure, with a row of ones for the mean: what is left of each token, over the spread."""
+    x, y = x.double(), y.double()
+    ones = torch.cat([x, torch.ones(len(x), 1).double()], 1)
+    plane = torch.linalg.solve(ones.T @ ones, ones.T @ y)
+    spread = (sum(float((row - y.mean(0)).square().sum()) for row in y) / len(y)) ** 0.5
+    return [float(((row @ plane) - wanted).square().sum()) ** 0.5 / spread for row, wanted in zip(ones, y, strict=True)]
+
+
+def test_what_a_map_leaves_of_each_token() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 5, generator=draw) + 2, torch.randn(40, 3, generator=draw)
+    assert unmapped(x, y).tolist() == pytest.approx(by_normal_equations(x, y), rel=1e-6)
+    assert float(unmapped(x, x @ torch.randn(5, 3, generator=draw) + 1).max()) < 1e-5
+    x[:, 4] = x[:, 0]  # a channel that says nothing new
+    assert unmapped(x.double(), y.double()).tolist() == pytest.approx(by_normal_equations(x[:, :4], y), rel=1e-6)
+
+
+def test_layers_and_tokens_of_a_model_are_told_without_padding() -> None:
+    model = models.tiny("llama", num_hidden_layers=3)
+    ids = torch.randint(3, 127, (6, 40), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :15] = 0
+    batches = [{"input_ids": ids[:4], "attention_mask": mask[:4]}, {"input_ids": ids[4:]}]
+    found = linearity(model, batches)
+    kept: list[list[Tensor]] = [[], [], []]
+    with torch.no_grad():
+        for batch in batches:
+            heard: list[Tensor] = []
+            hooks = [
+                layer.register_forward_hook(
+                    lambda _, __, out, heard=heard: heard.append(out[0] if isinstance(out, tuple) else out)
+                )
+                for layer in model.model.layers
+            ]
+            model(**batch)
+            for hook in hooks:
+                hook.remove()
+            there = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            for layer, states in zip(kept, heard, strict=True):
+                layer.append(states[there])
+    states = [torch.cat(layer) for layer in kept]
+    assert found.errors.shape == (2, 6 * 40 - 15)
+    for row, (x, y) in zip(found.errors, pairwise(states), strict=True):
+        assert row.tolist() == pytest.approx(by_normal_equations(x, y), rel=1e-4)
+    assert found.layers.tolist() == pytest.approx([1 - float(row.square().mean()) for row in found.errors])
+    assert found.tokens.tolist() == pytest.approx(found.errors.mean(0).tolist())
+    assert found.figure.columns == ["0 to 1", "1 to 2"]
+    assert "mean over 2 steps" in repr(found)
+
+
+def test_too_few_tokens_or_layers_are_refused() -> None:
+    ids = torch.arange(3, 33)[None]
+    with pytest.raises(FieldError, match=r"linearity\(\).batches = 30: must hold more tokens than the 32 channels"):
+        linearity(models.tiny("llama"), [{"input_ids": ids}])
+    with pytest.raises(FieldError, match="two layers or more"):
+        linearity(models.tiny("llama", num_hidden_layers=1), [{"input_ids": ids}])
+    with pytest.raises(FieldError, match="by name"):
+        linearity(models.tiny("llama"), [ids])
+    with pytest.raises(FieldError, match=r"linearity\(\).batches = 0: must be 1 or more"):
+        linearity(models.tiny("llama"), [])
