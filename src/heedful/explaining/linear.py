@@ -79,10 +79,9 @@ def linearity(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, only: s
     unwrapped(model)  # or the reason why there is no model in it
     kept: list[list[Tensor]] = []
     for batch in batches:
-        if not isinstance(batch, Mapping):
-            rule = "must hold what the model is called with, by name"
-            raise FieldError("linearity()", "batches", batch, rule, [{"input_ids": "..."}])
         kept.append(streams(model, batch, only))
+    if not kept:
+        raise FieldError("linearity()", "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
     states = [torch.cat(layer).double() for layer in zip(*kept, strict=True)]
     if len(states) < 2:
         rule = f"must have two layers or more to step from one to the next, and has {len(states)}"
