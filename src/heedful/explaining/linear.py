@@ -77,9 +77,7 @@ def linearity(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, only: s
     times as many. `only` names the part of the model that is looked at, such as "model.encoder".
     """
     unwrapped(model)  # or the reason why there is no model in it
-    kept: list[list[Tensor]] = []
-    for batch in batches:
-        kept.append(streams(model, batch, only))
+    kept = [streams(model, batch, only) for batch in batches]
     if not kept:
         raise FieldError("linearity()", "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
     states = [torch.cat(layer).double() for layer in zip(*kept, strict=True)]
