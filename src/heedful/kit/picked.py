@@ -50,6 +50,10 @@ class PickedPatches(Method, abstract=True):
     def choose(self, weights: Tensor, call: Call) -> Tensor:
         """Which patches stay `[b p]`, of an encoder's weights `[b h q k]`."""
 
+    def later(self, kept: Tensor, mask: Mask, call: Call) -> Tensor:
+        """Which of the kept `[b p]` stay behind a layer of the language model, which sees all of them."""
+        return kept
+
     def idle(self, call: Call) -> bool:
         return self.share == 1.0 or call.cross or call.layer < self.layer
 
@@ -64,9 +68,12 @@ class PickedPatches(Method, abstract=True):
         if kept is None:
             return mask
         reads_on = call.lowest > self.layer
+        narrowed = mask & Dense(seen(kept, call, "image" if reads_on else "patches"))
         if reads_on:
             cache[KEPT] = kept  # what is decoded later has no encoder before it
-        return mask & Dense(seen(kept, call, "image" if reads_on else "patches"))
+            if KEPT in forward:
+                forward[KEPT] = self.later(kept, narrowed, call)
+        return narrowed
 
     def patches(self, call: Call) -> slice:
         """Where the patches stand among the encoder's tokens."""

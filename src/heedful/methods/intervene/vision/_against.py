@@ -30,7 +30,10 @@ class Against(Decode, abstract=True):
         whole = logits[PROMPT].float()
         if LITTLE not in logits:
             return whole
-        mixed = (1 + self.alpha) * whole - self.alpha * logits[LITTLE].float()
+        return self.plausible((1 + self.alpha) * whole - self.alpha * logits[LITTLE].float(), whole)
+
+    def plausible(self, mixed: Tensor, whole: Tensor) -> Tensor:
+        """The mixed logits of the tokens that the whole finds likely enough, and no others."""
         if self.beta == 0:
             return mixed
         return mixed.masked_fill(whole < whole.amax() + math.log(self.beta), -torch.inf)

@@ -12,29 +12,11 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Decode, Prompt, Reader
-from heedful.core.method import Method, Readings, Stack
+from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
-from heedful.core.sites import Site, at, reads
-from heedful.core.stats import Sum
+from heedful.core.sites import Site, at
 from heedful.methods.intervene.vision._against import LITTLE, PROMPT, Against
-
-
-class _Looks(Method):
-    """What a prompt's last token gives to each of some places, heads averaged, in layers that see nothing ahead."""
-
-    end: int  # the number of the last token
-    places: tuple[int, ...]
-
-    @reads(Site.PATTERN)
-    def look(self, weights: Tensor, call: Call) -> Sum | None:
-        mine = (call.q_pos[0, 0] == self.end).nonzero().flatten()
-        if not len(mine) or not call.mask.causal or call.cross:
-            return None
-        found = call.k_pos[0, 0, :, None] == torch.tensor(self.places, device=weights.device)
-        return Sum.of(weights[0, :, mine[0]].mean(0) @ found.to(weights))
-
-    def answer(self, readings: Readings) -> dict[int, Tensor]:
-        return dict(zip(readings, readings.values_by_layer, strict=True))
+from heedful.methods.intervene.vision._looks import _Looks, places_of
 
 
 class _Emptied(Method):
@@ -85,7 +67,7 @@ class AvisC(Against):
         return cls(alpha=0.0)
 
     def ready(self, prompt: Prompt, read: Reader) -> Decode:
-        places = tuple(sorted({i for span in prompt.spans(self.role) for i in range(*span)}))
+        places = places_of(prompt, self.role)
         if self.emptied is not None or self.alpha == 0 or not places:
             return self
         found = cast(dict[int, Tensor], read(prompt, _Looks(len(prompt) - 1, places)))

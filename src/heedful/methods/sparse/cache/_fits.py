@@ -31,10 +31,10 @@ def of_layer(owner: Method, field: str, shape: tuple[int, ...], call: Call) -> T
     """This layer's tensor of a fit; where there is none, a random one that the owner's seed gives."""
     fitted: Fitted | None = getattr(owner, field)
     if fitted is None:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(4099 * _seed(owner, field) + call.layer))
+        return torch.randn(shape, generator=torch.Generator().manual_seed(4099 * seed_of(owner, field) + call.layer))
     found = fitted.get(f"{field}.{call.layer}")
     if found is None or found.shape != shape or len(fitted) != call.depth:
-        raise _other_model(owner, field, call, f"and {list(shape)} is wanted of each")
+        raise other_model(owner, field, call, f"and {list(shape)} is wanted of each")
     return found
 
 
@@ -42,21 +42,21 @@ def among_best(owner: Method, field: str, shares: tuple[tuple[str, float], ...],
     """Which key heads of the layer, `[g]`, are in the highest share of the model's by one of the named scores."""
     fitted: Fitted | None = getattr(owner, field)
     if fitted is None:
-        fitted = _drawn(_seed(owner, field), tuple(name for name, _ in shares), call.depth, call.kv_heads)
+        fitted = _drawn(seed_of(owner, field), tuple(name for name, _ in shares), call.depth, call.kv_heads)
     found = _best(fitted, shares)
     if len(found) != call.depth or found[call.layer].shape != (call.kv_heads,):
-        raise _other_model(owner, field, call, f"and {call.kv_heads} key heads in layer {call.layer}")
+        raise other_model(owner, field, call, f"and {call.kv_heads} key heads in layer {call.layer}")
     return found[call.layer]
 
 
-def _seed(owner: Method, field: str) -> int:
+def seed_of(owner: Method, field: str) -> int:
     seed: int | None = getattr(owner, "seed", None)
     if seed is None:
         raise FieldError(owner, field, None, "must be fitted with heedful.fit(), or seed be given", "seed=0")
     return seed
 
 
-def _other_model(owner: Method, field: str, call: Call, requested: str) -> FieldError:
+def other_model(owner: Method, field: str, call: Call, requested: str) -> FieldError:
     rule = f"was fitted to another model; this one has {call.depth} layers, {requested}"
     return FieldError(owner, field, getattr(owner, field), rule, f"heedful.fit({type(owner).__name__}(), model, ...)")
 

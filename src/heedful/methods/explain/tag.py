@@ -1,0 +1,107 @@
+"""map = mean over asked tokens t of the mean of A_t over the image, in the k heads of all layers that give it most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call
+from heedful.core.errors import FieldError
+from heedful.core.method import Method, Readings
+from heedful.core.paper import Paper
+from heedful.core.regions import by_text, numbers
+from heedful.core.sites import Site, reads
+from heedful.core.stats import Mean, Statistic
+
+
+@dataclass(frozen=True, eq=False)
+class Grounding:
+    """Where in an image stands what some tokens speak of."""
+
+    map: Tensor = field(repr=False)  # [b p], what each of the image's tokens is given
+
+    @property
+    def place(self) -> Tensor:
+        """The image's token of the highest weight in each text, `[b]`."""
+        return self.map.argmax(-1)
+
+    def near(self, share: float = 0.5) -> Tensor:
+        """Which tokens `[b p]` have this share of the highest weight or more; the authors' code: 0.5."""
+        return self.map >= share * self.map.amax(-1, keepdim=True)
+
+    def __str__(self) -> str:
+        return f"the image's tokens {self.place.tolist()} of {self.map.shape[-1]}"
+
+
+class TAG(Method):
+    """Points at what a question or an answer speaks of, by where its tokens look in the image.
+
+    For each token those heads count, of all layers, that give the image the most. Texts that are read together each
+    have a map; a second batch is averaged with the first.
+    """
+
+    paper = Paper(
+        "P113",
+        "Attention-driven GUI Grounding: Leveraging Pretrained Multimodal Large Language Models without Fine-Tuning",
+        "Hai-Ming Xu, Qi Chen, Lei Wang, Lingqiao Liu",
+        2024,
+        "2412.10840",
+        "AAAI 2025",
+        differs=(
+            "Which tokens are listened to is the caller's to say; the authors let the model name what it looks for, "
+            "and take the tokens of that.",
+            "The image's tokens are patches; the authors go on from the queries of a resampler to pixels.",
+            "The place is the token of the highest weight, or all that come near it; the authors draw boxes round.",
+        ),
+    )
+    heads: int = 10  # how many heads of the whole model count for a token; the authors' code: 10
+    asked: str = "question"  # the span whose tokens are listened to
+    role: str = "image"  # the span in which places are
+
+    def __post_init__(self) -> None:
+        if self.heads < 1:
+            raise FieldError(self, "heads", self.heads, "must be 1 or more", 10)
+        for name, good in (("asked", "question"), ("role", "image")):
+            if not getattr(self, name):
+                raise FieldError(self, name, "", "must name a span", good)
+
+    @classmethod
+    def example(cls) -> TAG:
+        return cls(heads=2, asked="answer")
+
+    def idle(self, call: Call) -> bool:
+        return call.cross or not {self.asked, self.role} <= call.roles.keys()
+
+    @reads(Site.PATTERN)
+    def look(self, weights: Tensor, call: Call) -> Statistic | None:
+        asked = call.regions(self.asked)
+        row = by_text(numbers, asked, call.q_pos)[:, 0].where(call.is_text[:, 0], -1)  # [b|1 r]
+        column = call.numbers(self.role)[:, 0]  # [b|1 k]
+        count = int(column.max()) + 1
+        if not call.mask.causal or not count or not bool((row >= 0).any()):
+            return None  # an encoder's patches stand at such places too
+        most = max(sum(stop - start for start, stop in region) for region in asked)
+        tokens, patches = (
+            (x[..., None] == torch.arange(n, device=x.device)).to(weights) for x, n in ((row, most), (column, count))
+        )
+        maps = tokens.mT[:, None] @ weights.detach() @ patches[:, None]  # [b h t p]
+        return Mean.of(maps, tokens.sum(1)[:, None, :, None].expand_as(maps))
+
+    def answer(self, readings: Readings) -> Grounding:
+        maps = torch.cat([stat.value for stat in readings.values()], 1)  # heads of all layers
+        mass = maps.sum(-1)
+        chosen = mass.topk(min(self.heads, mass.shape[1]), 1).indices  # [b k t]
+        found = maps.gather(1, chosen[..., None].expand(*chosen.shape, maps.shape[-1]))
+        return Grounding(found.nanmean((1, 2)))  # a text may have fewer such tokens than others
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model = models.tiny("llava", vision_config={"image_size": 16}, image_seq_length=16)
+    inputs = models.tiny_inputs(model, length=22)
+    with attach(model, TAG(heads=3), roles={"image": ((1, 17),), "question": ((17, 22),)}) as run:
+        run(**inputs)
+        print(run[TAG(heads=3)])

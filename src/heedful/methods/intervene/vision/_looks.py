@@ -1,0 +1,56 @@
+"""What methods share that ask where a prompt's last token looks in an image, and hide what it does not look at."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call
+from heedful.core.kinds import Prompt
+from heedful.core.mask import Dense, Mask
+from heedful.core.method import Method, Readings
+from heedful.core.sites import Site, at, reads
+from heedful.core.stats import Sum
+
+
+class _Looks(Method):
+    """What a prompt's last token gives to each of some places, heads averaged, in layers that see nothing ahead."""
+
+    end: int  # the number of the last token
+    places: tuple[int, ...]
+
+    @reads(Site.PATTERN)
+    def look(self, weights: Tensor, call: Call) -> Sum | None:
+        mine = (call.q_pos[0, 0] == self.end).nonzero().flatten()
+        if not len(mine) or not call.mask.causal or call.cross:
+            return None
+        found = call.k_pos[0, 0, :, None] == torch.tensor(self.places, device=weights.device)
+        return Sum.of(weights[0, :, mine[0]].mean(0) @ found.to(weights))
+
+    def answer(self, readings: Readings) -> dict[int, Tensor]:
+        return dict(zip(readings, readings.values_by_layer, strict=True))
+
+
+class _Hidden(Method):
+    """Some tokens of a prompt are seen by nobody but themselves."""
+
+    places: tuple[int, ...]
+
+    @at(Site.MASK)
+    def hide(self, mask: Mask, call: Call) -> Mask:
+        gone = torch.isin(call.k_pos, torch.tensor(self.places, device=call.k_pos.device))
+        seen = ~gone[..., None, :] | (call.q_pos[..., :, None] == call.k_pos[..., None, :])
+        return mask & Dense(seen if seen.shape[1] == 1 else call.spread(seen))
+
+
+def places_of(prompt: Prompt, role: str = "image") -> tuple[int, ...]:
+    """The numbers of a role's tokens."""
+    return tuple(sorted({i for span in prompt.spans(role) for i in range(*span)}))
+
+
+def lowest(places: tuple[int, ...], score: Tensor, share: float) -> tuple[int, ...]:
+    """The places that are left when those of the highest score `[n]` are taken, a share of all, rounded up."""
+    order = score.argsort(descending=True, stable=True)
+    return tuple(sorted(places[i] for i in order[ceil(share * len(places)) :].tolist()))

@@ -1,0 +1,95 @@
+"""c = sum over layers of A_task / (A_general + lambda): the text does not see the image's tokens of low contrast."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from heedful.core.errors import FieldError
+from heedful.core.kinds import NOTHING_READ, Decode, Prompt, Read, Reader
+from heedful.core.method import Stack
+from heedful.core.paper import Paper
+from heedful.methods.intervene.vision._looks import _Hidden, _Looks, lowest, places_of
+
+
+class CARVE(Decode):
+    """Answers from the part of an image at which the question makes a model look more than a general one does.
+
+    The prompt has spans "image" and "question"; `general` are the tokens that ask for nothing in particular.
+    """
+
+    paper = Paper(
+        "P065",
+        "Focusing by Contrastive Attention: Enhancing VLMs' Visual Reasoning",
+        "Yuyao Ge, Shenghua Liu, Yiwei Wang, Lingrui Mei, Baolong Bi, Xuanshan Zhou, Jiayu Yao, Jiafeng Guo, "
+        "Xueqi Cheng",
+        2025,
+        "2509.06461",
+        "",
+        differs=(
+            "The authors' text was not at hand as a whole: contrast and its regularisation follow summaries.",
+            "Tokens of the image are hidden in the language model; the authors mask pixels, keep a few connected "
+            "regions, crop and enlarge them, and have the model look again.",
+            "Attention is the last prompt token's, and layers count alike; the authors look at several written tokens.",
+        ),
+    )
+    general: tuple[int, ...] = (0,)  # tokens in the place of the question, as of "describe the image"
+    share: float = 0.5  # of the image's tokens that are seen, rounded up
+    smooth: float = 0.01  # lambda, over the mean weight of the image's tokens
+    layers: tuple[int, ...] | None = None  # of the language model that are listened to, from 0; None: the later half
+    hidden: tuple[int, ...] | None = None  # tokens that are hidden; None: told by each prompt
+    within: tuple[int, ...] = ()  # the layers in which they are, as a run numbers them
+
+    def __post_init__(self) -> None:
+        if not self.general:
+            raise FieldError(self, "general", self.general, "must be one token or more", (1, 2))
+        if not 0 < self.share <= 1:
+            raise FieldError(self, "share", self.share, "must lie above 0, and be 1 at most", 0.5)
+        if not 0 < self.smooth < math.inf:
+            raise FieldError(self, "smooth", self.smooth, "must be above 0, and finite", 0.01)
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            raise FieldError(self, "layers", self.layers, "must be numbers of layers from 0 up", (16, 20))
+
+    @classmethod
+    def neutral(cls) -> CARVE:
+        return cls(share=1.0)
+
+    def ready(self, prompt: Prompt, read: Reader) -> Decode:
+        places = places_of(prompt)
+        if self.hidden is not None or self.share == 1 or not places:
+            return self
+        ((start, stop),) = prompt.spans("question")
+        other = Prompt(prompt.tokens[:start] + self.general + prompt.tokens[stop:])
+        task, general = (
+            cast(dict[int, Tensor], read(shown, _Looks(len(shown) - 1, places))) for shown in (prompt, other)
+        )
+        score = self.contrast(*(torch.stack(list(found.values())) for found in (task, general)))
+        return replace(self, hidden=lowest(places, score, self.share), within=tuple(sorted(task)))
+
+    def contrast(self, task: Tensor, general: Tensor) -> Tensor:
+        """How much more each token is looked at for the task `[n]`, by what it is given in all layers `[layers n]`."""
+        chosen = list(range(len(task) // 2, len(task))) if self.layers is None else list(self.layers)
+        return (task[chosen] / (general[chosen] + self.smooth / task.shape[1])).sum(0)
+
+    def variants(self, prompt: Prompt) -> Mapping[str, tuple[Prompt, Stack]]:
+        acts = Stack((_Hidden(self.hidden).on(layers=self.within),)) if self.hidden else Stack()
+        return {"prompt": (prompt, acts)}
+
+    def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
+        return logits["prompt"]
+
+
+if __name__ == "__main__":
+    from heedful import decode, models
+
+    model = models.tiny("llava", vision_config={"image_size": 16}, image_seq_length=16)
+    inputs = models.tiny_inputs(model, length=22)
+    prompt = Prompt(tuple(inputs["input_ids"][0].tolist()), {"image": ((1, 17),), "question": ((17, 22),)})
+    for share in (1.0, 0.25):
+        method = CARVE((7, 8), share)
+        print(share, decode(model, prompt, method, new_tokens=6, inputs={"pixel_values": inputs["pixel_values"][:1]}))
