@@ -13,7 +13,7 @@ from torch import Tensor
 from heedful import gpu
 from heedful.conformance.tolerances import within_budget
 from heedful.core.call import Call
-from heedful.core.mask import Causal, First, Mask, Padding, Rule, Where, Window
+from heedful.core.mask import Ahead, Causal, First, FirstQueries, Mask, Padding, Rule, Where, Window
 from heedful.core.method import Method, Stack
 from heedful.core.positions import Positions
 from heedful.core.ragged import Ragged
@@ -36,6 +36,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "causal": CAUSAL,
     "sliding": (*CAUSAL, Window(5)),
     "sinks and a window": (*CAUSAL, Window(5) | First(2)),
+    "a prefix and both sides": ((Window(5) & Ahead(3)) | First(2) | FirstQueries(3),),
     "holes": (*CAUSAL, Where(lambda q, k: (q - k) % 300 < 200)),
     "blind rows": (*CAUSAL, Where(lambda q, k: q % 3 > 0)),
 }

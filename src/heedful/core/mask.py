@@ -25,7 +25,8 @@ from heedful.core.positions import Pairs, Positions, spread_heads
 from heedful.core.rules import Both, Either, OnHeads, Rule
 
 __all__ = [
-    "Blocks", "Both", "Causal", "Dense", "Either", "First", "Mask", "OnHeads", "Padding", "Rule", "Where", "Window",
+    "Ahead", "Blocks", "Both", "Causal", "Dense", "Either", "First", "FirstQueries", "Mask", "OnHeads", "Padding",
+    "Rule", "Where", "Window",
 ]  # fmt: skip
 
 
@@ -89,6 +90,52 @@ class Window(Rule):
             return None
         lo = q.position - self.size + 1 + _pad(k) - _first(k)
         return ranges.single(lo, torch.full_like(lo, len(k)))
+
+
+@dataclass(frozen=True)
+class Ahead(Rule):
+    """The query's own key and the `size - 1` after it, and every key before it: what `Window` is, to the other side."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise FieldError(self, "size", self.size, "must be 1 or more keys", 256)
+
+    def keeps(self, pairs: Pairs) -> Tensor:
+        return pairs.k - pairs.q < self.size
+
+    def span(self, q: Positions, k: Positions) -> Ranges | None:
+        if q.first is None or k.first is None or q.pads is None:
+            return None
+        return ((0, min(len(k), q.first + len(q) + self.size - 1 - k.first)),)
+
+    def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
+        if k.pads is None:
+            return None
+        return ranges.single(0, (q.position + self.size + _pad(k) - _first(k)).clamp(max=len(k)))
+
+
+@dataclass(frozen=True)
+class FirstQueries(Rule):
+    """Every key, for the first `count` tokens of the text; none for the others."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise FieldError(self, "count", self.count, "must be 0 or more queries", 4)
+
+    def keeps(self, pairs: Pairs) -> Tensor:
+        return pairs.q < self.count
+
+    def span(self, q: Positions, k: Positions) -> Ranges | None:
+        if q.first is None or q.pads is None:
+            return None
+        return ((0, len(k)),) if q.first - q.pads[1] < self.count else ()
+
+    def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
+        return ranges.single(0, torch.where(q.position < self.count, len(k), 0))
 
 
 @dataclass(frozen=True)

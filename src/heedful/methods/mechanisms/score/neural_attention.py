@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.kit.tile_scores import biased, operands
 
 
 class NeuralAttention(Method):
@@ -57,17 +58,12 @@ class NeuralAttention(Method):
 
     @at(Site.SCORES)
     def score(self, scores: Tensor, call: Call) -> Tensor:
-        if call.query is None or call.key is None:
-            raise SiteError(f"{self!r}, layer {call.layer}: scores are those of a tile, from SCORES on")
-        q = self._map("q", call.query[:, :, call.rows], call)
-        k = self._map("k", call.key[:, :, call.cols], call)
+        query, key = operands(self, call)
+        q, k = self._map("q", query, call), self._map("k", key, call)
         of_query, of_key = call.params["weight_1"].split(self.width, 1)
         first = linear(q, of_query, call.params["bias_1"])[:, :, :, None] + call.spread(linear(k, of_key))[:, :, None]
-        found = self._map("3", self._map("2", first.relu(), call).relu(), call)[..., 0].to(scores.dtype)
-        if call.bias is None:
-            return found
-        rows = call.rows if call.bias.shape[2] > 1 else slice(None)
-        return found + call.bias[:, :, rows][..., call.cols].to(scores.dtype)
+        found = self._map("3", self._map("2", first.relu(), call).relu(), call)[..., 0]
+        return biased(found.to(scores.dtype), call)
 
     def _map(self, name: str, x: Tensor, call: Call) -> Tensor:
         weight = call.params[f"weight_{name}"]

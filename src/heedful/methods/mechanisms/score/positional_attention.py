@@ -9,6 +9,7 @@ from torch import Tensor
 
 from heedful.authoring import Call, Layer, Method, Paper, Site, at
 from heedful.core.positions import spread_heads
+from heedful.kit.tile_scores import biased
 
 
 class PositionalAttention(Method):
@@ -38,11 +39,7 @@ class PositionalAttention(Method):
     @at(Site.SCORES)
     def score(self, scores: Tensor, call: Call) -> Tensor:
         q, k = (self._map(name, place, call) for name, place in (("query", call.q_pos), ("key", call.k_pos)))
-        found = (q @ k.mT).to(scores.dtype).expand_as(scores)
-        if call.bias is None:
-            return found
-        rows = call.rows if call.bias.shape[2] > 1 else slice(None)
-        return found + call.bias[:, :, rows][..., call.cols].to(scores.dtype)
+        return biased((q @ k.mT).to(scores.dtype).expand_as(scores), call)
 
     def _map(self, name: str, place: Tensor, call: Call) -> Tensor:
         weight = call.params[name]
