@@ -12,7 +12,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from heedful.core.call import CachedKV, Call, Kept
 from heedful.core.errors import SiteError
-from heedful.core.mask import Mask
+from heedful.core.mask import Causal, Mask
 from heedful.core.method import Step
 from heedful.core.packed import Packing
 from heedful.core.reweight import Reweight
@@ -80,11 +80,11 @@ def staged(site: Site, x: Any, job: AttentionCall, call: Call) -> tuple[Any, Cal
         with untouched(step, job, x):
             new = act(x, seen)
         if isinstance(x, Mask):
-            narrowed = _narrowed(step, x, new, chosen, call.heads)
+            redrawn = _redrawn(step, x, new, chosen, call.heads)
             job.run_state.offered[step] += 1
-            if step not in job.run_state.changed and narrows(replace(call, mask=narrowed), x):
+            if step not in job.run_state.changed and redraws(replace(call, mask=redrawn), x):
                 job.run_state.changed.add(step)
-            x = narrowed
+            x = redrawn
             continue
         if not isinstance(new, Tensor) or new.shape != x.shape:
             got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
@@ -190,26 +190,32 @@ def reweight_of(step: Step, job: AttentionCall, summary: Summary) -> Reweight | 
     return found if chosen is None else found.on(chosen, call.heads)
 
 
-def _narrowed(step: Step, old: Mask, new: object, chosen: list[int] | None, heads: int) -> Mask:
-    if not isinstance(new, Mask) or new.rules[: len(old.rules)] != old.rules:
-        raise SiteError(f"{step}: must return the mask it was given, narrowed, as in `return mask & Window(256)`")
+def _redrawn(step: Step, old: Mask, new: object, chosen: list[int] | None, heads: int) -> Mask:
+    held = old.rules
+    if old.causal and not step.method.causal and isinstance(new, Mask) and not new.causal:
+        held = tuple(rule for rule in held if not isinstance(rule, Causal))
+    if not isinstance(new, Mask) or new.rules[: len(held)] != held:
+        raise SiteError(
+            f"{step}: must return the mask it was given, narrowed, as in `return mask & Window(256)`; a method whose "
+            "`causal` is False may leave causality out"
+        )
     if chosen is None:
         return new
-    return Mask(old.rules + tuple(rule.on(tuple(chosen), heads) for rule in new.rules[len(old.rules) :]))
+    own = tuple(rule.on(tuple(chosen), heads) for rule in new.rules[len(held) :])
+    if held != old.rules:
+        own += (Causal().on(tuple(i for i in range(heads) if i not in chosen), heads),)
+    return Mask(held + own)
 
 
-def narrows(call: Call, before: Mask, rows: int = 128) -> bool:
-    """Whether the call's mask drops a pair that `before` kept."""
+def redraws(call: Call, before: Mask, rows: int = 128) -> bool:
+    """Whether the call's mask drops a pair that `before` kept, or keeps one that it dropped."""
     if call.mask is before:
         return False
     for start in range(0, len(call.queries), rows):
         part = call.tile(slice(start, min(start + rows, len(call.queries))), slice(0, len(call.keys)))
-        new = call.mask.keeps(part.pairs)
-        if new is None:
-            return False
-        old = before.keeps(part.pairs)
-        lost = ~new if old is None else old & ~new
-        if bool(lost.any()):
+        everything = torch.ones((), dtype=torch.bool, device=call.queries.index.device)
+        new, old = (everything if x is None else x for x in (mask.keeps(part.pairs) for mask in (call.mask, before)))
+        if bool((new != old).any()):
             return True
     return False
 

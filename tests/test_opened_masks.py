@@ -1,0 +1,84 @@
+"""A MASK edit of a method that is not causal may leave causality out, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from heedful import Method, Site
+from heedful.authoring import at
+from heedful.conformance.bare import Bare
+from heedful.conformance.tolerances import close
+from heedful.core.call import Call
+from heedful.core.errors import SiteError
+from heedful.core.mask import Causal, Mask, Padding, Where, Window
+from heedful.core.method import Stack
+from tests.samples import PAPER
+from tests.test_engine import HERE, run
+
+TEXT = torch.ones(2, 19, dtype=torch.bool)
+TEXT[0, :3] = False
+BACKENDS = [name for name in HERE if name != "sdpa"]  # which takes no method's mask
+
+
+class Ahead(Method):
+    """Leaves causality out, and lets a token see the two that follow."""
+
+    paper = PAPER
+    causal = False
+
+    @at(Site.MASK)
+    def open(self, mask: Mask, call: Call) -> Mask:
+        return Mask((*(rule for rule in mask.rules if not isinstance(rule, Causal)), Where(lambda q, k: k <= q + 2)))
+
+
+class Shut(Ahead):
+    """The same, and says that later tokens change nothing."""
+
+    causal = True
+
+
+class Blind(Method):
+    """Leaves out all that the mask says."""
+
+    paper = PAPER
+    causal = False
+
+    @at(Site.MASK)
+    def open(self, mask: Mask, call: Call) -> Mask:
+        return Mask((Where(lambda q, k: k <= q + 2),))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_causality_may_go(backend: str) -> None:
+    bare = Bare(text=TEXT)
+    want = run(Stack(), Bare(text=TEXT, rules=(Padding(TEXT), Where(lambda q, k: k <= q + 2))))
+    assert close(run(Ahead(), bare, backend), want)
+
+
+def test_for_some_heads_alone() -> None:
+    bare = Bare(text=TEXT)
+    plain, opened = run(Stack(), bare), run(Ahead(), bare)
+    found = run(Stack((Ahead().on(heads=[1, 2]),)), bare)
+    assert close(found, torch.stack([plain[:, 0], opened[:, 1], opened[:, 2], plain[:, 3]], 1))
+    assert close(run(Stack((Ahead().on(heads=[0, 1, 2, 3]),)), bare), opened)
+
+
+def test_what_others_narrow_stays_narrow() -> None:
+    class Near(Method):
+        paper = PAPER
+
+        @at(Site.MASK)
+        def narrow(self, mask: Mask, call: Call) -> Mask:
+            return mask & Window(3)
+
+    bare = Bare(text=TEXT)
+    want = run(Stack(), Bare(text=TEXT, rules=(Padding(TEXT), Window(3), Where(lambda q, k: k <= q + 2))))
+    for stack in (Near() | Ahead(), Ahead() | Near()):
+        assert close(run(stack, bare), want)
+
+
+@pytest.mark.parametrize("method", [Shut(), Blind()])
+def test_nothing_else_may_go(method: Method) -> None:
+    with pytest.raises(SiteError, match=r"narrowed, .* whose `causal` is False may leave causality out"):
+        run(method, Bare(text=TEXT))
