@@ -64,7 +64,7 @@ class CONFORM(Guidance):
         return (found.sum((1, 2)) / same.sum((1, 2)).clamp(min=1)).sum()
 
     def _before(self, maps: Tensor, call: Call) -> Tensor | None:
-        """The mean of the layers' maps in the step before, as far as this step has come."""
+        """The sum of the layers' maps in the step before, as far as this step has come: cosines see no scale."""
         if call.denoising is None:
             return None
         kept, forward, step = call.state.run, call.state.forward, call.denoising.number
@@ -76,8 +76,8 @@ class CONFORM(Guidance):
         kept["step"], kept["now"], forward["summed"] = step, mine.detach(), forward["maps"]
         if "before" not in kept:
             return None
-        forward["earlier"] = forward.get("earlier", 0.0) + kept["before"]
-        return forward["earlier"] / forward["layers"]
+        forward["earlier"] = found = forward.get("earlier", 0.0) + kept["before"]
+        return found
 
 
 if __name__ == "__main__":
