@@ -182,11 +182,17 @@ def sample(
     steps: int,
     start: float = 1.0,
     after: Callable[[float, Tensor], Tensor] = lambda t, x: x,
+    before: Callable[[int, Tensor, Tensor], Tensor] = lambda step, x, t: x,
 ) -> Tensor:
-    """Pictures from noised ones, along `flow(step, x, t)`; `after(t, x)` is what each step leaves."""
+    """Pictures from noised ones, along `flow(step, x, t)`.
+
+    `before(step, x, t)` is what each step begins with, and `after(t, x)` what it leaves.
+    """
     times = torch.linspace(start, 0, steps + 1).tolist()
     for step, (t, then) in enumerate(pairwise(times)):
-        noised = after(then, noised + (then - t) * flow(step, noised, torch.full((len(noised),), t)))
+        now = torch.full((len(noised),), t)
+        noised = before(step, noised, now)
+        noised = after(then, noised + (then - t) * flow(step, noised, now))
     return noised
 
 

@@ -20,7 +20,7 @@ from heedful.core.sites import Site, at, reads
 
 from .samples import PAPER, Forget, Gate, Scale, Shares
 from .test_residual import Push
-from .torch_models import Attention, E, H, Plain, WrittenOut, tokens, written_out
+from .torch_models import Attention, E, H, Listed, Plain, WrittenOut, tokens, written_out
 
 CALLS: list[Call] = []
 
@@ -384,4 +384,17 @@ def test_a_projection_inside_a_sequence_that_names_its_parts() -> None:
         doubled = run(x)
     for block in model.blocks:
         block.attn.proj.c.weight.mul_(2), block.attn.proj.c.bias.mul_(2)
+    assert close_model(doubled, model(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("in_list", [True, False])
+def test_a_projection_as_diffusers_has_it(in_list: bool) -> None:
+    model, x = Plain(), tokens()
+    for block in model.blocks:
+        block.attn = Listed(in_list)
+    with attach(model, TwiceOut(), inputs=x) as run:
+        doubled = run(x)
+    for block in model.blocks:
+        block.attn.projection.weight.mul_(2), block.attn.projection.bias.mul_(2)
     assert close_model(doubled, model(x))

@@ -34,6 +34,24 @@ class Attention(nn.Module):
         return self.proj(heads.transpose(1, 2).reshape(b, n, E))
 
 
+class Listed(Attention):
+    """Its projection stands in a list, as diffusers has it, or is called `out`."""
+
+    def __init__(self, in_list: bool) -> None:
+        super().__init__()
+        held = self._modules.pop("proj")
+        self.to_out = nn.ModuleList([held, nn.Dropout(0.0)]) if in_list else None  # type: ignore[list-item]
+        self.out = None if in_list else held
+
+    @property
+    def projection(self) -> nn.Linear:
+        return self.out if self.to_out is None else self.to_out[0]  # type: ignore[return-value]
+
+    def proj(self, heads: Tensor) -> Tensor:  # type: ignore[override]
+        found: Tensor = self.projection(heads)
+        return found
+
+
 class Block(nn.Module):
     def __init__(self, cross: bool = False, **how: Any) -> None:
         super().__init__()

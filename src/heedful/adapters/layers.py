@@ -19,7 +19,7 @@ KEY_NAMES = ("k_proj", "key", "k_lin", "wk", "k", "key_proj", "to_k")
 VALUE_NAMES = ("v_proj", "value", "v_lin", "wv", "v", "value_proj", "to_v")
 OUTPUT_NAMES = (
     "o_proj", "out_proj", "out_lin", "wo", "o", "dense", "proj", "c_proj", "projection", "to_out", "Wo",
-    "projection_layer",
+    "projection_layer", "out",
 )  # fmt: skip
 # children that map to queries, keys and values one after another, and what says so in the class; others mix them
 FUSED = {"c_attn": ".split(self.split_size, dim=2)", "qkv_proj": "qkv[..., :query_pos]"}
@@ -193,7 +193,7 @@ def _child(owner: nn.Module, names: Iterable[str]) -> tuple[nn.Module, str] | No
     for name in names:
         if name in children:
             found = children[name]
-            if isinstance(found, nn.Sequential) and len(found):
+            if isinstance(found, nn.Sequential | nn.ModuleList) and len(found):
                 first, module = next(found.named_children())
                 if getattr(getattr(module, "weight", None), "ndim", 0) == 2:
                     return found, first

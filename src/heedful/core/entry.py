@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, dataclass_transform
 
@@ -68,6 +69,8 @@ class Session(Protocol):
     def __call__(self, **inputs: Any) -> Any: ...
 
     def __getitem__(self, part: Part) -> Any: ...
+
+    def denoising(self, number: int, of: int) -> AbstractContextManager[None]: ...
 
     def reset(self) -> None: ...
 
