@@ -13,6 +13,7 @@ from heedful.methods.compress.quantise.quant_vla import QuantVLA as QuantVLA
 from heedful.methods.compress.quantise.rsq import RSQ as RSQ
 from heedful.methods.compress.quantise.turbo_boa import TurboBoA as TurboBoA
 from heedful.methods.explain.attention_flow import AttentionFlow as AttentionFlow
+from heedful.methods.explain.attention_knockout import AttentionKnockout as AttentionKnockout
 from heedful.methods.explain.attention_lens import AttentionLens as AttentionLens
 from heedful.methods.explain.attention_output_sae import AttentionOutputSAE as AttentionOutputSAE
 from heedful.methods.explain.attention_viz import AttentionViz as AttentionViz
@@ -23,11 +24,18 @@ from heedful.methods.explain.image_decomposition import ImageDecomposition as Im
 from heedful.methods.explain.impermissible import Impermissible as Impermissible
 from heedful.methods.explain.maps import MAPS as MAPS
 from heedful.methods.explain.patch import Patch as Patch
+from heedful.methods.explain.patch_words import PatchWords as PatchWords
 from heedful.methods.explain.rollout import AttentionRollout as AttentionRollout
 from heedful.methods.explain.sparse_attention_decomposition import SparseAttentionDecomposition as SparseAttentionDecomposition
+from heedful.methods.explain.tag import TAG as TAG
 from heedful.methods.explain.transformer_attribution import TransformerAttribution as TransformerAttribution
+from heedful.methods.intervene.diffusion.attend_and_excite import AttendAndExcite as AttendAndExcite
 from heedful.methods.intervene.diffusion.attentive_eraser import AttentiveEraser as AttentiveEraser
+from heedful.methods.intervene.diffusion.conform import CONFORM as CONFORM
 from heedful.methods.intervene.diffusion.hrv import HRV as HRV
+from heedful.methods.intervene.diffusion.locat_edit import LOCATEdit as LOCATEdit
+from heedful.methods.intervene.diffusion.med_steer import MedSteer as MedSteer
+from heedful.methods.intervene.diffusion.re_at_co import ReAtCo as ReAtCo
 from heedful.methods.intervene.diffusion.soft_pag import SoftPAG as SoftPAG
 from heedful.methods.intervene.language.act import ACT as ACT
 from heedful.methods.intervene.language.asguard import ASGuard as ASGuard
@@ -50,8 +58,11 @@ from heedful.methods.intervene.language.steer2edit import Steer2Edit as Steer2Ed
 from heedful.methods.intervene.language.steering_vector import SteeringVector as SteeringVector
 from heedful.methods.intervene.language.task_vector import LearnableTaskVector as LearnableTaskVector
 from heedful.methods.intervene.language.temp_scale import TempScale as TempScale
+from heedful.methods.intervene.vision.agla import AGLA as AGLA
 from heedful.methods.intervene.vision.avisc import AvisC as AvisC
+from heedful.methods.intervene.vision.carve import CARVE as CARVE
 from heedful.methods.intervene.vision.control_mllm import ControlMLLM as ControlMLLM
+from heedful.methods.intervene.vision.damro import DAMRO as DAMRO
 from heedful.methods.intervene.vision.gem import GEM as GEM
 from heedful.methods.intervene.vision.paint import PAINT as PAINT
 from heedful.methods.intervene.vision.var import VAR as VAR
@@ -99,6 +110,7 @@ from heedful.methods.mechanisms.pooling.global_subsampled_attention import Globa
 from heedful.methods.mechanisms.pooling.slot_attention import SlotAttention as SlotAttention
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
 from heedful.methods.mechanisms.recurrent.monotonic_location_attention import MonotonicLocationAttention as MonotonicLocationAttention
+from heedful.methods.mechanisms.recurrent.yaad import Yaad as Yaad
 from heedful.methods.mechanisms.routed.bi_level_routing_attention import BiLevelRoutingAttention as BiLevelRoutingAttention
 from heedful.methods.mechanisms.routed.boat import BOAT as BOAT
 from heedful.methods.mechanisms.routed.dynamic_mask_attention import DynamicMaskAttention as DynamicMaskAttention
@@ -109,6 +121,7 @@ from heedful.methods.mechanisms.routed.mosa import MoSA as MoSA
 from heedful.methods.mechanisms.routed.neural_attention_search import NeuralAttentionSearch as NeuralAttentionSearch
 from heedful.methods.mechanisms.routed.routing_transformer import RoutingTransformer as RoutingTransformer
 from heedful.methods.mechanisms.routed.sparse_k import SparseK as SparseK
+from heedful.methods.mechanisms.score.attention_at import AttentionAT as AttentionAT
 from heedful.methods.mechanisms.score.continuum_attention import ContinuumAttention as ContinuumAttention
 from heedful.methods.mechanisms.score.dual_attention import DualAttention as DualAttention
 from heedful.methods.mechanisms.score.edge_prior import EdgePrior as EdgePrior
@@ -149,9 +162,11 @@ from heedful.methods.sparse.cache.pyramid_kv import PyramidKV as PyramidKV
 from heedful.methods.sparse.cache.q_filters import QFilters as QFilters
 from heedful.methods.sparse.cache.razor_attention import RazorAttention as RazorAttention
 from heedful.methods.sparse.cache.snap_kv import SnapKV as SnapKV
+from heedful.methods.sparse.cache.sparse_mm import SparseMM as SparseMM
 from heedful.methods.sparse.cache.task_kv import TaskKV as TaskKV
 from heedful.methods.sparse.cache.think import ThinK as ThinK
 from heedful.methods.sparse.cache.tova import TOVA as TOVA
+from heedful.methods.sparse.decode.avl import AVL as AVL
 from heedful.methods.sparse.decode.less_is_more import LessIsMore as LessIsMore
 from heedful.methods.sparse.decode.loki import Loki as Loki
 from heedful.methods.sparse.decode.token_select import TokenSelect as TokenSelect
@@ -164,6 +179,7 @@ from heedful.methods.sparse.prefill.greedy_prune import GreedyPrune as GreedyPru
 from heedful.methods.sparse.prefill.hip import HiP as HiP
 from heedful.methods.sparse.prefill.hylra import HyLRA as HyLRA
 from heedful.methods.sparse.prefill.hyper_attention import HyperAttention as HyperAttention
+from heedful.methods.sparse.prefill.prefix_global import PrefixGlobal as PrefixGlobal
 from heedful.methods.sparse.prefill.qada import QAdA as QAdA
 from heedful.methods.sparse.prefill.radial_attention import RadialAttention as RadialAttention
 from heedful.methods.sparse.prefill.rectified_spa_attn import RectifiedSpaAttn as RectifiedSpaAttn
@@ -174,6 +190,7 @@ from heedful.methods.sparse.prefill.sink_window import SinkWindow as SinkWindow
 from heedful.methods.sparse.prefill.sla import SLA as SLA
 from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn as SpargeAttn
 from heedful.methods.sparse.prefill.sparsifiner import Sparsifiner as Sparsifiner
+from heedful.methods.sparse.prefill.star import STAR as STAR
 from heedful.methods.sparse.prefill.trimmed_llama import TrimmedLlama as TrimmedLlama
 from heedful.methods.sparse.tokens.attention_rag import AttentionRAG as AttentionRAG
 from heedful.methods.sparse.tokens.sentinel import Sentinel as Sentinel
