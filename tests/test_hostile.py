@@ -50,6 +50,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
     faithful = explaining.faithfulness(model, IDS[:6], torch.rand(6), steps=2, seeds=1)
     return {
         "attach": (heedful.attach, {"model": model, "what": TempScale(0.5)}, "model what only backend roles tile_rows"),
+        "attached": (heedful.attached, {"model": model}, "model"),
         "fit": (
             heedful.fit, {"method": TempScale(0.5), "model": model, "batches": []},
             "method model batches only out progress",
@@ -143,7 +144,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
 
 
 VERBS = [
-    "attach", "fit", "fold", "operate", "arrange", "load", "decode", "diagnose", "compare", "check", "edit",
+    "attach", "attached", "fit", "fold", "operate", "arrange", "load", "decode", "diagnose", "compare", "check", "edit",
     "explain", "patterns", "ablate", "attribute", "logit_lens", "direct_logits", "faithfulness", "patching",
     "path_patching", "likeness", "Likeness.best", "linearity", "word_maps", "trace", "nn.convert",
     "models.load", "models.tiny",

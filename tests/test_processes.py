@@ -226,7 +226,7 @@ def test_a_run_in_a_run_is_refused_whatever_begins_it() -> None:
             lambda: patterns(model, IDS[0]),
         ]
         for begin in inner:
-            with pytest.raises(FieldError, match="a run is attached already; close it, or join the methods"):
+            with pytest.raises(FieldError, match="a run is attached already; close it"):
                 begin()
         assert logits(run) == before
     with attach(model.model, Scale(2.0)), pytest.raises(FieldError, match="a run is attached already"):

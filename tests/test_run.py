@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import heedful
-from heedful import attach, edit
+from heedful import attach, attached, edit
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, HeedfulError, InactiveWarning, NotEntered, RefusedModel, StatisticError
@@ -82,6 +82,24 @@ def test_a_model_takes_one_run(model: nn.Module) -> None:
     with attach(model, Shares()), pytest.raises(FieldError, match="a run is attached already"):
         attach(model, Scale())
     attach(model, Scale()).close()
+
+
+def test_a_run_whose_name_is_lost_is_found_and_closed(model: nn.Module) -> None:
+    assert attached(model) is None
+    plain = model(input_ids=IDS).logits
+    attach(model, Scale())
+    found = attached(model.model)
+    assert found is not None
+    assert found is attached(nn.ModuleList([model]))
+    assert found.stack == Stack((Scale(),))
+    found.close()
+    assert attached(model) is None
+    assert torch.equal(model(input_ids=IDS).logits, plain)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 1).eval()
+    other = attach(encoder, Scale())  # whose layers are not known yet
+    assert attached(encoder) is other
+    other.close()
+    assert attached(encoder) is None
 
 
 def test_a_stack_may_be_spelled(model: nn.Module) -> None:

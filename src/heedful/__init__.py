@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "ablate": "heedful.explaining.ablation",
     "attach": "heedful.api",
+    "attached": "heedful.api",
     "fit": "heedful.api",
     "fold": "heedful.folding",
     "operate": "heedful.api",
@@ -61,6 +62,7 @@ __all__ = [
     "ablate",
     "arrange",
     "attach",
+    "attached",
     "authoring",
     "check",
     "compare",
@@ -99,7 +101,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from heedful import authoring, explaining, methods, models, tasks
-    from heedful.api import arrange, attach, explain, fit, operate
+    from heedful.api import arrange, attach, attached, explain, fit, operate
     from heedful.bench.compare import compare
     from heedful.bench.comparison import Comparison
     from heedful.conformance import check

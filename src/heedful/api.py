@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,15 @@ def attach(
 
     stack: Any = stack_from(what, "attach()", "what") if isinstance(what, str) else what
     return Run(model, stack, adapter_for(model, only, inputs), backend, roles, tile_rows)
+
+
+@asks
+def attached(model: nn.Module) -> Run | None:
+    """The run that is attached to a model or to a part of it, as one whose name is lost; None where there is none."""
+    from heedful.adapters.bound import server_of
+
+    found = next((server for module in model.modules() if (server := server_of(module)) is not None), None)
+    return None if found is None else cast("Run", found.run)
 
 
 @asks

@@ -131,7 +131,8 @@ def require_free(model: nn.Module, modules: Iterable[nn.Module]) -> None:
     if any(server_of(module) is not None for module in modules):
         raise FieldError(
             "attach()", "model", type(model).__name__,
-            "a run is attached already; close it, or join the methods into one stack", "attach(model, a | b)",
+            "a run is attached already; close it, as with heedful.attached(model).close(), or join the methods into "
+            "one stack", "attach(model, a | b)",
         )  # fmt: skip
 
 

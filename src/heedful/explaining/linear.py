@@ -16,7 +16,7 @@ from heedful.core.errors import FieldError
 from heedful.core.figures import Grid
 from heedful.core.paper import Paper
 from heedful.explaining.drawn import Told
-from heedful.explaining.streams import streams
+from heedful.explaining.streams import named, streams
 
 PAPER = Paper(
     "P244",
@@ -77,7 +77,7 @@ def linearity(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, only: s
     times as many. `only` names the part of the model that is looked at, such as "model.encoder".
     """
     unwrapped(model)  # or the reason why there is no model in it
-    kept = [streams(model, batch, only) for batch in batches]
+    kept = [streams(model, named("linearity()", batch), only) for batch in batches]
     if not kept:
         raise FieldError("linearity()", "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
     states = [torch.cat(layer).double() for layer in zip(*kept, strict=True)]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from heedful.api import attach, still
 from heedful.core.call import Call
+from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
@@ -24,6 +25,14 @@ class _Streams(Method):
 
 
 STREAMS = _Streams()
+
+
+def named(verb: str, batch: object) -> Mapping[str, Any]:
+    """A batch, which must say what each input is."""
+    if not isinstance(batch, Mapping):
+        rule = "must hold what a model is called with, by name"
+        raise FieldError(verb, "batches", batch, rule, [{"input_ids": "..."}])
+    return batch
 
 
 def streams(model: nn.Module, batch: Mapping[str, Any], only: str | None = None) -> list[Tensor]:
