@@ -20,7 +20,7 @@ def pointed(inputs: dict[str, Tensor], things: Tensor, heads: int) -> float:
     """In how many pictures the place of the highest weight stands on the thing."""
     with attach(model(), TAG(heads), roles=ROLES_ASKED) as seen:
         seen(**inputs)
-        place = seen[TAG(heads)].place
+        place = seen[TAG(heads)][0].place
     return float(things.gather(1, place[:, None]).double().mean())
 
 

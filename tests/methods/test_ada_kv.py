@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from heedful import attach
 from heedful.adapters.cache_name import CACHE
+from heedful.conformance.tolerances import close
 from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError
 from heedful.core.positions import Positions
+from heedful.core.state import State
 from heedful.methods.sparse.cache.ada_kv import AdaKV
 from heedful.tiny import tiny
 
@@ -87,6 +90,20 @@ def test_the_layers_budget_holds_while_decoding() -> None:
             sums += counts.sum(-1).tolist()
             assert int(counts.min()) >= 2
     assert all(11 <= total <= 12 for total in sums)
+
+
+def test_an_empty_slot_has_no_votes() -> None:
+    """A head that holds fewer than others has slots that may bear any index, here that of the first token."""
+    query, key = draw(2, 0), draw(2, 1)
+    key[:, :, 0] += query[:, :, -3:].mean(2)  # the first token draws votes, and its neighbours with it
+    entries, call = call_of(query, key)
+    slot = torch.cat([torch.zeros(1, 1, 1, dtype=torch.long), entries.positions.index], -1)
+    wide = Positions(slot, slot, is_filled=torch.arange(N + 1).view(1, 1, -1) > 0)
+    padded = torch.nn.functional.pad(key, (0, 0, 1, 0))
+    for kernel in (1, 3):
+        method = AdaKV(8, 3, kernel)
+        found = method.pooled(CachedKV(padded, padded, wide, N), replace(call, keys=wide, state=State()))
+        assert close(found[..., 1:], method.pooled(entries, replace(call, state=State())))
 
 
 def test_what_is_declared_and_refused() -> None:

@@ -1,4 +1,4 @@
-"""TAG against maps that are chosen and added up head by head, and what reading in pieces and batches makes of it."""
+"""TAG against maps that are chosen and added up head by head, forward by forward."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_heads_are_chosen_for_each_token(model: Any, heads: int, backend: str) -
     method = TAG(heads)
     with heedful.attach(model, method, roles=ROLES, backend=backend) as run:
         run(input_ids=ids())
-        found = run[method]
+        (found,) = run[method]
     maps = model(input_ids=ids(), output_attentions=True).attentions
     for text in range(2):
         wanted = torch.tensor(by_hand(maps, text, ASKED, IMAGE, heads))
@@ -56,21 +56,19 @@ def test_heads_are_chosen_for_each_token(model: Any, heads: int, backend: str) -
 
 
 @torch.no_grad()
-def test_a_text_in_pieces_and_batches_that_follow(model: Any) -> None:
+def test_each_forward_has_its_own(model: Any) -> None:
     method, text, other = TAG(4), ids(), ids(seed=1)
     with heedful.attach(model, method, roles=ROLES) as run:
-        cache = cache_of(run(input_ids=text[:, :9], use_cache=True))
-        run(input_ids=text[:, 9:], **{CACHE: cache})
-        pieces = run[method]
-    maps = model(input_ids=text, output_attentions=True).attentions
-    assert close_model(pieces.map[1].float(), torch.tensor(by_hand(maps, 1, ASKED, IMAGE, 4)))
-    with heedful.attach(model, method, roles=ROLES) as run:
-        run(input_ids=text)
+        cache = cache_of(run(input_ids=text[:, :7], use_cache=True))
+        cache = cache_of(run(input_ids=text[:, 7:9], **{CACHE: cache}))
+        cache = cache_of(run(input_ids=text[:, 9:11], **{CACHE: cache}))
+        run(input_ids=text[:, 11:12], **{CACHE: cache})
         run(input_ids=other)
-        both = run[method]
-    second = model(input_ids=other, output_attentions=True).attentions
-    mean = [(a + b) / 2 for a, b in zip(maps, second, strict=True)]
-    assert close_model(both.map[0].float(), torch.tensor(by_hand(mean, 0, ASKED, IMAGE, 4)))
+        found = run[method]
+    assert len(found) == 3
+    maps, second = (model(input_ids=x, output_attentions=True).attentions for x in (text, other))
+    for each, of, asked in zip(found, (maps, maps, second), ((8,), (9,), ASKED), strict=True):
+        assert close_model(each.map[1].float(), torch.tensor(by_hand(of, 1, asked, IMAGE, 4)))
 
 
 @torch.no_grad()
@@ -81,7 +79,7 @@ def test_texts_of_unlike_length_and_questions_of_their_own(model: Any) -> None:
     roles = [{"image": ((1, 4),), "question": ((8, 10),)}, {"image": ((2, 6),), "question": ((9, 12),)}]
     with heedful.attach(model, TAG(2), roles=roles) as run:
         run(input_ids=text, attention_mask=seen)
-        found = run[TAG(2)].map.float()
+        found = run[TAG(2)][0].map.float()
     for row, (alone, asked, image) in enumerate(((short, (8, 9), (1, 2, 3)), (long, (9, 10, 11), (2, 3, 4, 5)))):
         maps = model(input_ids=alone, output_attentions=True).attentions
         assert close_model(found[row, : len(image)], torch.tensor(by_hand(maps, 0, asked, image, 2)))
@@ -96,7 +94,7 @@ def test_an_encoder_of_images_is_not_listened_to() -> None:
     roles = {"image": ((1, 17),), "question": ((0, 1), (17, 22))}  # the first token of both
     with heedful.attach(model, TAG(3), roles=roles) as run:
         run(**inputs)
-        found = run[TAG(3)]
+        (found,) = run[TAG(3)]
     maps = model(**inputs, output_attentions=True).attentions
     wanted = by_hand(maps, 0, (0, *range(17, 22)), tuple(range(1, 17)), 3)
     assert close_model(found.map[0].float(), torch.tensor(wanted))

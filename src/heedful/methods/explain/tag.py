@@ -11,9 +11,9 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
-from heedful.core.regions import by_text, numbers
+from heedful.core.regions import Region, by_text, numbers
 from heedful.core.sites import Site, reads
-from heedful.core.stats import Mean, Statistic
+from heedful.core.stats import Cat, Statistic
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +38,8 @@ class Grounding:
 class TAG(Method):
     """Points at what a question or an answer speaks of, by where its tokens look in the image.
 
-    For each token those heads count, of all layers, that give the image the most. Texts that are read together each
-    have a map; a second batch is averaged with the first.
+    For each token those heads count, of all layers, that give the image the most. There is an answer for each forward
+    in which such tokens were read, with a map for each of its texts.
     """
 
     paper = Paper(
@@ -76,25 +76,37 @@ class TAG(Method):
 
     @reads(Site.PATTERN)
     def look(self, weights: Tensor, call: Call) -> Statistic | None:
-        asked = call.regions(self.asked)
-        row = by_text(numbers, asked, call.q_pos)[:, 0].where(call.is_text[:, 0], -1)  # [b|1 r]
-        column = call.numbers(self.role)[:, 0]  # [b|1 k]
-        count = int(column.max()) + 1
-        if not call.mask.causal or not count or not bool((row >= 0).any()):
+        if not call.mask.causal:
             return None  # an encoder's patches stand at such places too
-        most = max(sum(stop - start for start, stop in region) for region in asked)
+        asked, image = call.regions(self.asked), call.regions(self.role)
+        row = by_text(numbers, asked, call.q_pos)[:, 0].where(call.is_text[:, 0], -1)  # [b|1 r]
+        column = by_text(numbers, image, call.k_pos)[:, 0]  # [b|1 k]
         tokens, patches = (
-            (x[..., None] == torch.arange(n, device=x.device)).to(weights) for x, n in ((row, most), (column, count))
+            (x[..., None] == torch.arange(_most(spans), device=x.device)).to(weights)
+            for x, spans in ((row, asked), (column, image))
         )
         maps = tokens.mT[:, None] @ weights.detach() @ patches[:, None]  # [b h t p]
-        return Mean.of(maps, tokens.sum(1)[:, None, :, None].expand_as(maps))
+        missing = tokens.sum(1)[:, None, :, None] == 0
+        return Cat.of(f"{call.rows.start:09d}", maps.masked_fill(missing, torch.nan))
 
-    def answer(self, readings: Readings) -> Grounding:
-        maps = torch.cat([stat.value for stat in readings.values()], 1)  # heads of all layers
-        mass = maps.sum(-1)
-        chosen = mass.topk(min(self.heads, mass.shape[1]), 1).indices  # [b k t]
+    def finish(self, statistic: Statistic, call: Call) -> Statistic:
+        tiles = torch.stack(statistic.value)
+        return Cat.of(f"{call.forward:06d}", tiles.nansum(0).masked_fill(tiles.isnan().all(0), torch.nan))
+
+    def answer(self, readings: Readings) -> list[Grounding]:
+        forwards = zip(*(stat.value for stat in readings.values()), strict=True)
+        return [self._ground(torch.cat(maps, 1)) for maps in forwards if not bool(maps[0].isnan().all())]
+
+    def _ground(self, maps: Tensor) -> Grounding:
+        """From the maps `[b h t p]` of all layers' heads."""
+        chosen = maps.sum(-1).topk(min(self.heads, maps.shape[1]), 1).indices  # [b k t]
         found = maps.gather(1, chosen[..., None].expand(*chosen.shape, maps.shape[-1]))
         return Grounding(found.nanmean((1, 2)))  # a text may have fewer such tokens than others
+
+
+def _most(regions: tuple[Region, ...]) -> int:
+    """How many tokens the longest of them has."""
+    return max(sum(stop - start for start, stop in region) for region in regions)
 
 
 if __name__ == "__main__":
@@ -104,4 +116,4 @@ if __name__ == "__main__":
     inputs = models.tiny_inputs(model, length=22)
     with attach(model, TAG(heads=3), roles={"image": ((1, 17),), "question": ((17, 22),)}) as run:
         run(**inputs)
-        print(run[TAG(heads=3)])
+        print(*run[TAG(heads=3)])

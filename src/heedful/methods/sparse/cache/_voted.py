@@ -64,7 +64,8 @@ class VotedCache(ScoredCache, abstract=True):
 
     def among(self, votes: Tensor, entries: CachedKV, call: Call) -> Tensor:
         """These votes `[b g k]`, pooled among the entries before the window."""
-        place = entries.positions.position.clamp(min=0).expand(votes.shape)  # padding has no votes to add
+        place = entries.positions.position.clamp(min=0).expand(votes.shape)
+        nothing = self.last(entries, call) | ~entries.is_text  # an empty slot may bear a position that has votes
         in_text = votes.new_zeros(*votes.shape[:2], int(place.max()) + 1)
-        in_text.scatter_add_(-1, place, votes.masked_fill(self.last(entries, call), 0.0))
+        in_text.scatter_add_(-1, place, votes.masked_fill(nothing, 0.0))
         return POOLS[self.pool](in_text, self.kernel, 1, self.kernel // 2).gather(-1, place)
