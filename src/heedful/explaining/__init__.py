@@ -27,6 +27,8 @@ _HOMES = {
     "HeadEffects": "activation_patching",
     "trace": "tracing",
     "Trace": "tracing",
+    "weight_gradients": "gradients",
+    "WeightGradients": "gradients",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "Patterns",
     "Removal",
     "Trace",
+    "WeightGradients",
     "ablate",
     "agreement",
     "attribute",
@@ -51,6 +54,7 @@ __all__ = [
     "path_patching",
     "patterns",
     "trace",
+    "weight_gradients",
 ]
 
 
@@ -67,6 +71,7 @@ if TYPE_CHECKING:
     from heedful.explaining.attention_patterns import Patterns, patterns
     from heedful.explaining.attribution import Attribution, attribute
     from heedful.explaining.faithful import Faithfulness, Removal, faithfulness
+    from heedful.explaining.gradients import WeightGradients, weight_gradients
     from heedful.explaining.likening import Likeness, likeness
     from heedful.explaining.logits import DirectLogits, Lens, direct_logits, logit_lens
     from heedful.explaining.tracing import Trace, trace
