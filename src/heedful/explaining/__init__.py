@@ -21,6 +21,7 @@ _HOMES = {
     "ablate": "ablation",
     "faithfulness": "faithful",
     "Faithfulness": "faithful",
+    "ReAGent": "replacing",
     "Removal": "faithful",
     "patching": "activation_patching",
     "path_patching": "activation_patching",
@@ -40,6 +41,7 @@ __all__ = [
     "Lens",
     "Likeness",
     "Patterns",
+    "ReAGent",
     "Removal",
     "Trace",
     "WeightGradients",
@@ -74,4 +76,5 @@ if TYPE_CHECKING:
     from heedful.explaining.gradients import WeightGradients, weight_gradients
     from heedful.explaining.likening import Likeness, likeness
     from heedful.explaining.logits import DirectLogits, Lens, direct_logits, logit_lens
+    from heedful.explaining.replacing import ReAGent
     from heedful.explaining.tracing import Trace, trace
