@@ -23,6 +23,7 @@ _HOMES = {
     "ablate": "ablation",
     "faithfulness": "faithful",
     "Faithfulness": "faithful",
+    "ReAGent": "replacing",
     "Removal": "faithful",
     "patching": "activation_patching",
     "path_patching": "activation_patching",
@@ -32,6 +33,8 @@ _HOMES = {
     "word_maps": "picturing",
     "WordMap": "picturing",
     "WordMaps": "picturing",
+    "weight_gradients": "gradients",
+    "WeightGradients": "gradients",
 }
 
 __all__ = [
@@ -44,8 +47,10 @@ __all__ = [
     "Likeness",
     "Linearity",
     "Patterns",
+    "ReAGent",
     "Removal",
     "Trace",
+    "WeightGradients",
     "WordMap",
     "WordMaps",
     "ablate",
@@ -60,6 +65,7 @@ __all__ = [
     "path_patching",
     "patterns",
     "trace",
+    "weight_gradients",
     "word_maps",
 ]
 
@@ -77,8 +83,10 @@ if TYPE_CHECKING:
     from heedful.explaining.attention_patterns import Patterns, patterns
     from heedful.explaining.attribution import Attribution, attribute
     from heedful.explaining.faithful import Faithfulness, Removal, faithfulness
+    from heedful.explaining.gradients import WeightGradients, weight_gradients
     from heedful.explaining.likening import Likeness, likeness
     from heedful.explaining.linear import Linearity, linearity
     from heedful.explaining.logits import DirectLogits, Lens, direct_logits, logit_lens
     from heedful.explaining.picturing import WordMap, WordMaps, word_maps
+    from heedful.explaining.replacing import ReAGent
     from heedful.explaining.tracing import Trace, trace

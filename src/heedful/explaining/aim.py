@@ -155,7 +155,7 @@ class Aim:
         if self.whole is not None:
             states: Tensor = output.last_hidden_state
             return states.mean(1) @ self.whole
-        return self._logits(output)[:, self.target]
+        return self.logits(output)[:, self.target]
 
     def score(self, output: Any, kept: Tensor) -> Tensor:
         """The log-probability, or the cosine with the whole text's mean state, of each text `[b]`.
@@ -166,9 +166,10 @@ class Aim:
             share = kept.to(self.whole.dtype) / kept.sum(-1, keepdim=True)
             mean = (output.last_hidden_state * share[..., None]).sum(1)
             return nn.functional.normalize(mean, dim=-1) @ self.whole
-        return self._logits(output).log_softmax(-1)[:, self.target]
+        return self.logits(output).log_softmax(-1)[:, self.target]
 
-    def _logits(self, output: Any) -> Tensor:
+    def logits(self, output: Any) -> Tensor:
+        """Of each text, those of all tokens or classes where the answer is read, `[b answers]`."""
         logits: Tensor = output.logits
         return logits[:, self.position] if self.kind == "token" else logits
 

@@ -16,6 +16,7 @@ from heedful.core.kinds import Tokenizer
 from heedful.core.method import Part
 from heedful.explaining.aim import Text, aim_of, fed, following, ids_of, spelled
 from heedful.explaining.drawn import Drawn
+from heedful.explaining.replacing import ReAGent
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,7 +53,7 @@ class Attribution(Drawn):
 def attribute(
     model: nn.Module,
     prompt: Text | str,
-    method: Part,
+    method: Part | ReAGent,
     *,
     tokenizer: Tokenizer | None = None,
     target: int | None = None,
@@ -61,16 +62,23 @@ def attribute(
 ) -> Attribution:
     """A score for each token of one text, given as a string or as token ids.
 
-    `method` is AttentionRollout, AttentionFlow or TransformerAttribution. What is explained is the logit of `target`
-    (the likeliest, if none is given) at `position`: by default the last token, or the first where the model gives
-    classes and its attention is not causal. A model without logits is explained by its mean state, from all positions.
-    One forward and one backward; the maps of all layers are held at once where the method needs gradients.
+    `method` is AttentionRollout, AttentionFlow, TransformerAttribution or ReAGent. What is explained is the logit of
+    `target` (the likeliest, if none is given) at `position`: by default the last token, or the first where the model
+    gives classes and its attention is not causal. A model without logits is explained by its mean state, from all
+    positions.
+    One forward and one backward; the maps of all layers are held at once where the method needs gradients. ReAGent
+    looks at no layer, and runs the model on changed texts alone, hundreds of times.
     """
     ids = ids_of(
         fed("attribute()", model, prompt, tokenizer)["input_ids"] if isinstance(prompt, str) else prompt, model
     )
     with still(model):
         aim = aim_of(model, ids, target, position)
+        if isinstance(method, ReAGent):
+            if only is not None:
+                rule = "narrows what is looked at inside, and ReAGent looks at nothing"
+                raise FieldError("attribute()", "only", only, rule, None)
+            return Attribution(spelled(ids[0], tokenizer), method.scores(model, ids, aim), repr(method))
         with attach(model, method, only=only) as run, following(model):
             aim.raw(run(input_ids=ids)).sum().backward()
             found = run[method]
