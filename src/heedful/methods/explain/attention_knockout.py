@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-from heedful.core.mask import Dense, Mask
+from heedful.core.mask import Mask, Where
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.regions import by_text, marked
 from heedful.core.sites import Site, at
 
 
@@ -39,11 +42,14 @@ class AttentionKnockout(Method):
 
     @at(Site.MASK)
     def knock_out(self, mask: Mask, call: Call) -> Mask:
-        keys = call.marked(self.hidden)
-        rows = call.marked_queries(self.by) if self.by else ~call.marked_queries(self.hidden)
-        own = call.q_pos[..., :, None] == call.k_pos[..., None, :]
-        seen = ~(rows[..., :, None] & keys[..., None, :]) | own
-        return mask & Dense(seen if seen.shape[1] == 1 else call.spread(seen))
+        hidden = call.regions(self.hidden)
+        blind = call.regions(self.by) if self.by else None
+
+        def seen(q: Tensor, k: Tensor) -> Tensor:
+            asks = ~by_text(marked, hidden, q) if blind is None else by_text(marked, blind, q)
+            return ~(asks & by_text(marked, hidden, k)) | (q == k)
+
+        return mask & Where(seen)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.kinds import Prompt
-from heedful.core.mask import Dense, Mask
+from heedful.core.mask import Mask, Where
 from heedful.core.method import Method, Readings
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Sum
@@ -40,9 +40,8 @@ class _Hidden(Method):
 
     @at(Site.MASK)
     def hide(self, mask: Mask, call: Call) -> Mask:
-        gone = torch.isin(call.k_pos, torch.tensor(self.places, device=call.k_pos.device))
-        seen = ~gone[..., None, :] | (call.q_pos[..., :, None] == call.k_pos[..., None, :])
-        return mask & Dense(seen if seen.shape[1] == 1 else call.spread(seen))
+        gone = torch.tensor(self.places, device=call.k_pos.device)
+        return mask & Where(lambda q, k: ~torch.isin(k, gone) | (q == k))
 
 
 def places_of(prompt: Prompt, role: str = "image") -> tuple[int, ...]:

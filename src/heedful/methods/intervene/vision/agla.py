@@ -56,7 +56,7 @@ class AGLA(Against):
         if self.hidden is not None or self.alpha == 0 or not places:
             return self
         found = cast(dict[int, Tensor], read(prompt, _Looks(len(prompt) - 1, places)))
-        score = torch.stack(list(found.values())).mean(0)
+        score = torch.einsum("ln->n", torch.stack(list(found.values())))
         return replace(self, hidden=lowest(places, score, self.share), within=tuple(sorted(found)))
 
     def variants(self, prompt: Prompt) -> Mapping[str, tuple[Prompt, Stack]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from heedful.core.call import Call
@@ -21,7 +22,7 @@ class _Outliers(PickedPatches):
     count: int = 10
 
     def choose(self, weights: Tensor, call: Call) -> Tensor:
-        return best(weights[:, :, 0, self.patches(call)].mean(1), self.count)
+        return best(torch.einsum("bhk->bk", weights[:, :, 0, self.patches(call)]), self.count)
 
 
 class DAMRO(Against):

@@ -72,7 +72,7 @@ class AVL(Method):
         number, notes = call.numbers("image"), call.state.cache
         number = number.expand(call.batch or len(number), call.kv_heads, -1)
         if CORE not in notes or int(notes[STEP][0]) % self.every == 0:
-            given = weights_of(mask, call, slice(0, 1))[:, :, 0].unflatten(1, (call.kv_heads, -1)).sum(2)
+            given = _by_group(weights_of(mask, call, slice(0, 1)), call)
             total = max(self._sizes(call))
             score = given.new_zeros(*given.shape[:2], total)
             score.scatter_add_(2, number.clamp(min=0), given.masked_fill(number < 0, 0.0))
@@ -91,7 +91,7 @@ class AVL(Method):
     def drop(self, entries: CachedKV, call: Call) -> Tensor:
         if call.phase is Phase.DECODE or not call.mask.causal:
             return entries.is_filled
-        given = last_weights(entries, call, 1)[0][:, :, 0].unflatten(1, (call.kv_heads, -1)).sum(2)
+        given = _by_group(last_weights(entries, call, 1)[0], call)
         image = by_text(marked, call.regions("image"), entries.positions.position)
         room = rooms(self.kept, torch.tensor(self._sizes(call), device=given.device)[:, None, None])
         best = top_k(given, room, image & entries.is_text)
@@ -100,6 +100,11 @@ class AVL(Method):
     def _sizes(self, call: Call) -> list[int]:
         """How many tokens the image has in each text, or in all of them."""
         return [sum(stop - start for start, stop in region) for region in call.regions("image")]
+
+
+def _by_group(weights: Tensor, call: Call) -> Tensor:
+    """One query's weights `[b h 1 k]`, added up over the heads of each group, `[b g k]`."""
+    return torch.einsum("bgsk->bgk", weights[:, :, 0].unflatten(1, (call.kv_heads, -1)))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class STAR(PickedPatches):
 
     def choose(self, weights: Tensor, call: Call) -> Tensor:
         where = self.patches(call)
-        received = weights[:, :, where, where].mean((1, 2))
+        received = torch.einsum("bhqk->bk", weights[:, :, where, where])  # the mean, but for a factor
         return best(received, ceil(self.share * received.shape[1]))
 
     def later(self, kept: Tensor, mask: Mask, call: Call) -> Tensor:
