@@ -13,7 +13,6 @@ from heedful.methods.intervene.diffusion._map_loss import Guidance
 
 STEPS = 10
 LAID = (GRID, GRID)  # the picture's places
-CELLS = GRID**2
 
 
 def prompts(count: int, by: torch.Generator) -> tuple[Tensor, Tensor]:
