@@ -26,8 +26,13 @@ class _Streams(Method):
 STREAMS = _Streams()
 
 
-def streams(model: nn.Module, batch: Mapping[str, Any], only: str | None = None) -> list[Tensor]:
-    """States of all tokens behind each layer, `[tokens e]`, for one call of a model."""
+def named(model: nn.Module, batch: Mapping[str, Any], only: str | None = None) -> dict[str, Tensor]:
+    """States of all tokens behind each layer, `[tokens e]` by the layer's name, for one call of a model."""
     with torch.no_grad(), still(model), attach(model, STREAMS, only=only, backend="reference") as run:
         run(**batch)
-        return [stat.value[0] for stat in run[STREAMS].values()]
+        return {run.layer_names[layer]: stat.value[0] for layer, stat in run[STREAMS].items()}
+
+
+def streams(model: nn.Module, batch: Mapping[str, Any], only: str | None = None) -> list[Tensor]:
+    """The same without names, in the order of the layers."""
+    return list(named(model, batch, only).values())
