@@ -26,7 +26,7 @@ PARTS = ("transformer", "unet")  # what pipelines call the model that takes the 
 HALVES = {"image", "context"}  # roles of joint attention
 OWN = {  # options that are not the caller's
     "prompt", "num_inference_steps", "generator", "output_type", "num_images_per_prompt", "return_dict",
-}
+}  # fmt: skip
 READ_BY = {"FluxTransformer2DModel": "tokenizer_2", "HiDreamImageTransformer2DModel": "tokenizer_3"}  # not the first
 REST = "(rest)"  # keys behind the prompt's own, such as padding or what another encoder reads
 
