@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful import models
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, ModelError
 from heedful.explaining import linearity
 from heedful.explaining.linear import unmapped
 
@@ -73,3 +73,21 @@ def test_too_few_tokens_or_layers_are_refused() -> None:
         linearity(models.tiny("llama", num_hidden_layers=1), [{"input_ids": ids}])
     with pytest.raises(FieldError, match=r"linearity\(\).batches = 0: must be 1 or more"):
         linearity(models.tiny("llama"), [])
+
+
+@pytest.mark.parametrize("written", [20, 12])
+def test_layers_that_do_not_follow_one_another_are_no_pair(written: int) -> None:
+    model, ids = models.tiny("bart"), torch.randint(3, 60, (8, 20))
+    batches = [{"input_ids": ids, "decoder_input_ids": ids[:, :written]}]
+    with pytest.raises(FieldError, match=r"only = None: must name one part .*: model.encoder.layers or model.decoder"):
+        linearity(model, batches)
+    for part, tokens in (("model.encoder.layers", 20), ("model.decoder.layers", written)):
+        assert linearity(model, batches, only=part).errors.shape == (1, 8 * tokens)
+
+
+def test_states_that_are_not_finite_are_refused() -> None:
+    model = models.tiny("llama", num_hidden_layers=3)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("inf")
+    with pytest.raises(ModelError, match=r"states behind layer 1 are not finite"):
+        linearity(model, [{"input_ids": torch.randint(3, 127, (6, 40))}])

@@ -17,7 +17,7 @@ from heedful.cli.app import app
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, HeedfulError, ModelError
 from heedful.explaining import word_maps
-from heedful.explaining.picturing import WordMaps
+from heedful.explaining.picturing import WordMaps, _words
 
 PROMPT = "red square blue disc dark"
 
@@ -214,3 +214,25 @@ def test_what_is_no_pipeline_or_no_prompt_is_refused() -> None:
             word_maps(Pipe(), PROMPT, steps=steps)
     with pytest.raises(ModelError, match="attends to no words"):
         word_maps(Deaf(), PROMPT)
+
+
+def test_options_that_it_sets_itself_are_refused() -> None:
+    for name, value in (("num_images_per_prompt", 2), ("output_type", "pil"), ("return_dict", False)):
+        with pytest.raises(FieldError, match=rf"word_maps\(\).options = \['{name}'\]: are set here"):
+            word_maps(Pipe(), PROMPT, steps=1, **{name: value})
+
+
+def test_attention_that_is_not_finite_is_refused() -> None:
+    pipe = Pipe()
+    with torch.no_grad():
+        pipe.transformer.blocks[0].cross.q.weight[0] = float("nan")
+    with pytest.raises(ModelError, match="attention of Denoiser is not finite"):
+        word_maps(pipe, PROMPT, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reader"), [("FluxTransformer2DModel", "tokenizer_2"), ("HiDreamImageTransformer2DModel", "tokenizer_3")]
+)
+def test_words_are_those_that_the_model_reads(kind: str, reader: str) -> None:
+    words = _words(SimpleNamespace(transformer=type(kind, (), {})(), tokenizer=None, **{reader: Words()}), PROMPT, 5)
+    assert words == PROMPT.split()

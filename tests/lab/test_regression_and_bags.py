@@ -90,10 +90,11 @@ def test_a_bag_is_named_by_one_digit() -> None:
         assert label + PLAIN in labels[(shown == cell).flatten(1).all(1)].tolist()
 
 
-def test_what_the_class_token_gives_the_named_digit_is_what_the_map_says() -> None:
+@pytest.mark.parametrize("count", [6, 1200])  # of so many, not all rows are in one tile
+def test_what_the_class_token_gives_the_named_digit_is_what_the_map_says(count: int) -> None:
     model = SMALL.model(0).eval()
     model.set_attn_implementation("eager")
-    pixels, _, places = SMALL.drawn(Generator().manual_seed(0), SMALL.parted(0)[0], 6, 5)
+    pixels, _, places = SMALL.drawn(Generator().manual_seed(0), SMALL.parted(0)[0], count, 5)
     reader = _OnIt(tuple(places.tolist()))
     with torch.no_grad():
         maps = model(pixel_values=pixels, output_attentions=True).attentions

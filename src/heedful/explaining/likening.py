@@ -20,7 +20,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
 from heedful.explaining.drawn import Told
-from heedful.explaining.streams import STREAMS, named
+from heedful.explaining.streams import STREAMS, by_name
 
 PAPER = Paper(
     "P124",
@@ -109,7 +109,7 @@ def likeness(
     heads: list[list[Tensor]] = []
     rows = 0
     for batch in batches:
-        (one, mine), (two, theirs) = (_seen(which, named("likeness()", batch), only) for which in (model, other))
+        (one, mine), (two, theirs) = (_seen(which, by_name("likeness()", batch), only) for which in (model, other))
         if one[0].shape[0] != two[0].shape[0] or mine[0].shape[2:] != theirs[0].shape[2:]:
             rule = f"reads {len(two[0])} tokens where the model reads {len(one[0])}; both must read the same"
             raise FieldError("likeness()", "other", type(other).__name__, rule, "a model with the same tokens")

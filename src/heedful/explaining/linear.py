@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.asked import asks
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, ModelError
 from heedful.core.figures import Grid
 from heedful.core.paper import Paper
 from heedful.explaining.drawn import Told
-from heedful.explaining.streams import named, streams
+from heedful.explaining.streams import by_name, named_streams
 
 PAPER = Paper(
     "P244",
@@ -77,10 +78,14 @@ def linearity(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, only: s
     times as many. `only` names the part of the model that is looked at, such as "model.encoder".
     """
     unwrapped(model)  # or the reason why there is no model in it
-    kept = [streams(model, named("linearity()", batch), only) for batch in batches]
+    kept = [named_streams(model, by_name("linearity()", batch), only) for batch in batches]
     if not kept:
         raise FieldError("linearity()", "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
-    states = [torch.cat(layer).double() for layer in zip(*kept, strict=True)]
+    parts = list(dict.fromkeys(re.split(r"\d", name)[0].rstrip(".") for name in kept[0]))
+    if len(parts) > 1:
+        rule = f"must name one part of the model, where layers follow one another: {' or '.join(parts)}"
+        raise FieldError("linearity()", "only", only, rule, parts[-1])
+    states = [torch.cat(layer).double() for layer in zip(*(each.values() for each in kept), strict=True)]
     if len(states) < 2:
         rule = f"must have two layers or more to step from one to the next, and has {len(states)}"
         raise FieldError("linearity()", "model", type(model).__name__, rule, "a model of two layers")
@@ -88,6 +93,8 @@ def linearity(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, only: s
     if tokens <= width:
         rule = f"must hold more tokens than the {width} channels of the states, which a map would fit them all by"
         raise FieldError("linearity()", "batches", tokens, rule, 4 * width)
+    if broken := [n for n, x in enumerate(states) if not bool(x.isfinite().all())]:
+        raise ModelError(f"linearity(): states behind layer {broken[0]} are not finite. Take bfloat16 or float32")
     return Linearity(torch.stack([unmapped(x, y) for x, y in pairwise(states)]).float())
 
 

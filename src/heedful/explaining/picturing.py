@@ -24,6 +24,10 @@ from heedful.core.stats import Cat, Sum
 
 PARTS = ("transformer", "unet")  # what pipelines call the model that takes the noise away
 HALVES = {"image", "context"}  # roles of joint attention
+OWN = {  # options that are not the caller's
+    "prompt", "num_inference_steps", "generator", "output_type", "num_images_per_prompt", "return_dict",
+}  # fmt: skip
+READ_BY = {"FluxTransformer2DModel": "tokenizer_2", "HiDreamImageTransformer2DModel": "tokenizer_3"}  # not the first
 REST = "(rest)"  # keys behind the prompt's own, such as padding or what another encoder reads
 
 
@@ -188,6 +192,9 @@ def word_maps(pipe: Any, prompts: str | Sequence[str], *, steps: int = 20, seed:
         raise FieldError("word_maps()", "prompts", prompts, "must be a prompt or several, none empty", "a red cube")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise FieldError("word_maps()", "steps", steps, "must be 1 or more", 20)
+    if taken := sorted(OWN & options.keys()):
+        rule = "are set here, where one picture is made of each prompt: leave them out"
+        raise FieldError("word_maps()", "options", taken, rule, ["guidance_scale"])
     found = tuple(_one(pipe, part, prompt, steps, seed, options) for prompt in given)
     size = found[0].picture.shape
     facts = {
@@ -224,6 +231,8 @@ def _one(pipe: Any, part: nn.Module, prompt: str, steps: int, seed: int, options
     large = [torch.nn.functional.interpolate(x[None], size, mode="bilinear", align_corners=False)[0] for x in maps]
     whole = (torch.stack(large).mean(0), torch.stack(by_step).mean(0), torch.stack(by_layer))
     told = [_joined(x, len(words), axis) for x, axis in zip(whole, (0, 1, 1), strict=True)]
+    if not all(bool(x.isfinite().all()) for x in told):
+        raise ModelError(f"word_maps(): attention of {type(part).__name__} is not finite. Take bfloat16 or float32")
     if words[-1] == REST and not told[0][-1].any():  # padding that a mask hides
         words, told = words[:-1], [told[0][:-1], told[1][:, :-1], told[2][:, :-1]]
     return WordMap(prompt, words, picture, *told, [names[layer] for layer in where])
@@ -238,8 +247,8 @@ def _grid(found: Tensor, tall: float) -> Tensor:
 
 
 def _words(pipe: Any, prompt: str, keys: int) -> list[str]:
-    """What the keys are: the prompt's tokens as its first tokenizer has them, and one word for the rest."""
-    tokenizer = getattr(pipe, "tokenizer", None)
+    """What the keys are: the prompt's tokens as the tokenizer whose come first has them, and one word for the rest."""
+    tokenizer = getattr(pipe, READ_BY.get(type(getattr(pipe, "transformer", None)).__name__, "tokenizer"), None)
     if tokenizer is None:
         return [str(n) for n in range(keys)]
     ids = tokenizer(prompt, truncation=True, max_length=min(keys, tokenizer.model_max_length)).input_ids

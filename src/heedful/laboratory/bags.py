@@ -30,7 +30,9 @@ class _OnIt(Method):
     places: tuple[int, ...]  # among the patches, of each bag
 
     @reads(Site.PATTERN)
-    def read(self, weights: Tensor, call: Call) -> Mean:
+    def read(self, weights: Tensor, call: Call) -> Mean | None:
+        if call.rows.start:  # a tile of later rows, without the class token's
+            return None
         size = weights[:, :, 0].abs()  # [b h k]; rows need not add up to one, nor be positive
         at = 1 + torch.tensor(self.places, device=size.device)[:, None, None].expand(-1, size.shape[1], 1)
         share = size.gather(2, at)[..., 0] / size.sum(-1).clamp(min=1e-9)

@@ -37,8 +37,9 @@ class DAMRO(Against):
         "EMNLP 2024",
         differs=(
             "Tokens that are no outliers are seen by nobody and keep their places; the authors take them out.",
-            "Which layer of the encoder is looked at could not be read off what was at hand of the authors' code: here "
-            "it is the one that hands its tokens on, LLaVA's last but one.",
+            "The layer is the one that hands its tokens on, LLaVA's last but one; the authors' code looks at the last, "
+            "whose tokens LLaVA does not read.",
+            "Weights are the mean of the layer's heads; the authors' code has one softmax over the channels of all.",
         ),
     )
     count: int = 10  # how many outliers are left in the contrast; the authors' for LLaVA-1.5: 10
