@@ -37,7 +37,8 @@ def _known(ids: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
     embedding = model.get_input_embeddings().weight.detach()
     states, before, which, first = [], [], [], 0
     for text in ids:
-        layers, n = streams(model, {"input_ids": text, "use_cache": False}), text.shape[1]
+        found, n = streams(model, {"input_ids": text, "use_cache": False}), text.shape[1]
+        layers = list(found.values())
         states.append([(x / x.norm(dim=1, keepdim=True))[BEFORE:] for x in (layers[depth] for depth in DEPTHS)])
         words = embedding[text[0]]
         before.append(torch.stack([words[i - BEFORE : i].flatten() for i in range(BEFORE, n)]))

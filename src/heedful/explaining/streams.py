@@ -35,13 +35,8 @@ def by_name(verb: str, batch: object) -> Mapping[str, Any]:
     return batch
 
 
-def named_streams(model: nn.Module, batch: Mapping[str, Any], only: str | None = None) -> dict[str, Tensor]:
+def streams(model: nn.Module, batch: Mapping[str, Any], only: str | None = None) -> dict[str, Tensor]:
     """States of all tokens behind each layer, `[tokens e]` by the layer's name, for one call of a model."""
     with torch.no_grad(), still(model), attach(model, STREAMS, only=only, backend="reference") as run:
         run(**batch)
         return {run.layer_names[layer]: stat.value[0] for layer, stat in run[STREAMS].items()}
-
-
-def streams(model: nn.Module, batch: Mapping[str, Any], only: str | None = None) -> list[Tensor]:
-    """The same without names, in the order of the layers."""
-    return list(named_streams(model, batch, only).values())

@@ -32,8 +32,8 @@ class AGLA(Against):
         differs=(
             "What is relevant is told by where the prompt's last token looks, in the mean of heads and layers; the "
             "authors ask a second model that matches images with texts, by its attention times gradients.",
-            "The rest is hidden in the language model; the authors blacken pixels, the more the better prompt and image "
-            "match.",
+            "The rest is hidden in the language model; the authors blacken pixels, the more the better prompt and "
+            "image match.",
         ),
     )
     alpha: float = 2.0  # weight of the relevant part; the authors' runs: 2
