@@ -63,8 +63,8 @@ class STAR(PickedPatches):
         if call.layer - call.lowest != self.late:
             return kept
         weights = weights_of(mask, call, slice(0, len(call.queries)))
-        asks = call.is_text & ~call.marked_queries("image")[:, :1]
-        given = (weights * asks[..., None]).sum((1, 2))  # [b k]
+        asks = (call.is_text & ~call.marked_queries("image")[:, :1])[:, 0].to(weights)
+        given = torch.einsum("bhqk,bq->bk", weights, asks.expand(len(weights), -1))
         number = call.numbers("image")[:, 0].expand(given.shape)
         among = torch.zeros(kept.shape, dtype=given.dtype, device=given.device)
         among = among.scatter_add(1, number.clamp(min=0), given.masked_fill(number < 0, 0.0))
