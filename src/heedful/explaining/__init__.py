@@ -26,6 +26,8 @@ _HOMES = {
     "patching": "activation_patching",
     "path_patching": "activation_patching",
     "HeadEffects": "activation_patching",
+    "spans": "spanning",
+    "Spans": "spanning",
     "trace": "tracing",
     "Trace": "tracing",
     "weight_gradients": "gradients",
@@ -43,6 +45,7 @@ __all__ = [
     "Patterns",
     "ReAGent",
     "Removal",
+    "Spans",
     "Trace",
     "WeightGradients",
     "ablate",
@@ -55,6 +58,7 @@ __all__ = [
     "patching",
     "path_patching",
     "patterns",
+    "spans",
     "trace",
     "weight_gradients",
 ]
@@ -77,4 +81,5 @@ if TYPE_CHECKING:
     from heedful.explaining.likening import Likeness, likeness
     from heedful.explaining.logits import DirectLogits, Lens, direct_logits, logit_lens
     from heedful.explaining.replacing import ReAGent
+    from heedful.explaining.spanning import Spans, spans
     from heedful.explaining.tracing import Trace, trace
