@@ -101,6 +101,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "weight_gradients": (
             explaining.weight_gradients, {"model": model, "batches": [{"input_ids": clean}]}, "model batches only",
         ),
+        "spans": (explaining.spans, {"model": model, "text": IDS}, "model text layer longest"),
         "ReAGent": (explaining.ReAGent, {}, "replaced kept within runs steps among seed"),
         "Likeness.best": (explaining.Likeness(*[torch.zeros(2, 2)] * 3).best, {"level": "heads"}, "level"),
         "linearity": (
@@ -150,8 +151,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
 VERBS = [
     "attach", "attached", "fit", "fold", "operate", "arrange", "load", "decode", "diagnose", "compare", "check", "edit",
     "explain", "patterns", "ablate", "attribute", "logit_lens", "direct_logits", "faithfulness", "patching",
-    "path_patching", "likeness", "weight_gradients", "ReAGent", "Likeness.best", "linearity", "word_maps", "trace",
-    "nn.convert", "models.load", "models.tiny",
+    "path_patching", "likeness", "weight_gradients", "spans", "ReAGent", "Likeness.best", "linearity", "word_maps",
+    "trace", "nn.convert", "models.load", "models.tiny",
     "catalogue.find", "catalogue.search", "tasks.find", "Stack", "Prompt", "Removal", "on", "when", "|", "Run[]",
     "Run.save", "Run.merge", "Run.load_state_dict", "Profile.answer", "Profile.save", "Profile.load", "Profile.page",
     "Profile.+", "Profile.-", "Comparison.load", "Lens.words", "DirectLogits.top", "Patterns[]", "Patterns.figure",

@@ -28,6 +28,8 @@ _HOMES = {
     "patching": "activation_patching",
     "path_patching": "activation_patching",
     "HeadEffects": "activation_patching",
+    "spans": "spanning",
+    "Spans": "spanning",
     "trace": "tracing",
     "Trace": "tracing",
     "word_maps": "picturing",
@@ -49,6 +51,7 @@ __all__ = [
     "Patterns",
     "ReAGent",
     "Removal",
+    "Spans",
     "Trace",
     "WeightGradients",
     "WordMap",
@@ -64,6 +67,7 @@ __all__ = [
     "patching",
     "path_patching",
     "patterns",
+    "spans",
     "trace",
     "weight_gradients",
     "word_maps",
@@ -89,4 +93,5 @@ if TYPE_CHECKING:
     from heedful.explaining.logits import DirectLogits, Lens, direct_logits, logit_lens
     from heedful.explaining.picturing import WordMap, WordMaps, word_maps
     from heedful.explaining.replacing import ReAGent
+    from heedful.explaining.spanning import Spans, spans
     from heedful.explaining.tracing import Trace, trace

@@ -20,13 +20,21 @@ def maps(layer: Layer, *names: str, **sized: int) -> dict[str, Tensor]:
 
 def attended(x: Tensor, call: Call, keys: Tensor, values: Tensor) -> Tensor:
     """Softmax attention of tokens `[b n e]` to keys and values of as many channels, each head with its slice."""
+    require_open(call, "attention with fewer maps")
+    return joined(linear(x, call.params["query"]), keys, values, call.heads, call.params["out"])
+
+
+def require_open(call: Call, what: str) -> None:
+    """Refuse a layer whose tokens do not all see one another."""
     if call.mask.rules:
         raise SiteError(
-            f"layer {call.layer}: attention with fewer maps is for images, whose patches see one another, and there is "
-            "a mask; restrict the method to layers without one"
+            f"layer {call.layer}: {what} is for images, whose patches see one another, and there is a mask; restrict "
+            "the method to layers without one"
         )
-    q, k, v = (
-        y.unflatten(-1, (call.heads, -1)).transpose(1, 2) for y in (linear(x, call.params["query"]), keys, values)
-    )
+
+
+def joined(query: Tensor, key: Tensor, value: Tensor, heads: int, out: Tensor) -> Tensor:
+    """Softmax attention of heads that have a slice `[b n h*r]` each, brought to the layer's width by `out`."""
+    q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (query, key, value))
     weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
-    return linear((weights @ v).transpose(1, 2).flatten(2), call.params["out"])
+    return linear((weights @ v).transpose(1, 2).flatten(2), out)
