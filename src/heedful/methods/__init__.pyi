@@ -67,11 +67,15 @@ from heedful.methods.intervene.vision.gem import GEM as GEM
 from heedful.methods.intervene.vision.paint import PAINT as PAINT
 from heedful.methods.intervene.vision.var import VAR as VAR
 from heedful.methods.intervene.vision.vhr import VHR as VHR
+from heedful.methods.mechanisms.gates.das import DAS as DAS
+from heedful.methods.mechanisms.gates.ela import ELA as ELA
 from heedful.methods.mechanisms.gates.gaam import GAAM as GAAM
 from heedful.methods.mechanisms.gates.gated_heads import GatedHeads as GatedHeads
 from heedful.methods.mechanisms.gates.gated_norm import GatedNorm as GatedNorm
 from heedful.methods.mechanisms.gates.head_mask import HeadMask as HeadMask
+from heedful.methods.mechanisms.gates.mixture_of_attentive_experts import MixtureOfAttentiveExperts as MixtureOfAttentiveExperts
 from heedful.methods.mechanisms.gates.polarized_self_attention import PolarizedSelfAttention as PolarizedSelfAttention
+from heedful.methods.mechanisms.gates.visual_sentinel import VisualSentinel as VisualSentinel
 from heedful.methods.mechanisms.linear.aaren import Aaren as Aaren
 from heedful.methods.mechanisms.linear.efficient_attention import EfficientAttention as EfficientAttention
 from heedful.methods.mechanisms.linear.enhanced_linear_attention import EnhancedLinearAttention as EnhancedLinearAttention
@@ -93,6 +97,7 @@ from heedful.methods.mechanisms.local.lkca import LKCA as LKCA
 from heedful.methods.mechanisms.local.local_p import LocalP as LocalP
 from heedful.methods.mechanisms.local.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
 from heedful.methods.mechanisms.local.no_mixing import NoMixing as NoMixing
+from heedful.methods.mechanisms.local.tkl import TKL as TKL
 from heedful.methods.mechanisms.normalise.affine_scaled_attention import AffineScaledAttention as AffineScaledAttention
 from heedful.methods.mechanisms.normalise.clipped_softmax import ClippedSoftmax as ClippedSoftmax
 from heedful.methods.mechanisms.normalise.landmark_attention import LandmarkAttention as LandmarkAttention
@@ -115,6 +120,7 @@ from heedful.methods.mechanisms.routed.bi_level_routing_attention import BiLevel
 from heedful.methods.mechanisms.routed.boat import BOAT as BOAT
 from heedful.methods.mechanisms.routed.dynamic_mask_attention import DynamicMaskAttention as DynamicMaskAttention
 from heedful.methods.mechanisms.routed.injected_patterns import InjectedPatterns as InjectedPatterns
+from heedful.methods.mechanisms.routed.llama_fusion import LlamaFusion as LlamaFusion
 from heedful.methods.mechanisms.routed.mixture_of_heads import MixtureOfHeads as MixtureOfHeads
 from heedful.methods.mechanisms.routed.moba import MoBA as MoBA
 from heedful.methods.mechanisms.routed.mosa import MoSA as MoSA
@@ -123,6 +129,7 @@ from heedful.methods.mechanisms.routed.routing_transformer import RoutingTransfo
 from heedful.methods.mechanisms.routed.sparse_k import SparseK as SparseK
 from heedful.methods.mechanisms.score.attention_at import AttentionAT as AttentionAT
 from heedful.methods.mechanisms.score.continuum_attention import ContinuumAttention as ContinuumAttention
+from heedful.methods.mechanisms.score.dare import DARE as DARE
 from heedful.methods.mechanisms.score.dual_attention import DualAttention as DualAttention
 from heedful.methods.mechanisms.score.edge_prior import EdgePrior as EdgePrior
 from heedful.methods.mechanisms.score.halved_attention import HalvedAttention as HalvedAttention
@@ -130,7 +137,9 @@ from heedful.methods.mechanisms.score.mhe import MHE as MHE
 from heedful.methods.mechanisms.score.multi_token_attention import MultiTokenAttention as MultiTokenAttention
 from heedful.methods.mechanisms.score.neural_attention import NeuralAttention as NeuralAttention
 from heedful.methods.mechanisms.score.optimised_attention import OptimisedAttention as OptimisedAttention
+from heedful.methods.mechanisms.score.pointer_network import PointerNetwork as PointerNetwork
 from heedful.methods.mechanisms.score.positional_attention import PositionalAttention as PositionalAttention
+from heedful.methods.mechanisms.score.ranked_heads import RankedHeads as RankedHeads
 from heedful.methods.mechanisms.score.selective_self_attention import SelectiveSelfAttention as SelectiveSelfAttention
 from heedful.methods.mechanisms.score.super_attention import SuperAttention as SuperAttention
 from heedful.methods.mechanisms.score.threshold_relative_attention import ThresholdRelativeAttention as ThresholdRelativeAttention
@@ -151,6 +160,7 @@ from heedful.methods.observe.secondary_sinks import SecondarySinks as SecondaryS
 from heedful.methods.observe.sink_rate import SinkRate as SinkRate
 from heedful.methods.observe.sparse_attention_vectors import SparseAttentionVectors as SparseAttentionVectors
 from heedful.methods.observe.systematic_outliers import SystematicOutliers as SystematicOutliers
+from heedful.methods.observe.tree_levels import TreeLevels as TreeLevels
 from heedful.methods.observe.visual_heads import VisualHeads as VisualHeads
 from heedful.methods.observe.weibull_weights import WeibullWeights as WeibullWeights
 from heedful.methods.sparse.cache.ada_kv import AdaKV as AdaKV
