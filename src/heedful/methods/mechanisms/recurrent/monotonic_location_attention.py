@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
 from heedful.core.positions import spread_heads
-from heedful.core.state import Until
 from heedful.kit.running import wide
+from heedful.methods.mechanisms.recurrent._walk import looked_last, remember, seen
 
 STEPS = {"any": torch.relu, "one": lambda x: torch.sigmoid(5 * x)}
 LEAST = 0.27  # of a place, the standard deviation that weights have at least: two neighbours weigh 0.1 % of the middle
@@ -63,37 +63,20 @@ class MonotonicLocationAttention(Method):
         step, width = (
             (q * call.params[name].to(q.dtype)[:, None]).sum(-1, keepdim=True) for name in ("step", "width")
         )  # [b h q 1]
-        keep = call.mask.keeps(call.pairs)
-        keep = torch.ones((), dtype=torch.bool, device=q.device) if keep is None else keep
-        keep = keep.expand(b, h, n, total)
+        keep = seen(call, (b, h, n), total, q.device)
         length = keep.sum(-1, keepdim=True).clamp(min=1)
         spread = (torch.relu(width) + LEAST) * (length - 1).clamp(min=1) / length
         step = STEPS[self.steps](step)
         places = spread_heads(call.k_pos, h).to(q.dtype)  # [b|1 h|1 k]
         moves = keep.any(-1, keepdim=True) & call.is_text[..., None]
-        place, rows = self._before(q, call), []
+        place, rows = looked_last(self, call, q.new_zeros(b, h, 1)), []
         for i in range(n):
             far = (places - place - step[:, :, i]) / spread[:, :, i]
             row = (-far.square() / 2).masked_fill(~keep[:, :, i], torch.finfo(q.dtype).min).softmax(-1)
             place = torch.where(moves[:, :, i], (row * places).sum(-1, keepdim=True), place)
             rows.append(row.masked_fill(~keep[:, :, i], 0.0))
-        call.state.cache["place"] = place[..., 0].detach()
-        so_far = call.state.cache.get("end", torch.zeros(b, dtype=torch.long, device=q.device))
-        call.state.cache["end"] = Until(so_far + n)
+        remember(call, place)
         return torch.stack(rows, 2)
-
-    def _before(self, q: Tensor, call: Call) -> Tensor:
-        """Where each head looked last, `[b h 1]`: at the first place, before a text begins."""
-        first, end = call.queries.first or 0, call.state.cache.get("end")
-        if end is None and not first:
-            return q.new_zeros(*q.shape[:2], 1)
-        # a model's cross-attention may count its queries from 0 in every call
-        if end is None or bool((end < 0).any()) or (first and not bool(end.eq(first).all())):
-            raise SiteError(
-                f"{self!r}, layer {call.layer}: goes on within a text, and does not know where the token before "
-                "looked; was the cache cut back or made without it? Write the text again from its start"
-            )
-        return call.state.cache["place"][..., None].to(q.dtype)
 
 
 if __name__ == "__main__":
