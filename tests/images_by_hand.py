@@ -59,6 +59,30 @@ def mean_of(image: Image) -> Tensor:
     return torch.stack(list(image.values())).sum(0) / len(image)
 
 
+def normed_by_hand(x: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
+    """A token `[e]`, normed over its channels."""
+    centred = x - x.sum() / len(x)
+    return centred / ((centred**2).sum() / len(x) + 1e-5) ** 0.5 * p[name] + p[f"{name}_bias"]
+
+
+def attended_by_hand(
+    p: dict[str, Tensor], name: str, asking: list[Tensor], seen: list[Tensor], heads: int
+) -> list[Tensor]:
+    """What tokens `[e]` find among others, head by head, by a weight `[3e e]` and one `[e e]` behind the heads."""
+    weight, bias, e, out = p[name], p[f"{name}_bias"], len(seen[0]), []
+    d = e // heads
+    for x in asking:
+        found = []
+        for h in range(heads):
+            of = [slice(part * e + h * d, part * e + (h + 1) * d) for part in range(3)]
+            query = weight[of[0]] @ x + bias[of[0]]
+            scores = torch.stack([query @ (weight[of[1]] @ y + bias[of[1]]) for y in seen]) / d**0.5
+            weights = scores.exp() / scores.exp().sum()
+            found.append(sum(w * (weight[of[2]] @ y + bias[of[2]]) for w, y in zip(weights, seen, strict=True)))
+        out.append(p[f"{name}_out"] @ torch.cat(found) + p[f"{name}_out_bias"])
+    return out
+
+
 def agree(
     acts: Callable[[Tensor, Call], Tensor],
     by_hand: Callable[[Tensor, dict[str, Tensor]], Tensor],
