@@ -58,7 +58,8 @@ CLAIM = Claim(
     f"shape which goes with their colour; {PICTURES} very noisy pictures a seed of things that have not. Their colour "
     "is told and their shape asked for; the likeliest of the four counts, and not its log-probability, which any "
     f"contrast sharpens. {OUTLIERS} outliers of {PATCHES} patches, a share like the authors', and no cut-off. "
-    "Against no contrast and one with as many patches drawn at random, whichever is better.",
+    "Against no contrast and one with as many patches drawn at random, whichever is better. What counts was changed "
+    "after a look with other weights.",
     effect="points of questions answered rightly, over no contrast or a random one",
     measure=measure,
     seeds=8,

@@ -59,7 +59,7 @@ CLAIM = Claim(
     "things a seed, and four questions with their answers between, two about one half and two about the other; the "
     f"last one counts. A step sees {CORE:.0%} of the patches, chosen by the first step and every {EVERY} steps after "
     "it, which falls on the third question. Against a core that is chosen once, where the same steps see all. All "
-    "patches stay in the cache.",
+    "patches stay in the cache. The control was made stricter after a look.",
     effect="log-probability of the right answer, above that with a core chosen once",
     measure=measure,
     seeds=8,

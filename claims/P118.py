@@ -40,7 +40,8 @@ CLAIM = Claim(
     setup=f"A vision-language model of LLaVA's class with 0.3M parameters, {PICTURES} noisy 16 x 16 pictures of two "
     f"things a seed, and a question about one of them. {FIRST} of {PATCHES} patches for the language model's first two "
     f"layers, {SECOND} for the two others; against {ONCE} in all layers chosen by the encoder, and all for the first "
-    f"two and {LAST} for the others chosen by the text, whichever is better. All have as many in the mean.",
+    f"two and {LAST} for the others chosen by the text, whichever is better. All have as many in the mean. "
+    "The layer of the second cut was changed once, after a look with other weights.",
     effect="log-probability of the right answer, above the better of the single cuts",
     measure=measure,
     seeds=8,

@@ -13,6 +13,7 @@ from heedful.core.mask import Mask, Where
 from heedful.core.method import Method, Readings
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Sum
+from heedful.kit.picked import best
 
 
 class _Looks(Method):
@@ -51,5 +52,5 @@ def places_of(prompt: Prompt, role: str = "image") -> tuple[int, ...]:
 
 def lowest(places: tuple[int, ...], score: Tensor, share: float) -> tuple[int, ...]:
     """The places that are left when those of the highest score `[n]` are taken, a share of all, rounded up."""
-    order = score.argsort(descending=True, stable=True)
-    return tuple(sorted(places[i] for i in order[ceil(share * len(places)) :].tolist()))
+    kept = best(score[None], ceil(share * len(places)))[0]
+    return tuple(place for place, stays in zip(places, kept.tolist(), strict=True) if not stays)
