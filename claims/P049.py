@@ -27,7 +27,7 @@ class _Shared(Method):
         return self._own(query, call)
 
     @at(Site.KEY)
-    def answer(self, key: Tensor, call: Call) -> Tensor:
+    def offer(self, key: Tensor, call: Call) -> Tensor:
         return self._own(key, call)
 
     def _own(self, like: Tensor, call: Call) -> Tensor:

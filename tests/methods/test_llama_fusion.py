@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from heedful import attach, models
 from heedful.authoring import FieldError, Layer
+from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close_model
+from heedful.core.regions import Region
 from heedful.methods import LlamaFusion
 from tests.by_hand import in_pieces
 
@@ -110,6 +113,17 @@ def test_a_cache_goes_on_behind_images() -> None:
     model = models.tiny("llama").eval()
     with attach(model, LlamaFusion(spread=0.2), roles={"image": SPANS}) as run, torch.no_grad():
         assert close_model(in_pieces(run, IDS, (5, 5, 1, 1))[0], run(IDS).logits)
+
+
+def test_tokens_that_were_cached_without_it_keep_the_layers_own() -> None:
+    bare = Bare(Shape(q=3, k=9), dtype=torch.float64)
+    method = LlamaFusion(spread=0.5)
+    params = {name: x.double() for name, x in method.parameters(bare.shape.layer).items()}
+    call = replace(bare.call, params=params, roles={"image": Region(((0, 8),))})  # but for the last token
+    for given, found in ((bare.k, method.answer_to(bare.k, call)), (bare.v, method.hand(bare.v, call))):
+        assert torch.equal(found[:, :, :6], given[:, :, :6])
+        assert torch.equal(found[:, :, 8], given[:, :, 8])
+        assert not bool((found[:, :, 6:8] == given[:, :, 6:8]).any())
 
 
 def test_the_start() -> None:

@@ -61,7 +61,7 @@ class DARE(Method):
         return even * call.spread(self._looked_up(query, call, call.queries))
 
     @at(Site.KEY)
-    def answer(self, key: Tensor, call: Call) -> Tensor:
+    def offer(self, key: Tensor, call: Call) -> Tensor:
         return self._looked_up(key, call, call.keys)
 
     def _looked_up(self, like: Tensor, call: Call, places: Positions) -> Tensor:
