@@ -68,7 +68,7 @@ class CONFORM(Guidance):
         if call.denoising is None:
             return None
         kept, forward, step = call.state.run, call.state.forward, call.denoising.number
-        if step < kept.get("step", -1) or ("now" in kept and kept["now"].shape != maps.shape):
+        if step < kept.get("step", step) or ("now" in kept and kept["now"].shape != maps.shape):
             kept.clear()
         if step > kept.get("step", step):
             kept["before"] = kept["now"]
