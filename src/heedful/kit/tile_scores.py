@@ -27,5 +27,5 @@ def biased(scores: Tensor, call: Call) -> Tensor:
     """The same with what the model adds to the tile's scores, such as a bias by distance."""
     if call.bias is None:
         return scores
-    rows = call.rows if call.bias.shape[2] > 1 else slice(None)
+    rows = slice(None) if call.bias.shape[2] == 1 else call.rows
     return scores + call.bias[:, :, rows][..., call.cols].to(scores.dtype)

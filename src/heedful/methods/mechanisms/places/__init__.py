@@ -1,1 +1,1 @@
-"""Tokens mixed by weights of places or frequencies, without queries and keys."""
+"""Places: tokens mixed by weights of them or of frequencies, or told of them in another way."""
