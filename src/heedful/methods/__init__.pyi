@@ -35,6 +35,7 @@ from heedful.methods.intervene.diffusion.conform import CONFORM as CONFORM
 from heedful.methods.intervene.diffusion.hrv import HRV as HRV
 from heedful.methods.intervene.diffusion.locat_edit import LOCATEdit as LOCATEdit
 from heedful.methods.intervene.diffusion.med_steer import MedSteer as MedSteer
+from heedful.methods.intervene.diffusion.prompt_to_prompt import PromptToPrompt as PromptToPrompt
 from heedful.methods.intervene.diffusion.re_at_co import ReAtCo as ReAtCo
 from heedful.methods.intervene.diffusion.soft_pag import SoftPAG as SoftPAG
 from heedful.methods.intervene.language.act import ACT as ACT
@@ -67,6 +68,7 @@ from heedful.methods.intervene.vision.gem import GEM as GEM
 from heedful.methods.intervene.vision.paint import PAINT as PAINT
 from heedful.methods.intervene.vision.var import VAR as VAR
 from heedful.methods.intervene.vision.vhr import VHR as VHR
+from heedful.methods.mechanisms.gates.contextual_memory_reweaving import ContextualMemoryReweaving as ContextualMemoryReweaving
 from heedful.methods.mechanisms.gates.das import DAS as DAS
 from heedful.methods.mechanisms.gates.ela import ELA as ELA
 from heedful.methods.mechanisms.gates.gaam import GAAM as GAAM
@@ -88,6 +90,7 @@ from heedful.methods.mechanisms.linear.lln_attention import LLNAttention as LLNA
 from heedful.methods.mechanisms.linear.mala import MALA as MALA
 from heedful.methods.mechanisms.local.activator import Activator as Activator
 from heedful.methods.mechanisms.local.dynamic_conv import DynamicConv as DynamicConv
+from heedful.methods.mechanisms.local.efficient_dlm import EfficientDLM as EfficientDLM
 from heedful.methods.mechanisms.local.ff_nified_attention import FFNifiedAttention as FFNifiedAttention
 from heedful.methods.mechanisms.local.generalized_neighborhood_attention import GeneralizedNeighborhoodAttention as GeneralizedNeighborhoodAttention
 from heedful.methods.mechanisms.local.halo_attention import HaloAttention as HaloAttention
@@ -100,6 +103,7 @@ from heedful.methods.mechanisms.local.no_mixing import NoMixing as NoMixing
 from heedful.methods.mechanisms.local.tkl import TKL as TKL
 from heedful.methods.mechanisms.normalise.affine_scaled_attention import AffineScaledAttention as AffineScaledAttention
 from heedful.methods.mechanisms.normalise.clipped_softmax import ClippedSoftmax as ClippedSoftmax
+from heedful.methods.mechanisms.normalise.kolmogorov_arnold_attention import KolmogorovArnoldAttention as KolmogorovArnoldAttention
 from heedful.methods.mechanisms.normalise.landmark_attention import LandmarkAttention as LandmarkAttention
 from heedful.methods.mechanisms.normalise.normalized_attention import NormalizedAttention as NormalizedAttention
 from heedful.methods.mechanisms.normalise.random_feature_heads import RandomFeatureHeads as RandomFeatureHeads
@@ -109,10 +113,14 @@ from heedful.methods.mechanisms.normalise.softplus_attention import SoftplusAtte
 from heedful.methods.mechanisms.normalise.spark_attention import SparkAttention as SparkAttention
 from heedful.methods.mechanisms.places.fftnet import FFTNet as FFTNet
 from heedful.methods.mechanisms.places.masked_mixer import MaskedMixer as MaskedMixer
+from heedful.methods.mechanisms.places.time_shifted_positions import TimeShiftedPositions as TimeShiftedPositions
+from heedful.methods.mechanisms.pooling.boq import BoQ as BoQ
 from heedful.methods.mechanisms.pooling.combiner import Combiner as Combiner
 from heedful.methods.mechanisms.pooling.efficient_probing import EfficientProbing as EfficientProbing
 from heedful.methods.mechanisms.pooling.global_subsampled_attention import GlobalSubsampledAttention as GlobalSubsampledAttention
+from heedful.methods.mechanisms.pooling.nested_attention import NestedAttention as NestedAttention
 from heedful.methods.mechanisms.pooling.slot_attention import SlotAttention as SlotAttention
+from heedful.methods.mechanisms.recurrent.gmm_attention import GMMAttention as GMMAttention
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
 from heedful.methods.mechanisms.recurrent.monotonic_location_attention import MonotonicLocationAttention as MonotonicLocationAttention
 from heedful.methods.mechanisms.recurrent.yaad import Yaad as Yaad
@@ -121,6 +129,7 @@ from heedful.methods.mechanisms.routed.boat import BOAT as BOAT
 from heedful.methods.mechanisms.routed.dynamic_mask_attention import DynamicMaskAttention as DynamicMaskAttention
 from heedful.methods.mechanisms.routed.injected_patterns import InjectedPatterns as InjectedPatterns
 from heedful.methods.mechanisms.routed.llama_fusion import LlamaFusion as LlamaFusion
+from heedful.methods.mechanisms.routed.lora_mixer import LoRAMixer as LoRAMixer
 from heedful.methods.mechanisms.routed.mixture_of_heads import MixtureOfHeads as MixtureOfHeads
 from heedful.methods.mechanisms.routed.moba import MoBA as MoBA
 from heedful.methods.mechanisms.routed.mosa import MoSA as MoSA
@@ -177,6 +186,7 @@ from heedful.methods.sparse.cache.task_kv import TaskKV as TaskKV
 from heedful.methods.sparse.cache.think import ThinK as ThinK
 from heedful.methods.sparse.cache.tova import TOVA as TOVA
 from heedful.methods.sparse.decode.avl import AVL as AVL
+from heedful.methods.sparse.decode.leo_am import LeoAM as LeoAM
 from heedful.methods.sparse.decode.less_is_more import LessIsMore as LessIsMore
 from heedful.methods.sparse.decode.loki import Loki as Loki
 from heedful.methods.sparse.decode.token_select import TokenSelect as TokenSelect
