@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from heedful import Method, Site
+from heedful import Method, Site, attach, models
 from heedful.authoring import at
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
@@ -82,3 +82,18 @@ def test_what_others_narrow_stays_narrow() -> None:
 def test_nothing_else_may_go(method: Method) -> None:
     with pytest.raises(SiteError, match=r"narrowed, .* whose `causal` is False may leave causality out"):
         run(method, Bare(text=TEXT))
+
+
+def test_a_mask_that_only_opens_has_acted() -> None:
+    class Open(Method):
+        paper = PAPER
+        causal = False
+
+        @at(Site.MASK)
+        def open(self, mask: Mask, call: Call) -> Mask:
+            return Mask(tuple(rule for rule in mask.rules if not isinstance(rule, Causal)))
+
+    model = models.tiny("llama")
+    with torch.no_grad(), attach(model, Open()) as run:
+        run(**models.tiny_inputs(model))
+        assert run.active

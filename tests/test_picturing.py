@@ -17,7 +17,8 @@ from heedful.cli.app import app
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, HeedfulError, ModelError
 from heedful.explaining import word_maps
-from heedful.explaining.picturing import WordMaps, _words
+from heedful.explaining.picturing import WordMaps, _grid, _words
+from heedful.report.lit import DARK, lit
 
 PROMPT = "red square blue disc dark"
 
@@ -236,3 +237,28 @@ def test_attention_that_is_not_finite_is_refused() -> None:
 def test_words_are_those_that_the_model_reads(kind: str, reader: str) -> None:
     words = _words(SimpleNamespace(transformer=type(kind, (), {})(), tokenizer=None, **{reader: Words()}), PROMPT, 5)
     assert words == PROMPT.split()
+
+
+def test_forwards_of_one_step_are_averaged() -> None:
+    class Twice(Pipe):
+        def __call__(self, prompt: str, num_inference_steps: int, generator: torch.Generator, output_type: str) -> Any:
+            return super().__call__(prompt, 2 * num_inference_steps, generator, output_type)
+
+    pipe = Twice()
+    wanted = by_hand(pipe.transformer, pipe, 2)  # [steps forwards*layers places words]
+    found = word_maps(pipe, PROMPT, steps=2, seed=3)[0]
+    torch.testing.assert_close(found.steps, wanted.mean((1, 2)))
+
+
+def test_places_are_laid_out_in_the_proportion_of_the_picture() -> None:
+    places = torch.arange(24.0)[:, None]
+    assert _grid(places, 6 / 4)[0].tolist() == places.view(6, 4).tolist()
+    assert _grid(places, 4 / 6)[0].tolist() == places.view(4, 6).tolist()
+    with pytest.raises(ModelError, match="24 places are no grid"):
+        _grid(places, 1.0)
+
+
+def test_a_picture_is_lit_up_to_the_highest_place_of_a_map() -> None:
+    found = lit(torch.ones(3, 2, 2), torch.tensor([[0.0, 0.1], [0.2, 0.2]]))
+    half = DARK + (1 - DARK) / 2
+    torch.testing.assert_close(found[0], torch.tensor([[DARK, half], [1.0, 1.0]]))

@@ -121,6 +121,11 @@ def test_bags_are_measured_at_their_size_and_larger(tmp_path: Path, monkeypatch:
             right[name] = float((best == labels).float().mean())
     assert made["accuracy"] == pytest.approx(right["accuracy"])
     assert made["larger"] == pytest.approx(right["larger"])
-    assert 0 < made["off"] < 1
+    pixels, _, places = SMALL.drawn(Generator().manual_seed(10_003), tried, TRIED, 5)
+    reader = _OnIt(tuple(places.tolist()))
+    with kept.opened(SMALL, Halved(), 3, reader) as run:
+        run(pixel_values=pixels)
+        (heads,) = run[reader].values()
+    assert made["off"] == pytest.approx(1 - float(heads.value.max()))
     with pytest.raises(FieldError, match="must be enough for one batch"):
         Bags(tokens=3)
