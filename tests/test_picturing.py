@@ -213,6 +213,12 @@ def test_what_is_no_pipeline_or_no_prompt_is_refused() -> None:
     for steps in (0, True, 2.5):
         with pytest.raises(FieldError, match=r"word_maps\(\).steps"):
             word_maps(Pipe(), PROMPT, steps=steps)
+    film = Pipe()
+    film.__class__ = type(
+        "Film", (Pipe,), {"__call__": lambda self, *a, **k: SimpleNamespace(frames=Pipe.__call__(self, *a, **k))}
+    )
+    with pytest.raises(ModelError, match="Film makes no pictures"):
+        word_maps(film, PROMPT, steps=1)
     with pytest.raises(ModelError, match="attends to no words"):
         word_maps(Deaf(), PROMPT)
 

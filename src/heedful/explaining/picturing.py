@@ -181,7 +181,8 @@ def word_maps(pipe: Any, prompts: str | Sequence[str], *, steps: int = 20, seed:
     """What a text-to-image pipeline of diffusers looks at for each word while it makes a picture of each prompt.
 
     `options` go to the pipeline. Maps of one layer's attention are held at a time; layers that attend to no words
-    are left out.
+    are left out. Of a guided batch the last row is read, which the text guides in most pipelines; where a pipeline
+    calls its model once with the text and once without, as CogView4's does, the mean of both is told.
     """
     part = next((found for name in PARTS if isinstance(found := getattr(pipe, name, None), nn.Module)), None)
     if part is None or not callable(pipe):
@@ -218,6 +219,8 @@ def _one(pipe: Any, part: nn.Module, prompt: str, steps: int, seed: int, options
         except StatisticError as none:
             rule = "attends to no words: no layer has cross-attention, nor joint attention whose halves are known"
             raise ModelError(f"word_maps(): {type(part).__name__} {rule}") from none
+    if getattr(made, "images", None) is None:
+        raise ModelError(f"word_maps(): {type(pipe).__name__} makes no pictures but {type(made).__name__}")
     picture = torch.as_tensor(made.images[0]).float().permute(2, 0, 1)
     words = _words(pipe, prompt, max(stat.total.shape[1] for stat in where.values()))
     maps, by_layer, by_step = [], [], []
@@ -233,9 +236,10 @@ def _one(pipe: Any, part: nn.Module, prompt: str, steps: int, seed: int, options
     told = [_joined(x, len(words), axis) for x, axis in zip(whole, (0, 1, 1), strict=True)]
     if not all(bool(x.isfinite().all()) for x in told):
         raise ModelError(f"word_maps(): attention of {type(part).__name__} is not finite. Take bfloat16 or float32")
-    if words[-1] == REST and not told[0][-1].any():  # padding that a mask hides
-        words, told = words[:-1], [told[0][:-1], told[1][:, :-1], told[2][:, :-1]]
-    return WordMap(prompt, words, picture, *told, [names[layer] for layer in where])
+    share, step, depth = told
+    if words[-1] == REST and not share[-1].any():  # padding that a mask hides
+        words, share, step, depth = words[:-1], share[:-1], step[:, :-1], depth[:, :-1]
+    return WordMap(prompt, words, picture, share, step, depth, [names[layer] for layer in where])
 
 
 def _grid(found: Tensor, tall: float) -> Tensor:
