@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import heedful
 from heedful import attach, attached, edit
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
+from heedful.core.call import Call
 from heedful.core.errors import FieldError, HeedfulError, InactiveWarning, NotEntered, RefusedModel, StatisticError
-from heedful.core.method import Stack
-from heedful.core.sites import Site
+from heedful.core.method import Method, Stack
+from heedful.core.sites import Site, at
 from heedful.methods import SinkRate, SinkWindow
 from heedful.tiny import tiny
 
-from .samples import Forget, Gate, Keep, Narrow, Scale, Shares, Zero
+from .samples import PAPER, Forget, Gate, Keep, Narrow, Scale, Shares, Zero
 
 IDS = torch.arange(3, 27).view(2, 12)
 
@@ -100,6 +101,24 @@ def test_a_run_whose_name_is_lost_is_found_and_closed(model: nn.Module) -> None:
     assert attached(encoder) is other
     other.close()
     assert attached(encoder) is None
+
+
+class Deep(Method):
+    """A method with a setting called as what `on` takes."""
+
+    paper = PAPER
+    layers: int = 99
+
+    @at(Site.QUERY)
+    def double(self, query: Tensor, call: Call) -> Tensor:
+        return 2 * query
+
+
+def test_a_field_may_be_called_layers(model: nn.Module) -> None:
+    with attach(model, Deep()) as run:
+        assert run.difference(input_ids=IDS) > 0
+    with pytest.raises(FieldError, match="must be below 2, the layers served"):
+        attach(model, Deep().on(layers=2))
 
 
 def test_a_stack_may_be_spelled(model: nn.Module) -> None:
@@ -282,10 +301,9 @@ def test_a_layer_that_goes_its_own_way_is_noticed(model: nn.Module) -> None:
 
 
 def test_roles_reach_a_method(model: nn.Module) -> None:
-    from torch import Tensor
 
     from heedful import Method, Site
-    from heedful.authoring import Call, at
+    from heedful.authoring import at
 
     from .samples import PAPER
 
