@@ -65,6 +65,13 @@ def test_the_formula(method: TokenSelect, shape: Shape, pads: list[int]) -> None
     assert torch.equal(kept & is_text, _by_loops(bare, method, pads))
 
 
+def test_a_budget_beyond_the_text_has_room_for_all() -> None:
+    bare = _bare()
+    part = bare.call.tile(slice(0, N), slice(0, N))
+    kept = TokenSelect(60, 2, 4, 4).select(bare.call.mask, bare.call).keeps(part.pairs)
+    assert torch.equal(kept, bare.call.mask.keeps(part.pairs).expand_as(kept))
+
+
 def test_tiles_fetch_no_column_that_nobody_chose() -> None:
     bare = _bare(Shape(b=1, q=1, k=400))
     mask = TokenSelect(20, 4, 8, 8).select(bare.call.mask, bare.call)
