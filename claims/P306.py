@@ -87,7 +87,8 @@ CLAIM = Claim(
     paper_number="+15 % of probe accuracy over ACT in LLaMA-3.2 3B, +61.5 % in layers 0 to 6, on code in C++",
     setup=f"SmolLM2-135M-Instruct, layer {LAYER} of 30. Two tasks, capitals and opposites: what is added is what "
     f"{SHOWN} examples of a task change at a word's arrow, learned from {FITTED} words of each task, tasks not told "
-    f"apart; {ASKED} other words of each are asked without an example, drawn for each seed. Two directions chosen by "
+    f"apart; {ASKED} other words of each are asked without an example, drawn for each seed "
+    "from twenty of which seeds share some. Two directions chosen by "
     "the probe against the one mean vector of the same pairs. No code is written here. (Layer 12, begun with, is where "
     "one vector gains nothing; the layer is the one of six where it gains most, on a draw of words that is not among "
     "these. In layer 12 two directions had 0.24 nats less on that draw.)",

@@ -48,6 +48,7 @@ from heedful.methods.intervene.language.austeer import AUSteer as AUSteer
 from heedful.methods.intervene.language.best_order import BestOrder as BestOrder
 from heedful.methods.intervene.language.focus_directions import FocusDirections as FocusDirections
 from heedful.methods.intervene.language.focus_icl import FocusICL as FocusICL
+from heedful.methods.intervene.language.g_act import GACT as GACT
 from heedful.methods.intervene.language.head_scale import HeadScale as HeadScale
 from heedful.methods.intervene.language.largepig import LargePiG as LargePiG
 from heedful.methods.intervene.language.lofit import LoFiT as LoFiT
@@ -113,11 +114,13 @@ from heedful.methods.mechanisms.normalise.softplus_attention import SoftplusAtte
 from heedful.methods.mechanisms.normalise.spark_attention import SparkAttention as SparkAttention
 from heedful.methods.mechanisms.places.fftnet import FFTNet as FFTNet
 from heedful.methods.mechanisms.places.masked_mixer import MaskedMixer as MaskedMixer
+from heedful.methods.mechanisms.places.spanet import SPANet as SPANet
 from heedful.methods.mechanisms.places.time_shifted_positions import TimeShiftedPositions as TimeShiftedPositions
 from heedful.methods.mechanisms.pooling.boq import BoQ as BoQ
 from heedful.methods.mechanisms.pooling.combiner import Combiner as Combiner
 from heedful.methods.mechanisms.pooling.efficient_probing import EfficientProbing as EfficientProbing
 from heedful.methods.mechanisms.pooling.global_subsampled_attention import GlobalSubsampledAttention as GlobalSubsampledAttention
+from heedful.methods.mechanisms.pooling.learned_aggregation import LearnedAggregation as LearnedAggregation
 from heedful.methods.mechanisms.pooling.nested_attention import NestedAttention as NestedAttention
 from heedful.methods.mechanisms.pooling.slot_attention import SlotAttention as SlotAttention
 from heedful.methods.mechanisms.recurrent.gmm_attention import GMMAttention as GMMAttention
@@ -185,6 +188,7 @@ from heedful.methods.sparse.cache.sparse_mm import SparseMM as SparseMM
 from heedful.methods.sparse.cache.task_kv import TaskKV as TaskKV
 from heedful.methods.sparse.cache.think import ThinK as ThinK
 from heedful.methods.sparse.cache.tova import TOVA as TOVA
+from heedful.methods.sparse.decode.act_qkv import ActQKV as ActQKV
 from heedful.methods.sparse.decode.avl import AVL as AVL
 from heedful.methods.sparse.decode.leo_am import LeoAM as LeoAM
 from heedful.methods.sparse.decode.less_is_more import LessIsMore as LessIsMore
