@@ -17,12 +17,10 @@ from transformers.cache_utils import DynamicCache
 import heedful
 from heedful import catalogue
 from heedful.conformance.bare import ROLES
-from heedful.conformance.model_laws import in_training_alone
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, RefusedModel, SiteError
-from heedful.core.method import Method, as_stack
+from heedful.core.method import Method
 from heedful.core.regions import Region
-from heedful.core.sites import Site
 from heedful.methods import (
     AffineScaledAttention,
     GatedHeads,
@@ -33,6 +31,7 @@ from heedful.methods import (
     TempScale,
 )
 from heedful.nn import Attention, convert
+from tests.mechanisms import AFTER, BY_TOKENS, DRAWN, MECHANISMS, OUTSIDE, READ
 
 E, H, B, N = 32, 4, 2, 21
 LEFT = torch.arange(N)[None] < torch.tensor([[5], [0]])
@@ -65,20 +64,6 @@ def in_pieces(mine: Attention, x: Tensor, size: int, padding: Tensor | None = No
     return torch.cat(parts, 1)
 
 
-MECHANISMS = {
-    name: kind
-    for name, kind in catalogue.entries().items()
-    if issubclass(kind, Method)
-    and catalogue.family(kind) == "mechanisms"
-    and not as_stack(kind.example()).touches(Site.EMBEDDING, Site.RESIDUAL)  # which a module has no say in
-}
-
-
-BY_TOKENS = ("InjectedPatterns",)  # ask which tokens they are shown, and a module is shown embeddings
-DRAWN = tuple(name for name, kind in MECHANISMS.items() if in_training_alone(kind.example()))  # anew in each call
-READ = [name for name, kind in MECHANISMS.items() if "text" in kind.subjects and name not in (*BY_TOKENS, *DRAWN)]
-
-
 @pytest.mark.parametrize("name", READ)
 def test_every_mechanism_for_text_acts_and_decodes_as_it_reads(name: str) -> None:
     method = MECHANISMS[name].example()
@@ -108,6 +93,16 @@ def test_what_acts_in_training_alone_rests_with_the_module(name: str) -> None:
         out = mine(x, x, x)[0]
         with mine.run.paused():
             assert close_model(mine(x, x, x)[0], out) is not training
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_what_waits_for_a_gradient_acts_behind_one(name: str) -> None:
+    mine, x = causal(MECHANISMS[name].example()).train(), text()
+    first = mine(x, x, x)[0]
+    with mine.run.paused():
+        assert close_model(mine(x, x, x)[0], first)
+    first.square().sum().backward()
+    assert not close_model(mine(x, x, x)[0], first)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in MECHANISMS.items() if "image" in kind.subjects])
@@ -143,7 +138,10 @@ def test_every_other_method_runs_or_is_refused_with_the_reason(name: str) -> Non
         assert bool(in_pieces(mine, x, 7).isfinite().all())
 
 
-@pytest.mark.parametrize("learns", [kind for kind in MECHANISMS.values() if kind.parameters is not Method.parameters])
+@pytest.mark.parametrize(
+    "learns",
+    [kind for name, kind in MECHANISMS.items() if kind.parameters is not Method.parameters and name not in OUTSIDE],
+)
 def test_what_mechanisms_learn_is_reached_by_gradients_or_moves_with_the_calls(learns: type[Method]) -> None:
     subject = learns.subjects[0]
     mine = Attention(E, H, learns.example(), causal=subject == "text", batch_first=True)

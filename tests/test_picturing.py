@@ -85,6 +85,8 @@ def test_maps_are_those_of_the_guided_half() -> None:
     torch.testing.assert_close(found.layers, wanted.mean((0, 2)))
     assert found.names == [f"blocks.{n}.cross" for n in range(3)]
     assert found.picture.shape == (3, SIDE, SIDE)
+    assert len(found.plot.lit().data) == 6
+    assert {"lit", "steps", "layers"} <= set(dir(found.plot))
     assert torch.equal(found["blue"], found.maps[2])
     assert torch.equal(found[-1], found.maps[4])
     with pytest.raises(FieldError, match=r"must be one of \['red', 'square'"):

@@ -28,6 +28,7 @@ METHODS = {
     for name, kind in catalogue.entries().items()
     if issubclass(kind, Method)
     and "text" in kind.subjects
+    and not kind.whole_map  # which no block can serve
     and any(edit.site in MAP_SITES and not edit.reads for edit in kind.edits)
 }
 BATCH = {"input_ids": torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(0)), "use_cache": False}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Sum
+
+if TYPE_CHECKING:
+    from heedful.report.pictures import Plots
 
 PARTS = ("transformer", "unet")  # what pipelines call the model that takes the noise away
 HALVES = {"image", "context"}  # roles of joint attention
@@ -111,6 +114,13 @@ class WordMap:
             Grid("layers", "By layer", "The same by layer, from the first to the last.",
                  self.layers, self.names, columns, "layer", "word", "share"),
         )  # fmt: skip
+
+    @property
+    def plot(self) -> Plots:
+        """A plot for each figure: `found[0].plot.lit()`."""
+        from heedful.report.pictures import Plots
+
+        return Plots(self.figures)
 
     def findings(self) -> Iterator[Finding]:
         """Which word gets most, and which one is looked at from the fewest places."""

@@ -6,12 +6,16 @@ import base64
 import io
 from collections.abc import Iterator
 from html import escape
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from heedful.core.figures import Lit
 from heedful.core.pictures import shrunk
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 SIDE = 256  # pixels of a picture's longer side at most; what is smaller than LEAST is shown larger
 LEAST = 96
@@ -43,6 +47,21 @@ def sources(figure: Lit) -> Iterator[tuple[str, str]]:
     yield "the picture", png(pixels)
     for name, found in figure.maps.items():
         yield name, png(lit(pixels, found.detach().cpu()))
+
+
+def side_by_side(figure: Lit) -> go.Figure:
+    """The picture as it is, and beside it for each name, as plotly draws it."""
+    import plotly.graph_objects as objects
+    from plotly.subplots import make_subplots
+
+    each = list(sources(figure))
+    drawn = make_subplots(1, len(each), subplot_titles=[name for name, _ in each], horizontal_spacing=0.01)
+    for column, (_, source) in enumerate(each, 1):
+        drawn.add_trace(objects.Image(source=source), 1, column)
+    drawn.update_xaxes(visible=False)
+    drawn.update_yaxes(visible=False)
+    drawn.update_layout(title=figure.title)
+    return drawn
 
 
 def strip(figure: Lit) -> str:

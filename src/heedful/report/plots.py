@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from heedful.core.errors import HeedfulError, nearest
-from heedful.core.figures import Curves, Figure, Grid, HeadMap, Intervals, Listing, Scatter
+from heedful.core.figures import Curves, Figure, Grid, HeadMap, Intervals, Listing, Lit, Scatter
 from heedful.report.colours import CLOUD, LINES, ORDERED, ZERO, template
+from heedful.report.lit import side_by_side
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -373,6 +374,7 @@ DRAW: dict[type[Figure], Callable[..., Any]] = {
     Grid: grid,
     Curves: curves,
     Listing: listing,
+    Lit: side_by_side,
     Intervals: intervals,
     Scatter: scatter,
 }

@@ -31,7 +31,7 @@ class DARE(Method):
             "A table for each key head; the authors have one head.",
         ),
     )
-    vocabulary: int  # tokens that there are
+    vocabulary: int = 32_000  # tokens that there are
     width: int = 8  # numbers a token and head; no more than a head is wide
     spread: float = 1.0  # standard deviation of the table at the start; torch's own: 1
 
