@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from heedful.core.asked import asks
 from heedful.core.call import DenoisingStep
 from heedful.core.errors import FieldError, HeedfulError, InactiveWarning, StatisticError
-from heedful.core.method import Layer, Method, Part, Readings, Scoped, Stack, Step, as_stack
+from heedful.core.method import Layer, Method, Part, Readings, Stack, Step, as_stack
 from heedful.core.notebook import printed
 from heedful.core.regions import PerText, Region, Roles, marks
 from heedful.core.stats import Statistic, load, save
@@ -113,7 +113,8 @@ class Run:
             return
         n = len(self.layer_names)
         for part in self.stack:
-            for layer in (isinstance(part, Scoped) and part.layers) or ():
+            named = getattr(part, "layers", None)  # as `on` was given them, or as a method's own field names some
+            for layer in named if isinstance(named, tuple) else ():
                 if layer >= n:
                     raise FieldError(f"{part!r}", "layers", layer, f"must be below {n}, the layers served", n - 1)
 
