@@ -100,6 +100,7 @@ def test_the_verb_prints_and_writes(small: None, tmp_path: Path) -> None:
     ("how", "says"),
     [
         ({"kind": "pools"}, "must be one of lm"),
+        ({"kind": "pools", "mechanisms": None}, "must be one of lm"),
         ({"seeds": 0}, "must be 1 or more"),
         ({"tokens": 3}, "enough for one batch"),
         ({"mechanisms": []}, "one or more beside softmax"),

@@ -16,6 +16,7 @@ from heedful.laboratory.bags import PIXELS, PLAIN, TRIED, Bags, _OnIt
 from heedful.laboratory.images import digits
 from heedful.laboratory.records import Trainings
 from heedful.laboratory.regression import Regression
+from heedful.methods import EfficientProbing
 from tests.lab.small import Halved
 
 FEW = Regression(tokens=4 * 32, rows=2, width=16, layers=1, heads=2)
@@ -129,3 +130,12 @@ def test_bags_are_measured_at_their_size_and_larger(tmp_path: Path, monkeypatch:
     assert made["off"] == pytest.approx(1 - float(heads.value.max()))
     with pytest.raises(FieldError, match="must be enough for one batch"):
         Bags(tokens=3)
+
+
+def test_what_pools_behind_the_layer_is_not_told_by_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "TURNS", 1)
+    made = Trainings(tmp_path).record(SMALL, EfficientProbing(4), 0)
+    assert {"accuracy", "larger"} <= set(made.numbers)
+    assert "off" not in made.numbers

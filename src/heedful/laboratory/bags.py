@@ -113,10 +113,11 @@ class Bags(Course):
             pixels, labels, places = self.drawn(random, tried, TRIED, side)
             reader = _OnIt(tuple(places.tolist()))
             with opened(*([reader] if side == self.side else [])) as run:
+                pooled = run.stack.touches(Site.RESIDUAL)  # behind the layer, whose own weights then say nothing
                 device = next(run.model.parameters()).device
                 more = {} if side == self.side else {"interpolate_pos_encoding": True}
                 best = run(pixel_values=pixels.to(device), **more).logits.argmax(-1).cpu()
                 found[name] = float((best == labels).float().mean())
-                if by_layer := told(run, reader):
+                if not pooled and (by_layer := told(run, reader)):
                     found["off"] = 1 - float(torch.stack([mean.value.max() for mean in by_layer.values()]).max())
         return found

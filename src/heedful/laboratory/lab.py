@@ -32,11 +32,13 @@ def lab(
 ) -> Lab:
     """Train softmax and each mechanism on the same tiny models, data and budget, and measure what comes of it.
 
-    `mechanisms` are methods or stacks, eight of the catalogue for None. `kind` is "lm" (bytes of text, and synthetic
-    tasks), "vit" (digits) or "seq2seq" (strings). `tokens` is the budget of each training, None for each course's own.
-    `out` keeps what is trained: the same call goes on where it stopped, and other calls use what they share with it.
+    `mechanisms` are methods or stacks, eight of the catalogue for None. `kind` is "lm" (bytes of text, synthetic tasks,
+    and regression in context), "vit" (digits), "seq2seq" (strings) or "pool" (bags of digits). `tokens` is the budget
+    of each training, None for each course's own. `out` keeps what is trained: the same call goes on where it stopped,
+    and other calls use what they share with it.
     """
-    chosen, wanted = _chosen(mechanisms, kind), courses(kind, tokens)
+    wanted = courses(kind, tokens)
+    chosen = _chosen(mechanisms, kind)
     if seeds < 1:
         raise FieldError("lab()", "seeds", seeds, "must be 1 or more", 3)
     report = progress or (lambda _: None)
