@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful.authoring import FieldError, Layer
+from heedful.authoring import FieldError, Layer, SiteError
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
 from heedful.core.mask import Padding
 from heedful.core.positions import Positions
-from heedful.core.state import State
+from heedful.core.state import State, Until
 from heedful.methods import GMMAttention
 from tests.methods.walking import goes_on_in_a_model
 
@@ -87,6 +87,18 @@ def test_call_by_call_and_padding_moves_nothing() -> None:
     padded = METHOD.attend((bare.q, bare.k, bare.v), call)
     for h in range(4):
         assert close(padded[1, h, 2:], _looks(bare.q[1, h, 2:], bare.v[1, h // 2, :8], p, h))
+
+
+def test_where_a_model_counts_from_0_in_every_call() -> None:
+    bare, p = _drawn()
+    whole, state, found = _by_hand(bare, p), State(), []
+    for first, stop in ((0, 2), (2, 3), (3, 6)):
+        call = replace(bare.call, params=p, queries=Positions.row(0, stop - first), state=state)
+        found.append(METHOD.attend((bare.q[:, :, first:stop], bare.k, bare.v), call))
+    assert close(torch.cat(found, 2), whole)
+    state.cache["end"] = Until(state.cache["end"]).crop(5)
+    with pytest.raises(SiteError, match="layer 0: goes on within a text, and does not know where"):
+        METHOD.attend((bare.q, bare.k, bare.v), replace(call, queries=Positions.row(0, 6)))
 
 
 def test_heads_that_have_gone_past_the_end_see_nothing_and_narrow_values_stay_narrow() -> None:
