@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from claims.ledger import Claim, run
+from heedful.kit.feature_maps import drawn as drawn_evenly
 from heedful.methods import RankedHeads
 from heedful.nn import Attention
 
@@ -30,7 +31,7 @@ def error(rank: int, heads: int, seed: int) -> float:
     learned = [p for name, p in layer.named_parameters() if "proj" not in name]
     with torch.no_grad():
         for p in learned:
-            p.copy_((torch.rand(p.shape, generator=random) * 2 - 1) / math.sqrt(p.shape[1]))
+            p.copy_(drawn_evenly(random, *p.shape))
     optimiser = torch.optim.Adam(learned, lr=RATE)
     for step in range(STEPS):
         for group in optimiser.param_groups:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from heedful import Method
+from heedful.methods import EdgePrior
 from heedful.nn import Attention
 
 WORDS, START, UNGRADED = 9, 9, -100  # words 0 to 2 are written once, 3 to 5 twice, 6 to 8 three times
@@ -65,3 +68,12 @@ def right(method: Method | None, seed: int) -> dict[str, float]:
             source, wanted = drawn(torch.Generator().manual_seed(10_000 + seed), TRIED, lengths)
             found[name] = float((model(source, wanted).argmax(-1) == wanted)[wanted >= 0].float().mean())
     return found
+
+
+def beyond_content(way: str, ways: Mapping[str, Method], seed: int) -> tuple[float, dict[str, float]]:
+    """How much more `way` gets right on longer sources than content, with and without distances; and all shares."""
+    content = {"content": None, "content and distance": EdgePrior(0.0, 3 * LONG[1])}
+    found = {}
+    for tried, method in {**content, **ways}.items():
+        found |= {f"{name}, {tried}": x for name, x in right(method, seed).items()}
+    return found[f"long, {way}"] - max(found[f"long, {tried}"] for tried in content), found

@@ -16,16 +16,18 @@ from heedful.adapters.cache_name import CACHE
 Turn = Callable[[Tensor], Tensor]
 
 
+def turning(model: Any, places: Tensor) -> Turn:
+    """What turns a llama's queries and keys `[b h n d]` by their places `[b|1 n]`."""
+    cos, sin = model.model.rotary_emb(model.model.embed_tokens.weight, places)
+    half = cos.shape[-1] // 2
+    return lambda y: y * cos[:, None] + torch.cat([-y[..., half:], y[..., :half]], -1) * sin[:, None]
+
+
 def llama_states(model: Any, ids: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor, Turn], Tensor]) -> Tensor:
     """Final states, where `attend(layer, q, k, v, rotate)` makes `[b h n d]` of what the projections give."""
     base = model.model
     x = base.embed_tokens(ids)
-    cos, sin = base.rotary_emb(x, torch.arange(ids.shape[1])[None])
-    d = cos.shape[-1]
-
-    def rotate(y: Tensor) -> Tensor:
-        return y * cos[:, None] + torch.cat([-y[..., d // 2 :], y[..., : d // 2]], -1) * sin[:, None]
-
+    rotate, d = turning(model, torch.arange(ids.shape[1])[None]), model.config.head_dim
     for i, layer in enumerate(base.layers):
         part, y = layer.self_attn, layer.input_layernorm(x)
         q, k, v = (p(y).unflatten(-1, (-1, d)).transpose(1, 2) for p in (part.q_proj, part.k_proj, part.v_proj))

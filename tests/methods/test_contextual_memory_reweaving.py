@@ -15,7 +15,7 @@ from heedful.core.call import Call
 from heedful.core.positions import Positions
 from heedful.core.state import State
 from heedful.methods import ContextualMemoryReweaving
-from tests.by_hand import causal_map, heads_of, in_pieces
+from tests.by_hand import causal_map, heads_of, in_pieces, turning
 
 IDS = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(1))
 
@@ -24,12 +24,7 @@ def _logits(model: Any, weights: dict[int, Tensor], first: int = 0) -> Tensor:
     """Where `first` is the first layer that takes part."""
     base = model.model
     x = base.embed_tokens(IDS)
-    cos, sin = base.rotary_emb(x, torch.arange(IDS.shape[1])[None])
-    d = cos.shape[-1]
-
-    def turned(y: Tensor) -> Tensor:
-        return y * cos[:, None] + torch.cat([-y[..., d // 2 :], y[..., : d // 2]], -1) * sin[:, None]
-
+    turned, d = turning(model, torch.arange(IDS.shape[1])[None]), model.config.head_dim
     handed: list[Tensor] = []
     for number, layer in enumerate(base.layers):
         y = layer.input_layernorm(x)

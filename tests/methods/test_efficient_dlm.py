@@ -14,7 +14,7 @@ from heedful.authoring import FieldError
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import InactiveWarning
 from heedful.methods import EfficientDLM
-from tests.by_hand import causal_map, heads_of, in_pieces, llama_states
+from tests.by_hand import causal_map, heads_of, in_pieces, llama_states, turning
 
 N = 12
 IDS = torch.randint(3, 100, (2, N), generator=torch.Generator().manual_seed(1))
@@ -50,11 +50,7 @@ def test_tokens_see_their_block_and_those_before(size: int) -> None:
 def test_noisy_blocks_see_themselves_and_the_clean_ones_before(size: int) -> None:
     model: Any = models.tiny("llama")
     place = torch.arange(6).repeat(2)[None]
-    cos, sin = model.model.rotary_emb(torch.zeros(1, N, 1), place)
-    half = cos.shape[-1] // 2
-
-    def turned(x: Tensor) -> Tensor:
-        return x * cos[:, None] + torch.cat([-x[..., half:], x[..., :half]], -1) * sin[:, None]
+    turned = turning(model, place)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rotate: object) -> Tensor:
         return heads_of(causal_map(turned(q), turned(k), _noisy(6, size)), v)

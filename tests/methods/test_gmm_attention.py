@@ -9,20 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, models
-from heedful.adapters.cache_name import CACHE
 from heedful.authoring import FieldError, Layer, SiteError
 from heedful.conformance.bare import Bare, Shape
-from heedful.conformance.tolerances import close, close_model
+from heedful.conformance.tolerances import close
 from heedful.core.mask import Padding
 from heedful.core.positions import Positions
-from heedful.core.state import State
+from heedful.core.state import State, Until
 from heedful.methods import GMMAttention
+from tests.methods.walking import goes_on_in_a_model
 
 COMPONENTS, UNITS = 3, 5
 TEXT = torch.ones(2, 13, dtype=torch.bool)
 TEXT[1, 8:] = False
-ONLY = tuple(f"model.decoder.layers.{i}.encoder_attn" for i in range(2))
 SHAPES = {"in": (4, UNITS, 8), "in_bias": (4, UNITS), "out": (4, 9, UNITS), "out_bias": (4, 9)}
 METHOD = GMMAttention(COMPONENTS, UNITS)
 
@@ -91,6 +89,18 @@ def test_call_by_call_and_padding_moves_nothing() -> None:
         assert close(padded[1, h, 2:], _looks(bare.q[1, h, 2:], bare.v[1, h // 2, :8], p, h))
 
 
+def test_where_a_model_counts_from_0_in_every_call() -> None:
+    bare, p = _drawn()
+    whole, state, found = _by_hand(bare, p), State(), []
+    for first, stop in ((0, 2), (2, 3), (3, 6)):
+        call = replace(bare.call, params=p, queries=Positions.row(0, stop - first), state=state)
+        found.append(METHOD.attend((bare.q[:, :, first:stop], bare.k, bare.v), call))
+    assert close(torch.cat(found, 2), whole)
+    state.cache["end"] = Until(state.cache["end"]).crop(5)
+    with pytest.raises(SiteError, match="layer 0: goes on within a text, and does not know where"):
+        METHOD.attend((bare.q, bare.k, bare.v), replace(call, queries=Positions.row(0, 6)))
+
+
 def test_heads_that_have_gone_past_the_end_see_nothing_and_narrow_values_stay_narrow() -> None:
     bare, p = _drawn()
     call = replace(bare.call, params=p, mask=replace(bare.call.mask, rules=()))
@@ -103,24 +113,7 @@ def test_heads_that_have_gone_past_the_end_see_nothing_and_narrow_values_stay_na
 
 
 def test_in_a_model_step_by_step_and_padding_is_no_part_of_the_source() -> None:
-    model = models.tiny("bart").eval()
-    ids = torch.arange(3, 19)[None]
-    target = ids[:, 2:9]
-    padded = torch.cat([ids, torch.full((1, 5), 1)], 1)
-    mask = (torch.arange(21) < 16)[None].long()
-    with attach(model, GMMAttention(), only=ONLY) as run, torch.no_grad():
-        alone = run(input_ids=ids, decoder_input_ids=target).logits
-        beside = run(input_ids=padded, attention_mask=mask, decoder_input_ids=target).logits
-        assert close_model(beside, alone)
-        cache, parts = None, []
-        for piece in target.split((4, 1, 2), 1):
-            out = run(input_ids=ids, decoder_input_ids=piece, use_cache=True, **{CACHE: cache})
-            cache = out[CACHE]
-            parts.append(out.logits)
-        assert close_model(torch.cat(parts, 1), alone)
-        cache.crop(-2)
-        with pytest.raises(SiteError, match=r"layer 0: goes on within a text, and does not know where"):
-            run(input_ids=ids, decoder_input_ids=target[:, 5:], **{CACHE: cache})
+    goes_on_in_a_model(GMMAttention())
 
 
 def test_the_start() -> None:

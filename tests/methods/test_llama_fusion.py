@@ -15,7 +15,7 @@ from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close_model
 from heedful.core.regions import Region
 from heedful.methods import LlamaFusion
-from tests.by_hand import in_pieces
+from tests.by_hand import in_pieces, turning
 
 N = 12
 IDS = torch.randint(3, 100, (2, N), generator=torch.Generator().manual_seed(1))
@@ -32,12 +32,7 @@ def _by_hand(model: Any, ids: Tensor, added: dict[str, Tensor], image: Tensor = 
     base = model.model
     x = base.embed_tokens(ids)
     n = ids.shape[1]
-    cos, sin = base.rotary_emb(x, torch.arange(n)[None])
-    d = cos.shape[-1]
-
-    def turned(y: Tensor) -> Tensor:
-        return y * cos[:, None] + torch.cat([-y[..., d // 2 :], y[..., : d // 2]], -1) * sin[:, None]
-
+    turned, d = turning(model, torch.arange(n)[None]), model.config.head_dim
     for number, layer in enumerate(base.layers):
         part, y = layer.self_attn, layer.input_layernorm(x)
         maps = {"query": part.q_proj, "key": part.k_proj, "value": part.v_proj}

@@ -13,7 +13,7 @@ from heedful import attach, models
 from heedful.authoring import FieldError, Layer
 from heedful.conformance.tolerances import close_model
 from heedful.methods import LoRAMixer
-from tests.by_hand import in_pieces
+from tests.by_hand import in_pieces, turning
 
 N = 7
 IDS = torch.randint(3, 100, (2, N), generator=torch.Generator().manual_seed(1))
@@ -35,12 +35,8 @@ def _by_hand(model: Any, ids: Tensor, p: dict[str, Tensor], mixer: LoRAMixer = M
     base = model.model
     x = base.embed_tokens(ids)
     b, n = ids.shape
-    cos, sin = base.rotary_emb(x, torch.arange(n)[None])
-    d, untold = cos.shape[-1], torch.zeros(())
-
-    def turned(y: Tensor) -> Tensor:
-        return y * cos[:, None] + torch.cat([-y[..., d // 2 :], y[..., : d // 2]], -1) * sin[:, None]
-
+    turned, d = turning(model, torch.arange(n)[None]), model.config.head_dim
+    untold = torch.zeros(())
     for number, layer in enumerate(base.layers):
         part, y = layer.self_attn, layer.input_layernorm(x)
         router = p[f"0.{number}.router"]

@@ -9,19 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, models
-from heedful.adapters.cache_name import CACHE
 from heedful.authoring import Call, FieldError, Layer, SiteError
 from heedful.conformance.bare import Bare, Shape
-from heedful.conformance.tolerances import close, close_model
+from heedful.conformance.tolerances import close
 from heedful.core.mask import Padding
 from heedful.core.positions import Positions
 from heedful.core.state import State
 from heedful.methods import MonotonicLocationAttention
+from tests.methods.walking import goes_on_in_a_model
 
 TEXT = torch.ones(2, 13, dtype=torch.bool)
 TEXT[1, 8:] = False
-ONLY = tuple(f"model.decoder.layers.{i}.encoder_attn" for i in range(2))
 
 
 def _drawn(text: Tensor = TEXT, q: int = 6) -> tuple[Bare, dict[str, Tensor]]:
@@ -129,24 +127,7 @@ def test_a_source_of_nothing_but_padding_gives_nothing() -> None:
 
 
 def test_in_a_model_step_by_step_and_padding_is_no_part_of_the_source() -> None:
-    model = models.tiny("bart").eval()
-    ids = torch.arange(3, 19)[None]
-    target = ids[:, 2:9]
-    padded = torch.cat([ids, torch.full((1, 5), 1)], 1)
-    mask = (torch.arange(21) < 16)[None].long()
-    with attach(model, MonotonicLocationAttention(), only=ONLY) as run, torch.no_grad():
-        alone = run(input_ids=ids, decoder_input_ids=target).logits
-        beside = run(input_ids=padded, attention_mask=mask, decoder_input_ids=target).logits
-        assert close_model(beside, alone)
-        cache, parts = None, []
-        for piece in target.split((4, 1, 2), 1):
-            out = run(input_ids=ids, decoder_input_ids=piece, use_cache=True, **{CACHE: cache})
-            cache = out[CACHE]
-            parts.append(out.logits)
-        assert close_model(torch.cat(parts, 1), alone)
-        cache.crop(-2)
-        with pytest.raises(SiteError, match=r"layer 0: goes on within a text, and does not know where"):
-            run(input_ids=ids, decoder_input_ids=target[:, 5:], **{CACHE: cache})
+    goes_on_in_a_model(MonotonicLocationAttention())
 
 
 def test_the_start() -> None:

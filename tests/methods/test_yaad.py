@@ -13,6 +13,7 @@ from heedful import attach, models
 from heedful.authoring import FieldError, Layer
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
+from heedful.core.mask import Padding
 from heedful.core.positions import Positions
 from heedful.core.state import State
 from heedful.methods import Yaad
@@ -97,6 +98,17 @@ def test_where_nothing_is_causal_all_read_what_all_came_to() -> None:
     for h in range(4):
         memory = _memories(bare.k[0, h // 2], bare.v[0, h // 2], p, h // 2)[-1]
         assert close(found[0, h], bare.q[0, h] / bare.q[0, h].norm(dim=-1, keepdim=True) @ memory.T)
+
+
+def test_padding_behind_and_within_a_text_changes_no_memory() -> None:
+    text = torch.ones(2, 19, dtype=torch.bool)
+    text[0, 7:9] = text[1, 12:] = False
+    bare, p = Bare(Shape(q=5), dtype=torch.float64, rules=(Padding(text),)), _params()
+    found, _ = bare.run(Yaad(), "reference", params=p)
+    for b in range(2):
+        for h in range(4):
+            memory = _memories(bare.k[b, h // 2, text[b]], bare.v[b, h // 2, text[b]], p, h // 2)[-1]
+            assert close(found[b, h], bare.q[b, h] / bare.q[b, h].norm(dim=-1, keepdim=True) @ memory.T)
 
 
 def test_a_state_goes_on_and_is_made_anew_of_the_cache() -> None:

@@ -12,6 +12,7 @@ from heedful.core.errors import FieldError, SiteError
 from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
+from heedful.kit.feature_maps import drawn
 
 
 class GatedHeads(Method):
@@ -49,8 +50,8 @@ class GatedHeads(Method):
         shape = (layer.heads, layer.width)
         if self.fine_tune:
             weight = torch.randn(shape, generator=random) * self.spread
-        else:  # as torch.nn.Linear draws it
-            weight = (torch.rand(shape, generator=random) * 2 - 1) / math.sqrt(layer.width)
+        else:
+            weight = drawn(random, *shape)
         return {"weight": weight, "bias": torch.full((layer.heads,), math.log(self.start / (1 - self.start)))}
 
     @at(Site.HEAD_OUTPUT)

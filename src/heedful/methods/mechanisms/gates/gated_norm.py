@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.kit.feature_maps import drawn
 
 
 class GatedNorm(Method):
@@ -39,11 +38,7 @@ class GatedNorm(Method):
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(layer.number)
-
-        def drawn(rows: int, columns: int) -> Tensor:
-            return (torch.rand(rows, columns, generator=random) * 2 - 1) / math.sqrt(columns)
-
-        return {"down": drawn(self.rank, layer.width), "up": drawn(layer.width, self.rank)}
+        return {"down": drawn(random, self.rank, layer.width), "up": drawn(random, layer.width, self.rank)}
 
     @at(Site.HIDDEN)
     def gate(self, hidden: Tensor, call: Call) -> Tensor:

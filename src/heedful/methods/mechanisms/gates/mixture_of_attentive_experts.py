@@ -63,12 +63,12 @@ class MixtureOfAttentiveExperts(Method):
     def mix(self, heads: Tensor, call: Call) -> Tensor:
         gate, count = self.gate(call), heads.shape[1]
         if call.training and call.forward % self.every:
-            gate = self._drawn(gate.detach(), call)
+            gate = self._drawn(gate, call)
         shares = count / (count - 1) * (1 - gate)
         return heads * shares.mT[..., None].to(heads.dtype)  # [b h n 1]
 
     def _drawn(self, gate: Tensor, call: Call) -> Tensor:
-        """One expert a token, with its share as its chance: 1 for that one and 0 for all others."""
+        """One expert a token, with its share as its chance: 1 for that one and 0 for all others, without gradient."""
         draw = torch.Generator().manual_seed(1_000_003 * self.seed + 1009 * call.forward + call.layer)
         chance = torch.rand((*gate.shape[:-1], 1), generator=draw).to(gate)
         expert = (gate.cumsum(-1)[..., :-1] <= chance).sum(-1)

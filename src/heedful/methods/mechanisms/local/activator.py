@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.kit.feature_maps import with_bias
 
 
 class Activator(Method):
@@ -38,15 +39,9 @@ class Activator(Method):
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random, e = torch.Generator().manual_seed(layer.number), layer.width
         inner = max(1, round(self.inner * e))
-
-        def drawn(*shape: int, fan: int = e) -> Tensor:
-            return (torch.rand(shape, generator=random) * 2 - 1) / math.sqrt(fan)
-
-        return {
-            "gate": drawn(inner, e), "gate_bias": drawn(inner), "up": drawn(inner, e), "up_bias": drawn(inner),
-            "down": drawn(e, inner, fan=inner), "down_bias": drawn(e, fan=inner),
-            "norm": torch.ones(inner), "norm_bias": torch.zeros(inner),
-        }  # fmt: skip
+        found = with_bias(random, "gate", inner, e) | with_bias(random, "up", inner, e)
+        found |= with_bias(random, "down", e, inner)
+        return found | {"norm": torch.ones(inner), "norm_bias": torch.zeros(inner)}
 
     @at(Site.BLOCK)
     def gate(self, hidden: Tensor, call: Call) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
@@ -11,6 +9,7 @@ from torch.nn.functional import linear, pad
 from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
 from heedful.core.positions import spread_heads
 from heedful.kit.chosen import Chosen
+from heedful.kit.feature_maps import drawn
 
 
 class LocalP(Method):
@@ -45,10 +44,7 @@ class LocalP(Method):
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(layer.number)
         h, d, e = layer.heads, layer.head_dim, layer.width
-        return {
-            "turn": (torch.rand(h * d, e, generator=random) * 2 - 1) / math.sqrt(e),
-            "place": (torch.rand(h, d, generator=random) * 2 - 1) / math.sqrt(d),
-        }
+        return {"turn": drawn(random, h * d, e), "place": drawn(random, h, d)}
 
     def idle(self, call: Call) -> bool:
         return not call.cross

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.kit.feature_maps import drawn
 
 
 class NoMixing(Method):
@@ -41,12 +42,8 @@ class NoMixing(Method):
         random = torch.Generator().manual_seed(layer.number)
         both = layer.head_dim + layer.value_dim
         inner = max(1, round(self.share * (layer.heads + layer.kv_heads) * both / 3))
-
-        def drawn(rows: int, columns: int) -> Tensor:
-            return (torch.rand(rows, columns, generator=random) * 2 - 1) / math.sqrt(columns)
-
         e = layer.width
-        return {"gate": drawn(inner, e), "up": drawn(inner, e), "down": drawn(e, inner)}
+        return {"gate": drawn(random, inner, e), "up": drawn(random, inner, e), "down": drawn(random, e, inner)}
 
     @at(Site.BLOCK)
     def alone(self, hidden: Tensor, call: Call) -> Tensor:

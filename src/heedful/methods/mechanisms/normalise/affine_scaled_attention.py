@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -13,6 +11,7 @@ from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Mean
+from heedful.kit.feature_maps import drawn
 
 
 class AffineScaledAttention(Method):
@@ -43,7 +42,7 @@ class AffineScaledAttention(Method):
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(layer.number)
-        weight = (torch.rand(layer.heads, layer.width, generator=random) * 2 - 1) / math.sqrt(layer.width)
+        weight = drawn(random, layer.heads, layer.width)
         return {"weight": weight, "mean": torch.zeros(layer.heads)}
 
     @reads(Site.QUERY)

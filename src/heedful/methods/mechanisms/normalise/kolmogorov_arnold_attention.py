@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.kit.feature_maps import drawn
 
 
 class KolmogorovArnoldAttention(Method):
@@ -43,9 +44,9 @@ class KolmogorovArnoldAttention(Method):
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random, size = torch.Generator().manual_seed(layer.number), (layer.heads, self.waves, self.rank, self.tokens)
-        drawn = torch.randn(2, *size, generator=random) / math.sqrt(self.tokens * self.waves)
-        out = torch.rand(layer.heads, self.tokens, self.rank, generator=random)
-        return {"cos": drawn[0], "sin": drawn[1], "out": (out * 2 - 1) / math.sqrt(self.rank)}
+        cos, sin = torch.randn(2, *size, generator=random) / math.sqrt(self.tokens * self.waves)
+        out = drawn(random, layer.heads * self.tokens, self.rank).unflatten(0, (layer.heads, -1))
+        return {"cos": cos, "sin": sin, "out": out}
 
     @at(Site.NORMALISE)
     def wave(self, scores: Tensor, call: Call) -> Tensor:

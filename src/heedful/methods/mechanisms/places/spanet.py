@@ -43,7 +43,7 @@ class SPANet(Method):
         if not self.balances or not all(0 <= x <= 1 for x in self.balances):
             raise FieldError(self, "balances", self.balances, "must be one or more from 0 to 1", (0.7, 0.8, 0.9))
         if not 0 <= self.radius < math.inf:
-            raise FieldError(self, "radius", self.radius, "must be 0 or more waves", 2.0)
+            raise FieldError(self, "radius", self.radius, "must be 0 or more waves, and finite", 2.0)
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise FieldError(self, "kernel", self.kernel, "must be an odd number of patches", 7)
 

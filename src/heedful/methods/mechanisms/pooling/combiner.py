@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.kit.feature_maps import drawn
 from heedful.kit.running import text_keys, wide
 from heedful.kit.told import of_keys
 
@@ -44,7 +43,7 @@ class Combiner(Method):
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random, d = torch.Generator().manual_seed(layer.number), layer.head_dim
-        return {name: (torch.rand(d, d, generator=random) * 2 - 1) / math.sqrt(d) for name in ("query", "key")}
+        return {name: drawn(random, d, d) for name in ("query", "key")}
 
     @at(Site.MIX)
     def attend(self, qkv: tuple[Tensor, Tensor, Tensor], call: Call) -> Tensor:

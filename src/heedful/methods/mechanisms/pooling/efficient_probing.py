@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.kit.feature_maps import drawn
 from heedful.kit.patches import patch_tokens, whole_image
 
 
@@ -49,7 +50,7 @@ class EfficientProbing(Method):
         if e % self.queries:
             rule = f"must divide the {e} channels of the model"
             raise FieldError(self, "queries", self.queries, rule, math.gcd(e, self.queries))
-        value = (torch.rand(e, e, generator=random) * 2 - 1) / math.sqrt(e)
+        value = drawn(random, e, e)
         return {"query": 0.02 * torch.randn(self.queries, e, generator=random), "value": value}
 
     def idle(self, call: Call) -> bool:

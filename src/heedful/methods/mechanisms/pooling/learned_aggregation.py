@@ -44,7 +44,7 @@ class LearnedAggregation(Method):
     def __post_init__(self) -> None:
         for name, good in (("inner", 3.0), ("scale", 1e-4)):
             if not 0 < getattr(self, name) < math.inf:
-                raise FieldError(self, name, getattr(self, name), "must be above 0", good)
+                raise FieldError(self, name, getattr(self, name), "must be above 0 and finite", good)
 
     @classmethod
     def example(cls) -> LearnedAggregation:

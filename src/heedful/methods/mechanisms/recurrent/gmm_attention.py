@@ -10,6 +10,7 @@ from torch.nn.functional import softplus
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
 from heedful.core.positions import spread_heads
+from heedful.kit.feature_maps import drawn, with_bias
 from heedful.kit.running import wide
 from heedful.methods.mechanisms.recurrent._walk import looked_last, remember, seen
 
@@ -45,17 +46,11 @@ class GMMAttention(Method):
                 raise FieldError(self, name, getattr(self, name), f"must be 1 or more {what}", good)
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
-        random, h, n, d = torch.Generator().manual_seed(layer.number), layer.heads, self.units, layer.head_dim
-
-        def drawn(*shape: int, fan: int) -> Tensor:
-            return (torch.rand(shape, generator=random) * 2 - 1) / math.sqrt(fan)
-
+        random, h, n = torch.Generator().manual_seed(layer.number), layer.heads, self.units
+        found = with_bias(random, "in", h * n, layer.head_dim) | {"out": drawn(random, h * 3 * self.components, n)}
+        found = {name: x.unflatten(0, (h, -1)) for name, x in found.items()}
         start = torch.tensor([0.0, math.log(math.expm1(STEP)), math.log(math.expm1(WIDTH))])
-        return {
-            "in": drawn(h, n, d, fan=d), "in_bias": drawn(h, n, fan=d),
-            "out": drawn(h, 3 * self.components, n, fan=n),
-            "out_bias": start.repeat_interleave(self.components).repeat(h, 1),
-        }  # fmt: skip
+        return found | {"out_bias": start.repeat_interleave(self.components).repeat(h, 1)}
 
     def idle(self, call: Call) -> bool:
         return not call.cross

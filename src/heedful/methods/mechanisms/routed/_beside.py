@@ -54,13 +54,17 @@ class Beside(Method, abstract=True):
     def hand_over(self, heads: Tensor, call: Call) -> Tensor:
         return heads + self._by_head(HEADS, heads.transpose(1, 2).flatten(2), heads.shape[1], call).to(heads.dtype)
 
-    def _fresh(self, part: str, heads: int, call: Call) -> Tensor:
-        """What is added for the call's own tokens, `[b h n d]`, turned as the model turns it."""
+    def handed(self, call: Call) -> Tensor:
+        """The layer's input, `[b n e]`."""
         if call.hidden is None:
             raise SiteError(
                 f"{self!r}, layer {call.layer}: weights beside its own want the layer's input, which is not known"
             )
-        own = self._by_head(part, call.hidden.flatten(1, -2), heads, call)
+        return call.hidden.flatten(1, -2)
+
+    def _fresh(self, part: str, heads: int, call: Call) -> Tensor:
+        """What is added for the call's own tokens, `[b h n d]`, turned as the model turns it."""
+        own = self._by_head(part, self.handed(call), heads, call)
         return own if call.rotate is None or part == VALUE else call.rotate(own)
 
     def _by_head(self, part: str, x: Tensor, heads: int, call: Call) -> Tensor:

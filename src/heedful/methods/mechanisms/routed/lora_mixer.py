@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Paper, Site, SiteError, penalises
+from heedful.authoring import Call, FieldError, Layer, Paper, Site, penalises
+from heedful.kit.feature_maps import drawn
 from heedful.methods.mechanisms.routed._beside import Beside, sizes
 
 
@@ -57,13 +58,9 @@ class LoRAMixer(Beside):
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(layer.number)
-
-        def even(*shape: int) -> Tensor:
-            return (torch.rand(shape, generator=random) * 2 - 1) / math.sqrt(shape[-1])
-
-        found = {"router": even(self.experts, layer.width)}
+        found = {"router": drawn(random, self.experts, layer.width)}
         for part, (takes, gives) in sizes(layer).items():
-            found[f"{part}_down"] = even(self.experts, self.rank, takes)
+            found[f"{part}_down"] = drawn(random, self.experts * self.rank, takes).unflatten(0, (-1, self.rank))
             found[f"{part}_up"] = self.spread * torch.randn(self.experts, gives, self.rank, generator=random)
         return found
 
@@ -79,12 +76,8 @@ class LoRAMixer(Beside):
         return self.weight * (_entropy(shares).mean() - _entropy(shares.mean(0)))
 
     def _shares(self, call: Call) -> Tensor:
-        if call.hidden is None:
-            raise SiteError(
-                f"{self!r}, layer {call.layer}: experts are chosen by the layer's input, which is not known"
-            )
         router = call.params["router"]
-        return (call.hidden.flatten(1, -2).to(router.dtype) @ router.mT).softmax(-1)
+        return (self.handed(call).to(router.dtype) @ router.mT).softmax(-1)
 
     def _gates(self, call: Call) -> Tensor:
         """What each token has of each expert, `[b n experts]`."""

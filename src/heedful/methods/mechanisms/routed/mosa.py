@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
 from heedful.core.positions import spread_heads
 from heedful.kit.chosen import Chosen
+from heedful.kit.feature_maps import drawn
 from heedful.kit.running import past_keys, text_keys
 from heedful.kit.told import of_keys
 from heedful.kit.topk import top_k
@@ -52,7 +51,7 @@ class MoSA(Method):
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(layer.number)
-        return {"router": (torch.rand(layer.heads, layer.width, generator=random) * 2 - 1) / math.sqrt(layer.width)}
+        return {"router": drawn(random, layer.heads, layer.width)}
 
     def idle(self, call: Call) -> bool:
         return call.cross

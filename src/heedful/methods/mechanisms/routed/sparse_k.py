@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -12,6 +10,7 @@ from heedful.authoring import CachedKV, Call, Causal, FieldError, Layer, Mask, M
 from heedful.core.mask import Padding
 from heedful.core.positions import spread_heads
 from heedful.kit.chosen import Chosen
+from heedful.kit.feature_maps import drawn
 from heedful.kit.told import of_keys
 
 ROWS = 128  # whose thresholds are sought at once
@@ -53,7 +52,7 @@ class SparseK(Method):
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(layer.number)
-        return {"score": (torch.rand(layer.kv_heads, layer.width, generator=random) * 2 - 1) / math.sqrt(layer.width)}
+        return {"score": drawn(random, layer.kv_heads, layer.width)}
 
     def idle(self, call: Call) -> bool:
         return call.cross

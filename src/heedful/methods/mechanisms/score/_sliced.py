@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from heedful.authoring import Call, Layer, SiteError
+from heedful.kit.feature_maps import drawn
 
 
 def maps(layer: Layer, *names: str, **sized: int) -> dict[str, Tensor]:
     """Square linear maps of the layer's width, or of a size of their own, drawn as torch.nn.Linear draws them."""
     random = torch.Generator().manual_seed(layer.number)
     sizes = dict.fromkeys(names, layer.width) | sized
-    return {name: (torch.rand(n, n, generator=random) * 2 - 1) / math.sqrt(n) for name, n in sizes.items()}
+    return {name: drawn(random, n, n) for name, n in sizes.items()}
 
 
 def attended(x: Tensor, call: Call, keys: Tensor, values: Tensor) -> Tensor:

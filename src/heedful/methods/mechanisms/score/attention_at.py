@@ -39,7 +39,7 @@ class AttentionAT(Method):
 
     def __post_init__(self) -> None:
         if not 0 <= self.size < math.inf:
-            raise FieldError(self, "size", self.size, "must be 0 or more", 1.0)
+            raise FieldError(self, "size", self.size, "must be 0 or more, and finite", 1.0)
 
     @classmethod
     def neutral(cls) -> AttentionAT:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.kit.feature_maps import drawn
 from heedful.methods.mechanisms.score._sliced import joined, require_open
 
 
@@ -56,7 +55,7 @@ class RankedHeads(Method):
         random = torch.Generator().manual_seed(layer.number)
         inner = self.rank * self.heads
         sizes = dict.fromkeys(("query", "key", "value"), (inner, layer.width)) | {"out": (layer.width, inner)}
-        return {name: (torch.rand(size, generator=random) * 2 - 1) / math.sqrt(size[1]) for name, size in sizes.items()}
+        return {name: drawn(random, *size) for name, size in sizes.items()}
 
     @at(Site.BLOCK)
     def attend(self, hidden: Tensor, call: Call) -> Tensor:
