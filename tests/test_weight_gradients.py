@@ -89,7 +89,7 @@ def test_the_model_and_its_gradients_stay() -> None:
 
 
 def test_dropout_rests() -> None:
-    model, batch = models.tiny("bert"), {"input_ids": ids(9)}
+    model, batch = models.tiny("bert", hidden_dropout_prob=0.5), {"input_ids": ids(9)}
     whole = weight_gradients(model, [batch])
     assert close(weight_gradients(model.train(), [batch]).by_layer, whole.by_layer)
 
