@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from transformers import SwinConfig, SwinModel
 
 from heedful import models
 from heedful.core.errors import FieldError, ModelError
@@ -83,6 +84,14 @@ def test_layers_that_do_not_follow_one_another_are_no_pair(written: int) -> None
         linearity(model, batches)
     for part, tokens in (("model.encoder.layers", 20), ("model.decoder.layers", written)):
         assert linearity(model, batches, only=part).errors.shape == (1, 8 * tokens)
+
+
+def test_layers_of_unlike_states_are_no_pair() -> None:
+    swin = SwinConfig(image_size=32, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 2], window_size=4)
+    model, batches = SwinModel(swin).eval(), [{"pixel_values": torch.randn(1, 3, 32, 32)}]
+    with pytest.raises(FieldError, match=r"only = None: must name layers .* here are \(256, 8\) and \(64, 16\)"):
+        linearity(model, batches)
+    assert linearity(model, batches, only="encoder.layers.0").errors.shape == (1, 256)
 
 
 def test_states_that_are_not_finite_are_refused() -> None:

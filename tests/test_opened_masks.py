@@ -49,6 +49,16 @@ class Blind(Method):
         return Mask((Where(lambda q, k: k <= q + 2),))
 
 
+class Near3(Method):
+    """Drops what lies three tokens back or further."""
+
+    paper = PAPER
+
+    @at(Site.MASK)
+    def narrow(self, mask: Mask, call: Call) -> Mask:
+        return mask & Window(3)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_causality_may_go(backend: str) -> None:
     bare = Bare(text=TEXT)
@@ -64,17 +74,36 @@ def test_for_some_heads_alone() -> None:
     assert close(run(Stack((Ahead().on(heads=[0, 1, 2, 3]),)), bare), opened)
 
 
-def test_what_others_narrow_stays_narrow() -> None:
+def test_for_some_heads_and_then_for_others() -> None:
+    bare = Bare(text=TEXT)
+    plain, opened = run(Stack(), bare), run(Ahead(), bare)
+    for first, then in (([1], [2]), ([1], [1, 2]), ([1, 2], [2]), ([2], [1])):
+        found = run(Stack((Ahead().on(heads=first), Ahead().on(heads=then))), bare)
+        assert close(found, torch.stack([opened[:, h] if h in {*first, *then} else plain[:, h] for h in range(4)], 1))
+    assert close(run(Ahead().on(heads=[1]) | Ahead(), bare), opened)
+    with pytest.raises(SiteError, match="may leave causality out"):
+        run(Ahead().on(heads=[1]) | Blind(), bare)
+
+
+def test_what_keeps_causality_leaves_it_where_it_was() -> None:
     class Near(Method):
         paper = PAPER
+        causal = False
 
         @at(Site.MASK)
         def narrow(self, mask: Mask, call: Call) -> Mask:
+            assert mask.causal
             return mask & Window(3)
 
     bare = Bare(text=TEXT)
+    want = run(Stack((Near3().on(heads=[1, 2]), Ahead().on(heads=[1]))), bare)
+    assert close(run(Ahead().on(heads=[1]) | Near().on(heads=[1, 2]), bare), want)
+
+
+def test_what_others_narrow_stays_narrow() -> None:
+    bare = Bare(text=TEXT)
     want = run(Stack(), Bare(text=TEXT, rules=(Padding(TEXT), Window(3), Where(lambda q, k: k <= q + 2))))
-    for stack in (Near() | Ahead(), Ahead() | Near()):
+    for stack in (Near3() | Ahead(), Ahead() | Near3()):
         assert close(run(stack, bare), want)
 
 

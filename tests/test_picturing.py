@@ -14,12 +14,17 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from claims._pictures import GRID, HEADS, ID, SIDE, WORDS, Denoiser, denoiser, sample
+from heedful import Method, Site, attach
+from heedful.authoring import Call, Sum, reads
 from heedful.cli.app import app
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, HeedfulError, ModelError
+from heedful.core.figures import Lit
 from heedful.explaining import word_maps
-from heedful.explaining.picturing import WordMaps, _grid, _words
-from heedful.report.lit import DARK, lit
+from heedful.explaining.picturing import WordMap, WordMaps, _grid, _words
+from heedful.report.lit import DARK, lit, png, sources
+
+from .samples import PAPER
 
 PROMPT = "red square blue disc dark"
 
@@ -91,6 +96,49 @@ def test_maps_are_those_of_the_guided_half() -> None:
     assert torch.equal(found[-1], found.maps[4])
     with pytest.raises(FieldError, match=r"must be one of \['red', 'square'"):
         found["green"]
+
+
+class Joint(Pipe):
+    """A small random model of Flux's class, where the words and the picture attend to one another in one sequence."""
+
+    def __init__(self) -> None:
+        from diffusers import FluxTransformer2DModel
+
+        torch.manual_seed(0)
+        self.transformer = FluxTransformer2DModel(
+            in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
+        ).eval()  # fmt: skip
+        self.tokenizer_2 = Words()
+
+    @torch.no_grad()
+    def __call__(self, prompt: str, num_inference_steps: int, generator: torch.Generator, output_type: str) -> Any:
+        x, words = torch.randn(1, 16, 4, generator=generator), torch.randn(1, 5, 8, generator=generator)
+        places = torch.tensor([[0, row, column] for row in range(4) for column in range(4)])
+        for step in range(num_inference_steps):
+            x = self.transformer(
+                hidden_states=x, encoder_hidden_states=words, pooled_projections=words[:, 0],
+                timestep=torch.tensor([1.0 - step / 9]), img_ids=places, txt_ids=torch.zeros(5, 3),
+            ).sample  # fmt: skip
+        return SimpleNamespace(images=torch.zeros(1, 8, 8, 3).numpy())
+
+
+class Whole(Method):
+    paper = PAPER
+
+    @reads(Site.PATTERN)
+    def look(self, weights: Tensor, call: Call) -> Sum:
+        return Sum.of(weights[0].mean(0))
+
+
+def test_where_words_and_picture_are_one_sequence_the_picture_asks() -> None:
+    pipe, whole = Joint(), Whole()
+    found = word_maps(pipe, PROMPT, steps=2, seed=3)[0]
+    with attach(pipe.transformer, whole, backend="reference") as run:
+        pipe(PROMPT, 2, torch.Generator().manual_seed(3), "np")
+        wanted = run[whole][0].total[5:, :5] / 2  # the words stand first
+    assert found.names == ["transformer_blocks.0.attn"], "a single block does not say where its words are"
+    torch.testing.assert_close(found.maps, wanted.T.unflatten(1, (4, 4)).float())
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +216,7 @@ def test_the_verb_makes_a_page_of_a_file_of_prompts(
     told = json.loads(done.stdout)
     assert [one["prompt"] for one in told["prompts"]] == ["a red cube", "b"]
     assert len(told["prompts"][0]["words"][0]["by step"]) == 20
+    assert sum(word["share"] for word in told["prompts"][0]["words"]) == pytest.approx(1)
     assert Path(told["page"]).read_text().startswith("<!doctype html>")
 
 
@@ -272,3 +321,23 @@ def test_a_picture_is_lit_up_to_the_highest_place_of_a_map() -> None:
     found = lit(torch.ones(3, 2, 2), torch.tensor([[0.0, 0.1], [0.2, 0.2]]))
     half = DARK + (1 - DARK) / 2
     torch.testing.assert_close(found[0], torch.tensor([[DARK, half], [1.0, 1.0]]))
+
+
+def test_what_is_found_names_the_word_that_gets_most_and_the_one_that_is_looked_at_from_the_fewest_places() -> None:
+    maps = torch.full((3, 2, 4), 0.1)
+    maps[1], maps[2] = 0.5, 0.0
+    maps[2, 1, 3] = 0.4
+    shares = torch.zeros(1, 3)
+    found = WordMap("a b c", ["a", "b", "c"], torch.zeros(3, 2, 4), maps, shares, shares, ["x"])
+    assert [finding.text for finding in found.findings()] == [
+        "In “a b c” the word “b” gets most, 50%.",
+        "“c” is looked at from the fewest places, most from row 2 of 2, column 4 of 4.",
+    ]
+
+
+def test_pictures_are_as_they_are_and_then_lit_by_each_map_and_small_ones_are_made_larger() -> None:
+    pixels, half = torch.ones(3, 40, 20), torch.tensor([[1.0], [0.0]])
+    (plain, first), (name, second) = sources(Lit("lit", "a", "", pixels, {"0. a": half}))
+    assert (plain, name) == ("the picture", "0. a")
+    assert first == png(torch.ones(3, 120, 60))
+    assert second == png(lit(torch.ones(3, 120, 60), half)) != first

@@ -84,14 +84,15 @@ def test_a_prediction_within_a_text_is_read_there() -> None:
     assert close(found.scores, torch.tensor(by_hand(model, settings, 50, 2)[0]))
 
 
-def test_the_token_that_is_read_alone_is_the_one_that_counts() -> None:
+@pytest.mark.parametrize("sure", [12, 1000])  # with the second a change takes the whole probability
+def test_the_token_that_is_read_alone_is_the_one_that_counts(sure: int) -> None:
     class Reads(torch.nn.Module):
         """Says what stands third, whatever else does."""
 
         def __init__(self) -> None:
             super().__init__()
             self.table = torch.nn.Embedding(128, 128)
-            self.table.weight.data = 12 * torch.eye(128)
+            self.table.weight.data = sure * torch.eye(128)
 
         def get_input_embeddings(self) -> torch.nn.Module:
             return self.table

@@ -88,6 +88,12 @@ def test_the_model_and_its_gradients_stay() -> None:
         assert torch.equal(p.grad, torch.ones_like(p))
 
 
+def test_dropout_rests() -> None:
+    model, batch = models.tiny("bert", hidden_dropout_prob=0.5), {"input_ids": ids(9)}
+    whole = weight_gradients(model, [batch])
+    assert close(weight_gradients(model.train(), [batch]).by_layer, whole.by_layer)
+
+
 def test_frozen_weights_have_gradients_all_the_same() -> None:
     model = models.tiny("llama")
     whole = weight_gradients(model, [{"input_ids": ids(9)}])

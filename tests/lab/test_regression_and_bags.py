@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +39,22 @@ def test_points_before_settle_a_plane_when_there_are_enough() -> None:
     for seen in range(1, 6):
         error = (least_squares(points[:, : seen + 1], values[:, : seen + 1]) - values[:, seen]).square().mean().item()
         assert error == pytest.approx(max(0.0, 1 - seen / 3), abs=0.07)
+
+
+def test_points_and_values_stand_by_turns() -> None:
+    model, drawn = FEW.model(0), FEW.drawn(Generator().manual_seed(1), 2)
+    rows: list[Tensor] = []
+    model.shown.register_forward_pre_hook(lambda _, given: rows.append(given[0]))
+    model(**drawn)
+    points, values, zero = drawn["points"][0].tolist(), drawn["values"][0].tolist(), [0.0] * 3
+    turns = [row for point, value in zip(points, values, strict=True) for row in ([*point, 0.0], [*zero, value])]
+    assert rows[0][0].tolist() == turns[:-1]
+
+
+def test_weights_below_nothing_count_by_their_size() -> None:
+    weights = torch.tensor([0.5, -0.25, 0.25, -1.0]).expand(1, 2, 4, 4)
+    call = SimpleNamespace(rows=slice(None))
+    assert _OnIt((2,)).read(weights, call).value.tolist() == [0.5, 0.5]
 
 
 def test_a_value_is_told_before_it_is_shown() -> None:

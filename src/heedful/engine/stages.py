@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from heedful.core.mask import Causal, Mask
 from heedful.core.method import Step
 from heedful.core.packed import Packing
 from heedful.core.reweight import Reweight
+from heedful.core.rules import OnHeads, Rule
 from heedful.core.sites import Site
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.core.values import replace
@@ -77,10 +78,11 @@ def staged(site: Site, x: Any, job: AttentionCall, call: Call) -> tuple[Any, Cal
         if step.edit.reweights:
             x = _reweighted(step, x, job, call)
             continue
+        given = _given(step, x, chosen, call.heads) if isinstance(x, Mask) else x
         with untouched(step, job, x):
-            new = act(x, seen)
+            new = act(given, seen)
         if isinstance(x, Mask):
-            redrawn = _redrawn(step, x, new, chosen, call.heads)
+            redrawn = _redrawn(step, x, given, new, chosen, call.heads)
             job.run_state.offered[step] += 1
             if step not in job.run_state.changed and redraws(replace(call, mask=redrawn), x):
                 job.run_state.changed.add(step)
@@ -190,21 +192,45 @@ def reweight_of(step: Step, job: AttentionCall, summary: Summary) -> Reweight | 
     return found if chosen is None else found.on(chosen, call.heads)
 
 
-def _redrawn(step: Step, old: Mask, new: object, chosen: list[int] | None, heads: int) -> Mask:
-    held = old.rules
-    if old.causal and not step.method.causal and isinstance(new, Mask) and not new.causal:
+def _bound(mask: Mask, heads: int) -> set[int]:
+    """The heads that see no key after its query."""
+    if mask.causal:
+        return set(range(heads))
+    return {head for rule in mask.rules if _parted(rule) for head in rule.heads}
+
+
+def _parted(rule: Rule) -> TypeGuard[OnHeads]:
+    """Causality that some heads were let out of."""
+    return isinstance(rule, OnHeads) and isinstance(rule.rule, Causal)
+
+
+def _given(step: Step, mask: Mask, chosen: list[int] | None, heads: int) -> Mask:
+    """The mask that a step may open: causal where any of its heads still is."""
+    mine = set(range(heads) if chosen is None else chosen)
+    if step.method.causal or mask.causal or not mine & _bound(mask, heads):
+        return mask
+    return Mask((Causal(), *(rule for rule in mask.rules if not _parted(rule))))
+
+
+def _redrawn(step: Step, old: Mask, given: Mask, new: object, chosen: list[int] | None, heads: int) -> Mask:
+    held = given.rules
+    opened = given.causal and not step.method.causal and isinstance(new, Mask) and not new.causal
+    if opened:
         held = tuple(rule for rule in held if not isinstance(rule, Causal))
     if not isinstance(new, Mask) or new.rules[: len(held)] != held:
         raise SiteError(
             f"{step}: must return the mask it was given, narrowed, as in `return mask & Window(256)`; a method whose "
             "`causal` is False may leave causality out"
         )
-    if chosen is None:
+    if chosen is None and given is old:
         return new
-    own = tuple(rule.on(tuple(chosen), heads) for rule in new.rules[len(held) :])
-    if held != old.rules:
-        own += (Causal().on(tuple(i for i in range(heads) if i not in chosen), heads),)
-    return Mask(held + own)
+    own = new.rules[len(held) :]
+    if chosen is not None:
+        own = tuple(rule.on(tuple(chosen), heads) for rule in own)
+    if not opened:
+        return Mask(old.rules + own)
+    rest = sorted(_bound(old, heads) - set(range(heads) if chosen is None else chosen))
+    return Mask((*held, *own, *([Causal().on(tuple(rest), heads)] if rest else [])))
 
 
 def redraws(call: Call, before: Mask, rows: int = 128) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.figures import Grid
 from heedful.core.paper import Paper
 from heedful.explaining.drawn import Told
+from heedful.explaining.streams import by_name
 from heedful.kit.labels import labelled
 
 PAPER = Paper(
@@ -91,7 +92,7 @@ def weight_gradients(
     totals: list[dict[str, Tensor]] = []
     peaks: list[dict[str, Tensor]] = []
     losses = []
-    for loss in pulled("weight_gradients()", copy, copy, batches):
+    for loss in _pulled(copy, batches):
         losses.append(loss)
         total, peak = _sizes(copy, only)
         totals.append(total)
@@ -100,25 +101,20 @@ def weight_gradients(
     return WeightGradients(mean[0], mean[1], sum(losses) / len(losses))
 
 
-def pulled(
-    owner: str, copy: nn.Module, run: Callable[..., Any], batches: Iterable[Mapping[str, Any]]
-) -> Iterator[float]:
-    """The loss of each batch, while a copy of the model has that loss's gradients; `run` is what is called."""
+def _pulled(copy: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[float]:
+    """The loss of each batch, while a copy of the model has that loss's gradients."""
     count = 0
     for batch in batches:
-        if not isinstance(batch, Mapping):
-            rule = "must hold what the model is called with, by name"
-            raise FieldError(owner, "batches", batch, rule, [{"input_ids": "..."}])
+        count += 1
         copy.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            loss = getattr(run(**labelled(batch)), "loss", None)
+            loss = getattr(copy(**labelled(by_name("weight_gradients()", batch))), "loss", None)
         if loss is None:
             raise RefusedModel(f"{type(copy).__name__} gives no loss of these inputs; add labels that it takes")
         loss.backward()
-        count += 1
         yield float(loss.detach())
     if not count:
-        raise FieldError(owner, "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
+        raise FieldError("weight_gradients()", "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
 
 
 def _sizes(copy: nn.Module, only: str | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -89,6 +89,11 @@ def linearity(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, only: s
     if len(states) < 2:
         rule = f"must have two layers or more to step from one to the next, and has {len(states)}"
         raise FieldError("linearity()", "model", type(model).__name__, rule, "a model of two layers")
+    if len(shapes := dict.fromkeys(tuple(x.shape) for x in states)) > 1:
+        rule = (
+            f"must name layers whose states are alike; of tokens and channels here are {' and '.join(map(str, shapes))}"
+        )
+        raise FieldError("linearity()", "only", only, rule, "encoder.layers.0")
     tokens, width = states[0].shape
     if tokens <= width:
         rule = f"must hold more tokens than the {width} channels of the states, which a map would fit them all by"

@@ -190,9 +190,10 @@ def titled(found: WordMap, figure: Figure) -> str:
 def word_maps(pipe: Any, prompts: str | Sequence[str], *, steps: int = 20, seed: int = 0, **options: Any) -> WordMaps:
     """What a text-to-image pipeline of diffusers looks at for each word while it makes a picture of each prompt.
 
-    `options` go to the pipeline. Maps of one layer's attention are held at a time; layers that attend to no words
-    are left out. Of a guided batch the last row is read, which the text guides in most pipelines; where a pipeline
-    calls its model once with the text and once without, as CogView4's does, the mean of both is told.
+    `options` go to the pipeline. Maps of one layer's attention are held at a time. Left out are layers that attend to
+    no words, and those in which nothing tells words from picture, as in Flux's single blocks. Of a guided batch the
+    last row is read, which the text guides in most pipelines; where a pipeline calls its model once with the text and
+    once without, as CogView4's does, the mean of both is told.
     """
     part = next((found for name in PARTS if isinstance(found := getattr(pipe, name, None), nn.Module)), None)
     if part is None or not callable(pipe):
