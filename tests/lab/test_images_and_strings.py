@@ -16,7 +16,7 @@ from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.method import Stack
 from heedful.laboratory import costs, images
-from heedful.laboratory.images import PLACES, SEEN, Digits, digits, placed
+from heedful.laboratory.images import PLACES, SEEN, Digits, digits, parted, placed
 from heedful.laboratory.records import Trainings
 from heedful.laboratory.strings import Strings, _OnItsWord
 from heedful.laboratory.training import fresh
@@ -43,9 +43,9 @@ def test_digits_stand_in_their_place_on_an_empty_field() -> None:
 
 def test_held_out_digits_and_places_are_never_trained_on() -> None:
     course = Digits(rows=256)
-    mine, tried = course.parted(1)
+    mine, tried = parted(1)
     assert sorted([*mine.tolist(), *tried.tolist()]) == list(range(1797))
-    assert set(tried.tolist()) != set(course.parted(2)[1].tolist())
+    assert set(tried.tolist()) != set(parted(2)[1].tolist())
     batch = course.batch(1, Generator().manual_seed(1))
     shown, labels = digits()
     known = {bytes(placed(shown[i : i + 1], torch.tensor([place])).numpy().tobytes()): int(labels[i])
@@ -60,7 +60,7 @@ def test_digits_are_measured_where_they_stood_and_elsewhere(tmp_path: Path, monk
     kept = Trainings(tmp_path)
     made = kept.record(course, Halved(), 0)
     shown, labels = digits()
-    _, tried = course.parted(0)
+    _, tried = parted(0)
     with kept.opened(course, Halved(), 0) as run:
         right = {
             place: float((run(pixel_values=placed(shown[tried], torch.tensor([place] * len(tried)))).logits.argmax(-1)

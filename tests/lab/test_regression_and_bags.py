@@ -14,7 +14,7 @@ from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.laboratory import costs
 from heedful.laboratory.bags import PIXELS, PLAIN, TRIED, Bags, _OnIt
-from heedful.laboratory.images import digits
+from heedful.laboratory.images import digits, parted
 from heedful.laboratory.records import Trainings
 from heedful.laboratory.regression import Regression
 from heedful.methods import EfficientProbing
@@ -89,7 +89,7 @@ def test_errors_are_of_the_points_that_they_name(tmp_path: Path, monkeypatch: py
 
 def test_a_bag_is_named_by_one_digit() -> None:
     course = Bags(rows=64)
-    mine, tried = course.parted(1)
+    mine, tried = parted(1)
     assert sorted([*mine.tolist(), *tried.tolist()]) == list(range(1797))
     batch = course.batch(1, Generator().manual_seed(1))
     shown, labels = digits()
@@ -112,7 +112,7 @@ def test_a_bag_is_named_by_one_digit() -> None:
 def test_what_the_class_token_gives_the_named_digit_is_what_the_map_says(count: int) -> None:
     model = SMALL.model(0).eval()
     model.set_attn_implementation("eager")
-    pixels, _, places = SMALL.drawn(Generator().manual_seed(0), SMALL.parted(0)[0], count, 5)
+    pixels, _, places = SMALL.drawn(Generator().manual_seed(0), parted(0)[0], count, 5)
     reader = _OnIt(tuple(places.tolist()))
     with torch.no_grad():
         maps = model(pixel_values=pixels, output_attentions=True).attentions
@@ -128,7 +128,7 @@ def test_bags_are_measured_at_their_size_and_larger(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(costs, "TURNS", 1)
     kept = Trainings(tmp_path)
     made = kept.record(SMALL, Halved(), 3)
-    random, tried = Generator().manual_seed(10_003), SMALL.parted(3)[1]
+    random, tried = Generator().manual_seed(10_003), parted(3)[1]
     right = {}
     with kept.opened(SMALL, Halved(), 3) as run:
         assert [name for name in run.layer_names if name] == ["vit.layers.1.attention"]

@@ -67,7 +67,8 @@ def spans(
 ) -> Spans:
     """The spans of a text in the map of one layer, all heads together.
 
-    A span is worth what its tokens give one another, less the `price` of each pair; the best is taken, then the best
+    A span is worth what its tokens give those before them in it, also where they see those behind, less the `price` of
+    each pair; the best is taken, then the best
     that shares no token with it, and so on. None of these is longer than `longest` tokens; what lies between is a
     span of no worth. Other layers see other spans.
     """

@@ -16,7 +16,7 @@ from heedful.core.method import Method
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean
 from heedful.laboratory.course import Batch, Course, Opener, Quantity, told
-from heedful.laboratory.images import HELD_OUT, digits
+from heedful.laboratory.images import digits, parted
 
 PIXELS = 8  # of a digit's side, which is a patch
 PLAIN = 2  # digits below this fill the bag, and one from this on is named
@@ -97,17 +97,12 @@ class Bags(Course):
         )  # rows of cells, pixels down, cells across, pixels across
         return field[:, None], labels[one] - PLAIN, place
 
-    def parted(self, seed: int) -> tuple[Tensor, Tensor]:
-        """The numbers of the digits that are trained on, and of those held out: others with each seed."""
-        order = torch.randperm(len(digits()[0]), generator=Generator().manual_seed(seed))
-        return order[HELD_OUT:], order[:HELD_OUT]
-
     def batch(self, seed: int, random: Generator) -> Batch:
-        pixels, labels, _ = self.drawn(random, self.parted(seed)[0], self.rows, self.side)
+        pixels, labels, _ = self.drawn(random, parted(seed)[0], self.rows, self.side)
         return {"pixel_values": pixels, "labels": labels}
 
     def measure(self, opened: Opener, seed: int) -> dict[str, float]:
-        random, tried = Generator().manual_seed(10_000 + seed), self.parted(seed)[1]
+        random, tried = Generator().manual_seed(10_000 + seed), parted(seed)[1]
         found = {}
         for name, side in (("accuracy", self.side), ("larger", LARGER * self.side)):
             pixels, labels, places = self.drawn(random, tried, TRIED, side)

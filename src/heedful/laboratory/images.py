@@ -30,6 +30,12 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(found.images, dtype=torch.float32) / 8 - 1, torch.tensor(found.target)
 
 
+def parted(seed: int) -> tuple[Tensor, Tensor]:
+    """The numbers of the digits that are trained on, and of those held out: others with each seed."""
+    order = torch.randperm(len(digits()[0]), generator=Generator().manual_seed(seed))
+    return order[HELD_OUT:], order[:HELD_OUT]
+
+
 def placed(images: Tensor, places: Tensor) -> Tensor:
     """Images on an empty field `[n 1 12 12]`, each moved by so many patches down and to the right."""
     field = images.new_full((len(images), 1, PATCH * SIDE, PATCH * SIDE), -1.0)
@@ -73,21 +79,16 @@ class Digits(Course):
             )
         )  # fmt: skip
 
-    def parted(self, seed: int) -> tuple[Tensor, Tensor]:
-        """The numbers of the digits that are trained on, and of those held out: others with each seed."""
-        order = torch.randperm(len(digits()[0]), generator=Generator().manual_seed(seed))
-        return order[HELD_OUT:], order[:HELD_OUT]
-
     def batch(self, seed: int, random: Generator) -> Batch:
         images, labels = digits()
-        mine, _ = self.parted(seed)
+        mine, _ = parted(seed)
         chosen = mine[torch.randint(len(mine), (self.rows,), generator=random)]
         places = torch.tensor(SEEN)[torch.randint(len(SEEN), (self.rows,), generator=random)]
         return {"pixel_values": placed(images[chosen], places), "labels": labels[chosen]}
 
     def measure(self, opened: Opener, seed: int) -> dict[str, float]:
         images, labels = digits()
-        _, tried = self.parted(seed)
+        _, tried = parted(seed)
         right: dict[bool, list[Tensor]] = {True: [], False: []}
         with opened() as run:
             device = next(run.model.parameters()).device
