@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from claims._pictures import ID
-from claims._sight import PATCHES, ROLES, SHOWN, guessed, told
+from claims._sight import PATCHES, ROLES, SHOWN, guessed, guesses, told
 from claims.ledger import Claim, run
 from heedful import Prompt, Stack
 from heedful.core.call import Call
@@ -41,11 +40,7 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     for name, little in (("DAMRO", "outliers"), ("as many drawn", "as many drawn")):
         pairs = zip(logits["plain"], logits[little], strict=True)
         ways[name] = torch.stack([method.combine({PROMPT: x, LITTLE: y}) for x, y in pairs])
-    found = {}
-    for name, each in ways.items():
-        said = each[:, ID["square"] : ID["square"] + 4].argmax(-1) + ID["square"]
-        found[f"right, {name}"] = 100 * float((said == answers).double().mean())
-        found[f"the usual, {name}"] = 100 * float((said == usual).double().mean())
+    found = guesses(ways, answers, usual)
     return found["right, DAMRO"] - max(found["right, plain"], found["right, as many drawn"]), found
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from claims._pictures import ID
-from claims._sight import IMAGE, PATCHES, guessed, hiding, looks, told
+from claims._sight import IMAGE, PATCHES, guessed, guesses, hiding, looks, told
 from claims.ledger import Claim, run
 from heedful.methods import AGLA
 from heedful.methods.intervene.vision._against import LITTLE, PROMPT
@@ -26,11 +25,7 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     for name, part in (("AGLA", "relevant"), ("with a part drawn", "drawn")):
         pairs = zip(logits["plain"], logits[part], strict=True)
         ways[name] = torch.stack([method.combine({PROMPT: x, LITTLE: y}) for x, y in pairs])
-    found = {}
-    for name, each in ways.items():
-        said = each[:, ID["square"] : ID["square"] + 4].argmax(-1) + ID["square"]
-        found[f"right, {name}"] = 100 * float((said == answers).double().mean())
-        found[f"the usual, {name}"] = 100 * float((said == usual).double().mean())
+    found = guesses(ways, answers, usual)
     others = max(share for name, share in found.items() if name.startswith("right") and name != "right, AGLA")
     return found["right, AGLA"] - others, found
 

@@ -232,6 +232,16 @@ def share_right(logits: Tensor, answers: Tensor) -> float:
     return float((logits.argmax(-1) == answers).double().mean())
 
 
+def guesses(ways: dict[str, Tensor], answers: Tensor, usual: Tensor) -> dict[str, float]:
+    """How often in a hundred the likeliest shape, by each way's logits `[n v]`, is the right one, and the usual one."""
+    found = {}
+    for name, each in ways.items():
+        said = each[:, ID["square"] : ID["square"] + 4].argmax(-1) + ID["square"]
+        found[f"right, {name}"] = 100 * float((said == answers).double().mean())
+        found[f"the usual, {name}"] = 100 * float((said == usual).double().mean())
+    return found
+
+
 def log_probability(logits: Tensor, answers: Tensor) -> float:
     """The mean, over questions, of that of the right answer."""
     return float(logits.double().log_softmax(-1).gather(1, answers[:, None]).mean())

@@ -14,6 +14,7 @@ from claims._sight import (
     STEPS,
     asked,
     guessed,
+    guesses,
     lesson,
     log_probability,
     model,
@@ -55,6 +56,15 @@ def test_lessons_have_things_whose_shape_goes_with_their_colour() -> None:
     inputs, shapes, usual = guessed(0, 30, 0.0)
     assert (shapes != usual).all()
     assert torch.equal(inputs["input_ids"][:, -2] - ID["red"], usual - ID["square"])
+
+
+def test_only_shapes_are_guessed_and_counted_in_a_hundred() -> None:
+    logits = torch.full((4, PICTURE + 1), -1.0)
+    logits[:, ID["red"]] = 9.0  # no shape
+    for row, said in enumerate((0, 0, 2, 3)):
+        logits[row, ID["square"] + said] = 1.0
+    right_ones, usual = ID["square"] + torch.tensor([0, 1, 1, 3]), ID["square"] + torch.tensor([1, 0, 0, 0])
+    assert guesses({"a": logits}, right_ones, usual) == {"right, a": 50.0, "the usual, a": 25.0}
 
 
 def test_the_shipped_model_sees() -> None:

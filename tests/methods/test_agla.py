@@ -17,15 +17,12 @@ from heedful.methods import AGLA
 from heedful.methods.intervene.vision._against import LITTLE, PROMPT
 from heedful.text_models import Combined
 
-from .test_carve import IMAGE, PLACES, logits_of
+from .test_carve import IMAGE, PLACES, llava, logits_of
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return models.tiny(
-        "llava", attn_implementation="eager", vision_config={"image_size": 16}, image_seq_length=16,
-        text_config={"num_hidden_layers": 3},
-    )  # fmt: skip
+    return llava()
 
 
 @pytest.fixture(scope="module")

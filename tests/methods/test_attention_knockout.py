@@ -15,6 +15,7 @@ from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.methods import AttentionKnockout
 
+CROSS = tuple(f"model.decoder.layers.{i}.encoder_attn" for i in range(2))
 ROLES = {"image": ((2, 5), (6, 8)), "question": ((8, 10),)}
 IMAGE, QUESTION = (2, 3, 4, 6, 7), (8, 9)
 
@@ -84,3 +85,24 @@ def test_a_span_must_be_named(model: Any) -> None:
     run = heedful.attach(model, AttentionKnockout(by="answer"), roles=ROLES)
     with pytest.raises(FieldError, match="no spans named 'answer'"), torch.no_grad(), run as served:
         served(input_ids=ids())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["auto", "tiled"])
+def test_in_cross_attention_a_number_says_nothing_of_the_other_sequence(backend: str) -> None:
+    model: Any = models.tiny("bart", attn_implementation="eager").eval()
+    asked, text = torch.ones(2, 14, dtype=torch.long), ids().clamp(max=59)
+    encoded = model.get_encoder()(input_ids=text, attention_mask=asked)
+    asked[:, IMAGE] = 0
+    given = {"input_ids": text, "decoder_input_ids": text.flip(1)}
+    plain = model(**given).logits
+    for method in (AttentionKnockout(), AttentionKnockout("image", "question")):
+        with heedful.attach(model, method, roles=ROLES, only=CROSS, backend=backend) as run:
+            found = run(**given).logits
+        if not method.by:
+            assert close_model(
+                found, model(encoder_outputs=encoded, attention_mask=asked, decoder_input_ids=text.flip(1)).logits
+            )
+        else:  # what stands before the question looks as it did
+            assert close_model(found[:, : QUESTION[0]], plain[:, : QUESTION[0]])
+            assert not close_model(found[:, QUESTION[0]], plain[:, QUESTION[0]])

@@ -20,12 +20,17 @@ IMAGE, GENERAL = ((1, 17),), (9, 31, 4)
 PLACES = list(range(1, 17))
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
+def llava() -> Any:
+    """A tiny one of 16 patches and three layers of text."""
     return models.tiny(
-        "llava", attn_implementation="eager", vision_config={"image_size": 16}, image_seq_length=16,
+        "llava", attn_implementation="eager", vision_config={"image_size": 16}, image_seq_length=len(PLACES),
         text_config={"num_hidden_layers": 3},
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return llava()
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +113,31 @@ def test_what_is_told_is_not_looked_for(model: Any, inputs: Any) -> None:
     assert told.within == (2, 3, 4)  # behind the encoder's two layers
     with pytest.raises(FieldError, match="no spans named 'question'"):
         CARVE().ready(Prompt(prompt.tokens, {"image": IMAGE}), read)
+    with pytest.raises(FieldError, match=r"CARVE.question = \(\): must name tokens of the prompt"):
+        CARVE().ready(Prompt(prompt.tokens, {"image": IMAGE, "question": ()}), read)
+    with pytest.raises(FieldError, match="must be numbers of the language model's 3 layers"):
+        CARVE(layers=(3,)).ready(prompt, reader(model, inputs={"pixel_values": inputs["pixel_values"]}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spans", [((1, 3),), ((0, 1), (3, 4), (20, 22))])
+def test_a_question_before_the_image_moves_what_is_looked_at(model: Any, inputs: Any, spans: Any) -> None:
+    ids, pixels = inputs["input_ids"][0], inputs["pixel_values"]
+    ids = torch.cat([ids[:1], ids[17:20], ids[1:17], ids[20:]])  # the image now from 4 to 20
+    prompt = Prompt(tuple(ids.tolist()), {"image": ((4, 20),), "question": spans})
+    out = [i for span in spans for i in range(*span)]
+    other = [int(x) for i, x in enumerate(ids) if i not in out]
+    other = torch.tensor([*other[: out[0]], *GENERAL, *other[out[0] :]])
+    begins = other.tolist().index(int(ids[4]))
+    task, general = (
+        model(input_ids=x[None], pixel_values=pixels, output_attentions=True).attentions for x in (ids, other)
+    )
+    moved = [x[:, :, :, start - 1 :] for maps, start in ((task, 4), (general, begins)) for x in maps]
+    total = contrasts(moved[:3], moved[3:], [1, 2], 0.01)
+    kept = sorted(PLACES, key=lambda i: -total[i - 1])[:8]
+    told = CARVE(GENERAL).ready(prompt, reader(model, inputs={"pixel_values": pixels}))
+    assert isinstance(told, CARVE)
+    assert told.hidden == tuple(i + 3 for i in PLACES if i not in kept)
 
 
 def test_of_equal_contrast_the_first_stay() -> None:

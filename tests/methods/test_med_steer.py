@@ -103,6 +103,7 @@ def test_a_fit_takes_the_difference_of_means_at_each_step() -> None:
     batches: list[dict[str, Any]] = []
     for seed, (positive, step) in enumerate([(True, 0), (False, 0), (True, 0), (False, 3), (True, 3)]):
         batches.append({**_inputs(seed, n=5 + seed % 2), "positive": positive, "step": (step, 4)})
+    batches[0]["step"] = [0, 4]  # as a file of JSON has it
     with torch.no_grad():
         for batch in batches:
             model(**{k: x for k, x in batch.items() if k not in ("positive", "step")})

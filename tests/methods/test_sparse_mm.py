@@ -150,3 +150,9 @@ def test_what_is_declared_and_refused() -> None:
     for batches in ([], [{"input_ids": ids}], [{"input_ids": ids, "things": torch.zeros(1, 9, dtype=torch.bool)}]):
         with pytest.raises(FieldError, match=r"SparseMM\.batches"):
             fit(SparseMM(), model, batches)
+    things, seen = torch.ones(2, 9, dtype=torch.bool), torch.ones(2, 9, dtype=torch.long)
+    seen[1, 7:] = 0
+    with pytest.raises(FieldError, match="must be padded on the left"):
+        fit(SparseMM(), model, [{"input_ids": ids.expand(2, -1), "attention_mask": seen, "things": things}])
+    left = fit(SparseMM(), model, [{"input_ids": ids.expand(2, -1), "attention_mask": seen.flip(1), "things": things}])
+    assert left.scores is not None

@@ -15,16 +15,15 @@ from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.methods import STAR
 
+from .test_carve import llava
+
 PATCHES, TOKENS = 16, 22  # the image stands behind the first token of each prompt
 ROLES = {"patches": ((1, 17),), "image": ((1, 17),)}
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return models.tiny(
-        "llava", attn_implementation="eager", vision_config={"image_size": 16}, image_seq_length=PATCHES,
-        text_config={"num_hidden_layers": 3},
-    )  # fmt: skip
+    return llava()
 
 
 @pytest.fixture(scope="module")

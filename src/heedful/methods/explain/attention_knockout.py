@@ -16,7 +16,8 @@ from heedful.core.sites import Site, at
 class AttentionKnockout(Method):
     """Hides a span, such as an image, from the tokens outside it, or from those of one other span.
 
-    `.on(layers=...)` says in which layers, and `.when("decode")` hides it from written tokens alone.
+    `.on(layers=...)` says in which layers, and `.when("decode")` hides it from written tokens alone. In
+    cross-attention the hidden span is one of the keys', the other one of the queries', by default all of them.
     """
 
     paper = Paper(
@@ -46,8 +47,12 @@ class AttentionKnockout(Method):
         blind = call.regions(self.by) if self.by else None
 
         def seen(q: Tensor, k: Tensor) -> Tensor:
-            asks = ~by_text(marked, hidden, q) if blind is None else by_text(marked, blind, q)
-            return ~(asks & by_text(marked, hidden, k)) | (q == k)
+            gone = by_text(marked, hidden, k)
+            if blind is not None:
+                gone = gone & by_text(marked, blind, q)
+            elif not call.cross:
+                gone = gone & ~by_text(marked, hidden, q)
+            return ~gone if call.cross else ~gone | (q == k)
 
         return mask & Where(seen)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +42,9 @@ class MapLoss(Method, abstract=True):
         before, kept["loss"] = kept.get("loss", 0.0), loss
         return loss - before
 
+    @abstractmethod
     def loss(self, maps: Tensor, call: Call) -> Tensor:
         """A number, from what the picture's places give to words, `[b n k]`."""
-        raise NotImplementedError
 
 
 class Guidance(MapLoss, abstract=True):

@@ -89,7 +89,8 @@ class MedSteer(Method):
             batch = dict(given)
             if "positive" not in batch:
                 raise FieldError(self, "batches", sorted(batch), "need 'positive' in each", {"positive": True})
-            step = batch.pop("step", (0, 1))
+            number, of = batch.pop("step", (0, 1))
+            step = (number, of)
             groups.setdefault((step, bool(batch.pop("positive"))), []).append(batch)
         steps = {step for step, _ in groups}
         if not steps or any((step, side) not in groups for step in steps for side in (True, False)):

@@ -63,11 +63,17 @@ class CARVE(Decode):
         places = places_of(prompt)
         if self.hidden is not None or self.share == 1 or not places:
             return self
-        ((start, stop),) = prompt.spans("question")
-        other = Prompt(prompt.tokens[:start] + self.general + prompt.tokens[stop:])
+        asked = places_of(prompt, "question")
+        if not asked:
+            raise FieldError(self, "question", (), "must name tokens of the prompt", {"question": ((17, 22),)})
+        others = tuple(place for place in range(len(prompt)) if place not in asked)
+        other = prompt.only(others).inserted(asked[0], Prompt(self.general))
         task, general = (
-            cast(dict[int, Tensor], read(shown, _Looks(len(shown) - 1, places))) for shown in (prompt, other)
+            cast(dict[int, Tensor], read(shown, _Looks(len(shown) - 1, places_of(shown)))) for shown in (prompt, other)
         )
+        if self.layers is not None and max(self.layers) >= len(task):
+            rule = f"must be numbers of the language model's {len(task)} layers, from 0 up"
+            raise FieldError(self, "layers", self.layers, rule, (len(task) - 1,))
         score = self.contrast(*(torch.stack(list(found.values())) for found in (task, general)))
         return replace(self, hidden=lowest(places, score, self.share), within=tuple(sorted(task)))
 

@@ -69,3 +69,17 @@ class VotedCache(ScoredCache, abstract=True):
         in_text = votes.new_zeros(*votes.shape[:2], int(place.max()) + 1)
         in_text.scatter_add_(-1, place, votes.masked_fill(nothing, 0.0))
         return POOLS[self.pool](in_text, self.kernel, 1, self.kernel // 2).gather(-1, place)
+
+
+class UnevenCache(VotedCache, abstract=True):
+    """Heads keep unlike numbers of entries, but each a share `floor` of what all would keep before the window."""
+
+    floor: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.floor <= 1:
+            raise FieldError(self, "floor", self.floor, "must lie from 0 to 1", 0.2)
+
+    def declares(self, tokens: int) -> dict[str, float]:
+        return {}  # each head keeps another number

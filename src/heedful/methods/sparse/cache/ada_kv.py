@@ -5,15 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from heedful.core.call import CachedKV, Call
-from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.kit.budget import Budget, keep_best
 from heedful.kit.topk import top_k
-from heedful.methods.sparse.cache._voted import VOTES, VotedCache
+from heedful.methods.sparse.cache._voted import VOTES, UnevenCache
 
 
-class AdaKV(VotedCache):
+class AdaKV(UnevenCache):
     """Heads with scattered votes keep more, heads with few high ones less; a safeguard leaves each its floor."""
 
     paper = Paper(
@@ -36,14 +35,6 @@ class AdaKV(VotedCache):
     window: int = 32  # last queries that vote, and entries that stay in every head; the authors' code: 32
     kernel: int = 7  # tokens that votes are pooled over, odd; the authors' code: 7
     floor: float = 0.2  # share of an even budget before the window that no head goes below; the authors' runs: 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.floor <= 1:
-            raise FieldError(self, "floor", self.floor, "must lie from 0 to 1", 0.2)
-
-    def declares(self, tokens: int) -> dict[str, float]:
-        return {}  # each head keeps another number
 
     @at(Site.CACHE)
     def allot(self, entries: CachedKV, call: Call) -> Tensor:

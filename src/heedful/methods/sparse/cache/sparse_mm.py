@@ -19,12 +19,12 @@ from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat, Statistic
 from heedful.kit.budget import Budget, keep_best
 from heedful.methods.sparse.cache._fits import other_model, seed_of
-from heedful.methods.sparse.cache._voted import VOTES, VotedCache
+from heedful.methods.sparse.cache._voted import VOTES, UnevenCache
 
 GOOD_BATCHES = [{"input_ids": "...", "pixel_values": "...", "things": "[b n], True where what comes next is shown"}]
 
 
-class SparseMM(VotedCache):
+class SparseMM(UnevenCache):
     """Heads that look at things in an image while they are named keep more of the cache; votes say which entries.
 
     Fit it first: `fit` takes batches of the model's inputs with "things": which tokens of each prompt show what the
@@ -52,11 +52,6 @@ class SparseMM(VotedCache):
     scores: Fitted | None = None  # "scores.LAYER" [g], from a fit
     seed: int | None = None  # without a fit: random scores, the control
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.floor <= 1:
-            raise FieldError(self, "floor", self.floor, "must lie from 0 to 1", 0.1)
-
     @classmethod
     def neutral(cls) -> SparseMM:
         return cls(budget=1.0, floor=1.0, seed=0)
@@ -64,9 +59,6 @@ class SparseMM(VotedCache):
     @classmethod
     def example(cls) -> SparseMM:
         return cls(budget=6, window=2, kernel=3, seed=0)
-
-    def declares(self, tokens: int) -> dict[str, float]:
-        return {}  # each head keeps another number
 
     @at(Site.CACHE)
     def allot(self, entries: CachedKV, call: Call) -> Tensor:
@@ -96,6 +88,10 @@ class SparseMM(VotedCache):
             things = batch.get("things")
             if things is None or not bool(things.any(-1).all()):
                 raise FieldError(self, "batches", sorted(batch), 'must hold "things" that are somewhere', GOOD_BATCHES)
+            filled = inputs.get("attention_mask")
+            if filled is not None and not bool(filled[:, -1].all()):
+                rule = "must be padded on the left, so that each prompt's last token names the thing"
+                raise FieldError(self, "batches", sorted(batch), rule, GOOD_BATCHES)
             with context.attach(_Peaks()) as run, torch.no_grad():
                 run(**inputs, use_cache=False)
                 peaks: dict[int, Tensor] = run[_Peaks()]
