@@ -68,9 +68,8 @@ def spans(
     """The spans of a text in the map of one layer, all heads together.
 
     A span is worth what its tokens give those before them in it, also where they see those behind, less the `price` of
-    each pair; the best is taken, then the best
-    that shares no token with it, and so on. None of these is longer than `longest` tokens; what lies between is a
-    span of no worth. Other layers see other spans.
+    each pair; the best is taken, then the best that shares no token with it, and so on. None of these is longer than
+    `longest` tokens; what lies between is a span of no worth. Other layers see other spans.
     """
     if longest < 2:
         raise FieldError("spans()", "longest", longest, "must be 2 tokens or more", 64)
