@@ -159,6 +159,18 @@ def test_what_methods_share_is_tried_with_the_tests_of_those_who_use_it() -> Non
         tool.tests_of(paths["knorm"].with_name("none_such.py"))
 
 
+def test_what_verbs_share_is_tried_with_the_tests_of_those_who_use_it() -> None:
+    paths = {path.stem: path for path in tool.files()}
+    verbs = [path for path in paths.values() if path.parent == tool.EXPLAINING]
+    assert [path.stem for path in verbs if tool.is_shared(path)] == ["aim", "drawn", "stream", "streams"]
+    assert [path.stem for path in tool.users(paths["stream"])] == ["logits", "tracing"]
+    assert [path.stem for path in tool.tests_of(paths["streams"])] == ["test_gradients", "test_likening", "test_linear"]
+    assert paths["gradients"] in tool.users(paths["labels"]), "what the kit holds is not for methods alone"
+    for path in verbs:
+        if not tool.is_shared(path):
+            assert tool.tests_of(path)[0].stem == f"test_{path.stem}"
+
+
 def test_what_is_left_out_is_still_there() -> None:
     sources = {path.stem: path.read_text() for path in tool.files()}
     for name, left_out in json.loads(EQUIVALENT.read_text()).items():
