@@ -16,6 +16,7 @@ from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.kinds import Prompt
 from heedful.explaining.aim import aim_of
 from heedful.explaining.attribution import attribute
+from heedful.explaining.replacing import ReAGent
 from heedful.methods.explain.rollout import AttentionRollout
 from heedful.methods.explain.transformer_attribution import TransformerAttribution
 from tests.samples import Shares
@@ -112,6 +113,13 @@ def test_without_logits_the_mean_state_is_meant() -> None:
     assert close_model(aim.score(out, kept)[0], cosine)
     with pytest.raises(FieldError, match="has no logits"):
         attribute(model, IDS, AttentionRollout(), target=3)
+
+
+def test_reagent_is_asked_for_its_scores_of_what_is_aimed_at() -> None:
+    model, asks = models.tiny("llama"), ReAGent(runs=1, steps=1)
+    found = attribute(model, IDS, asks, position=3)
+    assert torch.equal(found.scores, asks.scores(model, IDS, aim_of(model, IDS, None, 3)))
+    assert found.tokens == [f"{i} " for i in IDS[0].tolist()]
 
 
 @pytest.mark.parametrize(("config", "place"), [("Llama", 6), ("GPT2", 6), ("Bert", 0)])
