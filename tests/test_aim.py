@@ -55,6 +55,14 @@ def test_whether_the_last_token_alone_has_seen_all(kind: str, causal: bool) -> N
     assert _causal(models.tiny(kind)) == causal
 
 
+def test_attention_that_does_not_say_whether_it_is_causal_is_not() -> None:
+    model = models.tiny("bert")
+    for module in model.modules():
+        for name in ("is_causal", "is_decoder"):
+            module.__dict__.pop(name, None)
+    assert not _causal(model)
+
+
 def test_gradients_are_of_a_logit_or_of_the_length_along_the_mean_state() -> None:
     model = models.tiny("bert")
     with torch.no_grad():
