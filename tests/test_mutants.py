@@ -55,14 +55,20 @@ def test_count():
     assert Toy().count(0) == 0
 """
 RUN = """
-import ast, json, sys
+import gc
+import json
 from pathlib import Path
+import pytest  # once for all trials
+from heedful import check
+from heedful.conformance import laws
 from benchmarks.mutants import changes, probe
+laws()
+gc.freeze()
 path, tests = Path("toy.py").resolve(), [Path("test_toy.py").resolve()]
 found = {"": probe.survives("toy", path, tests, None, 60.0)}
 for m in changes.mutants(path.read_text()):
     hangs = "i -= 1" in m.name or "not i < n" in m.name
-    found[m.name] = probe.survives("toy", path, tests, changes.changed(path.read_text(), m), 2.0 if hangs else 60.0)
+    found[m.name] = probe.survives("toy", path, tests, changes.changed(path.read_text(), m), 1.0 if hangs else 60.0)
 print(json.dumps(found))
 """
 
