@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from heedful.adapters.carried import shelf_of
 from heedful.core.call import CachedKV, Call, Phase
@@ -239,3 +241,19 @@ class Sharpness(Method):
     @penalises(Site.PATTERN)
     def sharp(self, weights: Tensor, call: Call) -> Tensor:
         return self.weight * weights.square().sum()
+
+
+def uneven(gated: bool = False) -> PreTrainedModel:
+    """A small language model whose first layer has four heads and whose second has two, each gated or as it is."""
+    config = AutoConfig.for_model(
+        "laguna", vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_attention_heads_per_layer=[4, 2], num_key_value_heads=2, head_dim=8,
+        mlp_layer_types=["dense", "dense"], pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for layer in () if gated else model.model.layers:
+        layer.self_attn.g_proj = gate = torch.nn.Linear(32, layer.self_attn.num_heads)
+        torch.nn.init.zeros_(gate.weight)
+        torch.nn.init.constant_(gate.bias, math.log(math.e - 1))  # of which softplus makes 1
+    return model

@@ -1,4 +1,4 @@
-"""Logit lens, direct effects on the logits, and ablation, against the model's own modules."""
+"""Logit lens and direct effects on the logits, against the model's own modules."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, OPTConfig
 
-import heedful
 from heedful import models
 from heedful.core.errors import FieldError, RefusedModel
-from heedful.explaining import direct_logits, logit_lens
+from heedful.explaining import DirectLogits, direct_logits, logit_lens
+from tests.samples import uneven
 from tests.test_diagnose_texts import characters
 
 IDS = torch.arange(5, 17)
@@ -109,11 +109,24 @@ def test_layernorm_with_a_bias_and_an_unembedding_with_one() -> None:
         model.transformer.ln_f.weight.normal_()
         for block in model.transformer.h:
             block.attn.c_proj.bias.normal_()
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(64))
     found = direct_logits(model, IDS, 3)
     assert abs(found.rest) > abs(found.total) / 10
     assert float(found.biases.abs().min()) > abs(found.total) / 100
-    parts = float(found.heads.sum() + found.mlps.sum() + found.biases.sum()) + found.embedding + found.rest
-    assert parts == pytest.approx(found.total, rel=1e-4)
+    for one in (found, direct_logits(model, IDS, 3, 9)):
+        parts = float(one.heads.sum() + one.mlps.sum() + one.biases.sum()) + one.embedding + one.rest
+        assert parts == pytest.approx(one.total, rel=1e-4)
+
+
+def test_heads_that_a_layer_has_not_say_nothing() -> None:
+    found = direct_logits(uneven(), IDS)
+    assert found.heads.isnan().tolist() == [[False] * 4, [False, False, True, True]]
+    assert len(found.top(10)) == 6
+    heads = torch.tensor([[0.5, -0.75], [0.125, float("nan")]])
+    told = DirectLogits(heads, torch.tensor([1.0, 2.0]), torch.zeros(2), 0.0, 0.0, 2.875)
+    assert (told.figure.low, told.figure.high) == (-0.75, 0.75)
+    assert told.curves.lines["all heads"].tolist() == [-0.25, 0.125]
+    assert told.curves.lines["MLP"] is told.mlps
 
 
 @pytest.mark.parametrize(
@@ -126,7 +139,7 @@ def test_layernorm_with_a_bias_and_an_unembedding_with_one() -> None:
         (OPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48,
                    word_embed_proj_dim=32, do_layer_norm_before=False), "stands between"),
         (OPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48,
-                   word_embed_proj_dim=16), "more than a norm and an unembedding"),
+                   word_embed_proj_dim=16), "more than a norm and an unembedding.* off by 100.0%"),
     ],
 )  # fmt: skip
 def test_what_is_no_such_sum_is_refused(config: Any, why: str) -> None:
@@ -179,90 +192,3 @@ def test_they_show_themselves_in_words() -> None:
     model = models.tiny("llama")
     assert repr(direct_logits(model, IDS)) == str(direct_logits(model, IDS))
     assert repr(logit_lens(model, IDS)) == str(logit_lens(model, IDS))
-
-
-# ablation
-
-
-def by_hand(model: Any, ids: Tensor, heads: dict[int, list[int]], value: Tensor | None) -> Tensor:
-    """Logits with some slices of what enters the output projections replaced."""
-    hooks, count = [], model.config.num_attention_heads
-    for layer, chosen in heads.items():
-
-        def put(module: Any, args: Any, layer: int = layer, chosen: list[int] = chosen) -> Any:
-            x = args[0].clone().unflatten(-1, (count, -1))
-            for head in chosen:
-                x[..., head, :] = 0.0 if value is None else value[layer].unflatten(-1, (count, -1))[head].to(x)
-            return (x.flatten(-2),)
-
-        hooks.append(model.model.layers[layer].self_attn.o_proj.register_forward_pre_hook(put))
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=ids[None]).logits
-    for hook in hooks:
-        hook.remove()
-    return logits
-
-
-def test_ablation_is_zeros_or_means_at_the_output_projection() -> None:
-    model = models.tiny("llama")
-    with heedful.ablate(model, [(1, 0), (0, 2), (1, 3)]) as run, torch.no_grad():
-        found = run(input_ids=IDS[None]).logits
-    torch.testing.assert_close(found, by_hand(model, IDS, {0: [2], 1: [0, 3]}, None))
-    texts = [torch.arange(20, 40), torch.arange(7, 14)]
-    means = torch.cat([stream(model, text)[1] for text in texts], 1).mean(1)
-    with heedful.ablate(model, [(1, 0), (0, 2), (1, 3)], mean=texts) as run, torch.no_grad():
-        found = run(input_ids=IDS[None]).logits
-    torch.testing.assert_close(found, by_hand(model, IDS, {0: [2], 1: [0, 3]}, means))
-
-
-def test_means_of_a_real_text_are_what_heads_of_a_real_model_hand_over(default_model: models.Loaded) -> None:
-    heads, text = {1: [0], 18: [6, 8]}, "When Mary and John went to the store, John gave a drink to"
-    mean = ["The lighthouse on the northern point had been dark.", "Marta bought it for eleven crowns."]
-    model, ids = default_model.model, [default_model.tokenizer(t, return_tensors="pt").input_ids[0] for t in mean]
-    means = torch.cat([stream(model, one)[1] for one in ids], 1).mean(1)
-    asked = default_model.tokenizer(text, return_tensors="pt")
-    pairs = [(layer, head) for layer, mine in heads.items() for head in mine]
-    with heedful.ablate(default_model, pairs, mean=mean) as run, torch.no_grad():
-        found = run(**asked).logits
-    wanted = by_hand(model, asked.input_ids[0], heads, means)
-    torch.testing.assert_close(found, wanted)
-    with torch.no_grad():
-        plain = model(**asked).logits
-    assert float((wanted - plain).abs().max()) > 0.1
-
-
-def test_means_leave_padding_out_and_take_one_text_of_any_form() -> None:
-    model, words = models.tiny("llama"), characters()
-    padded = {"input_ids": torch.tensor([[20, 21, 22, 9, 9]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
-
-    def logits(mean: Any, **more: Any) -> Tensor:
-        with heedful.ablate(model, [(1, 2)], mean=mean, **more) as run, torch.no_grad():
-            found: Tensor = run(input_ids=IDS[None]).logits
-        return found
-
-    torch.testing.assert_close(logits(padded), logits([20, 21, 22]))
-    torch.testing.assert_close(logits("cat", tokenizer=words), logits(["cat"], tokenizer=words))
-    torch.testing.assert_close(logits(torch.tensor([20, 21, 22])), logits([[20, 21, 22]]))
-
-
-def test_heads_are_pairs() -> None:
-    model = models.tiny("llama")
-    with pytest.raises(FieldError, match=r"heads = .*must be (pairs of layer and head|Iterable)"):
-        heedful.ablate(model, [3])  # type: ignore[list-item]
-    with pytest.raises(FieldError, match="names none"):
-        heedful.ablate(model, [])
-
-
-@pytest.mark.parametrize("heads", [[[1, 3]], torch.tensor([[1, 3]]), torch.tensor([[1, 3]]).numpy()])
-def test_pairs_may_come_from_a_list_or_a_table(heads: Any) -> None:
-    model = models.tiny("llama")
-    with heedful.ablate(model, heads) as run:
-        assert repr(run.stack).endswith("on(layers=[1], heads=[3])")
-    assert heedful.patterns(model, IDS, heads=heads).heads == {1: [3]}
-
-
-@pytest.mark.parametrize("heads", [{1: [3]}, 3, [3], [(1.5, 0)], [(1, 2, 3)], [(-1, 0)]])
-def test_what_is_no_pair_is_named(heads: Any) -> None:
-    for act in (heedful.ablate, lambda model, heads: heedful.patterns(model, IDS, heads=heads)):
-        with pytest.raises(FieldError, match=r"must be (pairs of layer and head|Iterable)"):
-            act(models.tiny("llama"), heads)

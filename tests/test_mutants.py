@@ -55,14 +55,20 @@ def test_count():
     assert Toy().count(0) == 0
 """
 RUN = """
-import ast, json, sys
+import gc
+import json
 from pathlib import Path
+import pytest  # once for all trials
+from heedful import check
+from heedful.conformance import laws
 from benchmarks.mutants import changes, probe
+laws()
+gc.freeze()
 path, tests = Path("toy.py").resolve(), [Path("test_toy.py").resolve()]
 found = {"": probe.survives("toy", path, tests, None, 60.0)}
 for m in changes.mutants(path.read_text()):
     hangs = "i -= 1" in m.name or "not i < n" in m.name
-    found[m.name] = probe.survives("toy", path, tests, changes.changed(path.read_text(), m), 2.0 if hangs else 60.0)
+    found[m.name] = probe.survives("toy", path, tests, changes.changed(path.read_text(), m), 1.0 if hangs else 60.0)
 print(json.dumps(found))
 """
 
@@ -157,6 +163,18 @@ def test_what_methods_share_is_tried_with_the_tests_of_those_who_use_it() -> Non
     assert not tool.is_shared(paths["knorm"])
     with pytest.raises(SystemExit, match="needs a file of tests"):
         tool.tests_of(paths["knorm"].with_name("none_such.py"))
+
+
+def test_what_verbs_share_is_tried_with_the_tests_of_those_who_use_it() -> None:
+    paths = {path.stem: path for path in tool.files()}
+    verbs = [path for path in paths.values() if path.parent == tool.EXPLAINING]
+    assert [path.stem for path in verbs if tool.is_shared(path)] == ["aim", "drawn", "stream", "streams"]
+    assert [path.stem for path in tool.users(paths["stream"])] == ["logits", "tracing"]
+    assert [path.stem for path in tool.tests_of(paths["streams"])] == ["test_gradients", "test_likening", "test_linear"]
+    assert paths["gradients"] in tool.users(paths["labels"]), "what the kit holds is not for methods alone"
+    for path in verbs:
+        if not tool.is_shared(path):
+            assert tool.tests_of(path)[0].stem == f"test_{path.stem}"
 
 
 def test_what_is_left_out_is_still_there() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +20,8 @@ from heedful.authoring import Call, Sum, reads
 from heedful.cli.app import app
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, HeedfulError, ModelError
-from heedful.core.figures import Lit
-from heedful.explaining import word_maps
-from heedful.explaining.picturing import WordMap, WordMaps, _grid, _words
-from heedful.report.lit import DARK, lit, png, sources
+from heedful.explaining import picturing, word_maps
+from heedful.explaining.picturing import REST, WordMaps, _Shown
 
 from .samples import PAPER
 
@@ -141,6 +140,20 @@ def test_where_words_and_picture_are_one_sequence_the_picture_asks() -> None:
     torch.testing.assert_close(found.maps, wanted.T.unflatten(1, (4, 4)).float())
 
 
+class Tall(Joint):
+    """The same, as if its sixteen places were a picture four times as high as wide."""
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        super().__call__(*given, **options)
+        return SimpleNamespace(images=torch.zeros(1, 16, 4, 3).numpy())
+
+
+def test_maps_have_the_proportion_of_the_picture() -> None:
+    found = word_maps(Tall(), PROMPT, steps=1)
+    assert found[0].maps.shape == (5, 8, 2)
+    assert found.facts["picture"] == "4 x 16"
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random pipeline with a UNet of two resolutions, as diffusers saves it."""
@@ -211,11 +224,12 @@ def test_the_verb_makes_a_page_of_a_file_of_prompts(
     monkeypatch.chdir(tmp_path)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cube\n\nb\n")
+    monkeypatch.setattr(picturing, "word_maps", partial(word_maps, steps=2))
     done = CliRunner().invoke(app, ["diagnose", str(saved), "--prompts", "prompts.txt", "--json", "--out", "kept"])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert [one["prompt"] for one in told["prompts"]] == ["a red cube", "b"]
-    assert len(told["prompts"][0]["words"][0]["by step"]) == 20
+    assert len(told["prompts"][0]["words"][0]["by step"]) == 2
     assert sum(word["share"] for word in told["prompts"][0]["words"]) == pytest.approx(1)
     assert Path(told["page"]).read_text().startswith("<!doctype html>")
 
@@ -290,12 +304,24 @@ def test_attention_that_is_not_finite_is_refused() -> None:
         word_maps(pipe, PROMPT, steps=1)
 
 
-@pytest.mark.parametrize(
-    ("kind", "reader"), [("FluxTransformer2DModel", "tokenizer_2"), ("HiDreamImageTransformer2DModel", "tokenizer_3")]
-)
-def test_words_are_those_that_the_model_reads(kind: str, reader: str) -> None:
-    words = _words(SimpleNamespace(transformer=type(kind, (), {})(), tokenizer=None, **{reader: Words()}), PROMPT, 5)
-    assert words == PROMPT.split()
+def test_what_stands_behind_the_words_is_told_unless_nobody_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fewer(Words):
+        """Knows four words of what the model reads."""
+
+        def __call__(self, prompt: str, **how: Any) -> Any:
+            return SimpleNamespace(input_ids=super().__call__(prompt).input_ids[: 4 if how else 5])
+
+    pipe = Pipe()
+    pipe.tokenizer = Fewer()
+    seen = word_maps(pipe, PROMPT, steps=1)[0]
+    assert seen.words == [*PROMPT.split()[:4], REST]
+    whole, sees = _Shown.shares, torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
+    monkeypatch.setattr(_Shown, "shares", lambda self, weights, call: whole(self, weights, call) * sees)
+    hidden = word_maps(pipe, PROMPT, steps=1)[0]
+    assert hidden.words == PROMPT.split()[:4]
+    assert close_model(hidden.maps, seen.maps[:4])
+    assert close_model(hidden.steps, seen.steps[:, :4])
+    assert close_model(hidden.layers, seen.layers[:, :4])
 
 
 def test_forwards_of_one_step_are_averaged() -> None:
@@ -307,37 +333,3 @@ def test_forwards_of_one_step_are_averaged() -> None:
     wanted = by_hand(pipe.transformer, pipe, 2)  # [steps forwards*layers places words]
     found = word_maps(pipe, PROMPT, steps=2, seed=3)[0]
     torch.testing.assert_close(found.steps, wanted.mean((1, 2)))
-
-
-def test_places_are_laid_out_in_the_proportion_of_the_picture() -> None:
-    places = torch.arange(24.0)[:, None]
-    assert _grid(places, 6 / 4)[0].tolist() == places.view(6, 4).tolist()
-    assert _grid(places, 4 / 6)[0].tolist() == places.view(4, 6).tolist()
-    with pytest.raises(ModelError, match="24 places are no grid"):
-        _grid(places, 1.0)
-
-
-def test_a_picture_is_lit_up_to_the_highest_place_of_a_map() -> None:
-    found = lit(torch.ones(3, 2, 2), torch.tensor([[0.0, 0.1], [0.2, 0.2]]))
-    half = DARK + (1 - DARK) / 2
-    torch.testing.assert_close(found[0], torch.tensor([[DARK, half], [1.0, 1.0]]))
-
-
-def test_what_is_found_names_the_word_that_gets_most_and_the_one_that_is_looked_at_from_the_fewest_places() -> None:
-    maps = torch.full((3, 2, 4), 0.1)
-    maps[1], maps[2] = 0.5, 0.0
-    maps[2, 1, 3] = 0.4
-    shares = torch.zeros(1, 3)
-    found = WordMap("a b c", ["a", "b", "c"], torch.zeros(3, 2, 4), maps, shares, shares, ["x"])
-    assert [finding.text for finding in found.findings()] == [
-        "In “a b c” the word “b” gets most, 50%.",
-        "“c” is looked at from the fewest places, most from row 2 of 2, column 4 of 4.",
-    ]
-
-
-def test_pictures_are_as_they_are_and_then_lit_by_each_map_and_small_ones_are_made_larger() -> None:
-    pixels, half = torch.ones(3, 40, 20), torch.tensor([[1.0], [0.0]])
-    (plain, first), (name, second) = sources(Lit("lit", "a", "", pixels, {"0. a": half}))
-    assert (plain, name) == ("the picture", "0. a")
-    assert first == png(torch.ones(3, 120, 60))
-    assert second == png(lit(torch.ones(3, 120, 60), half)) != first

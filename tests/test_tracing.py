@@ -18,6 +18,7 @@ from heedful.core.fitted import Fitted
 from heedful.explaining import Trace, trace
 from heedful.explaining.tracing import KINDS
 from heedful.methods.explain.patch import Patch
+from tests.samples import uneven
 
 CLEAN, CORRUPT = [5, 17, 9, 88, 40, 23], [5, 17, 77, 88, 40, 23]
 RIGHT, WRONG = 50, 60
@@ -127,6 +128,13 @@ def test_the_answer_is_the_clean_texts_likeliest(model: Any) -> None:
     assert torch.equal(found.share, trace(model, CLEAN, CORRUPT, likeliest).share)
 
 
+@pytest.mark.parametrize("what", ["heads", "pattern"])
+def test_a_layer_with_fewer_heads_brings_nothing_back_beyond_them(what: Any) -> None:
+    found = trace(uneven(), CLEAN, CORRUPT, RIGHT, WRONG, what=what)
+    assert found.share.isnan().tolist() == [[False] * 4, [False, False, True, True]]
+    assert len(found.top(10)) == 6
+
+
 def test_it_is_printed_drawn_and_shown() -> None:
     share = torch.tensor([[0.0, 0.9, -0.2], [0.1, 0.0, 0.0]])
     found = Trace(share, "residual", ["a", "<b>", "c"], None, 2.0, -1.0)
@@ -139,6 +147,9 @@ def test_it_is_printed_drawn_and_shown() -> None:
     heads = Trace(share, "heads", ["a", "<b>", "c"], None, 2.0, -1.0)
     assert str(heads).splitlines()[1] == "   +90.0%  0.1"
     assert "head 0.2: -20%" in heads._repr_html_()
+    assert (heads.figure.low, heads.figure.high) == pytest.approx((-0.9, 0.9))
+    few = Trace(torch.tensor([[0.25, -0.5, float("nan")]]), "pattern", ["a", "<b>", "c"], None, 2.0, -1.0)
+    assert (few.figure.low, few.figure.high) == (-0.5, 0.5)
     named = Trace(share, "pattern", ["a", "<b>", "c"], ((3, 1), (4, 0)), 2.0, -1.0)
     assert "head 3.1 at '1 <b>'" in str(named)
     pytest.importorskip("plotly")

@@ -1,4 +1,4 @@
-"""python -m benchmarks.mutants [NAMES] [--count 10]: the files of methods and what they share, or some; it resumes."""
+"""python -m benchmarks.mutants [NAMES] [--count 10]: files of methods, of verbs and of what they share; it resumes."""
 
 from __future__ import annotations
 
@@ -12,31 +12,36 @@ from pathlib import Path
 from benchmarks.mutants import changes, probe
 from benchmarks.mutants.page import EQUIVALENT, RECORD, ROOT, Row
 from docs.imports import graph, modules
+from heedful import explaining
 
-KIT, METHODS = (ROOT / "src" / "heedful" / room for room in ("kit", "methods"))
+KIT, METHODS, EXPLAINING = (ROOT / "src" / "heedful" / room for room in ("kit", "methods", "explaining"))
+VERBS = set(explaining._HOMES.values())
 PATIENCE = 8.0  # a change may slow the tests this much before it counts as hung
 
 
 def files() -> list[Path]:
-    """Every method's file, and what several of them share."""
-    return sorted(path for home in (KIT, METHODS) for path in home.rglob("*.py") if path.name != "__init__.py")
+    """Every file of a method or an explaining verb, and what several of them share."""
+    homes = (KIT, METHODS, EXPLAINING)
+    return sorted(path for home in homes for path in home.rglob("*.py") if path.name != "__init__.py")
 
 
 def is_shared(path: Path) -> bool:
-    """Whether it is no method's own: in the kit, or beside the methods that share it."""
+    """Whether it is no method's or verb's own: in the kit, or beside those that share it."""
+    if path.parent == EXPLAINING:
+        return path.stem not in VERBS
     return path.parent == KIT or path.name.startswith("_")
 
 
 def _own_tests(path: Path) -> list[Path]:
     """`test_X.py` for `X.py`, and `test_X_more.py` where they are many."""
     tests = ROOT / "tests"
-    homes = (tests, tests / "kit") if path.parent == KIT else (tests / "methods",)
+    homes = {KIT: (tests, tests / "kit"), EXPLAINING: (tests,)}.get(path.parent, (tests / "methods",))
     names = (path.stem, f"{path.stem}_*")
     return [p for name in names for home in homes for p in sorted(home.glob(f"test_{name}.py"))]
 
 
 def tests_of(path: Path) -> list[Path]:
-    """A file's own tests; behind those of what is shared the tests of the methods that use it, however they do."""
+    """A file's own tests; behind those of what is shared the tests of those who use it, however they do."""
     found = _own_tests(path)
     if is_shared(path):
         found += [test for user in users(path) for test in _own_tests(user)]
@@ -53,7 +58,7 @@ def _imports() -> tuple[dict[str, Path], dict[str, set[str]]]:
 
 
 def users(path: Path) -> list[Path]:
-    """The methods that import a shared file, straight or by way of another one that is shared."""
+    """The methods and verbs that import a shared file, straight or by way of another one that is shared."""
     (known, imports), name = _imports(), _module(path)
     found, queue = set(), [name]
     while queue:
@@ -61,7 +66,7 @@ def users(path: Path) -> list[Path]:
         for user in (user for user, wants in imports.items() if one in wants):
             if is_shared(known[user]):
                 queue.append(user)
-            elif METHODS in known[user].parents:
+            elif {METHODS, EXPLAINING} & {*known[user].parents}:
                 found.add(known[user])
     return sorted(found)
 
@@ -114,14 +119,13 @@ def measure(path: Path, most: int) -> Row:
 
 def main() -> None:
     words = argparse.ArgumentParser(prog="benchmarks.mutants", description=__doc__)
-    words.add_argument(
-        "names", nargs="*", help="files of methods or of what they share, as in `vhr` or `blocks`; none: all"
-    )
+    what = "files of methods, of explaining verbs or of what they share, as in `vhr`, `logits` or `blocks`; none: all"
+    words.add_argument("names", nargs="*", help=what)
     words.add_argument("--count", type=int, default=10, help="mutants a file")
     given = words.parse_args()
     paths = {path.stem: path for path in files()}
     if unknown := set(given.names) - set(paths):
-        raise SystemExit(f"no file of methods is called {', '.join(sorted(unknown))}")
+        raise SystemExit(f"no file of methods or verbs is called {', '.join(sorted(unknown))}")
     probe.warm()
     for name in given.names or paths:
         record: dict[str, Row] = json.loads(RECORD.read_text()) if RECORD.exists() else {}

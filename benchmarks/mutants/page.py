@@ -34,9 +34,10 @@ def page() -> str:
     equal = sum(map(len, json.loads(EQUIVALENT.read_text()).values()))
     lines = [
         "# Mutants: do a method's own tests see a changed formula?\n",
-        "`make mutants` changes one sign, axis, constant, comparison, norm or reduction of a method's file at a time "
-        "and asks that file's own tests and the laws; of what methods share, in `kit/` or in `_*.py` beside them, its "
-        f"tests and those of all methods that use it. {caught} of {made} changes in {len(record)} files were caught; "
+        "`make mutants` changes one sign, axis, constant, comparison, norm or reduction of a file of `methods/` or of "
+        "`explaining/` at a time and asks that file's own tests and the laws; of what several share, in `kit/`, in "
+        "`_*.py` beside methods or beside the verbs in `explaining/`, its tests and those of all that use it. "
+        f"{caught} of {made} changes in {len(record)} files were caught; "
         + (f"below {BAR:.0%}: {', '.join(below)}. " if below else f"no file is below {BAR:.0%}. ")
         + f"{equal} changes that no test could tell from the original are left out, with the reason, in "
         "`benchmarks/mutants/equivalent.json`.\n",

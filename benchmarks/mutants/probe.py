@@ -45,7 +45,7 @@ class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def warm() -> None:
-    """What every child needs, imported once; no method may be among it."""
+    """What every child needs, imported once; no method and no explaining verb may be among it."""
     import pytest  # noqa: F401
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401

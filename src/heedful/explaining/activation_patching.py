@@ -20,7 +20,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat, Statistic
-from heedful.explaining.aim import following, pairs, require_count
+from heedful.explaining.aim import following, pairs, require_count, strongest
 from heedful.explaining.drawn import Told
 from heedful.methods.explain.patch import Patch, patched
 
@@ -40,9 +40,7 @@ class HeadEffects(Told):
     def top(self, count: int) -> tuple[Head, ...]:
         """The heads with the largest effects, whatever their sign, largest first; none that was not tried."""
         require_count("HeadEffects.top()", count)
-        size = self.share.abs().nan_to_num(-1.0)
-        best = size.flatten().argsort(descending=True, stable=True)[: min(count, self._tried)].tolist()
-        return tuple((i // self.share.shape[1], i % self.share.shape[1]) for i in best)
+        return strongest(self.share, count)
 
     @property
     def _tried(self) -> int:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isnan
 from operator import index
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.errors import FieldError, RefusedModel
+from heedful.core.figures import Head
 from heedful.core.kinds import Prompt
 
 Text = Prompt | Tensor | Sequence[int]
@@ -117,6 +119,12 @@ def pairs(owner: str, heads: Any, field: str = "heads") -> dict[int, list[int]]:
     return {layer: sorted(mine) for layer, mine in sorted(found.items())}
 
 
+def strongest(values: Tensor, count: int) -> tuple[Head, ...]:
+    """The places of the largest of `values [rows columns]`, whatever their sign, largest first; none that is nan."""
+    sizes = {divmod(i, values.shape[1]): x for i, x in enumerate(values.abs().flatten().tolist()) if not isnan(x)}
+    return tuple(sorted(sizes, key=lambda place: -sizes[place])[:count])
+
+
 def spelled(ids: Tensor, tokenizer: Any) -> list[str]:
     """Tokens as text, one by one; their ids where nobody can spell them."""
     return [f"{i} " for i in ids.tolist()] if tokenizer is None else list(tokenizer.batch_decode(ids[:, None]))
@@ -160,12 +168,11 @@ class Aim:
     def score(self, output: Any, kept: Tensor) -> Tensor:
         """The log-probability, or the cosine with the whole text's mean state, of each text `[b]`.
 
-        Tokens that are not `kept [b n]` have no part in the mean.
+        Tokens that are not `kept [b n]` have no part in the mean; a text of which none is has a cosine of 0.
         """
         if self.whole is not None:
-            share = kept.to(self.whole.dtype) / kept.sum(-1, keepdim=True)
-            mean = (output.last_hidden_state * share[..., None]).sum(1)
-            return nn.functional.normalize(mean, dim=-1) @ self.whole
+            along = (output.last_hidden_state * kept[..., None]).mean(1)  # as the mean of those that are kept
+            return nn.functional.normalize(along, dim=-1) @ self.whole
         return self.logits(output).log_softmax(-1)[:, self.target]
 
     def logits(self, output: Any) -> Tensor:

@@ -97,24 +97,22 @@ def weight_gradients(
         total, peak = _sizes(copy, only)
         totals.append(total)
         peaks.append(peak)
+    if not losses:
+        raise FieldError("weight_gradients()", "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
     mean = [{name: torch.stack([x[name] for x in each]).mean(0) for name in NAMES} for each in (totals, peaks)]
     return WeightGradients(mean[0], mean[1], sum(losses) / len(losses))
 
 
 def _pulled(copy: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[float]:
     """The loss of each batch, while a copy of the model has that loss's gradients."""
-    count = 0
     for batch in batches:
-        count += 1
-        copy.zero_grad(set_to_none=True)
+        copy.zero_grad()
         with torch.enable_grad():
             loss = getattr(copy(**labelled(by_name("weight_gradients()", batch))), "loss", None)
         if loss is None:
             raise RefusedModel(f"{type(copy).__name__} gives no loss of these inputs; add labels that it takes")
         loss.backward()
         yield float(loss.detach())
-    if not count:
-        raise FieldError("weight_gradients()", "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
 
 
 def _sizes(copy: nn.Module, only: str | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.figures import Curves, Grid, Head, HeadMap, head_name
 from heedful.core.kinds import Tokenizer
-from heedful.explaining.aim import require_count, spelled
+from heedful.explaining.aim import require_count, spelled, strongest
 from heedful.explaining.drawn import Drawn, Told
 from heedful.explaining.stream import Stream, token_of
 from heedful.models import Loaded
@@ -87,10 +87,9 @@ class DirectLogits(Told):
 
     @asks
     def top(self, count: int) -> tuple[Head, ...]:
-        """The heads that say most, whatever their sign."""
+        """The heads that say most, whatever their sign; none that is not there."""
         require_count("DirectLogits.top()", count)
-        best = self.heads.abs().nan_to_num(-1.0).flatten().argsort(descending=True, stable=True)[:count].tolist()
-        return tuple((i // self.heads.shape[1], i % self.heads.shape[1]) for i in best)
+        return strongest(self.heads, count)
 
     @property
     def figure(self) -> HeadMap:
@@ -154,6 +153,7 @@ def direct_logits(
         name = type(found.model).__name__
         raise RefusedModel(f"{name} caps its logits, so they are no sum of what its parts say")
     found.require_sum()
+    found.require_heads()
     right = int(logits.argmax()) if answer is None else token_of("direct_logits()", "answer", answer, found.words, size)
     vectors = [(right, 1.0)] + (
         [] if instead is None else [(token_of("direct_logits()", "instead", instead, found.words, size), -1.0)]
@@ -174,7 +174,8 @@ def direct_logits(
     begin = found.begins[0, position]
     before = begin
     for layer in layers:
-        each = torch.einsum("hd,ehd->he", found.heads[layer][0, :, position].double(), found.outputs[layer].double())
+        projection, _ = found.outputs[layer]
+        each = torch.einsum("hd,ehd->he", found.heads[layer][0, :, position].double(), projection.double())
         heads[layer, : len(each)] = told(each)
         added, after = found.adds[layer][0, position], found.leaves[layer][0, position]
         biases[layer] = told(added.double() - each.sum(0))

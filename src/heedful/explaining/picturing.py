@@ -241,9 +241,7 @@ def _one(pipe: Any, part: nn.Module, prompt: str, steps: int, seed: int, options
         maps.append(_grid((stat.total / forwards).float(), picture.shape[1] / picture.shape[2]))
         by_layer.append(every.mean(0))
         by_step.append(every.unflatten(0, (steps, -1)).mean(1) if forwards % steps == 0 else every)
-    size = max((tuple(x.shape[1:]) for x in maps), key=math.prod)
-    large = [torch.nn.functional.interpolate(x[None], size, mode="bilinear", align_corners=False)[0] for x in maps]
-    whole = (torch.stack(large).mean(0), torch.stack(by_step).mean(0), torch.stack(by_layer))
+    whole = (_one_size(maps), torch.stack(by_step).mean(0), torch.stack(by_layer))
     told = [_joined(x, len(words), axis) for x, axis in zip(whole, (0, 1, 1), strict=True)]
     if not all(bool(x.isfinite().all()) for x in told):
         raise ModelError(f"word_maps(): attention of {type(part).__name__} is not finite. Take bfloat16 or float32")
@@ -251,6 +249,13 @@ def _one(pipe: Any, part: nn.Module, prompt: str, steps: int, seed: int, options
     if words[-1] == REST and not share[-1].any():  # padding that a mask hides
         words, share, step, depth = words[:-1], share[:-1], step[:, :-1], depth[:, :-1]
     return WordMap(prompt, words, picture, share, step, depth, [names[layer] for layer in where])
+
+
+def _one_size(maps: list[Tensor]) -> Tensor:
+    """The mean of maps `[words rows columns]` of unlike sizes, in the largest of these."""
+    size = max((tuple(x.shape[1:]) for x in maps), key=math.prod)
+    large = [torch.nn.functional.interpolate(x[None], size, mode="bilinear", align_corners=False)[0] for x in maps]
+    return torch.stack(large).mean(0)
 
 
 def _grid(found: Tensor, tall: float) -> Tensor:

@@ -22,6 +22,7 @@ from heedful.explaining.aim import fed, spelled
 from heedful.models import Loaded
 
 CLOSE = 1e-3  # of the largest logit: how far a reading may be from the model's own
+ROUNDED = 4  # units in the last place that a product of matrices in half precision may be off by
 
 
 class _Reading(Method):
@@ -127,6 +128,17 @@ class Stream:
                     "have no direct effect of their own"
                 )
 
+    def require_heads(self) -> None:
+        """Refuse a model whose heads pass more than an output projection on their way to the stream."""
+        for heads, added, (o, bias) in zip(self.heads, self.adds, self.outputs, strict=True):
+            made = torch.einsum("hnd,ehd->ne", heads[0].double(), o.double())
+            made = made if bias is None else made + bias.double()
+            if _off(made, added[0].double()) > max(CLOSE, ROUNDED * torch.finfo(added.dtype).eps):
+                raise RefusedModel(
+                    f"in {type(self.model).__name__} a gate or a norm stands between heads and their output "
+                    "projection, so heads have no direct effect of their own"
+                )
+
     def norm_at(self, x: Tensor) -> tuple[Tensor, Tensor, bool]:
         """The final norm as the affine map that it is at one state: factors, shift, whether it takes the mean away."""
         if self.norm is None:
@@ -148,14 +160,15 @@ class Stream:
         return factors, shift, centred
 
     @cached_property
-    def outputs(self) -> list[Tensor]:
-        """Each layer's output projection `[e h d]`."""
+    def outputs(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Each layer's output projection `[e h d]`, and its bias."""
         from heedful.adapters.layers import projections
         from heedful.adapters.transformers import adapt
         from heedful.adapters.weights import read_weights
 
         names = adapt(self.model, None).layer_names
-        return [read_weights(projections(self.model, name, i)).o for i, name in enumerate(names)]
+        found = (read_weights(projections(self.model, name, i)) for i, name in enumerate(names))
+        return [(weights.o, weights.o_bias) for weights in found]
 
 
 def _off(x: Tensor, y: Tensor) -> float:

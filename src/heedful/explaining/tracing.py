@@ -19,7 +19,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import Tokenizer
 from heedful.core.method import Method, Part
 from heedful.core.sites import Site, at
-from heedful.explaining.aim import pairs
+from heedful.explaining.aim import pairs, strongest
 from heedful.explaining.attention_patterns import patterns
 from heedful.explaining.drawn import Told
 from heedful.explaining.stream import Stream, token_of
@@ -107,9 +107,8 @@ class Trace(Told):
         return Grid(key, title, what, self.share, rows, columns, label, "token", "share")
 
     def top(self, count: int) -> tuple[tuple[int, int], ...]:
-        """The places with the largest effects, as row and column of `share`."""
-        best = self.share.abs().nan_to_num(-1.0).flatten().argsort(descending=True, stable=True)[:count].tolist()
-        return tuple(divmod(i, self.share.shape[1]) for i in best)
+        """The places with the largest effects, as row and column of `share`; none that is not there."""
+        return strongest(self.share, count)
 
     def __repr__(self) -> str:
         figure = self.figure

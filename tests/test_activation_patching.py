@@ -15,7 +15,7 @@ from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
 from heedful.explaining.activation_patching import HeadEffects, patching, path_patching
 from heedful.methods.explain.patch import Patch
-from tests.samples import PAPER
+from tests.samples import PAPER, uneven
 
 CLEAN = torch.tensor([[5, 17, 9, 88, 40, 23], [7, 31, 60, 90, 12, 44]])
 CORRUPT = torch.tensor([[5, 17, 77, 88, 40, 23], [7, 31, 18, 90, 12, 44]])
@@ -162,6 +162,19 @@ def test_receivers_get_what_the_sender_changes_and_pass_it_on() -> None:
     assert float(every["q"].share[0, 3]) == pytest.approx(wanted, rel=1e-3, abs=1e-5)
 
 
+def test_receivers_in_two_layers_are_each_reached_from_below() -> None:
+    model = models.tiny("llama", num_hidden_layers=3)
+    every, upper = (path_patching(model, CLEAN, CORRUPT, metric, receivers=r) for r in ([(1, 0), (2, 3)], [(2, 3)]))
+    assert every.share[2].isnan().all()
+    assert close(every.share[1], upper.share[1])
+    assert not close(every.share[0], upper.share[0])
+
+
+def test_a_layer_with_fewer_heads_has_no_effects_beyond_them() -> None:
+    found = patching(uneven(), CLEAN, CORRUPT, metric)
+    assert found.share.isnan().tolist() == [[False] * 4, [False, False, True, True]]
+
+
 def effects(*rows: list[float]) -> HeadEffects:
     return HeadEffects(torch.tensor(rows), 1.0, 0.0)
 
@@ -173,6 +186,7 @@ def test_overlap_of_circuits() -> None:
     assert one.overlap(other, 3) == pytest.approx(2 / 3)
     assert one.overlap(other, 1) == 1
     assert one.figure.values is one.share
+    assert [(x.figure.low, x.figure.high) for x in (one, other)] == [pytest.approx((-y, y)) for y in (0.9, 0.7)]
     assert "0.1" in str(one)
     with pytest.raises(FieldError, match="same model"):
         one.overlap(effects([1.0]), 1)
@@ -197,7 +211,7 @@ def test_overlap_of_circuits() -> None:
         ),
         *(
             (lambda m, r=r: path_patching(m, CLEAN, CORRUPT, metric, receivers=r), r"receivers = .*above layer 0")
-            for r in ([(0, 1)], [(2, 0)], [(1, 4)])
+            for r in ([(0, 1)], [(2, 0)], [(1, 4)], [(1, 0), (2, 0)])
         ),
         (lambda m: path_patching(m, CLEAN, CORRUPT, metric, receivers=[(1, 0), (1, -1)]), "counted from 0"),
         (lambda m: path_patching(m, CLEAN, CORRUPT, metric, receivers=[(1, 0)], layers=[1]), "above layer 1"),

@@ -98,7 +98,7 @@ def test_some_heads_and_their_names() -> None:
         heedful.patterns(model, IDS, heads=[(9, 0)])
 
 
-@pytest.mark.parametrize("rows", [None, 3])
+@pytest.mark.parametrize("rows", [None, 3, 1])
 def test_under_a_stack(rows: int | None) -> None:
     found = heedful.patterns(models.tiny("llama"), IDS, stack=SinkWindow(1, 3), tile_rows=rows)
     seen = found.tensor > 0
@@ -133,6 +133,10 @@ def test_too_much_is_refused_before_it_is_kept(monkeypatch: pytest.MonkeyPatch) 
     assert heedful.patterns(model, IDS[:19])[1].shape == (4, 19, 19)
     assert heedful.patterns(model, IDS, heads=[(0, 1)])[0].shape == (1, 20, 20)
     assert MOST == 1 << 30
+    vit = models.tiny("vit")
+    monkeypatch.setattr("heedful.explaining.attention_patterns.MOST", 2 * 4 * 4 * 5 * 5 - 1)
+    with pytest.raises(FieldError, match=r"'5 tokens'.*'4 tokens'"):  # it says only in its layers how many
+        heedful.patterns(vit, {name: x[:1] for name, x in models.tiny_inputs(vit).items()})
 
 
 def test_the_model_is_as_it_was() -> None:

@@ -11,6 +11,7 @@ from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.explaining import WeightGradients, weight_gradients
 from heedful.explaining.gradients import NAMES
+from tests.samples import uneven
 
 
 def ids(n: int, seed: int = 0, rows: int = 1) -> Tensor:
@@ -108,6 +109,13 @@ def test_one_part_of_a_model() -> None:
     batch = inputs | {"labels": inputs["input_ids"]}
     assert weight_gradients(model, [batch], only="encoder").total["queries"].shape == (2, 4)
     assert len(weight_gradients(model, [batch]).share) == 6
+
+
+def test_a_layer_with_fewer_heads_has_no_gradients_beyond_them() -> None:
+    found = weight_gradients(uneven(), [{"input_ids": ids(9)}])
+    for each in (found.total, found.peak):
+        assert each["queries"].isnan().tolist() == [[False] * 4, [False, False, True, True]]
+    assert bool(found.share.isfinite().all())
 
 
 def test_shares_and_depth() -> None:

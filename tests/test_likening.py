@@ -12,7 +12,7 @@ from heedful import models
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.explaining import Likeness, likeness
-from heedful.explaining.likening import alike
+from heedful.explaining.likening import _standard, _together, alike
 
 
 def ids(n: int, seed: int = 0, rows: int = 1) -> Tensor:
@@ -44,6 +44,34 @@ def test_states_are_likened_neuron_by_neuron_and_whole() -> None:
     assert max(each[3]) == 0.0
     assert neurons == pytest.approx(sum(max(row) for row in each) / 4, rel=1e-5)
     assert layers == pytest.approx(cka(x, y), rel=1e-6)
+
+
+def test_what_hardly_moves_is_taken_for_still_whatever_the_unit() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 4, generator=draw).double(), torch.randn(30, 6, generator=draw).double()
+    x[:, 3] = 7 + 1e-8 * y[:, 2]
+    neurons, _ = alike(x, y)
+    assert neurons == pytest.approx(alike(x[:, :3], y)[0] * 3 / 4, rel=1e-6)
+    for scale in (1e-5, 1e5):
+        assert alike(scale * x, y) == pytest.approx(alike(x, y), rel=1e-6)
+    assert alike(torch.full((30, 4), 0.5), y)[0] == 0.0
+
+
+def test_rows_are_likened_over_what_either_model_lets_them_see() -> None:
+    mine = torch.tensor([[[0.0, 0.0, 1.0, 0.0], [0.5, 0.0, 0.5, 0.0]]])[:, :, None]  # of two heads one row
+    theirs = torch.tensor([[[0.1, 0.2, 0.7, 0.0], [0.0, 0.0, 0.1, 0.9]]])[:, :, None]
+    for see, row in (([0, 1, 2, 3], theirs), ([0, 2], mine)):
+        found, count = _together([mine], [row])
+        assert count == 1
+        for h in range(2):
+            for g in range(2):
+                want = correlation(mine[0, h, 0, see].tolist(), row[0, g, 0, see].tolist())
+                assert float(found[0][0][h, g]) == pytest.approx(want, abs=1e-6)
+    rows = torch.tensor([[[[0.2, 0.3, 0.0], [0.4, 0.4, 0.0]]]])
+    seen = torch.tensor([[[True, True, False]] * 2])
+    for scale in (1.0, 1e-4):
+        half = 0.5**0.5
+        assert _standard(scale * rows, seen)[0].tolist() == pytest.approx([-half, half, 0, 0, 0, 0], rel=1e-5)
 
 
 def test_what_is_turned_has_the_same_subspace_and_other_neurons() -> None:
@@ -129,6 +157,7 @@ def test_a_model_is_like_itself_and_stays_as_it_is() -> None:
     assert close(found.heads.diagonal(), torch.ones(2))
     assert bool((found.layers == found.layers.mT).all())
     assert close(found.best("heads"), torch.ones(2))
+    assert close(likeness(model, model, [{"input_ids": ids(2)}]).heads.diagonal(), torch.ones(2))  # a single row
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
 
