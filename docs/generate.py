@@ -17,8 +17,10 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import page as gpu  # noqa: E402
 from benchmarks.mutants import page as mutants  # noqa: E402
+from benchmarks.patterns import page as patterns  # noqa: E402
 from benchmarks.quality import page as quality  # noqa: E402
 from benchmarks.reliability import page as reliability  # noqa: E402
+from benchmarks.sinks import page as sinks  # noqa: E402
 from benchmarks.speed import page as speed  # noqa: E402
 from claims._page import counts, page, records  # noqa: E402
 from docs import method_pages, rooms  # noqa: E402
@@ -142,6 +144,8 @@ def main() -> None:
     pages["docs/speed.md"] = NOTE + speed.page()
     pages["docs/gpu.md"] = NOTE + gpu.page()
     pages["docs/quality.md"] = NOTE + quality.page()
+    pages["docs/patterns.md"] = NOTE + patterns()
+    pages["docs/sinks.md"] = NOTE + sinks()
     pages["docs/mutants.md"] = NOTE + mutants.page()
     pages["docs/rooms.svg"] = rooms.svg()
     pages["docs/reliability.md"] = NOTE + reliability.page()

@@ -15,6 +15,7 @@ from heedful.bench.memory import by_batch, within
 from heedful.bench.numbers import MB, direction, margin, number, rounded, task_name, units
 from heedful.bench.records import Answered, costs_at
 from heedful.bench.results import PLAIN, SHARE, Price, Result, Results
+from heedful.bench.worst import listing, sentence
 from heedful.core.figures import Description, Figure, Finding, Intervals, Listing, Matrix, Scatter, counted, percent
 
 
@@ -43,6 +44,8 @@ def findings(c: Results) -> Iterable[Finding]:
         yield Finding(_lead(c), 1.0)
     for text in (*within(c), *advice(c)):
         yield Finding(text, 0.95)
+    if text := sentence(c):
+        yield Finding(text, 0.9)
     for task in c.blind:
         score = number(plain[task].score, c.tasks[task]["unit"])
         yield Finding(
@@ -137,6 +140,7 @@ def figures(c: Results) -> Iterable[Figure]:
                 ("method", "prompts", "score", "difference", "low", "high", "log-prob", "active"),
                 [_row(r, about["unit"]) for r in mine],
             )
+    yield from listing(c)
     prices = [p for p in c.prices if p.contender not in c.inactive]
     if prices:
         tokens, batch = prices[0].tokens, prices[0].batch

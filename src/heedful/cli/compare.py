@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from heedful.tasks.task import Task
     from heedful.text_models import Contender
 
+TASKS = "needle,recall,loss"  # where nobody names any
 STAGES = {"fits": ("fitting", ""), "answers": ("asking", "answers"), "costs": ("measuring costs", "")}
 
 
@@ -101,9 +102,16 @@ def compare(
         str,
         typer.Option(help="Parted by commas, joined by |, as in 'act,snapkv(budget=0.1..0.75)|tempscale'; or rooms."),
     ] = "",
+    preset: Annotated[
+        str, typer.Option(help="Methods and tasks of a paper, where you name none; `--preset list` has them.")
+    ] = "",
     tasks: Annotated[
-        str, typer.Option(help="Parted by commas: names (`--tasks list` has them), or files and folders of your own.")
-    ] = "needle,recall,loss",
+        str,
+        typer.Option(
+            help="Parted by commas: names (`--tasks list` has them), or files and folders of your own; if empty, "
+            "needle, recall and loss."
+        ),
+    ] = "",
     prompts: Annotated[int, typer.Option(help="Of each task at most; asking ends when the verdicts are known.")] = 300,
     minutes: Annotated[float, typer.Option(help="How long to ask in this call, at most.")] = 10.0,
     margin: Annotated[float, typer.Option(help="How much worse is safe: of the share right, or nats.")] = 0.05,
@@ -123,8 +131,18 @@ def compare(
     page: Annotated[bool, typer.Option(help="Write the page.")] = True,
 ) -> None:
     """Ask the unedited model and every method the same prompts; tell what each wins, loses and costs."""
+    from heedful.bench.presets import PRESETS
+    from heedful.bench.presets import preset as preset_of
     from heedful.tasks import find, known
 
+    if preset.strip() == "list":
+        for each in PRESETS.values():
+            console.print(f"{each.name:<22} {each.about} {each.paper.link}", markup=False)
+        return
+    if preset:
+        chosen = preset_of(preset.strip())
+        methods, tasks = methods or chosen.methods, tasks or chosen.tasks
+    tasks = tasks or TASKS
     if tasks.strip() == "list":
         for name, kind in known().items():
             console.print(f"{name:<22} {kind.about}", markup=False)

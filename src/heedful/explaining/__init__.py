@@ -16,6 +16,8 @@ _HOMES = {
     "Linearity": "linear",
     "logit_lens": "logits",
     "Lens": "logits",
+    "depth_use": "depth",
+    "DepthUse": "depth",
     "direct_logits": "logits",
     "DirectLogits": "logits",
     "patterns": "attention_patterns",
@@ -42,6 +44,7 @@ _HOMES = {
 __all__ = [
     "Agreement",
     "Attribution",
+    "DepthUse",
     "DirectLogits",
     "Faithfulness",
     "HeadEffects",
@@ -59,6 +62,7 @@ __all__ = [
     "ablate",
     "agreement",
     "attribute",
+    "depth_use",
     "direct_logits",
     "faithfulness",
     "likeness",
@@ -86,6 +90,7 @@ if TYPE_CHECKING:
     from heedful.explaining.agreeing import Agreement, agreement
     from heedful.explaining.attention_patterns import Patterns, patterns
     from heedful.explaining.attribution import Attribution, attribute
+    from heedful.explaining.depth import DepthUse, depth_use
     from heedful.explaining.faithful import Faithfulness, Removal, faithfulness
     from heedful.explaining.gradients import WeightGradients, weight_gradients
     from heedful.explaining.likening import Likeness, likeness
