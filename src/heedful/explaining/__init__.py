@@ -10,6 +10,8 @@ _HOMES = {
     "Agreement": "agreeing",
     "attribute": "attribution",
     "Attribution": "attribution",
+    "inflection": "inflecting",
+    "Inflection": "inflecting",
     "likeness": "likening",
     "Likeness": "likening",
     "linearity": "linear",
@@ -45,6 +47,7 @@ __all__ = [
     "DirectLogits",
     "Faithfulness",
     "HeadEffects",
+    "Inflection",
     "Lens",
     "Likeness",
     "Linearity",
@@ -61,6 +64,7 @@ __all__ = [
     "attribute",
     "direct_logits",
     "faithfulness",
+    "inflection",
     "likeness",
     "linearity",
     "logit_lens",
@@ -88,6 +92,7 @@ if TYPE_CHECKING:
     from heedful.explaining.attribution import Attribution, attribute
     from heedful.explaining.faithful import Faithfulness, Removal, faithfulness
     from heedful.explaining.gradients import WeightGradients, weight_gradients
+    from heedful.explaining.inflecting import Inflection, inflection
     from heedful.explaining.likening import Likeness, likeness
     from heedful.explaining.linear import Linearity, linearity
     from heedful.explaining.logits import DirectLogits, Lens, direct_logits, logit_lens
