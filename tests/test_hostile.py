@@ -104,6 +104,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "spans": (explaining.spans, {"model": model, "text": IDS}, "model text layer longest"),
         "ReAGent": (explaining.ReAGent, {}, "replaced kept within runs steps among seed"),
         "Likeness.best": (explaining.Likeness(*[torch.zeros(2, 2)] * 3).best, {"level": "heads"}, "level"),
+        "inflection": (
+            explaining.inflection, {"model": model, "batches": [{"input_ids": clean}]}, "model batches only",
+        ),
+        "Inflection.top": (
+            explaining.Inflection(torch.rand(2), torch.rand(3), torch.rand(2), 1.0).top, {"count": 1}, "count",
+        ),
         "linearity": (
             explaining.linearity, {"model": model, "batches": [{"input_ids": clean}]}, "model batches only",
         ),
@@ -151,7 +157,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
 VERBS = [
     "attach", "attached", "fit", "fold", "operate", "arrange", "load", "decode", "diagnose", "compare", "check", "edit",
     "explain", "patterns", "ablate", "attribute", "logit_lens", "direct_logits", "faithfulness", "patching",
-    "path_patching", "likeness", "weight_gradients", "spans", "ReAGent", "Likeness.best", "linearity", "word_maps",
+    "path_patching", "likeness", "weight_gradients", "spans", "ReAGent", "Likeness.best", "linearity", "inflection",
+    "Inflection.top", "word_maps",
     "trace", "nn.convert", "models.load", "models.tiny",
     "catalogue.find", "catalogue.search", "tasks.find", "Stack", "Prompt", "Removal", "on", "when", "|", "Run[]",
     "Run.save", "Run.merge", "Run.load_state_dict", "Profile.answer", "Profile.save", "Profile.load", "Profile.page",

@@ -10,6 +10,8 @@ _HOMES = {
     "Agreement": "agreeing",
     "attribute": "attribution",
     "Attribution": "attribution",
+    "inflection": "inflecting",
+    "Inflection": "inflecting",
     "likeness": "likening",
     "Likeness": "likening",
     "linearity": "linear",
@@ -48,6 +50,7 @@ __all__ = [
     "DirectLogits",
     "Faithfulness",
     "HeadEffects",
+    "Inflection",
     "Lens",
     "Likeness",
     "Linearity",
@@ -65,6 +68,7 @@ __all__ = [
     "depth_use",
     "direct_logits",
     "faithfulness",
+    "inflection",
     "likeness",
     "linearity",
     "logit_lens",
@@ -93,6 +97,7 @@ if TYPE_CHECKING:
     from heedful.explaining.depth import DepthUse, depth_use
     from heedful.explaining.faithful import Faithfulness, Removal, faithfulness
     from heedful.explaining.gradients import WeightGradients, weight_gradients
+    from heedful.explaining.inflecting import Inflection, inflection
     from heedful.explaining.likening import Likeness, likeness
     from heedful.explaining.linear import Linearity, linearity
     from heedful.explaining.logits import DirectLogits, Lens, direct_logits, logit_lens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -92,27 +92,31 @@ def weight_gradients(
     totals: list[dict[str, Tensor]] = []
     peaks: list[dict[str, Tensor]] = []
     losses = []
-    for loss in _pulled(copy, batches):
+    for loss in pulled("weight_gradients()", copy, copy, batches):
         losses.append(loss)
         total, peak = _sizes(copy, only)
         totals.append(total)
         peaks.append(peak)
-    if not losses:
-        raise FieldError("weight_gradients()", "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
     mean = [{name: torch.stack([x[name] for x in each]).mean(0) for name in NAMES} for each in (totals, peaks)]
     return WeightGradients(mean[0], mean[1], sum(losses) / len(losses))
 
 
-def _pulled(copy: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[float]:
-    """The loss of each batch, while a copy of the model has that loss's gradients."""
+def pulled(
+    verb: str, copy: nn.Module, asked: Callable[..., Any], batches: Iterable[Mapping[str, Any]]
+) -> Iterator[float]:
+    """The loss of each batch, as it is asked for, while the copy of the model has that loss's gradients."""
+    none = True
     for batch in batches:
+        none = False
         copy.zero_grad()
         with torch.enable_grad():
-            loss = getattr(copy(**labelled(by_name("weight_gradients()", batch))), "loss", None)
+            loss = getattr(asked(**labelled(by_name(verb, batch))), "loss", None)
         if loss is None:
             raise RefusedModel(f"{type(copy).__name__} gives no loss of these inputs; add labels that it takes")
         loss.backward()
         yield float(loss.detach())
+    if none:
+        raise FieldError(verb, "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
 
 
 def _sizes(copy: nn.Module, only: str | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,0 +1,68 @@
+"""Loss + weight sum_i (1 - sum_t a_ti)^2: over all that is written, each place of the source is looked at once."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from heedful.authoring import Call, FieldError, Method, Paper, Site, penalises
+
+
+class DoublyStochastic(Method):
+    """A loss for training cross-attention: what a source's places receive from all rows shall add up to one each.
+
+    It is of whole calls, in which all that is written is read at once, as in training.
+    """
+
+    paper = Paper(
+        "P071",
+        "Show, Attend and Tell: Neural Image Caption Generation with Visual Attention",
+        "Kelvin Xu, Jimmy Ba, Ryan Kiros, Kyunghyun Cho, Aaron Courville, Ruslan Salakhutdinov, Richard Zemel, "
+        "Yoshua Bengio",
+        2015,
+        "1502.03044",
+        "ICML 2015",
+        differs=(
+            "The paper's doubly stochastic attention alone: its additive scores, its gate on the context, and hard "
+            "attention, which draws a place, are left out.",
+            "The map of a layer is the mean over its heads, and the losses of layers are added up; the authors have "
+            "one layer of one head.",
+            "The authors add it to a loss that is summed over the words of a caption; where a model's loss is the mean "
+            "over words, the same weight is that over their number.",
+        ),
+    )
+    subjects = ("cross",)
+    whole_map = True
+    weight: float = 1.0  # lambda; the authors' code: 1, beside a loss summed over words
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise FieldError(self, "weight", self.weight, "must be 0 or more, and finite", 1.0)
+
+    @classmethod
+    def neutral(cls) -> DoublyStochastic:
+        return cls(0.0)
+
+    def idle(self, call: Call) -> bool:
+        return not call.cross or self.weight == 0
+
+    @penalises(Site.PATTERN)
+    def uneven(self, weights: Tensor, call: Call) -> Tensor:
+        rows = call.is_text[..., None].to(weights.dtype)  # [b|1 1 r 1]
+        received = (weights * rows).mean(1).sum(1)  # [b k]
+        left = (1 - received).square()
+        if call.keep is not None:
+            left = left * call.keep.flatten(1, 2).any(1)  # a place that is padding is no part of the source
+        return self.weight * left.sum() / len(weights)
+
+
+if __name__ == "__main__":
+    import torch
+
+    from heedful import attach, models
+
+    model = models.tiny("bart")
+    ids = torch.arange(3, 19)[None]
+    with attach(model, DoublyStochastic(), only=("model.decoder.layers.0.encoder_attn",)) as run:
+        print(run(input_ids=ids, decoder_input_ids=ids[:, :5], labels=ids[:, :5]).loss.item(), run.loss().item())
