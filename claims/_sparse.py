@@ -15,7 +15,7 @@ from claims._texts import apart, passages
 from heedful import attach, models
 from heedful.core.call import Call
 from heedful.core.mask import Mask
-from heedful.core.method import Method
+from heedful.core.method import Method, Part
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.kit.blocks import BlockSparse, Grid, density
@@ -47,7 +47,7 @@ class Calls(Method):
 
 
 @torch.no_grad()
-def loss(inputs: dict[str, Any], what: Method | None) -> float:
+def loss(inputs: dict[str, Any], what: Part | None) -> float:
     """Cross-entropy in nats a token."""
     model = language_model().model
     if what is None:

@@ -110,7 +110,7 @@ def test_layers_of_unlike_places_do_not_mix() -> None:
     ):
         run(**given)
     with pytest.raises(FieldError, match="cross-attention has 4 places, and self-attention 5"):
-        LOCATEdit().refined(torch.zeros(1, 4), torch.zeros(1, 5, 5))
+        LOCATEdit().both(torch.zeros(1, 4), torch.zeros(1, 5, 5))
 
 
 def test_errors() -> None:
