@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from heedful.authoring import Call, Cat, FieldError, FitContext, Fitted, Method, Paper, Readings, Site, at, reads
 from heedful.kit.running import wide
@@ -77,11 +78,12 @@ class AddIt(Method):
     def _weights(self, q: Tensor, k: Tensor, theirs: Tensor, scale: float, call: Call) -> Tensor:
         """The pattern over the scene's tokens and then over the picture's own, `[b h q n+k]`."""
         own = scores_of(q, scale * k, call, slice(None))
-        keep = call.mask.keeps(call.pairs)
-        if keep is not None:
-            own = own.masked_fill(~keep, torch.finfo(own.dtype).min)
         scene = scores_of(q, theirs, replace(call, bias=None), slice(None))
-        return torch.cat([scene, own], -1).softmax(-1)
+        scores, keep = torch.cat([scene, own], -1), call.mask.keeps(call.pairs)
+        if keep is None:
+            return scores.softmax(-1)
+        hidden = pad(~keep, (theirs.shape[2], 0))  # all see the scene
+        return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(hidden, 0.0)
 
     def _given(self, q: Tensor, k: Tensor, theirs: Tensor, scale: float, call: Call) -> float:
         """The share of all weight that the scene is given."""
