@@ -8,18 +8,12 @@ import torch
 from torch import Tensor
 
 from claims._guided import STEPS, prompts
-from claims._pictures import COLOURS, GROUNDS, HALF, ID, denoiser, judge, sample
+from claims._pictures import COLOURS, HALF, ID, denoiser, judge, off_ground, sample
 from claims.ledger import Claim, run
 from heedful import attach, fit
 from heedful.methods import PromptToPrompt
 
 PICTURES = 12
-
-
-def _thing(pictures: Tensor, words: Tensor) -> Tensor:
-    """Where the left half is not the ground."""
-    light = torch.tensor(list(GROUNDS.values()))[words[:, 4] - ID["dark"]] * 2 - 1
-    return ((pictures - light[:, None, None, None]).abs().mean(1) > 0.25)[..., :HALF].flatten(1)
 
 
 @torch.no_grad()
@@ -59,9 +53,9 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
         "even maps": made(PromptToPrompt()),
     }
     numbers: dict[str, float] = {}
-    before = _thing(source, words)
+    before = off_ground(source, words)[..., :HALF].flatten(1)
     for name, pictures in drawn.items():
-        after = _thing(pictures, other)
+        after = off_ground(pictures, other)[..., :HALF].flatten(1)
         shared = (before & after).sum(1) / (before | after).sum(1).clamp(min=1)
         numbers[f"overlap, {name}"] = float(shared.mean())
         numbers[f"in the new colour, {name}"] = float((judge(pictures)[:, 0] == other[:, 0]).float().mean())

@@ -87,6 +87,12 @@ def judge(pictures: Tensor) -> Tensor:
     return torch.stack(named)[best, torch.arange(len(best))]
 
 
+def off_ground(pictures: Tensor, words: Tensor) -> Tensor:
+    """Where pictures are not the ground that their words name, `[n 16 16]`."""
+    light = torch.tensor(list(GROUNDS.values()))[words[:, 4] - ID["dark"]] * 2 - 1
+    return (pictures - light[:, None, None, None]).abs().mean(1) > 0.25
+
+
 def right(pictures: Tensor, words: Tensor) -> dict[str, float]:
     """Which share of the words of each concept the pictures show."""
     hits = (judge(pictures) == words).float()

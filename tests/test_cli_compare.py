@@ -15,6 +15,7 @@ from heedful.catalogue import entries, in_room, parted, room
 from heedful.cli.app import app
 from heedful.cli.progress import Bars
 from heedful.core.errors import CatalogueError, FieldError, HeedfulError
+from heedful.core.kinds import Progress
 from heedful.tasks import known
 
 RUN = CliRunner()
@@ -119,6 +120,15 @@ def test_where_all_are_refused_it_says_so(tiny: None) -> None:
     assert told.exit_code == 1
 
 
+def test_methods_for_images_are_refused(tiny: None) -> None:
+    told = RUN.invoke(app, ["compare", "--methods", "boq", "--tasks", "induction(length=20)", "--no-page"])
+    assert (
+        "BoQ was refused on induction: BoQ.subjects = ('image',): it is for images, and these prompts are text"
+        in told.stdout
+    )
+    assert told.exit_code == 1
+
+
 def test_spans_that_a_task_does_not_mark_are_named(tiny: None) -> None:
     asked = ["compare", "--tasks", "induction(length=20),loss(length=64)", "--prompts", "2", "--no-page"]
     told = RUN.invoke(app, [*asked, "--turns", "1", "--methods", "var,pasta|tempscale,pasta(role='context')"])
@@ -142,6 +152,17 @@ def test_stopping_says_how_to_go_on(tiny: None, monkeypatch: pytest.MonkeyPatch)
     assert told.exit_code == 130
     assert "stopped; the same command goes on" in told.stderr
     assert RUN.invoke(app, asked).stderr.strip().endswith("stopped")
+
+
+def test_a_log_is_told_once_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("heedful.cli.progress.time.perf_counter", lambda: clock[0])
+    bars = Bars({"answers": ("asking", "answers")})
+    for second in range(0, 150, 10):
+        clock[0] = second
+        bars(Progress("answers", second, 1500))
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["asking: 60 of 1,500, 1 answers/s", "asking: 120 of 1,500, 1 answers/s"]
 
 
 def test_tasks_are_listed() -> None:

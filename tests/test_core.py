@@ -95,6 +95,12 @@ def test_wrong_methods_are_refused_when_defined() -> None:
     body = {"paper": PAPER, "kind": "image", "__annotations__": {"kind": "str"}}
     with pytest.raises(DefinitionError, match="Named has a field named kind"):
         type("Named", (Method,), {**body, "f": at(Site.KEY)(lambda self, x, call: x)})
+    for name in ("when", "answer", "fit"):
+        body = {"paper": PAPER, name: "now", "__annotations__": {name: "str"}}
+        with pytest.raises(DefinitionError, match=f"Named has a field named {name}, which says something else"):
+            type("Named", (Method,), {**body, "f": at(Site.KEY)(lambda self, x, call: x)})
+    with pytest.raises(DefinitionError, match="Named has a marked function named answer"):
+        type("Named", (Method,), {"paper": PAPER, "answer": at(Site.KEY)(lambda self, x, call: x)})
     edit = lambda self, x, call: x  # noqa: E731 - a marked function needs its own object
     body = {n: at(s)(type(edit)(edit.__code__, {}, n)) for n, s in (("a", Site.KEY), ("b", Site.KEY))}
     with pytest.raises(DefinitionError, match="marks one site twice"):

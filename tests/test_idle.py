@@ -149,10 +149,10 @@ class DropsThenRests(Method):
 
     paper = PAPER
     chunk_invariant = False
-    rests: bool = True
+    then: bool = True  # rest while tokens are added one by one
 
     def idle(self, call: Call) -> bool:
-        return self.rests and call.phase is Phase.DECODE
+        return self.then and call.phase is Phase.DECODE
 
     @at(Site.CACHE)
     def forget(self, entries: CachedKV, call: Call) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from heedful import Method, Site, attach, models
-from heedful.authoring import at
+from heedful.authoring import at, reads
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
 from heedful.core.call import Call
@@ -126,3 +126,30 @@ def test_a_mask_that_only_opens_has_acted() -> None:
     with torch.no_grad(), attach(model, Open()) as run:
         run(**models.tiny_inputs(model))
         assert run.active
+
+
+def test_later_parts_still_know_that_the_model_is_causal() -> None:
+    seen: dict[str, set[tuple[bool, bool]]] = {"mask": set(), "pattern": set()}
+
+    class Looks(Method):
+        paper = PAPER
+
+        @at(Site.MASK)
+        def narrow(self, mask: Mask, call: Call) -> Mask:
+            seen["mask"].add((call.causal, mask.causal))
+            return mask
+
+        @reads(Site.PATTERN)
+        def look(self, weights: torch.Tensor, call: Call) -> None:
+            seen["pattern"].add((call.causal, call.mask.causal))
+
+    for stack, causal in (
+        (Ahead() | Looks(), False),
+        (Stack((Looks(),)), True),
+        (Ahead().on(heads=[1]) | Looks(), False),
+    ):
+        run(stack, Bare(text=TEXT))
+        assert seen == {"mask": {(True, causal)}, "pattern": {(True, causal)}}
+        seen["mask"].clear(), seen["pattern"].clear()
+    run(Stack((Looks(),)), Bare(text=TEXT, rules=(Padding(TEXT),)))
+    assert seen == {"mask": {(False, False)}, "pattern": {(False, False)}}

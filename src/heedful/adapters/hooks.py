@@ -20,7 +20,7 @@ from heedful.adapters.hooked import Hooked
 from heedful.adapters.kvcache import hold, seen, serve
 from heedful.adapters.layers import block_of, output_module, projections, within
 from heedful.adapters.lazymask import LazyMask
-from heedful.adapters.replacing import NOTHING, UNROTATED, Spared, shares_keys, takes_up, unrotated
+from heedful.adapters.replacing import NOTHING, ROTATED, UNROTATED, Spared, shares_keys, takes_up, unrotated
 from heedful.adapters.taking import other_of, put, stream_of, tokens_of
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError, NotEntered, RefusedModel, SiteError
@@ -234,10 +234,7 @@ class Hooks:
         bound.spared = frozenset()
         if any(step.edit.before_rotary for step in steps) and (still := unrotated(bound, args, kwargs)) is not None:
             if not takes_up(bound, UNROTATED):
-                raise SiteError(
-                    f"{bound.name}: the cache holds keys with the rotary embedding in them, and a method asks for keys "
-                    "from before it; read the text anew, with a method that is idle in none of its calls"
-                )
+                raise SiteError(f"{bound.name}: {ROTATED}")
             args, kwargs = still
         for step in plan.at(Site.BLOCK):
             bound.spared = frozenset("o" if step.edit.before_rotary else "qo")

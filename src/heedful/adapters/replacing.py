@@ -16,6 +16,10 @@ from heedful.adapters.rotation import ROTARY, rotates
 from heedful.core.errors import RefusedModel
 
 UNROTATED = "keys from before the rotary embedding"
+ROTATED = (
+    "the cache holds keys with the rotary embedding in them, and a method asks for keys from before it; read the text "
+    "anew, with a method that is idle in none of its calls"
+)
 NOTHING = "no keys and values, since its block was replaced"
 Args = tuple[Any, ...]
 

@@ -13,7 +13,7 @@ from heedful.bench.answer import answer
 from heedful.bench.records import Answered, Refused
 from heedful.core.errors import FieldError, HeedfulError, SiteError
 from heedful.core.kinds import Prompt
-from heedful.core.method import Stack, method_of
+from heedful.core.method import Method, Stack, method_of
 from heedful.engine.memory import enough_memory
 from heedful.tasks.task import Item, Task
 from heedful.text_models import Contender, TextModel, text_model
@@ -41,7 +41,7 @@ class Asker:
     def __call__(self, asked: Asked) -> Generator[Answered | Refused, None, None]:
         """Each answer as it is given, and the reason where one cannot be."""
         try:
-            require_role(asked.what, next(iter(asked.items.values())).prompt)
+            require_fit(asked.what, next(iter(asked.items.values())).prompt)
             # a new one: what it did before is past
             with still(self.model), text_model(self.model, asked.what, **self.how) as speaker:
                 for n, item in asked.items.items():
@@ -54,10 +54,12 @@ class Asker:
             yield Refused(asked.name, repr(asked.task), str(reason))
 
 
-def require_role(what: Contender | None, prompt: Prompt) -> None:
-    """Refuse a method that looks for spans of a name that the prompt does not mark; say which it does."""
+def require_fit(what: Contender | None, prompt: Prompt) -> None:
+    """Refuse a method for images, and one that looks for spans of a name that the prompt does not mark."""
     for part in what if isinstance(what, Stack) else [what]:
         method = method_of(part)
+        if isinstance(method, Method) and set(method.subjects) == {"image"}:
+            raise FieldError(method, "subjects", method.subjects, "it is for images, and these prompts are text", None)
         role = getattr(method, "role", None)
         if isinstance(role, str) and role not in prompt.roles:
             marked = (

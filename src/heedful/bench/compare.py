@@ -13,7 +13,7 @@ from typing import Any
 from heedful.adapters.transformers import adapt
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import still
-from heedful.bench.asking import Asked, Asker, require_role
+from heedful.bench.asking import Asked, Asker, require_fit
 from heedful.bench.comparison import Comparison
 from heedful.bench.cost import WARM_UP, cost, machine
 from heedful.bench.intervals import LEAST
@@ -322,7 +322,7 @@ class _Job:
                 note = ""
                 if fresh and not self.log.has(Refused, name, costs):
                     try:
-                        require_role(what, prompt)
+                        require_fit(what, prompt)
                         size = f"{counted(rows, 'row')} of {len(prompt)} tokens"
                         with enough_memory("compare()", "batch", rows, size, rows // 2 or "a task of shorter prompts"):
                             found = cost(model, what, name, prompt, turn, rows, **how)

@@ -1,4 +1,7 @@
-"""Progress of a long verb on standard error: speed and time left for each stage; notes stand above."""
+"""Progress of a long verb on standard error: speed and time left for each stage; notes stand above.
+
+Where that is no terminal, such as a log, there is a line once a minute instead.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from heedful.core.kinds import Progress as Step
+
+EVERY = 60.0  # seconds from one line of a log to the next
 
 
 class Bars:
@@ -25,6 +30,7 @@ class Bars:
         self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
         self._tasks: dict[str, TaskID] = {}
         self._began: dict[str, tuple[float, int]] = {}
+        self._told = time.perf_counter()
 
     def __call__(self, now: Step) -> None:
         if now.note:
@@ -38,6 +44,9 @@ class Bars:
         made = now.done - first
         rate = made / max(clock - began, 1e-9)
         speed = f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
-        self.progress.update(
-            self._tasks[now.stage], total=now.total, completed=now.done, speed=speed if made and unit else ""
-        )
+        speed = speed if made and unit else ""
+        self.progress.update(self._tasks[now.stage], total=now.total, completed=now.done, speed=speed)
+        if not self.console.is_terminal and clock - self._told >= EVERY:
+            self._told = clock
+            of = f"{what}: {now.done:,} of {now.total:,}"
+            self.console.print(f"{of}, {speed}" if speed else of, markup=False)

@@ -95,6 +95,7 @@ class Call:
     key: Tensor | None = None  # [b g k d], like query
     value: Tensor | None = None  # [b g k d], like query
     bias: Tensor | None = None  # [b|1, h|1, q|1, k], what the model adds to the whole call's scores, from MASK on
+    opened: bool = False  # whether a method took causality out of the mask
 
     @property
     def q_pos(self) -> Tensor:
@@ -105,6 +106,11 @@ class Call:
     def k_pos(self) -> Tensor:
         """Positions of the tile's keys, `[b|1, g|1, k]`."""
         return self.keys.position
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model lets its queries see nothing ahead of them, whatever a method has opened."""
+        return self.opened or self.mask.causal
 
     @property
     def is_text(self) -> Tensor:

@@ -6,6 +6,7 @@ from abc import ABC
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, dataclass_transform
 
 from torch import Tensor
@@ -19,6 +20,8 @@ from heedful.core.stats import Statistic
 if TYPE_CHECKING:
     from heedful.core.kinds import Surgery
     from heedful.core.method import Part, Stack
+
+_FUNCTIONS = (FunctionType, classmethod, property)
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,19 @@ class FitContext(Protocol):
         ...
 
 
+def _require_own_names(cls: type[CatalogueEntry]) -> None:
+    """Refuse a field, or a function marked for a site, that would take the place of what every entry has."""
+    bases = [base for base in cls.__mro__[1:] if base.__module__.startswith("heedful.core.")]
+    taken = {"kind"} | {name for base in bases for name, x in vars(base).items() if isinstance(x, _FUNCTIONS)}
+    marked = {name for name, member in vars(cls).items() if hasattr(member, "__heedful_edit__")}
+    for what, names in (("field", {f.name for f in fields(cls)}), ("marked function", marked)):  # type: ignore[arg-type]
+        if clashing := sorted(names & taken):
+            raise DefinitionError(
+                f"{cls.__name__} has a {what} named {clashing[0]}, which says something else of every entry; "
+                "give it another name"
+            )
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 class CatalogueEntry(ABC):  # noqa: B024 - what is abstract stands in its kinds
     """Anything with a paper that the catalogue lists: methods, token steps, decoding steps, surgery."""
@@ -129,10 +145,7 @@ class CatalogueEntry(ABC):  # noqa: B024 - what is abstract stands in its kinds
         if "__post_init__" in vars(cls):
             cls.__post_init__ = after_kinds(cls.__post_init__)  # type: ignore[assignment]
         dataclass(frozen=True)(cls)
-        if any(f.name == "kind" for f in fields(cls)):  # type: ignore[arg-type]
-            raise DefinitionError(
-                f"{cls.__name__} has a field named kind, which says what sort of entry it is; give it another name"
-            )
+        _require_own_names(cls)
         private = cls.__name__.startswith("_")  # what only serves another method needs none of its own
         if not abstract and not private and (not isinstance(cls.paper, Paper) or cls.paper is UNPUBLISHED):
             raise DefinitionError(f"{cls.__name__} has no paper: write paper = Paper(key, title, authors, year, ...)")

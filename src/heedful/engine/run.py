@@ -115,7 +115,7 @@ class Run:
         for part in self.stack:
             named = getattr(part, "layers", None)  # as `on` was given them, or as a method's own field names some
             for layer in named if isinstance(named, tuple) else ():
-                if layer >= n:
+                if isinstance(layer, int) and layer >= n:
                     raise FieldError(f"{part!r}", "layers", layer, f"must be below {n}, the layers served", n - 1)
 
     def _add_parameters(self, adopted: int) -> None:

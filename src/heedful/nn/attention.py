@@ -27,6 +27,9 @@ class Attention(nn.Module):
     What methods learn is parameters of the module. `run` is the module's own, open run: it tells what readers found,
     holds roles and penalties, and can be paused. Modules of one model are told apart by `layer`, one of `depth`: the
     number that `.on(layers=...)` means, the layer of a cache that they share, and the place in schedules by depth.
+
+    `rotary` is the base of a rotary embedding of queries and keys, as in 10_000.0; without one, whoever builds the
+    model tells places otherwise.
     """
 
     in_proj_bias = None  # torch's encoder layers ask both whether they may compute attention without the module
@@ -42,6 +45,7 @@ class Attention(nn.Module):
         *,
         kv_heads: int | None = None,
         causal: bool = False,
+        rotary: float | None = None,
         bias: bool = True,
         dropout: float = 0.0,
         batch_first: bool = False,
@@ -65,6 +69,11 @@ class Attention(nn.Module):
         if depth is not None and depth <= layer:
             raise FieldError(self, "depth", depth, f"must be above layer {layer}; so many layers has the model", 12)
         self.head_dim = width // heads
+        if rotary is not None and not 0 < rotary < float("inf"):
+            raise FieldError(self, "rotary", rotary, "must be above 0 and finite, the base of the angles", 10_000.0)
+        if rotary is not None and self.head_dim % 2:
+            raise FieldError(self, "rotary", rotary, f"turns pairs, and a head has {self.head_dim} dimensions", None)
+        self.rotary = rotary
         self.kdim, self.vdim = kdim or width, vdim or width
         self.causal, self.dropout, self.batch_first = causal, dropout, batch_first
         self.layer, self.depth = layer, depth or layer + 1
@@ -126,8 +135,9 @@ class Attention(nn.Module):
         self._open()
 
     def extra_repr(self) -> str:
-        causal = ", causal=True" if self.causal else ""
-        return f"{self.embed_dim}, {self.num_heads}, {self.method!r}, kv_heads={self.kv_heads}{causal}"
+        more = ", causal=True" if self.causal else ""
+        more += "" if self.rotary is None else f", rotary={self.rotary:g}"
+        return f"{self.embed_dim}, {self.num_heads}, {self.method!r}, kv_heads={self.kv_heads}{more}"
 
     @as_written  # the compiler goes around it
     def forward(  # noqa: PLR0913 - the signature is torch's
@@ -159,6 +169,9 @@ class Attention(nn.Module):
         sizes = Sizes(len(q), self.num_heads, q.shape[1], k.shape[1] + past, past)
         given = told(attn_mask, key_padding_mask, self.causal, is_causal, sizes)
         cross = key is not query and not given.mask.causal
+        if self.rotary is not None and cross:
+            rule = "turns tokens by their places in one text, and another sequence has places of its own"
+            raise FieldError(self, "rotary", self.rotary, rule, None)
         if cache is not None and cross:
             rule = "holds the keys of the text itself; another sequence is handed over whole in every call"
             raise FieldError(self, "cache", type(cache).__name__, rule, None)

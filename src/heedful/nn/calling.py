@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from transformers.cache_utils import Cache
 from heedful.adapters.answering import Operands, computed, evict, plan_of, replaced_whole
 from heedful.adapters.carried import shelf_of
 from heedful.adapters.kvcache import HeldLayer, held_layer, hold, serve
+from heedful.adapters.replacing import ROTATED, UNROTATED
 from heedful.adapters.torch_masks import placed
 from heedful.core.call import Call, Phase
 from heedful.core.errors import SiteError
@@ -22,6 +24,7 @@ from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run_state import Plan
 from heedful.engine.stages import stage
 from heedful.nn.masks import Sizes, Told
+from heedful.nn.rotary import turned
 
 if TYPE_CHECKING:
     from heedful.nn.attention import Attention
@@ -46,9 +49,12 @@ def attended(module: Attention, given: Given, need_weights: bool | None) -> tupl
     call = _call(module, given)
     state.entered[module.layer] += 1
     state.begin(module.layer, shelf_of(cache), module)
-    early = _plan(module, call, Site.HIDDEN, Site.BLOCK)
+    unturned = {s.edit.site for s in module.run.stack.steps(module.layer) if s.edit.before_rotary}
+    early = _plan(module, call, Site.HIDDEN, Site.BLOCK, *unturned)
     hidden = stage(Site.HIDDEN, given.query, AttentionCall(early, state, call), call)
     q, k, v = _projected(module, given, hidden, early)
+    if call.rotate is not None and not _unrotated(module, call, early, given):
+        q, k = call.rotate(q), call.rotate(k)
     k, v, held = _cached(module, given, call, k, v)
     call = replace(call, hidden=hidden, keys=call.keys if held is None or held.whole else _left(held, given, call))
     plan = _plan(module, call)
@@ -73,10 +79,11 @@ def _call(module: Attention, given: Given) -> Call:
     text = None if given.cross else given.told.text
     queries, keys = placed(text, sizes.past, sizes.queries, sizes.keys, given.query.device)
     phase = Phase.of(queries, sizes.past > 0)
+    rotate = None if module.rotary is None else partial(turned, places=queries.position, base=module.rotary)
     return Call(
         module.layer, module.depth, run.layer_names[module.layer], module.num_heads, module.kv_heads, queries, keys,
         module.head_dim**-0.5, None, phase, run.state.denoising, given.cross, module.training, None, run.roles,
-        given.query, None, given.told.mask, run.state.now.number, batch=sizes.rows,
+        given.query, rotate, given.told.mask, run.state.now.number, batch=sizes.rows,
     )  # fmt: skip
 
 
@@ -97,6 +104,14 @@ def _projected(module: Attention, given: Given, hidden: Tensor, early: Plan) -> 
     made = (x.new_zeros(*x.shape[:2], p.out_features) if spared else p(x) for p, x, spared in streams)
     q, k, v = (x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in made)
     return q, k, v
+
+
+def _unrotated(module: Attention, call: Call, early: Plan, given: Given) -> bool:
+    """Whether queries and keys stay as they are, for a method that replaces the rotary embedding too."""
+    asking = [step for step in (*early.at(Site.MIX), *early.at(Site.BLOCK)) if step.edit.before_rotary]
+    if asking and not shelf_of(given.cache).takes(module.layer, UNROTATED, given.sizes.past):
+        raise SiteError(f"{asking[0]}, {call.name}: {ROTATED}")
+    return bool(asking)
 
 
 def _cached(

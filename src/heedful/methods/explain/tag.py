@@ -76,7 +76,7 @@ class TAG(Method):
 
     @reads(Site.PATTERN)
     def look(self, weights: Tensor, call: Call) -> Statistic | None:
-        if not call.mask.causal:
+        if not call.causal:
             return None  # an encoder's patches stand at such places too
         asked, image = call.regions(self.asked), call.regions(self.role)
         row = by_text(numbers, asked, call.q_pos)[:, 0].where(call.is_text[:, 0], -1)  # [b|1 r]

@@ -25,7 +25,7 @@ class _Looks(Method):
     @reads(Site.PATTERN)
     def look(self, weights: Tensor, call: Call) -> Sum | None:
         mine = (call.q_pos[0, 0] == self.end).nonzero().flatten()
-        if not len(mine) or not call.mask.causal or call.cross:
+        if not len(mine) or not call.causal or call.cross:
             return None
         found = call.k_pos[0, 0, :, None] == torch.tensor(self.places, device=weights.device)
         return Sum.of(weights[0, :, mine[0]].mean(0) @ found.to(weights))

@@ -110,7 +110,7 @@ class _Peaks(Method):
 
     @reads(Site.PATTERN)
     def peak(self, weights: Tensor, call: Call) -> Statistic | None:
-        if call.cross or not call.mask.causal:
+        if call.cross or not call.causal:
             return None
         return Cat.of(f"{call.rows.start:09d}", weights.detach()[:, :, -1].argmax(-1))
 

@@ -67,7 +67,7 @@ class AVL(Method):
 
     @at(Site.MASK)
     def look(self, mask: Mask, call: Call) -> Mask:
-        if call.phase is not Phase.DECODE or not mask.causal:
+        if call.phase is not Phase.DECODE or not call.causal:
             return mask
         number, notes = call.numbers("image"), call.state.cache
         number = number.expand(call.batch or len(number), call.kv_heads, -1)
@@ -89,7 +89,7 @@ class AVL(Method):
 
     @at(Site.CACHE)
     def drop(self, entries: CachedKV, call: Call) -> Tensor:
-        if call.phase is Phase.DECODE or not call.mask.causal:
+        if call.phase is Phase.DECODE or not call.causal:
             return entries.is_filled
         given = _by_group(last_weights(entries, call, 1)[0], call)
         image = by_text(marked, call.regions("image"), entries.positions.position)
