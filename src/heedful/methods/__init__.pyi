@@ -29,6 +29,8 @@ from heedful.methods.explain.rollout import AttentionRollout as AttentionRollout
 from heedful.methods.explain.sparse_attention_decomposition import SparseAttentionDecomposition as SparseAttentionDecomposition
 from heedful.methods.explain.tag import TAG as TAG
 from heedful.methods.explain.transformer_attribution import TransformerAttribution as TransformerAttribution
+from heedful.methods.intervene.diffusion.add_it import AddIt as AddIt
+from heedful.methods.intervene.diffusion.atten_craft import AttenCraft as AttenCraft
 from heedful.methods.intervene.diffusion.attend_and_excite import AttendAndExcite as AttendAndExcite
 from heedful.methods.intervene.diffusion.attentive_eraser import AttentiveEraser as AttentiveEraser
 from heedful.methods.intervene.diffusion.conform import CONFORM as CONFORM
@@ -67,8 +69,10 @@ from heedful.methods.intervene.vision.control_mllm import ControlMLLM as Control
 from heedful.methods.intervene.vision.damro import DAMRO as DAMRO
 from heedful.methods.intervene.vision.gem import GEM as GEM
 from heedful.methods.intervene.vision.paint import PAINT as PAINT
+from heedful.methods.intervene.vision.v2p import V2P as V2P
 from heedful.methods.intervene.vision.var import VAR as VAR
 from heedful.methods.intervene.vision.vhr import VHR as VHR
+from heedful.methods.mechanisms.gates.attention_in_attention import AttentionInAttention as AttentionInAttention
 from heedful.methods.mechanisms.gates.contextual_memory_reweaving import ContextualMemoryReweaving as ContextualMemoryReweaving
 from heedful.methods.mechanisms.gates.das import DAS as DAS
 from heedful.methods.mechanisms.gates.ela import ELA as ELA
@@ -90,6 +94,7 @@ from heedful.methods.mechanisms.linear.linear_self_attention import LinearSelfAt
 from heedful.methods.mechanisms.linear.lln_attention import LLNAttention as LLNAttention
 from heedful.methods.mechanisms.linear.mala import MALA as MALA
 from heedful.methods.mechanisms.local.activator import Activator as Activator
+from heedful.methods.mechanisms.local.context_aware_cross_attention import ContextAwareCrossAttention as ContextAwareCrossAttention
 from heedful.methods.mechanisms.local.dynamic_conv import DynamicConv as DynamicConv
 from heedful.methods.mechanisms.local.efficient_dlm import EfficientDLM as EfficientDLM
 from heedful.methods.mechanisms.local.ff_nified_attention import FFNifiedAttention as FFNifiedAttention
@@ -104,6 +109,7 @@ from heedful.methods.mechanisms.local.no_mixing import NoMixing as NoMixing
 from heedful.methods.mechanisms.local.tkl import TKL as TKL
 from heedful.methods.mechanisms.normalise.affine_scaled_attention import AffineScaledAttention as AffineScaledAttention
 from heedful.methods.mechanisms.normalise.clipped_softmax import ClippedSoftmax as ClippedSoftmax
+from heedful.methods.mechanisms.normalise.doubly_stochastic import DoublyStochastic as DoublyStochastic
 from heedful.methods.mechanisms.normalise.kolmogorov_arnold_attention import KolmogorovArnoldAttention as KolmogorovArnoldAttention
 from heedful.methods.mechanisms.normalise.landmark_attention import LandmarkAttention as LandmarkAttention
 from heedful.methods.mechanisms.normalise.normalized_attention import NormalizedAttention as NormalizedAttention
@@ -158,6 +164,7 @@ from heedful.methods.mechanisms.score.threshold_relative_attention import Thresh
 from heedful.methods.mechanisms.score.tokenformer import TokenFormer as TokenFormer
 from heedful.methods.observe.attention_nmi import AttentionNMI as AttentionNMI
 from heedful.methods.observe.attention_profile import AttentionProfile as AttentionProfile
+from heedful.methods.observe.grafting import Grafting as Grafting
 from heedful.methods.observe.induction_heads import InductionHeads as InductionHeads
 from heedful.methods.observe.massive_qk import MassiveQK as MassiveQK
 from heedful.methods.observe.max_activations import MaxActivations as MaxActivations
