@@ -113,6 +113,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "linearity": (
             explaining.linearity, {"model": model, "batches": [{"input_ids": clean}]}, "model batches only",
         ),
+        "depth_use": (
+            explaining.depth_use, {"model": model, "batches": [{"input_ids": clean, "labels": clean}]},
+            "model batches only",
+        ),
         "word_maps": (explaining.word_maps, {"pipe": model, "prompts": "a cube"}, "pipe prompts steps seed"),
         "trace": (
             explaining.trace, {"model": model, "clean": clean[0], "corrupt": corrupt[0], "answer": 5},
@@ -157,9 +161,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
 VERBS = [
     "attach", "attached", "fit", "fold", "operate", "arrange", "load", "decode", "diagnose", "compare", "check", "edit",
     "explain", "patterns", "ablate", "attribute", "logit_lens", "direct_logits", "faithfulness", "patching",
-    "path_patching", "likeness", "weight_gradients", "spans", "ReAGent", "Likeness.best", "linearity", "inflection",
-    "Inflection.top", "word_maps",
-    "trace", "nn.convert", "models.load", "models.tiny",
+    "path_patching", "likeness", "weight_gradients", "spans", "ReAGent", "Likeness.best", "inflection",
+    "Inflection.top", "linearity", "depth_use", "word_maps", "trace", "nn.convert", "models.load", "models.tiny",
     "catalogue.find", "catalogue.search", "tasks.find", "Stack", "Prompt", "Removal", "on", "when", "|", "Run[]",
     "Run.save", "Run.merge", "Run.load_state_dict", "Profile.answer", "Profile.save", "Profile.load", "Profile.page",
     "Profile.+", "Profile.-", "Comparison.load", "Lens.words", "DirectLogits.top", "Patterns[]", "Patterns.figure",
