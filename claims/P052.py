@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import torch
@@ -18,7 +19,7 @@ from heedful.methods import GeneralizedNeighborhoodAttention
 LINES = (1152, 1280, 1408, 1536, 1664)  # patches in a row, by seed
 SIDES = (30, 32, 34, 36, 38)  # and along a side
 ALONG, AROUND, ROWS = 127, 9, 128  # window in a row, along a side; patches that are gathered at once
-REPEATS, BACKEND = 3, "tiled"
+REPEATS = 3
 
 
 def neighbours(grid: tuple[int, ...], size: int) -> Tensor:
@@ -46,6 +47,10 @@ def gathered(bare: Bare, table: Tensor) -> Tensor:
     return torch.cat(out, 2)
 
 
+def by_us(bare: Bare, method: GeneralizedNeighborhoodAttention, backend: str, tile: int | None = None) -> Tensor:
+    return bare.run(method, backend, tile)[0]
+
+
 def best(ways: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     """Seconds of the processor, in turns, since the machine is not always as fast."""
     found = dict.fromkeys(ways, float("inf"))
@@ -66,10 +71,10 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
         table = neighbours(grid, size)
         tile = ROWS if name == "1-D" else 4 * SIDES[seed]
         ways: dict[str, Callable[[], Tensor]] = {
-            "in tiles": lambda bare=bare, method=method, tile=tile: bare.run(method, BACKEND, tile)[0],
-            "gathered": lambda bare=bare, table=table: gathered(bare, table),
-            "all pairs, masked": lambda bare=bare, method=method: bare.run(method, "reference")[0],
-        }  # type: ignore[misc]
+            "in tiles": partial(by_us, bare, method, "tiled", tile),
+            "gathered": partial(gathered, bare, table),
+            "all pairs, masked": partial(by_us, bare, method, "reference"),
+        }
         answers = [way() for way in ways.values()]
         error = max(float((answer - answers[1]).abs().max()) for answer in answers)
         if error > 1e-4:

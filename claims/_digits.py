@@ -83,12 +83,17 @@ def accuracy_of(what: Part | Stack, seed: int, steps: int) -> float:
     return taught(what, seed, steps)[1]
 
 
-def taught(what: Part | Stack, seed: int, steps: int, begun: nn.Module | None = None) -> tuple[nn.Module, float]:
-    """A fresh model trained under a stack, or a copy of one that is `begun` already, and its accuracy."""
+def taught(
+    what: Part | Stack, seed: int, steps: int, begun: nn.Module | None = None, few: int | None = None
+) -> tuple[nn.Module, float]:
+    """A fresh model trained under a stack, or a copy of one that is `begun` already, and its accuracy.
+
+    Trained on so few of the digits, or on all that are not held out.
+    """
     random = torch.Generator().manual_seed(seed)
     images, labels = digits()
     order = torch.randperm(len(images), generator=random)
-    tried, kept = order[:HELD_OUT], order[HELD_OUT:]
+    tried, kept = order[:HELD_OUT], order[HELD_OUT:][:few]
     torch.manual_seed(seed)
     model = _fresh() if begun is None else copy.deepcopy(begun)
     run = attach(model, what)

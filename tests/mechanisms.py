@@ -21,6 +21,8 @@ AFTER = ("AttentionAT",)  # acts in a forward behind one that has been learned f
 LOWER = ("ContextualMemoryReweaving",)  # reads the layers before, and a module has none
 OUTSIDE = (*BY_TOKENS, *LOWER)  # of what a module knows
 DRAWN = tuple(  # anew in each call
-    name for name, kind in MECHANISMS.items() if name not in AFTER and in_training_alone(kind.example())
+    name
+    for name, kind in MECHANISMS.items()
+    if "text" in kind.subjects and name not in AFTER and in_training_alone(kind.example())
 )
 READ = [name for name, kind in MECHANISMS.items() if "text" in kind.subjects and name not in (*OUTSIDE, *AFTER, *DRAWN)]

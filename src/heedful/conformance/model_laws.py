@@ -51,8 +51,8 @@ def tried_on(method: Method, first: bool = False) -> Iterator[tuple[Subject, str
 
 def in_training_alone(method: Method) -> bool:
     """Whether a method is idle where nothing is trained; models that decode are at rest, and it is so there."""
-    call = Bare().call
-    return not method.idle(call) and method.idle(replace(call, training=False))
+    calls = [Bare(rules=rules).call for rules in (None, ())]  # some rest under a mask too
+    return not all(map(method.idle, calls)) and all(method.idle(replace(call, training=False)) for call in calls)
 
 
 def _edits(method: Method) -> bool:
