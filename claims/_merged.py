@@ -1,0 +1,40 @@
+"""What a vision model says of an image with fewer tokens in its later layers, and in how much of the time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from claims._scenes import model, scenes
+from heedful import attach
+from heedful.authoring import Method
+
+SHOWN = 10  # pictures a seed
+TURNS = 3  # in which each way is timed, one after another
+
+
+@torch.no_grad()
+def merged(seed: int, ways: Mapping[str, Method]) -> dict[str, float]:
+    """How near the class token and the patches come to those of the model as it is, and the share of its time."""
+    pixels, _ = scenes(torch.Generator().manual_seed(seed), SHOWN)
+    whole = model()(pixel_values=pixels).last_hidden_state
+    times: dict[str, list[float]] = {"": [], **{name: [] for name in ways}}
+    numbers: dict[str, float] = {}
+    for turn in range(TURNS):
+        began = time.perf_counter()
+        model()(pixel_values=pixels)
+        times[""].append(time.perf_counter() - began)
+        for name, method in ways.items():
+            with attach(model(), method) as run:
+                began = time.perf_counter()
+                found: Tensor = run(pixel_values=pixels).last_hidden_state
+                times[name].append(time.perf_counter() - began)
+            if not turn:
+                near = torch.cosine_similarity(found, whole, dim=-1)
+                numbers[name], numbers[f"patches, {name}"] = float(near[:, 0].mean()), float(near[:, 1:].mean())
+    plain = median(times.pop(""))
+    return numbers | {f"time, {name}": median(each) / plain for name, each in times.items()}
