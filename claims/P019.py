@@ -90,9 +90,9 @@ CLAIM = Claim(
     says="Learned thresholds leave each image the patches that it needs, better than the same share for all.",
     paper_number="DeiT-S 50 % faster with 0.2 % less accuracy, a better trade-off than fixed shares (abstract)",
     setup=f"The lab's digits, {DIGITS.steps} steps of a vision transformer of {DIGITS.layers} layers from nothing, "
-    f"with thresholds behind three of them and a budget of {BUDGET:.0%} of the patches; patches are dropped for good when "
-    "it is tried. Against the same scores and as large a share of each image, so chosen that layers have as many on "
-    "average. Another held-out third a seed. Details: softmax over all patches; shares; how far images differ in them.",
+    f"with thresholds behind three of them and a budget of {BUDGET:.0%} of the patches; patches are dropped for good "
+    "when it is tried. Against the same scores and as large a share of each image, so chosen that layers have as many "
+    "on average. Another held-out third a seed. Details: softmax over all patches; shares; how far images differ.",
     effect="points of accuracy above a fixed share",
     measure=measure,
 )
