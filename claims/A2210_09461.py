@@ -66,8 +66,8 @@ CLAIM = Claim(
     paper_number="twice the throughput of ViT-L and ViT-H off the shelf with 0.2 to 0.3 % less accuracy (abstract)",
     setup=f"DINOv2-S/14 without training, {SHOWN} pictures a seed, {COUNT} of 257 tokens fewer with each layer. How "
     "near the class token is to the unedited model's, against as many tokens merged, and as many dropped, at random; "
-    "the better counts. Details: ToMe whose merged tokens count as one in attention; patches; and time, as a share of "
-    "the unedited model's, on a machine that does other work.",
+    "the better counts. Details: ToMe whose merged tokens count as one in attention; patches; and the processor's "
+    "time, as a share of the unedited model's.",
     effect="cosine with the class token of the unedited model, above the better of two at random",
     measure=measure,
     seeds=8,

@@ -62,8 +62,8 @@ CLAIM = Claim(
     setup=f"DINOv2-S/14 as it is; {SHOWN} pictures with a piece of another picture, in which patches are labelled by "
     f"whether it covers them, fit the gate behind layer {LAYER} of 12, {SHOWN} others are selected from. Share of the "
     "covered patches that stay, against as many of each picture that the class token gives most in that layer. "
-    "Details: against the longest streams; how many are selected and covered; and time, as a share of the unedited "
-    "model's, on a machine that does other work. No detector is trained.",
+    "Details: against the longest streams; how many are selected and covered; and the processor's time, as a share "
+    "of the unedited model's. No detector is trained.",
     effect="share of covered patches that stay, above that by the class token's attention",
     measure=measure,
     seeds=8,
