@@ -8,7 +8,7 @@ import torch
 
 from heedful.conformance.bare import Bare
 from heedful.core.positions import Positions
-from heedful.kit.merging import averaged, is_fixed, numbered, summed
+from heedful.kit.merging import averaged, is_fixed, kept, numbered, summed
 
 GROUPS = torch.tensor([[3, 1, 1, 3, 4, -1], [0, 1, 2, 3, 4, 5], [-1, 5, 5, -1, 0, 5], [5, 5, 5, 5, 5, 5]])
 
@@ -46,3 +46,16 @@ def test_what_stands_before_patches_is_fixed_and_so_is_padding() -> None:
     text[1, 0, 17:] = False
     padded = replace(call, queries=Positions.row(0, 19, is_filled=text), roles={"cls": ((0, 1),)})
     assert is_fixed(padded).tolist() == [[True] + [False] * 18, [True] + [False] * 16 + [True] * 2]
+
+
+def test_those_that_stay_keep_their_order() -> None:
+    x = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    stays = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 1], [0, 1, 1, 0, 0]]).bool()
+    found = kept(x, stays)
+    assert found.to.tolist() == [[0, -1, 1, 2, -1], [-1, -1, -1, -1, 0], [-1, 0, 1, -1, -1]]
+    assert found.stream.shape == (3, 3, 2)
+    for row in range(3):
+        mine = [i for i in range(5) if stays[row, i]]
+        assert torch.equal(found.stream[row, : len(mine)], x[row, mine])
+    (grad,) = torch.autograd.grad(found.stream.sum(), x)
+    assert torch.equal(grad, stays[..., None].expand_as(x).float())

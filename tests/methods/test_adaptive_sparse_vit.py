@@ -84,6 +84,17 @@ def test_no_threshold_drops_nothing_and_a_high_one_all_but_the_class_token() -> 
     assert close_model(found, want)
 
 
+@torch.no_grad()
+def test_the_first_token_stays_whatever_it_is() -> None:
+    model = models.tiny("bert")
+    counts: list[int] = []
+    hook = model.bert.encoder.layer[1].register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[1]))
+    with attach(model, AdaptiveSparseViT((0,), start=1e9)) as run:
+        run(**models.tiny_inputs(model, length=5))
+    hook.remove()
+    assert counts == [1]
+
+
 def training_loss(model: Any, inputs: dict[str, Tensor], thresholds: dict[int, Tensor], budget: float) -> Tensor:
     """Cross-entropy, and twice the squared distance of the mean share of patches from the budget."""
     logits = []

@@ -85,6 +85,30 @@ def test_a_gate_that_selects_nothing_leaves_the_class_token() -> None:
     assert counts == [1]
 
 
+def test_without_a_class_token_the_first_one_stays() -> None:
+    model = models.tiny("bert")
+    inputs = models.tiny_inputs(model, length=5)
+    none = gate(model.config.hidden_size) | {"bias": torch.tensor([-1e6])}
+    counts: list[int] = []
+    hook = model.bert.encoder.layer[1].register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[1]))
+    with torch.no_grad(), attach(model, SelectAndPack(0, 0.5, Fitted(none))) as run:
+        run(**inputs)
+    hook.remove()
+    assert counts == [1]
+
+
+@torch.no_grad()
+def test_a_random_gate_is_drawn_by_its_seed() -> None:
+    model, inputs = image_model()
+    found = []
+    for seed in (0, 0, 1):
+        with attach(model, SelectAndPack(0, seed=seed)) as run:
+            found.append(run(**inputs).logits)
+            assert run.active
+    assert torch.equal(found[0], found[1])
+    assert not close_model(found[0], found[2])
+
+
 def test_the_gate_is_a_regression() -> None:
     """At the optimum the loss has no slope: of each weight sum (p - y) z + w, of the bias sum (p - y)."""
     model, inputs = image_model()

@@ -54,7 +54,7 @@ def test_medoids(count: int, steps: int) -> None:
 
 def test_points_that_lie_on_one_another() -> None:
     x = torch.tensor([[[0.0], [0.0], [0.0], [5.0]]])
-    found, of = clustered(x, torch.tensor([[3.0, 2.0, 1.0, 1.0]]), 3, 3)
+    found, of = clustered(x, torch.tensor([[3.0, 2.0, 1.5, 1.0]]), 3, 3)
     assert found[0].tolist() == [0, 1, 2]  # none of them goes into another
     assert of[0].tolist() == [0, 1, 2, 0]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.core.call import Call
+from heedful.core.call import Call, Merged
 from heedful.core.method import Method
 
 FIXED = ("cls", "register")  # what stands before patches and is none
@@ -44,6 +44,16 @@ def averaged(stream: Tensor, to: Tensor, weight: Tensor) -> Tensor:
     """The means `[b m e]` of tokens `[b n e]`, each counted by its weight `[b n]`; zeros in an empty place."""
     total = summed(weight, to)[..., None]
     return summed(stream * weight[..., None], to) / total.where(total > 0, 1.0)
+
+
+def kept(stream: Tensor, stays: Tensor) -> Merged:
+    """Those of the tokens `[b n e]` that stay `[b n]`, in their order; the others are dropped."""
+    number = stays.cumsum(1) - 1
+    to = torch.where(stays, number, -1)
+    at = to.where(stays, stays.shape[1])  # the others go to a place that is cut off
+    places = stream.new_zeros(len(stream), stays.shape[1] + 1, stream.shape[2])
+    left = places.scatter(1, at[..., None].expand_as(stream), stream)
+    return Merged(left[:, : int(number.max()) + 1], to)
 
 
 def is_fixed(call: Call) -> Tensor:

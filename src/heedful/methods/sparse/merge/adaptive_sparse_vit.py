@@ -12,7 +12,7 @@ from heedful.core.errors import FieldError
 from heedful.core.method import Layer
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, penalises, reads
-from heedful.kit.merging import MergesTokens, averaged, is_fixed, numbered
+from heedful.kit.merging import MergesTokens, is_fixed, kept
 from heedful.kit.scores import scores_of
 
 STAYS, OPEN, SHARES = "stays", "open", "shares"
@@ -102,10 +102,7 @@ class AdaptiveSparseViT(MergesTokens):
         stays = call.state.forward.pop(STAYS, None)
         if stays is None or bool((stays | ~call.is_text[:, 0]).all()):
             return stream
-        to = numbered(
-            torch.arange(stream.shape[1], device=stream.device).where(stays & call.is_text[:, 0], -1)
-        )  # empty places go
-        return Merged(averaged(stream, to, torch.ones_like(stream[..., 0])), to)
+        return kept(stream, stays & call.is_text[:, 0])  # empty places go
 
     @penalises(Site.RESIDUAL, when="weight")
     def spend(self, stream: Tensor, call: Call) -> Tensor | None:

@@ -17,7 +17,7 @@ from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat
-from heedful.kit.merging import MergesTokens, averaged, is_fixed, numbered
+from heedful.kit.merging import MergesTokens, is_fixed, kept
 
 
 class SelectAndPack(MergesTokens):
@@ -65,12 +65,10 @@ class SelectAndPack(MergesTokens):
         return self.least == 0 or call.layer != self.layer
 
     @at(Site.RESIDUAL, merges=True)
-    def select(self, stream: Tensor, call: Call) -> Tensor | Merged:
+    def select(self, stream: Tensor, call: Call) -> Merged:
         fixed = is_fixed(call).expand(len(stream), -1).clone()
         fixed[:, 0] = True  # of a row that nothing is selected of, something is left
-        stays = (self.gated(stream) >= self.least) | fixed
-        to = numbered(torch.arange(stream.shape[1], device=stream.device).where(stays, -1))
-        return Merged(averaged(stream, to, torch.ones_like(stream[..., 0])), to)
+        return kept(stream, (self.gated(stream) >= self.least) | fixed)
 
     def gated(self, stream: Tensor) -> Tensor:
         """How sure the gate is of each token, `[b n]`."""

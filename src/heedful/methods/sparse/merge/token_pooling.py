@@ -85,7 +85,7 @@ class TokenPooling(MergesTokens):
 def clustered(x: Tensor, weight: Tensor, count: int, steps: int) -> tuple[Tensor, Tensor]:
     """Which of the points `[b p e]` are medoids `[b count]`, begun at the heaviest, and each point's medoid `[b p]`."""
     apart = torch.cdist(x, x)
-    medoid = weight.argsort(dim=1, descending=True, stable=True)[:, :count]
+    medoid = weight.topk(count, 1).indices
 
     def nearest() -> Tensor:
         rows: Tensor = apart.gather(2, medoid[:, None].expand(-1, x.shape[1], -1))
