@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from claims._merged import SHOWN, merged
+from claims._merged import merged
 from claims._scenes import model, scenes
 from claims.ledger import Claim, run
 from heedful import fit
 from heedful.methods import SelectAndPack
 
-LAYER = 3
+LAYER, SHOWN = 3, 5
 
 
 @torch.no_grad()
