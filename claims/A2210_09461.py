@@ -64,7 +64,7 @@ CLAIM = Claim(
     method="ToMe",
     says="A vision model says nearly the same of an image, and faster, if it merges the most alike tokens untrained.",
     paper_number="twice the throughput of ViT-L and ViT-H off the shelf with 0.2 to 0.3 % less accuracy (abstract)",
-    setup=f"DINOv2-S/14 without training, {SHOWN} pictures a seed, {COUNT} of 257 tokens fewer with each layer. How "
+    setup=f"DINOv2-S/14 without training, {SHOWN} picture a seed, {COUNT} of 257 tokens fewer with each layer. How "
     "near the class token is to the unedited model's, against as many tokens merged, and as many dropped, at random; "
     "the better counts. Details: ToMe whose merged tokens count as one in attention; patches; and the processor's "
     "time, as a share of the unedited model's.",

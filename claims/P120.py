@@ -11,7 +11,7 @@ from claims.ledger import Claim, run
 from heedful import fit
 from heedful.methods import SelectAndPack
 
-LAYER, SHOWN = 3, 5
+LAYER, SHOWN = 3, 3
 
 
 @torch.no_grad()

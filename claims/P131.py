@@ -56,7 +56,7 @@ CLAIM = Claim(
     method="TokenPooling",
     says="Tokens chosen to stand for the others lose less than those that receive the most attention.",
     paper_number="DeiT's accuracy on ImageNet with 42 % fewer operations; better than pruning by scores (abstract)",
-    setup=f"DINOv2-S/14 without training, {SHOWN} pictures a seed; half of the patches are left behind layers 3, 6 "
+    setup=f"DINOv2-S/14 without training, {SHOWN} picture a seed; half of the patches are left behind layers 3, 6 "
     "and 9 each. How near the class token is to the unedited model's, against keeping as many that receive the most. "
     "Details: as many at even steps, or drawn; patches; and the processor's time, as a share of the unedited "
     "model's.",

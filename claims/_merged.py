@@ -14,7 +14,7 @@ from heedful import attach
 from heedful.authoring import Method
 from heedful.core.errors import InactiveWarning
 
-SHOWN = 3  # pictures a seed
+SHOWN = 1  # picture a seed
 
 
 @torch.no_grad()
