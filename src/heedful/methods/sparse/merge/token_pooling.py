@@ -89,7 +89,7 @@ def clustered(x: Tensor, weight: Tensor, count: int, steps: int) -> tuple[Tensor
 
     def nearest() -> Tensor:
         rows: Tensor = apart.gather(2, medoid[:, None].expand(-1, x.shape[1], -1))
-        return rows.scatter(1, medoid[:, None], -1.0).argmin(-1)  # a medoid is its own, whatever lies upon it
+        return rows.scatter(1, medoid[:, None], -torch.inf).argmin(-1)  # a medoid is its own, whatever lies upon it
 
     for _ in range(steps):
         mine = torch.nn.functional.one_hot(nearest(), count).mT.to(x.dtype)  # [b count p]
