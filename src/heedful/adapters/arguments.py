@@ -93,6 +93,9 @@ def understand(bound: Bound, request: Request, held: HeldLayer | None, known: di
 
 def _places(bound: Bound, request: Request, held: HeldLayer | None) -> tuple[Positions, Positions, Mask]:
     q, mask = request.q, request.mask
+    if bound.merges is not None and not bound.cross:
+        left = bound.merges.places
+        return left, left, mask.spec.mask if isinstance(mask, LazyMask) else Mask()
     n, m = q.shape[2], request.k.shape[2]
     if isinstance(mask, LazyMask):
         spec = mask.spec

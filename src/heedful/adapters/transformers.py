@@ -214,6 +214,8 @@ class TransformersAdapter:
         pattern = self._hooks.patterns or bool(request.more.get("output_attentions"))
         # a kernel of the model's own would leave the pattern out without a word
         own = (not pattern or bound.native == "eager") and (held is None or held.whole)
+        if bound.merges is not None:  # the mask that the model has is of all tokens
+            own = own and request.mask is None and bound.merges.even
         if own and left_alone(run, plan):
             run_state.backends[bound.number] = f"the model's own ({bound.native})"
             return native(bound.module, bound.native, mine)

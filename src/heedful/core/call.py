@@ -215,6 +215,14 @@ class Kept:
 
 
 @dataclass(frozen=True, eq=False)
+class Merged:
+    """What an edit of RESIDUAL that merges tokens leaves: fewer of them, and what became of each."""
+
+    stream: Tensor  # [b m e]
+    to: Tensor  # [b n], which of the m each token went into; -1: it is dropped, see `kit.merging`
+
+
+@dataclass(frozen=True, eq=False)
 class CachedKV:
     """What a CACHE edit looks at: the cached keys and values of one layer, newest last."""
 
