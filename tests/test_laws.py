@@ -11,7 +11,7 @@ from torch import Tensor
 
 from heedful import check
 from heedful.conformance import laws, subjects
-from heedful.core.call import Call, Merged
+from heedful.core.call import Call
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.kinds import NOTHING_READ, Decode, HeadWeights, Prompt, Read, Reader, Surgery, Tokens
 from heedful.core.mask import Mask, Rule
@@ -20,7 +20,6 @@ from heedful.core.paper import Paper
 from heedful.core.positions import Pairs
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Mean, Statistic, Sum
-from heedful.kit.merging import averaged, numbered
 from tests.samples import BREAK_LAWS, CountsTiles, FoldsElsewhere
 
 PAPER = Paper("T000", "A test", "A. Tester", 2026, url="https://example.org")
@@ -275,24 +274,6 @@ class Boasts(Scale):
         return {"density": 0.1}
 
 
-class DropsAsInTheFirst(Method):
-    """Drops of each image the patches that are short in the first one."""
-
-    paper = PAPER
-    subjects = ("image",)
-    causal = False
-    chunk_invariant = False
-
-    @at(Site.RESIDUAL, merges=True)
-    def drop(self, stream: Tensor, call: Call) -> Tensor | Merged:
-        if call.layer:
-            return stream
-        group = torch.arange(stream.shape[1]).repeat(len(stream), 1)
-        group[:, 1 + stream[0, 1:].norm(dim=-1).argsort()[:8]] = -1
-        to = numbered(group)
-        return Merged(averaged(stream, to, torch.ones_like(stream[..., 0])), to)
-
-
 class Undocumented(Scale):
     paper = Paper("T000", "A test", "", 2026)
 
@@ -379,7 +360,6 @@ MUTANTS = [
     ("streaming", ByRow(), "logits differ"),
     *BREAK_LAWS,
     ("composes", Proud(), "declares no clash"),
-    ("merges_alone", DropsAsInTheFirst(), "others in its batch move logits"),
     ("declared_numbers", Boasts(), "declares density"),
     ("is_documented", Undocumented(), "lacks title, authors"),
     ("folds_are_equal", FoldsElsewhere(), "in weights, logits differ"),
