@@ -310,6 +310,6 @@ class SdpaAdapter:
             bound.number or 0, len(self._names), bound.name, q.shape[1], k.shape[1], queries, keys,
             q.shape[-1] ** -0.5 if scale is None else float(scale), None, Phase.of(queries),
             self.run.state.denoising, bound.cross, bound.module.training, mask=rules,
-            forward=max(0, self.run.state.now.number), lowest=bound.lowest, batch=len(q),
+            forward=max(0, self.run.state.now.number), lowest=bound.lowest, batch=len(q), sizes=bound.sizes,
         )  # fmt: skip
         return Operands(q, k, v, bias, None, float(given.get("dropout_p") or 0.0)), call
