@@ -408,6 +408,25 @@ def test_layers_that_are_handed_things_of_all_tokens() -> None:
     refuses(model, Sends((SIXTEEN,), 0), inputs, "'attention_mask' .* of 17 tokens, and 9 are left", RefusedModel)
 
 
+def test_a_bias_that_a_layer_makes_for_pairs_of_tokens() -> None:
+    x, bias = tokens(4), torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    match = r"blocks\.1\.attn .* a bias of its own for pairs of tokens, of which 3 are left"
+    model = Plain(attn_mask=bias)
+    with torch.no_grad(), pytest.raises(RefusedModel, match=match), attach(model, Sends(((0, 0, 1, 2),), 0), inputs=x) as run:
+        run(x)
+    with torch.no_grad(), attach(model, replace(Sends(((0, 0, 1, 2),), 0), layer=1), inputs=x) as run:
+        assert run(x).shape == x.shape  # behind the last layer nobody is told of it
+
+
+def test_a_bias_in_the_arguments_of_transformers_attention() -> None:
+    model, inputs = image_model()
+    bias = torch.randn(1, 4, 17, 17, generator=torch.Generator().manual_seed(0))
+    for layer in model.vit.layers:
+        part, own = layer.attention, layer.attention.forward
+        part.forward = lambda x, mask=None, own=own, **more: own(x, bias, **more)
+    refuses(model, Sends((SIXTEEN,), 0), inputs, "a bias of its own for pairs of tokens", RefusedModel)
+
+
 def test_a_mask_of_the_model_s_own() -> None:
     model, x = Plain(), tokens(4)
     with torch.no_grad(), attach(model, Narrow(2) | Sends(((0, 0, 1, 2),), 0), inputs=x) as run:

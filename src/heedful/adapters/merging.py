@@ -47,6 +47,15 @@ def came_to(run: Run, bound: Bound, told: Mapping[str, Any], stream: Tensor | No
     return merges
 
 
+def require_no_table(bound: Bound, *tables: Tensor | None) -> None:
+    """Refuse what a layer makes of itself for pairs of tokens, such as biases of how far apart patches stand."""
+    if bound.merges is not None and not bound.cross and any(table is not None for table in tables):
+        raise RefusedModel(
+            f"{bound.name} ({bound.kind}) has a mask or a bias of its own for pairs of tokens, of which "
+            f"{len(bound.merges.places)} are left; merge none in this model"
+        )
+
+
 def without_grids(roles: Marks) -> Marks:
     """The roles of fewer tokens, which fill no grid any more."""
 

@@ -19,6 +19,7 @@ from heedful.adapters.hooked import Hooked, Standing
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.layers import heads_told, lowest, output_module, served
 from heedful.adapters.layout import Layout, same_rows
+from heedful.adapters.merging import require_no_table
 from heedful.adapters.multi_head import Untouched, through_kernel
 from heedful.adapters.planted import Planted
 from heedful.adapters.torch_masks import halves, joined, places, rules_of
@@ -305,6 +306,7 @@ class SdpaAdapter:
         rules, bias, text = rules_of(None if mask is None else layout.fold(mask), bool(causal), len(q), k.shape[2])
         queries, keys, bound.cross = places(bound, q, k, text, fixed=bool(causal) or appends)
         if bound.merges is not None and not bound.cross:
+            require_no_table(bound, mask)
             queries = keys = bound.merges.places
         call = Call(
             bound.number or 0, len(self._names), bound.name, q.shape[1], k.shape[1], queries, keys,
