@@ -99,6 +99,15 @@ def test_so_many_are_left_to_each_layer() -> None:
 
 
 @torch.no_grad()
+def test_the_class_token_stays_itself_whoever_says_where_patches_are() -> None:
+    model, inputs = image_model()
+    with attach(model, ToMe(8)) as run:
+        want = run(**inputs).logits
+    with attach(model, ToMe(8), roles={"patches": ((1, 17),)}) as run:
+        assert torch.equal(run(**inputs).logits, want)
+
+
+@torch.no_grad()
 def test_one_layer_alone_merges_nothing() -> None:
     model, inputs = image_model(1)
     plain = model(**inputs).logits
