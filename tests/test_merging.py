@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Dinov2Backbone, Dinov2Config
 
-from benchmarks.coverage.library_cases import PICTURES, vit
+from benchmarks.beside_torch import library
+from benchmarks.coverage.library_cases import PICTURES, SMALL, vit
 from heedful import attach, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call, Merged
@@ -406,6 +408,37 @@ def test_layers_that_are_handed_things_of_all_tokens() -> None:
     own = model.vit.layers[2].forward
     model.vit.layers[2].forward = lambda x, *_, **more: own(x, mask)
     refuses(model, Sends((SIXTEEN,), 0), inputs, "'attention_mask' .* of 17 tokens, and 9 are left", RefusedModel)
+
+
+def test_angles_of_the_patches_alone() -> None:
+    model = models.tiny("vit", num_hidden_layers=4, image_size=16)
+    inputs = models.tiny_inputs(model, batch=3)
+    for layer in model.vit.layers:
+        own = layer.attention.forward
+        layer.attention.forward = lambda x, mask=None, position_embeddings=None, own=own, **more: own(x, mask, **more)
+        layer.forward = partial(type(layer).forward, layer, position_embeddings=(torch.ones(16, 8),) * 2)
+    refuses(model, Sends((SIXTEEN,), 0), inputs, "'position_embeddings' for each token", RefusedModel)
+
+
+def test_backbones_that_make_maps_of_inner_streams() -> None:
+    how: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=56)
+    pixels, to = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0)), (SIXTEEN,)
+    inner = Dinov2Backbone(Dinov2Config(**how, out_features=["stage2", "stage4"])).eval()
+    with pytest.raises(RefusedModel, match=r"maps of the streams behind its layers \[2, 4\]"):
+        attach(inner, Sends(to, 1))
+    last = Dinov2Backbone(Dinov2Config(**how, out_features=["stage4"])).eval()
+    with torch.no_grad(), attach(last, Sends(to, 1)) as run:
+        assert run(pixel_values=pixels).feature_maps[0].shape == (2, 32, 4, 4)
+    timm = library("timm").create_model("vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), **SMALL)
+    with pytest.raises(RefusedModel, match=r"maps of the streams behind its layers \[0, 1\]"):
+        attach(timm.eval(), Sends(to, 0), inputs=PICTURES)
+
+
+def test_a_list_that_ends_with_a_layer_of_before() -> None:
+    model, x = Plain(), tokens(4)
+    model.blocks.append(model.blocks[1])
+    with pytest.raises(RefusedModel, match="blocks ends with a layer that it runs before too"):
+        attach(model, Sends(((0, 0, 1, 2),), 0), inputs=x)
 
 
 def test_a_bias_that_a_layer_makes_for_pairs_of_tokens() -> None:
