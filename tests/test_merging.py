@@ -284,6 +284,31 @@ def test_padded_texts() -> None:
         alike(both[1:], run(input_ids=ids[1:]).logits)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_texts_without_padding_are_told_so_by_a_mask(attention: str) -> None:
+    model = models.tiny("bert", num_hidden_layers=3, attn_implementation=attention)
+    ids = models.tiny_inputs(model, length=8)["input_ids"]
+    pair = Sends(((0, 1, 1, 2, 3, 3, 4, 5),), 0)
+    with attach(model, pair, backend="reference") as run:
+        want = run(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    with attach(model, pair) as run:
+        alike(run(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, want)
+
+
+@torch.no_grad()
+def test_rows_that_are_padded_and_then_left_with_unlike_numbers() -> None:
+    model = models.tiny("bert", num_hidden_layers=3)
+    ids = models.tiny_inputs(model, length=8)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    to = ((0, 1, 1, 2, 3, 3, 4, 5), (0, 0, 0, 0, 1, 1, 2, 3))
+    with attach(model, Sends(to, 0)) as run:
+        both = run(input_ids=ids, attention_mask=mask).logits
+    with attach(model, Sends(to[1:], 0)) as run:
+        alike(both[1:], run(input_ids=ids[1:]).logits)
+
+
 @torch.no_grad()
 def test_a_decoder_sees_as_many_as_ever() -> None:
     model = models.tiny("bart")
@@ -374,6 +399,25 @@ def test_gradient_checkpointing(reentrant: bool, to: To) -> None:
         alike(found, want)
 
 
+def test_gradients_reach_what_was_merged_and_then_dropped() -> None:
+    class Drops(SendsTwice):
+        @at(Site.RESIDUAL, merges=True)
+        def send(self, stream: Tensor, call: Call) -> Tensor | Merged:
+            if call.layer != 1:
+                return Sends.send(self, stream, call)
+            return Merged(stream[:, :2], torch.tensor([[0, 1, -1]]).expand(len(stream), -1))
+
+    model, x = Plain(), tokens(4).requires_grad_()
+    model.blocks.append(Plain().blocks[0])
+    with attach(model, Drops(((0, 1, 2, 2),)), inputs=x.detach()) as run:
+        out = run(x)
+        (grad,) = torch.autograd.grad(out[:, 3].sum(), x)
+    first = model.blocks[0](x)
+    left = torch.stack([by_hand(row, (0, 1, 2, 2)) for row in first])
+    want = torch.autograd.grad(model.blocks[1](left)[:, 2].sum(), x)[0]
+    alike(grad, want)
+
+
 def test_gradients_reach_the_tokens_that_were_dropped() -> None:
     model, x = Plain(), tokens(4).requires_grad_()
     with attach(model, Sends(((0, -1, 1, 1),), 0), inputs=x.detach()) as run:
@@ -445,7 +489,11 @@ def test_a_bias_that_a_layer_makes_for_pairs_of_tokens() -> None:
     x, bias = tokens(4), torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     match = r"blocks\.1\.attn .* a bias of its own for pairs of tokens, of which 3 are left"
     model = Plain(attn_mask=bias)
-    with torch.no_grad(), pytest.raises(RefusedModel, match=match), attach(model, Sends(((0, 0, 1, 2),), 0), inputs=x) as run:
+    with (
+        torch.no_grad(),
+        pytest.raises(RefusedModel, match=match),
+        attach(model, Sends(((0, 0, 1, 2),), 0), inputs=x) as run,
+    ):
         run(x)
     with torch.no_grad(), attach(model, replace(Sends(((0, 0, 1, 2),), 0), layer=1), inputs=x) as run:
         assert run(x).shape == x.shape  # behind the last layer nobody is told of it

@@ -152,7 +152,10 @@ def test_it_begins_anew_with_each_pass_of_one_forward(length: int) -> None:
 @torch.no_grad()
 def test_a_decoder_behind_a_merged_encoder_is_refused_in_words() -> None:
     model = models.tiny("bart")
-    with attach(model, ToMe(2)) as run, pytest.raises(SiteError, match="ToMe.*: (the model is causal|tokens are merged where each)"):
+    with (
+        attach(model, ToMe(2)) as run,
+        pytest.raises(SiteError, match=r"ToMe.*: (the model is causal|tokens are merged where each)"),
+    ):
         run(**models.tiny_inputs(model), use_cache=False)
 
 

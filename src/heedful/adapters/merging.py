@@ -40,7 +40,9 @@ def came_to(run: Run, bound: Bound, told: Mapping[str, Any], stream: Tensor | No
     tokens, own = merges.to.shape[1], None if stream is None else stream.shape
     for name, given in told.items():
         if given is not None and name in ANGLES:  # as many as there were patches
-            raise RefusedModel(f"{bound.name} ({bound.kind}) is handed {name!r} for each token; merge none in this model")
+            raise RefusedModel(
+                f"{bound.name} ({bound.kind}) is handed {name!r} for each token; merge none in this model"
+            )
         for x in given if isinstance(given, tuple | list) else (given,):
             plain = isinstance(x, Tensor) and not isinstance(x, LazyMask)
             if plain and x.shape != own and tokens in x.shape:
@@ -74,7 +76,9 @@ def part_behind(hooked: Hooked, run: Run, model: nn.Module, blocks: Mapping[str,
     for home, bound in {name.rpartition(".")[0]: bound for name, bound in blocks.items()}.items():
         *others, last = vars(model.get_submodule(home))["_modules"].values()
         if last in others:
-            raise RefusedModel(f"{home} ends with a layer that it runs before too, behind which merged tokens would part")
+            raise RefusedModel(
+                f"{home} ends with a layer that it runs before too, behind which merged tokens would part"
+            )
         _require_no_maps(model, home, len(others))
         _part(hooked, run, last, bound)
 
