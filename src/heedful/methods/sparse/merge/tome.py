@@ -26,8 +26,8 @@ class ToMe(MergesTokens):
         "ICLR 2023",
         differs=(
             "Tokens are merged behind a layer's feed-forward part; the authors merge before it, so that it has fewer.",
-            "Tokens keep the order of the first that each is made of; the authors put what was merged into behind what was "
-            "not, so that later layers pair others.",
+            "Tokens keep the order of the first that each is made of; the authors put odd ones behind even ones "
+            "that are left, so that later layers pair others.",
             "None are merged behind the last layer, after which nothing is saved.",
             "Behind the last layer each token is there again, as the one that it went into.",
         ),
