@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Dinov2Backbone, Dinov2Config
 
-from benchmarks.coverage.library_cases import PICTURES, vit
+from benchmarks.beside_torch import library
+from benchmarks.coverage.library_cases import PICTURES, SMALL, vit
 from heedful import attach, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call, Merged
@@ -282,6 +284,31 @@ def test_padded_texts() -> None:
         alike(both[1:], run(input_ids=ids[1:]).logits)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_texts_without_padding_are_told_so_by_a_mask(attention: str) -> None:
+    model = models.tiny("bert", num_hidden_layers=3, attn_implementation=attention)
+    ids = models.tiny_inputs(model, length=8)["input_ids"]
+    pair = Sends(((0, 1, 1, 2, 3, 3, 4, 5),), 0)
+    with attach(model, pair, backend="reference") as run:
+        want = run(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    with attach(model, pair) as run:
+        alike(run(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, want)
+
+
+@torch.no_grad()
+def test_rows_that_are_padded_and_then_left_with_unlike_numbers() -> None:
+    model = models.tiny("bert", num_hidden_layers=3)
+    ids = models.tiny_inputs(model, length=8)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    to = ((0, 1, 1, 2, 3, 3, 4, 5), (0, 0, 0, 0, 1, 1, 2, 3))
+    with attach(model, Sends(to, 0)) as run:
+        both = run(input_ids=ids, attention_mask=mask).logits
+    with attach(model, Sends(to[1:], 0)) as run:
+        alike(both[1:], run(input_ids=ids[1:]).logits)
+
+
 @torch.no_grad()
 def test_a_decoder_sees_as_many_as_ever() -> None:
     model = models.tiny("bart")
@@ -372,6 +399,25 @@ def test_gradient_checkpointing(reentrant: bool, to: To) -> None:
         alike(found, want)
 
 
+def test_gradients_reach_what_was_merged_and_then_dropped() -> None:
+    class Drops(SendsTwice):
+        @at(Site.RESIDUAL, merges=True)
+        def send(self, stream: Tensor, call: Call) -> Tensor | Merged:
+            if call.layer != 1:
+                return Sends.send(self, stream, call)
+            return Merged(stream[:, :2], torch.tensor([[0, 1, -1]]).expand(len(stream), -1))
+
+    model, x = Plain(), tokens(4).requires_grad_()
+    model.blocks.append(Plain().blocks[0])
+    with attach(model, Drops(((0, 1, 2, 2),)), inputs=x.detach()) as run:
+        out = run(x)
+        (grad,) = torch.autograd.grad(out[:, 3].sum(), x)
+    first = model.blocks[0](x)
+    left = torch.stack([by_hand(row, (0, 1, 2, 2)) for row in first])
+    want = torch.autograd.grad(model.blocks[1](left)[:, 2].sum(), x)[0]
+    alike(grad, want)
+
+
 def test_gradients_reach_the_tokens_that_were_dropped() -> None:
     model, x = Plain(), tokens(4).requires_grad_()
     with attach(model, Sends(((0, -1, 1, 1),), 0), inputs=x.detach()) as run:
@@ -406,6 +452,60 @@ def test_layers_that_are_handed_things_of_all_tokens() -> None:
     own = model.vit.layers[2].forward
     model.vit.layers[2].forward = lambda x, *_, **more: own(x, mask)
     refuses(model, Sends((SIXTEEN,), 0), inputs, "'attention_mask' .* of 17 tokens, and 9 are left", RefusedModel)
+
+
+def test_angles_of_the_patches_alone() -> None:
+    model = models.tiny("vit", num_hidden_layers=4, image_size=16)
+    inputs = models.tiny_inputs(model, batch=3)
+    for layer in model.vit.layers:
+        own = layer.attention.forward
+        layer.attention.forward = lambda x, mask=None, position_embeddings=None, own=own, **more: own(x, mask, **more)
+        layer.forward = partial(type(layer).forward, layer, position_embeddings=(torch.ones(16, 8),) * 2)
+    refuses(model, Sends((SIXTEEN,), 0), inputs, "'position_embeddings' for each token", RefusedModel)
+
+
+def test_backbones_that_make_maps_of_inner_streams() -> None:
+    how: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=56)
+    pixels, to = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0)), (SIXTEEN,)
+    inner = Dinov2Backbone(Dinov2Config(**how, out_features=["stage2", "stage4"])).eval()
+    with pytest.raises(RefusedModel, match=r"maps of the streams behind its layers \[2, 4\]"):
+        attach(inner, Sends(to, 1))
+    last = Dinov2Backbone(Dinov2Config(**how, out_features=["stage4"])).eval()
+    with torch.no_grad(), attach(last, Sends(to, 1)) as run:
+        assert run(pixel_values=pixels).feature_maps[0].shape == (2, 32, 4, 4)
+    timm = library("timm").create_model("vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), **SMALL)
+    with pytest.raises(RefusedModel, match=r"maps of the streams behind its layers \[0, 1\]"):
+        attach(timm.eval(), Sends(to, 0), inputs=PICTURES)
+
+
+def test_a_list_that_ends_with_a_layer_of_before() -> None:
+    model, x = Plain(), tokens(4)
+    model.blocks.append(model.blocks[1])
+    with pytest.raises(RefusedModel, match="blocks ends with a layer that it runs before too"):
+        attach(model, Sends(((0, 0, 1, 2),), 0), inputs=x)
+
+
+def test_a_bias_that_a_layer_makes_for_pairs_of_tokens() -> None:
+    x, bias = tokens(4), torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    match = r"blocks\.1\.attn .* a bias of its own for pairs of tokens, of which 3 are left"
+    model = Plain(attn_mask=bias)
+    with (
+        torch.no_grad(),
+        pytest.raises(RefusedModel, match=match),
+        attach(model, Sends(((0, 0, 1, 2),), 0), inputs=x) as run,
+    ):
+        run(x)
+    with torch.no_grad(), attach(model, replace(Sends(((0, 0, 1, 2),), 0), layer=1), inputs=x) as run:
+        assert run(x).shape == x.shape  # behind the last layer nobody is told of it
+
+
+def test_a_bias_in_the_arguments_of_transformers_attention() -> None:
+    model, inputs = image_model()
+    bias = torch.randn(1, 4, 17, 17, generator=torch.Generator().manual_seed(0))
+    for layer in model.vit.layers:
+        part, own = layer.attention, layer.attention.forward
+        part.forward = lambda x, mask=None, own=own, **more: own(x, bias, **more)
+    refuses(model, Sends((SIXTEEN,), 0), inputs, "a bias of its own for pairs of tokens", RefusedModel)
 
 
 def test_a_mask_of_the_model_s_own() -> None:
