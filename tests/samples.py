@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from heedful.adapters.carried import shelf_of
-from heedful.core.call import CachedKV, Call, Phase
+from heedful.core.call import CachedKV, Call, Merged, Phase
 from heedful.core.kinds import HeadWeights
 from heedful.core.mask import First, Mask, Window
 from heedful.core.method import Layer, Method
@@ -19,6 +19,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, penalises, reads
 from heedful.core.state import ByIndex
 from heedful.core.stats import Cat, Mean, Sum
+from heedful.kit.merging import averaged, numbered
 from heedful.methods import AttentionEditing
 
 PAPER = Paper("T000", "A test", "Ada Tester, Bo Other", 2026, url="https://example.org")
@@ -216,6 +217,24 @@ class TeachesByMood(AttentionEditing):
         return (found - torch.rand(()) * wanted).square().mean()
 
 
+class DropsAsInTheFirst(Method):
+    """Drops of each image the patches that are short in the first one."""
+
+    paper = PAPER
+    subjects = ("image",)
+    causal = False
+    chunk_invariant = False
+
+    @at(Site.RESIDUAL, merges=True)
+    def drop(self, stream: Tensor, call: Call) -> Tensor | Merged:
+        if call.layer:
+            return stream
+        group = torch.arange(stream.shape[1]).repeat(len(stream), 1)
+        group[:, 1 + stream[0, 1:].norm(dim=-1).argsort()[:8]] = -1
+        to = numbered(group)
+        return Merged(averaged(stream, to, torch.ones_like(stream[..., 0])), to)
+
+
 NAMES: list[int] = []
 TARGET = AttentionEditing.example().target
 BREAK_LAWS = [
@@ -225,6 +244,7 @@ BREAK_LAWS = [
     ("survives_saving", DrawsAnew(), "saved and loaded again, logits differ"),
     ("survives_saving", HoldsATensor(), "cannot be written down"),
     ("survives_saving", Renames(), "lacks"),
+    ("merges_alone", DropsAsInTheFirst(), "others in its batch move logits"),
 ]
 
 

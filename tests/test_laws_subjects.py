@@ -32,6 +32,7 @@ class NearBlind(Method):
 
     paper = PAPER
     subjects = ("image",)
+    every_token = True
     by: float = 1.0
 
     @classmethod

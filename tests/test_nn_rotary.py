@@ -45,6 +45,13 @@ def test_pairs_turn_by_their_angle() -> None:
                 assert abs(got - want) < 1e-5
 
 
+def test_angles_are_told_apart_far_into_a_text_in_half_precision() -> None:
+    given, places = torch.randn(1, 1, 2, 8).bfloat16(), torch.tensor([[[30_001, 30_002]]])
+    found, want = turned(given, places, 10_000.0), turned(given.float(), places, 10_000.0)
+    assert found.dtype == torch.bfloat16
+    assert float((found.float() - want).abs().max()) < 0.05
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_it_is_llama_s(kv_heads: int) -> None:
     module = made(kv_heads=kv_heads, rotary=500.0, bias=False)

@@ -82,3 +82,14 @@ def test_the_block_of_an_attention() -> None:
     assert block_of(llama, "model.layers.1.self_attn") == "model.layers.1"
     assert block_of(t5, "encoder.block.1.layer.0.SelfAttention") == "encoder.block.1"
     assert block_of(torch.nn.Sequential(torch.nn.Linear(2, 2)), "0") is None
+
+
+def test_hidden_states_are_those_after_the_edits_whoever_collected_them_before() -> None:
+    """transformers leaves its own hooks in a model from the first time on that hidden states are asked for."""
+    model = models.tiny("llama")
+    inputs = models.tiny_inputs(model)
+    with torch.no_grad():
+        plain = model(**inputs, output_hidden_states=True).hidden_states
+        with heedful.attach(model, Push(0.5).on(layers=[0])) as run:
+            pushed = run(**inputs, output_hidden_states=True).hidden_states
+    assert torch.equal(pushed[1], plain[1] + 0.5 * torch.linspace(-1, 1, model.config.hidden_size))

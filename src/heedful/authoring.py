@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heedful.core.call import CachedKV, Call, Kept, Phase
+from heedful.core.call import CachedKV, Call, Kept, Merged, Phase
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.figures import Curves, Description, Finding, Grid, HeadMap, Intervals, Listing, Role, Scatter
 from heedful.core.fitted import Fitted
@@ -31,9 +31,9 @@ from heedful.core.summary import Summary, sums
 from heedful.kit.scored_cache import ScoredCache
 
 __all__ = [
-    "CachedKV", "Call", "Cat", "CatalogueEntry", "Causal", "Conversion", "Curves", "Decode",
-    "Description", "FieldError", "Finding", "First", "FitContext", "Fitted", "Grid", "HeadMap", "HeadWeights",
-    "Histogram", "Intervals", "Kept", "Layer", "Listing", "Mask", "Max", "Mean", "Method", "Packed", "Packing", "Paper",
+    "CachedKV", "Call", "Cat", "CatalogueEntry", "Causal", "Conversion", "Curves", "Decode", "Description",
+    "FieldError", "Finding", "First", "FitContext", "Fitted", "Grid", "HeadMap", "HeadWeights", "Histogram",
+    "Intervals", "Kept", "Layer", "Listing", "Mask", "Max", "Mean", "Merged", "Method", "Packed", "Packing", "Paper",
     "Part", "Phase", "Probe", "Prompt", "Read", "Reader", "Readings", "Region", "Reweight", "Role", "Rule", "Scatter",
     "ScoredCache", "Site", "SiteError", "Stack", "Statistic", "Sum", "Summary", "Surgery", "Tokens", "TopK",
     "Vocabulary", "Weights", "Where", "Window", "at", "penalises", "reads", "reweights", "sums",

@@ -23,6 +23,7 @@ from heedful.adapters.lazymask import LazyMask, chosen_pairs, lazy_additive_mask
 from heedful.adapters.taking import Taking
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, NotEntered, RefusedModel
+from heedful.engine.merging import Merges
 
 if TYPE_CHECKING:
     from heedful.adapters.spread import Spread
@@ -91,6 +92,7 @@ class Bound:
     cache: Cache | None = None
     other: Tensor | None = None  # the sequence that it was handed beside its own
     joint: tuple[int, int] | None = None  # lengths of both sequences, in the order in which it attends to both at once
+    merges: Merges | None = None  # what has become of its tokens in the layers before it
     cross: bool = False
     called: bool = False
     spared: frozenset[str] = frozenset()  # what nobody reads of this call's projections: q, k, v, o
@@ -102,6 +104,11 @@ class Bound:
     @property
     def kind(self) -> str:
         return type(self.module).__name__
+
+    @property
+    def sizes(self) -> Tensor | None:
+        """How many tokens each of its own is made of; None where none were merged, or keys are another sequence's."""
+        return None if self.merges is None or self.cross else self.merges.sizes
 
 
 # the modules of attached models, each with its Bound or what serves it otherwise; weak on both sides, since these lead

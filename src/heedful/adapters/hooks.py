@@ -20,6 +20,7 @@ from heedful.adapters.hooked import Hooked
 from heedful.adapters.kvcache import hold, seen, serve
 from heedful.adapters.layers import block_of, output_module, projections, within
 from heedful.adapters.lazymask import LazyMask
+from heedful.adapters.merging import came_to, part_behind, require_parted, without_grids
 from heedful.adapters.replacing import NOTHING, ROTATED, UNROTATED, Spared, shares_keys, takes_up, unrotated
 from heedful.adapters.taking import other_of, put, stream_of, tokens_of
 from heedful.core.call import Call, Phase
@@ -141,6 +142,8 @@ class Hooks:
             self._thread = None
             if output is None:
                 self.run.state.fail_forward()
+        if not self._inside and output is not None:
+            require_parted(self.run)
         if self._inside or not self.run.state.losses or by_name(model, args, kwargs).get("labels") is None:
             return None
         if isinstance(output, tuple):
@@ -155,10 +158,10 @@ class Hooks:
 
     def roles(self, bound: Bound, tokens: int) -> Marks:
         """The run's roles, and what the tokens are of the image that a layer attends over."""
-        image = _around(bound.name, self._images)
-        if image is None or "patches" in self.run.roles:
-            return self.run.roles
-        return {**regions(*image, tokens), **self.run.roles}
+        image, roles, merges = _around(bound.name, self._images), self.run.roles, bound.merges
+        if image is not None and "patches" not in roles:
+            roles = {**regions(*image, tokens if merges is None else merges.to.shape[1]), **roles}
+        return roles if merges is None else without_grids(roles)
 
     def ids(self, bound: Bound, rows: int, tokens: int) -> Tensor | None:
         """The tokens `[b n]` that a layer's queries are of, if the model around it was given just these."""
@@ -175,7 +178,7 @@ class Hooks:
             return self._enter(bound, args, kwargs)
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
-            bound.hidden = bound.other = bound.cache = bound.rotary = bound.joint = None
+            bound.hidden = bound.other = bound.cache = bound.rotary = bound.joint = bound.merges = None
             if not self.run.stack.touches(Site.BLOCK, Site.OUTPUT, Site.RESIDUAL):
                 bound.call = None  # it holds the hidden states
             if not bound.called:
@@ -196,6 +199,7 @@ class Hooks:
         bound.cache = _cache_among(args, kwargs)
         bound.other = other_of(told, hidden)
         bound.cross = bound.other is not None
+        bound.merges = came_to(self.run, bound, told, hidden)
         if bound.number is None:
             return None
         self._stand_around(bound.name)
@@ -266,7 +270,9 @@ class Hooks:
     def _outline(self, bound: Bound, hidden: Tensor, mask: Any, cache: Cache | None, cross: bool = False) -> Call:
         """What can be known of a call before its queries are."""
         n = hidden.shape[1]
-        if isinstance(mask, LazyMask):
+        if bound.merges is not None and not cross:
+            queries = keys = bound.merges.places
+        elif isinstance(mask, LazyMask):
             queries, keys = mask.spec.queries, mask.spec.keys
         else:
             start = 0 if cross else seen(cache, getattr(bound.module, "layer_idx", None))
@@ -279,6 +285,7 @@ class Hooks:
             denoising=self.run.state.denoising, cross=cross, training=bound.module.training,
             ids=self.ids(bound, len(hidden), n), roles=self.roles(bound, len(keys)), hidden=hidden,
             forward=self.run.state.now.number, lowest=bound.lowest, batch=len(hidden),
+            sizes=bound.sizes,
         )  # fmt: skip
 
     # the layers of one list
@@ -351,6 +358,8 @@ class Hooks:
             if name is None:
                 raise RefusedModel(f"a RESIDUAL edit cannot act in {bound.name}: it stands in no list of layers")
             blocks[name] = bound
+        if self.run.stack.merges:
+            part_behind(self._hooked, self.run, model, blocks)
         for name, bound in blocks.items():
             self._after_block(model, name, bound)
 
@@ -361,7 +370,7 @@ class Hooks:
                 return None
             return self._acted(Site.RESIDUAL, bound, name, call, output)
 
-        self._hooked.after(model.get_submodule(name), after)
+        self._hooked.after(model.get_submodule(name), after, prepend=True)  # before what collects hidden states
 
     # what leaves one of them
 
@@ -378,5 +387,9 @@ class Hooks:
             new = replaced(steps[0], job, call, new)
         new = stage(site, new, job, call)
         self.run.state.close_call(job.plan, call)
-        new = turned(new.reshape(rows.shape))
+        if new.shape[1] == n:
+            new = new.reshape(rows.shape)
+        elif rows.ndim != 3 or rows.shape[1] != n:
+            raise RefusedModel(f"{name} gives its tokens in other rows than it attends in, so that none can be merged")
+        new = turned(new)
         return (new, *output[1:]) if isinstance(output, tuple) else new

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from heedful.adapters.standing import Standing
+from heedful.adapters.hooked import Standing
 from heedful.core.errors import FieldError, ModelError
 from heedful.core.files import placed, writing
 from heedful.core.fitted import Fitted

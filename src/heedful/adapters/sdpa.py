@@ -15,13 +15,13 @@ from heedful.adapters.answering import Operands, computed, left_alone, no_heads,
 from heedful.adapters.bound import Bound, let_go, require_free, take
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
-from heedful.adapters.hooked import Hooked
+from heedful.adapters.hooked import Hooked, Standing
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.layers import heads_told, lowest, output_module, served
 from heedful.adapters.layout import Layout, same_rows
+from heedful.adapters.merging import require_no_table
 from heedful.adapters.multi_head import Untouched, through_kernel
 from heedful.adapters.planted import Planted
-from heedful.adapters.standing import Standing
 from heedful.adapters.torch_masks import halves, joined, places, rules_of
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError, NotEntered, RefusedModel
@@ -287,7 +287,7 @@ class SdpaAdapter:
         if (seen := replaced_whole(run, plan, call, operands)) is not None:
             bound.call = seen
             return layout.unfold(no_heads(q, v).transpose(1, 2)), None
-        if left_alone(run, plan):
+        if (bound.merges is None or bound.merges.even) and left_alone(run, plan):
             run.state.backends[number] = f"the model's own ({NATIVE})"
             return own(), None
         self._answering = True  # the kernels call torch's attention too, and a module around this one may be served
@@ -305,10 +305,13 @@ class SdpaAdapter:
         causal, mask, scale = (given.get(name) for name in ("is_causal", "attn_mask", "scale"))
         rules, bias, text = rules_of(None if mask is None else layout.fold(mask), bool(causal), len(q), k.shape[2])
         queries, keys, bound.cross = places(bound, q, k, text, fixed=bool(causal) or appends)
+        if bound.merges is not None and not bound.cross:
+            require_no_table(bound, mask)
+            queries = keys = bound.merges.places
         call = Call(
             bound.number or 0, len(self._names), bound.name, q.shape[1], k.shape[1], queries, keys,
             q.shape[-1] ** -0.5 if scale is None else float(scale), None, Phase.of(queries),
             self.run.state.denoising, bound.cross, bound.module.training, mask=rules,
-            forward=max(0, self.run.state.now.number), lowest=bound.lowest, batch=len(q),
+            forward=max(0, self.run.state.now.number), lowest=bound.lowest, batch=len(q), sizes=bound.sizes,
         )  # fmt: skip
         return Operands(q, k, v, bias, None, float(given.get("dropout_p") or 0.0)), call

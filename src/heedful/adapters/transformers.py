@@ -205,7 +205,7 @@ class TransformersAdapter:
             given.softcap, phase, run_state.denoising, bound.cross, bound.module.training,
             self._hooks.ids(bound, len(q), q.shape[2]), self._hooks.roles(bound, len(given.keys)),
             rows_of(bound.hidden, q), rotation(bound), given.mask, max(0, run_state.now.number),
-            lowest=bound.lowest, batch=len(q),
+            lowest=bound.lowest, batch=len(q), sizes=bound.sizes,
         )  # fmt: skip
         plan = plan_of(run, call)
         if (seen := replaced_whole(run, plan, call, Operands(q, k, v))) is not None:
@@ -214,6 +214,8 @@ class TransformersAdapter:
         pattern = self._hooks.patterns or bool(request.more.get("output_attentions"))
         # a kernel of the model's own would leave the pattern out without a word
         own = (not pattern or bound.native == "eager") and (held is None or held.whole)
+        if bound.merges is not None:  # the mask that the model has is of all tokens
+            own = own and request.mask is None and bound.merges.even
         if own and left_alone(run, plan):
             run_state.backends[bound.number] = f"the model's own ({bound.native})"
             return native(bound.module, bound.native, mine)

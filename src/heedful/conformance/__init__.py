@@ -17,7 +17,7 @@ __all__ = ["LAWS", "Law", "Report", "Verdict", "check", "laws"]
 
 def laws() -> dict[str, Law]:
     """Every law by name."""
-    from heedful.conformance import call_laws, fold_laws, model_laws, saving_laws, step_laws, text_laws  # noqa: F401 - importing registers their laws
+    from heedful.conformance import call_laws, fold_laws, merging_laws, model_laws, saving_laws, step_laws, text_laws  # noqa: F401 - importing registers their laws
 
     return dict(LAWS)
 

@@ -50,6 +50,7 @@ class Method(CatalogueEntry, abstract=True):
     causal: ClassVar[bool] = True  # later tokens never change what earlier ones get, if the model is causal
     chunk_invariant: ClassVar[bool] = True  # what a token gets does not depend on how the text was cut into calls
     subjects: ClassVar[tuple[str, ...]] = ("text",)  # what it is for: "text", "image", "encoder-decoder", "cross"
+    every_token: ClassVar[bool] = False  # it wants all tokens in their places, as the patches of an image in rows
     forbids: ClassVar[dict[str, str]] = {}  # class, or site that it changes -> why the two cannot act together
 
     def __init_subclass__(cls, abstract: bool = False) -> None:
@@ -70,6 +71,9 @@ class Method(CatalogueEntry, abstract=True):
             for word, name in (("when", edit.when), ("first", edit.first)):
                 if name and name not in names:
                     raise DefinitionError(f"{cls.__name__}.{edit.name}: {word}={name!r} names no field of the class")
+        if any(edit.merges for edit in cls.edits) and (cls.causal or cls.chunk_invariant):
+            rule = "merges tokens, and so looks at all of them: set `causal` and `chunk_invariant` to False"
+            raise DefinitionError(f"{cls.__name__} {rule}")
         kinds = [(e.site, e.reads, e.loss, e.when, e.training) for e in cls.edits]
         if len(set(kinds)) < len(kinds):
             raise DefinitionError(f"{cls.__name__} marks one site twice: join the functions into one")
@@ -260,9 +264,19 @@ def _overlap(a: Part, b: Part) -> bool:
 
 def clash(a: Part, b: Part) -> str | None:
     """Why two parts cannot act together, or None."""
+    one, two = method_of(a), method_of(b)
+    for x, y in ((one, two), (two, one)):
+        if not any(e.merges for e in x.edits):
+            continue  # what one does in some layer is felt in all behind it
+        if any(e.merges for e in y.edits):
+            return "both merge tokens, and each counts those that it knows"
+        if any(e.reads for e in y.edits):
+            name = type(x).__name__
+            return f"{name} merges tokens, so that what {type(y).__name__} reads would be of several at once"
+        if y.every_token:
+            return f"{type(x).__name__} merges tokens, and {type(y).__name__} wants them all, in their places"
     if not _overlap(a, b):
         return None
-    one, two = method_of(a), method_of(b)
     for x, y in ((one, two), (two, one)):
         changed = [e.site.name for e in y.edits if not e.reads]
         for name in (*(base.__name__ for base in type(y).__mro__), *changed):
@@ -328,6 +342,11 @@ class Stack:
                     continue
             found += [Step(number, part, edit) for edit in method_of(part).edits]
         return tuple(sorted(found, key=lambda s: (s.edit.site.order, s.number)))
+
+    @cached_property
+    def merges(self) -> bool:
+        """Whether some part may leave later layers fewer tokens."""
+        return any(step.edit.merges for step in self.steps())
 
     @cached_property
     def _sites(self) -> frozenset[Site]:

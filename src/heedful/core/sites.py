@@ -63,6 +63,7 @@ class Edit(NamedTuple):
     first: str = ""  # the field that says how many of a call's first rows it reads
     before_rotary: bool = False  # it asks for queries and keys as they are before the rotary embedding
     training: bool | None = None  # True: there is such a step in modules that train alone; False: in those at rest
+    merges: bool = False  # it may leave fewer tokens than there were
 
 
 def _marking(edit: Edit) -> Callable[[F], F]:
@@ -73,17 +74,24 @@ def _marking(edit: Edit) -> Callable[[F], F]:
     return mark
 
 
-def at(site: Site, when: str = "", *, before_rotary: bool = False, training: bool | None = None) -> Callable[[F], F]:
+def at(
+    site: Site, when: str = "", *, before_rotary: bool = False, training: bool | None = None, merges: bool = False
+) -> Callable[[F], F]:
     """Mark a method's function as the edit of a site: it takes the site's value and returns the new one.
 
     `when` names a field of the method: where that is false, 0 or None there is no such step, and no backend is blocked.
     `before_rotary` is for methods with positions of their own: a MIX is handed queries and keys that the model has not
     rotated, a BLOCK finds them, and the values, in its call. The layer's QUERY, KEY and cache hold them so too.
     `training` is for what is done while a module trains alone (True), or at rest alone (False).
+    `merges` is for a RESIDUAL that leaves fewer tokens to the layers behind it, by returning a `Merged`.
     """
     if before_rotary and site not in (Site.MIX, Site.BLOCK):
         raise DefinitionError(f"@at({site}, before_rotary=True): only MIX and BLOCK replace all that reads positions")
-    return _marking(Edit(site, "", reads=False, when=when, before_rotary=before_rotary, training=training))
+    if merges and site is not Site.RESIDUAL:
+        raise DefinitionError(f"@at({site}, merges=True): tokens are merged in the stream between layers, at RESIDUAL")
+    return _marking(
+        Edit(site, "", reads=False, when=when, before_rotary=before_rotary, training=training, merges=merges)
+    )
 
 
 def reads(site: Site, when: str = "", first: str = "") -> Callable[[F], F]:

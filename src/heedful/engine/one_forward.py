@@ -13,6 +13,7 @@ from torch import Tensor
 from heedful.core.positions import Positions
 from heedful.core.state import Shelf
 from heedful.core.stats import Statistic
+from heedful.engine.merging import Merges
 
 Found = tuple[int, str, int]  # part, reading function, layer
 
@@ -46,6 +47,7 @@ class Forward:
     losses: dict[Found, Tensor] = field(default_factory=dict)  # what steps penalised
     ids: dict[str, Tensor | None] = field(default_factory=dict)  # tokens given to the models in it, by name
     queries: dict[str, Positions] = field(default_factory=dict)  # where the tokens of each list of layers stand
+    merges: dict[int, Merges] = field(default_factory=dict)  # of lists of layers, by the number of their first
     shelves: dict[int, Shelf] = field(default_factory=dict)  # what methods keep with the cache of the call, by layer
     open: dict[Found, Statistic] = field(default_factory=dict)  # what the tiles of calls under way add up to
     counted: dict[Found, Statistic] = field(default_factory=dict)  # the statistics as they were before
@@ -64,3 +66,4 @@ class Memory(NamedTuple):
     forward: dict[int, dict[str, Any]]
     run: dict[tuple[int, int], dict[str, Any]]
     ids: dict[str, Tensor | None]
+    merges: dict[int, Merges]

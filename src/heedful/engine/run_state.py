@@ -23,6 +23,7 @@ from heedful.core.state import Key, Notes, Shelf, State
 from heedful.core.stats import Statistic
 from heedful.core.values import replace
 from heedful.engine.learned import planted_name
+from heedful.engine.merging import Merges
 from heedful.engine.needs import Needs, apart
 from heedful.engine.one_forward import Forward, Found, Memory
 from heedful.engine.transformed import plain, summed
@@ -201,16 +202,23 @@ class RunState:
         if not self.now.again:
             self.statistics, self._of_run = self.now.counted, self.now.noted
         self.now.open.clear()
+        self.now.merges.clear()
 
     def memory(self) -> Memory:
         """What methods remember now, for whatever computes this again."""
-        return Memory(self.now.number, _copied(self.now.memory), _copied(self._of_run), dict(self.now.ids))
+        now = self.now
+        return Memory(now.number, _copied(now.memory), _copied(self._of_run), dict(now.ids), dict(now.merges))
 
     @contextmanager
     def computing_again(self, memory: Memory) -> Iterator[None]:
         """A `with` in which methods remember what they did when it was computed first, and readers count nothing."""
         before = self.now, self._of_run
-        self.now = Forward(memory.number, again=True, memory=_copied(memory.forward), ids=dict(memory.ids))
+        kept: dict[str, Any] = {
+            "memory": _copied(memory.forward),
+            "ids": dict(memory.ids),
+            "merges": dict(memory.merges),
+        }
+        self.now = Forward(memory.number, again=True, **kept)
         self._of_run = _copied(memory.run)
         try:
             yield
@@ -293,6 +301,12 @@ class RunState:
         size = len(call.queries) * len(call.keys)
         if have is None or size >= len(have.queries) * len(have.keys):
             self.calls[call.layer] = call.places
+
+    def merge(self, step: Step, call: Call, merges: Merges) -> None:
+        """Keep what has become of the tokens of a list of layers, for those behind this one."""
+        self.offered[step] += 1
+        self.changed.add(step)
+        self.now.merges[call.lowest] = merges
 
     def look_for_nan(self, layer: int, x: Tensor) -> None:
         if not x.numel():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from heedful.core.call import CachedKV, Call, Kept
+from heedful.core.call import CachedKV, Call, Kept, Merged
 from heedful.core.errors import SiteError
 from heedful.core.mask import Causal, Mask
 from heedful.core.method import Step
@@ -21,6 +21,7 @@ from heedful.core.sites import Site
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.core.values import replace
 from heedful.engine.attention_call import AttentionCall
+from heedful.engine.merging import merge
 
 
 def _kv_heads(heads: tuple[int, ...], call: Call, step: Step) -> list[int]:
@@ -87,6 +88,12 @@ def staged(site: Site, x: Any, job: AttentionCall, call: Call) -> tuple[Any, Cal
             if step not in job.run_state.changed and redraws(replace(call, mask=redrawn), x):
                 job.run_state.changed.add(step)
             x = redrawn
+            continue
+        if isinstance(new, Merged):
+            merges = merge(step, x, new, call, job.run_state.now.merges.get(call.lowest))
+            job.run_state.merge(step, call, merges)
+            x, places = new.stream.to(x.dtype), merges.places
+            call = replace(call, queries=places, keys=places, sizes=merges.sizes, ids=None, hidden=None, rotate=None)
             continue
         if not isinstance(new, Tensor) or new.shape != x.shape:
             got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__

@@ -27,6 +27,7 @@ class PickedPatches(Method, abstract=True):
     """
 
     subjects = ("image",)
+    every_token = True
     causal = False  # the whole image is looked at before it is chosen from
     chunk_invariant = False
     layer: int = 22  # of the encoder, where patches are chosen; LLaVA's: the last but one of 24

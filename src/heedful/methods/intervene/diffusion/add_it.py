@@ -38,6 +38,7 @@ class AddIt(Method):
             "its prompt's too, and `role` names the scene's tokens that are its image's.",
             "A scale of None balances each call, all heads and queries as one, by halving the range; the authors "
             "balance over a few pictures beforehand, and give everybody the 1.05 that they find.",
+            "A third of thirty steps is ten; the authors' test takes an eleventh along.",
             "Starting from the scene under noise and putting its background back late, which are done to latents and "
             "not to attention, are left to whoever denoises.",
         ),

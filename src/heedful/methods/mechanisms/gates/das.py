@@ -31,6 +31,7 @@ class DAS(Method):
         ),
     )
     subjects = ("image",)
+    every_token = True
     share: float = 0.2  # of the channels that the gate is told by; the paper: 0.2
     kernel: int = 3  # patches along a side of the convolutions; others' code: 3
 

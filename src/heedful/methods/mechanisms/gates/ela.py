@@ -30,6 +30,7 @@ class ELA(Method):
         ),
     )
     subjects = ("image",)
+    every_token = True
     kernel: int = 7  # patches that it reaches along an axis; the paper: 5 or 7
     groups: int = 16  # of channels that are normed together; the paper: 16 or 32
     together: int = 1  # channels that are convolved together; the paper: 1 or 8

@@ -31,6 +31,7 @@ class PolarizedSelfAttention(Method):
         ),
     )
     subjects = ("image",)
+    every_token = True
     sequential: bool = False  # channels, and then patches of what came of it; else the sum of both
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ class FFNifiedAttention(Method):
         ),
     )
     subjects = ("image",)
+    every_token = True
     kernel: int = 7  # patches along a side of each kernel; the authors: 7, and 3 where images are large
 
     def __post_init__(self) -> None:

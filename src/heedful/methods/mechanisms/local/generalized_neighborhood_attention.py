@@ -30,6 +30,7 @@ class GeneralizedNeighborhoodAttention(Method):
         ),
     )
     subjects = ("image",)
+    every_token = True
     size: tuple[int, ...] = (16, 16)  # patches along each axis of the window; the paper varies it by model
     stride: tuple[int, ...] = (1, 1)  # patches along each axis that share a window; 1: NAT's, `size`: blocks
     dilation: tuple[int, ...] = (1, 1)  # patches from one of the window to the next; 1 in the paper's runs

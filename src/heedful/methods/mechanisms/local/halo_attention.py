@@ -33,6 +33,7 @@ class HaloAttention(Method):
         ),
     )
     subjects = ("image",)
+    every_token = True
     block: int = 8  # patches along a side of a block; the paper: 8
     halo: int = 3  # patches around it that are seen too; the paper: 3
 

@@ -30,6 +30,7 @@ class LKCA(Method):
         ),
     )
     subjects = ("image",)
+    every_token = True
     size: int = 11  # patches along a side of the kernel
 
     def __post_init__(self) -> None:

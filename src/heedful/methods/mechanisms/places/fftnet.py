@@ -32,6 +32,7 @@ class FFTNet(Method):
         ),
     )
     subjects = ("image",)
+    every_token = True
     tokens: int = 197  # of every image, a class token counted; that of ViT-B/16
     heads: int | None = None  # slices of channels with a filter each; None: the layer's heads
 

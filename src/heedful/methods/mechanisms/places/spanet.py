@@ -35,6 +35,7 @@ class SPANet(Method):
         ),
     )
     subjects = ("image",)
+    every_token = True
     balances: tuple[float, ...] = (0.7, 0.8, 0.9)  # weight of low frequencies, part by part of the channels; the paper
     radius: float = 2.0  # waves across the image below which a frequency is low; the paper: 2, in later stages 1
     kernel: int = 7  # patches along each of the two convolutions; the authors' code: 7

@@ -35,6 +35,7 @@ class BoQ(Method):
         ),
     )
     subjects = ("image",)
+    every_token = True
     queries: int = 64  # in each bag; the paper: 64
     blocks: int = 2  # L, each with a bag; the paper: 2
 

@@ -31,6 +31,7 @@ class Combiner(Method):
         ),
     )
     subjects = ("text", "image")
+    every_token = True
     size: int = 64  # tokens of a block; the square root of a text's length costs least
 
     def __post_init__(self) -> None:

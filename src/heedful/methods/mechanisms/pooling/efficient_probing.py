@@ -35,6 +35,7 @@ class EfficientProbing(Method):
         ),
     )
     subjects = ("image",)
+    every_token = True
     queries: int = 32  # learned queries; the authors: 32 and others
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ class LearnedAggregation(Method):
         ),
     )
     subjects = ("image",)
+    every_token = True
     inner: float = 3.0  # width of the feed-forward part, times that of tokens; the authors: 3
     scale: float = 1e-4  # of what is added, before training; the authors: 1e-4, in deep or wide models 1e-6
 

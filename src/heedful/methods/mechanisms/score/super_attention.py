@@ -26,6 +26,7 @@ class SuperAttention(Method):
         ),
     )
     subjects = ("image",)
+    every_token = True
     tokens: int = 197  # L, of every image, a class token counted; that of ViT-B/16
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ class RadialAttention(Method):
         ),
     )
     subjects = ("image",)
+    every_token = True
     block: int = 128  # tokens: no band is thinner; the authors: 128
     decay: float = 1.0  # factor on the width of bands of frames 2 and more apart; the authors' function: 1
     beside: float = 1.0  # width of the band between neighbouring frames, in frames; HunyuanVideo: 1, Wan: 0.5

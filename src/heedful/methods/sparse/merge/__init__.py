@@ -1,0 +1,1 @@
+"""Fewer tokens in an encoder's later layers."""

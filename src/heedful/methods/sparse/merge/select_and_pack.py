@@ -1,0 +1,146 @@
+"""sigmoid(w . x_i + c) below 1/2: patch i is left out of later layers; w and c learn which patches are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from heedful.core.call import Call, Merged
+from heedful.core.errors import FieldError
+from heedful.core.fitted import Fitted
+from heedful.core.method import FitContext, Method
+from heedful.core.paper import Paper
+from heedful.core.sites import Site, at, reads
+from heedful.core.stats import Cat
+from heedful.kit.merging import MergesTokens, is_fixed, kept
+
+
+class SelectAndPack(MergesTokens):
+    """Leaves later layers the patches that a gate, fitted to labelled ones, selects: of each image as many as it takes.
+
+    `fit(method, model, batches)` wants beside an image's pixels `selected` `[b patches]`, which patches are wanted, as
+    those that a box covers.
+    """
+
+    paper = Paper(
+        "P120",
+        "Context-Aware Token Selection and Packing for Enhanced Vision Transformer",
+        "Tianyi Zhang, Baoxin Li, Jae-sun Seo, Yu Cao",
+        2024,
+        "2410.23608",
+        "",
+        differs=(
+            "The authors' abstract and a summary were at hand.",
+            "A gate is fitted beside a model as it is; the authors train both at once, with labels at several scales.",
+            "Rows are as long as the longest selection of the batch, with empty places that nobody sees; the authors "
+            "pack the patches of several images into one container.",
+            "What is not selected stands still until the last layer is through; theirs goes on in other ways.",
+        ),
+    )
+    layer: int = 3  # behind which patches are left out
+    least: float = 0.5  # of the gate, for a patch that stays
+    gate: Fitted | None = None  # weight [e], mean [e], deviation [e] and bias [1], from a fit
+    seed: int | None = None  # without a fit: a random gate
+
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise FieldError(self, "layer", self.layer, "must be the number of a layer, from 0 up", 3)
+        if not 0 <= self.least < 1:
+            raise FieldError(self, "least", self.least, "must be 0 or more, and below 1", 0.5)
+
+    @classmethod
+    def neutral(cls) -> SelectAndPack:
+        return cls(0, 0.0)
+
+    @classmethod
+    def example(cls) -> SelectAndPack:
+        return cls(0, seed=0)
+
+    def idle(self, call: Call) -> bool:
+        return self.least == 0 or call.layer != self.layer
+
+    @at(Site.RESIDUAL, merges=True)
+    def select(self, stream: Tensor, call: Call) -> Merged:
+        fixed = is_fixed(call).expand(len(stream), -1).clone()
+        fixed[:, 0] = True  # of a row that nothing is selected of, something is left
+        return kept(stream, (self.gated(stream) >= self.least) | fixed)
+
+    def gated(self, stream: Tensor) -> Tensor:
+        """How sure the gate is of each token, `[b n]`."""
+        if self.gate is None:
+            if self.seed is None:
+                rule = "must be fitted with heedful.fit(), or seed be given"
+                raise FieldError(self, "gate", None, rule, "heedful.fit(SelectAndPack(), model, batches)")
+            weight = torch.randn(stream.shape[-1], generator=torch.Generator().manual_seed(self.seed)).to(stream)
+            return (stream @ weight).sigmoid()
+        weight, mean, deviation, bias = (self.gate[n].to(stream) for n in ("weight", "mean", "deviation", "bias"))
+        if weight.shape != stream.shape[-1:]:
+            rule = f"was fitted to another model; this one's stream has {stream.shape[-1]} numbers"
+            raise FieldError(self, "gate", self.gate, rule, "a fit to this model")
+        return ((stream - mean) / deviation @ weight + bias).sigmoid()
+
+    def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> SelectAndPack:
+        """Logistic regression of the labels on what the stream holds of each patch."""
+        x, labels = [], []
+        for batch in batches:
+            given = {name: value for name, value in batch.items() if name != "selected"}
+            part = _Patches(self.layer)
+            with torch.no_grad(), context.attach(part) as run:
+                run(**given)
+                x.append(torch.cat([*run[part].values_by_layer[0]]))
+            labels.append(torch.as_tensor(batch["selected"]).to(x[-1]))
+            if labels[-1].shape != x[-1].shape[:2]:
+                rule = f"must say of {list(x[-1].shape[:2])} patches whether each is selected"
+                raise FieldError(self, "batches", tuple(labels[-1].shape), rule, [{"selected": "[b patches], bool"}])
+        if not x or len(torch.cat([y.flatten() for y in labels]).unique()) < 2:
+            raise FieldError(self, "batches", len(x), "must hold patches of both labels", [{"selected": "[b p]"}])
+        points = torch.cat([each.flatten(0, 1) for each in x])
+        return replace(self, gate=Fitted(_regression(points, torch.cat([y.flatten() for y in labels]))))
+
+
+class _Patches(Method):
+    """What the stream holds of each patch behind one layer."""
+
+    layer: int
+
+    def idle(self, call: Call) -> bool:
+        return call.layer != self.layer
+
+    @reads(Site.RESIDUAL)
+    def keep(self, stream: Tensor, call: Call) -> Cat:
+        ((start, stop),) = call.region("patches")
+        return Cat.of(f"{call.forward}", stream[:, start:stop])
+
+
+def _regression(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Weights `[e]` under an L2 penalty of one half, for numbers that are brought to mean 0 and deviation 1."""
+    mean, deviation = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+    z, weight, bias = (x - mean) / deviation, x.new_zeros(x.shape[1], requires_grad=True), x.new_zeros(1)
+    bias.requires_grad_()
+    search = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        search.zero_grad()
+        out = binary_cross_entropy_with_logits(z @ weight + bias, y, reduction="sum") + weight.square().sum() / 2
+        out.backward()
+        return out
+
+    with torch.enable_grad():
+        search.step(loss)
+    return {"weight": weight.detach(), "bias": bias.detach(), "mean": mean, "deviation": deviation}
+
+
+if __name__ == "__main__":
+    from heedful import attach, fit, models
+
+    model = models.tiny("vit", image_size=32)
+    inputs = models.tiny_inputs(model)
+    wanted = torch.rand(2, 64, generator=torch.Generator().manual_seed(0)) < 0.4
+    fitted = fit(SelectAndPack(layer=0), model, [{**inputs, "selected": wanted}])
+    with attach(model, fitted) as run:
+        print(run.difference(**inputs))
