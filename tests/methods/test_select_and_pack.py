@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from heedful import attach, fit, models
+from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.fitted import Fitted
+from heedful.core.regions import Region
 from heedful.methods import SelectAndPack
 
 
@@ -95,6 +98,15 @@ def test_without_a_class_token_the_first_one_stays() -> None:
         run(**inputs)
     hook.remove()
     assert counts == [1]
+
+
+@pytest.mark.parametrize(("patches", "stay"), [((2, 6), {0, 1, 6, 7}), ((0, 8), {0})])
+def test_what_is_no_patch_stays_and_of_patches_alone_the_first(patches: tuple[int, int], stay: set[int]) -> None:
+    none = SelectAndPack(0, 0.5, Fitted(gate(4) | {"bias": torch.tensor([-1e6])}))
+    call = replace(Bare(Shape(q=8, k=8), rules=()).call, roles={"patches": Region((patches,))})
+    found = none.select(torch.randn(2, 8, 4), call)
+    assert found.stream.shape[1] == len(stay)
+    assert [{i for i in range(8) if row[i] >= 0} for row in found.to] == [stay, stay]
 
 
 @torch.no_grad()

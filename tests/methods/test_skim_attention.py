@@ -82,6 +82,7 @@ def test_where_a_mask_hides_keys_and_behind_padding() -> None:
     padded.call = replace(padded.call, roles={"patches": PAGE})
     found = padded.run(SkimAttention(10), "reference", params=params())[0]
     short = Region(((2, 12), (13, 18)), (3, 5))
+    assert not bool(found[1, :, :4].any())
     assert close(found[1, :, 4:], by_hand(params(), padded.v[1, :, 4:], short, lambda i, j: j <= i))
 
 
