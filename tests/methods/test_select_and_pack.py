@@ -145,6 +145,15 @@ def test_the_gate_is_a_regression() -> None:
     assert float(weight.abs().max()) > 0.1
 
 
+def test_a_model_in_half_precision_has_its_gate_fitted_in_full() -> None:
+    model, inputs = image_model()
+    wanted = torch.rand(3, 16, generator=torch.Generator().manual_seed(4)) < 0.4
+    pixels = inputs["pixel_values"].bfloat16()
+    found = fit(SelectAndPack(1), model.bfloat16(), [{"pixel_values": pixels, "selected": wanted}]).gate
+    assert found is not None
+    assert {x.dtype for x in found.values()} == {torch.float32}
+
+
 def test_neutral_is_idle() -> None:
     model, inputs = image_model()
     with torch.no_grad(), pytest.warns(InactiveWarning), attach(model, SelectAndPack(1, 0.0)) as run:
@@ -162,6 +171,10 @@ def test_what_it_needs() -> None:
         fit(SelectAndPack(1), model, [{**inputs, "selected": torch.ones(3, 16)}])
     with pytest.raises(FieldError, match="both labels"):
         fit(SelectAndPack(1), model, [])
+    with pytest.raises(FieldError, match=r'batches = .*: must have "selected" \[b patches\]'):
+        fit(SelectAndPack(1), model, [inputs])
+    with pytest.raises(FieldError, match="layer = 3: must be a layer of the model, whose last is 2"):
+        fit(SelectAndPack(3), model, [inputs])
     with pytest.raises(FieldError, match="must say of"):
         fit(SelectAndPack(1), model, [{**inputs, "selected": torch.ones(3, 15)}])
 
