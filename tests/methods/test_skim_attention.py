@@ -147,5 +147,9 @@ def test_what_cannot_be() -> None:
         roles = {"page": Region(((0, 12),), grid)}
         with pytest.raises(HeedfulError, match=rule), attach(both, SkimAttention(12, "page"), roles=roles) as run:
             run(input_ids=ids, decoder_input_ids=ids)
+    bare = Bare()
+    for odd in (replace(bare.call, cross=True), replace(bare.call, lowest=1)):
+        with pytest.raises(SiteError, match="in which the page sees itself"):
+            SkimAttention(10).attend((bare.q, bare.k, bare.v), odd)
     with pytest.raises(SiteError, match="layer 1: the map is made in layer 0, which is left out"):
         attach(models.tiny("vit", image_size=16), SkimAttention(4).on(layers=1))(**inputs)
