@@ -98,7 +98,7 @@ def depth_use(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, only: s
         raise FieldError("depth_use()", "only", only, rule, "model.decoder")
     states = [torch.cat(list(stat.value)) for stat in (entering[0], *leaving.values())]
     losses = []
-    for layer in range(len(leaving)):
+    for layer in leaving:  # by their last attention: a decoder's layers may have two
         with torch.no_grad(), still(model), attach(model, _Without(layer), only=only) as run:
             losses.append(_loss(run, given))
     turns = [torch.nn.functional.cosine_similarity(x, y).clamp(-1, 1).arccos() for x, y in pairwise(states)]
@@ -136,7 +136,7 @@ class _Without(Method):
     left_out: int
 
     def idle(self, call: Call) -> bool:
-        return call.layer not in (self.left_out, self.left_out - 1)
+        return call.layer > self.left_out
 
     @reads(Site.EMBEDDING)
     def see_first(self, stream: Tensor, call: Call) -> None:
