@@ -101,3 +101,6 @@ def test_what_gives_no_loss_is_refused() -> None:
     for given in ([], [{"input_ids": torch.arange(3, 12)[None]}]):
         with pytest.raises(FieldError, match=r'depth_use\(\).batches = .: must be 1 or more, each with "labels"'):
             depth_use(models.tiny("llama"), given)
+    ids = torch.arange(3, 12)[None]
+    with pytest.raises(FieldError, match="labels that count"):
+        depth_use(models.tiny("llama"), [{"input_ids": ids, "labels": torch.full_like(ids, -100)}])

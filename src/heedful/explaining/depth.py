@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -93,6 +94,9 @@ def depth_use(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, only: s
     with torch.no_grad(), still(model), attach(model, reader, only=only) as run:
         loss = _loss(run, given)
         entering, leaving = run[_Entering()], run[_Leaving()]
+    if not math.isfinite(loss):
+        rule = "must have labels that count, for which the model gives a number"
+        raise FieldError("depth_use()", "batches", loss, rule, [{"input_ids": "...", "labels": "..."}])
     if list(entering) != [0]:
         rule = f"must name one part of the model, where layers follow one another; here are {len(entering)}"
         raise FieldError("depth_use()", "only", only, rule, "model.decoder")
