@@ -23,6 +23,7 @@ if not gpu.missing():
     import triton  # noqa: F401  its language is made to be interpreted, or not, when it is imported
 del os.environ["TRITON_INTERPRET"]  # nothing but test_triton.py runs there
 
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     random.seed(0)

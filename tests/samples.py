@@ -237,7 +237,20 @@ class DropsAsInTheFirst(Method):
 
 NAMES: list[int] = []
 TARGET = AttentionEditing.example().target
+
+
+class LooksAheadAcross(Method):
+    """Tells queries of later ones, in cross-attention alone."""
+
+    paper = PAPER
+
+    @at(Site.HEAD_OUTPUT)
+    def blur(self, heads: Tensor, call: Call) -> Tensor:
+        return heads + heads.mean(2, keepdim=True) if call.cross else heads
+
+
 BREAK_LAWS = [
+    ("causal", LooksAheadAcross(), "in cross-attention, changing tokens from 11 on moves"),
     ("conversion_is_clean", TeachesNothing(TARGET), "teaches nothing"),
     ("conversion_is_clean", TeachesByMood(TARGET), "a second time"),
     *MIX_TEXTS_UP,

@@ -87,10 +87,20 @@ def test_one_part_of_a_model_is_named() -> None:
     given = [{"input_ids": ids, "labels": ids}]
     with pytest.raises(FieldError, match=r"depth_use\(\).only = None: must name one part of the model"):
         depth_use(model, given)
-    assert depth_use(model, given, only="model.encoder").losses.shape == (2,)
+    for part in ("encoder", "decoder"):  # whose layers attend twice
+        found = depth_use(model, given, only=f"model.{part}")
+        assert len(found.turn) == len(found.losses) == 2
+        for layer, block in enumerate(model.model.get_submodule(part).layers):
+            hook = block.register_forward_hook(lambda _, args, __: args[0])
+            with torch.no_grad():
+                assert float(found.losses[layer]) == pytest.approx(float(model(**given[0]).loss))
+            hook.remove()
 
 
 def test_what_gives_no_loss_is_refused() -> None:
     for given in ([], [{"input_ids": torch.arange(3, 12)[None]}]):
         with pytest.raises(FieldError, match=r'depth_use\(\).batches = .: must be 1 or more, each with "labels"'):
             depth_use(models.tiny("llama"), given)
+    ids = torch.arange(3, 12)[None]
+    with pytest.raises(FieldError, match="labels that count"):
+        depth_use(models.tiny("llama"), [{"input_ids": ids, "labels": torch.full_like(ids, -100)}])

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig
+from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from heedful.conformance.tolerances import close
@@ -76,6 +76,32 @@ def test_step_by_step_is_the_whole(method: object) -> None:
     for start, stop in ((0, 4), (4, 5), (5, 6), (6, N)):
         parts.append(heard(module, x()[:, start:stop], cache=cache))
     assert close(torch.cat(parts, 1), whole)
+
+
+@pytest.mark.parametrize("method", [None, AttentionProfile(), ThresholdRelativeAttention(), EfficientAttention()])
+def test_empty_room_of_a_static_cache_is_not_seen(method: object) -> None:
+    module, config = made(rotary=100.0, method=method), LlamaConfig(num_hidden_layers=1)
+    whole, cache, parts = heard(module, x()), StaticCache(config, max_cache_len=N + 4), []
+    for start, stop in ((0, 4), (4, 5), (5, N)):
+        parts.append(heard(module, x()[:, start:stop], cache=cache))
+    assert close(torch.cat(parts, 1), whole)
+
+
+def test_a_cache_that_forgets_is_refused() -> None:
+    config = MistralConfig(num_hidden_layers=1, sliding_window=4)
+    for cache in (DynamicCache(config=config), StaticCache(config, max_cache_len=N)):
+        module = made(rotary=100.0)
+        for start in range(4):
+            heard(module, x()[:, start : start + 1], cache=cache)
+        with pytest.raises(RefusedModel, match="forgets what slides out of a window"):
+            heard(module, x()[:, 4:5], cache=cache)
+
+
+def test_beams_take_their_keys_along() -> None:
+    module, cache, order = made(rotary=100.0), DynamicCache(), torch.tensor([1, 0])
+    heard(module, x()[:, :6], cache=cache)
+    cache.reorder_cache(order)
+    assert close(heard(module, x()[order, 6:], cache=cache), heard(module, x())[order, 6:])
 
 
 def test_padding_on_the_left_moves_nothing() -> None:

@@ -123,7 +123,7 @@ def test_every_other_method_runs_or_is_refused_with_the_reason(name: str) -> Non
         with pytest.raises(
             FieldError, match=r"acts in the stream around attention.*attach\(model, method\) acts there"
         ):
-            causal(method)
+            causal(method, depth=3)  # examples name layers
         return
     reads = "text" in method.subjects
     mine, x = (causal(method), text()) if reads else (Attention(E, H, method, batch_first=True), image())

@@ -80,6 +80,7 @@ def test_it_is_told_in_a_table_and_where_mean_and_worst_disagree_in_a_sentence()
     assert "worst" in [figure.key for figure in description.figures]
     assert sentence(comparison({"a": (-0.1, -0.2), "b": (-0.3, -0.4)})) == ""  # both name the same
     assert sentence(comparison({"a": (-0.1, -0.2)})) == ""
+    assert sentence(comparison({**NATS, "c": (0.0, -0.01)})) == sentence(told)  # never asked where the others lose
 
 
 def test_every_preset_names_what_there_is() -> None:

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Bare, Shape
+from heedful.conformance.subjects import CROSS, SPLIT, tiny_model
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import SiteError
 from heedful.core.positions import Positions
@@ -75,3 +76,16 @@ def test_what_is_spread_over_query_heads_is_hidden_as_their_key_heads_are() -> N
     running = Running(replace(call, keys=replace(Positions.row(0, 6), is_filled=held)), torch.ones(2, 2, 6, 8))
     found = running.hide(torch.ones(2, 4, 6, 3))
     assert found[1, :, :, 2].tolist() == held[0].repeat_interleave(2, 0).float().tolist()
+
+
+@torch.no_grad()
+def test_sums_over_queries_are_refused_where_a_decoder_looks_across_and_nowhere_else() -> None:
+    model, inputs = tiny_model("bart"), SPLIT.inputs()
+    n = inputs["decoder_input_ids"].shape[1]
+    both_sides = {**inputs, "decoder_attention_mask": torch.ones(2, 1, n, n, dtype=torch.bool)}
+    for only in (CROSS.only, ["model.decoder.layers.0"]):  # the self attention before it is served, or is not
+        with pytest.raises(SiteError, match="of later ones"), attach(model, FlowAttention(), only=only) as run:
+            run(**inputs)
+    plain = model(**both_sides).logits
+    with attach(model, FlowAttention(), only=CROSS.only) as run:
+        assert not close_model(run(**both_sides).logits, plain)

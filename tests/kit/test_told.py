@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from heedful.conformance.bare import Bare
+from heedful.core.errors import SiteError
 from heedful.core.positions import Positions
 from heedful.core.state import Key, Notes, Shelf, State
 from heedful.kit.told import at_places, of_keys, of_text
@@ -55,6 +57,11 @@ def test_keys_are_found_by_their_index() -> None:
         assert torch.equal(of_groups[:, g], SAID[:, g, index[0, g]])
     roomy = _asked(State(), 0, 9, Positions.row(0, 12))
     assert torch.equal(roomy[:, :, :9], SAID)
+
+
+def test_keys_of_another_sequence_are_refused() -> None:
+    with pytest.raises(SiteError, match="these are of another sequence"):
+        of_keys(replace(Bare().call, cross=True), "said", SAID)
 
 
 def test_of_a_text_it_is_told_by_index_whatever_keys_are_left() -> None:

@@ -189,6 +189,8 @@ class TransformersAdapter:
         if bound.number is None:
             if not bound.cross and isinstance(request.mask, LazyMask):
                 run_state.now.queries[list_of(bound.name)] = request.mask.spec.queries
+                if request.mask.spec.mask.causal:
+                    run_state.now.causal.add(list_of(bound.name))
             return native(bound.module, bound.native, request)
         run_state.entered[bound.number] += 1
         held = None
@@ -199,6 +201,8 @@ class TransformersAdapter:
             request = spread.joined(request)
         q, k, v = request.q, request.k, request.v
         given = understand(bound, request, held, run_state.now.queries)
+        if not bound.cross and given.mask.causal:
+            run_state.now.causal.add(list_of(bound.name))
         phase = Phase.of(given.queries, bound.cross and bound.cache is not None)
         call = bound.call = Call(
             bound.number, len(self._names), bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
@@ -206,6 +210,7 @@ class TransformersAdapter:
             self._hooks.ids(bound, len(q), q.shape[2]), self._hooks.roles(bound, len(given.keys)),
             rows_of(bound.hidden, q), rotation(bound), given.mask, max(0, run_state.now.number),
             lowest=bound.lowest, batch=len(q), sizes=bound.sizes,
+            in_order=bound.cross and list_of(bound.name) in run_state.now.causal,
         )  # fmt: skip
         plan = plan_of(run, call)
         if (seen := replaced_whole(run, plan, call, Operands(q, k, v))) is not None:

@@ -21,6 +21,7 @@ class Worst:
     mean: float  # over tasks
     task: str  # where it is least
     gap: Gap  # there
+    of: int  # tasks
 
 
 def worst(c: Results) -> dict[str, Worst]:
@@ -35,7 +36,7 @@ def worst(c: Results) -> dict[str, Worst]:
         if name == PLAIN or name in c.inactive or len(mine) < LEAST:
             continue
         task = min(mine, key=lambda task: mine[task].mean)
-        found[name] = Worst(sum(gap.mean for gap in mine.values()) / len(mine), task, mine[task])
+        found[name] = Worst(sum(gap.mean for gap in mine.values()) / len(mine), task, mine[task], len(mine))
     return found
 
 
@@ -64,8 +65,10 @@ def listing(c: Results) -> Iterable[Listing]:
 
 
 def sentence(c: Results) -> str:
-    """Which method is best by the mean and which by its worst task, where these are two."""
+    """Which method is best by the mean and which by its worst task, where these are two, of those asked most tasks."""
     found = worst(c)
+    most = max((it.of for it in found.values()), default=0)
+    found = {name: it for name, it in found.items() if it.of == most}  # who was refused a hard one would look best
     if len(found) < LEAST:
         return ""
     mean, least = (max(found, key=key) for key in (lambda n: found[n].mean, lambda n: found[n].gap.mean))

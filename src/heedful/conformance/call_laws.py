@@ -15,8 +15,10 @@ from torch import Tensor
 
 from heedful.conformance.bare import Bare, Refused, Shape, parameters, poisoned, serving
 from heedful.conformance.place import place
-from heedful.conformance.tolerances import MERGE, close, error, within_budget
+from heedful.conformance.subjects import CROSS, tiny_model
+from heedful.conformance.tolerances import MERGE, close, close_model, error, within_budget
 from heedful.conformance.verdict import Broken, DoesNotApply, law
+from heedful.core.errors import HeedfulError
 from heedful.core.mask import Causal, Dense
 from heedful.core.method import Method
 from heedful.core.sites import HEADLESS_SITES, Site
@@ -133,6 +135,24 @@ def causal(method: Method) -> None:
         )
     if torch.equal(after[:, :, cut:], before[:, :, cut:]):
         raise Broken("changing the last tokens changes nothing at all, so this law tested nothing")
+    _causal_across(method, cut)
+
+
+def _causal_across(method: Method, cut: int) -> None:
+    """The same in a decoder's cross-attention, if the method does not refuse it."""
+    inputs = CROSS.inputs()
+    ids = inputs["decoder_input_ids"]
+    later = {**inputs, "decoder_input_ids": torch.cat([ids[:, :cut], ids[:, cut:].flip(1)], 1)}
+    try:
+        before, after = (
+            replace(CROSS, inputs=lambda given=given: given).logits(tiny_model(CROSS.kinds[0]), method)
+            for given in (inputs, later)
+        )
+    except HeedfulError:
+        return
+    if not close_model(after[:, :cut], before[:, :cut]):
+        moved = error(after[:, :cut], before[:, :cut])
+        raise Broken(f"in cross-attention, changing tokens from {cut} on moves what earlier ones get by {moved:.2g}")
 
 
 def _gradients(method: Method, bare: Bare, backend: str, wanted: bool = True) -> tuple[Tensor, list[Tensor]]:

@@ -96,6 +96,7 @@ class Call:
     key: Tensor | None = None  # [b g k d], like query
     value: Tensor | None = None  # [b g k d], like query
     bias: Tensor | None = None  # [b|1, h|1, q|1, k], what the model adds to the whole call's scores, from MASK on
+    in_order: bool = False  # a decoder's cross-attention: no query may know of later ones, which no mask says
     opened: bool = False  # whether a method took causality out of the mask
 
     @property

@@ -47,6 +47,7 @@ class Forward:
     losses: dict[Found, Tensor] = field(default_factory=dict)  # what steps penalised
     ids: dict[str, Tensor | None] = field(default_factory=dict)  # tokens given to the models in it, by name
     queries: dict[str, Positions] = field(default_factory=dict)  # where the tokens of each list of layers stand
+    causal: set[str] = field(default_factory=set)  # lists of layers in which no token sees later ones
     merges: dict[int, Merges] = field(default_factory=dict)  # of lists of layers, by the number of their first
     shelves: dict[int, Shelf] = field(default_factory=dict)  # what methods keep with the cache of the call, by layer
     open: dict[Found, Statistic] = field(default_factory=dict)  # what the tiles of calls under way add up to

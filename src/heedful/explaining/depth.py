@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -93,12 +94,15 @@ def depth_use(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, only: s
     with torch.no_grad(), still(model), attach(model, reader, only=only) as run:
         loss = _loss(run, given)
         entering, leaving = run[_Entering()], run[_Leaving()]
+    if not math.isfinite(loss):
+        rule = "must have labels that count, for which the model gives a number"
+        raise FieldError("depth_use()", "batches", loss, rule, [{"input_ids": "...", "labels": "..."}])
     if list(entering) != [0]:
         rule = f"must name one part of the model, where layers follow one another; here are {len(entering)}"
         raise FieldError("depth_use()", "only", only, rule, "model.decoder")
     states = [torch.cat(list(stat.value)) for stat in (entering[0], *leaving.values())]
     losses = []
-    for layer in range(len(leaving)):
+    for layer in leaving:  # by their last attention: a decoder's layers may have two
         with torch.no_grad(), still(model), attach(model, _Without(layer), only=only) as run:
             losses.append(_loss(run, given))
     turns = [torch.nn.functional.cosine_similarity(x, y).clamp(-1, 1).arccos() for x, y in pairwise(states)]
@@ -136,7 +140,7 @@ class _Without(Method):
     left_out: int
 
     def idle(self, call: Call) -> bool:
-        return call.layer not in (self.left_out, self.left_out - 1)
+        return call.layer > self.left_out
 
     @reads(Site.EMBEDDING)
     def see_first(self, stream: Tensor, call: Call) -> None:

@@ -25,11 +25,17 @@ class Running:
 
     A causal call goes on from what the calls before it added up, which `call.state.cache` holds, if they ended where
     this one begins. Else it adds up what keys the cache holds; where sums are over queries too, which no cache holds,
-    it adds up its `own` tokens alone, and refuses a cache that was cut back. What is summed is `[b g columns c]`, made
+    it adds up its `own` tokens alone, and refuses a cache that was cut back, and a decoder's cross-attention, where all
+    its queries would be in each one's sums. What is summed is `[b g columns c]`, made
     of what `cut` leaves of keys and values, zero where `hide` says so; every sum has a name of its own.
     """
 
     def __init__(self, call: Call, key: Tensor, chunk: int = CHUNK, own: bool = False) -> None:
+        if own and call.in_order:
+            raise SiteError(
+                f"layer {call.layer}: sums over queries are needed, and in a decoder's cross-attention they would tell "
+                "each token of later ones; restrict the method with .on(layers=...)"
+            )
         n, total, first = len(call.queries), key.shape[2], call.queries.first
         self.causal, self.chunk, self._kept = call.mask.causal, chunk, call.state.cache
         past = past_keys(call, n, total) if self.causal else 0

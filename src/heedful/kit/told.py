@@ -16,6 +16,11 @@ NO_TOKEN = -1  # the same, of what is counted from 0
 
 def of_keys(call: Call, name: str, own: Tensor) -> Tensor:
     """What is said of the call's tokens `[b h|g n c]` and was of those before them, by key, `[b h|g k c]`."""
+    if call.cross:
+        raise SiteError(
+            f"layer {call.layer}: a method asks what was said of its keys as they were read, and these are of another "
+            "sequence, which this layer does not read; restrict the method with .on(layers=...)"
+        )
     found = _so_far(call, name, own, UNKNOWN)
     where = spread_heads(call.keys.index, own.shape[1]).clamp(max=found.shape[2] - 1)
     return found.gather(2, where.expand(*found.shape[:2], -1)[..., None].expand(-1, -1, -1, own.shape[3]))

@@ -15,7 +15,7 @@ from heedful.adapters.kvcache import HeldLayer, held_layer, hold, serve
 from heedful.adapters.replacing import ROTATED, UNROTATED
 from heedful.adapters.torch_masks import placed
 from heedful.core.call import Call, Phase
-from heedful.core.errors import SiteError
+from heedful.core.errors import RefusedModel, SiteError
 from heedful.core.mask import Dense
 from heedful.core.positions import Positions
 from heedful.core.sites import Site
@@ -125,7 +125,14 @@ def _cached(
         hold(cache, number, call.name)
     serve(cache, number)
     k, v = cache.update(k, v, number)
-    return k, v, held_layer(cache, number, k, v, call.name)
+    if (held := held_layer(cache, number, k, v, call.name)) is None:
+        k, v = (x[:, :, : given.sizes.keys] for x in (k, v))  # a static cache has empty room behind them
+        if k.shape[2] < given.sizes.keys:
+            raise RefusedModel(
+                f"{call.name}: its layer of {type(cache).__name__} forgets what slides out of a window; use a cache "
+                "that keeps all, and a method such as SinkWindow for the window"
+            )
+    return k, v, held
 
 
 def _left(held: HeldLayer, given: Given, call: Call) -> Positions:
