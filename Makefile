@@ -47,10 +47,10 @@ demo: setup ## diagnose the embedded default model and write its page, then a to
 	$(BIN)/heedful demo $(ARGS)
 
 test: setup ## the test suite, but for tests marked slow
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: setup ## the test suite with the slow tests
-	$(BIN)/python -m pytest -n 2 -m "" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" $(ARGS)
 
 lint: setup ## style, and the rules that ruff has no code for
 	$(BIN)/ruff check .
@@ -68,7 +68,7 @@ types: setup ## mypy over the package
 	$(BIN)/mypy
 
 coverage: setup ## line and branch coverage of the test suite
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(ARGS)
 
 docs: setup ## the generated parts of the docs
 	$(BIN)/python docs/generate.py

@@ -6,6 +6,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("HEEDFUL_DEFAULT_MODEL", None)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # and so in the processes that tests start: workers share the cores
 # HEEDFUL_DEVICE=cuda: where the tests of kernels for GPUs are to run
 os.environ["TRITON_INTERPRET"] = "0" if "HEEDFUL_DEVICE" in os.environ else "1"
 
@@ -20,10 +22,6 @@ from heedful import gpu, models
 if not gpu.missing():
     import triton  # noqa: F401  its language is made to be interpreted, or not, when it is imported
 del os.environ["TRITON_INTERPRET"]  # nothing but test_triton.py runs there
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
-
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -15,120 +13,31 @@ from benchmarks.coverage.library_cases import PICTURES, vit
 from heedful import attach, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call, Merged
-from heedful.core.errors import ClashError, DefinitionError, InactiveWarning, RefusedModel, SiteError
+from heedful.core.errors import InactiveWarning
 from heedful.core.mask import Mask, Where
 from heedful.core.method import Method
 from heedful.core.regions import PerText, Region
 from heedful.core.sites import Site, at
-from heedful.kit.merging import averaged
 
-from .samples import PAPER, Narrow, Shares
+from .merging_by_hand import (
+    RAGGED,
+    SIXTEEN,
+    Sends,
+    SendsTwice,
+    Spy,
+    To,
+    alike,
+    back,
+    blocks,
+    by_hand,
+    expected,
+    image_model,
+    told,
+    under,
+)
+from .samples import PAPER
 from .test_residual import Push
 from .torch_models import Plain, tokens
-
-To = tuple[tuple[int, ...], ...]
-SIXTEEN = (0, 1, 1, 2, 3, 3, 3, 4, -1, 5, 6, 7, 7, 8, 8, 8, 1)  # of the 17 tokens of a small image
-
-
-class Sends(Method):
-    """Sends tokens behind a layer where it is told, row by row; a row for all where there is one."""
-
-    paper = PAPER
-    subjects = ("image",)
-    causal = False
-    chunk_invariant = False
-    to: To
-    layer: int = 0
-
-    @at(Site.RESIDUAL, merges=True)
-    def send(self, stream: Tensor, call: Call) -> Tensor | Merged:
-        if call.layer != self.layer:
-            return stream
-        to = torch.tensor(self.to).expand(len(stream), -1)
-        return Merged(averaged(stream, to, torch.ones_like(stream[..., 0])), to)
-
-
-class SendsTwice(Sends):
-    """Sends the tokens that are left behind the next layer too: the second into the first."""
-
-    @at(Site.RESIDUAL, merges=True)
-    def send(self, stream: Tensor, call: Call) -> Tensor | Merged:
-        if call.layer != self.layer + 1:
-            return Sends.send(self, stream, call)
-        to = torch.arange(stream.shape[1]).expand(len(stream), -1) - 1
-        return Merged(averaged(stream, to.clamp(min=0), torch.ones_like(stream[..., 0])), to.clamp(min=0))
-
-
-class Spy(Method):
-    """Writes down what the layers are told, in `call.state.run`."""
-
-    paper = PAPER
-
-    @at(Site.HEAD_OUTPUT)
-    def look(self, heads: Tensor, call: Call) -> Tensor:
-        call.state.run["told"] = call
-        return heads * 2
-
-
-def told(run: Any, layer: int) -> Call:
-    found: Call = run.state._of_run[1, layer]["told"]
-    return found
-
-
-def by_hand(stream: Tensor, to: tuple[int, ...]) -> Tensor:
-    """The means of the tokens `[n e]` that go together."""
-    rows = [[stream[i] for i, there in enumerate(to) if there == j] for j in range(max(to) + 1)]
-    return torch.stack([sum(row[1:], row[0]) / len(row) for row in rows])
-
-
-def back(stream: Tensor, before: Tensor, to: tuple[int, ...]) -> Tensor:
-    return torch.stack([before[i] if j < 0 else stream[j] for i, j in enumerate(to)])
-
-
-def blocks(layers: Any, x: Tensor) -> Tensor:
-    for layer in layers:
-        x = layer(x)
-        x = x[0] if isinstance(x, tuple) else x
-    return x
-
-
-def image_model(attention: str = "eager") -> tuple[Any, dict[str, Tensor]]:
-    model = models.tiny("vit", num_hidden_layers=4, image_size=16, attn_implementation=attention)
-    return model, models.tiny_inputs(model, batch=3)
-
-
-def finished(model: Any, x: Tensor) -> Tensor:
-    """The last hidden states of a vision transformer, from the stream behind its last layer."""
-    out: Tensor = model.vit.layernorm(x)
-    return out
-
-
-@torch.no_grad()
-def under(model: Any, what: Any, inputs: dict[str, Tensor], **how: Any) -> Tensor:
-    with attach(model, what, **how) as run:
-        out: Tensor = run(**inputs, output_hidden_states=True).hidden_states[-1]
-    return out
-
-
-def alike(found: Tensor, want: Tensor) -> None:
-    assert found.shape == want.shape
-    assert close_model(found, want)
-
-
-@torch.no_grad()
-def expected(model: Any, inputs: dict[str, Tensor], to: To, layer: int) -> tuple[Tensor, Tensor]:
-    """The stream behind the last layer, and the logits, one image after another."""
-    out = []
-    for row, pixels in enumerate(inputs["pixel_values"]):
-        mine = to[row % len(to)]
-        before = blocks(model.vit.layers[: layer + 1], model.vit.embeddings(pixels[None]))[0]
-        left = blocks(model.vit.layers[layer + 1 :], by_hand(before, mine)[None])[0]
-        out.append(back(left, before, mine))
-    stream = torch.stack(out)
-    return stream, model.classifier(model.vit.layernorm(stream)[:, 0])
-
-
-RAGGED = (SIXTEEN, (0, *[-1] * 8, 1, 2, *[-1] * 5, 3), tuple(range(17)))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -282,6 +191,31 @@ def test_padded_texts() -> None:
         alike(both[1:], run(input_ids=ids[1:]).logits)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_texts_without_padding_are_told_so_by_a_mask(attention: str) -> None:
+    model = models.tiny("bert", num_hidden_layers=3, attn_implementation=attention)
+    ids = models.tiny_inputs(model, length=8)["input_ids"]
+    pair = Sends(((0, 1, 1, 2, 3, 3, 4, 5),), 0)
+    with attach(model, pair, backend="reference") as run:
+        want = run(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    with attach(model, pair) as run:
+        alike(run(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, want)
+
+
+@torch.no_grad()
+def test_rows_that_are_padded_and_then_left_with_unlike_numbers() -> None:
+    model = models.tiny("bert", num_hidden_layers=3)
+    ids = models.tiny_inputs(model, length=8)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    to = ((0, 1, 1, 2, 3, 3, 4, 5), (0, 0, 0, 0, 1, 1, 2, 3))
+    with attach(model, Sends(to, 0)) as run:
+        both = run(input_ids=ids, attention_mask=mask).logits
+    with attach(model, Sends(to[1:], 0)) as run:
+        alike(both[1:], run(input_ids=ids[1:]).logits)
+
+
 @torch.no_grad()
 def test_a_decoder_sees_as_many_as_ever() -> None:
     model = models.tiny("bart")
@@ -372,6 +306,25 @@ def test_gradient_checkpointing(reentrant: bool, to: To) -> None:
         alike(found, want)
 
 
+def test_gradients_reach_what_was_merged_and_then_dropped() -> None:
+    class Drops(SendsTwice):
+        @at(Site.RESIDUAL, merges=True)
+        def send(self, stream: Tensor, call: Call) -> Tensor | Merged:
+            if call.layer != 1:
+                return Sends.send(self, stream, call)
+            return Merged(stream[:, :2], torch.tensor([[0, 1, -1]]).expand(len(stream), -1))
+
+    model, x = Plain(), tokens(4).requires_grad_()
+    model.blocks.append(Plain().blocks[0])
+    with attach(model, Drops(((0, 1, 2, 2),)), inputs=x.detach()) as run:
+        out = run(x)
+        (grad,) = torch.autograd.grad(out[:, 3].sum(), x)
+    first = model.blocks[0](x)
+    left = torch.stack([by_hand(row, (0, 1, 2, 2)) for row in first])
+    want = torch.autograd.grad(model.blocks[1](left)[:, 2].sum(), x)[0]
+    alike(grad, want)
+
+
 def test_gradients_reach_the_tokens_that_were_dropped() -> None:
     model, x = Plain(), tokens(4).requires_grad_()
     with attach(model, Sends(((0, -1, 1, 1),), 0), inputs=x.detach()) as run:
@@ -382,158 +335,3 @@ def test_gradients_reach_the_tokens_that_were_dropped() -> None:
 
 
 # what is refused
-
-
-def refuses(model: Any, what: Any, inputs: dict[str, Tensor], match: str, error: Any = SiteError, **how: Any) -> None:
-    with torch.no_grad(), pytest.raises(error, match=match), attach(model, what, **how) as run:
-        run(**inputs)
-
-
-def test_models_in_which_a_token_is_more_than_itself() -> None:
-    llama = models.tiny("llama")
-    inputs = models.tiny_inputs(llama, length=4)
-    pair = Sends(((0, 0, 1, 2),), 0)
-    refuses(llama, pair, inputs, "reads into a cache", RefusedModel)
-    refuses(llama, pair, {**inputs, "use_cache": False}, "the model is causal")
-    bart = models.tiny("bart")
-    decoder = ("model.decoder",)
-    refuses(bart, pair, models.tiny_inputs(bart, length=4), "reads into a cache", RefusedModel, only=decoder)
-
-
-def test_layers_that_are_handed_things_of_all_tokens() -> None:
-    model, inputs = image_model()
-    mask = torch.ones(1, 1, 17, 17, dtype=torch.bool)
-    own = model.vit.layers[2].forward
-    model.vit.layers[2].forward = lambda x, *_, **more: own(x, mask)
-    refuses(model, Sends((SIXTEEN,), 0), inputs, "'attention_mask' .* of 17 tokens, and 9 are left", RefusedModel)
-
-
-def test_a_mask_of_the_model_s_own() -> None:
-    model, x = Plain(), tokens(4)
-    with torch.no_grad(), attach(model, Narrow(2) | Sends(((0, 0, 1, 2),), 0), inputs=x) as run:
-        assert run(x).shape == x.shape  # an edit's mask is made anew in each layer
-    causal = Plain(is_causal=True)
-    with (
-        torch.no_grad(),
-        pytest.raises(SiteError, match="the model is causal"),
-        attach(causal, Sends(((0, 0, 1, 2),), 0), inputs=x) as run,
-    ):
-        run(x)
-    table = Plain(attn_mask=torch.tensor([[True, False, True, True]] * 4))
-    with (
-        torch.no_grad(),
-        pytest.raises(SiteError, match="tokens by number"),
-        attach(table, Sends(((0, 0, 1, 2),), 0), inputs=x) as run,
-    ):
-        run(x)
-
-
-def test_a_list_that_is_served_in_part() -> None:
-    model, inputs = image_model()
-    names = ("vit.layers.0", "vit.layers.1")
-    refuses(model, Sends((SIXTEEN,), 1), inputs, r"layers\.2.* is not served", RefusedModel, only=names)
-
-
-def test_a_model_of_torch_that_leaves_early() -> None:
-    model, x = Plain(), tokens(4)
-    model.blocks.append(model.blocks[0].__class__())
-    model.forward = lambda x: blocks(list(model.blocks)[:2], x)
-    with torch.no_grad(), attach(model, Sends(((0, 0, 1, 2),), 0), inputs=x) as run:
-        with pytest.raises(SiteError, match=r"merged behind blocks\.0\.attn, and the last layer"):
-            run(x)
-        model.forward = lambda x: blocks(list(model.blocks)[:2], blocks(list(model.blocks)[:2], x))
-        with pytest.raises(SiteError, match=r"merged behind blocks\.0\.attn, and the last layer"):
-            run(x)
-        model.forward = lambda x: blocks(model.blocks, blocks(model.blocks, x))
-        assert run(x).shape == x.shape  # from one end to the other, twice
-
-
-def test_what_cannot_stand_beside_it() -> None:
-    pair = Sends(((0, 0, 1),), 0)
-    with pytest.raises(ClashError, match="what Shares reads would be of several"):
-        pair | Shares()
-    with pytest.raises(ClashError, match="what Shares reads would be of several"):
-        Shares().on(layers=0) | pair.on(layers=1)
-    with pytest.raises(ClashError, match="both merge tokens"):
-        pair.on(layers=0) | replace(pair, layer=1).on(layers=1)
-
-
-def test_marks() -> None:
-    with pytest.raises(DefinitionError, match="at RESIDUAL"):
-        at(Site.OUTPUT, merges=True)
-    with pytest.raises(DefinitionError, match="set `causal` and `chunk_invariant` to False"):
-
-        class Careless(Method):
-            paper = PAPER
-            causal = False
-
-            @at(Site.RESIDUAL, merges=True)
-            def merge(self, stream: Tensor, call: Call) -> Tensor:
-                return stream
-
-
-class Unsaid(Method):
-    """Merges and does not say so."""
-
-    paper = PAPER
-
-    @at(Site.RESIDUAL)
-    def merge(self, stream: Tensor, call: Call) -> Any:
-        return Merged(stream[:, :1], torch.zeros(stream.shape[:2], dtype=torch.long))
-
-
-class Says(Sends):
-    """Gives what it is told, whatever it is."""
-
-    left: int = 3
-    whole: bool = True
-
-    @at(Site.RESIDUAL, merges=True)
-    def send(self, stream: Tensor, call: Call) -> Tensor | Merged:
-        to = torch.tensor(self.to).expand(len(stream), -1)
-        return Merged(stream[:, : self.left], to if self.whole else to.double())
-
-
-BAD = {
-    "numbers the 3 tokens left": [((0, 1, 2, 3),), ((0, 1, 2, -2),)],
-    "in the order of the first": [((1, 0, 2, 2),), ((0, 0, 1, 1),), ((0, 2, 2, -1),), ((-1, -1, -1, -1),)],
-    "a stream": [((0, 1, 2),)],
-}
-
-
-@pytest.mark.parametrize(("match", "to"), [(match, to) for match, each in BAD.items() for to in each])
-def test_numbers_that_are_none(match: str, to: To) -> None:
-    x = tokens(4)
-    with torch.no_grad(), pytest.raises(SiteError, match=match), attach(Plain(), Says(to), inputs=x) as run:
-        run(x)
-
-
-def test_values_that_are_none() -> None:
-    x = tokens(4)
-    for what, match in (
-        (Unsaid(), "mark it @at"),
-        (Says(((0, 1, 2, 2),), whole=False), "a stream"),
-        (Says(((0, 1, 2, 2),), left=0), "a stream"),
-    ):
-        with torch.no_grad(), pytest.raises(SiteError, match=match), attach(Plain(), what, inputs=x) as run:
-            run(x)
-
-
-def test_one_row_may_be_left_with_fewer_but_not_with_none() -> None:
-    x = tokens(4)
-    fine, none = ((0, 1, 2, 2), (0, -1, -1, -1)), ((0, 1, 2, 2), (-1, -1, -1, -1))
-    with torch.no_grad(), attach(Plain(), Sends(fine), inputs=x) as run:
-        assert bool(run(x).isfinite().all())
-    with torch.no_grad(), pytest.raises(SiteError, match="every row"), attach(Plain(), Sends(none), inputs=x) as run:
-        run(x)
-
-
-def test_an_error_leaves_nothing_behind() -> None:
-    """What was merged before a fault is forgotten with that forward."""
-    model, x = Plain(), tokens(4)
-    fault = model.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
-    with torch.no_grad(), attach(model, Sends(((0, 0, 1, 2),), 0), inputs=lambda: model.blocks[0](x)) as run:
-        with pytest.raises(ZeroDivisionError):
-            run(x)
-        fault.remove()
-        assert run.state.now.merges == {}

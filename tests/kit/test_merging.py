@@ -41,7 +41,9 @@ def test_sums_and_means() -> None:
 def test_what_stands_before_patches_is_fixed_and_so_is_padding() -> None:
     call = replace(Bare().call, roles={"cls": ((0, 1),), "register": ((1, 3),), "patches": ((3, 19),)})
     assert is_fixed(call)[0].tolist() == [True] * 3 + [False] * 16
-    assert not bool(is_fixed(replace(call, roles={})).any())
+    assert is_fixed(replace(call, roles={}))[0].tolist() == [True] + [False] * 18
+    assert is_fixed(replace(call, roles={"patches": ((1, 19),)}))[0].tolist() == [True] + [False] * 18
+    assert not bool(is_fixed(replace(call, roles={"patches": ((0, 19),)})).any())
     text = torch.ones(2, 1, 19, dtype=torch.bool)
     text[1, 0, 17:] = False
     padded = replace(call, queries=Positions.row(0, 19, is_filled=text), roles={"cls": ((0, 1),)})

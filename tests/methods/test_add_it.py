@@ -126,6 +126,7 @@ def test_only_the_first_steps_see_it_and_each_its_own() -> None:
 
 def test_a_scale_is_found_that_gives_both_as_much() -> None:
     model, given, scene = Both(), inputs(), inputs(seed=9)
+    given["x"] = given["x"][:, :10]
     method, shares = _fitted(model, scene, scale=None), []
 
     class Told(AddIt):
@@ -175,6 +176,9 @@ def test_bad_fields_and_scenes_are_named() -> None:
             AddIt(**wrong)
     with pytest.raises(FieldError, match="must hold each forward of the scene"):
         fit(AddIt(), model, [])
+    for batches in ([{**scene, "step": 0}], [{**scene, "step": (0, 4, 1)}], [scene, scene]):
+        with pytest.raises(FieldError, match='must hold one forward for each step, told by "step"'):
+            fit(AddIt(), model, batches)
     method = _fitted(model, scene)
     lost = replace(method, source=Fitted({n: x for n, x in (method.source or {}).items() if "value.2" not in n}))
     short = replace(method, source=Fitted({n: x[..., :2] for n, x in (method.source or {}).items()}))

@@ -22,14 +22,14 @@ MASK[1, 6:] = 0
 TARGET = IDS[:, 2:7].contiguous()
 
 
-def _penalty(maps: tuple[Tensor, ...], weight: float) -> Tensor:
-    """From the maps `[b h t k]` of all layers."""
+def _penalty(maps: tuple[Tensor, ...], weight: float, written: tuple[int, int] = (5, 5)) -> Tensor:
+    """From the maps `[b h t k]` of all layers, of texts of which so many words are written."""
     total = torch.zeros(())
     for layer in maps:
-        for text, length in enumerate((9, 6)):
+        for text, (length, words) in enumerate(zip((9, 6), written, strict=True)):
             heads = layer[text].shape[0]
             for place in range(length):
-                received = sum(layer[text, h, t, place] / heads for h in range(heads) for t in range(5))
+                received = sum(layer[text, h, t, place] / heads for h in range(heads) for t in range(words))
                 total = total + (1 - received) ** 2
     return weight * total / 2
 
@@ -49,6 +49,14 @@ def test_the_loss_and_its_gradient() -> None:
         assert close_model(run.loss(), want)
         assert close_model(found, out.loss + want)
         assert close_model(torch.autograd.grad(found, part)[0], slope)
+
+
+def test_rows_of_padding_do_not_look() -> None:
+    model: Any = models.tiny("bart", attn_implementation="eager").eval()
+    given = _inputs() | {"decoder_attention_mask": (torch.arange(5) < torch.tensor([[5], [3]])).long()}
+    with torch.no_grad(), attach(model, DoublyStochastic(0.3), only=ONLY) as run:
+        run(**given)
+        assert close_model(run.loss(), _penalty(model(**given, output_attentions=True).cross_attentions, 0.3, (5, 3)))
 
 
 def test_nothing_is_asked_of_self_attention_or_of_one_row_that_is_even() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from heedful import attach, fit, models
+from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.fitted import Fitted
+from heedful.core.regions import Region
 from heedful.methods import SelectAndPack
 
 
@@ -97,6 +100,15 @@ def test_without_a_class_token_the_first_one_stays() -> None:
     assert counts == [1]
 
 
+@pytest.mark.parametrize(("patches", "stay"), [((2, 6), {0, 1, 6, 7}), ((0, 8), {0})])
+def test_what_is_no_patch_stays_and_of_patches_alone_the_first(patches: tuple[int, int], stay: set[int]) -> None:
+    none = SelectAndPack(0, 0.5, Fitted(gate(4) | {"bias": torch.tensor([-1e6])}))
+    call = replace(Bare(Shape(q=8, k=8), rules=()).call, roles={"patches": Region((patches,))})
+    found = none.select(torch.randn(2, 8, 4), call)
+    assert found.stream.shape[1] == len(stay)
+    assert [{i for i in range(8) if row[i] >= 0} for row in found.to] == [stay, stay]
+
+
 @torch.no_grad()
 def test_a_random_gate_is_drawn_by_its_seed() -> None:
     model, inputs = image_model()
@@ -133,6 +145,15 @@ def test_the_gate_is_a_regression() -> None:
     assert float(weight.abs().max()) > 0.1
 
 
+def test_a_model_in_half_precision_has_its_gate_fitted_in_full() -> None:
+    model, inputs = image_model()
+    wanted = torch.rand(3, 16, generator=torch.Generator().manual_seed(4)) < 0.4
+    pixels = inputs["pixel_values"].bfloat16()
+    found = fit(SelectAndPack(1), model.bfloat16(), [{"pixel_values": pixels, "selected": wanted}]).gate
+    assert found is not None
+    assert {x.dtype for x in found.values()} == {torch.float32}
+
+
 def test_neutral_is_idle() -> None:
     model, inputs = image_model()
     with torch.no_grad(), pytest.warns(InactiveWarning), attach(model, SelectAndPack(1, 0.0)) as run:
@@ -150,6 +171,10 @@ def test_what_it_needs() -> None:
         fit(SelectAndPack(1), model, [{**inputs, "selected": torch.ones(3, 16)}])
     with pytest.raises(FieldError, match="both labels"):
         fit(SelectAndPack(1), model, [])
+    with pytest.raises(FieldError, match=r'batches = .*: must have "selected" \[b patches\]'):
+        fit(SelectAndPack(1), model, [inputs])
+    with pytest.raises(FieldError, match="layer = 3: must be a layer of the model, whose last is 2"):
+        fit(SelectAndPack(3), model, [inputs])
     with pytest.raises(FieldError, match="must say of"):
         fit(SelectAndPack(1), model, [{**inputs, "selected": torch.ones(3, 15)}])
 

@@ -14,7 +14,7 @@ from heedful import attach, models
 from heedful.authoring import Layer
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
-from heedful.core.errors import FieldError, SiteError
+from heedful.core.errors import FieldError, HeedfulError, SiteError
 from heedful.core.regions import PerText, Region
 from heedful.methods import SkimAttention
 
@@ -82,6 +82,7 @@ def test_where_a_mask_hides_keys_and_behind_padding() -> None:
     padded.call = replace(padded.call, roles={"patches": PAGE})
     found = padded.run(SkimAttention(10), "reference", params=params())[0]
     short = Region(((2, 12), (13, 18)), (3, 5))
+    assert not bool(found[1, :, :4].any())
     assert close(found[1, :, 4:], by_hand(params(), padded.v[1, :, 4:], short, lambda i, j: j <= i))
 
 
@@ -137,5 +138,18 @@ def test_what_cannot_be() -> None:
     inputs = models.tiny_inputs(model)
     with pytest.raises(FieldError, match=r"SkimAttention\.size = 3: must be at least 4, as many rows or columns"):
         attach(model, SkimAttention(3))(**inputs)
+    both, ids = models.tiny("bart"), torch.arange(3, 15)[None]
+    for grid, rule in (
+        ((3, 4), "one map serves the layers in which the page sees itself"),
+        ((2, 2, 3), "must name tokens in rows and columns, and 'page' has 3 axes"),
+        ((12,), "must name tokens in rows and columns, and 'page' has 1 axes"),
+    ):
+        roles = {"page": Region(((0, 12),), grid)}
+        with pytest.raises(HeedfulError, match=rule), attach(both, SkimAttention(12, "page"), roles=roles) as run:
+            run(input_ids=ids, decoder_input_ids=ids)
+    bare = Bare()
+    for odd in (replace(bare.call, cross=True), replace(bare.call, lowest=1)):
+        with pytest.raises(SiteError, match="in which the page sees itself"):
+            SkimAttention(10).attend((bare.q, bare.k, bare.v), odd)
     with pytest.raises(SiteError, match="layer 1: the map is made in layer 0, which is left out"):
         attach(models.tiny("vit", image_size=16), SkimAttention(4).on(layers=1))(**inputs)

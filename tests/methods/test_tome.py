@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heedful import attach, models
 from heedful.conformance.tolerances import close_model
-from heedful.core.errors import FieldError, InactiveWarning
+from heedful.core.errors import FieldError, InactiveWarning, SiteError
 from heedful.methods import ToMe
+
+from ..torch_models import Plain, tokens
 
 
 def image_model(layers: int = 4) -> tuple[Any, dict[str, Tensor]]:
@@ -97,6 +99,15 @@ def test_so_many_are_left_to_each_layer() -> None:
 
 
 @torch.no_grad()
+def test_the_class_token_stays_itself_whoever_says_where_patches_are() -> None:
+    model, inputs = image_model()
+    with attach(model, ToMe(8)) as run:
+        want = run(**inputs).logits
+    with attach(model, ToMe(8), roles={"patches": ((1, 17),)}) as run:
+        assert torch.equal(run(**inputs).logits, want)
+
+
+@torch.no_grad()
 def test_one_layer_alone_merges_nothing() -> None:
     model, inputs = image_model(1)
     plain = model(**inputs).logits
@@ -114,6 +125,38 @@ def test_it_begins_anew_with_each_image() -> None:
     with attach(model, ToMe(4)) as run:
         first = run(**inputs).logits
         assert torch.equal(run(**inputs).logits, first)
+
+
+class Pair(nn.Module):
+    """One encoder that reads two things in one forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Plain()
+
+    def forward(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoder(one), self.encoder(other)
+
+
+@pytest.mark.parametrize("length", [8, 6, 4])  # of 6 tokens there are when those of the first have been merged
+@torch.no_grad()
+def test_it_begins_anew_with_each_pass_of_one_forward(length: int) -> None:
+    model, one, other = Pair(), tokens(8), tokens(length)
+    with attach(model, ToMe(2), inputs=(one, other)) as run:
+        found = run(one, other)
+    with attach(model.encoder, ToMe(2), inputs=one) as run:
+        assert torch.equal(found[0], run(one))
+        assert torch.equal(found[1], run(other))
+
+
+@torch.no_grad()
+def test_a_decoder_behind_a_merged_encoder_is_refused_in_words() -> None:
+    model = models.tiny("bart")
+    with (
+        attach(model, ToMe(2)) as run,
+        pytest.raises(SiteError, match=r"ToMe.*: (the model is causal|tokens are merged where each)"),
+    ):
+        run(**models.tiny_inputs(model), use_cache=False)
 
 
 def test_gradients_flow_through_the_means() -> None:

@@ -100,6 +100,13 @@ def test_padding_moves_the_picture_along_and_does_not_ask() -> None:
     assert close(found, wanted / 4)
 
 
+def test_padding_behind_a_text_does_not_ask() -> None:
+    weights, given = drawn(3), call(text=torch.arange(N)[None] < torch.tensor([[N], [N - 1]]))
+    given = replace(given, roles=dict(given.roles) | {"asking": Region(((N - 2, N),))})
+    wanted = [of_query(weights[b, :, i], TARGETS[b], 1.0, 4.1325) for b, i in ((0, N - 2), (0, N - 1), (1, N - 2))]
+    assert close(V2P(asking="asking").calibrate(weights, given), sum(wanted) / 3)
+
+
 def test_a_layer_that_looks_at_nothing_has_a_finite_loss() -> None:
     found = V2P().calibrate(torch.zeros(2, 4, N, N), call())
     assert bool(found.isfinite())

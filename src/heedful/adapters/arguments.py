@@ -16,6 +16,7 @@ from heedful.adapters.bound import Bound, Request, passes_through
 from heedful.adapters.kvcache import HeldLayer, shrunk
 from heedful.adapters.layers import list_of
 from heedful.adapters.lazymask import LISTS, LazyMask, chosen_pairs
+from heedful.adapters.merging import require_no_table
 from heedful.core.errors import SiteError, UnknownArgument
 from heedful.core.mask import Causal, Dense, Mask
 from heedful.core.method import Scoped, Stack
@@ -55,6 +56,7 @@ def understand(bound: Bound, request: Request, held: HeldLayer | None, known: di
                 "attach(..., only=...)"
             )
     bias = more.get("position_bias")
+    require_no_table(bound, bias, None if isinstance(mask, LazyMask) else mask)
     queries, keys, rules = _places(bound, request, held)
     if bound.cross:
         queries = own_places(bound, known, len(q), q.shape[2], q.device)

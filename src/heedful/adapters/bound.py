@@ -105,6 +105,11 @@ class Bound:
     def kind(self) -> str:
         return type(self.module).__name__
 
+    @property
+    def sizes(self) -> Tensor | None:
+        """How many tokens each of its own is made of; None where none were merged, or keys are another sequence's."""
+        return None if self.merges is None or self.cross else self.merges.sizes
+
 
 # the modules of attached models, each with its Bound or what serves it otherwise; weak on both sides, since these lead
 # to their keys, and the modules' own hooks hold them

@@ -285,6 +285,7 @@ class Hooks:
             denoising=self.run.state.denoising, cross=cross, training=bound.module.training,
             ids=self.ids(bound, len(hidden), n), roles=self.roles(bound, len(keys)), hidden=hidden,
             forward=self.run.state.now.number, lowest=bound.lowest, batch=len(hidden),
+            sizes=bound.sizes,
         )  # fmt: skip
 
     # the layers of one list

@@ -17,6 +17,8 @@ from heedful.core.regions import Marks, PerText, Region
 from heedful.engine.merging import Merges
 from heedful.engine.run import Run
 
+ANGLES = ("position_embeddings", "rope", "rotary_pos_emb", "rope_emb", "freqs_cis")
+
 
 def came_to(run: Run, bound: Bound, told: Mapping[str, Any], stream: Tensor | None) -> Merges | None:
     """What has become of a layer's tokens in those before it; a layer that cannot do with fewer is refused."""
@@ -37,6 +39,10 @@ def came_to(run: Run, bound: Bound, told: Mapping[str, Any], stream: Tensor | No
         raise _never_parted(run, merges)
     tokens, own = merges.to.shape[1], None if stream is None else stream.shape
     for name, given in told.items():
+        if given is not None and name in ANGLES:  # as many as there were patches
+            raise RefusedModel(
+                f"{bound.name} ({bound.kind}) is handed {name!r} for each token; merge none in this model"
+            )
         for x in given if isinstance(given, tuple | list) else (given,):
             plain = isinstance(x, Tensor) and not isinstance(x, LazyMask)
             if plain and x.shape != own and tokens in x.shape:
@@ -45,6 +51,15 @@ def came_to(run: Run, bound: Bound, told: Mapping[str, Any], stream: Tensor | No
                     f"{len(merges.places)} are left of them; merge none in this model"
                 )
     return merges
+
+
+def require_no_table(bound: Bound, *tables: Tensor | None) -> None:
+    """Refuse what a layer makes of itself for pairs of tokens, such as biases of how far apart patches stand."""
+    if bound.merges is not None and not bound.cross and any(table is not None for table in tables):
+        raise RefusedModel(
+            f"{bound.name} ({bound.kind}) has a mask or a bias of its own for pairs of tokens, of which "
+            f"{len(bound.merges.places)} are left; merge none in this model"
+        )
 
 
 def without_grids(roles: Marks) -> Marks:
@@ -59,8 +74,26 @@ def without_grids(roles: Marks) -> Marks:
 def part_behind(hooked: Hooked, run: Run, model: nn.Module, blocks: Mapping[str, Bound]) -> None:
     """Give merged tokens back behind the last layer of each list, for whatever comes after it."""
     for home, bound in {name.rpartition(".")[0]: bound for name, bound in blocks.items()}.items():
-        *_, last = model.get_submodule(home).children()
+        *others, last = vars(model.get_submodule(home))["_modules"].values()
+        if last in others:
+            raise RefusedModel(
+                f"{home} ends with a layer that it runs before too, behind which merged tokens would part"
+            )
+        _require_no_maps(model, home, len(others))
         _part(hooked, run, last, bound)
+
+
+def _require_no_maps(model: nn.Module, home: str, last: int) -> None:
+    """Refuse what lays the streams of inner layers out as maps, which fewer tokens would fill by other numbers."""
+    parts = home.split(".")
+    for module in [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]:
+        wanted = getattr(module, "out_indices", None)
+        end = len(getattr(module, "stage_names", None) or range(last + 1)) - 1
+        if isinstance(wanted, list | tuple) and any(number not in (end, -1) for number in wanted):
+            raise RefusedModel(
+                f"{type(module).__name__} makes maps of the streams behind its layers {list(wanted)}, and where tokens "
+                f"are merged inner ones have fewer; let it give that of the last alone, {[end]}"
+            )
 
 
 def _part(hooked: Hooked, run: Run, last: nn.Module, bound: Bound) -> None:

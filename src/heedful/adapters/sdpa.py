@@ -19,6 +19,7 @@ from heedful.adapters.hooked import Hooked, Standing
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.layers import heads_told, lowest, output_module, served
 from heedful.adapters.layout import Layout, same_rows
+from heedful.adapters.merging import require_no_table
 from heedful.adapters.multi_head import Untouched, through_kernel
 from heedful.adapters.planted import Planted
 from heedful.adapters.torch_masks import halves, joined, places, rules_of
@@ -305,11 +306,12 @@ class SdpaAdapter:
         rules, bias, text = rules_of(None if mask is None else layout.fold(mask), bool(causal), len(q), k.shape[2])
         queries, keys, bound.cross = places(bound, q, k, text, fixed=bool(causal) or appends)
         if bound.merges is not None and not bound.cross:
+            require_no_table(bound, mask)
             queries = keys = bound.merges.places
         call = Call(
             bound.number or 0, len(self._names), bound.name, q.shape[1], k.shape[1], queries, keys,
             q.shape[-1] ** -0.5 if scale is None else float(scale), None, Phase.of(queries),
             self.run.state.denoising, bound.cross, bound.module.training, mask=rules,
-            forward=max(0, self.run.state.now.number), lowest=bound.lowest, batch=len(q),
+            forward=max(0, self.run.state.now.number), lowest=bound.lowest, batch=len(q), sizes=bound.sizes,
         )  # fmt: skip
         return Operands(q, k, v, bias, None, float(given.get("dropout_p") or 0.0)), call

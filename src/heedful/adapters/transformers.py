@@ -209,7 +209,8 @@ class TransformersAdapter:
             given.softcap, phase, run_state.denoising, bound.cross, bound.module.training,
             self._hooks.ids(bound, len(q), q.shape[2]), self._hooks.roles(bound, len(given.keys)),
             rows_of(bound.hidden, q), rotation(bound), given.mask, max(0, run_state.now.number),
-            lowest=bound.lowest, batch=len(q), in_order=bound.cross and list_of(bound.name) in run_state.now.causal,
+            lowest=bound.lowest, batch=len(q), sizes=bound.sizes,
+            in_order=bound.cross and list_of(bound.name) in run_state.now.causal,
         )  # fmt: skip
         plan = plan_of(run, call)
         if (seen := replaced_whole(run, plan, call, Operands(q, k, v))) is not None:

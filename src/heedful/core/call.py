@@ -91,6 +91,7 @@ class Call:
     state: State = field(default_factory=State)  # what the method remembers
     lowest: int = 0  # number of the first layer of the list that it stands in, such as a model's decoder
     batch: int | None = None  # b, where it is known
+    sizes: Tensor | None = None  # [b n], how many tokens each of the call's is made of; None: none were merged
     query: Tensor | None = None  # [b h q d], the whole call's, from MASK on, and at a BLOCK that asks for it
     key: Tensor | None = None  # [b g k d], like query
     value: Tensor | None = None  # [b g k d], like query

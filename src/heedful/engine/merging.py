@@ -28,6 +28,13 @@ class Merges:
         """Whether as many are left in every row, so that none of the places is empty."""
         return self.places.is_filled is None
 
+    @property
+    def sizes(self) -> Tensor:
+        """How many of the tokens that entered the list each is made of that is left, `[b m]`; 0 in an empty place."""
+        left = len(self.places)
+        counts = self.to.new_zeros(len(self.to), left + 1)
+        return counts.scatter_add(1, self.to.where(self.to >= 0, left), torch.ones_like(self.to))[:, :left]
+
     def parted(self, stream: Tensor) -> Tensor:
         """The stream `[b m e]` of all tokens `[b n e]`: each has that of the one it went into."""
         left = self.to >= 0

@@ -93,7 +93,7 @@ def staged(site: Site, x: Any, job: AttentionCall, call: Call) -> tuple[Any, Cal
             merges = merge(step, x, new, call, job.run_state.now.merges.get(call.lowest))
             job.run_state.merge(step, call, merges)
             x, places = new.stream.to(x.dtype), merges.places
-            call = replace(call, queries=places, keys=places, ids=None, hidden=None, rotate=None)
+            call = replace(call, queries=places, keys=places, sizes=merges.sizes, ids=None, hidden=None, rotate=None)
             continue
         if not isinstance(new, Tensor) or new.shape != x.shape:
             got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__

@@ -57,9 +57,15 @@ def kept(stream: Tensor, stays: Tensor) -> Merged:
 
 
 def is_fixed(call: Call) -> Tensor:
-    """Which tokens are neither patches nor made of any, and padding, `[b|1 n]`: never merged, never dropped."""
-    fixed = torch.zeros_like(call.q_pos, dtype=torch.bool)
-    for role in FIXED:
-        if role in call.roles:
-            fixed = fixed | call.marked_queries(role)
+    """Which tokens are neither patches nor made of any, and padding, `[b|1 n]`: never merged, never dropped.
+
+    Where nobody says which are patches, that is the first, which is most models' class token.
+    """
+    if "patches" in call.roles:
+        fixed = ~call.marked_queries("patches")
+    else:
+        fixed = call.q_pos == 0
+        for role in FIXED:
+            if role in call.roles:
+                fixed = fixed | call.marked_queries(role)
     return (fixed | ~call.is_text)[:, 0]

@@ -110,6 +110,7 @@ from heedful.methods.mechanisms.local.no_mixing import NoMixing as NoMixing
 from heedful.methods.mechanisms.local.tkl import TKL as TKL
 from heedful.methods.mechanisms.normalise.affine_scaled_attention import AffineScaledAttention as AffineScaledAttention
 from heedful.methods.mechanisms.normalise.clipped_softmax import ClippedSoftmax as ClippedSoftmax
+from heedful.methods.mechanisms.normalise.coarse_to_fine_attention import CoarseToFineAttention as CoarseToFineAttention
 from heedful.methods.mechanisms.normalise.doubly_stochastic import DoublyStochastic as DoublyStochastic
 from heedful.methods.mechanisms.normalise.kolmogorov_arnold_attention import KolmogorovArnoldAttention as KolmogorovArnoldAttention
 from heedful.methods.mechanisms.normalise.landmark_attention import LandmarkAttention as LandmarkAttention

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -119,11 +119,17 @@ class AddIt(Method):
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> AddIt:
         """The scene's keys and values in every forward that is to be seen."""
         found: dict[str, Tensor] = {}
+        steps: set[int] = set()
         reader = _Scene()
         with context.attach(reader) as run, torch.no_grad():
             for given in batches:
                 batch = dict(given)
-                number, of = batch.pop("step", (0, 1))
+                step = batch.pop("step", (0, 1))
+                if not isinstance(step, Sequence) or len(step) != 2 or step[0] in steps:
+                    rule = 'must hold one forward for each step, told by "step": its number, and of how many'
+                    raise FieldError(self, "batches", step, rule, [{"step": (0, 50)}, {"step": (1, 50)}])
+                number, of = step
+                steps.add(number)
                 if number < self.until * of:
                     run.reset()
                     with run.denoising(number, of):

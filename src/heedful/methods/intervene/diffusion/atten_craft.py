@@ -31,6 +31,7 @@ PAPER = Paper(
         "Masks are made once, by a fit, and stay; the authors make them anew while they train, where they stay alike.",
         "A concept is a span of words, whose maps are added up; the authors have a word for each, and for those that "
         "come with descriptions the highest of all words.",
+        "The loss takes maps as they are; the authors' code brings each from 0 to 1 first, as it does for masks.",
         "Maps are averaged over the layers it is attached to; the authors bring layers of several sizes to 32 x 32.",
     ),
 )
@@ -101,8 +102,11 @@ class AttenCraft(MapLoss):
             for batch in found:
                 run.roles = batch["roles"]
                 run(**{name: x for name, x in batch.items() if name != "roles"})
-            maps = torch.stack(run[reader]).mean(0)
-        return replace(self, masks=Fitted({"masks": parted(maps, self.threshold)}))
+            maps = run[reader]
+        if len(shapes := {tuple(one.shape) for one in maps}) > 1:
+            rule = "must be of the same pictures and concepts: [b c n] is different"
+            raise FieldError(self, "batches", sorted(shapes), rule, "one picture under several noises")
+        return replace(self, masks=Fitted({"masks": parted(torch.stack(maps).mean(0), self.threshold)}))
 
 
 class _Concepts(Refined):

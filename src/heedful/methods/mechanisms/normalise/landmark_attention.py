@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, at, reads
 from heedful.core.positions import Positions, spread_heads
 from heedful.kit.told import at_places, token_ids
+from heedful.methods.mechanisms.normalise._grouped import softmax_by_group
 
 
 class LandmarkAttention(Method):
@@ -74,7 +75,7 @@ class LandmarkAttention(Method):
         first = _softmax(scores, own | marks)
         # a block's keys follow one another, however many a cache dropped
         number = pad(giving.diff(dim=-1).ne(0), (1, 0)).cumsum(-1).expand(scores.shape)
-        within = _softmax_by_block(scores, past, number)
+        within = softmax_by_group(scores, past, number)
         of_block = torch.zeros_like(within).scatter_add(-1, number, first * marks)
         return first * own + within * of_block.gather(-1, number)
 
@@ -88,16 +89,6 @@ def _highest(scores: Tensor, among: Tensor, count: int) -> Tensor:
 def _softmax(scores: Tensor, among: Tensor) -> Tensor:
     """Over some columns; zero elsewhere, and in rows without any."""
     return scores.masked_fill(~among, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~among, 0.0)
-
-
-def _softmax_by_block(scores: Tensor, among: Tensor, number: Tensor) -> Tensor:
-    """Over some columns of each block by itself; `number` is each column's block."""
-    low = torch.finfo(scores.dtype).min
-    scores = scores.masked_fill(~among, low)
-    highest = torch.full_like(scores, low).scatter_reduce(-1, number, scores.detach(), "amax").gather(-1, number)
-    raised = (scores - highest).exp().masked_fill(~among, 0.0)
-    sums = torch.zeros_like(raised).scatter_add(-1, number, raised).gather(-1, number)
-    return raised / sums.masked_fill(~among, 1.0)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ class SkimAttention(Method):
             "edges, height and width.",
             "The authors' variant that has places look at one another first, and SkimmingMask, which hides from a "
             "trained model what layout gives little weight, are not here.",
+            "Queries and keys have no bias, and are drawn as torch.nn.Linear draws its weight, tables as "
+            "torch.nn.Embedding does; the authors have biases, and draw all with a deviation of 0.02.",
             "What positions the model itself adds to its words stay; the authors' text has none.",
             "Tokens outside of the page, as a class token, have a layout of their own.",
         ),
@@ -58,6 +60,9 @@ class SkimAttention(Method):
     @at(Site.MIX)
     def attend(self, qkv: tuple[Tensor, Tensor, Tensor], call: Call) -> Tensor:
         (v,) = wide(call.spread(qkv[2]))
+        if call.cross or call.lowest:
+            rule = "one map serves the layers in which the page sees itself, from layer 0 on; leave others out"
+            raise SiteError(f"{self!r}, layer {call.layer}: {rule}")
         kept = call.state.forward
         if "map" not in kept:
             if call.layer:
@@ -79,6 +84,9 @@ class SkimAttention(Method):
     def _layout(self, place: Tensor, call: Call) -> Tensor:
         """What stands for the places `[b|1 g|1 n 2]`, `[b|1 n e]`."""
         number = place[:, 0] + 1
+        if number.shape[-1] != 2:
+            rule = f"must name tokens in rows and columns, and {self.page!r} has {number.shape[-1]} axes"
+            raise FieldError(self, "page", self.page, rule, "patches")
         if int(number.max()) > self.size:
             rule = f"must be at least {int(number.max())}, as many rows or columns as {self.page!r} has"
             raise FieldError(self, "size", self.size, rule, int(number.max()))

@@ -18,6 +18,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat
 from heedful.kit.merging import MergesTokens, is_fixed, kept
+from heedful.kit.running import wide
 
 
 class SelectAndPack(MergesTokens):
@@ -86,8 +87,15 @@ class SelectAndPack(MergesTokens):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> SelectAndPack:
         """Logistic regression of the labels on what the stream holds of each patch."""
+        if self.layer not in (numbers := [layer.number for layer in context.layers]):
+            rule = f"must be a layer of the model, whose last is {max(numbers)}"
+            raise FieldError(self, "layer", self.layer, rule, max(numbers) // 3)
         x, labels = [], []
         for batch in batches:
+            if "selected" not in batch:
+                raise FieldError(
+                    self, "batches", sorted(batch), 'must have "selected" [b patches]', [{"selected": "..."}]
+                )
             given = {name: value for name, value in batch.items() if name != "selected"}
             part = _Patches(self.layer)
             with torch.no_grad(), context.attach(part) as run:
@@ -114,7 +122,7 @@ class _Patches(Method):
     @reads(Site.RESIDUAL)
     def keep(self, stream: Tensor, call: Call) -> Cat:
         ((start, stop),) = call.region("patches")
-        return Cat.of(f"{call.forward}", stream[:, start:stop])
+        return Cat.of(f"{call.forward}", *wide(stream[:, start:stop]))
 
 
 def _regression(x: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -9,9 +9,9 @@ from heedful.core.call import Call, Merged
 from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.kit.merging import MergesTokens, averaged, is_fixed, numbered, summed
+from heedful.kit.merging import MergesTokens, averaged, is_fixed, numbered
 
-KEYS, SIZES = "keys", "sizes"
+KEYS = "keys"
 
 
 class ToMe(MergesTokens):
@@ -26,6 +26,8 @@ class ToMe(MergesTokens):
         "ICLR 2023",
         differs=(
             "Tokens are merged behind a layer's feed-forward part; the authors merge before it, so that it has fewer.",
+            "Tokens keep the order of the first that each is made of; the authors put odd ones behind even ones "
+            "that are left, so that later layers pair others.",
             "None are merged behind the last layer, after which nothing is saved.",
             "Behind the last layer each token is there again, as the one that it went into.",
         ),
@@ -49,10 +51,8 @@ class ToMe(MergesTokens):
 
     @at(Site.SCORES)
     def weigh(self, scores: Tensor, call: Call) -> Tensor:
-        forward = call.state.forward
-        forward[KEYS] = call.key
-        sizes = forward.get(SIZES)
-        return scores if sizes is None else scores + sizes.log()[:, None, None, call.cols]
+        call.state.forward[KEYS] = call.key
+        return scores if call.sizes is None else scores + call.sizes.to(scores.dtype).log()[:, None, None, call.cols]
 
     @at(Site.RESIDUAL, merges=True)
     def merge(self, stream: Tensor, call: Call) -> Tensor | Merged:
@@ -69,8 +69,7 @@ class ToMe(MergesTokens):
         group = torch.arange(n, device=stream.device).repeat(len(stream), 1)
         group[:, ::2] = torch.where(moves, 2 * other + 1, group[:, ::2])
         to = numbered(group)
-        sizes = call.state.forward.get(SIZES, torch.ones_like(stream[..., 0]))
-        call.state.forward[SIZES] = summed(sizes, to)
+        sizes = torch.ones_like(stream[..., 0]) if call.sizes is None else call.sizes.to(stream.dtype)
         return Merged(averaged(stream, to, sizes), to)
 
     def alike(self, keys: Tensor) -> Tensor:

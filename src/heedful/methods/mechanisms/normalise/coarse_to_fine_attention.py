@@ -1,0 +1,92 @@
+"""p(j) = p(cell) p(j | cell): a sparsemax over cells, by their mean scores, and a softmax within each that is left."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from heedful.authoring import Call, FieldError, Method, Paper, Site, at
+from heedful.core.positions import spread_heads
+from heedful.methods.mechanisms.normalise._grouped import softmax_by_group
+
+
+class CoarseToFineAttention(Method):
+    """Cells of an image, or stretches of a text, compete first; most have no weight. For models trained with it."""
+
+    paper = Paper(
+        "P227",
+        "Image-to-Markup Generation with Coarse-to-Fine Attention",
+        "Yuntian Deng, Anssi Kanervisto, Jeffrey Ling, Alexander M. Rush",
+        2017,
+        "1609.04938",
+        "ICML 2017",
+        differs=(
+            "A cell is scored by the mean of the scores of its keys, which is the score of their mean; the authors "
+            "score features of a coarser grid, made by further convolutions, with weights of their own.",
+            "Sparsemax alone: the paper's other way, one cell drawn and taught by REINFORCE, is not here.",
+            "It acts wherever there is attention, where the authors have a recurrent decoder that looks at an image.",
+            "Tokens outside the grid of patches, as a class token, are cells by themselves.",
+            "Scores in cells without weight are computed all the same; what skipping them saves is not saved here.",
+        ),
+    )
+    subjects = ("text", "image")
+    side: int = 4  # patches along each side of a cell, or a text's tokens in one; the paper: 4
+
+    def __post_init__(self) -> None:
+        if self.side < 1:
+            raise FieldError(self, "side", self.side, "must be 1 or more", 4)
+
+    @classmethod
+    def example(cls) -> CoarseToFineAttention:
+        return cls(3)
+
+    @at(Site.NORMALISE)
+    def weigh(self, scores: Tensor, call: Call) -> Tensor:
+        seen = scores.new_ones(scores.shape[-1], dtype=torch.bool) if call.keep is None else call.keep
+        seen = seen.expand_as(scores)
+        cells, order = spread_heads(self._cells(call), call.heads).sort(dim=-1)
+        counted = pad(cells.diff(dim=-1).ne(0), (1, 0)).cumsum(-1)
+        number = torch.zeros_like(order).scatter(-1, order, counted)[..., None, :].expand_as(scores)
+        empty = torch.zeros_like(scores)  # no row has more cells than keys
+        counts = empty.scatter_add(-1, number, seen.to(scores.dtype))
+        sums = empty.scatter_add(-1, number, scores.masked_fill(~seen, 0.0))
+        of_cell = self.across(sums / counts.clamp(min=1), counts > 0)
+        return of_cell.gather(-1, number) * self.within(scores, seen, number)
+
+    def across(self, means: Tensor, held: Tensor) -> Tensor:
+        """The weights of cells by their mean scores `[b h r m]`, of those that hold a key that is seen."""
+        return sparsemax(means, held)
+
+    def within(self, scores: Tensor, seen: Tensor, number: Tensor) -> Tensor:
+        """The weights of keys in their cells, `[b h r k]`."""
+        return softmax_by_group(scores, seen, number)
+
+    def _cells(self, call: Call) -> Tensor:
+        """A number for the cell that each key lies in, `[b|1 g|1 k]`."""
+        grid = getattr(call.roles.get("patches"), "grid", None)
+        if grid is None or len(grid) != 2:
+            return call.k_pos // self.side
+        place = call.coordinates("patches")[1]
+        cell = place[..., 0] // self.side * grid[1] + place[..., 1] // self.side
+        return torch.where(place[..., 0] < 0, ~call.k_pos, cell)  # below zero, and so no cell of the grid
+
+
+def sparsemax(x: Tensor, among: Tensor) -> Tensor:
+    """The distribution nearest to some entries of each row, which is zero for all that are low; and for the others."""
+    top = x.detach().masked_fill(~among, torch.finfo(x.dtype).min).amax(-1, keepdim=True)
+    x = torch.where(among, x - top, -2.0)  # one less than the highest is always too low
+    ordered = x.sort(dim=-1, descending=True).values
+    above = ordered.cumsum(-1) - 1
+    count = torch.arange(1, x.shape[-1] + 1, device=x.device)
+    kept = (count * ordered > above).sum(-1, keepdim=True)
+    return (x - above.gather(-1, kept - 1) / kept).clamp(min=0)
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    model = models.tiny("vit", image_size=32)
+    inputs = models.tiny_inputs(model)
+    with attach(model, CoarseToFineAttention(2)) as run:
+        print(run.difference(**inputs))
