@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from heedful import models
@@ -163,6 +164,11 @@ def test_a_log_is_told_once_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: py
         bars(Progress("answers", second, 1500))
     told = capsys.readouterr().err.splitlines()
     assert told == ["asking: 60 of 1,500, 1 answers/s", "asking: 120 of 1,500, 1 answers/s"]
+    shown = Bars({"answers": ("asking", "answers")})  # on a terminal the bar itself tells
+    shown.console = Console(stderr=True, force_terminal=True)
+    clock[0] = 1000.0
+    shown(Progress("answers", 1, 1500))
+    assert not capsys.readouterr().err
 
 
 def test_tasks_are_listed() -> None:
