@@ -212,6 +212,7 @@ from heedful.methods.sparse.merge.token_pooling import TokenPooling as TokenPool
 from heedful.methods.sparse.merge.tome import ToMe as ToMe
 from heedful.methods.sparse.prefill.anchor_attention import AnchorAttention as AnchorAttention
 from heedful.methods.sparse.prefill.attention_aware_token_filtering import AttentionAwareTokenFiltering as AttentionAwareTokenFiltering
+from heedful.methods.sparse.prefill.blind_sight import BlindSight as BlindSight
 from heedful.methods.sparse.prefill.block_attention import BlockAttention as BlockAttention
 from heedful.methods.sparse.prefill.flex_prefill import FlexPrefill as FlexPrefill
 from heedful.methods.sparse.prefill.fopru import FoPru as FoPru
