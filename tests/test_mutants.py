@@ -170,7 +170,8 @@ def test_what_verbs_share_is_tried_with_the_tests_of_those_who_use_it() -> None:
     verbs = [path for path in paths.values() if path.parent == tool.EXPLAINING]
     assert [path.stem for path in verbs if tool.is_shared(path)] == ["aim", "drawn", "stream", "streams"]
     assert [path.stem for path in tool.users(paths["stream"])] == ["logits", "tracing"]
-    assert [path.stem for path in tool.tests_of(paths["streams"])] == ["test_gradients", "test_likening", "test_linear"]
+    tests = [path.stem for path in tool.tests_of(paths["streams"])]
+    assert tests == ["test_depth", "test_gradients", "test_likening", "test_linear"]
     assert paths["gradients"] in tool.users(paths["labels"]), "what the kit holds is not for methods alone"
     for path in verbs:
         if not tool.is_shared(path):
