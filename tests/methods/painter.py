@@ -45,6 +45,21 @@ class Painter(nn.Module):
         return x
 
 
+class Both(nn.Module):
+    """Attention of places to one another, to words, and to one another again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.own, self.words, self.last = Cross(), Cross(), Cross()
+        self.double().eval().requires_grad_(False)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.own(x, x)
+        x = x + self.words(x, context)
+        return x + self.last(x, x)
+
+
 def inputs(batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     return {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from heedful import attach, fit
 from heedful.authoring import Fitted
@@ -19,24 +19,9 @@ from heedful.core.method import Stack
 from heedful.methods.intervene.diffusion.add_it import AddIt, balance
 from tests.test_engine import run
 
-from .painter import HEADS, WIDTH, Cross, inputs
+from .painter import HEADS, WIDTH, Both, Cross, inputs
 
 SIZE = WIDTH // HEADS
-
-
-class Both(nn.Module):
-    """Attention of places to one another, to words, and to one another again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.own, self.words, self.last = Cross(), Cross(), Cross()
-        self.double().eval().requires_grad_(False)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.own(x, x)
-        x = x + self.words(x, context)
-        return x + self.last(x, x)
 
 
 def _heads(x: Tensor) -> list[Tensor]:

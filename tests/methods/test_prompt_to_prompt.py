@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from heedful import attach, fit
 from heedful.authoring import Fitted
@@ -17,24 +17,9 @@ from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.methods.intervene.diffusion.prompt_to_prompt import PromptToPrompt
 
-from .painter import HEADS, PLACES, WIDTH, WORDS, Cross, inputs
+from .painter import HEADS, PLACES, WIDTH, WORDS, Both, inputs
 
 Maps = dict[int, Tensor]
-
-
-class Both(nn.Module):
-    """Attention of places to one another, to words, and to one another again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.own, self.words, self.last = Cross(), Cross(), Cross()
-        self.double().eval().requires_grad_(False)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.own(x, x)
-        x = x + self.words(x, context)
-        return x + self.last(x, x)
 
 
 def _by_hand(model: Both, x: Tensor, context: Tensor, given: Maps, only: tuple[int, ...] = ()) -> tuple[Tensor, Maps]:
