@@ -132,13 +132,19 @@ def page() -> str:
         f"| mechanism | room | {' | '.join(PATTERNS)} |",
         "|---|---|" + ":---:|" * len(PATTERNS),
     ]
+    nowhere = [name for name, row in found["rows"].items() if set(row["found"].values()) == {NO}]
     rows = [
         f"| {name} | {row['room'].partition('/')[2]} | {' | '.join(row['found'][each] for each in PATTERNS)} |"
         for name, row in found["rows"].items()
+        if name not in nowhere
     ]
     counts = ", ".join(f"{pattern}: {_count(found, pattern)}" for pattern in PATTERNS)
     every = sum(all(row["found"][p] == YES for p in PATTERNS) for row in found["rows"].values())
     out = [*head, *rows, f"\nOf {len(rows)}, {counts}; all four: {every}.\n"]
+    if nowhere:
+        out.append(
+            f"Left out, since they changed no answer here (models were asked, not trained): {', '.join(nowhere)}.\n"
+        )
     if timed:
         out += [
             "## From which length one pays\n",

@@ -86,6 +86,7 @@ def test_the_page_counts_and_joins_the_lengths(tmp_path: Path, monkeypatch: pyte
     rows = {
         "A": {"room": "mechanisms/linear", "found": dict.fromkeys(PATTERNS, YES)},
         "B": {"room": "mechanisms/local", "found": dict(zip(PATTERNS, (LEAKS, YES, NO, NO), strict=True))},
+        "Trains": {"room": "mechanisms/score", "found": dict.fromkeys(PATTERNS, NO)},
     }
     monkeypatch.setattr(patterns, "RECORD", tmp_path / "patterns.json")
     patterns.RECORD.write_text(json.dumps({"rows": rows}))
@@ -94,6 +95,8 @@ def test_the_page_counts_and_joins_the_lengths(tmp_path: Path, monkeypatch: pyte
     told = patterns.page()
     assert "| A | linear | yes | yes | yes | yes |\n| B | local | leaks | yes | no | no |" in told
     assert "Of 2, self, causal: 1, self: 2, cross, causal: 1, cross: 1; all four: 1." in told
+    assert "| Trains |" not in told
+    assert "(models were asked, not trained): Trains.\n" in told
     assert "| machine | A | C |\n|---|---:|---:|\n| m | 1,024 | none |" in told
 
 
