@@ -21,8 +21,8 @@ class _Drawn(GlobalLocalCrossAttention):
 
 WAYS = {
     "attention": None,
-    "foremost": GlobalLocalCrossAttention(DEPTH, SHARE),
-    "drawn": _Drawn(DEPTH, SHARE),
+    "foremost": GlobalLocalCrossAttention(SHARE),
+    "drawn": _Drawn(SHARE),
 }
 
 

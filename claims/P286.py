@@ -19,13 +19,13 @@ class _Last(HistoGraph):
 
     def read_out(self, stream: Tensor, call: Call) -> Tensor:
         if call.last_layer:
-            call.state.forward["states"] = dict.fromkeys(range(-1, self.depth), stream)
+            call.state.forward["states"] = dict.fromkeys(range(-1, call.depth), stream)
         return super().read_out(stream, call)
 
 
 WAYS = {
-    "history": Reads() | HistoGraph(DEPTH),
-    "last states": Reads() | _Last(DEPTH),
+    "history": Reads() | HistoGraph(),
+    "last states": Reads() | _Last(),
     "mean": Reads() | MeanPatch().on(layers=DEPTH - 1),
 }
 

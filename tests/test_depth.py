@@ -77,8 +77,8 @@ def test_a_layer_is_useful_from_a_tenth_of_the_loss_on() -> None:
     assert found.useful == pytest.approx(1 / 3)
     assert found.figure.values.tolist() == [pytest.approx([0.15, 0.05, -0.05])]
     assert found.figure.columns == ["0", "1", "2"]
-    assert repr(found).startswith("33% of 3 layers are useful, the least of them 2;")
-    assert "6 times that behind the first" in repr(found)
+    assert repr(found).startswith("33% of 3 layers are useful; layer 2 is the least so.\n")
+    assert "6 times that behind the first." in repr(found)
 
 
 def test_one_part_of_a_model_is_named() -> None:

@@ -237,6 +237,10 @@ def test_every_annotation_of_a_verb_is_asked_for() -> None:
             lambda: heedful.fit(TempScale(0.5), models.tiny("llama"), {"input_ids": torch.ones(1, 4)}),  # type: ignore[arg-type]
             r"fit\(\)\.batches = .*: must be Iterable\[Mapping\[str, Any\]\]; for example batches=\[",
         ),
+        (
+            lambda: heedful.fit(TempScale(0.5).on(layers=0), models.tiny("llama"), []),  # type: ignore[arg-type]
+            r"fit\(\)\.method = .*: must be a method \(without \.on\(\) or \.when\(\)\)",
+        ),
         (lambda: heedful.check(TempScale, only="any_tiles"), r"is no law\. Did you mean any_tile\?"),
         (lambda: nn.convert(3), r"convert\(\)\.model = 3: must be Module; for example model='models\.default"),
         (lambda: heedful.decode(models.tiny("llama"), [1, 2], None), r"for example prompt='Prompt\(\(1, 2, 3\)\)'"),

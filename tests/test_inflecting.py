@@ -88,9 +88,11 @@ def test_sharp_layers_where_gradients_fall_come_first() -> None:
     assert figure.columns == ["0", "1", "2", "3"]
     assert figure.values[0].tolist() == pytest.approx([math.sqrt(2), -math.sqrt(2), 0, 0])
     assert torch.equal(figure.values[2], found.score)
-    assert repr(found).splitlines()[:2] == [
-        "loss 1.500; entropy, decay of gradients, and both in standard deviations, by layer",
-        "   0    1.00   +0.69   +1.72",
+    assert repr(found).splitlines()[:4] == [
+        "loss 1.500; entropy, decay of gradients,",
+        "and both in standard deviations, by layer",
+        "layer  entropy   decay    both",
+        "    0     1.00   +0.69   +1.72",
     ]
     assert "inflection" in found._repr_html_().lower()
     even = Inflection(torch.ones(4), flow, torch.ones(4), 1.5)

@@ -21,7 +21,7 @@ HEADS, E, N = 4, 8, 9  # of 2 x 3 patches, after a class token and before two ot
 
 def _drawn() -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
     draw = torch.Generator().manual_seed(1)
-    params = GlobalLocalCrossAttention(1).parameters(Layer(0, HEADS, HEADS, 2, 2, E))
+    params = GlobalLocalCrossAttention().parameters(Layer(0, HEADS, HEADS, 2, 2, E))
     p = {name: (x + torch.randn(x.shape, generator=draw) / 4).double() for name, x in params.items()}
     maps = [torch.randn(2, HEADS, N, N, generator=draw, dtype=torch.float64).softmax(-1) for _ in range(2)]
     return p, maps, torch.randn(2, N, E, generator=draw, dtype=torch.float64)
@@ -53,7 +53,7 @@ def _by_hand(x: Tensor, rank: list[float], count: int, p: dict[str, Tensor]) -> 
 
 @pytest.mark.parametrize(("share", "count"), [(0.3, 2), (0.1, 1), (1.0, 6), (1 / 3, 2)])
 def test_the_foremost_patches_ask_all(share: float, count: int) -> None:
-    method = GlobalLocalCrossAttention(2, share)
+    method = GlobalLocalCrossAttention(share)
     call, _ = image_call(method, (2, 3), 1, 2, E)
     p, maps, x = _drawn()
     leaves = [leaf.requires_grad_() for leaf in (x, *p.values())]
@@ -85,40 +85,36 @@ def test_a_model_is_read_in_all_layers_and_learns() -> None:
 
 
 def test_what_it_starts_with() -> None:
-    layer = Layer(number=1, heads=4, kv_heads=2, head_dim=5, value_dim=6, width=20)
+    layer = Layer(number=1, heads=4, kv_heads=2, head_dim=5, value_dim=6, width=20, depth=2)
     before = torch.get_rng_state()
-    found, again = (GlobalLocalCrossAttention(2).parameters(layer) for _ in range(2))
+    found, again = (GlobalLocalCrossAttention().parameters(layer) for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
     shapes = {"first": (20,), "look": (60, 20), "look_out": (20, 20), "second": (20,), "up": (80, 20), "down": (20, 80)}
     for name, shape in shapes.items():
         assert found[name].shape == shape
         assert found[f"{name}_bias"].shape == shape[:1]
     assert len(found) == 2 * len(shapes)
-    other = GlobalLocalCrossAttention(1).parameters(replace(layer, number=0))
+    other = GlobalLocalCrossAttention().parameters(replace(layer, number=0, depth=1))
     for name, x in found.items():
         assert torch.equal(x, again[name])
         assert torch.equal(x, other[name]) == name.startswith(("first", "second"))
     for name in ("first", "second"):
         assert found[name].tolist() == [1.0] * 20
         assert found[f"{name}_bias"].tolist() == [0.0] * 20
-    for depth in (1, 3):
-        assert GlobalLocalCrossAttention(depth).parameters(layer) == {}
+    for depth in (1, 3):  # the last layer alone has any
+        assert GlobalLocalCrossAttention().parameters(replace(layer, depth=depth)) == {}
 
 
 def test_where_it_rests_and_what_cannot_be() -> None:
     method = GlobalLocalCrossAttention()
     call, _ = image_call(method, (2, 3), 1, 0, E)
     assert not method.idle(call)
-    assert not method.idle(replace(call, layer=11))
-    assert method.idle(replace(call, layer=12))
     assert method.idle(replace(call, mask=Mask((Causal(),))))
     assert method.idle(replace(call, roles={"patches": call.roles["patches"]}))
     assert method.whole_map
-    assert method == GlobalLocalCrossAttention(12, 0.1)
-    assert GlobalLocalCrossAttention.example() == GlobalLocalCrossAttention(2, 0.5)
-    assert GlobalLocalCrossAttention(1, 1.0).share == 1
-    with pytest.raises(FieldError, match=r"depth = 0: must be 1 or more, as many as the model has; .*12"):
-        GlobalLocalCrossAttention(0)
+    assert method == GlobalLocalCrossAttention(0.1)
+    assert GlobalLocalCrossAttention.example() == GlobalLocalCrossAttention(0.5)
+    assert GlobalLocalCrossAttention(1.0).share == 1
     for share in (0.0, -0.5, 1.5):
         with pytest.raises(FieldError, match=rf"share = {share}: must be above 0 and at most 1; .*0.1"):
-            GlobalLocalCrossAttention(2, share)
+            GlobalLocalCrossAttention(share)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import pytest
 import torch
 from torch import Tensor
 
 from heedful import attach, models
 from heedful.authoring import Causal, Layer, Mask
 from heedful.conformance.tolerances import close
-from heedful.core.errors import FieldError
 from heedful.methods import HistoGraph
 from tests.images_by_hand import attended_by_hand, image_call, image_of, normed_by_hand
 
@@ -43,10 +41,9 @@ def _by_hand(states: list[Tensor], p: dict[str, Tensor]) -> Tensor:
 
 
 def test_a_patch_asks_what_it_was() -> None:
-    method = HistoGraph(3)
+    method = HistoGraph()
     call, first = image_call(method, GRID, 1, 0, 8)
-    assert not call.params  # but the last layer's, of three
-    params = HistoGraph(1).parameters(Layer(0, HEADS, HEADS, 2, 2, 8))
+    params = method.parameters(Layer(0, HEADS, HEADS, 2, 2, 8))
     draw = torch.Generator().manual_seed(2)
     p = {name: (x + torch.randn(x.shape, generator=draw) / 4).double() for name, x in params.items()}
     states = [first, *(torch.randn(first.shape, generator=draw, dtype=torch.float64) for _ in range(3))]
@@ -81,34 +78,28 @@ def test_a_model_is_read_behind_its_last_layer_and_learns() -> None:
 
 
 def test_what_it_starts_with() -> None:
-    layer = Layer(number=1, heads=4, kv_heads=2, head_dim=5, value_dim=6, width=20)
+    layer = Layer(number=1, heads=4, kv_heads=2, head_dim=5, value_dim=6, width=20, depth=2)
     before = torch.get_rng_state()
-    found, again = (HistoGraph(2).parameters(layer) for _ in range(2))
+    found, again = (HistoGraph().parameters(layer) for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
     shapes = {
         "embed": (20, 20), "embed_bias": (20,), "query": (20, 20), "key": (20, 20), "nodes": (60, 20),
         "nodes_bias": (60,), "nodes_out": (20, 20), "nodes_out_bias": (20,), "norm": (20,), "norm_bias": (20,),
     }  # fmt: skip
     assert {name: tuple(x.shape) for name, x in found.items()} == shapes
-    other = HistoGraph(1).parameters(replace(layer, number=0))
+    other = HistoGraph().parameters(replace(layer, number=0, depth=1))
     for name, x in found.items():
         assert torch.equal(x, again[name])
         assert torch.equal(x, other[name]) == name.startswith("norm")
     assert found["norm"].tolist() == [1.0] * 20
     assert found["norm_bias"].tolist() == [0.0] * 20
-    assert HistoGraph(3).parameters(layer) == HistoGraph(1).parameters(layer) == {}
+    for depth in (1, 3):  # the last layer alone has any
+        assert HistoGraph().parameters(replace(layer, depth=depth)) == {}
 
 
-def test_where_it_rests_and_what_cannot_be() -> None:
+def test_where_it_rests() -> None:
     method = HistoGraph()
     call, _ = image_call(method, GRID, 1, 0, 8)
     assert not method.idle(call)
-    assert not method.idle(replace(call, layer=11))
-    assert method.idle(replace(call, layer=12))
     assert method.idle(replace(call, mask=Mask((Causal(),))))
     assert method.idle(replace(call, roles={"patches": call.roles["patches"]}))
-    assert method == HistoGraph(12)
-    assert HistoGraph.example() == HistoGraph(2)
-    assert HistoGraph(1).depth == 1
-    with pytest.raises(FieldError, match=r"depth = 0: must be 1 or more, as many as the model has; .*12"):
-        HistoGraph(0)

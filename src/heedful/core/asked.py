@@ -35,6 +35,8 @@ _BY_KIND: dict[str, Any] = {
     "Site": "Site.PATTERN",
 }  # fmt: skip
 
+_SAID = {"CatalogueEntry": "a method (without .on() or .when())"}  # kinds that a user need not know by name
+
 
 def asks(function: Callable[P, R]) -> Callable[P, R]:
     """Refuse arguments that are of no kind that the function's annotations name; `**more` is looked at by none."""
@@ -91,7 +93,8 @@ def _require(owner: str, name: str, given: Any, hint: Any, default: Any, places:
     if _fits(given, hint):
         return
     kinds = list(dict.fromkeys(_words(hint)))
-    told = ", ".join(kinds[:-1]) + (" or " if kinds[:-1] else "") + kinds[-1]
+    said = [_SAID.get(kind, kind) for kind in kinds]
+    told = ", ".join(said[:-1]) + (" or " if said[:-1] else "") + said[-1]
     good = next((_BY_KIND[x] for kind in kinds if (x := kind.partition("[")[0]) in _BY_KIND), None)
     good = good if hint is int else _BY_NAME.get(name, good)  # a number of heads is no list of them
     if default is not inspect.Parameter.empty and default is not None and _fits(default, hint):

@@ -34,6 +34,11 @@ class Layer:
     head_dim: int
     value_dim: int
     width: int
+    depth: int = 1  # how many layers are served, as a call tells
+
+    @property
+    def last(self) -> bool:
+        return self.number == self.depth - 1
 
 
 class Readings(Mapping[int, Statistic]):

@@ -72,9 +72,8 @@ class DepthUse(Told):
     def __repr__(self) -> str:
         growth = float(self.variance[-1] / self.variance[0])
         return (
-            f"{percent(self.useful)} of {len(self.losses)} layers are useful, the least of them "
-            f"{int(self.rise.argmin())}; the stream's variance behind the last is {growth:.3g} times that behind the "
-            "first"
+            f"{percent(self.useful)} of {len(self.losses)} layers are useful; layer {int(self.rise.argmin())} is the "
+            f"least so.\nThe stream's variance behind the last layer is {growth:.3g} times that behind the first."
         )
 
 

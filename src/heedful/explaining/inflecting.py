@@ -77,9 +77,10 @@ class Inflection(Told):
 
     def __repr__(self) -> str:
         found = zip(self.entropy.tolist(), self.decay.tolist(), self.score.tolist(), strict=True)
-        rows = [f"loss {self.loss:.3f}; entropy, decay of gradients, and both in standard deviations, by layer"]
+        rows = [f"loss {self.loss:.3f}; entropy, decay of gradients,", "and both in standard deviations, by layer"]
+        rows += ["layer  entropy   decay    both"]
         rows += [
-            f"  {n:2}  {entropy:6.2f}  {decay:+6.2f}  {score:+6.2f}" for n, (entropy, decay, score) in enumerate(found)
+            f"{n:5}  {entropy:7.2f}  {decay:+6.2f}  {score:+6.2f}" for n, (entropy, decay, score) in enumerate(found)
         ]
         return "\n".join(rows)
 

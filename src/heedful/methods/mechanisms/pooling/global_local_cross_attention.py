@@ -17,7 +17,8 @@ from heedful.methods.mechanisms.pooling._attending import attended, attending, n
 class GlobalLocalCrossAttention(Method):
     """GLCA: what an image's foremost patches find is added to its class token. For models trained with it.
 
-    It reads the maps of every layer and stands behind the last.
+    It reads the maps of every layer and stands behind the last. Where a model also reads a text,
+    `attach(..., only=...)` names the image's layers.
     """
 
     paper = Paper(
@@ -37,28 +38,25 @@ class GlobalLocalCrossAttention(Method):
     )
     subjects = ("image",)
     whole_map = True
-    depth: int = 12  # layers that are read, the model's
     share: float = 0.1  # of the patches that ask; the paper: 0.1, and 0.3 to know persons and cars again
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise FieldError(self, "depth", self.depth, "must be 1 or more, as many as the model has", 12)
         if not 0 < self.share <= 1:
             raise FieldError(self, "share", self.share, "must be above 0 and at most 1", 0.1)
 
     @classmethod
     def example(cls) -> GlobalLocalCrossAttention:
-        return cls(2, 0.5)
+        return cls(0.5)
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
-        if layer.number != self.depth - 1:
+        if not layer.last:
             return {}
         random, e = torch.Generator().manual_seed(layer.number), layer.width
         found = norm("first", e) | attending(random, "look", e) | norm("second", e)
         return found | with_bias(random, "up", 4 * e, e) | with_bias(random, "down", e, 4 * e)
 
     def idle(self, call: Call) -> bool:
-        return call.layer >= self.depth or "cls" not in call.roles or not whole_image(call)
+        return "cls" not in call.roles or not whole_image(call)
 
     @reads(Site.PATTERN)
     def roll(self, weights: Tensor, call: Call) -> None:
@@ -69,7 +67,7 @@ class GlobalLocalCrossAttention(Method):
 
     @at(Site.RESIDUAL)
     def add(self, stream: Tensor, call: Call) -> Tensor:
-        if call.layer < self.depth - 1:
+        if not call.last_layer:
             return stream
         p = {name: x.to(stream) for name, x in call.params.items()}
         cls = call.marked_queries("cls")[0, 0]
@@ -90,6 +88,6 @@ if __name__ == "__main__":
     from heedful import attach, models
 
     model = models.tiny("vit", image_size=16)
-    with attach(model, GlobalLocalCrossAttention(2, 0.25)) as run:
+    with attach(model, GlobalLocalCrossAttention(0.25)) as run:
         print(run.difference(**models.tiny_inputs(model)))
         print({name: tuple(p.shape) for name, p in run.state_dict().items()})

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at, reads
+from heedful.authoring import Call, Layer, Method, Paper, Site, at, reads
 from heedful.kit.feature_maps import drawn, with_bias
 from heedful.kit.patches import patch_tokens, whole_image
 from heedful.methods.mechanisms.pooling._attending import attended, attending, norm, normed, through
@@ -16,7 +16,8 @@ from heedful.methods.mechanisms.pooling._attending import attended, attending, n
 class HistoGraph(Method):
     """A readout over what each patch was in all layers, which its last state asks. For models trained with it.
 
-    It keeps what every layer hands on and stands behind the last, whose class token it replaces.
+    It keeps what enters the first layer and what every one hands on, and stands behind the last, whose class token
+    it replaces. Where a model also reads a text, `attach(..., only=...)` names the image's layers.
     """
 
     paper = Paper(
@@ -36,25 +37,16 @@ class HistoGraph(Method):
         ),
     )
     subjects = ("image",)
-    depth: int = 12  # layers that are read, the model's; what enters the first counts as a state too
-
-    def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise FieldError(self, "depth", self.depth, "must be 1 or more, as many as the model has", 12)
-
-    @classmethod
-    def example(cls) -> HistoGraph:
-        return cls(2)
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
-        if layer.number != self.depth - 1:
+        if not layer.last:
             return {}
         random, e = torch.Generator().manual_seed(layer.number), layer.width
         asks = {"query": drawn(random, e, e), "key": drawn(random, e, e)}
         return with_bias(random, "embed", e, e) | asks | attending(random, "nodes", e) | norm("norm", e)
 
     def idle(self, call: Call) -> bool:
-        return call.layer >= self.depth or "cls" not in call.roles or not whole_image(call)
+        return "cls" not in call.roles or not whole_image(call)
 
     @reads(Site.EMBEDDING)
     def begin(self, stream: Tensor, call: Call) -> None:
@@ -64,7 +56,7 @@ class HistoGraph(Method):
     def read_out(self, stream: Tensor, call: Call) -> Tensor:
         states = call.state.forward.setdefault("states", {})
         states[call.layer] = stream
-        if call.layer < self.depth - 1:
+        if not call.last_layer:
             return stream
         p, patches = {name: x.to(stream) for name, x in call.params.items()}, patch_tokens(self, call)
         history = through(p, "embed", torch.stack([states[at][:, patches] for at in sorted(states)], 2))
@@ -92,6 +84,6 @@ if __name__ == "__main__":
     from heedful import attach, models
 
     model = models.tiny("vit")
-    with attach(model, HistoGraph(2)) as run:
+    with attach(model, HistoGraph()) as run:
         print(run.difference(**models.tiny_inputs(model)))
         print({name: tuple(p.shape) for name, p in run.state_dict().items()})
