@@ -114,11 +114,20 @@ class Deep(Method):
         return 2 * query
 
 
+class Named(Deep):
+    """Its own word for layers, which names none by number."""
+
+    paper = PAPER
+    layers: tuple[str, ...] = ("first", "last")
+
+
 def test_a_field_may_be_called_layers(model: nn.Module) -> None:
     with attach(model, Deep()) as run:
         assert run.difference(input_ids=IDS) > 0
     with pytest.raises(FieldError, match="must be below 2, the layers served"):
         attach(model, Deep().on(layers=2))
+    with attach(model, Named()) as run:
+        assert run.difference(input_ids=IDS) > 0
 
 
 def test_a_stack_may_be_spelled(model: nn.Module) -> None:
