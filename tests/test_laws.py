@@ -390,9 +390,7 @@ def test_honest_methods_keep_every_law(honest: Method) -> None:
 
 
 def test_check_wants_a_method() -> None:
-    with pytest.raises(
-        FieldError, match=r"check\(\).method = 3: must be a method \(without .on\(\) or .when\(\)\) or type"
-    ):
+    with pytest.raises(FieldError, match=r"check\(\).method = 3: must be a method \(without .*\) or type"):
         check(3)  # type: ignore[arg-type]
 
 
