@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from transformers import DynamicCache
 
 from heedful import attach, models
@@ -89,3 +90,18 @@ def test_sums_over_queries_are_refused_where_a_decoder_looks_across_and_nowhere_
     plain = model(**both_sides).logits
     with attach(model, FlowAttention(), only=CROSS.only) as run:
         assert not close_model(run(**both_sides).logits, plain)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_sums_over_queries_are_refused_in_the_cross_attention_of_torch_s_decoder_too(padded: bool) -> None:
+    layer = nn.TransformerDecoderLayer(32, 4, 48, dropout=0.0, batch_first=True)
+    model = nn.TransformerDecoder(layer, 2).eval()
+    x, memory = torch.randn(2, 2, 6, 32, generator=torch.Generator().manual_seed(0))
+    padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2]) if padded else None  # makes the mask a table
+    how = {"tgt_mask": torch.ones(6, 6).triu(1).bool(), "tgt_key_padding_mask": padding}
+    across = FlowAttention().on(layers=[1, 3])
+    with attach(model, across, inputs=(x, memory)) as run:
+        assert run(x, memory).shape == x.shape  # whose tokens see later ones anyway
+        with pytest.raises(SiteError, match="in a decoder's cross-attention"):
+            run(x, memory, **how)

@@ -17,12 +17,12 @@ from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
 from heedful.adapters.hooked import Hooked, Standing
 from heedful.adapters.hooks import Hooks
-from heedful.adapters.layers import heads_told, lowest, output_module, served
+from heedful.adapters.layers import heads_told, list_of, lowest, output_module, served
 from heedful.adapters.layout import Layout, same_rows
 from heedful.adapters.merging import require_no_table
 from heedful.adapters.multi_head import Untouched, through_kernel
 from heedful.adapters.planted import Planted
-from heedful.adapters.torch_masks import halves, joined, places, rules_of
+from heedful.adapters.torch_masks import halves, hides_later, joined, places, rules_of
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError, NotEntered, RefusedModel
 from heedful.core.method import Layer, Stack
@@ -308,10 +308,14 @@ class SdpaAdapter:
         if bound.merges is not None and not bound.cross:
             require_no_table(bound, mask)
             queries = keys = bound.merges.places
+        ordered, home = self.run.state.now.causal, list_of(bound.name)
+        if not bound.cross and home not in ordered and hides_later(rules):
+            ordered.add(home)
         call = Call(
             bound.number or 0, len(self._names), bound.name, q.shape[1], k.shape[1], queries, keys,
             q.shape[-1] ** -0.5 if scale is None else float(scale), None, Phase.of(queries),
             self.run.state.denoising, bound.cross, bound.module.training, mask=rules,
             forward=max(0, self.run.state.now.number), lowest=bound.lowest, batch=len(q), sizes=bound.sizes,
+            in_order=bound.cross and home in ordered,
         )  # fmt: skip
         return Operands(q, k, v, bias, None, float(given.get("dropout_p") or 0.0)), call

@@ -33,6 +33,12 @@ def _key_only(table: Tensor, rows: int) -> Tensor | None:
     return first[:, 0, 0].expand(rows, -1)
 
 
+def hides_later(rules: Mask) -> bool:
+    """Whether no query sees later tokens, by rule or by a table `[b|1, h|1, q, k]` of a text's last q tokens."""
+    tables = (rule.table for rule in rules.rules if isinstance(rule, Dense) and rule.table.shape[-2] > 1)
+    return rules.causal or any(not bool(x.triu(1 + x.shape[-1] - x.shape[-2]).any()) for x in tables)
+
+
 def places(bound: Bound, q: Tensor, k: Tensor, text: Tensor | None, fixed: bool) -> tuple[Positions, Positions, bool]:
     """Where queries and keys stand, and whether the keys are another sequence's.
 

@@ -96,8 +96,7 @@ class Call:
     key: Tensor | None = None  # [b g k d], like query
     value: Tensor | None = None  # [b g k d], like query
     bias: Tensor | None = None  # [b|1, h|1, q|1, k], what the model adds to the whole call's scores, from MASK on
-    in_order: bool = False  # a decoder's cross-attention: no query may know of later ones, which no mask says
-    opened: bool = False  # whether a method took causality out of the mask
+    in_order: bool = False  # no query may know of later ones, though no mask says so: see `causal`
 
     @property
     def q_pos(self) -> Tensor:
@@ -111,8 +110,11 @@ class Call:
 
     @property
     def causal(self) -> bool:
-        """Whether the model lets its queries see nothing ahead of them, whatever a method has opened."""
-        return self.opened or self.mask.causal
+        """Whether the model lets no query know of later ones.
+
+        Mostly the mask says so; it does not in a decoder's cross-attention, nor once a method has opened it.
+        """
+        return self.in_order or self.mask.causal
 
     @property
     def is_text(self) -> Tensor:

@@ -130,7 +130,7 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
     call = replace(call, query=q, key=k, value=v, bias=job.bias)
     mask = stage(Site.MASK, call.mask, job, call)
     if mask is not call.mask:
-        call = replace(call, mask=mask, opened=call.causal and not mask.causal)
+        call = replace(call, mask=mask, in_order=call.causal and not mask.causal)
     requested = job.plan.requested
     carries = _carries(job, call)
     carry = torch.cat(list(carries.values()), -1) if carries else None
