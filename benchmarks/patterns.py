@@ -31,7 +31,7 @@ from heedful.core.method import Method
 
 RECORD = RECORDS / "patterns.json"
 PATTERNS = ("self, causal", "self", "cross, causal", "cross")
-YES, NO, LEAKS = "yes", "no", "leaks"
+YES, REFUSED, IDLE, LEAKS = "yes", "refused", "no effect", "leaks"
 SINCE = 12  # tokens from here on are exchanged, and those before must not notice
 FREE = replace(  # the same across, by a decoder that sees to both sides
     CROSS, name="free", inputs=lambda: {**CROSS.inputs(), "decoder_attention_mask": torch.ones(2, 1, *[LENGTH] * 2) > 0}
@@ -85,9 +85,9 @@ def answer(method: Method, asked: Asked) -> str:
                     _moved(run)
                     found.append(run(**one.inputs()).logits)
                 if close_model(found[0], _plain(subject.name)):
-                    return NO
+                    return IDLE
         except HeedfulError:
-            return NO
+            return REFUSED
     return LEAKS if len(found) > 1 and not close_model(found[0][:, :SINCE], found[1][:, :SINCE]) else YES
 
 
@@ -100,9 +100,9 @@ def _moved(run: Any) -> None:
 
 def patterns(method: Method) -> dict[str, str]:
     """The answer in each pattern; of several models the best."""
-    found = dict.fromkeys(PATTERNS, NO)
+    found = dict.fromkeys(PATTERNS, REFUSED)
     for asked in TRIED:
-        if found[asked.pattern] == NO:
+        if found[asked.pattern] in (REFUSED, IDLE):
             found[asked.pattern] = answer(method, asked)
     return found
 
@@ -126,13 +126,14 @@ def page() -> str:
         "Which mechanisms attend in which pattern: within one text or picture, or from one text to another; causally, "
         "where no token may know of later ones, or to both sides. Each was tried with its example's settings, and with "
         "parameters moved away from their beginning, on tiny models: a Llama, a BERT or a ViT, and the cross-attention "
-        f"of a BART, whose decoder is causal, and then is not. *{NO}* means that it refuses, or does nothing there; "
-        f"*{LEAKS}*, that an early token's answer changed with a later one, so that it can train no model that writes. "
+        f"of a BART, whose decoder is causal, and then is not. *{REFUSED}* is said with a reason; *{IDLE}* means that "
+        f"no answer changed; *{LEAKS}*, that an early token's answer changed with a later one, so that it can train no "
+        "model that writes. "
         "(The four patterns are those of [CAB](https://arxiv.org/abs/2210.07661).)\n",
         f"| mechanism | room | {' | '.join(PATTERNS)} |",
         "|---|---|" + ":---:|" * len(PATTERNS),
     ]
-    nowhere = [name for name, row in found["rows"].items() if set(row["found"].values()) == {NO}]
+    nowhere = [name for name, row in found["rows"].items() if set(row["found"].values()) <= {REFUSED, IDLE}]
     rows = [
         f"| {name} | {row['room'].partition('/')[2]} | {' | '.join(row['found'][each] for each in PATTERNS)} |"
         for name, row in found["rows"].items()

@@ -74,8 +74,8 @@ def page() -> str:
     out = [
         "# Attention sinks\n",
         "Many heads give most of their weight to the first token, whatever it says. A survey "
-        "(Attention Sink in Transformers: A Survey on Utilization, Interpretation, and Mitigation) parts what is "
-        "written about them into use, explanation and mitigation; so does this page, with what the catalogue has.\n",
+        "([Attention Sink in Transformers](https://arxiv.org/abs/2604.10098)) parts what is written about them into "
+        "use, explanation and mitigation; so does this page, with what the catalogue has.\n",
         "## Without training\n",
         f"{found['model']}, which was trained with sinks, on {found['texts']} pieces of {found['tokens']} tokens of "
         "Python's documentation. *Sinks* is the share of heads and texts in which the first token gets more than 30% "

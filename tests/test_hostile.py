@@ -235,7 +235,7 @@ def test_every_annotation_of_a_verb_is_asked_for() -> None:
         (lambda: heedful.check(TempScale, only=("any_tiles",)), r"is no law\. Did you mean any_tile\?"),
         (
             lambda: heedful.fit(TempScale(0.5), models.tiny("llama"), {"input_ids": torch.ones(1, 4)}),  # type: ignore[arg-type]
-            r"fit\(\)\.batches = .*: must be Iterable\[Mapping\[str, Any\]\]; for example batches=\[",
+            r"batches = .*: must be a list of batches, each a dict of the model's inputs; for example batches=\[",
         ),
         (
             lambda: heedful.fit(TempScale(0.5).on(layers=0), models.tiny("llama"), []),  # type: ignore[arg-type]

@@ -133,6 +133,8 @@ def test_says_what_is_wrong() -> None:
         inflection(nn.Linear(2, 2), [{"input_ids": ids(9)}])
     with pytest.raises(RefusedModel, match="gives no loss"):
         inflection(model.model, [{"inputs_embeds": torch.randn(1, 5, 32)}])
+    with pytest.raises(FieldError, match="a loss that is a number"):
+        inflection(model, [{"input_ids": ids(9), "labels": torch.full((1, 9), -100)}])
     with pytest.raises(FieldError, match="1 layer or more"):
         inflection(model, [{"input_ids": ids(9)}]).top(0)
     t5 = models.tiny("t5")

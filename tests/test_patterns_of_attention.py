@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import patterns
-from benchmarks.patterns import LEAKS, NO, PATTERNS, YES
+from benchmarks.patterns import IDLE, LEAKS, PATTERNS, REFUSED, YES
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
@@ -74,8 +74,8 @@ class _Begins(Method):
         (_Flat(), (YES, YES, YES, YES)),
         (_Begins(), (YES, YES, YES, YES)),
         (_Peeks(), (LEAKS, YES, LEAKS, YES)),
-        (_Within(), (YES, YES, NO, NO)),
-        (_Refuses(), (YES, NO, NO, NO)),
+        (_Within(), (YES, YES, IDLE, IDLE)),
+        (_Refuses(), (YES, REFUSED, REFUSED, REFUSED)),
     ],
 )
 def test_each_pattern_is_told(method: Method, found: tuple[str, ...]) -> None:
@@ -85,15 +85,15 @@ def test_each_pattern_is_told(method: Method, found: tuple[str, ...]) -> None:
 def test_the_page_counts_and_joins_the_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {
         "A": {"room": "mechanisms/linear", "found": dict.fromkeys(PATTERNS, YES)},
-        "B": {"room": "mechanisms/local", "found": dict(zip(PATTERNS, (LEAKS, YES, NO, NO), strict=True))},
-        "Trains": {"room": "mechanisms/score", "found": dict.fromkeys(PATTERNS, NO)},
+        "B": {"room": "mechanisms/local", "found": dict(zip(PATTERNS, (LEAKS, YES, REFUSED, IDLE), strict=True))},
+        "Trains": {"room": "mechanisms/score", "found": dict.fromkeys(PATTERNS, IDLE)},
     }
     monkeypatch.setattr(patterns, "RECORD", tmp_path / "patterns.json")
     patterns.RECORD.write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(patterns, "load", lambda _: [{"machine": "m", "faster_from": {"A": 1024, "C": None}}])
     monkeypatch.setattr(patterns, "label", lambda told: told["machine"])
     told = patterns.page()
-    assert "| A | linear | yes | yes | yes | yes |\n| B | local | leaks | yes | no | no |" in told
+    assert "| A | linear | yes | yes | yes | yes |\n| B | local | leaks | yes | refused | no effect |" in told
     assert "Of 2, self, causal: 1, self: 2, cross, causal: 1, cross: 1; all four: 1." in told
     assert "| Trains |" not in told
     assert "(models were asked, not trained): Trains.\n" in told

@@ -35,7 +35,10 @@ _BY_KIND: dict[str, Any] = {
     "Site": "Site.PATTERN",
 }  # fmt: skip
 
-_SAID = {"CatalogueEntry": "a method (without .on() or .when())"}  # kinds that a user need not know by name
+_SAID = {  # kinds that a user need not know by name
+    "CatalogueEntry": "a method (without .on() or .when())",
+    "Iterable[Mapping[str, Any]]": "a list of batches, each a dict of the model's inputs",
+}
 
 
 def asks(function: Callable[P, R]) -> Callable[P, R]:

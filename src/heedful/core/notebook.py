@@ -6,4 +6,4 @@ from html import escape
 
 
 def printed(value: object) -> str:
-    return f'<pre style="line-height:1.35">{escape(str(value))}</pre>'
+    return f'<pre style="line-height:1.35; overflow-x:auto">{escape(str(value))}</pre>'

@@ -113,6 +113,9 @@ def pulled(
             loss = getattr(asked(**labelled(by_name(verb, batch))), "loss", None)
         if loss is None:
             raise RefusedModel(f"{type(copy).__name__} gives no loss of these inputs; add labels that it takes")
+        if not loss.isfinite():
+            rule = "must have a loss that is a number, which labels of -100 alone have not"
+            raise FieldError(verb, "batches", float(loss.detach()), rule, [{"input_ids": "..."}])
         loss.backward()
         yield float(loss.detach())
     if none:
