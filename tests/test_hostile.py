@@ -73,6 +73,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "explain": (heedful.explain, {"what": TempScale(0.5)}, "what softcap sink"),
         "patterns": (heedful.patterns, {"model": model, "text": IDS}, "model text heads stack only backend"),
         "ablate": (heedful.ablate, {"model": model, "heads": [(0, 1)]}, "model heads mean only"),
+        "head_importance": (
+            explaining.head_importance, {"model": model, "batches": [{"input_ids": clean}]}, "model batches mean only",
+        ),
+        "HeadImportance.top": (
+            explaining.HeadImportance(*[torch.rand(2, 2)] * 2, None).top, {"count": 1}, "count",
+        ),
         "attribute": (
             explaining.attribute, {"model": model, "prompt": IDS[:6], "method": AttentionRollout()},
             "model prompt method target position only",

@@ -25,6 +25,8 @@ _HOMES = {
     "patterns": "attention_patterns",
     "Patterns": "attention_patterns",
     "ablate": "ablation",
+    "head_importance": "ablation",
+    "HeadImportance": "ablation",
     "faithfulness": "faithful",
     "Faithfulness": "faithful",
     "ReAGent": "replacing",
@@ -50,6 +52,7 @@ __all__ = [
     "DirectLogits",
     "Faithfulness",
     "HeadEffects",
+    "HeadImportance",
     "Inflection",
     "Lens",
     "Likeness",
@@ -68,6 +71,7 @@ __all__ = [
     "depth_use",
     "direct_logits",
     "faithfulness",
+    "head_importance",
     "inflection",
     "likeness",
     "linearity",
@@ -89,7 +93,7 @@ def __getattr__(name: str) -> Any:
 
 
 if TYPE_CHECKING:
-    from heedful.explaining.ablation import ablate
+    from heedful.explaining.ablation import HeadImportance, ablate, head_importance
     from heedful.explaining.activation_patching import HeadEffects, patching, path_patching
     from heedful.explaining.agreeing import Agreement, agreement
     from heedful.explaining.attention_patterns import Patterns, patterns

@@ -1,8 +1,10 @@
-"""What a model says without some of its heads: their output set to zero, or to its mean over texts."""
+"""What a model says without some of its heads, or without each in turn: zeros, or their mean over texts, instead."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,15 +13,17 @@ from torch import Tensor, nn
 from heedful.api import attach, still
 from heedful.core.asked import asks
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
-from heedful.core.figures import Head
+from heedful.core.errors import FieldError, InactiveWarning, RefusedModel
+from heedful.core.figures import Head, HeadMap, head_name
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import Tokenizer
+from heedful.core.kinds import Progress, Report, Tokenizer
 from heedful.core.method import Method, Part, Stack
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Mean, Statistic
 from heedful.engine.run import Run
-from heedful.explaining.aim import fed, pairs
+from heedful.explaining.aim import fed, pairs, require_count, strongest
+from heedful.explaining.drawn import Told
+from heedful.explaining.streams import by_name
 from heedful.methods.explain.patch import Patch
 from heedful.models import Loaded
 
@@ -66,22 +70,134 @@ def ablate(
     chosen = pairs("ablate()", heads)
     if not chosen:
         raise FieldError("ablate()", "heads", [], "names none", [(3, 1)])
-    what: Method = Patch()
-    if mean is not None:
-        several = isinstance(mean, Iterable) and not isinstance(mean, str | bytes | Mapping | Tensor)
-        texts = list(mean) if several else [mean]
-        texts = [texts] if texts and all(isinstance(x, int) for x in texts) else texts
-        if not texts:
-            raise FieldError("ablate()", "mean", [], "names no text", ["Paris is the capital of France."])
-        what = _Constant(_means(given, texts, tokenizer or given.tokenizer, list(chosen), how))
+    what = _instead("ablate()", given, mean, tokenizer, list(chosen), how)
     parts: list[Part] = [what.on(layer, mine) for layer, mine in chosen.items()]
     return attach(given.model, Stack(tuple(parts)), **how)
 
 
+def _instead(
+    owner: str, given: Loaded, mean: Any, tokenizer: Tokenizer | None, layers: list[int], how: Mapping[str, Any]
+) -> Method:
+    """What heads of these layers hand over that are taken out."""
+    if mean is None:
+        return Patch()
+    several = isinstance(mean, Iterable) and not isinstance(mean, str | bytes | Mapping | Tensor)
+    texts = list(mean) if several else [mean]
+    texts = [texts] if texts and all(isinstance(x, int) for x in texts) else texts
+    if not texts:
+        raise FieldError(owner, "mean", [], "names no text", ["Paris is the capital of France."])
+    return _Constant(_means(owner, given, texts, tokenizer or given.tokenizer, layers, how))
+
+
 @torch.no_grad()
-def _means(given: Loaded, texts: Iterable[Any], tokenizer: Any, layers: list[int], how: Mapping[str, Any]) -> Fitted:
+def _means(
+    owner: str, given: Loaded, texts: Iterable[Any], tokenizer: Any, layers: list[int], how: Mapping[str, Any]
+) -> Fitted:
     reader = _Means().on(layers)
     with still(given.model), attach(given.model, reader, **how) as run:
         for text in texts:
-            run(**fed("ablate()", given.model, text, tokenizer))
+            run(**fed(owner, given.model, text, tokenizer))
         return Fitted({str(layer): stat.value for layer, stat in run[reader].items()})
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadImportance(Told):
+    """What a model's answers lose without each head alone, `[layers h]`; nan where a layer has fewer heads."""
+
+    divergence: Tensor  # from the whole model's answers, nats
+    probability: Tensor  # that the whole model's likeliest answer loses
+    loss: Tensor | None  # what it rises by, nats; None where the batches have no labels
+
+    @property
+    def figure(self) -> HeadMap:
+        what = "How far the model's answers, as probabilities, move where one head hands over something else."
+        top = float(self.divergence.nan_to_num(0.0).max())
+        return HeadMap(
+            "importance", "Importance of heads", what, range(len(self.divergence)), self.divergence, "nats", 0.0, top
+        )
+
+    def top(self, count: int) -> tuple[Head, ...]:
+        """The heads without which the answers move furthest, as `ablate` takes them."""
+        require_count("top()", count)
+        return strongest(self.divergence, count)
+
+    def __repr__(self) -> str:
+        rows = ["answers without one head: divergence, what the likeliest loses" + (", loss" * (self.loss is not None))]
+        for layer, head in self.top(8):
+            told = f"  {self.divergence[layer, head]:.4f} nats, {self.probability[layer, head]:+7.2%}"
+            told += "" if self.loss is None else f", {self.loss[layer, head]:+.4f}"
+            rows.append(f"{told}  {head_name(layer, head)}")
+        return "\n".join(rows)
+
+
+@torch.no_grad()
+@asks
+def head_importance(
+    model: nn.Module | Loaded,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    mean: Any = None,
+    tokenizer: Tokenizer | None = None,
+    progress: Report | None = None,
+    **how: Any,
+) -> HeadImportance:
+    """How much the answers of a model hang on each of its heads: each is taken out alone, in a forward of its own.
+
+    Batches hold what the model is called with, by name; with labels they tell the loss too. `mean` is as in `ablate`,
+    zeros without it. What heads do together is not seen: of two that do the same neither seems to matter.
+    """
+    given = model if isinstance(model, Loaded) else Loaded(model, None, "")
+    found: list[Tensor] = []
+    counts: dict[int, int] = {}
+    rows = 0
+    with still(given.model), warnings.catch_warnings():
+        warnings.simplefilter("ignore", InactiveWarning)  # a head may hand over nothing
+        for number, batch in enumerate(batches):
+            inputs = by_name("head_importance()", batch)
+            with attach(given.model, _Means(), **how) as run:
+                whole, loss = _answers(run, inputs)
+                now = {layer: len(stat.value) for layer, stat in run[_Means()].items()}
+            if not counts:
+                counts, what = now, _instead("head_importance()", given, mean, tokenizer, list(now), how)
+            sums = torch.full((3, len(counts), max(counts.values())), float("nan"), dtype=torch.float64)
+            for row, (layer, heads) in enumerate(counts.items()):
+                for head in range(heads):
+                    with attach(given.model, what.on(layer, head), **how) as run:
+                        without, other = _answers(run, inputs)
+                    sums[:, row, head] = torch.stack([*_moved(whole, without), (other - loss) * len(whole)])
+                if progress is not None:
+                    progress(Progress("layers", row + 1, len(counts), f"batch {number + 1}"))
+            found.append(sums)
+            rows += len(whole)
+    if not found:
+        raise FieldError("head_importance()", "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
+    divergence, probability, rise = torch.stack(found).sum(0) / rows
+    return HeadImportance(divergence, probability, None if bool(rise.isnan().all()) else rise)
+
+
+def _answers(run: Run, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of each answer that is no padding's, `[answers v]`, and the loss; nan without labels."""
+    output = run(**inputs)
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim < 2:
+        raise RefusedModel(f"{type(run.model).__name__} gives no logits, of which the importance of heads is told")
+    written = getattr(getattr(run.model, "config", None), "is_encoder_decoder", False)
+    text = inputs.get("decoder_attention_mask" if written else "attention_mask")
+    if isinstance(text, Tensor) and text.shape == logits.shape[:-1]:
+        logits = logits[text.bool()]
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        loss = torch.tensor(float("nan"))
+    elif not bool(loss.isfinite()):
+        rule = "must have labels that count, for which the model gives a number"
+        raise FieldError("head_importance()", "batches", float(loss), rule, [{"input_ids": "...", "labels": "..."}])
+    return logits.flatten(0, -2).double().log_softmax(-1), loss.double().cpu()
+
+
+def _moved(whole: Tensor, without: Tensor) -> tuple[Tensor, Tensor]:
+    """The divergences of all answers, and what the probabilities of the likeliest lose, added up."""
+    known = whole.exp()
+    terms = torch.where(known > 0, known * (whole - without), 0.0)
+    best = whole.argmax(-1, keepdim=True)
+    lost = known.gather(-1, best) - without.gather(-1, best).exp()
+    return terms.sum().cpu(), lost.sum().cpu()
