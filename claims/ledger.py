@@ -9,7 +9,9 @@ python -m claims.ledger --judge  renews verdicts and words of stored effects aft
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
+import inspect
 import json
 import math
 import os
@@ -23,6 +25,7 @@ from pathlib import Path
 from heedful.laboratory.differences import Difference
 
 RESULTS = Path(__file__).parent / "results"
+KEPT = Path(__file__).parent / ".lab" / "seeds"  # of a claim that was stopped: what was measured under the same code
 FEWEST = 5  # seeds that a claim needs
 WORDS = ("key", "method", "says", "paper_number", "setup", "effect", "strong")  # of a claim, which its record repeats
 HOLDS, WEAKER, UNSEEN, REVERSED = "holds", "weaker", "not seen at this scale", "reversed at this scale"
@@ -86,27 +89,36 @@ def hardware() -> str:
 
 
 def run(claim: Claim) -> Record:
-    """Measure a claim over its seeds and write the record, beside and then renamed."""
+    """Measure a claim seed by seed and write the record, beside and then renamed; stopped, it goes on with the next."""
     import torch
     import transformers
 
     import heedful
 
-    began = time.perf_counter()
-    effects, details = [], []
+    path = _kept_at(claim)
+    kept = _kept(path)
+    effects, details, seconds = [], [], 0.0
     for seed in range(claim.seeds):
+        began = time.perf_counter()
         torch.manual_seed(seed)
-        effect, numbers = claim.measure(seed)
+        effect, numbers, before = kept[seed] if seed in kept else (*claim.measure(seed), 0.0)
         if not math.isfinite(effect):
             raise ValueError(f"{claim.key}, seed {seed}: the effect is {effect}, which decides nothing")
+        took = before or time.perf_counter() - began
+        if seed not in kept:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write("\n" + json.dumps([seed, effect, numbers, took]))
         effects.append(effect)
         details.append(numbers)
-        print(f"{claim.key} seed {seed}: {claim.effect} = {effect:+.4g}  {numbers}", flush=True)
+        seconds += took
+        again = ", as measured before" if seed in kept else ""
+        print(f"{claim.key} seed {seed}: {claim.effect} = {effect:+.4g}{again}  {numbers}", flush=True)
     record = Record(
         **words(claim), effects=effects, mean=statistics.fmean(effects),
         spread=statistics.stdev(effects) if len(effects) > 1 else 0.0,
         verdict=verdict(effects, claim.strong),
-        details=details, seconds=round(time.perf_counter() - began, 1), date=time.strftime("%Y-%m-%d"),
+        details=details, seconds=round(seconds, 1), date=time.strftime("%Y-%m-%d"),
         versions={"heedful": heedful.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         hardware=hardware(),
     )  # fmt: skip
@@ -114,8 +126,33 @@ def run(claim: Claim) -> Record:
     beside = RESULTS / f"{claim.key}.json.part"
     beside.write_text(json.dumps(asdict(record), indent=1) + "\n")
     beside.replace(RESULTS / f"{claim.key}.json")
+    path.unlink(missing_ok=True)
     print(f"{claim.key}: {record.verdict} ({record.mean:+.4g} ± {record.spread:.2g} over {claim.seeds} seeds)")
     return record
+
+
+def _kept_at(claim: Claim) -> Path:
+    """Where the seeds of a claim are kept until all are measured, by all the code that may have a say in them."""
+    import torch
+
+    import heedful
+
+    here, home = Path(__file__).parent, Path(heedful.__file__).parent
+    files = [Path(inspect.getfile(claim.measure)), *sorted(here.glob("_*.py")), *sorted(home.rglob("*.py"))]
+    code = hashlib.sha256(b"\0".join([torch.__version__.encode(), *(file.read_bytes() for file in files)]))
+    return KEPT / f"{claim.key}-{code.hexdigest()[:16]}.jsonl"
+
+
+def _kept(path: Path) -> dict[int, tuple[float, dict[str, float], float]]:
+    """By seed the effect, its numbers and the seconds that it took; a line cut short is none."""
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            seed, *rest = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        found[seed] = tuple(rest)
+    return found
 
 
 def claims() -> dict[str, Claim]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from claims import _page
+from claims import _page, ledger
 from claims._page import ABOUT, change, counts, interval, needed, page, records, surprise, surprises, table, undoing
 from claims._texts import apart, passages, sentences
-from claims.ledger import HOLDS, REVERSED, UNSEEN, WEAKER, WORDS, Record, claims, verdict, words
+from claims.ledger import HOLDS, REVERSED, UNSEEN, WEAKER, WORDS, Claim, Record, claims, verdict, words
 
 
 @pytest.mark.parametrize(("count", "words"), [(12, 120), (4, 230), (1, 100)])
@@ -120,3 +121,29 @@ def test_a_record_says_what_its_claim_says() -> None:
 def test_every_verdict_is_that_of_its_effects() -> None:
     for found in records():
         assert found.verdict == verdict(found.effects, found.strong), found.key
+
+
+def test_a_claim_that_was_stopped_goes_on_with_the_next_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "RESULTS", tmp_path)
+    monkeypatch.setattr(ledger, "KEPT", tmp_path / "kept")
+    asked: list[int] = []
+
+    def measure(seed: int) -> tuple[float, dict[str, float]]:
+        asked.append(seed)
+        if asked == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return seed + 1.0, {"seed": seed}
+
+    claim = Claim("P1", "M", "it works.", "none", "a model", "gain", measure)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.run(claim)
+    (file,) = ledger.KEPT.iterdir()
+    assert not list(tmp_path.glob("*.json"))
+    file.write_text(file.read_text() + "\n[2, 9.")  # the machine went down while a line was written
+    assert ledger.run(claim).effects == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert asked == [0, 1, 2, 2, 3, 4]
+    assert json.loads((tmp_path / "P1.json").read_text())["details"] == [{"seed": n} for n in range(5)]
+    assert not list(ledger.KEPT.iterdir())
+    monkeypatch.setattr(ledger, "_kept_at", lambda _: tmp_path / "of other code")
+    ledger.run(claim)
+    assert asked[6:] == [0, 1, 2, 3, 4]
