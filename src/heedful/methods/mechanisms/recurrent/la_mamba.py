@@ -10,6 +10,7 @@ from torch.nn.functional import conv2d, layer_norm, silu, softplus
 
 from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
 from heedful.kit.feature_maps import drawn, feature_map, laid_back, with_bias
+from heedful.kit.patches import sides
 from heedful.kit.running import wide
 from heedful.methods.mechanisms.local._neighbours import narrowed
 
@@ -93,7 +94,7 @@ class LaMamba(Method):
         p = {name: w.to(x) for name, w in zip(call.params, rest, strict=True)}
         scanned, gate = conv2d(x, p["in"][..., None, None]).chunk(2, 1)
         scanned = silu(conv2d(scanned, p["near"], p["near_bias"], padding=1, groups=scanned.shape[1]))
-        paths = _snakes(*x.shape[2:], x.device)
+        paths = _snakes(*sides(call), x.device)
         found = self._selected(scanned.flatten(2)[:, :, paths].transpose(1, 2), p)  # [b ways d n]
         back = paths.argsort(1)[None, :, None].expand_as(found)
         found = layer_norm(found.gather(3, back).sum(1).mT, p["norm"].shape, p["norm"], p["norm_bias"]).mT
