@@ -12,7 +12,7 @@ from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Causal, Mask
 from heedful.core.positions import Positions
 from heedful.core.regions import PerText, Region
-from heedful.kit.patches import patch_tokens, require_divides, sides, whole_image
+from heedful.kit.patches import patch_keys, patch_tokens, require_divides, sides, whole_image
 from heedful.methods import BiLevelRoutingAttention
 
 GRID = Region(((1, 3), (4, 8)), (2, 3))
@@ -29,6 +29,14 @@ def test_patches_are_found_row_by_row() -> None:
     assert sides(call) == (2, 3)
     spans = Region(((4, 8), (1, 3)), (2, 3))  # the first patches stand behind the others
     assert patch_tokens(BiLevelRoutingAttention(), _call(spans)).tolist() == [4, 5, 6, 7, 1, 2]
+
+
+def test_keys_are_another_images() -> None:
+    spans, method = Region(((4, 8), (1, 3)), (2, 3)), BiLevelRoutingAttention()
+    call = _call(spans)
+    assert patch_keys(method, replace(call, keys=call.keys.take(slice(1, 9)))).tolist() == [3, 4, 5, 6, 0, 1]
+    with pytest.raises(SiteError, match=r"layer 0: 5 of the 2 x 3 patches are among the keys, and all of them are"):
+        patch_keys(method, replace(call, keys=call.keys.take(slice(2, 9))))
 
 
 def test_what_is_an_image_read_at_once() -> None:

@@ -31,11 +31,20 @@ def sides(call: Call) -> tuple[int, int]:
 
 def patch_tokens(method: Method, call: Call) -> Tensor:
     """Which tokens the patches are, row by row `[patches]`; some that are missing are refused."""
+    return _row_by_row(method, call, call.coordinates("patches")[0], "tokens")
+
+
+def patch_keys(method: Method, call: Call) -> Tensor:
+    """The same of keys, which in cross-attention are another image's."""
+    return _row_by_row(method, call, call.coordinates("patches")[1], "keys")
+
+
+def _row_by_row(method: Method, call: Call, places: Tensor, name: str) -> Tensor:
     rows, cols = sides(call)
-    at = call.coordinates("patches")[0][0, 0]  # [n 2]
+    at = places[0, 0]  # [n 2]
     tokens = (at[:, 0] >= 0).nonzero()[:, 0]
     if len(tokens) < rows * cols:
-        rule = f"{len(tokens)} of the {rows} x {cols} patches are among the tokens, and all of them are needed"
+        rule = f"{len(tokens)} of the {rows} x {cols} patches are among the {name}, and all of them are needed"
         raise SiteError(f"{method!r}, layer {call.layer}: {rule}")
     return tokens[(at[tokens, 0] * cols + at[tokens, 1]).argsort()]
 
