@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
+from heedful import attach
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
 from heedful.core.call import Call, DenoisingStep
 from heedful.core.errors import FieldError
 from heedful.core.regions import PerText, Region
 from heedful.methods import LayerBind
+
+from .painter import HEADS, WIDTH, Cross, Painter, inputs
 
 N = 19
 WORDS = {"back words": (1, 2), "front words": (4,)}  # of a prompt of the first six tokens
@@ -110,6 +116,22 @@ def test_roles_are_counted_from_where_a_text_begins_and_may_be_each_texts_own() 
     own = PerText((Region(((8, 9),)), Region(((12, 14),))))
     found = method.bind(pattern, replace(call(3), roles=ROLES | {"front": own}))
     assert (found != pattern).any(-1).any(1).nonzero().tolist() == [[0, 8], [1, 12], [1, 13]]
+
+
+def test_in_a_model_of_places_and_words() -> None:
+    model, given = Painter(), inputs()
+    roles = {"back": ((0, 8),), "front": ((6, 12),), "back words": ((0, 2),), "front words": ((3, 5),)}
+    x = given["x"]
+    for layer in cast(Iterable[Cross], model.layers):
+        q, k, v = (layer.heads(part) for part in (layer.q(x), layer.k(given["context"]), layer.v(given["context"])))
+        scores = q @ k.mT / math.sqrt(WIDTH / HEADS)
+        words = 6 * [[0, 1]] + 6 * [[3, 4]]
+        heads = [scores[:, :, i : i + 1, each].softmax(-1) @ v[:, :, each] for i, each in enumerate(words)]
+        x = x + torch.cat(heads, 2).transpose(1, 2).flatten(2)
+    with attach(model, LayerBind(), roles=roles, inputs=given) as run:
+        assert close(run(**given), x)
+        with run.denoising(8, of=10):
+            assert close(run(**given), model(**given))
 
 
 def test_when_it_rests() -> None:
