@@ -101,7 +101,7 @@ def smoothed(owner: object, maps: Tensor, grid: tuple[int, int] | None) -> Tenso
     return found.view(*maps.mT.shape).mT
 
 
-def levelled(maps: Tensor) -> Tensor:
-    """Maps `[b n k]` from 0, at each one's lowest place, to 1."""
-    low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
-    return (maps - low) / (high - low + LITTLE)
+def levelled(x: Tensor, axes: tuple[int, ...] = (1,)) -> Tensor:
+    """From 0 at the lowest to 1 at the highest, as maps `[b n k]` over places; zeros where all is even."""
+    low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+    return (x - low) / (high - low + LITTLE)
