@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from claims._guided import LAID, STEPS, guided, plain, prompts
-from claims._pictures import denoiser, right
+from claims._guided import LAID, PLACES, STEPS, guided, loosened, of_two_colours, plain
+from claims._pictures import right
 from claims.ledger import Claim, run
 from heedful.methods import CONFORM
 
-PICTURES, PLACES = 24, 0.2
+PICTURES = 24
 TOGETHER = {"first": ((0, 2),), "second": ((2, 4),)}  # colour and shape of the left, and of the right
 CROSSED = {"first": ((0, 1), (3, 4)), "second": ((1, 3),)}  # the colour of one with the shape of the other
 
 
-def _loosened(words: Tensor) -> Tensor:
-    """Words as the model reads them, with little left of what tells whose they are."""
-    model = denoiser()
-    return model.words(words) + PLACES * model.places
-
-
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     by = torch.Generator().manual_seed(100 + seed)
-    words, noise = prompts(PICTURES, by)
-    mixed = words[:, 0] != words[:, 2]  # of one colour, no thing can have the other's
-    words, noise = words[mixed], noise[mixed]
-    context = _loosened(words)
+    words, noise = of_two_colours(PICTURES, by)
+    context = loosened(words)
     method = CONFORM(grid=LAID)
     drawn = {
         "plain": plain(noise, context),

@@ -9,7 +9,8 @@ from torch import Tensor
 from claims._pictures import PATCH, denoiser, draw
 from claims.ledger import Claim, run
 from heedful import attach
-from heedful.methods.intervene.diffusion.atten_craft import _Concepts, parted, spread_out
+from heedful.methods.intervene.diffusion._map_loss import levelled
+from heedful.methods.intervene.diffusion.atten_craft import _Concepts, parted
 
 PICTURES, TIME, THRESHOLD = 48, 0.5, 0.1
 ROLES = {"concepts": ((0, 2), (2, 4), (4, 5))}  # the words of either thing, and of the ground
@@ -19,7 +20,7 @@ class _Raw(_Concepts):
     """The control: squares of the maps as they are."""
 
     def refined(self, words: Tensor, places: Tensor) -> Tensor:
-        return spread_out(words.square(), (-1,))
+        return levelled(words.square(), (-1,))
 
 
 class _Shuffled(_Concepts):

@@ -95,7 +95,7 @@ def taught(
     order = torch.randperm(len(images), generator=random)
     tried, kept = order[:HELD_OUT], order[HELD_OUT:][:few]
     torch.manual_seed(seed)
-    model = _fresh() if begun is None else copy.deepcopy(begun)
+    model = fresh() if begun is None else copy.deepcopy(begun)
     run = attach(model, what)
     _train(model, run, images[kept], labels[kept], random, steps)
     with torch.no_grad():
@@ -108,7 +108,8 @@ def taught(
     return model, float(torch.stack(right).float().mean())
 
 
-def _fresh() -> nn.Module:
+def fresh() -> nn.Module:
+    """The model, untrained."""
     return ViTForImageClassification(
         ViTConfig(
             image_size=PIXELS, patch_size=PATCH, num_channels=1, hidden_size=32, intermediate_size=64,

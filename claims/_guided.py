@@ -12,6 +12,7 @@ from heedful import attach
 from heedful.methods.intervene.diffusion._map_loss import Guidance
 
 STEPS = 10
+PLACES = 0.2  # what is left of what tells whose word it is, where words are loosened
 LAID = (GRID, GRID)  # the picture's places
 
 
@@ -20,6 +21,19 @@ def prompts(count: int, by: torch.Generator) -> tuple[Tensor, Tensor]:
     _, words, covered = draw(8 * count, by)
     both = covered.flatten(2).any(-1).all(-1).nonzero().flatten()[:count]
     return words[both], torch.randn(count, 3, SIDE, SIDE, generator=by)
+
+
+def of_two_colours(count: int, by: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Those of so many prompts and noises whose things are unlike in colour: of one, none can have the other's."""
+    words, noise = prompts(count, by)
+    mixed = words[:, 0] != words[:, 2]
+    return words[mixed], noise[mixed]
+
+
+def loosened(words: Tensor) -> Tensor:
+    """Words as the model reads them, with little left of what tells whose they are."""
+    model = denoiser()
+    return model.words(words) + PLACES * model.places
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ class Marked:
     spans: tuple[tuple[int, int], ...]
     right: int
     wrong: int
+    asks: int  # where the question begins
 
     @property
     def batch(self) -> dict[str, Any]:
@@ -64,9 +65,10 @@ def prompts(seed: int, count: int, passage: int = 1) -> list[Marked]:
             ends.append(len(ids))
         first = asked // passage * passage
         span = (ends[first], ends[first + passage])
+        asks = len(ids)
         ids += tokenizer(ASKS[i % len(ASKS)].format(names[asked])).input_ids
         right, wrong = (tokenizer(f" {words[line]}").input_ids[0] for line in (asked, other))
-        out.append(Marked(torch.tensor([ids]), (span,), right, wrong))
+        out.append(Marked(torch.tensor([ids]), (span,), right, wrong, asks))
     return out
 
 

@@ -13,7 +13,7 @@ from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
-from heedful.methods.intervene.diffusion._map_loss import Guidance
+from heedful.methods.intervene.diffusion._map_loss import Guidance, levelled
 from heedful.methods.intervene.diffusion._map_loss import smoothed as smooth
 
 from .painter import GRID, PLACES, WORDS, Painter, inputs, maps, shared, smoothed
@@ -151,3 +151,12 @@ def test_errors() -> None:
         pytest.raises(FieldError, match=f"must hold the {PLACES} places of the picture, and holds 8"),
     ):
         run(**given)
+
+
+def test_maps_are_levelled_each_for_itself() -> None:
+    given = torch.tensor([[[1.0, -4.0], [3.0, -2.0], [2.0, 4.0]], [[0.5, 7.0], [0.5, 6.0], [0.5, 5.0]]])
+    assert levelled(given).mT.tolist() == [[[0.0, 1.0, 0.5], [0.0, 0.25, 1.0]], [[0.0] * 3, [1.0, 0.5, 0.0]]]
+    assert close(levelled(given, (1, 2))[1], (given[1] - 0.5) / 6.5)
+    tiny = torch.tensor([[[0.0], [1e-8]]], requires_grad=True)
+    assert close(levelled(tiny)[0, 1, 0], torch.tensor(0.5))
+    levelled(torch.full((1, 2, 1), 0.3, requires_grad=True)).sum().backward()

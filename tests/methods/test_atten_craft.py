@@ -17,7 +17,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.regions import PerText, Region
 from heedful.methods import AttenCraft
-from heedful.methods.intervene.diffusion.atten_craft import _Concepts, parted, spread_out
+from heedful.methods.intervene.diffusion.atten_craft import _Concepts, parted
 
 from .painter import PLACES, WORDS, Painter, inputs, maps
 
@@ -49,7 +49,8 @@ def ahead(words: Tensor, places: Tensor, spans: Any, threshold: float) -> list[l
 
 
 def divergence(p: Tensor, mask: list[int]) -> Tensor:
-    """Jensen and Shannon's, of softmaxes over places."""
+    """Jensen and Shannon's, of softmaxes over places, the map brought from 0 to 1 before."""
+    p = (p - p.min()) / (p.max() - p.min())
     one, other = (x.exp() / x.exp().sum() for x in (p, torch.tensor(mask, dtype=p.dtype)))
     total = torch.zeros((), dtype=p.dtype)
     for a, b in zip(one, other, strict=True):
@@ -133,8 +134,6 @@ def test_places_go_to_who_is_ahead() -> None:
     assert parted(given, 0.04).int().tolist() == [[[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]]
     assert parted(given[:, :1], 0.25).int().tolist() == [[[1, 1, 0, 1]]]
     assert parted(torch.ones(1, 2, 3), 0.0).int().sum() == 0
-    assert spread_out(torch.ones(1, 3), (-1,)).tolist() == [[0.0] * 3]
-    assert spread_out(torch.tensor([[1.0, 3.0, 2.0]]), (-1,)).tolist() == [[0.0, 1.0, 0.5]]
 
 
 def test_without_a_fit_and_what_cannot_be() -> None:

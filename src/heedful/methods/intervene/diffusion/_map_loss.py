@@ -15,6 +15,7 @@ from heedful.core.method import Method
 from heedful.core.sites import Site, penalises
 
 SIGMA = 0.5  # of the smoothing over a picture's places
+LITTLE = 1e-8  # beside the height of a map, which may be 0
 
 
 class MapLoss(Method, abstract=True):
@@ -98,3 +99,9 @@ def smoothed(owner: object, maps: Tensor, grid: tuple[int, int] | None) -> Tenso
     laid = F.pad(maps.mT.unflatten(-1, grid), (1, 1, 1, 1), mode="reflect")
     found = F.conv2d(laid.flatten(0, 1)[:, None], torch.outer(taps, taps)[None, None])
     return found.view(*maps.mT.shape).mT
+
+
+def levelled(x: Tensor, axes: tuple[int, ...] = (1,)) -> Tensor:
+    """From 0 at the lowest to 1 at the highest, as maps `[b n k]` over places; zeros where all is even."""
+    low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+    return (x - low) / (high - low + LITTLE)

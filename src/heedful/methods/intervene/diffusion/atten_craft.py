@@ -1,4 +1,4 @@
-"""weight * JS(softmax m_c, softmax mask_c) over concepts; a mask is where norm(A^4) m_c^2, from 0 to 1, is ahead."""
+"""weight * JS(softmax m_c, softmax mask_c) over concepts, m_c from 0 to 1; masks are where norm(A^4) m_c^2 is ahead."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext
 from heedful.core.paper import Paper
-from heedful.methods.intervene.diffusion._map_loss import MapLoss
+from heedful.methods.intervene.diffusion._map_loss import MapLoss, levelled
 from heedful.methods.intervene.diffusion._refined import Refined
-
-TINY = 1e-16  # beside a probability, whose logarithm would be infinite; as in the authors' code
 
 PAPER = Paper(
     "P275",
@@ -31,8 +29,8 @@ PAPER = Paper(
         "Masks are made once, by a fit, and stay; the authors make them anew while they train, where they stay alike.",
         "A concept is a span of words, whose maps are added up; the authors have a word for each, and for those that "
         "come with descriptions the highest of all words.",
-        "The loss takes maps as they are; the authors' code brings each from 0 to 1 first, as it does for masks.",
-        "Maps are averaged over the layers it is attached to; the authors bring layers of several sizes to 32 x 32.",
+        "Maps are averaged over the layers it is attached to, and then brought from 0 to 1; the authors bring layers "
+        "of several sizes to 32 x 32, and each size from 0 to 1 first.",
     ),
 )
 
@@ -73,9 +71,9 @@ class AttenCraft(MapLoss):
 
     def loss(self, maps: Tensor, call: Call) -> Tensor:
         words = of_concepts(maps, call, self.role)
-        p, q = words.softmax(-1), self._masks(words).softmax(-1)
+        p, q = levelled(words, (-1,)).softmax(-1), self._masks(words).softmax(-1)
         both = (p + q) / 2
-        apart = (p * (p + TINY).log() + q * (q + TINY).log()).sum(-1) / 2 - (both * (both + TINY).log()).sum(-1)
+        apart = (p * p.log() + q * q.log()).sum(-1) / 2 - (both * both.log()).sum(-1)
         return self.weight * apart.mean()
 
     def _masks(self, words: Tensor) -> Tensor:
@@ -119,9 +117,9 @@ class _Concepts(Refined):
         return of_concepts(mean, call, self.role)
 
     def refined(self, words: Tensor, places: Tensor) -> Tensor:
-        near = torch.linalg.matrix_power(spread_out(places, (-2, -1)), 4)
-        near = spread_out(near, (-2, -1))
-        return spread_out(spread_out(words.square(), (-1,)) @ near.mT, (-1,))
+        near = torch.linalg.matrix_power(levelled(places, (-2, -1)), 4)
+        near = levelled(near, (-2, -1))
+        return levelled(levelled(words.square(), (-1,)) @ near.mT, (-1,))
 
 
 def of_concepts(maps: Tensor, call: Call, role: str) -> Tensor:
@@ -129,12 +127,6 @@ def of_concepts(maps: Tensor, call: Call, role: str) -> Tensor:
     bounds, place = call.bounds(role), call.k_pos[:, 0, None]  # [b|1 c 2] and [b|1 1 k]
     inside = (place >= bounds[..., :1]) & (place < bounds[..., 1:])
     return inside.to(maps.dtype) @ maps.mT
-
-
-def spread_out(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """From 0 at the lowest to 1 at the highest; zeros where all is even."""
-    low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
-    return (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def parted(maps: Tensor, threshold: float) -> Tensor:
