@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 from heedful import attach, edit, nn
 from heedful.adapters.cache_name import CACHE
-from heedful.adapters.layers import lowest
+from heedful.adapters.layers import highest, lowest
 from heedful.conformance.torch_model import TinyTorch
 from heedful.core.call import CachedKV, Call
 from heedful.core.errors import SiteError
@@ -303,9 +304,14 @@ def test_layers_follow_one_another_within_their_list() -> None:
         "decoder.layers.0.encoder_attn", "decoder.layers.1.self_attn", "pooler.attn", "0.attn", "1.attn",
     )  # fmt: skip
     assert lowest(names) == (0, 0, 2, 2, 2, 5, 6, 6)
+    assert highest(names) == (1, 1, 4, 4, 4, 5, 7, 7)
     at = Positions.row(0, 1)
     calls = [Call(i, 8, name, 1, 1, at, at, 1.0, lowest=lowest(names)[i]) for i, name in enumerate(names)]
     assert [call.below for call in calls] == [None, 0, None, 2, 3, None, None, 6]
+    assert [call.ends_list for call in calls] == [False] * 7 + [True]
+    calls = [replace(call, highest=last) for call, last in zip(calls, highest(names), strict=True)]
+    assert [call.ends_list for call in calls] == [False, True, False, False, True, True, False, True]
+    assert [call.last_layer for call in calls] == [False] * 7 + [True]
 
 
 class Places(Method):

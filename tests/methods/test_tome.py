@@ -120,6 +120,19 @@ def test_one_layer_alone_merges_nothing() -> None:
 
 
 @torch.no_grad()
+def test_the_last_layer_of_an_encoder_merges_nothing_where_other_layers_come_behind_it() -> None:
+    model = models.tiny("llava")
+    inputs, found = models.tiny_inputs(model), []
+    hook = model.model.vision_tower.register_forward_hook(lambda _, __, out: found.append(out.last_hidden_state))
+    for what, only in ((ToMe(2).on(layers=(0, 1)), None), (ToMe(2), ("model.vision_tower",))):
+        with attach(model, what, only=only) as run:
+            run(**inputs, use_cache=False)
+    hook.remove()
+    assert torch.equal(*found)
+    assert len(set(map(tuple, found[0][0].tolist()))) < found[0].shape[1]
+
+
+@torch.no_grad()
 def test_it_begins_anew_with_each_image() -> None:
     model, inputs = image_model()
     with attach(model, ToMe(4)) as run:

@@ -14,7 +14,7 @@ from heedful import attach, models
 from heedful.authoring import Call
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close, close_model
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.regions import PerText, Region
 from heedful.methods import V2P
 
@@ -86,7 +86,8 @@ def test_queries_that_a_role_names_and_texts_without_a_box() -> None:
     lonely = call([TARGETS[0], ((0, 1),)])  # its target is no patch
     wanted = sum(of_query(weights[0, :, i], TARGETS[0], 1.0, 4.1325) for i in (4, 5)) / 2
     assert close(method.calibrate(weights, lonely), wanted)
-    assert method.calibrate(weights, call([((0, 1),)] * 2)) == 0
+    with pytest.warns(InactiveWarning, match=r"layer 0: none of 'target' is a patch of 'patches' in any text"):
+        assert method.calibrate(weights, call([((0, 1),)] * 2)) == 0
 
 
 def test_padding_moves_the_picture_along_and_does_not_ask() -> None:

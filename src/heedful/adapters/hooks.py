@@ -284,7 +284,7 @@ class Hooks:
             bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
             denoising=self.run.state.denoising, cross=cross, training=bound.module.training,
             ids=self.ids(bound, len(hidden), n), roles=self.roles(bound, len(keys)), hidden=hidden,
-            forward=self.run.state.now.number, lowest=bound.lowest, batch=len(hidden),
+            forward=self.run.state.now.number, lowest=bound.lowest, highest=bound.highest, batch=len(hidden),
             sizes=bound.sizes,
         )  # fmt: skip
 

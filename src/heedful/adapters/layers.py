@@ -71,6 +71,12 @@ def lowest(names: Sequence[str]) -> tuple[int, ...]:
     return tuple(lists.index(mine) for mine in lists)
 
 
+def highest(names: Sequence[str]) -> tuple[int, ...]:
+    """For each of the layers the number of the last in its list."""
+    last = {list_of(name): number for number, name in enumerate(names)}
+    return tuple(last[list_of(name)] for name in names)
+
+
 def list_of(name: str) -> str:
     """The list of layers that one stands in: those whose names are alike up to a number."""
     return re.split(r"(?:^|\.)\d+(?:\.|$)", name, maxsplit=1)[0]

@@ -17,7 +17,7 @@ from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
 from heedful.adapters.hooked import Hooked, Standing
 from heedful.adapters.hooks import Hooks
-from heedful.adapters.layers import heads_told, list_of, lowest, output_module, served
+from heedful.adapters.layers import heads_told, highest, list_of, lowest, output_module, served
 from heedful.adapters.layout import Layout, same_rows
 from heedful.adapters.merging import require_no_table
 from heedful.adapters.multi_head import Untouched, through_kernel
@@ -190,12 +190,14 @@ class SdpaAdapter:
         children = {name: module for name, module in self.model.named_children() if name in parts}
         hooks.forwards({n: m for n, m in children.items() if not isinstance(m, nn.ModuleList)})
         bounds = []
-        for number, (name, first) in enumerate(zip(self._names, lowest(self._names), strict=True)):
+        first, last = lowest(self._names), highest(self._names)
+        for number, name in enumerate(self._names):
             module = self.model.get_submodule(name)
             output = output_module(self.model, name)
             if output is not None and output not in found.ran:
                 output = module  # it multiplies with its projection's weight
-            bound = Bound(self, module, name, number, NATIVE, first, taking=taking_of(module), output=output)  # type: ignore[arg-type]
+            bound = Bound(self, module, name, number, NATIVE, first[number], taking=taking_of(module), output=output)  # type: ignore[arg-type]
+            bound.highest = last[number]
             hooks.around(bound)
             self._entrances.append(Entrance(module, self, bound))  # first, so that none is lost to an interrupt
             self._entrances[-1].begin()
@@ -315,7 +317,7 @@ class SdpaAdapter:
             bound.number or 0, len(self._names), bound.name, q.shape[1], k.shape[1], queries, keys,
             q.shape[-1] ** -0.5 if scale is None else float(scale), None, Phase.of(queries),
             self.run.state.denoising, bound.cross, bound.module.training, mask=rules,
-            forward=max(0, self.run.state.now.number), lowest=bound.lowest, batch=len(q), sizes=bound.sizes,
-            in_order=bound.cross and home in ordered,
+            forward=max(0, self.run.state.now.number), lowest=bound.lowest, highest=bound.highest, batch=len(q),
+            sizes=bound.sizes, in_order=bound.cross and home in ordered,
         )  # fmt: skip
         return Operands(q, k, v, bias, None, float(given.get("dropout_p") or 0.0)), call

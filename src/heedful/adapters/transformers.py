@@ -27,7 +27,17 @@ from heedful.adapters.bound import (
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.kvcache import held_layer
-from heedful.adapters.layers import block_of, interface_layers, leftovers, list_of, lowest, parts_of, served, size_of
+from heedful.adapters.layers import (
+    block_of,
+    highest,
+    interface_layers,
+    leftovers,
+    list_of,
+    lowest,
+    parts_of,
+    served,
+    size_of,
+)
 from heedful.adapters.lazymask import LazyMask
 from heedful.adapters.planted import Planted
 from heedful.adapters.rotation import rotation
@@ -100,7 +110,7 @@ class TransformersAdapter:
         require_free(self.model, self._modules.values())
         hooks = self._hooks = Hooks(run, len(self._names), crosses=True)
         numbers = {name: i for i, name in enumerate(self._names)}
-        first = dict(zip(self._names, lowest(self._names), strict=True))
+        first, last = (dict(zip(self._names, find(self._names), strict=True)) for find in (lowest, highest))
         natives = {name: native_name(self._implementation(m)) for name, m in self._modules.items()}
         bounds: list[Bound] = []
         try:
@@ -112,7 +122,8 @@ class TransformersAdapter:
                         "support setting the attention implementation"
                     )
                 alone = block_of(self.model, name) is None
-                bound = Bound(self, module, name, numbers.get(name), natives[name], first.get(name, 0), alone)
+                bound = Bound(self, module, name, numbers.get(name), natives[name], first.get(name, 0))
+                bound.highest, bound.alone = last.get(name, 0), alone
                 bound.spread = spread_of(self.model, name)
                 hooks.around(bound)
                 take([module], bound)
@@ -209,7 +220,7 @@ class TransformersAdapter:
             given.softcap, phase, run_state.denoising, bound.cross, bound.module.training,
             self._hooks.ids(bound, len(q), q.shape[2]), self._hooks.roles(bound, len(given.keys)),
             rows_of(bound.hidden, q), rotation(bound), given.mask, max(0, run_state.now.number),
-            lowest=bound.lowest, batch=len(q), sizes=bound.sizes,
+            lowest=bound.lowest, highest=bound.highest, batch=len(q), sizes=bound.sizes,
             in_order=bound.cross and list_of(bound.name) in run_state.now.causal,
         )  # fmt: skip
         plan = plan_of(run, call)

@@ -90,6 +90,7 @@ class Call:
     params: Mapping[str, Tensor] = field(default_factory=dict)  # the method's learned parameters in this layer
     state: State = field(default_factory=State)  # what the method remembers
     lowest: int = 0  # number of the first layer of the list that it stands in, such as a model's decoder
+    highest: int | None = None  # and of the last; None: all served layers are one list
     batch: int | None = None  # b, where it is known
     sizes: Tensor | None = None  # [b n], how many tokens each of the call's is made of; None: none were merged
     query: Tensor | None = None  # [b h q d], the whole call's, from MASK on, and at a BLOCK that asks for it
@@ -163,6 +164,11 @@ class Call:
     @property
     def last_layer(self) -> bool:
         return self.layer == self.depth - 1
+
+    @property
+    def ends_list(self) -> bool:
+        """Whether no later layer goes on from this one's stream, as in the last of an encoder with a decoder behind."""
+        return self.layer == (self.depth - 1 if self.highest is None else self.highest)
 
     def tile(self, rows: slice, cols: slice | Tensor) -> Call:
         """The same call, seen by the queries `rows` and the keys `cols`; rows end where there are no more."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Method, Paper, Site, penalises
+from heedful.core.errors import InactiveWarning
 
 TINY = 1e-8  # of an attention whose logarithm would be infinite; as in the authors' code
 
@@ -69,6 +72,9 @@ class V2P(Method):
         place = call.coordinates(self.patches)[1][:, 0].to(pattern.dtype)  # [b|1 k 2]
         picture = place[..., 0] >= 0
         marked = picture & call.marked(self.target)[:, 0]
+        if not bool(marked.any()):
+            rule = f"none of {self.target!r} is a patch of {self.patches!r} in any text, and there is nothing to learn"
+            warnings.warn(f"{self!r}, layer {call.layer}: {rule}", InactiveWarning, stacklevel=2)
         box, wanted = self._box(place, marked)
         looks = pattern.mean(1) * picture[:, None]  # [b r k]
         looks = looks / looks.sum(-1, keepdim=True).clamp(min=TINY)

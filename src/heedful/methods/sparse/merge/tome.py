@@ -57,7 +57,7 @@ class ToMe(MergesTokens):
     @at(Site.RESIDUAL, merges=True)
     def merge(self, stream: Tensor, call: Call) -> Tensor | Merged:
         keys, n = call.state.forward.pop(KEYS), stream.shape[1]
-        if n < 2 or call.last_layer:
+        if n < 2 or call.ends_list:
             return stream
         fixed = is_fixed(call).expand(len(stream), -1)
         alike = self.alike(keys).masked_fill(fixed[:, ::2, None] | fixed[:, None, 1::2], -torch.inf)
