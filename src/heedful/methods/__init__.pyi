@@ -34,12 +34,17 @@ from heedful.methods.intervene.diffusion.atten_craft import AttenCraft as AttenC
 from heedful.methods.intervene.diffusion.attend_and_excite import AttendAndExcite as AttendAndExcite
 from heedful.methods.intervene.diffusion.attentive_eraser import AttentiveEraser as AttentiveEraser
 from heedful.methods.intervene.diffusion.conform import CONFORM as CONFORM
+from heedful.methods.intervene.diffusion.disen_diff import DisenDiff as DisenDiff
+from heedful.methods.intervene.diffusion.haste import HASTE as HASTE
 from heedful.methods.intervene.diffusion.hrv import HRV as HRV
+from heedful.methods.intervene.diffusion.in_context_brush import InContextBrush as InContextBrush
+from heedful.methods.intervene.diffusion.layer_bind import LayerBind as LayerBind
 from heedful.methods.intervene.diffusion.locat_edit import LOCATEdit as LOCATEdit
 from heedful.methods.intervene.diffusion.med_steer import MedSteer as MedSteer
 from heedful.methods.intervene.diffusion.prompt_to_prompt import PromptToPrompt as PromptToPrompt
 from heedful.methods.intervene.diffusion.re_at_co import ReAtCo as ReAtCo
 from heedful.methods.intervene.diffusion.soft_pag import SoftPAG as SoftPAG
+from heedful.methods.intervene.diffusion.textual_localization import TextualLocalization as TextualLocalization
 from heedful.methods.intervene.language.act import ACT as ACT
 from heedful.methods.intervene.language.asguard import ASGuard as ASGuard
 from heedful.methods.intervene.language.attention_buckets import AttentionBuckets as AttentionBuckets
@@ -66,6 +71,7 @@ from heedful.methods.intervene.vision.agla import AGLA as AGLA
 from heedful.methods.intervene.vision.avisc import AvisC as AvisC
 from heedful.methods.intervene.vision.carve import CARVE as CARVE
 from heedful.methods.intervene.vision.control_mllm import ControlMLLM as ControlMLLM
+from heedful.methods.intervene.vision.cyclical import Cyclical as Cyclical
 from heedful.methods.intervene.vision.damro import DAMRO as DAMRO
 from heedful.methods.intervene.vision.gem import GEM as GEM
 from heedful.methods.intervene.vision.paint import PAINT as PAINT
@@ -80,8 +86,10 @@ from heedful.methods.mechanisms.gates.gaam import GAAM as GAAM
 from heedful.methods.mechanisms.gates.gated_heads import GatedHeads as GatedHeads
 from heedful.methods.mechanisms.gates.gated_norm import GatedNorm as GatedNorm
 from heedful.methods.mechanisms.gates.head_mask import HeadMask as HeadMask
+from heedful.methods.mechanisms.gates.lm4_visual_encoding import LM4VisualEncoding as LM4VisualEncoding
 from heedful.methods.mechanisms.gates.mixture_of_attentive_experts import MixtureOfAttentiveExperts as MixtureOfAttentiveExperts
 from heedful.methods.mechanisms.gates.polarized_self_attention import PolarizedSelfAttention as PolarizedSelfAttention
+from heedful.methods.mechanisms.gates.sentence_attention_block import SentenceAttentionBlock as SentenceAttentionBlock
 from heedful.methods.mechanisms.gates.visual_sentinel import VisualSentinel as VisualSentinel
 from heedful.methods.mechanisms.linear.aaren import Aaren as Aaren
 from heedful.methods.mechanisms.linear.efficient_attention import EfficientAttention as EfficientAttention
@@ -121,6 +129,7 @@ from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttent
 from heedful.methods.mechanisms.normalise.softplus_attention import SoftplusAttention as SoftplusAttention
 from heedful.methods.mechanisms.normalise.spark_attention import SparkAttention as SparkAttention
 from heedful.methods.mechanisms.places.fftnet import FFTNet as FFTNet
+from heedful.methods.mechanisms.places.hyper_zzw import HyperZZW as HyperZZW
 from heedful.methods.mechanisms.places.masked_mixer import MaskedMixer as MaskedMixer
 from heedful.methods.mechanisms.places.skim_attention import SkimAttention as SkimAttention
 from heedful.methods.mechanisms.places.spanet import SPANet as SPANet
@@ -135,6 +144,7 @@ from heedful.methods.mechanisms.pooling.learned_aggregation import LearnedAggreg
 from heedful.methods.mechanisms.pooling.nested_attention import NestedAttention as NestedAttention
 from heedful.methods.mechanisms.pooling.slot_attention import SlotAttention as SlotAttention
 from heedful.methods.mechanisms.recurrent.gmm_attention import GMMAttention as GMMAttention
+from heedful.methods.mechanisms.recurrent.la_mamba import LaMamba as LaMamba
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
 from heedful.methods.mechanisms.recurrent.monotonic_location_attention import MonotonicLocationAttention as MonotonicLocationAttention
 from heedful.methods.mechanisms.recurrent.yaad import Yaad as Yaad
@@ -150,6 +160,7 @@ from heedful.methods.mechanisms.routed.mosa import MoSA as MoSA
 from heedful.methods.mechanisms.routed.neural_attention_search import NeuralAttentionSearch as NeuralAttentionSearch
 from heedful.methods.mechanisms.routed.routing_transformer import RoutingTransformer as RoutingTransformer
 from heedful.methods.mechanisms.routed.sparse_k import SparseK as SparseK
+from heedful.methods.mechanisms.routed.sty_a2k import StyA2K as StyA2K
 from heedful.methods.mechanisms.score.attention_at import AttentionAT as AttentionAT
 from heedful.methods.mechanisms.score.continuum_attention import ContinuumAttention as ContinuumAttention
 from heedful.methods.mechanisms.score.dare import DARE as DARE
