@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 import heedful
-from claims._digits import HELD_OUT, LAYERS, Reads, digits, placed, taught
+from claims._digits import HELD_OUT, LAYERS, digits, placed, taught
 from claims.ledger import Claim, run
+from heedful.core.method import Stack
 from heedful.explaining import head_importance
 
-STEPS, HEADS, CHOSEN, DRAWS = 200, 4, 4, 8
+STEPS, HEADS, CHOSEN, DRAWS = 300, 4, 4, 8
 
 
 def _ranks(x: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def _accuracy(model: Any, images: Tensor, labels: Tensor, without: Iterable[tupl
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model, whole = taught(Reads(), seed, STEPS)
+    model, whole = taught(Stack(()), seed, STEPS)
     images, labels = digits()
     draw = torch.Generator().manual_seed(seed)
     tried = torch.randperm(len(images), generator=draw)[:HELD_OUT]  # as in training: none of them was learned from
