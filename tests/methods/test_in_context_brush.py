@@ -66,6 +66,15 @@ def test_heads_that_look_alike_count_as_they_did() -> None:
     assert close(InContextBrush(0.0, 2.0).brush(faint, call()), wanted)
 
 
+def test_the_least_of_looks_are_no_reason_to_strengthen_a_head() -> None:
+    faint = torch.tensor([1.0, 2.0, 3.0, 5.0], dtype=torch.float64) * torch.finfo(torch.float64).eps
+    pattern = maps()[:1]
+    for i in TARGET:
+        pattern[..., i, PROMPT] = faint[None, :, None] / (len(TARGET) * len(PROMPT))
+    factors = InContextBrush(0.0, 1.0).brush(pattern, call())[0, :, 0, 10] / pattern[0, :, 0, 10]
+    assert close(factors, torch.tensor([1.0, 1.2, 1.4, 1.8], dtype=torch.float64))  # the range is 4 eps, beside another
+
+
 def test_when_it_rests() -> None:
     assert InContextBrush.neutral().idle(call())
     assert not InContextBrush(0.0).idle(call())
