@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from heedful.explaining.drawn import Told
 from heedful.methods.explain.patch import Patch, patched
 
 Metric = Callable[[Tensor], Tensor]  # logits [b n v] -> one number a text [b], higher where the answer is the clean one
+Inputs = Tensor | Mapping[str, Any]  # token ids [b n]; or all that a model takes, "roles" beside it
 SIDES = {"q": Site.QUERY, "k": Site.KEY, "v": Site.VALUE}
 
 
@@ -77,23 +78,27 @@ class HeadEffects(Told):
 @asks
 def patching(
     model: nn.Module,
-    clean: Tensor,
-    corrupt: Tensor,
+    clean: Inputs,
+    corrupt: Inputs,
     metric: Metric,
     *,
     positions: tuple[int, ...] | None = None,
     layers: Iterable[int] | None = None,
     estimate: bool = False,
+    under: Part | Stack | None = None,
 ) -> HeadEffects:
     """Activation patching: run the corrupt prompts `[b n]` with one head's output from the clean ones, head by head.
+
+    Prompts may be all that a model takes, so that the corrupt ones may differ in a picture. What corrupts may also be
+    a stack, `TokenNoise` say, which acts `under` the corrupt run alone and finds its spans by that one's "roles".
 
     A head's share is how far that alone brings the metric back. One forward of all prompts for each head; or, for an
     `estimate`, two forwards and a backward for all: each output's difference times the metric's gradient there, the
     first term of the same effect (attribution patching).
     """
-    probe = _Probe(model, clean, corrupt, metric, layers)
+    probe = _Probe(model, clean, corrupt, metric, layers, under)
     if positions is not None:
-        positions, n = tuple(sorted(set(positions))), clean.shape[1]
+        positions, n = tuple(sorted(set(positions))), probe.clean["input_ids"].shape[1]
         if not positions or positions[0] < 0 or positions[-1] >= n:
             rule = f"must be one or more text positions from 0 to {n - 1}"
             raise FieldError("patching()", "positions", positions, rule, (n - 1,))
@@ -103,7 +108,7 @@ def patching(
     source = Patch(values, positions)
 
     def effect(head: Head) -> float:
-        found = probe.score(probe.corrupt, source.on(layers=head[0], heads=head[1]))
+        found = probe.score(probe.corrupt, probe.under | source.on(layers=head[0], heads=head[1]))
         return (found - probe.low) / (probe.high - probe.low)
 
     return probe.each(effect)
@@ -158,11 +163,18 @@ class _Probe:
     """A model, the layers whose heads are tried, two sets of prompts and what is measured on them."""
 
     def __init__(
-        self, model: nn.Module, clean: Tensor, corrupt: Tensor, metric: Metric, layers: Iterable[int] | None
+        self,
+        model: nn.Module,
+        clean: Inputs,
+        corrupt: Inputs,
+        metric: Metric,
+        layers: Iterable[int] | None,
+        under: Part | Stack | None = None,
     ) -> None:
         from heedful.adapters.transformers import adapt
 
         self.model, self.metric = model, metric
+        self.under = Stack() if under is None else as_stack(under)
         self.sizes = adapt(model, None).sizes()
         known = range(len(self.sizes))
         requested = list(known if layers is None else layers)
@@ -171,37 +183,41 @@ class _Probe:
                 "patching()", "layers", requested, f"must be numbers of layers, and must lie below {len(known)}", [0]
             )
         self.requested = set(requested)
-        if clean.ndim != 2 or clean.shape != corrupt.shape:
-            rule = f"must be [b n] and of the shape of clean, {tuple(clean.shape)}"
-            raise FieldError("patching()", "corrupt", tuple(corrupt.shape), rule, tuple(clean.shape))
-        device = next(model.parameters()).device
-        self.clean, self.corrupt = clean.to(device), corrupt.to(device)
-        self.high, self.low = (self.score(ids, None) for ids in (self.clean, self.corrupt))
+        device, (own, other) = next(model.parameters()).device, (_whole(x) for x in (clean, corrupt))
+        self.roles = other.get("roles")
+        self.clean, self.corrupt = (
+            {name: x.to(device) for name, x in each.items() if isinstance(x, Tensor)} for each in (own, other)
+        )
+        ids, others = (inputs.get("input_ids") for inputs in (self.clean, self.corrupt))
+        if ids is None or others is None or ids.ndim != 2 or ids.shape != others.shape:
+            got, good = (None if x is None else tuple(x.shape) for x in (others, ids))
+            raise FieldError("patching()", "corrupt", got, f"must be [b n] and of the shape of clean, {good}", good)
+        self.high, self.low = self.score(self.clean, Stack()), self.score(self.corrupt, self.under)
         if self.high == self.low:
             rule = f"is {self.high} on both, so there is nothing to bring back"
             raise FieldError("patching()", "metric", metric, rule, "the logit of the right answer less a wrong one's")
 
     @torch.no_grad()
-    def score(self, ids: Tensor, what: Part | Stack | None) -> float:
+    def score(self, inputs: Mapping[str, Tensor], what: Stack) -> float:
         """The metric's mean over the prompts, under a stack."""
         with still(self.model):
-            if what is None:
-                logits = self.model(input_ids=ids).logits
+            if not what:
+                logits = self.model(**inputs).logits
             else:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", InactiveWarning)  # the prompts may be alike where a head looks
-                    with attach(self.model, what) as run:
-                        logits = run(input_ids=ids).logits
-        found = self.metric(logits)
-        if not isinstance(found, Tensor) or found.shape != ids.shape[:1]:
+                    with attach(self.model, what, roles=self.roles) as run:
+                        logits = run(**inputs).logits
+        found, texts = self.metric(logits), len(inputs["input_ids"])
+        if not isinstance(found, Tensor) or found.shape != (texts,):
             got = tuple(found.shape) if isinstance(found, Tensor) else found
-            raise FieldError("patching()", "metric", got, f"must give one number a text [{len(ids)}]", (len(ids),))
+            raise FieldError("patching()", "metric", got, f"must give one number a text [{texts}]", (texts,))
         return float(found.double().mean())
 
     @torch.no_grad()
     def kept(
         self,
-        ids: Tensor,
+        inputs: Mapping[str, Tensor],
         site: Site = Site.HEAD_OUTPUT,
         under: Part | Stack | None = None,
         layers: Iterable[int] | None = None,
@@ -210,14 +226,18 @@ class _Probe:
         keeper = _keeping(site).on(layers=None if layers is None else list(layers))
         stack = as_stack(keeper) if under is None else as_stack(under) | keeper
         with still(self.model), attach(self.model, stack) as run:
-            run(input_ids=ids)
+            run(**inputs)
         return Fitted({str(layer): stat.value[0] for layer, stat in run[keeper].items()})
 
     def first_order(self, values: Fitted, positions: tuple[int, ...] | None) -> Callable[[Head], float]:
         """Each head's effect, were the metric linear in what heads hand over."""
         keeper = _keeping(Site.HEAD_OUTPUT)
-        with still(self.model), attach(self.model, keeper) as run, following(self.model):
-            self.metric(run(input_ids=self.corrupt).logits).double().mean().backward()
+        with (
+            still(self.model),
+            attach(self.model, self.under | keeper, roles=self.roles) as run,
+            following(self.model),
+        ):
+            self.metric(run(**self.corrupt).logits).double().mean().backward()
         effects = {}
         for layer, stat in run[keeper].items():
             (heads,) = stat.value
@@ -232,6 +252,10 @@ class _Probe:
             for head in range(size.heads if size.number in self.requested else 0):
                 share[size.number, head] = effect((size.number, head))
         return HeadEffects(share, self.high, self.low)
+
+
+def _whole(given: Inputs) -> dict[str, Any]:
+    return {"input_ids": given} if isinstance(given, Tensor) else dict(given)
 
 
 @cache

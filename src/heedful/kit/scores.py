@@ -49,7 +49,12 @@ def last_weights(entries: CachedKV, call: Call, count: int) -> tuple[Tensor, Ten
     They know of causality, padding, soft cap and bias, and of no narrower mask or learned sink.
     """
     queries, rows, position = last_queries(call, count)
+    return entry_weights(entries, call, queries, rows, position), position
+
+
+def entry_weights(entries: CachedKV, call: Call, queries: Tensor, rows: slice | Tensor, position: Tensor) -> Tensor:
+    """Softmax weights `[b h r k]` that queries `[b h r d]` at their positions `[b|1 1 r]` give to the entries."""
     found = scores_of(queries.float(), entries.key.float(), call, rows)
     seen = entries.is_text[:, :, None] & (entries.positions.position[:, :, None] <= position[..., None])
     seen = call.spread(seen)
-    return found.masked_fill(~seen, torch.finfo(found.dtype).min).softmax(-1).masked_fill(~seen, 0.0), position
+    return found.masked_fill(~seen, torch.finfo(found.dtype).min).softmax(-1).masked_fill(~seen, 0.0)

@@ -1,0 +1,92 @@
+"""x_p + size * N(0, 1): the corruption without meaning that swapped words and pictures are to replace."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call
+from heedful.core.errors import FieldError
+from heedful.core.method import Method
+from heedful.core.paper import Paper
+from heedful.core.regions import by_text, marked
+from heedful.core.sites import Site, at
+
+
+class TokenNoise(Method):
+    """Gaussian noise on the tokens of a span as they enter a layer, which hides from a model what they say.
+
+    `heedful.explaining.patching` takes it as what the corrupt run is `under`. It is there to be compared: a pair of
+    prompts or pictures that differ in one thing is the corruption that the paper proposes, and `patching` takes it as
+    it is. In a model that reads pictures `.on(layers=...)` says before which layer: the language model's first, say.
+    """
+
+    paper = Paper(
+        "P209",
+        "What Do VLMs NOTICE? A Mechanistic Interpretability Pipeline for Noise-free Text-Image Corruption and "
+        "Evaluation",
+        "Michal Golovanevsky, William Rudman, Vedant Palit, Ritambhara Singh, Carsten Eickhoff",
+        2024,
+        "2406.16320",
+        "NAACL 2025",
+        differs=(
+            "The paper's own corruptions, a word replaced or a picture replaced by one that differs in one thing, need "
+            "no method: both inputs are given to patching. This is the noise that they are to replace.",
+            "Noise is that of a position and a seed, the same in all texts, so that a run can be repeated; average "
+            "over seeds.",
+            "Which heads segment, or inhibit things or outliers, is not told.",
+        ),
+    )
+    size: float = 1.0  # standard deviation; causal tracing takes three times that of the model's embeddings
+    role: str = "marked"  # the span that is hidden
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.size < math.inf:
+            raise FieldError(self, "size", self.size, "must be 0 or more, and finite", 1.0)
+        if not self.role:
+            raise FieldError(self, "role", self.role, "must name a span", "marked")
+        if self.seed < 0:
+            raise FieldError(self, "seed", self.seed, "must be 0 or more", 0)
+
+    @classmethod
+    def neutral(cls) -> TokenNoise:
+        return cls(size=0.0)
+
+    @classmethod
+    def example(cls) -> TokenNoise:
+        return cls(size=10.0)
+
+    def idle(self, call: Call) -> bool:
+        return self.size == 0
+
+    @at(Site.EMBEDDING)
+    def hide(self, x: Tensor, call: Call) -> Tensor:
+        position = call.q_pos[:, 0]  # [b|1 n]
+        there = by_text(marked, call.regions(self.role), position)
+        position, there = torch.broadcast_tensors(position, there)
+        noise = torch.zeros(*there.shape, x.shape[-1], dtype=x.dtype, device=x.device)
+        for place in position[there].unique().tolist():
+            by = torch.Generator().manual_seed(1_000_003 * self.seed + place)  # a token's own, however a text is cut
+            noise[there & (position == place)] = torch.randn(x.shape[-1], generator=by).to(x)
+        return x + self.size * noise
+
+
+if __name__ == "__main__":
+    from heedful import models
+    from heedful.explaining import patching
+
+    model, tokenizer, _ = models.default()
+    text = "When Mary and John went to the store,{} gave a pen to"
+    clean, swapped = (tokenizer(text.format(name), return_tensors="pt").input_ids for name in (" John", " Mary"))
+    right, other = (tokenizer(name).input_ids[0] for name in (" Mary", " John"))
+    place = int((clean != swapped)[0].nonzero()[0])
+
+    def lead(logits: Tensor) -> Tensor:
+        return logits[:, -1, right] - logits[:, -1, other]
+
+    hidden = {"input_ids": clean, "roles": {"marked": ((place, place + 1),)}}
+    print(patching(model, clean, swapped, lead, estimate=True))
+    print(patching(model, clean, hidden, lead, estimate=True, under=TokenNoise(size=0.3)))
