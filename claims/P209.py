@@ -99,7 +99,7 @@ CLAIM = Claim(
     f"or by noise as long as the swap moves the embedding. Off: the giver's stream as it leaves each layer, against "
     f"its mean and spread in {OTHERS} other prompts, dimension by dimension, RMS, geometric mean over layers. "
     f"Beside it, how many of the {TOP} heads with the largest first-order effects are the same. Text alone, "
-    "where the paper swaps pictures too.",
+    "where the paper swaps pictures too. A first run, in which all seeds had drawn the same noise, gave +0.09.",
     effect="log of how far off the milder noise is, over the swap",
     measure=measure,
     seeds=8,

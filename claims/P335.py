@@ -59,7 +59,8 @@ CLAIM = Claim(
     setup=f"SmolLM2-135M on text instead of FLUX on pictures side by side, for want of a model that has words and both "
     f"pictures in one sequence: {PROMPTS} prompts a seed in which two lines disagree. One is the subject, the question "
     "is the prompt, and its last token, behind which the answer is said, the target; the authors' settings, in all "
-    "layers. Against no change, and another line as the subject. Beside it shift and heads alone.",
+    "layers. Against no change, and another line as the subject. Beside it shift and heads alone. There were twelve "
+    "prompts a seed in a first look at one seed, -0.63; eight cost less.",
     effect="nats of log-probability of what the subject's line says, above the better of both controls",
     measure=measure,
     seeds=8,

@@ -5,6 +5,7 @@ from heedful.methods.compress.prune.dimap import DIMAP as DIMAP
 from heedful.methods.compress.prune.multi_query_attention import MultiQueryAttention as MultiQueryAttention
 from heedful.methods.compress.prune.prune_heads import PruneHeads as PruneHeads
 from heedful.methods.compress.prune.sequential_attention import SequentialAttention as SequentialAttention
+from heedful.methods.compress.prune.shrp import SHRP as SHRP
 from heedful.methods.compress.prune.vtrans import VTrans as VTrans
 from heedful.methods.compress.quantise.absmax import Absmax as Absmax
 from heedful.methods.compress.quantise.fp4 import FP4 as FP4
@@ -28,6 +29,7 @@ from heedful.methods.explain.patch_words import PatchWords as PatchWords
 from heedful.methods.explain.rollout import AttentionRollout as AttentionRollout
 from heedful.methods.explain.sparse_attention_decomposition import SparseAttentionDecomposition as SparseAttentionDecomposition
 from heedful.methods.explain.tag import TAG as TAG
+from heedful.methods.explain.token_noise import TokenNoise as TokenNoise
 from heedful.methods.explain.transformer_attribution import TransformerAttribution as TransformerAttribution
 from heedful.methods.intervene.diffusion.add_it import AddIt as AddIt
 from heedful.methods.intervene.diffusion.atten_craft import AttenCraft as AttenCraft
@@ -212,6 +214,7 @@ from heedful.methods.sparse.cache.sparse_mm import SparseMM as SparseMM
 from heedful.methods.sparse.cache.task_kv import TaskKV as TaskKV
 from heedful.methods.sparse.cache.think import ThinK as ThinK
 from heedful.methods.sparse.cache.tova import TOVA as TOVA
+from heedful.methods.sparse.cache.va_sparse import VASparse as VASparse
 from heedful.methods.sparse.decode.act_qkv import ActQKV as ActQKV
 from heedful.methods.sparse.decode.avl import AVL as AVL
 from heedful.methods.sparse.decode.leo_am import LeoAM as LeoAM
@@ -246,6 +249,7 @@ from heedful.methods.sparse.prefill.sparge_attn import SpargeAttn as SpargeAttn
 from heedful.methods.sparse.prefill.sparsifiner import Sparsifiner as Sparsifiner
 from heedful.methods.sparse.prefill.star import STAR as STAR
 from heedful.methods.sparse.prefill.trimmed_llama import TrimmedLlama as TrimmedLlama
+from heedful.methods.sparse.prefill.v_flow_opt import VFlowOpt as VFlowOpt
 from heedful.methods.sparse.tokens.attention_rag import AttentionRAG as AttentionRAG
 from heedful.methods.sparse.tokens.sentinel import Sentinel as Sentinel
 from heedful.methods.sparse.tokens.spec_pc import SpecPC as SpecPC
