@@ -1,0 +1,130 @@
+"""s_i = p sum_h a_i^h |o_i^h| / sum_g |o_i^g|, of the class token's weights a; patch i is dropped below theta."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from heedful.core.call import Call, Merged
+from heedful.core.errors import FieldError
+from heedful.core.method import Layer
+from heedful.core.paper import Paper
+from heedful.core.sites import Site, at, penalises, reads
+from heedful.kit.merging import MergesTokens, is_fixed, kept
+from heedful.kit.scores import scores_of
+
+STAYS, OPEN, SHARES = "stays", "open", "shares"
+LEAST = -20.0  # the lowest logarithm of a soft mask: a key so far down gets nothing that counts
+
+
+class AdaptiveSparseViT(MergesTokens):
+    """Drops behind some layers the patches that the class token looks at less than a learned threshold.
+
+    While a model trains, patches are masked softly in the attention of later layers, so that thresholds learn, and a
+    penalty draws the share of tokens that layers have to a budget. At rest they are gone.
+    """
+
+    paper = Paper(
+        "P019",
+        "Adaptive Sparse ViT: Towards Learnable Adaptive Token Pruning by Fully Exploiting Self-Attention",
+        "Xiangcheng Liu, Tianyi Wu, Guodong Guo",
+        2022,
+        "2209.13802",
+        "IJCAI 2023",
+        differs=(
+            "The authors' text was at hand in part and their code not at all: what a head's importance to a token is "
+            "(the norm of what it hands over), scores in units of the mean patch and the temperature are ours.",
+            "A soft mask adds its logarithm to scores; the authors multiply tokens with it, so that a token that is "
+            "masked still takes weight from others, which it does not once it is dropped.",
+            "The budget is the mean share of patches over layers, for which the authors count operations; their loss "
+            "that keeps a model near an unpruned one is left out.",
+        ),
+    )
+    layers: tuple[int, ...] = (3, 6, 9)  # behind which patches are dropped
+    budget: float = 0.7  # the mean share of patches that layers are to have
+    weight: float = 2.0  # of the penalty for missing the budget; 0: none
+    start: float = 0.5  # thresholds before training; 1 is what a patch gets if all get the same
+    sharpness: float = 10.0  # of the soft mask, sigmoid(sharpness (s - theta))
+
+    def __post_init__(self) -> None:
+        if not self.layers or min(self.layers) < 0:
+            raise FieldError(self, "layers", self.layers, "must be numbers of layers, from 0 up", (3, 6, 9))
+        if not 0 < self.budget <= 1:
+            raise FieldError(self, "budget", self.budget, "must lie above 0, and be 1 at most", 0.7)
+        if self.weight < 0:
+            raise FieldError(self, "weight", self.weight, "must be 0 or more", 2.0)
+        if self.sharpness <= 0:
+            raise FieldError(self, "sharpness", self.sharpness, "must be above 0", 10.0)
+
+    @classmethod
+    def example(cls) -> AdaptiveSparseViT:
+        return cls((0, 1), start=0.8)
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        return {"threshold": torch.tensor([self.start])} if layer.number in self.layers else {}
+
+    @at(Site.SCORES, training=True)
+    def mask(self, scores: Tensor, call: Call) -> Tensor:
+        still = call.state.forward.get(OPEN)
+        return scores if still is None else scores + still[:, None, None, call.cols]
+
+    @reads(Site.HEAD_OUTPUT)
+    def look(self, heads: Tensor, call: Call) -> None:
+        """Decide which patches later layers see: softly where the model trains, else for good."""
+        if call.layer not in self.layers:
+            return
+        forward, free = call.state.forward, _free(len(heads), call)
+        still = forward.get(OPEN) if call.training else None
+        above = self.scored(heads, call, free, still) - call.params["threshold"].to(heads)
+        if call.training:
+            new = torch.nn.functional.logsigmoid(self.sharpness * above).clamp(min=LEAST).masked_fill(~free, 0.0)
+            forward[OPEN] = new if still is None else new + still
+        else:
+            forward[STAYS] = (above >= 0) | ~free
+
+    def scored(self, heads: Tensor, call: Call, free: Tensor, still: Tensor | None) -> Tensor:
+        """What the class token gives each token, in units of what a patch gets on average, `[b n]`."""
+        query, key = cast(Tensor, call.query), cast(Tensor, call.key)
+        seen = scores_of(query[:, :, :1], key, call, slice(0, 1))[:, :, 0]  # [b h n]
+        seen = seen.masked_fill(~call.is_text, torch.finfo(seen.dtype).min)
+        count = free.to(heads.dtype)
+        if still is not None:
+            seen, count = seen + still[:, None], count * still.exp()
+        norm = heads.norm(dim=-1)
+        share = norm / norm.sum(1, keepdim=True).clamp(min=torch.finfo(norm.dtype).tiny)
+        given = (seen.softmax(-1) * share).sum(1).masked_fill(~free, 0.0)
+        return given * count.sum(1, keepdim=True) / given.sum(1, keepdim=True)
+
+    @at(Site.RESIDUAL, training=False, merges=True)
+    def drop(self, stream: Tensor, call: Call) -> Tensor | Merged:
+        stays = call.state.forward.pop(STAYS, None)
+        if stays is None or bool((stays | ~call.is_text[:, 0]).all()):
+            return stream
+        return kept(stream, stays & call.is_text[:, 0])  # empty places go
+
+    @penalises(Site.RESIDUAL, when="weight")
+    def spend(self, stream: Tensor, call: Call) -> Tensor | None:
+        if not call.training:
+            return None
+        forward, free = call.state.forward, _free(len(stream), call)
+        shares: tuple[Tensor, ...] = forward.get(SHARES, (stream.new_ones(()),))  # all in the first
+        if call.last_layer:
+            return self.weight * (torch.stack(shares).mean() - self.budget) ** 2
+        still = forward.get(OPEN, torch.zeros_like(stream[..., 0]))
+        forward[SHARES] = (*shares, still.exp()[free].mean())
+        return None
+
+
+def _free(rows: int, call: Call) -> Tensor:
+    """Which tokens may be dropped, `[b n]`: all but the first, which the class token is, and its like."""
+    free = ~is_fixed(call).expand(rows, -1)
+    return free & (torch.arange(free.shape[1], device=free.device) > 0)
+
+
+if __name__ == "__main__":
+    from heedful import attach, models
+
+    with attach(models.vision().model, AdaptiveSparseViT(start=0.3)) as run:
+        print(run.difference(pixel_values=torch.randn(1, 3, 224, 224)))
