@@ -133,6 +133,7 @@ def test_importance_is_what_one_head_alone_changes(mean: Tensor | None) -> None:
         torch.testing.assert_close(row.float(), (total / sizes).float())
     order = found.divergence.flatten().argsort(descending=True)[:3].tolist()
     assert found.top(3) == tuple(divmod(i, 4) for i in order)
+    assert found.figure.high == float(found.divergence.max())
     assert "nats" in repr(found)
     assert ", loss" in repr(found)
 

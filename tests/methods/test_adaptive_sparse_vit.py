@@ -179,3 +179,24 @@ def test_thresholds_begin_where_they_are_told() -> None:
         found = {layer: x["threshold"].tolist() for (_, layer), x in run.state.params.items() if x}
     assert found == {1: [0.25], 3: [0.25]}
     assert math.isclose(AdaptiveSparseViT().start, 0.5)
+
+
+@torch.no_grad()
+def test_a_patch_at_the_threshold_itself_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = image_model()
+    one, scored, seen = inputs["pixel_values"][:1], AdaptiveSparseViT.scored, []
+
+    def told(self: AdaptiveSparseViT, *given: Any) -> Tensor:
+        seen.append(scored(self, *given))
+        return seen[-1]
+
+    monkeypatch.setattr(AdaptiveSparseViT, "scored", told)
+    with pytest.warns(InactiveWarning), attach(model, AdaptiveSparseViT((0,), start=-1.0)) as run:
+        run(pixel_values=one)
+    patches = seen[0][0, 1:].sort().values
+    counts: list[int] = []
+    hook = model.vit.layers[1].register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[1]))
+    with attach(model, AdaptiveSparseViT((0,), start=float(patches[5]))) as run:
+        run(pixel_values=one)
+    hook.remove()
+    assert counts[0] == 1 + len(patches) - 5

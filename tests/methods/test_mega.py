@@ -18,7 +18,7 @@ from heedful.core.errors import FieldError, SiteError
 from heedful.core.positions import Positions
 from heedful.core.state import State
 from heedful.methods import Mega
-from heedful.methods.mechanisms.recurrent import mega
+from heedful.methods.mechanisms.recurrent import _averages
 from tests.by_hand import in_pieces
 
 N, E, Z, A, REACH = 9, 6, 4, 3, 5
@@ -70,7 +70,7 @@ def _call(p: dict[str, Tensor], first: int = 0, n: int = N, text: Tensor | None 
 
 @pytest.mark.parametrize("chunk", [1, 4, 64])
 def test_forward_loss_and_gradients(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mega, "CHUNK", chunk)
+    monkeypatch.setattr(_averages, "CHUNK", chunk)
     method, x, p = _drawn()
     found, wanted = method.attend(x, _call(p)), torch.stack([_by_hand(row, p) for row in x])
     assert close(found, wanted)
@@ -82,7 +82,7 @@ def test_forward_loss_and_gradients(chunk: int, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("chunk", [2, 64])
 def test_call_by_call_and_padded(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mega, "CHUNK", chunk)
+    monkeypatch.setattr(_averages, "CHUNK", chunk)
     method, x, p = _drawn()
     text = torch.ones(2, N, dtype=torch.bool)
     text[0, :4] = False
@@ -104,7 +104,7 @@ def test_in_a_model_step_by_step_and_after_a_crop() -> None:
         parts, cache = in_pieces(run, ids, (9, 1, 6))
         assert close_model(parts, whole)
         cache.crop(-4)
-        with pytest.raises(SiteError, match="layer 0: Mega goes on from token 12, and its averages are not"):
+        with pytest.raises(SiteError, match="layer 0: averages go on from token 12, and those kept are not"):
             run(input_ids=ids[:, 12:], use_cache=True, **{CACHE: cache})
 
 
@@ -134,7 +134,7 @@ def test_errors() -> None:
     method, x, p = _drawn()
     with pytest.raises(SiteError, match="layer 0: Mega's averages need a causal call"):
         method.attend(x, replace(_call(p), mask=Mask()))
-    with pytest.raises(SiteError, match="goes on from token 3"):
+    with pytest.raises(SiteError, match="go on from token 3"):
         method.attend(x[:, :2], replace(_call(p, 3, 2), state=State()))
     for settings in ({"shared": 0}, {"averages": 0}, {"reach": 0}):
         with pytest.raises(FieldError, match=r"Mega\..* = 0: must be 1 or more"):

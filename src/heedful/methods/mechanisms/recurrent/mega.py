@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
-from heedful.core.state import ByIndex, Until
-
-CHUNK = 64  # tokens whose averages are taken at once
+from heedful.core.state import ByIndex
+from heedful.methods.mechanisms.recurrent._averages import averaged, goes_on, parameters_of
 
 
 class Mega(Method):
@@ -53,14 +52,12 @@ class Mega(Method):
         def drawn(*shape: int, spread: float = 0.02) -> Tensor:
             return spread * torch.randn(shape, generator=random)
 
-        signs = torch.ones(n).index_fill(0, torch.arange(1, n, 2), -1.0)
         return {
             "value": drawn(2 * e, e), "value_bias": torch.zeros(2 * e),
             "base": drawn(z + 4 * e, e), "base_bias": torch.zeros(z + 4 * e),
             "out": drawn(e, 2 * e), "out_bias": torch.zeros(e),
             "turn": drawn(2, z), "turn_bias": torch.zeros(2, z), "distance": drawn(self.reach),
-            "damping": drawn(e, n, spread=0.2), "decay": drawn(e, n, spread=0.2), "expand": signs + drawn(e, n),
-            "shrink": drawn(e, n, spread=1.0), "skip": drawn(e, spread=1.0),
+            **parameters_of(e, n, random),
         }  # fmt: skip
 
     @at(Site.BLOCK)
@@ -70,10 +67,10 @@ class Mega(Method):
         p, e = call.params, hidden.shape[-1]
         x = hidden.to(p["base"].dtype)
         text = call.is_text[:, 0].expand(x.shape[:2])
-        _goes_on(call, len(x), x.shape[1])
+        goes_on(call, len(x), x.shape[1])
         value = silu(linear(x, p["value"], p["value_bias"]))
-        averaged = silu(_averaged(x * text[..., None], call) + x * p["skip"])
-        update, inner, direct = linear(averaged, p["base"], p["base_bias"]).split([e, self.shared + 2 * e, e], -1)
+        near = silu(averaged(x * text[..., None], call) + x * p["skip"])
+        update, inner, direct = linear(near, p["base"], p["base_bias"]).split([e, self.shared + 2 * e, e], -1)
         seen, reset = silu(inner).split([self.shared, 2 * e], -1)
         query, key = ((seen * w + b) for w, b in zip(p["turn"], p["turn_bias"], strict=True))
         mixed = self._looks(query, key, value, text, call)
@@ -93,42 +90,6 @@ class Mega(Method):
         hidden = (back < 0) | ~text[:, None]
         scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
         return scores.softmax(-1).masked_fill(hidden, 0.0) @ value
-
-
-def _goes_on(call: Call, texts: int, n: int) -> None:
-    """See to it that the state is that of the tokens before, and say of how many it will be."""
-    first = call.queries.first or 0
-    end = call.state.cache.get("end")
-    if first and (end is None or bool(end.ne(first).any())):
-        raise SiteError(
-            f"layer {call.layer}: Mega goes on from token {first}, and its averages are not of the tokens before; was "
-            "the cache cut back or made without it? Read the text again from its start"
-        )
-    call.state.cache["end"] = Until(torch.full((texts,), first + n, device=call.queries.index.device))
-
-
-def _averaged(x: Tensor, call: Call) -> Tensor:
-    """The damped averages of each channel up to each token, mixed, `[b n e]`; their state is `[b e averages]`."""
-    p = call.params
-    weight, keep = p["damping"].sigmoid(), 1 - p["damping"].sigmoid() * p["decay"].sigmoid()  # [e a]
-    into, out = weight * p["expand"], p["shrink"] / math.sqrt(p["shrink"].shape[1])
-    size = min(CHUNK, x.shape[1])
-    powers = (torch.arange(size + 1, device=x.device) * keep.log()[..., None]).exp()  # [e a size + 1]
-    kernel = ((into * out)[..., None] * powers[..., :-1]).sum(1)  # [e size]: by distance
-    ago = torch.arange(size, device=x.device)[:, None] - torch.arange(size, device=x.device)
-    band = kernel[:, ago.clamp(min=0)].tril()  # [e size size]
-    state = call.state.cache.get("averages")
-    state = x.new_zeros(len(x), *keep.shape) if state is None else state
-    found = []
-    for piece in x.split(size, 1):
-        m = piece.shape[1]
-        near = torch.einsum("eij,bje->bie", band[:, :m, :m], piece)
-        far = torch.einsum("bea,ea,eai->bie", state, out, powers[..., 1 : m + 1])
-        found.append(near + far)
-        fresh = torch.einsum("bje,ea,eaj->bea", piece, into, powers[..., :m].flip(-1))
-        state = state * powers[..., m] + fresh
-    call.state.cache["averages"] = state
-    return torch.cat(found, 1)
 
 
 if __name__ == "__main__":
