@@ -40,8 +40,7 @@ class LaMamba(Method):
             "Tokens outside the grid of patches, as a class token, attend as ever, are seen by all, and are not "
             "scanned; the authors' models have none.",
             "Layers that are causal, or whose patches lie on no grid, are refused.",
-            "The convolution has a bias, as in the authors' code where nothing else is said; that of their XL model has "
-            "none.",
+            "The convolution has a bias, as the authors' code has unless told otherwise; their XL model's has none.",
             "Weights are drawn as the authors draw them, by a generator seeded by the layer's number.",
         ),
     )
