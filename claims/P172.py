@@ -145,8 +145,9 @@ CLAIM = Claim(
     paper_number="grounding accuracy improves on Flickr30k Entities and ActivityNet; no numbers at hand",
     setup=f"Images of {REGIONS} regions, each of which shows its own thing and, at {SPILL:g} of that, those beside it, "
     f"so that names can be read off wrong regions; captions name {NAMED} marked things in an order of kinds, each with "
-    f"a word that follows from it. A transformer decoder of one layer and one head, {STEPS} steps of {BATCH}, two "
-    "forwards a step, the words of the first argmax of its own logits. How often a word that names a thing looks most "
+    f"a word that follows from it. A transformer decoder of one layer and one head, {STEPS} steps of {BATCH} from "
+    "nothing, where the authors begin with a decoder that can caption, two forwards a step, the words of the first "
+    "argmax of its own logits. How often a word that names a thing looks most "
     "at its region; weights and losses are among the details. How much regions overlap was chosen on the way without "
     "localizer, on another seed, since without overlap its words look right nine times in ten.",
     effect="points of grounding accuracy above the better of a second forward without localizer and one whose "

@@ -43,8 +43,9 @@ CLAIM = Claim(
     setup=f"A text-to-image transformer of 0.2M parameters on 16 x 16 pictures instead of SD 1.4; {SHOWN} pictures a "
     "seed of two things in new colours, always on the same sides, named by two new words, each before the word for "
     f"its shape, in either order. The words and cross-attention's keys and values are learnt in {LEARN} steps with the "
-    f"authors' weight. {TRIED} pictures of each of six prompts, {STEPS} steps, with one of the things or both, are "
-    "judged by the nearest of all that can be. Against no loss on maps, and new words bound to the other's shape.",
+    f"authors' weight, at which maps move little. {TRIED} pictures of each of six prompts, {STEPS} steps, with one of "
+    "the things or both, are judged by the nearest of all that can be. Against no loss on maps, and new words bound to "
+    "the other's shape.",
     effect="share of things in their own colour where they are asked for, above the better of both controls",
     measure=measure,
 )

@@ -183,6 +183,29 @@ def test_importance_of_heads_of_a_plain_module_and_of_layers_of_unlike_numbers()
     )
 
 
+def test_importance_of_logits_by_name_and_of_labels_that_some_batches_have() -> None:
+    class Named(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor, named: bool) -> Any:
+            logits = self.one(x, x, x, need_weights=False)[0].mean(1)
+            return {"logits": logits, "loss": logits.square().mean()} if named else logits
+
+    torch.manual_seed(0)
+    model, x = Named().eval(), torch.randn(3, 5, 8)
+    named, bare = (head_importance(model, [{"x": x, "named": it}]) for it in (True, False))
+    torch.testing.assert_close(named.divergence, bare.divergence)
+    assert bare.loss is None
+    assert named.loss is not None
+    with heedful.ablate(model, [(0, 1)]) as run, torch.no_grad():
+        without = run(x=x, named=True)["loss"]
+    rise = without - model(x, True)["loss"].detach()
+    torch.testing.assert_close(named.loss[0, 1].float(), rise)
+    assert head_importance(model, [{"x": x, "named": it} for it in (True, False)]).loss is None
+
+
 def test_importance_says_what_is_wrong() -> None:
     model = models.tiny("llama")
     with pytest.raises(FieldError, match="1 or more"):
@@ -193,6 +216,11 @@ def test_importance_says_what_is_wrong() -> None:
         head_importance(model.model, [{"input_ids": IDS[None]}])
     with pytest.raises(FieldError, match="labels that count"):
         head_importance(model, [{"input_ids": IDS[None], "labels": torch.full_like(IDS[None], -100)}])
+    with pytest.raises(FieldError, match=r"one without answers'?: must hold a token that is no padding"):
+        head_importance(model, [{"input_ids": IDS[None], "attention_mask": torch.zeros_like(IDS[None])}])
+    one = torch.nn.Sequential(torch.nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), torch.nn.Linear(8, 1))
+    with pytest.raises(RefusedModel, match="Sequential gives one number, and the importance"):
+        head_importance(one.eval(), [{"input": torch.zeros(1, 3, 8)}])
     with pytest.raises(FieldError, match="names no text"):
         head_importance(model, [{"input_ids": IDS[None]}], mean=[])
     with pytest.raises(FieldError, match="1 head or more"):

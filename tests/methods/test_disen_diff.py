@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach
+from heedful import attach, models
 from heedful.conformance.tolerances import close
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, StatisticError
 from heedful.methods.intervene.diffusion.disen_diff import DisenDiff
 
 from .painter import GRID, PLACES, Painter, inputs, maps, smoothed
@@ -73,6 +73,17 @@ def test_each_text_has_things_of_its_own() -> None:
         assert close(run.loss(), want.float())
 
 
+def test_texts_that_name_no_thing_are_left_out() -> None:
+    model, given = Painter(), inputs()
+    mean = sum(maps(model, **given)) / 2
+    mine = {"first": ((0, 2),), "second": ((3, 4), (5, 6))}
+    none: dict[str, Any] = {"first": (), "second": ()}
+    for roles, want in (([mine, none], _loss(mean[:1], ("first", "second"), False)), ([none, none], torch.zeros(()))):
+        with attach(model, DisenDiff(weight=1.0), roles=roles, inputs=given) as run:
+            run(**given)
+            assert close(run.loss(), want.float())
+
+
 def test_a_word_that_is_not_there_has_no_map() -> None:
     """ "short" has a new word and no word for its kind, whose map is nothing everywhere."""
     model, given = Painter(), inputs()
@@ -85,6 +96,16 @@ def test_a_word_that_is_not_there_has_no_map() -> None:
     with attach(model, DisenDiff(things=("first", "short"), weight=1.0), roles=ROLES, inputs=given) as run:
         run(**given)
         assert close(run.loss(), (want / 2).float())
+
+
+def test_where_nothing_attends_to_words_the_loss_says_so() -> None:
+    model = models.tiny("llama")
+    with attach(model, DisenDiff()) as run:
+        with pytest.raises(StatisticError, match="has penalised nothing yet: run the model first"):
+            run.loss()
+        run(input_ids=torch.arange(3, 9)[None])
+        with pytest.raises(StatisticError, match="penalised nothing in the last forward: it rests there, or no layer"):
+            run.loss()
 
 
 def test_errors() -> None:

@@ -124,7 +124,10 @@ def test_what_cannot_be() -> None:
         with pytest.raises(FieldError, match=rf"HASTE\.{next(iter(wrong))} = "):
             HASTE(**wrong)  # type: ignore[arg-type]
     with pytest.raises(FieldError, match=r"HASTE\.batches = 0: must be 1 or more"):
-        fit(HASTE(layers=(0,)), models.tiny("vit"), [])
+        fit(HASTE(layers=(0,), behind=1), models.tiny("vit"), [])
+    rule = r"must, with behind 1, be layers of the teacher, which has 3; for example layers=\(0, 1\)"
+    with pytest.raises(FieldError, match=rf"HASTE\.layers = \(0, 2\): {rule}"):
+        fit(HASTE(layers=(0, 2), behind=1), models.tiny("vit", num_hidden_layers=3), [])
     for given in (maps(0)[:1], maps(0)[..., :5], maps(0)[:, :, :5]):
         method = HASTE(1.0, 9, (0,), 0, Fitted({"0.0": given, "batches": torch.tensor(1)}))
         with pytest.raises(FieldError, match=r"has none for layer 0 of batch 0, whose map is \[2, 4, 19, 19\]"):

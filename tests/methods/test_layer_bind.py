@@ -151,6 +151,9 @@ def test_what_cannot_be() -> None:
             FieldError, match=rf"LayerBind\.words = .*as many roles as regions, {len(given[0])}, and one"
         ):
             LayerBind(*given)
+    assert LayerBind(hard=(0,)).hard == (0,)
+    with pytest.raises(FieldError, match=r"LayerBind\.hard = \(0, -1\): must be layers, counted from 0"):
+        LayerBind(hard=(0, -1))
     for name in ("binding", "until", "opacity"):
         for wrong in (-0.1, 1.1):
             with pytest.raises(FieldError, match=rf"LayerBind\.{name} = .*: must be a share from 0 to 1"):

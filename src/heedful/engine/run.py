@@ -278,7 +278,10 @@ class Run:
             rule = "penalises nothing, so there is no loss; mark a function with @penalises(Site.X)"
             raise FieldError("Run", "stack", self.stack, rule, "a stack with a penalty")
         if not self.state.losses:
-            raise StatisticError(f"{self.stack!r} has penalised nothing yet: run the model first, as in run(**inputs)")
+            rule = "has penalised nothing yet: run the model first, as in run(**inputs)"
+            if self.state.entered:
+                rule = "penalised nothing in the last forward: it rests there, or no layer is of the kind it is for"
+            raise StatisticError(f"{self.stack!r} {rule}")
         if self.state.now.blind and torch.is_grad_enabled():
             raise blind(f"{self.stack!r}")
         return torch.stack([x.float() for x in self.state.losses.values()]).sum()

@@ -106,7 +106,7 @@ class HeadImportance(Told):
 
     divergence: Tensor  # from the whole model's answers, nats
     probability: Tensor  # that the whole model's likeliest answer loses
-    loss: Tensor | None  # what it rises by, nats; None where the batches have no labels
+    loss: Tensor | None  # what it rises by, nats, batches weighed by their answers; None unless all have labels
 
     @property
     def figure(self) -> HeadMap:
@@ -178,20 +178,29 @@ def head_importance(
 def _answers(run: Run, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Log-probabilities of each answer that is no padding's, `[answers v]`, and the loss; nan without labels."""
     output = run(**inputs)
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    logits, loss = (output, None) if isinstance(output, Tensor) else (_named(output, x) for x in ("logits", "loss"))
     if not isinstance(logits, Tensor) or logits.ndim < 2:
         raise RefusedModel(f"{type(run.model).__name__} gives no logits, of which the importance of heads is told")
+    if logits.shape[-1] < 2:
+        rule = "one number, and the importance of heads is told of answers that are chosen among several"
+        raise RefusedModel(f"{type(run.model).__name__} gives {rule}")
     written = getattr(getattr(run.model, "config", None), "is_encoder_decoder", False)
     text = inputs.get("decoder_attention_mask" if written else "attention_mask")
     if isinstance(text, Tensor) and text.shape == logits.shape[:-1]:
         logits = logits[text.bool()]
-    loss = getattr(output, "loss", None)
+    if not logits.numel():
+        rule = "must hold a token that is no padding"
+        raise FieldError("head_importance()", "batches", "one without answers", rule, [{"input_ids": "..."}])
     if loss is None:
         loss = torch.tensor(float("nan"))
     elif not bool(loss.isfinite()):
         rule = "must have labels that count, for which the model gives a number"
         raise FieldError("head_importance()", "batches", float(loss), rule, [{"input_ids": "...", "labels": "..."}])
     return logits.flatten(0, -2).double().log_softmax(-1), loss.double().cpu()
+
+
+def _named(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
 def _moved(whole: Tensor, without: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ class DisenDiff(MapLoss):
     """Trains new words to look where the words for their things' kinds look, and those to look at places of their own.
 
     Every thing is a role that names a new word and the word for its kind, one behind the other, as in "a <new> cat".
-    The penalty is `run.loss()`, to add to the loss of what is denoised.
+    The penalty is `run.loss()`, to add to the loss of what is denoised. A role's first two tokens count, and texts that
+    name none of the things are left out.
     """
 
     paper = Paper(
@@ -55,7 +56,11 @@ class DisenDiff(MapLoss):
         new, kind = zip(*(self._words(level, call, thing) for thing in self.things), strict=True)
         bound = [1 - _overlap(mine, own.detach()) for mine, own in zip(new, kind, strict=True)]
         pairs = [_overlap(one, other) for one, other in combinations(kind, 2)]
-        return self.weight * (torch.stack(bound).sum(0) + torch.stack(pairs).mean(0)).mean()
+        named = torch.stack([(call.numbers(thing)[:, 0] >= 0).any(-1).expand(len(maps)) for thing in self.things]).any(
+            0
+        )
+        each = (torch.stack(bound).sum(0) + torch.stack(pairs).mean(0)) * named
+        return self.weight * each.sum() / named.sum().clamp(min=1)
 
     def _words(self, maps: Tensor, call: Call, thing: str) -> tuple[Tensor, Tensor]:
         """The map of a thing's new word and the square of that of its kind, `[b n]` each."""

@@ -94,6 +94,9 @@ class HASTE(Method):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> HASTE:
         """Look at the teacher's maps, batch by batch."""
+        if max(self.layers) + self.behind >= len(context.layers):
+            rule = f"must, with behind {self.behind}, be layers of the teacher, which has {len(context.layers)}"
+            raise FieldError(self, "layers", self.layers, rule, tuple(range(max(1, len(context.layers) - self.behind))))
         found: dict[str, Tensor] = {}
         reader, count = _Maps().on(layers=[layer + self.behind for layer in self.layers]), 0
         for batch in batches:

@@ -49,6 +49,8 @@ class LayerBind(Method):
         if not self.regions or len(self.regions) != len(self.words):
             rule = f"must name as many roles as regions, {len(self.regions)}, and one or more"
             raise FieldError(self, "words", self.words, rule, ("back words", "front words"))
+        if any(layer < 0 for layer in self.hard):
+            raise FieldError(self, "hard", self.hard, "must be layers, counted from 0", (0, 1))
         for name in ("binding", "until", "opacity"):
             if not 0 <= getattr(self, name) <= 1:
                 raise FieldError(self, name, getattr(self, name), "must be a share from 0 to 1", 0.7)

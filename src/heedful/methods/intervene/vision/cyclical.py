@@ -38,6 +38,8 @@ class Cyclical(Method):
             "adds that; the authors' localizer is told the word alone.",
             "The localizer's keys are those of the decoder, as with the authors' shared projections; its softmax has "
             "the model's own scale in place of a temperature.",
+            "The authors train their decoder first, without the second forward; when that begins is the caller's "
+            "choice.",
             "The map is drawn as torch.nn.Linear draws it, by a generator seeded by the layer's number.",
         ),
     )

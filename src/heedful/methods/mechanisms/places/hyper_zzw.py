@@ -28,7 +28,10 @@ class HyperZZW(Method):
         differs=(
             "Of the authors' block it is the operator, one global branch and the local ones, side by side before the "
             "bottleneck, in any vision transformer; gates, the other branches, the norm and activation behind the "
-            "bottleneck, the loss of the slow nets, and an architecture without residuals are not here.",
+            "bottleneck and, with a mix of channels, behind each local kernel, the loss of the slow nets, and an "
+            "architecture without residuals are not here.",
+            "Local kernels are told by the image and meet it; each of the authors' four is told by a mix of its "
+            "channels, or meets one. The authors' first block has a global net one layer deeper.",
             "Each image changes local kernels by itself; in the authors' code the mean of a batch does. Their hidden "
             "states are renormed there, which is left out.",
             "The authors' factor on frequencies is not among the settings that could be read, and is 1 here.",

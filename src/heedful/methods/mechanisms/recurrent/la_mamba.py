@@ -40,6 +40,7 @@ class LaMamba(Method):
             "Tokens outside the grid of patches, as a class token, attend as ever, are seen by all, and are not "
             "scanned; the authors' models have none.",
             "Layers that are causal, or whose patches lie on no grid, are refused.",
+            "The convolution has a bias, as the authors' code has unless told otherwise; their XL model's has none.",
             "Weights are drawn as the authors draw them, by a generator seeded by the layer's number.",
         ),
     )
@@ -47,7 +48,7 @@ class LaMamba(Method):
     every_token = True
     window: int = 8  # patches along a side; the authors' code: 8
     shift: int = 0  # patches before the first whole window; the authors: half a window, in every other layer
-    state: int = 16  # numbers that each scanned channel remembers; the authors' code: 16
+    state: int = 16  # numbers that each scanned channel remembers; the authors' code: 16, their XL model: 1
     ratio: int = 2  # channels scanned, for each of the model's; the authors' code: 2
 
     def __post_init__(self) -> None:
