@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from heedful.conformance.subjects import LENGTH, TEXT, Subject, in_training, sub
 from heedful.conformance.tolerances import close_model, error
 from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.call import Call
-from heedful.core.errors import ClashError, HeedfulError, InactiveWarning
+from heedful.core.errors import ClashError, HeedfulError
 from heedful.core.method import CatalogueEntry, Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
@@ -69,10 +68,8 @@ def neutral_is_native(method: Method) -> None:
         if not torch.equal(found, native):
             raise Broken(f"{kind}: {quiet!r} moves logits by {error(found, native):.2g}")
         if _edits(method) and type(quiet).idle is not Method.idle:
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore", InactiveWarning)
-                with subject.attach(model, quiet) as run:
-                    run(**subject.inputs())
+            with torch.no_grad(), subject.attach(model, quiet) as run:
+                run(**subject.inputs())
             if not run.state.idled:
                 raise Broken(f"{kind}: {quiet!r} has nothing to do and does not say so: it is never idle")
 
@@ -81,14 +78,12 @@ def neutral_is_native(method: Method) -> None:
 def example_acts(method: Method) -> None:
     for subject, kind, model in tried_on(method):
         steps = subject is TEXT and _edits(method)
-        with warnings.catch_warnings(), torch.set_grad_enabled(not _edits(method)):
-            warnings.simplefilter("ignore", InactiveWarning)
-            with subject.attach(model, method) as run:
-                found = _two_steps(run) if steps else run(**subject.inputs()).logits
-                seen = run.activity()
-                if found.requires_grad:  # some readings are of gradients
-                    found.sum().backward()
-                    model.zero_grad()
+        with torch.set_grad_enabled(not _edits(method)), subject.attach(model, method) as run:
+            found = _two_steps(run) if steps else run(**subject.inputs()).logits
+            seen = run.activity()
+            if found.requires_grad:  # some readings are of gradients
+                found.sum().backward()
+                model.zero_grad()
         if len(seen.entered) < seen.layers:
             raise Broken(f"{kind}: {len(seen.entered)} of {seen.layers} layers were entered")
         if not _edits(method):
@@ -109,13 +104,11 @@ def _acts_after_a_gradient(method: Method, subject: Subject, model: nn.Module) -
     """Whether a forward is changed once one before it in the same run went back: some act in training by gradients."""
     if not in_training_alone(method):
         return False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InactiveWarning)
-        with subject.attach(model, method) as run:
-            run(**subject.inputs()).logits.square().sum().backward()
-            model.zero_grad()
-            with torch.no_grad():
-                found = run(**subject.inputs()).logits
+    with subject.attach(model, method) as run:
+        run(**subject.inputs()).logits.square().sum().backward()
+        model.zero_grad()
+        with torch.no_grad():
+            found = run(**subject.inputs()).logits
     return not close_model(found, subject.logits(model))
 
 
@@ -160,8 +153,7 @@ def declared_sites_only(method: Method) -> None:
         spy = _spy(site)
         seen = []
         for stack in (Stack((spy,)), Stack((method, spy))):
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore", InactiveWarning)
+            with torch.no_grad():
                 torch.manual_seed(0)
                 with attach(model, stack, roles=ROLES) as run:
                     run(input_ids=text())
@@ -253,8 +245,7 @@ def streaming(method: Method) -> None:
     if not method.chunk_invariant:
         raise DoesNotApply("does not claim it: what it does depends on the call")
     model = tiny_model("llama")
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", InactiveWarning)
+    with torch.no_grad():
         torch.manual_seed(0)
         with attach(model, method, roles=ROLES) as run:
             steps = _two_steps(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,6 @@ from heedful.conformance.place import place
 from heedful.conformance.subjects import text, tiny_model
 from heedful.conformance.tolerances import close_model, error
 from heedful.conformance.verdict import Broken, DoesNotApply, law
-from heedful.core.errors import InactiveWarning
 from heedful.core.method import Method
 from heedful.engine.run import Run
 
@@ -52,8 +50,7 @@ class _Rows:
 
 @contextmanager
 def _attached(method: Method) -> Iterator[Run]:
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", InactiveWarning)
+    with torch.no_grad():
         torch.manual_seed(0)  # parameters that a method draws
         with attach(tiny_model("llama"), method, roles=ROLES) as run:
             yield run

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
-from heedful.core.errors import HeedfulError
+from heedful.core.errors import HeedfulError, InactiveWarning
 from heedful.core.method import CatalogueEntry
 from heedful.core.notebook import printed
 
@@ -32,12 +35,18 @@ LAWS: dict[str, Law] = {}
 
 
 def law(text: str, kinds: tuple[str, ...] = ("method",)) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a law under its function's name."""
+    """Register a law under its function's name; that nothing was changed is for the law to say, and no warning."""
 
     def mark(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def tried(entry: Any) -> None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", InactiveWarning)
+                function(entry)
+
         name = function.__name__
-        LAWS[name] = Law(name, text, kinds, function)
-        return function
+        LAWS[name] = Law(name, text, kinds, tried)
+        return tried
 
     return mark
 

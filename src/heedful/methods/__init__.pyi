@@ -149,6 +149,7 @@ from heedful.methods.mechanisms.recurrent.gmm_attention import GMMAttention as G
 from heedful.methods.mechanisms.recurrent.la_mamba import LaMamba as LaMamba
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
 from heedful.methods.mechanisms.recurrent.monotonic_location_attention import MonotonicLocationAttention as MonotonicLocationAttention
+from heedful.methods.mechanisms.recurrent.seq_boat import SeqBoat as SeqBoat
 from heedful.methods.mechanisms.recurrent.yaad import Yaad as Yaad
 from heedful.methods.mechanisms.routed.bi_level_routing_attention import BiLevelRoutingAttention as BiLevelRoutingAttention
 from heedful.methods.mechanisms.routed.boat import BOAT as BOAT
@@ -221,6 +222,7 @@ from heedful.methods.sparse.decode.leo_am import LeoAM as LeoAM
 from heedful.methods.sparse.decode.less_is_more import LessIsMore as LessIsMore
 from heedful.methods.sparse.decode.loki import Loki as Loki
 from heedful.methods.sparse.decode.token_select import TokenSelect as TokenSelect
+from heedful.methods.sparse.merge.adaptive_sparse_vit import AdaptiveSparseViT as AdaptiveSparseViT
 from heedful.methods.sparse.merge.select_and_pack import SelectAndPack as SelectAndPack
 from heedful.methods.sparse.merge.token_pooling import TokenPooling as TokenPooling
 from heedful.methods.sparse.merge.tome import ToMe as ToMe
