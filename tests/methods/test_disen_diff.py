@@ -78,7 +78,14 @@ def test_texts_that_name_no_thing_are_left_out() -> None:
     mean = sum(maps(model, **given)) / 2
     mine = {"first": ((0, 2),), "second": ((3, 4), (5, 6))}
     none: dict[str, Any] = {"first": (), "second": ()}
-    for roles, want in (([mine, none], _loss(mean[:1], ("first", "second"), False)), ([none, none], torch.zeros(()))):
+    level = (mean[0] - mean[0].amin(0)) / (mean[0].amax(0) - mean[0].amin(0))
+    nothing, kind = torch.zeros(PLACES, dtype=torch.float64), level[:, 1] ** 2
+    alone = 1 - _overlap(level[:, 0], kind) + _overlap(kind, nothing)
+    for roles, want in (
+        ([mine, none], _loss(mean[:1], ("first", "second"), False)),
+        ([none | {"first": ((0, 2),)}, none], alone),
+        ([none, none], torch.zeros(())),
+    ):
         with attach(model, DisenDiff(weight=1.0), roles=roles, inputs=given) as run:
             run(**given)
             assert close(run.loss(), want.float())

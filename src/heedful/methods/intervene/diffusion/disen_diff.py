@@ -56,9 +56,8 @@ class DisenDiff(MapLoss):
         new, kind = zip(*(self._words(level, call, thing) for thing in self.things), strict=True)
         bound = [1 - _overlap(mine, own.detach()) for mine, own in zip(new, kind, strict=True)]
         pairs = [_overlap(one, other) for one, other in combinations(kind, 2)]
-        named = torch.stack([(call.numbers(thing)[:, 0] >= 0).any(-1).expand(len(maps)) for thing in self.things]).any(
-            0
-        )
+        there = [(call.numbers(thing)[:, 0] >= 0).any(-1).expand(len(maps)) for thing in self.things]
+        named = torch.stack(there).any(0)
         each = (torch.stack(bound).sum(0) + torch.stack(pairs).mean(0)) * named
         return self.weight * each.sum() / named.sum().clamp(min=1)
 
