@@ -73,6 +73,8 @@ def test_means_leave_padding_out_and_take_one_text_of_any_form() -> None:
         return found
 
     torch.testing.assert_close(logits(padded), logits([20, 21, 22]))
+    both = {"input_ids": torch.tensor([[20, 21, 22], [9, 30, 31]])}
+    torch.testing.assert_close(logits(both), logits([[20, 21, 22], [9, 30, 31]]))
     torch.testing.assert_close(logits("cat", tokenizer=words), logits(["cat"], tokenizer=words))
     torch.testing.assert_close(logits(torch.tensor([20, 21, 22])), logits([[20, 21, 22]]))
 
@@ -204,6 +206,27 @@ def test_importance_of_logits_by_name_and_of_labels_that_some_batches_have() -> 
     rise = without - model(x, True)["loss"].detach()
     torch.testing.assert_close(named.loss[0, 1].float(), rise)
     assert head_importance(model, [{"x": x, "named": it} for it in (True, False)]).loss is None
+
+
+def test_importance_of_a_model_that_trains_and_of_a_head_that_hands_over_nothing() -> None:
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.drop = torch.nn.MultiheadAttention(8, 2, batch_first=True), torch.nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(x + self.one(x, x, x, need_weights=False)[0])
+
+    torch.manual_seed(0)
+    model, x = Own(), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        model.one.in_proj_weight[16:20] = 0.0  # the first head's values
+    batches = [{"x": x}]
+    found = head_importance(model, batches)
+    assert model.drop.training
+    torch.testing.assert_close(found.divergence, head_importance(model.eval(), batches).divergence)
+    assert found.divergence[0, 0] == 0
+    assert found.divergence[0, 1] > 0
 
 
 def test_importance_says_what_is_wrong() -> None:
