@@ -244,6 +244,8 @@ def test_importance_says_what_is_wrong() -> None:
     one = torch.nn.Sequential(torch.nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), torch.nn.Linear(8, 1))
     with pytest.raises(RefusedModel, match="Sequential gives one number, and the importance"):
         head_importance(one.eval(), [{"input": torch.zeros(1, 3, 8)}])
+    with pytest.raises(FieldError, match="must hold what Linear is called with, by name: input; for example"):
+        head_importance(torch.nn.Linear(2, 2), [{"input_ids": IDS[None]}])
     with pytest.raises(FieldError, match="names no text"):
         head_importance(model, [{"input_ids": IDS[None]}], mean=[])
     with pytest.raises(FieldError, match="1 head or more"):

@@ -166,7 +166,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
 
 VERBS = [
     "attach", "attached", "fit", "fold", "operate", "arrange", "load", "decode", "diagnose", "compare", "check", "edit",
-    "explain", "patterns", "ablate", "attribute", "logit_lens", "direct_logits", "faithfulness", "patching",
+    "explain", "patterns", "ablate", "head_importance", "HeadImportance.top", "attribute", "logit_lens",
+    "direct_logits", "faithfulness", "patching",
     "path_patching", "likeness", "weight_gradients", "spans", "ReAGent", "Likeness.best", "inflection",
     "Inflection.top", "linearity", "depth_use", "word_maps", "trace", "nn.convert", "models.load", "models.tiny",
     "catalogue.find", "catalogue.search", "tasks.find", "Stack", "Prompt", "Removal", "on", "when", "|", "Run[]",

@@ -116,7 +116,7 @@ def test_without_a_fit() -> None:
 def test_what_cannot_be() -> None:
     assert HASTE() == HASTE(0.5, 250_000, (4, 5, 6, 7), 4, None, None)
     assert HASTE.neutral().weight == 0
-    assert HASTE.example() == HASTE(layers=(0, 1), behind=0, seed=0)
+    assert HASTE.example() == HASTE(layers=(0,), behind=0, seed=0)
     assert HASTE(layers=(4,), behind=-4).behind == -4
     for wrong in (
         {"weight": -0.1}, {"weight": math.inf}, {"until": -1}, {"layers": ()}, {"layers": (-1,)}, {"behind": -5},

@@ -270,18 +270,14 @@ class Run:
         )
 
     def loss(self) -> Tensor:
-        """The stack's penalties, added up over the layers of the last forward: a differentiable number.
-
-        Where the model was given labels it is in the model's own loss already.
-        """
+        """The stack's penalties in all layers of the last forward; the model's own loss has them where it has labels."""
         if not any(step.edit.loss for step in self.stack.steps()):
             rule = "penalises nothing, so there is no loss; mark a function with @penalises(Site.X)"
             raise FieldError("Run", "stack", self.stack, rule, "a stack with a penalty")
         if not self.state.losses:
-            rule = "has penalised nothing yet: run the model first, as in run(**inputs)"
-            if self.state.entered:
-                rule = "penalised nothing in the last forward: it rests there, or no layer is of the kind it is for"
-            raise StatisticError(f"{self.stack!r} {rule}")
+            rests = "penalised nothing in the last forward: it rests there, or no layer is of the kind it is for"
+            first = "has penalised nothing yet: run the model first, as in run(**inputs)"
+            raise StatisticError(f"{self.stack!r} {rests if self.state.entered else first}")
         if self.state.now.blind and torch.is_grad_enabled():
             raise blind(f"{self.stack!r}")
         return torch.stack([x.float() for x in self.state.losses.values()]).sum()

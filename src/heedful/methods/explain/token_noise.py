@@ -75,18 +75,10 @@ class TokenNoise(Method):
 
 
 if __name__ == "__main__":
-    from heedful import models
-    from heedful.explaining import patching
+    from heedful import attach, models
 
     model, tokenizer, _ = models.default()
-    text = "When Mary and John went to the store,{} gave a pen to"
-    clean, swapped = (tokenizer(text.format(name), return_tensors="pt").input_ids for name in (" John", " Mary"))
-    right, other = (tokenizer(name).input_ids[0] for name in (" Mary", " John"))
-    place = int((clean != swapped)[0].nonzero()[0])
-
-    def lead(logits: Tensor) -> Tensor:
-        return logits[:, -1, right] - logits[:, -1, other]
-
-    hidden = {"input_ids": clean, "roles": {"marked": ((place, place + 1),)}}
-    print(patching(model, clean, swapped, lead, estimate=True))
-    print(patching(model, clean, hidden, lead, estimate=True, under=TokenNoise(size=0.3)))
+    inputs = tokenizer("When Mary and John went to the store, John gave a pen to", return_tensors="pt")
+    for size in (0.1, 0.3, 1.0):
+        with attach(model, TokenNoise(size=size), roles={"marked": ((9, 10),)}) as run:
+            print(size, run.difference(**inputs))

@@ -60,11 +60,11 @@ class HASTE(Method):
 
     @classmethod
     def neutral(cls) -> HASTE:
-        return cls(0.0)
+        return cls(0.0, layers=(0,), behind=0)
 
     @classmethod
     def example(cls) -> HASTE:
-        return cls(layers=(0, 1), behind=0, seed=0)
+        return cls(layers=(0,), behind=0, seed=0)
 
     def idle(self, call: Call) -> bool:
         return self.weight == 0 or call.forward >= self.until or call.layer not in self.layers
