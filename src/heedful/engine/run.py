@@ -270,7 +270,7 @@ class Run:
         )
 
     def loss(self) -> Tensor:
-        """The stack's penalties in all layers of the last forward; with labels the model's own loss has them already."""
+        """The stack's penalties in all layers of the last forward; with labels the model's own loss has them."""
         if not any(step.edit.loss for step in self.stack.steps()):
             rule = "penalises nothing, so there is no loss; mark a function with @penalises(Site.X)"
             raise FieldError("Run", "stack", self.stack, rule, "a stack with a penalty")
