@@ -60,7 +60,7 @@ CLAIM = Claim(
     setup=f"SmolLM2-135M, {PROMPTS} prompts a seed: {LINES} lines, all but their first token, stand for the image and "
     "give each thing a code; the code of one is asked for. The paper's settings, without its cut-off, which would make "
     "some log-probabilities infinite. Against no contrast, and against one in which as many other tokens are left, "
-    "drawn at random, whichever is better. No vision-language model was at hand.",
+    "drawn at random, whichever is better. P158_sight tries it on pictures.",
     effect="log-probability of the right code among the eight, over no contrast or a random one",
     measure=measure,
 )

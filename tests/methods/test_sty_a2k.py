@@ -111,6 +111,9 @@ def test_where_patches_lie_on_no_grid_softmax_stays() -> None:
     bare, method = _bare((2, 2)), StyA2K(2)
     assert not method.idle(bare.call)
     assert method.idle(replace(bare.call, mask=Mask((Causal(),))))
+    assert method.idle(replace(bare.call, cross=True, in_order=True)), (
+        "regions of a decoder's own tokens know of later ones"
+    )
     for region in (None, Region(((1, 5),)), Region(((1, 5),), (2, 2, 1))):
         assert method.idle(replace(bare.call, roles={} if region is None else {"patches": region}))
 

@@ -46,7 +46,7 @@ class AvisC(Against):
         differs=(
             "Blind tokens are told once, at the end of the prompt, for all that is decoded; the formulas are those of "
             "another project's form of the authors' code, and the number of standard deviations is the paper's.",
-            "Any spans may stand for the image; tried on text, since no vision-language model was at hand.",
+            "Any spans may stand for the image.",
         ),
     )
     gamma: float = 0.5  # share of the attention to the image that the layers have which are listened to

@@ -32,7 +32,7 @@ class StyA2K(Method):
             "Content and style have as many rows and columns of patches.",
             "Tokens outside the grid of patches, as a class token, keep the model's own softmax over all tokens, and "
             "patches do not see them.",
-            "In causal layers, and where patches lie on no grid of rows and columns, softmax stays.",
+            "In causal models, and where patches lie on no grid of rows and columns, softmax stays.",
         ),
     )
     subjects = ("image",)
@@ -51,7 +51,7 @@ class StyA2K(Method):
 
     def idle(self, call: Call) -> bool:
         grid = getattr(call.roles.get("patches"), "grid", None)
-        return call.mask.causal or grid is None or len(grid) != 2
+        return call.causal or grid is None or len(grid) != 2
 
     @at(Site.MIX)
     def attend(self, qkv: tuple[Tensor, Tensor, Tensor], call: Call) -> Tensor:
