@@ -134,7 +134,8 @@ def main() -> None:
             continue
         row = measure(path, given.count)
         record = (json.loads(RECORD.read_text()) if RECORD.exists() else {}) | {name: row}  # others may have written
-        RECORD.write_text(json.dumps({k: record[k] for k in sorted(record) if k in paths}, indent=1) + "\n")
+        known = {path.stem for path in files()}  # by now: a branch may have been merged meanwhile
+        RECORD.write_text(json.dumps({k: record[k] for k in sorted(record) if k in known}, indent=1) + "\n")
         print(f"{name}: {row['caught']} of {row['made']}", flush=True)
         for one in row["survivors"]:
             print(f"  line {one['line']}: {one['change']}", flush=True)
