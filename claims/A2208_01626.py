@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from claims._guided import STEPS, prompts
-from claims._pictures import COLOURS, HALF, ID, denoiser, judge, off_ground, sample
+from claims._guided import STEPS, plain, prompts, recorded, under
+from claims._pictures import COLOURS, HALF, ID, denoiser, judge, off_ground
 from claims.ledger import Claim, run
-from heedful import attach, fit
+from heedful import fit
 from heedful.methods import PromptToPrompt
 
 PICTURES = 12
@@ -24,33 +21,13 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     turn = 1 + torch.randint(len(COLOURS) - 1, (PICTURES,), generator=by)
     other = words.clone()
     other[:, 0] = ID["red"] + (words[:, 0] - ID["red"] + turn) % len(COLOURS)
-    forwards: list[dict[str, Any]] = []
-
-    def first(step: int, x: Tensor, t: Tensor) -> Tensor:
-        forwards.append({"noised": x, "t": t, "context": model.read(words), "step": (step, STEPS)})
-        return model(noised=x, t=t, context=model.read(words))
-
-    source = sample(noise, first, STEPS)
+    source, forwards = recorded(words, noise)
     context = model.read(other)
-    given = {"noised": noise, "t": torch.ones(PICTURES), "context": context}
-
-    def made(method: PromptToPrompt) -> Tensor:
-        with attach(model, method, inputs=given) as run:
-
-            def flow(step: int, x: Tensor, t: Tensor) -> Tensor:
-                with run.denoising(step, of=STEPS):
-                    return run(noised=x, t=t, context=context)
-
-            return sample(noise, flow, STEPS)
-
-    def told(step: int, x: Tensor, t: Tensor) -> Tensor:
-        return model(noised=x, t=t, context=context)
-
     fitted = fit(PromptToPrompt(), model, forwards)
     drawn = {
-        "maps of the first": made(fitted),
-        "other words alone": sample(noise, told, STEPS),
-        "even maps": made(PromptToPrompt()),
+        "maps of the first": under(fitted, noise, context),
+        "other words alone": plain(noise, context),
+        "even maps": under(PromptToPrompt(), noise, context),
     }
     numbers: dict[str, float] = {}
     before = off_ground(source, words)[..., :HALF].flatten(1)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from claims._guided import STEPS, prompts
-from claims._pictures import COLOURS, HALF, ID, SHAPES, denoiser, judge, off_ground, sample
+from claims._guided import STEPS, plain, prompts, recorded, under
+from claims._pictures import COLOURS, HALF, ID, SHAPES, denoiser, judge, off_ground
 from claims.ledger import Claim, run
-from heedful import attach, fit
+from heedful import fit
 from heedful.methods import AddIt
 
 PICTURES = 12
@@ -32,33 +30,13 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     words, noise = prompts(PICTURES, by)
     other, fresh = _another(words, by), torch.randn(noise.shape, generator=by)
     context = model.read(other)
-    given = {"noised": fresh, "t": torch.ones(PICTURES), "context": context}
-
-    def scene(words: Tensor, noise: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        forwards: list[dict[str, Any]] = []
-
-        def flow(step: int, x: Tensor, t: Tensor) -> Tensor:
-            forwards.append({"noised": x, "t": t, "context": model.read(words), "step": (step, STEPS)})
-            return model(noised=x, t=t, context=model.read(words))
-
-        return sample(noise, flow, STEPS), forwards
-
-    def made(method: AddIt) -> Tensor:
-        with attach(model, method, inputs=given) as run:
-
-            def flow(step: int, x: Tensor, t: Tensor) -> Tensor:
-                with run.denoising(step, of=STEPS):
-                    return run(noised=x, t=t, context=context)
-
-            return sample(fresh, flow, STEPS)
-
-    source, forwards = scene(words, noise)
-    _, elsewhere = scene(words.roll(1, 0), noise.roll(1, 0))
+    source, forwards = recorded(words, noise)
+    _, elsewhere = recorded(words.roll(1, 0), noise.roll(1, 0))
     drawn = {
-        "the scene seen": made(fit(AddIt(), model, forwards)),
-        "balanced": made(fit(AddIt(scale=None), model, forwards)),
-        "words alone": sample(fresh, lambda _, x, t: model(noised=x, t=t, context=context), STEPS),
-        "another scene seen": made(fit(AddIt(), model, elsewhere)),
+        "the scene seen": under(fit(AddIt(), model, forwards), fresh, context),
+        "balanced": under(fit(AddIt(scale=None), model, forwards), fresh, context),
+        "words alone": plain(fresh, context),
+        "another scene seen": under(fit(AddIt(), model, elsewhere), fresh, context),
     }
     numbers: dict[str, float] = {}
     before = off_ground(source, words)[..., HALF:].flatten(1)

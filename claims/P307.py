@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from claims._guided import STEPS, plain, prompts
-from claims._pictures import COLOURS, HALF, ID, denoiser, judge, sample
+from claims._guided import STEPS, plain, prompts, recorded, under
+from claims._pictures import COLOURS, HALF, ID, denoiser, judge
 from claims.ledger import Claim, run
-from heedful import attach, fit
+from heedful import fit
 from heedful.methods import MedSteer
 
 PICTURES = 24
@@ -24,32 +22,6 @@ def _named(words: Tensor, colour: int) -> Tensor:
     return found
 
 
-@torch.no_grad()
-def _forwards(words: Tensor, noise: Tensor, **more: bool) -> list[dict[str, Any]]:
-    """Every forward of pictures in the making."""
-    model, context = denoiser(), denoiser().read(words)
-    found: list[dict[str, Any]] = []
-
-    def flow(step: int, x: Tensor, t: Tensor) -> Tensor:
-        found.append({"noised": x, "t": t, "context": context, "step": (step, STEPS), **more})
-        return model(noised=x, t=t, context=context)
-
-    sample(noise, flow, STEPS)
-    return found
-
-
-@torch.no_grad()
-def _steered(method: MedSteer, noise: Tensor, context: Tensor) -> Tensor:
-    given = {"noised": noise, "t": torch.ones(len(noise)), "context": context}
-    with attach(denoiser(), method, inputs=given) as run:
-
-        def flow(step: int, x: Tensor, t: Tensor) -> Tensor:
-            with run.denoising(step, of=STEPS):
-                return run(noised=x, t=t, context=context)
-
-        return sample(noise, flow, STEPS)
-
-
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     by = torch.Generator().manual_seed(100 + seed)
     colours = [ID["red"] + int(i) for i in torch.randperm(len(COLOURS), generator=by)]
@@ -61,7 +33,7 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
         return fit(
             MedSteer(),
             denoiser(),
-            [batch for colour, side in sides for batch in _forwards(_named(words, colour), noise, positive=side)],
+            [batch for colour, side in sides for batch in recorded(_named(words, colour), noise, positive=side)[1]],
         )
 
     method, control = fitted([first, second]), fitted(others)
@@ -71,9 +43,9 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     unsteered = plain(noise, context)
     drawn = {
         "plain": unsteered,
-        "steered": _steered(method, noise, context),
-        "steered in a random direction": _steered(MedSteer(seed=seed), noise, context),
-        "steered between two other colours": _steered(control, noise, context),
+        "steered": under(method, noise, context),
+        "steered in a random direction": under(MedSteer(seed=seed), noise, context),
+        "steered between two other colours": under(control, noise, context),
         "told the other colour": plain(noise, denoiser().read(_named(words, second))),
     }
     numbers = {}

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from claims._guided import PLACES, STEPS, loosened, of_two_colours, plain
+from claims._guided import PLACES, STEPS, loosened, of_two_colours, plain, under
 from claims._learnt import spans
-from claims._pictures import GRID, LAYERS, denoiser, judge, right, sample
+from claims._pictures import GRID, LAYERS, judge, right
 from claims.ledger import Claim, run
-from heedful import attach
 from heedful.methods import LayerBind
 
 PICTURES = 24
@@ -18,7 +17,6 @@ WORDS = (((0, 2),), ((2, 4),))  # colour and shape of the left, and of the right
 LEFT = torch.arange(GRID**2) % GRID < GRID // 2
 
 
-@torch.no_grad()
 def _drawn(
     method: LayerBind, noise: Tensor, context: Tensor, back: int, front: int, places: tuple[Tensor, Tensor]
 ) -> Tensor:
@@ -29,14 +27,7 @@ def _drawn(
         "back words": WORDS[back],
         "front words": WORDS[front],
     }
-    given = {"noised": noise, "t": torch.ones(len(noise)), "context": context}
-    with attach(denoiser(), method, roles=roles, only=CROSS, inputs=given) as run:
-
-        def flow(step: int, x: Tensor, t: Tensor) -> Tensor:
-            with run.denoising(step, of=STEPS):
-                return run(noised=x, t=t, context=context)
-
-        return sample(noise, flow, STEPS)
+    return under(method, noise, context, roles=roles, only=CROSS)
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from claims._pictures import GRID, SIDE, denoiser, draw, sample
 from heedful import attach
+from heedful.core.method import Part, Stack
 from heedful.methods.intervene.diffusion._map_loss import Guidance
 
 STEPS = 10
@@ -39,6 +40,34 @@ def loosened(words: Tensor) -> Tensor:
 @torch.no_grad()
 def plain(noise: Tensor, context: Tensor) -> Tensor:
     return sample(noise, lambda _, x, t: denoiser()(noised=x, t=t, context=context), STEPS)
+
+
+@torch.no_grad()
+def recorded(words: Tensor, noise: Tensor, **more: Any) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Pictures, and every forward of their making, with `more` beside."""
+    model, context = denoiser(), denoiser().read(words)
+    forwards: list[dict[str, Any]] = []
+
+    def flow(step: int, x: Tensor, t: Tensor) -> Tensor:
+        forwards.append({"noised": x, "t": t, "context": context, "step": (step, STEPS), **more})
+        found: Tensor = model(noised=x, t=t, context=context)
+        return found
+
+    return sample(noise, flow, STEPS), forwards
+
+
+@torch.no_grad()
+def under(what: Part | Stack, noise: Tensor, context: Tensor, **how: Any) -> Tensor:
+    """Pictures made under a stack, which is told of each step; `how` goes to `attach`."""
+    given = {"noised": noise, "t": torch.ones(len(noise)), "context": context}
+    with attach(denoiser(), what, inputs=given, **how) as run:
+
+        def flow(step: int, x: Tensor, t: Tensor) -> Tensor:
+            with run.denoising(step, of=STEPS):
+                found: Tensor = run(noised=x, t=t, context=context)
+                return found
+
+        return sample(noise, flow, STEPS)
 
 
 def guided(
