@@ -7,6 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from heedful import attach
+from heedful.conformance.tolerances import close
+from heedful.core.method import Method
+from heedful.core.regions import Roles
+
 PLACES, WORDS, WIDTH, HEADS = 12, 6, 8, 2
 GRID = (3, 4)  # of the places
 
@@ -103,3 +108,14 @@ def shared(weights: Tensor, words: list[int], sharpness: float) -> dict[int, Ten
     """What each word wins of the places from the others, from a text's map `[n k]`: a map `[n]` for each."""
     found = (sharpness * weights[:, words]).softmax(-1)
     return {word: found[:, i] for i, word in enumerate(words)}
+
+
+def check_loss(model: Painter, method: Method, want: Tensor, roles: Roles, given: dict[str, Tensor]) -> None:
+    """A run's loss is the one that is wanted, and so are its slopes by the weights that keys are made with."""
+    learnt = [layer.k.weight for layer in model.layers]  # type: ignore[union-attr]
+    slopes = torch.autograd.grad(want, learnt)
+    with attach(model, method, roles=roles, inputs=given) as run:
+        run(**given)
+        assert close(run.loss(), want.detach().float())
+        for mine, slope in zip(torch.autograd.grad(run.loss(), learnt), slopes, strict=True):
+            assert close(mine.float(), slope.float())

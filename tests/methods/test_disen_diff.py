@@ -13,7 +13,7 @@ from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, StatisticError
 from heedful.methods.intervene.diffusion.disen_diff import DisenDiff
 
-from .painter import GRID, PLACES, Painter, inputs, maps, smoothed
+from .painter import GRID, PLACES, Painter, check_loss, inputs, maps, smoothed
 
 ROLES = {"first": ((0, 2),), "second": ((3, 4), (5, 6)), "third": ((1, 3),), "short": ((4, 5),)}
 WORDS = {"first": (0, 1), "second": (3, 5), "third": (1, 2)}
@@ -54,13 +54,7 @@ CASES = (
 def test_the_loss_and_what_it_gives_back(method: DisenDiff) -> None:
     model, given = Painter().requires_grad_(), inputs(3)
     want = method.weight * _loss(sum(maps(model, **given)) / 2, method.things, method.grid is not None)
-    learnt = [layer.k.weight for layer in model.layers]  # type: ignore[union-attr]
-    slopes = torch.autograd.grad(want, learnt)
-    with attach(model, method, roles=ROLES, inputs=given) as run:
-        run(**given)
-        assert close(run.loss(), want.detach().float())
-        for mine, slope in zip(torch.autograd.grad(run.loss(), learnt), slopes, strict=True):
-            assert close(mine.float(), slope.float())
+    check_loss(model, method, want, ROLES, given)
 
 
 def test_each_text_has_things_of_its_own() -> None:

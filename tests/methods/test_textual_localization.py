@@ -13,7 +13,7 @@ from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.methods.intervene.diffusion.textual_localization import TextualLocalization
 
-from .painter import PLACES, Painter, inputs, maps
+from .painter import PLACES, Painter, check_loss, inputs, maps
 
 ROLES = {"word": ((1, 2), (3, 4)), "mask": ((0, 3), (4, 7)), "one": ((5, 6),), "spot": ((7, 9),)}
 MASK = [0, 1, 2, 4, 5, 6]
@@ -43,13 +43,7 @@ CASES = (
 def test_the_loss_and_what_it_gives_back(method: TextualLocalization, words: list[int], mask: list[int]) -> None:
     model, given = Painter().requires_grad_(), inputs(3)
     want = method.weight * _loss(sum(maps(model, **given)) / 2, words, mask, method.inside)
-    learnt = [layer.k.weight for layer in model.layers]  # type: ignore[union-attr]
-    slopes = torch.autograd.grad(want, learnt)
-    with attach(model, method, roles=ROLES, inputs=given) as run:
-        run(**given)
-        assert close(run.loss(), want.detach().float())
-        for mine, slope in zip(torch.autograd.grad(run.loss(), learnt), slopes, strict=True):
-            assert close(mine.float(), slope.float())
+    check_loss(model, method, want, ROLES, given)
 
 
 def test_each_text_has_words_and_a_mask_of_its_own() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 from heedful.authoring import Call, FieldError, Fitted, Layer, Method, Paper, Site, SiteError, at
 from heedful.kit.feature_maps import drawn
@@ -112,7 +112,7 @@ class LM4VisualEncoding(Method):
         return self._normed(x, w["last_norm"])
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * weight
+        return rms_norm(x, weight.shape, weight, self.eps)
 
     @property
     def _block(self) -> Fitted:

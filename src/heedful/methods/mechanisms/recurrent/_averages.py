@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from heedful.authoring import Call, SiteError
-from heedful.core.state import Until
+from heedful.core.state import ByIndex, Until
 
 CHUNK = 64  # tokens whose averages are taken at once
 
@@ -63,3 +63,22 @@ def averaged(x: Tensor, call: Call) -> Tensor:
         state = state * powers[..., m] + fresh
     call.state.cache["averages"] = state
     return torch.cat(found, 1)
+
+
+def looks(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, call: Call, window: float = math.inf) -> Tensor:
+    """What one head makes of the values so far `[b n c]`, by a bias of distance.
+
+    Keys count that are `seen` `[b n]`, and of these as many as `window` back from each query, besides itself.
+    """
+    for name, own in (("key", key), ("value", value), ("seen", seen)):
+        before = call.state.cache.get(name)
+        call.state.cache[name] = ByIndex(own if before is None else torch.cat([before, own], 1), 1)
+    key, value, seen = (call.state.cache[name] for name in ("key", "value", "seen"))
+    distance, total, n = call.params["distance"], key.shape[1], query.shape[1]
+    place, rank = torch.arange(total, device=query.device), seen.cumsum(1)
+    back = place[total - n :, None] - place  # [n k]
+    scores = query @ key.mT / math.sqrt(query.shape[-1]) + distance[back.clamp(0, len(distance) - 1)]
+    far = rank[:, total - n :, None] - rank[:, None] > window
+    hidden = (back < 0) | far | ~seen[:, None]
+    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1).masked_fill(hidden, 0.0) @ value

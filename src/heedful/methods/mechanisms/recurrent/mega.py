@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
-from heedful.core.state import ByIndex
-from heedful.methods.mechanisms.recurrent._averages import averaged, goes_on, parameters_of
+from heedful.methods.mechanisms.recurrent._averages import averaged, goes_on, looks, parameters_of
 
 
 class Mega(Method):
@@ -73,23 +70,9 @@ class Mega(Method):
         update, inner, direct = linear(near, p["base"], p["base_bias"]).split([e, self.shared + 2 * e, e], -1)
         seen, reset = silu(inner).split([self.shared, 2 * e], -1)
         query, key = ((seen * w + b) for w, b in zip(p["turn"], p["turn_bias"], strict=True))
-        mixed = self._looks(query, key, value, text, call)
+        mixed = looks(query, key, value, text, call)
         new = silu(direct + linear(mixed * reset, p["out"], p["out_bias"]))
         return update.sigmoid() * (new - x)
-
-    def _looks(self, query: Tensor, key: Tensor, value: Tensor, text: Tensor, call: Call) -> Tensor:
-        """What one head makes of the values so far, `[b n 2e]`."""
-        for name, own in (("key", key), ("value", value), ("text", text)):
-            before = call.state.cache.get(name)
-            call.state.cache[name] = ByIndex(own if before is None else torch.cat([before, own], 1), 1)
-        key, value, text = (call.state.cache[name] for name in ("key", "value", "text"))
-        total, n = key.shape[1], query.shape[1]
-        place = torch.arange(total, device=query.device)
-        back = place[total - n :, None] - place  # [n k]
-        scores = query @ key.mT / math.sqrt(self.shared) + call.params["distance"][back.clamp(0, self.reach - 1)]
-        hidden = (back < 0) | ~text[:, None]
-        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-        return scores.softmax(-1).masked_fill(hidden, 0.0) @ value
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
-from heedful.core.state import ByIndex
-from heedful.methods.mechanisms.recurrent._averages import averaged, goes_on, parameters_of
+from heedful.methods.mechanisms.recurrent._averages import averaged, goes_on, looks, parameters_of
 
 
 class SeqBoat(Method):
@@ -77,28 +76,13 @@ class SeqBoat(Method):
         gate = self.gate(routes / p["temperature"].exp()) * text  # [b n]
         seen, reset, value = silu(linear(near, p["base"], p["base_bias"])).split([self.shared, 2 * e, 2 * e], -1)
         query, key = ((seen * w + b) for w, b in zip(p["turn"], p["turn_bias"], strict=True))
-        mixed = self._looks(query, key, value, gate > 0, call)
+        mixed = looks(query, key, value, gate > 0, call, self.window)
         return silu(direct + linear(mixed * reset, p["out"], p["out_bias"]) * gate[..., None])
 
     def gate(self, routes: Tensor) -> Tensor:
         """How much of attention each token gets `[b n]`, given what speaks against it and for it, `[b n 2]`."""
         chance = routes.softmax(-1)[..., 1]
         return torch.where(chance > 0.5, chance, 0.0)
-
-    def _looks(self, query: Tensor, key: Tensor, value: Tensor, attends: Tensor, call: Call) -> Tensor:
-        """What one head makes of the values of those that attend, `[b n 2e]`."""
-        for name, own in (("key", key), ("value", value), ("attends", attends)):
-            before = call.state.cache.get(name)
-            call.state.cache[name] = ByIndex(own if before is None else torch.cat([before, own], 1), 1)
-        key, value, attends = (call.state.cache[name] for name in ("key", "value", "attends"))
-        total, n = key.shape[1], query.shape[1]
-        place, rank = torch.arange(total, device=query.device), attends.cumsum(1)
-        back = place[total - n :, None] - place  # [n k]
-        scores = query @ key.mT / math.sqrt(self.shared) + call.params["distance"][back.clamp(0, self.reach - 1)]
-        far = rank[:, total - n :, None] - rank[:, None] > self.window
-        hidden = (back < 0) | far | ~attends[:, None]
-        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-        return scores.softmax(-1).masked_fill(hidden, 0.0) @ value
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from math import ceil
 from typing import Any
 
 import torch
@@ -67,7 +66,7 @@ class VFlowOpt(PickedPatches):
     def choose(self, weights: Tensor, call: Call) -> Tensor:
         where = self.patches(call)
         found = self.importance(weights[:, :, where, where].mean(1))
-        return best(found, ceil(self.share * found.shape[1]))
+        return best(found, math.ceil(self.share * found.shape[1]))
 
     def importance(self, weights: Tensor) -> Tensor:
         """Of each patch `[b p]`, from what patches give each other `[b p p]`."""
@@ -124,7 +123,7 @@ class _Last(Method):
 
 
 def _last(context: FitContext, method: VFlowOpt, inputs: Mapping[str, Tensor], roles: Any) -> Tensor:
-    with torch.no_grad(), context.attach(method | _Last() if method.share < 1 else _Last()) as run:
+    with torch.no_grad(), context.attach(method | _Last()) as run:
         run.roles = roles
         run(**inputs)
         found: Tensor = run[_Last()]
