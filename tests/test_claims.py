@@ -144,6 +144,12 @@ def test_a_claim_that_was_stopped_goes_on_with_the_next_seed(tmp_path: Path, mon
     assert asked == [0, 1, 2, 2, 3, 4]
     assert json.loads((tmp_path / "P1.json").read_text())["details"] == [{"seed": n} for n in range(5)]
     assert not list(ledger.KEPT.iterdir())
-    monkeypatch.setattr(ledger, "_kept_at", lambda _: tmp_path / "of other code")
-    ledger.run(claim)
-    assert asked[6:] == [0, 1, 2, 3, 4]
+    kept = ledger._kept_at(claim)
+    kept.write_text("".join(f"\n[{seed}, 1.0, {{}}, 60.0]" for seed in range(5)))
+    record = ledger.run(claim)
+    assert asked[6:] == []
+    assert record.seconds == 300.0, "what a seed took is kept with it"
+    code = tmp_path / "P1.py"
+    code.write_text("other code")
+    monkeypatch.setattr("inspect.getfile", lambda _: code)
+    assert ledger._kept_at(claim) != kept
