@@ -15,6 +15,7 @@ from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.subjects import CROSS, SPLIT, tiny_model
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import SiteError
+from heedful.core.mask import Mask
 from heedful.core.positions import Positions
 from heedful.kit.running import Running, text_keys
 from heedful.methods import EfficientAttention, FlowAttention
@@ -105,3 +106,11 @@ def test_sums_over_queries_are_refused_in_the_cross_attention_of_torch_s_decoder
         assert run(x, memory).shape == x.shape  # whose tokens see later ones anyway
         with pytest.raises(SiteError, match="in a decoder's cross-attention"):
             run(x, memory, **how)
+
+
+def test_sums_over_queries_are_no_secret_where_a_method_opened_the_mask_of_a_text() -> None:
+    bare = Bare(Shape(q=6, k=6))
+    opened = replace(bare.call, mask=Mask(), in_order=True)
+    assert Running(opened, bare.k, own=True).cut(bare.k).shape[2] == 6
+    with pytest.raises(SiteError, match="in a decoder's cross-attention"):
+        Running(replace(opened, cross=True), bare.k, own=True)

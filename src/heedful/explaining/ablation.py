@@ -161,12 +161,12 @@ def head_importance(
                 now = {layer: len(stat.value) for layer, stat in run[_Means()].items()}
             if not counts:
                 counts, what = now, _instead("head_importance()", given, mean, tokenizer, list(now), how)
-            sums = torch.full((3, len(counts), max(counts.values())), float("nan"), dtype=torch.float64)
+            sums = torch.full((3, max(counts) + 1, max(counts.values())), float("nan"), dtype=torch.float64)
             for row, (layer, heads) in enumerate(counts.items()):
                 for head in range(heads):
                     with attach(given.model, what.on(layer, head), **how) as run:
                         without, other = _answers(run, inputs)
-                    sums[:, row, head] = torch.stack([*_moved(whole, without), (other - loss) * len(whole)])
+                    sums[:, layer, head] = torch.stack([*_moved(whole, without), (other - loss) * len(whole)])
                 if progress is not None:
                     progress(Progress("layers", row + 1, len(counts), f"batch {number + 1}"))
             found.append(sums)

@@ -31,7 +31,7 @@ class Running:
     """
 
     def __init__(self, call: Call, key: Tensor, chunk: int = CHUNK, own: bool = False) -> None:
-        if own and call.in_order:
+        if own and call.cross and call.in_order:
             raise SiteError(
                 f"layer {call.layer}: sums over queries are needed, and in a decoder's cross-attention they would tell "
                 "each token of later ones; restrict the method with .on(layers=...)"
