@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,8 @@ def error(found: Tensor, requested: Tensor) -> float:
 
 def close(found: Tensor, requested: Tensor, roundings: float = ROUNDINGS) -> bool:
     """Equal but for the order of summation, measured in roundings at the size of what is wanted."""
-    return error(found, requested) <= roundings * max(unit(requested), unit(found.to(requested.dtype)))
+    apart = error(found, requested)
+    return math.isfinite(apart) and apart <= roundings * max(unit(requested), unit(found.to(requested.dtype)))
 
 
 def close_model(found: Tensor, requested: Tensor) -> bool:
