@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +11,8 @@ from torch import Tensor
 
 from heedful import check
 from heedful.conformance import laws, subjects
-from heedful.conformance.verdict import LAWS, law
 from heedful.core.call import Call
-from heedful.core.errors import FieldError, InactiveWarning, SiteError
+from heedful.core.errors import FieldError, SiteError
 from heedful.core.kinds import NOTHING_READ, Decode, HeadWeights, Prompt, Read, Reader, Surgery, Tokens
 from heedful.core.mask import Mask, Rule
 from heedful.core.method import Layer, Method, Stack
@@ -394,17 +392,3 @@ def test_honest_methods_keep_every_law(honest: Method) -> None:
 def test_check_wants_a_method() -> None:
     with pytest.raises(FieldError, match=r"check\(\).method = 3: must be a method \(without .*\) or type"):
         check(3)  # type: ignore[arg-type]
-
-
-def test_a_law_that_does_not_apply_says_why() -> None:
-    verdict = check(Scale(), only=("statistics",))["statistics"]
-    assert (verdict.outcome, verdict.reason) == ("does not apply", "reads nothing")
-
-
-def test_a_law_is_deaf_to_warnings_that_nothing_changed() -> None:
-    @law("it warns")
-    def warns_of_nothing(entry: object) -> None:
-        warnings.warn("this run changed nothing", InactiveWarning, stacklevel=2)
-
-    del LAWS["warns_of_nothing"]
-    warns_of_nothing(None)

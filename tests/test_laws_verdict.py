@@ -1,0 +1,24 @@
+"""A verdict says why a law does not apply, and no law listens to warnings that nothing changed."""
+
+from __future__ import annotations
+
+import warnings
+
+from heedful import check
+from heedful.conformance.verdict import LAWS, law
+from heedful.core.errors import InactiveWarning
+from tests.test_laws import Scale
+
+
+def test_a_law_that_does_not_apply_says_why() -> None:
+    verdict = check(Scale(), only=("statistics",))["statistics"]
+    assert (verdict.outcome, verdict.reason) == ("does not apply", "reads nothing")
+
+
+def test_a_law_is_deaf_to_warnings_that_nothing_changed() -> None:
+    @law("it warns")
+    def warns_of_nothing(entry: object) -> None:
+        warnings.warn("this run changed nothing", InactiveWarning, stacklevel=2)
+
+    del LAWS["warns_of_nothing"]
+    warns_of_nothing(None)
