@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from heedful.adapters.answering import Operands, computed, left_alone, no_heads, plan_of, replaced_whole, rows_of
 from heedful.adapters.bound import Bound, let_go, require_free, take
 from heedful.adapters.compiled import WrittenCalls
+from heedful.adapters.entering import Entrance
 from heedful.adapters.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
-from heedful.adapters.hooked import Hooked, Standing
+from heedful.adapters.hooked import Hooked
 from heedful.adapters.hooks import Hooks
-from heedful.adapters.layers import heads_told, highest, list_of, lowest, output_module, served
+from heedful.adapters.layers import heads_told, highest, leftovers, list_of, lowest, output_module, served, within
 from heedful.adapters.layout import Layout, same_rows
 from heedful.adapters.merging import require_no_table
 from heedful.adapters.multi_head import Untouched, through_kernel
 from heedful.adapters.planted import Planted
 from heedful.adapters.saving import Saving, adopted
-from heedful.adapters.torch_masks import halves, hides_later, joined, places, rules_of
-from heedful.adapters.written import Asked, Trail
+from heedful.adapters.torch_masks import halves, hides_later, places, rules_of
+from heedful.adapters.written import Asked
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError, NotEntered, RefusedModel
 from heedful.core.method import Layer, Stack
@@ -35,80 +33,6 @@ from heedful.core.sites import Site
 from heedful.engine.run import Run
 
 NATIVE = "torch's own"
-
-
-@dataclass(eq=False)
-class Entrance(Standing):
-    """Stands for an attention module's `forward`: what that calls of torch's attention comes to the run."""
-
-    NAME = "forward"
-
-    server: SdpaAdapter
-    bound: Bound
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.server.installed:  # somebody who wrapped this one while the run was there still calls it
-            return self.own(*args, **kwargs)
-        self.server.same_thread(self.bound)
-        if self.bound.written is None:
-            with _Inside(self.server, self.bound):
-                return self.own(*args, **kwargs)
-        with _Writing(self.server, self.bound) as writing:
-            return writing.put(self.own(*args, **kwargs))
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        kind: Any = type(self.module)
-        return inspect.signature(self.before or kind.forward.__get__(self.module))
-
-
-class _Inside(TorchFunctionMode):
-    """Leads torch's attention to a run. It is on inside one module alone, so that what runs again runs under it."""
-
-    def __init__(self, server: SdpaAdapter, bound: Bound) -> None:
-        super().__init__()
-        self.server, self.bound = server, bound
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is SDPA:
-            return self.server.kernel(self.bound, args, kwargs)
-        if func is MULTI_HEAD:
-            return self.server.function(self.bound, args, kwargs)
-        if func is torch.cat:
-            self.bound.joint = joined(self.bound, args[0] if args else kwargs.get("tensors")) or self.bound.joint
-        return func(*args, **kwargs)
-
-
-class _Writing(_Inside):
-    """The same in a module that writes attention out: leads its product of weights and values to the run."""
-
-    def __init__(self, server: SdpaAdapter, bound: Bound) -> None:
-        super().__init__(server, bound)
-        self.trail, self.edited = Trail(), False
-        self.pattern: Tensor | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if (asked := self.trail.asked(func, args, kwargs)) is not None:
-            found = self.server.written(self.bound, asked)
-            if found is not None:
-                self.edited, (heads, self.pattern) = True, found
-                return heads
-        out = super().__torch_function__(func, types, args, kwargs)
-        self.trail.follow(func, args, kwargs, out)
-        return out
-
-    def put(self, output: Any) -> Any:
-        """What the module gives, with the run's weights for its own."""
-        if not self.edited or not self.trail.gives(output):
-            return output
-        if self.bound.written is False:
-            raise NotEntered(
-                f"{self.bound.name} ({self.bound.kind}) gives its weights, which it did not when heedful looked; give "
-                "inputs that show what it does: attach(..., inputs=...)"
-            )
-        return self.trail.put(self.pattern, output)
 
 
 @dataclass(eq=False)
@@ -151,6 +75,8 @@ class SdpaAdapter:
         found = find(self.model, run)
         kinds = {name: type(self.model.get_submodule(name)).__name__ for name in found.own}
         left = {name: f"{name} ({kinds[name]}: {why})" for name, why in found.own.items()}
+        if isinstance(self.model, PreTrainedModel):
+            left |= {name: name for name in self._passed_over(found)}
         none = (
             "calls no attention of torch's (F.scaled_dot_product_attention, nn.MultiheadAttention) that heedful reaches"
             ", and writes none out that it can follow"
@@ -158,6 +84,13 @@ class SdpaAdapter:
         self._names = served(self.kind, found.layers, left, self.only, none)
         self.planted.paths = dict(enumerate(self._names))
         self._found = found
+
+    def _passed_over(self, found: Found) -> Iterator[str]:
+        """Modules whose code has a softmax, that ran, and in which nobody saw a map."""
+        known = (*found.layers, *found.own)
+        for name, module in leftovers(self.model).items():
+            if module in found.ran and not any(within(a, (b,)) for x in known for a, b in ((x, name), (name, x))):
+                yield name
 
     # what a run asks
 
