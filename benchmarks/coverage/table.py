@@ -39,7 +39,8 @@ def write(records: Sequence[Record]) -> list[Path]:
 
 
 def _facts(records: Sequence[Record]) -> Record:
-    through = [r for r in records if r.get("through")]
+    through = [r for r in records if r["status"] in THROUGH]
+    written = [r for r in through if not r.get("through")]
     return {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
@@ -48,9 +49,10 @@ def _facts(records: Sequence[Record]) -> Record:
         "statuses": _count(r["status"] for r in records),
         "model_types": _count(r["status"] for r in {(r.get("model_type"), r["status"]): r for r in records}.values()),
         "groups": {g: _count(r["status"] for r in records if r["group"] == g) for g in _order(records)},
-        "through_interface": _count(r["status"] for r in through),
-        "through_interface_served": round(_share(through), 4),
-        "sentence": _sentence(_count(r["status"] for r in through), _share(through)),
+        "with_attention": _count(r["status"] for r in through),
+        "with_attention_served": round(_share(through), 4),
+        "outside_the_interface": _count(r["status"] for r in written),
+        "sentence": _sentence(_count(r["status"] for r in through), _share(through), len(written)),
         "bitwise_eager": sum(_roundings(r, "eager") == 0 for r in through),
         "not_bitwise_eager": {r["class"]: _roundings(r, "eager") for r in through if _roundings(r, "eager")},
         "generate_bitwise": sum(r.get("generate", {}).get("roundings") == 0 for r in through),
@@ -78,11 +80,12 @@ def _share(through: Sequence[Record]) -> float:
     return sum(r["status"].startswith("served") for r in through) / max(1, len(through))
 
 
-def _sentence(through: dict[str, int], share: float) -> str:
+def _sentence(through: dict[str, int], share: float, outside: int) -> str:
     whole, part, refused, wrong = (through.get(status, 0) for status in THROUGH)
     return (
-        f"Of {sum(through.values())} classes that go through transformers' attention interface, {whole} are served "
-        f"whole and {part} in part ({share:.1%} together), {refused} are refused with the reason and {wrong} are wrong."
+        f"Of {sum(through.values())} classes of transformers with attention, {outside} of which compute it outside its "
+        f"interface, {whole} are served whole and {part} in part ({share:.1%} together), {refused} are refused with "
+        f"the reason and {wrong} are wrong."
     )
 
 
@@ -151,8 +154,8 @@ def _reasons(records: Sequence[Record]) -> str:
     found: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
     for record in records:
         if record["status"] in ("served in part", "refused", "wrong"):
-            if not record["through"]:
-                why = "no module of it looks its attention function up by name, so there is no way in"
+            if own := sorted(set(re.findall(r"\((\w+: [^()]*)\)", record.get("reason", "")))):
+                why = "; ".join(own)
             elif record.get("own"):
                 why = f"these compute attention by themselves: {', '.join(record['own'])}"
             else:
