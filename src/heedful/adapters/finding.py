@@ -27,7 +27,7 @@ from heedful.adapters.hooked import Hooked
 from heedful.adapters.layers import heads_told
 from heedful.adapters.layout import Layout
 from heedful.adapters.taking import Taking, stream_of
-from heedful.adapters.written import Asked, Trail
+from heedful.adapters.written import PRODUCTS, Asked, Trail
 from heedful.core.errors import RefusedModel
 from heedful.core.method import Layer
 from heedful.engine.resting import resting, undone
@@ -83,7 +83,7 @@ class _Watch(TorchFunctionMode):
         self.written: dict[str, bool] = {}
         self.own: dict[str, str] = {}
         self.ran: set[nn.Module] = {self.model}
-        self._trail = Trail()
+        self._trail, self._depth = Trail(), 0  # of the module that made the last product
         self._thread = get_ident()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -96,6 +96,8 @@ class _Watch(TorchFunctionMode):
             self._note_written(asked)
         out = func(*args, **kwargs)
         self._trail.follow(func, args, kwargs, out)
+        if func in PRODUCTS:
+            self._depth = len(self.stack)
         return out
 
     def _note_written(self, asked: Asked | str) -> None:
@@ -130,7 +132,7 @@ class _Watch(TorchFunctionMode):
         name = self.names[module]
         if name in self.written and self._trail.gives(output):
             self.written[name] = True
-        if next(module.children(), None) is not None:  # what a softmax or a dropout gives is used around it
+        if len(self.stack) < self._depth:  # a module inside the attention gives what is used around it
             self._trail.clear()
 
 
