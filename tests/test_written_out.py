@@ -19,6 +19,7 @@ from heedful.adapters.written import Trail
 from heedful.conformance.tolerances import close
 from heedful.core.errors import NotEntered, RefusedModel, SiteError
 from heedful.core.sites import Site
+from tests.test_diagnose_texts import characters
 
 pytestmark = pytest.mark.filterwarnings("ignore::heedful.core.errors.InactiveWarning")
 B, N, H, D = 2, 7, 4, 8
@@ -298,7 +299,7 @@ def test_a_product_without_weights_is_none_of_ours() -> None:
 @pytest.fixture
 def bloom() -> Any:
     torch.manual_seed(0)
-    return BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64)).eval()
+    return BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=128)).eval()
 
 
 def prompts() -> dict[str, Tensor]:
@@ -356,9 +357,9 @@ def test_what_is_learned_is_saved_and_loaded(bloom: Any, tmp_path: Path) -> None
         assert torch.equal(loaded.model(**prompts()).logits, want)
 
 
-def test_an_encoder_is_diagnosed() -> None:
+def test_both_are_diagnosed(bloom: Any) -> None:
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
-    model = MegatronBertModel(MegatronBertConfig(vocab_size=64, **size)).eval()
-    with heedful.attach(model, "AttentionRollout") as run, torch.no_grad():
-        run(**prompts())
-        assert len(run.layer_names) == 2
+    encoder = MegatronBertModel(MegatronBertConfig(vocab_size=128, **size)).eval()
+    for model in (bloom, encoder):
+        found = heedful.diagnose(model, "The keys to the cabinet.", tokenizer=characters(), measures="SinkRate")
+        assert f"{type(model).__name__}: 2 layers of 4 heads" in str(found)

@@ -1,4 +1,4 @@
-"""What a sweep found, as docs/coverage.md for readers and coverage.json for programs."""
+"""What a sweep found of classes that go through transformers' interface, for readers and for programs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from . import outside
+
 ROOT = Path(__file__).resolve().parents[2]
 STATUSES = ("served", "served in part", "refused", "wrong", "no attention", "cannot build")
-THROUGH = ("served", "served in part", "refused", "wrong")
+THROUGH = outside.FOUND
 WORDS = {
     "served": "every attention layer that the input reached ran under heedful, and every check below held",
     "served in part": "the same for the part that the refusal named; some modules compute attention by themselves",
@@ -28,19 +30,18 @@ Record = dict[str, Any]
 
 
 def write(records: Sequence[Record]) -> list[Path]:
-    """Both files."""
+    """Both files; those that write attention out stand in a section of their own."""
+    records = [r for r in records if not outside.is_one(r)]
     facts = _facts(records)
     page, data = ROOT / "docs" / "coverage.md", ROOT / "benchmarks" / "coverage" / "coverage.json"
-    page.parent.mkdir(exist_ok=True)
-    _, mark, libraries = page.read_text().partition("<!-- libraries -->")  # the part that libraries.py writes
-    page.write_text(_page(records, facts) + (f"\n{mark}{libraries}" if mark else ""))
+    _, mark, others = page.read_text().partition(outside.BEGIN)
+    page.write_text(_page(records, facts) + f"\n{mark}{others}")
     data.write_text(json.dumps(facts, indent=1) + "\n")
     return [page, data]
 
 
 def _facts(records: Sequence[Record]) -> Record:
-    through = [r for r in records if r["status"] in THROUGH]
-    written = [r for r in through if not r.get("through")]
+    through = [r for r in records if r.get("through")]
     return {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
@@ -49,10 +50,9 @@ def _facts(records: Sequence[Record]) -> Record:
         "statuses": _count(r["status"] for r in records),
         "model_types": _count(r["status"] for r in {(r.get("model_type"), r["status"]): r for r in records}.values()),
         "groups": {g: _count(r["status"] for r in records if r["group"] == g) for g in _order(records)},
-        "with_attention": _count(r["status"] for r in through),
-        "with_attention_served": round(_share(through), 4),
-        "outside_the_interface": _count(r["status"] for r in written),
-        "sentence": _sentence(_count(r["status"] for r in through), _share(through), len(written)),
+        "through_interface": _count(r["status"] for r in through),
+        "through_interface_served": round(_share(through), 4),
+        "sentence": _sentence(_count(r["status"] for r in through), _share(through)),
         "bitwise_eager": sum(_roundings(r, "eager") == 0 for r in through),
         "not_bitwise_eager": {r["class"]: _roundings(r, "eager") for r in through if _roundings(r, "eager")},
         "generate_bitwise": sum(r.get("generate", {}).get("roundings") == 0 for r in through),
@@ -80,12 +80,11 @@ def _share(through: Sequence[Record]) -> float:
     return sum(r["status"].startswith("served") for r in through) / max(1, len(through))
 
 
-def _sentence(through: dict[str, int], share: float, outside: int) -> str:
+def _sentence(through: dict[str, int], share: float) -> str:
     whole, part, refused, wrong = (through.get(status, 0) for status in THROUGH)
     return (
-        f"Of {sum(through.values())} classes of transformers with attention, {outside} of which compute it outside its "
-        f"interface, {whole} are served whole and {part} in part ({share:.1%} together), {refused} are refused with "
-        f"the reason and {wrong} are wrong."
+        f"Of {sum(through.values())} classes that go through transformers' attention interface, {whole} are served "
+        f"whole and {part} in part ({share:.1%} together), {refused} are refused with the reason and {wrong} are wrong."
     )
 
 
@@ -105,7 +104,8 @@ def _page(records: Sequence[Record], facts: Record) -> str:
         "# Which models heedful serves",
         f"Measured by `python -m benchmarks.coverage.serve` on {facts['date']} with {made}, on {facts['hardware']}, in "
         "float32. Generated; do not edit.",
-        "Each class that transformers' auto mappings name is built tiny, with random weights under which attention "
+        "Each class that transformers' auto mappings name, but for those whose attention is all outside its interface "
+        "([below](#outside-the-interface)), is built tiny, with random weights under which attention "
         "matters, and run on a batch with padding where it takes text:\n\n"
         "1. a stack that changes nothing, computed by the reference backend: logits equal those of the model's own "
         "eager attention bit for bit, those of its own sdpa within the budget of `conformance/tolerances.py`\n"
@@ -154,9 +154,7 @@ def _reasons(records: Sequence[Record]) -> str:
     found: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
     for record in records:
         if record["status"] in ("served in part", "refused", "wrong"):
-            if own := sorted(set(re.findall(r"\((\w+: [^()]*)\)", record.get("reason", "")))):
-                why = "; ".join(own)
-            elif record.get("own"):
+            if record.get("own"):
                 why = f"these compute attention by themselves: {', '.join(record['own'])}"
             else:
                 why = record["reason"].replace("|", "/")
