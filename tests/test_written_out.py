@@ -242,6 +242,12 @@ def capped(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return weights @ v, weights
 
 
+def relative(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """What is near is weighed once more, as with relative values."""
+    weights = (q @ k.transpose(-1, -2)).softmax(-1)
+    return weights @ v + weights[..., :2] @ v[:, :, :2], None
+
+
 def differential(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     one, two = (x @ k.transpose(-1, -2) for x in (q, -q))
     return one.softmax(-1) @ v - two.softmax(-1) @ v, None
@@ -255,6 +261,7 @@ def differential(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
         (summed_again, "its weights are changed after a softmax"),
         (over_queries, "a softmax over axis 2"),
         (from_the_right, "its weights do not stand before the values"),
+        (relative, "its weights go into __getitem__ too"),
         (differential, "2 calls in one forward"),
     ],
 )
@@ -271,6 +278,10 @@ def test_what_was_not_seen_when_heedful_looked_is_refused(x: Tensor) -> None:
         for layer in net.layers:
             layer.writes = summed_again
         with pytest.raises(NotEntered, match="computes attention otherwise than when heedful looked: its weights are"):
+            run(x)
+        for layer in net.layers:
+            layer.writes = relative
+        with pytest.raises(NotEntered, match="otherwise than when heedful looked: its weights go into __getitem__"):
             run(x)
         for layer in net.layers:
             layer.writes, layer.weights = plain, True

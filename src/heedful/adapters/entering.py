@@ -96,7 +96,11 @@ class _Writing(_Inside):
 
     def put(self, output: Any) -> Any:
         """What the module gives, with the run's weights for its own."""
-        if not self.edited or not self.trail.gives(output):
+        if not self.edited:
+            return output
+        if self.trail.besides:
+            raise NotEntered(otherwise(self.bound, self.trail.besides))
+        if not self.trail.gives(output):
             return output
         if self.bound.written is False:
             raise NotEntered(
@@ -104,3 +108,11 @@ class _Writing(_Inside):
                 "inputs that show what it does: attach(..., inputs=...)"
             )
         return self.trail.put(self.pattern, output)
+
+
+def otherwise(bound: Bound, why: str) -> str:
+    """What is said of a module that does what it did not in the look."""
+    return (
+        f"{bound.name} ({bound.kind}) computes attention otherwise than when heedful looked: {why}; give inputs that "
+        "show what it does: attach(..., inputs=...)"
+    )

@@ -130,8 +130,10 @@ class _Watch(TorchFunctionMode):
     def leave(self, module: nn.Module, output: Any) -> None:
         self.stack.pop()
         name = self.names[module]
-        if name in self.written and self._trail.gives(output):
-            self.written[name] = True
+        if name in self.written:
+            self.written[name] |= self._trail.gives(output)
+            if self._trail.besides:
+                self.own.setdefault(name, f"a softmax of its own: {self._trail.besides}")
         if len(self.stack) < self._depth:  # a module inside the attention gives what is used around it
             self._trail.clear()
 

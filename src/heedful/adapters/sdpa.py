@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from heedful.adapters.answering import Operands, computed, left_alone, no_heads, plan_of, replaced_whole, rows_of
 from heedful.adapters.bound import Bound, let_go, require_free, take
 from heedful.adapters.compiled import WrittenCalls
-from heedful.adapters.entering import Entrance
+from heedful.adapters.entering import Entrance, otherwise
 from heedful.adapters.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.hooks import Hooks
@@ -229,10 +229,7 @@ class SdpaAdapter:
     def written(self, bound: Bound, asked: Asked | str) -> tuple[Tensor, Tensor | None] | None:
         """A product of weights and values, as the run has it, and the weights where the module gives some."""
         if isinstance(asked, str):
-            raise NotEntered(
-                f"{bound.name} ({bound.kind}) computes attention otherwise than when heedful looked: {asked}; "
-                "give inputs that show what it does: attach(..., inputs=...)"
-            )
+            raise NotEntered(otherwise(bound, asked))
         given = bool(bound.written)
         found = self.attention(bound, asked.given(), given and self._hooks.patterns, unasked=given)
         return None if found is None else (asked.given_back(found[0]), found[1])

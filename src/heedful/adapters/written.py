@@ -28,7 +28,7 @@ _SAME = {
     Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, Tensor.unflatten, torch.unflatten,
     Tensor.squeeze, torch.squeeze, Tensor.unsqueeze, torch.unsqueeze, Tensor.contiguous, Tensor.to, Tensor.type,
     Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.clone, torch.clone,
-    Tensor.view_as, Tensor.expand, Tensor.expand_as,
+    Tensor.view_as, Tensor.expand, Tensor.expand_as, Tensor.detach,
 }  # fmt: skip
 _ADDED = {
     torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, torch.sub, Tensor.sub,
@@ -122,6 +122,7 @@ class Trail:
 
     scores: dict[int, Scores] = field(default_factory=dict)
     weights: dict[int, Weights] = field(default_factory=dict)
+    besides: str = ""  # what else weights were used for, which an answer to the product with the values would not reach
 
     def asked(self, func: Any, args: Any, kwargs: Any) -> Asked | str | None:
         """What a call that multiplies values with weights asks for, or why that cannot be told."""
@@ -171,6 +172,7 @@ class Trail:
     def clear(self) -> None:
         self.scores.clear()
         self.weights.clear()
+        self.besides = ""
 
     def _softmax(self, args: Any, kwargs: Any, out: Tensor) -> Weights:
         scores = self.scores.get(id(args[0] if args else kwargs.get("input")))
@@ -196,6 +198,8 @@ class Trail:
         elif out.numel() == weights.now.numel():
             why = weights.why or "its weights are changed after a softmax"
             self.weights[id(out)] = Weights(out, None, why=why)
+        elif weights.scores is not None:
+            self.besides = f"its weights go into {getattr(func, '__name__', func)} too"
 
 
 def _followed(scores: Scores, func: Any, args: Any, kwargs: Any, out: Tensor) -> Scores | None:
