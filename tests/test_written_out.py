@@ -115,7 +115,16 @@ def endless(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return weights @ v, weights
 
 
-WAYS = [plain, masked, endless, in_rows, by_letters, one_for_each_head, ones_and_zeros]
+def emptied(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """The first text's first two tokens see nothing, which would be no number, and are given zeros."""
+    seen = torch.ones(B, 1, N, N, dtype=torch.bool).tril()
+    seen[0, :, :2] = seen[0, ..., :2] = False
+    scores = (q @ k.transpose(-1, -2)).masked_fill(~seen, float("-inf"))
+    weights = net.dropout(scores.softmax(-1).masked_fill(~seen, 0.0))
+    return weights @ v, weights
+
+
+WAYS = [plain, masked, endless, emptied, in_rows, by_letters, one_for_each_head, ones_and_zeros]
 HALVE = heedful.edit(Site.PATTERN, lambda pattern, call: pattern * 0.5)
 SAME = heedful.edit(Site.SCORES, lambda scores, call: scores.clone())
 TWICE = heedful.edit(Site.QUERY, lambda q, call: 2 * q)
@@ -227,6 +236,11 @@ def summed_again(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return weights @ v, weights
 
 
+def emptied_too_far(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    weights = (q @ k.transpose(-1, -2)).softmax(-1).masked_fill(torch.ones(N, N).triu(1) > 0, 0.0)
+    return weights @ v, weights
+
+
 def over_queries(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     weights = (q @ k.transpose(-1, -2)).softmax(2)
     return weights @ v, weights
@@ -259,6 +273,7 @@ def differential(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
         (talking, "a softmax of what is no product of queries and keys alone"),
         (capped, "a softmax of what is no product of queries and keys alone"),
         (summed_again, "its weights are changed after a softmax"),
+        (emptied_too_far, "its weights are changed after a softmax"),
         (over_queries, "a softmax over axis 2"),
         (from_the_right, "its weights do not stand before the values"),
         (relative, "its weights go into __getitem__ too"),

@@ -30,6 +30,7 @@ _SAME = {
     Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.clone, torch.clone,
     Tensor.view_as, Tensor.expand, Tensor.expand_as, Tensor.detach,
 }  # fmt: skip
+_FILLED = {torch.masked_fill, Tensor.masked_fill}
 _ADDED = {
     torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, torch.sub, Tensor.sub,
     Tensor.sub_, Tensor.__sub__, Tensor.__isub__, torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_,
@@ -193,13 +194,22 @@ class Trail:
         if func in _DROPOUT:
             rate, trains = _dropout(args, kwargs)
             self.weights[id(out)] = replace(weights, now=out, dropout=rate if trains else weights.dropout)
-        elif func in _SAME and out.numel() == weights.now.numel():
+        elif out.numel() == weights.now.numel() and (func in _SAME or _blank(weights, func, out)):
             self.weights[id(out)] = replace(weights, now=out)
         elif out.numel() == weights.now.numel():
             why = weights.why or "its weights are changed after a softmax"
             self.weights[id(out)] = Weights(out, None, why=why)
         elif weights.scores is not None:
             self.besides = f"its weights go into {getattr(func, '__name__', func)} too"
+
+
+def _blank(weights: Weights, func: Any, out: Tensor) -> bool:
+    """Whether nothing became zero but what a mask had hidden, such as a query that sees nothing."""
+    if func not in _FILLED or weights.scores is None:
+        return False
+    scores = weights.scores.now
+    hidden = (scores < torch.finfo(scores.dtype).min / 2).reshape(out.shape)
+    return torch.equal(torch.where(hidden, 0.0, weights.now.reshape(out.shape)), out)
 
 
 def _followed(scores: Scores, func: Any, args: Any, kwargs: Any, out: Tensor) -> Scores | None:
