@@ -48,14 +48,10 @@ IN_PART = {
     "ModernVBertForMaskedLM": "MultiheadAttention",
     "PegasusXForConditionalGeneration": "PegasusXGlobalLocalAttention",
 }
+WRITTEN = ("BloomForCausalLM", "DebertaV2ForMaskedLM", "FalconForCausalLM", "TrOCRForCausalLM", "XLNetLMHeadModel")
 REFUSED = {
-    "BloomForCausalLM": "its own are transformer.h.0.self_attention",
-    "ConvBertForMaskedLM": "no attention layer that goes through transformers' attention interface",
-    "DebertaV2ForMaskedLM": "its own are deberta.encoder.layer.0.attention.self",
-    "FalconForCausalLM": "its own are transformer.h.0.self_attention",
-    "LongformerForMaskedLM": "no attention layer that goes through",
-    "TrOCRForCausalLM": "no attention layer that goes through",
-    "XLNetLMHeadModel": "its own are transformer.layer.0.rel_attn",
+    "ConvBertForMaskedLM": "a softmax of its own",
+    "LongformerForMaskedLM": "its own are longformer.encoder.layer.0.attention.self",
 }
 
 
@@ -84,6 +80,13 @@ def test_the_rest_is_served_where_a_part_cannot_be(name: str) -> None:
     assert found["status"] == "served in part", found.get("reason")
     assert found["own"] == [IN_PART[name]]
     assert found["eager"]["entered"] > 0
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_writes_attention_out_is_served_too(name: str) -> None:
+    found = examine(name)
+    assert found["status"] == "served", found.get("reason")
+    assert not found["through"]
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -165,14 +165,13 @@ def test_what_a_layer_scale_hides_is_told_all_the_same() -> None:
 
 
 @torch.no_grad()
-def test_softmaxes_of_timms_own_are_refused_with_the_switch_that_helps() -> None:
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "written out"])
+def test_both_of_timms_ways_are_served_alike(fused: bool) -> None:
     how = {"img_size": 16, "window_size": 2, "patch_size": 4, "embed_dim": 16, "depths": (1,), "num_heads": (2,)}
     model = drawn(library("timm").create_model("swin_tiny_patch4_window7_224", num_classes=5, **how))
     x = draw(2, 3, 16, 16)
-    with pytest.raises(RefusedModel, match="WindowAttention: a softmax of its own, since fused_attn is False"):
-        attach(model, Look(), inputs=x)
+    model.layers[0].blocks[0].attn.fused_attn = fused
     native = model(x)
-    model.layers[0].blocks[0].attn.fused_attn = True
     CALLS.clear()
     with attach(model, Look() | Spy(), inputs=x, backend="reference") as run:
         assert close_model(run(x), native)

@@ -64,7 +64,7 @@ def test_other_threads_are_refused() -> None:
 
 
 class Own(nn.Module):
-    """Attention written out."""
+    """Attention written out, whose weights are squared."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -73,10 +73,10 @@ class Own(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scores = x @ x.mT
         if self.how == "module":
-            return self.drop(self.soft(scores)) @ x
+            return self.drop(self.soft(scores).square()) @ x
         if self.how == "einsum":
-            return torch.einsum("bqk,bkd->bqd", F.softmax(scores, -1).to(x.dtype), x)
-        return torch.bmm(scores.softmax(-1).view(scores.shape), x)
+            return torch.einsum("bqk,bkd->bqd", F.softmax(scores, -1).to(x.dtype) ** 2, x)
+        return torch.bmm(scores.softmax(-1).view(scores.shape).pow(2), x)
 
 
 class Several(nn.Module):

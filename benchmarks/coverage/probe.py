@@ -91,37 +91,29 @@ def _examine(one: tiny.Tiny) -> dict[str, Any]:
     model.set_attn_implementation("eager")
     with Witness() as witness:
         one.forward()
-    if not interface_layers(model):
-        kinds = sorted({type(m).__name__ for m in leftovers(model).values()} | attention_kinds(model) | witness.maps)
-        if kinds:
-            return {"status": "refused", "through": False, "reason": _refusal(one), "own": kinds}
+    through = bool(interface_layers(model))
+    own = {type(m).__name__ for m in leftovers(model).values()}
+    if not through and not own | attention_kinds(model) | witness.maps:
         return {"status": "no attention"}
-    only, record = None, {}
-    try:
-        heedful.attach(model, Through()).close()
-    except RefusedModel as refusal:
-        only = _suggestion(str(refusal))
-        if only is None:
-            return {"status": "refused", "through": True, "reason": str(refusal)}
-        record |= {"only": only, "own": sorted({type(m).__name__ for m in leftovers(model).values()})}
-    try:
-        record |= _serve(one, only)
-    except HeedfulError as refusal:
-        return {"status": "refused", "through": True, "reason": f"{type(refusal).__name__}: {refusal}", **record}
+    only: list[str] | None = None
+    record: dict[str, Any] = {"through": through}
+    while True:
+        try:
+            heedful.attach(model, Through(), only=only).close()
+            record |= _serve(one, only)
+            break
+        except HeedfulError as refusal:
+            suggested = _suggestion(str(refusal)) if only is None else None
+            if suggested is None:
+                text = str(refusal) if isinstance(refusal, RefusedModel) else f"{type(refusal).__name__}: {refusal}"
+                return {"status": "refused", "reason": text, **record}
+            only = suggested
+            record |= {"only": only, "own": sorted(own)}
     wrong = [f"{mode}: {what}" for mode in ("eager", "sdpa") for what in record.get(mode, {}).get("wrong", ())]
     if (far := record.get("generate", {}).get("roundings", 0.0)) is None or far > ROUNDINGS * DEPTH:
         wrong.append(f"generate: {far} roundings off")
     status = "wrong" if wrong else "served" if only is None else "served in part"
-    return {"status": status, "through": True, **({"reason": "; ".join(wrong)} if wrong else {}), **record}
-
-
-def _refusal(one: tiny.Tiny) -> str:
-    """The reason that heedful gives; it is wrong not to give one."""
-    try:
-        heedful.attach(one.model, Through()).close()
-    except RefusedModel as refusal:
-        return str(refusal)
-    raise AssertionError("attached to a model without an attention interface")
+    return {"status": status, **({"reason": "; ".join(wrong)} if wrong else {}), **record}
 
 
 def _suggestion(text: str) -> list[str] | None:

@@ -1,7 +1,8 @@
 """Measured coverage: every class that transformers' auto mappings name, served, refused with a reason, or wrong.
 
 `python -m benchmarks.coverage.serve --out served.jsonl` sweeps, goes on where it stopped, and leaves what became of a
-class as a JSON line; with `--table` it makes docs/coverage.md and benchmarks/coverage/coverage.json of them.
+class as a JSON line; with `--table` it makes docs/coverage.md, benchmarks/coverage/coverage.json and
+benchmarks/records/outside.json of them, with `--outside` the last alone and its section.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from typing import Any
 
 from transformers.utils import logging
 
-from . import sweep
+from . import outside, sweep, table
 from .names import class_names
 from .probe import examine
-from .table import write
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -52,9 +52,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=float, default=120, help="seconds for one class")
     parser.add_argument("--table", action="store_true", help="only write the table of what is in --out")
+    parser.add_argument("--outside", action="store_true", help="the same for classes outside the interface alone")
     options = parser.parse_args()
-    if options.table:
-        for path in write(list(read(options.out).values())):
+    if options.table or options.outside:
+        records = list(read(options.out).values())
+        for path in (*(table.write(records) if options.table else ()), *outside.write(records)):
             print(path)
         return
     sweep.examine = examine  # the sweep's workers, with other questions

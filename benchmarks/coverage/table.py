@@ -1,4 +1,4 @@
-"""What a sweep found, as docs/coverage.md for readers and coverage.json for programs."""
+"""What a sweep found of classes that go through transformers' interface, for readers and for programs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from . import outside
+
 ROOT = Path(__file__).resolve().parents[2]
 STATUSES = ("served", "served in part", "refused", "wrong", "no attention", "cannot build")
-THROUGH = ("served", "served in part", "refused", "wrong")
+THROUGH = outside.FOUND
 WORDS = {
     "served": "every attention layer that the input reached ran under heedful, and every check below held",
     "served in part": "the same for the part that the refusal named; some modules compute attention by themselves",
@@ -28,12 +30,12 @@ Record = dict[str, Any]
 
 
 def write(records: Sequence[Record]) -> list[Path]:
-    """Both files."""
+    """Both files; those that write attention out stand in a section of their own."""
+    records = [r for r in records if not outside.is_one(r)]
     facts = _facts(records)
     page, data = ROOT / "docs" / "coverage.md", ROOT / "benchmarks" / "coverage" / "coverage.json"
-    page.parent.mkdir(exist_ok=True)
-    _, mark, libraries = page.read_text().partition("<!-- libraries -->")  # the part that libraries.py writes
-    page.write_text(_page(records, facts) + (f"\n{mark}{libraries}" if mark else ""))
+    _, mark, others = page.read_text().partition(outside.BEGIN)
+    page.write_text(_page(records, facts) + f"\n{mark}{others}")
     data.write_text(json.dumps(facts, indent=1) + "\n")
     return [page, data]
 
@@ -102,7 +104,8 @@ def _page(records: Sequence[Record], facts: Record) -> str:
         "# Which models heedful serves",
         f"Measured by `python -m benchmarks.coverage.serve` on {facts['date']} with {made}, on {facts['hardware']}, in "
         "float32. Generated; do not edit.",
-        "Each class that transformers' auto mappings name is built tiny, with random weights under which attention "
+        "Each class that transformers' auto mappings name, but for those whose attention is all outside its interface "
+        "([below](#outside-the-interface)), is built tiny, with random weights under which attention "
         "matters, and run on a batch with padding where it takes text:\n\n"
         "1. a stack that changes nothing, computed by the reference backend: logits equal those of the model's own "
         "eager attention bit for bit, those of its own sdpa within the budget of `conformance/tolerances.py`\n"
@@ -151,9 +154,7 @@ def _reasons(records: Sequence[Record]) -> str:
     found: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
     for record in records:
         if record["status"] in ("served in part", "refused", "wrong"):
-            if not record["through"]:
-                why = "no module of it looks its attention function up by name, so there is no way in"
-            elif record.get("own"):
+            if record.get("own"):
                 why = f"these compute attention by themselves: {', '.join(record['own'])}"
             else:
                 why = record["reason"].replace("|", "/")

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
+from heedful.adapters.choosing import adapter_for
 from heedful.adapters.saving import MARK, TENSORS, Saved, kept, saved_with
-from heedful.adapters.transformers import adapt
 from heedful.api import attach
 from heedful.catalogue import named
 from heedful.core.asked import asks
@@ -103,7 +103,7 @@ def _with_room(kind: Any) -> Any:
     def begin(self: Any, *args: Any, **kwargs: Any) -> None:
         stack, saved = kwargs.pop(ROOM)
         kind.__init__(self, *args, **kwargs)
-        adapter = adapt(self, saved.only)
+        adapter = adapter_for(self, saved.only)
         # transformers makes models without storage, and methods draw on the CPU
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             for x in learned(stack, adapter.sizes(), len(adapter.layer_names)):

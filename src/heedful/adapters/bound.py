@@ -100,6 +100,7 @@ class Bound:
     call: Call | None = None
     taking: Taking = field(default_factory=Taking)
     spread: Spread | None = None
+    written: bool | None = None  # it writes attention out; whether it gives its weights too
     output: nn.Module | None = None  # what gives OUTPUT, where that is known better than from its name
 
     @property

@@ -1,8 +1,9 @@
 """A dry run: which modules of a model call torch's attention, and which compute a map where nobody sees it.
 
 Modules are told apart by what they do while the model runs once, whatever library they come from: the innermost module
-around a call of `F.scaled_dot_product_attention` or `F.multi_head_attention_forward` is an attention layer. Whoever
-multiplies values with what a softmax gave computes attention by itself.
+around a call of `F.scaled_dot_product_attention` or `F.multi_head_attention_forward` is an attention layer, and so is
+one that multiplies values with the softmax of a product, where all that it does in between can be followed
+(`written.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from heedful.adapters.hooked import Hooked
 from heedful.adapters.layers import heads_told
 from heedful.adapters.layout import Layout
 from heedful.adapters.taking import Taking, stream_of
+from heedful.adapters.written import PRODUCTS, Asked, Trail
 from heedful.core.errors import RefusedModel
 from heedful.core.method import Layer
 from heedful.engine.resting import resting, undone
@@ -36,13 +38,6 @@ MULTI_HEAD_SIGNATURE = inspect.signature(MULTI_HEAD)
 # diffusers' attention backends that call `F.scaled_dot_product_attention`
 DIFFUSERS_OWN = frozenset({"native", "_native_math", "_native_flash", "_native_efficient", "_native_cudnn"})
 SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of its positional arguments
-
-_SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
-_PRODUCT = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum, torch.baddbmm}
-_LAYOUT = {
-    Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, Tensor.unflatten, Tensor.transpose,
-    torch.transpose, Tensor.permute, torch.permute, Tensor.expand, Tensor.squeeze, Tensor.unsqueeze,
-}  # fmt: skip
 
 
 def named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +64,7 @@ class Found:
 
     layers: dict[str, Layer] = field(default_factory=dict)  # in the order in which they ran
     own: dict[str, str] = field(default_factory=dict)  # attention out of reach, with the reason
+    written: dict[str, bool] = field(default_factory=dict)  # layers that write attention out; whether they give weights
     ran: set[nn.Module] = field(default_factory=set)
 
 
@@ -84,9 +80,10 @@ class _Watch(TorchFunctionMode):
         self.stack: list[nn.Module] = [self.model]
         self.calls: dict[str, list[list[Seen]]] = {"": [[]]}  # by module, and by forward of it
         self.streams: dict[str, Tensor | None] = {}
-        self.maps: dict[str, None] = {}
+        self.written: dict[str, bool] = {}
+        self.own: dict[str, str] = {}
         self.ran: set[nn.Module] = {self.model}
-        self._weights: dict[int, Tensor] = {}  # kept, so that no other tensor has their place
+        self._trail, self._depth = Trail(), 0  # of the module that made the last product
         self._thread = get_ident()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,18 +92,20 @@ class _Watch(TorchFunctionMode):
             self._note(_kernel_call(self.stack[-1], self.streams.get(self._name), named(args, kwargs)))
         elif func is MULTI_HEAD:
             self._note(_function_call(MULTI_HEAD_SIGNATURE.bind(*args, **kwargs).arguments))
-        elif func in _PRODUCT and any(id(x) in self._weights for x in _tensors(args)):
-            self.maps.setdefault(self._name)
+        elif (asked := self._trail.asked(func, args, kwargs)) is not None:
+            self._note_written(asked)
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and ((func in _SOFTMAX and out.ndim > 2) or self._carries(func, args, out)):
-            self._weights[id(out)] = out
+        self._trail.follow(func, args, kwargs, out)
+        if func in PRODUCTS:
+            self._depth = len(self.stack)
         return out
 
-    def _carries(self, func: Any, args: Any, out: Tensor) -> bool:
-        """Whether weights went in and come out in another place, type or layout."""
-        if func in _PRODUCT or not self._weights:
-            return False
-        return any(id(x) in self._weights and (func in _LAYOUT or x.shape == out.shape) for x in _tensors(args))
+    def _note_written(self, asked: Asked | str) -> None:
+        if isinstance(asked, str):
+            self.own.setdefault(self._name, f"a softmax of its own: {asked}")
+            return
+        self.written.setdefault(self._name, False)
+        self._note(_kernel_call(self.stack[-1], self.streams.get(self._name), asked.operands))
 
     @property
     def _name(self) -> str:
@@ -128,18 +127,15 @@ class _Watch(TorchFunctionMode):
         stream = stream_of(args, kwargs)
         self.streams[name] = None if stream is None else taking_of(module).turned(stream)
 
-    def leave(self, module: nn.Module) -> None:
+    def leave(self, module: nn.Module, output: Any) -> None:
         self.stack.pop()
-        if next(module.children(), None) is not None:  # what a softmax or a dropout gives is used around it
-            self._weights.clear()
-
-
-def _tensors(args: Any) -> Iterator[Tensor]:
-    for x in args:
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, list | tuple):
-            yield from _tensors(x)
+        name = self.names[module]
+        if name in self.written:
+            self.written[name] |= self._trail.gives(output)
+            if self._trail.besides:
+                self.own.setdefault(name, f"a softmax of its own: {self._trail.besides}")
+        if len(self.stack) < self._depth:  # a module inside the attention gives what is used around it
+            self._trail.clear()
 
 
 def _kernel_call(module: nn.Module, stream: Tensor | None, given: dict[str, Any]) -> Seen:
@@ -167,7 +163,7 @@ def find(model: nn.Module, run: Callable[[], Any]) -> Found:
     watch = _Watch(model)
     with _as_it_was(model), _hooked(model, watch), torch.no_grad(), watch:
         run()
-    found = Found(ran=watch.ran)
+    found = Found(written=watch.written, ran=watch.ran)
     for name, forwards in watch.calls.items():
         calls = [call for call in forwards if call]
         if not calls:
@@ -179,8 +175,7 @@ def find(model: nn.Module, run: Callable[[], Any]) -> Found:
         seen = calls[0][0]
         width = int(stream.shape[-1]) if stream is not None and stream.ndim in (2, 3) else seen.heads * seen.value_dim
         found.layers[name] = Layer(len(found.layers), seen.heads, seen.kv_heads, seen.head_dim, seen.value_dim, width)
-    found.own |= {name: _own_softmax(model.get_submodule(name)) for name in watch.maps}
-    found.own |= _scripted(model) | _other_kernel(model, found.layers)
+    found.own |= watch.own | _scripted(model) | _other_kernel(model, found.layers)
     for name in found.own:
         found.layers.pop(name, None)
     found.layers = {name: replace(layer, number=i) for i, (name, layer) in enumerate(found.layers.items())}
@@ -200,11 +195,6 @@ def _obstacle(forwards: list[list[Seen]], stream: Tensor | None) -> str | None:
         if seen.rows != tokens and seen.head_dim == tokens and seen.heads * seen.rows == width:
             return "over channels, not over tokens"
     return None
-
-
-def _own_softmax(module: nn.Module) -> str:
-    switched = getattr(module, "fused_attn", True) is False  # timm's switch between both
-    return "a softmax of its own" + (", since fused_attn is False" if switched else "")
 
 
 def _scripted(model: nn.Module) -> dict[str, str]:
@@ -252,7 +242,7 @@ def _hooked(model: nn.Module, watch: _Watch) -> Iterator[None]:
             if isinstance(module, torch.jit.ScriptModule):
                 continue
             hooked.before(module, watch.enter)
-            hooked.after(module, lambda m, *_: watch.leave(m), always_call=True)
+            hooked.after(module, lambda m, _, output: watch.leave(m, output), always_call=True)
         for encoder in nested:
             encoder.use_nested_tensor = False
         written.lead_past(model)

@@ -7,11 +7,12 @@ checkpoint, a hub, and back. What a stack learned is among the model's weights; 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from heedful.adapters.hooked import Standing
@@ -140,12 +141,32 @@ class SavesItself(_Takes):
         return out
 
 
-def takes_saving(run: Run, model: PreTrainedModel, only: tuple[str, ...] | None) -> list[_Takes]:
-    """Whatever stands for somebody's `save_pretrained` while a run is attached."""
-    if not run.stack:
-        return []
-    around = run.model is not model and hasattr(type(run.model), SAVE)
-    return [SavesStack(model, run, only=only)] + ([SavesItself(run.model, run)] if around else [])
+@dataclass(eq=False)
+class Saving:
+    """Stands for whatever `save_pretrained` there is around a model of transformers while a run is attached to it."""
+
+    model: nn.Module
+    only: tuple[str, ...] | None
+    _all: list[_Takes] = field(default_factory=list, init=False)
+
+    def begin(self, run: Run) -> None:
+        if self._all or not run.stack or not isinstance(self.model, PreTrainedModel):
+            return
+        around = run.model is not self.model and hasattr(type(run.model), SAVE)
+        self._all = [SavesStack(self.model, run, only=self.only)]
+        self._all += [SavesItself(run.model, run)] if around else []
+        for takes in self._all:
+            takes.begin()
+
+    def pause(self) -> None:
+        """Let models be saved as they are, unless what a stack learned would be saved without it."""
+        if not any(any(takes.run.state.params.values()) for takes in self._all):
+            self.end()
+
+    def end(self) -> None:
+        for takes in self._all:
+            takes.end()
+        self._all = []
 
 
 def _keep(folder: Path, tensors: list[Fitted]) -> None:

@@ -1,28 +1,31 @@
-"""Into any model whose modules call torch's own attention: timm, diffusers, open_clip, plain torch."""
+"""Into any model whose modules call torch's own attention, or write it out: timm, diffusers, open_clip, plain torch."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from heedful.adapters.answering import Operands, computed, left_alone, no_heads, plan_of, replaced_whole, rows_of
 from heedful.adapters.bound import Bound, let_go, require_free, take
 from heedful.adapters.compiled import WrittenCalls
+from heedful.adapters.entering import Entrance, otherwise
 from heedful.adapters.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
-from heedful.adapters.hooked import Hooked, Standing
+from heedful.adapters.hooked import Hooked
 from heedful.adapters.hooks import Hooks
-from heedful.adapters.layers import heads_told, highest, list_of, lowest, output_module, served
+from heedful.adapters.layers import heads_told, highest, leftovers, list_of, lowest, output_module, served, within
 from heedful.adapters.layout import Layout, same_rows
 from heedful.adapters.merging import require_no_table
 from heedful.adapters.multi_head import Untouched, through_kernel
 from heedful.adapters.planted import Planted
-from heedful.adapters.torch_masks import halves, hides_later, joined, places, rules_of
+from heedful.adapters.saving import Saving, adopted
+from heedful.adapters.torch_masks import halves, hides_later, places, rules_of
+from heedful.adapters.written import Asked
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError, NotEntered, RefusedModel
 from heedful.core.method import Layer, Stack
@@ -30,46 +33,6 @@ from heedful.core.sites import Site
 from heedful.engine.run import Run
 
 NATIVE = "torch's own"
-
-
-@dataclass(eq=False)
-class Entrance(Standing):
-    """Stands for an attention module's `forward`: what that calls of torch's attention comes to the run."""
-
-    NAME = "forward"
-
-    server: SdpaAdapter
-    bound: Bound
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.server.installed:  # somebody who wrapped this one while the run was there still calls it
-            return self.own(*args, **kwargs)
-        self.server.same_thread(self.bound)
-        with _Inside(self.server, self.bound):
-            return self.own(*args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        kind: Any = type(self.module)
-        return inspect.signature(self.before or kind.forward.__get__(self.module))
-
-
-class _Inside(TorchFunctionMode):
-    """Leads torch's attention to a run. It is on inside one module alone, so that what runs again runs under it."""
-
-    def __init__(self, server: SdpaAdapter, bound: Bound) -> None:
-        super().__init__()
-        self.server, self.bound = server, bound
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is SDPA:
-            return self.server.kernel(self.bound, args, kwargs)
-        if func is MULTI_HEAD:
-            return self.server.function(self.bound, args, kwargs)
-        if func is torch.cat:
-            self.bound.joint = joined(self.bound, args[0] if args else kwargs.get("tensors")) or self.bound.joint
-        return func(*args, **kwargs)
 
 
 @dataclass(eq=False)
@@ -91,9 +54,10 @@ class SdpaAdapter:
 
     def __post_init__(self) -> None:
         self.planted = Planted(self.model, shared_by=self.shared_by)
+        self._saving = Saving(self.model, self.only)
         require_free(self.model, self.model.modules())  # else the dry run would see what the other run computes
         if self.inputs is not None:
-            self._look(self._as_asked)
+            self.look(self._as_asked)
 
     @property
     def kind(self) -> str:
@@ -106,16 +70,27 @@ class SdpaAdapter:
             return self.model(*self.inputs)
         return self.inputs() if callable(self.inputs) else self.model(self.inputs)
 
-    def _look(self, run: Callable[[], Any]) -> None:
+    def look(self, run: Callable[[], Any]) -> None:
+        """Learn from one forward which modules are attention layers."""
         found = find(self.model, run)
         kinds = {name: type(self.model.get_submodule(name)).__name__ for name in found.own}
         left = {name: f"{name} ({kinds[name]}: {why})" for name, why in found.own.items()}
+        if isinstance(self.model, PreTrainedModel):
+            left |= {name: name for name in self._passed_over(found)}
         none = (
             "calls no attention of torch's (F.scaled_dot_product_attention, nn.MultiheadAttention) that heedful reaches"
+            ", and writes none out that it can follow"
         )
         self._names = served(self.kind, found.layers, left, self.only, none)
         self.planted.paths = dict(enumerate(self._names))
         self._found = found
+
+    def _passed_over(self, found: Found) -> Iterator[str]:
+        """Modules whose code has a softmax, that ran, and in which nobody saw a map."""
+        known = (*found.layers, *found.own)
+        for name, module in leftovers(self.model).items():
+            if module in found.ran and not any(within(a, (b,)) for x in known for a, b in ((x, name), (name, x))):
+                yield name
 
     # what a run asks
 
@@ -139,14 +114,17 @@ class SdpaAdapter:
         return tuple(replace(found.layers[name], number=i) for i, name in enumerate(self._names))
 
     def adopted(self, stack: Stack) -> int:
-        return 0
+        return adopted(self.model, stack, self.only) if isinstance(self.model, PreTrainedModel) else 0
 
     # into the model and out again
 
     def install(self, run: Run) -> None:
         self.run = run
         if run.stack.touches(Site.CACHE):
-            raise RefusedModel(f"{self.kind} keeps no cache that heedful knows, so a CACHE edit cannot act in it")
+            raise RefusedModel(
+                f"a CACHE edit cannot act in {self.kind}: it keeps no cache that heedful knows, or lays a mask over "
+                "its keys by itself, which does not fit once some are gone"
+            )
         require_free(self.model, self.model.modules())
         self._hooks = Hooks(run, len(self._names))
         try:
@@ -159,6 +137,7 @@ class SdpaAdapter:
                 for name, module in self.model.named_modules():
                     if name and not isinstance(module, nn.ModuleList):
                         self._waiting.before(module, self._too_early)
+            self._saving.begin(run)
             self.installed = True
         except BaseException:
             self.remove()
@@ -166,7 +145,9 @@ class SdpaAdapter:
 
     def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the model with what its first forward is given, and go in."""
-        self._look(lambda: self.model.forward(*args, **kwargs))
+        args = tuple(map(_unspent, args))
+        kwargs = {name: _unspent(x) for name, x in kwargs.items()}
+        self.look(lambda: self.model.forward(*args, **kwargs))
         if "" in self._names:
             rule = f"{self.kind} is an attention module itself, which must be known before it runs"
             raise FieldError("attach()", "inputs", None, rule, "(x, x, x)")
@@ -197,7 +178,7 @@ class SdpaAdapter:
             if output is not None and output not in found.ran:
                 output = module  # it multiplies with its projection's weight
             bound = Bound(self, module, name, number, NATIVE, first[number], taking=taking_of(module), output=output)  # type: ignore[arg-type]
-            bound.highest = last[number]
+            bound.highest, bound.written = last[number], found.written.get(name)
             hooks.around(bound)
             self._entrances.append(Entrance(module, self, bound))  # first, so that none is lost to an interrupt
             self._entrances[-1].begin()
@@ -222,10 +203,12 @@ class SdpaAdapter:
         while self._entrances:
             self._entrances[-1].end()
             self._entrances.pop()
+        self._saving.pause()
         let_go(self.model.modules(), self)
 
     def leave(self) -> None:
         self.remove()
+        self._saving.end()
         self.planted.drop()
 
     # one attention call
@@ -240,20 +223,25 @@ class SdpaAdapter:
 
     def kernel(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """`F.scaled_dot_product_attention`, as the run has it."""
-        if self._answering:
-            return SDPA(*args, **kwargs)
-        return self.attention(bound, named(args, kwargs), lambda: SDPA(*args, **kwargs))[0]
+        found = None if self._answering else self.attention(bound, named(args, kwargs))
+        return SDPA(*args, **kwargs) if found is None else found[0]
+
+    def written(self, bound: Bound, asked: Asked | str) -> tuple[Tensor, Tensor | None] | None:
+        """A product of weights and values, as the run has it, and the weights where the module gives some."""
+        if isinstance(asked, str):
+            raise NotEntered(otherwise(bound, asked))
+        given = bool(bound.written)
+        found = self.attention(bound, asked.given(), given and self._hooks.patterns, unasked=given)
+        return None if found is None else (asked.given_back(found[0]), found[1])
 
     def function(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`F.multi_head_attention_forward`, as the run has it."""
 
         def kernel(given: dict[str, Any], pattern: bool) -> tuple[Tensor, Tensor | None]:
-            def own() -> Tensor:
-                if pattern:
-                    raise Untouched
-                return SDPA(**given)
-
-            return self.attention(bound, given, own, pattern, appends=True)
+            found = self.attention(bound, given, pattern, appends=True)
+            if found is None and pattern:
+                raise Untouched
+            return (SDPA(**given), None) if found is None else found
 
         return MULTI_HEAD(*args, **kwargs) if self._answering else through_kernel(kernel, args, kwargs)
 
@@ -261,11 +249,14 @@ class SdpaAdapter:
         self,
         bound: Bound,
         given: dict[str, Any],
-        own: Callable[[], Tensor],
         pattern: bool = False,
         appends: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What comes out in the layout of the queries, and the pattern `[b h q k]` where that is wanted."""
+        unasked: bool = False,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """What comes out in the layout of the queries, and the pattern `[b h q k]` where that is wanted.
+
+        None where the model's own attention gives just that.
+        """
         if bound.called:
             raise NotEntered(
                 f"{bound.name} ({bound.kind}) calls attention twice in one forward, which it did not when heedful "
@@ -285,13 +276,13 @@ class SdpaAdapter:
         ids = self._hooks.ids(bound, len(q), q.shape[2])
         call = bound.call = replace(call, hidden=rows_of(hidden, q), ids=ids, roles=roles)
         plan = plan_of(run, call)
-        operands = replace(operands, pattern=pattern)
+        operands = replace(operands, pattern=pattern, unasked=unasked)
         if (seen := replaced_whole(run, plan, call, operands)) is not None:
             bound.call = seen
             return layout.unfold(no_heads(q, v).transpose(1, 2)), None
         if (bound.merges is None or bound.merges.even) and left_alone(run, plan):
             run.state.backends[number] = f"the model's own ({NATIVE})"
-            return own(), None
+            return None
         self._answering = True  # the kernels call torch's attention too, and a module around this one may be served
         try:
             heads, weights, job = computed(run, plan, call, operands)
@@ -321,3 +312,8 @@ class SdpaAdapter:
             sizes=bound.sizes, in_order=bound.cross and home in ordered,
         )  # fmt: skip
         return Operands(q, k, v, bias, None, float(given.get("dropout_p") or 0.0)), call
+
+
+def _unspent(x: Any) -> Any:
+    """What a forward is given, but for a copy of the cache that it would write to."""
+    return copy.deepcopy(x) if isinstance(x, Cache) else x

@@ -21,6 +21,8 @@ def rules_of(mask: Tensor | None, causal: bool, rows: int, keys: int) -> tuple[M
     if table is None:
         return Mask(tuple(rules)), bias, None
     text = _key_only(table, rows)
+    if text is None and (text := _causal_but_padding(table, rows)) is not None:
+        rules.append(Causal())
     rules.append(Dense(table) if text is None else Padding(text))
     return Mask(tuple(rules)), bias, text
 
@@ -31,6 +33,17 @@ def _key_only(table: Tensor, rows: int) -> Tensor | None:
     if table.shape[-2] != 1 or not torch.equal(table, first.expand_as(table)):
         return None
     return first[:, 0, 0].expand(rows, -1)
+
+
+def _causal_but_padding(table: Tensor, rows: int) -> Tensor | None:
+    """Which keys `[b k]` are text, where a table `[b|1, h|1, q, k]` tells just that and that later ones are hidden."""
+    q, k = table.shape[-2:]
+    if not 1 < q <= k or not torch.equal(table, table[:, :1].expand_as(table)):
+        return None
+    table = table[:, 0]
+    text, earlier = table[:, -1], table.new_ones(q, k).tril(k - q)
+    asks = text[:, k - q :, None]  # what padding sees changes nothing
+    return text.expand(rows, -1) if bool((~asks | (table == (earlier & text[:, None]))).all()) else None
 
 
 def hides_later(rules: Mask) -> bool:
@@ -53,7 +66,7 @@ def places(bound: Bound, q: Tensor, k: Tensor, text: Tensor | None, fixed: bool)
     else:
         cross = m < n or (m > n and tokens is not None and tokens != n)
     start = 0 if cross or fixed else max(0, m - n)
-    return (*placed(None if cross or n != m else text, start, n, m, q.device), cross)
+    return (*placed(None if cross or (fixed and n != m) else text, start, n, m, q.device), cross)
 
 
 def placed(

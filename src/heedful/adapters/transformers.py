@@ -41,7 +41,7 @@ from heedful.adapters.layers import (
 from heedful.adapters.lazymask import LazyMask
 from heedful.adapters.planted import Planted
 from heedful.adapters.rotation import rotation
-from heedful.adapters.saving import adopted, takes_saving
+from heedful.adapters.saving import Saving, adopted
 from heedful.adapters.spread import spread_of
 from heedful.adapters.wrapped import shared_by, unwrapped
 from heedful.core.call import Call, Phase
@@ -76,7 +76,6 @@ class TransformersAdapter:
     planted: Planted = field(init=False)
     _calls: WrittenCalls = field(default_factory=WrittenCalls)
     _hooks: Hooks = field(init=False)
-    _saves: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._modules = interface_layers(self.model)
@@ -84,6 +83,7 @@ class TransformersAdapter:
         none = "has no attention layer that goes through transformers' attention interface"
         self._names = served(type(self.model).__name__, self._modules, left, self.only, none)
         self.planted = Planted(self.model, dict(enumerate(self._names)), self.shared_by)
+        self._saving = Saving(self.model, self.only)
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -135,10 +135,7 @@ class TransformersAdapter:
             hooks.stream(self.model, [bound for bound in bounds if bound.number is not None])
             whole = {n: m for n, m in self.model.named_modules() if m is self.model or isinstance(m, PreTrainedModel)}
             hooks.forwards(whole)
-            if not self._saves:
-                self._saves = takes_saving(run, self.model, self.only)
-                for takes in self._saves:
-                    takes.begin()
+            self._saving.begin(run)
             self._calls.lead_past(self.model)
         except BaseException:
             self.remove()
@@ -167,8 +164,7 @@ class TransformersAdapter:
 
     def remove(self) -> None:
         self._calls.undo()
-        if self._saves and not any(self.run.state.params.values()):  # else what it learned would be saved without it
-            self._save_as_before()
+        self._saving.pause()
         if hasattr(self, "_hooks"):  # an attach may end before it has any
             self._hooks.remove()
         for config, name in self._names_put:
@@ -180,13 +176,8 @@ class TransformersAdapter:
 
     def leave(self) -> None:
         self.remove()
-        self._save_as_before()
+        self._saving.end()
         self.planted.drop()
-
-    def _save_as_before(self) -> None:
-        for takes in self._saves:
-            takes.end()
-        self._saves = []
 
     # one attention call
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from heedful.adapters.transformers import adapt
+from heedful.adapters.choosing import adapter_for
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import still
 from heedful.bench.asking import Asked, Asker, require_fit
@@ -118,7 +118,7 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
     batches, limit = costed(batch, cache, turns)
     chosen = [_task(task) for task in tasks]
     require(given, chosen, prompts, minutes, margin, turns, how)
-    facts = facts_of(given.model, given.name, len(adapt(given.model, how.get("only")).layer_names))
+    facts = facts_of(given.model, given.name, len(adapter_for(given.model, how.get("only")).layer_names))
     facts |= surroundings(next(given.model.parameters()).device)
     facts |= {"margin": margin, "batch": batches, "cache": limit}
     facts["how"] = {name: repr(value) for name, value in sorted(how.items()) if value not in (None, "auto")}
@@ -191,7 +191,7 @@ def require(
         raise FieldError("compare()", "tasks", (), "must name one or more", "['needle']")
     named(how.get("backend", "auto"), "compare()")
     require_causal(given.model)
-    adapt(given.model, how.get("only"))
+    adapter_for(given.model, how.get("only"))
 
 
 def fits(given: Loaded, task: Task) -> bool:

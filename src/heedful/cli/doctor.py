@@ -45,12 +45,12 @@ def doctor(
     if model.startswith("timm:"):
         return _served_of_timm(model.removeprefix("timm:"))
     from heedful import models
+    from heedful.adapters.choosing import adapter_for
     from heedful.adapters.layers import projections
-    from heedful.adapters.transformers import adapt
 
     with console.status(f"loading {model}"):
         loaded = models.load(model)
-    adapter = adapt(loaded.model, None)
+    adapter = adapter_for(loaded.model)
     kind = type(loaded.model).__name__
     served = counted(len(adapter.layer_names), "attention layer")
     console.print(f"[green]served[/]: {served} of {kind} ({loaded.name})")

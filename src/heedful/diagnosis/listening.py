@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from heedful.adapters.transformers import adapt
+from heedful.adapters.choosing import adapter_for
 from heedful.core.call import Call
 from heedful.core.figures import Head
 from heedful.core.method import Method, Readings, Stack
@@ -116,7 +116,7 @@ def look(subject: Subject, windows: Windows) -> SoundView | None:
 
     None where no layer that is read looks from the words at the sound.
     """
-    layers = adapt(subject.model, subject.how.get("only")).layer_names
+    layers = adapter_for(subject.model, subject.how.get("only")).layer_names
     heard, shares = [], []
     few = windows.tokens[:MOST_SOUNDS]
     for name, sound in zip(windows.names, few, strict=False):

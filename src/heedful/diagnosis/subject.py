@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from heedful.adapters.transformers import adapt
+from heedful.adapters.choosing import adapter_for
 from heedful.api import attach
 from heedful.core.errors import RefusedModel, TooLittleMemory
 from heedful.core.kinds import Report
@@ -32,7 +32,7 @@ class Subject:
     report: Report
 
     def __post_init__(self) -> None:
-        self.layers = len(adapt(self.model, self.how.get("only")).layer_names)
+        self.layers = len(adapter_for(self.model, self.how.get("only")).layer_names)
         self.reads = read_by(self.model)
         self.input = INPUTS[self.reads]
         # spells what is written of sounds; an extractor of features alone spells nothing

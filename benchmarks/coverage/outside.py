@@ -1,0 +1,93 @@
+"""Classes of transformers whose attention is all outside its interface: a record, and a section of docs/coverage.md."""
+
+from __future__ import annotations
+
+import collections
+import datetime as dt
+import json
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = ROOT / "benchmarks" / "records" / "outside.json"
+BEGIN, END = "<!-- outside -->", "<!-- /outside -->"
+FOUND = ("served", "served in part", "refused", "wrong")
+
+Record = dict[str, Any]
+
+
+def is_one(record: Record) -> bool:
+    """Whether a record of the sweep is of such a class."""
+    return record.get("through") is False and record["status"] in FOUND
+
+
+def write(records: Sequence[Record]) -> list[Path]:
+    """The record, and its section."""
+    rows = [_row(r) for r in sorted(records, key=lambda r: str(r["class"])) if is_one(r)]
+    told = {
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "classes": rows,
+    }
+    RECORD.write_text(json.dumps(told, indent=1) + "\n")
+    page = ROOT / "docs" / "coverage.md"
+    text = page.read_text()
+    page.write_text(re.sub(rf"{BEGIN}.*?{END}", lambda _: section(), text, flags=re.DOTALL))
+    return [RECORD, page]
+
+
+def _row(record: Record) -> Record:
+    eager = record.get("eager", {})
+    said = record.get("reason", "")
+    reason = "; ".join(sorted(set(re.findall(r"\((\w+: [^()]*)\)", said)))) or said
+    return {
+        "class": record["class"],
+        "status": record["status"],
+        **({"layers": [eager["entered"], eager["layers"]]} if "layers" in eager else {}),
+        **{mode: x for mode in ("eager", "sdpa") if (x := _roundings(record, mode)) is not None},
+        **({"generate": x} if (x := record.get("generate", {}).get("roundings")) is not None else {}),
+        **({"reason": reason} if reason else {}),
+    }
+
+
+def _roundings(record: Record, mode: str) -> float | None:
+    found: float | None = record.get(mode, {}).get("through", {}).get("roundings")
+    return found
+
+
+def sentence() -> str:
+    """How many of them are served."""
+    rows = json.loads(RECORD.read_text())["classes"]
+    count = collections.Counter(row["status"] for row in rows)
+    served = (count["served"] + count["served in part"]) / len(rows)
+    return (
+        f"Of {len(rows)} more whose attention is all outside it, {count['served']} are served whole and "
+        f"{count['served in part']} in part ({served:.1%} together), {count['refused']} are refused with the reason "
+        f"and {count['wrong']} are wrong."
+    )
+
+
+def section() -> str:
+    """The part of docs/coverage.md, between its marks."""
+    told = json.loads(RECORD.read_text())
+    rows = told["classes"]
+    exact = sum(row.get("eager") == 0 for row in rows)
+    writes = [row["generate"] for row in rows if "generate" in row]
+    made = ", ".join(f"{k} {v}" for k, v in told["versions"].items())
+    lines = ["| class | status | layers | eager | sdpa | reason |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in rows:
+        layers = "{}/{}".format(*row["layers"]) if "layers" in row else ""
+        far = [f"{row[mode]:g}" if mode in row else "" for mode in ("eager", "sdpa")]
+        cells = (row["class"], row["status"], layers, *far, row.get("reason", "").replace("|", "/"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n\n".join([
+        BEGIN + "\n## Outside the interface",
+        f"{sentence()} They call torch's attention, or write it out: a product, a softmax, a product, which are "
+        f"followed ([vision.md](vision.md)). Measured as above on {told['date']} with {made}: {exact} equal eager "
+        f"attention bit for bit, and of {len(writes)} that generate {sum(x == 0 for x in writes)}; the others lie "
+        "within the budget.",
+        "\n".join(lines) + "\n" + END,
+    ])  # fmt: skip

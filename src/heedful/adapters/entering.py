@@ -1,0 +1,118 @@
+"""What stands in an attention module of a model that is not served through transformers' interface."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from heedful.adapters.bound import Bound
+from heedful.adapters.finding import MULTI_HEAD, SDPA
+from heedful.adapters.hooked import Standing
+from heedful.adapters.torch_masks import joined
+from heedful.adapters.written import Asked, Trail
+from heedful.core.errors import NotEntered
+
+
+class Answers(Protocol):
+    """What answers for the modules of one model."""
+
+    installed: bool
+
+    def same_thread(self, bound: Bound) -> None: ...
+
+    def kernel(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor: ...
+
+    def function(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+    def written(self, bound: Bound, asked: Asked | str) -> tuple[Tensor, Tensor | None] | None: ...
+
+
+@dataclass(eq=False)
+class Entrance(Standing):
+    """Stands for an attention module's `forward`: what that calls of torch's attention comes to the run."""
+
+    NAME = "forward"
+
+    server: Answers
+    bound: Bound
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.server.installed:  # somebody who wrapped this one while the run was there still calls it
+            return self.own(*args, **kwargs)
+        self.server.same_thread(self.bound)
+        if self.bound.written is None:
+            with _Inside(self.server, self.bound):
+                return self.own(*args, **kwargs)
+        with _Writing(self.server, self.bound) as writing:
+            return writing.put(self.own(*args, **kwargs))
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        kind: Any = type(self.module)
+        return inspect.signature(self.before or kind.forward.__get__(self.module))
+
+
+class _Inside(TorchFunctionMode):
+    """Leads torch's attention to a run. It is on inside one module alone, so that what runs again runs under it."""
+
+    def __init__(self, server: Answers, bound: Bound) -> None:
+        super().__init__()
+        self.server, self.bound = server, bound
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is SDPA:
+            return self.server.kernel(self.bound, args, kwargs)
+        if func is MULTI_HEAD:
+            return self.server.function(self.bound, args, kwargs)
+        if func is torch.cat:
+            self.bound.joint = joined(self.bound, args[0] if args else kwargs.get("tensors")) or self.bound.joint
+        return func(*args, **kwargs)
+
+
+class _Writing(_Inside):
+    """The same in a module that writes attention out: leads its product of weights and values to the run."""
+
+    def __init__(self, server: Answers, bound: Bound) -> None:
+        super().__init__(server, bound)
+        self.trail, self.edited = Trail(), False
+        self.pattern: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if (asked := self.trail.asked(func, args, kwargs)) is not None:
+            found = self.server.written(self.bound, asked)
+            if found is not None:
+                self.edited, (heads, self.pattern) = True, found
+                return heads
+        out = super().__torch_function__(func, types, args, kwargs)
+        self.trail.follow(func, args, kwargs, out)
+        return out
+
+    def put(self, output: Any) -> Any:
+        """What the module gives, with the run's weights for its own."""
+        if not self.edited:
+            return output
+        if self.trail.besides:
+            raise NotEntered(otherwise(self.bound, self.trail.besides))
+        if not self.trail.gives(output):
+            return output
+        if self.bound.written is False:
+            raise NotEntered(
+                f"{self.bound.name} ({self.bound.kind}) gives its weights, which it did not when heedful looked; give "
+                "inputs that show what it does: attach(..., inputs=...)"
+            )
+        return self.trail.put(self.pattern, output)
+
+
+def otherwise(bound: Bound, why: str) -> str:
+    """What is said of a module that does what it did not in the look."""
+    return (
+        f"{bound.name} ({bound.kind}) computes attention otherwise than when heedful looked: {why}; give inputs that "
+        "show what it does: attach(..., inputs=...)"
+    )
