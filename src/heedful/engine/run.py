@@ -121,7 +121,7 @@ class Run:
     def _add_parameters(self, adopted: int) -> None:
         if not any(type(m).parameters is not Method.parameters for m in self.stack.methods):
             return
-        requested = learned(self.stack, self._adapter.sizes(), len(self.layer_names))
+        requested = learned(self.stack, self._adapter.sizes())
         names = {(x.layer, x.full) for x in requested}
         carried = self._adapter.planted.carried()
         if lost := {(x.layer, x.full) for x in requested if x.part < adopted} - carried:
