@@ -166,7 +166,7 @@ def test_without_a_fit_and_what_cannot_be() -> None:
     ):
         run(**given)
     for batches in ([], [{"input_ids": torch.zeros(1, 3)}], [{"roles": {"others": SPANS}}]):
-        with pytest.raises(FieldError, match=r"AttenCraft\.batches = [01]: must be 1 or more, with roles"):
+        with pytest.raises(FieldError, match=r"AttenCraft\.batches = [01]: must be 1 or more, each with roles"):
             fit(AttenCraft(), models.tiny("bart"), batches)
     ids = torch.arange(3, 15)[None]
     unlike = [{"input_ids": ids, "decoder_input_ids": ids[:, :n], "roles": {"concepts": SPANS}} for n in (9, 12)]
