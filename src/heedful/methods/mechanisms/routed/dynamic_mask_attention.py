@@ -36,8 +36,8 @@ class DynamicMaskAttention(Method):
                 2024,
                 "2412.11834",
                 differs=(
-                    "What is added to the scores is the same. Of a text's keys the authors may mask a share, whoever "
-                    "asks; in their published models they mask none, as with `keep` at a text's length or above.",
+                    "What is added to the scores is the same. Of a text's keys the authors' code masks a share, whoever "
+                    "asks, and none unless told to, as with `keep` at a text's length or above.",
                     "Their layers of state-space duality and their experts are not part of it.",
                 ),
             ),
