@@ -36,7 +36,7 @@ class DynamicMaskAttention(Method):
                 2024,
                 "2412.11834",
                 differs=(
-                    "What is added to the scores is the same. Of a text's keys the authors' code masks a share, whoever "
+                    "What is added to the scores is the same. The authors' code masks a share of a text's keys, whoever "
                     "asks, and none unless told to, as with `keep` at a text's length or above.",
                     "Their layers of state-space duality and their experts are not part of it.",
                 ),
