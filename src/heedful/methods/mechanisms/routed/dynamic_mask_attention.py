@@ -36,8 +36,8 @@ class DynamicMaskAttention(Method):
                 2024,
                 "2412.11834",
                 differs=(
-                    "What is added to the scores is the same. The authors' code masks a share of a text's keys, whoever "
-                    "asks, and none unless told to, as with `keep` at a text's length or above.",
+                    "What is added to the scores is the same. The authors' code masks a share of a text's keys, if "
+                    "told to; this does as that without a share where `keep` is a text's length or more.",
                     "Their layers of state-space duality and their experts are not part of it.",
                 ),
             ),
