@@ -14,22 +14,24 @@ from heedful.authoring import Call, FieldError, Layer, Method, Paper, SiteError
 KERNELS = (3, 7, 15, 31)  # tokens by layer, the last for all further ones; the papers' models
 
 
+PAPER = Paper(
+    "P255",
+    "Pay Less Attention with Lightweight and Dynamic Convolutions",
+    "Felix Wu, Angela Fan, Alexei Baevski, Yann Dauphin, Michael Auli",
+    2019,
+    "1901.10430",
+    "ICLR 2019",
+    differs=(
+        "No weights of the kernels are dropped in training (the authors' DropConnect).",
+        "There are as many kernels as the layer has heads unless `heads` says otherwise; the authors have 16.",
+        "First weights come from a generator seeded by the layer's number and do not touch the global one.",
+    ),
+)
+
+
 class Convolution(Method, abstract=True):
     """A block of gated convolutions over the latest tokens, whose kernels channels share."""
 
-    paper = Paper(
-        "P255",
-        "Pay Less Attention with Lightweight and Dynamic Convolutions",
-        "Felix Wu, Angela Fan, Alexei Baevski, Yann Dauphin, Michael Auli",
-        2019,
-        "1901.10430",
-        "ICLR 2019",
-        differs=(
-            "No weights of the kernels are dropped in training (the authors' DropConnect).",
-            "There are as many kernels as the layer has heads unless `heads` says otherwise; the authors have 16.",
-            "First weights come from a generator seeded by the layer's number and do not touch the global one.",
-        ),
-    )
     kernels: tuple[int, ...] = KERNELS  # tokens by layer, the last for all further ones; the paper: 3, 7, 15, 31
     heads: int | None = None  # kernels that the channels share; None: the layer's heads; the paper: 16
 

@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 
 from heedful.authoring import Call, Layer, Site, at
 from heedful.methods.mechanisms.local._convolution import (
+    PAPER,
     Convolution,
     convolved,
     drawn,
@@ -17,6 +18,8 @@ from heedful.methods.mechanisms.local._convolution import (
 
 class DynamicConv(Convolution):
     """Dynamic convolution in place of attention: each token predicts its weights. For models trained with it."""
+
+    paper = PAPER
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(layer.number)

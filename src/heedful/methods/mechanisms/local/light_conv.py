@@ -7,6 +7,7 @@ from torch import Tensor
 
 from heedful.authoring import Call, Layer, Site, at
 from heedful.methods.mechanisms.local._convolution import (
+    PAPER,
     Convolution,
     convolved,
     drawn,
@@ -16,6 +17,8 @@ from heedful.methods.mechanisms.local._convolution import (
 
 class LightConv(Convolution):
     """Lightweight convolution in place of attention: the same weights at every token. For models trained with it."""
+
+    paper = PAPER
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(layer.number)
