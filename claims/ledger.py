@@ -9,6 +9,7 @@ python -m claims.ledger --judge  renews verdicts and words of stored effects aft
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import importlib
 import inspect
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from heedful.laboratory.differences import Difference
@@ -91,9 +93,6 @@ def hardware() -> str:
 def run(claim: Claim) -> Record:
     """Measure a claim seed by seed and write the record, beside and then renamed; stopped, it goes on with the next."""
     import torch
-    import transformers
-
-    import heedful
 
     path = _kept_at(claim)
     kept = _kept(path)
@@ -119,7 +118,7 @@ def run(claim: Claim) -> Record:
         spread=statistics.stdev(effects) if len(effects) > 1 else 0.0,
         verdict=verdict(effects, claim.strong),
         details=details, seconds=round(seconds, 1), date=time.strftime("%Y-%m-%d"),
-        versions={"heedful": heedful.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        versions=_versions(),
         hardware=hardware(),
     )  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
@@ -133,14 +132,36 @@ def run(claim: Claim) -> Record:
 
 def _kept_at(claim: Claim) -> Path:
     """Where the seeds of a claim are kept until all are measured, by all the code that may have a say in them."""
-    import torch
-
     import heedful
 
-    here, home = Path(__file__).parent, Path(heedful.__file__).parent
-    files = [Path(inspect.getfile(claim.measure)), *sorted(here.glob("_*.py")), *sorted(home.rglob("*.py"))]
-    code = hashlib.sha256(b"\0".join([torch.__version__.encode(), *(file.read_bytes() for file in files)]))
+    home = Path(heedful.__file__).parent
+    own = [file for file in home.rglob("*") if file.suffix in (".py", ".h", ".cpp")]
+    files = [*_sources(Path(inspect.getfile(claim.measure))), *sorted(own)]
+    told = [json.dumps(_versions()).encode(), *(file.read_bytes() for file in files)]
+    code = hashlib.sha256(b"\0".join(told))
     return KEPT / f"{claim.key}-{code.hexdigest()[:16]}.jsonl"
+
+
+def _sources(file: Path) -> list[Path]:
+    """The file, and those beside this package's that it imports anywhere, and these in turn."""
+    root, found, queue = Path(__file__).parents[1], set[Path](), [file]
+    while queue:
+        if (file := queue.pop()) in found:
+            continue
+        found.add(file)
+        names = set[str]()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names |= {f"{node.module}", *(f"{node.module}.{each.name}" for each in node.names)}
+            elif isinstance(node, ast.Import):
+                names |= {each.name for each in node.names}
+        paths = (root.joinpath(*name.split(".")).with_suffix(".py") for name in names)
+        queue += [path for path in paths if path.is_file() and path != Path(__file__)]
+    return sorted(found)
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("heedful", "torch", "transformers")}
 
 
 def _kept(path: Path) -> dict[int, tuple[float, dict[str, float], float]]:

@@ -68,11 +68,13 @@ def tried() -> str:
 
 
 def how_many() -> str:
-    """How many methods there are, and of how many papers."""
+    """How many methods there are, and whose formulas."""
     kinds = entries().values()
-    papers = {kind.paper.key for kind in kinds}
+    papers = {paper.key for kind in kinds for paper in kind.paper.every}
+    families = {family(kind) for kind in kinds}
     return (
-        f"There are {len(kinds)} methods, of {len(papers)} papers, in {len({family(kind) for kind in kinds})} families."
+        f"There are {len(kinds)} methods, of {len(papers)} papers, in {len(families)} families.\n"
+        "A paper counts once, whether it has several methods or shares one with another paper."
     )
 
 

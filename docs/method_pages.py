@@ -14,6 +14,7 @@ from heedful.catalogue import entries, family
 from heedful.cli.methods import sites
 from heedful.cli.show import comments
 from heedful.core.method import CatalogueEntry
+from heedful.core.paper import Paper
 
 CHOOSE = Path(__file__).parent / "choose"
 FAMILIES = {
@@ -64,8 +65,8 @@ def index() -> str:
         rows += ["| name | what it does | acts at | paper |", "|---|---|---|---|"]
         for method, kind in kinds.items():
             link = f"[{method}](methods/{name}.md#{method.lower()})"
-            paper = f"[{kind.paper.key}]({kind.paper.link})"
-            rows.append(f"| {link} | {what(kind)} | {sites(kind)} | {paper} |")
+            papers = " ".join(f"[{paper.key}]({paper.link})" for paper in kind.paper.every)
+            rows.append(f"| {link} | {what(kind)} | {sites(kind)} | {papers} |")
         rows.append("")
     return "\n".join(rows)
 
@@ -99,17 +100,25 @@ def settings(kind: type[CatalogueEntry]) -> list[str]:
     return ["| field | default | meaning |", "|---|---|---|", *rows, ""] if rows else ["It has no fields.\n"]
 
 
+def source(word: str, paper: Paper) -> list[str]:
+    """A paper, and what is unlike it."""
+    rows = [f"{word}: [{paper.title}]({paper.link}), {paper.venue or 'arXiv'}, {paper.year} (`{paper.key}`).\n"]
+    if paper.differs:
+        rows += ["Unlike the authors:\n", *(f"- {sentence}" for sentence in paper.differs), ""]
+    return rows
+
+
 def section(name: str, kind: type[CatalogueEntry], verdict: str) -> list[str]:
     """All about one method."""
-    module, paper = inspect.getmodule(kind), kind.paper
+    module = inspect.getmodule(kind)
     rows = [f"## {name}\n", inspect.cleandoc(kind.__doc__ or "") + "\n"]
     if module and module.__doc__:
         rows.append(f"```text\n{inspect.cleandoc(module.__doc__)}\n```\n")
     rows += [f"Acts at: {sites(kind)}.\n", *settings(kind)]
-    rows.append(f"Paper: [{paper.title}]({paper.link}), {paper.venue or 'arXiv'}, {paper.year} (`{paper.key}`).\n")
+    rows += source("Paper", kind.paper)
     rows.append(f"Claim: [{verdict}](../claims.md).\n" if verdict else "Claim: none measured.\n")
-    if paper.differs:
-        rows += ["Unlike the authors:\n", *(f"- {sentence}" for sentence in paper.differs), ""]
+    for paper in kind.paper.also:
+        rows += source("Another paper with the formula", paper)
     return rows
 
 

@@ -290,3 +290,8 @@ def uneven(gated: bool = False) -> PreTrainedModel:
         torch.nn.init.zeros_(gate.weight)
         torch.nn.init.constant_(gate.bias, math.log(math.e - 1))  # of which softplus makes 1
     return model
+
+
+def within(call: Call, layer: int, depth: int) -> Call:
+    """The call in a list of so many layers, which stands behind two others of the model and before one."""
+    return replace(call, layer=layer + 2, lowest=2, highest=depth + 1, depth=depth + 3)

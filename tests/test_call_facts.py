@@ -14,6 +14,8 @@ from transformers import DynamicCache, StaticCache
 from heedful import attach, edit, nn
 from heedful.adapters.cache_name import CACHE
 from heedful.adapters.layers import highest, lowest
+from heedful.api import _FitContext
+from heedful.conformance.tolerances import close_model
 from heedful.conformance.torch_model import TinyTorch
 from heedful.core.call import CachedKV, Call
 from heedful.core.errors import SiteError
@@ -22,6 +24,7 @@ from heedful.core.method import Method
 from heedful.core.positions import Positions
 from heedful.core.sites import Site, at, reads
 from heedful.kit.told import at_places, token_ids
+from heedful.methods import GlobalLocalCrossAttention, HistoGraph, LM4VisualEncoding
 from heedful.tiny import tiny, tiny_inputs
 
 from .samples import PAPER
@@ -312,6 +315,45 @@ def test_layers_follow_one_another_within_their_list() -> None:
     calls = [replace(call, highest=last) for call, last in zip(calls, highest(names), strict=True)]
     assert [call.ends_list for call in calls] == [False, True, False, False, True, True, False, True]
     assert [call.last_layer for call in calls] == [False] * 7 + [True]
+    lists = [range(2)] * 2 + [range(2, 5)] * 3 + [range(5, 6)] + [range(6, 8)] * 2
+    assert [call.listed for call in calls] == lists
+
+
+class Ends(Method):
+    paper = PAPER
+
+    @reads(Site.HEAD_OUTPUT)
+    def see(self, heads: Tensor, call: Call) -> None:
+        SEEN.append((call.layer, call.ends_list))
+
+
+def test_a_layer_is_told_what_ends_its_list_as_a_call_is() -> None:
+    for model in (tiny("llava"), tiny("bart"), TinyTorch()):
+        with attach(model, Ends()) as run:
+            run(**(tiny_inputs(model) if hasattr(model, "config") else {"input_ids": IDS}))
+            assert {size.number: size.ends_list for size in run._adapter.sizes()} == dict(SEEN)
+        if hasattr(model, "config"):
+            assert {size.number: size.ends_list for size in _FitContext(model, None).layers} == dict(SEEN)
+            assert [ends for _, ends in SEEN].count(True) == 2
+        SEEN.clear()
+    module = nn.Attention(8, 2, layer=1, depth=2)
+    assert [size.ends_list for size in module.run._adapter.sizes()] == [True]
+    assert not nn.Attention(8, 2, layer=0, depth=2).run._adapter.sizes()[0].ends_list
+
+
+@pytest.mark.parametrize("kind", [LM4VisualEncoding, HistoGraph, GlobalLocalCrossAttention])
+def test_what_stands_behind_an_encoder_stands_there_whatever_comes_behind(kind: type[Method]) -> None:
+    model = tiny("llava")
+    inputs, found = tiny_inputs(model), []
+    hook = model.model.vision_tower.register_forward_hook(lambda _, __, out: found.append(out.last_hidden_state))
+    model(**inputs)
+    for only in (None, ("model.vision_tower",)):
+        with attach(model, kind.example(), only=only) as run:
+            run(**inputs)
+    hook.remove()
+    plain, whole, alone = found
+    assert torch.equal(whole, alone)
+    assert not close_model(whole, plain)
 
 
 class Places(Method):

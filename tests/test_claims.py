@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,28 @@ def test_a_claim_that_was_stopped_goes_on_with_the_next_seed(tmp_path: Path, mon
     record = ledger.run(claim)
     assert asked[6:] == []
     assert record.seconds == 300.0, "what a seed took is kept with it"
-    code = tmp_path / "P1.py"
-    code.write_text("other code")
-    monkeypatch.setattr("inspect.getfile", lambda _: code)
-    assert ledger._kept_at(claim) != kept
+
+
+def test_seeds_are_kept_for_the_same_code_and_versions_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = {
+        "P1": "from claims import P2\n", "P2": "def later():\n    import claims._texts, torch\n", "P3": "",
+        "_texts": "from benchmarks.speed import timing\n", "_other": "",
+    }  # fmt: skip
+    files = {name: tmp_path / "claims" / f"{name}.py" for name in code}
+    files["timing"] = tmp_path / "benchmarks" / "speed" / "timing.py"
+    for file in files.values():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(code.get(file.stem, ""))
+    monkeypatch.setattr(ledger, "__file__", str(tmp_path / "claims" / "ledger.py"))
+    monkeypatch.setattr("inspect.getfile", lambda _: str(files["P1"]))
+    claim = Claim("P1", "M", "it works.", "none", "a model", "gain", lambda seed: (1.0, {}))
+    kept = ledger._kept_at(claim)
+    for name, file in files.items():
+        file.write_text(code.get(name, "") + "# changed")
+        assert (ledger._kept_at(claim) == kept) == (name in ("P3", "_other")), name
+        file.write_text(code.get(name, ""))
+    assert ledger._kept_at(claim) == kept
+    for package in ("torch", "transformers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger, "version", lambda name, other=package: "other" if name == other else version(name))
+            assert ledger._kept_at(claim) != kept

@@ -97,6 +97,16 @@ def test_cite_prints_bibtex_once() -> None:
     assert told("cite", "SinkWindow", "2309.17453").count("@article") == 1
 
 
+def test_another_paper_with_the_formula_is_found_shown_cited_and_counted() -> None:
+    assert told("show", "P261") == told("show", "DynamicMaskAttention")
+    text = told("show", "P018")
+    assert text.startswith("V2P ")
+    assert text.index("Visual Attention Calibration") < text.index("From Background Suppression")
+    assert told("cite", "P006", "V2P", "P018").count("@article") == 2
+    found = json.loads(told("methods", "From Background Suppression", "--json"))
+    assert [(one["name"], one["paper"], one["also"]) for one in found] == [("V2P", "P006", ["P018"])]
+
+
 def test_check_prints_every_law() -> None:
     text = told("check", "SinkWindow(1, 4)")
     assert "tokens come to the same" not in text

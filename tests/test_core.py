@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -23,6 +24,8 @@ from heedful.core.sites import reads
 from heedful.core.stats import Sum
 
 from .samples import PAPER, Narrow, Scale, Shares, Zero
+
+OTHER = Paper("k2", "Another One", "Bo Other", 2020, "2001.00001")
 
 
 class Mixer(Method):
@@ -129,6 +132,9 @@ def test_stacks_hold_methods_only() -> None:
         (lambda: Paper("k", "", "a", 2020), "Paper.title = ''"),
         (lambda: Paper("k", "t", "a", 20), "Paper.year = 20: must be a year"),
         (lambda: Paper("k", "t", "a", 2020, differs="no"), "must be a tuple of sentences"),  # type: ignore[arg-type]
+        (lambda: Paper("k", "t", "a", 2020, also=OTHER), "must be a tuple of papers that name no others"),  # type: ignore[arg-type]
+        (lambda: Paper("k", "t", "a", 2020, also=("k2",)), "must be a tuple of papers"),  # type: ignore[arg-type]
+        (lambda: Paper("k", "t", "a", 2020, also=(replace(OTHER, also=(OTHER,)),)), "that name no others"),
         (lambda: Prompt((1, 2), {"a": ((0, 3),)}), "a span lies within the 2 tokens"),
         (lambda: Prompt((1, 2)).spans("a"), "has no spans named 'a'"),
         (lambda: Prompt((1, 2)).only((1, 0)), "must be numbers of some of the 2 tokens, in their order"),
@@ -166,6 +172,18 @@ def test_bibtex_is_made_of_the_paper() -> None:
     assert text.startswith("@article{tester2025some,")
     assert "author = {Ada B. Tester and Bo Other}" in text
     assert "url = {https://arxiv.org/abs/2501.00001}" in text
+
+
+def test_a_stack_cites_all_papers_whose_formula_it_is() -> None:
+    class Shared(Method):
+        paper = Paper("k", "Mine", "Ada Tester", 2021, also=(OTHER,))
+
+        @at(Site.SCORES)
+        def scale(self, scores: Tensor, call: Call) -> Tensor:
+            return scores
+
+    assert Shared.paper.every == (Shared.paper, OTHER)
+    assert Stack((Shared(), Shared())).cite() == f"{Shared.paper.bibtex()}\n\n{OTHER.bibtex()}"
 
 
 ranges = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=4).map(tuple)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from docs import generate, method_pages
 from heedful.catalogue import entries, entry_from, family
 from heedful.core.errors import HeedfulError
 
@@ -68,6 +69,18 @@ def test_generated_parts_are_up_to_date() -> None:
         [sys.executable, "docs/generate.py", "--check"], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert told.returncode == 0, told.stderr
+
+
+def test_another_paper_with_the_formula_is_on_the_pages_and_counts() -> None:
+    kind = entries()["V2P"]
+    (other,) = kind.paper.also
+    text = "\n".join(method_pages.section("V2P", kind, "holds"))
+    assert f"Another paper with the formula: [{other.title}]({other.link})" in text
+    assert all(sentence in text for paper in kind.paper.every for sentence in paper.differs)
+    assert f"[{kind.paper.key}]({kind.paper.link}) [{other.key}]({other.link}) |" in method_pages.index()
+    keys = {paper.key for kind in entries().values() for paper in kind.paper.every}
+    assert {"P018", "P261"} < keys
+    assert f"methods, of {len(keys)} papers" in generate.how_many()
 
 
 def test_the_readme_runs_and_prints_what_it_says(tmp_path: Path) -> None:

@@ -23,12 +23,10 @@ from .samples import PAPER, Scale
 IDS = torch.arange(3, 27).view(2, 12)
 MODEL = tiny("llama", num_hidden_layers=3)
 SITES = [s for s in Site if s not in (Site.MASK, Site.NORMALISE, Site.MIX, Site.CACHE)]
-REFUSED = ("LM4VisualEncoding",)  # in causal models
 SOMETIMES = sorted(  # what merges tokens is refused where a cache is read into, as here
     name
     for name, kind in catalogue.entries().items()
     if issubclass(kind, Method) and kind.idle is not Method.idle and not any(edit.merges for edit in kind.edits)
-    if name not in REFUSED
 )
 pytestmark = pytest.mark.filterwarnings("ignore:this run changed nothing")
 

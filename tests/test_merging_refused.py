@@ -18,6 +18,7 @@ from heedful.core.call import Call, Merged
 from heedful.core.errors import ClashError, DefinitionError, RefusedModel, SiteError
 from heedful.core.method import Method
 from heedful.core.sites import Site, at
+from heedful.methods import TempScale, ToMe
 
 from .merging_by_hand import SIXTEEN, Sends, To, blocks, image_model
 from .samples import PAPER, Narrow, Shares
@@ -70,6 +71,30 @@ def test_backbones_that_make_maps_of_inner_streams() -> None:
     timm = library("timm").create_model("vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), **SMALL)
     with pytest.raises(RefusedModel, match=r"maps of the streams behind its layers \[0, 1\]"):
         attach(timm.eval(), Sends(to, 0), inputs=PICTURES)
+
+
+def test_inner_streams_that_timm_is_asked_for() -> None:
+    model = library("timm").create_model("vit_tiny_patch16_224", **SMALL).eval()
+    with torch.no_grad():
+        plain = model.forward_intermediates(PICTURES)[1]
+        with attach(model, ToMe(8), inputs=PICTURES) as run:
+            for wanted in (None, 2, [0], (0, 1), [-2, -1]):
+                with pytest.raises(RefusedModel, match=r"VisionTransformer makes maps of the streams behind its layer"):
+                    model.forward_intermediates(PICTURES, wanted)
+                with pytest.raises(RefusedModel, match=r"let it give that of the last alone, \[1\]"):
+                    model.forward_intermediates(PICTURES, indices=wanted, norm=True)
+            for wanted in (1, [1], (-1,)):
+                (found,) = model.forward_intermediates(PICTURES, wanted, intermediates_only=True)
+                assert found.shape == plain[1].shape
+                assert not torch.equal(found, plain[1])
+            assert run(PICTURES).shape == (2, 5)
+        for found, want in zip(model.forward_intermediates(PICTURES)[1], plain, strict=True):
+            assert torch.equal(found, want)
+    with attach(model, TempScale(0.5), inputs=PICTURES):
+        assert len(model.forward_intermediates(PICTURES)[1]) == 2
+    last = library("timm").create_model("vit_tiny_patch16_224", features_only=True, out_indices=(1,), **SMALL).eval()
+    with torch.no_grad(), attach(last, ToMe(8), inputs=PICTURES) as run:
+        assert run(PICTURES)[0].shape == plain[1].shape
 
 
 def test_a_list_that_ends_with_a_layer_of_before() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.mutants import __main__ as tool
-from benchmarks.mutants import changes
+from benchmarks.mutants import changes, page
 from benchmarks.mutants.page import BAR, EQUIVALENT, RECORD, ROOT
 
 TOY = '''
@@ -134,6 +134,19 @@ def test_silence_is_seen(tmp_path: Path) -> None:
     )
     found = json.loads(done.stdout)
     assert [name for name, survives in found.items() if survives] == ["", "Toy.size: abs(x) -> x"]
+
+
+def test_the_page_leaves_out_files_that_have_nothing_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"a": (10, 10), "_b": (0, 0), "c": (10, 9), "d": (0, 0)}
+    record = {
+        name: {"state": "", "made": made, "caught": caught, "survivors": [{"line": 3, "change": "x"}] * (made - caught)}
+        for name, (made, caught) in rows.items()
+    }
+    monkeypatch.setattr(page, "RECORD", tmp_path / "mutants.json")
+    page.RECORD.write_text(json.dumps(record))
+    told = page.page()
+    assert "19 of 20 changes in 2 files were caught, and 2 have nothing to change; below 95%: c." in told
+    assert [line.split(" | ")[0] for line in told.splitlines() if " of " in line and "|" in line] == ["| a", "| c"]
 
 
 def test_the_record_has_every_file_above_the_bar() -> None:

@@ -121,11 +121,11 @@ def test_what_checkpointing_computes_again_counts_once(reentrant: bool) -> None:
     with attach(checkpointed(), Ones()) as run:
         run(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
         assert [float(s.value) for s in run[Ones()].values()] == [1.0, 1.0]
+    if reentrant:
+        with pytest.raises(SiteError, match="use_reentrant=False"), attach(checkpointed(), Sharpness()) as run:
+            run(input_ids=IDS, labels=IDS, use_cache=False)
+        return
     with attach(checkpointed(), Sharpness()) as run:
-        if reentrant:
-            with pytest.raises(SiteError, match="use_reentrant=False"):
-                run(input_ids=IDS, labels=IDS, use_cache=False)
-            return
         loss = run(input_ids=IDS, labels=IDS, use_cache=False).loss
         before = run.loss().item()
         loss.backward()
@@ -148,7 +148,7 @@ def test_a_penalty_is_one_number() -> None:
         def all_of_it(self, heads: Tensor, call: Call) -> Tensor:
             return heads
 
-    with attach(models.tiny("llama"), Wrong()) as run, pytest.raises(DefinitionError, match="without axes"):
+    with pytest.raises(DefinitionError, match="without axes"), attach(models.tiny("llama"), Wrong()) as run:
         run(input_ids=IDS)
 
 

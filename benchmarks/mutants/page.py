@@ -27,8 +27,10 @@ class Row(TypedDict):
 
 
 def page() -> str:
-    """Per file caught and made, and the survivors by line."""
-    record: dict[str, Row] = json.loads(RECORD.read_text())
+    """Per file that has something to change, caught and made, and the survivors by line."""
+    every: dict[str, Row] = json.loads(RECORD.read_text())
+    record = {name: row for name, row in every.items() if row["made"]}
+    bare = len(every) - len(record)
     made, caught = (sum(row[key] for row in record.values()) for key in ("made", "caught"))  # type: ignore[literal-required]
     below = [name for name, row in record.items() if row["caught"] < BAR * row["made"]]
     equal = sum(map(len, json.loads(EQUIVALENT.read_text()).values()))
@@ -37,7 +39,7 @@ def page() -> str:
         "`make mutants` changes one sign, axis, constant, comparison, norm or reduction of a file of `methods/` or of "
         "`explaining/` at a time and asks that file's own tests and the laws; of what several share, in `kit/`, in "
         "`_*.py` beside methods or beside the verbs in `explaining/`, its tests and those of all that use it. "
-        f"{caught} of {made} changes in {len(record)} files were caught; "
+        f"{caught} of {made} changes in {len(record)} files were caught, and {bare} have nothing to change; "
         + (f"below {BAR:.0%}: {', '.join(below)}. " if below else f"no file is below {BAR:.0%}. ")
         + f"{equal} changes that no test could tell from the original are left out, with the reason, in "
         "`benchmarks/mutants/equivalent.json`.\n",

@@ -46,7 +46,8 @@ def entries() -> dict[str, type[CatalogueEntry]]:
 def find(name: str) -> type[CatalogueEntry]:
     """The class of that name, whatever its case; an error with near names otherwise."""
     known = entries()
-    by_lower = {k.lower(): v for k, v in known.items()} | {v.paper.key.lower(): v for v in known.values()}
+    by_lower = {k.lower(): v for k, v in known.items()}
+    by_lower |= {paper.key.lower(): v for v in known.values() for paper in v.paper.every}
     requested = by_lower.get(name.lower().replace("_", "").replace("-", ""))
     if requested is None:
         raise CatalogueError(
@@ -150,7 +151,8 @@ def search(word: str = "") -> list[type[CatalogueEntry]]:
 
 def _about(kind: type[CatalogueEntry]) -> str:
     home = room(kind).replace("/", " ") or family(kind)
-    return f"{home} {kind.__doc__} {kind.paper.title} {kind.paper.key} {kind.paper.authors}"
+    papers = " ".join(f"{paper.title} {paper.key} {paper.authors}" for paper in kind.paper.every)
+    return f"{home} {kind.__doc__} {papers}"
 
 
 def _spelled(text: str) -> str:

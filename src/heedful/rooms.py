@@ -6,9 +6,7 @@ import ast
 from pathlib import Path
 
 HOME = Path(__file__).parent / "methods"
-WAITING = {  # rooms that are built with their first method
-    "mechanisms/crosslayer": "What layers share, or hand on to one another.",
-}
+WAITING: dict[str, str] = {}  # rooms that are built with their first method
 
 
 def rooms(home: Path = HOME) -> dict[str, str]:

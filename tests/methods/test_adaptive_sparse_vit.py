@@ -117,6 +117,17 @@ def training_loss(model: Any, inputs: dict[str, Tensor], thresholds: dict[int, T
     return torch.nn.functional.cross_entropy(torch.stack(logits), LABELS) + 2 * (share - budget) ** 2
 
 
+def test_what_patches_cost_is_told_where_an_encoder_ends_whatever_comes_behind() -> None:
+    model = models.tiny("llava").train()
+    inputs, method, found = models.tiny_inputs(model), AdaptiveSparseViT((0,), start=0.9), []
+    for what, only in ((method.on(layers=(0, 1)), None), (method, ("model.vision_tower",))):
+        with attach(model, what, only=only) as run:
+            run(**inputs)
+            found.append(run.loss())
+    assert torch.equal(*found)
+    assert bool(found[0])
+
+
 @pytest.mark.parametrize("budget", [0.6, 0.9])
 def test_a_step_of_training(budget: float) -> None:
     model, inputs = image_model()

@@ -155,18 +155,18 @@ def test_without_a_fit_and_what_cannot_be() -> None:
         )
         assert close_model(run.loss(), (wanted / 6).float())
     with (
-        attach(model, AttenCraft(), roles=roles, inputs=given) as run,
         pytest.raises(FieldError, match="are not there yet: fit to the pictures, or give seed"),
+        attach(model, AttenCraft(), roles=roles, inputs=given) as run,
     ):
         run(**given)
     other = AttenCraft(masks=Fitted({"masks": torch.zeros(2, 2, PLACES, dtype=torch.bool)}))
     with (
-        attach(model, other, roles=roles, inputs=given) as run,
         pytest.raises(FieldError, match=r"is of other pictures: \[b c n\] is \[2, 2, 12\], and here \[2, 3, 12\]"),
+        attach(model, other, roles=roles, inputs=given) as run,
     ):
         run(**given)
     for batches in ([], [{"input_ids": torch.zeros(1, 3)}], [{"roles": {"others": SPANS}}]):
-        with pytest.raises(FieldError, match=r"AttenCraft\.batches = [01]: must be 1 or more, with roles"):
+        with pytest.raises(FieldError, match=r"AttenCraft\.batches = [01]: must be 1 or more, each with roles"):
             fit(AttenCraft(), models.tiny("bart"), batches)
     ids = torch.arange(3, 15)[None]
     unlike = [{"input_ids": ids, "decoder_input_ids": ids[:, :n], "roles": {"concepts": SPANS}} for n in (9, 12)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heedful import attach, models
 from heedful.conformance.tolerances import close
-from heedful.core.errors import FieldError, StatisticError
+from heedful.core.errors import FieldError, InactiveWarning, StatisticError
 from heedful.methods.intervene.diffusion.disen_diff import DisenDiff
 
 from .painter import GRID, PLACES, Painter, check_loss, inputs, maps, smoothed
@@ -78,7 +78,6 @@ def test_texts_that_name_no_thing_are_left_out() -> None:
     for roles, want in (
         ([mine, none], _loss(mean[:1], ("first", "second"), False)),
         ([none | {"first": ((0, 2),)}, none], alone),
-        ([none, none], torch.zeros(())),
     ):
         with attach(model, DisenDiff(weight=1.0), roles=roles, inputs=given) as run:
             run(**given)
@@ -101,12 +100,27 @@ def test_a_word_that_is_not_there_has_no_map() -> None:
 
 def test_where_nothing_attends_to_words_the_loss_says_so() -> None:
     model = models.tiny("llama")
-    with attach(model, DisenDiff()) as run:
+    told = pytest.warns(InactiveWarning, match=r"changed nothing with DisenDiff\(.*\) at PATTERN, which was idle")
+    with told, attach(model, DisenDiff()) as run:
         with pytest.raises(StatisticError, match="has penalised nothing yet: run the model first"):
             run.loss()
         run(input_ids=torch.arange(3, 9)[None])
         with pytest.raises(StatisticError, match="penalised nothing in the last forward: it rests there, or no layer"):
             run.loss()
+
+
+def test_where_no_text_names_a_thing_the_run_says_so() -> None:
+    model, given, nowhere = Painter(), inputs(), {"first": (), "second": ()}
+    told = pytest.warns(InactiveWarning, match=r"changed nothing with DisenDiff\(.*\) at PATTERN: its penalty is 0")
+    with told, attach(model, DisenDiff(), roles=nowhere, inputs=given) as run:
+        run(**given)
+        assert float(run.loss()) == 0
+        assert not run.active
+    with attach(model, DisenDiff(), roles=nowhere, inputs=given) as run:
+        run(**given)
+        run.roles = ROLES
+        run(**given)
+        assert run.active
 
 
 def test_errors() -> None:

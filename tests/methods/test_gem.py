@@ -17,6 +17,7 @@ from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Phase
 from heedful.core.errors import FieldError, SiteError
+from heedful.kit.written import map_of
 from heedful.methods import GEM
 
 HEADS = 4
@@ -148,12 +149,11 @@ def test_a_projection_without_a_bias_adds_none() -> None:
 
 
 def test_random_projections_are_the_seeds_own() -> None:
-    heads = torch.zeros(1, 3, 5, 4)
     for seed, layer in ((3, 2), (0, 1)):
         wanted = torch.randn(12, 3, 4, generator=torch.Generator().manual_seed(4099 * seed + layer))
-        maps, bias = GEM(seed=seed)._maps(layer, heads)
+        maps, bias = map_of(GEM(seed=seed), layer, 3, 4)
         assert torch.equal(maps, wanted)
-        assert bias == 0
+        assert bias.tolist() == [0.0] * 12
     assert GEM.example() == GEM(last=1, seed=0)
     assert (GEM().last, GEM().iterations, GEM().temperature, GEM().of) == (6, 1, None, ("query", "key", "value"))
 

@@ -57,12 +57,14 @@ def test_the_foremost_patches_ask_all(share: float, count: int) -> None:
     call, _ = image_call(method, (2, 3), 1, 2, E)
     p, maps, x = _drawn()
     leaves = [leaf.requires_grad_() for leaf in (x, *p.values())]
-    for layer, weights in enumerate(maps):
-        method.roll(weights, replace(call, layer=layer, depth=2))
+    call = replace(call, lowest=1, depth=4, highest=2)
+    method.roll(maps[0], replace(call, layer=0, lowest=0))  # of another list of layers
+    for layer, weights in enumerate(maps, 1):
+        method.roll(weights, replace(call, layer=layer))
     ranks = [_rank([m[b] for m in maps]) for b in range(2)]
-    assert close(call.state.forward["rolled 1"][:, 0], torch.tensor(ranks, dtype=torch.float64))
-    assert method.add(x, replace(call, layer=0, depth=2)) is x
-    found = method.add(x, replace(call, layer=1, depth=2, params=p))
+    assert close(call.state.forward["rolled 2"][:, 0], torch.tensor(ranks, dtype=torch.float64))
+    assert method.add(x, replace(call, layer=1)) is x
+    found = method.add(x, replace(call, layer=2, params=p))
     wanted = torch.stack([_by_hand(x[b], ranks[b], count, p) for b in range(2)])
     assert close(found, wanted)
     losses = [(y - 1).square().mean() for y in (found, wanted)]
@@ -85,7 +87,7 @@ def test_a_model_is_read_in_all_layers_and_learns() -> None:
 
 
 def test_what_it_starts_with() -> None:
-    layer = Layer(number=1, heads=4, kv_heads=2, head_dim=5, value_dim=6, width=20, depth=2)
+    layer = Layer(number=1, heads=4, kv_heads=2, head_dim=5, value_dim=6, width=20, highest=1)
     before = torch.get_rng_state()
     found, again = (GlobalLocalCrossAttention().parameters(layer) for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
@@ -94,15 +96,15 @@ def test_what_it_starts_with() -> None:
         assert found[name].shape == shape
         assert found[f"{name}_bias"].shape == shape[:1]
     assert len(found) == 2 * len(shapes)
-    other = GlobalLocalCrossAttention().parameters(replace(layer, number=0, depth=1))
+    other = GlobalLocalCrossAttention().parameters(replace(layer, number=0, highest=0))
     for name, x in found.items():
         assert torch.equal(x, again[name])
         assert torch.equal(x, other[name]) == name.startswith(("first", "second"))
     for name in ("first", "second"):
         assert found[name].tolist() == [1.0] * 20
         assert found[f"{name}_bias"].tolist() == [0.0] * 20
-    for depth in (1, 3):  # the last layer alone has any
-        assert GlobalLocalCrossAttention().parameters(replace(layer, depth=depth)) == {}
+    for highest in (0, 2):  # the last layer alone has any
+        assert GlobalLocalCrossAttention().parameters(replace(layer, highest=highest)) == {}
 
 
 def test_where_it_rests_and_what_cannot_be() -> None:

@@ -12,6 +12,7 @@ from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.methods import HierarchicalChunks
+from tests.samples import within
 
 N = 19
 
@@ -28,8 +29,8 @@ def sees(i: int, j: int, chunk: int, meet: bool, pad: int = 0) -> bool:
 @pytest.mark.parametrize("chunk", [1, 4, 19])
 @pytest.mark.parametrize(("layer", "meet"), [(0, False), (2, False), (3, True), (4, True)])
 def test_chunks_see_themselves_and_first_tokens_meet_late(chunk: int, layer: int, meet: bool) -> None:
-    bare = Bare(Shape(b=1, q=N, k=N), rules=(), depth=5)
-    call = replace(bare.call, layer=layer)
+    bare = Bare(Shape(b=1, q=N, k=N), rules=())
+    call = within(bare.call, layer, 5)
     keep = HierarchicalChunks(chunk, 2).part(call.mask, call).keeps(call.tile(slice(0, N), slice(0, N)).pairs)
     assert keep is not None
     want = torch.tensor([[sees(i, j, chunk, meet) for j in range(N)] for i in range(N)])

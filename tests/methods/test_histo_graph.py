@@ -48,7 +48,8 @@ def test_a_patch_asks_what_it_was() -> None:
     p = {name: (x + torch.randn(x.shape, generator=draw) / 4).double() for name, x in params.items()}
     states = [first, *(torch.randn(first.shape, generator=draw, dtype=torch.float64) for _ in range(3))]
     leaves = [x.requires_grad_() for x in (*states, *p.values())]
-    method.begin(states[0], call := replace(call, depth=3))
+    method.begin(states[0], call := replace(call, depth=4, highest=2))
+    method.begin(states[1], replace(call, lowest=3))  # of another list of layers
     for layer in range(2):
         assert method.read_out(states[layer + 1], replace(call, layer=layer)) is states[layer + 1]
     found = method.read_out(states[3], replace(call, layer=2, params=p))
@@ -78,7 +79,7 @@ def test_a_model_is_read_behind_its_last_layer_and_learns() -> None:
 
 
 def test_what_it_starts_with() -> None:
-    layer = Layer(number=1, heads=4, kv_heads=2, head_dim=5, value_dim=6, width=20, depth=2)
+    layer = Layer(number=1, heads=4, kv_heads=2, head_dim=5, value_dim=6, width=20, highest=1)
     before = torch.get_rng_state()
     found, again = (HistoGraph().parameters(layer) for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
@@ -87,14 +88,14 @@ def test_what_it_starts_with() -> None:
         "nodes_bias": (60,), "nodes_out": (20, 20), "nodes_out_bias": (20,), "norm": (20,), "norm_bias": (20,),
     }  # fmt: skip
     assert {name: tuple(x.shape) for name, x in found.items()} == shapes
-    other = HistoGraph().parameters(replace(layer, number=0, depth=1))
+    other = HistoGraph().parameters(replace(layer, number=0, highest=0))
     for name, x in found.items():
         assert torch.equal(x, again[name])
         assert torch.equal(x, other[name]) == name.startswith("norm")
     assert found["norm"].tolist() == [1.0] * 20
     assert found["norm_bias"].tolist() == [0.0] * 20
-    for depth in (1, 3):  # the last layer alone has any
-        assert HistoGraph().parameters(replace(layer, depth=depth)) == {}
+    for highest in (0, 2):  # the last layer alone has any
+        assert HistoGraph().parameters(replace(layer, highest=highest)) == {}
 
 
 def test_where_it_rests() -> None:

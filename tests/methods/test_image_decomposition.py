@@ -17,6 +17,7 @@ from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Phase
 from heedful.core.errors import FieldError
 from heedful.core.method import Readings
+from heedful.kit.written import map_of
 from heedful.methods import ImageDecomposition
 from heedful.methods.explain.image_decomposition import Contributions
 
@@ -164,7 +165,7 @@ def test_numbers_and_random_projections() -> None:
     assert ImageDecomposition.example() == ImageDecomposition(seed=0)
     for seed, layer in ((3, 2), (0, 1)):
         wanted = torch.randn(12, 3, 4, generator=torch.Generator().manual_seed(4099 * seed + layer))
-        assert torch.equal(ImageDecomposition(seed=seed)._maps(layer, 3, 4), wanted)
+        assert torch.equal(map_of(ImageDecomposition(seed=seed), layer, 3, 4)[0], wanted)
 
 
 def test_errors() -> None:

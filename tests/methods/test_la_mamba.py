@@ -177,3 +177,6 @@ def test_what_cannot_be() -> None:
         method.scan(x, replace(call, hidden=None))
     with pytest.raises(SiteError, match="layer 0: acts on rows and columns of patches that all see one another"):
         method.scan(x, replace(call, hidden=x, mask=Mask((Causal(),))))
+    text = models.tiny("llama")
+    with pytest.raises(SiteError, match="layer 0: acts on rows and columns of patches"), attach(text, method) as run:
+        run(**models.tiny_inputs(text))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from heedful.core.errors import SiteError
 from heedful.methods import LightningAttention
 from heedful.methods.mechanisms.linear.lightning_attention import slopes
 from tests.methods.linear import PADDED, drawn
+from tests.samples import within
 
 SLOPES = {4: [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8], 6: [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]}
 
@@ -38,7 +38,7 @@ def test_it_is_a_state_that_fades(padded: bool, layer: int, depth: int) -> None:
     for heads, groups in ((4, 2), (6, 6)):
         bare, call = drawn(causal=True, padded=padded, shape=Shape(h=heads, g=groups, dv=6))
         leaves = [x.requires_grad_(True) for x in (bare.q, bare.k, bare.v)]
-        found = LightningAttention().attend(tuple(leaves), replace(call, layer=layer, depth=depth))
+        found = LightningAttention().attend(tuple(leaves), within(call, layer, depth))
         rates = [s * (1 - layer / max(depth - 1, 1) + 1e-5) for s in SLOPES[heads]]
         text = PADDED if padded else PADDED | True
         for b in range(2):

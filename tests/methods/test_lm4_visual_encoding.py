@@ -14,7 +14,7 @@ from heedful.authoring import Causal, Fitted, Layer, Mask
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call
-from heedful.core.errors import FieldError, SiteError
+from heedful.core.errors import FieldError
 from heedful.methods import LM4VisualEncoding
 
 N, E, INNER, D, HEADS, KV = 5, 6, 12, 4, 4, 2
@@ -116,10 +116,10 @@ def test_a_model_is_served_behind_its_last_layer_and_the_maps_learn() -> None:
 
 
 def test_what_it_starts_with_and_where_it_acts() -> None:
-    layer = Layer(number=2, heads=4, kv_heads=2, head_dim=5, value_dim=6, width=40, depth=3)
+    layer = Layer(number=2, heads=4, kv_heads=2, head_dim=5, value_dim=6, width=40, highest=2)
     found, again = (LM4VisualEncoding.example().parameters(layer) for _ in range(2))
     assert {name: tuple(x.shape) for name, x in found.items()} == {"in": (12, 40), "out": (40, 12)}
-    other = LM4VisualEncoding.example().parameters(replace(layer, number=0, depth=1))
+    other = LM4VisualEncoding.example().parameters(replace(layer, number=0, highest=0))
     for name, x in found.items():
         assert torch.equal(x, again[name])
         assert not torch.equal(x, other[name])
@@ -127,13 +127,13 @@ def test_what_it_starts_with_and_where_it_acts() -> None:
     call, _ = case()
     assert not LM4VisualEncoding.example().idle(call)
     assert LM4VisualEncoding.example().idle(replace(call, depth=2))
+    assert not LM4VisualEncoding.example().idle(replace(call, depth=2, highest=0))
+    for other in (replace(call, mask=Mask((Causal(),))), replace(call, cross=True)):
+        assert LM4VisualEncoding.example().idle(other)
 
 
 def test_what_cannot_be() -> None:
     call, x = case()
-    for wrong in (replace(call, mask=Mask((Causal(),))), replace(call, cross=True)):
-        with pytest.raises(SiteError, match="layer 0: a block behind an encoder is for layers whose tokens all see"):
-            method().encode(x, wrong)
     assert LM4VisualEncoding() == LM4VisualEncoding(None, 64, 1e-5)
     with pytest.raises(
         FieldError, match=r"block = None: is not there yet: take one from a language model; .*layers\[-1\]"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -14,6 +13,7 @@ from heedful.adapters.cache_name import CACHE
 from heedful.core.errors import FieldError
 from heedful.methods.sparse.cache.pyramid_kv import PyramidKV
 from heedful.tiny import tiny
+from tests.samples import within
 
 from .test_snap_kv import N, by_hand, call_of, draw
 
@@ -54,7 +54,7 @@ def test_votes_fill_each_layers_room(layer: int) -> None:
     method, pad = PyramidKV(7, 3, 3, beta=2), torch.tensor([0, 5])
     query, key = draw(4, 0), draw(2, 1)
     entries, call = call_of(query, key, pad)
-    kept = method.snap(entries, replace(call, layer=layer, depth=3))
+    kept = method.snap(entries, within(call, layer, 3))
     for b, start in enumerate(pad.tolist()):
         most = budgets(7, 3, 2, 3, N - start)[layer]
         for g in range(2):

@@ -1,4 +1,4 @@
-"""Sentinel against dense maps and a logistic regression's conditions of optimality."""
+"""Sentinel against dense maps, and a regression on what the sentences get."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from heedful import Prompt, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
+from heedful.kit.regression import logistic
 from heedful.methods import Sentinel
-from heedful.methods.sparse.tokens.sentinel import _EachHead, _regression
+from heedful.methods.sparse.tokens.sentinel import _EachHead
 
 SPANS = ((2, 5), (5, 11), (12, 14), (14, 19), (19, 20))
 
@@ -81,23 +82,6 @@ def test_the_bias_and_the_scores_of_a_probe() -> None:
     assert method.scores(torch.tensor([[3.0, 9.0], [1.0, 0.0]])).tolist() == [1.5, 0.5]
 
 
-def test_a_regression_is_where_its_gradient_is_zero() -> None:
-    random = torch.Generator().manual_seed(2)
-    x = 3 * torch.randn(40, 5, generator=random, dtype=torch.float64) + 1
-    x[:, 1] /= 100
-    x[:, 4] = 7.0  # tells nothing, and does not vary
-    y = (x[:, 0] + torch.randn(40, generator=random) > 1).double()
-    found = {name: t.double() for name, t in _regression(x, y).items()}
-    assert close_model(found["mean"].float(), x.mean(0).float())
-    spread = ((x - x.mean(0)).square().mean(0)).sqrt()
-    assert close_model(found["deviation"].float(), torch.where(spread > 0, spread, 1.0).float())
-    z = (x - found["mean"]) / found["deviation"]
-    off = y - 1 / (1 + (-(z @ found["weight"] + found["bias"])).exp())
-    assert close_model(found["weight"].float(), (z.mT @ off).float())  # half the squared length has itself as gradient
-    assert abs(float(off.sum())) < 1e-4
-    assert float(found["weight"][0]) > 0.5
-
-
 def test_a_fit_reads_the_sentences_of_each_text(model: Any) -> None:
     texts = [prompt(seed) for seed in range(4)]
     labels = [[1, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 1], [0, 0, 0, 1, 0]]
@@ -106,7 +90,7 @@ def test_a_fit_reads_the_sentences_of_each_text(model: Any) -> None:
         for p, label in zip(texts, labels, strict=True)
     ]
     method = heedful.fit(Sentinel(), model, batches)
-    wanted = _regression(torch.cat([by_hand(model, p) for p in texts]), torch.tensor(labels).flatten().float())
+    wanted = logistic(torch.cat([by_hand(model, p) for p in texts]), torch.tensor(labels).flatten().float())
     assert method.probe is not None
     assert set(method.probe) == set(wanted)
     for name, tensor in wanted.items():

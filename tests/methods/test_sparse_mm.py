@@ -47,6 +47,15 @@ def test_heads_have_room_by_their_scores(floor: float, layer: int, budget: int, 
             assert kept[b, head].nonzero().flatten().tolist() == wanted
 
 
+def test_layers_behind_its_list_are_none_of_its_model() -> None:
+    entries, call = call_of(draw(8, 0), draw(4, 1))
+    call = replace(call, layer=1, lowest=0, highest=1, depth=5)
+    alone = replace(call, depth=2, highest=None)
+    for method in (SparseMM(8, 3, 3, scores=FITTED), SparseMM(8, 3, 3, seed=1)):
+        assert torch.equal(method.shares(call), method.shares(alone))
+        assert torch.equal(method.allot(entries, call), method.allot(entries, alone))
+
+
 def test_shares_that_float32_rounds_down() -> None:
     entries, call = call_of(draw(2, 0), draw(2, 1))
     even = Fitted({"scores.0": torch.zeros(2)})  # nothing to tell heads by

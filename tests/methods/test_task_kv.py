@@ -15,7 +15,7 @@ from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError
 from heedful.methods.sparse.cache.task_kv import TaskKV
 from heedful.tiny import tiny
-from tests.samples import notes_in
+from tests.samples import notes_in, within
 
 from .test_snap_kv import SCALE, N, call_of, draw
 
@@ -98,6 +98,7 @@ def test_far_heads_change_evenly_from_the_first_layer_to_the_last(share: float, 
             _, call = asked(draw(8, 0), draw(4, 1), draw(4, 2), None, layer, depth)
             exact = 4 * share - (4 * share - deepest) / (depth - 1) * layer
             assert abs(method.far_heads(call) - exact) <= 0.5
+            assert method.far_heads(within(call, layer, depth)) == method.far_heads(call)
     assert TaskKV(share=share).far_heads(asked(draw(8, 0), draw(4, 1), draw(4, 2))[1]) == round(4 * share)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heedful import attach
 from heedful.conformance.tolerances import close
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, InactiveWarning
 from heedful.methods.intervene.diffusion.textual_localization import TextualLocalization
 
 from .painter import PLACES, Painter, check_loss, inputs, maps
@@ -60,7 +60,8 @@ def test_each_text_has_words_and_a_mask_of_its_own() -> None:
 
 def test_no_word_and_an_even_map_are_no_loss_that_is_no_number() -> None:
     model, given = Painter(), inputs()
-    with attach(model, TextualLocalization(), roles={"word": (), "mask": ((0, 2),)}, inputs=given) as run:
+    told, roles = pytest.warns(InactiveWarning, match="its penalty is 0"), {"word": (), "mask": ((0, 2),)}
+    with told, attach(model, TextualLocalization(), roles=roles, inputs=given) as run:
         run(**given)
         assert float(run.loss()) == 0
     given["context"][:] = 0  # so that all words are alike, and every map is even

@@ -126,7 +126,7 @@ def test_it_joins_the_loss_and_training_moves_attention_into_the_box() -> None:
             run.loss().backward()
             optimiser.step()
         assert run.loss().item() < before
-    with attach(model, V2P.neutral(), roles={}) as run:
+    with pytest.warns(InactiveWarning, match="which was idle"), attach(model, V2P.neutral(), roles={}) as run:
         assert close_model(run(**inputs).logits, model(**inputs).logits)
 
 

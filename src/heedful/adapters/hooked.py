@@ -42,9 +42,10 @@ class NoHook:
 
 @dataclass(eq=False)
 class Hooked:
-    """Hooks that are taken away together."""
+    """Hooks, and what stands for functions, that are taken away together."""
 
     _all: list[tuple[nn.Module, Hook]] = field(default_factory=list)
+    _standing: list[Standing] = field(default_factory=list)
 
     def before(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """Show `function` a module, what it is called with, and what by name."""
@@ -54,11 +55,19 @@ class Hooked:
         """Show `function` a module, what it was called with, and what it gave, as torch's hooks are shown it."""
         module.register_forward_hook(self._known(module, function), **how)
 
+    def stand(self, standing: Standing) -> None:
+        """Put it into its module."""
+        self._standing.append(standing)
+        standing.begin()
+
     def _known(self, module: nn.Module, function: Callable[..., Any]) -> Hook:
         self._all.append((module, Hook(function)))
         return self._all[-1][1]
 
     def remove(self) -> None:
+        while self._standing:
+            self._standing[-1].end()
+            self._standing.pop()
         while self._all:
             module, hook = self._all[-1]
             kept = (module._forward_pre_hooks, module._forward_hooks)

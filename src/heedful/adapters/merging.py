@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
 
 from heedful.adapters.bound import Bound
-from heedful.adapters.hooked import Hooked
+from heedful.adapters.hooked import Hooked, Standing
 from heedful.adapters.layers import list_of
 from heedful.adapters.lazymask import LazyMask
 from heedful.core.errors import RefusedModel, SiteError
@@ -79,21 +81,43 @@ def part_behind(hooked: Hooked, run: Run, model: nn.Module, blocks: Mapping[str,
             raise RefusedModel(
                 f"{home} ends with a layer that it runs before too, behind which merged tokens would part"
             )
-        _require_no_maps(model, home, len(others))
+        _require_no_maps(hooked, model, home, len(others))
         _part(hooked, run, last, bound)
 
 
-def _require_no_maps(model: nn.Module, home: str, last: int) -> None:
+def _require_no_maps(hooked: Hooked, model: nn.Module, home: str, last: int) -> None:
     """Refuse what lays the streams of inner layers out as maps, which fewer tokens would fill by other numbers."""
     parts = home.split(".")
     for module in [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]:
         wanted = getattr(module, "out_indices", None)
-        end = len(getattr(module, "stage_names", None) or range(last + 1)) - 1
-        if isinstance(wanted, list | tuple) and any(number not in (end, -1) for number in wanted):
-            raise RefusedModel(
-                f"{type(module).__name__} makes maps of the streams behind its layers {list(wanted)}, and where tokens "
-                f"are merged inner ones have fewer; let it give that of the last alone, {[end]}"
-            )
+        if isinstance(wanted, list | tuple):
+            _require_last(module, wanted, len(getattr(module, "stage_names", None) or range(last + 1)) - 1)
+        given = getattr(type(module), _Intermediates.NAME, None)
+        if given is not None and "indices" in signature(given).parameters:
+            hooked.stand(_Intermediates(module, last))
+
+
+def _require_last(module: nn.Module, wanted: Iterable[int], last: int) -> None:
+    if any(number not in (last, -1) for number in wanted):
+        raise RefusedModel(
+            f"{type(module).__name__} makes maps of the streams behind its layers {list(wanted)}, and where tokens "
+            f"are merged inner ones have fewer; let it give that of the last alone, {[last]}"
+        )
+
+
+@dataclass(eq=False)
+class _Intermediates(Standing):
+    """Stands for how timm and open_clip give streams that they are asked for: all, the last few, or some by number."""
+
+    NAME = "forward_intermediates"
+    last: int
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        given = signature(getattr(type(self.module), self.NAME)).bind(self.module, *args, **more)
+        asked, layers = given.arguments.get("indices"), range(self.last + 1)
+        wanted = layers[-asked:] if isinstance(asked, int) else layers if asked is None else asked
+        _require_last(self.module, wanted, self.last)
+        return self.own(*args, **more)
 
 
 def _part(hooked: Hooked, run: Run, last: nn.Module, bound: Bound) -> None:

@@ -111,7 +111,8 @@ class SdpaAdapter:
 
     def sizes(self) -> tuple[Layer, ...]:
         found = self._known()
-        return tuple(replace(found.layers[name], number=i) for i, name in enumerate(self._names))
+        last = highest(self._names)
+        return tuple(replace(found.layers[name], number=i, highest=last[i]) for i, name in enumerate(self._names))
 
     def adopted(self, stack: Stack) -> int:
         return adopted(self.model, stack, self.only) if isinstance(self.model, PreTrainedModel) else 0

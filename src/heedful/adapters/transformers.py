@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -98,7 +98,8 @@ class TransformersAdapter:
         return bool(self._names_put)
 
     def sizes(self) -> tuple[Layer, ...]:
-        return tuple(size_of(self.model, name, i) for i, name in enumerate(self._names))
+        last = highest(self._names)
+        return tuple(replace(size_of(self.model, name, i), highest=last[i]) for i, name in enumerate(self._names))
 
     def adopted(self, stack: Stack) -> int:
         return adopted(self.model, stack, self.only)

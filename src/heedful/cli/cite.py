@@ -11,4 +11,5 @@ from heedful.catalogue import find
 
 def cite(names: Annotated[list[str], typer.Argument(metavar="METHOD...", help="Names or paper ids.")]) -> None:
     """Print the BibTeX of the papers behind methods."""
-    typer.echo("\n\n".join(dict.fromkeys(find(name).paper.bibtex() for name in names)))
+    papers = (paper for name in names for paper in find(name).paper.every)
+    typer.echo("\n\n".join(dict.fromkeys(paper.bibtex() for paper in papers)))

@@ -53,6 +53,7 @@ def plain(kind: type[CatalogueEntry]) -> dict[str, Any]:
         "kind": kind.kind,
         "module": kind.__module__,
         "paper": kind.paper.key,
+        "also": [paper.key for paper in kind.paper.also],
         "title": kind.paper.title,
         "link": kind.paper.link,
         "sites": [{"site": e.site.name, "reads": e.reads} for e in method.edits] if method else [],

@@ -44,9 +44,9 @@ def show(name: Annotated[str, typer.Argument(help="The method's name or its pape
     for field in fields(kind):  # type: ignore[arg-type]
         default = "" if field.default is MISSING else f" = {field.default!r}"
         console.print(f"  {field.name}{default}  {said.get(field.name, '')}".rstrip(), markup=False)
-    paper = kind.paper
-    console.print(
-        f"\n{paper.authors}. {paper.title}. {paper.venue or 'arXiv'}, {paper.year}. {paper.link}", markup=False
-    )
-    for sentence in paper.differs:
-        console.print(f"  unlike the authors: {sentence}", markup=False)
+    for paper in kind.paper.every:
+        console.print(
+            f"\n{paper.authors}. {paper.title}. {paper.venue or 'arXiv'}, {paper.year}. {paper.link}", markup=False
+        )
+        for sentence in paper.differs:
+            console.print(f"  unlike the authors: {sentence}", markup=False)

@@ -332,7 +332,7 @@ EVERY = ("method", "tokens", "decode", "surgery", "weights", "conversion")
 @law("it has a paper, a demo and a claim", EVERY)
 def is_documented(entry: CatalogueEntry) -> None:
     kind = type(entry)
-    if not (kind.paper.title and kind.paper.authors and (kind.paper.link or kind.paper.venue)):
+    if not all(paper.title and paper.authors and (paper.link or paper.venue) for paper in kind.paper.every):
         raise Broken("its paper lacks title, authors or a way to find it")
     if not (kind.__doc__ or "").strip() or (kind.__doc__ or "").startswith(f"{kind.__name__}("):
         raise Broken("the class has no docstring")

@@ -166,9 +166,14 @@ class Call:
         return self.layer == self.depth - 1
 
     @property
+    def listed(self) -> range:
+        """The numbers of all layers of its list."""
+        return range(self.lowest, self.depth if self.highest is None else self.highest + 1)
+
+    @property
     def ends_list(self) -> bool:
         """Whether no later layer goes on from this one's stream, as in the last of an encoder with a decoder behind."""
-        return self.layer == (self.depth - 1 if self.highest is None else self.highest)
+        return self.layer == self.listed[-1]
 
     def tile(self, rows: slice, cols: slice | Tensor) -> Call:
         """The same call, seen by the queries `rows` and the keys `cols`; rows end where there are no more."""

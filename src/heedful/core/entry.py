@@ -34,11 +34,12 @@ class Layer:
     head_dim: int
     value_dim: int
     width: int
-    depth: int = 1  # how many layers are served, as a call tells
+    highest: int = 0  # number of the last layer of the list that it stands in, as a call tells
 
     @property
-    def last(self) -> bool:
-        return self.number == self.depth - 1
+    def ends_list(self) -> bool:
+        """Whether no later layer goes on from this one's stream."""
+        return self.number == self.highest
 
 
 class Readings(Mapping[int, Statistic]):

@@ -357,8 +357,8 @@ class Stack:
 
     def cite(self) -> str:
         """BibTeX of exactly the papers in this stack."""
-        papers = (method.paper for method in self.methods)
-        return "\n\n".join(dict.fromkeys(paper.bibtex() for paper in papers if paper is not UNPUBLISHED))
+        papers = (paper for method in self.methods for paper in method.paper.every if paper is not UNPUBLISHED)
+        return "\n\n".join(dict.fromkeys(paper.bibtex() for paper in papers))
 
 
 def as_stack(what: Part | Stack) -> Stack:

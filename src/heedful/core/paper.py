@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from heedful.core.errors import FieldError
 
 
 @dataclass(frozen=True)
 class Paper:
-    """A citation: `key` is the paper's id in heedful's list, `differs` one sentence for each deviation."""
+    """A citation: `key` is the paper's id in heedful's list, `differs` one sentence for each deviation.
+
+    `also` names other papers whose formula it is as well, each with what is unlike that one.
+    """
 
     key: str
     title: str
@@ -19,6 +22,7 @@ class Paper:
     venue: str = ""
     url: str = ""
     differs: tuple[str, ...] = ()
+    also: tuple[Paper, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.title:
@@ -27,6 +31,14 @@ class Paper:
             raise FieldError(self, "year", self.year, "must be a year from 1990 to 2100", 2024)
         if isinstance(self.differs, str):
             raise FieldError(self, "differs", self.differs, "must be a tuple of sentences", ("one sentence",))
+        if not isinstance(self.also, tuple) or any(not isinstance(other, Paper) or other.also for other in self.also):
+            good = (replace(self, also=()),)
+            raise FieldError(self, "also", self.also, "must be a tuple of papers that name no others", good)
+
+    @property
+    def every(self) -> tuple[Paper, ...]:
+        """It, and the others whose formula it is."""
+        return (self, *self.also)
 
     @property
     def link(self) -> str:

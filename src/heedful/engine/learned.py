@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -28,12 +27,12 @@ def planted_name(method: Method, part: int, name: str) -> str:
     return f"{PREFIX}{type(method).__name__}_{part}_{name}"
 
 
-def learned(stack: Stack, sizes: Iterable[Layer], depth: int) -> list[Learned]:
-    """All parameters of a stack, fresh, of a model in which so many layers are served."""
+def learned(stack: Stack, sizes: Iterable[Layer]) -> list[Learned]:
+    """All parameters of a stack, fresh, in layers of these sizes."""
     return [
         Learned(number, size.number, name, planted_name(method, number, name), start)
         for size in sizes
         for number, method in enumerate(stack.methods)
         if any(step.number == number for step in stack.steps(size.number))
-        for name, start in method.parameters(replace(size, depth=depth)).items()
+        for name, start in method.parameters(size).items()
     ]

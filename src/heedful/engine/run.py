@@ -121,7 +121,7 @@ class Run:
     def _add_parameters(self, adopted: int) -> None:
         if not any(type(m).parameters is not Method.parameters for m in self.stack.methods):
             return
-        requested = learned(self.stack, self._adapter.sizes(), len(self.layer_names))
+        requested = learned(self.stack, self._adapter.sizes())
         names = {(x.layer, x.full) for x in requested}
         carried = self._adapter.planted.carried()
         if lost := {(x.layer, x.full) for x in requested if x.part < adopted} - carried:
@@ -230,9 +230,9 @@ class Run:
 
     @property
     def inactive(self) -> tuple[str, ...]:
-        """Steps that changed nothing."""
+        """Steps that changed nothing, and penalties of nothing."""
         run_state = self.state
-        steps = [s for s in self.stack.steps() if not s.edit.reads]
+        steps = [s for s in self.stack.steps() if s.edit.loss or not s.edit.reads]
         acted = {s.number for s in run_state.changed}
         # a step that was never reached, such as CACHE without a cache, counts only where its whole method did nothing
         idle = [s for s in steps if s not in run_state.changed and (run_state.offered[s] or s.number not in acted)]
@@ -240,7 +240,7 @@ class Run:
 
     def _why(self, step: Step) -> str:
         if self.state.offered[step]:
-            reason = self.reason(step.method)
+            reason = self.reason(step.method) or ("its penalty is 0" if step.edit.loss else None)
             return "" if reason is None else f": {reason}"
         return ", which was idle" if step.number in self.state.idled else ", which was never reached"
 
@@ -250,7 +250,7 @@ class Run:
 
     @property
     def active(self) -> bool:
-        """Whether every part that edits has changed something."""
+        """Whether every part that edits has changed something, and every part that penalises found something to."""
         return bool(self.state.entered) and not self.inactive
 
     def activity(self) -> Activity:

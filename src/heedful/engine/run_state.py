@@ -276,6 +276,7 @@ class RunState:
             raise blind(f"{step}, layer {call.layer}")
         key = (step.number, step.edit.name, call.layer)
         self.losses[key] = self.losses[key] + found if key in self.losses else found
+        self.watch(step, torch.zeros_like(found), found)
 
     def close_call(self, plan: Plan, call: Call) -> None:
         """Hand what the tiles of a call added up to over to the run."""

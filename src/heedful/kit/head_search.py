@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +10,8 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.method import FitContext, Part, Session, Stack
+from heedful.kit.batches import Batch
 
-Batch = Mapping[str, Any]
 Head = tuple[int, int]  # layer, head
 
 

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from heedful.core.errors import FieldError
+from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext
 
 
-def written(context: FitContext, layers: Iterable[int]) -> dict[str, Tensor]:
-    """Maps "o.<layer>" `[e h d]` and what is added whatever the heads say, "b.<layer>" `[e]`."""
+class Writes(Protocol):
+    """A method that goes by what was written down of a model."""
+
+    @property
+    def maps(self) -> Fitted | None: ...
+
+    @property
+    def seed(self) -> int | None: ...
+
+
+def written(context: FitContext, last: int) -> Fitted:
+    """Of the last layers maps "o.<layer>" `[e h d]`, and what is added whatever the heads say, "b.<layer>" `[e]`."""
+    layers = range(max(0, len(context.layers) - last), len(context.layers))
     found: dict[str, Tensor] = {}
     for layer in layers:
         weights, scale = context.weights(layer), context.scale(layer)
@@ -19,4 +32,19 @@ def written(context: FitContext, layers: Iterable[int]) -> dict[str, Tensor]:
         bias = o.new_zeros(len(o)) if weights.o_bias is None else weights.o_bias.float()
         scale = torch.ones_like(bias) if scale is None else scale.float()
         found |= {f"o.{layer}": scale[:, None, None] * o, f"b.{layer}": scale * bias}
-    return found
+    return Fitted(found)
+
+
+def map_of(owner: Writes, layer: int, h: int, d: int) -> tuple[Tensor, Tensor]:
+    """A layer's map and what is added to it, as they were written down; drawn by the owner's seed where none were."""
+    if owner.maps is None:
+        if owner.seed is None:
+            good = f"heedful.fit({type(owner).__name__}(), model, ())"
+            raise FieldError(owner, "maps", None, "must be copied with heedful.fit(), or seed be given", good)
+        draw = torch.Generator().manual_seed(4099 * owner.seed + layer)
+        return torch.randn(h * d, h, d, generator=draw), torch.zeros(h * d)
+    found = owner.maps.get(f"o.{layer}")
+    if found is None or found.shape[1:] != (h, d):
+        rule = f"were fitted to another model, or fewer layers: [e, {h}, {d}] is needed in layer {layer}"
+        raise FieldError(owner, "maps", owner.maps, rule, "a fit to this model")
+    return found, owner.maps[f"b.{layer}"]

@@ -80,6 +80,7 @@ from heedful.methods.intervene.vision.paint import PAINT as PAINT
 from heedful.methods.intervene.vision.v2p import V2P as V2P
 from heedful.methods.intervene.vision.var import VAR as VAR
 from heedful.methods.intervene.vision.vhr import VHR as VHR
+from heedful.methods.mechanisms.crosslayer.lm4_visual_encoding import LM4VisualEncoding as LM4VisualEncoding
 from heedful.methods.mechanisms.gates.attention_in_attention import AttentionInAttention as AttentionInAttention
 from heedful.methods.mechanisms.gates.contextual_memory_reweaving import ContextualMemoryReweaving as ContextualMemoryReweaving
 from heedful.methods.mechanisms.gates.das import DAS as DAS
@@ -88,7 +89,6 @@ from heedful.methods.mechanisms.gates.gaam import GAAM as GAAM
 from heedful.methods.mechanisms.gates.gated_heads import GatedHeads as GatedHeads
 from heedful.methods.mechanisms.gates.gated_norm import GatedNorm as GatedNorm
 from heedful.methods.mechanisms.gates.head_mask import HeadMask as HeadMask
-from heedful.methods.mechanisms.gates.lm4_visual_encoding import LM4VisualEncoding as LM4VisualEncoding
 from heedful.methods.mechanisms.gates.mixture_of_attentive_experts import MixtureOfAttentiveExperts as MixtureOfAttentiveExperts
 from heedful.methods.mechanisms.gates.polarized_self_attention import PolarizedSelfAttention as PolarizedSelfAttention
 from heedful.methods.mechanisms.gates.sentence_attention_block import SentenceAttentionBlock as SentenceAttentionBlock

@@ -122,7 +122,8 @@ class Attention(nn.Module):
         return new.train(module.training)
 
     def _open(self) -> None:
-        size = Layer(self.layer, self.num_heads, self.kv_heads, self.head_dim, self.head_dim, self.embed_dim)
+        sizes = self.num_heads, self.kv_heads, self.head_dim, self.head_dim, self.embed_dim
+        size = Layer(self.layer, *sizes, highest=self.depth - 1)
         self.run = Run(self, self.method, ModuleAdapter(self, size, self.depth))
         self._lock = RLock()  # a run knows one forward at a time, and threads may share a module
 

@@ -16,7 +16,7 @@ from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
-from heedful.kit.written import written
+from heedful.kit.written import map_of, written
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,25 +107,13 @@ class ImageDecomposition(Method):
             return None
         value = call.spread(call.value.detach())[:, :, call.cols].to(weights)
         said = weights.detach()[:, :, row, :, None] * value  # [b h k d]
-        maps = self._maps(call.layer, said.shape[1], said.shape[3]).to(said)
+        maps = map_of(self, call.layer, said.shape[1], said.shape[3])[0].to(said)
         found = {"heads": torch.einsum("bhd,ehd->bhe", said.sum(2), maps)}
         if self.directions is not None:
             along = torch.einsum("ehd,me->hdm", maps, self.directions["d"].to(maps))
             each = torch.einsum("bhkd,hdm->bhmk", said, along)
             found["tokens"] = call.by_key(each, call.value.shape[2]).mT
         return Cat({f"{name}.{call.forward:06d}": x for name, x in found.items()})
-
-    def _maps(self, layer: int, h: int, d: int) -> Tensor:
-        if self.maps is None:
-            if self.seed is None:
-                rule = "must be copied with heedful.fit(), or seed be given"
-                raise FieldError(self, "maps", None, rule, "heedful.fit(ImageDecomposition(), model, ())")
-            return torch.randn(h * d, h, d, generator=torch.Generator().manual_seed(4099 * self.seed + layer))
-        found = self.maps.get(f"o.{layer}")
-        if found is None or found.shape[1:] != (h, d):
-            rule = f"were fitted to another model, or fewer layers: [e, {h}, {d}] is needed in layer {layer}"
-            raise FieldError(self, "maps", self.maps, rule, "a fit to this model")
-        return found
 
     def answer(self, readings: Readings) -> Contributions:
         def of(name: str) -> dict[int, Tensor]:
@@ -136,8 +124,7 @@ class ImageDecomposition(Method):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> ImageDecomposition:
         """The output projections of the last layers, with what their blocks scale them by; `batches` may be empty."""
-        layers = range(max(0, len(context.layers) - self.last), len(context.layers))
-        return replace(self, maps=Fitted(written(context, layers)))
+        return replace(self, maps=written(context, self.last))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext
 from heedful.core.paper import Paper
+from heedful.kit.batches import read, with_roles
 from heedful.methods.intervene.diffusion._map_loss import MapLoss, levelled
 from heedful.methods.intervene.diffusion._refined import Refined
 
@@ -91,16 +92,8 @@ class AttenCraft(MapLoss):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> AttenCraft:
         """Find the masks of the pictures, whose maps in all batches, as of several noises, are averaged."""
-        found, reader = [dict(batch) for batch in batches], _Concepts(self.role)
-        if not found or any(self.role not in batch.get("roles", {}) for batch in found):
-            good = [{"noised": "...", "roles": {self.role: ((0, 2), (2, 4))}}]
-            rule = f'must be 1 or more, with roles naming the words, a span each, as "{self.role}"'
-            raise FieldError(self, "batches", len(found), rule, good)
-        with torch.no_grad(), context.attach(reader) as run:
-            for batch in found:
-                run.roles = batch["roles"]
-                run(**{name: x for name, x in batch.items() if name != "roles"})
-            maps = run[reader]
+        good = [{"noised": "...", "roles": {self.role: ((0, 2), (2, 4))}}]  # a span for each concept's words
+        maps = read(context, _Concepts(self.role), with_roles(self, batches, self.role, good=good))
         if len(shapes := {tuple(one.shape) for one in maps}) > 1:
             rule = "must be of the same pictures and concepts: [b c n] is different"
             raise FieldError(self, "batches", sorted(shapes), rule, "one picture under several noises")

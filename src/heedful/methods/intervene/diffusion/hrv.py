@@ -17,6 +17,7 @@ from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Sum
+from heedful.kit.batches import read
 from heedful.kit.head_search import Head
 
 
@@ -95,7 +96,7 @@ class HRV(Method):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> HRV:
         """Each concept's wins in each head, as shares of all heads' wins times how many heads there are."""
-        found = [dict(batch) for batch in batches]
+        found = list(batches)
         concepts = tuple(found[0].get("roles", ())) if found else ()
         if len(concepts) < 2 or any(tuple(batch.get("roles", ())) != concepts for batch in found):
             rule = 'must be 1 or more, each with "roles" that mark a word of each of the same concepts, 2 or more'
@@ -103,12 +104,7 @@ class HRV(Method):
             raise FieldError(self, "batches", len(found), rule, good)
         if self.concept not in concepts:
             raise FieldError(self, "concept", self.concept, f"must be one of {list(concepts)}", concepts[0])
-        wins = _Wins(concepts)
-        with context.attach(wins) as run, torch.no_grad():
-            for batch in found:
-                run.roles = batch.pop("roles")
-                run(**batch)
-            counted: dict[int, Tensor] = run[wins]
+        counted: dict[int, Tensor] = read(context, _Wins(concepts), found)
         share = torch.cat(list(counted.values()))  # [all heads, concepts]; a head has as many wins as any other
         if never := [name for name, won in zip(concepts, share.sum(0), strict=True) if not won]:
             rule = f"words of {never} never won in any head: give more batches, or other words"

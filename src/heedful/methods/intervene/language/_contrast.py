@@ -14,7 +14,7 @@ from heedful.core.errors import FieldError
 from heedful.core.method import FitContext, Method
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
-from heedful.kit.head_search import Batch
+from heedful.kit.batches import Batch
 
 
 class _LastHeads(Method):

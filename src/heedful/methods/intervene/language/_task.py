@@ -13,7 +13,8 @@ from heedful.core.method import CatalogueEntry, FitContext, Method, Session
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean
-from heedful.kit.head_search import Batch, at_end
+from heedful.kit.batches import Batch, read
+from heedful.kit.head_search import at_end
 
 
 def split(method: CatalogueEntry, batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -40,11 +41,7 @@ class _LastHeads(Method):
 
 def mean_heads(context: FitContext, prompts: Iterable[Batch]) -> dict[int, Tensor]:
     """What each head hands over at a prompt's last token, the mean over prompts, `[h d]` by layer."""
-    reader = _LastHeads()
-    with torch.no_grad(), context.attach(reader) as run:
-        for batch in prompts:
-            run(**batch)
-        return {layer: mean.value.float() for layer, mean in run[reader].items()}
+    return {layer: mean.value.float() for layer, mean in read(context, _LastHeads(), prompts).items()}
 
 
 def next_logits(run: Session, inputs: Batch) -> Tensor:

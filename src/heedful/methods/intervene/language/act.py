@@ -15,7 +15,8 @@ from heedful.core.paper import Paper
 from heedful.core.reweight import Reweight, reweights
 from heedful.core.stats import Sum
 from heedful.core.summary import Summary, sums
-from heedful.kit.head_search import Batch, Head, gains, heads_here, require_heads
+from heedful.kit.batches import Batch
+from heedful.kit.head_search import Head, gains, heads_here, require_heads
 
 
 class ACT(Method):

@@ -15,7 +15,8 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.core.stats import Statistic
 from heedful.core.summary import Summary, sums
-from heedful.kit.head_search import Batch, Head, heads_here, of_text, require_heads
+from heedful.kit.batches import Batch, read, with_roles
+from heedful.kit.head_search import Head, heads_here, of_text, require_heads
 from heedful.kit.pointing import pointing
 
 
@@ -64,16 +65,9 @@ class AttentionInfluence(Method):
 
     def fit(self, context: FitContext, batches: Iterable[Batch]) -> AttentionInfluence:
         """Choose the heads that most often look at what a copy has to give next."""
-        reader, found = _Pointing(), list(batches)
-        if not found or any(not {"needle", "answer"} <= batch.get("roles", {}).keys() for batch in found):
-            good = [{"input_ids": "...", "roles": {"needle": ((4, 9),), "answer": ((20, 25),)}}]
-            rule = 'must be 1 or more, each with roles naming "needle" and "answer"'
-            raise FieldError(self, "batches", len(found), rule, good)
-        with torch.no_grad(), context.attach(reader) as run:
-            for batch in found:
-                run.roles = batch["roles"]
-                run(**{name: x for name, x in batch.items() if name != "roles"})
-            scores: dict[Head, float] = run[reader]
+        good = [{"input_ids": "...", "roles": {"needle": ((4, 9),), "answer": ((20, 25),)}}]
+        found = with_roles(self, batches, "needle", "answer", good=good)
+        scores: dict[Head, float] = read(context, _Pointing(), found)
         count = max(1, round(self.share * len(scores)))
         best = sorted(scores, key=lambda head: (-scores[head], head))[:count]
         return replace(self, heads=tuple(sorted(best)))

@@ -16,6 +16,7 @@ from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean
+from heedful.kit.batches import read
 
 _PAPER = Paper(
     "P101",
@@ -90,11 +91,8 @@ class AttnRank(Tokens):
                 rule = f"must be prompts, each one text with spans of {self.role!r} in 'roles' and tokens behind them"
                 good = [{"input_ids": "[1 20]", "roles": {self.role: ((0, 8), (8, 16))}}]
                 raise FieldError(self, "batches", [*batch] if ids is None else (tuple(ids.shape), spans), rule, good)
-            reader = _SlotAttention(self.role)
-            with torch.no_grad(), context.attach(reader) as run:
-                run.roles = batch["roles"]
-                run(input_ids=ids)
-                found.append(run[reader])
+            prompt = {"input_ids": ids, "roles": batch["roles"]}
+            found.append(read(context, _SlotAttention(self.role), [prompt]))
         if len({each.shape for each in found}) != 1:
             rule = "must be one prompt or more, all of as many items"
             raise FieldError(self, "batches", [x.shape[1] for x in found], rule, "20 prompts of 8 items")

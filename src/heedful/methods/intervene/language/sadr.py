@@ -16,6 +16,7 @@ from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, penalises, reads
 from heedful.core.stats import Sum
+from heedful.kit.batches import read
 
 EPS = 1e-8  # on every weight, as in the authors' code
 
@@ -96,18 +97,14 @@ class SADR(Method):
         return found.to(row), self.before[f"subject.{call.layer}"].to(row)
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> SADR:
-        found = [dict(batch) for batch in batches]
+        found = list(batches)
         if len(found) != 1 or "roles" not in found[0]:
             good = [{"input_ids": "...", "roles": {self.role: ((4, 9),)}}]
             rule = f'must be one batch of prompts, with roles naming "{self.role}"'
             raise FieldError(self, "batches", len(found), rule, good)
-        inputs, ids = {k: x for k, x in found[0].items() if k != "roles"}, found[0]["input_ids"]
-        at = inputs.get("attention_mask", torch.ones_like(ids)).long().sum(-1) - 1
+        at = found[0].get("attention_mask", torch.ones_like(found[0]["input_ids"])).long().sum(-1) - 1
         reader = _Rows(self.role, Fitted({"at": at}))
-        with torch.no_grad(), context.attach(reader) as run:
-            run.roles = found[0]["roles"]
-            run(**inputs)
-            rows = {layer: total.value for layer, total in run[reader].items()}
+        rows = {layer: total.value for layer, total in read(context, reader, found).items()}
         kept = {f"row.{layer}": x[..., :-1].float() for layer, x in rows.items()}
         most = {f"subject.{layer}": x[..., -1].amax(1).float() for layer, x in rows.items()}
         return replace(self, before=Fitted({**kept, **most, "at": at}))

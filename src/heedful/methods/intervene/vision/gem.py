@@ -17,7 +17,7 @@ from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
-from heedful.kit.written import written
+from heedful.kit.written import map_of, written
 
 PROJECTIONS = ("query", "key", "value")
 
@@ -91,7 +91,7 @@ class GEM(Method):
             raise SiteError(f"GEM, layer {call.layer}: tokens draw together that are read at once; hand it no cache")
         heat = self._heat(q, call)
         each = [self._alike({"query": q, "key": k, "value": v}[name], heat) @ v for name in self.of]
-        maps, bias = self._maps(call.layer, heads)
+        maps, bias = (x.to(heads) for x in map_of(self, call.layer, heads.shape[1], heads.shape[3]))
         added = torch.einsum("bhnd,ehd->bne", torch.stack(each).mean(0), maps) + bias
         call.state.forward["stream"] = call.state.forward.get("stream", 0) + added
         return Cat.of(f"{call.forward:06d}", call.state.forward["stream"]) if call.last_layer else None
@@ -110,28 +110,13 @@ class GEM(Method):
             x = _cosines(x, heat) @ normalize(x, dim=-1)
         return _cosines(x, heat)
 
-    def _maps(self, layer: int, heads: Tensor) -> tuple[Tensor, Tensor | float]:
-        _, h, _, d = heads.shape
-        if self.maps is None:
-            if self.seed is None:
-                rule = "must be copied with heedful.fit(), or seed be given"
-                raise FieldError(self, "maps", None, rule, "heedful.fit(GEM(), model, ())")
-            draw = torch.Generator().manual_seed(4099 * self.seed + layer)
-            return torch.randn(h * d, h, d, generator=draw).to(heads), 0.0
-        found = self.maps.get(f"o.{layer}")
-        if found is None or found.shape[1:] != (h, d):
-            rule = f"were fitted to another model, or fewer layers: [e, {h}, {d}] is needed in layer {layer}"
-            raise FieldError(self, "maps", self.maps, rule, "a fit to this model")
-        return found.to(heads), self.maps[f"b.{layer}"].to(heads)
-
     def answer(self, readings: Readings) -> list[Tensor]:
         """One `[b n e]` for each forward, in their order."""
         return [x for stat in readings.values() for x in stat.value]
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> GEM:
         """The output projections of the last layers, with what their blocks scale them by; `batches` may be empty."""
-        layers = range(max(0, len(context.layers) - self.last), len(context.layers))
-        return replace(self, maps=Fitted(written(context, layers)))
+        return replace(self, maps=written(context, self.last))
 
 
 def _cosines(x: Tensor, heat: Tensor | float) -> Tensor:

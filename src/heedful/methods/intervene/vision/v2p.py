@@ -33,8 +33,16 @@ class V2P(Method):
             "Attention on patches is divided by its sum, since the authors' softmax is over patches alone.",
             "A box is one of whole patches, the least around those that are named; the authors cut patches at the "
             "box's pixels.",
-            "An earlier version, V2P: From Background Suppression to Center Peaking for Robust GUI Grounding Task "
-            "(P018), has the same loss.",
+        ),
+        also=(
+            Paper(
+                "P018",
+                "V2P: From Background Suppression to Center Peaking for Robust GUI Grounding Task",
+                "Jikai Chen, Long Chen, Dong Wang, Leilei Gan, Chenyi Zhuang, Jinjie Gu",
+                2025,
+                "2508.13634v1",
+                differs=("As above, of which it is an earlier version.",),
+            ),
         ),
     )
     subjects = ("image",)

@@ -59,7 +59,8 @@ def slopes(heads: int) -> list[float]:
 
 def rates(call: Call) -> Tensor:
     """How fast each head of a layer forgets, `[h]`: -log lambda, less in later layers."""
-    return torch.tensor(slopes(call.heads), dtype=torch.float64) * (1 - call.layer / max(1, call.depth - 1) + 1e-5)
+    place, steps = call.listed.index(call.layer), len(call.listed) - 1
+    return torch.tensor(slopes(call.heads), dtype=torch.float64) * (1 - place / max(1, steps) + 1e-5)
 
 
 if __name__ == "__main__":

@@ -9,26 +9,46 @@ import torch
 from torch import Tensor
 from torch.nn.functional import glu, linear
 
-from heedful.authoring import Call, FieldError, Layer, Method, SiteError
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, SiteError
 
 KERNELS = (3, 7, 15, 31)  # tokens by layer, the last for all further ones; the papers' models
 
 
-def require_kernels(method: Method, kernels: tuple[int, ...]) -> None:
-    if not kernels or min(kernels) < 1:
-        raise FieldError(method, "kernels", kernels, "must be one or more widths of 1 or more tokens", KERNELS)
+PAPER = Paper(
+    "P255",
+    "Pay Less Attention with Lightweight and Dynamic Convolutions",
+    "Felix Wu, Angela Fan, Alexei Baevski, Yann Dauphin, Michael Auli",
+    2019,
+    "1901.10430",
+    "ICLR 2019",
+    differs=(
+        "No weights of the kernels are dropped in training (the authors' DropConnect).",
+        "There are as many kernels as the layer has heads unless `heads` says otherwise; the authors have 16.",
+        "First weights come from a generator seeded by the layer's number and do not touch the global one.",
+    ),
+)
 
 
-def kernel_of(kernels: tuple[int, ...], layer: int) -> int:
-    return kernels[min(layer, len(kernels) - 1)]
+class Convolution(Method, abstract=True):
+    """A block of gated convolutions over the latest tokens, whose kernels channels share."""
 
+    kernels: tuple[int, ...] = KERNELS  # tokens by layer, the last for all further ones; the paper: 3, 7, 15, 31
+    heads: int | None = None  # kernels that the channels share; None: the layer's heads; the paper: 16
 
-def heads_of(method: Method, heads: int | None, layer: Layer) -> int:
-    """How many kernels the channels share."""
-    found = layer.heads if heads is None else heads
-    if found < 1 or layer.width % found:
-        raise FieldError(method, "heads", found, f"must be 1 or more and divide the {layer.width} channels", 1)
-    return found
+    def __post_init__(self) -> None:
+        if not self.kernels or min(self.kernels) < 1:
+            raise FieldError(self, "kernels", self.kernels, "must be one or more widths of 1 or more tokens", KERNELS)
+
+    def kernel(self, layer: int) -> int:
+        """How many tokens a kernel of the layer reaches."""
+        return self.kernels[min(layer, len(self.kernels) - 1)]
+
+    def shared_by(self, layer: Layer) -> int:
+        """How many kernels the channels share."""
+        found = layer.heads if self.heads is None else self.heads
+        if found < 1 or layer.width % found:
+            raise FieldError(self, "heads", found, f"must be 1 or more and divide the {layer.width} channels", 1)
+        return found
 
 
 def drawn(random: torch.Generator, *shape: int) -> Tensor:

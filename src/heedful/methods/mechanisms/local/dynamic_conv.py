@@ -6,49 +6,30 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from heedful.authoring import Call, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Site, at
 from heedful.methods.mechanisms.local._convolution import (
-    KERNELS,
+    PAPER,
+    Convolution,
     convolved,
     drawn,
-    heads_of,
-    kernel_of,
     projections,
-    require_kernels,
 )
 
 
-class DynamicConv(Method):
+class DynamicConv(Convolution):
     """Dynamic convolution in place of attention: each token predicts its weights. For models trained with it."""
 
-    paper = Paper(
-        "P255",
-        "Pay Less Attention with Lightweight and Dynamic Convolutions",
-        "Felix Wu, Angela Fan, Alexei Baevski, Yann Dauphin, Michael Auli",
-        2019,
-        "1901.10430",
-        "ICLR 2019",
-        differs=(
-            "No weights of the kernels are dropped in training (the authors' DropConnect).",
-            "There are as many kernels as the layer has heads unless `heads` says otherwise; the authors have 16.",
-            "First weights come from a generator seeded by the layer's number and do not touch the global one.",
-        ),
-    )
-    kernels: tuple[int, ...] = KERNELS  # tokens by layer, the last for all further ones; the paper: 3, 7, 15, 31
-    heads: int | None = None  # kernels that the channels share; None: the layer's heads; the paper: 16
-
-    def __post_init__(self) -> None:
-        require_kernels(self, self.kernels)
+    paper = PAPER
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(layer.number)
         shared = projections(random, layer.width)
-        heads, kernel = heads_of(self, self.heads, layer), kernel_of(self.kernels, layer.number)
+        heads, kernel = self.shared_by(layer), self.kernel(layer.number)
         return {**shared, "kernel": drawn(random, heads * kernel, layer.width)}
 
     @at(Site.BLOCK)
     def convolve(self, x: Tensor, call: Call) -> Tensor:
-        weight, kernel = call.params["kernel"], kernel_of(self.kernels, call.layer)
+        weight, kernel = call.params["kernel"], self.kernel(call.layer)
         return convolved(x, call, kernel, lambda inner: linear(inner, weight).unflatten(-1, (-1, kernel)))
 
 

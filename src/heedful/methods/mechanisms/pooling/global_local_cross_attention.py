@@ -17,8 +17,8 @@ from heedful.methods.mechanisms.pooling._attending import attended, attending, n
 class GlobalLocalCrossAttention(Method):
     """GLCA: what an image's foremost patches find is added to its class token. For models trained with it.
 
-    It reads the maps of every layer and stands behind the last. Where a model also reads a text,
-    `attach(..., only=...)` names the image's layers.
+    It reads the maps of an encoder's every layer and stands behind the last. Where a model also reads a text,
+    `attach(..., only=...)` spares that one's last layer parameters that it does not use.
     """
 
     paper = Paper(
@@ -49,7 +49,7 @@ class GlobalLocalCrossAttention(Method):
         return cls(0.5)
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
-        if not layer.last:
+        if not layer.ends_list:
             return {}
         random, e = torch.Generator().manual_seed(layer.number), layer.width
         found = norm("first", e) | attending(random, "look", e) | norm("second", e)
@@ -62,12 +62,12 @@ class GlobalLocalCrossAttention(Method):
     def roll(self, weights: Tensor, call: Call) -> None:
         mean = weights.detach().mean(1)  # [b n n]
         own = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
-        before = call.state.forward.get(f"rolled {call.layer - 1}", own)
+        before = call.state.forward.get(f"rolled {call.below}", own)
         call.state.forward[f"rolled {call.layer}"] = (0.5 * mean + 0.5 * own) @ before
 
     @at(Site.RESIDUAL)
     def add(self, stream: Tensor, call: Call) -> Tensor:
-        if not call.last_layer:
+        if not call.ends_list:
             return stream
         p = {name: x.to(stream) for name, x in call.params.items()}
         cls = call.marked_queries("cls")[0, 0]

@@ -16,8 +16,9 @@ from heedful.methods.mechanisms.pooling._attending import attended, attending, n
 class HistoGraph(Method):
     """A readout over what each patch was in all layers, which its last state asks. For models trained with it.
 
-    It keeps what enters the first layer and what every one hands on, and stands behind the last, whose class token
-    it replaces. Where a model also reads a text, `attach(..., only=...)` names the image's layers.
+    It keeps what enters an encoder's first layer and what every one hands on, and stands behind the last, whose class
+    token it replaces. Where a model also reads a text, `attach(..., only=...)` spares that one's last layer parameters
+    that it does not use.
     """
 
     paper = Paper(
@@ -39,7 +40,7 @@ class HistoGraph(Method):
     subjects = ("image",)
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
-        if not layer.last:
+        if not layer.ends_list:
             return {}
         random, e = torch.Generator().manual_seed(layer.number), layer.width
         asks = {"query": drawn(random, e, e), "key": drawn(random, e, e)}
@@ -50,13 +51,13 @@ class HistoGraph(Method):
 
     @reads(Site.EMBEDDING)
     def begin(self, stream: Tensor, call: Call) -> None:
-        call.state.forward.setdefault("states", {})[-1] = stream
+        _states(call)[-1] = stream
 
     @at(Site.RESIDUAL)
     def read_out(self, stream: Tensor, call: Call) -> Tensor:
-        states = call.state.forward.setdefault("states", {})
+        states = _states(call)
         states[call.layer] = stream
-        if not call.last_layer:
+        if not call.ends_list:
             return stream
         p, patches = {name: x.to(stream) for name, x in call.params.items()}, patch_tokens(self, call)
         history = through(p, "embed", torch.stack([states[at][:, patches] for at in sorted(states)], 2))
@@ -70,6 +71,12 @@ class HistoGraph(Method):
     def shares(self, scores: Tensor) -> Tensor:
         """Each layer's, of an image's scores `[b layers]`; they add up to 1, and some may be below 0."""
         return scores / scores.sum(-1, keepdim=True)
+
+
+def _states(call: Call) -> dict[int, Tensor]:
+    """What was handed on so far, by layer, in the list of layers that this one stands in."""
+    states: dict[int, Tensor] = call.state.forward.setdefault(f"states from {call.lowest}", {})
+    return states
 
 
 def _places(history: Tensor) -> Tensor:

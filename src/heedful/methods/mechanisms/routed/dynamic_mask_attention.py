@@ -28,6 +28,20 @@ class DynamicMaskAttention(Method):
             "Values of all key heads tell what counts for each of them, as in the authors' code, so it does not go on "
             "behind a cache whose heads hold unlike tokens.",
         ),
+        also=(
+            Paper(
+                "P261",
+                "Wonderful Matrices: Combining for a More Efficient and Effective Foundation Model Architecture",
+                "Jingze Shi, Bingheng Wu",
+                2024,
+                "2412.11834",
+                differs=(
+                    "What is added to the scores is the same. The authors' code masks a share of a text's keys, if "
+                    "told to; this does as that without a share where `keep` is a text's length or more.",
+                    "Their layers of state-space duality and their experts are not part of it.",
+                ),
+            ),
+        ),
     )
     keep: int = 2048  # keys that a query sees; the authors' code: 2048
     start: float = 0.0  # a at the start; the authors' code: 0

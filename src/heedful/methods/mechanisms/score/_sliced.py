@@ -8,8 +8,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from heedful.authoring import Call, Layer, SiteError
+from heedful.authoring import Call, Layer, Paper, SiteError
 from heedful.kit.feature_maps import drawn
+
+PAPER = Paper(
+    "P075",
+    "You Need to Pay Better Attention: Rethinking the Mathematics of Attention Mechanism",
+    "Mehran Hosseini, Peyman Hosseini",
+    2024,
+    "2403.01643",
+    differs=(
+        "For images alone: no cache holds the tokens themselves.",
+        "There are no biases; weights are drawn as torch.nn.Linear draws them, by a generator seeded by the layer's "
+        "number. The model's own projections stay in it, unused.",
+    ),
+)
 
 
 def maps(layer: Layer, *names: str, **sized: int) -> dict[str, Tensor]:

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from heedful.authoring import Call, Layer, Method, Paper, Site, at
-from heedful.methods.mechanisms.score._sliced import attended, maps
+from heedful.authoring import Call, Layer, Method, Site, at
+from heedful.methods.mechanisms.score._sliced import PAPER, attended, maps
 
 
 class OptimisedAttention(Method):
     """Attention without a map to values, with three quarters of its weights. For image models trained with it."""
 
-    paper = Paper(
-        "P075",
-        "You Need to Pay Better Attention: Rethinking the Mathematics of Attention Mechanism",
-        "Mehran Hosseini, Peyman Hosseini",
-        2024,
-        "2403.01643",
-        differs=(
-            "For images alone: no cache holds the tokens themselves.",
-            "There are no biases; weights are drawn as torch.nn.Linear draws them, by a generator seeded by the "
-            "layer's number. The model's own projections stay in it, unused.",
-        ),
-    )
+    paper = PAPER
     subjects = ("image",)
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:

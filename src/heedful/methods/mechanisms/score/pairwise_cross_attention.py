@@ -20,7 +20,7 @@ class PairwiseCrossAttention(Method):
         "2205.02151",
         "CVPR 2022",
         differs=(
-            "The half that is for training; the other, where an image's foremost patches ask once more, is not here.",
+            "The half that is for training; the other is GlobalLocalCrossAttention.",
             "Each image of a batch is read once, some of them with another; the authors read each both ways, and learn "
             "weights for the two losses.",
             "The other image is the one before in the batch, whether it is read with another itself or not.",

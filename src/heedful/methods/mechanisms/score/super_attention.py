@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
-from heedful.methods.mechanisms.score._sliced import attended, maps
+from heedful.authoring import Call, FieldError, Layer, Method, Site, SiteError, at
+from heedful.methods.mechanisms.score._sliced import PAPER, attended, maps
 
 
 class SuperAttention(Method):
     """Keys are slices of the tokens, values these mixed by a map over places. For image models trained with it."""
 
-    paper = Paper(
-        "P075",
-        "You Need to Pay Better Attention: Rethinking the Mathematics of Attention Mechanism",
-        "Mehran Hosseini, Peyman Hosseini",
-        2024,
-        "2403.01643",
+    paper = replace(
+        PAPER,
         differs=(
             "For images alone, whose tokens are always as many; the triangular map proposed for texts is not here.",
             "That keys have no map either is told by the abstract's counts and by others' code that was checked with "
             "the authors; their full text was not at hand.",
-            "There are no biases; weights are drawn as torch.nn.Linear draws them, by a generator seeded by the "
-            "layer's number. The model's own projections stay in it, unused.",
+            *PAPER.differs[1:],
         ),
     )
     subjects = ("image",)

@@ -48,7 +48,7 @@ class PyramidKV(VotedCache):
 
     def most(self, call: Call) -> Tensor:
         tokens = length(call)
-        rooms = [self.room_in(call.layer, call.depth, n) for n in tokens.flatten().tolist()]
+        rooms = [self.room_in(call.listed.index(call.layer), len(call.listed), n) for n in tokens.flatten().tolist()]
         return tokens.new_tensor(rooms).view_as(tokens)
 
     def room_in(self, layer: int, depth: int, tokens: int) -> int:

@@ -71,12 +71,11 @@ class SparseMM(UnevenCache):
 
     def shares(self, call: Call) -> Tensor:
         """What the layer's heads get of what is not shared evenly, 1 on the average of all layers, `[1 g 1]`."""
-        layers = range(call.lowest, call.depth)
         if self.scores is None:
-            found = _drawn(seed_of(self, "scores"), layers, call.kv_heads)
+            found = _drawn(seed_of(self, "scores"), call.listed, call.kv_heads)
         else:
             found = _relative(self.scores)
-        if found.keys() != {*layers} or len(found[call.layer]) != call.kv_heads:
+        if found.keys() != {*call.listed} or len(found[call.layer]) != call.kv_heads:
             raise other_model(self, "scores", call, f"and {call.kv_heads} key heads in layer {call.layer}")
         return found[call.layer][None, :, None]
 

@@ -96,7 +96,8 @@ class TaskKV(VotedCache):
     def far_heads(self, call: Call) -> int:
         """How many key heads of the layer are far ones."""
         first = call.kv_heads * self.share
-        return round(first - (first - self.deepest) * call.layer / max(call.depth - 1, 1))
+        place, steps = call.listed.index(call.layer), len(call.listed) - 1
+        return round(first - (first - self.deepest) * place / max(steps, 1))
 
 
 if __name__ == "__main__":

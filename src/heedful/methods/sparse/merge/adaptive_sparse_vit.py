@@ -110,7 +110,7 @@ class AdaptiveSparseViT(MergesTokens):
             return None
         forward, free = call.state.forward, _free(len(stream), call)
         shares: tuple[Tensor, ...] = forward.get(SHARES, (stream.new_ones(()),))  # all in the first
-        if call.last_layer:
+        if call.ends_list:
             return self.weight * (torch.stack(shares).mean() - self.budget) ** 2
         still = forward.get(OPEN, torch.zeros_like(stream[..., 0]))
         forward[SHARES] = (*shares, still.exp()[free].mean())

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from heedful.core.call import Call, Merged
 from heedful.core.errors import FieldError
@@ -18,6 +17,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat
 from heedful.kit.merging import MergesTokens, is_fixed, kept
+from heedful.kit.regression import logistic
 from heedful.kit.running import wide
 
 
@@ -108,7 +108,7 @@ class SelectAndPack(MergesTokens):
         if not x or len(torch.cat([y.flatten() for y in labels]).unique()) < 2:
             raise FieldError(self, "batches", len(x), "must hold patches of both labels", [{"selected": "[b p]"}])
         points = torch.cat([each.flatten(0, 1) for each in x])
-        return replace(self, gate=Fitted(_regression(points, torch.cat([y.flatten() for y in labels]))))
+        return replace(self, gate=Fitted(logistic(points, torch.cat([y.flatten() for y in labels]))))
 
 
 class _Patches(Method):
@@ -123,24 +123,6 @@ class _Patches(Method):
     def keep(self, stream: Tensor, call: Call) -> Cat:
         ((start, stop),) = call.region("patches")
         return Cat.of(f"{call.forward}", *wide(stream[:, start:stop]))
-
-
-def _regression(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Weights `[e]` under an L2 penalty of one half, for numbers that are brought to mean 0 and deviation 1."""
-    mean, deviation = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
-    z, weight, bias = (x - mean) / deviation, x.new_zeros(x.shape[1], requires_grad=True), x.new_zeros(1)
-    bias.requires_grad_()
-    search = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        search.zero_grad()
-        out = binary_cross_entropy_with_logits(z @ weight + bias, y, reduction="sum") + weight.square().sum() / 2
-        out.backward()
-        return out
-
-    with torch.enable_grad():
-        search.step(loss)
-    return {"weight": weight.detach(), "bias": bias.detach(), "mean": mean, "deviation": deviation}
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.core.stats import Mean, Statistic
 from heedful.core.summary import Summary, sums
+from heedful.kit.batches import read
 
 
 class AttentionAwareTokenFiltering(Method):
@@ -91,13 +92,10 @@ class AttentionAwareTokenFiltering(Method):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> AttentionAwareTokenFiltering:
         """How often each patch draws more than the mean in the first layer, over all images."""
-        part, shown = _Drawn(), list(batches)
+        shown = list(batches)
         if not shown:
             raise FieldError(self, "batches", 0, "must be 1 or more", [{"pixel_values": "..."}])
-        with torch.no_grad(), context.attach(part) as run:
-            for batch in shown:
-                run(**batch)
-            (found,) = run[part].values()
+        (found,) = read(context, _Drawn(), shown).values()
         rate, mean = found.value.float()
         return replace(self, rates=Fitted({"rate": rate, "mean": mean}))
 

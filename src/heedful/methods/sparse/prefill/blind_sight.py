@@ -19,6 +19,7 @@ from heedful.core.regions import Region, by_text, marked, span_of
 from heedful.core.rules import Rule
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Sum
+from heedful.kit.batches import read, with_roles
 from heedful.methods.sparse.cache._fits import of_layer
 
 KINDS = 3  # that narrow a mask, the narrowest first: sinks alone, the own document, both
@@ -88,15 +89,8 @@ class BlindSight(Method):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> BlindSight:
         """Measure how much of the weight of documents' tokens each mask would keep in each head."""
-        given, reader = list(batches), _Kept(self.role, self.sinks)
-        if not given or any(self.role not in batch.get("roles", {}) for batch in given):
-            rule = f'must be 1 or more, each with roles naming "{self.role}"'
-            raise FieldError(self, "batches", len(given), rule, GOOD_BATCHES)
-        with torch.no_grad(), context.attach(reader) as run:
-            for batch in given:
-                run.roles = batch["roles"]
-                run(**{name: x for name, x in batch.items() if name != "roles"})
-            sums = run[reader]
+        given = with_roles(self, batches, self.role, good=GOOD_BATCHES)
+        sums = read(context, _Kept(self.role, self.sinks), given)
         if any(not bool(x[:, KINDS].all()) for x in sums.values()):
             raise FieldError(self, "batches", len(given), "must have tokens in documents", GOOD_BATCHES)
         shares = {f"kept.{layer}": (x[:, :KINDS] / x[:, KINDS:]).float() for layer, x in sums.items()}

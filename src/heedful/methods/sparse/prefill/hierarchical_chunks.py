@@ -62,7 +62,7 @@ class HierarchicalChunks(Method):
 
     @at(Site.MASK)
     def part(self, mask: Mask, call: Call) -> Mask:
-        meet = call.depth - call.layer <= self.levels
+        meet = call.listed.stop - call.layer <= self.levels
 
         def sees(query: Tensor, key: Tensor) -> Tensor:
             (mine, place), (theirs, other) = (

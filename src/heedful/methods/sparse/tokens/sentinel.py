@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
@@ -20,6 +19,7 @@ from heedful.core.regions import Span
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Sum
 from heedful.kit.budget import Budget, require_budget, room_for
+from heedful.kit.regression import logistic
 
 _PAPER = Paper(
     "P148",
@@ -122,34 +122,13 @@ class Sentinel(Tokens):
                 raise FieldError(self, "batches", tuple(labels[-1].shape), rule, [{"label": [0, 1]}])
         if not rows or len(torch.cat(labels).unique()) < 2:
             raise FieldError(self, "batches", len(rows), "must hold sentences of both labels", [{"label": [0, 1]}])
-        return replace(self, probe=Fitted(_regression(torch.cat(rows), torch.cat(labels))))
+        return replace(self, probe=Fitted(logistic(torch.cat(rows), torch.cat(labels))))
 
 
 def features(given: Tensor, spans: tuple[Span, ...]) -> Tensor:
     """`[f n]` to `[s f]`: the mean over each sentence's tokens of their shares of what the whole context gets."""
     context = given[:, spans[0][0] : spans[-1][1]].sum(1).clamp(min=1e-8)
     return torch.stack([given[:, a:b].mean(1) / context for a, b in spans])
-
-
-def _regression(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    x, y = x.double(), y.double()
-    mean, deviation = x.mean(0), x.std(0, correction=0)
-    deviation = torch.where(deviation > 0, deviation, 1.0)
-    z = (x - mean) / deviation
-    weight, bias = x.new_zeros(x.shape[1], requires_grad=True), x.new_zeros(1, requires_grad=True)
-    search = torch.optim.LBFGS([weight, bias], max_iter=1000, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        search.zero_grad()
-        out = binary_cross_entropy_with_logits(z @ weight + bias, y, reduction="sum") + weight.square().sum() / 2
-        out.backward()
-        return out
-
-    with torch.enable_grad():
-        search.step(loss)
-    return {"weight": weight.detach().float(), "bias": bias.detach().float()} | {
-        "mean": mean.float(), "deviation": deviation.float()
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-from heedful.authoring import Call, FieldError, Fitted, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, FieldError, Fitted, Layer, Method, Paper, Site, at
 from heedful.kit.feature_maps import drawn
 
 NAMES = {
@@ -25,7 +25,8 @@ class LM4VisualEncoding(Method):
     """Trains an encoder of images with a block of a language model behind it, which itself does not learn.
 
     `LM4VisualEncoding.of(language.model.layers[-1], language.model.norm)` takes any block of Llama's form, and the norm
-    behind the language model's last. Where a model also reads a text, `attach(..., only=...)` names the image's layers.
+    behind the language model's last. Decoders are left alone; `attach(..., only=...)` names the image's layers where a
+    model also reads a text, so that this one's last layer has no parameters that it does not use.
     """
 
     paper = Paper(
@@ -40,7 +41,7 @@ class LM4VisualEncoding(Method):
             "the authors draw them from a narrow normal distribution.",
             "Blocks are Llama's alone; the authors also try OPT's.",
             "Behind the last layer of an encoder, as in the authors' recognition of images, video and points; their "
-            "fusion of images and texts is not here. Causal layers are refused.",
+            "fusion of images and texts is not here. Causal layers are left alone.",
         ),
     )
     subjects = ("image",)
@@ -83,19 +84,16 @@ class LM4VisualEncoding(Method):
         return cls(Fitted({**weights, **norms}), 4)
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
-        if not layer.last:
+        if not layer.ends_list:
             return {}
         random, e, inner = torch.Generator().manual_seed(layer.number), layer.width, len(self._block["norm"])
         return {"in": drawn(random, inner, e), "out": drawn(random, e, inner)}
 
     def idle(self, call: Call) -> bool:
-        return not call.last_layer
+        return not call.ends_list or call.cross or call.mask.causal
 
     @at(Site.RESIDUAL)
     def encode(self, stream: Tensor, call: Call) -> Tensor:
-        if call.cross or call.mask.causal:
-            rule = "a block behind an encoder is for layers whose tokens all see one another"
-            raise SiteError(f"{self!r}, layer {call.layer}: {rule}")
         x = linear(stream, call.params["in"].to(stream))
         return linear(self.through(x, call), call.params["out"].to(stream))
 
