@@ -66,6 +66,16 @@ def test_the_times_add_up_to_what_a_call_takes(model: Any, monkeypatch: pytest.M
     assert 0.8 * whole < sum(seconds.values()) < whole
 
 
+def test_what_is_told_before_there_is_a_view_is_not_told_anew(model: Any) -> None:
+    profile = diagnose(model, WORDS, tokenizer=characters(), measures=SinkRate())
+    told = profile.description()
+    again = profile.viewed(None, 2.0)
+    assert again.description() is told
+    assert again.view is None
+    assert again.facts["seconds"]["view"] == profile.facts["seconds"]["view"] + 2.0
+    assert "_told" not in vars(Profile(profile.facts, profile.parts, profile.statistics).viewed(None, 1.0))
+
+
 def test_profiles_of_two_texts_add_up_to_that_of_both(model: Any) -> None:
     one, two, both = (
         diagnose(model, texts, tokenizer=characters(), measures=SinkRate())

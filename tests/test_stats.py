@@ -15,7 +15,7 @@ from torch import Tensor
 from heedful.conformance.tolerances import MERGE, error
 from heedful.core.errors import StatisticError
 from heedful.core.stats import Cat, Histogram, Max, Mean, Moments, Statistic, Sum, TopK, load, merged, save
-from heedful.core.summary import _diagonals
+from heedful.core.summary import _below, _diagonals
 
 Maker = Callable[[Tensor, int], Statistic]
 
@@ -134,3 +134,12 @@ def test_diagonals_add_up(r: int, k: int) -> None:
     x = torch.arange(2.0 * 3 * r * k).view(2, 3, r, k)
     wanted = [x.diagonal(offset, -2, -1).sum(-1) for offset in range(1 - r, k)]
     assert torch.equal(_diagonals(x), torch.stack(wanted, -1))
+
+
+@pytest.mark.parametrize("r", [1, 2, 5])
+@pytest.mark.parametrize("more", [0, 1, 2, 7, 40])
+def test_diagonals_below_the_one_that_ends_in_the_corner_add_up(r: int, more: int) -> None:
+    k = r + more
+    x = torch.arange(2.0 * 3 * r * k).view(2, 3, r, k).tril(k - r)
+    wanted = [x.diagonal(offset, -2, -1).sum(-1) for offset in range(1 - r, k - r + 1)]
+    assert torch.equal(_below(x), torch.stack(wanted, -1))

@@ -53,7 +53,11 @@ class Causal(Rule):
     """No key after its query."""
 
     def keeps(self, pairs: Pairs) -> Tensor:
-        return pairs.k_index <= pairs.q_index
+        q, k = pairs.queries, pairs.keys
+        if q.first is None or k.first is None:
+            return pairs.k_index <= pairs.q_index
+        everything = torch.ones(1, 1, len(q), len(k), dtype=torch.bool, device=q.index.device)
+        return everything.tril_(q.first - k.first)  # several times faster than comparing indices
 
     def span(self, q: Positions, k: Positions) -> Ranges | None:
         if q.first is None or k.first is None:

@@ -104,7 +104,7 @@ class SummaryAccumulator:
             self._gather("received", mine.sum(-2), call)
             keep = weights.new_ones(weights.shape[-2:], dtype=torch.bool) if call.keep is None else call.keep
             keep = keep if self.call.queries.is_filled is None else keep & call.is_text[..., None]
-            seen = keep.sum(-2).to(weights.dtype)
+            seen = keep.sum(-2, dtype=torch.int32).to(weights.dtype)  # no copy of the map in int64
             self._gather("seen", seen.expand(*weights.shape[:2], -1), call)
         if "distance" in self.requested:
             self._far(mine, call)
@@ -125,24 +125,33 @@ class SummaryAccumulator:
             self._rows.setdefault(name, {})[call.rows.start or 0] = x
 
     def _gather(self, name: str, x: Tensor, call: Call) -> None:
-        held = self._columns.setdefault(name, x.new_zeros(*x.shape[:-1], len(self.call.keys)))
+        held = self._held(name, x, len(self.call.keys))
         if isinstance(call.cols, slice):
             held[..., call.cols] += x
         else:
             held.index_add_(-1, call.cols, x)
 
+    def _held(self, name: str, like: Tensor, places: int) -> Tensor:
+        """What the tiles so far add up to, `[b h places]`."""
+        if name not in self._columns:
+            self._columns[name] = like.new_zeros(*like.shape[:2], places)
+        return self._columns[name]
+
     def _far(self, weights: Tensor, call: Call) -> None:
         """Add a tile's weights by their distance."""
-        slots = self._columns.setdefault("distance", weights.new_zeros(*weights.shape[:2], self.reach))
+        slots = self._held("distance", weights, self.reach)
         if not isinstance(call.cols, slice) or call.keys.first is None or call.queries.first is None:
             distance = call.distance.expand(weights.shape) - self.nearest
             # what is masked may lie outside every distance that can occur, and weighs nothing
             slots.scatter_add_(-1, distance.clamp(0, self.reach - 1).flatten(2), weights.flatten(2))
             return
         r, k = weights.shape[-2:]
-        found = _diagonals(weights).flip(-1)
-        nearest = call.queries.first - (call.keys.first + k - 1) - self.nearest  # the slot of the first one found
-        lo, hi = max(0, nearest), min(self.reach, nearest + k + r - 1)
+        nearest = call.queries.first - (call.keys.first + k - 1) - self.nearest  # the slot of the upper right corner
+        if self.call.mask.causal and nearest == 1 - r:
+            found, nearest = _below(weights).flip(-1), 0
+        else:
+            found = _diagonals(weights).flip(-1)
+        lo, hi = max(0, nearest), min(self.reach, nearest + found.shape[-1])
         if lo < hi:
             slots[..., lo:hi] += found[..., lo - nearest : hi - nearest]
 
@@ -176,6 +185,15 @@ def _diagonals(x: Tensor) -> Tensor:
     low = x.new_ones(r, r - 1, dtype=torch.bool).tril(-1)
     ends = _diagonals(torch.where(low, x[..., : r - 1], x[..., k - r + 1 :]))
     return torch.cat([ends[..., : r - 1], _skewed(x), ends[..., r - 1 :]], -1)
+
+
+def _below(x: Tensor) -> Tensor:
+    """The same, `[b h k]`, of what is 0 beyond the diagonal that ends in the lower right corner."""
+    r, k = x.shape[-2:]
+    # cut into rows that are one longer, diagonals come to stand as columns; where one leaves its row it meets zeros
+    rest = x.flatten(2)[..., k + 1 - r :].unflatten(2, (r - 1, k + 1))[..., 1:].sum(-2)
+    rest[..., r - 1 :] += x[..., 0, : k + 1 - r]
+    return rest
 
 
 def _skewed(x: Tensor) -> Tensor:

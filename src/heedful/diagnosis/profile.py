@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,14 @@ class Profile:
                 told = banded(told, [_describe(part, found) for found in some if found])
             out.append((part, told))
         return out
+
+    def viewed(self, view: View | None, seconds: float) -> Profile:
+        """The same with its view, and with what is told of it already."""
+        spent = self.facts["seconds"]
+        facts = {**self.facts, "seconds": {**spent, "view": spent.get("view", 0.0) + seconds}}
+        new = replace(self, facts=facts, view=view)
+        vars(new).update({name: x for name, x in vars(self).items() if name == "_told"})
+        return new
 
     def description(self) -> list[tuple[Measure, Description]]:
         """Figures, roles and findings of each measure that read something."""
@@ -215,7 +224,8 @@ def _broken(stat: Statistic) -> bool:
     tensors = [x for x in stat.tensors().values() if x.is_floating_point()]
     if isinstance(stat, Max | TopK):
         return any(bool(x.isnan().any()) for x in tensors)
-    return not all(bool(x.isfinite().all()) for x in tensors)
+    # finite numbers may add up to none that is, but seldom do
+    return not all(isfinite(float(x.sum())) or bool(x.isfinite().all()) for x in tensors)
 
 
 def _both(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:

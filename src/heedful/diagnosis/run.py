@@ -290,8 +290,7 @@ class _Job:
         """Where the most notable heads look."""
         began = time.perf_counter()
         view = self.subject.input.view(self.subject, self.windows, profile, self._looks)
-        profile += self._profile({}, "view", time.perf_counter() - began)
-        return replace(profile, view=view)
+        return profile.viewed(view, time.perf_counter() - began)
 
 
 def remove(folder: Path) -> None:

@@ -49,7 +49,8 @@ def _hide(scores: Tensor, keep: Tensor) -> bool:
     if is_functorch_wrapped_tensor(keep):  # of many inputs, which nobody can look into
         scores.masked_fill_(~keep, torch.finfo(scores.dtype).min)
         return True
-    columns = keep.flatten(0, -2).all(0).logical_not_().nonzero()[:, 0].tolist()
+    # as numbers, whose least is found several times faster
+    columns = (keep.view(torch.uint8).flatten(0, -2).amin(0) == 0).nonzero()[:, 0].tolist()
     if columns:
         lo, hi = columns[0], columns[-1] + 1
         scores[..., lo:hi].masked_fill_(~keep[..., lo:hi], torch.finfo(scores.dtype).min)
@@ -67,8 +68,8 @@ def biased(scores: Tensor, job: AttentionCall, rows: slice, cols: slice | Tensor
 
 def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Heads and pattern of the query rows and key columns that `call` names. This is what attention *is* here."""
-    scores = grouped(q, k.mT, job.lent("scores", (*q.shape[:3], k.shape[2]), q))
-    scores = call.capped(scores.mul_(call.scale))
+    scores = grouped(q * call.scale, k.mT, job.lent("scores", (*q.shape[:3], k.shape[2]), q))
+    scores = call.capped(scores)
     scores = biased(scores, job, call.rows, call.cols)
     scores, call = staged(Site.SCORES, scores, job, call)
     keep, blind = call.keep, False

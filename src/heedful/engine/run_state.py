@@ -312,8 +312,8 @@ class RunState:
     def look_for_nan(self, layer: int, x: Tensor) -> None:
         if not x.numel():
             return
-        low, high = plain(x.detach()).aminmax()  # NaN where a single number is
-        found = torch.maximum(-low, high)
+        x = plain(x.detach())
+        found = torch.maximum(-x.amin(), x.amax())  # NaN where a single number is; both at once would take longer
         have = self._highest.get(layer)
         self._highest[layer] = found if have is None else torch.maximum(have, found)
 

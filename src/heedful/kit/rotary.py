@@ -19,9 +19,11 @@ def periods(call: Call, width: int) -> Tensor | None:
         return None
     ones = torch.ones(1, 1, len(call.queries), width, device=rows.device)
     try:
-        turned = call.rotate(ones)[0, 0, rows[0] : rows[-1] + 1].double()  # [n d]
+        turned = call.rotate(ones)[0, 0, rows[0] : rows[-1] + 1]
     except (RuntimeError, RefusedModel):
         return None  # only a part of each head is turned, or in a way that nobody else can follow
+    doubling = [0, *(2**i for i in range((len(turned) - 1).bit_length()))]
+    turned = turned[doubling].double()  # [s d], all that is needed to tell speeds
     turning = (turned != turned[:1]).any(0).nonzero()[:, 0]
     out = torch.full((width,), float("inf"), dtype=torch.float64, device=turned.device)
     if len(turning) == 0:
@@ -37,13 +39,13 @@ def periods(call: Call, width: int) -> Tensor | None:
 
 
 def _speed(z: Tensor) -> Tensor:
-    """Radians a row of what turns evenly, `[n pairs]` to `[pairs]`: longer and longer steps, unwrapped by the last."""
-    speed = (z[1] / z[0]).angle()
-    step = 2
-    while step < len(z):
-        angle = (z[step] / z[0]).angle()
-        speed = (angle + 2 * math.pi * ((speed * step - angle) / (2 * math.pi)).round()) / step
-        step *= 2
+    """Radians a row of what turns evenly, from its rows 0, 1, 2, 4 and so on, `[s pairs]` to `[pairs]`.
+
+    The angle of each longer step is unwrapped by the last.
+    """
+    speed, *longer = (z[1:] / z[0]).angle()
+    for i, angle in enumerate(longer, 1):
+        speed = (angle + 2 * math.pi * ((speed * 2**i - angle) / (2 * math.pi)).round()) / 2**i
     return speed.abs()
 
 
