@@ -17,6 +17,7 @@ from torch import Tensor, nn
 SIDE, PATCH, WIDTH, HEADS, LAYERS, LENGTH = 16, 2, 64, 4, 3, 5
 RADIUS, HALF = 3, SIDE // 2  # a thing is 7 wide, and stays in its half
 GRID = SIDE // PATCH
+PLACES = (SIDE - 2 * RADIUS) * (HALF - 2 * RADIUS)  # where a thing may stand in its half
 COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 0.8, 0.0), "blue": (0.1, 0.2, 1.0), "yellow": (1.0, 0.9, 0.0)}
 SHAPES = ("square", "disc", "cross", "frame")
 GROUNDS = {"dark": 0.15, "grey": 0.5, "light": 0.85}
@@ -52,9 +53,17 @@ def draw(count: int, by: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     def pick(high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=by)
 
-    every = torch.stack([things(shape) for shape in range(len(SHAPES))])  # [shapes places 16 8]
     colour, shape, ground = pick(len(COLOURS), count, 2), pick(len(SHAPES), count, 2), pick(len(GROUNDS), count)
-    place, there = pick(every.shape[1], count, 2), torch.rand(count, 2, generator=by) < 0.75
+    place, there = pick(PLACES, count, 2), torch.rand(count, 2, generator=by) < 0.75
+    return painted(colour, shape, place, there, ground)
+
+
+def painted(
+    colour: Tensor, shape: Tensor, place: Tensor, there: Tensor, ground: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of what is chosen: of either thing `[n 2]` colour, shape, where, and whether; and the ground `[n]`."""
+    every = torch.stack([things(kind) for kind in range(len(SHAPES))])  # [shapes places 16 8]
+    count = len(ground)
     half = every[shape, place] & there[..., None, None]
     covered = torch.zeros(count, 2, SIDE, SIDE, dtype=torch.bool)
     covered[:, 0, :, :HALF], covered[:, 1, :, HALF:] = half[:, 0], half[:, 1]

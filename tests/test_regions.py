@@ -41,6 +41,7 @@ def test_coordinates_run_row_by_row_through_all_spans() -> None:
 
 
 def test_a_grid_holds_its_spans() -> None:
+    assert [Region(spans).tokens for spans in ((), ((3, 4),), ((1, 3), (4, 8)))] == [0, 1, 6]
     with pytest.raises(FieldError, match="must hold the 196 positions"):
         Region(((1, 197),), (7, 27))
     with pytest.raises(FieldError, match="has no grid"):

@@ -27,11 +27,15 @@ class Region(tuple[Span, ...]):
     def __new__(cls, spans: Iterable[Span], grid: tuple[int, ...] | None = None) -> Self:
         self = super().__new__(cls, ((index(start), index(stop)) for start, stop in spans))
         self.grid = grid
-        tokens = sum(stop - start for start, stop in self)
-        if grid is not None and prod(grid) != tokens:
-            rule = f"must hold the {tokens} positions of the spans {tuple(self)}, and holds {prod(grid)}"
-            raise FieldError("Region", "grid", grid, rule, (1, tokens))
+        if grid is not None and prod(grid) != self.tokens:
+            rule = f"must hold the {self.tokens} positions of the spans {tuple(self)}, and holds {prod(grid)}"
+            raise FieldError("Region", "grid", grid, rule, (1, self.tokens))
         return self
+
+    @property
+    def tokens(self) -> int:
+        """How many positions there are in the spans."""
+        return sum(stop - start for start, stop in self)
 
     def __repr__(self) -> str:
         return f"Region({tuple(self)}" + (f", grid={self.grid})" if self.grid else ")")
