@@ -179,7 +179,7 @@ class S3Attention(Tokens):
                 found: dict[int, Tensor] = run[part]
             except StatisticError:
                 raise FieldError(self, "batches", 0, "must be 1 or more", [{"input_ids": "..."}]) from None
-        fitted = {}
+        fitted: dict[str, Tensor] = {}
         for layer, x in found.items():
             center = x.mean(1)
             encoder, decoder = self._learned(x[0] - center[0], layer)
