@@ -15,6 +15,7 @@ from heedful.core.paper import Paper
 from heedful.core.regions import Span
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Sum
+from heedful.methods.sparse.tokens._spans import without
 
 _PAPER = Paper(
     "P248",
@@ -75,7 +76,7 @@ class AttentionRAG(Tokens):
     def arrange(self, prompt: Prompt, read: Reader) -> Prompt:
         spans = prompt.spans(self.role)
         kept = [span for chunk in self.chunks(spans) for span in self.looked_at(prompt, spans, chunk, read)]
-        return _without(prompt, [span for span in spans if span not in kept])
+        return without(prompt, [span for span in spans if span not in kept])
 
     def chunks(self, spans: tuple[Span, ...]) -> Iterator[list[Span]]:
         """The sentences in groups of no more than `chunk` tokens; one that is longer stands alone."""
@@ -90,16 +91,11 @@ class AttentionRAG(Tokens):
 
     def looked_at(self, prompt: Prompt, spans: tuple[Span, ...], chunk: list[Span], read: Reader) -> list[Span]:
         """Those sentences of a chunk in which the best tokens stand, the chunk being read alone with the question."""
-        shown = _without(prompt, [span for span in spans if span not in chunk])
+        shown = without(prompt, [span for span in spans if span not in chunk])
         score: Tensor = read(shown, _LastQuery(len(shown)))
         places = [(number, i) for number, (a, b) in enumerate(shown.spans(self.role)) for i in range(a, b)]
         best = score[[i for _, i in places]].argsort(descending=True, stable=True)[: self.top].tolist()
         return [chunk[number] for number in sorted({places[i][0] for i in best})]
-
-
-def _without(prompt: Prompt, spans: list[Span]) -> Prompt:
-    gone = {i for a, b in spans for i in range(a, b)}
-    return prompt.only(tuple(i for i in range(len(prompt)) if i not in gone)) if gone else prompt
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from heedful.core.sites import Site, reads
 from heedful.core.stats import Sum
 from heedful.kit.budget import Budget, require_budget, room_for
 from heedful.kit.regression import logistic
+from heedful.methods.sparse.tokens._spans import with_room, without
 
 _PAPER = Paper(
     "P148",
@@ -84,14 +85,8 @@ class Sentinel(Tokens):
             return prompt
         scores = self.scores(features(read(prompt, _EachHead(len(prompt))), spans))
         room = room_for(self.budget, sum(b - a for a, b in spans))
-        kept: list[Span] = []
-        for i in scores.argsort(descending=True, stable=True).tolist():
-            room -= spans[i][1] - spans[i][0]
-            if kept and room < 0:
-                break
-            kept.append(spans[i])
-        gone = {i for span in spans if span not in kept for i in range(*span)}
-        return prompt.only(tuple(i for i in range(len(prompt)) if i not in gone)) if gone else prompt
+        kept = with_room(spans, scores, room)
+        return without(prompt, [span for span in spans if span not in kept])
 
     def scores(self, x: Tensor) -> Tensor:
         """How relevant the probe finds sentences of these features `[s f]`."""
