@@ -68,8 +68,8 @@ def biased(scores: Tensor, job: AttentionCall, rows: slice, cols: slice | Tensor
 
 def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Heads and pattern of the query rows and key columns that `call` names. This is what attention *is* here."""
-    scores = grouped(q * call.scale, k.mT, job.lent("scores", (*q.shape[:3], k.shape[2]), q))
-    scores = call.capped(scores)
+    scores = grouped(q, k.mT, job.lent("scores", (*q.shape[:3], k.shape[2]), q))
+    scores = call.capped(scores.mul_(call.scale))  # after the product, as models do it: the same bits as theirs
     scores = biased(scores, job, call.rows, call.cols)
     scores, call = staged(Site.SCORES, scores, job, call)
     keep, blind = call.keep, False
