@@ -38,3 +38,10 @@ def test_padding_on_either_side_is_never_counted(side, k):
     for i, (text, place) in enumerate(zip(texts, positions, strict=True)):
         assert kept[i, :, place].tolist() == [by_loop(row.tolist(), counts[i]) for row in text]
         assert kept[i].sum() == kept[i, :, place].sum()
+
+
+def test_of_many_equals_the_earlier_go_first() -> None:
+    """Of so few as sorting networks take, an unstable sort leaves equals in their order."""
+    is_text = torch.arange(40) >= 12
+    kept = top_k(torch.zeros(1, 40), 5, is_text)
+    assert kept[0].nonzero()[:, 0].tolist() == [12, 13, 14, 15, 16]

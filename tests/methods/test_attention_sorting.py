@@ -97,3 +97,8 @@ def test_the_catalogue_lists_the_step_and_not_its_reader() -> None:
     listed = catalogue.entries()
     assert listed["AttentionSorting"] is AttentionSorting
     assert not any("_DocumentAttention" in name for name in listed)
+
+
+def test_of_many_documents_alike_none_moves() -> None:
+    start = Prompt(tuple(range(3, 43)), {"documents": tuple((i, i + 1) for i in range(39))})
+    assert AttentionSorting(rounds=1).arrange(start, lambda *_: torch.zeros(39)) == start

@@ -159,3 +159,9 @@ def test_defaults() -> None:
 
 def test_the_only_token_of_an_image_is_not_emptied() -> None:
     assert AvisC().blind(torch.tensor([[0.3], [0.2]])).tolist() == [True]
+
+
+def test_of_many_layers_that_look_alike_much_the_first_are_taken() -> None:
+    given = torch.ones(30, 8)
+    given[:10, 1] = given[10:, 5] = 9.0
+    assert AvisC(gamma=0.3, deviations=1.0).blind(given).nonzero()[:, 0].tolist() == [1]

@@ -100,3 +100,8 @@ def test_what_cannot_be() -> None:
     assert DIMAP(0.0) == DIMAP.neutral()
     with pytest.raises(FieldError, match="cuts = None: are not known yet: fit"):
         operate(models.tiny("llama"), DIMAP())
+
+
+def test_of_many_equal_weights_the_later_go_first() -> None:
+    found = DIMAP().scores(torch.ones(40))
+    assert close(found, 1 / torch.arange(1, 41).double())

@@ -201,3 +201,9 @@ def test_a_short_text_is_left_whole_and_told_so() -> None:
     told = "there is room for 6 tokens, and the text has 6: smaller sinks or window would act"
     assert DuoAttention(sinks=2, window=4, seed=0).rests(6) == told
     assert DuoAttention(sinks=2, window=4, seed=0).rests(7) is None
+
+
+def test_of_many_equal_heads_those_of_the_first_layers_are_whole() -> None:
+    found = _best(Fitted({f"gates.{i}": torch.zeros(12) for i in range(3)}), (("gates", 0.25),))
+    assert [int(row.sum()) for row in found] == [9, 0, 0]
+    assert found[0].tolist() == [True] * 9 + [False] * 3

@@ -14,7 +14,7 @@ from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.core.mask import Causal, Window
 from heedful.core.state import State
-from heedful.methods.sparse.prefill.hylra import HyLRA, _Lost, block_map, cheapest
+from heedful.methods.sparse.prefill.hylra import HyLRA, _Lost, best, block_map, cheapest
 from tests.test_blocks import PADDED, call_of, grid_of, true_map
 
 
@@ -118,3 +118,10 @@ def test_a_layer_loses_what_an_earlier_ones_blocks_leave_out() -> None:
                 for i, row in enumerate(blocks):
                     lost[full] += (1 - sum(row[j] for j in tables[full][b][i]) / sum(row)) / (2 * n)
         assert found.value.tolist() == pytest.approx(lost, abs=1e-6)
+
+
+def test_of_many_equal_blocks_the_first_are_the_best() -> None:
+    class Open:
+        open = torch.ones(1, 1, 2, 40, dtype=torch.bool)
+
+    assert best(torch.zeros(1, 1, 2, 40), Open(), 0.1)[0, 0].nonzero()[:, 1].tolist() == [0, 1, 2, 3] * 2  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.positions import Positions
-from heedful.methods.mechanisms.normalise.landmark_attention import LandmarkAttention
+from heedful.methods.mechanisms.normalise.landmark_attention import LandmarkAttention, _highest
 from tests.by_hand import heads_of, llama_states
 
 MARK = 9
@@ -148,3 +148,8 @@ def test_of_a_block_that_a_cache_dropped_a_part_of() -> None:
     inside = softmax({j: s[j] for j in (0, 2)})
     wanted = {80: first[80], 81: first[81], 44: first[47]} | {j: first[3] * x for j, x in inside.items()}
     assert close(found, torch.stack([wanted.get(j, torch.zeros(())) for j in left]))
+
+
+def test_of_many_equal_landmarks_the_first_are_the_highest() -> None:
+    among = torch.arange(40) >= 4
+    assert _highest(torch.zeros(1, 40), among, 3)[0].nonzero()[:, 0].tolist() == [4, 5, 6]

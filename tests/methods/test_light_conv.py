@@ -104,14 +104,17 @@ def test_a_text_in_pieces_padded_and_reordered_is_the_text(method: Method) -> No
         assert close_model(run(input_ids=ids.flip(0)[:, 8:], **{CACHE: cache}).logits, whole.flip(0)[:, 8:])
 
 
+@pytest.mark.parametrize("far", [1, 6], ids=["near", "far"])
 @pytest.mark.parametrize("method", BOTH, ids=repr)
-def test_padding_on_either_side_counts_for_nothing(method: Method) -> None:
+def test_padding_on_either_side_counts_for_nothing(method: Method, far: int) -> None:
     model = models.tiny("llama").eval()
     ids = models.tiny_inputs(model, batch=1, length=9)["input_ids"]
     other = models.tiny_inputs(model, batch=1, length=4, seed=3)["input_ids"]
     with attach(model, method) as run, torch.no_grad():
         whole = run(input_ids=ids).logits
-        for parts, marks in (([other, ids[:, :6]], [0] * 4 + [1] * 6), ([ids[:, :6], other], [1] * 6 + [0] * 4)):
+        other = other.repeat(1, far)  # so many that a sort which is not asked for their order would not keep it
+        gone = [0] * 4 * far
+        for parts, marks in (([other, ids[:, :6]], [*gone, *[1] * 6]), ([ids[:, :6], other], [*[1] * 6, *gone])):
             mask = torch.tensor([marks])
             out = run(input_ids=torch.cat(parts, 1), attention_mask=mask, use_cache=True)
             assert close_model(out.logits[mask.bool()], whole[0, :6])
