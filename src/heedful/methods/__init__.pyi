@@ -26,6 +26,7 @@ from heedful.methods.explain.impermissible import Impermissible as Impermissible
 from heedful.methods.explain.maps import MAPS as MAPS
 from heedful.methods.explain.patch import Patch as Patch
 from heedful.methods.explain.patch_words import PatchWords as PatchWords
+from heedful.methods.explain.ref_am import RefAM as RefAM
 from heedful.methods.explain.rollout import AttentionRollout as AttentionRollout
 from heedful.methods.explain.sparse_attention_decomposition import SparseAttentionDecomposition as SparseAttentionDecomposition
 from heedful.methods.explain.tag import TAG as TAG
@@ -45,6 +46,7 @@ from heedful.methods.intervene.diffusion.locat_edit import LOCATEdit as LOCATEdi
 from heedful.methods.intervene.diffusion.med_steer import MedSteer as MedSteer
 from heedful.methods.intervene.diffusion.prompt_to_prompt import PromptToPrompt as PromptToPrompt
 from heedful.methods.intervene.diffusion.re_at_co import ReAtCo as ReAtCo
+from heedful.methods.intervene.diffusion.saas import SaaS as SaaS
 from heedful.methods.intervene.diffusion.soft_pag import SoftPAG as SoftPAG
 from heedful.methods.intervene.diffusion.textual_localization import TextualLocalization as TextualLocalization
 from heedful.methods.intervene.language.act import ACT as ACT
@@ -230,6 +232,7 @@ from heedful.methods.sparse.prefill.anchor_attention import AnchorAttention as A
 from heedful.methods.sparse.prefill.attention_aware_token_filtering import AttentionAwareTokenFiltering as AttentionAwareTokenFiltering
 from heedful.methods.sparse.prefill.blind_sight import BlindSight as BlindSight
 from heedful.methods.sparse.prefill.block_attention import BlockAttention as BlockAttention
+from heedful.methods.sparse.prefill.flex_attention import FlexAttention as FlexAttention
 from heedful.methods.sparse.prefill.flex_prefill import FlexPrefill as FlexPrefill
 from heedful.methods.sparse.prefill.fopru import FoPru as FoPru
 from heedful.methods.sparse.prefill.greedy_prune import GreedyPrune as GreedyPrune
@@ -253,6 +256,7 @@ from heedful.methods.sparse.prefill.star import STAR as STAR
 from heedful.methods.sparse.prefill.trimmed_llama import TrimmedLlama as TrimmedLlama
 from heedful.methods.sparse.prefill.v_flow_opt import VFlowOpt as VFlowOpt
 from heedful.methods.sparse.tokens.attention_rag import AttentionRAG as AttentionRAG
+from heedful.methods.sparse.tokens.s3_attention import S3Attention as S3Attention
 from heedful.methods.sparse.tokens.sentinel import Sentinel as Sentinel
 from heedful.methods.sparse.tokens.spec_pc import SpecPC as SpecPC
 
