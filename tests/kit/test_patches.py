@@ -12,7 +12,7 @@ from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Causal, Mask
 from heedful.core.positions import Positions
 from heedful.core.regions import PerText, Region
-from heedful.kit.patches import patch_keys, patch_tokens, require_divides, require_image, sides, whole_image
+from heedful.kit.patches import patch_keys, patch_tokens, require_divides, sides, whole_image
 from heedful.methods import BiLevelRoutingAttention
 
 GRID = Region(((1, 3), (4, 8)), (2, 3))
@@ -49,9 +49,6 @@ def test_what_is_an_image_read_at_once() -> None:
         {"queries": Positions.row(5, 4)}, {"roles": {"patches": PerText((GRID, other))}},
     ):  # fmt: skip
         assert not whole_image(replace(call, **change)), change
-        with pytest.raises(SiteError, match="layer 3: acts on rows and columns of patches that all see one another"):
-            require_image(BiLevelRoutingAttention(), replace(call, layer=3, **change))
-    require_image(BiLevelRoutingAttention(), call)
 
 
 def test_missing_patches_are_refused() -> None:

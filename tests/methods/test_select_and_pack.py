@@ -121,6 +121,13 @@ def test_a_random_gate_is_drawn_by_its_seed() -> None:
     assert not close_model(found[0], found[2])
 
 
+def test_a_patch_that_is_just_sure_enough_stays() -> None:
+    call, stream = replace(Bare(Shape(q=4, k=4, e=6)).call, layer=3, roles={}), torch.ones(2, 4, 6)
+    given = {**gate(6), "weight": torch.zeros(6), "bias": torch.zeros(1)}  # whose sigmoid is one half
+    assert SelectAndPack(gate=Fitted(given)).select(stream, call).stream.shape == stream.shape
+    assert SelectAndPack(least=0.51, gate=Fitted(given)).select(stream, call).stream.shape == (2, 1, 6)
+
+
 def test_the_gate_is_a_regression() -> None:
     """At the optimum the loss has no slope: of each weight sum (p - y) z + w, of the bias sum (p - y)."""
     model, inputs = image_model()

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
+from heedful.core.errors import SiteError
 from heedful.core.method import Method
-from heedful.kit.patches import patch_tokens, require_image, sides
+from heedful.kit.patches import patch_tokens, sides, whole_image
 
 
 def feature_map(method: Method, call: Call, x: Tensor) -> Tensor:
     """The patches of tokens `x [b n e]` as `[b e rows cols]`; what is no image that sees itself whole is refused."""
-    require_image(method, call)
+    if not whole_image(call):
+        rule = "acts on rows and columns of patches that all see one another; restrict it to layers that read such"
+        raise SiteError(f"{method!r}, layer {call.layer}: {rule}")
     return x[:, patch_tokens(method, call)].mT.unflatten(-1, sides(call))
 
 

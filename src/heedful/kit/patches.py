@@ -18,13 +18,6 @@ def whole_image(call: Call) -> bool:
     return one_read and not call.mask.causal and grid is not None and len(grid) == 2
 
 
-def require_image(method: Method, call: Call) -> None:
-    """Refuse what is no image that sees itself whole."""
-    if not whole_image(call):
-        rule = "acts on rows and columns of patches that all see one another; restrict it to layers that read such"
-        raise SiteError(f"{method!r}, layer {call.layer}: {rule}")
-
-
 def grid_of(call: Call) -> tuple[int, ...]:
     """How many patches lie along each axis."""
     return call.region("patches").grid or ()
