@@ -60,7 +60,8 @@ class Tiled:
         return ""
 
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
-        q, k, v = wide(q), wide(k), wide(v)
+        # of several texts whose tokens stand before their heads, keys would be copied anew for each tile
+        q, k, v = wide(q), wide(k).contiguous(), wide(v).contiguous()
         job = resolved(job, lambda first: self._all(first, q, k, v))
         return self._all(job, q, k, v), None
 
