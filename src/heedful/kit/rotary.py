@@ -31,7 +31,7 @@ def periods(call: Call, width: int) -> Tensor | None:
     size = int(turning[-1]) // 2 * 2 + 2
     # a pair is (j, j + half) in most models and (2j, 2j + 1) in some; its length does not change as it turns
     layouts = [turned[:, :size].unflatten(-1, (2, -1)), turned[:, :size].unflatten(-1, (-1, 2)).mT]  # [n 2 pairs]
-    which = min((0, 1), key=lambda i: float(layouts[i].norm(dim=1).var(0).sum()))
+    which = min((0, 1), key=lambda i: float(layouts[i].square().sum(1).var(0).sum()))
     speed = _speed(torch.complex(layouts[which][:, 0], layouts[which][:, 1]))
     period = 2 * math.pi / speed
     out[:size] = period.repeat(2) if which == 0 else period.repeat_interleave(2)

@@ -34,7 +34,7 @@ PAPER = Paper(
     ),
 )
 
-TILE_BYTES = 8 << 20  # scores of one tile: with its weights they fit into a last-level cache
+TILE_BYTES = 4 << 20  # scores of one tile: a few of them fit into a last-level cache
 KEPT_BYTES = 64 << 20  # of a call's scores that the way back may find kept
 LEAST, MOST = 16, 256  # rows of a tile
 GATHER_BELOW = 0.7  # copy scattered columns together when they are at most this share of the range they span
@@ -60,7 +60,8 @@ class Tiled:
         return ""
 
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
-        q, k, v = wide(q), wide(k), wide(v)
+        # of several texts whose tokens stand before their heads, keys would be copied anew for each tile
+        q, k, v = wide(q), wide(k).contiguous(), wide(v).contiguous()
         job = resolved(job, lambda first: self._all(first, q, k, v))
         return self._all(job, q, k, v), None
 
