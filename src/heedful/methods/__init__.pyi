@@ -132,6 +132,7 @@ from heedful.methods.mechanisms.normalise.rectified_attention import RectifiedAt
 from heedful.methods.mechanisms.normalise.sigmoid_attention import SigmoidAttention as SigmoidAttention
 from heedful.methods.mechanisms.normalise.softplus_attention import SoftplusAttention as SoftplusAttention
 from heedful.methods.mechanisms.normalise.spark_attention import SparkAttention as SparkAttention
+from heedful.methods.mechanisms.normalise.variational_attention import VariationalAttention as VariationalAttention
 from heedful.methods.mechanisms.places.fftnet import FFTNet as FFTNet
 from heedful.methods.mechanisms.places.hyper_zzw import HyperZZW as HyperZZW
 from heedful.methods.mechanisms.places.masked_mixer import MaskedMixer as MaskedMixer
@@ -149,6 +150,7 @@ from heedful.methods.mechanisms.pooling.nested_attention import NestedAttention 
 from heedful.methods.mechanisms.pooling.slot_attention import SlotAttention as SlotAttention
 from heedful.methods.mechanisms.recurrent.gmm_attention import GMMAttention as GMMAttention
 from heedful.methods.mechanisms.recurrent.la_mamba import LaMamba as LaMamba
+from heedful.methods.mechanisms.recurrent.latent_monotonic_attention import LatentMonotonicAttention as LatentMonotonicAttention
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
 from heedful.methods.mechanisms.recurrent.monotonic_location_attention import MonotonicLocationAttention as MonotonicLocationAttention
 from heedful.methods.mechanisms.recurrent.seq_boat import SeqBoat as SeqBoat
@@ -173,6 +175,7 @@ from heedful.methods.mechanisms.score.dual_attention import DualAttention as Dua
 from heedful.methods.mechanisms.score.edge_prior import EdgePrior as EdgePrior
 from heedful.methods.mechanisms.score.halved_attention import HalvedAttention as HalvedAttention
 from heedful.methods.mechanisms.score.mhe import MHE as MHE
+from heedful.methods.mechanisms.score.moda import MODA as MODA
 from heedful.methods.mechanisms.score.multi_token_attention import MultiTokenAttention as MultiTokenAttention
 from heedful.methods.mechanisms.score.neural_attention import NeuralAttention as NeuralAttention
 from heedful.methods.mechanisms.score.optimised_attention import OptimisedAttention as OptimisedAttention
