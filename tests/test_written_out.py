@@ -15,7 +15,7 @@ from transformers import BloomConfig, BloomForCausalLM, DynamicCache, MegatronBe
 
 import heedful
 from heedful.adapters.cache_name import CACHE
-from heedful.adapters.written import Trail
+from heedful.adapters.operations.written import Trail
 from heedful.conformance.tolerances import close
 from heedful.core.errors import NotEntered, RefusedModel, SiteError
 from heedful.core.sites import Site

@@ -11,7 +11,7 @@ from torch import Tensor
 from heedful import attach, models
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.paper import Paper
 from heedful.methods.intervene.diffusion._map_loss import Guidance, levelled
 from heedful.methods.intervene.diffusion._map_loss import smoothed as smooth
@@ -126,9 +126,11 @@ def test_layers_of_unlike_places_do_not_mix() -> None:
 
 def test_self_attention_has_no_loss() -> None:
     model = models.tiny("llama")
-    with attach(model, Squares()) as run:
-        run(**models.tiny_inputs(model))
-        assert not run.state.losses
+    run = attach(model, Squares())
+    run(**models.tiny_inputs(model))
+    assert not run.state.losses
+    assert "which was idle" in run.inactive[0]
+    run.close()
 
 
 def test_errors() -> None:
@@ -147,6 +149,7 @@ def test_errors() -> None:
     assert Squares(rate=0.0, until=0.0, grid=(2, 2)).grid == (2, 2)
     given = inputs()
     with (
+        pytest.warns(InactiveWarning, match="which was never reached"),
         attach(Painter(), Squares(grid=(2, 4)), inputs=given) as run,
         pytest.raises(FieldError, match=f"must hold the {PLACES} places of the picture, and holds 8"),
     ):

@@ -11,7 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 
 from heedful.adapters.layers import interface_layers, leftovers, parts_of
-from heedful.adapters.sdpa import SdpaAdapter
+from heedful.adapters.operations.sdpa import SdpaAdapter
 from heedful.adapters.spread import is_spread
 from heedful.adapters.transformers import TransformersAdapter
 from heedful.adapters.wrapped import shared_by, stays_one, unwrapped

@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache
 from heedful.adapters.answering import Operands, computed, evict, plan_of, replaced_whole
 from heedful.adapters.carried import shelf_of
 from heedful.adapters.kvcache import HeldLayer, held_layer, hold, serve
+from heedful.adapters.operations.torch_masks import placed
 from heedful.adapters.replacing import ROTATED, UNROTATED
-from heedful.adapters.torch_masks import placed
 from heedful.core.call import Call, Phase
 from heedful.core.errors import RefusedModel, SiteError
 from heedful.core.mask import Dense

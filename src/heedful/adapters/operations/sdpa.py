@@ -14,18 +14,18 @@ from transformers.cache_utils import Cache
 from heedful.adapters.answering import Operands, computed, left_alone, no_heads, plan_of, replaced_whole, rows_of
 from heedful.adapters.bound import Bound, let_go, require_free, take
 from heedful.adapters.compiled import WrittenCalls
-from heedful.adapters.entering import Entrance, otherwise
-from heedful.adapters.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.layers import heads_told, highest, leftovers, list_of, lowest, output_module, served, within
-from heedful.adapters.layout import Layout, same_rows
 from heedful.adapters.merging import require_no_table
-from heedful.adapters.multi_head import Untouched, through_kernel
+from heedful.adapters.operations.entering import Entrance, otherwise
+from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
+from heedful.adapters.operations.layout import Layout, same_rows
+from heedful.adapters.operations.multi_head import Untouched, through_kernel
+from heedful.adapters.operations.torch_masks import halves, hides_later, places, rules_of
+from heedful.adapters.operations.written import Asked
 from heedful.adapters.planted import Planted
 from heedful.adapters.saving import Saving, adopted
-from heedful.adapters.torch_masks import halves, hides_later, places, rules_of
-from heedful.adapters.written import Asked
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError, NotEntered, RefusedModel
 from heedful.core.method import Layer, Stack

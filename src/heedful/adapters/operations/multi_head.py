@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from heedful.adapters.finding import MULTI_HEAD, MULTI_HEAD_SIGNATURE, named
+from heedful.adapters.operations.finding import MULTI_HEAD, MULTI_HEAD_SIGNATURE, named
 
 Kernel = Callable[[dict[str, Any], bool], tuple[Tensor, Tensor | None]]
 

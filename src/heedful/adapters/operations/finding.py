@@ -25,9 +25,9 @@ from torch.overrides import TorchFunctionMode
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.layers import heads_told
-from heedful.adapters.layout import Layout
+from heedful.adapters.operations.layout import Layout
+from heedful.adapters.operations.written import PRODUCTS, Asked, Trail
 from heedful.adapters.taking import Taking, stream_of
-from heedful.adapters.written import PRODUCTS, Asked, Trail
 from heedful.core.errors import RefusedModel
 from heedful.core.method import Layer
 from heedful.engine.resting import resting, undone

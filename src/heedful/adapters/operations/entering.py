@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from heedful.adapters.bound import Bound
-from heedful.adapters.finding import MULTI_HEAD, SDPA
 from heedful.adapters.hooked import Standing
-from heedful.adapters.torch_masks import joined
-from heedful.adapters.written import Asked, Trail
+from heedful.adapters.operations.finding import MULTI_HEAD, SDPA
+from heedful.adapters.operations.torch_masks import joined
+from heedful.adapters.operations.written import Asked, Trail
 from heedful.core.errors import NotEntered
 
 
