@@ -285,3 +285,22 @@ def twice(x: Tensor, block: Any) -> Tensor:
     for _ in range(2):
         x = x + block(x, None)
     return x
+
+
+class Maps(nn.Linear):
+    """A linear map that is written as a product, as Falcon's are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_maps_within_may_be_written_out_too(weights: bool, x: Tensor) -> None:
+    net, other = Net(plain, weights).eval(), Net(halved(plain), weights).eval()
+    other.load_state_dict(net.state_dict())
+    for layer in net.layers:
+        for name in ("q", "k", "v", "out"):
+            getattr(layer, name).__class__ = Maps
+    with heedful.attach(net, HALVE, inputs=x) as run:
+        got, want = (z if weights else (z,) for z in (run(x), other(x)))
+    assert all(close(a, b) for a, b in zip(got, want, strict=True))

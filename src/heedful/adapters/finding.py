@@ -96,8 +96,8 @@ class _Watch(TorchFunctionMode):
             self._note_written(asked)
         out = func(*args, **kwargs)
         self._trail.follow(func, args, kwargs, out)
-        if func in PRODUCTS:
-            self._depth = len(self.stack)
+        if func in PRODUCTS:  # a map within, written as a product, leaves weights that there are as they are
+            self._depth = min(self._depth, len(self.stack)) if self._trail.weights else len(self.stack)
         return out
 
     def _note_written(self, asked: Asked | str) -> None:
