@@ -104,3 +104,15 @@ def test_what_cannot_be() -> None:
         pytest.raises(FieldError, match="both images must have grids alike"),
     ):
         run(**models.tiny_inputs(model, length=N))
+
+
+@pytest.mark.parametrize("written", [24, 30])
+def test_an_encoders_choice_is_its_own(written: int) -> None:
+    model, draw = models.tiny("bart"), torch.Generator().manual_seed(0)
+    ids, answer = (torch.randint(3, 60, (1, n), generator=draw) for n in (26, written))
+    roles = {"low": Region(((0, 4),), (2, 2)), "high": Region(((4, 20),), (4, 4))}
+    with torch.no_grad(), attach(model, FlexAttention(0), roles=roles) as run:
+        whole = run(input_ids=ids, decoder_input_ids=answer)
+    told = (whole.encoder_last_hidden_state,)
+    with torch.no_grad(), attach(model, FlexAttention(0), roles=roles, only="model.decoder") as run:
+        assert close_model(run(encoder_outputs=told, decoder_input_ids=answer).logits, whole.logits)

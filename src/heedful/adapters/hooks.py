@@ -56,6 +56,7 @@ class Hooks:
     layers: int  # how many are served
     crosses: bool = False  # a module that is handed another sequence is known to attend to that alone
     patterns: bool = False  # the caller of this forward wants the patterns back
+    acting: bool = False  # an edit or a reader computes inside a module, which is no work of the module's own
     first: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None  # what the first forward is shown before it
     _inside: int = 0
     _graph: bool = False  # gradients may be asked of the forward under way
@@ -383,9 +384,13 @@ class Hooks:
         job = AttentionCall(self.run.state.plan(call), self.run.state, call)
         rows = turned(given)
         new = rows.reshape(-1, n, rows.shape[-1])
-        if site is Site.OUTPUT and (steps := job.plan.at(Site.BLOCK)):
-            new = replaced(steps[0], job, call, new)
-        new = stage(site, new, job, call)
+        self.acting = True
+        try:
+            if site is Site.OUTPUT and (steps := job.plan.at(Site.BLOCK)):
+                new = replaced(steps[0], job, call, new)
+            new = stage(site, new, job, call)
+        finally:
+            self.acting = False
         self.run.state.close_call(job.plan, call)
         if new.shape[1] == n:
             new = new.reshape(rows.shape)

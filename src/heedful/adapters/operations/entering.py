@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from heedful.adapters.bound import Bound
 from heedful.adapters.hooked import Standing
-from heedful.adapters.operations.finding import MULTI_HEAD, SDPA
+from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, kept_by
 from heedful.adapters.operations.torch_masks import joined
 from heedful.adapters.operations.written import Asked, Trail
 from heedful.core.errors import NotEntered
@@ -22,6 +22,9 @@ class Answers(Protocol):
     """What answers for the modules of one model."""
 
     installed: bool
+
+    @property
+    def answering(self) -> bool: ...
 
     def same_thread(self, bound: Bound) -> None: ...
 
@@ -85,6 +88,8 @@ class _Writing(_Inside):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.server.answering:
+            return func(*args, **kwargs)
         if (asked := self.trail.asked(func, args, kwargs)) is not None:
             found = self.server.written(self.bound, asked)
             if found is not None:
@@ -98,15 +103,18 @@ class _Writing(_Inside):
         """What the module gives, with the run's weights for its own."""
         if not self.edited:
             return output
+        kept = kept_by(self.bound.module)
+        gives = self.trail.gives((output, kept))
         if self.trail.besides:
             raise NotEntered(otherwise(self.bound, self.trail.besides))
-        if not self.trail.gives(output):
+        if not gives:
             return output
         if self.bound.written is False:
             raise NotEntered(
                 f"{self.bound.name} ({self.bound.kind}) gives its weights, which it did not when heedful looked; give "
                 "inputs that show what it does: attach(..., inputs=...)"
             )
+        vars(self.bound.module).update(self.trail.put(self.pattern, kept))
         return self.trail.put(self.pattern, output)
 
 

@@ -96,8 +96,8 @@ class _Watch(TorchFunctionMode):
             self._note_written(asked)
         out = func(*args, **kwargs)
         self._trail.follow(func, args, kwargs, out)
-        if func in PRODUCTS:
-            self._depth = len(self.stack)
+        if func in PRODUCTS:  # a map within, written as a product, leaves weights that there are as they are
+            self._depth = min(self._depth, len(self.stack)) if self._trail.weights else len(self.stack)
         return out
 
     def _note_written(self, asked: Asked | str) -> None:
@@ -131,11 +131,16 @@ class _Watch(TorchFunctionMode):
         self.stack.pop()
         name = self.names[module]
         if name in self.written:
-            self.written[name] |= self._trail.gives(output)
+            self.written[name] |= self._trail.gives((output, kept_by(module)))
             if self._trail.besides:
                 self.own.setdefault(name, f"a softmax of its own: {self._trail.besides}")
         if len(self.stack) < self._depth:  # a module inside the attention gives what is used around it
             self._trail.clear()
+
+
+def kept_by(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors that a module keeps under names of its own, as some do with their last weights."""
+    return {name: x for name, x in vars(module).items() if isinstance(x, Tensor)}
 
 
 def _kernel_call(module: nn.Module, stream: Tensor | None, given: dict[str, Any]) -> Seen:
@@ -169,7 +174,7 @@ def find(model: nn.Module, run: Callable[[], Any]) -> Found:
         if not calls:
             continue
         stream = watch.streams.get(name)
-        if (why := _obstacle(calls, stream)) is not None:
+        if (why := _obstacle(calls, stream, heads_told(model.get_submodule(name)))) is not None:
             found.own[name] = why
             continue
         seen = calls[0][0]
@@ -182,7 +187,7 @@ def find(model: nn.Module, run: Callable[[], Any]) -> Found:
     return found
 
 
-def _obstacle(forwards: list[list[Seen]], stream: Tensor | None) -> str | None:
+def _obstacle(forwards: list[list[Seen]], stream: Tensor | None, heads: int | None) -> str | None:
     """Why what a module does with torch's attention is no map of tokens."""
     most = max(map(len, forwards))
     if most > 1:
@@ -194,6 +199,8 @@ def _obstacle(forwards: list[list[Seen]], stream: Tensor | None) -> str | None:
         tokens, width = stream.shape[1:]
         if seen.rows != tokens and seen.head_dim == tokens and seen.heads * seen.rows == width:
             return "over channels, not over tokens"
+        if heads not in (None, seen.heads) and seen.heads * seen.rows == tokens * heads:
+            return "with heads in the rows of its queries"
     return None
 
 

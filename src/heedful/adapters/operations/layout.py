@@ -24,7 +24,7 @@ class Layout:
             split = told if told and told > 1 and rows and lead == (rows * told,) else None
             return cls(lead, 1, split)
         axis = len(lead) - 1
-        if len(lead) > 2 and told is not None and lead[axis] != told and told in lead:
+        if told is not None and lead[axis] != told and told in lead and (len(lead) > 2 or lead == (told, rows)):
             axis = lead.index(told)
         return cls(lead, axis)
 
@@ -47,7 +47,7 @@ class Layout:
         if self.split is not None or len(self.lead) < 2:
             return x.reshape(*self.lead, *x.shape[-2:])
         if len(self.lead) == 2:
-            return x
+            return x.movedim(-3, self.axis)
         outer = [n for i, n in enumerate(self.lead) if i != self.axis]
         return x.reshape(*outer, *x.shape[-3:]).movedim(-3, self.axis)
 

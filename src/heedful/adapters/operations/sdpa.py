@@ -214,6 +214,11 @@ class SdpaAdapter:
 
     # one attention call
 
+    @property
+    def answering(self) -> bool:
+        """Whether a run computes what it answers, with the same operations that it follows in modules."""
+        return self._answering or self._hooks.acting
+
     def same_thread(self, bound: Bound) -> None:
         """A forward is followed in one thread."""
         if self._hooks.elsewhere:
@@ -224,7 +229,7 @@ class SdpaAdapter:
 
     def kernel(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """`F.scaled_dot_product_attention`, as the run has it."""
-        found = None if self._answering else self.attention(bound, named(args, kwargs))
+        found = None if self.answering else self.attention(bound, named(args, kwargs))
         return SDPA(*args, **kwargs) if found is None else found[0]
 
     def written(self, bound: Bound, asked: Asked | str) -> tuple[Tensor, Tensor | None] | None:
@@ -244,7 +249,7 @@ class SdpaAdapter:
                 raise Untouched
             return (SDPA(**given), None) if found is None else found
 
-        return MULTI_HEAD(*args, **kwargs) if self._answering else through_kernel(kernel, args, kwargs)
+        return MULTI_HEAD(*args, **kwargs) if self.answering else through_kernel(kernel, args, kwargs)
 
     def attention(
         self,
@@ -254,7 +259,7 @@ class SdpaAdapter:
         appends: bool = False,
         unasked: bool = False,
     ) -> tuple[Tensor, Tensor | None] | None:
-        """What comes out in the layout of the queries, and the pattern `[b h q k]` where that is wanted.
+        """What comes out in the layout of the queries, and the pattern in the same where that is wanted.
 
         None where the model's own attention gives just that.
         """
@@ -290,7 +295,7 @@ class SdpaAdapter:
         finally:
             self._answering = False
         run.state.close_call(plan, job.call)
-        return layout.unfold(heads.to(q.dtype)), None if weights is None else weights.to(q.dtype)
+        return layout.unfold(heads.to(q.dtype)), None if weights is None else layout.unfold(weights.to(q.dtype))
 
     def _call(
         self, bound: Bound, layout: Layout, given: dict[str, Any], qkv: tuple[Tensor, Tensor, Tensor], appends: bool
@@ -316,5 +321,9 @@ class SdpaAdapter:
 
 
 def _unspent(x: Any) -> Any:
-    """What a forward is given, but for a copy of the cache that it would write to."""
+    """What a forward is given, but for copies of caches that it would write to."""
+    if type(x) is dict:
+        return {name: _unspent(one) for name, one in x.items()}
+    if type(x) in (list, tuple):
+        return type(x)(map(_unspent, x))
     return copy.deepcopy(x) if isinstance(x, Cache) else x

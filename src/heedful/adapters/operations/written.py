@@ -6,7 +6,8 @@ masks, positions and biases, is what they differ by from that first product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 ROUNDINGS = 4  # by which scores may lie off the product that they are, times a number
 HIDDEN = -5e3  # what is added to scores nobody sees: no weight is left, in any type
+CHANGED = "its weights are changed after a softmax"
 
 _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 _BADDBMM = {torch.baddbmm, Tensor.baddbmm, Tensor.baddbmm_}
@@ -77,9 +79,22 @@ class Weights:
     """What has become of the softmax of scores so far."""
 
     now: Tensor
-    scores: Scores | None
+    scores: Scores | None  # None: a softmax of something else
     dropout: float = 0.0
-    why: str = ""  # nothing can be told of where they come from
+    why: str = ""  # they are not what a softmax made of scores
+    versions: tuple[int, ...] = ()  # of what they are told by, since anything may be changed in place
+
+    def untouched(self) -> Weights:
+        """The same, told by what is there now."""
+        return replace(self, versions=self._versions())
+
+    @property
+    def touched(self) -> bool:
+        return self.versions != self._versions()
+
+    def _versions(self) -> tuple[int, ...]:
+        told = (self.now,) if self.scores is None else (self.now, self.scores.now, self.scores.query, self.scores.key)
+        return tuple(-1 if x.is_inference() else x._version for x in told)
 
 
 @dataclass(frozen=True)
@@ -93,28 +108,25 @@ class Asked:
 
     @property
     def operands(self) -> dict[str, Any]:
-        return {"query": self.scores.query, "key": self.scores.key, "value": self._beside()}
+        query, key = self.scores.query, self.scores.key
+        lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+        value = _beside(self.value, self.product.left, lead).to(query.dtype)
+        return {"query": query.expand(*lead, *query.shape[-2:]), "key": key, "value": value}
 
     def given(self) -> dict[str, Any]:
         """The same as arguments of torch's own attention."""
         scores = self.scores
-        added = _narrowed(scores.added())
+        added = scores.added()
+        added = added if scores.learned else _narrowed(added)  # each number of a table gets a gradient of its own
         seen = added > HIDDEN
         lowest = torch.finfo(added.dtype).min
         table = added.masked_fill(~seen, lowest)
         return self.operands | {"attn_mask": table, "scale": scores.scale, "dropout_p": self.dropout}
 
-    def _beside(self) -> Tensor:
-        """The values, with the axes that the queries have."""
-        value, query = self.value, self.scores.query
-        lead = query.shape[:-2]
-        same = value.shape[:-2].numel() == lead.numel() and value.ndim != query.ndim
-        return value.reshape(*lead, *value.shape[-2:]) if same else value
-
     def given_back(self, heads: Tensor) -> Tensor:
         """Heads in the layout of the queries, as the module's own product would give them."""
         left = self.product.left
-        return self.product.laid(heads.reshape(*left.shape[:-1], heads.shape[-1]))
+        return self.product.laid(heads.reshape(*left.shape[:-1], heads.shape[-1])).to(self.value.dtype)
 
 
 @dataclass(eq=False)
@@ -124,6 +136,7 @@ class Trail:
     scores: dict[int, Scores] = field(default_factory=dict)
     weights: dict[int, Weights] = field(default_factory=dict)
     besides: str = ""  # what else weights were used for, which an answer to the product with the values would not reach
+    answered: Scores | None = None  # of the weights that were multiplied with values
 
     def asked(self, func: Any, args: Any, kwargs: Any) -> Asked | str | None:
         """What a call that multiplies values with weights asks for, or why that cannot be told."""
@@ -133,19 +146,31 @@ class Trail:
         if not known:
             return None
         weights, product = self.weights[id(known[0])], _product(func, args, kwargs, first=known[0])
-        if weights.scores is None:
+        if weights.why or weights.scores is None:
             return weights.why
-        if product is None or product.left.numel() != weights.now.numel():
+        if weights.touched:
+            return CHANGED
+        if len(known) > 1:
+            return "its weights are multiplied with one another"
+        if func in _BADDBMM:
+            return "its weights and values are multiplied and added to something at once"
+        if product is None or product.left.shape[-1] != weights.scores.key.shape[-2]:
             return "its weights do not stand before the values"
+        left, right = product.left.shape[:-2], product.right.shape[:-2]
+        if torch.broadcast_shapes(left, right) != left:
+            return "its values have rows that its weights do not have"
+        self.answered = weights.scores
         return Asked(weights.scores, product.right, product, weights.dropout)
 
     def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note what a call made of scores or weights."""
         if not isinstance(out, Tensor):
+            self._no_tensor(func, args, kwargs, out)
             return
         if func in PRODUCTS:
             if (product := _product(func, args, kwargs)) is not None and out.ndim > 2 and product.order is None:
-                learned = func in _BADDBMM and any(x.requires_grad for x in _tensors((args[0], kwargs.get("input"))))
+                biases = (*args[:1], kwargs.get("input")) if func in _BADDBMM else ()
+                learned = any(x.requires_grad for x in _tensors(biases))
                 key = product.right.transpose(-1, -2)
                 self.scores[id(out)] = Scores(out, product.left, key, product.factor, learned)
             return
@@ -160,20 +185,49 @@ class Trail:
 
     def gives(self, output: Any) -> bool:
         """Whether weights are among what a module gives."""
-        return any(id(x) in self.weights for x in _tensors((output,)))
+        given = [weights for x in _tensors((output,)) if (weights := self._answered(x)) is not None]
+        if any(weights.why or weights.touched for weights in given):
+            self.besides = CHANGED
+        return bool(given)
 
     def put(self, pattern: Tensor | None, output: Any) -> Any:
         """What a module gives, with other weights in place of its own."""
-        if isinstance(output, Tensor) and id(output) in self.weights:
+        if isinstance(output, Tensor):
+            if self._answered(output) is None:
+                return output
             return None if pattern is None else pattern.reshape(output.shape).to(output.dtype)
-        if type(output) in (tuple, list):
-            return type(output)(self.put(pattern, x) for x in output)
-        return output
+        if not self.gives(output):
+            return output
+        if isinstance(output, dict):
+            new = copy.copy(output)
+            new.update({name: self.put(pattern, x) for name, x in output.items()})
+            return new
+        several = [self.put(pattern, x) for x in output]
+        return type(output)(*several) if hasattr(output, "_fields") else type(output)(several)
+
+    def _answered(self, x: Tensor) -> Weights | None:
+        """What is known of weights, where they are those that were multiplied with values."""
+        found = self.weights.get(id(x))
+        return found if found is not None and found.scores is not None and found.scores is self.answered else None
 
     def clear(self) -> None:
         self.scores.clear()
         self.weights.clear()
-        self.besides = ""
+        self.besides, self.answered = "", None
+
+    def _no_tensor(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Note what became of scores or weights in a call that gives no tensor, or several."""
+        given = list(_tensors((*args, *kwargs.values())))
+        into = id(args[0]) if func is Tensor.__setitem__ else None
+        if into in self.scores:
+            scores = self.scores[into]
+            learned = scores.learned or any(x.requires_grad for x in given[1:])
+            self.scores[into] = replace(scores, learned=learned)
+        if into in self.weights:
+            self.weights[into] = replace(self.weights[into], why=CHANGED)
+        elif into is not None or next(_tensors((out,)), None) is not None:
+            known = (self.weights.get(id(x)) for x in given)
+            self.besides = next((_besides(func) for one in known if one and one.scores is not None), self.besides)
 
     def _softmax(self, args: Any, kwargs: Any, out: Tensor) -> Weights:
         scores = self.scores.get(id(args[0] if args else kwargs.get("input")))
@@ -182,25 +236,32 @@ class Trail:
             return Weights(out, None, why="a softmax of what is no product of queries and keys alone")
         if dim not in (-1, out.ndim - 1):
             return Weights(out, None, why=f"a softmax over axis {dim}")
-        return Weights(out, scores)
+        if out.shape[-1] != scores.key.shape[-2]:
+            return Weights(out, None, why="a softmax over more than the keys, or fewer")
+        return Weights(out, scores).untouched()
 
     def _scores(self, scores: Scores, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         new = _followed(scores, func, args, kwargs, out)
-        if new is not None:
+        if new is not None or out is scores.now:
             self.scores.pop(id(scores.now), None)
+        if new is not None:
             self.scores[id(out)] = new
 
     def _weights(self, weights: Weights, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         if func in _DROPOUT:
             rate, trains = _dropout(args, kwargs)
-            self.weights[id(out)] = replace(weights, now=out, dropout=rate if trains else weights.dropout)
+            kept = (1 - weights.dropout) * (1 - rate) if trains else 1 - weights.dropout
+            self.weights[id(out)] = replace(weights, now=out, dropout=1 - kept).untouched()
         elif out.numel() == weights.now.numel() and (func in _SAME or _blank(weights, func, out)):
-            self.weights[id(out)] = replace(weights, now=out)
+            self.weights[id(out)] = replace(weights, now=out).untouched()
         elif out.numel() == weights.now.numel():
-            why = weights.why or "its weights are changed after a softmax"
-            self.weights[id(out)] = Weights(out, None, why=why)
+            self.weights[id(out)] = replace(weights, now=out, why=weights.why or CHANGED)
         elif weights.scores is not None:
-            self.besides = f"its weights go into {getattr(func, '__name__', func)} too"
+            self.besides = _besides(func)
+
+
+def _besides(func: Any) -> str:
+    return f"its weights go into {getattr(func, '__name__', func)} too"
 
 
 def _blank(weights: Weights, func: Any, out: Tensor) -> bool:
@@ -219,6 +280,8 @@ def _followed(scores: Scores, func: Any, args: Any, kwargs: Any, out: Tensor) ->
     new = replace(scores, now=out)
     if func in _SAME or func in _ADDED:
         others = [x for x in _tensors((*args, *kwargs.values())) if x is not scores.now]
+        if func in _BOUNDED and not _far((*args, *kwargs.values()), scores.now):
+            return None
         minus = func in _SUBTRACTED and args[0] is not scores.now
         return None if minus else replace(new, learned=new.learned or any(x.requires_grad for x in others))
     if func in _TIMES or func in _OVER:
@@ -230,6 +293,14 @@ def _followed(scores: Scores, func: Any, args: Any, kwargs: Any, out: Tensor) ->
     return None
 
 
+def _far(given: Iterable[Any], scores: Tensor) -> bool:
+    """Whether bounds lie where no score that anybody sees is."""
+    bounds = [x for x in given if x is not scores and x is not None]
+    plain = [x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in bounds]
+    return all(isinstance(x, int | float) and abs(x) >= -HIDDEN for x in plain)
+
+
+_BOUNDED = {torch.max, torch.maximum, Tensor.maximum, torch.clamp, Tensor.clamp, Tensor.clamp_}
 _SUBTRACTED = {torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__}
 
 
@@ -243,7 +314,8 @@ def _scaled(scores: Scores, by: Any, over: bool) -> Scores | None:
         return None
     by = 1 / by if over else by
     if by.numel() == 1 or (by.ndim > 1 and by.shape[-2:].numel() == 1):
-        if by.ndim > scores.query.ndim:
+        lead = torch.broadcast_shapes(scores.query.shape[:-2], scores.key.shape[:-2])
+        if by.ndim > scores.query.ndim or (by.numel() > 1 and scores.now.shape[:-2] != lead):
             return None
         return replace(scores, query=scores.query * by)
     return scores if bool(((by == 0) | (by == 1)).all()) else None
@@ -295,6 +367,14 @@ def _dropout(args: Any, kwargs: Any) -> tuple[float, bool]:
     return float(told.get("p", 0.5)), bool(told.get("training", told.get("train", True)))
 
 
+def _beside(value: Tensor, left: Tensor, lead: torch.Size) -> Tensor:
+    """Values as they stand beside weights, with the leading axes that the queries have."""
+    own = left.shape[:-2]
+    if own == lead or own.numel() != lead.numel():
+        return value
+    return value.expand(*own, *value.shape[-2:]).reshape(*lead, *value.shape[-2:])
+
+
 def _narrowed(x: Tensor) -> Tensor:
     """The same with one row where all rows of an axis are alike."""
     for axis in range(x.ndim - 1):
@@ -307,5 +387,7 @@ def _tensors(args: Any) -> Iterator[Tensor]:
     for x in args:
         if isinstance(x, Tensor):
             yield x
+        elif isinstance(x, dict):
+            yield from _tensors(x.values())
         elif isinstance(x, list | tuple):
             yield from _tensors(x)

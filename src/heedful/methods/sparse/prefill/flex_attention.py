@@ -52,9 +52,12 @@ class FlexAttention(Method):
     def example(cls) -> FlexAttention:
         return cls(0, 0.4, "marked", "answer")
 
+    def idle(self, call: Call) -> bool:
+        return call.cross
+
     @at(Site.MASK)
     def narrow(self, mask: Mask, call: Call) -> Mask:
-        number, chosen = call.numbers(self.high)[:, 0], call.state.forward.get("chosen")  # [b|1 k] and [b q fine]
+        number, chosen = call.numbers(self.high)[:, 0], call.state.forward.get(_key(call))  # [b|1 k] and [b q fine]
         fine, asking, giving = number[:, None] >= 0, call.q_pos[:, 0, :, None], call.k_pos[:, 0, None]
 
         def pick(rows: slice) -> Tensor:
@@ -77,12 +80,17 @@ class FlexAttention(Method):
         laid = (call.numbers(self.low)[:, 0, :, None] == places).to(weights.dtype)  # [b|1 k coarse]
         found = self.picked(weights.detach().mean(1) @ laid)
         behind = call.q_pos[:, 0] >= max(stop for region in (coarse, fine) for _, stop in region)
-        call.state.forward["chosen"] = found[..., _coarse_of(coarse, fine).to(places.device)] & behind[..., None]
+        call.state.forward[_key(call)] = found[..., _coarse_of(coarse, fine).to(places.device)] & behind[..., None]
 
     def picked(self, looks: Tensor) -> Tensor:
         """Which coarse places `[b q n]` are looked at, by what they get."""
         low, high = looks.amin(-1, keepdim=True), looks.amax(-1, keepdim=True)
         return looks - low > self.threshold * (high - low)
+
+
+def _key(call: Call) -> str:
+    """Where layers of one list leave their choice for each other."""
+    return f"chosen, {call.lowest}"
 
 
 def _coarse_of(coarse: Region, fine: Region) -> Tensor:
