@@ -84,10 +84,11 @@ def _lead(c: Results) -> str:
     many = {word: words.count(word) or "none" for word in ("helps", "safe", "harms", "unclear", "inactive")}
     least, most = (end(r.prompts for r in c.results) for end in (min, max))
     asked = f"{least} to {most}" if least < most else str(most)
+    held = "1 interval holds" if c.compared == 1 else f"{c.compared} intervals hold"
     return (
         f"Of {counted(len(words), 'method')}, {many['helps']} helped, {many['safe']} safe within {margin(c)}, "
         f"{many['harms']} harmful, {many['unclear']} undecided and {many['inactive']} without effect, on {asked} "
-        f"prompts a task; {counted(c.compared, 'interval')} hold at once, at whatever prompt asking stops, with 95%."
+        f"prompts a task; {held} at once, at whatever prompt asking stops, with 95%."
     )
 
 
