@@ -18,12 +18,15 @@ BATCH, BEFORE, AFTER, RATE, TRIED = 32, 300, 300, 3e-3, 128
 class _Straight(LatentMonotonicAttention):
     """The control: windows as wide that go through the source at an even pace."""
 
-    def walk(self, scores: Tensor, ahead: Tensor, last: Tensor, moves: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    def walk(self, scores: Tensor, last: Tensor, moves: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         n, k = scores.shape[2:]
         places = torch.arange(1, n + 1) * k // n - 1
         return places.expand(scores.shape[:3]), places.expand(scores.shape[:3])
 
-    likeliest_path = walk
+    def likeliest_path(
+        self, scores: Tensor, ahead: Tensor, last: Tensor, moves: Tensor, start: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.walk(scores, last, moves, start)
 
 
 WAYS: dict[str, Method | None] = {

@@ -207,3 +207,19 @@ def test_layers_before_the_path_are_left_alone() -> None:
     ]
     assert GEM(last=2).idle(replace(call, layer=8, phase=Phase.DECODE))
     assert GEM(last=2).idle(replace(call, layer=8, cross=True))
+
+
+@torch.no_grad()
+def test_before_a_language_model_it_acts_in_the_encoder() -> None:
+    model = models.tiny("llava")
+    tower, inputs = model.model.vision_tower, models.tiny_inputs(model)
+    for last in (1, 9):
+        alone = fit(GEM(last), tower, ())
+        with attach(tower, alone) as run:
+            run(pixel_values=inputs["pixel_values"])
+            (want,) = run[alone]
+        within = fit(GEM(last), model, ())
+        with attach(model, within, only="model.vision_tower") as run:
+            run(**inputs)
+            (found,) = run[within]
+        assert close_model(found, want)

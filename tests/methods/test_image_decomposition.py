@@ -183,3 +183,19 @@ def test_errors() -> None:
     for method, match in ((ImageDecomposition(), "must be copied with heedful.fit"), (other, "were fitted to another")):
         with pytest.raises(FieldError, match=match), attach(vit, method) as run:
             run(**inputs)
+
+
+@torch.no_grad()
+def test_before_a_language_model_it_acts_in_the_encoder() -> None:
+    model = models.tiny("llava")
+    tower, inputs = model.model.vision_tower, models.tiny_inputs(model)
+    method = ImageDecomposition(1, directions=Fitted({"d": torch.eye(32)[:2]}))
+    with attach(tower, alone := fit(method, tower, ())) as run:
+        run(pixel_values=inputs["pixel_values"])
+        want = run[alone]
+    with attach(model, within := fit(method, model, ()), only="model.vision_tower") as run:
+        run(**inputs)
+        found = run[within]
+    assert list(found.heads) == list(want.heads) == [1]
+    assert close_model(found.heads[1], want.heads[1])
+    assert close_model(found.map, want.map)

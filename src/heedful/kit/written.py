@@ -23,8 +23,8 @@ class Writes(Protocol):
 
 
 def written(context: FitContext, last: int) -> Fitted:
-    """Of the last layers maps "o.<layer>" `[e h d]`, and what is added whatever the heads say, "b.<layer>" `[e]`."""
-    layers = range(max(0, len(context.layers) - last), len(context.layers))
+    """Of each list's last layers maps "o.<layer>" `[e h d]`, and what is always added, "b.<layer>" `[e]`."""
+    layers = [layer.number for layer in context.layers if layer.highest - layer.number < last]
     found: dict[str, Tensor] = {}
     for layer in layers:
         weights, scale = context.weights(layer), context.scale(layer)

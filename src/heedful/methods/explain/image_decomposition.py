@@ -62,6 +62,7 @@ class ImageDecomposition(Method):
 
     `fit(ImageDecomposition(directions=...), model, ())` copies what heads write with. `directions` are `{"d": [m e]}`
     in the stream before the model's last norm: a classifier's rows, texts' vectors, or differences of classes' means.
+    Where a language model stands behind the image's, attach it to that alone, by `only=`.
     """
 
     paper = Paper(
@@ -98,7 +99,7 @@ class ImageDecomposition(Method):
         return cls(seed=0)
 
     def idle(self, call: Call) -> bool:
-        return call.phase is Phase.DECODE or call.cross or call.layer < call.depth - self.last
+        return call.phase is Phase.DECODE or call.cross or call.layer < call.listed.stop - self.last
 
     @reads(Site.PATTERN, first="tokens")
     def part(self, weights: Tensor, call: Call) -> Statistic | None:

@@ -106,7 +106,7 @@ class TAG(Method):
 
 def _most(regions: tuple[Region, ...]) -> int:
     """How many tokens the longest of them has."""
-    return max(sum(stop - start for start, stop in region) for region in regions)
+    return max(region.tokens for region in regions)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class ControlMLLM(Method):
     @at(Site.EMBEDDING)
     def add(self, x: Tensor, call: Call) -> Tensor:
         spans = call.region(self.image)
-        tokens = sum(stop - start for start, stop in spans)
+        tokens = spans.tokens
         latent = self._latent(tokens, x.shape[-1], call)
         place = coordinates(Region(spans, (tokens,)), call.q_pos)[:, 0, :, 0]  # [b|1 n], -1 outside
         return x + latent.to(x)[place.clamp(min=0)].masked_fill((place < 0)[..., None], 0.0)
@@ -114,7 +114,7 @@ class ControlMLLM(Method):
             raise FieldError(self, "batches", len(found), rule, good)
         inputs = {name: x for name, x in found[0].items() if name != "roles"}
         roles = dict(found[0]["roles"])
-        tokens = sum(stop - start for start, stop in roles[self.image])
+        tokens = Region(roles[self.image]).tokens
         stack = _Learner(image=self.image, tokens=tokens) | _Energy(self.role, self.image, self.question, self.layers)
         with context.attach(stack) as run, torch.enable_grad():
             run.roles = roles

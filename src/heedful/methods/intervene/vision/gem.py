@@ -28,6 +28,7 @@ class GEM(Method):
     The model goes on as it is; `run[method]` has the stream `[b n e]` at the end of the second path for each forward.
     The model's last norm and projection make features of it: patches whose features are near that of a text, or of
     another picture's thing, are where that thing is. `fit(method, model, ())` copies what the path is projected with.
+    Where a language model stands behind it, attach it to the vision model alone, by `only=`.
     """
 
     paper = Paper(
@@ -70,11 +71,11 @@ class GEM(Method):
         return call.phase is Phase.DECODE or call.cross or call.layer < self._first(call) - 1
 
     def _first(self, call: Call) -> int:
-        return max(0, call.depth - self.last)
+        return max(call.lowest, call.listed.stop - self.last)
 
     @reads(Site.EMBEDDING)
     def begin(self, stream: Tensor, call: Call) -> None:
-        if self._first(call) == 0:
+        if self._first(call) == call.lowest:
             call.state.forward["stream"] = stream.detach()
 
     @reads(Site.RESIDUAL)
@@ -94,7 +95,7 @@ class GEM(Method):
         maps, bias = (x.to(heads) for x in map_of(self, call.layer, heads.shape[1], heads.shape[3]))
         added = torch.einsum("bhnd,ehd->bne", torch.stack(each).mean(0), maps) + bias
         call.state.forward["stream"] = call.state.forward.get("stream", 0) + added
-        return Cat.of(f"{call.forward:06d}", call.state.forward["stream"]) if call.last_layer else None
+        return Cat.of(f"{call.forward:06d}", call.state.forward["stream"]) if call.ends_list else None
 
     def _heat(self, query: Tensor, call: Call) -> Tensor | float:
         if self.temperature is not None:

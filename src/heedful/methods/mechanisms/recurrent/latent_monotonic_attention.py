@@ -63,8 +63,11 @@ class LatentMonotonicAttention(Method):
         ahead = scores.masked_fill(~seen, lowest).flip(-1).logcumsumexp(-1).flip(-1)  # of this place and all behind it
         moves = call.is_text & seen.any(-1)
         start = looked_last(self, call, last.new_zeros(scores.shape[:2]))
-        find = self.likeliest_path if call.training else self.walk
-        places, starts = find(scores.detach().masked_fill(~seen, -torch.inf), ahead.detach(), last, moves, start)
+        known = scores.detach().masked_fill(~seen, -torch.inf)
+        if call.training:
+            places, starts = self.likeliest_path(known, ahead.detach(), last, moves, start)
+        else:
+            places, starts = self.walk(known, last, moves, start)
         remember(call, torch.where(moves[..., -1], places[..., -1] + 1, starts[..., -1]))
         begin = starts.minimum(last)[..., None]
         unlikely = (ahead.gather(-1, begin) - scores.gather(-1, places[..., None]))[..., 0]
@@ -80,7 +83,7 @@ class LatentMonotonicAttention(Method):
         found: Tensor = call.state.forward.pop(call.name)
         return self.weight * found if call.training else None
 
-    def walk(self, scores: Tensor, ahead: Tensor, last: Tensor, moves: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    def walk(self, scores: Tensor, last: Tensor, moves: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest place of each token behind that of the token before, and the place behind that, `[b h r]`."""
         columns, places, starts = torch.arange(scores.shape[-1], device=scores.device), [], []
         for i in range(scores.shape[2]):

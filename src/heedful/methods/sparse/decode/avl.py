@@ -99,7 +99,7 @@ class AVL(Method):
 
     def _sizes(self, call: Call) -> list[int]:
         """How many tokens the image has in each text, or in all of them."""
-        return [sum(stop - start for start, stop in region) for region in call.regions("image")]
+        return [region.tokens for region in call.regions("image")]
 
 
 def _by_group(weights: Tensor, call: Call) -> Tensor:

@@ -14,7 +14,7 @@ class FlexAttention(Method):
 
     Roles name both images among the tokens, `{"low": Region(spans, grid), "high": Region(spans, grid)}`; without grids
     each is a row. Whatever comes behind them chooses, token by token and layer by layer; nothing else sees the fine
-    tokens, which see themselves alone.
+    tokens, and of them each sees itself alone.
     """
 
     paper = Paper(

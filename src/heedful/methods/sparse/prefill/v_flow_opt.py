@@ -16,6 +16,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
+from heedful.core.regions import Region
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
 from heedful.kit.picked import PickedPatches, best
@@ -98,7 +99,7 @@ class VFlowOpt(PickedPatches):
         alike = [0.0] * len(settings)
         for batch in batches:
             inputs = {name: x for name, x in batch.items() if name != "roles"}
-            pixels, tokens = inputs["pixel_values"], sum(stop - start for start, stop in batch["roles"]["image"])
+            pixels, tokens = inputs["pixel_values"], Region(batch["roles"]["image"]).tokens
             mine = self.of(pixels, math.isqrt(pixels.shape[-1] * pixels.shape[-2] // tokens))
             whole = _last(context, replace(mine, share=1.0), inputs, batch["roles"])
             for i, (threshold, alpha) in enumerate(settings):
