@@ -38,6 +38,20 @@ def scores_gone(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return weights @ v, weights
 
 
+def queries_gone(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    asks = q.clone()
+    weights = product(asks, k).softmax(-1)
+    asks.zero_()
+    return weights @ v, weights
+
+
+def keys_gone(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    held = k.clone()
+    weights = product(q, held).softmax(-1)
+    held[..., 0, :] = 0.0
+    return weights @ v, weights
+
+
 def gated_by_squares(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     weights = product(q, k).softmax(-1)
     return weights @ v * (weights**2).sum(-1, keepdim=True), None
@@ -121,6 +135,8 @@ NO_PRODUCT = "a softmax of what is no product of queries and keys alone"
         (emptied_in_place, CHANGED),
         (halved_through_a_view, CHANGED),
         (scores_gone, CHANGED),
+        (queries_gone, CHANGED),
+        (keys_gone, CHANGED),
         (gated_by_squares, "its weights go into sum too"),
         (gated_by_the_largest, "its weights go into max too"),
         (kept_elsewhere, "its weights go into __setitem__ too"),
@@ -148,9 +164,17 @@ def logarithms(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return weights @ v, weights.log()
 
 
-def test_changed_weights_are_not_given_for_weights(x: Tensor) -> None:
-    net = Net(logarithms, weights=True).eval()
-    with pytest.raises(RefusedModel, match=CHANGED):
+def halved_later_through_a_view(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    weights = product(q, k).softmax(-1)
+    heads = weights @ v
+    weights.view(B * H, N, N).mul_(0.5)
+    return heads, weights
+
+
+@pytest.mark.parametrize("writes", [logarithms, halved_later_through_a_view])
+def test_changed_weights_are_not_given_for_weights(writes: Writes, x: Tensor) -> None:
+    net = Net(writes, weights=True).eval()
+    with torch.no_grad(), pytest.raises(RefusedModel, match=CHANGED):
         heedful.attach(net, HALVE, inputs=x)
 
 
