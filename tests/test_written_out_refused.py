@@ -31,6 +31,21 @@ def halved_through_a_view(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> An
     return weights @ v, weights
 
 
+def halved_and_viewed(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    weights = product(q, k).softmax(-1)
+    weights.view(B * H, N, N).mul_(0.5)
+    weights = weights.unsqueeze(0).squeeze(0)
+    return weights @ v, weights
+
+
+def scores_gone_before_a_dropout(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    scores = product(q, k) + 0.0
+    weights = scores.softmax(-1)
+    scores.zero_()
+    weights = net.dropout(weights)
+    return weights @ v, weights
+
+
 def scores_gone(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     scores = product(q, k) + 0.0
     weights = scores.softmax(-1)
@@ -134,7 +149,9 @@ NO_PRODUCT = "a softmax of what is no product of queries and keys alone"
     [
         (emptied_in_place, CHANGED),
         (halved_through_a_view, CHANGED),
+        (halved_and_viewed, CHANGED),
         (scores_gone, CHANGED),
+        (scores_gone_before_a_dropout, CHANGED),
         (queries_gone, CHANGED),
         (keys_gone, CHANGED),
         (gated_by_squares, "its weights go into sum too"),

@@ -253,6 +253,9 @@ class Trail:
             self.scores[id(out)] = new
 
     def _weights(self, weights: Weights, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+        in_place = out is weights.now and func in _DROPOUT and _dropout(args, kwargs)[1]
+        if weights.touched and not in_place and not weights.why:  # before this step
+            weights = replace(weights, why=CHANGED)
         if func in _DROPOUT:
             rate, trains = _dropout(args, kwargs)
             kept = (1 - weights.dropout) * (1 - rate) if trains else 1 - weights.dropout
