@@ -103,6 +103,14 @@ def test_looking_at_a_model_changes_nothing_in_it() -> None:
     assert [int(m.count) for m in model] == [1, 1]
 
 
+def test_looking_at_a_model_leaves_graphs_that_hold_its_buffers() -> None:
+    model, x = Plain(), tokens()
+    model.register_buffer("resting", torch.ones(()))
+    loss = (next(model.parameters()) * model.resting).sum()
+    attach(model, Look(), inputs=x).close()
+    loss.backward()
+
+
 def test_one_run_at_a_time() -> None:
     model, x = Plain(), tokens()
     with attach(model, Look()) as run:

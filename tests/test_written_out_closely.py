@@ -184,6 +184,14 @@ def test_edits_act_under_autocast(writes: Writes, x: Tensor) -> None:
     assert float((got - want).abs().max()) < 0.05
 
 
+@torch.inference_mode()
+def test_tensors_that_have_no_versions_are_followed(x: Tensor) -> None:
+    net, other = Net(plain, weights=True).eval(), Net(halved(plain), weights=True).eval()
+    other.load_state_dict(net.state_dict())
+    with heedful.attach(net, HALVE, inputs=x) as run:
+        assert all(close(a, b) for a, b in zip(run(x), other(x), strict=True))
+
+
 def test_dropouts_add_up(x: Tensor) -> None:
     from heedful.adapters.operations.written import Trail
 

@@ -31,10 +31,39 @@ def halved_through_a_view(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> An
     return weights @ v, weights
 
 
+def halved_and_viewed(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    weights = product(q, k).softmax(-1)
+    weights.view(B * H, N, N).mul_(0.5)
+    weights = weights.unsqueeze(0).squeeze(0)
+    return weights @ v, weights
+
+
+def scores_gone_before_a_dropout(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    scores = product(q, k) + 0.0
+    weights = scores.softmax(-1)
+    scores.zero_()
+    weights = net.dropout(weights)
+    return weights @ v, weights
+
+
 def scores_gone(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     scores = product(q, k) + 0.0
     weights = scores.softmax(-1)
     scores.zero_()
+    return weights @ v, weights
+
+
+def queries_gone(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    asks = q.clone()
+    weights = product(asks, k).softmax(-1)
+    asks.zero_()
+    return weights @ v, weights
+
+
+def keys_gone(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    held = k.clone()
+    weights = product(q, held).softmax(-1)
+    held[..., 0, :] = 0.0
     return weights @ v, weights
 
 
@@ -120,7 +149,11 @@ NO_PRODUCT = "a softmax of what is no product of queries and keys alone"
     [
         (emptied_in_place, CHANGED),
         (halved_through_a_view, CHANGED),
+        (halved_and_viewed, CHANGED),
         (scores_gone, CHANGED),
+        (scores_gone_before_a_dropout, CHANGED),
+        (queries_gone, CHANGED),
+        (keys_gone, CHANGED),
         (gated_by_squares, "its weights go into sum too"),
         (gated_by_the_largest, "its weights go into max too"),
         (kept_elsewhere, "its weights go into __setitem__ too"),
@@ -148,9 +181,17 @@ def logarithms(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return weights @ v, weights.log()
 
 
-def test_changed_weights_are_not_given_for_weights(x: Tensor) -> None:
-    net = Net(logarithms, weights=True).eval()
-    with pytest.raises(RefusedModel, match=CHANGED):
+def halved_later_through_a_view(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    weights = product(q, k).softmax(-1)
+    heads = weights @ v
+    weights.view(B * H, N, N).mul_(0.5)
+    return heads, weights
+
+
+@pytest.mark.parametrize("writes", [logarithms, halved_later_through_a_view])
+def test_changed_weights_are_not_given_for_weights(writes: Writes, x: Tensor) -> None:
+    net = Net(writes, weights=True).eval()
+    with torch.no_grad(), pytest.raises(RefusedModel, match=CHANGED):
         heedful.attach(net, HALVE, inputs=x)
 
 

@@ -34,7 +34,7 @@ from .probe import TILE_ROWS, DropHeads, DropPattern, Look, _suggestion
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks" / "records" / "libraries.json"
 PAGE = ROOT / "docs" / "coverage.md"
-BEGIN, END = "<!-- libraries -->", "<!-- /libraries -->"  # the first is known to table.py too
+BEGIN, END = "<!-- libraries -->", "<!-- /libraries -->"
 SMALLEST = ("atto", "femto", "pico", "nano", "xxtiny", "xxs", "xtiny", "xs", "tiny", "mini", "_s", "small", "base", "")
 MADE: dict[str, dict[str, Callable[[], cases.Case]]] = {
     "diffusers": {

@@ -6,7 +6,7 @@ import collections
 import datetime as dt
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,14 @@ def _row(record: Record) -> Record:
         "class": record["class"],
         "status": record["status"],
         **({"layers": [eager["entered"], eager["layers"]]} if "layers" in eager else {}),
-        **{mode: x for mode in ("eager", "sdpa") if (x := _roundings(record, mode)) is not None},
+        **{mode: x for mode in ("eager", "sdpa") if (x := roundings(record, mode)) is not None},
         **({"generate": x} if (x := record.get("generate", {}).get("roundings")) is not None else {}),
         **({"reason": reason} if reason else {}),
     }
 
 
-def _roundings(record: Record, mode: str) -> float | None:
+def roundings(record: Record, mode: str) -> float | None:
+    """How far a stack that changes nothing lies off the model's own attention."""
     found: float | None = record.get(mode, {}).get("through", {}).get("roundings")
     return found
 
@@ -61,13 +62,23 @@ def _roundings(record: Record, mode: str) -> float | None:
 def sentence() -> str:
     """How many of them are served."""
     rows = json.loads(RECORD.read_text())["classes"]
-    count = collections.Counter(row["status"] for row in rows)
-    served = (count["served"] + count["served in part"]) / len(rows)
+    return f"Of {len(rows)} more whose attention is all outside it, {counted(row['status'] for row in rows)}"
+
+
+def counted(statuses: Iterable[str]) -> str:
+    """What became of them, in words."""
+    count = collections.Counter(statuses)
+    whole, part, refused, wrong = (count[status] for status in FOUND)
+    share = (whole + part) / max(1, count.total())
     return (
-        f"Of {len(rows)} more whose attention is all outside it, {count['served']} are served whole and "
-        f"{count['served in part']} in part ({served:.1%} together), {count['refused']} are refused with the reason "
-        f"and {count['wrong']} are wrong."
+        f"{whole} are served whole and {part} in part ({share:.1%} together), {refused} are refused with the reason "
+        f"and {wrong} are wrong."
     )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def section() -> str:
@@ -77,17 +88,16 @@ def section() -> str:
     exact = sum(row.get("eager") == 0 for row in rows)
     writes = [row["generate"] for row in rows if "generate" in row]
     made = ", ".join(f"{k} {v}" for k, v in told["versions"].items())
-    lines = ["| class | status | layers | eager | sdpa | reason |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = []
     for row in rows:
         layers = "{}/{}".format(*row["layers"]) if "layers" in row else ""
         far = [f"{row[mode]:g}" if mode in row else "" for mode in ("eager", "sdpa")]
-        cells = (row["class"], row["status"], layers, *far, row.get("reason", "").replace("|", "/"))
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append([row["class"], row["status"], layers, *far, row.get("reason", "").replace("|", "/")])
     return "\n\n".join([
         BEGIN + "\n## Outside the interface",
         f"{sentence()} They call torch's attention, or write it out: a product, a softmax, a product, which are "
         f"followed ([vision.md](vision.md)). Measured as above on {told['date']} with {made}: {exact} equal eager "
         f"attention bit for bit, and of {len(writes)} that generate {sum(x == 0 for x in writes)}; the others lie "
         "within the budget.",
-        "\n".join(lines) + "\n" + END,
+        table(["class", "status", "layers", "eager", "sdpa", "reason"], lines) + "\n" + END,
     ])  # fmt: skip

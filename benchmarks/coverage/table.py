@@ -10,13 +10,12 @@ import re
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from . import outside
+from .outside import Record, roundings, table
 
 ROOT = Path(__file__).resolve().parents[2]
 STATUSES = ("served", "served in part", "refused", "wrong", "no attention", "cannot build")
-THROUGH = outside.FOUND
 WORDS = {
     "served": "every attention layer that the input reached ran under heedful, and every check below held",
     "served in part": "the same for the part that the refusal named; some modules compute attention by themselves",
@@ -25,8 +24,6 @@ WORDS = {
     "no attention": "no module of the model calls itself attention, and none makes a map",
     "cannot build": "no tiny model, or no input that it takes natively: evidence neither for nor against",
 }
-
-Record = dict[str, Any]
 
 
 def write(records: Sequence[Record]) -> list[Path]:
@@ -52,9 +49,9 @@ def _facts(records: Sequence[Record]) -> Record:
         "groups": {g: _count(r["status"] for r in records if r["group"] == g) for g in _order(records)},
         "through_interface": _count(r["status"] for r in through),
         "through_interface_served": round(_share(through), 4),
-        "sentence": _sentence(_count(r["status"] for r in through), _share(through)),
-        "bitwise_eager": sum(_roundings(r, "eager") == 0 for r in through),
-        "not_bitwise_eager": {r["class"]: _roundings(r, "eager") for r in through if _roundings(r, "eager")},
+        "sentence": _sentence(through),
+        "bitwise_eager": sum(roundings(r, "eager") == 0 for r in through),
+        "not_bitwise_eager": {r["class"]: roundings(r, "eager") for r in through if roundings(r, "eager")},
         "generate_bitwise": sum(r.get("generate", {}).get("roundings") == 0 for r in through),
         "generate_within_budget": sum(bool(r.get("generate", {}).get("roundings")) for r in through),
         "not_bitwise_left_alone": sorted(
@@ -80,22 +77,14 @@ def _share(through: Sequence[Record]) -> float:
     return sum(r["status"].startswith("served") for r in through) / max(1, len(through))
 
 
-def _sentence(through: dict[str, int], share: float) -> str:
-    whole, part, refused, wrong = (through.get(status, 0) for status in THROUGH)
-    return (
-        f"Of {sum(through.values())} classes that go through transformers' attention interface, {whole} are served "
-        f"whole and {part} in part ({share:.1%} together), {refused} are refused with the reason and {wrong} are wrong."
-    )
+def _sentence(through: Sequence[Record]) -> str:
+    found = outside.counted(r["status"] for r in through)
+    return f"Of {len(through)} classes that go through transformers' attention interface, {found}"
 
 
 def _order(records: Sequence[Record]) -> list[str]:
     sizes = collections.Counter(r["group"] for r in records)
     return [group for group, _ in sizes.most_common()]
-
-
-def _roundings(record: Record, mode: str) -> float | None:
-    found: float | None = record.get(mode, {}).get("through", {}).get("roundings")
-    return found
 
 
 def _page(records: Sequence[Record], facts: Record) -> str:
@@ -137,14 +126,9 @@ def _page(records: Sequence[Record], facts: Record) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
 def _groups(facts: Record) -> str:
     rows = [[g, sum(c.values()), *(c.get(s, 0) for s in STATUSES)] for g, c in facts["groups"].items()]
-    return _table(
+    return table(
         ["group", "classes", *STATUSES],
         [["all", facts["classes"], *(facts["statuses"].get(s, 0) for s in STATUSES)], *rows],
     )
@@ -160,7 +144,7 @@ def _reasons(records: Sequence[Record]) -> str:
                 why = record["reason"].replace("|", "/")
             found[record["status"], why].append(record["class"])
     rows = sorted(found.items(), key=lambda item: (STATUSES.index(item[0][0]), -len(item[1])))
-    return _table(["status", "reason", "classes"], [[s, why, ", ".join(names)] for (s, why), names in rows])
+    return table(["status", "reason", "classes"], [[s, why, ", ".join(names)] for (s, why), names in rows])
 
 
 def _unbuilt(records: Sequence[Record]) -> str:
@@ -169,7 +153,7 @@ def _unbuilt(records: Sequence[Record]) -> str:
         if record["status"] == "cannot build":
             found[record["reason"][:160].replace("|", "/")].append(record["class"])
     rows = sorted(found.items(), key=lambda item: -len(item[1]))
-    return _table(["reason", "classes"], [[why, ", ".join(names)] for why, names in rows])
+    return table(["reason", "classes"], [[why, ", ".join(names)] for why, names in rows])
 
 
 def _classes(records: Sequence[Record]) -> str:
@@ -177,10 +161,10 @@ def _classes(records: Sequence[Record]) -> str:
     for record in sorted(records, key=lambda r: r["class"]):
         eager = record.get("eager", {})
         layers = f"{eager['entered']}/{eager['layers']}" if eager else ""
-        far = ["" if (x := _roundings(record, mode)) is None else f"{x:g}" for mode in ("eager", "sdpa")]
+        far = ["" if (x := roundings(record, mode)) is None else f"{x:g}" for mode in ("eager", "sdpa")]
         rows.append([record["class"], record["status"], layers, *far])
     return (
         "Layers: attention layers that the input reached, of those served. Eager, sdpa: largest difference under a "
         "stack that changes nothing, in float32 roundings of the largest logit.\n\n"
-        + _table(["class", "status", "layers", "eager", "sdpa"], rows)
+        + table(["class", "status", "layers", "eager", "sdpa"], rows)
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -105,10 +104,7 @@ class _FitContext:
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        from heedful.adapters.layers import highest
-
-        last = highest(self._adapter.layer_names)
-        return tuple(replace(p.size, highest=last[p.size.number]) for p in self._found)
+        return self._adapter.sizes()
 
     def weights(self, layer: int) -> HeadWeights:
         from heedful.adapters.weights import read_weights

@@ -100,7 +100,7 @@ class Bound:
     call: Call | None = None
     taking: Taking = field(default_factory=Taking)
     spread: Spread | None = None
-    written: bool | None = None  # it writes attention out; whether it gives its weights too
+    written: bool | None = None  # whether it gives its weights; None: it does not write attention out
     output: nn.Module | None = None  # what gives OUTPUT, where that is known better than from its name
 
     @property

@@ -56,7 +56,7 @@ class Hooks:
     layers: int  # how many are served
     crosses: bool = False  # a module that is handed another sequence is known to attend to that alone
     patterns: bool = False  # the caller of this forward wants the patterns back
-    acting: bool = False  # an edit or a reader computes inside a module, which is no work of the module's own
+    acting: bool = False  # a run computes inside a module, which is no work of the module's own
     first: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None  # what the first forward is shown before it
     _inside: int = 0
     _graph: bool = False  # gradients may be asked of the forward under way

@@ -326,15 +326,21 @@ def save(path: str | Path, statistics: Mapping[str, Statistic], of: str = "") ->
 
 def compact(x: Tensor) -> Tensor:
     """What says the same in fewer bytes: an axis along which all is alike once, whole numbers as such."""
-    for axis in range(x.ndim):
-        if x.shape[axis] > 1 and torch.equal(x, x.narrow(axis, 0, 1).expand_as(x)):
-            x = x.narrow(axis, 0, 1)
+    x = narrowed(x, range(x.ndim))
     if x.numel() and x.dtype in (torch.float64, torch.int64):
         for kind in (torch.uint8, torch.int16, torch.int32):
             ends = torch.iinfo(kind)
             if x.min() >= ends.min and x.max() <= ends.max and torch.equal(x.to(kind).to(x.dtype), x):
                 return x.to(kind).contiguous()
     return x.contiguous().clone()
+
+
+def narrowed(x: Tensor, axes: Iterable[int]) -> Tensor:
+    """The same with one place along each of these axes along which all is alike."""
+    for axis in axes:
+        if x.shape[axis] > 1 and torch.equal(x, x.narrow(axis, 0, 1).expand_as(x)):
+            x = x.narrow(axis, 0, 1)
+    return x
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:

@@ -84,7 +84,8 @@ class Profile:
         spent = self.facts["seconds"]
         facts = {**self.facts, "seconds": {**spent, "view": spent.get("view", 0.0) + seconds}}
         new = replace(self, facts=facts, view=view)
-        vars(new).update({name: x for name, x in vars(self).items() if name == "_told"})
+        if "_told" in vars(self):  # it takes long, and has no part in the view
+            vars(new)["_told"] = self._told
         return new
 
     def description(self) -> list[tuple[Measure, Description]]:

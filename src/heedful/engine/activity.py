@@ -68,7 +68,7 @@ class Activity:
 def first_output(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The first numbers that a model gives, on a cache of its own where it is handed one."""
     output = model(*map(_anew, args), **{name: _anew(x) for name, x in kwargs.items()})
-    found = next((x for x in _tensors(output) if x.is_floating_point()), None)
+    found = next((x for x in tensors_of(output) if x.is_floating_point()), None)
     if found is None:
         rule = "gives no floating-point numbers, alone or in tuples, lists or mappings; compare what it gives yourself"
         raise FieldError("Run.difference()", "model", type(model).__name__, rule, "a model that gives logits")
@@ -86,12 +86,13 @@ def _anew(x: Any) -> Any:
         raise FieldError("Run.difference()", "cache", type(x).__name__, rule, None) from error
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping | tuple | list):
-        for x in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(x)
+def tensors_of(given: Any) -> Iterator[Tensor]:
+    """Every tensor that a call is given, or gives."""
+    if isinstance(given, Tensor):
+        yield given
+    elif isinstance(given, Mapping | tuple | list):
+        for x in given.values() if isinstance(given, Mapping) else given:
+            yield from tensors_of(x)
 
 
 def density_of(call: Call, rows: int = 256) -> float:

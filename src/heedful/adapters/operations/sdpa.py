@@ -46,9 +46,8 @@ class SdpaAdapter:
     installed: bool = field(default=False, init=False)
     _found: Found | None = field(default=None, init=False)
     _names: tuple[str, ...] = field(default=(), init=False)
-    _answering: bool = field(default=False, init=False)
     _calls: WrittenCalls = field(default_factory=WrittenCalls, init=False)
-    _entrances: list[Entrance] = field(default_factory=list, init=False)
+    _entrances: Hooked = field(default_factory=Hooked, init=False)
     _nested: list[nn.TransformerEncoder] = field(default_factory=list, init=False)
     _waiting: Hooked = field(default_factory=Hooked, init=False)
 
@@ -181,8 +180,7 @@ class SdpaAdapter:
             bound = Bound(self, module, name, number, NATIVE, first[number], taking=taking_of(module), output=output)  # type: ignore[arg-type]
             bound.highest, bound.written = last[number], found.written.get(name)
             hooks.around(bound)
-            self._entrances.append(Entrance(module, self, bound))  # first, so that none is lost to an interrupt
-            self._entrances[-1].begin()
+            self._entrances.stand(Entrance(module, self, bound))
             bounds.append(bound)
             if run.stack.touches(Site.BLOCK, Site.OUTPUT):
                 hooks.after_projection(self.model, bound)
@@ -201,9 +199,7 @@ class SdpaAdapter:
             self._nested.pop().use_nested_tensor = True
         if hasattr(self, "_hooks"):
             self._hooks.remove()
-        while self._entrances:
-            self._entrances[-1].end()
-            self._entrances.pop()
+        self._entrances.remove()
         self._saving.pause()
         let_go(self.model.modules(), self)
 
@@ -217,7 +213,7 @@ class SdpaAdapter:
     @property
     def answering(self) -> bool:
         """Whether a run computes what it answers, with the same operations that it follows in modules."""
-        return self._answering or self._hooks.acting
+        return self._hooks.acting
 
     def same_thread(self, bound: Bound) -> None:
         """A forward is followed in one thread."""
@@ -289,11 +285,11 @@ class SdpaAdapter:
         if (bound.merges is None or bound.merges.even) and left_alone(run, plan):
             run.state.backends[number] = f"the model's own ({NATIVE})"
             return None
-        self._answering = True  # the kernels call torch's attention too, and a module around this one may be served
+        self._hooks.acting = True  # the kernels call torch's attention too, and a module around this one may be served
         try:
             heads, weights, job = computed(run, plan, call, operands)
         finally:
-            self._answering = False
+            self._hooks.acting = False
         run.state.close_call(plan, job.call)
         return layout.unfold(heads.to(q.dtype)), None if weights is None else layout.unfold(weights.to(q.dtype))
 

@@ -7,13 +7,16 @@ masks, positions and biases, is what they differ by from that first product.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from heedful.core.stats import narrowed
+from heedful.engine.activity import tensors_of
 
 ROUNDINGS = 4  # by which scores may lie off the product that they are, times a number
 HIDDEN = -5e3  # what is added to scores nobody sees: no weight is left, in any type
@@ -33,10 +36,11 @@ _SAME = {
     Tensor.view_as, Tensor.expand, Tensor.expand_as, Tensor.detach,
 }  # fmt: skip
 _FILLED = {torch.masked_fill, Tensor.masked_fill}
-_ADDED = {
-    torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, torch.sub, Tensor.sub,
-    Tensor.sub_, Tensor.__sub__, Tensor.__isub__, torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_,
-    torch.where, Tensor.where, torch.max, torch.maximum, Tensor.maximum, torch.clamp, Tensor.clamp, Tensor.clamp_,
+_SUBTRACTED = {torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__}
+_BOUNDED = {torch.max, torch.maximum, Tensor.maximum, torch.clamp, Tensor.clamp, Tensor.clamp_}
+_ADDED = _SUBTRACTED | _BOUNDED | _FILLED | {
+    torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.masked_fill_,
+    torch.where, Tensor.where,
 }  # fmt: skip
 PRODUCTS = _MATMUL | _BADDBMM | {_EINSUM}
 
@@ -117,7 +121,8 @@ class Asked:
         """The same as arguments of torch's own attention."""
         scores = self.scores
         added = scores.added()
-        added = added if scores.learned else _narrowed(added)  # each number of a table gets a gradient of its own
+        if not scores.learned:  # else each number of a table gets a gradient of its own
+            added = narrowed(added, range(added.ndim - 1))
         seen = added > HIDDEN
         lowest = torch.finfo(added.dtype).min
         table = added.masked_fill(~seen, lowest)
@@ -142,7 +147,7 @@ class Trail:
         """What a call that multiplies values with weights asks for, or why that cannot be told."""
         if func not in PRODUCTS or not self.weights:
             return None
-        known = [x for x in _tensors((*args, *kwargs.values())) if id(x) in self.weights]
+        known = [x for x in tensors_of((*args, *kwargs.values())) if id(x) in self.weights]
         if not known:
             return None
         weights, product = self.weights[id(known[0])], _product(func, args, kwargs, first=known[0])
@@ -170,11 +175,11 @@ class Trail:
         if func in PRODUCTS:
             if (product := _product(func, args, kwargs)) is not None and out.ndim > 2 and product.order is None:
                 biases = (*args[:1], kwargs.get("input")) if func in _BADDBMM else ()
-                learned = any(x.requires_grad for x in _tensors(biases))
+                learned = any(x.requires_grad for x in tensors_of(biases))
                 key = product.right.transpose(-1, -2)
                 self.scores[id(out)] = Scores(out, product.left, key, product.factor, learned)
             return
-        given = list(_tensors((*args, *kwargs.values())))
+        given = list(tensors_of((*args, *kwargs.values())))
         if func in _SOFTMAX:
             if out.ndim > 2:
                 self.weights[id(out)] = self._softmax(args, kwargs, out)
@@ -185,7 +190,7 @@ class Trail:
 
     def gives(self, output: Any) -> bool:
         """Whether weights are among what a module gives."""
-        given = [weights for x in _tensors((output,)) if (weights := self._answered(x)) is not None]
+        given = [weights for x in tensors_of(output) if (weights := self._answered(x)) is not None]
         if any(weights.why or weights.touched for weights in given):
             self.besides = CHANGED
         return bool(given)
@@ -217,7 +222,7 @@ class Trail:
 
     def _no_tensor(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note what became of scores or weights in a call that gives no tensor, or several."""
-        given = list(_tensors((*args, *kwargs.values())))
+        given = list(tensors_of((*args, *kwargs.values())))
         into = id(args[0]) if func is Tensor.__setitem__ else None
         if into in self.scores:
             scores = self.scores[into]
@@ -225,7 +230,7 @@ class Trail:
             self.scores[into] = replace(scores, learned=learned)
         if into in self.weights:
             self.weights[into] = replace(self.weights[into], why=CHANGED)
-        elif into is not None or next(_tensors((out,)), None) is not None:
+        elif into is not None or next(tensors_of(out), None) is not None:
             known = (self.weights.get(id(x)) for x in given)
             self.besides = next((_besides(func) for one in known if one and one.scores is not None), self.besides)
 
@@ -248,6 +253,9 @@ class Trail:
             self.scores[id(out)] = new
 
     def _weights(self, weights: Weights, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+        in_place = out is weights.now and func in _DROPOUT and _dropout(args, kwargs)[1]
+        if weights.touched and not in_place and not weights.why:  # before this step
+            weights = replace(weights, why=CHANGED)
         if func in _DROPOUT:
             rate, trains = _dropout(args, kwargs)
             kept = (1 - weights.dropout) * (1 - rate) if trains else 1 - weights.dropout
@@ -279,7 +287,7 @@ def _followed(scores: Scores, func: Any, args: Any, kwargs: Any, out: Tensor) ->
         return None
     new = replace(scores, now=out)
     if func in _SAME or func in _ADDED:
-        others = [x for x in _tensors((*args, *kwargs.values())) if x is not scores.now]
+        others = [x for x in tensors_of((*args, *kwargs.values())) if x is not scores.now]
         if func in _BOUNDED and not _far((*args, *kwargs.values()), scores.now):
             return None
         minus = func in _SUBTRACTED and args[0] is not scores.now
@@ -298,10 +306,6 @@ def _far(given: Iterable[Any], scores: Tensor) -> bool:
     bounds = [x for x in given if x is not scores and x is not None]
     plain = [x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in bounds]
     return all(isinstance(x, int | float) and abs(x) >= -HIDDEN for x in plain)
-
-
-_BOUNDED = {torch.max, torch.maximum, Tensor.maximum, torch.clamp, Tensor.clamp, Tensor.clamp_}
-_SUBTRACTED = {torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__}
 
 
 def _scaled(scores: Scores, by: Any, over: bool) -> Scores | None:
@@ -373,21 +377,3 @@ def _beside(value: Tensor, left: Tensor, lead: torch.Size) -> Tensor:
     if own == lead or own.numel() != lead.numel():
         return value
     return value.expand(*own, *value.shape[-2:]).reshape(*lead, *value.shape[-2:])
-
-
-def _narrowed(x: Tensor) -> Tensor:
-    """The same with one row where all rows of an axis are alike."""
-    for axis in range(x.ndim - 1):
-        if x.shape[axis] > 1 and torch.equal(x, x.narrow(axis, 0, 1).expand_as(x)):
-            x = x.narrow(axis, 0, 1)
-    return x
-
-
-def _tensors(args: Any) -> Iterator[Tensor]:
-    for x in args:
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, dict):
-            yield from _tensors(x.values())
-        elif isinstance(x, list | tuple):
-            yield from _tensors(x)
