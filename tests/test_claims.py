@@ -175,3 +175,10 @@ def test_seeds_are_kept_for_the_same_code_and_versions_alone(tmp_path: Path, mon
         with monkeypatch.context() as patch:
             patch.setattr(ledger, "version", lambda name, other=package: "other" if name == other else version(name))
             assert ledger._kept_at(claim) != kept
+    home = tmp_path / "heedful"
+    home.mkdir()
+    monkeypatch.setattr("heedful.__file__", str(home / "__init__.py"))
+    for name in ("engine.py", "kernel.cpp", "kernel.h", "notes.txt"):
+        kept = ledger._kept_at(claim)
+        (home / name).write_text("new")
+        assert (ledger._kept_at(claim) == kept) == (name == "notes.txt"), name

@@ -309,6 +309,15 @@ def test_what_does_nothing_is_called_out(loaded) -> None:
     assert any(re.search(why, t) for t in told)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [([TempScale(0.9)], "; 1 interval holds at"), ([TempScale(0.9), TempScale(0.8)], "; 2 intervals")],
+)
+def test_the_lead_counts_its_intervals(loaded, values: list[Method], said: str) -> None:
+    found = compare(loaded, values, [Echo()], prompts=2, turns=0)
+    assert said in found.description().findings[0].text
+
+
 def test_costs_are_counted_against_the_unedited_model(loaded) -> None:
     found = compare(loaded, [SinkWindow(1, 4)], [Echo(40)], prompts=2, turns=2)
     plain, mine = found.prices

@@ -225,6 +225,7 @@ def test_the_summary_is_sorted_and_leads_on():
 
 def test_the_run_has_no_empty_rows_and_numbers_are_written_in_one_way():
     told = {"skipped": [], "how": "", "backends": ["native"], "parameters": 134515008, "nothing": None, "left_out": 0}
+    told |= {"given": {}, "deep": {"one": {}}}
     assert page.more(told) == [("backends", "native"), ("parameters", "134,515,008"), ("left out", "0")]
 
 

@@ -65,7 +65,7 @@ def render(comparison: Compared) -> str:
     """The page as text."""
     told = comparison.description()
     figures = [data.figure(figure, "") for figure in told.figures]
-    plain = {k: v for k, v in comparison.facts.items() if k not in ("contenders", "code", "tasks", "cache") and v != {}}
+    plain = {k: v for k, v in comparison.facts.items() if k not in ("contenders", "code", "tasks", "cache")}
     written = {
         "glances": False,
         "words": {**WORDS, **comparison.words, "verdicts": comparison.verdict_words},

@@ -157,7 +157,7 @@ def more(facts: Any) -> list[tuple[str, str]]:
         if name == "seconds" and isinstance(value, dict):
             rows += [(f"seconds for {SECONDS.get(k, k)}", f"{v:.3g}") for k, v in value.items()]
         elif isinstance(value, dict):
-            if not any(isinstance(v, (dict, list, tuple)) for v in value.values()):
+            if value and not any(isinstance(v, (dict, list, tuple)) for v in value.values()):
                 rows.append((name, ", ".join(f"{k} {v}" for k, v in value.items())))
         elif isinstance(value, (list, tuple)):
             if value:
