@@ -30,6 +30,19 @@ def _widen(x: Tensor, n: int, fill: float = 0.0) -> Tensor:
     return x if x.shape[-1] == n else torch.nn.functional.pad(x, (0, n - x.shape[-1]), value=fill)
 
 
+def _added(a: Tensor, b: Tensor) -> Tensor:
+    """The sum, the shorter filled up with zeros; what is one number along an axis of both is one in the sum too."""
+    if not a.ndim:
+        return a + b
+    n = max(a.shape[-1], b.shape[-1])
+    a, b = _widen(a, n), _widen(b, n)
+    same = [not (mine or theirs) for mine, theirs in zip(a.stride(), b.stride(), strict=True)]
+    if not any(same):
+        return a + b
+    one = tuple(slice(1) if alike else slice(None) for alike in same)
+    return (a[one] + b[one]).expand(a.shape)
+
+
 def _wide(x: Tensor) -> Tensor:
     """Accumulate in float64 where the device has it; integers stay exact."""
     return x.double() if x.is_floating_point() and x.device.type != "mps" else x
@@ -58,18 +71,18 @@ class Statistic(ABC):
     def __add__(self, other: Self) -> Self:
         if type(other) is not type(self):
             raise StatisticError(f"cannot merge {type(self).__name__} with {type(other).__name__}: kinds must agree")
-        if self.settings() != other.settings():
-            raise StatisticError(
-                f"cannot merge {type(self).__name__} of settings {self.settings()} with {other.settings()}: settings "
-                "must agree"
-            )
-        given = other.tensors()
-        for name, mine in self.tensors().items():
-            theirs = given[name]
-            if mine.shape[:-1] != theirs.shape[:-1] and type(self) is not Cat:
+        for name in _names(type(self)):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+                if mine.shape != theirs.shape and mine.shape[:-1] != theirs.shape[:-1]:
+                    raise StatisticError(
+                        f"cannot merge {type(self).__name__}.{name} of shape {tuple(mine.shape)} with "
+                        f"{tuple(theirs.shape)}: all but the last axis must agree"
+                    )
+            elif isinstance(mine, Tensor) or isinstance(theirs, Tensor) or mine != theirs:
                 raise StatisticError(
-                    f"cannot merge {type(self).__name__}.{name} of shape {tuple(mine.shape)} with "
-                    f"{tuple(theirs.shape)}: all but the last axis must agree"
+                    f"cannot merge {type(self).__name__} of settings {self.settings()} with {other.settings()}: "
+                    "settings must agree"
                 )
         return self.merge(other)
 
@@ -103,10 +116,7 @@ class Sum(Statistic, by_element=True):
         return cls(_wide(x.detach()))
 
     def merge(self, other: Self) -> Self:
-        n = max(self.total.shape[-1:] + other.total.shape[-1:], default=0)
-        if not self.total.ndim:
-            return type(self)(self.total + other.total)
-        return type(self)(_widen(self.total, n) + _widen(other.total, n))
+        return type(self)(_added(self.total, other.total))
 
     @property
     def value(self) -> Tensor:
@@ -127,12 +137,7 @@ class Mean(Statistic, by_element=True):
         return cls(total, torch.as_tensor(count, dtype=total.dtype, device=total.device).expand_as(total).clone())
 
     def merge(self, other: Self) -> Self:
-        if not self.total.ndim:
-            return type(self)(self.total + other.total, self.count + other.count)
-        n = max(self.total.shape[-1], other.total.shape[-1])
-        return type(self)(
-            _widen(self.total, n) + _widen(other.total, n), _widen(self.count, n) + _widen(other.count, n)
-        )
+        return type(self)(_added(self.total, other.total), _added(self.count, other.count))
 
     @property
     def value(self) -> Tensor:
