@@ -7,6 +7,7 @@ import json
 import re
 import textwrap
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 
 from claims.ledger import RESULTS
@@ -84,12 +85,18 @@ def prose(name: str, known: dict[str, type[CatalogueEntry]]) -> str:
     return re.sub(r"\{(\w+)\}", mention, (CHOOSE / f"{name}.md").read_text()).strip()
 
 
+@cache
+def written(base: type) -> dict[str, str]:
+    """What the source of a class says of its fields."""
+    return comments(inspect.getsource(base))
+
+
 def settings(kind: type[CatalogueEntry]) -> list[str]:
     """The fields as a table, or a sentence where there are none."""
     said: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):
         if base.__module__.startswith("heedful."):
-            said |= comments(inspect.getsource(base))
+            said |= written(base)
     rows = []
     for field in fields(kind):  # type: ignore[arg-type]
         if not field.init:

@@ -17,6 +17,7 @@ from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
+from heedful.kit.seeds import seed_of
 
 RANDOM_WORDS = 50  # tokens that a lens of a seed alone knows
 
@@ -83,13 +84,10 @@ class AttentionLens(Method):
         h, d = heads.shape[1], heads.shape[3]
         if self.lens is not None:
             weight, bias = (self.lens[name].to(heads) for name in ("weight", "bias"))
-        elif self.seed is not None:
-            draw = torch.Generator().manual_seed(self.seed)
+        else:
+            draw = torch.Generator().manual_seed(seed_of(self, "lens"))
             weight = torch.randn(h, RANDOM_WORDS, d, generator=draw).to(heads)
             bias = weight.new_zeros(h, RANDOM_WORDS)
-        else:
-            good = "heedful.fit(AttentionLens(layer), model, batches)"
-            raise FieldError(self, "lens", None, "must be fitted with heedful.fit(), or seed be given", good)
         if (len(weight), weight.shape[2]) != (h, d):
             rule = f"must be fitted to all heads of the layer, {h} of width {d} here, without .on(heads=...)"
             raise FieldError(self, "lens", self.lens, rule, "a fit to this model")

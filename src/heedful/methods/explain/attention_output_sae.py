@@ -17,6 +17,7 @@ from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Mean, Statistic
+from heedful.kit.seeds import seed_of
 
 RANDOM_FEATURES = 32  # that a seed alone draws
 SHOWN = 20  # strongest features to list
@@ -100,11 +101,8 @@ class AttentionOutputSAE(Method):
         _, h, _, d = heads.shape
         if self.sae is not None:
             found = [self.sae[name].to(heads) for name in NAMES]
-        elif self.seed is not None:
-            found = [x.to(heads) for x in _start(h, d, RANDOM_FEATURES, self.seed)]
         else:
-            good = "heedful.fit(AttentionOutputSAE(layer), model, batches)"
-            raise FieldError(self, "sae", None, "must be fitted with heedful.fit(), or seed be given", good)
+            found = [x.to(heads) for x in _start(h, d, RANDOM_FEATURES, seed_of(self, "sae"))]
         if found[0].shape[:2] != (h, d):
             rule = f"must be fitted to all heads of the layer, {h} of width {d} here, without .on(heads=...)"
             raise FieldError(self, "sae", self.sae, rule, "a fit to this model")

@@ -19,6 +19,7 @@ from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
+from heedful.kit.seeds import seed_of
 
 RANDOM_FEATURES, FIRST = 16, 10  # features that a seed alone draws; heads that a role names
 
@@ -101,10 +102,7 @@ class CircuitCodes(Method):
                 rule = f"was fitted to heads of width {self.sae['encoder'].shape[0]}, and these are {d} wide"
                 raise FieldError(self, "sae", self.sae, rule, "a fit to this model")
             return self.sae["encoder"].to(ends), self.sae["bias"].to(ends)
-        if self.seed is None:
-            rule = "must be fitted with heedful.fit(), or seed be given"
-            raise FieldError(self, "sae", None, rule, "heedful.fit(CircuitCodes(), model, batches)")
-        encoder, _ = _start(d, RANDOM_FEATURES, self.seed)
+        encoder, _ = _start(d, RANDOM_FEATURES, seed_of(self, "sae"))
         return encoder.to(ends), ends.new_zeros(RANDOM_FEATURES)
 
     def answer(self, readings: Readings) -> Codes:

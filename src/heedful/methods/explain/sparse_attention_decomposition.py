@@ -17,6 +17,7 @@ from heedful.core.method import FitContext, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean, Statistic
+from heedful.kit.seeds import drawn_for
 from heedful.methods.explain._layer_by_layer import LayerByLayer
 
 
@@ -92,10 +93,7 @@ class SparseAttentionDecomposition(LayerByLayer):
         text, head, group, rows, columns = positions
         d = q.shape[1]
         if self.factors is None:
-            if self.seed is None:
-                rule = "must be fitted with heedful.fit(), or seed be given"
-                raise FieldError(self, "factors", None, rule, "seed=0")
-            draw = torch.Generator().manual_seed(4099 * self.seed + call.layer)
+            draw = drawn_for(self, "factors", call.layer)
             axes = torch.linalg.qr(torch.randn(d, d, generator=draw, dtype=torch.float64)).Q.to(q.device)
             return (q @ axes) * (k @ axes)
         mine, theirs = (self.factors.get(f"{side}.{call.layer}") for side in "qk")

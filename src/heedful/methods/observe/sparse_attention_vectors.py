@@ -18,6 +18,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
 from heedful.kit.head_search import Head, heads_here, require_heads
+from heedful.kit.seeds import drawn_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +86,7 @@ class SparseAttentionVectors(Method):
 
     def _centroids(self, layer: int, heads: int, width: int) -> Tensor:
         if self.centroids is None:
-            if self.seed is None:
-                rule = "must be fitted with heedful.fit(), or seed be given"
-                raise FieldError(self, "centroids", None, rule, "heedful.fit(SparseAttentionVectors(), model, batches)")
-            return torch.randn(2, heads, width, generator=torch.Generator().manual_seed(4099 * self.seed + layer))
+            return torch.randn(2, heads, width, generator=drawn_for(self, "centroids", layer))
         found = self.centroids.get(f"c.{layer}")
         if found is None or found.shape[1:] != (heads, width):
             rule = f"were fitted to another model: [classes, {heads}, {width}] is needed in layer {layer}"

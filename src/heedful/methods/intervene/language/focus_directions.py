@@ -17,6 +17,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.state import ByIndex
 from heedful.core.stats import Mean, Statistic, Sum
+from heedful.kit.seeds import seed_of
 
 
 class FocusDirections(Method):
@@ -103,11 +104,8 @@ class FocusDirections(Method):
         """What to add to every token of `x [b heads n d]`, `[heads d]`."""
         shape = (x.shape[1], x.shape[3])
         if self.directions is None:
-            if self.seed is None:
-                raise FieldError(
-                    self, "directions", None, "must be fitted with heedful.fit(), or seed be given", "seed=0"
-                )
-            source = torch.Generator().manual_seed(2 * (4099 * self.seed + call.layer) + (side == "k"))
+            seed = 4099 * seed_of(self, "directions") + call.layer
+            source = torch.Generator().manual_seed(2 * seed + (side == "k"))
             return torch.randn(shape, generator=source)
         found = self.directions.get(f"{side}.{call.layer}")
         if found is not None and found.shape != shape:

@@ -15,6 +15,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
+from heedful.kit.seeds import drawn_for
 from heedful.methods.intervene.language._task import learn_answers, mean_heads, split
 
 
@@ -72,10 +73,7 @@ class LearnableTaskVector(Method):
 
     def _vector(self, width: int, layer: int) -> Tensor:
         if self.vectors is None:
-            if self.seed is None:
-                good = "heedful.fit(LearnableTaskVector(), model, batches)"
-                raise FieldError(self, "vectors", None, "must be fitted with heedful.fit(), or seed be given", good)
-            return torch.randn(width, generator=torch.Generator().manual_seed(4099 * self.seed + layer))
+            return torch.randn(width, generator=drawn_for(self, "vectors", layer))
         found = self.vectors.get(f"v.{layer}")
         if found is None or found.shape != (width,):
             rule = f"was fitted to another model: a vector of width {width} is needed in layer {layer}"

@@ -12,6 +12,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.method import Method, Readings
 from heedful.core.stats import Sum
+from heedful.kit.seeds import drawn_for, seed_of
 
 
 class Moments(Method, abstract=True):
@@ -31,7 +32,7 @@ def of_layer(owner: Method, field: str, shape: tuple[int, ...], call: Call) -> T
     """This layer's tensor of a fit; where there is none, a random one that the owner's seed gives."""
     fitted: Fitted | None = getattr(owner, field)
     if fitted is None:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(4099 * seed_of(owner, field) + call.layer))
+        return torch.randn(shape, generator=drawn_for(owner, field, call.layer))
     found = fitted.get(f"{field}.{call.layer}")
     if found is None or found.shape != shape or len(fitted) != call.depth:
         raise other_model(owner, field, call, f"and {list(shape)} is wanted of each")
@@ -47,13 +48,6 @@ def among_best(owner: Method, field: str, shares: tuple[tuple[str, float], ...],
     if len(found) != call.depth or found[call.layer].shape != (call.kv_heads,):
         raise other_model(owner, field, call, f"and {call.kv_heads} key heads in layer {call.layer}")
     return found[call.layer]
-
-
-def seed_of(owner: Method, field: str) -> int:
-    seed: int | None = getattr(owner, "seed", None)
-    if seed is None:
-        raise FieldError(owner, field, None, "must be fitted with heedful.fit(), or seed be given", "seed=0")
-    return seed
 
 
 def other_model(owner: Method, field: str, call: Call, requested: str) -> FieldError:

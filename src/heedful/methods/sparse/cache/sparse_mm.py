@@ -18,7 +18,8 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat, Statistic
 from heedful.kit.budget import Budget, keep_best
-from heedful.methods.sparse.cache._fits import other_model, seed_of
+from heedful.kit.seeds import seed_of
+from heedful.methods.sparse.cache._fits import other_model
 from heedful.methods.sparse.cache._voted import VOTES, UnevenCache
 
 GOOD_BATCHES = [{"input_ids": "...", "pixel_values": "...", "things": "[b n], True where what comes next is shown"}]

@@ -19,6 +19,7 @@ from heedful.core.stats import Cat
 from heedful.kit.merging import MergesTokens, is_fixed, kept
 from heedful.kit.regression import logistic
 from heedful.kit.running import wide
+from heedful.kit.seeds import seed_of
 
 
 class SelectAndPack(MergesTokens):
@@ -74,11 +75,8 @@ class SelectAndPack(MergesTokens):
     def gated(self, stream: Tensor) -> Tensor:
         """How sure the gate is of each token, `[b n]`."""
         if self.gate is None:
-            if self.seed is None:
-                rule = "must be fitted with heedful.fit(), or seed be given"
-                raise FieldError(self, "gate", None, rule, "heedful.fit(SelectAndPack(), model, batches)")
-            weight = torch.randn(stream.shape[-1], generator=torch.Generator().manual_seed(self.seed)).to(stream)
-            return (stream @ weight).sigmoid()
+            source = torch.Generator().manual_seed(seed_of(self, "gate"))
+            return (stream @ torch.randn(stream.shape[-1], generator=source).to(stream)).sigmoid()
         weight, mean, deviation, bias = (self.gate[n].to(stream) for n in ("weight", "mean", "deviation", "bias"))
         if weight.shape != stream.shape[-1:]:
             rule = f"was fitted to another model; this one's stream has {stream.shape[-1]} numbers"

@@ -20,6 +20,7 @@ from heedful.core.sites import Site, at
 from heedful.core.stats import Mean, Statistic
 from heedful.core.summary import Summary, sums
 from heedful.kit.batches import read
+from heedful.kit.seeds import seed_of
 
 
 class AttentionAwareTokenFiltering(Method):
@@ -78,11 +79,7 @@ class AttentionAwareTokenFiltering(Method):
     def _order(self, patches: int) -> Tensor:
         """The patches, those that stay longest first."""
         if self.rates is None:
-            if self.seed is None:
-                rule = "must be fitted with heedful.fit(), or seed be given"
-                good = "heedful.fit(AttentionAwareTokenFiltering(), model, batches)"
-                raise FieldError(self, "rates", None, rule, good)
-            return torch.randperm(patches, generator=torch.Generator().manual_seed(self.seed))
+            return torch.randperm(patches, generator=torch.Generator().manual_seed(seed_of(self, "rates")))
         rate, mean = self.rates["rate"], self.rates["mean"]
         if len(rate) != patches:
             rule = f"were fitted to images of {len(rate)} patches, and this one has {patches}"

@@ -19,6 +19,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.kit.blocks import BlockSparse, Grid, fold, means
 from heedful.kit.rotary import turned_back
+from heedful.kit.seeds import seed_of
 
 WARM_UP = 20  # steps of a fit in which the learning rate rises
 
@@ -149,9 +150,7 @@ class SeerAttention(BlockSparse):
         """The layer's gate, `[h 3d d]`."""
         shape = (call.heads, pooled.key.shape[-1], pooled.query.shape[-1])
         if self.gates is None:
-            if self.seed is None:
-                good = "heedful.fit(SeerAttention(), model, batches)"
-                raise FieldError(self, "gates", None, "must be fitted with heedful.fit(), or seed be given", good)
+            seed_of(self, "gates")
             return self._start(call.layer, shape)
         found = self.gates.get(f"gates.{call.layer}")
         if found is None or found.shape != shape or len(self.gates) != call.depth:

@@ -15,6 +15,7 @@ from heedful.authoring import Call, FieldError, FitContext, Fitted, Mask, Method
 from heedful.kit.budget import room_for
 from heedful.kit.chosen import Chosen
 from heedful.kit.running import wide
+from heedful.kit.seeds import seed_of
 from heedful.methods.sparse.prefill._pooled import sees_all
 
 NAMES = ("query", "query_bias", "key", "key_bias", "down", "basis")
@@ -95,9 +96,7 @@ class Sparsifiner(Method):
     def parts(self, layer: int, query: Tensor) -> dict[str, Tensor]:
         """The layer's predictor, for queries `[b h n d]`."""
         if self.predictor is None:
-            if self.seed is None:
-                good = "heedful.fit(Sparsifiner(), model, batches)"
-                raise FieldError(self, "predictor", None, "must be fitted with heedful.fit(), or seed be given", good)
+            seed_of(self, "predictor")
             return {name: x.to(query) for name, x in self._start(layer, query).items()}
         found = {name: self.predictor.get(f"{name}.{layer}") for name in NAMES}
         wanted = {name: x.shape for name, x in self._start(layer, query).items()}

@@ -21,6 +21,7 @@ from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
 from heedful.kit.budget import Budget, require_budget, room_for
 from heedful.kit.rotary import turned_back
+from heedful.kit.seeds import seed_of
 from heedful.methods.sparse.tokens._spans import bm25, scaled, with_room, without
 
 _PAPER = Paper(
@@ -153,10 +154,7 @@ class S3Attention(Tokens):
         """The numbers of the features that fire at each token's key (kind 0) or query (kind 1), `[n active]`."""
         width = x.shape[-1]
         if self.sae is None:
-            if self.seed is None:
-                rule = "must be fitted with heedful.fit(), or seed be given"
-                raise FieldError(self, "sae", None, rule, "heedful.fit(S3Attention(), model, batches)")
-            maps = [*_start(width, self.widen * width, self.seed + layer), torch.zeros(2, width)]
+            maps = [*_start(width, self.widen * width, seed_of(self, "sae") + layer), torch.zeros(2, width)]
         else:
             names = (f"{name}.{layer}" for name in ("encoder", "decoder", "center"))
             maps = [self.sae[name] for name in names if name in self.sae]

@@ -20,6 +20,7 @@ from heedful.core.sites import Site, reads
 from heedful.core.stats import Sum
 from heedful.kit.budget import Budget, require_budget, room_for
 from heedful.kit.regression import logistic
+from heedful.kit.seeds import seed_of
 from heedful.methods.sparse.tokens._spans import with_room, without
 
 _PAPER = Paper(
@@ -91,10 +92,8 @@ class Sentinel(Tokens):
     def scores(self, x: Tensor) -> Tensor:
         """How relevant the probe finds sentences of these features `[s f]`."""
         if self.probe is None:
-            if self.seed is None:
-                rule = "must be fitted with heedful.fit(), or seed be given"
-                raise FieldError(self, "probe", None, rule, "heedful.fit(Sentinel(), model, batches)")
-            return x @ torch.randn(x.shape[1], generator=torch.Generator().manual_seed(self.seed)).to(x)
+            source = torch.Generator().manual_seed(seed_of(self, "probe"))
+            return x @ torch.randn(x.shape[1], generator=source).to(x)
         weight, mean, deviation, bias = (self.probe[n].to(x) for n in ("weight", "mean", "deviation", "bias"))
         if weight.shape != x.shape[1:]:
             rule = f"was fitted to another model; this one has {x.shape[1]} heads"
