@@ -67,6 +67,13 @@ class Found:
     written: dict[str, bool] = field(default_factory=dict)  # layers that write attention out; whether they give weights
     ran: set[nn.Module] = field(default_factory=set)
 
+    def take(self, name: str, module: Found) -> None:
+        """Know a layer by what was found in a look at that module alone."""
+        self.layers[name] = module.layers[""]
+        if "" in module.written:
+            self.written[name] = module.written[""]
+        self.ran |= module.ran
+
 
 @dataclass(eq=False)
 class _Watch(TorchFunctionMode):
@@ -163,11 +170,18 @@ def taking_of(module: nn.Module) -> Taking:
     return Taking(bool(getattr(module, "batch_first", True)))
 
 
-def find(model: nn.Module, run: Callable[[], Any]) -> Found:
-    """Run a model once, at rest and without gradients, and tell its attention layers; it is left as it was."""
+def find(model: nn.Module, run: Callable[[], Any], given: tuple[Any, Any] | None = None) -> Found:
+    """Run a model once, at rest and without gradients, and tell its attention layers; it is left as it was.
+
+    `given` are the arguments of a module whose forward is run past its hooks.
+    """
     watch = _Watch(model)
     with _as_it_was(model), _hooked(model, watch), torch.no_grad(), watch:
-        run()
+        if given is None:
+            run()
+        else:
+            watch.enter(model, *given)
+            watch.leave(model, run())
     found = Found(written=watch.written, ran=watch.ran)
     for name, forwards in watch.calls.items():
         calls = [call for call in forwards if call]
