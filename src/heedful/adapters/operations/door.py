@@ -93,13 +93,14 @@ class Operations:
         finally:
             self.hooks.looking = False
         inside = [f"{bound.name}.{name}" for name in seen.layers if name]
-        if "" in seen.layers:
+        if "" in seen.layers and not seen.takings[""].channels_first:
             self.found.take(bound.name, seen)
             self._follow(bound)
         elif inside and not seen.own and set(inside) <= set(self.candidates):
             self._around.add(bound.name)
         else:
             why = next(iter(seen.own.values()), f"its attention is in {inside[0]}" if inside else "")
+            why = "it is handed its channels before its tokens" if "" in seen.layers else why
             raise self._unreached(bound.name, why)
 
     def _unreached(self, name: str, why: str) -> RefusedModel:
@@ -127,12 +128,13 @@ class Operations:
     def bind(self, name: str) -> Bound:
         """What the run knows of a layer."""
         module = self.model.get_submodule(name)
+        taking = self.found.takings.get(name) or taking_of(module)
         if spread_of(self.model, name) is not None:
             raise RefusedModel(
                 f"{name} ({type(module).__name__}) computes attention by itself, and its heads are spread over "
                 "processes; load the model whole"
             )
-        return Bound(self, module, name, None, NATIVE, outside=True, taking=taking_of(module))  # type: ignore[arg-type]
+        return Bound(self, module, name, None, NATIVE, outside=True, taking=taking)  # type: ignore[arg-type]
 
     def stand(self, bound: Bound) -> None:
         """Stand in a layer."""
