@@ -165,7 +165,7 @@ def test_weights_of_the_same_shape(kind: str) -> None:
     ("kind", "reason"),
     [
         ("gpt2", "GPT2Attention maps to queries, keys and values at once; its heads can be silenced, as"),
-        ("falcon", "has no attention layer that goes through transformers' attention interface"),
+        ("falcon", r"self_attention \(FalconAttention\) computes attention by itself"),
         ("t5", "takes a position bias with one row a head from another layer; no head can be dropped"),
         ("gpt_oss", r"GptOssAttention.sinks \(4,\) goes over all heads"),
     ],

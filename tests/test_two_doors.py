@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +14,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typer.testing import CliRunner
 
 import heedful
 from benchmarks.coverage.probe import Look, Through
 from heedful import attach, edit, models
 from heedful.adapters.choosing import adapter_for
+from heedful.cli.app import app
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, FoldError, NotEntered, RefusedModel
@@ -417,6 +419,23 @@ def test_what_is_learned_is_learned_in_all_of_them_and_saved(tmp_path: Path) -> 
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_a_mask_of_yes_and_no_is_what_the_implementation_makes_of_it(attention: str) -> None:
+    """transformers' eager attention adds it, as 0 and 1."""
+    model, mask = models.tiny("bert").eval(), torch.ones(2, 1, 10, 10, dtype=torch.bool).tril(2)
+    model.set_attn_implementation(attention)
+    given = {"input_ids": IDS, "attention_mask": mask}
+    plain = model(**given).logits
+    with attach(model, Through(), backend="reference") as run:
+        found = run(**given).logits
+    assert torch.equal(found, plain) if attention == "eager" else close_model(found, plain)
+    with attach(model, Keep()) as run:
+        run(**given)
+        seen = run[0][0].value[0][:, :, 0, -1] > 0
+    assert bool(seen.all()) == (attention == "eager")
+
+
 def test_weights_are_read_and_folded_in_the_interface_alone() -> None:
     model = siglip()
     with pytest.raises(FoldError, match=rf"weights of {HEAD}: .*computes attention by itself"):
@@ -424,6 +443,26 @@ def test_weights_are_read_and_folded_in_the_interface_alone() -> None:
     folded = heedful.fold(model, TempScale(0.5), only=["text_model", "vision_model.encoder"])
     with attach(model, TempScale(0.5).on(layers=range(4))), torch.no_grad():
         assert all(close_model(a, b) for a, b in zip(both_of(folded), both_of(model), strict=True))
+
+
+@torch.no_grad()
+def test_outputs_are_edited_where_there_are_projections() -> None:
+    model, method = llama(OwnAttention(), None), edit(Site.OUTPUT, lambda x, call: x * 2)
+    run = attach(model, method)
+    with pytest.raises(RefusedModel, match=r"OUTPUT or BLOCK edit cannot act in model.layers.0.mlp"):
+        run(input_ids=IDS)
+    run.close()
+    with attach(model, method.on(layers=[0, 2])) as run:
+        run(input_ids=IDS)
+        assert run.active
+    model = siglip()
+    pictures = both_of(model)[1]
+    with attach(model, method.on(layers=4)):
+        doubled = both_of(model)[1]
+    assert not close_model(doubled, pictures)
+    for x in (model.get_submodule(HEAD).out_proj.weight, model.get_submodule(HEAD).out_proj.bias):
+        x *= 2
+    assert close_model(doubled, both_of(model)[1])
 
 
 @torch.no_grad()
@@ -436,8 +475,17 @@ def test_the_stream_is_read_where_there_are_lists_of_layers() -> None:
         assert run.active
 
 
+def test_doctor_tells_what_it_has_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "load", lambda name: SimpleNamespace(model=siglip(), name=name))
+    told = " ".join(CliRunner().invoke(app, ["doctor", "siglip"], catch_exceptions=False).stdout.split())
+    assert "served: 5 attention layers of SiglipModel" in told
+    assert f"not looked at yet: {HEAD} computes attention by itself" in told
+    assert "4 query heads, 4 key heads, 8 wide" in told
+    assert f"no surgery: {HEAD} (MultiheadAttention)" in told
+
+
 @torch.no_grad()
-def test_a_diagnosis_counts_them() -> None:
+def test_all_are_counted_before_anything_ran() -> None:
     assert len(adapter_for(gemma()).layer_names) == 5
     model = git()
     with attach(model, SinkRate()) as run:

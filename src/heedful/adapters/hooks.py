@@ -205,8 +205,9 @@ class Hooks:
         if self.run.stack.touches(Site.RESIDUAL):
             self._after_blocks(model, served)
 
-    def _acts_at(self, site: Site, bound: Bound) -> bool:
-        return any(step.edit.site is site for step in self.run.stack.steps(bound.number))
+    def _acts_at(self, bound: Bound, *sites: Site) -> bool:
+        """Whether a step is for this layer; stacks are for some alone as they are told by `.on(layers=...)`."""
+        return any(step.edit.site in sites for step in self.run.stack.steps(bound.number))
 
     def _before_blocks(self, model: nn.Module, served: list[Bound]) -> None:
         """Edit and read EMBEDDING: what enters the first layer of each list of layers."""
@@ -214,7 +215,7 @@ class Hooks:
         for bound in served:
             name = block_of(model, bound.name)
             if name is None:
-                if not self._acts_at(Site.EMBEDDING, bound):
+                if not self._acts_at(bound, Site.EMBEDDING):
                     continue
                 raise RefusedModel(f"an EMBEDDING edit cannot act before {bound.name}: it stands in no list of layers")
             if name.rpartition(".")[2] == "0":
@@ -247,6 +248,8 @@ class Hooks:
         """Edit and read OUTPUT, after what replaces the BLOCK."""
         found = bound.output or output_module(model, bound.name)
         if found is None:
+            if not self._acts_at(bound, Site.OUTPUT, Site.BLOCK):
+                return
             raise RefusedModel(
                 f"an OUTPUT or BLOCK edit cannot act in {bound.name}: heedful finds no output projection there"
             )
@@ -269,7 +272,7 @@ class Hooks:
         for bound in served:
             name = block_of(model, bound.name)
             if name is None:
-                if not self._acts_at(Site.RESIDUAL, bound):
+                if not self._acts_at(bound, Site.RESIDUAL):
                     continue
                 raise RefusedModel(f"a RESIDUAL edit cannot act in {bound.name}: it stands in no list of layers")
             blocks[name] = bound

@@ -87,7 +87,9 @@ def weight_gradients(
     What a model knows by heart pulls at other layers than what it does not: give texts one by one, each a batch, and
     compare the shares. A copy of the model is made; the model itself, and its gradients, stay as they are.
     """
-    adapter_for(model, only)  # or the reason why heads cannot be told apart
+    adapter = adapter_for(model, only)
+    for number, name in enumerate(adapter.layer_names):
+        projections(adapter.model, name, number)  # or the reason why heads cannot be told apart
     copy = deepcopy(model).eval().requires_grad_(True)
     totals: list[dict[str, Tensor]] = []
     peaks: list[dict[str, Tensor]] = []
