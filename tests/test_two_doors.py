@@ -468,11 +468,13 @@ def test_outputs_are_edited_where_there_are_projections() -> None:
 @torch.no_grad()
 def test_the_stream_is_read_where_there_are_lists_of_layers() -> None:
     model, method = siglip(), edit(Site.RESIDUAL, lambda x, call: x * 2)
-    with pytest.raises(RefusedModel, match=f"RESIDUAL edit cannot act in {HEAD}: it stands in no list"):
-        attach(model, method)
-    with attach(model, method.on(layers=range(4))) as run:
-        both_of(model)
+    with pytest.raises(RefusedModel, match=f"no RESIDUAL edit can act in {HEAD}: it stands in no list"):
+        attach(model, method.on(layers=4))
+    with attach(model, method) as run:
+        found = both_of(model)
         assert run.active
+    with attach(model, method.on(layers=range(4))):
+        assert all(map(torch.equal, both_of(model), found))
 
 
 def test_doctor_tells_what_it_has_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -491,3 +493,9 @@ def test_all_are_counted_before_anything_ran() -> None:
     with attach(model, SinkRate()) as run:
         run(input_ids=IDS, pixel_values=PICTURES)
         assert {layer for _, _, layer in run.state.statistics} == {0, 1, 2, 3}
+
+
+def test_pictures_are_diagnosed_by_a_model_whose_pooling_stands_beside() -> None:
+    config = transformers.SiglipVisionConfig(**VISION)
+    told = str(heedful.diagnose(transformers.SiglipVisionModel(config).eval(), PICTURES))
+    assert "3 layers of 4 heads" in told

@@ -206,18 +206,21 @@ class Hooks:
             self._after_blocks(model, served)
 
     def _acts_at(self, bound: Bound, *sites: Site) -> bool:
-        """Whether a step is for this layer; stacks are for some alone as they are told by `.on(layers=...)`."""
+        """Whether a step is for this layer, which `.on(layers=...)` may leave out."""
         return any(step.edit.site in sites for step in self.run.stack.steps(bound.number))
+
+    def _in_lists(self, site: Site, model: nn.Module, served: list[Bound]) -> list[tuple[str, Bound]]:
+        """The layers that stand in a list, each with its item's name; what pools a stream behind one stands in none."""
+        found = [(name, bound) for bound in served if (name := block_of(model, bound.name)) is not None]
+        acting = [bound for bound in served if self._acts_at(bound, site)]
+        if acting and not any(bound in acting for _, bound in found):
+            raise RefusedModel(f"no {site.name} edit can act in {acting[0].name}: it stands in no list of layers")
+        return found
 
     def _before_blocks(self, model: nn.Module, served: list[Bound]) -> None:
         """Edit and read EMBEDDING: what enters the first layer of each list of layers."""
         first: dict[str, Bound] = {}
-        for bound in served:
-            name = block_of(model, bound.name)
-            if name is None:
-                if not self._acts_at(bound, Site.EMBEDDING):
-                    continue
-                raise RefusedModel(f"an EMBEDDING edit cannot act before {bound.name}: it stands in no list of layers")
+        for name, bound in self._in_lists(Site.EMBEDDING, model, served):
             if name.rpartition(".")[2] == "0":
                 first.setdefault(name, bound)
         if not first:
@@ -268,14 +271,7 @@ class Hooks:
 
     def _after_blocks(self, model: nn.Module, served: list[Bound]) -> None:
         """Edit and read RESIDUAL; of several attentions in one layer the last one answers for it."""
-        blocks: dict[str, Bound] = {}
-        for bound in served:
-            name = block_of(model, bound.name)
-            if name is None:
-                if not self._acts_at(bound, Site.RESIDUAL):
-                    continue
-                raise RefusedModel(f"a RESIDUAL edit cannot act in {bound.name}: it stands in no list of layers")
-            blocks[name] = bound
+        blocks = dict(self._in_lists(Site.RESIDUAL, model, served))
         if self.run.stack.merges:
             part_behind(self._hooked, self.run, model, blocks)
         for name, bound in blocks.items():
