@@ -8,6 +8,7 @@ import pytest
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.coverage.probe import examine
+from benchmarks.coverage.tiny import build
 
 OLD = "softcap" not in inspect.getsource(sdpa_attention_forward)
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, about models of all ages
@@ -41,14 +42,24 @@ SERVED = {  # one for each thing that an adapter could get wrong
     "WhisperForConditionalGeneration": "sound",
     "Zamba2ForCausalLM": "shared blocks",
 }
-IN_PART = {
+BOTH = {  # what stands beside the interface
     "AriaForConditionalGeneration": "MultiheadAttention",
     "GotOcr2ForConditionalGeneration": "GotOcr2VisionAttention",
-    "LongT5ForConditionalGeneration": "LongT5LocalAttention",
     "ModernVBertForMaskedLM": "MultiheadAttention",
     "PegasusXForConditionalGeneration": "PegasusXGlobalLocalAttention",
 }
-WRITTEN = ("BloomForCausalLM", "DebertaV2ForMaskedLM", "FalconForCausalLM", "TrOCRForCausalLM", "XLNetLMHeadModel")
+IN_PART = {
+    "DFineModel": "DFineMultiscaleDeformableAttention",
+    "LongT5ForConditionalGeneration": "LongT5LocalAttention",
+}
+WRITTEN = (
+    "BloomForCausalLM",
+    "DebertaV2ForMaskedLM",
+    "FalconForCausalLM",
+    "SqueezeBertModel",
+    "TrOCRForCausalLM",
+    "XLNetLMHeadModel",
+)
 REFUSED = {
     "ConvBertForMaskedLM": "a softmax of its own",
     "LongformerForMaskedLM": "its own are longformer.encoder.layer.0.attention.self",
@@ -72,6 +83,15 @@ def _another_order(name: str) -> bool:
     if name.startswith("T5"):  # a few roundings in older releases, for a reason that was not looked into
         return OLD
     return "SWA" in name  # the sink is a gate after the values
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_what_stands_beside_the_interface_is_served_with_the_rest(name: str) -> None:
+    found = examine(name)
+    assert found["status"] == "served", found.get("reason")
+    assert found["through"]
+    assert BOTH[name] in {type(module).__name__ for module in build(name).model.modules()}
+    assert found["eager"]["entered"] == found["eager"]["layers"]
 
 
 @pytest.mark.parametrize("name", IN_PART)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, SwinConfig, SwinModel
 
 from benchmarks.coverage import tiny as zoo
 from heedful import attach, fold, models, operate
-from heedful.adapters.transformers import adapt
+from heedful.adapters.choosing import adapter_for
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, HeedfulError, RefusedModel
@@ -122,7 +122,7 @@ def test_gates_need_sizes_and_no_projections_of_their_own(name: str) -> None:
         for layer, call in seen.items():
             assert call.hidden is not None
             assert weights[str(layer)].shape == (call.heads, call.hidden.shape[-1])
-        for size in adapt(one.model, None).sizes():
+        for size in adapter_for(one.model, None).sizes():
             call = seen[size.number]
             assert call.query is not None
             assert call.value is not None
@@ -174,7 +174,7 @@ def test_output_is_behind_what_is_built_around_the_projection() -> None:
 @pytest.mark.parametrize("name", ["Qwen2VLForConditionalGeneration", "Glm4vForConditionalGeneration"])
 def test_hidden_states_may_stand_in_one_row(name: str) -> None:
     one = zoo.build(name)
-    tower = next(n for n in adapt(one.model, None).layer_names if "visual" in n).partition(".blocks")[0]
+    tower = next(n for n in adapter_for(one.model, None).layer_names if "visual" in n).partition(".blocks")[0]
     flat = one.model.get_submodule(f"{tower}.blocks.0.attn")
     seen: list[torch.Size] = []
     with attach(one.model, HalfHidden(), only=tower) as run:

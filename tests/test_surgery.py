@@ -11,8 +11,8 @@ from torch import Tensor
 
 import heedful
 from heedful import Method, Site, attach, models, operate
+from heedful.adapters.choosing import adapter_for
 from heedful.adapters.layers import projections
-from heedful.adapters.transformers import adapt
 from heedful.adapters.weights import read_weights
 from heedful.authoring import Call, Layer, Paper, Surgery, at
 from heedful.conformance.tolerances import close_model
@@ -165,7 +165,7 @@ def test_weights_of_the_same_shape(kind: str) -> None:
     ("kind", "reason"),
     [
         ("gpt2", "GPT2Attention maps to queries, keys and values at once; its heads can be silenced, as"),
-        ("falcon", "has no attention layer that goes through transformers' attention interface"),
+        ("falcon", r"self_attention \(FalconAttention\) computes attention by itself"),
         ("t5", "takes a position bias with one row a head from another layer; no head can be dropped"),
         ("gpt_oss", r"GptOssAttention.sinks \(4,\) goes over all heads"),
     ],
@@ -239,7 +239,7 @@ def test_query_heads_may_come_to_share_key_heads(layers: tuple[int, ...]) -> Non
 
 def test_weights_are_read_head_by_head() -> None:
     model = models.tiny("bert")
-    name = adapt(model, None).layer_names[0]
+    name = adapter_for(model, None).layer_names[0]
     weights = read_weights(projections(model, name, 0))
     attention = model.get_submodule(name)
     x = torch.randn(32)

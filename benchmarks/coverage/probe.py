@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 import heedful
-import heedful.adapters.transformers  # now, so that a sweep under way does not see later edits of it
+import heedful.adapters.adapter  # now, so that a sweep under way does not see later edits of it
 from heedful.adapters.layers import interface_layers, leftovers
 from heedful.conformance.tolerances import DEPTH, ROUNDINGS, close, error, unit, within_budget
 from heedful.core.call import Call

@@ -34,8 +34,8 @@ from heedful.engine.run import Run
 from heedful.folding import rewritten
 
 if TYPE_CHECKING:
+    from heedful.adapters.adapter import ModelAdapter
     from heedful.adapters.layers import Projections
-    from heedful.adapters.transformers import TransformersAdapter
     from heedful.engine.select import Explanation
 
 
@@ -58,6 +58,8 @@ def attach(
     timm, diffusers and open_clip do. The layers of such a model are found by running it once, without gradients: with
     `inputs` (one argument, a tuple of them, a mapping of named ones, or a function that calls the model), else with
     what its first forward under the run is given.
+    A model of transformers may have layers beside its attention interface; these are looked at when they are first
+    reached, or as `inputs` show them.
     `only` names the part of the model to serve by dotted prefix, `roles` names spans of token positions, in
     every text or, as a list, in each; `backend` demands one instead of letting heedful choose, `tile_rows` fixes the
     rows of a tile.
@@ -91,10 +93,10 @@ class _FitContext:
         self.model, self.only = model, only
 
     @cached_property
-    def _adapter(self) -> TransformersAdapter:
-        from heedful.adapters.transformers import adapt
+    def _adapter(self) -> ModelAdapter:
+        from heedful.adapters.choosing import adapter_for
 
-        return adapt(self.model, self.only)
+        return adapter_for(self.model, self.only)
 
     @cached_property
     def _found(self) -> list[Projections]:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from heedful.adapters.transformers import adapt
+from heedful.adapters.choosing import adapter_for
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, FoldError, InactiveWarning, RefusedModel, StatisticError
@@ -115,7 +115,7 @@ def converted(
         raise FieldError(how, "batches", 0, "must be 1 or more", GOOD)
     only = only if only is None or isinstance(only, str) else tuple(only)
     student = _copy(how, model, only)
-    run = Run(student, stack, adapt(student, only))
+    run = Run(student, stack, adapter_for(student, only))
     try:
         layers = tuple(
             i for i in range(len(run.layer_names)) if how.surgery or any(not step.edit.reads for step in stack.steps(i))
@@ -217,7 +217,7 @@ class _School:
 
     def _in_layers(self) -> list[nn.Parameter]:
         """What the attention modules of the taught layers hold, what the target brought among it."""
-        adapter = adapt(self.student, self.only)
+        adapter = adapter_for(self.student, self.only)
         modules = [adapter.model.get_submodule(adapter.layer_names[i]) for i in self.layers]
         return list({id(p): p for module in modules for p in module.parameters()}.values())
 
@@ -251,7 +251,7 @@ class _School:
             yield loss
 
     def _attached(self, model: nn.Module, what: Stack) -> Run:
-        return Run(model, what, adapt(model, self.only))
+        return Run(model, what, adapter_for(model, self.only))
 
     @torch.no_grad()
     def _look(self, own: Run, batch: Mapping[str, Any]) -> Any:

@@ -44,10 +44,10 @@ def rewritten(
     """A copy of the model with other weights, and why it could not be saved and loaded again, if so."""
     from heedful.adapters.biases import shift_stream
     from heedful.adapters.bound import server_of
+    from heedful.adapters.choosing import adapter_for
     from heedful.adapters.folding import renew_config
     from heedful.adapters.layers import projections
     from heedful.adapters.saving import saved_with
-    from heedful.adapters.transformers import adapt
     from heedful.adapters.weights import absent, read_weights, write_weights
     from heedful.adapters.wrapped import unwrapped
 
@@ -66,7 +66,7 @@ def rewritten(
             "tp_plan"
         )
     new = copy.deepcopy(model)
-    names = adapt(new, only).layer_names
+    names = adapter_for(new, only).layer_names
     sizes: dict[str, tuple[Layer, Layer]] = {}  # of each layer, before and after
     for step in steps:
         if isinstance(step, Scoped) and step.layers and step.layers[-1] >= len(names):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from heedful import attach, models
-from heedful.adapters.transformers import adapt
+from heedful.adapters.choosing import adapter_for
 from heedful.core.call import Call
 from heedful.core.method import Method
 from heedful.core.paper import Paper
@@ -54,7 +54,7 @@ def test_each_batch_by_itself_and_padding_is_zero() -> None:
     mask[1, :3] = 0
     batches = [{"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[:1, :5]}]
 
-    layer = adapt(model, None).sizes()[1]
+    layer = adapter_for(model, None).sizes()[1]
     context: Any = InTiles(model)
     given: list[torch.Tensor] = []
     part = model.model.layers[1].self_attn

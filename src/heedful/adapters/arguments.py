@@ -77,11 +77,7 @@ def understand(bound: Bound, request: Request, held: HeldLayer | None, known: di
                 "entries; leave the CACHE edit out for this model"
             )
         if bound.native == "eager" and not mask.is_floating_point() and not bool(mask.all()):
-            raise UnknownArgument(
-                f"{bound.name} ({bound.kind}) hands its attention a mask of {mask.dtype}, which transformers' eager "
-                "attention adds to the scores as 0 and 1 and other implementations take as yes and no; load the model "
-                "with attn_implementation='sdpa' to have the second"
-            )
+            mask = mask.to(q.dtype)  # that one adds it to scores, as 0 and 1, where others take it as yes and no
         table, more_bias = from_dense(mask, k.shape[2])
         rules = Mask() if table is None else Mask((Dense(table),))
         if more_bias is not None:

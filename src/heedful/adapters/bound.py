@@ -87,6 +87,7 @@ class Bound:
     native: str  # the implementation that the model had before
     lowest: int = 0  # the number of the first layer of the list that it stands in
     highest: int = 0  # the number of the last layer of that list
+    outside: bool = False  # it does not go through transformers' interface
     alone: bool = False  # it stands in no list of layers: what calls it may hand its weights on unasked
     hidden: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin of this call's tokens

@@ -1,4 +1,4 @@
-"""Which adapter gets into a model."""
+"""How a run gets into a model, which may be wrapped."""
 
 from __future__ import annotations
 
@@ -10,28 +10,20 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 
-from heedful.adapters.layers import interface_layers, leftovers, parts_of
-from heedful.adapters.operations.sdpa import SdpaAdapter
+from heedful.adapters.adapter import ModelAdapter
+from heedful.adapters.layers import parts_of
 from heedful.adapters.spread import is_spread
-from heedful.adapters.transformers import TransformersAdapter
 from heedful.adapters.wrapped import shared_by, stays_one, unwrapped
-from heedful.core.errors import FieldError, HeedfulError, RefusedModel
+from heedful.core.errors import HeedfulError, RefusedModel
 
 
-def adapter_for(
-    model: nn.Module, only: str | Iterable[str] | None = None, inputs: Any = None
-) -> TransformersAdapter | SdpaAdapter:
-    """transformers' own interface for a model that goes through it, torch's operations for any other."""
+def adapter_for(model: nn.Module, only: str | Iterable[str] | None = None, inputs: Any = None) -> ModelAdapter:
+    """What gets a run into a model, or into the one of transformers that is inside it."""
     shared, parts = shared_by(model), parts_of(only)
     if any(isinstance(part, PreTrainedModel) for part in model.modules()):
         inner = unwrapped(model)
-        if interface_layers(inner) or not leftovers(inner):
-            if inputs is not None:
-                rule = "tells the layers of other models; those that go through transformers' interface are known"
-                raise FieldError("attach()", "inputs", type(inputs).__name__, rule, None)
-            return TransformersAdapter(inner, parts, shared)
-        adapter = SdpaAdapter(inner, parts, inputs, shared_by=shared)
-        if inputs is None and inner.main_input_name == "input_ids":
+        adapter = ModelAdapter(inner, parts, inputs, shared)
+        if not adapter.ready and inner.main_input_name == "input_ids":
             _read_a_little(adapter, inner)
         return adapter
     if not shared and is_spread(model):
@@ -39,10 +31,10 @@ def adapter_for(
             f"{type(model).__name__} is no model of transformers, and its weights are spread over processes, each with "
             "a part of the heads, which heedful joins for those alone; load it whole"
         )
-    return SdpaAdapter(_inside(model), parts, inputs, shared_by=shared)
+    return ModelAdapter(_inside(model), parts, inputs, shared)
 
 
-def _read_a_little(adapter: SdpaAdapter, model: PreTrainedModel) -> None:
+def _read_a_little(adapter: ModelAdapter, model: PreTrainedModel) -> None:
     """Know the layers of a model of texts from the few tokens that transformers has for it, if it takes just these."""
     few = {name: x.to(model.device) for name, x in model.dummy_inputs.items() if isinstance(x, Tensor)}
     try:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import get_ident
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from heedful.adapters.arguments import by_name, own_places, require_no_guesses
+from heedful.adapters.arguments import by_name, own_places
 from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
-from heedful.adapters.grids import Grid, grid_of, regions
+from heedful.adapters.forwards import Forwards
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.kvcache import hold, seen, serve
-from heedful.adapters.layers import block_of, output_module, projections, within
+from heedful.adapters.layers import block_of, output_module, projections
 from heedful.adapters.lazymask import LazyMask
-from heedful.adapters.merging import came_to, part_behind, require_parted, without_grids
+from heedful.adapters.merging import came_to, part_behind
 from heedful.adapters.replacing import NOTHING, ROTATED, UNROTATED, Spared, shares_keys, takes_up, unrotated
-from heedful.adapters.taking import other_of, put, stream_of, tokens_of
+from heedful.adapters.taking import other_of, put, stream_of
 from heedful.core.call import Call, Phase
-from heedful.core.errors import FieldError, NotEntered, RefusedModel, SiteError
+from heedful.core.errors import NotEntered, RefusedModel, SiteError
 from heedful.core.positions import Positions
-from heedful.core.regions import Marks
 from heedful.core.sites import Site
 from heedful.engine.again import stand_around
 from heedful.engine.attend import replaced
@@ -35,17 +32,9 @@ from heedful.engine.run import Run
 from heedful.engine.run_state import Plan
 from heedful.engine.stages import stage
 
-_T = TypeVar("_T")
-
 
 def _cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
     return next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
-
-
-def _around(name: str, known: Mapping[str, _T]) -> _T | None:
-    """What is known of the innermost of these models that a layer lies in."""
-    inside = [prefix for prefix in known if within(name, (prefix,) if prefix else None)]
-    return known[max(inside, key=len)] if inside else None
 
 
 @dataclass(eq=False)
@@ -54,120 +43,29 @@ class Hooks:
 
     run: Run
     layers: int  # how many are served
-    crosses: bool = False  # a module that is handed another sequence is known to attend to that alone
-    patterns: bool = False  # the caller of this forward wants the patterns back
     acting: bool = False  # a run computes inside a module, which is no work of the module's own
-    first: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None  # what the first forward is shown before it
-    _inside: int = 0
-    _graph: bool = False  # gradients may be asked of the forward under way
-    _thread: int | None = None  # the one that a forward is under way in
-    _process: int | None = None  # the one that the last forward was in
-    _parts: dict[nn.Module, str] = field(default_factory=dict)  # the models in the model, by name
-    _images: dict[str, tuple[nn.Module, Grid]] = field(default_factory=dict)  # those that read images, and their grids
+    looking: bool = False  # a module is looked at, in which the run has no part
+    forwards: Forwards = field(init=False)
     _hooked: Hooked = field(default_factory=Hooked)
+
+    def __post_init__(self) -> None:
+        self.forwards = Forwards(self.run)
 
     def remove(self) -> None:
         self._hooked.remove()
 
-    # a forward of the model, or of a model in it that is called by itself
+    @contextmanager
+    def acts(self) -> Iterator[None]:
+        """A `with` in which the run computes, and not the module that is under way."""
+        before, self.acting = self.acting, True
+        try:
+            yield
+        finally:
+            self.acting = before
 
-    def forwards(self, parts: Mapping[str, nn.Module]) -> None:
-        """Know where a forward of the whole begins and ends; the whole is named ''."""
-        for name, part in parts.items():
-            self._parts[part] = name
-            self._hooked.before(part, self._begins)
-            self._hooked.after(part, self._ends, with_kwargs=True, always_call=True)
-
-    @property
-    def under_way(self) -> bool:
-        """Whether a forward is under way in this thread."""
-        return self._thread == get_ident()
-
-    @property
-    def elsewhere(self) -> bool:
-        """Whether a forward is under way in another thread."""
-        return self._thread not in (None, get_ident())
-
-    def _begins(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given, kwargs = (args, kwargs), by_name(model, args, kwargs)
-        if (grid := grid_of(model, kwargs)) is not None:
-            self._images[self._parts[model]] = (model, grid)
-        for thing in kwargs.values():
-            if type(thing).__name__.startswith("Paged"):
-                raise RefusedModel(
-                    f"{type(model).__name__} is run with a paged cache (continuous batching), whose rows hold pieces "
-                    "of many texts, which heedful cannot tell apart; use generate() or plain forwards"
-                )
-        if self._parts.get(model) == "":
-            self._inside = 0  # the whole model stands in no other: an interrupt left the last count standing
-        elif not self._inside and self.run.state.now.again:
-            return  # a part that gradient checkpointing computes again
-        if self._inside == 0:
-            if self.elsewhere:
-                rule = (
-                    f"a forward of this run is under way in thread {self._thread}; run one after the other, or give "
-                    "each thread a model and a run of its own"
-                )
-                raise FieldError("Run", "thread", get_ident(), rule, self._thread)
-            self._require_threads()
-            require_no_guesses(self.run.stack, kwargs)
-            blind = stand_around(self.run, type(model).__name__, whole=True)
-            self._thread = get_ident()
-            if self.first is not None:
-                self.first(*given)
-            self._graph = torch.is_grad_enabled()
-            self.run.state.new_forward(blind)
-            requested = kwargs.get("output_attentions")
-            if requested is None:
-                requested = getattr(getattr(model, "config", None), "output_attentions", False)
-            self.patterns = bool(requested)
-        self.run.state.now.ids[self._parts[model]] = tokens_of(kwargs)
-        self._inside += 1
-
-    def _require_threads(self) -> None:
-        """A fork has none of the threads that its parent computed with, and would wait for them without end."""
-        if self._process not in (None, os.getpid()) and (threads := torch.get_num_threads()) > 1:
-            rule = (
-                f"this process was forked from process {self._process}, in which the run had computed already, and "
-                "torch would wait for threads that are there alone; call torch.set_num_threads(1) first, or start the "
-                "process by spawn and attach there"
-            )
-            raise FieldError("Run", "threads", threads, rule, 1)
-        self._process = os.getpid()
-
-    def _ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not self.under_way:
-            return None  # a forward that was refused, while another thread's is under way
-        self._inside = max(0, self._inside - 1)
-        if not self._inside:
-            self._thread = None
-            if output is None:
-                self.run.state.fail_forward()
-        if not self._inside and output is not None:
-            require_parted(self.run)
-        if self._inside or not self.run.state.losses or by_name(model, args, kwargs).get("labels") is None:
-            return None
-        if isinstance(output, tuple):
-            loss = output[0] if output else None
-            if not isinstance(loss, Tensor) or loss.ndim:
-                return None  # a model without a head is handed labels, and gives no loss
-            return (loss + self.run.loss(), *output[1:])
-        if not isinstance(output, dict) or output.get("loss") is None:
-            return None
-        output["loss"] = output["loss"] + self.run.loss()
-        return output
-
-    def roles(self, bound: Bound, tokens: int) -> Marks:
-        """The run's roles, and what the tokens are of the image that a layer attends over."""
-        image, roles, merges = _around(bound.name, self._images), self.run.roles, bound.merges
-        if image is not None and "patches" not in roles:
-            roles = {**regions(*image, tokens if merges is None else merges.to.shape[1]), **roles}
-        return roles if merges is None else without_grids(roles)
-
-    def ids(self, bound: Bound, rows: int, tokens: int) -> Tensor | None:
-        """The tokens `[b n]` that a layer's queries are of, if the model around it was given just these."""
-        found = _around(bound.name, self.run.state.now.ids)
-        return found if found is not None and found.shape == (rows, tokens) else None
+    def around_forwards(self, parts: Mapping[str, nn.Module]) -> None:
+        """Know where a forward of the whole begins and ends, and one of a model in it; the whole is named ''."""
+        self.forwards.of(parts, self._hooked)
 
     # one attention module
 
@@ -175,10 +73,14 @@ class Hooks:
         """See what goes into a module, edit HIDDEN, and make sure that its attention came to us."""
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self.looking:
+                return None
             bound.called = False
             return self._enter(bound, args, kwargs)
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
+            if self.looking:
+                return
             bound.hidden = bound.other = bound.cache = bound.rotary = bound.joint = bound.merges = None
             if not self.run.stack.touches(Site.BLOCK, Site.OUTPUT, Site.RESIDUAL):
                 bound.call = None  # it holds the hidden states
@@ -208,6 +110,11 @@ class Hooks:
         serve(bound.cache, getattr(bound.module, "layer_idx", None))
         steps = self.run.stack.steps(bound.number)
         if any(s.edit.site is Site.CACHE for s in steps) and bound.cache is not None and not bound.cross:
+            if bound.outside:
+                raise RefusedModel(
+                    f"a CACHE edit cannot act in {bound.name}: {bound.kind} computes attention by itself, and what it "
+                    "does with its cache is not known; restrict the method to other layers with .on(layers=[...])"
+                )
             number = getattr(bound.module, "layer_idx", None)
             if number is None:
                 raise RefusedModel(f"a CACHE edit cannot act in {bound.name}: the module does not tell its cache layer")
@@ -220,7 +127,7 @@ class Hooks:
             raise RefusedModel(f"{bound.name} ({bound.kind}) is not handed hidden states [b n e], so {places} has none")
         flat = bound.hidden.ndim == 2  # [n e], of images whose patches stand in one row
         hidden = bound.hidden[None] if flat else bound.hidden
-        cross = bound.cross and self.crosses
+        cross = bound.cross and not bound.outside
         call = self._outline(bound, hidden, told.get("attention_mask"), bound.cache, cross)
         plan = self.run.state.plan(call, *early)
         args, kwargs = self._without_what_is_replaced(bound, plan, args, kwargs)
@@ -265,7 +172,7 @@ class Hooks:
             self._hooked.after(module, spared.after)
 
     def _stand_around(self, name: str) -> None:
-        if self._graph or torch.is_grad_enabled() or not self.under_way:  # else nobody asks for gradients
+        if self.forwards.asks_gradients:
             self.run.state.now.blind_layer = stand_around(self.run, name, whole=False)
 
     def _outline(self, bound: Bound, hidden: Tensor, mask: Any, cache: Cache | None, cross: bool = False) -> Call:
@@ -284,7 +191,7 @@ class Hooks:
         return Call(
             bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
             denoising=self.run.state.denoising, cross=cross, training=bound.module.training,
-            ids=self.ids(bound, len(hidden), n), roles=self.roles(bound, len(keys)), hidden=hidden,
+            ids=self.forwards.ids(bound, len(hidden), n), roles=self.forwards.roles(bound, len(keys)), hidden=hidden,
             forward=self.run.state.now.number, lowest=bound.lowest, highest=bound.highest, batch=len(hidden),
             sizes=bound.sizes,
         )  # fmt: skip
@@ -298,13 +205,22 @@ class Hooks:
         if self.run.stack.touches(Site.RESIDUAL):
             self._after_blocks(model, served)
 
+    def _acts_at(self, bound: Bound, *sites: Site) -> bool:
+        """Whether a step is for this layer, which `.on(layers=...)` may leave out."""
+        return any(step.edit.site in sites for step in self.run.stack.steps(bound.number))
+
+    def _in_lists(self, site: Site, model: nn.Module, served: list[Bound]) -> list[tuple[str, Bound]]:
+        """The layers that stand in a list, each with its item's name; what pools a stream behind one stands in none."""
+        found = [(name, bound) for bound in served if (name := block_of(model, bound.name)) is not None]
+        acting = [bound for bound in served if self._acts_at(bound, site)]
+        if acting and not any(bound in acting for _, bound in found):
+            raise RefusedModel(f"no {site.name} edit can act in {acting[0].name}: it stands in no list of layers")
+        return found
+
     def _before_blocks(self, model: nn.Module, served: list[Bound]) -> None:
         """Edit and read EMBEDDING: what enters the first layer of each list of layers."""
         first: dict[str, Bound] = {}
-        for bound in served:
-            name = block_of(model, bound.name)
-            if name is None:
-                raise RefusedModel(f"an EMBEDDING edit cannot act before {bound.name}: it stands in no list of layers")
+        for name, bound in self._in_lists(Site.EMBEDDING, model, served):
             if name.rpartition(".")[2] == "0":
                 first.setdefault(name, bound)
         if not first:
@@ -335,12 +251,14 @@ class Hooks:
         """Edit and read OUTPUT, after what replaces the BLOCK."""
         found = bound.output or output_module(model, bound.name)
         if found is None:
+            if not self._acts_at(bound, Site.OUTPUT, Site.BLOCK):
+                return
             raise RefusedModel(
                 f"an OUTPUT or BLOCK edit cannot act in {bound.name}: heedful finds no output projection there"
             )
 
         def after(_: nn.Module, args: Any, output: Any) -> Any:
-            if bound.call is None:
+            if bound.call is None or self.looking:
                 return None
             call = bound.call
             if not self.run.stack.touches(Site.RESIDUAL):
@@ -353,12 +271,7 @@ class Hooks:
 
     def _after_blocks(self, model: nn.Module, served: list[Bound]) -> None:
         """Edit and read RESIDUAL; of several attentions in one layer the last one answers for it."""
-        blocks: dict[str, Bound] = {}
-        for bound in served:
-            name = block_of(model, bound.name)
-            if name is None:
-                raise RefusedModel(f"a RESIDUAL edit cannot act in {bound.name}: it stands in no list of layers")
-            blocks[name] = bound
+        blocks = dict(self._in_lists(Site.RESIDUAL, model, served))
         if self.run.stack.merges:
             part_behind(self._hooked, self.run, model, blocks)
         for name, bound in blocks.items():
@@ -384,13 +297,10 @@ class Hooks:
         job = AttentionCall(self.run.state.plan(call), self.run.state, call)
         rows = turned(given)
         new = rows.reshape(-1, n, rows.shape[-1])
-        self.acting = True
-        try:
+        with self.acts():
             if site is Site.OUTPUT and (steps := job.plan.at(Site.BLOCK)):
                 new = replaced(steps[0], job, call, new)
             new = stage(site, new, job, call)
-        finally:
-            self.acting = False
         self.run.state.close_call(job.plan, call)
         if new.shape[1] == n:
             new = new.reshape(rows.shape)

@@ -142,15 +142,20 @@ def served(
         if not any(within(name, (prefix,)) for name in known):
             roots = sorted({".".join(name.split(".")[:2]) for name in known})
             raise FieldError("attach()", "only", prefix, f"no served layer of {kind} lies there", roots[:1] or None)
-    said = _some([left[name] for name in outside])
+    said = [left[name] for name in outside]
     if not names:
-        raise RefusedModel(f"{kind} {none}" + (f"; its own are {said}" if outside else ""))
+        raise RefusedModel(f"{kind} {none}" + (f"; its own are {_some(said)}" if outside else ""))
     if outside:
-        raise RefusedModel(
-            f"{kind} computes some attention by itself, which heedful cannot reach: {said}. To work on the "
-            f"rest and leave these alone, name it: attach(..., only={_roots(names, outside)!r})"
-        )
+        raise unreached(kind, names, outside, said)
     return names
+
+
+def unreached(kind: str, names: Iterable[str], left: list[str], said: list[str], unseen: int = 0) -> RefusedModel:
+    """What is said of a model with layers out of reach, the last of which have not run yet."""
+    also = f", and {unseen} that did not run yet" if unseen else ""
+    rest = _roots(names, left)
+    hint = f". To work on the rest and leave these alone{also}, name it: attach(..., only={rest!r})" if rest else ""
+    return RefusedModel(f"{kind} computes some attention by itself, which heedful cannot reach: {_some(said)}{hint}")
 
 
 def _some(names: list[str]) -> str:
@@ -275,6 +280,11 @@ def size_of(model: nn.Module, name: str, number: int) -> Layer:
 def projections(model: nn.Module, name: str, number: int) -> Projections:
     """The projections of a layer, or RefusedModel with the reason."""
     layer = model.get_submodule(name)
+    if not uses_interface(type(layer)):
+        raise RefusedModel(
+            f"{name} ({type(layer).__name__}) computes attention by itself, so that it is not known what its weights "
+            "come to"
+        )
     positions = {
         "query": _child(layer, QUERY_NAMES),
         "key": _child(layer, KEY_NAMES),

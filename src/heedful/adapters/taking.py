@@ -49,7 +49,10 @@ class Taking:
     """In which order a module takes rows and tokens."""
 
     batch_first: bool = True  # else [n b e]
+    channels_first: bool = False  # [b e n]
 
     def turned(self, x: Tensor) -> Tensor:
         """`[b n e]` from the module's own layout, and back."""
-        return x if self.batch_first or x.ndim != 3 else x.transpose(0, 1)
+        if x.ndim != 3 or (self.batch_first and not self.channels_first):
+            return x
+        return x.transpose(1, 2) if self.channels_first else x.transpose(0, 1)

@@ -54,15 +54,21 @@ def doctor(
     kind = type(loaded.model).__name__
     served = counted(len(adapter.layer_names), "attention layer")
     console.print(f"[green]served[/]: {served} of {kind} ({loaded.name})")
+    if adapter.unseen:
+        first, more = adapter.unseen[0], len(adapter.unseen) - 1
+        which = f"{first} and {more} more compute" if more else f"{first} computes"
+        console.print(f"[yellow]not looked at yet[/]: {which} attention by itself, as the first call will show")
     try:
-        sizes = {
-            (s.heads, s.kv_heads, s.head_dim)
-            for s in (projections(loaded.model, n, 0).size for n in adapter.layer_names)
-        }
+        sizes = {(s.heads, s.kv_heads, s.head_dim) for s in adapter.sizes()}
     except ModelError as reason:
-        console.print(f"[yellow]no surgery and no learned parameters[/]: {reason}", markup=True)
+        console.print(f"[yellow]no learned parameters[/]: {reason}", markup=True)
     else:
         console.print("; ".join(f"{h} query heads, {g} key heads, {d} wide" for h, g, d in sorted(sizes)))
+    try:
+        for name in adapter.layer_names:
+            projections(loaded.model, name, 0)
+    except ModelError as reason:
+        console.print(f"[yellow]no surgery[/]: {reason}", markup=True)
 
 
 def _served_of_timm(name: str) -> None:

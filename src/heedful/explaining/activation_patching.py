@@ -171,11 +171,11 @@ class _Probe:
         layers: Iterable[int] | None,
         under: Part | Stack | None = None,
     ) -> None:
-        from heedful.adapters.transformers import adapt
+        from heedful.adapters.choosing import adapter_for
 
         self.model, self.metric = model, metric
         self.under = Stack() if under is None else as_stack(under)
-        self.sizes = adapt(model, None).sizes()
+        self.sizes = adapter_for(model, None).sizes()
         known = range(len(self.sizes))
         requested = list(known if layers is None else layers)
         if not requested or not all(isinstance(layer, int) and layer in known for layer in requested):

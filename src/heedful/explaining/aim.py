@@ -187,9 +187,9 @@ class Aim:
 
 def _causal(model: nn.Module) -> bool:
     """Whether tokens see none that follow, so that the last alone has seen the whole text."""
-    from heedful.adapters.transformers import adapt
+    from heedful.adapters.choosing import adapter_for
 
-    adapter = adapt(model, None)
+    adapter = adapter_for(model, None)
     modules = [adapter.model.get_submodule(name) for name in adapter.layer_names]
     return any(getattr(module, "is_causal", False) or getattr(module, "is_decoder", False) for module in modules)
 

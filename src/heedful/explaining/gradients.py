@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from heedful.adapters.choosing import adapter_for
 from heedful.adapters.layers import projections
-from heedful.adapters.transformers import adapt
 from heedful.adapters.weights import read_weights
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel
@@ -87,7 +87,9 @@ def weight_gradients(
     What a model knows by heart pulls at other layers than what it does not: give texts one by one, each a batch, and
     compare the shares. A copy of the model is made; the model itself, and its gradients, stay as they are.
     """
-    adapt(model, only)  # or the reason why heads cannot be told apart
+    adapter = adapter_for(model, only)
+    for number, name in enumerate(adapter.layer_names):
+        projections(adapter.model, name, number)  # or the reason why heads cannot be told apart
     copy = deepcopy(model).eval().requires_grad_(True)
     totals: list[dict[str, Tensor]] = []
     peaks: list[dict[str, Tensor]] = []
@@ -127,7 +129,7 @@ def _sizes(copy: nn.Module, only: str | None) -> tuple[dict[str, Tensor], dict[s
     kept = [(p, p.data) for p in copy.parameters()]
     for p, data in kept:  # heads are told apart in gradients as in the weights that they are of
         p.data = torch.zeros_like(data) if p.grad is None else p.grad
-    adapter = adapt(copy, only)
+    adapter = adapter_for(copy, only)
     layers = []
     with torch.no_grad():
         for number, name in enumerate(adapter.layer_names):

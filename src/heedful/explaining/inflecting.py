@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heedful.adapters.transformers import adapt
+from heedful.adapters.choosing import adapter_for
 from heedful.api import attach
 from heedful.core.asked import asks
 from heedful.core.call import Call
@@ -120,9 +120,9 @@ def inflection(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, only: 
     `top(2)` are the layers that would learn little of them, and where the paper puts adapters. A copy of the model is
     made; the model itself, and its gradients, stay as they are.
     """
-    adapt(model, only)  # or the reason why there are no layers to tell apart
+    adapter_for(model, only)  # or the reason why there are no layers to tell apart
     copy = deepcopy(model).eval().requires_grad_(True)
-    adapter = adapt(copy, only)
+    adapter = adapter_for(copy, only)
     modules = [adapter.model.get_submodule(name) for name in adapter.layer_names]
     readers = _Entropy(), _Begins(), _Leaves()
     entropies, flows, lengths, losses = [], [], [], []

@@ -162,11 +162,11 @@ class Stream:
     @cached_property
     def outputs(self) -> list[tuple[Tensor, Tensor | None]]:
         """Each layer's output projection `[e h d]`, and its bias."""
+        from heedful.adapters.choosing import adapter_for
         from heedful.adapters.layers import projections
-        from heedful.adapters.transformers import adapt
         from heedful.adapters.weights import read_weights
 
-        names = adapt(self.model, None).layer_names
+        names = adapter_for(self.model, None).layer_names
         found = (read_weights(projections(self.model, name, i)) for i, name in enumerate(names))
         return [(weights.o, weights.o_bias) for weights in found]
 

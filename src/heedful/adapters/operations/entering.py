@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +29,10 @@ class Answers(Protocol):
 
     def same_thread(self, bound: Bound) -> None: ...
 
+    def is_layer(
+        self, bound: Bound, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool: ...
+
     def kernel(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor: ...
 
     def function(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
@@ -45,9 +50,12 @@ class Entrance(Standing):
     bound: Bound
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.server.installed:  # somebody who wrapped this one while the run was there still calls it
-            return self.own(*args, **kwargs)
+        if not self.server.installed or self.server.answering:
+            return self.own(*args, **kwargs)  # somebody who wrapped this one while the run was there still calls it
         self.server.same_thread(self.bound)
+        if not self.server.is_layer(self.bound, self.own, args, kwargs):
+            self.bound.called = True
+            return self.own(*args, **kwargs)
         if self.bound.written is None:
             with _Inside(self.server, self.bound):
                 return self.own(*args, **kwargs)

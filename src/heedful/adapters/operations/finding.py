@@ -65,7 +65,15 @@ class Found:
     layers: dict[str, Layer] = field(default_factory=dict)  # in the order in which they ran
     own: dict[str, str] = field(default_factory=dict)  # attention out of reach, with the reason
     written: dict[str, bool] = field(default_factory=dict)  # layers that write attention out; whether they give weights
+    takings: dict[str, Taking] = field(default_factory=dict)  # how layers are handed their streams
     ran: set[nn.Module] = field(default_factory=set)
+
+    def take(self, name: str, module: Found) -> None:
+        """Know a layer by what was found in a look at that module alone."""
+        self.layers[name] = module.layers[""]
+        if "" in module.written:
+            self.written[name] = module.written[""]
+        self.ran |= module.ran
 
 
 @dataclass(eq=False)
@@ -101,11 +109,13 @@ class _Watch(TorchFunctionMode):
         return out
 
     def _note_written(self, asked: Asked | str) -> None:
+        module = self.stack[self._depth - 1]  # a module inside may do no more than multiply
+        name = self.names[module]
         if isinstance(asked, str):
-            self.own.setdefault(self._name, f"a softmax of its own: {asked}")
+            self.own.setdefault(name, f"a softmax of its own: {asked}")
             return
-        self.written.setdefault(self._name, False)
-        self._note(_kernel_call(self.stack[-1], self.streams.get(self._name), asked.operands))
+        self.written.setdefault(name, False)
+        self.calls[name][-1].append(_kernel_call(module, self.streams.get(name), asked.operands))
 
     @property
     def _name(self) -> str:
@@ -134,8 +144,11 @@ class _Watch(TorchFunctionMode):
             self.written[name] |= self._trail.gives((output, kept_by(module)))
             if self._trail.besides:
                 self.own.setdefault(name, f"a softmax of its own: {self._trail.besides}")
-        if len(self.stack) < self._depth:  # a module inside the attention gives what is used around it
-            self._trail.clear()
+        if len(self.stack) < self._depth:
+            if isinstance(output, Tensor) and id(output) in self._trail.scores:
+                self._depth = len(self.stack)  # it multiplies for the one around it
+            else:  # a module inside the attention gives what is used around it
+                self._trail.clear()
 
 
 def kept_by(module: nn.Module) -> dict[str, Tensor]:
@@ -163,11 +176,26 @@ def taking_of(module: nn.Module) -> Taking:
     return Taking(bool(getattr(module, "batch_first", True)))
 
 
-def find(model: nn.Module, run: Callable[[], Any]) -> Found:
-    """Run a model once, at rest and without gradients, and tell its attention layers; it is left as it was."""
+def _seen_taking(told: Taking, seen: Seen, stream: Tensor | None) -> Taking:
+    """How a module is handed its stream, which may have its channels before its tokens."""
+    if stream is None or stream.ndim != 3 or seen.batch != len(stream) or stream.shape[1] == seen.rows:
+        return told
+    turned = stream.shape[2] == seen.rows and stream.shape[1] == seen.heads * seen.head_dim
+    return replace(told, channels_first=turned)
+
+
+def find(model: nn.Module, run: Callable[[], Any], given: tuple[Any, Any] | None = None) -> Found:
+    """Run a model once, at rest and without gradients, and tell its attention layers; it is left as it was.
+
+    `given` are the arguments of a module whose forward is run past its hooks.
+    """
     watch = _Watch(model)
     with _as_it_was(model), _hooked(model, watch), torch.no_grad(), watch:
-        run()
+        if given is None:
+            run()
+        else:
+            watch.enter(model, *given)
+            watch.leave(model, run())
     found = Found(written=watch.written, ran=watch.ran)
     for name, forwards in watch.calls.items():
         calls = [call for call in forwards if call]
@@ -178,6 +206,8 @@ def find(model: nn.Module, run: Callable[[], Any]) -> Found:
             found.own[name] = why
             continue
         seen = calls[0][0]
+        taking = found.takings[name] = _seen_taking(taking_of(model.get_submodule(name)), seen, stream)
+        stream = None if stream is None else taking.turned(stream) if taking.channels_first else stream
         width = int(stream.shape[-1]) if stream is not None and stream.ndim in (2, 3) else seen.heads * seen.value_dim
         found.layers[name] = Layer(len(found.layers), seen.heads, seen.kv_heads, seen.head_dim, seen.value_dim, width)
     found.own |= watch.own | _scripted(model) | _other_kernel(model, found.layers)

@@ -1,0 +1,150 @@
+"""Where a forward of a model begins and ends, and what all its layers are told of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from threading import get_ident
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from heedful.adapters.arguments import by_name, require_no_guesses
+from heedful.adapters.bound import Bound
+from heedful.adapters.grids import Grid, grid_of, regions
+from heedful.adapters.hooked import Hooked
+from heedful.adapters.layers import within
+from heedful.adapters.merging import require_parted, without_grids
+from heedful.adapters.taking import tokens_of
+from heedful.core.errors import FieldError, RefusedModel
+from heedful.core.regions import Marks
+from heedful.engine.again import stand_around
+from heedful.engine.run import Run
+
+_T = TypeVar("_T")
+
+
+def _around(name: str, known: Mapping[str, _T]) -> _T | None:
+    """What is known of the innermost of these models that a layer lies in."""
+    inside = [prefix for prefix in known if within(name, (prefix,) if prefix else None)]
+    return known[max(inside, key=len)] if inside else None
+
+
+@dataclass(eq=False)
+class Forwards:
+    """The forwards of one run in one model."""
+
+    run: Run
+    first: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None  # what the first one is shown before it
+    patterns: bool = False  # the caller of this forward wants the patterns back
+    _inside: int = 0
+    _graph: bool = False  # gradients may be asked of the forward under way
+    _thread: int | None = None  # the one that a forward is under way in
+    _process: int | None = None  # the one that the last forward was in
+    _parts: dict[nn.Module, str] = field(default_factory=dict)  # the models in the model, by name
+    _images: dict[str, tuple[nn.Module, Grid]] = field(default_factory=dict)  # those that read images, and their grids
+
+    def of(self, parts: Mapping[str, nn.Module], hooked: Hooked) -> None:
+        """Know where those of the whole, which is named '', and of models in it begin and end."""
+        for name, part in parts.items():
+            self._parts[part] = name
+            hooked.before(part, self._begins)
+            hooked.after(part, self._ends, with_kwargs=True, always_call=True)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a forward is under way in this thread."""
+        return self._thread == get_ident()
+
+    @property
+    def asks_gradients(self) -> bool:
+        """Whether gradients may be asked of what is computed now."""
+        return self._graph or torch.is_grad_enabled() or not self.under_way
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether a forward is under way in another thread."""
+        return self._thread not in (None, get_ident())
+
+    def _begins(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given, kwargs = (args, kwargs), by_name(model, args, kwargs)
+        if (grid := grid_of(model, kwargs)) is not None:
+            self._images[self._parts[model]] = (model, grid)
+        for thing in kwargs.values():
+            if type(thing).__name__.startswith("Paged"):
+                raise RefusedModel(
+                    f"{type(model).__name__} is run with a paged cache (continuous batching), whose rows hold pieces "
+                    "of many texts, which heedful cannot tell apart; use generate() or plain forwards"
+                )
+        if self._parts.get(model) == "":
+            self._inside = 0  # the whole model stands in no other: an interrupt left the last count standing
+        elif not self._inside and self.run.state.now.again:
+            return  # a part that gradient checkpointing computes again
+        if self._inside == 0:
+            if self.elsewhere:
+                rule = (
+                    f"a forward of this run is under way in thread {self._thread}; run one after the other, or give "
+                    "each thread a model and a run of its own"
+                )
+                raise FieldError("Run", "thread", get_ident(), rule, self._thread)
+            self._require_threads()
+            require_no_guesses(self.run.stack, kwargs)
+            blind = stand_around(self.run, type(model).__name__, whole=True)
+            self._thread = get_ident()
+            if self.first is not None:
+                self.first(*given)
+            self._graph = torch.is_grad_enabled()
+            self.run.state.new_forward(blind)
+            requested = kwargs.get("output_attentions")
+            if requested is None:
+                requested = getattr(getattr(model, "config", None), "output_attentions", False)
+            self.patterns = bool(requested)
+        self.run.state.now.ids[self._parts[model]] = tokens_of(kwargs)
+        self._inside += 1
+
+    def _require_threads(self) -> None:
+        """A fork has none of the threads that its parent computed with, and would wait for them without end."""
+        if self._process not in (None, os.getpid()) and (threads := torch.get_num_threads()) > 1:
+            rule = (
+                f"this process was forked from process {self._process}, in which the run had computed already, and "
+                "torch would wait for threads that are there alone; call torch.set_num_threads(1) first, or start the "
+                "process by spawn and attach there"
+            )
+            raise FieldError("Run", "threads", threads, rule, 1)
+        self._process = os.getpid()
+
+    def _ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.under_way:
+            return None  # a forward that was refused, while another thread's is under way
+        self._inside = max(0, self._inside - 1)
+        if not self._inside:
+            self._thread = None
+            if output is None:
+                self.run.state.fail_forward()
+        if not self._inside and output is not None:
+            require_parted(self.run)
+        if self._inside or not self.run.state.losses or by_name(model, args, kwargs).get("labels") is None:
+            return None
+        if isinstance(output, tuple):
+            loss = output[0] if output else None
+            if not isinstance(loss, Tensor) or loss.ndim:
+                return None  # a model without a head is handed labels, and gives no loss
+            return (loss + self.run.loss(), *output[1:])
+        if not isinstance(output, dict) or output.get("loss") is None:
+            return None
+        output["loss"] = output["loss"] + self.run.loss()
+        return output
+
+    def roles(self, bound: Bound, tokens: int) -> Marks:
+        """The run's roles, and what the tokens are of the image that a layer attends over."""
+        image, roles, merges = _around(bound.name, self._images), self.run.roles, bound.merges
+        if image is not None and "patches" not in roles:
+            roles = {**regions(*image, tokens if merges is None else merges.to.shape[1]), **roles}
+        return roles if merges is None else without_grids(roles)
+
+    def ids(self, bound: Bound, rows: int, tokens: int) -> Tensor | None:
+        """The tokens `[b n]` that a layer's queries are of, if the model around it was given just these."""
+        found = _around(bound.name, self.run.state.now.ids)
+        return found if found is not None and found.shape == (rows, tokens) else None
