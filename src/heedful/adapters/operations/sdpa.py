@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from heedful.adapters.answering import Operands, computed, left_alone, no_heads, plan_of, replaced_whole, rows_of
 from heedful.adapters.bound import Bound, let_go, require_free, take
@@ -19,11 +17,11 @@ from heedful.adapters.hooks import Hooks
 from heedful.adapters.layers import heads_told, highest, leftovers, list_of, lowest, output_module, served, within
 from heedful.adapters.merging import require_no_table
 from heedful.adapters.operations.entering import Entrance, otherwise
-from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
+from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, Found, find, named, rows_in, taking_of
 from heedful.adapters.operations.layout import Layout, same_rows
 from heedful.adapters.operations.multi_head import Untouched, through_kernel
+from heedful.adapters.operations.scores import Asked
 from heedful.adapters.operations.torch_masks import halves, hides_later, places, rules_of
-from heedful.adapters.operations.written import Asked
 from heedful.adapters.planted import Planted
 from heedful.adapters.saving import Saving, adopted
 from heedful.core.call import Call, Phase
@@ -56,7 +54,7 @@ class SdpaAdapter:
         self._saving = Saving(self.model, self.only)
         require_free(self.model, self.model.modules())  # else the dry run would see what the other run computes
         if self.inputs is not None:
-            self.look(self._as_asked)
+            self.look(self._as_asked, self.inputs)
 
     @property
     def kind(self) -> str:
@@ -69,9 +67,9 @@ class SdpaAdapter:
             return self.model(*self.inputs)
         return self.inputs() if callable(self.inputs) else self.model(self.inputs)
 
-    def look(self, run: Callable[[], Any]) -> None:
-        """Learn from one forward which modules are attention layers."""
-        found = find(self.model, run)
+    def look(self, run: Callable[[], Any], given: Any = None) -> None:
+        """Learn from a forward which modules are attention layers; what it is given is left as it was."""
+        found = find(self.model, run, given)
         kinds = {name: type(self.model.get_submodule(name)).__name__ for name in found.own}
         left = {name: f"{name} ({kinds[name]}: {why})" for name, why in found.own.items()}
         if isinstance(self.model, PreTrainedModel):
@@ -145,9 +143,7 @@ class SdpaAdapter:
 
     def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the model with what its first forward is given, and go in."""
-        args = tuple(map(_unspent, args))
-        kwargs = {name: _unspent(x) for name, x in kwargs.items()}
-        self.look(lambda: self.model.forward(*args, **kwargs))
+        self.look(lambda: self.model.forward(*args, **kwargs), (args, kwargs))
         if "" in self._names:
             rule = f"{self.kind} is an attention module itself, which must be known before it runs"
             raise FieldError("attach()", "inputs", None, rule, "(x, x, x)")
@@ -179,6 +175,7 @@ class SdpaAdapter:
                 output = module  # it multiplies with its projection's weight
             bound = Bound(self, module, name, number, NATIVE, first[number], taking=taking_of(module), output=output)  # type: ignore[arg-type]
             bound.highest, bound.written = last[number], found.written.get(name)
+            bound.heads_at = found.heads_at.get(name)
             hooks.around(bound)
             self._entrances.stand(Entrance(module, self, bound))
             bounds.append(bound)
@@ -268,9 +265,7 @@ class SdpaAdapter:
         run, number = self.run, bound.number or 0
         run.state.entered[number] += 1
         hidden = bound.hidden
-        layout = Layout.of(
-            given["query"], heads_told(bound.module), len(hidden) if hidden is not None and hidden.ndim > 2 else None
-        )
+        layout = self._layout(bound, given["query"])
         q, k, v = (layout.fold(given[name]) for name in ("query", "key", "value"))
         k, v = same_rows(k, len(q)), same_rows(v, len(q))
         operands, call = self._call(bound, layout, given, (q, k, v), appends)
@@ -293,6 +288,16 @@ class SdpaAdapter:
         run.state.close_call(plan, job.call)
         return layout.unfold(heads.to(q.dtype)), None if weights is None else layout.unfold(weights.to(q.dtype))
 
+    def _layout(self, bound: Bound, query: Tensor) -> Layout:
+        told, rows = heads_told(bound.module), rows_in(bound.hidden)
+        layout = Layout.of(query, told, rows, bound.heads_at)
+        if layout.split is not None and bound.heads_at is None and layout.open(told, rows):
+            raise NotEntered(
+                f"{bound.name} ({bound.kind}) has {rows} texts and {told} heads in one axis, and one text when heedful "
+                "looked, which did not tell which stand first; look at several: attach(..., inputs=...)"
+            )
+        return layout
+
     def _call(
         self, bound: Bound, layout: Layout, given: dict[str, Any], qkv: tuple[Tensor, Tensor, Tensor], appends: bool
     ) -> tuple[Operands, Call]:
@@ -314,12 +319,3 @@ class SdpaAdapter:
             sizes=bound.sizes, in_order=bound.cross and home in ordered,
         )  # fmt: skip
         return Operands(q, k, v, bias, None, float(given.get("dropout_p") or 0.0)), call
-
-
-def _unspent(x: Any) -> Any:
-    """What a forward is given, but for copies of caches that it would write to."""
-    if type(x) is dict:
-        return {name: _unspent(one) for name, one in x.items()}
-    if type(x) in (list, tuple):
-        return type(x)(map(_unspent, x))
-    return copy.deepcopy(x) if isinstance(x, Cache) else x
