@@ -182,7 +182,6 @@ def test_what_a_model_writes_into_containers_is_taken_back(kind: Any) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.attn, self.seen = Attention(as_torch_has_it), kind([1]) if kind is not tuple else ([1],)
-            self.drawn = torch.Generator().manual_seed(3)
 
         def forward(self, x: Tensor, order: dict[str, int]) -> Tensor:
             (self.seen.append if kind is list else self.seen.add if kind is set else self.seen[0].append)(2)
@@ -196,3 +195,45 @@ def test_what_a_model_writes_into_containers_is_taken_back(kind: Any) -> None:
     assert net.seen == (kind([1]) if kind is not tuple else ([1],))
     assert order == {"first": 1}
     assert not hasattr(net, "made")
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["handed over", "its own"])
+def test_a_look_draws_no_number_that_the_model_would_draw(own: bool) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.drawn = Attention(as_torch_has_it), torch.Generator().manual_seed(3) if own else None
+
+        def forward(self, x: Tensor, drawn: torch.Generator | None = None) -> Tensor:
+            return self.attn(x + torch.randn(x.shape, generator=drawn or self.drawn))
+
+    torch.manual_seed(0)
+    net, x = Noisy().eval(), torch.randn(2, N, H * D)
+    other = Noisy().eval()
+    other.load_state_dict(net.state_dict())
+    given = [() if own else (torch.Generator().manual_seed(3),) for _ in range(2)]
+    same = heedful.edit(Site.PATTERN, lambda pattern, call: pattern + 0.0)
+    with heedful.attach(net, same) as run:
+        assert close(run(x, *given[0]), other(x, *given[1]))
+
+
+def test_a_look_leaves_buffers_as_they_were() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = Attention(as_torch_has_it)
+            self.register_buffer("seen", torch.zeros(3))
+            self.register_buffer("still", torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.add_(1.0)
+            return self.attn(x)
+
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            net = Counts().eval()
+            still = net.still
+            heedful.attach(net, HALVE, inputs=torch.randn(2, N, H * D)).close()
+            assert net.seen.tolist() == [0.0, 0.0, 0.0]
+            assert net.still is still
+            assert inference or net.still._version == 0  # what nobody wrote into is not written into

@@ -7,6 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class _Before:
 
     def __init__(self, model: nn.Module, given: Any) -> None:
         self._known: dict[int, Any] = {id(x): x for x in model.parameters()}  # kept: no other thing has its place
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], Any]] = []
         for module in model.modules():
             self._known[id(module)] = module
             self._attributes(module, _OF_MODULES)
@@ -56,6 +57,9 @@ class _Before:
         if isinstance(x, Tensor):
             if not (x.is_meta or isinstance(x, UninitializedTensorMixin)):
                 self._undo.append(_tensor(x))
+            return
+        if isinstance(x, torch.Generator):
+            self._undo.append(partial(x.set_state, x.get_state()))
             return
         held: tuple[Any, ...] = ()
         if isinstance(x, dict):
