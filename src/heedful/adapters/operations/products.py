@@ -23,7 +23,8 @@ SAME = {
 }  # fmt: skip
 FILLED = {torch.masked_fill, Tensor.masked_fill}
 SUBTRACTED = {torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__}
-BOUNDED = {torch.max, torch.maximum, Tensor.maximum, torch.clamp, Tensor.clamp, Tensor.clamp_}
+CLAMPED = {torch.clamp, Tensor.clamp, Tensor.clamp_}
+BOUNDED = CLAMPED | {torch.max, torch.maximum, Tensor.maximum}
 PLUS = {Tensor.add_, Tensor.__iadd__, Tensor.sub_, Tensor.__isub__}
 WHERE = {torch.where, Tensor.where}
 ADDED = SUBTRACTED | BOUNDED | FILLED | WHERE | {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +29,11 @@ class Scores:
     learned: bool = False  # what was added wants gradients of its own
     replaced: tuple[Tensor, ...] = ()  # the places of scores that are the product's no longer, as these lay then
     origin: Origin = field(default_factory=Origin)
+
+    def still(self) -> Scores:
+        """The same without gradients."""
+        now, query, key = (x.detach() for x in (self.now, self.query, self.key))
+        return replace(self, now=now, query=query, key=key, learned=False)
 
     def reads(self, x: Tensor) -> bool:
         """Whether writing into a tensor may change its queries or keys."""
@@ -131,7 +135,7 @@ def followed(scores: Scores, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
     new = replace(scores, now=out)
     if func in products.SAME or func in products.ADDED:
         others = [x for x in tensors_of((*args, *kwargs.values())) if x is not scores.now]
-        if func in products.BOUNDED and not _far((*args, *kwargs.values()), scores.now):
+        if func in products.BOUNDED and not _far(func, args, kwargs, scores.now):
             return None
         if func in products.SUBTRACTED and args[0] is not scores.now:
             return None
@@ -169,11 +173,14 @@ def low(value: Any) -> bool:
     return isinstance(value, int | float) and value <= HIDDEN
 
 
-def _far(given: Iterable[Any], scores: Tensor) -> bool:
+def _far(func: Any, args: Any, kwargs: Any, scores: Tensor) -> bool:
     """Whether bounds lie where no score that anybody sees is."""
-    bounds = [x for x in given if x is not scores and x is not None]
-    plain = [x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in bounds]
-    return all(isinstance(x, int | float) and abs(x) >= -HIDDEN for x in plain)
+    told = [x for x in (*args, *kwargs.values()) if x is not scores]
+    if func in products.CLAMPED:
+        lower, upper = (kwargs.get(name, args[i] if len(args) > i else None) for i, name in ((1, "min"), (2, "max")))
+    else:
+        lower, upper = told[0] if len(told) == 1 else scores, None
+    return (lower is None or low(lower)) and (upper is None or low(-upper))
 
 
 def _scaled(scores: Scores, by: Any, over: bool) -> Scores | None:
@@ -190,7 +197,7 @@ def _scaled(scores: Scores, by: Any, over: bool) -> Scores | None:
         if by.ndim > scores.query.ndim or (by.numel() > 1 and scores.now.shape[:-2] != lead):
             return None
         return replace(scores, query=scores.query * by)
-    if not bool(((by == 0) | (by == 1)).all()):
+    if by.requires_grad or not bool(((by == 0) | (by == 1)).all()):
         return None
     return replace(scores, replaced=(*scores.replaced, (by == 0).expand_as(scores.now)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ReferenceType, ref
@@ -73,10 +73,8 @@ class Uses:
     def aside(self, func: Any, args: Any, given: Iterable[Tensor], made: Iterable[Tensor]) -> None:
         """Something else was made of what came of a product."""
         name, made = name_of(func), list(made)
-        first = args[0] if args else None
-        like = name in _LIKE and not (isinstance(first, Tensor) and self.of(first))
         uses = [use for x in given for use in self.of(x)]
-        if not uses or like or name in _PATTERNS or not (made or name in READS or name == "__setitem__"):
+        if not uses or takes_shape(func, args, self._known) or not (made or name in READS or name == "__setitem__"):
             return
         for use in uses:
             use.used = True
@@ -90,6 +88,12 @@ class Uses:
         if use.origin.left:
             self.later[use.origin.left] = use.origin.elsewhere
         return new
+
+
+def takes_shape(func: Any, args: Any, known: Collection[int]) -> bool:
+    """Whether a call wants no more of known tensors than what they are like."""
+    name = name_of(func)
+    return name in _PATTERNS or (name in _LIKE and bool(args) and id(args[0]) not in known)
 
 
 def name_of(func: Any) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from heedful.adapters.operations import products
 from heedful.adapters.operations.products import Product, dropout_of, product_of, swaps
 from heedful.adapters.operations.scores import Asked, Scores, Weights, blank, followed, low
-from heedful.adapters.operations.uses import READS, Use, Uses, name_of, overlap, written_by
+from heedful.adapters.operations.uses import READS, Use, Uses, name_of, overlap, takes_shape, written_by
 from heedful.engine.activity import tensors_of
 
 CHANGED = "its weights are changed after a softmax"
@@ -66,7 +66,8 @@ class Trail:
         if weights.scores.not_hidden():
             return "some of its scores are replaced by others, which are seen"
         self.answered = weights.scores
-        return Asked(weights.scores, product.right, product, weights.dropout)
+        still = torch.is_grad_enabled() and not known[0].requires_grad
+        return Asked(weights.scores.still() if still else weights.scores, product.right, product, weights.dropout)
 
     def _note_changed(self, known: Iterable[Tensor]) -> None:
         for x in known:
@@ -86,9 +87,11 @@ class Trail:
         elif func in products.SOFTMAX:
             if out.ndim > 2:
                 self.weights[id(out)] = self._softmax(func, args, kwargs, out)
+        elif takes_shape(func, args, (*self.weights, *self.scores)):
+            return
         elif (weights := next((self.weights[id(x)] for x in given if id(x) in self.weights), None)) is not None:
             self._weights(weights, func, args, kwargs, out)
-        elif (scores := _of(self.scores, func, args, given)) is not None:
+        elif (scores := next((self.scores[id(x)] for x in given if id(x) in self.scores), None)) is not None:
             self._scores(scores, func, args, kwargs, out)
         else:
             self.uses.aside(func, args, given, (out,))
@@ -154,7 +157,9 @@ class Trail:
     def _answered(self, x: Tensor) -> Weights | None:
         """What is known of weights, where they are those that were multiplied with values."""
         found = self.weights.get(id(x))
-        return found if found is not None and found.scores is not None and found.scores is self.answered else None
+        if found is None or found.scores is None or self.answered is None:
+            return None
+        return found if found.scores.origin is self.answered.origin else None
 
     def clear(self) -> None:
         self.scores.clear()
@@ -235,12 +240,6 @@ class Trail:
             self.weights[id(out)] = replace(weights, now=out, why=weights.why or CHANGED)
         elif weights.scores is not None:
             self.besides = _besides(func)
-
-
-def _of(known: dict[int, Scores], func: Any, args: Any, given: list[Tensor]) -> Scores | None:
-    """The scores that a call goes on from; what takes others' shape or type does not go on from those."""
-    first = given[:1] if func in products.SAME else given
-    return next((known[id(x)] for x in first if id(x) in known), None)
 
 
 def _besides(func: Any) -> str:
