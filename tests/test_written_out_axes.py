@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import heedful
+from heedful.adapters.choosing import adapter_for
 from heedful.conformance.tolerances import close
 from heedful.core.errors import NotEntered, RefusedModel
 from heedful.core.sites import Site
@@ -112,6 +113,29 @@ def test_what_nothing_tells_is_refused() -> None:
         heedful.attach(net, HALVE, inputs=x)
     with heedful.attach(net, HALVE, inputs=x[:3]) as run:
         assert run.layer_names == ("layers.0", "layers.1")
+
+
+class Pointwise(nn.Module):
+    """Attention over `[b e n]`, with convolutions for projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = H, nn.Conv1d(H * D, 3 * H * D, 1), nn.Conv1d(H * D, H * D, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(len(x), 3, H, D, -1).mT.unbind(1)
+        return self.proj((product(q, k).softmax(-1) @ v).mT.reshape(x.shape))
+
+
+def test_channels_before_tokens_are_told_apart() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Sequential(Pointwise()), nn.Sequential(Pointwise())).eval(), torch.randn(2, H * D, N)
+    first = heedful.edit(Site.HIDDEN, lambda hidden, call: hidden * (torch.arange(N) > 0)[:, None])
+    with heedful.attach(net, first, inputs=x) as run:
+        found = run(x)
+    seen = (torch.arange(N) > 0).float()
+    assert close(found, net[1](net[0](x * seen) * seen))
+    assert adapter_for(net, inputs=x).sizes()[0].width == H * D
 
 
 # a look leaves everything as it was

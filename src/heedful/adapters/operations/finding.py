@@ -98,6 +98,7 @@ class Found:
     own: dict[str, str] = field(default_factory=dict)  # attention out of reach, with the reason
     written: dict[str, bool] = field(default_factory=dict)  # layers that write attention out; whether they give weights
     heads_at: dict[str, int] = field(default_factory=dict)  # which leading axis of a layer's queries holds its heads
+    channels_first: set[str] = field(default_factory=set)  # layers that are handed [b e n]
     ran: set[nn.Module] = field(default_factory=set)
 
 
@@ -119,6 +120,7 @@ class _Watch(TorchFunctionMode):
         self.own: dict[str, str] = {}
         self.aside: dict[str, str] = {}  # what is attention out of reach, where a module has no other
         self.open: dict[str, Open] = {}  # modules whose sizes do not tell where their heads are
+        self.channels_first: set[str] = set()
         self.ran: set[nn.Module] = {self.model}
         self._trail, self._depth = Trail(), 0  # of the module that made the last product
         self._thread = get_ident()
@@ -155,6 +157,9 @@ class _Watch(TorchFunctionMode):
         if layout.split is None or rows != 1:
             self.heads_at.setdefault(name, layout.axis)
         q, k = layout.fold(query), layout.fold(given["key"])
+        if stream is not None and _channels_first(stream, q):
+            self.channels_first.add(name)
+            self.streams[name] = stream.transpose(1, 2)
         value = given["value"]
         place = value.untyped_storage()._cdata + value.storage_offset()
         self._note(Seen(q.shape[1], k.shape[1], q.shape[-1], value.shape[-1], len(q), q.shape[2], place))
@@ -211,15 +216,22 @@ def rows_in(stream: Tensor | None) -> int | None:
     return len(stream) if stream is not None and stream.ndim > 2 else None
 
 
+def _channels_first(stream: Tensor, q: Tensor) -> bool:
+    """Whether a stream is `[b e n]`, for queries `[b h n d]`."""
+    if stream.ndim != 3 or len(stream) != len(q) or stream.shape[1] in (q.shape[2], q.shape[3]):
+        return False
+    return stream.shape[2] == q.shape[2]
+
+
 def _function_call(given: dict[str, Any]) -> Seen:
     heads = given["num_heads"]
     width, rows = given["embed_dim_to_check"] // heads, given["query"].shape[0]
     return Seen(heads, heads, width, width, None, rows, id(given["value"]))
 
 
-def taking_of(module: nn.Module) -> Taking:
-    """How a module is handed its stream, as it tells itself."""
-    return Taking(bool(getattr(module, "batch_first", True)))
+def taking_of(module: nn.Module, channels_first: bool = False) -> Taking:
+    """How a module is handed its stream, as it tells itself, but for what its queries tell."""
+    return Taking(bool(getattr(module, "batch_first", True)), channels_first)
 
 
 def find(model: nn.Module, run: Callable[[], Any], given: Any = None) -> Found:
@@ -237,7 +249,7 @@ def find(model: nn.Module, run: Callable[[], Any], given: Any = None) -> Found:
             watch = _watched(_Watch(model, heads_at=known), run, given)
         for name in (name for name, at in told.items() if at is None):
             watch.own.setdefault(name, NOT_TOLD)
-    found = Found(written=watch.written, heads_at=watch.heads_at, ran=watch.ran)
+    found = Found(written=watch.written, heads_at=watch.heads_at, channels_first=watch.channels_first, ran=watch.ran)
     for name, forwards in watch.calls.items():
         calls = [call for call in forwards if call]
         if not calls:

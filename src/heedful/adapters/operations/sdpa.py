@@ -173,7 +173,8 @@ class SdpaAdapter:
             output = output_module(self.model, name)
             if output is not None and output not in found.ran:
                 output = module  # it multiplies with its projection's weight
-            bound = Bound(self, module, name, number, NATIVE, first[number], taking=taking_of(module), output=output)  # type: ignore[arg-type]
+            taking = taking_of(module, name in found.channels_first)
+            bound = Bound(self, module, name, number, NATIVE, first[number], taking=taking, output=output)  # type: ignore[arg-type]
             bound.highest, bound.written = last[number], found.written.get(name)
             bound.heads_at = found.heads_at.get(name)
             hooks.around(bound)
