@@ -15,7 +15,7 @@ from heedful.adapters.hooked import Hooked
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.interface import Interface
 from heedful.adapters.layers import highest, leftovers, lowest, served, size_of
-from heedful.adapters.operations.door import Operations, unspent
+from heedful.adapters.operations.door import Operations
 from heedful.adapters.planted import Planted
 from heedful.adapters.saving import Saving, adopted
 from heedful.core.errors import FieldError, NotEntered, RefusedModel
@@ -64,7 +64,7 @@ class ModelAdapter:
         if self.inputs is not None or not self.ready:  # else a look would see what another run computes
             require_free(self.model, self.model.modules())
         if self.inputs is not None:
-            self.look(self._as_asked)
+            self.look(self._as_asked, self.inputs)
 
     @property
     def kind(self) -> str:
@@ -77,9 +77,9 @@ class ModelAdapter:
             return self.model(*self.inputs)
         return self.inputs() if callable(self.inputs) else self.model(self.inputs)
 
-    def look(self, run: Callable[[], Any]) -> None:
-        """Learn from one forward which modules are attention layers."""
-        left = self._operations.look(run)
+    def look(self, run: Callable[[], Any], given: Any = None) -> None:
+        """Learn from a forward which modules are attention layers; what it is given is left as it was."""
+        left = self._operations.look(run, given)
         self._know(self._known or self._operations.found.layers, left, NO_OPERATION)
 
     def _know(self, layers: Iterable[str], left: Mapping[str, str], none: str) -> None:
@@ -151,8 +151,7 @@ class ModelAdapter:
 
     def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the model with what its first forward is given, and go in."""
-        args, kwargs = unspent(args), unspent(kwargs)
-        self.look(lambda: self.model.forward(*args, **kwargs))
+        self.look(lambda: self.model.forward(*args, **kwargs), (args, kwargs))
         if "" in self._names:
             rule = f"{self.kind} is an attention module itself, which must be known before it runs"
             raise FieldError("attach()", "inputs", None, rule, "(x, x, x)")

@@ -102,6 +102,7 @@ class Bound:
     taking: Taking = field(default_factory=Taking)
     spread: Spread | None = None
     written: bool | None = None  # whether it gives its weights; None: it does not write attention out
+    heads_at: int | None = None  # which leading axis of its queries holds its heads, where that is known
     output: nn.Module | None = None  # what gives OUTPUT, where that is known better than from its name
 
     @property

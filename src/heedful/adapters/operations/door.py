@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from heedful.adapters.answering import Operands, computed, left_alone, no_heads, plan_of, replaced_whole, rows_of
 from heedful.adapters.bound import Bound
@@ -18,11 +16,11 @@ from heedful.adapters.hooks import Hooks
 from heedful.adapters.layers import heads_told, leftovers, list_of, output_module, unreached, within
 from heedful.adapters.merging import require_no_table
 from heedful.adapters.operations.entering import Entrance, otherwise
-from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
+from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, Found, find, named, rows_in, taking_of
 from heedful.adapters.operations.layout import Layout, same_rows
 from heedful.adapters.operations.multi_head import Untouched, through_kernel
+from heedful.adapters.operations.scores import Asked
 from heedful.adapters.operations.torch_masks import halves, hides_later, places, rules_of
-from heedful.adapters.operations.written import Asked
 from heedful.adapters.spread import spread_of
 from heedful.core.call import Call, Phase
 from heedful.core.errors import NotEntered, RefusedModel
@@ -59,9 +57,9 @@ class Operations:
 
     # which modules are layers
 
-    def look(self, run: Callable[[], Any]) -> dict[str, str]:
-        """Learn from one forward which modules are attention layers; those out of reach, with what to say of them."""
-        found = self.found = find(self.model, run)
+    def look(self, run: Callable[[], Any], given: Any) -> dict[str, str]:
+        """Learn from a forward which modules are attention layers; those out of reach, with what to say of them."""
+        found = self.found = find(self.model, run, given)
         left = {name: self._said(name, why) for name, why in found.own.items()}
         left |= {name: name for name in self._passed_over(found) if name not in left}
         if not self.candidates:
@@ -82,18 +80,18 @@ class Operations:
     def is_layer(self, bound: Bound, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a module is an attention layer; it is looked at, with what it is called with, if it was not yet."""
         if bound.name not in self.found.layers and bound.name not in self._around:
-            self._reach(bound, run, unspent(args), unspent(kwargs))
+            self._reach(bound, run, args, kwargs)
         return bound.name not in self._around
 
     def _reach(self, bound: Bound, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Learn how a module computes that is known by its class, or refuse it."""
         self.hooks.looking = True
         try:
-            seen = find(bound.module, lambda: run(*args, **kwargs), (args, kwargs))
+            seen = find(bound.module, run, (args, kwargs), alone=True)
         finally:
             self.hooks.looking = False
         inside = [f"{bound.name}.{name}" for name in seen.layers if name]
-        if "" in seen.layers and not seen.takings[""].channels_first:
+        if "" in seen.layers and "" not in seen.channels_first:
             self.found.take(bound.name, seen)
             self._follow(bound)
         elif inside and not seen.own and set(inside) <= set(self.candidates):
@@ -128,7 +126,7 @@ class Operations:
     def bind(self, name: str) -> Bound:
         """What the run knows of a layer."""
         module = self.model.get_submodule(name)
-        taking = self.found.takings.get(name) or taking_of(module)
+        taking = taking_of(module, name in self.found.channels_first)
         if spread_of(self.model, name) is not None:
             raise RefusedModel(
                 f"{name} ({type(module).__name__}) computes attention by itself, and its heads are spread over "
@@ -145,7 +143,7 @@ class Operations:
     def _follow(self, bound: Bound) -> None:
         """Answer as it is known now that the layer computes."""
         found, module = self.found, bound.module
-        bound.written = found.written.get(bound.name)
+        bound.written, bound.heads_at = found.written.get(bound.name), found.heads_at.get(bound.name)
         output = output_module(self.model, bound.name)
         if output is not None and output not in found.ran and (not self.candidates or output in set(module.modules())):
             output = module  # it multiplies with its projection's weight
@@ -222,9 +220,7 @@ class Operations:
         run, number = self.run, bound.number or 0
         run.state.entered[number] += 1
         hidden = bound.hidden
-        layout = Layout.of(
-            given["query"], heads_told(bound.module), len(hidden) if hidden is not None and hidden.ndim > 2 else None
-        )
+        layout = self._layout(bound, given["query"])
         q, k, v = (layout.fold(given[name]) for name in ("query", "key", "value"))
         k, v = same_rows(k, len(q)), same_rows(v, len(q))
         operands, call = self._call(bound, layout, given, (q, k, v), appends)
@@ -243,6 +239,16 @@ class Operations:
             heads, weights, job = computed(run, plan, call, operands)
         run.state.close_call(plan, job.call)
         return layout.unfold(heads.to(q.dtype)), None if weights is None else layout.unfold(weights.to(q.dtype))
+
+    def _layout(self, bound: Bound, query: Tensor) -> Layout:
+        told, rows = heads_told(bound.module), rows_in(bound.hidden)
+        layout = Layout.of(query, told, rows, bound.heads_at)
+        if layout.split is not None and bound.heads_at is None and layout.open(told, rows):
+            raise NotEntered(
+                f"{bound.name} ({bound.kind}) has {rows} texts and {told} heads in one axis, and one text when heedful "
+                "looked, which did not tell which stand first; look at several: attach(..., inputs=...)"
+            )
+        return layout
 
     def _call(
         self, bound: Bound, layout: Layout, given: dict[str, Any], qkv: tuple[Tensor, Tensor, Tensor], appends: bool
@@ -265,12 +271,3 @@ class Operations:
             sizes=bound.sizes, in_order=bound.cross and home in ordered,
         )  # fmt: skip
         return Operands(q, k, v, bias, None, float(given.get("dropout_p") or 0.0)), call
-
-
-def unspent(x: Any) -> Any:
-    """What a forward is given, but for copies of caches that it would write to."""
-    if type(x) is dict:
-        return {name: unspent(one) for name, one in x.items()}
-    if type(x) in (list, tuple):
-        return type(x)(map(unspent, x))
-    return copy.deepcopy(x) if isinstance(x, Cache) else x

@@ -14,8 +14,9 @@ from torch.overrides import TorchFunctionMode
 from heedful.adapters.bound import Bound
 from heedful.adapters.hooked import Standing
 from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, kept_by
+from heedful.adapters.operations.scores import Asked
 from heedful.adapters.operations.torch_masks import joined
-from heedful.adapters.operations.written import Asked, Trail
+from heedful.adapters.operations.written import Trail
 from heedful.core.errors import NotEntered
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,17 +25,21 @@ from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.layers import heads_told
 from heedful.adapters.operations.layout import Layout
-from heedful.adapters.operations.written import PRODUCTS, Asked, Trail
-from heedful.adapters.taking import Taking, stream_of
+from heedful.adapters.operations.leaving import as_it_was
+from heedful.adapters.operations.products import PRODUCTS
+from heedful.adapters.operations.scores import Asked
+from heedful.adapters.operations.written import Trail
+from heedful.adapters.taking import Taking, put, stream_of
 from heedful.core.errors import RefusedModel
 from heedful.core.method import Layer
-from heedful.engine.resting import resting, undone
+from heedful.engine.resting import undone
 
 SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention
 MULTI_HEAD: Callable[..., Any] = F.multi_head_attention_forward
 MULTI_HEAD_SIGNATURE = inspect.signature(MULTI_HEAD)
 # diffusers' attention backends that call `F.scaled_dot_product_attention`
 DIFFUSERS_OWN = frozenset({"native", "_native_math", "_native_flash", "_native_efficient", "_native_cudnn"})
+NOT_TOLD = "its sizes do not tell whether heads or texts stand first, which another number of texts may"
 SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of its positional arguments
 
 
@@ -58,6 +61,35 @@ class Seen:
     value: int  # the memory of the values
 
 
+@dataclass(frozen=True, eq=False)
+class Open:
+    """What a module whose sizes do not tell where its heads are does the first time."""
+
+    layout: Layout
+    told: int | None
+    stream: Tensor | None
+    query: Tensor
+    key: Tensor
+
+    def changed(self) -> Tensor | None:
+        """Its stream with another token in the first row."""
+        if self.stream is None or not self.stream.is_floating_point():
+            return None
+        new = self.stream.clone()
+        token = new if new.ndim < 2 else new[-1] if new.ndim == 2 else new[0, -1] if new.ndim == 3 else new[0]
+        token.copy_(token.flip(-1) + torch.linspace(0.5, 1.5, token.shape[-1], device=token.device))
+        return new
+
+    def heads_at(self, other: Open | None) -> int | None:
+        """Where the heads are, told by what it does with a stream so changed."""
+        for mine, its in () if other is None else ((self.query, other.query), (self.key, other.key)):
+            if mine.shape != its.shape or mine.shape[:-2] != self.query.shape[:-2] or torch.equal(mine, its):
+                continue
+            alike = (mine == its) | ((mine != mine) & (its != its))
+            return self.layout.told_by(~alike.all(-1), self.told, rows_in(self.stream))
+        return None
+
+
 @dataclass
 class Found:
     """What a dry run tells of a model."""
@@ -65,7 +97,8 @@ class Found:
     layers: dict[str, Layer] = field(default_factory=dict)  # in the order in which they ran
     own: dict[str, str] = field(default_factory=dict)  # attention out of reach, with the reason
     written: dict[str, bool] = field(default_factory=dict)  # layers that write attention out; whether they give weights
-    takings: dict[str, Taking] = field(default_factory=dict)  # how layers are handed their streams
+    heads_at: dict[str, int] = field(default_factory=dict)  # which leading axis of a layer's queries holds its heads
+    channels_first: set[str] = field(default_factory=set)  # layers that are handed [b e n]
     ran: set[nn.Module] = field(default_factory=set)
 
     def take(self, name: str, module: Found) -> None:
@@ -73,6 +106,8 @@ class Found:
         self.layers[name] = module.layers[""]
         if "" in module.written:
             self.written[name] = module.written[""]
+        if "" in module.heads_at:
+            self.heads_at[name] = module.heads_at[""]
         self.ran |= module.ran
 
 
@@ -81,6 +116,8 @@ class _Watch(TorchFunctionMode):
     """Notes who calls what while a model runs."""
 
     model: nn.Module
+    instead: dict[str, Tensor] = field(default_factory=dict)  # what modules are handed for their first streams
+    heads_at: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -90,6 +127,9 @@ class _Watch(TorchFunctionMode):
         self.streams: dict[str, Tensor | None] = {}
         self.written: dict[str, bool] = {}
         self.own: dict[str, str] = {}
+        self.aside: dict[str, str] = {}  # what is attention out of reach, where a module has no other
+        self.open: dict[str, Open] = {}  # modules whose sizes do not tell where their heads are
+        self.channels_first: set[str] = set()
         self.ran: set[nn.Module] = {self.model}
         self._trail, self._depth = Trail(), 0  # of the module that made the last product
         self._thread = get_ident()
@@ -97,11 +137,14 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is SDPA:
-            self._note(_kernel_call(self.stack[-1], self.streams.get(self._name), named(args, kwargs)))
+            self._note_kernel(self.stack[-1], named(args, kwargs))
         elif func is MULTI_HEAD:
-            self._note(_function_call(MULTI_HEAD_SIGNATURE.bind(*args, **kwargs).arguments))
+            seen = _function_call(MULTI_HEAD_SIGNATURE.bind(*args, **kwargs).arguments)
+            self.calls[self._name][-1].append(seen)
         elif (asked := self._trail.asked(func, args, kwargs)) is not None:
             self._note_written(asked)
+        elif self._trail.left_alone:
+            self.aside[self._name], self._trail.left_alone = f"a softmax of its own: {self._trail.left_alone}", ""
         out = func(*args, **kwargs)
         self._trail.follow(func, args, kwargs, out)
         if func in PRODUCTS:  # a map within, written as a product, leaves weights that there are as they are
@@ -115,16 +158,36 @@ class _Watch(TorchFunctionMode):
             self.own.setdefault(name, f"a softmax of its own: {asked}")
             return
         self.written.setdefault(name, False)
-        self.calls[name][-1].append(_kernel_call(module, self.streams.get(name), asked.operands))
+        self._note_kernel(module, asked.operands)
+
+    def _note_kernel(self, module: nn.Module, given: dict[str, Any]) -> None:
+        name = self.names[module]
+        stream, told = self.streams.get(name), heads_told(module)
+        rows, query, at = rows_in(stream), given["query"], self.heads_at.get(name)
+        layout = Layout.of(query, told, rows, at)
+        if at is None and layout.open(told, rows) and not query.is_meta:  # there it is asked for sizes alone
+            self.open.setdefault(name, Open(layout, told, stream, query, given["key"]))
+        if layout.split is None or rows != 1:
+            self.heads_at.setdefault(name, layout.axis)
+        q, k = layout.fold(query), layout.fold(given["key"])
+        if stream is not None and _channels_first(stream, q):
+            self.channels_first.add(name)
+            self.streams[name] = stream.transpose(1, 2)
+        value = given["value"]
+        place = value.untyped_storage()._cdata + value.storage_offset()
+        seen = Seen(q.shape[1], k.shape[1], q.shape[-1], value.shape[-1], len(q), q.shape[2], place)
+        self.calls[name][-1].append(seen)
+
+    @property
+    def later(self) -> dict[str, str]:
+        """What scores of modules are used for by others."""
+        return self._trail.uses.later
 
     @property
     def _name(self) -> str:
         return self.names[self.stack[-1]]
 
-    def _note(self, seen: Seen) -> None:
-        self.calls[self._name][-1].append(seen)
-
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = self.names[module]
         if get_ident() != self._thread:
             raise RefusedModel(
@@ -134,8 +197,12 @@ class _Watch(TorchFunctionMode):
         self.stack.append(module)
         self.ran.add(module)
         self.calls.setdefault(name, []).append([])
-        stream = stream_of(args, kwargs)
-        self.streams[name] = None if stream is None else taking_of(module).turned(stream)
+        stream, taking, again = stream_of(args, kwargs), taking_of(module), name in self.streams
+        self.streams[name] = None if stream is None else taking.turned(stream)
+        if stream is None or name not in self.instead or again:
+            return None
+        self.streams[name] = self.instead[name]
+        return put(taking.turned(self.instead[name]), args, kwargs)
 
     def leave(self, module: nn.Module, output: Any) -> None:
         self.stack.pop()
@@ -144,6 +211,8 @@ class _Watch(TorchFunctionMode):
             self.written[name] |= self._trail.gives((output, kept_by(module)))
             if self._trail.besides:
                 self.own.setdefault(name, f"a softmax of its own: {self._trail.besides}")
+            if self._trail.answered is not None:
+                self._trail.answered.origin.left = name
         if len(self.stack) < self._depth:
             if isinstance(output, Tensor) and id(output) in self._trail.scores:
                 self._depth = len(self.stack)  # it multiplies for the one around it
@@ -156,13 +225,16 @@ def kept_by(module: nn.Module) -> dict[str, Tensor]:
     return {name: x for name, x in vars(module).items() if isinstance(x, Tensor)}
 
 
-def _kernel_call(module: nn.Module, stream: Tensor | None, given: dict[str, Any]) -> Seen:
-    query, key, value = given["query"], given["key"], given["value"]
-    rows = len(stream) if stream is not None and stream.ndim > 2 else None
-    layout = Layout.of(query, heads_told(module), rows)
-    q, k = layout.fold(query), layout.fold(key)
-    place = value.untyped_storage()._cdata + value.storage_offset()
-    return Seen(q.shape[1], k.shape[1], q.shape[-1], value.shape[-1], len(q), q.shape[2], place)
+def rows_in(stream: Tensor | None) -> int | None:
+    """The rows of what a module is handed, where it has some."""
+    return len(stream) if stream is not None and stream.ndim > 2 else None
+
+
+def _channels_first(stream: Tensor, q: Tensor) -> bool:
+    """Whether a stream is `[b e n]`, for queries `[b h n d]`."""
+    if stream.ndim != 3 or len(stream) != len(q) or stream.shape[1] in (q.shape[2], q.shape[3]):
+        return False
+    return stream.shape[2] == q.shape[2]
 
 
 def _function_call(given: dict[str, Any]) -> Seen:
@@ -171,32 +243,28 @@ def _function_call(given: dict[str, Any]) -> Seen:
     return Seen(heads, heads, width, width, None, rows, id(given["value"]))
 
 
-def taking_of(module: nn.Module) -> Taking:
-    """How a module is handed its stream, as it tells itself."""
-    return Taking(bool(getattr(module, "batch_first", True)))
+def taking_of(module: nn.Module, channels_first: bool = False) -> Taking:
+    """How a module is handed its stream, as it tells itself, but for what its queries tell."""
+    return Taking(bool(getattr(module, "batch_first", True)), channels_first)
 
 
-def _seen_taking(told: Taking, seen: Seen, stream: Tensor | None) -> Taking:
-    """How a module is handed its stream, which may have its channels before its tokens."""
-    if stream is None or stream.ndim != 3 or seen.batch != len(stream) or stream.shape[1] == seen.rows:
-        return told
-    turned = stream.shape[2] == seen.rows and stream.shape[1] == seen.heads * seen.head_dim
-    return replace(told, channels_first=turned)
+def find(model: nn.Module, run: Callable[..., Any], given: Any = None, alone: bool = False) -> Found:
+    """Run a model, at rest and without gradients, and tell its attention layers; it is left as it was, as is `given`.
 
-
-def find(model: nn.Module, run: Callable[[], Any], given: tuple[Any, Any] | None = None) -> Found:
-    """Run a model once, at rest and without gradients, and tell its attention layers; it is left as it was.
-
-    `given` are the arguments of a module whose forward is run past its hooks.
+    Once, or up to three times where sizes do not tell which axis of its queries holds the heads. `alone`: what runs is
+    a module's own forward, past its hooks, on the arguments `given`.
     """
-    watch = _Watch(model)
-    with _as_it_was(model), _hooked(model, watch), torch.no_grad(), watch:
-        if given is None:
-            run()
-        else:
-            watch.enter(model, *given)
-            watch.leave(model, run())
-    found = Found(written=watch.written, ran=watch.ran)
+    watch = _watched(_Watch(model), run, given, alone)
+    if watch.open:
+        instead = {name: x for name, one in watch.open.items() if (x := one.changed()) is not None}
+        other = _watched(_Watch(model, instead), run, given, alone).open
+        told = {name: one.heads_at(other.get(name)) for name, one in watch.open.items()}
+        if any(at not in (None, watch.heads_at[name]) for name, at in told.items()):
+            known = {name: at for name, at in told.items() if at is not None}
+            watch = _watched(_Watch(model, heads_at=known), run, given, alone)
+        for name in (name for name, at in told.items() if at is None):
+            watch.own.setdefault(name, NOT_TOLD)
+    found = Found(written=watch.written, heads_at=watch.heads_at, channels_first=watch.channels_first, ran=watch.ran)
     for name, forwards in watch.calls.items():
         calls = [call for call in forwards if call]
         if not calls:
@@ -206,15 +274,26 @@ def find(model: nn.Module, run: Callable[[], Any], given: tuple[Any, Any] | None
             found.own[name] = why
             continue
         seen = calls[0][0]
-        taking = found.takings[name] = _seen_taking(taking_of(model.get_submodule(name)), seen, stream)
-        stream = None if stream is None else taking.turned(stream) if taking.channels_first else stream
         width = int(stream.shape[-1]) if stream is not None and stream.ndim in (2, 3) else seen.heads * seen.value_dim
         found.layers[name] = Layer(len(found.layers), seen.heads, seen.kv_heads, seen.head_dim, seen.value_dim, width)
+    found.own |= {name: why for name, why in watch.aside.items() if name not in found.layers}
+    found.own |= {name: f"a softmax of its own: {why}" for name, why in watch.later.items()}
     found.own |= watch.own | _scripted(model) | _other_kernel(model, found.layers)
     for name in found.own:
         found.layers.pop(name, None)
     found.layers = {name: replace(layer, number=i) for i, (name, layer) in enumerate(found.layers.items())}
     return found
+
+
+def _watched(watch: _Watch, run: Callable[..., Any], given: Any, alone: bool) -> _Watch:
+    """What is seen of one forward."""
+    with as_it_was(watch.model, given), _hooked(watch.model, watch), torch.no_grad(), watch:
+        if alone:
+            args, kwargs = watch.enter(watch.model, *given) or given
+            watch.leave(watch.model, run(*args, **kwargs))
+        else:
+            run()
+    return watch
 
 
 def _obstacle(forwards: list[list[Seen]], stream: Tensor | None, heads: int | None) -> str | None:
@@ -284,17 +363,3 @@ def _hooked(model: nn.Module, watch: _Watch) -> Iterator[None]:
             encoder.use_nested_tensor = False
         written.lead_past(model)
         yield
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """At rest, and with the buffers and the random numbers that were there before."""
-    buffers = [(x, x._version, x.clone()) for x in model.buffers() if not x.is_meta and not x.is_inference()]
-    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda), resting(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the forward that follows says it again
-        yield
-    with torch.no_grad():
-        for x, version, before in buffers:
-            if x._version != version:
-                x.copy_(before)

@@ -10,28 +10,60 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """The leading axes of the queries, and which of them holds the heads; None: the last of them is split into rows."""
+    """The leading axes of the queries, and which of them holds the heads."""
 
     lead: tuple[int, ...]
-    axis: int
-    split: int | None = None  # the rows of the batch hold this many heads each
+    axis: int  # where the only one is split, of the two that it is split into
+    split: int | None = None  # the one axis there is holds this many heads of each row of the batch
 
     @classmethod
-    def of(cls, query: Tensor, told: int | None, rows: int | None) -> Self:
-        """What suits the queries of a module that tells its heads, and was handed so many rows."""
+    def of(cls, query: Tensor, told: int | None, rows: int | None, at: int | None = None) -> Self:
+        """What suits the queries of a module that tells its heads, and was handed so many rows; `at` where known."""
         lead = tuple(query.shape[:-2])
         if len(lead) < 2:
             split = told if told and told > 1 and rows and lead == (rows * told,) else None
-            return cls(lead, 1, split)
+            return cls(lead, 1 if at is None else at, split)
+        if at is not None and at < len(lead) and told in (None, lead[at]):
+            return cls(lead, at)
         axis = len(lead) - 1
         if told is not None and lead[axis] != told and told in lead and (len(lead) > 2 or lead == (told, rows)):
             axis = lead.index(told)
         return cls(lead, axis)
 
+    def choices(self, told: int | None, rows: int | None) -> tuple[int, ...]:
+        """The axes that may hold the heads as far as sizes tell."""
+        if self.split is not None:
+            return (0, 1)
+        if told is None:  # sizes tell that the rows come first, if anything
+            swapped = len(self.lead) == 2 and rows == self.lead[1] and self.lead[0] > 1
+            return (0, 1) if swapped else (self.axis,)
+        return tuple(i for i, n in enumerate(self.lead) if n == told) or (self.axis,)
+
+    def open(self, told: int | None, rows: int | None) -> bool:
+        """Whether several axes may hold the heads."""
+        return len(self.choices(told, rows)) > 1 and (self.split is None or rows != 1)
+
+    def told_by(self, changed: Tensor, told: int | None, rows: int | None) -> int | None:
+        """The axis of the heads, where one token of one row was changed and so were these queries `[.. n]`.
+
+        A token is at one place in all heads, but not in all rows or windows.
+        """
+        fits = []
+        for axis in self.choices(told, rows):
+            split = None if self.split is None else (self.split, -1) if axis == 0 else (-1, self.split)
+            seen = changed if split is None else changed.unflatten(0, split)
+            if bool((seen == seen.narrow(axis, 0, 1)).all()):
+                fits.append((seen.shape[axis] == 1, axis))
+        several = min(fits)[0] if fits else True
+        found = [axis for one, axis in fits if one == several]
+        return found[0] if len(found) == 1 and bool(changed.any()) else None
+
     def fold(self, x: Tensor) -> Tensor:
         """`[b h n d]`; what has fewer axes is the same for all of them."""
         if self.split is not None:
-            return x.unflatten(0, (-1, self.split)) if x.ndim > 2 and len(x) > 1 else x.reshape(1, 1, *x.shape[-2:])
+            if x.ndim < 3 or len(x) == 1:
+                return x.reshape(1, 1, *x.shape[-2:])
+            return x.unflatten(0, (-1, self.split)) if self.axis else x.unflatten(0, (self.split, -1)).transpose(0, 1)
         if len(self.lead) < 2:
             return x.reshape(-1, 1, *x.shape[-2:])
         x = x[(None,) * (len(self.lead) + 2 - x.ndim)].movedim(self.axis, -3)
@@ -45,6 +77,7 @@ class Layout:
     def unfold(self, x: Tensor) -> Tensor:
         """What `fold` made of something of the queries, as it was."""
         if self.split is not None or len(self.lead) < 2:
+            x = x if self.split is None or self.axis else x.transpose(0, 1)
             return x.reshape(*self.lead, *x.shape[-2:])
         if len(self.lead) == 2:
             return x.movedim(-3, self.axis)

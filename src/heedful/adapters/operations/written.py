@@ -9,129 +9,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from heedful.core.stats import narrowed
+from heedful.adapters.operations import products
+from heedful.adapters.operations.products import Product, dropout_of, product_of, swaps
+from heedful.adapters.operations.scores import Asked, Scores, Weights, blank, followed, low
+from heedful.adapters.operations.uses import READS, Use, Uses, name_of, overlap, takes_shape, written_by
 from heedful.engine.activity import tensors_of
 
-ROUNDINGS = 4  # by which scores may lie off the product that they are, times a number
-HIDDEN = -5e3  # what is added to scores nobody sees: no weight is left, in any type
 CHANGED = "its weights are changed after a softmax"
-
-_MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
-_BADDBMM = {torch.baddbmm, Tensor.baddbmm, Tensor.baddbmm_}
-_EINSUM = torch.einsum
-_SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
-_DROPOUT = {F.dropout, torch.dropout}
-_TIMES = {torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__}
-_OVER = {torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__, torch.true_divide}
-_SAME = {
-    Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, Tensor.unflatten, torch.unflatten,
-    Tensor.squeeze, torch.squeeze, Tensor.unsqueeze, torch.unsqueeze, Tensor.contiguous, Tensor.to, Tensor.type,
-    Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.clone, torch.clone,
-    Tensor.view_as, Tensor.expand, Tensor.expand_as, Tensor.detach,
-}  # fmt: skip
-_FILLED = {torch.masked_fill, Tensor.masked_fill}
-_SUBTRACTED = {torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__}
-_BOUNDED = {torch.max, torch.maximum, Tensor.maximum, torch.clamp, Tensor.clamp, Tensor.clamp_}
-_ADDED = _SUBTRACTED | _BOUNDED | _FILLED | {
-    torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.masked_fill_,
-    torch.where, Tensor.where,
-}  # fmt: skip
-PRODUCTS = _MATMUL | _BADDBMM | {_EINSUM}
-
-
-class Product(NamedTuple):
-    """A product `[.., i, d]` with `[.., d, j]`, however it is written."""
-
-    left: Tensor
-    right: Tensor
-    factor: float = 1.0
-    order: tuple[int, ...] | None = None  # the axes of `[.., i, j]` in which it comes out; None: as they are
-
-    def laid(self, x: Tensor) -> Tensor:
-        return x if self.order is None else x.permute(self.order)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What has become of a product of queries and keys so far."""
-
-    now: Tensor  # kept, so that no other tensor has its place
-    query: Tensor  # [.., q, d]
-    key: Tensor  # [.., k, d]
-    scale: float
-    learned: bool = False  # what was added wants gradients of its own
-
-    def added(self) -> Tensor:
-        """What the scores are above the scaled product, `[.., q, k]`."""
-        plain = torch.matmul(self.query, self.key.transpose(-1, -2))
-        eps = torch.finfo(plain.dtype).eps
-        now, plain = self.now.reshape(plain.shape), self.scale * plain.to(self.now.dtype)
-        if self.learned:
-            return now - plain
-        more = (now - plain).detach()
-        return more.masked_fill(more.abs() <= ROUNDINGS * eps * plain.detach().abs(), 0.0)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What has become of the softmax of scores so far."""
-
-    now: Tensor
-    scores: Scores | None  # None: a softmax of something else
-    dropout: float = 0.0
-    why: str = ""  # they are not what a softmax made of scores
-    versions: tuple[int, ...] = ()  # of what they are told by, since anything may be changed in place
-
-    def untouched(self) -> Weights:
-        """The same, told by what is there now."""
-        return replace(self, versions=self._versions())
-
-    @property
-    def touched(self) -> bool:
-        return self.versions != self._versions()
-
-    def _versions(self) -> tuple[int, ...]:
-        told = (self.now,) if self.scores is None else (self.now, self.scores.now, self.scores.query, self.scores.key)
-        return tuple(-1 if x.is_inference() else x._version for x in told)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Values are to be multiplied with weights."""
-
-    scores: Scores
-    value: Tensor
-    product: Product
-    dropout: float
-
-    @property
-    def operands(self) -> dict[str, Any]:
-        query, key = self.scores.query, self.scores.key
-        lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
-        value = _beside(self.value, self.product.left, lead).to(query.dtype)
-        return {"query": query.expand(*lead, *query.shape[-2:]), "key": key, "value": value}
-
-    def given(self) -> dict[str, Any]:
-        """The same as arguments of torch's own attention."""
-        scores = self.scores
-        added = scores.added()
-        if not scores.learned:  # else each number of a table gets a gradient of its own
-            added = narrowed(added, range(added.ndim - 1))
-        seen = added > HIDDEN
-        lowest = torch.finfo(added.dtype).min
-        table = added.masked_fill(~seen, lowest)
-        return self.operands | {"attn_mask": table, "scale": scores.scale, "dropout_p": self.dropout}
-
-    def given_back(self, heads: Tensor) -> Tensor:
-        """Heads in the layout of the queries, as the module's own product would give them."""
-        left = self.product.left
-        return self.product.laid(heads.reshape(*left.shape[:-1], heads.shape[-1])).to(self.value.dtype)
+NO_PRODUCT = "a softmax of what is no product of queries and keys alone"
 
 
 @dataclass(eq=False)
@@ -140,57 +30,107 @@ class Trail:
 
     scores: dict[int, Scores] = field(default_factory=dict)
     weights: dict[int, Weights] = field(default_factory=dict)
-    besides: str = ""  # what else weights were used for, which an answer to the product with the values would not reach
+    besides: str = ""  # what else weights or scores were used for, which an answer would not reach
     answered: Scores | None = None  # of the weights that were multiplied with values
+    left_alone: str = ""  # a softmax of what no product had a part in, multiplied with something
+    uses: Uses = field(default_factory=Uses)
 
     def asked(self, func: Any, args: Any, kwargs: Any) -> Asked | str | None:
         """What a call that multiplies values with weights asks for, or why that cannot be told."""
-        if func not in PRODUCTS or not self.weights:
+        if not self.weights:
             return None
         known = [x for x in tensors_of((*args, *kwargs.values())) if id(x) in self.weights]
-        if not known:
+        if func in products.DROPOUT:  # it may be in place, and then what was changed before it is not told any more
+            self._note_changed(known)
+        if func not in products.PRODUCTS or not known:
             return None
-        weights, product = self.weights[id(known[0])], _product(func, args, kwargs, first=known[0])
+        weights = self.weights[id(known[0])]
+        if weights.scores is None and not weights.why:
+            self.left_alone = NO_PRODUCT
+            return None
         if weights.why or weights.scores is None:
             return weights.why
         if weights.touched:
             return CHANGED
         if len(known) > 1:
             return "its weights are multiplied with one another"
-        if func in _BADDBMM:
+        if func in products.BADDBMM:
             return "its weights and values are multiplied and added to something at once"
+        product = _from_the_right(func, args, kwargs, known[0]) if weights.turned else None
+        product = product if weights.turned else product_of(func, args, kwargs, first=known[0])
         if product is None or product.left.shape[-1] != weights.scores.key.shape[-2]:
             return "its weights do not stand before the values"
         left, right = product.left.shape[:-2], product.right.shape[:-2]
         if torch.broadcast_shapes(left, right) != left:
             return "its values have rows that its weights do not have"
+        if weights.scores.not_hidden():
+            return "some of its scores are replaced by others, which are seen"
         self.answered = weights.scores
-        return Asked(weights.scores, product.right, product, weights.dropout)
+        still = torch.is_grad_enabled() and not known[0].requires_grad
+        return Asked(weights.scores.still() if still else weights.scores, product.right, product, weights.dropout)
+
+    def _note_changed(self, known: Iterable[Tensor]) -> None:
+        for x in known:
+            weights = self.weights[id(x)]
+            if weights.touched and not weights.why:
+                self.weights[id(x)] = replace(weights, why=CHANGED)
 
     def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note what a call made of scores or weights."""
-        if not isinstance(out, Tensor):
-            self._no_tensor(func, args, kwargs, out)
-            return
-        if func in PRODUCTS:
-            if (product := _product(func, args, kwargs)) is not None and out.ndim > 2 and product.order is None:
-                biases = (*args[:1], kwargs.get("input")) if func in _BADDBMM else ()
-                learned = any(x.requires_grad for x in tensors_of(biases))
-                key = product.right.transpose(-1, -2)
-                self.scores[id(out)] = Scores(out, product.left, key, product.factor, learned)
-            return
         given = list(tensors_of((*args, *kwargs.values())))
-        if func in _SOFTMAX:
+        if (into := written_by(func, args, kwargs)) is not None:
+            self._wrote(into, func, given)
+        if not isinstance(out, Tensor):
+            self._no_tensor(func, args, given, out)
+        elif func in products.PRODUCTS:
+            self._multiplied(func, args, kwargs, given, out)
+        elif func in products.SOFTMAX:
             if out.ndim > 2:
-                self.weights[id(out)] = self._softmax(args, kwargs, out)
+                self.weights[id(out)] = self._softmax(func, args, kwargs, out)
+        elif takes_shape(func, args, (*self.weights, *self.scores)):
+            return
         elif (weights := next((self.weights[id(x)] for x in given if id(x) in self.weights), None)) is not None:
             self._weights(weights, func, args, kwargs, out)
         elif (scores := next((self.scores[id(x)] for x in given if id(x) in self.scores), None)) is not None:
             self._scores(scores, func, args, kwargs, out)
+        else:
+            self.uses.aside(func, args, given, (out,))
+
+    def _multiplied(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], out: Tensor) -> None:
+        self.uses.aside(func, args, given, (out,))
+        product = product_of(func, args, kwargs)
+        if product is None or out.ndim < 3 or product.order is not None:
+            return
+        biases = (*args[:1], kwargs.get("input")) if func in products.BADDBMM else ()
+        learned = any(x.requires_grad for x in tensors_of(biases))
+        scores = Scores(out, product.left, product.right.transpose(-1, -2), product.factor, learned)
+        self.scores[id(out)] = scores
+        if not any(id(x) in self.weights for x in given):
+            self.uses.note(out, *self.uses.of(out), Use(scores.origin))
+
+    def _wrote(self, into: Tensor, func: Any, given: list[Tensor]) -> None:
+        """A tensor was written into, and with it whatever lies in the same memory."""
+        for place, weights in self.weights.items():
+            mine = into is weights.now and (func in products.DROPOUT or func is Tensor.__setitem__)
+            if weights.scores is not None and not weights.why and not mine and weights.told_by(into):
+                self.weights[place] = replace(weights, why=CHANGED)
+        for place, scores in list(self.scores.items()):
+            if scores.reads(into) and into is not scores.now:
+                self.scores.pop(place)
+            elif into is not scores.now and self.uses.of(into) and overlap(into, scores.now):
+                if func not in products.PLUS:
+                    self.scores.pop(place)
+                elif any(x.requires_grad for x in given):
+                    self.scores[place] = replace(scores, learned=True)
 
     def gives(self, output: Any) -> bool:
         """Whether weights are among what a module gives."""
-        given = [weights for x in tensors_of(output) if (weights := self._answered(x)) is not None]
+        output = list(tensors_of(output))
+        given = [weights for x in output if (weights := self._answered(x)) is not None]
+        if self.answered is not None and not self.besides:
+            origin = self.answered.origin
+            kept = any(use.origin is origin and not use.by for x in output for use in self.uses.of(x))
+            self.besides = "its scores are given too" if kept else origin.elsewhere
         if any(weights.why or weights.touched for weights in given):
             self.besides = CHANGED
         return bool(given)
@@ -198,9 +138,13 @@ class Trail:
     def put(self, pattern: Tensor | None, output: Any) -> Any:
         """What a module gives, with other weights in place of its own."""
         if isinstance(output, Tensor):
-            if self._answered(output) is None:
+            if (weights := self._answered(output)) is None:
                 return output
-            return None if pattern is None else pattern.reshape(output.shape).to(output.dtype)
+            if pattern is None:
+                return None
+            own = output.mT if weights.turned else output
+            given = pattern.reshape(own.shape).to(output.dtype)
+            return given.mT if weights.turned else given
         if not self.gives(output):
             return output
         if isinstance(output, dict):
@@ -213,32 +157,49 @@ class Trail:
     def _answered(self, x: Tensor) -> Weights | None:
         """What is known of weights, where they are those that were multiplied with values."""
         found = self.weights.get(id(x))
-        return found if found is not None and found.scores is not None and found.scores is self.answered else None
+        if found is None or found.scores is None or self.answered is None:
+            return None
+        return found if found.scores.origin is self.answered.origin else None
 
     def clear(self) -> None:
         self.scores.clear()
         self.weights.clear()
-        self.besides, self.answered = "", None
+        self.besides, self.answered, self.left_alone = "", None, ""
 
-    def _no_tensor(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _no_tensor(self, func: Any, args: Any, given: list[Tensor], out: Any) -> None:
         """Note what became of scores or weights in a call that gives no tensor, or several."""
-        given = list(tensors_of((*args, *kwargs.values())))
-        into = id(args[0]) if func is Tensor.__setitem__ else None
+        into, made = id(args[0]) if func is Tensor.__setitem__ else None, list(tensors_of(out))
         if into in self.scores:
-            scores = self.scores[into]
-            learned = scores.learned or any(x.requires_grad for x in given[1:])
-            self.scores[into] = replace(scores, learned=learned)
+            self.scores[into] = self._set(self.scores[into], args, given)
+        elif into not in self.weights:
+            self.uses.aside(func, args, given, made)
         if into in self.weights:
             self.weights[into] = replace(self.weights[into], why=CHANGED)
-        elif into is not None or next(tensors_of(out), None) is not None:
+        elif into is not None or made or name_of(func) in READS:
             known = (self.weights.get(id(x)) for x in given)
             self.besides = next((_besides(func) for one in known if one and one.scores is not None), self.besides)
 
-    def _softmax(self, args: Any, kwargs: Any, out: Tensor) -> Weights:
-        scores = self.scores.get(id(args[0] if args else kwargs.get("input")))
+    def _set(self, scores: Scores, args: Any, given: list[Tensor]) -> Scores:
+        """Scores into some of whose places something was written."""
+        _, where, value = args
+        own = isinstance(value, Tensor) and any(use.origin is scores.origin for use in self.uses.of(value))
+        there = scores.now[where]
+        if own and value.data_ptr() == there.data_ptr() and value.shape == there.shape:  # as after `scores[..] += x`
+            for use in self.uses.of(value):
+                use.used = True
+        elif not low(value):
+            places = torch.zeros(scores.now.shape, dtype=torch.bool, device=scores.now.device)
+            places[where] = True
+            scores = replace(scores, replaced=(*scores.replaced, places))
+        return replace(scores, learned=scores.learned or any(x.requires_grad for x in given[1:]))
+
+    def _softmax(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> Weights:
+        given = args[0] if args else kwargs.get("input")
+        scores = self.scores.get(id(given))
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if scores is None:
-            return Weights(out, None, why="a softmax of what is no product of queries and keys alone")
+            self.uses.aside(func, args, (given,), ())
+            return Weights(out, None, why=NO_PRODUCT if self.uses.of(given) else "")
         if dim not in (-1, out.ndim - 1):
             return Weights(out, None, why=f"a softmax over axis {dim}")
         if out.shape[-1] != scores.key.shape[-2]:
@@ -246,134 +207,49 @@ class Trail:
         return Weights(out, scores).untouched()
 
     def _scores(self, scores: Scores, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-        new = _followed(scores, func, args, kwargs, out)
+        others = [x for x in tensors_of((*args, *kwargs.values())) if x is not scores.now]
+        new = None if self._mixed(scores, func, others) else followed(scores, func, args, kwargs, out)
         if new is not None or out is scores.now:
             self.scores.pop(id(scores.now), None)
         if new is not None:
             self.scores[id(out)] = new
+            if out is not scores.now:
+                self.uses.goes_on(scores.now, scores.origin, func, others, out)
+        elif out is not scores.now:
+            self.uses.aside(func, args, (scores.now, *others), (out,))
+
+    def _mixed(self, scores: Scores, func: Any, others: Iterable[Tensor]) -> bool:
+        """Whether scores meet what was made of them, but for a number that all of a row share."""
+        own = (x for x in others if any(use.origin is scores.origin for use in self.uses.of(x)))
+        return any(func not in products.SUBTRACTED or (x.numel() > 1 and x.shape[-1] > 1) for x in own)
 
     def _weights(self, weights: Weights, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-        in_place = out is weights.now and func in _DROPOUT and _dropout(args, kwargs)[1]
+        in_place = out is weights.now and func in products.DROPOUT and dropout_of(args, kwargs)[1]
         if weights.touched and not in_place and not weights.why:  # before this step
             weights = replace(weights, why=CHANGED)
-        if func in _DROPOUT:
-            rate, trains = _dropout(args, kwargs)
+        same = out.numel() == weights.now.numel()
+        if func in products.DROPOUT:
+            rate, trains = dropout_of(args, kwargs)
             kept = (1 - weights.dropout) * (1 - rate) if trains else 1 - weights.dropout
             self.weights[id(out)] = replace(weights, now=out, dropout=1 - kept).untouched()
-        elif out.numel() == weights.now.numel() and (func in _SAME or _blank(weights, func, out)):
+        elif same and (func in products.SAME or blank(weights, func, out)):
             self.weights[id(out)] = replace(weights, now=out).untouched()
-        elif out.numel() == weights.now.numel():
+        elif same and func in products.SWAPPED and swaps(func, args, kwargs, out.ndim):
+            self.weights[id(out)] = replace(weights, now=out, turned=not weights.turned).untouched()
+        elif same and weights.scores is not None:
             self.weights[id(out)] = replace(weights, now=out, why=weights.why or CHANGED)
         elif weights.scores is not None:
             self.besides = _besides(func)
 
 
 def _besides(func: Any) -> str:
-    return f"its weights go into {getattr(func, '__name__', func)} too"
+    return f"its weights go into {name_of(func)} too"
 
 
-def _blank(weights: Weights, func: Any, out: Tensor) -> bool:
-    """Whether nothing became zero but what a mask had hidden, such as a query that sees nothing."""
-    if func not in _FILLED or weights.scores is None:
-        return False
-    scores = weights.scores.now
-    hidden = (scores < torch.finfo(scores.dtype).min / 2).reshape(out.shape)
-    return torch.equal(torch.where(hidden, 0.0, weights.now.reshape(out.shape)), out)
-
-
-def _followed(scores: Scores, func: Any, args: Any, kwargs: Any, out: Tensor) -> Scores | None:
-    """Scores after one more step, if it is one that can be told."""
-    if out.numel() != scores.now.numel():
+def _from_the_right(func: Any, args: Any, kwargs: Any, turned: Tensor) -> Product | None:
+    """Values `[.., d, k]` times weights whose axes are swapped, which is weights times values with axes swapped."""
+    found = product_of(func, args, kwargs) if func in products.MATMUL else None
+    if found is None or found.right is not turned:
         return None
-    new = replace(scores, now=out)
-    if func in _SAME or func in _ADDED:
-        others = [x for x in tensors_of((*args, *kwargs.values())) if x is not scores.now]
-        if func in _BOUNDED and not _far((*args, *kwargs.values()), scores.now):
-            return None
-        minus = func in _SUBTRACTED and args[0] is not scores.now
-        return None if minus else replace(new, learned=new.learned or any(x.requires_grad for x in others))
-    if func in _TIMES or func in _OVER:
-        first, other = args[0], args[1] if len(args) > 1 else kwargs.get("other")
-        by = other if first is scores.now else first
-        if func in _OVER and first is not scores.now:
-            return None
-        return _scaled(new, by, func in _OVER)
-    return None
-
-
-def _far(given: Iterable[Any], scores: Tensor) -> bool:
-    """Whether bounds lie where no score that anybody sees is."""
-    bounds = [x for x in given if x is not scores and x is not None]
-    plain = [x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in bounds]
-    return all(isinstance(x, int | float) and abs(x) >= -HIDDEN for x in plain)
-
-
-def _scaled(scores: Scores, by: Any, over: bool) -> Scores | None:
-    """Scores that a number, a number for each head, or a table of ones and zeros is multiplied with."""
-    if isinstance(by, Tensor) and by.numel() == 1:
-        by = by.detach().item() if not by.requires_grad else by
-    if isinstance(by, int | float):
-        return replace(scores, scale=scores.scale / by if over else scores.scale * by)
-    if not isinstance(by, Tensor):
-        return None
-    by = 1 / by if over else by
-    if by.numel() == 1 or (by.ndim > 1 and by.shape[-2:].numel() == 1):
-        lead = torch.broadcast_shapes(scores.query.shape[:-2], scores.key.shape[:-2])
-        if by.ndim > scores.query.ndim or (by.numel() > 1 and scores.now.shape[:-2] != lead):
-            return None
-        return replace(scores, query=scores.query * by)
-    return scores if bool(((by == 0) | (by == 1)).all()) else None
-
-
-def _product(func: Any, args: Any, kwargs: Any, first: Tensor | None = None) -> Product | None:
-    """A product in the order of its factors; `first` says which of an einsum's stands on the left."""
-    if func is _EINSUM:
-        equation, *factors = args
-        factors = list(factors[0]) if len(factors) == 1 and isinstance(factors[0], list | tuple) else factors
-        return _einsum(equation, factors, first) if isinstance(equation, str) else None
-    if func in _BADDBMM:
-        told = dict(zip(("input", "batch1", "batch2"), args, strict=False)) | kwargs
-        found = Product(told["batch1"], told["batch2"], float(told.get("alpha", 1)))
-    else:
-        factors = [*args, *kwargs.values()]
-        if len(factors) < 2 or not all(isinstance(x, Tensor) and x.ndim > 1 for x in factors[:2]):
-            return None
-        found = Product(factors[0], factors[1])
-    return found if first is None or found.left is first else None
-
-
-def _einsum(equation: str, factors: list[Tensor], first: Tensor | None) -> Product | None:
-    """An einsum of two factors over one axis that they share."""
-    asked, arrow, out = equation.replace(" ", "").partition("->")
-    names = asked.split(",")
-    if not arrow or len(factors) != 2 or len(names) != 2 or any(len(set(x)) < len(x) for x in (*names, out)):
-        return None
-    a, b = names
-    swapped = factors[1] is first if first is not None else out[-1:] in a
-    if swapped:
-        (a, b), factors = (b, a), factors[::-1]
-    lead = [x for x in a if x in b and x in out]
-    summed = [x for x in a if x in b and x not in out]
-    rows, columns = ([x for x in one if x not in other] for one, other in ((a, b), (b, a)))
-    if not len(summed) == len(rows) == len(columns) == 1 or {*lead, *rows, *columns} != set(out):
-        return None
-    left = factors[0].permute([a.index(x) for x in (*lead, *rows, *summed)])
-    right = factors[1].permute([b.index(x) for x in (*lead, *summed, *columns)])
-    found = [*lead, *rows, *columns]
-    order = tuple(found.index(x) for x in out)
-    if first is not None and [a.index(x) for x in (*lead, *rows, *summed)] != list(range(len(a))):
-        return None
-    return Product(left, right, order=None if order == tuple(range(len(order))) else order)
-
-
-def _dropout(args: Any, kwargs: Any) -> tuple[float, bool]:
-    told = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
-    return float(told.get("p", 0.5)), bool(told.get("training", told.get("train", True)))
-
-
-def _beside(value: Tensor, left: Tensor, lead: torch.Size) -> Tensor:
-    """Values as they stand beside weights, with the leading axes that the queries have."""
-    own = left.shape[:-2]
-    if own == lead or own.numel() != lead.numel():
-        return value
-    return value.expand(*own, *value.shape[-2:]).reshape(*lead, *value.shape[-2:])
+    n = turned.ndim
+    return Product(turned.mT, found.left.mT, order=(*range(n - 2), n - 1, n - 2))
