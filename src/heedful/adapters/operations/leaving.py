@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from heedful.engine.resting import resting
 
@@ -55,7 +55,7 @@ class _Before:
             return
         self._known[id(x)] = x
         if isinstance(x, Tensor):
-            if not (x.is_meta or isinstance(x, UninitializedTensorMixin)):
+            if not (x.is_meta or is_lazy(x)):
                 self._undo.append(_tensor(x))
             return
         if isinstance(x, torch.Generator):

@@ -30,9 +30,9 @@ WHERE = {torch.where, Tensor.where}
 ADDED = SUBTRACTED | BOUNDED | FILLED | WHERE | {
     torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.masked_fill_,
 }  # fmt: skip
-SWAPPED = {
+TURNED: set[Any] = {vars(torch._C.TensorBase)["mT"].__get__, torch.adjoint, Tensor.adjoint}  # the last two axes
+SWAPPED = TURNED | {
     torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes, torch.permute, Tensor.permute,
-    Tensor.mT.__get__, torch.adjoint, Tensor.adjoint,
 }  # fmt: skip
 PRODUCTS = MATMUL | BADDBMM | {EINSUM}
 
@@ -97,7 +97,7 @@ def dropout_of(args: Any, kwargs: Any) -> tuple[float, bool]:
 
 def swaps(func: Any, args: Any, kwargs: Any, ndim: int) -> bool:
     """Whether a call swaps the last two of as many axes, and does nothing else."""
-    if func in (Tensor.mT.__get__, torch.adjoint, Tensor.adjoint):
+    if func in TURNED:
         return True
     if func in (torch.permute, Tensor.permute):
         order = args[1:] or (kwargs["dims"],)
