@@ -48,6 +48,11 @@ def as_torch_has_it(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return product(q, k).softmax(-1) @ v, None
 
 
+def one_head(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    q, k, v = (t.transpose(1, 2).flatten(2)[:, None] for t in (q, k, v))
+    return (product(q, k).softmax(-1) @ v).transpose(1, 2), None
+
+
 def in_windows(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     """`[b h w n d]`, where windows are as many as heads."""
     q, k, v = (torch.stack([t, t.flip(2), t.roll(1, 2), t.roll(2, 2)], 2) for t in (q, k, v))
@@ -78,6 +83,15 @@ def test_a_head_is_a_head_where_there_are_as_many_texts(writes: Writes, told: in
     with heedful.attach(net, HALVE.on(heads=[1]), inputs=x) as run:
         assert close(run(x), other(x))
         assert close(run(x[:2]), other(x[:2]))  # what the look told holds for other numbers of texts
+
+
+def test_one_head_of_one_text_is_wherever_it_is() -> None:
+    torch.manual_seed(0)
+    x, net = torch.randn(1, N, H * D), Net(as_torch_has_it).eval()
+    for layer in net.layers:
+        layer.num_heads, layer.writes = 1, one_head
+    with heedful.attach(net, HALVE, inputs=x) as run:
+        assert run.layer_names == ("layers.0", "layers.1")
 
 
 def test_heads_that_stand_first_do_so_in_one_text() -> None:

@@ -53,6 +53,19 @@ def test_a_reader_is_shown_each_batch_under_its_own_roles() -> None:
     assert "roles" in batches[0]
 
 
+def test_a_model_is_given_all_of_a_batch_but_its_roles() -> None:
+    model, given = models.tiny("llama"), []
+    mask = torch.ones_like(IDS).index_fill(1, torch.tensor([0]), 0)
+    hook = model.register_forward_pre_hook(lambda _, args, told: given.append((args, told)), with_kwargs=True)
+    fit(Marks(), model, [{"input_ids": IDS, "attention_mask": mask, "use_cache": False, "roles": {"a": ((1, 3),)}}])
+    hook.remove()
+    ((args, told),) = given
+    assert args == ()
+    assert told.keys() == {"input_ids", "attention_mask", "use_cache"}
+    assert told["input_ids"] is IDS
+    assert told["attention_mask"] is mask
+
+
 def test_roles_that_are_not_named() -> None:
     both, own = {"a": ((0, 1),), "b": (), "c": ()}, [{"a": ((0, 1),)}, {"a": (), "b": ()}]
     assert with_roles("Fit", iter([{"roles": both}]), "a", "b", good=GOOD) == [{"roles": both}]

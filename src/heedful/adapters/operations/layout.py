@@ -37,7 +37,7 @@ class Layout:
         if told is None:  # sizes tell that the rows come first, if anything
             swapped = len(self.lead) == 2 and rows == self.lead[1] and self.lead[0] > 1
             return (0, 1) if swapped else (self.axis,)
-        return tuple(i for i, n in enumerate(self.lead) if n == told) or (self.axis,)
+        return tuple(i for i, n in enumerate(self.lead) if n == told > 1) or (self.axis,)
 
     def open(self, told: int | None, rows: int | None) -> bool:
         """Whether several axes may hold the heads."""

@@ -30,7 +30,7 @@ WHERE = {torch.where, Tensor.where}
 ADDED = SUBTRACTED | BOUNDED | FILLED | WHERE | {
     torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.masked_fill_,
 }  # fmt: skip
-TURNED: set[Any] = {getattr(Tensor.mT, "__get__"), torch.adjoint, Tensor.adjoint}  # noqa: B009 - no attribute, to mypy
+TURNED: set[Any] = {vars(torch._C.TensorBase)["mT"].__get__, torch.adjoint, Tensor.adjoint}  # the last two axes
 SWAPPED = TURNED | {
     torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes, torch.permute, Tensor.permute,
 }  # fmt: skip
