@@ -275,7 +275,7 @@ def test_what_cannot_be_followed_is_refused_by_name_and_the_rest_served() -> Non
         run(input_ids=IDS)
         assert run.activity().entered == (0, 1, 2)
     model = llama(OwnAttention("squared"), OwnAttention())
-    rest = r"and 1 that did not run yet.*only=\['model.layers.0.self_attn', 'model.layers.1.self_attn'\]"
+    rest = r"and 1 that did not run yet .*only=\['model.layers.0.self_attn', 'model.layers.1.self_attn'\]"
     with attach(model, Look()) as run, pytest.raises(RefusedModel, match=rest):
         run(input_ids=IDS)
     with attach(model, Look(), only="model.layers.0.mlp") as run, pytest.raises(RefusedModel, match=r"changed a.*\)$"):

@@ -152,7 +152,7 @@ def served(
 
 def unreached(kind: str, names: Iterable[str], left: list[str], said: list[str], unseen: int = 0) -> RefusedModel:
     """What is said of a model with layers out of reach, the last of which have not run yet."""
-    also = f", and {unseen} that did not run yet" if unseen else ""
+    also = f", and {unseen} that did not run yet (`inputs` would show which can be served)" if unseen else ""
     rest = _roots(names, left)
     hint = f". To work on the rest and leave these alone{also}, name it: attach(..., only={rest!r})" if rest else ""
     return RefusedModel(f"{kind} computes some attention by itself, which heedful cannot reach: {_some(said)}{hint}")

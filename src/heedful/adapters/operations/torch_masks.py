@@ -42,8 +42,10 @@ def _causal_but_padding(table: Tensor, rows: int) -> Tensor | None:
         return None
     table = table[:, 0]
     text, earlier = table[:, -1], table.new_ones(q, k).tril(k - q)
-    asks = text[:, k - q :, None]  # what padding sees changes nothing
-    return text.expand(rows, -1) if bool((~asks | (table == (earlier & text[:, None]))).all()) else None
+    asks = text[:, k - q :]
+    told = (table == (earlier & text[:, None])).all(-1)
+    # padding is told to see nothing, or all; a token that sees some others is of another text in the same row
+    return text.expand(rows, -1) if bool((told | (~asks & (table.all(-1) | ~table.any(-1)))).all()) else None
 
 
 def hides_later(rules: Mask) -> bool:
