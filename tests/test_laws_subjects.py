@@ -178,7 +178,7 @@ def test_what_asks_for_keys_that_are_not_rotated_may_have_them() -> None:
 
 
 def test_a_claim_is_missed_however_deep_the_method_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_laws, "claim_file", lambda key: "nowhere")
+    monkeypatch.setattr(Paper, "claim", "nowhere")
     for kind in (DynamicConv, MALA):
         verdict = check(kind, only=("is_documented",))["is_documented"]
         assert verdict.outcome == "broken"

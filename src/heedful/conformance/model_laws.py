@@ -341,15 +341,10 @@ def is_documented(entry: CatalogueEntry) -> None:
     file = Path(inspect.getfile(kind))
     if '__name__ == "__main__"' not in file.read_text():
         raise Broken("its file has no demo under __main__")
-    name = claim_file(kind.paper.key)
+    name = kind.paper.claim
     if not LEDGER.is_dir():
         return
     if not (LEDGER / f"{name}.py").exists():
         raise Broken(f"claims/{name}.py is missing")
     if not (LEDGER / "results" / f"{kind.paper.key}.json").exists():
         raise Broken(f"claims/results/{kind.paper.key}.json is missing; python -m claims.{name} writes it")
-
-
-def claim_file(key: str) -> str:
-    """The name of a paper's file in the ledger."""
-    return key if key.isidentifier() else "A" + key.replace(".", "_")
