@@ -97,7 +97,7 @@ def example_acts(method: Method) -> None:
                 continue
             raise Broken(f"{kind}: {method!r} changes nothing beyond rounding")
         if seen.inactive:
-            raise Broken(f"{kind}: {'; '.join(seen.inactive)} changed nothing")
+            raise Broken(f"{kind}: {'; '.join(seen.inactive)} changed nothing (what only looks is marked @reads)")
 
 
 def _acts_after_a_gradient(method: Method, subject: Subject, model: nn.Module) -> bool:
