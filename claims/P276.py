@@ -35,8 +35,9 @@ STEPS, BATCH, RATE, LESSONS, COUNT, NOISE = 150, 24, 2e-3, 60, 400, 0.5
 class _MapsAlone(MODA):
     """The control: a map of each kind's keys, and nothing of the other kind."""
 
-    def spaces(self, unit: Tensor, image: Tensor, call: Call) -> Tensor:
-        return torch.zeros_like(super().spaces(unit, image, call))
+    def spaces(self, unit: Tensor, image: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        spaces, shown = super().spaces(unit, image, call)
+        return torch.zeros_like(spaces), shown
 
 
 class _Given(Method):

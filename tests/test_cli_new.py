@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from heedful import rooms
 from heedful.cli.app import app
-from heedful.cli.new import snake
+from heedful.cli.new import NUMBER, snake
 from heedful.core.errors import FieldError
+from heedful.core.paper import Paper
 
 RUN = CliRunner()
 
@@ -118,7 +119,27 @@ def test_every_room_says_what_lives_there() -> None:
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:
     root = clone(tmp_path)
-    (root / "claims" / "P000.py").write_text("mine")
-    told = RUN.invoke(app, ["new", "method", "Sharper", "--root", str(root)])
-    assert "would write over" in str(told.exception)
-    assert (root / "claims" / "P000.py").read_text() == "mine"
+    ours = {"claims/P000.py": "key = 'P000'", "tests/methods/test_sharper.py": "name = 'Sharper'"}
+    for file, culprit in ours.items():
+        (root / file).write_text("mine")
+        told = RUN.invoke(app, ["new", "method", "Sharper", "--root", str(root), "--key", "P000"])
+        assert culprit in str(told.exception)
+        assert "would write over" in str(told.exception)
+        assert (root / file).read_text() == "mine"
+        (root / file).unlink()
+
+
+def test_in_this_clone_a_method_can_be_begun_without_further_words() -> None:
+    root = Path(__file__).parents[1]
+    assert not (root / "claims" / f"{Paper(NUMBER, 'Any', '', 2026).claim}.py").exists()
+
+
+def test_a_paper_is_named_by_its_number(tmp_path: Path) -> None:
+    root = clone(tmp_path)
+    told = RUN.invoke(app, ["new", "method", "Sharper", "--root", str(root), "--key", "2601.00001"])
+    assert told.exit_code == 0, told.output
+    written = (root / "src/heedful/methods/intervene/language/sharper.py").read_text()
+    assert 'Paper("2601.00001", "The Paper\'s Title", "Ada Author, Bo Writer", 2026, "2601.00001"' in written
+    claim = (root / "claims/A2601_00001.py").read_text()
+    assert 'key="2601.00001"' in claim
+    assert "claims/A2601_00001.py: measure" in claim

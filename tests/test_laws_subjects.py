@@ -172,13 +172,32 @@ def test_what_replaces_the_block_is_looked_at_where_the_block_begins() -> None:
     assert "at BLOCK, layer 0: changed its input in place" in verdict.reason
 
 
+class LooksByEditing(MeanSoFar):
+    """Gives back what it was handed at the queries: it only looks there."""
+
+    @at(Site.QUERY)
+    def look(self, query: Tensor, call: Call) -> Tensor:
+        call.state.forward[call.name] = query
+        return query
+
+    @at(Site.HEAD_OUTPUT)
+    def mean(self, heads: Tensor, call: Call) -> Tensor:
+        return heads + call.state.forward[call.name]
+
+
+def test_an_edit_that_only_looks_is_told_how_to_say_so() -> None:
+    verdict = check(LooksByEditing, only=("example_acts",))["example_acts"]
+    assert verdict.outcome == "broken"
+    assert "at QUERY changed nothing (what only looks is marked @reads)" in verdict.reason
+
+
 def test_what_asks_for_keys_that_are_not_rotated_may_have_them() -> None:
     only = ("declared_sites_only",)
     assert check(ThresholdRelativeAttention, only=only)["declared_sites_only"].outcome == "kept"
 
 
 def test_a_claim_is_missed_however_deep_the_method_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_laws, "claim_file", lambda key: "nowhere")
+    monkeypatch.setattr(Paper, "claim", "nowhere")
     for kind in (DynamicConv, MALA):
         verdict = check(kind, only=("is_documented",))["is_documented"]
         assert verdict.outcome == "broken"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import heedful
 from heedful import catalogue
 from heedful.conformance.model_laws import composes
+from heedful.core import fitted, kinds, packed, reweight, rules, sites, state, stats, summary
 from heedful.core.errors import CatalogueError
 from heedful.core.method import CatalogueEntry, Method
 
@@ -29,6 +32,23 @@ def test_all_is_sorted_and_everything_in_it_is_there() -> None:
     assert heedful.__version__.count(".") == 2
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         heedful.nothing  # noqa: B018
+
+
+def test_what_authors_are_told_of_they_can_import() -> None:
+    """Names of core that CONTRIBUTING speaks of without saying where they lie."""
+    from heedful import authoring
+
+    said = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text().split("Good to know")[1]
+    told = set(re.findall(r"`@?([A-Za-z]\w+)(?:\([^`]*)?`", said))
+    modules = (fitted, kinds, packed, reweight, rules, sites, state, stats, summary)
+    core = {
+        name
+        for module in modules
+        for name, x in vars(module).items()
+        if getattr(x, "__module__", "") == module.__name__
+    }
+    assert {"ByIndex", "Reweight"} < told & core
+    assert told & core <= set(authoring.__all__)
 
 
 @pytest.mark.parametrize(

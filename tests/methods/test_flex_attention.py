@@ -19,6 +19,7 @@ from tests.by_hand import heads_of, in_pieces, llama_states
 N = 24
 LOW, HIGH = Region(((1, 3), (4, 8)), (2, 3)), Region(((8, 20),), (4, 3))
 ROW = Region(((1, 4),)), Region(((4, 10),))
+FINE_FIRST = Region(((14, 20),), (2, 3)), Region(((1, 3), (4, 14)), (4, 3))
 
 
 def places(region: Region) -> list[int]:
@@ -62,7 +63,7 @@ def states(
     return llama_states(model, ids, attend), counts
 
 
-@pytest.mark.parametrize(("low", "high"), [(LOW, HIGH), ROW], ids=["grids", "rows"])
+@pytest.mark.parametrize(("low", "high"), [(LOW, HIGH), ROW, FINE_FIRST], ids=["grids", "rows", "fine first"])
 @pytest.mark.parametrize(("first", "threshold"), [(0, 0.25), (1, 0.6), (0, 0.0), (9, 0.25)])
 def test_words_see_the_fine_tokens_where_they_looked(low: Region, high: Region, first: int, threshold: float) -> None:
     model = models.tiny("llama", num_hidden_layers=3, dtype=torch.float64)

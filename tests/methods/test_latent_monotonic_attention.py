@@ -126,6 +126,19 @@ def test_a_path_in_training_goes_on_from_the_last_call() -> None:
     assert int(call.state.cache["place"]) == best[1] + 1
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_padding_behind_a_text_takes_no_place(training: bool) -> None:
+    bare = _bare(training)
+    call = replace(bare.call, keep=TEXT[:, None, None], state=State())
+    scores = bare.q @ call.spread(bare.k).mT * call.scale
+    METHOD.weigh(scores, call)
+    for h in range(4):
+        row = scores[1, h, 1:5, : LENGTHS[1]]  # the second text ends before the last row
+        paths = itertools.combinations_with_replacement(range(LENGTHS[1]), 4)
+        path = max(paths, key=lambda p: float(_chance(row, p))) if training else _greedy(row)
+        assert int(call.state.cache["place"][1, h]) == path[-1] + 1
+
+
 @pytest.mark.parametrize("window", [1, 2, 4, 5])
 def test_the_window(window: int) -> None:
     scores = torch.full((1, 1, 1, 12), -1.0)

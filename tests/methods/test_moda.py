@@ -121,13 +121,31 @@ def test_an_image_that_comes_later_settles_the_spaces() -> None:
     state = State()
     call = replace(bare.call, params=p, state=state, roles={"image": bare.call.roles["image"]})
     none = replace(call, keys=call.keys.take(slice(0, 2)))
-    early = MODA().align(bare.k[:, :, :2], none)
+    assert torch.equal(MODA().align(bare.k[:, :, :2], none), bare.k[:, :, :2])  # as it is until there is an image
     assert "spaces" not in state.cache
-    text = torch.stack([p["fuse"][1] @ k for k in bare.k[0, 0, :2]])  # an image that is not there spans nothing
-    assert close(early[0, 0], text)
     whole = MODA().align(bare.k, call)
     assert close(whole[0, 0], _aligned(bare.k[0, 0], IMAGE, p, list(range(N))))
     assert close(MODA().align(bare.k[:, :, :6], replace(call, keys=call.keys.take(slice(0, 6)))), whole[:, :, :6])
+
+
+def test_each_text_has_images_of_its_own_or_none() -> None:
+    model: Any = models.tiny("llama")
+    p = _params(model.config.head_dim, torch.float32)
+
+    def read(ids: Tensor, roles: Any, pieces: tuple[int, ...]) -> Tensor:
+        with attach(model, MODA(), roles=roles) as run, torch.no_grad():
+            for name, x in zip(run.state_dict(), run.parameters(), strict=True):
+                x.copy_(p[name.split(".")[-1]])
+            return in_pieces(run, ids, pieces)[0]
+
+    early, late, none = {"image": (SPAN,)}, {"image": ((6, 8),)}, {}
+    ids = torch.cat([IDS, IDS[:1].flip(-1)])
+    for pieces in ((N,), (5, 4)):
+        together = read(ids, [early, late, none], pieces)
+        for b, own in enumerate((early, late)):
+            assert close_model(together[b], read(ids[b : b + 1], own, pieces)[0])
+        with torch.no_grad():
+            assert close_model(together[2], model(ids[2:]).logits[0])
 
 
 def test_narrow_keys_stay_narrow() -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heedful import attach, models
-from heedful.conformance.bare import Bare
+from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call, DenoisingStep, Phase
 from heedful.core.errors import FieldError
-from heedful.core.regions import Region
+from heedful.core.regions import PerText, Region
 from heedful.core.state import State
 from heedful.methods import SaaS
 from heedful.methods.intervene.diffusion.saas import otsu
@@ -24,7 +24,9 @@ N, ROWS, COLS = 19, 3, 4
 PLACES = [5, 6, 7, 8, 9, 10, 13, 14, 15, 16, 17, 18]
 TARGET = Region(((5, 11), (13, 19)), (ROWS, COLS))
 ROLES = {"source": ((3, 5), (11, 13)), "target": TARGET, "first": ((0, 2),), "second": ((2, 3),)}
-SOURCE, WORDS = [3, 4, 11, 12], ([0, 1], [2])
+Words = tuple[list[int], list[int]]
+SOURCE = [3, 4, 11, 12]
+WORDS: Words = ([0, 1], [2])
 
 
 def maps(seed: int, texts: int = 2) -> Tensor:
@@ -75,19 +77,19 @@ def factors(looks: Tensor, rows: int, cols: int, scale: float, sigma: float) -> 
     return out
 
 
-def given(pattern: Tensor) -> Tensor:
+def given(pattern: Tensor, words: Words = WORDS, source: list[int] = SOURCE) -> Tensor:
     """What each place of one picture gives to the source and to either instruction, the mean of heads `[n 3]`."""
     mean = pattern.mean(0)
     return torch.stack(
-        [torch.stack([sum(mean[p, k] for k in keys) for keys in (SOURCE, *WORDS)]) for p in PLACES]  # type: ignore[misc]
+        [torch.stack([sum(mean[p, k] for k in keys) for keys in (source, *words)]) for p in PLACES]  # type: ignore[misc]
     )
 
 
-def followed(pattern: Tensor, by: Tensor) -> Tensor:
+def followed(pattern: Tensor, by: Tensor, words: Words = WORDS) -> Tensor:
     """One picture's pattern `[h q k]`, whose places give more to words."""
     out = pattern.clone()
     for n, p in enumerate(PLACES):
-        for i, keys in enumerate(WORDS):
+        for i, keys in enumerate(words):
             for k in keys:
                 out[:, p, k] *= by[n, i]
         for h in range(len(out)):
@@ -152,6 +154,35 @@ def test_without_steps_layers_before_tell() -> None:
     assert torch.equal(found[0], patterns[0])
     for b in range(2):
         assert close(found[1][b], followed(patterns[1][b], factors(given(patterns[0][b]), ROWS, COLS, 1.0, 1.0)))
+
+
+def test_each_text_has_words_and_a_source_of_its_own() -> None:
+    patterns = [maps(0), maps(1)]
+    roles = [ROLES, {"source": ((4, 5), (12, 13)), "first": ((1, 3),), "second": ((11, 12),)}]
+    own = {name: PerText(Region(one[name]) for one in roles) for name in ("source", "first", "second")}
+    found = Layers(SaaS(), own | {"target": TARGET}).step(patterns, None)[1]
+    others: list[tuple[Words, list[int]]] = [(WORDS, SOURCE), (([1, 2], [11]), [4, 12])]
+    for b, (words, source) in enumerate(others):
+        by = factors(given(patterns[0][b], words, source), ROWS, COLS, 1.0, 1.0)
+        assert close(found[b], followed(patterns[1][b], by, words))
+
+
+def test_padding_moves_a_picture() -> None:
+    patterns, pad = [maps(0, 1), maps(1, 1)], 3
+    text = torch.arange(N + pad) >= torch.tensor([pad, 0])[:, None]
+    call = replace(Bare(Shape(q=N + pad, k=N + pad), text=text, rules=()).call, roles=ROLES, state=State())
+    for x in patterns:
+        found = SaaS().follow(torch.cat([nn.functional.pad(x, (a, pad - a) * 2) for a in (pad, 0)]), call)
+    wanted = Layers(SaaS()).step(patterns, None)[1][0]
+    assert close(found[0, :, pad:, pad:], wanted)
+    assert close(found[1, :, :N, :N], wanted)
+
+
+def test_what_goes_to_a_sink_stays_there() -> None:
+    patterns = [maps(0), maps(1)]
+    patterns[1][:, 1] /= 2  # the other half of what this head gives
+    found = Layers(SaaS()).step(patterns, None)[1].sum(-1)
+    assert close(found, torch.tensor([1.0, 0.5, 1.0, 1.0]).double()[:, None].expand(2, 4, N))
 
 
 def test_without_a_grid_a_picture_is_a_row_and_heights_of_maps_do_not_matter() -> None:

@@ -108,6 +108,31 @@ def test_the_class_token_stays_itself_whoever_says_where_patches_are() -> None:
 
 
 @torch.no_grad()
+def test_at_most_half_of_what_may_join_joins() -> None:
+    model, x = Plain(), tokens(9)
+    counts: list[int] = []
+    model.blocks[1].register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[1]))
+    for patches in ((0, 9), (1, 9), (2, 9), (3, 9)):  # what stands before is fixed, as a class token and registers
+        with attach(model, ToMe(30), roles={"patches": (patches,)}, inputs=x) as run:
+            counts.clear()
+            run(x)
+        assert counts == [9 - (9 - patches[0]) // 2]
+
+
+@torch.no_grad()
+def test_whatever_is_no_patch_joins_nobody() -> None:
+    model, x = Plain(), tokens(9)
+    x[:, 1], x[:, 6] = x[:, 2] + 0.2 * x[:, 8], x[:, 5] + 0.2 * x[:, 8]  # the likest pairs, of which one is fixed each
+    before, seen = model.blocks[0](x), list[Tensor]()
+    model.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with attach(model, ToMe(30), roles={"patches": ((2, 6), (7, 9))}, inputs=x) as run:
+        run(x)
+    for text, left in zip(before, seen[-1], strict=True):
+        for fixed in (0, 1, 6):
+            assert any(close_model(text[fixed], y) for y in left)
+
+
+@torch.no_grad()
 def test_one_layer_alone_merges_nothing() -> None:
     model, inputs = image_model(1)
     plain = model(**inputs).logits

@@ -14,7 +14,8 @@ ONLY = tuple(f"model.decoder.layers.{i}.encoder_attn" for i in range(2))
 
 
 def goes_on_in_a_model(method: Method) -> None:
-    """Step by step as at once, padding being no part of the source; of a cache that was cut back it says so."""
+    """Step by step as at once, padding being no part of the source and each text in its own place; of a cache that was
+    cut back it says so."""
     model = models.tiny("bart").eval()
     ids = torch.arange(3, 19)[None]
     target = ids[:, 2:9]
@@ -24,12 +25,14 @@ def goes_on_in_a_model(method: Method) -> None:
         alone = run(input_ids=ids, decoder_input_ids=target).logits
         beside = run(input_ids=padded, attention_mask=mask, decoder_input_ids=target).logits
         assert close_model(beside, alone)
+        sources, targets = (torch.cat([x.flip(1), x]) for x in (ids, target))
+        other = run(input_ids=sources[:1], decoder_input_ids=targets[:1]).logits
         cache, parts = None, []
-        for piece in target.split((4, 1, 2), 1):
-            out = run(input_ids=ids, decoder_input_ids=piece, use_cache=True, **{CACHE: cache})
+        for piece in targets.split((4, 1, 2), 1):
+            out = run(input_ids=sources, decoder_input_ids=piece, use_cache=True, **{CACHE: cache})
             cache = out[CACHE]
             parts.append(out.logits)
-        assert close_model(torch.cat(parts, 1), alone)
+        assert close_model(torch.cat(parts, 1), torch.cat([other, alone]))
         cache.crop(-2)
         with pytest.raises(SiteError, match=r"layer 0: goes on within a text, and does not know where"):
-            run(input_ids=ids, decoder_input_ids=target[:, 5:], **{CACHE: cache})
+            run(input_ids=sources, decoder_input_ids=targets[:, 5:], **{CACHE: cache})

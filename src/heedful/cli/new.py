@@ -12,8 +12,10 @@ import typer
 from heedful.catalogue import entries
 from heedful.cli.console import console
 from heedful.core.errors import FieldError
+from heedful.core.paper import Paper
 from heedful.rooms import build, rooms
 
+NUMBER = "0000.00000"  # where no paper is named
 METHOD = Template('''"""The formula in one line."""
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from heedful.authoring import Call, FieldError, Method, Paper, Site, at
 class $name(Method):
     """What it does, in one sentence."""
 
-    paper = Paper("$key", "The Paper's Title", "Ada Author, Bo Writer", $year, "0000.00000", differs=())
+    paper = Paper("$key", "The Paper's Title", "Ada Author, Bo Writer", $year, "$arxiv", differs=())
     factor: float = 1.1  # what it is, with its unit; the paper's default
 
     def __post_init__(self) -> None:
@@ -94,7 +96,7 @@ from $module import $name
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     """One effect of $name, and the numbers behind it; a seed draws new data."""
-    raise SystemExit("claims/$key.py: measure the paper's claim here")
+    raise SystemExit("claims/$claim.py: measure the paper's claim here")
 
 
 CLAIM = Claim(
@@ -120,7 +122,7 @@ def snake(name: str) -> str:
 def method(
     name: Annotated[str, typer.Argument(help="The class's name, which is the paper's for the method: 'SnapKV'.")],
     family: Annotated[str, typer.Option(help="The room below methods/ it goes into.")] = "intervene/language",
-    key: Annotated[str, typer.Option(help="The paper's id.")] = "P000",
+    key: Annotated[str, typer.Option(help="What names the paper: its arXiv number, as 2404.14469.")] = NUMBER,
     root: Annotated[Path, typer.Option(help="The clone.")] = Path(),
 ) -> None:
     """Write the file, the test and the claim of a method; nothing that exists is touched."""
@@ -135,12 +137,13 @@ def method(
         raise FieldError("heedful new method", "family", family, f"must be one of {', '.join(known)}", min(known))
     stem = snake(name)
     module = ".".join(("heedful", "methods", *Path(family).parts, stem))
-    words = {"name": name, "key": key, "module": module, "year": 2026}
-    files = {
-        home / family / f"{stem}.py": METHOD,
-        root / "tests" / "methods" / f"test_{stem}.py": TEST,
-        root / "claims" / f"{key}.py": CLAIM,
-    }
+    arxiv = key if re.fullmatch(r"\d{4}\.\d{4,5}", key) else NUMBER
+    paper = Paper(key, "The Paper's Title", "", 2026)
+    words = {"name": name, "key": key, "arxiv": arxiv, "claim": paper.claim, "module": module, "year": 2026}
+    claim = root / "claims" / f"{paper.claim}.py"
+    files = {home / family / f"{stem}.py": METHOD, root / "tests" / "methods" / f"test_{stem}.py": TEST, claim: CLAIM}
+    if claim.exists():
+        raise FieldError("heedful new method", "key", key, f"would write over {claim}", "--key 2404.14469")
     if there := [path for path in files if path.exists()]:
         raise FieldError("heedful new method", "name", name, f"would write over {there[0]}", f"{name}2")
     if built := build(family, home):

@@ -97,7 +97,7 @@ def example_acts(method: Method) -> None:
                 continue
             raise Broken(f"{kind}: {method!r} changes nothing beyond rounding")
         if seen.inactive:
-            raise Broken(f"{kind}: {'; '.join(seen.inactive)} changed nothing")
+            raise Broken(f"{kind}: {'; '.join(seen.inactive)} changed nothing (what only looks is marked @reads)")
 
 
 def _acts_after_a_gradient(method: Method, subject: Subject, model: nn.Module) -> bool:
@@ -341,15 +341,10 @@ def is_documented(entry: CatalogueEntry) -> None:
     file = Path(inspect.getfile(kind))
     if '__name__ == "__main__"' not in file.read_text():
         raise Broken("its file has no demo under __main__")
-    name = claim_file(kind.paper.key)
+    name = kind.paper.claim
     if not LEDGER.is_dir():
         return
     if not (LEDGER / f"{name}.py").exists():
         raise Broken(f"claims/{name}.py is missing")
     if not (LEDGER / "results" / f"{kind.paper.key}.json").exists():
         raise Broken(f"claims/results/{kind.paper.key}.json is missing; python -m claims.{name} writes it")
-
-
-def claim_file(key: str) -> str:
-    """The name of a paper's file in the ledger."""
-    return key if key.isidentifier() else "A" + key.replace(".", "_")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from heedful.core.errors import FieldError
@@ -9,7 +10,7 @@ from heedful.core.errors import FieldError
 
 @dataclass(frozen=True)
 class Paper:
-    """A citation: `key` is the paper's id in heedful's list, `differs` one sentence for each deviation.
+    """A citation: `key` is its arXiv number or its id in heedful's list, `differs` one sentence for each deviation.
 
     `also` names other papers whose formula it is as well, each with what is unlike that one.
     """
@@ -39,6 +40,11 @@ class Paper:
     def every(self) -> tuple[Paper, ...]:
         """It, and the others whose formula it is."""
         return (self, *self.also)
+
+    @property
+    def claim(self) -> str:
+        """The name of its claim's file, which Python can import: A2404_14469 for 2404.14469."""
+        return self.key if self.key.isidentifier() else "A" + re.sub(r"\W", "_", self.key)
 
     @property
     def link(self) -> str:

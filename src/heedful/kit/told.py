@@ -15,7 +15,10 @@ NO_TOKEN = -1  # the same, of what is counted from 0
 
 
 def of_keys(call: Call, name: str, own: Tensor) -> Tensor:
-    """What is said of the call's tokens `[b h|g n c]` and was of those before them, by key, `[b h|g k c]`."""
+    """What is said of the call's tokens `[b h|g n c]` and was of those before them, by key, `[b h|g k c]`.
+
+    It is UNKNOWN of tokens that were read without the method.
+    """
     if call.cross:
         raise SiteError(
             f"layer {call.layer}: a method asks what was said of its keys as they were read, and these are of another "

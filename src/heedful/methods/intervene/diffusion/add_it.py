@@ -37,7 +37,9 @@ class AddIt(Method):
             "As in the authors' code the scale is on all keys of the new picture; where attention is joint those are "
             "its prompt's too, and `role` names the scene's tokens that are its image's.",
             "A scale of None balances each call, all heads and queries as one, by halving the range; the authors "
-            "balance over a few pictures beforehand, and give everybody the 1.05 that they find.",
+            "balance over a few pictures beforehand, and give everybody the 1.05 that they find. Their code can also "
+            "find one for each picture, from the sixth step on, with which its prompt gives it 1.05 times what the "
+            "scene gets.",
             "A third of thirty steps is ten; the authors' test takes an eleventh along.",
             "Starting from the scene under noise and putting its background back late, which are done to latents and "
             "not to attention, are left to whoever denoises.",

@@ -39,7 +39,9 @@ class SaaS(Method):
             "Read off the authors' code; the paper's text could not be had.",
             "Instructions are roles; the authors part a prompt at its commas.",
             "A map is smoothed beyond the borders as if nothing were there, as theirs; one without a grid as a row.",
-            "Each picture of a batch has factors of its own; the authors' code makes one picture at a time.",
+            "Each picture of a batch has factors of its own; the authors' code makes one picture at a time, and reads "
+            "and scales the first row of its batch alone, so that rows which guide it without the words stay as they "
+            "are. Here each row is scaled.",
         ),
     )
     subjects = ("image",)
@@ -83,8 +85,8 @@ class SaaS(Method):
         looks = self._before(len(pattern), call)
         if looks is not None:
             more = (laid @ (self.factors(looks, region) - 1)) @ words  # [b q k]
-            pattern = pattern * (1 + more)[:, None]
-            pattern = pattern / pattern.sum(-1, keepdim=True).clamp(min=torch.finfo(pattern.dtype).tiny)
+            given, pattern = pattern.sum(-1, keepdim=True), pattern * (1 + more)[:, None]
+            pattern = pattern * given / pattern.sum(-1, keepdim=True).clamp(min=torch.finfo(pattern.dtype).tiny)
         mean = pattern.detach().mean(1)
         given = torch.cat([call.marked(self.source)[:, 0, None].to(mean.dtype).expand(len(words), -1, -1), words], 1)
         summed = call.state.forward["looks"]

@@ -67,22 +67,30 @@ class MODA(Method):
         x = key.to(torch.promote_types(key.dtype, ratio.dtype))
         image = call.marked(self.role)[..., None]  # [b|1 g|1 k 1]
         unit = normalize(x + AWAY, dim=-1)
-        spaces = self.spaces(unit, image, call)
+        spaces, shown = self.spaces(unit, image, call)
         told = [(x + ratio[kind] * (unit @ spaces[:, :, 1 - kind])) @ fuse[kind].mT for kind in KINDS]
-        return torch.where(image, told[IMAGE], told[TEXT]).to(key.dtype)
+        found = torch.where(image, told[IMAGE], told[TEXT])
+        return torch.where(shown, found, x).to(key.dtype)
 
-    def spaces(self, unit: Tensor, image: Tensor, call: Call) -> Tensor:
-        """What the keys of each kind span, `[b g 2 d d]`."""
+    def spaces(self, unit: Tensor, image: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """What the keys of each kind span, `[b g 2 d d]`; and which texts have an image, `[b g 1 1]`."""
         known: Tensor | None = call.state.cache.get("spaces")
-        if known is not None:
-            return known
+        if known is not None and bool(_with_image(known).all()):
+            return known, _with_image(known)
         padding = call.mask.padding
         text = ~image if padding is None else ~image & padding.at(call.keys.index)[..., None]
         kinds = [unit * kind for kind in (image, text)]
         spaces = normalize(torch.stack([x.mT @ x for x in kinds], 2), dim=-1)
+        if known is not None:
+            spaces = torch.where(_with_image(known)[..., None], known, spaces)
         if bool(image.any()):
             call.state.cache["spaces"] = spaces
-        return spaces
+        return spaces, _with_image(spaces)
+
+
+def _with_image(spaces: Tensor) -> Tensor:
+    """An image spans something."""
+    return spaces[:, :, IMAGE].flatten(2).any(-1)[..., None, None]
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ class ToMe(MergesTokens):
         alike = self.alike(keys).masked_fill(fixed[:, ::2, None] | fixed[:, None, 1::2], -torch.inf)
         best, other = alike.max(-1)
         order = best.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-        moves = (order < self.count) & (best > -torch.inf)
+        most = (~fixed).sum(-1, keepdim=True) // 2
+        moves = (order < most.clamp(max=self.count)) & (best > -torch.inf)
         if not bool(moves.any()):
             return stream
         group = torch.arange(n, device=stream.device).repeat(len(stream), 1)

@@ -29,7 +29,9 @@ class FlexAttention(Method):
             "encoder leaves them, and give each layer further projections for their keys and values.",
             "The authors mark whole ninths of the image along each side that hold a place above the threshold, and "
             "leave out the margins of images that are no squares; here places are taken as they are.",
-            "All tokens behind the images choose; the authors' do where they answer.",
+            "All tokens behind the images choose; the authors' do where they answer, and while a model learns they are "
+            "let see fine tokens little by little.",
+            "What fine tokens are given makes what coarse ones get less; the authors choose by weights without them.",
             "Fine tokens that nobody sees are computed all the same: what leaving them out saves is not saved here.",
         ),
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
@@ -37,8 +38,10 @@ class Pooled:
     def of(grid: Grid) -> Pooled:
         call, top = grid.call, None if grid.first is None else grid.first[:, 0]
         turned = call.rotate  # a fit keeps what is made here, and need not keep the whole call
-        query, key = (fold(turned_back(call, x), grid.size, top) for x in (_wide(call.query), _wide(call.key)))
-        tokens, top = len(call.queries), torch.zeros(1, dtype=torch.long, device=query.device) if top is None else top
+        tokens = len(call.queries)
+        # a cache of fixed size has room behind the text, which nobody sees
+        query, key = (fold(turned_back(call, _wide(x)[:, :, :tokens]), grid.size, top) for x in (call.query, call.key))
+        top = torch.zeros(1, dtype=torch.long, device=query.device) if top is None else top
         begin = (top[:, None] + grid.size * torch.arange(query.shape[2], device=top.device)).clamp(max=tokens - 1)
         block = ((torch.arange(tokens, device=top.device) - top[:, None]) // grid.size).clamp(min=0)
 
@@ -53,7 +56,7 @@ class Pooled:
         empty = ~is_text.any(-2)
         high, low = (key.masked_fill(~is_text, -sign * torch.inf).mul(sign).amax(-2).mul(sign) for sign in (1, -1))
         pools = torch.cat([high.masked_fill(empty, 0), low.masked_fill(empty, 0), means(key, grid.rows)], -1)
-        return Pooled(rotate(means(query, grid.rows)), call.spread(pools), grid.open, rotate)
+        return Pooled(rotate(means(query, grid.rows)), call.spread(pools), grid.open[..., : key.shape[2]], rotate)
 
     def scores(self, weight: Tensor) -> Tensor:
         """What a gate `[h 3d d]` says of each pair of blocks, `[b h n n]`."""
@@ -134,7 +137,7 @@ class SeerAttention(BlockSparse):
     def choose(self, grid: Grid) -> Tensor:
         pooled = Pooled.of(grid)
         scores = pooled.scores(self.gate(grid.call, pooled).to(pooled.key))
-        scores = scores.masked_fill(~grid.open, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(~pooled.open, torch.finfo(scores.dtype).min)
         if self.share is None:
             table = scores.softmax(-1) > self.threshold
         else:
@@ -144,7 +147,7 @@ class SeerAttention(BlockSparse):
             table = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) < most
         number = torch.arange(table.shape[-2], device=table.device)
         end = number >= grid.rows.any(-1).sum(-1, keepdim=True) - self.last
-        return table | end[..., None]
+        return pad(table | end[..., None], (0, grid.open.shape[-1] - table.shape[-1]))
 
     def gate(self, call: Call, pooled: Pooled) -> Tensor:
         """The layer's gate, `[h 3d d]`."""
