@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.layers import heads_told
+from heedful.adapters.operations.kept import Kept
 from heedful.adapters.operations.layout import Layout
 from heedful.adapters.operations.written import PRODUCTS, Asked, Trail
 from heedful.adapters.taking import Taking, stream_of
@@ -258,13 +259,10 @@ def _hooked(model: nn.Module, watch: _Watch) -> Iterator[None]:
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """At rest, and with the buffers and the random numbers that were there before."""
-    buffers = [(x, x._version, x.clone()) for x in model.buffers() if not x.is_meta and not x.is_inference()]
+    """At rest, and with what its modules keep and the random numbers that were there before."""
+    kept = Kept(model)
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda), resting(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the forward that follows says it again
         yield
-    with torch.no_grad():
-        for x, version, before in buffers:
-            if x._version != version:
-                x.copy_(before)
+    kept.put_back()
