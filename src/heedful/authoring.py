@@ -26,15 +26,16 @@ from heedful.core.regions import Region
 from heedful.core.reweight import Reweight, reweights
 from heedful.core.rules import Rule
 from heedful.core.sites import Site, at, penalises, reads
+from heedful.core.state import ByIndex, Until
 from heedful.core.stats import Cat, Histogram, Max, Mean, Statistic, Sum, TopK
 from heedful.core.summary import Summary, sums
 from heedful.kit.scored_cache import ScoredCache
 
 __all__ = [
-    "CachedKV", "Call", "Cat", "CatalogueEntry", "Causal", "Conversion", "Curves", "Decode", "Description",
+    "ByIndex", "CachedKV", "Call", "Cat", "CatalogueEntry", "Causal", "Conversion", "Curves", "Decode", "Description",
     "FieldError", "Finding", "First", "FitContext", "Fitted", "Grid", "HeadMap", "HeadWeights", "Histogram",
     "Intervals", "Kept", "Layer", "Listing", "Mask", "Max", "Mean", "Merged", "Method", "Packed", "Packing", "Paper",
     "Part", "Phase", "Probe", "Prompt", "Read", "Reader", "Readings", "Region", "Reweight", "Role", "Rule", "Scatter",
     "ScoredCache", "Site", "SiteError", "Stack", "Statistic", "Sum", "Summary", "Surgery", "Tokens", "TopK",
-    "Vocabulary", "Weights", "Where", "Window", "at", "penalises", "reads", "reweights", "sums",
+    "Until", "Vocabulary", "Weights", "Where", "Window", "at", "penalises", "reads", "reweights", "sums",
 ]  # fmt: skip
