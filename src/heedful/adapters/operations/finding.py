@@ -146,9 +146,8 @@ def kept_by(module: nn.Module) -> dict[str, Tensor]:
 
 def _kernel_call(module: nn.Module, stream: Tensor | None, given: dict[str, Any]) -> Seen:
     query, key, value = given["query"], given["key"], given["value"]
-    rows = len(stream) if stream is not None and stream.ndim > 2 else None
-    layout = Layout.of(query, heads_told(module), rows)
-    q, k = layout.fold(query), layout.fold(key)
+    layout = Layout.of(query, heads_told(module), stream)
+    q, k = layout.fold(query), layout.fold(key, keys=True)
     place = value.untyped_storage()._cdata + value.storage_offset()
     return Seen(q.shape[1], k.shape[1], q.shape[-1], value.shape[-1], len(q), q.shape[2], place)
 
@@ -200,7 +199,10 @@ def _obstacle(forwards: list[list[Seen]], stream: Tensor | None, heads: int | No
         tokens, width = stream.shape[1:]
         if seen.rows != tokens and seen.head_dim == tokens and seen.heads * seen.rows == width:
             return "over channels, not over tokens"
-        if heads not in (None, seen.heads) and seen.heads * seen.rows == tokens * heads:
+        among = heads not in (None, seen.heads) and seen.heads * seen.rows == tokens * heads
+        if heads is None and seen.heads == 1 and seen.rows > tokens:
+            among = seen.rows % tokens == 0 and seen.rows * seen.head_dim == tokens * width
+        if among:
             return "with heads in the rows of its queries"
     return None
 

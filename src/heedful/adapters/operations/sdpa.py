@@ -268,10 +268,8 @@ class SdpaAdapter:
         run, number = self.run, bound.number or 0
         run.state.entered[number] += 1
         hidden = bound.hidden
-        layout = Layout.of(
-            given["query"], heads_told(bound.module), len(hidden) if hidden is not None and hidden.ndim > 2 else None
-        )
-        q, k, v = (layout.fold(given[name]) for name in ("query", "key", "value"))
+        layout = Layout.of(given["query"], heads_told(bound.module), hidden)
+        q, k, v = (layout.fold(given[name], keys=name != "query") for name in ("query", "key", "value"))
         k, v = same_rows(k, len(q)), same_rows(v, len(q))
         operands, call = self._call(bound, layout, given, (q, k, v), appends)
         roles = {**halves(bound, k.shape[2]), **self._hooks.roles(bound, k.shape[2])}
