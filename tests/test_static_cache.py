@@ -14,10 +14,13 @@ from heedful.methods.mechanisms.pooling.combiner import Combiner
 from heedful.methods.mechanisms.routed.mosa import MoSA
 from heedful.methods.mechanisms.routed.routing_transformer import RoutingTransformer
 from heedful.methods.mechanisms.score.dual_attention import DualAttention
+from heedful.methods.sparse.prefill.seer_attention import SeerAttention
 from heedful.models import tiny
 
+KINDS = (MoSA, RoutingTransformer, Combiner, DualAttention, SeerAttention)
 
-@pytest.mark.parametrize("kind", [MoSA, RoutingTransformer, Combiner, DualAttention], ids=lambda kind: kind.__name__)
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
 def test_empty_slots_are_no_tokens(kind: type[Method], padded: bool) -> None:

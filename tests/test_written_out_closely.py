@@ -312,3 +312,55 @@ def test_maps_within_may_be_written_out_too(weights: bool, x: Tensor) -> None:
     with heedful.attach(net, HALVE, inputs=x) as run:
         got, want = (z if weights else (z,) for z in (run(x), other(x)))
     assert all(close(a, b) for a, b in zip(got, want, strict=True))
+
+
+class Reader:
+    """What a module remembers outside of itself."""
+
+    def __init__(self) -> None:
+        self.read: list[Tensor] = []
+        self.count = 0
+
+
+class Keeping(nn.Module):
+    """Keys and values of what was read before are its own: an attribute, a buffer, a list, or a place in a buffer."""
+
+    memory: Tensor
+    room: Tensor
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.layer, self.where, self.reader = Attention(plain), where, Reader()
+        self.attribute: Tensor | None = None
+        self.register_buffer("memory", torch.zeros(B, 0, H * D), persistent=False)
+        self.register_buffer("room", torch.zeros(B, 4 * N, H * D), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.where == "attribute":
+            self.attribute = x if self.attribute is None else torch.cat([self.attribute, x], 1)
+            seen = self.attribute
+        elif self.where == "buffer":
+            self.memory = seen = torch.cat([self.memory, x], 1)
+        elif self.where == "list":
+            self.reader.read.append(x)
+            seen = torch.cat(self.reader.read, 1)
+        else:
+            self.room[:, self.reader.count : self.reader.count + N] = x
+            self.reader.count += N
+            seen = self.room[:, : self.reader.count]
+        self.layer.writes = lambda net, q, *_: plain(net, q, *(self._heads(net, f, seen) for f in (net.k, net.v)))
+        return self.layer(x)
+
+    @staticmethod
+    def _heads(net: Attention, f: nn.Module, seen: Tensor) -> Tensor:
+        return f(seen).unflatten(-1, (H, D)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("where", ["attribute", "buffer", "list", "place"])
+@pytest.mark.parametrize("told", [False, True], ids=["first forward", "inputs"])
+def test_the_look_leaves_no_trace_in_what_modules_keep(where: str, told: bool, x: Tensor) -> None:
+    net, alone = Keeping(where).eval(), Keeping(where).eval()
+    alone.load_state_dict(net.state_dict())
+    with torch.no_grad(), heedful.attach(net, SAME, inputs=x if told else None) as run:
+        for step in (x, 2 * x):
+            assert close(run(step), alone(step))

@@ -19,6 +19,7 @@ from heedful.core.values import replace
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.earlier import with_earlier
 from heedful.engine.needs import Needs
+from heedful.engine.precision import as_written, mixed, wide, widened
 from heedful.engine.run_state import Plan
 from heedful.engine.stages import chosen_heads, own_rows, stage, staged, untouched
 
@@ -113,17 +114,17 @@ def _normalised(step: Step, scores: Tensor, weights: Tensor, job: AttentionCall,
     return new
 
 
-def wide(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 Compute = Callable[[AttentionCall, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 Choose = Callable[[Needs], Compute]
 
 
 def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) -> tuple[Tensor, Tensor | None, Call]:
     """Heads `[b h q d]` of one call, its pattern if that was asked for, and the call as CACHE steps should see it."""
+    if mixed(q):
+        with as_written(q):
+            job = replace(job, call=widened(job.call))
+            heads, pattern, call = attend(job, wide(q), wide(k), wide(v), choose)
+        return heads.to(v.dtype), pattern, call
     call, run_state = job.call, job.run_state
     q = stage(Site.QUERY, q, job, call)
     k = stage(Site.KEY, k, job, call)
@@ -216,6 +217,9 @@ def _mixed(step: Step, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> T
 
 def replaced(step: Step, job: AttentionCall, call: Call, output: Tensor) -> Tensor:
     """The block's output as a BLOCK edit makes it from the block's input."""
+    if mixed(output):
+        with as_written(output):
+            return replaced(step, job, widened(call), wide(output)).to(output.dtype)
     if call.hidden is None:
         raise SiteError(f"{step}, layer {call.layer}: the block is not handed hidden states [b n e]")
     if call.cross and not step.edit.before_rotary:

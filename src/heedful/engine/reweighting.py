@@ -10,8 +10,9 @@ from torch import Tensor
 
 from heedful.core.reweight import Reweight
 from heedful.core.summary import Summary, SummaryAccumulator
-from heedful.engine.attend import biased, grouped, wide
+from heedful.engine.attend import biased, grouped
 from heedful.engine.attention_call import AttentionCall
+from heedful.engine.precision import wide
 from heedful.engine.stages import reweight_of
 
 MOST = 256  # columns that are set right one by one; where more are touched, tiles are cheaper

@@ -16,8 +16,8 @@ from heedful.adapters.hooks import Hooks
 from heedful.adapters.layers import heads_told, leftovers, list_of, output_module, unreached, within
 from heedful.adapters.merging import require_no_table
 from heedful.adapters.operations.entering import Entrance, otherwise
-from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, Found, find, named, rows_in, taking_of
-from heedful.adapters.operations.layout import Layout, same_rows
+from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
+from heedful.adapters.operations.layout import Layout, rows_in, same_rows
 from heedful.adapters.operations.multi_head import Untouched, through_kernel
 from heedful.adapters.operations.scores import Asked
 from heedful.adapters.operations.torch_masks import halves, hides_later, places, rules_of
@@ -221,7 +221,7 @@ class Operations:
         run.state.entered[number] += 1
         hidden = bound.hidden
         layout = self._layout(bound, given["query"])
-        q, k, v = (layout.fold(given[name]) for name in ("query", "key", "value"))
+        q, k, v = (layout.fold(given[name], keys=name != "query") for name in ("query", "key", "value"))
         k, v = same_rows(k, len(q)), same_rows(v, len(q))
         operands, call = self._call(bound, layout, given, (q, k, v), appends)
         roles = {**halves(bound, k.shape[2]), **self.hooks.forwards.roles(bound, k.shape[2])}
@@ -242,7 +242,7 @@ class Operations:
 
     def _layout(self, bound: Bound, query: Tensor) -> Layout:
         told, rows = heads_told(bound.module), rows_in(bound.hidden)
-        layout = Layout.of(query, told, rows, bound.heads_at)
+        layout = Layout.of(query, told, bound.hidden, bound.heads_at)
         if layout.split is not None and bound.heads_at is None and layout.open(told, rows):
             raise NotEntered(
                 f"{bound.name} ({bound.kind}) has {rows} texts and {told} heads in one axis, and one text when heedful "

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.layers import heads_told
-from heedful.adapters.operations.layout import Layout
+from heedful.adapters.operations.layout import Layout, rows_in
 from heedful.adapters.operations.leaving import as_it_was
 from heedful.adapters.operations.products import PRODUCTS
 from heedful.adapters.operations.scores import Asked
@@ -164,12 +164,12 @@ class _Watch(TorchFunctionMode):
         name = self.names[module]
         stream, told = self.streams.get(name), heads_told(module)
         rows, query, at = rows_in(stream), given["query"], self.heads_at.get(name)
-        layout = Layout.of(query, told, rows, at)
+        layout = Layout.of(query, told, stream, at)
         if at is None and layout.open(told, rows) and not query.is_meta:  # there it is asked for sizes alone
             self.open.setdefault(name, Open(layout, told, stream, query, given["key"]))
         if layout.split is None or rows != 1:
             self.heads_at.setdefault(name, layout.axis)
-        q, k = layout.fold(query), layout.fold(given["key"])
+        q, k = layout.fold(query), layout.fold(given["key"], keys=True)
         if stream is not None and _channels_first(stream, q):
             self.channels_first.add(name)
             self.streams[name] = stream.transpose(1, 2)
@@ -223,11 +223,6 @@ class _Watch(TorchFunctionMode):
 def kept_by(module: nn.Module) -> dict[str, Tensor]:
     """Tensors that a module keeps under names of its own, as some do with their last weights."""
     return {name: x for name, x in vars(module).items() if isinstance(x, Tensor)}
-
-
-def rows_in(stream: Tensor | None) -> int | None:
-    """The rows of what a module is handed, where it has some."""
-    return len(stream) if stream is not None and stream.ndim > 2 else None
 
 
 def _channels_first(stream: Tensor, q: Tensor) -> bool:
@@ -308,7 +303,10 @@ def _obstacle(forwards: list[list[Seen]], stream: Tensor | None, heads: int | No
         tokens, width = stream.shape[1:]
         if seen.rows != tokens and seen.head_dim == tokens and seen.heads * seen.rows == width:
             return "over channels, not over tokens"
-        if heads not in (None, seen.heads) and seen.heads * seen.rows == tokens * heads:
+        among = heads not in (None, seen.heads) and seen.heads * seen.rows == tokens * heads
+        if heads is None and seen.heads == 1 and seen.rows > tokens:
+            among = seen.rows % tokens == 0 and seen.rows * seen.head_dim == tokens * width
+        if among:
             return "with heads in the rows of its queries"
     return None
 

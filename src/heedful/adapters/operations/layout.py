@@ -15,14 +15,19 @@ class Layout:
     lead: tuple[int, ...]
     axis: int  # where the only one is split, of the two that it is split into
     split: int | None = None  # the one axis there is holds this many heads of each row of the batch
+    grouped: bool = False  # all axes but the first hold heads, in groups that share a key head
 
     @classmethod
-    def of(cls, query: Tensor, told: int | None, rows: int | None, at: int | None = None) -> Self:
-        """What suits the queries of a module that tells its heads, and was handed so many rows; `at` where known."""
-        lead = tuple(query.shape[:-2])
+    def of(cls, query: Tensor, told: int | None, stream: Tensor | None, at: int | None = None) -> Self:
+        """What suits the queries of a module that was handed this `[b n e]`; its heads, and their axis, where known."""
+        lead, (n, d), rows = tuple(query.shape[:-2]), query.shape[-2:], rows_in(stream)
+        tokens, width = stream.shape[1:] if stream is not None and stream.ndim == 3 else (None, 0)
         if len(lead) < 2:
-            split = told if told and told > 1 and rows and lead == (rows * told,) else None
+            heads = width // d if told is None and n == tokens else told
+            split = heads if heads and heads > 1 and rows and lead == (rows * heads,) else None
             return cls(lead, 1 if at is None else at, split)
+        if len(lead) == 3 and lead[0] == rows and n == tokens and told in (None, lead[1] * lead[2]):
+            return cls(lead, 1, grouped=True)
         if at is not None and at < len(lead) and told in (None, lead[at]):
             return cls(lead, at)
         axis = len(lead) - 1
@@ -34,6 +39,8 @@ class Layout:
         """The axes that may hold the heads as far as sizes tell."""
         if self.split is not None:
             return (0, 1)
+        if self.grouped:
+            return (self.axis,)
         if told is None:  # sizes tell that the rows come first, if anything
             swapped = len(self.lead) == 2 and rows == self.lead[1] and self.lead[0] > 1
             return (0, 1) if swapped else (self.axis,)
@@ -58,15 +65,19 @@ class Layout:
         found = [axis for one, axis in fits if one == several]
         return found[0] if len(found) == 1 and bool(changed.any()) else None
 
-    def fold(self, x: Tensor) -> Tensor:
-        """`[b h n d]`; what has fewer axes is the same for all of them."""
+    def fold(self, x: Tensor, keys: bool = False) -> Tensor:
+        """`[b h n d]`; what has fewer axes is the same for all of them. Keys may have fewer heads."""
         if self.split is not None:
             if x.ndim < 3 or len(x) == 1:
                 return x.reshape(1, 1, *x.shape[-2:])
             return x.unflatten(0, (-1, self.split)) if self.axis else x.unflatten(0, (self.split, -1)).transpose(0, 1)
         if len(self.lead) < 2:
             return x.reshape(-1, 1, *x.shape[-2:])
-        x = x[(None,) * (len(self.lead) + 2 - x.ndim)].movedim(self.axis, -3)
+        x = x[(None,) * (len(self.lead) + 2 - x.ndim)]
+        if self.grouped:
+            few = x.shape[1:3].numel() == 1 or (keys and x.shape[2] == 1)
+            return (x if few else x.expand(-1, *self.lead[1:], -1, -1)).flatten(1, 2)
+        x = x.movedim(self.axis, -3)
         if len(self.lead) == 2:
             return x
         outer = tuple(n for i, n in enumerate(self.lead) if i != self.axis)
@@ -76,13 +87,18 @@ class Layout:
 
     def unfold(self, x: Tensor) -> Tensor:
         """What `fold` made of something of the queries, as it was."""
-        if self.split is not None or len(self.lead) < 2:
+        if self.split is not None or self.grouped or len(self.lead) < 2:
             x = x if self.split is None or self.axis else x.transpose(0, 1)
             return x.reshape(*self.lead, *x.shape[-2:])
         if len(self.lead) == 2:
             return x.movedim(-3, self.axis)
         outer = [n for i, n in enumerate(self.lead) if i != self.axis]
         return x.reshape(*outer, *x.shape[-3:]).movedim(-3, self.axis)
+
+
+def rows_in(stream: Tensor | None) -> int | None:
+    """The rows of what a module is handed, where it has some."""
+    return len(stream) if stream is not None and stream.ndim > 2 else None
 
 
 def same_rows(x: Tensor, rows: int) -> Tensor:

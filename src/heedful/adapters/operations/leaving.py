@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from heedful.engine.resting import resting
 
 _ATOMIC = (str, bytes, int, float, complex, type(None), type)
-_OF_MODULES = frozenset(vars(nn.Module()))  # where torch keeps parts, parameters, hooks and whether they train
+_OF_MODULES = frozenset(vars(nn.Module())) - {"_buffers"}  # torch's own: parts, parameters, hooks, whether they train
 _OF_OTHERS = sys.stdlib_module_names | {"torch", "heedful"}  # libraries whose things are no caller's cache
 _CACHES = ("heedful.adapters.kvcache", "heedful.adapters.carried")  # but for what a run makes of one
 
@@ -42,7 +42,6 @@ class _Before:
         for module in model.modules():
             self._known[id(module)] = module
             self._attributes(module, _OF_MODULES)
-            self._walk(tuple(module.buffers(recurse=False)))
         self._walk(given)
 
     def back(self) -> None:

@@ -76,17 +76,23 @@ def _einsum(equation: str, factors: list[Tensor], first: Tensor | None) -> Produ
     swapped = factors[1] is first if first is not None else out[-1:] in a
     if swapped:
         (a, b), factors = (b, a), factors[::-1]
-    lead = [x for x in a if x in b and x in out]
     summed = [x for x in a if x in b and x not in out]
-    rows, columns = ([x for x in one if x not in other] for one, other in ((a, b), (b, a)))
-    if not len(summed) == len(rows) == len(columns) == 1 or {*lead, *rows, *columns} != set(out):
+    columns = [x for x in b if x not in a]
+    row = a[-2:-1] if first is not None else out[-2:-1]
+    if len(summed) != 1 or len(columns) != 1 or not row or row in b or {*a, *b} != {*out, *summed}:
         return None
-    left = factors[0].permute([a.index(x) for x in (*lead, *rows, *summed)])
-    right = factors[1].permute([b.index(x) for x in (*lead, *summed, *columns)])
-    found = [*lead, *rows, *columns]
+    of_scores = [x for x in out if x in a and x != row]
+    lead = of_scores if first is None else [x for x in a[:-2] if x in of_scores]
+    left_axes = (*lead, row, *summed)
+    if first is not None and left_axes != tuple(a):
+        return None
+    left = factors[0].permute([a.index(x) for x in left_axes])
+    right = factors[1].permute([b.index(x) for x in (*(x for x in lead if x in b), *summed, *columns)])
+    for place, x in enumerate(lead):
+        if x not in b:  # several heads of queries share what is keyed
+            right = right.unsqueeze(place)
+    found = [*lead, row, *columns]
     order = tuple(found.index(x) for x in out)
-    if first is not None and [a.index(x) for x in (*lead, *rows, *summed)] != list(range(len(a))):
-        return None
     return Product(left, right, order=None if order == tuple(range(len(order))) else order)
 
 

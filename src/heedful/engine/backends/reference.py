@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from heedful.engine.attend import tile, wide
+from heedful.engine.attend import tile
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.needs import Needs
+from heedful.engine.precision import wide
 
 
 class Reference:

@@ -16,9 +16,10 @@ from heedful.core.call import Call
 from heedful.core.column_ranges import Ranges
 from heedful.core.paper import Paper
 from heedful.engine.again import recomputed
-from heedful.engine.attend import tile, wide
+from heedful.engine.attend import tile
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.needs import Needs
+from heedful.engine.precision import wide
 from heedful.engine.reweighting import resolved
 
 PAPER = Paper(

@@ -1,0 +1,115 @@
+"""Mixed precision: under autocast a run computes in at least float32 what it is handed, and answers in its type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import heedful
+from heedful.authoring import Call, Method, Site
+from heedful.conformance.tolerances import close
+from heedful.methods import (
+    BiLevelRoutingAttention,
+    DualAttention,
+    GatedHeads,
+    HyLRA,
+    LLNAttention,
+    SnapKV,
+    SparkAttention,
+    TaskKV,
+    TokenPooling,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::heedful.core.errors.InactiveWarning")  # most edits here only look
+HALF = torch.bfloat16
+IDS = torch.randint(3, 120, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def kept(site: Site, into: dict[Site, Tensor]) -> Any:
+    """An edit that changes nothing and keeps what it saw last."""
+
+    def keep(x: Tensor, call: Call) -> Tensor:
+        into[site] = x.detach().clone()
+        return x
+
+    return heedful.edit(site, keep)
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_products_are_not_rounded(backend: str) -> None:
+    model, seen = heedful.models.tiny(), {}
+    stack = kept(Site.QUERY, seen) | kept(Site.KEY, seen) | kept(Site.PATTERN, seen) | kept(Site.HEAD_OUTPUT, seen)
+    stack |= kept(Site.VALUE, seen)
+    with torch.autocast("cpu", HALF), heedful.attach(model, stack, backend=backend), torch.no_grad():
+        model(IDS)
+    q, k, v = (seen[site] for site in (Site.QUERY, Site.KEY, Site.VALUE))
+    scores = q @ k.repeat_interleave(2, 1).mT * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(torch.ones(24, 24, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+    assert {x.dtype for x in seen.values()} == {torch.float32}
+    assert close(seen[Site.PATTERN], weights)
+    assert close(seen[Site.HEAD_OUTPUT], weights @ v.repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize("site", [Site.EMBEDDING, Site.HIDDEN, Site.HEAD_OUTPUT, Site.OUTPUT, Site.RESIDUAL])
+def test_an_edit_works_as_it_is_written(site: Site) -> None:
+    """Its products too, and the model goes on in the type that it had there."""
+    model, found, types = heedful.models.tiny(), [], []
+
+    def product(x: Tensor, call: Call) -> Tensor:
+        square = x.mT @ x
+        found.append((x, square))
+        return x
+
+    def types_of(_: Any, args: Any, output: Any) -> None:
+        types.extend(t.dtype for t in (*args, output) if isinstance(t, Tensor))
+
+    layer = model.model.layers[0]
+    hooks = [m.register_forward_hook(types_of) for m in (layer, layer.self_attn.q_proj, layer.self_attn.o_proj)]
+    with torch.autocast("cpu", HALF), torch.no_grad():
+        model(IDS)
+        before, types = types, []
+        with heedful.attach(model, heedful.edit(site, product)):
+            model(IDS)
+    for hook in hooks:
+        hook.remove()
+    assert found
+    assert all(x.dtype == torch.float32 and close(square, x.mT @ x) for x, square in found)
+    assert types == before
+
+
+@pytest.mark.parametrize(
+    "method",
+    [SnapKV(6, window=2), TaskKV.example(), HyLRA.example(), SparkAttention(), LLNAttention(), DualAttention.example()],
+    ids=repr,
+)
+def test_methods_generate(method: Method) -> None:
+    model = heedful.models.tiny()
+    with torch.autocast("cpu", HALF), heedful.attach(model, method):
+        out = model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert out.shape == (2, 27)
+
+
+def test_an_image_is_routed() -> None:
+    model = heedful.models.tiny("vit", image_size=16)
+    inputs = heedful.models.tiny_inputs(model)
+    with torch.autocast("cpu", HALF), heedful.attach(model, BiLevelRoutingAttention.example()) as run:
+        assert run(**inputs).logits.isfinite().all()
+
+
+def test_what_is_learned_meets_what_is_narrow() -> None:
+    """Parameters are as wide as the model's weights, and heads are narrow."""
+    model = heedful.models.tiny()
+    with torch.autocast("cpu", HALF), heedful.attach(model, GatedHeads() | LLNAttention()) as run:
+        model(IDS, labels=IDS).loss.backward()
+        found = [p.grad for p in run.parameters()]
+    assert found
+    assert all(x is not None and x.dtype == torch.float32 and bool(x.isfinite().all()) for x in found)
+
+
+def test_tokens_are_pooled_in_double_precision() -> None:
+    model = heedful.models.tiny("vit", image_size=16, dtype=torch.float64)
+    with heedful.attach(model, TokenPooling.example()) as run:
+        assert run(**heedful.models.tiny_inputs(model)).logits.dtype == torch.float64
