@@ -49,10 +49,10 @@ class Taking:
     """In which order a module takes rows and tokens."""
 
     batch_first: bool = True  # else [n b e]
-    channels_first: bool = False  # [b e n]
+    channels_first: bool = False  # [b e n], as convolutions have it
 
     def turned(self, x: Tensor) -> Tensor:
         """`[b n e]` from the module's own layout, and back."""
-        if x.ndim != 3 or (self.batch_first and not self.channels_first):
-            return x
-        return x.transpose(1, 2) if self.channels_first else x.transpose(0, 1)
+        if self.channels_first and x.ndim == 3:
+            return x.transpose(1, 2)
+        return x if self.batch_first or x.ndim != 3 else x.transpose(0, 1)

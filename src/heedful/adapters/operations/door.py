@@ -89,18 +89,18 @@ class Operations:
         """Learn how a module computes that is known by its class, or refuse it."""
         self.hooks.looking = True
         try:
-            seen = find(bound.module, lambda: run(*args, **kwargs), (args, kwargs))
+            seen = find(bound.module, run, (args, kwargs))
         finally:
             self.hooks.looking = False
         inside = [f"{bound.name}.{name}" for name in seen.layers if name]
-        if "" in seen.layers and not seen.takings[""].channels_first:
+        if "" in seen.layers and "" not in seen.channels_first:
             self.found.take(bound.name, seen)
             self._follow(bound)
         elif inside and not seen.own and set(inside) <= set(self.candidates):
             self._around.add(bound.name)
         else:
             why = next(iter(seen.own.values()), f"its attention is in {inside[0]}" if inside else "")
-            why = "it is handed its channels before its tokens" if "" in seen.layers else why
+            why = "its channels stand before its tokens, which `inputs` would show" if "" in seen.layers else why
             raise self._unreached(bound.name, why)
 
     def _unreached(self, name: str, why: str) -> RefusedModel:
@@ -128,7 +128,7 @@ class Operations:
     def bind(self, name: str) -> Bound:
         """What the run knows of a layer."""
         module = self.model.get_submodule(name)
-        taking = self.found.takings.get(name) or taking_of(module)
+        taking = taking_of(module, name in self.found.channels_first)
         if spread_of(self.model, name) is not None:
             raise RefusedModel(
                 f"{name} ({type(module).__name__}) computes attention by itself, and its heads are spread over "

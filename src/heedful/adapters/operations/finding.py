@@ -27,7 +27,7 @@ from heedful.adapters.hooked import Hooked
 from heedful.adapters.layers import heads_told
 from heedful.adapters.operations.layout import Layout
 from heedful.adapters.operations.written import PRODUCTS, Asked, Trail
-from heedful.adapters.taking import Taking, stream_of
+from heedful.adapters.taking import Args, Taking, stream_of
 from heedful.core.errors import RefusedModel
 from heedful.core.method import Layer
 from heedful.engine.resting import resting, undone
@@ -65,7 +65,7 @@ class Found:
     layers: dict[str, Layer] = field(default_factory=dict)  # in the order in which they ran
     own: dict[str, str] = field(default_factory=dict)  # attention out of reach, with the reason
     written: dict[str, bool] = field(default_factory=dict)  # layers that write attention out; whether they give weights
-    takings: dict[str, Taking] = field(default_factory=dict)  # how layers are handed their streams
+    channels_first: set[str] = field(default_factory=set)  # layers that are handed [b e n]
     ran: set[nn.Module] = field(default_factory=set)
 
     def take(self, name: str, module: Found) -> None:
@@ -171,31 +171,30 @@ def _function_call(given: dict[str, Any]) -> Seen:
     return Seen(heads, heads, width, width, None, rows, id(given["value"]))
 
 
-def taking_of(module: nn.Module) -> Taking:
-    """How a module is handed its stream, as it tells itself."""
-    return Taking(bool(getattr(module, "batch_first", True)))
+def taking_of(module: nn.Module, channels_first: bool = False) -> Taking:
+    """How a module is handed its stream, as it tells itself, but for what its queries tell."""
+    return Taking(bool(getattr(module, "batch_first", True)), channels_first)
 
 
-def _seen_taking(told: Taking, seen: Seen, stream: Tensor | None) -> Taking:
-    """How a module is handed its stream, which may have its channels before its tokens."""
-    if stream is None or stream.ndim != 3 or seen.batch != len(stream) or stream.shape[1] == seen.rows:
-        return told
-    turned = stream.shape[2] == seen.rows and stream.shape[1] == seen.heads * seen.head_dim
-    return replace(told, channels_first=turned)
+def _channels_first(stream: Tensor, seen: Seen) -> bool:
+    """Whether a stream is `[b e n]`."""
+    if stream.ndim != 3 or len(stream) != seen.batch or stream.shape[1] in (seen.rows, seen.head_dim):
+        return False
+    return stream.shape[2] == seen.rows
 
 
-def find(model: nn.Module, run: Callable[[], Any], given: tuple[Any, Any] | None = None) -> Found:
+def find(model: nn.Module, run: Callable[..., Any], called: tuple[Args, dict[str, Any]] | None = None) -> Found:
     """Run a model once, at rest and without gradients, and tell its attention layers; it is left as it was.
 
-    `given` are the arguments of a module whose forward is run past its hooks.
+    `run` is past the hooks of a model that is a part of another, and is given what it is `called` with.
     """
     watch = _Watch(model)
     with _as_it_was(model), _hooked(model, watch), torch.no_grad(), watch:
-        if given is None:
+        if called is None:
             run()
         else:
-            watch.enter(model, *given)
-            watch.leave(model, run())
+            watch.enter(model, *called)
+            watch.leave(model, run(*called[0], **called[1]))
     found = Found(written=watch.written, ran=watch.ran)
     for name, forwards in watch.calls.items():
         calls = [call for call in forwards if call]
@@ -206,8 +205,9 @@ def find(model: nn.Module, run: Callable[[], Any], given: tuple[Any, Any] | None
             found.own[name] = why
             continue
         seen = calls[0][0]
-        taking = found.takings[name] = _seen_taking(taking_of(model.get_submodule(name)), seen, stream)
-        stream = None if stream is None else taking.turned(stream) if taking.channels_first else stream
+        if stream is not None and _channels_first(stream, seen):
+            found.channels_first.add(name)
+            stream = stream.transpose(1, 2)
         width = int(stream.shape[-1]) if stream is not None and stream.ndim in (2, 3) else seen.heads * seen.value_dim
         found.layers[name] = Layer(len(found.layers), seen.heads, seen.kv_heads, seen.head_dim, seen.value_dim, width)
     found.own |= watch.own | _scripted(model) | _other_kernel(model, found.layers)
