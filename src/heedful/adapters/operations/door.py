@@ -98,7 +98,7 @@ class Operations:
             self._around.add(bound.name)
         else:
             why = next(iter(seen.own.values()), f"its attention is in {inside[0]}" if inside else "")
-            why = "it is handed its channels before its tokens" if "" in seen.layers else why
+            why = "its channels stand before its tokens, which `inputs` would show" if "" in seen.layers else why
             raise self._unreached(bound.name, why)
 
     def _unreached(self, name: str, why: str) -> RefusedModel:
