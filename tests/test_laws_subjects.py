@@ -70,6 +70,29 @@ class OnlyWhereItIsCausal(Everywhere):
         return scores * self.by if call.mask.causal else scores
 
 
+class TheFirstTextTells(Everywhere):
+    """Lets the first text of a batch say how far those beside it are sharpened."""
+
+    subjects = ("cross",)
+
+    @at(Site.SCORES)
+    def scale(self, scores: Tensor, call: Call) -> Tensor:
+        return scores * (self.by + scores[:1].mean())
+
+
+class KeepsInTheLayer(Everywhere):
+    """Lets a token in a layer go by the last one that the layer read, of whichever text."""
+
+    subjects = ("encoder-decoder",)
+
+    @at(Site.HEAD_OUTPUT)
+    def scale(self, heads: Tensor, call: Call) -> Tensor:
+        before = call.state.run.get("last", torch.zeros_like(heads[:1, :, -1:]))
+        if call.cross:
+            call.state.run["last"] = heads[:1, :, -1:]
+        return heads + self.by * before
+
+
 class MovesInCross(Everywhere):
     """Its neutral settings are none in cross-attention."""
 
@@ -104,6 +127,8 @@ def test_honest_methods_keep_the_laws_on_all_that_they_are_for(kind: type[Method
     [
         (OnlyWhereItIsCausal, "example_acts", "vit: .* changes nothing beyond rounding"),
         (MovesInCross, "neutral_is_native", "bart: .* moves logits"),
+        (TheFirstTextTells, "each_text_alone", "in a batch, logits differ"),
+        (KeepsInTheLayer, "each_text_alone", "in a batch, after a token, logits differ"),
         (StaysInImages, "leaves_no_trace", "vit: something stays in the model after a run"),
     ],
 )

@@ -41,8 +41,11 @@ def test_random_words_are_other_ones_in_each_layer() -> None:
     x = given["x"]
     for number, layer in enumerate(model.layers):
         k, v = (
-            torch.randn(HEADS, WORDS, WIDTH // HEADS, generator=torch.Generator().manual_seed(seed)).double()
-            for seed in (3_000_009 + 2 * number, 3_000_010 + 2 * number)
+            torch.stack([one[:, head] for head in range(HEADS)])
+            for one in (
+                torch.randn(WORDS, HEADS, WIDTH // HEADS, generator=torch.Generator().manual_seed(seed)).double()
+                for seed in (3_000_009 + 2 * number, 3_000_010 + 2 * number)
+            )
         )
         weights = (layer.heads(layer.q(x)) @ k.mT / (WIDTH / HEADS) ** 0.5).softmax(-1)  # type: ignore[union-attr]
         x = x + (weights @ v).transpose(1, 2).flatten(2)

@@ -1,4 +1,7 @@
-"""What a method remembers belongs to a text: beams, batches of unlike texts, and texts in turn."""
+"""What a method remembers belongs to a text: beams, batches of unlike texts, and texts in turn.
+
+Methods of cross-attention are tried on answers to texts.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,8 @@ import torch
 from torch import Tensor
 
 from heedful.adapters.cache_name import CACHE, cache_of
-from heedful.api import attach
-from heedful.conformance.bare import ROLES
-from heedful.conformance.model_laws import for_text
 from heedful.conformance.place import place
-from heedful.conformance.subjects import text, tiny_model
+from heedful.conformance.subjects import CROSS, SPLIT, TEXT, Subject, subjects_of, text, tiny_model
 from heedful.conformance.tolerances import close_model, error
 from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.method import Method
@@ -48,22 +48,53 @@ class _Rows:
         return replace(self, mask=self.mask[rows])
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """Rows of answers, and the texts that they answer, each padded on its right."""
+
+    run: Run
+    mask: Tensor  # [b k]
+    texts: Tensor  # [b k]
+    cache: Any = field(default=None)
+
+    def go_on(self, ids: Tensor) -> tuple[Tensor, _Answers]:
+        given = {"input_ids": self.texts, "attention_mask": self.mask, "decoder_input_ids": ids}
+        out = self.run(**given, use_cache=True, **{CACHE: self.cache})
+        return out.logits[:, -1], replace(self, cache=cache_of(out))
+
+    def reordered(self, rows: list[int]) -> _Answers:
+        self.cache.reorder_cache(torch.tensor(rows))
+        return replace(self, mask=self.mask[rows], texts=self.texts[rows])
+
+
 @contextmanager
-def _attached(method: Method) -> Iterator[Run]:
-    with torch.no_grad():
-        torch.manual_seed(0)  # parameters that a method draws
-        with attach(tiny_model("llama"), method, roles=ROLES) as run:
-            yield run
+def _attached(method: Method, subject: Subject) -> Iterator[Run]:
+    with torch.no_grad(), subject.attach(tiny_model(subject.kinds[0]), method) as run:
+        yield run
 
 
 def _tokens(*rows: list[int]) -> Tensor:
     return torch.tensor(rows, device=place())
 
 
-def _alone(method: Method, prompt: Tensor, later: tuple[int, ...]) -> list[Tensor]:
-    """Logits `[1 v]` after a prompt `[1 n]` and after each token that follows, under a run of their own."""
-    with _attached(method) as run:
-        found, rows = _Rows(run, torch.ones_like(prompt)).go_on(prompt)
+def _begun(subject: Subject, run: Run, which: tuple[int, ...]) -> tuple[Tensor, Any]:
+    """Logits `[b v]` after some of two unlike texts, or after the beginnings of their answers; what goes on there."""
+    texts = [(text()[0], text(1)[0, :SHORT])[i] for i in which]
+    length = max(len(one) for one in texts)
+    ids = torch.zeros(len(which), length, dtype=torch.long, device=place())
+    mask = torch.zeros_like(ids)
+    for row, one in enumerate(texts):
+        where = slice(length - len(one), length) if subject is TEXT else slice(len(one))
+        ids[row, where], mask[row, where] = one, 1
+    if subject is TEXT:
+        return _Rows(run, mask).go_on(ids)
+    return _Answers(run, mask, ids).go_on(text(2)[list(which)])
+
+
+def _alone(method: Method, subject: Subject, which: int, later: tuple[int, ...]) -> list[Tensor]:
+    """Logits `[1 v]` after one of the texts and after each token that follows, under a run of their own."""
+    with _attached(method, subject) as run:
+        found, rows = _begun(subject, run, (which,))
         out = [found]
         for token in later:
             found, rows = rows.go_on(_tokens([token]))
@@ -79,20 +110,22 @@ def _compare(found: Tensor, requested: list[Tensor], what: str) -> None:
 
 @law("beams, batches of unlike texts, and two texts in turn equal each text alone")
 def each_text_alone(method: Method) -> None:
-    for_text(method)
     if all(edit.reads for edit in method.edits):
         raise DoesNotApply("reads only, and so leaves every logit as it was")
-    long, short = text()[:1], text(1)[:1, :SHORT]
-    (a, b), (c, d), (e, f) = LATER
-    one, other = _alone(method, long, (a, d)), _alone(method, short, (b, c, e))
-    third = _alone(method, short, (b, c, f))
+    tried = [subject for subject in subjects_of(method) if subject in (TEXT, SPLIT, CROSS)]
+    if not tried:
+        raise DoesNotApply(f"is for {', '.join(method.subjects)}, not for text")
+    for subject in tried:
+        _each_alone(method, subject)
 
-    with _attached(method) as run:
-        pad = long.new_zeros(1, long.shape[1] - SHORT)
-        ids = torch.cat([long, torch.cat([pad, short], 1)])
-        mask = torch.ones_like(ids)
-        mask[1, : pad.shape[1]] = 0
-        found, rows = _Rows(run, mask).go_on(ids)
+
+def _each_alone(method: Method, subject: Subject) -> None:
+    (a, b), (c, d), (e, f) = LATER
+    one, other = _alone(method, subject, 0, (a, d)), _alone(method, subject, 1, (b, c, e))
+    third = _alone(method, subject, 1, (b, c, f))
+
+    with _attached(method, subject) as run:
+        found, rows = _begun(subject, run, (0, 1))
         _compare(found, [one[0], other[0]], "in a batch")
         found, rows = rows.go_on(_tokens([a], [b]))
         _compare(found, [one[1], other[1]], "in a batch, after a token")
@@ -101,11 +134,10 @@ def each_text_alone(method: Method) -> None:
         found, _ = rows.reordered([0, 0]).go_on(_tokens([e], [f]))
         _compare(found, [other[3], third[3]], "with two beams from one")
 
-    with _attached(method) as run:
-        first, second = (_Rows(run, torch.ones_like(x)) for x in (long, short))
-        found, first = first.go_on(long)
+    with _attached(method, subject) as run:
+        found, first = _begun(subject, run, (0,))
         _compare(found, one[:1], "in turn with another text")
-        found, second = second.go_on(short)
+        found, second = _begun(subject, run, (1,))
         _compare(found, other[:1], "in turn with another text")
         for i, (x, y) in enumerate(((a, b), (d, c)), 1):
             found, first = first.go_on(_tokens([x]))

@@ -63,7 +63,8 @@ class PatchWords(Method):
                 rule = "are not there yet: fit to a forward with the other prompt, or give seed"
                 raise FieldError(self, "words", None, rule, "heedful.fit(PatchWords(), model, [inputs])")
             draw = torch.Generator().manual_seed(1_000_003 * self.seed + 2 * call.layer + (what == "value"))
-            return torch.randn(x.shape[1:], generator=draw).to(x).expand_as(x)
+            drawn = torch.randn(x.shape[2], x.shape[1], x.shape[3], generator=draw)  # word by word, padding last
+            return drawn.transpose(0, 1).to(x).expand_as(x)
         found = self.words.get(f"{what}.{call.layer}")
         if found is None or found.shape[1:] != x.shape[1:] or len(found) not in (1, len(x)):
             rule = f"layer {call.layer} has [b g k d] = {list(x.shape)}: fit to this model and as many words"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil
+import torch
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
@@ -10,7 +10,8 @@ from heedful.core.mask import Dense, Mask
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.kit.picked import KEPT, best, weights_of
+from heedful.kit.picked import KEPT, weights_of
+from heedful.kit.topk import top_k
 
 
 class TrimmedLlama(Method):
@@ -64,7 +65,10 @@ class TrimmedLlama(Method):
         elif first:
             weights = weights_of(mask, call, slice(0, len(call.queries)))
             given = (weights * call.is_text[..., None]).sum(2)
-            forward[KEPT] = best(given, ceil(self.share * given.shape[-1])).any(1)
+            keep = mask.keeps(call.pairs)
+            there = torch.ones_like(given, dtype=torch.bool) if keep is None else keep.any(2).expand_as(given)
+            wanted = (self.share * there.sum(-1, keepdim=True).double()).ceil()
+            forward[KEPT] = top_k(given, wanted, there).any(1)
         cache[KEPT] = forward[KEPT]
         return mask if first else mask & Dense(forward[KEPT][:, None, None])
 
