@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heedful import attach, models
 from heedful.conformance.tolerances import close_model
-from heedful.methods.intervene.language.temp_scale import TempScale
+from heedful.core.errors import RefusedModel
+from heedful.methods import HeadScale, SinkRate, TempScale
 from tests.samples import Shares
 from tests.test_residual import Push
 
@@ -133,3 +134,40 @@ def test_nothing_of_it_is_left_in_the_model() -> None:
     with attach(model, TempScale(0.3)):
         pass
     assert all(a == vars(m) for a, m in zip(before, model.modules(), strict=True))
+
+
+class Logits(nn.Module):
+    """A model that gives one tensor, as what writes models down wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = models.tiny().requires_grad_(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, use_cache=False).logits
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_trace_is_refused_where_it_would_lack_what_a_run_computes() -> None:
+    model = Logits()
+    with attach(model.model, SinkRate()):
+        model(IDS)
+        with pytest.raises(RefusedModel, match=r"torch\.jit\.trace cannot write down model\.layers\.0"):
+            torch.jit.trace(model, (IDS,), check_trace=False)
+
+
+def test_an_export_holds_what_torchs_own_kernel_serves() -> None:
+    model = Logits()
+    with attach(model.model, HeadScale.example()):
+        want = model(IDS)
+        made = torch.export.export(model, (IDS,), strict=False)
+    assert close_model(made.module()(IDS), want)
+    assert not close_model(model(IDS), want)
+
+
+def test_an_export_of_what_values_decide_is_refused() -> None:
+    model = Logits()
+    with attach(model.model, TempScale(0.5)):
+        model(IDS)
+        with pytest.raises(RefusedModel, match=r"torch\.export cannot write down model\.layers\.0"):
+            torch.export.export(model, (IDS,), strict=False)

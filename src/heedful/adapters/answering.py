@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from heedful.adapters.compiled import require_written_down
 from heedful.adapters.kvcache import HeldLayer
 from heedful.core.call import CachedKV, Call
 from heedful.core.errors import SiteError, StatisticError
@@ -89,6 +90,7 @@ def computed(run: Run, plan: Plan, call: Call, operands: Operands) -> tuple[Tens
 
     def choose(needs: Needs) -> Backend:
         backend = select(run.backend, needs)
+        require_written_down(call.name, backend.name)
         run.state.backends[call.layer] = backend.name
         return Tiled(run.tile_rows) if run.tile_rows and backend.name == "tiled" else backend
 

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+from heedful.core.errors import RefusedModel
+
 PLACE = "_compiled_call_impl"
 _REASON = (
     "a heedful run is attached to this model, which runs as it is written until the run is closed; close it first, or "
@@ -25,6 +27,21 @@ _REASON = (
 def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, which the compiler leaves alone with all that it calls."""
     return torch.compiler.disable(function, reason=_REASON)
+
+
+def require_written_down(name: str, backend: str) -> None:
+    """What writes a model down holds what torch was asked for: not what kernels did, nor what else values decide."""
+    ways = "Close the run first, or fold() the stack into the weights"
+    if torch.jit.is_tracing():
+        raise RefusedModel(
+            f"torch.jit.trace cannot write down {name} while a run computes its attention: part of it would be "
+            f"missing, without a word. {ways}"
+        )
+    if torch.compiler.is_exporting() and backend != "sdpa":
+        raise RefusedModel(
+            f"torch.export cannot write down {name} under this stack, which is computed by {backend}: values decide "
+            f"there what is done, and `heedful explain` says why not by sdpa. {ways}"
+        )
 
 
 @dataclass(eq=False)

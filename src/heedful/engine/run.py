@@ -350,7 +350,7 @@ class Run:
 
     @asks
     def save(self, path: str | Path) -> Path:
-        """Write all statistics to one file, from which `load` and other runs of the same stack can go on."""
+        """Write all statistics to one file, which other runs of the same stack can `merge`."""
         found = {f"{n}.{name}.{layer}": s for (n, name, layer), s in self.state.statistics.items()}
         return save(path, found, of=repr(self.stack))
 
