@@ -125,6 +125,12 @@ def heads_among_rows(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return (weights @ v[:, 0]).view(B, H, N, D), None
 
 
+def heads_among_rows_of_scores(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """The same, with axes of their own for heads of weights."""
+    weights = product(q.reshape(B, H * N, D), k[:, 0]).softmax(-1).view(B, H, N, N)
+    return weights @ v[:, :1], None
+
+
 def taken_from_a_table(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     weights = (net.table - product(q, k)).softmax(-1)
     return weights @ v, weights
@@ -168,6 +174,7 @@ NO_PRODUCT = "a softmax of what is no product of queries and keys alone"
         (times_a_table, NO_PRODUCT),
         (of_the_first_text, "its values have rows that its weights do not have"),
         (heads_among_rows, "with heads in the rows of its queries"),
+        (heads_among_rows_of_scores, "with heads in the rows of its queries"),
     ],
 )
 def test_no_weight_is_used_where_an_edit_does_not_reach(writes: Writes, why: str, x: Tensor) -> None:

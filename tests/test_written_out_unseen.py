@@ -30,6 +30,12 @@ def through_data(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return weights @ v, None
 
 
+def in_place(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    weights = product(q, k).softmax(-1)
+    weights[..., 0] = 0.0
+    return weights @ v, None
+
+
 def through_data_of_scores(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     scores = product(q, k) + 0.0
     weights = scores.softmax(-1)
@@ -59,6 +65,7 @@ def through_a_view(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
 @pytest.mark.parametrize(
     ("writes", "why"),
     [
+        (in_place, CHANGED),
         (through_data, CHANGED),
         (through_data_of_scores, CHANGED),
         (through_an_output, CHANGED),

@@ -12,7 +12,7 @@ import heedful
 from heedful.conformance.tolerances import close
 from heedful.core.errors import NotEntered, RefusedModel
 from tests.test_written_out import HALVE, TWICE, Attention, B, H, N, Net, Writes, halved, plain, x
-from tests.test_written_out_refused import NO_PRODUCT, product
+from tests.test_written_out_refused import CHANGED, NO_PRODUCT, product
 
 __all__ = ["x"]
 pytestmark = pytest.mark.filterwarnings("ignore::heedful.core.errors.InactiveWarning")
@@ -187,6 +187,10 @@ def one_louder(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return scores.softmax(-1) @ v, None
 
 
+def taken_from_a_number(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return (1.0 - product(q, k)).softmax(-1) @ v, None
+
+
 def queries_gone_before_a_softmax(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     asks = q.clone()
     scores = product(asks, k)
@@ -196,7 +200,15 @@ def queries_gone_before_a_softmax(net: Attention, q: Tensor, k: Tensor, v: Tenso
 
 @pytest.mark.parametrize(
     "writes",
-    [with_what_they_were, bent, over_their_spread, rounded_down, one_louder, queries_gone_before_a_softmax],
+    [
+        with_what_they_were,
+        bent,
+        over_their_spread,
+        rounded_down,
+        one_louder,
+        taken_from_a_number,
+        queries_gone_before_a_softmax,
+    ],
 )
 def test_scores_that_are_no_product_are_refused(writes: Writes, x: Tensor) -> None:
     refused(writes, x, NO_PRODUCT)
@@ -300,9 +312,14 @@ def times_what_learns(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return (product(q, k) * net.table).softmax(-1) @ v, None
 
 
-def test_a_table_that_learns_is_no_mask_for_being_ones(x: Tensor) -> None:
-    net = Net(times_what_learns).eval()
+def gated_by_what_learns(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return (product(q, k).softmax(-1) * net.table) @ v, None
+
+
+@pytest.mark.parametrize(("writes", "why"), [(times_what_learns, NO_PRODUCT), (gated_by_what_learns, CHANGED)])
+def test_a_table_that_learns_is_no_mask_for_being_ones(writes: Writes, why: str, x: Tensor) -> None:
+    net = Net(writes).eval()
     for layer in net.layers:
         nn.init.ones_(layer.table)
-    with pytest.raises(RefusedModel, match=NO_PRODUCT):
+    with pytest.raises(RefusedModel, match=why):
         heedful.attach(net, HALVE, inputs=x)

@@ -111,7 +111,7 @@ class Trail:
     def _wrote(self, into: Tensor, func: Any, given: list[Tensor]) -> None:
         """A tensor was written into, and with it whatever lies in the same memory."""
         for place, weights in self.weights.items():
-            mine = into is weights.now and (func in products.DROPOUT or func is Tensor.__setitem__)
+            mine = into is weights.now and func in products.DROPOUT
             if weights.scores is not None and not weights.why and not mine and weights.told_by(into):
                 self.weights[place] = replace(weights, why=CHANGED)
         for place, scores in list(self.scores.items()):
@@ -170,16 +170,16 @@ class Trail:
         """Note what became of scores or weights in a call that gives no tensor, or several."""
         into, made = id(args[0]) if func is Tensor.__setitem__ else None, list(tensors_of(out))
         if into in self.scores:
-            self.scores[into] = self._set(self.scores[into], args, given)
+            self.scores[into] = self._set(self.scores[into], args)
         elif into not in self.weights:
             self.uses.aside(func, args, given, made)
         if into in self.weights:
-            self.weights[into] = replace(self.weights[into], why=CHANGED)
-        elif into is not None or made or name_of(func) in READS:
+            return  # and they are told to be changed
+        if into is not None or made or name_of(func) in READS:
             known = (self.weights.get(id(x)) for x in given)
             self.besides = next((_besides(func) for one in known if one and one.scores is not None), self.besides)
 
-    def _set(self, scores: Scores, args: Any, given: list[Tensor]) -> Scores:
+    def _set(self, scores: Scores, args: Any) -> Scores:
         """Scores into some of whose places something was written."""
         _, where, value = args
         own = isinstance(value, Tensor) and any(use.origin is scores.origin for use in self.uses.of(value))
@@ -191,7 +191,7 @@ class Trail:
             places = torch.zeros(scores.now.shape, dtype=torch.bool, device=scores.now.device)
             places[where] = True
             scores = replace(scores, replaced=(*scores.replaced, places))
-        return replace(scores, learned=scores.learned or any(x.requires_grad for x in given[1:]))
+        return scores
 
     def _softmax(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> Weights:
         given = args[0] if args else kwargs.get("input")
