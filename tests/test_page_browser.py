@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from heedful.bench.comparison import Comparison
 from heedful.bench.records import Answered, Cost, Record, Refused
 from heedful.bench.results import PLAIN
-from heedful.core.figures import Description, Role
+from heedful.core.figures import Description, Listing, Role
 from heedful.methods.observe.sink_rate import SinkRate
 from heedful.report import page
 from tests.test_report import BROWSER, FakeProfile, profile, text_view
@@ -339,3 +340,13 @@ def test_a_comparison_on_a_phone(opened, compared):
     assert min(areas) > 195  # long names leave half of the width to what is drawn
     names = tab.locator(".table td:first-child", has_text="unedited").all()
     assert all(name.bounding_box()["height"] < 40 for name in names)  # on one line
+
+
+def test_an_empty_table_says_so(browser: Any, tmp_path: Path) -> None:
+    empty = Listing("few", "Heads that look far", "Of which there may be none.", ("head", "share"), [])
+    some = Listing("some", "Heads that look near", "Of which there are some.", ("head", "share"), [("a", 1), ("b", 2)])
+    held = replace(profile(), parts=[(SinkRate(), Description((empty, some)))])
+    tab = browser.new_page()
+    tab.goto(page.write(held, tmp_path / "page.html").as_uri())
+    told = tab.evaluate("[...document.querySelectorAll('table tbody')].map(x => [...x.rows].map(r => r.innerText))")
+    assert told[:2] == [["None."], ["a\t1", "b\t2"]]

@@ -144,6 +144,13 @@ def test_less_loss_is_better_in_the_matrix_too() -> None:
     assert dict(wide.matrix.rows)["far"][0].text == "safe"
 
 
+def test_few_prompts_have_no_interval_and_it_is_said_so() -> None:
+    found = comparison({"near": lambda t, n: same(t, n) + 0.02}, prompts=4)
+    about = {**found.facts["tasks"]["t0"], "unit": "nats a token", "more_is_better": False}
+    less = Comparison({**found.facts, "tasks": {"t0": about}}, found.records)
+    assert dict(less.matrix.rows)["near"][1].detail == "no interval yet, n = 4"
+
+
 def test_a_task_that_the_model_guesses_shows_no_loss() -> None:
     found = comparison({"bad": lambda t, n: float(n == 0)}, tasks=1, prompts=60)
     guessed = Comparison(

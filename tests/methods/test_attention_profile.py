@@ -166,7 +166,7 @@ def test_tells_what_a_reader_wants_to_know() -> None:
     curves = kinds["distances"]
     assert isinstance(curves, Curves)
     assert list(curves.x) == [1, 2, 3, 4]
-    assert curves.lines["layers 0 to 0"].tolist() == pytest.approx([0.65, 0, 0, 0])
+    assert curves.lines["layer 0"].tolist() == pytest.approx([0.65, 0, 0, 0])
     roles = {role.name: list(role.heads) for role in told.roles}
     assert roles["previous-token head"] == [(0, 0), (0, 1)]
     assert roles["broad attention"] == [(4, 1)]
@@ -224,6 +224,6 @@ def test_curves_are_means_over_a_third_of_the_layers() -> None:
     lines = {name: line.tolist() for name, line in curves.lines.items()}
     assert lines == {
         "layers 0 to 1": pytest.approx([0.15, 0.15]),
-        "layers 2 to 2": pytest.approx([0.3, 0.3]),
-        "layers 3 to 3": pytest.approx([0.4, 0.4]),
+        "layer 2": pytest.approx([0.3, 0.3]),
+        "layer 3": pytest.approx([0.4, 0.4]),
     }

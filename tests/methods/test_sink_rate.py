@@ -163,8 +163,8 @@ def test_tells_what_a_reader_wants_to_know() -> None:
     assert torch.equal(weights.values, torch.stack([x[:, 0] for x in importance.values()]))
     assert often.values.sum() == 6
     assert list(curves.x) == [1, 2, 3]
-    assert list(curves.lines) == ["layers 0 to 1", "layers 2 to 2", "layers 5 to 5"]
-    assert curves.lines["layers 5 to 5"][0] == pytest.approx(2.1 / 4)
+    assert list(curves.lines) == ["layers 0 to 1", "layer 2", "layer 5"]
+    assert curves.lines["layer 5"][0] == pytest.approx(2.1 / 4)
     (role,), (finding,) = told.roles, told.findings
     assert list(role.heads) == [(2, 2), (5, 2), (2, 3), (5, 3), (2, 1), (5, 1)]
     assert role.heads[5, 2] == pytest.approx(0.9)

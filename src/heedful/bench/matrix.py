@@ -75,4 +75,5 @@ def _score(c: Results, r: Result | None, task: str, name: str) -> Cell:
         return Cell("as unedited", "", 0.0, "quiet")
     mean, low, high = (number(x, unit, signed=True) for x in (r.gap.mean, r.gap.low, r.gap.high))
     tone = {"better": "good", "safe": "good", "worse": "bad"}.get(c.verdicts.get((task, name), ""), "")
-    return Cell(mean, f"{low} to {high}, n = {r.prompts}", r.gap.mean, tone)
+    within = f"{low} to {high}" if (low, high) != ("?", "?") else "no interval yet"
+    return Cell(mean, f"{within}, n = {r.prompts}", r.gap.mean, tone)

@@ -168,6 +168,11 @@ def counted(number: int, thing: str) -> str:
     return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
+def layers_from(first: int, last: int) -> str:
+    """A stretch of layers: `layer 3`, `layers 3 to 5`."""
+    return f"layer {first}" if first == last else f"layers {first} to {last}"
+
+
 def percent(share: float) -> str:
     """A share in words that a reader can check: no false precision, no rounding to nothing."""
     if 0 < share < 0.01:

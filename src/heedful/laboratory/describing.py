@@ -146,7 +146,7 @@ def _learning(lab: Results, course: Course) -> Iterable[Figure]:
     if lines:
         what = "The loss of training batches, the mean over seeds and neighbouring steps."
         title = f"{course.name.capitalize()}: learning"
-        yield Curves(f"{course.name}_learning", title, what, x, lines, "tokens seen", "nats")
+        yield Curves(f"{course.name}_learning", title, what, x, lines, "tokens seen", "loss")
 
 
 def _table(lab: Results, course: Course) -> Listing:

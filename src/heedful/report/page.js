@@ -331,7 +331,8 @@ function table(columns, lines, caption) {
   const key = (x) => (x.heads ? x.heads[0].split(".").reduce((a, b) => a * 1e6 + Number(b), 0) : x.number ?? x.text);
   const numeric = columns.map((_, i) => lines.every((line) => line[i].number !== undefined || line[i].text === null));
   const body = el("tbody");
-  const fill = () => body.replaceChildren(...lines.map((line) => el("tr", {}, ...line.map((x, i) =>
+  const none = el("tr", {}, el("td", { class: "quiet", colspan: columns.length }, "None."));
+  const fill = () => body.replaceChildren(...(lines.length ? [] : [none]), ...lines.map((line) => el("tr", {}, ...line.map((x, i) =>
     el("td", { class: numeric[i] ? "right" : null }, ...(x.heads ? x.heads.map(headButton) : [x.text === undefined ? written(x.number, columns[i][1]) : visible(x.text ?? "–")])))))); // "–": there is none
   const heads = columns.map(([title], i) => el("th", { scope: "col", class: numeric[i] ? "right" : null }, el("button", {
     type: "button",

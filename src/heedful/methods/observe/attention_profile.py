@@ -11,7 +11,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.figures import Curves, Description, Finding, Head, HeadMap, Listing, Role, head_name, percent
+from heedful.core.figures import (
+    Curves,
+    Description,
+    Finding,
+    Head,
+    HeadMap,
+    Listing,
+    Role,
+    head_name,
+    layers_from,
+    percent,
+)
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.positions import spread_heads
@@ -248,7 +259,7 @@ def _curves(answer: Profile) -> Curves:
     names = list(answer.distances)
     lines, bands = {}, {}
     for part in torch.arange(len(names)).tensor_split(min(3, len(names))):
-        name, mine = f"layers {names[part[0]]} to {names[part[-1]]}", per_token[part]
+        name, mine = layers_from(names[part[0]], names[part[-1]]), per_token[part]
         lines[name] = mine.nanmean(1).mean(0)
         low, high = mine.flatten(0, 1).nanquantile(torch.tensor([0.25, 0.75], dtype=mine.dtype), 0)
         bands[name] = low, high

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.figures import Curves, Description, Finding, Grid
+from heedful.core.figures import Curves, Description, Finding, Grid, layers_from
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
@@ -119,7 +119,7 @@ class ParallelToFirst(Method):
             return Description((grid, curves))
         top = max(where, key=answer.near_share)
         text = (
-            f"After layers {where[0]} to {where[-1]} some tokens point the same way as the first token, most of them "
+            f"After {layers_from(where[0], where[-1])} some tokens point the same way as the first token, most of them "
             f"after layer {top} ({answer.near_share(top):.2%} of tokens)."
         )
         return Description((grid, curves), findings=(Finding(text, 0.3, shows="parallel_share"),))

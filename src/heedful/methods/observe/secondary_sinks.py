@@ -11,7 +11,7 @@ from torch import Tensor
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.figures import Curves, Description, Finding, Listing, percent
+from heedful.core.figures import Curves, Description, Finding, Listing, layers_from, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
@@ -197,7 +197,7 @@ class SecondarySinks(Method):
         where = [n for n, x in answer.by_layer.items() if x > 0]
         top = max(where, key=lambda n: answer.by_layer[n])
         text = (
-            f"In layers {where[0]} to {where[-1]} there are secondary sinks, tokens beside the first (up to "
+            f"In {layers_from(where[0], where[-1])} there are secondary sinks, tokens beside the first (up to "
             f"{answer.by_layer[top]:.1f} a text, layer {top}); each gets {percent(answer.weight[top])} of the "
             f"attention there, the first token {percent(answer.first_weight[top])}."
         )

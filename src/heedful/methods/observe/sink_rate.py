@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.figures import Curves, Description, Finding, HeadMap, Role, percent
+from heedful.core.figures import Curves, Description, Finding, HeadMap, Role, layers_from, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.stats import Mean, Statistic
@@ -90,7 +90,7 @@ def _curves(importance: dict[int, Tensor]) -> Curves:
     binned = torch.stack([x.nanmean(1) for x in means.tensor_split(edges[1:], 1)], 1)
     names = list(importance)
     lines = {
-        f"layers {names[part[0]]} to {names[part[-1]]}": binned[part].nanmean(0)
+        layers_from(names[part[0]], names[part[-1]]): binned[part].nanmean(0)
         for part in torch.arange(len(binned)).tensor_split(min(3, len(binned)))
     }
     what = (

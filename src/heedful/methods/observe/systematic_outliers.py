@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heedful.core.call import Call, Phase
 from heedful.core.errors import FieldError
-from heedful.core.figures import Curves, Description, Finding, percent
+from heedful.core.figures import Curves, Description, Finding, layers_from, percent
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
@@ -146,7 +146,8 @@ class SystematicOutliers(Method):
         where = [n for n, c in layers.items() if c.both]
         text = f"{percent(total.explained)} of the tokens that draw much attention carry a massive activation"
         if where:
-            text += f" (layers {where[0]} to {where[-1]}), {percent(total.first / total.both)} of them the first token"
+            first = percent(total.first / total.both)
+            text += f" ({layers_from(where[0], where[-1])}), {first} of them the first token"
         return Description((curves,), findings=(Finding(f"{text}.", 0.1 + 0.4 * total.explained, shows="outliers"),))
 
 

@@ -10,7 +10,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-from heedful.core.figures import Curves, Description, Finding, Head, HeadMap, Listing, Role, counted, head_name, percent
+from heedful.core.figures import (
+    Curves,
+    Description,
+    Finding,
+    Head,
+    HeadMap,
+    Listing,
+    Role,
+    counted,
+    head_name,
+    layers_from,
+    percent,
+)
 from heedful.core.method import Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.positions import spread_heads
@@ -142,8 +154,9 @@ class VisualHeads(Method):
             return Description((*maps, curves, listing), (part,), (Finding(text, 0.1, shows=f"{name}_heads"),))
         layers = sorted({layer for layer, _ in heads})
         text = (
-            f"{counted(len(heads), 'head')} of {len(ranked)} look hard at some of the {name}, in layers {layers[0]} to "
-            f"{layers[-1]}; most does {head_name(*ranked[0][0])}, with a score of {ranked[0][1]:.2f}."
+            f"{counted(len(heads), 'head')} of {len(ranked)} look hard at some of the {name}, in "
+            f"{layers_from(layers[0], layers[-1])}; most does {head_name(*ranked[0][0])}, with a score of "
+            f"{ranked[0][1]:.2f}."
         )
         return Description((*maps, curves, listing), (part,), (Finding(text, 0.5, ("Patch",), f"{name}_heads"),))
 
