@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.coverage.probe import Look, Through
-from heedful import attach
+from heedful import Site, attach, edit
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.methods import KNorm, TempScale
@@ -234,6 +234,10 @@ def test_attention_may_be_in_a_module_inside() -> None:
         assert run.layer_names[2] == "model.layers.0.mlp.attention.inner"
         assert 2 in run.activity().entered
         assert 1 not in run.activity().entered
+    calls: list[int] = []
+    with attach(model, edit(Site.HIDDEN, lambda x, call: (calls.append(call.layer), 2 * x)[1])) as run:
+        run(input_ids=IDS)
+    assert calls == [0, 2, 3], "a look is no call, and what stands around a layer is none"
     for inner, said in ((Nameless("kernel"), r": its attention is in .*attention.inner"), (nn.Identity(), "")):
         refused = pytest.raises(RefusedModel, match=rf"\(OuterAttention{said}\). To work on the rest")
         with attach(llama(OuterAttention(inner)), Look()) as run, refused:

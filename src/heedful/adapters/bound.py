@@ -53,6 +53,9 @@ class Server(Protocol):
     def under_way(self) -> bool:
         """Whether a forward of its model is under way in this thread."""
 
+    def is_layer(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a bound module that is called is an attention layer, which may show then alone."""
+
     def attention(self, bound: Bound, request: Request) -> Outcome: ...
 
 

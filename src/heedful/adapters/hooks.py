@@ -75,8 +75,8 @@ class Hooks:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self.looking:
                 return None
-            bound.called = False
-            return self._enter(bound, args, kwargs)
+            bound.called = not bound.server.is_layer(bound, args, kwargs)
+            return None if bound.called else self._enter(bound, args, kwargs)
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
             if self.looking:

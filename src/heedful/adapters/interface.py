@@ -111,6 +111,9 @@ class Interface:
 
     # one attention call
 
+    def is_layer(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return True
+
     def attention(self, bound: Bound, request: Request) -> Outcome:
         bound.called = True
         run, run_state = self.run, self.run.state

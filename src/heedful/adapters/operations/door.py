@@ -43,6 +43,7 @@ class Operations:
     found: Found = field(default_factory=Found, init=False)
     installed: bool = field(default=False, init=False)
     _around: set[str] = field(default_factory=set, init=False)  # candidates whose attention is all in others inside
+    _stood: dict[str, Entrance] = field(default_factory=dict, init=False)
     _entrances: Hooked = field(default_factory=Hooked, init=False)
     _nested: list[nn.TransformerEncoder] = field(default_factory=list, init=False)
     hooks: Hooks = field(init=False)  # of the run that is in the model, or was the last one there
@@ -77,28 +78,27 @@ class Operations:
             if module in found.ran and not any(within(a, (b,)) for x in known for a, b in ((x, name), (name, x))):
                 yield name
 
-    def is_layer(self, bound: Bound, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def is_layer(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a module is an attention layer; it is looked at, with what it is called with, if it was not yet."""
         if bound.name not in self.found.layers and bound.name not in self._around:
-            self._reach(bound, run, args, kwargs)
+            self._reach(bound, args, kwargs)
         return bound.name not in self._around
 
-    def _reach(self, bound: Bound, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _reach(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Learn how a module computes that is known by its class, or refuse it."""
         self.hooks.looking = True
         try:
-            seen = find(bound.module, run, (args, kwargs), alone=True)
+            seen = find(bound.module, self._stood[bound.name].own, (args, kwargs), alone=True)
         finally:
             self.hooks.looking = False
         inside = [f"{bound.name}.{name}" for name in seen.layers if name]
-        if "" in seen.layers and "" not in seen.channels_first:
+        if "" in seen.layers:
             self.found.take(bound.name, seen)
             self._follow(bound)
         elif inside and not seen.own and set(inside) <= set(self.candidates):
             self._around.add(bound.name)
         else:
             why = next(iter(seen.own.values()), f"its attention is in {inside[0]}" if inside else "")
-            why = "its channels stand before its tokens, which `inputs` would show" if "" in seen.layers else why
             raise self._unreached(bound.name, why)
 
     def _unreached(self, name: str, why: str) -> RefusedModel:
@@ -126,23 +126,24 @@ class Operations:
     def bind(self, name: str) -> Bound:
         """What the run knows of a layer."""
         module = self.model.get_submodule(name)
-        taking = taking_of(module, name in self.found.channels_first)
         if spread_of(self.model, name) is not None:
             raise RefusedModel(
                 f"{name} ({type(module).__name__}) computes attention by itself, and its heads are spread over "
                 "processes; load the model whole"
             )
-        return Bound(self, module, name, None, NATIVE, outside=True, taking=taking)  # type: ignore[arg-type]
+        return Bound(self, module, name, None, NATIVE, outside=True, taking=taking_of(module))  # type: ignore[arg-type]
 
     def stand(self, bound: Bound) -> None:
         """Stand in a layer."""
-        self._entrances.stand(Entrance(bound.module, self, bound))
+        entrance = self._stood[bound.name] = Entrance(bound.module, self, bound)
+        self._entrances.stand(entrance)
         if bound.name in self.found.layers:
             self._follow(bound)
 
     def _follow(self, bound: Bound) -> None:
         """Answer as it is known now that the layer computes."""
         found, module = self.found, bound.module
+        bound.taking = taking_of(module, bound.name in found.channels_first)
         bound.written, bound.heads_at = found.written.get(bound.name), found.heads_at.get(bound.name)
         output = output_module(self.model, bound.name)
         if output is not None and output not in found.ran and (not self.candidates or output in set(module.modules())):

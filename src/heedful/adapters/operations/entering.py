@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,9 +29,7 @@ class Answers(Protocol):
 
     def same_thread(self, bound: Bound) -> None: ...
 
-    def is_layer(
-        self, bound: Bound, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool: ...
+    def is_layer(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool: ...
 
     def kernel(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor: ...
 
@@ -54,8 +51,7 @@ class Entrance(Standing):
         if not self.server.installed or self.server.answering:
             return self.own(*args, **kwargs)  # somebody who wrapped this one while the run was there still calls it
         self.server.same_thread(self.bound)
-        if not self.server.is_layer(self.bound, self.own, args, kwargs):
-            self.bound.called = True
+        if not self.server.is_layer(self.bound, args, kwargs):
             return self.own(*args, **kwargs)
         if self.bound.written is None:
             with _Inside(self.server, self.bound):

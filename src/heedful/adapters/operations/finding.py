@@ -104,6 +104,8 @@ class Found:
     def take(self, name: str, module: Found) -> None:
         """Know a layer by what was found in a look at that module alone."""
         self.layers[name] = module.layers[""]
+        if "" in module.channels_first:
+            self.channels_first.add(name)
         if "" in module.written:
             self.written[name] = module.written[""]
         if "" in module.heads_at:
