@@ -35,7 +35,7 @@ class Attention(nn.Module):
         self.writes, self.weights, self.num_heads = writes, weights, H
         self.q, self.k, self.v, self.out = (nn.Linear(H * D, H * D) for _ in "qkvo")
         self.table = nn.Parameter(torch.randn(H, N, N))
-        self.dropout = nn.Dropout(0.2)
+        self.dropout, self.mix = nn.Dropout(0.2), nn.Linear(H, H)
 
     def forward(self, x: Tensor) -> Any:
         q, k, v = (f(x).view(*x.shape[:2], H, D).transpose(1, 2) for f in (self.q, self.k, self.v))

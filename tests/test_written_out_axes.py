@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 import heedful
 from heedful.adapters.choosing import adapter_for
+from heedful.adapters.kvcache import hold
+from heedful.adapters.operations.leaving import as_it_was
 from heedful.conformance.tolerances import close
 from heedful.core.errors import NotEntered, RefusedModel
 from heedful.core.sites import Site
@@ -102,6 +105,19 @@ def test_heads_that_stand_first_do_so_in_one_text() -> None:
     seen: list[int] = []
     note = heedful.edit(Site.PATTERN, lambda pattern, call: seen.append(pattern.shape[1]) or pattern)
     with heedful.attach(net, note, inputs=x) as run:
+        run(x)
+    assert set(seen) == {H}
+
+
+def as_there_are_texts(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return (heads_first if len(q) == 1 else as_torch_has_it)(net, q, k, v)
+
+
+def test_what_one_text_told_is_not_held_against_sizes() -> None:
+    torch.manual_seed(0)
+    x, net, seen = torch.randn(2, N, H * D), Net(as_there_are_texts).eval(), []
+    note = heedful.edit(Site.PATTERN, lambda pattern, call: seen.append(pattern.shape[1]) or pattern)
+    with heedful.attach(net, note, inputs=x[:1]) as run:
         run(x)
     assert set(seen) == {H}
 
@@ -275,3 +291,23 @@ def test_a_look_leaves_buffers_as_they_were() -> None:
             assert net.seen.tolist() == [0.0, 0.0, 0.0]
             assert net.still is still
             assert inference or net.still._version == 0  # what nobody wrote into is not written into
+
+
+def test_parts_that_know_their_sizes_since_a_look_keep_them() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.LazyLinear(H * D), Attention(as_torch_has_it)).eval()
+    x = torch.randn(2, N, 5)
+    with heedful.attach(net, HALVE, inputs=x) as run:
+        assert run(x).shape == (2, N, H * D)
+    assert type(net[0]) is nn.Linear
+    assert net[0].in_features == 5
+
+
+def test_a_look_writes_into_no_cache_that_a_run_has_made_its_own() -> None:
+    cache, new = DynamicCache(), torch.randn(2, H, 3, D)
+    hold(cache, 0, "layers.0")
+    cache.update(new, new, 0)
+    with as_it_was(nn.Module(), {"cache": cache}):
+        cache.update(new, new, 0)
+        assert cache.get_seq_length() == 6
+    assert cache.get_seq_length() == cache.layers[0].keys.shape[2] == 3

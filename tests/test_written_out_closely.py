@@ -135,12 +135,21 @@ def from_the_second_token(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> An
     return weights @ v, weights
 
 
+def beside_the_first_token(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """The same in axes of rows and columns, as in MViT v2, and not in place."""
+    scores = product(q, k)
+    inner = scores[:, :, 1:, 1:].view(B, H, 2, 3, 2, 3) + net.table[:, 1:, 1:].reshape(H, 2, 3, 2, 3)
+    scores[:, :, 1:, 1:] = inner.view(B, H, 6, 6)
+    weights = scores.softmax(-1)
+    return weights @ v, weights
+
+
 def with_a_table(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     weights = (q @ k.transpose(-1, -2) * D**-0.5 + net.table).softmax(-1)
     return weights @ v, weights
 
 
-@pytest.mark.parametrize("writes", [from_the_second_token, with_a_table])
+@pytest.mark.parametrize("writes", [from_the_second_token, beside_the_first_token, with_a_table])
 @pytest.mark.parametrize("start", [0.0, 1.0])
 def test_each_number_of_a_table_learns(writes: Writes, start: float, x: Tensor) -> None:
     net = Net(writes)
@@ -268,7 +277,7 @@ def test_a_softmax_of_something_else_is_left_to_the_module(x: Tensor) -> None:
         assert torch.equal(run(x)[1], want)
 
 
-@pytest.mark.parametrize("writes", [far_in_a_row, over_a_number_for_each_head, bounded])
+@pytest.mark.parametrize("writes", [far_in_a_row, over_a_number_for_each_head, bounded, beside_the_first_token])
 def test_queries_are_told_apart_from_what_is_added(writes: Writes, x: Tensor) -> None:
     def louder(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
         return writes(net, 2 * q, k, v)

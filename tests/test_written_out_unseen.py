@@ -181,13 +181,26 @@ def kernels_alone(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return near_ones(net, q, v).expand_as(v), None
 
 
+def scaled_kernels_alone(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """What is done with a softmax before the values makes it no other thing."""
+    gates = net.dropout(net.table.softmax(-1) * 0.5).expand(B, H, N, N).transpose(1, 2).transpose(1, 2)
+    return gates @ v, None
+
+
 def mixed_beside_a_map(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     """The other softmax is of what came of a product, so it is attention that nobody follows."""
     talking = torch.einsum("bhij,hg->bgij", product(q, k), torch.eye(H)).tanh().softmax(-1)
     return product(q, k).softmax(-1) @ v + talking @ v, None
 
 
-@pytest.mark.parametrize("writes", [kernels_alone, mixed_beside_a_map])
+def talking_beside_a_map(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """Heads mix before their softmax and after it, as in CaiT, in a module that has a map too."""
+    mixed = net.mix(product(q, k).permute(0, 2, 3, 1)).permute(0, 3, 1, 2).softmax(-1)
+    mixed = net.mix(mixed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return product(q, k).softmax(-1) @ v + mixed @ v, None
+
+
+@pytest.mark.parametrize("writes", [kernels_alone, scaled_kernels_alone, mixed_beside_a_map, talking_beside_a_map])
 def test_a_softmax_that_may_be_a_map_is_refused(writes: Writes, x: Tensor) -> None:
     refused(writes, x, NO_PRODUCT)
 

@@ -191,6 +191,10 @@ def taken_from_a_number(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return (1.0 - product(q, k)).softmax(-1) @ v, None
 
 
+def added_several_times(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return torch.add(net.table, product(q, k), alpha=2).softmax(-1) @ v, None
+
+
 def queries_gone_before_a_softmax(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     asks = q.clone()
     scores = product(asks, k)
@@ -207,6 +211,7 @@ def queries_gone_before_a_softmax(net: Attention, q: Tensor, k: Tensor, v: Tenso
         rounded_down,
         one_louder,
         taken_from_a_number,
+        added_several_times,
         queries_gone_before_a_softmax,
     ],
 )
@@ -252,7 +257,32 @@ def moved(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return weights @ v, weights
 
 
-ZEROED = [zeroed_by_a_table, zeroed_by_a_mask, zeroed_by_a_choice, zeroed_by_its_choice, zeroed_in_place, moved]
+def louder_elsewhere(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    scores = product(q, k)
+    if net.hides:
+        scores[..., 0] = scores[..., 0] * 3
+    return scores.softmax(-1) @ v, None
+
+
+def turned_around(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    scores = product(q, k)
+    if net.hides:
+        scores[..., 0] = 1.0 - scores[..., 0]
+        scores[..., 1] = net.table[..., 0] - scores[..., 1]
+        scores[..., 2] = torch.add(net.table[..., 0], scores[..., 2], alpha=2)
+    return scores.softmax(-1) @ v, None
+
+
+ZEROED = [
+    louder_elsewhere,
+    turned_around,
+    zeroed_by_a_table,
+    zeroed_by_a_mask,
+    zeroed_by_a_choice,
+    zeroed_by_its_choice,
+    zeroed_in_place,
+    moved,
+]
 
 
 @pytest.mark.parametrize("writes", ZEROED)

@@ -19,7 +19,7 @@ from heedful.engine.resting import resting
 _ATOMIC = (str, bytes, int, float, complex, type(None), type)
 _OF_MODULES = frozenset(vars(nn.Module())) - {"_buffers"}  # torch's own: parts, parameters, hooks, whether they train
 _OF_OTHERS = sys.stdlib_module_names | {"torch", "heedful"}  # libraries whose things are no caller's cache
-_CACHES = ("heedful.adapters.kvcache", "heedful.adapters.carried")  # but for what a run makes of one
+_CACHES = "heedful.adapters.kvcache"  # but for what a run makes of one
 
 
 @contextmanager
@@ -72,7 +72,7 @@ class _Before:
         for one in held:
             self._walk(one)
         home = type(x).__module__
-        if (home.partition(".")[0] not in _OF_OTHERS or home in _CACHES) and not isinstance(x, nn.Module):
+        if (home.partition(".")[0] not in _OF_OTHERS or home == _CACHES) and not isinstance(x, nn.Module):
             self._attributes(x, frozenset())
 
     def _attributes(self, x: Any, but: frozenset[str]) -> None:

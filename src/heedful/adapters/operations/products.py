@@ -27,14 +27,20 @@ CLAMPED = {torch.clamp, Tensor.clamp, Tensor.clamp_}
 BOUNDED = CLAMPED | {torch.max, torch.maximum, Tensor.maximum}
 PLUS = {Tensor.add_, Tensor.__iadd__, Tensor.sub_, Tensor.__isub__}
 WHERE = {torch.where, Tensor.where}
-ADDED = SUBTRACTED | BOUNDED | FILLED | WHERE | {
-    torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.masked_fill_,
-}  # fmt: skip
+SUMMED = SUBTRACTED | {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+ADDED = SUMMED | BOUNDED | FILLED | WHERE | {Tensor.masked_fill_}
 TURNED: set[Any] = {vars(torch._C.TensorBase)["mT"].__get__, torch.adjoint, Tensor.adjoint}  # the last two axes
 SWAPPED = TURNED | {
     torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes, torch.permute, Tensor.permute,
 }  # fmt: skip
 PRODUCTS = MATMUL | BADDBMM | {EINSUM}
+
+
+def sums(func: Any, kwargs: Any, first: bool) -> bool:
+    """Whether a call adds to something, which is the first it is given or not, or takes away from it."""
+    if func not in SUMMED:
+        return False
+    return first or (func not in SUBTRACTED and kwargs.get("alpha", 1) == 1)
 
 
 class Product(NamedTuple):

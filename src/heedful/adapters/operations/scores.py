@@ -74,7 +74,7 @@ class Weights:
 
     @property
     def touched(self) -> bool:
-        return self.versions != self._versions()
+        return self.scores is not None and self.versions != self._versions()
 
     def _versions(self) -> tuple[int, ...]:
         told = (self.now,) if self.scores is None else (self.now, self.scores.now, self.scores.query, self.scores.key)
@@ -137,7 +137,7 @@ def followed(scores: Scores, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
         others = [x for x in tensors_of((*args, *kwargs.values())) if x is not scores.now]
         if func in products.BOUNDED and not _far(func, args, kwargs, scores.now):
             return None
-        if func in products.SUBTRACTED and args[0] is not scores.now:
+        if func in products.SUMMED and not products.sums(func, kwargs, first=args[0] is scores.now):
             return None
         places = _replaced(func, args, kwargs, scores.now)
         new = new if places is None else replace(new, replaced=(*new.replaced, places.expand_as(scores.now)))

@@ -9,6 +9,8 @@ from weakref import ReferenceType, ref
 
 from torch import Tensor
 
+from heedful.adapters.operations import products
+
 # what takes a tensor for its shape or its type alone
 _PATTERNS = frozenset({
     "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
@@ -29,6 +31,7 @@ class Use:
 
     origin: Origin
     by: str = ""  # what first made something else of them
+    part: tuple[Any, ...] | None = None  # where the scores are that it is, but for what was added to them
     used: bool = False  # something else was made of it in turn, or it came back to the scores
 
 
@@ -70,7 +73,7 @@ class Uses:
         if mine := self.of(scores):
             self.note(out, *mine)
 
-    def aside(self, func: Any, args: Any, given: Iterable[Tensor], made: Iterable[Tensor]) -> None:
+    def aside(self, func: Any, args: Any, kwargs: Any, given: Iterable[Tensor], made: Iterable[Tensor]) -> None:
         """Something else was made of what came of a product."""
         name, made = name_of(func), list(made)
         uses = [use for x in given for use in self.of(x)]
@@ -81,6 +84,13 @@ class Uses:
         new = tuple(self._other(use, func) for use in {id(use.origin): use for use in uses}.values())
         for x in made:
             self.note(x, *new)
+        if len(made) == len(uses) == 1:
+            (one,) = new
+            first = bool(args) and isinstance(args[0], Tensor) and bool(self.of(args[0]))
+            if func is Tensor.__getitem__ and not uses[0].by:
+                one.part = place_of(made[0])
+            elif func in products.SAME or products.sums(func, kwargs, first):
+                one.part = uses[0].part
 
     def _other(self, use: Use, func: Any) -> Use:
         use.used, new = True, Use(use.origin, use.by or name_of(func))
@@ -88,6 +98,11 @@ class Uses:
         if use.origin.left:
             self.later[use.origin.left] = use.origin.elsewhere
         return new
+
+
+def place_of(x: Tensor) -> tuple[Any, ...]:
+    """Which numbers a tensor is of those in its memory."""
+    return x.data_ptr(), x.shape, x.stride()
 
 
 def takes_shape(func: Any, args: Any, known: Collection[int]) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from heedful.adapters.operations import products
 from heedful.adapters.operations.products import Product, dropout_of, product_of, swaps
 from heedful.adapters.operations.scores import Asked, Scores, Weights, blank, followed, low
-from heedful.adapters.operations.uses import READS, Use, Uses, name_of, overlap, takes_shape, written_by
+from heedful.adapters.operations.uses import READS, Use, Uses, name_of, overlap, place_of, takes_shape, written_by
 from heedful.engine.activity import tensors_of
 
 CHANGED = "its weights are changed after a softmax"
@@ -81,7 +81,7 @@ class Trail:
         if (into := written_by(func, args, kwargs)) is not None:
             self._wrote(into, func, given)
         if not isinstance(out, Tensor):
-            self._no_tensor(func, args, given, out)
+            self._no_tensor(func, args, kwargs, given, out)
         elif func in products.PRODUCTS:
             self._multiplied(func, args, kwargs, given, out)
         elif func in products.SOFTMAX:
@@ -94,10 +94,10 @@ class Trail:
         elif (scores := next((self.scores[id(x)] for x in given if id(x) in self.scores), None)) is not None:
             self._scores(scores, func, args, kwargs, out)
         else:
-            self.uses.aside(func, args, given, (out,))
+            self.uses.aside(func, args, kwargs, given, (out,))
 
     def _multiplied(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], out: Tensor) -> None:
-        self.uses.aside(func, args, given, (out,))
+        self.uses.aside(func, args, kwargs, given, (out,))
         product = product_of(func, args, kwargs)
         if product is None or out.ndim < 3 or product.order is not None:
             return
@@ -166,39 +166,37 @@ class Trail:
         self.weights.clear()
         self.besides, self.answered, self.left_alone = "", None, ""
 
-    def _no_tensor(self, func: Any, args: Any, given: list[Tensor], out: Any) -> None:
+    def _no_tensor(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], out: Any) -> None:
         """Note what became of scores or weights in a call that gives no tensor, or several."""
         into, made = id(args[0]) if func is Tensor.__setitem__ else None, list(tensors_of(out))
         if into in self.scores:
-            self.scores[into] = self._set(self.scores[into], args)
+            self.scores[into] = self._set(self.scores[into], args, given)
         elif into not in self.weights:
-            self.uses.aside(func, args, given, made)
+            self.uses.aside(func, args, kwargs, given, made)
         if into in self.weights:
             return  # and they are told to be changed
         if into is not None or made or name_of(func) in READS:
             known = (self.weights.get(id(x)) for x in given)
             self.besides = next((_besides(func) for one in known if one and one.scores is not None), self.besides)
 
-    def _set(self, scores: Scores, args: Any) -> Scores:
+    def _set(self, scores: Scores, args: Any, given: list[Tensor]) -> Scores:
         """Scores into some of whose places something was written."""
         _, where, value = args
-        own = isinstance(value, Tensor) and any(use.origin is scores.origin for use in self.uses.of(value))
-        there = scores.now[where]
-        if own and value.data_ptr() == there.data_ptr() and value.shape == there.shape:  # as after `scores[..] += x`
-            for use in self.uses.of(value):
-                use.used = True
+        there, uses = place_of(scores.now[where]), self.uses.of(value) if isinstance(value, Tensor) else ()
+        if own := [use for use in uses if use.origin is scores.origin and use.part == there]:
+            own[0].used = True  # as after `scores[..] += x`
         elif not low(value):
             places = torch.zeros(scores.now.shape, dtype=torch.bool, device=scores.now.device)
             places[where] = True
             scores = replace(scores, replaced=(*scores.replaced, places))
-        return scores
+        return replace(scores, learned=scores.learned or any(x.requires_grad for x in given[1:]))
 
     def _softmax(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> Weights:
         given = args[0] if args else kwargs.get("input")
         scores = self.scores.get(id(given))
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if scores is None:
-            self.uses.aside(func, args, (given,), ())
+            self.uses.aside(func, args, kwargs, (given,), ())
             return Weights(out, None, why=NO_PRODUCT if self.uses.of(given) else "")
         if dim not in (-1, out.ndim - 1):
             return Weights(out, None, why=f"a softmax over axis {dim}")
@@ -216,7 +214,7 @@ class Trail:
             if out is not scores.now:
                 self.uses.goes_on(scores.now, scores.origin, func, others, out)
         elif out is not scores.now:
-            self.uses.aside(func, args, (scores.now, *others), (out,))
+            self.uses.aside(func, args, kwargs, (scores.now, *others), (out,))
 
     def _mixed(self, scores: Scores, func: Any, others: Iterable[Tensor]) -> bool:
         """Whether scores meet what was made of them, but for a number that all of a row share."""
@@ -236,7 +234,9 @@ class Trail:
             self.weights[id(out)] = replace(weights, now=out).untouched()
         elif same and func in products.SWAPPED and swaps(func, args, kwargs, out.ndim):
             self.weights[id(out)] = replace(weights, now=out, turned=not weights.turned).untouched()
-        elif same and weights.scores is not None:
+        elif weights.scores is None and (same or func in products.SAME):
+            self.weights[id(out)] = replace(weights, now=out)  # as little attention as it was
+        elif same:
             self.weights[id(out)] = replace(weights, now=out, why=weights.why or CHANGED)
         elif weights.scores is not None:
             self.besides = _besides(func)
