@@ -19,6 +19,7 @@ from tests.by_hand import heads_of, in_pieces, llama_states
 N = 24
 LOW, HIGH = Region(((1, 3), (4, 8)), (2, 3)), Region(((8, 20),), (4, 3))
 ROW = Region(((1, 4),)), Region(((4, 10),))
+UNEVEN = LOW, Region(((8, 20),), (3, 4))
 FINE_FIRST = Region(((14, 20),), (2, 3)), Region(((1, 3), (4, 14)), (4, 3))
 
 
@@ -63,7 +64,9 @@ def states(
     return llama_states(model, ids, attend), counts
 
 
-@pytest.mark.parametrize(("low", "high"), [(LOW, HIGH), ROW, FINE_FIRST], ids=["grids", "rows", "fine first"])
+@pytest.mark.parametrize(
+    ("low", "high"), [(LOW, HIGH), ROW, FINE_FIRST, UNEVEN], ids=["grids", "rows", "fine first", "uneven"]
+)
 @pytest.mark.parametrize(("first", "threshold"), [(0, 0.25), (1, 0.6), (0, 0.0), (9, 0.25)])
 def test_words_see_the_fine_tokens_where_they_looked(low: Region, high: Region, first: int, threshold: float) -> None:
     model = models.tiny("llama", num_hidden_layers=3, dtype=torch.float64)
@@ -117,3 +120,16 @@ def test_an_encoders_choice_is_its_own(written: int) -> None:
     told = (whole.encoder_last_hidden_state,)
     with torch.no_grad(), attach(model, FlexAttention(0), roles=roles, only="model.decoder") as run:
         assert close_model(run(encoder_outputs=told, decoder_input_ids=answer).logits, whole.logits)
+
+
+@torch.no_grad()
+def test_layers_are_counted_from_the_language_models_first() -> None:
+    model = models.tiny("llava", text_config={"num_hidden_layers": 3})
+    ids = torch.randint(3, 60, (2, N), generator=torch.Generator().manual_seed(0))
+    kept = {"roles": {"low": LOW, "high": HIGH}}
+    own = model.model.language_model
+    with attach(own, FlexAttention(1, 0.0), **kept) as run:
+        alone = run(input_ids=ids).last_hidden_state
+    encoder = len(model.model.vision_tower.encoder.layers)
+    with attach(model, FlexAttention(1, 0.0).on(layers=range(encoder, encoder + 3)), **kept) as run:
+        assert close_model(run(input_ids=ids, output_hidden_states=True).hidden_states[-1], alone)

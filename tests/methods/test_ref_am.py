@@ -14,6 +14,7 @@ from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
+from heedful.core.regions import PerText, Region
 from heedful.core.stats import Cat
 from heedful.methods import RefAM
 
@@ -98,6 +99,18 @@ def test_in_joint_attention_the_pictures_places_are_named() -> None:
     assert close(found, whole[:, [9, 10, 6, 7]])
     assert RefAM(places="places").look(drawn(), crossed()) is None
     assert RefAM().look(drawn(), call) is None
+
+
+def test_each_text_has_its_own_padding_and_words() -> None:
+    text = torch.arange(19)[None] >= torch.tensor([[0], [4]])
+    words = PerText((Region(((2, 5),)), Region(((3, 4),))))
+    call = replace(crossed(text), cross=False, roles={"marked": words, "places": ((9, 11), (6, 8))})
+    pattern = drawn().requires_grad_(True)
+    found = look(RefAM(places="places", sinks=100.0), pattern, call)
+    assert not found.requires_grad
+    for b, (pad, mine) in enumerate(((0, [2, 3, 4]), (4, [3]))):
+        mean = pattern[b, :, pad:, pad:].detach().mean(0)
+        assert close(found[b], torch.stack([mean[p, mine].mean() for p in (9, 10, 6, 7)]))
 
 
 def test_what_stands_behind_a_prompt() -> None:

@@ -167,6 +167,12 @@ def test_each_text_has_words_and_a_source_of_its_own() -> None:
         assert close(found[b], followed(patterns[1][b], by, words))
 
 
+def test_what_is_looked_at_hands_no_gradient_on() -> None:
+    layers = Layers(SaaS())
+    first, second = maps(0).requires_grad_(True), maps(1)
+    assert not layers.step([first, second], None)[1].requires_grad
+
+
 def test_padding_moves_a_picture() -> None:
     patterns, pad = [maps(0, 1), maps(1, 1)], 3
     text = torch.arange(N + pad) >= torch.tensor([pad, 0])[:, None]

@@ -76,9 +76,22 @@ def test_what_is_drawn_and_what_it_costs() -> None:
     assert close(penalty, apart)
 
 
+def test_what_it_costs_is_a_mean_over_all_tokens_where_none_is_padding() -> None:
+    bare, params = _drawn()
+    whole = replace(bare.call, queries=Positions.row(0, 6), params=params, key=bare.k)
+    prior = torch.rand(2, 4, 6, 13, generator=torch.Generator().manual_seed(4), dtype=torch.float64).softmax(-1)
+    METHOD.draw(prior, whole)
+    found, each = whole.state.forward.pop(whole.name), []
+    for b in range(2):
+        one = replace(whole, batch=1, hidden=bare.hidden[b : b + 1], key=bare.k[b : b + 1])
+        METHOD.draw(prior[b : b + 1], one)
+        each.append(one.state.forward.pop(one.name))
+    assert close(found, sum(each) / 2)
+
+
 def test_the_first_steps_loss_and_gradient() -> None:
     bare, params = _drawn()
-    leaves = [params["ask"], bare.q, bare.k, bare.v]
+    leaves = [params["ask"], bare.q, bare.k, bare.v, bare.hidden]
     for x in leaves:
         x.requires_grad_(True)
     losses = [heads.pow(2).sum() + 5 * apart for heads, apart in (_found(bare, params), _by_hand(bare, params["ask"]))]

@@ -14,7 +14,7 @@ class FlexAttention(Method):
 
     Roles name both images among the tokens, `{"low": Region(spans, grid), "high": Region(spans, grid)}`; without grids
     each is a row. Whatever comes behind them chooses, token by token and layer by layer; nothing else sees the fine
-    tokens, and of them each sees itself alone.
+    tokens, and of them each sees itself alone. Where an encoder comes before the words, `.on(layers=...)` names theirs.
     """
 
     paper = Paper(
@@ -36,7 +36,7 @@ class FlexAttention(Method):
         ),
     )
     whole_map = True
-    first: int = 8  # the layer whose map is the first to choose, for the next layer; the authors: 8
+    first: int = 8  # the layer of its list whose map is the first to choose, for the next layer; the authors: 8
     threshold: float = 64 / 255  # between the lowest and the highest weight of a coarse place; the authors: 64 / 255
     low: str = "low"  # the coarse image's tokens
     high: str = "high"  # the fine image's
@@ -75,7 +75,7 @@ class FlexAttention(Method):
     @reads(Site.PATTERN)
     def choose(self, weights: Tensor, call: Call) -> None:
         """Leave for the next layer which fine tokens each query sees."""
-        if call.layer < self.first:
+        if call.layer - call.lowest < self.first:
             return
         coarse, fine = call.region(self.low), call.region(self.high)
         places = torch.arange(coarse.tokens, device=weights.device)
