@@ -25,12 +25,12 @@ from torch.overrides import TorchFunctionMode
 from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.layers import heads_told
-from heedful.adapters.operations.kept import Kept
 from heedful.adapters.operations.layout import Layout
 from heedful.adapters.operations.written import PRODUCTS, Asked, Trail
 from heedful.adapters.taking import Taking, stream_of
 from heedful.core.errors import RefusedModel
 from heedful.core.method import Layer
+from heedful.engine.kept import Kept
 from heedful.engine.resting import resting, undone
 
 SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention

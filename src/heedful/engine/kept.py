@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 DEEP = 4  # how far into what a module holds things are followed
-_OF_TORCH = frozenset(vars(nn.Module())) - {"_buffers"}  # parameters, modules and hooks are seen to elsewhere
+_ELSEWHERE = frozenset(vars(nn.Module())) - {"_buffers"} | {"forward", "_compiled_call_impl"}  # what a run puts there
 _PLAIN = nn.Module | type | FunctionType | MethodType | ModuleType
 
 
@@ -23,8 +23,8 @@ class Kept:
         self._seen: set[int] = set()
         self._undo: list[Callable[[], object]] = []
         for module in model.modules():
-            before = {name: x for name, x in vars(module).items() if name not in _OF_TORCH}
-            self._undo.append(partial(_named, vars(module), before, _OF_TORCH))
+            before = {name: x for name, x in vars(module).items() if name not in _ELSEWHERE}
+            self._undo.append(partial(_named, vars(module), before, _ELSEWHERE))
             self._note(before.values(), DEEP)
 
     def put_back(self) -> None:
@@ -34,7 +34,8 @@ class Kept:
 
     def _note(self, given: Iterable[Any], deep: int) -> None:
         for x in given:
-            if id(x) not in self._seen and not isinstance(x, _PLAIN):
+            ours = type(x).__module__.startswith("heedful.")  # what a run counts stays counted
+            if id(x) not in self._seen and not ours and not isinstance(x, _PLAIN):
                 self._seen.add(id(x))
                 inside = self._held(x)
                 if deep:
