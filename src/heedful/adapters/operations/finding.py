@@ -26,7 +26,8 @@ from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.layers import heads_told
 from heedful.adapters.operations.layout import Layout
-from heedful.adapters.operations.written import PRODUCTS, Asked, Trail
+from heedful.adapters.operations.products import PRODUCTS
+from heedful.adapters.operations.written import Asked, Trail
 from heedful.adapters.taking import Taking, stream_of
 from heedful.core.errors import RefusedModel
 from heedful.core.method import Layer

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heedful.adapters.operations.products import BADDBMM, PRODUCTS, Product, product_of
 from heedful.core.stats import narrowed
 from heedful.engine.activity import tensors_of
 
@@ -22,9 +23,6 @@ ROUNDINGS = 4  # by which scores may lie off the product that they are, times a 
 HIDDEN = -5e3  # what is added to scores nobody sees: no weight is left, in any type
 CHANGED = "its weights are changed after a softmax"
 
-_MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
-_BADDBMM = {torch.baddbmm, Tensor.baddbmm, Tensor.baddbmm_}
-_EINSUM = torch.einsum
 _SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
 _DROPOUT = {F.dropout, torch.dropout}
 _TIMES = {torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__}
@@ -35,6 +33,7 @@ _SAME = {
     Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.clone, torch.clone,
     Tensor.view_as, Tensor.expand, Tensor.expand_as, Tensor.detach,
 }  # fmt: skip
+_COPIED = {torch.clone, Tensor.clone, Tensor.detach, torch.detach}  # mostly to be looked at later
 _FILLED = {torch.masked_fill, Tensor.masked_fill}
 _SUBTRACTED = {torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__}
 _BOUNDED = {torch.max, torch.maximum, Tensor.maximum, torch.clamp, Tensor.clamp, Tensor.clamp_}
@@ -42,19 +41,6 @@ _ADDED = _SUBTRACTED | _BOUNDED | _FILLED | {
     torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.masked_fill_,
     torch.where, Tensor.where,
 }  # fmt: skip
-PRODUCTS = _MATMUL | _BADDBMM | {_EINSUM}
-
-
-class Product(NamedTuple):
-    """A product `[.., i, d]` with `[.., d, j]`, however it is written."""
-
-    left: Tensor
-    right: Tensor
-    factor: float = 1.0
-    order: tuple[int, ...] | None = None  # the axes of `[.., i, j]` in which it comes out; None: as they are
-
-    def laid(self, x: Tensor) -> Tensor:
-        return x if self.order is None else x.permute(self.order)
 
 
 @dataclass(frozen=True)
@@ -66,6 +52,12 @@ class Scores:
     key: Tensor  # [.., k, d]
     scale: float
     learned: bool = False  # what was added wants gradients of its own
+    version: int | None = None  # of what was copied: it is known as long as it is not changed
+
+    @property
+    def stale(self) -> bool:
+        """Whether they were changed after they were copied, where nobody followed."""
+        return self.version is not None and self.version != self.now._version
 
     def added(self) -> Tensor:
         """What the scores are above the scaled product, `[.., q, k]`."""
@@ -150,14 +142,14 @@ class Trail:
         known = [x for x in tensors_of((*args, *kwargs.values())) if id(x) in self.weights]
         if not known:
             return None
-        weights, product = self.weights[id(known[0])], _product(func, args, kwargs, first=known[0])
+        weights, product = self.weights[id(known[0])], product_of(func, args, kwargs, first=known[0])
         if weights.why or weights.scores is None:
             return weights.why
         if weights.touched:
             return CHANGED
         if len(known) > 1:
             return "its weights are multiplied with one another"
-        if func in _BADDBMM:
+        if func in BADDBMM:
             return "its weights and values are multiplied and added to something at once"
         if product is None or product.left.shape[-1] != weights.scores.key.shape[-2]:
             return "its weights do not stand before the values"
@@ -173,8 +165,8 @@ class Trail:
             self._no_tensor(func, args, kwargs, out)
             return
         if func in PRODUCTS:
-            if (product := _product(func, args, kwargs)) is not None and out.ndim > 2 and product.order is None:
-                biases = (*args[:1], kwargs.get("input")) if func in _BADDBMM else ()
+            if (product := product_of(func, args, kwargs)) is not None and out.ndim > 2 and product.order is None:
+                biases = (*args[:1], kwargs.get("input")) if func in BADDBMM else ()
                 learned = any(x.requires_grad for x in tensors_of(biases))
                 key = product.right.transpose(-1, -2)
                 self.scores[id(out)] = Scores(out, product.left, key, product.factor, learned)
@@ -190,7 +182,7 @@ class Trail:
 
     def gives(self, output: Any) -> bool:
         """Whether weights are among what a module gives."""
-        given = [weights for x in tensors_of(output) if (weights := self._answered(x)) is not None]
+        given = [weights for x in tensors_of(_plainly(output)) if (weights := self._answered(x)) is not None]
         if any(weights.why or weights.touched for weights in given):
             self.besides = CHANGED
         return bool(given)
@@ -206,6 +198,10 @@ class Trail:
         if isinstance(output, dict):
             new = copy.copy(output)
             new.update({name: self.put(pattern, x) for name, x in output.items()})
+            return new
+        if not isinstance(output, list | tuple):
+            new = copy.copy(output)
+            vars(new).update(self.put(pattern, vars(output)))
             return new
         several = [self.put(pattern, x) for x in output]
         return type(output)(*several) if hasattr(output, "_fields") else type(output)(several)
@@ -237,7 +233,7 @@ class Trail:
     def _softmax(self, args: Any, kwargs: Any, out: Tensor) -> Weights:
         scores = self.scores.get(id(args[0] if args else kwargs.get("input")))
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if scores is None:
+        if scores is None or scores.stale:
             return Weights(out, None, why="a softmax of what is no product of queries and keys alone")
         if dim not in (-1, out.ndim - 1):
             return Weights(out, None, why=f"a softmax over axis {dim}")
@@ -247,7 +243,9 @@ class Trail:
 
     def _scores(self, scores: Scores, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         new = _followed(scores, func, args, kwargs, out)
-        if new is not None or out is scores.now:
+        if func in _COPIED and out is not scores.now and not scores.now.is_inference():
+            self.scores[id(scores.now)] = replace(scores, version=scores.now._version)
+        elif new is not None or out is scores.now:
             self.scores.pop(id(scores.now), None)
         if new is not None:
             self.scores[id(out)] = new
@@ -268,6 +266,15 @@ class Trail:
             self.besides = _besides(func)
 
 
+def _plainly(output: Any) -> Any:
+    """What a module gives, where objects are what they hold."""
+    if isinstance(output, list | tuple):
+        return [_plainly(x) for x in output]
+    if isinstance(output, dict):
+        return {name: _plainly(x) for name, x in output.items()}
+    return output if isinstance(output, Tensor) else getattr(output, "__dict__", None)
+
+
 def _besides(func: Any) -> str:
     return f"its weights go into {getattr(func, '__name__', func)} too"
 
@@ -285,7 +292,9 @@ def _followed(scores: Scores, func: Any, args: Any, kwargs: Any, out: Tensor) ->
     """Scores after one more step, if it is one that can be told."""
     if out.numel() != scores.now.numel():
         return None
-    new = replace(scores, now=out)
+    if scores.stale:
+        return None
+    new = replace(scores, now=out, version=None)
     if func in _SAME or func in _ADDED:
         others = [x for x in tensors_of((*args, *kwargs.values())) if x is not scores.now]
         if func in _BOUNDED and not _far((*args, *kwargs.values()), scores.now):
@@ -323,53 +332,6 @@ def _scaled(scores: Scores, by: Any, over: bool) -> Scores | None:
             return None
         return replace(scores, query=scores.query * by)
     return scores if bool(((by == 0) | (by == 1)).all()) else None
-
-
-def _product(func: Any, args: Any, kwargs: Any, first: Tensor | None = None) -> Product | None:
-    """A product in the order of its factors; `first` says which of an einsum's stands on the left."""
-    if func is _EINSUM:
-        equation, *factors = args
-        factors = list(factors[0]) if len(factors) == 1 and isinstance(factors[0], list | tuple) else factors
-        return _einsum(equation, factors, first) if isinstance(equation, str) else None
-    if func in _BADDBMM:
-        told = dict(zip(("input", "batch1", "batch2"), args, strict=False)) | kwargs
-        found = Product(told["batch1"], told["batch2"], float(told.get("alpha", 1)))
-    else:
-        factors = [*args, *kwargs.values()]
-        if len(factors) < 2 or not all(isinstance(x, Tensor) and x.ndim > 1 for x in factors[:2]):
-            return None
-        found = Product(factors[0], factors[1])
-    return found if first is None or found.left is first else None
-
-
-def _einsum(equation: str, factors: list[Tensor], first: Tensor | None) -> Product | None:
-    """An einsum of two factors over one axis that they share."""
-    asked, arrow, out = equation.replace(" ", "").partition("->")
-    names = asked.split(",")
-    if not arrow or len(factors) != 2 or len(names) != 2 or any(len(set(x)) < len(x) for x in (*names, out)):
-        return None
-    a, b = names
-    swapped = factors[1] is first if first is not None else out[-1:] in a
-    if swapped:
-        (a, b), factors = (b, a), factors[::-1]
-    summed = [x for x in a if x in b and x not in out]
-    columns = [x for x in b if x not in a]
-    row = a[-2:-1] if first is not None else out[-2:-1]
-    if len(summed) != 1 or len(columns) != 1 or not row or row in b or {*a, *b} != {*out, *summed}:
-        return None
-    of_scores = [x for x in out if x in a and x != row]
-    lead = of_scores if first is None else [x for x in a[:-2] if x in of_scores]
-    left_axes = (*lead, row, *summed)
-    if first is not None and left_axes != tuple(a):
-        return None
-    left = factors[0].permute([a.index(x) for x in left_axes])
-    right = factors[1].permute([b.index(x) for x in (*(x for x in lead if x in b), *summed, *columns)])
-    for place, x in enumerate(lead):
-        if x not in b:  # several heads of queries share what is keyed
-            right = right.unsqueeze(place)
-    found = [*lead, row, *columns]
-    order = tuple(found.index(x) for x in out)
-    return Product(left, right, order=None if order == tuple(range(len(order))) else order)
 
 
 def _dropout(args: Any, kwargs: Any) -> tuple[float, bool]:
