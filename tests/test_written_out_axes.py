@@ -13,10 +13,10 @@ from transformers import DynamicCache
 import heedful
 from heedful.adapters.choosing import adapter_for
 from heedful.adapters.kvcache import hold
-from heedful.adapters.operations.leaving import as_it_was
 from heedful.conformance.tolerances import close
 from heedful.core.errors import NotEntered, RefusedModel
 from heedful.core.sites import Site
+from heedful.engine.leaving import as_it_was
 from tests.test_written_out import HALVE, Attention, D, H, N, Net, Writes
 from tests.test_written_out_refused import product
 

@@ -373,3 +373,5 @@ def test_the_look_leaves_no_trace_in_what_modules_keep(where: str, told: bool, x
     with torch.no_grad(), heedful.attach(net, SAME, inputs=x if told else None) as run:
         for step in (x, 2 * x):
             assert close(run(step), alone(step))
+        assert run.difference(x) < 1e-6
+        assert close(run(x), alone(x))

@@ -120,3 +120,44 @@ def test_rows_that_may_be_either_are_told_by_another_token() -> None:
     with torch.no_grad(), heedful.attach(net, look) as run:
         run(torch.randn(B, N, E))
     assert seen == [(B, H, N, N)]
+
+
+class Intermediates:
+    """What x-transformers gives beside its heads."""
+
+    def __init__(self, before: Tensor, after: Tensor) -> None:
+        self.before, self.after = before, after
+
+
+class Looked(nn.Module):
+    """Scores and weights are copied, to be looked at, and the module goes on with those that were there."""
+
+    def __init__(self, changes: bool) -> None:
+        super().__init__()
+        self.changes = changes
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Intermediates]:
+        q, k, v = (f * x.unflatten(-1, (H, D)).transpose(1, 2) for f in (1.0, 1.1, 1.2))
+        scores = torch.einsum("bhid,bhjd->bhij", q, k)
+        before = scores.clone()
+        if self.changes:
+            scores.view(-1).mul_(torch.arange(scores.numel()))
+        weights = scores.softmax(-1)
+        held = Intermediates(before, weights.clone())
+        return torch.einsum("bhij,bhjd->bhid", weights, v).transpose(1, 2).flatten(2), held
+
+
+def test_scores_may_be_copied_and_objects_hold_the_runs_weights() -> None:
+    net, x = nn.Sequential(Looked(False)).eval(), torch.randn(B, N, E)
+    y, held = net(x)
+    with heedful.attach(net, HALVE) as run:
+        found, now = run(x)
+    assert close(found, 0.5 * y)
+    assert close(now.before, held.before)
+    assert close(now.after, 0.5 * held.after)
+
+
+def test_scores_that_are_changed_after_they_were_copied_are_refused() -> None:
+    net = nn.Sequential(Looked(True)).eval()
+    with pytest.raises(RefusedModel, match="no product of queries and keys alone"):
+        heedful.attach(net, HALVE, inputs=torch.randn(B, N, E))

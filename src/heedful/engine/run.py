@@ -338,7 +338,7 @@ class Run:
     def difference(self, *args: Any, **kwargs: Any) -> Difference:
         """Largest change of the model's first output against the unedited model, over its largest magnitude.
 
-        Both go on from a cache that is given, and leave it as it was.
+        Both go on from a cache that is given or that the model keeps, and leave it as it was.
         """
         self._require_open()
         if not self.installed():

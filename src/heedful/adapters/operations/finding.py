@@ -25,13 +25,13 @@ from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.layers import heads_told
 from heedful.adapters.operations.layout import Layout, rows_in
-from heedful.adapters.operations.leaving import as_it_was
 from heedful.adapters.operations.products import PRODUCTS
 from heedful.adapters.operations.scores import Asked
 from heedful.adapters.operations.written import Trail
 from heedful.adapters.taking import Taking, put, stream_of
 from heedful.core.errors import RefusedModel
 from heedful.core.method import Layer
+from heedful.engine.leaving import as_it_was
 from heedful.engine.resting import undone
 
 SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention

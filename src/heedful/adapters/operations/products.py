@@ -21,6 +21,7 @@ SAME = {
     Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.clone, torch.clone,
     Tensor.view_as, Tensor.expand, Tensor.expand_as, Tensor.detach,
 }  # fmt: skip
+COPIED = {torch.clone, Tensor.clone, Tensor.detach, torch.detach}  # mostly to be looked at later
 FILLED = {torch.masked_fill, Tensor.masked_fill}
 SUBTRACTED = {torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__}
 CLAMPED = {torch.clamp, Tensor.clamp, Tensor.clamp_}

@@ -125,11 +125,10 @@ class Trail:
 
     def gives(self, output: Any) -> bool:
         """Whether weights are among what a module gives."""
-        output = list(tensors_of(output))
-        given = [weights for x in output if (weights := self._answered(x)) is not None]
+        given = [weights for x in tensors_of(_plainly(output)) if (weights := self._answered(x)) is not None]
         if self.answered is not None and not self.besides:
             origin = self.answered.origin
-            kept = any(use.origin is origin and not use.by for x in output for use in self.uses.of(x))
+            kept = any(use.origin is origin and not use.by for x in tensors_of(output) for use in self.uses.of(x))
             self.besides = "its scores are given too" if kept else origin.elsewhere
         if any(weights.why or weights.touched for weights in given):
             self.besides = CHANGED
@@ -150,6 +149,10 @@ class Trail:
         if isinstance(output, dict):
             new = copy.copy(output)
             new.update({name: self.put(pattern, x) for name, x in output.items()})
+            return new
+        if not isinstance(output, list | tuple):
+            new = copy.copy(output)
+            vars(new).update(self.put(pattern, vars(output)))
             return new
         several = [self.put(pattern, x) for x in output]
         return type(output)(*several) if hasattr(output, "_fields") else type(output)(several)
@@ -207,7 +210,7 @@ class Trail:
     def _scores(self, scores: Scores, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         others = [x for x in tensors_of((*args, *kwargs.values())) if x is not scores.now]
         new = None if self._mixed(scores, func, others) else followed(scores, func, args, kwargs, out)
-        if new is not None or out is scores.now:
+        if out is scores.now or (new is not None and func not in products.COPIED):
             self.scores.pop(id(scores.now), None)
         if new is not None:
             self.scores[id(out)] = new
@@ -240,6 +243,15 @@ class Trail:
             self.weights[id(out)] = replace(weights, now=out, why=weights.why or CHANGED)
         elif weights.scores is not None:
             self.besides = _besides(func)
+
+
+def _plainly(output: Any) -> Any:
+    """What a module gives, where objects are what they hold."""
+    if isinstance(output, list | tuple):
+        return [_plainly(x) for x in output]
+    if isinstance(output, dict):
+        return {name: _plainly(x) for name, x in output.items()}
+    return output if isinstance(output, Tensor) else getattr(output, "__dict__", None)
 
 
 def _besides(func: Any) -> str:

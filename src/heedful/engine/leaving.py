@@ -1,4 +1,4 @@
-"""A look at a model leaves it, and what it is called with, as they were: what it writes there is taken back."""
+"""A forward that nobody asked for leaves a model, and what it is called with, as they were."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from torch.nn.parameter import is_lazy
 from heedful.engine.resting import resting
 
 _ATOMIC = (str, bytes, int, float, complex, type(None), type)
-_OF_MODULES = frozenset(vars(nn.Module())) - {"_buffers"}  # torch's own: parts, parameters, hooks, whether they train
+# torch's own: parts, parameters, hooks, whether they train; and where a run or a compiler stands in a module
+_OF_MODULES = frozenset(vars(nn.Module())) - {"_buffers"} | {"forward", "_compiled_call_impl"}
 _OF_OTHERS = sys.stdlib_module_names | {"torch", "heedful"}  # libraries whose things are no caller's cache
 _CACHES = "heedful.adapters.kvcache"  # but for what a run makes of one
 
@@ -25,7 +26,7 @@ _CACHES = "heedful.adapters.kvcache"  # but for what a run makes of one
 @contextmanager
 def as_it_was(model: nn.Module, given: Any = None) -> Iterator[None]:
     """At rest, and with the tensors, the lists, the attributes and the random numbers that were there before."""
-    before = _Before(model, given)
+    before = Before(model, given)
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda), resting(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the forward that follows says it again
@@ -33,10 +34,10 @@ def as_it_was(model: nn.Module, given: Any = None) -> Iterator[None]:
     before.back()
 
 
-class _Before:
+class Before:
     """What can be written to, in a model's modules and in what it is given, and what stood there."""
 
-    def __init__(self, model: nn.Module, given: Any) -> None:
+    def __init__(self, model: nn.Module, given: Any = None) -> None:
         self._known: dict[int, Any] = {id(x): x for x in model.parameters()}  # kept: no other thing has its place
         self._undo: list[Callable[[], Any]] = []
         for module in model.modules():
