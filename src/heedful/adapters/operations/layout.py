@@ -26,7 +26,14 @@ class Layout:
             rows = len(stream)
         if len(lead) < 2:
             split = told if told and told > 1 and rows and lead == (rows * told,) else None
-            if told is None and rows and n == tokens and lead == (width // d * rows,) and _views_of_rows(query):
+            if (
+                told is None
+                and rows
+                and width
+                and n == tokens
+                and lead == (width // d * rows,)
+                and _views_of_rows(query)
+            ):
                 split = lead[0] // rows
             return cls(lead, 1, split if split != 1 else None)
         axis = len(lead) - 1
