@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
+from torch.jit._trace import is_tracing
 
 from heedful.core.errors import RefusedModel
 
@@ -32,7 +33,7 @@ def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
 def require_written_down(name: str, backend: str) -> None:
     """What writes a model down holds what torch was asked for: not what kernels did, nor what else values decide."""
     ways = "Close the run first, or fold() the stack into the weights"
-    if torch.jit.is_tracing():
+    if is_tracing():
         raise RefusedModel(
             f"torch.jit.trace cannot write down {name} while a run computes its attention: part of it would be "
             f"missing, without a word. {ways}"
