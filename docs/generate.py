@@ -15,7 +15,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.coverage import outside  # noqa: E402
+from benchmarks.coverage import page as coverage  # noqa: E402
+from benchmarks.coverage import rows as classes  # noqa: E402
 from benchmarks.gpu import page as gpu  # noqa: E402
 from benchmarks.mutants import page as mutants  # noqa: E402
 from benchmarks.patterns import page as patterns  # noqa: E402
@@ -117,12 +118,6 @@ def release_page() -> str:
     return NOTE + "\n".join(rows) + "\n"
 
 
-def coverage() -> str:
-    """The coverage counts in two sentences."""
-    found = json.loads((ROOT / "benchmarks" / "coverage" / "coverage.json").read_text())
-    return f"{found['sentence']} {outside.sentence()}"
-
-
 def verdicts() -> str:
     """How many claims hold."""
     return counts(records())
@@ -144,6 +139,7 @@ def main() -> None:
     pages |= {name: NOTE + text for name, text in method_pages.pages().items()}
     pages["src/heedful/methods/__init__.pyi"] = stub()
     pages["docs/releases.md"] = release_page()
+    pages["docs/coverage.md"] = NOTE + coverage.page()
     pages["docs/speed.md"] = NOTE + speed.page()
     pages["docs/gpu.md"] = NOTE + gpu.page()
     pages["docs/quality.md"] = NOTE + quality.page()
@@ -153,7 +149,9 @@ def main() -> None:
     pages["docs/rooms.svg"] = rooms.svg()
     pages["docs/reliability.md"] = NOTE + reliability.page()
     pages["docs/scale.md"] = renewed("docs/scale.md", merges=reliability.merge_table, simulation=reliability.simulation)
-    pages["README.md"] = renewed("README.md", releases=tried, methods=how_many, coverage=coverage, verdicts=verdicts)
+    pages["README.md"] = renewed(
+        "README.md", releases=tried, methods=how_many, coverage=classes.sentence, verdicts=verdicts
+    )
     stale = [name for name, text in pages.items() if not (ROOT / name).exists() or (ROOT / name).read_text() != text]
     if "--check" in sys.argv:
         sys.exit(f"stale: {', '.join(stale)}; run `make docs`" if stale else 0)

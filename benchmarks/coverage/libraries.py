@@ -2,7 +2,7 @@
 
     python -m benchmarks.coverage.libraries [NAME]     measures what is new (or the names that match); it resumes
 
-Writes benchmarks/records/libraries.json and its section of docs/coverage.md.
+Writes benchmarks/records/libraries.json, of which `make docs` makes its section of docs/coverage.md.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import re
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +28,8 @@ from heedful.core.errors import HeedfulError, InactiveWarning
 
 from . import library_cases as cases
 from .probe import TILE_ROWS, DropHeads, DropPattern, Look, _suggestion
+from .rows import LIBRARIES
 
-ROOT = Path(__file__).resolve().parents[2]
-RECORD = ROOT / "benchmarks" / "records" / "libraries.json"
-PAGE = ROOT / "docs" / "coverage.md"
-BEGIN, END = "<!-- libraries -->", "<!-- /libraries -->"
 SMALLEST = ("atto", "femto", "pico", "nano", "xxtiny", "xxs", "xtiny", "xs", "tiny", "mini", "_s", "small", "base", "")
 MADE: dict[str, dict[str, Callable[[], cases.Case]]] = {
     "diffusers": {
@@ -144,37 +139,7 @@ def measured(pattern: str) -> Iterator[dict[str, Any]]:
 
 
 def read() -> list[dict[str, Any]]:
-    return json.loads(RECORD.read_text())["models"] if RECORD.exists() else []
-
-
-def section() -> str:
-    """The part of docs/coverage.md."""
-    told = json.loads(RECORD.read_text())
-    rows, lines = told["models"], []
-    for source in dict.fromkeys(r["library"] for r in rows):
-        count = Counter(r["status"] for r in rows if r["library"] == source)
-        lines.append(f"- {source} {told['versions'][source]}: " + ", ".join(f"{n} {s}" for s, n in count.most_common()))
-    table = ["| library | model | class | status | layers | reason |", "| --- | --- | --- | --- | --- | --- |"]
-    for r in rows:
-        layers = f"{r['entered']}/{r['layers']}" if "layers" in r else ""
-        cells = (
-            r["library"],
-            r["name"],
-            r.get("class", ""),
-            r["status"],
-            layers,
-            r.get("reason", "").replace("|", "/"),
-        )
-        table.append("| " + " | ".join(cells) + " |")
-    return "\n\n".join([
-        "## Other libraries",
-        f"Measured by `python -m benchmarks.coverage.libraries` on {told['date']}, torch {told['versions']['torch']}: "
-        "random weights, checks 1 to 5 above, 1 and 3 within the budget, since torch's kernels round in their ways. "
-        f"Of timm one model of each of {sum(r['library'] == 'timm' for r in rows)} of its files, the smallest by name, "
-        "at its own size, with two blocks where it can be told so; of "
-        "diffusers and open_clip classes with small configurations.",
-        "\n".join(lines), "\n".join(table),
-    ])  # fmt: skip
+    return json.loads(LIBRARIES.read_text())["models"] if LIBRARIES.exists() else []
 
 
 def main() -> None:
@@ -189,10 +154,7 @@ def main() -> None:
             "date": time.strftime("%Y-%m-%d"), "versions": {n: version(p) for n, p in names.items()},
             "models": sorted([*read(), record], key=lambda r: (list(names).index(r["library"]), r["name"])),
         }  # fmt: skip
-        RECORD.write_text(json.dumps(told, indent=1) + "\n")
-    text = PAGE.read_text()
-    text = text[: text.index(BEGIN)] if BEGIN in text else text
-    PAGE.write_text(f"{text.rstrip()}\n\n{BEGIN}\n{section()}\n{END}\n")
+        LIBRARIES.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Measured coverage: every class that transformers' auto mappings name, served, refused with a reason, or wrong.
 
 `python -m benchmarks.coverage.serve --out served.jsonl` sweeps, goes on where it stopped, and leaves what became of a
-class as a JSON line; with `--table` it makes docs/coverage.md, benchmarks/coverage/coverage.json and
-benchmarks/records/outside.json of them, with `--outside` the last alone and its section.
+class as a JSON line; with `--keep` these take the place of what benchmarks/records/coverage.json knows of their
+classes, and `make docs` makes docs/coverage.md of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from . import outside, sweep, table
+from . import rows, sweep
 from .names import class_names
 from .probe import examine
 
@@ -51,13 +51,10 @@ def main() -> None:
     parser.add_argument("--again", default="", help="regular expression over statuses to run again, '.' for all")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=float, default=120, help="seconds for one class")
-    parser.add_argument("--table", action="store_true", help="only write the table of what is in --out")
-    parser.add_argument("--outside", action="store_true", help="the same for classes outside the interface alone")
+    parser.add_argument("--keep", action="store_true", help="only take what is in --out into the record")
     options = parser.parse_args()
-    if options.table or options.outside:
-        records = list(read(options.out).values())
-        for path in (*(table.write(records) if options.table else ()), *outside.write(records)):
-            print(path)
+    if options.keep:
+        print(rows.update(read(options.out).values()))
         return
     sweep.examine = examine  # the sweep's workers, with other questions
     for record in sweep.run(todo(options), options.workers, options.limit):

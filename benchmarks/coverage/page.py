@@ -1,0 +1,164 @@
+"""docs/coverage.md, from the records."""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Iterable, Sequence
+
+from .rows import FOUND, LIBRARIES, STATUSES, Row, counted, outside, through, told
+
+WORDS = {
+    "served": "every attention layer that the input reached ran under heedful, and every check below held",
+    "served in part": "the same for the part that the refusal named; some modules compute attention by themselves",
+    "refused": "`attach` or the forward raised, with the reason",
+    "wrong": "a check failed",
+    "no attention": "no module of the model calls itself attention, and none makes a map",
+    "cannot build": "no tiny model, or no input that it takes natively: evidence neither for nor against",
+}
+CHECKS = """Each class that transformers' auto mappings name, but for those whose attention is all outside its interface
+([below](#outside-the-interface)), is built tiny, with random weights under which attention matters, and run on a batch
+with padding where it takes text:
+
+1. a stack that changes nothing, computed by the reference backend: logits equal those of the model's own eager
+   attention bit for bit, those of its own sdpa within the budget of `conformance/tolerances.py`
+2. a reader of every pattern, in tiles: logits within the budget
+3. a stack that acts nowhere: logits equal bit for bit, whatever implementation the model had, but for models that
+   look at its name and build another mask for names they do not know: those within the budget
+4. one head's pattern set to zero, one head's output set to zero: logits move
+5. after the run: logits as before bit for bit, and every config as it was
+6. where the class generates: four tokens from a left-padded batch under 1, logits of each step as in 1"""
+
+
+def page() -> str:
+    """The whole page."""
+    rows = [row for row in told()["classes"] if not row.get("outside")]
+    parts = [
+        "# Which models heedful serves", _measured(told()["classes"]), CHECKS,
+        "\n".join(f"- **{status}**: {meaning}" for status, meaning in WORDS.items()), _told_of(through()),
+        "## By group", _groups(rows), "## Refused and served in part, by reason", _reasons(rows),
+        "## Not built", _unbuilt(rows), "## Every class", _classes(rows), *_outside(), _libraries(),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _measured(rows: Sequence[Row]) -> str:
+    found, last = told(), max(row["date"] for row in rows)
+    releases = collections.Counter(row["transformers"] for row in rows)
+    made = " and ".join(f"{name} ({count:,} classes)" for name, count in sorted(releases.items()))
+    return (
+        f"Measured by `python -m benchmarks.coverage.serve` between {min(row['date'] for row in rows)} and {last} with "
+        f"transformers {made}, torch {found['torch']}, python {found['python']}, in float32."
+    )
+
+
+def _told_of(rows: Sequence[Row]) -> str:
+    exact = sum(row.get("eager") == 0 for row in rows)
+    far = ", ".join(f"{row['class']} {row['eager']:g}" for row in rows if row.get("eager"))
+    writes, swept = [row["generate"] for row in rows if "generate" in row], told().get("swept")
+    also = "; the others within the budget, in roundings of the largest logit: " if far else ""
+    parts = [
+        f"Of {len(rows)} classes that go through the interface, {counted(rows)} {exact} equal eager attention bit for "
+        f"bit{also}{far}."
+    ]
+    if swept:
+        parts.append(
+            f"Of {swept['generate']} that generated in the whole sweep of {swept['date']}, {swept['exactly']} did so "
+            "bit for bit and the others within the budget."
+        )
+    if writes:
+        parts.append(f"Of {len(writes)} measured since that generate, {sum(x == 0 for x in writes)} do so bit for bit.")
+    if unseen := [row["class"] for row in rows if row.get("unseen")]:
+        parts.append(
+            "In these no edit can be seen, also not with all attention replaced by zeros, so check 4 says nothing: "
+            + ", ".join(unseen) + "."
+        )  # fmt: skip
+    return " ".join(parts)
+
+
+def _groups(rows: Sequence[Row]) -> str:
+    groups = [group for group, _ in collections.Counter(row["group"] for row in rows).most_common()]
+    lines = []
+    for name in ("all", *groups):
+        count = collections.Counter(row["status"] for row in rows if name in ("all", row["group"]))
+        lines.append([name, count.total(), *(count[status] for status in STATUSES)])
+    return table(["group", "classes", *STATUSES], lines)
+
+
+def _reasons(rows: Sequence[Row]) -> str:
+    found: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+    for row in rows:
+        if row["status"] in FOUND[1:]:
+            own = f"these compute attention by themselves: {', '.join(row.get('own', ()))}"
+            found[row["status"], own if row.get("own") else row["reason"].replace("|", "/")].append(row["class"])
+    ordered = sorted(found.items(), key=lambda item: (STATUSES.index(item[0][0]), -len(item[1])))
+    return table(["status", "reason", "classes"], [[s, why, ", ".join(names)] for (s, why), names in ordered])
+
+
+def _unbuilt(rows: Sequence[Row]) -> str:
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for row in rows:
+        if row["status"] == "cannot build":
+            found[row["reason"].replace("|", "/")].append(row["class"])
+    ordered = sorted(found.items(), key=lambda item: -len(item[1]))
+    return table(["reason", "classes"], [[why, ", ".join(names)] for why, names in ordered])
+
+
+def _classes(rows: Sequence[Row]) -> str:
+    return (
+        "Layers: attention layers that the input reached, of those served. Eager, sdpa: largest difference under a "
+        "stack that changes nothing, in float32 roundings of the largest logit.\n\n"
+        + table(["class", "status", "layers", "eager", "sdpa"], [_cells(row) for row in rows])
+    )
+
+
+def _cells(row: Row) -> list[str]:
+    layers = "{}/{}".format(*row["layers"]) if "layers" in row else ""
+    return [row["class"], row["status"], layers, *(f"{row[m]:g}" if m in row else "" for m in ("eager", "sdpa"))]
+
+
+def _outside() -> list[str]:
+    rows = outside()
+    writes = [row["generate"] for row in rows if "generate" in row]
+    return [
+        "## Outside the interface",
+        f"Of {len(rows)} more whose attention is all outside it, {counted(rows)} They call torch's attention, or write "
+        "it out: a product, a softmax, a product, which are followed ([vision.md](vision.md)). Measured as above: "
+        f"{sum(row.get('eager') == 0 for row in rows)} equal eager attention bit for bit, and of {len(writes)} that "
+        f"generate {sum(x == 0 for x in writes)}; the others lie within the budget.",
+        table(
+            ["class", "status", "layers", "eager", "sdpa", "reason"],
+            [[*_cells(row), row.get("reason", "").replace("|", "/")] for row in rows],
+        ),
+    ]
+
+
+def _libraries() -> str:
+    """Models of timm, diffusers and open_clip."""
+    found = json.loads(LIBRARIES.read_text())
+    rows, lines = found["models"], []
+    for source in dict.fromkeys(r["library"] for r in rows):
+        count = collections.Counter(r["status"] for r in rows if r["library"] == source)
+        lines.append(
+            f"- {source} {found['versions'][source]}: " + ", ".join(f"{n} {s}" for s, n in count.most_common())
+        )
+    head = ("library", "model", "class", "status", "layers", "reason")
+    cells = []
+    for r in rows:
+        layers = f"{r['entered']}/{r['layers']}" if "layers" in r else ""
+        said = r.get("reason", "").replace("|", "/")
+        cells.append([r["library"], r["name"], r.get("class", ""), r["status"], layers, said])
+    return "\n\n".join([
+        "## Other libraries",
+        f"Measured by `python -m benchmarks.coverage.libraries` on {found['date']}, torch "
+        f"{found['versions']['torch']}: random weights, checks 1 to 5 above, 1 and 3 within the budget, since torch's "
+        f"kernels round in their ways. Of timm one model of each of {sum(r['library'] == 'timm' for r in rows)} of its "
+        "files, the smallest by name, at its own size, with two blocks where it can be told so; of diffusers and "
+        "open_clip classes with small configurations.",
+        "\n".join(lines), table(head, cells),
+    ])  # fmt: skip
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

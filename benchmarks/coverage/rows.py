@@ -1,0 +1,99 @@
+"""What is known of each class of transformers, in benchmarks/records/coverage.json: one row a class, with its own date.
+
+A row is replaced when its class is measured again, so that a part of a sweep brings a part of the record up to date.
+"""
+
+from __future__ import annotations
+
+import collections
+import datetime as dt
+import json
+import platform
+import re
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = ROOT / "benchmarks" / "records" / "coverage.json"
+LIBRARIES = ROOT / "benchmarks" / "records" / "libraries.json"  # of timm, diffusers and open_clip
+FOUND = ("served", "served in part", "refused", "wrong")
+STATUSES = (*FOUND, "no attention", "cannot build")
+
+Row = dict[str, Any]
+
+
+def told() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(RECORD.read_text())
+    return found
+
+
+def through() -> list[Row]:
+    """Classes that have layers in the interface."""
+    return [row for row in told()["classes"] if row["status"] in FOUND and not row.get("outside")]
+
+
+def outside() -> list[Row]:
+    """Classes whose attention is all outside it."""
+    return [row for row in told()["classes"] if row.get("outside")]
+
+
+def update(records: Iterable[Mapping[str, Any]]) -> Path:
+    """Take in what a sweep found."""
+    found = told() if RECORD.exists() else {}
+    made = {"date": dt.datetime.now(dt.UTC).date().isoformat(), "transformers": version("transformers")}
+    rows = {row["class"]: row for row in found.get("classes", ())} | {r["class"]: _row(r) | made for r in records}
+    found |= {"torch": version("torch"), "python": platform.python_version(), "hardware": _processor()}
+    found["classes"] = [rows[name] for name in sorted(rows)]
+    RECORD.write_text(json.dumps(found, indent=1) + "\n")
+    return RECORD
+
+
+def _row(record: Mapping[str, Any]) -> Row:
+    eager, modes = record.get("eager", {}), ("eager", "sdpa")
+    far = {mode: record.get(mode, {}).get("through", {}).get("roundings") for mode in modes}
+    apart = record.get("through") is False and record["status"] in FOUND
+    reason = record.get("reason", "")
+    if apart:  # of each module its own
+        reason = "; ".join(sorted(set(re.findall(r"\((\w+: [^()]*)\)", reason)))) or reason
+    elif record["status"] == "cannot build":
+        reason = reason[:160]
+    row = {
+        "class": record["class"],
+        "group": record["group"],
+        "status": record["status"],
+        "outside": apart or None,
+        "layers": [eager["entered"], eager["layers"]] if "layers" in eager else None,
+        **far,
+        "generate": record.get("generate", {}).get("roundings"),
+        "own": record.get("own"),
+        "reason": reason or None,
+        "unseen": any(record.get(mode, {}).get("unseen") for mode in modes) or None,
+    }
+    return {name: x for name, x in row.items() if x is not None}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+def sentence() -> str:
+    """How many classes are served, of both kinds."""
+    return (
+        f"Of {len(through())} classes that go through transformers' attention interface, {counted(through())} "
+        f"Of {len(outside())} more whose attention is all outside it, {counted(outside())}"
+    )
+
+
+def counted(rows: Iterable[Row]) -> str:
+    """What became of them, in words."""
+    count = collections.Counter(row["status"] for row in rows)
+    whole, part, refused, wrong = (count[status] for status in FOUND)
+    share = (whole + part) / max(1, count.total())
+    return (
+        f"{whole} are served whole and {part} in part ({share:.1%} together), {refused} are refused with the reason "
+        f"and {wrong} are wrong."
+    )
