@@ -113,9 +113,16 @@ def test_no_score_is_used_where_an_edit_does_not_reach(writes: Writes, why: str,
 class RealFormer(nn.Module):
     """Each layer adds the scores of the one before, which are handed on in a notebook that all share."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_place: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Attention(self.adds) for _ in range(3))
+        adds = self.adds_in_place if in_place else self.adds
+        self.layers = nn.ModuleList(Attention(adds) for _ in range(3))
+
+    def adds_in_place(self, net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        scores = product(q, k)
+        scores += self.notes.get("scores", 0.0)
+        self.notes["scores"] = scores
+        return scores.softmax(-1) @ v, None
 
     def adds(self, net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
         scores = product(q, k) + self.notes.get("scores", 0.0)
@@ -129,9 +136,10 @@ class RealFormer(nn.Module):
         return x
 
 
-def test_scores_that_the_next_layer_adds_are_refused(x: Tensor) -> None:
-    net = RealFormer().eval()
-    with pytest.raises(RefusedModel, match=r"layers\.0 .*its scores go into add too") as said:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_scores_that_the_next_layer_adds_are_refused(in_place: bool, x: Tensor) -> None:
+    net = RealFormer(in_place).eval()
+    with pytest.raises(RefusedModel, match=r"layers\.0 .*its scores go into .*add.* too") as said:
         heedful.attach(net, HALVE, inputs=x)
     assert "only=['layers.2']" in str(said.value)  # nobody adds those of the last
 
@@ -153,7 +161,7 @@ def less_their_highest(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     low = torch.full_like(scores, -1e9) * scores.new_ones(1)
     scores = scores + (1 - seen) * low
     assert scores.shape[-1] == scores.size(-1) == N
-    scores = scores - scores.max(-1, keepdim=True).values
+    scores -= scores.max(-1, keepdim=True).values
     weights = scores.softmax(-1)
     return weights @ v, weights
 
