@@ -141,15 +141,16 @@ def test_the_range_is_halved_whichever_way_it_goes(turn: int) -> None:
 
 def test_what_the_model_hides_stays_hidden() -> None:
     """Keys that nobody may see change nothing, and those of the scene, which stand at no place, are seen by all."""
-    bare = Bare(text=torch.ones(2, 19, dtype=torch.bool))
+    bare = Bare(text=torch.arange(19) >= torch.tensor([0, 4])[:, None])
     q, k, v = bare.q, bare.k, bare.v
     scene = {"key.0.0": torch.randn_like(k[:1, :, :3]), "value.0.0": torch.randn_like(v[:1, :, :3])}
     found = run(Stack((AddIt(1.3, 1.0, source=Fitted(scene)),)), bare)
     groups = q.shape[1] // k.shape[1]
     for b, head, i in ((0, 0, 0), (1, 3, 7), (0, 2, 18)):
         g = head // groups
-        keys = torch.cat([scene["key.0.0"][0, g], 1.3 * k[b, g, : i + 1]])
-        values = torch.cat([scene["value.0.0"][0, g], v[b, g, : i + 1]])
+        own = slice(4 * b, i + 1)
+        keys = torch.cat([scene["key.0.0"][0, g], 1.3 * k[b, g, own]])
+        values = torch.cat([scene["value.0.0"][0, g], v[b, g, own]])
         want = (keys @ q[b, head, i] / q.shape[-1] ** 0.5).softmax(0) @ values
         assert close(found[b, head, i], want)
 

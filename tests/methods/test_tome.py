@@ -133,6 +133,20 @@ def test_whatever_is_no_patch_joins_nobody() -> None:
 
 
 @torch.no_grad()
+def test_padding_is_nothing_that_joins_or_counts() -> None:
+    model = models.tiny("bert", num_hidden_layers=3)
+    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(12) < torch.tensor([[12], [7]])).long()
+    for count in (2, 30):
+        with attach(model.base_model, ToMe(count)) as run:
+            found = run(input_ids=ids, attention_mask=mask).last_hidden_state
+        for b, length in enumerate((12, 7)):
+            with attach(model.base_model, ToMe(count)) as run:
+                alone = run(input_ids=ids[b : b + 1, :length]).last_hidden_state[0]
+            assert close_model(found[b, :length], alone)
+
+
+@torch.no_grad()
 def test_one_layer_alone_merges_nothing() -> None:
     model, inputs = image_model(1)
     plain = model(**inputs).logits
