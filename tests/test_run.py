@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import heedful
-from heedful import attach, attached, edit
+from heedful import attach, attached, edit, fit
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, HeedfulError, InactiveWarning, NotEntered, RefusedModel, StatisticError
 from heedful.core.method import Method, Stack
 from heedful.core.sites import Site, at
-from heedful.methods import SinkRate, SinkWindow
+from heedful.methods import AttentionSorting, AvisC, HeadCircuits, PruneHeads, QFilters, SinkRate, SinkWindow, TempScale
 from heedful.tiny import tiny
 
 from .samples import PAPER, Forget, Gate, Keep, Narrow, Scale, Shares, Zero
@@ -140,8 +140,26 @@ def test_a_stack_may_be_spelled(model: nn.Module) -> None:
     for nothing in ("", " | "):
         with pytest.raises(FieldError, match="names no method"):
             attach(model, nothing)
-    with pytest.raises(HeedfulError, match="a stack holds methods, not PruneHeads"):
+    with pytest.raises(HeedfulError, match=r"a stack holds methods, not PruneHeads.*, which goes to heedful\.operate"):
         attach(model, "pruneheads")
+
+
+def test_what_goes_elsewhere_is_told_where(model: nn.Module) -> None:
+    for kind, place in (
+        (PruneHeads, "operate"),
+        (AttentionSorting, "arrange"),
+        (AvisC, "decode"),
+        (HeadCircuits, "fit"),
+    ):
+        with pytest.raises(FieldError, match=rf"Stack or str, and this goes to heedful\.{place}\(\)"):
+            attach(model, kind())
+    with pytest.raises(FieldError, match=r"and this is a class: TempScale\(\)"):
+        attach(model, TempScale)  # type: ignore[arg-type]
+
+
+def test_a_fit_to_nothing_says_so(model: nn.Module) -> None:
+    with pytest.raises(FieldError, match=r"fit\(\)\.batches = \[\]: hold nothing to fit to"):
+        fit(QFilters(), model, [])
 
 
 def test_untouched_layers_keep_the_models_own_attention(model: nn.Module) -> None:

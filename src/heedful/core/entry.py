@@ -142,6 +142,7 @@ class CatalogueEntry(ABC):  # noqa: B024 - what is abstract stands in its kinds
 
     paper: ClassVar[Paper] = UNPUBLISHED
     kind: ClassVar[str] = "entry"
+    handed_to: ClassVar[str] = "heedful.attach()"
 
     def __post_init__(self) -> None:
         """Refuse fields that do not suit; by then each is known to be of the kind that its annotation names."""

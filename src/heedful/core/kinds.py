@@ -130,6 +130,7 @@ class Tokens(CatalogueEntry, abstract=True):
     """Drops, merges, reorders or repeats the tokens of a prompt."""
 
     kind = "tokens"
+    handed_to = "heedful.arrange()"
 
     def adds(self, prompt: Prompt) -> tuple[int, ...]:
         """The tokens that `arrange` may put beside those of the prompt, each as often as it may."""
@@ -149,6 +150,7 @@ class Decode(CatalogueEntry, abstract=True):
     """Combines or changes next-token logits, of which it may read what made them."""
 
     kind = "decode"
+    handed_to = "heedful.decode()"
 
     def ready(self, prompt: Prompt, read: Reader) -> Decode:
         """The step that knows the prompt, where variants depend on what the model reads of it; the same otherwise."""
@@ -212,6 +214,7 @@ class Surgery(CatalogueEntry, abstract=True):
     """Edits weights offline."""
 
     kind = "surgery"
+    handed_to = "heedful.operate()"
 
     @abstractmethod
     def operate(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
@@ -225,6 +228,7 @@ class Weights(CatalogueEntry, abstract=True):
     """Measures a model's weights alone: `found = heedful.fit(it, model, ())`, then `found.describe()`."""
 
     kind = "weights"
+    handed_to = "heedful.fit()"
     fitted: Fitted | None = field(default=None, kw_only=True)
 
     @abstractmethod
@@ -259,6 +263,7 @@ class Conversion(CatalogueEntry, abstract=True):
     """
 
     kind = "conversion"
+    handed_to = "heedful.fit()"
     target: Part | Stack = field(default_factory=Stack)  # what acts in the copy, in the layers that it is for
     surgery: Surgery | None = None  # what is done to the copy's weights before: fewer key heads, for instance
     layer_epochs: int = 1  # passes over the batches in which each layer learns by itself

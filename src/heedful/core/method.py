@@ -310,7 +310,8 @@ class Stack:
         for i, part in enumerate(self.parts):
             if not isinstance(part, Method | Scoped):
                 what = f"the class {part.__name__}" if isinstance(part, type) else shown(part)
-                raise DefinitionError(f"a stack holds methods, not {what}; join methods with |, as in A() | B()")
+                away = f", which goes to {part.handed_to}" if isinstance(part, CatalogueEntry) else ""
+                raise DefinitionError(f"a stack holds methods, not {what}{away}; join methods with |, as in A() | B()")
             for other in self.parts[:i]:
                 if reason := clash(other, part):
                     raise ClashError(f"{other!r} | {part!r}: {reason}")
