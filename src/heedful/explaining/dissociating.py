@@ -88,7 +88,8 @@ class Dissociation(Told):
     @property
     def double(self) -> float:
         """How much more each ability loses by its own heads than by the other's, the smaller of the two."""
-        return float((self.lost[:2].diagonal() - self.lost[:2].flip(0).diagonal()).min())
+        lost = self.lost[:2]
+        return float((lost.diagonal() - lost.flip(0).diagonal()).min())
 
     @property
     def figure(self) -> Grid:
