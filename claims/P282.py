@@ -119,9 +119,9 @@ CLAIM = Claim(
     "(abstract)",
     setup=f"Llamas of {LAYERS} layers with {HEADS} heads, {WIDTH} wide, trained a seed for {STEPS} steps on texts of "
     f"{2 * CHAINS} statements, each a token whose embedding begins as the sum of its two names': {CHAINS} persons live "
-    "in towns, which lie in countries. Behind them a person is asked for, and the token in front says whether the answer "
-    "is the country that is that person's in all texts (recall), or the one that two statements of this text lead to, "
-    "drawn anew for each text (reasoning); each "
+    "in towns, which lie in countries. Behind them a person is asked for, and the token in front says whether the "
+    "answer is the country that is that person's in all texts (recall), or the one that two statements of this text lead "
+    "to, drawn anew for each text (reasoning); each "
     f"step is taught alone too. The same {PROMPTS} fresh texts for both, half to find {SILENCED} heads of each by "
     "first-order patching of the question and half to ask when they are silenced, or as many others at random "
     f"({DRAWS} draws). Not SmolLM2, which knows capitals but follows two steps at chance: right in 0.27 to 0.61 of "
