@@ -47,6 +47,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
     clean, corrupt = IDS[None, :6], IDS[None, 6:12]
     effects = explaining.patching(model, clean, corrupt, lambda logits: logits[:, -1, 5], layers=[0])
     direct = explaining.direct_logits(model, IDS)
+    pieces = IDS.view(4, 5)
+    best, worst = (pick(model(input_ids=pieces).logits[:, -1], -1) for pick in (torch.argmax, torch.argmin))
+    ability = explaining.Ability("a", pieces, pieces.flip(1), best, worst)
     faithful = explaining.faithfulness(model, IDS[:6], torch.rand(6), steps=2, seeds=1)
     return {
         "attach": (heedful.attach, {"model": model, "what": TempScale(0.5)}, "model what only backend roles tile_rows"),
@@ -106,6 +109,16 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         ),
         "weight_gradients": (
             explaining.weight_gradients, {"model": model, "batches": [{"input_ids": clean}]}, "model batches only",
+        ),
+        "dissociate": (
+            explaining.dissociate, {"model": model, "one": ability, "other": ability, "count": 1, "draws": 1},
+            "model one other count draws",
+        ),
+        "Ability": (
+            explaining.Ability,
+            {"name": "a", "clean": IDS[:6].view(2, 3), "corrupt": IDS[:6].view(2, 3), "right": IDS[:2],
+             "wrong": IDS[:2]},
+            "name clean corrupt right wrong",
         ),
         "spans": (explaining.spans, {"model": model, "text": IDS}, "model text layer longest"),
         "ReAGent": (explaining.ReAGent, {}, "replaced kept within runs steps among seed"),
@@ -168,8 +181,9 @@ VERBS = [
     "attach", "attached", "fit", "fold", "operate", "arrange", "load", "decode", "diagnose", "compare", "check", "edit",
     "explain", "patterns", "ablate", "head_importance", "HeadImportance.top", "attribute", "logit_lens",
     "direct_logits", "faithfulness", "patching",
-    "path_patching", "likeness", "weight_gradients", "spans", "ReAGent", "Likeness.best", "inflection",
-    "Inflection.top", "linearity", "depth_use", "word_maps", "trace", "nn.convert", "models.load", "models.tiny",
+    "path_patching", "likeness", "weight_gradients", "dissociate", "Ability", "spans", "ReAGent", "Likeness.best",
+    "inflection", "Inflection.top", "linearity", "depth_use", "word_maps", "trace", "nn.convert", "models.load",
+    "models.tiny",
     "catalogue.find", "catalogue.search", "tasks.find", "Stack", "Prompt", "Removal", "on", "when", "|", "Run[]",
     "Run.save", "Run.merge", "Run.load_state_dict", "Profile.answer", "Profile.save", "Profile.load", "Profile.page",
     "Profile.+", "Profile.-", "Comparison.load", "Lens.words", "DirectLogits.top", "Patterns[]", "Patterns.figure",

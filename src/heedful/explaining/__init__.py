@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "Ability": "dissociating",
     "agreement": "agreeing",
     "Agreement": "agreeing",
     "attribute": "attribution",
@@ -22,6 +23,8 @@ _HOMES = {
     "DepthUse": "depth",
     "direct_logits": "logits",
     "DirectLogits": "logits",
+    "dissociate": "dissociating",
+    "Dissociation": "dissociating",
     "patterns": "attention_patterns",
     "Patterns": "attention_patterns",
     "ablate": "ablation",
@@ -46,10 +49,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "Ability",
     "Agreement",
     "Attribution",
     "DepthUse",
     "DirectLogits",
+    "Dissociation",
     "Faithfulness",
     "HeadEffects",
     "HeadImportance",
@@ -70,6 +75,7 @@ __all__ = [
     "attribute",
     "depth_use",
     "direct_logits",
+    "dissociate",
     "faithfulness",
     "head_importance",
     "inflection",
@@ -99,6 +105,7 @@ if TYPE_CHECKING:
     from heedful.explaining.attention_patterns import Patterns, patterns
     from heedful.explaining.attribution import Attribution, attribute
     from heedful.explaining.depth import DepthUse, depth_use
+    from heedful.explaining.dissociating import Ability, Dissociation, dissociate
     from heedful.explaining.faithful import Faithfulness, Removal, faithfulness
     from heedful.explaining.gradients import WeightGradients, weight_gradients
     from heedful.explaining.inflecting import Inflection, inflection
