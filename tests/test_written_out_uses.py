@@ -210,6 +210,13 @@ def queries_gone_before_a_softmax(net: Attention, q: Tensor, k: Tensor, v: Tenso
     return scores.softmax(-1) @ v, None
 
 
+def keys_gone_with_their_room(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    room = torch.cat([k[:, :, :1], k], 2)
+    scores = product(q, room[:, :, 1:])
+    room.zero_()
+    return scores.softmax(-1) @ v, None
+
+
 @pytest.mark.parametrize(
     "writes",
     [
@@ -221,10 +228,24 @@ def queries_gone_before_a_softmax(net: Attention, q: Tensor, k: Tensor, v: Tenso
         taken_from_a_number,
         added_several_times,
         queries_gone_before_a_softmax,
+        keys_gone_with_their_room,
     ],
 )
 def test_scores_that_are_no_product_are_refused(writes: Writes, x: Tensor) -> None:
     refused(writes, x, NO_PRODUCT)
+
+
+def in_one_room(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """Values are written beside the keys once these are multiplied."""
+    room = torch.stack([k, k])
+    scores = product(q, room[0])
+    room[1] = v
+    weights = scores.softmax(-1)
+    return weights @ room[1], weights
+
+
+def test_what_is_written_beside_keys_changes_none(x: Tensor) -> None:
+    served(in_one_room, x)
 
 
 # scores in whose place something else is put

@@ -123,7 +123,10 @@ def written_by(func: Any, args: Any, kwargs: Any) -> Tensor | None:
     into = kwargs.get("out")
     if name in _WITHIN or kwargs.get("inplace") or (name.endswith("_") and not name.endswith(("__", "grad_"))):
         into = args[0] if args else kwargs.get("input")
-    return into if isinstance(into, Tensor) else None
+    if not isinstance(into, Tensor):
+        return None
+    part = into[args[1]] if name == "__setitem__" else into
+    return part if part is into or part._is_view() else into
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
