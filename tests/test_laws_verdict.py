@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import warnings
 
+import pytest
+
 from heedful import check
 from heedful.conformance.verdict import LAWS, law
-from heedful.core.errors import InactiveWarning
+from heedful.core.errors import FieldError, InactiveWarning
+from heedful.methods import AttentionSorting
 from tests.test_laws import Scale
 
 
 def test_a_law_that_does_not_apply_says_why() -> None:
     verdict = check(Scale(), only=("statistics",))["statistics"]
     assert (verdict.outcome, verdict.reason) == ("does not apply", "reads nothing")
+
+
+def test_a_law_that_is_for_other_kinds_has_no_verdict() -> None:
+    report = check(AttentionSorting, only=("padding", "is_documented"))
+    assert report["is_documented"].outcome == "kept"
+    with pytest.raises(FieldError, match=r"'padding': was not tried on AttentionSorting.*; tried: is_documented"):
+        report["padding"]
 
 
 def test_a_law_is_deaf_to_warnings_that_nothing_changed() -> None:

@@ -17,7 +17,17 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError, HeedfulError, InactiveWarning, NotEntered, RefusedModel, StatisticError
 from heedful.core.method import Method, Stack
 from heedful.core.sites import Site, at
-from heedful.methods import AttentionSorting, AvisC, HeadCircuits, PruneHeads, QFilters, SinkRate, SinkWindow, TempScale
+from heedful.methods import (
+    AttentionSorting,
+    AvisC,
+    HeadCircuits,
+    PruneHeads,
+    QFilters,
+    RefAM,
+    SinkRate,
+    SinkWindow,
+    TempScale,
+)
 from heedful.tiny import tiny
 
 from .samples import PAPER, Forget, Gate, Keep, Narrow, Scale, Shares, Zero
@@ -77,6 +87,16 @@ def test_closing_twice_and_using_a_closed_run(model: nn.Module) -> None:
         run(input_ids=IDS)
     with pytest.raises(StatisticError, match="has read nothing yet"):
         run[Shares()]
+
+
+def test_what_found_nothing_to_read_in_a_run_is_told_so(model: nn.Module) -> None:
+    for part in (RefAM(), SinkRate().when(phase="decode")):
+        with torch.no_grad(), attach(model, part, roles={"marked": ((0, 2),)}) as run:
+            with pytest.raises(StatisticError, match="has read nothing yet: run the model first"):
+                run[part]
+            run(input_ids=IDS)
+            with pytest.raises(StatisticError, match="has read nothing of what ran: it rests there, or no layer"):
+                run[part]
 
 
 def test_a_model_takes_one_run(model: nn.Module) -> None:

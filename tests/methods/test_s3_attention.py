@@ -168,6 +168,14 @@ def test_bm25_and_what_is_fused(model: Any) -> None:
     assert scaled(torch.tensor([3.0, 1.0, 2.0])).tolist() == [1.0, 0.0, 0.5]
 
 
+def test_the_question_stands_behind_the_span_that_ends_last(model: Any) -> None:
+    for seed in range(4):
+        shown = some(seed)
+        turned = replace(shown, roles=dict(shown.roles) | {"documents": SPANS[::-1]})
+        found = [heedful.arrange(model, one, S3Attention(8, lexical=1.0)).tokens for one in (shown, turned)]
+        assert found[0] == found[1] != shown.tokens
+
+
 def test_the_first_steps_of_a_fit(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [torch.tensor([prompt(seed).tokens]) for seed in range(2)]
     steps = Steps(monkeypatch, "Adam")

@@ -137,11 +137,11 @@ def test_padding_is_nothing_that_joins_or_counts() -> None:
     model = models.tiny("bert", num_hidden_layers=3)
     ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(12) < torch.tensor([[12], [7]])).long()
-    for count in (2, 30):
-        with attach(model.base_model, ToMe(count)) as run:
+    for count, roles in ((2, {}), (30, {}), (30, {"patches": ((0, 12),)})):
+        with attach(model.base_model, ToMe(count), roles=roles) as run:
             found = run(input_ids=ids, attention_mask=mask).last_hidden_state
         for b, length in enumerate((12, 7)):
-            with attach(model.base_model, ToMe(count)) as run:
+            with attach(model.base_model, ToMe(count), roles=roles) as run:
                 alone = run(input_ids=ids[b : b + 1, :length]).last_hidden_state[0]
             assert close_model(found[b, :length], alone)
 

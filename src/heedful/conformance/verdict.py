@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
-from heedful.core.errors import HeedfulError, InactiveWarning
+from heedful.core.errors import FieldError, HeedfulError, InactiveWarning
 from heedful.core.method import CatalogueEntry
 from heedful.core.notebook import printed
 
@@ -75,7 +75,11 @@ class Report:
         return iter(self.verdicts)
 
     def __getitem__(self, name: str) -> Verdict:
-        return next(v for v in self.verdicts if v.law == name)
+        for verdict in self.verdicts:
+            if verdict.law == name:
+                return verdict
+        known = ", ".join(v.law for v in self.verdicts) or "none"
+        raise FieldError("Report", "[...]", name, f"was not tried on {self.method}; tried: {known}", "is_documented")
 
     @property
     def ok(self) -> bool:

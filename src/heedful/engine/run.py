@@ -217,7 +217,9 @@ class Run:
         chosen = next((name for name in names if name in noted), names[0])
         found = {layer: s for (n, name, layer), s in self.state.statistics.items() if n == number and name == chosen}
         if not found:
-            raise StatisticError(f"{part!r} has read nothing yet: run the model first, for example run(**inputs)")
+            rests = "has read nothing of what ran: it rests there, or no layer is of the kind it is for"
+            first = "has read nothing yet: run the model first, for example run(**inputs)"
+            raise StatisticError(f"{part!r} {rests if self.state.entered or self.state.idled else first}")
         return method.answer(Readings(found))
 
     def answers(self) -> dict[Part, Any]:
