@@ -109,6 +109,18 @@ def test_what_is_learned_meets_what_is_narrow() -> None:
     assert all(x is not None and x.dtype == torch.float32 and bool(x.isfinite().all()) for x in found)
 
 
+def test_a_model_is_diagnosed_under_autocast() -> None:
+    model = heedful.models.tiny()
+    with torch.autocast("cpu", HALF):
+        found = heedful.diagnose(model, IDS)
+    assert found.view is not None
+    assert str(found).startswith("LlamaForCausalLM: 2 layers of 4 heads, 2 texts of 48 tokens")
+    reads = heedful.models.tiny("vit", image_size=16)
+    with torch.autocast("cpu", HALF):
+        found = heedful.diagnose(reads, heedful.models.tiny_inputs(reads)["pixel_values"])
+    assert found.view is not None
+
+
 def test_tokens_are_pooled_in_double_precision() -> None:
     model = heedful.models.tiny("vit", image_size=16, dtype=torch.float64)
     with heedful.attach(model, TokenPooling.example()) as run:

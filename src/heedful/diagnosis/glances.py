@@ -114,7 +114,8 @@ def look(
     if not found[0]:
         return None
     heads = chosen(notable(profile.roles(), 0, 0, MOST_HEADS // 2), found[0])
-    return view_of(found, heads, pixels, [windows.names[n] for n in rows], before, grid)
+    with torch.autocast("cpu", enabled=False):  # which knows no types as narrow as some of these
+        return view_of(found, heads, pixels, [windows.names[n] for n in rows], before, grid)
 
 
 def view_of(

@@ -128,7 +128,8 @@ def look(subject: Subject, windows: Windows) -> SoundView | None:
                 return None
             shares.append(run[parts[0]])
             heard.append((name, sound, words_of(sound, subject.words), side, run[parts[1]]))
-    return view_of(subject.model, layers, heard, shares)
+    with torch.autocast("cpu", enabled=False):  # as in the other views
+        return view_of(subject.model, layers, heard, shares)
 
 
 def view_of(

@@ -161,7 +161,8 @@ def look(subject: Subject, windows: Windows, profile: Profile, looks: LooksByLay
     named = pieces(windows.first, subject.tokenizer, window)[: len(shown)]
     subject.report(Progress("view", len(named), len(named)))
     heads = notable(profile.roles(), profile.facts["layers"], profile.facts["heads"], MOST_HEADS)
-    return view_of(looks, heads, named)
+    with torch.autocast("cpu", enabled=False):  # which knows no types as narrow as some of these
+        return view_of(looks, heads, named)
 
 
 def view_of(looks: Mapping[int, Looks], heads: list[Head], tokens: list[str]) -> TokenView:
