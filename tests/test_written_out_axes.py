@@ -168,6 +168,20 @@ def test_channels_before_tokens_are_told_apart() -> None:
     assert adapter_for(net, inputs=x).sizes()[0].width == H * D
 
 
+def of_every_second(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    heads, _ = as_torch_has_it(net, q[:, :, ::2], k, v)
+    return heads.repeat_interleave(2, 2)[:, :, :N], None
+
+
+def test_fewer_queries_than_tokens_are_no_channels() -> None:
+    torch.manual_seed(0)
+    net, x, seen = Net(of_every_second).eval(), torch.randn(2, N, H * D), []
+    note = heedful.edit(Site.HIDDEN, lambda hidden, call: seen.append(tuple(hidden.shape)) or hidden)
+    with heedful.attach(net, note, inputs=x) as run:
+        run(x)
+    assert set(seen) == {(2, N, H * D)}
+
+
 # a look leaves everything as it was
 
 

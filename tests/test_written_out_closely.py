@@ -135,6 +135,14 @@ def from_the_second_token(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> An
     return weights @ v, weights
 
 
+def through_a_view(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """The same, and nothing is put back."""
+    scores = product(q, k)
+    scores[..., 1:, 1:].add_(net.table[:, 1:, 1:])
+    weights = scores.softmax(-1)
+    return weights @ v, weights
+
+
 def beside_the_first_token(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     """The same in axes of rows and columns, as in MViT v2, and not in place."""
     scores = product(q, k)
@@ -149,7 +157,7 @@ def with_a_table(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return weights @ v, weights
 
 
-@pytest.mark.parametrize("writes", [from_the_second_token, beside_the_first_token, with_a_table])
+@pytest.mark.parametrize("writes", [from_the_second_token, through_a_view, beside_the_first_token, with_a_table])
 @pytest.mark.parametrize("start", [0.0, 1.0])
 def test_each_number_of_a_table_learns(writes: Writes, start: float, x: Tensor) -> None:
     net = Net(writes)

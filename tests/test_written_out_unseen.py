@@ -49,6 +49,12 @@ def through_an_output(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return weights @ v, None
 
 
+def through_a_function(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    weights = product(q, k).softmax(-1)
+    F.hardtanh(weights.view(B * H, N, N), 0.0, 0.1, inplace=True)
+    return weights @ v, None
+
+
 def through_numpy(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     weights = product(q, k).softmax(-1)
     weights.detach().numpy()[..., 0] = 0.0
@@ -70,6 +76,7 @@ def through_a_view(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
         (through_data_of_scores, CHANGED),
         (through_an_output, CHANGED),
         (through_a_view, CHANGED),
+        (through_a_function, CHANGED),
         (through_numpy, "its weights go into numpy too"),
     ],
 )
@@ -84,18 +91,25 @@ def halved_before_a_dropout(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> 
     return F.dropout(weights, 0.2, net.training, True) @ v, None
 
 
+def halved_in_a_list_before_a_dropout(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    weights = product(q, k).softmax(-1)
+    torch._foreach_mul_([weights], 0.5)
+    return F.dropout(weights, 0.2, net.training, True) @ v, None
+
+
 def dropped_in_place(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return F.dropout(product(q, k).softmax(-1), 0.0, net.training, True) @ v, None
 
 
-def test_a_dropout_in_place_hides_no_change(x: Tensor) -> None:
+@pytest.mark.parametrize("writes", [halved_before_a_dropout, halved_in_a_list_before_a_dropout])
+def test_a_dropout_in_place_hides_no_change(writes: Writes, x: Tensor) -> None:
     with torch.no_grad():
         net = Net(dropped_in_place)
         want = net(x)
         with heedful.attach(net, SAME, inputs=x) as run:
             assert close(run(x), want)
             for layer in net.layers:
-                layer.writes = halved_before_a_dropout
+                layer.writes = writes
             with pytest.raises(NotEntered, match=f"otherwise than when heedful looked: {CHANGED}"):
                 run(x)
 
@@ -138,9 +152,15 @@ def heads_for_keys(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return (weights @ v.new_ones(N, D)).transpose(1, 2), None
 
 
+def heads_for_keys_by_order(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    weights = product(q, k).softmax(-1).permute(0, 2, 1, 3)
+    return (weights @ v.new_ones(N, D)).transpose(1, 2), None
+
+
 @pytest.mark.parametrize(
     ("writes", "why"),
     [
+        (heads_for_keys_by_order, CHANGED),
         (turned_before_values, "its weights do not stand before the values"),
         (by_letters_from_the_left, "its weights do not stand before the values"),
         (heads_for_keys, CHANGED),

@@ -32,8 +32,7 @@ class Scores:
 
     def still(self) -> Scores:
         """The same without gradients."""
-        now, query, key = (x.detach() for x in (self.now, self.query, self.key))
-        return replace(self, now=now, query=query, key=key, learned=False)
+        return replace(self, query=self.query.detach(), key=self.key.detach(), learned=False)
 
     def reads(self, x: Tensor) -> bool:
         """Whether writing into a tensor may change its queries or keys."""

@@ -91,6 +91,7 @@ class Uses:
                 one.part = place_of(made[0])
             elif func in products.SAME or products.sums(func, kwargs, first):
                 one.part = uses[0].part
+                one.used = func in products.PLUS and place_of(made[0]) == one.part  # it lies among the scores
 
     def _other(self, use: Use, func: Any) -> Use:
         use.used, new = True, Use(use.origin, use.by or name_of(func))
