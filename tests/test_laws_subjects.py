@@ -93,6 +93,16 @@ class KeepsInTheLayer(Everywhere):
         return heads + self.by * before
 
 
+class GoesByTheCall(Everywhere):
+    """Sharpens by how many tokens are read at once."""
+
+    subjects = ("cross",)
+
+    @at(Site.SCORES)
+    def scale(self, scores: Tensor, call: Call) -> Tensor:
+        return scores * (self.by + len(call.queries) / 10)
+
+
 class MovesInCross(Everywhere):
     """Its neutral settings are none in cross-attention."""
 
@@ -128,6 +138,7 @@ def test_honest_methods_keep_the_laws_on_all_that_they_are_for(kind: type[Method
         (OnlyWhereItIsCausal, "example_acts", "vit: .* changes nothing beyond rounding"),
         (MovesInCross, "neutral_is_native", "bart: .* moves logits"),
         (TheFirstTextTells, "each_text_alone", "in a batch, logits differ"),
+        (GoesByTheCall, "streaming", "an answer token by token: logits differ"),
         (KeepsInTheLayer, "each_text_alone", "in a batch, after a token, logits differ"),
         (StaysInImages, "leaves_no_trace", "vit: something stays in the model after a run"),
     ],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from heedful.adapters.cache_name import CACHE, cache_of
 from heedful.api import attach
 from heedful.conformance.bare import ROLES, Bare
-from heedful.conformance.subjects import LENGTH, TEXT, Subject, in_training, subjects_of, text, tiny_model
+from heedful.conformance.subjects import CROSS, LENGTH, SPLIT, TEXT, Subject, in_training, subjects_of, text, tiny_model
 from heedful.conformance.tolerances import close_model, error
 from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.call import Call
@@ -241,9 +241,18 @@ def padding(method: Method) -> None:
 
 @law("reading a text at once and token by token come to the same")
 def streaming(method: Method) -> None:
-    for_text(method)
+    answering = [subject for subject in subjects_of(method) if subject in (SPLIT, CROSS)]
+    if not answering:
+        for_text(method)
     if not method.chunk_invariant:
         raise DoesNotApply("does not claim it: what it does depends on the call")
+    for subject in answering:
+        _answers_in_pieces(method, subject)
+    if TEXT in subjects_of(method):
+        _text_in_pieces(method)
+
+
+def _text_in_pieces(method: Method) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         torch.manual_seed(0)
@@ -261,6 +270,22 @@ def streaming(method: Method) -> None:
     for name, found in (("token by token", steps), ("in chunks", chunks)):
         if not close_model(found, whole):
             raise Broken(f"{name}, logits differ by {error(found, whole):.2g}")
+
+
+def _answers_in_pieces(method: Method, subject: Subject) -> None:
+    given = dict(subject.inputs())
+    said = given.pop("decoder_input_ids")
+    with torch.no_grad(), subject.attach(tiny_model(subject.kinds[0]), method) as run:
+        whole = run(**given, decoder_input_ids=said, use_cache=False).logits
+        for name, sizes in (("token by token", [LENGTH - 2, 1, 1]), ("in chunks", 6)):
+            past, parts = None, []
+            for piece in said.split(sizes, 1):
+                out = run(**given, decoder_input_ids=piece, use_cache=True, **{CACHE: past})
+                past = cache_of(out)
+                parts.append(out.logits)
+            found = torch.cat(parts, 1)
+            if not close_model(found, whole):
+                raise Broken(f"an answer {name}: logits differ by {error(found, whole):.2g}")
 
 
 def meeting(method: Method) -> frozenset[tuple[int, bool, bool, bool]]:

@@ -32,6 +32,7 @@ class LOCATEdit(Refined):
             "and enlarge maps of 16 x 16 to them.",
         ),
     )
+    chunk_invariant = False  # self- and cross-attention must tell of the same places, which are all in one call
     role: str = "marked"  # the words that change, among the keys of cross-attention
     evenness: float = 0.78  # lambda; 0 leaves the map as it is; the authors: 0.78
     steepness: float = 2.61  # of a place's say, W = sigmoid(steepness (m0 - middle))^2; the authors: 2.61
