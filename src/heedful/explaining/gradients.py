@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from heedful.adapters.choosing import adapter_for
 from heedful.adapters.layers import projections
 from heedful.adapters.weights import read_weights
+from heedful.adapters.wrapped import unwrapped
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.figures import Grid
@@ -87,7 +88,7 @@ def weight_gradients(
     What a model knows by heart pulls at other layers than what it does not: give texts one by one, each a batch, and
     compare the shares. A copy of the model is made; the model itself, and its gradients, stay as they are.
     """
-    adapter = adapter_for(model, only)
+    adapter = adapter_for(unwrapped(model), only)
     for number, name in enumerate(adapter.layer_names):
         projections(adapter.model, name, number)  # or the reason why heads cannot be told apart
     copy = deepcopy(model).eval().requires_grad_(True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.adapters.choosing import adapter_for
+from heedful.adapters.wrapped import unwrapped
 from heedful.api import attach
 from heedful.core.asked import asks
 from heedful.core.call import Call
@@ -120,7 +121,7 @@ def inflection(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, only: 
     `top(2)` are the layers that would learn little of them, and where the paper puts adapters. A copy of the model is
     made; the model itself, and its gradients, stay as they are.
     """
-    adapter_for(model, only)  # or the reason why there are no layers to tell apart
+    adapter_for(unwrapped(model), only)  # or the reason why there are no layers to tell apart
     copy = deepcopy(model).eval().requires_grad_(True)
     adapter = adapter_for(copy, only)
     modules = [adapter.model.get_submodule(name) for name in adapter.layer_names]
