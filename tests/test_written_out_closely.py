@@ -152,12 +152,22 @@ def beside_the_first_token(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> A
     return weights @ v, weights
 
 
+def by_the_query(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """What is added is a product too, with a table."""
+    scores = product(q, k)
+    scores[:, :, 1:, 1:] = scores[:, :, 1:, 1:] + q[:, :, 1:, :N] @ net.table[:, :, 1:]
+    weights = scores.softmax(-1)
+    return weights @ v, weights
+
+
 def with_a_table(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
     weights = (q @ k.transpose(-1, -2) * D**-0.5 + net.table).softmax(-1)
     return weights @ v, weights
 
 
-@pytest.mark.parametrize("writes", [from_the_second_token, through_a_view, beside_the_first_token, with_a_table])
+@pytest.mark.parametrize(
+    "writes", [from_the_second_token, through_a_view, by_the_query, beside_the_first_token, with_a_table]
+)
 @pytest.mark.parametrize("start", [0.0, 1.0])
 def test_each_number_of_a_table_learns(writes: Writes, start: float, x: Tensor) -> None:
     net = Net(writes)

@@ -63,15 +63,19 @@ class Uses:
         place = id(x)
         self._known[place] = (ref(x, lambda _: self._known.pop(place, None) and None), uses)
 
-    def goes_on(self, scores: Tensor, origin: Origin, func: Any, others: Iterable[Tensor], out: Tensor) -> None:
+    def goes_on(
+        self, scores: Tensor, origin: Origin, func: Any, args: Any, kwargs: Any, others: Iterable[Tensor], out: Tensor
+    ) -> None:
         """Scores became others by a step that is followed."""
-        for use in (use for x in others for use in self.of(x)):
+        uses, more = [use for x in others for use in self.of(x)], list[Use]()
+        for use in uses:
             if use.origin is origin:
                 use.used = True
             else:
-                self._other(use, func)
+                more.append(self._other(use, func))
         if mine := self.of(scores):
-            self.note(out, *mine)
+            self.note(out, *mine, *more)
+            self._parts(func, args, kwargs, uses, more, out)
 
     def aside(self, func: Any, args: Any, kwargs: Any, given: Iterable[Tensor], made: Iterable[Tensor]) -> None:
         """Something else was made of what came of a product."""
@@ -84,14 +88,21 @@ class Uses:
         new = tuple(self._other(use, func) for use in {id(use.origin): use for use in uses}.values())
         for x in made:
             self.note(x, *new)
-        if len(made) == len(uses) == 1:
-            (one,) = new
-            first = bool(args) and isinstance(args[0], Tensor) and bool(self.of(args[0]))
-            if func is Tensor.__getitem__ and not uses[0].by:
-                one.part = place_of(made[0])
-            elif func in products.SAME or products.sums(func, kwargs, first):
-                one.part = uses[0].part
-                one.used = func in products.PLUS and place_of(made[0]) == one.part  # it lies among the scores
+        if len(made) == 1:
+            self._parts(func, args, kwargs, uses, new, made[0])
+
+    def _parts(self, func: Any, args: Any, kwargs: Any, uses: Iterable[Use], new: Iterable[Use], made: Tensor) -> None:
+        """Note of what was made whether it is some places of scores, or these and what was added to them."""
+        first = self.of(args[0]) if args and isinstance(args[0], Tensor) else ()
+        for one in new:
+            of = [use for use in uses if use.origin is one.origin]
+            if len(of) != 1:
+                continue
+            if func is Tensor.__getitem__ and not of[0].by:
+                one.part = place_of(made)
+            elif func in products.SAME or products.sums(func, kwargs, of[0] in first):
+                one.part = of[0].part
+                one.used = func in products.PLUS and place_of(made) == one.part  # it lies among the scores
 
     def _other(self, use: Use, func: Any) -> Use:
         use.used, new = True, Use(use.origin, use.by or name_of(func))

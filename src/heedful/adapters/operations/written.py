@@ -214,7 +214,7 @@ class Trail:
             self.scores.pop(id(scores.now), None)
         if new is not None:
             self.scores[id(out)] = new
-            self.uses.goes_on(scores.now, scores.origin, func, others, out)
+            self.uses.goes_on(scores.now, scores.origin, func, args, kwargs, others, out)
         elif out is not scores.now:
             self.uses.aside(func, args, kwargs, (scores.now, *others), (out,))
 
