@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 import heedful
 from heedful import models
 from heedful.adapters.cache_name import CACHE, cache_of
+from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, InactiveWarning
+from heedful.core.mask import Dense
 from heedful.methods import TrimmedLlama
 
 
@@ -101,6 +104,15 @@ def test_padding_is_wanted_by_nobody(model: Any, inputs: Any) -> None:
     with heedful.attach(model, TrimmedLlama(0.06)) as run:  # one of 12, and not two of 17
         found = run(input_ids=padded, attention_mask=mask, decoder_input_ids=decoder).logits[0]
     assert close_model(found, by_hand(model, ids[0], decoder[0], 1 / 12))
+
+
+def test_a_feature_that_some_token_may_not_see_is_there_all_the_same() -> None:
+    table = torch.ones(1, 1, 4, 12, dtype=torch.bool)
+    table[:, :, 0, 6:] = False
+    bare = Bare(Shape(b=2, h=1, g=1, q=4, k=12), rules=(Dense(table),))
+    call = replace(bare.call, cross=True, query=bare.q, key=bare.k)
+    TrimmedLlama(0.3).trim(call.mask, call)
+    assert call.state.forward["kept"].sum(-1).tolist() == [4, 4]
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ class MODA(Method):
 
 def _with_image(spaces: Tensor) -> Tensor:
     """An image spans something."""
-    return spaces[:, :, IMAGE].flatten(2).any(-1)[..., None, None]
+    return spaces[:, :, IMAGE].amax((-1, -2), keepdim=True) > 0
 
 
 if __name__ == "__main__":
