@@ -325,3 +325,21 @@ def test_a_look_writes_into_no_cache_that_a_run_has_made_its_own() -> None:
         cache.update(new, new, 0)
         assert cache.get_seq_length() == 6
     assert cache.get_seq_length() == cache.layers[0].keys.shape[2] == 3
+
+
+def test_a_look_that_is_broken_off_leaves_all_as_it_was_too() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.read = nn.Linear(4, 4), [torch.zeros(1)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.read[0] += 1
+            self.read.append(x)
+            raise ValueError("it wants more")
+
+    net = Broken()
+    with pytest.raises(ValueError, match="it wants more"):
+        heedful.attach(net, HALVE, inputs=torch.ones(2, 4))
+    assert len(net.read) == 1
+    assert net.read[0] == 0

@@ -30,8 +30,10 @@ def as_it_was(model: nn.Module, given: Any = None) -> Iterator[None]:
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda), resting(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the forward that follows says it again
-        yield
-    before.back()
+        try:
+            yield
+        finally:
+            before.back()
 
 
 class Before:
