@@ -107,7 +107,7 @@ def test_reads_nothing_without_rotary_embedding_and_nothing_while_decoding(model
     gpt2 = models.tiny("gpt2")
     with heedful.attach(gpt2, METHOD) as run, torch.no_grad():
         run(input_ids=ids(20))
-    with pytest.raises(StatisticError, match="read nothing yet"):
+    with pytest.raises(StatisticError, match="has read nothing of what ran"):
         run[METHOD]
     with heedful.attach(model, METHOD) as run, torch.no_grad():
         run.generate(ids(20), max_new_tokens=4, do_sample=False)

@@ -103,7 +103,8 @@ def _require(owner: str, name: str, given: Any, hint: Any, default: Any, places:
     if default is not inspect.Parameter.empty and default is not None and _fits(default, hint):
         good = default
     elsewhere = "".join(f" (this suits {place}=)" for place in places)
-    if isinstance(place := getattr(given, "handed_to", None), str):  # of the catalogue, and of another kind
+    ours = any(kind.__module__.startswith("heedful.") for kind in (get_args(hint) or (hint,)) if isinstance(kind, type))
+    if ours and isinstance(place := getattr(given, "handed_to", None), str):  # of the catalogue, and of another kind
         whole = isinstance(given, type)
         elsewhere += f", and this is a class: {given.__name__}()" if whole else f", and this goes to {place}"
     raise FieldError(owner, name, given, f"must be {told}{elsewhere}", good)
