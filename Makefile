@@ -76,7 +76,7 @@ docs: setup ## the generated parts of the docs
 claims: setup ## measure the claims that have no result yet (ARGS=--again: all of them, which takes most of a day)
 	$(BIN)/python -m claims.ledger $(ARGS)
 
-sweep: setup ## measure coverage over every class of the installed transformers (hours; it resumes)
+sweep: setup ## measure coverage over every class of the installed transformers (half an hour; it resumes; ARGS="--out FILE", then --keep)
 	$(BIN)/python -m benchmarks.coverage.serve $(ARGS)
 
 bars: setup ## measure speed and memory against the baselines (an hour or more; leave the machine alone)

@@ -67,7 +67,10 @@ def _told_of(rows: Sequence[Row]) -> str:
             "bit for bit and the others within the budget."
         )
     if writes:
-        parts.append(f"Of {len(writes)} measured since that generate, {sum(x == 0 for x in writes)} do so bit for bit.")
+        exactly, since = sum(x == 0 for x in writes), " measured since" if swept else ""
+        parts.append(
+            f"Of {len(writes)}{since} that generate, {exactly} do so bit for bit and the others within the budget."
+        )
     if unseen := [row["class"] for row in rows if row.get("unseen")]:
         parts.append(
             "In these no edit can be seen, also not with all attention replaced by zeros, so check 4 says nothing: "

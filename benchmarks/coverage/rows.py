@@ -10,7 +10,7 @@ import datetime as dt
 import json
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,15 @@ def outside() -> list[Row]:
     return [row for row in told()["classes"] if row.get("outside")]
 
 
-def update(records: Iterable[Mapping[str, Any]]) -> Path:
-    """Take in what a sweep found."""
+def update(records: Iterable[Mapping[str, Any]], known: Container[str]) -> Path:
+    """Take in what a sweep found; classes that transformers does not name any more go."""
     found = told() if RECORD.exists() else {}
     made = {"date": dt.datetime.now(dt.UTC).date().isoformat(), "transformers": version("transformers")}
     rows = {row["class"]: row for row in found.get("classes", ())} | {r["class"]: _row(r) | made for r in records}
     found |= {"torch": version("torch"), "python": platform.python_version(), "hardware": _processor()}
-    found["classes"] = [rows[name] for name in sorted(rows)]
+    found["classes"] = [rows[name] for name in sorted(rows) if name in known]
+    if len({row["transformers"] for row in found["classes"]}) == 1:
+        found.pop("swept", None)  # what was told of an earlier sweep as a whole
     RECORD.write_text(json.dumps(found, indent=1) + "\n")
     return RECORD
 

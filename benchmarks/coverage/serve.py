@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="only take what is in --out into the record")
     options = parser.parse_args()
     if options.keep:
-        print(rows.update(read(options.out).values()))
+        print(rows.update(read(options.out).values(), {name for _, name in class_names()}))
         return
     sweep.examine = examine  # the sweep's workers, with other questions
     for record in sweep.run(todo(options), options.workers, options.limit):
