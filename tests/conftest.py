@@ -16,12 +16,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from heedful import gpu, models
 
 if not gpu.missing():
     import triton  # noqa: F401  its language is made to be interpreted, or not, when it is imported
 del os.environ["TRITON_INTERPRET"]  # nothing but test_triton.py runs there
+
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # clocks tell of others
+settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True)

@@ -198,7 +198,7 @@ def test_ranges_behave_as_sets(a: tuple[tuple[int, int], ...], b: tuple[tuple[in
     assert points(intersection(a, b)) == points(a) & points(b)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     window=st.integers(1, 9), sinks=st.integers(0, 4), start=st.integers(0, 6), rows=st.integers(1, 6),
     pads=st.lists(st.integers(0, 5), min_size=1, max_size=3), keys=st.integers(1, 16),

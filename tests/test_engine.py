@@ -164,7 +164,7 @@ def test_a_change_in_place_is_an_error(mode: type) -> None:
             run(Tripled(), bare)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 40), q=st.integers(1, 30), extra=st.integers(0, 10), window=st.integers(1, 12),
     heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (3, 3)]),
@@ -176,7 +176,7 @@ def test_tiles_of_any_size_agree(rows: int, q: int, extra: int, window: int, hea
     assert close(tiles, whole)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 99), rows=st.integers(1, 20), size=st.sampled_from([2, 4, 5]))
 def test_a_block_table_is_a_table_of_its_blocks(seed: int, rows: int, size: int) -> None:
     blocks = torch.rand(1, 4, -(-19 // size), -(-19 // size), generator=torch.Generator().manual_seed(seed)) < 0.4

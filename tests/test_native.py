@@ -91,7 +91,7 @@ def test_weight_is_moved_under_a_bias_and_a_soft_cap(n: int) -> None:
     assert not close(found, run("native", Same(), *draw(shape), call, bias=bias))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 140), past=st.integers(0, 60), heads=st.sampled_from([(1, 1), (4, 1), (6, 2), (5, 5)]),
     d=st.integers(1, 70), e=st.integers(1, 70), window=st.integers(1, 150), softcap=st.sampled_from([None, 5.0]),

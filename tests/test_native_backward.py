@@ -63,7 +63,7 @@ def test_block_tables(heads: int) -> None:
     compare_pulled("native", (2, 4, 2, 300, 300, 16, 16), (*CAUSAL, Blocks(table, 32)))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @example(n=1, past=1, heads=(1, 1), d=1, e=27, window=2)  # two numbers that are nearly alike
 @given(
     n=st.integers(1, 200), past=st.integers(0, 300), heads=st.sampled_from([(1, 1), (4, 1), (6, 2), (5, 5)]),

@@ -42,7 +42,7 @@ def same(a: Statistic, b: Statistic) -> bool:
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(parts=st.tuples(tables, tables, tables))
 def test_merging_is_associative_and_commutative(kind: str, parts: tuple[Tensor, Tensor, Tensor]) -> None:
     a, b, c = (MAKERS[kind](x, n) for n, x in enumerate(parts))
@@ -51,7 +51,7 @@ def test_merging_is_associative_and_commutative(kind: str, parts: tuple[Tensor, 
 
 
 @pytest.mark.parametrize("kind", [k for k in MAKERS if k != "Cat"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.lists(st.lists(values, min_size=3, max_size=3), min_size=2, max_size=8), cut=st.integers(1, 7))
 def test_a_split_tells_what_the_whole_tells(kind: str, rows: list[list[float]], cut: int) -> None:
     x = torch.tensor(rows)

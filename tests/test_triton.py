@@ -149,7 +149,7 @@ def test_weight_is_moved_under_a_soft_cap() -> None:
     assert not close(found, run("triton", Same(), *draw(shape), call))
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(
     n=st.integers(1, 90), past=st.integers(0, 40), heads=st.sampled_from([(1, 1), (4, 1), (6, 2), (5, 5)]),
     d=st.integers(1, 70), e=st.integers(1, 70), window=st.integers(1, 100),

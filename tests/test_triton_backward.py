@@ -106,7 +106,7 @@ def test_block_tables(heads: int) -> None:
     compare_pulled("triton", (1, 4, 2, 150, 150, 16, 16), (*CAUSAL, Blocks(table, 64)))
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(
     n=st.integers(1, 70), past=st.integers(0, 40), heads=st.sampled_from([(1, 1), (4, 1), (6, 2), (5, 5)]),
     d=st.integers(1, 40), e=st.integers(1, 40), window=st.integers(1, 100),
