@@ -43,12 +43,13 @@ def page() -> str:
 
 
 def _measured(rows: Sequence[Row]) -> str:
-    found, last = told(), max(row["date"] for row in rows)
+    found, dates = told(), sorted({row["date"] for row in rows})
     releases = collections.Counter(row["transformers"] for row in rows)
     made = " and ".join(f"{name} ({count:,} classes)" for name, count in sorted(releases.items()))
+    when = f"on {dates[0]}" if len(dates) == 1 else f"between {dates[0]} and {dates[-1]}"
     return (
-        f"Measured by `python -m benchmarks.coverage.serve` between {min(row['date'] for row in rows)} and {last} with "
-        f"transformers {made}, torch {found['torch']}, python {found['python']}, in float32."
+        f"Measured by `python -m benchmarks.coverage.serve` {when} with transformers {made}, torch {found['torch']}, "
+        f"python {found['python']}, in float32."
     )
 
 
