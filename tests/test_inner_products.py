@@ -116,3 +116,25 @@ def test_what_cannot_be_followed_is_told_of_the_module_around() -> None:
     with attach(model, Look(), inputs=x) as run:
         assert run.layer_names == ("0",)
         assert close_model(run(x), before)
+
+
+class Placed(nn.Module):
+    """Places are told by a module of its own, as in timm's BottleneckAttn, whose product is no score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_qkv, self.places = nn.Linear(16, 48), _Places()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.to_qkv(x).unflatten(-1, (3, 4, 4)).movedim(2, 0).transpose(-2, -3)
+        return ((q @ k.mT + self.places(q)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+class _Places(nn.Module):
+    def forward(self, q: Tensor) -> Tensor:
+        return (q @ torch.ones(6, 4).mT).tanh()
+
+
+def test_a_product_beside_the_scores_is_the_attention_s_own() -> None:
+    with pytest.raises(RefusedModel, match=r"0 \(Placed: a softmax of its own"):
+        attach(nn.Sequential(Placed()).eval(), Look(), inputs=torch.randn(2, 6, 16))

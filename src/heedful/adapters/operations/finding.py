@@ -216,10 +216,9 @@ class _Watch(TorchFunctionMode):
             if self._trail.answered is not None:
                 self._trail.answered.origin.left = name
         if len(self.stack) < self._depth:
-            if isinstance(output, Tensor) and id(output) in self._trail.scores:
-                self._depth = len(self.stack)  # it multiplies for the one around it
-            else:  # a module inside the attention gives what is used around it
-                self._trail.clear()
+            self._depth = len(self.stack)  # it multiplies for the one around it
+            if not (isinstance(output, Tensor) and id(output) in self._trail.scores):
+                self._trail.clear()  # or gives what is used there
 
 
 def kept_by(module: nn.Module) -> dict[str, Tensor]:
