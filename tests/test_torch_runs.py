@@ -93,7 +93,7 @@ class Louder(Method):
 
 
 @pytest.mark.parametrize(
-    "stack, model, why",
+    ("stack", "model", "why"),
     [
         (Scale().on(layers=[9]), Plain(), "must be below 2"),
         (Scale() | Louder(), nn.Sequential(Attention()), "stands in no list"),

@@ -150,7 +150,7 @@ class ModelAdapter:
             raise
 
     def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look at the model with what its first forward is given, and go in; where that fails, the next is the first."""
+        """Look at the model with what its first forward is given, and go in; or wait for another, where that fails."""
         hooks = self._operations.hooks
         try:
             self.look(lambda: self.model.forward(*args, **kwargs), (args, kwargs))
