@@ -169,7 +169,7 @@ class ModelAdapter:
             raise
 
     def _too_early(self, module: nn.Module, *_: Any) -> None:
-        if not self._operations.under_way:
+        if not self._operations.hooks.forwards.under_way:
             raise NotEntered(
                 f"a {type(module).__name__} of {self.kind} was called by itself, before heedful knows the layers; "
                 "call the whole model first, or give what to call: attach(..., inputs=lambda: model.encode_image(x))"

@@ -52,10 +52,6 @@ class Operations:
     def run(self) -> Run:
         return self.hooks.run
 
-    @property
-    def under_way(self) -> bool:
-        return self.hooks.forwards.under_way
-
     # which modules are layers
 
     def look(self, run: Callable[[], Any], given: Any) -> dict[str, str]:
