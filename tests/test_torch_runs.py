@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -17,11 +18,12 @@ from heedful import attach
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
-from heedful.core.errors import FieldError, NotEntered
+from heedful.core.errors import FieldError, HeedfulError, NotEntered
 from heedful.core.method import Method
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Sum
 
+from .interrupting import interrupted
 from .samples import PAPER, Gate, Scale, Shares, Sharpness
 from .test_torch_modules import Halve, encoder, model_of
 from .torch_models import Attention, E, H, Plain, WrittenOut, tokens
@@ -78,6 +80,56 @@ def test_an_interrupt_leaves_no_mode_behind() -> None:
         with WrittenOut(lambda p: p / 2):
             wanted = model_of(run)(x)
         assert close_model(run(x), wanted)
+
+
+class Louder(Method):
+    """Doubles what enters the first layer of a list."""
+
+    paper = PAPER
+
+    @at(Site.EMBEDDING)
+    def double(self, stream: Tensor, call: Call) -> Tensor:
+        return 2 * stream
+
+
+@pytest.mark.parametrize(
+    ("stack", "model", "why"),
+    [
+        (Scale().on(layers=[9]), Plain(), "must be below 2"),
+        (Scale() | Louder(), nn.Sequential(Attention()), "stands in no list"),
+    ],
+)
+@torch.no_grad()
+def test_what_the_first_forward_refuses_every_one_refuses(stack: Any, model: nn.Module, why: str) -> None:
+    before = fingerprint(model)
+    with attach(model, stack) as run:
+        for _ in range(3):
+            with pytest.raises(HeedfulError, match=why):
+                run(tokens())
+        assert run.installed()
+    assert fingerprint(model) == before
+
+
+@torch.no_grad()
+def test_an_interrupt_in_the_first_forward_leaves_a_run_that_waits_for_it() -> None:
+    model, x, at = Plain(), tokens(), 0
+    with attach(Plain(), Scale(), inputs=x) as run:
+        wanted = run(x)
+
+    def going_in(frame: FrameType) -> bool:
+        code = frame.f_code
+        return code.co_filename.endswith("adapter.py") and code.co_name in ("look", "_know", "_enter")
+
+    go_on = True
+    while go_on:
+        with attach(model, Scale()) as run:
+            go_on = interrupted(at, partial(run, x), going_in)
+            if go_on:
+                with pytest.raises(NotEntered, match="called by itself"):
+                    model.blocks[0](x)
+            assert torch.equal(run(x), wanted), at
+        at += 1
+    assert at > 20
 
 
 @torch.no_grad()

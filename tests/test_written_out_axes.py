@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from heedful.conformance.tolerances import close
 from heedful.core.errors import NotEntered, RefusedModel
 from heedful.core.sites import Site
 from heedful.engine.leaving import as_it_was
+from tests.interrupting import interrupted
 from tests.test_written_out import HALVE, Attention, D, H, N, Net, Writes
 from tests.test_written_out_refused import product
 
@@ -343,3 +346,27 @@ def test_a_look_that_is_broken_off_leaves_all_as_it_was_too() -> None:
         heedful.attach(net, HALVE, inputs=torch.ones(2, 4))
     assert len(net.read) == 1
     assert net.read[0] == 0
+
+
+def test_an_interrupt_on_the_way_back_leaves_all_as_it_was_too() -> None:
+    class Keeping(Attention):
+        def __init__(self) -> None:
+            super().__init__(as_torch_has_it)
+            self.first, self.read = torch.zeros(1), [torch.zeros(1)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.first += 1
+            self.read.append(x)
+            self.last = x
+            return super().forward(x)
+
+    def coming_back(frame: FrameType) -> bool:
+        return frame.f_code.co_name == "undo" and frame.f_globals["__name__"].startswith("heedful.engine.lea")
+
+    x, at, go_on = torch.ones(2, N, H * D), 0, True
+    while go_on:
+        net = Keeping().eval()
+        go_on = interrupted(at, partial(heedful.attach, net, HALVE, inputs=x), coming_back)
+        assert (net.first.item(), len(net.read), hasattr(net, "last")) == (0, 1, False), at
+        at += 1
+    assert at > 20

@@ -150,20 +150,26 @@ class ModelAdapter:
             raise
 
     def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look at the model with what its first forward is given, and go in."""
-        self.look(lambda: self.model.forward(*args, **kwargs), (args, kwargs))
-        if "" in self._names:
-            rule = f"{self.kind} is an attention module itself, which must be known before it runs"
-            raise FieldError("attach()", "inputs", None, rule, "(x, x, x)")
+        """Look at the model with what its first forward is given, and go in; or wait for another, where that fails."""
         hooks = self._operations.hooks
-        hooks.forwards.first = None
-        self._waiting.remove()
-        self.run.settle()
-        hooks.layers = len(self._names)
-        self._enter(hooks)
+        try:
+            self.look(lambda: self.model.forward(*args, **kwargs), (args, kwargs))
+            if "" in self._names:
+                rule = f"{self.kind} is an attention module itself, which must be known before it runs"
+                raise FieldError("attach()", "inputs", None, rule, "(x, x, x)")
+            hooks.forwards.first = None
+            self._waiting.remove()
+            self.run.settle()
+            hooks.layers = len(self._names)
+            self._enter(hooks)
+        except BaseException:
+            self.remove()
+            self._names = ()
+            self.install(self.run)
+            raise
 
     def _too_early(self, module: nn.Module, *_: Any) -> None:
-        if not self._operations.under_way:
+        if not self._operations.hooks.forwards.under_way:
             raise NotEntered(
                 f"a {type(module).__name__} of {self.kind} was called by itself, before heedful knows the layers; "
                 "call the whole model first, or give what to call: attach(..., inputs=lambda: model.encode_image(x))"

@@ -13,6 +13,7 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.notebook import printed
 from heedful.engine.leaving import Before
+from heedful.engine.resting import undone
 
 
 class Difference(float):
@@ -68,11 +69,8 @@ class Activity:
 
 def first_output(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The first numbers that a model gives, on a cache of its own where it is handed one; it keeps nothing of it."""
-    before = Before(model)
-    try:
+    with undone(Before(model).back):
         output = model(*map(_anew, args), **{name: _anew(x) for name, x in kwargs.items()})
-    finally:
-        before.back()
     found = next((x for x in tensors_of(output) if x.is_floating_point()), None)
     if found is None:
         rule = "gives no floating-point numbers, alone or in tuples, lists or mappings; compare what it gives yourself"

@@ -19,7 +19,7 @@ from heedful.core.values import replace
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.earlier import with_earlier
 from heedful.engine.needs import Needs
-from heedful.engine.precision import as_written, mixed, wide, widened
+from heedful.engine.precision import mixed, unmixed, wide, widened
 from heedful.engine.run_state import Plan
 from heedful.engine.stages import chosen_heads, own_rows, stage, staged, untouched
 
@@ -121,7 +121,7 @@ Choose = Callable[[Needs], Compute]
 def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) -> tuple[Tensor, Tensor | None, Call]:
     """Heads `[b h q d]` of one call, its pattern if that was asked for, and the call as CACHE steps should see it."""
     if mixed(q):
-        with as_written(q):
+        with unmixed(q):
             job = replace(job, call=widened(job.call))
             heads, pattern, call = attend(job, wide(q), wide(k), wide(v), choose)
         return heads.to(v.dtype), pattern, call
@@ -218,7 +218,7 @@ def _mixed(step: Step, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> T
 def replaced(step: Step, job: AttentionCall, call: Call, output: Tensor) -> Tensor:
     """The block's output as a BLOCK edit makes it from the block's input."""
     if mixed(output):
-        with as_written(output):
+        with unmixed(output):
             return replaced(step, job, widened(call), wide(output)).to(output.dtype)
     if call.hidden is None:
         raise SiteError(f"{step}, layer {call.layer}: the block is not handed hidden states [b n e]")

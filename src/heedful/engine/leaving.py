@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from heedful.engine.resting import resting
+from heedful.engine.resting import resting, undone
 
 _ATOMIC = (str, bytes, int, float, complex, type(None), type)
 # torch's own: parts, parameters, hooks, whether they train; and where a run or a compiler stands in a module
@@ -30,10 +30,8 @@ def as_it_was(model: nn.Module, given: Any = None) -> Iterator[None]:
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda), resting(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the forward that follows says it again
-        try:
+        with undone(before.back):
             yield
-        finally:
-            before.back()
 
 
 class Before:

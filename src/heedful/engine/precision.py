@@ -29,7 +29,7 @@ def mixed(x: object) -> bool:
     )
 
 
-def as_written(x: Tensor) -> AbstractContextManager[object]:
+def unmixed(x: Tensor) -> AbstractContextManager[object]:
     """A `with` in which autocast rests."""
     return torch.autocast(x.device.type, enabled=False)
 

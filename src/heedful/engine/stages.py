@@ -22,7 +22,7 @@ from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.core.values import replace
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.merging import merge
-from heedful.engine.precision import as_written, mixed, wide, widened
+from heedful.engine.precision import mixed, unmixed, wide, widened
 
 
 def _kv_heads(heads: tuple[int, ...], call: Call, step: Step) -> list[int]:
@@ -49,7 +49,7 @@ def chosen_heads(step: Step, call: Call) -> list[int] | None:
 def stage(site: Site, x: Any, job: AttentionCall, call: Call) -> Any:
     """The value of a site after every step that acts there."""
     if mixed(x):
-        with as_written(x):
+        with unmixed(x):
             return staged(site, wide(x), job, widened(call))[0].to(x.dtype)
     return staged(site, x, job, call)[0]
 
@@ -260,7 +260,7 @@ def redraws(call: Call, before: Mask, rows: int = 128) -> bool:
 def keep_entries(job: AttentionCall, entries: CachedKV) -> list[Kept]:
     """What the CACHE steps leave of the entries, one after another."""
     if mixed(entries.key):
-        with as_written(entries.key):
+        with unmixed(entries.key):
             return keep_entries(job, entries)
     left: list[Kept] = []
     kept, padding = entries.is_filled, job.call.mask.padding

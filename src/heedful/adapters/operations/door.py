@@ -52,10 +52,6 @@ class Operations:
     def run(self) -> Run:
         return self.hooks.run
 
-    @property
-    def under_way(self) -> bool:
-        return self.hooks.forwards.under_way
-
     # which modules are layers
 
     def look(self, run: Callable[[], Any], given: Any) -> dict[str, str]:
@@ -94,7 +90,11 @@ class Operations:
         inside = [f"{bound.name}.{name}" for name in seen.layers if name]
         if "" in seen.layers:
             self.found.take(bound.name, seen)
-            self._follow(bound)
+            try:
+                self._follow(bound)
+            except BaseException:
+                del self.found.layers[bound.name]  # the next call of it is refused as this one is
+                raise
         elif inside and not seen.own and set(inside) <= set(self.candidates):
             self._around.add(bound.name)
         else:
