@@ -104,6 +104,26 @@ def test_the_model_stays_as_it_is(model) -> None:
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
 
 
+def test_a_model_that_learns_is_asked_at_rest(model) -> None:
+    learning = models.tiny("llama", num_hidden_layers=3, attention_dropout=0.5)
+    learning.load_state_dict(model.state_dict())
+    learning.train()
+    both = ability(model, "one", 1), ability(model, "other", 2)
+    found, wanted = (dissociate(each, *both, count=1, draws=1) for each in (learning, model))
+    assert torch.equal(found.lead, wanted.lead)
+    assert torch.equal(found.lost, wanted.lost)
+    assert learning.training
+
+
+def test_heads_that_hand_over_nothing_lose_nothing_and_are_no_warning() -> None:
+    model = models.tiny("llama", num_hidden_layers=3)
+    for layer in model.model.layers[1:]:
+        torch.nn.init.zeros_(layer.self_attn.v_proj.weight)
+    found = dissociate(model, ability(model, "one", 1), ability(model, "other", 2), count=4, draws=1)
+    assert found.lost.isfinite().all()
+    assert float(found.lost[2].abs().max()) == 0
+
+
 def test_says_what_is_wrong(model) -> None:
     one = ability(model, "one", 1)
     with pytest.raises(FieldError, match="must be 4 or fewer"):

@@ -175,6 +175,8 @@ def test_what_goes_elsewhere_is_told_where(model: nn.Module) -> None:
             attach(model, kind())
     with pytest.raises(FieldError, match=r"and this is a class: TempScale\(\)"):
         attach(model, TempScale)  # type: ignore[arg-type]
+    with pytest.raises(FieldError, match=r"backend = TempScale.*: must be str; for example"):  # nothing goes there
+        attach(model, Scale(), backend=TempScale())  # type: ignore[arg-type]
 
 
 def test_a_fit_to_nothing_says_so(model: nn.Module) -> None:
