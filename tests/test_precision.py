@@ -22,6 +22,7 @@ from heedful.methods import (
     TaskKV,
     TokenPooling,
 )
+from tests.torch_models import Plain, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::heedful.core.errors.InactiveWarning")  # most edits here only look
 HALF = torch.bfloat16
@@ -125,3 +126,17 @@ def test_tokens_are_pooled_in_double_precision() -> None:
     model = heedful.models.tiny("vit", image_size=16, dtype=torch.float64)
     with heedful.attach(model, TokenPooling.example()) as run:
         assert run(**heedful.models.tiny_inputs(model)).logits.dtype == torch.float64
+
+
+def test_a_bias_is_widened_too() -> None:
+    found: list[torch.dtype] = []
+
+    def told(scores: Tensor, call: Call) -> Tensor:
+        assert call.bias is not None
+        found.append(call.bias.dtype)
+        return scores + call.bias.mean()
+
+    model, x = Plain(attn_mask=torch.randn(10, 10).to(HALF)), tokens()
+    with torch.autocast("cpu", HALF), torch.no_grad(), heedful.attach(model, heedful.edit(Site.SCORES, told)):
+        model(x)
+    assert found == [torch.float32] * 2

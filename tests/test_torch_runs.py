@@ -82,6 +82,28 @@ def test_an_interrupt_leaves_no_mode_behind() -> None:
         assert close_model(run(x), wanted)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_a_first_difference_that_is_broken_off_leaves_the_run_in_the_model(compiled: bool) -> None:
+    model, x = Plain(), tokens()
+    with attach(Plain(), Scale(), inputs=x) as run:
+        wanted = run(x)
+    for block in model.blocks if compiled else ():
+        block.compile(backend="eager")
+        block(x)
+    with attach(model, Scale()) as run:
+
+        def stop(*_: Any) -> None:
+            if run._adapter.ready:  # it was looked at, and this is the forward itself
+                raise ZeroDivisionError
+
+        handle = model.blocks[1].register_forward_pre_hook(stop)
+        with pytest.raises(ZeroDivisionError):
+            run.difference(x)
+        handle.remove()
+        assert torch.equal(run(x), wanted)
+
+
 class Louder(Method):
     """Doubles what enters the first layer of a list."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import heedful
+from heedful.adapters.operations.uses import overlap
 from heedful.conformance.tolerances import close
 from heedful.core.errors import NotEntered, RefusedModel
 from tests.test_written_out import HALVE, TWICE, Attention, B, H, N, Net, Writes, halved, plain, x
@@ -382,3 +383,12 @@ def test_a_table_that_learns_is_no_mask_for_being_ones(writes: Writes, why: str,
         nn.init.ones_(layer.table)
     with pytest.raises(RefusedModel, match=why):
         heedful.attach(net, HALVE, inputs=x)
+
+
+def test_tensors_overlap_where_they_share_as_much_as_one_number() -> None:
+    row = torch.arange(6.0)
+    assert overlap(row[:3], row[2:])
+    assert overlap(row[2:], row[:3])
+    assert overlap(row[::2], row[4:5])
+    assert not overlap(row[:3], row[3:])
+    assert not overlap(row[:3], row[3:3])

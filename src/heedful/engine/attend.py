@@ -122,7 +122,7 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
     """Heads `[b h q d]` of one call, its pattern if that was asked for, and the call as CACHE steps should see it."""
     if mixed(q):
         with unmixed(q):
-            job = replace(job, call=widened(job.call))
+            job = replace(job, call=widened(job.call), bias=None if job.bias is None else wide(job.bias))
             heads, pattern, call = attend(job, wide(q), wide(k), wide(v), choose)
         return heads.to(v.dtype), pattern, call
     call, run_state = job.call, job.run_state
