@@ -44,9 +44,9 @@ def test_a_row_is_replaced_and_the_others_stay(record: Path) -> None:
     found = {row.pop("class"): row for row in json.loads(record.read_text())["classes"]}
     assert list(found) == ["A", "B", "C", "D"]  # what transformers does not name any more is gone
     today = found["B"].pop("date")
-    assert found.pop("B") == {"group": "base", "status": "served", "generate": 0.0, "transformers": "5.2.0"}
+    assert found.pop("B") == {"group": "base", "status": "served", "generate": 0.0, **RELEASES}
     assert today > "2026-01-02"
-    old = {"date": "2026-01-02", "transformers": "5.1.0"}
+    old = {"date": "2026-01-02", "transformers": "5.1.0", "torch": "2.13.0"}
     assert found == {
         "A": old | {
             "group": "text", "status": "served", "layers": [2, 3], "eager": 0.0, "sdpa": 1.5, "generate": 0.5,
@@ -63,7 +63,8 @@ def test_a_row_is_replaced_and_the_others_stay(record: Path) -> None:
 def test_the_page_tells_both_releases(record: Path) -> None:
     found = json.loads(record.read_text())
     today, told = found["classes"][1]["date"], page.page()
-    assert f"between 2026-01-02 and {today} with transformers 5.1.0 (3 classes) and 5.2.0 (1 classes), torch" in told
+    made = "3 classes with transformers 5.1.0 and torch 2.13.0; 1 classes with transformers 5.2.0 and torch 2.13.0."
+    assert f"between 2026-01-02 and {today}, in float32: {made}" in told
     assert "Of 2 classes that go through the interface, 2 are served whole and 0 in part (100.0% together)" in told
     assert "Of 2 that generate, 1 do so bit for bit" in told
     assert "so check 4 says nothing: A." in told
@@ -72,7 +73,7 @@ def test_the_page_tells_both_releases(record: Path) -> None:
         "Of 1 more whose attention is all outside it, 0 are served whole and 0 in part (0.0% together), 1 are" in told
     )
     record.write_text(json.dumps(found | {"classes": [found["classes"][1] | {"date": "2026-01-02"}]}))
-    assert "on 2026-01-02 with transformers 5.2.0 (1 classes)" in page.page()
+    assert "on 2026-01-02, in float32: 1 classes with transformers 5.2.0" in page.page()
 
 
 def test_a_cell_ends_where_it_should(record: Path) -> None:

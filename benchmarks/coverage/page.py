@@ -43,14 +43,11 @@ def page() -> str:
 
 
 def _measured(rows: Sequence[Row]) -> str:
-    found, dates = told(), sorted({row["date"] for row in rows})
-    releases = collections.Counter(row["transformers"] for row in rows)
-    made = " and ".join(f"{name} ({count:,} classes)" for name, count in sorted(releases.items()))
+    dates = sorted({row["date"] for row in rows})
+    releases = collections.Counter(f"transformers {row['transformers']} and torch {row['torch']}" for row in rows)
+    made = "; ".join(f"{count:,} classes with {name}" for name, count in sorted(releases.items()))
     when = f"on {dates[0]}" if len(dates) == 1 else f"between {dates[0]} and {dates[-1]}"
-    return (
-        f"Measured by `python -m benchmarks.coverage.serve` {when} with transformers {made}, torch {found['torch']}, "
-        f"python {found['python']}, in float32."
-    )
+    return f"Measured by `python -m benchmarks.coverage.serve` {when}, in float32: {made}."
 
 
 def _told_of(rows: Sequence[Row]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import datetime as dt
 import json
-import platform
 import re
 from collections.abc import Container, Iterable, Mapping
 from importlib.metadata import version
@@ -42,10 +41,9 @@ def outside() -> list[Row]:
 def update(records: Iterable[Mapping[str, Any]], known: Container[str]) -> Path:
     """Take in what a sweep found; classes that transformers does not name any more go."""
     found = told() if RECORD.exists() else {}
-    made = {"date": dt.datetime.now(dt.UTC).date().isoformat(), "transformers": version("transformers")}
+    made = {"date": dt.datetime.now(dt.UTC).date().isoformat()} | {n: version(n) for n in ("transformers", "torch")}
     rows = {row["class"]: row for row in found.get("classes", ())} | {r["class"]: _row(r) | made for r in records}
-    found |= {"torch": version("torch"), "python": platform.python_version(), "hardware": _processor()}
-    found["classes"] = [rows[name] for name in sorted(rows) if name in known]
+    found = {"classes": [rows[name] for name in sorted(rows) if name in known]}
     RECORD.write_text(json.dumps(found, indent=1) + "\n")
     return RECORD
 
@@ -72,12 +70,6 @@ def _row(record: Mapping[str, Any]) -> Row:
         "unseen": any(record.get(mode, {}).get("unseen") for mode in modes) or None,
     }
     return {name: x for name, x in row.items() if x is not None}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return named[1] if named else platform.processor() or platform.machine()
 
 
 def sentence() -> str:
