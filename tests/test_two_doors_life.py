@@ -228,3 +228,15 @@ def test_pictures_are_diagnosed_by_a_model_whose_pooling_stands_beside() -> None
     config = transformers.SiglipVisionConfig(**VISION)
     told = str(heedful.diagnose(transformers.SiglipVisionModel(config).eval(), PICTURES))
     assert "3 layers of 4 heads" in told
+
+
+@torch.no_grad()
+def test_a_config_may_ask_for_patterns_of_every_forward() -> None:
+    model = llama()
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    with attach(model, Through()):
+        given = model(input_ids=IDS).attentions
+        model.config.output_attentions = False
+        assert model(input_ids=IDS).attentions is None
+    assert [x.shape for x in given] == [(2, 4, 10, 10)] * 2

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import heedful
+from heedful.adapters.operations.layout import Layout
 from heedful.conformance.tolerances import close
 from heedful.core.errors import RefusedModel
 from heedful.core.sites import Site
@@ -161,3 +162,18 @@ def test_scores_that_are_changed_after_they_were_copied_are_refused() -> None:
     net = nn.Sequential(Looked(True)).eval()
     with pytest.raises(RefusedModel, match="no product of queries and keys alone"):
         heedful.attach(net, HALVE, inputs=torch.randn(B, N, E))
+
+
+def test_heads_in_groups_are_told_one_by_one() -> None:
+    """Head `3 g + i` is number `i` of group `g`; what is the same for some stands in each, but for keys."""
+    query = torch.randn(2, 2, 3, 5, 4)
+    layout = Layout.of(query, 6, torch.randn(2, 5, 24))
+    assert layout.grouped
+    assert torch.equal(layout.unfold(layout.fold(query)), query)
+    assert layout.fold(query[:, :, :1], keys=True).shape == (2, 2, 5, 4)
+    for some in (query[:, :, :1], query[:, :1], query[:1, :, :1]):
+        told = layout.fold(some)
+        for g in range(2):
+            for i in range(3):
+                wanted = some[:, min(g, some.shape[1] - 1), min(i, some.shape[2] - 1)]
+                assert torch.equal(told[:, 3 * g + i], wanted)
