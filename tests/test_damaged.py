@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from heedful import models
 from heedful.bench.compare import compare
 from heedful.bench.comparison import Comparison
 from heedful.bench.records import Log, read
+from heedful.core import fitted
 from heedful.core.errors import HeedfulError
 from heedful.core.files import PROFILE, RECORDS, digest_of
+from heedful.core.stats import DIGEST, HEADER, OF, Sum, _digest, load, save
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.run import diagnose
 from heedful.laboratory.outcome import Lab
@@ -31,6 +34,8 @@ from tests.test_compare import Echo, Loss
 
 Swap = Callable[[random.Random, bytes], bytes]
 OTHER = (None, True, False, -1, 0, 3, 1e308, 1e-308, "3", "", "\0", "../x", [], {}, [[]], {"a": None}, [1, "b"])
+SHAPES = ([2**40], [2, 2**33], [2**70], [-1], [0], [], [1] * 99, [1e3], ["4"], [None], [[1]])
+KINDS = (torch.float16, torch.float32, torch.int64, torch.uint8, torch.bool)
 
 
 def flipped(draw: random.Random, content: bytes) -> bytes:
@@ -80,6 +85,26 @@ def forged(draw: random.Random, content: bytes) -> bytes:
     """A profile with a value of another kind, and the digest that goes with it."""
     found = json.loads(swapped(draw, content))
     return json.dumps({**found, "digest": digest_of(found)} if isinstance(found, dict) else found).encode()
+
+
+def restated(draw: random.Random, content: bytes) -> bytes:
+    """Statistics whose file says something else of its tensors, or holds others, and the digest that goes with it."""
+    tensors = safetensors.torch.load(content)
+    size = int.from_bytes(content[:8], "little")
+    told = json.loads(content[8 : 8 + size])["__metadata__"]
+    header = json.loads(told[HEADER])
+    if draw.random() < 0.3:
+        name = draw.choice(sorted(tensors))
+        x = tensors[name]
+        tensors[name] = draw.choice((x[:0], x[None], x.flatten(), x.to(draw.choice(KINDS)), torch.full_like(x, 77)))
+    elif draw.random() < 0.4:
+        shapes = draw.choice(list(header.values()))["shapes"]
+        draw.choice(shapes)[draw.randrange(2)] = draw.choice((*SHAPES, *map(str, KINDS), "Tensor", "save"))
+    else:
+        header = _replaced(draw, header)
+    text = json.dumps(header)
+    told |= {HEADER: text, DIGEST: _digest(told[OF] + text, tensors)}
+    return safetensors.torch.save({name: x.clone() for name, x in tensors.items()}, told)
 
 
 @contextmanager
@@ -139,7 +164,7 @@ def read_weights(folder: Path) -> None:
 
 PLANS: dict[str, tuple[str, str, Callable[[Path], None], tuple[Swap, ...]]] = {
     "profile": ("p", PROFILE, read_profile, (flipped, cut_short, torn, grown, swapped, forged)),
-    "statistics": ("p", "statistics-*", read_profile, (flipped, cut_short, torn, grown)),
+    "statistics": ("p", "statistics-*", read_profile, (flipped, cut_short, torn, grown, restated)),
     "records": ("c", RECORDS, read_comparison, (flipped, cut_short, torn, grown, swapped)),
     "lab": ("l", "*.json", read_lab, (flipped, cut_short, torn, grown, swapped)),
     "weights": ("l", "*.safetensors", read_weights, (flipped, cut_short, torn, grown)),
@@ -201,3 +226,23 @@ def test_statistics_outside_of_the_folder_are_not_opened(files: Path, tmp_path: 
         (tmp_path / "copy" / PROFILE).write_text(json.dumps({**forged, "digest": digest_of(forged)}))
         with pytest.raises(HeedfulError, match="they lie beside it"):
             Profile.load(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("shape", [[2**26 + 65], [2**40], [2**70], [-1], [0], [2, 1], "a"])
+def test_a_small_file_speaks_of_no_more_numbers_than_fit(shape: Any, tmp_path: Path) -> None:
+    """One number of a few bytes was laid out as often as the file said, until memory was full."""
+    tensors = {"x/total": torch.ones(1, dtype=torch.uint8)}
+    told = {"x": {"kind": "Sum", "settings": {}, "tensors": ["total"], "shapes": [[shape, "float64"]]}}
+    text = json.dumps(told)
+    metadata = {HEADER: text, OF: "", DIGEST: _digest(text, tensors)}
+    (tmp_path / "x.safetensors").write_bytes(safetensors.torch.save(tensors, metadata))
+    with pytest.raises(HeedfulError, match="holds no heedful statistics that fit together"):
+        load(tmp_path / "x.safetensors")
+
+
+def test_what_is_saved_can_be_loaded_however_alike_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitted, "MOST", 100)
+    for n in (10, 1000):
+        file = save(tmp_path / "x.safetensors", {"x": Sum(torch.ones(3, n, dtype=torch.float64))})
+        assert torch.equal(load(file)["x"].value, torch.ones(3, n))
+    assert file.stat().st_size > 3 * 1000 * 8

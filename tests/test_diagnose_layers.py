@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from heedful.diagnosis.apart import Found, joined
 from heedful.diagnosis.corpus import Corpus
 from heedful.diagnosis.layers import by_layer, stacked, together
 from heedful.diagnosis.measures import DEFAULT
-from heedful.diagnosis.shards import Reader, Sums
+from heedful.diagnosis.shards import Piece, Reader, Sums
+from heedful.diagnosis.store import ADDED
+from heedful.diagnosis.workers import opened, packed
 from tests.test_corpus import TEXTS, lines
 from tests.test_diagnose_texts import characters
 from tests.test_stats import MAKERS
@@ -75,6 +77,20 @@ def test_layers_are_stacked_where_merging_is_element_by_element() -> None:
     assert list(stacked(unlike)) == list(unlike)
     assert all(kind.by_element for kind in (Sum, Mean, Moments, Max, Histogram, TopK))
     assert not any(kind.by_element for kind in (Statistic, Cat, Own))
+
+
+def test_what_is_alike_in_all_shards_is_added_up_once() -> None:
+    """The first shard as the others: that of each part was laid out in full, and all sums with it."""
+    count = torch.arange(1.0, 65.0, dtype=torch.float64)
+    piece = Piece(dict.fromkeys(ADDED, 1) | {"skipped": [], "backends": []}, {})
+    total = torch.rand(4, 32, 64, dtype=torch.float64)
+    sent = packed(replace(piece, statistics={"0.look.0,1,2,3": Mean(total, count.expand(4, 32, 64).contiguous())}))
+    sums = reduce(Sums.plus, (opened(sent) for _ in range(13)), Sums())
+    for found, times in zip(sums.apart.values(), (3, 3, 3, 2, 2), strict=True):
+        (stat,) = found.values()
+        assert torch.equal(stat.tensors()["count"], times * count.expand(4, 32, 64))
+        assert stat.tensors()["count"].untyped_storage().nbytes() == 64 * 8
+        assert torch.equal(stat.tensors()["total"], sum([total] * (times - 1), total))
 
 
 def test_the_default_measures_give_the_bits_of_each_layer_by_itself(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heedful.conformance.tolerances import MERGE, error
 from heedful.core.errors import StatisticError
-from heedful.core.stats import Cat, Histogram, Max, Mean, Moments, Statistic, Sum, TopK, load, merged, save
+from heedful.core.stats import FEW, Cat, Histogram, Max, Mean, Moments, Statistic, Sum, TopK, load, merged, save
 from heedful.core.summary import _below, _diagonals
 
 Maker = Callable[[Tensor, int], Statistic]
@@ -78,6 +78,20 @@ def test_unlike_lengths_meet_position_by_position() -> None:
     high = Max(torch.tensor([-1.0]), torch.tensor([3])) + Max(torch.tensor([-2.0, -7.0]), torch.tensor([1, 9]))
     assert high.high.tolist() == [-1.0, -7.0]
     assert high.place.tolist() == [3, 9]
+
+
+def test_what_lies_once_in_both_lies_once_in_the_sum() -> None:
+    wide = torch.tensor([[1.0], [2.0]], dtype=torch.float64).expand(2, FEW)
+    rising = torch.arange(1.0 * FEW, dtype=torch.float64)[None].expand(2, FEW)
+    found = Mean(torch.rand(2, FEW), wide) + Mean(torch.rand(2, FEW), wide)
+    assert torch.equal(found.count, 2 * wide)
+    assert found.count.untyped_storage().nbytes() == 2 * 8  # the counts of many long texts are few
+    for one, other in ((wide, rising), (rising, rising), (wide, wide), (rising, rising.contiguous())):
+        for a, b in ((one, other), (one, other[:, :-3]), (one[:, :-3], other)):
+            assert torch.equal((Sum(a) + Sum(b)).total, (Sum(a.contiguous()) + Sum(b.contiguous())).total)
+    assert (Sum(rising) + Sum(rising[:, 3:])).total.untyped_storage().nbytes() == FEW * 8
+    none = wide[:, :0].expand(FEW, 2, 0)
+    assert (Sum(none) + Sum(none)).total.shape == (FEW, 2, 0)
 
 
 def test_of_equal_maxima_the_first_place_wins() -> None:

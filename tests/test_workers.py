@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ from heedful.core.errors import FieldError
 from heedful.core.stats import Sum
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.shards import Piece
-from heedful.diagnosis.workers import Ranks, Ray, _closed, _opened
+from heedful.diagnosis.workers import ALIGNED, Ranks, Ray, _closed, _opened, opened, packed
 from heedful.methods import BlockAttention, SinkWindow, TempScale
 from tests import corpus_job
 from tests.test_corpus import equal
@@ -138,6 +140,30 @@ def test_what_is_sent_arrives_as_it_was() -> None:
         assert torch.equal(found.statistics[key].total.nan_to_num(7), stat.total.nan_to_num(7))
         assert found.statistics[key].total.shape == stat.total.shape
         assert torch.equal((found.statistics[key] + stat).total.nan_to_num(7), (stat + stat).total.nan_to_num(7))
+
+
+def test_what_is_sent_is_read_where_it_lies(recwarn: pytest.WarningsRecorder) -> None:
+    given = {"a": torch.rand(7), "few": torch.arange(70.0).expand(3, 70), "b": torch.rand(11, dtype=torch.float64)}
+    content = packed(given)
+    found = opened(content)
+    assert all(torch.equal(x, given[name]) for name, x in found.items())
+    start = np.frombuffer(content, np.uint8).ctypes.data
+    places = [x.data_ptr() - start for name, x in found.items() if name != "few"]  # whose whole numbers are made wide
+    assert all(0 <= place < len(content) and place % ALIGNED == 0 for place in places)
+    assert not recwarn.list
+
+
+def test_what_the_first_of_the_ranks_says_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own form holds all layers once more for each of them: 125 MB of a profile of 2."""
+    sizes: list[int] = []
+    monkeypatch.setattr(
+        "torch.distributed.broadcast_object_list", lambda said, *_: sizes.append(len(pickle.dumps(said)))
+    )
+    layers = torch.rand(30, 100, dtype=torch.float64).unbind()
+    word, found = Ranks()._told(("done", layers))
+    assert word == "done"
+    assert all(torch.equal(x, y) for x, y in zip(found, layers, strict=True))
+    assert sizes[0] < 2 * 30 * 100 * 8
 
 
 def test_a_cluster_that_does_not_answer_is_named(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import os
-import pickle
 import random
 import statistics
 import tempfile
@@ -47,7 +46,7 @@ def merges(count: int) -> dict[str, Any]:
     from heedful.core.stats import Mean
     from heedful.diagnosis.layers import by_layer
     from heedful.diagnosis.shards import Sums
-    from heedful.diagnosis.workers import packed
+    from heedful.diagnosis.workers import opened, packed
 
     rows = []
     default = models.default()
@@ -57,7 +56,7 @@ def merges(count: int) -> dict[str, Any]:
         sums = Sums()
         began = time.process_time()
         for _ in range(count):
-            sums = sums.plus(pickle.loads(sent))
+            sums = sums.plus(opened(sent))
         whole = sums.whole
         seconds = time.process_time() - began
         one = by_layer(piece.statistics)

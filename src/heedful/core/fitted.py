@@ -1,13 +1,15 @@
-"""Tensors that a fit found, held as one hashable value."""
+"""Tensors as they are kept: what a fit found as one hashable value, and what is alike in them said in few bytes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+MOST, TIMES = 2**26, 64  # numbers that few may stand for, however few they are, and each of them besides
 
 
 class Fitted(Mapping[str, Tensor]):
@@ -50,3 +52,37 @@ class Fitted(Mapping[str, Tensor]):
         from safetensors.torch import load_file
 
         return Fitted(load_file(str(path)))
+
+
+def compact(x: Tensor) -> Tensor:
+    """What says the same in fewer bytes: an axis along which all is alike once, whole numbers as such."""
+    x = narrowed(x, range(x.ndim))
+    if x.numel() and x.dtype in (torch.float64, torch.int64):
+        for kind in (torch.uint8, torch.int16, torch.int32):
+            ends = torch.iinfo(kind)
+            if x.min() >= ends.min and x.max() <= ends.max and torch.equal(x.to(kind).to(x.dtype), x):
+                return x.to(kind).contiguous()
+    return x.contiguous().clone()
+
+
+def narrowed(x: Tensor, axes: Iterable[int]) -> Tensor:
+    """The same with one place along each of these axes along which all is alike."""
+    for axis in axes:
+        if x.shape[axis] > 1 and torch.equal(x, x.narrow(axis, 0, 1).expand_as(x)):
+            x = x.narrow(axis, 0, 1)
+    return x
+
+
+def as_it_was(few: Tensor, shape: Sequence[int], kind: str) -> Tensor:
+    """What was made compact, by what a file says of it; it takes no memory yet for what is alike."""
+    wide = getattr(torch, kind)
+    if not isinstance(wide, torch.dtype) or [type(n) for n in shape] != [int] * few.ndim:
+        raise TypeError(f"{kind} {shape} for {few.ndim} axes")
+    if any(n != m and (m != 1 or n < 1) for n, m in zip(shape, few.shape, strict=True)):
+        raise ValueError(f"{shape} for {list(few.shape)}")
+    return few.to(wide).expand(shape)
+
+
+def room(tensors: Mapping[str, Tensor]) -> int:
+    """For how many numbers these may stand in a file, so that a small one cannot fill the memory."""
+    return MOST + TIMES * sum(x.numel() for x in tensors.values())

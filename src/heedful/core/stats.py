@@ -21,8 +21,9 @@ from torch import Tensor
 from heedful.core.asked import asks
 from heedful.core.errors import StatisticError
 from heedful.core.files import placed
-from heedful.core.fitted import Fitted
+from heedful.core.fitted import Fitted, as_it_was, compact, room
 
+FEW = 4096  # numbers that are added faster than it is looked which of them are alike
 HEADER, DIGEST, OF = "heedful.statistics", "heedful.digest", "heedful.of"  # what a file says beside its tensors
 
 
@@ -31,11 +32,17 @@ def _widen(x: Tensor, n: int, fill: float = 0.0) -> Tensor:
 
 
 def _added(a: Tensor, b: Tensor) -> Tensor:
-    """The sum, the shorter filled up with zeros."""
+    """The sum, the shorter filled up with zeros; what lies once along an axis of both lies once in the sum too."""
     if not a.ndim:
         return a + b
     n = max(a.shape[-1], b.shape[-1])
-    return _widen(a, n) + _widen(b, n)
+    if a.numel() < FEW or 0 not in a.stride() or 0 not in b.stride():
+        return _widen(a, n) + _widen(b, n)
+    once = [not (x or y) for x, y in zip(a.stride(), b.stride(), strict=True)]
+    once[-1] &= a.shape[-1] == b.shape[-1]
+    few = tuple(slice(1 if one else None) for one in once)
+    size = 1 if once[-1] else n
+    return (_widen(a[few], size) + _widen(b[few], size)).expand(*a.shape[:-1], n)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -69,7 +76,7 @@ class Statistic(ABC):
         for name in _names(type(self)):
             mine, theirs = getattr(self, name), getattr(other, name)
             if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
-                if mine.shape[:-1] != theirs.shape[:-1]:
+                if mine.shape != theirs.shape and mine.shape[:-1] != theirs.shape[:-1]:
                     raise StatisticError(
                         f"cannot merge {type(self).__name__}.{name} of shape {tuple(mine.shape)} with "
                         f"{tuple(theirs.shape)}: all but the last axis must agree"
@@ -307,11 +314,11 @@ def save(path: str | Path, statistics: Mapping[str, Statistic], of: str = "") ->
     from safetensors.torch import save_file
 
     path = Path(path)
-    tensors: dict[str, Tensor] = {}
+    whole: dict[str, Tensor] = {}
     header: dict[str, Any] = {}
     for name, stat in statistics.items():
         parts = {field: x.detach().cpu() for field, x in stat.tensors().items()}
-        tensors |= {f"{name}/{field}": compact(x) for field, x in parts.items()}
+        whole |= {f"{name}/{field}": x for field, x in parts.items()}
         header[name] = {
             "kind": type(stat).__name__,
             "settings": stat.settings(),
@@ -319,28 +326,12 @@ def save(path: str | Path, statistics: Mapping[str, Statistic], of: str = "") ->
             "shapes": [[list(x.shape), str(x.dtype).removeprefix("torch.")] for x in parts.values()],
         }
     text = json.dumps(header)
+    tensors = {name: compact(x) for name, x in whole.items()}
+    if sum(x.numel() for x in whole.values()) > room(tensors):
+        tensors = {name: x.contiguous().clone() for name, x in whole.items()}
     with placed(path) as beside:
         save_file(tensors, str(beside), metadata={HEADER: text, OF: of, DIGEST: _digest(of + text, tensors)})
     return path
-
-
-def compact(x: Tensor) -> Tensor:
-    """What says the same in fewer bytes: an axis along which all is alike once, whole numbers as such."""
-    x = narrowed(x, range(x.ndim))
-    if x.numel() and x.dtype in (torch.float64, torch.int64):
-        for kind in (torch.uint8, torch.int16, torch.int32):
-            ends = torch.iinfo(kind)
-            if x.min() >= ends.min and x.max() <= ends.max and torch.equal(x.to(kind).to(x.dtype), x):
-                return x.to(kind).contiguous()
-    return x.contiguous().clone()
-
-
-def narrowed(x: Tensor, axes: Iterable[int]) -> Tensor:
-    """The same with one place along each of these axes along which all is alike."""
-    for axis in axes:
-        if x.shape[axis] > 1 and torch.equal(x, x.narrow(axis, 0, 1).expand_as(x)):
-            x = x.narrow(axis, 0, 1)
-    return x
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
@@ -371,20 +362,23 @@ def load(path: str | Path, of: str = "") -> dict[str, Statistic]:
         raise StatisticError(f"{path} comes from another stack: {made}, and this one is {of}; statistics do not mix")
     try:
         return _built(path, json.loads(text), tensors)
-    except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise StatisticError(f"{path} holds no heedful statistics that fit together ({error!r})") from error
 
 
 def _built(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Statistic]:
-    out: dict[str, Statistic] = {}
+    found: dict[str, dict[str, Tensor]] = {}
     for name, entry in header.items():
-        parts = {
-            field: tensors[f"{name}/{field}"].to(getattr(torch, kind)).expand(shape).contiguous()
-            for field, (shape, kind) in zip(entry["tensors"], entry["shapes"], strict=True)
-        }
-        kind = Statistic.kinds.get(entry["kind"])
+        told = zip(entry["tensors"], entry["shapes"], strict=True)
+        found[name] = {field: as_it_was(tensors[f"{name}/{field}"], *shape) for field, shape in told}
+    if sum(x.numel() for parts in found.values() for x in parts.values()) > room(tensors):
+        raise ValueError("it speaks of far more numbers than it holds")
+    out: dict[str, Statistic] = {}
+    for name, parts in found.items():
+        parts = {field: x.contiguous() for field, x in parts.items()}
+        kind = Statistic.kinds.get(header[name]["kind"])
         if kind is None:
-            raise StatisticError(f"{path} holds a {entry['kind']!r}: import the package that defines it first")
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["settings"].items()}
+            raise StatisticError(f"{path} holds a {header[name]['kind']!r}: import the package that defines it first")
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in header[name]["settings"].items()}
         out[name] = Cat(parts) if kind is Cat else kind(**settings, **parts)
     return out

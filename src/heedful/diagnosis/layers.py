@@ -46,7 +46,7 @@ def by_layer(found: Mapping[str, Statistic]) -> Found:
 
 def together(one: Found, other: Found) -> Found:
     """The statistics of both, layer by layer where not the same layers are stacked in both."""
-    if one.keys() == other.keys():
+    if not one or one.keys() == other.keys():
         return joined(one, other)
     odd = one.keys() ^ other.keys()
     rest = [by_layer({key: x for key, x in found.items() if key in odd}) for found in (one, other)]

@@ -9,9 +9,11 @@ import pickle
 import socket
 import warnings
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import ceil
 from typing import Any
 
@@ -22,10 +24,12 @@ from heedful.adapters.spread import is_spread
 from heedful.core.asked import require_fields
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.files import scratch
-from heedful.core.stats import compact
+from heedful.core.fitted import compact
 
 Read = Callable[[Any], Any]  # of one shard, or whatever else is shared: what it gives, at once or one by one
 Pieces = Generator[Any, None, None]  # closed, it lets the workers go
+
+ALIGNED = 64  # bytes; a multiple of so many is where each piece of what is sent begins
 
 
 class Workers(ABC):
@@ -215,9 +219,9 @@ class Ranks(Workers):
         """What the first process says to all."""
         import torch.distributed as dist
 
-        said = [word]
+        said = [packed(word)]
         dist.broadcast_object_list(said, 0, self._group)
-        return said[0]
+        return opened(said[0])
 
     def _gathered(self, content: bytes) -> list[bytes]:
         """What all hand to the first process."""
@@ -238,30 +242,44 @@ def _closed(read: Read, shard: Any) -> bytes:
 
 
 class _Packer(pickle.Pickler):
-    """Sends a tensor as an array, which is read ten times as fast as torch's own form; what is alike in it once."""
+    """Sends a tensor as bytes beside the rest, which are read where they lie; what is alike in it once."""
 
     def reducer_override(self, value: Any) -> Any:
-        if type(value) is not Tensor or value.dtype is torch.bfloat16:  # which arrays have not
+        if type(value) is not Tensor:
             return NotImplemented
         few = compact(value.detach().cpu())
-        if few.shape == value.shape and few.dtype == value.dtype:
-            return torch.from_numpy, (few.numpy(),)
-        return _spread, (few.numpy(), value.dtype, value.shape)
+        numbers = pickle.PickleBuffer(few.reshape(-1).view(torch.uint8).numpy())
+        return _laid, (numbers, few.dtype, value.dtype, tuple(value.shape), few.expand(value.shape).stride())
 
 
-def _spread(few: Any, kind: torch.dtype, shape: torch.Size) -> Tensor:
-    return torch.from_numpy(few).to(kind).expand(shape)  # a sum with it is a tensor of its own
+def _laid(numbers: Any, few: torch.dtype, kind: torch.dtype, shape: tuple[int, ...], steps: tuple[int, ...]) -> Tensor:
+    row = torch.frombuffer(numbers, dtype=few) if len(numbers) else torch.empty(0, dtype=few)
+    return row.to(kind).as_strided(shape, steps)
 
 
 def packed(value: Any) -> bytes:
-    """What goes from one of our own processes to another."""
-    out = io.BytesIO()
-    _Packer(out, pickle.HIGHEST_PROTOCOL).dump(value)
-    return out.getvalue()
+    """What goes from one of our own processes to another: lengths of pieces, and these, tensors' numbers at the end."""
+    out, numbers = io.BytesIO(), list[pickle.PickleBuffer]()
+    _Packer(out, pickle.HIGHEST_PROTOCOL, buffer_callback=numbers.append).dump(value)
+    pieces = [out.getvalue(), *(x.raw() for x in numbers)]
+    lengths = array("q", [len(pieces), *map(len, pieces)]).tobytes()
+    return b"".join(x for piece in (lengths, *pieces) for x in (piece, bytes(-len(piece) % ALIGNED)))
+
+
+def opened(content: bytes) -> Any:
+    """What was packed; its tensors lie in what was sent, which nobody writes to."""
+    whole = memoryview(content)
+    head = 8 + 8 * whole[:8].cast("q")[0]
+    lengths = whole[8:head].cast("q")
+    starts = accumulate(n + -n % ALIGNED for n in (head, *lengths[:-1]))
+    rest, *numbers = (whole[start : start + n] for start, n in zip(starts, lengths, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that what was sent cannot be written to
+        return pickle.loads(rest, buffers=numbers)
 
 
 def _opened(content: bytes) -> Any:
-    found = pickle.loads(content)
+    found = opened(content)
     if isinstance(found, HeedfulError):
         raise found
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from heedful.adapters.operations import products
 from heedful.adapters.operations.products import Product
 from heedful.adapters.operations.uses import Origin, overlap
-from heedful.core.stats import narrowed
+from heedful.core.fitted import narrowed
 from heedful.engine.activity import tensors_of
 
 ROUNDINGS = 4  # by which scores may lie off the product that they are, times a number
