@@ -248,7 +248,7 @@ class _Packer(pickle.Pickler):
         if type(value) is not Tensor:
             return NotImplemented
         few = compact(value.detach().cpu())
-        numbers = pickle.PickleBuffer(few.reshape(-1).view(torch.uint8).numpy())
+        numbers = pickle.PickleBuffer(few.reshape(-1).view(torch.uint8).numpy().data)
         return _laid, (numbers, few.dtype, value.dtype, tuple(value.shape), few.expand(value.shape).stride())
 
 
@@ -261,7 +261,7 @@ def packed(value: Any) -> bytes:
     """What goes from one of our own processes to another: lengths of pieces, and these, tensors' numbers at the end."""
     out, numbers = io.BytesIO(), list[pickle.PickleBuffer]()
     _Packer(out, pickle.HIGHEST_PROTOCOL, buffer_callback=numbers.append).dump(value)
-    pieces = [out.getvalue(), *(x.raw() for x in numbers)]
+    pieces: list[bytes | memoryview] = [out.getvalue(), *(x.raw() for x in numbers)]
     lengths = array("q", [len(pieces), *map(len, pieces)]).tobytes()
     return b"".join(x for piece in (lengths, *pieces) for x in (piece, bytes(-len(piece) % ALIGNED)))
 
