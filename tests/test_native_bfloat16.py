@@ -74,6 +74,21 @@ def test_the_scale_may_turn_the_order_of_scores_round(scale: float) -> None:
         assert close(getattr(heard[0], part).float(), getattr(heard[1], part).float()), part
 
 
+@pytest.mark.parametrize("queries", [1, 70])
+def test_what_is_no_number_comes_out_as_none(queries: int) -> None:
+    """Heads are rounded by the kernel itself, which must not make numbers of these, nor round otherwise than torch."""
+    shape = (1, 4, 2, queries, 70, 32, 32)
+    q, k, v = (x.to(HALF) for x in draw(shape))
+    v[0, 0, 3, 1], v[0, 1, 5, 2], v[0, 1, 6, 3] = float("nan"), float("inf"), -float("inf")
+    call = a_call(shape, CAUSAL)
+    found, eager = (run(name, Same(), q, k, v, call) for name in ("native", "reference"))
+    assert found.dtype == HALF
+    assert torch.equal(found.isnan(), eager.isnan())
+    assert found.isnan().any()
+    assert torch.equal(found.isposinf(), eager.isposinf())
+    assert torch.equal(found.isneginf(), eager.isneginf())
+
+
 @pytest.mark.parametrize("heads", [(6, 2), (4, 1), (5, 5)])
 def test_the_number_of_threads_changes_no_bit(heads: tuple[int, int]) -> None:
     shape = (2, *heads, 700, 700, 16, 16)

@@ -27,6 +27,7 @@ class Problem(ctypes.Structure):
         *((name, _I * 3) for name in ("q_stride", "k_stride", "v_stride")),
         ("held", _P),
         ("bfloat16", _I),
+        ("out_bfloat16", _I),
         ("exact", _I),
         ("scale", _F),
         ("softcap", _F),

@@ -7,6 +7,8 @@ template <>
 constexpr int64_t STEP<uint16_t> = 32;
 template <>
 constexpr bool UNSCALED<uint16_t> = true;
+template <>
+constexpr int64_t AT_A_TIME<uint16_t> = 32;
 
 template <>
 struct Registers<uint16_t> {

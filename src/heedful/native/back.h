@@ -44,7 +44,7 @@ struct Back {
       const T *query = (const T *)p.q + block.b * p.q_stride[0] + h * p.q_stride[1] + q * p.q_stride[2];
       for (int64_t d = 0; d < p.width; d++) pull.queries[(d / NR * rows + r) * NR + d % NR] = number(query[d]) * p.scale;
       const float *given = p.given + block.b * p.given_stride[0] + h * p.given_stride[1] + q * p.given_stride[2];
-      const float *out = p.out + ((block.b * p.queries + q) * p.heads + h) * p.value_width;
+      const float *out = (const float *)p.out + ((block.b * p.queries + q) * p.heads + h) * p.value_width;
       float due = 0;
       for (int64_t e = 0; e < p.value_width; e++) {
         pull.given[(e / NR * rows + r) * NR + e % NR] = pull.given_rows[r * p.value_width + e] = given[e];
@@ -66,9 +66,9 @@ struct Back {
     if (p.softcap || p.bias) block.model(r, c, row);
     block.mask(r, c, row);
     const float *known = p.rows + ((block.b * p.heads + block.head(r)) * p.queries + block.query(r)) * 2;
-    const vf top = all(known[0]), low = all(LEAST), none = {}, due = all(pull.due[r]);
+    const vf top = all(known[0]), none = {}, due = all(pull.due[r]);
     for (int64_t i = 0; i < c.width; i += W) {
-      vf x = greater(load(row + i) - top, low);
+      vf x = load(row + i) - top;
       vf w = exp2(x > none ? none : x) * known[1];
       vf pulled = w * (load(given + i) - due);
       if (p.softcap) pulled *= load(slope + i);

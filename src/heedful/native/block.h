@@ -1,65 +1,13 @@
-// One block of query rows, with the statistics of each row and key on the way. Included after desk.h.
-// The query heads of a group stand above one another, so that keys and values are read once for all of them.
+// What attention makes of a block of rows, with the statistics of each row and key on the way. Included after rows.h.
 
 // One block of rows of one unit; the register tile multiplies E, float or bfloat16.
 template <class E>
-struct Block {
-  const Problem &p;
-  const Sizes &s;
-  Desk &desk;
-  int64_t b, unit, row0, n, rows;  // rows in the text, rows of all heads
+struct Block : Rows {
   const E *keys, *values;
   const float *carry;
 
-  int64_t head(int64_t r) const { return unit * s.stacked + r / n; }
-  int64_t query(int64_t r) const { return row0 + r % n; }
-  const int32_t *ranges(int64_t r) const {
-    return p.ranges + b * p.range_stride[0] + head(r) * p.range_stride[1] + query(r) * p.range_count * 2;
-  }
-
   // The part of a row's sum that the sink logit has.
   float own(int64_t r) const { return p.sink ? lowered(p.sink[head(r)] * LOG2E, desk.top[r]) : 0.0f; }
-
-  // Which columns some row sees, as runs in chunks.
-  void survey() {
-    auto &seen = desk.seen;
-    seen.clear();
-    desk.reach.assign(s.padded() / HIGH<E>, 0);
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t i = 0; i < p.range_count; i++)
-        desk.reach[r / HIGH<E>] = std::max<int64_t>(desk.reach[r / HIGH<E>], ranges(r)[2 * i + 1]);
-    int64_t different = p.range_stride[1] ? rows : n;
-    for (int64_t r = 0; r < different; r++)
-      for (int64_t i = 0; i < p.range_count; i++)
-        if (const int32_t *x = ranges(r) + 2 * i; x[0] < x[1]) seen.emplace_back(x[0] / NR, (x[1] + NR - 1) / NR);
-    std::sort(seen.begin(), seen.end());
-    const uint8_t *blocks = nullptr;
-    if (p.blocks)
-      blocks = p.blocks + b * p.block_stride[0] + unit * p.block_stride[1] + row0 / p.block * p.block_cols;
-    desk.runs.clear();
-    desk.chunks.clear();
-    int64_t next = 0;
-    for (auto [from, to] : seen)
-      for (int64_t panel = std::max(from, next); panel < to; panel++) {
-        next = panel + 1;
-        if (!blocks || blocks[panel * NR / p.block]) take(panel);
-      }
-  }
-
-  void take(int64_t panel) {
-    auto &runs = desk.runs;
-    auto &chunks = desk.chunks;
-    if (chunks.empty() || chunks.back().width + NR > WIDE) {
-      int64_t at = (int64_t)runs.size();
-      chunks.push_back({at, at, 0});
-    }
-    Chunk &c = chunks.back();
-    if (c.to > c.from && runs.back().column + runs.back().width == panel * NR)
-      runs.back().width += NR;
-    else
-      runs.push_back({panel * NR, NR, c.width}), c.to++;
-    c.width += NR;
-  }
 
   template <class T>
   void load_queries() {
@@ -67,45 +15,10 @@ struct Block {
     std::fill(to, to + s.padded() * s.depth, E{});
     for (int64_t r = 0; r < rows; r++) {
       const T *from = (const T *)p.q + b * p.q_stride[0] + head(r) * p.q_stride[1] + query(r) * p.q_stride[2];
-      for (int64_t d = 0; d < p.width; d++) {
-        if constexpr (DEEP<E> == 1) to[r * s.depth + d] = number(from[d]) * (p.scale * LOG2E);
-        else to[r * s.depth + d] = from[d];
-      }
+      if constexpr (DEEP<E> > 1) std::copy_n(from, p.width, to + r * s.depth);
+      else
+        for (int64_t d = 0; d < p.width; d++) to[r * s.depth + d] = number(from[d]) * (p.scale * LOG2E);
     }
-  }
-
-  // Calls fill(from, to) for every stretch of a run, counted within the chunk, that a row does not see.
-  template <class F>
-  void gaps(int64_t r, const Run &run, F fill) const {
-    const int32_t *x = ranges(r);
-    int64_t at = run.column, end = run.column + run.width;
-    for (int64_t i = 0; i < p.range_count && at < end; i++) {
-      int64_t lo = x[2 * i], hi = x[2 * i + 1];
-      if (hi <= at || lo >= hi) continue;
-      if (lo > at) fill(at - run.column + run.at, std::min(lo, end) - run.column + run.at);
-      at = std::max(at, hi);
-    }
-    if (at < end) fill(at - run.column + run.at, end - run.column + run.at);
-  }
-
-  void mask(int64_t r, const Chunk &c, float *row) const {
-    for (int64_t i = c.from; i < c.to; i++)
-      gaps(r, desk.runs[i], [&](int64_t from, int64_t to) { std::fill(row + from, row + to, -INFINITY); });
-  }
-
-  // Whether a row sees any column that is computed, whatever its score.
-  bool sees(int64_t r) const {
-    const int32_t *x = ranges(r);
-    for (const Run &run : desk.runs)
-      for (int64_t i = 0, end = run.column + run.width; i < p.range_count; i++)
-        if (std::max<int64_t>(x[2 * i], run.column) < std::min<int64_t>(x[2 * i + 1], end)) return true;
-    return false;
-  }
-
-  int32_t column(const Chunk &c, int64_t at) const {
-    int64_t i = c.from;
-    while (i + 1 < c.to && desk.runs[i + 1].at <= at) i++;
-    return (int32_t)(desk.runs[i].column + at - desk.runs[i].at);
   }
 
   // A row's scores with what the model makes of them; of columns behind the last key nothing is said.
@@ -119,7 +32,7 @@ struct Block {
   }
 
   // Scores of a row to weights over its running maximum, and what the row adds up to so far.
-  void soften(int64_t r, int64_t number, const Chunk &c, float *row) {
+  void soften(int64_t r, const Chunk &c, float *row, float *weights) {
     float times = UNSCALED<E> ? p.scale * LOG2E : 1.0f;
     if (bool changed = p.softcap || p.bias; changed || !(times > 0.0f)) {
       if (UNSCALED<E>)
@@ -130,45 +43,66 @@ struct Block {
     mask(r, c, row);
     vf high = load(row), other = load(row + W);  // a panel is two vectors
     for (int64_t i = NR; i < c.width; i += NR) high = greater(high, load(row + i)), other = greater(other, load(row + i + W));
-    float greatest = highest(greater(high, other)), here = scaled(greatest, times), before = desk.top[r];
-    if (here > desk.peak[r]) {
-      desk.peak[r] = here;
-      if (p.place) {
-        int64_t at = 0;
-        while (at < c.width && row[at] != greatest) at++;
-        desk.place[r] = column(c, at);
-      }
+    high = greater(high, other);
+    if (above(high * times, desk.peak[r])) rise(r, c, row, highest(high), times);
+    const float top = base(desk.top[r]);
+    const bool whole = DEEP<E> > 1 && kept();
+    if (p.entropy && whole) weigh<true, true>(r, c.width, row, weights, top, times);
+    else if (p.entropy) weigh<true, false>(r, c.width, row, weights, top, times);
+    else if (whole) weigh<false, true>(r, c.width, row, weights, top, times);
+    else weigh<false, false>(r, c.width, row, weights, top, times);
+  }
+
+  // A row's running maximum rises; what was added up over the last is lowered.
+  void rise(int64_t r, const Chunk &c, const float *row, float greatest, float times) {
+    float here = greatest * times, before = desk.top[r];
+#ifdef TILES
+    asm("" : "+x"(here));  // rounded once for all that is done with it
+#endif
+    if (!(here > desk.peak[r])) return;
+    desk.peak[r] = here;
+    if (p.place) {
+      int64_t at = 0;
+      while (at < c.width && row[at] != greatest) at++;
+      desk.place[r] = column(c, at);
     }
-    if (here > before) {
-      float shrink = lowered(before, here);
-      float keys = desk.sum[r] - own(r);  // the sum of weights of keys alone
-      desk.spread[r] = shrink > 0 ? shrink * (desk.spread[r] - (here - before) * keys) : 0.0f;
-      desk.sum[r] *= shrink;
-      desk.top[r] = here;
-      float *out = desk.out.data() + r * s.value_panels * NR;
-      for (int64_t e = 0; e < s.value_panels * NR; e += W) store(out + e, load(out + e) * shrink);
+    if (!(here > before)) return;
+    float shrink = lowered(before, here);
+    float *sum = desk.sums.data() + r * W, *spread = desk.spreads.data() + r * W;
+    store(spread, shrink > 0 ? (load(spread) - load(sum) * (here - before)) * shrink : vf{});
+    store(sum, load(sum) * shrink);
+    desk.top[r] = here;
+    float *out = desk.out.data() + r * s.value_panels * NR;
+    for (int64_t e = 0; e < s.value_panels * NR; e += W) store(out + e, load(out + e) * shrink);
+  }
+
+  // Weights come where scores were, in half the room where they are pairs; WHOLE ones stand beside these.
+  template <bool ENTROPY, bool WHOLE>
+  void weigh(int64_t r, int64_t width, float *row, float *weights, float top, float times) {
+    vf sum = load(desk.sums.data() + r * W), spread = load(desk.spreads.data() + r * W);
+    for (int64_t i = 0; i < width; i += NR) {
+      vf x = load(row + i) * times - top, y = load(row + i + W) * times - top;
+      vf one = ENTROPY ? exp2(x, spread) : exp2(x), other = ENTROPY ? exp2(y, spread) : exp2(y);
+      sum += one + other;
+      if (WHOLE) store(weights + i, one), store(weights + i + W, other);
+      if constexpr (DEEP<E> > 1) store((E *)row + i, one, other);
+      else store(row + i, one), store(row + i + W, other);
     }
-    desk.reference[number * s.padded() + r] = desk.top[r];
-    const vf top = all(base(desk.top[r])), low = all(LEAST);
-    const bool whole = DEEP<E> == 1 || kept();  // weights are wanted as they are
-    vf sum = {}, spread = {};
-    for (int64_t i = 0; i < c.width; i += W) {
-      vf x = greater(scaled(load(row + i), times) - top, low);
-      vf w = exp2(x);
-      sum += w;
-      if (p.entropy) spread += w * x;
-      if (whole) store(row + i, w);
-      if constexpr (DEEP<E> > 1) store((E *)desk.weights.data() + r * WEIGHTS<E> + i, w);
-    }
-    desk.sum[r] += total(sum);
-    desk.spread[r] += total(spread);
+    store(desk.sums.data() + r * W, sum);
+    if (ENTROPY) store(desk.spreads.data() + r * W, spread);
   }
 
   // Whether weights are wanted again once the sums of their rows are known.
   bool kept() const { return p.received || p.distance || p.first || p.carry; }
 
-  float *chunk_scores(int64_t number) const {
-    return desk.scores.data() + (kept() ? number : 0) * s.padded() * PITCH;
+  // Where the scores of a row stand, and the weights that are made of them; those that nobody wants again make room.
+  float *scores_of(int64_t number, int64_t r) const {
+    return desk.scores.data() + (DEEP<E> == 1 && kept() ? number * s.padded() + r : r % AT_A_TIME<E>) * PITCH;
+  }
+
+  // Where weights stand that are wanted again.
+  float *weights_of(int64_t number, int64_t r) const {
+    return DEEP<E> == 1 ? scores_of(number, r) : desk.weights.data() + (number * s.padded() + r) * PITCH;
   }
 
   void compute() {
@@ -176,15 +110,16 @@ struct Block {
     int64_t padded = s.padded();
     int64_t chunks = (int64_t)desk.chunks.size();
     desk.q.resize(padded * s.depth / DEEP<E>);
-    if (DEEP<E> > 1) desk.weights.resize(padded * WEIGHTS<E> / DEEP<E>);
+    if (DEEP<E> > 1 && kept()) desk.weights.resize(chunks * padded * PITCH);
     desk.out.assign(padded * s.value_panels * NR, 0.0f);
-    desk.scores.resize(std::max<int64_t>(1, kept() ? chunks : 1) * padded * PITCH);
+    desk.scores.resize((DEEP<E> == 1 && kept() ? chunks * padded : std::min(padded, AT_A_TIME<E>)) * PITCH);
     desk.reference.resize(std::max<int64_t>(1, chunks) * padded);
-    for (auto *x : {&desk.sum, &desk.spread}) x->assign(padded, 0.0f);
+    desk.inverse.resize(padded);
+    for (auto *x : {&desk.sums, &desk.spreads}) x->assign(padded * W, 0.0f);
     for (auto *x : {&desk.top, &desk.peak}) x->assign(padded, -INFINITY);
     desk.place.assign(padded, 0);
     if (p.sink)
-      for (int64_t r = 0; r < rows; r++) desk.top[r] = p.sink[head(r)] * LOG2E, desk.sum[r] = 1.0f;
+      for (int64_t r = 0; r < rows; r++) desk.top[r] = p.sink[head(r)] * LOG2E;
     if constexpr (DEEP<E> > 1)
       load_queries<E>();
     else if (p.bfloat16)
@@ -192,37 +127,43 @@ struct Block {
     else
       load_queries<float>();
     const E *q = (const E *)desk.q.data();
-    int64_t tall = (rows + HIGH<E> - 1) / HIGH<E> * HIGH<E>, pitch = DEEP<E> > 1 ? WEIGHTS<E> : PITCH;
-    for (int64_t number = 0; number < chunks; number++) {
-      const Chunk &c = desk.chunks[number];
-      float *scores = chunk_scores(number);
-      for (int64_t i = c.from; i < c.to; i++) {
-        const Run &run = desk.runs[i];
-        for (int64_t j = 0; j < run.width; j += NR)
-          for (int64_t r = 0; r < tall; r += HIGH<E>)
-            if (run.column + j < desk.reach[r / HIGH<E>])  // what is left out is masked in every row
-              product<false>(q + r * s.depth, s.depth, keys + (run.column + j) * s.depth, s.depth,
-                             scores + r * PITCH + run.at + j, PITCH, p.scale * LOG2E);
-      }
-      for (int64_t r = 0; r < rows; r++) soften(r, number, c, scores + r * PITCH);
-      const E *weights = (const E *)(DEEP<E> > 1 ? desk.weights.data() : scores);
-      for (int64_t e = 0; e < s.value_panels; e++)
-        for (int64_t i = c.from; i < c.to; i++) {
-          const Run &run = desk.runs[i];
-          const E *v = values + (e * s.panels * NR + run.column) * NR;
-          for (int64_t r = 0; r < tall; r += HIGH<E>)
-            product<true>(weights + r * pitch + run.at, pitch, v, std::min(run.width, desk.reach[r / HIGH<E>] - run.column),
-                          desk.out.data() + r * s.value_panels * NR + e * NR, s.value_panels * NR, 1.0f);
-        }
-    }
+    int64_t tall = (rows + HIGH<E> - 1) / HIGH<E> * HIGH<E>;
+    for (int64_t number = 0; number < chunks; number++)
+      for (int64_t top = 0; top < tall; top += AT_A_TIME<E>) attend(number, q, top, std::min(tall, top + AT_A_TIME<E>));
     finish();
     if (kept()) tell();
   }
 
-  // Divides by the sums; from here on `sum` holds what a weight over the final maximum is multiplied with.
+  // What the rows from `top` to `end` make of a chunk.
+  void attend(int64_t number, const E *q, int64_t top, int64_t end) {
+    const Chunk &c = desk.chunks[number];
+    for (int64_t i = c.from; i < c.to; i++) {
+      const Run &run = desk.runs[i];
+      for (int64_t j = 0; j < run.width; j += NR)
+        for (int64_t r = top; r < end; r += HIGH<E>)
+          if (run.column + j < desk.reach[r / HIGH<E>])  // what is left out is masked in every row
+            product<false>(q + r * s.depth, s.depth, keys + (run.column + j) * s.depth, s.depth,
+                           scores_of(number, r) + run.at + j, PITCH, p.scale * LOG2E);
+    }
+    for (int64_t r = top; r < std::min(end, rows); r++) {
+      soften(r, c, scores_of(number, r), weights_of(number, r));
+      desk.reference[number * s.padded() + r] = desk.top[r];
+    }
+    for (int64_t e = 0; e < s.value_panels; e++)
+      for (int64_t i = c.from; i < c.to; i++) {
+        const Run &run = desk.runs[i];
+        const E *v = values + (e * s.panels * NR + run.column) * NR;
+        for (int64_t r = top; r < end; r += HIGH<E>)
+          product<true>((const E *)scores_of(number, r) + run.at, PITCH * DEEP<E>, v,
+                        std::min(run.width, desk.reach[r / HIGH<E>] - run.column),
+                        desk.out.data() + r * s.value_panels * NR + e * NR, s.value_panels * NR, 1.0f);
+      }
+  }
+
+  // Divides by the sums.
   void finish() {
     for (int64_t r = 0; r < rows; r++) {
-      float sum = desk.sum[r];
+      float sum = total(load(desk.sums.data() + r * W)) + own(r);
       bool empty = desk.top[r] == -INFINITY, blind = empty && !sees(r);
       float inverse = blind ? 0.0f : empty ? NAN : 1.0f / sum;  // softmax of minus infinities alone is no number
       int64_t at = (b * p.heads + head(r)) * p.queries + query(r);
@@ -231,13 +172,12 @@ struct Block {
       if (p.rows) p.rows[2 * at] = base(desk.top[r]), p.rows[2 * at + 1] = inverse;
       if (p.entropy) {
         float share = 1.0f - own(r) * inverse;
-        float entropy = std::log(sum) * share - LN2 * desk.spread[r] * inverse;
+        float entropy = std::log(sum) * share - LN2 * total(load(desk.spreads.data() + r * W)) * inverse;
         p.entropy[at] = blind || entropy < 0.0f ? 0.0f : entropy;
       }
-      float *out = p.out + ((b * p.queries + query(r)) * p.heads + head(r)) * p.value_width;
       const float *from = desk.out.data() + r * s.value_panels * NR;
-      for (int64_t e = 0; e < p.value_width; e++) out[e] = blind ? 0.0f : from[e] * inverse;
-      desk.sum[r] = inverse;
+      give(p, ((b * p.queries + query(r)) * p.heads + head(r)) * p.value_width, from, inverse, blind);
+      desk.inverse[r] = inverse;
     }
   }
 
@@ -256,8 +196,8 @@ struct Block {
     for (int64_t number = 0; number < (int64_t)desk.chunks.size(); number++) {
       const Chunk &c = desk.chunks[number];
       float *factor = desk.reference.data() + number * s.padded();
-      for (int64_t r = 0; r < rows; r++) factor[r] = lowered(factor[r], desk.top[r]) * desk.sum[r];
-      const float *scores = chunk_scores(number);
+      for (int64_t r = 0; r < rows; r++) factor[r] = lowered(factor[r], desk.top[r]) * desk.inverse[r];
+      const float *scores = weights_of(number, 0);
       if (p.first) tell_first(c, scores, factor);
       if (p.live)
         for (int64_t r = 0; r < rows; r++)

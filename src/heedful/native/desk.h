@@ -10,9 +10,13 @@ struct Chunk {
 
 // What one thread works with.
 struct Desk {
-  Floats q, weights;  // held as the register tile multiplies them: pairs of bfloat16 take half the room
-  Floats out, scores, top, peak, sum, spread, reference;
+  Floats q;        // as the register tile multiplies it: pairs of bfloat16 take half the room
+  Floats weights;  // that are wanted again, where others are pairs
+  Floats out, scores, top, peak, reference;
+  Floats sums, spreads;  // of each row, a vector of them
+  Floats inverse;        // what a weight over a row's final maximum is multiplied with
   std::vector<int32_t> place;
+  std::vector<const int32_t *> ranges;  // of each row
   std::vector<Run> runs;
   std::vector<Chunk> chunks;
   std::vector<std::pair<int64_t, int64_t>> seen;

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <new>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -44,6 +45,7 @@ namespace portable {
 #include "tile.h"
 #include "pack.h"
 #include "desk.h"
+#include "rows.h"
 #include "block.h"
 #include "prefill.h"
 #include "step.h"
@@ -60,6 +62,7 @@ namespace avx2 {
 #include "tile.h"
 #include "pack.h"
 #include "desk.h"
+#include "rows.h"
 #include "block.h"
 #include "prefill.h"
 #include "step.h"
@@ -76,6 +79,7 @@ namespace avx512 {
 #include "tile.h"
 #include "pack.h"
 #include "desk.h"
+#include "rows.h"
 #include "block.h"
 #include "prefill.h"
 #include "step.h"
@@ -93,6 +97,7 @@ namespace avx512bf16 {
 #include "tile.h"
 #include "pack.h"
 #include "desk.h"
+#include "rows.h"
 #include "block.h"
 #include "prefill.h"
 #include "step.h"
@@ -111,6 +116,7 @@ namespace amx {
 #include "amx.h"
 #include "pack.h"
 #include "desk.h"
+#include "rows.h"
 #include "block.h"
 #include "prefill.h"
 }  // namespace amx

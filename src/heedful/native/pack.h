@@ -10,8 +10,6 @@ constexpr int ROWS = 144;
 constexpr int WIDE = 256;    // columns of a chunk: its scores stay in the second-level cache
 constexpr int PAD = 16;      // floats between rows of a chunk, so that they do not fall on one another in the cache
 constexpr int PITCH = WIDE + PAD;
-template <class E>
-constexpr int WEIGHTS = WIDE + 64 / sizeof(E);  // from row to row of a chunk's weights, where they are held apart
 
 struct Sizes {
   int64_t units, stacked, rows, blocks, depth, panels, value_panels, carry_panels, high;
@@ -39,13 +37,18 @@ struct Sizes {
   int64_t packed_carry() const { return panels * NR * carry_panels * NR; }
 };
 
+#if LANES == 16
+// Up to a vector of numbers, and zeros behind them.
+INLINE vi some(const float *from, int64_t many) {
+  return (vi)_mm512_maskz_loadu_ps(many >= W ? 0xffff : many > 0 ? (1u << many) - 1 : 0u, from);
+}
+
 #ifdef PAIRS
 typedef uint16_t vs __attribute__((vector_size(W * 4)));
-
-// Up to 2 W numbers, and zeros behind them.
 INLINE vs some(const uint16_t *from, int64_t many) {
   return (vs)_mm512_maskz_loadu_epi16(many >= 2 * W ? ~0u : many > 0 ? (1u << many) - 1 : 0u, from);
 }
+#endif
 
 // Swaps what lies across a diagonal in squares of 2 S rows and columns, one square of S for the other.
 template <int S>
@@ -60,10 +63,12 @@ INLINE void swap_squares(vi *rows) {
     }
 }
 
-// Pairs are numbers of 32 bits, and a panel is its keys turned round.
-INLINE void pack_keys(const Problem &p, const Sizes &s, const uint16_t *from, int64_t panel, uint16_t *to) {
+// Pairs are numbers of 32 bits like others, and a panel is its keys turned round.
+template <class E>
+INLINE void turn_keys(const Problem &p, const Sizes &s, const E *from, int64_t panel, E *to) {
+  constexpr int64_t D = DEEP<E>;
   for (int64_t j = 0; j < NR; j += W)
-    for (int64_t d = 0; d < s.depth; d += 2 * W) {
+    for (int64_t d = 0; d < s.depth; d += D * W) {
       vi rows[W];
 #pragma GCC unroll 16
       for (int i = 0; i < W; i++) {
@@ -71,11 +76,13 @@ INLINE void pack_keys(const Problem &p, const Sizes &s, const uint16_t *from, in
         rows[i] = (vi)some(from + key * p.k_stride[2] + d, key < p.keys ? p.width - d : 0);
       }
       swap_squares<8>(rows), swap_squares<4>(rows), swap_squares<2>(rows), swap_squares<1>(rows);
-      for (int64_t i = 0; i < std::min<int64_t>(W, (s.depth - d) / 2); i++)
-        *(vi *)(to + ((d / 2 + i) * NR + j) * 2) = rows[i];
+      for (int64_t i = 0; i < std::min<int64_t>(W, (s.depth - d) / D); i++)
+        *(vi *)(to + ((d / D + i) * NR + j) * D) = rows[i];
     }
 }
+#endif
 
+#ifdef PAIRS
 INLINE void pack_values(const Problem &p, const Sizes &s, const uint16_t *from, int64_t panel, uint16_t *to) {
   vs left, right;  // of two rows, one beside the other
   for (int j = 0; j < 2 * W; j++) left[j] = j / 2 + j % 2 * 2 * W, right[j] = W + j / 2 + j % 2 * 2 * W;
@@ -99,8 +106,8 @@ INLINE int64_t within(int64_t i, int64_t j) {
 template <class E, class T>
 void pack_keys(const Problem &p, const Sizes &s, int64_t b, int64_t g, int64_t panel, E *to) {
   const T *from = (const T *)p.k + b * p.k_stride[0] + g * p.k_stride[1];
-#ifdef PAIRS
-  if constexpr (DEEP<E> > 1) return pack_keys(p, s, from, panel, to);
+#if LANES == 16
+  if constexpr (std::is_same_v<E, T>) return turn_keys(p, s, from, panel, to);
 #endif
   int64_t here = std::min<int64_t>(NR, p.keys - panel * NR);
   for (int64_t j = 0; j < NR; j++) {
@@ -113,7 +120,13 @@ void pack_keys(const Problem &p, const Sizes &s, int64_t b, int64_t g, int64_t p
 template <class E, class T>
 void pack_rows(const Problem &p, const Sizes &s, const T *from, int64_t stride, int64_t width, int64_t panel, E *to) {
   for (int64_t j = panel * NR; j < (panel + 1) * NR; j++)
-    for (int64_t e = 0; e < (width + NR - 1) / NR * NR; e++) {
+    if constexpr (std::is_same_v<E, T> && DEEP<E> == 1)
+      for (int64_t e = 0; e < width; e += NR) {
+        int64_t here = j < p.keys ? std::min<int64_t>(NR, width - e) : 0;
+        E *at = to + (e * s.panels + j) * NR;
+        std::copy_n(from + j * stride + e, here, at), std::fill(at + here, at + NR, E{});
+      }
+    else for (int64_t e = 0; e < (width + NR - 1) / NR * NR; e++) {
       bool there = j < p.keys && e < width;
       to[e / NR * s.panels * NR * NR + within<E>(j, e % NR)] = there ? as<E>(from[j * stride + e]) : E{};
     }

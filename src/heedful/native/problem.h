@@ -5,12 +5,12 @@
 struct Problem {
   int64_t batch, heads, kv_heads, queries, keys, width, value_width;  // b h g q k d e
   const void *q, *k, *v;                                              // [b h q d], [b g k d], [b g k e]
-  float *out;                                                         // [b q h e], contiguous
+  void *out;                                                          // [b q h e], contiguous
   int64_t q_stride[3], k_stride[3], v_stride[3];                      // of b, head and token
   // [b g 2] of one query without blocks: k and v are held flat, head after head, and this is the row at which column 0
   // of each head would lie, and the first column that it holds; null where strides say it all
   const int64_t *held;
-  int64_t bfloat16;                                                   // q, k and v are bfloat16, else float32
+  int64_t bfloat16, out_bfloat16;                                     // q, k and v are bfloat16, else float32; out is
   int64_t exact;  // weights are not to be rounded to bfloat16 before they meet values, whatever that costs
   float scale, softcap;   // what scaled scores are bounded by, as softcap * tanh(score / softcap); 0 where they are not
   const float *bias;      // [b|1 h|1 q|1 k] added to scores, or null; k without gaps

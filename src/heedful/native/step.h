@@ -16,6 +16,21 @@ INLINE vf wide(const uint16_t *p) {
   return bits.f;
 }
 
+// Two vectors of bfloat16: those at even places and those at odd ones, which takes half as many steps.
+INLINE void wide(const uint16_t *p, vf &even, vf &odd) {
+  typedef int32_t va __attribute__((vector_size(W * 4), aligned(2), may_alias));
+  union { vi i; vf f; } first = {*(const va *)p << 16}, second = {*(const va *)p & (int32_t)0xffff0000};
+  even = first.f, odd = second.f;
+}
+
+#ifdef PAIRS
+template <class T>
+using Query = T;  // pairs of bfloat16 are multiplied as they come
+#else
+template <class T>
+using Query = float;
+#endif
+
 // Keys or values, one behind the other.
 template <class T>
 struct All {
@@ -42,7 +57,7 @@ struct Some {
 
 // Scores of some heads against KEYS keys from number j on; q is [heads][padded], scores [heads][PART].
 template <int HEADS, int KEYS, class R>
-INLINE void score_some(const R &keys, const float *q, int64_t padded, int64_t j, float *scores) {
+INLINE void score_some(const R &keys, const float *q, int64_t padded, int64_t j, float, float *scores) {
   int64_t whole = keys.width / W * W;
   decltype(keys[0]) key[KEYS];
   for (int i = 0; i < KEYS; i++) key[i] = keys[j + i];
@@ -51,22 +66,40 @@ INLINE void score_some(const R &keys, const float *q, int64_t padded, int64_t j,
 #pragma GCC unroll 16
     for (int i = 0; i < HEADS * KEYS; i++) sum[i] += wide(key[i % KEYS] + d) * load(q + i / KEYS * padded + d);
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < HEADS * KEYS; i++) scores[i / KEYS * PART + j + i % KEYS] = total(sum[i]);
+  for (int h = 0; h < HEADS; h++) totals<KEYS>(sum + h * KEYS, 1.0f, scores + h * PART + j);
   for (int64_t d = whole; d < keys.width; d++)
     for (int i = 0; i < HEADS * KEYS; i++)
       scores[i / KEYS * PART + j + i % KEYS] += number(key[i % KEYS][d]) * q[i / KEYS * padded + d];
 }
 
-template <int HEADS, class R>
-void score(const R &keys, const R &values, const float *q, int64_t padded, int64_t n, float *scores) {
-  constexpr int KEYS = AT_ONCE<HEADS>;
+#ifdef PAIRS
+// The same for bfloat16: exact products of pairs, added up in float32, and scaled.
+template <int HEADS, int KEYS, class R>
+INLINE void score_some(const R &keys, const uint16_t *q, int64_t padded, int64_t j, float times, float *scores) {
+  const uint16_t *key[KEYS];
+  for (int i = 0; i < KEYS; i++) key[i] = keys[j + i];
+  vf sum[HEADS][KEYS] = {};
+  for (int64_t d = 0; d < keys.width; d += 2 * W) {
+    vs x[KEYS];
+    for (int i = 0; i < KEYS; i++) x[i] = some(key[i] + d, keys.width - d);
+    for (int h = 0; h < HEADS; h++)
+#pragma GCC unroll 4
+      for (int i = 0; i < KEYS; i++)
+        sum[h][i] = (vf)_mm512_dpbf16_ps((__m512)sum[h][i], (__m512bh)_mm512_loadu_si512(q + h * padded + d), (__m512bh)x[i]);
+  }
+  for (int h = 0; h < HEADS; h++) totals<KEYS>(sum[h], times, scores + h * PART + j);
+}
+#endif
+
+template <int HEADS, class R, class Q>
+void score(const R &keys, const R &values, const Q *q, int64_t padded, int64_t n, float times, float *scores) {
+  constexpr int KEYS = sizeof(Q) == 2 ? 4 : AT_ONCE<HEADS>;
   int64_t j = 0;
   for (; j + KEYS <= n; j += KEYS) {
     for (int i = 0; i < KEYS; i++) keys.fetch(j + i + AHEAD, n), values.fetch(j + i, n);
-    score_some<HEADS, KEYS>(keys, q, padded, j, scores);
+    score_some<HEADS, KEYS>(keys, q, padded, j, times, scores);
   }
-  for (; j < n; j++) score_some<HEADS, 1>(keys, q, padded, j, scores);
+  for (; j < n; j++) score_some<HEADS, 1>(keys, q, padded, j, times, scores);
 }
 
 // What some heads' weights [heads][PART] of n values add up to: VECTORS vectors of out [heads][room] from width e on.
@@ -83,9 +116,30 @@ INLINE void gather_some(const R &values, const float *weights, int64_t n, int64_
     for (int i = 0; i < VECTORS; i++) store(out + h * room + e + i * W, sum[h][i]);
 }
 
+// The same for bfloat16, from twice as many widths.
+template <int HEADS, int VECTORS, class R>
+INLINE void gather_twice(const R &values, const float *weights, int64_t n, int64_t e, float *out, int64_t room) {
+  vf even[HEADS][VECTORS] = {}, odd[HEADS][VECTORS] = {};
+  for (int64_t j = 0; j < n; j++)
+    for (int i = 0; i < VECTORS; i++) {
+      vf x, y;
+      wide(values[j] + e + i * 2 * W, x, y);
+      for (int h = 0; h < HEADS; h++)
+        even[h][i] += x * weights[h * PART + j], odd[h][i] += y * weights[h * PART + j];
+    }
+  for (int h = 0; h < HEADS; h++)
+    for (int i = 0; i < 2 * W * VECTORS; i += 2) {
+      float *to = out + h * room + e + i;
+      to[0] = even[h][i / (2 * W)][i / 2 % W], to[1] = odd[h][i / (2 * W)][i / 2 % W];
+    }
+}
+
 template <int HEADS, class R>
 void gather(const R &values, const float *weights, int64_t n, float *out, int64_t room) {
   int64_t e = 0;
+  if constexpr (sizeof(*values[0]) == 2)
+    for (; e + AT_ONCE<HEADS> * W <= values.width; e += AT_ONCE<HEADS> * W)
+      gather_twice<HEADS, AT_ONCE<HEADS> / 2>(values, weights, n, e, out, room);
   for (; e + AT_ONCE<HEADS> * W <= values.width; e += AT_ONCE<HEADS> * W)
     gather_some<HEADS, AT_ONCE<HEADS>>(values, weights, n, e, out, room);
   for (; e + W <= values.width; e += W) gather_some<HEADS, 1>(values, weights, n, e, out, room);
@@ -194,7 +248,9 @@ inline void hide(const Problem &p, const Part &part, int64_t b, int64_t head, fl
 template <class T>
 void step_of(const Problem &p) {
   int64_t group = p.heads / p.kv_heads, pairs = p.batch * p.kv_heads;
-  int64_t padded = (p.width + W - 1) / W * W, room = (p.value_width + NR - 1) / NR * NR;
+  typedef Query<T> Q;
+  constexpr int64_t VECTOR = W * sizeof(float) / sizeof(Q);
+  int64_t padded = (p.width + VECTOR - 1) / VECTOR * VECTOR, room = (p.value_width + NR - 1) / NR * NR;
   static thread_local std::vector<Part> parts_;
   static thread_local std::vector<int64_t> firsts_;  // the number of each pair's first part
   static thread_local std::vector<float> found_;
@@ -222,8 +278,9 @@ void step_of(const Problem &p) {
 #pragma omp parallel num_threads(threads)
   {
     static thread_local std::vector<float> own;
-    own.resize(group * (padded + PART));
-    float *q = own.data(), *scores = q + group * padded;
+    own.resize(std::max(group * (padded + PART), p.value_width));
+    Q *q = (Q *)own.data();
+    float *scores = own.data() + group * padded;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; i++) {
       const int64_t pair = parts[i].pair, from = parts[i].from, n = parts[i].to - from;
@@ -232,7 +289,9 @@ void step_of(const Problem &p) {
       float *out = found + i * per_part, *tops = out + group * room, *sums = tops + group;
       for (int64_t h = 0; h < group; h++) {
         const T *one = (const T *)p.q + b * p.q_stride[0] + (g * group + h) * p.q_stride[1];
-        for (int64_t d = 0; d < padded; d++) q[h * padded + d] = d < p.width ? number(one[d]) * (p.scale * LOG2E) : 0.0f;
+        for (int64_t d = 0; d < padded; d++)
+          if constexpr (sizeof(Q) == 2) q[h * padded + d] = d < p.width ? one[d] : 0;
+          else q[h * padded + d] = d < p.width ? number(one[d]) * (p.scale * LOG2E) : 0.0f;
       }
       const T *keys = (const T *)p.k + b * p.k_stride[0] + g * p.k_stride[1];
       const T *values = (const T *)p.v + b * p.v_stride[0] + g * p.v_stride[1];
@@ -250,7 +309,7 @@ void step_of(const Problem &p) {
       };
       with([&](auto keys, auto values) {
         by_heads(group, [&]<int HEADS>(int64_t h) {
-          score<HEADS>(keys, values, q + h * padded, padded, n, scores + h * PART);
+          score<HEADS>(keys, values, q + h * padded, padded, n, p.scale * LOG2E, scores + h * PART);
         });
       });
       for (int64_t h = 0; h < group; h++) {
@@ -264,9 +323,9 @@ void step_of(const Problem &p) {
         vf high = all(-INFINITY), sum = {};
         for (int64_t j = 0; j < n; j += W) high = greater(high, load(row + j));
         tops[h] = highest(high);
-        const vf top = all(base(tops[h])), low = all(LEAST);
+        const vf top = all(base(tops[h]));
         for (int64_t j = 0; j < n; j += W) {
-          vf w = exp2(greater(load(row + j) - top, low));
+          vf w = exp2(load(row + j) - top);
           sum += w;
           store(row + j, w);
         }
@@ -286,7 +345,7 @@ void step_of(const Problem &p) {
       float sink = p.sink ? p.sink[head] * LOG2E : -INFINITY, top = sink;
       for (int64_t part = first; part < last; part++) top = std::max(top, found[part * per_part + group * room + h]);
       float sum = p.sink ? lowered(sink, top) : 0.0f;
-      float *out = p.out + i * p.value_width;
+      float *out = own.data();
       std::fill(out, out + p.value_width, 0.0f);
       for (int64_t part = first; part < last; part++) {
         const float *at = found + part * per_part;
@@ -297,7 +356,7 @@ void step_of(const Problem &p) {
       }
       bool empty = top == -INFINITY, blind = empty && !sees(p, pair, head);
       float inverse = blind ? 0.0f : empty ? NAN : 1.0f / sum;  // softmax of minus infinities alone is no number
-      for (int64_t e = 0; e < p.value_width; e++) out[e] = blind ? 0.0f : out[e] * inverse;
+      give(p, i * p.value_width, out, inverse, blind);
       if (kept)
         for (int64_t part = first; part < last; part++) {
           float factor = lowered(found[part * per_part + group * room + h], top) * inverse;

@@ -148,7 +148,8 @@ def _attended(
     if asked.alone and isinstance(k, Ragged) and isinstance(v, Ragged) and k.counts == v.counts:
         p.held, k, v = at(k.table), k.flat, v.flat
     q, k, v = _in_rows(q), _in_rows(k), _in_rows(v)
-    out = torch.empty(b, n, h, p.value_width)
+    p.out_bfloat16 = p.bfloat16 and not p.exact and not back  # who goes on computing with it wants it unrounded
+    out = torch.empty(b, n, h, p.value_width, dtype=q.dtype if p.out_bfloat16 else torch.float32)
     p.q, p.k, p.v, p.out = (x.data_ptr() for x in (q, k, v, out))
     p.q_stride, p.k_stride, p.v_stride = _strides(q), _strides(k), _strides(v)
     _tell_mask(asked, needs, call)

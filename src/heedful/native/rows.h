@@ -1,0 +1,91 @@
+// One block of query rows, and the columns that they see. Included after desk.h.
+
+// The query heads of a group stand above one another, so that keys and values are read once for all of them.
+struct Rows {
+  const Problem &p;
+  const Sizes &s;
+  Desk &desk;
+  int64_t b, unit, row0, n, rows;  // rows in the text, rows of all heads
+
+  int64_t head(int64_t r) const { return unit * s.stacked + r / n; }
+  int64_t query(int64_t r) const { return row0 + r % n; }
+  const int32_t *ranges(int64_t r) const { return desk.ranges[r]; }
+
+  // Which columns some row sees, as runs in chunks.
+  void survey() {
+    auto &seen = desk.seen;
+    seen.clear();
+    desk.ranges.resize(rows);
+    for (int64_t r = 0; r < rows; r++)
+      desk.ranges[r] = p.ranges + b * p.range_stride[0] + head(r) * p.range_stride[1] + query(r) * p.range_count * 2;
+    desk.reach.assign(s.padded() / s.high, 0);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t i = 0; i < p.range_count; i++)
+        desk.reach[r / s.high] = std::max<int64_t>(desk.reach[r / s.high], ranges(r)[2 * i + 1]);
+    int64_t different = p.range_stride[1] ? rows : n;
+    for (int64_t r = 0; r < different; r++)
+      for (int64_t i = 0; i < p.range_count; i++)
+        if (const int32_t *x = ranges(r) + 2 * i; x[0] < x[1]) seen.emplace_back(x[0] / NR, (x[1] + NR - 1) / NR);
+    std::sort(seen.begin(), seen.end());
+    const uint8_t *blocks = nullptr;
+    if (p.blocks)
+      blocks = p.blocks + b * p.block_stride[0] + unit * p.block_stride[1] + row0 / p.block * p.block_cols;
+    desk.runs.clear();
+    desk.chunks.clear();
+    int64_t next = 0;
+    for (auto [from, to] : seen)
+      for (int64_t panel = std::max(from, next); panel < to; panel++) {
+        next = panel + 1;
+        if (!blocks || blocks[panel * NR / p.block]) take(panel);
+      }
+  }
+
+  void take(int64_t panel) {
+    auto &runs = desk.runs;
+    auto &chunks = desk.chunks;
+    if (chunks.empty() || chunks.back().width + NR > WIDE) {
+      int64_t at = (int64_t)runs.size();
+      chunks.push_back({at, at, 0});
+    }
+    Chunk &c = chunks.back();
+    if (c.to > c.from && runs.back().column + runs.back().width == panel * NR)
+      runs.back().width += NR;
+    else
+      runs.push_back({panel * NR, NR, c.width}), c.to++;
+    c.width += NR;
+  }
+
+  // Calls fill(from, to) for every stretch of a run, counted within the chunk, that a row does not see.
+  template <class F>
+  void gaps(int64_t r, const Run &run, F fill) const {
+    const int32_t *x = ranges(r);
+    int64_t at = run.column, end = run.column + run.width;
+    for (int64_t i = 0; i < p.range_count && at < end; i++) {
+      int64_t lo = x[2 * i], hi = x[2 * i + 1];
+      if (hi <= at || lo >= hi) continue;
+      if (lo > at) fill(at - run.column + run.at, std::min(lo, end) - run.column + run.at);
+      at = std::max(at, hi);
+    }
+    if (at < end) fill(at - run.column + run.at, end - run.column + run.at);
+  }
+
+  void mask(int64_t r, const Chunk &c, float *row) const {
+    for (int64_t i = c.from; i < c.to; i++)
+      gaps(r, desk.runs[i], [&](int64_t from, int64_t to) { std::fill(row + from, row + to, -INFINITY); });
+  }
+
+  // Whether a row sees any column that is computed, whatever its score.
+  bool sees(int64_t r) const {
+    const int32_t *x = ranges(r);
+    for (const Run &run : desk.runs)
+      for (int64_t i = 0, end = run.column + run.width; i < p.range_count; i++)
+        if (std::max<int64_t>(x[2 * i], run.column) < std::min<int64_t>(x[2 * i + 1], end)) return true;
+    return false;
+  }
+
+  int32_t column(const Chunk &c, int64_t at) const {
+    int64_t i = c.from;
+    while (i + 1 < c.to && desk.runs[i + 1].at <= at) i++;
+    return (int32_t)(desk.runs[i].column + at - desk.runs[i].at);
+  }
+};
