@@ -14,7 +14,7 @@ import heedful
 from heedful import models
 from heedful.core.errors import FieldError
 from heedful.explaining.attention_patterns import MOST, Patterns, Picture
-from heedful.methods import SinkWindow
+from heedful.methods import SinkWindow, TempScale
 from tests.test_diagnose_texts import characters
 
 IDS = torch.arange(5, 25)
@@ -105,6 +105,13 @@ def test_under_a_stack(rows: int | None) -> None:
     place = torch.arange(20)
     near = (place[:, None] - place < 3) | (place == 0)
     assert bool((seen == (near & (place[:, None] >= place))).all())
+
+
+def test_under_an_edit_in_tiles_of_more_and_more_keys() -> None:
+    model = models.tiny("llama")
+    whole = heedful.patterns(model, IDS, stack=TempScale(0.5), backend="reference")
+    found = heedful.patterns(model, IDS, stack=TempScale(0.5), tile_rows=3)
+    torch.testing.assert_close(found.tensor, whole.tensor)
 
 
 def test_texts_and_what_is_refused() -> None:

@@ -45,7 +45,10 @@ def rows(model: Any, method: _Rows, *more: Any, **how: Any) -> tuple[list[Tensor
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "gemma2"])
 @pytest.mark.parametrize("more", [(), (SinkWindow(1, 3),), (TempScale(0.5),), (SinkRate(),)])
 @pytest.mark.parametrize("tile_rows", [None, 4])
-def test_they_are_those_of_the_whole_pattern(kind: str, more: tuple[Any, ...], tile_rows: int | None) -> None:
+def test_they_are_those_of_the_whole_pattern(
+    kind: str, more: tuple[Any, ...], tile_rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("heedful.engine.attend.FIRST_ROWS", 3)
     model = models.tiny(kind)
     whole, _ = rows(model, _Rows(), *more, backend="reference")
     some, _ = rows(model, _Rows(7), *more, tile_rows=tile_rows)
@@ -62,6 +65,21 @@ def test_they_rule_no_backend_out() -> None:
     assert rows(model, _Rows(7), SinkRate())[1] == set(plain.state.backends.values())
     assert rows(model, _Rows(7))[1] == {"sdpa"}
     assert rows(model, _Rows())[1] == {"tiled"}
+
+
+def test_the_first_of_them_are_computed_for_the_keys_that_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heedful.engine.attend.FIRST_ROWS", 3)
+    widths = []
+
+    class _Wide(_Rows):
+        @reads(Site.PATTERN, first="rows")
+        def keep(self, weights: Tensor, call: Call) -> Statistic | None:
+            widths.append(tuple(weights.shape[2:]))
+            return None
+
+    with attach(models.tiny("llama"), _Wide(7).on(layers=[0])) as run, torch.no_grad():
+        run(input_ids=IDS)
+    assert widths == [(3, 3), (3, 6), (1, 7)]
 
 
 def test_some_heads_and_more_rows_than_there_are() -> None:

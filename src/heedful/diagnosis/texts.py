@@ -206,11 +206,11 @@ def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def pieces(source: Source | None, tokenizer: Any, tokens: Tensor) -> list[str]:
+def pieces(source: Source | None, tokenizer: Any, tokens: Tensor, most: int | None = None) -> list[str]:
     """The text of a source's first window, token by token; the pieces of a fast tokenizer join to the text."""
     ids: list[int] = tokens.tolist()
     if tokenizer is None:
-        return [f"{i} " for i in ids]
+        return [f"{i} " for i in ids[:most]]
     special = set(tokenizer.all_special_ids)
     text = source.text if source is not None else None
     if text is not None and tokenizer.is_fast:
@@ -218,12 +218,12 @@ def pieces(source: Source | None, tokenizer: Any, tokens: Tensor) -> list[str]:
             seen = tokenizer(part, truncation=True, max_length=len(ids), return_offsets_mapping=True, verbose=False)
             if seen.input_ids == ids:
                 out, done = [], 0
-                for i, (_, stop) in zip(ids, seen.offset_mapping, strict=True):
+                for i, (_, stop) in zip(ids[:most], seen.offset_mapping, strict=False):
                     # tokens that share one character (bytes of an emoji) have one offset: the first gets it
                     out.append(text[done:stop] or (tokenizer.decode([i]) if i in special else ""))
                     done = max(done, stop)
                 return out
-    return list(tokenizer.batch_decode([[i] for i in ids]))
+    return list(tokenizer.batch_decode([[i] for i in ids[:most]]))
 
 
 def ordinary(tokenizer: Any, model: nn.Module, vocabulary: int) -> Tensor:

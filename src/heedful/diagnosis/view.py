@@ -96,10 +96,11 @@ class Attended(Method):
         columns = call.keys.index[0, 0]
         high, at = weights.topk(min(self.most, len(columns)))  # [h r t]
         short = (0, self.most - high.shape[-1])
-        keep = torch.ones_like(weights) if call.keep is None else call.keep[0].expand_as(weights).float()
+        keep = torch.ones_like(weights[:1], dtype=torch.bool) if call.keep is None else call.keep[0]
+        got = weights.sum(1)
         shown = columns < self.tokens
         sums = weights.new_zeros(2, len(weights), self.tokens)
-        sums[..., columns[shown]] = torch.stack([weights.sum(1), keep.sum(1)])[..., shown]
+        sums[..., columns[shown]] = torch.stack([got, keep.sum(1).expand_as(got).to(got.dtype)])[..., shown]
         start, most = call.rows.start or 0, opening_size(call.depth * call.heads)
         opening = weights.new_zeros(len(weights), max(0, min(weights.shape[1], most - start)), most)
         opening[..., columns[columns < most]] = weights[:, : opening.shape[1], columns < most]
@@ -107,7 +108,8 @@ class Attended(Method):
             "keys": pad(columns[at], short).int(),
             "weights": pad(high, short),
             "sums": sums,
-            "entropy": torch.special.entr(weights).sum(-1),
+            # torch.special.entr takes several times longer
+            "entropy": -(weights * weights.clamp(min=torch.finfo(weights.dtype).tiny).log()).sum(-1),
             "opening": opening,
         }
         if start == 0 and call.value is not None:
@@ -158,7 +160,7 @@ def look(subject: Subject, windows: Windows, profile: Profile, looks: LooksByLay
     if not looks or any(int(look.keys.max()) >= len(shown) for look in looks.values()):
         # nobody read the first window now, or its tokens look at later ones: the stretch is read alone
         looks = subject.shown(first_tokens(), shown)
-    named = pieces(windows.first, subject.tokenizer, window)[: len(shown)]
+    named = pieces(windows.first, subject.tokenizer, window, len(shown))
     subject.report(Progress("view", len(named), len(named)))
     heads = notable(profile.roles(), profile.facts["layers"], profile.facts["heads"], MOST_HEADS)
     with torch.autocast("cpu", enabled=False):  # which knows no types as narrow as some of these

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from math import frexp, gcd
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from heedful.engine.precision import mixed, unmixed, wide, widened
 from heedful.engine.run_state import Plan
 from heedful.engine.stages import chosen_heads, own_rows, stage, staged, untouched
 
+SHARED_ROWS = 64  # of a product, from which on threads share it
+FIRST_ROWS = 128  # of a tile for those who read a pattern's first rows
+
 
 def softmax(scores: Tensor, sink: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Softmax in at least float32; a sink logit takes its share and is dropped."""
@@ -37,9 +41,25 @@ def grouped(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """`a @ b` where `a [b h . .]` may have several heads for each of `b [b g . .]`; b is never expanded."""
     texts, h, rows, d = a.shape
     group = h // b.shape[1]
-    given = None if out is None else out.view(-1, group * rows, b.shape[3])
-    found = torch.bmm(a.reshape(-1, group * rows, d), b.reshape(-1, *b.shape[2:]), out=given)
-    return found.view(texts, h, rows, b.shape[3])
+    each, width = texts * b.shape[1], b.shape[3]
+    given = None if out is None else out.view(each, group * rows, width)
+    a, b = a.reshape(each, group * rows, d), b.reshape(each, *b.shape[2:])
+    found = torch.bmm(a, b) if given is None else _shared_out(a, b, given)
+    return found.view(texts, h, rows, width)
+
+
+def _shared_out(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """`torch.bmm`, which on a CPU gives each thread whole matrices: the rows of those left over are divided."""
+    many, rows = len(a), a.shape[1]
+    parts = gcd(threads := torch.get_num_threads(), rows)
+    even = many - many % threads
+    if a.device.type != "cpu" or even == many or parts == 1 or rows < SHARED_ROWS:
+        return torch.bmm(a, b, out=out)
+    if even:
+        torch.bmm(a[:even], b[:even], out=out[:even])
+    for x, y, to in zip(a[even:], b[even:], out[even:], strict=True):
+        torch.bmm(x.unflatten(0, (parts, -1)), y.expand(parts, *y.shape), out=to.unflatten(0, (parts, -1)))
+    return out
 
 
 def _hide(scores: Tensor, keep: Tensor) -> bool:
@@ -69,8 +89,10 @@ def biased(scores: Tensor, job: AttentionCall, rows: slice, cols: slice | Tensor
 
 def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Heads and pattern of the query rows and key columns that `call` names. This is what attention *is* here."""
-    scores = grouped(q, k.mT, job.lent("scores", (*q.shape[:3], k.shape[2]), q))
-    scores = call.capped(scores.mul_(call.scale))  # after the product, as models do it: the same bits as theirs
+    # after the product, as models do it: the same bits as theirs; powers of two round nothing, and spare the map a pass
+    early = frexp(call.scale)[0] == 0.5
+    scores = grouped(q * call.scale if early else q, k.mT, job.lent("scores", (*q.shape[:3], k.shape[2]), q))
+    scores = call.capped(scores if early else scores.mul_(call.scale))
     scores = biased(scores, job, call.rows, call.cols)
     scores, call = staged(Site.SCORES, scores, job, call)
     keep, blind = call.keep, False
@@ -93,7 +115,9 @@ def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tup
         job.accumulator.add(weights, scores if plain else None, call)
     if job.dropout:
         weights = torch.nn.functional.dropout(weights, job.dropout)
-    return grouped(weights.to(v.dtype), v), weights
+    weights = weights.to(v.dtype)
+    kept = None if job.spare is None else v.new_empty(*weights.shape[:3], v.shape[3])
+    return grouped(weights, v, kept), weights
 
 
 def _normalised(step: Step, scores: Tensor, weights: Tensor, job: AttentionCall, call: Call) -> Tensor:
@@ -164,12 +188,15 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
 def _first_rows(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Show the first rows of the pattern to those who want no more, computed for them alone."""
     call = job.call
-    rows = slice(0, min(len(call.queries), max(s.first or 0 for s in job.plan.apart)))
-    ranges = call.mask.columns(call.queries.take(rows), call.keys, rows)
-    part = call.tile(rows, slice(0, ranges[-1][1] if ranges else 1))
-    part = replace(part, keep=call.mask.keeps(part.pairs))
+    total = min(len(call.queries), max(s.first or 0 for s in job.plan.apart))
     alone = replace(job, plan=Plan(job.plan.apart), accumulator=None, dropout=0.0)
-    tile(alone, part, wide(q[:, :, rows]), wide(k[:, :, part.cols]), wide(v[:, :, part.cols]))
+    for start in range(0, total, FIRST_ROWS):  # the first ones of a causal text see few columns
+        rows = slice(start, min(start + FIRST_ROWS, total))
+        ranges = call.mask.columns(call.queries.take(rows), call.keys, rows)
+        part = call.tile(rows, slice(0, ranges[-1][1] if ranges else 1))
+        part = replace(part, keep=call.mask.keeps(part.pairs))
+        # of values without a width: nobody wants these heads
+        tile(alone, part, wide(q[:, :, rows]), wide(k[:, :, part.cols]), wide(v[:, :, part.cols, :0]))
 
 
 def _learned(job: AttentionCall) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -175,13 +175,19 @@ def patterns(
             run(**inputs)
         text = frozenset(n for n, name in enumerate(run.layer_names) if any(map(name.startswith, readers)))
         found = {layer: stat for part in parts for layer, stat in run[part].items()}
-    maps = {layer: torch.cat(stat.value, 1) for layer, stat in sorted(found.items())}
+    maps = {layer: _joined(stat.value) for layer, stat in sorted(found.items())}
     named = {layer: wanted.get(layer) or list(range(len(x))) for layer, x in maps.items()}
     if ids is None:
         return Patterns([], maps, named, picture=_picture(given.model, inputs))
     second = inputs.get("decoder_input_ids", ids)
     unsure = second.shape == ids.shape and not torch.equal(second, ids)  # an axis would not tell whose words it has
     return Patterns([] if unsure else spelled(ids[0], words), maps, named, text if readers else None)
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    """The map whose rows these tiles are, the later ones of which may have seen more keys."""
+    widest = max(x.shape[2] for x in rows)
+    return torch.cat([torch.nn.functional.pad(x, (0, widest - x.shape[2])) for x in rows], 1)
 
 
 def _picture(model: nn.Module, inputs: dict[str, Any]) -> Picture | None:

@@ -35,9 +35,10 @@ PAPER = Paper(
     ),
 )
 
-TILE_BYTES = 4 << 20  # scores of one tile: a few of them fit into a last-level cache
+TILE_BYTES = 8 << 20  # scores of one tile: a few of them fit into a last-level cache
 KEPT_BYTES = 64 << 20  # of a call's scores that the way back may find kept
 LEAST, MOST = 16, 256  # rows of a tile
+EVEN = 8  # what they are a multiple of, so that threads share them evenly
 GATHER_BELOW = 0.7  # copy scattered columns together when they are at most this share of the range they span
 
 
@@ -55,7 +56,8 @@ class Tiled:
         return reasons
 
     def tile_rows(self, b: int, h: int, k: int) -> int:
-        return self.rows or max(LEAST, min(MOST, TILE_BYTES // max(1, 4 * b * h * k)))
+        rows = min(MOST, TILE_BYTES // max(1, 4 * b * h * k))
+        return self.rows or max(LEAST, rows - rows % EVEN)
 
     def runs(self, needs: Needs) -> str:
         return ""
