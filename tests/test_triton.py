@@ -173,17 +173,17 @@ def test_low_precision_is_as_good_as_torch_s_own(n: int, dtype: torch.dtype) -> 
     assert error(found, exact) <= 2 * error(plain, exact)
 
 
-@pytest.mark.parametrize("axis", [0, 2])
+@pytest.mark.parametrize("axis", [0, 1, 2])
 def test_lines_that_lie_far_apart(axis: int) -> None:
     """Further than 32 bits count; memory that nobody touches costs nothing."""
     from heedful.gpu.launch import Problem, attend
 
-    shape, step = (3, 2, 4, 16), 2**30 + 64
+    shape, step = (3, 3, 4, 16), 2**30 + 64
     q, k, v = (torch.randn(shape).half().to(DEVICE) for _ in range(3))
-    strides = [128, 64, 16, 1]
+    strides = [192, 64, 16, 1]
     strides[axis] = step
     far = (
-        torch.empty(step * (shape[axis] - 1) + 512, dtype=torch.float16, device=DEVICE)
+        torch.empty(step * (shape[axis] - 1) + 640, dtype=torch.float16, device=DEVICE)
         .as_strided(shape, strides)
         .copy_(k)
     )
@@ -193,6 +193,35 @@ def test_lines_that_lie_far_apart(axis: int) -> None:
     assert torch.equal(found.out, want.out)
     assert same(found.received, want.received)
     assert same(found.first, want.first)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
+    """The kernels that are called and their grids; none is run."""
+    from heedful.gpu import launch
+
+    found: list[tuple[str, tuple[int, ...]]] = []
+    monkeypatch.setattr(launch, "_call", lambda kernel, grid, *_, **__: found.append((kernel.fn.__name__, grid)))
+    return found
+
+
+def test_many_texts_fit_the_grid_of_a_card(launched: list[tuple[str, tuple[int, ...]]]) -> None:
+    """Its second and third axis end at 65,535, which the windows of a batch of images go beyond."""
+    from heedful.gpu.launch import Problem, Step, attend, pull, step
+
+    texts = 70_000
+    q, k, v = (torch.zeros(1, 1, 2, 1, device=DEVICE).expand(texts, -1, -1, -1) for _ in range(3))
+    ranges = torch.tensor([0, 2], dtype=torch.int32, device=DEVICE).expand(1, 1, 2, 1, 2)
+    bias = torch.zeros(texts, 1, 2, 2, device=DEVICE)
+    p = Problem(q, k, v, ranges, 1.0, bias=bias, received=True, reach=2)
+    answer = attend(p)
+    pull(p, answer.out, answer.lse, answer.out, to_bias=True)
+    ends = torch.zeros(texts, 1, 2, dtype=torch.int32, device=DEVICE)
+    step(Step(q[:, :, :1], k, v, ends, 1.0, keys=2, longest=2))
+    assert len(launched) == 7
+    for name, grid in launched:
+        assert grid[0] >= texts, name
+        assert all(x <= 65_535 for x in grid[1:]), name
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:

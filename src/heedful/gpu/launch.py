@@ -94,7 +94,7 @@ def attend(p: Problem) -> Answer:
     texts = p.q.shape[0] * size.heads
     if p.received:
         received = p.q.new_empty(p.q.shape[0], size.heads, size.m, dtype=torch.float32)
-        grid = (triton.cdiv(size.m, fit.keys), texts)
+        grid = (triton.cdiv(size.m, fit.keys) * texts,)
         _call(
             kernels.add_columns, grid, q, k, answer.lse, size, keep, bias, received, BM=fit.rows, BN=fit.keys, **widths
         )  # fmt: skip
@@ -102,7 +102,7 @@ def attend(p: Problem) -> Answer:
     if p.reach:
         distance = p.q.new_zeros(p.q.shape[0], size.heads, p.reach, dtype=torch.float32)
         side = fit.keys
-        grid = (triton.cdiv(size.n, side) + triton.cdiv(size.m, side) - 1, texts)
+        grid = ((triton.cdiv(size.n, side) + triton.cdiv(size.m, side) - 1) * texts,)
         _call(
             kernels.add_diagonals, grid, q, k, answer.lse, size, keep, bias, distance, p.offset, p.reach, B=side,
             **widths,
@@ -125,9 +125,10 @@ def step(p: Step) -> tuple[Tensor, Tensor | None]:
     scores = torch.full((b, h, p.keys), float("-inf"), dtype=torch.float32, device=p.q.device) if p.weights else None
     seen = Seen(p.ends, units, p.places, 0 if p.places is None else p.places.shape[2], p.base)
     bias = None if p.bias is None else _shared(p.bias)
+    grid = (triton.cdiv(h // units, fit.rows) * b * units, splits)
     _call(
-        decode.attend_step, (splits, b * units), _lines(p.q), k, v, size, seen, bias, p.sink, Made(out, lse, scores),
-        span, BM=max(16, fit.rows), BN=fit.keys, BD=_power(d), BE=_power(e), **fit.how,
+        decode.attend_step, grid, _lines(p.q), k, v, size, seen, bias, p.sink, Made(out, lse, scores),
+        span, BM=fit.rows, BN=fit.keys, BD=_power(d), BE=_power(e), **fit.how,
     )  # fmt: skip
     heads, whole = _merged(out[..., None, :], lse[..., None])
     if scores is None:
@@ -158,8 +159,8 @@ def pull(
     widths |= fit.how
     groups = p.q.shape[0] * size.heads // size.group
     rows, columns = triton.cdiv(size.n * size.group, fit.rows), triton.cdiv(size.m, fit.keys)
-    _call(backward.pull_queries, (rows, groups), *lines, size, keep, bias, back, q, **widths)
-    _call(backward.pull_keys, (columns, groups), *lines, size, keep, bias, back, k, v, **widths)
+    _call(backward.pull_queries, (rows * groups,), *lines, size, keep, bias, back, q, **widths)
+    _call(backward.pull_keys, (columns * groups,), *lines, size, keep, bias, back, k, v, **widths)
     made = _pulled_bias(p, p.bias, lines, (size, keep, back), fit, widths) if to_bias and p.bias is not None else None
     return q, k, v, made, _pulled_sink(p.sink, back) if to_sink and p.sink is not None else None
 
@@ -171,7 +172,7 @@ def _pulled_bias(
     apart = Apart(*bias.shape[:3])
     made = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
     rows = triton.cdiv(size.n, fit.rows) if apart.queries > 1 else 1
-    grid = (triton.cdiv(size.m, fit.keys), rows, apart.texts * apart.heads)
+    grid = (triton.cdiv(size.m, fit.keys) * apart.texts * apart.heads, rows)
     _call(
         backward.pull_bias, grid, *lines, size, keep, _shared(bias), back, apart, p.q.shape[0], made,
         ROWS=apart.queries > 1, **widths,
@@ -204,7 +205,7 @@ def _rows(
         room(p.carry is not None, size.c),
     )  # fmt: skip
     _call(
-        kernels.attend_rows, (programs, b * groups, splits), q, k, _lines(p.v), size, keep, bias, p.sink, p.first_at,
+        kernels.attend_rows, (programs * b * groups, splits), q, k, _lines(p.v), size, keep, bias, p.sink, p.first_at,
         carry, found, span, BM=fit.rows, BN=fit.keys, BE=_power(size.e), BC=_power(size.c), **widths,
     )  # fmt: skip
     if splits > 1:
