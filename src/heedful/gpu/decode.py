@@ -1,7 +1,7 @@
 """One query of each head after a cache, as a Triton kernel: keys in a row, of uneven heads, or chosen one by one.
 
-A program has the heads that see the same keys, as many as fit a tile, and a span of these. Scores can be written down on the way: of one query
-they are no more than a summary, and weights come of them without a second reading of the keys.
+A program has the heads that see the same keys, as many as fit a tile, and a span of these. Scores can be written down
+on the way: of one query they are no more than a summary, and weights come of them without a second reading of the keys.
 """
 
 from __future__ import annotations

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from heedful.gpu import backward, blocks, decode, interpreted, kernels
 from heedful.gpu.backward import Apart, Back
 from heedful.gpu.blocks import BACK, ROWS, STEP, Tiles
 from heedful.gpu.decode import Made, Seen
 from heedful.gpu.kernels import Found, Keep, Lines, Sizes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +88,25 @@ class Answer:
     distance: Tensor | None = None
 
 
+def _fitting(run: Callable[[Tiles], T], *asked: Any, **more: Any) -> T:
+    """With the sizes that were measured, or safe ones where a call asks for more beside them than the card holds."""
+    fit = blocks.tiles(*asked, **more)
+    try:
+        return run(fit)
+    except OutOfResources:
+        if not fit.tuned:
+            raise
+        return run(blocks.tiles(*asked, **more, measured=False))
+
+
 def attend(p: Problem) -> Answer:
     """One call; the second pass over keys, and the third, are made where columns or distances are asked for."""
-    size, keep = _sizes(p), _keep(p)
-    q, k, bias = _lines(p.q), _lines(p.k), None if p.bias is None else _shared(p.bias)
-    fit = blocks.tiles(ROWS, max(size.d, size.e), size.n * size.group, p.q.device, p.block)
+    size = _sizes(p)
+    return _fitting(partial(_attend, p, size), ROWS, max(size.d, size.e), size.n * size.group, p.q, block=p.block)
+
+
+def _attend(p: Problem, size: Sizes, fit: Tiles) -> Answer:
+    q, k, keep, bias = _lines(p.q), _lines(p.k), _keep(p), None if p.bias is None else _shared(p.bias)
     widths = {"BD": _power(size.d), "RANGES": p.ranges.shape[3], **fit.how}
     answer = _rows(p, q, k, size, keep, bias, fit, widths)
     texts = p.q.shape[0] * size.heads
@@ -113,12 +131,17 @@ def attend(p: Problem) -> Answer:
 
 def step(p: Step) -> tuple[Tensor, Tensor | None]:
     """Heads `[b h 1 e]` of one query each, and their weights `[b h m]` where these are asked for."""
+    return _fitting(
+        partial(_step, p), STEP, max(p.q.shape[-1], p.v.shape[-1]), p.q.shape[1] // p.ends.shape[1], p.q
+    )  # fmt: skip
+
+
+def _step(p: Step, fit: Tiles) -> tuple[Tensor, Tensor | None]:
     b, h, _, d = p.q.shape
     flat, units, e = p.base is not None, p.ends.shape[1], p.v.shape[-1]
     g = p.k.shape[1] if p.base is None else p.base.shape[1]
     k, v = (Lines(x, 0, 0, x.stride(0)) if flat else _lines(x) for x in (_close(p.k), _close(p.v)))
     size = Sizes(h, h // g, 1, p.keys, d, e, 0, p.scale, p.softcap, _widened(p.q))
-    fit = blocks.tiles(STEP, max(d, e), h // units, p.q.device)
     span = blocks.span(p.longest, b * units)
     splits = triton.cdiv(max(1, p.longest), span)
     out, lse = (p.q.new_empty(splits, b, h, *last, dtype=torch.float32) for last in ((e,), ()))
@@ -150,11 +173,21 @@ def pull(
     p: Problem, out: Tensor, lse: Tensor, given: Tensor, to_bias: bool = False, to_sink: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """What queries, keys, values, bias and sink are given, in float32, when the output is given that."""
-    size, keep, bias = _sizes(p), _keep(p), None if p.bias is None else _shared(p.bias)
+    size = _sizes(p)
+    run = partial(_pull, p, size, (out, lse, given), to_bias)
+    asked = BACK, max(size.d, size.e), size.n * size.group, p.q
+    q, k, v, bias, back = _fitting(run, *asked, block=p.block)
+    return q, k, v, bias, _pulled_sink(p.sink, back) if to_sink and p.sink is not None else None
+
+
+def _pull(
+    p: Problem, size: Sizes, of: tuple[Tensor, Tensor, Tensor], to_bias: bool, fit: Tiles
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Back]:
+    out, lse, given = of
+    keep, bias = _keep(p), None if p.bias is None else _shared(p.bias)
     back = Back(lse.contiguous(), (given.float() * out).sum(-1).contiguous())
     lines = [_lines(x) for x in (p.q, p.k, p.v, given.to(p.v.dtype))]
     q, k, v = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (p.q, p.k, p.v))
-    fit = blocks.tiles(BACK, max(size.d, size.e), size.n * size.group, p.q.device, p.block)
     widths = {"BM": fit.rows, "BN": fit.keys, "BD": _power(size.d), "BE": _power(size.e), "RANGES": p.ranges.shape[3]}
     widths |= fit.how
     groups = p.q.shape[0] * size.heads // size.group
@@ -162,7 +195,7 @@ def pull(
     _call(backward.pull_queries, (rows * groups,), *lines, size, keep, bias, back, q, **widths)
     _call(backward.pull_keys, (columns * groups,), *lines, size, keep, bias, back, k, v, **widths)
     made = _pulled_bias(p, p.bias, lines, (size, keep, back), fit, widths) if to_bias and p.bias is not None else None
-    return q, k, v, made, _pulled_sink(p.sink, back) if to_sink and p.sink is not None else None
+    return q, k, v, made, back
 
 
 def _pulled_bias(
@@ -222,9 +255,10 @@ def _with(answer: Answer, **more: Tensor) -> Answer:
     return Answer(**{**answer.__dict__, **more})
 
 
-def _call(kernel: Any, grid: tuple[int, ...], *args: Any, **sizes: int) -> None:
+def _call(kernel: Any, grid: tuple[int, ...], lines: Lines, *args: Any, **sizes: int) -> None:
     launched: Callable[..., object] = kernel[grid]
-    launched(*args, **sizes)
+    with torch.cuda.device_of(lines.at):  # else triton would take the current card, where these tensors need not be
+        launched(lines, *args, **sizes)
 
 
 def _power(width: int) -> int:
