@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from heedful.gpu.kernels import _added, _capped, _kept, _listed, _product, _read, _span, _whose, _wide
+from heedful.gpu.kernels import SCAN, _added, _capped, _kept, _listed, _product, _read, _seers, _span, _whose, _wide
 
 
 class Back(NamedTuple):
@@ -74,7 +74,7 @@ def pull_queries(
         col = at + tl.arange(0, BN)
         kept = _pairs(keep, size, batch, head, query, col, at, RANGES)
         seen = tl.max(kept.to(tl.int32), 0) > 0
-        if tl.max(seen.to(tl.int32)) > 0:
+        if (keep.table is None and RANGES == 1) or tl.max(seen.to(tl.int32)) > 0:
             same = shared + 0 * col
             k = _read(k_lines, batch, same, col, seen, size.d, BD)
             v = _read(v_lines, batch, same, col, seen, size.e, BE)
@@ -102,12 +102,13 @@ def pull_keys(
     v = _read(v_lines, batch, same, col, inside, size.e, BE)
     keys = tl.zeros([BN, BD], tl.float32)
     values = tl.zeros([BN, BE], tl.float32)
-    for start in range(0, size.n * size.group, BM):
+    begin, end = _seers(keep, size, batch, shared * size.group, size.group, first, BN, SCAN, RANGES)
+    for start in range(begin // BM * BM, end, BM):
         row = start + tl.arange(0, BM)
         query, head = row // size.group, shared * size.group + row % size.group
         kept = _pairs(keep, size, batch, head, query, col, first, RANGES)
         sees = tl.max(kept.to(tl.int32), 1) > 0
-        if tl.max(sees.to(tl.int32)) > 0:
+        if (keep.table is None and RANGES == 1) or tl.max(sees.to(tl.int32)) > 0:
             q = _read(q_lines, batch, head, query, sees, size.d, BD)
             pull = _read(pull_lines, batch, head, query, sees, size.e, BE)
             line = (batch * size.heads + head) * size.n + query

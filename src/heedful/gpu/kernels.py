@@ -1,7 +1,9 @@
 """Attention and its pattern's summary as Triton kernels: no map is ever held, and masks are ranges of keys.
 
 `attend_rows` packs rows: heads that share keys stand side by side for each query, so that keys are read once for all of
-them. What a kernel is not asked for is None, and no code is made for it.
+them. What a kernel is not asked for is None, and no code is made for it. Tiles that a mask leaves out are skipped: with
+one range to a row by where loops begin and end, without a condition inside, so that the compiler has the next tile loaded
+meanwhile; with several, or a table of blocks, by a condition.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+
+SCAN = tl.constexpr(512)  # rows that are asked at once which keys they see
 
 
 class Lines(NamedTuple):
@@ -98,6 +102,23 @@ def _span(keep, size, batch, head, query, RANGES: tl.constexpr):
 
 
 @triton.jit
+def _seers(keep, size, batch, head, group, first, BN: tl.constexpr, AT_ONCE: tl.constexpr, RANGES: tl.constexpr):
+    """The first row that may see some of a block of keys, and the one after the last; rows are packed."""
+    begin, end = size.n * group, 0
+    for start in range(0, size.n * group, AT_ONCE):
+        row = start + tl.arange(0, AT_ONCE)
+        query = row // group
+        at = keep.ranges + batch * keep.b + _wide(head + row % group) * keep.h + query * (2 * RANGES)
+        for r in tl.static_range(RANGES):
+            lo = tl.load(at + 2 * r, mask=query < size.n, other=0)
+            hi = tl.load(at + 2 * r + 1, mask=query < size.n, other=0)
+            sees = (lo < hi) & (lo < first + BN) & (hi > first)
+            begin = tl.minimum(begin, tl.min(tl.where(sees, row, size.n * group)))
+            end = tl.maximum(end, tl.max(tl.where(sees, row + 1, 0)))
+    return begin, end
+
+
+@triton.jit
 def _wide(x):
     """A number that may be multiplied by a stride: a batch of long texts has more elements than 32 bits can count."""
     return x.to(tl.int64)
@@ -182,7 +203,7 @@ def attend_rows(
         if keep.table is not None:
             kept = kept & _listed(keep, size, batch, head, query, at)[:, None]
         seen = tl.max(kept.to(tl.int32), 0) > 0  # what no row may see is not read: it may hold anything
-        if tl.max(seen.to(tl.int32)) > 0:
+        if (keep.table is None and RANGES == 1) or tl.max(seen.to(tl.int32)) > 0:
             same = shared + 0 * col
             k = _read(k_lines, batch, same, col, seen, size.d, BD)
             scores = _scores(q, k, size, bias, batch, head, query, col)
@@ -268,7 +289,7 @@ def _weights(
         kept = kept & text[:, None]
     weights = tl.zeros([query.shape[0], BN], tl.float32)
     seen = tl.max(kept.to(tl.int32), 0) > 0
-    if tl.max(seen.to(tl.int32)) > 0:
+    if (keep.table is None and RANGES == 1) or tl.max(seen.to(tl.int32)) > 0:
         q = _read(q_lines, batch, head + 0 * query, query, query < size.n, size.d, BD)
         k = _read(k_lines, batch, head // size.group + 0 * col, col, seen, size.d, BD)
         level = tl.load(lse + (batch * size.heads + head) * size.n + query, mask=query < size.n, other=0.0)
@@ -288,7 +309,8 @@ def add_columns(
     batch, head = _wide(which // size.heads), which % size.heads
     first = tile * BN
     summed = tl.zeros([BN], tl.float32)
-    for start in range(0, size.n, BM):
+    begin, end = _seers(keep, size, batch, head, 1, first, BN, SCAN, RANGES)
+    for start in range(begin // BM * BM, end, BM):
         query = start + tl.arange(0, BM)
         weights = _weights(q_lines, k_lines, lse, size, keep, bias, batch, head, query, first, BN, BD, RANGES)
         summed += tl.sum(weights, 0)
