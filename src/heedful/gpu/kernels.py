@@ -2,7 +2,7 @@
 
 `attend_rows` packs rows: heads that share keys stand side by side for each query, so that keys are read once for all of
 them. What a kernel is not asked for is None, and no code is made for it. Tiles that a mask leaves out are skipped: with
-one range to a row by where loops begin and end, without a condition inside, so that the compiler has the next tile loaded
+one range to a row by where loops begin and end, without a condition inside, so that the compiler loads the next tile
 meanwhile; with several, or a table of blocks, by a condition.
 """
 
