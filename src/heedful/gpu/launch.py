@@ -88,21 +88,21 @@ class Answer:
     distance: Tensor | None = None
 
 
-def _fitting(run: Callable[[Tiles], T], *asked: Any, **more: Any) -> T:
+def _fitting(run: Callable[[Tiles], T], kind: str, width: int, rows: int, q: Tensor, block: int = 0) -> T:
     """With the sizes that were measured, or safe ones where a call asks for more beside them than the card holds."""
-    fit = blocks.tiles(*asked, **more)
+    fit = blocks.tiles(kind, width, rows, q, block)
     try:
         return run(fit)
     except OutOfResources:
         if not fit.tuned:
             raise
-        return run(blocks.tiles(*asked, **more, measured=False))
+        return run(blocks.tiles(kind, width, rows, q, block, measured=False))
 
 
 def attend(p: Problem) -> Answer:
     """One call; the second pass over keys, and the third, are made where columns or distances are asked for."""
     size = _sizes(p)
-    return _fitting(partial(_attend, p, size), ROWS, max(size.d, size.e), size.n * size.group, p.q, block=p.block)
+    return _fitting(partial(_attend, p, size), ROWS, max(size.d, size.e), size.n * size.group, p.q, p.block)
 
 
 def _attend(p: Problem, size: Sizes, fit: Tiles) -> Answer:
@@ -175,8 +175,7 @@ def pull(
     """What queries, keys, values, bias and sink are given, in float32, when the output is given that."""
     size = _sizes(p)
     run = partial(_pull, p, size, (out, lse, given), to_bias)
-    asked = BACK, max(size.d, size.e), size.n * size.group, p.q
-    q, k, v, bias, back = _fitting(run, *asked, block=p.block)
+    q, k, v, bias, back = _fitting(run, BACK, max(size.d, size.e), size.n * size.group, p.q, p.block)
     return q, k, v, bias, _pulled_sink(p.sink, back) if to_sink and p.sink is not None else None
 
 
@@ -255,7 +254,7 @@ def _with(answer: Answer, **more: Tensor) -> Answer:
     return Answer(**{**answer.__dict__, **more})
 
 
-def _call(kernel: Any, grid: tuple[int, ...], lines: Lines, *args: Any, **sizes: int) -> None:
+def _call(kernel: Any, grid: tuple[int, ...], lines: Lines, /, *args: Any, **sizes: int) -> None:
     launched: Callable[..., object] = kernel[grid]
     with torch.cuda.device_of(lines.at):  # else triton would take the current card, where these tensors need not be
         launched(lines, *args, **sizes)
