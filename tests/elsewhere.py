@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+from heedful.adapters.lazymask import LazyMask
 from heedful.catalogue import entries
 from heedful.conformance import check, laws
 from heedful.core.call import Call
@@ -70,6 +71,8 @@ class There(Tensor):
 
 def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name
+    if name == "aten::_to_copy" and isinstance(args[0], LazyMask):
+        return LazyMask.__torch_dispatch__(func, (), args, kwargs)  # no more than a rule, which goes as a rule
     args, kwargs = tree_map(padded, (args, kwargs))
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     there = any(isinstance(x, There) for x in tensors)

@@ -191,9 +191,24 @@ def test_tasks_are_listed() -> None:
         (["--methods", "act", "--cache", "much"], FieldError, "must be a size above 0"),
         (["--methods", "act", "--cache", "4GB", "--turns", "0"], FieldError, "measures no cache"),
         (["--methods", "act", "--backend", "cuda"], FieldError, "must be one of auto"),
+        (["--methods", "act", "--preset", "snapkw"], CatalogueError, "sparse-frontier"),
+        (["--methods", "act", "--tasks", ","], FieldError, "must name one or more"),
+        (["--methods", "act", "--tasks", "needle(length=0)"], FieldError, "length"),
+        (["--methods", "act", "--prompts", "1"], FieldError, "must be 2 or more"),
+        (["--methods", "act", "--minutes", "0"], FieldError, "minutes"),
+        (["--methods", "act", "--margin", "2"], FieldError, "margin"),
+        (["--methods", "act", "--out", "a_file"], FieldError, "is a file"),
     ],
 )
-def test_bad_input_is_named(tiny: None, arguments: list[str], error: type[Exception], match: str) -> None:
+def test_bad_input_is_named_before_the_model_is_loaded(
+    arguments: list[str], error: type[Exception], match: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def load(name: str) -> None:
+        raise AssertionError("loaded first")
+
+    monkeypatch.setattr(models, "load", load)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
     told = RUN.invoke(app, ["compare", *arguments])
     assert isinstance(told.exception, error)
     assert match in str(told.exception)

@@ -16,10 +16,11 @@ import torch
 from benchmarks.gpu import keeping, page
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.keeping import REHEARSAL, Kept, Room
-from benchmarks.gpu.parts import PARTS, table_of
+from benchmarks.gpu.parts import PARTS, _fastest, table_of
 from benchmarks.speed import timing
 from heedful.core.mask import Causal
 from heedful.core.positions import Pairs, Positions
+from heedful.gpu import blocks
 
 CPU = torch.device("cpu")
 
@@ -90,6 +91,15 @@ def test_speed_is_rehearsed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_speed_is_rehearsed_where_the_cpu_s_tensors_are_refused(tmp_path: Path) -> None:
+    parts = "tune", "decode", "prefill", "diagnose"
+    command = [sys.executable, "-m", "tests.card_job", str(tmp_path), *parts]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr[-3000:]
+    assert {json.loads((tmp_path / f"gpu_{part}.json").read_text())["rows"] != [] for part in parts} == {True}
+
+
+@pytest.mark.slow
 def test_laws_and_kernel_tests_are_rehearsed(tmp_path: Path) -> None:
     found = rehearsed(("laws", "kernels"), tmp_path)
     assert len(found["laws"]["rows"]) == REHEARSAL.methods
@@ -131,6 +141,11 @@ def test_nothing_new_is_begun_when_time_is_up(tmp_path: Path, monkeypatch: pytes
     assert sum(share for share, _ in PARTS.values()) == pytest.approx(1.0)
 
 
+def test_sizes_that_time_was_too_short_for_are_no_record() -> None:
+    late = Room(CPU, REHEARSAL, time.monotonic() - 1)
+    assert _fastest("rows", 16, list, late) is None
+
+
 def test_without_records_the_page_claims_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "RECORDS", tmp_path)
     text = page.page()
@@ -170,3 +185,63 @@ def test_kernel_tests_that_fail_or_are_stopped_are_told(tmp_path: Path, monkeypa
     assert [(row["failed"], row["stopped"]) for row in kept.rows] == [(["tests/a.py::b"], False), ([], True)]
     PARTS["kernels"][1](kept, room)
     assert [row["outcome"] for row in kept.rows] == ["1 failed in 2s", "1 passed"]
+
+
+@pytest.fixture
+def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A card of which nothing is asked but its name, and a table of block sizes of its own."""
+    monkeypatch.setattr(timing, "RECORDS", tmp_path)
+    monkeypatch.setattr(blocks, "TABLE", tmp_path / "tuned.json")
+    blocks.TABLE.write_text("{}")
+    blocks.table.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--budget", "100"])
+    return tmp_path
+
+
+def test_what_is_fastest_goes_into_the_table_and_is_taken(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tune(kept: Kept, room: Room) -> None:
+        kept.add({"kind": "rows", "width": 64, "best": [128, 64, 8, 3]})
+        kept.add({"kind": "step", "width": 64, "best": None})
+
+    monkeypatch.setattr("benchmarks.gpu.parts.PARTS", {"tune": (1.0, tune)})
+    assert main() == 0
+    assert json.loads(blocks.TABLE.read_text()) == {"sm_90": {"rows": {"64": [128, 64, 8, 3]}}}
+    monkeypatch.setattr(blocks, "architecture", lambda device: "sm_90")
+    narrow = torch.empty(0, dtype=torch.bfloat16)
+    assert blocks.tiles("rows", 64, 4096, narrow) == blocks.Tiles(128, 64, 8, 3, tuned=True)
+    blocks.table.cache_clear()
+
+
+def test_a_part_that_fails_takes_nothing_from_the_others_and_time_is_divided(
+    pretended: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began, until = time.monotonic(), {}
+
+    def part(kept: Kept, room: Room) -> None:
+        until[kept.part] = room.until - began
+        kept.add({"row": 1})
+        if kept.part == "a":
+            raise MemoryError("too small a card")
+
+    monkeypatch.setattr("benchmarks.gpu.parts.PARTS", {"a": (0.25, part), "b": (0.75, part)})
+    assert main() == 1
+    assert until == {"a": pytest.approx(25, abs=5), "b": pytest.approx(100, abs=5)}
+    assert "a: MemoryError: too small a card" in capsys.readouterr().err
+    told = {name: keeping.read(name) for name in ("a", "b")}
+    assert [x["whole"] for x in told.values() if x] == [False, True]
+    assert all(x["rows"] == [{"row": 1}] and x["facts"]["card"] == "a card" for x in told.values() if x)
+
+
+def test_memory_is_told_of_a_card_and_all_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append("waits"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: asked.append("forgets"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 20)
+    room = Room(torch.device("cuda:0"), REHEARSAL, time.monotonic() + 60)
+    row = room.race({"a": lambda: asked.append("a"), "b": lambda: asked.append("b")})
+    assert row["peak_mb"] == {"a": 3.0, "b": 3.0}
+    assert asked[:6] == ["forgets", "a", "waits", "forgets", "b", "waits"]
+    assert asked[6:] == ["waits", "a", "waits", "waits", "b", "waits"]

@@ -188,6 +188,18 @@ def test_half_precision_has_direct_effects_too() -> None:
     assert found.top(1) == exact.top(1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_rests_while_the_stream_is_read(dtype: torch.dtype) -> None:
+    model, ids = models.tiny("gpt2").eval(), torch.arange(3, 15)[None]
+    plain, lens = direct_logits(model, ids), logit_lens(model, ids)
+    with torch.autocast("cpu", dtype=dtype):
+        mixed, seen = direct_logits(model, ids), logit_lens(model, ids)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(mixed.heads, plain.heads)
+    assert mixed.total == plain.total
+    assert torch.equal(seen.logits, lens.logits)
+
+
 def test_they_show_themselves_in_words() -> None:
     model = models.tiny("llama")
     assert repr(direct_logits(model, IDS)) == str(direct_logits(model, IDS))

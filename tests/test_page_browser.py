@@ -24,6 +24,16 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"] + 
     f"--disable-{part}" for part in ("background-networking", "component-update", "sync")
 ]
 UNFOLD = "document.querySelectorAll('details').forEach(fold => { fold.open = true; })"
+# names beside points that are seen, and how many pairs of them lie on one another
+OVER = """[...document.querySelectorAll('.plot')].map(plot => {
+  const names = [...plot.querySelectorAll('.textpoint text')]
+    .filter(x => x.textContent && getComputedStyle(x).visibility === 'visible');
+  const boxes = names.map(x => x.getBoundingClientRect());
+  const over = (a, b, one, other) => Math.min(a[other], b[other]) - Math.max(a[one], b[one]) > 2;
+  const meet = (a, b) => over(a, b, 'left', 'right') && over(a, b, 'top', 'bottom');
+  const pairs = boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => meet(a, b)));
+  return [names.map(x => x.textContent), pairs.length];
+}).filter(([names]) => names.length)"""
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not BROWSER, reason="no Chromium or Chrome here (apt-get install chromium)"),
@@ -340,6 +350,19 @@ def test_a_comparison_on_a_phone(opened, compared):
     assert min(areas) > 195  # long names leave half of the width to what is drawn
     names = tab.locator(".table td:first-child", has_text="unedited").all()
     assert all(name.bounding_box()["height"] < 40 for name in names)  # on one line
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_names_of_points_leave_each_other_room(opened, compared, width):
+    tab = opened(compared, viewport={"width": width, "height": 844})
+    for place in tab.locator(".plot").all():
+        place.scroll_into_view_if_needed()
+        place.locator(".main-svg").first.wait_for(state="attached", timeout=20_000)
+    tab.wait_for_function(f"{OVER}.length == 2 && {OVER}.every(([, pairs]) => pairs === 0)", timeout=5_000)
+    assert all("unedited" in names and len(names) >= 3 for names, _ in tab.evaluate(OVER))
+    tab.set_viewport_size({"width": 600, "height": 844})
+    tab.wait_for_timeout(500)
+    assert [pairs for _, pairs in tab.evaluate(OVER)] == [0, 0]
 
 
 def test_an_empty_table_says_so(browser: Any, tmp_path: Path) -> None:

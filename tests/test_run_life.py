@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
+from heedful.adapters.hooked import Standing
 from heedful.adapters.kvcache import held_layer, serve
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
@@ -175,6 +178,23 @@ def test_a_paged_cache_is_refused() -> None:
         with pytest.raises(RefusedModel, match="continuous batching"):
             run(input_ids=IDS, cache=PagedAttentionCache())
         run(input_ids=IDS)
+
+
+def test_continuous_batches_are_refused_with_the_reason_and_go_on_afterwards() -> None:
+    model = models.tiny("llama").eval()
+    how: dict[str, Any] = {
+        "inputs": [[3, 4, 5, 6], [7, 8, 9]], "progress_bar": False,
+        "generation_config": GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1, pad_token_id=0),
+    }  # fmt: skip
+    before = set(vars(model))
+    with attach(model, SinkRate()) as run:
+        with pytest.raises(RefusedModel, match=r"LlamaForCausalLM .*pieces of many texts.*close the run first"):
+            model.generate_batch(**how)
+        copied = copy.deepcopy(model)
+        assert run.generate(IDS, max_new_tokens=2, do_sample=False).shape[1] == IDS.shape[1] + 2
+    assert set(vars(model)) == before
+    assert not isinstance(vars(copied).get("init_continuous_batching"), Standing)
+    assert all(len(found.generated_tokens) == 2 for found in model.generate_batch(**how).values())
 
 
 def test_a_pause_inside_another_ends_with_the_outer_one(model: nn.Module) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from heedful import attach
+from heedful.adapters.lazymask import LazyMask, lazy_mask
 from heedful.conformance.tolerances import close_model
+from heedful.core.positions import Pairs, Positions
 from heedful.methods import GatedHeads
 
 from .spread_job import IDS
@@ -26,6 +31,31 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
     assert not failed, "\n".join(said)
     assert all("9 passed" in x for x in said)
+
+
+def test_layers_on_two_devices_do_what_they_do_on_one() -> None:
+    """As accelerate has it under a `device_map`; the second device refuses the first one's tensors."""
+    told = subprocess.run([sys.executable, "-m", "tests.devices_job"], capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr[-3000:]
+
+
+def test_a_mask_goes_to_another_device_as_a_rule() -> None:
+    """A `device_map` hands it on from layer to layer: whole it would have n x n numbers on each device."""
+    seen = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
+    later = sliding_window_causal_mask_function(2)
+    for additive, function in ((False, causal_mask_function), (True, later)):
+        made = lazy_mask(2, 4, 4, mask_function=function, attention_mask=seen, additive=additive)
+        there = made.to("meta")
+        assert isinstance(there, LazyMask)
+        assert (there.device.type, there.dtype, there.shape) == ("meta", made.dtype, made.shape)
+        assert there.spec is made.to("meta").spec
+        assert there.whole.device.type == "meta"
+        back = there.to("cpu")
+        assert isinstance(back, LazyMask)
+        assert back.spec is made.spec
+        assert not isinstance(made.to(torch.float64), LazyMask)
+    pairs = Pairs(Positions.row(0, 4), Positions.row(0, 4), 1, slice(0, 4), slice(0, 4))
+    assert torch.equal(there.spec.mask.rules[0].keeps(pairs), made.spec.mask.rules[0].keeps(pairs))
 
 
 def test_weights_that_others_put_there_are_used() -> None:

@@ -69,6 +69,15 @@ def test_keys_in_a_row(shape: tuple[int, ...], steps: list[Any]) -> None:
     assert [step.places for step in steps] == [None] * 3
 
 
+@pytest.mark.parametrize("rules", [CAUSAL, (*CAUSAL, chosen((1, 71, 1, 1, 20, 8, 8), 1))], ids=["row", "chosen"])
+def test_more_heads_than_a_tile_has_share_their_keys(rules: tuple[Rule, ...], steps: list[Any]) -> None:
+    """As Falcon's 71 do."""
+    shape = (1, 71, 1, 1, 20, 8, 8)
+    assert blocks.tiles(blocks.STEP, shape[5], shape[1], torch.empty(0, device=DEVICE)).rows < shape[1]
+    compare("triton", shape, rules)
+    assert steps[0].ends.shape[1] == 1
+
+
 def test_several_stretches_are_read_as_they_are(steps: list[Any]) -> None:
     compare("triton", SHAPES[0], (*CAUSAL, Window(5) | First(2)))
     assert not steps

@@ -47,8 +47,9 @@ class Sizes:
 CARD = Sizes(
     lengths=(2048, 8192, 32768, 131072), prefill=(32768, 131072), cache=32768, batches=(1, 16), shape=(32, 8, 64),
     layers=16, inner=8192, vocabulary=128256, rounds=7, repeats=50, block=128, methods=1000, laws=(),
-    tests=("tests/test_triton_step.py", "tests/test_triton_backward.py", "tests/test_triton.py"),
-    of_tests=("-m", "", "-k", "not compile"), tuned=(64, 128),
+    tests=("tests/test_triton_launch.py", "tests/test_triton_step.py", "tests/test_triton_backward.py",
+           "tests/test_triton.py"),
+    of_tests=("-m", ""), tuned=(64, 128),
     sizes=((64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2),
            (128, 64, 8, 3), (128, 128, 8, 2)),
 )  # fmt: skip

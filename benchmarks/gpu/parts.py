@@ -114,8 +114,8 @@ def tune(kept: Kept, room: Room) -> None:
         for kind, run in runs.items():
             if room.over:
                 return
-            if not kept.has(kind=kind, width=width):
-                kept.add({"kind": kind, "width": width, **_fastest(kind, width, run, room)})
+            if not kept.has(kind=kind, width=width) and (found := _fastest(kind, width, run, room)) is not None:
+                kept.add({"kind": kind, "width": width, **found})
 
 
 def _there_and_back(leaves: list[Tensor]) -> None:
@@ -123,10 +123,12 @@ def _there_and_back(leaves: list[Tensor]) -> None:
         torch.autograd.grad(ours(Idle(), "triton", *leaves)().sum(), leaves)
 
 
-def _fastest(kind: str, width: int, run: Callable[[], Any], room: Room) -> dict[str, Any]:
-    """Sizes that do not fit the card's memory are left out."""
+def _fastest(kind: str, width: int, run: Callable[[], Any], room: Room) -> dict[str, Any] | None:
+    """Sizes that do not fit the card's memory are left out. Nothing where time is up before all are compiled."""
     able: dict[str, Callable[[], Any]] = {"safe": run}
     for sizes in room.sizes.sizes:
+        if room.over:
+            return None
         table = {blocks.architecture(room.device): {kind: {str(width): list(sizes)}}}
         with_sizes = partial(_under, table, run)
         try:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from heedful.adapters.arguments import by_name, require_no_guesses
 from heedful.adapters.bound import Bound
 from heedful.adapters.grids import Grid, grid_of, regions
-from heedful.adapters.hooked import Hooked
+from heedful.adapters.hooked import Hooked, Standing
 from heedful.adapters.layers import within
 from heedful.adapters.merging import require_parted, without_grids
 from heedful.adapters.taking import tokens_of
@@ -30,6 +30,22 @@ def _around(name: str, known: Mapping[str, _T]) -> _T | None:
     """What is known of the innermost of these models that a layer lies in."""
     inside = [prefix for prefix in known if within(name, (prefix,) if prefix else None)]
     return known[max(inside, key=len)] if inside else None
+
+
+class _Batching(Standing):
+    """Where generation in continuous batches begins: transformers would say no more than that it knows no `heedful`."""
+
+    NAME = "init_continuous_batching"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise RefusedModel(_rows_of_many(self.module, "close the run first, or use generate() or plain forwards"))
+
+
+def _rows_of_many(model: nn.Module, instead: str) -> str:
+    return (
+        f"{type(model).__name__} is run with a paged cache (continuous batching), whose rows hold pieces of many "
+        f"texts, which heedful cannot tell apart; {instead}"
+    )
 
 
 @dataclass(eq=False)
@@ -52,6 +68,8 @@ class Forwards:
             self._parts[part] = name
             hooked.before(part, self._begins)
             hooked.after(part, self._ends, with_kwargs=True, always_call=True)
+            if hasattr(part, _Batching.NAME):
+                hooked.stand(_Batching(part))
 
     @property
     def under_way(self) -> bool:
@@ -74,10 +92,7 @@ class Forwards:
             self._images[self._parts[model]] = (model, grid)
         for thing in kwargs.values():
             if type(thing).__name__.startswith("Paged"):
-                raise RefusedModel(
-                    f"{type(model).__name__} is run with a paged cache (continuous batching), whose rows hold pieces "
-                    "of many texts, which heedful cannot tell apart; use generate() or plain forwards"
-                )
+                raise RefusedModel(_rows_of_many(model, "use generate() or plain forwards"))
         if self._parts.get(model) == "":
             self._inside = 0  # the whole model stands in no other: an interrupt left the last count standing
         elif not self._inside and self.run.state.now.again:

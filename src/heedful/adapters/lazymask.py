@@ -38,12 +38,13 @@ class FunctionRule(Rule):
 
     function: MaskFunction
     batch: int
+    home: torch.device  # where it was made, and where tensors lie that it may know
 
     def keeps(self, pairs: Pairs) -> Tensor:
         device = pairs.queries.index.device
-        row = torch.arange(self.batch, device=device)[:, None, None, None]
-        head = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=device)
-        return self.function(row, head, pairs.q_index, pairs.k_index)
+        row = torch.arange(self.batch, device=self.home)[:, None, None, None]
+        head = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=self.home)
+        return self.function(row, head, pairs.q_index.to(self.home), pairs.k_index.to(self.home)).to(device)
 
 
 @dataclass
@@ -52,14 +53,33 @@ class MaskSpec:
 
     arguments: dict[str, Any]
     dense: dict[str, Any] = field(default_factory=dict)
+    home: MaskSpec | None = None  # the same where the mask was made, on another device
+    moved: dict[torch.device, MaskSpec] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.arguments["device"])
+
+    def on(self, device: torch.device) -> MaskSpec:
+        """The same for layers on another device, made once a forward."""
+        home = self.home or self
+        if device == home.device:
+            return home
+        if device not in home.moved:
+            there = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in home.arguments.items()}
+            home.moved[device] = MaskSpec({**there, "device": device}, home=home)
+        return home.moved[device]
 
     def native(self, implementation: str) -> Tensor | None:
         """The mask that this implementation would have had; built once a forward, for layers left alone."""
         if implementation not in self.dense:
-            known = implementation in ALL_MASK_ATTENTION_FUNCTIONS
-            self.dense[implementation] = (
-                ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments) if known else None
-            )
+            if self.home is not None:
+                found = self.home.native(implementation)
+            elif implementation in ALL_MASK_ATTENTION_FUNCTIONS:
+                found = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
+            else:
+                found = None
+            self.dense[implementation] = found if found is None else found.to(self.device)
         return self.dense[implementation]
 
     @property
@@ -74,18 +94,28 @@ class MaskSpec:
 
     def _whole(self, name: str, build: Callable[..., Tensor]) -> Tensor:
         if name not in self.dense:
-            self.dense[name] = build(**{**self.arguments, **_NO_SKIPS})
+            made = self.home or self  # a mask function may know tensors there
+            self.dense[name] = build(**{**made.arguments, **_NO_SKIPS}).to(self.device)
         return self.dense[name]
+
+    def _of_home(self, home: MaskSpec, name: str) -> Tensor | None:
+        """What the mask knows of itself where it was made: there it is looked at once, and here moved."""
+        found: Tensor | None = getattr(home, name)
+        return None if found is None else found.to(self.device)
 
     @cached_property
     def padding(self) -> Tensor | None:
         """The 2-D padding mask `[b, n]`, None when every token is text."""
+        if self.home is not None:
+            return self._of_home(self.home, "padding")
         given = self.arguments["attention_mask"]
         return None if given is None or bool(given.all()) else given.bool()
 
     @cached_property
     def pad(self) -> Tensor | None:
         """How many padding tokens stand on the left of each row, `[b]`; None when there are none anywhere."""
+        if self.home is not None:
+            return self._of_home(self.home, "pad")
         if self.padding is None:
             return None
         left = self.padding.long().cummax(-1).values.logical_not().sum(-1)
@@ -94,6 +124,8 @@ class MaskSpec:
     @cached_property
     def position(self) -> Tensor | None:
         """Each token's number in its text `[b, n]`, where padding stands inside a text too; None where none does."""
+        if self.home is not None:
+            return self._of_home(self.home, "position")
         if self.padding is None:
             return None
         count = self.padding.long().cumsum(-1)
@@ -107,7 +139,7 @@ class MaskSpec:
         if function is causal_mask_function:
             rules.append(Causal())
         elif function is not bidirectional_mask_function:
-            rules.append(FunctionRule(function, self.arguments["batch_size"]))
+            rules.append(FunctionRule(function, self.arguments["batch_size"], (self.home or self).device))
         if self.padding is not None:
             rules.append(Padding(self.padding))
         return Mask(tuple(rules))
@@ -144,7 +176,7 @@ class LazyMask(Tensor):
         a = spec.arguments
         shape = (a["batch_size"], 1, a["q_length"], a["kv_length"])
         dtype = a.get("dtype", torch.float32) if additive else torch.bool
-        out = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device(a["device"]))
+        out = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=spec.device)
         out.spec = spec
         return out
 
@@ -158,6 +190,11 @@ class LazyMask(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        asked = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and asked.get("dtype") in (None, args[0].dtype):
+            device = asked.get("device") or args[0].device  # as a `device_map` has it, from layer to layer
+            return cls(args[0].spec.on(torch.device(device)), args[0].dtype != torch.bool)
+
         def dense(x: Any) -> Any:
             return x.whole if isinstance(x, LazyMask) else x
 

@@ -179,6 +179,15 @@ def require(
     how: Mapping[str, Any],
 ) -> None:
     """Refuse what no comparison can be made of, before anything takes time."""
+    require_counts(prompts, minutes, margin, turns, how.get("backend", "auto"))
+    if not tasks:
+        raise FieldError("compare()", "tasks", (), "must name one or more", "['needle']")
+    require_causal(given.model)
+    adapter_for(given.model, how.get("only"))
+
+
+def require_counts(prompts: int, minutes: float, margin: float, turns: int, backend: str) -> None:
+    """Refuse what is wrong whatever the model is."""
     if prompts < 2:
         raise FieldError("compare()", "prompts", prompts, "must be 2 or more of each task", PROMPTS)
     if not minutes > 0:
@@ -187,11 +196,7 @@ def require(
         raise FieldError("compare()", "margin", margin, "must lie between 0 and 1", MARGIN)
     if turns < 0:
         raise FieldError("compare()", "turns", turns, "must be 0 or more", 3)
-    if not tasks:
-        raise FieldError("compare()", "tasks", (), "must name one or more", "['needle']")
-    named(how.get("backend", "auto"), "compare()")
-    require_causal(given.model)
-    adapter_for(given.model, how.get("only"))
+    named(backend, "compare()")
 
 
 def fits(given: Loaded, task: Task) -> bool:

@@ -150,10 +150,16 @@ def compare(
     contenders = [what for text in parted(methods) for what in _named(text)]
     if not contenders:
         raise FieldError("compare", "--methods", methods, "must name one or more", "act,snapkv(budget=0.25)")
+    if not parted(tasks):
+        raise FieldError("compare", "--tasks", tasks, "must name one or more", TASKS)
     for text in parted(tasks):  # what is wrong is named before the model loads
         find(ranged(text, most=1 << 30)[0])
-    from heedful.bench.compare import costed
+    from heedful.bench.compare import costed, require_counts
     from heedful.bench.results import PLAIN
+    from heedful.core.files import folder_for
+
+    require_counts(prompts, minutes, margin, turns, backend)
+    folder_for("compare", out)
 
     if page:
         require_page()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.method import Method
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
+from heedful.engine.precision import unmixed
 from heedful.explaining.aim import fed, spelled
 from heedful.models import Loaded
 
@@ -74,7 +75,7 @@ class Stream:
         self.head: Any = self.model.get_output_embeddings()
         if not isinstance(self.head, nn.Linear) or self.model.config.is_encoder_decoder:
             raise RefusedModel(f"{type(self.model).__name__} is no language model of one stack of layers")
-        with still(self.model), attach(self.model, _Reading()) as run, _norms(self.model) as self.norms:
+        with self._unmixed, still(self.model), attach(self.model, _Reading()) as run, _norms(self.model) as self.norms:
             self.logits = run(**inputs).logits[0]
             stats = run.state.statistics
         if (0, "begins", 0) not in stats:
@@ -97,6 +98,11 @@ class Stream:
             )
 
     @property
+    def _unmixed(self) -> AbstractContextManager[object]:
+        """Under autocast what heads add is rounded, and would be no sum."""
+        return unmixed(self.head.weight)
+
+    @property
     def tokens(self) -> list[str]:
         return spelled(self.ids, self.words)
 
@@ -111,7 +117,8 @@ class Stream:
 
     def says(self, stream: Tensor) -> Tensor:
         """The logits of a stream `[n e]`."""
-        logits: Tensor = self.head(stream if self.norm is None else self.norm(stream))
+        with self._unmixed:
+            logits: Tensor = self.head(stream if self.norm is None else self.norm(stream))
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def require_sum(self) -> None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from heedful.gpu.kernels import _added, _capped, _kept, _listed, _product, _read, _span, _wide
+from heedful.gpu.kernels import SCAN, _added, _capped, _kept, _listed, _product, _read, _seers, _span, _whose, _wide
 
 
 class Back(NamedTuple):
@@ -58,8 +58,9 @@ def pull_queries(
 ):  # fmt: skip
     """What queries are given: a program has rows, packed as in `attend_rows`, and goes through their keys."""
     shared_heads = size.heads // size.group
-    batch, shared = _wide(tl.program_id(1) // shared_heads), tl.program_id(1) % shared_heads
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    tile, which = _whose(tl.cdiv(size.n * size.group, BM))
+    batch, shared = _wide(which // shared_heads), which % shared_heads
+    row = tile * BM + tl.arange(0, BM)
     query, head = row // size.group, shared * size.group + row % size.group
     inside = query < size.n
     q = _read(q_lines, batch, head, query, inside, size.d, BD)
@@ -73,7 +74,7 @@ def pull_queries(
         col = at + tl.arange(0, BN)
         kept = _pairs(keep, size, batch, head, query, col, at, RANGES)
         seen = tl.max(kept.to(tl.int32), 0) > 0
-        if tl.max(seen.to(tl.int32)) > 0:
+        if (keep.table is None and RANGES == 1) or tl.max(seen.to(tl.int32)) > 0:
             same = shared + 0 * col
             k = _read(k_lines, batch, same, col, seen, size.d, BD)
             v = _read(v_lines, batch, same, col, seen, size.e, BE)
@@ -91,8 +92,9 @@ def pull_keys(
 ):  # fmt: skip
     """What keys and values are given: a program has a block of keys and goes through the rows of all its heads."""
     shared_heads = size.heads // size.group
-    batch, shared = _wide(tl.program_id(1) // shared_heads), tl.program_id(1) % shared_heads
-    first = tl.program_id(0) * BN
+    tile, which = _whose(tl.cdiv(size.m, BN))
+    batch, shared = _wide(which // shared_heads), which % shared_heads
+    first = tile * BN
     col = first + tl.arange(0, BN)
     inside = col < size.m
     same = shared + 0 * col
@@ -100,12 +102,13 @@ def pull_keys(
     v = _read(v_lines, batch, same, col, inside, size.e, BE)
     keys = tl.zeros([BN, BD], tl.float32)
     values = tl.zeros([BN, BE], tl.float32)
-    for start in range(0, size.n * size.group, BM):
+    begin, end = _seers(keep, size, batch, shared * size.group, size.group, first, BN, SCAN, RANGES)
+    for start in range(begin // BM * BM, end, BM):
         row = start + tl.arange(0, BM)
         query, head = row // size.group, shared * size.group + row % size.group
         kept = _pairs(keep, size, batch, head, query, col, first, RANGES)
         sees = tl.max(kept.to(tl.int32), 1) > 0
-        if tl.max(sees.to(tl.int32)) > 0:
+        if (keep.table is None and RANGES == 1) or tl.max(sees.to(tl.int32)) > 0:
             q = _read(q_lines, batch, head, query, sees, size.d, BD)
             pull = _read(pull_lines, batch, head, query, sees, size.e, BE)
             line = (batch * size.heads + head) * size.n + query
@@ -136,8 +139,9 @@ def pull_bias(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, RANGES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """What a bias is given, `[b|1 h|1 n|1 m]`; with ROWS it tells queries apart."""
-    text, mine = tl.program_id(2) // apart.heads, tl.program_id(2) % apart.heads
-    first = tl.program_id(0) * BN
+    tile, which = _whose(tl.cdiv(size.m, BN))
+    text, mine = which // apart.heads, which % apart.heads
+    first = tile * BN
     col = first + tl.arange(0, BN)
     inside = col < size.m
     begin, end = tl.program_id(1) * BM, size.n
@@ -164,7 +168,7 @@ def pull_bias(
                     met = tl.load(back.met + line, mask=sees, other=0.0)
                     _, added, _ = _given(q, k, v, pull, level, met, kept, size, bias, batch, heads, query, col)
                     summed += added
-    line = _wide(tl.program_id(2)) * apart.queries
+    line = _wide(which) * apart.queries
     if ROWS:
         query = begin + tl.arange(0, BM)
         at = made + (line + query)[:, None] * size.m + col[None, :]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 TABLE = Path(__file__).with_name("tuned.json")
 SPAN = 1024  # keys to a program, where a call has too few rows to fill a GPU
@@ -52,23 +53,26 @@ def table() -> dict[str, dict[str, dict[str, list[int]]]]:
     return found
 
 
-def tiles(kind: str, width: int, rows: int, device: torch.device, block: int = 0) -> Tiles:
-    """The sizes for a head so wide and a call of so many rows; a tile lies in one block of a table of blocks."""
+def tiles(kind: str, width: int, rows: int, q: Tensor, block: int = 0, measured: bool = True) -> Tiles:
+    """The sizes for a head so wide and a call of so many rows; a tile lies in one block of a table of blocks.
+
+    Sizes were measured with tensors of 16 bits; those of float32 need twice the room, and take safe ones.
+    """
     power = 1 << max(4, (width - 1).bit_length())
-    fit = safe(2 * power if kind == BACK else power)
-    measured = table().get(architecture(device), {}).get(kind, {}).get(str(power))
-    if measured is not None:
-        most, wide, warps, stages = measured
+    fit = careful = safe(2 * power if kind == BACK else power)
+    found = table().get(architecture(q.device), {}).get(kind, {}).get(str(power)) if measured else None
+    if found is not None and q.element_size() == 2:
+        most, wide, warps, stages = found
         fit = Tiles(most, wide, warps, stages, tuned=True)
     least = max(16, 1 << (max(1, rows) - 1).bit_length())
-    keys = fit.keys if not block or block % fit.keys == 0 else safe(power).keys
+    keys = fit.keys if not block or block % fit.keys == 0 else careful.keys
     return Tiles(min(fit.rows, least), keys, fit.warps, fit.stages, fit.tuned)
 
 
 def safe(width: int) -> Tiles:
     """What fits into the shared memory of any card since Volta, in float32 too: untuned."""
     keys = 64 if width <= 64 else 32 if width <= 128 else 16
-    return Tiles(min(64, keys * 2), keys)
+    return Tiles(16 if width > 256 else min(64, keys * 2), keys)
 
 
 def span(keys: int, programs: int, whole: bool = False) -> int:

@@ -1,7 +1,7 @@
 """One query of each head after a cache, as a Triton kernel: keys in a row, of uneven heads, or chosen one by one.
 
-A program has the heads that see the same keys, and a span of these. Scores can be written down on the way: of one query
-they are no more than a summary, and weights come of them without a second reading of the keys.
+A program has the heads that see the same keys, as many as fit a tile, and a span of these. Scores can be written down
+on the way: of one query they are no more than a summary, and weights come of them without a second reading of the keys.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from heedful.gpu.kernels import _added, _capped, _product, _read, _wide
+from heedful.gpu.kernels import _added, _capped, _product, _read, _whose, _wide
 
 
 class Seen(NamedTuple):
@@ -41,10 +41,12 @@ def attend_step(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """Heads of one query and the log-sum-exp of its scores, from a span of the keys."""
-    split, texts = tl.program_id(0), tl.num_programs(1) // seen.units
-    batch, unit = _wide(tl.program_id(1) // seen.units), tl.program_id(1) % seen.units
     together = size.heads // seen.units
-    member = tl.arange(0, BM)
+    tiles = tl.cdiv(together, BM)  # of heads that see the same keys
+    tile, which = _whose(tiles)
+    split, texts = tl.program_id(1), tl.num_programs(0) // (tiles * seen.units)
+    batch, unit = _wide(which // seen.units), which % seen.units
+    member = tile * BM + tl.arange(0, BM)
     inside = member < together
     head = unit * together + member
     shared = unit * together // size.group

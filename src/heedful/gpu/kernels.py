@@ -1,7 +1,9 @@
 """Attention and its pattern's summary as Triton kernels: no map is ever held, and masks are ranges of keys.
 
 `attend_rows` packs rows: heads that share keys stand side by side for each query, so that keys are read once for all of
-them. What a kernel is not asked for is None, and no code is made for it.
+them. What a kernel is not asked for is None, and no code is made for it. Tiles that a mask leaves out are skipped: with
+one range to a row by where loops begin and end, without a condition inside, so that the compiler loads the next tile
+meanwhile; with several, or a table of blocks, by a condition.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+
+SCAN = tl.constexpr(512)  # rows that are asked at once which keys they see
 
 
 class Lines(NamedTuple):
@@ -68,7 +72,7 @@ class Found(NamedTuple):
 @triton.jit
 def _kept(keep, size, batch, head, query, col, RANGES: tl.constexpr):
     """Which pairs lie in a range of their query `[rows cols]`."""
-    at = keep.ranges + batch * keep.b + head * keep.h + query * (2 * RANGES)
+    at = keep.ranges + batch * keep.b + _wide(head + 0 * query) * keep.h + query * (2 * RANGES)
     found = query[:, None] < 0
     for r in tl.static_range(RANGES):
         lo = tl.load(at + 2 * r, mask=query < size.n, other=0)
@@ -87,7 +91,7 @@ def _listed(keep, size, batch, head, query, col):
 @triton.jit
 def _span(keep, size, batch, head, query, RANGES: tl.constexpr):
     """The first key that some row may see, and the one after the last."""
-    at = keep.ranges + batch * keep.b + head * keep.h + query * (2 * RANGES)
+    at = keep.ranges + batch * keep.b + _wide(head + 0 * query) * keep.h + query * (2 * RANGES)
     first, last = size.m, 0
     for r in tl.static_range(RANGES):
         lo = tl.load(at + 2 * r, mask=query < size.n, other=0)
@@ -98,16 +102,39 @@ def _span(keep, size, batch, head, query, RANGES: tl.constexpr):
 
 
 @triton.jit
+def _seers(keep, size, batch, head, group, first, BN: tl.constexpr, AT_ONCE: tl.constexpr, RANGES: tl.constexpr):
+    """The first row that may see some of a block of keys, and the one after the last; rows are packed."""
+    begin, end = size.n * group, 0
+    for start in range(0, size.n * group, AT_ONCE):
+        row = start + tl.arange(0, AT_ONCE)
+        query = row // group
+        at = keep.ranges + batch * keep.b + _wide(head + row % group) * keep.h + query * (2 * RANGES)
+        for r in tl.static_range(RANGES):
+            lo = tl.load(at + 2 * r, mask=query < size.n, other=0)
+            hi = tl.load(at + 2 * r + 1, mask=query < size.n, other=0)
+            sees = (lo < hi) & (lo < first + BN) & (hi > first)
+            begin = tl.minimum(begin, tl.min(tl.where(sees, row, size.n * group)))
+            end = tl.maximum(end, tl.max(tl.where(sees, row + 1, 0)))
+    return begin, end
+
+
+@triton.jit
 def _wide(x):
     """A number that may be multiplied by a stride: a batch of long texts has more elements than 32 bits can count."""
     return x.to(tl.int64)
 
 
 @triton.jit
+def _whose(tiles):
+    """Which tile a program has, and of what: all of them along one axis of the grid, since others end at 65,535."""
+    return tl.program_id(0) % tiles, tl.program_id(0) // tiles
+
+
+@triton.jit
 def _read(x, batch, head, line, there, width, W: tl.constexpr):
     """Lines of a tensor `[b h n d]`, and zeros where nothing is there."""
     wide = tl.arange(0, W)
-    at = x.at + batch * x.b + head[:, None] * x.h + _wide(line)[:, None] * x.n + wide[None, :]
+    at = x.at + batch * x.b + (_wide(head) * x.h + _wide(line) * x.n)[:, None] + wide[None, :]
     return tl.load(at, mask=there[:, None] & (wide < width)[None, :], other=0.0)
 
 
@@ -151,9 +178,11 @@ def attend_rows(
 ):  # fmt: skip
     """Heads, the log-sum-exp of each row's scores, and what can be said of a row; each program has a span of keys."""
     shared_heads = size.heads // size.group
-    batch, shared = _wide(tl.program_id(1) // shared_heads), tl.program_id(1) % shared_heads
-    texts, split = tl.num_programs(1) // shared_heads, tl.program_id(2)
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    tiles = tl.cdiv(size.n * size.group, BM)
+    tile, which = _whose(tiles)
+    batch, shared = _wide(which // shared_heads), which % shared_heads
+    texts, split = tl.num_programs(0) // (tiles * shared_heads), tl.program_id(1)
+    row = tile * BM + tl.arange(0, BM)
     query, head = row // size.group, shared * size.group + row % size.group
     inside = query < size.n
     q = _read(q_lines, batch, head, query, inside, size.d, BD)
@@ -174,7 +203,7 @@ def attend_rows(
         if keep.table is not None:
             kept = kept & _listed(keep, size, batch, head, query, at)[:, None]
         seen = tl.max(kept.to(tl.int32), 0) > 0  # what no row may see is not read: it may hold anything
-        if tl.max(seen.to(tl.int32)) > 0:
+        if (keep.table is None and RANGES == 1) or tl.max(seen.to(tl.int32)) > 0:
             same = shared + 0 * col
             k = _read(k_lines, batch, same, col, seen, size.d, BD)
             scores = _scores(q, k, size, bias, batch, head, query, col)
@@ -232,7 +261,7 @@ def attend_rows(
         if keep.table is not None:
             kept = kept & _listed(keep, size, batch, head, query, one)
         wide = tl.arange(0, BD)
-        at = k_lines.at + batch * k_lines.b + shared * k_lines.h + _wide(one) * k_lines.n + wide
+        at = k_lines.at + batch * k_lines.b + _wide(shared) * k_lines.h + _wide(one) * k_lines.n + wide
         k = tl.load(at, mask=(wide < size.d) & (one >= 0), other=0.0)
         score = _capped(tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * size.scale, size)
         if bias is not None:
@@ -260,7 +289,7 @@ def _weights(
         kept = kept & text[:, None]
     weights = tl.zeros([query.shape[0], BN], tl.float32)
     seen = tl.max(kept.to(tl.int32), 0) > 0
-    if tl.max(seen.to(tl.int32)) > 0:
+    if (keep.table is None and RANGES == 1) or tl.max(seen.to(tl.int32)) > 0:
         q = _read(q_lines, batch, head + 0 * query, query, query < size.n, size.d, BD)
         k = _read(k_lines, batch, head // size.group + 0 * col, col, seen, size.d, BD)
         level = tl.load(lse + (batch * size.heads + head) * size.n + query, mask=query < size.n, other=0.0)
@@ -276,15 +305,17 @@ def add_columns(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """What each key receives: a program has a block of keys and goes through all queries, in their order."""
-    batch, head = _wide(tl.program_id(1) // size.heads), tl.program_id(1) % size.heads
-    first = tl.program_id(0) * BN
+    tile, which = _whose(tl.cdiv(size.m, BN))
+    batch, head = _wide(which // size.heads), which % size.heads
+    first = tile * BN
     summed = tl.zeros([BN], tl.float32)
-    for start in range(0, size.n, BM):
+    begin, end = _seers(keep, size, batch, head, 1, first, BN, SCAN, RANGES)
+    for start in range(begin // BM * BM, end, BM):
         query = start + tl.arange(0, BM)
         weights = _weights(q_lines, k_lines, lse, size, keep, bias, batch, head, query, first, BN, BD, RANGES)
         summed += tl.sum(weights, 0)
     col = first + tl.arange(0, BN)
-    tl.store(received + _wide(tl.program_id(1)) * size.m + col, summed, mask=col < size.m)
+    tl.store(received + _wide(which) * size.m + col, summed, mask=col < size.m)
 
 
 @triton.jit
@@ -293,13 +324,14 @@ def add_diagonals(
     B: tl.constexpr, BD: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """The weight at each distance: a program has a diagonal of tiles, in all of which a place means one distance."""
-    batch, head = _wide(tl.program_id(1) // size.heads), tl.program_id(1) % size.heads
     wide = tl.cdiv(size.m, B)
-    lag = tl.program_id(0) - (wide - 1)
+    tile, which = _whose(tl.cdiv(size.n, B) + wide - 1)
+    batch, head = _wide(which // size.heads), which % size.heads
+    lag = tile - (wide - 1)
     summed = tl.zeros([B, B], tl.float32)
     for i in range(tl.maximum(lag, 0), tl.minimum(tl.cdiv(size.n, B), wide + lag)):
         query = i * B + tl.arange(0, B)
         summed += _weights(q_lines, k_lines, lse, size, keep, bias, batch, head, query, (i - lag) * B, B, BD, RANGES)
     place = tl.arange(0, B)
     far = lag * B + offset + place[:, None] - place[None, :]
-    tl.atomic_add(distance + tl.program_id(1) * reach + far, summed, mask=(far >= 0) & (far < reach))
+    tl.atomic_add(distance + _wide(which) * reach + far, summed, mask=(far >= 0) & (far < reach))

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from heedful.gpu import backward, blocks, decode, interpreted, kernels
 from heedful.gpu.backward import Apart, Back
 from heedful.gpu.blocks import BACK, ROWS, STEP, Tiles
 from heedful.gpu.decode import Made, Seen
 from heedful.gpu.kernels import Found, Keep, Lines, Sizes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,17 +88,31 @@ class Answer:
     distance: Tensor | None = None
 
 
+def _fitting(run: Callable[[Tiles], T], kind: str, width: int, rows: int, q: Tensor, block: int = 0) -> T:
+    """With the sizes that were measured, or safe ones where a call asks for more beside them than the card holds."""
+    fit = blocks.tiles(kind, width, rows, q, block)
+    try:
+        return run(fit)
+    except OutOfResources:
+        if not fit.tuned:
+            raise
+        return run(blocks.tiles(kind, width, rows, q, block, measured=False))
+
+
 def attend(p: Problem) -> Answer:
     """One call; the second pass over keys, and the third, are made where columns or distances are asked for."""
-    size, keep = _sizes(p), _keep(p)
-    q, k, bias = _lines(p.q), _lines(p.k), None if p.bias is None else _shared(p.bias)
-    fit = blocks.tiles(ROWS, max(size.d, size.e), size.n * size.group, p.q.device, p.block)
+    size = _sizes(p)
+    return _fitting(partial(_attend, p, size), ROWS, max(size.d, size.e), size.n * size.group, p.q, p.block)
+
+
+def _attend(p: Problem, size: Sizes, fit: Tiles) -> Answer:
+    q, k, keep, bias = _lines(p.q), _lines(p.k), _keep(p), None if p.bias is None else _shared(p.bias)
     widths = {"BD": _power(size.d), "RANGES": p.ranges.shape[3], **fit.how}
     answer = _rows(p, q, k, size, keep, bias, fit, widths)
     texts = p.q.shape[0] * size.heads
     if p.received:
         received = p.q.new_empty(p.q.shape[0], size.heads, size.m, dtype=torch.float32)
-        grid = (triton.cdiv(size.m, fit.keys), texts)
+        grid = (triton.cdiv(size.m, fit.keys) * texts,)
         _call(
             kernels.add_columns, grid, q, k, answer.lse, size, keep, bias, received, BM=fit.rows, BN=fit.keys, **widths
         )  # fmt: skip
@@ -102,7 +120,7 @@ def attend(p: Problem) -> Answer:
     if p.reach:
         distance = p.q.new_zeros(p.q.shape[0], size.heads, p.reach, dtype=torch.float32)
         side = fit.keys
-        grid = (triton.cdiv(size.n, side) + triton.cdiv(size.m, side) - 1, texts)
+        grid = ((triton.cdiv(size.n, side) + triton.cdiv(size.m, side) - 1) * texts,)
         _call(
             kernels.add_diagonals, grid, q, k, answer.lse, size, keep, bias, distance, p.offset, p.reach, B=side,
             **widths,
@@ -113,21 +131,27 @@ def attend(p: Problem) -> Answer:
 
 def step(p: Step) -> tuple[Tensor, Tensor | None]:
     """Heads `[b h 1 e]` of one query each, and their weights `[b h m]` where these are asked for."""
+    return _fitting(
+        partial(_step, p), STEP, max(p.q.shape[-1], p.v.shape[-1]), p.q.shape[1] // p.ends.shape[1], p.q
+    )  # fmt: skip
+
+
+def _step(p: Step, fit: Tiles) -> tuple[Tensor, Tensor | None]:
     b, h, _, d = p.q.shape
     flat, units, e = p.base is not None, p.ends.shape[1], p.v.shape[-1]
     g = p.k.shape[1] if p.base is None else p.base.shape[1]
     k, v = (Lines(x, 0, 0, x.stride(0)) if flat else _lines(x) for x in (_close(p.k), _close(p.v)))
     size = Sizes(h, h // g, 1, p.keys, d, e, 0, p.scale, p.softcap, _widened(p.q))
-    fit = blocks.tiles(STEP, max(d, e), h // units, p.q.device)
     span = blocks.span(p.longest, b * units)
     splits = triton.cdiv(max(1, p.longest), span)
     out, lse = (p.q.new_empty(splits, b, h, *last, dtype=torch.float32) for last in ((e,), ()))
     scores = torch.full((b, h, p.keys), float("-inf"), dtype=torch.float32, device=p.q.device) if p.weights else None
     seen = Seen(p.ends, units, p.places, 0 if p.places is None else p.places.shape[2], p.base)
     bias = None if p.bias is None else _shared(p.bias)
+    grid = (triton.cdiv(h // units, fit.rows) * b * units, splits)
     _call(
-        decode.attend_step, (splits, b * units), _lines(p.q), k, v, size, seen, bias, p.sink, Made(out, lse, scores),
-        span, BM=max(16, fit.rows), BN=fit.keys, BD=_power(d), BE=_power(e), **fit.how,
+        decode.attend_step, grid, _lines(p.q), k, v, size, seen, bias, p.sink, Made(out, lse, scores),
+        span, BM=fit.rows, BN=fit.keys, BD=_power(d), BE=_power(e), **fit.how,
     )  # fmt: skip
     heads, whole = _merged(out[..., None, :], lse[..., None])
     if scores is None:
@@ -149,19 +173,28 @@ def pull(
     p: Problem, out: Tensor, lse: Tensor, given: Tensor, to_bias: bool = False, to_sink: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """What queries, keys, values, bias and sink are given, in float32, when the output is given that."""
-    size, keep, bias = _sizes(p), _keep(p), None if p.bias is None else _shared(p.bias)
+    size = _sizes(p)
+    run = partial(_pull, p, size, (out, lse, given), to_bias)
+    q, k, v, bias, back = _fitting(run, BACK, max(size.d, size.e), size.n * size.group, p.q, p.block)
+    return q, k, v, bias, _pulled_sink(p.sink, back) if to_sink and p.sink is not None else None
+
+
+def _pull(
+    p: Problem, size: Sizes, of: tuple[Tensor, Tensor, Tensor], to_bias: bool, fit: Tiles
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Back]:
+    out, lse, given = of
+    keep, bias = _keep(p), None if p.bias is None else _shared(p.bias)
     back = Back(lse.contiguous(), (given.float() * out).sum(-1).contiguous())
     lines = [_lines(x) for x in (p.q, p.k, p.v, given.to(p.v.dtype))]
     q, k, v = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (p.q, p.k, p.v))
-    fit = blocks.tiles(BACK, max(size.d, size.e), size.n * size.group, p.q.device, p.block)
     widths = {"BM": fit.rows, "BN": fit.keys, "BD": _power(size.d), "BE": _power(size.e), "RANGES": p.ranges.shape[3]}
     widths |= fit.how
     groups = p.q.shape[0] * size.heads // size.group
     rows, columns = triton.cdiv(size.n * size.group, fit.rows), triton.cdiv(size.m, fit.keys)
-    _call(backward.pull_queries, (rows, groups), *lines, size, keep, bias, back, q, **widths)
-    _call(backward.pull_keys, (columns, groups), *lines, size, keep, bias, back, k, v, **widths)
+    _call(backward.pull_queries, (rows * groups,), *lines, size, keep, bias, back, q, **widths)
+    _call(backward.pull_keys, (columns * groups,), *lines, size, keep, bias, back, k, v, **widths)
     made = _pulled_bias(p, p.bias, lines, (size, keep, back), fit, widths) if to_bias and p.bias is not None else None
-    return q, k, v, made, _pulled_sink(p.sink, back) if to_sink and p.sink is not None else None
+    return q, k, v, made, back
 
 
 def _pulled_bias(
@@ -171,7 +204,7 @@ def _pulled_bias(
     apart = Apart(*bias.shape[:3])
     made = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
     rows = triton.cdiv(size.n, fit.rows) if apart.queries > 1 else 1
-    grid = (triton.cdiv(size.m, fit.keys), rows, apart.texts * apart.heads)
+    grid = (triton.cdiv(size.m, fit.keys) * apart.texts * apart.heads, rows)
     _call(
         backward.pull_bias, grid, *lines, size, keep, _shared(bias), back, apart, p.q.shape[0], made,
         ROWS=apart.queries > 1, **widths,
@@ -204,7 +237,7 @@ def _rows(
         room(p.carry is not None, size.c),
     )  # fmt: skip
     _call(
-        kernels.attend_rows, (programs, b * groups, splits), q, k, _lines(p.v), size, keep, bias, p.sink, p.first_at,
+        kernels.attend_rows, (programs * b * groups, splits), q, k, _lines(p.v), size, keep, bias, p.sink, p.first_at,
         carry, found, span, BM=fit.rows, BN=fit.keys, BE=_power(size.e), BC=_power(size.c), **widths,
     )  # fmt: skip
     if splits > 1:
@@ -221,9 +254,10 @@ def _with(answer: Answer, **more: Tensor) -> Answer:
     return Answer(**{**answer.__dict__, **more})
 
 
-def _call(kernel: Any, grid: tuple[int, ...], *args: Any, **sizes: int) -> None:
+def _call(kernel: Any, grid: tuple[int, ...], lines: Lines, /, *args: Any, **sizes: int) -> None:
     launched: Callable[..., object] = kernel[grid]
-    launched(*args, **sizes)
+    with torch.cuda.device_of(lines.at):  # else triton would take the current card, where these tensors need not be
+        launched(lines, *args, **sizes)
 
 
 def _power(width: int) -> int:

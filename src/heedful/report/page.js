@@ -101,7 +101,23 @@ function paint(place, traces, layout, config = {}) {
     ...layout, template, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     dragmode: layout.dragmode ?? (fine ? "zoom" : false), separators: ".,",
   };
-  return Plotly.react(place, traces, whole, { ...CONFIG, ...config });
+  const drawn = Plotly.react(place, traces, whole, { ...CONFIG, ...config });
+  if (traces.some((t) => t.mode === "markers+text")) {
+    if (!place.leaves) place.on("plotly_afterplot", place.leaves = () => leaveRoom(place));
+    drawn.then(place.leaves);
+  }
+  return drawn;
+}
+
+/* of names that would lie on one another the first stays; a tap and the table tell the others */
+function leaveRoom(place) {
+  const kept = [];
+  for (const name of place.querySelectorAll(".textpoint text")) {
+    const a = name.getBoundingClientRect();
+    const over = kept.some((b) => a.left < b.right && b.left < a.right && a.top + 1 < b.bottom && b.top + 1 < a.bottom);
+    name.style.visibility = over ? "hidden" : "";
+    if (!over) kept.push(a);
+  }
 }
 
 /* draw when it comes into sight, and again whenever the theme or the picked head changes */

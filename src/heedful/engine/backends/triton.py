@@ -16,7 +16,7 @@ from heedful.engine.backends import one_query
 from heedful.engine.backends.mapless import STRETCHES, first_columns, kept_back, lag, of_weights, seen_by, through
 from heedful.engine.needs import Needs
 from heedful.gpu import why_not
-from heedful.gpu.blocks import architecture, table
+from heedful.gpu.blocks import ROWS, architecture, table, tiles
 
 WIDEST = 256  # of a head
 GRAIN = 64  # what a block of a block table must be a multiple of: the most keys that a tile has
@@ -52,7 +52,10 @@ class Triton:
     def runs(self, needs: Needs) -> str:
         passes = [name for part, name in PASSES.items() if part in needs.sums]
         card = architecture(_device(needs))
-        sizes = f"block sizes tuned for {card}" if table().get(card) else "block sizes that are safe, and not tuned"
+        tuned = bool(table().get(card))
+        if needs.tensors:
+            tuned = tiles(ROWS, max(x.shape[-1] for x in needs.tensors), 1, needs.tensors[0]).tuned
+        sizes = f"block sizes tuned for {card}" if tuned else "block sizes that are safe, and not tuned"
         return f"attend_rows{''.join(f', {name}' for name in passes)}, and attend_step for one query; {sizes}"
 
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
