@@ -28,10 +28,14 @@ settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("busy")
 
 
+# torch.manual_seed asks after every kind of device, and writes down who asked: a twentieth of the time of all tests
+SEED = torch.manual_seed if "HEEDFUL_DEVICE" in os.environ else torch.default_generator.manual_seed
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     random.seed(0)
-    torch.manual_seed(0)
+    SEED(0)
 
 
 @pytest.fixture
