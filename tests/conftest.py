@@ -22,13 +22,17 @@ from heedful import gpu, models
 
 if not gpu.missing():
     import triton  # noqa: F401  its language is made to be interpreted, or not, when it is imported
+    from triton.runtime.interpreter import InterpretedFunction
+
+    # A launch has the language interpreted; each function that a kernel calls would see to it again, for a third of all
+    InterpretedFunction.__call__ = lambda called, *given, **named: called.rewrite()(*given, **named)
 del os.environ["TRITON_INTERPRET"]  # nothing but test_triton.py runs there
 
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # clocks tell of others
 settings.load_profile("busy")
 
 
-# torch.manual_seed asks after every kind of device, and writes down who asked: a twentieth of the time of all tests
+# torch.manual_seed asks after every kind of device, and writes down who asked: 3 % of the time of all tests
 SEED = torch.manual_seed if "HEEDFUL_DEVICE" in os.environ else torch.default_generator.manual_seed
 
 
