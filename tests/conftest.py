@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # HEEDFUL_DEVICE=cuda: where the tests of kernels for GPUs are to run
 os.environ["TRITON_INTERPRET"] = "0" if "HEEDFUL_DEVICE" in os.environ else "1"
 
+import gc
 import random
 from collections.abc import Iterator
 
@@ -34,6 +35,11 @@ settings.load_profile("busy")
 
 # torch.manual_seed asks after every kind of device, and writes down who asked: 3 % of the time of all tests
 SEED = torch.manual_seed if "HEEDFUL_DEVICE" in os.environ else torch.default_generator.manual_seed
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay: who looks for what is left over, as some tests do, need not look at all of them."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
