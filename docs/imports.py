@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,20 +30,27 @@ def modules(home: Path = HOME) -> dict[str, Path]:
 
 def imports(path: Path, known: Mapping[str, Path]) -> Iterator[Import]:
     """What a file imports of the package."""
-    tree = ast.parse(path.read_text())
+    for home, names, at_once in _statements(path.read_text()):
+        if home is not None:
+            full = [f"{home}.{name}" if f"{home}.{name}" in known else home for name in names]
+            short = SHORT if home == HOME.name else {}
+            names = tuple(short.get(name, long) for name, long in zip(names, full, strict=True))
+        yield from (Import(name, at_once) for name in dict.fromkeys(names) if name in known)
+
+
+@cache
+def _statements(text: str) -> tuple[tuple[str | None, tuple[str, ...], bool], ...]:
+    """Where each import of a file imports from, if it says so, what, and whether it does where the file is read."""
+    tree, found = ast.parse(text), []
     asides = [node for node in tree.body if isinstance(node, ast.If)]  # TYPE_CHECKING and __main__
     skipped = {id(x) for node in asides for x in ast.walk(node)}
     top = {id(x) for x in tree.body}
     for node in ast.walk(tree):
         if id(node) in skipped or not isinstance(node, ast.Import | ast.ImportFrom):
             continue
-        names = [a.name for a in node.names]
-        if isinstance(node, ast.ImportFrom):
-            home = node.module or ""
-            names = [f"{home}.{name}" if f"{home}.{name}" in known else home for name in names]
-            if home == HOME.name:
-                names = [SHORT.get(a.name, name) for a, name in zip(node.names, names, strict=True)]
-        yield from (Import(name, id(node) in top) for name in dict.fromkeys(names) if name in known)
+        home = (node.module or "") if isinstance(node, ast.ImportFrom) else None
+        found.append((home, tuple(a.name for a in node.names), id(node) in top))
+    return tuple(found)
 
 
 def graph(home: Path = HOME) -> dict[str, set[str]]:

@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # HEEDFUL_DEVICE=cuda: where the tests of kernels for GPUs are to run
 os.environ["TRITON_INTERPRET"] = "0" if "HEEDFUL_DEVICE" in os.environ else "1"
 
+import gc
 import random
 from collections.abc import Iterator
 
@@ -22,16 +23,29 @@ from heedful import gpu, models
 
 if not gpu.missing():
     import triton  # noqa: F401  its language is made to be interpreted, or not, when it is imported
+    from triton.runtime.interpreter import InterpretedFunction
+
+    # A launch has the language interpreted; each function that a kernel calls would see to it again, for a third of all
+    InterpretedFunction.__call__ = lambda called, *given, **named: called.rewrite()(*given, **named)
 del os.environ["TRITON_INTERPRET"]  # nothing but test_triton.py runs there
 
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # clocks tell of others
 settings.load_profile("busy")
 
 
+# torch.manual_seed asks after every kind of device, and writes down who asked: 3 % of the time of all tests
+SEED = torch.manual_seed if "HEEDFUL_DEVICE" in os.environ else torch.default_generator.manual_seed
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay: who looks for what is left over, as some tests do, need not look at all of them."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     random.seed(0)
-    torch.manual_seed(0)
+    SEED(0)
 
 
 @pytest.fixture

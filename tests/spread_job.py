@@ -197,9 +197,11 @@ def test_what_is_learned_is_shared(folder: Path) -> None:
     assert all(close_model(found[0][name], x) for name, x in found[1].items())
 
 
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    with Path(os.environ["SPREAD_HOME"], f"{dist.get_rank()}.txt").open("w") as said, redirect_stdout(said):
+def main(rank: int, home: Path) -> None:
+    """One of the two processes, told what torchrun tells; where they meet is a file, since a port may be taken."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "SPREAD_HOME": str(home)}
+    dist.init_process_group("gloo", init_method=f"file://{home / 'meeting'}", rank=rank, world_size=2)
+    with (home / f"{rank}.txt").open("w") as said, redirect_stdout(said):
         failed = pytest.main([__file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "default"])
     dist.destroy_process_group()
     sys.exit(failed)

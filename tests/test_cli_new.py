@@ -17,6 +17,8 @@ from heedful.cli.new import NUMBER, snake
 from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
 
+from . import apart
+
 RUN = CliRunner()
 
 
@@ -53,7 +55,7 @@ test = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(test)
 test.test_it_is_the_papers_formula()
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
+    done = apart.script(script)
     assert done.returncode == 0, done.stderr
     assert "claims/P998.py: measure" in (root / "claims/P998.py").read_text()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,8 @@ from heedful.core.errors import StatisticError
 from heedful.core.files import TAUGHT
 from heedful.core.kinds import Progress
 from heedful.methods import AttentionEditing, GatedHeads, SinkWindow
+
+from . import apart
 
 HOW = AttentionEditing(SinkWindow(1, 4) | GatedHeads(fine_tune=True), layer_epochs=2, epochs=2)
 KILLED = """
@@ -72,8 +72,8 @@ def test_it_goes_on_where_it_stopped(stop: tuple[str, int], tmp_path: Path, monk
 
 
 def test_a_killed_one_goes_on_bit_by_bit(tmp_path: Path) -> None:
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parents[1], check=False)
-    assert ended.returncode == 9
+    ended = apart.script(KILLED, str(tmp_path))
+    assert ended.returncode == 9, ended.stderr
     (tmp_path / f"{TAUGHT}.part").write_bytes(b"half")
     found, told = taught(tmp_path)
     assert (told[0].stage, told[0].done) == ("whole", 3)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+import warnings
+from subprocess import CompletedProcess
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from . import apart, elsewhere
+
 SKIPPED = "-composes", "-is_documented"
 MORE = ["TempScale", "ACT", "KNorm", "SpargeAttn"]  # scores, moved weight, cache, mask
 
 
-def tried(*words: str) -> subprocess.CompletedProcess[str]:
+def tried(*words: str) -> CompletedProcess[str]:
     """In a process of its own, since torch is told of the device for good."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.elsewhere", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return apart.said(_tried, *words)
+
+
+def _tried(*words: str) -> int:
+    warnings.simplefilter("ignore")
+    return elsewhere.main(*words)
 
 
 @pytest.mark.parametrize("names", [["SinkRate"], pytest.param(MORE, marks=pytest.mark.slow)], ids=" ".join)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import shutil
@@ -11,6 +10,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from heedful import models
 from heedful.core.errors import FieldError, StatisticError
 from heedful.core.files import LOCK, append, digest_of, held, placed, replace_text, scratch
 from heedful.diagnosis.run import diagnose
+
+from .apart import APART
 
 IDS = torch.arange(5, 25)
 
@@ -85,9 +87,8 @@ def _holding(folder: str, ready: Any) -> None:
 
 
 def test_a_held_folder_names_its_holder_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
-    kind = multiprocessing.get_context("spawn")
-    ready = kind.Event()
-    other = kind.Process(target=_holding, args=(str(tmp_path), ready))
+    ready = APART.Event()
+    other = APART.Process(target=_holding, args=(str(tmp_path), ready))
     other.start()
     try:
         assert ready.wait(60)
@@ -105,7 +106,8 @@ def test_a_held_folder_names_its_holder_and_a_dead_one_holds_nothing(tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def _working(name: str, said: Any) -> None:
+def _working(home: str, name: str, said: Any) -> None:
+    tempfile.tempdir = home
     with scratch(name) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "file").write_text("x")
@@ -116,15 +118,15 @@ def _working(name: str, said: Any) -> None:
 def test_a_scratch_folder_is_gone_with_its_process_or_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    forkserver.ensure_running()  # it has a folder too
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     with scratch("mine") as folder, scratch("mine") as second:
         assert sorted(tmp_path.iterdir()) == sorted([folder, second])
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert not list(tmp_path.iterdir())
-    kind = multiprocessing.get_context("spawn")
-    said = kind.Queue()
-    other = kind.Process(target=_working, args=("mine", said))
+    said = APART.Queue()
+    other = APART.Process(target=_working, args=(str(tmp_path), "mine", said))
     other.start()
     try:
         theirs = Path(said.get(timeout=60))

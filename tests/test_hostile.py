@@ -17,7 +17,7 @@ from heedful import catalogue, explaining, models, nn, tasks
 from heedful.core import asked, stats
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.kinds import Prompt
-from heedful.methods import PASTA, AttentionRollout, RetrievalHeads, SinkRate, TempScale
+from heedful.methods import PASTA, AttentionRollout, AttentionSorting, RetrievalHeads, SinkRate, TempScale
 from heedful.models import Loaded
 
 IDS = torch.arange(3, 23)
@@ -71,7 +71,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
             heedful.compare, {"model": Loaded(model, str, ""), "methods": [], "tasks": ["nothing of that name"]},
             "model methods tasks prompts minutes margin turns only backend",
         ),
-        "check": (heedful.check, {"method": TempScale, "only": ("is_documented",)}, "method only"),
+        "check": (heedful.check, {"method": AttentionSorting, "only": ("is_documented",)}, "method only"),
         "edit": (heedful.edit, {"site": None, "function": abs}, "site function"),
         "explain": (heedful.explain, {"what": TempScale(0.5)}, "what softcap sink"),
         "patterns": (heedful.patterns, {"model": model, "text": IDS}, "model text heads stack only backend"),

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heedful import check
 from heedful.catalogue import entries
 from heedful.conformance import model_laws
 from heedful.conformance.model_laws import meeting, partners
-from heedful.conformance.subjects import SUBJECTS, subjects_of, tiny_model
+from heedful.conformance.subjects import SUBJECTS, once, subjects_of, tiny_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt, Reader, Tokens
@@ -266,6 +266,38 @@ def test_subjects_are_known_and_differ() -> None:
     assert not torch.equal(*found)
     with part.attach(model, Everywhere()) as run:
         assert all("encoder_attn" in name for name in run.layer_names)
+
+
+def test_what_is_kept_of_a_model_is_read_once_and_nobody_changes_it() -> None:
+    model, other, asked = tiny_model("llama"), tiny_model("mha"), []
+
+    def read(model: nn.Module) -> Tensor:
+        asked.append(model)
+        return torch.ones(3, requires_grad=True) * 2
+
+    once(model, read).zero_()
+    assert once(model, read).tolist() == once(other, read).tolist() == [2.0, 2.0, 2.0]
+    assert asked == [model, other]
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        assert not once(model, read).requires_grad
+    finally:
+        torch.set_num_threads(before)
+    assert asked == [model, other, model]
+
+
+def test_what_a_method_left_in_a_model_is_seen_by_the_laws_of_the_next() -> None:
+    only, model = ("neutral_is_native", "leaves_no_trace"), tiny_model("llama")
+    assert check(Everywhere, only=only).ok
+    weight = model.get_parameter("lm_head.weight")
+    good = weight.detach().clone()
+    try:
+        weight.data[5] *= 1.5
+        assert [v.outcome for v in check(Everywhere, only=only)] == ["broken", "broken"]
+    finally:
+        weight.data.copy_(good)
+    assert check(Everywhere, only=only).ok
 
 
 def test_partners_are_one_of_each_way_to_act() -> None:

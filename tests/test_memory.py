@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import resource
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from heedful.core.errors import FieldError, HeedfulError
 from heedful.diagnosis.profile import Profile
 from heedful.engine.backends import tiled
 from heedful.methods import AttentionProfile, SinkRate
+from tests.apart import APART
 from tests.test_corpus import equal
 
 IDS = torch.randint(3, 100, (90,), generator=torch.Generator().manual_seed(0))
@@ -84,9 +84,8 @@ def _limited(backend: str, room: int, said: Any) -> None:
 @pytest.mark.parametrize(("backend", "fits"), [("reference", False), ("tiled", True)])
 def test_a_process_with_little_memory(backend: str, fits: bool) -> None:
     """A real limit of the system's: tiles fit where whole maps do not, which is an error and no crash."""
-    spawn = multiprocessing.get_context("spawn")
-    hears, says = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_limited, args=(backend, 100 << 20, says))
+    hears, says = APART.Pipe(duplex=False)
+    process = APART.Process(target=_limited, args=(backend, 100 << 20, says))
     process.start()
     says.close()
     try:

@@ -22,11 +22,12 @@ from heedful.core.stats import Mean
 from heedful.diagnosis.profile import Profile
 from heedful.methods import AttentionProfile, SinkRate
 
+from .apart import APART
 from .samples import Scale
 
 IDS = torch.randint(3, 100, (4, 12), generator=torch.Generator().manual_seed(0))
 FORK, SPAWN = (multiprocessing.get_context(name) for name in ("fork", "spawn"))
-both = pytest.mark.parametrize("kind", [FORK, SPAWN], ids=["fork", "spawn"])
+both = pytest.mark.parametrize("kind", [FORK, APART], ids=["fork", "apart"])
 
 
 @pytest.fixture(autouse=True)
@@ -155,8 +156,8 @@ class Rows(torch.utils.data.Dataset[torch.Tensor]):
         return IDS[at]
 
 
-@pytest.mark.parametrize("kind", ["fork", "spawn"])
-def test_the_workers_of_a_loader_feed_a_run(kind: str, tmp_path: Path) -> None:
+@both
+def test_the_workers_of_a_loader_feed_a_run(kind: Any, tmp_path: Path) -> None:
     model = models.tiny("llama").eval()
     rows = Rows(tmp_path, str(diagnose(model, IDS[0], measures=[SinkRate()], out=tmp_path)))
     with attach(model, SinkRate()) as run, torch.no_grad():

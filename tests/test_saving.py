@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +35,16 @@ from heedful.methods import (
     TempScale,
 )  # fmt: skip
 
+from . import apart
 from .samples import Gate, Scale
 
 IDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
 IN_ANOTHER_PROCESS = """
 import sys, torch, heedful
 from safetensors.torch import load_file, save_file
+torch.set_num_threads(int(sys.argv[1]))
 ids = load_file("ids.safetensors")["ids"]
-for folder in sys.argv[1:]:
+for folder in sys.argv[2:]:
     with heedful.load(folder) as run, torch.no_grad():
         save_file({"logits": run(input_ids=ids).logits}, f"{folder}/answer.safetensors")
 """
@@ -98,10 +97,7 @@ def test_a_fresh_process_answers_bit_for_bit(tmp_path: Path) -> None:
     }  # fmt: skip
     wanted = {name: saved(tmp_path / name, what) for name, what in stacks.items()}
     save_file({"ids": IDS}, tmp_path / "ids.safetensors")
-    told = subprocess.run(
-        [sys.executable, "-c", IN_ANOTHER_PROCESS, *stacks], capture_output=True, text=True, check=False, cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )  # fmt: skip
+    told = apart.script(IN_ANOTHER_PROCESS, str(torch.get_num_threads()), *stacks, cwd=tmp_path)
     assert told.returncode == 0, told.stderr
     assert "UNEXPECTED" not in told.stderr
     for name in stacks:

@@ -17,8 +17,9 @@ from heedful.conformance.tolerances import close_model
 from heedful.core.positions import Pairs, Positions
 from heedful.methods import GatedHeads
 
+from . import spread_job
+from .apart import APART, SECONDS
 from .spread_job import IDS
-from .test_workers import run_by_torch
 
 
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
@@ -27,9 +28,18 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         vocab_size=128, initializer_range=0.3,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    failed = run_by_torch("tests/spread_job.py", SPREAD_HOME=str(tmp_path))
+    both = [APART.Process(target=spread_job.main, args=(rank, tmp_path)) for rank in (0, 1)]
+    try:
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(SECONDS)
+    finally:
+        for process in both:
+            process.kill()
+            process.join()
     said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
-    assert not failed, "\n".join(said)
+    assert [process.exitcode for process in both] == [0, 0], "\n".join(said)
     assert all("9 passed" in x for x in said)
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import astuple, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from heedful.diagnosis.shards import Piece
 from heedful.diagnosis.workers import ALIGNED, Ranks, Ray, _closed, _opened, opened, packed
 from heedful.methods import BlockAttention, SinkWindow, TempScale
 from tests import corpus_job
+from tests.apart import APART
 from tests.test_corpus import equal
 from tests.test_diagnose_texts import characters
 
@@ -51,13 +53,6 @@ def straight(corpus: Path) -> Profile:
         torch.set_num_threads(threads)
 
 
-def started(*words: str, **told: str) -> subprocess.Popen[bytes]:
-    """A process, first of its own group, that does the job."""
-    log = subprocess.DEVNULL
-    env = ENV | told
-    return subprocess.Popen([sys.executable, *words], env=env, cwd=HOME, stdout=log, stderr=log, start_new_session=True)
-
-
 def alike(found: Profile, wanted: Profile) -> None:
     assert equal(found, wanted)
     for fact in ("texts", "windows", "tokens", "left_out", "skipped", "shards", "unread", "backends"):
@@ -72,28 +67,56 @@ def saved(out: Path) -> int:
         return 0
 
 
-def waited(process: subprocess.Popen[bytes], out: Path, shards: int, most: float = 200) -> None:
+def waited(process: BaseProcess, out: Path, shards: int, most: float = 200) -> None:
     """Until so many shards are saved, or the process is done."""
     end = time.monotonic() + most
-    while process.poll() is None and saved(out) < shards:
+    while process.is_alive() and saved(out) < shards:
         if time.monotonic() > end:
             raise TimeoutError(f"only {saved(out)} shards after {most} s")
         time.sleep(0.02)
 
 
-def test_two_workers_of_ray_give_the_bits_of_one_process(corpus: Path, straight: Profile, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
+def test_two_workers_of_ray_give_what_one_process_gives(corpus: Path, straight: Profile, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    with Ray(2)._cluster():  # one for both: to start it takes longer than all that is done there
+        _the_bits_of_one_process(corpus, straight, tmp_path / "profile")
+        _the_answers_of_one_process(tmp_path / "answers")
+    assert not ray.is_initialized()
+
+
+def _the_bits_of_one_process(corpus: Path, straight: Profile, out: Path) -> None:
     heard: list[Any] = []
-    found = corpus_job.measured(corpus, 2, tmp_path / "out", progress=heard.append)
+    found = corpus_job.measured(corpus, 2, out, progress=heard.append)
     alike(found, straight)
-    alike(Profile.load(tmp_path / "out"), straight)
+    alike(Profile.load(out), straight)
     steps = [p.done for p in heard if p.stage == "corpus"]
     assert steps == list(range(straight.facts["shards"] + 1))
 
 
+def told(found: Comparison) -> list[tuple[Any, ...]]:
+    """What was answered, without the times."""
+    kept = [replace(x, seconds=0.0) if isinstance(x, Answered) else x for x in found.records]
+    return sorted((type(x).__name__, *x.key, *map(str, astuple(x))) for x in kept)
+
+
+def _the_answers_of_one_process(out: Path) -> None:
+    loaded = models.Loaded(models.tiny("llama"), characters(), "tiny")
+    methods = [SinkWindow(4, 8), TempScale(0.5), BlockAttention(role="nowhere")]
+    how: dict[str, Any] = {"prompts": 20, "turns": 0, "minutes": 60.0}
+    heard: list[Any] = []
+    alone = compare(loaded, methods, ["recall"], **how)
+    shared = compare(loaded, methods, ["recall"], workers=2, out=out, progress=heard.append, **how)
+    assert told(shared) == told(alone)
+    assert {type(x) for x in alone.records} == {Answered, Refused}
+    assert told(Comparison.load(out)) == told(alone)
+    assert max(p.done for p in heard) == sum(isinstance(x, Answered) for x in alone.records)
+
+
 def run_by_torch(*words: str, **told: str) -> int:
     """How a script ends in two processes that torch starts."""
-    process = started("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *words, **told)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *words]
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, env=ENV | told, cwd=HOME, stdout=quiet, stderr=quiet, start_new_session=True)
     try:
         return process.wait(200)
     finally:
@@ -195,36 +218,17 @@ def test_nobody_waits_for_a_place_where_nobody_listens(
 def test_a_killed_job_goes_on_and_ends_with_the_same_bits(
     corpus: Path, straight: Profile, tmp_path: Path, at: int
 ) -> None:
-    process = started("tests/corpus_job.py", str(corpus), str(tmp_path), "here")
+    process = APART.Process(target=corpus_job.main, args=(corpus, tmp_path, "here"))
+    process.start()
     try:
         waited(process, tmp_path, at)
-        assert process.poll() is None, "it was done before it could be killed"
+        assert process.is_alive(), "it was done before it could be killed"
     finally:
-        process.poll() is None and os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     before = saved(tmp_path)
     assert before >= at
     heard: list[Any] = []
     torch.set_num_threads(1)
     alike(corpus_job.measured(corpus, None, tmp_path, progress=heard.append), straight)
     assert heard[0].done == before
-
-
-def told(found: Comparison) -> list[tuple[Any, ...]]:
-    """What was answered, without the times."""
-    kept = [replace(x, seconds=0.0) if isinstance(x, Answered) else x for x in found.records]
-    return sorted((type(x).__name__, *x.key, *map(str, astuple(x))) for x in kept)
-
-
-def test_two_workers_answer_as_one_process_does(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    loaded = models.Loaded(models.tiny("llama"), characters(), "tiny")
-    methods = [SinkWindow(4, 8), TempScale(0.5), BlockAttention(role="nowhere")]
-    how: dict[str, Any] = {"prompts": 20, "turns": 0, "minutes": 60.0}
-    heard: list[Any] = []
-    alone = compare(loaded, methods, ["recall"], **how)
-    shared = compare(loaded, methods, ["recall"], workers=2, out=tmp_path, progress=heard.append, **how)
-    assert told(shared) == told(alone)
-    assert {type(x) for x in alone.records} == {Answered, Refused}
-    assert told(Comparison.load(tmp_path)) == told(alone)
-    assert max(p.done for p in heard) == sum(isinstance(x, Answered) for x in alone.records)

@@ -147,7 +147,7 @@ def tiny(
     config = AutoConfig.for_model(row.model_type, **settings)
     how = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # on the CPU, and no other device is seeded
         model = getattr(transformers, row.auto).from_config(config, dtype=torch.float32, **how)
     _draw(model, std, torch.Generator().manual_seed(seed))
     return model.to(dtype).eval()

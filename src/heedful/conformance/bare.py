@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heedful.conformance.place import place
+from heedful.conformance.place import place, reseeded
 from heedful.core.call import Call, Phase
 from heedful.core.errors import BackendError
 from heedful.core.mask import Causal, Mask, Padding, Rule
@@ -122,7 +122,7 @@ class Bare:
 def parameters(method: Method, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
     """A method's fresh parameters, drawn the same every time."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        reseeded()
         return {name: x.to(place(), dtype) for name, x in method.parameters(layer).items()}
 
 

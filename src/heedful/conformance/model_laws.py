@@ -7,6 +7,8 @@ import inspect
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,19 @@ from torch import Tensor, nn
 from heedful.adapters.cache_name import CACHE, cache_of
 from heedful.api import attach
 from heedful.conformance.bare import ROLES, Bare
-from heedful.conformance.subjects import CROSS, LENGTH, SPLIT, TEXT, Subject, in_training, subjects_of, text, tiny_model
+from heedful.conformance.place import reseeded
+from heedful.conformance.subjects import (
+    CROSS,
+    LENGTH,
+    SPLIT,
+    TEXT,
+    Subject,
+    in_training,
+    once,
+    subjects_of,
+    text,
+    tiny_model,
+)
 from heedful.conformance.tolerances import close_model, error
 from heedful.conformance.verdict import Broken, DoesNotApply, law
 from heedful.core.call import Call
@@ -64,7 +78,7 @@ def neutral_is_native(method: Method) -> None:
     if quiet is None:
         raise DoesNotApply("has no neutral settings")
     for subject, kind, model in tried_on(method):
-        native, found = subject.logits(model), subject.logits(model, quiet, "reference")
+        native, found = once(model, subject.logits), subject.logits(model, quiet, "reference")
         if not torch.equal(found, native):
             raise Broken(f"{kind}: {quiet!r} moves logits by {error(found, native):.2g}")
         if _edits(method) and type(quiet).idle is not Method.idle:
@@ -90,8 +104,7 @@ def example_acts(method: Method) -> None:
             if not run.answers() and not any(e.loss for e in method.edits):
                 raise Broken(f"{kind}: {method!r} reads nothing")
             continue
-        with torch.no_grad():
-            native = _two_steps(model) if steps else subject.logits(model)
+        native = once(model, _two_steps if steps else subject.logits)
         if close_model(found, native):
             if _acts_after_a_gradient(method, subject, model):
                 continue
@@ -109,7 +122,7 @@ def _acts_after_a_gradient(method: Method, subject: Subject, model: nn.Module) -
         model.zero_grad()
         with torch.no_grad():
             found = run(**subject.inputs()).logits
-    return not close_model(found, subject.logits(model))
+    return not close_model(found, once(model, subject.logits))
 
 
 def _two_steps(model: Any) -> Tensor:
@@ -127,6 +140,7 @@ SPY_PAPER = Paper("none", "A spy of the laws", "heedful", 2026)
 BEFORE_MAP = (Site.HIDDEN, Site.QUERY, Site.KEY, Site.VALUE)
 
 
+@cache
 def _spy(site: Site) -> Method:
     """A method that keeps what it sees at one site."""
 
@@ -136,6 +150,22 @@ def _spy(site: Site) -> Method:
     body = {"keep": reads(site)(keep), "paper": SPY_PAPER, "__module__": __name__}
     spy: type[Method] = type(f"Spy{site.name.title()}", (Method,), body)
     return spy()
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a spy sees first of a model, alone or behind others."""
+
+    site: Site
+    others: tuple[Method, ...] = ()
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> Tensor:
+        spy = _spy(self.site)
+        reseeded()
+        with attach(model, Stack((*self.others, spy)), roles=ROLES) as run:
+            run(input_ids=text())
+        return run[spy][0].pieces["0.0"]
 
 
 @law("what comes before the first declared site, in the first layer, is untouched")
@@ -150,15 +180,7 @@ def declared_sites_only(method: Method) -> None:
         raise DoesNotApply(f"acts at {method.edits[0].site.name} already")
     model = tiny_model("llama")
     for site in upstream:
-        spy = _spy(site)
-        seen = []
-        for stack in (Stack((spy,)), Stack((method, spy))):
-            with torch.no_grad():
-                torch.manual_seed(0)
-                with attach(model, stack, roles=ROLES) as run:
-                    run(input_ids=text())
-            seen.append(run[spy][0].pieces["0.0"])
-        if not torch.equal(*seen):
+        if not torch.equal(once(model, _Seen(site)), _Seen(site, (method,))(model)):
             raise Broken(f"{site.name} changed, which the method does not declare")
 
 
@@ -192,7 +214,7 @@ def leaves_no_trace(method: Method) -> None:
 
 
 def _leaves_no_trace(method: Method, subject: Subject, model: nn.Module) -> None:
-    before, native = fingerprint(model), subject.logits(model)
+    before, native = fingerprint(model), once(model, subject.logits)
     subject.logits(model, method)
     if fingerprint(model) != before:
         raise Broken("something stays in the model after a run")
@@ -255,7 +277,7 @@ def streaming(method: Method) -> None:
 def _text_in_pieces(method: Method) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
-        torch.manual_seed(0)
+        reseeded()
         with attach(model, method, roles=ROLES) as run:
             steps = _two_steps(run)
             ids = text()

@@ -9,13 +9,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from heedful.api import attach
 from heedful.conformance.bare import ROLES
-from heedful.conformance.place import place
+from heedful.conformance.place import place, reseeded
 from heedful.conformance.torch_model import TinyTorch, WrittenOut
 from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.method import Method
@@ -54,6 +55,18 @@ def _in_training(kind: str, device: torch.device) -> nn.Module:
     return copy.deepcopy(_tiny_model(kind, device)).train()
 
 
+_KEPT: WeakKeyDictionary[nn.Module, dict[Any, Tensor]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def once(model: nn.Module, read: Callable[[Any], Tensor]) -> Tensor:
+    """What is read of a model as it is, and so for every method alike: it is computed once, and each gets a copy."""
+    kept, key = _KEPT.setdefault(model, {}), (read, torch.get_num_threads())  # which may change bits
+    if key not in kept:
+        kept[key] = read(model)
+    return kept[key].clone()
+
+
 def text(seed: int = 0, rows: int = 2) -> Tensor:
     return torch.randint(3, 100, (rows, LENGTH), generator=torch.Generator().manual_seed(seed)).to(place())
 
@@ -62,7 +75,7 @@ def _images() -> Tensor:
     return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(place())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """Tiny models of one kind, and what they read."""
 
@@ -75,7 +88,7 @@ class Subject:
     known: bool = True  # whether a model tells its layers before it runs
 
     def attach(self, model: nn.Module, what: Any, backend: str = "auto") -> Any:
-        torch.manual_seed(0)  # parameters that a method draws
+        reseeded()  # parameters that a method draws
         inputs = None if self.known else self.inputs()
         return attach(model, what, backend=backend, roles=self.roles, only=self.only, inputs=inputs)
 
