@@ -22,6 +22,7 @@ READS = frozenset({
     "item", "tolist", "numpy", "equal", "allclose", "__bool__", "__float__", "__int__", "__index__", "__complex__",
     "__array__", "__contains__", "__dlpack__", "data_ptr", "storage", "untyped_storage",
 })  # fmt: skip
+_EXP = frozenset({"exp", "exp_", "exp2", "exp2_"})
 _WITHIN = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__"})
 
 
@@ -40,6 +41,7 @@ class Origin:
     """A product that scores came of."""
 
     others: list[Use] = field(default_factory=list)
+    fixed: bool = False  # of what is the same for all texts, as a projection's weight is
     left: str = ""  # the module that multiplied its weights with values, once it is left
 
     @property
@@ -62,6 +64,10 @@ class Uses:
     def note(self, x: Tensor, *uses: Use) -> None:
         place = id(x)
         self._known[place] = (ref(x, lambda _: self._known.pop(place, None) and None), uses)
+
+    def exponents(self, given: Iterable[Tensor]) -> bool:
+        """Whether one of these came of the exponents of scores, as weights do that are written without a softmax."""
+        return any(use.by in _EXP and not use.origin.fixed for x in given for use in self.of(x))
 
     def goes_on(
         self, scores: Tensor, origin: Origin, func: Any, args: Any, kwargs: Any, others: Iterable[Tensor], out: Tensor
