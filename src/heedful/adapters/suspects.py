@@ -51,7 +51,8 @@ def _functions(*given: Any) -> Iterator[FunctionType]:
     """Those of these that are functions of a model's authors, without what is put around them."""
     for x in given:
         if isinstance(x, FunctionType | staticmethod | classmethod):
-            plain = inspect.unwrap(getattr(x, "__func__", x))
+            inner: Any = getattr(x, "__func__", x)
+            plain = inspect.unwrap(inner)
             if isinstance(plain, FunctionType) and _of_authors(plain.__module__):
                 yield plain
 
