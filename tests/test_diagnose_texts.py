@@ -177,3 +177,6 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         sources(tmp_path / "empty.txt")
     with pytest.raises(FieldError, match="name of a file: to read it, pass a Path"):
         sources(str(tmp_path / "empty.txt"))
+    with pytest.raises(FieldError, match=r"texts = 'nope.txt': reads like the name of a file, and there is none"):
+        sources("nope.txt")
+    assert sources("See nope.txt")[0].text == "See nope.txt"

@@ -69,6 +69,15 @@ def test_what_changed_nothing_is_named_and_drawn_nowhere_as_cheaper() -> None:
     assert "Left out, since they changed nothing: idle." in costs.what
 
 
+def test_who_was_not_asked_before_the_end_is_named_and_not_counted() -> None:
+    asked = comparison({"worse": wrong, "late": same, "later": same})
+    records = tuple(x for x in asked.records if not isinstance(x, Answered) or x.contender not in ("late", "later"))
+    told = [f.text for f in Comparison(asked.facts, records).description().findings]
+    assert told[0].startswith("Of 1 method, none helped")
+    assert told[1] == "Not asked before the end: late, later."
+    assert not any(text.startswith("Not asked") for text in (f.text for f in asked.description().findings))
+
+
 def test_verdicts_of_chance_are_corrected_for_their_number() -> None:
     draw = random.Random(0)
     noise = {(m, t, n): float(draw.random() < 0.5) for m in range(8) for t in range(8) for n in range(PROMPTS)}

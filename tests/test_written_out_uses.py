@@ -104,7 +104,7 @@ def sharpened_by_another(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any
         (gated_by_the_highest, "its scores go into max too"),
         (linear_too, "its scores go into .*matmul.* too"),
         (asks_how_high, "its scores go into max too"),
-        (sharpened_by_another, "its scores go into log_softmax too"),
+        (sharpened_by_another, "its weights go into sum too"),
     ],
 )
 def test_no_score_is_used_where_an_edit_does_not_reach(writes: Writes, why: str, x: Tensor) -> None:

@@ -14,7 +14,7 @@ from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.interface import Interface
-from heedful.adapters.layers import highest, leftovers, lowest, served, size_of
+from heedful.adapters.layers import highest, leftovers, lowest, served, size_of, suspects, within
 from heedful.adapters.operations.door import Operations
 from heedful.adapters.planted import Planted
 from heedful.adapters.saving import Saving, adopted
@@ -55,10 +55,10 @@ class ModelAdapter:
         through = self._interface.layers
         beside = leftovers(self.model) if isinstance(self.model, PreTrainedModel) else {}
         self._known = tuple(n for n, _ in self.model.named_modules() if through and (n in through or n in beside))
-        self._operations = Operations(self.model, tuple(beside) if through else ())
+        self._operations = Operations(self.model, tuple(beside) if through else (), tuple(through))
         if through or (isinstance(self.model, PreTrainedModel) and not beside):
             self._know(self._known, {}, NO_INTERFACE)
-        if self.inputs is not None and self.ready and all(name in through for name in self._names):
+        if self.inputs is not None and self.ready and all(n in through for n in self._names) and not self._suspects():
             rule = "tells the layers of other models; those that go through transformers' interface are known"
             raise FieldError("attach()", "inputs", type(self.inputs).__name__, rule, None)
         if self.inputs is not None or not self.ready:  # else a look would see what another run computes
@@ -80,7 +80,15 @@ class ModelAdapter:
     def look(self, run: Callable[[], Any], given: Any = None) -> None:
         """Learn from a forward which modules are attention layers; what it is given is left as it was."""
         left = self._operations.look(run, given)
+        if self._known:
+            new = {*self._known, *self._operations.found.layers}
+            self._known = tuple(name for name, _ in self.model.named_modules() if name in new)
         self._know(self._known or self._operations.found.layers, left, NO_OPERATION)
+
+    def _suspects(self) -> dict[str, nn.Module]:
+        """Modules beside layers of the interface that may be some too, though nothing says that they are."""
+        found = suspects(self.model, self._known) if self._interface.layers else {}
+        return {name: module for name, module in found.items() if within(name, self.only)}
 
     def _know(self, layers: Iterable[str], left: Mapping[str, str], none: str) -> None:
         self._names = served(self.kind, layers, left, self.only, none)
@@ -125,13 +133,16 @@ class ModelAdapter:
                 "its keys by itself, which does not fit once some are gone"
             )
         beside = [self.model.get_submodule(name) for name in self._names if name not in through]
+        watched = self._suspects()
         require_free(self.model, [*through.values(), *beside] if through else self.model.modules())
         hooks = self._hooks = Hooks(run, len(self._names))
         try:
             if through:
                 self._interface.open(hooks)
-            if beside or not through:
+            if beside or watched or not through:
                 self._operations.open(hooks)
+            for name, module in watched.items():
+                self._operations.watch(name, module)
             if not through:  # any module may turn out to be a layer
                 take(self.model.modules(), self._operations)
             inner = self.model.named_modules() if through else ()

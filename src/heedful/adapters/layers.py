@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
+from heedful.adapters.suspects import calls_kernel, has_softmax, may_attend
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.method import Layer
 
@@ -55,9 +56,11 @@ def own_attention(kind: Any) -> bool:
     """Whether the class computes an attention map by itself."""
     if issubclass(kind, nn.MultiheadAttention):
         return True
+    if not any(word in kind.__name__.lower() for word in ("attention", "attn")):
+        return calls_kernel(kind)
     source = source_of(kind)
     marks = ("softmax(", "Softmax(", "scaled_dot_product_attention(", "multi_head_attention_forward(")
-    return "attention" in kind.__name__.lower() and any(m in source for m in marks)
+    return any(m in source for m in marks) or calls_kernel(kind) or has_softmax(kind)
 
 
 def interface_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -114,6 +117,16 @@ def leftovers(model: nn.Module) -> dict[str, nn.Module]:
         and own_attention(type(m))
         and not any(uses_interface(type(c)) for c in m.modules())
     }
+
+
+def suspects(model: nn.Module, known: Collection[str]) -> dict[str, nn.Module]:
+    """Modules that stand apart from known layers and may compute attention, though their class does not say so."""
+    return {name: m for name, m in model.named_modules() if name and may_attend(type(m)) and apart(name, known)}
+
+
+def apart(name: str, known: Iterable[str]) -> bool:
+    """Whether a module neither lies in one of these nor around one."""
+    return not any(within(a, (b,)) for x in known for a, b in ((x, name), (name, x)))
 
 
 def within(name: str, only: Iterable[str] | None) -> bool:

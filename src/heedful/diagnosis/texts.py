@@ -57,6 +57,8 @@ def sources(texts: Texts) -> list[Source]:
             raise _refuse(texts, "is empty: give a text with words in it")
         if "\n" not in texts and len(texts) < 256 and Path(texts).exists():
             raise _refuse(texts, "is the name of a file: to read it, pass a Path", Path(texts))
+        if not any(map(str.isspace, texts)) and texts.endswith(ENDINGS):
+            raise _refuse(texts, "reads like the name of a file, and there is none: pass a Path that exists, or words")
         return [Source("text", texts)]
     if isinstance(texts, Path):
         return _files(texts)

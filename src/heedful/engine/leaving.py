@@ -38,10 +38,9 @@ class Before:
     """What can be written to, in a model's modules and in what it is given, and what stood there."""
 
     def __init__(self, model: nn.Module, given: Any = None) -> None:
-        self._known: dict[int, Any] = {id(x): x for x in model.parameters()}  # kept: no other thing has its place
+        self._known = set(map(id, (*model.parameters(), *model.modules())))  # and what is walked: all of it lives
         self._undo: list[Callable[[], Any]] = []
         for module in model.modules():
-            self._known[id(module)] = module
             self._attributes(module, _OF_MODULES)
         self._walk(given)
 
@@ -53,7 +52,7 @@ class Before:
     def _walk(self, x: Any) -> None:
         if isinstance(x, _ATOMIC) or id(x) in self._known:
             return
-        self._known[id(x)] = x
+        self._known.add(id(x))
         if isinstance(x, Tensor):
             if not (x.is_meta or is_lazy(x)):
                 self._undo.append(_tensor(x))

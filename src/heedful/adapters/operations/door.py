@@ -13,9 +13,9 @@ from heedful.adapters.answering import Operands, computed, left_alone, no_heads,
 from heedful.adapters.bound import Bound
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.hooks import Hooks
-from heedful.adapters.layers import heads_told, leftovers, list_of, output_module, unreached, within
+from heedful.adapters.layers import apart, heads_told, leftovers, list_of, output_module, unreached, within
 from heedful.adapters.merging import require_no_table
-from heedful.adapters.operations.entering import Entrance, otherwise
+from heedful.adapters.operations.entering import Entrance, Watched, otherwise
 from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
 from heedful.adapters.operations.layout import Layout, rows_in, same_rows
 from heedful.adapters.operations.multi_head import Untouched, through_kernel
@@ -40,6 +40,7 @@ class Operations:
 
     model: nn.Module
     candidates: Collection[str] = ()  # those that are known by their classes
+    others: Collection[str] = ()  # layers that another door has
     found: Found = field(default_factory=Found, init=False)
     installed: bool = field(default=False, init=False)
     _around: set[str] = field(default_factory=set, init=False)  # candidates whose attention is all in others inside
@@ -59,10 +60,14 @@ class Operations:
         found = self.found = find(self.model, run, given)
         left = {name: self._said(name, why) for name, why in found.own.items()}
         left |= {name: name for name in self._passed_over(found) if name not in left}
-        if not self.candidates:
+        if not self.others:
             return left
-        found.layers = {name: layer for name, layer in found.layers.items() if name in self.candidates}
-        return {name: why for name, why in left.items() if name in self.candidates}
+        found.layers = {name: layer for name, layer in found.layers.items() if self._beside(name)}
+        return {name: why for name, why in left.items() if self._beside(name) and name not in found.aside}
+
+    def _beside(self, name: str) -> bool:
+        """Whether a module stands beside the layers that another door has, and is no whole with some of them."""
+        return name in self.candidates or (name != "" and apart(name, self.others))
 
     def _said(self, name: str, why: str) -> str:
         return f"{name} ({type(self.model.get_submodule(name)).__name__}{f': {why}' if why else ''})"
@@ -79,6 +84,10 @@ class Operations:
         if bound.name not in self.found.layers and bound.name not in self._around:
             self._reach(bound, args, kwargs)
         return bound.name not in self._around
+
+    def unforeseen(self, name: str, why: str) -> RefusedModel:
+        """What is said of a module that turns out to compute attention while others are served."""
+        return self._unreached(name, f"{why}; `inputs` would show whether it can be served")
 
     def _reach(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Learn how a module computes that is known by its class, or refuse it."""
@@ -139,6 +148,10 @@ class Operations:
         self._entrances.stand(entrance)
         if bound.name in self.found.layers:
             self._follow(bound)
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        """Stand in a module that may be a layer beside those that are served, and refuse it if it is."""
+        self._entrances.stand(Watched(module, self, name))
 
     def _follow(self, bound: Bound) -> None:
         """Answer as it is known now that the layer computes."""

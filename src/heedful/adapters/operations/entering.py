@@ -16,7 +16,7 @@ from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, kept_by
 from heedful.adapters.operations.scores import Asked
 from heedful.adapters.operations.torch_masks import joined
 from heedful.adapters.operations.written import Trail
-from heedful.core.errors import NotEntered
+from heedful.core.errors import NotEntered, RefusedModel
 
 
 class Answers(Protocol):
@@ -37,14 +37,27 @@ class Answers(Protocol):
 
     def written(self, bound: Bound, asked: Asked | str) -> tuple[Tensor, Tensor | None] | None: ...
 
+    def unforeseen(self, name: str, why: str) -> RefusedModel: ...
+
 
 @dataclass(eq=False)
-class Entrance(Standing):
-    """Stands for an attention module's `forward`: what that calls of torch's attention comes to the run."""
+class _Forward(Standing):
+    """Stands for a module's `forward`."""
 
     NAME = "forward"
 
     server: Answers
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        kind: Any = type(self.module)
+        return inspect.signature(self.before or kind.forward.__get__(self.module))
+
+
+@dataclass(eq=False)
+class Entrance(_Forward):
+    """That of an attention module: what it calls of torch's attention comes to the run."""
+
     bound: Bound
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,10 +72,35 @@ class Entrance(Standing):
         with _Writing(self.server, self.bound) as writing:
             return writing.put(self.own(*args, **kwargs))
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        kind: Any = type(self.module)
-        return inspect.signature(self.before or kind.forward.__get__(self.module))
+
+@dataclass(eq=False)
+class Watched(_Forward):
+    """That of a module which may compute attention, though nothing says that it does: it is refused if it does."""
+
+    name: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.server.installed or self.server.answering:
+            return self.own(*args, **kwargs)
+        with _Watching(self.server, self.name):
+            return self.own(*args, **kwargs)
+
+
+class _Watching(TorchFunctionMode):
+    """Looks whether a module computes attention."""
+
+    def __init__(self, server: Answers, name: str) -> None:
+        super().__init__()
+        self.server, self.name, self.trail = server, name, Trail()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        asked = self.trail.asked(func, args, kwargs)
+        if asked is not None or func in (SDPA, MULTI_HEAD):
+            raise self.server.unforeseen(self.name, "nothing in its class says that it does")
+        out = func(*args, **kwargs)
+        self.trail.follow(func, args, kwargs, out)
+        return out
 
 
 class _Inside(TorchFunctionMode):

@@ -96,6 +96,7 @@ class Found:
 
     layers: dict[str, Layer] = field(default_factory=dict)  # in the order in which they ran
     own: dict[str, str] = field(default_factory=dict)  # attention out of reach, with the reason
+    aside: set[str] = field(default_factory=set)  # those of them that may be no attention
     written: dict[str, bool] = field(default_factory=dict)  # layers that write attention out; whether they give weights
     heads_at: dict[str, int] = field(default_factory=dict)  # which leading axis of a layer's queries holds its heads
     channels_first: set[str] = field(default_factory=set)  # layers that are handed [b e n]
@@ -273,6 +274,7 @@ def find(model: nn.Module, run: Callable[..., Any], given: Any = None, alone: bo
         width = int(stream.shape[-1]) if stream is not None and stream.ndim in (2, 3) else seen.heads * seen.value_dim
         found.layers[name] = Layer(len(found.layers), seen.heads, seen.kv_heads, seen.head_dim, seen.value_dim, width)
     found.own |= {name: why for name, why in watch.aside.items() if name not in found.layers}
+    found.aside = set(found.own).intersection(watch.aside) - {*watch.later, *watch.own}
     found.own |= {name: f"a softmax of its own: {why}" for name, why in watch.later.items()}
     found.own |= watch.own | _scripted(model) | _other_kernel(model, found.layers)
     for name in found.own:

@@ -22,6 +22,7 @@ READS = frozenset({
     "item", "tolist", "numpy", "equal", "allclose", "__bool__", "__float__", "__int__", "__index__", "__complex__",
     "__array__", "__contains__", "__dlpack__", "data_ptr", "storage", "untyped_storage",
 })  # fmt: skip
+_EXP = frozenset({"exp", "exp_", "exp2", "exp2_"})
 _WITHIN = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__"})
 
 
@@ -40,6 +41,7 @@ class Origin:
     """A product that scores came of."""
 
     others: list[Use] = field(default_factory=list)
+    fixed: bool = False  # of what is the same for all texts, as a projection's weight is
     left: str = ""  # the module that multiplied its weights with values, once it is left
 
     @property
@@ -53,15 +55,18 @@ class Uses:
     """Tensors that came of products, in one forward; none is kept."""
 
     later: dict[str, str] = field(default_factory=dict)  # what scores are used for once their module is left
-    _known: dict[int, tuple[ReferenceType[Tensor], tuple[Use, ...]]] = field(default_factory=dict)
+    _known: dict[int, tuple[ReferenceType[Tensor], tuple[Use, ...]]] = field(default_factory=dict)  # while they live
 
     def of(self, x: Tensor) -> tuple[Use, ...]:
-        found = self._known.get(id(x))
-        return found[1] if found is not None and found[0]() is x else ()
+        return self._known[id(x)][1] if id(x) in self._known else ()
 
     def note(self, x: Tensor, *uses: Use) -> None:
         place = id(x)
         self._known[place] = (ref(x, lambda _: self._known.pop(place, None) and None), uses)
+
+    def exponents(self, given: Iterable[Tensor]) -> bool:
+        """Whether one of these came of the exponents of scores, as weights do that are written without a softmax."""
+        return any(use.by in _EXP and not use.origin.fixed for x in given for use in self.of(x))
 
     def goes_on(
         self, scores: Tensor, origin: Origin, func: Any, args: Any, kwargs: Any, others: Iterable[Tensor], out: Tensor
@@ -74,8 +79,8 @@ class Uses:
             else:
                 more.append(self._other(use, func))
         if mine := self.of(scores):
-            self.note(out, *mine, *more)
             self._parts(func, args, kwargs, uses, more, out)
+            self.note(out, *mine, *more)
 
     def aside(self, func: Any, args: Any, kwargs: Any, given: Iterable[Tensor], made: Iterable[Tensor]) -> None:
         """Something else was made of what came of a product."""
@@ -86,13 +91,13 @@ class Uses:
         for use in uses:
             use.used = True
         new = tuple(self._other(use, func) for use in {id(use.origin): use for use in uses}.values())
-        for x in made:
-            self.note(x, *new)
         if len(made) == 1:
             self._parts(func, args, kwargs, uses, new, made[0])
+        for x in made:
+            self.note(x, *new)
 
     def _parts(self, func: Any, args: Any, kwargs: Any, uses: Iterable[Use], new: Iterable[Use], made: Tensor) -> None:
-        """Note of what was made whether it is some places of scores, or these and what was added to them."""
+        """Say of what was made whether it is some places of scores, or these and what was added to them."""
         first = self.of(args[0]) if args and isinstance(args[0], Tensor) else ()
         for one in new:
             of = [use for use in uses if use.origin is one.origin]

@@ -12,15 +12,27 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heedful.adapters.operations import products
 from heedful.adapters.operations.products import Product, dropout_of, product_of, swaps
 from heedful.adapters.operations.scores import Asked, Scores, Weights, blank, followed, low
-from heedful.adapters.operations.uses import READS, Use, Uses, name_of, overlap, place_of, takes_shape, written_by
+from heedful.adapters.operations.uses import (
+    READS,
+    Origin,
+    Use,
+    Uses,
+    name_of,
+    overlap,
+    place_of,
+    takes_shape,
+    written_by,
+)
 from heedful.engine.activity import tensors_of
 
 CHANGED = "its weights are changed after a softmax"
+LOGARITHM = "the logarithm of a softmax is used otherwise than to make weights of it"
+EXPONENTS = "its scores are made weights by exp, and not by softmax"
 NO_PRODUCT = "a softmax of what is no product of queries and keys alone"
 
 
@@ -37,6 +49,8 @@ class Trail:
 
     def asked(self, func: Any, args: Any, kwargs: Any) -> Asked | str | None:
         """What a call that multiplies values with weights asks for, or why that cannot be told."""
+        if func in products.PRODUCTS and self.uses.exponents(tensors_of((*args, *kwargs.values()))):
+            return EXPONENTS
         if not self.weights:
             return None
         known = [x for x in tensors_of((*args, *kwargs.values())) if id(x) in self.weights]
@@ -44,10 +58,11 @@ class Trail:
             self._note_changed(known)
         if func not in products.PRODUCTS or not known:
             return None
-        weights = self.weights[id(known[0])]
-        if weights.scores is None and not weights.why:
+        known = [x for x in known if (one := self.weights[id(x)]).scores is not None or one.why]
+        if not known:
             self.left_alone = NO_PRODUCT
             return None
+        weights = self.weights[id(known[0])]
         if weights.why or weights.scores is None:
             return weights.why
         if weights.touched:
@@ -84,9 +99,11 @@ class Trail:
             self._no_tensor(func, args, kwargs, given, out)
         elif func in products.PRODUCTS:
             self._multiplied(func, args, kwargs, given, out)
-        elif func in products.SOFTMAX:
+        elif func in products.SOFTMAX or func in products.LOG_SOFTMAX:
             if out.ndim > 2:
-                self.weights[id(out)] = self._softmax(func, args, kwargs, out)
+                made = self._softmax(func, args, kwargs, out)
+                log = func in products.LOG_SOFTMAX and not made.why and made.scores is not None
+                self.weights[id(out)] = replace(made, why=LOGARITHM) if log else made
         elif takes_shape(func, args, (*self.weights, *self.scores)):
             return
         elif (weights := next((self.weights[id(x)] for x in given if id(x) in self.weights), None)) is not None:
@@ -99,14 +116,20 @@ class Trail:
     def _multiplied(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], out: Tensor) -> None:
         self.uses.aside(func, args, kwargs, given, (out,))
         product = product_of(func, args, kwargs)
-        if product is None or out.ndim < 3 or product.order is not None:
+        if product is None or out.ndim < 3 or product.order is not None or any(map(self._made, given)):
             return
         biases = (*args[:1], kwargs.get("input")) if func in products.BADDBMM else ()
         learned = any(x.requires_grad for x in tensors_of(biases))
-        scores = Scores(out, product.left, product.right.transpose(-1, -2), product.factor, learned)
+        origin = Origin(fixed=any(isinstance(x if x._base is None else x._base, nn.Parameter) for x in given))
+        scores = Scores(out, product.left, product.right.transpose(-1, -2), product.factor, learned, origin=origin)
         self.scores[id(out)] = scores
         if not any(id(x) in self.weights for x in given):
             self.uses.note(out, *self.uses.of(out), Use(scores.origin))
+
+    def _made(self, x: Tensor) -> bool:
+        """Whether scores were made weights in a tensor: what these are multiplied with is scores no more."""
+        found = self.weights.get(id(x))
+        return found is not None and found.scores is not None
 
     def _wrote(self, into: Tensor, func: Any, given: list[Tensor]) -> None:
         """A tensor was written into, and with it whatever lies in the same memory."""
@@ -215,7 +238,7 @@ class Trail:
         if new is not None:
             self.scores[id(out)] = new
             self.uses.goes_on(scores.now, scores.origin, func, args, kwargs, others, out)
-        elif out is not scores.now:
+        else:
             self.uses.aside(func, args, kwargs, (scores.now, *others), (out,))
 
     def _mixed(self, scores: Scores, func: Any, others: Iterable[Tensor]) -> bool:
@@ -228,7 +251,9 @@ class Trail:
         if weights.touched and not in_place and not weights.why:  # before this step
             weights = replace(weights, why=CHANGED)
         same = out.numel() == weights.now.numel()
-        if func in products.DROPOUT:
+        if func in products.EXP and weights.why == LOGARITHM and not weights.touched and out is not weights.now:
+            self.weights[id(out)] = replace(weights, now=out, why="").untouched()
+        elif func in products.DROPOUT:
             rate, trains = dropout_of(args, kwargs)
             kept = (1 - weights.dropout) * (1 - rate) if trains else 1 - weights.dropout
             self.weights[id(out)] = replace(weights, now=out, dropout=1 - kept).untouched()
