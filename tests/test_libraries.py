@@ -36,7 +36,9 @@ from heedful import attach
 from heedful.cli.doctor import doctor
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
+from heedful.core.call import Call
 from heedful.core.errors import ModelError, NotEntered, RefusedModel
+from heedful.core.sites import Site, at
 from heedful.methods.mechanisms.local.neighborhood_attention import NeighborhoodAttention
 
 from .samples import Gate
@@ -261,6 +263,29 @@ def test_a_pipeline_runs_under_a_run() -> None:
         assert run.state.now.number == 1
         assert len(run.layer_names) == 4
     assert torch.equal(picture(), native)
+
+
+class Guided(Halve):
+    """Acts on the rows of a batch that have the role."""
+
+    @at(Site.PATTERN)
+    def halve(self, pattern: Tensor, call: Call) -> Tensor:
+        there = call.spread(call.marked("guided")).any(-1)
+        return torch.where(there[..., None, None], pattern / 2, pattern)
+
+
+@torch.no_grad()
+def test_each_half_of_a_guided_batch_has_roles_of_its_own() -> None:
+    model = unet().model
+    x, words = draw(2, 4, 8, 8), draw(2, 7, 16)
+    native = model(x, 1, encoder_hidden_states=words).sample
+    with attach(model, Halve()):
+        wanted = model(x, 1, encoder_hidden_states=words).sample
+    with attach(model, Guided(), roles=[{}, {"guided": ((0, 1),)}]):
+        plain, told = model(x, 1, encoder_hidden_states=words).sample
+    assert close_model(plain, native[0])
+    assert close_model(told, wanted[1])
+    assert not close_model(wanted[1], native[1])
 
 
 @pytest.mark.parametrize("first", ["offload", "run"])
