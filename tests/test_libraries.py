@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.beside_torch import library
 from benchmarks.coverage.library_cases import (
@@ -36,7 +36,9 @@ from heedful import attach
 from heedful.cli.doctor import doctor
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
+from heedful.core.call import Call
 from heedful.core.errors import ModelError, NotEntered, RefusedModel
+from heedful.core.sites import Site, at
 from heedful.methods.mechanisms.local.neighborhood_attention import NeighborhoodAttention
 
 from .samples import Gate
@@ -261,3 +263,83 @@ def test_a_pipeline_runs_under_a_run() -> None:
         assert run.state.now.number == 1
         assert len(run.layer_names) == 4
     assert torch.equal(picture(), native)
+
+
+class Guided(Halve):
+    """Acts on the rows of a batch that have the role."""
+
+    @at(Site.PATTERN)
+    def halve(self, pattern: Tensor, call: Call) -> Tensor:
+        there = call.spread(call.marked("guided")).any(-1)
+        return torch.where(there[..., None, None], pattern / 2, pattern)
+
+
+@torch.no_grad()
+def test_each_half_of_a_guided_batch_has_roles_of_its_own() -> None:
+    model = unet().model
+    x, words = draw(2, 4, 8, 8), draw(2, 7, 16)
+    native = model(x, 1, encoder_hidden_states=words).sample
+    with attach(model, Halve()):
+        wanted = model(x, 1, encoder_hidden_states=words).sample
+    with attach(model, Guided(), roles=[{}, {"guided": ((0, 1),)}]):
+        plain, told = model(x, 1, encoder_hidden_states=words).sample
+    assert close_model(plain, native[0])
+    assert close_model(told, wanted[1])
+    assert not close_model(wanted[1], native[1])
+
+
+@pytest.mark.parametrize("first", ["offload", "run"])
+def test_a_pipeline_is_offloaded_before_or_after(first: str) -> None:
+    pipe = diffusers.DDPMPipeline(unet=unet2d().model, scheduler=diffusers.DDIMScheduler(num_train_timesteps=10))
+    pipe.set_progress_bar_config(disable=True)
+
+    def picture() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.as_tensor(pipe(generator=generator, num_inference_steps=2, output_type="np").images)
+
+    native = picture()
+    with attach(pipe.unet, Halve()):
+        wanted = picture()
+    if first == "offload":
+        pipe.enable_model_cpu_offload(device="cpu")
+    with attach(pipe.unet, Halve()):
+        if first == "run":
+            pipe.enable_model_cpu_offload(device="cpu")
+        assert torch.equal(picture(), wanted)
+        assert not torch.equal(wanted, native)
+    assert torch.equal(picture(), native)
+    pipe.remove_all_hooks()
+    assert torch.equal(picture(), native)
+
+
+class Inside(nn.Module):
+    """A block's attention, which timm hands a mask."""
+
+    def __init__(self, own: nn.Module) -> None:
+        super().__init__()
+        self.own = own
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+        return self.own(x)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "written out"])
+@torch.no_grad()
+def test_what_is_no_map_of_tokens_is_never_told_as_one(fused: bool) -> None:
+    library("timm")
+    from timm.layers import DiffAttention
+    from timm.models.xcit import XCA
+
+    for other, why in (
+        (XCA(32, 4), "over channels, not over tokens"),
+        (DiffAttention(32, 2), "2 calls in one forward"),
+    ):
+        model, other.fused_attn = vit(), fused
+        model.blocks[0].attn = Inside(drawn(other))
+        with pytest.raises(
+            RefusedModel, match=rf"blocks\.0\.attn\.own \({type(other).__name__}: {why if fused else ''}"
+        ):
+            attach(model, Look(), inputs=PICTURES)
+        with attach(model, Look(), inputs=PICTURES, only="blocks.1") as run:
+            run(PICTURES)
+            assert run.layer_names == ("blocks.1.attn",)

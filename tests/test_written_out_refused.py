@@ -225,3 +225,40 @@ def test_weights_of_a_module_within_are_not_followed(x: Tensor) -> None:
         layer.weighs = Weighs()
     with pytest.raises(RefusedModel, match="writes none out that it can follow"):
         heedful.attach(net, HALVE, inputs=x)
+
+
+def a_difference_of_halves(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """As timm's differential attention where it is not fused."""
+    halves = product(q, k).softmax(-1).view(B, H // 2, 2, N, N)
+    weights = (halves[:, :, 0] - 0.5 * halves[:, :, 1]).repeat_interleave(2, 1)
+    return weights @ v, None
+
+
+def halves_in_one_call(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    one, other = product(q, k).softmax(-1).chunk(2, 1)
+    return (one - 0.5 * other).repeat_interleave(2, 1) @ v, None
+
+
+def a_mean_of_heads(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return product(q, k).softmax(-1).mean(1, keepdim=True) @ v, None
+
+
+def beside_a_sink(net: Attention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    scores = torch.cat([product(q, k), net.table[None, :, :, :1].expand(B, H, N, 1)], -1)
+    return scores.softmax(-1)[..., :-1] @ v, None
+
+
+@pytest.mark.parametrize("writes", [a_difference_of_halves, halves_in_one_call, a_mean_of_heads, beside_a_sink])
+def test_parts_of_weights_are_weights_and_no_layer_is_passed_over(writes: Writes, x: Tensor) -> None:
+    net = Net(plain).eval()
+    net.layers[1].writes = writes  # type: ignore[assignment]
+    with torch.no_grad(), pytest.raises(RefusedModel, match=r"layers\.1 \(Attention: a softmax of its own: .*only="):
+        heedful.attach(net, HALVE, inputs=x)
+
+
+def test_a_router_s_largest_weights_are_no_attention(x: Tensor) -> None:
+    class Routed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (x @ x.new_ones(H * D, 4)).softmax(-1).topk(2).values.sum(-1, keepdim=True)
+
+    heedful.attach(nn.Sequential(Net(plain), Routed()).eval(), HALVE, inputs=x).close()

@@ -36,6 +36,7 @@ TURNED: set[Any] = {vars(torch._C.TensorBase)["mT"].__get__, torch.adjoint, Tens
 SWAPPED = TURNED | {
     torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes, torch.permute, Tensor.permute,
 }  # fmt: skip
+SPLIT = {torch.chunk, Tensor.chunk, torch.split, Tensor.split, torch.unbind, Tensor.unbind, torch.tensor_split}
 PRODUCTS = MATMUL | BADDBMM | {EINSUM}
 
 

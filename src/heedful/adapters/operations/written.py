@@ -201,6 +201,8 @@ class Trail:
             self.uses.aside(func, args, kwargs, given, made)
         if into in self.weights:
             return  # and they are told to be changed
+        if func in products.SPLIT and (weights := self.weights.get(id(given[0]))) is not None:
+            self._parts(weights, made)
         if into is not None or made or name_of(func) in READS:
             known = (self.weights.get(id(x)) for x in given)
             self.besides = next((_besides(func) for one in known if one and one.scores is not None), self.besides)
@@ -265,8 +267,15 @@ class Trail:
             self.weights[id(out)] = replace(weights, now=out)  # as little attention as it was
         elif same:
             self.weights[id(out)] = replace(weights, now=out, why=weights.why or CHANGED)
-        elif weights.scores is not None:
-            self.besides = _besides(func)
+        else:
+            self._parts(weights, (out,))
+            if weights.scores is not None:
+                self.besides = _besides(func)
+
+    def _parts(self, weights: Weights, made: Iterable[Tensor]) -> None:
+        """Parts or means of weights are weights too, if not those that a softmax made."""
+        if weights.scores is not None or weights.why:
+            self.weights |= {id(x): replace(weights, now=x, why=weights.why or CHANGED) for x in made if x.ndim > 1}
 
 
 def _plainly(output: Any) -> Any:

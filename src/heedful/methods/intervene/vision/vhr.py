@@ -28,7 +28,7 @@ class VHR(Method):
         "2412.13949",
         "ACL 2025",
         differs=(
-            "Any marked span stands for the image; tried on text alone, since no vision model was at hand.",
+            "Any marked span stands for the image.",
             "Without the span means that this layer's keys leave it out; other tokens have read it in earlier layers, "
             "while the paper writes of an input without the image.",
             "The divergence is taken on plain softmax attention of the layer's own queries, keys and values, without "
