@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from benchmarks.reliability.problems import sanitizing
 from heedful import native
@@ -248,3 +250,41 @@ def test_the_same_tests_hold_on_other_builds(path: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def in_features(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, given: Tensor, wide: int = 16
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Zhang (arXiv 2501.06480) for one window `[n d]`, there and back: features in slices, the map in one piece."""
+    slices = [slice(i, i + wide) for i in range(0, q.shape[1], wide)]
+
+    def weights() -> Tensor:
+        scores = torch.zeros(len(q), len(k), dtype=torch.float64)
+        for part in slices:
+            scores += q[:, part] @ k[:, part].T
+        raised = (scores * q.shape[1] ** -0.5 + bias - (scores * q.shape[1] ** -0.5 + bias).amax(1, keepdim=True)).exp()
+        return raised / raised.sum(1, keepdim=True)
+
+    out = torch.cat([weights() @ v[:, part] for part in slices], 1)
+    made, slope = weights(), torch.zeros(len(q), len(k), dtype=torch.float64)
+    for part in slices:
+        slope += given[:, part] @ v[:, part].T
+    slope = made * (slope - (made * slope).sum(1, keepdim=True)) * q.shape[1] ** -0.5
+    pulled = [(slope @ k[:, part], slope.T @ q[:, part], made.T @ given[:, part]) for part in slices]
+    to_q, to_k, to_v = (torch.cat(parts, 1) for parts in zip(*pulled, strict=True))
+    return out, to_q, to_k, to_v
+
+
+def test_windows_divided_by_features_there_and_back() -> None:
+    shape = (3, 2, 2, 49, 49, 32, 32)
+    q, k, v = (x.requires_grad_() for x in draw(shape))
+    bias, given = (
+        a_bias(shape, (False, True, True)),
+        torch.randn(3, 2, 49, 32, generator=torch.Generator().manual_seed(5)),
+    )
+    out = run("native", Same(), q, k, v, a_call(shape, ()), bias=bias)
+    found = (out, *torch.autograd.grad(out, (q, k, v), given))
+    for window, head in itertools.product(range(3), range(2)):
+        mine = (x[window, head].detach().double() for x in (q, k, v, bias.expand(3, -1, -1, -1), given))
+        for one, other in zip(found, in_features(*mine), strict=True):
+            assert close(one[window, head].detach(), other.float(), 64)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed import bars, cache, timing
+from benchmarks.speed import bars, cache, mechanisms, page, timing
+from heedful.methods import ELA, MALA, NeighborhoodAttention
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -44,3 +45,35 @@ def test_a_bar_tells_the_worst_row_that_it_speaks_of() -> None:
     assert bars.found(bar, {"rows": rows[:1]}) == "0.500"
     assert bars.found(bar, {"rows": rows[2:3]}) == ""
     assert bars.slowest({"tokens": 4096, "found": {"sdpa": {"ratio": 1.0}, "a": {"ratio": 0.5}}}) == 0.5
+
+
+def test_mechanisms_are_timed_once_and_what_is_foretold_too_long_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(timing, "RECORDS", tmp_path)
+    every = {type(m).__name__: m for m in (ELA(), MALA(), NeighborhoodAttention.example())}
+    monkeypatch.setattr(mechanisms, "mechanisms", lambda: every)
+    mechanisms.measure((16,), 2)
+    (told,) = timing.load("mechanisms")
+    rows = {row["method"]: row for row in told["rows"]}
+    assert [rows[name]["causal"] for name in ("ELA", "MALA", "NeighborhoodAttention")] == [False, True, False]
+    assert rows["NeighborhoodAttention"]["density"] < 1
+    assert all(row["there"][row["method"]]["seconds"] > 0 for row in told["rows"] if "there" in row)
+    mechanisms.measure((16, 64), 2, patience=0.0)
+    (again,) = timing.load("mechanisms")
+    assert again["rows"][: len(rows)] == told["rows"], "nothing is timed twice"
+    assert [row["tokens"] for row in again["rows"] if "foretold" in row.get("why", "")] == [64, 64, 64]
+    mechanisms.measure((16, 64), 2)
+    (whole,) = timing.load("mechanisms")
+    assert sorted(row["tokens"] for row in whole["rows"] if "there" in row)[-3:] == [64, 64, 64]
+    assert any("ELA (*both*)" in line for line in page.mechanisms(whole))
+
+
+def test_the_length_from_which_a_mechanism_pays() -> None:
+    rows = [
+        {"method": "M", "tokens": n, "there": {"M": {"ratio": ratio}, "softmax": {"ratio": 1.0}}}
+        for n, ratio in ((16, 0.9), (64, 1.1), (256, 0.8), (1024, 0.4))
+    ]
+    assert mechanisms.pays(rows, "there") == {"M": 256}
+    assert mechanisms.pays(rows[:2], "there") == {"M": None}
+    assert mechanisms.pays(rows, "and_back") == {}

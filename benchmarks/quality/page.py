@@ -93,6 +93,30 @@ def faithfulness() -> list[str]:
     return [*out, ""]
 
 
+def conversions() -> list[str]:
+    """Models that were taught another attention."""
+    if not (measured := load("converting")):
+        return []
+    found = measured[-1]
+    rows = found["rows"]
+    out = [
+        "## Three conversions\n",
+        f"{found['model']} taught another attention by AttentionEditing, {rows[0]['texts']} {found['inputs']}, one "
+        "pass in layers and one as a whole: a showing of the way, and far from what a conversion wants. Nats a token "
+        f"on texts of other topics; time and memory at a prompt of {found['prompt']:,} tokens, as ratios to the "
+        "teacher's measured in turn, lowest to highest in brackets, and bytes that the cache holds.\n",
+        _row("target", "teacher", "swapped", "taught", "reading", "one more token", "cache", "cache, MB"),
+        "|---|" + "---:|" * 7,
+    ]
+    for row in rows:
+        ratios = row["price"]["ratios"]
+        times = [f"{r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for r in (ratios["prefill"], ratios["token"])]
+        losses = [f"{row[name]:.3f}" for name in ("teacher", "before", "after")]
+        cache = [f"{ratios['cache']['median']:.2f}", f"{row['price']['cache'] / 1e6:.1f}"]
+        out.append(_row(row["about"], *losses, *times, *cache))
+    return [*out, ""]
+
+
 def _versions(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
@@ -104,4 +128,4 @@ def page() -> str:
         "What methods do to answers, measured on one small model: a statement about that model and these tasks, and no "
         "more. Differences are paired by prompt; all intervals of a comparison hold at once with 95 %.\n",
     ]
-    return "\n".join([*head, *tasks(), *compared(), *kvpress(), *faithfulness()])
+    return "\n".join([*head, *tasks(), *compared(), *kvpress(), *conversions(), *faithfulness()])

@@ -1,4 +1,4 @@
-"""python -m benchmarks.speed attention|step|cache|sparse|pattern|model|diagnose|peers|linear|training|all
+"""python -m benchmarks.speed attention|step|cache|sparse|pattern|model|diagnose|peers|linear|mechanisms|training|all
 
 OMP_PROC_BIND=true beside it.
 """
@@ -22,6 +22,7 @@ def main() -> None:
         "diagnose",
         "peers",
         "linear",
+        "mechanisms",
         "training",
         "all",
     ]
@@ -34,12 +35,27 @@ def main() -> None:
         help="lengths for the sparse methods; none: leave them out",
     )
     parser.add_argument("--kernel", type=int, nargs="*", default=[2048, 8192], help="the same for tables of blocks")
+    parser.add_argument(
+        "--patience", type=float, default=20.0, help="seconds a step that a mechanism may be foretold to take"
+    )
     parser.add_argument("--resume", action="store_true", help="take the losses of sparse methods that are recorded")
     parser.add_argument("--quick", action="store_true", help="short inputs and few rounds, as a try")
     given = parser.parse_args()
     if os.environ.get("OMP_PROC_BIND") != "true":
         print("OMP_PROC_BIND is not true: two threads may share a core, and ratios mean little", file=sys.stderr)
-    from benchmarks.speed import attention, cache, diagnose, linear, model, pattern, peers, sparse, timing, training
+    from benchmarks.speed import (
+        attention,
+        cache,
+        diagnose,
+        linear,
+        mechanisms,
+        model,
+        pattern,
+        peers,
+        sparse,
+        timing,
+        training,
+    )
 
     if given.quick:
         timing.apart()
@@ -62,6 +78,8 @@ def main() -> None:
         attention.prefill((1024, 2048) if given.quick else (1024, 2048, 4096, 8192, 16384), 3 if given.quick else 7)
     if given.what in ("linear", "all"):
         linear.measure((512, 1024) if given.quick else (256, 512, 1024, 2048, 4096, 8192), 3 if given.quick else 5)
+    if given.what in ("mechanisms", "all"):
+        mechanisms.measure((256, 1024) if given.quick else mechanisms.LENGTHS, 3, given.patience)
     if given.what in ("training", "all"):
         training.measure((512, 1024) if given.quick else (1024, 2048, 4096, 8192), 3 if given.quick else 5)
     if given.what in ("peers", "all"):

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.speed.bars import Row, verdicts, where
+from benchmarks.speed.mechanisms import pays as pays_from
 from benchmarks.speed.timing import label, load
 
+WHOLE = 0.9  # a share of pairs below this is what a mechanism is for
 Told = dict[str, Any]  # what one machine gave
 Table = Callable[[Told], Iterator[str]]
 
@@ -117,6 +119,31 @@ def peers(told: Told) -> Iterator[str]:
         yield _row(row["peer"], row["version"], f"{row['tokens']:,}", took, ratio, peak)
 
 
+def mechanisms(told: Told) -> Iterator[str]:
+    """Each mechanism's layer over softmax's, by length, and from which length it is the faster one."""
+    lengths = list(dict.fromkeys(row["tokens"] for row in told["rows"]))
+    yield "Seconds of one core over those of softmax in the same layer, projections and all; below 1 is faster. Where"
+    yield "nothing stands a shorter text foretold too long a step. Share of pairs: what is computed at the greatest"
+    yield "length that was tried, and by how much the time exceeds that share of softmax's. *both* attends to both"
+    yield "sides, the others to the past."
+    yield ""
+    ways = {"there": "there", "and_back": "there and back"}
+    heads = [f"{said}, {n:,}" for said in ways.values() for n in lengths]
+    yield from _head("", *heads, "there, faster from", "there and back, from", "share of pairs", "over share, there")
+    pays = {what: pays_from(told["rows"], what) for what in ways}
+    for name in sorted({row["method"] for row in told["rows"] if "there" in row}):
+        by_length = {row["tokens"]: row for row in told["rows"] if row["method"] == name and "there" in row}
+        cells = [f"{by_length[n][what][name]['ratio']:.2f}" if n in by_length else "" for what in ways for n in lengths]
+        froms = [f"{pays[what][name]:,}" if pays[what][name] else "" for what in ways]
+        last = by_length[max(by_length)]
+        share = last.get("density", 1.0)
+        over = [f"{share:.1%}", f"{last['there'][name]['ratio'] / share:.2f}"] if share < WHOLE else ["", ""]
+        yield _row(name if last["causal"] else f"{name} (*both*)", *cells, *froms, *over)
+    cannot = sorted({row["method"] for row in told["rows"] if row.get("why", "").startswith("cannot")})
+    yield ""
+    yield f"In no such layer by themselves: {', '.join(cannot)}." if cannot else ""
+
+
 HEAD = (
     "Measured by `make bars`; every figure is a ratio to its baseline in the same run on the same machine, contenders",
     "taking turns: median, with the quartiles in brackets. Kinds of machine stand beside one another. A bar that is",
@@ -132,6 +159,7 @@ SECTIONS: tuple[tuple[str, str, tuple[Table, ...]], ...] = (
     ("Edits of scores and pattern, the whole model", "pattern", (races,)),
     ("Sparse prefill", "sparse", (methods, tables)),
     ("Linear attention, the call alone", "linear", (races, faster_from)),
+    ("Mechanisms in a layer of one's own", "mechanisms", (mechanisms,)),
     ("One decode step after a cut to a quarter", "cache", (races,)),
 )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.errors import BackendError
 from heedful.core.method import Stack
+from heedful.core.paper import Paper
 from heedful.core.ragged import Ragged, padded
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.engine.attention_call import AttentionCall
@@ -20,6 +21,20 @@ from heedful.engine.backends.tiled import Tiled
 from heedful.engine.needs import Needs
 from heedful.engine.run_state import Plan, RunState
 from heedful.native import Library, Problem, library
+
+PAPER = Paper(
+    "P139",
+    "Flash Window Attention: speedup the attention computation for Swin Transformer",
+    "Zhendong Zhang",
+    2025,
+    "2501.06480",
+    differs=(
+        "For a CPU: a window's map stays in the cache of the core that makes it, where the paper's stays in a GPU's "
+        "shared memory, and is made again on the way back from what each row had for a maximum and a sum.",
+        "Features are not divided: a core's cache holds all of a window's queries, keys and values.",
+        "A bias that learns is given its gradient by another backend.",
+    ),
+)
 
 GRAIN = 32  # what a block of a block table must be a multiple of: the widest panel of the kernel
 
