@@ -261,4 +261,10 @@ def test_a_router_s_largest_weights_are_no_attention(x: Tensor) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x * (x @ x.new_ones(H * D, 4)).softmax(-1).topk(2).values.sum(-1, keepdim=True)
 
-    heedful.attach(nn.Sequential(Net(plain), Routed()).eval(), HALVE, inputs=x).close()
+    class Gated(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * (x @ x.new_ones(H * D, 4)).softmax(-1)[..., :1]
+            return x + (x @ x.mT) @ x
+
+    for other in (Routed(), Gated()):
+        heedful.attach(nn.Sequential(Net(plain), other).eval(), HALVE, inputs=x).close()

@@ -1,67 +1,109 @@
-"""Models of other libraries under heedful: one of each file of timm, and classes of diffusers and open_clip.
+"""Models of other libraries under heedful: every name of timm and open_clip, and every class of diffusers.
 
-    python -m benchmarks.coverage.libraries [NAME]     measures what is new (or the names that match); it resumes
+    python -m benchmarks.coverage.libraries look [LIBRARY]      tells what each name's attention is, without its weights
+    python -m benchmarks.coverage.libraries [PATTERN]           measures the smallest name of each kind
 
-Writes benchmarks/records/libraries.json, of which `make docs` makes its section of docs/coverage.md.
+Both resume. What modules compute attention, and how, decides what becomes of a model, not its name: names of one class,
+whose attention modules are of the same kinds and of which the same is refused, are alike, and the smallest of them is
+measured with weights. Writes benchmarks/records/libraries.json, of which `make docs` makes its section of
+docs/coverage.md.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import heedful
-from benchmarks.beside_torch import library
 from heedful.adapters.kvcache import tensors_in
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import DEPTH, ROUNDINGS, close
 from heedful.core.errors import HeedfulError, InactiveWarning
 
 from . import library_cases as cases
+from .libraries_look import Made, counted, look, made_of, parameters, unset
+from .libraries_models import SOURCES, makers, smaller
+from .libraries_record import Group, Record
 from .probe import TILE_ROWS, DropHeads, DropPattern, Look, _suggestion
-from .rows import LIBRARIES
 
-SMALLEST = ("atto", "femto", "pico", "nano", "xxtiny", "xxs", "xtiny", "xs", "tiny", "mini", "_s", "small", "base", "")
-MADE: dict[str, dict[str, Callable[[], cases.Case]]] = {
-    "diffusers": {
-        "AutoencoderKL": cases.autoencoder, "DiTTransformer2DModel": cases.dit, "FluxTransformer2DModel": cases.flux,
-        "PixArtTransformer2DModel": cases.pixart, "SD3Transformer2DModel": cases.sd3,
-        "UNet2DConditionModel": cases.unet, "UNet2DModel": cases.unet2d,
-    },
-    "open_clip": {"CLIP": cases.clip},
-}  # fmt: skip
+MOST = 700_000_000  # parameters of a model that is measured with weights
+ALIKE: dict[Made, dict[str, Any]] = {}  # what was told of models, by classes and switches of all their modules
+EVERY = 20  # names between two times that the record is written
 
 
-def of_timm() -> dict[str, Callable[[], cases.Case]]:
-    """The smallest model of each file of timm, as far as names tell."""
-    timm = library("timm")
-    found = {}
-    for module in sorted(set(timm.list_modules())):
-        names = timm.list_models(module=module)
-        if names:
-            name = next(n for word in SMALLEST for n in names if word in n)
-            found[name] = lambda name=name: _built(name)
-    return found
+def look_at_all(record: Record, only: str) -> None:
+    """Sort each name that is new into the group of those that are alike."""
+    for source in SOURCES:
+        if only not in ("", source):
+            continue
+        names = makers(source)
+        record.keep(source, names)
+        for number, name in enumerate(n for n in names if (source, n) not in record.names):
+            start = time.perf_counter()
+            told = _seen(source, name)
+            record.sort_in(source, name, told)
+            print(source, name, told, round(time.perf_counter() - start, 1), flush=True)
+            if number % EVERY == 0:
+                record.write()
+    record.write()
 
 
-def _built(name: str) -> cases.Case:
-    timm = library("timm")
+def _seen(source: str, name: str, **how: Any) -> dict[str, Any]:
+    """What a look tells of a name; without memory, where its forward asks no tensor what is in it."""
+    make = makers(source)[name]
     try:
-        model = timm.create_model(name, depth=2)
-    except (TypeError, ValueError, AssertionError, RuntimeError):  # a class that cannot be told its depth
-        model = timm.create_model(name)
-    model = cases.drawn(model, 0.05)
-    x = cases.draw(1, *model.default_cfg["input_size"])
-    return cases.Case(model, lambda: model(x), 0)
+        with torch.device("meta"), unset():
+            case = make(**how)
+        modules = made_of(case.model)
+        if modules in ALIKE:
+            told = ALIKE[modules]
+            return told | {"layers": counted(case.model, told["made"]), "parameters": parameters(case.model)}
+        with torch.device("meta"):
+            told = look(case.model, case.call)
+        if "made" in told:
+            ALIKE[modules] = dict(told)
+        return told
+    except Exception as first:  # noqa: BLE001 - whatever ends it is its reason
+        why = f"{type(first).__name__}: {str(first).splitlines()[0][:120] if str(first) else ''}"
+    if how or "meta" not in why.lower():
+        return {"failed": why}
+    try:
+        case = make()
+        return look(case.model, case.call)
+    except Exception as error:  # noqa: BLE001
+        return {"failed": f"{type(error).__name__}: {str(error)[:120]}"}
+
+
+def measure_all(record: Record, pattern: str) -> None:
+    """Measure the smallest name of each group whose models compute attention."""
+    for group in record.groups:
+        name = record.smallest(group)
+        if group.get("status") or not name or not re.search(pattern, name) or not (group["kinds"] or group["own"]):
+            continue
+        start = time.perf_counter()
+        group |= {"by": name, **_measured(group, name, record.parameters(group))}
+        group["seconds"] = round(time.perf_counter() - start, 1)
+        print(group["library"], name, group["status"], group.get("reason", ""), group["seconds"], flush=True)
+        record.write()
+
+
+def _measured(group: Group, name: str, parameters: int) -> dict[str, Any]:
+    source = group["library"]
+    for how in smaller(source, name):
+        told = _seen(source, name, **how)
+        if {*told.get("kinds", ())} != {*group["kinds"]} or told.get("own", []) != group["own"]:
+            continue
+        if not how and parameters > MOST:
+            return {"status": "looked at", "reason": f"{parameters:,} parameters"}
+        case = makers(source)[name](**how)
+        return examine(case._replace(model=cases.drawn(case.model, 0.05 if source == "timm" else 0.1))) | {"how": how}
+    return {"status": "looked at", "reason": "not the same when looked at again"}
 
 
 def _tensors(answer: Any) -> list[Tensor]:
@@ -80,8 +122,8 @@ def examine(case: cases.Case) -> dict[str, Any]:
         with heedful.attach(model, what, only=only, inputs=case.call, **how) as run:
             return _tensors(case.call()), run
 
-    before, native = fingerprint(model), _tensors(case.call())
-    record: dict[str, Any] = {"status": "served", "class": type(model).__name__}
+    before, native, slow = fingerprint(model), _tensors(case.call()), _slow(case)
+    record: dict[str, Any] = {"status": "served"}
     try:
         found, run = under(Look(), backend="reference")
     except HeedfulError as refusal:
@@ -97,17 +139,32 @@ def examine(case: cases.Case) -> dict[str, Any]:
         record["status"] = "served in part"
     entered = run.activity().entered
     record |= {"layers": len(run.layer_names), "entered": len(entered)}
-    wrong = [] if _close(found, native) else ["passed through"]
+    wrong = [] if len(entered) == len(run.layer_names) else ["a layer was not entered"]
+    wrong += [] if _close(found, native) else ["passed through"]
     wrong += [] if _close(under(Look(), tile_rows=TILE_ROWS)[0], native) else ["read in tiles"]
-    wrong += [] if _close(under(Look().when("decode"))[0], native) else ["left alone"]
+    wrong += [] if _same(under(Look().when("decode"))[0], slow) else ["left alone"]
     for method in (DropPattern(), DropHeads()):
-        if all(torch.equal(a, b) for a, b in zip(under(method)[0], native, strict=True)):
+        if _same(under(method)[0], native):
             wrong.append(f"{method!r} moved nothing")
-    if not all(torch.equal(a, b) for a, b in zip(_tensors(case.call()), native, strict=True)):
+    if not _same(_tensors(case.call()), native):
         wrong.append("not as before after close")
     if fingerprint(model) != before:
         wrong.append("something stayed in the model")
     return record | ({"status": "wrong", "reason": "; ".join(wrong)} if wrong else {})
+
+
+def _slow(case: cases.Case) -> list[Tensor]:
+    """What it gives without torch's fast path, which rests under a run."""
+    kept = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        return _tensors(case.call())
+    finally:
+        torch.backends.mha.set_fastpath_enabled(kept)
+
+
+def _same(found: list[Tensor], wanted: list[Tensor]) -> bool:
+    return len(found) == len(wanted) and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def _close(found: list[Tensor], wanted: list[Tensor]) -> bool:
@@ -120,41 +177,14 @@ def _short(refusal: str) -> str:
     return "; ".join(found) or refusal[:160]
 
 
-def measured(pattern: str) -> Iterator[dict[str, Any]]:
-    """A record for each model that matches and is not in the file yet."""
-    done = {(r["library"], r["name"]) for r in read()}
-    for source, makers in {"timm": of_timm(), **MADE}.items():
-        for name, make in makers.items():
-            if (source, name) in done or not re.search(pattern, name):
-                continue
-            start = time.perf_counter()
-            try:
-                case = make()
-                case.call()
-            except Exception as error:  # noqa: BLE001 - whatever ends it is its reason
-                record = {"status": "cannot build", "reason": f"{type(error).__name__}: {str(error)[:120]}"}
-            else:
-                record = examine(case)
-            yield {"library": source, "name": name, **record, "seconds": round(time.perf_counter() - start, 1)}
-
-
-def read() -> list[dict[str, Any]]:
-    return json.loads(LIBRARIES.read_text())["models"] if LIBRARIES.exists() else []
-
-
 def main() -> None:
     warnings.simplefilter("ignore", InactiveWarning)
     warnings.filterwarnings("ignore")
-    names = {"timm": "timm", "diffusers": "diffusers", "open_clip": "open-clip-torch", "torch": "torch"}
-    for record in measured(sys.argv[1] if len(sys.argv) > 1 else ""):
-        print(
-            record["library"], record["name"], record["status"], record.get("reason", ""), record["seconds"], flush=True
-        )
-        told = {
-            "date": time.strftime("%Y-%m-%d"), "versions": {n: version(p) for n, p in names.items()},
-            "models": sorted([*read(), record], key=lambda r: (list(names).index(r["library"]), r["name"])),
-        }  # fmt: skip
-        LIBRARIES.write_text(json.dumps(told, indent=1) + "\n")
+    record, given = Record.read(), sys.argv[1:]
+    if given[:1] == ["look"]:
+        look_at_all(record, "".join(given[1:]))
+    else:
+        measure_all(record, "".join(given))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import collections
-import json
 from collections.abc import Iterable, Sequence
 
-from .rows import FOUND, LIBRARIES, STATUSES, Row, counted, outside, through, told
+from . import libraries_page
+from .rows import FOUND, STATUSES, Row, counted, outside, through, told
 
 WORDS = {
     "served": "every attention layer that the input reached ran under heedful, and every check below held",
@@ -37,7 +37,7 @@ def page() -> str:
         "# Which models heedful serves", _measured(told()["classes"]), CHECKS,
         "\n".join(f"- **{status}**: {meaning}" for status, meaning in WORDS.items()), _told_of(through()),
         "## By group", _groups(rows), "## Refused and served in part, by reason", _reasons(rows),
-        "## Not built", _unbuilt(rows), "## Every class", _classes(rows), *_outside(), _libraries(),
+        "## Not built", _unbuilt(rows), "## Every class", _classes(rows), *_outside(), libraries_page.section(table),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -125,31 +125,6 @@ def _outside() -> list[str]:
             [[*_cells(row), row.get("reason", "")] for row in rows],
         ),
     ]
-
-
-def _libraries() -> str:
-    """Models of timm, diffusers and open_clip."""
-    found = json.loads(LIBRARIES.read_text())
-    rows, lines = found["models"], []
-    for source in dict.fromkeys(r["library"] for r in rows):
-        count = collections.Counter(r["status"] for r in rows if r["library"] == source)
-        lines.append(
-            f"- {source} {found['versions'][source]}: " + ", ".join(f"{n} {s}" for s, n in count.most_common())
-        )
-    head = ("library", "model", "class", "status", "layers", "reason")
-    cells = []
-    for r in rows:
-        layers = f"{r['entered']}/{r['layers']}" if "layers" in r else ""
-        cells.append([r["library"], r["name"], r.get("class", ""), r["status"], layers, r.get("reason", "")])
-    return "\n\n".join([
-        "## Other libraries",
-        f"Measured by `python -m benchmarks.coverage.libraries` on {found['date']}, torch "
-        f"{found['versions']['torch']}: random weights, checks 1 to 5 above, 1 and 3 within the budget, since torch's "
-        f"kernels round in their ways. Of timm one model of each of {sum(r['library'] == 'timm' for r in rows)} of its "
-        "files, the smallest by name, at its own size, with two blocks where it can be told so; of diffusers and "
-        "open_clip classes with small configurations.",
-        "\n".join(lines), table(head, cells),
-    ])  # fmt: skip
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

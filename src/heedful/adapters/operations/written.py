@@ -202,7 +202,7 @@ class Trail:
         if into in self.weights:
             return  # and they are told to be changed
         if func in products.SPLIT and (weights := self.weights.get(id(given[0]))) is not None:
-            self._parts(weights, made)
+            self._parts(weights, func, made)
         if into is not None or made or name_of(func) in READS:
             known = (self.weights.get(id(x)) for x in given)
             self.besides = next((_besides(func) for one in known if one and one.scores is not None), self.besides)
@@ -268,14 +268,17 @@ class Trail:
         elif same:
             self.weights[id(out)] = replace(weights, now=out, why=weights.why or CHANGED)
         else:
-            self._parts(weights, (out,))
+            others = (x for x in tensors_of((*args, *kwargs.values())) if id(x) not in self.weights)
+            if all(x.numel() == 1 or not x.is_floating_point() for x in others):
+                self._parts(weights, func, (out,))
             if weights.scores is not None:
                 self.besides = _besides(func)
 
-    def _parts(self, weights: Weights, made: Iterable[Tensor]) -> None:
+    def _parts(self, weights: Weights, func: Any, made: Iterable[Tensor]) -> None:
         """Parts or means of weights are weights too, if not those that a softmax made."""
         if weights.scores is not None or weights.why:
-            self.weights |= {id(x): replace(weights, now=x, why=weights.why or CHANGED) for x in made if x.ndim > 1}
+            part = replace(weights, scores=None, why=weights.why or _besides(func))
+            self.weights |= {id(x): replace(part, now=x) for x in made if x.ndim > 1}
 
 
 def _plainly(output: Any) -> Any:

@@ -1,0 +1,110 @@
+"""The section of docs/coverage.md on models of other libraries."""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from .libraries_record import Group, Record
+from .rows import LIBRARIES
+
+WORDS = {
+    "served": "served", "served in part": "served in part", "refused": "refused", "wrong": "wrong",
+    "looked at": "looked at without weights alone", "no attention": "without attention", "cannot build": "not built",
+}  # fmt: skip
+GROUP = ("library", "class", "attention modules", "status", "measured", "layers", "names")
+HOW = """By `python -m benchmarks.coverage.libraries`, of every name of timm and open_clip and every class of
+diffusers. What modules compute attention, and how, decides what becomes of a model, not its name. So each name is
+built at its own size on torch's meta device, where weights have no memory, and its forward is looked at as `attach`
+looks at one: which modules are layers, which are out of reach, and why. (Where the classes and switches of all
+modules are those of a model that was looked at, it is not run again.) Names of one class, whose attention modules are
+of the same classes, switches and ways of calling, and of which the same is refused, are a group, and the smallest of
+a group is measured with random weights: checks 1 to 5 above, 1 and 3 within the budget, since torch's kernels round
+in their ways. timm's have two blocks then, and large pictures half of their size, where the model takes that and is
+found to be of the same kinds so."""
+
+
+def section(table: Any) -> str:
+    """Counts by library and reason, the groups, and which names stand in each."""
+    told, record = json.loads(LIBRARIES.read_text()), Record.read()
+    with_attention = [g for g in record.groups if (g["kinds"] or g["own"]) and record.members(g)]
+    parts = [
+        "## Other libraries",
+        f"{' '.join(HOW.split())} Torch is {told['versions']['torch']}; the last of it was done on {told['date']}.",
+        *_remarks(record),
+        "\n".join(_counts(record, told["versions"])),
+        "### By reason",
+        table(("library", "status", "reason", "names"), _reasons(record)),
+        "### Groups",
+        table(GROUP, map(_row(record), with_attention)),
+        "### Names of each group",
+        "\n".join(f"- {_title(record, g)}: {', '.join(record.members(g))}" for g in with_attention),
+        "### Without attention",
+        "\n".join(_without(record)),
+    ]  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def status(group: Group) -> str:
+    if "failed" in group:
+        return "cannot build"
+    return str(group.get("status", "looked at")) if group["kinds"] or group["own"] else "no attention"
+
+
+def _remarks(record: Record) -> list[str]:
+    towers = any(source == "open_clip" for source, _ in record.names)
+    return ["Text towers that open_clip takes from the hub are built small, of the same classes."] if towers else []
+
+
+def _counts(record: Record, versions: dict[str, str]) -> Iterator[str]:
+    for source in dict.fromkeys(source for source, _ in record.names):
+        count: collections.Counter[str] = collections.Counter()
+        for group in record.groups:
+            if group["library"] == source:
+                count[status(group)] += len(record.members(group))
+        having = count.total() - count["no attention"] - count["cannot build"]
+        said = ", ".join(f"{count[s]:,} {word}" for s, word in WORDS.items() if count[s])
+        left = record.known.get(source, 0) - count.total()
+        said += f"; {left:,} more are not looked at yet" if left > 0 else ""
+        yield f"- {source} {versions[source]}: {count.total():,} names, of which {having:,} have attention: {said}"
+
+
+def _reasons(record: Record) -> Iterator[list[object]]:
+    found: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    for group in record.groups:
+        how = status(group)
+        if how not in ("served", "no attention"):
+            why = group.get("failed") or group.get("reason") or "; ".join(group["own"]) or "not measured yet"
+            found[group["library"], how, why] += len(record.members(group))
+    for (source, how, why), count in sorted(found.items(), key=lambda x: (x[0][0], x[0][1], -x[1])):
+        if count:
+            yield [source, how, why, f"{count:,}"]
+
+
+def _row(record: Record) -> Any:
+    def row(group: Group) -> list[object]:
+        layers = f"{group['entered']}/{group['layers']}" if "layers" in group else ""
+        kinds = ", ".join(group["kinds"] + [why.partition(":")[0] for why in group["own"]])
+        count = len(record.members(group))
+        return [group["library"], group["class"], kinds, status(group), group.get("by", ""), layers, count]
+
+    return row
+
+
+def _title(record: Record, group: Group) -> str:
+    return f"{group['library']}, {group['class']}, as {record.smallest(group)} ({status(group)})"
+
+
+def _without(record: Record) -> Iterator[str]:
+    for source in dict.fromkeys(source for source, _ in record.names):
+        found: collections.Counter[str] = collections.Counter()
+        maps: set[str] = set()
+        for group in record.groups:
+            if group["library"] == source and status(group) == "no attention":
+                found[group["class"]] += len(record.members(group))
+                maps |= set(group.get("softmax", ()))
+        if found:
+            said = f"; their softmaxes are of no product, in {', '.join(sorted(maps))}" if maps else ""
+            yield f"- {source}: {', '.join(f'{kind} ({n})' for kind, n in sorted(found.items()) if n)}{said}"

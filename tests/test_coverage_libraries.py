@@ -1,0 +1,114 @@
+"""The record of other libraries' names: alike names are one group, the smallest is measured, the page tells of all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.coverage import libraries, libraries_page, libraries_record, page
+from benchmarks.coverage.libraries_look import counted, look, made_of, switches, unset
+from benchmarks.coverage.libraries_record import Record
+from benchmarks.coverage.library_cases import Case, draw
+from tests.torch_models import Attention
+
+PLAIN: dict[str, Any] = {"class": "A", "own": [], "kinds": {"m.Attention (fused_attn)": 2}}
+REFUSED: dict[str, Any] = {"class": "A", "own": ["XCA: over channels, not over tokens"], "kinds": {}}
+
+
+@pytest.fixture
+def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
+    for place in (libraries_record, libraries_page):
+        monkeypatch.setattr(place, "LIBRARIES", tmp_path / "libraries.json")
+    found = Record.read()
+    found.sort_in("timm", "large", PLAIN | {"parameters": 9})
+    found.sort_in("timm", "small", PLAIN | {"parameters": 4, "layers": 3})
+    found.sort_in("timm", "other", PLAIN | {"parameters": 1, "class": "B"})
+    found.sort_in("timm", "channels", REFUSED | {"parameters": 2})
+    found.sort_in("timm", "conv", {"class": "C", "own": [], "kinds": {}, "parameters": 5})
+    found.sort_in("timm", "gate", {"class": "C", "own": [], "kinds": {}, "parameters": 6, "softmax": ["c.py:f"]})
+    found.sort_in("open_clip", "broken", {"failed": "ValueError: no"})
+    return found
+
+
+def test_names_alike_are_a_group_whose_smallest_is_measured(record: Record, tmp_path: Path) -> None:
+    record.write()
+    again = Record.read()
+    assert again.groups == record.groups
+    assert again.names == {key: list(x) for key, x in record.names.items()}
+    assert [again.members(group) for group in again.groups] == [
+        ["large", "small"], ["other"], ["channels"], ["conv"], ["gate"], ["broken"],
+    ]  # fmt: skip
+    assert again.smallest(again.groups[0]) == "small"
+    assert again.parameters(again.groups[0]) == 4
+    again.groups[0]["by"] = "large"  # it was measured, and stays so
+    assert again.smallest(again.groups[0]) == "large"
+    assert again.names["timm", "small"] == [0, 3, 4]
+    assert len(json.loads((tmp_path / "libraries.json").read_text())["names"]["timm"]) == 6
+
+
+def test_names_that_are_gone_or_failed_are_looked_at_anew(record: Record) -> None:
+    record.keep("timm", {"small", "conv"})
+    record.keep("open_clip", {"broken"})
+    assert [key[1] for key in record.names] == ["small", "conv"]
+    assert record.smallest(record.groups[1]) == ""
+    record.keep("timm", {"small", "conv", "new"})
+    told = list(libraries_page._counts(record, {"timm": "1.0"}))
+    assert told == [
+        "- timm 1.0: 2 names, of which 1 have attention: 1 looked at without weights alone, 1 without attention; "
+        "1 more are not looked at yet"
+    ]
+
+
+def test_the_page_counts_every_name_by_library_and_reason(record: Record) -> None:
+    record.groups[0] |= {"status": "served", "by": "small", "layers": 3, "entered": 3}
+    record.groups[2] |= {"status": "refused", "reason": "XCA: over channels, not over tokens", "by": "channels"}
+    record.write()
+    told = libraries_page.section(page.table)
+    counted = "2 served, 1 refused, 1 looked at without weights alone, 2 without attention"
+    assert f"6 names, of which 4 have attention: {counted}" in told
+    assert "1 names, of which 0 have attention: 1 not built" in told
+    assert "| timm | A | m.Attention (fused_attn) | served | small | 3/3 | 2 |" in told
+    assert "| timm | refused | XCA: over channels, not over tokens | 1 |" in told
+    assert "| open_clip | cannot build | ValueError: no | 1 |" in told
+    assert "- timm, A, as small (served): large, small" in told
+    assert "- timm: C (2); their softmaxes are of no product, in c.py:f" in told
+
+
+class Net(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Attention() for _ in range(layers))
+        self.blocks[0].fused_attn = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_a_look_needs_no_weights_and_tells_kinds_apart() -> None:
+    with torch.device("meta"), unset():
+        model = Net(3)
+        told = look(model, lambda: model(torch.empty(2, 10, 32)))
+    assert {**told["kinds"]} == {"torch_models.Attention": 2, "torch_models.Attention (fused_attn)": 1}
+    assert (told["class"], told["own"], told["parameters"]) == ("Net", [], sum(p.numel() for p in model.parameters()))
+    assert switches(model.blocks[0]) == ("fused_attn",)
+    assert counted(model, told["made"]) == 3
+    assert made_of(model) == made_of(Net(5)) != made_of(Net(1))
+    assert float(nn.Linear(3, 3).weight.detach().abs().sum()) > 0, "weights are drawn again outside"
+
+
+@torch.no_grad()
+def test_what_is_examined_is_entered_and_moved() -> None:
+    model, x = Net(2).eval(), draw(2, 10, 32)
+    found = libraries.examine(Case(model, lambda: model(x), 2))
+    assert found == {"status": "served", "layers": 2, "entered": 2}
+    model.blocks[1].forward = lambda x: x
+    assert libraries.examine(Case(model, lambda: model(x), 2))["layers"] == 1
+    model.blocks[0].forward = lambda x: x
+    assert libraries.examine(Case(model, lambda: model(x), 2))["status"] == "no attention"
