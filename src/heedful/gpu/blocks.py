@@ -70,7 +70,7 @@ def tiles(kind: str, width: int, rows: int, q: Tensor, block: int = 0, measured:
 
 
 def safe(width: int) -> Tiles:
-    """What fits into the shared memory of any card since Volta, in float32 too: untuned."""
+    """What fits into the shared memory of any card since Ampere, in float32 too: untuned."""
     keys = 64 if width <= 64 else 32 if width <= 128 else 16
     return Tiles(16 if width > 256 else min(64, keys * 2), keys)
 
