@@ -49,7 +49,10 @@ class Planted:
             )
         # offloaded weights are on 'meta' until they are used; those that are not are where the model computes
         beside = (p for p in chain(module.parameters(), self.model.parameters()) if not p.is_meta)
-        if (reference := next(beside, None)) is None:
+        reference: Tensor | None = next(beside, None)
+        if reference is None and not any(True for _ in self.model.parameters()):
+            reference = start  # a module that holds nothing else
+        if reference is None:
             raise RefusedModel(
                 f"all weights of {type(self.model).__name__} are offloaded, so {name} has no device to learn on; load "
                 "the model without offload"

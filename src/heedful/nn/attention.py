@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from threading import RLock
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +13,12 @@ from heedful.adapters.kvcache import seen
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.method import Layer, Part, Stack, as_stack
-from heedful.engine.again import stand_around
-from heedful.engine.run import Run
 from heedful.nn.calling import Given, attended
 from heedful.nn.masks import Sizes, told
-from heedful.nn.serving import ModuleAdapter
+from heedful.nn.served import Served
 
 
-class Attention(nn.Module):
+class Attention(Served):
     """Self and cross attention under a method; without one it is softmax attention.
 
     What methods learn is parameters of the module. `run` is the module's own, open run: it tells what readers found,
@@ -34,7 +31,6 @@ class Attention(nn.Module):
 
     in_proj_bias = None  # torch's encoder layers ask both whether they may compute attention without the module
     _qkv_same_embed_dim = False
-    run: Run
 
     @asks
     def __init__(  # noqa: PLR0913 - what a user may set, most of it under torch's names
@@ -121,19 +117,10 @@ class Attention(nn.Module):
             _take(new.out_proj, module.out_proj.weight, module.out_proj.bias, module.out_proj.bias)
         return new.train(module.training)
 
-    def _open(self) -> None:
+    def size(self) -> Layer:
+        """What a method learns parameters by."""
         sizes = self.num_heads, self.kv_heads, self.head_dim, self.head_dim, self.embed_dim
-        size = Layer(self.layer, *sizes, highest=self.depth - 1)
-        self.run = Run(self, self.method, ModuleAdapter(self, size, self.depth))
-        self._lock = RLock()  # a run knows one forward at a time, and threads may share a module
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and files have a run of their own, with the learned parameters in the module."""
-        return {name: x for name, x in vars(self).items() if name not in ("run", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._open()
+        return Layer(self.layer, *sizes, highest=self.depth - 1)
 
     def extra_repr(self) -> str:
         more = ", causal=True" if self.causal else ""
@@ -177,7 +164,7 @@ class Attention(nn.Module):
             rule = "holds the keys of the text itself; another sequence is handed over whole in every call"
             raise FieldError(self, "cache", type(cache).__name__, rule, None)
         asked = Given(q, None if key is query else k, None if value is query else v, given, sizes, cross, cache)
-        output, weights = self._one_forward(asked, need_weights)
+        output, weights = self._one_forward(lambda: attended(self, asked, need_weights))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         output = output if self.batch_first or single else output.transpose(0, 1)
@@ -190,17 +177,6 @@ class Attention(nn.Module):
             order = ("b", "n", width) if self.batch_first else ("n", "b", width)
             raise FieldError(self, name, tuple(x.shape), f"must be of {order}, or of {('n', width)}", order)
         return x[None] if x.ndim == 2 else x if self.batch_first else x.transpose(0, 1)
-
-    def _one_forward(self, asked: Given, need_weights: bool | None) -> tuple[Tensor, Tensor | None]:
-        """One call of the module, which is all that its run knows of a forward."""
-        with self._lock:
-            state = self.run.state
-            state.new_forward(stand_around(self.run, type(self).__name__, whole=True))
-            try:
-                return attended(self, asked, need_weights)
-            except BaseException:
-                state.fail_forward()
-                raise
 
 
 def _take(mine: nn.Linear, weight: Tensor, bias: Tensor | None, learns: Tensor | None) -> None:
