@@ -15,7 +15,7 @@ from heedful.adapters.operations.uses import Origin, Use, Uses
 from heedful.core.errors import SiteError
 from heedful.engine import leaving
 from heedful.engine.leaving import Before
-from tests.test_written_out_uses import served, x
+from tests.test_written_out_uses import REPLACED, refused, served, x
 
 __all__ = ["x"]
 IDS = torch.arange(3, 11)[None]
@@ -114,3 +114,13 @@ def adds_to_some_anew(net: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
 @pytest.mark.parametrize("writes", [adds_to_some, adds_to_some_anew])
 def test_what_is_added_to_some_of_the_scores_stays_theirs(writes: Any, x: Tensor) -> None:
     served(writes, x, louder=False)
+
+
+def adds_one_part_to_another(net: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    scores[..., :1] = scores[..., :1] + scores[..., 1:2]
+    return scores.softmax(-1) @ v, None
+
+
+def test_what_comes_of_two_parts_is_neither(x: Tensor) -> None:
+    refused(adds_one_part_to_another, x, REPLACED)
