@@ -153,11 +153,13 @@ from heedful.methods.mechanisms.recurrent.la_mamba import LaMamba as LaMamba
 from heedful.methods.mechanisms.recurrent.latent_monotonic_attention import LatentMonotonicAttention as LatentMonotonicAttention
 from heedful.methods.mechanisms.recurrent.mega import Mega as Mega
 from heedful.methods.mechanisms.recurrent.monotonic_location_attention import MonotonicLocationAttention as MonotonicLocationAttention
+from heedful.methods.mechanisms.recurrent.recurrent_memory_attention import RecurrentMemoryAttention as RecurrentMemoryAttention
 from heedful.methods.mechanisms.recurrent.seq_boat import SeqBoat as SeqBoat
 from heedful.methods.mechanisms.recurrent.yaad import Yaad as Yaad
 from heedful.methods.mechanisms.routed.bi_level_routing_attention import BiLevelRoutingAttention as BiLevelRoutingAttention
 from heedful.methods.mechanisms.routed.boat import BOAT as BOAT
 from heedful.methods.mechanisms.routed.dynamic_mask_attention import DynamicMaskAttention as DynamicMaskAttention
+from heedful.methods.mechanisms.routed.ifam import IFAM as IFAM
 from heedful.methods.mechanisms.routed.injected_patterns import InjectedPatterns as InjectedPatterns
 from heedful.methods.mechanisms.routed.llama_fusion import LlamaFusion as LlamaFusion
 from heedful.methods.mechanisms.routed.lora_mixer import LoRAMixer as LoRAMixer
