@@ -81,7 +81,11 @@ struct Block : Rows {
   void weigh(int64_t r, int64_t width, float *row, float *weights, float top, float times) {
     vf sum = load(desk.sums.data() + r * W), spread = load(desk.spreads.data() + r * W);
     for (int64_t i = 0; i < width; i += NR) {
-      vf x = load(row + i) * times - top, y = load(row + i + W) * times - top;
+      vf x = load(row + i) * times, y = load(row + i + W) * times;
+#ifdef TILES
+      asm("" : "+v"(x), "+v"(y));  // rounded by itself, as the maximum was, so that the greatest stays the greatest
+#endif
+      x -= top, y -= top;
       vf one = ENTROPY ? exp2(x, spread) : exp2(x), other = ENTROPY ? exp2(y, spread) : exp2(y);
       sum += one + other;
       if (WHOLE) store(weights + i, one), store(weights + i + W, other);
