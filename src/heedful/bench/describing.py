@@ -42,8 +42,8 @@ def findings(c: Results) -> Iterable[Finding]:
             yield Finding(f"{name} {known}.", 0.8 if told else 0.5)
     if c.results:
         yield Finding(_lead(c), 1.0)
-    known = {x.contender for x in (*c.results, *c.refused)}
-    if waiting := [name for name in c.contenders[1:] if name not in known]:
+    asked = {r.contender for r in c.results} | {r.contender for r in c.refused}
+    if waiting := [name for name in c.contenders[1:] if name not in asked]:
         yield Finding(f"Not asked before the end: {', '.join(waiting)}.", 0.98)
     for text in (*within(c), *advice(c)):
         yield Finding(text, 0.95)
@@ -80,8 +80,8 @@ LONG = {
 
 def _lead(c: Results) -> str:
     """How many methods help, are safe, harm, and are not decided."""
-    asked_of = {r.contender for r in c.results}
-    words = [c.verdict(name) for name in c.contenders[1:] if name in asked_of]
+    answered = {r.contender for r in c.results}
+    words = [c.verdict(name) for name in c.contenders[1:] if name in answered]
     words = [word for word in words if word != "refused"]
     if not words:
         return "None of the methods could be asked."
