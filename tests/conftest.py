@@ -23,9 +23,11 @@ from heedful import gpu, models
 
 if not gpu.missing():
     import triton  # noqa: F401  its language is made to be interpreted, or not, when it is imported
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.language import standard
+    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
 
     # A launch has the language interpreted; each function that a kernel calls would see to it again, for a third of all
+    _patch_lang(standard.zeros.fn)  # whose module names the language otherwise than kernels do
     InterpretedFunction.__call__ = lambda called, *given, **named: called.rewrite()(*given, **named)
 del os.environ["TRITON_INTERPRET"]  # nothing but test_triton.py runs there
 

@@ -46,11 +46,11 @@ BOTH = {  # what stands beside the interface
     "AriaForConditionalGeneration": "MultiheadAttention",
     "GotOcr2ForConditionalGeneration": "GotOcr2VisionAttention",
     "ModernVBertForMaskedLM": "MultiheadAttention",
-    "PegasusXForConditionalGeneration": "PegasusXGlobalLocalAttention",
 }
 IN_PART = {
     "DFineModel": "DFineMultiscaleDeformableAttention",
     "LongT5ForConditionalGeneration": "LongT5LocalAttention",
+    "PegasusXForConditionalGeneration": "PegasusXGlobalLocalAttention",
 }
 WRITTEN = (
     "BloomForCausalLM",
