@@ -14,7 +14,7 @@ import pytest
 from heedful.bench.comparison import Comparison
 from heedful.bench.records import Answered, Cost, Record, Refused
 from heedful.bench.results import PLAIN
-from heedful.core.figures import Description, Listing, Role
+from heedful.core.figures import Description, Listing, Role, Scatter
 from heedful.methods.observe.sink_rate import SinkRate
 from heedful.report import page
 from tests.test_report import BROWSER, FakeProfile, profile, text_view
@@ -34,6 +34,13 @@ OVER = """[...document.querySelectorAll('.plot')].map(plot => {
   const pairs = boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => meet(a, b)));
   return [names.map(x => x.textContent), pairs.length];
 }).filter(([names]) => names.length)"""
+# points of plots on which a name lies
+COVERED = """[...document.querySelectorAll('.plot')].flatMap(plot => {
+  const boxes = (what) => [...plot.querySelectorAll(what)].map(x => x.getBoundingClientRect());
+  const over = (a, b, one, other) => Math.min(a[other], b[other]) - Math.max(a[one], b[one]) > 2;
+  const lies = (p) => (a) => over(a, p, 'left', 'right') && over(a, p, 'top', 'bottom');
+  return boxes('.points .point').filter(p => boxes('.textpoint text').some(lies(p)));
+}).length"""
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not BROWSER, reason="no Chromium or Chrome here (apt-get install chromium)"),
@@ -363,6 +370,19 @@ def test_names_of_points_leave_each_other_room(opened, compared, width):
     tab.set_viewport_size({"width": 600, "height": 844})
     tab.wait_for_timeout(500)
     assert [pairs for _, pairs in tab.evaluate(OVER)] == [0, 0]
+
+
+def test_a_name_without_room_above_its_point_stands_beside_it(browser: Any, tmp_path: Path) -> None:
+    at = {"plain": (1.0, 1.0), "close to it": (1.06, 1.02), "alone": (1.5, 2.0), "far to the right": (2.0, 1.5)}
+    points = {name: (x, y, y, y) for name, (x, y) in at.items()}
+    held = replace(profile(), parts=[(SinkRate(), Description((Scatter("few", "Few", "", points, "cost", "worth"),)))])
+    tab = browser.new_page(viewport={"width": 390, "height": 844})
+    tab.goto(page.write(held, tmp_path / "page.html").as_uri())
+    tab.locator(".plot .points .point").first.scroll_into_view_if_needed()
+    tab.wait_for_function(f"{OVER}.length == 1")
+    ((names, pairs),) = tab.evaluate(OVER)
+    assert (sorted(names), pairs) == (sorted(at), 0)
+    assert tab.evaluate(COVERED) == 0
 
 
 def test_an_empty_table_says_so(browser: Any, tmp_path: Path) -> None:

@@ -24,6 +24,17 @@ def banded(**what: Any) -> Curves:
     return Curves("spread", "Spread", "By place.", [1, 2, 4], lines, "place", "share", **how)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("many", "named"), [(2, 2), (9, 9), (10, 10), (11, 2)])
+def test_lines_are_named_up_to_as_many_as_there_are_colours(many: int, named: int):
+    lines = {f"method {n}": torch.tensor([1.0, n]) for n in range(many)}
+    drawn = curves(Curves("learning", "Learning", "", [1, 2], lines, "tokens", "loss"))
+    in_legend = [trace for trace in drawn.data if trace.showlegend is not False]
+    assert len(in_legend) == named
+    assert len({trace.line.color for trace in in_legend}) == named
+    if named > 6:  # 19 pixels a name on a phone, and as much room again for the lines
+        assert drawn.layout.height >= 2 * 19 * named
+
+
 def test_a_band_lies_behind_its_line_where_both_edges_are_known():
     low, high, *lines = curves(banded()).data
     assert [trace.name for trace in lines] == ["all", "some"]

@@ -16,7 +16,7 @@ SIGNED = {
 ACCENT = {False: "#d24100", True: "#fa8c58"}
 # Named lines: hues of one lightness, half way, for either ground.
 LINES = ("#4687d8", "#26998e", "#ad65be", "#ac7d1b", "#cd568b", "#4e9a52")
-# Roles of heads: the same, and four more.
+# Roles of heads, and more lines than that, up to which each is named: the same, and four more.
 ROLES = (*LINES, "#8a8d96", "#b5654a", "#b3aadd", "#8f9b3c")
 # Lines that have an order, such as layers: first to last.
 ORDERED = ("#504994", "#3d5ea5", "#1574ac", "#0089ab", "#009ba2", "#10ab93", "#59b781", "#8cbf70")

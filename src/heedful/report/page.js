@@ -95,7 +95,8 @@ const cut = (text) => (text.length > 18 ? `${text.slice(0, 17)}…` : text); // 
 function paint(place, traces, layout, config = {}) {
   const template = page.theme[dark() ? "dark" : "light"];
   if (place.clientWidth < 480 && layout.yaxis?.ticktext) layout = { ...layout, yaxis: { ...layout.yaxis, ticktext: layout.yaxis.ticktext.map(cut) } };
-  if (place.clientWidth < 480) traces = traces.map((t) => (t.mode === "markers+text" ? { ...t, text: t.text.map(cut) } : t));
+  const spelled = place.clientWidth < 480 ? cut : (text) => text;
+  traces = traces.map((t) => (t.mode === "markers+text" ? { ...t, text: t.customdata.map(spelled) } : t)); // all: leaveRoom places them
   if (place.clientWidth < 480 && layout.xaxis.dtick > 1) layout = { ...layout, xaxis: { ...layout.xaxis, dtick: layout.xaxis.dtick * 2 } };
   const whole = {
     ...layout, template, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
@@ -109,14 +110,25 @@ function paint(place, traces, layout, config = {}) {
   return drawn;
 }
 
-/* of names that would lie on one another the first stays; a tap and the table tell the others */
+/* a name stands above its point, or else beside or below, where it covers no other; a tap and the table tell the rest */
 function leaveRoom(place) {
-  const kept = [];
+  const box = (x) => x.getBoundingClientRect(), edge = box(place.querySelector(".nsewdrag"));
+  const marks = [...place.querySelectorAll(".points .point")].map(box), kept = [];
   for (const name of place.querySelectorAll(".textpoint text")) {
-    const a = name.getBoundingClientRect();
-    const over = kept.some((b) => a.left < b.right && b.left < a.right && a.top + 1 < b.bottom && b.top + 1 < a.bottom);
-    name.style.visibility = over ? "hidden" : "";
-    if (!over) kept.push(a);
+    name.style.translate = "";
+    const a = box(name), middle = (a.left + a.right) / 2, apart = (p) => Math.hypot((p.left + p.right) / 2 - middle, p.top - a.bottom);
+    const own = marks.reduce((p, q) => apart(q) < apart(p) ? q : p);
+    const level = (own.top + own.bottom - a.top - a.bottom) / 2;
+    const ways = [[0, 0], [own.right + 3 - a.left, level], [own.left - 3 - a.right, level], [0, own.bottom + 1 - a.top]];
+    const free = ways.find(([x, y]) => {
+      const [left, right, top, bottom] = [a.left + x, a.right + x, a.top + y, a.bottom + y];
+      const meets = (b) => left < b.right && b.left < right && top + 1 < b.bottom && b.top + 1 < bottom;
+      return left >= edge.left && right <= edge.right && !kept.some(meets) && !marks.some((b) => b !== own && meets(b));
+    });
+    name.style.visibility = free ? "" : "hidden";
+    if (!free) continue;
+    name.style.translate = `${free[0]}px ${free[1]}px`;
+    kept.push(box(name));
   }
 }
 

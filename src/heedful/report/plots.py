@@ -13,7 +13,7 @@ from torch import Tensor
 
 from heedful.core.errors import HeedfulError, nearest
 from heedful.core.figures import Curves, Figure, Grid, HeadMap, Intervals, Listing, Lit, Scatter
-from heedful.report.colours import CLOUD, LINES, ORDERED, ZERO, template
+from heedful.report.colours import CLOUD, LINES, ORDERED, ROLES, ZERO, template
 from heedful.report.lit import side_by_side
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WRITTEN = {"share": ".1~%", "nats": ".3~f", "tokens": ",.3~r"}
 HEAD = re.compile(r"\d+\.\d+")  # what `head_name` makes
 ROOM, TINY = 64, 1e-6  # letters that stand side by side below a plot; what rounding leaves of a ratio
-FEW = 6  # lines up to here have a colour and a place in the legend each
+FEW = 6  # places along an axis up to which each has a tick
 POINTS, NUMBERS = 600, 48_000  # in a line, and in the lines of one figure: a page stays light, a peak stays
 
 
@@ -166,10 +166,9 @@ def curves(figure: Curves, picked: Sequence[str] = ()) -> go.Figure:
                 middle = values[heads].nanmedian(0).values
                 traces.append(objects.Scatter(x=_array(x), y=_array(middle), name="median head", mode="lines"))
         for place, i in enumerate(others):
-            traces.append(objects.Scatter(x=_array(x), y=_array(values[i]), name=names[i], mode="lines"))
-            if figure.bands:
-                traces[-1].update(line={"color": LINES[i % len(LINES)]})
-            if len(others) > FEW:
+            line = {"color": ROLES[i % len(ROLES)]}
+            traces.append(objects.Scatter(x=_array(x), y=_array(values[i]), name=names[i], mode="lines", line=line))
+            if len(others) > len(ROLES):
                 shade = ORDERED[round(place / (len(others) - 1) * (len(ORDERED) - 1))]
                 traces[-1].update(line={"color": shade, "width": 1.4}, showlegend=place in (0, len(others) - 1))
         for name in picked:
@@ -186,6 +185,8 @@ def curves(figure: Curves, picked: Sequence[str] = ()) -> go.Figure:
         "hovermode": "closest",
         "legend": {"traceorder": "normal"},
     }
+    if len(LINES) < (named := sum(trace.showlegend is not False for trace in traces)):
+        layout["height"] = 300 + 14 * named  # a name a line, on a phone
     return _finish(figure, traces, layout)
 
 
@@ -198,7 +199,7 @@ def _bands(figure: Curves, x: Tensor, kept: Tensor, values: Tensor) -> list[Any]
     for i, name in enumerate(figure.lines):
         if name not in figure.bands:
             continue
-        colour = LINES[i % len(LINES)]
+        colour = ROLES[i % len(ROLES)]
         shade = ", ".join(str(int(colour[at : at + 2], 16)) for at in (1, 3, 5))
         edges = torch.stack([y.detach().to("cpu", torch.float32)[kept] for y in figure.bands[name]])
         known = edges.isfinite().all(0)
