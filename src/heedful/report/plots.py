@@ -179,7 +179,7 @@ def curves(figure: Curves, picked: Sequence[str] = ()) -> go.Figure:
             trace.update(mode="markers")
     few = {"tickvals": list(figure.x), "ticktext": [f"{v:g}" for v in figure.x]} if len(figure.x) <= FEW else {}
     along = _scale(figure.log_x, torch.tensor([float(v) for v in figure.x])) | few
-    layout = {
+    layout: dict[str, Any] = {
         "xaxis": {"title": {"text": figure.x_label}, **along},
         "yaxis": {"title": {"text": figure.y_label}, **_scale(figure.log_y, values)},
         "hovermode": "closest",
