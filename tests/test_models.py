@@ -282,6 +282,12 @@ def test_the_hub_is_asked_once_for_what_is_not_there(monkeypatch: pytest.MonkeyP
     assert asked == ["nobody/nothing"] * 2
 
 
+@pytest.mark.parametrize("name", ["default", "gemma3", "reactions"])
+def test_what_comes_along_has_no_stack_to_be_loaded_with(name: str) -> None:
+    with pytest.raises(ModelError, match=rf"{name} was saved without a stack; load it with heedful\.models\.load"):
+        heedful.load(name)
+
+
 def test_nobody_is_asked_for_a_folder(tmp_path: Path) -> None:
     own = {"trust_remote_code": False}  # code that comes with a model is not run unless a caller says so
     assert folders.hub_arguments(tmp_path, {"dtype": "auto"}) == own | {"local_files_only": True}

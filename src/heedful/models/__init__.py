@@ -96,6 +96,9 @@ def load(name_or_path: str | Path, **kw: Any) -> Loaded:
 
 
 def require_there(name: str, **kw: Any) -> None:
-    """One plain error for a name that is nowhere, and which known one is near it."""
-    known = (*_NAMES, *(f"tiny:{kind}" for kind in kinds()), smollm2.REPO, minilm.REPO)
-    hub.require_there(name, known, **kw)
+    """One plain error for a name that is nowhere, with the known one that is near it, or whose model has no stack."""
+    if name in _NAMES:
+        raise ModelError(
+            f"{name} was saved without a stack; load it with heedful.models.load({name!r}), and attach() one"
+        )
+    hub.require_there(name, (*_NAMES, *(f"tiny:{kind}" for kind in kinds()), smollm2.REPO, minilm.REPO), **kw)
