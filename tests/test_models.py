@@ -152,6 +152,7 @@ def test_missing_weights_name_the_ways_out(get, monkeypatch: pytest.MonkeyPatch)
 def test_installed_files_are_found_without_import() -> None:
     assert packages.installed("no-such-package-here", "*.gguf") is None
     assert packages.installed(smollm2.PACKAGE, "*.no-such-ending") is None
+    assert packages.installed("rxnmapper", "okenizer_config.json") is None  # not the whole of a name
     found = packages.installed(smollm2.PACKAGE, "*.gguf")
     assert found is not None
     assert found.stat().st_size > 1e7
