@@ -76,6 +76,11 @@ def test_layers_told_apart_compute_what_one_did(reactions: models.Loaded) -> Non
     assert models.load("rxnmapper").name == models.load("reactions").name == reactions.name
 
 
+def test_maps_of_one_layer_that_runs_often_are_refused(reactions: models.Loaded) -> None:
+    with pytest.raises(ModelError, match=r"albert_layers\.0\.attention runs several times in one forward"):
+        heedful.patterns(shared(), REACTION, tokenizer=reactions.tokenizer)
+
+
 def test_it_cuts_smiles_as_the_package_does(reactions: models.Loaded) -> None:
     tokenizer = reactions.tokenizer
     for text in (REACTION, MAPPED, "N#C[C@@H]1CC%12.Br/C=C\\Cl~[Na+]>>*C$C", "B(O)O.IP(=O)S.c1nosp1>C>C:C@?"):
