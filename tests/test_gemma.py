@@ -11,11 +11,12 @@ from torch import Tensor
 import heedful
 from heedful import models
 from heedful.conformance.tolerances import close_model
-from heedful.core.errors import ModelError
-from heedful.methods import SinkRate, SinkWindow
+from heedful.core.errors import ModelError, RefusedModel
+from heedful.methods import ClippedSoftmax, SinkRate, SinkWindow, SnapKV, TempScale
 from heedful.models import folders, gemma3, packages
 
 WINDOW = 4
+WHOLE = [5, 11, 17]  # the layers of Gemma 3 270M that see the whole text
 # ids that a written-out byte pair encoding gives for these texts: signs that the vocabulary names as the user's first,
 # then always the pair of the highest score
 TOKENS = {
@@ -141,7 +142,7 @@ def gemma() -> models.Loaded:
 def test_it_reads_and_writes(gemma: models.Loaded) -> None:
     model, tokenizer, name = gemma
     assert (name, model.training, model.config.sliding_window) == ("Gemma 3 270M", False, 512)
-    assert [kind[0] for kind in model.config.layer_types] == list("sssssf" * 3)
+    assert [i for i, kind in enumerate(model.config.layer_types) if kind == "full_attention"] == WHOLE
     for text, ids in TOKENS.items():
         assert tokenizer(text).input_ids == ids
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
@@ -151,18 +152,31 @@ def test_it_reads_and_writes(gemma: models.Loaded) -> None:
 
 
 @pytest.mark.slow
-def test_a_window_narrower_than_its_own_changes_only_what_sees_further(gemma: models.Loaded) -> None:
+def test_its_windows_are_those_of_a_method(gemma: models.Loaded) -> None:
     model, tokenizer, _ = gemma
-    inputs = tokenizer("The lighthouse had been dark for eleven years. " * 70, return_tensors="pt")
-    assert inputs.input_ids.shape[1] > 512
+    inputs = dict(tokenizer("The lighthouse had been dark for eleven years. " * 60, return_tensors="pt"))
+    assert inputs["input_ids"].shape[1] > 512
+    window, how = SinkWindow(sinks=0, window=512), {"use_cache": False, "logits_to_keep": 1}
+    windowed = [i for i in range(18) if i not in WHOLE]
     with torch.no_grad():
-        plain = model(**inputs).logits
-        with heedful.attach(model, SinkWindow(sinks=0, window=512) | SinkRate()) as run:
-            windowed = run(**inputs).logits
-            rate = run[SinkRate()]
-        sliding = [i for i, kind in enumerate(model.config.layer_types) if kind == "sliding_attention"]
-        with heedful.attach(model, SinkWindow(sinks=0, window=512).on(layers=sliding)) as run:
-            same = run(**inputs).logits
-    assert close_model(same, plain)
-    assert not close_model(windowed, plain)
-    assert str(rate)
+        plain = model(**inputs, **how).logits
+        with heedful.attach(model, window.on(layers=windowed)) as run:
+            assert close_model(run(**inputs, **how).logits, plain)
+        with heedful.attach(model, window.on(layers=WHOLE)) as run:
+            assert not close_model(run(**inputs, **how).logits, plain)
+
+
+@pytest.mark.slow
+def test_methods_of_four_families_write_on_with_it(gemma: models.Loaded) -> None:
+    model, tokenizer, _ = gemma
+    asked = tokenizer("The opposite of hot is", return_tensors="pt")
+    stack = ClippedSoftmax(gamma=-0.001).on(layers=[2, 3]) | TempScale(1.02).on(layers=[7])
+    with heedful.attach(model, stack | SnapKV(budget=0.75).on(layers=WHOLE) | SinkRate()) as run:
+        said = model.generate(**asked, max_new_tokens=8, do_sample=False)
+        assert tokenizer.decode(said[0], skip_special_tokens=True).startswith("The opposite of hot is cold.")
+        kept, of = (sum(counts) for counts in zip(*(run.state.kept[i] for i in WHOLE), strict=True))
+        assert kept < of
+        assert "by layer" in str(run[SinkRate()])
+    refused = pytest.raises(RefusedModel, match=r"DynamicSlidingWindowLayer.*to layers with full attention")
+    with refused, heedful.attach(model, SnapKV(budget=0.75)):
+        model.generate(**asked, max_new_tokens=2, do_sample=False)
