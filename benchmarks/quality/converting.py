@@ -22,6 +22,7 @@ from heedful.bench.results import price
 from heedful.core.kinds import Prompt, Surgery
 from heedful.core.method import Part, Stack, as_stack
 from heedful.methods import MALA, AttentionEditing, GatedHeads, MultiQueryAttention, SinkWindow
+from heedful.models import smollm2
 
 NAME = "converting"
 TEXTS, HELD_OUT, WORDS, TOKENS = 16, 8, 220, 256
@@ -79,7 +80,7 @@ def main() -> None:
     for name in asked:
         rows.append(convert(name, model, texts, held_out, prompt))
         print(rows[-1], flush=True)
-        record(NAME, rows, model=models.DEFAULT_REPO, prompt=len(prompt), inputs=f"help texts of up to {TOKENS} tokens")
+        record(NAME, rows, model=smollm2.REPO, prompt=len(prompt), inputs=f"help texts of up to {TOKENS} tokens")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from heedful.core.regions import Roles
 from heedful.core.spelling import built
 from heedful.engine.learned import PREFIX, learned
 from heedful.engine.run import Run
-from heedful.models import hub_arguments, reading, require_there, require_whole, some
+from heedful.models import require_there
+from heedful.models.folders import hub_arguments, reading, require_whole, some
 
 ROOM = "heedful_room"  # what a class with room is told of the stack, beside what the model's own takes
 

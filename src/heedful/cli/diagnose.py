@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from heedful.models import Loaded
 
 DRAWN = 256  # tokens for a model without a tokenizer
+UNKNOWN = 0.1  # share of the built-in text that a tokenizer may have no token for
 OTHERS = {
     "images": ("image", "photos", "vision"),
     "audio": ("sound", "clips", "speech"),
@@ -69,8 +70,16 @@ def summary(profile: Profile, page: Path | None) -> str:
 
 def built_in(loaded: Loaded) -> str | Tensor:
     """What is read where no text is given: ours, or drawn tokens where no tokenizer knows words."""
-    if loaded.tokenizer is not None:
-        return files("heedful").joinpath("cli/text.txt").read_text(encoding="utf-8")
+    if (tokenizer := loaded.tokenizer) is not None:
+        text = files("heedful").joinpath("cli/text.txt").read_text(encoding="utf-8")
+        if (unknown := tokenizer.unk_token_id) is not None:
+            ids = tokenizer(text, verbose=False).input_ids
+            if (share := ids.count(unknown) / len(ids)) > UNKNOWN:
+                raise HeedfulError(
+                    f"{loaded.name} reads other texts than English: its tokenizer makes {share:.0%} of the built-in "
+                    f"text {tokenizer.unk_token}. Name a text for it: --text FILE"
+                )
+        return text
     import torch
 
     table = loaded.model.get_input_embeddings()

@@ -16,7 +16,7 @@ from heedful.core.errors import FoldError, ModelError
 from heedful.core.method import Method, Part
 from heedful.core.sites import HEADLESS_SITES
 from heedful.folding import fold
-from heedful.models import _quiet
+from heedful.models.folders import quiet
 
 KINDS = ("llama", "mha", "qwen3", "gpt2", "bert")
 
@@ -51,7 +51,7 @@ def _require_equal(case: str, plain: nn.Module, requested: torch.Tensor) -> None
         names = [type(module).__module__, *vars(module), *dict(module.named_parameters(recurse=False))]
         if any("heedful" in x for x in names):
             raise Broken(f"{case}: something of heedful stays in {name or 'the model'}")
-    with _quiet(local=True), tempfile.TemporaryDirectory() as folder:
+    with quiet(local=True), tempfile.TemporaryDirectory() as folder:
         plain.save_pretrained(folder)  # type: ignore[operator]
         again = type(plain).from_pretrained(folder, attn_implementation="eager").eval().to(place())  # type: ignore[attr-defined]
     if not torch.equal(logits(again, input_ids=text()), found):

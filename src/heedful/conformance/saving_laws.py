@@ -14,7 +14,7 @@ from heedful.conformance.subjects import Subject
 from heedful.conformance.tolerances import error
 from heedful.conformance.verdict import Broken, law
 from heedful.core.method import Method
-from heedful.models import _quiet
+from heedful.models.folders import quiet
 from heedful.saving import load
 
 
@@ -30,7 +30,7 @@ def survives_saving(method: Method) -> None:
 
 def _survives(method: Method, subject: Subject, model: Any) -> None:
     draw = torch.Generator().manual_seed(0)
-    with _quiet(local=True), tempfile.TemporaryDirectory() as folder:
+    with quiet(local=True), tempfile.TemporaryDirectory() as folder:
         with subject.attach(model, method) as run:
             for parameter in run.parameters():  # away from where it starts, as training would
                 parameter += 0.1 * torch.randn(parameter.shape, generator=draw).to(parameter)

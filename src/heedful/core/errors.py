@@ -125,3 +125,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     names = {name.lower(): name for name in known}
     close = get_close_matches(word.lower(), names, n=3, cutoff=0.6)
     return f" Did you mean {', '.join(names[c] for c in close)}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or of what kind it is where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

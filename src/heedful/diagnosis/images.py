@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformers.image_processing_base import ImageProcessingMixin
 
-from heedful.copies import first_line
-from heedful.core.errors import FieldError, HeedfulError
+from heedful.core.errors import FieldError, HeedfulError, first_line
 from heedful.diagnosis.gathering import Gathering
 from heedful.diagnosis.texts import Source, Texts, Windows
 

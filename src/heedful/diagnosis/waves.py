@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from heedful.copies import first_line
+from heedful.core.errors import first_line
 
 ENDINGS = (".wav", ".wave")
 REACH = 24  # zero crossings of the sinc to each side: what is lost lies within 2 % of the highest pitch that is kept

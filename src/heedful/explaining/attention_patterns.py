@@ -17,7 +17,7 @@ from heedful.adapters.wrapped import unwrapped
 from heedful.api import attach, still
 from heedful.core.asked import asks
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, ModelError
 from heedful.core.figures import Grid, Head, counted, head_name
 from heedful.core.kinds import Tokenizer
 from heedful.core.method import Method, Part, Stack, as_stack
@@ -138,7 +138,14 @@ class _Whole(Method):
             raise FieldError("patterns()", "text", f"{stop} tokens", rule, good)
         whole = weights.new_zeros(h, r, stop)
         whole[..., call.keys.index[0, 0]] = weights[0]
-        return Cat.of(f"{call.rows.start or 0:09d}", whole)
+        rows = f"{call.rows.start or 0:09d}"
+        if (seen := f"{call.layer} {rows}") in call.state.forward:
+            raise ModelError(
+                f"patterns(): {call.name} runs several times in one forward, and its maps are told apart by layer; "
+                "give each time a module of its own with the same weights (ALBERT: num_hidden_groups=num_hidden_layers)"
+            )
+        call.state.forward[seen] = True
+        return Cat.of(rows, whole)
 
 
 @torch.no_grad()

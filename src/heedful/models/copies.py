@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from heedful.core.errors import ModelError
+from heedful.core.errors import ModelError, first_line
 
 CACHE_FORMAT = 1  # raised when a conversion changes, so that older copies are made anew
 log = logging.getLogger(__name__)
@@ -39,10 +39,6 @@ def unpacked(path: Path, convert: Callable[[Path, Path], None], takes: str) -> P
 def digest_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _make_copy(path: Path, home: Path, source: dict[str, Any], convert: Callable[[Path, Path], None]) -> None:

