@@ -45,12 +45,15 @@ def folders(home: Path, count: int = 4) -> Path:
 def sound(path: Path, seconds: float = 0.1, seed: int = 0) -> Path:
     """A WAV file of noise."""
     values = torch.randn(round(seconds * 16_000), generator=torch.Generator().manual_seed(seed)).clamp(-3, 3) * 8000
+    return written(path, values)
+
+
+def written(path: Path, values: torch.Tensor) -> Path:
+    """A WAV file of samples of two bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with wave.open(str(path), "wb") as file:
-        file.setsampwidth(2)
-        file.setnchannels(1)
-        file.setframerate(16_000)
-        file.writeframes(struct.pack(f"<{len(values)}h", *values.int().tolist()))
+        file.setparams((1, 2, 16_000, len(values), "NONE", ""))
+        file.writeframes(struct.pack(f"<{len(values)}h", *values.clamp(-32_768, 32_767).int().tolist()))
     return path
 
 

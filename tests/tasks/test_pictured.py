@@ -95,6 +95,20 @@ def test_the_model_is_shown_picture_and_question(template: str | None, tmp_path:
         assert task.score(item, sheet) == float(whole[right] > whole[other])
 
 
+def test_what_is_told_of_each_token_goes_in_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = llava()
+    own = type(given.tokenizer).__call__
+
+    def telling(self: Any, **asked_for: Any) -> Any:
+        found = own(self, **asked_for)
+        return {**found, "token_type_ids": torch.zeros_like(found["input_ids"])}
+
+    monkeypatch.setattr(type(given.tokenizer), "__call__", telling)
+    (item,) = from_file(asked(tmp_path)).items(given.tokenizer, 1)
+    assert item.cut is None
+    assert set(item.shown.inputs) == {"pixel_values", "token_type_ids"}
+
+
 def test_it_is_compared(tmp_path: Path) -> None:
     methods = [SHARP, "snapkv(budget=0.5)", "pruneheads(groups=((2,0),))", ToMe(1).on(layers=range(2))]
     found = compare(llava(), methods, [asked(tmp_path)], turns=1, batch=[1, 2])

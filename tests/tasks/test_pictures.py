@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
+import cloudpickle
 import pytest
 import torch
 from torch import Tensor
@@ -245,6 +247,16 @@ def test_models_that_do_not_see_are_refused_before_they_run(tmp_path: Path, monk
         compare(vit(), [SHARP], ["induction"])
     with pytest.raises(FieldError, match="has no tokenizer or processor"):
         compare(vit()._replace(tokenizer=None), [SHARP], [tmp_path])
+
+
+def test_the_task_goes_to_other_processes(tmp_path: Path) -> None:
+    given = encoder()
+    task = from_file(folders(tmp_path)).on(given.model, given.tokenizer)
+    (item,) = task.items(given.tokenizer, 1)
+    again, other = pickle.loads(cloudpickle.dumps((task, item)))
+    with text_model(given.model, None, item.shown) as speaker:
+        assert answer(speaker, other).means == answer(speaker, item).means
+    assert repr(again) == repr(task)
 
 
 def test_items_want_a_model(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
 
-import heedful
 from heedful import models
 from heedful.bench.answer import answer
 from heedful.bench.compare import compare
@@ -16,11 +17,13 @@ from heedful.bench.records import Answered, Cost
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.diagnosis.sounds import writes
-from heedful.methods import SinkWindow, TempScale
+from heedful.diagnosis.waves import read_wave
+from heedful.methods import TempScale
 from heedful.tasks import find, from_file
 from heedful.tasks._sounds import OwnSpeech, spoken, word_errors
 from heedful.text_models import text_model
-from tests.tasks.beside import SoundReader, sound, spoken_folder, whisper
+from tests.tasks.beside import SoundReader, sound, spoken_folder, whisper, written
+from tests.test_speech import clip
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,7 @@ def test_it_is_compared(tmp_path: Path) -> None:
     assert {(r.tokens, r.batch) for r in costs} == {(11, 1), (11, 2)}  # ten places of the encoder, and a token
     assert all(r.step is not None and r.cache > 0 and r.density is None for r in costs)
     assert {r.cache for r in costs if r.batch == 2} == {2 * r.cache for r in costs if r.batch == 1}
+    assert found.matrix.columns[1] == ("clips", "points, less is better")
     assert "The margin is 5 points." in str(found)
     assert "In share of words wrong; less is better. Guessing scores 100%." in str(found)
     assert found.page(tmp_path / "page.html").stat().st_size > 100_000
@@ -161,20 +165,27 @@ def test_items_want_a_model(tmp_path: Path) -> None:
         from_file(spoken_folder(tmp_path)).items(SoundReader(), 1)
 
 
+def test_the_task_goes_to_other_processes(tmp_path: Path) -> None:
+    given = whisper()
+    task = from_file(spoken_folder(tmp_path)).on(given.model, given.tokenizer)
+    again, item = pickle.loads(cloudpickle.dumps((task, task.item(given.tokenizer, 0, 0))))
+    with text_model(given.model, None, item.shown) as speaker:
+        sheet = answer(speaker, item)
+    assert again.score(item, sheet) == task.score(item, sheet)
+    assert repr(again) == repr(task)
+
+
 @pytest.mark.slow
-def test_whisper_writes_down_a_clip(tmp_path: Path, clip: Path) -> None:
-    """Real speech: the model as it is makes few errors, and one whose decoder sees eight tokens makes many."""
-    from heedful.diagnosis.waves import read_wave
-
-    samples, _ = read_wave(clip, 16_000)
-    import struct
-    import wave
-
-    for i, start in enumerate((0, 12)):
-        part = (samples[start * 16_000 : (start + 12) * 16_000] * 32_767).clamp(-32_768, 32_767).int().tolist()
-        with wave.open(str(tmp_path / f"{i}.wav"), "wb") as file:
-            file.setparams((1, 2, 16_000, len(part), "NONE", ""))
-            file.writeframes(struct.pack(f"<{len(part)}h", *part))
-        (tmp_path / f"{i}.txt").write_text("It was the best of times, it was the worst of times")
-    found = heedful.compare(models.speech(), [SinkWindow(2, 4)], [tmp_path], turns=0)
-    assert found.results
+def test_whisper_makes_no_error_in_a_clear_reading(tmp_path: Path) -> None:
+    samples, _ = read_wave(clip("two_cities.wav"), 16_000)
+    for name, begin, end, words in (
+        ("a", 0.0, 6.42, "It was the best of times, it was the worst of times, it was the age of wisdom,"),
+        ("b", 13.08, 18.79, "it was the season of Light, it was the season of Darkness, it was the spring of hope,"),
+    ):
+        part = samples[int(begin * 16_000) : int(end * 16_000)]
+        written(tmp_path / f"{name}.wav", part * 32_767).with_suffix(".txt").write_text(words)
+    found = compare(models.speech(), [TempScale(3.0)], [tmp_path], turns=0)
+    plain, flat = found.results
+    assert (plain.score, plain.prompts) == (0, 2)
+    assert flat.score > 0
+    assert flat.nats < plain.nats
