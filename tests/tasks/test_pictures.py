@@ -207,6 +207,9 @@ def test_it_is_compared(tmp_path: Path) -> None:
     assert {r.density for r in costs if r.contender.startswith("ToMe")} == {None}  # of fewer patches
     assert {r.density for r in costs if r.contender.startswith("TempScale")} == {1.0}
     assert [name for name, _ in found.matrix.columns] == ["verdict", "pictures", "prefill", "pairs"]
+    table = next(figure for figure in found.description().figures if figure.key == "costs")
+    assert table.columns == ("method", "prefill, s", "prefill ×", "peak, MB", "pairs")  # type: ignore[attr-defined]
+    assert {len(row) for row in table.rows} == {5}  # type: ignore[attr-defined]
     assert found.page(tmp_path / "page.html").stat().st_size > 100_000
     assert Comparison.load(found.save(tmp_path / "kept.jsonl")).records == found.records
     assert len(found.to_pandas()["costs"]) == 8

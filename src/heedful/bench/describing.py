@@ -69,6 +69,7 @@ def findings(c: Results) -> Iterable[Finding]:
         yield Finding(f"{refused.contender} was refused{task}: {refused.reason}", 0.4)
 
 
+FOLLOWS = ("token, ms", "token ×", "cache, MB", "cache ×")  # costs of the tokens that follow a prompt
 LONG = {
     "safe": "no worse than by the margin on any task",
     "unclear": "not decided yet",
@@ -156,8 +157,9 @@ def figures(c: Results) -> Iterable[Figure]:
             "What each costs",
             f"Measured on {read} of {tokens} tokens, in {counted(prices[0].turns, 'timing repeat')}, each beside "
             f"one of the baseline; ratios are to it. Memory is what prefill takes above the resting model.{left}",
-            ("method", "prefill, s", "prefill ×", "token, ms", "token ×", "cache, MB", "cache ×", "peak, MB", "pairs"),
-            [_cost_row(p) for p in prices],
+            *_filled(
+                ("method", "prefill, s", "prefill ×", *FOLLOWS, "peak, MB", "pairs"), [_cost_row(p) for p in prices]
+            ),
         )
     if len(c.batches) > 1:
         yield from by_batch(c)
@@ -179,6 +181,14 @@ def _row(r: Result, unit: str) -> tuple[object, ...]:
         times, digits = (100, 1) if unit in POINTS else (1, 3)
         gap = tuple(rounded(times * x, digits) if math.isfinite(x) else None for x in _known(r.gap))
     return r.contender, r.prompts, number(r.score, unit), *gap, r.nats, "yes" if r.active else "no"
+
+
+def _filled(
+    columns: tuple[str, ...], rows: list[tuple[object, ...]]
+) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+    """The same without the columns on tokens that follow, where none does."""
+    stay = [i for i, name in enumerate(columns) if name not in FOLLOWS or any(row[i] is not None for row in rows)]
+    return tuple(columns[i] for i in stay), [tuple(row[i] for i in stay) for row in rows]
 
 
 def _cost_row(p: Price) -> tuple[object, ...]:
