@@ -43,8 +43,8 @@ class TextModel(ABC):
 
     @property
     def active(self) -> bool:
-        """Whether what is tried has changed anything so far."""
-        return self.run is not None and self.run.active
+        """Whether what is tried has changed anything so far; a run calls itself active once every part has."""
+        return self.run is not None and bool(self.run.state.changed)
 
     @property
     def reason(self) -> str:

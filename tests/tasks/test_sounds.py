@@ -18,7 +18,7 @@ from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.diagnosis.sounds import writes
 from heedful.diagnosis.waves import read_wave
-from heedful.methods import TempScale
+from heedful.methods import SinkWindow, TempScale
 from heedful.tasks import find, from_file
 from heedful.tasks._sounds import OwnSpeech, spoken, word_errors
 from heedful.text_models import text_model
@@ -163,6 +163,21 @@ def test_methods_that_sounds_do_not_suit_are_refused(tmp_path: Path) -> None:
 def test_items_want_a_model(tmp_path: Path) -> None:
     with pytest.raises(FieldError, match="makes items for one model alone"):
         from_file(spoken_folder(tmp_path)).items(SoundReader(), 1)
+
+
+def test_a_method_that_changed_the_encoder_alone_changed_something(tmp_path: Path) -> None:
+    """Its step on caches finds too few tokens in the decoder's; its mask is another in the encoder all the same."""
+    given = whisper()
+    task = from_file(spoken_folder(tmp_path)).on(given.model, given.tokenizer)
+    (item,) = task.items(given.tokenizer, 1)
+    with text_model(given.model, None, item.shown) as speaker:
+        plain = answer(speaker, item)
+    with text_model(given.model, SinkWindow(1, 8), item.shown) as speaker:
+        assert answer(speaker, item).means != plain.means
+        assert speaker.run is not None
+        assert speaker.run.inactive
+        assert speaker.active
+        assert speaker.reason == ""
 
 
 def test_the_task_goes_to_other_processes(tmp_path: Path) -> None:
