@@ -7,6 +7,7 @@ import json
 from benchmarks.speed.timing import RECORDS, load
 from heedful.bench.comparison import Comparison
 from heedful.bench.describing import markdown
+from heedful.bench.records import Cost
 
 COMPARED = RECORDS / "compare.jsonl"
 SEEN = {ground: RECORDS / f"compare_{ground}.jsonl" for ground in ("speech", "pictures", "asked")}
@@ -54,13 +55,17 @@ ABOUT = {
 
 def seen() -> list[str]:
     """The committed comparisons on speech, pictures and questions about pictures."""
-    out = ["## Speech, pictures, and questions about pictures\n"]
+    out = [
+        "## Speech, pictures, and questions about pictures\n",
+        "Times were taken beside other work, and tell little; answers do not depend on that.\n",
+    ]
     for ground, path in SEEN.items():
         if path.exists():
             found = Comparison.load(path)
-            by = f"{found.facts['device']}, {_versions(found.facts['versions'])}."
+            hardware = next(record.machine for record in found.records if isinstance(record, Cost))
+            by = f"{hardware}, {_versions(found.facts['versions'])}."
             out += [f"### {TITLES[ground]}\n", f"{ABOUT[ground]} {by}\n", *markdown(found.description()), ""]
-    return out if len(out) > 1 else []
+    return out if len(out) > 2 else []
 
 
 def kvpress() -> list[str]:
