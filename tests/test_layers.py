@@ -28,6 +28,7 @@ BELOW = {  # what each room may import, besides itself
         "facts",
         "methods",
         "report",
+        "tasks",
     },
     "conformance": {
         "core",

@@ -17,6 +17,7 @@ from heedful.core.method import Method, Readings, Stack
 from heedful.core.paper import UNPUBLISHED
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Sum
+from heedful.shown import Shown
 from heedful.text_models import Combined
 
 
@@ -51,7 +52,7 @@ def test_a_step_is_made_ready_and_an_image_is_read() -> None:
     model: Any = models.tiny("llava", attn_implementation="eager")
     inputs = models.tiny_inputs(model, batch=1)
     prompt, pixels = Prompt(tuple(inputs["input_ids"][0].tolist())), {"pixel_values": inputs["pixel_values"]}
-    with torch.no_grad(), Combined(model, _Told(), inputs=pixels) as voice:
+    with torch.no_grad(), Combined(model, _Told(), shown=Shown(pixels)) as voice:
         found = voice.read(prompt)[0]
         after = voice.go_on(7)
         wanted = model(**inputs).logits[0, -1]

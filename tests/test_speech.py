@@ -108,6 +108,7 @@ def test_its_tokenizer_and_what_it_never_writes(speech: models.Loaded) -> None:
     assert words.convert_ids_to_tokens([50257, 50258, 50359, 50363]) == [
         "<|endoftext|>", "<|startoftranscript|>", "<|transcribe|>", "<|notimestamps|>",
     ]  # fmt: skip
+    assert words.encode(" Hello there, it was too", add_special_tokens=False) == [2425, 456, 11, 309, 390, 886]
     assert words.pad_token_id == words.eos_token_id == told.eos_token_id == 50257
     assert (len(told.lang_to_id), told.lang_to_id["<|en|>"], told.lang_to_id["<|su|>"]) == (99, 50259, 50357)
     assert told.decoder_start_token_id == 50258

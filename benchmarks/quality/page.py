@@ -7,8 +7,10 @@ import json
 from benchmarks.speed.timing import RECORDS, load
 from heedful.bench.comparison import Comparison
 from heedful.bench.describing import markdown
+from heedful.bench.records import Cost
 
 COMPARED = RECORDS / "compare.jsonl"
+SEEN = {ground: RECORDS / f"compare_{ground}.jsonl" for ground in ("speech", "pictures", "asked")}
 
 
 def _row(*cells: object) -> str:
@@ -41,6 +43,29 @@ def compared() -> list[str]:
         return []
     found = Comparison.load(COMPARED)
     return ["## Ten methods on three tasks\n", *markdown(found.description()), ""]
+
+
+TITLES = {"speech": "Speech", "pictures": "Pictures", "asked": "Questions about pictures"}
+ABOUT = {
+    "speech": "Whisper base writes down a reading of A Tale of Two Cities, cut at pauses; few clips decide little.",
+    "pictures": "DINOv2-S/14 under a ridge head names scikit-learn's handwritten digits; eight of each fit the head.",
+    "asked": "The small vision-language model of `claims/_sight.py` says which colour or shape is on which side.",
+}
+
+
+def seen() -> list[str]:
+    """The committed comparisons on speech, pictures and questions about pictures."""
+    out = [
+        "## Speech, pictures, and questions about pictures\n",
+        "Times were taken beside other work, and tell little; answers do not depend on that.\n",
+    ]
+    for ground, path in SEEN.items():
+        if path.exists():
+            found = Comparison.load(path)
+            hardware = next(record.machine for record in found.records if isinstance(record, Cost))
+            by = f"{hardware}, {_versions(found.facts['versions'])}."
+            out += [f"### {TITLES[ground]}\n", f"{ABOUT[ground]} {by}\n", *markdown(found.description()), ""]
+    return out if len(out) > 2 else []
 
 
 def kvpress() -> list[str]:
@@ -128,4 +153,4 @@ def page() -> str:
         "What methods do to answers, measured on one small model: a statement about that model and these tasks, and no "
         "more. Differences are paired by prompt; all intervals of a comparison hold at once with 95 %.\n",
     ]
-    return "\n".join([*head, *tasks(), *compared(), *kvpress(), *conversions(), *faithfulness()])
+    return "\n".join([*head, *tasks(), *compared(), *seen(), *kvpress(), *conversions(), *faithfulness()])

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from heedful.adapters.cache_name import CACHE, cache_of
 from heedful.api import arrange, attach, operate, reader
@@ -19,8 +20,11 @@ from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.kinds import NOTHING, Decode, Prompt, Surgery, Tokens
 from heedful.core.method import Part, Stack
 from heedful.engine.run import Run
+from heedful.shown import Shown
 
 Contender = Part | Stack | Tokens | Decode | Surgery  # whatever can be tried on a model
+ALONE = Shown()  # a text with nothing beside it
+FED = {"text": "input_ids", "sound": "decoder_input_ids"}  # what a model calls the tokens of a prompt
 
 
 class TextModel(ABC):
@@ -28,6 +32,7 @@ class TextModel(ABC):
 
     run: Run | None = None  # where a stack acts
     rows: int = 1  # of a batch, all of the same text
+    shown: Shown = ALONE  # what is read beside the prompt, from the next one on
 
     @abstractmethod
     def read(self, prompt: Prompt, cut: int | None = None, every: bool = False) -> Tensor:
@@ -38,8 +43,8 @@ class TextModel(ABC):
 
     @property
     def active(self) -> bool:
-        """Whether what is tried has changed anything so far."""
-        return self.run is not None and self.run.active
+        """Whether what is tried has changed anything so far; a run calls itself active once every part has."""
+        return self.run is not None and bool(self.run.state.changed)
 
     @property
     def reason(self) -> str:
@@ -75,21 +80,36 @@ class TextModel(ABC):
 class Single(TextModel):
     """A model as it is, or under a run."""
 
-    def __init__(self, model: Any, run: Run | None = None, inputs: Mapping[str, Any] = NOTHING) -> None:
-        require_causal(model)
-        self.model, self.run, self.inputs = model, run, inputs
+    def __init__(self, model: Any, run: Run | None = None, shown: Shown = ALONE) -> None:
+        if shown.reads == "text":
+            require_causal(model)
+        self.model, self.run, self.shown = model, run, shown
         self.device = next(model.parameters()).device
         takes = inspect.signature(model.forward).parameters
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._cache: Any = None
+        self._heard: dict[str, Any] = {}  # what the encoder made of a sound
 
     @torch.no_grad()
     def _feed(self, tokens: Iterable[int], every: bool) -> Tensor:
+        if self.shown.reads == "image":
+            return named(self.model(**self._beside()), self.shown)
         ids = torch.tensor([list(tokens)] * self.rows, device=self.device)
-        more = {**({} if every else self._last), **(self.inputs if self._cache is None else {})}
-        seen = self.model(input_ids=ids, use_cache=True, **{CACHE: self._cache}, **more)
+        more = {**({} if every else self._last), **(self._beside() if self._cache is None else self._heard)}
+        seen = self.model(**{FED[self.shown.reads]: ids, CACHE: self._cache}, use_cache=True, **more)
         self._cache = cache_of(seen)
+        if self.shown.reads == "sound":
+            self._heard = {"encoder_outputs": BaseModelOutput(seen.encoder_last_hidden_state)}
         return seen.logits[0] if every else seen.logits[0, -1:]
+
+    def _beside(self) -> dict[str, Any]:
+        """What is read beside the prompt, once for each row."""
+
+        def placed(x: Tensor) -> Tensor:
+            x = x.to(self.device, self.model.dtype if x.is_floating_point() else x.dtype)
+            return torch.cat([x] * self.rows)
+
+        return {name: placed(x) if isinstance(x, Tensor) else x for name, x in self.shown.inputs.items()}
 
     def read(self, prompt: Prompt, cut: int | None = None, every: bool = False) -> Tensor:
         self._cache = None
@@ -107,7 +127,7 @@ class Single(TextModel):
 
     @property
     def caches(self) -> tuple[Any, ...]:
-        return (self._cache,)
+        return () if self._cache is None else (self._cache,)
 
     @contextmanager
     def branch(self) -> Iterator[None]:
@@ -126,8 +146,8 @@ class Single(TextModel):
 class Operated(Single):
     """A copy of a model with edited weights."""
 
-    def __init__(self, model: Any, surgery: Surgery, only: Any = None) -> None:
-        super().__init__(operate(model, surgery, only=only))
+    def __init__(self, model: Any, surgery: Surgery, only: Any = None, shown: Shown = ALONE) -> None:
+        super().__init__(operate(model, surgery, only=only), shown=shown)
         pairs = zip(model.parameters(), self.model.parameters(), strict=True)
         self._same = all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
@@ -139,8 +159,8 @@ class Operated(Single):
 class Arranged(Single):
     """A model that reads a prompt as a step on prompts would have it."""
 
-    def __init__(self, model: Any, step: Tokens, only: Any = None) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, step: Tokens, only: Any = None, shown: Shown = ALONE) -> None:
+        super().__init__(model, shown=shown)
         self.step, self.only = step, only
         self._changed = False
 
@@ -159,9 +179,10 @@ class Arranged(Single):
 class Combined(TextModel):
     """Several runs over variants of the prompt, whose logits a decoding step makes into one."""
 
-    def __init__(self, model: Any, step: Decode, only: Any = None, inputs: Mapping[str, Any] = NOTHING) -> None:
-        require_causal(model)
-        self.model, self.step, self.only, self.inputs = model, step, only, inputs
+    def __init__(self, model: Any, step: Decode, only: Any = None, shown: Shown = ALONE) -> None:
+        if shown.reads == "text":
+            require_causal(model)
+        self.model, self.step, self.only, self.shown = model, step, only, shown
         self._ready = step
         self._parts: dict[str, tuple[Single, Run]] = {}
 
@@ -174,13 +195,13 @@ class Combined(TextModel):
             raise FieldError(self.step, "prompt", "graded by its own tokens", "must be asked something", "options")
         self.close()
         self._parts = {}
-        self._ready = self.step.ready(prompt, reader(self.model, self.only, self.inputs))
+        self._ready = self.step.ready(prompt, reader(self.model, self.only, self.shown.inputs))
         variants = self._ready.variants(prompt)
         if not variants:
             raise FieldError(self.step, "variants", {}, "must name one run or more", {"prompt": (prompt, Stack())})
         for name, (_, stack) in variants.items():
             run = attach(self.model, stack, only=self.only)
-            self._parts[name] = Single(self.model, run, self.inputs), run
+            self._parts[name] = Single(self.model, run, self.shown), run
             self._parts[name][0].rows = self.rows
             run.pause()
 
@@ -231,19 +252,31 @@ def require_causal(model: Any) -> None:
         raise RefusedModel(f"a prompt has to be continued, and {type(inner).__name__} is no causal language model")
 
 
-def text_model(model: nn.Module, what: Contender | None = None, **how: Any) -> TextModel:
+def named(seen: Any, shown: Shown) -> Tensor:
+    """The logits `[1 classes]` of a picture, by the model's own head or by the one that it was given."""
+    logits: Tensor = seen.logits if shown.head is None else shown.head(features(seen.last_hidden_state))
+    return logits[:1]
+
+
+def features(states: Tensor) -> Tensor:
+    """What an encoder knows of each picture `[b 2e]`: its first token, which may be of the class, and the mean."""
+    return torch.cat([states[:, 0], states.mean(1)], -1).float()
+
+
+def text_model(model: nn.Module, what: Contender | None = None, shown: Shown = ALONE, **how: Any) -> TextModel:
     """The model under whatever is to be tried on it; None for the model as it is. `how` goes to `attach`."""
     only = how.get("only")
     if what is None:
-        return Single(model)
+        return Single(model, shown=shown)
     if isinstance(what, Tokens):
-        return Arranged(model, what, only)
+        return Arranged(model, what, only, shown)
     if isinstance(what, Decode):
-        return Combined(model, what, only)
+        return Combined(model, what, only, shown)
     if isinstance(what, Surgery):
-        return Operated(model, what, only)
-    require_causal(model)
-    return Single(model, attach(model, what, **how))
+        return Operated(model, what, only, shown)
+    if shown.reads == "text":
+        require_causal(model)
+    return Single(model, attach(model, what, **how), shown)
 
 
 @torch.no_grad()
@@ -259,7 +292,7 @@ def decode(
     if new_tokens < 1:
         raise FieldError("decode()", "new_tokens", new_tokens, "must be 1 or more", 20)
     out: list[int] = []
-    with Combined(model, step, only, inputs) as speaker:
+    with Combined(model, step, only, Shown(inputs)) as speaker:
         logits = speaker.read(prompt)[0]
         while True:
             out.append(int(logits.argmax()))

@@ -15,6 +15,7 @@ from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.methods import AGLA
 from heedful.methods.intervene.vision._against import LITTLE, PROMPT
+from heedful.shown import Shown
 from heedful.text_models import Combined
 
 from .test_carve import IMAGE, PLACES, llava, logits_of
@@ -44,7 +45,7 @@ def test_the_relevant_part_is_added(
     kept = sorted(sorted(PLACES, key=lambda i: -given[i])[:count])
     prompt = Prompt(tuple(ids.tolist()), {"image": IMAGE})
     method = AGLA(alpha, beta, share)
-    with Combined(model, method, inputs={"pixel_values": pixels}) as voice:
+    with Combined(model, method, shown=Shown({"pixel_values": pixels})) as voice:
         found, after = voice.read(prompt)[0], voice.go_on(7)
     for logits, tokens in ((found, ids), (after, torch.cat([ids, torch.tensor([7])]))):
         whole = model(input_ids=tokens[None], pixel_values=pixels).logits[0, -1]

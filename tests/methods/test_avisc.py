@@ -14,6 +14,7 @@ from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.methods import AvisC
 from heedful.methods.intervene.vision._against import LITTLE, PROMPT
+from heedful.shown import Shown
 from heedful.text_models import Combined
 
 SPANS = ((1, 5), (7, 15))
@@ -96,7 +97,7 @@ def test_an_image_is_read_beside_the_prompt() -> None:
     ids, pixels = inputs["input_ids"][0], inputs["pixel_values"]
     method = AvisC(gamma=0.4, deviations=0.2)
     prompt = Prompt(tuple(ids.tolist()), {"image": ((1, 17),)})
-    with Combined(model, method, inputs={"pixel_values": pixels}) as voice:
+    with Combined(model, method, shown=Shown({"pixel_values": pixels})) as voice:
         found = voice.read(prompt)[0]
         after = voice.go_on(7)
     out = model(**inputs, output_attentions=True)

@@ -14,6 +14,7 @@ from heedful.api import reader
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.methods import CARVE
+from heedful.shown import Shown
 from heedful.text_models import Combined
 
 IMAGE, GENERAL = ((1, 17),), (9, 31, 4)
@@ -85,7 +86,7 @@ def test_tokens_of_low_contrast_are_not_seen(
     total = contrasts(task, general, heard, smooth)
     kept = sorted(sorted(PLACES, key=lambda i: -total[i - 1])[:count])
     method = CARVE(GENERAL, share, smooth, layers)
-    with Combined(model, method, inputs={"pixel_values": pixels}) as voice:
+    with Combined(model, method, shown=Shown({"pixel_values": pixels})) as voice:
         found, after = voice.read(prompt_of(ids))[0], voice.go_on(7)
     assert close_model(found, logits_of(model, ids, pixels, kept))
     assert close_model(after, logits_of(model, torch.cat([ids, torch.tensor([7])]), pixels, kept))

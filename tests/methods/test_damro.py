@@ -14,6 +14,7 @@ from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.methods import DAMRO
 from heedful.methods.intervene.vision._against import LITTLE, PROMPT
+from heedful.shown import Shown
 from heedful.text_models import Combined
 
 IMAGE = ((1, 17),)
@@ -61,7 +62,7 @@ def test_the_outliers_alone_are_contrasted(model: Any, inputs: Any, alpha: float
     maps = model.model.vision_tower(pixels, output_attentions=True).attentions
     kept = outliers(maps[layer][0], count)
     prompt = Prompt(tuple(ids.tolist()), {"patches": IMAGE, "image": IMAGE})
-    with Combined(model, DAMRO(alpha, beta, count, layer), inputs={"pixel_values": pixels}) as voice:
+    with Combined(model, DAMRO(alpha, beta, count, layer), shown=Shown({"pixel_values": pixels})) as voice:
         found, after = voice.read(prompt)[0], voice.go_on(7)
     for logits, tokens in ((found, ids), (after, torch.cat([ids, torch.tensor([7])]))):
         whole = model(input_ids=tokens[None], pixel_values=pixels).logits[0, -1]

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from heedful.shown import Writing
 from heedful.tasks.task import Item, Sheet
 from heedful.text_models import TextModel
 
@@ -14,6 +15,7 @@ from heedful.text_models import TextModel
 @torch.no_grad()
 def answer(text_model: TextModel, item: Item) -> Sheet:
     """What the voice makes of one item: how likely each option is to it, or what the prompt's own tokens cost it."""
+    text_model.shown = item.shown
     if not item.options:
         logits = text_model.read(item.prompt, item.cut, every=True)
         asked = torch.tensor(item.prompt.tokens[len(item.prompt) + 1 - len(logits) :], device=logits.device)
@@ -21,13 +23,28 @@ def answer(text_model: TextModel, item: Item) -> Sheet:
         return Sheet((), tuple((logits[:-1].argmax(-1) == asked).tolist()), losses)
     last = text_model.read(item.prompt, item.cut)[-1]
     likely, greedy = [], []
+    said: tuple[int, ...] = ()
+    if item.writes is not None:
+        with text_model.branch():
+            said = write(text_model, last, item.writes)
     for number, option in enumerate(item.options):
         with text_model.branch() if len(option) > 1 else nullcontext():
             found, best = follow(text_model, last, option)
         likely.append(found)
         if number == 0:
             greedy = best
-    return Sheet(tuple(likely), tuple(greedy), torch.empty(0))
+    return Sheet(tuple(likely), tuple(greedy), torch.empty(0), said)
+
+
+def write(text_model: TextModel, logits: Tensor, how: Writing) -> tuple[int, ...]:
+    """What the model writes by itself, without what ends it."""
+    said: list[int] = []
+    while (token := how.next(logits, first=not said)) not in how.ends:
+        said.append(token)
+        if len(said) == how.most:
+            break
+        logits = text_model.go_on(token)
+    return tuple(said)
 
 
 def follow(text_model: TextModel, logits: Tensor, option: tuple[int, ...]) -> tuple[Tensor, list[bool]]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from heedful.api import still
 from heedful.bench.answer import answer
 from heedful.bench.records import Answered, Refused
-from heedful.core.errors import FieldError, HeedfulError, SiteError
-from heedful.core.kinds import Prompt
+from heedful.core.errors import FieldError, HeedfulError, SiteError, first_line
+from heedful.core.kinds import Tokens
 from heedful.core.method import Method, Stack, method_of
 from heedful.engine.memory import enough_memory
 from heedful.tasks.task import Item, Task
@@ -41,25 +42,61 @@ class Asker:
     def __call__(self, asked: Asked) -> Generator[Answered | Refused, None, None]:
         """Each answer as it is given, and the reason where one cannot be."""
         try:
-            require_fit(asked.what, next(iter(asked.items.values())).prompt)
+            first = next(iter(asked.items.values()))
+            require_fit(asked.what, first)
             # a new one: what it did before is past
-            with still(self.model), text_model(self.model, asked.what, **self.how) as speaker:
+            with still(self.model), text_model(self.model, asked.what, first.shown, **self.how) as speaker:
                 for n, item in asked.items.items():
                     if time.time() > self.end:
                         return
-                    with enough_memory("compare()", "tasks", asked.task, f"{item.size} tokens", "shorter prompts"):
+                    with (
+                        enough_memory("compare()", "tasks", asked.task, f"{item.size} tokens", "shorter prompts"),
+                        going_on(self.model, asked.what, item),
+                    ):
                         found = _answered(speaker, asked, item, n)
                     yield found
         except HeedfulError as reason:
             yield Refused(asked.name, repr(asked.task), str(reason))
 
 
-def require_fit(what: Contender | None, prompt: Prompt) -> None:
-    """Refuse a method for images, and one that looks for spans of a name that the prompt does not mark."""
+@contextmanager
+def going_on(model: Any, what: Contender | None, item: Item) -> Iterator[None]:
+    """A model's own error under a method becomes a reason, where pictures or sounds stand beside a prompt.
+
+    Such a model counts what its encoder makes of them, and a method may leave it fewer.
+    """
+    try:
+        yield
+    except HeedfulError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        if what is None or not item.shown.inputs:
+            raise
+        raise SiteError(f"{type(model).__name__} cannot go on under it: {first_line(error)}") from error
+
+
+# by what is read: what a method must not be for alone, and how both are called
+UNSUITED = {
+    "text": ({"image"}, "images", "text"),
+    "sound": ({"image"}, "images", "sounds"),
+    "image": ({"cross", "encoder-decoder"}, "models of two halves", "images"),
+}
+
+
+def require_fit(what: Contender | None, item: Item) -> None:
+    """Refuse a method for other inputs, and one that looks for spans of a name that the prompt does not mark."""
+    prompt, shown = item.prompt, item.shown
+    alone, theirs, ours = UNSUITED[shown.reads]
+    if shown.reads == "text" and shown.inputs:  # an encoder reads the pictures in it
+        alone = set()
     for part in what if isinstance(what, Stack) else [what]:
         method = method_of(part)
-        if isinstance(method, Method) and set(method.subjects) == {"image"}:
-            raise FieldError(method, "subjects", method.subjects, "it is for images, and these prompts are text", None)
+        if isinstance(method, Method) and set(method.subjects) <= alone:
+            rule = f"it is for {theirs}, and these prompts are {ours}"
+            raise FieldError(method, "subjects", method.subjects, rule, None)
+        if isinstance(method, Tokens) and shown.reads != "text":
+            rule = f"rearranges the tokens of a text, and these prompts are {ours}"
+            raise FieldError(method, "prompt", ours, rule, "a method")
         role = getattr(method, "role", None)
         if isinstance(role, str) and role not in prompt.roles:
             marked = (

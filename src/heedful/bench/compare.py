@@ -13,7 +13,7 @@ from typing import Any
 from heedful.adapters.choosing import adapter_for
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import still
-from heedful.bench.asking import Asked, Asker, require_fit
+from heedful.bench.asking import Asked, Asker, going_on, require_fit
 from heedful.bench.comparison import Comparison
 from heedful.bench.cost import WARM_UP, cost, machine
 from heedful.bench.intervals import LEAST
@@ -26,7 +26,7 @@ from heedful.core.code import code_of
 from heedful.core.errors import FieldError, HeedfulError, WriteError
 from heedful.core.figures import counted
 from heedful.core.files import RECORDS, folder_for, held
-from heedful.core.kinds import Decode, Progress, Prompt, Report, Surgery, Tokens
+from heedful.core.kinds import Decode, Progress, Report, Surgery, Tokens
 from heedful.core.method import Method, Scoped, Stack, method_of
 from heedful.diagnosis.texts import positions
 from heedful.diagnosis.workers import Workers, as_workers
@@ -35,7 +35,7 @@ from heedful.engine.select import named
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
 from heedful.tasks.task import Item, Task
-from heedful.text_models import Contender, require_causal
+from heedful.text_models import Contender
 
 PROMPTS, MINUTES = 300, 10.0  # of each task at most, and of asking
 
@@ -113,13 +113,16 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
     """
     given = model if isinstance(model, Loaded) else Loaded(unwrapped(model[0]), model[1], "")
     if given.tokenizer is None:
-        raise FieldError("compare()", "model", given.name, "has no tokenizer, which tasks need", "(model, tokenizer)")
+        rule = "has no tokenizer or processor, which tasks need"
+        raise FieldError("compare()", "model", given.name, rule, "(model, tokenizer)")
     contenders, folder = _named(methods), folder_for("compare()", out)
     batches, limit = costed(batch, cache, turns)
     chosen = [_task(task) for task in tasks]
     require(given, chosen, prompts, minutes, margin, turns, how)
     facts = facts_of(given.model, given.name, len(adapter_for(given.model, how.get("only")).layer_names))
     facts |= surroundings(next(given.model.parameters()).device)
+    with still(given.model):
+        chosen = [task.on(given.model, given.tokenizer) for task in chosen]
     facts |= {"margin": margin, "batch": batches, "cache": limit}
     facts["how"] = {name: repr(value) for name, value in sorted(how.items()) if value not in (None, "auto")}
     facts["contenders"] = {name: repr(what) for name, what in contenders.items()}
@@ -135,9 +138,9 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
             job.answers(series, minutes)
             if turns:
                 early = [item for made in series for item in made.first(LEAST).values()]
-                longest = max(early, key=lambda item: len(item.prompt))
+                longest = max(early, key=lambda item: item.read)
                 for rows in batches:
-                    job.costs(longest.prompt, turns, rows)
+                    job.costs(longest, turns, rows)
             return Comparison(log.facts, tuple(log.records.values()))
 
     with still(given.model):
@@ -182,7 +185,8 @@ def require(
     require_counts(prompts, minutes, margin, turns, how.get("backend", "auto"))
     if not tasks:
         raise FieldError("compare()", "tasks", (), "must name one or more", "['needle']")
-    require_causal(given.model)
+    for task in tasks:
+        task.require(given.model, given.tokenizer)
     adapter_for(given.model, how.get("only"))
 
 
@@ -314,23 +318,24 @@ class _Job:
                 over = over or left > 0
         return not over
 
-    def costs(self, prompt: Prompt, turns: int, rows: int) -> None:
+    def costs(self, item: Item, turns: int, rows: int) -> None:
         everyone = self.everyone()
         model, how = self.asker.model, self.asker.how
         here = machine(next(model.parameters()).device)
         total, done, costs = len(everyone) * (turns + 1), 0, costs_at(rows)
         for turn in range(WARM_UP, turns + 1):
             measured = (name for name, _ in everyone if not self.log.has(Refused, name, costs))
-            fresh = not all(self.log.has(Cost, name, len(prompt), here, turn, rows) for name in measured)
+            fresh = not all(self.log.has(Cost, name, item.read, here, turn, rows) for name in measured)
             for name, what in everyone:  # a turn that a kill cut short is measured anew: its baseline is another's
                 done += 1
                 note = ""
                 if fresh and not self.log.has(Refused, name, costs):
                     try:
-                        require_fit(what, prompt)
-                        size = f"{counted(rows, 'row')} of {len(prompt)} tokens"
-                        with enough_memory("compare()", "batch", rows, size, rows // 2 or "a task of shorter prompts"):
-                            found = cost(model, what, name, prompt, turn, rows, **how)
+                        require_fit(what, item)
+                        size = f"{counted(rows, 'row')} of {item.read} tokens"
+                        less = rows // 2 or "a task of shorter prompts"
+                        with enough_memory("compare()", "batch", rows, size, less), going_on(model, what, item):
+                            found = cost(model, what, name, item, turn, rows, **how)
                         self.log.add(found)
                     except WriteError:
                         raise

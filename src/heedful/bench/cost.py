@@ -13,8 +13,8 @@ from torch import nn
 
 from heedful.adapters.kvcache import cache_bytes
 from heedful.bench.records import Cost
-from heedful.core.kinds import Prompt
 from heedful.facts import processor
+from heedful.tasks.task import Item
 from heedful.text_models import Contender, TextModel, text_model
 
 
@@ -30,29 +30,29 @@ WARM_UP = 0  # the turn in which memory is measured; times of the others count
 
 @torch.no_grad()
 def cost(
-    model: nn.Module, what: Contender | None, name: str, prompt: Prompt, turn: int, batch: int = 1, **how: Any
+    model: nn.Module, what: Contender | None, name: str, item: Item, turn: int, batch: int = 1, **how: Any
 ) -> Cost:  # fmt: skip
-    """One measurement on one prompt, or on a batch of it alone.
+    """One measurement on one item's prompt, or on a batch of it alone.
 
     The warm-up turn measures memory: what is given back there costs time to get.
     """
     device = next(model.parameters()).device
-    with text_model(model, what, **how) as speaker:
+    with text_model(model, what, item.shown, **how) as speaker:
         speaker.rows = batch
         resting = _reset_high_water(device) if turn == WARM_UP else None
         began = _now(device)
-        logits = speaker.read(prompt)[-1]
+        logits = speaker.read(item.prompt)[-1]
         prefill = _now(device) - began
         peak = None if resting is None else max(0, _high_water(device) - resting)
         held = sum(map(cache_bytes, speaker.caches))
         steps = []
-        for _ in range(STEPS):
+        for _ in range(0 if item.shown.reads == "image" else STEPS):
             began = _now(device)
             logits = speaker.go_on(int(logits.argmax()))
             steps.append(_now(device) - began)
-        density, backends = _pairs(speaker, len(prompt))
-    step = statistics.median(steps)
-    return Cost(name, len(prompt), machine(device), turn, prefill, step, peak, held, density, backends, batch)
+        density, backends = _pairs(speaker, item)
+    step = statistics.median(steps) if steps else None
+    return Cost(name, item.read, machine(device), turn, prefill, step, peak, held, density, backends, batch)
 
 
 def _now(device: torch.device) -> float:
@@ -85,12 +85,15 @@ def _high_water(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 
-def _pairs(speaker: TextModel, tokens: int) -> tuple[float | None, tuple[str, ...]]:
+def _pairs(speaker: TextModel, item: Item) -> tuple[float | None, tuple[str, ...]]:
+    """The share of the model's own pairs that were computed, where all of its layers read the whole prompt."""
     if speaker.run is None:
         return None, ()
-    seen = speaker.run.activity()
-    causal = (tokens + 1) / (2 * tokens)
-    narrowed = [share / causal for share in seen.density.values()]
-    untouched = seen.layers - len(narrowed)
-    density = None if not narrowed else (sum(narrowed) + untouched) / seen.layers
-    return density, tuple(sorted(set(seen.backends.values())))
+    seen, tokens, reads = speaker.run.activity(), len(item.prompt), item.shown.reads
+    backends = tuple(sorted(set(seen.backends.values())))
+    whole = reads == "image" and all(len(call.keys) == tokens for call in speaker.run.state.calls.values())
+    if not seen.density or (item.shown.inputs and not whole):  # of an encoder before a decoder, or of merged patches
+        return None, backends
+    own = 1.0 if whole else (tokens + 1) / (2 * tokens)
+    narrowed = [share / own for share in seen.density.values()]
+    return (sum(narrowed) + seen.layers - len(narrowed)) / seen.layers, backends

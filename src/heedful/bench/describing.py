@@ -14,7 +14,7 @@ from heedful.bench.matrix import VERDICTS
 from heedful.bench.memory import by_batch, within
 from heedful.bench.numbers import MB, direction, margin, number, rounded, task_name, units
 from heedful.bench.records import Answered, costs_at
-from heedful.bench.results import PLAIN, SHARE, Price, Result, Results
+from heedful.bench.results import PLAIN, POINTS, Price, Result, Results
 from heedful.bench.worst import listing, sentence
 from heedful.core.figures import Description, Figure, Finding, Intervals, Listing, Matrix, Scatter, counted, percent
 
@@ -69,6 +69,7 @@ def findings(c: Results) -> Iterable[Finding]:
         yield Finding(f"{refused.contender} was refused{task}: {refused.reason}", 0.4)
 
 
+FOLLOWS = ("token, ms", "token ×", "cache, MB", "cache ×")  # costs of the tokens that follow a prompt
 LONG = {
     "safe": "no worse than by the margin on any task",
     "unclear": "not decided yet",
@@ -120,7 +121,7 @@ def figures(c: Results) -> Iterable[Figure]:
     for task, about in c.tasks.items():
         by = {r.contender: r for r in c.results if r.task == task and r.gap is not None}
         if by:
-            rows = [_three(by[n].gap if n in by else None, 100 if about["unit"] == SHARE else 1) for n in names]
+            rows = [_three(by[n].gap if n in by else None, 100 if about["unit"] in POINTS else 1) for n in names]
             groups.setdefault((units(about["unit"]), direction(about)), {})[task_name(c, task)] = torch.tensor(rows)
     for place, ((unit, way), found) in enumerate(groups.items()):
         yield Intervals(
@@ -156,8 +157,9 @@ def figures(c: Results) -> Iterable[Figure]:
             "What each costs",
             f"Measured on {read} of {tokens} tokens, in {counted(prices[0].turns, 'timing repeat')}, each beside "
             f"one of the baseline; ratios are to it. Memory is what prefill takes above the resting model.{left}",
-            ("method", "prefill, s", "prefill ×", "token, ms", "token ×", "cache, MB", "cache ×", "peak, MB", "pairs"),
-            [_cost_row(p) for p in prices],
+            *_filled(
+                ("method", "prefill, s", "prefill ×", *FOLLOWS, "peak, MB", "pairs"), [_cost_row(p) for p in prices]
+            ),
         )
     if len(c.batches) > 1:
         yield from by_batch(c)
@@ -176,16 +178,26 @@ def _three(gap: Gap | None, times: float) -> list[float]:
 def _row(r: Result, unit: str) -> tuple[object, ...]:
     gap: tuple[float | None, ...] = (None,) * 3
     if r.gap is not None:
-        times, digits = (100, 1) if unit == SHARE else (1, 3)
+        times, digits = (100, 1) if unit in POINTS else (1, 3)
         gap = tuple(rounded(times * x, digits) if math.isfinite(x) else None for x in _known(r.gap))
     return r.contender, r.prompts, number(r.score, unit), *gap, r.nats, "yes" if r.active else "no"
 
 
+def _filled(
+    columns: tuple[str, ...], rows: list[tuple[object, ...]]
+) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+    """The same without the columns on tokens that follow, where none does."""
+    stay = [i for i, name in enumerate(columns) if name not in FOLLOWS or any(row[i] is not None for row in rows)]
+    return tuple(columns[i] for i in stay), [tuple(row[i] for i in stay) for row in rows]
+
+
 def _cost_row(p: Price) -> tuple[object, ...]:
     peak = None if p.peak is None else p.peak / MB
-    prefill, token, cache = (p.ratios[cost].median for cost in ("prefill", "token", "cache"))
-    pairs = percent(p.ratios["pairs"].median) if "pairs" in p.ratios else None
-    return p.contender, p.prefill, prefill, 1000 * p.token, token, p.cache / MB, cache, peak, pairs
+    known = {cost: ratio.median for cost, ratio in p.ratios.items()}
+    prefill, token, cache = map(known.get, ("prefill", "token", "cache"))
+    pairs = percent(known["pairs"]) if "pairs" in known else None
+    step, held = (None, None) if p.token is None else (1000 * p.token, p.cache / MB)
+    return p.contender, p.prefill, prefill, step, token, held, cache, peak, pairs
 
 
 def _clouds(c: Results) -> Iterable[Scatter]:
@@ -196,7 +208,9 @@ def _clouds(c: Results) -> Iterable[Scatter]:
         ("pareto_cache", "Quality against cache size", "cache", "bytes of cache, × baseline"),
     ):
         prices = [p for p in c.prices if p.contender not in c.inactive]
-        points = {p.contender: (p.ratios[cost].median, *_worth(worth.get(p.contender))) for p in prices}
+        points = {
+            p.contender: (p.ratios[cost].median, *_worth(worth.get(p.contender))) for p in prices if cost in p.ratios
+        }
         points = {n: at for n, at in points.items() if n == PLAIN or (n in worth and (key == "pareto" or at[0] < 0.99))}
         joined = settings(points) if key == "pareto_cache" else []
         if len({at[0] for at in points.values()}) > 1:

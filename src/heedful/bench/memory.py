@@ -61,20 +61,13 @@ def by_batch(c: Results) -> Iterable[Figure]:
         return
     batches = sorted(c.batches)
     rates = {
-        name: torch.tensor([found[name, rows].write_rate if (name, rows) in found else math.nan for rows in batches])
+        name: torch.tensor([_rate(found.get((name, rows))) for rows in batches])
         for name in dict.fromkeys(name for name, _, _ in told)
     }
     what = f"Every row of a batch is the same prompt of {counted(told[0][2].tokens, 'token')}."
-    yield Curves(
-        "throughput",
-        "Generation by batch",
-        f"Tokens that all rows together go on by in a second; more is better. {what}",
-        batches,
-        rates,
-        "batch",
-        "tokens a second",
-        log_x=True,
-    )
+    if any(bool(rate.isfinite().any()) for rate in rates.values()):
+        more = f"Tokens that all rows together go on by in a second; more is better. {what}"
+        yield Curves("throughput", "Generation by batch", more, batches, rates, "batch", "tokens a second", log_x=True)
     yield Listing(
         "batches",
         "What each costs by batch",
@@ -85,3 +78,9 @@ def by_batch(c: Results) -> Iterable[Figure]:
             for name, rows, p in told
         ],
     )
+
+
+def _rate(price: Price | None) -> float:
+    """Tokens that follow a second; nan where nobody knows, or none does."""
+    rate = None if price is None else price.write_rate
+    return math.nan if rate is None else rate

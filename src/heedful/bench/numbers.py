@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from heedful.bench.results import SHARE, Results
+from heedful.bench.results import POINTS, Results
 from heedful.core.errors import FieldError
 from heedful.core.figures import percent
 
@@ -17,7 +17,7 @@ def number(x: float, unit: str, signed: bool = False) -> str:
     """A score, or a difference of scores, as people write it."""
     if math.isinf(x):
         return "?"  # an end of an interval that few prompts leave open
-    if unit == SHARE:
+    if unit in POINTS:
         return f"{rounded(100 * x, 0):+.0f}" if signed else percent(x)
     return f"{rounded(x, 3):+.3f}" if signed else f"{x:.3f}"
 
@@ -28,7 +28,7 @@ def rounded(x: float, digits: int) -> float:
 
 
 def units(unit: str) -> str:
-    return "points" if unit == SHARE else unit
+    return "points" if unit in POINTS else unit
 
 
 def direction(about: dict[str, object]) -> str:
@@ -44,7 +44,8 @@ def task_name(c: Results, task: str) -> str:
 def margin(c: Results) -> str:
     """How much worse a safe method may be, in the units of the tasks."""
     kinds = {about["unit"] for about in c.tasks.values()}
-    told = [f"{100 * c.margin:g} points"] * (SHARE in kinds) + [f"{c.margin:g} nats"] * bool(kinds - {SHARE})
+    points, others = kinds & set(POINTS), kinds - set(POINTS)
+    told = [f"{100 * c.margin:g} points"] * bool(points) + [f"{c.margin:g} nats"] * bool(others)
     return " or ".join(told)
 
 

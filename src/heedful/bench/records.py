@@ -42,7 +42,7 @@ class Cost:
     machine: str
     turn: int  # contenders take turns, and a ratio is taken to the unedited model in the same turn; 0 is the warm-up
     prefill: float  # seconds
-    step: float  # seconds for one more token, the median
+    step: float | None  # seconds for one more token, the median; None where none follows
     peak: int | None  # bytes above the resting model while reading the prompt; of the warm-up alone
     cache: int  # bytes held after the prompt
     density: float | None  # pairs computed over those of a causal map, mean over layers; None where nobody narrows it
@@ -146,9 +146,13 @@ def _record(kind: type[Record], found: Mapping[str, Any]) -> Record:
         if not _fits(value, hints[name]):
             raise TypeError(f"{name} is {value!r}, and must be {hints[name]}")
     record = kind(**values)
-    if isinstance(record, Cost) and min(record.prefill, record.step, record.tokens, record.batch) <= 0:
+    if isinstance(record, Cost) and min(_sizes(record)) <= 0:
         raise ValueError("times, tokens and batch must be above 0")
     return record
+
+
+def _sizes(cost: Cost) -> list[float]:
+    return [x for x in (cost.prefill, cost.step, cost.tokens, cost.batch) if x is not None]
 
 
 def _fits(value: object, hint: Any) -> bool:

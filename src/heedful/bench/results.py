@@ -15,7 +15,9 @@ from heedful.bench.records import Answered, Cost, Record, Refused
 
 PLAIN = "unedited"  # the model as it is
 SHARE = "share right"  # the unit of scores from 0 to 1
-MARGIN = 0.05  # of the share right, or nats: how much worse a safe method may be, where nobody says
+WRONG = "share of words wrong"  # that of word errors, of which there may be more than words
+POINTS = (SHARE, WRONG)  # units of which a hundredth is a point
+MARGIN = 0.05  # of a share, or nats: how much worse a safe method may be, where nobody says
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Price:
     tokens: int  # of one row
     turns: int
     prefill: float  # seconds
-    token: float  # seconds, of every row
+    token: float | None  # seconds, of every row; None where no token follows
     cache: int  # bytes of all rows
     peak: int | None  # bytes above the resting model
     ratios: Mapping[str, Ratio]  # of "prefill", "token", "cache" and, where they are known, "pairs" of a causal map
@@ -73,9 +75,9 @@ class Price:
         return self.batch * self.tokens / self.prefill
 
     @property
-    def write_rate(self) -> float:
+    def write_rate(self) -> float | None:
         """Tokens that follow a second."""
-        return self.batch / self.token
+        return None if self.token is None else self.batch / self.token
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +118,7 @@ class Results:
 
     @property
     def margin(self) -> float:
-        """How much worse a method may be and still be called safe: of the share right, or nats."""
+        """How much worse a method may be and still be called safe: of a share, or nats."""
         return float(self.facts.get("margin", MARGIN))
 
     @cached_property
@@ -141,8 +143,9 @@ class Results:
         out = []
         for task, about in self.tasks.items():
             pairs = self._pairs.get((task, PLAIN), ())
-            if about["unit"] == SHARE and len(pairs) >= LEAST:
-                above = statistics.fmean(a.score - (a.chance or 0.0) for a, _ in pairs)
+            if about["unit"] in POINTS and len(pairs) >= LEAST:
+                better = 1 if about["more_is_better"] else -1
+                above = better * statistics.fmean(a.score - (a.chance or 0.0) for a, _ in pairs)
                 out += [task] * (above <= self.margin)
         return out
 
@@ -255,12 +258,15 @@ def price(mine: dict[int, Cost], plain: dict[int, Cost]) -> Price:
 
     ratios = {
         "prefill": Ratio.of([mine[t].prefill / plain[t].prefill for t in turns]),
-        "token": Ratio.of([mine[t].step / plain[t].step for t in turns]),
-        "cache": Ratio.of([one.cache / max(1, plain[turns[0]].cache)]),
     }
+    steps = [(mine[t].step, plain[t].step) for t in turns]
+    if follows := [a / b for a, b in steps if a is not None and b is not None]:
+        ratios["token"] = Ratio.of(follows)
+        ratios["cache"] = Ratio.of([one.cache / max(1, plain[turns[0]].cache)])
     if one.density is not None:
         ratios["pairs"] = Ratio.of([one.density])
-    prefill, token = (statistics.median(getattr(mine[t], field) for t in turns) for field in ("prefill", "step"))
+    prefill = statistics.median(mine[t].prefill for t in turns)
+    token = statistics.median(a for a, _ in steps if a is not None) if follows else None
     peak = mine[WARM_UP].peak if WARM_UP in mine else None
     about = one.contender, one.batch, one.tokens, len(turns)
     return Price(*about, prefill, token, one.cache, peak, ratios, one.backends)

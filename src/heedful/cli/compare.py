@@ -97,7 +97,9 @@ def _taken(loaded: Loaded, text: str, bars: Bars) -> list[Task]:
 
 
 def compare(
-    model: Annotated[str, typer.Argument(help="A causal language model's name or folder.")] = "default",
+    model: Annotated[
+        str, typer.Argument(help="A model's name or folder: of text, text and pictures, pictures, speech.")
+    ] = "default",
     methods: Annotated[
         str,
         typer.Option(help="Parted by commas, joined by |, as in 'act,snapkv(budget=0.1..0.75)|tempscale'; or rooms."),
@@ -108,13 +110,13 @@ def compare(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Parted by commas: names (`--tasks list` has them), or files and folders of your own; if empty, "
-            "needle, recall and loss."
+            help="Parted by commas: names (`--tasks list` has them), or files and folders of your own, of text, sounds "
+            "or pictures; if empty, needle, recall and loss."
         ),
     ] = "",
     prompts: Annotated[int, typer.Option(help="Of each task at most; asking ends when the verdicts are known.")] = 300,
     minutes: Annotated[float, typer.Option(help="How long to ask in this call, at most.")] = 10.0,
-    margin: Annotated[float, typer.Option(help="How much worse is safe: of the share right, or nats.")] = 0.05,
+    margin: Annotated[float, typer.Option(help="How much worse is safe: of a share, or nats.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Draws other prompts.")] = 0,
     turns: Annotated[int, typer.Option(help="How often costs are measured; 0 for not at all.")] = 3,
     batch: Annotated[str, typer.Option(help="Measure costs of so many rows at once, as in '1,4,16'.")] = "1",

@@ -59,19 +59,29 @@ def processor_of(reader: Any) -> ImageProcessingMixin:
     return found
 
 
-def _read(path: Path, processor: Any) -> tuple[list[Tensor], str]:
-    """A file's pixels as the model takes them, and why there are none."""
+def opened(path: Path) -> tuple[Any, str]:
+    """A file's picture, upright and in colours, and why there is none."""
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ModuleNotFoundError as error:
         raise HeedfulError("reading image files needs one more package: pip install pillow") from error
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-        pixels = torch.as_tensor(processor(images=upright, return_tensors="pt")["pixel_values"])
+            return ImageOps.exif_transpose(image).convert("RGB"), ""
     except UnidentifiedImageError:
-        return [], "is no image that can be read"
+        return None, "is no image that can be read"
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # as PIL has them
+        return None, f"cannot be read ({first_line(error)})"
+
+
+def pixels_of(path: Path, processor: Any) -> tuple[list[Tensor], str]:
+    """A file's pixels as the model takes them, and why there are none."""
+    upright, why = opened(path)
+    if why:
+        return [], why
+    try:
+        pixels = torch.as_tensor(processor(images=upright, return_tensors="pt")["pixel_values"])
+    except (OSError, ValueError) as error:
         return [], f"cannot be read ({first_line(error)})"
     if pixels.ndim != 4 or len(pixels) != 1:
         return [], f"becomes {tuple(pixels.shape)} in this model's processor, which is not one image"
@@ -89,5 +99,5 @@ IMAGES = Gathering(
     "a model that reads images takes their pixels, [c rows cols], a batch [b c rows cols], files or folders of them, "
     "as Path, or a list of these",
     "processor(image, return_tensors='pt').pixel_values, or Path('pictures')",
-    lambda reader: partial(_read, processor=processor_of(reader)), _pixels,
+    lambda reader: partial(pixels_of, processor=processor_of(reader)), _pixels,
 )  # fmt: skip

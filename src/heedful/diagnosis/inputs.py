@@ -20,7 +20,7 @@ from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.sounds import Sound, sounds, writes
 from heedful.diagnosis.store import View
 from heedful.diagnosis.texts import Texts, Windows, cut, some, sources
-from heedful.explaining.aim import Reads
+from heedful.shown import Reads
 
 if TYPE_CHECKING:
     from heedful.diagnosis.subject import Subject

@@ -16,6 +16,7 @@ from heedful.core.errors import FieldError
 from heedful.diagnosis.gathering import Gathering
 from heedful.diagnosis.texts import Source, Texts, Windows
 from heedful.diagnosis.waves import ENDINGS, read_wave
+from heedful.shown import Writing
 
 MOST = 448  # tokens that are written, where a model knows no bound
 
@@ -85,42 +86,62 @@ def _stretches(samples: Tensor, prepare: Any) -> list[Stretch]:
 
 def writes(model: Any) -> Writes:
     """What writes down what a model hears: the likeliest token each time, until it ends or half its places are full."""
-    told, config = model.generation_config, model.config
-    never, begin = (
-        [i for i in getattr(told, name, None) or () if i < config.vocab_size]  # Whisper's own stand in any such config
-        for name in ("suppress_tokens", "begin_suppress_tokens")
-    )
-    most = getattr(config, "max_target_positions", MOST) // 2
-    end = told.eos_token_id if isinstance(told.eos_token_id, list) else [told.eos_token_id]
+    how = writing(model)
 
     @torch.no_grad()
     def write(features: Tensor) -> tuple[int, Tensor, int]:
-        first = next(model.parameters())
-        heard = model.get_encoder()(features[None].to(first.device, first.dtype), return_dict=True)
-        ids = [config.decoder_start_token_id]
-
-        def next_scores(ids: list[int], cache: Any) -> tuple[Tensor, Any]:
-            new = torch.tensor([ids], device=first.device)
-            said = model(encoder_outputs=heard, decoder_input_ids=new, use_cache=True, **{CACHE: cache})
-            return said.logits[0, -1].float(), cache_of(said)
-
-        if languages := getattr(told, "lang_to_id", None):
-            known = sorted(languages.values())
-            scores = next_scores(ids, None)[0][known]
-            ids += [known[int(scores.argmax())], told.task_to_id["transcribe"]]
-        if (untimed := getattr(told, "no_timestamps_token_id", None)) is not None:
-            ids.append(untimed)
+        heard = _heard(model, features)
+        ids = _asking(model, heard)
         asked, new, cache = len(ids), ids, None
-        while len(ids) < most:
-            scores, cache = next_scores(new, cache)
-            scores[[*never, *begin] if len(ids) == asked else never] = -torch.inf
-            new = [int(scores.argmax())]
-            if new[0] in end:
+        while len(ids) < how.most:
+            scores, cache = _next_scores(model, heard, new, cache)
+            new = [how.next(scores, first=len(ids) == asked)]
+            if new[0] in how.ends:
                 break
             ids = [*ids, *new]
         return heard[0].shape[1], torch.tensor(ids), asked
 
     return write
+
+
+def writing(model: Any) -> Writing:
+    """How a model writes down what it hears, by its own settings; half its places are for it."""
+    told, config = model.generation_config, model.config
+    never, begin = (
+        tuple(i for i in getattr(told, name, None) or () if i < config.vocab_size)  # Whisper's stand in any such config
+        for name in ("suppress_tokens", "begin_suppress_tokens")
+    )
+    end = told.eos_token_id if isinstance(told.eos_token_id, list) else [told.eos_token_id]
+    return Writing(getattr(config, "max_target_positions", MOST) // 2, tuple(end), never, begin)
+
+
+@torch.no_grad()
+def asking(model: Any, features: Tensor) -> tuple[list[int], int]:
+    """The tokens that ask for a text, in the language that the model hears, and how many places it makes of a sound."""
+    heard = _heard(model, features)
+    return _asking(model, heard), heard[0].shape[1]
+
+
+def _heard(model: Any, features: Tensor) -> Any:
+    first = next(model.parameters())
+    return model.get_encoder()(features[None].to(first.device, first.dtype), return_dict=True)
+
+
+def _next_scores(model: Any, heard: Any, ids: list[int], cache: Any) -> tuple[Tensor, Any]:
+    new = torch.tensor([ids], device=heard[0].device)
+    said = model(encoder_outputs=heard, decoder_input_ids=new, use_cache=True, **{CACHE: cache})
+    return said.logits[0, -1].float(), cache_of(said)
+
+
+def _asking(model: Any, heard: Any) -> list[int]:
+    told, ids = model.generation_config, [model.config.decoder_start_token_id]
+    if languages := getattr(told, "lang_to_id", None):
+        known = sorted(languages.values())
+        scores = _next_scores(model, heard, ids, None)[0][known]
+        ids += [known[int(scores.argmax())], told.task_to_id["transcribe"]]
+    if (untimed := getattr(told, "no_timestamps_token_id", None)) is not None:
+        ids.append(untimed)
+    return ids
 
 
 def _reads(reader: Any) -> Callable[[Path], tuple[list[Stretch], str]]:

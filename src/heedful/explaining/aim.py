@@ -17,6 +17,7 @@ from heedful.adapters.wrapped import unwrapped
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.figures import Head
 from heedful.core.kinds import Prompt
+from heedful.shown import Reads
 
 Text = Prompt | Tensor | Sequence[int]
 
@@ -86,9 +87,6 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
     if model.config.is_encoder_decoder and "input_ids" in found:
         found.setdefault("decoder_input_ids", found["input_ids"])
     return found
-
-
-Reads = Literal["text", "image", "sound"]
 
 
 def read_by(model: Any) -> Reads:

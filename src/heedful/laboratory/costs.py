@@ -15,6 +15,7 @@ from heedful.bench.results import price
 from heedful.core.method import Stack
 from heedful.laboratory.course import Course, Quantity
 from heedful.laboratory.training import fresh
+from heedful.tasks.task import Item
 
 TURNS = 5
 TRAIN, READ, TOKEN, CACHE = "training", "reading", "decoding", "cache"
@@ -58,7 +59,7 @@ def measure(course: Course, what: Stack, seed: int) -> tuple[dict[str, float], d
         return ratios, steps
     model = course.model(seed)
     found = [
-        {turn: cost(model, stack, name, course.prompt, turn, only=course.only) for turn in range(TURNS + 1)}
+        {turn: cost(model, stack, name, Item(course.prompt), turn, only=course.only) for turn in range(TURNS + 1)}
         for name, stack in ((PLAIN, Stack()), (repr(what), what))
     ]
     told = price(found[1], found[0])

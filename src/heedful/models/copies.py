@@ -14,7 +14,7 @@ from typing import Any
 
 from heedful.core.errors import ModelError, first_line
 
-CACHE_FORMAT = 1  # raised when a conversion changes, so that older copies are made anew
+CACHE_FORMAT = 2  # raised when a conversion changes, so that older copies are made anew
 log = logging.getLogger(__name__)
 
 

@@ -13,7 +13,8 @@ from heedful.core.asked import asks
 from heedful.core.errors import CatalogueError, nearest
 from heedful.core.reading import named, written
 from heedful.diagnosis.texts import ENDINGS
-from heedful.tasks._own import OwnText, from_file
+from heedful.tasks._files import from_file
+from heedful.tasks._own import OwnText
 from heedful.tasks.task import Task
 
 __all__ = ["Task", "find", "from_file", "known", "names"]

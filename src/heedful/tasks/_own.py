@@ -13,7 +13,7 @@ from typing import Any
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt
 from heedful.tasks._draft import Draft, opening
-from heedful.tasks._rows import Asked, rows_of
+from heedful.tasks._rows import Asked
 from heedful.tasks.task import Choice, Item, Sheet, Task, Tokenizer, recalled
 
 CHARACTERS = 4_000_000  # of texts, drawn from all, that are cut into windows
@@ -44,12 +44,18 @@ class Given(Task):
         return f"{type(self).__name__}({self.source!r}, {len(self.rows)} items, #{digest})"
 
 
+def unbound(task: Task) -> FieldError:
+    """Why a task makes no items yet."""
+    rule = "makes items for one model alone, which was not named"
+    return FieldError(task, "on", None, rule, "task.on(model, tokenizer)")
+
+
 @lru_cache(maxsize=64)
 def _order(count: int, seed: str) -> list[int]:
     return random.Random(seed).sample(range(count), count)
 
 
-def _asked(row: Asked, tokenizer: Tokenizer) -> Item:
+def asked(row: Asked, tokenizer: Tokenizer) -> Item:
     """The context, then the question; where the answer stands in the context word for word, it is the needle."""
     draft, cut = Draft(), None
     if row.context:
@@ -71,7 +77,7 @@ class OwnQuestions(Given):
     about = "Answers questions of your own, word for word."
 
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
-        return _asked(self.rows[self.place(tokenizer, number, seed)], tokenizer)
+        return asked(self.rows[self.place(tokenizer, number, seed)], tokenizer)
 
     def score(self, item: Item, sheet: Sheet) -> float:
         return recalled(sheet)
@@ -87,7 +93,7 @@ class OwnChoices(Given, Choice):
     about = "Chooses the right answer to questions of your own."
 
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
-        return _asked(self.rows[self.place(tokenizer, number, seed)], tokenizer)
+        return asked(self.rows[self.place(tokenizer, number, seed)], tokenizer)
 
 
 class OwnText(Given):
@@ -132,18 +138,3 @@ def _windows(rows: tuple[str, ...], length: int, tokenizer: Tokenizer) -> tuple[
         if size >= CHARACTERS:
             break
     return tuple(found)
-
-
-def from_file(path: str | Path, *, length: int = OwnText.length) -> Task:
-    """A task from a file or a folder of your own; what it is follows from what the rows hold.
-
-    A JSONL holds one object a line: a `text`; or a `question` and its `answer`, perhaps on a `context`; or the same
-    with `choices`, where `answer` is the right one, its letter or its place from 0. Any other file is plain text,
-    measured by the loss on windows of `length` tokens. Lines that are none of this are left out, and `left_out` says
-    which.
-    """
-    rows, left_out = rows_of(Path(path))
-    if isinstance(rows[0], str):
-        return OwnText(str(path), tuple(rows), tuple(left_out), length)
-    kind = OwnChoices if len(rows[0].options) > 1 else OwnQuestions
-    return kind(str(path), tuple(rows), tuple(left_out))

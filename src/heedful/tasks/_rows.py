@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from heedful.core.errors import FieldError
+from heedful.diagnosis.images import opened
 from heedful.diagnosis.texts import ENDINGS, read_text
 
 GOOD = '{"context": "...", "question": "...", "answer": "..."}'
@@ -26,7 +29,17 @@ class Asked:
     options: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Pictured(Asked):
+    """The same about a picture."""
+
+    image: str  # its file, beside the rows'
+    digest: str
+    file: str = field(repr=False)  # where it lies
+
+
 Row = str | Asked
+YES_NO = ("yes", "no")  # either of which, as the answer about a picture, has the other for a choice
 
 
 class _BrokenError(ValueError):
@@ -58,7 +71,8 @@ def _refuse(path: Path, rule: str, good: str = "my.jsonl") -> FieldError:
 def _kind(row: Row) -> str:
     if isinstance(row, str):
         return "plain text"
-    return "a question with choices" if len(row.options) > 1 else "a question"
+    about = " about a picture" if isinstance(row, Pictured) else ""
+    return f"a question{about} with choices" if len(row.options) > 1 else f"a question{about}"
 
 
 def _each(path: Path) -> Iterator[tuple[str, Row | _BrokenError]]:
@@ -71,7 +85,8 @@ def _each(path: Path) -> Iterator[tuple[str, Row | _BrokenError]]:
     files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in ENDINGS and p.is_file()]
     files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     if not files:
-        raise _refuse(path, f"the folder holds no file that ends in {', '.join(ENDINGS)}")
+        also = "sounds with their words, nor folders of pictures"
+        raise _refuse(path, f"the folder holds no file that ends in {', '.join(ENDINGS)}, nor {also}")
     for file in files:
         yield from _file(file, str(file.relative_to(path)))
 
@@ -86,7 +101,7 @@ def _file(path: Path, name: str) -> Iterator[tuple[str, Row | _BrokenError]]:
         return
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
-            yield f"{name}, line {number}", _tried(_row, line)
+            yield f"{name}, line {number}", _tried(partial(_row, beside=path.parent), line)
 
 
 def _tried(read: Any, what: Any) -> Row | _BrokenError:
@@ -97,7 +112,7 @@ def _tried(read: Any, what: Any) -> Row | _BrokenError:
     return row
 
 
-def _row(line: str) -> Row:
+def _row(line: str, beside: Path) -> Row:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -110,9 +125,17 @@ def _row(line: str) -> Row:
         raise _BrokenError(f"has neither 'question' nor 'text' but {', '.join(map(repr, found)) or 'nothing'}")
     context = _words(found, "context") if any(name in found for name in ALSO["context"]) else ""
     question = _words(found, "question")
-    if any(name in found for name in ALSO["choices"]):
-        return Asked(context, question, _choices(found))
-    return Asked(context, question, (_words(found, "answer"),))
+    options = _choices(found) if any(name in found for name in ALSO["choices"]) else (_words(found, "answer"),)
+    if "image" not in found:
+        return Asked(context, question, options)
+    name = _words(found, "image")
+    file = beside / name
+    why = opened(file)[1] if file.is_file() else "is no file beside this one"
+    if why:
+        raise _BrokenError(f"'image' is {name!r}, which {why}")
+    if len(options) == 1 and options[0].lower() in YES_NO:
+        options = (options[0], *(other for other in YES_NO if other != options[0].lower()))
+    return Pictured(context, question, options, name, hashlib.sha256(file.read_bytes()).hexdigest()[:16], str(file))
 
 
 def _given(found: Mapping[str, Any], name: str) -> Any:

@@ -6,7 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Protocol, dataclass_transform
+from typing import Any, ClassVar, Protocol, Self, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch import Tensor
 from heedful.core.asked import after_kinds, require_fields
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt
+from heedful.shown import Shown, Writing
+from heedful.text_models import ALONE, require_causal
 
 
 class Tokenizer(Protocol):
@@ -34,6 +36,8 @@ class Item:
     options: tuple[tuple[int, ...], ...] = ()  # continuations, the right one first; none: the prompt itself is graded
     cut: int | None = None  # so many tokens are read in a call of their own, before the question is known
     labels: Mapping[str, float | str] = field(default_factory=dict, hash=False)  # such as depth and length
+    shown: Shown = ALONE  # what is read beside the prompt
+    writes: Writing | None = None  # how the model is let write on by itself, where that is scored
 
     def __post_init__(self) -> None:
         if self.cut is not None and not 0 < self.cut < len(self.prompt):
@@ -45,6 +49,11 @@ class Item:
     def size(self) -> int:
         """The tokens that are read in all: the prompt's, and the longest option's."""
         return len(self.prompt) + max(map(len, self.options), default=0)
+
+    @property
+    def read(self) -> int:
+        """The tokens that are read before anything is answered, an encoder's among them."""
+        return len(self.prompt) + self.shown.places
 
     def graded(self, role: str) -> list[range]:
         """Where in a sheet's losses the spans of a role stand, for an item without options."""
@@ -59,6 +68,7 @@ class Sheet:
     options: tuple[Tensor, ...]  # the log-probability of each token of each option
     greedy: tuple[bool, ...]  # whether each token of the right option was the likeliest; without options: as losses
     losses: Tensor  # nats for each prompt token after the cut (else after the first); empty where there are options
+    said: tuple[int, ...] = ()  # what it wrote by itself, where it was let
 
     @property
     def means(self) -> tuple[float, ...]:
@@ -87,6 +97,14 @@ class Task(ABC):
         if "__post_init__" in vars(cls):
             cls.__post_init__ = after_kinds(cls.__post_init__)  # type: ignore[assignment]
         dataclass(frozen=True, repr=False)(cls)
+
+    def require(self, model: Any, tokenizer: Any) -> None:
+        """Refuse a model that cannot be asked this, before anything is asked."""
+        require_causal(model)
+
+    def on(self, model: Any, tokenizer: Any) -> Self:
+        """The task as this model is asked it, where that depends on the model; it has the same name and repr."""
+        return self
 
     def items(self, tokenizer: Tokenizer, count: int, seed: int = 0) -> Sequence[Item]:
         """So many items, the same ones every time."""

@@ -1,0 +1,135 @@
+"""Comparisons on speech, on pictures and on questions about pictures, with models that come along.
+
+python -m benchmarks.quality.seen speech|pictures|asked [--minutes 9]     (HF_HUB_OFFLINE=1; it resumes)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import struct
+import tempfile
+import wave
+from importlib.metadata import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+from benchmarks.quality.compared import report
+from benchmarks.quality.page import SEEN
+from claims import _sight
+from claims._pictures import PATCH, SIDE, WORDS, draw
+from heedful import models
+from heedful.bench.compare import compare
+from heedful.core.files import RECORDS
+from heedful.diagnosis.waves import read_wave
+
+RATE = 16_000
+# where a pause begins a new clip of the reading of A Tale of Two Cities, in seconds, and Dickens' words from there on
+CLIPS = {
+    0.0: "It was the best of times, it was the worst of times, it was the age of wisdom,",
+    6.42: "it was the age of foolishness, it was the epoch of belief, it was the epoch of incredulity,",
+    13.08: "it was the season of Light, it was the season of Darkness, it was the spring of hope,",
+    18.79: "it was the winter of despair, we had everything before us, we had nothing before us, "
+    "we were all going direct to",
+    25.55: "Heaven, we were all going direct the other way - in short, the period was so far like the present",
+    31.82: "period, that some of its noisiest authorities insisted on its being received, for good",
+    37.52: "or for evil, in the superlative degree of comparison only.",
+}
+DIGITS, OF_EACH = 10, 16  # classes, and pictures of each, half of which a head is fitted on
+QUESTIONS = {"left-colour": 0, "left-shape": 1, "right-colour": 2, "right-shape": 3}  # and whose word answers each
+KINDS = (WORDS[2:6], WORDS[6:10])  # colours, shapes
+PICTURES = 60
+METHODS = {
+    "speech": ["trimmedllama(share=0.25)", "trimmedllama(share=0.05)", "pruneheads(groups=((0,0),(1,1)))",
+               "sinkwindow(4,64)"],
+    "pictures": ["tome(count=8)", "tome(count=16)", "tome(count=24)", "pruneheads(groups=((0,0),(1,1)))",
+                 "sinkwindow(4,64)"],
+    "asked": ["snapkv(budget=0.5)", "snapkv(budget=0.25)", "knorm(budget=0.5)", "pruneheads(groups=((4,0),))",
+              "sinkwindow(4,16)"],
+}  # fmt: skip
+
+
+def speech(home: Path) -> models.Loaded:
+    """Whisper base, and clips of a reading with their words."""
+    path = next(Path(str(f.locate())) for f in files("moonshine-voice") or [] if f.name == "two_cities.wav")
+    samples, _ = read_wave(path, RATE)
+    begins = [*CLIPS, len(samples) / RATE]
+    for (begin, words), end in zip(CLIPS.items(), begins[1:], strict=True):
+        part = (samples[int(begin * RATE) : int(end * RATE)] * 32_767).clamp(-32_768, 32_767).int().tolist()
+        file = home / f"{begin:05.2f}.wav"
+        with wave.open(str(file), "wb") as sound:
+            sound.setparams((1, 2, RATE, len(part), "NONE", ""))
+            sound.writeframes(struct.pack(f"<{len(part)}h", *part))
+        file.with_suffix(".txt").write_text(words)
+    return models.speech()
+
+
+def pictures(home: Path) -> models.Loaded:
+    """DINOv2-S/14, and handwritten digits in folders of their classes."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    for kind in range(DIGITS):
+        (home / str(kind)).mkdir(parents=True, exist_ok=True)
+        for i, dots in enumerate(found.images[found.target == kind][:OF_EACH]):
+            image = Image.fromarray((dots * 255 / 16).astype("uint8")).resize((224, 224), Image.Resampling.BICUBIC)
+            image.save(home / str(kind) / f"{i}.png")
+    return models.vision()
+
+
+def asked(home: Path) -> models.Loaded:
+    """The small vision-language model of the claims, and questions about pictures that it never saw."""
+    shown, words, _ = draw(PICTURES, torch.Generator().manual_seed(77))
+    rows = []
+    for i, (picture, said) in enumerate(zip(shown, words.tolist(), strict=True)):
+        dots = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(dots).save(home / f"{i}.png")
+        for question, place in QUESTIONS.items():
+            if (word := WORDS[said[place]]) != "nothing":
+                choices = list(KINDS[place % 2])
+                rows.append({"image": f"{i}.png", "question": question, "choices": choices, "answer": word})
+    (home / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return models.Loaded(_sight.model(), reader(), "the small vision-language model of the claims")
+
+
+def reader() -> Any:
+    """What prepares pictures and words for that model."""
+    names = [word or "<>" for word in WORDS] + [*QUESTIONS, "ground?", "<s>", "<image>"]
+    backend = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", additional_special_tokens=["<image>"])
+    size: dict[str, Any] = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    seen = CLIPImageProcessor(**size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return LlavaProcessor(
+        seen, words, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template="<s> <image> {{ messages[0]['content'][1]['text'] }}",
+    )  # fmt: skip
+
+
+GROUNDS = {"speech": speech, "pictures": pictures, "asked": asked}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.seen")
+    parser.add_argument("ground", choices=list(GROUNDS))
+    parser.add_argument("--minutes", type=float, default=9, help="of asking")
+    parser.add_argument("--turns", type=int, default=3, help="that costs are measured")
+    given = parser.parse_args()
+    home = Path(tempfile.gettempdir()) / f"heedful-seen-{given.ground}"
+    (home / given.ground).mkdir(parents=True, exist_ok=True)
+    os.chdir(home)  # records name the folder, and not where it lay
+    loaded = GROUNDS[given.ground](Path(given.ground))
+    task = Path(given.ground) / ("questions.jsonl" if given.ground == "asked" else "")
+    found = compare(
+        loaded, METHODS[given.ground], [task], out="kept", minutes=given.minutes, turns=given.turns, progress=report
+    )
+    found.save(SEEN[given.ground])
+    print(found)
+    print(f"the page: {found.page(home / 'page.html')}")
+    (home / "kept" / RECORDS).unlink()

@@ -1,0 +1,40 @@
+"""What a model is given beside the tokens of a prompt, a picture or a sound, and how it writes on by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+Reads = Literal["text", "image", "sound"]
+Head = Callable[[Tensor], Tensor]  # features of pictures to the logits of their classes, [b e] to [b classes]
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """What stands beside a prompt, and what the prompt's tokens are then."""
+
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # as the model is called with them, one row of each
+    # the tokens are a "text", perhaps with places for pictures in it; with a "sound" those of the text that is written
+    # of it; with an "image" alone they are none, and stand for what the encoder makes of it
+    reads: Reads = "text"
+    places: int = 0  # that an encoder makes of a sound, beside the prompt's tokens
+    head: Head | None = None  # what names classes where the model has no logits
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a model writes on by itself, the likeliest token each time."""
+
+    most: int  # tokens
+    ends: tuple[int, ...]  # tokens that end it
+    never: tuple[int, ...] = ()  # tokens that are not written
+    not_first: tuple[int, ...] = ()  # nor these as the first one
+
+    def next(self, scores: Tensor, first: bool) -> int:
+        """The token that comes next by the model's scores `[v]`."""
+        scores = scores.float().clone()
+        scores[[*self.never, *self.not_first] if first else list(self.never)] = -float("inf")
+        return int(scores.argmax())

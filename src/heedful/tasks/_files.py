@@ -1,0 +1,54 @@
+"""Which task a file or a folder of the user's own is, by what it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from heedful.core.errors import FieldError
+from heedful.diagnosis import images, waves
+from heedful.diagnosis.texts import files_in
+from heedful.tasks._own import OwnChoices, OwnQuestions, OwnText
+from heedful.tasks._pictured import PicturedChoices, PicturedQuestions
+from heedful.tasks._pictures import OwnPictures, pictures
+from heedful.tasks._rows import ROWS, Asked, Pictured, rows_of
+from heedful.tasks._sounds import OwnSpeech, clips
+from heedful.tasks.task import Task
+
+T = TypeVar("T")
+
+
+def from_file(path: str | Path, *, length: int = OwnText.length) -> Task:
+    """A task from a file or a folder of your own; what it is follows from what it holds.
+
+    A JSONL holds one object a line: a `text`; or a `question` and its `answer`, perhaps on a `context` or about an
+    `image`, whose file lies beside; or the same with `choices`, where `answer` is the right one, its letter or its
+    place from 0. A folder of WAV files, each with its words in a `.txt` of the same name, is speech to write down. A
+    folder that has a folder of pictures for each class is pictures to name. Any other file is plain text, measured by
+    the loss on windows of `length` tokens. What is none of this is left out, and `left_out` says which and why.
+    """
+    path = Path(path)
+    if path.is_dir() and not _holds(path, (ROWS,)):
+        if _holds(path, waves.ENDINGS):
+            return OwnSpeech(str(path), *_some(path, *clips(path)))
+        if _holds(path, images.ENDINGS):
+            return OwnPictures(str(path), *_some(path, *pictures(path)))
+    rows, left_out = rows_of(path)
+    if isinstance(rows[0], str):
+        return OwnText(str(path), tuple(rows), tuple(left_out), length)
+    kinds = (PicturedQuestions, PicturedChoices) if isinstance(rows[0], Pictured) else (OwnQuestions, OwnChoices)
+    kind = kinds[isinstance(rows[0], Asked) and len(rows[0].options) > 1]
+    return kind(str(path), tuple(rows), tuple(left_out))
+
+
+def _holds(folder: Path, endings: tuple[str, ...]) -> bool:
+    return bool(files_in(folder, endings))
+
+
+def _some(path: Path, rows: list[T], left_out: list[str]) -> tuple[tuple[T, ...], tuple[str, ...]]:
+    """Rows and what was left out, unless no row is left."""
+    if not rows:
+        why = "".join(f"; {reason}" for reason in left_out[:3]) + ("; ..." if len(left_out) > 3 else "")
+        rule = f"holds nothing that can be asked{why}"
+        raise FieldError("from_file()", "path", str(path), rule, "a.wav beside a.txt, or cat/a.png beside dog/b.png")
+    return tuple(rows), tuple(left_out)
