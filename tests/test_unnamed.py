@@ -109,6 +109,22 @@ class Router(nn.Module):
         return torch.einsum("bne,eij,bnj->bni", self.gate(x).softmax(-1), self.experts, x)
 
 
+class Experts(Router):
+    """The same, whose router is a product with a weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = (x @ self.gate.weight.mT).softmax(-1)
+        return torch.einsum("bne,bnei->bni", gates, torch.einsum("bnj,eij->bnei", x, self.experts))
+
+
+class Latents(Router):
+    """Attention whose queries are a weight, multiplied so that nobody follows it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.gate.weight @ x.mT).softmax(-1)
+        return x + torch.einsum("bei,ben->bni", torch.einsum("bni,ben->bei", x, weights), weights)
+
+
 class Feature(nn.Module):
     """Exponents of what weights of its own give."""
 
@@ -237,6 +253,20 @@ def test_what_only_may_be_attention_runs_as_ever() -> None:
         assert run.layer_names[1:] == ("model.layers.1.self_attn", "model.layers.1.mlp.attention")
     with attach(llama(Pooling()), Look(), only="model.layers.1") as run:
         run(input_ids=IDS)
+
+
+@torch.no_grad()
+def test_a_router_that_multiplies_with_a_weight_is_none_and_queries_that_are_one_are_attention() -> None:
+    plain = (model := llama(Experts())).eval()(input_ids=IDS).logits
+    with attach(model, Look().when("decode")) as run, torch.inference_mode():
+        assert torch.equal(run(input_ids=IDS).logits, plain)
+    wide = torch.randn(2, 7, 32)
+    with attach(Net(Pooling(), Experts()), Look(), inputs=wide) as run:
+        assert run.layer_names == ("layers.0",)
+    with attach(llama(Latents()), Look()) as run, pytest.raises(RefusedModel, match=r"Latents: nothing in its class"):
+        run(input_ids=IDS)
+    with pytest.raises(RefusedModel, match=r"layers.1 \(Latents: a softmax of its own"):
+        attach(Net(Pooling(), Latents()), Look(), inputs=wide)
 
 
 @torch.no_grad()

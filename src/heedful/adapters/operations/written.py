@@ -74,7 +74,8 @@ class Trail:
         product = _from_the_right(func, args, kwargs, known[0]) if weights.turned else None
         product = product if weights.turned else product_of(func, args, kwargs, first=known[0])
         if product is None or product.left.shape[-1] != weights.scores.key.shape[-2]:
-            return "its weights do not stand before the values"
+            # a softmax over what a weight holds, of which each token makes what is its own, is a mixture of experts
+            return None if is_weight(weights.scores.key) else "its weights do not stand before the values"
         left, right = product.left.shape[:-2], product.right.shape[:-2]
         if torch.broadcast_shapes(left, right) != left:
             return "its values have rows that its weights do not have"
@@ -120,7 +121,7 @@ class Trail:
             return
         biases = (*args[:1], kwargs.get("input")) if func in products.BADDBMM else ()
         learned = any(x.requires_grad for x in tensors_of(biases))
-        origin = Origin(fixed=any(isinstance(x if x._base is None else x._base, nn.Parameter) for x in given))
+        origin = Origin(fixed=any(map(is_weight, given)))
         scores = Scores(out, product.left, product.right.transpose(-1, -2), product.factor, learned, origin=origin)
         self.scores[id(out)] = scores
         if not any(id(x) in self.weights for x in given):
@@ -288,6 +289,11 @@ def _plainly(output: Any) -> Any:
     if isinstance(output, dict):
         return {name: _plainly(x) for name, x in output.items()}
     return output if isinstance(output, Tensor) else getattr(output, "__dict__", None)
+
+
+def is_weight(x: Tensor) -> bool:
+    """Whether a tensor is a parameter of a model, or a view of one."""
+    return isinstance(x if x._base is None else x._base, nn.Parameter)
 
 
 def _besides(func: Any) -> str:
