@@ -260,9 +260,14 @@ def test_a_router_that_multiplies_with_a_weight_is_none_and_queries_that_are_one
     plain = (model := llama(Experts())).eval()(input_ids=IDS).logits
     with attach(model, Look().when("decode")) as run, torch.inference_mode():
         assert torch.equal(run(input_ids=IDS).logits, plain)
+    with attach(model, Look(), inputs={"input_ids": IDS}) as run:
+        assert run.layer_names == ("model.layers.0.self_attn", "model.layers.1.self_attn")
     wide = torch.randn(2, 7, 32)
-    with attach(Net(Pooling(), Experts()), Look(), inputs=wide) as run:
-        assert run.layer_names == ("layers.0",)
+    for kind in (Router, Experts):  # where no layer is known by its class
+        with pytest.raises(
+            RefusedModel, match=rf"layers.1 \({kind.__name__}: a softmax of its own.*only=\['layers.0'\]"
+        ):
+            attach(Net(Pooling(), kind()), Look(), inputs=wide)
     with attach(llama(Latents()), Look()) as run, pytest.raises(RefusedModel, match=r"Latents: nothing in its class"):
         run(input_ids=IDS)
     with pytest.raises(RefusedModel, match=r"layers.1 \(Latents: a softmax of its own"):

@@ -33,6 +33,7 @@ from heedful.engine.activity import tensors_of
 CHANGED = "its weights are changed after a softmax"
 LOGARITHM = "the logarithm of a softmax is used otherwise than to make weights of it"
 EXPONENTS = "its scores are made weights by exp, and not by softmax"
+APART = "its weights do not stand before the values"
 NO_PRODUCT = "a softmax of what is no product of queries and keys alone"
 
 
@@ -44,7 +45,7 @@ class Trail:
     weights: dict[int, Weights] = field(default_factory=dict)
     besides: str = ""  # what else weights or scores were used for, which an answer would not reach
     answered: Scores | None = None  # of the weights that were multiplied with values
-    left_alone: str = ""  # a softmax of what no product had a part in, multiplied with something
+    left_alone: str = ""  # a softmax that may be no attention, multiplied with something
     uses: Uses = field(default_factory=Uses)
 
     def asked(self, func: Any, args: Any, kwargs: Any) -> Asked | str | None:
@@ -74,8 +75,10 @@ class Trail:
         product = _from_the_right(func, args, kwargs, known[0]) if weights.turned else None
         product = product if weights.turned else product_of(func, args, kwargs, first=known[0])
         if product is None or product.left.shape[-1] != weights.scores.key.shape[-2]:
-            # a softmax over what a weight holds, of which each token makes what is its own, is a mixture of experts
-            return None if is_weight(weights.scores.key) else "its weights do not stand before the values"
+            if not is_weight(weights.scores.key):
+                return APART
+            self.left_alone = APART  # a softmax over what a weight holds may be a mixture of experts
+            return None
         left, right = product.left.shape[:-2], product.right.shape[:-2]
         if torch.broadcast_shapes(left, right) != left:
             return "its values have rows that its weights do not have"
