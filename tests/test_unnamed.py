@@ -283,6 +283,20 @@ class Marred(nn.Module):
         return log.exp() @ x
 
 
+class Meddled(nn.Module):
+    """Makes something else of the logarithm before it is weights."""
+
+    def __init__(self, meddle: Any, hides: bool = False, keys: int | None = None) -> None:
+        super().__init__()
+        self.meddle, self.hides, self.keys = meddle, hides, keys
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = scores_of(x)
+        if self.hides:
+            scores = scores.masked_fill(torch.eye(x.shape[1], dtype=torch.bool), torch.finfo(x.dtype).min)
+        return self.meddle(scores.log_softmax(-1)).exp() @ x[:, : self.keys]
+
+
 class Given(nn.Module):
     """Gives the logarithm beside what it does with the weights."""
 
@@ -296,7 +310,11 @@ class Given(nn.Module):
     ("module", "why"),
     [
         (Logarithms(), "the logarithm of a softmax is used"),
-        (Marred(), "the logarithm of a softmax is used"),
+        (Marred(), "its weights are changed"),
+        (Meddled(lambda log: 2 * log), "its weights are changed"),
+        (Meddled(lambda log: F.dropout(log, 0.5, training=False)), "its weights are changed"),
+        (Meddled(lambda log: log.masked_fill(log < -1e30, 0.0), hides=True), "its weights are changed"),
+        (Meddled(lambda log: log.clone()[..., :5], keys=5), "the logarithm of a softmax is used"),
         (Given(), "its weights are changed"),
         (Exponents(), "made weights by exp"),
         (Exponents(within=True), "made weights by exp"),
@@ -309,6 +327,13 @@ def test_weights_without_a_softmax_are_told_of_beside_others(module: nn.Module, 
     with attach(Net(Pooling(), module), Look(), inputs=X, only="layers.0") as run:
         run(X)
         assert run.activity().entered == (0,)
+
+
+@torch.no_grad()
+def test_what_is_made_of_a_logarithm_is_told_of_beside_the_interface() -> None:
+    for module in (Meddled(lambda log: 2 * log), Meddled(lambda log: log[..., :5], keys=5)):
+        with attach(llama(module), Look()) as run, pytest.raises(RefusedModel, match=r"Meddled: nothing in its class"):
+            run(input_ids=IDS)
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ class Trail:
         elif func in products.SOFTMAX or func in products.LOG_SOFTMAX:
             if out.ndim > 2:
                 made = self._softmax(func, args, kwargs, out)
-                log = func in products.LOG_SOFTMAX and not made.why and made.scores is not None
+                log = func in products.LOG_SOFTMAX and made.scores is not None
                 self.weights[id(out)] = replace(made, why=LOGARITHM) if log else made
         elif takes_shape(func, args, (*self.weights, *self.scores)):
             return
@@ -256,21 +256,21 @@ class Trail:
         in_place = out is weights.now and func in products.DROPOUT and dropout_of(args, kwargs)[1]
         if weights.touched and not in_place and not weights.why:  # before this step
             weights = replace(weights, why=CHANGED)
-        same = out.numel() == weights.now.numel()
-        if func in products.EXP and weights.why == LOGARITHM and not weights.touched and out is not weights.now:
+        same, log = out.numel() == weights.now.numel(), weights.why == LOGARITHM and weights.scores is not None
+        if log and func in products.EXP and not weights.touched and out is not weights.now:
             self.weights[id(out)] = replace(weights, now=out, why="").untouched()
-        elif func in products.DROPOUT:
+        elif func in products.DROPOUT and not log:
             rate, trains = dropout_of(args, kwargs)
             kept = (1 - weights.dropout) * (1 - rate) if trains else 1 - weights.dropout
             self.weights[id(out)] = replace(weights, now=out, dropout=1 - kept).untouched()
-        elif same and (func in products.SAME or blank(weights, func, out)):
+        elif same and (func in products.SAME or (not log and blank(weights, func, out))):
             self.weights[id(out)] = replace(weights, now=out).untouched()
         elif same and func in products.SWAPPED and swaps(func, args, kwargs, out.ndim):
             self.weights[id(out)] = replace(weights, now=out, turned=not weights.turned).untouched()
         elif weights.scores is None and (same or func in products.SAME):
             self.weights[id(out)] = replace(weights, now=out)  # as little attention as it was
         elif same:
-            self.weights[id(out)] = replace(weights, now=out, why=weights.why or CHANGED)
+            self.weights[id(out)] = replace(weights, now=out, why=CHANGED if log else weights.why or CHANGED)
         else:
             others = (x for x in tensors_of((*args, *kwargs.values())) if id(x) not in self.weights)
             if all(x.numel() == 1 or not x.is_floating_point() for x in others):
