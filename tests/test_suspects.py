@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from benchmarks.coverage.probe import Look
 from heedful import attach
@@ -107,3 +109,31 @@ def test_code_tells_what_a_class_may_do() -> None:
 def test_it_is_refused_when_it_runs(kind: type[nn.Module]) -> None:
     with attach(llama(kind()), Look()) as run, pytest.raises(RefusedModel, match=rf"{kind.__name__}: nothing in its"):
         run(input_ids=IDS)
+
+
+class Behind(Pooling):
+    """Asks for torch's kernel by a name that its code does not hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = getattr(F, "scaled_dot_product_" + "attention")
+        return super().forward(kernel(x[:, None], x[:, None], x[:, None])[:, 0])
+
+
+class Rooted(LlamaForCausalLM):
+    """A whole model, which mixes what comes of it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = (out.logits @ out.logits.mT).softmax(-1) @ out.logits
+        return out
+
+
+@torch.no_grad()
+def test_a_kernel_that_the_code_hides_is_seen_and_a_whole_model_is_none_of_its_parts() -> None:
+    with attach(llama(Behind()), Look()) as run, pytest.raises(RefusedModel, match="Behind: nothing in its class"):
+        run(input_ids=IDS)
+    model = Rooted(llama(nn.Identity()).config).eval()
+    assert suspects.may_attend(Rooted)
+    with attach(model, Look()) as run:
+        run(input_ids=IDS)
+        assert run.activity().entered == (0, 1)
