@@ -116,7 +116,8 @@ class Behind(Pooling):
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = getattr(F, "scaled_dot_product_" + "attention")
-        return super().forward(kernel(x[:, None], x[:, None], x[:, None])[:, 0])
+        found: Tensor = kernel(x[:, None], x[:, None], x[:, None])[:, 0]
+        return found if len(x) < 99 else super().forward(x)
 
 
 class Rooted(LlamaForCausalLM):
