@@ -17,6 +17,7 @@ from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, HeedfulError, RefusedModel, SiteError
 from heedful.methods import ELA, GAAM, MALA, GatedHeads, Mega, SigmoidAttention
 from heedful.nn import FeatureMap
+from heedful.nn.served import Served
 
 E, ROWS, COLS = 8, 3, 5
 
@@ -162,6 +163,9 @@ def test_what_cannot_be() -> None:
         FeatureMap(E, ELA(3, 4), layer=-1)
     with pytest.raises(FieldError, match=r"depth = 1: must be above layer 1"):
         FeatureMap(E, ELA(3, 4), layer=1, depth=1)
+    unsized: Any = Served
+    with pytest.raises(TypeError, match="size"):
+        unsized()
     gate = FeatureMap(E, ELA(3, 4))
     for shape in ((2, E, 3), (2, E + 1, 3, 3), (0, E, 3, 3)):
         with pytest.raises(FieldError, match=re.escape(f"x = {shape}: must be of ('b', 8, 'rows', 'cols')")):
