@@ -15,10 +15,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from heedful import models
-from heedful.core.errors import FieldError
+from heedful.cli.diagnose import require_files
+from heedful.core.errors import CatalogueError, FieldError, HeedfulError
 from heedful.diagnosis import texts
+from heedful.diagnosis.corpus import Corpus
+from heedful.diagnosis.images import IMAGES
 from heedful.diagnosis.run import diagnose
 from heedful.diagnosis.texts import Delimiters, Source, cut, ordinary, pieces, positions, sources
+from heedful.tasks import find, from_file
 
 WORDS = "The keys, to the cabinet; are on the table.\nWho put them there? " * 4
 
@@ -180,3 +184,29 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(FieldError, match=r"texts = 'nope.txt': reads like the name of a file, and there is none"):
         sources("nope.txt")
     assert sources("See nope.txt")[0].text == "See nope.txt"
+
+
+@pytest.mark.parametrize("words", ["etc.", "U.S.", "It is v1.2", "v1.2", "Node.js ", "tests\n", "ж" * 200, "字" * 86])
+def test_short_words_are_no_names_of_files(words: str) -> None:
+    """A system takes no name of more than 255 bytes, and says so with an error of its own."""
+    assert sources(words)[0].text == words
+
+
+@pytest.mark.parametrize("name", ["ж" * 200, "字" * 86])
+def test_a_name_longer_than_a_system_takes_is_that_of_no_file(name: str) -> None:
+    for read in (sources, Corpus, from_file, lambda path: list(IMAGES.each(path, None))):
+        with pytest.raises(FieldError, match="no such file or folder"):
+            read(Path(name))
+    with pytest.raises(CatalogueError, match="nor a file or folder"):
+        find(name)
+    with pytest.raises(HeedfulError, match=r"--text: there is no file or folder"):
+        require_files({"text": Path(name)})
+
+
+def test_words_that_read_like_a_file_say_how_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").mkdir()
+    for words in ("Node.js", "notes"):
+        with pytest.raises(FieldError, match="if these are words, end them with a space"):
+            sources(words)
+        assert sources(f"{words} ")[0].text == f"{words} "

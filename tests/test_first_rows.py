@@ -11,9 +11,11 @@ from torch import Tensor
 from heedful import attach, models
 from heedful.core.call import Call
 from heedful.core.errors import DefinitionError
+from heedful.core.mask import Blocks, Mask
 from heedful.core.method import Method, Stack
-from heedful.core.sites import Site, reads
-from heedful.core.stats import Cat, Statistic
+from heedful.core.sites import Site, at, reads
+from heedful.core.stats import Cat, Statistic, Sum
+from heedful.core.summary import Summary, sums
 from heedful.methods import SinkRate, SinkWindow, TempScale
 
 
@@ -26,6 +28,7 @@ class _Rows(Method):
     def keep(self, weights: Tensor, call: Call) -> Statistic:
         whole = weights.new_zeros(*weights.shape[:-1], IDS.shape[1])
         whole[..., call.cols] = weights
+        assert weights.shape[3], "a row has a column, also where it sees none"
         assert weights.shape[2] == len(call.queries) == call.rows.stop - (call.rows.start or 0)
         assert call.keep is None or call.keep.shape[2] in (1, weights.shape[2])
         return Cat.of(f"{call.rows.start or 0:04d}", whole)
@@ -80,6 +83,44 @@ def test_the_first_of_them_are_computed_for_the_keys_that_they_see(monkeypatch: 
     with attach(models.tiny("llama"), _Wide(7).on(layers=[0])) as run, torch.no_grad():
         run(input_ids=IDS)
     assert widths == [(3, 3), (3, 6), (1, 7)]
+
+
+class _Received(Method):
+    """What each key received."""
+
+    @sums("received")
+    def look(self, summary: Summary, call: Call) -> Statistic:
+        return Sum.of(summary.received)
+
+
+def test_readers_of_unlike_many_rows_and_of_sums_do_not_meet() -> None:
+    model = models.tiny("llama")
+    whole, _ = rows(model, _Rows(), backend="reference")
+    told = []
+    for stack in (Stack((_Received(),)), Stack((_Rows(2), _Received(), _Rows(7)))):
+        with attach(model, stack, backend="tiled") as run, torch.no_grad():
+            run(input_ids=IDS, attention_mask=torch.ones_like(IDS).index_fill(1, torch.tensor([0, 1]), 0))
+        told.append([x.value for step, x in sorted(run.state.statistics.items()) if step[1] == "look"])
+    assert len(told[0]) == 2
+    for one, other in zip(*told, strict=True):
+        assert torch.equal(one, other)
+    for layer, part, many in ((i, part, many) for i in range(2) for part, many in ((0, 2), (2, 7))):
+        found = torch.cat(run.state.statistics[part, "keep", layer].value, 2)
+        torch.testing.assert_close(found, whole[layer][:, :, :many])
+
+
+class _Nothing(Method):
+    """No query sees a key."""
+
+    @at(Site.MASK)
+    def hide(self, mask: Mask, call: Call) -> Mask:
+        return mask & Blocks(torch.zeros(1, 1, 1, 1, dtype=torch.bool), 32)
+
+
+def test_rows_that_see_nothing_are_zeros() -> None:
+    for found in rows(models.tiny("llama"), _Rows(3), _Nothing())[0]:
+        assert found.shape == (2, 4, 3, 30)
+        assert not found.any()
 
 
 def test_some_heads_and_more_rows_than_there_are() -> None:

@@ -90,6 +90,15 @@ def test_what_is_no_number_comes_out_as_none(queries: int) -> None:
     assert torch.equal(found.isneginf(), eager.isneginf())
 
 
+@pytest.mark.parametrize("queries", [1, 2])
+def test_what_lies_between_two_numbers_becomes_the_even_one(queries: int) -> None:
+    shape = (1, 1, 1, queries, 2, 16, 16)
+    q, k, v = (torch.zeros(1, 1, n, 16, dtype=HALF) for n in (queries, 2, 2))
+    v[0, 0] = 1 + torch.arange(17)[:16] / 128 + torch.tensor([0, 1])[:, None] / 128
+    found = run("native", Same(), q, k, v, a_call(shape, ()))
+    assert torch.equal(found[0, 0], v.float().mean(2)[0].bfloat16().expand(queries, -1))
+
+
 @pytest.mark.parametrize("heads", [(6, 2), (4, 1), (5, 5)])
 def test_the_number_of_threads_changes_no_bit(heads: tuple[int, int]) -> None:
     shape = (2, *heads, 700, 700, 16, 16)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, group_norm
 
-from heedful.authoring import Call, Method, Paper, Site, at
+from heedful.authoring import Call, Layer, Method, Paper, Region, Site, Statistic, Sum, at, reads
 from heedful.catalogue import entries, room
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, HeedfulError, RefusedModel, SiteError
 from heedful.methods import ELA, GAAM, MALA, GatedHeads, Mega, SigmoidAttention
 from heedful.nn import FeatureMap
+from heedful.nn.served import Served
 
 E, ROWS, COLS = 8, 3, 5
 
@@ -67,6 +68,42 @@ def test_a_gate_on_a_map_is_the_papers() -> None:
     for one, other in zip(*(torch.autograd.grad((y * _map(1)).sum(), leaves) for y in (found, want)), strict=True):
         assert bool(other.any())
         assert close_model(one, other)
+
+
+HEARD: list[Any] = []
+
+
+class Told(Method):
+    """Gives back what it finds in its call; keeps what else it is told, and adds up what it was shown."""
+
+    paper = Doubled.paper
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        HEARD.append(layer.highest)
+        return {}
+
+    @at(Site.BLOCK)
+    def give(self, x: Tensor, call: Call) -> Tensor:
+        HEARD.append((call.layer, call.depth, call.name, call.scale, call.training, call.forward))
+        assert call.hidden is not None
+        return call.hidden
+
+    @reads(Site.OUTPUT)
+    def add(self, x: Tensor, call: Call) -> Statistic:
+        return Sum.of(x.sum())
+
+
+def test_a_method_is_told_what_it_is_in_a_model() -> None:
+    HEARD.clear()
+    gate = FeatureMap(E, Doubled() | Told() | Shifted(), layer=1, depth=3)
+    gate.run.roles = {"patches": Region(((0, 2),), (1, 2))}  # of something else: the map's own grid counts
+    x, row = _map(), torch.arange(ROWS).view(1, 1, ROWS, 1)
+    for training in (True, False):
+        assert close(gate.train(training)(x), 2 * x + row)
+    scale = E**-0.5
+    assert HEARD[-2:] == [(1, 3, "FeatureMap.1", scale, True, 0), (1, 3, "FeatureMap.1", scale, False, 1)]
+    assert set(HEARD[:-2]) == {2}
+    assert close(gate.run[Told()][1].value, 2 * (2 * x).sum())
 
 
 def test_what_stands_for_a_block_and_a_gate_behind_it() -> None:
@@ -126,6 +163,9 @@ def test_what_cannot_be() -> None:
         FeatureMap(E, ELA(3, 4), layer=-1)
     with pytest.raises(FieldError, match=r"depth = 1: must be above layer 1"):
         FeatureMap(E, ELA(3, 4), layer=1, depth=1)
+    unsized: Any = Served
+    with pytest.raises(TypeError, match="size"):
+        unsized()
     gate = FeatureMap(E, ELA(3, 4))
     for shape in ((2, E, 3), (2, E + 1, 3, 3), (0, E, 3, 3)):
         with pytest.raises(FieldError, match=re.escape(f"x = {shape}: must be of ('b', 8, 'rows', 'cols')")):

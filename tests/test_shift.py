@@ -167,13 +167,16 @@ def test_each_way_of_the_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @needs_kernel
-def test_low_precision() -> None:
+@pytest.mark.parametrize("what", [Columns(), Columns(fixed=False)], ids=["set right in tiles", "set right by column"])
+def test_low_precision(what: Columns) -> None:
     call = _call((Causal(),))
-    exact = _heads("reference", Columns(), tuple(x.double() for x in _tensors(torch.bfloat16)), call)
-    eager = _heads("reference", Columns(), _tensors(torch.bfloat16), call)
-    found = _heads("native", Columns(), _tensors(torch.bfloat16), call)
+    exact = _heads("reference", what, tuple(x.double() for x in _tensors(torch.bfloat16)), call)
+    eager = _heads("reference", what, _tensors(torch.bfloat16), call)
+    found = _heads("native", what, _tensors(torch.bfloat16), call)
     assert found.dtype == torch.bfloat16
     assert within_budget(found, eager, exact)
+    wide = _heads("native", what, tuple(x.float() for x in _tensors(torch.bfloat16)), call)
+    assert torch.equal(found, wide.bfloat16()), "nothing is rounded before weight was moved"
 
 
 def test_the_formula() -> None:

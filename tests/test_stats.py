@@ -14,6 +14,7 @@ from torch import Tensor
 
 from heedful.conformance.tolerances import MERGE, error
 from heedful.core.errors import StatisticError
+from heedful.core.fitted import compact
 from heedful.core.stats import FEW, Cat, Histogram, Max, Mean, Moments, Statistic, Sum, TopK, load, merged, save
 from heedful.core.summary import _below, _diagonals
 
@@ -114,6 +115,42 @@ def test_saving_and_pickling_keep_everything(kind: str, tmp_path: Path) -> None:
     assert same(back, stat)
     assert same(pickle.loads(pickle.dumps(stat)), stat)
     assert not list(tmp_path.glob("*.part"))
+
+
+def bits(x: Tensor) -> tuple[torch.dtype, list[int], list[int]]:
+    return x.dtype, list(x.shape), x.contiguous().flatten().view(torch.uint8).tolist()
+
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2)
+ODD = torch.tensor([-0.0, 0.0, float("nan"), float("inf"), -float("inf"), 2.0**53, 0.5, 300.0], dtype=torch.float64)
+WHOLE = torch.tensor([-(2**63), -(2**31), -(2**15), -1, 0, 1, 255, 256, 2**15, 2**31, 2**63 - 1])
+ROWS = [ODD[i:j].to(kind) for kind in FLOATS for i in range(8) for j in range(i, i + 3)]
+ROWS += [WHOLE[i:j] for i in range(11) for j in range(i, i + 3)] + [WHOLE.int(), WHOLE.char(), WHOLE.bool()]
+ROWS += [torch.tensor([-0.0, 0.0j])]
+
+
+def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
+    """Of zeros the sign, of what is no number that it is none, of what is alike in all rows each row, and nothing."""
+    given = {
+        f"{i}": Cat({"row": x, "rows": x.expand(3, -1), "column": x[:, None].expand(-1, 2)}) for i, x in enumerate(ROWS)
+    }
+    given["single"] = Cat(
+        {str(x): x for x in (torch.tensor(-0.0, dtype=torch.float64), torch.tensor(7), torch.tensor(True))}
+    )
+    found = load(save(tmp_path / "s", given))
+    for name, stat in given.items():
+        for piece, x in stat.tensors().items():
+            assert bits(found[name].tensors()[piece]) == bits(x), (name, piece)
+
+
+@pytest.mark.parametrize("wide", [torch.float64, torch.int64])
+def test_whole_numbers_take_as_many_bytes_as_they_need(wide: torch.dtype) -> None:
+    for low, high, few in (
+        (0, 255, torch.uint8), (-1, 255, torch.int16), (0, 256, torch.int16), (-(2**15), 2**15 - 1, torch.int16),
+        (0, 2**15, torch.int32), (-(2**15) - 1, 0, torch.int32), (-(2**31), 2**31 - 1, torch.int32),
+        (0, 2**31, wide), (-(2**31) - 1, 0, wide),
+    ):  # fmt: skip
+        assert compact(torch.tensor([low, high], dtype=wide)).dtype is few
 
 
 def test_what_cannot_merge_says_why() -> None:

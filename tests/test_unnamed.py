@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from benchmarks.coverage.probe import Look, Through
 from heedful import attach
-from heedful.adapters import suspects
-from heedful.adapters.layers import own_attention
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import RefusedModel
 
@@ -109,6 +107,22 @@ class Router(nn.Module):
         return torch.einsum("bne,eij,bnj->bni", self.gate(x).softmax(-1), self.experts, x)
 
 
+class Experts(Router):
+    """The same, whose router is a product with a weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = (x @ self.gate.weight.mT).softmax(-1)
+        return torch.einsum("bne,bnei->bni", gates, torch.einsum("bnj,eij->bnei", x, self.experts))
+
+
+class Latents(Router):
+    """Attention whose queries are a weight, multiplied so that nobody follows it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.gate.weight @ x.mT).softmax(-1)
+        return x + torch.einsum("bei,ben->bni", torch.einsum("bni,ben->bei", x, weights), weights)
+
+
 class Feature(nn.Module):
     """Exponents of what weights of its own give."""
 
@@ -141,10 +155,12 @@ def around(function: Any) -> Any:
     return inner
 
 
-class Decorated(Pooling):
-    """Its forward is in a base, and a decorator around it."""
+class Decorated(nn.Module):
+    """A decorator stands around its forward."""
 
-    forward = around(Pooling.forward)
+    @around
+    def forward(self, x: Tensor) -> Tensor:
+        return pooled(x)
 
 
 class Apart(nn.Module):
@@ -164,18 +180,6 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return pooled(x)
-
-
-def test_code_tells_what_a_class_may_do() -> None:
-    for kind in (Pooling, Squared, Logarithm, Logarithms, Decorated, Apart, Router):
-        assert suspects.may_attend(kind), kind
-        assert not own_attention(kind), kind
-    assert suspects.calls_kernel(Kernel)
-    assert own_attention(Kernel)
-    assert own_attention(AttnBlock)
-    for other in (nn.Linear, nn.MultiheadAttention, nn.TransformerEncoderLayer, Net, Feature, type(llama())):
-        assert not suspects.may_attend(other), other
-        assert not suspects.calls_kernel(other), other
 
 
 @torch.no_grad()
@@ -240,6 +244,25 @@ def test_what_only_may_be_attention_runs_as_ever() -> None:
 
 
 @torch.no_grad()
+def test_a_router_that_multiplies_with_a_weight_is_none_and_queries_that_are_one_are_attention() -> None:
+    plain = (model := llama(Experts())).eval()(input_ids=IDS).logits
+    with attach(model, Look().when("decode")) as run, torch.inference_mode():
+        assert torch.equal(run(input_ids=IDS).logits, plain)
+    with attach(model, Look(), inputs={"input_ids": IDS}) as run:
+        assert run.layer_names == ("model.layers.0.self_attn", "model.layers.1.self_attn")
+    wide = torch.randn(2, 7, 32)
+    for kind in (Router, Experts):  # where no layer is known by its class
+        with pytest.raises(
+            RefusedModel, match=rf"layers.1 \({kind.__name__}: a softmax of its own.*only=\['layers.0'\]"
+        ):
+            attach(Net(Pooling(), kind()), Look(), inputs=wide)
+    with attach(llama(Latents()), Look()) as run, pytest.raises(RefusedModel, match=r"Latents: nothing in its class"):
+        run(input_ids=IDS)
+    with pytest.raises(RefusedModel, match=r"layers.1 \(Latents: a softmax of its own"):
+        attach(Net(Pooling(), Latents()), Look(), inputs=wide)
+
+
+@torch.no_grad()
 def test_a_logarithm_on_the_way_to_weights_is_followed() -> None:
     model = Net(Logarithm(), Logarithm())
     with attach(model, Keep(), inputs=X) as run:
@@ -260,6 +283,20 @@ class Marred(nn.Module):
         return log.exp() @ x
 
 
+class Meddled(nn.Module):
+    """Makes something else of the logarithm before it is weights."""
+
+    def __init__(self, meddle: Any, hides: bool = False, keys: int | None = None) -> None:
+        super().__init__()
+        self.meddle, self.hides, self.keys = meddle, hides, keys
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = scores_of(x)
+        if self.hides:
+            scores = scores.masked_fill(torch.eye(x.shape[1], dtype=torch.bool), torch.finfo(x.dtype).min)
+        return self.meddle(scores.log_softmax(-1)).exp() @ x[:, : self.keys]
+
+
 class Given(nn.Module):
     """Gives the logarithm beside what it does with the weights."""
 
@@ -273,7 +310,11 @@ class Given(nn.Module):
     ("module", "why"),
     [
         (Logarithms(), "the logarithm of a softmax is used"),
-        (Marred(), "the logarithm of a softmax is used"),
+        (Marred(), "its weights are changed"),
+        (Meddled(lambda log: 2 * log), "its weights are changed"),
+        (Meddled(lambda log: F.dropout(log, 0.5, training=False)), "its weights are changed"),
+        (Meddled(lambda log: log.masked_fill(log < -1e30, 0.0), hides=True), "its weights are changed"),
+        (Meddled(lambda log: log.clone()[..., :5], keys=5), "the logarithm of a softmax is used"),
         (Given(), "its weights are changed"),
         (Exponents(), "made weights by exp"),
         (Exponents(within=True), "made weights by exp"),
@@ -286,6 +327,13 @@ def test_weights_without_a_softmax_are_told_of_beside_others(module: nn.Module, 
     with attach(Net(Pooling(), module), Look(), inputs=X, only="layers.0") as run:
         run(X)
         assert run.activity().entered == (0,)
+
+
+@torch.no_grad()
+def test_what_is_made_of_a_logarithm_is_told_of_beside_the_interface() -> None:
+    for module in (Meddled(lambda log: 2 * log), Meddled(lambda log: log[..., :5], keys=5)):
+        with attach(llama(module), Look()) as run, pytest.raises(RefusedModel, match=r"Meddled: nothing in its class"):
+            run(input_ids=IDS)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from heedful.cli.pictured import pictured
 from heedful.cli.progress import Bars
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.figures import head_name
+from heedful.core.files import is_there
 from heedful.core.kinds import Measure, Weights
 from heedful.core.method import CatalogueEntry, Method
 
@@ -101,7 +102,7 @@ def require_files(given: dict[str, Path]) -> None:
         path = given.get(option)
         if path is None:
             continue
-        if not path.exists():
+        if not is_there(path):
             missing = f"--{option}: there is no file or folder '{path}'"
             raise HeedfulError(f"{missing}. Name one that exists, as in --{option} {good}")
         if path.is_dir() and not texts.files_in(path, endings):

@@ -30,6 +30,14 @@ SIGNS = {
 }
 
 
+def is_there(path: str | Path) -> bool:
+    """Whether there is such a file or folder; a system raises for names that are longer than it takes."""
+    try:
+        return Path(path).exists()
+    except OSError:
+        return False
+
+
 @contextmanager
 def writing(where: Path) -> Iterator[None]:
     """Turn the ways in which a disk says no into one plain error."""

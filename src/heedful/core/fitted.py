@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+ROWS = torch.contiguous_format  # with strides of its own, where `contiguous` leaves those of an axis of one place
+WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 MOST, TIMES = 2**26, 64  # numbers that few may stand for, however few they are, and each of them besides
 
 
@@ -16,7 +18,7 @@ class Fitted(Mapping[str, Tensor]):
     """Named tensors, equal and hashed by content; copied on entry, so that they cannot change underneath."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = {k: v.detach().clone().contiguous() for k, v in sorted(tensors.items())}
+        self._tensors = {k: v.detach().clone(memory_format=ROWS) for k, v in sorted(tensors.items())}
         digest = hashlib.sha256()
         for name, tensor in self._tensors.items():
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
@@ -55,14 +57,19 @@ class Fitted(Mapping[str, Tensor]):
 
 
 def compact(x: Tensor) -> Tensor:
-    """What says the same in fewer bytes: an axis along which all is alike once, whole numbers as such."""
-    x = narrowed(x, range(x.ndim))
+    """What says the same bit by bit in fewer bytes: an axis along which all is alike once, whole numbers as such."""
+    x = narrowed(_bits(x), range(x.ndim)).view(x.dtype)
     if x.numel() and x.dtype in (torch.float64, torch.int64):
         for kind in (torch.uint8, torch.int16, torch.int32):
             ends = torch.iinfo(kind)
-            if x.min() >= ends.min and x.max() <= ends.max and torch.equal(x.to(kind).to(x.dtype), x):
+            if x.min() >= ends.min and x.max() <= ends.max and torch.equal(_bits(x.to(kind).to(x.dtype)), _bits(x)):
                 return x.to(kind).contiguous()
     return x.contiguous().clone()
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The same memory as whole numbers, which tell 0 from -0; what has no whole number of its size as it is."""
+    return x.view(WHOLE.get(x.itemsize, x.dtype))
 
 
 def narrowed(x: Tensor, axes: Iterable[int]) -> Tensor:

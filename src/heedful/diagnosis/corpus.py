@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from heedful.core.asked import require_fields
 from heedful.core.errors import FieldError
+from heedful.core.files import is_there
 from heedful.diagnosis.texts import ENDINGS, Source, files_in, read_text, why_not
 
 SHARD = 262_144  # bytes of a shard at least; what one worker does before it reports
@@ -37,7 +38,7 @@ class Corpus:
         if isinstance(self.where, str | Path):
             path = Path(self.where)
             object.__setattr__(self, "where", path)
-            if "\0" in str(path) or not path.exists():
+            if not is_there(path):
                 raise FieldError(self, "where", path, "there is no such file or folder", Path("corpus.jsonl"))
         elif not (hasattr(self.where, "__len__") and self.column in getattr(self.where, "column_names", ())):
             rule = f"must be a Path, or a datasets.Dataset with a column {self.column!r}"

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from heedful.core.errors import FieldError
+from heedful.core.files import is_there
 from heedful.diagnosis.texts import Source, Texts, files_in
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ class Gathering(Generic[T]):
     def each(self, given: Texts, reader: Any) -> Iterator[tuple[Source, Sequence[T]]]:
         """By name, or why a file of a folder gives none; a file that is named itself is an error then."""
         if isinstance(given, Path):
-            if not given.exists():
+            if not is_there(given):
                 raise self.refuse(str(given), "no such file or folder")
             found = files_in(given, self.endings) if given.is_dir() else [given]
             if not found:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from heedful.core.errors import FieldError
+from heedful.core.files import is_there
 from heedful.core.regions import Span
 
 ENDINGS = (
     ".txt", ".md", ".rst", ".tex", ".html", ".json", ".jsonl", ".csv", ".xml", ".yaml", ".toml", ".py", ".c", ".h",
     ".cc", ".cpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql",
 )  # fmt: skip
+WORDS = "if these are words, end them with a space"
 PORTION = 1_000_000  # characters that a tokenizer is given at once
 Texts = str | Path | Tensor | Sequence[str | Path | Tensor]
 
@@ -55,10 +57,12 @@ def sources(texts: Texts) -> list[Source]:
     if isinstance(texts, str):
         if not texts.strip():
             raise _refuse(texts, "is empty: give a text with words in it")
-        if "\n" not in texts and len(texts) < 256 and Path(texts).exists():
-            raise _refuse(texts, "is the name of a file: to read it, pass a Path", Path(texts))
+        if "\n" not in texts and len(texts) < 256 and is_there(texts):
+            rule = f"is the name of a file: to read it, pass a Path; {WORDS}"
+            raise _refuse(texts, rule, Path(texts))
         if not any(map(str.isspace, texts)) and texts.endswith(ENDINGS):
-            raise _refuse(texts, "reads like the name of a file, and there is none: pass a Path that exists, or words")
+            rule = f"reads like the name of a file, and there is none: pass a Path that exists; {WORDS}"
+            raise _refuse(texts, rule)
         return [Source("text", texts)]
     if isinstance(texts, Path):
         return _files(texts)
@@ -75,7 +79,7 @@ def sources(texts: Texts) -> list[Source]:
 
 
 def _files(path: Path) -> list[Source]:
-    if not path.exists():
+    if not is_there(path):
         raise _refuse(str(path), "no such file or folder")
     if not path.is_dir():
         text, why = read_text(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from threading import RLock
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from heedful.nn.serving import ModuleAdapter
 Answer = TypeVar("Answer")
 
 
-class Served(nn.Module):
+class Served(nn.Module, ABC):
     """A module under a method; whoever derives from it says its size, and opens the run once that is known."""
 
     run: Run
@@ -24,8 +25,9 @@ class Served(nn.Module):
     layer: int
     depth: int
 
+    @abstractmethod
     def size(self) -> Layer:
-        raise NotImplementedError
+        """What a method learns parameters by."""
 
     def _open(self) -> None:
         self.run = Run(self, self.method, ModuleAdapter(self, self.size(), self.depth))

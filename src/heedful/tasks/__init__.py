@@ -11,6 +11,7 @@ from pathlib import Path
 
 from heedful.core.asked import asks
 from heedful.core.errors import CatalogueError, nearest
+from heedful.core.files import is_there
 from heedful.core.reading import named, written
 from heedful.diagnosis.texts import ENDINGS
 from heedful.tasks._files import from_file
@@ -68,7 +69,7 @@ class FromFile:
 
 
 def _is_path(text: str) -> bool:
-    return Path(text).exists() or "/" in text or Path(text).suffix in ENDINGS
+    return is_there(text) or "/" in text or Path(text).suffix in ENDINGS
 
 
 def _plain(name: str) -> str:

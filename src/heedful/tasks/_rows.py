@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heedful.core.errors import FieldError
+from heedful.core.files import is_there
 from heedful.diagnosis.images import opened
 from heedful.diagnosis.texts import ENDINGS, read_text
 
@@ -77,7 +78,7 @@ def _kind(row: Row) -> str:
 
 def _each(path: Path) -> Iterator[tuple[str, Row | _BrokenError]]:
     """Every row with where it stands."""
-    if not path.exists():
+    if not is_there(path):
         raise _refuse(path, "no such file or folder")
     if not path.is_dir():
         yield from _file(path, path.name)

@@ -33,6 +33,7 @@ from heedful.engine.activity import tensors_of
 CHANGED = "its weights are changed after a softmax"
 LOGARITHM = "the logarithm of a softmax is used otherwise than to make weights of it"
 EXPONENTS = "its scores are made weights by exp, and not by softmax"
+APART = "its weights do not stand before the values"
 NO_PRODUCT = "a softmax of what is no product of queries and keys alone"
 
 
@@ -44,7 +45,7 @@ class Trail:
     weights: dict[int, Weights] = field(default_factory=dict)
     besides: str = ""  # what else weights or scores were used for, which an answer would not reach
     answered: Scores | None = None  # of the weights that were multiplied with values
-    left_alone: str = ""  # a softmax of what no product had a part in, multiplied with something
+    left_alone: str = ""  # a softmax that may be no attention, multiplied with something
     uses: Uses = field(default_factory=Uses)
 
     def asked(self, func: Any, args: Any, kwargs: Any) -> Asked | str | None:
@@ -74,7 +75,10 @@ class Trail:
         product = _from_the_right(func, args, kwargs, known[0]) if weights.turned else None
         product = product if weights.turned else product_of(func, args, kwargs, first=known[0])
         if product is None or product.left.shape[-1] != weights.scores.key.shape[-2]:
-            return "its weights do not stand before the values"
+            if not is_weight(weights.scores.key):
+                return APART
+            self.left_alone = APART  # a softmax over what a weight holds may be a mixture of experts
+            return None
         left, right = product.left.shape[:-2], product.right.shape[:-2]
         if torch.broadcast_shapes(left, right) != left:
             return "its values have rows that its weights do not have"
@@ -102,7 +106,7 @@ class Trail:
         elif func in products.SOFTMAX or func in products.LOG_SOFTMAX:
             if out.ndim > 2:
                 made = self._softmax(func, args, kwargs, out)
-                log = func in products.LOG_SOFTMAX and not made.why and made.scores is not None
+                log = func in products.LOG_SOFTMAX and made.scores is not None
                 self.weights[id(out)] = replace(made, why=LOGARITHM) if log else made
         elif takes_shape(func, args, (*self.weights, *self.scores)):
             return
@@ -120,7 +124,7 @@ class Trail:
             return
         biases = (*args[:1], kwargs.get("input")) if func in products.BADDBMM else ()
         learned = any(x.requires_grad for x in tensors_of(biases))
-        origin = Origin(fixed=any(isinstance(x if x._base is None else x._base, nn.Parameter) for x in given))
+        origin = Origin(fixed=any(map(is_weight, given)))
         scores = Scores(out, product.left, product.right.transpose(-1, -2), product.factor, learned, origin=origin)
         self.scores[id(out)] = scores
         if not any(id(x) in self.weights for x in given):
@@ -252,21 +256,21 @@ class Trail:
         in_place = out is weights.now and func in products.DROPOUT and dropout_of(args, kwargs)[1]
         if weights.touched and not in_place and not weights.why:  # before this step
             weights = replace(weights, why=CHANGED)
-        same = out.numel() == weights.now.numel()
-        if func in products.EXP and weights.why == LOGARITHM and not weights.touched and out is not weights.now:
+        same, log = out.numel() == weights.now.numel(), weights.why == LOGARITHM and weights.scores is not None
+        if log and func in products.EXP and not weights.touched and out is not weights.now:
             self.weights[id(out)] = replace(weights, now=out, why="").untouched()
-        elif func in products.DROPOUT:
+        elif func in products.DROPOUT and not log:
             rate, trains = dropout_of(args, kwargs)
             kept = (1 - weights.dropout) * (1 - rate) if trains else 1 - weights.dropout
             self.weights[id(out)] = replace(weights, now=out, dropout=1 - kept).untouched()
-        elif same and (func in products.SAME or blank(weights, func, out)):
+        elif same and (func in products.SAME or (not log and blank(weights, func, out))):
             self.weights[id(out)] = replace(weights, now=out).untouched()
         elif same and func in products.SWAPPED and swaps(func, args, kwargs, out.ndim):
             self.weights[id(out)] = replace(weights, now=out, turned=not weights.turned).untouched()
         elif weights.scores is None and (same or func in products.SAME):
             self.weights[id(out)] = replace(weights, now=out)  # as little attention as it was
         elif same:
-            self.weights[id(out)] = replace(weights, now=out, why=weights.why or CHANGED)
+            self.weights[id(out)] = replace(weights, now=out, why=CHANGED if log else weights.why or CHANGED)
         else:
             others = (x for x in tensors_of((*args, *kwargs.values())) if id(x) not in self.weights)
             if all(x.numel() == 1 or not x.is_floating_point() for x in others):
@@ -288,6 +292,11 @@ def _plainly(output: Any) -> Any:
     if isinstance(output, dict):
         return {name: _plainly(x) for name, x in output.items()}
     return output if isinstance(output, Tensor) else getattr(output, "__dict__", None)
+
+
+def is_weight(x: Tensor) -> bool:
+    """Whether a tensor is a parameter of a model, or a view of one."""
+    return isinstance(x if x._base is None else x._base, nn.Parameter)
 
 
 def _besides(func: Any) -> str:
