@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import heedful
 from heedful import models
@@ -56,10 +57,25 @@ def test_measures_how_fast_each_dimension_turns(model) -> None:
     for n in (2, 3, 50):
         period = found(model, {"input_ids": ids(n)}).period
         wanted = [2 * math.pi * 10000 ** (j / 4) for j in range(4)] * 2
-        assert period.tolist() == pytest.approx(wanted, rel=1e-2)
-    assert found(models.tiny("gpt2"), {"input_ids": ids(9)}).period.isnan().all()
+        assert all(period[layer].tolist() == pytest.approx(wanted, rel=1e-2) for layer in (0, 1))
+    assert all(x.isnan().all() for x in found(models.tiny("gpt2"), {"input_ids": ids(9)}).period.values())
     alone = models.tiny("llama", num_attention_heads=1, num_key_value_heads=1, head_dim=8)
-    assert found(alone, {"input_ids": ids(9)}).period.tolist() == pytest.approx(wanted, rel=1e-2)
+    assert found(alone, {"input_ids": ids(9)}).period[0].tolist() == pytest.approx(wanted, rel=1e-2)
+
+
+def test_layers_may_turn_at_unlike_speeds() -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, layer_types=kinds, sliding_window=8, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    massive = found(Gemma3ForCausalLM(config).eval(), {"input_ids": ids(40)}, method=MassiveQK(1.1))
+    for layer, base in enumerate((1e4, 1e6)):
+        assert float(massive.period[layer].max()) == pytest.approx(2 * math.pi * base ** (3 / 4), rel=1e-2)
+    both = next(d for d, n in massive.dimensions(massive.query).items() if len(set(massive.turns(d)[0].tolist())) > 1)
+    row = next(row for row in MassiveQK(1.1).describe(massive).figures[2].rows if row[0] == both)
+    assert row[1] == " to ".join(f"{x:,.0f}" for x in sorted(massive.turns(both)[0].tolist()))
 
 
 def test_a_planted_dimension_is_found_with_its_period() -> None:
@@ -74,7 +90,8 @@ def test_a_planted_dimension_is_found_with_its_period() -> None:
     assert told.figures[2].rows == [(3, "6,283", 1, 0)]
     assert "12% of heads" in told.findings[0].text
     assert "dimension 3, of RoPE wavelength 6,283 (0% of dimensions have longer ones)" in told.findings[0].text
-    still = Massive(massive.query, massive.key, torch.full_like(massive.period, math.nan), 3.0)
+    unknown = {n: torch.full_like(x, math.nan) for n, x in massive.period.items()}
+    still = Massive(massive.query, massive.key, unknown, 3.0)
     bare = method.describe(still).figures[2]  # of a model without rotary embedding
     assert (bare.columns, bare.rows) == (("dimension", "heads, queries", "heads, keys"), [(3, 1, 0)])
     assert "RoPE" not in bare.what
@@ -96,7 +113,8 @@ def test_padding_does_not_count(model, left: bool) -> None:
     for n in apart.query:
         assert close_model(together.query[n].float(), apart.query[n].float())
         assert close_model(together.key[n].float(), apart.key[n].float())
-    assert together.period.tolist() == pytest.approx(apart.period.tolist(), rel=1e-2)
+    for n, turns in apart.period.items():
+        assert together.period[n].tolist() == pytest.approx(turns.tolist(), rel=1e-2)
 
 
 def test_a_text_in_pieces_counts_each_token_once(model) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ class Massive:
 
     query: Mapping[int, Tensor] = field(repr=False)  # layer -> [h d]: over the head's mean dimension
     key: Mapping[int, Tensor] = field(repr=False)  # layer -> [h d], each key head repeated for its query heads
-    period: Tensor = field(repr=False)  # [d]: tokens for a full turn; inf: does not turn; nan: not known
+    period: Mapping[int, Tensor] = field(repr=False)  # layer -> [d]: tokens a full turn takes; inf: none; nan: unknown
     times: float
 
     @property
@@ -40,6 +41,14 @@ class Massive:
     def dimensions(self, side: Mapping[int, Tensor]) -> Counter[int]:
         """In how many heads each dimension is massive."""
         return Counter(int(d) for x in side.values() for d in (x > self.times).nonzero()[:, 1])
+
+    def turns(self, dimension: int) -> tuple[Tensor, Tensor]:
+        """Of each layer where a dimension is massive: its period, and the share of dimensions whose own is longer."""
+        sides = self.query, self.key
+        layers = [n for n in self.query if any(bool((x[n][:, dimension] > self.times).any()) for x in sides)]
+        found = torch.stack([self.period[n] for n in layers])
+        own = found[:, dimension, None]
+        return own[:, 0], (found > own).double().mean(-1)
 
     def __str__(self) -> str:
         told = []
@@ -85,9 +94,7 @@ class MassiveQK(Method):
         n, is_text = query.shape[2], call.is_text[..., None].to(query.dtype)
         fresh = key.detach()[:, :, -n:]  # what the cache held is counted already
         q, k = (_squares(x * is_text if call.queries.is_filled is not None else x) for x in (query, fresh))
-        if "periods" not in call.state.forward:
-            call.state.forward["periods"] = periods(call, q.shape[-1])
-        turns: Tensor | None = call.state.forward["periods"]
+        turns = periods(call, q.shape[-1])  # its own in each layer: some models turn windows faster than the rest
         turns, known = (q.new_zeros(1), 0) if turns is None else (turns.to(q), len(query))
         tokens = int(call.is_text.expand(len(query), 1, n).sum())
         # a mean over texts of what is the same in all of them lets the periods travel along
@@ -97,7 +104,7 @@ class MassiveQK(Method):
     def answer(self, readings: Readings) -> Massive:
         sizes = {n: stat.value[:2].sqrt() for n, stat in readings.items()}
         shares = {n: x / x.mean(-1, keepdim=True) for n, x in sizes.items()}
-        turns = next(iter(readings.values())).value[2, 0]
+        turns = {n: stat.value[2, 0] for n, stat in readings.items()}
         return Massive({n: x[0] for n, x in shares.items()}, {n: x[1] for n, x in shares.items()}, turns, self.times)
 
     def describe(self, answer: Massive) -> Description:
@@ -116,8 +123,9 @@ class MassiveQK(Method):
         )
         in_query, in_key = answer.dimensions(answer.query), answer.dimensions(answer.key)
         both = in_query + in_key
-        turns, what = not bool(answer.period.isnan().all()), "Dimensions of a head that are massive in most heads"
-        rows = [(d, _wave(answer.period, d), in_query[d], in_key[d]) for d, _ in both.most_common(12)]
+        turns = not all(bool(x.isnan().all()) for x in answer.period.values())
+        what = "Dimensions of a head that are massive in most heads"
+        rows = [(d, _wave(answer, d), in_query[d], in_key[d]) for d, _ in both.most_common(12)]
         listing = Listing(
             "massive_dimensions",
             "Massive dimensions",
@@ -138,18 +146,20 @@ class MassiveQK(Method):
         text = (
             f"{percent(share)} of heads keep a massive dimension in their queries or keys, most often dimension {top}"
         )
-        period = float(answer.period[top])
-        if period == period:  # not nan: the model shows its rotary embedding
-            slower = float((answer.period > period).double().mean())
-            text += (
-                f", of RoPE wavelength {_wave(answer.period, top)} ({percent(slower)} of dimensions have longer ones)"
-            )
+        if wave := _wave(answer, top):
+            slower = float(answer.turns(top)[1].mean())
+            text += f", of RoPE wavelength {wave} ({percent(slower)} of dimensions have longer ones)"
         return Finding(f"{text}.", 0.1 + 0.35 * share, shows="massive_keys")
 
 
-def _wave(period: Tensor, dimension: int) -> str:
-    tokens = float(period[dimension])
-    return "" if tokens != tokens else "infinite" if tokens == float("inf") else f"{tokens:,.0f}"
+def _wave(answer: Massive, dimension: int) -> str:
+    """How many tokens a turn takes where a dimension is massive; empty where the model does not show it."""
+    periods, _ = answer.turns(dimension)
+    known = periods[~periods.isnan()]
+    if not len(known):
+        return ""
+    told = [f"{x:,.0f}" if math.isfinite(x) else "infinite" for x in (float(known.min()), float(known.max()))]
+    return told[0] if told[0] == told[1] else f"{told[0]} to {told[1]}"
 
 
 def _squares(x: Tensor) -> Tensor:

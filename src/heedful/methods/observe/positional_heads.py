@@ -82,12 +82,10 @@ class PositionalHeads(Method):
     @reads(Site.KEY)
     def correlate(self, key: Tensor, call: Call) -> Statistic | None:
         query: Tensor = call.state.forward.pop("query")
-        if "slow" not in call.state.forward:
-            turns = periods(call, query.shape[-1])
-            call.state.forward["slow"] = None if turns is None else turns >= turns.sort().values[len(turns) // 2]
-        slow: Tensor | None = call.state.forward["slow"]
-        if slow is None:
+        turns = periods(call, query.shape[-1])
+        if turns is None:
             return None
+        slow = turns >= turns.sort().values[len(turns) // 2]
         (b, h, n, d), g = query.shape, key.shape[1]
         is_text, position = (x[:, 0].expand(b, n) for x in (call.is_text, call.q_pos))
         # evenly spread over each text, the last of its tokens among them
