@@ -284,8 +284,10 @@ def test_kinds_are_taken_as_python_takes_them() -> None:
 
     assert verb((1, Whole()), 1).startswith("(1, ")  # type: ignore[arg-type]
     assert verb(None, share=float("inf"), layers=Odd) == f"None inf {Odd} a"
-    with pytest.raises(TypeError, match="unexpected keyword"):
+    with pytest.raises(TypeError, match=r"verb\(\)\.nmae = 'b': no such argument. Did you mean name\? It has many, "):
         verb(nmae="b")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"verb\(\) takes from 0 to 3 positional arguments but 4 were given"):
+        verb(None, 0.5, None, "b")  # type: ignore[misc]
     with pytest.raises(FieldError, match=r"verb\(\)\.name = 3: must be str; for example name='a'"):
         verb(name=3)  # type: ignore[arg-type]
 
