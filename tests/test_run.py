@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -350,6 +351,23 @@ def test_a_head_that_some_layers_have_may_be_named_without_them() -> None:
     require_there(as_stack(Scale().on(heads=9)), 3, heads)
     with pytest.raises(FieldError, match="must be below 8, the heads of layer 1"):
         require_there(as_stack(Scale().on(heads=8)), 2, heads)
+
+
+@pytest.mark.parametrize("call", [attach, heedful.diagnose, heedful.patterns], ids=lambda f: f.__name__)
+def test_a_model_without_numbers_is_refused(call: Any) -> None:
+    with torch.device("meta"):
+        empty = type(tiny())(tiny().config)
+    with pytest.raises(RefusedModel, match="LlamaForCausalLM lies on the meta device, where weights have shapes"):
+        call(empty, Scale() if call is attach else IDS)
+
+
+def test_weights_that_come_back_when_they_are_used_are_there(model: nn.Module) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert all(x.is_meta for x in model.parameters())
+    with attach(model, Scale()) as run:
+        assert run.difference(input_ids=IDS) > 0
+    assert heedful.patterns(model, IDS[0])[1, 3].shape == (IDS.shape[1], IDS.shape[1])
 
 
 def test_asking_for_what_is_not_there(model: nn.Module) -> None:

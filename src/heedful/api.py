@@ -192,7 +192,9 @@ def operate(model: nn.Module, *surgeries: Surgery, only: str | Iterable[str] | N
 
 
 def _tensor(prompt: Prompt, model: nn.Module) -> Tensor:
-    return torch.tensor([prompt.tokens], device=next(model.parameters()).device)
+    from heedful.adapters.wrapped import device_of
+
+    return torch.tensor([prompt.tokens], device=device_of(model))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heedful.adapters.choosing import adapter_for
-from heedful.adapters.wrapped import unwrapped
+from heedful.adapters.wrapped import device_of, unwrapped
 from heedful.api import still
 from heedful.bench.asking import Asked, Asker, require_fit
 from heedful.bench.comparison import Comparison
@@ -119,7 +119,7 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
     chosen = [_task(task) for task in tasks]
     require(given, chosen, prompts, minutes, margin, turns, how)
     facts = facts_of(given.model, given.name, len(adapter_for(given.model, how.get("only")).layer_names))
-    facts |= surroundings(next(given.model.parameters()).device)
+    facts |= surroundings(device_of(given.model))
     facts |= {"margin": margin, "batch": batches, "cache": limit}
     facts["how"] = {name: repr(value) for name, value in sorted(how.items()) if value not in (None, "auto")}
     facts["contenders"] = {name: repr(what) for name, what in contenders.items()}
@@ -317,7 +317,7 @@ class _Job:
     def costs(self, prompt: Prompt, turns: int, rows: int) -> None:
         everyone = self.everyone()
         model, how = self.asker.model, self.asker.how
-        here = machine(next(model.parameters()).device)
+        here = machine(device_of(model))
         total, done, costs = len(everyone) * (turns + 1), 0, costs_at(rows)
         for turn in range(WARM_UP, turns + 1):
             measured = (name for name, _ in everyone if not self.log.has(Refused, name, costs))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from heedful.adapters.wrapped import device_of
 from heedful.api import attach, still
 from heedful.core.asked import asks
 from heedful.core.call import Call
@@ -183,7 +184,7 @@ class _Probe:
                 "patching()", "layers", requested, f"must be numbers of layers, and must lie below {len(known)}", [0]
             )
         self.requested = set(requested)
-        device, (own, other) = next(model.parameters()).device, (_whole(x) for x in (clean, corrupt))
+        device, (own, other) = device_of(model), (_whole(x) for x in (clean, corrupt))
         self.roles = other.get("roles")
         self.clean, self.corrupt = (
             {name: x.to(device) for name, x in each.items() if isinstance(x, Tensor)} for each in (own, other)
