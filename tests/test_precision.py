@@ -15,9 +15,13 @@ from heedful.conformance.tolerances import close
 from heedful.explaining.aim import following
 from heedful.explaining.site_values import keeping
 from heedful.methods import (
+    GEM,
+    IFAM,
+    AdaptiveSparseViT,
     BiLevelRoutingAttention,
     DualAttention,
     GatedHeads,
+    HistoGraph,
     HyLRA,
     LLNAttention,
     MassiveQK,
@@ -185,3 +189,15 @@ def test_readers_see_single_precision_and_change_nothing(site: Site) -> None:
     assert torch.equal(logits, plain)
     assert {x.dtype for x in seen.values()} == {torch.float32}
     assert all(x.grad is not None and bool(x.grad.any()) for x in seen.values())
+
+
+@pytest.mark.parametrize(
+    "method", [GEM(last=1, seed=0), HistoGraph(), AdaptiveSparseViT(layers=(1,)), IFAM(stage=1)], ids=repr
+)
+@torch.no_grad()
+def test_what_was_read_meets_what_is_narrow(method: Method) -> None:
+    model = heedful.models.tiny("vit", image_size=16).half()
+    with heedful.attach(model, method) as run:
+        out = run(pixel_values=heedful.models.tiny_inputs(model)["pixel_values"].half())
+    assert out[0].dtype is torch.float16
+    assert bool(out[0].isfinite().all())
