@@ -35,6 +35,15 @@ def test_an_option_that_is_given_nothing_is_refused(words: list[str], monkeypatc
         require_given(words)
 
 
+def test_who_is_stopped_early_leaves_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(words: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("heedful.cli.require_given", stop)
+    with pytest.raises(SystemExit, match="130"):
+        main()
+
+
 def test_methods_lists_and_searches() -> None:
     assert "SinkWindow" in told("methods")
     assert "SinkRate" not in told("methods", "streaming")

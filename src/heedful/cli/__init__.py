@@ -8,7 +8,14 @@ from itertools import pairwise
 
 
 def main() -> None:
-    """Run the command line; heedful's own errors are one message and exit code 1."""
+    """Run the command line; heedful's own errors are one message and exit code 1, and being stopped is code 130."""
+    try:
+        _run()
+    except KeyboardInterrupt:  # while libraries are imported, say, which takes seconds
+        sys.exit(130)
+
+
+def _run() -> None:
     try:
         from heedful.cli.app import app
     except ModuleNotFoundError as missing:

@@ -36,6 +36,10 @@ _BY_KIND: dict[str, Any] = {
 }  # fmt: skip
 
 _SAID = {  # kinds that a user need not know by name
+    "Module": "a model (torch.nn.Module)",
+    "Loaded": "what heedful.models.load() gives",
+    "tuple[Any, Any]": "a pair (model, tokenizer)",
+    "Iterable[tuple[int, int]]": "pairs of layer and head",
     "CatalogueEntry": "a method (without .on() or .when())",
     "Iterable[Mapping[str, Any]]": "a list of batches, each a dict of the model's inputs",
 }
