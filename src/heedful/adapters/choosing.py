@@ -13,14 +13,13 @@ from transformers import PreTrainedModel
 from heedful.adapters.adapter import ModelAdapter
 from heedful.adapters.layers import parts_of
 from heedful.adapters.spread import is_spread
-from heedful.adapters.wrapped import device_of, shared_by, stays_one, unwrapped
+from heedful.adapters.wrapped import shared_by, stays_one, unwrapped
 from heedful.core.errors import HeedfulError, RefusedModel
 
 
 def adapter_for(model: nn.Module, only: str | Iterable[str] | None = None, inputs: Any = None) -> ModelAdapter:
     """What gets a run into a model, or into the one of transformers that is inside it."""
     shared, parts = shared_by(model), parts_of(only)
-    device_of(model)  # or the reason why it computes nowhere
     if any(isinstance(part, PreTrainedModel) for part in model.modules()):
         inner = unwrapped(model)
         adapter = ModelAdapter(inner, parts, inputs, shared)
