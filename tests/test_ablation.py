@@ -83,6 +83,8 @@ def test_heads_are_pairs() -> None:
     model = models.tiny("llama")
     with pytest.raises(FieldError, match=r"heads = .*must be (pairs of layer and head|Iterable)"):
         heedful.ablate(model, [3])  # type: ignore[list-item]
+    with pytest.raises(FieldError, match="heads = 9: must be below 4, the heads of layer 1"):
+        heedful.ablate(models.tiny("llama"), [(0, 1), (1, 9)])
     with pytest.raises(FieldError, match="names none"):
         heedful.ablate(model, [])
     with pytest.raises(FieldError, match="text = 5: must be one text"):

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import heedful
+from heedful.cli import main, require_given
 from heedful.cli.app import app
 from heedful.cli.methods import VERBS
 from heedful.core.errors import HeedfulError
@@ -22,6 +23,25 @@ def told(*words: str) -> str:
     result = runner.invoke(app, list(words), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
+
+
+@pytest.mark.parametrize("words", [["diagnose", "default", "--text", ""], ["compare", "--out=", "--methods", "act"]])
+def test_an_option_that_is_given_nothing_is_refused(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["heedful", *words])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    require_given(["show", "act", "--json", "--out=x"])
+    with pytest.raises(HeedfulError, match=r"^--(text|out): is given nothing. Leave it out, or say what"):
+        require_given(words)
+
+
+def test_who_is_stopped_early_leaves_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(words: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("heedful.cli.require_given", stop)
+    with pytest.raises(SystemExit, match="130"):
+        main()
 
 
 def test_methods_lists_and_searches() -> None:

@@ -108,6 +108,13 @@ def test_the_readme_runs_and_prints_what_it_says(by: str, tmp_path: Path, defaul
     assert [words for words in [*promised, "@article"] if words not in told] == []
 
 
+def test_what_stands_beside_other_libraries_words_runs(tmp_path: Path, default_model: models.Loaded) -> None:
+    more = {models.DEFAULT_VARIABLE: str(thin(default_model, tmp_path / "thin"))}
+    told = run(blocks("docs/coming.md"), tmp_path, **more)
+    assert "of the largest output" in told
+    assert "cache entries kept" in told
+
+
 def test_most_methods_are_as_short_as_the_readme_says() -> None:
     lengths = sorted(len(Path(inspect.getfile(kind)).read_text().splitlines()) for kind in entries().values())
     most = re.search(r"one file, mostly of fewer than (\d+) lines", (ROOT / "README.md").read_text())

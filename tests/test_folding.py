@@ -283,6 +283,13 @@ def test_only_one_part_of_a_model() -> None:
     assert all("decoder" in name and name.endswith("out_proj.weight") for name in changed)
 
 
+class Packed(nn.Module):
+    """As torch's own quantised maps are."""
+
+    def weight(self) -> Tensor:
+        return torch.zeros(32, 64)
+
+
 def test_errors() -> None:
     model = models.tiny("llama")
     with pytest.raises(FoldError, match=r"ACT\(.*\) acts at PATTERN in a way that no weights can do; attach\(\) it"):
@@ -307,6 +314,12 @@ def test_errors() -> None:
     for what, error in ((TempScale(0.5), FoldError), (Double(), RefusedModel)):
         with pytest.raises(error, match="has no separate query, key, value projection"):
             fold(crossed, what)
+    packed = copy.deepcopy(model)
+    packed.model.layers[0].self_attn.k_proj = Packed()
+    with pytest.raises(
+        FoldError, match=r"self_attn.k_proj \(tests.test_folding.Packed\) packs its weight, which cannot"
+    ):
+        fold(packed, TempScale(0.5))
 
 
 def test_weights_must_be_weights() -> None:

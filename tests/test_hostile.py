@@ -87,6 +87,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
             "model prompt method target position only",
         ),
         "logit_lens": (explaining.logit_lens, {"model": model, "text": IDS}, "model text"),
+        "activations": (
+            explaining.activations, {"model": model, "text": IDS, "site": heedful.Site.OUTPUT},
+            "model text site layers stack only backend",
+        ),
         "direct_logits": (
             explaining.direct_logits, {"model": model, "text": IDS}, "model text answer instead position"
         ),
@@ -179,7 +183,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
 
 VERBS = [
     "attach", "attached", "fit", "fold", "operate", "arrange", "load", "decode", "diagnose", "compare", "check", "edit",
-    "explain", "patterns", "ablate", "head_importance", "HeadImportance.top", "attribute", "logit_lens",
+    "explain", "patterns", "ablate", "head_importance", "HeadImportance.top", "attribute", "logit_lens", "activations",
     "direct_logits", "faithfulness", "patching",
     "path_patching", "likeness", "weight_gradients", "dissociate", "Ability", "spans", "ReAGent", "Likeness.best",
     "inflection", "Inflection.top", "linearity", "depth_use", "word_maps", "trace", "nn.convert", "models.load",
@@ -263,7 +267,18 @@ def test_every_annotation_of_a_verb_is_asked_for() -> None:
             r"fit\(\)\.method = .*: must be a method \(without \.on\(\) or \.when\(\)\)",
         ),
         (lambda: heedful.check(TempScale, only="any_tiles"), r"is no law\. Did you mean any_tile\?"),
-        (lambda: nn.convert(3), r"convert\(\)\.model = 3: must be Module; for example model='models\.default"),
+        (
+            lambda: heedful.compare(models.tiny("llama"), ["act"], ["recall"]),
+            r"gives or a pair \(model, tokenizer\); for",
+        ),
+        (
+            lambda: heedful.ablate(models.tiny("llama"), {3: [1]}),
+            r"heads = \{3: \[1\]\}: must be pairs of layer and head",
+        ),
+        (
+            lambda: nn.convert(3),
+            r"convert\(\)\.model = 3: must be a model \(torch\.nn\.Module\); for example model='models\.default",
+        ),
         (lambda: heedful.decode(models.tiny("llama"), [1, 2], None), r"for example prompt='Prompt\(\(1, 2, 3\)\)'"),
         (lambda: Prompt((1, 2.5)), r"Prompt\.tokens = .*: must be tuple\[int, \.\.\.\]"),
     ],
@@ -284,8 +299,10 @@ def test_kinds_are_taken_as_python_takes_them() -> None:
 
     assert verb((1, Whole()), 1).startswith("(1, ")  # type: ignore[arg-type]
     assert verb(None, share=float("inf"), layers=Odd) == f"None inf {Odd} a"
-    with pytest.raises(TypeError, match="unexpected keyword"):
+    with pytest.raises(TypeError, match=r"verb\(\)\.nmae = 'b': no such argument. Did you mean name\? It has many, "):
         verb(nmae="b")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"verb\(\) takes from 0 to 3 positional arguments but 4 were given"):
+        verb(None, 0.5, None, "b")  # type: ignore[misc]
     with pytest.raises(FieldError, match=r"verb\(\)\.name = 3: must be str; for example name='a'"):
         verb(name=3)  # type: ignore[arg-type]
 

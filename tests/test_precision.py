@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,12 +12,22 @@ from torch import Tensor
 import heedful
 from heedful.authoring import Call, Method, Site
 from heedful.conformance.tolerances import close
+from heedful.explaining.aim import following
+from heedful.explaining.site_values import keeping
 from heedful.methods import (
+    GEM,
+    IFAM,
+    AdaptiveSparseViT,
     BiLevelRoutingAttention,
     DualAttention,
     GatedHeads,
+    HistoGraph,
     HyLRA,
     LLNAttention,
+    MassiveQK,
+    MaxActivations,
+    ParallelToFirst,
+    SecondarySinks,
     SnapKV,
     SparkAttention,
     TaskKV,
@@ -140,3 +151,53 @@ def test_a_bias_is_widened_too() -> None:
     with torch.autocast("cpu", HALF), torch.no_grad(), heedful.attach(model, heedful.edit(Site.SCORES, told)):
         model(x)
     assert found == [torch.float32] * 2
+
+
+def narrow_and_whole(dtype: torch.dtype) -> tuple[Any, Any]:
+    """A model in half precision whose stream is large, as streams of trained models are, and one of its weights."""
+    narrow: Any = heedful.models.tiny("llama", dtype=dtype)
+    with torch.no_grad():
+        narrow.model.embed_tokens.weight *= 3000 / narrow.model.embed_tokens.weight.abs().max()
+    return narrow, copy.deepcopy(narrow).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, HALF], ids=str)
+@pytest.mark.parametrize(
+    "measure", [MaxActivations(), MassiveQK(), SecondarySinks(near=0.3, primary=0.5), ParallelToFirst()], ids=repr
+)
+@torch.no_grad()
+def test_a_model_in_half_precision_is_read_as_one_of_its_weights_in_whole(measure: Method, dtype: torch.dtype) -> None:
+    found = []
+    for model in narrow_and_whole(dtype):
+        kept = heedful.diagnose(model, IDS, measures=[measure]).statistics
+        found.append(torch.cat([x.double().flatten() for key in sorted(kept) for x in kept[key].tensors().values()]))
+    assert bool(found[1].any())
+    off = (found[0] - found[1]).abs() / found[1].abs().clamp(min=1)
+    assert bool(found[0].isfinite().all())
+    assert float(off.mean()) < 0.02  # a place or a count on its threshold may fall to either side
+
+
+@pytest.mark.parametrize("site", [Site.EMBEDDING, Site.HIDDEN, Site.KEY, Site.HEAD_OUTPUT, Site.OUTPUT, Site.RESIDUAL])
+def test_readers_see_single_precision_and_change_nothing(site: Site) -> None:
+    model, ids = heedful.models.tiny("llama", dtype=torch.float16), IDS[:1]
+    reader, seen = keeping(site), {}
+    plain = model(ids).logits
+    with heedful.attach(model, reader) as run, following(model):
+        logits = run(ids).logits
+        seen = {layer: stat.value[0] for layer, stat in run[reader].items()}
+        logits.float().logsumexp(-1).sum().backward()
+    assert torch.equal(logits, plain)
+    assert {x.dtype for x in seen.values()} == {torch.float32}
+    assert all(x.grad is not None and bool(x.grad.any()) for x in seen.values())
+
+
+@pytest.mark.parametrize(
+    "method", [GEM(last=1, seed=0), HistoGraph(), AdaptiveSparseViT(layers=(1,)), IFAM(stage=1)], ids=repr
+)
+@torch.no_grad()
+def test_what_was_read_meets_what_is_narrow(method: Method) -> None:
+    model = heedful.models.tiny("vit", image_size=16).half()
+    with heedful.attach(model, method) as run:
+        out = run(pixel_values=heedful.models.tiny_inputs(model)["pixel_values"].half())
+    assert out[0].dtype is torch.float16
+    assert bool(out[0].isfinite().all())

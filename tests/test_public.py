@@ -30,8 +30,30 @@ def test_all_is_sorted_and_everything_in_it_is_there() -> None:
         assert module.__all__ == sorted(module.__all__)
         assert all(getattr(module, name) is not None for name in module.__all__)
     assert heedful.__version__.count(".") == 2
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        heedful.nothing  # noqa: B018
+    with pytest.raises(AttributeError, match=r"heedful has no 'atach'. Did you mean attach"):
+        heedful.atach  # type: ignore[attr-defined]  # noqa: B018
+    assert not hasattr(heedful, "nothing")
+    assert not hasattr(explaining, "nothing")
+
+
+@pytest.mark.parametrize(
+    ("home", "name", "told"),
+    [
+        ("heedful", "Stak", r"heedful has no 'Stak'\. Did you mean Stack"),
+        ("heedful", "SnapKV", r"There is heedful\.methods\.SnapKV\."),
+        ("heedful", "logit_lens", r"There is heedful\.explaining\.logit_lens\."),
+        ("heedful.explaining", "logit_lense", r"heedful\.explaining has no 'logit_lense'\. Did you mean logit_lens\?"),
+        ("heedful.methods", "SnapKv", r"heedful\.methods has no 'SnapKv'\. Did you mean SnapKV\?"),
+        ("heedful.methods", "Nowhere", r"heedful\.methods has no 'Nowhere'\. `heedful methods` lists them all"),
+    ],
+)
+def test_a_name_that_is_not_there_is_told_with_those_near_it_by_import_too(home: str, name: str, told: str) -> None:
+    with pytest.raises(ImportError, match=told):
+        exec(f"from {home} import {name}")
+
+
+def test_modules_within_are_imported_from_where_they_lie() -> None:
+    exec("from heedful import core, rooms; from heedful.methods import observe; from heedful.explaining import aim")
 
 
 def test_what_authors_are_told_of_they_can_import() -> None:
@@ -104,7 +126,7 @@ def test_methods_are_imported_by_name_and_one_at_a_time() -> None:
     for name, kind in catalogue.entries().items():
         assert getattr(methods, name) is kind
     assert dir(methods) == methods.__all__ == sorted(catalogue.entries())
-    with pytest.raises(AttributeError, match=r"heedful has no method 'SnapKv'. Did you mean SnapKV\?"):
+    with pytest.raises(AttributeError, match=r"heedful.methods has no 'SnapKv'. Did you mean SnapKV\?"):
         methods.SnapKv  # noqa: B018
     script = "from heedful.methods import SnapKV\nimport sys\nprint([m for m in sys.modules if 'heavy_hitter' in m])"
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -118,6 +118,7 @@ class Louder(Method):
     ("stack", "model", "why"),
     [
         (Scale().on(layers=[9]), Plain(), "must be below 2"),
+        (Scale().on(heads=[9]), Plain(), "must be below 4, the heads of layer 0"),
         (Scale() | Louder(), nn.Sequential(Attention()), "stands in no list"),
     ],
 )

@@ -92,7 +92,18 @@ def __getattr__(name: str) -> Any:
         return version("heedful")
     if name in _MODULES:
         return import_module(_MODULES[name])
-    raise AttributeError(f"module 'heedful' has no attribute {name!r}")
+    from heedful.core.errors import absent
+
+    raise absent(__name__, name, __all__, "" if name.startswith("_") else _elsewhere(name))
+
+
+def _elsewhere(name: str) -> str:
+    from heedful import explaining, methods
+
+    if name in explaining.__all__:
+        return f" There is heedful.explaining.{name}."
+    stands = name.lower() in methods.files() and hasattr(methods, name)
+    return f" There is heedful.methods.{name}." if stands else ""
 
 
 def __dir__() -> list[str]:

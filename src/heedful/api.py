@@ -65,7 +65,9 @@ def attach(
     rows of a tile.
     """
     from heedful.adapters.choosing import adapter_for
+    from heedful.adapters.wrapped import device_of
 
+    device_of(model)  # or the reason why it computes nowhere
     stack: Any = stack_from(what, "attach()", "what") if isinstance(what, str) else what
     return Run(model, stack, adapter_for(model, only, inputs), backend, roles, tile_rows)
 
@@ -192,7 +194,9 @@ def operate(model: nn.Module, *surgeries: Surgery, only: str | Iterable[str] | N
 
 
 def _tensor(prompt: Prompt, model: nn.Module) -> Tensor:
-    return torch.tensor([prompt.tokens], device=next(model.parameters()).device)
+    from heedful.adapters.wrapped import device_of
+
+    return torch.tensor([prompt.tokens], device=device_of(model))
 
 
 @torch.no_grad()

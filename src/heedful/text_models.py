@@ -81,10 +81,12 @@ class Single(TextModel):
     """A model as it is, or under a run."""
 
     def __init__(self, model: Any, run: Run | None = None, shown: Shown = ALONE) -> None:
+        from heedful.adapters.wrapped import device_of
+
         if shown.reads == "text":
             require_causal(model)
         self.model, self.run, self.shown = model, run, shown
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         takes = inspect.signature(model.forward).parameters
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._cache: Any = None

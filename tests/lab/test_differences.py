@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from heedful.laboratory.course import Quantity
+from heedful.laboratory.describing import written
 from heedful.laboratory.differences import Difference, student
 
 
@@ -24,3 +26,8 @@ def test_quantiles_join_where_the_table_ends() -> None:
     assert student(11) == pytest.approx(2.228, abs=3e-3)
     assert student(1000) == pytest.approx(1.962, abs=1e-3)
     assert [student(n) for n in range(2, 40)] == sorted((student(n) for n in range(2, 40)), reverse=True)
+
+
+def test_a_number_that_rounds_to_zero_has_no_sign() -> None:
+    what = Quantity("8-bit", "", "nats")
+    assert [written(x, what) for x in (-0.0002, 0.0002, -0.5, -12.3456)] == ["0.000", "0.000", "-0.500", "-12.35"]

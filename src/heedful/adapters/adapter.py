@@ -18,6 +18,7 @@ from heedful.adapters.layers import highest, leftovers, lowest, served, size_of,
 from heedful.adapters.operations.door import Operations
 from heedful.adapters.planted import Planted
 from heedful.adapters.saving import Saving, adopted
+from heedful.adapters.spread import spread_of
 from heedful.core.errors import FieldError, NotEntered, RefusedModel
 from heedful.core.method import Layer, Stack
 from heedful.core.sites import Site
@@ -119,6 +120,16 @@ class ModelAdapter:
             replace(size, number=i, highest=last)
             for i, (size, last) in enumerate(zip(sizes, highest(names), strict=True))
         )
+
+    def heads(self, layer: int) -> int | None:
+        name = self.layer_names[layer]
+        if (seen := self._operations.found.layers.get(name)) is not None:
+            return seen.heads
+        try:
+            spread = spread_of(self.model, name)
+            return size_of(self.model, name, layer).heads if spread is None else spread.heads
+        except RefusedModel:
+            return None
 
     def adopted(self, stack: Stack) -> int:
         return adopted(self.model, stack, self.only) if isinstance(self.model, PreTrainedModel) else 0

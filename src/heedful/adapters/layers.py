@@ -312,6 +312,13 @@ def projections(model: nn.Module, name: str, number: int) -> Projections:
     found = [place for place in positions.values() if place is not None]
     if missing := [word for word, place in positions.items() if place is None]:
         have = ", ".join(n for n, _ in layer.named_children()) or "none"
+        known = (*QUERY_NAMES, *KEY_NAMES, *VALUE_NAMES, *OUTPUT_NAMES)
+        if packed := [n for n, x in layer.named_children() if n in known and callable(getattr(x, "weight", None))]:
+            kind = type(getattr(layer, packed[0]))
+            raise RefusedModel(
+                f"{name}.{packed[0]} ({kind.__module__}.{kind.__name__}) packs its weight, which cannot be read; load "
+                "the model without quantisation"
+            )
         raise RefusedModel(
             f"{name} ({type(layer).__name__}) has no separate {', '.join(missing)} projection that heedful knows; its "
             f"children are: {have}"

@@ -1,7 +1,8 @@
-"""The transformers model inside what others put around it: PEFT, sentence-transformers, torch's parallel modules."""
+"""The transformers model inside what others put around it, PEFT or torch's parallel modules, and where it computes."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -54,3 +55,19 @@ def stays_one(model: nn.Module) -> None:
             f"{type(model).__name__} copies the model to {len(model.device_ids)} devices in every forward, where no "
             "run is attached; attach to model.module, or wrap it for one device: DataParallel(model, device_ids=[0])"
         )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes, and its inputs go; what accelerate offloads is brought back there when it is used."""
+    weights = list(model.parameters())
+    if found := next((x.device for x in weights if not x.is_meta), None):
+        return found
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    told = next((at for hook in hooks if (at := getattr(hook, "execution_device", None)) is not None), None)
+    if told is None and weights:
+        kind = type(model).__name__
+        raise RefusedModel(
+            f"{kind} lies on the meta device, where weights have shapes and no numbers: load it, as with "
+            f"{kind}.from_pretrained(name)"
+        )
+    return torch.device("cpu" if told is None else told)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heedful.adapters.choosing import adapter_for
-from heedful.adapters.wrapped import unwrapped
+from heedful.adapters.wrapped import device_of, unwrapped
 from heedful.api import still
 from heedful.bench.asking import Asked, Asker, going_on, require_fit
 from heedful.bench.comparison import Comparison
@@ -120,7 +120,7 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
     chosen = [_task(task) for task in tasks]
     require(given, chosen, prompts, minutes, margin, turns, how)
     facts = facts_of(given.model, given.name, len(adapter_for(given.model, how.get("only")).layer_names))
-    facts |= surroundings(next(given.model.parameters()).device)
+    facts |= surroundings(device_of(given.model))
     with still(given.model):
         chosen = [task.on(given.model, given.tokenizer) for task in chosen]
     facts |= {"margin": margin, "batch": batches, "cache": limit}
@@ -321,7 +321,7 @@ class _Job:
     def costs(self, item: Item, turns: int, rows: int) -> None:
         everyone = self.everyone()
         model, how = self.asker.model, self.asker.how
-        here = machine(next(model.parameters()).device)
+        here = machine(device_of(model))
         total, done, costs = len(everyone) * (turns + 1), 0, costs_at(rows)
         for turn in range(WARM_UP, turns + 1):
             measured = (name for name, _ in everyone if not self.log.has(Refused, name, costs))

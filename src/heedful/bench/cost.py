@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from heedful.adapters.kvcache import cache_bytes
+from heedful.adapters.wrapped import device_of
 from heedful.bench.records import Cost
 from heedful.facts import processor
 from heedful.tasks.task import Item
@@ -36,7 +37,7 @@ def cost(
 
     The warm-up turn measures memory: what is given back there costs time to get.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     with text_model(model, what, item.shown, **how) as speaker:
         speaker.rows = batch
         resting = _reset_high_water(device) if turn == WARM_UP else None

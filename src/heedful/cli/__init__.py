@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 
 
 def main() -> None:
-    """Run the command line; heedful's own errors are one message and exit code 1."""
+    """Run the command line; heedful's own errors are one message and exit code 1, and being stopped is code 130."""
+    try:
+        _run()
+    except KeyboardInterrupt:  # while libraries are imported, say, which takes seconds
+        sys.exit(130)
+
+
+def _run() -> None:
     try:
         from heedful.cli.app import app
     except ModuleNotFoundError as missing:
@@ -16,6 +25,7 @@ def main() -> None:
     from heedful.core.errors import HeedfulError
 
     try:
+        require_given(sys.argv[1:])
         app()
     except HeedfulError as error:
         from rich.console import Console
@@ -24,3 +34,13 @@ def main() -> None:
         told = Text.assemble((type(error).__name__, "bold red"), f": {error}")
         Console(stderr=True, soft_wrap=True).print(told, highlight=False)
         sys.exit(1)
+
+
+def require_given(words: Sequence[str]) -> None:
+    """Refuse an option whose value is empty, as one of a shell's variable that is not set: a path would mean "here"."""
+    from heedful.core.errors import HeedfulError
+
+    empty = [word[:-1] for word in words if word.startswith("--") and word.endswith("=")]
+    empty += [option for option, value in pairwise(words) if option.startswith("--") and not value]
+    if empty:
+        raise HeedfulError(f"{empty[0]}: is given nothing. Leave it out, or say what, as in {empty[0]} something")

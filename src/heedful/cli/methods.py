@@ -80,7 +80,7 @@ def methods(
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("method", "family", "acts at", "what it does"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "family")
     for kind in found:
         what = inspect.cleandoc(kind.__doc__ or "").splitlines()[0]
         table.add_row(kind.__name__, family(kind), sites(kind), escape(what))

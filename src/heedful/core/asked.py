@@ -15,7 +15,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from torch import Tensor
 
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, UnknownFieldError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,6 +36,10 @@ _BY_KIND: dict[str, Any] = {
 }  # fmt: skip
 
 _SAID = {  # kinds that a user need not know by name
+    "Module": "a model (torch.nn.Module)",
+    "Loaded": "what heedful.models.load() gives",
+    "tuple[Any, Any]": "a pair (model, tokenizer)",
+    "Iterable[tuple[int, int]]": "pairs of layer and head",
     "CatalogueEntry": "a method (without .on() or .when())",
     "Iterable[Mapping[str, Any]]": "a list of batches, each a dict of the model's inputs",
 }
@@ -50,7 +54,12 @@ def asks(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def asking(*args: P.args, **kwargs: P.kwargs) -> R:
-        given, hints = signature.bind(*args, **kwargs).arguments, _hints_of(inner)
+        try:
+            given, hints = signature.bind(*args, **kwargs).arguments, _hints_of(inner)
+        except TypeError:
+            if not any(x.kind is x.VAR_KEYWORD for x in signature.parameters.values()):
+                _require_known(owner, [*signature.parameters][method:], kwargs)
+            return function(*args, **kwargs)  # Python says how it is called
         for name, hint in hints.items():
             if name in given:
                 default = signature.parameters[name].default
@@ -58,6 +67,24 @@ def asks(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return asking
+
+
+def known_fields(own: Callable[..., None], owner: str) -> Callable[..., None]:
+    """A dataclass's own `__init__`, once each field is known to be one of the class."""
+    known = [*inspect.signature(own).parameters][1:]
+
+    @wraps(own)
+    def begun(self: Any, *args: Any, **fields: Any) -> None:
+        _require_known(owner, known, fields)
+        own(self, *args, **fields)
+
+    return begun
+
+
+def _require_known(owner: str, known: list[str], given: Mapping[str, Any]) -> None:
+    for name in given:
+        if name not in known:
+            raise UnknownFieldError(owner, name, given[name], known)
 
 
 def require_fields(value: Any) -> None:

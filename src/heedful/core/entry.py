@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, dataclass_trans
 
 from torch import Tensor
 
-from heedful.core.asked import after_kinds, require_fields
+from heedful.core.asked import after_kinds, known_fields, require_fields
 from heedful.core.errors import DefinitionError
 from heedful.core.paper import UNPUBLISHED, Paper
 from heedful.core.regions import Roles
@@ -152,6 +152,7 @@ class CatalogueEntry(ABC):  # noqa: B024 - what is abstract stands in its kinds
         if "__post_init__" in vars(cls):
             cls.__post_init__ = after_kinds(cls.__post_init__)  # type: ignore[assignment]
         dataclass(frozen=True)(cls)
+        cls.__init__ = known_fields(cls.__init__, cls.__name__)  # type: ignore[method-assign]
         _require_own_names(cls)
         private = cls.__name__.startswith("_")  # what only serves another method needs none of its own
         if not abstract and not private and (not isinstance(cls.paper, Paper) or cls.paper is UNPUBLISHED):

@@ -2,7 +2,7 @@
 
 HeedfulError
 ├── FieldError           a field of a method or an argument has a value the rule forbids (also a ValueError)
-│   ├── UnknownFieldError  there is no such field
+│   ├── UnknownFieldError  there is no such field or argument (also a TypeError)
 │   └── TooLittleMemory    the machine's memory does not hold it
 ├── DefinitionError      a method class is written wrongly (also a TypeError)
 ├── SiteError            an edit returned something its site cannot hold
@@ -23,8 +23,10 @@ InactiveWarning          a stack ran and changed nothing where it should have
 from __future__ import annotations
 
 import copyreg
+import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import PurePath
 
 
@@ -53,12 +55,13 @@ def shown(value: object) -> str:
     return " ".join(["a", type(value).__name__, *(str(tuple(x)) for x in [getattr(value, "shape", ())] if x)])
 
 
-class UnknownFieldError(FieldError):
-    """A field that its owner does not have: names those that it has."""
+class UnknownFieldError(FieldError, TypeError):
+    """A field or an argument that its owner does not have: names those that it has."""
 
     def __init__(self, owner: str, field: str, value: object, known: Sequence[str]) -> None:
         told = f"It has {', '.join(known)}" if known else "It has none"
-        HeedfulError.__init__(self, f"{owner}.{field} = {shown(value)}: no such field.{nearest(field, known)} {told}")
+        what = "field" if owner.isidentifier() else "argument"
+        HeedfulError.__init__(self, f"{owner}.{field} = {shown(value)}: no such {what}.{nearest(field, known)} {told}")
 
 
 class TooLittleMemory(FieldError):
@@ -130,3 +133,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says first, or of what kind it is where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def absent(module: str, name: str, known: Iterable[str], more: str = "") -> Exception:
+    """For a module's `__getattr__` to raise; `from module import name` swallows an AttributeError and its words."""
+    words = f"{module} has no {name!r}.{nearest(name, known)}{more}"
+    importing = sys._getframe(2).f_code.co_name == "_handle_fromlist"  # how Python's import asks for a name
+    if importing and find_spec(f"{module}.{name}") is None:
+        return ImportError(words, name=name, path=module)
+    return AttributeError(words, name=name)

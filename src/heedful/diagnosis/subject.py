@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heedful.adapters.choosing import adapter_for
+from heedful.adapters.wrapped import device_of
 from heedful.api import attach
 from heedful.core.errors import RefusedModel, TooLittleMemory
 from heedful.core.kinds import Report
@@ -48,7 +49,7 @@ class Subject:
         self.fixed: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
         if "logits_to_keep" in takes:
             self.fixed["logits_to_keep"] = 1  # nobody looks at the logits
-        self.device = next(self.model.parameters()).device
+        self.device = device_of(self.model)
         self.vocabulary = int(self.model.get_input_embeddings().weight.shape[0]) if self.reads == "text" else 0
 
     def attach(self, what: Part | Stack) -> Run:

@@ -24,6 +24,7 @@ from heedful.engine.activity import Activity, Difference, density_of, first_outp
 from heedful.engine.learned import learned
 from heedful.engine.resting import undone
 from heedful.engine.run_state import RunState, blind
+from heedful.engine.scopes import require_there
 from heedful.engine.select import Explanation, explain, named
 
 
@@ -54,6 +55,8 @@ class Adapter(Protocol):
     def ready(self) -> bool: ...  # whether the layers are known; else the first forward tells, and `settle` is called
 
     def sizes(self) -> tuple[Layer, ...]: ...
+
+    def heads(self, layer: int) -> int | None: ...  # None where only a call tells
 
     def install(self, run: Run) -> None: ...
 
@@ -109,14 +112,8 @@ class Run:
         self._roles = marks(roles)
 
     def _check_layers(self) -> None:
-        if not self._adapter.ready:
-            return
-        n = len(self.layer_names)
-        for part in self.stack:
-            named = getattr(part, "layers", None)  # as `on` was given them, or as a method's own field names some
-            for layer in named if isinstance(named, tuple) else ():
-                if isinstance(layer, int) and layer >= n:
-                    raise FieldError(f"{part!r}", "layers", layer, f"must be below {n}, the layers served", n - 1)
+        if self._adapter.ready:
+            require_there(self.stack, len(self.layer_names), self._adapter.heads)
 
     def _add_parameters(self, adopted: int) -> None:
         if not any(type(m).parameters is not Method.parameters for m in self.stack.methods):

@@ -100,10 +100,6 @@ class Plan:
         methods = {s.number: s.method for s in self.steps if s.edit.site in MAP_SITES}
         return sum(method.above() for method in methods.values())
 
-    @cached_property
-    def penalties(self) -> bool:
-        return any(s.edit.loss for s in self.steps)
-
     def before(self, shift: Step) -> Plan:
         """What makes the pattern that a shift is told about."""
         edits = (s for s in self.steps if s.edit.site in MAP_SITES and not s.edit.reads)

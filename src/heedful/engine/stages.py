@@ -70,7 +70,8 @@ def staged(site: Site, x: Any, job: AttentionCall, call: Call) -> tuple[Any, Cal
             seen = own_rows(seen)
             if chosen is not None:
                 seen = replace(seen, heads=len(chosen))
-            mine = x[:, :, call.above :] if call.above else x
+            shown = wide(x) if isinstance(x, Tensor) else x  # sums over tokens soon leave what half precision holds
+            mine = shown[:, :, call.above :] if call.above else shown
             if step.first is not None:
                 left = step.first - (seen.rows.start or 0)
                 if left <= 0:
@@ -79,6 +80,8 @@ def staged(site: Site, x: Any, job: AttentionCall, call: Call) -> tuple[Any, Cal
             with untouched(step, job, mine):
                 found = act(mine if chosen is None else mine[:, chosen], seen)
             job.run_state.note(step, call, found)
+            if shown is not x and shown.requires_grad:
+                x = shown.to(x.dtype)  # the same numbers, and a reader that keeps its tensor has its gradient
             continue
         if step.edit.reweights:
             x = _reweighted(step, x, job, call)

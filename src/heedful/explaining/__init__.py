@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "Ability": "dissociating",
+    "activations": "site_values",
     "agreement": "agreeing",
     "Agreement": "agreeing",
     "attribute": "attribution",
@@ -71,6 +72,7 @@ __all__ = [
     "WordMap",
     "WordMaps",
     "ablate",
+    "activations",
     "agreement",
     "attribute",
     "depth_use",
@@ -95,7 +97,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from heedful.core.errors import absent
+
+    raise absent(__name__, name, __all__)
 
 
 if TYPE_CHECKING:
@@ -114,5 +118,6 @@ if TYPE_CHECKING:
     from heedful.explaining.logits import DirectLogits, Lens, direct_logits, logit_lens
     from heedful.explaining.picturing import WordMap, WordMaps, word_maps
     from heedful.explaining.replacing import ReAGent
+    from heedful.explaining.site_values import activations
     from heedful.explaining.spanning import Spans, spans
     from heedful.explaining.tracing import Trace, trace

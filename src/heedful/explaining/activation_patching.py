@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from heedful.adapters.wrapped import device_of
 from heedful.api import attach, still
 from heedful.core.asked import asks
 from heedful.core.call import Call
@@ -18,10 +19,10 @@ from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.figures import Head, HeadMap, head_name
 from heedful.core.fitted import Fitted
 from heedful.core.method import Method, Part, Stack, as_stack
-from heedful.core.sites import Site, at, reads
-from heedful.core.stats import Cat, Statistic
+from heedful.core.sites import Site, at
 from heedful.explaining.aim import following, pairs, require_count, strongest
 from heedful.explaining.drawn import Told
+from heedful.explaining.site_values import keeping
 from heedful.methods.explain.patch import Patch, patched
 
 Metric = Callable[[Tensor], Tensor]  # logits [b n v] -> one number a text [b], higher where the answer is the clean one
@@ -183,7 +184,7 @@ class _Probe:
                 "patching()", "layers", requested, f"must be numbers of layers, and must lie below {len(known)}", [0]
             )
         self.requested = set(requested)
-        device, (own, other) = next(model.parameters()).device, (_whole(x) for x in (clean, corrupt))
+        device, (own, other) = device_of(model), (_whole(x) for x in (clean, corrupt))
         self.roles = other.get("roles")
         self.clean, self.corrupt = (
             {name: x.to(device) for name, x in each.items() if isinstance(x, Tensor)} for each in (own, other)
@@ -223,7 +224,7 @@ class _Probe:
         layers: Iterable[int] | None = None,
     ) -> Fitted:
         """What stands at a site of some layers, by layer."""
-        keeper = _keeping(site).on(layers=None if layers is None else list(layers))
+        keeper = keeping(site).on(layers=None if layers is None else list(layers))
         stack = as_stack(keeper) if under is None else as_stack(under) | keeper
         with still(self.model), attach(self.model, stack) as run:
             run(**inputs)
@@ -231,7 +232,7 @@ class _Probe:
 
     def first_order(self, values: Fitted, positions: tuple[int, ...] | None) -> Callable[[Head], float]:
         """Each head's effect, were the metric linear in what heads hand over."""
-        keeper = _keeping(Site.HEAD_OUTPUT)
+        keeper = keeping(Site.HEAD_OUTPUT)
         with (
             still(self.model),
             attach(self.model, self.under | keeper, roles=self.roles) as run,
@@ -256,19 +257,6 @@ class _Probe:
 
 def _whole(given: Inputs) -> dict[str, Any]:
     return {"input_ids": given} if isinstance(given, Tensor) else dict(given)
-
-
-@cache
-def _keeping(site: Site) -> Method:
-    """A reader that keeps what stands at a site, with its gradient where a backward follows."""
-
-    def keep(self: Method, x: Tensor, call: Call) -> Statistic:
-        if x.requires_grad:
-            x.retain_grad()
-        return Cat({"all": x})
-
-    body = {"keep": reads(site)(keep), "paper": Patch.paper, "__module__": __name__}
-    return type(f"_Keep{site.name.title()}", (Method,), body)()
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from heedful.adapters.wrapped import unwrapped
+from heedful.adapters.wrapped import device_of, unwrapped
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.figures import Head
 from heedful.core.kinds import Prompt
@@ -26,7 +26,7 @@ def ids_of(prompt: Text, model: nn.Module) -> Tensor:
     """The token ids of one text without padding, `[1 n]`."""
     unwrapped(model)  # or the reason why there is none
     tokens = prompt.tokens if isinstance(prompt, Prompt) else prompt
-    ids = _as_ids(tokens, next(model.parameters()).device)
+    ids = _as_ids(tokens, device_of(model))
     if ids is None or len(ids) != 1 or ids.shape[1] < 2:
         got = tuple(tokens.shape) if isinstance(tokens, Tensor) else tokens
         raise FieldError("explain", "prompt", got, "must be one text of 2 tokens or more, as their ids", (1, 2, 3))
@@ -60,7 +60,7 @@ def _as_ids(tokens: Any, device: torch.device) -> Tensor | None:
 
 def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
     """What the model is called with: for a string, token ids, or what it is called with already."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     if isinstance(text, str):
         if read_by(model) == "image":
             rule = "a model that reads images takes the pixels of one, [c rows cols]"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from heedful.adapters.wrapped import device_of
 from heedful.api import still
 from heedful.core.asked import asks, require_fields
 from heedful.core.errors import FieldError, InactiveWarning
@@ -154,7 +155,7 @@ def dissociate(model: nn.Module, one: Ability, other: Ability, *, count: int = 1
 @torch.no_grad()
 def _lead(model: nn.Module, ability: Ability, silent: Sequence[Head]) -> Tensor:
     """The mean lead of an ability without some heads."""
-    ids = ability.clean.to(next(model.parameters()).device)
+    ids = ability.clean.to(device_of(model))
     with still(model):
         if not silent:
             return ability.lead(model(input_ids=ids).logits).mean().cpu()

@@ -52,7 +52,7 @@ def _cell(found: Found | None, quantity: Quantity) -> Cell:
 
 def written(x: float, quantity: Quantity) -> str:
     """A number as people write it."""
-    return f"{x:.2f}" if quantity.unit == RATIO or abs(x) >= 10 else f"{x:.3f}"
+    return f"{x:z.2f}" if quantity.unit == RATIO or abs(x) >= 10 else f"{x:z.3f}"  # z: no zero below zero
 
 
 def findings(lab: Results) -> Iterable[Finding]:

@@ -23,12 +23,12 @@ def __getattr__(name: str) -> Any:
         if (home := files().get(name.lower())) is not None and hasattr(module := import_module(home), name):
             return getattr(module, name)
         from heedful.catalogue import entries
-        from heedful.core.errors import nearest
+        from heedful.core.errors import absent
 
         known = entries()  # a class may stand in a file of another name
         if name in known:
             return known[name]
-        raise AttributeError(f"heedful has no method {name!r}.{nearest(name, known)} `heedful methods` lists them all.")
+        raise absent(__name__, name, known, " `heedful methods` lists them all.")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -33,6 +33,9 @@ class ModuleAdapter:
     def sizes(self) -> tuple[Layer, ...]:
         return (self.size,)
 
+    def heads(self, layer: int) -> int:
+        return self.size.heads
+
     def install(self, run: Run) -> None:
         if run.stack.touches(Site.EMBEDDING, Site.RESIDUAL):
             rule = "acts in the stream around attention, where a module has no say; attach(model, method) acts there"

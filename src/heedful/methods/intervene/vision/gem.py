@@ -87,7 +87,7 @@ class GEM(Method):
     def add(self, heads: Tensor, call: Call) -> Statistic | None:
         if call.layer < self._first(call) or call.query is None or call.key is None or call.value is None:
             return None
-        q, k, v = (call.spread(x.detach()) for x in (call.query, call.key, call.value))
+        q, k, v = (call.spread(x.detach()).to(heads) for x in (call.query, call.key, call.value))
         if q.shape[2] != k.shape[2]:
             raise SiteError(f"GEM, layer {call.layer}: tokens draw together that are read at once; hand it no cache")
         heat = self._heat(q, call)

@@ -60,7 +60,7 @@ class HistoGraph(Method):
         if not call.ends_list:
             return stream
         p, patches = {name: x.to(stream) for name, x in call.params.items()}, patch_tokens(self, call)
-        history = through(p, "embed", torch.stack([states[at][:, patches] for at in sorted(states)], 2))
+        history = through(p, "embed", torch.stack([states[at][:, patches].to(stream) for at in sorted(states)], 2))
         history = history + _places(history)  # [b n layers e]
         asked = history[:, :, -1:] @ p["query"].mT
         scores = (asked @ (history @ p["key"].mT).mT)[:, :, 0].mean(1) / math.sqrt(stream.shape[-1])

@@ -1,0 +1,68 @@
+"""What stands at a place of the attention calls, whole and in every layer: to be looked at, or put elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heedful.adapters.wrapped import unwrapped
+from heedful.api import attach, still
+from heedful.core.asked import asks
+from heedful.core.call import Call
+from heedful.core.errors import FieldError
+from heedful.core.kinds import Tokenizer
+from heedful.core.method import Method, Part, Stack, as_stack
+from heedful.core.sites import Site, reads
+from heedful.core.stats import Cat, Statistic
+from heedful.explaining.aim import fed
+from heedful.models import Loaded
+
+WHOLE = (Site.EMBEDDING, Site.HIDDEN, Site.QUERY, Site.KEY, Site.VALUE, Site.HEAD_OUTPUT, Site.OUTPUT, Site.RESIDUAL)
+
+
+@torch.no_grad()
+@asks
+def activations(
+    model: nn.Module | Loaded,
+    text: str | Tensor | Iterable[int] | Mapping[str, Any],
+    site: Site,
+    *,
+    layers: Iterable[int] | int | None = None,
+    tokenizer: Tokenizer | None = None,
+    stack: Part | Stack | None = None,
+    **how: Any,
+) -> dict[int, Tensor]:
+    """What stands at a site in each layer, or in the `layers` named: `activations(model, text, Site.HEAD_OUTPUT)[3]`.
+
+    `text` is a string, token ids, or all that the model is called with, a batch too. Shapes are the site's, as
+    `[b h n d]` of HEAD_OUTPUT and `[b n e]` of RESIDUAL, padding included; EMBEDDING stands before the first layer
+    alone, and half precision is shown as single. Under a `stack` it is what that leaves. `how` goes to `attach`.
+    `heedful.patterns` reads PATTERN.
+    """
+    if site not in WHOLE:
+        other = "heedful.patterns() reads it; " if site is Site.PATTERN else ""
+        rule = f"{other}must be one of {', '.join(x.name for x in WHOLE)}"
+        raise FieldError("activations()", "site", site, rule, Site.HEAD_OUTPUT)
+    given = model if isinstance(model, Loaded) else Loaded(unwrapped(model), None, "")
+    keeper = keeping(site).on(layers)
+    before = Stack() if stack is None else as_stack(stack)
+    with still(given.model), attach(given.model, before | keeper, **how) as run:
+        run(**fed("activations()", given.model, text, tokenizer or given.tokenizer))
+        return {layer: stat.value[0].clone() for layer, stat in run[keeper].items()}
+
+
+@cache
+def keeping(site: Site) -> Method:
+    """A reader that keeps what stands at a site, with its gradient where a backward follows."""
+
+    def keep(self: Method, x: Tensor, call: Call) -> Statistic:
+        if x.requires_grad:
+            x.retain_grad()
+        return Cat({"all": x})
+
+    body = {"keep": reads(site)(keep), "__repr__": lambda self: f"activations({site})", "__module__": __name__}
+    return type(f"_Keep{site.name.title()}", (Method,), body)()

@@ -1,0 +1,84 @@
+"""What stands at a site of a text, against what the model's own modules are handed; and put into another run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import heedful
+from heedful import Site, models
+from heedful.authoring import Fitted
+from heedful.conformance.model_laws import fingerprint
+from heedful.core.errors import FieldError
+from heedful.explaining import activations, patching
+from heedful.methods import Patch, TempScale
+from tests.test_logits import IDS
+
+OTHER = IDS.flip(0)
+
+
+def entering(model: Any, module: nn.Module, ids: Tensor) -> Tensor:
+    """What a module is called with."""
+    seen: list[Any] = []
+    handle = module.register_forward_pre_hook(
+        lambda _, args, named: seen.append([*args, *named.values()][0]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(input_ids=ids[None])
+    handle.remove()
+    found: Tensor = seen[0]
+    return found
+
+
+def test_they_are_what_the_models_modules_hand_on() -> None:
+    model: Any = models.tiny("llama")
+    before, layer = fingerprint(model), model.model.layers[1]
+    heads = activations(model, IDS, Site.HEAD_OUTPUT)
+    assert list(heads) == [0, 1]
+    wanted = entering(model, layer.self_attn.o_proj, IDS)
+    assert torch.equal(heads[1], wanted.unflatten(-1, (model.config.num_attention_heads, -1)).transpose(1, 2))
+    assert torch.equal(activations(model, IDS, Site.RESIDUAL, layers=0)[0], entering(model, layer, IDS))
+    assert torch.equal(activations(model, IDS, Site.HIDDEN, layers=[1])[1], entering(model, layer.self_attn, IDS))
+    batch = {"input_ids": torch.stack([IDS, OTHER])}
+    assert activations(model, batch, Site.OUTPUT)[0].shape == (2, len(IDS), model.config.hidden_size)
+    assert fingerprint(model) == before
+
+
+def test_they_are_read_under_a_stack() -> None:
+    model = models.tiny("llama")
+    plain, under = (activations(model, IDS, Site.HEAD_OUTPUT, layers=0, stack=x)[0] for x in (None, TempScale(0.5)))
+    assert not torch.equal(plain, under)
+    scaled = heedful.edit(Site.QUERY, lambda q, call: 2 * q)
+    torch.testing.assert_close(activations(model, IDS, Site.HEAD_OUTPUT, layers=0, stack=scaled)[0], under)
+
+
+def test_a_heads_output_put_into_another_text_is_patching() -> None:
+    model = models.tiny("llama")
+    there = activations(model, IDS, Site.HEAD_OUTPUT, layers=1)
+    put = Patch(Fitted({"1": there[1]})).on(layers=1, heads=2)
+    with torch.no_grad(), heedful.attach(model, put) as run:
+        patched = float(run(input_ids=OTHER[None]).logits[0, -1, 3])
+    clean, corrupt = (float(model(input_ids=ids[None]).logits[0, -1, 3].detach()) for ids in (IDS, OTHER))
+    wanted = patching(model, IDS[None], OTHER[None], lambda logits: logits[:, -1, 3], layers=[1]).share[1, 2]
+    assert (patched - corrupt) / (clean - corrupt) == pytest.approx(float(wanted), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("site", "more", "why"),
+    [
+        (
+            Site.PATTERN,
+            {},
+            r"activations\(\)\.site = .*heedful\.patterns\(\) reads it; must be one of EMBEDDING, HIDDEN",
+        ),
+        (Site.MASK, {}, "must be one of EMBEDDING"),
+        (Site.RESIDUAL, {"layers": 7}, "must be below 2, the layers served"),
+        ("residual", {}, "must be Site"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(site: Any, more: dict[str, Any], why: str) -> None:
+    with pytest.raises(FieldError, match=why):
+        activations(models.tiny("llama"), IDS, site, **more)
