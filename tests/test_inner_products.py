@@ -135,6 +135,11 @@ class _Places(nn.Module):
         return (q @ torch.ones(6, 4).mT).tanh()
 
 
-def test_a_product_beside_the_scores_is_the_attention_s_own() -> None:
-    with pytest.raises(RefusedModel, match=r"0 \(Placed: a softmax of its own"):
-        attach(nn.Sequential(Placed()).eval(), Look(), inputs=torch.randn(2, 6, 16))
+@torch.no_grad()
+def test_a_product_beside_the_scores_is_no_more_than_added() -> None:
+    net, x = nn.Sequential(Placed()).eval(), torch.randn(2, 6, 16)
+    with attach(net, Zero().on(heads=[1]), inputs=x) as run:
+        assert run.layer_names == ("0",)
+        found = run(x)
+    assert torch.equal(found == 0, (torch.arange(16) // 4 == 1).expand_as(found))
+    assert close_model(found + net(x) * (found == 0), net(x))

@@ -41,7 +41,7 @@ from heedful.core.errors import ModelError, NotEntered, RefusedModel
 from heedful.core.sites import Site, at
 from heedful.methods.mechanisms.local.neighborhood_attention import NeighborhoodAttention
 
-from .samples import Gate
+from .samples import Gate, Zero
 from .test_residual import Push
 from .test_torch_modules import CALLS, Halve, Spy, TwiceOut, model_of, slow
 from .torch_models import WrittenOut
@@ -343,3 +343,34 @@ def test_what_is_no_map_of_tokens_is_never_told_as_one(fused: bool) -> None:
         with attach(model, Look(), inputs=PICTURES, only="blocks.1") as run:
             run(PICTURES)
             assert run.layer_names == ("blocks.1.attn",)
+
+
+@torch.no_grad()
+def test_places_that_a_module_inside_tells_are_a_bias() -> None:
+    library("timm")
+    from timm.layers.bottleneck_attn import BottleneckAttn
+
+    net, x = nn.Sequential(drawn(BottleneckAttn(32, feat_size=(4, 8), num_heads=4), 0.5)), draw(4, 32, 4, 8)
+    native = net(x)
+    with attach(net, Zero().on(heads=[1]), inputs=x) as run:
+        found = run(x)
+    assert close_model(found[:, 8:16], 0 * found[:, 8:16])
+    assert close_model(found[:, :8], native[:, :8])
+    assert close_model(found[:, 16:], native[:, 16:])
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+@torch.no_grad()
+def test_windows_are_not_taken_for_heads_that_stand_among_the_texts(heads: int) -> None:
+    library("timm")
+    from timm.layers.halo_attn import HaloAttn
+
+    net = nn.Sequential(drawn(HaloAttn(32, num_heads=heads, block_size=4, halo_size=1), 0.5))
+    with pytest.raises(RefusedModel, match=r"0 \(HaloAttn: texts and heads share an axis, beside one"):
+        attach(net, Look(), inputs=draw(2, 32, 8, 8))  # four windows a picture
+    one, two = draw(1, 32, 8, 8), draw(2, 32, 8, 8)
+    with attach(net, Zero().on(heads=[1]), inputs=one) as run:  # of one picture sizes tell
+        found, width = run(one), 32 // heads
+        assert torch.equal((found == 0).all(dim=(0, 2, 3)), torch.arange(32) // width == 1)
+        with pytest.raises(NotEntered, match="HaloAttn"):
+            run(two)

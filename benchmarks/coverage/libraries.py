@@ -27,13 +27,12 @@ from heedful.conformance.tolerances import DEPTH, ROUNDINGS, close
 from heedful.core.errors import HeedfulError, InactiveWarning
 
 from . import library_cases as cases
-from .libraries_look import Made, counted, look, made_of, parameters, unset
+from .libraries_look import look, unset
 from .libraries_models import SOURCES, makers, smaller
 from .libraries_record import Group, Record
 from .probe import TILE_ROWS, DropHeads, DropPattern, Look, _suggestion
 
 MOST = 700_000_000  # parameters of a model that is measured with weights
-ALIKE: dict[Made, dict[str, Any]] = {}  # what was told of models, by classes and switches of all their modules
 EVERY = 20  # names between two times that the record is written
 
 
@@ -58,17 +57,10 @@ def _seen(source: str, name: str, **how: Any) -> dict[str, Any]:
     """What a look tells of a name; without memory, where its forward asks no tensor what is in it."""
     make = makers(source)[name]
     try:
-        with torch.device("meta"), unset():
-            case = make(**how)
-        modules = made_of(case.model)
-        if modules in ALIKE:
-            told = ALIKE[modules]
-            return told | {"layers": counted(case.model, told["made"]), "parameters": parameters(case.model)}
         with torch.device("meta"):
-            told = look(case.model, case.call)
-        if "made" in told:
-            ALIKE[modules] = dict(told)
-        return told
+            with unset():
+                case = make(**how)
+            return look(case.model, case.call)
     except Exception as first:  # noqa: BLE001 - whatever ends it is its reason
         why = f"{type(first).__name__}: {str(first).splitlines()[0][:120] if str(first) else ''}"
     if how or "meta" not in why.lower():

@@ -46,7 +46,7 @@ class Record:
         number = next(alike, len(self.groups))
         if number == len(self.groups):
             self.groups.append(common)
-        self.names[source, name] = [number, told.get("layers", sum(kinds.values())), told.get("parameters", 0)]
+        self.names[source, name] = [number, sum(kinds.values()), told.get("parameters", 0)]
 
     def members(self, group: Group) -> list[str]:
         number = next(i for i, g in enumerate(self.groups) if g is group)

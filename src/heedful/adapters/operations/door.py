@@ -16,7 +16,7 @@ from heedful.adapters.hooks import Hooks
 from heedful.adapters.layers import apart, heads_told, leftovers, list_of, output_module, unreached, within
 from heedful.adapters.merging import require_no_table
 from heedful.adapters.operations.entering import Entrance, Watched, otherwise
-from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
+from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, SHARED, Found, find, named, taking_of
 from heedful.adapters.operations.layout import Layout, rows_in, same_rows
 from heedful.adapters.operations.multi_head import Untouched, through_kernel
 from heedful.adapters.operations.scores import Asked
@@ -262,6 +262,8 @@ class Operations:
                 f"{bound.name} ({bound.kind}) has {rows} texts and {told} heads in one axis, and one text when heedful "
                 "looked, which did not tell which stand first; look at several: attach(..., inputs=...)"
             )
+        if layout.shared(told, rows) and layout.axis != bound.heads_at:
+            raise NotEntered(otherwise(bound, SHARED))
         return layout
 
     def _call(

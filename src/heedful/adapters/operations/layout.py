@@ -48,7 +48,12 @@ class Layout:
 
     def open(self, told: int | None, rows: int | None) -> bool:
         """Whether several axes may hold the heads."""
-        return len(self.choices(told, rows)) > 1 and (self.split is None or rows != 1)
+        several = len(self.choices(told, rows)) > 1 and (self.split is None or rows != 1)
+        return several or self.shared(told, rows)
+
+    def shared(self, told: int | None, rows: int | None) -> bool:
+        """Whether the first of two axes may hold texts and heads together, and the second something else."""
+        return len(self.lead) == 2 and told is not None and rows is not None and self.lead[0] == rows * told > rows
 
     def told_by(self, changed: Tensor, told: int | None, rows: int | None) -> int | None:
         """The axis of the heads, where one token of one row was changed and so were these queries `[.. n]`.
