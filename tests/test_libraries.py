@@ -66,6 +66,19 @@ def test_the_examples_of_the_docs_run(name: str, code: str, capsys: pytest.Captu
     assert len(code.strip().splitlines()) <= 12
 
 
+def test_doctor_names_the_layers_of_several_pictures_or_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    library("timm")
+    with pytest.raises(RefusedModel, match="HaloAttn: texts and heads share an axis"):
+        doctor("timm:halonet26t")
+
+    def broken(name: str) -> nn.Module:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(library("timm"), "create_model", broken)
+    with pytest.raises(ModelError, match=r"nms does not exist; timm wants torchvision, in the build of your torch"):
+        doctor("timm:vit_tiny_patch16_224")
+
+
 def test_doctor_and_explain_name_the_layers(capsys: pytest.CaptureFixture[str]) -> None:
     library("timm")
     doctor("timm:vit_tiny_patch16_224")
