@@ -66,7 +66,8 @@ def test_names_that_are_gone_or_failed_are_looked_at_anew(record: Record) -> Non
 
 def test_the_page_counts_every_name_by_library_and_reason(record: Record) -> None:
     record.groups[0] |= {"status": "served", "by": "small", "layers": 3, "entered": 3}
-    record.groups[2] |= {"status": "refused", "reason": "XCA: over channels, not over tokens", "by": "channels"}
+    record.groups[2] |= {"status": "refused", "reason": "what a message has room for", "by": "channels"}
+    record.groups[2]["own"] = [*REFUSED["own"], *(f"Cascade: {n} calls in one forward" for n in (2, 3))]
     record.write()
     told = libraries_page.section(page.table)
     assert "| library | names | with attention | served whole | in part | refused by name, with the reason |" in told
@@ -77,10 +78,12 @@ def test_the_page_counts_every_name_by_library_and_reason(record: Record) -> Non
         "1 are refused with the reason and 0 are wrong, 1 were looked at without weights alone."
     )
     assert "| timm | A | m.Attention (fused_attn) | served | small | 3/3 | 2 |" in told
-    assert "| timm | refused | XCA: over channels, not over tokens | 1 |" in told
+    several = "XCA: over channels, not over tokens; Cascade: several calls in one forward"
+    assert f"| timm | refused | {several} | 1 |" in told
+    assert "| timm | A | XCA, Cascade | refused | channels |  | 1 |" in told
     assert "| open_clip | cannot build | ValueError: no | 1 |" in told
     assert "- timm, A, as small (served): large, small" in told
-    assert "- timm: C (2); their softmaxes are of no product, in c.py:f" in told
+    assert "- timm: C (2); softmaxes that make no map, in c.py:f" in told
 
 
 class Net(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,13 @@ of a group is measured with random weights: checks 1 to 5 above, 1 and 3 within 
 in their ways. timm's have two blocks then, and large pictures half of their size, where the model takes that and is
 found to be of the same kinds so."""
 
+REASONS = """`attach` names each module that it refuses, the reason, and what is left to serve (`only=`). What is no
+product of queries and keys alone was made by a linear map or a convolution (outlook attention, pooling to a global
+context, state spaces), of keys without queries (factorised attention, lambda layers), or by mixing heads (talking
+heads). Over channels: rows and columns of the map are channels. Several calls: their difference is taken, or one goes
+on from another. Changed after a softmax: a gate stands between two maps, say. Heads and texts in one axis, beside
+windows: which numbers are a head's nobody tells."""
+
 
 def section(table: Any) -> str:
     """Counts by library and reason, the groups, and which names stand in each."""
@@ -36,6 +44,7 @@ def section(table: Any) -> str:
         *_remarks(record),
         table(("library", "names", "with attention", *WORDS.values()), _totals(record, told["versions"])),
         "### By reason",
+        f"{' '.join(REASONS.split())}",
         table(("library", "status", "reason", "names"), _reasons(record)),
         "### Groups",
         table(GROUP, map(_row(record), with_attention)),
@@ -95,17 +104,23 @@ def _reasons(record: Record) -> Iterator[list[object]]:
     for group in record.groups:
         how = status(group)
         if how not in ("served", "no attention"):
-            why = group.get("failed") or group.get("reason") or "; ".join(group["own"]) or "not measured yet"
-            found[group["library"], how, why] += len(record.members(group))
+            found[group["library"], how, _why(group)] += len(record.members(group))
     for (source, how, why), count in sorted(found.items(), key=lambda x: (x[0][0], x[0][1], -x[1])):
         if count:
             yield [source, how, why, f"{count:,}"]
 
 
+def _why(group: Group) -> str:
+    """Why it is not served whole: what is refused of it, each kind once."""
+    own = dict.fromkeys(re.sub(r"\d+ calls", "several calls", why) for why in group.get("own", ()))
+    told = "" if group.get("status") in ("wrong", "looked at") else "; ".join(own)
+    return str(group.get("failed") or told or group.get("reason", "not measured yet"))
+
+
 def _row(record: Record) -> Any:
     def row(group: Group) -> list[object]:
         layers = f"{group['entered']}/{group['layers']}" if "layers" in group else ""
-        kinds = ", ".join(group["kinds"] + [why.partition(":")[0] for why in group["own"]])
+        kinds = ", ".join(dict.fromkeys(group["kinds"] + [why.partition(":")[0] for why in group["own"]]))
         count = len(record.members(group))
         return [group["library"], group["class"], kinds, status(group), group.get("by", ""), layers, count]
 
@@ -125,5 +140,5 @@ def _without(record: Record) -> Iterator[str]:
                 found[group["class"]] += len(record.members(group))
                 maps |= set(group.get("softmax", ()))
         if found:
-            said = f"; their softmaxes are of no product, in {', '.join(sorted(maps))}" if maps else ""
+            said = f"; softmaxes that make no map, in {', '.join(sorted(maps))}" if maps else ""
             yield f"- {source}: {', '.join(f'{kind} ({n})' for kind, n in sorted(found.items()) if n)}{said}"
