@@ -122,7 +122,8 @@ def test_one_model_and_no_attention_beside_it() -> None:
     ):
         attach(both, TempScale(0.3))
     beside = Around(one, nn.MultiheadAttention(8, 2))
-    with pytest.raises(RefusedModel, match=r"outside the transformers model in it.*: beside\. To leave it alone"):
+    both = r"Attach to one of both, model\.first\.0\.auto_model or model\.beside"
+    with pytest.raises(RefusedModel, match=rf"outside the transformers model in it too: beside\. {both}$"):
         attach(beside, TempScale(0.3))
     parallel = nn.DataParallel(one)
     parallel.device_ids = [0, 1]

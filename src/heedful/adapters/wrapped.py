@@ -32,9 +32,11 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
             f"model.{names[0]}"
         )
     if beside := [name for name in leftovers(model) if not within(name, names)]:
+        parts = beside[0].split(".")
+        own = next(x for i in range(len(parts)) if not within(names[0], (x := ".".join(parts[: i + 1]),)))
         raise RefusedModel(
-            f"{kind} computes attention outside the transformers model in it, which heedful cannot reach: {beside[0]}. "
-            f"To leave it alone attach to model.{names[0]}"
+            f"{kind} computes attention outside the transformers model in it too: {beside[0]}. Attach to one of both, "
+            f"model.{names[0]} or model.{own}"
         )
     stays_one(model)
     return inner[names[0]]
