@@ -379,8 +379,9 @@ def test_windows_are_not_taken_for_heads_that_stand_among_the_texts(heads: int) 
     from timm.layers.halo_attn import HaloAttn
 
     net = nn.Sequential(drawn(HaloAttn(32, num_heads=heads, block_size=4, halo_size=1), 0.5))
-    with pytest.raises(RefusedModel, match=r"0 \(HaloAttn: texts and heads share an axis, beside one"):
-        attach(net, Look(), inputs=draw(2, 32, 8, 8))  # four windows a picture
+    for side in (8, 4):  # four windows a picture, or one
+        with pytest.raises(RefusedModel, match=r"0 \(HaloAttn: texts and heads share an axis, beside one"):
+            attach(net, Look(), inputs=draw(2, 32, side, side))
     one, two = draw(1, 32, 8, 8), draw(2, 32, 8, 8)
     with attach(net, Zero().on(heads=[1]), inputs=one) as run:  # of one picture sizes tell
         found, width = run(one), 32 // heads

@@ -64,6 +64,8 @@ class Layout:
         for axis in self.choices(told, rows):
             split = None if self.split is None else (self.split, -1) if axis == 0 else (-1, self.split)
             seen = changed if split is None else changed.unflatten(0, split)
+            if self.shared(told, rows) and seen.shape[axis] != told:
+                continue
             if bool((seen == seen.narrow(axis, 0, 1)).all()):
                 fits.append((seen.shape[axis] == 1, axis))
         several = min(fits)[0] if fits else True
