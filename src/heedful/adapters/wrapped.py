@@ -7,7 +7,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 
-from heedful.adapters.layers import leftovers, within
+from heedful.adapters.layers import leftovers, may_attend, within
 from heedful.core.errors import RefusedModel
 
 
@@ -31,15 +31,29 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
             f"{kind} holds {len(names)} transformers models, {', '.join(names)}; attach to one of them, for example to "
             f"model.{names[0]}"
         )
-    if beside := [name for name in leftovers(model) if not within(name, names)]:
-        parts = beside[0].split(".")
-        own = next(x for i in range(len(parts)) if not within(names[0], (x := ".".join(parts[: i + 1]),)))
-        raise RefusedModel(
-            f"{kind} computes attention outside the transformers model in it too: {beside[0]}. Attach to one of both, "
-            f"model.{names[0]} or model.{own}"
-        )
+    one = inner[names[0]]
+    if told := [name for name in leftovers(model) if not within(name, names)]:
+        raise outside(model, one, told[0])
     stays_one(model)
-    return inner[names[0]]
+    return one
+
+
+def beside(model: nn.Module, inner: nn.Module) -> dict[str, nn.Module]:
+    """Modules beside the transformers model that may compute attention, though nothing in their classes says so."""
+    inside = {*inner.modules()}
+    apart = {name: m for name, m in model.named_modules() if m not in inside and inner not in set(m.modules())}
+    return {name: m for name, m in apart.items() if may_attend(type(m))}
+
+
+def outside(model: nn.Module, inner: nn.Module, name: str) -> RefusedModel:
+    """What is said of attention beside the transformers model in another: one of both is served at a time."""
+    known = next(there for there, m in model.named_modules() if m is inner)
+    parts = name.split(".")
+    own = next(x for i in range(len(parts)) if not within(known, (x := ".".join(parts[: i + 1]),)))
+    return RefusedModel(
+        f"{type(model).__name__} computes attention outside the transformers model in it too: {name}. Attach to one of "
+        f"both, model.{known} or model.{own}"
+    )
 
 
 def shared_by(model: nn.Module) -> str:

@@ -22,6 +22,7 @@ from heedful.adapters.operations.multi_head import Untouched, through_kernel
 from heedful.adapters.operations.scores import Asked
 from heedful.adapters.operations.torch_masks import halves, hides_later, places, rules_of
 from heedful.adapters.spread import spread_of
+from heedful.adapters.wrapped import outside
 from heedful.core.call import Call, Phase
 from heedful.core.errors import NotEntered, RefusedModel
 from heedful.core.sites import Site
@@ -85,8 +86,10 @@ class Operations:
             self._reach(bound, args, kwargs)
         return bound.name not in self._around
 
-    def unforeseen(self, name: str, why: str) -> RefusedModel:
+    def unforeseen(self, name: str, why: str, around: nn.Module | None) -> RefusedModel:
         """What is said of a module that turns out to compute attention while others are served."""
+        if around is not None:
+            return outside(around, self.model, name)
         return self._unreached(name, f"{why}; `inputs` would show whether it can be served")
 
     def _reach(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -149,9 +152,9 @@ class Operations:
         if bound.name in self.found.layers:
             self._follow(bound)
 
-    def watch(self, name: str, module: nn.Module) -> None:
-        """Stand in a module that may be a layer beside those that are served, and refuse it if it is."""
-        self._entrances.stand(Watched(module, self, name))
+    def watch(self, name: str, module: nn.Module, around: nn.Module | None = None) -> None:
+        """Stand in a module that may be a layer beside those that are served, or beside the whole model in another."""
+        self._entrances.stand(Watched(module, self, name, around))
 
     def _follow(self, bound: Bound) -> None:
         """Answer as it is known now that the layer computes."""
