@@ -32,7 +32,7 @@ from .libraries_models import SOURCES, makers, smaller
 from .libraries_record import Group, Record
 from .probe import TILE_ROWS, DropHeads, DropPattern, Look, _suggestion
 
-MOST = 700_000_000  # parameters of a model that is measured with weights
+MOST = 250_000_000  # parameters of a model that is measured with weights
 EVERY = 20  # names between two times that the record is written
 
 
@@ -63,10 +63,10 @@ def _seen(source: str, name: str, **how: Any) -> dict[str, Any]:
             return look(case.model, case.call)
     except Exception as first:  # noqa: BLE001 - whatever ends it is its reason
         why = f"{type(first).__name__}: {str(first).splitlines()[0][:120] if str(first) else ''}"
-    if how or "meta" not in why.lower():
+    if "meta" not in why.lower():
         return {"failed": why}
     try:
-        case = make()
+        case = make(**how)
         return look(case.model, case.call)
     except Exception as error:  # noqa: BLE001
         return {"failed": f"{type(error).__name__}: {str(error)[:120]}"}
@@ -79,23 +79,28 @@ def measure_all(record: Record, pattern: str) -> None:
         if group.get("status") or not name or not re.search(pattern, name) or not (group["kinds"] or group["own"]):
             continue
         start = time.perf_counter()
-        group |= {"by": name, **_measured(group, name, record.parameters(group))}
+        group |= {"by": name, **_measured(group, name)}
         group["seconds"] = round(time.perf_counter() - start, 1)
         print(group["library"], name, group["status"], group.get("reason", ""), group["seconds"], flush=True)
         record.write()
 
 
-def _measured(group: Group, name: str, parameters: int) -> dict[str, Any]:
-    source = group["library"]
+def _measured(group: Group, name: str) -> dict[str, Any]:
+    source, why = group["library"], "not the same when looked at again"
     for how in smaller(source, name):
         told = _seen(source, name, **how)
         if {*told.get("kinds", ())} != {*group["kinds"]} or told.get("own", []) != group["own"]:
             continue
-        if not how and parameters > MOST:
-            return {"status": "looked at", "reason": f"{parameters:,} parameters"}
+        if told["parameters"] > MOST:
+            why = f"{told['parameters']:,} parameters"
+            continue
         case = makers(source)[name](**how)
-        return examine(case._replace(model=cases.drawn(case.model, 0.05 if source == "timm" else 0.1))) | {"how": how}
-    return {"status": "looked at", "reason": "not the same when looked at again"}
+        case = case._replace(model=cases.drawn(case.model, 0.05 if source == "timm" else 0.1))
+        try:
+            return examine(case) | {"how": how}
+        except Exception as error:  # noqa: BLE001 - it ran in the look, so that whatever ends it is a fault
+            return {"status": "wrong", "reason": f"{type(error).__name__}: {str(error)[:160]}", "how": how}
+    return {"status": "looked at", "reason": why}
 
 
 def _tensors(answer: Any) -> list[Tensor]:

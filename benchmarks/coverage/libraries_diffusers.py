@@ -77,12 +77,12 @@ def classes() -> dict[str, type[Any]]:
     return {name: kind for name, kind in sorted(found.items()) if kind not in (ModelMixin, LegacyModelMixin)}
 
 
-def made(name: str) -> cases.Case:
-    """A class as it is examined: small where there is a case of it, else with two layers in its own width."""
-    if name in SMALL:
+def made(name: str, **how: int) -> cases.Case:
+    """A class as it is examined: small where there is a case of it, else with two layers in its own width or `how`."""
+    if name in SMALL and not how:
         return SMALL[name]()
-    given = _inputs(name)
-    model = _model(name)
+    given = _inputs(name, **how)
+    model = _model(name, **how)
     return cases.Case(model, partial(_call, model, {key: _tensor(x) for key, x in given.items()}), 0)
 
 
@@ -90,11 +90,11 @@ def _call(model: nn.Module, given: Mapping[str, Any]) -> Any:
     return model(**given)
 
 
-def _model(name: str) -> nn.Module:
+def _model(name: str, **how: int) -> nn.Module:
     kind = classes()[name]
     told = inspect.signature(kind.__init__).parameters
     few = {key: 2 for key in LAYERS if key in told and isinstance(told[key].default, int) and told[key].default > 2}
-    few |= CONFIG.get(name, {})
+    few |= CONFIG.get(name, {}) | how
     try:
         return kind(**few).eval()
     except (TypeError, ValueError, IndexError):
@@ -103,10 +103,10 @@ def _model(name: str) -> nn.Module:
 
 
 @cache
-def _inputs(name: str) -> dict[str, Any]:
+def _inputs(name: str, **how: int) -> dict[str, Any]:
     """Shapes and kinds of the arguments that the class takes, the first that it does."""
     with torch.device("meta"):
-        model, why = _model(name), "takes no argument that is known here"
+        model, why = _model(name, **how), "takes no argument that is known here"
         for given in _tries(model):
             try:
                 with torch.no_grad():

@@ -57,6 +57,8 @@ def smaller(source: str, name: str) -> Iterator[dict[str, Any]]:
         if side > LARGE:
             yield {"depth": 2, "img_size": side // 2}
         yield {"depth": 2}
+    if source == "diffusers":
+        yield {"num_attention_heads": 4}
     yield {}
 
 

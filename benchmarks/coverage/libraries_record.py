@@ -59,9 +59,6 @@ class Record:
             return str(group["by"])
         return min(found, key=lambda name: self.names[group["library"], name][2], default="")
 
-    def parameters(self, group: Group) -> int:
-        return self.names[group["library"], self.smallest(group)][2]
-
     def write(self) -> None:
         def lines(rows: Iterable[str]) -> str:
             return ",\n".join(f"  {row}" for row in rows)
