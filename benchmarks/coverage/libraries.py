@@ -27,7 +27,7 @@ from heedful.conformance.tolerances import DEPTH, ROUNDINGS, close
 from heedful.core.errors import HeedfulError, InactiveWarning
 
 from . import library_cases as cases
-from .libraries_look import look, unset
+from .libraries_look import UNSEEN, look, unset
 from .libraries_models import SOURCES, makers, smaller
 from .libraries_record import Group, Record
 from .probe import TILE_ROWS, DropHeads, DropPattern, Look, _suggestion
@@ -63,7 +63,7 @@ def _seen(source: str, name: str, **how: Any) -> dict[str, Any]:
             return look(case.model, case.call)
     except Exception as first:  # noqa: BLE001 - whatever ends it is its reason
         why = f"{type(first).__name__}: {str(first).splitlines()[0][:120] if str(first) else ''}"
-    if "meta" not in why.lower():
+    if not any(x in why.lower() for x in UNSEEN):
         return {"failed": why}
     try:
         case = make(**how)

@@ -22,6 +22,7 @@ from torch import nn
 
 from . import library_cases as cases
 from .libraries_given import CONFIG, GIVEN
+from .libraries_look import UNSEEN
 
 SMALL: Mapping[str, Callable[[], cases.Case]] = {
     "AutoencoderKL": cases.autoencoder, "DiTTransformer2DModel": cases.dit, "FluxTransformer2DModel": cases.flux,
@@ -61,7 +62,6 @@ USUAL = (
     "encoder_hidden_states_mask", "guidance", "img_shapes", "num_frames", "height", "width",
     "global_hidden_states",
 )  # fmt: skip
-UNSEEN = ("meta", "unsupported scalartype")  # what is said where a tensor without memory is asked what is in it
 POOLED = ("pooled_projection_dim", "in_text_dim2", "global_states_input_dim", "global_cond_dim", "cond_embed_dim")
 
 

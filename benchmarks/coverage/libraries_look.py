@@ -19,6 +19,8 @@ from heedful.adapters.operations.finding import Found, find
 
 from .audit import Witness
 
+UNSEEN = ("meta", "unsupported scalartype")  # said where a tensor without memory is asked what is in it
+
 
 @contextmanager
 def unset() -> Iterator[None]:

@@ -40,6 +40,7 @@ MULTI_HEAD_SIGNATURE = inspect.signature(MULTI_HEAD)
 # diffusers' attention backends that call `F.scaled_dot_product_attention`
 DIFFUSERS_OWN = frozenset({"native", "_native_math", "_native_flash", "_native_efficient", "_native_cudnn"})
 SHARED = "texts and heads share an axis, beside one of something else, as of windows"
+OF_GRID = "an axis of frames or windows stands where heads would"
 NOT_TOLD = "its sizes do not tell whether heads or texts stand first, which another number of texts may"
 SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of its positional arguments
 
@@ -85,6 +86,8 @@ class Open:
     @property
     def why(self) -> str:
         """What is said of it where that does not tell."""
+        if self.layout.of_grid:
+            return OF_GRID
         return SHARED if self.layout.shared(self.told, rows_in(self.stream)) else NOT_TOLD
 
     def heads_at(self, other: Open | None) -> int | None:
