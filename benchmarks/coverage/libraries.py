@@ -12,6 +12,7 @@ docs/coverage.md.
 from __future__ import annotations
 
 import re
+import resource
 import sys
 import time
 import warnings
@@ -32,6 +33,7 @@ from .libraries_models import SOURCES, makers, smaller
 from .libraries_record import Group, Record
 from .probe import TILE_ROWS, DropHeads, DropPattern, Look, _suggestion
 
+MEMORY = 6 << 30  # bytes that it may take; what wants more is told as one that failed
 MOST = 250_000_000  # parameters of a model that is measured with weights
 EVERY = 20  # names between two times that the record is written
 
@@ -55,15 +57,16 @@ def look_at_all(record: Record, only: str) -> None:
 
 def _seen(source: str, name: str, **how: Any) -> dict[str, Any]:
     """What a look tells of a name; without memory, where its forward asks no tensor what is in it."""
-    make = makers(source)[name]
+    make, size = makers(source)[name], 0
     try:
         with torch.device("meta"):
             with unset():
                 case = make(**how)
+            size = sum(p.numel() for p in case.model.parameters())
             return look(case.model, case.call)
     except Exception as first:  # noqa: BLE001 - whatever ends it is its reason
         why = f"{type(first).__name__}: {str(first).splitlines()[0][:120] if str(first) else ''}"
-    if not any(x in why.lower() for x in UNSEEN):
+    if 8 * size > MEMORY or not any(x in why.lower() for x in UNSEEN):
         return {"failed": why}
     try:
         case = make(**how)
@@ -177,6 +180,7 @@ def _short(refusal: str) -> str:
 def main() -> None:
     warnings.simplefilter("ignore", InactiveWarning)
     warnings.filterwarnings("ignore")
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     record, given = Record.read(), sys.argv[1:]
     if given[:1] == ["look"]:
         look_at_all(record, "".join(given[1:]))
