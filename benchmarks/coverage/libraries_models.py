@@ -18,7 +18,7 @@ from . import library_cases as cases
 
 PICTURES = 2  # several, since one does not tell how several share an axis with the heads
 TEXT = 77  # tokens, as most of open_clip read
-LARGE = 300  # a picture of more pixels a side is measured at half of its size where the model takes that
+LARGE, SMALLER = 300, 224  # a picture of more pixels a side is measured smaller where the model takes that
 WIDE: dict[str, Any] = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=64)
 MT5: dict[str, Any] = dict(num_layers=2, d_model=32, num_heads=4, d_kv=8, d_ff=64)
 M2M: dict[str, Any] = dict(encoder_layers=2, decoder_layers=2, d_model=32, encoder_attention_heads=4)
@@ -55,7 +55,7 @@ def smaller(source: str, name: str) -> Iterator[dict[str, Any]]:
     if source == "timm":
         side = library("timm").get_pretrained_cfg(name, allow_unregistered=False).input_size[-1]
         if side > LARGE:
-            yield {"depth": 2, "img_size": side // 2}
+            yield {"depth": 2, "img_size": SMALLER}
         yield {"depth": 2}
     if source == "diffusers":
         yield {"num_attention_heads": 4}
