@@ -209,7 +209,7 @@ def test_maps_of_unlike_sizes_are_joined_and_what_is_behind_the_words_is_one(sav
     assert one.words == ["(start)", "a", "b", "c", "(end)", "(rest)"]
     most, narrow = (finding.text for finding in one.findings())
     around = percent(float(one.maps[[0, 4, 5]].mean((1, 2)).sum()))
-    assert re.fullmatch(rf"In “ab c” “[abc]” gets most of the words, \d+%; {around} go to what is around them\.", most)
+    assert re.fullmatch(rf"Of the words in “ab c”, “[abc]” gets most, \d+%; {around} go to what is around them\.", most)
     assert re.match(r"“[abc]” is looked at from the fewest places", narrow), "marks are no words"
     assert all(name.endswith(".transformer_blocks.0.attn2") for name in one.names)
     labels = next(figure.rows for figure in one.figures if figure.key == "layers")

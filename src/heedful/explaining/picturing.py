@@ -133,9 +133,8 @@ class WordMap:
         most = max(own, key=lambda i: float(shares[i]))
         rest = percent(float(1 - shares[own].sum()))
         around = "" if len(own) == len(shares) else f"; {rest} go to what is around them"
-        text = (
-            f"In “{self.prompt}” “{self.words[most]}” gets most of the words, {percent(float(shares[most]))}{around}."
-        )
+        share = percent(float(shares[most]))
+        text = f"Of the words in “{self.prompt}”, “{self.words[most]}” gets most, {share}{around}."
         yield Finding(text, 0.5)
         even = self.maps.flatten(1) / self.maps.flatten(1).sum(1, keepdim=True).clamp(min=1e-12)
         spread = torch.special.entr(even).sum(1)
