@@ -7,7 +7,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 
-from heedful.adapters.layers import leftovers, may_attend, within
+from heedful.adapters.layers import leftovers, within
+from heedful.adapters.suspects import may_attend
 from heedful.core.errors import RefusedModel
 
 

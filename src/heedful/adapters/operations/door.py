@@ -240,8 +240,8 @@ class Operations:
         layout = self._layout(bound, given["query"])
         q, k, v = (layout.fold(given[name], keys=name != "query") for name in ("query", "key", "value"))
         k, v = same_rows(k, len(q)), same_rows(v, len(q))
-        if q.shape[1] != (heads := self.found.layers[bound.name].heads):
-            raise NotEntered(otherwise(bound, f"{q.shape[1]} heads, which were {heads}"))
+        if q.shape[1] != (known := self.found.layers[bound.name].heads):
+            raise NotEntered(otherwise(bound, f"{q.shape[1]} heads, which were {known}"))
         operands, call = self._call(bound, layout, given, (q, k, v), appends)
         roles = {**halves(bound, k.shape[2]), **self.hooks.forwards.roles(bound, k.shape[2])}
         ids = self.hooks.forwards.ids(bound, len(q), q.shape[2])
