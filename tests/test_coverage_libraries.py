@@ -127,6 +127,8 @@ def test_what_is_examined_is_entered_and_moved() -> None:
     model, x = Net(2).eval(), draw(2, 10, 32)
     found = libraries.examine(Case(model, lambda: model(x), 2))
     assert found == {"status": "served", "layers": 2, "entered": 2}
+    model.blocks[1].register_forward_hook(lambda module, *_: setattr(module, "kept", 1))
+    assert libraries.examine(Case(model, lambda: model(x), 2))["status"] == "served", "the model's own doing"
     model.blocks[1].forward = lambda x: x
     assert libraries.examine(Case(model, lambda: model(x), 2))["layers"] == 1
     model.blocks[0].forward = lambda x: x
