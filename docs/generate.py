@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.coverage import libraries_page as libraries  # noqa: E402
 from benchmarks.coverage import page as coverage  # noqa: E402
 from benchmarks.coverage import rows as classes  # noqa: E402
 from benchmarks.gpu import page as gpu  # noqa: E402
@@ -150,7 +151,12 @@ def main() -> None:
     pages["docs/reliability.md"] = NOTE + reliability.page()
     pages["docs/scale.md"] = renewed("docs/scale.md", merges=reliability.merge_table, simulation=reliability.simulation)
     pages["README.md"] = renewed(
-        "README.md", releases=tried, methods=how_many, coverage=classes.sentence, verdicts=verdicts
+        "README.md",
+        releases=tried,
+        methods=how_many,
+        coverage=classes.sentence,
+        libraries=libraries.sentence,
+        verdicts=verdicts,
     )
     stale = [name for name, text in pages.items() if not (ROOT / name).exists() or (ROOT / name).read_text() != text]
     if "--check" in sys.argv:

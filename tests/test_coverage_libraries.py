@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.coverage import libraries, libraries_page, libraries_record, page
-from benchmarks.coverage.libraries_look import counted, look, made_of, switches, unset
+from benchmarks.coverage.libraries_look import look, switches, unset
 from benchmarks.coverage.libraries_record import Record
 from benchmarks.coverage.library_cases import Case, draw
 from tests.torch_models import Attention
@@ -25,8 +26,9 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
     for place in (libraries_record, libraries_page):
         monkeypatch.setattr(place, "LIBRARIES", tmp_path / "libraries.json")
     found = Record.read()
+    found.known = {"timm": 6, "open_clip": 1}
     found.sort_in("timm", "large", PLAIN | {"parameters": 9})
-    found.sort_in("timm", "small", PLAIN | {"parameters": 4, "layers": 3})
+    found.sort_in("timm", "small", PLAIN | {"parameters": 4})
     found.sort_in("timm", "other", PLAIN | {"parameters": 1, "class": "B"})
     found.sort_in("timm", "channels", REFUSED | {"parameters": 2})
     found.sort_in("timm", "conv", {"class": "C", "own": [], "kinds": {}, "parameters": 5})
@@ -44,10 +46,9 @@ def test_names_alike_are_a_group_whose_smallest_is_measured(record: Record, tmp_
         ["large", "small"], ["other"], ["channels"], ["conv"], ["gate"], ["broken"],
     ]  # fmt: skip
     assert again.smallest(again.groups[0]) == "small"
-    assert again.parameters(again.groups[0]) == 4
     again.groups[0]["by"] = "large"  # it was measured, and stays so
     assert again.smallest(again.groups[0]) == "large"
-    assert again.names["timm", "small"] == [0, 3, 4]
+    assert again.names["timm", "small"] == [0, 2, 4]
     assert len(json.loads((tmp_path / "libraries.json").read_text())["names"]["timm"]) == 6
 
 
@@ -57,26 +58,31 @@ def test_names_that_are_gone_or_failed_are_looked_at_anew(record: Record) -> Non
     assert [key[1] for key in record.names] == ["small", "conv"]
     assert record.smallest(record.groups[1]) == ""
     record.keep("timm", {"small", "conv", "new"})
-    told = list(libraries_page._counts(record, {"timm": "1.0"}))
-    assert told == [
-        "- timm 1.0: 2 names, of which 1 have attention: 1 looked at without weights alone, 1 without attention; "
-        "1 more are not looked at yet"
-    ]
+    timm, _, both = libraries_page._totals(record, {"timm": "1.0", "open_clip": "3.0"})
+    assert timm == ["timm 1.0", "3", "1", "0", "0", "0", "0", "1", "1", "0", "1"]
+    assert both == ["all", "4", "1", "0", "0", "0", "0", "1", "1", "0", "2"]
 
 
 def test_the_page_counts_every_name_by_library_and_reason(record: Record) -> None:
     record.groups[0] |= {"status": "served", "by": "small", "layers": 3, "entered": 3}
-    record.groups[2] |= {"status": "refused", "reason": "XCA: over channels, not over tokens", "by": "channels"}
+    record.groups[2] |= {"status": "refused", "reason": "what a message has room for", "by": "channels"}
+    record.groups[2]["own"] = [*REFUSED["own"], *(f"Cascade: {n} calls in one forward" for n in (2, 3))]
     record.write()
     told = libraries_page.section(page.table)
-    counted = "2 served, 1 refused, 1 looked at without weights alone, 2 without attention"
-    assert f"6 names, of which 4 have attention: {counted}" in told
-    assert "1 names, of which 0 have attention: 1 not built" in told
+    assert "| library | names | with attention | served whole | in part | refused by name, with the reason |" in told
+    assert re.search(r"^\| timm \S+ \| 6 \| 4 \| 2 \| 0 \| 1 \| 0 \| 1 \| 2 \| 0 \| 0 \|$", told, re.MULTILINE)
+    assert "\n| all | 7 | 4 | 2 | 0 | 1 | 0 | 1 | 2 | 1 | 0 |\n" in told
+    assert libraries_page.sentence() == (
+        "Of 4 names of timm, diffusers and open_clip whose models have attention, 2 are served whole and 0 in part, "
+        "1 are refused with the reason and 0 are wrong, 1 were looked at without weights alone."
+    )
     assert "| timm | A | m.Attention (fused_attn) | served | small | 3/3 | 2 |" in told
-    assert "| timm | refused | XCA: over channels, not over tokens | 1 |" in told
+    several = "XCA: over channels, not over tokens; Cascade: several calls in one forward"
+    assert f"| timm | refused | {several} | 1 |" in told
+    assert "| timm | A | XCA, Cascade | refused | channels |  | 1 |" in told
     assert "| open_clip | cannot build | ValueError: no | 1 |" in told
     assert "- timm, A, as small (served): large, small" in told
-    assert "- timm: C (2); their softmaxes are of no product, in c.py:f" in told
+    assert "- timm: C (2); softmaxes that make no map, in c.py:f" in told
 
 
 class Net(nn.Module):
@@ -98,9 +104,22 @@ def test_a_look_needs_no_weights_and_tells_kinds_apart() -> None:
     assert {**told["kinds"]} == {"torch_models.Attention": 2, "torch_models.Attention (fused_attn)": 1}
     assert (told["class"], told["own"], told["parameters"]) == ("Net", [], sum(p.numel() for p in model.parameters()))
     assert switches(model.blocks[0]) == ("fused_attn",)
-    assert counted(model, told["made"]) == 3
-    assert made_of(model) == made_of(Net(5)) != made_of(Net(1))
     assert float(nn.Linear(3, 3).weight.detach().abs().sum()) > 0, "weights are drawn again outside"
+
+
+class Branches(nn.Module):
+    """Weighs two branches, as selective kernels do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        both = torch.stack([x, x.flip(1)], 1)
+        return (both * both.mean((2, 3), keepdim=True).softmax(1)).sum(1)
+
+
+def test_a_softmax_of_no_product_is_told_by_where_it_stands() -> None:
+    model = nn.Sequential(Branches())
+    told = look(model, lambda: model(torch.empty(2, 10, 32)))
+    assert (told["kinds"], told["own"]) == ({}, [])
+    assert told["softmax"] == ["test_coverage_libraries.py:Branches.forward"]
 
 
 @torch.no_grad()
@@ -108,6 +127,8 @@ def test_what_is_examined_is_entered_and_moved() -> None:
     model, x = Net(2).eval(), draw(2, 10, 32)
     found = libraries.examine(Case(model, lambda: model(x), 2))
     assert found == {"status": "served", "layers": 2, "entered": 2}
+    model.blocks[1].register_forward_hook(lambda module, *_: setattr(module, "kept", 1))
+    assert libraries.examine(Case(model, lambda: model(x), 2))["status"] == "served", "the model's own doing"
     model.blocks[1].forward = lambda x: x
     assert libraries.examine(Case(model, lambda: model(x), 2))["layers"] == 1
     model.blocks[0].forward = lambda x: x

@@ -135,6 +135,27 @@ class _Places(nn.Module):
         return (q @ torch.ones(6, 4).mT).tanh()
 
 
-def test_a_product_beside_the_scores_is_the_attention_s_own() -> None:
-    with pytest.raises(RefusedModel, match=r"0 \(Placed: a softmax of its own"):
-        attach(nn.Sequential(Placed()).eval(), Look(), inputs=torch.randn(2, 6, 16))
+@torch.no_grad()
+def test_a_product_beside_the_scores_is_no_more_than_added() -> None:
+    net, x = nn.Sequential(Placed()).eval(), torch.randn(2, 6, 16)
+    with attach(net, Zero().on(heads=[1]), inputs=x) as run:
+        assert run.layer_names == ("0",)
+        found = run(x)
+    assert torch.equal(found == 0, (torch.arange(16) // 4 == 1).expand_as(found))
+    assert close_model(found + net(x) * (found == 0), net(x))
+
+
+class Viewed(Placed):
+    """Values stand before the weights, and their product is viewed at once, as in LeViT with convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.to_qkv(x).unflatten(-1, (3, 4, 4)).movedim(2, 0).transpose(-2, -3)
+        return (v.mT @ (q @ k.mT).softmax(-1).mT).view(len(x), -1, x.shape[1]).mT
+
+
+@torch.no_grad()
+def test_what_is_given_back_may_be_viewed() -> None:
+    net, x = nn.Sequential(Viewed()).eval(), torch.randn(2, 6, 16)
+    with attach(net, Zero().on(heads=[1]), inputs=x) as run:
+        found = run(x)
+    assert torch.equal(found == 0, (torch.arange(16) // 4 == 1).expand_as(found))

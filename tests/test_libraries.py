@@ -41,7 +41,7 @@ from heedful.core.errors import ModelError, NotEntered, RefusedModel
 from heedful.core.sites import Site, at
 from heedful.methods.mechanisms.local.neighborhood_attention import NeighborhoodAttention
 
-from .samples import Gate
+from .samples import Gate, Zero
 from .test_residual import Push
 from .test_torch_modules import CALLS, Halve, Spy, TwiceOut, model_of, slow
 from .torch_models import WrittenOut
@@ -64,6 +64,19 @@ def test_the_examples_of_the_docs_run(name: str, code: str, capsys: pytest.Captu
     wanted["DINOv2"] = "12 layers of 6 heads, 1 image of 257 tokens"
     assert wanted.get(name, "sink rate") in told
     assert len(code.strip().splitlines()) <= 12
+
+
+def test_doctor_names_the_layers_of_several_pictures_or_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    library("timm")
+    with pytest.raises(RefusedModel, match="HaloAttn: texts and heads share an axis"):
+        doctor("timm:halonet26t")
+
+    def broken(name: str) -> nn.Module:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(library("timm"), "create_model", broken)
+    with pytest.raises(ModelError, match=r"nms does not exist; timm wants torchvision, in the build of your torch"):
+        doctor("timm:vit_tiny_patch16_224")
 
 
 def test_doctor_and_explain_name_the_layers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -343,3 +356,35 @@ def test_what_is_no_map_of_tokens_is_never_told_as_one(fused: bool) -> None:
         with attach(model, Look(), inputs=PICTURES, only="blocks.1") as run:
             run(PICTURES)
             assert run.layer_names == ("blocks.1.attn",)
+
+
+@torch.no_grad()
+def test_places_that_a_module_inside_tells_are_a_bias() -> None:
+    library("timm")
+    from timm.layers.bottleneck_attn import BottleneckAttn
+
+    net, x = nn.Sequential(drawn(BottleneckAttn(32, feat_size=(4, 8), num_heads=4), 0.5)), draw(4, 32, 4, 8)
+    native = net(x)
+    with attach(net, Zero().on(heads=[1]), inputs=x) as run:
+        found = run(x)
+    assert close_model(found[:, 8:16], 0 * found[:, 8:16])
+    assert close_model(found[:, :8], native[:, :8])
+    assert close_model(found[:, 16:], native[:, 16:])
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+@torch.no_grad()
+def test_windows_are_not_taken_for_heads_that_stand_among_the_texts(heads: int) -> None:
+    library("timm")
+    from timm.layers.halo_attn import HaloAttn
+
+    net = nn.Sequential(drawn(HaloAttn(32, num_heads=heads, block_size=4, halo_size=1), 0.5))
+    for side in (8, 4):  # four windows a picture, or one
+        with pytest.raises(RefusedModel, match=r"0 \(HaloAttn: texts and heads share an axis, beside one"):
+            attach(net, Look(), inputs=draw(2, 32, side, side))
+    one, two = draw(1, 32, 8, 8), draw(2, 32, 8, 8)
+    with attach(net, Zero().on(heads=[1]), inputs=one) as run:  # of one picture sizes tell
+        found, width = run(one), 32 // heads
+        assert torch.equal((found == 0).all(dim=(0, 2, 3)), torch.arange(32) // width == 1)
+        with pytest.raises(NotEntered, match="HaloAttn"):
+            run(two)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from heedful.authoring import Call, Sum, reads
 from heedful.cli.app import app
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, HeedfulError, ModelError
+from heedful.core.figures import percent
 from heedful.explaining import picturing, word_maps
 from heedful.explaining.picturing import REST, WordMaps, _Shown
 
@@ -137,6 +139,7 @@ def test_where_words_and_picture_are_one_sequence_the_picture_asks() -> None:
         pipe(PROMPT, 2, torch.Generator().manual_seed(3), "np")
         wanted = run[whole][0].total[5:, :5] / 2  # the words stand first
     assert found.names == ["transformer_blocks.0.attn"], "a single block does not say where its words are"
+    assert found.figures[2].rows == found.names
     torch.testing.assert_close(found.maps, wanted.T.unflatten(1, (4, 4)).float())
 
 
@@ -198,12 +201,20 @@ def loaded(folder: Path) -> Any:
 def test_maps_of_unlike_sizes_are_joined_and_what_is_behind_the_words_is_one(saved: Path, tmp_path: Path) -> None:
     pipe = loaded(saved)
     before = pipe("ab c", num_inference_steps=2, generator=torch.Generator().manual_seed(1), output_type="np").images[0]
-    found = word_maps(pipe, ["ab c", "x"], steps=2, seed=1)
+    found = word_maps(pipe, ["ab c", "<i0>"], steps=2, seed=1)
     assert isinstance(found, WordMaps)
     assert len(found) == 2
     one = found[0]
     assert close_model(one.picture, torch.as_tensor(before).permute(2, 0, 1)), "the picture is the pipeline's own"
-    assert one.words == ["<|startoftext|>", "a", "b", "c", "<|endoftext|>", "(rest)"]
+    assert one.words == ["(start)", "a", "b", "c", "(end)", "(rest)"]
+    most, narrow = (finding.text for finding in one.findings())
+    around = percent(float(one.maps[[0, 4, 5]].mean((1, 2)).sum()))
+    assert re.fullmatch(rf"Of the words in “ab c”, “[abc]” gets most, \d+%; {around} go to what is around them\.", most)
+    assert re.match(r"“[abc]” is looked at from the fewest places", narrow), "marks are no words"
+    assert all(name.endswith(".transformer_blocks.0.attn2") for name in one.names)
+    labels = next(figure.rows for figure in one.figures if figure.key == "layers")
+    assert [f"{label}.transformer_blocks.0.attn2" for label in labels] == one.names
+    assert found.facts["model"] == saved.name
     assert one.maps.shape[0] == 6
     assert {tuple(x.shape[1:]) for x in (one.steps, one.layers)} == {(6,)}
     assert len(one.steps) == 2
@@ -211,11 +222,11 @@ def test_maps_of_unlike_sizes_are_joined_and_what_is_behind_the_words_is_one(sav
     for x, over in ((one.maps, 0), (one.steps, 1), (one.layers, 1)):
         assert torch.allclose(x.sum(over), torch.ones(()))
     page = found.page(tmp_path / "words.html").read_text()
-    assert page.count("data:image/png;base64,") == 7 + 5
-    assert "&lt;|startoftext|&gt;" in page
-    assert "<|startoftext|>" not in page
+    assert page.count("data:image/png;base64,") == 7 + 8
+    assert "&lt;i0&gt;" in page, "words are escaped"
+    assert "<i0>" not in page
     assert "What the DAAM" in page
-    assert found._repr_html_().count("<img") == 7 + 5
+    assert found._repr_html_().count("<img") == 7 + 8
 
 
 def test_the_verb_makes_a_page_of_a_file_of_prompts(

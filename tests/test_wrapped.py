@@ -122,12 +122,49 @@ def test_one_model_and_no_attention_beside_it() -> None:
     ):
         attach(both, TempScale(0.3))
     beside = Around(one, nn.MultiheadAttention(8, 2))
-    with pytest.raises(RefusedModel, match=r"outside the transformers model in it.*: beside\. To leave it alone"):
+    both = r"Attach to one of both, model\.first\.0\.auto_model or model\.beside"
+    with pytest.raises(RefusedModel, match=rf"outside the transformers model in it too: beside\. {both}$"):
         attach(beside, TempScale(0.3))
     parallel = nn.DataParallel(one)
     parallel.device_ids = [0, 1]
     with pytest.raises(RefusedModel, match="copies the model to 2 devices in every forward"):
         attach(parallel, TempScale(0.3))
+
+
+class Pool(nn.Module):
+    """Attention that no name tells of."""
+
+    attends = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (x @ x.mT).softmax(-1)
+        return weights @ x if self.attends else weights
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = models.tiny("bert").base_model, nn.Sequential(Pool())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.inner(ids).last_hidden_state)
+
+
+@torch.no_grad()
+def test_attention_beside_the_model_that_nothing_tells_of_is_refused_when_it_runs() -> None:
+    model = Pooled().eval()
+    plain = model(IDS)
+    says = r"Pooled computes attention outside .* too: head\.0\. Attach to one of both, model\.inner or model\.head$"
+    with attach(model, TempScale(0.3)) as run, pytest.raises(RefusedModel, match=says):
+        run(IDS)
+    with attach(model.inner, TempScale(0.3)):
+        assert not close_model(model(IDS), plain)
+    with attach(model, TempScale(0.3), only="encoder"):  # parts were named, and the head is none
+        assert not close_model(model(IDS), plain)
+    assert torch.equal(model(IDS), plain)
+    model.head[0].attends = False
+    with attach(model, TempScale(0.3)) as run:
+        run(IDS)  # what has a softmax and products need not attend
 
 
 def test_processes_share_the_gradients_they_know_of(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 _F = torch.nn.functional
 _SOFTMAX = {_F.softmax, torch.softmax, torch.Tensor.softmax}
 _KERNELS = {_F.scaled_dot_product_attention, _F.multi_head_attention_forward}
-_NOT_OURS = ("/torch/", "/contextlib.py")
+_NOT_OURS = ("/torch/", "/contextlib.py", "/heedful/adapters/")  # the last looks on, and makes no map
 
 
 def attention_kinds(model: nn.Module) -> set[str]:

@@ -12,6 +12,7 @@ docs/coverage.md.
 from __future__ import annotations
 
 import re
+import resource
 import sys
 import time
 import warnings
@@ -27,13 +28,13 @@ from heedful.conformance.tolerances import DEPTH, ROUNDINGS, close
 from heedful.core.errors import HeedfulError, InactiveWarning
 
 from . import library_cases as cases
-from .libraries_look import Made, counted, look, made_of, parameters, unset
+from .libraries_look import UNSEEN, look, unset
 from .libraries_models import SOURCES, makers, smaller
 from .libraries_record import Group, Record
 from .probe import TILE_ROWS, DropHeads, DropPattern, Look, _suggestion
 
-MOST = 700_000_000  # parameters of a model that is measured with weights
-ALIKE: dict[Made, dict[str, Any]] = {}  # what was told of models, by classes and switches of all their modules
+MEMORY = 6 << 30  # bytes that it may take; what wants more is told as one that failed
+MOST = 250_000_000  # parameters of a model that is measured with weights
 EVERY = 20  # names between two times that the record is written
 
 
@@ -56,54 +57,55 @@ def look_at_all(record: Record, only: str) -> None:
 
 def _seen(source: str, name: str, **how: Any) -> dict[str, Any]:
     """What a look tells of a name; without memory, where its forward asks no tensor what is in it."""
-    make = makers(source)[name]
+    make, size = makers(source)[name], 0
     try:
-        with torch.device("meta"), unset():
-            case = make(**how)
-        modules = made_of(case.model)
-        if modules in ALIKE:
-            told = ALIKE[modules]
-            return told | {"layers": counted(case.model, told["made"]), "parameters": parameters(case.model)}
         with torch.device("meta"):
-            told = look(case.model, case.call)
-        if "made" in told:
-            ALIKE[modules] = dict(told)
-        return told
+            with unset():
+                case = make(**how)
+            size = sum(p.numel() for p in case.model.parameters())
+            return look(case.model, case.call)
     except Exception as first:  # noqa: BLE001 - whatever ends it is its reason
         why = f"{type(first).__name__}: {str(first).splitlines()[0][:120] if str(first) else ''}"
-    if how or "meta" not in why.lower():
+    if 8 * size > MEMORY or not any(x in why.lower() for x in UNSEEN):
         return {"failed": why}
     try:
-        case = make()
+        case = make(**how)
         return look(case.model, case.call)
     except Exception as error:  # noqa: BLE001
         return {"failed": f"{type(error).__name__}: {str(error)[:120]}"}
 
 
 def measure_all(record: Record, pattern: str) -> None:
-    """Measure the smallest name of each group whose models compute attention."""
-    for group in record.groups:
+    """Measure the smallest name of each group whose models compute attention, groups of many names first."""
+    for group in sorted(record.groups, key=lambda g: -len(record.members(g))):
         name = record.smallest(group)
         if group.get("status") or not name or not re.search(pattern, name) or not (group["kinds"] or group["own"]):
             continue
         start = time.perf_counter()
-        group |= {"by": name, **_measured(group, name, record.parameters(group))}
+        group |= {"by": name, **_measured(group, name)}
         group["seconds"] = round(time.perf_counter() - start, 1)
         print(group["library"], name, group["status"], group.get("reason", ""), group["seconds"], flush=True)
         record.write()
 
 
-def _measured(group: Group, name: str, parameters: int) -> dict[str, Any]:
-    source = group["library"]
+def _measured(group: Group, name: str) -> dict[str, Any]:
+    source, why = group["library"], "not the same when looked at again"
     for how in smaller(source, name):
         told = _seen(source, name, **how)
         if {*told.get("kinds", ())} != {*group["kinds"]} or told.get("own", []) != group["own"]:
             continue
-        if not how and parameters > MOST:
-            return {"status": "looked at", "reason": f"{parameters:,} parameters"}
+        if told["parameters"] > MOST:
+            why = f"{told['parameters']:,} parameters"
+            continue
         case = makers(source)[name](**how)
-        return examine(case._replace(model=cases.drawn(case.model, 0.05 if source == "timm" else 0.1))) | {"how": how}
-    return {"status": "looked at", "reason": "not the same when looked at again"}
+        case = case._replace(model=cases.drawn(case.model, 0.05 if source == "timm" else 0.1))
+        try:
+            return examine(case) | {"how": how}
+        except Exception as error:  # noqa: BLE001 - it ran in the look, so that whatever ends it is a fault
+            why = f"{type(error).__name__}: {str(error)[:160]}"
+            if "allocate memory" not in why:
+                return {"status": "wrong", "reason": why, "how": how}
+    return {"status": "looked at", "reason": why}
 
 
 def _tensors(answer: Any) -> list[Tensor]:
@@ -122,7 +124,8 @@ def examine(case: cases.Case) -> dict[str, Any]:
         with heedful.attach(model, what, only=only, inputs=case.call, **how) as run:
             return _tensors(case.call()), run
 
-    before, native, slow = fingerprint(model), _tensors(case.call()), _slow(case)
+    native, slow = _tensors(case.call()), _slow(case)
+    before = fingerprint(model)  # now, since some keep what they made in their first forward
     record: dict[str, Any] = {"status": "served"}
     try:
         found, run = under(Look(), backend="reference")
@@ -180,6 +183,7 @@ def _short(refusal: str) -> str:
 def main() -> None:
     warnings.simplefilter("ignore", InactiveWarning)
     warnings.filterwarnings("ignore")
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     record, given = Record.read(), sys.argv[1:]
     if given[:1] == ["look"]:
         look_at_all(record, "".join(given[1:]))

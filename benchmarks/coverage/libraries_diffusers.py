@@ -21,6 +21,8 @@ from diffusers.models.modeling_utils import LegacyModelMixin, ModelMixin
 from torch import nn
 
 from . import library_cases as cases
+from .libraries_given import CONFIG, GIVEN
+from .libraries_look import UNSEEN
 
 SMALL: Mapping[str, Callable[[], cases.Case]] = {
     "AutoencoderKL": cases.autoencoder, "DiTTransformer2DModel": cases.dit, "FluxTransformer2DModel": cases.flux,
@@ -75,12 +77,12 @@ def classes() -> dict[str, type[Any]]:
     return {name: kind for name, kind in sorted(found.items()) if kind not in (ModelMixin, LegacyModelMixin)}
 
 
-def made(name: str) -> cases.Case:
-    """A class as it is examined: small where there is a case of it, else with two layers in its own width."""
-    if name in SMALL:
+def made(name: str, **how: int) -> cases.Case:
+    """A class as it is examined: small where there is a case of it, else with two layers in its own width or `how`."""
+    if name in SMALL and not how:
         return SMALL[name]()
-    given = _inputs(name)
-    model = _model(name)
+    given = _inputs(name, **how)
+    model = _model(name, **how)
     return cases.Case(model, partial(_call, model, {key: _tensor(x) for key, x in given.items()}), 0)
 
 
@@ -88,28 +90,29 @@ def _call(model: nn.Module, given: Mapping[str, Any]) -> Any:
     return model(**given)
 
 
-def _model(name: str) -> nn.Module:
+def _model(name: str, **how: int) -> nn.Module:
     kind = classes()[name]
     told = inspect.signature(kind.__init__).parameters
     few = {key: 2 for key in LAYERS if key in told and isinstance(told[key].default, int) and told[key].default > 2}
+    few |= CONFIG.get(name, {}) | how
     try:
         return kind(**few).eval()
     except (TypeError, ValueError, IndexError):
         lacking = {k: x for k, x in MISSING.items() if k in told and told[k].default in (None, inspect.Parameter.empty)}
-        return kind(**few, **lacking).eval()
+        return kind(**{**lacking, **few}).eval()
 
 
 @cache
-def _inputs(name: str) -> dict[str, Any]:
+def _inputs(name: str, **how: int) -> dict[str, Any]:
     """Shapes and kinds of the arguments that the class takes, the first that it does."""
     with torch.device("meta"):
-        model, why = _model(name), "takes no argument that is known here"
+        model, why = _model(name, **how), "takes no argument that is known here"
         for given in _tries(model):
             try:
                 with torch.no_grad():
                     model(**{key: _tensor(x) for key, x in given.items()})
             except Exception as error:  # noqa: BLE001 - it takes another
-                if "meta" in str(error).lower():  # it asks a tensor what is in it, so that sizes are right so far
+                if any(x in str(error).lower() for x in UNSEEN):  # it asks what is in a tensor: sizes are right so far
                     return given
                 why = f"{type(error).__name__}: {str(error)[:100]}"
             else:
@@ -118,7 +121,9 @@ def _inputs(name: str) -> dict[str, Any]:
 
 
 def _tensor(told: Any) -> Any:
-    """What an argument is: numbers of a shape, ones, words, or as it was told."""
+    """What an argument is: numbers, ones, words, places, an order, a number all over, yes or no; or as it was told."""
+    if isinstance(told, list):
+        return [_tensor(x) for x in told]
     match told:
         case ("drawn", *shape):
             x = torch.empty(shape)
@@ -129,6 +134,14 @@ def _tensor(told: Any) -> Any:
             return torch.ones(shape, dtype=torch.long)
         case ("places", *shape):
             return torch.zeros(shape)
+        case ("order", count):
+            return torch.arange(count)
+        case ("filled", value, *shape):
+            return torch.full(shape, value)
+        case ("always", *shape):
+            return torch.ones(shape, dtype=torch.bool)
+        case ("never", *shape):
+            return torch.zeros(shape, dtype=torch.bool)
     return told
 
 
@@ -167,14 +180,16 @@ def _tries(model: nn.Module) -> Iterator[dict[str, Any]]:
             "height": 4, "width": 4,
             "controlnet_cond": ("drawn", TEXTS, 3, 8 * SIDE, 8 * SIDE), "conditioning_scale": 1.0,
             "timestep_ratio": ("ones", TEXTS), "added_time_ids": ("ones", TEXTS, 3), "fps": ("ones", TEXTS),
-            "visual_rope_pos": [torch.arange(n) for n in (FRAMES, SIDE // 2, SIDE // 2)],
-            "text_rope_pos": torch.arange(WORDS),
+            "visual_rope_pos": [("order", n) for n in (FRAMES, SIDE // 2, SIDE // 2)],
+            "text_rope_pos": ("order", WORDS),
         }  # fmt: skip
         needed = {key for key, x in told.items() if x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD}
         usual = {*USUAL}
         if not packed:
             usual -= {"img_ids", "txt_ids", "num_frames", "height", "width", "img_shapes"}
         chosen = {key: offers[key] for key in told if key in needed | usual and offers.get(key) is not None}
+        chosen |= GIVEN.get(type(model).__name__, {})
+        chosen = {key: x for key, x in chosen.items() if x is not None}
         yield chosen
         if "guidance" in chosen and "guidance" not in needed:
             yield {key: x for key, x in chosen.items() if key != "guidance"}

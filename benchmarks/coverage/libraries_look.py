@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import nn
 from heedful.adapters.operations.finding import Found, find
 
 from .audit import Witness
+
+UNSEEN = ("meta", "unsupported scalartype")  # said where a tensor without memory is asked what is in it
 
 
 @contextmanager
@@ -36,49 +38,26 @@ def unset() -> Iterator[None]:
             setattr(place, name, function)
 
 
-Made = frozenset[tuple[type, tuple[str, ...]]]
-
-
 def switches(module: nn.Module) -> tuple[str, ...]:
     """What is switched on in a module."""
     return tuple(sorted(key for key, x in vars(module).items() if x is True and key != "training" and key[0] != "_"))
 
 
-def made_of(model: nn.Module) -> Made:
-    """The classes of its modules, and what is switched on in them."""
-    return frozenset((type(module), switches(module)) for module in model.modules())
-
-
-def parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 def look(model: nn.Module, call: Callable[[], Any]) -> dict[str, Any]:
-    """Its class, its kinds of attention modules with how many there are of each, and what is refused of it.
-
-    `made`: the classes and switches that its layers and no other of its modules have, if there are such.
-    """
+    """Its class, its kinds of attention modules with how many there are of each, and what is refused of it."""
     with Witness() as witness:
         found = find(model, call)
     kinds = collections.Counter(kind_of(model, found, name) for name in found.layers)
-    made = {(type(m), switches(m)) for m in map(model.get_submodule, found.layers)}
     own = {f"{type(model.get_submodule(name)).__name__}: {why}" for name, why in found.own.items()}
     told: dict[str, Any] = {
         "class": type(model).__name__,
-        "parameters": parameters(model),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "kinds": dict(sorted(kinds.items())),
         "own": sorted(own),
     }
-    if counted(model, made) == kinds.total():
-        told["made"] = made
     if not kinds and not own and witness.maps:
         told["softmax"] = sorted(witness.maps)  # of what is no product of queries and keys, as a weight of branches
     return told
-
-
-def counted(model: nn.Module, made: Collection[Any]) -> int:
-    """How many of its modules are of these classes and switches."""
-    return sum((type(module), switches(module)) in made for module in model.modules())
 
 
 def kind_of(model: nn.Module, found: Found, name: str) -> str:

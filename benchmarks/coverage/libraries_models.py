@@ -17,12 +17,13 @@ from benchmarks.beside_torch import library
 from . import library_cases as cases
 
 PICTURES = 2  # several, since one does not tell how several share an axis with the heads
-LARGE = 300  # a picture of more pixels a side is measured at half of its size where the model takes that
+TEXT = 77  # tokens, as most of open_clip read
+LARGE, SMALLER = 300, 224  # a picture of more pixels a side is measured smaller where the model takes that
 WIDE: dict[str, Any] = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=64)
 MT5: dict[str, Any] = dict(num_layers=2, d_model=32, num_heads=4, d_kv=8, d_ff=64)
 M2M: dict[str, Any] = dict(encoder_layers=2, decoder_layers=2, d_model=32, encoder_attention_heads=4)
 TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "roberta-base": ("RobertaConfig", WIDE), "xlm-roberta-base": ("XLMRobertaConfig", WIDE),
+    "roberta-base": ("RobertaConfig", {**WIDE, "hidden_size": 768}), "xlm-roberta-base": ("XLMRobertaConfig", WIDE),
     "xlm-roberta-large": ("XLMRobertaConfig", WIDE), "google/mt5-base": ("MT5Config", MT5),
     "google/mt5-xl": ("MT5Config", MT5), "facebook/nllb-200-distilled-600M": ("M2M100Config", M2M),
     "facebook/nllb-200-distilled-1.3B": ("M2M100Config", M2M),
@@ -54,8 +55,10 @@ def smaller(source: str, name: str) -> Iterator[dict[str, Any]]:
     if source == "timm":
         side = library("timm").get_pretrained_cfg(name, allow_unregistered=False).input_size[-1]
         if side > LARGE:
-            yield {"depth": 2, "img_size": side // 2}
+            yield {"depth": 2, "img_size": SMALLER}
         yield {"depth": 2}
+    if source == "diffusers":
+        yield {"num_attention_heads": 4}
     yield {}
 
 
@@ -80,7 +83,7 @@ def _of_open_clip(name: str) -> cases.Case:
         model = _open_clip().create_model(name, device=torch.get_default_device(), pretrained_hf=False).eval()
     size = model.visual.image_size
     x = _drawn(PICTURES, 3, *(size if isinstance(size, tuple) else (size, size)))
-    words = _words(PICTURES, model.context_length)
+    words = _words(PICTURES, min(model.context_length or TEXT, TEXT))  # towers of transformers say none, or too much
     return cases.Case(model, lambda: model(x, words), 0)
 
 

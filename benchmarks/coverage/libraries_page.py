@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import collections
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from .libraries_record import Group, Record
-from .rows import LIBRARIES
+from .rows import FOUND, LIBRARIES
 
 WORDS = {
-    "served": "served", "served in part": "served in part", "refused": "refused", "wrong": "wrong",
-    "looked at": "looked at without weights alone", "no attention": "without attention", "cannot build": "not built",
+    "served": "served whole", "served in part": "in part", "refused": "refused by name, with the reason",
+    "wrong": "wrong", "looked at": "looked at without weights alone", "no attention": "without attention",
+    "cannot build": "not built", "unseen": "not looked at yet",
 }  # fmt: skip
 GROUP = ("library", "class", "attention modules", "status", "measured", "layers", "names")
 HOW = """By `python -m benchmarks.coverage.libraries`, of every name of timm and open_clip and every class of
 diffusers. What modules compute attention, and how, decides what becomes of a model, not its name. So each name is
 built at its own size on torch's meta device, where weights have no memory, and its forward is looked at as `attach`
-looks at one: which modules are layers, which are out of reach, and why. (Where the classes and switches of all
-modules are those of a model that was looked at, it is not run again.) Names of one class, whose attention modules are
-of the same classes, switches and ways of calling, and of which the same is refused, are a group, and the smallest of
-a group is measured with random weights: checks 1 to 5 above, 1 and 3 within the budget, since torch's kernels round
-in their ways. timm's have two blocks then, and large pictures half of their size, where the model takes that and is
-found to be of the same kinds so."""
+looks at one: which modules are layers, which are out of reach, and why. Names of one class, whose attention modules
+are of the same classes, switches and ways of calling, and of which the same is refused, are a group, and the smallest
+of a group is measured with random weights: checks 1 to 5 above, 1 and 3 within the budget, since torch's kernels round
+in their ways. timm's have two blocks then and no large pictures, diffusers' few layers and heads, where the model
+takes that and is found to be of the same kinds so."""
+
+REASONS = """`attach` names each module that it refuses, the reason, and what is left to serve (`only=`). What is no
+product of queries and keys alone was made by a linear map or a convolution (outlook attention, pooling to a global
+context, state spaces), of keys without queries (factorised attention, lambda layers), or by mixing heads (talking
+heads). Over channels: rows and columns of the map are channels. Several calls: their difference is taken, or one goes
+on from another. Changed after a softmax: a gate stands between two maps, say. Heads and texts in one axis, beside
+windows: which numbers are a head's nobody tells."""
 
 
 def section(table: Any) -> str:
@@ -34,8 +42,9 @@ def section(table: Any) -> str:
         "## Other libraries",
         f"{' '.join(HOW.split())} Torch is {told['versions']['torch']}; the last of it was done on {told['date']}.",
         *_remarks(record),
-        "\n".join(_counts(record, told["versions"])),
+        table(("library", "names", "with attention", *WORDS.values()), _totals(record, told["versions"])),
         "### By reason",
+        f"{' '.join(REASONS.split())}",
         table(("library", "status", "reason", "names"), _reasons(record)),
         "### Groups",
         table(GROUP, map(_row(record), with_attention)),
@@ -58,17 +67,36 @@ def _remarks(record: Record) -> list[str]:
     return ["Text towers that open_clip takes from the hub are built small, of the same classes."] if towers else []
 
 
-def _counts(record: Record, versions: dict[str, str]) -> Iterator[str]:
-    for source in dict.fromkeys(source for source, _ in record.names):
-        count: collections.Counter[str] = collections.Counter()
-        for group in record.groups:
-            if group["library"] == source:
-                count[status(group)] += len(record.members(group))
-        having = count.total() - count["no attention"] - count["cannot build"]
-        said = ", ".join(f"{count[s]:,} {word}" for s, word in WORDS.items() if count[s])
-        left = record.known.get(source, 0) - count.total()
-        said += f"; {left:,} more are not looked at yet" if left > 0 else ""
-        yield f"- {source} {versions[source]}: {count.total():,} names, of which {having:,} have attention: {said}"
+def sentence() -> str:
+    """What became of all names that have attention."""
+    record = Record.read()
+    count = _count(record, *record.known)
+    whole, part, refused, wrong, alone = (f"{count[s]:,}" for s in (*FOUND, "looked at"))
+    rest = f", {alone} were looked at without weights alone" if count["looked at"] else ""
+    return (
+        f"Of {_attending(count):,} names of timm, diffusers and open_clip whose models have attention, {whole} are "
+        f"served whole and {part} in part, {refused} are refused with the reason and {wrong} are wrong{rest}."
+    )
+
+
+def _count(record: Record, *sources: str) -> collections.Counter[str]:
+    """Names of these libraries by what became of them."""
+    count: collections.Counter[str] = collections.Counter()
+    for group in record.groups:
+        if group["library"] in sources:
+            count[status(group)] += len(record.members(group))
+    count["unseen"] = sum(record.known[source] for source in sources) - count.total()
+    return count
+
+
+def _attending(count: collections.Counter[str]) -> int:
+    return sum(count[s] for s in (*FOUND, "looked at"))
+
+
+def _totals(record: Record, versions: dict[str, str]) -> Iterator[list[object]]:
+    for name, sources in (*((f"{x} {versions[x]}", [x]) for x in record.known), ("all", [*record.known])):
+        count = _count(record, *sources)
+        yield [name, *(f"{n:,}" for n in (count.total(), _attending(count), *(count[s] for s in WORDS)))]
 
 
 def _reasons(record: Record) -> Iterator[list[object]]:
@@ -76,17 +104,23 @@ def _reasons(record: Record) -> Iterator[list[object]]:
     for group in record.groups:
         how = status(group)
         if how not in ("served", "no attention"):
-            why = group.get("failed") or group.get("reason") or "; ".join(group["own"]) or "not measured yet"
-            found[group["library"], how, why] += len(record.members(group))
+            found[group["library"], how, _why(group)] += len(record.members(group))
     for (source, how, why), count in sorted(found.items(), key=lambda x: (x[0][0], x[0][1], -x[1])):
         if count:
             yield [source, how, why, f"{count:,}"]
 
 
+def _why(group: Group) -> str:
+    """Why it is not served whole: what is refused of it, each kind once."""
+    own = dict.fromkeys(re.sub(r"\d+ calls", "several calls", why) for why in group.get("own", ()))
+    told = "" if group.get("status") in ("wrong", "looked at") else "; ".join(own)
+    return str(group.get("failed") or told or group.get("reason", "not measured yet"))
+
+
 def _row(record: Record) -> Any:
     def row(group: Group) -> list[object]:
         layers = f"{group['entered']}/{group['layers']}" if "layers" in group else ""
-        kinds = ", ".join(group["kinds"] + [why.partition(":")[0] for why in group["own"]])
+        kinds = ", ".join(dict.fromkeys(group["kinds"] + [why.partition(":")[0] for why in group["own"]]))
         count = len(record.members(group))
         return [group["library"], group["class"], kinds, status(group), group.get("by", ""), layers, count]
 
@@ -106,5 +140,5 @@ def _without(record: Record) -> Iterator[str]:
                 found[group["class"]] += len(record.members(group))
                 maps |= set(group.get("softmax", ()))
         if found:
-            said = f"; their softmaxes are of no product, in {', '.join(sorted(maps))}" if maps else ""
+            said = f"; softmaxes that make no map, in {', '.join(sorted(maps))}" if maps else ""
             yield f"- {source}: {', '.join(f'{kind} ({n})' for kind, n in sorted(found.items()) if n)}{said}"

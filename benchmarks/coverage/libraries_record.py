@@ -46,7 +46,7 @@ class Record:
         number = next(alike, len(self.groups))
         if number == len(self.groups):
             self.groups.append(common)
-        self.names[source, name] = [number, told.get("layers", sum(kinds.values())), told.get("parameters", 0)]
+        self.names[source, name] = [number, sum(kinds.values()), told.get("parameters", 0)]
 
     def members(self, group: Group) -> list[str]:
         number = next(i for i, g in enumerate(self.groups) if g is group)
@@ -58,9 +58,6 @@ class Record:
         if group.get("by") in found:
             return str(group["by"])
         return min(found, key=lambda name: self.names[group["library"], name][2], default="")
-
-    def parameters(self, group: Group) -> int:
-        return self.names[group["library"], self.smallest(group)][2]
 
     def write(self) -> None:
         def lines(rows: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from heedful.adapters.operations.door import Operations
 from heedful.adapters.planted import Planted
 from heedful.adapters.saving import Saving, adopted
 from heedful.adapters.spread import spread_of
+from heedful.adapters.wrapped import beside
 from heedful.core.errors import FieldError, NotEntered, RefusedModel
 from heedful.core.method import Layer, Stack
 from heedful.core.sites import Site
@@ -43,6 +44,7 @@ class ModelAdapter:
     only: tuple[str, ...] | None = None
     inputs: Any = None  # what the model is called with, or what calls it; None: the first forward tells
     shared_by: str = ""  # what shares its gradients with other processes, as far as they were known at the start
+    around: nn.Module | None = None  # what it is inside of, or itself
     installed: bool = field(default=False, init=False)
     _names: tuple[str, ...] = field(default=(), init=False)
     _calls: WrittenCalls = field(default_factory=WrittenCalls, init=False)
@@ -54,10 +56,10 @@ class ModelAdapter:
         self._saving = Saving(self.model, self.only)
         self._interface = Interface(self.model)
         through = self._interface.layers
-        beside = leftovers(self.model) if isinstance(self.model, PreTrainedModel) else {}
-        self._known = tuple(n for n, _ in self.model.named_modules() if through and (n in through or n in beside))
-        self._operations = Operations(self.model, tuple(beside) if through else (), tuple(through))
-        if through or (isinstance(self.model, PreTrainedModel) and not beside):
+        own = leftovers(self.model) if isinstance(self.model, PreTrainedModel) else {}
+        self._known = tuple(n for n, _ in self.model.named_modules() if through and (n in through or n in own))
+        self._operations = Operations(self.model, tuple(own) if through else (), tuple(through))
+        if through or (isinstance(self.model, PreTrainedModel) and not own):
             self._know(self._known, {}, NO_INTERFACE)
         if self.inputs is not None and self.ready and all(n in through for n in self._names) and not self._suspects():
             rule = "tells the layers of other models; those that go through transformers' interface are known"
@@ -143,17 +145,19 @@ class ModelAdapter:
                 f"a CACHE edit cannot act in {self.kind}: it keeps no cache that heedful knows, or lays a mask over "
                 "its keys by itself, which does not fit once some are gone"
             )
-        beside = [self.model.get_submodule(name) for name in self._names if name not in through]
-        watched = self._suspects()
-        require_free(self.model, [*through.values(), *beside] if through else self.model.modules())
+        own = [self.model.get_submodule(name) for name in self._names if name not in through]
+        watched, apart = self._suspects(), beside(self.around or self.model, self.model) if self.only is None else {}
+        require_free(self.model, [*through.values(), *own] if through else self.model.modules())
         hooks = self._hooks = Hooks(run, len(self._names))
         try:
             if through:
                 self._interface.open(hooks)
-            if beside or watched or not through:
+            if own or watched or apart or not through:
                 self._operations.open(hooks)
             for name, module in watched.items():
                 self._operations.watch(name, module)
+            for name, module in apart.items():
+                self._operations.watch(name, module, self.around)
             if not through:  # any module may turn out to be a layer
                 take(self.model.modules(), self._operations)
             inner = self.model.named_modules() if through else ()

@@ -22,7 +22,7 @@ def adapter_for(model: nn.Module, only: str | Iterable[str] | None = None, input
     shared, parts = shared_by(model), parts_of(only)
     if any(isinstance(part, PreTrainedModel) for part in model.modules()):
         inner = unwrapped(model)
-        adapter = ModelAdapter(inner, parts, inputs, shared)
+        adapter = ModelAdapter(inner, parts, inputs, shared, around=model)
         if not adapter.ready and inner.main_input_name == "input_ids":
             _read_a_little(adapter, inner)
         return adapter

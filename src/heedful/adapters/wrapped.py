@@ -9,6 +9,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 
 from heedful.adapters.layers import leftovers, within
+from heedful.adapters.suspects import may_attend
 from heedful.core.errors import RefusedModel
 
 
@@ -32,13 +33,29 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
             f"{kind} holds {len(names)} transformers models, {', '.join(names)}; attach to one of them, for example to "
             f"model.{names[0]}"
         )
-    if beside := [name for name in leftovers(model) if not within(name, names)]:
-        raise RefusedModel(
-            f"{kind} computes attention outside the transformers model in it, which heedful cannot reach: {beside[0]}. "
-            f"To leave it alone attach to model.{names[0]}"
-        )
+    one = inner[names[0]]
+    if told := [name for name in leftovers(model) if not within(name, names)]:
+        raise outside(model, one, told[0])
     stays_one(model)
-    return inner[names[0]]
+    return one
+
+
+def beside(model: nn.Module, inner: nn.Module) -> dict[str, nn.Module]:
+    """Modules beside the transformers model that may compute attention, though nothing in their classes says so."""
+    inside = {*inner.modules()}
+    apart = {name: m for name, m in model.named_modules() if m not in inside and inner not in set(m.modules())}
+    return {name: m for name, m in apart.items() if may_attend(type(m))}
+
+
+def outside(model: nn.Module, inner: nn.Module, name: str) -> RefusedModel:
+    """What is said of attention beside the transformers model in another: one of both is served at a time."""
+    known = next(there for there, m in model.named_modules() if m is inner)
+    parts = name.split(".")
+    own = next(x for i in range(len(parts)) if not within(known, (x := ".".join(parts[: i + 1]),)))
+    return RefusedModel(
+        f"{type(model).__name__} computes attention outside the transformers model in it too: {name}. Attach to one of "
+        f"both, model.{known} or model.{own}"
+    )
 
 
 def shared_by(model: nn.Module) -> str:

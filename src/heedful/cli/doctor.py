@@ -82,9 +82,12 @@ def _served_of_timm(name: str) -> None:
 
         made = timm.create_model(name).eval()
     except (ImportError, RuntimeError) as error:
-        raise ModelError(f"timm:{name}: {error}") from error
+        wants = "; timm wants torchvision, in the build of your torch (docs/vision.md)"
+        way = wants if "torchvision" in str(error) else ""
+        raise ModelError(f"timm:{name}: {error}{way}") from error
+    pictures = torch.zeros(2, *made.default_cfg["input_size"])  # one does not tell how several stand beside the heads
     with console.status(f"running {name}"):
-        adapter = adapter_for(made, None, torch.zeros(1, *made.default_cfg["input_size"]))
+        adapter = adapter_for(made, None, pictures)
     names, sizes = adapter.layer_names, {(s.heads, s.kv_heads, s.head_dim) for s in adapter.sizes()}
     console.print(
         f"[green]served[/]: {len(names)} attention layers of {type(made).__name__}, {names[0]} to {names[-1]}"

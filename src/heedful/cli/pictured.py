@@ -34,7 +34,7 @@ def pipeline(name: str) -> Any:
         from diffusers import DiffusionPipeline
     except ImportError as missing:
         raise HeedfulError(
-            "diffusers is not installed, and --prompts is for its pipelines: pip install diffusers"
+            "diffusers is not installed, and --prompts is for its pipelines: pip install 'heedful[diffusion]'"
         ) from missing
     try:
         return DiffusionPipeline.from_pretrained(name, use_safetensors=True)

@@ -31,7 +31,9 @@ OWN = {  # options that are not the caller's
     "prompt", "num_inference_steps", "generator", "output_type", "num_images_per_prompt", "return_dict",
 }  # fmt: skip
 READ_BY = {"FluxTransformer2DModel": "tokenizer_2", "HiDreamImageTransformer2DModel": "tokenizer_3"}  # not the first
+START, END = "(start)", "(end)"  # a tokenizer's marks around the prompt
 REST = "(rest)"  # keys behind the prompt's own, such as padding or what another encoder reads
+MARKS = {START, END, REST}
 
 
 class _Shown(Method, abstract=True):
@@ -112,7 +114,7 @@ class WordMap:
             Grid("steps", "By step", "The share of the picture's attention that each word gets, step by step.",
                  self.steps, steps, columns, "step", "word", "share"),
             Grid("layers", "By layer", "The same by layer, from the first to the last.",
-                 self.layers, self.names, columns, "layer", "word", "share"),
+                 self.layers, _told_apart(self.names), columns, "layer", "word", "share"),
         )  # fmt: skip
 
     @property
@@ -125,12 +127,18 @@ class WordMap:
     def findings(self) -> Iterator[Finding]:
         """Which word gets most, and which one is looked at from the fewest places."""
         shares = self.maps.mean((1, 2))
-        most = int(shares.argmax())
-        yield Finding(
-            f"In “{self.prompt}” the word “{self.words[most]}” gets most, {percent(float(shares[most]))}.", 0.5
-        )
+        own = [i for i, word in enumerate(self.words) if word not in MARKS]
+        if not own:
+            return
+        most = max(own, key=lambda i: float(shares[i]))
+        rest = percent(float(1 - shares[own].sum()))
+        around = "" if len(own) == len(shares) else f"; {rest} go to what is around them"
+        share = percent(float(shares[most]))
+        text = f"Of the words in “{self.prompt}”, “{self.words[most]}” gets most, {share}{around}."
+        yield Finding(text, 0.5)
         even = self.maps.flatten(1) / self.maps.flatten(1).sum(1, keepdim=True).clamp(min=1e-12)
-        narrow = int(torch.special.entr(even).sum(1).argmin())
+        spread = torch.special.entr(even).sum(1)
+        narrow = min(own, key=lambda i: float(spread[i]))
         rows, columns = self.maps.shape[1:]
         row, column = divmod(int(self.maps[narrow].argmax()), columns)
         text = (
@@ -182,6 +190,15 @@ class WordMaps(Sequence[WordMap]):
         return "".join(strip(found.lit) for found in self.each)
 
 
+def _told_apart(names: list[str]) -> list[str]:
+    """Names of layers without what all of them end with."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while len(names) > 1 and all(len(x) > shared + 1 for x in parts) and len({x[-1 - shared] for x in parts}) == 1:
+        shared += 1
+    return [".".join(x[: len(x) - shared]) for x in parts]
+
+
 def titled(found: WordMap, figure: Figure) -> str:
     return figure.title if isinstance(figure, Lit) else f"{figure.title}: “{found.prompt}”"
 
@@ -210,7 +227,7 @@ def word_maps(pipe: Any, prompts: str | Sequence[str], *, steps: int = 20, seed:
     found = tuple(_one(pipe, part, prompt, steps, seed, options) for prompt in given)
     size = found[0].picture.shape
     facts = {
-        "model": getattr(getattr(pipe, "config", None), "_name_or_path", "") or type(pipe).__name__,
+        "model": Path(getattr(getattr(pipe, "config", None), "_name_or_path", "")).name or type(pipe).__name__,
         "kind": type(part).__name__,
         "prompts": len(found),
         "steps": steps,
@@ -272,7 +289,13 @@ def _words(pipe: Any, prompt: str, keys: int) -> list[str]:
     if tokenizer is None:
         return [str(n) for n in range(keys)]
     ids = tokenizer(prompt, truncation=True, max_length=min(keys, tokenizer.model_max_length)).input_ids
+    marks = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "sep", "eos", "pad")}
+    first = next((n for n, i in enumerate(ids) if i not in marks), len(ids))
     words = [tokenizer.decode([i]).strip() or "(space)" for i in ids]
+    words = [
+        word if i not in marks else START if n < first else END
+        for n, (i, word) in enumerate(zip(ids, words, strict=True))
+    ]
     return words if len(words) == keys else [*words, REST]
 
 

@@ -16,12 +16,13 @@ from heedful.adapters.hooks import Hooks
 from heedful.adapters.layers import apart, heads_told, leftovers, list_of, output_module, unreached, within
 from heedful.adapters.merging import require_no_table
 from heedful.adapters.operations.entering import Entrance, Watched, otherwise
-from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, Found, find, named, taking_of
+from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, SHARED, Found, find, named, taking_of
 from heedful.adapters.operations.layout import Layout, rows_in, same_rows
 from heedful.adapters.operations.multi_head import Untouched, through_kernel
 from heedful.adapters.operations.scores import Asked
 from heedful.adapters.operations.torch_masks import halves, hides_later, places, rules_of
 from heedful.adapters.spread import spread_of
+from heedful.adapters.wrapped import outside
 from heedful.core.call import Call, Phase
 from heedful.core.errors import NotEntered, RefusedModel
 from heedful.core.sites import Site
@@ -85,8 +86,10 @@ class Operations:
             self._reach(bound, args, kwargs)
         return bound.name not in self._around
 
-    def unforeseen(self, name: str, why: str) -> RefusedModel:
+    def unforeseen(self, name: str, why: str, around: nn.Module | None) -> RefusedModel:
         """What is said of a module that turns out to compute attention while others are served."""
+        if around is not None:
+            return outside(around, self.model, name)
         return self._unreached(name, f"{why}; `inputs` would show whether it can be served")
 
     def _reach(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -149,9 +152,9 @@ class Operations:
         if bound.name in self.found.layers:
             self._follow(bound)
 
-    def watch(self, name: str, module: nn.Module) -> None:
-        """Stand in a module that may be a layer beside those that are served, and refuse it if it is."""
-        self._entrances.stand(Watched(module, self, name))
+    def watch(self, name: str, module: nn.Module, around: nn.Module | None = None) -> None:
+        """Stand in a module that may be a layer beside those that are served, or beside the whole model in another."""
+        self._entrances.stand(Watched(module, self, name, around))
 
     def _follow(self, bound: Bound) -> None:
         """Answer as it is known now that the layer computes."""
@@ -237,6 +240,8 @@ class Operations:
         layout = self._layout(bound, given["query"])
         q, k, v = (layout.fold(given[name], keys=name != "query") for name in ("query", "key", "value"))
         k, v = same_rows(k, len(q)), same_rows(v, len(q))
+        if q.shape[1] != (known := self.found.layers[bound.name].heads):
+            raise NotEntered(otherwise(bound, f"{q.shape[1]} heads, which were {known}"))
         operands, call = self._call(bound, layout, given, (q, k, v), appends)
         roles = {**halves(bound, k.shape[2]), **self.hooks.forwards.roles(bound, k.shape[2])}
         ids = self.hooks.forwards.ids(bound, len(q), q.shape[2])
@@ -262,6 +267,8 @@ class Operations:
                 f"{bound.name} ({bound.kind}) has {rows} texts and {told} heads in one axis, and one text when heedful "
                 "looked, which did not tell which stand first; look at several: attach(..., inputs=...)"
             )
+        if layout.shared(told, rows) and layout.axis != bound.heads_at:
+            raise NotEntered(otherwise(bound, SHARED))
         return layout
 
     def _call(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from heedful.adapters.bound import Bound
@@ -37,7 +37,7 @@ class Answers(Protocol):
 
     def written(self, bound: Bound, asked: Asked | str) -> tuple[Tensor, Tensor | None] | None: ...
 
-    def unforeseen(self, name: str, why: str) -> RefusedModel: ...
+    def unforeseen(self, name: str, why: str, around: nn.Module | None) -> RefusedModel: ...
 
 
 @dataclass(eq=False)
@@ -78,26 +78,28 @@ class Watched(_Forward):
     """That of a module which may compute attention, though nothing says that it does: it is refused if it does."""
 
     name: str
+    around: nn.Module | None  # the model that it is in, where the one that is served is in that too
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.server.installed or self.server.answering:
             return self.own(*args, **kwargs)
-        with _Watching(self.server, self.name):
+        with _Watching(self):
             return self.own(*args, **kwargs)
 
 
 class _Watching(TorchFunctionMode):
     """Looks whether a module computes attention."""
 
-    def __init__(self, server: Answers, name: str) -> None:
+    def __init__(self, watched: Watched) -> None:
         super().__init__()
-        self.server, self.name, self.trail = server, name, Trail()
+        self.watched, self.trail = watched, Trail()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         asked = self.trail.asked(func, args, kwargs)
         if asked is not None or func in (SDPA, MULTI_HEAD):
-            raise self.server.unforeseen(self.name, "nothing in its class says that it does")
+            it = self.watched
+            raise it.server.unforeseen(it.name, "nothing in its class says that it does", it.around)
         out = func(*args, **kwargs)
         self.trail.follow(func, args, kwargs, out)
         return out

@@ -39,6 +39,8 @@ MULTI_HEAD: Callable[..., Any] = F.multi_head_attention_forward
 MULTI_HEAD_SIGNATURE = inspect.signature(MULTI_HEAD)
 # diffusers' attention backends that call `F.scaled_dot_product_attention`
 DIFFUSERS_OWN = frozenset({"native", "_native_math", "_native_flash", "_native_efficient", "_native_cudnn"})
+SHARED = "texts and heads share an axis, beside one of something else, as of windows"
+OF_GRID = "an axis of frames or windows stands where heads would"
 NOT_TOLD = "its sizes do not tell whether heads or texts stand first, which another number of texts may"
 SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of its positional arguments
 
@@ -76,9 +78,17 @@ class Open:
         if self.stream is None or not self.stream.is_floating_point():
             return None
         new = self.stream.clone()
-        token = new if new.ndim < 2 else new[-1] if new.ndim == 2 else new[0, -1] if new.ndim == 3 else new[0]
-        token.copy_(token.flip(-1) + torch.linspace(0.5, 1.5, token.shape[-1], device=token.device))
+        token = new if new.ndim < 2 else new[-1] if new.ndim == 2 else new[0, -1] if new.ndim == 3 else new[0, -1, -1]
+        for x in (token, new[0, ..., -1, -1]) if new.ndim > 3 else (token,):  # of a grid, channels may stand before it
+            x.copy_(x.flip(-1) + torch.linspace(0.5, 1.5, x.shape[-1], device=x.device))
         return new
+
+    @property
+    def why(self) -> str:
+        """What is said of it where that does not tell."""
+        if self.layout.of_grid:
+            return OF_GRID
+        return SHARED if self.layout.shared(self.told, rows_in(self.stream)) else NOT_TOLD
 
     def heads_at(self, other: Open | None) -> int | None:
         """Where the heads are, told by what it does with a stream so changed."""
@@ -126,6 +136,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.names = {module: name for name, module in reversed(list(self.model.named_modules()))}
         self.stack: list[nn.Module] = [self.model]
+        self._before: list[frozenset[int]] = []  # scores that there were when each of these but the first began
         self.calls: dict[str, list[list[Seen]]] = {"": [[]]}  # by module, and by forward of it
         self.streams: dict[str, Tensor | None] = {}
         self.written: dict[str, bool] = {}
@@ -198,6 +209,7 @@ class _Watch(TorchFunctionMode):
                 "run it in one thread, as with DataParallel(..., device_ids=[0])"
             )
         self.stack.append(module)
+        self._before.append(frozenset(self._trail.scores))
         self.ran.add(module)
         self.calls.setdefault(name, []).append([])
         stream, taking, again = stream_of(args, kwargs), taking_of(module), name in self.streams
@@ -209,7 +221,7 @@ class _Watch(TorchFunctionMode):
 
     def leave(self, module: nn.Module, output: Any) -> None:
         self.stack.pop()
-        name = self.names[module]
+        name, before = self.names[module], self._before.pop()
         if name in self.written:
             self.written[name] |= self._trail.gives((output, kept_by(module)))
             if self._trail.besides:
@@ -219,7 +231,7 @@ class _Watch(TorchFunctionMode):
         if len(self.stack) < self._depth:
             self._depth = len(self.stack)  # it multiplies for the one around it
             if not (isinstance(output, Tensor) and id(output) in self._trail.scores):
-                self._trail.clear()  # or gives what is used there
+                self._trail.clear(before)  # or gives what is used there
 
 
 def kept_by(module: nn.Module) -> dict[str, Tensor]:
@@ -260,7 +272,7 @@ def find(model: nn.Module, run: Callable[..., Any], given: Any = None, alone: bo
             known = {name: at for name, at in told.items() if at is not None}
             watch = _watched(_Watch(model, heads_at=known), run, given, alone)
         for name in (name for name, at in told.items() if at is None):
-            watch.own.setdefault(name, NOT_TOLD)
+            watch.own.setdefault(name, watch.open[name].why)
     found = Found(written=watch.written, heads_at=watch.heads_at, channels_first=watch.channels_first, ran=watch.ran)
     for name, forwards in watch.calls.items():
         calls = [call for call in forwards if call]

@@ -16,6 +16,7 @@ class Layout:
     axis: int  # where the only one is split, of the two that it is split into
     split: int | None = None  # the one axis there is holds this many heads of each row of the batch
     grouped: bool = False  # all axes but the first hold heads, in groups that share a key head
+    of_grid: bool = False  # the axis taken for that of heads may be one of the places, as of frames
 
     @classmethod
     def of(cls, query: Tensor, told: int | None, stream: Tensor | None, at: int | None = None) -> Self:
@@ -33,7 +34,7 @@ class Layout:
         axis = len(lead) - 1
         if told is not None and lead[axis] != told and told in lead and (len(lead) > 2 or lead == (told, rows)):
             axis = lead.index(told)
-        return cls(lead, axis)
+        return cls(lead, axis, of_grid=len(lead) == 2 and told != lead[axis] and _apart(n, lead, stream))
 
     def choices(self, told: int | None, rows: int | None) -> tuple[int, ...]:
         """The axes that may hold the heads as far as sizes tell."""
@@ -48,7 +49,12 @@ class Layout:
 
     def open(self, told: int | None, rows: int | None) -> bool:
         """Whether several axes may hold the heads."""
-        return len(self.choices(told, rows)) > 1 and (self.split is None or rows != 1)
+        several = len(self.choices(told, rows)) > 1 and (self.split is None or rows != 1)
+        return several or self.of_grid or self.shared(told, rows)
+
+    def shared(self, told: int | None, rows: int | None) -> bool:
+        """Whether the first of two axes may hold texts and heads together, and the second something else."""
+        return len(self.lead) == 2 and told is not None and rows is not None and self.lead[0] == rows * told > rows
 
     def told_by(self, changed: Tensor, told: int | None, rows: int | None) -> int | None:
         """The axis of the heads, where one token of one row was changed and so were these queries `[.. n]`.
@@ -59,6 +65,8 @@ class Layout:
         for axis in self.choices(told, rows):
             split = None if self.split is None else (self.split, -1) if axis == 0 else (-1, self.split)
             seen = changed if split is None else changed.unflatten(0, split)
+            if self.shared(told, rows) and seen.shape[axis] != told:
+                continue
             if bool((seen == seen.narrow(axis, 0, 1)).all()):
                 fits.append((seen.shape[axis] == 1, axis))
         several = min(fits)[0] if fits else True
@@ -94,6 +102,14 @@ class Layout:
             return x.movedim(-3, self.axis)
         outer = [n for i, n in enumerate(self.lead) if i != self.axis]
         return x.reshape(*outer, *x.shape[-3:]).movedim(-3, self.axis)
+
+
+def _apart(n: int, lead: tuple[int, ...], stream: Tensor | None) -> bool:
+    """Whether a grid `[b e ..]` or `[b .. e]` has as many places as `n` and what stands before it make together."""
+    if stream is None or stream.ndim < 4 or lead[0] != len(stream) or lead[1] == 1:
+        return False
+    places = {stream.shape[2:].numel(), stream.shape[1:-1].numel()}
+    return n not in places and n * lead[1] in places
 
 
 def rows_in(stream: Tensor | None) -> int | None:

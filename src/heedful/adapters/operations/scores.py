@@ -115,7 +115,8 @@ class Asked:
     def given_back(self, heads: Tensor) -> Tensor:
         """Heads in the layout of the queries, as the module's own product would give them."""
         left = self.product.left
-        return self.product.laid(heads.reshape(*left.shape[:-1], heads.shape[-1])).to(self.value.dtype)
+        laid = self.product.laid(heads.reshape(*left.shape[:-1], heads.shape[-1]))
+        return laid.to(self.value.dtype).contiguous()  # a product is, and may be viewed otherwise
 
 
 def blank(weights: Weights, func: Any, out: Tensor) -> bool:

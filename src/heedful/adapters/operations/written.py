@@ -7,7 +7,7 @@ masks, positions and biases, is what they differ by from that first product.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -191,8 +191,9 @@ class Trail:
             return None
         return found if found.scores.origin is self.answered.origin else None
 
-    def clear(self) -> None:
-        self.scores.clear()
+    def clear(self, kept: Collection[int] = ()) -> None:
+        """Forget what was followed, but for some scores."""
+        self.scores = {place: x for place, x in self.scores.items() if place in kept}
         self.weights.clear()
         self.besides, self.answered, self.left_alone = "", None, ""
 
