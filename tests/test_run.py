@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,9 +15,8 @@ from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, HeedfulError, InactiveWarning, NotEntered, RefusedModel, StatisticError
-from heedful.core.method import Method, Stack, as_stack
+from heedful.core.method import Method, Stack
 from heedful.core.sites import Site, at
-from heedful.engine.scopes import require_there
 from heedful.methods import (
     AttentionSorting,
     AvisC,
@@ -307,67 +305,6 @@ def test_learned_parameters_train_and_are_saved(model: nn.Module) -> None:
         with pytest.raises(FieldError, match="names must be exactly those of this stack"):
             again.load_state_dict({"x": torch.ones(1)})
         logits(again)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"backend": "magic"}, "must be one of auto, sdpa, native, triton, tiled, reference"),
-        ({"tile_rows": 0}, "must be 1 or more rows"),
-        ({"only": "model.vision"}, "no served layer of LlamaForCausalLM lies there"),
-    ],
-)
-def test_wrong_arguments_are_named(model: nn.Module, arguments: dict[str, object], message: str) -> None:
-    before = fingerprint(model)
-    with pytest.raises(FieldError, match=message):
-        attach(model, Scale(), **arguments)  # type: ignore[arg-type]
-    assert fingerprint(model) == before
-
-
-def test_layers_beyond_the_model_are_named(model: nn.Module) -> None:
-    with pytest.raises(FieldError, match="must be below 2, the layers served"):
-        attach(model, Scale().on(layers=7))
-
-
-def test_heads_that_a_layer_does_not_have_are_named_before_anything_runs(model: nn.Module) -> None:
-    before = fingerprint(model)
-    for part in (Scale().on(layers=[0, 1], heads=[0, 4]), Scale().on(heads=4)):
-        with pytest.raises(
-            FieldError, match=r"\.heads = 4: must be below 4, the heads of layer 0; for example heads=3"
-        ):
-            attach(model, part)
-    assert fingerprint(model) == before
-    with attach(model, Scale().on(layers=1, heads=3)) as run:
-        assert run.difference(input_ids=IDS) > 0
-
-
-def test_a_head_that_some_layers_have_may_be_named_without_them() -> None:
-    heads = {0: 2, 1: 8, 2: None}.__getitem__
-    require_there(as_stack(Scale().on(heads=7)), 3, heads)
-    require_there(as_stack(Scale().on(layers=[1, 2], heads=7)), 3, heads)  # of one only a call tells
-    for part in (Scale().on(layers=[0, 1], heads=7), Scale().on(layers=1, heads=8)):
-        with pytest.raises(FieldError, match="must be below"):
-            require_there(as_stack(part), 3, heads)
-    require_there(as_stack(Scale().on(heads=9)), 3, heads)
-    with pytest.raises(FieldError, match="must be below 8, the heads of layer 1"):
-        require_there(as_stack(Scale().on(heads=8)), 2, heads)
-
-
-@pytest.mark.parametrize("call", [attach, heedful.diagnose, heedful.patterns], ids=lambda f: f.__name__)
-def test_a_model_without_numbers_is_refused(call: Any) -> None:
-    with torch.device("meta"):
-        empty = type(tiny())(tiny().config)
-    with pytest.raises(RefusedModel, match="LlamaForCausalLM lies on the meta device, where weights have shapes"):
-        call(empty, Scale() if call is attach else IDS)
-
-
-def test_weights_that_come_back_when_they_are_used_are_there(model: nn.Module) -> None:
-    accelerate = pytest.importorskip("accelerate")
-    accelerate.cpu_offload(model, execution_device="cpu")
-    assert all(x.is_meta for x in model.parameters())
-    with attach(model, Scale()) as run:
-        assert run.difference(input_ids=IDS) > 0
-    assert heedful.patterns(model, IDS[0])[1, 3].shape == (IDS.shape[1], IDS.shape[1])
 
 
 def test_asking_for_what_is_not_there(model: nn.Module) -> None:
