@@ -110,7 +110,7 @@ def test_the_readme_runs_and_prints_what_it_says(by: str, tmp_path: Path, defaul
 
 def test_what_stands_beside_other_libraries_words_runs(tmp_path: Path, default_model: models.Loaded) -> None:
     more = {models.DEFAULT_VARIABLE: str(thin(default_model, tmp_path / "thin"))}
-    told = run(blocks("docs/coming.md"), tmp_path, **more)
+    told = run(blocks("docs/migrating.md"), tmp_path, **more)
     assert "of the largest output" in told
     assert "cache entries kept" in told
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import heedful
+from benchmarks.coverage.tiny import build
 from heedful import Method, Site, attach, models, operate
 from heedful.adapters.choosing import adapter_for
-from heedful.adapters.layers import projections
+from heedful.adapters.layers import projections, size_of
 from heedful.adapters.weights import read_weights
 from heedful.authoring import Call, Layer, Paper, Surgery, at
 from heedful.conformance.tolerances import close_model
@@ -250,6 +251,17 @@ def test_weights_are_read_head_by_head() -> None:
     out = torch.einsum("ehd,hd->e", weights.o, heads) + weights.o_bias
     dense = model.bert.encoder.layer[0].attention.output.dense
     assert close_model(out, dense(heads.flatten()))
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own, of kernels that are not installed
+def test_gates_that_come_with_the_queries_are_no_heads() -> None:
+    model = build("Qwen3NextForCausalLM").model
+    name = adapter_for(model, None).layer_names[0]
+    size, attention = size_of(model, name, 0), model.get_submodule(name)
+    assert (size.heads, size.kv_heads) == (model.config.num_attention_heads, model.config.num_key_value_heads)
+    assert attention.q_proj.out_features == 2 * size.heads * size.head_dim
+    with pytest.raises(RefusedModel, match="its query projection gives more than queries, such as gates"):
+        operate(model, Double())
 
 
 def test_only_one_part_of_a_model() -> None:

@@ -19,7 +19,7 @@ from heedful.conformance.tolerances import DEPTH, ROUNDINGS, close, error, unit,
 from heedful.core.call import Call
 from heedful.core.errors import HeedfulError, RefusedModel
 from heedful.core.mask import Mask
-from heedful.core.method import Method, Part
+from heedful.core.method import Layer, Method, Part
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Statistic, Sum
@@ -71,6 +71,19 @@ class DropHeads(Method):
     @at(Site.HEAD_OUTPUT)
     def drop(self, heads: Tensor, call: Call) -> Tensor:
         return torch.zeros_like(heads)
+
+
+class Gates(Method):
+    """Nothing comes out, by what is learned for every head: it is as large as the layer was told to be."""
+
+    paper = PRIVATE
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        return {"gate": torch.zeros(layer.heads, 1, layer.value_dim)}
+
+    @at(Site.HEAD_OUTPUT)
+    def close(self, heads: Tensor, call: Call) -> Tensor:
+        return heads * call.params["gate"].to(heads)
 
 
 def examine(name: str) -> dict[str, Any]:
@@ -175,6 +188,8 @@ def _mode(one: tiny.Tiny, only: list[str] | None, whole: bool) -> dict[str, Any]
             dropped, _ = _under(one, only, method.on(heads=0))
             if not _moved(one, dropped, native):
                 wrong.append(f"{method!r} moved nothing")
+        if (untold := _gated(one, only, native, wrong)) is not None:
+            record["sizes"] = untold
     if not _same(tiny.output_tensors(one.forward()), native):
         wrong.append("not as before after close")
     if _configs(one.model) != before:
@@ -184,6 +199,20 @@ def _mode(one: tiny.Tiny, only: list[str] | None, whole: bool) -> dict[str, Any]
     if not entered:
         record["unseen"], wrong = True, []
     return record | ({"wrong": wrong} if wrong else {})
+
+
+def _gated(one: tiny.Tiny, only: list[str] | None, native: list[Tensor], wrong: list[str]) -> str | None:
+    """Why nothing can be learned for each head, if so."""
+    try:
+        closed, _ = _under(one, only, Gates())
+    except RefusedModel as refusal:
+        return str(refusal)[:160]
+    except RuntimeError as error:  # a factor of another shape
+        wrong.append(f"the sizes of a layer are not those of its calls: {error}")
+    else:
+        if not _moved(one, closed, native):
+            wrong.append(f"{Gates()!r} moved nothing")
+    return None
 
 
 def _reaches(one: tiny.Tiny, native: list[Tensor]) -> bool:

@@ -335,7 +335,12 @@ def projections(model: nn.Module, name: str, number: int) -> Projections:
     heads, kv_heads = q_rows // width, k_rows // width
     if v_rows % kv_heads or o_cols % heads or heads % kv_heads:
         raise RefusedModel(f"{name} ({type(layer).__name__}): its projections do not divide into {heads} heads")
-    size = Layer(number, heads, kv_heads, width, v_rows // kv_heads, _columns(q))
+    if o_cols != heads * (value_width := v_rows // kv_heads):
+        raise RefusedModel(
+            f"{name} ({type(layer).__name__}): its query projection gives more than queries, such as gates: it "
+            f"has rows for {heads} heads, of which the output projection takes {o_cols // value_width}"
+        )
+    size = Layer(number, heads, kv_heads, width, value_width, _columns(q))
     return Projections(found[0], found[1], found[2], found[3], size, rows)
 
 
