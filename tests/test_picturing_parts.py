@@ -63,7 +63,7 @@ def test_what_is_found_names_the_word_that_gets_most_and_the_one_that_is_looked_
     shares = torch.zeros(1, 4)
     found = WordMap("a b c d", ["a", "b", "c", "d"], torch.zeros(3, 2, 4), maps, shares, shares, ["x"])
     assert [finding.text for finding in found.findings()] == [
-        "In “a b c d” the word “b” gets most, 50%.",
+        "Of the words in “a b c d”, “b” gets most, 50%.",
         "“c” is looked at from the fewest places, most from row 2 of 2, column 4 of 4.",
     ]
     assert [finding.weight for finding in found.findings()] == [0.5, 0.4]

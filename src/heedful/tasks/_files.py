@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from heedful.core.errors import FieldError
+from heedful.core.files import is_there
 from heedful.diagnosis import images, waves
 from heedful.diagnosis.texts import files_in
 from heedful.tasks._own import OwnChoices, OwnQuestions, OwnText
@@ -28,7 +29,7 @@ def from_file(path: str | Path, *, length: int = OwnText.length) -> Task:
     the loss on windows of `length` tokens. What is none of this is left out, and `left_out` says which and why.
     """
     path = Path(path)
-    if path.is_dir() and not _holds(path, (ROWS,)):
+    if is_there(path) and path.is_dir() and not _holds(path, (ROWS,)):
         if _holds(path, waves.ENDINGS):
             return OwnSpeech(str(path), *_some(path, *clips(path)))
         if _holds(path, images.ENDINGS):
