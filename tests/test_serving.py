@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, SwinConfig, SwinModel
 
 from benchmarks.coverage import tiny as zoo
-from heedful import attach, fold, models, operate
+from heedful import attach, diagnose, fold, models, operate
 from heedful.adapters.choosing import adapter_for
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, HeedfulError, RefusedModel
 from heedful.core.method import Method
 from heedful.core.sites import Site, at
+from heedful.explaining import logit_lens
 from heedful.methods.compress.prune.prune_heads import PruneHeads
 from heedful.methods.intervene.language.temp_scale import TempScale
 from heedful.methods.mechanisms.gates.gated_heads import GatedHeads
@@ -84,6 +85,15 @@ def test_weights_that_are_elsewhere_are_attached_to_and_not_edited(way: str, tmp
     ids = models.tiny_inputs(whole)["input_ids"]
     with attach(model, TempScale(0.5)), attach(whole, TempScale(0.5)):
         assert close_model(model(ids).logits, whole(ids).logits)
+    found, wanted = (diagnose(m, ids, measures="weibull_weights") for m in (model, whole))
+    assert found.facts["weights"] == wanted.facts["weights"]
+    assert found.tables().keys() == wanted.tables().keys()
+    assert all(found.tables()[name].equals(table) for name, table in wanted.tables().items())
+    if way == "one layer on disk":  # and the unembedding at hand
+        assert str(logit_lens(model, ids[:1])) == str(logit_lens(whole, ids[:1]))
+    else:
+        with pytest.raises(RefusedModel, match=r"logit_lens\(\) needs all weights .* is offloaded .*; load"):
+            logit_lens(model, ids[:1])
     with pytest.raises(RefusedModel, match=r"fold\(\) needs all weights .* is offloaded .*; load the model whole"):
         fold(model, TempScale(0.5))
     with pytest.raises(RefusedModel, match=r"operate\(\) needs all weights .* is offloaded"):

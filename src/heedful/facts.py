@@ -40,11 +40,10 @@ def fingerprint(model: Any) -> str:
 
     Numbers are added up by their bits, so that one that differs is seen and no order of summation is.
     """
-    from heedful.adapters.spread import whole
+    from heedful.adapters.spread import weights_of
 
     told: dict[str, Tensor] = {}
-    for i, p in enumerate(model.parameters()):
-        weight = whole(p.detach())
+    for i, weight in enumerate(weights_of(model)):
         told[f"{i:06d}"] = weight.flatten()[:16].cpu()
         if weight.numel():
             rows = (weight.flatten(0, -2) if weight.ndim > 1 else weight.reshape(1, -1)).contiguous()

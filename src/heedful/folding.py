@@ -48,7 +48,7 @@ def rewritten(
     from heedful.adapters.folding import renew_config
     from heedful.adapters.layers import projections
     from heedful.adapters.saving import saved_with
-    from heedful.adapters.weights import absent, read_weights, write_weights
+    from heedful.adapters.weights import read_weights, require_here, write_weights
     from heedful.adapters.wrapped import unwrapped
 
     model = unwrapped(model)
@@ -60,11 +60,7 @@ def rewritten(
             f"{type(model).__name__} was saved with {saved} attached, and {verb} edits the weights alone; where that "
             "is what you want, del model.config.heedful"
         )
-    if missing := absent(model):
-        raise RefusedModel(
-            f"{verb} needs all weights at hand, and {missing}; load the model whole, without device_map, offload or "
-            "tp_plan"
-        )
+    require_here(verb, model)
     new = copy.deepcopy(model)
     names = adapter_for(new, only).layer_names
     sizes: dict[str, tuple[Layer, Layer]] = {}  # of each layer, before and after

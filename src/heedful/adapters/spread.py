@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,6 +95,25 @@ def spread_of(model: nn.Module, name: str) -> Spread | None:
 def whole(x: Tensor) -> Tensor:
     """A weight as it is in all processes together; every one of them has to ask."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def weights_of(model: nn.Module) -> Iterator[Tensor]:
+    """Each parameter once, whole, in the order of `parameters()`; what accelerate offloads is here while it is read."""
+    seen: dict[int, Tensor] = {}
+    for module in model.modules():
+        own = {name: p for name, p in module.named_parameters(recurse=False) if id(p) not in seen}
+        seen |= {id(p): p for p in own.values()}
+        with here(module):
+            yield from (whole(module.get_parameter(name).detach()) for name in own)
+
+
+def here(module: nn.Module) -> AbstractContextManager[object]:
+    """A `with` in which the module's own weights are at hand, where accelerate offloads them."""
+    if not any(p.is_meta for p in module.parameters(recurse=False)):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
 
 
 def _cut(placement: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from heedful.adapters.biases import give_bias
 from heedful.adapters.layers import HEADS, SHARED, Projections, block_of, transposed
-from heedful.adapters.spread import whole
+from heedful.adapters.spread import here, whole
 from heedful.adapters.wrapped import unwrapped
 from heedful.core.errors import RefusedModel, SiteError
 from heedful.core.kinds import HeadWeights, Vocabulary
@@ -27,14 +28,19 @@ def _bias(linear: nn.Module) -> Tensor | None:
     return None if bias is None else whole(bias.detach()).clone()
 
 
-def absent(model: nn.Module) -> str | None:
-    """A weight that is not here, and where it is: on 'meta' until it is used, or spread over processes."""
+def require_here(asked: str, model: nn.Module) -> None:
+    """Refuse a model of which a weight is not at hand: on 'meta' until it is used, or spread over processes."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            return f"{name} is offloaded (on device 'meta' until it is used)"
-        if isinstance(parameter, DTensor):
-            return f"{name} is spread over {parameter.device_mesh.size()} processes"
-    return None
+            where = "offloaded (on device 'meta' until it is used)"
+        elif isinstance(parameter, DTensor):
+            where = f"spread over {parameter.device_mesh.size()} processes"
+        else:
+            continue
+        raise RefusedModel(
+            f"{asked} needs all weights at hand, and {name} is {where}; load the model whole, without device_map, "
+            "offload or tp_plan"
+        )
 
 
 def _require_plain(p: Projections) -> None:
@@ -68,11 +74,14 @@ def read_weights(p: Projections) -> HeadWeights:
         matrix = p.own(letter, _matrix(linear)).reshape(heads, width, -1).clone()
         return matrix, None if bias is None else bias.reshape(heads, width)
 
-    q, q_bias = rows("q", h, d)
-    k, k_bias = rows("k", g, d)
-    v, v_bias = rows("v", g, dv)
-    o = _matrix(p.module("o"))
-    return HeadWeights(q, k, v, o.reshape(o.shape[0], h, dv).clone(), q_bias, k_bias, v_bias, _bias(p.module("o")))
+    with ExitStack() as together:
+        for module in {p.module(letter) for letter in "qkvo"}:
+            together.enter_context(here(module))
+        q, q_bias = rows("q", h, d)
+        k, k_bias = rows("k", g, d)
+        v, v_bias = rows("v", g, dv)
+        o = _matrix(p.module("o"))
+        return HeadWeights(q, k, v, o.reshape(o.shape[0], h, dv).clone(), q_bias, k_bias, v_bias, _bias(p.module("o")))
 
 
 def read_scale(model: nn.Module, name: str) -> Tensor | None:
@@ -97,7 +106,8 @@ def read_vocabulary(model: nn.Module) -> Vocabulary:
                 f"{type(inner).__name__} has no {word} that is a plain table of tokens ({found}); load a language "
                 "model without quantisation, such as AutoModelForCausalLM gives"
             )
-        tables.append(whole(weight.detach()).clone())
+        with here(module):
+            tables.append(whole(module.weight.detach()).clone())
     return Vocabulary(*tables)
 
 

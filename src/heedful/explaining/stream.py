@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from heedful.adapters.weights import require_here
 from heedful.adapters.wrapped import unwrapped
 from heedful.api import attach, still
 from heedful.core.call import Call
@@ -75,6 +76,8 @@ class Stream:
         self.head: Any = self.model.get_output_embeddings()
         if not isinstance(self.head, nn.Linear) or self.model.config.is_encoder_decoder:
             raise RefusedModel(f"{type(self.model).__name__} is no language model of one stack of layers")
+        if self.head.weight.is_meta:
+            require_here(owner, self.model)
         with self._unmixed, still(self.model), attach(self.model, _Reading()) as run, _norms(self.model) as self.norms:
             self.logits = run(**inputs).logits[0]
             stats = run.state.statistics
