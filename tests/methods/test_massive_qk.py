@@ -100,6 +100,14 @@ def test_a_planted_dimension_is_found_with_its_period() -> None:
     assert len(none.describe(found(planted, {"input_ids": ids(30)}, method=none)).figures) == 2
 
 
+def test_what_is_at_the_limit_is_not_above_it() -> None:
+    query, key = ({0: torch.tensor(x)} for x in ([[4.0, 1.0], [1.0, 1.0]], [[1.0, 1.0], [1.0, 3.0]]))
+    (finding,) = MassiveQK(3.0).describe(Massive(query, key, {0: torch.full((2,), math.nan)}, 3.0)).findings
+    assert "50% of heads" in finding.text
+    assert "most often dimension 0." in finding.text
+    assert finding.weight == pytest.approx(0.1 + 0.35 / 2)
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_does_not_count(model, left: bool) -> None:

@@ -94,7 +94,7 @@ class PositionalHeads(Method):
             0, n - 1
         )
         q = query.gather(2, at[:, None, :, None].expand(b, h, -1, d)).reshape(b, g, -1, d).float()  # [b g h/g*r d]
-        where = call.k_pos[:, :1]  # [b|1 1 k]
+        where = call.k_pos[:, 0, None]  # [b|1 1 k]
         keep = (position.gather(1, at)[..., None] - where >= self.far) & (where >= 0) & is_text.gather(1, at)[..., None]
         keep = keep.repeat(1, h // g, 1)[:, None].to(q.dtype)  # [b 1 h/g*r k]
         k = key.detach().float()
