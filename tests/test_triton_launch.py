@@ -112,3 +112,14 @@ def test_a_call_that_asks_for_more_than_fits_beside_measured_sizes_takes_safe_on
     room = 0
     with pytest.raises(OutOfResources):
         launch.attend(launch.Problem(q, q, q, ranges, 1.0))
+
+
+def test_ranges_may_stand_for_all_rows_at_once() -> None:
+    """Rows that share one pair of numbers in memory: nothing beyond these is read."""
+    from heedful.gpu.launch import Problem, attend
+
+    q, v = torch.zeros(1, 1, 3, 16, device=DEVICE), torch.arange(8.0, device=DEVICE).expand(1, 1, 16, -1).mT
+    among = torch.tensor([[0, 2], [5, 8], [7, 8]], dtype=torch.int32, device=DEVICE)  # the last two are none of theirs
+    k = torch.zeros(1, 1, 8, 16, device=DEVICE)
+    answer = attend(Problem(q, k, v, among[:1].expand(1, 1, 3, -1, -1), 1.0))
+    assert answer.out[0, 0, :, 0].tolist() == [0.5] * 3

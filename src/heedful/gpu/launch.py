@@ -300,4 +300,5 @@ def _keep(p: Problem) -> Keep:
     table, text = p.table, p.is_text
     named = (0, 0, 1, 1) if table is None else (*_strides(table), table.shape[1], table.shape[3])
     text_b = 0 if text is None or text.shape[0] == 1 else text.stride(0)
-    return Keep(p.ranges, *_strides(p.ranges), table, *named, p.block or 1, text, text_b)
+    ranges = p.ranges.contiguous()  # kernels go from row to row as if nothing stood between them
+    return Keep(ranges, *_strides(ranges), table, *named, p.block or 1, text, text_b)
