@@ -50,7 +50,7 @@ def test_two_workers_were_measured_where_nothing_else_ran() -> None:
 
 def test_random_problems_were_computed_under_the_sanitizers() -> None:
     found = page.load()["sanitized"]
-    assert found["problems"] >= 1_000
+    assert found["problems"] >= 30_000
     told = ("reports of a sanitizer, or a process that died", problems.SEVERAL, problems.EXACT)
     assert [found[what] for what in told] == [0, 0, 0]
 
@@ -121,6 +121,14 @@ def test_problems_under_the_sanitizers_and_what_they_report(tmp_path: Path) -> N
         done = subprocess.run(words, env=env, cwd=problems.ROOT, capture_output=True, text=True, check=False)
         assert (done.returncode == 0) == ends, done.stderr[-2000:]
         assert ends or "AddressSanitizer" in done.stderr
+
+
+@pytest.mark.slow
+def test_thirty_thousand_problems_under_the_sanitizers() -> None:
+    *_, found = problems.sanitized(30_000, {})
+    assert found["problems"] == sum(found["problems on each path"].values()) == 30_000
+    told = ("reports of a sanitizer, or a process that died", problems.SEVERAL, problems.EXACT)
+    assert [found[what] for what in told] == [0, 0, 0]
 
 
 def test_what_runs_found_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:

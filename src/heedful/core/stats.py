@@ -381,4 +381,5 @@ def _built(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Te
             raise StatisticError(f"{path} holds a {header[name]['kind']!r}: import the package that defines it first")
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in header[name]["settings"].items()}
         out[name] = Cat(parts) if kind is Cat else kind(**settings, **parts)
+        _ = out[name].value  # what cannot tell its value has parts of other shapes
     return out
