@@ -249,6 +249,36 @@ class LooksAheadAcross(Method):
         return heads + heads.mean(2, keepdim=True) if call.cross else heads
 
 
+class Coarse(Method):
+    """Forgets digits that its heads have."""
+
+    paper = PAPER
+
+    @at(Site.HEAD_OUTPUT)
+    def forget(self, heads: Tensor, call: Call) -> Tensor:
+        return heads * (1 + 8 * torch.finfo(heads.dtype).eps)
+
+
+class Overflows(Method):
+    """Squares what it is handed as it is, and leaves it so."""
+
+    paper = PAPER
+
+    @at(Site.HIDDEN)
+    def square(self, x: Tensor, call: Call) -> Tensor:
+        return x * (1e4 * x).square().mean(-1, keepdim=True)
+
+
+class SumsInHalf(Method):
+    """Adds up what it was not shown, in the type of the model."""
+
+    paper = PAPER
+
+    @reads(Site.HEAD_OUTPUT)
+    def total(self, heads: Tensor, call: Call) -> Sum:
+        return Sum.of((100 * call.hidden).square().sum((0, 1)))
+
+
 BREAK_LAWS = [
     ("causal", LooksAheadAcross(), "in cross-attention, changing tokens from 11 on moves"),
     ("conversion_is_clean", TeachesNothing(TARGET), "teaches nothing"),
@@ -258,6 +288,9 @@ BREAK_LAWS = [
     ("survives_saving", HoldsATensor(), "cannot be written down"),
     ("survives_saving", Renames(), "lacks"),
     ("merges_alone", DropsAsInTheFirst(), "others in its batch move logits"),
+    ("half_precision", Coarse(), "from one call's numbers in torch.float16 it makes others"),
+    ("half_precision", Overflows(), "numbers that are not finite"),
+    ("half_precision", SumsInHalf(), "tells other total than"),
 ]
 
 

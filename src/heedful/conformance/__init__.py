@@ -17,7 +17,16 @@ __all__ = ["LAWS", "Law", "Report", "Verdict", "check", "laws"]
 
 def laws() -> dict[str, Law]:
     """Every law by name."""
-    from heedful.conformance import call_laws, fold_laws, merging_laws, model_laws, saving_laws, step_laws, text_laws  # noqa: F401 - importing registers their laws
+    from heedful.conformance import (  # noqa: F401 - importing registers their laws
+        call_laws,
+        fold_laws,
+        merging_laws,
+        model_laws,
+        precision_laws,
+        saving_laws,
+        step_laws,
+        text_laws,
+    )
 
     return dict(LAWS)
 
