@@ -57,7 +57,9 @@ def test_yes_and_no_are_each_others_choice(tmp_path: Path) -> None:
 
 def test_broken_rows_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"no picture")
+    long = "ж" * 200 + ".png"  # of more bytes than a system takes for a name
     broken = {
+        f'{{"image": "{long}", "question": "w3", "answer": "w4"}}': "which is no file beside this one",
         '{"image": "9.png", "question": "w3", "answer": "w4"}': "'image' is '9.png', which is no file beside this one",
         '{"image": "x.png", "question": "w3", "answer": "w4"}': "is 'x.png', which is no image that can be read",
         '{"image": 0, "question": "w3", "answer": "w4"}': "'image' is '0', which is no file beside this one",

@@ -51,7 +51,7 @@ def test_folders_of_pictures_are_classes(tmp_path: Path) -> None:
     before = repr(task)
     painted(tmp_path / "red" / "0.png", (9, 9, 9))
     assert repr(from_file(tmp_path)) != before
-    with pytest.raises(FieldError, match="all pictures are in the folder 'red', and there must be two or more"):
+    with pytest.raises(FieldError, match="; red: is the only folder with pictures, and there must be two or more"):
         from_file(_only(tmp_path, "red"))
 
 
@@ -189,6 +189,24 @@ def test_the_head_is_a_ridge_regression_that_others_fit() -> None:
     losses = [float(cross_entropy(s * others(best), kinds, label_smoothing=1 / 17)) for s in scales]
     assert head.scale == pytest.approx(scales[losses.index(min(losses))])
     assert close(head(x), head.scale * (x @ head.weight + head.bias))
+
+
+def test_a_head_of_pictures_that_are_all_alike_says_how_frequent_classes_are() -> None:
+    for x in (torch.zeros(6, 4), torch.full((6, 4), 0.1)):
+        head = Ridge.fit(x, torch.tensor([0, 0, 0, 0, 1, 2]))
+        assert close(head.weight, torch.zeros(4, 3))
+        assert close(head.bias, torch.tensor([4.0, 1.0, 1.0]) / 6)
+        assert head(x).isfinite().all()
+
+
+def test_names_are_read_in_any_spelling(tmp_path: Path) -> None:
+    """Systems write one letter in several ways, and endings in capitals."""
+    given = vit()
+    given.model.config.id2label = {0: "Café", 1: "red"}
+    painted(tmp_path / "Cafe\u0301" / "a b.PNG", (200, 0, 0))
+    painted(tmp_path / "red" / "ж 1.Jpg", (0, 0, 200))
+    task = from_file(tmp_path).on(given.model, given.tokenizer)
+    assert sorted(item.options[0] for item in task.items(given.tokenizer, 2)) == [(0,), (1,)]
 
 
 def test_it_is_compared(tmp_path: Path) -> None:

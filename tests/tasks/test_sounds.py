@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from heedful.core.errors import FieldError, RefusedModel
 from heedful.diagnosis.sounds import writes
 from heedful.diagnosis.waves import read_wave
 from heedful.methods import SinkWindow, TempScale
+from heedful.shown import Writing
 from heedful.tasks import find, from_file
 from heedful.tasks._sounds import OwnSpeech, spoken, word_errors
 from heedful.text_models import text_model
@@ -68,6 +70,24 @@ def test_a_folder_of_sounds_is_speech(tmp_path: Path) -> None:
     before = repr(task)
     sound(tmp_path / "0.wav", seed=9)
     assert repr(from_file(tmp_path)) != before  # another sound under the same name is another task
+
+
+def test_names_are_read_in_any_spelling(tmp_path: Path) -> None:
+    for sounds, words in (("a b.WAV", "a b.TXT"), ("ж.Wave", "ж.txt"), ("1.2.wav", "1.2.Txt")):
+        sound(tmp_path / sounds)
+        (tmp_path / words).write_text("one")
+    assert [row.name for row in from_file(tmp_path).rows] == ["1.2.wav", "a b.WAV", "ж.Wave"]  # type: ignore[attr-defined]
+
+
+def test_nothing_is_written_where_no_place_is_left(tmp_path: Path) -> None:
+    given = whisper()
+    task = from_file(spoken_folder(tmp_path)).on(given.model, given.tokenizer)
+    (item,) = task.items(given.tokenizer, 1)
+    assert item.writes is not None
+    for most in (0, 1):
+        with text_model(given.model, None, item.shown) as speaker:
+            sheet = answer(speaker, replace(item, writes=Writing(most, ends=())))
+        assert len(sheet.said) == most
 
 
 def test_a_folder_without_any_that_can_be_asked_is_refused(tmp_path: Path) -> None:

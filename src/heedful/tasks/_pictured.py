@@ -68,12 +68,13 @@ def asked(row: Pictured, processor: Any) -> Item:
     options = tuple(
         tuple(words.encode(option if chats else f" {option}", add_special_tokens=False)) for option in row.options
     )
-    places = [i for i, token in enumerate(tokens) if token == words.convert_tokens_to_ids(processor.image_token)]
+    place = words.convert_tokens_to_ids(processor.image_token)
+    places = {i for i, token in enumerate(tokens) if token == place}
     if not places:
         raise FieldError("compare()", "tasks", row.image, "has no place in what the processor makes", "a processor")
-    begins = places[-1] + 1
-    starts = [i for i in places if i - 1 not in places]
-    ends = [i + 1 for i in places if i + 1 not in places]
+    begins = max(places) + 1
+    starts = sorted(i for i in places if i - 1 not in places)
+    ends = sorted(i + 1 for i in places if i + 1 not in places)
     roles = {"image": tuple(zip(starts, ends, strict=True)), "question": ((begins, len(tokens)),)}
     # what is told of each token goes in with all of them at once
     each = any(isinstance(x, Tensor) and x.shape == (1, len(tokens)) for x in found.values())

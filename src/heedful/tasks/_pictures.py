@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from heedful.adapters.grids import before_patches, grid_of
 from heedful.core.errors import FieldError, RefusedModel
+from heedful.core.files import file_digest
 from heedful.core.kinds import Prompt
 from heedful.diagnosis.images import ENDINGS, opened, pixels_of, processor_of
 from heedful.diagnosis.texts import files_in
@@ -157,22 +158,16 @@ def classifies(model: Any) -> bool:
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").replace("-", " ").split())
 
 
-def pictures(folder: Path) -> tuple[list[Picture], list[str]]:
-    """The pictures of a folder with their classes, and what was left out and why."""
-    rows: list[Picture] = []
-    left_out: list[str] = []
-    for name, found in _each(folder):
-        if isinstance(found, Picture):
-            rows.append(found)
-        else:
-            left_out.append(f"{name}: {found}")
-    kinds = sorted({row.kind for row in rows})
+def pictures(folder: Path) -> list[tuple[str, Picture | str]]:
+    """The pictures of a folder with their classes, or why one cannot be asked."""
+    found = list(_each(folder))
+    kinds = {row.kind for _, row in found if isinstance(row, Picture)}
     if len(kinds) == 1:
-        return [], [f"all pictures are in the folder {kinds[0]!r}, and there must be two or more, each a class"]
-    return rows, left_out
+        return [(kinds.pop(), "is the only folder with pictures, and there must be two or more, each a class")]
+    return found
 
 
 def _each(folder: Path) -> Iterator[tuple[str, Picture | str]]:
@@ -188,8 +183,4 @@ def _each(folder: Path) -> Iterator[tuple[str, Picture | str]]:
             continue
         _, why = opened(file)
         fits = place.parts[0] == TRAIN if parted else None
-        yield str(place), why or Picture(str(place), place.parts[parted], _digest(file), fits)
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        yield str(place), why or Picture(str(place), place.parts[parted], file_digest(file)[:16], fits)
