@@ -172,7 +172,11 @@ def test_models_that_cannot_be_asked_are_refused_before_they_run(
         compare(models.Loaded(model, llava().tokenizer, "x"), [SHARP], [tmp_path / "q.jsonl"])
     with pytest.raises(RefusedModel, match="ViTForImageClassification is no causal language model"):
         compare(vit(), [SHARP], [tmp_path / "q.jsonl"])
-    with pytest.raises(FieldError, match="needs the model's image processor"):
+    with pytest.raises(FieldError, match=r"^compare\(\).*needs the model's image processor"):
         compare(llava()._replace(tokenizer=object()), [SHARP], [tmp_path / "q.jsonl"])
     with pytest.raises(FieldError, match="prepares pictures alone, and the questions are text"):
         compare(llava()._replace(tokenizer=image_reader()), [SHARP], [tmp_path / "q.jsonl"])
+    placeless = llava()
+    placeless.tokenizer.image_token = None
+    with pytest.raises(FieldError, match="'LlavaProcessor': has no token that stands for a picture"):
+        compare(placeless, [SHARP], [tmp_path / "q.jsonl"])

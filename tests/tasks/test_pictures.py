@@ -6,11 +6,19 @@ import json
 import pickle
 from pathlib import Path
 
+import accelerate
 import cloudpickle
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    SiglipConfig,
+    SiglipForImageClassification,
+    ViTForMaskedImageModeling,
+)
 from typer.testing import CliRunner
 
 from heedful import models
@@ -129,6 +137,48 @@ def test_an_encoder_gets_a_head_from_half_of_each_class(tmp_path: Path) -> None:
         assert right == ["blue", "red"].index(str(item.labels["class"]))
         assert close_model(sheet.options[0], head(known(name)).log_softmax(-1)[0, [right]])
         assert task.score(item, sheet) == 1  # two colours are told apart
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def test_a_head_is_fitted_to_states_and_to_no_projection_of_them(tmp_path: Path) -> None:
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**SIZES, image_size=8, patch_size=4, projection_dim=6))
+    task = from_file(folders(tmp_path)).on(model, image_reader())
+    (item,) = task.items(image_reader(), 1)
+    with text_model(model, None, item.shown) as speaker, torch.no_grad():
+        states = model(**item.shown.inputs).last_hidden_state
+        assert item.shown.head is not None
+        wanted = item.shown.head(features(states)).log_softmax(-1)[0]
+        assert close_model(torch.cat(answer(speaker, item).options), wanted[[i for (i,) in item.options]])
+
+
+def test_a_model_without_classes_and_states_is_refused(tmp_path: Path) -> None:
+    model = ViTForMaskedImageModeling(vit().model.config)
+    with pytest.raises(RefusedModel, match="ViTForMaskedImageModeling names no classes, and tells no states"):
+        compare((model, image_reader()), [SHARP], [folders(tmp_path)])
+
+
+def test_how_many_words_a_model_reads_says_nothing_of_pictures(tmp_path: Path) -> None:
+    """Its patches are counted where they are read, and not where a text would end."""
+    config = SiglipConfig(
+        text_config={**SIZES, "vocab_size": 50, "max_position_embeddings": 8},
+        vision_config={**SIZES, "image_size": 8, "patch_size": 2},
+        id2label={0: "red", 1: "blue"},
+    )
+    found = compare((SiglipForImageClassification(config), image_reader()), [SHARP], [folders(tmp_path)], turns=1)
+    assert {r.prompts for r in found.results} == {8}
+    costs = [r for r in found.records if isinstance(r, Cost)]
+    assert {r.tokens for r in costs} == {16}
+    assert {r.density for r in costs if r.contender.startswith("TempScale")} == {1.0}
+
+
+def test_an_encoder_whose_weights_are_elsewhere_is_asked_like_a_whole_one(tmp_path: Path) -> None:
+    given, where = encoder(), folders(tmp_path)
+    whole = compare(given, [SHARP], [where], turns=0)
+    apart = given._replace(model=accelerate.cpu_offload(given.model, torch.device("cpu")))
+    found = compare(apart, [SHARP], [where], turns=0)
+    assert [(r.score, r.nats) for r in found.results] == [(r.score, r.nats) for r in whole.results]
 
 
 def _picture(path: Path) -> object:
@@ -262,7 +312,7 @@ def test_models_that_do_not_see_are_refused_before_they_run(tmp_path: Path, monk
     monkeypatch.setattr(model, "forward", lambda **_: pytest.fail("the model ran"))
     with pytest.raises(RefusedModel, match="LlamaForCausalLM is not a model that reads a picture alone"):
         compare(models.Loaded(model, image_reader(), "x"), [SHARP], [tmp_path])
-    with pytest.raises(FieldError, match="needs the model's image processor"):
+    with pytest.raises(FieldError, match=r"^compare\(\).*needs the model's image processor"):
         compare(vit()._replace(tokenizer=object()), [SHARP], [tmp_path])
     with pytest.raises(RefusedModel, match="ViTForImageClassification is no causal language model"):
         compare(vit(), [SHARP], ["induction"])

@@ -12,7 +12,7 @@ from heedful.diagnosis.texts import files_in
 from heedful.tasks._own import OwnChoices, OwnQuestions, OwnText
 from heedful.tasks._pictured import PicturedChoices, PicturedQuestions
 from heedful.tasks._pictures import OwnPictures, pictures
-from heedful.tasks._rows import ROWS, Asked, Pictured, nothing, rows_of
+from heedful.tasks._rows import ROWS, Pictured, nothing, rows_of
 from heedful.tasks._sounds import OwnSpeech, clips
 from heedful.tasks.task import Task
 
@@ -35,11 +35,11 @@ def from_file(path: str | Path, *, length: int = OwnText.length) -> Task:
         if _holds(path, images.ENDINGS):
             return OwnPictures(str(path), *_some(path, pictures(path)))
     rows, left_out = rows_of(path)
-    if isinstance(rows[0], str):
+    first = rows[0]
+    if isinstance(first, str):
         return OwnText(str(path), tuple(rows), tuple(left_out), length)
-    kinds = (PicturedQuestions, PicturedChoices) if isinstance(rows[0], Pictured) else (OwnQuestions, OwnChoices)
-    kind = kinds[isinstance(rows[0], Asked) and len(rows[0].options) > 1]
-    return kind(str(path), tuple(rows), tuple(left_out))
+    kinds = (PicturedQuestions, PicturedChoices) if isinstance(first, Pictured) else (OwnQuestions, OwnChoices)
+    return kinds[len(first.options) > 1](str(path), tuple(rows), tuple(left_out))
 
 
 def _holds(folder: Path, endings: tuple[str, ...]) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from heedful.adapters.grids import before_patches, grid_of
+from heedful.adapters.wrapped import device_of
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.files import file_digest
 from heedful.core.kinds import Prompt
@@ -67,7 +67,7 @@ class OwnPictures(Given, Choice):
                 f"{self.title} holds pictures to name, and {type(model).__name__} is not a model that reads a picture "
                 "alone; name an image classifier or an encoder: heedful compare vision"
             )
-        processor_of(tokenizer)
+        processor_of(tokenizer, "compare()")
         if classifies(model):
             self._numbers(model)
 
@@ -89,21 +89,22 @@ class OwnPictures(Given, Choice):
         return {kind: next(iter(known[_plain(kind)])) for kind in kinds}
 
     def on(self, model: Any, tokenizer: Any) -> Self:
-        processor, first = processor_of(tokenizer), next(model.parameters())
+        processor, device = processor_of(tokenizer), device_of(model)
         fitted, asked, left_out = self._parted(alone=classifies(model))
 
         @torch.no_grad()
-        def seen(row: Picture) -> Tensor:
-            return features(model(pixel_values=self._pixels(row, processor).to(first.device, first.dtype))[0]).cpu()
+        def seen(row: Picture, **more: Any) -> Any:
+            return model(pixel_values=self._pixels(row, processor).to(device, model.dtype), **more)
 
         if classifies(model):
             numbers, classes, head = self._numbers(model), len(model.config.id2label), None
         else:
             numbers = {kind: i for i, kind in enumerate(sorted({row.kind for row in fitted}))}
             kinds = torch.tensor([numbers[row.kind] for row in fitted])
-            classes, head = len(numbers), Ridge.fit(torch.cat([seen(row) for row in fitted]), kinds)
-        grid = grid_of(model, {"pixel_values": self._pixels(asked[0], processor)})
-        tokens = 1 if grid is None else before_patches(model) + grid[0] * grid[1]
+            found = torch.cat([features(_states(model, seen(row))).cpu() for row in fitted])
+            classes, head = len(numbers), Ridge.fit(found, kinds)
+        begun = getattr(seen(asked[0], output_hidden_states=True), "hidden_states", None)
+        tokens = begun[0].shape[1] if begun else 1
         return replace(self, rows=asked, left_out=left_out, seeing=Seeing(numbers, classes, head, tokens))
 
     def _parted(self, alone: bool) -> tuple[tuple[Picture, ...], tuple[Picture, ...], tuple[str, ...]]:
@@ -155,6 +156,17 @@ def classifies(model: Any) -> bool:
     found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
     names = {name for each in found for name in (each if isinstance(each, tuple) else (each,))}
     return type(model).__name__ in names
+
+
+def _states(model: Any, seen: Any) -> Tensor:
+    """What an encoder makes of each token of a picture, `[1 n e]`."""
+    states: Tensor | None = getattr(seen, "last_hidden_state", None)
+    if states is None or states.ndim != 3:
+        raise RefusedModel(
+            f"{type(model).__name__} names no classes, and tells no states of a picture's tokens, to which a head "
+            "could be fitted; name an image classifier or an encoder: heedful compare vision"
+        )
+    return states
 
 
 def _plain(name: str) -> str:

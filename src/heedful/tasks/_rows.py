@@ -12,7 +12,7 @@ from typing import Any
 from heedful.core.errors import FieldError
 from heedful.core.files import file_digest, is_there
 from heedful.diagnosis.images import opened
-from heedful.diagnosis.texts import ENDINGS, read_text
+from heedful.diagnosis.texts import ENDINGS, files_in, read_text
 
 GOOD = '{"context": "...", "question": "...", "answer": "..."}'
 ALSO = {"context": ("context", "document"), "answer": ("answer", "answers"), "choices": ("choices", "options")}
@@ -87,8 +87,7 @@ def _each(path: Path) -> Iterator[tuple[str, Row | _BrokenError]]:
     if not path.is_dir():
         yield from _file(path, path.name)
         return
-    files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in ENDINGS and p.is_file()]
-    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    files = files_in(path, ENDINGS)
     if not files:
         also = "sounds with their words, nor folders of pictures"
         raise _refuse(path, f"the folder holds no file that ends in {', '.join(ENDINGS)}, nor {also}")

@@ -63,7 +63,7 @@ class OwnSpeech(Given):
                 f"{self.title} holds sounds to write down, and {type(model).__name__} does not write down what it "
                 "hears; name a model such as Whisper: heedful compare speech"
             )
-        extractor_of(tokenizer)
+        extractor_of(tokenizer, "compare()")
         if not hasattr(tokenizer, "decode"):
             rule = "prepares sounds and spells no words, which are compared"
             raise FieldError("compare()", "tokenizer", type(tokenizer).__name__, rule, "AutoProcessor.from_pretrained")
