@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +78,6 @@ def test_names_are_read_in_any_spelling(tmp_path: Path) -> None:
         sound(tmp_path / sounds)
         (tmp_path / words).write_text("one")
     assert [row.name for row in from_file(tmp_path).rows] == ["1.2.wav", "a b.WAV", "ж.Wave"]  # type: ignore[attr-defined]
-
-
-def test_nothing_is_written_where_no_place_is_left(tmp_path: Path) -> None:
-    given = whisper()
-    task = from_file(spoken_folder(tmp_path)).on(given.model, given.tokenizer)
-    (item,) = task.items(given.tokenizer, 1)
-    assert item.writes is not None
-    for most in (0, 1):
-        with text_model(given.model, None, item.shown) as speaker:
-            sheet = answer(speaker, replace(item, writes=Writing(most, ends=())))
-        assert len(sheet.said) == most
 
 
 class Speaker:
