@@ -150,7 +150,7 @@ def page() -> str:
     """The whole page."""
     head = [
         "# Quality\n",
-        "What methods do to answers, measured on one small model: a statement about that model and these tasks, and no "
-        "more. Differences are paired by prompt; all intervals of a comparison hold at once with 95 %.\n",
+        "What methods do to answers, measured on small models: a statement about these models and tasks, and no more. "
+        "Differences are paired by prompt; all intervals of a comparison hold at once with 95 %.\n",
     ]
     return "\n".join([*head, *tasks(), *compared(), *seen(), *kvpress(), *conversions(), *faithfulness()])

@@ -79,10 +79,12 @@ def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "e.txt").write_bytes(b"\xff" * 60)
+    (tmp_path / "f.txt").symlink_to(tmp_path / "gone.txt")
     task = from_file(tmp_path)
     assert {WORDS.decode(item.prompt.tokens)[0] for item in task.items(WORDS, 2)} == {"a", "b"}
     assert [re.sub(r"\(.*\)", "()", why) for why in task.left_out] == [  # type: ignore[attr-defined]
-        "e.txt: cannot be read as UTF-8 text (): convert it, or leave it out"
+        "e.txt: cannot be read as UTF-8 text (): convert it, or leave it out",
+        "f.txt: cannot be read: No such file or directory",
     ]
 
 

@@ -57,7 +57,9 @@ def test_yes_and_no_are_each_others_choice(tmp_path: Path) -> None:
 
 def test_broken_rows_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"no picture")
+    long = "ж" * 200 + ".png"  # of more bytes than a system takes for a name
     broken = {
+        f'{{"image": "{long}", "question": "w3", "answer": "w4"}}': "which is no file beside this one",
         '{"image": "9.png", "question": "w3", "answer": "w4"}': "'image' is '9.png', which is no file beside this one",
         '{"image": "x.png", "question": "w3", "answer": "w4"}': "is 'x.png', which is no image that can be read",
         '{"image": 0, "question": "w3", "answer": "w4"}': "'image' is '0', which is no file beside this one",
@@ -170,7 +172,11 @@ def test_models_that_cannot_be_asked_are_refused_before_they_run(
         compare(models.Loaded(model, llava().tokenizer, "x"), [SHARP], [tmp_path / "q.jsonl"])
     with pytest.raises(RefusedModel, match="ViTForImageClassification is no causal language model"):
         compare(vit(), [SHARP], [tmp_path / "q.jsonl"])
-    with pytest.raises(FieldError, match="needs the model's image processor"):
+    with pytest.raises(FieldError, match=r"^compare\(\).*needs the model's image processor"):
         compare(llava()._replace(tokenizer=object()), [SHARP], [tmp_path / "q.jsonl"])
     with pytest.raises(FieldError, match="prepares pictures alone, and the questions are text"):
         compare(llava()._replace(tokenizer=image_reader()), [SHARP], [tmp_path / "q.jsonl"])
+    placeless = llava()
+    placeless.tokenizer.image_token = None
+    with pytest.raises(FieldError, match="'LlavaProcessor': has no token that stands for a picture"):
+        compare(placeless, [SHARP], [tmp_path / "q.jsonl"])

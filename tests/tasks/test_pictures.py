@@ -6,11 +6,19 @@ import json
 import pickle
 from pathlib import Path
 
+import accelerate
 import cloudpickle
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    SiglipConfig,
+    SiglipForImageClassification,
+    ViTForMaskedImageModeling,
+)
 from typer.testing import CliRunner
 
 from heedful import models
@@ -51,7 +59,7 @@ def test_folders_of_pictures_are_classes(tmp_path: Path) -> None:
     before = repr(task)
     painted(tmp_path / "red" / "0.png", (9, 9, 9))
     assert repr(from_file(tmp_path)) != before
-    with pytest.raises(FieldError, match="all pictures are in the folder 'red', and there must be two or more"):
+    with pytest.raises(FieldError, match="; red: is the only folder with pictures, and there must be two or more"):
         from_file(_only(tmp_path, "red"))
 
 
@@ -131,6 +139,48 @@ def test_an_encoder_gets_a_head_from_half_of_each_class(tmp_path: Path) -> None:
         assert task.score(item, sheet) == 1  # two colours are told apart
 
 
+SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def test_a_head_is_fitted_to_states_and_to_no_projection_of_them(tmp_path: Path) -> None:
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**SIZES, image_size=8, patch_size=4, projection_dim=6))
+    task = from_file(folders(tmp_path)).on(model, image_reader())
+    (item,) = task.items(image_reader(), 1)
+    with text_model(model, None, item.shown) as speaker, torch.no_grad():
+        states = model(**item.shown.inputs).last_hidden_state
+        assert item.shown.head is not None
+        wanted = item.shown.head(features(states)).log_softmax(-1)[0]
+        assert close_model(torch.cat(answer(speaker, item).options), wanted[[i for (i,) in item.options]])
+
+
+def test_a_model_without_classes_and_states_is_refused(tmp_path: Path) -> None:
+    model = ViTForMaskedImageModeling(vit().model.config)
+    with pytest.raises(RefusedModel, match="ViTForMaskedImageModeling names no classes, and tells no states"):
+        compare((model, image_reader()), [SHARP], [folders(tmp_path)])
+
+
+def test_how_many_words_a_model_reads_says_nothing_of_pictures(tmp_path: Path) -> None:
+    """Its patches are counted where they are read, and not where a text would end."""
+    config = SiglipConfig(
+        text_config={**SIZES, "vocab_size": 50, "max_position_embeddings": 8},
+        vision_config={**SIZES, "image_size": 8, "patch_size": 2},
+        id2label={0: "red", 1: "blue"},
+    )
+    found = compare((SiglipForImageClassification(config), image_reader()), [SHARP], [folders(tmp_path)], turns=1)
+    assert {r.prompts for r in found.results} == {8}
+    costs = [r for r in found.records if isinstance(r, Cost)]
+    assert {r.tokens for r in costs} == {16}
+    assert {r.density for r in costs if r.contender.startswith("TempScale")} == {1.0}
+
+
+def test_an_encoder_whose_weights_are_elsewhere_is_asked_like_a_whole_one(tmp_path: Path) -> None:
+    given, where = encoder(), folders(tmp_path)
+    whole = compare(given, [SHARP], [where], turns=0)
+    apart = given._replace(model=accelerate.cpu_offload(given.model, torch.device("cpu")))
+    found = compare(apart, [SHARP], [where], turns=0)
+    assert [(r.score, r.nats) for r in found.results] == [(r.score, r.nats) for r in whole.results]
+
+
 def _picture(path: Path) -> object:
     from PIL import Image
 
@@ -159,11 +209,12 @@ def test_a_head_wants_two_classes_to_be_fitted_on(tmp_path: Path) -> None:
         compare(encoder(), [SHARP], [tmp_path])
 
 
-def test_the_head_is_a_ridge_regression_that_others_fit() -> None:
+@pytest.mark.parametrize("apart", [0.8, 4.0])  # of which the second would let the head be ever surer of itself
+def test_the_head_is_a_ridge_regression_that_others_fit(apart: float) -> None:
     """Scores that are left out are those of fits without the row, one by one; so are penalty and scale."""
     by = torch.Generator().manual_seed(0)
     kinds = torch.tensor([0, 1, 2] * 5)
-    x = torch.randn(15, 6, generator=by) + 0.8 * one_hot(kinds, 6)
+    x = torch.randn(15, 6, generator=by) + apart * one_hot(kinds, 6)
     head, y = Ridge.fit(x, kinds), one_hot(kinds).double()
 
     def fit(rows: list[int], penalty: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,6 +242,24 @@ def test_the_head_is_a_ridge_regression_that_others_fit() -> None:
     assert close(head(x), head.scale * (x @ head.weight + head.bias))
 
 
+def test_a_head_of_pictures_that_are_all_alike_says_how_frequent_classes_are() -> None:
+    for x in (torch.zeros(6, 4), torch.full((6, 4), 0.1)):
+        head = Ridge.fit(x, torch.tensor([0, 0, 0, 0, 1, 2]))
+        assert close(head.weight, torch.zeros(4, 3))
+        assert close(head.bias, torch.tensor([4.0, 1.0, 1.0]) / 6)
+        assert head(x).isfinite().all()
+
+
+def test_names_are_read_in_any_spelling(tmp_path: Path) -> None:
+    """Systems write one letter in several ways, and endings in capitals."""
+    given = vit()
+    given.model.config.id2label = {0: "Café", 1: "red"}
+    painted(tmp_path / "Cafe\u0301" / "a b.PNG", (200, 0, 0))
+    painted(tmp_path / "red" / "ж 1.Jpg", (0, 0, 200))
+    task = from_file(tmp_path).on(given.model, given.tokenizer)
+    assert sorted(item.options[0] for item in task.items(given.tokenizer, 2)) == [(0,), (1,)]
+
+
 def test_it_is_compared(tmp_path: Path) -> None:
     given = encoder()
     methods = ["tome(count=1)", "pruneheads(groups=((0,0),(1,1)))", SHARP, "trimmedllama", "attentionsorting"]
@@ -207,7 +276,9 @@ def test_it_is_compared(tmp_path: Path) -> None:
     assert {r.density for r in costs if r.contender.startswith("ToMe")} == {None}  # of fewer patches
     assert {r.density for r in costs if r.contender.startswith("TempScale")} == {1.0}
     assert [name for name, _ in found.matrix.columns] == ["verdict", "pictures", "prefill", "pairs"]
-    table = next(figure for figure in found.description().figures if figure.key == "costs")
+    figures = {figure.key: figure for figure in found.description().figures}
+    assert "throughput" not in figures  # as no tokens follow
+    table = figures["costs"]
     assert table.columns == ("method", "prefill, s", "prefill ×", "peak, MB", "pairs")  # type: ignore[attr-defined]
     assert {len(row) for row in table.rows} == {5}  # type: ignore[attr-defined]
     assert found.page(tmp_path / "page.html").stat().st_size > 100_000
@@ -244,7 +315,7 @@ def test_models_that_do_not_see_are_refused_before_they_run(tmp_path: Path, monk
     monkeypatch.setattr(model, "forward", lambda **_: pytest.fail("the model ran"))
     with pytest.raises(RefusedModel, match="LlamaForCausalLM is not a model that reads a picture alone"):
         compare(models.Loaded(model, image_reader(), "x"), [SHARP], [tmp_path])
-    with pytest.raises(FieldError, match="needs the model's image processor"):
+    with pytest.raises(FieldError, match=r"^compare\(\).*needs the model's image processor"):
         compare(vit()._replace(tokenizer=object()), [SHARP], [tmp_path])
     with pytest.raises(RefusedModel, match="ViTForImageClassification is no causal language model"):
         compare(vit(), [SHARP], ["induction"])

@@ -39,11 +39,12 @@ def answer(text_model: TextModel, item: Item) -> Sheet:
 def write(text_model: TextModel, logits: Tensor, how: Writing) -> tuple[int, ...]:
     """What the model writes by itself, without what ends it."""
     said: list[int] = []
-    while (token := how.next(logits, first=not said)) not in how.ends:
-        said.append(token)
-        if len(said) == how.most:
+    while len(said) < how.most:
+        if said:
+            logits = text_model.go_on(said[-1])
+        if (token := how.next(logits, first=not said)) in how.ends:
             break
-        logits = text_model.go_on(token)
+        said.append(token)
     return tuple(said)
 
 

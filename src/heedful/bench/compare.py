@@ -101,15 +101,15 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
 ) -> Comparison:
     """How each method does on each task, against the unedited model on the same prompts, and what it costs.
 
-    `model` is what `heedful.models` loads, or a model and its tokenizer. A method is a value or, as on the command
-    line, its spelling: "snapkv(budget=0.25)|tempscale". A task is a `Task`, its name, or a file or
-    folder of your own. Every method is asked thirty prompts of each task, then more until its verdict is known (surely
-    better, surely worse, or surely no worse than by `margin`), and at most `prompts` of each task; `minutes` is how
-    long is asked in one call. Costs are measured afterwards on the longest of the first thirty prompts, `turns` times
-    in turn with the unedited model (0: not at all), on `batch` rows of it, or on each of several such sizes; what fits
-    and holds is named where `cache`, as in "4GB", says how much a batch's cache may take. `out` is a folder: records
-    are written there as they are made, and the same call goes on where it stopped. `workers` share the questions, as
-    many as are asked for, or `Ray` or `Ranks` as these are set; costs are measured here. `how` goes to `attach`.
+    `model` is what `heedful.models` loads, or a model and its tokenizer or processor. A method is a value or, as on the
+    command line, its spelling: "snapkv(budget=0.25)|tempscale". A task is a `Task`, its name, or a file or folder of
+    your own. Every method is asked thirty prompts of each task, then more until its verdict is known (surely better,
+    surely worse, or surely no worse than by `margin`), and at most `prompts` of each task; `minutes` is how long is
+    asked in one call. Costs are measured afterwards on the longest of the first thirty prompts, `turns` times in turn
+    with the unedited model (0: not at all), on `batch` rows of it, or on each of several such sizes; what fits and
+    holds is named where `cache`, as in "4GB", says how much a batch's cache may take. `out` is a folder: records are
+    written there as they are made, and the same call goes on where it stopped. `workers` share the questions, as many
+    as are asked for, or `Ray` or `Ranks` as these are set; costs are measured here. `how` goes to `attach`.
     """
     given = model if isinstance(model, Loaded) else Loaded(unwrapped(model[0]), model[1], "")
     if given.tokenizer is None:
@@ -234,7 +234,8 @@ class Series:
         for number in range(self._tried, min(count, self.prompts)):
             self._tried = number + 1
             item = self.task.item(self._tokenizer, number, self.seed)
-            if self._limit is None or item.size <= self._limit:
+            limit = None if item.shown.reads == "image" else self._limit  # the words' own, where a model has such
+            if limit is None or item.size <= limit:
                 self._made[number] = item
             elif self.task.available(self._tokenizer) is None:
                 rule = (

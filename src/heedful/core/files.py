@@ -38,6 +38,12 @@ def is_there(path: str | Path) -> bool:
         return False
 
 
+def file_digest(path: Path) -> str:
+    """A name for all that a file holds, by which it is told from another that is called the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextmanager
 def writing(where: Path) -> Iterator[None]:
     """Turn the ways in which a disk says no into one plain error."""

@@ -47,7 +47,7 @@ def images(given: Texts, reader: Any) -> Windows:
     return Windows(tuple(rows), Source(names[0]), len(rows), 0, tuple(skipped), of, tuple(names))
 
 
-def processor_of(reader: Any) -> ImageProcessingMixin:
+def processor_of(reader: Any, owner: str = "diagnose()") -> ImageProcessingMixin:
     """What prepares images for the model, alone or in a processor of images and text."""
     found = getattr(reader, "image_processor", reader)
     if not isinstance(found, ImageProcessingMixin):
@@ -55,7 +55,7 @@ def processor_of(reader: Any) -> ImageProcessingMixin:
             "reading image files needs the model's image processor, and the model came without one: save it beside the "
             "model with processor.save_pretrained(folder), or pass it"
         )
-        raise FieldError("diagnose()", "tokenizer", reader, rule, "AutoImageProcessor.from_pretrained(...)")
+        raise FieldError(owner, "tokenizer", reader, rule, "AutoImageProcessor.from_pretrained(...)")
     return found
 
 

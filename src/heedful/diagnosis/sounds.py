@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import FeatureExtractionMixin
 
 from heedful.adapters.cache_name import CACHE, cache_of
+from heedful.adapters.wrapped import device_of
 from heedful.core.errors import FieldError
 from heedful.diagnosis.gathering import Gathering
 from heedful.diagnosis.texts import Source, Texts, Windows
@@ -61,7 +62,7 @@ def sounds(given: Texts, reader: Any, write: Writes) -> Windows:
     return Windows(tuple(rows), Source(names[0]), texts, 0, tuple(skipped), tuple(of), tuple(names))
 
 
-def extractor_of(reader: Any) -> Any:
+def extractor_of(reader: Any, owner: str = "diagnose()") -> Any:
     """What turns samples into features for the model, alone or in a processor of sounds and text."""
     found = getattr(reader, "feature_extractor", reader)
     if not isinstance(found, FeatureExtractionMixin) or not hasattr(found, "sampling_rate"):
@@ -69,7 +70,7 @@ def extractor_of(reader: Any) -> Any:
             "reading sound files needs the model's feature extractor, and the model came without one: save it beside "
             "the model with processor.save_pretrained(folder), or pass it"
         )
-        raise FieldError("diagnose()", "tokenizer", reader, rule, "AutoProcessor.from_pretrained(...)")
+        raise FieldError(owner, "tokenizer", reader, rule, "AutoProcessor.from_pretrained(...)")
     return found
 
 
@@ -123,8 +124,7 @@ def asking(model: Any, features: Tensor) -> tuple[list[int], int]:
 
 
 def _heard(model: Any, features: Tensor) -> Any:
-    first = next(model.parameters())
-    return model.get_encoder()(features[None].to(first.device, first.dtype), return_dict=True)
+    return model.get_encoder()(features[None].to(device_of(model), model.dtype), return_dict=True)
 
 
 def _next_scores(model: Any, heard: Any, ids: list[int], cache: Any) -> tuple[Tensor, Any]:

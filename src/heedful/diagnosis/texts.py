@@ -132,6 +132,7 @@ def positions(model: nn.Module) -> int | None:
             return int(module.num_embeddings) - int(module.padding_idx) - 1
     config: Any = model.config
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = limit or getattr(config, "max_target_positions", None)  # as models that write down what they hear call it
     return int(limit) if limit else None
 
 

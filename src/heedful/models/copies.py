@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from heedful.core.errors import ModelError, first_line
+from heedful.core.files import file_digest
 
 CACHE_FORMAT = 2  # raised when a conversion changes, so that older copies are made anew
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 def unpacked(path: Path, convert: Callable[[Path, Path], None], takes: str) -> Path:
     """The folder with the float32 copy of a file, which `convert(path, folder)` writes if it is not there yet."""
-    digest = digest_of(path)
+    digest = file_digest(path)
     source = {"format": CACHE_FORMAT, "file": path.name, "size": path.stat().st_size, "sha256": digest}
     home = _cache_folder() / f"{path.stem}-{digest[:12]}"
     if not _is_copy(home, source):
@@ -34,11 +34,6 @@ def unpacked(path: Path, convert: Callable[[Path, Path], None], takes: str) -> P
                 "set XDG_CACHE_HOME to a folder that can be written and has room for four bytes a parameter"
             ) from error
     return home
-
-
-def digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _make_copy(path: Path, home: Path, source: dict[str, Any], convert: Callable[[Path, Path], None]) -> None:

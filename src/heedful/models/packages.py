@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from heedful.core.errors import ModelError
-from heedful.models.copies import digest_of, unpacked
+from heedful.core.files import file_digest
+from heedful.models.copies import unpacked
 from heedful.models.folders import Loaded, pretrained
 
 
@@ -55,6 +56,6 @@ class Packed(NamedTuple):
                 "its folder or its name on the hub with load(name)"
             )
         for (package, file), path in found.items():
-            if digest_of(path) != self.parts[package][file]:
+            if file_digest(path) != self.parts[package][file]:
                 raise ModelError(f"{path}: is not the file that version {self.version} of {package} has; install that")
         return list(found.values())

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from heedful.core.errors import FieldError
 from heedful.core.files import is_there
 from heedful.diagnosis import images, waves
 from heedful.diagnosis.texts import files_in
 from heedful.tasks._own import OwnChoices, OwnQuestions, OwnText
 from heedful.tasks._pictured import PicturedChoices, PicturedQuestions
 from heedful.tasks._pictures import OwnPictures, pictures
-from heedful.tasks._rows import ROWS, Asked, Pictured, rows_of
+from heedful.tasks._rows import ROWS, Pictured, nothing, rows_of
 from heedful.tasks._sounds import OwnSpeech, clips
 from heedful.tasks.task import Task
 
@@ -31,25 +31,30 @@ def from_file(path: str | Path, *, length: int = OwnText.length) -> Task:
     path = Path(path)
     if is_there(path) and path.is_dir() and not _holds(path, (ROWS,)):
         if _holds(path, waves.ENDINGS):
-            return OwnSpeech(str(path), *_some(path, *clips(path)))
+            return OwnSpeech(str(path), *_some(path, clips(path)))
         if _holds(path, images.ENDINGS):
-            return OwnPictures(str(path), *_some(path, *pictures(path)))
+            return OwnPictures(str(path), *_some(path, pictures(path)))
     rows, left_out = rows_of(path)
-    if isinstance(rows[0], str):
+    first = rows[0]
+    if isinstance(first, str):
         return OwnText(str(path), tuple(rows), tuple(left_out), length)
-    kinds = (PicturedQuestions, PicturedChoices) if isinstance(rows[0], Pictured) else (OwnQuestions, OwnChoices)
-    kind = kinds[isinstance(rows[0], Asked) and len(rows[0].options) > 1]
-    return kind(str(path), tuple(rows), tuple(left_out))
+    kinds = (PicturedQuestions, PicturedChoices) if isinstance(first, Pictured) else (OwnQuestions, OwnChoices)
+    return kinds[len(first.options) > 1](str(path), tuple(rows), tuple(left_out))
 
 
 def _holds(folder: Path, endings: tuple[str, ...]) -> bool:
     return bool(files_in(folder, endings))
 
 
-def _some(path: Path, rows: list[T], left_out: list[str]) -> tuple[tuple[T, ...], tuple[str, ...]]:
-    """Rows and what was left out, unless no row is left."""
+def _some(path: Path, found: Iterable[tuple[str, T | str]]) -> tuple[tuple[T, ...], tuple[str, ...]]:
+    """Rows, and what was left out and why; an error where no row is left."""
+    rows: list[T] = []
+    left_out: list[str] = []
+    for name, row in found:
+        if isinstance(row, str):
+            left_out.append(f"{name}: {row}")
+        else:
+            rows.append(row)
     if not rows:
-        why = "".join(f"; {reason}" for reason in left_out[:3]) + ("; ..." if len(left_out) > 3 else "")
-        rule = f"holds nothing that can be asked{why}"
-        raise FieldError("from_file()", "path", str(path), rule, "a.wav beside a.txt, or cat/a.png beside dog/b.png")
+        raise nothing(path, left_out, "a.wav beside a.txt, or cat/a.png beside dog/b.png")
     return tuple(rows), tuple(left_out)

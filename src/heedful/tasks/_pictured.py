@@ -15,23 +15,29 @@ from heedful.shown import Shown
 from heedful.tasks._own import Given, OwnChoices, OwnQuestions
 from heedful.tasks._rows import Pictured
 from heedful.tasks.task import Item, Tokenizer
-from heedful.text_models import require_causal
+
+# of a processor, and what is said where it is not there
+NEEDED = {
+    "tokenizer": "prepares pictures alone, and the questions are text",
+    "image_token": "has no token that stands for a picture among a question's",
+}
 
 
 class _AboutPictures(Given):
     """The picture, then the question, as the model's own template has them if its processor brings one."""
 
     def require(self, model: Any, tokenizer: Any) -> None:
-        require_causal(model)
+        super().require(model, tokenizer)
         if "pixel_values" not in inspect.signature(model.forward).parameters:
             raise RefusedModel(
                 f"{self.title} asks about pictures, and {type(model).__name__} takes no pixels; name a model that "
                 "reads pictures and text, of AutoModelForImageTextToText"
             )
-        processor_of(tokenizer)
-        if not hasattr(tokenizer, "tokenizer"):
-            rule = "prepares pictures alone, and the questions are text"
-            raise FieldError("compare()", "tokenizer", type(tokenizer).__name__, rule, "AutoProcessor.from_pretrained")
+        processor_of(tokenizer, "compare()")
+        for name, rule in NEEDED.items():
+            if getattr(tokenizer, name, None) is None:
+                given = type(tokenizer).__name__
+                raise FieldError("compare()", "tokenizer", given, rule, "AutoProcessor.from_pretrained")
 
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
         return asked(self.rows[self.place(tokenizer, number, seed)], tokenizer)
@@ -68,12 +74,13 @@ def asked(row: Pictured, processor: Any) -> Item:
     options = tuple(
         tuple(words.encode(option if chats else f" {option}", add_special_tokens=False)) for option in row.options
     )
-    places = [i for i, token in enumerate(tokens) if token == words.convert_tokens_to_ids(processor.image_token)]
+    place = words.convert_tokens_to_ids(str(processor.image_token))
+    places = {i for i, token in enumerate(tokens) if token == place}
     if not places:
         raise FieldError("compare()", "tasks", row.image, "has no place in what the processor makes", "a processor")
-    begins = places[-1] + 1
-    starts = [i for i in places if i - 1 not in places]
-    ends = [i + 1 for i in places if i + 1 not in places]
+    begins = max(places) + 1
+    starts = sorted(i for i in places if i - 1 not in places)
+    ends = sorted(i + 1 for i in places if i + 1 not in places)
     roles = {"image": tuple(zip(starts, ends, strict=True)), "question": ((begins, len(tokens)),)}
     # what is told of each token goes in with all of them at once
     each = any(isinstance(x, Tensor) and x.shape == (1, len(tokens)) for x in found.values())

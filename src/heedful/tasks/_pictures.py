@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from heedful.adapters.grids import before_patches, grid_of
+from heedful.adapters.wrapped import device_of
 from heedful.core.errors import FieldError, RefusedModel
+from heedful.core.files import file_digest
 from heedful.core.kinds import Prompt
 from heedful.diagnosis.images import ENDINGS, opened, pixels_of, processor_of
 from heedful.diagnosis.texts import files_in
@@ -66,7 +67,7 @@ class OwnPictures(Given, Choice):
                 f"{self.title} holds pictures to name, and {type(model).__name__} is not a model that reads a picture "
                 "alone; name an image classifier or an encoder: heedful compare vision"
             )
-        processor_of(tokenizer)
+        processor_of(tokenizer, "compare()")
         if classifies(model):
             self._numbers(model)
 
@@ -88,21 +89,22 @@ class OwnPictures(Given, Choice):
         return {kind: next(iter(known[_plain(kind)])) for kind in kinds}
 
     def on(self, model: Any, tokenizer: Any) -> Self:
-        processor, first = processor_of(tokenizer), next(model.parameters())
+        processor, device = processor_of(tokenizer), device_of(model)
         fitted, asked, left_out = self._parted(alone=classifies(model))
 
         @torch.no_grad()
-        def seen(row: Picture) -> Tensor:
-            return features(model(pixel_values=self._pixels(row, processor).to(first.device, first.dtype))[0]).cpu()
+        def seen(row: Picture, **more: Any) -> Any:
+            return model(pixel_values=self._pixels(row, processor).to(device, model.dtype), **more)
 
         if classifies(model):
             numbers, classes, head = self._numbers(model), len(model.config.id2label), None
         else:
             numbers = {kind: i for i, kind in enumerate(sorted({row.kind for row in fitted}))}
             kinds = torch.tensor([numbers[row.kind] for row in fitted])
-            classes, head = len(numbers), Ridge.fit(torch.cat([seen(row) for row in fitted]), kinds)
-        grid = grid_of(model, {"pixel_values": self._pixels(asked[0], processor)})
-        tokens = 1 if grid is None else before_patches(model) + grid[0] * grid[1]
+            found = torch.cat([features(_states(model, seen(row))).cpu() for row in fitted])
+            classes, head = len(numbers), Ridge.fit(found, kinds)
+        begun = getattr(seen(asked[0], output_hidden_states=True), "hidden_states", None)
+        tokens = begun[0].shape[1] if begun else 1
         return replace(self, rows=asked, left_out=left_out, seeing=Seeing(numbers, classes, head, tokens))
 
     def _parted(self, alone: bool) -> tuple[tuple[Picture, ...], tuple[Picture, ...], tuple[str, ...]]:
@@ -156,23 +158,28 @@ def classifies(model: Any) -> bool:
     return type(model).__name__ in names
 
 
+def _states(model: Any, seen: Any) -> Tensor:
+    """What an encoder makes of each token of a picture, `[1 n e]`."""
+    states: Tensor | None = getattr(seen, "last_hidden_state", None)
+    if states is None or states.ndim != 3:
+        raise RefusedModel(
+            f"{type(model).__name__} names no classes, and tells no states of a picture's tokens, to which a head "
+            "could be fitted; name an image classifier or an encoder: heedful compare vision"
+        )
+    return states
+
+
 def _plain(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").replace("-", " ").split())
 
 
-def pictures(folder: Path) -> tuple[list[Picture], list[str]]:
-    """The pictures of a folder with their classes, and what was left out and why."""
-    rows: list[Picture] = []
-    left_out: list[str] = []
-    for name, found in _each(folder):
-        if isinstance(found, Picture):
-            rows.append(found)
-        else:
-            left_out.append(f"{name}: {found}")
-    kinds = sorted({row.kind for row in rows})
+def pictures(folder: Path) -> list[tuple[str, Picture | str]]:
+    """The pictures of a folder with their classes, or why one cannot be asked."""
+    found = list(_each(folder))
+    kinds = {row.kind for _, row in found if isinstance(row, Picture)}
     if len(kinds) == 1:
-        return [], [f"all pictures are in the folder {kinds[0]!r}, and there must be two or more, each a class"]
-    return rows, left_out
+        return [(kinds.pop(), "is the only folder with pictures, and there must be two or more, each a class")]
+    return found
 
 
 def _each(folder: Path) -> Iterator[tuple[str, Picture | str]]:
@@ -188,8 +195,4 @@ def _each(folder: Path) -> Iterator[tuple[str, Picture | str]]:
             continue
         _, why = opened(file)
         fits = place.parts[0] == TRAIN if parted else None
-        yield str(place), why or Picture(str(place), place.parts[parted], _digest(file), fits)
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        yield str(place), why or Picture(str(place), place.parts[parted], file_digest(file)[:16], fits)

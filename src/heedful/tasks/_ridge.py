@@ -43,7 +43,7 @@ class Ridge:
             own = (u**2 @ kept + 1 / len(x))[:, None].clamp(max=1 - 1e-9)
             return (u @ (kept[:, None] * seen) + shares - own * y) / (1 - own)
 
-        tried = PENALTIES * (s**2).mean()
+        tried = PENALTIES * (s**2).mean().clamp(min=torch.finfo(torch.float32).tiny)  # 0 where all pictures are alike
         best = min(tried, key=lambda penalty: float((left_out(penalty) - y).square().mean()))
         said = left_out(best)
         # Platt's targets: no surer than so many pictures allow

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from heedful.core.errors import FieldError
-from heedful.core.files import is_there
+from heedful.core.files import file_digest, is_there
 from heedful.diagnosis.images import opened
-from heedful.diagnosis.texts import ENDINGS, read_text
+from heedful.diagnosis.texts import ENDINGS, files_in, read_text
 
 GOOD = '{"context": "...", "question": "...", "answer": "..."}'
 ALSO = {"context": ("context", "document"), "answer": ("answer", "answers"), "choices": ("choices", "options")}
@@ -60,9 +59,14 @@ def rows_of(path: Path) -> tuple[list[Row], list[str]]:
         else:
             rows.append(found)
     if not rows:
-        why = "".join(f"; {reason}" for reason in left_out[:3]) + ("; ..." if len(left_out) > 3 else "")
-        raise _refuse(path, f"holds nothing that can be asked{why}", GOOD)
+        raise nothing(path, left_out, GOOD)
     return rows, left_out
+
+
+def nothing(path: Path, left_out: Sequence[str], good: str) -> FieldError:
+    """The error where no row is left."""
+    why = "".join(f"; {reason}" for reason in left_out[:3]) + ("; ..." if len(left_out) > 3 else "")
+    return _refuse(path, f"holds nothing that can be asked{why}", good)
 
 
 def _refuse(path: Path, rule: str, good: str = "my.jsonl") -> FieldError:
@@ -83,8 +87,7 @@ def _each(path: Path) -> Iterator[tuple[str, Row | _BrokenError]]:
     if not path.is_dir():
         yield from _file(path, path.name)
         return
-    files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in ENDINGS and p.is_file()]
-    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    files = files_in(path, ENDINGS)
     if not files:
         also = "sounds with their words, nor folders of pictures"
         raise _refuse(path, f"the folder holds no file that ends in {', '.join(ENDINGS)}, nor {also}")
@@ -131,12 +134,12 @@ def _row(line: str, beside: Path) -> Row:
         return Asked(context, question, options)
     name = _words(found, "image")
     file = beside / name
-    why = opened(file)[1] if file.is_file() else "is no file beside this one"
+    why = opened(file)[1] if is_there(file) and file.is_file() else "is no file beside this one"
     if why:
         raise _BrokenError(f"'image' is {name!r}, which {why}")
     if len(options) == 1 and options[0].lower() in YES_NO:
         options = (options[0], *(other for other in YES_NO if other != options[0].lower()))
-    return Pictured(context, question, options, name, hashlib.sha256(file.read_bytes()).hexdigest()[:16], str(file))
+    return Pictured(context, question, options, name, file_digest(file)[:16], str(file))
 
 
 def _given(found: Mapping[str, Any], name: str) -> Any:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +11,7 @@ from typing import Any, Self
 import torch
 
 from heedful.core.errors import FieldError, RefusedModel
+from heedful.core.files import file_digest
 from heedful.core.kinds import Prompt
 from heedful.diagnosis.sounds import asking, extractor_of, writing
 from heedful.diagnosis.texts import files_in, read_text
@@ -30,7 +30,7 @@ class Clip:
 
     name: str  # of its file, within the folder
     words: str
-    digest: str = ""  # of the sound
+    digest: str  # of the sound
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class OwnSpeech(Given):
                 f"{self.title} holds sounds to write down, and {type(model).__name__} does not write down what it "
                 "hears; name a model such as Whisper: heedful compare speech"
             )
-        extractor_of(tokenizer)
+        extractor_of(tokenizer, "compare()")
         if not hasattr(tokenizer, "decode"):
             rule = "prepares sounds and spells no words, which are compared"
             raise FieldError("compare()", "tokenizer", type(tokenizer).__name__, rule, "AutoProcessor.from_pretrained")
@@ -138,32 +138,17 @@ def word_errors(said: str, written: str) -> float:
     return row[-1] / len(right)
 
 
-def clips(folder: Path) -> tuple[list[Clip], list[str]]:
-    """The sounds of a folder with their words, and what was left out and why."""
-    rows: list[Clip] = []
-    left_out: list[str] = []
-    for name, found in _each(folder):
-        if isinstance(found, Clip):
-            rows.append(found)
-        else:
-            left_out.append(f"{name}: {found}")
-    return rows, left_out
-
-
-def _each(folder: Path) -> Iterator[tuple[str, Clip | str]]:
+def clips(folder: Path) -> Iterator[tuple[str, Clip | str]]:
+    """The sounds of a folder with their words, or why one cannot be asked."""
+    texts = {file.with_suffix(""): file for file in files_in(folder, (".txt",))}
     for file in files_in(folder, ENDINGS):
-        name, beside = str(file.relative_to(folder)), file.with_suffix(".txt")
-        if not beside.is_file():
-            yield name, f"has no {beside.name} beside it, which tells the words that are said"
+        name, beside = str(file.relative_to(folder)), texts.get(file.with_suffix(""))
+        if beside is None:
+            yield name, f"has no {file.stem}.txt beside it, which tells the words that are said"
             continue
         words, why = read_text(beside)
         if why or not spoken(words):
             yield name, f"{beside.name} {why or 'holds no words'}"
             continue
         _, why = read_wave(file, RATE)
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if not why else ""
-        yield name, why or Clip(name, " ".join(words.split()), digest)
-
-
-def holds_sounds(files: Sequence[Path]) -> bool:
-    return any(file.suffix.lower() in ENDINGS for file in files)
+        yield name, why or Clip(name, " ".join(words.split()), file_digest(file)[:16])
