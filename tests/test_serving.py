@@ -19,6 +19,7 @@ from heedful.core.errors import FieldError, HeedfulError, RefusedModel
 from heedful.core.method import Method
 from heedful.core.sites import Site, at
 from heedful.explaining import logit_lens
+from heedful.facts import facts_of
 from heedful.methods.compress.prune.prune_heads import PruneHeads
 from heedful.methods.intervene.language.temp_scale import TempScale
 from heedful.methods.mechanisms.gates.gated_heads import GatedHeads
@@ -66,8 +67,8 @@ def test_a_bias_that_is_zero_learns() -> None:
     assert all(close_model(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def offloaded(way: str, folder: Path) -> PreTrainedModel:
-    model, cpu = models.tiny("llama"), torch.device("cpu")
+def offloaded(way: str, folder: Path, kind: str = "llama") -> PreTrainedModel:
+    model, cpu = models.tiny(kind), torch.device("cpu")
     if way == "memory":
         return accelerate.cpu_offload(model, cpu)
     if way == "disk":
@@ -98,6 +99,12 @@ def test_weights_that_are_elsewhere_are_attached_to_and_not_edited(way: str, tmp
         fold(model, TempScale(0.5))
     with pytest.raises(RefusedModel, match=r"operate\(\) needs all weights .* is offloaded"):
         operate(model, PruneHeads(groups=((0, 0),)))
+
+
+@pytest.mark.parametrize("way", ["memory", "disk"])
+def test_a_table_that_is_tied_is_one_weight_wherever_it_is(way: str, tmp_path: Path) -> None:
+    found = facts_of(offloaded(way, tmp_path, "gpt2"), "one", 2)
+    assert found == facts_of(models.tiny("gpt2"), "one", 2)
 
 
 @pytest.mark.parametrize("way", ["memory", "disk"])
