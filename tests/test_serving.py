@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, SwinConfig, SwinModel
+from transformers import Dinov2Config, Dinov2Model, PreTrainedModel, SwinConfig, SwinModel
 
 from benchmarks.coverage import tiny as zoo
-from heedful import attach, diagnose, fold, models, operate
+from heedful import attach, diagnose, fit, fold, models, operate
 from heedful.adapters.choosing import adapter_for
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
@@ -22,6 +23,7 @@ from heedful.explaining import logit_lens
 from heedful.facts import facts_of
 from heedful.methods.compress.prune.prune_heads import PruneHeads
 from heedful.methods.intervene.language.temp_scale import TempScale
+from heedful.methods.intervene.vision.gem import GEM
 from heedful.methods.mechanisms.gates.gated_heads import GatedHeads
 
 from .samples import PAPER, Scale
@@ -105,6 +107,18 @@ def test_weights_that_are_elsewhere_are_attached_to_and_not_edited(way: str, tmp
 def test_a_table_that_is_tied_is_one_weight_wherever_it_is(way: str, tmp_path: Path) -> None:
     found = facts_of(offloaded(way, tmp_path, "gpt2"), "one", 2)
     assert found == facts_of(models.tiny("gpt2"), "one", 2)
+
+
+def test_what_scales_a_layer_is_read_where_it_is_elsewhere() -> None:
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, layerscale_value=0.5
+    )
+    whole = Dinov2Model(config).eval()
+    away = accelerate.cpu_offload(copy.deepcopy(whole), torch.device("cpu"))
+    found, wanted = (fit(GEM(), model, ()).maps for model in (away, whole))
+    assert found is not None
+    assert wanted is not None
+    assert found.digest == wanted.digest
 
 
 @pytest.mark.parametrize("way", ["memory", "disk"])
