@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import astuple
 from pathlib import Path
 
 import accelerate
@@ -14,6 +15,7 @@ from transformers import Dinov2Config, Dinov2Model, PreTrainedModel, SwinConfig,
 from benchmarks.coverage import tiny as zoo
 from heedful import attach, diagnose, fit, fold, models, operate
 from heedful.adapters.choosing import adapter_for
+from heedful.adapters.weights import read_vocabulary
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, HeedfulError, RefusedModel
@@ -92,6 +94,8 @@ def test_weights_that_are_elsewhere_are_attached_to_and_not_edited(way: str, tmp
     assert found.facts["weights"] == wanted.facts["weights"]
     assert found.tables().keys() == wanted.tables().keys()
     assert all(found.tables()[name].equals(table) for name, table in wanted.tables().items())
+    for mine, its in zip(astuple(read_vocabulary(model)), astuple(read_vocabulary(whole)), strict=True):
+        assert torch.equal(mine, its)
     if way == "one layer on disk":  # and the unembedding at hand
         assert str(logit_lens(model, ids[:1])) == str(logit_lens(whole, ids[:1]))
     else:
