@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import heedful
 from heedful import attach
 from heedful.conformance.model_laws import fingerprint
-from heedful.core.errors import FieldError, RefusedModel
+from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.method import as_stack
 from heedful.engine.scopes import require_there
 from heedful.tiny import tiny
@@ -43,7 +43,7 @@ def test_wrong_arguments_are_named(model: nn.Module, arguments: dict[str, object
 
 def test_layers_beyond_the_model_are_named(model: nn.Module) -> None:
     with pytest.raises(FieldError, match="must be below 2, the layers served"):
-        attach(model, Scale().on(layers=7))
+        attach(model, Scale().on(layers=2))
 
 
 def test_heads_that_a_layer_does_not_have_are_named_before_anything_runs(model: nn.Module) -> None:
@@ -56,6 +56,25 @@ def test_heads_that_a_layer_does_not_have_are_named_before_anything_runs(model: 
     assert fingerprint(model) == before
     with attach(model, Scale().on(layers=1, heads=3)) as run:
         assert run.difference(input_ids=IDS) > 0
+
+
+class Hidden(nn.Module):
+    """A map that does not show its weight."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x)
+        return found
+
+
+def test_heads_of_layers_that_do_not_tell_are_named_by_the_call(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = Hidden(layer.self_attn.o_proj)
+    with pytest.raises(SiteError, match="heads must be below 4"), attach(model, Scale().on(heads=9)) as run:
+        run(input_ids=IDS)
 
 
 def test_a_head_that_some_layers_have_may_be_named_without_them() -> None:

@@ -62,6 +62,13 @@ def test_the_lens_is_norm_and_unembedding_of_each_layer() -> None:
     assert "rank 1" in str(found)
 
 
+def test_logits_that_a_model_widens_are_made_of_a_narrow_stream() -> None:
+    model = models.tiny("llama", dtype=torch.bfloat16)
+    plain = logit_lens(model, IDS)
+    model.register_forward_hook(lambda m, args, out: type(out)(logits=out.logits.float()))
+    assert torch.equal(logit_lens(model, IDS).logits, plain.logits)
+
+
 def test_the_lens_is_drawn_with_its_words() -> None:
     pytest.importorskip("plotly")
     found = logit_lens(models.tiny("llama"), "a cat", tokenizer=characters())

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AlbertConfig, AlbertForMaskedLM
+from transformers import AlbertConfig, AlbertForMaskedLM, AlbertModel
 
 import heedful
-from heedful import models
+from heedful import Site, models
 from heedful.core.errors import ModelError
+from heedful.explaining import activations
 from heedful.models import packages, rxnmapper
 
 # of the package's own documentation: a thiol takes the place of the fluorine beside a pyridine's nitrogen
@@ -79,6 +80,16 @@ def test_layers_told_apart_compute_what_one_did(reactions: models.Loaded) -> Non
 def test_maps_of_one_layer_that_runs_often_are_refused(reactions: models.Loaded) -> None:
     with pytest.raises(ModelError, match=r"albert_layers\.0\.attention runs several times in one forward"):
         heedful.patterns(shared(), REACTION, tokenizer=reactions.tokenizer)
+
+
+def test_what_stands_in_one_layer_that_runs_often_is_refused() -> None:
+    config = AlbertConfig(
+        vocab_size=64, embedding_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=8
+    )
+    with pytest.raises(ModelError, match=r"albert_layers\.0\.attention runs several times in one forward"):
+        activations(AlbertModel(config).eval(), torch.arange(9), Site.HEAD_OUTPUT)
+    config.num_hidden_groups = 2
+    assert list(activations(AlbertModel(config).eval(), torch.arange(9), Site.HEAD_OUTPUT)) == [0, 1]
 
 
 def test_it_cuts_smiles_as_the_package_does(reactions: models.Loaded) -> None:

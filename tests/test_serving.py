@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import astuple
 from pathlib import Path
 
 import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, SwinConfig, SwinModel
+from transformers import Dinov2Config, Dinov2Model, PreTrainedModel, SwinConfig, SwinModel
 
 from benchmarks.coverage import tiny as zoo
-from heedful import attach, diagnose, fold, models, operate
+from heedful import attach, diagnose, fit, fold, models, operate
 from heedful.adapters.choosing import adapter_for
+from heedful.adapters.weights import read_vocabulary
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, HeedfulError, RefusedModel
 from heedful.core.method import Method
 from heedful.core.sites import Site, at
 from heedful.explaining import logit_lens
+from heedful.facts import facts_of
 from heedful.methods.compress.prune.prune_heads import PruneHeads
 from heedful.methods.intervene.language.temp_scale import TempScale
+from heedful.methods.intervene.vision.gem import GEM
 from heedful.methods.mechanisms.gates.gated_heads import GatedHeads
 
 from .samples import PAPER, Scale
@@ -66,8 +71,8 @@ def test_a_bias_that_is_zero_learns() -> None:
     assert all(close_model(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def offloaded(way: str, folder: Path) -> PreTrainedModel:
-    model, cpu = models.tiny("llama"), torch.device("cpu")
+def offloaded(way: str, folder: Path, kind: str = "llama") -> PreTrainedModel:
+    model, cpu = models.tiny(kind), torch.device("cpu")
     if way == "memory":
         return accelerate.cpu_offload(model, cpu)
     if way == "disk":
@@ -89,6 +94,8 @@ def test_weights_that_are_elsewhere_are_attached_to_and_not_edited(way: str, tmp
     assert found.facts["weights"] == wanted.facts["weights"]
     assert found.tables().keys() == wanted.tables().keys()
     assert all(found.tables()[name].equals(table) for name, table in wanted.tables().items())
+    for mine, its in zip(astuple(read_vocabulary(model)), astuple(read_vocabulary(whole)), strict=True):
+        assert torch.equal(mine, its)
     if way == "one layer on disk":  # and the unembedding at hand
         assert str(logit_lens(model, ids[:1])) == str(logit_lens(whole, ids[:1]))
     else:
@@ -98,6 +105,24 @@ def test_weights_that_are_elsewhere_are_attached_to_and_not_edited(way: str, tmp
         fold(model, TempScale(0.5))
     with pytest.raises(RefusedModel, match=r"operate\(\) needs all weights .* is offloaded"):
         operate(model, PruneHeads(groups=((0, 0),)))
+
+
+@pytest.mark.parametrize("way", ["memory", "disk"])
+def test_a_table_that_is_tied_is_one_weight_wherever_it_is(way: str, tmp_path: Path) -> None:
+    found = facts_of(offloaded(way, tmp_path, "gpt2"), "one", 2)
+    assert found == facts_of(models.tiny("gpt2"), "one", 2)
+
+
+def test_what_scales_a_layer_is_read_where_it_is_elsewhere() -> None:
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, layerscale_value=0.5
+    )
+    whole = Dinov2Model(config).eval()
+    away = accelerate.cpu_offload(copy.deepcopy(whole), torch.device("cpu"))
+    found, wanted = (fit(GEM(), model, ()).maps for model in (away, whole))
+    assert found is not None
+    assert wanted is not None
+    assert found.digest == wanted.digest
 
 
 @pytest.mark.parametrize("way", ["memory", "disk"])

@@ -78,7 +78,7 @@ class Added(nn.Module):
     """Its products are added to something."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(x, torch.baddbmm(x @ x.mT, x, x.mT).softmax(-1), x)
+        return torch.baddbmm(x, torch.baddbmm(x.new_zeros(1), x, x.mT).softmax(-1), x)
 
 
 class Whole(nn.Module):

@@ -150,6 +150,23 @@ class Pooled(nn.Module):
         return self.head(self.inner(ids).last_hidden_state)
 
 
+class Likened(Pooled):
+    """Says how alike tokens are, by a softmax of products that it multiplies with nothing."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out = self.inner(ids).last_hidden_state
+        return (out @ out.mT).softmax(-1)
+
+
+@torch.no_grad()
+def test_what_is_around_a_model_is_not_taken_for_what_is_in_it() -> None:
+    with attach(Likened().eval(), TempScale(0.3)) as run:
+        assert run(IDS).shape == (*IDS.shape, IDS.shape[1])
+    says = r"too: 0\.head\.0\. Attach to one of both, model\.0\.inner or model\.0\.head$"
+    with attach(nn.Sequential(Pooled()).eval(), TempScale(0.3)) as run, pytest.raises(RefusedModel, match=says):
+        run(IDS)
+
+
 @torch.no_grad()
 def test_attention_beside_the_model_that_nothing_tells_of_is_refused_when_it_runs() -> None:
     model = Pooled().eval()

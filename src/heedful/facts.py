@@ -19,9 +19,11 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integ
 
 def facts_of(model: Any, name: str, layers: int) -> dict[str, Any]:
     """What is true of a model and stays so."""
+    from heedful.adapters.spread import parameters_of
+
     config: Any = model.config.get_text_config()
     heads = _most(getattr(config, "num_attention_heads", 0))
-    weights = list(model.parameters())
+    weights = [p for _, own in parameters_of(model) for p in own.values()]
     return {
         "model": name or Path(model.config._name_or_path).name or type(model).__name__,
         "kind": type(model).__name__,

@@ -100,6 +100,14 @@ def test_a_planted_dimension_is_found_with_its_period() -> None:
     assert len(none.describe(found(planted, {"input_ids": ids(30)}, method=none)).figures) == 2
 
 
+def test_layers_that_do_not_turn_leave_wavelengths_to_the_others() -> None:
+    query, key = ({n: torch.tensor([[x, 1.0]]) for n in (0, 1)} for x in (4.0, 1.0))
+    period = {0: torch.full((2,), math.nan), 1: torch.tensor([10.0, 20.0])}
+    told = MassiveQK(3.0).describe(Massive(query, key, period, 3.0))
+    assert told.figures[2].rows == [(0, "10", 2, 0)]
+    assert "dimension 0, of RoPE wavelength 10 (50% of dimensions have longer ones)" in told.findings[0].text
+
+
 def test_what_is_at_the_limit_is_not_above_it() -> None:
     query, key = ({0: torch.tensor(x)} for x in ([[4.0, 1.0], [1.0, 1.0]], [[1.0, 1.0], [1.0, 3.0]]))
     (finding,) = MassiveQK(3.0).describe(Massive(query, key, {0: torch.full((2,), math.nan)}, 3.0)).findings

@@ -99,12 +99,23 @@ def whole(x: Tensor) -> Tensor:
 
 def weights_of(model: nn.Module) -> Iterator[Tensor]:
     """Each parameter once, whole, in the order of `parameters()`; what accelerate offloads is here while it is read."""
-    seen: dict[int, Tensor] = {}
-    for module in model.modules():
-        own = {name: p for name, p in module.named_parameters(recurse=False) if id(p) not in seen}
-        seen |= {id(p): p for p in own.values()}
+    for module, own in parameters_of(model):
         with here(module):
             yield from (whole(module.get_parameter(name).detach()) for name in own)
+
+
+def parameters_of(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter]]]:
+    """Each module with its own parameters, each of them once: what is tied is, though no longer one where offloaded."""
+    seen: dict[int, nn.Parameter] = {}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for path, module in model.named_modules():
+        own = {
+            name: p
+            for name, p in module.named_parameters(path, recurse=False)
+            if id(p) not in seen and not (p.is_meta and name in tied)
+        }
+        seen |= {id(p): p for p in own.values()}
+        yield module, {name.removeprefix(f"{path}."): p for name, p in own.items()}
 
 
 def here(module: nn.Module) -> AbstractContextManager[object]:

@@ -89,8 +89,9 @@ def read_scale(model: nn.Module, name: str) -> Tensor | None:
     block = model.get_submodule(block_of(model, name) or "")
     for child in block.children():
         if type(child).__name__.endswith("LayerScale"):  # the first is attention's, the second the feed-forward part's
-            (scale,) = child.parameters()
-            return scale.detach().clone()
+            with here(child):
+                (scale,) = child.parameters()
+                return whole(scale.detach()).clone()
     return None
 
 

@@ -17,13 +17,14 @@ from heedful.adapters.wrapped import unwrapped
 from heedful.api import attach, still
 from heedful.core.asked import asks
 from heedful.core.call import Call
-from heedful.core.errors import FieldError, ModelError
+from heedful.core.errors import FieldError
 from heedful.core.figures import Grid, Head, counted, head_name
 from heedful.core.kinds import Tokenizer
 from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
 from heedful.explaining.aim import fed, pairs, spelled
+from heedful.explaining.site_values import require_once
 from heedful.models import Loaded
 
 if TYPE_CHECKING:
@@ -139,12 +140,7 @@ class _Whole(Method):
         whole = weights.new_zeros(h, r, stop)
         whole[..., call.keys.index[0, 0]] = weights[0]
         rows = f"{call.rows.start or 0:09d}"
-        if (seen := f"{call.layer} {rows}") in call.state.forward:
-            raise ModelError(
-                f"patterns(): {call.name} runs several times in one forward, and its maps are told apart by layer; "
-                "give each time a module of its own with the same weights (ALBERT: num_hidden_groups=num_hidden_layers)"
-            )
-        call.state.forward[seen] = True
+        require_once("patterns()", call, rows)
         return Cat.of(rows, whole)
 
 

@@ -13,7 +13,7 @@ from heedful.adapters.wrapped import unwrapped
 from heedful.api import attach, still
 from heedful.core.asked import asks
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, ModelError
 from heedful.core.kinds import Tokenizer
 from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.sites import Site, reads
@@ -60,9 +60,20 @@ def keeping(site: Site) -> Method:
     """A reader that keeps what stands at a site, with its gradient where a backward follows."""
 
     def keep(self: Method, x: Tensor, call: Call) -> Statistic:
+        require_once("activations()", call)
         if x.requires_grad:
             x.retain_grad()
         return Cat({"all": x})
 
     body = {"keep": reads(site)(keep), "__repr__": lambda self: f"activations({site})", "__module__": __name__}
     return type(f"_Keep{site.name.title()}", (Method,), body)()
+
+
+def require_once(owner: str, call: Call, part: str = "") -> None:
+    """Refuse a layer that runs again in one forward: what is kept of it, or of a part of its rows, is told by layer."""
+    if (seen := f"{call.layer} {part}") in call.state.forward:
+        raise ModelError(
+            f"{owner}: {call.name} runs several times in one forward, and what is kept is told apart by layer; give "
+            "each time a module of its own with the same weights (ALBERT: num_hidden_groups=num_hidden_layers)"
+        )
+    call.state.forward[seen] = True

@@ -84,7 +84,7 @@ class Stream:
         if (0, "begins", 0) not in stats:
             raise RefusedModel(f"{type(self.model).__name__} has layers of other kinds first; give its language model")
         layers = sorted(layer for _, name, layer in stats if name == "leaves")
-        dtype = self.logits.dtype  # in which the model adds up, and which readers are not shown
+        dtype = self.head.weight.dtype  # in which the model adds up, and which readers are not shown
         self.begins = stats[0, "begins", 0].value[0].to(dtype)
         self.heads, self.adds, self.leaves = (
             [stats[0, name, layer].value[0].to(dtype) for layer in layers] for name in ("heads", "adds", "leaves")

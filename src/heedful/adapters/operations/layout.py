@@ -34,7 +34,7 @@ class Layout:
         axis = len(lead) - 1
         if told is not None and lead[axis] != told and told in lead and (len(lead) > 2 or lead == (told, rows)):
             axis = lead.index(told)
-        return cls(lead, axis, of_grid=len(lead) == 2 and told != lead[axis] and _apart(n, lead, stream))
+        return cls(lead, axis, of_grid=len(lead) == 2 and _apart(n, lead, stream))
 
     def choices(self, told: int | None, rows: int | None) -> tuple[int, ...]:
         """The axes that may hold the heads as far as sizes tell."""
@@ -106,7 +106,7 @@ class Layout:
 
 def _apart(n: int, lead: tuple[int, ...], stream: Tensor | None) -> bool:
     """Whether a grid `[b e ..]` or `[b .. e]` has as many places as `n` and what stands before it make together."""
-    if stream is None or stream.ndim < 4 or lead[0] != len(stream) or lead[1] == 1:
+    if stream is None or stream.ndim < 4 or lead[0] != len(stream):
         return False
     places = {stream.shape[2:].numel(), stream.shape[1:-1].numel()}
     return n not in places and n * lead[1] in places

@@ -43,10 +43,11 @@ class Massive:
         return Counter(int(d) for x in side.values() for d in (x > self.times).nonzero()[:, 1])
 
     def turns(self, dimension: int) -> tuple[Tensor, Tensor]:
-        """Of each layer where a dimension is massive: its period, and the share of dimensions whose own is longer."""
+        """Where a dimension is massive, of each layer that shows it: its period, and which share have longer ones."""
         sides = self.query, self.key
         layers = [n for n in self.query if any(bool((x[n][:, dimension] > self.times).any()) for x in sides)]
         found = torch.stack([self.period[n] for n in layers])
+        found = found[~found[:, dimension].isnan()]
         own = found[:, dimension, None]
         return own[:, 0], (found > own).double().mean(-1)
 
@@ -154,8 +155,7 @@ class MassiveQK(Method):
 
 def _wave(answer: Massive, dimension: int) -> str:
     """How many tokens a turn takes where a dimension is massive; empty where the model does not show it."""
-    periods, _ = answer.turns(dimension)
-    known = periods[~periods.isnan()]
+    known, _ = answer.turns(dimension)
     if not len(known):
         return ""
     told = [f"{x:,.0f}" if math.isfinite(x) else "infinite" for x in (float(known.min()), float(known.max()))]
