@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks.coverage.probe import examine
+from benchmarks.coverage.probe import Gates, examine
 from benchmarks.coverage.tiny import build
 
 OLD = "softcap" not in inspect.getsource(sdpa_attention_forward)
@@ -77,6 +78,13 @@ def test_passed_through_it_is_native_and_an_edit_moves_it(name: str) -> None:
         return
     assert found["status"] == "served", found.get("reason")
     assert found["eager"]["through"]["roundings"] == 0 or _another_order(name)
+
+
+def test_a_layer_that_was_told_other_sizes_than_its_calls_have_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gates, "parameters", lambda self, layer: {"gate": torch.zeros(2 * layer.heads, 1, 1)})
+    found = examine("LlamaForCausalLM")
+    assert found["status"] == "wrong"
+    assert found["reason"].startswith("eager: the sizes of a layer are not those of its calls")
 
 
 def _another_order(name: str) -> bool:

@@ -74,7 +74,8 @@ def test_the_page_counts_every_name_by_library_and_reason(record: Record) -> Non
     assert "\n| all | 7 | 4 | 2 | 0 | 1 | 0 | 1 | 2 | 1 | 0 |\n" in told
     assert libraries_page.sentence() == (
         "Of 4 names of timm, diffusers and open_clip whose models have attention, 2 are served whole and 0 in part, "
-        "1 are refused with the reason and 0 are wrong, 1 were looked at without weights alone."
+        "1 are refused with the reason and 0 are wrong; 1 were only looked at, without weights. "
+        "1 more could not be built."
     )
     assert "| timm | A | m.Attention (fused_attn) | served | small | 3/3 | 2 |" in told
     several = "XCA: over channels, not over tokens; Cascade: several calls in one forward"
