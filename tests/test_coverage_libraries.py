@@ -86,6 +86,14 @@ def test_the_page_counts_every_name_by_library_and_reason(record: Record) -> Non
     assert "- timm: C (2); softmaxes that make no map, in c.py:f" in told
 
 
+@pytest.mark.parametrize(
+    ("status", "why"),
+    [("looked at", "9 parameters"), ("wrong", "9 parameters"), ("refused", "A: b"), ("served in part", "A: b")],
+)
+def test_a_reason_is_that_of_what_became_of_a_group(status: str, why: str) -> None:
+    assert libraries_page._why({"own": ["A: b"], "status": status, "reason": "9 parameters"}) == why
+
+
 class Net(nn.Module):
     def __init__(self, layers: int) -> None:
         super().__init__()
