@@ -9,7 +9,7 @@ from . import libraries_page
 from .rows import FOUND, STATUSES, Row, counted, outside, through, told
 
 WORDS = {
-    "served": "every attention layer that the input reached ran under heedful, and every check below held",
+    "served": "every attention layer that the input reached ran under heedful, and every check above held",
     "served in part": "the same for the part that the refusal named; some modules compute attention by themselves",
     "refused": "`attach` or the forward raised, with the reason",
     "wrong": "a check failed",
