@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -80,11 +81,19 @@ def test_passed_through_it_is_native_and_an_edit_moves_it(name: str) -> None:
     assert found["eager"]["through"]["roundings"] == 0 or _another_order(name)
 
 
-def test_a_layer_that_was_told_other_sizes_than_its_calls_have_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Gates, "parameters", lambda self, layer: {"gate": torch.zeros(2 * layer.heads, 1, 1)})
+@pytest.mark.parametrize(
+    ("gate", "why"),
+    [
+        (lambda layer: torch.zeros(2 * layer.heads, 1, 1), "the sizes of a layer are not those of its calls"),
+        (lambda layer: torch.ones(layer.heads, 1, 1), "Gates() moved nothing"),
+    ],
+    ids=["of other sizes", "not asked"],
+)
+def test_what_is_learned_for_each_head_fits_and_moves_it(gate: Any, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gates, "parameters", lambda self, layer: {"gate": gate(layer)})
     found = examine("LlamaForCausalLM")
     assert found["status"] == "wrong"
-    assert found["reason"].startswith("eager: the sizes of a layer are not those of its calls")
+    assert found["reason"].startswith(f"eager: {why}")
 
 
 def _another_order(name: str) -> bool:
