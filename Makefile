@@ -90,10 +90,12 @@ bars: setup ## measure speed and memory against the baselines (an hour or more; 
 gpu: setup ## on a machine with a card: laws, kernel tests and speed there, in ten minutes (it resumes; ARGS=--again)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
-quality: setup ## measure the tasks, ten methods on three of them, kvpress and the explanations (an hour)
+quality: setup ## measure all that docs/quality.md holds (hours; comparisons resume)
 	$(BIN)/python -m benchmarks.quality.tasks
 	$(BIN)/python -m benchmarks.quality.compared
+	for ground in speech pictures asked; do $(BIN)/python -m benchmarks.quality.seen $$ground || exit 1; done
 	$(BIN)/python -m benchmarks.quality.kvpress
+	$(BIN)/python -m benchmarks.quality.converting
 	$(BIN)/python -m benchmarks.quality.faithfulness
 
 newest: setup ## the core of the suite with the newest of everything, the oldest claimed and all between (half an hour)
