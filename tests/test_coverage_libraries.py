@@ -74,7 +74,8 @@ def test_the_page_counts_every_name_by_library_and_reason(record: Record) -> Non
     assert "\n| all | 7 | 4 | 2 | 0 | 1 | 0 | 1 | 2 | 1 | 0 |\n" in told
     assert libraries_page.sentence() == (
         "Of 4 names of timm, diffusers and open_clip whose models have attention, 2 are served whole and 0 in part, "
-        "1 are refused with the reason and 0 are wrong, 1 were looked at without weights alone."
+        "1 are refused with the reason and 0 are wrong; 1 were only looked at, without weights. "
+        "1 more could not be built."
     )
     assert "| timm | A | m.Attention (fused_attn) | served | small | 3/3 | 2 |" in told
     several = "XCA: over channels, not over tokens; Cascade: several calls in one forward"
@@ -83,6 +84,14 @@ def test_the_page_counts_every_name_by_library_and_reason(record: Record) -> Non
     assert "| open_clip | cannot build | ValueError: no | 1 |" in told
     assert "- timm, A, as small (served): large, small" in told
     assert "- timm: C (2); softmaxes that make no map, in c.py:f" in told
+
+
+@pytest.mark.parametrize(
+    ("status", "why"),
+    [("looked at", "9 parameters"), ("wrong", "9 parameters"), ("refused", "A: b"), ("served in part", "A: b")],
+)
+def test_a_reason_is_that_of_what_became_of_a_group(status: str, why: str) -> None:
+    assert libraries_page._why({"own": ["A: b"], "status": status, "reason": "9 parameters"}) == why
 
 
 class Net(nn.Module):
@@ -104,7 +113,7 @@ def test_a_look_needs_no_weights_and_tells_kinds_apart() -> None:
     assert {**told["kinds"]} == {"torch_models.Attention": 2, "torch_models.Attention (fused_attn)": 1}
     assert (told["class"], told["own"], told["parameters"]) == ("Net", [], sum(p.numel() for p in model.parameters()))
     assert switches(model.blocks[0]) == ("fused_attn",)
-    assert float(nn.Linear(3, 3).weight.detach().abs().sum()) > 0, "weights are drawn again outside"
+    assert not nn.init.zeros_(torch.ones(3)).any(), "weights are drawn again outside"
 
 
 class Branches(nn.Module):

@@ -52,6 +52,12 @@ def test_the_lock_holds_everything_that_the_project_asks_for() -> None:
         assert asked.specifier.contains(version), f"{text} is locked at {version}: make lock"
 
 
+def test_make_quality_measures_all_that_the_page_holds() -> None:
+    programs = [path.stem for path in ROOT.glob("benchmarks/quality/*.py") if "__main__" in path.read_text()]
+    run = re.findall(r"-m benchmarks\.quality\.(\w+)", (ROOT / "Makefile").read_text())
+    assert sorted(run) == sorted({*programs} - {"press"}), "press runs where kvpress is installed"
+
+
 def test_what_users_install_is_bounded_on_both_sides() -> None:
     extras = chain.from_iterable(needs for name, needs in EXTRAS.items() if name != "dev")
     for text in [*PROJECT["dependencies"], *extras]:

@@ -121,27 +121,17 @@ def _inputs(name: str, **how: int) -> dict[str, Any]:
 
 
 def _tensor(told: Any) -> Any:
-    """What an argument is: numbers, ones, words, places, an order, a number all over, yes or no; or as it was told."""
+    """What an argument is: numbers drawn, an order, one number (or yes, or no) all over; or as it was told."""
     if isinstance(told, list):
         return [_tensor(x) for x in told]
     match told:
         case ("drawn", *shape):
             x = torch.empty(shape)
             return x if x.is_meta else cases.draw(*shape)
-        case ("ones", *shape):
-            return torch.ones(shape)
-        case ("whole", *shape):
-            return torch.ones(shape, dtype=torch.long)
-        case ("places", *shape):
-            return torch.zeros(shape)
         case ("order", count):
             return torch.arange(count)
         case ("filled", value, *shape):
             return torch.full(shape, value)
-        case ("always", *shape):
-            return torch.ones(shape, dtype=torch.bool)
-        case ("never", *shape):
-            return torch.zeros(shape, dtype=torch.bool)
     return told
 
 
@@ -167,19 +157,21 @@ def _tries(model: nn.Module) -> Iterator[dict[str, Any]]:
             continue
         if whole and not any("timestep" in key for key in told):
             continue
-        time = ("whole" if whole else "ones", TEXTS)
+        time = ("filled", 1 if whole else 1.0, TEXTS)
+        mask, side = ("filled", 1, TEXTS, WORDS), ("filled", 1.0, TEXTS, 2)
         offers: dict[str, Any] = {
             first: ("drawn", *stream), "encoder_hidden_states": text, "timestep": time, "t": time, "timesteps": time,
             "pooled_projections": pooled[0],
             "global_hidden_states": ("drawn", TEXTS, 1, *pooled[0][2:]) if pooled[0] else None,
-            "img_ids": ("places", TOKENS, ids), "txt_ids": ("places", WORDS, ids),
-            "encoder_attention_mask": ("whole", TEXTS, WORDS), "encoder_hidden_states_mask": ("whole", TEXTS, WORDS),
-            "attention_mask": ("whole", TEXTS, WORDS), "guidance": ("ones", TEXTS),
-            "original_size": ("ones", TEXTS, 2), "target_size": ("ones", TEXTS, 2), "crop_coords": ("ones", TEXTS, 2),
+            "img_ids": ("filled", 0.0, TOKENS, ids), "txt_ids": ("filled", 0.0, WORDS, ids),
+            "encoder_attention_mask": mask, "encoder_hidden_states_mask": mask, "attention_mask": mask,
+            "guidance": ("filled", 1.0, TEXTS),
+            "original_size": side, "target_size": side, "crop_coords": side,
             "timestep_r": time, "r_timestep": time, "img_shapes": [(1, 4, 4)] * TEXTS, "num_frames": 1,
             "height": 4, "width": 4,
             "controlnet_cond": ("drawn", TEXTS, 3, 8 * SIDE, 8 * SIDE), "conditioning_scale": 1.0,
-            "timestep_ratio": ("ones", TEXTS), "added_time_ids": ("ones", TEXTS, 3), "fps": ("ones", TEXTS),
+            "timestep_ratio": ("filled", 1.0, TEXTS), "fps": ("filled", 1.0, TEXTS),
+            "added_time_ids": ("filled", 1.0, TEXTS, 3),
             "visual_rope_pos": [("order", n) for n in (FRAMES, SIDE // 2, SIDE // 2)],
             "text_rope_pos": ("order", WORDS),
         }  # fmt: skip

@@ -16,10 +16,10 @@ CONFIG: Mapping[str, dict[str, Any]] = {
     "HunyuanDiT2DModel": {"hidden_size": 1408},
 }
 HUNYUAN_DIT: dict[str, Any] = {
-    "hidden_states": ("drawn", 2, 4, 32, 32), "timestep": ("ones", 2), "style": ("filled", 0, 2),
-    "encoder_hidden_states": ("drawn", 2, 77, 1024), "text_embedding_mask": ("whole", 2, 77),
-    "encoder_hidden_states_t5": ("drawn", 2, 256, 2048), "text_embedding_mask_t5": ("whole", 2, 256),
-    "image_meta_size": ("ones", 2, 6),
+    "hidden_states": ("drawn", 2, 4, 32, 32), "timestep": ("filled", 1.0, 2), "style": ("filled", 0, 2),
+    "encoder_hidden_states": ("drawn", 2, 77, 1024), "text_embedding_mask": ("filled", 1, 2, 77),
+    "encoder_hidden_states_t5": ("drawn", 2, 256, 2048), "text_embedding_mask_t5": ("filled", 1, 2, 256),
+    "image_meta_size": ("filled", 1.0, 2, 6),
 }  # fmt: skip
 GIVEN: Mapping[str, dict[str, Any]] = {  # an argument by its name; None leaves it out
     "AceStepTransformer1DModel": {
@@ -27,32 +27,34 @@ GIVEN: Mapping[str, dict[str, Any]] = {  # an argument by its name; None leaves 
         "encoder_hidden_states": ("drawn", 2, 7, 2048),
     },
     "AnimaTextConditioner": {
-        "source_hidden_states": ("drawn", 2, 7, 1024), "target_input_ids": ("whole", 2, 7),
+        "source_hidden_states": ("drawn", 2, 7, 1024), "target_input_ids": ("filled", 1, 2, 7),
     },
-    "AnyFlowTransformer3DModel": {"timestep": ("ones", 2, 5), "r_timestep": ("ones", 2, 5)},
+    "AnyFlowTransformer3DModel": {"timestep": ("filled", 1.0, 2, 5), "r_timestep": ("filled", 1.0, 2, 5)},
     "AutoencoderKLHunyuanVideo15": {"sample": ("drawn", 1, 3, 5, 64, 64)},
     "AutoencoderKLMochi": {"sample": ("drawn", 1, 3, 7, 64, 64)},
     "BriaFiboTransformer2DModel": {"text_encoder_layers": [("drawn", 2, 7, 2048)] * 4, "guidance": None},
     "ConsistencyDecoderVAE": {"sample": ("drawn", 2, 3, 32, 32)},
     "ErnieImageTransformer2DModel": {"text_bth": ("drawn", 2, 7, 2560), "text_lens": ("filled", 7, 2)},
     "FluxControlNetModel": {"controlnet_cond": ("drawn", 2, 16, 64)},
-    "GlmImageTransformer2DModel": {"prior_token_id": ("whole", 2, 256), "prior_token_drop": ("never", 2, 256)},
+    "GlmImageTransformer2DModel": {
+        "prior_token_id": ("filled", 1, 2, 256), "prior_token_drop": ("filled", False, 2, 256),
+    },
     "HunyuanDiT2DControlNetModel": HUNYUAN_DIT | {"controlnet_cond": ("drawn", 2, 4, 32, 32)},
     "HunyuanDiT2DModel": HUNYUAN_DIT,
     "HunyuanVideo15Transformer3DModel": {
-        "encoder_hidden_states_2": ("drawn", 2, 7, 1472), "encoder_attention_mask_2": ("whole", 2, 7),
+        "encoder_hidden_states_2": ("drawn", 2, 7, 1472), "encoder_attention_mask_2": ("filled", 1, 2, 7),
         "image_embeds": ("drawn", 2, 5, 1152),
     },
     "HunyuanVideoFramepackTransformer3DModel": {
-        "image_embeds": ("drawn", 2, 5, 1152), "indices_latents": ("whole", 1, 5),
+        "image_embeds": ("drawn", 2, 5, 1152), "indices_latents": ("filled", 1, 1, 5),
     },
     "I2VGenXLUNet": {"image_latents": ("drawn", 2, 4, 5, 32, 32), "image_embeddings": ("drawn", 2, 1024)},
     "Kandinsky6SRTransformer3DModel": {"hidden_states": ("drawn", 2, 5, 32, 32, 129)},
     "Kandinsky6Transformer3DModel": {
-        "hidden_states": ("drawn", 2, 5, 32, 32, 33), "encoder_attention_mask": ("always", 2, 7),
+        "hidden_states": ("drawn", 2, 5, 32, 32, 33), "encoder_attention_mask": ("filled", True, 2, 7),
     },
     "Krea2Transformer2DModel": {
         "hidden_states": ("drawn", 2, 16, 64), "encoder_hidden_states": ("drawn", 2, 7, 12, 2560),
-        "encoder_attention_mask": ("always", 2, 7), "position_ids": ("places", 23, 3),
+        "encoder_attention_mask": ("filled", True, 2, 7), "position_ids": ("filled", 0.0, 23, 3),
     },
 }  # fmt: skip

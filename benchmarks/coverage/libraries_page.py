@@ -13,7 +13,7 @@ from .rows import FOUND, LIBRARIES
 
 WORDS = {
     "served": "served whole", "served in part": "in part", "refused": "refused by name, with the reason",
-    "wrong": "wrong", "looked at": "looked at without weights alone", "no attention": "without attention",
+    "wrong": "wrong", "looked at": "only looked at, without weights", "no attention": "without attention",
     "cannot build": "not built", "unseen": "not looked at yet",
 }  # fmt: skip
 GROUP = ("library", "class", "attention modules", "status", "measured", "layers", "names")
@@ -23,8 +23,9 @@ built at its own size on torch's meta device, where weights have no memory, and 
 looks at one: which modules are layers, which are out of reach, and why. Names of one class, whose attention modules
 are of the same classes, switches and ways of calling, and of which the same is refused, are a group, and the smallest
 of a group is measured with random weights: checks 1 to 5 above, 1 and 3 within the budget, since torch's kernels round
-in their ways. timm's have two blocks then and no large pictures, diffusers' few layers and heads, where the model
-takes that and is found to be of the same kinds so."""
+in their ways, and 4 by zeros alone, in all heads. timm's have two blocks then and no large pictures, diffusers' few
+layers and heads, where the model takes that and is found to be of the same kinds so. Text towers that open_clip takes
+from the hub are built small, of the same classes."""
 
 REASONS = """`attach` names each module that it refuses, the reason, and what is left to serve (`only=`). What is no
 product of queries and keys alone was made by a linear map or a convolution (outlook attention, pooling to a global
@@ -41,7 +42,6 @@ def section(table: Any) -> str:
     parts = [
         "## Other libraries",
         f"{' '.join(HOW.split())} Torch is {told['versions']['torch']}; the last of it was done on {told['date']}.",
-        *_remarks(record),
         table(("library", "names", "with attention", *WORDS.values()), _totals(record, told["versions"])),
         "### By reason",
         f"{' '.join(REASONS.split())}",
@@ -62,20 +62,15 @@ def status(group: Group) -> str:
     return str(group.get("status", "looked at")) if group["kinds"] or group["own"] else "no attention"
 
 
-def _remarks(record: Record) -> list[str]:
-    towers = any(source == "open_clip" for source, _ in record.names)
-    return ["Text towers that open_clip takes from the hub are built small, of the same classes."] if towers else []
-
-
 def sentence() -> str:
     """What became of all names that have attention."""
     record = Record.read()
     count = _count(record, *record.known)
     whole, part, refused, wrong, alone = (f"{count[s]:,}" for s in (*FOUND, "looked at"))
-    rest = f", {alone} were looked at without weights alone" if count["looked at"] else ""
     return (
         f"Of {_attending(count):,} names of timm, diffusers and open_clip whose models have attention, {whole} are "
-        f"served whole and {part} in part, {refused} are refused with the reason and {wrong} are wrong{rest}."
+        f"served whole and {part} in part, {refused} are refused with the reason and {wrong} are wrong; {alone} were "
+        f"only looked at, without weights. {count['cannot build']:,} more could not be built."
     )
 
 

@@ -9,7 +9,7 @@ from . import libraries_page
 from .rows import FOUND, STATUSES, Row, counted, outside, through, told
 
 WORDS = {
-    "served": "every attention layer that the input reached ran under heedful, and every check below held",
+    "served": "every attention layer that the input reached ran under heedful, and every check above held",
     "served in part": "the same for the part that the refusal named; some modules compute attention by themselves",
     "refused": "`attach` or the forward raised, with the reason",
     "wrong": "a check failed",
@@ -25,7 +25,8 @@ with padding where it takes text:
 2. a reader of every pattern, in tiles: logits within the budget
 3. a stack that acts nowhere: logits equal bit for bit, whatever implementation the model had, but for models that
    look at its name and build another mask for names they do not know: those within the budget
-4. one head's pattern set to zero, one head's output set to zero: logits move
+4. one head's pattern set to zero, one head's output set to zero, the output of every head by what is learned for
+   it: logits move
 5. after the run: logits as before bit for bit, and every config as it was
 6. where the class generates: four tokens from a left-padded batch under 1, logits of each step as in 1"""
 

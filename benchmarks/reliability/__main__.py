@@ -1,7 +1,7 @@
 """python -m benchmarks.reliability NAME COUNT [NAME COUNT ...]: any of these, each with how often or how long.
 
 kills 100 | damaged 100000 | soak 2000 | mixed 6600 (seconds) | merges 10000 | checkpoints 40 |
-simulated 10000 (after merges) | two_workers 3 (rounds) | numbers 100 (draws)
+two_workers 3 (rounds) | numbers 100 (draws)
 
 These add to what was found before, and keep what they have found when they are cut off: ray_kills 10 | sanitized 5000
 """
@@ -18,7 +18,7 @@ import transformers
 
 from benchmarks.reliability.damaged import damaged
 from benchmarks.reliability.kills import kills, ray_kills
-from benchmarks.reliability.merges import checkpoints, merges, simulated, two_workers
+from benchmarks.reliability.merges import checkpoints, merges, two_workers
 from benchmarks.reliability.numbers import numbers
 from benchmarks.reliability.page import RECORD, load
 from benchmarks.reliability.problems import sanitized
@@ -26,7 +26,7 @@ from benchmarks.reliability.soak import mixed, soak
 from benchmarks.speed.timing import machine
 from heedful.core.files import replace_text
 
-MEASURES = {f.__name__: f for f in (kills, damaged, soak, mixed, merges, checkpoints, simulated, two_workers, numbers)}
+MEASURES = {f.__name__: f for f in (kills, damaged, soak, mixed, merges, checkpoints, two_workers, numbers)}
 GROWING = {f.__name__: f for f in (ray_kills, sanitized)}
 
 

@@ -8,7 +8,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,12 +112,8 @@ def checkpoints(count: int) -> dict[str, Any]:
     }
 
 
-def simulated(shards: int) -> dict[str, Any]:
-    """Workers of unlike speed and one that adds up in the order of the corpus; from what was measured of merges."""
-    from benchmarks.reliability.page import load
-
-    found = load()
-    merge = found["merges"]["rows"][-1]
+def simulated(shards: int, merge: Mapping[str, Any]) -> dict[str, Any]:
+    """Workers of unlike speed and one that adds up in the order of the corpus, at what one row of `merges` found."""
     each, size = merge["seconds"] / merge["profiles"], merge["bytes"]
     slower = max(each, size / LINK)  # both go on at once
     rows = [_simulated(n, shards, seconds, slower) for seconds in (60.0, 6.0) for n in (1, 10, 100, 1000)]
