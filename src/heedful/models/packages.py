@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from heedful.core.errors import ModelError
+from heedful.core.errors import ModelError, first_line
 from heedful.models.copies import digest_of, unpacked
 from heedful.models.folders import Loaded, pretrained
 
@@ -26,6 +27,16 @@ def installed(package: str, file: str) -> Path | None:
         return None
     paths = (Path(str(one.locate())) for one in listed if one.match(file))
     return next((path for path in paths if path.is_file()), None)
+
+
+@contextmanager
+def making(what: str, file: str) -> Iterator[None]:
+    """While a model is made of a file's weights: random numbers stay as they were, and one plain error if it fails."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{file}: its weights are not those of {what}: {first_line(error)}") from error
 
 
 class Packed(NamedTuple):

@@ -7,14 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
 
-from heedful.core.errors import ModelError, first_line
 from heedful.models.ct2_weights import weights_of
 from heedful.models.folders import Loaded
-from heedful.models.packages import Packed
+from heedful.models.packages import Packed, making
 
 _END, _START, _TRANSLATE, _TRANSCRIBE, _BEFORE, _UNTIMED = 50257, 50258, 50358, 50359, 50361, 50363
 # by block and part of it: those of ours that it holds, one above another
@@ -41,7 +39,7 @@ def speech(**kw: Any) -> Loaded:
 
 def model_of(variables: dict[str, Tensor], name: str) -> WhisperForConditionalGeneration:
     """The model under CTranslate2's names, in float32."""
-    try:
+    with making("a Whisper", name):
         own = dict(_renamed(variables))
         vocabulary, width = own["model.decoder.embed_tokens.weight"].shape
         encoder, decoder = (own[f"model.{side}.embed_positions.weight"] for side in ("encoder", "decoder"))
@@ -63,11 +61,8 @@ def model_of(variables: dict[str, Tensor], name: str) -> WhisperForConditionalGe
             pad_token_id=_END,
             decoder_start_token_id=_START,
         )
-        with torch.random.fork_rng(devices=[]):
-            model = WhisperForConditionalGeneration(config)
+        model = WhisperForConditionalGeneration(config)
         model.load_state_dict(own)
-    except (LookupError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{name}: its weights are not those of a Whisper: {first_line(error)}") from error
     return model.eval()
 
 
