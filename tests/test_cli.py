@@ -26,10 +26,13 @@ def told(*words: str) -> str:
 
 
 @pytest.mark.parametrize("words", [["diagnose", "default", "--text", ""], ["compare", "--out=", "--methods", "act"]])
-def test_an_option_that_is_given_nothing_is_refused(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_option_that_is_given_nothing_is_refused(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["heedful", *words])
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         main()
+    assert "is given nothing" in capsys.readouterr().err
     require_given(["show", "act", "--json", "--out=x"])
     with pytest.raises(HeedfulError, match=r"^--(text|out): is given nothing. Leave it out, or say what"):
         require_given(words)
