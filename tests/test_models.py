@@ -205,20 +205,6 @@ def test_gguf_changed_or_spoilt_is_noticed(cache: Path, tmp_path: Path) -> None:
     assert json.loads((copy / "source.json").read_text())["file"] == "small.gguf"
 
 
-def test_a_copy_of_an_older_form_is_made_anew_in_its_place(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_gguf(tmp_path / "small.gguf")
-    models.load(path)
-    (copy,) = copies(cache)
-    (copy / "old").touch()
-    monkeypatch.setattr(copies_of, "CACHE_FORMAT", copies_of.CACHE_FORMAT + 1)
-    models.load(path)
-    assert copies(cache) == [copy]
-    assert not {"old", "spoilt"} & {file.name for file in copy.iterdir()}
-    assert json.loads((copy / "source.json").read_text())["format"] == copies_of.CACHE_FORMAT
-
-
 def test_gguf_copy_by_two_processes(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gguf(tmp_path / "small.gguf")
     models.load(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from heedful import models
 from heedful.core.errors import ModelError
-from heedful.models import dinov2, gemma3, packages, piper, rxnmapper, whisper
+from heedful.models import copies, dinov2, gemma3, packages, piper, rxnmapper, whisper
 
 PACKED = {
     "gemma": gemma3.PACKED,
@@ -55,3 +56,22 @@ def test_making_a_model_says_what_does_not_fit_and_leaves_random_numbers_alone()
     with packages.making("a model", "x.bin"):
         torch.rand(2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_copy_of_an_older_form_is_made_anew_in_its_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def convert(_: Path, folder: Path) -> None:
+        (folder / "model.safetensors").touch()
+        made.append(folder)
+
+    made: list[Path] = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    packed = tmp_path / "packed"
+    packed.write_text("weights")
+    home = copies.unpacked(packed, convert, "a second")
+    (home / "old").touch()
+    assert (copies.unpacked(packed, convert, "a second"), len(made)) == (home, 1)
+    monkeypatch.setattr(copies, "CACHE_FORMAT", copies.CACHE_FORMAT + 1)
+    assert (copies.unpacked(packed, convert, "a second"), len(made)) == (home, 2)
+    assert list(home.parent.iterdir()) == [home]
+    assert {file.name for file in home.iterdir()} == {"model.safetensors", "source.json"}
+    assert json.loads((home / "source.json").read_text())["format"] == copies.CACHE_FORMAT

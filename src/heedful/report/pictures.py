@@ -21,9 +21,9 @@ def export(drawn: go.Figure, path: str | Path, width: int = 900, height: int = 4
         drawn.write_image(path, width=width, height=height, scale=scale)
     except (ValueError, RuntimeError, ImportError) as error:
         raise HeedfulError(
-            f"{path.name} was not written: {first_line(error)} A picture needs the package kaleido and Chrome or Chromium on this "
-            f"machine (pip install 'heedful[page]'; BROWSER_PATH names a browser in an unusual place). Without them "
-            f"figure.write_html({path.with_suffix('.html').name!r}) works."
+            f"{path.name} was not written: {first_line(error)} A picture needs the package kaleido and Chrome or "
+            f"Chromium on this machine (pip install 'heedful[page]'; BROWSER_PATH names a browser in an "
+            f"unusual place). Without them figure.write_html({path.with_suffix('.html').name!r}) works."
         ) from error
     return path
 
