@@ -13,7 +13,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from heedful.models.folders import Loaded
 from heedful.models.onnx_weights import weights_of
-from heedful.models.packages import Packed, making
+from heedful.models.packages import Packed, depth, making
 
 _NAMES = {
     "attention.attention.query": "attention.q_proj",
@@ -48,7 +48,7 @@ def model_of(weights: dict[str, Tensor], name: str) -> Dinov2Model:
         own["embeddings.position_embeddings"] = torch.cat([first, rest], 1)
         config = Dinov2Config(
             hidden_size=width,
-            num_hidden_layers=1 + max(int(key.split(".")[2]) for key in own if key.startswith("encoder.layer.")),
+            num_hidden_layers=depth(own, "encoder.layer."),
             num_attention_heads=width // 64,
             mlp_ratio=len(own["encoder.layer.0.mlp.fc1.bias"]) // width,
             patch_size=kernel.shape[-1],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -37,6 +37,11 @@ def making(what: str, file: str) -> Iterator[None]:
             yield
     except (LookupError, ValueError, RuntimeError) as error:
         raise ModelError(f"{file}: its weights are not those of {what}: {first_line(error)}") from error
+
+
+def depth(names: Iterable[str], before: str) -> int:
+    """How many layers there are, whose numbers stand in names of weights behind `before`."""
+    return 1 + max(int(name.removeprefix(before).partition(".")[0]) for name in names if name.startswith(before))
 
 
 class Packed(NamedTuple):

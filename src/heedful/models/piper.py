@@ -16,7 +16,7 @@ from transformers.models.vits.modeling_vits import VitsPreTrainedModel, VitsText
 
 from heedful.models.folders import Loaded
 from heedful.models.onnx_weights import weights_of
-from heedful.models.packages import Packed, making
+from heedful.models.packages import Packed, depth, making
 
 # by what the exporter says: what we say
 _NAMES = {
@@ -63,14 +63,13 @@ def model_of(weights: Mapping[str, Tensor], name: str) -> PiperTextEncoder:
     """The text encoder under an exporter's names; all its sizes are told by shapes."""
     with making("a VITS text encoder", name):
         own = dict(_renamed(weights))
-        layers = 1 + max(int(key.split(".")[3]) for key in own if ".layers." in key)
         vocabulary, width = own["text_encoder.embed_tokens.weight"].shape
         inner, _, kernel = own["text_encoder.encoder.layers.0.feed_forward.conv_1.weight"].shape
         _, offsets, size = own["text_encoder.encoder.layers.0.attention.emb_rel_k"].shape
         config = VitsConfig(
             vocab_size=vocabulary,
             hidden_size=width,
-            num_hidden_layers=layers,
+            num_hidden_layers=depth(own, "text_encoder.encoder.layers."),
             num_attention_heads=width // size,
             window_size=offsets // 2,
             ffn_dim=inner,

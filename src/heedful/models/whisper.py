@@ -12,9 +12,10 @@ from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalG
 
 from heedful.models.ct2_weights import weights_of
 from heedful.models.folders import Loaded
-from heedful.models.packages import Packed, making
+from heedful.models.packages import Packed, depth, making
 
 _END, _START, _TRANSLATE, _TRANSCRIBE, _BEFORE, _UNTIMED = 50257, 50258, 50358, 50359, 50361, 50363
+_MARKS = {"bos_token_id": _END, "eos_token_id": _END, "pad_token_id": _END, "decoder_start_token_id": _START}
 # by block and part of it: those of ours that it holds, one above another
 _WITHIN = {
     ("self_attention", "layer_norm"): ("self_attn_layer_norm",),
@@ -48,18 +49,15 @@ def model_of(variables: dict[str, Tensor], name: str) -> WhisperForConditionalGe
             vocab_size=vocabulary,
             num_mel_bins=own["model.encoder.conv1.weight"].shape[1],
             d_model=width,
-            encoder_layers=_layers(own, "encoder"),
-            decoder_layers=_layers(own, "decoder"),
+            encoder_layers=depth(own, "model.encoder.layers."),
+            decoder_layers=depth(own, "model.decoder.layers."),
             encoder_attention_heads=heads["encoder"],
             decoder_attention_heads=heads["decoder"],
             encoder_ffn_dim=len(own["model.encoder.layers.0.fc1.bias"]),
             decoder_ffn_dim=len(own["model.decoder.layers.0.fc1.bias"]),
             max_source_positions=len(encoder),
             max_target_positions=len(decoder),
-            bos_token_id=_END,
-            eos_token_id=_END,
-            pad_token_id=_END,
-            decoder_start_token_id=_START,
+            **_MARKS,
         )
         model = WhisperForConditionalGeneration(config)
         model.load_state_dict(own)
@@ -99,10 +97,7 @@ def _going_on(settings: Path, tokenizer: Path, config: WhisperConfig) -> Generat
     added = json.loads(tokenizer.read_text(encoding="utf-8"))["added_tokens"]
     names = {token["id"]: token["content"] for token in added}
     return GenerationConfig(
-        bos_token_id=_END,
-        eos_token_id=_END,
-        pad_token_id=_END,
-        decoder_start_token_id=_START,
+        **_MARKS,
         prev_sot_token_id=_BEFORE,
         no_timestamps_token_id=_UNTIMED,
         max_initial_timestamp_index=50,  # a first word begins within a second
@@ -116,10 +111,6 @@ def _going_on(settings: Path, tokenizer: Path, config: WhisperConfig) -> Generat
         begin_suppress_tokens=told["suppress_ids_begin"],
         return_timestamps=False,
     )
-
-
-def _layers(own: dict[str, Tensor], side: str) -> int:
-    return 1 + max(int(key.split(".")[3]) for key in own if key.startswith(f"model.{side}.layers."))
 
 
 def _renamed(variables: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
