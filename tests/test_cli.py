@@ -30,6 +30,7 @@ def test_an_option_that_is_given_nothing_is_refused(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["heedful", *words])
+    monkeypatch.setattr("heedful.cli.app.app", lambda: None)
     with pytest.raises(SystemExit, match=r"^1$"):
         main()
     assert "is given nothing" in capsys.readouterr().err
