@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import heedful
 from heedful.cli import main, require_given
 from heedful.cli.app import app
+from heedful.cli.console import console
 from heedful.cli.methods import VERBS
 from heedful.core.errors import HeedfulError
 
@@ -53,6 +54,11 @@ def test_methods_lists_and_searches() -> None:
     assert "SinkRate" not in told("methods", "streaming")
     for word in ("quantise", "quantize", "quantization"):  # by rooms, docstrings and titles, as either writes it
         assert all(name in told("methods", word) for name in ("KIVI", "FP4", "RSQ", "Absmax"))
+
+
+def test_families_are_one_word_on_narrow_terminals_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_width", 40)
+    assert "mechanisms" in told("methods", "rectified")
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class Packed(NamedTuple):
         """The model in float32, from its packages and from nowhere else."""
         paths = self._paths()
         home = unpacked(paths[0], lambda _, folder: self.unpack(paths, folder), self.takes)
-        return pretrained(home, self.name, model_class, **{"dtype": torch.float32, **kw})
+        return pretrained(home, self.name, model_class, **kw)
 
     def _paths(self) -> list[Path]:
         """Its files, which must be the very ones that this version of the packages has."""
