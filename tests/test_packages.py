@@ -53,6 +53,8 @@ def test_making_a_model_says_what_does_not_fit_and_leaves_random_numbers_alone()
         refused = pytest.raises(ModelError, match=r"^x\.bin: its weights are not those of a model: no$")
         with refused, packages.making("a model", "x.bin"):
             raise wrong("no\nwhere")
+    with pytest.raises(ModelError, match=r": KeyError$"), packages.making("a model", "x.bin"):
+        raise KeyError  # which says nothing
     with packages.making("a model", "x.bin"):
         torch.rand(2)
     assert torch.equal(torch.get_rng_state(), before)

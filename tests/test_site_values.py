@@ -45,6 +45,10 @@ def test_they_are_what_the_models_modules_hand_on() -> None:
     assert torch.equal(activations(model, IDS, Site.HIDDEN, layers=[1])[1], entering(model, layer.self_attn, IDS))
     batch = {"input_ids": torch.stack([IDS, OTHER])}
     assert activations(model, batch, Site.OUTPUT)[0].shape == (2, len(IDS), model.config.hidden_size)
+    given = torch.ones(1, 5, model.config.hidden_size)
+    kept = activations(model, {"inputs_embeds": given}, Site.EMBEDDING)[0]
+    assert torch.equal(kept, given)
+    assert kept.data_ptr() != given.data_ptr(), "what is kept does not change with what was given"
     assert fingerprint(model) == before
 
 
