@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import heedful
 from heedful.cli import main, require_given
 from heedful.cli.app import app
+from heedful.cli.console import console
 from heedful.cli.methods import VERBS
 from heedful.core.errors import HeedfulError
 
@@ -26,10 +27,14 @@ def told(*words: str) -> str:
 
 
 @pytest.mark.parametrize("words", [["diagnose", "default", "--text", ""], ["compare", "--out=", "--methods", "act"]])
-def test_an_option_that_is_given_nothing_is_refused(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_option_that_is_given_nothing_is_refused(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["heedful", *words])
-    with pytest.raises(SystemExit, match="1"):
+    monkeypatch.setattr("heedful.cli.app.app", lambda: None)
+    with pytest.raises(SystemExit, match=r"^1$"):
         main()
+    assert "is given nothing" in capsys.readouterr().err
     require_given(["show", "act", "--json", "--out=x"])
     with pytest.raises(HeedfulError, match=r"^--(text|out): is given nothing. Leave it out, or say what"):
         require_given(words)
@@ -49,6 +54,11 @@ def test_methods_lists_and_searches() -> None:
     assert "SinkRate" not in told("methods", "streaming")
     for word in ("quantise", "quantize", "quantization"):  # by rooms, docstrings and titles, as either writes it
         assert all(name in told("methods", word) for name in ("KIVI", "FP4", "RSQ", "Absmax"))
+
+
+def test_families_are_one_word_on_narrow_terminals_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_width", 40)
+    assert "mechanisms" in told("methods", "rectified")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from heedful.core.errors import HeedfulError
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.workers import Ray
 from heedful.methods import SinkRate, WeibullWeights
+from tests.tasks.beside import llava
 from tests.test_diagnose_sounds import Reads, write
 from tests.test_diagnose_texts import characters
 
@@ -194,6 +195,15 @@ def test_a_model_that_reads_no_english_asks_for_a_text(tmp_path: Path) -> None:
     (tmp_path / "esters.txt").write_text("CC(=O)O.OCC>>CC(=O)OCC")
     found = told("reactions", "--text", "esters.txt", "--no-page", "--measures", "SinkRate").stdout
     assert "RXNMapper: 12 layers of 8 heads, 1 text of 23 tokens" in found
+
+
+def test_words_are_asked_of_the_tokenizer_that_a_processor_holds() -> None:
+    loaded = llava()
+    assert loaded.tokenizer.tokenizer.unk_token_id is None
+    assert str(verb.built_in(loaded)).strip()
+    loaded.tokenizer.tokenizer.unk_token = "w3"
+    with pytest.raises(HeedfulError, match=r"tiny:llava reads other texts than English.*100% of the built-in text w3"):
+        verb.built_in(loaded)
 
 
 def test_a_path_in_an_error_is_written_as_one_would_write_it(tmp_path: Path) -> None:

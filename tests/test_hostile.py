@@ -297,6 +297,8 @@ def test_kinds_are_taken_as_python_takes_them() -> None:
         def __index__(self) -> int:
             return 3
 
+        def more(self, count: int) -> None: ...
+
     assert verb((1, Whole()), 1).startswith("(1, ")  # type: ignore[arg-type]
     assert verb(None, share=float("inf"), layers=Odd) == f"None inf {Odd} a"
     with pytest.raises(TypeError, match=r"verb\(\)\.nmae = 'b': no such argument. Did you mean name\? It has many, "):
@@ -305,6 +307,16 @@ def test_kinds_are_taken_as_python_takes_them() -> None:
         verb(None, 0.5, None, "b")  # type: ignore[misc]
     with pytest.raises(FieldError, match=r"verb\(\)\.name = 3: must be str; for example name='a'"):
         verb(name=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="missing 2 required positional arguments"):
+        heedful.patterns(backend="tiled")  # type: ignore[call-arg]
+    for wrong in (
+        lambda: asked.asks(Whole.more)(Whole(), cuont=1),  # type: ignore[call-arg]
+        lambda: TempScale(tua=0.5),  # type: ignore[call-arg]
+    ):
+        with pytest.raises(
+            TypeError, match=r"(argument\. Did you mean count\?|field\. Did you mean tau\?) It has (count|tau)"
+        ):
+            wrong()
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from heedful.core.errors import ModelError
+from heedful.cli.pictured import pipeline
+from heedful.core.errors import HeedfulError, ModelError
 from heedful.core.figures import Lit
-from heedful.explaining.picturing import WordMap, WordMaps, _grid, _one_size, _words
+from heedful.explaining.picturing import END, START, WordMap, WordMaps, _grid, _one_size, _words
 from heedful.report.lit import DARK, lit, png, sources
 from tests.test_picturing import PROMPT, Words
 
@@ -80,3 +82,21 @@ def test_pictures_are_as_they_are_and_then_lit_by_each_map_and_small_ones_are_ma
     assert (plain, name) == ("the picture", "0. a")
     assert first == png(torch.ones(3, 120, 60))
     assert second == png(lit(torch.ones(3, 120, 60), half)) != first
+
+
+def test_marks_are_no_words_of_what_is_found() -> None:
+    maps = torch.tensor([[[0.6, 0.0], [0.0, 0.0]], [[0.0, 0.1], [0.1, 0.0]], [[0.06, 0.06], [0.06, 0.06]]])
+    shares = torch.zeros(1, 3)
+    found = WordMap("a b", [START, "a", "b"], torch.zeros(3, 2, 2), maps, shares, shares, ["x"])
+    assert [finding.text for finding in found.findings()] == [
+        "Of the words in “a b”, “b” gets most, 6%; 89% go to what is around them.",
+        "“a” is looked at from the fewest places, most from row 1 of 2, column 2 of 2.",
+    ]
+    nothing = WordMap("", [START, END], torch.zeros(3, 2, 2), maps[:2], shares[:, :2], shares[:, :2], ["x"])
+    assert not list(nothing.findings())
+
+
+def test_without_diffusers_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(HeedfulError, match=r"diffusers is not installed.*pip install 'heedful\[diffusion\]'$"):
+        pipeline("painter")

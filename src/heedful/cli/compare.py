@@ -111,7 +111,7 @@ def compare(
         str,
         typer.Option(
             help="Parted by commas: names (`--tasks list` has them), or files and folders of your own, of text, sounds "
-            "or pictures; if empty, needle, recall and loss."
+            "or pictures; if left out, needle, recall and loss."
         ),
     ] = "",
     prompts: Annotated[int, typer.Option(help="Of each task at most; asking ends when the verdicts are known.")] = 300,

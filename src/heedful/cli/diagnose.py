@@ -17,7 +17,7 @@ from heedful.cli.progress import Bars
 from heedful.core.errors import FieldError, HeedfulError
 from heedful.core.figures import head_name
 from heedful.core.files import is_there
-from heedful.core.kinds import Measure, Weights
+from heedful.core.kinds import Measure, Weights, words_of
 from heedful.core.method import CatalogueEntry, Method
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def summary(profile: Profile, page: Path | None) -> str:
 
 def built_in(loaded: Loaded) -> str | Tensor:
     """What is read where no text is given: ours, or drawn tokens where no tokenizer knows words."""
-    if (tokenizer := loaded.tokenizer) is not None:
+    if (tokenizer := words_of(loaded.tokenizer)) is not None:
         text = files("heedful").joinpath("cli/text.txt").read_text(encoding="utf-8")
         if (unknown := tokenizer.unk_token_id) is not None:
             ids = tokenizer(text, verbose=False).input_ids

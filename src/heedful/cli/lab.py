@@ -18,7 +18,8 @@ STAGES = {"steps": ("training", "steps")}
 
 def lab(
     mechanisms: Annotated[
-        str, typer.Option(help="Parted by commas, joined by |, as in 'mala,clippedsoftmax|gatedheads'; eight if empty.")
+        str,
+        typer.Option(help="Parted by commas, joined by |, as in 'mala,clippedsoftmax|gatedheads'; eight if left out."),
     ] = "",
     kind: Annotated[str, typer.Option(help="What is trained: lm, vit, seq2seq or pool.")] = "lm",
     seeds: Annotated[int, typer.Option(help="Trainings of each.")] = 1,

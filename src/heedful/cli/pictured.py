@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from heedful.cli.console import console, tell, write_page
-from heedful.core.errors import HeedfulError
+from heedful.core.errors import HeedfulError, first_line
 
 
 def prompts_from(path: Path) -> list[str]:
@@ -39,10 +39,9 @@ def pipeline(name: str) -> Any:
     try:
         return DiffusionPipeline.from_pretrained(name, use_safetensors=True)
     except (OSError, ValueError, ImportError) as wrong:
-        first = (str(wrong).strip().splitlines() or [type(wrong).__name__])[0]
         raise HeedfulError(
             f"{name} is no text-to-image pipeline that diffusers can load. Name one on the hub, or a folder with "
-            f"model_index.json ({first})"
+            f"model_index.json ({first_line(wrong)})"
         ) from wrong
 
 

@@ -55,11 +55,12 @@ def asks(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def asking(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            given, hints = signature.bind(*args, **kwargs).arguments, _hints_of(inner)
+            given = signature.bind(*args, **kwargs).arguments
         except TypeError:
             if not any(x.kind is x.VAR_KEYWORD for x in signature.parameters.values()):
                 _require_known(owner, [*signature.parameters][method:], kwargs)
             return function(*args, **kwargs)  # Python says how it is called
+        hints = _hints_of(inner)
         for name, hint in hints.items():
             if name in given:
                 default = signature.parameters[name].default

@@ -32,6 +32,11 @@ class Tokenizer(Protocol):
     def batch_decode(self, ids: Any, /) -> list[str]: ...
 
 
+def words_of(reader: Any) -> Any:
+    """The tokenizer itself, where a processor holds it."""
+    return getattr(reader, "tokenizer", reader)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """Token ids and the named spans in them."""

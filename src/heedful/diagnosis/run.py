@@ -19,7 +19,7 @@ from heedful.core.code import code_of
 from heedful.core.errors import FieldError, ModelError, StatisticError
 from heedful.core.files import PROFILE, UNFINISHED, folder_for, held
 from heedful.core.fitted import Fitted
-from heedful.core.kinds import Measure, Progress, Report, Tokenizer, Weights
+from heedful.core.kinds import Measure, Progress, Report, Tokenizer, Weights, words_of
 from heedful.core.method import Stack, method_of
 from heedful.core.stats import Cat, Statistic
 from heedful.diagnosis.apart import MOST, Found, dealt, joined, light
@@ -73,7 +73,7 @@ def diagnose(  # noqa: PLR0913 - a verb's options, each by name
     folder = folder_for("diagnose()", out)
     if batch < 1:
         raise FieldError("diagnose()", "batch", batch, "must be 1 or more", 1)
-    subject = Subject(given.model, _words(tokenizer or given.tokenizer), how, progress or (lambda _: None))
+    subject = Subject(given.model, words_of(tokenizer or given.tokenizer), how, progress or (lambda _: None))
     parts = chosen(measures, subject.input.measures)
     length = _length(subject.model, length)
     corpus = _corpus(texts, workers)
@@ -300,11 +300,6 @@ def remove(folder: Path) -> None:
         clean(folder)
         if not any(folder.iterdir()):
             folder.rmdir()
-
-
-def _words(tokenizer: Any) -> Any:
-    """The tokenizer itself, where a processor holds it."""
-    return getattr(tokenizer, "tokenizer", tokenizer)
 
 
 def _length(model: Any, length: int | None) -> int:

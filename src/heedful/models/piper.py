@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, VitsConfig
 from transformers.models.vits.modeling_vits import VitsPreTrainedModel, VitsTextEncoder, VitsTextEncoderOutput
 
-from heedful.core.errors import ModelError, first_line
 from heedful.models.folders import Loaded
 from heedful.models.onnx_weights import weights_of
-from heedful.models.packages import Packed
+from heedful.models.packages import Packed, depth, making
 
 # by what the exporter says: what we say
 _NAMES = {
@@ -62,27 +61,23 @@ class PiperTextEncoder(VitsPreTrainedModel):
 
 def model_of(weights: Mapping[str, Tensor], name: str) -> PiperTextEncoder:
     """The text encoder under an exporter's names; all its sizes are told by shapes."""
-    try:
+    with making("a VITS text encoder", name):
         own = dict(_renamed(weights))
-        layers = 1 + max(int(key.split(".")[3]) for key in own if ".layers." in key)
         vocabulary, width = own["text_encoder.embed_tokens.weight"].shape
         inner, _, kernel = own["text_encoder.encoder.layers.0.feed_forward.conv_1.weight"].shape
         _, offsets, size = own["text_encoder.encoder.layers.0.attention.emb_rel_k"].shape
         config = VitsConfig(
             vocab_size=vocabulary,
             hidden_size=width,
-            num_hidden_layers=layers,
+            num_hidden_layers=depth(own, "text_encoder.encoder.layers."),
             num_attention_heads=width // size,
             window_size=offsets // 2,
             ffn_dim=inner,
             ffn_kernel_size=kernel,
             flow_size=len(own["text_encoder.project.bias"]) // 2,
         )
-        with torch.random.fork_rng(devices=[]):
-            model = PiperTextEncoder(config)
+        model = PiperTextEncoder(config)
         model.load_state_dict(own)
-    except (LookupError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{name}: its weights are not those of a VITS text encoder: {first_line(error)}") from error
     return model.eval()
 
 

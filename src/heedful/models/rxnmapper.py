@@ -16,9 +16,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AlbertConfig, AlbertForMaskedLM, PreTrainedTokenizerFast
 
-from heedful.core.errors import ModelError, first_line
 from heedful.models.folders import Loaded
-from heedful.models.packages import Packed
+from heedful.models.packages import Packed, making
 
 ATOM_MAP = (10, 5)  # the layer and the head whose weights the package reads as a map of atoms
 
@@ -44,7 +43,7 @@ def model_of(weights: Mapping[str, Tensor], told: Mapping[str, Any], name: str) 
 
     The pooler, which predicts no token, is left out.
     """
-    try:
+    with making("an ALBERT", name):
         own = {key: x for key, x in weights.items() if not key.startswith("albert.pooler.")}
         shared = {key: own.pop(key) for key in list(own) if key.startswith(_GROUP)}
         layers = range(told["num_hidden_layers"])
@@ -60,11 +59,8 @@ def model_of(weights: Mapping[str, Tensor], told: Mapping[str, Any], name: str) 
             num_hidden_groups=len(layers),
             **{field: told[field] for field in _TOLD},
         )
-        with torch.random.fork_rng(devices=[]):
-            model = AlbertForMaskedLM(config)
+        model = AlbertForMaskedLM(config)
         model.load_state_dict(own)
-    except (LookupError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{name}: its weights are not those of an ALBERT: {first_line(error)}") from error
     return model.eval()
 
 

@@ -7,16 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
 
-from heedful.core.errors import ModelError, first_line
 from heedful.models.ct2_weights import weights_of
 from heedful.models.folders import Loaded
-from heedful.models.packages import Packed
+from heedful.models.packages import Packed, depth, making
 
 _END, _START, _TRANSLATE, _TRANSCRIBE, _BEFORE, _UNTIMED = 50257, 50258, 50358, 50359, 50361, 50363
+_MARKS = {"bos_token_id": _END, "eos_token_id": _END, "pad_token_id": _END, "decoder_start_token_id": _START}
 # by block and part of it: those of ours that it holds, one above another
 _WITHIN = {
     ("self_attention", "layer_norm"): ("self_attn_layer_norm",),
@@ -41,7 +40,7 @@ def speech(**kw: Any) -> Loaded:
 
 def model_of(variables: dict[str, Tensor], name: str) -> WhisperForConditionalGeneration:
     """The model under CTranslate2's names, in float32."""
-    try:
+    with making("a Whisper", name):
         own = dict(_renamed(variables))
         vocabulary, width = own["model.decoder.embed_tokens.weight"].shape
         encoder, decoder = (own[f"model.{side}.embed_positions.weight"] for side in ("encoder", "decoder"))
@@ -50,24 +49,18 @@ def model_of(variables: dict[str, Tensor], name: str) -> WhisperForConditionalGe
             vocab_size=vocabulary,
             num_mel_bins=own["model.encoder.conv1.weight"].shape[1],
             d_model=width,
-            encoder_layers=_layers(own, "encoder"),
-            decoder_layers=_layers(own, "decoder"),
+            encoder_layers=depth(own, "model.encoder.layers."),
+            decoder_layers=depth(own, "model.decoder.layers."),
             encoder_attention_heads=heads["encoder"],
             decoder_attention_heads=heads["decoder"],
             encoder_ffn_dim=len(own["model.encoder.layers.0.fc1.bias"]),
             decoder_ffn_dim=len(own["model.decoder.layers.0.fc1.bias"]),
             max_source_positions=len(encoder),
             max_target_positions=len(decoder),
-            bos_token_id=_END,
-            eos_token_id=_END,
-            pad_token_id=_END,
-            decoder_start_token_id=_START,
+            **_MARKS,
         )
-        with torch.random.fork_rng(devices=[]):
-            model = WhisperForConditionalGeneration(config)
+        model = WhisperForConditionalGeneration(config)
         model.load_state_dict(own)
-    except (LookupError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{name}: its weights are not those of a Whisper: {first_line(error)}") from error
     return model.eval()
 
 
@@ -104,10 +97,7 @@ def _going_on(settings: Path, tokenizer: Path, config: WhisperConfig) -> Generat
     added = json.loads(tokenizer.read_text(encoding="utf-8"))["added_tokens"]
     names = {token["id"]: token["content"] for token in added}
     return GenerationConfig(
-        bos_token_id=_END,
-        eos_token_id=_END,
-        pad_token_id=_END,
-        decoder_start_token_id=_START,
+        **_MARKS,
         prev_sot_token_id=_BEFORE,
         no_timestamps_token_id=_UNTIMED,
         max_initial_timestamp_index=50,  # a first word begins within a second
@@ -121,10 +111,6 @@ def _going_on(settings: Path, tokenizer: Path, config: WhisperConfig) -> Generat
         begin_suppress_tokens=told["suppress_ids_begin"],
         return_timestamps=False,
     )
-
-
-def _layers(own: dict[str, Tensor], side: str) -> int:
-    return 1 + max(int(key.split(".")[3]) for key in own if key.startswith(f"model.{side}.layers."))
 
 
 def _renamed(variables: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heedful.core.errors import HeedfulError, nearest
+from heedful.core.errors import HeedfulError, first_line, nearest
 from heedful.core.figures import Figure
 from heedful.report.plots import draw
 
@@ -20,11 +20,10 @@ def export(drawn: go.Figure, path: str | Path, width: int = 900, height: int = 4
     try:
         drawn.write_image(path, width=width, height=height, scale=scale)
     except (ValueError, RuntimeError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise HeedfulError(
-            f"{path.name} was not written: {first} A picture needs the package kaleido and Chrome or Chromium on this "
-            f"machine (pip install 'heedful[page]'; BROWSER_PATH names a browser in an unusual place). Without them "
-            f"figure.write_html({path.with_suffix('.html').name!r}) works."
+            f"{path.name} was not written: {first_line(error)} A picture needs the package kaleido and Chrome or "
+            f"Chromium on this machine (pip install 'heedful[page]'; BROWSER_PATH names a browser in an "
+            f"unusual place). Without them figure.write_html({path.with_suffix('.html').name!r}) works."
         ) from error
     return path
 

