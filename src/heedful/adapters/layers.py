@@ -337,8 +337,9 @@ def projections(model: nn.Module, name: str, number: int) -> Projections:
         raise RefusedModel(f"{name} ({type(layer).__name__}): its projections do not divide into {heads} heads")
     if o_cols != heads * (value_width := v_rows // kv_heads):
         raise RefusedModel(
-            f"{name} ({type(layer).__name__}): its query projection gives more than queries, such as gates: it "
-            f"has rows for {heads} heads, of which the output projection takes {o_cols // value_width}"
+            f"{name} ({type(layer).__name__}): its query projection has rows for {heads} heads, and its output "
+            f"projection takes {o_cols // value_width} of the values' width: it gives more than queries, such as "
+            "gates, or there are not as many heads of values as of keys"
         )
     size = Layer(number, heads, kv_heads, width, value_width, _columns(q))
     return Projections(found[0], found[1], found[2], found[3], size, rows)

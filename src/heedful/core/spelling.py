@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from heedful.core.errors import DefinitionError, FieldError, HeedfulError, UnknownFieldError
+from heedful.core.errors import DefinitionError, FieldError, HeedfulError
 from heedful.core.fitted import Fitted
 from heedful.core.method import CatalogueEntry, Scoped, method_of
 
@@ -70,10 +70,6 @@ def built(
     if odd := spelling.keys() - {"method", "fields", *SCOPE}:
         raise DefinitionError(f"{min(odd)!r} is nothing that a method is described by")
     kind = find(str(spelling.get("method")))
-    known = [f.name for f in fields(kind) if f.init]  # type: ignore[arg-type]
-    for word, value in spelling["fields"].items():
-        if word not in known:
-            raise UnknownFieldError(kind.__name__, word, value, known)
     try:
         method = kind(**{word: _value(value, find, tensors) for word, value in spelling["fields"].items()})
         if not spelling.keys() & set(SCOPE):

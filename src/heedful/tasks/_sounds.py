@@ -83,7 +83,7 @@ class OwnSpeech(Given):
             if most is not None and size > most
         ]
         if not fit:
-            raise FieldError("compare()", "tasks", self.source, long[0], "shorter sounds")
+            raise FieldError("compare()", "tasks", self.source, long[0], "a folder of shorter sounds")
         prompt, places = asking(model, self._features(fit[0], tokenizer)[0])
         how = writing(model)
         known = Hearing(tokenizer, tuple(prompt), places, replace(how, most=how.most - len(prompt)))
