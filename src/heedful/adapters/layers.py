@@ -15,12 +15,12 @@ from heedful.adapters.suspects import calls_kernel, has_softmax, may_attend
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.method import Layer
 
-QUERY_NAMES = ("q_proj", "query", "q_lin", "wq", "q", "query_proj", "to_q")
-KEY_NAMES = ("k_proj", "key", "k_lin", "wk", "k", "key_proj", "to_k")
-VALUE_NAMES = ("v_proj", "value", "v_lin", "wv", "v", "value_proj", "to_v")
+QUERY_NAMES = ("q_proj", "query", "q_lin", "wq", "q", "query_proj", "to_q", "linear_q")
+KEY_NAMES = ("k_proj", "key", "k_lin", "wk", "k", "key_proj", "to_k", "linear_k")
+VALUE_NAMES = ("v_proj", "value", "v_lin", "wv", "v", "value_proj", "to_v", "linear_v")
 OUTPUT_NAMES = (
     "o_proj", "out_proj", "out_lin", "wo", "o", "dense", "proj", "c_proj", "projection", "to_out", "Wo",
-    "projection_layer", "out",
+    "projection_layer", "out", "linear_out", "output",
 )  # fmt: skip
 # children that map to queries, keys and values one after another, and what says so in the class; others mix them
 FUSED = {"c_attn": ".split(self.split_size, dim=2)", "qkv_proj": "qkv[..., :query_pos]"}
