@@ -7,9 +7,9 @@ from torch import Tensor
 
 from heedful.core.mask import Mask
 from heedful.core.positions import Pairs, Positions
-from heedful.kit.chosen import GRAIN, Chosen
+from heedful.kit.chosen import Chosen
 
-TOTAL = 3 * GRAIN + 5
+TOTAL = 53
 
 
 def pairs(rows: slice, cols: slice) -> Pairs:
@@ -42,14 +42,11 @@ def test_the_rule_keeps_what_was_picked() -> None:
     assert Mask((rule,)).key_ranges(Positions.row(0, 6), Positions.row(0, TOTAL), 2) is None
 
 
-def test_columns_come_in_grains_of_what_some_row_of_some_head_sees() -> None:
-    assert Chosen(Picks(20)).columns(slice(0, 3)) == ((0, 2 * GRAIN), (3 * GRAIN, TOTAL))
-    assert Chosen(Picks(2 * GRAIN)).columns(slice(0, 3)) == ((0, GRAIN), (2 * GRAIN, TOTAL))
-    assert Chosen(Picks(5)).columns(slice(0, 3)) == ((0, GRAIN), (3 * GRAIN, TOTAL))
+def test_columns_are_those_that_some_row_of_some_head_sees() -> None:
+    assert Chosen(Picks(20)).columns(slice(0, 3)) == ((1, 2), (20, 21), (52, 53))
+    assert Chosen(Picks(2)).columns(slice(0, 3)) == ((1, 3), (52, 53))
     assert Chosen(lambda rows: torch.zeros(1, 1, 2, TOTAL, dtype=torch.bool)).columns(slice(0, 2)) == ()
-    whole = torch.zeros(1, 1, 1, 2 * GRAIN, dtype=torch.bool)
-    whole[..., -1] = True
-    assert Chosen(lambda rows: whole).columns(slice(0, 1)) == ((GRAIN, 2 * GRAIN),)
+    assert Chosen(lambda rows: torch.ones(1, 1, 2, TOTAL, dtype=torch.bool)).columns(slice(0, 2)) == ((0, TOTAL),)
 
 
 def test_rows_are_asked_for_once_in_a_row() -> None:
@@ -60,3 +57,19 @@ def test_rows_are_asked_for_once_in_a_row() -> None:
         found = rule.keeps(pairs(rows, slice(0, TOTAL)))
         assert found.shape[2] == 2
     assert picks.asked == [first, second, first]
+
+
+def test_fewer_of_the_rows_just_picked_are_not_picked_again() -> None:
+    picks = Picks(20)
+    rule = Chosen(picks)
+    whole = rule.keeps(pairs(slice(0, 4), slice(0, TOTAL)))
+    for part in (slice(0, 2), slice(1, 4), slice(0, 4)):
+        assert torch.equal(rule.keeps(pairs(part, slice(0, TOTAL))), whole[:, :, part])
+    assert picks.asked == [slice(0, 4)]
+    rule.columns(slice(3, 5))
+    assert picks.asked == [slice(0, 4), slice(3, 5)]
+    every = slice(None)
+    found = Chosen(lambda rows: whole[:, :, rows])
+    assert torch.equal(found.keeps(pairs(every, every)), whole)
+    assert torch.equal(found.keeps(pairs(slice(1, 3), every)), whole[:, :, 1:3])
+    assert torch.equal(found.keeps(pairs(every, every)), whole)

@@ -73,7 +73,7 @@ class Tiled:
         again = needs.gradients and not needs.transformed and _bytes(job.call, len(q)) > KEPT_BYTES
         if not (needs.gradients or needs.transformed or needs.map_steps):  # a step may keep what it is shown
             job = replace(job, spare=job.run_state.now.spare)
-        parts = [partial(self.block, rows=rows, q=q, k=k, v=v) for rows in self._blocks(job, q.shape[0])]
+        parts = (partial(self.block, rows=rows, q=q, k=k, v=v) for rows in self._blocks(job, q.shape[0]))
         heads = [recomputed(part, job) if again else part(job) for part in parts]
         return heads[0] if len(heads) == 1 else torch.cat(heads, 2)
 
@@ -125,4 +125,7 @@ def _columns(ranges: Ranges, device: torch.device) -> slice | Tensor:
     lo, hi = ranges[0][0], ranges[-1][1]
     if sum(b - a for a, b in ranges) > GATHER_BELOW * (hi - lo):
         return slice(lo, hi)
-    return torch.cat([torch.arange(a, b, device=device) for a, b in ranges])
+    starts, ends = torch.tensor(ranges, device=device).unbind(1)
+    sizes = ends - starts
+    shifts = starts - (sizes.cumsum(0) - sizes)  # of a range's columns, from where they come in the row of all
+    return torch.arange(int(sizes.sum()), device=device) + shifts.repeat_interleave(sizes)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import and_
 
-import torch
 from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Mask, Method
@@ -36,8 +37,8 @@ def narrowed(mask: Mask, call: Call, sees: Sees) -> Mask:
 
     def pick(rows: slice) -> Tensor:
         query, key, outside = pairs(places.tile(rows, slice(None)))
-        met = [sees(axis, query[..., axis], key[..., axis]) for axis in range(query.shape[-1])]
-        return outside | torch.stack(torch.broadcast_tensors(*met)).all(0)
+        met = (sees(axis, query[..., axis], key[..., axis]) for axis in range(query.shape[-1]))
+        return outside | reduce(and_, met)
 
     return mask & Chosen(pick)
 
