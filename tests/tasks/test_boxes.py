@@ -100,6 +100,7 @@ def test_a_token_stands_for_the_box_where_half_as_much_lies_in_it_as_of_any_othe
     for box, wanted in {
         (0, 0, 5, 4): "1000",  # a quarter of the second
         (0, 0, 6, 4): "1100",
+        (1, 0, 5, 4): "1000",  # a quarter of the second, and three of the first
         (1, 1, 2, 2): "1000",  # small, and all of it in the first
         (3, 3, 5, 5): "1111",
         (0, 0, 8, 4): "1100",
@@ -118,12 +119,14 @@ class Rows(ImageProcessingMixin):
 
     def __call__(self, images: Any, return_tensors: str) -> Any:
         dots = torch.tensor([[images.getpixel((x, y))[0] / 255 - 0.5 for x in range(8)] for y in range(8)])
+        dots[:, :2] = 0.0  # as where a processor pads
         whole = dots.view(2, 2, 2, 2, 2, 2).permute(0, 3, 1, 4, 2, 5)  # of tokens, in them of patches, in them of dots
         return {"pixel_values": whole.reshape(16, 4) if self.known else dots[None, None, None]}
 
 
 def test_patches_that_stand_one_after_another_are_known_too(tmp_path: Path) -> None:
     assert covered(row(tmp_path, (4, 0, 8, 4)), Rows(), 4) == [False, True, False, False]
+    assert covered(row(tmp_path, (0, 0, 4, 4)), Rows(), 4) == [True, False, False, False]
     with pytest.raises(FieldError, match="whose places are not known; for example"):
         covered(row(tmp_path, (4, 0, 8, 4)), Rows(known=False), 4)
     with pytest.raises(FieldError, match="whose places are not known"):
@@ -183,6 +186,8 @@ def test_a_voice_tells_of_each_prompt_by_itself(tmp_path: Path) -> None:
     items = task_of(tmp_path).items(llava().tokenizer, 2)
     with text_model(llava().model, None, items[0].shown) as speaker:
         found = [answer(speaker, item).looks for item in (*items, items[0])]
+        assert speaker.run is not None
+        assert not speaker.run.state.statistics, "what was told is not kept"
     assert close_model(found[1], eager(items[1]))
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])

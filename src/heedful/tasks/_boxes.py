@@ -100,7 +100,7 @@ def covered(row: Boxed, processor: Any, tokens: int) -> list[bool]:
     left, top, right, bottom = row.box
     ImageDraw.Draw(boxed).rectangle((left, top, right - 1, bottom - 1), fill="white")
     low, high, seen = (_pixels(image, processor) for image in (black, white, boxed))
-    share = (seen - low) / (high - low)
+    share = ((seen - low) / (high - low)).nan_to_num()  # what is padded is neither
     parts = _by_token(share, tokens)
     if parts is None:
         rule = f"is prepared as pixels {tuple(share.shape)} for {tokens} tokens, whose places are not known"
