@@ -121,9 +121,11 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
     require(given, chosen, prompts, minutes, margin, turns, how)
     with still(given.model):
         chosen = [task.on(given.model, given.tokenizer) for task in chosen]
-        shown = next(filter(None, (task.look(given.model, given.tokenizer) for task in chosen)), None)
-        layers = adapter_for(given.model, how.get("only"), how.get("inputs", shown)).layer_names
-    facts = facts_of(given.model, given.name, len(layers)) | surroundings(device_of(given.model))
+        adapter = adapter_for(given.model, how.get("only"), how.get("inputs"))
+        for task in chosen:
+            if not adapter.ready and (once := task.inputs(given.model, given.tokenizer)) is not None:
+                adapter.look(once)
+    facts = facts_of(given.model, given.name, len(adapter.layer_names)) | surroundings(device_of(given.model))
     facts |= {"margin": margin, "batch": batches, "cache": limit}
     facts["how"] = {name: repr(value) for name, value in sorted(how.items()) if value not in (None, "auto")}
     facts["contenders"] = {name: repr(what) for name, what in contenders.items()}

@@ -85,7 +85,7 @@ class Scenes(Task):
     def require(self, model: Any, tokenizer: Any) -> None:
         """Any model may draw; a subclass refuses those that it cannot take a step with."""
 
-    def look(self, model: Any, tokenizer: Any) -> Callable[[], Any]:
+    def inputs(self, model: Any, tokenizer: Any) -> Callable[[], Any]:
         scene = self.scene(tokenizer, self.draw(0, 0))
         return lambda: self.step(scene.prompt, model, scene.noise, 0)
 

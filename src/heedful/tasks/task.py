@@ -130,8 +130,8 @@ class Task(ABC):
         """What turned out about the task itself, and whoever reads its scores has to know."""
         return ()
 
-    def look(self, model: Any, tokenizer: Any) -> Callable[[], Any] | None:
-        """What runs the model once, where its layers are not known before."""
+    def inputs(self, model: Any, tokenizer: Any) -> Callable[[], Any] | None:
+        """What calls the model once, as `attach` takes it, where its layers are not known before it has run."""
         return None
 
     @abstractmethod
