@@ -45,8 +45,8 @@ class Scenes(Task):
     """Pictures that a diffusion model makes of prompts, and the share of things that stand where they were asked for.
 
     Subclass it and say what a scene is, how the model takes a step, what the judge sees, and which pictures judge the
-    judge. Every method gets the same prompts and noises. A judge that names real pictures wrong is refused; the share
-    that it names right is told beside the scores, of which nothing above it can be known.
+    judge. Every method gets the same prompts and noises. A judge that names too few things of real pictures right
+    is refused; the share that it names right is told beside the scores, which can be no surer.
     """
 
     unit = "share right"
