@@ -75,6 +75,7 @@ ABOUT = {"name": "t", "about": "A.", "unit": "nats", "more_is_better": True}
         {"tasks": []},
         {"tasks": {"t": {"name": 3}}},
         {"tasks": {"t": ABOUT | {"left_out": [3]}}},
+        {"tasks": {"t": ABOUT | {"told": "a sentence"}}},
         {"contenders": {"a": 1}},
         {"margin": "x"},
         {"margin": 0},

@@ -10,7 +10,7 @@ from heedful.bench.describing import markdown
 from heedful.bench.records import Cost
 
 COMPARED = RECORDS / "compare.jsonl"
-SEEN = {ground: RECORDS / f"compare_{ground}.jsonl" for ground in ("speech", "pictures", "asked")}
+SEEN = {ground: RECORDS / f"compare_{ground}.jsonl" for ground in ("speech", "pictures", "asked", "boxes", "scenes")}
 
 
 def _row(*cells: object) -> str:
@@ -45,18 +45,25 @@ def compared() -> list[str]:
     return ["## Ten methods on three tasks\n", *markdown(found.description()), ""]
 
 
-TITLES = {"speech": "Speech", "pictures": "Pictures", "asked": "Questions about pictures"}
+TITLES = {"speech": "Speech", "pictures": "Pictures", "asked": "Questions about pictures",
+          "boxes": "Where it looks for the answer",
+          "scenes": "Scenes that are drawn"}  # fmt: skip
 ABOUT = {
     "speech": "Whisper base writes down a reading of A Tale of Two Cities, cut at pauses; few clips decide little.",
     "pictures": "DINOv2-S/14 under a ridge head names scikit-learn's handwritten digits; eight of each fit the head.",
     "asked": "The small vision-language model of `claims/_sight.py` says which colour or shape is on which side.",
+    "boxes": "The same model, asked the same: does it look most at the thing that it is asked about?",
+    "scenes": "The small denoiser of `claims/_pictures.py`, a diffusion transformer whose cross-attention reads words, "
+    "draws two things in ten steps; each is right where the nearest of all halves of pictures that can be shows its "
+    "colour and shape. Real pictures that judge the judge carry what is unclean in drawn ones. Prefill is the making "
+    "of a picture, and a thing counts as a token.",
 }
 
 
 def seen() -> list[str]:
-    """The committed comparisons on speech, pictures and questions about pictures."""
+    """The committed comparisons on speech, pictures, questions about pictures, boxes in them and scenes."""
     out = [
-        "## Speech, pictures, and questions about pictures\n",
+        "## Speech, pictures, questions about pictures, and scenes\n",
         "Times were taken beside other work, and tell little; answers do not depend on that.\n",
     ]
     for ground, path in SEEN.items():

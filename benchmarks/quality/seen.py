@@ -1,6 +1,6 @@
-"""Comparisons on speech, on pictures and on questions about pictures, with models that come along.
+"""Comparisons on speech, pictures, questions about pictures, boxes in them, and drawn scenes, with models at hand.
 
-python -m benchmarks.quality.seen speech|pictures|asked [--minutes 9]     (HF_HUB_OFFLINE=1; it resumes)
+python -m benchmarks.quality.seen speech|pictures|asked|boxes|scenes [--minutes 9]     (HF_HUB_OFFLINE=1; it resumes)
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizer
 
 from benchmarks.quality.compared import report
 from benchmarks.quality.page import SEEN
+from benchmarks.quality.scenes import TwoThings, speller
 from claims import _sight
-from claims._pictures import PATCH, SIDE, WORDS, draw
+from claims._pictures import PATCH, SIDE, WORDS, denoiser, draw
 from heedful import models
 from heedful.bench.compare import compare
 from heedful.core.files import RECORDS
 from heedful.diagnosis.waves import read_wave
+from heedful.tasks import Task
 
 RATE = 16_000
 # where a pause begins a new clip of the reading of A Tale of Two Cities, in seconds, and Dickens' words from there on
@@ -53,10 +55,15 @@ METHODS = {
                  "sinkwindow(4,64)"],
     "asked": ["snapkv(budget=0.5)", "snapkv(budget=0.25)", "knorm(budget=0.5)", "pruneheads(groups=((4,0),))",
               "sinkwindow(4,16)"],
+    "boxes": ["snapkv(budget=0.5)", "snapkv(budget=0.25)", "knorm(budget=0.5)", "pruneheads(groups=((4,0),))",
+              "tempscale(0.5)", "sinkwindow(4,16)"],
+    "scenes": ["attendandexcite(grid=(8,8))", "conform(grid=(8,8))", "hrv(role='subjects',factor=2.0)",
+               "hrv(role='subjects',factor=0.5)", "tempscale(0.5)"],
 }  # fmt: skip
+Ground = tuple[models.Loaded, Task | Path]
 
 
-def speech(home: Path) -> models.Loaded:
+def speech(home: Path) -> Ground:
     """Whisper base, and clips of a reading with their words."""
     path = next(Path(str(f.locate())) for f in files("moonshine-voice") or [] if f.name == "two_cities.wav")
     samples, _ = read_wave(path, RATE)
@@ -68,10 +75,10 @@ def speech(home: Path) -> models.Loaded:
             sound.setparams((1, 2, RATE, len(part), "NONE", ""))
             sound.writeframes(struct.pack(f"<{len(part)}h", *part))
         file.with_suffix(".txt").write_text(words)
-    return models.speech()
+    return models.speech(), home
 
 
-def pictures(home: Path) -> models.Loaded:
+def pictures(home: Path) -> Ground:
     """DINOv2-S/14, and handwritten digits in folders of their classes."""
     from sklearn.datasets import load_digits
 
@@ -81,22 +88,47 @@ def pictures(home: Path) -> models.Loaded:
         for i, dots in enumerate(found.images[found.target == kind][:OF_EACH]):
             image = Image.fromarray((dots * 255 / 16).astype("uint8")).resize((224, 224), Image.Resampling.BICUBIC)
             image.save(home / str(kind) / f"{i}.png")
-    return models.vision()
+    return models.vision(), home
 
 
-def asked(home: Path) -> models.Loaded:
+def asked(home: Path) -> Ground:
     """The small vision-language model of the claims, and questions about pictures that it never saw."""
-    shown, words, _ = draw(PICTURES, torch.Generator().manual_seed(77))
+    words, _ = drawn(home)
     rows = []
-    for i, (picture, said) in enumerate(zip(shown, words.tolist(), strict=True)):
-        dots = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(dots).save(home / f"{i}.png")
+    for i, said in enumerate(words):
         for question, place in QUESTIONS.items():
             if (word := WORDS[said[place]]) != "nothing":
                 choices = list(KINDS[place % 2])
                 rows.append({"image": f"{i}.png", "question": question, "choices": choices, "answer": word})
-    (home / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return models.Loaded(_sight.model(), reader(), "the small vision-language model of the claims")
+    return sighted(rows, home / "questions.jsonl")
+
+
+def boxes(home: Path) -> Ground:
+    """The same model, and where in those pictures the thing stands that a question is about."""
+    words, covered = drawn(home)
+    rows = []
+    for i, said in enumerate(words):
+        for question, place in QUESTIONS.items():
+            if WORDS[said[place]] != "nothing":
+                down, across = covered[i, place // 2].nonzero().unbind(-1)
+                box = [int(across.min()), int(down.min()), int(across.max()) + 1, int(down.max()) + 1]
+                rows.append({"image": f"{i}.png", "question": question, "box": box})
+    return sighted(rows, home / "boxes.jsonl")
+
+
+def drawn(home: Path) -> tuple[list[list[int]], torch.Tensor]:
+    """Pictures in a folder, their words, and where each thing stands, `[n 2 16 16]`."""
+    shown, words, covered = draw(PICTURES, torch.Generator().manual_seed(77))
+    for i, picture in enumerate(shown):
+        dots = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(dots).save(home / f"{i}.png")
+    return words.tolist(), covered
+
+
+def sighted(rows: list[dict[str, Any]], file: Path) -> Ground:
+    """The small vision-language model of the claims, and rows to ask it."""
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return models.Loaded(_sight.model(), reader(), "the small vision-language model of the claims"), file
 
 
 def reader() -> Any:
@@ -113,7 +145,12 @@ def reader() -> Any:
     )  # fmt: skip
 
 
-GROUNDS = {"speech": speech, "pictures": pictures, "asked": asked}
+def scenes(home: Path) -> Ground:
+    """The small denoiser of the claims, and scenes of two things."""
+    return models.Loaded(denoiser(), speller(), "the small denoiser of the claims"), TwoThings()
+
+
+GROUNDS = {"speech": speech, "pictures": pictures, "asked": asked, "boxes": boxes, "scenes": scenes}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.seen")
@@ -124,8 +161,7 @@ if __name__ == "__main__":
     home = Path(tempfile.gettempdir()) / f"heedful-seen-{given.ground}"
     (home / given.ground).mkdir(parents=True, exist_ok=True)
     os.chdir(home)  # records name the folder, and not where it lay
-    loaded = GROUNDS[given.ground](Path(given.ground))
-    task = Path(given.ground) / ("questions.jsonl" if given.ground == "asked" else "")
+    loaded, task = GROUNDS[given.ground](Path(given.ground))
     found = compare(
         loaded, METHODS[given.ground], [task], out="kept", minutes=given.minutes, turns=given.turns, progress=report
     )

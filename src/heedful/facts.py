@@ -21,11 +21,12 @@ def facts_of(model: Any, name: str, layers: int) -> dict[str, Any]:
     """What is true of a model and stays so."""
     from heedful.adapters.spread import parameters_of
 
-    config: Any = model.config.get_text_config()
+    config = text_config(model)
     heads = _most(getattr(config, "num_attention_heads", 0))
     weights = [p for _, own in parameters_of(model) for p in own.values()]
+    origin = getattr(getattr(model, "config", None), "_name_or_path", "")
     return {
-        "model": name or Path(model.config._name_or_path).name or type(model).__name__,
+        "model": name or Path(origin).name or type(model).__name__,
         "kind": type(model).__name__,
         "weights": fingerprint(model),
         "layers": layers,
@@ -35,6 +36,12 @@ def facts_of(model: Any, name: str, layers: int) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in weights),
         "dtype": str(weights[0].dtype).removeprefix("torch."),
     }
+
+
+def text_config(model: Any) -> Any:
+    """The settings of a model's text half, or of the whole; None where it keeps none, as one of plain torch."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def fingerprint(model: Any) -> str:

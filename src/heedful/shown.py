@@ -1,4 +1,4 @@
-"""What a model is given beside the tokens of a prompt, a picture or a sound, and how it writes on by itself."""
+"""What a model is given beside the tokens of a prompt, a picture or a sound, and how it writes or draws by itself."""
 
 from __future__ import annotations
 
@@ -8,8 +8,19 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-Reads = Literal["text", "image", "sound"]
+Reads = Literal["text", "image", "sound", "scene"]
 Head = Callable[[Tensor], Tensor]  # features of pictures to the logits of their classes, [b e] to [b classes]
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """How a diffusion model makes a picture of a prompt, step by step, and what names the things in it."""
+
+    noise: Tensor  # what it begins with, one row
+    steps: int
+    # of the model, what is denoised in any number of rows, and the step's number from 0: what the step leaves
+    step: Callable[[Any, Tensor, int], Tensor]
+    judge: Callable[[Tensor], Tensor]  # pictures to logits, `[b places things]`: at each place, of each thing
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,10 +29,18 @@ class Shown:
 
     inputs: Mapping[str, Any] = field(default_factory=dict)  # as the model is called with them, one row of each
     # the tokens are a "text", perhaps with places for pictures in it; with a "sound" those of the text that is written
-    # of it; with an "image" alone they are none, and stand for what the encoder makes of it
+    # of it; with an "image" alone they are none, and stand for what the encoder makes of it; of a "scene" they are told
+    # to a model that draws it, and what follows them are the things that stand there
     reads: Reads = "text"
     places: int = 0  # that an encoder makes of a sound, beside the prompt's tokens
     head: Head | None = None  # what names classes where the model has no logits
+    draws: Drawing | None = None  # how a scene is made
+    looks: bool = False  # whether it is told where the last token looks in the picture that the prompt marks
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a token that the model is given leads to the next one."""
+        return self.reads in ("text", "sound")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.kinds import NOTHING, Decode, Prompt, Surgery, Tokens
 from heedful.core.method import Part, Stack
+from heedful.drawing import drawn, guide_of
 from heedful.engine.run import Run
+from heedful.looking import LOOKS
 from heedful.shown import Shown
 
 Contender = Part | Stack | Tokens | Decode | Surgery  # whatever can be tried on a model
@@ -56,6 +58,14 @@ class TextModel(ABC):
     @abstractmethod
     def go_on(self, token: int) -> Tensor:
         """Logits `[v]` after one more token."""
+
+    def looked(self) -> Tensor:
+        """Where the last token of the prompt looks in its picture, `[places]`, where that is to be told."""
+        if self.run is None:
+            raise FieldError("text_model()", "shown", self.shown, "does not say that looks are told", "looks=True")
+        found: Tensor = self.run[LOOKS][0]
+        self.run.state.statistics.clear()
+        return found
 
     @property
     @abstractmethod
@@ -150,6 +160,7 @@ class Operated(Single):
 
     def __init__(self, model: Any, surgery: Surgery, only: Any = None, shown: Shown = ALONE) -> None:
         super().__init__(operate(model, surgery, only=only), shown=shown)
+        self.run = attach(self.model, LOOKS, only=only) if shown.looks else None
         pairs = zip(model.parameters(), self.model.parameters(), strict=True)
         self._same = all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
@@ -245,6 +256,56 @@ class Combined(TextModel):
             text_model.close()
 
 
+class Drawer(TextModel):
+    """A diffusion model that is told a prompt. The picture is read place by place, as a text is token by token.
+
+    What a judge says of the first place stands behind the prompt, and of each further one behind the one before,
+    whatever token it is given.
+    """
+
+    def __init__(self, model: Any, what: Contender | None, shown: Shown, **how: Any) -> None:
+        from heedful.adapters.wrapped import device_of
+
+        if isinstance(what, Tokens | Decode | Surgery):
+            rule = "acts on texts or on weights, and a scene is drawn under methods on attention alone"
+            raise FieldError("compare()", "methods", what, rule, "TempScale(0.5)")
+        self.model, self.shown, self.device = model, shown, device_of(model)
+        self._guide = None if what is None else guide_of(what)
+        self.run = None if what is None else attach(model, what, **how)
+        self._said, self._place = torch.empty(0), 0  # what the judge says, [places things], and how far it is read
+
+    def read(self, prompt: Prompt, cut: int | None = None, every: bool = False) -> Tensor:
+        draws = self.shown.draws
+        if draws is None or every:
+            raise FieldError("text_model()", "shown", self.shown, "must say how a scene is drawn and judged", "a Scene")
+        if self.run is not None:
+            self.run.forget()
+            self.run.roles = prompt.roles
+        noise = torch.cat([draws.noise.to(self.device)] * self.rows)
+        self._said, self._place = draws.judge(drawn(self.model, self.run, self._guide, draws, noise))[0], 0
+        return self._said[:1]
+
+    def go_on(self, token: int) -> Tensor:
+        self._place += 1
+        return self._said[self._place]
+
+    @property
+    def caches(self) -> tuple[Any, ...]:
+        return ()
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        before = self._place
+        try:
+            yield
+        finally:
+            self._place = before
+
+    def close(self) -> None:
+        if self.run is not None:
+            self.run.close()
+
+
 def require_causal(model: Any) -> None:
     """Refuse a model that cannot go on from a prompt."""
     from heedful.adapters.wrapped import unwrapped
@@ -268,6 +329,10 @@ def features(states: Tensor) -> Tensor:
 def text_model(model: nn.Module, what: Contender | None = None, shown: Shown = ALONE, **how: Any) -> TextModel:
     """The model under whatever is to be tried on it; None for the model as it is. `how` goes to `attach`."""
     only = how.get("only")
+    if shown.draws is not None:
+        return Drawer(model, what, shown, **how)
+    if shown.looks:
+        return _looking(model, what, shown, **how)
     if what is None:
         return Single(model, shown=shown)
     if isinstance(what, Tokens):
@@ -279,6 +344,17 @@ def text_model(model: nn.Module, what: Contender | None = None, shown: Shown = A
     if shown.reads == "text":
         require_causal(model)
     return Single(model, attach(model, what, **how), shown)
+
+
+def _looking(model: nn.Module, what: Contender | None, shown: Shown, **how: Any) -> TextModel:
+    """The same, told where it looks."""
+    if isinstance(what, Tokens | Decode):
+        rule = "where a prompt's last token looks is told under methods on attention and surgeries alone"
+        raise FieldError("compare()", "methods", what, rule, "TempScale(0.5)")
+    if isinstance(what, Surgery):
+        return Operated(model, what, how.get("only"), shown)
+    parts = [] if what is None else what.parts if isinstance(what, Stack) else [what]
+    return Single(model, attach(model, Stack((*parts, LOOKS)), **how), shown)
 
 
 @torch.no_grad()

@@ -40,6 +40,11 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     return one
 
 
+def inside(model: nn.Module) -> nn.Module:
+    """The transformers model that a module is or holds; the module itself where it holds none."""
+    return unwrapped(model) if any(isinstance(part, PreTrainedModel) for part in model.modules()) else model
+
+
 def beside(model: nn.Module, inner: nn.Module) -> dict[str, nn.Module]:
     """Modules beside the transformers model that may compute attention, though nothing in their classes says so."""
     inside = {*inner.modules()}

@@ -16,6 +16,9 @@ from heedful.text_models import TextModel
 def answer(text_model: TextModel, item: Item) -> Sheet:
     """What the voice makes of one item: how likely each option is to it, or what the prompt's own tokens cost it."""
     text_model.shown = item.shown
+    if item.shown.looks:
+        text_model.read(item.prompt, item.cut)
+        return Sheet((), (), torch.empty(0), looks=text_model.looked().cpu())
     if not item.options:
         logits = text_model.read(item.prompt, item.cut, every=True)
         asked = torch.tensor(item.prompt.tokens[len(item.prompt) + 1 - len(logits) :], device=logits.device)

@@ -61,16 +61,16 @@ class Asker:
 
 @contextmanager
 def going_on(model: Any, what: Contender | None, item: Item) -> Iterator[None]:
-    """A model's own error under a method becomes a reason, where pictures or sounds stand beside a prompt.
+    """A model's own error under a method becomes a reason, where a picture or sound stands by a prompt or comes of it.
 
-    Such a model counts what its encoder makes of them, and a method may leave it fewer.
+    Such a model counts what its encoder makes of one, or where it draws, and a method may leave it fewer.
     """
     try:
         yield
     except HeedfulError:
         raise
     except (ValueError, RuntimeError) as error:
-        if what is None or not item.shown.inputs:
+        if what is None or not (item.shown.inputs or item.shown.draws):
             raise
         raise SiteError(f"{type(model).__name__} cannot go on under it: {first_line(error)}") from error
 
@@ -80,6 +80,7 @@ UNSUITED = {
     "text": ({"image"}, "images", "text"),
     "sound": ({"image"}, "images", "sounds"),
     "image": ({"cross", "encoder-decoder"}, "models of two halves", "images"),
+    "scene": ({"encoder-decoder"}, "models of two halves", "scenes to draw"),
 }
 
 

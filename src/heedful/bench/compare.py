@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heedful.adapters.choosing import adapter_for
-from heedful.adapters.wrapped import device_of, unwrapped
+from heedful.adapters.wrapped import device_of, inside
 from heedful.api import still
 from heedful.bench.asking import Asked, Asker, going_on, require_fit
 from heedful.bench.comparison import Comparison
@@ -111,7 +111,7 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
     written there as they are made, and the same call goes on where it stopped. `workers` share the questions, as many
     as are asked for, or `Ray` or `Ranks` as these are set; costs are measured here. `how` goes to `attach`.
     """
-    given = model if isinstance(model, Loaded) else Loaded(unwrapped(model[0]), model[1], "")
+    given = model if isinstance(model, Loaded) else Loaded(inside(model[0]), model[1], "")
     if given.tokenizer is None:
         rule = "has no tokenizer or processor, which tasks need"
         raise FieldError("compare()", "model", given.name, rule, "(model, tokenizer)")
@@ -119,10 +119,13 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
     batches, limit = costed(batch, cache, turns)
     chosen = [_task(task) for task in tasks]
     require(given, chosen, prompts, minutes, margin, turns, how)
-    facts = facts_of(given.model, given.name, len(adapter_for(given.model, how.get("only")).layer_names))
-    facts |= surroundings(device_of(given.model))
     with still(given.model):
         chosen = [task.on(given.model, given.tokenizer) for task in chosen]
+        adapter = adapter_for(given.model, how.get("only"), how.get("inputs"))
+        for task in chosen:
+            if not adapter.ready and (once := task.inputs(given.model, given.tokenizer)) is not None:
+                adapter.look(once)
+    facts = facts_of(given.model, given.name, len(adapter.layer_names)) | surroundings(device_of(given.model))
     facts |= {"margin": margin, "batch": batches, "cache": limit}
     facts["how"] = {name: repr(value) for name, value in sorted(how.items()) if value not in (None, "auto")}
     facts["contenders"] = {name: repr(what) for name, what in contenders.items()}
@@ -169,7 +172,8 @@ def _task(task: Task | str | Path) -> Task:
 
 
 def _about(task: Task) -> dict[str, Any]:
-    return {"name": task.title, "about": task.about, "unit": task.unit, "more_is_better": task.more_is_better}
+    about = {"name": task.title, "about": task.about, "unit": task.unit, "more_is_better": task.more_is_better}
+    return about | ({"told": list(task.told)} if task.told else {})
 
 
 def require(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def cost(
     The warm-up turn measures memory: what is given back there costs time to get.
     """
     device = device_of(model)
-    with text_model(model, what, item.shown, **how) as speaker:
+    with text_model(model, what, replace(item.shown, looks=False), **how) as speaker:
         speaker.rows = batch
         resting = _reset_high_water(device) if turn == WARM_UP else None
         began = _now(device)
@@ -47,7 +48,7 @@ def cost(
         peak = None if resting is None else max(0, _high_water(device) - resting)
         held = sum(map(cache_bytes, speaker.caches))
         steps = []
-        for _ in range(0 if item.shown.reads == "image" else STEPS):
+        for _ in range(STEPS if item.shown.goes_on else 0):
             began = _now(device)
             logits = speaker.go_on(int(logits.argmax()))
             steps.append(_now(device) - began)
@@ -93,7 +94,8 @@ def _pairs(speaker: TextModel, item: Item) -> tuple[float | None, tuple[str, ...
     seen, tokens, reads = speaker.run.activity(), len(item.prompt), item.shown.reads
     backends = tuple(sorted(set(seen.backends.values())))
     whole = reads == "image" and all(len(call.keys) == tokens for call in speaker.run.state.calls.values())
-    if not seen.density or (item.shown.inputs and not whole):  # of an encoder before a decoder, or of merged patches
+    # of an encoder before a decoder, of merged patches, or of a picture whose places look at words
+    if not seen.density or reads == "scene" or (item.shown.inputs and not whole):
         return None, backends
     own = 1.0 if whole else (tokens + 1) / (2 * tokens)
     narrowed = [share / own for share in seen.density.values()]

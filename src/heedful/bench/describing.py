@@ -56,6 +56,8 @@ def findings(c: Results) -> Iterable[Finding]:
             "margin, so that no loss can show there.", 0.9,
         )  # fmt: skip
     for task, about in c.tasks.items():
+        for said in about.get("told", ()):
+            yield Finding(f"{task_name(c, task)}: {said}.", 0.85)
         if out := about.get("left_out"):
             yield Finding(
                 f"{task_name(c, task)}: {len(out)} left out: {'; '.join(out[:3])}{'; ...' if len(out) > 3 else ''}.",

@@ -185,8 +185,9 @@ def _checked_facts(found: dict[str, Any]) -> dict[str, Any]:
     for task, about in tasks.items() if isinstance(tasks, dict) else [("tasks", tasks)]:
         if not isinstance(about, dict) or any(type(about.get(name)) is not kind for name, kind in ABOUT.items()):
             raise TypeError(f"{task} must have {', '.join(ABOUT)}")
-        if not (isinstance(out := about.get("left_out", []), list) and all(isinstance(x, str) for x in out)):
-            raise TypeError(f"what {task} left out must be a list of reasons")
+        for name, what in (("left_out", "left out"), ("told", "told")):
+            if not (isinstance(out := about.get(name, []), list) and all(isinstance(x, str) for x in out)):
+                raise TypeError(f"what {task} {what} must be a list of sentences")
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from heedful.core.errors import FieldError
 from heedful.core.files import is_there
 from heedful.core.regions import Span
+from heedful.facts import text_config
 
 ENDINGS = (
     ".txt", ".md", ".rst", ".tex", ".html", ".json", ".jsonl", ".csv", ".xml", ".yaml", ".toml", ".py", ".c", ".h",
@@ -130,9 +131,9 @@ def positions(model: nn.Module) -> int | None:
         table = isinstance(module, nn.Embedding) and "position_embed" in name.rpartition(".")[2]
         if table and module.padding_idx is not None:  # RoBERTa counts from behind the padding
             return int(module.num_embeddings) - int(module.padding_idx) - 1
-    config: Any = model.config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    limit = limit or getattr(config, "max_target_positions", None)  # as models that write down what they hear call it
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    if limit is None:  # as models that write down what they hear call it
+        limit = getattr(getattr(model, "config", None), "max_target_positions", None)
     return int(limit) if limit else None
 
 

@@ -16,9 +16,10 @@ from heedful.core.reading import named, written
 from heedful.diagnosis.texts import ENDINGS
 from heedful.tasks._files import from_file
 from heedful.tasks._own import OwnText
+from heedful.tasks._scenes import Scene, Scenes
 from heedful.tasks.task import Task
 
-__all__ = ["Task", "find", "from_file", "known", "names"]
+__all__ = ["Scene", "Scenes", "Task", "find", "from_file", "known", "names"]
 
 
 @cache

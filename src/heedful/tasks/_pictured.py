@@ -23,7 +23,7 @@ NEEDED = {
 }
 
 
-class _AboutPictures(Given):
+class AboutPictures(Given):
     """The picture, then the question, as the model's own template has them if its processor brings one."""
 
     def require(self, model: Any, tokenizer: Any) -> None:
@@ -43,14 +43,14 @@ class _AboutPictures(Given):
         return asked(self.rows[self.place(tokenizer, number, seed)], tokenizer)
 
 
-class PicturedChoices(_AboutPictures, OwnChoices):
+class PicturedChoices(AboutPictures, OwnChoices):
     """Questions about pictures with options, of which the likeliest has to be the right one."""
 
     name = "own picture choices"
     about = "Chooses the right answer to questions of your own about pictures."
 
 
-class PicturedQuestions(_AboutPictures, OwnQuestions):
+class PicturedQuestions(AboutPictures, OwnQuestions):
     """Questions about pictures, each with the answer that a greedy continuation has to give word for word."""
 
     name = "own picture questions"
@@ -85,4 +85,5 @@ def asked(row: Pictured, processor: Any) -> Item:
     # what is told of each token goes in with all of them at once
     each = any(isinstance(x, Tensor) and x.shape == (1, len(tokens)) for x in found.values())
     cut = None if each else begins
-    return Item(Prompt(tokens, roles), options, cut, {"answer": row.options[0]}, Shown(found))
+    labels: dict[str, float | str] = {"answer": row.options[0]} if row.options else {}
+    return Item(Prompt(tokens, roles), options, cut, labels, Shown(found))

@@ -38,6 +38,13 @@ class Pictured(Asked):
     file: str = field(repr=False)  # where it lies
 
 
+@dataclass(frozen=True)
+class Boxed(Pictured):
+    """A question about a picture whose answer stands in a box there."""
+
+    box: tuple[float, float, float, float]  # left, top, right and bottom, in dots from the upper left corner
+
+
 Row = str | Asked
 YES_NO = ("yes", "no")  # either of which, as the answer about a picture, has the other for a choice
 
@@ -76,6 +83,8 @@ def _refuse(path: Path, rule: str, good: str = "my.jsonl") -> FieldError:
 def _kind(row: Row) -> str:
     if isinstance(row, str):
         return "plain text"
+    if isinstance(row, Boxed):
+        return "a question about a picture with a box"
     about = " about a picture" if isinstance(row, Pictured) else ""
     return f"a question{about} with choices" if len(row.options) > 1 else f"a question{about}"
 
@@ -129,17 +138,40 @@ def _row(line: str, beside: Path) -> Row:
         raise _BrokenError(f"has neither 'question' nor 'text' but {', '.join(map(repr, found)) or 'nothing'}")
     context = _words(found, "context") if any(name in found for name in ALSO["context"]) else ""
     question = _words(found, "question")
+    if "box" in found:
+        return _boxed(found, context, question, beside)
     options = _choices(found) if any(name in found for name in ALSO["choices"]) else (_words(found, "answer"),)
     if "image" not in found:
         return Asked(context, question, options)
-    name = _words(found, "image")
-    file = beside / name
-    why = opened(file)[1] if is_there(file) and file.is_file() else "is no file beside this one"
-    if why:
-        raise _BrokenError(f"'image' is {name!r}, which {why}")
+    name, file, digest, _ = _picture(found, beside)
     if len(options) == 1 and options[0].lower() in YES_NO:
         options = (options[0], *(other for other in YES_NO if other != options[0].lower()))
-    return Pictured(context, question, options, name, file_digest(file)[:16], str(file))
+    return Pictured(context, question, options, name, digest, file)
+
+
+def _picture(found: Mapping[str, Any], beside: Path) -> tuple[str, str, str, tuple[int, int]]:
+    """A picture's name, where it lies, what it holds in short, and how wide and high it is."""
+    name = _words(found, "image")
+    file = beside / name
+    picture, why = opened(file) if is_there(file) and file.is_file() else (None, "is no file beside this one")
+    if picture is None:
+        raise _BrokenError(f"'image' is {name!r}, which {why}")
+    return name, str(file), file_digest(file)[:16], picture.size
+
+
+def _boxed(found: Mapping[str, Any], context: str, question: str, beside: Path) -> Boxed:
+    if also := [name for names in (*ALSO.values(),) for name in names if name in found and name not in ALSO["context"]]:
+        raise _BrokenError(f"has both 'box' and {also[0]!r}; give where to look and what to say a row each")
+    name, file, digest, (width, height) = _picture(found, beside)
+    box = found["box"]
+    if not isinstance(box, list) or len(box) != 4 or not all(type(x) in (int, float) for x in box):
+        raise _BrokenError(f"'box' is {box!r}, and must be four numbers: left, top, right, bottom, in dots")
+    left, top, right, bottom = box
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise _BrokenError(
+            f"'box' is {box!r}: left, top, right, bottom must lie in a picture of {width} x {height} dots"
+        )
+    return Boxed(context, question, (), name, digest, file, (left, top, right, bottom))
 
 
 def _given(found: Mapping[str, Any], name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol, Self, dataclass_transform
 
@@ -61,6 +61,9 @@ class Item:
         return [range(start - first, stop - first) for start, stop in self.prompt.spans(role) if start >= first]
 
 
+EMPTY = torch.empty(0)
+
+
 @dataclass(frozen=True, eq=False)
 class Sheet:
     """What a model made of one item."""
@@ -69,6 +72,7 @@ class Sheet:
     greedy: tuple[bool, ...]  # whether each token of the right option was the likeliest; without options: as losses
     losses: Tensor  # nats for each prompt token after the cut (else after the first); empty where there are options
     said: tuple[int, ...] = ()  # what it wrote by itself, where it was let
+    looks: Tensor = EMPTY  # what the last token of the prompt gives to each of its picture's, where that was told
 
     @property
     def means(self) -> tuple[float, ...]:
@@ -121,6 +125,15 @@ class Task(ABC):
         """The name in tables."""
         return self.name
 
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What turned out about the task itself, and whoever reads its scores has to know."""
+        return ()
+
+    def inputs(self, model: Any, tokenizer: Any) -> Callable[[], Any] | None:
+        """What calls the model once, as `attach` takes it, where its layers are not known before it has run."""
+        return None
+
     @abstractmethod
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
         """One item of the series that the seed gives, whichever others are made."""
@@ -147,7 +160,7 @@ class Task(ABC):
         return random.Random(f"{self.name} {seed} {number}")  # seeded by text: the same in every process
 
     def __repr__(self) -> str:
-        settings = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)]  # type: ignore[arg-type]
+        settings = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.repr]  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(settings)})"
 
 

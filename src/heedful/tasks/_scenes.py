@@ -1,0 +1,139 @@
+"""Scenes that a diffusion model draws: does each thing that was asked for stand where it was asked for?"""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from heedful.core.errors import FieldError
+from heedful.core.figures import percent
+from heedful.core.kinds import Prompt
+from heedful.shown import Drawing, Shown
+from heedful.tasks._own import unbound
+from heedful.tasks._ridge import SCALES
+from heedful.tasks.task import Item, Sheet, Task, Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """What a picture is made of, and what it has to show."""
+
+    prompt: Prompt  # with roles by which methods find words, such as "subjects"
+    things: tuple[int, ...]  # the number of the right one among those that the judge knows, place by place
+    noise: Tensor  # [1 ...]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the judge is worth, as it turned out on real pictures."""
+
+    right: float  # share of things that it names
+    places: int  # in them that it was asked about
+    kinds: int  # of things that it tells apart
+    scale: float  # of its scores, by which their softmax is as sure as it may be
+
+
+class Scenes(Task):
+    """Pictures that a diffusion model makes of prompts, and the share of things that stand where they were asked for.
+
+    Subclass it and say what a scene is, how the model takes a step, what the judge sees, and which pictures judge the
+    judge. Every method gets the same prompts and noises. A judge that names too few things of real pictures right
+    is refused; the share that it names right is told beside the scores, which can be no surer.
+    """
+
+    unit = "share right"
+    steps: int = 10  # that a picture is made in
+    least: float = 0.9  # share of the things in real pictures that the judge has to name right
+    judged: Judged | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise FieldError(self, "steps", self.steps, "must be 1 or more", 10)
+        if not 0 < self.least <= 1:
+            raise FieldError(self, "least", self.least, "must be a share above 0", 0.9)
+
+    @abstractmethod
+    def scene(self, tokenizer: Tokenizer, draw: random.Random) -> Scene:
+        """One scene, drawn."""
+
+    @abstractmethod
+    def step(self, prompt: Prompt, model: Any, x: Tensor, number: int) -> Tensor:
+        """What step `number`, counted from 0 at noise, leaves of `x`, each row of which is made of the prompt.
+
+        It calls the model, so that what is attached to it acts.
+        """
+
+    @abstractmethod
+    def judge(self, pictures: Tensor) -> Tensor:
+        """Scores `[b places things]`: of what the model made, at each place, how likely each thing is there."""
+
+    @abstractmethod
+    def real(self, model: Any, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+        """Pictures that no model made, and what they show, `[b places]`: as many as tell what the judge is worth.
+
+        They should be as unclean as those that the model draws.
+        """
+
+    def require(self, model: Any, tokenizer: Any) -> None:
+        """Any model may draw; a subclass refuses those that it cannot take a step with."""
+
+    def inputs(self, model: Any, tokenizer: Any) -> Callable[[], Any]:
+        scene = self.scene(tokenizer, self.draw(0, 0))
+        return lambda: self.step(scene.prompt, model, scene.noise, 0)
+
+    def on(self, model: Any, tokenizer: Any) -> Self:
+        with torch.no_grad():
+            pictures, things = self.real(model, tokenizer)
+            scores = self.judge(pictures).double().flatten(0, -2)
+        right, count = things.flatten(), things.numel()
+        if len(scores) != count or not count:
+            rule = f"says something of {len(scores)} places, and the real pictures have {count}"
+            raise FieldError(self, "judge", tuple(scores.shape), rule, "scores [b places things]")
+        share = float((scores.argmax(-1) == right).double().mean())
+        if share < self.least:
+            rule = f"names {percent(share)} of {count} things in real pictures right, less than least={self.least:g}"
+            raise FieldError(self, "judge", type(self).__name__, rule, "a judge that sees better, or a lower least")
+        # Platt's targets: no surer than so many things allow
+        smooth = 1 / (count + 2)
+        tried = SCALES / scores.std().clamp(min=1e-12)
+        scale = min(tried, key=lambda z: float(cross_entropy(z * scores, right, label_smoothing=smooth)))
+        return replace(self, judged=Judged(share, count, scores.shape[-1], float(scale)))
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        if self.judged is None:
+            return ()
+        found = self.judged
+        return (f"its judge names {percent(found.right)} of {found.places} things in real pictures right",)
+
+    @property
+    def _known(self) -> Judged:
+        if self.judged is None:
+            raise unbound(self)
+        return self.judged
+
+    def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
+        known, scene = self._known, self.scene(tokenizer, self.draw(seed, number))
+        if not all(0 <= thing < known.kinds for thing in scene.things) or not scene.things:
+            rule = f"must be one or more of the {known.kinds} things that the judge tells apart, by number from 0"
+            raise FieldError(self, "scene().things", scene.things, rule, (0, 1))
+        draws = Drawing(scene.noise, self.steps, partial(self.step, scene.prompt), self._seen)
+        return Item(scene.prompt, (scene.things,), shown=Shown(reads="scene", draws=draws))
+
+    def _seen(self, pictures: Tensor) -> Tensor:
+        """What the judge says, as logits."""
+        return self._known.scale * self.judge(pictures).double()
+
+    def score(self, item: Item, sheet: Sheet) -> float:
+        return sum(sheet.greedy) / len(sheet.greedy)
+
+    def chance(self, item: Item) -> float:
+        return 1 / self._known.kinds
