@@ -40,7 +40,7 @@ class Riddles(Puzzles):
     layers: int = 1
 
 
-FEW = BackCopy(tokens=6 * 2 * 16, length=16, rows=2, words=12, width=16, layers=1, heads=2)
+FEW = BackCopy(tokens=6 * 2 * 16, length=16, rows=2, words=12, width=16, heads=2)
 
 
 class Halved(Method):

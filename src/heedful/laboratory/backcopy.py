@@ -65,13 +65,14 @@ class BackCopy(Course):
     )
     timed: ClassVar[bool] = False  # the text's costs are its own
     recipe: ClassVar[Recipe] = Recipe(rate=2e-2, warm_up=100, decay=0.0, memory=0.99, longest=math.inf)
-    tokens: int = 384_000
+    tokens: int = 614_400
     length: int = 32  # of a text
     rows: int = 4
     words: int = 64
     triggers: int = 3  # the commonest words
     width: int = 64
-    layers: int = 2
+    inner: int = 16  # width of the feed-forward part: a wide one undoes what a head adds where it should rest
+    layers: int = 1
     heads: int = 1
 
     def __post_init__(self) -> None:
@@ -99,7 +100,7 @@ class BackCopy(Course):
         torch.manual_seed(seed)
         return LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=1 + self.words, hidden_size=self.width, intermediate_size=4 * self.width,
+                vocab_size=1 + self.words, hidden_size=self.width, intermediate_size=self.inner,
                 num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.heads,
                 max_position_embeddings=self.length, tie_word_embeddings=False, attn_implementation="sdpa",
             )
