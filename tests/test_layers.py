@@ -21,6 +21,7 @@ BELOW = {  # what each room may import, besides itself
     "report": {"core", "catalogue"},
     "laboratory": {
         "core",
+        "kit",
         "engine",
         "api",
         "bench",

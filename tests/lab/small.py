@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from heedful.authoring import Call, Method, Paper, Site, at
+from heedful.laboratory.backcopy import BackCopy
 from heedful.laboratory.language import Text
 from heedful.laboratory.puzzles import Puzzles
 
@@ -37,6 +38,9 @@ class Riddles(Puzzles):
     width: int = 16
     heads: int = 2
     layers: int = 1
+
+
+FEW = BackCopy(tokens=6 * 2 * 16, length=16, rows=2, words=12, width=16, heads=2)
 
 
 class Halved(Method):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,43 +18,69 @@ from heedful.conformance.tolerances import close_model
 from heedful.core.errors import StatisticError
 from heedful.core.method import Stack
 from heedful.laboratory import costs, records, training
+from heedful.laboratory.course import Course, Recipe
 from heedful.laboratory.records import Trainings, as_stack, key
 from heedful.laboratory.training import MissingTrainer, fresh, train
 from heedful.methods import GatedHeads, MixtureOfHeads, RectifiedAttention
-from tests.lab.small import Fails, Halved, Little, Riddles
+from tests.lab.small import FEW, Fails, Halved, Little, Riddles
 
 COURSE = Little(tokens=6 * 32)
 
 
-def by_hand(what: Stack, seed: int) -> tuple[Any, list[float], list[float]]:
-    """Six steps of AdamW, written out: a rise over three steps, half a cosine, gradients cut to length 1."""
-    run, random = fresh(COURSE, what, seed), Generator().manual_seed(seed)
+@dataclass(frozen=True)
+class Brisk(Little):
+    """Little by another recipe in everything."""
+
+    recipe: ClassVar[Recipe] = Recipe(rate=2e-2, warm_up=2, decay=0.2, memory=0.9, longest=0.5)
+
+
+USUAL = {"highest": 3e-3, "rise": 3, "decayed": 0.01, "memory": 0.999, "longest": 1.0}  # half of six steps, for 20
+OTHERS = {  # of six steps as well
+    Brisk(tokens=6 * 32): {"highest": 2e-2, "rise": 2, "decayed": 0.2, "memory": 0.9, "longest": 0.5},
+    FEW: {"highest": 2e-2, "rise": 3, "decayed": 0.0, "memory": 0.99, "longest": math.inf},
+}
+
+
+def by_hand(
+    course: Course, what: Stack, seed: int, *, highest: float, rise: int, decayed: float, memory: float, longest: float
+) -> tuple[Any, list[float], list[float]]:
+    """Six steps of AdamW, written out: a rise, half a cosine, gradients cut to a length."""
+    run, random = fresh(course, what, seed), Generator().manual_seed(seed)
     model, losses, norms = run.model, [], []
     model.train()
     state = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     for step in range(6):
-        rate = 3e-3 * (step / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / 3)))
+        rate = highest * (step / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / (6 - rise))))
         model.zero_grad()
-        loss = model(**COURSE.batch(seed, random)).loss
+        loss = model(**course.batch(seed, random)).loss
         loss.backward()
         losses.append(loss.item())
         norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters())))
         with torch.no_grad():
             for name, p in model.named_parameters():
-                g, (m, v) = p.grad * min(1.0, 1 / (norms[-1] + 1e-6)), state[name]
+                g, (m, v) = p.grad * min(1.0, longest / (norms[-1] + 1e-6)), state[name]
                 m.mul_(0.9).add_(0.1 * g)
-                v.mul_(0.999).add_(0.001 * g * g)
-                decay = 0.01 if p.ndim > 1 else 0.0  # norms' weights are left alone
+                v.mul_(memory).add_((1 - memory) * g * g)
+                decay = decayed if p.ndim > 1 else 0.0  # norms' weights are left alone
                 p.mul_(1 - rate * decay)
-                p -= rate * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                p -= rate * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - memory ** (step + 1))).sqrt() + 1e-8)
     run.close()
     return model, losses, norms
 
 
 @pytest.mark.parametrize("what", [None, Halved(), MixtureOfHeads(1, 1)])  # the last with a penalty in its loss
 def test_the_steps_are_those_that_we_say(what: Method | None) -> None:
-    found = train(COURSE, as_stack(what), 1)
-    model, losses, norms = by_hand(as_stack(what), 1)
+    assert_same(COURSE, as_stack(what), USUAL)
+
+
+@pytest.mark.parametrize("course", OTHERS, ids=lambda course: course.name)
+def test_a_course_may_have_a_recipe_of_its_own(course: Course) -> None:
+    assert_same(course, Stack(), OTHERS[course])
+
+
+def assert_same(course: Course, what: Stack, recipe: dict[str, Any]) -> None:
+    found = train(course, what, 1)
+    model, losses, norms = by_hand(course, what, 1, **recipe)
     assert close_model(torch.tensor(found.losses), torch.tensor(losses))
     assert close_model(torch.tensor(found.norms), torch.tensor(norms))
     weights = dict(model.named_parameters())

@@ -21,7 +21,7 @@ def lab(
         str,
         typer.Option(help="Parted by commas, joined by |, as in 'mala,clippedsoftmax|gatedheads'; eight if left out."),
     ] = "",
-    kind: Annotated[str, typer.Option(help="What is trained: lm, vit, seq2seq or pool.")] = "lm",
+    kind: Annotated[str, typer.Option(help="What is trained: lm, vit, seq2seq, pool or sinks.")] = "lm",
     seeds: Annotated[int, typer.Option(help="Trainings of each.")] = 1,
     tokens: Annotated[int | None, typer.Option(help="The budget of each training.")] = None,
     out: Annotated[Path | None, typer.Option(help="Keep what is trained here, and go on here if stopped.")] = None,

@@ -75,13 +75,14 @@ class _Stepping:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.run.model.to(self.device).train()
         self.batch = {k: x.to(self.device) for k, x in course.batch(seed, Generator().manual_seed(seed)).items()}
-        self.optimiser = torch.optim.AdamW(self.run.model.parameters(), lr=course.rate)
+        self.recipe = course.recipe
+        self.optimiser = torch.optim.AdamW(self.run.model.parameters(), lr=self.recipe.rate)
 
     def step(self) -> float:
         began = self._now()
         self.optimiser.zero_grad()
         self.run(**self.batch).loss.backward()
-        nn.utils.clip_grad_norm_(self.run.model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.run.model.parameters(), self.recipe.longest)
         self.optimiser.step()
         return self._now() - began
 

@@ -35,12 +35,23 @@ class Opener(Protocol):
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How weights are changed: by AdamW, whose learning rate rises at first and then falls along half a cosine."""
+
+    rate: float = 3e-3  # the highest learning rate
+    warm_up: int = 20  # steps in which it rises
+    decay: float = 0.01  # of weights
+    memory: float = 0.999  # of squared gradients: Adam's second beta
+    longest: float = 1.0  # a gradient longer than this is cut to it
+
+
+@dataclass(frozen=True)
 class Course(ABC):
     """One training. Its fields, a seed, and what acts on the model settle the outcome."""
 
     name: ClassVar[str]
     about: ClassVar[str]  # one sentence
-    rate: ClassVar[float] = 3e-3  # the highest learning rate
+    recipe: ClassVar[Recipe] = Recipe()
     timed: ClassVar[bool] = True  # whether costs are measured with it
     tokens: int  # of all batches together
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from heedful.core.errors import FieldError, StatisticError
+from heedful.laboratory.backcopy import BackCopy
 from heedful.laboratory.bags import Bags
 from heedful.laboratory.course import Course
 from heedful.laboratory.images import Digits
@@ -17,6 +18,7 @@ from heedful.laboratory.strings import Strings
 
 KINDS: dict[str, tuple[type[Course], ...]] = {
     "lm": (Text, Puzzles, Regression), "vit": (Digits,), "seq2seq": (Strings,), "pool": (Bags,),
+    "sinks": (BackCopy,),
 }  # fmt: skip
 DEFAULTS = {  # eight ways apart from one another
     "lm": (
@@ -34,6 +36,10 @@ DEFAULTS = {  # eight ways apart from one another
     "pool": (
         "ClippedSoftmax", "SigmoidAttention(26)", "NormalizedAttention", "RectifiedAttention", "GatedHeads",
         "MixtureOfHeads(2, 1)", "EfficientProbing(4)", "MALA",
+    ),
+    "sinks": (
+        "ClippedSoftmax(-0.1)", "SigmoidAttention(32)", "NormalizedAttention", "RectifiedAttention", "GatedHeads",
+        "GatedNorm", "SoftplusAttention", "MALA",
     ),
 }  # fmt: skip
 

@@ -33,9 +33,9 @@ def lab(
     """Train softmax and each mechanism on the same tiny models, data and budget, and measure what comes of it.
 
     `mechanisms` are methods or stacks, eight of the catalogue for None. `kind` is "lm" (bytes of text, synthetic tasks,
-    and regression in context), "vit" (digits), "seq2seq" (strings) or "pool" (bags of digits). `tokens` is the budget
-    of each training, None for each course's own. `out` keeps what is trained: the same call goes on where it stopped,
-    and other calls use what they share with it.
+    and regression in context), "vit" (digits), "seq2seq" (strings), "pool" (bags of digits) or "sinks" (words over
+    which softmax comes to park). `tokens` is the budget of each training, None for each course's own. `out` keeps what
+    is trained: the same call goes on where it stopped, and other calls use what they share with it.
     """
     wanted = courses(kind, tokens)
     chosen = _chosen(mechanisms, kind)

@@ -61,6 +61,23 @@ class _Kurtosis(Method):
 
 
 SINKS, MAXIMA, KURTOSIS = SinkRate(), MaxActivations(), _Kurtosis()
+OUTLIERS = (
+    Quantity("sinks", "The share of heads and texts that park on the first token.", "share"),
+    Quantity("largest", "The largest activation of the residual stream over its layer's mean.", "× mean"),
+    Quantity("kurtosis", "Kurtosis of what attention blocks add; of a normal curve 3.", ""),
+)
+
+
+def outliers(run: Run) -> dict[str, float]:
+    """What SINKS, MAXIMA and KURTOSIS saw, those of them that could act."""
+    found = {}
+    if (sinks := told(run, SINKS)) is not None:
+        found["sinks"] = sinks.first
+    if (maxima := told(run, MAXIMA)) is not None:
+        found["largest"] = max(peaks.ratio for peaks in maxima.layers.values())
+    if (by_layer := told(run, KURTOSIS)) is not None:
+        found["kurtosis"] = fmean(float(mean.value) for mean in by_layer.values())
+    return found
 
 
 def _rounded(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -121,9 +138,7 @@ class Text(Course):
             Quantity("loss", "Held-out loss a byte.", "nats", False),
             *longer,
             Quantity("8-bit", "What 8-bit weights and activations add to the held-out loss.", "nats", False),
-            Quantity("sinks", "The share of heads and texts that park on the first token.", "share"),
-            Quantity("largest", "The largest activation of the residual stream over its layer's mean.", "× mean"),
-            Quantity("kurtosis", "Kurtosis of what attention blocks add; of a normal curve 3.", ""),
+            *OUTLIERS,
         )
 
     @property
@@ -158,15 +173,8 @@ class Text(Course):
         return losses / count
 
     def measure(self, opened: Opener, seed: int) -> dict[str, float]:
-        found = {}
         with opened(SINKS, MAXIMA, KURTOSIS) as run:
-            found["loss"] = self.loss(run, seed)
-            if (sinks := told(run, SINKS)) is not None:
-                found["sinks"] = sinks.first
-            if (maxima := told(run, MAXIMA)) is not None:
-                found["largest"] = max(peaks.ratio for peaks in maxima.layers.values())
-            if (by_layer := told(run, KURTOSIS)) is not None:
-                found["kurtosis"] = fmean(float(mean.value) for mean in by_layer.values())
+            found = {"loss": self.loss(run, seed)} | outliers(run)
         with opened() as run:
             for n in LONGER:
                 found[f"loss at {n} x"] = self.loss(run, seed, n)

@@ -19,9 +19,6 @@ from heedful.core.method import Method, Stack
 from heedful.engine.run import Run
 from heedful.laboratory.course import Batch, Course
 
-WARM_UP = 20  # steps in which the learning rate rises
-DECAY = 0.01  # of weights
-
 Steps = Callable[[int], None]  # told how many steps are done
 
 
@@ -75,12 +72,14 @@ def train(course: Course, what: Stack, seed: int, report: Steps = lambda _: None
         def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             report(state.global_step)
 
+    recipe = course.recipe
     run = fresh(course, what, seed)
     try:
         with tempfile.TemporaryDirectory() as nowhere:  # Trainer makes a folder even where it writes nothing
             arguments = TrainingArguments(
-                nowhere, max_steps=course.steps, per_device_train_batch_size=1, learning_rate=course.rate,
-                lr_scheduler_type="cosine", warmup_steps=min(WARM_UP, course.steps // 2), weight_decay=DECAY,
+                nowhere, max_steps=course.steps, per_device_train_batch_size=1, learning_rate=recipe.rate,
+                lr_scheduler_type="cosine", warmup_steps=min(recipe.warm_up, course.steps // 2),
+                weight_decay=recipe.decay, adam_beta2=recipe.memory, max_grad_norm=recipe.longest,
                 logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, seed=seed,
                 dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(),
             )  # fmt: skip
