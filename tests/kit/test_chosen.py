@@ -66,8 +66,9 @@ def test_fewer_of_the_rows_just_picked_are_not_picked_again() -> None:
     for part in (slice(0, 2), slice(1, 4), slice(0, 4)):
         assert torch.equal(rule.keeps(pairs(part, slice(0, TOTAL))), whole[:, :, part])
     assert picks.asked == [slice(0, 4)]
-    rule.columns(slice(3, 5))
-    assert picks.asked == [slice(0, 4), slice(3, 5)]
+    later = rule.keeps(pairs(slice(2, 6), slice(0, TOTAL)))
+    assert torch.equal(rule.keeps(pairs(slice(3, 5), slice(0, TOTAL))), later[:, :, 1:3])
+    assert picks.asked == [slice(0, 4), slice(2, 6)]
     every = slice(None)
     found = Chosen(lambda rows: whole[:, :, rows])
     assert torch.equal(found.keeps(pairs(every, every)), whole)
