@@ -58,17 +58,15 @@ def encode(keeps: Callable[[int, int], Tensor], queries: int, block: int = 512) 
     parts = []
     for start in range(0, queries, block):
         kept = torch.nn.functional.pad(keeps(start, min(start + block, queries)), (1, 1))
-        rises, falls = kept[..., 1:] & ~kept[..., :-1], kept[..., :-1] & ~kept[..., 1:]
-        count = rises.sum(-1)
-        most = max(1, int(count.amax()))
-        if most > MOST:
+        # where a row begins and ceases to see, in turns
+        row, column = (kept[..., 1:] ^ kept[..., :-1]).flatten(0, -2).nonzero(as_tuple=True)
+        count = row.bincount(minlength=kept.shape[:-1].numel())
+        most = max(2, int(count.amax()))
+        if most > 2 * MOST:
             return None
-        part = torch.zeros(*count.shape, most, 2, dtype=torch.long, device=kept.device)
-        for end, steps in enumerate((rises, falls)):
-            *place, column = steps.nonzero(as_tuple=True)
-            slot = (steps.cumsum(-1) - 1)[steps]
-            part[(*place, slot, torch.full_like(slot, end))] = column
-        parts.append(part)
+        part = torch.zeros(len(count), most, dtype=torch.long, device=kept.device)
+        part[row, torch.arange(len(row), device=kept.device) - (count.cumsum(0) - count)[row]] = column
+        parts.append(part.view(*kept.shape[:-1], most // 2, 2))
     most = max(p.shape[-2] for p in parts)
     return torch.cat([torch.nn.functional.pad(p, (0, 0, 0, most - p.shape[-2])) for p in parts], 2)
 

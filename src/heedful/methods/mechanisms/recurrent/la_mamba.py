@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, layer_norm, silu, softplus
+from torch.nn.functional import conv2d, layer_norm, pad, silu, softplus
 
 from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
 from heedful.kit.feature_maps import drawn, feature_map, laid_back, with_bias
@@ -111,12 +111,37 @@ class LaMamba(Method):
         told = p["told"] @ x
         step, into, out = told.split([told.shape[2] - 2 * n, n, n], 2)
         step = softplus(p["step"] @ step + p["step_bias"][..., None])
-        rate, held, found = -p["rate"].exp(), x.new_zeros(*x.shape[:3], n), []
-        for t in range(x.shape[3]):
-            added = (step[..., t] * x[..., t])[..., None] * into[:, :, None, :, t]
-            held = (step[..., t, None] * rate).exp() * held + added
-            found.append((held @ out[..., t, None])[..., 0])
-        return torch.stack(found, -1) + p["skip"][..., None] * x
+        return _scanned(x, step, -p["rate"].exp(), into, out) + p["skip"][..., None] * x
+
+
+def _scanned(x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out: Tensor) -> Tensor:
+    """`out_t h_t` with `h_t = exp(step_t rate) h_(t-1) + step_t x_t into_t` on each way.
+
+    Pieces of a way are gone through side by side, at first for what each leaves behind, and then from there on.
+    """
+    tokens = x.shape[-1]
+    size = math.isqrt(tokens - 1) + 1
+
+    def places(told: Tensor) -> Tensor:
+        """One after another of all pieces, `[size ... pieces]`; a step of 0 leaves all as it is."""
+        return pad(told, (0, -tokens % size)).unflatten(-1, (-1, size)).movedim(-1, 0).contiguous()
+
+    x, step = places(x)[..., None], places(step)[..., None]  # [size b ways d pieces 1]
+    into, out = (places(told).mT.contiguous()[:, :, :, None] for told in (into, out))  # [size b ways 1 pieces state]
+    rate = rate[:, :, None]
+    given = [*zip(step.unbind(), (step * x).unbind(), into.unbind(), out.unbind(), strict=True)]
+    kept = (step.sum(0) * rate).exp()
+    held = torch.zeros_like(kept)
+    for now, x_t, into_t, _ in given:
+        held = (now * rate).exp() * held + x_t * into_t
+    before = [torch.zeros_like(kept[..., 0, :])]
+    for end, share in zip(held.unbind(-2), kept.unbind(-2), strict=True):
+        before.append(share * before[-1] + end)
+    held, found = torch.stack(before[:-1], -2), []
+    for now, x_t, into_t, out_t in given:
+        held = (now * rate).exp() * held + x_t * into_t
+        found.append((held * out_t).sum(-1))
+    return torch.stack(found, -1).flatten(-2)[..., :tokens]
 
 
 def _snakes(rows: int, cols: int, device: torch.device) -> Tensor:
