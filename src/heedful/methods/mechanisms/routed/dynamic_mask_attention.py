@@ -73,15 +73,17 @@ class DynamicMaskAttention(Method):
         if total <= self.keep:
             return mask
         newest_first = _counts(call, slice(None)).detach().flip(-1)  # a stable sort leaves the newest of equals first
-        rank = newest_first.argsort(dim=-1, descending=True, stable=True).argsort(-1).flip(-1)
-        rank = spread_heads(rank, call.heads)[:, :, None]  # [b h 1 k]
+        order = total - 1 - newest_first.argsort(dim=-1, descending=True, stable=True)
+        order = spread_heads(order, call.heads)[:, :, None]  # [b h 1 k], those that count most first
 
         def pick(rows: slice) -> Tensor:
             part = call.tile(rows, slice(0, total))
-            mine, keep = rank.expand(-1, -1, len(part.queries), -1), mask.keeps(part.pairs)
-            mine = mine if keep is None else mine.masked_fill(~keep, total)
-            best = mine.topk(self.keep, largest=False).indices
-            return torch.zeros_like(mine, dtype=torch.bool).scatter(-1, best, True)
+            by_rank, keep = order.expand(-1, -1, len(part.queries), -1), mask.keeps(part.pairs)
+            seen = torch.ones_like(by_rank, dtype=torch.bool)
+            if keep is not None:
+                seen = keep.expand(by_rank.shape).gather(-1, by_rank)
+            best = seen & (seen.cumsum(-1, dtype=torch.int32) <= self.keep)
+            return torch.zeros_like(best).scatter(-1, by_rank, best)
 
         return mask & Chosen(pick)
 
