@@ -21,12 +21,13 @@ from claims._guided import STEPS, guided, under
 from claims._pictures import COLOURS, SHAPES, WORDS, denoiser, draw, judge, sample
 from heedful import attached, models
 from heedful.bench.answer import answer
+from heedful.bench.asking import going_on
 from heedful.bench.compare import compare
 from heedful.bench.comparison import Comparison
 from heedful.bench.cost import cost
 from heedful.bench.records import Answered, Cost
 from heedful.conformance.tolerances import close, close_model
-from heedful.core.errors import FieldError, RefusedModel
+from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.kinds import Prompt
 from heedful.drawing import drawn
 from heedful.methods import CONFORM, HRV, AttendAndExcite, TempScale
@@ -207,7 +208,7 @@ def test_it_is_compared(tmp_path: Path) -> None:
     assert "rearranges the tokens of a text, and these prompts are scenes to draw" in told["AttentionSorting"]
     for name in ("LargePiG(role='subjects')", "PruneHeads(groups=((0, 0),))"):
         assert "acts on texts or on weights, and a scene is drawn under methods on attention alone" in told[name]
-    assert "Denoiser cannot go on under it" in told["ToMe"]
+    assert "tokens are merged where each attends to all, and here keys are another sequence's" in told["ToMe"]
     assert "they mark 'subjects', 'first', 'second', 'ground'" in told["HRV"]
     costs = [r for r in found.records if isinstance(r, Cost)]
     assert {(r.tokens, r.step, r.cache, r.density) for r in costs} == {(5, None, 0, None)}
@@ -218,6 +219,14 @@ def test_it_is_compared(tmp_path: Path) -> None:
     assert Comparison.load(found.save(tmp_path / "kept.jsonl")).records == found.records
     again = compare(small(), methods[:2], [TwoThings(steps=3)], prompts=4, turns=0, out=tmp_path / "out")
     assert [r.score for r in again.results] == [r.score for r in found.results]
+
+
+def test_an_error_of_the_drawing_model_is_a_reason_under_a_method_alone(task: TwoThings) -> None:
+    item = task.items(speller(), 1)[0]
+    with pytest.raises(SiteError, match="Denoiser cannot go on under it: too few"), going_on(denoiser(), SHARP, item):
+        raise RuntimeError("too few")
+    with pytest.raises(RuntimeError, match=r"^too few$"), going_on(denoiser(), None, item):
+        raise RuntimeError("too few")
 
 
 def test_rows_of_a_batch_are_the_same_picture(task: TwoThings) -> None:
