@@ -115,7 +115,10 @@ def test_what_the_judge_is_worth_is_measured_on_real_pictures(task: TwoThings) -
     scales = [float(10.0**e / scores.std()) for e in torch.linspace(-1, 2, 31, dtype=torch.float64)]
     losses = [float(cross_entropy(z * scores, things.flatten(), label_smoothing=1 / 202)) for z in scales]
     assert known.scale == pytest.approx(scales[losses.index(min(losses))])
-    assert task.told == ("its judge names 100% of 200 things in real pictures right",)
+    assert task.told == (
+        "its judge names 100% of 200 things in real pictures right",
+        "prefill is the making of a picture, and a thing counts as a token",
+    )
     assert repr(task) == repr(TwoThings()) == "TwoThings(steps=10, least=0.9)"
     # real pictures are spoilt as much as drawn ones are
     made = sample(torch.cat([noise_of(item) for item in task.items(speller(), 20)]), flow_of(task), STEPS)

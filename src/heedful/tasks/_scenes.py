@@ -112,7 +112,10 @@ class Scenes(Task):
         if self.judged is None:
             return ()
         found = self.judged
-        return (f"its judge names {percent(found.right)} of {found.places} things in real pictures right",)
+        return (
+            f"its judge names {percent(found.right)} of {found.places} things in real pictures right",
+            "prefill is the making of a picture, and a thing counts as a token",
+        )
 
     @property
     def _known(self) -> Judged:
