@@ -144,14 +144,16 @@ def test_boxes_of_which_nothing_or_all_is_shown_are_left_out(tmp_path: Path) -> 
     from PIL import Image
 
     found = [{"image": f"{i}.png", "question": "w30", "box": box} for i, box in enumerate(QUARTERS[:2])]
-    path = boxes(tmp_path, [*found, {"image": "3.png", "question": "w3", "box": [0, 0, 8, 8]}])
+    path = boxes(tmp_path, [*found, {"image": "3.png", "question": "w3", "box": [0, 0, 8, 8]}, "no row"])
     Image.new("RGB", (32, 8)).save(tmp_path / "1.png")
     task = from_file(path).on(llava().model, llava().tokenizer)
     assert [row.image for row in task.rows] == ["0.png"]  # type: ignore[attr-defined]
-    assert task.left_out == (  # type: ignore[attr-defined]
+    broken, *left_out = task.left_out  # type: ignore[attr-defined]
+    assert "line 4: is not JSON" in broken
+    assert left_out == [
         "1.png, box [4, 0, 8, 4]: is nothing that the model is shown of the picture",
         "3.png, box [0, 0, 8, 8]: is all that the model is shown of the picture",
-    )
+    ]
     only = from_file(rows(tmp_path / "o.jsonl", [{"image": "3.png", "question": "w3", "box": [0, 0, 8, 8]}]))
     with pytest.raises(FieldError, match="is all that the model is shown"):
         only.on(llava().model, llava().tokenizer)
