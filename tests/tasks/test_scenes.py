@@ -111,7 +111,7 @@ def test_what_the_judge_is_worth_is_measured_on_real_pictures(task: TwoThings) -
     known = task.judged
     assert known is not None
     assert known.right == float((scores.argmax(-1) == things.flatten()).double().mean()) > 0.95
-    assert (known.places, known.kinds) == (200, KINDS)
+    assert (known.things, known.places, known.kinds) == (200, 2, KINDS)
     scales = [float(10.0**e / scores.std()) for e in torch.linspace(-1, 2, 31, dtype=torch.float64)]
     losses = [float(cross_entropy(z * scores, things.flatten(), label_smoothing=1 / 202)) for z in scales]
     assert known.scale == pytest.approx(scales[losses.index(min(losses))])
@@ -310,7 +310,21 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], rule: 
         Halves(**settings)
 
 
-def test_items_want_a_model_and_things_that_the_judge_knows() -> None:
+def test_the_model_is_looked_at_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heedful.tasks._scenes.device_of", lambda _: torch.device("meta"))
+
+    class Still(Halves):
+        name = "still"
+        about = "Leaves noise as it is."
+
+        def step(self, prompt: Prompt, model: Any, x: Tensor, number: int) -> Tensor:
+            return x
+
+    assert Still().inputs(nn.Identity(), None)().device.type == "meta"
+
+
+@pytest.mark.parametrize("things", [(0, 2), (-1, 0), (0, 1, 0), ()])
+def test_items_want_a_model_and_things_that_the_judge_knows(things: tuple[int, ...]) -> None:
     with pytest.raises(FieldError, match="makes items for one model alone"):
         Halves().items(speller(), 1)
 
@@ -319,7 +333,7 @@ def test_items_want_a_model_and_things_that_the_judge_knows() -> None:
         about = "Asks for what nobody can see."
 
         def scene(self, tokenizer: Any, draw: random.Random) -> Scene:
-            return replace(super().scene(tokenizer, draw), things=(0, 2))
+            return replace(super().scene(tokenizer, draw), things=things)
 
-    with pytest.raises(FieldError, match=r"must be one or more of the 2 things that the judge tells apart"):
+    with pytest.raises(FieldError, match="must be 1 to 2 numbers, from 0, of the 2 things that the judge knows"):
         Strange().on(nn.Identity(), None).items(speller(), 1)
