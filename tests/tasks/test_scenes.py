@@ -77,7 +77,8 @@ def test_a_scene_asks_for_two_things_and_says_where_their_words_are(task: TwoThi
     for item in items:
         words = [WORDS[token] for token in item.prompt.tokens]
         assert item.options == ((thing(*words[:2]), thing(*words[2:4])),)
-        assert item.prompt.roles == ROLES
+        said = {role: [words[i] for i in range(a, b)] for role, ((a, b),) in item.prompt.roles.items()}
+        assert said == {"subjects": words[:4], "first": words[:2], "second": words[2:4], "ground": words[4:]}
         assert task.chance(item) == 1 / KINDS
         assert item.size == 7
     again = task.items(speller(), 3)
