@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from heedful.bench.comparison import Comparison
 from heedful.bench.records import Answered, Cost, Record, Refused
 from heedful.bench.results import PLAIN
-from heedful.core.figures import Description, Listing, Role, Scatter
+from heedful.core.figures import Description, Intervals, Listing, Role, Scatter
 from heedful.methods.observe.sink_rate import SinkRate
 from heedful.report import page
 from tests.test_report import BROWSER, FakeProfile, profile, text_view
@@ -383,6 +384,16 @@ def test_a_name_without_room_above_its_point_stands_beside_it(browser: Any, tmp_
     ((names, pairs),) = tab.evaluate(OVER)
     assert (sorted(names), pairs) == (sorted(at), 0)
     assert tab.evaluate(COVERED) == 0
+
+
+def test_long_names_that_differ_at_the_end_stay_apart_on_a_phone(browser: Any, tmp_path: Path) -> None:
+    names = [f"HRV(role='subjects', factor={x})" for x in (2.0, 0.5)]
+    found = Intervals("few", "Few", "", names, {"task": torch.tensor([[0.0, -1, 1]] * 2)}, "points", "points")
+    held = replace(profile(), parts=[(SinkRate(), Description((found,)))])
+    tab = browser.new_page(viewport={"width": 390, "height": 844})
+    tab.goto(page.write(held, tmp_path / "page.html").as_uri())
+    tab.locator(".plot .ytick text").first.scroll_into_view_if_needed()
+    assert {*tab.locator(".plot .ytick text").all_text_contents()} == {"HRV(role='s…r=2.0)", "HRV(role='s…r=0.5)"}
 
 
 def test_an_empty_table_says_so(browser: Any, tmp_path: Path) -> None:

@@ -55,8 +55,7 @@ ABOUT = {
     "boxes": "The same model, asked the same: does it look most at the thing that it is asked about?",
     "scenes": "The small denoiser of `claims/_pictures.py`, a diffusion transformer whose cross-attention reads words, "
     "draws two things in ten steps; each is right where the nearest of all halves of pictures that can be shows its "
-    "colour and shape. Real pictures that judge the judge carry what is unclean in drawn ones. Prefill is the making "
-    "of a picture, and a thing counts as a token.",
+    "colour and shape. Real pictures that judge the judge carry what is unclean in drawn ones.",
 }
 
 

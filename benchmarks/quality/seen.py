@@ -1,6 +1,6 @@
 """Comparisons on speech, pictures, questions about pictures, boxes in them, and drawn scenes, with models at hand.
 
-python -m benchmarks.quality.seen speech|pictures|asked|boxes|scenes [--minutes 9]     (HF_HUB_OFFLINE=1; it resumes)
+python -m benchmarks.quality.seen [scenes ...] [--minutes 9]     (HF_HUB_OFFLINE=1; it resumes)
 """
 
 from __future__ import annotations
@@ -152,20 +152,25 @@ def scenes(home: Path) -> Ground:
 
 GROUNDS = {"speech": speech, "pictures": pictures, "asked": asked, "boxes": boxes, "scenes": scenes}
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.seen")
-    parser.add_argument("ground", choices=list(GROUNDS))
-    parser.add_argument("--minutes", type=float, default=9, help="of asking")
-    parser.add_argument("--turns", type=int, default=3, help="that costs are measured")
-    given = parser.parse_args()
-    home = Path(tempfile.gettempdir()) / f"heedful-seen-{given.ground}"
-    (home / given.ground).mkdir(parents=True, exist_ok=True)
+
+def measured(ground: str, minutes: float, turns: int) -> None:
+    """One comparison, its record and its page."""
+    home = Path(tempfile.gettempdir()) / f"heedful-seen-{ground}"
+    (home / ground).mkdir(parents=True, exist_ok=True)
     os.chdir(home)  # records name the folder, and not where it lay
-    loaded, task = GROUNDS[given.ground](Path(given.ground))
-    found = compare(
-        loaded, METHODS[given.ground], [task], out="kept", minutes=given.minutes, turns=given.turns, progress=report
-    )
-    found.save(SEEN[given.ground])
+    loaded, task = GROUNDS[ground](Path(ground))
+    found = compare(loaded, METHODS[ground], [task], out="kept", minutes=minutes, turns=turns, progress=report)
+    found.save(SEEN[ground])
     print(found)
     print(f"the page: {found.page(home / 'page.html')}")
     (home / "kept" / RECORDS).unlink()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.seen")
+    parser.add_argument("grounds", nargs="*", choices=list(GROUNDS), help="all where none is named")
+    parser.add_argument("--minutes", type=float, default=9, help="of asking")
+    parser.add_argument("--turns", type=int, default=3, help="that costs are measured")
+    given = parser.parse_args()
+    for each in given.grounds or GROUNDS:
+        measured(each, given.minutes, given.turns)

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from claims._pictures import denoiser
 from heedful import attach, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, InactiveWarning, SiteError
-from heedful.methods import ToMe
+from heedful.methods import AdaptiveSparseViT, TokenPooling, ToMe
 
 from ..torch_models import Plain, tokens
+from ..two_doors import PICTURES, siglip
 
 
 def image_model(layers: int = 4) -> tuple[Any, dict[str, Tensor]]:
@@ -209,6 +211,24 @@ def test_a_decoder_behind_a_merged_encoder_is_refused_in_words() -> None:
         pytest.raises(SiteError, match=r"ToMe.*: (the model is causal|tokens are merged where each)"),
     ):
         run(**models.tiny_inputs(model), use_cache=False)
+
+
+@pytest.mark.parametrize("method", [ToMe(8), TokenPooling((0, 1)), AdaptiveSparseViT((0, 1))])
+def test_places_that_look_at_words_are_refused_before_words_are_taken_for_them(method: Any) -> None:
+    net = denoiser()
+    inputs = {"noised": torch.randn(2, 3, 16, 16), "t": torch.tensor([0.5, 0.5]), "context": torch.randn(2, 5, 64)}
+    refused = pytest.raises(SiteError, match="layer 1: tokens are merged where each attends to all, and here keys are")
+    with refused, attach(net, method, inputs=inputs) as run:
+        run(**inputs)
+
+
+@torch.no_grad()
+def test_a_head_that_pools_what_was_merged_is_served() -> None:
+    model = siglip().vision_model
+    with attach(model, ToMe(2)) as run:
+        run(pixel_values=PICTURES)
+        assert run.activity().entered == (0, 1, 2)
+        assert run.state.calls[2].cross
 
 
 def test_gradients_flow_through_the_means() -> None:

@@ -56,9 +56,12 @@ def test_rows_with_boxes_are_read_and_broken_ones_are_named(tmp_path: Path) -> N
         json.dumps(row | {"box": [0, 0, 4]}): "'box' is [0, 0, 4], and must be four numbers: left, top, right, bottom",
         json.dumps(row | {"box": "0 0 4 4"}): "and must be four numbers",
         json.dumps(row | {"box": [0, 0, True, 4]}): "and must be four numbers",
-        json.dumps(row | {"box": [4, 0, 4, 4]}): "must lie in a picture of 8 x 8 dots",
-        json.dumps(row | {"box": [0, 0, 4, 9]}): "must lie in a picture of 8 x 8 dots",
-        json.dumps(row | {"box": [0, -1, 4, 4]}): "must lie in a picture of 8 x 8 dots",
+        json.dumps(row | {"box": [4, 0, 4, 4]}): "left below right and top below bottom, in a picture of 8 x 8 dots",
+        json.dumps(row | {"box": [0, 0, 4, 9]}): "left below right and top below bottom, in a picture of 8 x 8 dots",
+        json.dumps(row | {"box": [-1, 0, 4, 4]}): "left below right and top below bottom, in a picture of 8 x 8 dots",
+        json.dumps(row | {"box": [0, 0, 9, 4]}): "left below right and top below bottom, in a picture of 8 x 8 dots",
+        json.dumps(row | {"box": [0, 4, 4, 4]}): "left below right and top below bottom, in a picture of 8 x 8 dots",
+        json.dumps(row | {"box": [0, -1, 4, 4]}): "left below right and top below bottom, in a picture of 8 x 8 dots",
         json.dumps(
             row | {"answer": "w4"}
         ): "has both 'box' and 'answer'; give where to look and what to say a row each",
@@ -85,6 +88,10 @@ def test_the_tokens_of_a_box_are_marked(tmp_path: Path) -> None:
         assert task.chance(item) == 1 / 4
         assert item.shown.looks
         assert not item.options
+    left = boxes(tmp_path, [{"image": "0.png", "question": "w30", "box": [0, 0, 4, 8]}])
+    (item,) = from_file(left).on(llava().model, processor).items(processor, 1)
+    ((first, _),) = item.prompt.roles["image"]
+    assert item.prompt.roles["box"] == ((first, first + 1), (first + 2, first + 3))
     assert spans([1, 2, 3, 7, 9, 10]) == ((1, 4), (7, 8), (9, 11))
 
 
@@ -137,14 +144,16 @@ def test_boxes_of_which_nothing_or_all_is_shown_are_left_out(tmp_path: Path) -> 
     from PIL import Image
 
     found = [{"image": f"{i}.png", "question": "w30", "box": box} for i, box in enumerate(QUARTERS[:2])]
-    path = boxes(tmp_path, [*found, {"image": "3.png", "question": "w3", "box": [0, 0, 8, 8]}])
+    path = boxes(tmp_path, [*found, {"image": "3.png", "question": "w3", "box": [0, 0, 8, 8]}, "no row"])
     Image.new("RGB", (32, 8)).save(tmp_path / "1.png")
     task = from_file(path).on(llava().model, llava().tokenizer)
     assert [row.image for row in task.rows] == ["0.png"]  # type: ignore[attr-defined]
-    assert task.left_out == (  # type: ignore[attr-defined]
+    broken, *left_out = task.left_out  # type: ignore[attr-defined]
+    assert "line 4: is not JSON" in broken
+    assert left_out == [
         "1.png, box [4, 0, 8, 4]: is nothing that the model is shown of the picture",
         "3.png, box [0, 0, 8, 8]: is all that the model is shown of the picture",
-    )
+    ]
     only = from_file(rows(tmp_path / "o.jsonl", [{"image": "3.png", "question": "w3", "box": [0, 0, 8, 8]}]))
     with pytest.raises(FieldError, match="is all that the model is shown"):
         only.on(llava().model, llava().tokenizer)
@@ -230,6 +239,7 @@ def test_it_is_compared(tmp_path: Path) -> None:
         assert "where a prompt's last token looks is told under methods on attention and surgeries alone" in told[name]
     assert [name for name, _ in found.matrix.columns][:2] == ["verdict", "q.jsonl"]
     assert "Guessing scores 25%" in str(found)
+    assert "q.jsonl: its log-probability is that of the box" in str(found)
     assert found.page(tmp_path / "page.html").stat().st_size > 100_000
     assert Comparison.load(found.save(tmp_path / "kept.jsonl")).records == found.records
 

@@ -21,12 +21,13 @@ from claims._guided import STEPS, guided, under
 from claims._pictures import COLOURS, SHAPES, WORDS, denoiser, draw, judge, sample
 from heedful import attached, models
 from heedful.bench.answer import answer
+from heedful.bench.asking import going_on
 from heedful.bench.compare import compare
 from heedful.bench.comparison import Comparison
 from heedful.bench.cost import cost
 from heedful.bench.records import Answered, Cost
 from heedful.conformance.tolerances import close, close_model
-from heedful.core.errors import FieldError, RefusedModel
+from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.kinds import Prompt
 from heedful.drawing import drawn
 from heedful.methods import CONFORM, HRV, AttendAndExcite, TempScale
@@ -76,7 +77,8 @@ def test_a_scene_asks_for_two_things_and_says_where_their_words_are(task: TwoThi
     for item in items:
         words = [WORDS[token] for token in item.prompt.tokens]
         assert item.options == ((thing(*words[:2]), thing(*words[2:4])),)
-        assert item.prompt.roles == ROLES
+        said = {role: [words[i] for i in range(a, b)] for role, ((a, b),) in item.prompt.roles.items()}
+        assert said == {"subjects": words[:4], "first": words[:2], "second": words[2:4], "ground": words[4:]}
         assert task.chance(item) == 1 / KINDS
         assert item.size == 7
     again = task.items(speller(), 3)
@@ -110,11 +112,14 @@ def test_what_the_judge_is_worth_is_measured_on_real_pictures(task: TwoThings) -
     known = task.judged
     assert known is not None
     assert known.right == float((scores.argmax(-1) == things.flatten()).double().mean()) > 0.95
-    assert (known.places, known.kinds) == (200, KINDS)
+    assert (known.things, known.places, known.kinds) == (200, 2, KINDS)
     scales = [float(10.0**e / scores.std()) for e in torch.linspace(-1, 2, 31, dtype=torch.float64)]
     losses = [float(cross_entropy(z * scores, things.flatten(), label_smoothing=1 / 202)) for z in scales]
     assert known.scale == pytest.approx(scales[losses.index(min(losses))])
-    assert task.told == ("its judge names 100% of 200 things in real pictures right",)
+    assert task.told == (
+        "its judge names 100% of 200 things in real pictures right",
+        "prefill is the making of a picture, and a thing counts as a token",
+    )
     assert repr(task) == repr(TwoThings()) == "TwoThings(steps=10, least=0.9)"
     # real pictures are spoilt as much as drawn ones are
     made = sample(torch.cat([noise_of(item) for item in task.items(speller(), 20)]), flow_of(task), STEPS)
@@ -207,7 +212,7 @@ def test_it_is_compared(tmp_path: Path) -> None:
     assert "rearranges the tokens of a text, and these prompts are scenes to draw" in told["AttentionSorting"]
     for name in ("LargePiG(role='subjects')", "PruneHeads(groups=((0, 0),))"):
         assert "acts on texts or on weights, and a scene is drawn under methods on attention alone" in told[name]
-    assert "Denoiser cannot go on under it" in told["ToMe"]
+    assert "tokens are merged where each attends to all, and here keys are another sequence's" in told["ToMe"]
     assert "they mark 'subjects', 'first', 'second', 'ground'" in told["HRV"]
     costs = [r for r in found.records if isinstance(r, Cost)]
     assert {(r.tokens, r.step, r.cache, r.density) for r in costs} == {(5, None, 0, None)}
@@ -218,6 +223,14 @@ def test_it_is_compared(tmp_path: Path) -> None:
     assert Comparison.load(found.save(tmp_path / "kept.jsonl")).records == found.records
     again = compare(small(), methods[:2], [TwoThings(steps=3)], prompts=4, turns=0, out=tmp_path / "out")
     assert [r.score for r in again.results] == [r.score for r in found.results]
+
+
+def test_an_error_of_the_drawing_model_is_a_reason_under_a_method_alone(task: TwoThings) -> None:
+    item = task.items(speller(), 1)[0]
+    with pytest.raises(SiteError, match="Denoiser cannot go on under it: too few"), going_on(denoiser(), SHARP, item):
+        raise RuntimeError("too few")
+    with pytest.raises(RuntimeError, match=r"^too few$"), going_on(denoiser(), None, item):
+        raise RuntimeError("too few")
 
 
 def test_rows_of_a_batch_are_the_same_picture(task: TwoThings) -> None:
@@ -298,7 +311,21 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], rule: 
         Halves(**settings)
 
 
-def test_items_want_a_model_and_things_that_the_judge_knows() -> None:
+def test_the_model_is_looked_at_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heedful.tasks._scenes.device_of", lambda _: torch.device("meta"))
+
+    class Still(Halves):
+        name = "still"
+        about = "Leaves noise as it is."
+
+        def step(self, prompt: Prompt, model: Any, x: Tensor, number: int) -> Tensor:
+            return x
+
+    assert Still().inputs(nn.Identity(), None)().device.type == "meta"
+
+
+@pytest.mark.parametrize("things", [(0, 2), (-1, 0), (0, 1, 0), ()])
+def test_items_want_a_model_and_things_that_the_judge_knows(things: tuple[int, ...]) -> None:
     with pytest.raises(FieldError, match="makes items for one model alone"):
         Halves().items(speller(), 1)
 
@@ -307,7 +334,7 @@ def test_items_want_a_model_and_things_that_the_judge_knows() -> None:
         about = "Asks for what nobody can see."
 
         def scene(self, tokenizer: Any, draw: random.Random) -> Scene:
-            return replace(super().scene(tokenizer, draw), things=(0, 2))
+            return replace(super().scene(tokenizer, draw), things=things)
 
-    with pytest.raises(FieldError, match=r"must be one or more of the 2 things that the judge tells apart"):
+    with pytest.raises(FieldError, match="must be 1 to 2 numbers, from 0, of the 2 things that the judge knows"):
         Strange().on(nn.Identity(), None).items(speller(), 1)

@@ -48,6 +48,7 @@ def merge(step: Step, stream: Tensor, new: Merged, call: Call, before: Merges | 
     here = f"{step}, layer {call.layer}"
     if not step.edit.merges:
         raise SiteError(f"{here}: merges tokens and does not say so; mark it @at(Site.RESIDUAL, merges=True)")
+    require_own_keys(step, call)
     _require_free(here, call)
     _require_shapes(here, stream, new)
     first = _firsts(here, new)
@@ -70,10 +71,17 @@ def merge(step: Step, stream: Tensor, new: Merged, call: Call, before: Merges | 
     return Merges(call.layer, to, places, whole if bool((to < 0).any()) else None)
 
 
+def require_own_keys(step: Step, call: Call) -> None:
+    """Refuse layers whose keys are not those of the tokens that would be merged."""
+    if call.cross or len(call.queries) != len(call.keys):
+        raise SiteError(
+            f"{step}, layer {call.layer}: tokens are merged where each attends to all, and here keys are another "
+            "sequence's"
+        )
+
+
 def _require_free(here: str, call: Call) -> None:
     """Refuse layers in which a token stands for more than itself."""
-    if call.cross or len(call.queries) != len(call.keys):
-        raise SiteError(f"{here}: tokens are merged where each attends to all, and here keys are another sequence's")
     if call.mask.causal:
         raise SiteError(f"{here}: the model is causal, and a token merged with later ones would tell what comes next")
     if strange := next((rule for rule in call.mask.rules if not isinstance(rule, Padding)), None):

@@ -23,7 +23,7 @@ from heedful.core.state import Key, Notes, Shelf, State
 from heedful.core.stats import Statistic
 from heedful.core.values import replace
 from heedful.engine.learned import planted_name
-from heedful.engine.merging import Merges
+from heedful.engine.merging import Merges, require_own_keys
 from heedful.engine.needs import Needs, apart
 from heedful.engine.one_forward import Forward, Found, Memory
 from heedful.engine.transformed import plain, summed
@@ -60,6 +60,11 @@ class Plan:
     def may_idle(self) -> tuple[Step, ...]:
         """The steps of methods that sometimes have nothing to do."""
         return tuple(s for s in self.steps if type(s.method).idle is not Method.idle)
+
+    @cached_property
+    def merging(self) -> tuple[Step, ...]:
+        """The steps that may leave fewer tokens."""
+        return tuple(s for s in self.steps if s.edit.merges)
 
     @cached_property
     def _stepwise(self) -> dict[int, Scoped]:
@@ -177,7 +182,11 @@ class RunState:
                 asked[step.number] = step.method.idle(self.view(step, call))
         idle = frozenset(number for number, yes in asked.items() if yes) | whole.left_out(call.denoising)
         self.idled |= idle
-        return self._plan(call.layer, call.phase, idle, call.training)
+        found = self._plan(call.layer, call.phase, idle, call.training)
+        if call.cross and not sites and not call.ends_list:  # behind the last none are merged, as in a pooling head
+            for step in found.merging:
+                require_own_keys(step, call)  # before it takes the keys for its tokens
+        return found
 
     def _plan(self, layer: int, phase: Phase, idle: frozenset[int] = frozenset(), training: bool | None = None) -> Plan:
         """Those of a layer in a phase, without idle parts; with `training` None those of training and of rest."""

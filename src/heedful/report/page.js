@@ -90,7 +90,7 @@ function remember(name, value) {
 const CONFIG = { displayModeBar: false, responsive: true, showAxisDragHandles: false, doubleClick: "reset" };
 const fine = matchMedia("(hover: hover)").matches; // dragging on a touch screen must scroll the page
 
-const cut = (text) => (text.length > 18 ? `${text.slice(0, 17)}…` : text); // a tap and the table tell the rest
+const cut = (text) => (text.length > 18 ? `${text.slice(0, 11)}…${text.slice(-6)}` : text); // settings differ at the end; a tap and the table tell the rest
 
 function paint(place, traces, layout, config = {}) {
   const template = page.theme[dark() ? "dark" : "light"];

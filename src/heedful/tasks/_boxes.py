@@ -28,11 +28,14 @@ class PicturedBoxes(AboutPictures):
 
     Where the last token of the prompt looks most, of all of the picture's, the mean over heads and layers, has to be in
     the box. A token stands for the box where at least half as much of its patch lies in it as of any other's.
-    The log-probability is that of the box: how much of the look at the picture falls into it.
     """
 
     name = "own picture boxes"
     about = "Looks most into the box where the answer to a question of your own about a picture stands."
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        return ("its log-probability is that of the box: how much of the look at the picture falls into it",)
 
     def on(self, model: Any, tokenizer: Any) -> Self:
         """The same without boxes that the model is shown nothing of, or nothing else than."""

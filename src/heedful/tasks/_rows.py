@@ -160,7 +160,7 @@ def _picture(found: Mapping[str, Any], beside: Path) -> tuple[str, str, str, tup
 
 
 def _boxed(found: Mapping[str, Any], context: str, question: str, beside: Path) -> Boxed:
-    if also := [name for names in (*ALSO.values(),) for name in names if name in found and name not in ALSO["context"]]:
+    if also := [name for names in ALSO.values() for name in names if name in found and name not in ALSO["context"]]:
         raise _BrokenError(f"has both 'box' and {also[0]!r}; give where to look and what to say a row each")
     name, file, digest, (width, height) = _picture(found, beside)
     box = found["box"]
@@ -169,7 +169,8 @@ def _boxed(found: Mapping[str, Any], context: str, question: str, beside: Path) 
     left, top, right, bottom = box
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise _BrokenError(
-            f"'box' is {box!r}: left, top, right, bottom must lie in a picture of {width} x {height} dots"
+            f"'box' is {box!r}, and must be left, top, right, bottom, left below right and top below bottom, in a "
+            f"picture of {width} x {height} dots"
         )
     return Boxed(context, question, (), name, digest, file, (left, top, right, bottom))
 

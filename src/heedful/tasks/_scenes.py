@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from heedful.adapters.wrapped import device_of
 from heedful.core.errors import FieldError
 from heedful.core.figures import percent
 from heedful.core.kinds import Prompt
@@ -36,7 +37,8 @@ class Judged:
     """What the judge is worth, as it turned out on real pictures."""
 
     right: float  # share of things that it names
-    places: int  # in them that it was asked about
+    things: int  # in them that it was asked about
+    places: int  # of each picture
     kinds: int  # of things that it tells apart
     scale: float  # of its scores, by which their softmax is as sure as it may be
 
@@ -87,7 +89,7 @@ class Scenes(Task):
 
     def inputs(self, model: Any, tokenizer: Any) -> Callable[[], Any]:
         scene = self.scene(tokenizer, self.draw(0, 0))
-        return lambda: self.step(scene.prompt, model, scene.noise, 0)
+        return lambda: self.step(scene.prompt, model, scene.noise.to(device_of(model)), 0)
 
     def on(self, model: Any, tokenizer: Any) -> Self:
         with torch.no_grad():
@@ -105,14 +107,17 @@ class Scenes(Task):
         smooth = 1 / (count + 2)
         tried = SCALES / scores.std().clamp(min=1e-12)
         scale = min(tried, key=lambda z: float(cross_entropy(z * scores, right, label_smoothing=smooth)))
-        return replace(self, judged=Judged(share, count, scores.shape[-1], float(scale)))
+        return replace(self, judged=Judged(share, count, things.shape[-1], scores.shape[-1], float(scale)))
 
     @property
     def told(self) -> tuple[str, ...]:
         if self.judged is None:
             return ()
         found = self.judged
-        return (f"its judge names {percent(found.right)} of {found.places} things in real pictures right",)
+        return (
+            f"its judge names {percent(found.right)} of {found.things} things in real pictures right",
+            "prefill is the making of a picture, and a thing counts as a token",
+        )
 
     @property
     def _known(self) -> Judged:
@@ -122,9 +127,9 @@ class Scenes(Task):
 
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
         known, scene = self._known, self.scene(tokenizer, self.draw(seed, number))
-        if not all(0 <= thing < known.kinds for thing in scene.things) or not scene.things:
-            rule = f"must be one or more of the {known.kinds} things that the judge tells apart, by number from 0"
-            raise FieldError(self, "scene().things", scene.things, rule, (0, 1))
+        if not (0 < len(scene.things) <= known.places and all(0 <= thing < known.kinds for thing in scene.things)):
+            rule = f"must be 1 to {known.places} numbers, from 0, of the {known.kinds} things that the judge knows"
+            raise FieldError(self, "scene().things", scene.things, rule, (0,) * known.places)
         draws = Drawing(scene.noise, self.steps, partial(self.step, scene.prompt), self._seen)
         return Item(scene.prompt, (scene.things,), shown=Shown(reads="scene", draws=draws))
 

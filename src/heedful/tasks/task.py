@@ -127,7 +127,7 @@ class Task(ABC):
 
     @property
     def told(self) -> tuple[str, ...]:
-        """What turned out about the task itself, and whoever reads its scores has to know."""
+        """What whoever reads its scores has to know of the task."""
         return ()
 
     def inputs(self, model: Any, tokenizer: Any) -> Callable[[], Any] | None:
