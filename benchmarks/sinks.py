@@ -97,7 +97,8 @@ def page() -> str:
         "## Explained, and mitigated by training\n",
         "What [the ledger](claims.md) has measured on small models. On text the lab's trainings are too short for "
         "softmax to show sinks of itself; on words that are copied from behind triggers (`heedful lab --kind sinks`) "
-        "it shows them, and what removes them is measured there.\n",
+        "it shows them, and what removes them is measured there; what is removed at the price of the loss counts for "
+        "nothing (the ledger says how much that is).\n",
         "| | method | the paper says | effect | mean, 95% interval | verdict |",
         "|---|---|---|---|---:|---|",
     ]

@@ -19,7 +19,7 @@ CLAIM = replace(
     P304.CLAIM,
     key="P304_gated",
     method="GatedHeads",
-    setup=P304.told(f"mean gate {GATED.start:g} at the start"),
+    setup=P304.told(f"mean gate {GATED.start:g} at the start", before="-0.37 [-0.79, +0.06]"),
     measure=measure,
 )
 

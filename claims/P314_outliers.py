@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 
-from claims._sinks import SEEDS, at_no_worse_loss, beside, setup, shown
+from claims._sinks import SEEDS, at_no_worse_loss, beside, setup
 from claims.ledger import Claim, run
 from heedful.methods import GatedNorm
 
 GATED = GatedNorm()
+FAULTS = ("resting", "largest")
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    shown("resting"), shown("largest")
-    found = beside(GATED, seed)
+    found = beside(GATED, seed, *FAULTS)
     gain = math.log(found["largest, softmax"] / found["largest, GatedNorm"])
     return at_no_worse_loss(gain, GATED, found), found
 
@@ -24,7 +24,7 @@ CLAIM = Claim(
     says="Outliers of the residual stream are there to rescale what a norm lets through; with a gate behind the norm "
     "they are gone, and the model is no worse.",
     paper_number="1.2 points lost when weights and activations have 4 bits; 2 points gained on average without",
-    setup=setup(f"a gate of rank {GATED.rank}", "resting", "largest"),
+    setup=setup(f"a gate of rank {GATED.rank}", *FAULTS),
     effect="log of softmax's largest activation over the method's, each over its mean",
     measure=measure,
     seeds=SEEDS,

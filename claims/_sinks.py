@@ -38,13 +38,15 @@ def shown(fault: str) -> float:
     return found
 
 
-def beside(method: Method, seed: int) -> dict[str, float]:
-    """All that is told of softmax and of a mechanism trained alike."""
+def beside(method: Method, seed: int, *faults: str) -> dict[str, float]:
+    """All that is told of softmax, which must show the faults, and of a mechanism trained alike."""
+    for fault in faults:
+        shown(fault)
     return numbers({"softmax": None, type(method).__name__: method}, seed, *TOLD, course=COURSE)
 
 
 def at_no_worse_loss(effect: float, method: Method, found: dict[str, float]) -> float:
-    """An effect, or nothing in its place where it was bought with more than so much of the loss."""
+    """An effect, or nothing in its place where it is a gain that was bought with more than so much of the loss."""
     dear = found[f"loss, {type(method).__name__}"] > (1 + MARGIN) * found["loss, softmax"]
     return min(effect, 0.0) if dear else effect
 
@@ -56,5 +58,5 @@ def setup(more: str, *faults: str) -> str:
         f"The lab's course of words that are copied behind triggers, {COURSE.steps} steps of {COURSE.rows} texts of "
         f"{COURSE.length} words, a layer of one head, {more}. Softmax must show the fault there, in the mean over "
         f"seeds, or the claim refuses to be measured: {asked}. A draw whose loss is more than {MARGIN:.0%} above "
-        "softmax's counts as nothing removed. Fixed before its mechanism was trained."
+        "softmax's counts as nothing removed, and what grew still counts. Fixed before its mechanism was trained."
     )

@@ -40,12 +40,20 @@ def what(kind: type[CatalogueEntry]) -> str:
 
 
 def verdicts() -> dict[str, str]:
-    """What the ledger found about each method; several claims about one are told one after the other."""
-    found: dict[str, list[str]] = {}
+    """What the ledger found about each method: once where all claims about it agree, else with each claim's key."""
+    found: dict[str, list[tuple[str, str]]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text())
-        found.setdefault(record["method"], []).append(record["verdict"])
-    return {name: ", ".join(words) for name, words in found.items()}
+        found.setdefault(record["method"], []).append((record["key"], record["verdict"]))
+    return {name: together(claims) for name, claims in found.items()}
+
+
+def together(claims: list[tuple[str, str]]) -> str:
+    """The verdicts of the claims about one method, in a few words."""
+    first = claims[0][1]
+    if len({verdict for _, verdict in claims}) > 1:
+        return ", ".join(f"{key}: {verdict}" for key, verdict in claims)
+    return first if len(claims) == 1 else f"{len(claims)} claims: {first}"
 
 
 def members() -> dict[str, dict[str, type[CatalogueEntry]]]:

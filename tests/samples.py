@@ -260,13 +260,23 @@ class Coarse(Method):
 
 
 class Overflows(Method):
-    """Squares what it is handed as it is, and leaves it so."""
+    """Squares the stream as it is handed it, and divides by what that comes to."""
+
+    paper = PAPER
+
+    @at(Site.RESIDUAL)
+    def normalise(self, x: Tensor, call: Call) -> Tensor:
+        return x * x.square().mean(-1, keepdim=True).rsqrt()
+
+
+class RestsInHalf(Method):
+    """Acts on models in single precision alone."""
 
     paper = PAPER
 
     @at(Site.HIDDEN)
-    def square(self, x: Tensor, call: Call) -> Tensor:
-        return x * (1e4 * x).square().mean(-1, keepdim=True)
+    def turn(self, x: Tensor, call: Call) -> Tensor:
+        return x if x.dtype is torch.float16 else x.roll(1, -1)
 
 
 class SumsInHalf(Method):
@@ -289,7 +299,8 @@ BREAK_LAWS = [
     ("survives_saving", Renames(), "lacks"),
     ("merges_alone", DropsAsInTheFirst(), "others in its batch move logits"),
     ("half_precision", Coarse(), "from one call's numbers in torch.float16 it makes others"),
-    ("half_precision", Overflows(), "numbers that are not finite"),
+    ("half_precision", Overflows(), "llama whose stream is large: a model in torch.float16 answers otherwise"),
+    ("half_precision", RestsInHalf(), "llama: a model in torch.float16 answers otherwise"),
     ("half_precision", SumsInHalf(), "tells other total than"),
 ]
 

@@ -152,6 +152,13 @@ def test_links_lead_somewhere(page: str) -> None:
             assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}, which is not there"
 
 
+def test_verdicts_say_which_claim_they_are_of_where_claims_differ() -> None:
+    assert method_pages.together([("P1", "holds")]) == "holds"
+    assert method_pages.together([("P1", "holds"), ("P1_more", "holds")]) == "2 claims: holds"
+    assert method_pages.together([("P1", "holds"), ("P1_more", "weaker")]) == "P1: holds, P1_more: weaker"
+    assert all(len(set(words)) == len(words) for words in (x.split(", ") for x in method_pages.verdicts().values()))
+
+
 @pytest.mark.parametrize("page", METHOD_PAGES)
 def test_no_cell_of_the_method_pages_is_long(page: str) -> None:
     for line in (ROOT / page).read_text().splitlines():

@@ -373,12 +373,18 @@ def test_names_of_points_leave_each_other_room(opened, compared, width):
     assert [pairs for _, pairs in tab.evaluate(OVER)] == [0, 0]
 
 
+def shown(browser: Any, tmp_path: Path, *figures: Any) -> Any:
+    """A page of these figures on a phone."""
+    tab = browser.new_page(viewport={"width": 390, "height": 844})
+    held = replace(profile(), parts=[(SinkRate(), Description(figures))])
+    tab.goto(page.write(held, tmp_path / "page.html").as_uri())
+    return tab
+
+
 def test_a_name_without_room_above_its_point_stands_beside_it(browser: Any, tmp_path: Path) -> None:
     at = {"plain": (1.0, 1.0), "close to it": (1.06, 1.02), "alone": (1.5, 2.0), "far to the right": (2.0, 1.5)}
     points = {name: (x, y, y, y) for name, (x, y) in at.items()}
-    held = replace(profile(), parts=[(SinkRate(), Description((Scatter("few", "Few", "", points, "cost", "worth"),)))])
-    tab = browser.new_page(viewport={"width": 390, "height": 844})
-    tab.goto(page.write(held, tmp_path / "page.html").as_uri())
+    tab = shown(browser, tmp_path, Scatter("few", "Few", "", points, "cost", "worth"))
     tab.locator(".plot .points .point").first.scroll_into_view_if_needed()
     tab.wait_for_function(f"{OVER}.length == 1")
     ((names, pairs),) = tab.evaluate(OVER)
@@ -389,9 +395,7 @@ def test_a_name_without_room_above_its_point_stands_beside_it(browser: Any, tmp_
 def test_long_names_that_differ_at_the_end_stay_apart_on_a_phone(browser: Any, tmp_path: Path) -> None:
     names = [f"HRV(role='subjects', factor={x})" for x in (2.0, 0.5)]
     found = Intervals("few", "Few", "", names, {"task": torch.tensor([[0.0, -1, 1]] * 2)}, "points", "points")
-    held = replace(profile(), parts=[(SinkRate(), Description((found,)))])
-    tab = browser.new_page(viewport={"width": 390, "height": 844})
-    tab.goto(page.write(held, tmp_path / "page.html").as_uri())
+    tab = shown(browser, tmp_path, found)
     tab.locator(".plot .ytick text").first.scroll_into_view_if_needed()
     assert {*tab.locator(".plot .ytick text").all_text_contents()} == {"HRV(role='s…r=2.0)", "HRV(role='s…r=0.5)"}
 
@@ -399,8 +403,6 @@ def test_long_names_that_differ_at_the_end_stay_apart_on_a_phone(browser: Any, t
 def test_an_empty_table_says_so(browser: Any, tmp_path: Path) -> None:
     empty = Listing("few", "Heads that look far", "Of which there may be none.", ("head", "share"), [])
     some = Listing("some", "Heads that look near", "Of which there are some.", ("head", "share"), [("a", 1), ("b", 2)])
-    held = replace(profile(), parts=[(SinkRate(), Description((empty, some)))])
-    tab = browser.new_page()
-    tab.goto(page.write(held, tmp_path / "page.html").as_uri())
+    tab = shown(browser, tmp_path, empty, some)
     told = tab.evaluate("[...document.querySelectorAll('table tbody')].map(x => [...x.rows].map(r => r.innerText))")
     assert told[:2] == [["None."], ["a\t1", "b\t2"]]

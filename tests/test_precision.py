@@ -11,7 +11,7 @@ from torch import Tensor
 
 import heedful
 from heedful.authoring import Call, Method, Site
-from heedful.conformance.tolerances import close
+from heedful.conformance.tolerances import close, close_on_average
 from heedful.explaining.aim import following
 from heedful.explaining.site_values import keeping
 from heedful.methods import (
@@ -201,3 +201,10 @@ def test_what_was_read_meets_what_is_narrow(method: Method) -> None:
         out = run(pixel_values=heedful.models.tiny_inputs(model)["pixel_values"].half())
     assert out[0].dtype is torch.float16
     assert bool(out[0].isfinite().all())
+
+
+def test_what_is_read_is_alike_on_average_and_strange_in_the_same_places() -> None:
+    inf, x = float("inf"), torch.tensor([1.0, 2.0, float("inf")])
+    assert close_on_average(torch.tensor([1.1, 2.0, inf]), x)
+    for y in ([1.2, 2.0, inf], [1.0, 2.0, 3.0], [inf, 2.0, inf], [1.0, 2.0]):
+        assert not close_on_average(torch.tensor(y), x)

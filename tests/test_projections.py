@@ -8,6 +8,7 @@ import torch
 import heedful
 from benchmarks.coverage.probe import Gates
 from benchmarks.coverage.tiny import Tiny, build, output_tensors
+from heedful.adapters.layers import projections
 from heedful.conformance.tolerances import close_model
 from heedful.methods import HeadScale
 
@@ -32,3 +33,10 @@ def test_what_is_learned_for_each_head_has_the_size_of_the_calls(name: str) -> N
     plain = output_tensors(one.forward())
     with heedful.attach(one.model, Gates()):
         assert not close_model(output_tensors(one.forward())[0], plain[0])
+
+
+@pytest.mark.parametrize("name", ["Wav2Vec2ConformerModel", "Wav2Vec2BertModel"])
+def test_they_are_found(name: str) -> None:
+    found = projections(build(name).model, "encoder.layers.0.self_attn", 0)
+    names = [child for _, child in (found.q, found.k, found.v, found.o)]
+    assert names == ["linear_q", "linear_k", "linear_v", "linear_out"]

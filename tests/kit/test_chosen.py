@@ -2,75 +2,87 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from heedful.core.mask import Mask
 from heedful.core.positions import Pairs, Positions
-from heedful.kit.chosen import Chosen
+from heedful.engine.backends.tiled import _columns
+from heedful.kit.chosen import TOGETHER, Chosen
 
-TOTAL = 53
+TOTAL, ROWS = 53, 2 * TOGETHER + 9
+EVERY = slice(None)
 
 
 def pairs(rows: slice, cols: slice) -> Pairs:
-    q, k = Positions.row(0, 6), Positions.row(0, TOTAL)
+    q, k = Positions.row(0, ROWS), Positions.row(0, TOTAL)
     return Pairs(q.take(rows), k.take(cols), 2, rows, cols)
 
 
 class Picks:
-    """Keys 1 and `second` of every row, in the second head also the last one; remembers what it was asked for."""
+    """Keys 1 and `second` of every row, in the second head one more, by its number; remembers what it was asked for."""
 
     def __init__(self, second: int) -> None:
-        self.second, self.asked = second, list[slice]()
+        self.asked = list[slice]()
+        self.table = torch.zeros(1, 2, ROWS, TOTAL, dtype=torch.bool)
+        self.table[..., [1, second]] = True
+        self.table[0, 1, range(ROWS), [30 + row % 23 for row in range(ROWS)]] = True
 
     def __call__(self, rows: slice) -> Tensor:
         self.asked.append(rows)
-        out = torch.zeros(1, 2, rows.stop - rows.start, TOTAL, dtype=torch.bool)
-        out[..., 1] = True
-        out[:, :, 0, self.second] = True
-        out[:, 1, -1, TOTAL - 1] = True
-        return out
+        return self.table[:, :, rows]
 
 
-def test_the_rule_keeps_what_was_picked() -> None:
+PARTS = [
+    slice(2, 4), slice(0, TOGETHER), slice(TOGETHER - 3, TOGETHER + 3), slice(TOGETHER, 2 * TOGETHER),
+    slice(5, ROWS), slice(ROWS - 1, ROWS), slice(3, 3), slice(0, 0), slice(None, 7), slice(4, None), EVERY,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", PARTS, ids=str)
+def test_the_rule_keeps_what_was_picked(rows: slice) -> None:
     picks = Picks(20)
-    rule, rows = Chosen(picks), slice(2, 4)
-    whole = picks(rows)
-    assert torch.equal(rule.keeps(pairs(rows, slice(0, TOTAL))), whole)
-    assert torch.equal(rule.keeps(pairs(rows, slice(15, 22))), whole[..., 15:22])
+    for rule in (Chosen(picks), Chosen(picks)):
+        for part in (rows, slice(1, 9), rows):
+            assert torch.equal(rule.keeps(pairs(part, EVERY)), picks.table[:, :, part])
+            assert torch.equal(rule.keeps(pairs(part, slice(15, 22))), picks.table[:, :, part, 15:22])
     assert rule.scattered
-    assert Mask((rule,)).key_ranges(Positions.row(0, 6), Positions.row(0, TOTAL), 2) is None
+    assert Mask((rule,)).key_ranges(Positions.row(0, ROWS), Positions.row(0, TOTAL), 2) is None
 
 
 def test_columns_are_those_that_some_row_of_some_head_sees() -> None:
-    assert Chosen(Picks(20)).columns(slice(0, 3)) == ((1, 2), (20, 21), (52, 53))
-    assert Chosen(Picks(2)).columns(slice(0, 3)) == ((1, 3), (52, 53))
+    assert Chosen(Picks(20)).columns(slice(22, 24)) == ((1, 2), (20, 21), (30, 31), (52, 53))
+    assert Chosen(Picks(2)).columns(slice(1, 3)) == ((1, 3), (31, 33))
     assert Chosen(lambda rows: torch.zeros(1, 1, 2, TOTAL, dtype=torch.bool)).columns(slice(0, 2)) == ()
     assert Chosen(lambda rows: torch.ones(1, 1, 2, TOTAL, dtype=torch.bool)).columns(slice(0, 2)) == ((0, TOTAL),)
 
 
-def test_rows_are_asked_for_once_in_a_row() -> None:
-    picks = Picks(20)
-    rule, first, second = Chosen(picks), slice(0, 2), slice(2, 4)
-    for rows in (first, first, second, second, first):
-        rule.columns(rows)
-        found = rule.keeps(pairs(rows, slice(0, TOTAL)))
-        assert found.shape[2] == 2
-    assert picks.asked == [first, second, first]
+def test_columns_far_apart_are_fetched_without_those_between() -> None:
+    cpu = torch.device("cpu")
+    assert list(_columns(((1, 2), (20, 22), (50, 53)), cpu)) == [1, 20, 21, 50, 51, 52]
+    assert _columns(((1, 20), (21, 30)), cpu) == slice(1, 30)
+    assert _columns((), cpu) == slice(0, 1)
 
 
-def test_fewer_of_the_rows_just_picked_are_not_picked_again() -> None:
+def test_each_row_is_picked_once_whichever_tiles_ask() -> None:
     picks = Picks(20)
     rule = Chosen(picks)
-    whole = rule.keeps(pairs(slice(0, 4), slice(0, TOTAL)))
-    for part in (slice(0, 2), slice(1, 4), slice(0, 4)):
-        assert torch.equal(rule.keeps(pairs(part, slice(0, TOTAL))), whole[:, :, part])
-    assert picks.asked == [slice(0, 4)]
-    later = rule.keeps(pairs(slice(2, 6), slice(0, TOTAL)))
-    assert torch.equal(rule.keeps(pairs(slice(3, 5), slice(0, TOTAL))), later[:, :, 1:3])
-    assert picks.asked == [slice(0, 4), slice(2, 6)]
-    every = slice(None)
-    found = Chosen(lambda rows: whole[:, :, rows])
-    assert torch.equal(found.keeps(pairs(every, every)), whole)
-    assert torch.equal(found.keeps(pairs(slice(1, 3), every)), whole[:, :, 1:3])
-    assert torch.equal(found.keeps(pairs(every, every)), whole)
+    for start in range(0, ROWS, 40):  # as tiles ask: which columns some rows see, of how many rows there is room for
+        for stop in (start + TOGETHER, start + 40):
+            rule.columns(slice(start, min(stop, ROWS)))
+        rule.keeps(pairs(slice(start, min(start + 40, ROWS)), slice(0, TOTAL)))
+    blocks = [slice(0, TOGETHER), slice(TOGETHER, 2 * TOGETHER), slice(2 * TOGETHER, 3 * TOGETHER)]
+    assert picks.asked == blocks
+    rule.columns(slice(ROWS - 2, ROWS))
+    assert picks.asked == blocks
+    rule.columns(slice(0, 1))  # on the way back: of the same rows together, so that a rounding falls as it did
+    assert picks.asked == [*blocks, blocks[0]]
+
+
+def test_a_whole_call_is_picked_once() -> None:
+    picks = Picks(20)
+    rule = Chosen(picks)
+    for _ in range(3):
+        rule.keeps(pairs(EVERY, EVERY))
+    assert picks.asked == [EVERY]

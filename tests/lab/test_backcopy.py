@@ -70,7 +70,8 @@ def test_a_batch_asks_for_every_word_and_measuring_reads_texts_of_no_training() 
     assert batch["input_ids"].shape == (2, 16)
     assert batch["labels"] is batch["input_ids"]
     assert batch["input_ids"].numel() == FEW.a_batch
-    assert FEW.model(0).lm_head.weight is not FEW.model(0).model.embed_tokens.weight
+    model = FEW.model(0)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
 
 
 class _Signed(Method):

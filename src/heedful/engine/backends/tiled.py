@@ -123,9 +123,10 @@ def _columns(ranges: Ranges, device: torch.device) -> slice | Tensor:
     if not ranges:
         return slice(0, 1)  # nobody sees anything: one masked column keeps the shapes honest
     lo, hi = ranges[0][0], ranges[-1][1]
-    if sum(b - a for a, b in ranges) > GATHER_BELOW * (hi - lo):
+    count = sum(b - a for a, b in ranges)
+    if count > GATHER_BELOW * (hi - lo):
         return slice(lo, hi)
     starts, ends = torch.tensor(ranges, device=device).unbind(1)
     sizes = ends - starts
     shifts = starts - (sizes.cumsum(0) - sizes)  # of a range's columns, from where they come in the row of all
-    return torch.arange(int(sizes.sum()), device=device) + shifts.repeat_interleave(sizes)
+    return torch.arange(count, device=device) + shifts.repeat_interleave(sizes, output_size=count)
