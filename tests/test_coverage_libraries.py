@@ -132,6 +132,16 @@ def test_a_softmax_of_no_product_is_told_by_where_it_stands() -> None:
 
 
 @torch.no_grad()
+def test_no_further_than_torchs_formula_is_from_its_kernel_is_near() -> None:
+    case = Case(nn.Identity(), lambda: torch.ones(3) + 0.5 * (not torch.backends.cuda.flash_sdp_enabled()), 2)
+    native = [torch.ones(3)]
+    assert libraries._near(case, native, native)
+    assert libraries._near(case, [torch.ones(3) + 0.4], native)
+    assert not libraries._near(case, [torch.ones(3) + 0.6], native)
+    assert not libraries._near(case, [torch.full((3,), torch.nan)], native)
+    assert not libraries._near(case, native * 2, native)
+
+
 def test_what_is_examined_is_entered_and_moved() -> None:
     model, x = Net(2).eval(), draw(2, 10, 32)
     found = libraries.examine(Case(model, lambda: model(x), 2))

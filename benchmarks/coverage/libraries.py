@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import heedful
 from heedful.adapters.kvcache import tensors_in
 from heedful.conformance.model_laws import fingerprint
-from heedful.conformance.tolerances import DEPTH, ROUNDINGS, close
+from heedful.conformance.tolerances import DEPTH, ROUNDINGS, close, error
 from heedful.core.errors import HeedfulError, InactiveWarning
 
 from . import library_cases as cases
@@ -143,8 +144,8 @@ def examine(case: cases.Case) -> dict[str, Any]:
     entered = run.activity().entered
     record |= {"layers": len(run.layer_names), "entered": len(entered)}
     wrong = [] if len(entered) == len(run.layer_names) else ["a layer was not entered"]
-    wrong += [] if _close(found, native) else ["passed through"]
-    wrong += [] if _close(under(Look(), tile_rows=TILE_ROWS)[0], native) else ["read in tiles"]
+    wrong += [] if _near(case, found, native) else ["passed through"]
+    wrong += [] if _near(case, under(Look(), tile_rows=TILE_ROWS)[0], native) else ["read in tiles"]
     wrong += [] if _same(under(Look().when("decode"))[0], slow) else ["left alone"]
     for method in (DropPattern(), DropHeads()):
         if _same(under(method)[0], native):
@@ -172,6 +173,19 @@ def _same(found: list[Tensor], wanted: list[Tensor]) -> bool:
 
 def _close(found: list[Tensor], wanted: list[Tensor]) -> bool:
     return len(found) == len(wanted) and all(close(a, b, ROUNDINGS * DEPTH) for a, b in zip(found, wanted, strict=True))
+
+
+def _near(case: cases.Case, found: list[Tensor], native: list[Tensor]) -> bool:
+    """Within the budget, or no further than torch's formula is from its kernel: wide layers carry roundings far."""
+    if _close(found, native):
+        return True
+    with sdpa_kernel(SDPBackend.MATH):
+        formula = _tensors(case.call())
+    return len(found) == len(native) and all(map(_no_further, found, formula, native))
+
+
+def _no_further(found: Tensor, other: Tensor, native: Tensor) -> bool:
+    return error(found, native) <= error(other, native) < float("inf")
 
 
 def _short(refusal: str) -> str:
