@@ -76,9 +76,10 @@ class TextModel(ABC):
     def branch(self) -> AbstractContextManager[None]:
         """A `with` after which the voice stands where it stood before."""
 
-    @abstractmethod
     def close(self) -> None:
         """Leave the model as it was."""
+        if self.run is not None:
+            self.run.close()
 
     def __enter__(self) -> Self:
         return self
@@ -149,10 +150,6 @@ class Single(TextModel):
                 yield
         finally:
             self._cache = before
-
-    def close(self) -> None:
-        if self.run is not None:
-            self.run.close()
 
 
 class Operated(Single):
@@ -300,10 +297,6 @@ class Drawer(TextModel):
             yield
         finally:
             self._place = before
-
-    def close(self) -> None:
-        if self.run is not None:
-            self.run.close()
 
 
 def require_causal(model: Any) -> None:
