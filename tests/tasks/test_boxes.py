@@ -56,12 +56,12 @@ def test_rows_with_boxes_are_read_and_broken_ones_are_named(tmp_path: Path) -> N
         json.dumps(row | {"box": [0, 0, 4]}): "'box' is [0, 0, 4], and must be four numbers: left, top, right, bottom",
         json.dumps(row | {"box": "0 0 4 4"}): "and must be four numbers",
         json.dumps(row | {"box": [0, 0, True, 4]}): "and must be four numbers",
-        json.dumps(row | {"box": [4, 0, 4, 4]}): "left below right and top below bottom, in a picture of 8 x 8 dots",
-        json.dumps(row | {"box": [0, 0, 4, 9]}): "left below right and top below bottom, in a picture of 8 x 8 dots",
-        json.dumps(row | {"box": [-1, 0, 4, 4]}): "left below right and top below bottom, in a picture of 8 x 8 dots",
-        json.dumps(row | {"box": [0, 0, 9, 4]}): "left below right and top below bottom, in a picture of 8 x 8 dots",
-        json.dumps(row | {"box": [0, 4, 4, 4]}): "left below right and top below bottom, in a picture of 8 x 8 dots",
-        json.dumps(row | {"box": [0, -1, 4, 4]}): "left below right and top below bottom, in a picture of 8 x 8 dots",
+        json.dumps(row | {"box": [4, 0, 4, 4]}): "in a picture of 8 x 8 dots; [0, 0, 8, 8] is all of it",
+        json.dumps(row | {"box": [0, 0, 4, 9]}): "with left < right and top < bottom, in a picture of 8 x 8 dots",
+        json.dumps(row | {"box": [-1, 0, 4, 4]}): "with left < right and top < bottom, in a picture of 8 x 8 dots",
+        json.dumps(row | {"box": [0, 0, 9, 4]}): "with left < right and top < bottom, in a picture of 8 x 8 dots",
+        json.dumps(row | {"box": [0, 4, 4, 4]}): "with left < right and top < bottom, in a picture of 8 x 8 dots",
+        json.dumps(row | {"box": [0, -1, 4, 4]}): "with left < right and top < bottom, in a picture of 8 x 8 dots",
         json.dumps(
             row | {"answer": "w4"}
         ): "has both 'box' and 'answer'; give where to look and what to say a row each",

@@ -169,8 +169,8 @@ def _boxed(found: Mapping[str, Any], context: str, question: str, beside: Path) 
     left, top, right, bottom = box
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise _BrokenError(
-            f"'box' is {box!r}, and must be left, top, right, bottom, left below right and top below bottom, in a "
-            f"picture of {width} x {height} dots"
+            f"'box' is {box!r}, and must be left, top, right, bottom, with left < right and top < bottom, in a picture "
+            f"of {width} x {height} dots; [0, 0, {width}, {height}] is all of it"
         )
     return Boxed(context, question, (), name, digest, file, (left, top, right, bottom))
 
