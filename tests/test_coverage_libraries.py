@@ -131,17 +131,32 @@ def test_a_softmax_of_no_product_is_told_by_where_it_stands() -> None:
     assert told["softmax"] == ["test_coverage_libraries.py:Branches.forward"]
 
 
-@torch.no_grad()
 def test_no_further_than_torchs_formula_is_from_its_kernel_is_near() -> None:
-    case = Case(nn.Identity(), lambda: torch.ones(3) + 0.5 * (not torch.backends.cuda.flash_sdp_enabled()), 2)
-    native = [torch.ones(3)]
-    assert libraries._near(case, native, native)
-    assert libraries._near(case, [torch.ones(3) + 0.4], native)
-    assert not libraries._near(case, [torch.ones(3) + 0.6], native)
-    assert not libraries._near(case, [torch.full((3,), torch.nan)], native)
-    assert not libraries._near(case, native * 2, native)
+    def near(found: list[torch.Tensor], apart: float) -> bool:
+        """`apart` is what torch's formula is from its kernel."""
+        case = Case(nn.Identity(), lambda: one + apart * (not torch.backends.cuda.flash_sdp_enabled()), 2)
+        return libraries._near(case, found, [one])
+
+    one = torch.ones(3)
+    assert near([one], 0.5)
+    assert near([one + torch.finfo(one.dtype).eps], 0.0), "within the budget"
+    assert near([one + 0.4], 0.5)
+    assert not near([one + 0.6], 0.5)
+    assert not near([torch.full((3,), torch.nan)], 0.5)
+    assert not near([torch.full((3,), torch.inf)], torch.nan)
+    assert not near([one, one], 0.5)
 
 
+@pytest.mark.filterwarnings("ignore:this run changed nothing")
+@torch.no_grad()
+def test_what_does_not_pass_through_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libraries, "Look", libraries.DropHeads)
+    model, x = Net(2).eval(), draw(2, 10, 32)
+    found = libraries.examine(Case(model, lambda: model(x), 2))
+    assert (found["status"], found["reason"]) == ("wrong", "passed through; read in tiles")
+
+
+@torch.no_grad()
 def test_what_is_examined_is_entered_and_moved() -> None:
     model, x = Net(2).eval(), draw(2, 10, 32)
     found = libraries.examine(Case(model, lambda: model(x), 2))

@@ -86,11 +86,24 @@ def test_a_long_range_swallows_all_that_begin_in_it() -> None:
     assert union(union(long, short), late).flatten().tolist() == [0, 10, 10, 12]
 
 
-def test_a_mask_is_read_block_by_block() -> None:
-    kept = torch.rand(1, 2, 11, 13, generator=torch.Generator().manual_seed(0)) < 0.4
-    found = encode(lambda start, stop: kept[:, :, start:stop], 11, block=4)
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("block", [1, 4, 512])
+def test_a_mask_is_read_block_by_block(heads: int, block: int) -> None:
+    kept = torch.rand(2, heads, 11, 13, generator=torch.Generator().manual_seed(0)) < 0.4
+    kept[:, :, 3], kept[0, :, 5:], kept[1, :, -1] = True, False, False
+    found = encode(lambda start, stop: kept[:, :, start:stop], 11, block)
     assert found is not None
-    assert torch.equal(table(found, 13), kept)
+    most = found.shape[3]
+    for row, ranges in zip(kept.flatten(0, 2).tolist(), found.flatten(3).flatten(0, 2).tolist(), strict=True):
+        sees = [False, *row, False]
+        ends = [i for i in range(14) if sees[i] != sees[i + 1]]  # of first all that it sees, then nothing
+        assert ranges == ends + [0] * (2 * most - len(ends))
+    assert bool(found[..., -1, :].any()), "no more room than the fullest row needs"
+
+
+def test_rows_that_see_nothing_have_one_range_of_nothing() -> None:
+    found = encode(lambda start, stop: torch.zeros(1, 2, stop - start, 6, dtype=torch.bool), 5, block=3)
+    assert torch.equal(found, torch.zeros(1, 2, 5, 1, 2, dtype=torch.long))  # type: ignore[arg-type]
 
 
 def test_holes_in_a_text_and_dropped_keys() -> None:
@@ -125,9 +138,22 @@ def test_scattered_keys_are_not_picked_to_look_for_ranges() -> None:
 
 
 def test_too_many_ranges_are_no_ranges() -> None:
-    q = k = Positions.row(0, 2 * MOST + 2)
-    assert Mask((Where(lambda a, b: b % 2 == 0),)).key_ranges(q, k, 1) is None
-    assert Mask((Where(lambda a, b: b % 4 == 0),)).key_ranges(q, k, 1) is not None
+    for step, n in ((2, 2 * MOST), (4, 2 * MOST + 2)):
+        q = k = Positions.row(0, n)
+        assert Mask((Where(lambda a, b, step=step: b % step == 0),)).key_ranges(q, k, 1) is not None
+    q = k = Positions.row(0, 2 * MOST + 1)
+    every_second = Where(lambda a, b: b % 2 == 0)
+    assert Mask((every_second,)).key_ranges(q, k, 1) is None
+    assert Mask((Causal(), every_second)).key_ranges(q, k, 1) is None, "in the last row alone"
+
+
+def test_scattered_masks_are_counted_before_their_places_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    def places(*_: object, **__: object) -> Tensor:
+        raise AssertionError("held")
+
+    monkeypatch.setattr(Tensor, "nonzero", places)
+    kept = torch.arange(4 * MOST) % 2 == 0
+    assert encode(lambda start, stop: kept.expand(1, 1, stop - start, -1), 3) is None
 
 
 def test_another_call_is_asked_again() -> None:

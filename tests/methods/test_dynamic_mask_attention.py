@@ -15,9 +15,10 @@ from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Bare, Shape, parameters
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, SiteError
-from heedful.core.mask import Causal, Mask, Window
+from heedful.core.mask import Causal, Dense, Mask, Window
 from heedful.core.method import Layer
 from heedful.core.positions import Positions
+from heedful.kit.chosen import TOGETHER
 from heedful.methods import DynamicMaskAttention, SinkWindow
 
 N = 11
@@ -79,6 +80,24 @@ def test_keys_that_a_mask_hides_take_nobodys_room() -> None:
     narrow = _bare(shape, rules=(Causal(), Window(6)))
     want = _by_loops(narrow, params, 3, lambda b, i, j: i - j < 6)
     assert close(narrow.run(method, "reference", None, params)[0], want)
+
+
+@pytest.mark.parametrize("keep", [3, 150])
+def test_of_a_long_text_each_row_sees_the_best_it_may_and_no_more(keep: int) -> None:
+    """Longer than what is picked at once, by a mask for each head that some rows see nothing of."""
+    n, draw = TOGETHER + 44, torch.Generator().manual_seed(2)
+    method, bare = DynamicMaskAttention(keep, start=0.7, spread=0.3), _bare(Shape(q=n, k=n))
+    bare.call = replace(bare.call, value=bare.v, params=parameters(method, bare.shape.layer, bare.dtype))
+    table = (torch.rand(2, 4, n, n, generator=draw) < 0.7).tril()
+    table[0, 1, -40:-20] = False
+    picked = method.choose(Mask((Dense(table),)), bare.call).rules[-1]
+    weight, rate = bare.call.params["weight"], bare.call.params["rate"]
+    told = bare.v.transpose(1, 2).flatten(2) @ weight.mT
+    counts = torch.exp(rate * torch.log(1 + torch.exp(told))).mT.repeat_interleave(2, 1)[:, :, None].expand(table.shape)
+    best = counts.masked_fill(~table, -1).topk(keep).indices
+    want = torch.zeros_like(table).scatter(-1, best, True) & table
+    for rows in (slice(n - 60, n), slice(10, 20), slice(None)):
+        assert torch.equal(picked.keeps(bare.call.tile(rows, slice(0, n)).pairs), want[:, :, rows])
 
 
 def test_of_equals_the_newest_are_seen_so_that_it_begins_as_a_window() -> None:

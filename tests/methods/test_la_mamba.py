@@ -15,6 +15,7 @@ from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
 from heedful.core.call import Call
 from heedful.methods import LaMamba
+from heedful.methods.mechanisms.recurrent import la_mamba
 from tests.images_by_hand import Image, agree, convolved, image_call, image_of, tokens_of
 
 E = 5
@@ -89,6 +90,26 @@ def test_a_scan_goes_four_ways(grid: Place, before: int, after: int, state: int,
         return tokens_of(_scanned(image_of(tokens, grid, before), grid, p, state), torch.zeros_like(tokens), before)
 
     agree(acts, by_hand, call, x)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 17])
+def test_pieces_side_by_side_are_one_way(tokens: int) -> None:
+    draw = torch.Generator().manual_seed(tokens)
+    sizes = {"x": (3, tokens), "step": (3, tokens), "rate": (3, 2), "into": (2, tokens), "out": (2, tokens)}
+    given = {name: torch.randn(2, 4, *size, generator=draw, dtype=torch.float64) for name, size in sizes.items()}
+    given |= {"step": given["step"].exp(), "rate": -given["rate"][0].exp()}
+    leaves = [x.requires_grad_(True) for x in given.values()]
+    found, wanted = la_mamba._scanned(*leaves), []
+    x, step, rate, into, out = leaves
+    held = torch.zeros(2, 4, 3, 2, dtype=torch.float64)
+    for t in range(tokens):
+        added = (step[..., t] * x[..., t])[..., None] * into[:, :, None, :, t]
+        held = torch.exp(step[..., t, None] * rate) * held + added
+        wanted.append((held * out[:, :, None, :, t]).sum(-1))
+    assert close(found, torch.stack(wanted, -1))
+    grads = [torch.autograd.grad((y - 1).square().mean(), leaves) for y in (found, torch.stack(wanted, -1))]
+    for one, other in zip(*grads, strict=True):
+        assert close(one, other)
 
 
 @pytest.mark.parametrize(("grid", "window", "shift"), [((5, 4), 2, 0), ((5, 4), 3, 1), ((4, 5), 3, 2), ((2, 2), 1, 0)])

@@ -58,9 +58,11 @@ def encode(keeps: Callable[[int, int], Tensor], queries: int, block: int = 512) 
     parts = []
     for start in range(0, queries, block):
         kept = torch.nn.functional.pad(keeps(start, min(start + block, queries)), (1, 1))
-        # where a row begins and ceases to see, in turns
-        row, column = (kept[..., 1:] ^ kept[..., :-1]).flatten(0, -2).nonzero(as_tuple=True)
-        count = row.bincount(minlength=kept.shape[:-1].numel())
+        changes = (kept[..., 1:] ^ kept[..., :-1]).flatten(0, -2)  # where a row begins and ceases to see, in turns
+        if int(changes.count_nonzero()) > 2 * MOST * len(changes):
+            return None  # some row has too many: told before the places of all are held
+        row, column = changes.nonzero(as_tuple=True)
+        count = row.bincount(minlength=len(changes))
         most = max(2, int(count.amax()))
         if most > 2 * MOST:
             return None

@@ -120,7 +120,7 @@ def _scanned(x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out: Tensor) -
     Pieces of a way are gone through side by side, at first for what each leaves behind, and then from there on.
     """
     tokens = x.shape[-1]
-    size = math.isqrt(tokens - 1) + 1
+    size = math.isqrt(tokens)
 
     def places(told: Tensor) -> Tensor:
         """One after another of all pieces, `[size ... pieces]`; a step of 0 leaves all as it is."""
