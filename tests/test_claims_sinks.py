@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
-from claims import P304, P025_sigmoid, P304_gated, P314_outliers, _sinks
+from claims import P304, P025_sigmoid, P304_gated, P304_sinks, P314_outliers, _sinks
 from claims.ledger import Claim
 from heedful.methods import ClippedSoftmax
 
-MEASURED = (P025_sigmoid.CLAIM, P304.CLAIM, P304_gated.CLAIM, P314_outliers.CLAIM)
-LOOKED_AT = {"P025_sigmoid": "resting", "P304": "kurtosis", "P304_gated": "kurtosis", "P314_outliers": "largest"}
+MEASURED = (P025_sigmoid.CLAIM, P304.CLAIM, P304_gated.CLAIM, P304_sinks.CLAIM, P314_outliers.CLAIM)
+RESTING = {"P025_sigmoid", "P304_sinks"}
+LOOKED_AT = {"P304": "kurtosis", "P304_gated": "kurtosis", "P314_outliers": "largest"}
+LOOKED_AT |= dict.fromkeys(RESTING, "resting")
 
 
 class Told:
@@ -42,7 +44,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_what_is_removed_counts_where_softmax_has_it_and_the_loss_is_no_worse(claim: Claim, lab: Any) -> None:
     lab()
     effect, found = claim.measure(0)
-    assert effect == pytest.approx(0.6 if claim.key == "P025_sigmoid" else 1.386294)  # 0.8 - 0.2, and log 4
+    assert effect == pytest.approx(0.6 if claim.key in RESTING else 1.386294)  # 0.8 - 0.2, and log 4
     assert {f"{name}, softmax" for name in _sinks.TOLD} <= set(found)
     assert len(found) == 2 * len(_sinks.TOLD)
     lab(dear=1.019)

@@ -1,4 +1,4 @@
-"""python -m benchmarks.speed attention|step|cache|sparse|pattern|model|diagnose|peers|linear|mechanisms|training|all
+"""python -m benchmarks.speed KIND, one of those below or all.
 
 OMP_PROC_BIND=true beside it.
 """
@@ -15,6 +15,7 @@ def main() -> None:
     kinds = [
         "attention",
         "step",
+        "decoding",
         "cache",
         "sparse",
         "pattern",
@@ -46,6 +47,7 @@ def main() -> None:
     from benchmarks.speed import (
         attention,
         cache,
+        decoding,
         diagnose,
         linear,
         mechanisms,
@@ -65,6 +67,8 @@ def main() -> None:
         diagnose.measure(given.quick)
     if given.what in ("step", "all"):
         attention.step((8192,) if given.quick else (8192, 16384, 32768), 5 if given.quick else 15)
+    if given.what in ("decoding", "all"):
+        decoding.measure(256 if given.quick else 1024, 1 if given.quick else 5)
     if given.what in ("cache", "all"):
         cache.measure((8192,), 5 if given.quick else 25)
     if given.what in ("sparse", "all"):

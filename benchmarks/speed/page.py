@@ -54,6 +54,14 @@ def beyond(told: Told) -> Iterator[str]:
     yield from _memory(told)
 
 
+def operations(told: Told) -> Iterator[str]:
+    yield "What is added to a layer, in operations of torch's and, in brackets, looks at a number of theirs:"
+    yield ""
+    yield from _head("", *told["rows"][0]["added"])
+    for row in told["rows"]:
+        yield _row(where(row), *(f"{done:.0f} ({looks:.0f})" for done, looks in row["added"].values()))
+
+
 def _memory(told: Told) -> Iterator[str]:
     names = list(dict.fromkeys(n for row in told["rows"] for n in row["peak_mb"]))
     yield ""
@@ -156,6 +164,7 @@ SECTIONS: tuple[tuple[str, str, tuple[Table, ...]], ...] = (
     ("The attention call alone", "attention", (races,)),
     ("The attention call and the way back", "training", (races, beyond)),
     ("One decode step", "decode_step", (races,)),
+    ("A written token, the whole model", "decoding", (races, operations)),
     ("Edits of scores and pattern, the whole model", "pattern", (races,)),
     ("Sparse prefill", "sparse", (methods, tables)),
     ("Linear attention, the call alone", "linear", (races, faster_from)),

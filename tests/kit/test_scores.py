@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.speed.decoding import Operations
 from heedful import attach
 from heedful.conformance.tolerances import close, close_model
-from heedful.core.call import Call
+from heedful.core.call import CachedKV, Call
 from heedful.core.method import Method
 from heedful.core.positions import Positions
 from heedful.core.sites import Site, reads
-from heedful.kit.scores import last_queries, scores_of
+from heedful.kit.scores import last_queries, last_weights, scores_of
 from heedful.tiny import tiny
 from tests.samples import PAPER
 
@@ -83,3 +84,17 @@ def test_the_last_queries_of_each_text() -> None:
     assert where[:, 0].tolist() == [[3, 4, 5], [-1, 0, 1], [0, 1, 2]]
     assert rows.tolist() == [[3, 4, 5], [3, 4, 5], [0, 1, 2]]
     assert queries.flatten().tolist() == [3, 4, 5, 9, 10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("last", [5, 6, 7])
+def test_a_token_alone_sees_what_is_not_after_it_and_looks_only_where_something_may_be(last: int) -> None:
+    """Every place is known to be text; that no key is after the query is known where they end together."""
+    q, k = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 7, 8)
+    call = Call(0, 1, "bare", 4, 2, Positions.row(last, 1), Positions.row(0, 7), 0.4, query=q, batch=1)
+    entries = CachedKV(k, k, Positions.row(0, 7), 1)
+    with Operations() as counted:
+        found, position = last_weights(entries, call, 3)
+    scores = 0.4 * torch.einsum("bhrd,bhkd->bhrk", q, k.repeat_interleave(2, 1))
+    assert close(found, torch.nn.functional.pad(scores[..., : last + 1].softmax(-1), (0, max(0, 6 - last))))
+    assert position.tolist() == [[[last]]]
+    assert (counted.done < 6) is (last >= 6)  # a product, a scale and a softmax, and shapes

@@ -102,8 +102,13 @@ def test_an_empty_slot_has_no_votes() -> None:
     padded = torch.nn.functional.pad(key, (0, 0, 1, 0))
     for kernel in (1, 3):
         method = AdaKV(8, 3, kernel)
-        found = method.pooled(CachedKV(padded, padded, wide, N), replace(call, keys=wide, state=State()))
-        assert close(found[..., 1:], method.pooled(entries, replace(call, state=State())))
+        held, seen, apart = (
+            CachedKV(padded, padded, wide, N),
+            replace(call, keys=wide, state=State()),
+            replace(call, state=State()),
+        )
+        found = method.pooled(held, seen, method.last(held, seen))
+        assert close(found[..., 1:], method.pooled(entries, apart, method.last(entries, apart)))
 
 
 def test_what_is_declared_and_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from heedful.core.call import CachedKV, Call
 from heedful.core.errors import FieldError
 from heedful.core.mask import Causal, Mask, Padding
 from heedful.core.positions import Positions
+from heedful.core.state import State
 from heedful.methods.sparse.cache.snap_kv import SnapKV
 from heedful.tiny import tiny
 from tests.samples import notes_in
@@ -77,6 +79,17 @@ def test_padding_has_no_vote_and_gets_none() -> None:
     assert kept[1, 1].nonzero().flatten().tolist() == by_hand(query[1, 2:], key[1, 1], 6, method, start=5)
     kept = method.snap(*call_of(query, key, torch.tensor([0, 13])))
     assert kept[1].sum(-1).tolist() == [2, 2]
+
+
+def test_a_text_may_begin_at_a_later_position_than_its_row() -> None:
+    """As where position ids begin above 0: votes are laid out by position."""
+    query, key = draw(4, 0), draw(2, 1)
+    entries, call = call_of(query, key)
+    method = SnapKV(8, 3, 3)
+    wanted = method.pooled(entries, call, method.last(entries, call))
+    later = Positions(entries.positions.index, entries.positions.index + 9, 0)
+    entries, call = CachedKV(key, key, later, N), replace(call, queries=later, keys=later, state=State())
+    assert torch.equal(method.pooled(entries, call, method.last(entries, call)), wanted)
 
 
 def test_a_budget_below_the_window_keeps_the_newest() -> None:

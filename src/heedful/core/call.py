@@ -124,6 +124,11 @@ class Call:
         return torch.ones_like(self.queries.index, dtype=torch.bool) if is_filled is None else is_filled
 
     @property
+    def one_token(self) -> bool:
+        """Whether it is known, without a look at a tensor, that each text reads one token here, and none is padding."""
+        return len(self.queries) == 1 and self.queries.whole
+
+    @property
     def last(self) -> Tensor:
         """The row of each text's last token, `[b|1, 1]`."""
         return torch.where(self.is_text, self.queries.index, -1).argmax(-1)
@@ -258,5 +263,12 @@ class CachedKV:
     @property
     def is_text(self) -> Tensor:
         """Which slots hold a token of the text, `[b g k]`."""
+        if self.whole:
+            return self.is_filled
         text = self.is_filled & (self.positions.position >= 0)
         return text if self.in_row is None else text & self.in_row
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is known, without a look at a tensor, that every slot holds a token of the text."""
+        return self.in_row is None and self.positions.whole

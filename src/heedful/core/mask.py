@@ -286,7 +286,7 @@ class Mask:
 
     def keeps(self, pairs: Pairs) -> Tensor | None:
         """True where the pair is computed, `[b|1, h|1, r, k]`; None when all are."""
-        kept = [rule.keeps(pairs) for rule in self.rules]
+        kept = [rule.keeps(pairs) for rule in self.rules if not rule.idle(pairs.queries, pairs.keys)]
         if pairs.keys.is_filled is not None:
             kept.append(spread_heads(pairs.keys.is_filled, pairs.heads)[..., None, :])
         if not kept:
@@ -309,7 +309,8 @@ class Mask:
     def key_ranges(self, q: Positions, k: Positions, heads: int) -> Tensor | None:
         """The ranges of columns that each query of a whole call keeps, whatever `Blocks` say; None where too many.
 
-        The layers of a forward share mask and places, so the last answer is kept.
+        The layers of a forward share mask and places, so the last answer is kept. They are told by the rules, or looked
+        for, but not for a single query, whose keys are sooner named one by one.
         """
         if not self._last or self._last[0][0] is not q or self._last[0][1] is not k:
             self._last[:] = [(q, k, self._find_rows(q, k, heads))]
@@ -326,6 +327,8 @@ class Mask:
                 out = None if found is None or out is None else ranges.intersection(out, found)
             if out is not None:
                 return out if out.shape[-2] <= ranges.MOST else None
+        if len(q) == 1:
+            return None
         everything = slice(0, len(k))
 
         def keeps(start: int, stop: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,11 +23,16 @@ class Positions:
     first: int | None = None  # the first index, when the indices are first, first + 1, ...
     pads: tuple[int, int] | None = None  # least and largest index - position, when known
     is_filled: Tensor | None = None  # [b|1, g|1, n]: False for empty cache slots, and for queries that are padding
-    last: int | None = None  # of keys without a `first`: the highest index, where it is known
+    last: int | None = None  # of keys without a `first`: an index that none is above, where one is known
     filled: Tensor | None = None  # [b|1, g|1]: so many of the last places are the valid ones, where that is known
 
     def __len__(self) -> int:
         return self.index.shape[-1]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is known, without a look at a tensor, that every place is a token of a text."""
+        return self.is_filled is None and (self.pads == (0, 0) or self.position is self.index)
 
     @property
     def packed(self) -> bool:
@@ -48,6 +54,13 @@ class Positions:
         low, high = int(pad.min()), int(pad.max())
         return Positions(index, index - pad[:, None, None], start, (low, high), is_filled)
 
+    @property
+    def end(self) -> int:
+        """An index that none reaches."""
+        if self.first is not None:
+            return self.first + len(self)
+        return (int(self.index.max()) if self.last is None else self.last) + 1
+
     def by_position(self, x: Tensor) -> Tensor:
         """Something of these places `[b h n]`, laid out by text position from 0 on; padding is dropped."""
         place = spread_heads(self.position, x.shape[1])
@@ -63,7 +76,9 @@ class Positions:
         if isinstance(where, slice) and self.first is not None:
             first = self.first + (where.start or 0)
         is_filled = None if self.is_filled is None else self.is_filled[..., where]
-        return Positions(self.index[..., where], self.position[..., where], first, self.pads, is_filled)
+        index = self.index[..., where]
+        position = index if self.position is self.index else self.position[..., where]
+        return Positions(index, position, first, self.pads, is_filled, self.last)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,18 +91,18 @@ class Pairs:
     rows: slice
     cols: slice | Tensor
 
-    @property
+    @cached_property
     def q(self) -> Tensor:
         return spread_heads(self.queries.position, self.heads)[..., :, None]
 
-    @property
+    @cached_property
     def k(self) -> Tensor:
         return spread_heads(self.keys.position, self.heads)[..., None, :]
 
-    @property
+    @cached_property
     def q_index(self) -> Tensor:
         return spread_heads(self.queries.index, self.heads)[..., :, None]
 
-    @property
+    @cached_property
     def k_index(self) -> Tensor:
         return spread_heads(self.keys.index, self.heads)[..., None, :]

@@ -274,7 +274,7 @@ def keep_entries(job: AttentionCall, entries: CachedKV) -> list[Kept]:
         with untouched(step, job, entries.key, entries.value):
             given = getattr(step.method, step.edit.name)(mine, seen)
         new = _left(step, given, entries, job.call)
-        narrowed = kept & new.keep
+        narrowed = kept & new.keep if left or entries.positions.is_filled is not None else new.keep
         job.run_state.watch(step, kept, narrowed)
         key, value = _written(entries.key, new.key), _written(entries.value, new.value)
         job.run_state.watch(step, entries.key, key)

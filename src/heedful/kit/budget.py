@@ -48,6 +48,10 @@ def rooms(budget: Budget, tokens: Tensor) -> Tensor:
 
 def room(budget: Budget, call: Call) -> Tensor:
     """Entries that each head of each text may hold after this call, `[b|1 1 1]`."""
+    if isinstance(budget, int):
+        return call.q_pos.new_full((1, 1, 1), budget)
+    if call.one_token and call.queries.first is not None:  # known without a look at a tensor
+        return call.q_pos.new_full((1, 1, 1), room_for(budget, call.queries.first + 1))
     return rooms(budget, length(call))
 
 
@@ -63,6 +67,8 @@ def earlier(call: Call) -> Tensor:
 
 def _end(call: Call) -> Tensor:
     """The position of each text's last token so far, `[b|1 1 1]`; what is padded on the right ends before its row."""
+    if call.one_token:
+        return call.q_pos
     end = torch.where(call.is_text, call.q_pos, -1).amax((-2, -1), keepdim=True)
     padding = call.mask.padding
     if padding is None or bool((end >= 0).all()):
@@ -84,7 +90,7 @@ def added_up(name: str, given: Tensor, entries: CachedKV, call: Call, keep: Tens
     """
     index = entries.positions.index.expand(given.shape)
     before = keep * call.state.cache.get(name, given[..., :0])
-    total = pad(before, (0, int(index.max()) + 1 - before.shape[-1])).scatter_add(-1, index, given)
+    total = pad(before, (0, entries.positions.end - before.shape[-1])).scatter_add(-1, index, given)
     call.state.cache[name] = ByIndex(total, -1)
     return total.gather(-1, index)
 
@@ -96,4 +102,4 @@ def keep_best(score: Tensor, entries: CachedKV, most: Tensor) -> Tensor:
     """
     if score.shape[-1] <= int(most.min()):
         return entries.is_filled
-    return top_k(score, most, entries.is_text)
+    return top_k(score, most, None if entries.whole else entries.is_text)

@@ -31,9 +31,11 @@ def _of_rows(bias: Tensor, rows: slice | Tensor) -> Tensor:
     return bias.expand(texts, -1, -1, -1).gather(2, index)
 
 
-def last_queries(call: Call, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The last queries of each text `[b h w d]`, their rows `[b w]` and positions `[b 1 w]`, -1 where there is none."""
+def last_queries(call: Call, count: int) -> tuple[Tensor, slice | Tensor, Tensor]:
+    """The last queries of each text `[b h w d]`, rows `[b w]` and positions `[b|1 1 w]`, -1 where there is none."""
     query = cast(Tensor, call.query)
+    if call.one_token:
+        return query, slice(0, 1), call.q_pos
     back = torch.arange(min(count, len(call.queries)) - 1, -1, -1, device=query.device)
     rows = (call.last[..., None] - back).expand(len(query), 1, -1)
     place = call.q_pos.masked_fill(~call.is_text, -1).expand(len(query), 1, -1)
@@ -55,6 +57,8 @@ def last_weights(entries: CachedKV, call: Call, count: int) -> tuple[Tensor, Ten
 def entry_weights(entries: CachedKV, call: Call, queries: Tensor, rows: slice | Tensor, position: Tensor) -> Tensor:
     """Softmax weights `[b h r k]` that queries `[b h r d]` at their positions `[b|1 1 r]` give to the entries."""
     found = scores_of(queries.float(), entries.key.float(), call, rows)
+    if call.one_token and entries.whole and call.queries.end >= entries.positions.end:
+        return found.softmax(-1)
     seen = entries.is_text[:, :, None] & (entries.positions.position[:, :, None] <= position[..., None])
     seen = call.spread(seen)
     return found.masked_fill(~seen, torch.finfo(found.dtype).min).softmax(-1).masked_fill(~seen, 0.0)

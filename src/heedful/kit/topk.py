@@ -6,15 +6,17 @@ import torch
 from torch import Tensor
 
 
-def top_k(scores: Tensor, k: int | Tensor, is_text: Tensor) -> Tensor:
+def top_k(scores: Tensor, k: int | Tensor, is_text: Tensor | None) -> Tensor:
     """True at the k best of the real entries of each row of `scores [... n]`; the earlier of equals goes first.
 
     `k` is a count or several, `[... 1]`; for a share see `kit.budget.rooms`. `is_text` is boolean and broadcasts to
-    `scores`. A text shorter than k is kept whole.
+    `scores`; None: all are real. A text shorter than k is kept whole.
     """
-    text = is_text.expand_as(scores)
     best = scores.argsort(dim=-1, descending=True, stable=True)
+    chosen = (torch.arange(scores.shape[-1], device=scores.device) < k).expand_as(best)
+    if is_text is None:
+        return torch.empty_like(chosen).scatter_(-1, best, chosen)
+    text = is_text.expand_as(scores)
     # A second stable sort, and no fill with -inf: a real entry may score -inf itself and still comes before padding.
     padding_last = (~text).gather(-1, best).byte().argsort(dim=-1, stable=True)
-    chosen = torch.arange(scores.shape[-1], device=scores.device) < k
-    return torch.zeros_like(text).scatter_(-1, best.gather(-1, padding_last), chosen.expand_as(text)) & text
+    return torch.zeros_like(text).scatter_(-1, best.gather(-1, padding_last), chosen) & text

@@ -186,7 +186,7 @@ def _attended(
 
 
 def _tell_mask(asked: _Asked, needs: Needs, call: Call) -> None:
-    """Which keys each query sees: all, ranges of them, or, where a query is alone, what was picked for it."""
+    """Which keys each query sees: all, ranges of them, or, where a query is alone, those that are named."""
     p = asked.problem
     for blocks in call.mask.blocks:
         table = blocks.table.to(torch.uint8).contiguous()
@@ -194,14 +194,17 @@ def _tell_mask(asked: _Asked, needs: Needs, call: Call) -> None:
         p.block_stride[:] = _shared(table, 2)
     if asked.alone and needs.sees_all and (p.held or call.keys.is_filled is None):
         return
-    if (rows := needs.key_ranges) is not None:
-        ranges = rows.expand(-1, -1, p.queries, -1, -1).to(torch.int32).contiguous()
-        p.ranges, p.range_count = asked.at(ranges), ranges.shape[3]
-        p.range_stride[:] = _shared(ranges, 2)
-    elif asked.alone and (kept := call.mask.keeps(call.pairs)) is not None:
+    if asked.alone and not call.mask.idle(call.queries, call.keys):
+        kept = call.mask.keeps(call.pairs)
+        if kept is None or bool(kept.all()):
+            return
         picked = kept.to(torch.uint8).contiguous()
         p.picked = asked.at(picked)
         p.picked_stride[:] = _shared(picked, 2)
+    elif (rows := needs.key_ranges) is not None:
+        ranges = rows.expand(-1, -1, p.queries, -1, -1).to(torch.int32).contiguous()
+        p.ranges, p.range_count = asked.at(ranges), ranges.shape[3]
+        p.range_stride[:] = _shared(ranges, 2)
     else:
         raise BackendError("the native kernel was not asked if it can serve")
 

@@ -32,13 +32,16 @@ def seen(call: Call, needs: Needs, k: Tensor) -> Keys | None:
         base, first = k.table.view(*k.shape[:2], 2).movedim(-1, 0).contiguous().to(k.device)
         if needs.sees_all:
             return Keys(_int(torch.stack([first, torch.full_like(first, k.shape[2])], -1)), k.shape[2], None, base)
+    keep = call.mask.keeps(call.tile(slice(0, 1), slice(0, k.shape[2])).pairs)
+    if base is None and (keep is None or bool(keep.all())):
+        ends = torch.tensor([0, k.shape[2]], dtype=torch.int32, device=k.device)
+        return Keys(ends.expand(b, k.shape[1], 2).contiguous(), k.shape[2])
     ranges = None if call.mask.blocks else needs.key_ranges
     if ranges is not None and ranges.shape[3] == 1:
         ends = _units(ranges[:, :, 0, 0].expand(b, -1, -1), heads, k.shape[1])
         return Keys(_int(ends), k.shape[2], None, base)
     if ranges is not None and base is None:
         return None
-    keep = call.mask.keeps(call.tile(slice(0, 1), slice(0, k.shape[2])).pairs)
     if keep is None:
         raise ValueError("a mask that keeps all has one range")
     keep = _units(keep[:, :, 0].expand(b, -1, -1), heads, k.shape[1])

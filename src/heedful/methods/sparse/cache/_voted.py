@@ -58,15 +58,17 @@ class VotedCache(ScoredCache, abstract=True):
         given = weights.unflatten(1, (call.kv_heads, -1)).sum((2, 3))
         return added_up("votes", given, entries, call, 1 - new / self.window)
 
-    def pooled(self, entries: CachedKV, call: Call) -> Tensor:
-        """The pooled votes for each entry `[b g k]`, among those before the window."""
-        return self.among(self.votes(entries, call), entries, call)
+    def pooled(self, entries: CachedKV, call: Call, last: Tensor) -> Tensor:
+        """The pooled votes for each entry `[b g k]`, among those before the `last`."""
+        return self.among(self.votes(entries, call), entries, last)
 
-    def among(self, votes: Tensor, entries: CachedKV, call: Call) -> Tensor:
-        """These votes `[b g k]`, pooled among the entries before the window."""
+    def among(self, votes: Tensor, entries: CachedKV, last: Tensor) -> Tensor:
+        """These votes `[b g k]`, pooled among the entries before the `last`."""
         place = entries.positions.position.clamp(min=0).expand(votes.shape)
-        nothing = self.last(entries, call) | ~entries.is_text  # an empty slot may bear a position that has votes
-        in_text = votes.new_zeros(*votes.shape[:2], int(place.max()) + 1)
+        # an empty slot may bear a position that has votes
+        nothing = last if entries.whole else last | ~entries.is_text
+        end = entries.positions.end if entries.whole else int(place.max()) + 1
+        in_text = votes.new_zeros(*votes.shape[:2], end)
         in_text.scatter_add_(-1, place, votes.masked_fill(nothing, 0.0))
         return POOLS[self.pool](in_text, self.kernel, 1, self.kernel // 2).gather(-1, place)
 

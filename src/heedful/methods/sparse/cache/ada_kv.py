@@ -38,7 +38,8 @@ class AdaKV(UnevenCache):
 
     @at(Site.CACHE)
     def allot(self, entries: CachedKV, call: Call) -> Tensor:
-        votes, last, most = self.pooled(entries, call), self.last(entries, call), self.most(call)
+        last, most = self.last(entries, call), self.most(call)
+        votes = self.pooled(entries, call, last)
         window = most.clamp(max=self.window)
         even = most - window
         before = (entries.is_text & ~last).flatten(1)

@@ -34,7 +34,8 @@ class SnapKV(VotedCache):
 
     @at(Site.CACHE)
     def snap(self, entries: CachedKV, call: Call) -> Tensor:
-        return self.best(self.pooled(entries, call), entries, call, self.last(entries, call))
+        last = self.last(entries, call)
+        return self.best(self.pooled(entries, call, last), entries, call, last)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ class SparseMM(UnevenCache):
 
     @at(Site.CACHE)
     def allot(self, entries: CachedKV, call: Call) -> Tensor:
-        votes, last, most = self.pooled(entries, call), self.last(entries, call), self.most(call)
+        last, most = self.last(entries, call), self.most(call)
+        votes = self.pooled(entries, call, last)
         window = most.clamp(max=self.window)
         even = most - window
         least = (self.floor * even.double()).floor()  # float32 rounds shares otherwise

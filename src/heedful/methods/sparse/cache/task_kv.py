@@ -71,8 +71,9 @@ class TaskKV(VotedCache):
         others = (~whole).sum(1, keepdim=True)
         left = (g * self.most(call) - (g - others) * tokens) // others.clamp(min=1)
         room = torch.where(whole, tokens, left.clamp(min=self.sinks + self.recent))
-        stay = self.last(entries, call) | (entries.positions.position < self.sinks)
-        score = self.among(votes, entries, call).masked_fill(stay, torch.inf)
+        last = self.last(entries, call)
+        stay = last | (entries.positions.position < self.sinks)
+        score = self.among(votes, entries, last).masked_fill(stay, torch.inf)
         return keep_best(score, entries, room)
 
     def whole(self, votes: Tensor, entries: CachedKV, call: Call) -> Tensor:

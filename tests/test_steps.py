@@ -1,0 +1,88 @@
+"""What a run adds to each token that a model writes is few operations, counted: time on a busy machine says little."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.speed.decoding import RUNS, Operations, added
+from heedful import attach
+from heedful.core.call import CachedKV, Call
+from heedful.core.method import Method
+from heedful.core.positions import Positions
+from heedful.core.sites import Site, at
+from heedful.methods import PyramidKV, SinkWindow, TempScale
+from heedful.tiny import tiny
+
+from .samples import PAPER
+
+MODEL = tiny("llama", num_hidden_layers=3)
+IDS = torch.arange(3, 99).view(1, 96)
+# operations for a layer beyond the model's 44, and looks at numbers: what was found, and a few to spare
+FEW = {
+    "attached, nothing to do": (2, 0),
+    "SinkRate": (2, 0),
+    "KNorm, a quarter": (26, 2),
+    "TOVA, a quarter": (30, 2),
+    "HeavyHitter, a quarter": (50, 2),
+    "SnapKV, a quarter": (50, 2),
+    "window": (32, 2),
+    "pyramid": (54, 2),
+    "scores": (24, 2),
+}
+MORE: dict[str, Method] = {
+    "window": SinkWindow(4, 32),
+    "pyramid": PyramidKV(0.5, 8),
+    "scores": TempScale(1.1),
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_step_adds_few_operations(name: str) -> None:
+    operations, looks = added(MODEL, IDS, {**RUNS, **MORE}[name])
+    assert operations <= FEW[name][0]
+    assert looks <= FEW[name][1]
+
+
+def test_views_are_no_operations_and_looks_are_counted() -> None:
+    with Operations() as counted:
+        x = torch.zeros(3).view(3, 1).expand(3, 2)
+        float((x + 1).sum())
+    assert (counted.done, counted.looks) == (4, 1)  # zeros, the sum of two, the sum of all, and the look
+
+
+class Told(Method):
+    """Tells what a CACHE edit knows of its entries, without a look at them."""
+
+    paper = PAPER
+
+    @at(Site.CACHE)
+    def tell(self, entries: CachedKV, call: Call) -> torch.Tensor:
+        KNOWN.append((entries.whole, call.one_token, entries.positions.end))
+        assert entries.positions.end == int(entries.positions.index.max()) + 1
+        return entries.is_text & (entries.positions.position != 1)
+
+
+KNOWN: list[tuple[bool, bool, int]] = []
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_padding_is_looked_for_where_there_may_be_some(padded: bool) -> None:
+    mask = torch.ones(1, 12, dtype=torch.long)
+    mask[:, :3] = 0 if padded else 1
+    KNOWN.clear()
+    with attach(MODEL, Told()) as run:
+        run.generate(input_ids=IDS[:, :12], attention_mask=mask, max_new_tokens=3, do_sample=False)
+    layers = MODEL.config.num_hidden_layers
+    assert [(not padded, not padded and i > 0, 12 + i) for i in range(3) for _ in range(layers)] == KNOWN
+
+
+def test_places_know_their_end_and_whether_all_are_text() -> None:
+    row = Positions.row(3, 5)
+    assert (row.whole, row.end, row.take(slice(1, 3)).end) == (True, 8, 6)
+    some = row.take(torch.tensor([0, 2]))
+    assert (some.whole, some.end) == (True, 6)
+    assert not Positions.row(3, 5, pad=torch.tensor([2])).whole
+    assert not Positions.row(3, 5, is_filled=torch.ones(1, 1, 5, dtype=torch.bool)).whole
+    assert Positions(row.index, row.index + 1, last=9).end == 10
+    assert not Positions(row.index, row.index + 1, last=9).whole
