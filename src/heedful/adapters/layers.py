@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from heedful.adapters.around import gives_alone, linear_in, whatever_is_around
 from heedful.adapters.suspects import calls_kernel, has_softmax, may_attend
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.method import Layer
@@ -20,7 +21,7 @@ KEY_NAMES = ("k_proj", "key", "k_lin", "wk", "k", "key_proj", "to_k", "linear_k"
 VALUE_NAMES = ("v_proj", "value", "v_lin", "wv", "v", "value_proj", "to_v", "linear_v")
 OUTPUT_NAMES = (
     "o_proj", "out_proj", "out_lin", "wo", "o", "dense", "proj", "c_proj", "projection", "to_out", "Wo",
-    "projection_layer", "out", "linear_out", "output",
+    "projection_layer", "out", "linear_out", "output", "output_projection",
 )  # fmt: skip
 # children that map to queries, keys and values one after another, and what says so in the class; others mix them
 FUSED = {"c_attn": ".split(self.split_size, dim=2)", "qkv_proj": "qkv[..., :query_pos]"}
@@ -223,6 +224,8 @@ def _child(owner: nn.Module, names: Iterable[str]) -> tuple[nn.Module, str] | No
                     return found, first
             if isinstance(getattr(found, "weight", None), nn.Parameter) and found.weight.ndim == 2:
                 return owner, name
+            if (inner := gives_alone(found)) is not None:
+                return found, inner
     return None
 
 
@@ -280,7 +283,11 @@ def size_of(model: nn.Module, name: str, number: int) -> Layer:
         config = getattr(layer, "config", None) or getattr(model, "config", None)
         heads, width = head_width(layer, config)
         if place is None or not heads:
-            raise
+            q, k, v = (whatever_is_around(layer, names) for names in (QUERY_NAMES, KEY_NAMES, VALUE_NAMES))
+            if q is None or k is None or v is None:
+                raise
+            o = whatever_is_around(layer, OUTPUT_NAMES)
+            return _size(f"{name} ({type(layer).__name__})", (heads, width), number, (q, k, v, o), {})
         groups = _told(layer, ("num_key_value_heads", "num_kv_heads", "kv_heads"))
         if groups is None:
             groups = heads // (_told(layer, (SHARED,)) or 1)
@@ -319,30 +326,44 @@ def projections(model: nn.Module, name: str, number: int) -> Projections:
                 f"{name}.{packed[0]} ({kind.__module__}.{kind.__name__}) packs its weight, which cannot be read; load "
                 "the model without quantisation"
             )
+        if around := [n for n, x in layer.named_children() if n in known and linear_in(x) is not None]:
+            raise RefusedModel(
+                f"{name}.{around[0]} ({type(getattr(layer, around[0])).__name__}) does more than the linear map in it, "
+                "such as clipping, so that its weight does not tell what it gives"
+            )
         raise RefusedModel(
             f"{name} ({type(layer).__name__}) has no separate {', '.join(missing)} projection that heedful knows; its "
             f"children are: {have}"
         )
     q, k, v, o = (getattr(*place) for place in found)
-    heads, width = head_width(layer, config)
-    q_rows, k_rows, v_rows, o_cols = (_rows(q), _rows(k), _rows(v), _columns(o))
+    size = _size(f"{name} ({type(layer).__name__})", head_width(layer, config), number, (q, k, v, o), rows)
+    return Projections(found[0], found[1], found[2], found[3], size, rows)
+
+
+def _size(
+    what: str, told: tuple[int | None, int | None], number: int, maps: Sequence[nn.Module | None],
+    rows: Mapping[str, slice],
+) -> Layer:  # fmt: skip
+    """The sizes that a layer's linear maps have, for the number and width of heads as it is told."""
+    (heads, width), (q, k, v, o) = told, maps
+    q_rows, k_rows, v_rows = _rows(q), _rows(k), _rows(v)
     if rows:
         q_rows, k_rows, v_rows = (rows[letter].stop - rows[letter].start for letter in "qkv")
     if width is None and heads:
         width = q_rows // heads
     if not width or q_rows % width or k_rows % width:
-        raise RefusedModel(f"{name} ({type(layer).__name__}) does not tell its head width")
+        raise RefusedModel(f"{what} does not tell its head width")
+    o_cols = (heads or 0) * width if o is None else _columns(o)
     heads, kv_heads = q_rows // width, k_rows // width
     if v_rows % kv_heads or o_cols % heads or heads % kv_heads:
-        raise RefusedModel(f"{name} ({type(layer).__name__}): its projections do not divide into {heads} heads")
+        raise RefusedModel(f"{what}: its projections do not divide into {heads} heads")
     if o_cols != heads * (value_width := v_rows // kv_heads):
         raise RefusedModel(
-            f"{name} ({type(layer).__name__}): its query projection has rows for {heads} heads, and its output "
-            f"projection takes {o_cols // value_width} of the values' width: it gives more than queries, such as "
-            "gates, or there are not as many heads of values as of keys"
+            f"{what}: its query projection has rows for {heads} heads, and its output projection takes "
+            f"{o_cols // value_width} of the values' width: it gives more than queries, such as gates, or there are "
+            "not as many heads of values as of keys"
         )
-    size = Layer(number, heads, kv_heads, width, value_width, _columns(q))
-    return Projections(found[0], found[1], found[2], found[3], size, rows)
+    return Layer(number, heads, kv_heads, width, value_width, _columns(q))
 
 
 def _fused(layer: nn.Module, config: object) -> tuple[tuple[nn.Module, str], dict[str, slice]] | None:
