@@ -58,6 +58,7 @@ def fill(records: Iterable[Mapping[str, Any]]) -> Path:
         row = by_name[record["class"]]
         if other := [f"{n} {row[n]}" for n in ("transformers", "torch") if row[n] != version(n)]:
             raise ValueError(f"{row['class']} was measured with {' and '.join(other)}: sweep it anew, without --heads")
+        row.pop("heads_reason", None)
         row |= _heads(record["class"], record)
         if row["heads"] == "wrong":
             row |= {"status": "wrong", "reason": record["reason"]}
@@ -72,7 +73,7 @@ def _heads(name: str, told: Mapping[str, Any]) -> Row:
             f"{name}: nothing is told of what is learned for each head ({told.get('reason', 'no word')}), and a row of "
             f"what is served has one of {', '.join(HEADS)}; measure it with --heads"
         )
-    return {"heads": told["status"], "heads_reason": told["reason"] if told["status"] == "refused" else None}
+    return {"heads": told["status"]} | ({"heads_reason": told["reason"]} if told["status"] == "refused" else {})
 
 
 def _row(record: Mapping[str, Any]) -> Row:
