@@ -72,12 +72,13 @@ def _told_of(rows: Sequence[Row]) -> str:
     if writes:
         exactly = sum(x == 0 for x in writes)
         parts.append(f"Of {len(writes)} that generate, {exactly} do so bit for bit and the others within the budget.")
-    if unseen := [row["class"] for row in rows if row.get("unseen")]:
-        parts.append(
-            "In these no edit can be seen, also not with all attention replaced by zeros, so check 4 says nothing: "
-            + ", ".join(unseen) + "."
-        )  # fmt: skip
-    return " ".join(parts)
+    return " ".join([*parts, *_unseen(rows)])
+
+
+def _unseen(rows: Sequence[Row]) -> list[str]:
+    unseen = [row["class"] for row in rows if row.get("unseen")]
+    said = "In these no edit can be seen, also not with all attention replaced by zeros, so check 4 says nothing: "
+    return [f"{said}{', '.join(unseen)}."] if unseen else []
 
 
 def _words(meanings: Mapping[str, str]) -> str:
@@ -160,7 +161,7 @@ def _outside() -> list[str]:
         f"Of {len(rows)} more whose attention is all outside it, {counted(rows)} They call torch's attention, or write "
         "it out: a product, a softmax, a product, which are followed ([vision.md](vision.md)). Measured as above: "
         f"{sum(row.get('eager') == 0 for row in rows)} equal eager attention bit for bit, and of {len(writes)} that "
-        f"generate {sum(x == 0 for x in writes)}; the others lie within the budget.",
+        f"generate {sum(x == 0 for x in writes)}; the others lie within the budget. {' '.join(_unseen(rows))}".rstrip(),
         table(
             [*COLUMNS, "reason"],
             [[*_cells(row), row.get("reason", "")] for row in rows],

@@ -6,7 +6,7 @@ import ast
 import copy
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from .generation import generated
 from .sweep import sensitivity
 
 PRIVATE = Paper("", "Coverage of the model classes", "heedful", 2026)
+MOST_HEADS = 16  # one of so many moves an output by about so small a part of what all of them do
 TILE_ROWS = 5  # several tiles even for the short texts of a tiny model
 
 
@@ -223,7 +224,7 @@ def _mode(one: tiny.Tiny, only: list[str] | None, whole: bool) -> dict[str, Any]
         wrong.append("not as before after close")
     if _configs(one.model) != before:
         wrong.append("a config was not restored")
-    if wrong and all("moved nothing" in text for text in wrong) and not _reaches(one, native):
+    if wrong and all("moved nothing" in text for text in wrong) and not _reaches(one, native, run.layer_names):
         record["unseen"], wrong = True, []  # no edit of any kind could be seen in this model's output
     if not entered:
         record["unseen"], wrong = True, []
@@ -245,14 +246,27 @@ def _gated(one: tiny.Tiny, only: list[str] | None, native: list[Tensor]) -> tupl
         return "refused", why
     if _moved(one, closed, native):
         return "fine", ""
-    if not run.activity().entered or not _reaches(one, native):
+    if not run.activity().entered or not _reaches(one, native, run.layer_names):
         return "not reached", ""
     return "wrong", f"{Gates()!r} moved nothing"
 
 
-def _reaches(one: tiny.Tiny, native: list[Tensor]) -> bool:
+def _reaches(one: tiny.Tiny, native: list[Tensor], layers: Sequence[str]) -> bool:
+    """Whether attention has a say in the output at all, told without heedful: by zeros in its place."""
     twin = tiny.Tiny(copy.deepcopy(one.model), one.inputs)
-    return bool(sensitivity(twin, native))
+    if (moved := sensitivity(twin, native)) is not None:
+        return bool(moved)
+    for name in layers:  # outside the interface, what their modules give as a whole
+        twin.model.get_submodule(name).register_forward_hook(lambda _, args, out: _zeros(out))
+    silent = tiny.output_tensors(twin.forward())
+    return _moved(one, [b + (a - b) / MOST_HEADS for a, b in zip(silent, native, strict=True)], native)
+
+
+def _zeros(out: Any) -> Any:
+    """The same with zeros for the first tensor."""
+    if isinstance(out, tuple):
+        return (_zeros(out[0]), *out[1:])
+    return torch.zeros_like(out) if isinstance(out, Tensor) else out
 
 
 def _same(found: list[Tensor], wanted: list[Tensor]) -> bool:
