@@ -134,8 +134,12 @@ def test_gates_need_a_device_to_learn_on(way: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["ModernBertForMaskedLM", "GPTNeoXForCausalLM", "GPTBigCodeForCausalLM", "DeepseekV3ForCausalLM"]
-)
+    "name",
+    [
+        "ModernBertForMaskedLM", "GPTNeoXForCausalLM", "GPTBigCodeForCausalLM", "DeepseekV3ForCausalLM",
+        "DeepseekV4ForCausalLM", "JetMoeForCausalLM",
+    ],
+)  # fmt: skip
 def test_gates_need_sizes_and_no_projections_of_their_own(name: str) -> None:
     one = zoo.build(name)
     seen: dict[int, Call] = {}

@@ -80,7 +80,8 @@ def measure_all(record: Record, pattern: str) -> None:
     """Measure the smallest name of each group whose models compute attention, groups of many names first."""
     for group in sorted(record.groups, key=lambda g: -len(record.members(g))):
         name = record.smallest(group)
-        if group.get("status") or not name or not re.search(pattern, name) or not (group["kinds"] or group["own"]):
+        done = group.get("status") not in (None, "looked at")  # what had no small form may have one now
+        if done or not name or not re.search(pattern, name) or not (group["kinds"] or group["own"]):
             continue
         start = time.perf_counter()
         group |= {"by": name, **_measured(group, name)}

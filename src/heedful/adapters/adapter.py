@@ -14,10 +14,11 @@ from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.interface import Interface
-from heedful.adapters.layers import highest, leftovers, lowest, served, size_of, suspects, within
+from heedful.adapters.layers import highest, leftovers, lowest, served, suspects, within
 from heedful.adapters.operations.door import Operations
 from heedful.adapters.planted import Planted
 from heedful.adapters.saving import Saving, adopted
+from heedful.adapters.sizes import size_of
 from heedful.adapters.spread import spread_of
 from heedful.adapters.wrapped import beside
 from heedful.core.errors import FieldError, NotEntered, RefusedModel
