@@ -140,5 +140,6 @@ def test_the_words_for_heads(monkeypatch: pytest.MonkeyPatch) -> None:
         assert probe._gated(one, None, native)[0] == "wrong"
         idle.setattr(probe, "_reaches", lambda *_: False)
         assert probe._gated(one, None, native) == ("not reached", "")
-    del one.model.layers[0].self_attn.v_proj.linear, one.model.layers[0].self_attn.o_proj.linear
+    layer = one.model.layers[0].self_attn
+    del layer.v_proj.linear, layer.o_proj.linear, layer.num_key_value_groups
     assert probe._gated(one, None, native)[0] == "refused"

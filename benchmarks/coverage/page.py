@@ -20,7 +20,7 @@ WORDS = {
 COLUMNS = ["class", "status", "layers", "eager", "sdpa", "heads"]
 OF_HEADS = {
     "fine": "what is learned for each head has the sizes of the calls, and moves logits",
-    "refused": "a layer does not tell its sizes; `.on(layers=...)` leaves it out, and what learns nothing works in it too",
+    "refused": "a layer does not tell its sizes; `.on(layers=...)` leaves it out, and what learns nothing acts there",
     "not reached": "the input reached no layer, or no edit of any kind moves what can be compared",
     "wrong": "the sizes were others, or logits did not move",
 }
