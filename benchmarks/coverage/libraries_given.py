@@ -100,6 +100,6 @@ NARROW: Mapping[str, dict[str, Any]] = {  # sizes under which a large model has 
         "vision_cfg": IMAGE | {"width": 768}, "multimodal_cfg": TOWER | {"width": 768, "heads": 8},
     },
     "davit_base_fl": {"depths": (1, 1, 2, 1), "embed_dims": (32, 64, 128, 256), "num_heads": (2, 4, 8, 16)},
-    "mobilenetv5_300m_enc": {"channel_multiplier": 0.5},
+    "mobilenetv5_300m_enc": {"channel_multiplier": 0.25, "side": 256},
     "vit_base_patch16_sapiens2": {"img_size": 224},
 }  # fmt: skip

@@ -65,9 +65,9 @@ def smaller(source: str, name: str) -> Iterator[dict[str, Any]]:
     yield {}
 
 
-def _of_timm(name: str, **how: Any) -> cases.Case:
-    model = library("timm").create_model(name, **how).eval()
-    side = how.get("img_size")
+def _of_timm(name: str, side: int | None = None, **how: Any) -> cases.Case:
+    """`side` is that of pictures, for a model that need not know it."""
+    model, side = library("timm").create_model(name, **how).eval(), side or how.get("img_size")
     size = tuple(model.default_cfg["input_size"])
     x = _drawn(PICTURES, *(size if side is None else (size[0], side, side)))
     return cases.Case(model, lambda: model(x), 0)
