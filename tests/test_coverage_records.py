@@ -143,3 +143,8 @@ def test_the_words_for_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = one.model.layers[0].self_attn
     del layer.v_proj.linear, layer.o_proj.linear, layer.num_key_value_groups
     assert probe._gated(one, None, native)[0] == "refused"
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own, of a model that does not take eager attention by name
+def test_heads_of_what_is_known_once_it_runs_are_measured_by_running_it() -> None:
+    assert probe.examine_heads("VitDetModel") == {"status": "fine"}
