@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.coverage import libraries, libraries_page, libraries_record, page
+from benchmarks.coverage import libraries, libraries_models, libraries_page, libraries_record, page
 from benchmarks.coverage.libraries_look import look, switches, unset
+from benchmarks.coverage.libraries_models import smaller
 from benchmarks.coverage.libraries_record import Record
 from benchmarks.coverage.library_cases import Case, draw
 from tests.torch_models import Attention
@@ -94,6 +95,22 @@ def test_a_reason_is_that_of_what_became_of_a_group(status: str, why: str) -> No
     assert libraries_page._why({"own": ["A: b"], "status": status, "reason": "9 parameters"}) == why
 
 
+def test_what_was_only_looked_at_is_measured_where_it_can_be_made_small(
+    record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record.groups[0] |= {"status": "served", "by": "small"}
+    record.groups[1] |= {"status": "looked at", "reason": "9 parameters"}
+    asked: list[str] = []
+    monkeypatch.setattr(libraries, "_measured", lambda group, name: asked.append(name) or {"status": "served"})
+    libraries.measure_all(record, "small|other")
+    assert asked == ["other"]
+    assert record.groups[1]["status"] == "served"
+    assert "reason" not in record.groups[1]
+    monkeypatch.setattr(libraries_models, "NARROW", {"DiTTransformer2DModel": {"num_layers": 1}})
+    assert [*smaller("diffusers", "DiTTransformer2DModel")] == [{"num_layers": 1}, {"num_attention_heads": 4}, {}]
+    assert [*smaller("diffusers", "other")] == [{"num_attention_heads": 4}, {}]
+
+
 class Net(nn.Module):
     def __init__(self, layers: int) -> None:
         super().__init__()
@@ -167,3 +184,9 @@ def test_what_is_examined_is_entered_and_moved() -> None:
     assert libraries.examine(Case(model, lambda: model(x), 2))["layers"] == 1
     model.blocks[0].forward = lambda x: x
     assert libraries.examine(Case(model, lambda: model(x), 2))["status"] == "no attention"
+
+
+@torch.no_grad()
+def test_a_model_that_draws_noise_draws_the_same_each_time() -> None:
+    model, x = Net(2).eval(), draw(2, 10, 32)
+    assert libraries.examine(Case(model, lambda: model(x + torch.randn(2, 10, 32)), 2))["status"] == "served"

@@ -40,6 +40,22 @@ class Branched(nn.Module):
         return attended(self, q, k, x)
 
 
+def apply_partly_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, ...]:
+    cos, sin = (x.unsqueeze(unsqueeze_dim) for x in (cos, sin))
+    turned = (x[..., :2] * cos + x[..., :2].roll(1, -1) * sin for x in (q, k))
+    return tuple(torch.cat([a, x[..., 2:]], -1) for a, x in zip(turned, (q, k), strict=True))
+
+
+class Partly(nn.Module):
+    """Rotates a part of each head."""
+
+    def forward(self, x: Tensor, position_embeddings: Any) -> Tensor:
+        q = k = x
+        cos, sin = position_embeddings
+        q, k = apply_partly_rotary(q, k, cos, sin)
+        return attended(self, q, k, x)
+
+
 class Turned(nn.Module):
     """Rotates by angles in another order than the function names them."""
 
@@ -50,8 +66,8 @@ class Turned(nn.Module):
         return attended(self, q, k, x)
 
 
-def rotated_in(module: nn.Module) -> Any:
-    bound = Bound(None, module, "attention", 0, "eager", rotary=(COS, SIN))  # type: ignore[arg-type]
+def rotated_in(module: nn.Module, cos: Tensor = COS, sin: Tensor = SIN) -> Any:
+    bound = Bound(None, module, "attention", 0, "eager", rotary=(cos, sin))  # type: ignore[arg-type]
     return rotation(bound)
 
 
@@ -63,3 +79,15 @@ def test_a_branch_is_told_from_the_other() -> None:
 def test_angles_that_are_not_handed_as_they_are_named_are_refused() -> None:
     with pytest.raises(RefusedModel, match="in a way of its own"):
         rotated_in(Turned())(X)
+
+
+def test_one_vector_is_turned_for_every_token_of_every_text() -> None:
+    cos, sin = torch.randn(2, 2, 5, 2, generator=torch.Generator().manual_seed(1))
+    one = torch.randn(1, 3, 1, 4, generator=torch.Generator().manual_seed(2))
+    found = rotated_in(Partly(), cos, sin)(one)
+    assert found.shape == (2, 3, 5, 4)
+    for text in range(2):
+        for token in range(5):
+            (c, d), (s, t) = cos[text, token], sin[text, token]
+            a, b, *rest = one[0, :, 0].T
+            assert torch.equal(found[text, :, token], torch.stack([a * c + b * s, b * d + a * t, *rest], -1))

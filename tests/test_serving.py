@@ -134,8 +134,12 @@ def test_gates_need_a_device_to_learn_on(way: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["ModernBertForMaskedLM", "GPTNeoXForCausalLM", "GPTBigCodeForCausalLM", "DeepseekV3ForCausalLM"]
-)
+    "name",
+    [
+        "ModernBertForMaskedLM", "GPTNeoXForCausalLM", "GPTBigCodeForCausalLM", "DeepseekV3ForCausalLM",
+        "DeepseekV4ForCausalLM", "JetMoeForCausalLM",
+    ],
+)  # fmt: skip
 def test_gates_need_sizes_and_no_projections_of_their_own(name: str) -> None:
     one = zoo.build(name)
     seen: dict[int, Call] = {}
@@ -166,7 +170,7 @@ def test_gates_need_sizes_and_no_projections_of_their_own(name: str) -> None:
     assert not close_model(gated[0], plain[0])
 
 
-@pytest.mark.parametrize("name", ["ModernBertForMaskedLM", "InternVLForConditionalGeneration"])
+@pytest.mark.parametrize("name", ["ModernBertForMaskedLM", "InternVLForConditionalGeneration", "NeoMMEModel"])
 def test_output_is_what_the_layer_adds_to_the_stream_whatever_it_is_called(name: str) -> None:
     one = zoo.build(name)
     modules = dict(one.model.named_modules())

@@ -77,7 +77,7 @@ def classes() -> dict[str, type[Any]]:
     return {name: kind for name, kind in sorted(found.items()) if kind not in (ModelMixin, LegacyModelMixin)}
 
 
-def made(name: str, **how: int) -> cases.Case:
+def made(name: str, **how: Any) -> cases.Case:
     """A class as it is examined: small where there is a case of it, else with two layers in its own width or `how`."""
     if name in SMALL and not how:
         return SMALL[name]()
@@ -90,7 +90,7 @@ def _call(model: nn.Module, given: Mapping[str, Any]) -> Any:
     return model(**given)
 
 
-def _model(name: str, **how: int) -> nn.Module:
+def _model(name: str, **how: Any) -> nn.Module:
     kind = classes()[name]
     told = inspect.signature(kind.__init__).parameters
     few = {key: 2 for key in LAYERS if key in told and isinstance(told[key].default, int) and told[key].default > 2}
@@ -103,7 +103,7 @@ def _model(name: str, **how: int) -> nn.Module:
 
 
 @cache
-def _inputs(name: str, **how: int) -> dict[str, Any]:
+def _inputs(name: str, **how: Any) -> dict[str, Any]:
     """Shapes and kinds of the arguments that the class takes, the first that it does."""
     with torch.device("meta"):
         model, why = _model(name, **how), "takes no argument that is known here"

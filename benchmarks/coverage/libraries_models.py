@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.beside_torch import library
 
 from . import library_cases as cases
+from .libraries_given import NARROW
 
 PICTURES = 2  # several, since one does not tell how several share an axis with the heads
 TEXT = 77  # tokens, as most of open_clip read
@@ -51,7 +52,9 @@ def _maker(make: Maker, name: str) -> Maker:
 
 
 def smaller(source: str, name: str) -> Iterator[dict[str, Any]]:
-    """Ways to make a model for less: those that its class may understand, and last as it is."""
+    """Ways to make a model for less: that known for it, those that its class may understand, and last as it is."""
+    if name in NARROW:
+        yield NARROW[name]
     if source == "timm":
         side = library("timm").get_pretrained_cfg(name, allow_unregistered=False).input_size[-1]
         if side > LARGE:
@@ -62,9 +65,9 @@ def smaller(source: str, name: str) -> Iterator[dict[str, Any]]:
     yield {}
 
 
-def _of_timm(name: str, **how: Any) -> cases.Case:
-    model = library("timm").create_model(name, **how).eval()
-    side = how.get("img_size")
+def _of_timm(name: str, side: int | None = None, **how: Any) -> cases.Case:
+    """`side` is that of pictures, for a model that need not know it."""
+    model, side = library("timm").create_model(name, **how).eval(), side or how.get("img_size")
     size = tuple(model.default_cfg["input_size"])
     x = _drawn(PICTURES, *(size if side is None else (size[0], side, side)))
     return cases.Case(model, lambda: model(x), 0)
@@ -78,9 +81,9 @@ def _open_clip() -> Any:
     return found
 
 
-def _of_open_clip(name: str) -> cases.Case:
+def _of_open_clip(name: str, **how: Any) -> cases.Case:
     with _towers_of_transformers():
-        model = _open_clip().create_model(name, device=torch.get_default_device(), pretrained_hf=False).eval()
+        model = _open_clip().create_model(name, device=torch.get_default_device(), pretrained_hf=False, **how).eval()
     size = model.visual.image_size
     x = _drawn(PICTURES, 3, *(size if isinstance(size, tuple) else (size, size)))
     words = _words(PICTURES, min(model.context_length or TEXT, TEXT))  # towers of transformers say none, or too much

@@ -24,8 +24,9 @@ looks at one: which modules are layers, which are out of reach, and why. Names o
 are of the same classes, switches and ways of calling, and of which the same is refused, are a group, and the smallest
 of a group is measured with random weights: checks 1 to 5 above, 1 and 3 within the budget, since torch's kernels round
 in their ways, or no further than torch's formula is from its kernel, and 4 by zeros alone, in all heads. timm's have
-two blocks then and no large pictures, diffusers' few layers and heads, where the model takes that and is found to be of
-the same kinds so. Text towers that open_clip takes from the hub are built small, of the same classes."""
+two blocks then and no large pictures, diffusers' few layers and heads, and what is large all the same is made narrower,
+where the model takes that and is found to be of the same kinds so. Text towers that open_clip takes from the hub are
+built small, of the same classes."""
 
 REASONS = """`attach` names each module that it refuses, the reason, and what is left to serve (`only=`). What is no
 product of queries and keys alone was made by a linear map or a convolution (outlook attention, pooling to a global

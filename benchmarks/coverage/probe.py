@@ -6,6 +6,7 @@ import ast
 import copy
 import re
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from .generation import generated
 from .sweep import sensitivity
 
 PRIVATE = Paper("", "Coverage of the model classes", "heedful", 2026)
+MOST_HEADS = 16  # one of so many moves an output by about so small a part of what all of them do
 TILE_ROWS = 5  # several tiles even for the short texts of a tiny model
 
 
@@ -99,6 +101,24 @@ def examine(name: str) -> dict[str, Any]:
     return record
 
 
+def examine_heads(name: str) -> dict[str, Any]:
+    """What becomes of a gate that is learned for each head, alone: its word is the status."""
+    try:
+        one = tiny.build(name)
+    except tiny.CannotBuild as failure:
+        return {"status": "cannot build", "reason": str(failure)}
+    one.model.set_attn_implementation("eager")
+    native = tiny.output_tensors(one.forward())
+
+    def ask(only: list[str] | None) -> dict[str, Any]:
+        _under(one, only, Through())  # or what it refuses that has nothing to do with heads
+        word, reason = _gated(one, only, native)
+        return {"status": word} | ({"reason": reason} if reason else {})
+
+    found, _, refusal = _as_served(one, ask)
+    return found if refusal is None else {"status": "not served", "reason": refusal}
+
+
 def _examine(one: tiny.Tiny) -> dict[str, Any]:
     model = one.model
     model.set_attn_implementation("eager")
@@ -108,25 +128,33 @@ def _examine(one: tiny.Tiny) -> dict[str, Any]:
     own = {type(m).__name__ for m in leftovers(model).values()}
     if not through and not own | attention_kinds(model) | witness.maps:
         return {"status": "no attention"}
-    only: list[str] | None = None
-    record: dict[str, Any] = {"through": through}
-    while True:
-        try:
-            heedful.attach(model, Through(), only=only).close()
-            record |= _serve(one, only)
-            break
-        except HeedfulError as refusal:
-            suggested = _suggestion(str(refusal)) if only is None else None
-            if suggested is None:
-                text = str(refusal) if isinstance(refusal, RefusedModel) else f"{type(refusal).__name__}: {refusal}"
-                return {"status": "refused", "reason": text, **record}
-            only = suggested
-            record |= {"only": only, "own": sorted(own)}
+    found, only, refusal = _as_served(one, lambda only: _serve(one, only))
+    record: dict[str, Any] = {"through": through} | ({} if only is None else {"only": only, "own": sorted(own)})
+    if refusal is not None:
+        return {"status": "refused", "reason": refusal, **record}
+    record |= found
     wrong = [f"{mode}: {what}" for mode in ("eager", "sdpa") for what in record.get(mode, {}).get("wrong", ())]
     if (far := record.get("generate", {}).get("roundings", 0.0)) is None or far > ROUNDINGS * DEPTH:
         wrong.append(f"generate: {far} roundings off")
     status = "wrong" if wrong else "served" if only is None else "served in part"
     return {"status": status, **({"reason": "; ".join(wrong)} if wrong else {}), **record}
+
+
+def _as_served(
+    one: tiny.Tiny, ask: Callable[[list[str] | None], dict[str, Any]]
+) -> tuple[dict[str, Any], list[str] | None, str | None]:
+    """What the model answers, or the part of it that a refusal names; that part, and the refusal that stands."""
+    only: list[str] | None = None
+    while True:
+        try:
+            heedful.attach(one.model, Through(), only=only).close()
+            return ask(only), only, None
+        except HeedfulError as refusal:
+            suggested = _suggestion(str(refusal)) if only is None else None
+            if suggested is None:
+                text = str(refusal) if isinstance(refusal, RefusedModel) else f"{type(refusal).__name__}: {refusal}"
+                return {}, only, text
+            only = suggested
 
 
 def _suggestion(text: str) -> list[str] | None:
@@ -188,36 +216,57 @@ def _mode(one: tiny.Tiny, only: list[str] | None, whole: bool) -> dict[str, Any]
             dropped, _ = _under(one, only, method.on(heads=0))
             if not _moved(one, dropped, native):
                 wrong.append(f"{method!r} moved nothing")
-        if (untold := _gated(one, only, native, wrong)) is not None:
-            record["sizes"] = untold
+        word, why = _gated(one, only, native)
+        record["heads"] = {"status": word, "reason": why}
+        if word == "wrong":
+            wrong.append(why)
     if not _same(tiny.output_tensors(one.forward()), native):
         wrong.append("not as before after close")
     if _configs(one.model) != before:
         wrong.append("a config was not restored")
-    if wrong and all("moved nothing" in text for text in wrong) and not _reaches(one, native):
+    if wrong and all("moved nothing" in text for text in wrong) and not _reaches(one, native, run.layer_names):
         record["unseen"], wrong = True, []  # no edit of any kind could be seen in this model's output
     if not entered:
         record["unseen"], wrong = True, []
     return record | ({"wrong": wrong} if wrong else {})
 
 
-def _gated(one: tiny.Tiny, only: list[str] | None, native: list[Tensor], wrong: list[str]) -> str | None:
-    """Why nothing can be learned for each head, if so."""
-    try:
-        closed, _ = _under(one, only, Gates())
-    except RefusedModel as refusal:
-        return str(refusal)[:160]
-    except RuntimeError as error:  # a factor of another shape
-        wrong.append(f"the sizes of a layer are not those of its calls: {error}")
+def _gated(one: tiny.Tiny, only: list[str] | None, native: list[Tensor]) -> tuple[str, str]:
+    """What becomes of a gate that is learned for each head, and the reason where that is not well."""
+    told = interface_layers(one.model) and (only is not None or not leftovers(one.model))
+    for how in ({},) if told else ({}, {"inputs": one.forward}):  # which sizes are known without being looked at
+        try:
+            closed, run = _under(one, only, Gates(), **how)
+            break
+        except HeedfulError as refusal:
+            why = str(refusal)
+        except RuntimeError as error:  # a factor of another shape
+            return "wrong", f"the sizes of a layer are not those of its calls: {error}"
     else:
-        if not _moved(one, closed, native):
-            wrong.append(f"{Gates()!r} moved nothing")
-    return None
+        return "refused", why
+    if _moved(one, closed, native):
+        return "fine", ""
+    if not run.activity().entered or not _reaches(one, native, run.layer_names):
+        return "not reached", ""
+    return "wrong", f"{Gates()!r} moved nothing"
 
 
-def _reaches(one: tiny.Tiny, native: list[Tensor]) -> bool:
+def _reaches(one: tiny.Tiny, native: list[Tensor], layers: Sequence[str]) -> bool:
+    """Whether attention has a say in the output at all, told without heedful: by zeros in its place."""
     twin = tiny.Tiny(copy.deepcopy(one.model), one.inputs)
-    return bool(sensitivity(twin, native))
+    if (moved := sensitivity(twin, native)) is not None:
+        return bool(moved)
+    for name in layers:  # outside the interface, what their modules give as a whole
+        twin.model.get_submodule(name).register_forward_hook(lambda _, args, out: _zeros(out))
+    silent = tiny.output_tensors(twin.forward())
+    return _moved(one, [b + (a - b) / MOST_HEADS for a, b in zip(silent, native, strict=True)], native)
+
+
+def _zeros(out: Any) -> Any:
+    """The same with zeros for the first tensor."""
+    if isinstance(out, tuple):
+        return (_zeros(out[0]), *out[1:])
+    return torch.zeros_like(out) if isinstance(out, Tensor) else out
 
 
 def _same(found: list[Tensor], wanted: list[Tensor]) -> bool:

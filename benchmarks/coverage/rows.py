@@ -19,6 +19,8 @@ RECORD = ROOT / "benchmarks" / "records" / "coverage.json"
 LIBRARIES = ROOT / "benchmarks" / "records" / "libraries.json"  # of timm, diffusers and open_clip
 FOUND = ("served", "served in part", "refused", "wrong")
 STATUSES = (*FOUND, "no attention", "cannot build")
+RAN = ("served", "served in part", "wrong")  # rows of these tell of what is learned for each head
+HEADS = ("fine", "refused", "not reached", "wrong")  # what becomes of it
 
 Row = dict[str, Any]
 
@@ -48,6 +50,32 @@ def update(records: Iterable[Mapping[str, Any]], known: Container[str]) -> Path:
     return RECORD
 
 
+def fill(records: Iterable[Mapping[str, Any]]) -> Path:
+    """Take in what is told of the heads of classes whose rows lack that, and nothing else of them."""
+    found = told()
+    by_name = {row["class"]: row for row in found["classes"]}
+    for record in records:
+        row = by_name[record["class"]]
+        if other := [f"{n} {row[n]}" for n in ("transformers", "torch") if row[n] != version(n)]:
+            raise ValueError(f"{row['class']} was measured with {' and '.join(other)}: sweep it anew, without --heads")
+        row.pop("heads_reason", None)
+        row |= _heads(record["class"], record)
+        if row["heads"] == "wrong":
+            row |= {"status": "wrong", "reason": record["reason"]}
+    RECORD.write_text(json.dumps(found, indent=1) + "\n")
+    return RECORD
+
+
+def _heads(name: str, told: Mapping[str, Any]) -> Row:
+    """A row's word for what is learned for each head, and the reason where it is refused."""
+    if told.get("status") not in HEADS:
+        raise ValueError(
+            f"{name}: nothing is told of what is learned for each head ({told.get('reason', 'no word')}), and a row of "
+            f"what is served has one of {', '.join(HEADS)}; measure it with --heads"
+        )
+    return {"heads": told["status"]} | ({"heads_reason": told["reason"]} if told["status"] == "refused" else {})
+
+
 def _row(record: Mapping[str, Any]) -> Row:
     eager, modes = record.get("eager", {}), ("eager", "sdpa")
     far = {mode: record.get(mode, {}).get("through", {}).get("roundings") for mode in modes}
@@ -68,6 +96,7 @@ def _row(record: Mapping[str, Any]) -> Row:
         "own": record.get("own"),
         "reason": reason or None,
         "unseen": any(record.get(mode, {}).get("unseen") for mode in modes) or None,
+        **(_heads(record["class"], eager.get("heads", {})) if record["status"] in RAN else {}),
     }
     return {name: x for name, x in row.items() if x is not None}
 

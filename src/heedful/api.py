@@ -35,7 +35,6 @@ from heedful.folding import rewritten
 
 if TYPE_CHECKING:
     from heedful.adapters.adapter import ModelAdapter
-    from heedful.adapters.layers import Projections
     from heedful.engine.select import Explanation
 
 
@@ -100,20 +99,15 @@ class _FitContext:
 
         return adapter_for(self.model, self.only)
 
-    @cached_property
-    def _found(self) -> list[Projections]:
-        from heedful.adapters.layers import projections
-
-        return [projections(self._adapter.model, name, i) for i, name in enumerate(self._adapter.layer_names)]
-
     @property
     def layers(self) -> tuple[Layer, ...]:
         return self._adapter.sizes()
 
     def weights(self, layer: int) -> HeadWeights:
+        from heedful.adapters.layers import projections
         from heedful.adapters.weights import read_weights
 
-        return read_weights(self._found[layer])
+        return read_weights(projections(self._adapter.model, self._adapter.layer_names[layer], layer))
 
     def scale(self, layer: int) -> Tensor | None:
         from heedful.adapters.weights import read_scale

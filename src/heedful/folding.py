@@ -70,6 +70,8 @@ def rewritten(
         if isinstance(step, Surgery):
             step.require_depth(len(names))
         for i, name in enumerate(names):
+            if isinstance(step, Scoped) and step.layers is not None and i not in step.layers:
+                continue
             try:
                 found = projections(new, name, i)
                 old = read_weights(found)
@@ -120,8 +122,6 @@ def _folded(part: Part, old: HeadWeights, found: Any, model: nn.Module, name: st
             raise FoldError(f"{part!r} at {sites}: weights serve every phase, not {part.phase.value} alone")
         if part.steps is not None:
             raise FoldError(f"{part!r} at {sites}: weights serve every denoising step, not some alone")
-        if part.layers is not None and size.number not in part.layers:
-            return old
         heads = part.heads
         if heads and heads[-1] >= size.heads:
             raise FieldError(f"{part!r}", "heads", heads[-1], f"must be below {size.heads} in {name}", 0)

@@ -107,7 +107,7 @@ def _with_room(kind: Any) -> Any:
         adapter = adapter_for(self, saved.only)
         # transformers makes models without storage, and methods draw on the CPU
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            for x in learned(stack, adapter.sizes()):
+            for x in learned(stack, adapter):
                 module = self.get_submodule(adapter.layer_names[x.layer])
                 module.register_parameter(x.full, nn.Parameter(x.start.to(self.dtype)))
 

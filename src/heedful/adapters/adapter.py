@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,10 +14,11 @@ from heedful.adapters.compiled import WrittenCalls
 from heedful.adapters.hooked import Hooked
 from heedful.adapters.hooks import Hooks
 from heedful.adapters.interface import Interface
-from heedful.adapters.layers import highest, leftovers, lowest, served, size_of, suspects, within
+from heedful.adapters.layers import highest, leftovers, lowest, served, suspects, within
 from heedful.adapters.operations.door import Operations
 from heedful.adapters.planted import Planted
 from heedful.adapters.saving import Saving, adopted
+from heedful.adapters.sizes import size_of
 from heedful.adapters.spread import spread_of
 from heedful.adapters.wrapped import beside
 from heedful.core.errors import FieldError, NotEntered, RefusedModel
@@ -115,12 +116,12 @@ class ModelAdapter:
         """Layers that compute attention by themselves, and will be looked at when they are first reached."""
         return self._operations.unseen(self._names)
 
-    def sizes(self) -> tuple[Layer, ...]:
+    def sizes(self, layers: Collection[int] | None = None) -> tuple[Layer, ...]:
         names, seen = self.layer_names, self._operations.found.layers
-        sizes = (seen.get(name) or size_of(self.model, name, i) for i, name in enumerate(names))
+        last = highest(names)
         return tuple(
-            replace(size, number=i, highest=last)
-            for i, (size, last) in enumerate(zip(sizes, highest(names), strict=True))
+            replace(seen.get(names[i]) or size_of(self.model, names[i], i), number=i, highest=last[i])
+            for i in (range(len(names)) if layers is None else layers)
         )
 
     def heads(self, layer: int) -> int | None:

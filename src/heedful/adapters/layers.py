@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from heedful.adapters.around import gives_alone, linear_in
 from heedful.adapters.suspects import calls_kernel, has_softmax, may_attend
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.method import Layer
@@ -20,7 +21,7 @@ KEY_NAMES = ("k_proj", "key", "k_lin", "wk", "k", "key_proj", "to_k", "linear_k"
 VALUE_NAMES = ("v_proj", "value", "v_lin", "wv", "v", "value_proj", "to_v", "linear_v")
 OUTPUT_NAMES = (
     "o_proj", "out_proj", "out_lin", "wo", "o", "dense", "proj", "c_proj", "projection", "to_out", "Wo",
-    "projection_layer", "out", "linear_out", "output",
+    "projection_layer", "out", "linear_out", "output", "output_projection",
 )  # fmt: skip
 # children that map to queries, keys and values one after another, and what says so in the class; others mix them
 FUSED = {"c_attn": ".split(self.split_size, dim=2)", "qkv_proj": "qkv[..., :query_pos]"}
@@ -223,6 +224,8 @@ def _child(owner: nn.Module, names: Iterable[str]) -> tuple[nn.Module, str] | No
                     return found, first
             if isinstance(getattr(found, "weight", None), nn.Parameter) and found.weight.ndim == 2:
                 return owner, name
+            if (inner := gives_alone(found)) is not None:
+                return found, inner
     return None
 
 
@@ -257,37 +260,18 @@ def head_width(layer: nn.Module, config: object) -> tuple[int | None, int | None
     heads = width = None
     for owner in (layer, config):  # a config is asked for what the module does not say, and may refuse to answer
         heads = heads_told(owner) if heads is None else heads
-        width = _told(owner, WIDTHS) if width is None else width
+        width = number_told(owner, WIDTHS) if width is None else width
     return heads, width
 
 
 def heads_told(owner: object) -> int | None:
     """The number of query heads as a module or a config tells it."""
-    return _told(owner, HEADS)
+    return number_told(owner, HEADS)
 
 
-def _told(owner: object, names: Iterable[str]) -> int | None:
+def number_told(owner: object, names: Iterable[str]) -> int | None:
     """The first of these attributes that is a number."""
     return next((x for name in names if isinstance(x := getattr(owner, name, None), int)), None)
-
-
-def size_of(model: nn.Module, name: str, number: int) -> Layer:
-    """A layer's sizes: those of its projections, or as its module tells them where these are fused or factored."""
-    try:
-        return projections(model, name, number).size
-    except RefusedModel:
-        layer, place = model.get_submodule(name), output_projection(model, name)
-        config = getattr(layer, "config", None) or getattr(model, "config", None)
-        heads, width = head_width(layer, config)
-        if place is None or not heads:
-            raise
-        groups = _told(layer, ("num_key_value_heads", "num_kv_heads", "kv_heads"))
-        if groups is None:
-            groups = heads // (_told(layer, (SHARED,)) or 1)
-        value_width, odd = divmod(_columns(o := getattr(*place)), heads)
-        if odd or not groups or heads % groups:
-            raise
-        return Layer(number, heads, groups, width or value_width, value_width, _rows(o))
 
 
 def projections(model: nn.Module, name: str, number: int) -> Projections:
@@ -319,30 +303,44 @@ def projections(model: nn.Module, name: str, number: int) -> Projections:
                 f"{name}.{packed[0]} ({kind.__module__}.{kind.__name__}) packs its weight, which cannot be read; load "
                 "the model without quantisation"
             )
+        if around := [n for n, x in layer.named_children() if n in known and linear_in(x) is not None]:
+            raise RefusedModel(
+                f"{name}.{around[0]} ({type(getattr(layer, around[0])).__name__}) does more than the linear map in it, "
+                "such as clipping, so that its weight does not tell what it gives"
+            )
         raise RefusedModel(
             f"{name} ({type(layer).__name__}) has no separate {', '.join(missing)} projection that heedful knows; its "
             f"children are: {have}"
         )
     q, k, v, o = (getattr(*place) for place in found)
-    heads, width = head_width(layer, config)
-    q_rows, k_rows, v_rows, o_cols = (_rows(q), _rows(k), _rows(v), _columns(o))
+    size = size_by(f"{name} ({type(layer).__name__})", head_width(layer, config), number, (q, k, v, o), rows)
+    return Projections(found[0], found[1], found[2], found[3], size, rows)
+
+
+def size_by(
+    what: str, told: tuple[int | None, int | None], number: int, maps: Sequence[nn.Module | None],
+    rows: Mapping[str, slice],
+) -> Layer:  # fmt: skip
+    """The sizes that a layer's linear maps have, for the number and width of heads as it is told."""
+    (heads, width), (q, k, v, o) = told, maps
+    q_rows, k_rows, v_rows = rows_of(q), rows_of(k), rows_of(v)
     if rows:
         q_rows, k_rows, v_rows = (rows[letter].stop - rows[letter].start for letter in "qkv")
     if width is None and heads:
         width = q_rows // heads
     if not width or q_rows % width or k_rows % width:
-        raise RefusedModel(f"{name} ({type(layer).__name__}) does not tell its head width")
+        raise RefusedModel(f"{what} does not tell its head width")
+    o_cols = (heads or 0) * width if o is None else columns_of(o)
     heads, kv_heads = q_rows // width, k_rows // width
     if v_rows % kv_heads or o_cols % heads or heads % kv_heads:
-        raise RefusedModel(f"{name} ({type(layer).__name__}): its projections do not divide into {heads} heads")
+        raise RefusedModel(f"{what}: its projections do not divide into {heads} heads")
     if o_cols != heads * (value_width := v_rows // kv_heads):
         raise RefusedModel(
-            f"{name} ({type(layer).__name__}): its query projection has rows for {heads} heads, and its output "
-            f"projection takes {o_cols // value_width} of the values' width: it gives more than queries, such as "
-            "gates, or there are not as many heads of values as of keys"
+            f"{what}: its query projection has rows for {heads} heads, and its output projection takes "
+            f"{o_cols // value_width} of the values' width: it gives more than queries, such as gates, or there are "
+            "not as many heads of values as of keys"
         )
-    size = Layer(number, heads, kv_heads, width, value_width, _columns(q))
-    return Projections(found[0], found[1], found[2], found[3], size, rows)
+    return Layer(number, heads, kv_heads, width, value_width, columns_of(q))
 
 
 def _fused(layer: nn.Module, config: object) -> tuple[tuple[nn.Module, str], dict[str, slice]] | None:
@@ -353,18 +351,18 @@ def _fused(layer: nn.Module, config: object) -> tuple[tuple[nn.Module, str], dic
         return None
     groups = getattr(config, "num_key_value_heads", None) or heads
     q, k, v = (width * count for count in (heads, heads + groups, heads + 2 * groups))
-    if _rows(getattr(*place)) != v:  # one of cross-attention makes no queries
+    if rows_of(getattr(*place)) != v:  # one of cross-attention makes no queries
         return None
     return place, {"q": slice(0, q), "k": slice(q, k), "v": slice(k, v)}
 
 
-def _rows(linear: Any) -> int:
+def rows_of(linear: Any) -> int:
     """What a linear map gives; a packed weight does not have its shape."""
     told = getattr(linear, "out_features", None)
     return told if isinstance(told, int) else int(linear.weight.shape[1 if transposed(linear) else 0])
 
 
-def _columns(linear: Any) -> int:
+def columns_of(linear: Any) -> int:
     told = getattr(linear, "in_features", None)
     return told if isinstance(told, int) else int(linear.weight.shape[0 if transposed(linear) else 1])
 

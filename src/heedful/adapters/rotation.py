@@ -11,6 +11,7 @@ from functools import cache
 from textwrap import dedent
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from heedful.adapters.bound import Bound
@@ -49,7 +50,13 @@ def rotation(bound: Bound) -> Callable[[Tensor], Tensor] | None:
     if function is None or bound.rotary is None:
         return _refused(bound)
     cos, sin = bound.rotary
-    return lambda x: function(x, x, cos, sin)[0]
+
+    def rotate(x: Tensor) -> Tensor:
+        if cos.ndim == 3:  # [b n d]; some functions join what they turn of a head with the rest of it
+            x = x.expand(torch.broadcast_shapes(x.shape, (len(cos), 1, cos.shape[1], 1)))
+        return function(x, x, cos, sin)[0]
+
+    return rotate
 
 
 def _refused(bound: Bound) -> Callable[[Tensor], Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -27,11 +27,25 @@ def planted_name(method: Method, part: int, name: str) -> str:
     return f"{PREFIX}{type(method).__name__}_{part}_{name}"
 
 
-def learned(stack: Stack, sizes: Iterable[Layer]) -> list[Learned]:
-    """All parameters of a stack, fresh, in layers of these sizes."""
+class Sized(Protocol):
+    """What tells the sizes of layers."""
+
+    @property
+    def layer_names(self) -> tuple[str, ...]: ...
+
+    def sizes(self, layers: Collection[int] | None = None) -> tuple[Layer, ...]: ...  # of these, or of all
+
+
+def learned(stack: Stack, model: Sized) -> list[Learned]:
+    """All parameters of a stack, fresh. Layers where nothing is learned are not asked for sizes; some tell none."""
+    wanted = [
+        layer
+        for layer in range(len(model.layer_names))
+        if any(type(stack.methods[step.number]).parameters is not Method.parameters for step in stack.steps(layer))
+    ]
     return [
         Learned(number, size.number, name, planted_name(method, number, name), start)
-        for size in sizes
+        for size in model.sizes(wanted)
         for number, method in enumerate(stack.methods)
         if any(step.number == number for step in stack.steps(size.number))
         for name, start in method.parameters(size).items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +54,7 @@ class Adapter(Protocol):
     @property
     def ready(self) -> bool: ...  # whether the layers are known; else the first forward tells, and `settle` is called
 
-    def sizes(self) -> tuple[Layer, ...]: ...
+    def sizes(self, layers: Collection[int] | None = None) -> tuple[Layer, ...]: ...  # of these, or of all
 
     def heads(self, layer: int) -> int | None: ...  # None where only a call tells
 
@@ -118,7 +118,7 @@ class Run:
     def _add_parameters(self, adopted: int) -> None:
         if not any(type(m).parameters is not Method.parameters for m in self.stack.methods):
             return
-        requested = learned(self.stack, self._adapter.sizes())
+        requested = learned(self.stack, self._adapter)
         names = {(x.layer, x.full) for x in requested}
         carried = self._adapter.planted.carried()
         if lost := {(x.layer, x.full) for x in requested if x.part < adopted} - carried:

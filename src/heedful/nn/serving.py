@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -30,8 +31,8 @@ class ModuleAdapter:
     def layer_names(self) -> tuple[str, ...]:
         return tuple(f"{type(self.model).__name__}.{i}" for i in range(self.depth))
 
-    def sizes(self) -> tuple[Layer, ...]:
-        return (self.size,)
+    def sizes(self, layers: Collection[int] | None = None) -> tuple[Layer, ...]:
+        return (self.size,) if layers is None or self.size.number in layers else ()
 
     def heads(self, layer: int) -> int:
         return self.size.heads

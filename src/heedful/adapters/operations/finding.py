@@ -145,6 +145,7 @@ class _Watch(TorchFunctionMode):
         self.open: dict[str, Open] = {}  # modules whose sizes do not tell where their heads are
         self.channels_first: set[str] = set()
         self.ran: set[nn.Module] = {self.model}
+        self.handed: set[str] = set()  # modules that were handed another stream
         self._trail, self._depth = Trail(), 0  # of the module that made the last product
         self._thread = get_ident()
 
@@ -214,8 +215,9 @@ class _Watch(TorchFunctionMode):
         self.calls.setdefault(name, []).append([])
         stream, taking, again = stream_of(args, kwargs), taking_of(module), name in self.streams
         self.streams[name] = None if stream is None else taking.turned(stream)
-        if stream is None or name not in self.instead or again:
-            return None
+        if stream is None or name not in self.instead or again or stream.shape != self.instead[name].shape:
+            return None  # what came before it may have changed how long it is
+        self.handed.add(name)
         self.streams[name] = self.instead[name]
         return put(taking.turned(self.instead[name]), args, kwargs)
 
@@ -260,13 +262,18 @@ def taking_of(module: nn.Module, channels_first: bool = False) -> Taking:
 def find(model: nn.Module, run: Callable[..., Any], given: Any = None, alone: bool = False) -> Found:
     """Run a model, at rest and without gradients, and tell its attention layers; it is left as it was, as is `given`.
 
-    Once, or up to three times where sizes do not tell which axis of its queries holds the heads. `alone`: what runs is
+    Once, or up to three times where sizes do not tell which axis of its queries holds the heads; once more where a
+    stream so changed makes those behind it longer or shorter. `alone`: what runs is
     a module's own forward, past its hooks, on the arguments `given`.
     """
     watch = _watched(_Watch(model), run, given, alone)
     if watch.open:
-        instead = {name: x for name, one in watch.open.items() if (x := one.changed()) is not None}
-        other = _watched(_Watch(model, instead), run, given, alone).open
+        changed = {name: x for name, one in watch.open.items() if (x := one.changed()) is not None}
+        other, left = dict[str, Open](), changed
+        while left:
+            again = _watched(_Watch(model, left), run, given, alone)
+            other = {name: x for name, x in again.open.items() if name in again.handed or name not in changed} | other
+            left = {name: x for name, x in left.items() if name not in again.handed} if again.handed else {}
         told = {name: one.heads_at(other.get(name)) for name, one in watch.open.items()}
         if any(at not in (None, watch.heads_at[name]) for name, at in told.items()):
             known = {name: at for name, at in told.items() if at is not None}

@@ -1,0 +1,45 @@
+"""Modules that are built around a linear map: they clip or scale what it gives, or do nothing at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx, nn
+
+
+def linear_in(module: nn.Module) -> nn.Linear | None:
+    """The linear map that a module is built around, which is all that it holds."""
+    parts = [*module.children()]
+    return parts[0] if len(parts) == 1 and isinstance(parts[0], nn.Linear) else None
+
+
+def whatever_is_around(owner: nn.Module, names: Iterable[str]) -> nn.Linear | None:
+    """The linear map under the first of these names that there is, in what is built around it."""
+    children = dict(owner.named_children())
+    found = next((children[name] for name in names if name in children), None)
+    return found if found is None or isinstance(found, nn.Linear) else linear_in(found)
+
+
+def gives_alone(module: nn.Module) -> str | None:
+    """The name of the linear map in a module that gives what that map gives, and does nothing around it.
+
+    Its forward is followed as torch.fx does it; one that cannot be followed may do anything.
+    """
+    if linear_in(module) is None or "forward" in vars(module):
+        return None
+    ((name, _),) = module.named_children()
+    try:
+        nodes = [*_Calls().trace(module).nodes]
+    except Exception:  # noqa: BLE001 - a forward asks in its own way for what fx does not tell
+        return None
+    given, done = nodes[0], [node for node in nodes if node.op != "placeholder"]
+    calls = [(node.op, node.target, node.args, node.kwargs) for node in done]
+    alone = calls == [("call_module", name, (given,), {}), ("output", "output", (done[0],), {})]
+    return name if alone else None
+
+
+class _Calls(fx.Tracer):
+    """Follows a forward, and none of the modules that it calls."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
