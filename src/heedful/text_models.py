@@ -18,7 +18,7 @@ from heedful.api import arrange, attach, operate, reader
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.kinds import NOTHING, Decode, Prompt, Surgery, Tokens
-from heedful.core.method import Part, Stack
+from heedful.core.method import Part, Stack, clash
 from heedful.drawing import drawn, guide_of
 from heedful.engine.run import Run
 from heedful.looking import LOOKS
@@ -347,6 +347,10 @@ def _looking(model: nn.Module, what: Contender | None, shown: Shown, **how: Any)
     if isinstance(what, Surgery):
         return Operated(model, what, how.get("only"), shown)
     parts = [] if what is None else what.parts if isinstance(what, Stack) else [what]
+    for part in parts:
+        if clash(part, LOOKS):
+            rule = "leaves no map of single tokens, off which it is read where a prompt's last token looks in a picture"
+            raise FieldError("compare()", "methods", part, rule, "TempScale(0.5)")
     return Single(model, attach(model, Stack((*parts, LOOKS)), **how), shown)
 
 
