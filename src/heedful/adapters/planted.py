@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.core.errors import FieldError, RefusedModel
-from heedful.engine.learned import PREFIX
+from heedful.engine.learned import PREFIX, fresh, moves
 
 
 @dataclass(eq=False)
@@ -41,7 +41,7 @@ class Planted:
                 raise FieldError("attach()", name, tuple(have.shape), rule, tuple(start.shape))
             if have.is_meta:
                 raise RefusedModel(f"{name} is offloaded with {path}, and heedful reads it there; load without offload")
-            return have
+            return have if moves(start) else have.requires_grad_(False)  # what is loaded asks for them
         if self.shared_by:
             raise RefusedModel(
                 f"{self.shared_by} shares the gradients of the parameters that it was made with, and {name} "
@@ -57,7 +57,7 @@ class Planted:
                 f"all weights of {type(self.model).__name__} are offloaded, so {name} has no device to learn on; load "
                 "the model without offload"
             )
-        parameter = nn.Parameter(start.to(reference.device, self._dtype))
+        parameter = fresh(start, self._dtype, reference.device)
         self._added.append((module, name))  # first, so that none is lost to an interrupt
         module.register_parameter(name, parameter)
         return parameter
