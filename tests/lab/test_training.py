@@ -185,6 +185,27 @@ def test_without_accelerate_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
         train(COURSE, Stack(), 0)
 
 
+def _decays(optimiser: torch.optim.Optimizer) -> list[tuple[float, int]]:
+    return [(group["weight_decay"], len(group["params"])) for group in optimiser.param_groups]
+
+
+def test_costs_are_those_of_the_optimiser_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Trainer
+
+    made: list[torch.optim.Optimizer] = []
+    whole = Trainer.create_optimizer
+    monkeypatch.setattr(Trainer, "create_optimizer", lambda *args: made.append(whole(*args)) or made[-1])
+    course = Brisk(tokens=6 * 32)
+    train(course, Stack(), 0)
+    stepping = costs._Stepping(course, Stack(), 0)
+    stepping.run.close()
+    one, other = ([made[0].defaults, *_decays(made[0])], [stepping.optimiser.defaults, *_decays(stepping.optimiser)])
+    assert one == other
+    assert type(made[0]) is type(stepping.optimiser)
+    assert other[0]["betas"] == (0.9, 0.9)
+    assert other[1:] == [(0.2, 8), (0.0, 3)]  # norms' weights are left alone
+
+
 def test_costs_are_ratios_to_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
 
