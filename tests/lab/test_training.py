@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from heedful.authoring import Call, Mean, Method, Site, reads
 from heedful.conformance.tolerances import close_model
+from heedful.core import code
 from heedful.core.errors import StatisticError
 from heedful.core.method import Stack
 from heedful.laboratory import costs, records, training
@@ -133,10 +134,10 @@ def test_what_is_another_training_has_another_name(monkeypatch: pytest.MonkeyPat
     ]  # fmt: skip
     assert len(set(names)) == len(names)
     assert of(what=Stack()) == of(what=None) == names[0]
-    read = records._source
-    monkeypatch.setattr(records, "_source", lambda name: read(name) + "#" * (name == "tests.lab.small"))
+    read = code.file_of
+    monkeypatch.setattr(code, "file_of", lambda name: read(name) + "#" * (name == "tests.lab.small"))
     assert of(what=Halved()) != names[4]
-    monkeypatch.setattr(records, "_source", lambda name: read(name) + "#" * (name == training.__name__))
+    monkeypatch.setattr(code, "file_of", lambda name: read(name) + "#" * (name == training.__name__))
     assert of(what=RectifiedAttention()) != names[0]
 
 
