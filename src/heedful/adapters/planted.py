@@ -41,7 +41,9 @@ class Planted:
                 raise FieldError("attach()", name, tuple(have.shape), rule, tuple(start.shape))
             if have.is_meta:
                 raise RefusedModel(f"{name} is offloaded with {path}, and heedful reads it there; load without offload")
-            return have if moves(start) else have.requires_grad_(False)  # what is loaded asks for them
+            if not moves(start):
+                have.requires_grad_(False)  # whatever is loaded asks for them
+            return have
         if self.shared_by:
             raise RefusedModel(
                 f"{self.shared_by} shares the gradients of the parameters that it was made with, and {name} "
