@@ -31,7 +31,7 @@ from heedful.core.method import Method, Scoped, Stack, method_of
 from heedful.diagnosis.texts import positions
 from heedful.diagnosis.workers import Workers, as_workers
 from heedful.engine.memory import enough_memory
-from heedful.engine.select import named
+from heedful.engine.select import backend_named
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
 from heedful.tasks.task import Item, Task
@@ -204,7 +204,7 @@ def require_counts(prompts: int, minutes: float, margin: float, turns: int, back
         raise FieldError("compare()", "margin", margin, "must lie between 0 and 1", MARGIN)
     if turns < 0:
         raise FieldError("compare()", "turns", turns, "must be 0 or more", 3)
-    named(backend, "compare()")
+    backend_named(backend, "compare()")
 
 
 def fits(given: Loaded, task: Task) -> bool:
