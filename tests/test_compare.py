@@ -254,25 +254,6 @@ def test_what_cannot_take_a_task_is_refused_with_the_reason(loaded) -> None:
     assert any("Needy was refused on loss" in f.text for f in found.description().findings)
 
 
-def test_what_every_task_refuses_costs_nothing_and_is_told_once(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    from heedful.bench import compare as comparing
-
-    class Never(Needy):
-        paper = PAPER
-
-        @at(Site.PATTERN)
-        def look(self, pattern: Tensor, call: Call) -> Tensor:
-            raise SiteError("never")
-
-    measured, whole = [], comparing.cost
-    monkeypatch.setattr(comparing, "cost", lambda *args, **how: measured.append(args[2]) or whole(*args, **how))
-    found = compare(loaded, [Never(), Needy()], [Echo(), Echo(24), Loss()], prompts=2, turns=1)
-    assert measured == [PLAIN, "Needy"] * 2
-    assert [p.contender for p in found.prices] == [PLAIN, "Needy"]
-    told = [finding.text for finding in found.description().findings if "Never" in finding.text]
-    assert told == ["Never was refused on Echo(length=20), on Echo(length=24) and on loss: never"]
-
-
 def test_a_refused_task_leaves_no_score_and_is_tried_again(loaded, tmp_path: Path) -> None:
     class Third(Needy):
         paper = PAPER
