@@ -25,7 +25,7 @@ from heedful.engine.learned import learned
 from heedful.engine.resting import undone
 from heedful.engine.run_state import RunState, blind
 from heedful.engine.scopes import require_there
-from heedful.engine.select import Explanation, explain, named
+from heedful.engine.select import Explanation, backend_named, explain
 
 
 class Parameters(Protocol):
@@ -81,7 +81,7 @@ class Run:
     ) -> None:
         self.model = model
         self.stack = as_stack(what)
-        self.backend = named(backend)
+        self.backend = backend_named(backend)
         self.roles = roles
         if tile_rows is not None and tile_rows < 1:
             raise FieldError("attach()", "tile_rows", tile_rows, "must be 1 or more rows", 128)

@@ -13,7 +13,7 @@ from heedful.engine.backends import BACKENDS, Backend
 from heedful.engine.needs import Needs
 
 
-def named(backend: str, owner: str = "attach()") -> str:
+def backend_named(backend: str, owner: str = "attach()") -> str:
     """The name itself if it is one; an error that lists them otherwise."""
     if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
         known = ", ".join(["auto", *BACKENDS])

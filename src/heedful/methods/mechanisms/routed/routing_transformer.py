@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import layer_norm, one_hot
 
 from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
@@ -56,7 +56,8 @@ class RoutingTransformer(Method):
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(layer.number)
         means = torch.randn(layer.heads, self.clusters, layer.head_dim, generator=random)
-        return {"sums": _even(means), "counts": torch.ones(layer.heads, self.clusters)}
+        moving = {"sums": _even(means), "counts": torch.ones(layer.heads, self.clusters)}
+        return {name: nn.Parameter(start, requires_grad=False) for name, start in moving.items()}
 
     def idle(self, call: Call) -> bool:
         return call.cross
