@@ -57,6 +57,18 @@ class Everything(Method):
         return torch.cos(call.keys.index[:, 0, :, None] * torch.arange(17, device=call.keys.index.device))
 
 
+class Court(Method):
+    """A penalty on what each key receives, as high as it is far off a wave."""
+
+    paper = PAPER
+
+    @sums("received", penalises=True)
+    def spread(self, pattern: Summary, call: Call) -> Tensor:
+        assert pattern.received is not None
+        waves = torch.arange(pattern.received.numel(), device=pattern.received.device).view_as(pattern.received).cos()
+        return (pattern.received - waves).square().sum()
+
+
 class Same(Method):
     """Touches the queries without changing them, so that a kernel has to run."""
 
@@ -76,13 +88,18 @@ def run(
     call: Call,
     sink: Tensor | None = None,
     bias: Tensor | None = None,
+    losses: list[Tensor] | None = None,
 ) -> Tensor:
+    """A call's heads; what it was penalised by is added to `losses`."""
     if backend == "triton":
         q, k, v, call, sink, bias = on_device((q, k, v, call, sink, bias))
     run_state = RunState(Stack((method,)))
     run_state.new_forward()
     job = AttentionCall(run_state.plan(call), run_state, call, bias, sink)
-    return attend(job, q, k, v, lambda needs: select(backend, needs))[0].cpu()
+    heads = attend(job, q, k, v, lambda needs: select(backend, needs))[0]
+    if losses is not None:
+        losses.extend(x.cpu() for x in run_state.losses.values())
+    return heads.cpu()
 
 
 def interpreting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,17 +215,19 @@ def pulled(
 ) -> tuple[Tensor, ...]:
     """What queries, keys, values and what else is `learned`, bias or sink, are given when the output is given waves."""
     pad, softcap, method = (more.pop(name, None) for name in ("pad", "softcap", "method"))
+    losses: list[Tensor] = []
     call = replace(a_call(shape, rules, pad), softcap=softcap)  # type: ignore[arg-type]
     leaves = [x.detach().requires_grad_() for x in tensors]
     beside = {name: more[name].to(tensors[0].dtype).requires_grad_() for name in learned}  # type: ignore[attr-defined]
-    heads = run(backend, method or Same(), *leaves, call, **(more | beside))  # type: ignore[arg-type]
-    return back(heads, [*leaves, *beside.values()], call)
+    heads = run(backend, method or Same(), *leaves, call, losses=losses, **(more | beside))  # type: ignore[arg-type]
+    return back(heads, [*leaves, *beside.values()], call, sum(losses, torch.zeros(())))
 
 
-def back(heads: Tensor, leaves: list[Tensor], call: Call) -> tuple[Tensor, ...]:
-    """What leaves are given, when heads are given waves where there is text."""
+def back(heads: Tensor, leaves: list[Tensor], call: Call, loss: Tensor | None = None) -> tuple[Tensor, ...]:
+    """What leaves are given, when heads are given waves where there is text, and a loss is added."""
     waves = torch.arange(heads.numel(), dtype=torch.float64).view_as(heads).sin() * call.is_text[..., None]
-    return torch.autograd.grad(heads, leaves, waves.to(heads.dtype))
+    whole = (heads * waves.to(heads.dtype)).sum()
+    return torch.autograd.grad(whole if loss is None else whole + loss.to(whole), leaves)
 
 
 def compare_pulled(

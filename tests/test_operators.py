@@ -88,7 +88,9 @@ def test_they_pass_for_the_way_back(whole: bool) -> None:
 
     p = problem(whole=whole)
     answer = launch.attend(p)
-    torch.library.opcheck(operators._pull, (answer.out.sin(), answer.out, answer.lse, whole, whole, *p.parts))
+    columns = None if answer.received is None else answer.received.cos()
+    given = answer.out, answer.lse, answer.out.sin(), columns
+    torch.library.opcheck(operators._pull, (*given, whole, whole, *p.parts))
 
 
 @pytest.mark.parametrize(("listed", "weights"), [(False, True), (True, True), (True, False)])
@@ -113,9 +115,27 @@ def test_a_compiled_function_holds_them_in_one_graph(backend: str) -> None:
     compiled: Callable[..., tuple[Tensor, ...]] = torch.compile(told, backend=backend, fullgraph=True)
     found, want = compiled(*p.parts), told(*p.parts)
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
-    pulled = [torch.autograd.grad(out[0].sum(), leaves) for out in (found, want)]
+    pulled = [torch.autograd.grad(out[0].sum() + out[2].square().sum(), leaves) for out in (found, want)]
     assert all(close(a, b) for a, b in zip(*pulled, strict=True))
-    assert [x.requires_grad for x in found] == [True, False, False, False, False]
+    assert [x.requires_grad for x in found] == [True, False, True, False, False]
+
+
+def test_what_nobody_wants_the_way_back_of_costs_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    from heedful.gpu import launch
+    from heedful.gpu.operators import attend
+
+    called: list[str] = []
+    plain = launch._call
+    monkeypatch.setattr(
+        launch, "_call", lambda kernel, *a, **b: (called.append(kernel.fn.__name__), plain(kernel, *a, **b))
+    )
+    p = problem(True, True)
+    answer = attend(p)
+    torch.autograd.grad(answer.out.sum(), p.q, retain_graph=True)
+    assert "meet_columns" not in called
+    assert answer.received is not None
+    torch.autograd.grad(answer.received.square().sum(), p.q)
+    assert "meet_columns" in called
 
 
 def test_there_are_no_second_derivatives() -> None:

@@ -165,9 +165,9 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
         sinks_by_row=job.sink is not None and job.sink.numel() != call.heads,
         bias=job.bias is not None, dropout=job.dropout > 0, call=call, tensors=(q, k, v), learned=_learned(job),
     )  # fmt: skip
-    job = replace(
-        job, call=call, accumulator=SummaryAccumulator(requested, call, carry) if requested else None, needs=needs
-    )
+    learned = bool(needs.gradients and needs.learned_sums)
+    accumulator = SummaryAccumulator(requested, call, carry, learned) if requested else None
+    job = replace(job, call=call, accumulator=accumulator, needs=needs)
     pattern = None
     if mixes := job.plan.at(Site.MIX):
         heads = _mixed(mixes[0], job, q, k, v)
@@ -220,9 +220,11 @@ def _carries(job: AttentionCall, call: Call) -> dict[int, Tensor]:
 
 def _sum_up(job: AttentionCall, accumulator: SummaryAccumulator, carries: dict[int, Tensor]) -> None:
     """Hand the summary of the whole call to the steps that read it."""
-    whole = accumulator.summary()
+    learned = accumulator.summary()
+    plain = learned.detached()
     ends = dict(zip(carries, itertools.accumulate(x.shape[-1] for x in carries.values()), strict=True))
     for step in job.plan.summed:
+        whole = learned if step.edit.loss else plain
         mine = slice(ends[n] - carries[n].shape[-1], ends[n]) if (n := step.number) in ends else slice(0)
         summary = replace(whole, carried=None if whole.carried is None else whole.carried[..., mine])
         # what feeds an edit of the same method sees every head, as that edit does

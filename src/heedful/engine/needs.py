@@ -33,6 +33,7 @@ class Needs:
     reweights: tuple[str, ...] = ()  # steps that move weight between whole columns of the pattern
     sum_steps: tuple[str, ...] = ()  # steps that read the pattern's summary
     sums: frozenset[str] = frozenset()  # the parts of it that they read
+    learned_sums: frozenset[str] = frozenset()  # those of them that a penalty is made of
     mask_steps: tuple[str, ...] = ()  # steps that narrow MASK
     whole_map: tuple[str, ...] = ()  # map steps that must see all rows at once
     softcap: bool = False
@@ -57,6 +58,7 @@ class Needs:
             reweights=tuple(str(s) for s in inside if s.edit.reweights),
             sum_steps=tuple(str(s) for s in inside if s.edit.sums and s.edit.reads),
             sums=frozenset(part for s in inside for part in s.edit.sums),
+            learned_sums=frozenset(part for s in inside if s.edit.loss for part in s.edit.sums),
             mask_steps=tuple(str(s) for s in steps if s.edit.site is Site.MASK and not s.edit.reads),
             whole_map=tuple(
                 str(s) for s in steps if s.method.whole_map and s.edit.site in MAP_SITES | {Site.HEAD_OUTPUT}

@@ -89,6 +89,13 @@ def _listed(keep, size, batch, head, query, col):
 
 
 @triton.jit
+def _written(keep, size, batch, query):
+    """Which queries are text, where some are not."""
+    at = keep.is_text + batch * keep.text_b + query
+    return tl.load(at, mask=query < size.n, other=0) != 0
+
+
+@triton.jit
 def _span(keep, size, batch, head, query, RANGES: tl.constexpr):
     """The first key that some row may see, and the one after the last."""
     at = keep.ranges + batch * keep.b + _wide(head + 0 * query) * keep.h + query * (2 * RANGES)
@@ -285,8 +292,7 @@ def _weights(
     if keep.table is not None:
         kept = kept & _listed(keep, size, batch, head, query, first)[:, None]
     if keep.is_text is not None:
-        text = tl.load(keep.is_text + batch * keep.text_b + query, mask=query < size.n, other=0) != 0
-        kept = kept & text[:, None]
+        kept = kept & _written(keep, size, batch, query)[:, None]
     weights = tl.zeros([query.shape[0], BN], tl.float32)
     seen = tl.max(kept.to(tl.int32), 0) > 0
     if (keep.table is None and RANGES == 1) or tl.max(seen.to(tl.int32)) > 0:

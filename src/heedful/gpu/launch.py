@@ -88,6 +88,16 @@ class Answer:
     distance: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Pulled:
+    """What a way back starts from: what a call gave, and what that is given."""
+
+    out: Tensor
+    lse: Tensor
+    heads: Tensor  # given to `out`
+    columns: Tensor | None = None  # [b h m], given to what keys received
+
+
 def _fitting(run: Callable[[Tiles], T], kind: str, width: int, rows: int, q: Tensor, block: int = 0) -> T:
     """With the sizes that were measured, or safe ones where a call asks for more beside them than the card holds."""
     fit = blocks.tiles(kind, width, rows, q, block)
@@ -170,27 +180,30 @@ def _merged(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pull(
-    p: Problem, out: Tensor, lse: Tensor, given: Tensor, to_bias: bool = False, to_sink: bool = False
+    p: Problem, of: Pulled, to_bias: bool = False, to_sink: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """What queries, keys, values, bias and sink are given, in float32, when the output is given that."""
+    """What queries, keys, values, bias and sink are given, in float32, when what a call gave is given that."""
     size = _sizes(p)
-    run = partial(_pull, p, size, (out, lse, given), to_bias)
+    run = partial(_pull, p, size, of, to_bias)
     q, k, v, bias, back = _fitting(run, BACK, max(size.d, size.e), size.n * size.group, p.q, p.block)
     return q, k, v, bias, _pulled_sink(p.sink, back) if to_sink and p.sink is not None else None
 
 
 def _pull(
-    p: Problem, size: Sizes, of: tuple[Tensor, Tensor, Tensor], to_bias: bool, fit: Tiles
+    p: Problem, size: Sizes, of: Pulled, to_bias: bool, fit: Tiles
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Back]:
-    out, lse, given = of
     keep, bias = _keep(p), None if p.bias is None else _shared(p.bias)
-    back = Back(lse.contiguous(), (given.float() * out).sum(-1).contiguous())
-    lines = [_lines(x) for x in (p.q, p.k, p.v, given.to(p.v.dtype))]
+    given = None if of.columns is None else _shared(of.columns.float()[:, :, None])
+    back = Back(of.lse.contiguous(), (of.heads.float() * of.out).sum(-1).contiguous(), given)
+    lines = [_lines(x) for x in (p.q, p.k, p.v, of.heads.to(p.v.dtype))]
     q, k, v = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (p.q, p.k, p.v))
     widths = {"BM": fit.rows, "BN": fit.keys, "BD": _power(size.d), "BE": _power(size.e), "RANGES": p.ranges.shape[3]}
     widths |= fit.how
     groups = p.q.shape[0] * size.heads // size.group
     rows, columns = triton.cdiv(size.n * size.group, fit.rows), triton.cdiv(size.m, fit.keys)
+    if back.columns is not None:
+        alone = {name: x for name, x in widths.items() if name != "BE"}
+        _call(backward.meet_columns, (rows * groups,), *lines[:2], size, keep, bias, back, **alone)
     _call(backward.pull_queries, (rows * groups,), *lines, size, keep, bias, back, q, **widths)
     _call(backward.pull_keys, (columns * groups,), *lines, size, keep, bias, back, k, v, **widths)
     made = _pulled_bias(p, p.bias, lines, (size, keep, back), fit, widths) if to_bias and p.bias is not None else None

@@ -52,6 +52,7 @@ class Problem(ctypes.Structure):
         ("rows", _P),
         ("given", _P),
         ("given_stride", _I * 3),
+        ("columns", _P),
         *((name, _P) for name in ("to_q", "to_k", "to_v")),
     ]
 

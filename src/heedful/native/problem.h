@@ -39,5 +39,6 @@ struct Problem {
   float *rows;
   const float *given;  // what the output is given
   int64_t given_stride[3];
+  const float *columns;  // [b h k] what sums of received weights are given, or null
   float *to_q, *to_k, *to_v;  // [b q h d], [b g k d], [b g k e], contiguous; the last two begin as zeros
 };

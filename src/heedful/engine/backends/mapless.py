@@ -31,6 +31,11 @@ def kept_back(needs: Needs) -> list[str]:
     ):
         if there:
             reasons.append(f"{what}, which this kernel cannot serve")
+    if needs.gradients and (beyond := needs.learned_sums - {"received"}):
+        told = ", ".join(sorted(beyond))
+        reasons.append(
+            f"gradients are wanted of {told}, and of what it adds up this kernel gives those of received alone"
+        )
     if needs.call is not None and needs.sums & {"first", "distance"} and needs.call.keys.pads is None:
         reasons.append("several texts stand in one row, or keys were dropped, and it tells places by columns")
     return reasons
@@ -65,7 +70,7 @@ STRETCHES = "some query's keys lie in too many separate stretches"
 def of_weights(weights: Tensor, accumulator: SummaryAccumulator) -> Summary:
     """The summary of one query for each head, whose weights `[b h k]` are no larger than it."""
     call = accumulator.call.tile(slice(0, 1), slice(0, weights.shape[-1]))
-    whole = SummaryAccumulator(accumulator.requested, accumulator.call, accumulator.carry)
+    whole = accumulator.fresh()
     keep = call.mask.keeps(call.pairs)
     whole.add(weights[..., None, :], None, replace(call, keep=keep))
     return whole.summary()

@@ -124,8 +124,9 @@ def _answered(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             entropy=answer.entropy, peak=answer.peak, place=place, first=answer.first, distance=answer.distance,
             carried=answer.carried, nearest=accumulator.nearest if "distance" in asked else 0,
         )  # fmt: skip
-    if answer.out.requires_grad:
-        answer.out.register_hook(lambda given: _once(ONCE))
+    for x in (answer.out, answer.received):
+        if x is not None and x.requires_grad:
+            x.register_hook(lambda given: _once(ONCE))
     return answer.out
 
 
