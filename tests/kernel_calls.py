@@ -14,13 +14,14 @@ from heedful import gpu
 from heedful.conformance.tolerances import within_budget
 from heedful.core.call import Call
 from heedful.core.mask import Ahead, Causal, First, FirstQueries, Mask, Padding, Rule, Where, Window
-from heedful.core.method import Method, Stack
+from heedful.core.method import Method, Stack, as_stack
 from heedful.core.positions import Positions
 from heedful.core.ragged import Ragged
 from heedful.core.reweight import Reweight, reweights
 from heedful.core.sites import Site, at
 from heedful.core.stats import Statistic
 from heedful.core.summary import PARTS, Summary, sums
+from heedful.core.weighing import Weighing, weighs
 from heedful.engine.attend import attend
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run_state import RunState
@@ -69,6 +70,33 @@ class Court(Method):
         return (pattern.received - waves).square().sum()
 
 
+class Most(Everything):
+    """All but the entropy, which the native kernel has of softmax alone."""
+
+    @sums(*(part for part in PARTS if part != "entropy"))
+    def look(self, pattern: Summary, call: Call) -> Statistic | None:
+        return super().look(pattern, call)
+
+
+class Weighed(Method):
+    """Makes each weight of its score alone."""
+
+    paper = PAPER
+    how: Weighing
+
+    @weighs
+    def weigh(self, call: Call) -> Weighing:
+        return self.how
+
+
+WEIGHINGS = (
+    Weighing("sigmoid", -1.0),
+    Weighing("relu"),
+    Weighing("relu", 0.5, mean=True),
+    Weighing("sigmoid", mean=True),
+)
+
+
 class Same(Method):
     """Touches the queries without changing them, so that a kernel has to run."""
 
@@ -81,7 +109,7 @@ class Same(Method):
 
 def run(
     backend: str,
-    method: Method,
+    method: Method | Stack,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -93,7 +121,7 @@ def run(
     """A call's heads; what it was penalised by is added to `losses`."""
     if backend == "triton":
         q, k, v, call, sink, bias = on_device((q, k, v, call, sink, bias))
-    run_state = RunState(Stack((method,)))
+    run_state = RunState(as_stack(method))
     run_state.new_forward()
     job = AttentionCall(run_state.plan(call), run_state, call, bias, sink)
     heads = attend(job, q, k, v, lambda needs: select(backend, needs))[0]
@@ -178,6 +206,8 @@ def compare(
     softcap: float | None = None,
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    how: Weighing | None = None,
+    asks: type[Everything] = Everything,
 ) -> None:
     """Output and every part of the summary, against the reference in float64."""
     q, k, v = (x.to(dtype) for x in draw(shape))
@@ -186,12 +216,13 @@ def compare(
     outs: dict[str, Tensor] = {}
     for name, tensors in (("exact", (q.double(), k.double(), v.double())), ("eager", (q, k, v)), (backend, (q, k, v))):
         heard: list[Summary] = []
-        outs[name] = run(backend if name == backend else "reference", Everything(heard), *tensors, call, sink, bias)
+        stack = Stack((asks(heard), *(() if how is None else (Weighed(how),))))
+        outs[name] = run(backend if name == backend else "reference", stack, *tensors, call, sink, bias)
         told[name] = heard[0]
     is_text = call.is_text.expand(shape[0], 1, shape[3])
     rows = is_text[..., None].expand(outs[backend].shape)
     assert within_budget(outs[backend][rows], outs["eager"][rows], outs["exact"][rows])
-    for part in PARTS:
+    for part in next(edit.sums for edit in asks([]).edits if edit.sums):
         found, eager, exact = (getattr(told[x], part).cpu() for x in (backend, "eager", "exact"))
         if part in ("received", "distance"):
             assert within_budget(found, eager, exact), part

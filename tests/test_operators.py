@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +51,11 @@ def problem(learns: bool = False, whole: bool = False, n: int = 20) -> Any:
     )  # fmt: skip
 
 
+def weighed() -> Any:
+    """A call whose weights are each made of their own score."""
+    return replace(problem(True), received=True, form="sigmoid", shift=-1.0, mean=True)
+
+
 def split() -> Any:
     """A call whose keys are divided among programs."""
     from heedful.gpu.launch import Problem
@@ -76,10 +82,23 @@ def test_torch_s_own_checks_pass(learns: bool, whole: bool) -> None:
     torch.library.opcheck(operators._attend, problem(learns, whole).parts)
 
 
-def test_a_split_is_laid_out_as_foretold() -> None:
+@pytest.mark.parametrize("form", ["", "relu"])
+def test_a_split_is_laid_out_as_foretold(form: str) -> None:
     from heedful.gpu import operators
 
-    torch.library.opcheck(operators._attend, split().parts, test_utils="test_faketensor")
+    torch.library.opcheck(operators._attend, replace(split(), form=form).parts, test_utils="test_faketensor")
+
+
+def test_weights_of_their_own_scores_pass_torch_s_checks() -> None:
+    from heedful.gpu import operators
+
+    torch.library.opcheck(operators._attend, weighed().parts, test_utils=("test_schema", "test_faketensor"))
+    p = weighed()
+    answer = operators.attend(p)
+    (found,) = torch.autograd.grad(answer.out.sum(), p.q)
+    compiled = torch.compile(lambda q: operators.attend(replace(p, q=q)).out.sum(), backend="aot_eager", fullgraph=True)
+    (want,) = torch.autograd.grad(compiled(p.q), p.q)
+    assert close(found, want)
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -63,9 +63,10 @@ def test_many_texts_fit_the_grid_of_a_card(launched: list[tuple[str, tuple[int, 
     p = Problem(q, k, v, ranges, 1.0, bias=bias, received=True, reach=2)
     answer = attend(p)
     pull(p, Pulled(answer.out, answer.lse, answer.out, answer.received), to_bias=True)
+    attend(Problem(q, k, v, ranges, 1.0, form="relu"))
     ends = torch.zeros(texts, 1, 2, dtype=torch.int32, device=DEVICE)
     step(Step(q[:, :, :1], k, v, ends, 1.0, keys=2, longest=2))
-    assert len(launched) == 8
+    assert len(launched) == 9
     for name, grid in launched:
         assert grid[0] >= texts, name
         assert all(x <= 65_535 for x in grid[1:]), name

@@ -61,7 +61,8 @@ class Summary:
     def detached(self) -> Summary:
         """The same numbers, without the way back."""
         parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: x.detach() for name, x in parts.items() if isinstance(x, Tensor)})
+        tensors: dict[str, Any] = {name: x.detach() for name, x in parts.items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
 
     def on(self, heads: list[int]) -> Summary:
         """The summary of some heads; what is carried stays the mean of all, which `Scoped` sees to."""

@@ -6,7 +6,8 @@ met. One kernel goes through the keys of each row, for queries; another through 
 what capped scores are: a third has a tile of it, and goes through all texts, heads and queries that it stands for.
 
 Where what keys receive is given something too, `c` for a key, a weight is given `g v + c`, and `g o` becomes `g o` plus
-the row's sum of `p c`: a pass of its own adds that up, before all others.
+the row's sum of `p c`: a pass of its own adds that up, before all others. Where each weight is made of its own score,
+nothing is taken off: a score is given what its weight is, times the slope there.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from heedful.gpu.kernels import (
     _product,
     _read,
     _seers,
+    _share,
     _span,
+    _weighed,
     _whose,
     _wide,
     _written,
@@ -53,7 +56,7 @@ def _again(q, k, level, kept, size, bias, batch, head, query, col):
     if bias is not None:
         scores += _added(bias, batch, head, query, col[None, :], (query < size.n)[:, None] & (col < size.m)[None, :])
     kept = kept & (level > float("-inf"))[:, None]
-    return tl.where(kept, tl.exp(scores - level[:, None]), 0.0), capped, kept
+    return tl.where(kept, _weighed(scores, level, size), 0.0), capped, kept
 
 
 @triton.jit
@@ -72,7 +75,12 @@ def _given(q, k, v, pull, level, met, kept, size, keep, bias, back, batch, head,
     pulled = _product(pull, tl.trans(v), size)
     if back.columns is not None:
         pulled += _charged(back, keep, size, batch, head, query, col)
-    added = weights * (pulled - met[:, None])
+    if size.sigmoid is not None:
+        added = weights * (1.0 - weights / level[:, None]) * pulled
+    elif size.relu is not None:
+        added = tl.where(weights > 0.0, _share(level)[:, None] * pulled, 0.0)
+    else:
+        added = weights * (pulled - met[:, None])
     added = tl.where(kept, added, 0.0)  # what is masked may hold anything
     given = added
     if size.softcap is not None:

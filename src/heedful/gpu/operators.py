@@ -14,7 +14,7 @@ from heedful.gpu.launch import Answer, Problem, Pulled, Step
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor ranges, float scale, float? softcap, Tensor? bias, Tensor? sink, "
     "Tensor? table, SymInt block, Tensor? is_text, Tensor? carry, Tensor? first_at, bool entropy, bool place, "
-    "bool received, SymInt offset, SymInt reach"
+    "bool received, SymInt offset, SymInt reach, str form, float shift, bool mean"
 )  # the fields of a Problem
 _STEP = (
     "Tensor q, Tensor k, Tensor v, Tensor ends, float scale, SymInt keys, SymInt longest, float? softcap, "

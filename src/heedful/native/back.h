@@ -51,7 +51,7 @@ struct Back {
         pull.given[(e / NR * rows + r) * NR + e % NR] = pull.given_rows[r * p.value_width + e] = given[e];
         due += given[e] * out[e];
       }
-      pull.due[r] = due;
+      pull.due[r] = p.form ? 0.0f : due;  // a row without a sum takes nothing back
     }
     if (!p.columns) return;
     pull.columns.assign(block.s.stacked * across(), 0.0f);
@@ -88,7 +88,7 @@ struct Back {
     const vf top = all(known[0]), none = {};
     for (int64_t i = 0; i < c.width; i += W) {
       vf x = load(row + i) - top;
-      store(row + i, exp2(x > none ? none : x) * known[1]);
+      store(row + i, (p.form ? formed(x, p.form, p.shift) : exp2(x > none ? none : x)) * known[1]);
     }
   }
 
@@ -96,10 +96,13 @@ struct Back {
   void turn(int64_t r, const Chunk &c, float *row, float *given) {
     weigh(r, c, row);
     charged(r, c, [&](int64_t at, vf x) { store(given + at, load(given + at) + x); });
+    const Problem &p = block.p;
     const vf none = {}, due = all(pull.due[r]);
+    const float share = p.rows[((block.b * p.heads + block.head(r)) * p.queries + block.query(r)) * 2 + 1];
     for (int64_t i = 0; i < c.width; i += W) {
-      vf w = load(row + i), pulled = w * (load(given + i) - due);
-      if (block.p.softcap) pulled *= load(pull.slope.data() + i);
+      vf w = load(row + i), rise = p.form ? steep(w * (1.0f / share), p.form) * share : w;
+      vf pulled = rise * (load(given + i) - due);
+      if (p.softcap) pulled *= load(pull.slope.data() + i);
       store(given + i, w == none ? none : pulled);  // where nothing is seen, anything may stand
     }
   }
@@ -144,7 +147,7 @@ struct Back {
     else
       block.load_queries<float>(), take<float>();
     float *weights = desk.weights.data(), *given = desk.scores.data();
-    if (p.columns) meet(weights);
+    if (p.columns && !p.form) meet(weights);
     for (const Chunk &c : desk.chunks) {
       auto runs = [&](auto act) {
         for (int64_t i = c.from; i < c.to; i++) act(desk.runs[i]);

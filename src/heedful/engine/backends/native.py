@@ -15,8 +15,18 @@ from heedful.core.method import Stack
 from heedful.core.paper import Paper
 from heedful.core.ragged import Ragged, padded
 from heedful.core.summary import Summary, SummaryAccumulator
+from heedful.core.weighing import FORMS
 from heedful.engine.attention_call import AttentionCall
-from heedful.engine.backends.mapless import STRETCHES, first_columns, kept_back, lag, of_weights, seen_by, through
+from heedful.engine.backends.mapless import (
+    STRETCHES,
+    first_columns,
+    kept_back,
+    lag,
+    of_weights,
+    seen_by,
+    through,
+    weighing,
+)
 from heedful.engine.backends.tiled import Tiled
 from heedful.engine.needs import Needs
 from heedful.engine.run_state import Plan, RunState
@@ -62,7 +72,10 @@ class Native:
             reasons.append(f"it takes one block table, of blocks that are a multiple of {GRAIN} wide")
         if any(b.first is not None for b in blocks):
             reasons.append("blocks begin with the text, and padding on the left moves them off its panels")
-        if not reasons and (needs.gradients or not _alone(needs.call)) and needs.key_ranges is None:
+        if needs.weighed and "entropy" in needs.sums:
+            reasons.append(f"the entropy of what {needs.weighed[0]} makes is asked for, and it has that of softmax")
+        passes = needs.gradients or needs.weighed or not _alone(needs.call)
+        if not reasons and passes and needs.key_ranges is None:
             reasons.append(STRETCHES)
         return reasons
 
@@ -169,7 +182,8 @@ def _attended(
     needs = job.needs or Needs(call=call)
     b, h, n, d = q.shape
     p = Problem(b, h, k.shape[1], n, k.shape[2], d, v.shape[3])
-    asked = _Asked(p, _alone(call) and not back)
+    form = weighing(job)
+    asked = _Asked(p, _alone(call) and not back and form is None)
     at = asked.at
     p.scale, p.threads, p.bfloat16 = call.scale, torch.get_num_threads(), q.dtype == torch.bfloat16
     p.exact = bool(job.plan.reweights)  # what a shift takes away again must not have been rounded
@@ -182,6 +196,8 @@ def _attended(
     p.q_stride, p.k_stride, p.v_stride = _strides(q), _strides(k), _strides(v)
     _tell_mask(asked, needs, call)
     p.softcap = call.softcap or 0.0
+    if form is not None:
+        p.form, p.shift, p.mean = 1 + FORMS.index(form.form), form.shift, form.mean
     if job.bias is not None:
         bias = _in_rows(job.bias.detach().float())
         p.bias = at(bias)
