@@ -22,7 +22,7 @@ from heedful.engine.earlier import with_earlier
 from heedful.engine.needs import Needs
 from heedful.engine.precision import mixed, unmixed, wide, widened
 from heedful.engine.run_state import Plan
-from heedful.engine.stages import chosen_heads, own_rows, stage, staged, untouched
+from heedful.engine.stages import chosen_heads, own_rows, stage, staged, untouched, weighing_of
 
 SHARED_ROWS = 64  # of a product, from which on threads share it
 FIRST_ROWS = 128  # of a tile for those who read a pattern's first rows
@@ -125,7 +125,10 @@ def _normalised(step: Step, scores: Tensor, weights: Tensor, job: AttentionCall,
         raise SiteError(f"{step}: NORMALISE has nothing to read that PATTERN has not; use @reads(Site.PATTERN)")
     if job.sink is not None:
         raise SiteError(f"{step}, layer {call.layer}: the model has learned sink logits, which only softmax knows")
-    new = getattr(step.method, step.edit.name)(scores, job.run_state.view(step, call))
+    if step.edit.weighs:
+        new = weighing_of(step, job, call).of(scores, call.keep)
+    else:
+        new = getattr(step.method, step.edit.name)(scores, job.run_state.view(step, call))
     if not isinstance(new, Tensor) or new.shape != scores.shape:
         got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
         raise SiteError(f"{step}, layer {call.layer}: must return weights of shape {tuple(scores.shape)}, got {got}")
@@ -165,9 +168,9 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
         sinks_by_row=job.sink is not None and job.sink.numel() != call.heads,
         bias=job.bias is not None, dropout=job.dropout > 0, call=call, tensors=(q, k, v), learned=_learned(job),
     )  # fmt: skip
-    job = replace(
-        job, call=call, accumulator=SummaryAccumulator(requested, call, carry) if requested else None, needs=needs
-    )
+    learned = bool(needs.gradients and needs.learned_sums)
+    accumulator = SummaryAccumulator(requested, call, carry, learned) if requested else None
+    job = replace(job, call=call, accumulator=accumulator, needs=needs)
     pattern = None
     if mixes := job.plan.at(Site.MIX):
         heads = _mixed(mixes[0], job, q, k, v)
@@ -202,7 +205,7 @@ def _first_rows(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> None:
 def _learned(job: AttentionCall) -> tuple[Tensor, ...]:
     """What the weights depend on beside queries and keys."""
     given = (x for x in (job.sink, job.bias) if x is not None)
-    edits = (step for step in job.plan.steps if step.edit.site in MAP_SITES)
+    edits = (step for step in job.plan.steps if step.edit.site in MAP_SITES and not step.edit.weighs)
     found = (job.run_state.params.get((step.number, job.call.layer), {}).values() for step in edits)
     return (*given, *itertools.chain.from_iterable(found))
 
@@ -220,9 +223,11 @@ def _carries(job: AttentionCall, call: Call) -> dict[int, Tensor]:
 
 def _sum_up(job: AttentionCall, accumulator: SummaryAccumulator, carries: dict[int, Tensor]) -> None:
     """Hand the summary of the whole call to the steps that read it."""
-    whole = accumulator.summary()
+    learned = accumulator.summary()
+    plain = learned.detached()
     ends = dict(zip(carries, itertools.accumulate(x.shape[-1] for x in carries.values()), strict=True))
     for step in job.plan.summed:
+        whole = learned if step.edit.loss else plain
         mine = slice(ends[n] - carries[n].shape[-1], ends[n]) if (n := step.number) in ends else slice(0)
         summary = replace(whole, carried=None if whole.carried is None else whole.carried[..., mine])
         # what feeds an edit of the same method sees every head, as that edit does

@@ -20,6 +20,7 @@ from heedful.core.rules import OnHeads, Rule
 from heedful.core.sites import Site
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.core.values import replace
+from heedful.core.weighing import Weighing
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.merging import merge
 from heedful.engine.precision import mixed, unmixed, wide, widened
@@ -217,6 +218,14 @@ def reweight_of(step: Step, job: AttentionCall, summary: Summary) -> Reweight | 
         raise SiteError(f"{step}, layer {call.layer}: must return a Reweight or None, got {type(found).__name__}")
     chosen = chosen_heads(step, call)
     return found if chosen is None else found.on(chosen, call.heads)
+
+
+def weighing_of(step: Step, job: AttentionCall, call: Call) -> Weighing:
+    """What a step makes each weight of."""
+    found = getattr(step.method, step.edit.name)(job.run_state.view(step, call))
+    if not isinstance(found, Weighing):
+        raise SiteError(f"{step}, layer {call.layer}: must return a Weighing, got {type(found).__name__}")
+    return found
 
 
 def _bound(mask: Mask, heads: int) -> set[int]:
