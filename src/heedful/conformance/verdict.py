@@ -10,7 +10,7 @@ from typing import Any
 
 from heedful.core.errors import FieldError, HeedfulError, InactiveWarning
 from heedful.core.method import CatalogueEntry
-from heedful.core.notebook import printed
+from heedful.core.showing import printed
 
 
 class Broken(HeedfulError):

@@ -14,8 +14,8 @@ from heedful.core.errors import FieldError
 from heedful.core.figures import Head
 from heedful.core.kinds import Progress
 from heedful.core.method import Method, Readings
-from heedful.core.pictures import shrunk
 from heedful.core.regions import Region
+from heedful.core.showing import shrunk
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean, Statistic
 from heedful.diagnosis.view import Attended, notable

@@ -11,8 +11,8 @@ from torch import Tensor
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError
 from heedful.core.figures import Grid
-from heedful.core.notebook import printed
 from heedful.core.paper import Paper
+from heedful.core.showing import printed
 from heedful.explaining.attribution import Attribution
 
 PAPER = Paper(

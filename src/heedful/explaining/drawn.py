@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from heedful.core.figures import Grid, HeadMap
-from heedful.core.notebook import printed
+from heedful.core.showing import printed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

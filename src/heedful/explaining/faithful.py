@@ -18,8 +18,8 @@ from heedful.core.figures import Curves, Figure
 from heedful.core.fitted import Fitted
 from heedful.core.mask import Dense, Mask
 from heedful.core.method import Method
-from heedful.core.notebook import printed
 from heedful.core.paper import Paper
+from heedful.core.showing import printed
 from heedful.core.sites import Site, at
 from heedful.explaining.aim import Aim, Text, aim_of, ids_of
 from heedful.explaining.attribution import Attribution

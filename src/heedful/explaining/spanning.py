@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError
 from heedful.core.kinds import Tokenizer
-from heedful.core.notebook import printed
 from heedful.core.paper import Paper
+from heedful.core.showing import printed
 from heedful.explaining.attention_patterns import patterns
 from heedful.models import Loaded
 

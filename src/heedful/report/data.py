@@ -26,7 +26,7 @@ from heedful.core.figures import (
     head_name,
 )
 from heedful.core.kinds import Measure
-from heedful.core.pictures import shrunk
+from heedful.core.showing import shrunk
 from heedful.report.colours import ROLES
 from heedful.report.lit import sources
 from heedful.report.plots import bare

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from heedful.core.figures import Lit
-from heedful.core.pictures import shrunk
+from heedful.core.showing import shrunk
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -1,9 +1,16 @@
-"""Images made smaller, to be kept and shown."""
+"""How values are shown: their text in a notebook, and images made smaller, to be kept."""
 
 from __future__ import annotations
 
+from html import escape
+
 import torch
 from torch import Tensor
+
+
+def printed(value: object) -> str:
+    """What a notebook shows of a value: its text as it is printed."""
+    return f'<pre style="line-height:1.35; overflow-x:auto">{escape(str(value))}</pre>'
 
 
 def shrunk(images: Tensor, side: int) -> Tensor:
