@@ -135,11 +135,11 @@ class NeuralAttentionSearch(Method):
             x.index.clamp(max=types.shape[2] - 1).expand(*types.shape[:2], -1)[..., None].expand(-1, -1, -1, 2)
             for x in (call.queries, call.keys)
         )
-        later = rows[:, :, :, None, 0] > cols[:, :, None, :, 0]
+        later = numbers(at_least(rows[:, :, :, None, 0].int() - 1, cols[:, :, None, :, 0].int()), types)
         before, until = (so_far - own).gather(2, rows), so_far.gather(2, cols)
 
         def between(i: int) -> Tensor:
-            return (before[:, :, :, None, i] - until[:, :, None, :, i]) * numbers(later, types)
+            return (before[:, :, :, None, i] - until[:, :, None, :, i]) * later
 
         every = between(0)
         count = every.detach()
