@@ -41,12 +41,11 @@ def narrowed(mask: Mask, call: Call, sees: Sees) -> Mask:
     meet = [sees(axis, at[:, None], at) for axis, at in enumerate(along)]  # of each axis, [n n]
 
     def reach(rows: slice) -> Tensor:
-        asking, seen = query[:, :, rows].flatten(0, 2), True
+        asking = query[:, :, rows].flatten(0, 2).long()
         if bool((asking < 0).any()):
             return torch.ones_like(key[0, 0, :, 0], dtype=torch.bool)
-        for axis, table in enumerate(meet):
-            seen = some(table[asking[:, axis].long()], 0)[key[..., axis].long()] & seen
-        return (seen | (key[..., 0] < 0)).flatten(0, 1).any(0)
+        met = (some(table[asking[:, axis]], 0)[key[..., axis].long()] for axis, table in enumerate(meet))
+        return either(reduce(both, met), key[..., 0] < 0).flatten(0, 1).any(0)
 
     def pick(rows: slice, cols: slice | Tensor) -> Tensor:
         asking, held = query[:, :, rows, None], key[:, :, None, cols]

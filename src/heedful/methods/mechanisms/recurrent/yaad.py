@@ -67,10 +67,10 @@ class _Memory(Running):
         bound = softplus(bound)
         memory = self._before("memory", None)
         memory = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if memory is None else memory
-        found, queries = [], q.split(self.chunk, 2)
+        queries, found = q.split(self.chunk, 2), list[Tensor]()
         rows, columns = k.split(1, 2), (-learns * k).mT.split(1, 3)  # of what is learned, times the slope
         values, stay, bounds = v.split(1, 2), stays.split(1, 2), bound.split(1, 2)
-        seen: list[Tensor] = []
+        seen = list[Tensor]()
         for i, key in enumerate(rows):
             error = key @ memory - values[i]
             far = torch.linalg.vector_norm(error, dim=-1, keepdim=True) > bounds[i]

@@ -98,11 +98,8 @@ class RoutingTransformer(Method):
         def meet(rows: slice, cols: slice | Tensor) -> Tensor:
             return reduce(either, (meets(one[:, :, rows], other[..., cols]) for one, other in codes))
 
-        def reach(rows: slice) -> Tensor:
-            asked = asking[..., rows].any(-1, keepdim=True)  # clusters, [b h c 1]
-            return (asked & giving).flatten(0, 2).any(0)
-
-        return mask & Reached(meet, reach)
+        taken = giving.flatten(0, 2).any(0)  # rows of a tile are of all clusters, mostly
+        return mask & Reached(meet, lambda rows: taken)
 
     @torch.no_grad()
     def _move(self, call: Call, x: Tensor, text: Tensor) -> None:
