@@ -80,7 +80,7 @@ def zeroed(x: Tensor, keep: Tensor, into: bool = False) -> Tensor:
     return out
 
 
-def lowered(x: Tensor, keep: Tensor, into: bool, cut: bool) -> Tensor:
+def lowered(x: Tensor, keep: Tensor, into: bool = False, cut: bool = False) -> Tensor:
     """`x [... r k]` where `keep` says so, and the least number elsewhere; `into` the tensor itself, or a new one.
 
     The least number plus one that is not of its own size is the least number. What comes back through such a sum is

@@ -58,17 +58,17 @@ class SparkAttention(Method):
         predicted, gates = (call.capped(q[..., part] @ k[..., part].mT) for part in (tells, ~tells))
         seen = torch.ones_like(scores[:1, :1], dtype=torch.bool) if call.keep is None else call.keep
         kept = both(seen, at_least(predicted.detach(), self._threshold(predicted.detach(), seen)))
-        weights = lowered(predicted, kept, into=False, cut=False).softmax(-1)
+        weights = lowered(predicted, kept).softmax(-1)
         return weights * softplus(gates)
 
     def _threshold(self, x: Tensor, seen: Tensor) -> Tensor:
         """What about `keep` of the entries seen exceed if they are normally distributed, `[b h r 1]`."""
         n = numbers(seen, x).sum(-1, keepdim=True).clamp(min=1)
         mean = zeroed(x, seen).sum(-1, keepdim=True) / n
-        deviation = (zeroed(x - mean, seen, into=True).square_().sum(-1, keepdim=True) / n).sqrt()
+        deviation = (zeroed(x - mean, seen).square_().sum(-1, keepdim=True) / n).sqrt()
         quantile = torch.special.ndtri((1 - self.keep / n).clamp(min=0))
         threshold = torch.where(n > self.keep, mean + deviation * quantile, -torch.inf)
-        return threshold.minimum(lowered(x, seen, into=False, cut=False).amax(-1, keepdim=True))
+        return threshold.minimum(lowered(x, seen).amax(-1, keepdim=True))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -112,8 +113,8 @@ class RoutingTransformer(Method):
 
 def _words(clusters: Tensor) -> list[Tensor]:
     """Which clusters `[b h c n]` have taken each token, as the bits of whole numbers `[b h n]`."""
-    bits = [x << i for part in clusters.int().split(WORD, 2) for i, x in enumerate(part.unbind(2))]
-    return [sum(bits[i + 1 : i + WORD], bits[i]) for i in range(0, len(bits), WORD)]
+    bits = [x << i % WORD for i, x in enumerate(clusters.int().unbind(2))]
+    return [reduce(or_, bits[i : i + WORD]) for i in range(0, len(bits), WORD)]
 
 
 def _even(x: Tensor) -> Tensor:
