@@ -13,6 +13,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import SiteError
+from heedful.core.flags import every, lowered, zeroed
 from heedful.core.method import Step
 from heedful.core.sites import MAP_SITES, Site
 from heedful.core.summary import SummaryAccumulator
@@ -62,21 +63,25 @@ def _shared_out(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _hide(scores: Tensor, keep: Tensor) -> bool:
-    """Scores of pairs that are not computed become the least number, in place and only where there are such pairs.
+def _hide(scores: Tensor, keep: Tensor, job: AttentionCall) -> tuple[Tensor, bool]:
+    """Scores whose pairs that are not computed have the least number, and whether some query may see nothing.
 
-    Whether some query may see nothing.
+    They are changed in place where no step has seen them, and only where there are such pairs.
     """
+    seen, normalised = bool(job.plan.at(Site.SCORES)), bool(job.plan.at(Site.NORMALISE))
     if is_functorch_wrapped_tensor(keep):  # of many inputs, which nobody can look into
-        scores.masked_fill_(~keep, torch.finfo(scores.dtype).min)
-        return True
-    # as numbers, whose least is found several times faster
-    columns = (keep.view(torch.uint8).flatten(0, -2).amin(0) == 0).nonzero()[:, 0].tolist()
-    if columns:
-        lo, hi = columns[0], columns[-1] + 1
-        scores[..., lo:hi].masked_fill_(~keep[..., lo:hi], torch.finfo(scores.dtype).min)
-    # a column that all queries see leaves none of them blind
-    return len(columns) == keep.shape[-1] and not bool(keep.any(-1).all())
+        return scores.masked_fill(~keep, torch.finfo(scores.dtype).min), True
+    columns = (~every(keep.flatten(0, -2), 0)).nonzero()[:, 0]
+    if not len(columns):
+        return scores, False
+    near = slice(int(columns[0]), int(columns[-1]) + 1)
+    if near == slice(0, keep.shape[-1]):
+        scores = lowered(scores, keep, into=not seen, cut=normalised)
+    else:
+        scores = scores.clone() if seen else scores
+        lowered(scores[..., near], keep[..., near], into=True, cut=normalised)
+    # a step may have hidden all that a query may see by other numbers of that size
+    return scores, not bool((scores.detach().amax(-1) > torch.finfo(scores.dtype).min / 2).all())
 
 
 def biased(scores: Tensor, job: AttentionCall, rows: slice, cols: slice | Tensor) -> Tensor:
@@ -97,16 +102,14 @@ def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tup
     scores, call = staged(Site.SCORES, scores, job, call)
     keep, blind = call.keep, False
     if keep is not None:
-        scores = scores.clone() if job.plan.at(Site.SCORES) else scores
-        blind = _hide(scores, keep)
+        scores, blind = _hide(scores, keep, job)
     sink = job.sink if job.sink is None or job.sink.shape[-2] == 1 else job.sink[..., call.rows, :]
     weights = softmax(scores, sink, job.lent("weights", scores.shape, scores))
     for step in job.plan.at(Site.NORMALISE):
         weights = _normalised(step, scores, weights, job, call)
-    if keep is not None and (blind or job.plan.edits(Site.SCORES, Site.NORMALISE)):
-        # an exact zero already, but for queries that may see nothing, and for what a method did: one that hides all
-        # that a query may see would leave the weight to the rest
-        weights = weights.masked_fill(~keep, 0.0)
+    if keep is not None and (blind or job.plan.edits(Site.NORMALISE)):
+        # an exact zero already, but for these; what a step made is not changed in place
+        weights = zeroed(weights, keep, into=not job.plan.at(Site.NORMALISE))
     weights = stage(Site.PATTERN, weights, job, call)
     if call.above:
         scores, weights, call = scores[:, :, call.above :], weights[:, :, call.above :], own_rows(call)

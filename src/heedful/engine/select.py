@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from heedful.core.asked import asks
 from heedful.core.errors import BackendError, FieldError
+from heedful.core.figures import printed
 from heedful.core.method import Part, Stack, as_stack
-from heedful.core.notebook import printed
 from heedful.core.sites import HEADLESS_SITES, Site
 from heedful.engine.backends import BACKENDS, Backend
 from heedful.engine.needs import Needs

@@ -12,6 +12,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from heedful.core.call import CachedKV, Call, Kept, Merged
 from heedful.core.errors import SiteError
+from heedful.core.flags import zeroed
 from heedful.core.mask import Causal, Mask
 from heedful.core.method import Step
 from heedful.core.packed import Packing
@@ -75,9 +76,9 @@ def staged(site: Site, x: Any, job: AttentionCall, call: Call) -> tuple[Any, Cal
 
 def _hidden(old: Tensor, new: Tensor, call: Call) -> tuple[Tensor, Call]:
     """Scores that became minus infinity as they were, and the call without their pairs."""
-    hidden = new == -torch.inf
-    if not is_functorch_wrapped_tensor(hidden) and not bool(hidden.any()):
+    if not is_functorch_wrapped_tensor(new) and new.numel() and bool(new.detach().amin() > -torch.inf):
         return new, call
+    hidden = new == -torch.inf
     hidden &= old > -torch.inf  # what overflowed before any step is a fault that is to be seen
     keep = ~hidden if call.keep is None else call.keep & ~hidden
     return torch.where(hidden, old.to(new.dtype), new), replace(call, keep=keep)
@@ -180,7 +181,7 @@ def _edited(step: Step, x: Tensor, job: AttentionCall, call: Call) -> tuple[Tens
         new, call = _hidden(x, new, call)
     new = new.to(x.dtype)
     if site is Site.PATTERN and call.keep is not None:
-        new = new.masked_fill(~call.keep, 0.0)  # before the next step looks
+        new = zeroed(new, call.keep)  # before the next step looks
     return new, call
 
 
