@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn.functional import linear
 from heedful.core.call import Call
 from heedful.core.errors import SiteError
 from heedful.core.method import Method
+from heedful.kit.rows import at_once
 from heedful.kit.running import wide
 
 PIECE = 1 << 17  # pairs whose units are added up at once: two maps of so many lie in a core's own cache
@@ -84,18 +86,18 @@ def _bounded(*given: Tensor) -> bool:
 def _quotients(q: Tensor, k: Tensor) -> Iterator[tuple[tuple[slice, slice], int, Tensor]]:
     """1 + exp 2(q_i + k_j) of piece after piece and unit after unit: its heads and rows, its unit, and it `[h r k]`."""
     a, b = (2 * q.flatten(0, 1)).exp(), (2 * k.flatten(0, 1)).exp().mT.contiguous()
-    (total, rows, units), keys = a.shape, b.shape[2]
+    (maps, rows, units), keys = a.shape, b.shape[2]
     one = a.new_ones(1, 1, keys)
-    heads = max(1, PIECE // (rows * keys))
-    for head in range(0, total, heads):
-        at = slice(head, head + heads)
-        step = max(1, PIECE // (len(a[at]) * keys))
-        for row in range(0, rows, step):
-            x = a[at, row : row + step]
-            room = x.new_empty(*x.shape[:2], keys)
-            for unit in range(units):
-                below = torch.addcmul(one, x[..., unit, None], b[at, unit, None], out=room)
-                yield (at, slice(row, row + step)), unit, below
+    many, step = at_once(rows, keys, PIECE)
+    for here in itertools.product(_cut(maps, many), _cut(rows, step)):
+        x, y = a[here], b[here[0]]
+        room = x.new_empty(*x.shape[:2], keys)
+        for unit in range(units):
+            yield here, unit, torch.addcmul(one, x[..., unit, None], y[:, unit, None], out=room)
+
+
+def _cut(total: int, step: int) -> list[slice]:
+    return [slice(start, start + step) for start in range(0, total, step)]
 
 
 def biased(scores: Tensor, call: Call) -> Tensor:
