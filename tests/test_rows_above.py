@@ -103,7 +103,13 @@ def test_rows_above_are_what_they_are_called_for() -> None:
             if i >= back:
                 want[:, :, i] += 0.5**back * plain[:, :, i - back]
     want = want.masked_fill(~torch.ones(23, 23, dtype=torch.bool).tril(), 0.0)
-    assert [tuple(x.shape[2:]) for x in tiles] == [(5, 5), (5, 10), (5, 15), (5, 20), (3, 23)]  # of all columns those seen
+    assert [tuple(x.shape[2:]) for x in tiles] == [
+        (5, 5),
+        (5, 10),
+        (5, 15),
+        (5, 20),
+        (3, 23),
+    ]  # of all columns those seen
     assert close(torch.cat([torch.nn.functional.pad(x, (0, 23 - x.shape[3])) for x in tiles], 2), want)
 
 
@@ -122,7 +128,10 @@ def test_columns_are_neighbours_from_the_first_that_is_seen_to_the_last(rule: Ru
         def note(self, scores: Tensor, call: Call) -> None:
             seen.append(call.cols)
 
-    with attach(models.tiny("llama").eval(), Few() | Neighbours(), tile_rows=4, backend="tiled") as run, torch.no_grad():
+    with (
+        attach(models.tiny("llama").eval(), Few() | Neighbours(), tile_rows=4, backend="tiled") as run,
+        torch.no_grad(),
+    ):
         run(input_ids=IDS)
     assert seen[4] == slice(first, 20)  # of rows 16 to 19, and of two above them
 

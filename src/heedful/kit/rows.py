@@ -11,7 +11,7 @@ PIECE = 1 << 20  # numbers of maps that are held at once: few such pieces lie in
 LEAST = 16  # rows at once, as many as a product wants
 
 
-def at_once(rows: int, columns: int, size: int = PIECE) -> tuple[int, int]:
+def at_once(rows: int, columns: int, size: int) -> tuple[int, int]:
     """How many maps are made at once, and how many rows of each: some whole ones, or some rows of one."""
     return max(1, size // (rows * columns)), max(LEAST, size // columns)
 
@@ -20,7 +20,7 @@ def tiles(call: Call, texts: int) -> Iterator[Call]:
     """The call's rows with the columns between the first and the last that some of them may see, and what they keep."""
     step = max(LEAST, PIECE // (texts * call.heads * len(call.keys)))
     for start in range(0, len(call.queries), step):
-        rows = slice(start, min(start + step, len(call.queries)))
+        rows = slice(start, start + step)
         seen = call.mask.columns(call.queries.take(rows), call.keys, rows) or ((0, 1),)
         part = call.tile(rows, slice(seen[0][0], seen[-1][1]))
         yield replace(part, keep=call.mask.keeps(part.pairs))

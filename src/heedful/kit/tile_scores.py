@@ -34,7 +34,7 @@ def additive(query: Tensor, key: Tensor, of_query: Tensor, of_key: Tensor, out: 
     q, k, v = wide(linear(query.to(of_query.dtype), of_query), linear(key.to(of_key.dtype), of_key), out[0])
     if any(is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None for x in (q, k, v)):
         return _bent(q, k) @ v
-    found: Tensor = _Additive.apply(q, k, v)  # type: ignore[no-untyped-call]
+    found: Tensor = _Additive.apply(q, k, v)
     return found
 
 

@@ -117,7 +117,7 @@ def correlated(x: Tensor, kernel: Tensor) -> Tensor:
     """Each head's map `x [b h r k]` under its kernel `[h a b]`, wherever that has all of its places."""
     if any(is_functorch_wrapped_tensor(each) or unpack_dual(each).tangent is not None for each in (x, kernel)):
         return conv2d(x, kernel[:, None], groups=len(kernel))
-    found: Tensor = _Correlated.apply(x, kernel)  # type: ignore[no-untyped-call]
+    found: Tensor = _Correlated.apply(x, kernel)
     return found
 
 
@@ -130,7 +130,7 @@ class _Correlated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: Tensor) -> Tensor:
         ctx.save_for_backward(x, kernel)
-        heads, rows, columns = kernel.shape
+        heads, _, columns = kernel.shape
         total = x.shape[-1] - columns + 1
         shifted = pad(kernel, (0, STEP)).repeat(1, 1, STEP)[..., : STEP * (STEP + columns - 1)]
         each = shifted.unflatten(-1, (STEP, -1)).transpose(1, 2).flatten(0, 1)[:, None]  # [h STEP] 1 a b+STEP-1
