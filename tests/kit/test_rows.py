@@ -30,7 +30,7 @@ def test_some_whole_maps_or_some_rows_of_one() -> None:
         ((Causal(),), [slice(0, 4), slice(0, 8), slice(0, 12), slice(0, 16), slice(0, N)]),
         ((Causal(), Window(3)), [slice(0, 4), slice(2, 8), slice(6, 12), slice(10, 16), slice(14, N)]),
         ((Causal(), Window(3) | First(1)), [slice(0, 4), slice(0, 8), slice(0, 12), slice(0, 16), slice(0, N)]),
-        ((Blocks(torch.zeros(1, 1, 1, 1, dtype=torch.bool), 32),), [slice(0, 1)] * 5),
+        ((Blocks(torch.zeros(1, 1, 1, 1, dtype=torch.bool), N),), [slice(0, 1)] * 5),
     ],
     ids=repr,
 )
