@@ -188,6 +188,18 @@ def test_a_cache_holds_what_later_tokens_may_see(groups: int) -> None:
     assert torch.equal(SparseK(N).drop(entries, replace(few, mask=mask)), TEXT[:, None].expand(2, groups, N))
 
 
+def test_a_cache_drops_a_key_whose_gate_is_just_shut() -> None:
+    bare, _ = _bare(Shape(b=1, h=1, g=1, q=3, k=3))
+    weight = bare.hidden[0].pinverse() @ torch.tensor([[1.0], [1.0], [0.0]], dtype=torch.float64)
+    state = State()
+    call = replace(bare.call, params={"score": weight.mT}, state=state)
+    mask = SparseK(2).choose(call.mask, call)
+    scores, levels = state.forward["0"]
+    state.forward["0"] = scores.round(), levels.round()  # 1, 1 and 0 above a level of 0
+    entries = CachedKV(bare.k, bare.v, bare.call.keys, 3)
+    assert SparseK(2).drop(entries, replace(call, mask=mask)).tolist() == [[[True, True, False]]]
+
+
 def test_what_a_cache_holds_does_not_grow_with_the_text() -> None:
     model = models.tiny("llama").eval()
     ids = models.tiny_inputs(model, length=40)["input_ids"]

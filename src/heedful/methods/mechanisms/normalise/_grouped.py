@@ -9,7 +9,7 @@ from torch import Tensor
 def softmax_by_group(scores: Tensor, among: Tensor, number: Tensor) -> Tensor:
     """Over some columns of each group, and zero elsewhere; `number` is each column's group from 0 up, in all rows."""
     low = torch.finfo(scores.dtype).min
-    scores, groups = scores.masked_fill(~among, low), (*scores.shape[:-1], int(number[..., :1, :].max()) + 1)
+    scores, groups = scores.masked_fill(~among, low), (*scores.shape[:-1], int(number[..., 0, :].max()) + 1)
     highest = scores.new_full(groups, low).scatter_reduce(-1, number, scores.detach(), "amax")
     highest = highest.where(highest > low, 0.0)  # of a group without any, whose powers thus are zeros like the others'
     raised = (scores - highest.gather(-1, number)).exp()
