@@ -17,7 +17,7 @@ from heedful.core.stats import Mean
 from heedful.methods import VAR
 
 PICTURES = 16
-BEHIND = " are the colours. One of them is"
+BEHIND = " are the colours in the picture, and the thing is"
 LAYERS = range(LANGUAGE[1], LANGUAGE[29])  # of 30; the first only looks for sinks, as in the authors' code
 SETTING = (
     f"{SEEN}. {PICTURES} pictures a seed of two things in two colours stand first in the prompt, so that there are "
