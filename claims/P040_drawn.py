@@ -94,7 +94,6 @@ CLAIM = Claim(
     f"searched, and {ROUNDS} of the heads not chosen ({DRAWS} draws), whichever is best.",
     effect="points of things drawn right, above the best of the controls",
     measure=measure,
-    seeds=8,
 )
 
 if __name__ == "__main__":
