@@ -190,4 +190,6 @@ def test_a_denoisers_prediction_is_guided() -> None:
     x = x + own.out_proj(heads.flatten(2))
     weak = x + net.words(x, given["context"], given["context"])[0]  # cross-attention is left alone
     assert close_model(found, strong + 3 * (strong - weak))
-    assert torch.equal(SoftPAG(u=0.0, w=3.0).combine({"strong": strong, "weak": found}), strong)
+    same = SoftPAG(u=0.0, w=3.0)
+    assert torch.equal(same.combine({"strong": strong, "weak": found}), strong)
+    assert not same.variants(Prompt((1,)))["weak"][1].methods

@@ -98,6 +98,8 @@ class SoftPAG(Decode):
         return strong if 0 in (self.u, self.w) else strong + self.w * (strong - weak)
 
     def _weak(self, heads: Heads) -> Stack:
+        if self.u == 0:
+            return Stack()
         part = _TowardsSelf(self.u)
         layers = sorted({layer for layer, _ in heads})
         return Stack(tuple(part.on(i, [h for layer, h in heads if layer == i]) for i in layers) or (part,))
