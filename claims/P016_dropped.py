@@ -65,6 +65,7 @@ CLAIM = replace(
     "random. Details: how many sinks there are, the first among them, and what they are given.",
     effect="log-probability of the picture's colours without its sinks, above that without as many other tokens",
     measure=measure,
+    seeds=8,
     strong=0.0,
 )
 

@@ -103,7 +103,6 @@ CLAIM = Claim(
     "are, what they are given, and in what share of heads it acts; every head.",
     effect="log-probability of the picture's colours among four, over no edit or drawn sinks",
     measure=measure,
-    seeds=8,
     strong=0.1,
 )
 

@@ -76,7 +76,6 @@ CLAIM = Claim(
     "there is nothing to raise.",
     effect="points of named colours that are not in the picture, below no edit or drawn tokens",
     measure=measure,
-    seeds=8,
     strong=5.0,
 )
 

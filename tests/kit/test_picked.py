@@ -100,27 +100,3 @@ def test_images_that_do_not_fit_are_refused(model: Any) -> None:
             run(pixel_values=images())
     with pytest.raises(FieldError, match=r"_Some\.layer = -1"):
         _Some(layer=-1)
-
-
-@torch.no_grad()
-def test_what_generate_shows_an_encoder_before_is_hidden_from_the_language_model_too() -> None:
-    """It has the encoder look by itself, and calls the model with what came of that."""
-    llava = models.tiny("llava", vision_config={"image_size": 16}, image_seq_length=16)
-    inputs = models.tiny_inputs(llava, length=22, batch=2)
-    roles = {"image": ((1, 17),), "patches": ((1, 17),)}
-    asked = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
-    with heedful.attach(llava, _Some(layer=0), roles=roles) as run:
-        for _ in range(2):  # images are looked at anew
-            wanted = run(**inputs).logits[:, -1]
-            found = run.generate(**inputs, max_new_tokens=2, min_new_tokens=2, **asked)
-            assert close_model(found.logits[0], wanted)
-            longer = torch.cat([inputs["input_ids"], found.sequences[:, 22:23]], 1)
-            assert close_model(found.logits[1], run(**{**inputs, "input_ids": longer}).logits[:, -1])
-        with run.paused():
-            plain = llava(**inputs).logits[:, -1]
-            looked = llava.get_image_features(inputs["pixel_values"], return_dict=True)
-        assert not close_model(plain, wanted)
-        run(**inputs)  # what was chosen here is of no other look
-        assert close_model(
-            run(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": looked}).logits[:, -1], plain
-        )
