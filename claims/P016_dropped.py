@@ -10,9 +10,11 @@ from torch import Tensor
 from claims import P016_sight
 from claims._seeing import in_picture, joined, shown, told
 from claims.ledger import run
-from claims.P016_sight import BEHIND, LAYERS, PICTURES, fitted, sunk
+from claims.P016_sight import BEHIND, LAYERS, fitted, sunk
 from heedful.authoring import Call, Site, at
 from heedful.methods import VAR
+
+PICTURES = 16
 
 
 class _Dropped(VAR):
@@ -60,9 +62,10 @@ CLAIM = replace(
     key="P016_dropped",
     says="Without the sinks among an image's tokens, which get much weight, a model answers as well as with them.",
     paper_number="performance as with them, and worse without as many others; the figures are drawn",
-    setup=P016_sight.SETTING + " In each layer text sees none of the image's tokens that are sinks there, but for the "
-    "very first, on which the language model parks whatever it is; or, as the control, as many of its others, drawn at "
-    "random. Details: how many sinks there are, the first among them, and what they are given.",
+    setup=P016_sight.setting(PICTURES)
+    + " In each layer text sees none of the image's tokens that are sinks there, but for the very first, on which the "
+    "language model parks whatever it is; or, as the control, as many of its others, drawn at random. Details: how "
+    "many sinks there are, the first among them, and what they are given.",
     effect="log-probability of the picture's colours without its sinks, above that without as many other tokens",
     measure=measure,
     seeds=8,

@@ -16,13 +16,16 @@ from heedful.core.method import Readings
 from heedful.core.stats import Mean
 from heedful.methods import VAR
 
-PICTURES = 16
+PICTURES = 10
 BEHIND = " are the colours in the picture, and the thing is"
 LAYERS = range(LANGUAGE[1], LANGUAGE[29])  # of 30; the first only looks for sinks, as in the authors' code
-SETTING = (
-    f"{SEEN}. {PICTURES} pictures a seed of two things in two colours stand first in the prompt, so that there are "
-    "sinks among their tokens; behind text, and in the small model that was trained from nothing, there are none."
-)
+
+
+def setting(pictures: int) -> str:
+    return (
+        f"{SEEN}. {pictures} pictures a seed of two things in two colours stand first in the prompt, so that there are "
+        "sinks among their tokens; behind text, and in the small model that was trained from nothing, there are none."
+    )
 
 
 class _Drawn(VAR):
@@ -97,7 +100,7 @@ CLAIM = Claim(
     method="VAR",
     says="Weight taken from sinks and given to the image, in heads that look at it, makes a model heed the image.",
     paper_number="gains on general, hallucination and vision tasks, without training",
-    setup=SETTING
+    setup=setting(PICTURES)
     + " How likely are the picture's colours among all four. The authors' settings, massive dimensions fitted on "
     "texts; against no edit and as many tokens drawn for sinks, whichever is better. Details: how many sinks there "
     "are, what they are given, and in what share of heads it acts; every head.",

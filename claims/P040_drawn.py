@@ -18,7 +18,7 @@ from heedful.core.method import Stack
 from heedful.methods import SoftPAG
 from heedful.methods.intervene.diffusion.soft_pag import Heads
 
-SEARCHED, UNSEEN, ROUNDS, DRAWS = 96, 200, 3, 2
+SEARCHED, UNSEEN, ROUNDS, DRAWS = 64, 150, 3, 2
 LAYERS = (0, 2, 4)  # those of self-attention among the denoiser's
 EVERY: Heads = tuple((layer, head) for layer in LAYERS for head in range(HEADS))
 METHOD = SoftPAG(u=1.0, w=3.0, rounds=ROUNDS, among=EVERY)

@@ -203,5 +203,5 @@ def test_what_the_encoder_must_tell_is_asked_for(llava: Any) -> None:
         (range(5), {"image": ((1, 18),), "patches": IMAGE}, r"must hold the 16 patches"),
         (range(5), {"image": IMAGE, "patches": ((0, 16),)}, r"must leave out the encoder's first token"),
     ):
-        with attach(llava, method.on(layers=layers), roles=roles) as run, pytest.raises(FieldError, match=match):
+        with pytest.raises(FieldError, match=match), attach(llava, method.on(layers=layers), roles=roles) as run:
             run(**inputs)

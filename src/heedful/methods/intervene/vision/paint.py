@@ -70,9 +70,9 @@ class PAINT(Method):
             return
         patch = call.numbers("patches")[0, 0] >= 0
         if patch[0]:
-            given = tuple(call.region("patches"))
+            rule = "must leave out the encoder's first token, of the class"
             raise FieldError(
-                "attach()", "roles", {"patches": given}, "must leave out the class token, the first", (1, 65)
+                "attach()", "roles", {"patches": ((0, len(patch)),)}, rule, {"patches": ((1, len(patch)),)}
             )
         call.state.forward.update(dict.fromkeys(names, weights[:, :, 0, patch].sum(1)))
 
