@@ -205,3 +205,12 @@ def test_what_the_encoder_must_tell_is_asked_for(llava: Any) -> None:
     ):
         with pytest.raises(FieldError, match=match), attach(llava, method.on(layers=layers), roles=roles) as run:
             run(**inputs)
+
+
+def test_a_token_that_some_heads_see_is_raised() -> None:
+    keep = torch.ones(N, N, dtype=torch.bool).tril().expand(1, 4, N, N).clone()
+    keep[:, 0, :, 5] = False
+    method, call, scores = PAINT(alpha=0.5, beta=0.5, share=1.0), replace(_call(), keep=keep), _scores()
+    method.find_last(torch.empty(0), call)
+    found = method.raise_informed(scores, call)
+    assert close(found[:, :, -1, 5], scores[:, :, -1, 5] + 0.5 * scores[:, :, -1, 5].abs())
