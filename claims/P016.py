@@ -32,8 +32,8 @@ CLAIM = Claim(
     paper_number="gains on general, hallucination and vision tasks, without training",
     setup=f"SmolLM2-135M; {PROMPTS} prompts in which two of 8 lines give a thing different codes, one of them in each "
     "half, and one half is marked; the authors' settings, massive dimensions fitted on 4 other prompts a seed; against "
-    "no edit and against the other half marked, whichever is better. Every head in the details. No vision model was at "
-    "hand. (Measured before over 3 seeds, with one line marked and against no edit: +0.14, not seen.)",
+    "no edit and against the other half marked, whichever is better. Every head in the details. P016_sight is of "
+    "pictures. (Measured before over 3 seeds, with one line marked and against no edit: +0.14, not seen.)",
     effect="log-probability of the code that the marked passage gives, over nothing or another place marked",
     measure=measure,
     strong=0.1,

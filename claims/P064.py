@@ -22,7 +22,7 @@ CLAIM = Claim(
     paper_number="up to 62.3% fewer hallucinations on MSCOCO captions",
     setup=f"SmolLM2-135M; {PROMPTS} prompts in which two of 8 lines give a thing different codes and one of them is "
     "marked; the authors' settings, layers 2 to 29; against no edit and against another marked place, whichever is "
-    "better. All marked tokens alike in the details. No vision model was at hand. (Measured before over 3 seeds "
+    "better. All marked tokens alike in the details. P064_sight is of pictures. (Measured before over 3 seeds "
     "against no edit: +2.42.)",
     effect="log-probability of the code that the marked line gives, over nothing or another place marked",
     measure=measure,

@@ -10,7 +10,7 @@ from claims.ledger import Claim, run
 from heedful import Site
 from heedful.authoring import Call, Layer, Method, at
 from heedful.methods import NeighborhoodAttention
-from heedful.methods.mechanisms.local._neighbours import pairs
+from heedful.methods.mechanisms.local._neighbours import Lines
 
 STEPS = 600
 SIZE = 3
@@ -27,9 +27,7 @@ class _Offsets(Method):
 
     @at(Site.SCORES)
     def lean(self, scores: Tensor, call: Call) -> Tensor:
-        q, k, outside = pairs(call)
-        rows, cols = (k - q + SIDE - 1).clamp(0, 2 * SIDE - 2)[0, 0].unbind(-1)
-        return scores + call.params["bias"][:, rows, cols].masked_fill(outside, 0)
+        return scores + Lines(call).by_offset(call.params["bias"])
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:

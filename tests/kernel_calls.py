@@ -14,13 +14,14 @@ from heedful import gpu
 from heedful.conformance.tolerances import within_budget
 from heedful.core.call import Call
 from heedful.core.mask import Ahead, Causal, First, FirstQueries, Mask, Padding, Rule, Where, Window
-from heedful.core.method import Method, Stack
+from heedful.core.method import Method, Stack, as_stack
 from heedful.core.positions import Positions
 from heedful.core.ragged import Ragged
 from heedful.core.reweight import Reweight, reweights
 from heedful.core.sites import Site, at
 from heedful.core.stats import Statistic
 from heedful.core.summary import PARTS, Summary, sums
+from heedful.core.weighing import Weighing, weighs
 from heedful.engine.attend import attend
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.run_state import RunState
@@ -57,6 +58,45 @@ class Everything(Method):
         return torch.cos(call.keys.index[:, 0, :, None] * torch.arange(17, device=call.keys.index.device))
 
 
+class Court(Method):
+    """A penalty on what each key receives, as high as it is far off a wave."""
+
+    paper = PAPER
+
+    @sums("received", penalises=True)
+    def spread(self, pattern: Summary, call: Call) -> Tensor:
+        assert pattern.received is not None
+        waves = torch.arange(pattern.received.numel(), device=pattern.received.device).view_as(pattern.received).cos()
+        return (pattern.received - waves).square().sum()
+
+
+class Most(Everything):
+    """All but the entropy, which the native kernel has of softmax alone."""
+
+    @sums(*(part for part in PARTS if part != "entropy"))
+    def look(self, pattern: Summary, call: Call) -> Statistic | None:
+        return super().look(pattern, call)
+
+
+class Weighed(Method):
+    """Makes each weight of its score alone."""
+
+    paper = PAPER
+    how: Weighing
+
+    @weighs
+    def weigh(self, call: Call) -> Weighing:
+        return self.how
+
+
+WEIGHINGS = (
+    Weighing("sigmoid", -1.0),
+    Weighing("relu"),
+    Weighing("relu", 0.5, mean=True),
+    Weighing("sigmoid", mean=True),
+)
+
+
 class Same(Method):
     """Touches the queries without changing them, so that a kernel has to run."""
 
@@ -69,20 +109,25 @@ class Same(Method):
 
 def run(
     backend: str,
-    method: Method,
+    method: Method | Stack,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     call: Call,
     sink: Tensor | None = None,
     bias: Tensor | None = None,
+    losses: list[Tensor] | None = None,
 ) -> Tensor:
+    """A call's heads; what it was penalised by is added to `losses`."""
     if backend == "triton":
         q, k, v, call, sink, bias = on_device((q, k, v, call, sink, bias))
-    run_state = RunState(Stack((method,)))
+    run_state = RunState(as_stack(method))
     run_state.new_forward()
     job = AttentionCall(run_state.plan(call), run_state, call, bias, sink)
-    return attend(job, q, k, v, lambda needs: select(backend, needs))[0].cpu()
+    heads = attend(job, q, k, v, lambda needs: select(backend, needs))[0]
+    if losses is not None:
+        losses.extend(x.cpu() for x in run_state.losses.values())
+    return heads.cpu()
 
 
 def interpreting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +206,8 @@ def compare(
     softcap: float | None = None,
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    how: Weighing | None = None,
+    asks: type[Everything] = Everything,
 ) -> None:
     """Output and every part of the summary, against the reference in float64."""
     q, k, v = (x.to(dtype) for x in draw(shape))
@@ -169,12 +216,13 @@ def compare(
     outs: dict[str, Tensor] = {}
     for name, tensors in (("exact", (q.double(), k.double(), v.double())), ("eager", (q, k, v)), (backend, (q, k, v))):
         heard: list[Summary] = []
-        outs[name] = run(backend if name == backend else "reference", Everything(heard), *tensors, call, sink, bias)
+        stack = Stack((asks(heard), *(() if how is None else (Weighed(how),))))
+        outs[name] = run(backend if name == backend else "reference", stack, *tensors, call, sink, bias)
         told[name] = heard[0]
     is_text = call.is_text.expand(shape[0], 1, shape[3])
     rows = is_text[..., None].expand(outs[backend].shape)
     assert within_budget(outs[backend][rows], outs["eager"][rows], outs["exact"][rows])
-    for part in PARTS:
+    for part in next(edit.sums for edit in asks([]).edits if edit.sums):
         found, eager, exact = (getattr(told[x], part).cpu() for x in (backend, "eager", "exact"))
         if part in ("received", "distance"):
             assert within_budget(found, eager, exact), part
@@ -198,17 +246,19 @@ def pulled(
 ) -> tuple[Tensor, ...]:
     """What queries, keys, values and what else is `learned`, bias or sink, are given when the output is given waves."""
     pad, softcap, method = (more.pop(name, None) for name in ("pad", "softcap", "method"))
+    losses: list[Tensor] = []
     call = replace(a_call(shape, rules, pad), softcap=softcap)  # type: ignore[arg-type]
     leaves = [x.detach().requires_grad_() for x in tensors]
     beside = {name: more[name].to(tensors[0].dtype).requires_grad_() for name in learned}  # type: ignore[attr-defined]
-    heads = run(backend, method or Same(), *leaves, call, **(more | beside))  # type: ignore[arg-type]
-    return back(heads, [*leaves, *beside.values()], call)
+    heads = run(backend, method or Same(), *leaves, call, losses=losses, **(more | beside))  # type: ignore[arg-type]
+    return back(heads, [*leaves, *beside.values()], call, sum(losses, torch.zeros(())))
 
 
-def back(heads: Tensor, leaves: list[Tensor], call: Call) -> tuple[Tensor, ...]:
-    """What leaves are given, when heads are given waves where there is text."""
+def back(heads: Tensor, leaves: list[Tensor], call: Call, loss: Tensor | None = None) -> tuple[Tensor, ...]:
+    """What leaves are given, when heads are given waves where there is text, and a loss is added."""
     waves = torch.arange(heads.numel(), dtype=torch.float64).view_as(heads).sin() * call.is_text[..., None]
-    return torch.autograd.grad(heads, leaves, waves.to(heads.dtype))
+    whole = (heads * waves.to(heads.dtype)).sum()
+    return torch.autograd.grad(whole if loss is None else whole + loss.to(whole), leaves)
 
 
 def compare_pulled(

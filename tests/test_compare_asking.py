@@ -10,18 +10,20 @@ import pytest
 from torch import Tensor
 
 from heedful import attach, models
+from heedful.bench import compare as comparing
 from heedful.bench.compare import compare, further
 from heedful.bench.comparison import Comparison
 from heedful.bench.records import Answered
 from heedful.bench.results import PLAIN
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
+from heedful.core.errors import FieldError, SiteError
 from heedful.core.kinds import Progress, Prompt
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.methods.intervene.language.temp_scale import TempScale
 from heedful.tasks.task import Item, Sheet, Task
+from tests.test_compare import Echo, Loss, Needy
 
 PAPER = Paper("test", "A test", "Nobody", 2026)
 
@@ -165,3 +167,23 @@ def test_looks_grow_farther_apart() -> None:
 def test_bad_limits_are_named(loaded, name: str, value: float) -> None:
     with pytest.raises(FieldError, match=name):
         compare(loaded, [WIDE], [First()], **{name: value})
+
+
+def test_what_every_task_refuses_costs_nothing_and_is_told_once(
+    loaded: models.Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Never(Needy):
+        paper = PAPER
+
+        @at(Site.PATTERN)
+        def look(self, pattern: Tensor, call: Call) -> Tensor:
+            raise SiteError("never")
+
+    measured: list[str] = []
+    whole = comparing.cost
+    monkeypatch.setattr(comparing, "cost", lambda *args, **how: measured.append(args[2]) or whole(*args, **how))
+    found = compare(loaded, [Never(), Needy()], [Echo(), Echo(24), Loss()], prompts=2, turns=1)
+    assert measured == [PLAIN, "Needy"] * 2
+    assert [p.contender for p in found.prices] == [PLAIN, "Needy"]
+    told = [finding.text for finding in found.description().findings if "Never" in finding.text]
+    assert told == ["Never was refused on Echo(length=20), on Echo(length=24) and on loss: never"]

@@ -88,7 +88,7 @@ def test_what_has_no_room_at_a_batch_is_refused_there_alone(
     found = compare(loaded, [SinkWindow(1, 4)], [Echo(LENGTH)], prompts=2, turns=1, batch=[1, 8], cache="1GB")
     assert [p.contender for p in found.priced[1]] == found.contenders
     assert found.priced[8] == []
-    assert f"{PLAIN} was refused when costs were measured at batch 8: compare().batch = 8: the machine has" in str(
+    assert f"{PLAIN} was refused when costs at batch 8 were measured: compare().batch = 8: the machine has" in str(
         found
     )
     assert f"too little memory to read 8 rows of {LENGTH} tokens at once; pass fewer; for example batch=4" in str(found)

@@ -23,11 +23,27 @@ from heedful.bench.records import Log, read
 from heedful.core import fitted
 from heedful.core.errors import HeedfulError
 from heedful.core.files import PROFILE, RECORDS, digest_of
-from heedful.core.stats import DIGEST, HEADER, OF, Mean, Sum, _digest, load, save
+from heedful.core.stats import (
+    DIGEST,
+    HEADER,
+    OF,
+    Histogram,
+    Max,
+    Mean,
+    Moments,
+    Statistic,
+    Sum,
+    TopK,
+    _digest,
+    load,
+    save,
+)
 from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.run import diagnose
 from heedful.laboratory.outcome import Lab
 from heedful.laboratory.records import Trainings
+from heedful.methods.observe.max_activations import Peaks
+from heedful.methods.observe.sink_rate import Columns
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
 from tests.lab.small import Halved, Little
 from tests.test_compare import Echo, Loss
@@ -252,9 +268,39 @@ def test_parts_of_other_shapes_are_not_read(tmp_path: Path) -> None:
         with (
             nullcontext()
             if fits
-            else pytest.raises(HeedfulError, match=r"statistics that fit together.*size of tensor")
+            else pytest.raises(HeedfulError, match=r"fit together.*x is a Mean whose parts have the shapes")
         ):
             assert torch.equal(load(file)["x"].tensors()["count"], torch.full((2, 5), 3.0, dtype=torch.float64))
+
+
+NUMBERS = torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(0))
+WHOLE = {
+    "mean": Mean.of(NUMBERS, 3.0),
+    "moments": Moments.of(NUMBERS),
+    "max": Max.of(NUMBERS),
+    "top": TopK.of(NUMBERS, 2),
+    "columns": Columns.of(NUMBERS.expand(2, 3, 2, 5)[:, :, 0], NUMBERS[:, 0], 2),
+    "peaks": Peaks(*Max.of(NUMBERS).tensors().values(), NUMBERS.sum((1, 2)), torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize(("kind", "part"), [(kind, part) for kind, stat in WHOLE.items() for part in stat.tensors()])
+def test_a_part_of_another_shape_is_refused_even_where_it_could_be_spread(kind: str, part: str, tmp_path: Path) -> None:
+    whole = WHOLE[kind]
+    old = whole.tensors()[part]
+    assert torch.equal(load(save(tmp_path / "whole", {"x": whole}))["x"].tensors()[part], old)
+    others = [old.narrow(axis, 0, 1) for axis in range(old.ndim) if old.shape[axis] > 1]
+    for other in (*others, old[None]):
+        with pytest.raises(HeedfulError, match=f"x is a {type(whole).__name__} whose parts have the shapes"):
+            load(save(tmp_path / "other", {"x": whole.having({part: other})}))
+
+
+@pytest.mark.parametrize(
+    "stat", [Histogram((0.0, 0.5, 1.0), NUMBERS), TopK(4, NUMBERS, NUMBERS.long())], ids=["5 of 2", "5 of 4"]
+)
+def test_parts_that_do_not_fit_a_setting_are_refused(stat: Statistic, tmp_path: Path) -> None:
+    with pytest.raises(HeedfulError, match="whose parts have the shapes"):
+        load(save(tmp_path / "x", {"x": stat}))
 
 
 def test_what_is_saved_can_be_loaded_however_alike_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

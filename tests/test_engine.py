@@ -26,7 +26,7 @@ from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends import BACKENDS
 from heedful.engine.needs import Needs
 from heedful.engine.run_state import RunState
-from heedful.engine.select import named, select
+from heedful.engine.select import backend_named, select
 from heedful.methods import SinkRate, TempScale
 from heedful.native import library
 
@@ -350,7 +350,7 @@ def test_a_backend_asked_for_is_never_changed() -> None:
     with pytest.raises(BackendError, match=r"Narrow\(size=4\) at MASK narrows the mask, which this kernel takes"):
         select("sdpa", Needs.of(Stack((Narrow(),)).steps()))
     with pytest.raises(FieldError, match="must be one of auto, sdpa, native, triton, tiled, reference"):
-        named("flash")
+        backend_named("flash")
 
 
 def test_every_reason_against_a_backend_is_given_at_once() -> None:

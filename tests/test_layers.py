@@ -23,6 +23,7 @@ BELOW = {  # what each room may import, besides itself
         "core",
         "kit",
         "engine",
+        "adapters",
         "api",
         "bench",
         "catalogue",

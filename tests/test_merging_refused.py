@@ -104,6 +104,19 @@ def test_a_list_that_ends_with_a_layer_of_before() -> None:
         attach(model, Sends(((0, 0, 1, 2),), 0), inputs=x)
 
 
+def test_keys_that_a_layer_has_of_its_own() -> None:
+    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = (torch.cat([torch.ones_like(x[:, :, :3]), x], 2) for x in (key, value))
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    model, x = Plain(), tokens(4)
+    for block in model.blocks:
+        block.attn.kernel = kernel
+    match = "layer 0: tokens are merged where each attends to all, and here keys are another sequence's"
+    with torch.no_grad(), pytest.raises(SiteError, match=match), attach(model, Sends(((0, 0, 1, 2),)), inputs=x) as run:
+        run(x)
+
+
 def test_a_bias_that_a_layer_makes_for_pairs_of_tokens() -> None:
     x, bias = tokens(4), torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     match = r"blocks\.1\.attn .* a bias of its own for pairs of tokens, of which 3 are left"

@@ -20,6 +20,7 @@ from .kernel_calls import (
     BIASES,
     CAUSAL,
     RULES,
+    Court,
     Everything,
     Halved,
     Same,
@@ -61,6 +62,22 @@ def test_block_tables(heads: int) -> None:
     """One for each query head goes through the heads of a group one after another."""
     table = torch.rand(2, heads, 10, 10, generator=torch.Generator().manual_seed(1)) < 0.5
     compare_pulled("native", (2, 4, 2, 300, 300, 16, 16), (*CAUSAL, Blocks(table, 32)))
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_loss_on_what_keys_receive(shape: tuple[int, ...], rules: tuple[Rule, ...]) -> None:
+    compare_pulled("native", shape, rules, method=Court())
+
+
+def test_such_a_loss_under_all_else() -> None:
+    """Padding, whose rows count for nothing, a soft cap, a bias and sinks, and a table of blocks."""
+    shape, sink = (2, 4, 2, 300, 300, 16, 16), torch.linspace(-1, 4, 4).view(1, 4, 1, 1)
+    table = torch.rand(2, 4, 10, 10, generator=torch.Generator().manual_seed(1)) < 0.5
+    for rules in ((), (*CAUSAL, Blocks(table, 32))):
+        bias = a_bias(shape, (True, True, True))
+        more = {"method": Court(), "bias": bias, "sink": sink, "softcap": 5.0}
+        compare_pulled("native", shape, rules, pad=None if rules else torch.tensor([0, 7]), **more)
 
 
 @settings(max_examples=25)
@@ -138,8 +155,9 @@ def test_what_is_derived_twice_is_computed_in_tiles() -> None:
 
     def twice(name: str) -> list[Tensor]:
         q, k, v = (x.requires_grad_() for x in draw(shape))
-        heads = run(name, Same(), q, k, v, a_call(shape, CAUSAL))
-        (first,) = torch.autograd.grad(heads.sin().sum(), q, create_graph=True)
+        losses: list[Tensor] = []
+        heads = run(name, Court(), q, k, v, a_call(shape, CAUSAL), losses=losses)
+        (first,) = torch.autograd.grad(heads.sin().sum() + losses[0], q, create_graph=True)
         return [first, *torch.autograd.grad(first.square().sum(), (q, k, v))]
 
     assert all(close(a, b) for a, b in zip(twice("native"), twice("reference"), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +51,11 @@ def problem(learns: bool = False, whole: bool = False, n: int = 20) -> Any:
     )  # fmt: skip
 
 
+def weighed() -> Any:
+    """A call whose weights are each made of their own score."""
+    return replace(problem(True), received=True, form="sigmoid", shift=-1.0, mean=True)
+
+
 def split() -> Any:
     """A call whose keys are divided among programs."""
     from heedful.gpu.launch import Problem
@@ -76,10 +82,23 @@ def test_torch_s_own_checks_pass(learns: bool, whole: bool) -> None:
     torch.library.opcheck(operators._attend, problem(learns, whole).parts)
 
 
-def test_a_split_is_laid_out_as_foretold() -> None:
+@pytest.mark.parametrize("form", ["", "relu"])
+def test_a_split_is_laid_out_as_foretold(form: str) -> None:
     from heedful.gpu import operators
 
-    torch.library.opcheck(operators._attend, split().parts, test_utils="test_faketensor")
+    torch.library.opcheck(operators._attend, replace(split(), form=form).parts, test_utils="test_faketensor")
+
+
+def test_weights_of_their_own_scores_pass_torch_s_checks() -> None:
+    from heedful.gpu import operators
+
+    torch.library.opcheck(operators._attend, weighed().parts, test_utils=("test_schema", "test_faketensor"))
+    p = weighed()
+    answer = operators.attend(p)
+    (found,) = torch.autograd.grad(answer.out.sum(), p.q)
+    compiled = torch.compile(lambda q: operators.attend(replace(p, q=q)).out.sum(), backend="aot_eager", fullgraph=True)
+    (want,) = torch.autograd.grad(compiled(p.q), p.q)
+    assert close(found, want)
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -88,7 +107,9 @@ def test_they_pass_for_the_way_back(whole: bool) -> None:
 
     p = problem(whole=whole)
     answer = launch.attend(p)
-    torch.library.opcheck(operators._pull, (answer.out.sin(), answer.out, answer.lse, whole, whole, *p.parts))
+    columns = None if answer.received is None else answer.received.cos()
+    given = answer.out, answer.lse, answer.out.sin(), columns
+    torch.library.opcheck(operators._pull, (*given, whole, whole, *p.parts))
 
 
 @pytest.mark.parametrize(("listed", "weights"), [(False, True), (True, True), (True, False)])
@@ -113,9 +134,27 @@ def test_a_compiled_function_holds_them_in_one_graph(backend: str) -> None:
     compiled: Callable[..., tuple[Tensor, ...]] = torch.compile(told, backend=backend, fullgraph=True)
     found, want = compiled(*p.parts), told(*p.parts)
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
-    pulled = [torch.autograd.grad(out[0].sum(), leaves) for out in (found, want)]
+    pulled = [torch.autograd.grad(out[0].sum() + out[2].square().sum(), leaves) for out in (found, want)]
     assert all(close(a, b) for a, b in zip(*pulled, strict=True))
-    assert [x.requires_grad for x in found] == [True, False, False, False, False]
+    assert [x.requires_grad for x in found] == [True, False, True, False, False]
+
+
+def test_what_nobody_wants_the_way_back_of_costs_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    from heedful.gpu import launch
+    from heedful.gpu.operators import attend
+
+    called: list[str] = []
+    plain = launch._call
+    monkeypatch.setattr(
+        launch, "_call", lambda kernel, *a, **b: (called.append(kernel.fn.__name__), plain(kernel, *a, **b))
+    )
+    p = problem(True, True)
+    answer = attend(p)
+    torch.autograd.grad(answer.out.sum(), p.q, retain_graph=True)
+    assert "meet_columns" not in called
+    assert answer.received is not None
+    torch.autograd.grad(answer.received.square().sum(), p.q)
+    assert "meet_columns" in called
 
 
 def test_there_are_no_second_derivatives() -> None:

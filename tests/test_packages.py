@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from heedful import models
+from heedful.core import code
 from heedful.core.errors import ModelError
-from heedful.models import copies, dinov2, gemma3, packages, piper, rxnmapper, whisper
+from heedful.models import copies, dinov2, gemma3, gguf_weights, packages, piper, rxnmapper, whisper
 
 PACKED = {
     "gemma": gemma3.PACKED,
@@ -60,8 +62,8 @@ def test_making_a_model_says_what_does_not_fit_and_leaves_random_numbers_alone()
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_copy_of_an_older_form_is_made_anew_in_its_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def convert(_: Path, folder: Path) -> None:
+def test_a_copy_that_other_code_made_is_made_anew_in_its_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def convert(_: Sequence[Path], folder: Path) -> None:
         (folder / "model.safetensors").touch()
         made.append(folder)
 
@@ -69,11 +71,33 @@ def test_a_copy_of_an_older_form_is_made_anew_in_its_place(monkeypatch: pytest.M
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     packed = tmp_path / "packed"
     packed.write_text("weights")
-    home = copies.unpacked(packed, convert, "a second")
+    home = copies.unpacked([packed], convert, "a second")
     (home / "old").touch()
-    assert (copies.unpacked(packed, convert, "a second"), len(made)) == (home, 1)
-    monkeypatch.setattr(copies, "CACHE_FORMAT", copies.CACHE_FORMAT + 1)
-    assert (copies.unpacked(packed, convert, "a second"), len(made)) == (home, 2)
+    assert (copies.unpacked([packed], convert, "a second"), len(made)) == (home, 1)
+    whole = code.file_of
+    monkeypatch.setattr(code, "file_of", lambda name: whole(name) + "# mended" * (name == __name__))
+    assert (copies.unpacked([packed], convert, "a second"), len(made)) == (home, 2)
     assert list(home.parent.iterdir()) == [home]
     assert {file.name for file in home.iterdir()} == {"model.safetensors", "source.json"}
-    assert json.loads((home / "source.json").read_text())["format"] == copies.CACHE_FORMAT
+
+
+@pytest.mark.parametrize(
+    ("changed", "anew"),
+    [
+        ("heedful.models.dinov2", [dinov2]),
+        ("heedful.models.onnx_weights", [dinov2, piper]),  # a helper's file
+        ("heedful.models.ct2_weights", [whisper]),
+        ("heedful.models.gguf_weights", [gemma3, gguf_weights]),
+        ("heedful.core.files", []),
+    ],
+)
+def test_copies_are_known_by_the_code_of_conversion_and_helpers(
+    monkeypatch: pytest.MonkeyPatch, changed: str, anew: list[Any]
+) -> None:
+    conversions = {
+        module: getattr(module, "unpack", None) or module.convert
+        for module in (dinov2, piper, whisper, rxnmapper, gemma3, gguf_weights)
+    }
+    before, whole = {module: copies._code(convert) for module, convert in conversions.items()}, code.file_of
+    monkeypatch.setattr(code, "file_of", lambda name: whole(name) + "# mended" * (name == changed))
+    assert [module for module, convert in conversions.items() if copies._code(convert) != before[module]] == anew

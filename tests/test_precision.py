@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from heedful.methods import (
     GEM,
     IFAM,
     AdaptiveSparseViT,
+    AffineScaledAttention,
     BiLevelRoutingAttention,
     DualAttention,
     GatedHeads,
@@ -27,6 +29,7 @@ from heedful.methods import (
     MassiveQK,
     MaxActivations,
     ParallelToFirst,
+    RoutingTransformer,
     SecondarySinks,
     SnapKV,
     SparkAttention,
@@ -208,3 +211,21 @@ def test_what_is_read_is_alike_on_average_and_strange_in_the_same_places() -> No
     assert close_on_average(torch.tensor([1.1, 2.0, inf]), x)
     for y in ([1.2, 2.0, inf], [1.0, 2.0, 3.0], [inf, 2.0, inf], [1.0, 2.0]):
         assert not close_on_average(torch.tensor(y), x)
+
+
+@pytest.mark.parametrize("method", [RoutingTransformer(3, 0.99999), AffineScaledAttention(0.999)], ids=repr)
+def test_what_no_gradient_moves_is_kept_in_single_precision_and_loaded_so(method: Method, tmp_path: Path) -> None:
+    model = heedful.models.tiny("llama", dtype=HALF).train()
+    with heedful.attach(model, method | GatedHeads()) as run:
+        moving = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        assert {p.dtype for p in moving.values()} == {torch.float32}
+        assert {p.dtype for name, p in model.named_parameters() if name not in moving} == {HALF}
+        before = {name: p.clone() for name, p in moving.items()}
+        run(IDS, labels=IDS).loss.backward()
+        assert all((p != before[name]).any() for name, p in moving.items()), "a step that half precision would lose"
+        model.save_pretrained(tmp_path)
+    with heedful.load(tmp_path) as again:
+        loaded = {name: p for name, p in again.model.named_parameters() if not p.requires_grad}
+        assert again.model.dtype is HALF
+        assert set(loaded) == set(moving)
+        assert all(torch.equal(p, moving[name]) and p.dtype == torch.float32 for name, p in loaded.items())

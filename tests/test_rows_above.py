@@ -17,6 +17,7 @@ from heedful.core.errors import SiteError
 from heedful.core.mask import First, Mask, Window
 from heedful.core.method import Method
 from heedful.core.paper import Paper
+from heedful.core.rules import Rule
 from heedful.core.sites import Site, at, reads
 from heedful.methods.intervene.language.temp_scale import TempScale
 from heedful.methods.sparse.cache.heavy_hitter import HeavyHitter
@@ -102,8 +103,37 @@ def test_rows_above_are_what_they_are_called_for() -> None:
             if i >= back:
                 want[:, :, i] += 0.5**back * plain[:, :, i - back]
     want = want.masked_fill(~torch.ones(23, 23, dtype=torch.bool).tril(), 0.0)
-    assert [x.shape[2] for x in tiles] == [5, 5, 5, 5, 3]
-    assert close(torch.cat(tiles, 2), want)
+    assert [tuple(x.shape[2:]) for x in tiles] == [
+        (5, 5),
+        (5, 10),
+        (5, 15),
+        (5, 20),
+        (3, 23),
+    ]  # of all columns those seen
+    assert close(torch.cat([torch.nn.functional.pad(x, (0, 23 - x.shape[3])) for x in tiles], 2), want)
+
+
+@pytest.mark.parametrize(("rule", "first"), [(Window(2), 13), (Window(2) | First(1), 0)], ids=repr)
+def test_columns_are_neighbours_from_the_first_that_is_seen_to_the_last(rule: Rule, first: int) -> None:
+    seen = []
+
+    class Few(Method):
+        paper = PAPER
+
+        @at(Site.MASK)
+        def narrow(self, mask: Mask, call: Call) -> Mask:
+            return mask & rule
+
+        @reads(Site.SCORES)
+        def note(self, scores: Tensor, call: Call) -> None:
+            seen.append(call.cols)
+
+    with (
+        attach(models.tiny("llama").eval(), Few() | Neighbours(), tile_rows=4, backend="tiled") as run,
+        torch.no_grad(),
+    ):
+        run(input_ids=IDS)
+    assert seen[4] == slice(first, 20)  # of rows 16 to 19, and of two above them
 
 
 def test_rows_are_numbered_without_those_of_earlier_calls() -> None:

@@ -22,7 +22,7 @@ from heedful.adapters.kvcache import held_layer, serve
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, RefusedModel
-from heedful.methods import SinkRate
+from heedful.methods import FoPru, SinkRate
 from heedful.tiny import tiny
 
 from .interrupting import interrupted, ours
@@ -238,3 +238,27 @@ def test_a_difference_is_of_the_first_numbers_wherever_they_are(how: Callable[[t
     own.register_forward_hook(lambda module, args, output: None if output is None else ["nothing"])
     with attach(nn.Sequential(own), Scale()) as run, pytest.raises(FieldError, match="gives no floating-point numbers"):
         run.difference(torch.randn(2, 5, 8))
+
+
+@torch.no_grad()
+def test_what_was_remembered_of_an_encoder_that_generate_asked_before_is_known_behind_it() -> None:
+    """It has the encoder look by itself, and calls the model with what came of that."""
+    llava = models.tiny("llava", vision_config={"image_size": 16}, image_seq_length=16)
+    inputs = models.tiny_inputs(llava, length=22, batch=2)
+    roles = {"image": ((1, 17),), "patches": ((1, 17),)}
+    asked = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
+    with attach(llava, FoPru(layer=0), roles=roles) as run:
+        for _ in range(2):  # images are looked at anew
+            wanted = run(**inputs).logits[:, -1]
+            found = run.generate(**inputs, max_new_tokens=2, min_new_tokens=2, **asked)
+            assert close_model(found.logits[0], wanted)
+            longer = torch.cat([inputs["input_ids"], found.sequences[:, 22:23]], 1)
+            assert close_model(found.logits[1], run(**{**inputs, "input_ids": longer}).logits[:, -1])
+        with run.paused():
+            plain = llava(**inputs).logits[:, -1]
+            looked = llava.get_image_features(inputs["pixel_values"], return_dict=True)
+        assert not close_model(plain, wanted)
+        run(**inputs)  # what was chosen here is of no other look
+        assert close_model(
+            run(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": looked}).logits[:, -1], plain
+        )

@@ -22,6 +22,7 @@ from .kernel_calls import (
     CAUSAL,
     DEVICE,
     RULES,
+    Court,
     Everything,
     Halved,
     Same,
@@ -106,6 +107,24 @@ def test_block_tables(heads: int) -> None:
     compare_pulled("triton", (1, 4, 2, 150, 150, 16, 16), (*CAUSAL, Blocks(table, 64)))
 
 
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("shape", [*SHAPES, *(pytest.param(x, marks=pytest.mark.slow) for x in LARGE)], ids=str)
+def test_a_loss_on_what_keys_receive(shape: tuple[int, ...], rules: tuple[Rule, ...]) -> None:
+    compare_pulled("triton", shape, rules, method=Court())
+
+
+def test_such_a_loss_under_all_else() -> None:
+    """Padding, whose rows count for nothing, a soft cap, a bias and sinks that learn."""
+    shape, sink = (2, 4, 2, 20, 40, 16, 16), torch.linspace(-1, 4, 4).view(1, 4, 1, 1)
+    more = {"method": Court(), "bias": a_bias(shape, (True, True, True)), "sink": sink, "softcap": 5.0}
+    compare_pulled("triton", shape, (), ("bias", "sink"), pad=torch.tensor([0, 23]), **more)
+
+
+def test_such_a_loss_under_a_table() -> None:
+    table = torch.tensor([[True, False], [True, True]])[None, None]
+    compare_pulled("triton", (1, 2, 1, 70, 70, 16, 16), (*CAUSAL, Blocks(table, 64)), method=Court())
+
+
 @settings(max_examples=5)
 @given(
     n=st.integers(1, 70), past=st.integers(0, 40), heads=st.sampled_from([(1, 1), (4, 1), (6, 2), (5, 5)]),
@@ -113,6 +132,23 @@ def test_block_tables(heads: int) -> None:
 )  # fmt: skip
 def test_any_shape_agrees(n: int, past: int, heads: tuple[int, int], d: int, e: int, window: int) -> None:
     compare_pulled("triton", (1, *heads, n, n + past, d, e), (*CAUSAL, Window(window)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_loss_on_sums_in_low_precision(dtype: torch.dtype) -> None:
+    """Queries and keys are given as good as by the map in the same precision."""
+    shape = (2, 6, 2, 60, 60, 32, 32)
+    tensors = tuple(x.to(dtype) for x in draw(shape))
+    exact = pulled("reference", tuple(x.double() for x in tensors), shape, method=Court())
+    q, k = (x.detach().requires_grad_() for x in tensors[:2])
+    scores = (q @ k.repeat_interleave(3, 1).mT * 32**-0.5).masked_fill(torch.ones(60, 60).triu(1) > 0, -torch.inf)
+    weights = scores.softmax(-1)
+    heads, received = weights @ tensors[2].repeat_interleave(3, 1), weights.sum(-2)
+    off = received - torch.arange(received.numel()).view_as(received).cos()
+    waves = torch.arange(heads.numel(), dtype=torch.float64).view_as(heads).sin()
+    map_s = torch.autograd.grad((heads * waves).sum() + off.square().sum(), (q, k))
+    for a, b, c in zip(pulled("triton", tensors, shape, method=Court()), map_s, exact, strict=False):
+        assert error(a, c) <= 2 * error(b, c)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -184,5 +220,8 @@ def test_what_has_no_way_back_is_refused() -> None:
     with pytest.raises(BackendError, match=r"through what Halved\(\).* moves"):
         pulled("triton", draw(shape), shape, method=Halved())
     q, k, v = (x.requires_grad_() for x in draw(shape))
-    with pytest.raises(BackendError, match="no second derivatives"):
-        torch.autograd.grad(run("triton", Same(), q, k, v, a_call(shape, CAUSAL)).sum(), q, create_graph=True)
+    losses: list[Tensor] = []
+    heads = run("triton", Court(), q, k, v, a_call(shape, CAUSAL), losses=losses)
+    for x in (heads.sum(), losses[0]):
+        with pytest.raises(BackendError, match="no second derivatives"):
+            torch.autograd.grad(x, q, create_graph=True)

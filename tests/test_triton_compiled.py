@@ -14,7 +14,7 @@ COMPILED = """
 import itertools, sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from heedful.gpu import backward, blocks, decode, kernels
+from heedful.gpu import backward, blocks, decode, kernels, weighing
 from heedful.gpu.backward import Apart, Back
 from heedful.gpu.decode import Made, Seen
 from heedful.gpu.kernels import Found, Keep, Lines, Sizes
@@ -50,16 +50,23 @@ for kind, width, asked in itertools.product(*(eval(x) for x in sys.argv[1:4])):
     rows = dict(q=lines, k=lines, v=lines, size=sizes, keep=keep, bias=bias, sink=more("*fp32"), first=more("*i32"),
                 carry=carry, found=found, span=number)
     rest = dict(q=lines, k=lines, lse="*fp32", size=sizes, keep=keep, bias=bias, out="*fp32")
+    sigmoid = sizes._replace(sigmoid="fp32")
     calls = {
+        "weigh_rows": {**{k: x for k, x in rows.items() if k != "sink"}, "size": sigmoid,
+            **dict(BM=fit.rows, BN=fit.keys, BD=width, BE=width, BC=16, RANGES=ranges, MEAN=full)},
         "attend_rows": {**rows, **dict(BM=fit.rows, BN=fit.keys, BD=width, BE=width, BC=16, RANGES=ranges)},
         "add_columns": {**rest, **tile},
         "add_diagonals": {**rest, "offset": number, "reach": number, "B": fit.keys, "BD": width, "RANGES": ranges},
     }
     back = blocks.safe(2 * width)
-    both = dict(q=lines, k=lines, v=lines, pull=lines, size=sizes, keep=keep, bias=bias, back=Back("*fp32", "*fp32"))
+    both = dict(q=lines, k=lines, v=lines, pull=lines, size=sizes, keep=keep, bias=bias,
+                back=Back("*fp32", "*fp32", more(Lines("*fp32", even, even, even))))
     ends = dict(BM=back.rows, BN=back.keys, BD=width, BE=width, RANGES=ranges)
+    calls["meet_columns"] = {k: x for k, x in {**both, **ends}.items() if k not in ("v", "pull", "BE")}
+    calls["meet_columns"]["back"] = Back("*fp32", "*fp32", Lines("*fp32", even, even, even))
     calls["pull_queries"] = {**both, "made": "*fp32", **ends}
     calls["pull_keys"] = {**both, "made_k": "*fp32", "made_v": "*fp32", **ends}
+    calls["pull_keys of sigmoids"] = {**calls["pull_keys"], "size": sigmoid}
     apart = dict(bias=Lines("*fp32", even, even, even), apart=Apart(*[number] * 3), texts=number, made="*fp32")
     calls["pull_bias"] = {**{k: x for k, x in both.items() if k != "bias"}, **apart, **ends, "ROWS": full}
     seen = Seen("*i32", number, more("*i32"), number, more("*i64"))
@@ -67,15 +74,26 @@ for kind, width, asked in itertools.product(*(eval(x) for x in sys.argv[1:4])):
         made=Made("*fp32", "*fp32", more("*fp32")), span=number, BM=16, BN=blocks.safe(width).keys, BD=width, BE=width)
     for target in (80, 90):
         for name, values in calls.items():
-            kernel = next(getattr(x, name) for x in (kernels, backward, decode) if hasattr(x, name))
+            kernel, *_ = (getattr(x, found) for x in (kernels, backward, decode, weighing)
+                          if hasattr(x, found := name.split()[0]))
             order = values.values() if name != "pull_bias" else [values[x] for x in (
                 "q", "k", "v", "pull", "size", "keep", "bias", "back", "apart", "texts", "made", *ends, "ROWS")]
             values = dict(zip(kernel.arg_names, order, strict=True))
-            code = made(kernel, target, values, back if "pull" in name else fit)
-            print(name, target, kind, width, asked, code.metadata.shared, code.asm["ptx"].count("cp.async"))
+            code = made(kernel, target, values, back if "pull" in name or "meet" in name else fit)
+            loads = code.asm["ptx"].count("cp.async")
+            print(name.replace(" ", "_"), target, kind, width, asked, code.metadata.shared, loads)
 """
 ROOM = 99 << 10  # bytes of shared memory of a block, on the cards since Ampere that have least
-MEANWHILE = ("attend_rows", "add_columns", "add_diagonals", "pull_queries", "pull_keys", "attend_step")
+MEANWHILE = (
+    "attend_rows",
+    "weigh_rows",
+    "add_columns",
+    "add_diagonals",
+    "meet_columns",
+    "pull_queries",
+    "pull_keys",
+    "attend_step",
+)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +119,7 @@ def test_they_compile_for_cards_and_fit_their_shared_memory(
     told = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr[-3000:]
     rows = [line.split() for line in told.stdout.splitlines()]
-    assert len(rows) == 14 * len(kinds) * len(widths) * len(asked)
+    assert len(rows) == 20 * len(kinds) * len(widths) * len(asked)
     for name, *_, what, shared, loads in rows:
         assert int(shared) <= ROOM, (name, _, what, shared)
         if what == "nothing" and name in MEANWHILE and kinds != ["fp32"]:

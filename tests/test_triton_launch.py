@@ -54,7 +54,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
 
 def test_many_texts_fit_the_grid_of_a_card(launched: list[tuple[str, tuple[int, ...]]]) -> None:
     """Its second and third axis end at 65,535, which the windows of a batch of images go beyond."""
-    from heedful.gpu.launch import Problem, Step, attend, pull, step
+    from heedful.gpu.launch import Problem, Pulled, Step, attend, pull, step
 
     texts = 70_000
     q, k, v = (torch.zeros(1, 1, 2, 1, device=DEVICE).expand(texts, -1, -1, -1) for _ in range(3))
@@ -62,10 +62,11 @@ def test_many_texts_fit_the_grid_of_a_card(launched: list[tuple[str, tuple[int, 
     bias = torch.zeros(texts, 1, 2, 2, device=DEVICE)
     p = Problem(q, k, v, ranges, 1.0, bias=bias, received=True, reach=2)
     answer = attend(p)
-    pull(p, answer.out, answer.lse, answer.out, to_bias=True)
+    pull(p, Pulled(answer.out, answer.lse, answer.out, answer.received), to_bias=True)
+    attend(Problem(q, k, v, ranges, 1.0, form="relu"))
     ends = torch.zeros(texts, 1, 2, dtype=torch.int32, device=DEVICE)
     step(Step(q[:, :, :1], k, v, ends, 1.0, keys=2, longest=2))
-    assert len(launched) == 7
+    assert len(launched) == 9
     for name, grid in launched:
         assert grid[0] >= texts, name
         assert all(x <= 65_535 for x in grid[1:]), name

@@ -27,6 +27,7 @@ def contenders(n: int) -> dict[str, Callable[[], None]]:
         "softmax, native": ours(Idle(), "native", q, k, v),
         "sigmoid, map kept": ours(SigmoidAttention(), "reference", q, k, v),
         "sigmoid, tiled": ours(SigmoidAttention(), "tiled", q, k, v),
+        "sigmoid, native": ours(SigmoidAttention(), "native", q, k, v),
     }
 
     def there_and_back(heads: Callable[[], Tensor]) -> None:

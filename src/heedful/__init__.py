@@ -11,7 +11,7 @@ print(run[SinkRate()])
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 _HOMES = {
     "ablate": "heedful.explaining.ablation",
@@ -49,38 +49,7 @@ _MODULES = {
     "tasks": "heedful.tasks",
 }
 
-__all__ = [
-    "Comparison",
-    "HeedfulError",
-    "Method",
-    "Profile",
-    "Prompt",
-    "Run",
-    "Site",
-    "Stack",
-    "Task",
-    "ablate",
-    "arrange",
-    "attach",
-    "attached",
-    "authoring",
-    "check",
-    "compare",
-    "decode",
-    "diagnose",
-    "edit",
-    "explain",
-    "explaining",
-    "fit",
-    "fold",
-    "lab",
-    "load",
-    "methods",
-    "models",
-    "operate",
-    "patterns",
-    "tasks",
-]
+__all__ = sorted([*_HOMES, *_MODULES])  # noqa: PLE0605 - a list; type checkers read __init__.pyi, of `make docs`
 
 
 def __getattr__(name: str) -> Any:
@@ -108,26 +77,3 @@ def _elsewhere(name: str) -> str:
 
 def __dir__() -> list[str]:
     return __all__
-
-
-if TYPE_CHECKING:
-    from heedful import authoring, explaining, methods, models, tasks
-    from heedful.api import arrange, attach, attached, explain, fit, operate
-    from heedful.bench.compare import compare
-    from heedful.bench.comparison import Comparison
-    from heedful.conformance import check
-    from heedful.core.errors import HeedfulError
-    from heedful.core.kinds import Prompt
-    from heedful.core.method import Method, Stack
-    from heedful.core.plain import edit
-    from heedful.core.sites import Site
-    from heedful.diagnosis.profile import Profile
-    from heedful.diagnosis.run import diagnose
-    from heedful.engine.run import Run
-    from heedful.explaining.ablation import ablate
-    from heedful.explaining.attention_patterns import patterns
-    from heedful.folding import fold
-    from heedful.laboratory.lab import lab
-    from heedful.saving import load
-    from heedful.tasks.task import Task
-    from heedful.text_models import decode

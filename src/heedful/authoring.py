@@ -29,6 +29,7 @@ from heedful.core.sites import Site, at, penalises, reads
 from heedful.core.state import ByIndex, Until
 from heedful.core.stats import Cat, Histogram, Max, Mean, Statistic, Sum, TopK
 from heedful.core.summary import Summary, sums
+from heedful.core.weighing import Weighing, weighs
 from heedful.kit.scored_cache import ScoredCache
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "Intervals", "Kept", "Layer", "Listing", "Mask", "Max", "Mean", "Merged", "Method", "Packed", "Packing", "Paper",
     "Part", "Phase", "Probe", "Prompt", "Read", "Reader", "Readings", "Region", "Reweight", "Role", "Rule", "Scatter",
     "ScoredCache", "Site", "SiteError", "Stack", "Statistic", "Sum", "Summary", "Surgery", "Tokens", "TopK",
-    "Until", "Vocabulary", "Weights", "Where", "Window", "at", "penalises", "reads", "reweights", "sums",
+    "Until", "Vocabulary", "Weighing", "Weights", "Where", "Window", "at", "penalises", "reads", "reweights", "sums",
+    "weighs",
 ]  # fmt: skip

@@ -14,8 +14,7 @@ from heedful.core.asked import asks
 from heedful.core.errors import CatalogueError, FieldError, nearest
 from heedful.core.kinds import Weights
 from heedful.core.method import CatalogueEntry, Method, Stack
-from heedful.core.reading import named as name_in
-from heedful.core.reading import written
+from heedful.core.reading import name_in, written
 from heedful.core.spelling import name_of
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -23,7 +22,7 @@ from heedful.core.errors import HeedfulError, ModelError
 from heedful.core.method import Stack
 from heedful.core.regions import Roles
 from heedful.core.spelling import built
-from heedful.engine.learned import PREFIX, learned
+from heedful.engine.learned import PREFIX, fresh, learned
 from heedful.engine.run import Run
 from heedful.models import require_there
 from heedful.models.folders import hub_arguments, reading, require_whole, some
@@ -109,7 +108,7 @@ def _with_room(kind: Any) -> Any:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             for x in learned(stack, adapter):
                 module = self.get_submodule(adapter.layer_names[x.layer])
-                module.register_parameter(x.full, nn.Parameter(x.start.to(self.dtype)))
+                module.register_parameter(x.full, fresh(x.start, self.dtype))
 
     ignored = [*(kind._keys_to_ignore_on_load_unexpected or ()), re.escape(MARK)]
     body = {"__init__": begin, "__module__": kind.__module__, "_keys_to_ignore_on_load_unexpected": ignored}

@@ -18,7 +18,7 @@ from heedful.api import arrange, attach, operate, reader
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.kinds import NOTHING, Decode, Prompt, Surgery, Tokens
-from heedful.core.method import Part, Stack
+from heedful.core.method import Part, Stack, clash
 from heedful.drawing import drawn, guide_of
 from heedful.engine.run import Run
 from heedful.looking import LOOKS
@@ -106,7 +106,7 @@ class Single(TextModel):
     @torch.no_grad()
     def _feed(self, tokens: Iterable[int], every: bool) -> Tensor:
         if self.shown.reads == "image":
-            return named(self.model(**self._beside()), self.shown)
+            return class_logits(self.model(**self._beside()), self.shown)
         ids = torch.tensor([list(tokens)] * self.rows, device=self.device)
         more = {**({} if every else self._last), **(self._beside() if self._cache is None else self._heard)}
         seen = self.model(**{FED[self.shown.reads]: ids, CACHE: self._cache}, use_cache=True, **more)
@@ -308,7 +308,7 @@ def require_causal(model: Any) -> None:
         raise RefusedModel(f"a prompt has to be continued, and {type(inner).__name__} is no causal language model")
 
 
-def named(seen: Any, shown: Shown) -> Tensor:
+def class_logits(seen: Any, shown: Shown) -> Tensor:
     """The logits `[1 classes]` of a picture, by the model's own head or by the one that it was given."""
     logits: Tensor = seen.logits if shown.head is None else shown.head(features(seen.last_hidden_state))
     return logits[:1]
@@ -347,6 +347,10 @@ def _looking(model: nn.Module, what: Contender | None, shown: Shown, **how: Any)
     if isinstance(what, Surgery):
         return Operated(model, what, how.get("only"), shown)
     parts = [] if what is None else what.parts if isinstance(what, Stack) else [what]
+    for part in parts:
+        if clash(part, LOOKS):
+            rule = "leaves no map of single tokens, off which it is read where a prompt's last token looks in a picture"
+            raise FieldError("compare()", "methods", part, rule, "TempScale(0.5)")
     return Single(model, attach(model, Stack((*parts, LOOKS)), **how), shown)
 
 

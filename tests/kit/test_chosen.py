@@ -9,7 +9,7 @@ from torch import Tensor
 from heedful.core.mask import Mask
 from heedful.core.positions import Pairs, Positions
 from heedful.engine.backends.tiled import _columns
-from heedful.kit.chosen import TOGETHER, Chosen
+from heedful.kit.chosen import TOGETHER, Chosen, Reached
 
 TOTAL, ROWS = 53, 2 * TOGETHER + 9
 EVERY = slice(None)
@@ -86,3 +86,35 @@ def test_a_whole_call_is_picked_once() -> None:
     for _ in range(3):
         rule.keeps(pairs(EVERY, EVERY))
     assert picks.asked == [EVERY]
+
+
+def test_groups_are_laid_out_by_key() -> None:
+    group = torch.arange(TOTAL) % 5
+    table = torch.rand(1, 2, ROWS, 5) < 0.2
+    table[..., 3] = False
+    rule = Chosen(lambda rows: table[:, :, rows], lambda picked, cols: picked[..., group[cols]])
+    for rows in (slice(2, 4), slice(TOGETHER - 3, TOGETHER + 3)):
+        for cols in (EVERY, slice(15, 22)):
+            assert torch.equal(rule.keeps(pairs(rows, cols)), table[..., group][:, :, rows, cols])
+        seen = {i for lo, hi in rule.columns(rows) for i in range(lo, hi)}
+        assert seen == set(table[..., group][:, :, rows].flatten(0, 2).any(0).nonzero()[:, 0].tolist())
+
+
+def test_what_rows_reach_is_asked_once_and_pairs_are_looked_at_there_alone() -> None:
+    asked = list[object]()
+
+    def pick(rows: slice, cols: slice | Tensor) -> Tensor:
+        asked.append((rows, cols))
+        return torch.ones(1, 1, 2, 3, dtype=torch.bool)
+
+    def reach(rows: slice) -> Tensor:
+        asked.append(rows)
+        return torch.arange(TOTAL) // 3 == rows.start
+
+    rule = Reached(pick, reach)
+    assert rule.scattered
+    for start in (4, 4, 6):
+        assert rule.columns(slice(start, start + 2)) == ((3 * start, 3 * start + 3),)
+    assert asked == [slice(4, 6), slice(6, 8)]
+    assert bool(rule.keeps(pairs(slice(4, 6), slice(12, 15))).all())
+    assert asked[2:] == [(slice(4, 6), slice(12, 15))]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
+from torch.func import jvp, vmap
 
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
 from heedful.core.errors import SiteError
+from heedful.kit import rows, tile_scores
 from heedful.kit.tile_scores import additive, biased, operands
 from heedful.methods import NeuralAttention
 
@@ -28,6 +33,63 @@ def test_a_small_net_for_every_pair() -> None:
     for b, h, i, j in [(0, 0, 0, 0), (1, 2, 3, 5), (0, 1, 2, 4), (1, 0, 1, 3)]:
         of_units = zip(out[0].tolist(), of_query @ q[b, h, i] + of_key @ k[b, h, j], strict=True)
         assert close(found[b, h, i, j], torch.tensor(sum(v * math.tanh(x) for v, x in of_units), dtype=torch.float64))
+
+
+def given() -> tuple[Tensor, ...]:
+    """Queries, keys, and the net's three parts."""
+    draw = torch.Generator().manual_seed(3)
+    shapes = ((2, 3, 4, 5), (2, 3, 6, 5), (7, 5), (7, 5), (1, 7))
+    return tuple(torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True) for shape in shapes)
+
+
+def by_units(q: Tensor, k: Tensor, of_query: Tensor, of_key: Tensor, out: Tensor) -> Tensor:
+    units = zip(out[0], of_query, of_key, strict=True)
+    return sum(v * torch.tanh((q @ a)[..., None] + (k @ b)[..., None, :]) for v, a, b in units)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("size", [1, 13, 50, 1 << 17])  # a row at a time, two, a head or two, and all
+def test_pieces_and_their_way_back(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile_scores, "PIECE", size)
+    monkeypatch.setattr(rows, "LEAST", 1)
+    draw = torch.Generator().manual_seed(4)
+    weight = torch.randn(2, 3, 4, 6, generator=draw, dtype=torch.float64)
+    found, wanted = additive(*given()), by_units(*given())
+    assert close(found, wanted)
+    leaves = [given(), given()]
+    for i, way in enumerate((additive, by_units)):
+        (way(*leaves[i]) * weight).sum().backward()
+    for one, other in zip(*leaves, strict=True):
+        assert other.grad is not None
+        assert bool(other.grad.any())
+        assert close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("far", [50.0, 200.0, 1000.0])  # exponentials of twice the last are no numbers
+def test_units_far_apart_come_near_one_another_in_the_sum(far: float) -> None:
+    q = torch.tensor([far, far, -far], dtype=torch.float64).view(1, 1, 3, 1).requires_grad_()
+    k = torch.tensor([0.5 - far, far], dtype=torch.float64).view(1, 1, 2, 1)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    found = additive(q, k, one, one, one)
+    near = math.tanh(0.5)
+    assert close(found[0, 0], torch.tensor([[near, 1.0], [near, 1.0], [-1.0, 0.0]], dtype=torch.float64))
+    (slope,) = torch.autograd.grad(found.sum(), q)
+    assert close(slope.flatten(), torch.tensor([1 - near**2, 1 - near**2, 1.0], dtype=torch.float64))
+
+
+# torch scripts its own rules when a derivative is first carried forward
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_it_is_derived_again_and_carried_forward_and_serves_many_inputs() -> None:
+    assert torch.autograd.gradgradcheck(additive, given())
+    q, *rest = (x.detach() for x in given())
+    way = torch.randn(q.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for mine, wanted in zip(*(jvp(partial(_first, f, rest), (q,), (way,)) for f in (additive, by_units)), strict=True):
+        assert close(mine, wanted)
+    many = vmap(lambda x: additive(x, *rest))(torch.stack([q, way]))
+    assert close(many[1], by_units(way, *rest))
+
+
+def _first(f: Callable[..., Tensor], rest: list[Tensor], x: Tensor) -> Tensor:
+    return f(x, *rest)
 
 
 def test_weights_decide_in_which_precision() -> None:

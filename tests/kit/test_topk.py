@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from heedful.kit.budget import rooms
-from heedful.kit.topk import top_k
+from heedful.kit.topk import TOGETHER, place_of, top_k
 
 LENGTHS = (7, 3, 5)
 
@@ -45,3 +45,13 @@ def test_of_many_equals_the_earlier_go_first() -> None:
     is_text = torch.arange(40) >= 12
     kept = top_k(torch.zeros(1, 40), 5, is_text)
     assert kept[0].nonzero()[:, 0].tolist() == [12, 13, 14, 15, 16]
+
+
+@pytest.mark.parametrize("n", [1, TOGETHER - 1, TOGETHER, 3 * TOGETHER + 5])
+@pytest.mark.parametrize("count", [1, 2, TOGETHER, TOGETHER + 1])
+def test_the_place_of_the_last_that_counts(n, count):
+    torch.manual_seed(0)
+    seen = torch.rand(2, 1, 40, n) < torch.linspace(0, 1, 40)[:, None]
+    for row, place in zip(seen.flatten(0, 2).tolist(), place_of(seen, count).flatten().tolist(), strict=True):
+        trues = [i for i, yes in enumerate(row) if yes]
+        assert place == (trues[count - 1] if len(trues) >= count else n)

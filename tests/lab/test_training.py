@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from heedful.authoring import Call, Mean, Method, Site, reads
 from heedful.conformance.tolerances import close_model
+from heedful.core import code
 from heedful.core.errors import StatisticError
 from heedful.core.method import Stack
 from heedful.laboratory import costs, records, training
@@ -133,10 +134,10 @@ def test_what_is_another_training_has_another_name(monkeypatch: pytest.MonkeyPat
     ]  # fmt: skip
     assert len(set(names)) == len(names)
     assert of(what=Stack()) == of(what=None) == names[0]
-    read = records._source
-    monkeypatch.setattr(records, "_source", lambda name: read(name) + "#" * (name == "tests.lab.small"))
+    read = code.file_of
+    monkeypatch.setattr(code, "file_of", lambda name: read(name) + "#" * (name == "tests.lab.small"))
     assert of(what=Halved()) != names[4]
-    monkeypatch.setattr(records, "_source", lambda name: read(name) + "#" * (name == training.__name__))
+    monkeypatch.setattr(code, "file_of", lambda name: read(name) + "#" * (name == training.__name__))
     assert of(what=RectifiedAttention()) != names[0]
 
 
@@ -183,6 +184,27 @@ def test_without_accelerate_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(MissingTrainer, match=r"pip install 'heedful\[lab\]'"):
         train(COURSE, Stack(), 0)
+
+
+def _decays(optimiser: torch.optim.Optimizer) -> list[tuple[float, int]]:
+    return [(group["weight_decay"], len(group["params"])) for group in optimiser.param_groups]
+
+
+def test_costs_are_those_of_the_optimiser_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Trainer
+
+    made: list[torch.optim.Optimizer] = []
+    whole = Trainer.create_optimizer
+    monkeypatch.setattr(Trainer, "create_optimizer", lambda *args: made.append(whole(*args)) or made[-1])
+    course = Brisk(tokens=6 * 32)
+    train(course, Stack(), 0)
+    stepping = costs._Stepping(course, Stack(), 0)
+    stepping.run.close()
+    one, other = ([made[0].defaults, *_decays(made[0])], [stepping.optimiser.defaults, *_decays(stepping.optimiser)])
+    assert one == other
+    assert type(made[0]) is type(stepping.optimiser)
+    assert other[0]["betas"] == (0.9, 0.9)
+    assert other[1:] == [(0.2, 8), (0.0, 3)]  # norms' weights are left alone
 
 
 def test_costs_are_ratios_to_softmax(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful import attach, models
-from heedful.authoring import FieldError
+from heedful.authoring import FieldError, Summary
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close, close_model
 from heedful.methods import DoublyStochastic
@@ -78,9 +77,9 @@ def test_errors() -> None:
 
 
 def test_a_place_that_any_row_of_any_head_may_see_counts() -> None:
-    weights = torch.tensor([[[[1.0, 0.0, 0.0], [0.25, 0.75, 0.0]], [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]]])
-    seen = torch.tensor([[[[True, False, False], [True, True, False]], [[True, False, False], [True, False, False]]]])
-    call = replace(Bare(Shape(b=1, h=2, g=2, q=2, k=3), rules=()).call, cross=True, keep=seen)
-    received = ((1 + 0.25 + 1 + 1) / 2, 0.75 / 2)
-    wanted = torch.tensor(sum((1 - x) ** 2 for x in received))
-    assert close(DoublyStochastic().uneven(weights, call), wanted)
+    call = Bare(Shape(b=1, h=2, g=2, q=2, k=3), rules=()).call
+    told = Summary(
+        received=torch.tensor([[[1.25, 0.75, 0.0], [2.0, 0.0, 0.0]]]), seen=torch.tensor([[[2, 1, 0], [2, 0, 0]]])
+    )
+    wanted = torch.tensor(sum((1 - x) ** 2 for x in ((1.25 + 2) / 2, 0.75 / 2)))
+    assert close(DoublyStochastic().uneven(told, call), wanted)

@@ -68,6 +68,13 @@ def _call(p: dict[str, Tensor], first: int = 0, n: int = N, text: Tensor | None 
     return Call(0, 1, "alone", 2, 2, queries, Positions.row(0, first + n), 1.0, mask=Mask((Causal(),)), params=p)
 
 
+@pytest.fixture(params=[2, 16], autouse=True)
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that look at once."""
+    monkeypatch.setattr(_averages, "PIECE", 1)
+    monkeypatch.setattr(_averages, "LEAST", request.param)
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 64])
 def test_forward_loss_and_gradients(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_averages, "CHUNK", chunk)

@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.func import jvp, vmap
+from torch.nn.functional import conv2d
 
 from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
@@ -18,6 +20,7 @@ from heedful.core.mask import Causal, First, Window
 from heedful.core.method import Layer
 from heedful.core.positions import Positions
 from heedful.methods import MultiTokenAttention, SinkWindow
+from heedful.methods.mechanisms.score.multi_token_attention import correlated
 
 FULL = MultiTokenAttention((3, 5), 1, (2, 3), 2, spread=0.4)
 PARTS = [
@@ -156,6 +159,39 @@ def test_it_starts_as_the_identity_and_the_first_step_is_that_of_the_loops() -> 
     for one, other in zip(*grads, strict=True):
         assert bool(other.any())
         assert close(one, other)
+
+
+def _by_torch(x: Tensor, kernel: Tensor) -> Tensor:
+    return conv2d(x, kernel[:, None], groups=len(kernel))
+
+
+@pytest.mark.parametrize(("rows", "columns", "total"), [(1, 1, 16), (3, 5, 17), (2, 1, 40), (1, 7, 9), (4, 3, 33)])
+def test_maps_under_kernels_and_their_ways_back(rows: int, columns: int, total: int) -> None:
+    draw = torch.Generator().manual_seed(4)
+    shapes = ((2, 3, rows + 4, total + columns - 1), (3, rows, columns), (2, 3, 5, total))
+    x, kernel, weight = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
+    given = x.requires_grad_(), kernel.requires_grad_()
+    found, wanted = correlated(*given), _by_torch(*given)
+    assert close(found, wanted)
+    slopes = [torch.autograd.grad((y * weight).sum(), given, create_graph=True) for y in (found, wanted)]
+    for one, other in zip(*slopes, strict=True):
+        assert close(one, other, 512)
+    again = [torch.autograd.grad((a.square().sum() + b.square().sum()), given) for a, b in slopes]
+    for one, other in zip(*again, strict=True):
+        assert close(one, other, 512)
+    for i in range(2):  # one of them alone
+        alone = correlated(*(y if i == j else y.detach() for j, y in enumerate(given)))
+        assert close(torch.autograd.grad((alone * weight).sum(), given[i])[0], slopes[1][i], 512)
+
+
+# torch scripts its own rules when a derivative is first carried forward
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_maps_under_kernels_carry_derivatives_forward_and_serve_many_inputs() -> None:
+    draw = torch.Generator().manual_seed(4)
+    x, way, kernel = (torch.randn(shape, generator=draw) for shape in ((1, 2, 5, 20), (1, 2, 5, 20), (2, 2, 3)))
+    assert close(jvp(lambda y: correlated(y, kernel), (x,), (way,))[1], _by_torch(way, kernel))
+    many = vmap(lambda y: correlated(y, kernel))(torch.stack([x, way]))
+    assert close(many[1], _by_torch(way, kernel))
 
 
 def test_the_start_is_drawn_by_layer() -> None:

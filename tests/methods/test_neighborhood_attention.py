@@ -114,7 +114,9 @@ def test_biases_begin_small_and_unlike() -> None:
 def test_small_grids_are_refused(size: int, dilation: int, side: tuple[int, ...]) -> None:
     bare = Bare()
     region = Region(((0, int(torch.tensor(side).prod())),), side)
-    with pytest.raises(FieldError, match=rf"size = {size}: must fit, {dilation} apart, into both sides of the"):
+    with pytest.raises(
+        FieldError, match=rf"size = {size}: must fit, {dilation} apart, into both sides of the.* size=3"
+    ):
         NeighborhoodAttention(size, dilation).narrow(bare.call.mask, replace(bare.call, roles={"patches": region}))
 
 

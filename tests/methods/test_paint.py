@@ -15,7 +15,10 @@ from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
+from heedful.core.method import Method, Readings
 from heedful.core.positions import Positions
+from heedful.core.sites import Site, reads
+from heedful.core.stats import Cat
 from heedful.methods.intervene.vision.paint import PAINT
 
 N, SPAN = 16, (3, 14)
@@ -77,8 +80,11 @@ def test_gains_of_known_weights() -> None:
     given = torch.tensor([[0.9, 0.1, 0.11, 0.12, 0.13, 0.17, 0.0]])
     seen = torch.tensor([[False, True, True, True, True, True, False]])
     wanted = torch.tensor([[0, 0, 0, 0.7, 0.7, 0.3, 0]])
-    assert torch.equal(PAINT(alpha=0.7, beta=0.3, share=0.5).gains(given, seen), wanted)
-    assert not PAINT().gains(given, torch.zeros_like(seen)).any()
+    assert torch.equal(PAINT(alpha=0.7, beta=0.3, share=0.5).gains(given, given, seen), wanted)
+    assert not PAINT().gains(given, given, torch.zeros_like(seen)).any()
+    other = torch.tensor([[0.0, 0.9, 0.5, 0.0, 0.0, 0.8, 0.9]])  # local ones by this, summary ones as before
+    wanted = torch.tensor([[0, 0.7, 0.7, 0, 0, 0.3, 0]])
+    assert torch.equal(PAINT(alpha=0.7, beta=0.3, share=0.5).gains(other, given, seen), wanted)
 
 
 def test_each_added_token_is_a_last_row() -> None:
@@ -125,7 +131,7 @@ def test_wrong_fields_are_refused(settings: dict[str, Any], match: str) -> None:
 def test_a_weight_at_the_fence_is_no_summary() -> None:
     """Where all weights are alike the upper quartile and one and a half spreads above it are one of them."""
     even = torch.full((1, 4), 0.25)
-    found = PAINT(alpha=0.7, beta=0.3, share=0.5).gains(even, torch.ones(1, 4, dtype=torch.bool))
+    found = PAINT(alpha=0.7, beta=0.3, share=0.5).gains(even, even, torch.ones(1, 4, dtype=torch.bool))
     assert torch.equal(found, torch.tensor([[0.7, 0.7, 0.0, 0.0]]))
 
 
@@ -133,3 +139,78 @@ def test_it_is_idle_without_gains() -> None:
     for alpha, beta, idle in ((0.0, 0.0, True), (1.0, 1.0, False), (0.0, 0.5, False), (0.5, 0.0, False)):
         assert PAINT(alpha=alpha, beta=beta).idle(_call()) == idle
     assert PAINT().idle(replace(_call(), cross=True))
+
+
+class _Scores(Method):
+    """Scores as they are where it stands in a stack, by layer, of models whose calls are one tile."""
+
+    after: bool
+
+    @reads(Site.SCORES)
+    def keep(self, scores: Tensor, call: Call) -> Cat | None:
+        return Cat.of(f"{call.forward:03d}", scores) if call.causal else None
+
+    def answer(self, readings: Readings) -> dict[int, list[Tensor]]:
+        return {layer: stat.value for layer, stat in readings.items()}  # a tensor a forward
+
+
+IMAGE = ((1, 17),)
+
+
+@pytest.fixture(scope="module")
+def llava() -> Any:
+    sizes = {"image_size": 16, "num_hidden_layers": 3}
+    return models.tiny("llava", attn_implementation="eager", vision_config=sizes, image_seq_length=16)
+
+
+def _informed(maps: list[Tensor], m: PAINT) -> list[float]:
+    """Each patch's gain by an encoder's maps `[h n n]` of one image, of its first layer and its last but one."""
+    local, summary = ([sum(float(head[0, 1 + j]) for head in maps[i]) for j in range(16)] for i in (0, -2))
+    low, high = np.percentile(summary, 25), np.percentile(summary, 75)
+    ranked = sorted(range(16), key=lambda j: -local[j])[: int(np.ceil(16 * m.share))]
+    out = [j for j in range(16) if summary[j] > high + 1.5 * (high - low)]
+    return [m.beta if j in out else m.alpha if j in ranked else 0.0 for j in range(16)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [range(3, 5), [4]])
+def test_the_encoders_class_token_tells_what_is_informative(llava: Any, layers: Any) -> None:
+    method = PAINT("image", alpha=0.9, beta=0.4, share=0.3, by_class=True)
+    inputs = models.tiny_inputs(llava, length=22, batch=2)
+    maps = llava.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions
+    gains = torch.tensor([_informed([x[i] for x in maps], method) for i in range(2)])
+    assert len(gains.unique()) == 3  # there are local ones, summary ones and others
+    before, after = _Scores(False), _Scores(True)
+    stack = before | method.on(layers=[0, 1, *layers]) | after
+    with attach(llava, stack, roles={"image": IMAGE, "patches": IMAGE}) as run:
+        out = run(**inputs, use_cache=True)
+        run(input_ids=inputs["input_ids"][:, -1:], **{CACHE: out[CACHE]})  # no encoder before it
+        seen, edited = run[before], run[after]
+    assert seen.keys() == edited.keys() == {3, 4}
+    for layer in seen:
+        for plain, found in zip(seen[layer], edited[layer], strict=True):
+            wanted = plain.clone()
+            if layer in layers:
+                wanted[:, :, -1, 1:17] += gains[:, None] * plain[:, :, -1, 1:17].abs()
+            assert close(found, wanted)
+
+
+def test_what_the_encoder_must_tell_is_asked_for(llava: Any) -> None:
+    inputs, method = models.tiny_inputs(llava, length=22, batch=1), PAINT("image", by_class=True)
+    for layers, roles, match in (
+        ([3, 4], {"image": IMAGE, "patches": IMAGE}, r"PAINT\.by_class.*first layer and its last but one"),
+        ([0, 3], {"image": IMAGE, "patches": IMAGE}, r"PAINT\.by_class"),
+        (range(5), {"image": ((1, 18),), "patches": IMAGE}, r"must hold the 16 patches"),
+        (range(5), {"image": IMAGE, "patches": ((0, 16),)}, r"must leave out the encoder's first token"),
+    ):
+        with pytest.raises(FieldError, match=match), attach(llava, method.on(layers=layers), roles=roles) as run:
+            run(**inputs)
+
+
+def test_a_token_that_some_heads_see_is_raised() -> None:
+    keep = torch.ones(N, N, dtype=torch.bool).tril().expand(1, 4, N, N).clone()
+    keep[:, 0, :, 5] = False
+    method, call, scores = PAINT(alpha=0.5, beta=0.5, share=1.0), replace(_call(), keep=keep), _scores()
+    method.find_last(torch.empty(0), call)
+    found = method.raise_informed(scores, call)
+    assert close(found[:, :, -1, 5], scores[:, :, -1, 5] + 0.5 * scores[:, :, -1, 5].abs())

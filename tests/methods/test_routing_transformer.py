@@ -14,10 +14,12 @@ from heedful.authoring import Layer
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, SiteError
+from heedful.core.flags import meets
 from heedful.core.mask import Mask
 from heedful.core.positions import Positions
 from heedful.core.state import State
 from heedful.methods import RoutingTransformer
+from heedful.methods.mechanisms.routed.routing_transformer import _words
 
 TEXT = torch.ones(2, 19, dtype=torch.bool)
 TEXT[0, :6] = False
@@ -176,3 +178,12 @@ def test_errors() -> None:
     for decay in (1.0, -0.1):
         with pytest.raises(FieldError, match=r"RoutingTransformer.decay = .*: must be 0 or more, and below 1"):
             RoutingTransformer(decay=decay)
+
+
+@pytest.mark.parametrize("clusters", [1, 31, 32, 70])
+def test_tokens_meet_in_any_of_many_clusters(clusters: int) -> None:
+    torch.manual_seed(0)
+    one, other = (torch.rand(2, 3, clusters, 9) < 1.5 / clusters for _ in range(2))
+    words = zip(_words(one), _words(other), strict=True)
+    found = torch.stack([meets(a[..., None], b[:, :, None]) for a, b in words]).any(0)
+    assert torch.equal(found, one.float().mT @ other.float() > 0)

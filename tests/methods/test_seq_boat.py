@@ -18,6 +18,7 @@ from heedful.core.errors import FieldError, SiteError
 from heedful.core.positions import Positions
 from heedful.core.state import State
 from heedful.methods import SeqBoat
+from heedful.methods.mechanisms.recurrent import _averages
 from tests.by_hand import in_pieces
 
 N, E, Z, A, WINDOW, REACH = 11, 6, 4, 3, 2, 5
@@ -73,6 +74,13 @@ def _drawn() -> tuple[SeqBoat, Tensor, dict[str, Tensor]]:
 def _call(p: dict[str, Tensor], first: int = 0, n: int = N, text: Tensor | None = None) -> Call:
     queries = Positions.row(first, n, is_filled=None if text is None else text[:, None, first : first + n])
     return Call(0, 1, "alone", 2, 2, queries, Positions.row(0, first + n), 1.0, mask=Mask((Causal(),)), params=p)
+
+
+@pytest.fixture(params=[2, 16], autouse=True)
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that look at once."""
+    monkeypatch.setattr(_averages, "PIECE", 1)
+    monkeypatch.setattr(_averages, "LEAST", request.param)
 
 
 def test_forward_loss_and_gradients() -> None:

@@ -25,15 +25,15 @@ def test_the_formula(backend: str) -> None:
 
 
 def test_rows_sum_to_about_one_at_zero_scores() -> None:
-    weights = SigmoidAttention(64).squash(torch.zeros(1, 1, 1, 64), None)  # type: ignore[arg-type]
+    weights = SigmoidAttention(64).squash(None).of(torch.zeros(1, 1, 1, 64))  # type: ignore[arg-type]
     assert close(weights.sum(), torch.tensor(64 / 65))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_masked_pairs_weigh_exactly_nothing(dtype: torch.dtype) -> None:
     scores = torch.full((1, 1, 1, 3), torch.finfo(dtype).min, dtype=dtype)
-    assert not bool(SigmoidAttention(1).squash(scores, None).any())  # type: ignore[arg-type]
-    assert not bool(SigmoidAttention(4096).squash(scores, None).any())  # type: ignore[arg-type]
+    assert not bool(SigmoidAttention(1).squash(None).of(scores).any())  # type: ignore[arg-type]
+    assert not bool(SigmoidAttention(4096).squash(None).of(scores).any())  # type: ignore[arg-type]
 
 
 def test_a_model_trains_under_it() -> None:

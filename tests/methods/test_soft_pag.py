@@ -133,3 +133,63 @@ def test_errors() -> None:
     for batches in ([], [models.tiny_inputs(model)]):
         with pytest.raises(FieldError, match='must be 1 or more, each with "target"'):
             fit(SoftPAG(), model, batches)
+
+
+def test_any_objective_hunts_round_by_round() -> None:
+    """A head that is poor alone is taken where it serves beside the one before it."""
+    worth = {(0, 0): 1.0, (0, 1): 3.0, (1, 0): 2.0, (1, 1): -5.0}
+    asked: list[tuple[tuple[int, int], ...]] = []
+
+    def objective(method: SoftPAG) -> float:
+        asked.append(method.heads)
+        assert method == SoftPAG(method.heads, u=0.7, w=3.0, rounds=2, among=tuple(worth))
+        return sum(worth[head] for head in method.heads) + 20 * ({(0, 1), (1, 1)} <= set(method.heads))
+
+    method = SoftPAG(u=0.7, w=3.0, rounds=2, among=tuple(worth))
+    assert method.hunt(objective).heads == ((0, 1), (1, 1))
+    assert asked == [((0, 0),), ((0, 1),), ((1, 0),), ((1, 1),)] + [((0, 1), x) for x in worth if x != (0, 1)]
+    both = SoftPAG(u=0.7, w=3.0, rounds=1, each=2, among=tuple(worth))
+    assert both.hunt(lambda m: worth[m.heads[-1]]).heads == ((0, 1), (1, 0))
+    assert SoftPAG(rounds=2, among=((1, 0), (0, 1), (0, 0))).hunt(lambda m: 0.0).heads == ((0, 0), (0, 1))
+    for among in ((), ((0, 0), (0, 0))):
+        with pytest.raises(FieldError, match=r"SoftPAG.among = .*must name 2 heads or more to choose from"):
+            SoftPAG(rounds=2, among=among).hunt(objective)
+
+
+class _Net(torch.nn.Module):
+    """One self-attention and one cross-attention, each with its projections named apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.own, self.words = (torch.nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(2))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.own(x, x, x, need_weights=False)[0]
+        return x + self.words(x, context, context, need_weights=False)[0]
+
+
+@torch.no_grad()
+def test_a_denoisers_prediction_is_guided() -> None:
+    net = _Net().eval()
+    given = {"x": torch.randn(2, 5, 8), "context": torch.randn(2, 3, 8)}
+    step = SoftPAG(u=0.6, w=3.0)
+    strong = net(**given)
+    with attach(net, step.variants(Prompt((1,)))["weak"][1], inputs=given) as run:
+        found = step.combine({"strong": strong, "weak": run(**given)})
+    own, x = net.own, given["x"]
+    q, k, v = ((x @ w.T + b).unflatten(-1, (2, 4)) for w, b in zip(
+        own.in_proj_weight.chunk(3), own.in_proj_bias.chunk(3), strict=True
+    ))  # fmt: skip
+    heads = torch.zeros(2, 5, 2, 4)
+    for b in range(2):
+        for h in range(2):
+            for i in range(5):
+                a = torch.softmax(torch.stack([q[b, i, h] @ k[b, j, h] / 2 for j in range(5)]), 0)
+                heads[b, i, h] = sum(((1 - 0.6) * a[j] + 0.6 * (i == j)) * v[b, j, h] for j in range(5))
+    x = x + own.out_proj(heads.flatten(2))
+    weak = x + net.words(x, given["context"], given["context"])[0]  # cross-attention is left alone
+    assert close_model(found, strong + 3 * (strong - weak))
+    same = SoftPAG(u=0.0, w=3.0)
+    assert torch.equal(same.combine({"strong": strong, "weak": found}), strong)
+    assert not same.variants(Prompt((1,)))["weak"][1].methods

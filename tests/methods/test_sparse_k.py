@@ -121,7 +121,7 @@ def test_gates_sum_to_k(k: int, scale: float) -> None:
     u = scale * torch.randn(40, 1, 9, generator=draw, dtype=torch.float64)
     there = torch.rand(40, 3, 9, generator=draw) < 0.6
     there[0, 0] = False
-    level = threshold(u, there, k)
+    level, _ = threshold(u, there, k)
     found = (u - level).clamp(0, 1) * there
     assert level.shape == (40, 3, 1)
     assert close(found.sum(-1), there.sum(-1).clamp(max=k).double())
@@ -134,12 +134,12 @@ def test_gates_sum_to_k(k: int, scale: float) -> None:
 def test_equals_share_the_gates_and_wide_gaps_make_them_hard() -> None:
     every = torch.ones(1, 4, dtype=torch.bool)
     even = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
-    assert close((even - threshold(even, every, 2)).clamp(0, 1), torch.full((1, 4), 0.5, dtype=torch.float64))
+    assert close((even - threshold(even, every, 2)[0]).clamp(0, 1), torch.full((1, 4), 0.5, dtype=torch.float64))
     apart = torch.tensor([[8.0, -3.0, 4.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    gates = (apart - threshold(apart, every, 2)).clamp(0, 1)
+    gates = (apart - threshold(apart, every, 2)[0]).clamp(0, 1)
     assert gates.tolist() == [[1.0, 0.0, 1.0, 0.0]]
     assert not bool(torch.autograd.grad(gates.square().sum(), apart)[0].any())
-    whole = (apart - threshold(apart, every, 4)).clamp(0, 1)
+    whole = (apart - threshold(apart, every, 4)[0]).clamp(0, 1)
     assert whole.tolist() == [[1.0] * 4]
     assert not bool(torch.autograd.grad(whole.square().sum(), apart)[0].any())
 
@@ -186,6 +186,18 @@ def test_a_cache_holds_what_later_tokens_may_see(groups: int) -> None:
     few = replace(bare.call, params=params, state=state)
     mask = SparseK(N).choose(few.mask, few)
     assert torch.equal(SparseK(N).drop(entries, replace(few, mask=mask)), TEXT[:, None].expand(2, groups, N))
+
+
+def test_a_cache_drops_a_key_whose_gate_is_just_shut() -> None:
+    bare, _ = _bare(Shape(b=1, h=1, g=1, q=3, k=3))
+    weight = bare.hidden[0].pinverse() @ torch.tensor([[1.0], [1.0], [0.0]], dtype=torch.float64)
+    state = State()
+    call = replace(bare.call, params={"score": weight.mT}, state=state)
+    mask = SparseK(2).choose(call.mask, call)
+    scores, levels = state.forward["0"]
+    state.forward["0"] = scores.round(), levels.round()  # 1, 1 and 0 above a level of 0
+    entries = CachedKV(bare.k, bare.v, bare.call.keys, 3)
+    assert SparseK(2).drop(entries, replace(call, mask=mask)).tolist() == [[[True, True, False]]]
 
 
 def test_what_a_cache_holds_does_not_grow_with_the_text() -> None:

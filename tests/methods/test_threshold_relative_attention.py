@@ -14,6 +14,7 @@ from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.method import Layer
+from heedful.kit import rows
 from heedful.methods import ThresholdRelativeAttention
 from tests.by_hand import block_inputs, llama_states
 from tests.methods.linear import PADDED, drawn
@@ -48,7 +49,10 @@ def by_hand(
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_formula(causal: bool, padded: bool) -> None:
+@pytest.mark.parametrize("at_once", [4, 19])
+def test_the_formula(at_once: int, causal: bool, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "PIECE", 1)
+    monkeypatch.setattr(rows, "LEAST", at_once)
     bare, call = drawn(causal, padded)
     own = params()
     call = replace(call, hidden=bare.hidden, params=own, scale=0.4)

@@ -207,3 +207,9 @@ def test_empty_columns_behind_the_text_are_no_sinks() -> None:
     found = method.redistribute(pattern, longer)
     assert close(found[..., :N], method.redistribute(_pattern(), call))
     assert not found[..., N:].any()
+
+
+def test_a_token_at_tau_is_no_sink() -> None:
+    stream = torch.full((1, 1, 4), 3.0)
+    at = float((stream.abs() * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-6)).amax())
+    assert [bool(VAR(tau=tau).massive(stream).any()) for tau in (0.9 * at, at)] == [True, False]

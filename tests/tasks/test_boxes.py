@@ -19,7 +19,7 @@ from heedful.bench.compare import compare
 from heedful.bench.comparison import Comparison
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
-from heedful.methods import PruneHeads, SnapKV, TempScale
+from heedful.methods import MALA, PruneHeads, SnapKV, TempScale, ToMe
 from heedful.tasks import from_file
 from heedful.tasks._boxes import PicturedBoxes, covered, spans
 from heedful.tasks._rows import Boxed
@@ -112,10 +112,10 @@ def test_a_token_stands_for_the_box_where_half_as_much_lies_in_it_as_of_any_othe
         (3, 3, 5, 5): "1111",
         (0, 0, 8, 4): "1100",
     }.items():
-        assert covered(row(tmp_path, box), processor, 4) == [one == "1" for one in wanted], box
+        assert covered(row(tmp_path, box), processor, 4) == tuple(one == "1" for one in wanted), box
     # the middle of a wide picture is what the model is shown
-    assert covered(row(tmp_path, (4, 0, 8, 4), 16), processor, 4) == [True, False, False, False]
-    assert covered(row(tmp_path, (0, 0, 3, 8), 16), processor, 4) == [False] * 4
+    assert covered(row(tmp_path, (4, 0, 8, 4), 16), processor, 4) == (True, False, False, False)
+    assert covered(row(tmp_path, (0, 0, 3, 8), 16), processor, 4) == (False,) * 4
 
 
 class Rows(ImageProcessingMixin):
@@ -132,8 +132,8 @@ class Rows(ImageProcessingMixin):
 
 
 def test_patches_that_stand_one_after_another_are_known_too(tmp_path: Path) -> None:
-    assert covered(row(tmp_path, (4, 0, 8, 4)), Rows(), 4) == [False, True, False, False]
-    assert covered(row(tmp_path, (0, 0, 4, 4)), Rows(), 4) == [True, False, False, False]
+    assert covered(row(tmp_path, (4, 0, 8, 4)), Rows(), 4) == (False, True, False, False)
+    assert covered(row(tmp_path, (0, 0, 4, 4)), Rows(), 4) == (True, False, False, False)
     with pytest.raises(FieldError, match="whose places are not known; for example"):
         covered(row(tmp_path, (4, 0, 8, 4)), Rows(known=False), 4)
     with pytest.raises(FieldError, match="whose places are not known"):
@@ -157,6 +157,31 @@ def test_boxes_of_which_nothing_or_all_is_shown_are_left_out(tmp_path: Path) -> 
     only = from_file(rows(tmp_path / "o.jsonl", [{"image": "3.png", "question": "w3", "box": [0, 0, 8, 8]}]))
     with pytest.raises(FieldError, match="is all that the model is shown"):
         only.on(llava().model, llava().tokenizer)
+
+
+def test_a_box_is_laid_over_the_tokens_once_and_a_picture_prepared_once_an_item(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import CLIPImageProcessor
+
+    given, prepared = llava(), []
+    whole = CLIPImageProcessor.__call__
+    monkeypatch.setattr(CLIPImageProcessor, "__call__", lambda *args, **how: prepared.append(1) or whole(*args, **how))
+    task = from_file(boxes(tmp_path)).on(given.model, given.tokenizer)
+    assert len(prepared) == 4 * 4, "each picture for its tokens; black, white and the box for the places of these"
+    prepared.clear()
+    task.items(given.tokenizer, 4)
+    assert len(prepared) == 4
+    with pytest.raises(FieldError, match="makes items for one model alone"):
+        from_file(boxes(tmp_path)).items(given.tokenizer, 1)
+
+
+def test_what_leaves_no_map_is_refused_in_words_of_the_user(tmp_path: Path) -> None:
+    item = task_of(tmp_path).items(llava().tokenizer, 1)[0]
+    for what in (ToMe(1), TempScale(0.5) | ToMe(1), MALA().on(layers=0)):
+        with pytest.raises(FieldError, match="leaves no map of single tokens, off which it is read where") as told:
+            sheet_of(item, what)
+        assert "Looks" not in str(told.value)
 
 
 def eager(item: Item, temper: float = 1.0) -> Tensor:

@@ -123,6 +123,9 @@ def test_files_that_hold_nothing_are_refused(tmp_path: Path) -> None:
             from_file(lines(tmp_path / "my.jsonl", rows))
     with pytest.raises(FieldError, match="no such file"):
         find("none.jsonl")
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(FieldError, match="of 5 characters, and less than 32 tell nothing; for example path='a longer"):
+        from_file(tmp_path / "short.txt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FieldError, match="holds no file that ends in"):
         from_file(tmp_path / "empty")
@@ -131,6 +134,27 @@ def test_files_that_hold_nothing_are_refused(tmp_path: Path) -> None:
         from_file(tmp_path / "a.txt", length=3)
     with pytest.raises(CatalogueError, match=r"no task named 'nedle', nor a file or folder\. Did you mean needle"):
         find("nedle")
+
+
+@pytest.mark.parametrize(
+    ("broken", "good"),
+    [
+        ('{"image": "0.png", "question": "w3", "box": [0, 0, 4]}', {"image", "question", "box"}),
+        ('{"question": "w3", "box": [0, 0, 4, 4]}', {"image", "question", "box"}),
+        ('{"image": "0.png", "question": "w3", "answer": "w4"}', {"image", "question", "answer"}),
+        ('{"image": "0.png", "question": "w3", "options": ["w4"]}', {"image", "question", "choices", "answer"}),
+        ('{"question": "w3", "choices": ["w4"], "answer": 0}', {"context", "question", "choices", "answer"}),
+        ('{"question": "w3"}', {"context", "question", "answer"}),
+        ('{"text": "short"}', {"text"}),
+        ('{"txt": "short"}', {"context", "question", "answer"}),
+        ("[]", {"context", "question", "answer"}),
+    ],
+)
+def test_where_all_are_broken_a_row_of_their_kind_is_shown(tmp_path: Path, broken: str, good: set[str]) -> None:
+    with pytest.raises(FieldError) as told:
+        from_file(lines(tmp_path / "my.jsonl", ["{", broken]))
+    shown = str(told.value).rpartition("; for example path='")[2].removesuffix("'")
+    assert set(json.loads(shown)) == good
 
 
 def test_the_command_line_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

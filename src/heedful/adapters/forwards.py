@@ -48,6 +48,9 @@ def _rows_of_many(model: nn.Module, instead: str) -> str:
     )
 
 
+ENCODED = "mm_encoder_outputs"  # what models of transformers call that which an encoder made of images before
+
+
 @dataclass(eq=False)
 class Forwards:
     """The forwards of one run in one model."""
@@ -59,6 +62,7 @@ class Forwards:
     _graph: bool = False  # gradients may be asked of the forward under way
     _thread: int | None = None  # the one that a forward is under way in
     _process: int | None = None  # the one that the last forward was in
+    _of_part: bool = False  # the last forward was of one of the models in the model alone
     _parts: dict[nn.Module, str] = field(default_factory=dict)  # the models in the model, by name
     _images: dict[str, tuple[nn.Module, Grid]] = field(default_factory=dict)  # those that read images, and their grids
 
@@ -111,7 +115,10 @@ class Forwards:
             if self.first is not None:
                 self.first(*given)
             self._graph = torch.is_grad_enabled()
-            self.run.state.new_forward(blind)
+            # generate has the encoder look at an image before the whole model is called, which goes on from there
+            goes_on = self._of_part and not self._parts[model] and bool(kwargs.get(ENCODED))
+            self._of_part = bool(self._parts[model])
+            self.run.state.new_forward(blind, goes_on)
             requested = kwargs.get("output_attentions")
             if requested is None:
                 requested = getattr(getattr(model, "config", None), "output_attentions", False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.core.errors import FieldError, RefusedModel
-from heedful.engine.learned import PREFIX
+from heedful.engine.learned import PREFIX, fresh, moves
 
 
 @dataclass(eq=False)
@@ -41,6 +41,8 @@ class Planted:
                 raise FieldError("attach()", name, tuple(have.shape), rule, tuple(start.shape))
             if have.is_meta:
                 raise RefusedModel(f"{name} is offloaded with {path}, and heedful reads it there; load without offload")
+            if not moves(start):
+                have.requires_grad_(False)  # whatever is loaded asks for them
             return have
         if self.shared_by:
             raise RefusedModel(
@@ -57,7 +59,7 @@ class Planted:
                 f"all weights of {type(self.model).__name__} are offloaded, so {name} has no device to learn on; load "
                 "the model without offload"
             )
-        parameter = nn.Parameter(start.to(reference.device, self._dtype))
+        parameter = fresh(start, self._dtype, reference.device)
         self._added.append((module, name))  # first, so that none is lost to an interrupt
         module.register_parameter(name, parameter)
         return parameter

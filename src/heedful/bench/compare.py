@@ -31,7 +31,7 @@ from heedful.core.method import Method, Scoped, Stack, method_of
 from heedful.diagnosis.texts import positions
 from heedful.diagnosis.workers import Workers, as_workers
 from heedful.engine.memory import enough_memory
-from heedful.engine.select import named
+from heedful.engine.select import backend_named
 from heedful.facts import facts_of, surroundings
 from heedful.models import Loaded
 from heedful.tasks.task import Item, Task
@@ -143,7 +143,7 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
                 early = [item for made in series for item in made.first(LEAST).values()]
                 longest = max(early, key=lambda item: item.read)
                 for rows in batches:
-                    job.costs(longest, turns, rows)
+                    job.costs(job.asked(series), longest, turns, rows)
             return Comparison(log.facts, tuple(log.records.values()))
 
     with still(given.model):
@@ -204,7 +204,7 @@ def require_counts(prompts: int, minutes: float, margin: float, turns: int, back
         raise FieldError("compare()", "margin", margin, "must lie between 0 and 1", MARGIN)
     if turns < 0:
         raise FieldError("compare()", "turns", turns, "must be 0 or more", 3)
-    named(backend, "compare()")
+    backend_named(backend, "compare()")
 
 
 def fits(given: Loaded, task: Task) -> bool:
@@ -269,6 +269,14 @@ class _Job:
         """The model as it is, then each contender."""
         return [(PLAIN, None), *self.contenders.items()]
 
+    def asked(self, tasks: Sequence[Series]) -> list[tuple[str, Contender | None]]:
+        """All of these but whoever every task has refused."""
+        return [
+            (name, what)
+            for name, what in self.everyone()
+            if not all(self.log.has(Refused, name, task.name) for task in tasks)
+        ]
+
     def answers(self, tasks: Sequence[Series], minutes: float) -> None:
         """Ask everyone a few prompts of each task, and more of those of whom the verdict is not known."""
         if self.log.found:
@@ -323,8 +331,7 @@ class _Job:
                 over = over or left > 0
         return not over
 
-    def costs(self, item: Item, turns: int, rows: int) -> None:
-        everyone = self.everyone()
+    def costs(self, everyone: Sequence[tuple[str, Contender | None]], item: Item, turns: int, rows: int) -> None:
         model, how = self.asker.model, self.asker.how
         here = machine(device_of(model))
         total, done, costs = len(everyone) * (turns + 1), 0, costs_at(rows)

@@ -13,7 +13,7 @@ from heedful.bench.intervals import Gap
 from heedful.bench.matrix import VERDICTS
 from heedful.bench.memory import by_batch, within
 from heedful.bench.numbers import MB, direction, margin, number, rounded, task_name, units
-from heedful.bench.records import Answered, costs_at
+from heedful.bench.records import Answered
 from heedful.bench.results import PLAIN, POINTS, Price, Result, Results
 from heedful.bench.worst import listing, sentence
 from heedful.core.figures import Description, Figure, Finding, Intervals, Listing, Matrix, Scatter, counted, percent
@@ -63,12 +63,21 @@ def findings(c: Results) -> Iterable[Finding]:
                 f"{task_name(c, task)}: {len(out)} left out: {'; '.join(out[:3])}{'; ...' if len(out) > 3 else ''}.",
                 0.85,
             )
-    for refused in c.refused:
-        task = f" on {c.tasks[refused.task]['name']}" if refused.task in c.tasks else ""
-        batch = next((rows for rows in c.batches if refused.task == costs_at(rows)), None)
-        if batch is not None:
-            task = " when costs were measured" + (f" at batch {batch}" if batch > 1 else "")
-        yield Finding(f"{refused.contender} was refused{task}: {refused.reason}", 0.4)
+    refused: dict[tuple[str, str], list[str]] = {}
+    for one in c.refused:
+        refused.setdefault((one.contender, one.reason), []).append(_where(c, one.task))
+    for (name, reason), where in refused.items():
+        yield Finding(f"{name} was refused {_and(where)}: {reason}", 0.4)
+
+
+def _where(c: Results, task: str) -> str:
+    """At what a contender was refused: a task, or costs."""
+    return f"on {task_name(c, task)}" if task in c.tasks else f"when {task} were measured"
+
+
+def _and(parts: list[str]) -> str:
+    *most, last = parts
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 FOLLOWS = ("token, ms", "token ×", "cache, MB", "cache ×")  # costs of the tokens that follow a prompt
@@ -104,9 +113,7 @@ def _clause(word: str, results: list[Result], plain: dict[str, Result], c: Resul
     for r in results:
         score, before = (number(x, c.tasks[r.task]["unit"]) for x in (r.score, plain[r.task].score))
         told.append(f"{task_name(c, r.task)} ({score}, unedited {before})")
-    if len(told) > 1:
-        told[-2:] = [f"{told[-2]} and {told[-1]}"]
-    return f"is {word} on {', '.join(told)}" if told else ""
+    return f"is {word} on {_and(told)}" if told else ""
 
 
 def _saves(price: Price | None) -> str:

@@ -9,8 +9,8 @@ from functools import wraps
 from typing import Any
 
 from heedful.core.errors import FieldError, HeedfulError, InactiveWarning
+from heedful.core.figures import printed
 from heedful.core.method import CatalogueEntry
-from heedful.core.notebook import printed
 
 
 class Broken(HeedfulError):

@@ -1,16 +1,39 @@
-"""What methods do, told by their code: what other code under the same name found is nothing of theirs."""
+"""What is made, told by the code that makes it: what other code under the same name made is nothing of its own."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import sys
-from collections.abc import Iterator
-from types import CodeType, FunctionType
+from collections.abc import Iterable, Iterator
+from functools import cache
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from heedful.core.entry import CatalogueEntry
 from heedful.core.method import Stack, method_of
+
+
+def sources(modules: Iterable[str], followed: tuple[str, ...]) -> list[str]:
+    """The files of modules, and of all that these use whose names begin as `followed` says, in the order of names."""
+    queue, found = [*modules], dict[str, str]()
+    while queue:
+        name = queue.pop()
+        if name not in found:
+            found[name] = file_of(name)
+            held = vars(sys.modules[name]).values()
+            used = (x.__name__ if isinstance(x, ModuleType) else getattr(x, "__module__", None) for x in held)
+            queue += [x for x in used if isinstance(x, str) and x.startswith(followed)]
+    return [found[name] for name in sorted(found)]
+
+
+@cache
+def file_of(module: str) -> str:
+    """A file as it was when it was asked for first; what was typed at a prompt is told by its name alone."""
+    try:
+        return inspect.getsource(sys.modules[module])
+    except (OSError, TypeError):
+        return module
 
 
 def code_of(*given: Any) -> str:

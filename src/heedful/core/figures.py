@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 Head = tuple[int, int]  # layer, head
@@ -178,3 +180,14 @@ def percent(share: float) -> str:
     if 0 < share < 0.01:
         return f"{share:.2%}"
     return f"{share:.0%}"
+
+
+def shrunk(images: Tensor, side: int) -> Tensor:
+    """Images `[b c rows cols]` of so many pixels at most on the longer side, each the mean of what it stands for."""
+    size = [max(1, round(n * min(1.0, side / max(images.shape[2:])))) for n in images.shape[2:]]
+    return torch.nn.functional.interpolate(images, size, mode="area")
+
+
+def printed(value: object) -> str:
+    """What a notebook shows of a value: its text as it is printed."""
+    return f'<pre style="line-height:1.35; overflow-x:auto">{escape(str(value))}</pre>'

@@ -95,7 +95,8 @@ class Method(CatalogueEntry, abstract=True):
     def above(self) -> int:
         """How many rows above its own an edit of SCORES or PATTERN looks at.
 
-        Such an edit is handed tiles with rows to spare, and all keys; what it makes of the rows to spare is dropped.
+        Such an edit is handed tiles with rows to spare, and all keys from the first that is seen to the last; what it
+        makes of the rows to spare is dropped.
         """
         return 0
 

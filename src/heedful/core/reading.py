@@ -11,7 +11,7 @@ from heedful.core.errors import CatalogueError, FieldError, UnknownFieldError
 T = TypeVar("T")
 
 
-def named(text: str) -> str:
+def name_in(text: str) -> str:
     """The name in front of the settings."""
     return text.partition("(")[0].strip()
 

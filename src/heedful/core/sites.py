@@ -64,6 +64,7 @@ class Edit(NamedTuple):
     before_rotary: bool = False  # it asks for queries and keys as they are before the rotary embedding
     training: bool | None = None  # True: there is such a step in modules that train alone; False: in those at rest
     merges: bool = False  # it may leave fewer tokens than there were
+    weighs: bool = False  # it says what each weight is of its score, see `core.weighing`
 
 
 def _marking(edit: Edit) -> Callable[[F], F]:

@@ -70,6 +70,11 @@ class Statistic(ABC):
     def value(self) -> Any:
         """The statistic itself."""
 
+    @property
+    def fits(self) -> bool:
+        """Whether its parts belong together, which is asked where they come from a file; most kinds' have one shape."""
+        return len({x.shape for x in vars(self).values() if isinstance(x, Tensor)}) < 2
+
     def __add__(self, other: Self) -> Self:
         if type(other) is not type(self):
             raise StatisticError(f"cannot merge {type(self).__name__} with {type(other).__name__}: kinds must agree")
@@ -168,8 +173,7 @@ class Moments(Statistic, by_element=True):
             a = type(self)(*(_widen(x, n) for x in a.tensors().values()))
             b = type(self)(*(_widen(x, n) for x in b.tensors().values()))
         count = a.count + b.count
-        safe = count.clamp(min=1)
-        gap = b.mean - a.mean
+        safe, gap = count.clamp(min=1), b.mean - a.mean
         # symmetric in a and b, so that the order of a merge cannot matter
         mean = (a.mean * a.count + b.mean * b.count) / safe
         return type(self)(count, mean, a.squares + b.squares + gap.square() * (a.count * b.count / safe))
@@ -230,6 +234,10 @@ class Histogram(Statistic, by_element=True):
         return type(self)(self.edges, self.counts + other.counts)
 
     @property
+    def fits(self) -> bool:
+        return self.counts.shape[-1:] == (len(self.edges) - 1,)
+
+    @property
     def value(self) -> Tensor:
         return self.counts
 
@@ -257,6 +265,10 @@ class TopK(Statistic, by_element=True):
 
     def merge(self, other: Self) -> Self:
         return self._best(self.k, torch.cat([self.high, other.high], -1), torch.cat([self.place, other.place], -1))
+
+    @property
+    def fits(self) -> bool:
+        return self.high.shape == self.place.shape and self.high.shape[-1] <= self.k
 
     @property
     def value(self) -> Tensor:
@@ -346,8 +358,7 @@ def load(path: str | Path, of: str = "") -> dict[str, Statistic]:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            told = file.metadata() or {}
-            text = told.get(HEADER)
+            text = (told := file.metadata() or {}).get(HEADER)
             if text is None:
                 raise StatisticError(f"{path} holds no heedful statistics: give a file that heedful's save() wrote")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
@@ -381,5 +392,8 @@ def _built(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Te
             raise StatisticError(f"{path} holds a {header[name]['kind']!r}: import the package that defines it first")
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in header[name]["settings"].items()}
         out[name] = Cat(parts) if kind is Cat else kind(**settings, **parts)
-        _ = out[name].value  # what cannot tell its value has parts of other shapes
+        if not out[name].fits:
+            shapes = {field: tuple(x.shape) for field, x in parts.items()}
+            raise ValueError(f"{name} is a {kind.__name__} whose parts have the shapes {shapes}")
+        _ = out[name].value  # nor does what cannot tell its value
     return out

@@ -58,6 +58,12 @@ class Summary:
         kept = {*names, "nearest"} | ({"seen"} if "received" in names else set())
         return Summary(**{f.name: getattr(self, f.name) for f in fields(self) if f.name in kept})
 
+    def detached(self) -> Summary:
+        """The same numbers, without the way back."""
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: dict[str, Any] = {name: x.detach() for name, x in parts.items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
+
     def on(self, heads: list[int]) -> Summary:
         """The summary of some heads; what is carried stays the mean of all, which `Scoped` sees to."""
         parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -69,16 +75,22 @@ class Summary:
 PARTS = ("received", "entropy", "peak", "place", "first", "distance", "carried")  # what can be asked for
 
 
-def sums(*requested: str) -> Callable[[F], F]:
-    """Mark a method's function as a reader of the pattern's summary: it takes a `Summary` and returns a statistic."""
+def sums(*requested: str, penalises: bool = False) -> Callable[[F], F]:
+    """Mark a method's function as a reader of the pattern's summary: it takes a `Summary` and returns a statistic.
+
+    With `penalises` it returns a differentiable number instead, as a tensor without axes, and what it is shown has
+    gradients: a loss on what keys receive is then trained on without a map, where a penalty on PATTERN needs one.
+    """
     for name in requested:
         if name not in PARTS:
             raise DefinitionError(f"@sums({name!r}): no such part; there are {', '.join(PARTS)}.{nearest(name, PARTS)}")
     if not requested:
         raise DefinitionError(f"@sums() names nothing: name at least one of {', '.join(PARTS)}")
+    if penalises and "place" in requested:
+        raise DefinitionError('@sums("place", penalises=True): a column\'s number has no gradient; "peak" has one')
 
     def mark(function: F) -> F:
-        edit = Edit(Site.PATTERN, function.__name__, reads=True, sums=tuple(sorted(set(requested))))
+        edit = Edit(Site.PATTERN, function.__name__, reads=True, sums=tuple(sorted(set(requested))), loss=penalises)
         function.__heedful_edit__ = edit  # type: ignore[attr-defined]
         return function
 
@@ -88,17 +100,25 @@ def sums(*requested: str) -> Callable[[F], F]:
 class SummaryAccumulator:
     """Adds up the summary of one call, tile by tile, in plain torch; or takes it whole from a kernel."""
 
-    def __init__(self, requested: frozenset[str], call: Call, carry: Tensor | None = None) -> None:
+    def __init__(
+        self, requested: frozenset[str], call: Call, carry: Tensor | None = None, learned: bool = False
+    ) -> None:
         self.requested = requested
         self.call = call
         self.carry = carry  # [b k c], the columns of all who asked side by side
+        self.learned = learned  # whether what it adds up to is to have gradients
         self.whole: Summary | None = None  # set by a backend that sums up by itself
         self._columns: dict[str, Tensor] = {}
         self._rows: dict[str, dict[int, Tensor]] = {}
 
+    def fresh(self) -> SummaryAccumulator:
+        """One that is asked for the same, and has added up nothing."""
+        return SummaryAccumulator(self.requested, self.call, self.carry, self.learned)
+
     def add(self, weights: Tensor, scores: Tensor | None, call: Call) -> None:
         """Take a tile: its final weights, and its masked scores where the weights are a plain softmax of them."""
-        weights = weights.detach()
+        if not self.learned:
+            weights, scores = weights.detach(), None if scores is None else scores.detach()
         mine = weights if self.call.queries.is_filled is None else weights * call.is_text[..., None]
         if "received" in self.requested:
             self._gather("received", mine.sum(-2), call)
@@ -115,8 +135,12 @@ class SummaryAccumulator:
         elif self.requested & {"peak", "entropy"}:
             rows["peak"] = weights.amax(-1)
         if "entropy" in self.requested:
-            exact = None if scores is None else _entropy(weights, scores.detach(), rows["peak"])
-            rows["entropy"] = torch.special.entr(weights).sum(-1) if exact is None else exact
+            if self.learned:  # weights of 0 would have an endless slope
+                rows["entropy"] = torch.special.entr(weights.clamp(min=torch.finfo(weights.dtype).tiny)).sum(-1)
+            elif scores is None:
+                rows["entropy"] = torch.special.entr(weights).sum(-1)
+            else:
+                rows["entropy"] = _entropy(weights, scores, rows["peak"])
         if "first" in self.requested:
             rows["first"] = _first(weights, call)
         if self.carry is not None:

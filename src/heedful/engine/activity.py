@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-from heedful.core.notebook import printed
+from heedful.core.figures import printed
 from heedful.engine.leaving import Before
 from heedful.engine.resting import undone
 

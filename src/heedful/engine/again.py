@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils import checkpoint
 
 from heedful.core.errors import NotEntered
-from heedful.core.summary import SummaryAccumulator
 from heedful.core.values import replace
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.one_forward import Memory
@@ -113,7 +112,7 @@ def recomputed(compute: Callable[[AttentionCall], Tensor], job: AttentionCall) -
         if not known:
             known = True
             return compute(job)
-        counted = accumulator and SummaryAccumulator(accumulator.requested, accumulator.call, accumulator.carry)
+        counted = accumulator and accumulator.fresh()
         with state.computing_again(memory):
             if shelf is not None:
                 state.now.shelves[layer] = shelf

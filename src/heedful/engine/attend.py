@@ -13,6 +13,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import SiteError
+from heedful.core.flags import every, lowered, zeroed
 from heedful.core.method import Step
 from heedful.core.sites import MAP_SITES, Site
 from heedful.core.summary import SummaryAccumulator
@@ -22,7 +23,7 @@ from heedful.engine.earlier import with_earlier
 from heedful.engine.needs import Needs
 from heedful.engine.precision import mixed, unmixed, wide, widened
 from heedful.engine.run_state import Plan
-from heedful.engine.stages import chosen_heads, own_rows, stage, staged, untouched
+from heedful.engine.stages import chosen_heads, own_rows, stage, staged, untouched, weighing_of
 
 SHARED_ROWS = 64  # of a product, from which on threads share it
 FIRST_ROWS = 128  # of a tile for those who read a pattern's first rows
@@ -62,21 +63,25 @@ def _shared_out(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _hide(scores: Tensor, keep: Tensor) -> bool:
-    """Scores of pairs that are not computed become the least number, in place and only where there are such pairs.
+def _hide(scores: Tensor, keep: Tensor, job: AttentionCall) -> tuple[Tensor, bool]:
+    """Scores whose pairs that are not computed have the least number, and whether some query may see nothing.
 
-    Whether some query may see nothing.
+    They are changed in place where no step has seen them, and only where there are such pairs.
     """
+    seen, normalised = bool(job.plan.at(Site.SCORES)), bool(job.plan.at(Site.NORMALISE))
     if is_functorch_wrapped_tensor(keep):  # of many inputs, which nobody can look into
-        scores.masked_fill_(~keep, torch.finfo(scores.dtype).min)
-        return True
-    # as numbers, whose least is found several times faster
-    columns = (keep.view(torch.uint8).flatten(0, -2).amin(0) == 0).nonzero()[:, 0].tolist()
-    if columns:
-        lo, hi = columns[0], columns[-1] + 1
-        scores[..., lo:hi].masked_fill_(~keep[..., lo:hi], torch.finfo(scores.dtype).min)
-    # a column that all queries see leaves none of them blind
-    return len(columns) == keep.shape[-1] and not bool(keep.any(-1).all())
+        return scores.masked_fill(~keep, torch.finfo(scores.dtype).min), True
+    columns = (~every(keep.flatten(0, -2), 0)).nonzero()[:, 0]
+    if not len(columns):
+        return scores, False
+    near = slice(int(columns[0]), int(columns[-1]) + 1)
+    if near == slice(0, keep.shape[-1]):
+        scores = lowered(scores, keep, into=not seen, cut=normalised)
+    else:
+        scores = scores.clone() if seen else scores
+        lowered(scores[..., near], keep[..., near], into=True, cut=normalised)
+    # a step may have hidden all that a query may see by other numbers of that size
+    return scores, not bool((scores.detach().amax(-1) > torch.finfo(scores.dtype).min / 2).all())
 
 
 def biased(scores: Tensor, job: AttentionCall, rows: slice, cols: slice | Tensor) -> Tensor:
@@ -97,16 +102,14 @@ def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tup
     scores, call = staged(Site.SCORES, scores, job, call)
     keep, blind = call.keep, False
     if keep is not None:
-        scores = scores.clone() if job.plan.at(Site.SCORES) else scores
-        blind = _hide(scores, keep)
+        scores, blind = _hide(scores, keep, job)
     sink = job.sink if job.sink is None or job.sink.shape[-2] == 1 else job.sink[..., call.rows, :]
     weights = softmax(scores, sink, job.lent("weights", scores.shape, scores))
     for step in job.plan.at(Site.NORMALISE):
         weights = _normalised(step, scores, weights, job, call)
-    if keep is not None and (blind or job.plan.edits(Site.SCORES, Site.NORMALISE)):
-        # an exact zero already, but for queries that may see nothing, and for what a method did: one that hides all
-        # that a query may see would leave the weight to the rest
-        weights = weights.masked_fill(~keep, 0.0)
+    if keep is not None and (blind or job.plan.edits(Site.NORMALISE)):
+        # an exact zero already, but for these; what a step made is not changed in place
+        weights = zeroed(weights, keep, into=not job.plan.at(Site.NORMALISE))
     weights = stage(Site.PATTERN, weights, job, call)
     if call.above:
         scores, weights, call = scores[:, :, call.above :], weights[:, :, call.above :], own_rows(call)
@@ -125,7 +128,10 @@ def _normalised(step: Step, scores: Tensor, weights: Tensor, job: AttentionCall,
         raise SiteError(f"{step}: NORMALISE has nothing to read that PATTERN has not; use @reads(Site.PATTERN)")
     if job.sink is not None:
         raise SiteError(f"{step}, layer {call.layer}: the model has learned sink logits, which only softmax knows")
-    new = getattr(step.method, step.edit.name)(scores, job.run_state.view(step, call))
+    if step.edit.weighs:
+        new = weighing_of(step, job, call).of(scores, call.keep)
+    else:
+        new = getattr(step.method, step.edit.name)(scores, job.run_state.view(step, call))
     if not isinstance(new, Tensor) or new.shape != scores.shape:
         got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
         raise SiteError(f"{step}, layer {call.layer}: must return weights of shape {tuple(scores.shape)}, got {got}")
@@ -165,9 +171,9 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
         sinks_by_row=job.sink is not None and job.sink.numel() != call.heads,
         bias=job.bias is not None, dropout=job.dropout > 0, call=call, tensors=(q, k, v), learned=_learned(job),
     )  # fmt: skip
-    job = replace(
-        job, call=call, accumulator=SummaryAccumulator(requested, call, carry) if requested else None, needs=needs
-    )
+    learned = bool(needs.gradients and needs.learned_sums)
+    accumulator = SummaryAccumulator(requested, call, carry, learned) if requested else None
+    job = replace(job, call=call, accumulator=accumulator, needs=needs)
     pattern = None
     if mixes := job.plan.at(Site.MIX):
         heads = _mixed(mixes[0], job, q, k, v)
@@ -202,7 +208,7 @@ def _first_rows(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> None:
 def _learned(job: AttentionCall) -> tuple[Tensor, ...]:
     """What the weights depend on beside queries and keys."""
     given = (x for x in (job.sink, job.bias) if x is not None)
-    edits = (step for step in job.plan.steps if step.edit.site in MAP_SITES)
+    edits = (step for step in job.plan.steps if step.edit.site in MAP_SITES and not step.edit.weighs)
     found = (job.run_state.params.get((step.number, job.call.layer), {}).values() for step in edits)
     return (*given, *itertools.chain.from_iterable(found))
 
@@ -220,9 +226,11 @@ def _carries(job: AttentionCall, call: Call) -> dict[int, Tensor]:
 
 def _sum_up(job: AttentionCall, accumulator: SummaryAccumulator, carries: dict[int, Tensor]) -> None:
     """Hand the summary of the whole call to the steps that read it."""
-    whole = accumulator.summary()
+    learned = accumulator.summary()
+    plain = learned.detached()
     ends = dict(zip(carries, itertools.accumulate(x.shape[-1] for x in carries.values()), strict=True))
     for step in job.plan.summed:
+        whole = learned if step.edit.loss else plain
         mine = slice(ends[n] - carries[n].shape[-1], ends[n]) if (n := step.number) in ends else slice(0)
         summary = replace(whole, carried=None if whole.carried is None else whole.carried[..., mine])
         # what feeds an edit of the same method sees every head, as that edit does

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from heedful.core.method import Layer, Method, Stack
 
@@ -20,6 +21,20 @@ class Learned(NamedTuple):
     name: str  # as the method calls it
     full: str  # as the attention module does
     start: Tensor
+
+
+def moves(start: Tensor) -> bool:
+    """Whether gradients move what begins so; a method says no by a parameter that asks for none, as a running mean."""
+    return start.requires_grad or not isinstance(start, nn.Parameter)
+
+
+def fresh(start: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> nn.Parameter:
+    """A parameter as wide as a model's weights.
+
+    What no gradient moves is at least single: a mean of a thousand steps moves by less than half precision can tell.
+    """
+    wide = dtype if moves(start) else torch.promote_types(dtype, torch.float32)
+    return nn.Parameter(start.detach().to(device, wide), requires_grad=moves(start))
 
 
 def planted_name(method: Method, part: int, name: str) -> str:

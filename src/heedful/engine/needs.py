@@ -31,8 +31,10 @@ class Needs:
 
     map_steps: tuple[str, ...] = ()  # steps that edit SCORES, NORMALISE or PATTERN, or read their tiles
     reweights: tuple[str, ...] = ()  # steps that move weight between whole columns of the pattern
+    weighed: tuple[str, ...] = ()  # the step that makes each weight of its score alone
     sum_steps: tuple[str, ...] = ()  # steps that read the pattern's summary
     sums: frozenset[str] = frozenset()  # the parts of it that they read
+    learned_sums: frozenset[str] = frozenset()  # those of them that a penalty is made of
     mask_steps: tuple[str, ...] = ()  # steps that narrow MASK
     whole_map: tuple[str, ...] = ()  # map steps that must see all rows at once
     softcap: bool = False
@@ -53,10 +55,16 @@ class Needs:
         beside = apart(steps)
         inside = [s for s in steps if s.edit.site in MAP_SITES and s not in beside]
         return cls(
-            map_steps=tuple(str(s) for s in inside if not s.edit.reweights and not (s.edit.sums and s.edit.reads)),
+            map_steps=tuple(
+                str(s)
+                for s in inside
+                if not (s.edit.reweights or (s.edit.sums and s.edit.reads) or (s.edit.weighs and s.heads is None))
+            ),
+            weighed=tuple(str(s) for s in inside if s.edit.weighs),
             reweights=tuple(str(s) for s in inside if s.edit.reweights),
             sum_steps=tuple(str(s) for s in inside if s.edit.sums and s.edit.reads),
             sums=frozenset(part for s in inside for part in s.edit.sums),
+            learned_sums=frozenset(part for s in inside if s.edit.loss for part in s.edit.sums),
             mask_steps=tuple(str(s) for s in steps if s.edit.site is Site.MASK and not s.edit.reads),
             whole_map=tuple(
                 str(s) for s in steps if s.method.whole_map and s.edit.site in MAP_SITES | {Site.HEAD_OUTPUT}

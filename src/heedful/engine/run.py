@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from heedful.core.asked import asks
 from heedful.core.call import DenoisingStep
 from heedful.core.errors import FieldError, HeedfulError, InactiveWarning, StatisticError
+from heedful.core.figures import printed
 from heedful.core.method import Layer, Method, Part, Readings, Stack, Step, as_stack
-from heedful.core.notebook import printed
 from heedful.core.regions import PerText, Region, Roles, marks
 from heedful.core.stats import Statistic, load, save
 from heedful.engine.activity import Activity, Difference, density_of, first_output
@@ -25,7 +25,7 @@ from heedful.engine.learned import learned
 from heedful.engine.resting import undone
 from heedful.engine.run_state import RunState, blind
 from heedful.engine.scopes import require_there
-from heedful.engine.select import Explanation, explain, named
+from heedful.engine.select import Explanation, backend_named, explain
 
 
 class Parameters(Protocol):
@@ -81,7 +81,7 @@ class Run:
     ) -> None:
         self.model = model
         self.stack = as_stack(what)
-        self.backend = named(backend)
+        self.backend = backend_named(backend)
         self.roles = roles
         if tile_rows is not None and tile_rows < 1:
             raise FieldError("attach()", "tile_rows", tile_rows, "must be 1 or more rows", 128)

@@ -197,10 +197,15 @@ class RunState:
             found = self._plans[layer, phase, idle, training] = Plan(steps, apart(steps))
         return found
 
-    def new_forward(self, blind: bool = False) -> None:
-        """A new pass of the whole model begins; it is blind where it has gradients on the way back alone."""
-        counted, noted = dict(self.statistics), _copied(self._of_run)
-        self.now = Forward(self.now.number + 1, self.now.again, counted=counted, noted=noted, blind=blind)
+    def new_forward(self, blind: bool = False, goes_on: bool = False) -> None:
+        """A new pass of the whole model begins; it is blind where it has gradients on the way back alone.
+
+        One that goes on from what an encoder made in the pass before has what methods remembered there.
+        """
+        counted, noted, before = dict(self.statistics), _copied(self._of_run), self.now
+        self.now = Forward(before.number + 1, before.again, counted=counted, noted=noted, blind=blind)
+        if goes_on:
+            self.now.memory = before.memory
 
     def fail_forward(self) -> None:
         """The pass ended with an error: what it had counted and noted so far counts for nothing."""

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from heedful.core.asked import asks
 from heedful.core.errors import BackendError, FieldError
+from heedful.core.figures import printed
 from heedful.core.method import Part, Stack, as_stack
-from heedful.core.notebook import printed
 from heedful.core.sites import HEADLESS_SITES, Site
 from heedful.engine.backends import BACKENDS, Backend
 from heedful.engine.needs import Needs
 
 
-def named(backend: str, owner: str = "attach()") -> str:
+def backend_named(backend: str, owner: str = "attach()") -> str:
     """The name itself if it is one; an error that lists them otherwise."""
     if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
         known = ", ".join(["auto", *BACKENDS])

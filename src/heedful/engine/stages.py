@@ -12,6 +12,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from heedful.core.call import CachedKV, Call, Kept, Merged
 from heedful.core.errors import SiteError
+from heedful.core.flags import zeroed
 from heedful.core.mask import Causal, Mask
 from heedful.core.method import Step
 from heedful.core.packed import Packing
@@ -20,6 +21,7 @@ from heedful.core.rules import OnHeads, Rule
 from heedful.core.sites import Site
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.core.values import replace
+from heedful.core.weighing import Weighing
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.merging import merge
 from heedful.engine.precision import mixed, unmixed, wide, widened
@@ -61,70 +63,22 @@ def staged(site: Site, x: Any, job: AttentionCall, call: Call) -> tuple[Any, Cal
     a finite score behind: the next step may add, multiply and convolve.
     """
     for step in job.plan.tiles(site):
-        seen = job.run_state.view(step, call)
-        act = getattr(step.method, step.edit.name)
-        chosen = chosen_heads(step, call)
         if step.edit.reads:
-            if isinstance(x, Mask):
-                chosen = None  # rules speak of all heads
-            seen = own_rows(seen)
-            if chosen is not None:
-                seen = replace(seen, heads=len(chosen))
-            shown = wide(x) if isinstance(x, Tensor) else x  # sums over tokens soon leave what half precision holds
-            mine = shown[:, :, call.above :] if call.above else shown
-            if step.first is not None:
-                left = step.first - (seen.rows.start or 0)
-                if left <= 0:
-                    continue
-                mine, seen = mine[:, :, :left], _top(seen, left)
-            with untouched(step, job, mine):
-                found = act(mine if chosen is None else mine[:, chosen], seen)
-            job.run_state.note(step, call, found)
-            if shown is not x and shown.requires_grad:
-                x = shown.to(x.dtype)  # the same numbers, and a reader that keeps its tensor has its gradient
-            continue
-        if step.edit.reweights:
+            x = _read(step, x, job, call)
+        elif step.edit.reweights:
             x = _reweighted(step, x, job, call)
-            continue
-        given = _given(step, x, chosen, call.heads) if isinstance(x, Mask) else x
-        with untouched(step, job, x):
-            new = act(given, seen)
-        if isinstance(x, Mask):
-            redrawn = _redrawn(step, x, given, new, chosen, call.heads)
-            job.run_state.offered[step] += 1
-            if step not in job.run_state.changed and redraws(replace(call, mask=redrawn), x):
-                job.run_state.changed.add(step)
-            x = redrawn
-            continue
-        if isinstance(new, Merged):
-            merges = merge(step, x, new, call, job.run_state.now.merges.get(call.lowest))
-            job.run_state.merge(step, call, merges)
-            x, places = new.stream.to(x.dtype), merges.places
-            call = replace(call, queries=places, keys=places, sizes=merges.sizes, ids=None, hidden=None, rotate=None)
-            continue
-        if not isinstance(new, Tensor) or new.shape != x.shape:
-            got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-            raise SiteError(
-                f"{step}, layer {call.layer}: must return a tensor of shape {site.shape} = {tuple(x.shape)}, got {got}"
-            )
-        if chosen is not None:
-            merged = x.clone()
-            merged[:, chosen] = new[:, chosen].to(x.dtype)
-            new = merged
-        job.run_state.watch(step, x, new)
-        if site is Site.SCORES:
-            new, call = _hidden(x, new, call)
-        x = new.to(x.dtype)
-        if site is Site.PATTERN and call.keep is not None:
-            x = x.masked_fill(~call.keep, 0.0)  # before the next step looks
+        elif isinstance(x, Mask):
+            x = _narrowed(step, x, job, call)
+        else:
+            x, call = _edited(step, x, job, call)
     return x, call
 
 
 def _hidden(old: Tensor, new: Tensor, call: Call) -> tuple[Tensor, Call]:
     """Scores that became minus infinity as they were, and the call without their pairs."""
-    hidden = new == -torch.inf
-    if not is_functorch_wrapped_tensor(hidden) and not bool(hidden.any()):
+    if not is_functorch_wrapped_tensor(new) and new.numel() and bool(new.detach().amin() > -torch.inf):
         return new, call
+    hidden = new == -torch.inf
     hidden &= old > -torch.inf  # what overflowed before any step is a fault that is to be seen
     keep = ~hidden if call.keep is None else call.keep & ~hidden
     return torch.where(hidden, old.to(new.dtype), new), replace(call, keep=keep)
@@ -170,6 +124,67 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
+def _read(step: Step, x: Any, job: AttentionCall, call: Call) -> Any:
+    """What a reader leaves: the value as it was, of which it has told."""
+    seen, chosen = own_rows(job.run_state.view(step, call)), chosen_heads(step, call)
+    if isinstance(x, Mask):
+        chosen = None  # rules speak of all heads
+    if chosen is not None:
+        seen = replace(seen, heads=len(chosen))
+    shown = wide(x) if isinstance(x, Tensor) else x  # sums over tokens soon leave what half precision holds
+    mine = shown[:, :, call.above :] if call.above else shown
+    if step.first is not None:
+        left = step.first - (seen.rows.start or 0)
+        if left <= 0:
+            return x
+        mine, seen = mine[:, :, :left], _top(seen, left)
+    with untouched(step, job, mine):
+        found = getattr(step.method, step.edit.name)(mine if chosen is None else mine[:, chosen], seen)
+    job.run_state.note(step, call, found)
+    # the same numbers, and a reader that keeps its tensor has its gradient
+    return shown.to(x.dtype) if shown is not x and shown.requires_grad else x
+
+
+def _narrowed(step: Step, mask: Mask, job: AttentionCall, call: Call) -> Mask:
+    """The mask that an edit makes of one."""
+    chosen = chosen_heads(step, call)
+    given = _given(step, mask, chosen, call.heads)
+    new = getattr(step.method, step.edit.name)(given, job.run_state.view(step, call))
+    redrawn = _redrawn(step, mask, given, new, chosen, call.heads)
+    job.run_state.offered[step] += 1
+    if step not in job.run_state.changed and redraws(replace(call, mask=redrawn), mask):
+        job.run_state.changed.add(step)
+    return redrawn
+
+
+def _edited(step: Step, x: Tensor, job: AttentionCall, call: Call) -> tuple[Tensor, Call]:
+    """The tensor that an edit makes of one, in the heads that it is for, and the call as the next step sees it."""
+    chosen, site = chosen_heads(step, call), step.edit.site
+    with untouched(step, job, x):
+        new = getattr(step.method, step.edit.name)(x, job.run_state.view(step, call))
+    if isinstance(new, Merged):
+        merges = merge(step, x, new, call, job.run_state.now.merges.get(call.lowest))
+        job.run_state.merge(step, call, merges)
+        places, told = merges.places, {"ids": None, "hidden": None, "rotate": None}  # of the tokens that there were
+        return new.stream.to(x.dtype), replace(call, queries=places, keys=places, sizes=merges.sizes, **told)
+    if not isinstance(new, Tensor) or new.shape != x.shape:
+        got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+        raise SiteError(
+            f"{step}, layer {call.layer}: must return a tensor of shape {site.shape} = {tuple(x.shape)}, got {got}"
+        )
+    if chosen is not None:
+        merged = x.clone()
+        merged[:, chosen] = new[:, chosen].to(x.dtype)
+        new = merged
+    job.run_state.watch(step, x, new)
+    if site is Site.SCORES:
+        new, call = _hidden(x, new, call)
+    new = new.to(x.dtype)
+    if site is Site.PATTERN and call.keep is not None:
+        new = zeroed(new, call.keep)  # before the next step looks
+    return new, call
+
+
 def _reweighted(step: Step, weights: Tensor, job: AttentionCall, call: Call) -> Tensor:
     """A tile's weights after a shift. One that is not known yet is asked for here: the tile is the whole map."""
     if step in job.reweights:
@@ -204,6 +219,14 @@ def reweight_of(step: Step, job: AttentionCall, summary: Summary) -> Reweight | 
         raise SiteError(f"{step}, layer {call.layer}: must return a Reweight or None, got {type(found).__name__}")
     chosen = chosen_heads(step, call)
     return found if chosen is None else found.on(chosen, call.heads)
+
+
+def weighing_of(step: Step, job: AttentionCall, call: Call) -> Weighing:
+    """What a step makes each weight of."""
+    found = getattr(step.method, step.edit.name)(job.run_state.view(step, call))
+    if not isinstance(found, Weighing):
+        raise SiteError(f"{step}, layer {call.layer}: must return a Weighing, got {type(found).__name__}")
+    return found
 
 
 def _bound(mask: Mask, heads: int) -> set[int]:

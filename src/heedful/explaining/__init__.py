@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 _HOMES = {
     "Ability": "dissociating",
@@ -49,49 +49,7 @@ _HOMES = {
     "WeightGradients": "gradients",
 }
 
-__all__ = [
-    "Ability",
-    "Agreement",
-    "Attribution",
-    "DepthUse",
-    "DirectLogits",
-    "Dissociation",
-    "Faithfulness",
-    "HeadEffects",
-    "HeadImportance",
-    "Inflection",
-    "Lens",
-    "Likeness",
-    "Linearity",
-    "Patterns",
-    "ReAGent",
-    "Removal",
-    "Spans",
-    "Trace",
-    "WeightGradients",
-    "WordMap",
-    "WordMaps",
-    "ablate",
-    "activations",
-    "agreement",
-    "attribute",
-    "depth_use",
-    "direct_logits",
-    "dissociate",
-    "faithfulness",
-    "head_importance",
-    "inflection",
-    "likeness",
-    "linearity",
-    "logit_lens",
-    "patching",
-    "path_patching",
-    "patterns",
-    "spans",
-    "trace",
-    "weight_gradients",
-    "word_maps",
-]
+__all__ = sorted(_HOMES)  # noqa: PLE0605 - a list; type checkers read __init__.pyi, of `make docs`
 
 
 def __getattr__(name: str) -> Any:
@@ -100,24 +58,3 @@ def __getattr__(name: str) -> Any:
     from heedful.core.errors import absent
 
     raise absent(__name__, name, __all__)
-
-
-if TYPE_CHECKING:
-    from heedful.explaining.ablation import HeadImportance, ablate, head_importance
-    from heedful.explaining.activation_patching import HeadEffects, patching, path_patching
-    from heedful.explaining.agreeing import Agreement, agreement
-    from heedful.explaining.attention_patterns import Patterns, patterns
-    from heedful.explaining.attribution import Attribution, attribute
-    from heedful.explaining.depth import DepthUse, depth_use
-    from heedful.explaining.dissociating import Ability, Dissociation, dissociate
-    from heedful.explaining.faithful import Faithfulness, Removal, faithfulness
-    from heedful.explaining.gradients import WeightGradients, weight_gradients
-    from heedful.explaining.inflecting import Inflection, inflection
-    from heedful.explaining.likening import Likeness, likeness
-    from heedful.explaining.linear import Linearity, linearity
-    from heedful.explaining.logits import DirectLogits, Lens, direct_logits, logit_lens
-    from heedful.explaining.picturing import WordMap, WordMaps, word_maps
-    from heedful.explaining.replacing import ReAGent
-    from heedful.explaining.site_values import activations
-    from heedful.explaining.spanning import Spans, spans
-    from heedful.explaining.tracing import Trace, trace

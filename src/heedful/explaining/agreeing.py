@@ -10,8 +10,7 @@ from torch import Tensor
 
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError
-from heedful.core.figures import Grid
-from heedful.core.notebook import printed
+from heedful.core.figures import Grid, printed
 from heedful.core.paper import Paper
 from heedful.explaining.attribution import Attribution
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from heedful.core.figures import Grid, HeadMap
-from heedful.core.notebook import printed
+from heedful.core.figures import Grid, HeadMap, printed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

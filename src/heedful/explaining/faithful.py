@@ -14,11 +14,10 @@ from heedful.api import attach, still
 from heedful.core.asked import asks, require_fields
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, InactiveWarning
-from heedful.core.figures import Curves, Figure
+from heedful.core.figures import Curves, Figure, printed
 from heedful.core.fitted import Fitted
 from heedful.core.mask import Dense, Mask
 from heedful.core.method import Method
-from heedful.core.notebook import printed
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.explaining.aim import Aim, Text, aim_of, ids_of

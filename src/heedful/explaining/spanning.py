@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError
+from heedful.core.figures import printed
 from heedful.core.kinds import Tokenizer
-from heedful.core.notebook import printed
 from heedful.core.paper import Paper
 from heedful.explaining.attention_patterns import patterns
 from heedful.models import Loaded

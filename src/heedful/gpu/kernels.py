@@ -39,6 +39,8 @@ class Sizes(NamedTuple):
     scale: float
     softcap: float | None
     widened: int | None  # not None where products want float32: triton's interpreter has no other bfloat16
+    sigmoid: float | None = None  # added to scores whose sigmoids are the weights; None where they are not
+    relu: float | None = None  # the same of what is rectified; where both are None weights are a softmax
 
 
 class Keep(NamedTuple):
@@ -86,6 +88,13 @@ def _listed(keep, size, batch, head, query, col):
     """Whether the table lists the block of each row and one column."""
     at = keep.table + batch * keep.table_b + head * keep.units // size.heads * keep.table_h
     return tl.load(at + query // keep.size * keep.columns + col // keep.size, mask=query < size.n, other=0) != 0
+
+
+@triton.jit
+def _written(keep, size, batch, query):
+    """Which queries are text, where some are not."""
+    at = keep.is_text + batch * keep.text_b + query
+    return tl.load(at, mask=query < size.n, other=0) != 0
 
 
 @triton.jit
@@ -169,6 +178,45 @@ def _capped(scores, size):
         high = size.softcap * (1.0 - small) / (1.0 + small)
         scores = tl.where(scores < 0, -high, high)
     return scores
+
+
+@triton.jit
+def _share(level):
+    """What a row's weights are multiplied with; nothing of a row that is not there."""
+    return tl.where(level > float("-inf"), level, 0.0)
+
+
+@triton.jit
+def _weighed(scores, level, size):
+    """Weights of what is seen: by each row's log-sum-exp, or its share, where each is made of its score alone."""
+    if size.sigmoid is not None:
+        scores += size.sigmoid
+        small = tl.exp(-tl.abs(scores))
+        weights = _share(level)[:, None] * tl.where(scores < 0, small, 1.0) / (1.0 + small)
+    elif size.relu is not None:
+        weights = _share(level)[:, None] * tl.maximum(scores + size.relu, 0.0)
+    else:
+        weights = tl.exp(scores - level[:, None])
+    return weights
+
+
+@triton.jit
+def _one_key(
+    q, k_lines, one, size, keep, bias, batch, head, shared, query, BD: tl.constexpr, RANGES: tl.constexpr
+):  # fmt: skip
+    """Each row's score of one key, and whether it sees that; none where the key's column is -1."""
+    col = one + tl.zeros([1], tl.int32)
+    there = one >= 0
+    kept = tl.max((_kept(keep, size, batch, head, query, col, RANGES)).to(tl.int32), 1) > 0
+    if keep.table is not None:
+        kept = kept & _listed(keep, size, batch, head, query, one)
+    wide = tl.arange(0, BD)
+    at = k_lines.at + batch * k_lines.b + _wide(shared) * k_lines.h + _wide(one) * k_lines.n + wide
+    k = tl.load(at, mask=(wide < size.d) & there, other=0.0)
+    score = _capped(tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * size.scale, size)
+    if bias is not None:
+        score += tl.sum(_added(bias, batch, head, query, col[None, :], ((query < size.n) & there)[:, None]), 1)
+    return score, kept & there
 
 
 @triton.jit
@@ -256,18 +304,8 @@ def attend_rows(
         tl.store(found.place + line, place, mask=inside)
     if found.first is not None:
         one = tl.load(first_at + batch)
-        col = one + tl.zeros([1], tl.int32)
-        kept = tl.max((_kept(keep, size, batch, head, query, col, RANGES)).to(tl.int32), 1) > 0
-        if keep.table is not None:
-            kept = kept & _listed(keep, size, batch, head, query, one)
-        wide = tl.arange(0, BD)
-        at = k_lines.at + batch * k_lines.b + _wide(shared) * k_lines.h + _wide(one) * k_lines.n + wide
-        k = tl.load(at, mask=(wide < size.d) & (one >= 0), other=0.0)
-        score = _capped(tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * size.scale, size)
-        if bias is not None:
-            score += tl.sum(_added(bias, batch, head, query, col[None, :], (inside & (one >= 0))[:, None]), 1)
-        weight = tl.exp(score - base) * share
-        tl.store(found.first + line, tl.where(kept & (one >= 0), weight, 0.0), mask=inside)
+        score, kept = _one_key(q, k_lines, one, size, keep, bias, batch, head, shared, query, BD=BD, RANGES=RANGES)
+        tl.store(found.first + line, tl.where(kept, tl.exp(score - base) * share, 0.0), mask=inside)
     if found.carried is not None:
         wide = tl.arange(0, BC)
         there = inside[:, None] & (wide < size.c)[None, :]
@@ -279,14 +317,13 @@ def _weights(
     q_lines, k_lines, lse, size, keep, bias, batch, head, query, first,
     BN: tl.constexpr, BD: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
-    """A tile's weights, from its rows' log-sum-exp; none of queries that are not text."""
+    """A tile's weights, from its rows' log-sum-exp or share; none of queries that are not text."""
     col = first + tl.arange(0, BN)
     kept = _kept(keep, size, batch, head, query, col, RANGES)
     if keep.table is not None:
         kept = kept & _listed(keep, size, batch, head, query, first)[:, None]
     if keep.is_text is not None:
-        text = tl.load(keep.is_text + batch * keep.text_b + query, mask=query < size.n, other=0) != 0
-        kept = kept & text[:, None]
+        kept = kept & _written(keep, size, batch, query)[:, None]
     weights = tl.zeros([query.shape[0], BN], tl.float32)
     seen = tl.max(kept.to(tl.int32), 0) > 0
     if (keep.table is None and RANGES == 1) or tl.max(seen.to(tl.int32)) > 0:
@@ -295,7 +332,7 @@ def _weights(
         level = tl.load(lse + (batch * size.heads + head) * size.n + query, mask=query < size.n, other=0.0)
         sees = kept & (level > float("-inf"))[:, None]
         scores = _scores(q, k, size, bias, batch, head + 0 * query, query, col)
-        weights = tl.where(sees, tl.exp(scores - level[:, None]), 0.0)
+        weights = tl.where(sees, _weighed(scores, level, size), 0.0)
     return weights
 
 

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from heedful.gpu import backward, blocks, decode, interpreted, kernels
+from heedful.gpu import backward, blocks, decode, interpreted, kernels, weighing
 from heedful.gpu.backward import Apart, Back
 from heedful.gpu.blocks import BACK, ROWS, STEP, Tiles
 from heedful.gpu.decode import Made, Seen
@@ -43,6 +43,9 @@ class Problem:
     received: bool = False
     offset: int = 0  # of distances: that of the first query and the first key, less the least one
     reach: int = 0  # how many distances there are; 0 where none are asked for
+    form: str = ""  # "sigmoid" or "relu" where each weight is that of its score and `shift`; else a softmax
+    shift: float = 0.0
+    mean: bool = False  # and divided by the number of keys that its query sees
 
     @property
     def parts(self) -> tuple[Any, ...]:
@@ -75,7 +78,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """Heads `[b h n e]`, the log-sum-exp of each row `[b h n]`, and what was asked for beside them."""
+    """Heads `[b h n e]`, each row's log-sum-exp or share `[b h n]`, and what was asked for beside them."""
 
     out: Tensor
     lse: Tensor
@@ -86,6 +89,16 @@ class Answer:
     carried: Tensor | None = None
     received: Tensor | None = None
     distance: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Pulled:
+    """What a way back starts from: what a call gave, and what that is given."""
+
+    out: Tensor
+    lse: Tensor
+    heads: Tensor  # given to `out`
+    columns: Tensor | None = None  # [b h m], given to what keys received
 
 
 def _fitting(run: Callable[[Tiles], T], kind: str, width: int, rows: int, q: Tensor, block: int = 0) -> T:
@@ -170,27 +183,31 @@ def _merged(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pull(
-    p: Problem, out: Tensor, lse: Tensor, given: Tensor, to_bias: bool = False, to_sink: bool = False
+    p: Problem, of: Pulled, to_bias: bool = False, to_sink: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """What queries, keys, values, bias and sink are given, in float32, when the output is given that."""
+    """What queries, keys, values, bias and sink are given, in float32, when what a call gave is given that."""
     size = _sizes(p)
-    run = partial(_pull, p, size, (out, lse, given), to_bias)
+    run = partial(_pull, p, size, of, to_bias)
     q, k, v, bias, back = _fitting(run, BACK, max(size.d, size.e), size.n * size.group, p.q, p.block)
     return q, k, v, bias, _pulled_sink(p.sink, back) if to_sink and p.sink is not None else None
 
 
 def _pull(
-    p: Problem, size: Sizes, of: tuple[Tensor, Tensor, Tensor], to_bias: bool, fit: Tiles
+    p: Problem, size: Sizes, of: Pulled, to_bias: bool, fit: Tiles
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Back]:
-    out, lse, given = of
     keep, bias = _keep(p), None if p.bias is None else _shared(p.bias)
-    back = Back(lse.contiguous(), (given.float() * out).sum(-1).contiguous())
-    lines = [_lines(x) for x in (p.q, p.k, p.v, given.to(p.v.dtype))]
+    given = None if of.columns is None else _shared(of.columns.float()[:, :, None])
+    met = of.lse.new_zeros(()).expand(of.lse.shape) if p.form else (of.heads.float() * of.out).sum(-1)
+    back = Back(of.lse.contiguous(), met.contiguous(), given)
+    lines = [_lines(x) for x in (p.q, p.k, p.v, of.heads.to(p.v.dtype))]
     q, k, v = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (p.q, p.k, p.v))
     widths = {"BM": fit.rows, "BN": fit.keys, "BD": _power(size.d), "BE": _power(size.e), "RANGES": p.ranges.shape[3]}
     widths |= fit.how
     groups = p.q.shape[0] * size.heads // size.group
     rows, columns = triton.cdiv(size.n * size.group, fit.rows), triton.cdiv(size.m, fit.keys)
+    if back.columns is not None and not p.form:
+        alone = {name: x for name, x in widths.items() if name != "BE"}
+        _call(backward.meet_columns, (rows * groups,), *lines[:2], size, keep, bias, back, **alone)
     _call(backward.pull_queries, (rows * groups,), *lines, size, keep, bias, back, q, **widths)
     _call(backward.pull_keys, (columns * groups,), *lines, size, keep, bias, back, k, v, **widths)
     made = _pulled_bias(p, p.bias, lines, (size, keep, back), fit, widths) if to_bias and p.bias is not None else None
@@ -223,7 +240,7 @@ def _rows(
     b, groups = p.q.shape[0], size.heads // size.group
     programs = triton.cdiv(size.n * size.group, fit.rows)
     plain = not (p.entropy or p.place or p.first_at is not None or p.carry is not None)
-    span = blocks.span(size.m, programs * b * groups, whole=not plain)
+    span = blocks.span(size.m, programs * b * groups, whole=p.mean or not plain)
     splits = triton.cdiv(max(1, size.m), span)
 
     def room(wanted: bool, *last: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
@@ -236,12 +253,14 @@ def _rows(
         out, lse, room(p.entropy), room(p.place), room(p.place, dtype=torch.int32), room(p.first_at is not None),
         room(p.carry is not None, size.c),
     )  # fmt: skip
-    _call(
-        kernels.attend_rows, (programs * b * groups, splits), q, k, _lines(p.v), size, keep, bias, p.sink, p.first_at,
-        carry, found, span, BM=fit.rows, BN=fit.keys, BE=_power(size.e), BC=_power(size.c), **widths,
-    )  # fmt: skip
+    grid, given = (programs * b * groups, splits), (q, k, _lines(p.v), size, keep, bias)
+    sizes = {"BM": fit.rows, "BN": fit.keys, "BE": _power(size.e), "BC": _power(size.c), **widths}
+    if p.form:
+        _call(weighing.weigh_rows, grid, *given, p.first_at, carry, found, span, MEAN=p.mean, **sizes)
+    else:
+        _call(kernels.attend_rows, grid, *given, p.sink, p.first_at, carry, found, span, **sizes)
     if splits > 1:
-        heads, whole = _merged(out.transpose(2, 3), lse)
+        heads, whole = (out.sum(0).transpose(1, 2), lse[0]) if p.form else _merged(out.transpose(2, 3), lse)
         return Answer(heads.transpose(1, 2).contiguous().transpose(1, 2), whole)  # laid out as without a split
     alone = {name: x[0] for name, x in zip(Found._fields, found, strict=True) if x is not None}
     alone["out"] = alone["out"].transpose(1, 2)
@@ -289,7 +308,8 @@ def _strides(x: Tensor) -> tuple[int, int]:
 def _sizes(p: Problem) -> Sizes:
     h, c = p.q.shape[1], 0 if p.carry is None else p.carry.shape[-1]
     shape = h, h // p.k.shape[1], p.q.shape[2], p.k.shape[2], p.q.shape[3], p.v.shape[3], c
-    return Sizes(*shape, p.scale, p.softcap, _widened(p.q))
+    forms = (p.shift if p.form == form else None for form in ("sigmoid", "relu"))
+    return Sizes(*shape, p.scale, p.softcap, _widened(p.q), *forms)
 
 
 def _widened(q: Tensor) -> int | None:

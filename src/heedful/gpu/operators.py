@@ -9,23 +9,27 @@ import torch
 from torch import Tensor
 
 from heedful.gpu import launch
-from heedful.gpu.launch import Answer, Problem, Step
+from heedful.gpu.launch import Answer, Problem, Pulled, Step
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor ranges, float scale, float? softcap, Tensor? bias, Tensor? sink, "
     "Tensor? table, SymInt block, Tensor? is_text, Tensor? carry, Tensor? first_at, bool entropy, bool place, "
-    "bool received, SymInt offset, SymInt reach"
+    "bool received, SymInt offset, SymInt reach, str form, float shift, bool mean"
 )  # the fields of a Problem
 _STEP = (
     "Tensor q, Tensor k, Tensor v, Tensor ends, float scale, SymInt keys, SymInt longest, float? softcap, "
     "Tensor? bias, Tensor? sink, Tensor? places, Tensor? base, bool weights"
 )  # those of a Step
 BIAS, SINK = 6, 7  # of a Problem's fields
+OUT, LSE, RECEIVED = 0, 1, 7  # of an Answer's
 ONCE = "the kernel for GPUs has no second derivatives, and create_graph=True asks for them"
 
 
 def attend(p: Problem) -> Answer:
-    """`launch.attend` as an operator: gradients of the heads go back to queries, keys, values, bias and sink."""
+    """`launch.attend` as an operator: gradients of heads and of what keys received go back to all that it was given.
+
+    That is queries, keys, values, bias and sink.
+    """
     return _answer(p, _attend(*p.parts))
 
 
@@ -42,8 +46,8 @@ def _asked(p: Problem) -> tuple[bool, ...]:
 
 
 def _answer(p: Problem, found: tuple[Tensor, ...]) -> Answer:
-    heads, *rest = (x if there else None for x, there in zip(found, _asked(p), strict=True))
-    return Answer(found[0] if heads is None else heads, *(None if x is None else x.detach() for x in rest))  # type: ignore[arg-type]
+    told = [x if there else None for x, there in zip(found, _asked(p), strict=True)]
+    return Answer(*(x if x is None or i in (OUT, RECEIVED) else x.detach() for i, x in enumerate(told)))  # type: ignore[arg-type]
 
 
 def _listed(p: Problem, answer: Answer) -> tuple[Tensor, ...]:
@@ -77,17 +81,21 @@ def _(*given: Any) -> tuple[Tensor, ...]:
 
 @torch.library.custom_op(
     "heedful::pull", mutates_args=(),
-    schema=f"(Tensor given, Tensor out, Tensor lse, bool to_bias, bool to_sink, {_CALL}) -> "
+    schema=f"(Tensor out, Tensor lse, Tensor heads, Tensor? columns, bool to_bias, bool to_sink, {_CALL}) -> "
            f"({', '.join(['Tensor'] * 5)})",
 )  # fmt: skip
-def _pull(given: Tensor, out: Tensor, lse: Tensor, to_bias: bool, to_sink: bool, *parts: Any) -> tuple[Tensor, ...]:
+def _pull(
+    out: Tensor, lse: Tensor, heads: Tensor, columns: Tensor | None, to_bias: bool, to_sink: bool, *parts: Any
+) -> tuple[Tensor, ...]:
     p = Problem(*parts)
-    made = launch.pull(p, out, lse, given, to_bias, to_sink)
+    made = launch.pull(p, Pulled(out, lse, heads, columns), to_bias, to_sink)
     return tuple(p.q.new_empty(0) if x is None else x for x in made)
 
 
 @_pull.register_fake
-def _(given: Tensor, out: Tensor, lse: Tensor, to_bias: bool, to_sink: bool, *parts: Any) -> tuple[Tensor, ...]:
+def _(
+    out: Tensor, lse: Tensor, heads: Tensor, columns: Tensor | None, to_bias: bool, to_sink: bool, *parts: Any
+) -> tuple[Tensor, ...]:
     p = Problem(*parts)
     wanted = (True, p.q), (True, p.k), (True, p.v), (to_bias, p.bias), (to_sink, p.sink)
     shapes = (x.shape if there and x is not None else (0,) for there, x in wanted)
@@ -97,21 +105,25 @@ def _(given: Tensor, out: Tensor, lse: Tensor, to_bias: bool, to_sink: bool, *pa
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
     ctx.rest = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.save_for_backward(output[0], output[1], *(inputs[i] for i in ctx.places))
+    ctx.save_for_backward(output[OUT], output[LSE], *(inputs[i] for i in ctx.places))
+    ctx.set_materialize_grads(False)  # what received sums are not given costs no pass
 
 
-def _way_back(ctx: Any, given: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _way_back(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise NotImplementedError(ONCE)
-    if given is None:
-        return (None,) * len(ctx.rest)
     out, lse, *tensors = ctx.saved_tensors
     parts = list(ctx.rest)
     for i, x in zip(ctx.places, tensors, strict=True):
         parts[i] = x
-    p = replace(Problem(*parts), entropy=False, place=False, received=False, carry=None, first_at=None, reach=0)
+    p = Problem(*parts)
+    heads, columns = given[OUT], given[RECEIVED] if p.received else None
+    if heads is None and columns is None:
+        return (None,) * len(parts)
+    heads = torch.zeros_like(out) if heads is None else heads
+    p = replace(p, entropy=False, place=False, received=False, carry=None, first_at=None, reach=0)
     wanted = ctx.needs_input_grad
-    made = _pull(given, out, lse, wanted[BIAS], wanted[SINK], *p.parts)
+    made = _pull(out, lse, heads, columns, wanted[BIAS], wanted[SINK], *p.parts)
     back: list[Tensor | None] = [None] * len(parts)
     for i, new in zip((0, 1, 2, BIAS, SINK), made, strict=True):
         if wanted[i]:

@@ -1,7 +1,8 @@
-"""A rule for keys that a method picks for each query, whatever it goes by."""
+"""Rules for keys that a method picks for each query, whatever it goes by."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from heedful.core.column_ranges import Ranges
+from heedful.core.flags import some
 from heedful.core.mask import Rule
 from heedful.core.positions import Pairs
 
@@ -17,23 +19,60 @@ TOGETHER = 256  # rows that are picked at once, whichever of them a tile is abou
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen(Rule):
-    """Keys that `pick` names for the rows it is asked for, `[b|1, h|1, r, k]`; tiles ask, and no map is held whole."""
+class _Picked(Rule):
+    """What was told of the rows last asked for is kept: tiles ask before they are cut, and after."""
 
-    pick: Callable[[slice], Tensor]  # asked for rows beyond the last, it leaves them out
-    _last: list[tuple[slice, Tensor]] = field(default_factory=list, repr=False)  # a tile lies in two blocks of rows
+    _told: list[tuple[slice, Ranges]] = field(default_factory=list, init=False, repr=False)
 
-    def keeps(self, pairs: Pairs) -> Tensor:
-        return self._of(pairs.rows)[..., pairs.cols]
+    @abstractmethod
+    def _reached(self, rows: slice) -> Tensor:
+        """The columns that some of these rows may see, `[k]`."""
 
     @property
     def scattered(self) -> bool:
         return True
 
     def columns(self, rows: slice) -> Ranges:
-        seen = self._of(rows).flatten(0, -2).any(0)
-        ends = pad(seen, (1, 1)).long().diff().nonzero().flatten()
-        return tuple((lo, hi) for lo, hi in ends.view(-1, 2).tolist())
+        if not self._told or self._told[0][0] != rows:
+            ends = pad(self._reached(rows), (1, 1)).long().diff().nonzero().flatten()
+            self._told[:] = [(rows, tuple((lo, hi) for lo, hi in ends.view(-1, 2).tolist()))]
+        return self._told[0][1]
+
+
+@dataclass(frozen=True, eq=False)
+class Reached(_Picked):
+    """Keys that `pick` names for the rows and columns it is asked for, among those that `reach` says rows may see."""
+
+    pick: Callable[[slice, slice | Tensor], Tensor]  # [b|1, h|1, r, k]
+    reach: Callable[[slice], Tensor]  # [k], told without looking at pairs: where it is False, none of the rows sees any
+
+    def keeps(self, pairs: Pairs) -> Tensor:
+        return self.pick(pairs.rows, pairs.cols)
+
+    def _reached(self, rows: slice) -> Tensor:
+        return self.reach(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen(_Picked):
+    """Keys that `pick` names for the rows it is asked for, `[b|1, h|1, r, k]`; tiles ask, and no map is held whole.
+
+    Where it names groups of keys, `laid` says for some columns what was picked of theirs.
+    """
+
+    pick: Callable[[slice], Tensor]  # asked for rows beyond the last, it leaves them out
+    laid: Callable[[Tensor, slice | Tensor], Tensor] | None = None  # [b|1, h|1, r, groups] to [b|1, h|1, r, k]
+    _last: list[tuple[slice, Tensor]] = field(default_factory=list, repr=False)  # a tile lies in two blocks of rows
+
+    def keeps(self, pairs: Pairs) -> Tensor:
+        picked = self._of(pairs.rows)
+        return picked[..., pairs.cols] if self.laid is None else self.laid(picked, pairs.cols)
+
+    def _reached(self, rows: slice) -> Tensor:
+        picked = self._of(rows)
+        if self.laid is not None:
+            picked = self.laid(some(picked, 2)[:, :, None], slice(None))
+        return some(picked.flatten(0, -2), 0)
 
     def _of(self, rows: slice) -> Tensor:
         """What was picked for these rows, which are asked for more than once: before a tile is cut, and in it."""

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import linear
 
 from heedful.core.call import Call
 from heedful.core.errors import SiteError
 from heedful.core.method import Method
+from heedful.kit.rows import at_once
+from heedful.kit.running import wide
+
+PIECE = 1 << 17  # pairs whose units are added up at once: two maps of so many lie in a core's own cache
 
 
 def operands(method: Method, call: Call) -> tuple[Tensor, Tensor]:
@@ -19,8 +30,72 @@ def operands(method: Method, call: Call) -> tuple[Tensor, Tensor]:
 
 def additive(query: Tensor, key: Tensor, of_query: Tensor, of_key: Tensor, out: Tensor) -> Tensor:
     """out . tanh(of_query q_i + of_key k_j), `[b h r k]`: queries `[b h r d]`, keys `[b h k d]`, out `[1 n]`."""
-    q, k = (linear(x.to(w.dtype), w) for x, w in ((query, of_query), (key, of_key)))
-    return (q[:, :, :, None] + k[:, :, None]).tanh() @ out[0]
+    q, k, v = wide(linear(query.to(of_query.dtype), of_query), linear(key.to(of_key.dtype), of_key), out[0])
+    if any(is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None for x in (q, k, v)):
+        return _bent(q, k) @ v
+    found: Tensor = _Additive.apply(q, k, v)
+    return found
+
+
+def _bent(q: Tensor, k: Tensor) -> Tensor:
+    """tanh(q_i + k_j) of all pairs and units at once, `[b h r k n]`."""
+    return (q[:, :, :, None] + k[:, :, None]).tanh()
+
+
+class _Additive(torch.autograd.Function):
+    """v . tanh(q_i + k_j), by tanh(x + y) = 1 - 2 / (1 + exp 2x exp 2y): exponentials are those of rows and of keys.
+
+    On a CPU a product and a quotient for each pair and unit take a tenth of the time of torch's tanh. Nothing of pairs
+    is kept for the way back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        if not _bounded(q, k):
+            return _bent(q, k) @ v
+        found = v.sum().expand(*q.shape[:3], k.shape[2]).clone()
+        for here, unit, below in _quotients(q, k):
+            found.flatten(0, 1)[here].addcdiv_(v[unit], below, value=-2.0)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = ctx.saved_tensors
+        if torch.is_grad_enabled() or not _bounded(q, k):  # what is derived again wants steps that torch knows
+            bent = _bent(q, k)
+            each = given[..., None] * v * (1 - bent.square())
+            return each.sum(3), each.sum(2), (given[..., None] * bent).flatten(0, -2).sum(0)
+        to_q, to_k, to_v = torch.zeros_like(q), torch.zeros_like(k), given.sum().repeat(len(v))
+        for here, unit, below in _quotients(q, k):
+            share = given.flatten(0, 1)[here] / below
+            to_v[unit] -= 2 * share.sum()
+            slope = share.addcdiv_(share, below, value=-1.0)  # a fourth of what tanh rises by
+            to_q.flatten(0, 1)[here][..., unit] = slope.sum(-1)
+            to_k.flatten(0, 1)[here[0]][..., unit] += slope.sum(-2)
+        return to_q.mul_(4 * v), to_k.mul_(4 * v), to_v
+
+
+def _bounded(*given: Tensor) -> bool:
+    """Whether exponentials of twice these are numbers; those of larger ones would no longer tell them apart."""
+    return all(bool((2 * x.abs()).exp().isfinite().all()) for x in given)
+
+
+def _quotients(q: Tensor, k: Tensor) -> Iterator[tuple[tuple[slice, slice], int, Tensor]]:
+    """1 + exp 2(q_i + k_j) of piece after piece and unit after unit: its heads and rows, its unit, and it `[h r k]`."""
+    a, b = (2 * q.flatten(0, 1)).exp(), (2 * k.flatten(0, 1)).exp().mT.contiguous()
+    (maps, rows, units), keys = a.shape, b.shape[2]
+    one = a.new_ones(1, 1, keys)
+    many, step = at_once(rows, keys, PIECE)
+    for here in itertools.product(_cut(maps, many), _cut(rows, step)):
+        x, y = a[here], b[here[0]]
+        room = x.new_empty(*x.shape[:2], keys)
+        for unit in range(units):
+            yield here, unit, torch.addcmul(one, x[..., unit, None], y[:, unit, None], out=room)
+
+
+def _cut(total: int, step: int) -> list[slice]:
+    return [slice(start, start + step) for start in range(0, total, step)]
 
 
 def biased(scores: Tensor, call: Call) -> Tensor:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+TOGETHER = 64  # entries that are counted at once
 
 
 def top_k(scores: Tensor, k: int | Tensor, is_text: Tensor | None) -> Tensor:
@@ -20,3 +23,18 @@ def top_k(scores: Tensor, k: int | Tensor, is_text: Tensor | None) -> Tensor:
     # A second stable sort, and no fill with -inf: a real entry may score -inf itself and still comes before padding.
     padding_last = (~text).gather(-1, best).byte().argsort(dim=-1, stable=True)
     return torch.zeros_like(text).scatter_(-1, best.gather(-1, padding_last), chosen) & text
+
+
+def place_of(seen: Tensor, count: int) -> Tensor:
+    """Where the `count`-th True of each row `[... n]` stands, `[... 1]`; n where there are fewer.
+
+    Sums of parts are added up, which is several times faster than every entry.
+    """
+    n = seen.shape[-1]
+    parts = pad(seen, (0, -n % TOGETHER)).view(torch.uint8).unflatten(-1, (-1, TOGETHER))  # [... m 64]
+    so_far = pad(parts.sum(-1, dtype=torch.int32).cumsum(-1), (1, 0))  # before each part, and after the last
+    whole = (so_far[..., 1:] < count).sum(-1, keepdim=True)  # parts that end before it
+    at = whole.clamp(max=parts.shape[-2] - 1)
+    inside = parts.gather(-2, at[..., None].expand(*at.shape, TOGETHER))[..., 0, :].cumsum(-1)
+    place = at * TOGETHER + (inside + so_far.gather(-1, at) < count).sum(-1, keepdim=True)
+    return place.where(whole == at, n)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from heedful.adapters.wrapped import device_of
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
@@ -135,7 +136,7 @@ class BackCopy(Course):
 
         def read(run: Run) -> tuple[float, Tensor]:
             """The loss, and which words were named."""
-            device = next(run.model.parameters()).device
+            device = device_of(run.model)
             logits = run(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float().cpu()
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
             return float(loss), logits.argmax(-1) == ids[:, 1:]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
+from heedful.adapters.wrapped import device_of
 from heedful.core.call import Call
 from heedful.core.method import Method
 from heedful.core.sites import Site, reads
@@ -109,7 +110,7 @@ class Bags(Course):
             reader = _OnIt(tuple(places.tolist()))
             with opened(*([reader] if side == self.side else [])) as run:
                 pooled = run.stack.touches(Site.RESIDUAL)  # behind the layer, whose own weights then say nothing
-                device = next(run.model.parameters()).device
+                device = device_of(run.model)
                 more = {} if side == self.side else {"interpolate_pos_encoding": True}
                 best = run(pixel_values=pixels.to(device), **more).logits.argmax(-1).cpu()
                 found[name] = float((best == labels).float().mean())

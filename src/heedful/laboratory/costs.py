@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Generator, nn
 
+from heedful.adapters.wrapped import device_of
 from heedful.bench.cost import cost
 from heedful.bench.results import price
 from heedful.core.method import Stack
 from heedful.laboratory.course import Course, Quantity
-from heedful.laboratory.training import fresh
+from heedful.laboratory.training import fresh, trainer_of
 from heedful.tasks.task import Item
 
 TURNS = 5
@@ -72,17 +73,18 @@ class _Stepping:
 
     def __init__(self, course: Course, what: Stack, seed: int) -> None:
         self.run = fresh(course, what, seed)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.run.model.to(self.device).train()
+        with trainer_of(self.run, course, seed) as trainer:
+            self.optimiser = trainer.create_optimizer()
+        self.run.model.train()
+        self.device = device_of(self.run.model)  # where the Trainer put it
         self.batch = {k: x.to(self.device) for k, x in course.batch(seed, Generator().manual_seed(seed)).items()}
-        self.recipe = course.recipe
-        self.optimiser = torch.optim.AdamW(self.run.model.parameters(), lr=self.recipe.rate)
+        self.longest = course.recipe.longest
 
     def step(self) -> float:
         began = self._now()
         self.optimiser.zero_grad()
         self.run(**self.batch).loss.backward()
-        nn.utils.clip_grad_norm_(self.run.model.parameters(), self.recipe.longest)
+        nn.utils.clip_grad_norm_(self.run.model.parameters(), self.longest)
         self.optimiser.step()
         return self._now() - began
 

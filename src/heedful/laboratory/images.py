@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
+from heedful.adapters.wrapped import device_of
 from heedful.core.errors import HeedfulError
 from heedful.laboratory.course import Batch, Course, Opener, Quantity
 
@@ -91,7 +92,7 @@ class Digits(Course):
         _, tried = parted(seed)
         right: dict[bool, list[Tensor]] = {True: [], False: []}
         with opened() as run:
-            device = next(run.model.parameters()).device
+            device = device_of(run.model)
             for place in PLACES:
                 shown = placed(images[tried], torch.tensor(place).expand(len(tried), 2))
                 best = run(pixel_values=shown.to(device)).logits.argmax(-1).cpu()

@@ -12,7 +12,7 @@ from heedful.core.errors import FieldError, HeedfulError, WriteError
 from heedful.core.files import folder_for
 from heedful.core.kinds import Progress, Report
 from heedful.core.method import Method, Part, Scoped, Stack
-from heedful.core.reading import named, written
+from heedful.core.reading import name_in, written
 from heedful.laboratory.costs import PLAIN
 from heedful.laboratory.kinds import DEFAULTS, courses
 from heedful.laboratory.outcome import Lab
@@ -99,7 +99,7 @@ def _chosen(mechanisms: Mapping[str, Part | Stack] | Iterable[Part | Stack] | No
 
 def mechanism(text: str) -> Method:
     """A mechanism as text names it, with its defaults where no settings are given."""
-    kind = find(named(text))
+    kind = find(name_in(text))
     if not issubclass(kind, Method):
         raise FieldError("lab()", "mechanisms", text, f"is {kind.kind}, which no model is trained under", "MALA")
     return written(text if "(" in text else f"{text}()", kind, kind.example())

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
+from heedful.adapters.wrapped import device_of
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, Figure
@@ -164,7 +165,7 @@ class Text(Course):
 
     def loss(self, run: Run, seed: int, times: int = 1) -> float:
         """Held-out loss in nats a byte."""
-        device = next(run.model.parameters()).device
+        device = device_of(run.model)
         losses, count = 0.0, 0
         for ids in self.held_out(seed, times):
             logits = run(input_ids=ids.to(device), use_cache=False).logits[:, :-1].flatten(0, 1).float()

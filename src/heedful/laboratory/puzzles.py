@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
+from heedful.adapters.wrapped import device_of
 from heedful.laboratory.course import Batch, Course, Opener, Quantity
 from heedful.laboratory.language import byte_model
 
@@ -150,7 +151,7 @@ class Puzzles(Course):
         random = Generator().manual_seed(10_000 + seed)  # of no training
         found = {}
         with opened() as run:
-            device = next(run.model.parameters()).device
+            device = device_of(run.model)
             for times in (1, HARDER):
                 for name, make in PUZZLES.items():
                     ids, graded = _named(name, make(random, TRIED, times))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from heedful.bench.compare import label
+from heedful.core.code import sources
 from heedful.core.errors import StatisticError
 from heedful.core.files import digest_of, placed, replace_text, sealed, writing
 from heedful.core.fitted import Fitted
@@ -81,25 +79,9 @@ def name_of(what: Stack) -> str:
 def _sources(course: Course, what: Stack) -> list[str]:
     """The text of every file that says what is trained and how, but for the core's and the engine's."""
     kinds = [type(course), *(type(method) for method in what.methods)]
-    queue = [training.__name__, *(base.__module__ for kind in kinds for base in kind.__mro__)]
-    queue = [name for name in queue if not name.startswith("heedful.core.") and name not in ("builtins", "abc")]
-    found: dict[str, str] = {}
-    while queue:
-        name = queue.pop()
-        if name not in found:
-            found[name] = _source(name)
-            used = (getattr(x, "__module__", None) for x in vars(sys.modules[name]).values())
-            queue += [x for x in used if isinstance(x, str) and x.startswith(FOLLOWED)]
-    return [found[name] for name in sorted(found)]
-
-
-@cache
-def _source(module: str) -> str:
-    """A file as it was when it was asked for first."""
-    try:
-        return inspect.getsource(sys.modules[module])
-    except (OSError, TypeError):  # typed at a prompt: it is told by its name and fields alone
-        return module
+    names = [training.__name__, *(base.__module__ for kind in kinds for base in kind.__mro__)]
+    names = [name for name in names if not name.startswith("heedful.core.") and name not in ("builtins", "abc")]
+    return sources(names, FOLLOWED)
 
 
 def key(course: Course, what: Stack, seed: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
+from heedful.adapters.wrapped import device_of
 from heedful.laboratory.course import Batch, Course, Opener, Quantity
 
 TRIED = 512  # texts in the end
@@ -96,7 +97,7 @@ class Regression(Course):
     def measure(self, opened: Opener, seed: int) -> dict[str, float]:
         random, errors = Generator().manual_seed(10_000 + seed), {}
         with opened() as run:
-            device = next(run.model.parameters()).device
+            device = device_of(run.model)
             for times in (1, LONGER):
                 tried = self.drawn(random, TRIED, times)
                 told = run(**{name: x.to(device) for name, x in tried.items()})["told"].cpu()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
+from heedful.adapters.wrapped import device_of
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
@@ -120,7 +121,7 @@ class Strings(Course):
         for number, way in enumerate(WAYS):
             reader = _OnItsWord(self.length, way == "reverse")
             with opened(*([reader] if way != "sort" else [])) as run:
-                device = next(run.model.parameters()).device
+                device = device_of(run.model)
                 inputs = {k: x[number].to(device) for k, x in parts.items() if k != "labels"}
                 best = run(**inputs, use_cache=False).logits.argmax(-1).cpu()
                 found[way] = float((best == parts["labels"][number]).float().mean())

@@ -60,8 +60,9 @@ def fresh(course: Course, what: Stack, seed: int) -> Run:
     return attach(model, what, only=course.only)
 
 
-def train(course: Course, what: Stack, seed: int, report: Steps = lambda _: None) -> Trained:
-    """Train a fresh model under a stack."""
+@contextmanager
+def trainer_of(run: Run, course: Course, seed: int, report: Steps = lambda _: None) -> Iterator[Any]:
+    """transformers' Trainer of a run's model by the course's recipe; the optimiser is what it makes."""
     try:
         import accelerate  # noqa: F401
     except ImportError as missing:
@@ -73,22 +74,28 @@ def train(course: Course, what: Stack, seed: int, report: Steps = lambda _: None
             report(state.global_step)
 
     recipe = course.recipe
+    with tempfile.TemporaryDirectory() as nowhere:  # Trainer makes a folder even where it writes nothing
+        arguments = TrainingArguments(
+            nowhere, max_steps=course.steps, per_device_train_batch_size=1, learning_rate=recipe.rate,
+            lr_scheduler_type="cosine", warmup_steps=min(recipe.warm_up, course.steps // 2),
+            weight_decay=recipe.decay, adam_beta2=recipe.memory, max_grad_norm=recipe.longest,
+            logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, seed=seed,
+            dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(),
+        )  # fmt: skip
+        trainer = Trainer(
+            run.model, arguments, train_dataset=_Batches(course, seed), data_collator=lambda rows: rows[0],
+            callbacks=[Reports()],
+        )  # fmt: skip
+        trainer.model_accepts_loss_kwargs = False  # the loss is the model's own, penalties among it
+        trainer.remove_callback(PrinterCallback)
+        yield trainer
+
+
+def train(course: Course, what: Stack, seed: int, report: Steps = lambda _: None) -> Trained:
+    """Train a fresh model under a stack."""
     run = fresh(course, what, seed)
     try:
-        with tempfile.TemporaryDirectory() as nowhere:  # Trainer makes a folder even where it writes nothing
-            arguments = TrainingArguments(
-                nowhere, max_steps=course.steps, per_device_train_batch_size=1, learning_rate=recipe.rate,
-                lr_scheduler_type="cosine", warmup_steps=min(recipe.warm_up, course.steps // 2),
-                weight_decay=recipe.decay, adam_beta2=recipe.memory, max_grad_norm=recipe.longest,
-                logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, seed=seed,
-                dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(),
-            )  # fmt: skip
-            trainer = Trainer(
-                run.model, arguments, train_dataset=_Batches(course, seed), data_collator=lambda rows: rows[0],
-                callbacks=[Reports()],
-            )  # fmt: skip
-            trainer.model_accepts_loss_kwargs = False  # the loss is the model's own, penalties among it
-            trainer.remove_callback(PrinterCallback)
+        with trainer_of(run, course, seed, report) as trainer:
             ended = trainer.train()
         steps = [step for step in trainer.state.log_history if "loss" in step]
         weights = {name: p.detach().cpu().clone() for name, p in run.model.named_parameters()}

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from heedful.core.code import sources
 from heedful.core.errors import ModelError, first_line
 from heedful.core.files import file_digest
 
-CACHE_FORMAT = 2  # raised when a conversion changes, so that older copies are made anew
+FOLLOWED = ("heedful.models.",)  # whose code counts wherever a conversion uses it
+Convert = Callable[[Sequence[Path], Path], None]  # of a model's files, the first of which names it, into a folder
 log = logging.getLogger(__name__)
 
 
-def unpacked(path: Path, convert: Callable[[Path, Path], None], takes: str) -> Path:
-    """The folder with the float32 copy of a file, which `convert(path, folder)` writes if it is not there yet."""
+def unpacked(paths: Sequence[Path], convert: Convert, takes: str) -> Path:
+    """The folder with the float32 copy of a model's files, which `convert` writes if it is not there yet.
+
+    A copy that other code has written is none: it is made anew in its place.
+    """
+    path = paths[0]
     digest = file_digest(path)
-    source = {"format": CACHE_FORMAT, "file": path.name, "size": path.stat().st_size, "sha256": digest}
+    source = {"code": _code(convert), "file": path.name, "size": path.stat().st_size, "sha256": digest}
     home = _cache_folder() / f"{path.stem}-{digest[:12]}"
     if not _is_copy(home, source):
         log.warning("unpacking %s once, about %s; the copy stays in %s", path.name, takes, home)
         try:
             home.parent.mkdir(parents=True, exist_ok=True)
-            _make_copy(path, home, source, convert)
+            _make_copy(paths, home, source, convert)
         except OSError as error:
             raise ModelError(
                 f"{path.name}: cannot keep the unpacked copy in {home}: {first_line(error)}; "
@@ -36,11 +43,16 @@ def unpacked(path: Path, convert: Callable[[Path, Path], None], takes: str) -> P
     return home
 
 
-def _make_copy(path: Path, home: Path, source: dict[str, Any], convert: Callable[[Path, Path], None]) -> None:
+def _code(convert: Convert) -> str:
+    """A short name for the files that say what a conversion does."""
+    return hashlib.sha256("\n".join(sources([convert.__module__], FOLLOWED)).encode()).hexdigest()[:16]
+
+
+def _make_copy(paths: Sequence[Path], home: Path, source: dict[str, Any], convert: Convert) -> None:
     """Write beside `home` and rename, so that a copy is there whole or not at all, whoever else makes one."""
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=home.parent))
     try:
-        convert(path, draft)
+        convert(paths, draft)
         written = {**source, "weights": (draft / "model.safetensors").stat().st_size}
         (draft / "source.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
         if home.exists() and not _is_copy(home, source):

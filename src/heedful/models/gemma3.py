@@ -32,7 +32,7 @@ def unpack(paths: Sequence[Path], folder: Path) -> None:
         with whole.open("wb") as file:
             for part in parts:
                 file.write(part.read_bytes())
-        convert(whole, folder)
+        convert([whole], folder)
     for path in paths:
         if path not in parts:
             shutil.copy(path, folder)

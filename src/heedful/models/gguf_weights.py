@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from tokenizers import pre_tokenizers
+from tokenizers.pre_tokenizers import ByteLevel, Digits
 
 from heedful.core.errors import ModelError, first_line
 from heedful.models.copies import unpacked
@@ -17,11 +19,12 @@ from heedful.models.folders import Loaded, pretrained, require_whole
 
 def from_gguf(path: Path, **kw: Any) -> Loaded:
     """Load the float32 copy of a GGUF file, made at first use: unpacking takes half a minute, the copy a second."""
-    return pretrained(unpacked(path, convert, "half a minute"), path.stem, **kw)
+    return pretrained(unpacked([path], convert, "half a minute"), path.stem, **kw)
 
 
-def convert(path: Path, folder: Path) -> None:
+def convert(paths: Sequence[Path], folder: Path) -> None:
     """Write the float32 model of a GGUF file, and its tokenizer."""
+    (path,) = paths
     try:
         packed, found = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, output_loading_info=True
@@ -56,4 +59,6 @@ def _split_digits(tokenizer: Any) -> None:
     if isinstance(backend.pre_tokenizer, ByteLevel) and not any(
         len(token) > 1 and token.isascii() and token.isdigit() for token in backend.get_vocab(with_added_tokens=False)
     ):
-        backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from heedful.core.errors import ModelError, first_line
 from heedful.core.files import file_digest
-from heedful.models.copies import unpacked
+from heedful.models.copies import Convert, unpacked
 from heedful.models.folders import Loaded, pretrained
 
 
@@ -52,14 +52,12 @@ class Packed(NamedTuple):
     kind: str  # what kind of model it is, for those who look for another
     version: str  # of its packages
     parts: Mapping[str, Mapping[str, str]]  # by package: its files, and the digest of each
-    unpack: Callable[[Sequence[Path], Path], None]  # given the files in their order, writes a folder
+    unpack: Convert
     takes: str  # how long that takes, about
 
     def load(self, model_class: type[PreTrainedModel] | None = None, **kw: Any) -> Loaded:
         """The model in float32, from its packages and from nowhere else."""
-        paths = self._paths()
-        home = unpacked(paths[0], lambda _, folder: self.unpack(paths, folder), self.takes)
-        return pretrained(home, self.name, model_class, **kw)
+        return pretrained(unpacked(self._paths(), self.unpack, self.takes), self.name, model_class, **kw)
 
     def _paths(self) -> list[Path]:
         """Its files, which must be the very ones that this version of the packages has."""

@@ -31,6 +31,9 @@ class Problem(ctypes.Structure):
         ("exact", _I),
         ("scale", _F),
         ("softcap", _F),
+        ("form", _I),
+        ("mean", _I),
+        ("shift", _F),
         ("bias", _P),
         ("bias_stride", _I * 3),
         ("sink", _P),
@@ -52,6 +55,7 @@ class Problem(ctypes.Structure):
         ("rows", _P),
         ("given", _P),
         ("given_stride", _I * 3),
+        ("columns", _P),
         *((name, _P) for name in ("to_q", "to_k", "to_v")),
     ]
 

@@ -22,6 +22,7 @@ INLINE void turned(const float *a, int64_t lda, const float *b, int64_t n, float
 struct Pull {
   Floats queries, given, given_rows;  // in panels of NR widths, [rows][NR] each; and [rows][e]
   Floats slope, due, to_queries, to_keys, to_values;
+  Floats columns;  // what the keys' sums are given, for each head in whole panels
 };
 
 struct Back {
@@ -50,12 +51,30 @@ struct Back {
         pull.given[(e / NR * rows + r) * NR + e % NR] = pull.given_rows[r * p.value_width + e] = given[e];
         due += given[e] * out[e];
       }
-      pull.due[r] = due;
+      pull.due[r] = p.form ? 0.0f : due;  // a row without a sum takes nothing back
     }
+    if (!p.columns) return;
+    pull.columns.assign(block.s.stacked * across(), 0.0f);
+    for (int64_t h = 0; h < block.s.stacked; h++)
+      std::copy_n(p.columns + (block.b * p.heads + block.head(h * block.n)) * p.keys, p.keys,
+                  pull.columns.data() + h * across());
   }
 
-  // A row's scores to weights, and what these are given to what its scores are given, before the scale.
-  void turn(int64_t r, const Chunk &c, float *row, float *given) {
+  int64_t across() const { return block.s.panels * NR; }
+
+  // Calls act(place in the chunk, vector) with what a row's weights are given since keys receive them; of text alone.
+  template <class F>
+  void charged(int64_t r, const Chunk &c, F act) const {
+    const Problem &p = block.p;
+    if (!p.columns || (p.live && !p.live[block.b * p.live_stride + block.query(r)])) return;
+    const float *given = pull.columns.data() + r / block.n * across();
+    for (int64_t i = c.from; i < c.to; i++)
+      for (int64_t j = 0; j < block.desk.runs[i].width; j += W)
+        act(block.desk.runs[i].at + j, load(given + block.desk.runs[i].column + j));
+  }
+
+  // A row's scores to weights; how steep its soft cap is, to `slope`.
+  void weigh(int64_t r, const Chunk &c, float *row) {
     const Problem &p = block.p;
     float *slope = pull.slope.data();
     if (p.softcap)
@@ -66,14 +85,50 @@ struct Back {
     if (p.softcap || p.bias) block.model(r, c, row);
     block.mask(r, c, row);
     const float *known = p.rows + ((block.b * p.heads + block.head(r)) * p.queries + block.query(r)) * 2;
-    const vf top = all(known[0]), none = {}, due = all(pull.due[r]);
+    const vf top = all(known[0]), none = {};
     for (int64_t i = 0; i < c.width; i += W) {
       vf x = load(row + i) - top;
-      vf w = exp2(x > none ? none : x) * known[1];
-      vf pulled = w * (load(given + i) - due);
-      if (p.softcap) pulled *= load(slope + i);
-      store(row + i, w);
+      store(row + i, (p.form ? formed(x, p.form, p.shift) : exp2(x > none ? none : x)) * known[1]);
+    }
+  }
+
+  // A row's scores to weights, and what these are given to what its scores are given, before the scale.
+  void turn(int64_t r, const Chunk &c, float *row, float *given) {
+    weigh(r, c, row);
+    charged(r, c, [&](int64_t at, vf x) { store(given + at, load(given + at) + x); });
+    const Problem &p = block.p;
+    const vf none = {}, due = all(pull.due[r]);
+    const float share = p.rows[((block.b * p.heads + block.head(r)) * p.queries + block.query(r)) * 2 + 1];
+    for (int64_t i = 0; i < c.width; i += W) {
+      vf w = load(row + i), rise = p.form ? steep(w * (1.0f / share), p.form) * share : w;
+      vf pulled = rise * (load(given + i) - due);
+      if (p.softcap) pulled *= load(pull.slope.data() + i);
       store(given + i, w == none ? none : pulled);  // where nothing is seen, anything may stand
+    }
+  }
+
+  // A chunk's products of rows and columns: scores, or what weights are given by values.
+  void products(const Chunk &c, const float *rows, const float *columns, int64_t depth, float *to) const {
+    const Desk &desk = block.desk;
+    for (int64_t i = c.from; i < c.to; i++)
+      for (int64_t j = 0; j < desk.runs[i].width; j += NR)
+        for (int64_t r = 0; r < block.rows; r += MR)
+          if (desk.runs[i].column + j < desk.reach[r / MR])  // what is left out is masked in every row
+            product<false>(rows + r * depth, depth, columns + (desk.runs[i].column + j) * depth, depth,
+                           to + r * PITCH + desk.runs[i].at + j, PITCH);
+  }
+
+  // Adds to what rows are due what their weights are given by way of the columns.
+  void meet(float *weights) {
+    for (const Chunk &c : block.desk.chunks) {
+      products(c, block.desk.q.data(), block.keys, block.s.depth, weights);
+      for (int64_t r = 0; r < block.rows; r++) {
+        float *row = weights + r * PITCH;
+        weigh(r, c, row);
+        vf sum = {};
+        charged(r, c, [&](int64_t at, vf x) { sum += load(row + at) * x; });
+        pull.due[r] += total(sum);
+      }
     }
   }
 
@@ -92,21 +147,13 @@ struct Back {
     else
       block.load_queries<float>(), take<float>();
     float *weights = desk.weights.data(), *given = desk.scores.data();
+    if (p.columns && !p.form) meet(weights);
     for (const Chunk &c : desk.chunks) {
       auto runs = [&](auto act) {
         for (int64_t i = c.from; i < c.to; i++) act(desk.runs[i]);
       };
-      runs([&](const Run &run) {
-        for (int64_t j = 0; j < run.width; j += NR)
-          for (int64_t r = 0; r < tall; r += MR) {
-            if (run.column + j >= desk.reach[r / MR]) continue;  // masked in every row
-            int64_t at = r * PITCH + run.at + j;
-            product<false>(desk.q.data() + r * s.depth, s.depth, block.keys + (run.column + j) * s.depth, s.depth,
-                           weights + at, PITCH);
-            product<false>(pull.given_rows.data() + r * p.value_width, p.value_width,
-                           values + (run.column + j) * t.depth, t.depth, given + at, PITCH);
-          }
-      });
+      products(c, desk.q.data(), block.keys, s.depth, weights);
+      products(c, pull.given_rows.data(), values, t.depth, given);
       for (int64_t r = 0; r < rows; r++) turn(r, c, weights + r * PITCH, given + r * PITCH);
       auto down = [&](const float *from, const float *panels, int64_t wide, float *to) {
         for (int64_t e = 0; e < wide; e += NR)

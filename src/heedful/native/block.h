@@ -31,6 +31,31 @@ struct Block : Rows {
     }
   }
 
+  // Scores of a row to weights that are each made of their own.
+  void shape(int64_t r, const Chunk &c, float *row, float *weights) {
+    if (UNSCALED<E>)
+      for (int64_t i = 0; i < c.width; i += W) store(row + i, load(row + i) * (p.scale * LOG2E));
+    if (p.softcap || p.bias) model(r, c, row);
+    mask(r, c, row);
+    if (p.peak) {
+      vf high = load(row);
+      for (int64_t i = W; i < c.width; i += W) high = greater(high, load(row + i));
+      float greatest = highest(high), weight = formed(all(greatest), p.form, p.shift)[0];
+      if (weight > desk.peak[r]) {
+        desk.peak[r] = weight;
+        int64_t at = 0;
+        while (at + 1 < c.width && row[at] != greatest) at++;
+        desk.place[r] = column(c, at);
+      }
+    }
+    for (int64_t i = 0; i < c.width; i += NR) {
+      vf one = formed(load(row + i), p.form, p.shift), other = formed(load(row + i + W), p.form, p.shift);
+      if (DEEP<E> > 1 && kept()) store(weights + i, one), store(weights + i + W, other);
+      if constexpr (DEEP<E> > 1) store((E *)row + i, one, other);
+      else store(row + i, one), store(row + i + W, other);
+    }
+  }
+
   // Scores of a row to weights over its running maximum, and what the row adds up to so far.
   void soften(int64_t r, const Chunk &c, float *row, float *weights) {
     float times = UNSCALED<E> ? p.scale * LOG2E : 1.0f;
@@ -120,7 +145,7 @@ struct Block : Rows {
     desk.reference.resize(std::max<int64_t>(1, chunks) * padded);
     desk.inverse.resize(padded);
     for (auto *x : {&desk.sums, &desk.spreads}) x->assign(padded * W, 0.0f);
-    for (auto *x : {&desk.top, &desk.peak}) x->assign(padded, -INFINITY);
+    for (auto *x : {&desk.top, &desk.peak}) x->assign(padded, p.form ? 0.0f : -INFINITY);
     desk.place.assign(padded, 0);
     if (p.sink)
       for (int64_t r = 0; r < rows; r++) desk.top[r] = p.sink[head(r)] * LOG2E;
@@ -150,7 +175,8 @@ struct Block : Rows {
                            scores_of(number, r) + run.at + j, PITCH, p.scale * LOG2E);
     }
     for (int64_t r = top; r < std::min(end, rows); r++) {
-      soften(r, c, scores_of(number, r), weights_of(number, r));
+      if (p.form) shape(r, c, scores_of(number, r), weights_of(number, r));
+      else soften(r, c, scores_of(number, r), weights_of(number, r));
       desk.reference[number * s.padded() + r] = desk.top[r];
     }
     for (int64_t e = 0; e < s.value_panels; e++)
@@ -168,10 +194,11 @@ struct Block : Rows {
   void finish() {
     for (int64_t r = 0; r < rows; r++) {
       float sum = total(load(desk.sums.data() + r * W)) + own(r);
-      bool empty = desk.top[r] == -INFINITY, blind = empty && !sees(r);
+      bool empty = desk.top[r] == -INFINITY, blind = empty && !seen(r);
       float inverse = blind ? 0.0f : empty ? NAN : 1.0f / sum;  // softmax of minus infinities alone is no number
+      if (p.form) inverse = p.mean ? 1.0f / std::max<int64_t>(1, seen(r)) : 1.0f;
       int64_t at = (b * p.heads + head(r)) * p.queries + query(r);
-      if (p.peak) p.peak[at] = lowered(desk.peak[r], desk.top[r]) * inverse;
+      if (p.peak) p.peak[at] = (p.form ? desk.peak[r] : lowered(desk.peak[r], desk.top[r])) * inverse;
       if (p.place) p.place[at] = desk.place[r];
       if (p.rows) p.rows[2 * at] = base(desk.top[r]), p.rows[2 * at + 1] = inverse;
       if (p.entropy) {

@@ -13,6 +13,10 @@ struct Problem {
   int64_t bfloat16, out_bfloat16;                                     // q, k and v are bfloat16, else float32; out is
   int64_t exact;  // weights are not to be rounded to bfloat16 before they meet values, whatever that costs
   float scale, softcap;   // what scaled scores are bounded by, as softcap * tanh(score / softcap); 0 where they are not
+  // Each weight is made of its own score, and rows have no sum: 0 where they have one and weights are a softmax, 1 for the
+  // sigmoid of score and shift, 2 for what is above 0 of that; with `mean` over the number of keys that the row sees.
+  int64_t form, mean;
+  float shift;
   const float *bias;      // [b|1 h|1 q|1 k] added to scores, or null; k without gaps
   int64_t bias_stride[3]; // of b, head and query, 0 where there is one for all
   const float *sink;      // [h] a logit without key or value for each head, or null
@@ -34,10 +38,11 @@ struct Problem {
   float *carried;                                                     // [b q c], the mean over heads
   int64_t nearest, reach, q_first;  // the distance of slot 0, how many slots, and the column that query 0 stands at
   int64_t threads;
-  // The way back. What each row had for a maximum and the inverse of its sum is told on the way there: [b h q 2], null
-  // where there is no way back.
+  // The way back. What each row had for a maximum and the inverse of its sum, or 0 and its share, is told on the way
+  // there: [b h q 2], null where there is no way back.
   float *rows;
   const float *given;  // what the output is given
   int64_t given_stride[3];
+  const float *columns;  // [b h k] what sums of received weights are given, or null
   float *to_q, *to_k, *to_v;  // [b q h d], [b g k d], [b g k e], contiguous; the last two begin as zeros
 };

@@ -74,13 +74,14 @@ struct Rows {
       gaps(r, desk.runs[i], [&](int64_t from, int64_t to) { std::fill(row + from, row + to, -INFINITY); });
   }
 
-  // Whether a row sees any column that is computed, whatever its score.
-  bool sees(int64_t r) const {
+  // How many columns that are computed a row sees, whatever their scores.
+  int64_t seen(int64_t r) const {
     const int32_t *x = ranges(r);
+    int64_t many = 0;
     for (const Run &run : desk.runs)
       for (int64_t i = 0, end = run.column + run.width; i < p.range_count; i++)
-        if (std::max<int64_t>(x[2 * i], run.column) < std::min<int64_t>(x[2 * i + 1], end)) return true;
-    return false;
+        many += std::max<int64_t>(0, std::min<int64_t>(x[2 * i + 1], end) - std::max<int64_t>(x[2 * i], run.column));
+    return many;
   }
 
   int32_t column(const Chunk &c, int64_t at) const {

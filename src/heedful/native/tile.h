@@ -131,6 +131,21 @@ INLINE void as_modelled(float *scores, int64_t n, float softcap, const float *bi
     for (int64_t j = 0; j < n; j++) scores[j] += bias[j] * LOG2E;
 }
 
+// A weight that is made of its own score, which comes times LOG2E: nothing of minus infinity.
+INLINE vf formed(vf x, int64_t form, float shift) {
+  const vf none = {};
+  if (form == 2) return greater(x * LN2 + shift, none);
+  x += shift * LOG2E;
+  vf small = exp2(x < none ? x : -x);
+  return (x < none ? small : all(1.0f)) / (1.0f + small);
+}
+
+// How steeply that rises with the score.
+INLINE vf steep(vf weight, int64_t form) {
+  const vf none = {}, one = all(1.0f);
+  return form == 2 ? (weight > none ? one : none) : weight * (one - weight);
+}
+
 // What a weight over one maximum is multiplied with to be over a later one; both may be minus infinity.
 INLINE float lowered(float before, float now) {
   return before == now ? 1.0f : before - now < -126.0f ? 0.0f : std::exp2(before - now);

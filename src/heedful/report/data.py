@@ -24,9 +24,9 @@ from heedful.core.figures import (
     Role,
     Scatter,
     head_name,
+    shrunk,
 )
 from heedful.core.kinds import Measure
-from heedful.core.pictures import shrunk
 from heedful.report.colours import ROLES
 from heedful.report.lit import sources
 from heedful.report.plots import bare

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from heedful.core.figures import Lit
-from heedful.core.pictures import shrunk
+from heedful.core.figures import Lit, shrunk
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -12,7 +12,7 @@ from pathlib import Path
 from heedful.core.asked import asks
 from heedful.core.errors import CatalogueError, nearest
 from heedful.core.files import is_there
-from heedful.core.reading import named, written
+from heedful.core.reading import name_in, written
 from heedful.diagnosis.texts import ENDINGS
 from heedful.tasks._files import from_file
 from heedful.tasks._own import OwnText
@@ -53,11 +53,11 @@ def find(text: str) -> Task:
     """
     kinds = known()
     by_plain = {_plain(name): kind for kind in kinds.values() for name in (kind.name, kind.__name__)}
-    kind = by_plain.get(_plain(named(text)))
-    if kind is None and _is_path(named(text)):
-        return from_file(named(text), **vars(written(text, FromFile, "notes/(length=1024)")))
+    kind = by_plain.get(_plain(name_in(text)))
+    if kind is None and _is_path(name_in(text)):
+        return from_file(name_in(text), **vars(written(text, FromFile, "notes/(length=1024)")))
     if kind is None:
-        rule = f"no task named {named(text)!r}, nor a file or folder.{nearest(named(text), kinds)}"
+        rule = f"no task named {name_in(text)!r}, nor a file or folder.{nearest(name_in(text), kinds)}"
         raise CatalogueError(f"{rule} Known: {', '.join(kinds)}")
     return written(text, kind, kind())
 

@@ -15,6 +15,7 @@ from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt
 from heedful.diagnosis.images import opened, processor_of
 from heedful.looking import PICTURE
+from heedful.tasks._own import unbound
 from heedful.tasks._pictured import AboutPictures, asked
 from heedful.tasks._rows import Boxed
 from heedful.tasks.task import Item, Sheet, Tokenizer
@@ -32,6 +33,7 @@ class PicturedBoxes(AboutPictures):
 
     name = "own picture boxes"
     about = "Looks most into the box where the answer to a question of your own about a picture stands."
+    inside: tuple[tuple[bool, ...], ...] = ()  # of each row: which of the picture's tokens stand for the box
 
     @property
     def told(self) -> tuple[str, ...]:
@@ -39,29 +41,27 @@ class PicturedBoxes(AboutPictures):
 
     def on(self, model: Any, tokenizer: Any) -> Self:
         """The same without boxes that the model is shown nothing of, or nothing else than."""
-        rows, left_out = [], list(self.left_out)
+        rows, found, left_out = [], [], list(self.left_out)
         for row in self.rows:
-            inside = self._inside(row, tokenizer)
-            if 0 < sum(inside) < len(inside):
+            tokens = len(places(asked(row, tokenizer).prompt, PICTURE))
+            inside = covered(row, tokenizer, tokens)
+            if 0 < sum(inside) < tokens:
                 rows.append(row)
+                found.append(inside)
             else:
                 what = "all" if any(inside) else "nothing"
                 left_out.append(f"{row.image}, box {list(row.box)}: is {what} that the model is shown of the picture")
         if not rows:
             raise FieldError("compare()", "tasks", self.source, left_out[-1], "boxes that are a part of their picture")
-        return replace(self, rows=tuple(rows), left_out=tuple(left_out))
-
-    def _inside(self, row: Boxed, tokenizer: Any) -> list[bool]:
-        """Which of the picture's tokens stand for the box."""
-        item = asked(row, tokenizer)
-        return covered(row, tokenizer, len(places(item.prompt, PICTURE)))
+        return replace(self, rows=tuple(rows), left_out=tuple(left_out), inside=tuple(found))
 
     def item(self, tokenizer: Tokenizer, number: int, seed: int) -> Item:
-        row = self.rows[self.place(tokenizer, number, seed)]
-        item = asked(row, tokenizer)
-        inside = self._inside(row, tokenizer)
-        chosen = [place for place, yes in zip(places(item.prompt, PICTURE), inside, strict=True) if yes]
-        prompt = Prompt(item.prompt.tokens, {**item.prompt.roles, BOX: spans(chosen)})
+        if not self.inside:
+            raise unbound(self)
+        place = self.place(tokenizer, number, seed)
+        item = asked(self.rows[place], tokenizer)
+        seen = zip(places(item.prompt, PICTURE), self.inside[place], strict=True)
+        prompt = Prompt(item.prompt.tokens, {**item.prompt.roles, BOX: spans([at for at, yes in seen if yes])})
         return replace(item, prompt=prompt, shown=replace(item.shown, looks=True))
 
     def score(self, item: Item, sheet: Sheet) -> float:
@@ -92,7 +92,7 @@ def spans(chosen: list[int]) -> tuple[tuple[int, int], ...]:
     return tuple((chosen[a], chosen[b - 1] + 1) for a, b in pairwise([0, *ends, len(chosen)]))
 
 
-def covered(row: Boxed, processor: Any, tokens: int) -> list[bool]:
+def covered(row: Boxed, processor: Any, tokens: int) -> tuple[bool, ...]:
     """Which of the picture's tokens stand for the box: a white box on black is prepared as the picture is."""
     from PIL import Image, ImageDraw
 
@@ -109,7 +109,7 @@ def covered(row: Boxed, processor: Any, tokens: int) -> list[bool]:
         rule = f"is prepared as pixels {tuple(share.shape)} for {tokens} tokens, whose places are not known"
         raise FieldError("compare()", "tasks", row.image, rule, "a model that sees a picture as one grid")
     most = float(parts.max())
-    return [most > LEAST and 2 * part >= most for part in parts.tolist()]
+    return tuple(most > LEAST and 2 * part >= most for part in parts.tolist())
 
 
 def _pixels(image: Any, processor: Any) -> Tensor:

@@ -14,7 +14,6 @@ from heedful.core.files import file_digest, is_there
 from heedful.diagnosis.images import opened
 from heedful.diagnosis.texts import ENDINGS, files_in, read_text
 
-GOOD = '{"context": "...", "question": "...", "answer": "..."}'
 ALSO = {"context": ("context", "document"), "answer": ("answer", "answers"), "choices": ("choices", "options")}
 SHORT = 32  # characters below which a text tells nothing
 ROWS = ".jsonl"
@@ -52,21 +51,45 @@ YES_NO = ("yes", "no")  # either of which, as the answer about a picture, has th
 class _BrokenError(ValueError):
     """Why a row cannot be used."""
 
+    good = ""  # what of its kind can be, where that kind is known
+
+
+def _like(found: Mapping[str, Any]) -> str:
+    """A good row of the kind that a broken one seems to be."""
+
+    def has(name: str) -> bool:
+        return any(other in found for other in ALSO.get(name, (name,)))
+
+    if has("text") and not has("question"):
+        return json.dumps({"text": "..."})
+    beside = {"image": "street.png"} if has("image") or has("box") else {"context": "..."}
+    asked: dict[str, Any] = {"answer": "..."}
+    if has("box"):
+        asked = {"box": [0, 0, 40, 30]}
+    elif has("choices"):
+        asked = {"choices": ["...", "..."], "answer": 0}
+    return json.dumps({**beside, "question": "...", **asked})
+
+
+GOOD = _like({})
+
 
 def rows_of(path: Path) -> tuple[list[Row], list[str]]:
     """The rows of a file or of a folder's files, all of the first one's kind, and what was left out and why."""
     rows: list[Row] = []
     left_out: list[str] = []
+    good = ""
     for where, found in _each(path):
         if isinstance(found, _BrokenError):
             left_out.append(f"{where}: {found}")
+            good = good or found.good
         elif rows and _kind(found) != _kind(rows[0]):
             one, other = _kind(found), _kind(rows[0])
             left_out.append(f"{where}: is {one}, and those before are {other}; give each kind a file of its own")
         else:
             rows.append(found)
     if not rows:
-        raise nothing(path, left_out, GOOD)
+        raise nothing(path, left_out, good or GOOD)
     return rows, left_out
 
 
@@ -110,17 +133,18 @@ def _file(path: Path, name: str) -> Iterator[tuple[str, Row | _BrokenError]]:
         yield name, _BrokenError(why)
         return
     if path.suffix.lower() != ROWS:
-        yield name, _tried(_text, {"text": text})
+        yield name, _tried(_text, {"text": text}, "a longer text")
         return
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             yield f"{name}, line {number}", _tried(partial(_row, beside=path.parent), line)
 
 
-def _tried(read: Any, what: Any) -> Row | _BrokenError:
+def _tried(read: Any, what: Any, good: str = "") -> Row | _BrokenError:
     try:
         row: Row = read(what)
     except _BrokenError as broken:
+        broken.good = broken.good or good
         return broken
     return row
 
@@ -132,6 +156,14 @@ def _row(line: str, beside: Path) -> Row:
         raise _BrokenError(f"is not JSON ({error})") from error
     if not isinstance(found, dict):
         raise _BrokenError(f"must hold an object, as in {GOOD}")
+    try:
+        return _of(found, beside)
+    except _BrokenError as broken:
+        broken.good = _like(found)
+        raise
+
+
+def _of(found: Mapping[str, Any], beside: Path) -> Row:
     if "question" not in found:
         if "text" in found:
             return _text(found)

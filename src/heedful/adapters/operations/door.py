@@ -16,7 +16,7 @@ from heedful.adapters.hooks import Hooks
 from heedful.adapters.layers import apart, heads_told, leftovers, list_of, output_module, unreached, within
 from heedful.adapters.merging import require_no_table
 from heedful.adapters.operations.entering import Entrance, Watched, otherwise
-from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, SHARED, Found, find, named, taking_of
+from heedful.adapters.operations.finding import MULTI_HEAD, SDPA, SHARED, Found, by_name, find, taking_of
 from heedful.adapters.operations.layout import Layout, rows_in, same_rows
 from heedful.adapters.operations.multi_head import Untouched, through_kernel
 from heedful.adapters.operations.scores import Asked
@@ -191,7 +191,7 @@ class Operations:
 
     def kernel(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """`F.scaled_dot_product_attention`, as the run has it."""
-        found = None if self.answering else self.attention(bound, named(args, kwargs))
+        found = None if self.answering else self.attention(bound, by_name(args, kwargs))
         if found is not None:
             return found[0]
         with self.hooks.acts():  # a module around this one may be served

@@ -45,7 +45,7 @@ NOT_TOLD = "its sizes do not tell whether heads or texts stand first, which anot
 SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of its positional arguments
 
 
-def named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `scaled_dot_product_attention` by name."""
     return dict(zip(SDPA_NAMES, args, strict=False)) | kwargs
 
@@ -152,7 +152,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is SDPA:
-            self._note_kernel(self.stack[-1], named(args, kwargs))
+            self._note_kernel(self.stack[-1], by_name(args, kwargs))
         elif func is MULTI_HEAD:
             seen = _function_call(MULTI_HEAD_SIGNATURE.bind(*args, **kwargs).arguments)
             self.calls[self._name][-1].append(seen)

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from heedful.adapters.operations.finding import MULTI_HEAD, MULTI_HEAD_SIGNATURE, named
+from heedful.adapters.operations.finding import MULTI_HEAD, MULTI_HEAD_SIGNATURE, by_name
 
 Kernel = Callable[[dict[str, Any], bool], tuple[Tensor, Tensor | None]]
 
@@ -33,7 +33,7 @@ def through_kernel(kernel: Kernel, args: tuple[Any, ...], kwargs: dict[str, Any]
     wanted = given["need_weights"]
 
     def attend(*tensors: Any, **more: Any) -> Tensor:
-        heads, *weights = kernel(named(tensors, more), wanted)
+        heads, *weights = kernel(by_name(tensors, more), wanted)
         kept.extend(weights)
         return heads
 

@@ -11,11 +11,14 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.key_ranges import counts
 from heedful.core.positions import spread_heads
+from heedful.core.sites import Site
 from heedful.core.summary import Summary, SummaryAccumulator
+from heedful.core.weighing import Weighing
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends.tiled import Tiled
 from heedful.engine.needs import TRANSFORMED, Needs
 from heedful.engine.reweighting import corrected
+from heedful.engine.stages import weighing_of
 
 
 def kept_back(needs: Needs) -> list[str]:
@@ -27,10 +30,18 @@ def kept_back(needs: Needs) -> list[str]:
         (needs.dropout, "dropout is on"),
         (needs.pattern, "the whole pattern was asked for (output_attentions)"),
         (needs.sinks_by_row, "the model has a sink logit for each row"),
+        (needs.weighed and needs.sink, "the model has sink logits, which only softmax knows"),
         (needs.transformed, TRANSFORMED),
     ):
         if there:
             reasons.append(f"{what}, which this kernel cannot serve")
+    if needs.weighed and needs.reweights:
+        reasons.append(f"{needs.weighed[0]} leaves rows without a sum for {needs.reweights[0]} to restore")
+    if needs.gradients and (beyond := needs.learned_sums - {"received"}):
+        told = ", ".join(sorted(beyond))
+        reasons.append(
+            f"gradients are wanted of {told}, and of what it adds up this kernel gives those of received alone"
+        )
     if needs.call is not None and needs.sums & {"first", "distance"} and needs.call.keys.pads is None:
         reasons.append("several texts stand in one row, or keys were dropped, and it tells places by columns")
     return reasons
@@ -46,6 +57,15 @@ def through(compute: Rows, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) 
     tiles = Tiled()
     height = tiles.tile_rows(q.shape[0], q.shape[1], k.shape[2])
     return corrected(job, (q, k, v), compute, lambda known, block: tiles.block(known, block, q, k, v), height)
+
+
+def weighing(job: AttentionCall) -> Weighing | None:
+    """What each weight is of its score, where it is no softmax of its row."""
+    for step in job.plan.at(Site.NORMALISE):
+        job.run_state.offered[step] += 1
+        job.run_state.changed.add(step)  # no weighing is a softmax
+        return weighing_of(step, job, job.call)
+    return None
 
 
 def first_columns(call: Call, texts: int) -> Tensor:
@@ -65,7 +85,7 @@ STRETCHES = "some query's keys lie in too many separate stretches"
 def of_weights(weights: Tensor, accumulator: SummaryAccumulator) -> Summary:
     """The summary of one query for each head, whose weights `[b h k]` are no larger than it."""
     call = accumulator.call.tile(slice(0, 1), slice(0, weights.shape[-1]))
-    whole = SummaryAccumulator(accumulator.requested, accumulator.call, accumulator.carry)
+    whole = accumulator.fresh()
     keep = call.mask.keeps(call.pairs)
     whole.add(weights[..., None, :], None, replace(call, keep=keep))
     return whole.summary()

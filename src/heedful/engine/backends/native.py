@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,18 @@ from heedful.core.method import Stack
 from heedful.core.paper import Paper
 from heedful.core.ragged import Ragged, padded
 from heedful.core.summary import Summary, SummaryAccumulator
+from heedful.core.weighing import FORMS
 from heedful.engine.attention_call import AttentionCall
-from heedful.engine.backends.mapless import STRETCHES, first_columns, kept_back, lag, of_weights, seen_by, through
+from heedful.engine.backends.mapless import (
+    STRETCHES,
+    first_columns,
+    kept_back,
+    lag,
+    of_weights,
+    seen_by,
+    through,
+    weighing,
+)
 from heedful.engine.backends.tiled import Tiled
 from heedful.engine.needs import Needs
 from heedful.engine.run_state import Plan, RunState
@@ -62,7 +72,10 @@ class Native:
             reasons.append(f"it takes one block table, of blocks that are a multiple of {GRAIN} wide")
         if any(b.first is not None for b in blocks):
             reasons.append("blocks begin with the text, and padding on the left moves them off its panels")
-        if not reasons and (needs.gradients or not _alone(needs.call)) and needs.key_ranges is None:
+        if needs.weighed and "entropy" in needs.sums:
+            reasons.append(f"the entropy of what {needs.weighed[0]} makes is asked for, and it has that of softmax")
+        passes = needs.gradients or needs.weighed or not _alone(needs.call)
+        if not reasons and passes and needs.key_ranges is None:
             reasons.append(STRETCHES)
         return reasons
 
@@ -95,38 +108,49 @@ class _Asked:
 
 
 class _Way(torch.autograd.Function):
-    """The way back through a call that the kernel has computed."""
+    """The way back through a call that the kernel has computed: from heads, and from received sums where they learn."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: Library, job: AttentionCall, answer: tuple[_Asked, Tensor]
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         asked, out = answer
         ctx.save_for_backward(q, k, v, out)
+        ctx.set_materialize_grads(False)  # what received sums are not given costs no pass
         # not the job: a run holds penalties of the graph, and no collector finds the circle
         ctx.kernel, ctx.asked = kernel, asked
         ctx.plain = partial(AttentionCall, call=job.call, bias=job.bias, sink=job.sink, needs=job.needs)
-        return out
+        counted = job.accumulator
+        return out, counted.whole.received if counted is not None and counted.learned and counted.whole else None
 
     @staticmethod
-    def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, given: Tensor | None, columns: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, out = ctx.saved_tensors
+        given = torch.zeros_like(out) if given is None else given
         if torch.is_grad_enabled():  # somebody wants to derive once more
-            found = iter(_again(ctx.plain(Plan(()), RunState(Stack())), tensors, given))
+            found = iter(_again(ctx.plain(Plan(()), RunState(Stack())), tensors, given, columns))
             return *(next(found) if x.requires_grad else None for x in tensors), None, None, None
-        made = _pulled(ctx.kernel, ctx.asked.problem, tensors, out, given)
+        made = _pulled(ctx.kernel, ctx.asked.problem, tensors, out, given, columns)
         return *(new.to(x.dtype) for new, x in zip(made, tensors, strict=True)), None, None, None
 
 
-def _again(job: AttentionCall, tensors: list[Tensor], given: Tensor) -> tuple[Tensor, ...]:
-    heads = Tiled()(job, *tensors)[0]
+def _again(job: AttentionCall, tensors: list[Tensor], given: Tensor, columns: Tensor | None) -> tuple[Tensor, ...]:
+    counted = SummaryAccumulator(frozenset({"received"} if columns is not None else ()), job.call, learned=True)
+    heads = Tiled()(replace(job, accumulator=counted), *tensors)[0]
     wanted = [x for x in tensors if x.requires_grad]
-    return torch.autograd.grad(heads, wanted, given.to(heads.dtype), create_graph=True)
+    made, slopes = [heads], [given.to(heads.dtype)]
+    if columns is not None and (received := counted.summary().received) is not None:
+        made, slopes = [heads, received], [*slopes, columns.to(received.dtype)]
+    return torch.autograd.grad(made, wanted, slopes, create_graph=True)
 
 
-def _pulled(kernel: Library, p: Problem, tensors: list[Tensor], out: Tensor, given: Tensor) -> list[Tensor]:
+def _pulled(
+    kernel: Library, p: Problem, tensors: list[Tensor], out: Tensor, given: Tensor, columns: Tensor | None
+) -> list[Tensor]:
     """What queries, keys and values are given, in float32."""
     q, k, v = (_in_rows(x) for x in tensors)
+    columns = None if columns is None else columns.float().contiguous()
+    p.columns = 0 if columns is None else columns.data_ptr()
     given, out = _in_rows(given.float()), out.transpose(1, 2)
     p.q, p.k, p.v, p.out, p.given = (x.data_ptr() for x in (q, k, v, out, given))
     p.given_stride[:] = _shared(given, 3)
@@ -145,7 +169,9 @@ def _compute(kernel: Library, job: AttentionCall, q: Tensor, k: Tensor, v: Tenso
         return _attended(kernel, job, (q, k, v))[1]
     with torch.no_grad():
         answer = _attended(kernel, job, (q, k, v), back=True)
-    heads: Tensor = _Way.apply(padded(q), padded(k), padded(v), kernel, job, answer)
+    heads, received = _Way.apply(padded(q), padded(k), padded(v), kernel, job, answer)
+    if (counted := job.accumulator) is not None and counted.whole is not None and received is not None:
+        counted.whole = replace(counted.whole, received=received)
     return heads
 
 
@@ -156,7 +182,8 @@ def _attended(
     needs = job.needs or Needs(call=call)
     b, h, n, d = q.shape
     p = Problem(b, h, k.shape[1], n, k.shape[2], d, v.shape[3])
-    asked = _Asked(p, _alone(call) and not back)
+    form = weighing(job)
+    asked = _Asked(p, _alone(call) and not back and form is None)
     at = asked.at
     p.scale, p.threads, p.bfloat16 = call.scale, torch.get_num_threads(), q.dtype == torch.bfloat16
     p.exact = bool(job.plan.reweights)  # what a shift takes away again must not have been rounded
@@ -169,6 +196,8 @@ def _attended(
     p.q_stride, p.k_stride, p.v_stride = _strides(q), _strides(k), _strides(v)
     _tell_mask(asked, needs, call)
     p.softcap = call.softcap or 0.0
+    if form is not None:
+        p.form, p.shift, p.mean = 1 + FORMS.index(form.form), form.shift, form.mean
     if job.bias is not None:
         bias = _in_rows(job.bias.detach().float())
         p.bias = at(bias)

@@ -84,7 +84,7 @@ class Tiled:
             step = self.rows or LEAST
             if self.rows is None and total - start > LEAST:
                 rows = slice(start, min(start + MOST, total))
-                cols = slice(0, len(call.keys)) if job.plan.above else _seen(call, rows)
+                cols = _seen(call, rows, between=job.plan.above > 0)
                 width = cols.stop - cols.start if isinstance(cols, slice) else len(cols)
                 step = self.tile_rows(texts, call.heads, width)
             yield slice(start, min(start + step, total))
@@ -107,16 +107,19 @@ def _bytes(call: Call, texts: int) -> int:
 def _cut(call: Call, rows: slice, above: int | None) -> tuple[Call, slice | Tensor]:
     """The tile's call with its pairs, narrowed to the key columns that some of its rows may see.
 
-    Where edits look at neighbours, `above` of the rows are there for that, and all keys are, so that neighbours in the
-    tile are neighbours in the text.
+    Where edits look at neighbours, `above` of the rows are there for that, and so are all keys between the first and
+    the last, so that neighbours in the tile are neighbours in the text.
     """
-    part = call.tile(rows, slice(0, len(call.keys)) if above is not None else _seen(call, rows))
+    part = call.tile(rows, _seen(call, rows, between=above is not None))
     return replace(part, keep=call.mask.keeps(part.pairs), above=above or 0), part.cols
 
 
-def _seen(call: Call, rows: slice) -> slice | Tensor:
-    """The key columns that some of the rows may see."""
-    return _columns(call.mask.columns(call.queries.take(rows), call.keys, rows), call.queries.index.device)
+def _seen(call: Call, rows: slice, between: bool) -> slice | Tensor:
+    """The key columns that some of the rows may see, and perhaps those between them."""
+    ranges = call.mask.columns(call.queries.take(rows), call.keys, rows)
+    if between and ranges:
+        ranges = ((ranges[0][0], ranges[-1][1]),)
+    return _columns(ranges, call.queries.index.device)
 
 
 def _columns(ranges: Ranges, device: torch.device) -> slice | Tensor:

@@ -10,10 +10,20 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.errors import BackendError
 from heedful.core.ragged import Ragged, padded
+from heedful.core.sites import Site
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends import one_query
-from heedful.engine.backends.mapless import STRETCHES, first_columns, kept_back, lag, of_weights, seen_by, through
+from heedful.engine.backends.mapless import (
+    STRETCHES,
+    first_columns,
+    kept_back,
+    lag,
+    of_weights,
+    seen_by,
+    through,
+    weighing,
+)
 from heedful.engine.needs import Needs
 from heedful.gpu import why_not
 from heedful.gpu.blocks import ROWS, architecture, table, tiles
@@ -40,7 +50,7 @@ class Triton:
             reasons.append("it takes float16, bfloat16 and float32, and one type for queries, keys and values")
         if (widest := max(x.shape[-1] for x in needs.tensors)) > WIDEST:
             reasons.append(f"heads are {widest} wide, and {WIDEST} is the most that it takes")
-        if len(call.queries) == 1 and not needs.gradients:
+        if len(call.queries) == 1 and not needs.gradients and not needs.weighed:
             return reasons  # whatever the mask is
         blocks = call.mask.blocks
         if len(blocks) > 1 or any(b.size % GRAIN or b.first is not None for b in blocks):
@@ -56,7 +66,8 @@ class Triton:
         if needs.tensors:
             tuned = tiles(ROWS, max(x.shape[-1] for x in needs.tensors), 1, needs.tensors[0]).tuned
         sizes = f"block sizes tuned for {card}" if tuned else "block sizes that are safe, and not tuned"
-        return f"attend_rows{''.join(f', {name}' for name in passes)}, and attend_step for one query; {sizes}"
+        rows, one = ("weigh_rows", "") if needs.weighed else ("attend_rows", ", and attend_step for one query")
+        return f"{rows}{''.join(f', {name}' for name in passes)}{one}; {sizes}"
 
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         return through(lambda plain: _compute(plain, q, k, v), job, q, k, v), None
@@ -69,7 +80,8 @@ def _device(needs: Needs) -> torch.device:
 
 def _compute(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     needs = job.needs or Needs(call=job.call)
-    if q.shape[2] == 1 and not needs.gradients and (keys := one_query.seen(job.call, needs, k)) is not None:
+    softmax = not job.plan.at(Site.NORMALISE)
+    if softmax and q.shape[2] == 1 and not needs.gradients and (keys := one_query.seen(job.call, needs, k)) is not None:
         return _one_query(job, keys, q, k, v)
     return _answered(job, q, padded(k), padded(v))
 
@@ -107,13 +119,14 @@ def _answered(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     asked = frozenset[str]() if accumulator is None else accumulator.requested
     table = call.mask.blocks[0] if call.mask.blocks else None
     one = q.shape[2] == 1 and table is None  # the weights themselves are no more than a summary
+    form = {} if (how := weighing(job)) is None else vars(how)
     answer = attend(Problem(
         q, k, v, ranges, call.scale, softcap=call.softcap, bias=job.bias, sink=_sink(job),
         table=None if table is None else table.table.to(torch.uint8).contiguous(),
         block=0 if table is None else table.size,
         is_text=None if call.queries.is_filled is None else call.queries.is_filled[:, 0].to(torch.uint8).contiguous(),
         received="received" in asked or (one and accumulator is not None),
-        **({} if one or accumulator is None else _more(accumulator, call, len(q))),
+        **({} if one or accumulator is None else _more(accumulator, call, len(q))), **form,
     ))  # fmt: skip
     if accumulator is not None and one and answer.received is not None:
         accumulator.whole = of_weights(answer.received, accumulator)
@@ -124,8 +137,9 @@ def _answered(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             entropy=answer.entropy, peak=answer.peak, place=place, first=answer.first, distance=answer.distance,
             carried=answer.carried, nearest=accumulator.nearest if "distance" in asked else 0,
         )  # fmt: skip
-    if answer.out.requires_grad:
-        answer.out.register_hook(lambda given: _once(ONCE))
+    for x in (answer.out, answer.received):
+        if x is not None and x.requires_grad:
+            x.register_hook(lambda given: _once(ONCE))
     return answer.out
 
 

@@ -34,6 +34,10 @@ class Peaks(Statistic, by_element=True):
         return type(self)(top.high, top.place, self.total + other.total, self.count + other.count)
 
     @property
+    def fits(self) -> bool:
+        return Max(self.high, self.place).fits and self.total.shape == self.count.shape == self.high.shape[:-1]
+
+    @property
     def mean(self) -> float:
         return float(self.total / self.count)
 

@@ -65,12 +65,15 @@ class ModalityShare(Method):
         "2508.10552",
         "",
         differs=(
-            "The authors' full text was not at hand: both indices follow its abstract and summaries of it.",
+            "The authors' full text was not at hand: both indices follow its abstract and another project's form of "
+            "its formulas.",
+            "AEI's whole is all that is looked at; the authors' is text and the one other modality. They are the same "
+            "unless tokens stand in neither.",
             "All queries count; the paper's are the tokens that the model writes, which .when('decode') gives.",
             "A token counts once for each query that may see it; where all see all that is the paper's count. While a "
             "causal text is read early spans get more, as early queries have little else to look at.",
             "Text is the span of that name, or else all that stands in no other named span.",
-            "The authors' token compression is not here.",
+            "The authors' token compression, by what the encoder's class token gives to patches, is not here.",
         ),
     )
     kinds: tuple[str, ...] = ("image", "video", "audio", "context")  # names of spans; the paper's are modalities

@@ -72,6 +72,11 @@ class Columns(Statistic, by_element=True):
         return type(self)(early.total, early.count, later.total, later.count)
 
     @property
+    def fits(self) -> bool:
+        early, later = Mean(self.early, self.early_count), Mean(self.later, self.later_count)
+        return early.fits and later.fits and self.early.shape[:-2] == self.later.shape[:-1]
+
+    @property
     def value(self) -> Tensor:
         """`[2 h k]`; where no head is told by itself each has the mean of all."""
         early, later = self.early / self.early_count, self.later / self.later_count

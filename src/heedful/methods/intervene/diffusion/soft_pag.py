@@ -1,8 +1,8 @@
-"""logits = strong + w (strong - weak); in the weak run chosen heads have (1 - u) A + u I in place of their map A."""
+"""strong + w (strong - weak) of what is predicted; in the weak run chosen heads have (1 - u) A + u I for a map A."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,17 +20,19 @@ from heedful.methods.intervene.language._task import next_logits
 
 _PAPER = Paper(
     "P040",
-    "Fine-Grained Perturbation Guidance via Attention Head Selection",
-    "Donghoon Ahn, Jiwon Kang, Sanghyun Lee, Minjae Kim, Jaewon Min, Wooseok Jang, Saungwu Lee, Sayak Paul, Susung "
+    "Where and How to Perturb: On the Design of Perturbation Guidance in Diffusion and Flow Models",
+    "Donghoon Ahn, Jiwon Kang, Sanghyun Lee, Minjae Kim, Wooseok Jang, Jaewon Min, Sangwu Lee, Sayak Paul, Susung "
     "Hong, Seungryong Kim",
     2025,
     "2506.10978",
+    "NeurIPS 2025",
     differs=(
-        "The paper guides the noise or flow that a diffusion model predicts; here the next-token logits of a language "
-        "model are guided, which the authors do not try.",
-        "Identity is each token's weight on itself; the paper's maps run over image tokens, without causality.",
-        "HeadHunter's objective, a score of generated images there, is the log-probability of given next tokens here. "
-        "Neither full text nor code was at hand: how many heads a round takes, and in how many rounds, is not theirs.",
+        "The authors search with u at 1, and soften afterwards; here a search has the u of the method.",
+        "A fit has a language model's answers for its objective, and next-token logits are guided, which the authors "
+        "do not try.",
+        "No pipeline is here that draws: whoever samples from a diffusion model runs both `variants` in each step and "
+        "has `combine` join what they predict.",
+        "Cross-attention, which the authors' models have not, is left alone: there no token has itself among the keys.",
     ),
 )
 
@@ -39,6 +41,9 @@ class _TowardsSelf(Method):
     """Maps on their way to identity: every token looks at itself."""
 
     u: float = 1.0
+
+    def idle(self, call: Call) -> bool:
+        return call.cross
 
     @at(Site.PATTERN)
     def mix(self, pattern: Tensor, call: Call) -> Tensor:
@@ -50,19 +55,21 @@ Heads = tuple[Head, ...]
 
 
 class SoftPAG(Decode):
-    """Guides decoding away from what the model would say with some heads looking at nothing but their own token.
+    """Guides away from what the model would say, or draw, with some heads looking at nothing but their own token.
 
-    `fit` is the paper's HeadHunter: round by round it takes the heads whose perturbation guides best to the answers in
-    "target", the first tokens `[b]` of what should follow the batch's texts.
+    `variants` names the two runs of each step, and `combine` joins what they predict: next-token logits, or the noise
+    or flow of a diffusion model. `hunt` is the paper's HeadHunter: round by round the heads join whose perturbation
+    serves an objective best. `fit` hunts by how likely the answers in "target" become, the first tokens `[b]` of what
+    should follow the batch's texts.
     """
 
     paper = _PAPER
     heads: Heads = ()  # (layer, head) pairs to perturb; none: every head
-    u: float = 0.5  # how far towards identity, 0 to 1; 1 is the older PAG
-    w: float = 1.0  # how much of the difference is added; 0 changes nothing
-    rounds: int = 3  # of a fit
-    each: int = 1  # heads that a round of a fit takes
-    among: Heads = ()  # heads that a fit may take; none: every head, one forward for each and round
+    u: float = 0.5  # how far towards identity, 0 to 1; 1 is the older PAG; the authors find the best below 1
+    w: float = 1.0  # how much of the difference is added; 0 changes nothing; the authors' code: 3
+    rounds: int = 3  # of a hunt; the authors: 5 for a style, 1 for quality
+    each: int = 1  # heads that a round takes; the authors: 3 and 24 of 576
+    among: Heads = ()  # heads that may be taken; none: every head, one forward of a fit for each and round
 
     def __post_init__(self) -> None:
         if not 0 <= self.u <= 1:
@@ -88,9 +95,11 @@ class SoftPAG(Decode):
 
     def combine(self, logits: Mapping[str, Tensor], read: Read = NOTHING_READ) -> Tensor:
         strong, weak = logits["strong"].float(), logits["weak"].float()
-        return strong if self.w == 0 else strong + self.w * (strong - weak)
+        return strong if 0 in (self.u, self.w) else strong + self.w * (strong - weak)
 
     def _weak(self, heads: Heads) -> Stack:
+        if self.u == 0:
+            return Stack()
         part = _TowardsSelf(self.u)
         layers = sorted({layer for layer, _ in heads})
         return Stack(tuple(part.on(i, [h for layer, h in heads if layer == i]) for i in layers) or (part,))
@@ -102,19 +111,30 @@ class SoftPAG(Decode):
         pairs = [(batch.pop("target"), batch) for batch in found]
         strong = self._read(context, Stack(), pairs)
 
-        def objective(heads: Heads) -> float:
-            """The mean log-probability of the answers, guided away from these heads' perturbation."""
-            weak = self._read(context, self._weak(heads), pairs)
+        def objective(method: SoftPAG) -> float:
+            """The mean log-probability of the answers, guided away from its heads' perturbation."""
+            weak = self._read(context, method._weak(method.heads), pairs)
             guided = [self.combine({"strong": a, "weak": b}) for a, b in zip(strong, weak, strict=True)]
             each = [x.log_softmax(-1).gather(-1, t[:, None]) for (t, _), x in zip(pairs, guided, strict=True)]
             return float(torch.cat(each).mean())
 
         every = tuple((layer.number, head) for layer in context.layers for head in range(layer.heads))
+        return replace(self, heads=replace(self, among=self.among or every).hunt(objective).heads)
+
+    def hunt(self, objective: Callable[[SoftPAG], float]) -> SoftPAG:
+        """The same with the heads `among` those named that serve an objective best: the more it gives, the better.
+
+        The objective is handed the method with one more head at a time, and says how good what comes of it is.
+        """
+        wanted = self.rounds * self.each
+        if len(set(self.among)) < wanted:
+            good = tuple((0, head) for head in range(wanted))
+            raise FieldError(self, "among", self.among, f"must name {wanted} heads or more to choose from", good)
         chosen: Heads = ()
         for _ in range(self.rounds):
-            left = [pair for pair in self.among or every if pair not in chosen]
-            ranked = sorted(left, key=lambda pair, so_far=chosen: (-objective((*so_far, pair)), pair))  # type: ignore[misc]
-            chosen += tuple(ranked[: self.each])
+            left = [pair for pair in self.among if pair not in chosen]
+            found = {pair: objective(replace(self, heads=(*chosen, pair))) for pair in left}
+            chosen += tuple(sorted(left, key=lambda pair, found=found: (-found[pair], pair))[: self.each])  # type: ignore[misc]
         return replace(self, heads=chosen)
 
     @staticmethod

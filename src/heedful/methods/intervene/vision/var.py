@@ -35,13 +35,13 @@ class VAR(Method):
 
     paper = Paper(
         "P016",
-        "See What You Are Description: Visual Attention Sink in Large Multimodal Models",
+        "See What You Are Told: Visual Attention Sink in Large Multimodal Models",
         "Seil Kang, Jinyeong Kim, Junhyeok Kim, Seong Jae Hwang",
         2025,
         "2503.03321",
         "ICLR 2025",
         differs=(
-            "Any marked span stands for the image; tried on text alone, since no vision model was at hand.",
+            "Any marked span may stand for the image.",
             "The authors' code leaves a layer alone in which no marked token is a sink; here a span without sinks has "
             "a sink share of 0, and the text's own sinks feed it.",
             "A token that the model adds may be a sink too; the authors look at those of the prompt.",
@@ -97,13 +97,17 @@ class VAR(Method):
     @reads(Site.RESIDUAL)
     def find_sinks(self, stream: Tensor, call: Call) -> None:
         """Leave the stream's sinks, of this call's tokens and those before, for the next layer."""
-        shares = _shares(stream)
-        found = (shares if self.dims is None else shares[..., list(self.dims)]).amax(-1) > self.tau
+        found = self.massive(stream)
         if start := call.queries.first or 0:
             before = call.state.cache.get("sinks", found[:, :0])
             found = torch.cat([torch.nn.functional.pad(before, (0, start - before.shape[1])), found], 1)
         call.state.cache["sinks"] = ByIndex(found, 1)
         call.state.forward["sinks"] = call.layer, found
+
+    def massive(self, stream: Tensor) -> Tensor:
+        """Which tokens of a stream are sinks, `[b n]`."""
+        shares = _shares(stream)
+        return (shares if self.dims is None else shares[..., list(self.dims)]).amax(-1) > self.tau
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> VAR:
         """The dimensions in which first tokens are above tau, on average, in at least half of the layers."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from operator import and_
 
+import torch
 from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Mask, Method
-from heedful.kit.chosen import Chosen
+from heedful.core.flags import between, both, either, same, some, whole
+from heedful.kit.chosen import Reached
 from heedful.kit.patches import grid_of
 
 Sees = Callable[[int, Tensor, Tensor], Tensor]  # (axis, places of queries, places of keys) -> which may meet
@@ -25,29 +26,79 @@ def within(mask: Mask, call: Call, size: Sequence[int], stride: Sequence[int], d
         many = (n - rest + d - 1) // d
         leader = (at // d // s * s + s // 2).minimum(many - 1)  # the query in the middle of its group
         start = (leader - w // 2).clamp(min=0).minimum(many - w) * d + rest  # moved in at borders
-        inside = (cols >= start) & (cols < start + w * d)
-        return inside & (cols % d == rest) if d > 1 else inside
+        inside = between(cols, start, start + w * d)
+        return both(inside, same(cols % d, rest)) if d > 1 else inside
 
     return narrowed(mask, call, sees)
 
 
 def narrowed(mask: Mask, call: Call, sees: Sees) -> Mask:
     """The mask, narrowed to pairs that may meet on every axis; tokens off the grid see all and are seen by all."""
-    places = call.places
+    sides = grid_of(call)
+    query, key = (x.to(whole(4 * max(sides, default=1))) for x in call.coordinates("patches"))  # [b|1 g|1 n axes]
 
-    def pick(rows: slice) -> Tensor:
-        query, key, outside = pairs(places.tile(rows, slice(None)))
-        met = (sees(axis, query[..., axis], key[..., axis]) for axis in range(query.shape[-1]))
-        return outside | reduce(and_, met)
+    along = [torch.arange(n, dtype=key.dtype, device=key.device) for n in sides]
+    meet = [sees(axis, at[:, None], at) for axis, at in enumerate(along)]  # of each axis, [n n]
 
-    return mask & Chosen(pick)
+    def reach(rows: slice) -> Tensor:
+        asking = query[:, :, rows].flatten(0, 2).long()
+        if bool((asking < 0).any()):
+            return torch.ones_like(key[0, 0, :, 0], dtype=torch.bool)
+        met = (some(table[asking[:, axis]], 0)[key[..., axis].long()] for axis, table in enumerate(meet))
+        return either(reduce(both, met), key[..., 0] < 0).flatten(0, 1).any(0)
+
+    def pick(rows: slice, cols: slice | Tensor) -> Tensor:
+        asking, held = query[:, :, rows, None], key[:, :, None, cols]
+        met = reduce(both, (sees(axis, asking[..., axis], held[..., axis]) for axis in range(len(sides))))
+        return either(met, either(asking[..., 0] < 0, held[..., 0] < 0))
+
+    return mask & Reached(pick, reach)
 
 
-def pairs(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Places of queries `[b|1 1 r 1 axes]` and keys `[b|1 1 1 k axes]`, and pairs with one off the grid."""
-    query, key = call.coordinates("patches")
-    query, key = query[..., :, None, :], key[..., None, :, :]
-    return query, key, (query[..., 0] < 0) | (key[..., 0] < 0)
+class Lines:
+    """A tile's keys as whole lines of a grid of two axes: what goes by offsets is looked up a line at a time."""
+
+    def __init__(self, call: Call) -> None:
+        query, key = (x[:, 0] for x in call.coordinates("patches"))
+        self.query = query  # [b|1 r 2]
+        self.width = grid_of(call)[1]
+        row, col = key.unbind(-1)
+        self.rows = row[row >= 0].unique()  # those of the grid that keys stand on, [lines]
+        place = torch.searchsorted(self.rows, row.contiguous()) * self.width + col
+        self._place = place.where(row >= 0, len(self.rows) * self.width)  # of each key, [b|1 k]; the last is off
+
+    def laid(self, x: Tensor) -> Tensor:
+        """What pairs on the lines have `[b|1 h r lines width]`, by key `[b|1 h r k]`; 0 for one off the grid."""
+        x, total = x.flatten(-2), len(self.rows) * self.width
+        off = self.query[:, None, :, :1] < 0
+        if bool(off.any()):
+            x = x.masked_fill(off, 0.0)
+        behind = self._place.shape[1] - total  # so many keys stand beside those of whole lines
+        before = int((self._place[0, : max(behind, 0)] == total).long().cumprod(0).sum())
+        inside = torch.arange(-before, total + behind - before, device=x.device)
+        if torch.equal(self._place, inside.where((inside >= 0) & (inside < total), total).expand_as(self._place)):
+            return torch.nn.functional.pad(x, (before, behind - before)) if behind else x
+        x = torch.nn.functional.pad(x, (0, 1))
+        if len(self._place) == 1:
+            return x[..., self._place[0]]
+        place = self._place[:, None, None].expand(-1, *x.shape[1:3], -1)
+        return x.expand(len(place), -1, -1, -1).gather(-1, place)
+
+    def by_offset(self, table: Tensor, step: int = 1) -> Tensor:
+        """The entries of a table `[h a c]` as many steps from its middle as keys are from queries, `[b|1 h r k]`.
+
+        What is farther than the table reaches has its entries at the border.
+        """
+        h, high, wide = table.shape
+        n = self.width
+        right = torch.arange(1 - n, n, device=table.device).div(step, rounding_mode="floor")
+        shifted = table[..., (right + wide // 2).clamp(0, wide - 1)].unfold(-1, n, 1)  # [h a n n], last column first
+        known = shifted.permute(1, 2, 0, 3).reshape(high * n, h * n)  # a line of keys for each row's offset and column
+        row, col = self.query.clamp(min=0).unbind(-1)
+        down = (self.rows - row[..., None]).div(step, rounding_mode="floor")  # [b|1 r lines]
+        which = (down + high // 2).clamp(0, high - 1) * n + (n - 1 - col[..., None])
+        found = torch.nn.functional.embedding(which, known).unflatten(-1, (h, n))  # [b|1 r lines h n]
+        return self.laid(found.permute(0, 3, 1, 2, 4))
 
 
 def require_room(

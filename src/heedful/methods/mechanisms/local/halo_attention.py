@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.core.flags import between
 from heedful.kit.patches import grid_of
-from heedful.methods.mechanisms.local._neighbours import narrowed, pairs
+from heedful.methods.mechanisms.local._neighbours import Lines, narrowed
 
 
 class HaloAttention(Method):
@@ -63,7 +64,7 @@ class HaloAttention(Method):
 
         def sees(axis: int, query: Tensor, key: Tensor) -> Tensor:
             start = query // self.block * self.block - self.halo
-            return (key >= start) & (key < start + self.block + 2 * self.halo)
+            return between(key, start, start + self.block + 2 * self.halo)
 
         return narrowed(mask, call, sees)
 
@@ -71,15 +72,16 @@ class HaloAttention(Method):
     def lean(self, scores: Tensor, call: Call) -> Tensor:
         if call.query is None:
             raise SiteError(f"{self!r}, layer {call.layer}: offsets are for queries, and it is handed none")
-        query, key, outside = pairs(call)
-        far = self._farthest
-        offsets = (key - query + far).clamp(0, 2 * far)
+        lines, far = Lines(call), self._farthest
         asked = call.query[:, :, call.rows].to(scores.dtype) * call.scale
+        keys = (lines.rows, torch.arange(lines.width, device=asked.device))  # along each axis
+        found = []
         for axis, name in enumerate(("rows", "columns")):
             by_offset = asked @ call.params[name].to(scores.dtype).mT  # [b h r offsets]
-            lean = by_offset.gather(-1, offsets[..., axis].expand(scores.shape))
-            scores = scores + lean.masked_fill(outside, 0)
-        return scores
+            offset = (keys[axis] - lines.query[:, None, :, axis, None] + far).clamp(0, 2 * far)
+            found.append(by_offset.gather(-1, offset.expand(*scores.shape[:3], -1)))
+        down, right = found
+        return scores + lines.laid(down[..., None] + right[..., None, :])
 
 
 if __name__ == "__main__":

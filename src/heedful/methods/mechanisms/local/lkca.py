@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.core.flags import between
 from heedful.kit.patches import grid_of
-from heedful.methods.mechanisms.local._neighbours import pairs
+from heedful.methods.mechanisms.local._neighbours import Lines, narrowed
 
 
 class LKCA(Method):
@@ -45,18 +47,23 @@ class LKCA(Method):
         random, shape = torch.Generator().manual_seed(layer.number), (layer.heads, self.size, self.size)
         return {"kernel": (torch.rand(shape, generator=random) * 2 - 1) / self.size}
 
-    @at(Site.NORMALISE)
-    def convolve(self, scores: Tensor, call: Call) -> Tensor:
+    @at(Site.MASK)
+    def narrow(self, mask: Mask, call: Call) -> Mask:
+        """Without the pairs that a kernel has no weight for."""
         if len(grid_of(call)) != 2:
             rule = f"a kernel has two sides, and the patches lie on a grid of {len(grid_of(call))}"
             raise SiteError(f"{self!r}, layer {call.layer}: {rule}")
-        query, key, outside = pairs(call)
         reach = self.size // 2
-        offset = (key - query)[:, 0]  # [b|1 r k 2]
-        beyond = (offset.abs() > reach).any(-1)[:, None] | outside
-        down, right = (offset + reach).clamp(0, self.size - 1).unbind(-1)
-        weights = call.params["kernel"].to(scores.dtype)[:, down, right].transpose(0, 1)  # [b|1 h r k]
-        return torch.where(query[..., 0] < 0, scores.softmax(-1), weights.masked_fill(beyond, 0.0))
+        return narrowed(mask, call, lambda axis, query, key: between(key, query - reach, query + reach + 1))
+
+    @at(Site.NORMALISE)
+    def convolve(self, scores: Tensor, call: Call) -> Tensor:
+        kernel = pad(call.params["kernel"].to(scores.dtype), (1, 1, 1, 1))  # what lies beyond has a weight of 0
+        lines = Lines(call)
+        weights, off = lines.by_offset(kernel).expand(scores.shape), lines.query[:, None, :, :1] < 0
+        if not (scores.requires_grad or bool(off.any())):  # what has no part in it has a gradient all the same, of 0
+            return weights
+        return torch.where(off, scores.softmax(-1), weights)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, at
-from heedful.methods.mechanisms.local._neighbours import pairs, require_room, within
+from heedful.methods.mechanisms.local._neighbours import Lines, require_room, within
 
 
 class NeighborhoodAttention(Method):
@@ -57,10 +57,7 @@ class NeighborhoodAttention(Method):
 
     @at(Site.SCORES)
     def lean(self, scores: Tensor, call: Call) -> Tensor:
-        query, key, outside = pairs(call)
-        rows, cols = ((key - query) // self.dilation + self.size - 1).clamp(0, 2 * self.size - 2)[:, 0].unbind(-1)
-        bias = call.params["bias"][:, rows, cols].transpose(0, 1)  # [b|1 h r k]
-        return scores + bias.masked_fill(outside, 0).to(scores.dtype)
+        return scores + Lines(call).by_offset(call.params["bias"], self.dilation).to(scores.dtype)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ from torch import Tensor
 
 
 def softmax_by_group(scores: Tensor, among: Tensor, number: Tensor) -> Tensor:
-    """Over some columns of each group; `number` is each column's group, from 0 up. Elsewhere it is zero."""
+    """Over some columns of each group, and zero elsewhere; `number` is each column's group from 0 up, in all rows."""
     low = torch.finfo(scores.dtype).min
-    scores = scores.masked_fill(~among, low)
-    highest = torch.full_like(scores, low).scatter_reduce(-1, number, scores.detach(), "amax").gather(-1, number)
-    raised = (scores - highest).exp().masked_fill(~among, 0.0)
-    sums = torch.zeros_like(raised).scatter_add(-1, number, raised).gather(-1, number)
-    return raised / sums.masked_fill(~among, 1.0)
+    scores, groups = scores.masked_fill(~among, low), (*scores.shape[:-1], int(number[..., 0, :].max()) + 1)
+    highest = scores.new_full(groups, low).scatter_reduce(-1, number, scores.detach(), "amax")
+    highest = highest.where(highest > low, 0.0)  # of a group without any, whose powers thus are zeros like the others'
+    raised = (scores - highest.gather(-1, number)).exp()
+    sums = scores.new_zeros(groups).scatter_add(-1, number, raised)
+    return raised / sums.where(sums > 0, 1.0).gather(-1, number)

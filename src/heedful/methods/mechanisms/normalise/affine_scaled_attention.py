@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, SiteError
@@ -43,7 +43,7 @@ class AffineScaledAttention(Method):
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(layer.number)
         weight = drawn(random, layer.heads, layer.width)
-        return {"weight": weight, "mean": torch.zeros(layer.heads)}
+        return {"weight": weight, "mean": nn.Parameter(torch.zeros(layer.heads), requires_grad=False)}
 
     @reads(Site.QUERY)
     def watch(self, query: Tensor, call: Call) -> Mean:
@@ -60,7 +60,7 @@ class AffineScaledAttention(Method):
     @at(Site.PATTERN)
     def scale(self, weights: Tensor, call: Call) -> Tensor:
         scale = self.scales(call)[..., None]
-        mean = call.params["mean"].detach()[:, None, None]
+        mean = call.params["mean"].detach().to(scale.dtype)[:, None, None]
         keep = weights.new_ones(weights.shape[-1]) if call.keep is None else call.keep.to(weights.dtype)
         return scale * weights + (mean - scale) * keep / keep.sum(-1, keepdim=True).clamp(min=1)
 

@@ -48,7 +48,7 @@ class CoarseToFineAttention(Method):
         cells, order = spread_heads(self._cells(call), call.heads).sort(dim=-1)
         counted = pad(cells.diff(dim=-1).ne(0), (1, 0)).cumsum(-1)
         number = torch.zeros_like(order).scatter(-1, order, counted)[..., None, :].expand_as(scores)
-        empty = torch.zeros_like(scores)  # no row has more cells than keys
+        empty = scores.new_zeros(*scores.shape[:-1], int(counted.max()) + 1)
         counts = empty.scatter_add(-1, number, seen.to(scores.dtype))
         sums = empty.scatter_add(-1, number, scores.masked_fill(~seen, 0.0))
         of_cell = self.across(sums / counts.clamp(min=1), counts > 0)

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Method, Paper, Site, penalises
+from heedful.authoring import Call, FieldError, Method, Paper, SiteError, Summary, sums
 
 
 class DoublyStochastic(Method):
@@ -33,7 +33,6 @@ class DoublyStochastic(Method):
         ),
     )
     subjects = ("cross",)
-    whole_map = True
     weight: float = 1.0  # lambda; the authors' code: 1, beside a loss summed over words
 
     def __post_init__(self) -> None:
@@ -47,14 +46,13 @@ class DoublyStochastic(Method):
     def idle(self, call: Call) -> bool:
         return not call.cross or self.weight == 0
 
-    @penalises(Site.PATTERN)
-    def uneven(self, weights: Tensor, call: Call) -> Tensor:
-        rows = call.is_text[..., None].to(weights.dtype)  # [b|1 1 r 1]
-        received = (weights * rows).mean(1).sum(1)  # [b k]
-        left = (1 - received).square()
-        if call.keep is not None:
-            left = left * call.keep.flatten(1, 2).any(1)  # a place that is padding is no part of the source
-        return self.weight * left.sum() / len(weights)
+    @sums("received", penalises=True)
+    def uneven(self, pattern: Summary, call: Call) -> Tensor:
+        if pattern.received is None or pattern.seen is None:
+            raise SiteError(f"{self!r}, layer {call.layer}: the pattern's column sums are not known")
+        source = (pattern.seen > 0).any(1)  # [b k]: a place that is padding is no part of it
+        left = (1 - pattern.received.mean(1)).square() * source
+        return self.weight * left.sum() / len(left)
 
 
 if __name__ == "__main__":

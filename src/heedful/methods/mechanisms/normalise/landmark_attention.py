@@ -72,23 +72,19 @@ class LandmarkAttention(Method):
         )
         if self.blocks is not None:
             marks = marks & _highest(scores, marks, self.blocks)
-        first = _softmax(scores, own | marks)
+        first = scores.masked_fill(~(own | marks), torch.finfo(scores.dtype).min).softmax(-1)
         # a block's keys follow one another, however many a cache dropped
-        number = pad(giving.diff(dim=-1).ne(0), (1, 0)).cumsum(-1).expand(scores.shape)
+        blocks = pad(giving.diff(dim=-1).ne(0), (1, 0)).cumsum(-1)
+        number = blocks.expand(scores.shape)
         within = softmax_by_group(scores, past, number)
-        of_block = torch.zeros_like(within).scatter_add(-1, number, first * marks)
-        return first * own + within * of_block.gather(-1, number)
+        empty = scores.new_zeros(*scores.shape[:-1], int(blocks.max()) + 1)
+        return first * own + within * empty.scatter_add(-1, number, first * marks).gather(-1, number)
 
 
 def _highest(scores: Tensor, among: Tensor, count: int) -> Tensor:
     """Which of these columns are a row's highest, so many of them."""
     ranked = scores.masked_fill(~among, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     return ranked < count
-
-
-def _softmax(scores: Tensor, among: Tensor) -> Tensor:
-    """Over some columns; zero elsewhere, and in rows without any."""
-    return scores.masked_fill(~among, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~among, 0.0)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Generator, Tensor
 
-from heedful.authoring import Call, FieldError, Method, Paper, Site, at
+from heedful.authoring import Call, FieldError, Method, Paper, Site, Weighing, at, weighs
 
 
 class RandomFeatureHeads(Method):
@@ -50,10 +50,9 @@ class RandomFeatureHeads(Method):
         matrices = drawn(self.seed, call.layer, call.heads, query.shape[-1]).to(query)
         return query @ matrices + self.mean * query
 
-    @at(Site.NORMALISE)
-    def rectify(self, scores: Tensor, call: Call) -> Tensor:
-        seen = scores.shape[-1] if call.keep is None else call.keep.sum(-1, keepdim=True).clamp(min=1)
-        return torch.relu(scores) / seen
+    @weighs
+    def rectify(self, call: Call) -> Weighing:
+        return Weighing("relu", mean=True)
 
 
 @lru_cache(maxsize=256)

@@ -12,6 +12,7 @@ from heedful.core.errors import FieldError
 from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
+from heedful.core.weighing import Weighing, weighs
 
 
 class RectifiedAttention(Method):
@@ -43,9 +44,9 @@ class RectifiedAttention(Method):
         gate = (torch.rand(size, generator=random) * 2 - 1) * bound
         return {"scale": torch.ones(size), "gate": gate}
 
-    @at(Site.NORMALISE)
-    def rectify(self, scores: Tensor, call: Call) -> Tensor:
-        return torch.relu(scores)
+    @weighs
+    def rectify(self, call: Call) -> Weighing:
+        return Weighing("relu")
 
     @at(Site.HEAD_OUTPUT)
     def norm(self, heads: Tensor, call: Call) -> Tensor:

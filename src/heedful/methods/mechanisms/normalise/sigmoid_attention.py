@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
-
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.paper import Paper
-from heedful.core.sites import Site, at
+from heedful.core.weighing import Weighing, weighs
 
 
 class SigmoidAttention(Method):
@@ -41,10 +38,10 @@ class SigmoidAttention(Method):
     def example(cls) -> SigmoidAttention:
         return cls(length=32)
 
-    @at(Site.NORMALISE)
-    def squash(self, scores: Tensor, call: Call) -> Tensor:
+    @weighs
+    def squash(self, call: Call) -> Weighing:
         # one constant for every row, even for the first rows of a causal map, which see few keys
-        return torch.sigmoid(scores - math.log(self.length))
+        return Weighing("sigmoid", -math.log(self.length))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from heedful.authoring import Call, FieldError, Method, Paper, Site, SiteError, at
+from heedful.core.flags import at_least, both, lowered, numbers, zeroed
 
 
 class SparkAttention(Method):
@@ -53,20 +54,21 @@ class SparkAttention(Method):
             )
         q, k = call.query[:, :, call.rows].to(scores.dtype), call.spread(call.key[:, :, call.cols]).to(scores.dtype)
         tells = torch.arange(q.shape[-1], device=q.device) % 4 < 2
-        predicted, gates = (call.capped(q[..., part] @ k[..., part].mT * call.scale) for part in (tells, ~tells))
-        seen = scores.new_ones(scores.shape[-1], dtype=torch.bool) if call.keep is None else call.keep
-        kept = seen & (predicted >= self._threshold(predicted.detach(), seen))
-        weights = predicted.masked_fill(~kept, torch.finfo(scores.dtype).min).softmax(-1)
-        return (weights * softplus(gates)).masked_fill(~kept, 0.0)
+        q = q * call.scale
+        predicted, gates = (call.capped(q[..., part] @ k[..., part].mT) for part in (tells, ~tells))
+        seen = torch.ones_like(scores[:1, :1], dtype=torch.bool) if call.keep is None else call.keep
+        kept = both(seen, at_least(predicted.detach(), self._threshold(predicted.detach(), seen)))
+        weights = lowered(predicted, kept).softmax(-1)
+        return weights * softplus(gates)
 
     def _threshold(self, x: Tensor, seen: Tensor) -> Tensor:
         """What about `keep` of the entries seen exceed if they are normally distributed, `[b h r 1]`."""
-        n = seen.sum(-1, keepdim=True).clamp(min=1).to(x.dtype)
-        mean = x.masked_fill(~seen, 0.0).sum(-1, keepdim=True) / n
-        deviation = ((x - mean).masked_fill(~seen, 0.0).square().sum(-1, keepdim=True) / n).sqrt()
+        n = numbers(seen, x).sum(-1, keepdim=True).clamp(min=1)
+        mean = zeroed(x, seen).sum(-1, keepdim=True) / n
+        deviation = (zeroed(x - mean, seen).square_().sum(-1, keepdim=True) / n).sqrt()
         quantile = torch.special.ndtri((1 - self.keep / n).clamp(min=0))
         threshold = torch.where(n > self.keep, mean + deviation * quantile, -torch.inf)
-        return threshold.minimum(x.masked_fill(~seen, -torch.inf).amax(-1, keepdim=True))
+        return threshold.minimum(lowered(x, seen).amax(-1, keepdim=True))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from heedful.authoring import Call, SiteError
 from heedful.core.state import ByIndex, Until
+from heedful.kit.rows import LEAST, PIECE
 
 CHUNK = 64  # tokens whose averages are taken at once
 
@@ -74,11 +75,29 @@ def looks(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, call: Call, w
         before = call.state.cache.get(name)
         call.state.cache[name] = ByIndex(own if before is None else torch.cat([before, own], 1), 1)
     key, value, seen = (call.state.cache[name] for name in ("key", "value", "seen"))
-    distance, total, n = call.params["distance"], key.shape[1], query.shape[1]
-    place, rank = torch.arange(total, device=query.device), seen.cumsum(1)
-    back = place[total - n :, None] - place  # [n k]
-    scores = query @ key.mT / math.sqrt(query.shape[-1]) + distance[back.clamp(0, len(distance) - 1)]
-    far = rank[:, total - n :, None] - rank[:, None] > window
-    hidden = (back < 0) | far | ~seen[:, None]
-    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1).masked_fill(hidden, 0.0) @ value
+    total, n, rank = key.shape[1], query.shape[1], seen.cumsum(1)
+    back = torch.arange(total, device=query.device).clamp(max=len(call.params["distance"]) - 1)
+    bias = call.params["distance"][back]
+    query, step, found = query / math.sqrt(query.shape[-1]), max(LEAST, PIECE // (len(key) * total)), []
+    for rows, part in zip(torch.arange(total - n, total).split(step), query.split(step, 1), strict=True):
+        here = slice(int(rows[0]), int(rows[-1]) + 1)
+        first = 0 if window == math.inf else int((rank[:, here.start, None] - rank > window).sum(1).min())
+        cols = slice(first, here.stop)
+        far = ~seen[:, None, cols] | _later(part.shape[1], here.stop - first, query.device)
+        if window < math.inf:
+            far = far | (rank[:, here, None] - rank[:, None, cols] > window)
+        scores = torch.baddbmm(_by_distance(bias, part.shape[1], here.stop - first), part, key[:, cols].mT)
+        weights = scores.masked_fill(far, torch.finfo(scores.dtype).min).softmax(-1)
+        found.append((weights @ value[:, cols]).masked_fill(far.all(-1, keepdim=True), 0.0))
+    return torch.cat(found, 1)
+
+
+def _later(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Which of the columns come after each of the last rows, `[r k]`."""
+    return torch.ones(rows, columns, dtype=torch.bool, device=device).triu_(columns - rows + 1)
+
+
+def _by_distance(bias: Tensor, rows: int, columns: int) -> Tensor:
+    """The bias of each of the last rows and each column before it, `[r k]`, from that of each distance."""
+    near = torch.cat([bias[:columns].flip(0), bias[:1].expand(rows - 1)])
+    return near.unfold(0, columns, 1).flip(0)

@@ -67,17 +67,28 @@ class _Memory(Running):
         bound = softplus(bound)
         memory = self._before("memory", None)
         memory = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if memory is None else memory
-        found = []
-        for i in range(k.shape[2]):
-            here = slice(i, i + 1)
-            error = k[:, :, here] @ memory - v[:, :, here]
-            far = error.norm(dim=-1, keepdim=True) > bound[:, :, here]
-            slope = torch.where(far, bound[:, :, here] * (sharp * error).tanh(), error)
-            memory = stays[:, :, here] * memory - learns[:, :, here] * k[:, :, here].mT @ slope
+        queries, found = q.split(self.chunk, 2), list[Tensor]()
+        rows, columns = k.split(1, 2), (-learns * k).mT.split(1, 3)  # of what is learned, times the slope
+        values, stay, bounds = v.split(1, 2), stays.split(1, 2), bound.split(1, 2)
+        seen = list[Tensor]()
+        for i, key in enumerate(rows):
+            error = key @ memory - values[i]
+            far = torch.linalg.vector_norm(error, dim=-1, keepdim=True) > bounds[i]
+            slope = torch.where(far, bounds[i] * (sharp * error).tanh(), error)
+            memory = stay[i] * memory + columns[i] * slope
             if self.causal and i >= self._past:
-                found.append(grouped(q[:, :, i - self._past, None], memory))
+                seen.append(memory)
+                if len(seen) == queries[len(found)].shape[2]:
+                    found.append(_each(queries[len(found)], torch.stack(seen, 2)))
+                    seen = []
         self._keep("memory", memory)
         return torch.cat(found, 2) if self.causal else grouped(q, memory)
+
+
+def _each(q: Tensor, memory: Tensor) -> Tensor:
+    """What each query `[b h n d]` finds in a memory of its own `[b g n d dv]`."""
+    asked = q.unflatten(1, (memory.shape[1], -1)).transpose(2, 3)  # [b g n heads d]
+    return (asked @ memory).transpose(2, 3).flatten(1, 2)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, SiteError, at
-from heedful.kit.chosen import Chosen
+from heedful.core.flags import between, either, whole
+from heedful.kit.chosen import Reached
 from heedful.kit.patches import patch_tokens, sides, whole_image
 from heedful.kit.running import wide
 
@@ -68,18 +69,24 @@ class BOAT(Method):
         (query,) = wide(call.query[:, :, tokens])
         size = len(tokens) // 2**self.halvings
         place = self.order(query).argsort(-1)  # [b h patches]
-        where = torch.full(call.query.shape[:3], -1, device=query.device).index_copy(2, tokens, place)
+        start = place // (2 * size) * (2 * size)  # of the two halves of the last halving, which are cut in the middle
+        ahead, cut, stop = place >= start + size, start + size, start + 2 * size
+        first = torch.where(ahead, (cut - self.overlap).maximum(start), start)
+        stop = torch.where(ahead, stop, (cut + self.overlap).minimum(stop))
+        n = len(call.keys)
 
-        def pick(rows: slice) -> Tensor:
-            at, cols = where[:, :, rows, None], where[:, :, None]
-            cut = (2 * (at // (2 * size)) + 1) * size  # between the two halves of the last halving
-            ahead = at >= cut
-            first = torch.where(ahead, cut - self.overlap, cut - size)
-            stop = torch.where(ahead, cut + size, cut + self.overlap)
-            near = (cols >= first) & (cols < stop) & (cols // (2 * size) == at // (2 * size))
-            return near | (at < 0) | (cols < 0)
+        def laid(x: Tensor, outside: int) -> Tensor:
+            everywhere = torch.full(call.query.shape[:3], outside, device=x.device)  # type: ignore[union-attr]
+            return everywhere.index_copy(2, tokens, x).to(whole(n))
 
-        return mask & Chosen(pick)
+        at, first, stop = laid(place, -1), laid(first, -1), laid(stop, n)
+        every_key = torch.ones(n, dtype=torch.bool, device=query.device)
+
+        def pick(rows: slice, cols: slice | Tensor) -> Tensor:
+            key = at[:, :, None, cols]
+            return either(between(key, first[:, :, rows, None], stop[:, :, rows, None]), key < 0)
+
+        return mask & Reached(pick, lambda rows: every_key)
 
     def order(self, query: Tensor) -> Tensor:
         """The patches `[b h n d]` in the order in which parts stand side by side, `[b h n]`."""

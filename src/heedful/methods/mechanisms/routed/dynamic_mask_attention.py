@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.core.flags import at_least, both, whole
 from heedful.core.positions import spread_heads
 from heedful.kit.chosen import Chosen
+from heedful.kit.topk import place_of
 
 
 class DynamicMaskAttention(Method):
@@ -74,16 +76,18 @@ class DynamicMaskAttention(Method):
             return mask
         newest_first = _counts(call, slice(None)).detach().flip(-1)  # a stable sort leaves the newest of equals first
         order = total - 1 - newest_first.argsort(dim=-1, descending=True, stable=True)
-        order = spread_heads(order, call.heads)[:, :, None]  # [b h 1 k], those that count most first
+        rank = order.argsort(-1).to(whole(total))  # of each key
+        order, rank = (spread_heads(x, call.heads)[:, :, None] for x in (order, rank))  # [b h 1 k]
 
         def pick(rows: slice) -> Tensor:
             part = call.tile(rows, slice(0, total))
-            by_rank, keep = order.expand(-1, -1, len(part.queries), -1), mask.keeps(part.pairs)
-            seen = torch.ones_like(by_rank, dtype=torch.bool)
-            if keep is not None:
-                seen = keep.expand(by_rank.shape).gather(-1, by_rank)
-            best = seen & (seen.cumsum(-1, dtype=torch.int32) <= self.keep)
-            return torch.zeros_like(best).scatter(-1, by_rank, best)
+            keep = mask.keeps(part.pairs)
+            if keep is None:
+                return (rank < self.keep).expand(-1, -1, len(part.queries), -1)
+            keep = keep.expand(*rank.shape[:2], -1, -1)
+            by_rank = keep.gather(-1, order.expand(-1, -1, keep.shape[2], -1))
+            last = place_of(by_rank, self.keep).to(rank.dtype)  # the rank of the last of its keys that a query sees
+            return both(keep, at_least(last, rank))
 
         return mask & Chosen(pick)
 

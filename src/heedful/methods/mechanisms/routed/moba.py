@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, at
+from heedful.core.flags import both, either
 from heedful.core.positions import spread_heads
 from heedful.kit.chosen import Chosen
 
@@ -66,12 +67,16 @@ class MoBA(Method):
             gate = query[:, :, rows] @ means.mT  # [b h r m]
             past = held[:, :, None] & (blocks < own[:, :, rows])
             best = gate.masked_fill(~past, -torch.inf).topk(min(self.blocks - 1, means.shape[2])).indices
-            chosen = torch.zeros_like(gate, dtype=torch.bool).scatter(-1, best, True) & past
-            chosen |= blocks == own[:, :, rows]
-            at_keys = spread_heads(number, heads)[:, :, None]
-            return chosen.gather(-1, at_keys.expand(*chosen.shape[:3], -1))
+            chosen = both(torch.zeros_like(gate, dtype=torch.bool).scatter(-1, best, True), past)
+            return either(chosen, blocks == own[:, :, rows])
 
-        return mask & Chosen(pick)
+        def laid(chosen: Tensor, cols: slice | Tensor) -> Tensor:
+            if call.keys.first is not None and call.keys.pads == (0, 0):  # blocks stand side by side
+                by_place = chosen[..., None].expand(*chosen.shape, self.size).flatten(-2)
+                return by_place[..., call.keys.first : call.keys.first + len(call.keys)][..., cols]
+            return chosen.gather(-1, spread_heads(number, heads)[:, :, None, cols].expand(*chosen.shape[:3], -1))
+
+        return mask & Chosen(pick, laid)
 
 
 def _means(key: Tensor, number: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:

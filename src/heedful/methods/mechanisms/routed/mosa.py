@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.core.flags import both
 from heedful.core.positions import spread_heads
-from heedful.kit.chosen import Chosen
+from heedful.kit.chosen import Reached
 from heedful.kit.feature_maps import drawn
 from heedful.kit.running import past_keys, text_keys
 from heedful.kit.told import of_keys
@@ -66,8 +67,9 @@ class MoSA(Method):
         count = text.sum(-1, keepdim=True)
         chosen = top_k(routes, (count // self.sparsity).clamp(min=LEAST), text)
         start = past_keys(call, n, total)
-        mine = chosen[:, :, start : start + n, None]
-        return mask & Chosen(lambda rows: mine[:, :, rows] & chosen[:, :, None])
+        mine, theirs = chosen[:, :, start : start + n, None], chosen[:, :, None]
+        some_head = chosen.flatten(0, 1).any(0)
+        return mask & Reached(lambda rows, cols: both(mine[:, :, rows], theirs[..., cols]), lambda rows: some_head)
 
     @at(Site.HEAD_OUTPUT)
     def weigh(self, heads: Tensor, call: Call) -> Tensor:

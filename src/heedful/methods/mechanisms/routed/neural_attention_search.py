@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from heedful.authoring import CachedKV, Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError
+from heedful.core.flags import at_least, numbers, same
 from heedful.core.sites import at, penalises, reads
 from heedful.kit.budget import newest
 from heedful.kit.chosen import Chosen
@@ -90,12 +91,13 @@ class NeuralAttentionSearch(Method):
     @at(Site.PATTERN, training=True)
     def share_out(self, pattern: Tensor, call: Call) -> Tensor:
         seen = self._seen(call.state.cache[TYPES], call).to(pattern.dtype)
-        kept, total = seen.detach(), pattern.sum(-1, keepdim=True)
-        part = (kept * pattern).sum(-1, keepdim=True) / total.where(total > 0, 1.0)
-        # what is seen hardly at all would otherwise have a gradient without bound
-        weights = pattern * (kept + part.detach() * (seen - kept))
+        total, weights = pattern.sum(-1, keepdim=True), pattern * seen.detach()
+        if seen.requires_grad:
+            part = weights.sum(-1, keepdim=True) / total.where(total > 0, 1.0)
+            # what is seen hardly at all would otherwise have a gradient without bound
+            weights = weights + pattern * part.detach() * (seen - seen.detach())
         left = weights.sum(-1, keepdim=True)
-        return weights / left.where(left > torch.finfo(left.dtype).tiny, 1.0) * total
+        return weights * (total / left.where(left > torch.finfo(left.dtype).tiny, 1.0))
 
     @at(Site.CACHE)
     def drop(self, entries: CachedKV, call: Call) -> Tensor:
@@ -133,10 +135,19 @@ class NeuralAttentionSearch(Method):
             x.index.clamp(max=types.shape[2] - 1).expand(*types.shape[:2], -1)[..., None].expand(-1, -1, -1, 2)
             for x in (call.queries, call.keys)
         )
-        between = (so_far - own).gather(2, rows)[:, :, :, None] - so_far.gather(2, cols)[:, :, None]
-        every, those = (between * (rows[:, :, :, None] > cols[:, :, None])).unbind(-1)
-        alive = torch.where(every.detach() == 0, 1 - every, torch.where(every.detach() == 1, 1 - those, 0.0))
-        near = call.q_pos[..., None] - call.k_pos[..., None, :] <= self.window
+        later = numbers(at_least(rows[:, :, :, None, 0].int() - 1, cols[:, :, None, :, 0].int()), types)
+        before, until = (so_far - own).gather(2, rows), so_far.gather(2, cols)
+
+        def between(i: int) -> Tensor:
+            return (before[:, :, :, None, i] - until[:, :, None, :, i]) * later
+
+        every = between(0)
+        count = every.detach()
+        alive = numbers(same(count, count.new_zeros(())), count)
+        if types.requires_grad:
+            alive = alive * (1 - every) + numbers(same(count, count.new_ones(())), count) * (1 - between(1))
+        place = call.q_pos[..., None] - self.window
+        near = numbers(at_least(call.k_pos[..., None, :].int(), place.int()), types)
         kept, local, passing = (types[..., i].gather(2, cols[..., 0])[:, :, None] for i in (KEPT, LOCAL, PASSING))
         return call.spread(kept + local * alive + passing * near)
 

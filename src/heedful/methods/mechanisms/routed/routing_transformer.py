@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import layer_norm, one_hot
 
 from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.core.flags import either, meets
 from heedful.core.positions import spread_heads
-from heedful.kit.chosen import Chosen
+from heedful.kit.chosen import Reached
 from heedful.kit.running import past_keys, text_keys
 from heedful.kit.told import of_keys
 from heedful.kit.topk import top_k
+
+WORD = 31  # bits that a whole number of four bytes has beside its sign
 
 
 class RoutingTransformer(Method):
@@ -56,7 +62,8 @@ class RoutingTransformer(Method):
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(layer.number)
         means = torch.randn(layer.heads, self.clusters, layer.head_dim, generator=random)
-        return {"sums": _even(means), "counts": torch.ones(layer.heads, self.clusters)}
+        moving = {"sums": _even(means), "counts": torch.ones(layer.heads, self.clusters)}
+        return {name: nn.Parameter(start, requires_grad=False) for name, start in moving.items()}
 
     def idle(self, call: Call) -> bool:
         return call.cross
@@ -82,11 +89,19 @@ class RoutingTransformer(Method):
         query, key = call.query.detach().to(means.dtype), call.spread(call.key.detach()).to(means.dtype)
         asked, held = of_keys(call, "queries", query @ means.mT).mT, (key @ means.mT).mT  # [b h c k]
         start = past_keys(call, n, total)
-        asking = top_k(asked, size, text & asked.isfinite())[..., start : start + n].to(means.dtype)
-        giving = top_k(held, size, text).to(means.dtype)
+        asking = top_k(asked, size, text & asked.isfinite())[..., start : start + n]
+        giving = top_k(held, size, text)
         if call.training:
             self._move(call, torch.cat([query, key], 2), torch.cat([text[..., start : start + n], text], -1))
-        return mask & Chosen(lambda rows: asking[..., rows].mT @ giving > 0)
+
+        words = zip(_words(asking), _words(giving), strict=True)
+        codes = [(one[..., None], other[:, :, None]) for one, other in words]
+
+        def meet(rows: slice, cols: slice | Tensor) -> Tensor:
+            return reduce(either, (meets(one[:, :, rows], other[..., cols]) for one, other in codes))
+
+        taken = giving.flatten(0, 2).any(0)  # rows of a tile are of all clusters, mostly
+        return mask & Reached(meet, lambda rows: taken)
 
     @torch.no_grad()
     def _move(self, call: Call, x: Tensor, text: Tensor) -> None:
@@ -95,6 +110,12 @@ class RoutingTransformer(Method):
         nearest = one_hot((x @ (sums / counts[..., None]).mT).argmax(-1), self.clusters).to(x.dtype) * text.mT
         counts.lerp_(nearest.sum((0, 2)), 1 - self.decay)
         sums.lerp_((nearest.mT @ x).sum(0), 1 - self.decay)
+
+
+def _words(clusters: Tensor) -> list[Tensor]:
+    """Which clusters `[b h c n]` have taken each token, as the bits of whole numbers `[b h n]`."""
+    bits = [x << i % WORD for i, x in enumerate(clusters.int().unbind(2))]
+    return [reduce(or_, bits[i : i + WORD]) for i in range(0, len(bits), WORD)]
 
 
 def _even(x: Tensor) -> Tensor:

@@ -65,24 +65,18 @@ class SparseK(Method):
         told = of_keys(call, "scores", (call.hidden.flatten(1, -2).to(weight.dtype) @ weight.mT).mT[..., None])[..., 0]
         scores, total = spread_heads(told, call.heads), told.shape[-1]
         known = scores.isfinite()[:, :, None]
-        places = call.places
-        rank = scores.detach().argsort(dim=-1, descending=True, stable=True).argsort(-1)[:, :, None]
+        places, place = call.places, _rising(scores)[1].argsort(-1)[:, :, None]
 
         def seen(rows: slice) -> Tensor:
             part = places.tile(rows, slice(0, total))
             keep = mask.keeps(part.pairs)
             return known.expand(-1, -1, len(part.queries), -1) & (True if keep is None else keep)
 
-        def pick(rows: slice) -> Tensor:
-            there = seen(rows)
-            mine = rank.masked_fill(~there, total)
-            best = mine.topk(min(self.keep, total), largest=False).indices
-            return torch.zeros_like(there).scatter(-1, best, True) & there
-
         rows = [slice(i, i + ROWS) for i in range(0, len(call.queries), ROWS)]
-        levels = torch.cat([threshold(scores[:, :, None], seen(part), self.keep) for part in rows], 2)
+        found = [threshold(scores[:, :, None], seen(part), self.keep) for part in rows]
+        levels, lowest = (torch.cat(x, 2) for x in zip(*found, strict=True))
         call.state.forward[str(call.layer)] = scores, levels
-        return mask & Chosen(pick)
+        return mask & Chosen(lambda rows: seen(rows) & (place >= lowest[:, :, rows]))
 
     @at(Site.CACHE)
     def drop(self, entries: CachedKV, call: Call) -> Tensor:
@@ -109,28 +103,55 @@ class SparseK(Method):
         return (scores[:, :, None, call.cols] - levels[:, :, call.rows]).clamp(0, 1)
 
 
-def threshold(scores: Tensor, there: Tensor, k: int) -> Tensor:
+def threshold(scores: Tensor, there: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """tau with sum clip(scores - tau, 0, 1) = k over the entries of each row that are there, `[... 1]`.
 
     Where there are no more than k, it is low enough to let all of them through. Its gradient is that of the paper's
-    projection, since which entries lie between 0 and 1 does not change nearby.
+    projection, since which entries lie between 0 and 1 does not change nearby. Beside it stands the place of the k-th
+    highest, of all from the lowest. Rows share the order of their entries, which is sought once.
     """
     with torch.no_grad():
-        count = there.sum(-1, keepdim=True)
-        least = scores.masked_fill(~there, torch.inf).amin(-1, keepdim=True)
-        least = least.where(count > 0, 0.0)
-        rising = scores.where(there, least - 3).sort(-1).values  # what is not there counts for nothing near tau
-        n, below = rising.shape[-1], pad(rising.cumsum(-1), (1, 0))
-        bends = torch.cat([rising, rising - 1], -1).sort(-1).values  # where the sum of gates bends
+        rising, order = _rising(scores)
+        held = there.gather(-1, order.expand_as(there))
+        many = pad(held.cumsum(-1, dtype=torch.int32), (1, 0))
+        below = pad((rising * held).cumsum(-1), (1, 0))
+        count = many[..., -1:].long()
+        first = (torch.searchsorted(many, torch.ones_like(count)) - 1).clamp(max=rising.shape[-1] - 1)
+        least = _at(rising, first).where(count > 0, 0.0)
+        lowest = torch.searchsorted(many, count - k, right=True) - 1
+        bends = torch.cat([rising, rising - 1], -1).sort(-1).values  # where the sum of gates may bend
         full, some = (torch.searchsorted(rising, x, right=True) for x in (bends + 1, bends))
-        sums = n - full + below.gather(-1, full) - below.gather(-1, some) - bends * (full - some)
-        last = ((sums >= k).sum(-1, keepdim=True) - 1).clamp(min=0)
-        middle = (bends.gather(-1, last) + bends.gather(-1, last + 1)) / 2  # of two bends, with tau between
+
+        def gates(bend: Tensor) -> Tensor:
+            """What the gates of each row add up to at one of the bends."""
+            open_, ajar = _at(full, bend), _at(some, bend)
+            ends = _at(many, open_)
+            partly = _at(below, open_) - _at(below, ajar) - _at(bends, bend) * (ends - _at(many, ajar))
+            return partly + count - ends
+
+        last = torch.zeros_like(count)  # the last bend at which they are k or more
+        for step in reversed(range(bends.shape[-1].bit_length())):
+            next_ = (last + (1 << step)).clamp(max=bends.shape[-1] - 2)
+            last = next_.where(gates(next_) >= k, last)
+        middle = (_at(bends, last) + _at(bends, last + 1)) / 2  # of two bends, with tau between
         inside = there & (scores > middle) & (scores < middle + 1)
-        over, partly = (there & (scores > middle + 1)).sum(-1, keepdim=True), inside.sum(-1, keepdim=True)
+        ends, starts = (_at(many, torch.searchsorted(rising, x.mT).mT) for x in (middle + 1, middle))
+        over, partly = count - ends, ends - starts
     total = scores.where(inside, 0.0).sum(-1, keepdim=True)
     level = ((total + over - k) / partly.clamp(min=1)).where(partly > 0, middle)
-    return level.where(count > k, least - 2)
+    return level.where(count > k, least - 2), lowest
+
+
+def _rising(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores from the lowest, of equals the last first, and which they are; those that are not known are zeros."""
+    scores = scores.detach().masked_fill(scores == -torch.inf, 0.0)
+    order = scores.argsort(dim=-1, descending=True, stable=True).flip(-1)
+    return scores.gather(-1, order), order
+
+
+def _at(x: Tensor, where: Tensor) -> Tensor:
+    """Entries of rows, or of one row for all."""
+    return x.expand(*where.shape[:-1], -1).gather(-1, where)
 
 
 if __name__ == "__main__":

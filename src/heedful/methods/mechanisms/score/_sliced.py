@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 from heedful.authoring import Call, Layer, Paper, SiteError
 from heedful.kit.feature_maps import drawn
+from heedful.kit.rows import PIECE, at_once
 
 PAPER = Paper(
     "P075",
@@ -49,6 +50,9 @@ def require_open(call: Call, what: str) -> None:
 
 def joined(query: Tensor, key: Tensor, value: Tensor, heads: int, out: Tensor) -> Tensor:
     """Softmax attention of heads that have a slice `[b n h*r]` each, brought to the layer's width by `out`."""
-    q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (query, key, value))
-    weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
-    return linear((weights @ v).transpose(1, 2).flatten(2), out)
+    q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1) for y in (query, key, value))
+    many, step = at_once(q.shape[1], k.shape[1], PIECE)
+    found = []
+    for rows, keys, values in zip((q / math.sqrt(q.shape[-1])).split(many), k.split(many), v.split(many), strict=True):
+        found += [((part @ keys.mT).softmax(-1) @ values).flatten(0, 1) for part in rows.split(step, 1)]
+    return linear(torch.cat(found).view(len(query), heads, q.shape[1], -1).transpose(1, 2).flatten(2), out)

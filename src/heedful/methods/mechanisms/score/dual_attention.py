@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.core.flags import both, lowered, zeroed
 from heedful.kit.running import wide
 from heedful.kit.told import of_keys
 
@@ -73,7 +74,7 @@ class DualAttention(Method):
             raise SiteError(f"{self!r}, layer {call.layer}: heads hold unlike tokens; keep the cache whole")
         q, k, v = wide(*qkv)
         p = {name: w.to(q.dtype) for name, w in call.params.items()}
-        x, total = call.hidden.flatten(1, -2).to(q.dtype), k.shape[2]
+        x = call.hidden.flatten(1, -2).to(q.dtype)
         count, n = p["relation"].shape[0], self.relations
         asked = linear(x, p["asked"], p["asked_bias"]) @ p["templates"].mT / math.sqrt(x.shape[-1])
         symbols = linear(asked.softmax(-1) @ p["library"], p["symbol"])
@@ -87,14 +88,20 @@ class DualAttention(Method):
         k, v, out = call.spread(k), call.spread(v)[:, : call.heads - count], []
         for start in range(0, q.shape[2], ROWS):
             rows = slice(start, min(start + ROWS, q.shape[2]))
-            keep = call.mask.keeps(call.tile(rows, slice(0, total)).pairs)
-            keep = known if keep is None else keep & known
-            scores = (q[:, :, rows] @ k.mT * call.scale).masked_fill(~keep, torch.finfo(q.dtype).min)
-            weights = scores.softmax(-1).masked_fill(~keep, 0.0)
+            ranges = call.mask.columns(call.queries.take(rows), call.keys, rows)
+            cols = slice(0, ranges[-1][1] if ranges else 1)
+            keep = call.mask.keeps(call.tile(rows, cols).pairs)
+            keep = (
+                known[..., cols].expand(-1, -1, rows.stop - rows.start, -1)
+                if keep is None
+                else both(keep, known[..., cols])
+            )
+            scores = q[:, :, rows] * call.scale @ k[:, :, cols].mT
+            weights = zeroed(lowered(scores, keep).softmax(-1), keep)
             sensory, relational = weights.split([call.heads - count, count], 1)
-            products = (relational @ to[:, None]).unflatten(-1, (n, -1)) * asking[:, None, rows]  # [b c r n .]
-            related = products.sum(-1) @ p["relation"].mT + relational @ symbols
-            out.append(torch.cat([sensory @ v, related], 1))
+            products = (relational @ to[:, None, cols]).unflatten(-1, (n, -1)) * asking[:, None, rows]  # [b c r n .]
+            related = products.sum(-1) @ p["relation"].mT + relational @ symbols[:, :, cols]
+            out.append(torch.cat([sensory @ v[:, :, cols], related], 1))
         return torch.cat(out, 2)
 
 

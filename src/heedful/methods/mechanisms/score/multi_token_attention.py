@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.forward_ad import unpack_dual
+from torch.nn.functional import conv2d, pad
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
 from heedful.core.positions import spread_heads
 
+STEP = 16  # columns that one convolution makes side by side
 Kernel = tuple[int, int]  # query rows, the last of them the query's own, and key columns, the middle one the key's own
 
 
@@ -104,9 +109,54 @@ def _convolved(x: Tensor, kernel: Tensor, call: Call) -> Tensor:
         index = spread_heads(call.keys.index, call.heads)[:, :, None].expand(x.shape)
         x = x.new_zeros(*x.shape[:-1], int(index.max()) + 1).scatter_add(-1, index, x)
     rows, columns = kernel.shape[1:]
-    padded = torch.nn.functional.pad(x, (columns // 2, columns // 2, rows - 1, 0))
-    x = torch.nn.functional.conv2d(padded, kernel[:, None].to(x), groups=len(kernel))
+    x = correlated(pad(x, (columns // 2, columns // 2, rows - 1, 0)), kernel.to(x))
     return x if index is None else x.gather(-1, index)
+
+
+def correlated(x: Tensor, kernel: Tensor) -> Tensor:
+    """Each head's map `x [b h r k]` under its kernel `[h a b]`, wherever that has all of its places."""
+    if any(is_functorch_wrapped_tensor(each) or unpack_dual(each).tangent is not None for each in (x, kernel)):
+        return conv2d(x, kernel[:, None], groups=len(kernel))
+    found: Tensor = _Correlated.apply(x, kernel)
+    return found
+
+
+class _Correlated(torch.autograd.Function):
+    """The same with as many columns as a STEP at once, each by a channel of its own.
+
+    A kernel for a single channel takes torch eight times as long, and its ways back too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor) -> Tensor:
+        ctx.save_for_backward(x, kernel)
+        heads, _, columns = kernel.shape
+        total = x.shape[-1] - columns + 1
+        shifted = pad(kernel, (0, STEP)).repeat(1, 1, STEP)[..., : STEP * (STEP + columns - 1)]
+        each = shifted.unflatten(-1, (STEP, -1)).transpose(1, 2).flatten(0, 1)[:, None]  # [h STEP] 1 a b+STEP-1
+        found = conv2d(pad(x, (0, -total % STEP)), each, stride=(1, STEP), groups=heads)
+        return found.unflatten(1, (heads, STEP)).movedim(2, -1).flatten(-2)[..., :total]
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, kernel = ctx.saved_tensors
+        of_x, of_kernel = ctx.needs_input_grad
+        rows, columns = kernel.shape[1:]
+        wider = pad(given, (columns - 1, columns - 1, rows - 1, rows - 1)) if of_x else given
+        return (
+            correlated(wider, kernel.flip(-2, -1)) if of_x else None,
+            _products(x, given, rows, columns) if of_kernel else None,
+        )
+
+
+def _products(x: Tensor, y: Tensor, rows: int, columns: int) -> Tensor:
+    """What the maps `y [b h r k]` and parts of `x` as large come to, by where that part begins, `[h rows columns]`."""
+    short = -y.shape[-1] % STEP
+    y = pad(y, (0, short)).unflatten(-1, (-1, STEP)).flatten(2, 3)
+    pieces = pad(x, (0, short)).unfold(-1, STEP + columns - 1, STEP)
+    taken = x.shape[2] - rows + 1
+    found = torch.stack([(pieces[:, :, a : a + taken].flatten(2, 3).mT @ y).sum(0) for a in range(rows)], 1)
+    return torch.stack([found[..., b : b + STEP, :].diagonal(dim1=-2, dim2=-1).sum(-1) for b in range(columns)], -1)
 
 
 def _mixed(x: Tensor, mix: Tensor) -> Tensor:

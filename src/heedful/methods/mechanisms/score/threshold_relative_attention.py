@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
-from heedful.kit.running import wide
+from heedful.kit.rows import tiles
+from heedful.kit.running import divided, grouped, wide
 
 
 class ThresholdRelativeAttention(Method):
@@ -47,13 +48,19 @@ class ThresholdRelativeAttention(Method):
     @at(Site.MIX, before_rotary=True)
     def attend(self, qkv: tuple[Tensor, Tensor, Tensor], call: Call) -> Tensor:
         q, k, v = wide(*qkv)
-        scores = self._normed(q) @ call.spread(self._normed(k)).mT * call.scale
-        keep = call.mask.keeps(call.pairs)
-        there = scores > 0 if keep is None else (scores > 0) & keep
-        places = there.flip(-1).cumsum(-1).flip(-1)
-        scores = scores + self._decay(q, call) * places
-        weights = scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~there, 0.0)
-        return (weights @ call.spread(v)).to(qkv[2].dtype)
+        q, k, decay = self._normed(q) * call.scale, self._normed(k), self._decay(q, call)
+        v, out = torch.cat([v, torch.ones_like(v[..., :1])], -1), []
+        for part in tiles(call, len(q)):
+            scores = grouped(q[:, :, part.rows], k[:, :, part.cols].mT)
+            if part.keep is not None:
+                scores = scores * part.keep
+            there = scores > 0
+            before = there.cumsum(-1, dtype=torch.int32)
+            # 1 where none is left, so that a row's highest is one that is there
+            places = (before[..., -1:] - before).add_(there).clamp_(min=1).to(scores.dtype)
+            weights = torch.addcmul(scores, decay[:, :, part.rows], places).softmax(-1) * there
+            out.append(divided(grouped(weights, v[:, :, part.cols])))
+        return torch.cat(out, 2).to(qkv[2].dtype)
 
     def _normed(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)

@@ -1,0 +1,59 @@
+"""Weights that are made of their scores one by one: the mechanism beside softmax that kernels know.
+
+Where keys do not compete, a row has no sum to wait for. A method of that kind marks its function with `@weighs` and
+says what a weight is of its score; tiles compute it in torch, and `native` and `triton` in their kernels, there and
+back, so that no map is held. What needs more of a row than how many keys it sees is an edit of NORMALISE.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+from heedful.core.errors import DefinitionError, nearest
+from heedful.core.sites import Edit, Site
+
+F = TypeVar("F", bound=Callable[..., object])
+Form = Literal["sigmoid", "relu"]
+FORMS: tuple[str, ...] = get_args(Form)  # the native kernel counts them in this order
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """A weight is `form(score + shift)`, whatever the others in its row are."""
+
+    form: Form
+    shift: float = 0.0
+    mean: bool = False  # divided by the number of keys that its query sees
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            known = ", ".join(FORMS)
+            raise DefinitionError(
+                f"Weighing({self.form!r}): no such form; there are {known}.{nearest(self.form, FORMS)}"
+            )
+        if not math.isfinite(self.shift):
+            raise DefinitionError(f"Weighing(shift={self.shift}): must be finite, for example -math.log(2048)")
+
+    def of(self, scores: Tensor, keep: Tensor | None = None) -> Tensor:
+        """A tile's weights; `keep` are the pairs that are computed, None for all."""
+        weights = getattr(torch, self.form)(scores + self.shift)
+        if self.mean:
+            seen = scores.shape[-1] if keep is None else keep.sum(-1, keepdim=True).clamp(min=1)
+            weights = weights / seen
+        return weights if keep is None else weights.masked_fill(~keep, 0.0)
+
+
+def weighs(function: F) -> F:
+    """Mark a function that takes the call and returns a `Weighing`, in place of an edit of NORMALISE.
+
+    It is asked with the whole call, once or tile by tile, and answers the same each time.
+    """
+    mark: Any = function
+    mark.__heedful_edit__ = Edit(Site.NORMALISE, function.__name__, reads=False, weighs=True)
+    return function
