@@ -69,3 +69,13 @@ def library(name: str) -> Any:
     importlib.import_module("transformers.modeling_utils")  # which looks once for what is installed
     with _blank_torchvision():
         return importlib.import_module(name)
+
+
+def timm_for_transformers() -> None:
+    """Have transformers take timm for installed, as it would be beside a torchvision that nothing here asks for."""
+    from transformers import utils
+    from transformers.utils import import_utils
+
+    library("timm")
+    import_utils.is_timm_available = utils.is_timm_available = lambda: True
+    import_utils.BACKENDS_MAPPING["timm"] = (lambda: True, import_utils.BACKENDS_MAPPING["timm"][1])

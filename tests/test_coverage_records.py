@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.beside_torch import timm_for_transformers
 from benchmarks.coverage import page, probe, rows, serve, tiny
 
 RELEASES = {"transformers": "5.1.0", "torch": "2.13.0"}
@@ -148,3 +149,19 @@ def test_the_words_for_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore")  # transformers' own, of a model that does not take eager attention by name
 def test_heads_of_what_is_known_once_it_runs_are_measured_by_running_it() -> None:
     assert probe.examine_heads("VitDetModel") == {"status": "fine"}
+
+
+def test_transformers_takes_timm_for_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks for torchvision too, of which no model needs anything."""
+    from transformers import utils
+    from transformers.utils import import_utils
+
+    for home in (utils, import_utils):
+        monkeypatch.setattr(home, "is_timm_available", lambda: False)
+    monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "timm", (lambda: False, "{0} wants timm"))
+    with pytest.raises(ImportError, match="wants timm"):
+        utils.requires_backends("a model", ["timm"])
+    timm_for_transformers()
+    utils.requires_backends("a model", ["timm"])
+    assert utils.is_timm_available()
+    assert import_utils.is_timm_available()

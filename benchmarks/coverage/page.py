@@ -26,7 +26,7 @@ OF_HEADS = {
 }
 CHECKS = """Each class that transformers' auto mappings name, but for those whose attention is all outside its interface
 ([below](#outside-the-interface)), is built tiny, with random weights under which attention matters, and run on a batch
-with padding where it takes text:
+with padding where it takes text; an encoder of timm's is as timm makes it:
 
 1. a stack that changes nothing, computed by the reference backend: logits equal those of the model's own eager
    attention bit for bit, those of its own sdpa within the budget of `conformance/tolerances.py`

@@ -17,6 +17,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from benchmarks.beside_torch import timm_for_transformers
+
 from . import rows, sweep
 from .names import class_names
 from .probe import examine, examine_heads
@@ -64,6 +66,7 @@ def main() -> None:
         found = read(options.out).values()
         print(rows.fill(found) if options.heads else rows.update(found, {name for _, name in class_names()}))
         return
+    timm_for_transformers()  # of which some classes take an encoder
     sweep.examine = examine_heads if options.heads else examine  # the sweep's workers, with other questions
     for record in sweep.run(todo(options), options.workers, options.limit):
         if record["status"] == "cannot":  # it took too long, or its process died
