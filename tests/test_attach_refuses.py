@@ -59,20 +59,21 @@ def test_heads_that_a_layer_does_not_have_are_named_before_anything_runs(model: 
 
 
 class Hidden(nn.Module):
-    """A map that does not show its weight."""
+    """A map that shows neither its weight nor what it is made of."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner = [inner]
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.inner(x)
+        found: Tensor = self.inner[0](x)
         return found
 
 
 def test_heads_of_layers_that_do_not_tell_are_named_by_the_call(model: Any) -> None:
     for layer in model.model.layers:
-        layer.self_attn.o_proj = Hidden(layer.self_attn.o_proj)
+        for name in ("q_proj", "o_proj"):
+            setattr(layer.self_attn, name, Hidden(getattr(layer.self_attn, name)))
     with pytest.raises(SiteError, match="heads must be below 4"), attach(model, Scale().on(heads=9)) as run:
         run(input_ids=IDS)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.forward_ad import unpack_dual
 
 CHUNK = 1 << 19  # numbers whose flags are made numbers at once
 
@@ -106,6 +107,8 @@ def _chunks(x: Tensor, keep: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tens
 
 
 def _tame(x: Tensor, far: float) -> bool:
-    """Whether all are numbers, and none is as far from zero as that."""
+    """Whether all are numbers, and none is as far from zero as that; nobody can look into those of a transform."""
+    if is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None or not x.numel():
+        return False
     x = x.detach()
-    return not is_functorch_wrapped_tensor(x) and x.numel() > 0 and bool((x.amin() > -far) & (x.amax() < far))
+    return bool((x.amin() > -far) & (x.amax() < far))

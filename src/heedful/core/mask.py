@@ -309,8 +309,8 @@ class Mask:
     def key_ranges(self, q: Positions, k: Positions, heads: int) -> Tensor | None:
         """The ranges of columns that each query of a whole call keeps, whatever `Blocks` say; None where too many.
 
-        The layers of a forward share mask and places, so the last answer is kept. They are told by the rules, or looked
-        for, but not for a single query, whose keys are sooner named one by one.
+        The layers of a forward share mask and places, so the last answer is kept. A single query's keys are sooner named
+        one by one than looked for.
         """
         if not self._last or self._last[0][0] is not q or self._last[0][1] is not k:
             self._last[:] = [(q, k, self._find_rows(q, k, heads))]
@@ -327,8 +327,6 @@ class Mask:
                 out = None if found is None or out is None else ranges.intersection(out, found)
             if out is not None:
                 return out if out.shape[-2] <= ranges.MOST else None
-        if len(q) == 1:
-            return None
         everything = slice(0, len(k))
 
         def keeps(start: int, stop: int) -> Tensor:

@@ -80,6 +80,8 @@ def _hide(scores: Tensor, keep: Tensor, job: AttentionCall) -> tuple[Tensor, boo
     else:
         scores = scores.clone() if seen else scores
         lowered(scores[..., near], keep[..., near], into=True, cut=normalised)
+    if is_functorch_wrapped_tensor(scores):
+        return scores, True
     # a step may have hidden all that a query may see by other numbers of that size
     return scores, not bool((scores.detach().amax(-1) > torch.finfo(scores.dtype).min / 2).all())
 
