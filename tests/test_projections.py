@@ -198,6 +198,14 @@ def test_what_has_another_part_or_another_forward_is_more_than_a_linear_map() ->
     assert gives_alone(with_part) is gives_alone(replaced) is gives_alone(nn.Linear(4, 4)) is None
 
 
+def test_what_does_nothing_around_a_linear_map_is_not_blamed_for_what_is_missing() -> None:
+    model = heedful.models.tiny("llama")
+    layer = model.model.layers[0].self_attn
+    layer.v_proj, layer.o_proj = Mixed(layer.v_proj), nn.Sequential(layer.o_proj)
+    with pytest.raises(RefusedModel, match=r"has no separate value projection that heedful knows"):
+        projections(model, "model.layers.0.self_attn", 0)
+
+
 class Mixed(nn.Module):
     """Two maps, so that it is not told how many numbers heads have."""
 
