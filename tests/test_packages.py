@@ -81,6 +81,36 @@ def test_a_copy_that_other_code_made_is_made_anew_in_its_place(monkeypatch: pyte
     assert {file.name for file in home.iterdir()} == {"model.safetensors", "source.json"}
 
 
+@pytest.mark.parametrize("done", [False, True], ids=["moved away", "put its own there"])
+def test_a_spoilt_copy_that_another_process_replaces_meanwhile_is_no_error(
+    done: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def convert(_: Sequence[Path], folder: Path) -> None:
+        (folder / "model.safetensors").touch()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    packed = tmp_path / "packed"
+    packed.write_text("weights")
+    home = copies.unpacked([packed], convert, "a second")
+    right = (home / "source.json").read_text()
+    (home / "source.json").write_text("spoilt")
+    rename = Path.rename
+
+    def late(path: Path, to: Path) -> Path:
+        if path == home:
+            rename(home, tmp_path / "elsewhere")
+            if done:
+                home.mkdir()
+                (home / "model.safetensors").touch()
+                (home / "source.json").write_text(right)
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", late)
+    assert copies.unpacked([packed], convert, "a second") == home
+    assert (home / "source.json").read_text() == right
+    assert list(home.parent.iterdir()) == [home]
+
+
 @pytest.mark.parametrize(
     ("changed", "anew"),
     [

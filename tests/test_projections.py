@@ -165,11 +165,45 @@ def test_what_is_around_a_linear_map_is_told(does: str) -> None:
     assert gives_alone(Around(does)) is None
 
 
+class Keeps(Around):
+    """Keeps what it saw last, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Tensor | None = None
+        self.past: list[Tensor] = []
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor, places: Tensor | None = None) -> Tensor:
+        self.last = x
+        self.past.append(x)
+        self.seen.add_(1)
+        return super().forward(x)
+
+
+def test_a_module_that_is_looked_at_keeps_nothing_of_it() -> None:
+    module = Keeps()
+    gives_alone(module)
+    assert module.last is None
+    assert module.past == []
+    assert module.seen == 0
+    module(torch.ones(2, 4))
+    assert module.seen == 1
+
+
 def test_what_has_another_part_or_another_forward_is_more_than_a_linear_map() -> None:
     with_part, replaced = Around(), Around()
     with_part.norm = nn.LayerNorm(4)
     replaced.forward = lambda x: -replaced.linear(x)  # type: ignore[method-assign]
     assert gives_alone(with_part) is gives_alone(replaced) is gives_alone(nn.Linear(4, 4)) is None
+
+
+def test_what_does_nothing_around_a_linear_map_is_not_blamed_for_what_is_missing() -> None:
+    model = heedful.models.tiny("llama")
+    layer = model.model.layers[0].self_attn
+    layer.v_proj, layer.o_proj = Mixed(layer.v_proj), nn.Sequential(layer.o_proj)
+    with pytest.raises(RefusedModel, match=r"has no separate value projection that heedful knows"):
+        projections(model, "model.layers.0.self_attn", 0)
 
 
 class Mixed(nn.Module):

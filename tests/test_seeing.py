@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from claims import P040_drawn
+from claims import P016_dropped, P016_sight, P034_sight, P040_drawn, P064_sight
 from claims._pictures import COLOURS, draw
 from claims._seeing import BEFORE, BEHIND, LANGUAGE, NAMES, PICTURE, in_picture, joined, name_ids, shown, told
 from claims._sight import PATCHES
@@ -106,6 +108,81 @@ def test_guidance_draws_by_its_heads_and_by_none_as_the_plain_model() -> None:
     guided = item.pictures(SoftPAG(heads=((2, 1),), u=1.0, w=3.0))
     assert not torch.equal(plain, guided)
     assert not torch.equal(guided, item.pictures(SoftPAG(heads=((2, 1), (4, 0)), u=1.0, w=3.0)))
+
+
+WAYS = {None: "none", VAR: "method", PAINT: "method", _Drawn: "drawn", _OtherTokens: "drawn", _Dropped: "method"}
+
+
+def _way(what: Any) -> str:
+    """What a claim does to the model: nothing, its method, or the control."""
+    method = getattr(what, "method", None)
+    return "drawn" if getattr(method, "drawn", False) else WAYS[method and type(method)]
+
+
+@pytest.mark.parametrize(("none", "drawn"), [(0.5, 0.25), (0.25, 0.5)])
+def test_effects_on_what_is_told_are_above_the_better_control(
+    none: float, drawn: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sure = {"none": none, "method": 0.75, "drawn": drawn}
+    there = torch.tensor([[True, False, False, False]])
+
+    def answered(model: Any, item: Any, what: Any = None) -> Tensor:
+        return torch.tensor([[x := sure[_way(what)], 1 - x, 0.0, 0.0]]).log()
+
+    def named(model: Any, item: Any, what: Any = None) -> Tensor:
+        missed = round(8 * (1 - sure[_way(what)]))
+        return torch.tensor([1] * missed + [0] * (8 - missed)).view(2, 4).T
+
+    item = SimpleNamespace(there=there)
+    for claim in (P016_sight, P016_dropped, P064_sight):
+        for name, stub in (("joined", lambda seed: None), ("fitted", lambda seed: VAR("image", dims=(0,))),
+                           ("shown", lambda *_: item), ("sunk", lambda *_: {}), ("told", answered),
+                           ("caption", named)):  # fmt: skip
+            monkeypatch.setattr(claim, name, stub, raising=False)
+    best = max(none, drawn)
+    assert P016_sight.measure(0)[0] == pytest.approx(math.log(0.75 / best))
+    assert P016_dropped.measure(0)[0] == pytest.approx(math.log(0.75 / drawn))
+    item.there = there.expand(4, -1)
+    effect, found = P064_sight.measure(0)
+    assert effect == pytest.approx(75 - 100 * best)
+    assert found["captions with any, PAINT"] == found["first not there, PAINT"] == 50
+
+
+@pytest.mark.parametrize(("less", "wanted"), [(2.0, math.log(4)), (0.5, math.log(4)), (16.0, -math.log(2))])
+def test_dominance_is_nearer_to_balance_from_either_side(
+    less: float, wanted: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(index: float) -> Any:
+        return SimpleNamespace(overall=lambda role: (0.1, 0.2, index), mdi=lambda role: torch.full((30,), index))
+
+    monkeypatch.setattr(P034_sight, "shares", lambda seed, *kept: read(less if kept else 8.0))
+    monkeypatch.setattr(P034_sight, "trained_from_nothing", lambda seed: read(1.0))
+    assert P034_sight.measure(0)[0] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("best", ["plain", "layer", "others"])
+def test_hunted_heads_are_held_against_the_best_control_where_they_were_not_searched(
+    best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hunted = ((0, 1), (2, 0), (4, 1))
+    worth = {"plain": 40.0, "layer": 40.0, "others": 40.0, best: 50.0}
+
+    def judged(item: P040_drawn.Drawn, method: SoftPAG) -> tuple[float, float]:
+        heads = set(method.heads)
+        if heads <= set(hunted) and heads:
+            return float(len(heads)), 90.0 if item.words == "searched" else 70.0
+        layer = {at for at, _ in heads}
+        kind = "plain" if not heads else "layer" if len(layer) == 1 and len(heads) == P040_drawn.HEADS else "others"
+        assert kind != "others" or heads.isdisjoint(hunted) or item.words == "searched"
+        return -1.0 - 10 * (layer != {2}), worth[kind] - 20 * (kind == "layer" and layer != {2})
+
+    drawn = iter((("searched", None), ("unseen", None)))
+    monkeypatch.setattr(P040_drawn, "prompts", lambda count, by: next(drawn))
+    monkeypatch.setattr(P040_drawn.Drawn, "judged", judged)
+    effect, found = P040_drawn.measure(0)
+    assert effect == 20
+    assert found["right, hunted heads"] == 70
+    assert found["right where searched, hunted heads"] == 90
 
 
 @pytest.mark.slow

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
+from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 
 def linear_in(module: nn.Module) -> nn.Linear | None:
@@ -23,19 +25,32 @@ def whatever_is_around(owner: nn.Module, names: Iterable[str]) -> nn.Linear | No
 def gives_alone(module: nn.Module) -> str | None:
     """The name of the linear map in a module that gives what that map gives, and does nothing around it.
 
-    Its forward is followed as torch.fx does it; one that cannot be followed may do anything.
+    The forward of a copy is followed as torch.fx does it, so that what it counts or keeps is left as it was; one that
+    cannot be followed may do anything.
     """
     if linear_in(module) is None or "forward" in vars(module):
         return None
     ((name, _),) = module.named_children()
     try:
-        nodes = [*_Calls().trace(module).nodes]
+        nodes = [*_Calls().trace(_beside(module)).nodes]
     except Exception:  # noqa: BLE001 - a forward asks in its own way for what fx does not tell
         return None
     given, done = nodes[0], [node for node in nodes if node.op != "placeholder"]
     calls = [(node.op, node.target, node.args, node.kwargs) for node in done]
     alone = calls == [("call_module", name, (given,), {}), ("output", "output", (done[0],), {})]
     return name if alone else None
+
+
+def _beside(module: nn.Module) -> nn.Module:
+    """A module with the same parts and parameters, and with buffers and whatever else it may write to of its own."""
+
+    def own(x: Any) -> Any:
+        return x.clone() if isinstance(x, Tensor) else copy(x)
+
+    other = type(module).__new__(type(module))
+    vars(other).update({name: own(x) for name, x in vars(module).items()})
+    vars(other)["_buffers"] = {name: own(x) for name, x in module._buffers.items()}
+    return other
 
 
 class _Calls(fx.Tracer):

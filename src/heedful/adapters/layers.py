@@ -303,7 +303,8 @@ def projections(model: nn.Module, name: str, number: int) -> Projections:
                 f"{name}.{packed[0]} ({kind.__module__}.{kind.__name__}) packs its weight, which cannot be read; load "
                 "the model without quantisation"
             )
-        if around := [n for n, x in layer.named_children() if n in known and linear_in(x) is not None]:
+        unread = [n for n, _ in layer.named_children() if n in known and _child(layer, (n,)) is None]
+        if around := [n for n in unread if linear_in(getattr(layer, n)) is not None]:
             raise RefusedModel(
                 f"{name}.{around[0]} ({type(getattr(layer, around[0])).__name__}) does more than the linear map in it, "
                 "such as clipping, so that its weight does not tell what it gives"

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def _make_copy(paths: Sequence[Path], home: Path, source: dict[str, Any], conver
         written = {**source, "weights": (draft / "model.safetensors").stat().st_size}
         (draft / "source.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
         if home.exists() and not _is_copy(home, source):
-            home.rename(draft / "spoilt")
+            with suppress(FileNotFoundError):  # another process has moved it away just now
+                home.rename(draft / "spoilt")
         try:
             draft.rename(home)
         except OSError:
