@@ -309,8 +309,7 @@ class Mask:
     def key_ranges(self, q: Positions, k: Positions, heads: int) -> Tensor | None:
         """The ranges of columns that each query of a whole call keeps, whatever `Blocks` say; None where too many.
 
-        The layers of a forward share mask and places, so the last answer is kept. A single query's keys are sooner named
-        one by one than looked for.
+        The layers of a forward share mask and places, so the last answer is kept.
         """
         if not self._last or self._last[0][0] is not q or self._last[0][1] is not k:
             self._last[:] = [(q, k, self._find_rows(q, k, heads))]
