@@ -71,6 +71,9 @@ def test_both_are_made_in_place_where_they_may_be() -> None:
     for act in (lambda x: flags.lowered(x, keep, into=True, cut=False), lambda x: flags.zeroed(x, keep, into=True)):
         x = torch.randn(1, 1, 5, 6)
         assert act(x) is x
+    for cut in (False, True):  # who hands over a view does not look at what comes back
+        x = torch.randn(1, 1, 5, 6, requires_grad=True) * 1
+        assert flags.lowered(x, keep, into=True, cut=cut) is x
 
 
 @pytest.mark.parametrize("into", [False, True])

@@ -332,6 +332,12 @@ def table(rows: Tensor, keys: int) -> Tensor:
     return ((rows[..., :1] <= at) & (at < rows[..., 1:])).any(-2)
 
 
+def test_what_several_steps_keep_is_what_all_of_them_keep() -> None:
+    (held := layer()).keep(*(Kept(torch.arange(6).expand(2, 2, 6) != n) for n in (0, 1, 3)))
+    assert held.index[0, 0].tolist() == [2, 4, 5]
+    assert held.nbytes == held.keys.nbytes + held.values.nbytes + held.index.int().nbytes
+
+
 @pytest.mark.parametrize("query", [3, 4, 5, 9])
 def test_a_step_need_not_look_for_the_columns_it_sees(query: int) -> None:
     """A query newer than all keys sees each head's own; an older one, as after a crop, is looked at pair by pair."""

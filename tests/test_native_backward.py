@@ -12,6 +12,7 @@ from heedful import attach
 from heedful.conformance.tolerances import close, close_model, error
 from heedful.core.errors import BackendError
 from heedful.core.mask import Blocks, First, Rule, Where, Window
+from heedful.core.method import Method, Stack
 from heedful.core.summary import Summary
 from heedful.engine.backends.tiled import Tiled
 from heedful.tiny import tiny, tiny_inputs
@@ -20,10 +21,12 @@ from .kernel_calls import (
     BIASES,
     CAUSAL,
     RULES,
+    WEIGHINGS,
     Court,
     Everything,
     Halved,
     Same,
+    Weighed,
     a_bias,
     a_call,
     compare_pulled,
@@ -150,13 +153,14 @@ def test_readers_are_told_the_same_on_the_way() -> None:
     assert not beside[0].received.requires_grad  # type: ignore[union-attr]
 
 
-def test_what_is_derived_twice_is_computed_in_tiles() -> None:
+@pytest.mark.parametrize("method", [Court(), *(Weighed(how) | Court() for how in WEIGHINGS[1:3])], ids=str)
+def test_what_is_derived_twice_is_computed_in_tiles(method: Method | Stack) -> None:
     shape = (1, 4, 2, 20, 20, 8, 8)
 
     def twice(name: str) -> list[Tensor]:
         q, k, v = (x.requires_grad_() for x in draw(shape))
         losses: list[Tensor] = []
-        heads = run(name, Court(), q, k, v, a_call(shape, CAUSAL), losses=losses)
+        heads = run(name, method, q, k, v, a_call(shape, CAUSAL), losses=losses)
         (first,) = torch.autograd.grad(heads.sin().sum() + losses[0], q, create_graph=True)
         return [first, *torch.autograd.grad(first.square().sum(), (q, k, v))]
 

@@ -257,8 +257,12 @@ def test_what_was_remembered_of_an_encoder_that_generate_asked_before_is_known_b
         with run.paused():
             plain = llava(**inputs).logits[:, -1]
             looked = llava.get_image_features(inputs["pixel_values"], return_dict=True)
+            text = {"input_ids": inputs["input_ids"] % 120}  # none stands for an image
+            unseen = llava(**text).logits[:, -1]
         assert not close_model(plain, wanted)
         run(**inputs)  # what was chosen here is of no other look
         assert close_model(
             run(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": looked}).logits[:, -1], plain
         )
+        llava.get_image_features(inputs["pixel_values"])  # nor of a text that has no image
+        assert close_model(run(**text).logits[:, -1], unseen)

@@ -66,10 +66,11 @@ class Told(Method):
 KNOWN: list[tuple[bool, bool, int]] = []
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_padding_is_looked_for_where_there_may_be_some(padded: bool) -> None:
+@pytest.mark.parametrize("padding", [slice(0), slice(3), slice(9, 12)], ids=["none", "left", "right"])
+def test_padding_is_looked_for_where_there_may_be_some(padding: slice) -> None:
     mask = torch.ones(1, 12, dtype=torch.long)
-    mask[:, :3] = 0 if padded else 1
+    mask[:, padding] = 0
+    padded = not mask.all()
     KNOWN.clear()
     with attach(MODEL, Told()) as run:
         run.generate(input_ids=IDS[:, :12], attention_mask=mask, max_new_tokens=3, do_sample=False)

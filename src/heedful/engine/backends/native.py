@@ -11,9 +11,9 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import BackendError
-from heedful.core.method import Stack
 from heedful.core.paper import Paper
 from heedful.core.ragged import Ragged, padded
+from heedful.core.sites import Site
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.core.weighing import FORMS
 from heedful.engine.attention_call import AttentionCall
@@ -119,7 +119,9 @@ class _Way(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # what received sums are not given costs no pass
         # not the job: a run holds penalties of the graph, and no collector finds the circle
         ctx.kernel, ctx.asked = kernel, asked
-        ctx.plain = partial(AttentionCall, call=job.call, bias=job.bias, sink=job.sink, needs=job.needs)
+        plan, call = Plan(job.plan.at(Site.NORMALISE)), job.call
+        ctx.plain = partial(AttentionCall, plan, call=call, bias=job.bias, sink=job.sink, needs=job.needs)
+        ctx.fresh = partial(RunState, job.run_state.stack, job.run_state.params)
         counted = job.accumulator
         return out, counted.whole.received if counted is not None and counted.learned and counted.whole else None
 
@@ -128,7 +130,7 @@ class _Way(torch.autograd.Function):
         *tensors, out = ctx.saved_tensors
         given = torch.zeros_like(out) if given is None else given
         if torch.is_grad_enabled():  # somebody wants to derive once more
-            found = iter(_again(ctx.plain(Plan(()), RunState(Stack())), tensors, given, columns))
+            found = iter(_again(ctx.plain(ctx.fresh()), tensors, given, columns))
             return *(next(found) if x.requires_grad else None for x in tensors), None, None, None
         made = _pulled(ctx.kernel, ctx.asked.problem, tensors, out, given, columns)
         return *(new.to(x.dtype) for new, x in zip(made, tensors, strict=True)), None, None, None
