@@ -131,6 +131,15 @@ def test_gates_sum_to_k(k: int, scale: float) -> None:
         assert close(found[i, r, mine], torch.tensor([float(x) for x in want], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gates_sum_to_k_in_models_of_half_precision(dtype: torch.dtype) -> None:
+    bare, method = Bare(Shape(q=200, k=200), dtype=dtype), SparseK(20)
+    call = replace(bare.call, params={"score": torch.ones(2, 24, dtype=dtype)}, state=State())
+    method.choose(call.mask, call)
+    sums = method._gates(call).tril().sum(-1).float()
+    assert close(sums, torch.arange(1.0, 201).clamp(max=20).expand_as(sums))
+
+
 def test_equals_share_the_gates_and_wide_gaps_make_them_hard() -> None:
     every = torch.ones(1, 4, dtype=torch.bool)
     even = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)

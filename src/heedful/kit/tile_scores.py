@@ -31,7 +31,8 @@ def operands(method: Method, call: Call) -> tuple[Tensor, Tensor]:
 def additive(query: Tensor, key: Tensor, of_query: Tensor, of_key: Tensor, out: Tensor) -> Tensor:
     """out . tanh(of_query q_i + of_key k_j), `[b h r k]`: queries `[b h r d]`, keys `[b h k d]`, out `[1 n]`."""
     q, k, v = wide(linear(query.to(of_query.dtype), of_query), linear(key.to(of_key.dtype), of_key), out[0])
-    if any(is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None for x in (q, k, v)):
+    traced = any(is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None for x in (q, k, v))
+    if traced or not _bounded(q, k):
         return _bent(q, k) @ v
     found: Tensor = _Additive.apply(q, k, v)
     return found
@@ -52,8 +53,6 @@ class _Additive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        if not _bounded(q, k):
-            return _bent(q, k) @ v
         found = v.sum().expand(*q.shape[:3], k.shape[2]).clone()
         for here, unit, below in _quotients(q, k):
             found.flatten(0, 1)[here].addcdiv_(v[unit], below, value=-2.0)
@@ -62,7 +61,7 @@ class _Additive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = ctx.saved_tensors
-        if torch.is_grad_enabled() or not _bounded(q, k):  # what is derived again wants steps that torch knows
+        if torch.is_grad_enabled():  # what is derived again wants steps that torch knows
             bent = _bent(q, k)
             each = given[..., None] * v * (1 - bent.square())
             return each.sum(3), each.sum(2), (given[..., None] * bent).flatten(0, -2).sum(0)

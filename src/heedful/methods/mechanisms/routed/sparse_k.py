@@ -11,6 +11,7 @@ from heedful.core.mask import Padding
 from heedful.core.positions import spread_heads
 from heedful.kit.chosen import Chosen
 from heedful.kit.feature_maps import drawn
+from heedful.kit.running import wide
 from heedful.kit.told import of_keys
 
 ROWS = 128  # whose thresholds are sought at once
@@ -61,7 +62,7 @@ class SparseK(Method):
     def choose(self, mask: Mask, call: Call) -> Mask:
         if call.hidden is None:
             raise SiteError(f"SparseK, layer {call.layer}: the block is not handed hidden states to score by")
-        weight = call.params["score"]
+        (weight,) = wide(call.params["score"])
         told = of_keys(call, "scores", (call.hidden.flatten(1, -2).to(weight.dtype) @ weight.mT).mT[..., None])[..., 0]
         scores, total = spread_heads(told, call.heads), told.shape[-1]
         known = scores.isfinite()[:, :, None]

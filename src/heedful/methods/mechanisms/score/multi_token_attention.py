@@ -14,7 +14,7 @@ from torch.nn.functional import conv2d, pad
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
 from heedful.core.positions import spread_heads
 
-STEP = 16  # columns that one convolution makes side by side
+STEP = 16  # columns whose products are taken side by side
 Kernel = tuple[int, int]  # query rows, the last of them the query's own, and key columns, the middle one the key's own
 
 
@@ -122,20 +122,12 @@ def correlated(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 class _Correlated(torch.autograd.Function):
-    """The same with as many columns as a STEP at once, each by a channel of its own.
-
-    A kernel for a single channel takes torch eight times as long, and its ways back too.
-    """
+    """The same with ways back of its own: torch's take longer than a convolution, and products of a STEP of columns."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: Tensor) -> Tensor:
         ctx.save_for_backward(x, kernel)
-        heads, _, columns = kernel.shape
-        total = x.shape[-1] - columns + 1
-        shifted = pad(kernel, (0, STEP)).repeat(1, 1, STEP)[..., : STEP * (STEP + columns - 1)]
-        each = shifted.unflatten(-1, (STEP, -1)).transpose(1, 2).flatten(0, 1)[:, None]  # [h STEP] 1 a b+STEP-1
-        found = conv2d(pad(x, (0, -total % STEP)), each, stride=(1, STEP), groups=heads)
-        return found.unflatten(1, (heads, STEP)).movedim(2, -1).flatten(-2)[..., :total]
+        return conv2d(x, kernel[:, None], groups=len(kernel))
 
     @staticmethod
     def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, Tensor | None]:
