@@ -132,7 +132,7 @@ def mechanisms(told: Told) -> Iterator[str]:
     lengths = list(dict.fromkeys(row["tokens"] for row in told["rows"]))
     yield "Seconds of one core over those of softmax in the same layer, projections and all; below 1 is faster. Where"
     yield "nothing stands, a shorter text foretold too long a step, or a run ended before it came to that. Share"
-    yield "of pairs: what is computed at the greatest length that was tried, and by how much the time exceeds that share"
+    yield "of pairs: what is computed at the greatest length tried, and by how much the time exceeds such a share"
     yield "of softmax's. *both* attends to both sides, the others to the past."
     yield ""
     ways = {"there": "there", "and_back": "there and back"}
