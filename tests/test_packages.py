@@ -131,3 +131,8 @@ def test_copies_are_known_by_the_code_of_conversion_and_helpers(
     before, whole = {module: copies._code(convert) for module, convert in conversions.items()}, code.file_of
     monkeypatch.setattr(code, "file_of", lambda name: whole(name) + "# mended" * (name == changed))
     assert [module for module, convert in conversions.items() if copies._code(convert) != before[module]] == anew
+
+
+def test_modules_that_are_imported_whole_are_followed_too() -> None:
+    found = code.sources([__name__], ("heedful.models.onnx", "heedful.models.piper"))
+    assert found == [code.file_of(name) for name in ("heedful.models.onnx_weights", "heedful.models.piper", __name__)]
