@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from claims._sinks import COURSE, SEEDS, at_no_worse_loss, beside, setup
+from claims._sinks import COURSE, SEEDS, parked_less, setup
 from claims.ledger import Claim, run
 from heedful.methods import SigmoidAttention
 
 SIGMOID = SigmoidAttention(COURSE.length)
-FAULT = "resting"
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    found = beside(SIGMOID, seed, FAULT)
-    gain = found["resting, softmax"] - found["resting, SigmoidAttention"]
-    return at_no_worse_loss(gain, SIGMOID, found), found
+    return parked_less(SIGMOID, seed)
 
 
 CLAIM = Claim(
@@ -25,7 +22,7 @@ CLAIM = Claim(
         "sigmoid with bias -log n and no normalisation against softmax; what heads give the first token is counted "
         "over the sum of their weights, as the authors count where nothing normalises, however small that is; 'sinks' "
         "beside it, a share of texts, takes weights as they are",
-        FAULT,
+        "resting",
     ),
     effect="share of weights on the first token where nothing is to be copied, softmax minus sigmoid",
     measure=measure,

@@ -51,6 +51,13 @@ def at_no_worse_loss(effect: float, method: Method, found: dict[str, float]) -> 
     return min(effect, 0.0) if dear else effect
 
 
+def parked_less(method: Method, seed: int) -> tuple[float, dict[str, float]]:
+    """What softmax gives the first token where nothing is to be copied, beyond what a mechanism gives it there."""
+    found = beside(method, seed, "resting")
+    gain = found["resting, softmax"] - found[f"resting, {type(method).__name__}"]
+    return at_no_worse_loss(gain, method, found), found
+
+
 def setup(more: str, *faults: str) -> str:
     """The words about the training, with what is asked of softmax."""
     asked = " and ".join(f"{FAULTS[fault]:g} {NAMES[fault]}" for fault in faults)

@@ -21,10 +21,12 @@ class Told:
 
     def __init__(self, plain: dict[str, float], dear: float = 1.0) -> None:
         self.plain, self.dear = plain, dear
+        self.asked: list[int] = []  # of mechanisms: the seeds
 
     def record(self, course: Any, what: Any, seed: int) -> dict[str, float]:
         if what is None:
             return dict.fromkeys(_sinks.TOLD, 1.0) | self.plain
+        self.asked.append(seed)
         return {name: x / 4 for name, x in self.plain.items()} | {"copied": 1.0, "8-bit": 0.0, "loss": 2 * self.dear}
 
 
@@ -38,6 +40,13 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     yield of
     _sinks.shown.cache_clear()
+
+
+@pytest.mark.parametrize("claim", MEASURED, ids=lambda claim: claim.key)
+def test_a_question_that_other_claims_raised_is_asked_on_other_seeds(claim: Claim, lab: Any) -> None:
+    lab()
+    claim.measure(3)
+    assert _sinks.LAB.asked == [3 + _sinks.SEEDS * (claim.key == "P304_sinks")]
 
 
 @pytest.mark.parametrize("claim", MEASURED, ids=lambda claim: claim.key)

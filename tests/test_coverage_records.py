@@ -90,6 +90,15 @@ def test_a_cell_ends_where_it_should(record: Path) -> None:
     assert "| refused | one / other | B |" in page.page()
 
 
+def test_heads_are_told_of_what_is_outside_the_interface_too(record: Path) -> None:
+    rows.update(
+        [{"class": "C", "group": "base", "status": "served", "through": False, "eager": {"heads": NOT}}], "ABCD"
+    )
+    told = page.page()
+    assert "within the interface or outside, under *heads*: 1 fine, 2 refused, 0 not reached, 0 wrong." in told
+    assert "| Own has no separate output projection | B, C |" in told
+
+
 def test_what_is_served_tells_of_heads(record: Path) -> None:
     for eager in ({}, {"heads": {"status": "cannot build", "reason": "over 60 s"}}):
         with pytest.raises(

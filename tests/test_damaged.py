@@ -295,6 +295,16 @@ def test_a_part_of_another_shape_is_refused_even_where_it_could_be_spread(kind: 
             load(save(tmp_path / "other", {"x": whole.having({part: other})}))
 
 
+@pytest.mark.parametrize(("kind", "parts"), [("columns", ("early", "early_count")), ("peaks", ("total", "count"))])
+def test_parts_that_fit_each_other_and_not_the_rest_are_refused(
+    kind: str, parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    whole = WHOLE[kind]
+    other = whole.having({part: whole.tensors()[part].narrow(0, 0, 1) for part in parts})
+    with pytest.raises(HeedfulError, match="whose parts have the shapes"):
+        load(save(tmp_path / "other", {"x": other}))
+
+
 @pytest.mark.parametrize(
     "stat", [Histogram((0.0, 0.5, 1.0), NUMBERS), TopK(4, NUMBERS, NUMBERS.long())], ids=["5 of 2", "5 of 4"]
 )

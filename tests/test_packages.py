@@ -81,9 +81,9 @@ def test_a_copy_that_other_code_made_is_made_anew_in_its_place(monkeypatch: pyte
     assert {file.name for file in home.iterdir()} == {"model.safetensors", "source.json"}
 
 
-@pytest.mark.parametrize("done", [False, True], ids=["moved away", "put its own there"])
+@pytest.mark.parametrize("how", ["moved away", "put its own there", "put its own there first"])
 def test_a_spoilt_copy_that_another_process_replaces_meanwhile_is_no_error(
-    done: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def convert(_: Sequence[Path], folder: Path) -> None:
         (folder / "model.safetensors").touch()
@@ -99,10 +99,10 @@ def test_a_spoilt_copy_that_another_process_replaces_meanwhile_is_no_error(
     def late(path: Path, to: Path) -> Path:
         if path == home:
             rename(home, tmp_path / "elsewhere")
-            if done:
-                home.mkdir()
-                (home / "model.safetensors").touch()
-                (home / "source.json").write_text(right)
+        if (path == home and how == "put its own there") or (to == home and how == "put its own there first"):
+            home.mkdir()
+            (home / "model.safetensors").touch()
+            (home / "source.json").write_text(right)
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", late)
@@ -131,3 +131,8 @@ def test_copies_are_known_by_the_code_of_conversion_and_helpers(
     before, whole = {module: copies._code(convert) for module, convert in conversions.items()}, code.file_of
     monkeypatch.setattr(code, "file_of", lambda name: whole(name) + "# mended" * (name == changed))
     assert [module for module, convert in conversions.items() if copies._code(convert) != before[module]] == anew
+
+
+def test_modules_that_are_imported_whole_are_followed_too() -> None:
+    found = code.sources([__name__], ("heedful.models.onnx", "heedful.models.piper"))
+    assert found == [code.file_of(name) for name in ("heedful.models.onnx_weights", "heedful.models.piper", __name__)]

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed import bars, cache, mechanisms, page, timing
-from heedful.methods import ELA, MALA, NeighborhoodAttention
+from benchmarks.speed import bars, cache, decoding, mechanisms, page, timing
+from heedful import models
+from heedful.methods import ELA, MALA, NeighborhoodAttention, SinkWindow
+from heedful.tiny import tiny, tiny_inputs
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -77,3 +79,42 @@ def test_the_length_from_which_a_mechanism_pays() -> None:
     assert mechanisms.pays(rows, "there") == {"M": 256}
     assert mechanisms.pays(rows[:2], "there") == {"M": None}
     assert mechanisms.pays(rows, "and_back") == {}
+
+
+def test_a_written_token_is_timed_by_turns_and_its_operations_stand_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    ids = tiny_inputs(model)["input_ids"]
+    monkeypatch.setattr(timing, "RECORDS", tmp_path)
+    monkeypatch.setattr(models, "default", lambda: (model, None, None))
+    monkeypatch.setattr(decoding, "text", lambda _, tokens: ids[:, :tokens])
+    monkeypatch.setattr(decoding, "RUNS", {"window": SinkWindow(1, 2)})
+    taken = iter((9.0, 9.0, 1.0, 3.0, 2.0, 6.0))  # the first turn warms up
+    monkeypatch.setattr(decoding, "seconds", lambda *_: next(taken))
+    decoding.measure(8, 2)
+    (told,) = timing.load("decoding")
+    (row,) = told["rows"]
+    found = {name: (x["seconds"], x["ratio"]) for name, x in row["found"].items()}
+    assert found == {"plain": (1.5, 1.0), "window": (4.5, 3.0)}
+    assert row["added"] == {"window": [*decoding.added(model, ids[:, :8], SinkWindow(1, 2))]}
+    row["added"] |= {"window": [29.07, 2.0], "KIVI": [196.5, 10.0]}
+    *_, head, _, cells = page.operations(told)
+    assert (head, cells) == ("|  | window | KIVI |", "| 8 tokens | 29 (2) | 196 (10) |")
+
+
+def test_of_a_written_token_the_reading_before_it_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    ids = tiny_inputs(model)["input_ids"][:1, :1].expand(1, decoding.STEPS)
+    clock, cached = [0.0], []
+
+    def passed(*given: object, of: float, cache: str) -> str:
+        clock[0] += of
+        cached.append(given[1] if len(given) > 2 else None)
+        return cache
+
+    monkeypatch.setattr(decoding.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(decoding, "read", lambda *given: passed(*given, of=100.0, cache="kept"))
+    monkeypatch.setattr(decoding, "step", lambda *given: passed(*given, of=2.0, cache=""))
+    assert decoding.seconds(model, ids) == 2.0
+    assert cached == [None, *["kept"] * decoding.STEPS]

@@ -42,6 +42,9 @@ def test_a_step_adds_few_operations(name: str) -> None:
     operations, looks = added(MODEL, IDS, {**RUNS, **MORE}[name])
     assert operations <= FEW[name][0]
     assert looks <= FEW[name][1]
+    acts = FEW[name][1] > 0  # and then some were counted: a count of nothing would be few as well
+    assert (operations > FEW["SinkRate"][0]) is acts
+    assert (looks > 0) is acts
 
 
 def test_views_are_no_operations_and_looks_are_counted() -> None:
