@@ -87,14 +87,15 @@ def test_what_keys_receive_is_learned_on_the_kernel() -> None:
     assert all(close_model(a, b) for a, b in zip(mine, slopes, strict=True))
 
 
-def test_other_parts_are_learned_in_tiles_and_explained() -> None:
+@pytest.mark.parametrize("part", EACH[1:])
+def test_other_parts_are_learned_in_tiles_and_explained(part: str) -> None:
     """Without gradients they stay on the kernel."""
-    method = _by_sums("entropy")
+    method = _by_sums(part)
     assert _learned(method)[2] == {"tiled"}
     shape = (1, 4, 2, 20, 20, 8, 8)
     q, k, v = draw(shape)
     run("native", method, q, k, v, a_call(shape, CAUSAL))
-    with pytest.raises(BackendError, match=r"gradients are wanted of entropy, and .* those of received alone"):
+    with pytest.raises(BackendError, match=rf"gradients are wanted of {part}, and .* those of received alone"):
         run("native", method, q.requires_grad_(), k, v, a_call(shape, CAUSAL))
     assert "native" in str(explain(Court()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from heedful.conformance.bare import serving
 from heedful.conformance.tolerances import close, close_model, error
 from heedful.core.errors import BackendError, DefinitionError, SiteError
 from heedful.core.mask import Blocks, Rule, Where
+from heedful.engine import attend as attend_module
 from heedful.engine.backends import native
 from heedful.methods import ACT, RandomFeatureHeads, RectifiedAttention, SigmoidAttention
 from heedful.native import Library, library
@@ -226,6 +228,14 @@ def test_some_heads_alone_are_left_to_tiles() -> None:
     for one, heads in ((Weighed(WEIGHINGS[0]), [1, 2]), (Weighed(WEIGHINGS[1]).on(heads=[0]), [3])):
         whole = run("reference", one, q, k, v, a_call(shape, CAUSAL))
         assert close(found[:, heads], whole[:, heads])
+
+
+def test_no_softmax_is_made_of_what_no_head_has_one_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, made = (1, 4, 2, 20, 20, 8, 8), Mock(wraps=attend_module.softmax)
+    monkeypatch.setattr(attend_module, "softmax", made)
+    for method, times in ((Weighed(WEIGHINGS[0]), 0), (Weighed(WEIGHINGS[0]).on(heads=[1, 2]), 1)):
+        run("reference", method, *draw(shape), a_call(shape, CAUSAL))
+        assert made.call_count == times
 
 
 def test_explain_names_the_kernel() -> None:

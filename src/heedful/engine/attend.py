@@ -106,12 +106,16 @@ def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tup
     if keep is not None:
         scores, blind = _hide(scores, keep, job)
     sink = job.sink if job.sink is None or job.sink.shape[-2] == 1 else job.sink[..., call.rows, :]
-    weights = softmax(scores, sink, job.lent("weights", scores.shape, scores))
-    for step in job.plan.at(Site.NORMALISE):
+    steps = job.plan.at(Site.NORMALISE)
+    if any(step.edit.weighs and step.heads is None for step in steps):
+        weights = scores  # no head has a softmax
+    else:
+        weights = softmax(scores, sink, job.lent("weights", scores.shape, scores))
+    for step in steps:
         weights = _normalised(step, scores, weights, job, call)
     if keep is not None and (blind or job.plan.edits(Site.NORMALISE)):
         # an exact zero already, but for these; what a step made is not changed in place
-        weights = zeroed(weights, keep, into=not job.plan.at(Site.NORMALISE))
+        weights = zeroed(weights, keep, into=not steps)
     weights = stage(Site.PATTERN, weights, job, call)
     if call.above:
         scores, weights, call = scores[:, :, call.above :], weights[:, :, call.above :], own_rows(call)

@@ -226,6 +226,7 @@ def weighing_of(step: Step, job: AttentionCall, call: Call) -> Weighing:
     found = getattr(step.method, step.edit.name)(job.run_state.view(step, call))
     if not isinstance(found, Weighing):
         raise SiteError(f"{step}, layer {call.layer}: must return a Weighing, got {type(found).__name__}")
+    job.run_state.changed.add(step)  # no weighing is a softmax
     return found
 
 

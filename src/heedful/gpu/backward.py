@@ -23,8 +23,8 @@ from heedful.gpu.kernels import (
     Lines,
     _added,
     _capped,
-    _kept,
-    _listed,
+    _packed,
+    _pairs,
     _product,
     _read,
     _seers,
@@ -90,25 +90,12 @@ def _given(q, k, v, pull, level, met, kept, size, keep, bias, back, batch, head,
 
 
 @triton.jit
-def _pairs(keep, size, batch, head, query, col, at, RANGES: tl.constexpr):
-    """Which pairs of a tile are computed."""
-    kept = _kept(keep, size, batch, head, query, col, RANGES)
-    if keep.table is not None:
-        kept = kept & _listed(keep, size, batch, head, query, at)[:, None]
-    return kept
-
-
-@triton.jit
 def meet_columns(
     q_lines, k_lines, size, keep, bias, back,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """Adds to `met` what each row's weights are given by way of the columns; rows are packed as in `attend_rows`."""
-    shared_heads = size.heads // size.group
-    tile, which = _whose(tl.cdiv(size.n * size.group, BM))
-    batch, shared = _wide(which // shared_heads), which % shared_heads
-    row = tile * BM + tl.arange(0, BM)
-    query, head = row // size.group, shared * size.group + row % size.group
+    batch, shared, query, head = _packed(size, BM)
     inside = query < size.n
     q = _read(q_lines, batch, head, query, inside, size.d, BD)
     line = (batch * size.heads + head) * size.n + query
@@ -132,11 +119,7 @@ def pull_queries(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """What queries are given: a program has rows, packed as in `attend_rows`, and goes through their keys."""
-    shared_heads = size.heads // size.group
-    tile, which = _whose(tl.cdiv(size.n * size.group, BM))
-    batch, shared = _wide(which // shared_heads), which % shared_heads
-    row = tile * BM + tl.arange(0, BM)
-    query, head = row // size.group, shared * size.group + row % size.group
+    batch, shared, query, head = _packed(size, BM)
     inside = query < size.n
     q = _read(q_lines, batch, head, query, inside, size.d, BD)
     pull = _read(pull_lines, batch, head, query, inside, size.e, BE)

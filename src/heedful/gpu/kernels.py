@@ -187,6 +187,25 @@ def _share(level):
 
 
 @triton.jit
+def _pairs(keep, size, batch, head, query, col, at, RANGES: tl.constexpr):
+    """Which pairs of a tile are computed."""
+    kept = _kept(keep, size, batch, head, query, col, RANGES)
+    if keep.table is not None:
+        kept = kept & _listed(keep, size, batch, head, query, at)[:, None]
+    return kept
+
+
+@triton.jit
+def _packed(size, BM: tl.constexpr):
+    """A program's text, head of keys, and the query and head of each row: the heads of a group stand side by side."""
+    tile, which = _whose(tl.cdiv(size.n * size.group, BM))
+    shared_heads = size.heads // size.group
+    batch, shared = _wide(which // shared_heads), which % shared_heads
+    row = tile * BM + tl.arange(0, BM)
+    return batch, shared, row // size.group, shared * size.group + row % size.group
+
+
+@triton.jit
 def _weighed(scores, level, size):
     """Weights of what is seen: by each row's log-sum-exp, or its share, where each is made of its score alone."""
     if size.sigmoid is not None:
@@ -225,13 +244,9 @@ def attend_rows(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """Heads, the log-sum-exp of each row's scores, and what can be said of a row; each program has a span of keys."""
-    shared_heads = size.heads // size.group
-    tiles = tl.cdiv(size.n * size.group, BM)
-    tile, which = _whose(tiles)
-    batch, shared = _wide(which // shared_heads), which % shared_heads
-    texts, split = tl.num_programs(0) // (tiles * shared_heads), tl.program_id(1)
-    row = tile * BM + tl.arange(0, BM)
-    query, head = row // size.group, shared * size.group + row % size.group
+    batch, shared, query, head = _packed(size, BM)
+    programs = tl.cdiv(size.n * size.group, BM) * (size.heads // size.group)  # of a text
+    texts, split = tl.num_programs(0) // programs, tl.program_id(1)
     inside = query < size.n
     q = _read(q_lines, batch, head, query, inside, size.d, BD)
 
@@ -247,9 +262,7 @@ def attend_rows(
     start, stop = tl.maximum(start, split * span), tl.minimum(stop, (split + 1) * span)
     for at in range(start // BN * BN, stop, BN):
         col = at + tl.arange(0, BN)
-        kept = _kept(keep, size, batch, head, query, col, RANGES)
-        if keep.table is not None:
-            kept = kept & _listed(keep, size, batch, head, query, at)[:, None]
+        kept = _pairs(keep, size, batch, head, query, col, at, RANGES)
         seen = tl.max(kept.to(tl.int32), 0) > 0  # what no row may see is not read: it may hold anything
         if (keep.table is None and RANGES == 1) or tl.max(seen.to(tl.int32)) > 0:
             same = shared + 0 * col
@@ -319,9 +332,7 @@ def _weights(
 ):  # fmt: skip
     """A tile's weights, from its rows' log-sum-exp or share; none of queries that are not text."""
     col = first + tl.arange(0, BN)
-    kept = _kept(keep, size, batch, head, query, col, RANGES)
-    if keep.table is not None:
-        kept = kept & _listed(keep, size, batch, head, query, first)[:, None]
+    kept = _pairs(keep, size, batch, head, query, col, first, RANGES)
     if keep.is_text is not None:
         kept = kept & _written(keep, size, batch, query)[:, None]
     weights = tl.zeros([query.shape[0], BN], tl.float32)

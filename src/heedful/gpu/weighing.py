@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from heedful.gpu.kernels import _kept, _listed, _one_key, _product, _read, _scores, _span, _weighed, _whose, _wide
+from heedful.gpu.kernels import _one_key, _packed, _pairs, _product, _read, _scores, _span, _weighed
 
 
 @triton.jit
@@ -19,13 +19,9 @@ def weigh_rows(
     MEAN: tl.constexpr,
 ):  # fmt: skip
     """Heads, each row's share, and what can be said of a row; with MEAN the share is one over the keys that it sees."""
-    shared_heads = size.heads // size.group
-    tiles = tl.cdiv(size.n * size.group, BM)
-    tile, which = _whose(tiles)
-    batch, shared = _wide(which // shared_heads), which % shared_heads
-    texts, split = tl.num_programs(0) // (tiles * shared_heads), tl.program_id(1)
-    row = tile * BM + tl.arange(0, BM)
-    query, head = row // size.group, shared * size.group + row % size.group
+    batch, shared, query, head = _packed(size, BM)
+    programs = tl.cdiv(size.n * size.group, BM) * (size.heads // size.group)  # of a text
+    texts, split = tl.num_programs(0) // programs, tl.program_id(1)
     inside = query < size.n
     q = _read(q_lines, batch, head, query, inside, size.d, BD)
 
@@ -42,9 +38,7 @@ def weigh_rows(
     start, stop = tl.maximum(start, split * span), tl.minimum(stop, (split + 1) * span)
     for at in range(start // BN * BN, stop, BN):
         col = at + tl.arange(0, BN)
-        kept = _kept(keep, size, batch, head, query, col, RANGES)
-        if keep.table is not None:
-            kept = kept & _listed(keep, size, batch, head, query, at)[:, None]
+        kept = _pairs(keep, size, batch, head, query, col, at, RANGES)
         seen = tl.max(kept.to(tl.int32), 0) > 0  # what no row may see is not read: it may hold anything
         if (keep.table is None and RANGES == 1) or tl.max(seen.to(tl.int32)) > 0:
             same = shared + 0 * col

@@ -61,11 +61,7 @@ def through(compute: Rows, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) 
 
 def weighing(job: AttentionCall) -> Weighing | None:
     """What each weight is of its score, where it is no softmax of its row."""
-    for step in job.plan.at(Site.NORMALISE):
-        job.run_state.offered[step] += 1
-        job.run_state.changed.add(step)  # no weighing is a softmax
-        return weighing_of(step, job, job.call)
-    return None
+    return next((weighing_of(step, job, job.call) for step in job.plan.at(Site.NORMALISE)), None)
 
 
 def first_columns(call: Call, texts: int) -> Tensor:
