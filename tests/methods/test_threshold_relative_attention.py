@@ -70,6 +70,15 @@ def test_the_formula(at_once: int, causal: bool, padded: bool, monkeypatch: pyte
     assert (blind > 0) == causal  # some first tokens see no key above the threshold
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_what_a_hidden_key_holds_is_nobody_s_matter(bad: float) -> None:
+    bare, call = drawn(causal=True, padded=True)
+    call = replace(call, hidden=bare.hidden, params=params())
+    method, key = ThresholdRelativeAttention(), bare.k.clone()
+    key[~PADDED[:, None].expand(key.shape[:-1])] = bad
+    assert close(method.attend((bare.q, key, bare.v), call), method.attend((bare.q, bare.k, bare.v), call))
+
+
 def test_a_decode_step_sees_what_a_whole_text_sees() -> None:
     bare, call = drawn(causal=True, padded=False)
     call = replace(call, hidden=bare.hidden, params=params())
