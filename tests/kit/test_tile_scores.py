@@ -80,6 +80,10 @@ def test_units_far_apart_come_near_one_another_in_the_sum(far: float) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_it_is_derived_again_and_carried_forward_and_serves_many_inputs() -> None:
     assert torch.autograd.gradgradcheck(additive, given())
+    leaves = given()
+    slopes = (torch.autograd.grad(f(*leaves).square().sum(), leaves, create_graph=True) for f in (additive, by_units))
+    for one, other in zip(*slopes, strict=True):
+        assert close(one, other)
     q, *rest = (x.detach() for x in given())
     way = torch.randn(q.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     for mine, wanted in zip(*(jvp(partial(_first, f, rest), (q,), (way,)) for f in (additive, by_units)), strict=True):

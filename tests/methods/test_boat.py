@@ -67,7 +67,8 @@ def _by_hand(bare: Bare, patches: list[int], halvings: int, overlap: int) -> Ten
 
 
 @pytest.mark.parametrize(
-    ("grid", "halvings", "overlap"), [((4, 4), 1, 0), ((4, 6), 2, 0), ((4, 6), 2, 2), ((4, 4), 3, 1), ((2, 4), 1, 9)]
+    ("grid", "halvings", "overlap"),
+    [((4, 4), 1, 0), ((4, 6), 2, 0), ((4, 6), 2, 2), ((4, 4), 3, 1), ((2, 4), 1, 9), ((4, 6), 2, 9)],
 )
 def test_each_part_sees_itself_and_the_near_end_of_the_other_half(
     grid: tuple[int, int], halvings: int, overlap: int

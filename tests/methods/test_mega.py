@@ -75,6 +75,12 @@ def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(_averages, "LEAST", request.param)
 
 
+def test_who_sees_nothing_finds_nothing() -> None:
+    x, seen = torch.ones(1, N, 2), torch.arange(N)[None] >= 3
+    found = _averages.looks(x, x, x, seen, _call({"distance": torch.zeros(N)}))
+    assert torch.equal(found, x * seen[..., None])
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 64])
 def test_forward_loss_and_gradients(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_averages, "CHUNK", chunk)

@@ -70,6 +70,25 @@ def test_the_formula(at_once: int, causal: bool, padded: bool, monkeypatch: pyte
     assert (blind > 0) == causal  # some first tokens see no key above the threshold
 
 
+def test_who_loses_interest_at_once_is_left_with_the_newest_key_above_the_threshold() -> None:
+    bare, call = drawn(causal=False, padded=False)
+    own = {"weight": torch.zeros(4, 24).double(), "bias": torch.full((4,), -2000.0).double()}
+    found = ThresholdRelativeAttention().attend((bare.q, bare.k, bare.v), replace(call, hidden=bare.hidden, params=own))
+    there = bare.q @ bare.k.repeat_interleave(2, 1).mT > 0
+    newest = (there * torch.arange(1, 20)).argmax(-1)
+    wanted = bare.v.repeat_interleave(2, 1).gather(2, newest[..., None].expand_as(found))
+    assert close(found, wanted * there.any(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_what_a_hidden_key_holds_is_nobody_s_matter(bad: float) -> None:
+    bare, call = drawn(causal=True, padded=True)
+    call = replace(call, hidden=bare.hidden, params=params())
+    method, key = ThresholdRelativeAttention(), bare.k.clone()
+    key[~PADDED[:, None].expand(key.shape[:-1])] = bad
+    assert close(method.attend((bare.q, key, bare.v), call), method.attend((bare.q, bare.k, bare.v), call))
+
+
 def test_a_decode_step_sees_what_a_whole_text_sees() -> None:
     bare, call = drawn(causal=True, padded=False)
     call = replace(call, hidden=bare.hidden, params=params())

@@ -63,6 +63,11 @@ def meets(a: Tensor, b: Tensor) -> Tensor:
     return _compared(torch.ne, found, found.new_zeros(()))
 
 
+def traced(*given: Tensor) -> bool:
+    """Whether torch carries derivatives forward here, or runs over many inputs at once: it alone sees the numbers."""
+    return any(is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None for x in given)
+
+
 def _compared(how: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:
     if is_functorch_wrapped_tensor(a) or is_functorch_wrapped_tensor(b):  # which give nothing into a tensor of ours
         return how(a, b)
@@ -108,7 +113,7 @@ def _chunks(x: Tensor, keep: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tens
 
 def _tame(x: Tensor, far: float) -> bool:
     """Whether all are numbers, and none is as far from zero as that; nobody can look into those of a transform."""
-    if is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None or not x.numel():
+    if traced(x) or not x.numel():
         return False
     x = x.detach()
     return bool((x.amin() > -far) & (x.amax() < far))

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from heedful.core.call import Call
+from heedful.core.flags import traced
 from heedful.core.method import Step
 from heedful.core.sites import MAP_SITES, Site
 
@@ -82,8 +81,7 @@ class Needs:
     @property
     def transformed(self) -> bool:
         """Whether torch derives forwards here, or runs over many inputs at once, which its own functions alone know."""
-        given = (x for x in self.tensors + self.learned if isinstance(x, Tensor))
-        return any(is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None for x in given)
+        return traced(*(x for x in self.tensors + self.learned if isinstance(x, Tensor)))
 
     @property
     def sees_all(self) -> bool:

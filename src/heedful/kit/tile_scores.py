@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import linear
 
 from heedful.core.call import Call
 from heedful.core.errors import SiteError
+from heedful.core.flags import traced
 from heedful.core.method import Method
 from heedful.kit.rows import at_once
 from heedful.kit.running import wide
@@ -31,8 +30,7 @@ def operands(method: Method, call: Call) -> tuple[Tensor, Tensor]:
 def additive(query: Tensor, key: Tensor, of_query: Tensor, of_key: Tensor, out: Tensor) -> Tensor:
     """out . tanh(of_query q_i + of_key k_j), `[b h r k]`: queries `[b h r d]`, keys `[b h k d]`, out `[1 n]`."""
     q, k, v = wide(linear(query.to(of_query.dtype), of_query), linear(key.to(of_key.dtype), of_key), out[0])
-    traced = any(is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None for x in (q, k, v))
-    if traced or not _bounded(q, k):
+    if traced(q, k, v) or not _bounded(q, k):
         return _bent(q, k) @ v
     found: Tensor = _Additive.apply(q, k, v)
     return found

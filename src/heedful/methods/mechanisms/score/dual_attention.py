@@ -91,11 +91,7 @@ class DualAttention(Method):
             ranges = call.mask.columns(call.queries.take(rows), call.keys, rows)
             cols = slice(0, ranges[-1][1] if ranges else 1)
             keep = call.mask.keeps(call.tile(rows, cols).pairs)
-            keep = (
-                known[..., cols].expand(-1, -1, rows.stop - rows.start, -1)
-                if keep is None
-                else both(keep, known[..., cols])
-            )
+            keep = known[..., cols] if keep is None else both(keep, known[..., cols])
             scores = q[:, :, rows] * call.scale @ k[:, :, cols].mT
             weights = zeroed(lowered(scores, keep).softmax(-1), keep)
             sensory, relational = weights.split([call.heads - count, count], 1)

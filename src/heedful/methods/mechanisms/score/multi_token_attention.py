@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import conv2d, pad
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.core.flags import traced
 from heedful.core.positions import spread_heads
 
 STEP = 16  # columns whose products are taken side by side
@@ -115,7 +114,7 @@ def _convolved(x: Tensor, kernel: Tensor, call: Call) -> Tensor:
 
 def correlated(x: Tensor, kernel: Tensor) -> Tensor:
     """Each head's map `x [b h r k]` under its kernel `[h a b]`, wherever that has all of its places."""
-    if any(is_functorch_wrapped_tensor(each) or unpack_dual(each).tangent is not None for each in (x, kernel)):
+    if traced(x, kernel):
         return conv2d(x, kernel[:, None], groups=len(kernel))
     found: Tensor = _Correlated.apply(x, kernel)
     return found

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, SiteError, at
+from heedful.core.flags import zeroed
 from heedful.kit.rows import tiles
 from heedful.kit.running import divided, grouped, wide
 
@@ -53,7 +54,7 @@ class ThresholdRelativeAttention(Method):
         for part in tiles(call, len(q)):
             scores = grouped(q[:, :, part.rows], k[:, :, part.cols].mT)
             if part.keep is not None:
-                scores = scores * part.keep
+                scores = zeroed(scores, part.keep, into=True)
             there = scores > 0
             before = there.cumsum(-1, dtype=torch.int32)
             # 1 where none is left, so that a row's highest is one that is there
