@@ -48,7 +48,7 @@ class VAR(Method):
         ),
     )
     role: str = "marked"  # the spans that stand for the image
-    tau: float = 20.0  # a dimension over the token's root mean square, from which on the token is a sink; the paper: 20
+    tau: float = 20.0  # a dimension over the token's root mean square, above which the token is a sink; the paper: 20
     rho: float = 0.5  # share of a head's weight on the span that may lie on sinks, at most; the authors' code: 0.5
     least: float = 0.2  # weight that a head's row gives to the span at least; the authors' code: 0.2
     p: float = 0.6  # share of a sink's weight that it keeps; the paper: 0.6
