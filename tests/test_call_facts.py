@@ -384,7 +384,11 @@ def test_queries_of_cross_attention_stand_in_their_own_text(kind: str, side: str
     given = {"input_ids": IDS, "attention_mask": padding, "decoder_input_ids": IDS[:, :9]}
     with attach(model, Places()) as run:
         run(**given, decoder_attention_mask=own)
+        crossed = [i for i, name in enumerate(run.layer_names) if name in dict(SEEN)]
     assert len(SEEN) == 4
+    with attach(model, Places().on(layers=crossed)) as run:  # the self attention before them is left alone
+        run(**given, decoder_attention_mask=own)
+    assert len(SEEN) == 8
     assert all(found == ([list(range(9))] * 2, own.bool().tolist()) for _, found in SEEN)
 
 

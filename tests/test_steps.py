@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
-from benchmarks.speed.decoding import RUNS, Operations, added
+from benchmarks.speed.decoding import RUNS, Operations, added, read, step
 from heedful import attach
 from heedful.core.call import CachedKV, Call
-from heedful.core.method import Method
+from heedful.core.method import Method, Stack
 from heedful.core.positions import Positions
 from heedful.core.sites import Site, at
 from heedful.methods import PyramidKV, SinkWindow, TempScale
@@ -45,6 +47,31 @@ def test_a_step_adds_few_operations(name: str) -> None:
     acts = FEW[name][1] > 0  # and then some were counted: a count of nothing would be few as well
     assert (operations > FEW["SinkRate"][0]) is acts
     assert (looks > 0) is acts
+
+
+def calls_of_python(cache: object) -> int:
+    """How many functions written in Python one step calls."""
+    calls = 0
+
+    def count(frame: object, event: str, _: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        step(MODEL, cache, IDS[:, :1])
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@torch.no_grad()
+def test_a_layer_in_which_nothing_acts_is_not_looked_into() -> None:
+    plain, cache = calls_of_python(read(MODEL, IDS)), read(MODEL, IDS)
+    with attach(MODEL, Stack()) as run:
+        step(MODEL, cache, IDS[:, :1])  # what is known of classes is found once
+        assert calls_of_python(cache) < 1.7 * plain
+        assert run.activity().entered == (0, 1, 2)
 
 
 def test_views_are_no_operations_and_looks_are_counted() -> None:

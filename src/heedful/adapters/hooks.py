@@ -108,7 +108,8 @@ class Hooks:
         self._stand_around(bound.name)
         self.run.state.begin(bound.number, shelf_of(bound.cache), bound.module)
         serve(bound.cache, getattr(bound.module, "layer_idx", None))
-        steps = self.run.stack.steps(bound.number)
+        if not (steps := self.run.stack.steps(bound.number)):
+            return None
         if any(s.edit.site is Site.CACHE for s in steps) and bound.cache is not None and not bound.cross:
             if bound.outside:
                 raise RefusedModel(

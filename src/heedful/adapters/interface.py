@@ -118,15 +118,14 @@ class Interface:
         bound.called = True
         run, run_state = self.run, self.run.state
         if bound.number is None:
-            if not bound.cross and isinstance(request.mask, LazyMask):
-                run_state.now.queries[list_of(bound.name)] = request.mask.spec.queries
-                if request.mask.spec.mask.causal:
-                    run_state.now.causal.add(list_of(bound.name))
-            return native(bound.module, bound.native, request)
+            return self._resting(bound, request)
         run_state.entered[bound.number] += 1
         held = None
         if bound.cache is not None and not bound.cross:
             held = held_layer(bound.cache, getattr(bound.module, "layer_idx", None), request.k, request.v, bound.name)
+        if held is None and self._rests(bound, request):
+            run_state.backends[bound.number] = f"the model's own ({bound.native})"
+            return self._resting(bound, request)
         mine, spread = request, bound.spread
         if spread is not None and (spread := spread.serves(request, run)) is not None:
             request = spread.joined(request)
@@ -147,7 +146,7 @@ class Interface:
         if (seen := replaced_whole(run, plan, call, Operands(q, k, v))) is not None:
             bound.call = seen
             return no_heads(mine.q, v), None
-        pattern = self.hooks.forwards.patterns or bool(request.more.get("output_attentions"))
+        pattern = self._wants_pattern(request)
         # a kernel of the model's own would leave the pattern out without a word
         own = (not pattern or bound.native == "eager") and (held is None or held.whole)
         if bound.merges is not None:  # the mask that the model has is of all tokens
@@ -165,3 +164,28 @@ class Interface:
         if spread is not None:
             heads, weights = spread.own(heads), None if weights is None else spread.own(weights)
         return heads.transpose(1, 2).contiguous(), None if weights is None else weights.to(q.dtype)
+
+    def _wants_pattern(self, request: Request) -> bool:
+        return self.hooks.forwards.patterns or bool(request.more.get("output_attentions"))
+
+    def _rests(self, bound: Bound, request: Request) -> bool:
+        """Whether it is known, whatever the call turns out to be, that the run leaves a layer to the model.
+
+        Packed texts, and masks that a model makes itself, have to be understood first, for layers that come after.
+        """
+        packed = request.q.shape[2] > 1 and request.more.get("position_ids") is not None
+        return (
+            (bound.cross or (isinstance(request.mask, LazyMask) and not packed))
+            and not self.run.stack.steps(bound.number)
+            and self.run.backend == "auto"
+            and bound.merges is None
+            and (bound.native == "eager" or not self._wants_pattern(request))
+        )
+
+    def _resting(self, bound: Bound, request: Request) -> Outcome:
+        """What a layer gives where the run does nothing; those behind it are told where its tokens stand."""
+        if not bound.cross and isinstance(request.mask, LazyMask):
+            self.run.state.now.queries[list_of(bound.name)] = request.mask.spec.queries
+            if request.mask.spec.mask.causal:
+                self.run.state.now.causal.add(list_of(bound.name))
+        return native(bound.module, bound.native, request)

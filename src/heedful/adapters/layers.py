@@ -81,6 +81,7 @@ def highest(names: Sequence[str]) -> tuple[int, ...]:
     return tuple(last[list_of(name)] for name in names)
 
 
+@cache
 def list_of(name: str) -> str:
     """The list of layers that one stands in: those whose names are alike up to a number."""
     return re.split(r"(?:^|\.)\d+(?:\.|$)", name, maxsplit=1)[0]

@@ -27,8 +27,8 @@ def stream_of(args: Args, kwargs: dict[str, Any]) -> Tensor | None:
 
 def other_of(told: Mapping[str, Any], stream: Tensor | None) -> Tensor | None:
     """The sequence that a module attends to beside its own, or in its place, among its arguments by name."""
-    found = (told[name] for name in OTHERS if isinstance(told.get(name), Tensor))
-    return next((x for x in found if x is not stream), None)
+    found = (told[name] for name in OTHERS if name in told)
+    return next((x for x in found if isinstance(x, Tensor) and x is not stream), None)
 
 
 def tokens_of(told: Mapping[str, Any]) -> Tensor | None:

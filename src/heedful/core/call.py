@@ -26,6 +26,8 @@ class Phase(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
 
+    __hash__ = object.__hash__  # as a Site's
+
     @classmethod
     def of(cls, queries: Positions, past: bool = False) -> Phase:
         """A token alone with something before it is decoded: in its text, or in a cache that is there."""

@@ -354,12 +354,12 @@ class Mask:
                 out[-1:] = [joined] if joined else [*out[-1:], rule]
         return tuple(out)
 
-    @property
+    @cached_property
     def padding(self) -> Padding | None:
         """Which tokens are text, where some are not."""
         return next((rule for rule in self.rules if isinstance(rule, Padding)), None)
 
-    @property
+    @cached_property
     def causal(self) -> bool:
         """Some rule forbids every key after its query."""
         return any(isinstance(rule, Causal) for rule in self.rules)

@@ -217,9 +217,9 @@ def method_of(part: Scoped | E) -> Method | E:
     return part.method if isinstance(part, Scoped) else part
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
-    """One edit of one part, as the engine runs it."""
+    """One edit of one part, as the engine runs it. A stack has each once, so one is equal to itself alone."""
 
     number: int  # the part's place in the stack
     part: Part
@@ -261,6 +261,13 @@ def _overlap(a: Part, b: Part) -> bool:
         return True
     phases = a.phase is None or b.phase is None or a.phase is b.phase
     return meet(a.layers, b.layers) and meet(a.heads, b.heads) and meet(a.steps, b.steps) and phases
+
+
+def _acts(part: Part, layer: int | None, phase: Phase | None) -> bool:
+    if not isinstance(part, Scoped):
+        return True
+    elsewhere = layer is not None and part.layers is not None and layer not in part.layers
+    return not elsewhere and (phase is None or part.phase is None or phase is part.phase)
 
 
 def clash(a: Part, b: Part) -> str | None:
@@ -329,21 +336,26 @@ class Stack:
     def __repr__(self) -> str:
         return " | ".join(map(repr, self.parts)) or "Stack()"
 
-    @property
+    @cached_property
     def methods(self) -> tuple[Method, ...]:
         return tuple(method_of(part) for part in self.parts)
 
     def steps(self, layer: int | None = None, phase: Phase | None = None) -> tuple[Step, ...]:
         """Every edit in the order of sites, then of parts, that acts in the layer and phase."""
-        found = []
-        for number, part in enumerate(self.parts):
-            if isinstance(part, Scoped):
-                if layer is not None and part.layers is not None and layer not in part.layers:
-                    continue
-                if phase is not None and part.phase is not None and phase is not part.phase:
-                    continue
-            found += [Step(number, part, edit) for edit in method_of(part).edits]
+        found = self._found.get((layer, phase))
+        if found is None:
+            found = self._found[layer, phase] = tuple(s for s in self._all if _acts(s.part, layer, phase))
+        return found
+
+    @cached_property
+    def _all(self) -> tuple[Step, ...]:
+        found = (Step(number, part, edit) for number, part in enumerate(self.parts) for edit in method_of(part).edits)
         return tuple(sorted(found, key=lambda s: (s.edit.site.order, s.number)))
+
+    @cached_property
+    def _found(self) -> dict[tuple[int | None, Phase | None], tuple[Step, ...]]:
+        """Those of each layer and phase that somebody asked for: asked for anew in every call."""
+        return {}
 
     @cached_property
     def merges(self) -> bool:

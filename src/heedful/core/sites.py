@@ -39,6 +39,8 @@ class Site(Enum):
         self.meaning = meaning
         self.order = len(type(self).__members__)
 
+    __hash__ = object.__hash__  # each is there once; an Enum's own hash is a function in Python, and asked all the time
+
     @property
     def inside(self) -> bool:
         """Whether it lies between the projections of the block, whatever is done there."""

@@ -162,11 +162,11 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
             heads, pattern, call = attend(job, wide(q), wide(k), wide(v), choose)
         return heads.to(v.dtype), pattern, call
     call, run_state = job.call, job.run_state
-    q = stage(Site.QUERY, q, job, call)
-    k = stage(Site.KEY, k, job, call)
-    v = stage(Site.VALUE, v, job, call)
+    q = staged(Site.QUERY, q, job, call)[0]
+    k = staged(Site.KEY, k, job, call)[0]
+    v = staged(Site.VALUE, v, job, call)[0]
     call = replace(call, query=q, key=k, value=v, bias=job.bias)
-    mask = stage(Site.MASK, call.mask, job, call)
+    mask = staged(Site.MASK, call.mask, job, call)[0]
     if mask is not call.mask:
         call = replace(call, mask=mask, in_order=call.causal and not mask.causal)
     requested = job.plan.requested
@@ -190,7 +190,7 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
         _first_rows(job, q, k, v)
     if job.accumulator is not None:
         _sum_up(job, job.accumulator, carries)
-    heads = stage(Site.HEAD_OUTPUT, heads.to(v.dtype), job, call)
+    heads = staged(Site.HEAD_OUTPUT, heads.to(v.dtype), job, call)[0]
     run_state.remember(call)
     run_state.look_for_nan(call.layer, heads)
     return heads, pattern, call

@@ -74,11 +74,11 @@ class Needs:
             **more,
         )
 
-    @property
+    @cached_property
     def gradients(self) -> bool:
         return torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors + self.learned)
 
-    @property
+    @cached_property
     def transformed(self) -> bool:
         """Whether torch derives forwards here, or runs over many inputs at once, which its own functions alone know."""
         return traced(*(x for x in self.tensors + self.learned if isinstance(x, Tensor)))

@@ -323,7 +323,8 @@ class RunState:
         if not x.numel():
             return
         x = plain(x.detach())
-        found = torch.maximum(-x.amin(), x.amax())  # NaN where a single number is; both at once would take longer
+        # NaN where a single number is; of many numbers both at once would take longer
+        found = x.abs().amax() if x.shape[-2] == 1 else torch.maximum(-x.amin(), x.amax())
         have = self._highest.get(layer)
         self._highest[layer] = found if have is None else torch.maximum(have, found)
 
