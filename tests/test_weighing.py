@@ -214,6 +214,13 @@ def test_what_is_masked_may_hold_anything(backend: str) -> None:
         assert bool(b.isfinite().all())
 
 
+@pytest.mark.parametrize("how", WEIGHINGS[2:], ids=str)
+def test_a_row_that_sees_nothing_has_a_number_on_the_way_back(how: Weighing) -> None:
+    shape = (1, 2, 1, 6, 6, 8, 8)
+    with torch.autograd.set_detect_anomaly(True):  # which refuses what is no number, whoever leaves it out further on
+        pulled("reference", draw(shape), shape, (*CAUSAL, Where(lambda q, k: q > 2)), method=Weighed(how))
+
+
 def test_steep_scores_saturate(backend: str) -> None:
     """Neither a sigmoid nor its slope overflows."""
     shape = (1, 2, 1, 20, 20, 8, 8)

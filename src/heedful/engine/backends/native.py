@@ -120,7 +120,7 @@ class _Way(torch.autograd.Function):
         plan, call = Plan(job.plan.at(Site.NORMALISE)), job.call
         ctx.plain = partial(AttentionCall, plan, call=call, bias=job.bias, sink=job.sink, needs=job.needs)
         ctx.fresh = partial(RunState, job.run_state.stack, job.run_state.params)
-        counted = job.accumulator
+        counted = job.accumulator  # torch writes the way back into what is returned, and so into the summary
         return out, counted.whole.received if counted is not None and counted.learned and counted.whole else None
 
     @staticmethod
@@ -169,10 +169,7 @@ def _compute(kernel: Library, job: AttentionCall, q: Tensor, k: Tensor, v: Tenso
         return _attended(kernel, job, (q, k, v))[1]
     with torch.no_grad():
         answer = _attended(kernel, job, (q, k, v), back=True)
-    heads, received = _Way.apply(padded(q), padded(k), padded(v), kernel, job, answer)
-    if (counted := job.accumulator) is not None and counted.whole is not None and received is not None:
-        counted.whole = replace(counted.whole, received=received)
-    return heads
+    return _Way.apply(padded(q), padded(k), padded(v), kernel, job, answer)[0]
 
 
 def _attended(
