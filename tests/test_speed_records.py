@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks.speed import bars, cache, decoding, mechanisms, page, timing
+from benchmarks.speed import attention, bars, cache, decoding, mechanisms, page, timing
 from heedful import models
+from heedful.conformance.tolerances import close
 from heedful.methods import ELA, MALA, NeighborhoodAttention, SinkWindow
 from heedful.tiny import tiny, tiny_inputs
 
@@ -35,6 +38,19 @@ def test_what_one_machine_gave_stays_beside_anothers(tmp_path: Path, monkeypatch
     assert found == [("AMD EPYC", 2.0), ("Intel Xeon", 3.0)]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_what_stands_beside_one_another_is_the_same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "WINDOW", 5)
+    monkeypatch.setattr(attention, "CAP", 2.0)
+    monkeypatch.setattr(attention, "compiled", lambda: flex_attention)
+    tensors = attention.draw(6, 2, 8, 20, 20, torch.float32)
+    plain = attention.ours(attention.Idle(), "tiled", *tensors)()
+    for told, torch_s in attention.under(*tensors).values():
+        found = attention.ours(attention.Columns(), "tiled", *tensors, **told)()
+        assert all(close(found, heads()) for heads in torch_s.values())
+        assert not close(found, plain)
+
+
 def test_a_bar_tells_the_worst_row_that_it_speaks_of() -> None:
     bar = bars.Bar("", 1.0, "x", lambda row: row.get("figure"))
     rows = [
@@ -46,6 +62,9 @@ def test_a_bar_tells_the_worst_row_that_it_speaks_of() -> None:
     assert bars.found(bar, {"rows": rows}) == "**1.500**, in 2 of 3: 40 tokens"
     assert bars.found(bar, {"rows": rows[:1]}) == "0.500"
     assert bars.found(bar, {"rows": rows[2:3]}) == ""
+    torch_s, ours = {"SDPA": {"seconds": 3.0}, "flex": {"seconds": 2.0}}, {bars.STATISTICS: {"seconds": 1.0}}
+    assert bars.quickest("float32")({"type": "float32", "found": torch_s | ours | {"tiled": {"seconds": 0.1}}}) == 0.5
+    assert bars.quickest("bfloat16")({"type": "float32", "found": torch_s | ours}) is None
     assert bars.slowest({"tokens": 4096, "found": {"sdpa": {"ratio": 1.0}, "a": {"ratio": 0.5}}}) == 0.5
 
 

@@ -71,7 +71,9 @@ for kind, width, asked in itertools.product(*(eval(x) for x in sys.argv[1:4])):
     calls["pull_bias"] = {**{k: x for k, x in both.items() if k != "bias"}, **apart, **ends, "ROWS": full}
     seen = Seen("*i32", number, more("*i32"), number, more("*i64"))
     calls["attend_step"] = dict(q=lines, k=lines, v=lines, size=sizes, seen=seen, bias=bias, sink=more("*fp32"),
-        made=Made("*fp32", "*fp32", more("*fp32")), span=number, BM=16, BN=blocks.safe(width).keys, BD=width, BE=width)
+        made=Made("*fp32", "*fp32", more("*fp32")), span=number, BM=16, BN=blocks.safe(width).keys, BD=width, BE=width,
+        MEAN=False)
+    calls["attend_step of sigmoids"] = {**calls["attend_step"], "size": sigmoid, "MEAN": full}
     for target in (80, 90):
         for name, values in calls.items():
             kernel, *_ = (getattr(x, found) for x in (kernels, backward, decode, weighing)
@@ -119,7 +121,7 @@ def test_they_compile_for_cards_and_fit_their_shared_memory(
     told = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr[-3000:]
     rows = [line.split() for line in told.stdout.splitlines()]
-    assert len(rows) == 20 * len(kinds) * len(widths) * len(asked)
+    assert len(rows) == 22 * len(kinds) * len(widths) * len(asked)
     for name, *_, what, shared, loads in rows:
         assert int(shared) <= ROOM, (name, _, what, shared)
         if what == "nothing" and name in MEANWHILE and kinds != ["fp32"]:

@@ -14,6 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed")
     kinds = [
         "attention",
+        "under",
         "step",
         "decoding",
         "cache",
@@ -80,6 +81,8 @@ def main() -> None:
         pattern.measure(512 if given.quick else 2048, 1 if given.quick else 5)
     if given.what in ("attention", "all"):
         attention.prefill((1024, 2048) if given.quick else (1024, 2048, 4096, 8192, 16384), 3 if given.quick else 7)
+    if given.what in ("under", "all"):
+        attention.beside((256, 512) if given.quick else (1024, 2048), 3 if given.quick else 5)
     if given.what in ("linear", "all"):
         linear.measure((512, 1024) if given.quick else (256, 512, 1024, 2048, 4096, 8192), 3 if given.quick else 5)
     if given.what in ("mechanisms", "all"):

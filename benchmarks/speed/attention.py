@@ -1,5 +1,7 @@
 """The attention call alone: torch's kernel, ours without and with statistics, plain tiles; then one decode step.
 
+The same under what models do to their scores: windows, biases, soft caps, sink logits.
+
 Random inputs: the time of a dense call does not depend on what the numbers are.
 """
 
@@ -11,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.speed.timing import race, record
 from heedful.core.call import Call
-from heedful.core.mask import Causal, Mask
+from heedful.core.mask import Causal, Mask, Rule, Window
 from heedful.core.method import Method, Stack
 from heedful.core.paper import Paper
 from heedful.core.positions import Positions
@@ -30,6 +33,8 @@ from heedful.kit.chosen import Chosen
 
 PAPER = Paper("none", "a probe of this benchmark", "none", 2026)
 SHAPES = {"9/3 heads of 64": (9, 3, 64), "32/8 heads of 128": (32, 8, 128)}
+TORCH, FLEX = "SDPA, or eager where it cannot", "FlexAttention"
+WINDOW, CAP = 512, 50.0  # tokens; what Gemma 2 bounds its scores by
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -85,13 +90,18 @@ def draw(heads: int, kv_heads: int, d: int, q: int, k: int, dtype: torch.dtype) 
     )
 
 
-def ours(method: Method, backend: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+def ours(
+    method: Method, backend: str, q: Tensor, k: Tensor, v: Tensor,
+    rules: tuple[Rule, ...] = (), softcap: float | None = None, **more: Tensor,
+) -> Callable[[], Tensor]:  # fmt: skip
+    """A call under a method; `more` are the model's bias and sink logits."""
     queries = Positions.row(k.shape[2] - q.shape[2], q.shape[2], q.device)
     keys = Positions.row(0, k.shape[2], q.device)
-    call = Call(0, 1, "bare", q.shape[1], k.shape[1], queries, keys, q.shape[3] ** -0.5, mask=Mask((Causal(),)))
+    mask = Mask((Causal(), *rules))
+    call = Call(0, 1, "bare", q.shape[1], k.shape[1], queries, keys, q.shape[3] ** -0.5, softcap, mask=mask)
     run_state = RunState(Stack((method,)))
     run_state.new_forward()
-    job = AttentionCall(run_state.plan(call), run_state, call)
+    job = AttentionCall(run_state.plan(call), run_state, call, **more)
     return lambda: attend(job, q, k, v, lambda needs: select(backend, needs))[0]
 
 
@@ -116,6 +126,83 @@ def prefill(lengths: tuple[int, ...], rounds: int) -> None:
                 rows.append({"shape": shape, "type": dtype, "tokens": n, "found": found})
                 print(shape, dtype, n, {name: x["ratio"] for name, x in found.items()}, flush=True)
     record("attention", rows, baseline="sdpa", inputs="random, causal, one text")
+
+
+def eager(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float | None = None, sink: Tensor | None = None
+) -> Tensor:
+    """As transformers writes attention out, where torch's kernel has no word for it."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * q.shape[3] ** -0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask
+    if sink is not None:
+        scores = torch.cat([scores, sink.to(scores.dtype).expand(*scores.shape[:-1], 1)], -1)
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]] @ v
+
+
+@cache
+def compiled() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, keep: Callable[..., Tensor], score: Any = None) -> Callable[[], Tensor]:
+    """FlexAttention, which is compiled for each mask and score where it is first called."""
+    blocks = create_block_mask(lambda b, h, i, j: keep(i, j), None, None, len(q[0, 0]), len(k[0, 0]), q.device)
+    return lambda: compiled()(q, k, v, score_mod=score, block_mask=blocks, enable_gqa=True)
+
+
+def under(q: Tensor, k: Tensor, v: Tensor) -> dict[str, tuple[dict[str, Any], dict[str, Callable[[], Tensor]]]]:
+    """What models do to their scores: what we are told of it, and torch's own attention with the same."""
+    n, h = q.shape[2], q.shape[1]
+    back = torch.arange(n)[:, None] - torch.arange(n)
+    slopes = 2.0 ** (-8 / h * torch.arange(1, h + 1))  # ALiBi's
+    each = slopes.view(1, h, 1, 1)
+    causal, near, alibi = (
+        torch.where(keep, table, float("-inf")).to(q.dtype)
+        for keep, table in ((back >= 0, 0.0), ((back >= 0) & (back < WINDOW), 0.0), (back >= 0, -each * back))
+    )
+    sink, cap = torch.zeros(1, h, 1, 1), torch.tensor(CAP)  # no plain number: it would be compiled as one that changes
+
+    def before(i: Tensor, j: Tensor) -> Tensor:
+        return i >= j
+
+    return {
+        f"a window of {WINDOW}": ({"rules": (Window(WINDOW),)}, {
+            TORCH: lambda: sdpa(q, k, v, attn_mask=near, enable_gqa=True),
+            FLEX: flex(q, k, v, lambda i, j: (i >= j) & (i - j < WINDOW)),
+        }),
+        "ALiBi's bias": ({"bias": each * torch.arange(n)}, {
+            TORCH: lambda: sdpa(q, k, v, attn_mask=alibi, enable_gqa=True),
+            FLEX: flex(q, k, v, before, lambda score, b, h, i, j: score + slopes[h] * j),
+        }),
+        "a soft cap": ({"softcap": CAP}, {
+            TORCH: lambda: eager(q, k, v, causal, softcap=CAP),
+            FLEX: flex(q, k, v, before, lambda score, b, h, i, j: cap * torch.tanh(score / cap)),
+        }),
+        "sink logits": ({"sink": sink}, {TORCH: lambda: eager(q, k, v, causal, sink=sink)}),
+    }  # fmt: skip
+
+
+def beside(lengths: tuple[int, ...], rounds: int) -> None:
+    rows: list[dict[str, Any]] = []
+    for dtype, kind in TYPES.items():
+        for shape, (h, g, d) in SHAPES.items():
+            torch.compiler.reset()  # or it would soon compile no more
+            for n in lengths:
+                q, k, v = draw(h, g, d, n, n, kind)
+                for what, (told, torch_s) in under(q, k, v).items():
+                    contenders = {
+                        **torch_s,
+                        "native": ours(Idle(), "native", q, k, v, **told),
+                        "native, row and key statistics": ours(Columns(), "native", q, k, v, **told),
+                        "tiled, row and key statistics": ours(Columns(), "tiled", q, k, v, **told),
+                    }
+                    found = race(contenders, rounds)
+                    rows.append({"shape": f"{what}, {shape}", "type": dtype, "tokens": n, "found": found})
+                    print(what, shape, dtype, n, {name: x["ratio"] for name, x in found.items()}, flush=True)
+    record("under", rows, baseline=TORCH, inputs="random, causal, one text")
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

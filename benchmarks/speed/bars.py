@@ -73,6 +73,18 @@ def slowest(row: Row) -> float | None:
     return max(float(x["ratio"]) for x in others) if row["tokens"] == 4096 else None
 
 
+def quickest(kind: str) -> Callable[[Row], float | None]:
+    """Time with statistics over that of the fastest of torch's own."""
+
+    def figure(row: Row) -> float | None:
+        if row["type"] != kind:
+            return None
+        own = [x["seconds"] for name, x in row["found"].items() if not name.startswith(("native", "tiled"))]
+        return float(row["found"][STATISTICS]["seconds"] / min(own))
+
+    return figure
+
+
 ENOUGH = 0.01  # relative rise of the loss below which a method costs little enough to be the fastest
 LONG = (2048, 8192)
 STATISTICS = "native, row and key statistics"
@@ -104,6 +116,9 @@ BARS = (
         ratio(STATISTICS, type=("float32",))),
     Bar("attention with row and key statistics over SDPA, bfloat16, 1k to 16k tokens, time", 0.60, "attention",
         ratio(STATISTICS, type=("bfloat16",))),
+    Bar("the same under a window, bias, soft cap or sinks, over the fastest of torch's, float32, 1k and 2k, time", 0.95,
+        "under", quickest("float32")),
+    Bar("the same, bfloat16", 0.60, "under", quickest("bfloat16")),
     Bar("one decode step over SDPA's grouped call, float32, caches of 8k to 32k, time", 0.90, "decode_step",
         ratio("native", type=("float32",))),
     Bar("one decode step over SDPA's grouped call, bfloat16, caches of 8k to 32k, time", 0.20, "decode_step",

@@ -162,6 +162,7 @@ SECTIONS: tuple[tuple[str, str, tuple[Table, ...]], ...] = (
     ("The whole of diagnose", "diagnose", (races,)),
     ("Peers", "peers", (peers,)),
     ("The attention call alone", "attention", (races,)),
+    ("The attention call under what models do to their scores", "under", (races,)),
     ("The attention call and the way back", "training", (races, beyond)),
     ("One decode step", "decode_step", (races,)),
     ("A written token, the whole model", "decoding", (races, operations)),

@@ -41,12 +41,12 @@ class Weighing:
             raise DefinitionError(f"Weighing(shift={self.shift}): must be finite, for example -math.log(2048)")
 
     def of(self, scores: Tensor, keep: Tensor | None = None) -> Tensor:
-        """A tile's weights; `keep` are the pairs that are computed, None for all."""
+        """A tile's weights; `keep` are the pairs that are computed, None for all: the engine zeroes what others get."""
         weights = getattr(torch, self.form)(scores + self.shift)
-        if self.mean:
-            seen = scores.shape[-1] if keep is None else keep.sum(-1, keepdim=True).clamp(min=1)
-            weights = weights / seen
-        return weights if keep is None else weights.masked_fill(~keep, 0.0)
+        if not self.mean:
+            return weights
+        # a row that sees nothing is zeroed too, and would have no number on the way back
+        return weights / (scores.shape[-1] if keep is None else keep.sum(-1, keepdim=True).clamp(min=1))
 
 
 def weighs(function: F) -> F:

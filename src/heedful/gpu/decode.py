@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from heedful.gpu.kernels import _added, _capped, _product, _read, _whose, _wide
+from heedful.gpu.kernels import _added, _capped, _product, _read, _weighed, _whose, _wide
 
 
 class Seen(NamedTuple):
@@ -28,7 +28,10 @@ class Seen(NamedTuple):
 
 
 class Made(NamedTuple):
-    """Where `attend_step` writes: `out [splits b h e]`, `lse [splits b h]`, `scores [b h m]`."""
+    """Where `attend_step` writes: `out [splits b h e]`, and of a softmax `lse [splits b h]` and `scores [b h m]`.
+
+    Where weights are each made of their own score, these stand in the place of the scores, and spans add up.
+    """
 
     out: Tensor
     lse: Tensor
@@ -38,9 +41,11 @@ class Made(NamedTuple):
 @triton.jit
 def attend_step(
     q_lines, k_lines, v_lines, size, seen, bias, sink, made, span,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """Heads of one query and the log-sum-exp of its scores, from a span of the keys."""
+    """Heads of one query and the log-sum-exp of its scores, from a span of the keys; with MEAN a weight that is made of
+    its own score is divided by the number of keys that are seen.
+    """
     together = size.heads // seen.units
     tiles = tl.cdiv(together, BM)  # of heads that see the same keys
     tile, which = _whose(tiles)
@@ -57,6 +62,9 @@ def attend_step(
     base = 0
     if seen.base is not None:
         base = tl.load(seen.base + batch * (size.heads // size.group) + shared)
+    alone = tl.full([BM], 1.0, tl.float32)  # the share of a weight that is made of its own score
+    if MEAN:
+        alone = alone / tl.maximum(end - begin, 1).to(tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)  # the highest score so far
     total = tl.zeros([BM], tl.float32)  # of exponentials of scores less the highest one
     out = tl.zeros([BM, BE], tl.float32)
@@ -73,17 +81,23 @@ def attend_step(
         if bias is not None:
             scores += _added(bias, batch, head, 0 * member, col[None, :], pairs)
         scores = tl.where(there[None, :], scores, float("-inf"))
-        if made.scores is not None:
-            kept = made.scores + ((batch * size.heads + head) * size.m)[:, None] + col[None, :]
-            tl.store(kept, scores, mask=pairs)
-        higher = tl.maximum(top, tl.max(scores, 1))
-        level = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.where(top == float("-inf"), 0.0, tl.exp(top - level))
-        part = tl.exp(scores - level[:, None])
-        total = shrink * total + tl.sum(part, 1)
-        top = higher
+        kept = ((batch * size.heads + head) * size.m)[:, None] + col[None, :]
         v = _read(v_lines, batch, same, line, there, size.e, BE)
-        out = out * shrink[:, None] + _product(part.to(v.dtype), v, size)
+        if size.sigmoid is not None or size.relu is not None:
+            part = _weighed(scores, tl.full([BM], 1.0, tl.float32), size)
+            if made.scores is not None:
+                tl.store(made.scores + kept, part * alone[:, None], mask=pairs)
+            out += _product(part.to(v.dtype), v, size)
+        else:
+            if made.scores is not None:
+                tl.store(made.scores + kept, scores, mask=pairs)
+            higher = tl.maximum(top, tl.max(scores, 1))
+            level = tl.where(higher == float("-inf"), 0.0, higher)
+            shrink = tl.where(top == float("-inf"), 0.0, tl.exp(top - level))
+            part = tl.exp(scores - level[:, None])
+            total = shrink * total + tl.sum(part, 1)
+            top = higher
+            out = out * shrink[:, None] + _product(part.to(v.dtype), v, size)
 
     sees = begin + split * span < end  # told by the mask alone: a row of minus infinities is no number, and not blind
     level = tl.where(top == float("-inf"), 0.0, top)
@@ -98,7 +112,10 @@ def attend_step(
     total = tl.where(empty, 1.0, total)
     share = tl.where(sees, 1.0 / total, 0.0)
     line = (split * texts + batch) * size.heads + head
-    tl.store(made.lse + line, tl.where(empty, float("-inf"), level + tl.log(total)), mask=inside)
+    if size.sigmoid is not None or size.relu is not None:
+        share = alone
+    else:
+        tl.store(made.lse + line, tl.where(empty, float("-inf"), level + tl.log(total)), mask=inside)
     wide = tl.arange(0, BE)
     there = inside[:, None] & (wide < size.e)[None, :]
     tl.store(made.out + line[:, None] * size.e + wide[None, :], out * share[:, None], mask=there)

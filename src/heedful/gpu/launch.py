@@ -70,6 +70,9 @@ class Step:
     places: Tensor | None = None
     base: Tensor | None = None
     weights: bool = False
+    form: str = ""  # as in a Problem, with what follows
+    shift: float = 0.0
+    mean: bool = False
 
     @property
     def parts(self) -> tuple[Any, ...]:
@@ -154,18 +157,21 @@ def _step(p: Step, fit: Tiles) -> tuple[Tensor, Tensor | None]:
     flat, units, e = p.base is not None, p.ends.shape[1], p.v.shape[-1]
     g = p.k.shape[1] if p.base is None else p.base.shape[1]
     k, v = (Lines(x, 0, 0, x.stride(0)) if flat else _lines(x) for x in (_close(p.k), _close(p.v)))
-    size = Sizes(h, h // g, 1, p.keys, d, e, 0, p.scale, p.softcap, _widened(p.q))
+    size = Sizes(h, h // g, 1, p.keys, d, e, 0, p.scale, p.softcap, _widened(p.q), *_forms(p))
     span = blocks.span(p.longest, b * units)
     splits = triton.cdiv(max(1, p.longest), span)
     out, lse = (p.q.new_empty(splits, b, h, *last, dtype=torch.float32) for last in ((e,), ()))
-    scores = torch.full((b, h, p.keys), float("-inf"), dtype=torch.float32, device=p.q.device) if p.weights else None
+    none = 0.0 if p.form else float("-inf")
+    scores = torch.full((b, h, p.keys), none, dtype=torch.float32, device=p.q.device) if p.weights else None
     seen = Seen(p.ends, units, p.places, 0 if p.places is None else p.places.shape[2], p.base)
     bias = None if p.bias is None else _shared(p.bias)
     grid = (triton.cdiv(h // units, fit.rows) * b * units, splits)
     _call(
         decode.attend_step, grid, _lines(p.q), k, v, size, seen, bias, p.sink, Made(out, lse, scores),
-        span, BM=fit.rows, BN=fit.keys, BD=_power(d), BE=_power(e), **fit.how,
+        span, BM=fit.rows, BN=fit.keys, BD=_power(d), BE=_power(e), MEAN=p.mean, **fit.how,
     )  # fmt: skip
+    if p.form:
+        return out.sum(0)[..., None, :], scores
     heads, whole = _merged(out[..., None, :], lse[..., None])
     if scores is None:
         return heads, None
@@ -308,8 +314,12 @@ def _strides(x: Tensor) -> tuple[int, int]:
 def _sizes(p: Problem) -> Sizes:
     h, c = p.q.shape[1], 0 if p.carry is None else p.carry.shape[-1]
     shape = h, h // p.k.shape[1], p.q.shape[2], p.k.shape[2], p.q.shape[3], p.v.shape[3], c
-    forms = (p.shift if p.form == form else None for form in ("sigmoid", "relu"))
-    return Sizes(*shape, p.scale, p.softcap, _widened(p.q), *forms)
+    return Sizes(*shape, p.scale, p.softcap, _widened(p.q), *_forms(p))
+
+
+def _forms(p: Problem | Step) -> tuple[float | None, float | None]:
+    """The shift of either form; None where it is the other, or none."""
+    return p.shift if p.form == "sigmoid" else None, p.shift if p.form == "relu" else None
 
 
 def _widened(q: Tensor) -> int | None:

@@ -18,7 +18,7 @@ _CALL = (
 )  # the fields of a Problem
 _STEP = (
     "Tensor q, Tensor k, Tensor v, Tensor ends, float scale, SymInt keys, SymInt longest, float? softcap, "
-    "Tensor? bias, Tensor? sink, Tensor? places, Tensor? base, bool weights"
+    "Tensor? bias, Tensor? sink, Tensor? places, Tensor? base, bool weights, str form, float shift, bool mean"
 )  # those of a Step
 BIAS, SINK = 6, 7  # of a Problem's fields
 OUT, LSE, RECEIVED = 0, 1, 7  # of an Answer's

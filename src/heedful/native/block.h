@@ -48,12 +48,15 @@ struct Block : Rows {
         desk.place[r] = column(c, at);
       }
     }
+    vf sum = load(desk.sums.data() + r * W), spread = load(desk.spreads.data() + r * W);
     for (int64_t i = 0; i < c.width; i += NR) {
       vf one = formed(load(row + i), p.form, p.shift), other = formed(load(row + i + W), p.form, p.shift);
+      if (p.entropy) sum += one + other, spread += one * logarithm(one) + other * logarithm(other);
       if (DEEP<E> > 1 && kept()) store(weights + i, one), store(weights + i + W, other);
       if constexpr (DEEP<E> > 1) store((E *)row + i, one, other);
       else store(row + i, one), store(row + i + W, other);
     }
+    store(desk.sums.data() + r * W, sum), store(desk.spreads.data() + r * W, spread);
   }
 
   // Scores of a row to weights over its running maximum, and what the row adds up to so far.
@@ -202,9 +205,10 @@ struct Block : Rows {
       if (p.place) p.place[at] = desk.place[r];
       if (p.rows) p.rows[2 * at] = base(desk.top[r]), p.rows[2 * at + 1] = inverse;
       if (p.entropy) {
-        float share = 1.0f - own(r) * inverse;
-        float entropy = std::log(sum) * share - LN2 * total(load(desk.spreads.data() + r * W)) * inverse;
-        p.entropy[at] = blind || entropy < 0.0f ? 0.0f : entropy;
+        float share = 1.0f - own(r) * inverse, spread = total(load(desk.spreads.data() + r * W));
+        float entropy = std::log(sum) * share - LN2 * spread * inverse;
+        if (p.form) p.entropy[at] = -inverse * (spread + std::log(inverse) * sum);  // below 0 where weights are above 1
+        else p.entropy[at] = blind || entropy < 0.0f ? 0.0f : entropy;
       }
       const float *from = desk.out.data() + r * s.value_panels * NR;
       give(p, ((b * p.queries + query(r)) * p.heads + head(r)) * p.value_width, from, inverse, blind);

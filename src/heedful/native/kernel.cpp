@@ -194,7 +194,7 @@ const char *const *heedful_paths() { return paths().names; }
 int heedful_attend(const Problem *p, const char *name) {
   const Path *path = find(name);
   if (!path) return 1;
-  bool alone = p->queries == 1 && !p->blocks && !p->rows && !p->form;
+  bool alone = p->queries == 1 && !p->blocks && !p->rows;
   if (p->batch && p->heads && p->queries) (alone ? path->step : path->prefill)(*p);
   return 0;
 }

@@ -209,17 +209,17 @@ inline void list(const Problem &p, int64_t pair, std::vector<int32_t> &columns) 
   }
 }
 
-// Whether a head sees any column that it holds, whatever its score.
-inline bool sees(const Problem &p, int64_t pair, int64_t head) {
+// How many columns that it holds a head sees, whatever their scores.
+inline int64_t seen(const Problem &p, int64_t pair, int64_t head) {
+  int64_t least = p.held ? p.held[2 * pair + 1] : 0, many = 0;
   if (p.picked) {
     const uint8_t *x = picks(p, pair / p.kv_heads, head);
-    return std::any_of(x + (p.held ? p.held[2 * pair + 1] : 0), x + p.keys, [](uint8_t one) { return one; });
+    return std::count(x + least, x + p.keys, 1);
   }
   const int32_t *x = p.ranges + pair / p.kv_heads * p.range_stride[0] + head * p.range_stride[1];
-  int64_t least = p.held ? p.held[2 * pair + 1] : 0;
   for (int64_t r = 0; r < p.range_count; r++)
-    if (std::max<int64_t>(x[2 * r], least) < std::min<int64_t>(x[2 * r + 1], p.keys)) return true;
-  return false;
+    many += std::max<int64_t>(0, std::min<int64_t>(x[2 * r + 1], p.keys) - std::max<int64_t>(x[2 * r], least));
+  return many;
 }
 
 // Scores of a part, up to a whole vector, that a head does not see become minus infinity.
@@ -320,12 +320,12 @@ void step_of(const Problem &p) {
         if (bias && columns)
           for (int64_t j = 0; j < n; j++) row[j] += bias[columns[j]] * LOG2E;
         hide(p, parts[i], b, g * group + h, row);
-        vf high = all(-INFINITY), sum = {};
-        for (int64_t j = 0; j < n; j += W) high = greater(high, load(row + j));
+        vf high = p.form ? vf{} : all(-INFINITY), sum = {};
+        for (int64_t j = 0; j < n && !p.form; j += W) high = greater(high, load(row + j));
         tops[h] = highest(high);
         const vf top = all(base(tops[h]));
         for (int64_t j = 0; j < n; j += W) {
-          vf w = exp2(load(row + j) - top);
+          vf w = p.form ? formed(load(row + j), p.form, p.shift) : exp2(load(row + j) - top);
           sum += w;
           store(row + j, w);
         }
@@ -354,8 +354,9 @@ void step_of(const Problem &p) {
         if (factor > 0)
           for (int64_t e = 0; e < p.value_width; e++) out[e] += factor * at[h * room + e];
       }
-      bool empty = top == -INFINITY, blind = empty && !sees(p, pair, head);
+      bool empty = top == -INFINITY, blind = empty && !seen(p, pair, head);
       float inverse = blind ? 0.0f : empty ? NAN : 1.0f / sum;  // softmax of minus infinities alone is no number
+      if (p.form) inverse = p.mean ? 1.0f / std::max<int64_t>(1, seen(p, pair, head)) : 1.0f;
       give(p, i * p.value_width, out, inverse, blind);
       if (kept)
         for (int64_t part = first; part < last; part++) {

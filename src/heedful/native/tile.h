@@ -115,6 +115,16 @@ INLINE vf exp2(vf x, vf &spread) {
 INLINE bool above(vf x, float y) { return highest(x) > y; }
 #endif
 
+// The logarithm of what is not negative; of less than 2^-126, nothing included, some number about that of it.
+INLINE vf logarithm(vf x) {
+  union { vf f; vi i; } bits = {x};
+  vi whole = (bits.i - 0x3f3504f3) >> 23;  // what is left lies about 1, from sqrt(1/2) to sqrt(2)
+  bits.i -= whole << 23;
+  vf s = (bits.f - 1.0f) / (bits.f + 1.0f);
+  vf series = polynomial(s * s, 1.0f / 11, 1.0f / 9, 1.0f / 7, 1.0f / 5, 1.0f / 3);
+  return __builtin_convertvector(whole, vf) * LN2 + 2.0f * s * series;
+}
+
 // Scores, times LOG2E, bounded: softcap * tanh(score / softcap), from an exponential that cannot overflow.
 INLINE vf capped(vf x, float softcap) {
   vf size = x < vf{} ? -x : x;

@@ -72,9 +72,7 @@ class Native:
             reasons.append(f"it takes one block table, of blocks that are a multiple of {GRAIN} wide")
         if any(b.first is not None for b in blocks):
             reasons.append("blocks begin with the text, and padding on the left moves them off its panels")
-        if needs.weighed and "entropy" in needs.sums:
-            reasons.append(f"the entropy of what {needs.weighed[0]} makes is asked for, and it has that of softmax")
-        passes = needs.gradients or needs.weighed or not _alone(needs.call)
+        passes = needs.gradients or not _alone(needs.call)
         if not reasons and passes and needs.key_ranges is None:
             reasons.append(STRETCHES)
         return reasons
@@ -122,7 +120,7 @@ class _Way(torch.autograd.Function):
         plan, call = Plan(job.plan.at(Site.NORMALISE)), job.call
         ctx.plain = partial(AttentionCall, plan, call=call, bias=job.bias, sink=job.sink, needs=job.needs)
         ctx.fresh = partial(RunState, job.run_state.stack, job.run_state.params)
-        counted = job.accumulator
+        counted = job.accumulator  # torch writes the way back into what is returned, and so into the summary
         return out, counted.whole.received if counted is not None and counted.learned and counted.whole else None
 
     @staticmethod
@@ -171,10 +169,7 @@ def _compute(kernel: Library, job: AttentionCall, q: Tensor, k: Tensor, v: Tenso
         return _attended(kernel, job, (q, k, v))[1]
     with torch.no_grad():
         answer = _attended(kernel, job, (q, k, v), back=True)
-    heads, received = _Way.apply(padded(q), padded(k), padded(v), kernel, job, answer)
-    if (counted := job.accumulator) is not None and counted.whole is not None and received is not None:
-        counted.whole = replace(counted.whole, received=received)
-    return heads
+    return _Way.apply(padded(q), padded(k), padded(v), kernel, job, answer)[0]
 
 
 def _attended(
@@ -184,8 +179,7 @@ def _attended(
     needs = job.needs or Needs(call=call)
     b, h, n, d = q.shape
     p = Problem(b, h, k.shape[1], n, k.shape[2], d, v.shape[3])
-    form = weighing(job)
-    asked = _Asked(p, _alone(call) and not back and form is None)
+    asked = _Asked(p, _alone(call) and not back)
     at = asked.at
     p.scale, p.threads, p.bfloat16 = call.scale, torch.get_num_threads(), q.dtype == torch.bfloat16
     p.exact = bool(job.plan.reweights)  # what a shift takes away again must not have been rounded
@@ -198,7 +192,7 @@ def _attended(
     p.q_stride, p.k_stride, p.v_stride = _strides(q), _strides(k), _strides(v)
     _tell_mask(asked, needs, call)
     p.softcap = call.softcap or 0.0
-    if form is not None:
+    if (form := weighing(job)) is not None:
         p.form, p.shift, p.mean = 1 + FORMS.index(form.form), form.shift, form.mean
     if job.bias is not None:
         bias = _in_rows(job.bias.detach().float())

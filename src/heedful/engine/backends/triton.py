@@ -10,7 +10,6 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.errors import BackendError
 from heedful.core.ragged import Ragged, padded
-from heedful.core.sites import Site
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends import one_query
@@ -50,7 +49,7 @@ class Triton:
             reasons.append("it takes float16, bfloat16 and float32, and one type for queries, keys and values")
         if (widest := max(x.shape[-1] for x in needs.tensors)) > WIDEST:
             reasons.append(f"heads are {widest} wide, and {WIDEST} is the most that it takes")
-        if len(call.queries) == 1 and not needs.gradients and not needs.weighed:
+        if len(call.queries) == 1 and not needs.gradients:
             return reasons  # whatever the mask is
         blocks = call.mask.blocks
         if len(blocks) > 1 or any(b.size % GRAIN or b.first is not None for b in blocks):
@@ -66,8 +65,8 @@ class Triton:
         if needs.tensors:
             tuned = tiles(ROWS, max(x.shape[-1] for x in needs.tensors), 1, needs.tensors[0]).tuned
         sizes = f"block sizes tuned for {card}" if tuned else "block sizes that are safe, and not tuned"
-        rows, one = ("weigh_rows", "") if needs.weighed else ("attend_rows", ", and attend_step for one query")
-        return f"{rows}{''.join(f', {name}' for name in passes)}{one}; {sizes}"
+        rows = "weigh_rows" if needs.weighed else "attend_rows"
+        return f"{rows}{''.join(f', {name}' for name in passes)}, and attend_step for one query; {sizes}"
 
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         return through(lambda plain: _compute(plain, q, k, v), job, q, k, v), None
@@ -80,14 +79,17 @@ def _device(needs: Needs) -> torch.device:
 
 def _compute(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     needs = job.needs or Needs(call=job.call)
-    softmax = not job.plan.at(Site.NORMALISE)
-    if softmax and q.shape[2] == 1 and not needs.gradients and (keys := one_query.seen(job.call, needs, k)) is not None:
+    if q.shape[2] == 1 and not needs.gradients and (keys := one_query.seen(job.call, needs, k)) is not None:
         return _one_query(job, keys, q, k, v)
     return _answered(job, q, padded(k), padded(v))
 
 
 def _sink(job: AttentionCall) -> Tensor | None:
     return None if job.sink is None else job.sink.float().reshape(-1).contiguous()
+
+
+def _form(job: AttentionCall) -> dict[str, Any]:
+    return {} if (how := weighing(job)) is None else vars(how)
 
 
 def _one_query(job: AttentionCall, keys: one_query.Keys, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ def _one_query(job: AttentionCall, keys: one_query.Keys, q: Tensor, k: Tensor, v
     k, v = (x.flat if flat and isinstance(x, Ragged) else padded(x) for x in (k, v))
     problem = Step(
         q, k, v, keys.ends, job.call.scale, len(job.call.keys), keys.longest, job.call.softcap, job.bias, _sink(job),
-        keys.places, keys.base if flat else None, job.accumulator is not None,
+        keys.places, keys.base if flat else None, job.accumulator is not None, **_form(job),
     )  # fmt: skip
     heads, weights = step(problem)
     if job.accumulator is not None and weights is not None:
@@ -119,14 +121,13 @@ def _answered(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     asked = frozenset[str]() if accumulator is None else accumulator.requested
     table = call.mask.blocks[0] if call.mask.blocks else None
     one = q.shape[2] == 1 and table is None  # the weights themselves are no more than a summary
-    form = {} if (how := weighing(job)) is None else vars(how)
     answer = attend(Problem(
         q, k, v, ranges, call.scale, softcap=call.softcap, bias=job.bias, sink=_sink(job),
         table=None if table is None else table.table.to(torch.uint8).contiguous(),
         block=0 if table is None else table.size,
         is_text=None if call.queries.is_filled is None else call.queries.is_filled[:, 0].to(torch.uint8).contiguous(),
         received="received" in asked or (one and accumulator is not None),
-        **({} if one or accumulator is None else _more(accumulator, call, len(q))), **form,
+        **({} if one or accumulator is None else _more(accumulator, call, len(q))), **_form(job),
     ))  # fmt: skip
     if accumulator is not None and one and answer.received is not None:
         accumulator.whole = of_weights(answer.received, accumulator)
