@@ -24,7 +24,8 @@ def by_distance(of: Callable[[Tensor], Tensor], call: Call) -> Tensor:
     rows, keys = q.shape[-1], k.shape[-1]
     low = int(ahead[0]) - keys + 1
     found = of(arange(low, low + rows + keys - 1, device=q.device))
-    return found.flip(-1).unfold(-1, keys, 1).flip(-2)[None]
+    upwards = found.flip(-1).unfold(-1, keys, 1)  # the last row first
+    return upwards.index_select(-2, arange(rows - 1, -1, -1, device=q.device))[None]
 
 
 def _by_head(found: Tensor, where: Tensor) -> Tensor:

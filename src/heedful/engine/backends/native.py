@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from heedful.core.paper import Paper
 from heedful.core.ragged import Ragged, padded
 from heedful.core.sites import Site
 from heedful.core.summary import Summary, SummaryAccumulator
+from heedful.core.values import replace
 from heedful.core.weighing import FORMS
 from heedful.engine.attend import gained
 from heedful.engine.attention_call import AttentionCall

@@ -6,7 +6,6 @@ Where gradients are asked of a long call, blocks are computed again on the way b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.column_ranges import Ranges
 from heedful.core.paper import Paper
+from heedful.core.values import replace
 from heedful.engine.again import recomputed
 from heedful.engine.attend import tile
 from heedful.engine.attention_call import AttentionCall
