@@ -157,7 +157,7 @@ def test_heads_that_hold_unlike_tokens_are_refused() -> None:
     one[0, 1, 0] = False
     same = index[:, :1].expand(-1, 2, -1)
     for keys in (Positions(index, index), Positions(same, same, is_filled=one)):
-        for act in (lambda c: method.choose(c.mask, c), lambda c: method.favour(torch.zeros(1, 4, 1, 6), c)):
+        for act in (lambda c: method.choose(c.mask, c), method.favour):
             with pytest.raises(SiteError, match="layer 0: heads hold unlike tokens"):
                 act(replace(call, keys=keys))
     method.choose(call.mask, replace(call, keys=Positions(same, same, is_filled=filled)))

@@ -135,4 +135,4 @@ def test_what_cannot_be() -> None:
     with pytest.raises(SiteError, match=r"blocks are of rows and columns, and patches lie on \(2, 3, 4\)"):
         HaloAttention(2).narrow(line.mask, line)
     with pytest.raises(SiteError, match="offsets are for queries, and it is handed none"):
-        HaloAttention(2).lean(torch.zeros(2, 4, 27, 27), bare.call)
+        HaloAttention(2).lean(bare.call)

@@ -117,3 +117,31 @@ def test_fields() -> None:
     with pytest.raises(FieldError, match=r"blocks = 0: must be 1 or more, the query's own counted"):
         MoBA(4, 0)
     assert MoBA(1, 1).size == 1
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 9])
+@pytest.mark.parametrize("rows", [18, 5])
+def test_ranges_of_columns_say_the_same(blocks: int, rows: int) -> None:
+    text = torch.ones(2, 18, dtype=torch.bool)
+    text[1, :3] = False
+    bare = Bare(Shape(q=rows, k=18), text=text)
+    call = replace(bare.call, query=bare.q, key=bare.k)
+    mask = MoBA(SIZE, blocks).route(call.mask, call)
+    kept, ranges = mask.keeps(call.pairs), mask.key_ranges(call.queries, call.keys, 4)
+    assert kept is not None
+    assert ranges is not None
+    assert ranges.shape[3] <= min(blocks, 5)
+    inside = (torch.arange(18) >= ranges[..., :1]) & (torch.arange(18) < ranges[..., 1:])
+    assert torch.equal(inside.any(-2).expand_as(kept), kept)
+    found, want = (bare.run(MoBA(SIZE, blocks), backend)[0] for backend in ("native", "reference"))
+    assert close(found[0], want[0])
+    assert close(found[1, :, 3 - 18 + rows if rows == 18 else 0 :], want[1, :, 3 - 18 + rows if rows == 18 else 0 :])
+
+
+def test_of_several_texts_in_a_row_no_ranges_are_told() -> None:
+    bare = Bare(Shape(b=1, q=18, k=18))
+    index = torch.arange(18)[None, None]
+    packed = Positions(index, index % 10)
+    call = replace(bare.call, query=bare.q, key=bare.k, queries=packed, keys=packed)
+    assert MoBA(SIZE, 2).route(Mask(), call).rules[0].scattered
+    assert not MoBA(SIZE, 2).route(Mask(), replace(bare.call, query=bare.q, key=bare.k)).rules[0].scattered

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 
@@ -16,6 +16,7 @@ from heedful.core.packed import Packing
 from heedful.core.positions import Pairs, Positions
 from heedful.core.regions import Marks, PerText, Region, Roles, bounds, by_text, coordinates, marked, numbers
 from heedful.core.state import State
+from heedful.core.values import replace
 
 NO_ROLES: Roles = MappingProxyType({})
 

@@ -16,23 +16,23 @@ MOST = 8  # ranges a row; a mask with more is no matter for ranges
 def single(lo: Tensor | int, hi: Tensor) -> Tensor:
     """One range a row, from its ends `[b|1, h|1, q]`."""
     lo = torch.as_tensor(lo, device=hi.device)
-    return _tidy(torch.stack(torch.broadcast_tensors(lo, hi), -1)[..., None, :])
+    return tidy(torch.stack(torch.broadcast_tensors(lo, hi), -1)[..., None, :])
 
 
 def intersection(a: Tensor, b: Tensor) -> Tensor:
     """What both keep."""
     a, b = a[..., :, None, :], b[..., None, :, :]
     lo, hi = torch.maximum(a[..., 0], b[..., 0]), torch.minimum(a[..., 1], b[..., 1])
-    return _tidy(torch.stack([lo, hi], -1).flatten(-3, -2))
+    return tidy(torch.stack([lo, hi], -1).flatten(-3, -2))
 
 
 def union(a: Tensor, b: Tensor) -> Tensor:
     """What one or the other keeps."""
     shape = torch.broadcast_shapes(a.shape[:3], b.shape[:3])
-    return _tidy(torch.cat([a.expand(*shape, *a.shape[3:]), b.expand(*shape, *b.shape[3:])], -2))
+    return tidy(torch.cat([a.expand(*shape, *a.shape[3:]), b.expand(*shape, *b.shape[3:])], -2))
 
 
-def _tidy(rows: Tensor) -> Tensor:
+def tidy(rows: Tensor) -> Tensor:
     """Sorted and disjoint; empty ranges are 0, and cut off where they stand last in every row."""
     rows = rows.clamp(min=0)
     empty = rows[..., 0] >= rows[..., 1]

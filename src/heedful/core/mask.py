@@ -209,6 +209,11 @@ class Dense(Rule):
     """An explicit table `[b|1, h|1, q|1, k]`, True where the pair is computed."""
 
     table: Tensor
+    apart: bool = False  # its keys lie apart, so that no kernel looks for ranges of them
+
+    @property
+    def scattered(self) -> bool:
+        return self.apart
 
     def keeps(self, pairs: Pairs) -> Tensor:
         rows = pairs.rows if self.table.shape[-2] != 1 else slice(None)

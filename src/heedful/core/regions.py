@@ -148,6 +148,8 @@ def coordinates(region: Region, position: Tensor) -> Tensor:
     """Each position's place on the region's grid `[... dims]`, and -1 for what lies outside of it."""
     if region.grid is None:
         raise FieldError("Region", "grid", None, "has no grid, so there are no coordinates", (7, 7))
-    number = numbers(region, position)
-    at = torch.stack(torch.unravel_index(number.clamp(min=0), region.grid), -1)
-    return at.masked_fill((number < 0)[..., None], -1)
+    number, along = numbers(region, position), []
+    for side in reversed(region.grid):
+        along.append(number % side)
+        number = number.div(side, rounding_mode="floor")
+    return torch.stack(along[::-1], -1).masked_fill((number < 0)[..., None], -1)

@@ -67,6 +67,7 @@ class Edit(NamedTuple):
     training: bool | None = None  # True: there is such a step in modules that train alone; False: in those at rest
     merges: bool = False  # it may leave fewer tokens than there were
     weighs: bool = False  # it says what each weight is of its score, see `core.weighing`
+    adds: bool = False  # it says what scores gain, and is not shown them
 
 
 def _marking(edit: Edit) -> Callable[[F], F]:
@@ -95,6 +96,15 @@ def at(
     return _marking(
         Edit(site, "", reads=False, when=when, before_rotary=before_rotary, training=training, merges=merges)
     )
+
+
+def adds(function: F) -> F:
+    """Mark a function that takes the call, a tile, and returns what its scores gain, in place of an edit of SCORES.
+
+    That is finite, `[b|1, h|1, r|1, k|1]`, or None for nothing. It may depend on anything but the scores, so kernels
+    can add it for themselves; pairs that are not to be seen are left out at MASK.
+    """
+    return _marking(Edit(Site.SCORES, "", reads=False, adds=True))(function)
 
 
 def reads(site: Site, when: str = "", first: str = "") -> Callable[[F], F]:

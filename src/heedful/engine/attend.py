@@ -23,7 +23,7 @@ from heedful.engine.earlier import with_earlier
 from heedful.engine.needs import Needs
 from heedful.engine.precision import mixed, unmixed, wide, widened
 from heedful.engine.run_state import Plan
-from heedful.engine.stages import chosen_heads, own_rows, stage, staged, untouched, weighing_of
+from heedful.engine.stages import added, chosen_heads, own_rows, stage, staged, untouched, weighing_of
 
 SHARED_ROWS = 64  # of a product, from which on threads share it
 FIRST_ROWS = 128  # of a tile for those who read a pattern's first rows
@@ -86,12 +86,32 @@ def _hide(scores: Tensor, keep: Tensor, job: AttentionCall) -> tuple[Tensor, boo
     return scores, not bool((scores.detach().amax(-1) > torch.finfo(scores.dtype).min / 2).all())
 
 
+def _bias(job: AttentionCall, rows: slice, cols: slice | Tensor) -> Tensor | None:
+    """What the model adds to the scores of some rows and columns."""
+    if job.bias is None:
+        return None
+    return (job.bias if job.bias.shape[-2] == 1 else job.bias[..., rows, :])[..., cols]
+
+
 def biased(scores: Tensor, job: AttentionCall, rows: slice, cols: slice | Tensor) -> Tensor:
     """Scores of some rows and columns with what the model adds to them."""
-    if job.bias is None:
-        return scores
-    own = job.bias if job.bias.shape[-2] == 1 else job.bias[..., rows, :]
-    return scores + own[..., cols].to(scores.dtype)
+    bias = _bias(job, rows, cols)
+    return scores if bias is None else scores + bias.to(scores.dtype)
+
+
+def gained(job: AttentionCall, call: Call, like: Tensor) -> Tensor | None:
+    """What a tile's scores gain from the model, and from steps that do nothing but add; of the type of `like`.
+
+    It is `[b|1 h|1 r|1 k]`.
+    """
+    bias = _bias(job, call.rows, call.cols)
+    total = None if bias is None else bias.to(like.dtype)
+    shape = (len(like), call.heads, len(call.queries), len(call.keys))
+    for step in job.plan.tiles(Site.SCORES):
+        more = added(step, job, call, shape, like.dtype)
+        if more is not None:
+            total = more if total is None else total + more
+    return total if total is None else total.expand(*total.shape[:3], shape[3])
 
 
 def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +195,9 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
     needs = replace(
         job.plan.needs, softcap=call.softcap is not None, sink=job.sink is not None, pattern=job.keep_pattern,
         sinks_by_row=job.sink is not None and job.sink.numel() != call.heads,
-        bias=job.bias is not None, dropout=job.dropout > 0, call=call, tensors=(q, k, v), learned=_learned(job),
+        sink_learns=job.sink is not None and job.sink.requires_grad,
+        bias=job.bias is not None, bias_learns=job.bias is not None and job.bias.requires_grad,
+        dropout=job.dropout > 0, call=call, tensors=(q, k, v), learned=_learned(job),
     )  # fmt: skip
     learned = bool(needs.gradients and needs.learned_sums)
     accumulator = SummaryAccumulator(requested, call, carry, learned) if requested else None

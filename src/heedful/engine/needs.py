@@ -28,8 +28,9 @@ def apart(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 class Needs:
     """The facts on which a backend may have to pass."""
 
-    map_steps: tuple[str, ...] = ()  # steps that edit SCORES, NORMALISE or PATTERN, or read their tiles
+    map_steps: tuple[str, ...] = ()  # steps that edit SCORES, NORMALISE or PATTERN otherwise, or read their tiles
     reweights: tuple[str, ...] = ()  # steps that move weight between whole columns of the pattern
+    adds: tuple[str, ...] = ()  # steps that add to scores what does not depend on them
     weighed: tuple[str, ...] = ()  # the step that makes each weight of its score alone
     sum_steps: tuple[str, ...] = ()  # steps that read the pattern's summary
     sums: frozenset[str] = frozenset()  # the parts of it that they read
@@ -38,8 +39,10 @@ class Needs:
     whole_map: tuple[str, ...] = ()  # map steps that must see all rows at once
     softcap: bool = False
     sink: bool = False
+    sink_learns: bool = False
     sinks_by_row: bool = False  # of each text or query, not of each head alone
     bias: bool = False
+    bias_learns: bool = False
     dropout: bool = False
     pattern: bool = False  # the caller wants the pattern back
     call: Call | None = None  # after every MASK step; None where only a stack is known
@@ -57,8 +60,10 @@ class Needs:
             map_steps=tuple(
                 str(s)
                 for s in inside
-                if not (s.edit.reweights or (s.edit.sums and s.edit.reads) or (s.edit.weighs and s.heads is None))
+                if not (s.edit.reweights or s.edit.adds or (s.edit.sums and s.edit.reads))
+                and not (s.edit.weighs and s.heads is None)
             ),
+            adds=tuple(str(s) for s in inside if s.edit.adds),
             weighed=tuple(str(s) for s in inside if s.edit.weighs),
             reweights=tuple(str(s) for s in inside if s.edit.reweights),
             sum_steps=tuple(str(s) for s in inside if s.edit.sums and s.edit.reads),

@@ -69,6 +69,9 @@ def staged(site: Site, x: Any, job: AttentionCall, call: Call) -> tuple[Any, Cal
             x = _reweighted(step, x, job, call)
         elif isinstance(x, Mask):
             x = _narrowed(step, x, job, call)
+        elif step.edit.adds:
+            more = added(step, job, call, tuple(x.shape), x.dtype)
+            x, call = (x, call) if more is None else _hidden(x, x + more, call)
         else:
             x, call = _edited(step, x, job, call)
     return x, call
@@ -185,6 +188,32 @@ def _edited(step: Step, x: Tensor, job: AttentionCall, call: Call) -> tuple[Tens
     return new, call
 
 
+def added(step: Step, job: AttentionCall, call: Call, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """What a step adds to a tile's scores of that shape `b h r k`, in the heads that it is for; None for nothing."""
+    found = getattr(step.method, step.edit.name)(job.run_state.view(step, call))
+    if found is None:
+        job.run_state.offered[step] += 1
+        return None
+    if not isinstance(found, Tensor) or not _fits(found, shape):
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise SiteError(
+            f"{step}, layer {call.layer}: must return what scores gain, [b|1, h|1, r|1, k|1] = {shape}, or None for "
+            f"nothing, got {got}"
+        )
+    found, chosen = found.to(dtype), chosen_heads(step, call)
+    if chosen is not None:
+        inside = torch.zeros(call.heads, 1, 1, dtype=torch.bool, device=found.device)
+        inside[chosen] = True
+        found = found.where(inside, 0.0)
+    job.run_state.watch(step, found.new_zeros(()).expand(found.shape), found)
+    return found
+
+
+def _fits(x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether it can be spread to that shape, axis by axis."""
+    return x.dim() == len(shape) and all(n in (1, many) for n, many in zip(x.shape, shape, strict=True))
+
+
 def _reweighted(step: Step, weights: Tensor, job: AttentionCall, call: Call) -> Tensor:
     """A tile's weights after a shift. One that is not known yet is asked for here: the tile is the whole map."""
     if step in job.reweights:
@@ -198,11 +227,6 @@ def _reweighted(step: Step, weights: Tensor, job: AttentionCall, call: Call) -> 
     return new
 
 
-def _broadcasts(x: Tensor, shape: tuple[int, int, int]) -> bool:
-    b, h, k = shape
-    return x.dim() == 3 and x.shape[0] in (1, b) and x.shape[1] in (1, h) and x.shape[2] == k
-
-
 def reweight_of(step: Step, job: AttentionCall, summary: Summary) -> Reweight | None:
     """What a step does to the pattern that the summary is of."""
     call = job.call
@@ -211,7 +235,7 @@ def reweight_of(step: Step, job: AttentionCall, summary: Summary) -> Reweight | 
         return None
     shape = (1 if call.query is None else len(call.query), call.heads, len(call.keys))
     for x in (found.factor, found.free) if isinstance(found, Reweight) else ():
-        if x is not None and not _broadcasts(x, shape):
+        if x is not None and not (_fits(x, shape) and x.shape[2] == shape[2]):
             raise SiteError(
                 f"{step}, layer {call.layer}: a Reweight's tensors are [b|1, h|1, k] = {shape}, got {tuple(x.shape)}"
             )

@@ -12,8 +12,9 @@ from torch.nn.functional import pad
 
 from heedful.core.column_ranges import Ranges
 from heedful.core.flags import some
+from heedful.core.key_ranges import tidy
 from heedful.core.mask import Rule
-from heedful.core.positions import Pairs
+from heedful.core.positions import Pairs, Positions
 
 TOGETHER = 256  # rows that are picked at once, whichever of them a tile is about, there and on the way back
 
@@ -57,12 +58,24 @@ class Reached(_Picked):
 class Chosen(_Picked):
     """Keys that `pick` names for the rows it is asked for, `[b|1, h|1, r, k]`; tiles ask, and no map is held whole.
 
-    Where it names groups of keys, `laid` says for some columns what was picked of theirs.
+    Where it names groups of keys, `laid` says for some columns what was picked of theirs, and `stretches`, where keys
+    of a group follow one another, which ranges of columns these are: then a kernel need look at no pair.
     """
 
     pick: Callable[[slice], Tensor]  # asked for rows beyond the last, it leaves them out
     laid: Callable[[Tensor, slice | Tensor], Tensor] | None = None  # [b|1, h|1, r, groups] to [b|1, h|1, r, k]
+    stretches: Callable[[Tensor], Tensor] | None = None  # [b|1, h|1, r, groups] to [b|1, h|1, r, n, 2]
     _last: list[tuple[slice, Tensor]] = field(default_factory=list, repr=False)  # a tile lies in two blocks of rows
+
+    @property
+    def scattered(self) -> bool:
+        return self.stretches is None
+
+    def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
+        if self.stretches is None:
+            return None
+        blocks = (slice(start, start + TOGETHER) for start in range(0, len(q), TOGETHER))
+        return tidy(torch.cat([self.stretches(self.pick(rows)) for rows in blocks], 2))
 
     def keeps(self, pairs: Pairs) -> Tensor:
         picked = self._of(pairs.rows)

@@ -42,6 +42,8 @@ class Problem(ctypes.Structure):
         ("range_stride", _I * 2),
         ("picked", _P),
         ("picked_stride", _I * 2),
+        ("table", _P),
+        ("table_stride", _I * 3),
         ("blocks", _P),
         *((name, _I) for name in ("block", "block_cols", "block_units")),
         ("block_stride", _I * 2),
@@ -56,7 +58,7 @@ class Problem(ctypes.Structure):
         ("given", _P),
         ("given_stride", _I * 3),
         ("columns", _P),
-        *((name, _P) for name in ("to_q", "to_k", "to_v")),
+        *((name, _P) for name in ("to_q", "to_k", "to_v", "to_bias")),
     ]
 
 

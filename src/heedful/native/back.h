@@ -102,9 +102,20 @@ struct Back {
     for (int64_t i = 0; i < c.width; i += W) {
       vf w = load(row + i), rise = p.form ? steep(w * (1.0f / share), p.form) * share : w;
       vf pulled = rise * (load(given + i) - due);
-      if (p.softcap) pulled *= load(pull.slope.data() + i);
       store(given + i, w == none ? none : pulled);  // where nothing is seen, anything may stand
     }
+    if (p.to_bias) {
+      float *to = p.to_bias + ((block.b * p.heads + block.head(r)) * p.queries + block.query(r)) * p.keys;
+      for (int64_t i = c.from; i < c.to; i++) {
+        const Run &run = block.desk.runs[i];
+        std::copy_n(given + run.at, std::min(run.width, p.keys - run.column), to + run.column);
+      }
+    }
+    if (p.softcap)
+      for (int64_t i = 0; i < c.width; i += W) {
+        vf x = load(given + i);
+        store(given + i, x == none ? none : x * load(pull.slope.data() + i));
+      }
   }
 
   // A chunk's products of rows and columns: scores, or what weights are given by values.

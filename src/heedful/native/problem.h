@@ -25,6 +25,8 @@ struct Problem {
   int64_t range_count, range_stride[2];  // n; of b and head, 0 where there is one for all
   const uint8_t *picked;  // [b|1 h|1 k] the keys that one query for each head sees, in place of ranges, or null
   int64_t picked_stride[2];
+  const uint8_t *table;  // [b|1 h|1 q|1 k] which of the keys in its ranges each query sees, or null for all
+  int64_t table_stride[3];
   const uint8_t *blocks;  // [b|1 g|h|1 q/block k/block] which blocks are computed, or null for all
   int64_t block, block_cols, block_units, block_stride[2];
   const uint8_t *live;  // [b|1 q] which queries are text, or null for all
@@ -45,4 +47,5 @@ struct Problem {
   int64_t given_stride[3];
   const float *columns;  // [b h k] what sums of received weights are given, or null
   float *to_q, *to_k, *to_v;  // [b q h d], [b g k d], [b g k e], contiguous; the last two begin as zeros
+  float *to_bias;  // [b h q k], begins as zeros; null where the bias does not learn
 };

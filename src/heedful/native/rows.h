@@ -69,18 +69,37 @@ struct Rows {
     if (at < end) fill(at - run.column + run.at, end - run.column + run.at);
   }
 
+  // Which keys a row sees, one by one; null where its ranges say it all.
+  const uint8_t *table(int64_t r) const {
+    if (!p.table) return nullptr;
+    return p.table + b * p.table_stride[0] + head(r) * p.table_stride[1] + query(r) * p.table_stride[2];
+  }
+
   void mask(int64_t r, const Chunk &c, float *row) const {
-    for (int64_t i = c.from; i < c.to; i++)
-      gaps(r, desk.runs[i], [&](int64_t from, int64_t to) { std::fill(row + from, row + to, -INFINITY); });
+    const uint8_t *keeps = table(r);
+    for (int64_t i = c.from; i < c.to; i++) {
+      const Run &run = desk.runs[i];
+      gaps(r, run, [&](int64_t from, int64_t to) { std::fill(row + from, row + to, -INFINITY); });
+      if (!keeps) continue;
+      const uint8_t *keep = keeps + run.column;
+      float *to = row + run.at;
+      for (int64_t j = 0, many = std::min(run.width, p.keys - run.column); j < many; j++)
+        to[j] = keep[j] ? to[j] : -INFINITY;
+    }
   }
 
   // How many columns that are computed a row sees, whatever their scores.
   int64_t seen(int64_t r) const {
     const int32_t *x = ranges(r);
+    const uint8_t *keeps = table(r);
     int64_t many = 0;
     for (const Run &run : desk.runs)
-      for (int64_t i = 0, end = run.column + run.width; i < p.range_count; i++)
-        many += std::max<int64_t>(0, std::min<int64_t>(x[2 * i + 1], end) - std::max<int64_t>(x[2 * i], run.column));
+      for (int64_t i = 0; i < p.range_count; i++) {
+        int64_t from = std::max<int64_t>(x[2 * i], run.column), to = std::min<int64_t>(x[2 * i + 1], run.column + run.width);
+        if (!keeps) many += std::max<int64_t>(0, to - from);
+        else
+          for (int64_t j = from; j < to; j++) many += keeps[j] != 0;
+      }
     return many;
   }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,11 +11,14 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import BackendError
+from heedful.core.mask import Dense, Mask
 from heedful.core.paper import Paper
 from heedful.core.ragged import Ragged, padded
 from heedful.core.sites import Site
 from heedful.core.summary import Summary, SummaryAccumulator
+from heedful.core.values import replace
 from heedful.core.weighing import FORMS
+from heedful.engine.attend import gained
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends.mapless import (
     STRETCHES,
@@ -42,10 +45,11 @@ PAPER = Paper(
         "For a CPU: a window's map stays in the cache of the core that makes it, where the paper's stays in a GPU's "
         "shared memory, and is made again on the way back from what each row had for a maximum and a sum.",
         "Features are not divided: a core's cache holds all of a window's queries, keys and values.",
-        "A bias that learns is given its gradient by another backend.",
+        "A bias that learns is cut into blocks of rows, which have their gradients one after another.",
     ),
 )
 
+WAY_BACK = ("ranges", "table", "blocks", "bias", "sink", "live", "rows")  # of a problem, what is asked there too
 GRAIN = 32  # what a block of a block table must be a multiple of: the widest panel of the kernel
 
 
@@ -57,8 +61,9 @@ class Native:
         kernel = library()
         reasons = [kernel] if isinstance(kernel, str) else []
         reasons += kept_back(needs)
-        if needs.gradients and (needs.reweights or any(x.requires_grad for x in needs.learned)):
-            reasons.append("gradients of more than queries, keys and values are wanted, which this kernel cannot serve")
+        if needs.gradients and (needs.reweights or needs.sink_learns):
+            what = "sink logits" if needs.sink_learns else f"what {needs.reweights[0]} moves"
+            reasons.append(f"gradients are wanted of {what}, which this kernel has not")
         for x in needs.tensors:
             if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
                 reasons.append(f"it runs on the CPU in float32 and bfloat16, and this call is {x.dtype} on {x.device}")
@@ -67,14 +72,8 @@ class Native:
             return reasons
         if len({x.dtype for x in needs.tensors}) > 1:
             reasons.append("queries, keys and values are of unlike types")
-        blocks = needs.call.mask.blocks
-        if len(blocks) > 1 or any(b.size % GRAIN for b in blocks):
-            reasons.append(f"it takes one block table, of blocks that are a multiple of {GRAIN} wide")
-        if any(b.first is not None for b in blocks):
-            reasons.append("blocks begin with the text, and padding on the left moves them off its panels")
-        passes = needs.gradients or not _alone(needs.call)
-        if not reasons and passes and needs.key_ranges is None:
-            reasons.append(STRETCHES)
+        if not reasons and (needs.sums or needs.reweights) and (why := _why_tiles(needs)):
+            reasons.append(f"{why}, and tile by tile it sums nothing up")
         return reasons
 
     def runs(self, needs: Needs) -> str:
@@ -84,7 +83,38 @@ class Native:
         kernel = library()
         if isinstance(kernel, str):
             raise BackendError(kernel)
+        if _why_tiles(job.needs or Needs(call=job.call)):
+            return Tiled(compute=partial(_tile, kernel))(job, q, k, v)
         return through(lambda plain: _compute(kernel, plain, q, k, v), job, q, k, v), None
+
+
+def _why_tiles(needs: Needs) -> str:
+    """Why a call is not computed as a whole, if so: a tile of it can have a table of pairs, and a bias for each."""
+    if needs.adds:
+        return f"{needs.adds[0]} says tile by tile what scores gain"
+    if needs.call is None:
+        return ""
+    if needs.gradients and needs.bias_learns:
+        return "gradients are wanted of the bias"
+    blocks = needs.call.mask.blocks
+    if len(blocks) > 1 or any(b.size % GRAIN for b in blocks):
+        return f"there is more than one block table of blocks that are a multiple of {GRAIN} wide"
+    if any(b.first is not None for b in blocks):
+        return "blocks begin with the text, and padding on the left moves them off the kernel's panels"
+    passes = needs.gradients or not _alone(needs.call)
+    return STRETCHES if passes and needs.key_ranges is None else ""
+
+
+def _tile(kernel: Library, job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A tile, as a call of its own: its mask is a table, and what its scores gain is a bias."""
+    gains = gained(job, call, q)
+    mask = Mask() if call.keep is None else Mask((Dense(call.keep, apart=True),))
+    own = replace(call, mask=mask, rows=slice(None), cols=slice(None), keep=None)
+    needs = replace(
+        job.needs or Needs(), call=own, tensors=(q, k, v), learned=() if gains is None else (gains,), adds=()
+    )
+    plan = Plan(job.plan.at(Site.NORMALISE))
+    return _compute(kernel, replace(job, plan=plan, call=own, bias=gains, needs=needs, spare=None), q, k, v)
 
 
 def _alone(call: Call) -> bool:
@@ -98,11 +128,13 @@ class _Asked:
 
     problem: Problem
     alone: bool
-    held: list[Tensor] = field(default_factory=list)
+    held: dict[str, Tensor] = field(default_factory=dict)  # by the problem's fields
 
-    def at(self, x: Tensor) -> int:
-        self.held.append(x)
-        return x.data_ptr()
+    def hold(self, name: str, x: Tensor) -> Tensor:
+        """Let a field of the problem point at a tensor."""
+        self.held[name] = x
+        setattr(self.problem, name, x.data_ptr())
+        return x
 
 
 class _Way(torch.autograd.Function):
@@ -110,34 +142,53 @@ class _Way(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: Library, job: AttentionCall, answer: tuple[_Asked, Tensor]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        kernel: Library,
+        job: AttentionCall,
+        answer: tuple[_Asked, Tensor],
     ) -> tuple[Tensor, Tensor | None]:
         asked, out = answer
-        ctx.save_for_backward(q, k, v, out)
+        ctx.names = tuple(name for name in WAY_BACK if name in asked.held)
+        # a checkpoint frees what is saved here, and makes it again: all that is as large as a tile
+        ctx.save_for_backward(q, k, v, bias, out, *(asked.held[name] for name in ctx.names))
         ctx.set_materialize_grads(False)  # what received sums are not given costs no pass
         # not the job: a run holds penalties of the graph, and no collector finds the circle
-        ctx.kernel, ctx.asked = kernel, asked
-        plan, call = Plan(job.plan.at(Site.NORMALISE)), job.call
-        ctx.plain = partial(AttentionCall, plan, call=call, bias=job.bias, sink=job.sink, needs=job.needs)
+        ctx.kernel, ctx.problem, ctx.sink = kernel, asked.problem, job.sink
+        ctx.plan = Plan(job.plan.at(Site.NORMALISE))
+        ctx.call = replace(job.call, mask=Mask()) if "table" in ctx.names else job.call
         ctx.fresh = partial(RunState, job.run_state.stack, job.run_state.params)
         counted = job.accumulator  # torch writes the way back into what is returned, and so into the summary
         return out, counted.whole.received if counted is not None and counted.learned and counted.whole else None
 
     @staticmethod
     def backward(ctx: Any, given: Tensor | None, columns: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, out = ctx.saved_tensors
+        q, k, v, bias, out, *held = ctx.saved_tensors
+        tensors, asks = [q, k, v, bias], ctx.needs_input_grad[:4]
         given = torch.zeros_like(out) if given is None else given
         if torch.is_grad_enabled():  # somebody wants to derive once more
-            found = iter(_again(ctx.plain(ctx.fresh()), tensors, given, columns))
-            return *(next(found) if x.requires_grad else None for x in tensors), None, None, None
-        made = _pulled(ctx.kernel, ctx.asked.problem, tensors, out, given, columns)
-        return *(new.to(x.dtype) for new, x in zip(made, tensors, strict=True)), None, None, None
+            needs = Needs(tensors=(q, k, v), learned=() if bias is None else (bias,))
+            table = dict(zip(ctx.names, held, strict=True)).get("table")
+            call = ctx.call if table is None else replace(ctx.call, mask=Mask((Dense(table.bool()),)))
+            job = AttentionCall(ctx.plan, ctx.fresh(), call, bias, ctx.sink, needs=needs)
+            found = iter(_again(job, tensors[:3], given, columns, asks))
+            return *(next(found) if wanted else None for wanted in asks), None, None, None
+        for name, x in zip(ctx.names, held, strict=True):
+            setattr(ctx.problem, name, x.data_ptr())
+        made = _pulled(ctx.kernel, ctx.problem, tensors, out, given, columns, asks[3])
+        found = (new.sum_to_size(x.shape).to(x.dtype) for new, x in zip(made, tensors, strict=False))
+        return *found, *(None,) * (7 - len(made))
 
 
-def _again(job: AttentionCall, tensors: list[Tensor], given: Tensor, columns: Tensor | None) -> tuple[Tensor, ...]:
+def _again(
+    job: AttentionCall, tensors: list[Tensor], given: Tensor, columns: Tensor | None, asks: tuple[bool, ...]
+) -> tuple[Tensor, ...]:
     counted = SummaryAccumulator(frozenset({"received"} if columns is not None else ()), job.call, learned=True)
     heads = Tiled()(replace(job, accumulator=counted), *tensors)[0]
-    wanted = [x for x in tensors if x.requires_grad]
+    wanted = [x for x, asked in zip([*tensors, job.bias], asks, strict=True) if x is not None and asked]
     made, slopes = [heads], [given.to(heads.dtype)]
     if columns is not None and (received := counted.summary().received) is not None:
         made, slopes = [heads, received], [*slopes, columns.to(received.dtype)]
@@ -145,10 +196,16 @@ def _again(job: AttentionCall, tensors: list[Tensor], given: Tensor, columns: Te
 
 
 def _pulled(
-    kernel: Library, p: Problem, tensors: list[Tensor], out: Tensor, given: Tensor, columns: Tensor | None
+    kernel: Library,
+    p: Problem,
+    tensors: list[Tensor],
+    out: Tensor,
+    given: Tensor,
+    columns: Tensor | None,
+    learns: bool,
 ) -> list[Tensor]:
-    """What queries, keys and values are given, in float32."""
-    q, k, v = (_in_rows(x) for x in tensors)
+    """What queries, keys and values are given, in float32, and what a bias that learns is, text by text."""
+    q, k, v = (_in_rows(x) for x in tensors[:3])
     columns = None if columns is None else columns.float().contiguous()
     p.columns = 0 if columns is None else columns.data_ptr()
     given, out = _in_rows(given.float()), out.transpose(1, 2)
@@ -160,6 +217,9 @@ def _pulled(
         torch.zeros(v.shape),
     ]
     p.to_q, p.to_k, p.to_v = (x.data_ptr() for x in made)
+    if learns:
+        made.append(torch.zeros(out.shape[0], p.heads, p.queries, p.keys))
+        p.to_bias = made[-1].data_ptr()
     kernel.pull(p)
     return made
 
@@ -169,7 +229,7 @@ def _compute(kernel: Library, job: AttentionCall, q: Tensor, k: Tensor, v: Tenso
         return _attended(kernel, job, (q, k, v))[1]
     with torch.no_grad():
         answer = _attended(kernel, job, (q, k, v), back=True)
-    return _Way.apply(padded(q), padded(k), padded(v), kernel, job, answer)[0]
+    return _Way.apply(padded(q), padded(k), padded(v), job.bias, kernel, job, answer)[0]
 
 
 def _attended(
@@ -180,11 +240,11 @@ def _attended(
     b, h, n, d = q.shape
     p = Problem(b, h, k.shape[1], n, k.shape[2], d, v.shape[3])
     asked = _Asked(p, _alone(call) and not back)
-    at = asked.at
     p.scale, p.threads, p.bfloat16 = call.scale, torch.get_num_threads(), q.dtype == torch.bfloat16
     p.exact = bool(job.plan.reweights)  # what a shift takes away again must not have been rounded
     if asked.alone and isinstance(k, Ragged) and isinstance(v, Ragged) and k.counts == v.counts:
-        p.held, k, v = at(k.table), k.flat, v.flat
+        asked.hold("held", k.table)
+        k, v = k.flat, v.flat
     q, k, v = _in_rows(q), _in_rows(k), _in_rows(v)
     p.out_bfloat16 = p.bfloat16 and not p.exact and not back  # who goes on computing with it wants it unrounded
     out = torch.empty(b, n, h, p.value_width, dtype=q.dtype if p.out_bfloat16 else torch.float32)
@@ -195,13 +255,11 @@ def _attended(
     if (form := weighing(job)) is not None:
         p.form, p.shift, p.mean = 1 + FORMS.index(form.form), form.shift, form.mean
     if job.bias is not None:
-        bias = _in_rows(job.bias.detach().float())
-        p.bias = at(bias)
-        p.bias_stride[:] = _shared(bias, 3)
+        p.bias_stride[:] = _shared(asked.hold("bias", _in_rows(job.bias.detach().float())), 3)
     if job.sink is not None:
-        p.sink = at(job.sink.detach().float().reshape(-1).contiguous())
+        asked.hold("sink", job.sink.detach().float().reshape(-1).contiguous())
     if back:
-        p.rows = at(torch.empty(b, h, n, 2))
+        asked.hold("rows", torch.empty(b, h, n, 2))
     if accumulator is not None:
         _ask(asked, accumulator, call)
     kernel.attend(p)
@@ -214,8 +272,8 @@ def _tell_mask(asked: _Asked, needs: Needs, call: Call) -> None:
     """Which keys each query sees: all, ranges of them, or, where a query is alone, those that are named."""
     p = asked.problem
     for blocks in call.mask.blocks:
-        table = blocks.table.to(torch.uint8).contiguous()
-        p.blocks, p.block, p.block_cols, p.block_units = asked.at(table), blocks.size, table.shape[3], table.shape[1]
+        table = asked.hold("blocks", blocks.table.to(torch.uint8).contiguous())
+        p.block, p.block_cols, p.block_units = blocks.size, table.shape[3], table.shape[1]
         p.block_stride[:] = _shared(table, 2)
     if asked.alone and needs.sees_all and (p.held or call.keys.is_filled is None):
         return
@@ -223,15 +281,18 @@ def _tell_mask(asked: _Asked, needs: Needs, call: Call) -> None:
         kept = call.mask.keeps(call.pairs)
         if kept is None or bool(kept.all()):
             return
-        picked = kept.to(torch.uint8).contiguous()
-        p.picked = asked.at(picked)
+        picked = asked.hold("picked", kept.to(torch.uint8).contiguous())
         p.picked_stride[:] = _shared(picked, 2)
-    elif (rows := needs.key_ranges) is not None:
-        ranges = rows.expand(-1, -1, p.queries, -1, -1).to(torch.int32).contiguous()
-        p.ranges, p.range_count = asked.at(ranges), ranges.shape[3]
-        p.range_stride[:] = _shared(ranges, 2)
-    else:
-        raise BackendError("the native kernel was not asked if it can serve")
+        return
+    rows = needs.key_ranges
+    if rows is None:  # of a tile, whose mask is a table
+        (rule,) = call.mask.rules
+        kept = rule.keeps(call.pairs)
+        p.table_stride[:] = _shared(asked.hold("table", _in_rows(kept.view(torch.uint8))), 3)
+        rows = torch.tensor([0, p.keys]).view(1, 1, 1, 1, 2)
+    ranges = asked.hold("ranges", rows.expand(-1, -1, p.queries, -1, -1).to(torch.int32).contiguous())
+    p.range_count = ranges.shape[3]
+    p.range_stride[:] = _shared(ranges, 2)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -252,46 +313,41 @@ def _in_rows(x: Tensor) -> Tensor:
 
 def _ask(asked: _Asked, accumulator: SummaryAccumulator, call: Call) -> None:
     """Give the kernel a place for each part of the summary."""
-    p, at = asked.problem, asked.at
+    p, hold = asked.problem, asked.hold
     b, h, n, k = p.batch, p.heads, p.queries, p.keys
     if call.queries.is_filled is not None:
-        is_text = call.queries.is_filled[:, 0].to(torch.uint8).contiguous()
-        p.live, p.live_stride = at(is_text), is_text.stride(0) if len(is_text) > 1 else 0
+        is_text = hold("live", call.queries.is_filled[:, 0].to(torch.uint8).contiguous())
+        p.live_stride = is_text.stride(0) if len(is_text) > 1 else 0
     if asked.alone:
-        p.received = at(torch.zeros(b, h, k))  # the weights themselves: everything else is drawn from them
+        hold("received", torch.zeros(b, h, k))  # the weights themselves: everything else is drawn from them
         return
     if "received" in accumulator.requested:
-        p.received = at(torch.zeros(b, h, k))
+        hold("received", torch.zeros(b, h, k))
     if "entropy" in accumulator.requested:
-        p.entropy = at(torch.zeros(b, h, n))
+        hold("entropy", torch.zeros(b, h, n))
     if accumulator.requested & {"peak", "place"}:
-        p.peak = at(torch.zeros(b, h, n))
+        hold("peak", torch.zeros(b, h, n))
     if "place" in accumulator.requested:
-        p.place = at(torch.zeros(b, h, n, dtype=torch.int32))
+        hold("place", torch.zeros(b, h, n, dtype=torch.int32))
     if "first" in accumulator.requested:
-        p.first_at = at(first_columns(call, b))
-        p.first = at(torch.zeros(b, h, n))
+        hold("first_at", first_columns(call, b))
+        hold("first", torch.zeros(b, h, n))
     if accumulator.carry is not None:
-        p.carry, p.carry_width = (
-            at(accumulator.carry.float().expand(b, -1, -1).contiguous()),
-            accumulator.carry.shape[-1],
-        )
-        p.carried = at(torch.zeros(b, n, p.carry_width))
+        p.carry_width = accumulator.carry.shape[-1]
+        hold("carry", accumulator.carry.float().expand(b, -1, -1).contiguous())
+        hold("carried", torch.zeros(b, n, p.carry_width))
     if "distance" in accumulator.requested:
         p.nearest, p.reach = accumulator.nearest, accumulator.reach
         p.q_first = lag(call)
-        p.distance = at(torch.zeros(b, h, p.reach))
+        hold("distance", torch.zeros(b, h, p.reach))
 
 
 def _told(asked: _Asked, accumulator: SummaryAccumulator) -> Summary:
     """The summary that the kernel wrote."""
-    p, where = asked.problem, {x.data_ptr(): x for x in asked.held}
+    p, held = asked.problem, asked.held
     if asked.alone:
-        return of_weights(where[p.received], accumulator)
-    found = {
-        name: where.get(getattr(p, name) or 0)
-        for name in ("received", "entropy", "peak", "first", "distance", "carried")
-    }
-    call, place = accumulator.call, where.get(p.place or 0)
-    seen = seen_by(call, where[p.ranges].long(), p.keys).expand(p.batch, p.heads, -1) if p.received else None
+        return of_weights(held["received"], accumulator)
+    found = {name: held.get(name) for name in ("received", "entropy", "peak", "first", "distance", "carried")}
+    call, place = accumulator.call, held.get("place")
+    seen = seen_by(call, held["ranges"].long(), p.keys).expand(p.batch, p.heads, -1) if p.received else None
     return Summary(**found, seen=seen, place=None if place is None else place.long(), nearest=p.nearest)

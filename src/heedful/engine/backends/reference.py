@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
+from heedful.core.values import replace
 from heedful.engine.attend import tile
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.needs import Needs

@@ -16,7 +16,7 @@ class Sdpa:
     gradients = True
 
     def refuses(self, needs: Needs) -> list[str]:
-        inside = needs.map_steps + needs.reweights + needs.sum_steps + needs.weighed
+        inside = needs.map_steps + needs.adds + needs.reweights + needs.sum_steps + needs.weighed
         reasons = [f"{step} needs the map, which this kernel never shows" for step in inside]
         reasons += [
             f"{step} narrows the mask, which this kernel takes as an N x N table only" for step in needs.mask_steps

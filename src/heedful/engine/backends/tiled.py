@@ -5,8 +5,7 @@ Where gradients are asked of a long call, blocks are computed again on the way b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from heedful.core.call import Call
 from heedful.core.column_ranges import Ranges
 from heedful.core.paper import Paper
+from heedful.core.values import replace
 from heedful.engine.again import recomputed
 from heedful.engine.attend import tile
 from heedful.engine.attention_call import AttentionCall
@@ -42,12 +42,21 @@ EVEN = 8  # what they are a multiple of, so that threads share them evenly
 GATHER_BELOW = 0.7  # copy scattered columns together when they are at most this share of the range they span
 
 
+Compute = Callable[[AttentionCall, Call, Tensor, Tensor, Tensor], Tensor]
+
+
+def _computed(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The heads of a tile."""
+    return tile(job, call, q, k, v)[0]
+
+
 class Tiled:
     name = "tiled"
     gradients = True
 
-    def __init__(self, rows: int | None = None) -> None:
+    def __init__(self, rows: int | None = None, compute: Compute = _computed) -> None:
         self.rows = rows
+        self.compute = compute
 
     def refuses(self, needs: Needs) -> list[str]:
         reasons = [f"{step} must see the whole map at once" for step in needs.whole_map]
@@ -90,13 +99,12 @@ class Tiled:
             yield slice(start, min(start + step, total))
             start += step
 
-    @staticmethod
-    def block(job: AttentionCall, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def block(self, job: AttentionCall, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The heads of some rows, for a job whose shifts are known."""
         above = min(job.plan.above, rows.start)
         call, cols = _cut(job.call, slice(rows.start - above, rows.stop), above if job.plan.above else None)
         rows = call.rows
-        return tile(job, call, wide(q[:, :, rows]), wide(k[:, :, cols]), wide(v[:, :, cols]))[0]
+        return self.compute(job, call, wide(q[:, :, rows]), wide(k[:, :, cols]), wide(v[:, :, cols]))
 
 
 def _bytes(call: Call, texts: int) -> int:

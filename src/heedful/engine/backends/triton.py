@@ -41,6 +41,7 @@ class Triton:
         call = needs.call
         reasons = [reason] if (reason := why_not(_device(needs))) else []
         reasons += kept_back(needs)
+        reasons += [f"{step} says tile by tile what scores gain, and it has no tiles of ours" for step in needs.adds]
         if needs.gradients and needs.reweights:
             reasons.append(f"gradients are wanted through what {needs.reweights[0]} moves, which this kernel has not")
         if call is None or reasons:

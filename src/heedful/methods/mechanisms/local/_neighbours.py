@@ -7,9 +7,10 @@ from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding, pad
 
 from heedful.authoring import Call, FieldError, Mask, Method
-from heedful.core.flags import between, both, either, same, some, whole
+from heedful.core.flags import between, both, same, some, whole
 from heedful.kit.chosen import Reached
 from heedful.kit.patches import grid_of
 
@@ -35,24 +36,36 @@ def within(mask: Mask, call: Call, size: Sequence[int], stride: Sequence[int], d
 def narrowed(mask: Mask, call: Call, sees: Sees) -> Mask:
     """The mask, narrowed to pairs that may meet on every axis; tokens off the grid see all and are seen by all."""
     sides = grid_of(call)
-    query, key = (x.to(whole(4 * max(sides, default=1))) for x in call.coordinates("patches"))  # [b|1 g|1 n axes]
-
-    along = [torch.arange(n, dtype=key.dtype, device=key.device) for n in sides]
-    meet = [sees(axis, at[:, None], at) for axis, at in enumerate(along)]  # of each axis, [n n]
+    query, key = (x % (x.new_tensor(sides) + 1) for x in call.coordinates("patches"))  # off the grid: behind its ends
+    meet = []  # of each axis `[n+1 n+1]`, which places may meet
+    for axis, n in enumerate(sides):
+        at = torch.arange(n, dtype=whole(4 * n), device=key.device)
+        meet.append(pad(sees(axis, at[:, None], at), (0, 1, 0, 1), value=True))
 
     def reach(rows: slice) -> Tensor:
-        asking = query[:, :, rows].flatten(0, 2).long()
-        if bool((asking < 0).any()):
-            return torch.ones_like(key[0, 0, :, 0], dtype=torch.bool)
-        met = (some(table[asking[:, axis]], 0)[key[..., axis].long()] for axis, table in enumerate(meet))
-        return either(reduce(both, met), key[..., 0] < 0).flatten(0, 1).any(0)
+        asking = query[:, :, rows].flatten(0, 2)
+        met = (some(table[asking[:, axis]], 0)[key[..., axis]] for axis, table in enumerate(meet))
+        return reduce(both, met).flatten(0, 1).any(0)
 
     def pick(rows: slice, cols: slice | Tensor) -> Tensor:
-        asking, held = query[:, :, rows, None], key[:, :, None, cols]
-        met = reduce(both, (sees(axis, asking[..., axis], held[..., axis]) for axis in range(len(sides))))
-        return either(met, either(asking[..., 0] < 0, held[..., 0] < 0))
+        return reduce(both, (_met(table, query[:, :, rows, i], key[:, :, cols, i]) for i, table in enumerate(meet)))
 
     return mask & Reached(pick, reach)
+
+
+def _met(table: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Entries of a table `[n n]` for queries `[b|1 g|1 r]` and keys `[b|1 g|1 k]`, `[b|1 g|1 r k]`.
+
+    Rows are copied whole: of each place that is asked for there is one with all keys.
+    """
+    low = int(query.amin())
+    texts, heads = torch.broadcast_shapes(query.shape[:2], key.shape[:2])
+    rows = table[low : int(query.amax()) + 1][:, key].movedim(0, 2)  # [b|1 g|1 places k]
+    if texts == heads == 1:
+        return rows[0, 0][query[0, 0] - low][None, None]
+    text, head = (torch.arange(n, device=key.device) for n in (texts, heads))
+    rows = rows.expand(texts, heads, *rows.shape[2:])
+    return rows[text[:, None, None], head[:, None], query.expand(texts, heads, -1) - low]
 
 
 class Lines:
@@ -77,8 +90,8 @@ class Lines:
         before = int((self._place[0, : max(behind, 0)] == total).long().cumprod(0).sum())
         inside = torch.arange(-before, total + behind - before, device=x.device)
         if torch.equal(self._place, inside.where((inside >= 0) & (inside < total), total).expand_as(self._place)):
-            return torch.nn.functional.pad(x, (before, behind - before)) if behind else x
-        x = torch.nn.functional.pad(x, (0, 1))
+            return pad(x, (before, behind - before)) if behind else x
+        x = pad(x, (0, 1))
         if len(self._place) == 1:
             return x[..., self._place[0]]
         place = self._place[:, None, None].expand(-1, *x.shape[1:3], -1)
@@ -93,12 +106,12 @@ class Lines:
         n = self.width
         right = torch.arange(1 - n, n, device=table.device).div(step, rounding_mode="floor")
         shifted = table[..., (right + wide // 2).clamp(0, wide - 1)].unfold(-1, n, 1)  # [h a n n], last column first
-        known = shifted.permute(1, 2, 0, 3).reshape(high * n, h * n)  # a line of keys for each row's offset and column
+        known = shifted.reshape(h * high * n, n)  # a line of keys for each head, row's offset and column
         row, col = self.query.clamp(min=0).unbind(-1)
         down = (self.rows - row[..., None]).div(step, rounding_mode="floor")  # [b|1 r lines]
         which = (down + high // 2).clamp(0, high - 1) * n + (n - 1 - col[..., None])
-        found = torch.nn.functional.embedding(which, known).unflatten(-1, (h, n))  # [b|1 r lines h n]
-        return self.laid(found.permute(0, 3, 1, 2, 4))
+        heads = torch.arange(h, device=table.device)[:, None, None] * (high * n)
+        return self.laid(embedding(which[:, None] + heads, known))  # [b|1 h r lines n]
 
 
 def require_room(

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from heedful.authoring import Call, Causal, FieldError, Mask, Method, Paper, Rule, Site, at
 from heedful.core.positions import Pairs
+from heedful.kit.chunks import Chunk
 
 
 @dataclass(frozen=True)
-class _BlockCausal(Rule):
-    """Blocks of `size` tokens; the first `noisy` places of a row are a copy of those behind them."""
+class _Copied(Rule):
+    """Blocks of `size` tokens, where the first `noisy` places of a row are a copy of those behind them."""
 
     size: int
     noisy: int
@@ -69,7 +70,8 @@ class EfficientDLM(Method):
 
     @at(Site.MASK)
     def open(self, mask: Mask, call: Call) -> Mask:
-        rule = _BlockCausal(self.size, self._copied(call))
+        noisy = self._copied(call)
+        rule = _Copied(self.size, noisy) if noisy else Chunk(self.size, before=None)
         return Mask((*(other for other in mask.rules if not isinstance(other, Causal)), rule))
 
     def _copied(self, call: Call) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, adds, at
 from heedful.core.flags import between
 from heedful.kit.patches import grid_of
+from heedful.kit.running import wide
 from heedful.methods.mechanisms.local._neighbours import Lines, narrowed
 
 
@@ -68,20 +69,20 @@ class HaloAttention(Method):
 
         return narrowed(mask, call, sees)
 
-    @at(Site.SCORES)
-    def lean(self, scores: Tensor, call: Call) -> Tensor:
+    @adds
+    def lean(self, call: Call) -> Tensor:
         if call.query is None:
             raise SiteError(f"{self!r}, layer {call.layer}: offsets are for queries, and it is handed none")
         lines, far = Lines(call), self._farthest
-        asked = call.query[:, :, call.rows].to(scores.dtype) * call.scale
+        asked = wide(call.query[:, :, call.rows])[0] * call.scale
         keys = (lines.rows, torch.arange(lines.width, device=asked.device))  # along each axis
         found = []
         for axis, name in enumerate(("rows", "columns")):
-            by_offset = asked @ call.params[name].to(scores.dtype).mT  # [b h r offsets]
+            by_offset = asked @ call.params[name].to(asked.dtype).mT  # [b h r offsets]
             offset = (keys[axis] - lines.query[:, None, :, axis, None] + far).clamp(0, 2 * far)
-            found.append(by_offset.gather(-1, offset.expand(*scores.shape[:3], -1)))
+            found.append(by_offset.gather(-1, offset.expand(*asked.shape[:3], -1)))
         down, right = found
-        return scores + lines.laid(down[..., None] + right[..., None, :])
+        return lines.laid(down[..., None] + right[..., None, :])
 
 
 if __name__ == "__main__":

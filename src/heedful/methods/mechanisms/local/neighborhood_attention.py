@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, at
+from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, adds, at
 from heedful.methods.mechanisms.local._neighbours import Lines, require_room, within
 
 
@@ -55,9 +55,9 @@ class NeighborhoodAttention(Method):
         require_room(self, self.size, call, size, dilation, 3)
         return within(mask, call, size, (1, 1), dilation)
 
-    @at(Site.SCORES)
-    def lean(self, scores: Tensor, call: Call) -> Tensor:
-        return scores + Lines(call).by_offset(call.params["bias"], self.dilation).to(scores.dtype)
+    @adds
+    def lean(self, call: Call) -> Tensor:
+        return Lines(call).by_offset(call.params["bias"], self.dilation)
 
 
 if __name__ == "__main__":

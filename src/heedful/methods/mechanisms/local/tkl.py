@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, Where, at
+from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, at
+from heedful.kit.chunks import Chunk
 
 
 class TKL(Method):
@@ -42,10 +43,7 @@ class TKL(Method):
 
     @at(Site.MASK)
     def narrow(self, mask: Mask, call: Call) -> Mask:
-        size, overlap = self.size, self.overlap  # the rule outlives the call
-        return mask & Where(
-            lambda q, k: (k >= q // size * size - overlap) & (k < (q // size + 1) * size + overlap),
-        )
+        return mask & Chunk(self.size, self.overlap, self.overlap)
 
 
 if __name__ == "__main__":

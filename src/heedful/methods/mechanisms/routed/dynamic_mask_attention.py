@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, adds, at
 from heedful.core.flags import at_least, both, whole
 from heedful.core.positions import spread_heads
 from heedful.kit.chosen import Chosen
@@ -91,9 +91,9 @@ class DynamicMaskAttention(Method):
 
         return mask & Chosen(pick)
 
-    @at(Site.SCORES)
-    def favour(self, scores: Tensor, call: Call) -> Tensor:
-        return scores + spread_heads(_counts(call, call.cols), call.heads)[:, :, None].to(scores.dtype)
+    @adds
+    def favour(self, call: Call) -> Tensor:
+        return spread_heads(_counts(call, call.cols), call.heads)[:, :, None]
 
 
 def _counts(call: Call, cols: slice | Tensor) -> Tensor:

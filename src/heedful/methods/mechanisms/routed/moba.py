@@ -76,7 +76,17 @@ class MoBA(Method):
                 return by_place[..., call.keys.first : call.keys.first + len(call.keys)][..., cols]
             return chosen.gather(-1, spread_heads(number, heads)[:, :, None, cols].expand(*chosen.shape[:3], -1))
 
-        return mask & Chosen(pick, laid)
+        each = blocks.expand(*number.shape[:2], -1).contiguous()
+        ends = [
+            spread_heads(torch.searchsorted(number.contiguous(), each, right=behind), heads) for behind in (False, True)
+        ]
+
+        def stretches(chosen: Tensor) -> Tensor:
+            best = chosen.int().topk(min(self.blocks, chosen.shape[-1])).indices
+            there = chosen.gather(-1, best)
+            return torch.stack([x[:, :, None].expand_as(chosen).gather(-1, best) * there for x in ends], -1)
+
+        return mask & Chosen(pick, laid, None if call.keys.packed else stretches)
 
 
 def _means(key: Tensor, number: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:

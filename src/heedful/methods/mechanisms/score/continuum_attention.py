@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Method, Paper, Site, SiteError, at
+from heedful.authoring import Call, FieldError, Method, Paper, SiteError, adds
 
 
 class ContinuumAttention(Method):
@@ -53,15 +53,15 @@ class ContinuumAttention(Method):
     def example(cls) -> ContinuumAttention:
         return cls.of([i * i for i in range(64)])
 
-    @at(Site.SCORES)
-    def weigh(self, scores: Tensor, call: Call) -> Tensor:
+    @adds
+    def weigh(self, call: Call) -> Tensor:
         if bool((call.k_pos >= len(self.weights)).any()):
             raise SiteError(
                 f"{type(self).__name__}, layer {call.layer}: has weights of {len(self.weights)} samples, and there is "
                 f"a token at place {int(call.k_pos.max())}; make one of this grid"
             )
-        logs = torch.tensor([math.log(w) for w in self.weights], dtype=scores.dtype, device=scores.device)
-        return scores + call.spread(logs[call.k_pos.clamp(min=0)][:, :, None])
+        logs = torch.tensor([math.log(w) for w in self.weights], dtype=torch.float64, device=call.k_pos.device)
+        return call.spread(logs[call.k_pos.clamp(min=0)][:, :, None])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, adds
+from heedful.kit.distances import by_distance
 
 
 class EdgePrior(Method):
@@ -49,14 +50,17 @@ class EdgePrior(Method):
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         return {"prior": torch.zeros(layer.heads, self.learned)} if self.learned else {}
 
-    @at(Site.SCORES)
-    def lean(self, scores: Tensor, call: Call) -> Tensor:
-        far = call.distance.abs()
-        prior = -self.decay * far.to(scores.dtype)
-        if self.learned:
-            head = torch.arange(call.heads, device=far.device)[:, None, None]
-            prior = prior + call.params["prior"].to(scores.dtype)[head, far.clamp(max=self.learned - 1)]
-        return scores + prior
+    @adds
+    def lean(self, call: Call) -> Tensor:
+        return by_distance(lambda apart: self._prior(apart.abs(), call), call)
+
+    def _prior(self, far: Tensor, call: Call) -> Tensor:
+        """The log prior of these distances `[m]`, `[h|1 m]`."""
+        prior = -self.decay * far.double()[None]
+        if not self.learned:
+            return prior
+        table = call.params["prior"]
+        return prior.to(table.dtype) + table[:, far.clamp(max=self.learned - 1)]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch import Tensor
 from heedful.core.call import Call, Merged
 from heedful.core.errors import FieldError
 from heedful.core.paper import Paper
-from heedful.core.sites import Site, at
+from heedful.core.sites import Site, adds, at
 from heedful.kit.merging import MergesTokens, averaged, is_fixed, numbered
 
 KEYS = "keys"
@@ -49,10 +49,10 @@ class ToMe(MergesTokens):
     def idle(self, call: Call) -> bool:
         return self.count == 0
 
-    @at(Site.SCORES)
-    def weigh(self, scores: Tensor, call: Call) -> Tensor:
+    @adds
+    def weigh(self, call: Call) -> Tensor | None:
         call.state.forward[KEYS] = call.key
-        return scores if call.sizes is None else scores + call.sizes.to(scores.dtype).log()[:, None, None, call.cols]
+        return None if call.sizes is None else call.sizes.clamp(min=1).double().log()[:, None, None, call.cols]
 
     @at(Site.RESIDUAL, merges=True)
     def merge(self, stream: Tensor, call: Call) -> Tensor | Merged:

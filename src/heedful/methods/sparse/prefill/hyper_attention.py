@@ -13,7 +13,7 @@ from heedful.core.errors import FieldError, SiteError
 from heedful.core.mask import Mask
 from heedful.core.method import Method
 from heedful.core.paper import Paper
-from heedful.core.sites import Site, at
+from heedful.core.sites import Site, adds, at
 from heedful.kit.chosen import Chosen
 from heedful.kit.running import past_keys
 
@@ -104,12 +104,12 @@ class HyperAttention(Method):
 
         return mask & Chosen(pick)
 
-    @at(Site.SCORES)
-    def reweigh(self, scores: Tensor, call: Call) -> Tensor:
+    @adds
+    def reweigh(self, call: Call) -> Tensor:
         squares = call.state.forward[f"squares {call.layer}"]
-        shape, rows, cols = (scores.shape[0], scores.shape[1]), call.queries.index[0, 0], call.keys.index[0, 0]
+        shape, rows, cols = (call.batch or 1, call.heads), call.queries.index[0, 0], call.keys.index[0, 0]
         bias = self.bias(squares, shape, rows, cols)  # what is left out is masked, and needs no infinity
-        return scores + bias.masked_fill(bias == -torch.inf, 0.0).to(scores.dtype)
+        return bias.masked_fill(bias == -torch.inf, 0.0)
 
     @staticmethod
     def bias(squares: list[_Square], shape: tuple[int, int], rows: Tensor, cols: Tensor) -> Tensor:
