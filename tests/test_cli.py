@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import runpy
 import subprocess
 import sys
 
@@ -47,6 +48,13 @@ def test_who_is_stopped_early_leaves_without_a_traceback(monkeypatch: pytest.Mon
     monkeypatch.setattr("heedful.cli.require_given", stop)
     with pytest.raises(SystemExit, match="130"):
         main()
+
+
+def test_it_is_a_module_that_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["heedful", "methods", "streaming"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_module("heedful", run_name="__main__")
+    assert "SinkWindow" in capsys.readouterr().out
 
 
 def test_methods_lists_and_searches() -> None:

@@ -96,8 +96,8 @@ def test_uneven_heads_take_the_memory_of_their_entries() -> None:
     held, kept = uneven()
     total = 3 + 6 + 5 + 5
     assert held.counts == [3, 6, 5, 5]
-    assert held._keys.untyped_storage().nbytes() == total * 3 * 4
-    assert held._values.untyped_storage().nbytes() == total * 2 * 4
+    assert held._keys.plain.untyped_storage().nbytes() == total * 3 * 4
+    assert held._values.plain.untyped_storage().nbytes() == total * 2 * 4
     cache = DynamicCache()
     cache.layers.append(held)
     assert cache_bytes(cache) == total * (3 + 2 + 1) * 4
@@ -135,8 +135,8 @@ def test_even_heads_are_never_copied_to_be_looked_at() -> None:
     held = layer()
     for _ in range(2):
         keys, values = held.update(torch.ones(2, 2, 1, 3), torch.ones(2, 2, 1, 2))
-        assert keys.data_ptr() == held._keys.data_ptr() == held.keys.data_ptr()
-        assert values.data_ptr() == held._values.data_ptr() == held.values.data_ptr()
+        assert keys.data_ptr() == held._keys.plain.data_ptr() == held.keys.data_ptr()
+        assert values.data_ptr() == held._values.plain.data_ptr() == held.values.data_ptr()
         kept = torch.ones(2, 2, keys.shape[2], dtype=torch.bool)
         kept[0, :, 0] = kept[1, :, 2] = False  # other entries in each text, as many in each
         held.keep(Kept(kept))

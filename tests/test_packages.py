@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from heedful import models
+from heedful.cli.app import app
 from heedful.core import code
 from heedful.core.errors import ModelError
 from heedful.models import copies, dinov2, gemma3, gguf_weights, packages, piper, rxnmapper, whisper
@@ -62,7 +66,9 @@ def test_making_a_model_says_what_does_not_fit_and_leaves_random_numbers_alone()
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_copy_that_other_code_made_is_made_anew_in_its_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_code_that_unpacks_otherwise_has_a_copy_of_its_own_until_a_month_has_passed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def convert(_: Sequence[Path], folder: Path) -> None:
         (folder / "model.safetensors").touch()
         made.append(folder)
@@ -72,13 +78,25 @@ def test_a_copy_that_other_code_made_is_made_anew_in_its_place(monkeypatch: pyte
     packed = tmp_path / "packed"
     packed.write_text("weights")
     home = copies.unpacked([packed], convert, "a second")
-    (home / "old").touch()
     assert (copies.unpacked([packed], convert, "a second"), len(made)) == (home, 1)
     whole = code.file_of
     monkeypatch.setattr(code, "file_of", lambda name: whole(name) + "# mended" * (name == __name__))
-    assert (copies.unpacked([packed], convert, "a second"), len(made)) == (home, 2)
-    assert list(home.parent.iterdir()) == [home]
-    assert {file.name for file in home.iterdir()} == {"model.safetensors", "source.json"}
+    beside = copies.unpacked([packed], convert, "a second")
+    assert (len(made), {*home.parent.iterdir()}) == (2, {home, beside})
+    month = 31 * 24 * 3600
+    for each in (home, beside):
+        os.utime(each, (time.time() - month,) * 2)
+    monkeypatch.setattr(code, "file_of", whole)
+    assert (copies.unpacked([packed], convert, "a second"), len(made)) == (home, 2)  # and is asked for from now on
+    monkeypatch.setattr(code, "file_of", lambda name: whole(name) + "# once more" * (name == __name__))
+    third = copies.unpacked([packed], convert, "a second")
+    assert (len(made), {*home.parent.iterdir()}) == (3, {home, third})
+    assert {file.name for file in third.iterdir()} == {"model.safetensors", "source.json"}
+    (third / "source.json").write_text("spoilt")
+    (third / "old").touch()
+    assert (copies.unpacked([packed], convert, "a second"), len(made)) == (third, 4)
+    assert {file.name for file in third.iterdir()} == {"model.safetensors", "source.json"}
+    assert "2 models unpacked, 0.0 GiB in" in CliRunner().invoke(app, ["doctor"]).output
 
 
 @pytest.mark.parametrize("how", ["moved away", "put its own there", "put its own there first"])

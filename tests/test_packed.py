@@ -46,6 +46,10 @@ def channels(n: int = 6) -> Channels:
     return Channels.of(draw(n, 5), held, torch.arange(n) % 2)
 
 
+def behind(first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat([first, second])
+
+
 KINDS: list[Callable[[int], Packed]] = [by_group, by_row, channels, lambda n: Plain(draw(n, 5))]
 
 
@@ -54,12 +58,15 @@ def test_rows_are_taken_and_joined_as_those_of_a_tensor(kind: Callable[[int], Pa
     one, two = kind(6), kind(3)
     a, b = one.tensor(), two.tensor()
     assert len(one) == len(a) == 6
+    assert one.shape == a.shape
     assert one.form == two.form
-    assert torch.equal(one.join(two).tensor(), torch.cat([a, b]))
+    assert torch.equal(one.join(two, behind).tensor(), torch.cat([a, b]))
+    among = one.join(two, lambda old, new: torch.cat([old[:4], new, old[4:]]))
+    assert torch.equal(among.tensor(), torch.cat([a[:4], b, a[4:]]))
     for which in ([4, 0, 0, 5], [], [0, 1, 2, 3, 4, 5]):
         chosen = torch.tensor(which, dtype=torch.long)
         assert torch.equal(one.take(chosen).tensor(), a[chosen])
-        assert torch.equal(one.take(chosen).join(two).take(torch.tensor([len(which)])).tensor(), b[:1])
+        assert torch.equal(one.take(chosen).join(two, behind).take(torch.tensor([len(which)])).tensor(), b[:1])
 
 
 def test_codes_are_the_nearest_of_even_steps() -> None:
@@ -95,13 +102,13 @@ def test_slots_grow_as_they_must() -> None:
     assert (middle.slot.dtype, large.slot.dtype) == (torch.int16, torch.int32)
     assert torch.equal(large.tensor(), x)
     assert large.take(torch.arange(200)).low.shape == (200, 1), "scales that nobody needs are let go"
-    assert torch.equal(middle.join(large).tensor(), torch.cat([x[:257], x]))
+    assert torch.equal(middle.join(large, behind).tensor(), torch.cat([x[:257], x]))
 
 
 def test_each_set_of_channels_is_held_once() -> None:
     one = channels(6)
     assert one.channel.tolist() == [[0, 2, 4], [1, 2, 3]]
-    assert one.join(channels(4)).channel.shape == (2, 3)
+    assert one.join(channels(4), behind).channel.shape == (2, 3)
     assert one.take(torch.tensor([1, 3])).channel.tolist() == [[1, 2, 3]]
 
 
@@ -128,8 +135,8 @@ def test_a_layer_holds_parts_packed_and_gives_them_back() -> None:
     those = torch.zeros(2, 2, 6, dtype=torch.bool)
     those[0, :, :3] = those[1, 1, 1:5] = True
     wanted = pack(held, those, Codes)
-    assert isinstance(held._keys, Rows)
-    assert isinstance(held._values, Tensor)
+    assert [type(x) for x in held._keys.parts] == [Plain, Codes]
+    assert [type(x) for x in held._values.parts] == [Plain]
     assert torch.equal(held.keys, wanted)
     assert torch.equal(held.values, keys[..., :3])
     new = draw(2, 2, 2, 5)
@@ -157,14 +164,56 @@ def test_a_layer_holds_parts_packed_and_gives_them_back() -> None:
     assert torch.equal(held.keys[:, 1], left[:, 1])
     assert torch.equal(held.keys[:, 0, 4:], left[:, 0, 4:])
     held.keep(Kept(held.is_filled, held.keys + 1))
-    assert isinstance(held._keys, Tensor), "what is written as a tensor is whole again"
+    assert [type(x) for x in held._keys.parts] == [Plain], "what is written as a tensor is whole again"
     held.reset()
     assert held.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("counts", [[3, 3], [4, 1, 0, 6]])
+def test_rows_stay_in_order_whatever_is_done_to_them(counts: list[int]) -> None:
+    """Thirty things done at random, against a list of rows for each head."""
+    rows = draw(sum(counts), 5)
+    held, wanted = Rows.of(rows, counts), [list(x) for x in rows.split(counts)]
+    for turn in range(30):
+        flat = [x for head in wanted for x in head]
+        if turn % 3 == 0:
+            new = draw(1, len(wanted), 1 + turn % 2, 5)
+            held = held.append(new)
+            wanted = [head + list(more) for head, more in zip(wanted, new[0], strict=True)]
+        elif turn % 3 == 1:
+            those = torch.rand(len(flat), generator=GENERATOR) < (0.0, 0.5, 1.0)[turn // 3 % 3]
+            kind = (by_row, channels)[turn % 2]
+            packed = kind(int(those.sum()))
+            held, given = held.put(those, packed), iter(packed.tensor())
+            each = iter([next(given) if hit else x for hit, x in zip(those.tolist(), flat, strict=True)])
+            wanted = [[next(each) for _ in head] for head in wanted]
+        elif turn < 28:
+            kept = torch.rand(len(flat), generator=GENERATOR) < 0.9
+            each = iter(kept.tolist())
+            wanted = [[x for x in head if next(each)] for head in wanted]
+            held = held.take(kept.nonzero().flatten(), [len(head) for head in wanted])
+        else:  # heads change places, and one is there twice
+            number = iter(range(len(flat)))
+            places = [[next(number) for _ in head] for head in wanted]
+            order = [len(wanted) - 1, *range(len(wanted))]
+            which = torch.tensor([x for i in order for x in places[i]])
+            wanted = [wanted[i] for i in order]
+            held = held.take(which, [len(head) for head in wanted])
+        assert torch.equal(held.tensor(), torch.stack([x for head in wanted for x in head]))
+        assert [sum(n for _, n in head) for head in held.runs] == [len(head) for head in wanted]
+    assert [type(x) for x in held.parts] == [Plain, Channels, Codes]
+
+
+def test_nothing_may_be_left_of_rows() -> None:
+    held = Rows.of(draw(4, 5), [2, 2]).put(torch.tensor([True, False, False, True]), by_row(2))
+    nothing = held.take(torch.arange(0), [0, 0])
+    assert nothing.tensor().shape == (0, 5)
+    assert torch.equal(nothing.append(new := draw(1, 2, 1, 5)).tensor(), new[0, :, 0])
+
+
 def test_what_is_packed_with_gradients_has_them() -> None:
     x = draw(4, 5).requires_grad_()
-    rows = Rows.of(draw(6, 5)).put(torch.tensor([True, True, False, True, True, False]), Codes.by_row(x, 5, 8))
+    rows = Rows.of(draw(6, 5), [3, 3]).put(torch.tensor([True, True, False, True, True, False]), Codes.by_row(x, 5, 8))
     rows.tensor().sum().backward()
     assert x.grad is not None
     assert x.grad.count_nonzero() == 8  # the lowest and highest of each row

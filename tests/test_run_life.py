@@ -266,3 +266,25 @@ def test_what_was_remembered_of_an_encoder_that_generate_asked_before_is_known_b
         )
         llava.get_image_features(inputs["pixel_values"])  # nor of a text that has no image
         assert close_model(run(**text).logits[:, -1], unseen)
+
+
+@torch.no_grad()
+def test_of_several_looks_that_one_is_remembered_which_a_call_is_handed() -> None:
+    llava = models.tiny("llava", vision_config={"image_size": 16}, image_seq_length=16)
+    inputs = models.tiny_inputs(llava, length=22, batch=2)
+    pixels, ids = inputs.pop("pixel_values"), inputs["input_ids"]
+    roles = {"image": ((1, 17),), "patches": ((1, 17),)}
+    with attach(llava, FoPru(layer=0), roles=roles) as run:
+        wanted = [run(**inputs, pixel_values=x).logits for x in (pixels, pixels.flip(0))]
+        looks = [llava.get_image_features(x, return_dict=True) for x in (pixels, pixels.flip(0))]
+        for look, logits in zip(looks, wanted, strict=True):  # while both are held
+            assert close_model(run(input_ids=ids, mm_encoder_outputs={"image": look}).logits, logits)
+        assert not close_model(*wanted)
+        looks = [llava.get_image_features(x, return_dict=True) for x in (pixels, pixels.flip(0))]
+        copied = copy.deepcopy(looks[0])  # nobody can tell of which
+        with pytest.raises(RefusedModel, match=r"looked more than once, and of each time FoPru\(.*cannot be told"):
+            run(input_ids=ids, mm_encoder_outputs={"image": copied})
+        run(input_ids=ids % 120)
+        looks = [llava.get_image_features(pixels, return_dict=True)]
+        copied = copy.deepcopy(looks[0])  # there is one that it may be
+        assert close_model(run(input_ids=ids, mm_encoder_outputs={"image": copied}).logits, wanted[0])

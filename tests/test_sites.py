@@ -241,6 +241,42 @@ class Blend(Method):
         return Kept(keep, key, value)
 
 
+class Halve(Method):
+    """Halves every value, and keeps all."""
+
+    paper = PAPER
+
+    @at(Site.CACHE)
+    def halve(self, entries: CachedKV, call: Call) -> Kept:
+        return Kept(value=entries.value / 2)
+
+
+@torch.no_grad()
+def test_a_cache_edit_may_keep_all_without_a_word() -> None:
+    model = models.tiny("llama").eval()
+    plain = model(input_ids=IDS, use_cache=True)[CACHE].layers[0]
+    with attach(model, Halve()) as run:
+        held = run(input_ids=IDS, use_cache=True)[CACHE].layers[0]
+    assert held.whole
+    assert torch.equal(held.values, plain.values / 2)
+    with attach(model, Halve().on(heads=(0, 1)) | Blend().on(layers=0, heads=(2, 3))) as run:
+        held = run(input_ids=IDS, use_cache=True)[CACHE].layers[0]
+    assert held.counts == [23, 22, 23, 22]
+    assert torch.equal(held.values[:, 0], plain.values[:, 0] / 2)
+
+
+def test_a_cache_edit_that_returns_nothing_is_refused() -> None:
+    class Forgot(Method):
+        paper = PAPER
+
+        @at(Site.CACHE)
+        def forget(self, entries: CachedKV, call: Call) -> None: ...
+
+    with pytest.raises(SiteError, match=r"must return which entries stay.*got NoneType"):  # noqa: SIM117
+        with attach(models.tiny("llama"), Forgot()) as run:
+            run(input_ids=IDS, use_cache=True)
+
+
 def test_a_cache_edit_may_merge_entries() -> None:
     model = models.tiny("llama").eval()
     with torch.no_grad():

@@ -13,7 +13,7 @@ from heedful.core.call import CachedKV, Call
 from heedful.core.method import Method, Stack
 from heedful.core.positions import Positions
 from heedful.core.sites import Site, at
-from heedful.methods import PyramidKV, SinkWindow, TempScale
+from heedful.methods import KIVI, PyramidKV, SinkWindow, TempScale
 from heedful.tiny import tiny
 
 from .samples import PAPER
@@ -31,11 +31,14 @@ FEW = {
     "window": (32, 2),
     "pyramid": (54, 2),
     "scores": (24, 2),
+    "codes": (58, 4),
+    "ThinK": (48, 9),
 }
 MORE: dict[str, Method] = {
     "window": SinkWindow(4, 32),
     "pyramid": PyramidKV(0.5, 8),
     "scores": TempScale(1.1),
+    "codes": KIVI(residual=32),
 }
 
 
@@ -79,6 +82,14 @@ def test_views_are_no_operations_and_looks_are_counted() -> None:
         x = torch.zeros(3).view(3, 1).expand(3, 2)
         float((x + 1).sum())
     assert (counted.done, counted.looks) == (4, 1)  # zeros, the sum of two, the sum of all, and the look
+    x = torch.zeros(3, 2)
+    mask = x == 0
+    with Operations() as counted:
+        y = x[mask]
+        x[mask] = 1.0
+        x[torch.zeros(1, dtype=torch.long)]
+        y.unique(), y.unique_consecutive(), x.unique(dim=0)
+    assert counted.looks == 5  # by a mask twice, and what is told apart
 
 
 class Told(Method):

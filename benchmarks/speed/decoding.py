@@ -24,6 +24,7 @@ from heedful.methods.sparse.cache.heavy_hitter import HeavyHitter
 from heedful.methods.sparse.cache.kivi import KIVI
 from heedful.methods.sparse.cache.knorm import KNorm
 from heedful.methods.sparse.cache.snap_kv import SnapKV
+from heedful.methods.sparse.cache.think import ThinK
 from heedful.methods.sparse.cache.tova import TOVA
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
 
@@ -38,6 +39,7 @@ RUNS: dict[str, Stack | Method] = {
     "HeavyHitter, a quarter": HeavyHitter(0.25),
     "SnapKV, a quarter": SnapKV(0.25),
     "KIVI": KIVI(),
+    "ThinK": ThinK(),
 }
 
 
@@ -50,12 +52,17 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.done += not func.is_view
-        self.looks += func in LOOKS
+        picks = args[1] if func in PICK else ()
+        self.looks += func in LOOKS or any(x is not None and x.dtype == torch.bool for x in picks)
         return func(*args, **(kwargs or {}))
 
 
 aten = torch.ops.aten
-LOOKS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.is_nonzero.default}
+LOOKS = {
+    aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.is_nonzero.default,
+    aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default,
+}  # fmt: skip
+PICK = {aten.index.Tensor, aten.index_put_.default}  # by a mask: how many that are is counted first
 
 
 def read(model: Any, ids: Tensor) -> Any:

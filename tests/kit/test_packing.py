@@ -13,6 +13,10 @@ X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 GROUP = torch.tensor([3, 3, 0, 3, 0, 7])
 
 
+def behind(first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat([first, second])
+
+
 def rounded(values: Tensor, bits: int) -> Tensor:
     """Numbers that share a scale, in so many bits."""
     low, high = float(values.min()), float(values.max())
@@ -49,7 +53,7 @@ def test_codes_are_taken_and_joined_as_rows_are(packed: Codes) -> None:
     whole, which = packed.tensor(), torch.tensor([5, 0, 4])
     some = packed.take(which)
     assert torch.equal(some.tensor(), whole[which])
-    both = some.join(packed)
+    both = some.join(packed, behind)
     assert torch.equal(both.tensor(), torch.cat([whole[which], whole]))
     assert len(both.codes) == len(both) == 9
     kept = packed.take(torch.tensor([True, False, False, True, False, False]))
@@ -61,7 +65,7 @@ def test_codes_are_taken_and_joined_as_rows_are(packed: Codes) -> None:
 def test_groups_are_told_apart_however_many_come_together() -> None:
     x = torch.randn(200, 2, generator=torch.Generator().manual_seed(1))
     one = Codes.by_group(x, torch.arange(200), 8)
-    both = one.join(Codes.by_group(-x, torch.arange(200), 8))
+    both = one.join(Codes.by_group(-x, torch.arange(200), 8), behind)
     assert torch.equal(both.tensor(), torch.cat([x, -x]))
     assert (one.slot.dtype, both.slot.dtype) == (torch.uint8, torch.int16)
 
@@ -97,10 +101,10 @@ def test_channels_that_are_not_held_are_zero() -> None:
 def test_channels_are_joined_with_others() -> None:
     one, first = channels_of(X, [[0, 3], [1, 2]], [0, 1, 0, 1, 1, 0])
     other, second = channels_of(2 * X[:3], [[2, 4], [0, 1], [0, 3]], [2, 0, 1])
-    both = one.join(other)
+    both = one.join(other, behind)
     assert torch.equal(both.tensor(), torch.cat([first, second]))
     assert len(both.channel) == 4
-    assert torch.equal(other.join(one).tensor(), torch.cat([second, first]))
+    assert torch.equal(other.join(one, behind).tensor(), torch.cat([second, first]))
 
 
 @pytest.mark.parametrize(

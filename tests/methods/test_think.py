@@ -58,7 +58,7 @@ def test_the_papers_score_and_what_goes(share: float, recent: int, window: int) 
     query, key, pad = draw(4, 0), draw(2, 1), torch.tensor([0, 1])
     entries, call = call_of(query, key, pad)
     left = ThinK(share, recent, window).thin(entries, call)
-    assert left.keep.all()
+    assert left.keep is None
     assert left.value is None
     found = written(left, key)
     for b, start in enumerate(pad.tolist()):

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import get_ident
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from heedful.adapters.arguments import by_name, require_no_guesses
 from heedful.adapters.bound import Bound
 from heedful.adapters.grids import Grid, grid_of, regions
 from heedful.adapters.hooked import Hooked, Standing
+from heedful.adapters.kvcache import tensors_in
 from heedful.adapters.layers import within
 from heedful.adapters.merging import require_parted, without_grids
 from heedful.adapters.taking import tokens_of
@@ -51,6 +53,13 @@ def _rows_of_many(model: nn.Module, instead: str) -> str:
 ENCODED = "mm_encoder_outputs"  # what models of transformers call that which an encoder made of images before
 
 
+class _Look(NamedTuple):
+    """A forward of one of the models in the model alone."""
+
+    made: list[ref[Tensor]]
+    memory: dict[int, dict[str, Any]]  # what methods remember of it, by part
+
+
 @dataclass(eq=False)
 class Forwards:
     """The forwards of one run in one model."""
@@ -63,6 +72,7 @@ class Forwards:
     _thread: int | None = None  # the one that a forward is under way in
     _process: int | None = None  # the one that the last forward was in
     _of_part: bool = False  # the last forward was of one of the models in the model alone
+    _looks: list[_Look] = field(default_factory=list)  # those of such models since the last of the whole
     _parts: dict[nn.Module, str] = field(default_factory=dict)  # the models in the model, by name
     _images: dict[str, tuple[nn.Module, Grid]] = field(default_factory=dict)  # those that read images, and their grids
 
@@ -110,21 +120,43 @@ class Forwards:
                 raise FieldError("Run", "thread", get_ident(), rule, self._thread)
             self._require_threads()
             require_no_guesses(self.run.stack, kwargs)
+            known = self._remembered(model, kwargs)
             blind = stand_around(self.run, type(model).__name__, whole=True)
             self._thread = get_ident()
             if self.first is not None:
                 self.first(*given)
             self._graph = torch.is_grad_enabled()
-            # generate has the encoder look at an image before the whole model is called, which goes on from there
-            goes_on = self._of_part and not self._parts[model] and bool(kwargs.get(ENCODED))
-            self._of_part = bool(self._parts[model])
-            self.run.state.new_forward(blind, goes_on)
+            self.run.state.new_forward(blind, known)
             requested = kwargs.get("output_attentions")
             if requested is None:
                 requested = getattr(getattr(model, "config", None), "output_attentions", False)
             self.patterns = bool(requested)
         self.run.state.now.ids[self._parts[model]] = tokens_of(kwargs)
         self._inside += 1
+
+    def _remembered(self, model: nn.Module, kwargs: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+        """What methods remembered of what encoders made before this forward, which goes on from there.
+
+        So `generate` does it: it has the encoder look at an image, and then calls the whole model.
+        """
+        before, self._of_part = self._of_part, bool(self._parts[model])
+        encoded = kwargs.get(ENCODED)
+        if not (before if self._of_part else encoded):
+            self._looks.clear()
+        if self._of_part or not encoded:
+            return {}
+        given, found = {id(x) for x in tensors_in(encoded)}, dict[int, dict[str, Any]]()
+        these = [look for look in self._looks if any(id(x()) in given for x in look.made)]
+        for look in these or (self._looks if before else []):
+            for number, noted in look.memory.items():
+                if noted.keys() & found.get(number, {}).keys():
+                    raise RefusedModel(
+                        f"{type(model).__name__} is handed what an encoder made, which looked more than once, and of "
+                        f"each time {self.run.stack.methods[number]!r} remembers something; it cannot be told which "
+                        "is meant: hand over what one look gave, as it came, or give the call the images themselves"
+                    )
+                found[number] = {**found.get(number, {}), **noted}
+        return found
 
     def _require_threads(self) -> None:
         """A fork has none of the threads that its parent computed with, and would wait for them without end."""
@@ -145,6 +177,8 @@ class Forwards:
             self._thread = None
             if output is None:
                 self.run.state.fail_forward()
+            elif self._of_part and any((memory := self.run.state.now.memory).values()):
+                self._looks.append(_Look([ref(x) for x in tensors_in(output)], memory))
         if not self._inside and output is not None:
             require_parted(self.run)
         if self._inside or not self.run.state.losses or by_name(model, args, kwargs).get("labels") is None:

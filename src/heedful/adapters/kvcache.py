@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import reduce
 from operator import and_
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +14,13 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from heedful.core.call import Kept
 from heedful.core.errors import RefusedModel
-from heedful.core.packed import Packed, Packing, Plain, Rows
+from heedful.core.packed import Packed, Packing, Rows
 from heedful.core.positions import Positions
 from heedful.core.ragged import padded, spread
 
 
 class HeldLayer(DynamicLayer):
-    """Keys and values `[t, d]` of all entries, head after head without gaps, and the index that each came from.
+    """Keys and values `[t, d]` of all entries, head after head without gaps, and the index `[t]` that each came from.
 
     What a method packs stays packed (see `core.packed`), and is unpacked whenever somebody asks for it.
 
@@ -35,9 +34,8 @@ class HeldLayer(DynamicLayer):
         super().__init__(**kwargs)
 
     def _clear(self) -> None:
-        self._keys: Tensor | Rows = torch.empty(0, 0)
-        self._values: Tensor | Rows = torch.empty(0, 0)
-        self._index: Tensor | None = None  # [t], int32; None: nothing was dropped so far
+        self._keys = self._values = Rows.of(torch.empty(0, 0), ())
+        self._index: Rows | None = None  # int32; None: nothing was dropped so far
         self.heads = (0, 0)  # b, g
         self.counts: list[int] = []  # entries of each head of each text
         self.seen = 0
@@ -85,7 +83,7 @@ class HeldLayer(DynamicLayer):
     @property
     def handed(self) -> tuple[Tensor, Tensor]:
         """Keys and values as a model is handed them: without a copy, for who can do without."""
-        return self._spread(unpacked(self._keys)), self._spread(unpacked(self._values))
+        return self._spread(self._keys.tensor()), self._spread(self._values.tensor())
 
     @property
     def nbytes(self) -> int:
@@ -100,12 +98,12 @@ class HeldLayer(DynamicLayer):
     @property
     def is_filled(self) -> Tensor:
         """`[b, g, k]`: False where a head holds fewer entries than the longest one."""
-        return self._spread(torch.ones(sum(self.counts), dtype=torch.bool, device=self._keys.device))
+        return self._spread(torch.ones(sum(self.counts), dtype=torch.bool, device=self._keys.plain.device))
 
     def _indices(self) -> Tensor:
         if self._index is not None:
-            return self._index
-        row = torch.arange(self.seen, dtype=torch.int32, device=self._keys.device)
+            return self._index.tensor()
+        row = torch.arange(self.seen, dtype=torch.int32, device=self._keys.plain.device)
         return row.repeat(len(self.counts))
 
     def _spread(self, held: Tensor) -> Tensor:
@@ -114,15 +112,13 @@ class HeldLayer(DynamicLayer):
 
     def holds(self, k: Tensor, v: Tensor) -> bool:
         """Whether these have the shape of what is held."""
-        shape = (*self.heads, max(self.counts, default=0))
-        return self.seen > 0 and (
-            (k.shape, v.shape) == ((*shape, self._keys.shape[1]), (*shape, self._values.shape[1]))
-        )
+        shape, held = (*self.heads, max(self.counts, default=0)), (self._keys, self._values)
+        return self.seen > 0 and all(x.shape == (*shape, *y.plain.shape[1:]) for x, y in zip((k, v), held, strict=True))
 
     def positions(self, pad: Tensor | None, positions: Tensor | None = None) -> Positions:
         """Where the entries stand, given each row's left padding `[b]`, or every position `[b n]` of the row."""
         if self.whole:
-            return Positions.row(0, self.seen, self._keys.device, pad)
+            return Positions.row(0, self.seen, self._keys.plain.device, pad)
         index = self.index
         position = index if pad is None else index - pad[:, None, None]
         if positions is not None:
@@ -141,35 +137,20 @@ class HeldLayer(DynamicLayer):
                 "padding; go on inside a run, as in `with attach(model, method) as run: run(...)`"
             )
         self.served = False
-        b, g, n, d = key_states.shape
+        b, g, n, _ = key_states.shape
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self.heads, self.counts = (b, g), [0] * (b * g)
-            self._keys, self._values = key_states.new_empty(0, d), value_states.new_empty(0, value_states.shape[-1])
-        self._keys, self._values = self._joined(self._keys, key_states), self._joined(self._values, value_states)
+            none = (x[:, :, :0].flatten(0, 2) for x in (key_states, value_states))
+            self._keys, self._values = (Rows.of(x, self.counts) for x in none)
+        self._keys, self._values = self._keys.append(key_states), self._values.append(value_states)
         if self._index is not None:
-            index = torch.arange(self.seen, self.seen + n, dtype=torch.int32, device=self._index.device)
-            self._index = self._joined(self._index, index.expand(b, g, n))
+            index = torch.arange(self.seen, self.seen + n, dtype=torch.int32, device=key_states.device)
+            self._index = self._index.append(index.expand(b, g, n))
         self.counts = [count + n for count in self.counts]
         self.seen += n
         self.fresh = n
         return self.handed
-
-    @overload
-    def _joined(self, held: Tensor, new: Tensor) -> Tensor: ...
-
-    @overload
-    def _joined(self, held: Rows, new: Tensor) -> Rows: ...
-
-    def _joined(self, held: Tensor | Rows, new: Tensor) -> Tensor | Rows:
-        """What each head holds, followed by its own of `new [b g n ...]`."""
-        if isinstance(held, Rows):
-            there, number = len(held.part), torch.arange(len(held.part) + new[..., 0].numel(), device=held.device)
-            order = self._joined(number[:there], number[there:].view(new.shape[:3]))
-            return held.join(Plain(new.flatten(0, 2))).take(order)
-        if self.even:
-            return torch.cat([held.view(*self.heads, self.counts[0], *held.shape[1:]), new], 2).flatten(0, 2)
-        return torch.cat([x for pair in zip(held.split(self.counts), new.flatten(0, 1), strict=True) for x in pair])
 
     def keep(self, *left: Kept) -> None:
         """Drop every entry that some of these do not keep, and the memory it took.
@@ -178,19 +159,19 @@ class HeldLayer(DynamicLayer):
         """
         for one in left:
             self._keys, self._values = self._written(self._keys, one.key), self._written(self._values, one.value)
-        mine = self._flat(reduce(and_, (one.keep for one in left)))
+        kept = [one.keep for one in left if one.keep is not None]
+        if not kept:
+            return
+        mine = self._flat(reduce(and_, kept))
         counts = self._counts(mine)
         if counts != self.counts:
             self.chosen = self.seen
             self._drop(mine, counts)
 
-    def _written(self, held: Tensor | Rows, new: Tensor | Packing | None) -> Tensor | Rows:
-        if new is None:
-            return held
+    def _written(self, held: Rows, new: Tensor | Packing | None) -> Rows:
         if isinstance(new, Packing):
-            rows = held if isinstance(held, Rows) else Rows.of(held)
-            return rows.put(self._flat(new.those), new.rows)
-        return new[self.is_filled].to(held.dtype)
+            return held.put(self._flat(new.those), new.rows)
+        return held if new is None else Rows.of(new[self.is_filled].to(held.plain.dtype), self.counts)
 
     def _flat(self, x: Tensor) -> Tensor:
         """`[b g k]` as what is held of it, head after head."""
@@ -198,18 +179,15 @@ class HeldLayer(DynamicLayer):
 
     def _counts(self, kept: Tensor) -> list[int]:
         """How many entries of each head the flat `kept [t]` keeps."""
-        if self.even:
-            return kept.view(len(self.counts), -1).sum(-1).tolist()
-        ends = torch.tensor([0, *itertools.accumulate(self.counts)], device=kept.device)
-        return torch.nn.functional.pad(kept.cumsum(0), (1, 0))[ends].diff().tolist()
+        return self._spread(kept).sum(-1).flatten().tolist()
 
     def _drop(self, kept: Tensor, counts: list[int]) -> None:
         """Drop every entry of which the flat `kept [t]` is False, so that heads have `counts` left."""
         # the second need not wait until a GPU has counted, and takes twice as long on a CPU
         mine = (kept.nonzero() if kept.is_cpu else kept.nonzero_static(size=sum(counts))).flatten()
+        index = self._index or Rows.of(self._indices(), self.counts)
+        self._keys, self._values, self._index = (x.take(mine, counts) for x in (self._keys, self._values, index))
         self.counts = counts
-        self._index = self._indices().index_select(0, mine)
-        self._keys, self._values = _taken(self._keys, mine), _taken(self._values, mine)
 
     @property
     def is_croppable(self) -> bool:
@@ -266,20 +244,11 @@ class HeldLayer(DynamicLayer):
         b, g = self.heads
         rows = pick(torch.arange(b)).tolist()
         heads = [row * g + head for row in rows for head in range(g)]
-        parts = torch.arange(sum(self.counts), device=self._keys.device).split(self.counts)
+        parts = torch.arange(sum(self.counts), device=self._keys.plain.device).split(self.counts)
         mine = torch.cat([parts[i] for i in heads])
-        self._keys, self._values = _taken(self._keys, mine), _taken(self._values, mine)
-        self._index = None if self._index is None else self._index[mine]
         self.heads, self.counts = (len(rows), g), [self.counts[i] for i in heads]
-
-
-def unpacked(held: Tensor | Rows) -> Tensor:
-    return held.tensor() if isinstance(held, Rows) else held
-
-
-def _taken(held: Tensor | Rows, which: Tensor) -> Tensor | Rows:
-    """The rows of these numbers, in this order."""
-    return held.take(which) if isinstance(held, Rows) else held.index_select(0, which)  # far faster than held[which]
+        self._keys, self._values = self._keys.take(mine, self.counts), self._values.take(mine, self.counts)
+        self._index = self._index and self._index.take(mine, self.counts)
 
 
 def _refuse(given: Tensor | None) -> None:
@@ -305,7 +274,9 @@ def _bytes_of(thing: Any) -> int:
 
 def tensors_in(thing: Any) -> Iterator[Tensor]:
     """Every plain tensor in there; quantised and packed ones are made of others."""
-    if isinstance(thing, Packed | Rows):
+    if isinstance(thing, Rows):
+        thing = thing.parts
+    if isinstance(thing, Packed):
         thing = vars(thing)
     if isinstance(thing, Tensor) and is_traceable_wrapper_subclass(thing):
         thing = [getattr(thing, name) for name in thing.__tensor_flatten__()[0]]

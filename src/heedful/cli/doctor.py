@@ -28,6 +28,7 @@ def doctor(
     import torch
 
     from heedful.engine.backends import BACKENDS
+    from heedful.models.copies import cache_folder
     from heedful.native import Library, library
 
     cores = len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count()
@@ -38,6 +39,9 @@ def doctor(
     kernel = library()
     told = f"on {kernel.path}" if isinstance(kernel, Library) else kernel
     console.print(f"native kernel: {told}", markup=False)
+    held = [file.stat().st_size for file in cache_folder().glob("*/model.safetensors")]
+    size = f"{counted(len(held), 'model')} unpacked, {sum(held) / 2**30:.1f} GiB"
+    console.print(f"copies: {size} in {cache_folder()}; what is deleted there is unpacked again", markup=False)
     known = ", ".join(BACKENDS)
     console.print(f"backends: {known}; `heedful explain METHOD` says which one serves a method, and why")
     if not model:

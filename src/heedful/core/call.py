@@ -232,7 +232,7 @@ class Call:
 class Kept:
     """What a CACHE edit leaves of a cache: which entries stay, and new keys or values for them, as after a merge."""
 
-    keep: Tensor  # [b g k], bool
+    keep: Tensor | None = None  # [b g k], bool; None: all stay
     key: Tensor | Packing | None = None  # [b g k d], as handed, or some of them packed; None: unchanged
     value: Tensor | Packing | None = None  # [b g k d], as handed, or some of them packed; None: unchanged
 

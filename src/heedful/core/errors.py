@@ -25,7 +25,7 @@ from __future__ import annotations
 import copyreg
 import sys
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 from importlib.util import find_spec
 from pathlib import PurePath
 
@@ -124,10 +124,15 @@ class InactiveWarning(UserWarning):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A 'did you mean' clause, empty when nothing is near."""
-    names = {name.lower(): name for name in known}
-    close = get_close_matches(word.lower(), names, n=3, cutoff=0.6)
-    return f" Did you mean {', '.join(names[c] for c in close)}?" if close else ""
+    """A 'did you mean' clause, empty when nothing is near to a word, be it a name or the beginning of one."""
+
+    def likeness(name: str) -> float:
+        whole, n = name.lower(), len(word)
+        return max(SequenceMatcher(None, x, word.lower()).ratio() for x in (whole, whole[:n], whole[: n + 1]))
+
+    near = {name: found for name in known if (found := likeness(name)) >= 0.6}
+    close = sorted(near, key=lambda name: -near[name])[:3]
+    return f" Did you mean {', '.join(close)}?" if close else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from functools import partial
+from itertools import chain, groupby
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+Weave = Callable[[Tensor, Tensor], Tensor]  # what two hold of each row, `[t ...]`, in the order of all of them
+Runs = tuple[tuple[tuple[int, int], ...], ...]  # of each head in turn: a source, and how many rows of it come next
 
 
 class Packed(ABC):
@@ -19,9 +24,10 @@ class Packed(ABC):
     def form(self) -> Hashable:
         """What two of a class must share to be joined."""
 
+    @property
     @abstractmethod
-    def __len__(self) -> int:
-        """How many rows there are."""
+    def shape(self) -> tuple[int, ...]:
+        """How many rows there are, and how wide they are: t and d."""
 
     @abstractmethod
     def tensor(self) -> Tensor:
@@ -32,8 +38,11 @@ class Packed(ABC):
         """The rows of these numbers, in this order."""
 
     @abstractmethod
-    def join(self, more: Self) -> Self:
-        """These rows and then those."""
+    def join(self, more: Self, weave: Weave) -> Self:
+        """These rows and those, in the order into which `weave` brings what the two hold of each."""
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,79 +55,121 @@ class Plain(Packed):
     def form(self) -> Hashable:
         return self.rows.shape[1:]
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows.shape
 
     def tensor(self) -> Tensor:
         return self.rows
 
     def take(self, which: Tensor) -> Plain:
-        return Plain(self.rows[which])
+        return Plain(self.rows.index_select(0, which))  # far faster than rows[which]
 
-    def join(self, more: Plain) -> Plain:
-        return Plain(torch.cat([self.rows, more.rows]))
+    def join(self, more: Plain, weave: Weave) -> Plain:
+        return Plain(weave(self.rows, more.rows))
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows `[t d]` in parts of several forms, and for each row the part that it lies in; a part's rows are in order."""
+    """Rows of one head after another in parts of several forms, the first of them plain; a part's rows are in order.
+
+    Which part a row lies in is known without a look at a tensor, so that nothing need be put in order again.
+    """
 
     parts: tuple[Packed, ...]
-    part: Tensor  # [t], uint8
-    width: int  # d
-    dtype: torch.dtype
+    runs: Runs
 
     @staticmethod
-    def of(rows: Tensor) -> Rows:
-        part = torch.zeros(len(rows), dtype=torch.uint8, device=rows.device)
-        return Rows((Plain(rows),), part, rows.shape[1], rows.dtype)
+    def of(rows: Tensor, counts: Sequence[int]) -> Rows:
+        """Rows `[t ...]`, so many of each head."""
+        return Rows((Plain(rows),), tuple(((0, n),) for n in counts))
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.part), self.width
-
-    @property
-    def device(self) -> torch.device:
-        return self.part.device
+    def plain(self) -> Tensor:
+        """Those that are as they are, `[t ...]`."""
+        return self.parts[0].tensor()
 
     def tensor(self) -> Tensor:
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        for number, part in enumerate(self.parts):
-            out[self.part == number] = part.tensor().to(self.dtype)
-        return out
+        """All of them, `[t ...]`."""
+        held = [part.tensor() for part in self.parts]
+        return held[0] if len(held) == 1 else _woven(self.runs, *held).to(held[0].dtype)
 
-    def take(self, which: Tensor) -> Rows:
-        """The rows of these numbers, in this order."""
-        part = self.part[which]
-        parts = []
-        for number, held in enumerate(self.parts):
-            mine = self.part == number
-            places = (mine.cumsum(0) - 1)[which[part == number]]
-            parts.append(held if _all_in_order(places, len(held)) else held.take(places))
-        return Rows(tuple(parts), part, self.width, self.dtype)
-
-    def join(self, more: Packed) -> Rows:
-        """These rows and then those, in the first part of their form, or one more."""
-        alike = [i for i, x in enumerate(self.parts) if type(x) is type(more) and x.form == more.form]
-        number = alike[0] if alike else len(self.parts)
-        parts = (*self.parts, more) if not alike else tuple(
-            x.join(more) if i == number else x for i, x in enumerate(self.parts)
-        )  # fmt: skip
-        part = torch.cat([self.part, self.part.new_full((len(more),), number)])
-        return Rows(parts, part, self.width, self.dtype)
+    def append(self, new: Tensor) -> Rows:
+        """With `new [b g n ...]`, some for each head behind its others."""
+        plain, heads, n = self.plain, new.shape[:2], new.shape[2]
+        counts = [sum(n for part, n in head if part == 0) for head in self.runs]
+        if len(set(counts)) == 1:
+            plain = torch.cat([plain.view(*heads, counts[0], *plain.shape[1:]), new], 2).flatten(0, 2)
+        else:
+            pairs = zip(plain.split(counts), new.flatten(0, 1), strict=True)
+            plain = torch.cat([x for pair in pairs for x in pair])
+        longer = {head: _short((*head, (0, n))) for head in set(self.runs)}
+        return Rows((Plain(plain), *self.parts[1:]), tuple(longer[head] for head in self.runs))
 
     def put(self, those: Tensor, packed: Packed) -> Rows:
         """The same rows, of which `those [t]` are held as `packed`, in their order."""
-        number = torch.arange(len(self.part), device=self.device)
-        others, count = number[~those], len(number) - len(packed)
-        order = torch.empty_like(number)
-        order[others] = torch.arange(count, device=self.device)
-        order[those] = torch.arange(count, len(number), device=self.device)
-        return self.take(others).join(packed).take(order)
+        cut = _cut(self.runs, those)
+
+        def left(number: int, part: Packed) -> Packed:
+            mine = [(meant, n) for each, meant, n in chain(*cut) if each == number]
+            if not any(meant for meant, _ in mine):
+                return part
+            places = torch.arange(len(part), device=those.device)
+            pieces = zip(places.split([n for _, n in mine]), mine, strict=True)
+            return part.take(torch.cat([places[:0], *(piece for piece, (meant, _) in pieces if not meant)]))
+
+        parts = [left(*each) for each in enumerate(self.parts)]
+        alike = [i for i, part in enumerate(parts) if type(part) is type(packed) and part.form == packed.form]
+        number = alike[0] if alike else len(parts)
+        runs = (_short((number if meant else part, n) for part, meant, n in head) for head in cut)
+        if not alike:
+            return Rows((*parts, packed), tuple(runs))
+        order = tuple(tuple((int(meant), n) for part, meant, n in head if meant or part == number) for head in cut)
+        parts[number] = parts[number].join(packed, partial(_woven, order))
+        return Rows(tuple(parts), tuple(runs))
+
+    def take(self, which: Tensor, counts: Sequence[int]) -> Rows:
+        """The rows of these numbers, in this order, so many of each head."""
+        if len(self.parts) == 1:
+            return Rows.of(self.parts[0].take(which).tensor(), counts)
+        runs = torch.tensor([*chain(*self.runs)], dtype=torch.long, device=which.device).view(-1, 2)
+        number = runs[:, 0].repeat_interleave(runs[:, 1])
+        taken = number[which]
+        parts = (part.take(((number == i).cumsum(0) - 1)[which[taken == i]]) for i, part in enumerate(self.parts))
+        cut = _cut(Rows.of(which, counts).runs, taken)
+        return Rows(tuple(parts), tuple(_short((part, n) for _, part, n in head) for head in cut))
 
 
-def _all_in_order(places: Tensor, count: int) -> bool:
-    return len(places) == count and torch.equal(places, torch.arange(count, device=places.device))
+def _woven(runs: Runs, *sources: Tensor) -> Tensor:
+    """What several sources hold of their rows, `[t ...]` each and in order, in the order of the runs."""
+    order, dim = [*chain(*runs)], 0
+    if len(set(runs)) == 1:  # heads are alike: all at once
+        order, dim = [*runs[0]], 1
+        sources = tuple(x.unflatten(0, (len(runs), len(x) // len(runs))) for x in sources)
+    pieces = [iter(x.split([n for each, n in order if each == i], dim)) for i, x in enumerate(sources)]
+    out = torch.cat([sources[0].narrow(dim, 0, 0), *(next(pieces[each]) for each, _ in order)], dim)
+    return out.flatten(0, 1) if dim else out
+
+
+def _short(runs: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Runs of one source that follow one another as one."""
+    return tuple((each, sum(n for _, n in some)) for each, some in groupby(runs, lambda run: run[0]))
+
+
+def _cut(runs: Runs, x: Tensor) -> list[list[tuple[int, Any, int]]]:
+    """The runs, cut where `x [t]` of their rows changes, with its value."""
+    values, counts = torch.unique_consecutive(x, return_counts=True)
+    left = [*zip(values.tolist(), counts.tolist(), strict=True)][::-1]
+
+    def next_ones(n: int) -> Iterator[tuple[Any, int]]:
+        while n:
+            value, many = left.pop()
+            if many > n:
+                left.append((value, many - n))
+            yield value, min(n, many)
+            n -= min(n, many)
+
+    return [[(each, value, m) for each, n in head for value, m in next_ones(n)] for head in runs]
 
 
 @dataclass(frozen=True, eq=False)

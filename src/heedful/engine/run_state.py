@@ -197,15 +197,14 @@ class RunState:
             found = self._plans[layer, phase, idle, training] = Plan(steps, apart(steps))
         return found
 
-    def new_forward(self, blind: bool = False, goes_on: bool = False) -> None:
+    def new_forward(self, blind: bool = False, known: Mapping[int, dict[str, Any]] | None = None) -> None:
         """A new pass of the whole model begins; it is blind where it has gradients on the way back alone.
 
-        One that goes on from what an encoder made in the pass before has what methods remembered there.
+        Methods know already what they remembered of what an encoder made before, and this pass goes on from.
         """
         counted, noted, before = dict(self.statistics), _copied(self._of_run), self.now
         self.now = Forward(before.number + 1, before.again, counted=counted, noted=noted, blind=blind)
-        if goes_on:
-            self.now.memory = before.memory
+        self.now.memory.update(known or {})
 
     def fail_forward(self) -> None:
         """The pass ended with an error: what it had counted and noted so far counts for nothing."""

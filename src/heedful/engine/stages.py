@@ -316,19 +316,23 @@ def keep_entries(job: AttentionCall, entries: CachedKV) -> list[Kept]:
     left: list[Kept] = []
     kept, padding = entries.is_filled, job.call.mask.padding
     is_text = None if padding is None else padding.at(entries.positions.index)
-    for step in job.plan.at(Site.CACHE):
+    for step in (steps := job.plan.at(Site.CACHE)):
         seen = job.run_state.view(step, job.call)
         mine = replace(entries, in_row=is_text)
         with untouched(step, job, entries.key, entries.value):
             given = getattr(step.method, step.edit.name)(mine, seen)
         new = _left(step, given, entries, job.call)
-        narrowed = kept & new.keep if left or entries.positions.is_filled is not None else new.keep
-        job.run_state.watch(step, kept, narrowed)
+        left.append(new)
+        if new.keep is not None:
+            narrowed = kept & new.keep if len(left) > 1 or entries.positions.is_filled is not None else new.keep
+            job.run_state.watch(step, kept, narrowed)
+            kept = narrowed
+        if step is steps[-1] and step in job.run_state.changed:
+            break  # nobody looks at what it wrote
         key, value = _written(entries.key, new.key), _written(entries.value, new.value)
         job.run_state.watch(step, entries.key, key)
         job.run_state.watch(step, entries.value, value)
-        kept, entries = narrowed, replace(entries, key=key, value=value)
-        left.append(new)
+        entries = replace(entries, key=key, value=value)
     return left
 
 
@@ -342,14 +346,15 @@ def _left(step: Step, given: object, entries: CachedKV, call: Call) -> Kept:
     kept = given if isinstance(given, Kept) else Kept(given)  # type: ignore[arg-type]
     shape = entries.key.shape[:3]
     new = kept.keep
-    if not isinstance(new, Tensor) or new.dtype != torch.bool or new.shape != shape:
+    all_stay = new is None and kept is given
+    if not all_stay and (not isinstance(new, Tensor) or new.dtype != torch.bool or new.shape != shape):
         got = f"{new.dtype} {tuple(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
         raise SiteError(
             f"{step}, layer {call.layer}: must return which entries stay, bool of shape {tuple(shape)}, got {got}"
         )
     for name, old, written in (("key", entries.key, kept.key), ("value", entries.value, kept.value)):
         if isinstance(written, Packing):
-            those, rows = written.those, tuple(written.rows.tensor().shape)
+            those, rows = written.those, tuple(written.rows.shape)
             if those.dtype != torch.bool or those.shape != shape or rows != (int(those.sum()), old.shape[3]):
                 raise SiteError(
                     f"{step}, layer {call.layer}: a Packing of a {name} says which entries are packed, bool of shape "
@@ -373,6 +378,8 @@ def _left(step: Step, given: object, entries: CachedKV, call: Call) -> Kept:
         merged[:, chosen] = new[:, chosen].to(old.dtype)
         return merged
 
-    keep = torch.ones_like(new)
-    keep[:, chosen] = new[:, chosen]
+    keep = None
+    if new is not None:
+        keep = torch.ones_like(new)
+        keep[:, chosen] = new[:, chosen]
     return Kept(keep, there(entries.key, kept.key), there(entries.value, kept.value))

@@ -65,6 +65,20 @@ def earlier(call: Call) -> Tensor:
     return length(call) - call.is_text.sum(-1, keepdim=True)
 
 
+def grown(call: Call) -> tuple[Tensor | int, Tensor | int]:
+    """`earlier` and `length`, as plain numbers where they are known without a look at a tensor."""
+    if call.one_token and call.queries.first is not None:
+        return call.queries.first, call.queries.first + 1
+    return earlier(call), length(call)
+
+
+def between(entries: CachedKV, start: Tensor | int, stop: Tensor | int) -> Tensor:
+    """Which entries `[b g k]` are tokens of the text at positions from `start` up to, not including, `stop`."""
+    place = entries.positions.position
+    there = ((place >= start) & (place < stop)).expand(entries.key.shape[:3])
+    return there if entries.whole else there & entries.is_text
+
+
 def _end(call: Call) -> Tensor:
     """The position of each text's last token so far, `[b|1 1 1]`; what is padded on the right ends before its row."""
     if call.one_token:

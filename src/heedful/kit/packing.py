@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from heedful.core.packed import Packed
+from heedful.core.packed import Packed, Weave
+from heedful.kit.running import wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,40 +36,30 @@ class Codes(Packed):
     @staticmethod
     def by_row(x: Tensor, span: int, bits: int) -> Codes:
         """Rows `x [t d]`, each with a scale for every `span` channels."""
-        channels = torch.arange(-(-x.shape[1] // span) * span, device=x.device)
-        parts = x[:, channels.clamp(max=x.shape[1] - 1)].unflatten(1, (-1, span))  # the last channel fills up
-        return Codes._of(x, parts.amin(-1), parts.amax(-1), None, bits, span)
+        low, high = _by(span, x).aminmax(dim=-1)
+        return Codes._of(x, low, high, None, bits, span)
 
     @staticmethod
     def _of(x: Tensor, low: Tensor, high: Tensor, slot: Tensor | None, bits: int, span: int) -> Codes:
-        wide = low.float() if low.dtype in (torch.float16, torch.bfloat16) else low
-        step = ((high - wide) / (2**bits - 1)).to(low.dtype)
-        blank = Codes(x.new_empty(len(x), 0), low, step, slot, bits, span, x.shape[1])
-        low, step = blank._spread(low), blank._spread(step)
-        code = ((x - low) / step.masked_fill(step == 0, 1.0)).round().clamp(0, 2**bits - 1).to(torch.uint8)
-        per = 8 // bits
-        code = pad(code, (0, -x.shape[1] % per)).unflatten(1, (-1, per))
-        shift = bits * torch.arange(per, dtype=torch.uint8, device=x.device)
-        return replace(blank, codes=(code << shift).sum(-1).to(torch.uint8))
-
-    def _spread(self, x: Tensor) -> Tensor:
-        """What `[s c]` says of each number, `[t d]`."""
-        x = x if self.slot is None else x[self.slot.long()]
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        return x if self.span == 1 else x.repeat_interleave(self.span, 1)[:, : self.width]
+        step = ((high - wide(low)[0]) / (2**bits - 1)).to(low.dtype)
+        code = ((_by(span, x) - _each(low, slot)) / _each(step, slot)).nan_to_num(0.0)  # equal numbers' is 0 / 0
+        code = code.round().clamp(0, 2**bits - 1).to(torch.uint8).flatten(1)[:, : x.shape[1]]
+        codes = (_by(8 // bits, code) << _places(bits, x.device)).sum(-1, dtype=torch.uint8)
+        return Codes(codes, low, step, slot, bits, span, x.shape[1])
 
     @property
     def form(self) -> Hashable:
         return self.bits, self.span, self.width, self.slot is None
 
-    def __len__(self) -> int:
-        return len(self.codes)
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.codes), self.width
 
     def tensor(self) -> Tensor:
-        per = 8 // self.bits
-        shift = self.bits * torch.arange(per, dtype=torch.uint8, device=self.codes.device)
-        codes = ((self.codes[..., None] >> shift) & (2**self.bits - 1)).flatten(1)[:, : self.width]
-        return (self._spread(self.low) + self._spread(self.step) * codes).to(self.low.dtype)
+        codes = (self.codes[..., None] >> _places(self.bits, self.codes.device)) & (2**self.bits - 1)
+        codes = _by(self.span, codes.flatten(1)[:, : self.width])
+        out = _each(self.low, self.slot) + _each(self.step, self.slot) * codes
+        return out.flatten(1)[:, : self.width].to(self.low.dtype)
 
     def take(self, which: Tensor) -> Codes:
         if self.slot is None:
@@ -78,13 +68,13 @@ class Codes(Packed):
         low, step = self.low[used.long()], self.step[used.long()]
         return replace(self, codes=self.codes[which], low=low, step=step, slot=_small(slot, len(used)))
 
-    def join(self, more: Codes) -> Codes:
-        slot = None
-        if self.slot is not None and more.slot is not None:
-            ahead = len(self.low)
-            slot = _small(torch.cat([self.slot.long(), more.slot.long() + ahead]), ahead + len(more.low))
-        codes, low, step = (torch.cat([getattr(self, name), getattr(more, name)]) for name in ("codes", "low", "step"))
-        return replace(self, codes=codes, low=low, step=step, slot=slot)
+    def join(self, more: Codes, weave: Weave) -> Codes:
+        codes = weave(self.codes, more.codes)
+        if self.slot is None or more.slot is None:
+            return replace(self, codes=codes, low=weave(self.low, more.low), step=weave(self.step, more.step))
+        low, step = torch.cat([self.low, more.low]), torch.cat([self.step, more.step])
+        slot = weave(self.slot.long(), more.slot.long() + len(self.low))
+        return replace(self, codes=codes, low=low, step=step, slot=_small(slot, len(low)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +103,9 @@ class Channels(Packed):
     def form(self) -> Hashable:
         return self.rows.shape[1], self.width
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), self.width
 
     def tensor(self) -> Tensor:
         out = self.rows.new_zeros(len(self.rows), self.width)
@@ -123,10 +114,30 @@ class Channels(Packed):
     def take(self, which: Tensor) -> Channels:
         return replace(self, rows=self.rows[which], slot=self.slot[which])._shared()
 
-    def join(self, more: Channels) -> Channels:
-        slot = torch.cat([self.slot.long(), more.slot.long() + len(self.channel)])
-        rows, channel = torch.cat([self.rows, more.rows]), torch.cat([self.channel, more.channel])
-        return Channels(rows, channel, slot, self.width)._shared()
+    def join(self, more: Channels, weave: Weave) -> Channels:
+        rows = weave(self.rows, more.rows)
+        if torch.equal(self.channel, more.channel):
+            return replace(self, rows=rows, slot=weave(self.slot, more.slot))
+        slot = weave(self.slot.long(), more.slot.long() + len(self.channel))
+        return Channels(rows, torch.cat([self.channel, more.channel]), slot, self.width)._shared()
+
+
+def _each(x: Tensor, slot: Tensor | None) -> Tensor:
+    """What `[s c]` says of each row, `[t c 1]`, wide enough to compute with."""
+    (x,) = wide(x if slot is None else x[slot.long()])
+    return x[..., None]
+
+
+def _places(bits: int, device: torch.device) -> Tensor:
+    """Where in a byte its codes begin."""
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
+
+
+def _by(span: int, x: Tensor) -> Tensor:
+    """Rows `[t d]` as `[t c span]`, where the last channel fills up."""
+    if short := -x.shape[1] % span:
+        x = torch.cat([x, x[:, -1:].expand(-1, short)], 1)
+    return x.unflatten(1, (-1, span))
 
 
 def _small(slot: Tensor, count: int) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from heedful.core.code import sources
 from heedful.core.errors import ModelError, first_line
 from heedful.core.files import file_digest
 
+MONTH = 30 * 24 * 3600  # seconds
 FOLLOWED = ("heedful.models.",)  # whose code counts wherever a conversion uses it
 Convert = Callable[[Sequence[Path], Path], None]  # of a model's files, the first of which names it, into a folder
 log = logging.getLogger(__name__)
@@ -25,23 +28,35 @@ log = logging.getLogger(__name__)
 def unpacked(paths: Sequence[Path], convert: Convert, takes: str) -> Path:
     """The folder with the float32 copy of a model's files, which `convert` writes if it is not there yet.
 
-    A copy that other code has written is none: it is made anew in its place.
+    Code that converts otherwise has a copy of its own beside it. Where one is made, those of the same file that nobody
+    has asked for in a month go.
     """
     path = paths[0]
     digest = file_digest(path)
     source = {"code": _code(convert), "file": path.name, "size": path.stat().st_size, "sha256": digest}
-    home = _cache_folder() / f"{path.stem}-{digest[:12]}"
+    file = f"{path.stem}-{digest[:12]}"
+    home = cache_folder() / f"{file}-{source['code'][:8]}"
     if not _is_copy(home, source):
         log.warning("unpacking %s once, about %s; the copy stays in %s", path.name, takes, home)
         try:
             home.parent.mkdir(parents=True, exist_ok=True)
             _make_copy(paths, home, source, convert)
+            _drop_unused(home.parent.glob(f"{glob.escape(file)}*"))
         except OSError as error:
             raise ModelError(
                 f"{path.name}: cannot keep the unpacked copy in {home}: {first_line(error)}; "
                 "set XDG_CACHE_HOME to a folder that can be written and has room for four bytes a parameter"
             ) from error
+    with suppress(OSError):  # a folder may be there to be read alone
+        os.utime(home)  # it was asked for now
     return home
+
+
+def _drop_unused(homes: Iterable[Path]) -> None:
+    for home in homes:
+        with suppress(FileNotFoundError):  # another process was first
+            if home.stat().st_mtime < time.time() - MONTH:
+                shutil.rmtree(home, ignore_errors=True)
 
 
 def _code(convert: Convert) -> str:
@@ -78,5 +93,6 @@ def _is_copy(home: Path, source: dict[str, Any]) -> bool:
     return bool(written == {**source, "weights": weights})
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where copies lie."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heedful"

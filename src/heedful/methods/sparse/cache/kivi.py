@@ -11,7 +11,7 @@ from heedful.core.method import Method
 from heedful.core.packed import Packing
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.kit.budget import earlier, length
+from heedful.kit.budget import between, grown
 from heedful.kit.packing import Codes
 
 WIDTHS = (2, 4, 8)
@@ -66,19 +66,17 @@ class KIVI(Method):
 
     @at(Site.CACHE)
     def quantise(self, entries: CachedKV, call: Call) -> Kept:
-        after = length(call)
-        before = earlier(call)
-        place, is_text = entries.positions.position, entries.is_text
-        keys = is_text & (place >= before - before % self.residual) & (place < after - after % self.residual)
-        values = is_text & (place >= before - self.residual) & (place < after - self.residual)
+        (before, after), block = grown(call), self.residual
+        keys = between(entries, before - before % block, after - after % block)
+        values = between(entries, before - block, after - block)
         key, value = None, None
-        if bool(keys.any()):
+        if len(rows := entries.key[keys]):
             text, head, _ = keys.nonzero().T
-            group = torch.stack([text, head, place.expand(keys.shape)[keys] // self.group], -1)
-            key = Packing(keys, self.keys(entries.key[keys], group))
-        if bool(values.any()):
-            value = Packing(values, Codes.by_row(entries.value[values], self.group, self.bits))
-        return Kept(entries.is_filled, key, value)
+            place = entries.positions.position.expand(keys.shape)[keys]
+            key = Packing(keys, self.keys(rows, torch.stack([text, head, place // self.group], -1)))
+        if len(rows := entries.value[values]):
+            value = Packing(values, Codes.by_row(rows, self.group, self.bits))
+        return Kept(key=key, value=value)
 
     def keys(self, rows: Tensor, group: Tensor) -> Codes:
         """Keys `[t d]`, those of a `group [t ...]` scaled together."""

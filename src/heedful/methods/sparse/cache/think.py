@@ -11,7 +11,7 @@ from heedful.core.method import Method
 from heedful.core.packed import Packing
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.kit.budget import earlier, newest
+from heedful.kit.budget import between, grown
 from heedful.kit.packing import Channels
 from heedful.kit.scores import last_queries
 
@@ -63,20 +63,20 @@ class ThinK(Method):
 
     @at(Site.CACHE)
     def thin(self, entries: CachedKV, call: Call) -> Kept:
-        old = entries.is_text & ~newest(entries, call, self.recent)
-        dropped = call.state.cache.get("dropped", old.new_zeros(*old.shape[:2], entries.key.shape[-1]))
-        chose = dropped.any(-1)
-        new = old.any(-1) & ~chose  # texts that are only now long enough to choose
-        if bool(new.any()):
-            dropped = call.state.cache["dropped"] = torch.where(new[..., None], self.least(entries, call), dropped)
-        thin = chose[..., None] & (entries.positions.position < earlier(call) - self.recent)  # by an earlier call
-        those = old & ~thin & dropped.any(-1, keepdim=True)
-        if not bool(those.any()):
-            return Kept(entries.is_filled)
-        head = torch.arange(chose.numel(), device=old.device).view(*chose.shape, 1).expand(old.shape)[those]
-        used, slot = head.unique(return_inverse=True)
-        rows = Channels.of(entries.key[those], ~dropped.flatten(0, 1)[used], slot)
-        return Kept(entries.is_filled, Packing(those, rows))
+        if not int(self.share * entries.key.shape[-1]):
+            return Kept()
+        before, after = grown(call)
+        dropped = call.state.cache.get("dropped", torch.zeros_like(entries.key[:, :, 0], dtype=torch.bool))
+        chose = dropped.any(-1, keepdim=True)
+        those = between(entries, chose * (before - self.recent), after - self.recent)  # others an earlier call thinned
+        if not bool(chose.all()) and bool((new := those.any(-1, keepdim=True) & ~chose).any()):  # only now long enough
+            dropped = call.state.cache["dropped"] = torch.where(new, self.least(entries, call), dropped)
+        text, head, place = those.nonzero().T
+        if not len(text):
+            return Kept()
+        rows = entries.key[text, head, place]
+        used, slot = (text * call.kv_heads + head).unique(return_inverse=True)
+        return Kept(key=Packing(those, Channels.of(rows, ~dropped.flatten(0, 1)[used], slot)))
 
     def least(self, entries: CachedKV, call: Call) -> Tensor:
         """Which channels of each key head weigh least, `[b g d]`."""
