@@ -23,14 +23,13 @@ from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizer
 
 from benchmarks.quality.compared import report
 from benchmarks.quality.page import SEEN
-from benchmarks.quality.scenes import TwoThings, speller
 from claims import _sight
-from claims._pictures import PATCH, SIDE, WORDS, denoiser, draw
+from claims._pictures import PATCH, SIDE, WORDS, draw
 from heedful import models
 from heedful.bench.compare import compare
 from heedful.core.files import RECORDS
 from heedful.diagnosis.waves import read_wave
-from heedful.tasks import Task
+from heedful.tasks import Task, find
 
 RATE = 16_000
 # where a pause begins a new clip of the reading of A Tale of Two Cities, in seconds, and Dickens' words from there on
@@ -146,8 +145,8 @@ def reader() -> Any:
 
 
 def scenes(home: Path) -> Ground:
-    """The small denoiser of the claims, and scenes of two things."""
-    return models.Loaded(denoiser(), speller(), "the small denoiser of the claims"), TwoThings()
+    """The small denoiser that comes along, and scenes of two things."""
+    return models.denoiser(), find("scenes")
 
 
 GROUNDS = {"speech": speech, "pictures": pictures, "asked": asked, "boxes": boxes, "scenes": scenes}

@@ -64,6 +64,7 @@ class SoftPAG(Decode):
     """
 
     paper = _PAPER
+    denoises = True
     heads: Heads = ()  # (layer, head) pairs to perturb; none: every head
     u: float = 0.5  # how far towards identity, 0 to 1; 1 is the older PAG; the authors find the best below 1
     w: float = 1.0  # how much of the difference is added; 0 changes nothing; the authors' code: 3
