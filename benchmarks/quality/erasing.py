@@ -38,10 +38,11 @@ class Erased(TwoThings):
         by = torch.Generator().manual_seed(draw.getrandbits(62))
         picture, _, covered = pictures(1, by, torch.ones(1, 2, dtype=torch.bool))
         noise = torch.randn(1, 3, SIDE, SIDE, generator=by)
-        patches = F.max_pool2d(covered[:, :1].float(), PATCH)  # a patch that holds any of the thing
-        places = patches.flatten().nonzero().flatten().tolist()
-        roles = {"marked": tuple((place, place + 1) for place in places)}
-        gone = F.interpolate(patches, scale_factor=PATCH)
+        patches = F.max_pool2d(covered.float(), PATCH)[0]  # those that hold any of either thing
+        places = [part.flatten().nonzero().flatten().tolist() for part in patches]
+        marked, other = (tuple((place, place + 1) for place in each) for each in places)
+        roles = {"marked": marked, "other": other}
+        gone = F.interpolate(patches[None, :1], scale_factor=PATCH)
         begun = (1 - START) * picture + START * noise
         return Erasing(Prompt((0,) * LENGTH), (0,), begun, picture, noise, gone, roles=roles)
 

@@ -97,7 +97,7 @@ def _model_for(tasks: list[Task]) -> str:
     if len(by_model) > 1:
         told = ", ".join(f"{name} for {title}" for name, title in by_model.items())
         rule = f"must be named, since these tasks are for unlike ones ({told}); or ask them one after the other"
-        raise FieldError("compare", "MODEL", "", rule, next(iter(by_model)))
+        raise FieldError("compare", "MODEL", None, rule, next(iter(by_model)))
     return next(iter(by_model))
 
 
@@ -115,12 +115,12 @@ def _taken(loaded: Loaded, text: str, bars: Bars) -> list[Task]:
 
 def compare(
     model: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="A model's name or folder: of text, text and pictures, pictures, speech; if left out, the one that "
             "comes along for the tasks."
         ),
-    ] = "",
+    ] = None,
     methods: Annotated[
         str,
         typer.Option(help="Parted by commas, joined by |, as in 'act,snapkv(budget=0.1..0.75)|tempscale'; or rooms."),
@@ -178,7 +178,7 @@ def compare(
         raise FieldError("compare", "--tasks", tasks, "must name one or more", TASKS)
     # what is wrong is named before the model loads
     first = [_found(ranged(text, most=1 << 30)[0]) for text in parted(tasks)]
-    model = model or _model_for(first)
+    model = _model_for(first) if model is None else model
     from heedful.bench.compare import costed, require_counts
     from heedful.bench.results import PLAIN
     from heedful.core.files import folder_for
