@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.quality.scenes import TwoThings
 from claims._guided import STEPS, prompts
 from claims._pictures import COLOURS, HEADS, ID, denoiser, sample
 from claims.ledger import Claim, run
@@ -17,6 +16,7 @@ from heedful import Prompt, attach
 from heedful.core.method import Stack
 from heedful.methods import SoftPAG
 from heedful.methods.intervene.diffusion.soft_pag import Heads
+from heedful.tasks.scenes import TwoThings
 
 SEARCHED, UNSEEN, ROUNDS, DRAWS = 64, 150, 3, 2
 LAYERS = (0, 2, 4)  # those of self-attention among the denoiser's

@@ -15,7 +15,7 @@ from heedful import models
 from heedful.catalogue import entries, in_room, parted, room
 from heedful.cli.app import app
 from heedful.cli.progress import Bars
-from heedful.core.errors import CatalogueError, FieldError, HeedfulError
+from heedful.core.errors import CatalogueError, FieldError, HeedfulError, RefusedModel, UnusableFile
 from heedful.core.kinds import Progress
 from heedful.tasks import known
 
@@ -174,6 +174,30 @@ def test_a_log_is_told_once_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_tasks_are_listed() -> None:
     told = RUN.invoke(app, ["compare", "--tasks", "list"])
     assert all(name in told.output for name in known())
+    (scenes,) = (line for line in told.output.splitlines() if line.startswith("scenes "))
+    assert scenes.endswith("Asked of the model 'denoiser' where none is named.")
+    assert told.output.count("where none is named") == 2
+
+
+def test_scenes_are_drawn_by_the_denoiser_where_no_model_is_named(tmp_path: Path) -> None:
+    asked = ["compare", "--methods", "softpag(w=1.0)", "--tasks", "scenes(steps=2),scene_words(steps=2)"]
+    told = RUN.invoke(app, [*asked, "--prompts", "2", "--turns", "0", "--no-page", "--json"])
+    assert told.exit_code == 0, told.exception
+    found = json.loads(told.stdout)
+    assert (found["facts"]["model"], found["facts"]["kind"]) == ("the small denoiser", "Denoiser")
+    assert {(r["contender"], r["prompts"]) for r in found["results"]} == {("unedited", 2), ("SoftPAG", 2)}
+    told = RUN.invoke(app, ["compare", "--methods", "act", "--tasks", "needle,scenes"])
+    assert "compare.MODEL = None: must be named, since these" in str(told.exception)
+    assert "(default for needle, denoiser for scenes)" in str(told.exception)
+    told = RUN.invoke(app, ["compare", "", "--methods", "act", "--tasks", "scenes"])
+    assert "no such file or folder" in str(told.exception), "a name that is empty is none that is left out"
+
+
+def test_scenes_are_no_task_for_a_model_of_texts(tiny: None) -> None:
+    told = RUN.invoke(app, ["compare", "tiny", "--methods", "act", "--tasks", "scenes"])
+    assert isinstance(told.exception, RefusedModel)
+    assert "Llama" in str(told.exception)
+    assert "'denoiser', or heedful.models.denoiser()" in str(told.exception)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +209,11 @@ def test_tasks_are_listed() -> None:
         (["--methods", "act|prunheads"], CatalogueError, "PruneHeads"),
         (["--methods", "act|pruneheads"], FieldError, "joined"),
         (["--methods", "act", "--tasks", "needel"], CatalogueError, "needle"),
+        (
+            ["--methods", "act", "--tasks", "nosuch.jsonl"],
+            UnusableFile,
+            "compare.--tasks = 'nosuch.jsonl': no such file or folder; for example --tasks='my.jsonl'",
+        ),
         (["--methods", "act", "--turns", "-1"], FieldError, "turns"),
         (["--methods", "act", "--batch", "1,four"], FieldError, "must be whole numbers, parted by commas"),
         (["--methods", "act", "--batch", "0"], FieldError, "batch"),

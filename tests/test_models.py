@@ -248,6 +248,13 @@ def test_load_a_folder(kind: str, tmp_path: Path) -> None:
 def test_load_by_name() -> None:
     assert models.load("tiny:mqa", num_hidden_layers=3).model.config.num_hidden_layers == 3
     assert models.load("encoder").name == minilm.REPO
+    drawer = models.load("denoiser")
+    assert drawer.name == "the small denoiser"
+    assert drawer.tokenizer.encode("red disc dark") == [2, 7, 10]
+    assert not drawer.model.training
+    assert not any(p.requires_grad for p in drawer.model.parameters())
+    with pytest.raises(ModelError, match=r"loaded as it is, without dtype: heedful\.models\.denoiser\(\)"):
+        models.load("denoiser", dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, HeedfulError, ModelError
 from heedful.core.figures import percent
 from heedful.explaining import picturing, word_maps
-from heedful.explaining.picturing import REST, WordMaps, _Shown
+from heedful.explaining.picturing import REST, WordMaps
+from heedful.looking import WordShares
 
 from .samples import PAPER
 
@@ -326,8 +327,8 @@ def test_what_stands_behind_the_words_is_told_unless_nobody_sees_it(monkeypatch:
     pipe.tokenizer = Fewer()
     seen = word_maps(pipe, PROMPT, steps=1)[0]
     assert seen.words == [*PROMPT.split()[:4], REST]
-    whole, sees = _Shown.shares, torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
-    monkeypatch.setattr(_Shown, "shares", lambda self, weights, call: whole(self, weights, call) * sees)
+    whole, sees = WordShares.shares, torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
+    monkeypatch.setattr(WordShares, "shares", lambda self, weights, call: whole(self, weights, call) * sees)
     hidden = word_maps(pipe, PROMPT, steps=1)[0]
     assert hidden.words == PROMPT.split()[:4]
     assert close_model(hidden.maps, seen.maps[:4])

@@ -12,14 +12,15 @@ import torch
 from heedful.cli.pictured import pipeline
 from heedful.core.errors import HeedfulError, ModelError
 from heedful.core.figures import Lit
-from heedful.explaining.picturing import END, START, WordMap, WordMaps, _grid, _one_size, _words
+from heedful.explaining.picturing import END, START, WordMap, WordMaps, _words
+from heedful.looking import grid, one_size
 from heedful.report.lit import DARK, lit, png, sources
 from tests.test_picturing import PROMPT, Words
 
 
 def test_maps_of_several_sizes_are_averaged_at_the_largest() -> None:
     small, large = torch.tensor([[[0.0, 4.0]]]), torch.full((1, 1, 4), 4.0)
-    assert _one_size([small, large])[0, 0].tolist() == [2.0, 2.5, 3.5, 4.0]  # a place lies in its middle
+    assert one_size([small, large])[0, 0].tolist() == [2.0, 2.5, 3.5, 4.0]  # a place lies in its middle
 
 
 @pytest.mark.parametrize(
@@ -46,10 +47,10 @@ def test_words_are_cut_where_the_tokenizer_or_the_keys_end() -> None:
 
 def test_places_are_laid_out_in_the_proportion_of_the_picture() -> None:
     places = torch.arange(24.0)[:, None]
-    assert _grid(places, 6 / 4)[0].tolist() == places.view(6, 4).tolist()
-    assert _grid(places, 4 / 6)[0].tolist() == places.view(4, 6).tolist()
+    assert grid(places, 6 / 4)[0].tolist() == places.view(6, 4).tolist()
+    assert grid(places, 4 / 6)[0].tolist() == places.view(4, 6).tolist()
     with pytest.raises(ModelError, match="24 places are no grid"):
-        _grid(places, 1.0)
+        grid(places, 1.0)
 
 
 def test_a_picture_is_lit_up_to_the_highest_place_of_a_map() -> None:

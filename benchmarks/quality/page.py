@@ -10,7 +10,10 @@ from heedful.bench.describing import markdown
 from heedful.bench.records import Cost
 
 COMPARED = RECORDS / "compare.jsonl"
-SEEN = {ground: RECORDS / f"compare_{ground}.jsonl" for ground in ("speech", "pictures", "asked", "boxes", "scenes")}
+SEEN = {
+    ground: RECORDS / f"compare_{ground}.jsonl"
+    for ground in ("speech", "pictures", "asked", "boxes", "scenes", "erased")
+}
 
 
 def _row(*cells: object) -> str:
@@ -47,20 +50,24 @@ def compared() -> list[str]:
 
 TITLES = {"speech": "Speech", "pictures": "Pictures", "asked": "Questions about pictures",
           "boxes": "Where it looks for the answer",
-          "scenes": "Scenes that are drawn"}  # fmt: skip
+          "scenes": "Scenes that are drawn", "erased": "Things that are taken out"}  # fmt: skip
 ABOUT = {
     "speech": "Whisper base writes down a reading of A Tale of Two Cities, cut at pauses; few clips decide little.",
     "pictures": "DINOv2-S/14 under a ridge head names scikit-learn's handwritten digits; eight of each fit the head.",
     "asked": "The small vision-language model of `claims/_sight.py` says which colour or shape is on which side.",
     "boxes": "The same model, asked the same: does it look most at the thing that it is asked about?",
-    "scenes": "The small denoiser of `claims/_pictures.py`, a diffusion transformer whose cross-attention reads words, "
-    "draws two things in ten steps; each is right where the nearest of all halves of pictures that can be shows its "
-    "colour and shape. Real pictures that judge the judge carry what is unclean in drawn ones.",
+    "scenes": "The small denoiser that comes along, a diffusion transformer whose cross-attention reads words, draws "
+    "two things in ten steps; each is right where the nearest of all halves of pictures that can be shows its colour "
+    "and shape. Of the same pictures `scene_words` asks whether the place that looks most at a thing's words is in its "
+    "box. Real pictures that judge the judge carry what is unclean in drawn ones.",
+    "erased": "The same denoiser, without words, begins with a picture of two things and much noise; what lies around "
+    "the patches of one is put back after each step. Right is where nothing is left of it; `other` are the patches of "
+    "the thing that stays.",
 }
 
 
 def seen() -> list[str]:
-    """The committed comparisons on speech, pictures, questions about pictures, boxes in them and scenes."""
+    """The committed comparisons on speech, pictures, questions about pictures, boxes in them, and what is drawn."""
     out = [
         "## Speech, pictures, questions about pictures, and scenes\n",
         "Times were taken beside other work, and tell little; answers do not depend on that.\n",

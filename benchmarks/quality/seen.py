@@ -22,15 +22,15 @@ from tokenizers.models import WordLevel
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from benchmarks.quality.compared import report
+from benchmarks.quality.erasing import Erased
 from benchmarks.quality.page import SEEN
-from benchmarks.quality.scenes import TwoThings, speller
 from claims import _sight
-from claims._pictures import PATCH, SIDE, WORDS, denoiser, draw
+from claims._pictures import PATCH, SIDE, WORDS, draw
 from heedful import models
 from heedful.bench.compare import compare
 from heedful.core.files import RECORDS
 from heedful.diagnosis.waves import read_wave
-from heedful.tasks import Task
+from heedful.tasks import Task, find
 
 RATE = 16_000
 # where a pause begins a new clip of the reading of A Tale of Two Cities, in seconds, and Dickens' words from there on
@@ -58,9 +58,11 @@ METHODS = {
     "boxes": ["snapkv(budget=0.5)", "snapkv(budget=0.25)", "knorm(budget=0.5)", "pruneheads(groups=((4,0),))",
               "tempscale(0.5)", "sinkwindow(4,16)"],
     "scenes": ["attendandexcite(grid=(8,8))", "conform(grid=(8,8))", "hrv(role='subjects',factor=2.0)",
-               "hrv(role='subjects',factor=0.5)", "tempscale(0.5)"],
+               "hrv(role='subjects',factor=0.5)", "tempscale(0.5)", "softpag(w=1.0)", "softpag(w=3.0)"],
+    "erased": ["attentiveeraser", "attentiveeraser(s=1.0)", "attentiveeraser(role='other')",
+               "softpag(w=3.0)", "tempscale(0.5)"],
 }  # fmt: skip
-Ground = tuple[models.Loaded, Task | Path]
+Ground = tuple[models.Loaded, list[Task | Path]]
 
 
 def speech(home: Path) -> Ground:
@@ -75,7 +77,7 @@ def speech(home: Path) -> Ground:
             sound.setparams((1, 2, RATE, len(part), "NONE", ""))
             sound.writeframes(struct.pack(f"<{len(part)}h", *part))
         file.with_suffix(".txt").write_text(words)
-    return models.speech(), home
+    return models.speech(), [home]
 
 
 def pictures(home: Path) -> Ground:
@@ -88,7 +90,7 @@ def pictures(home: Path) -> Ground:
         for i, dots in enumerate(found.images[found.target == kind][:OF_EACH]):
             image = Image.fromarray((dots * 255 / 16).astype("uint8")).resize((224, 224), Image.Resampling.BICUBIC)
             image.save(home / str(kind) / f"{i}.png")
-    return models.vision(), home
+    return models.vision(), [home]
 
 
 def asked(home: Path) -> Ground:
@@ -128,7 +130,7 @@ def drawn(home: Path) -> tuple[list[list[int]], torch.Tensor]:
 def sighted(rows: list[dict[str, Any]], file: Path) -> Ground:
     """The small vision-language model of the claims, and rows to ask it."""
     file.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return models.Loaded(_sight.model(), reader(), "the small vision-language model of the claims"), file
+    return models.Loaded(_sight.model(), reader(), "the small vision-language model of the claims"), [file]
 
 
 def reader() -> Any:
@@ -146,11 +148,16 @@ def reader() -> Any:
 
 
 def scenes(home: Path) -> Ground:
-    """The small denoiser of the claims, and scenes of two things."""
-    return models.Loaded(denoiser(), speller(), "the small denoiser of the claims"), TwoThings()
+    """The small denoiser that comes along, scenes of two things, and their words."""
+    return models.denoiser(), [find("scenes"), find("scene_words")]
 
 
-GROUNDS = {"speech": speech, "pictures": pictures, "asked": asked, "boxes": boxes, "scenes": scenes}
+def erased(home: Path) -> Ground:
+    """The same, and scenes of which a thing is taken out."""
+    return models.denoiser(), [Erased()]
+
+
+GROUNDS = {"speech": speech, "pictures": pictures, "asked": asked, "boxes": boxes, "scenes": scenes, "erased": erased}
 
 
 def measured(ground: str, minutes: float, turns: int) -> None:
@@ -158,8 +165,8 @@ def measured(ground: str, minutes: float, turns: int) -> None:
     home = Path(tempfile.gettempdir()) / f"heedful-seen-{ground}"
     (home / ground).mkdir(parents=True, exist_ok=True)
     os.chdir(home)  # records name the folder, and not where it lay
-    loaded, task = GROUNDS[ground](Path(ground))
-    found = compare(loaded, METHODS[ground], [task], out="kept", minutes=minutes, turns=turns, progress=report)
+    loaded, tasks = GROUNDS[ground](Path(ground))
+    found = compare(loaded, METHODS[ground], tasks, out="kept", minutes=minutes, turns=turns, progress=report)
     found.save(SEEN[ground])
     print(found)
     print(f"the page: {found.page(home / 'page.html')}")

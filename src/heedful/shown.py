@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from heedful.core.call import NO_ROLES
+from heedful.core.regions import Roles
+
 Reads = Literal["text", "image", "sound", "scene"]
 Head = Callable[[Tensor], Tensor]  # features of pictures to the logits of their classes, [b e] to [b classes]
 
@@ -21,6 +24,9 @@ class Drawing:
     # of the model, what is denoised in any number of rows, and the step's number from 0: what the step leaves
     step: Callable[[Any, Tensor, int], Tensor]
     judge: Callable[[Tensor], Tensor]  # pictures to logits, `[b places things]`: at each place, of each thing
+    # pictures to `[b places rows columns]`: 1 in the box of what stands at each place; None: it is told of none
+    boxes: Callable[[Tensor], Tensor] | None = None
+    roles: Roles = field(default_factory=lambda: NO_ROLES)  # names of the picture's places
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +41,9 @@ class Shown:
     places: int = 0  # that an encoder makes of a sound, beside the prompt's tokens
     head: Head | None = None  # what names classes where the model has no logits
     draws: Drawing | None = None  # how a scene is made
-    looks: bool = False  # whether it is told where the last token looks in the picture that the prompt marks
+    # whether it is told where the last token looks in the picture that the prompt marks; of a scene, from where each
+    # thing's words are looked at
+    looks: bool = False
 
     @property
     def goes_on(self) -> bool:

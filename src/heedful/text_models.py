@@ -18,10 +18,10 @@ from heedful.api import arrange, attach, operate, reader
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.kinds import NOTHING, Decode, Prompt, Surgery, Tokens
-from heedful.core.method import Part, Stack, clash
-from heedful.drawing import drawn, guide_of
+from heedful.core.method import Part, Stack, as_stack, clash
+from heedful.drawing import Guided, begin, drawn, guide_of
 from heedful.engine.run import Run
-from heedful.looking import LOOKS
+from heedful.looking import LOOKS, THINGS, WORD_PLACES, word_places
 from heedful.shown import Shown
 
 Contender = Part | Stack | Tokens | Decode | Surgery  # whatever can be tried on a model
@@ -59,13 +59,16 @@ class TextModel(ABC):
     def go_on(self, token: int) -> Tensor:
         """Logits `[v]` after one more token."""
 
-    def looked(self) -> Tensor:
-        """Where the last token of the prompt looks in its picture, `[places]`, where that is to be told."""
+    def looked(self) -> tuple[Tensor, Tensor]:
+        """Where the last token of the prompt looks in its picture, `[places]`, where that is to be told; and nothing.
+
+        Of a picture that was made, from where the words of each thing are looked at, and the box in which it stands.
+        """
         if self.run is None:
             raise FieldError("text_model()", "shown", self.shown, "does not say that looks are told", "looks=True")
         found: Tensor = self.run[LOOKS][0]
         self.run.state.statistics.clear()
-        return found
+        return found, torch.empty(0)
 
     @property
     @abstractmethod
@@ -263,24 +266,47 @@ class Drawer(TextModel):
     def __init__(self, model: Any, what: Contender | None, shown: Shown, **how: Any) -> None:
         from heedful.adapters.wrapped import device_of
 
-        if isinstance(what, Tokens | Decode | Surgery):
-            rule = "acts on texts or on weights, and a scene is drawn under methods on attention alone"
+        if isinstance(what, Tokens | Surgery):
+            rule = "acts on texts or on weights, and a scene is drawn under what acts on attention"
             raise FieldError("compare()", "methods", what, rule, "TempScale(0.5)")
         self.model, self.shown, self.device = model, shown, device_of(model)
-        self._guide = None if what is None else guide_of(what)
-        self.run = None if what is None else attach(model, what, **how)
-        self._said, self._place = torch.empty(0), 0  # what the judge says, [places things], and how far it is read
+        beside = Stack((WORD_PLACES,)) if shown.looks else Stack()
+        self._guide, self._guided = None, None
+        if isinstance(what, Decode):
+            self._guided = Guided(model, what, beside, **how)
+        elif what is not None or shown.looks:
+            parts = Stack() if what is None else as_stack(what)
+            self._guide, self.run = guide_of(parts), attach(model, Stack((*parts, *beside)), **how)
+        # what was made and of which words, what the judge says of it, [places things], and how far that is read
+        self._made, self._prompt, self._said, self._place = torch.empty(0), Prompt((0,)), torch.empty(0), 0
+
+    @property
+    def active(self) -> bool:
+        return super().active if self._guided is None else self._guided.active
 
     def read(self, prompt: Prompt, cut: int | None = None, every: bool = False) -> Tensor:
         draws = self.shown.draws
         if draws is None or every:
             raise FieldError("text_model()", "shown", self.shown, "must say how a scene is drawn and judged", "a Scene")
-        if self.run is not None:
-            self.run.forget()
-            self.run.roles = prompt.roles
+        acts = self._guided or self.run
+        begin(acts, prompt, {**prompt.roles, **draws.roles})
         noise = torch.cat([draws.noise.to(self.device)] * self.rows)
-        self._said, self._place = draws.judge(drawn(self.model, self.run, self._guide, draws, noise))[0], 0
+        self._made, self._prompt = drawn(self.model, acts, self._guide, draws, noise), prompt
+        self._said, self._place = draws.judge(self._made)[0], 0
         return self._said[:1]
+
+    def looked(self) -> tuple[Tensor, Tensor]:
+        run = self.run if self._guided is None else self._guided.first
+        if run is None or self.shown.draws is None or self.shown.draws.boxes is None:
+            return super().looked()
+        boxes = self.shown.draws.boxes(self._made)[0]
+        words = word_places(run[WORD_PLACES], boxes.shape[1] / boxes.shape[2])
+        return torch.stack([words[start:stop].sum(0) for start, stop in self._prompt.spans(THINGS)]), boxes
+
+    def close(self) -> None:
+        super().close()
+        if self._guided is not None:
+            self._guided.close()
 
     def go_on(self, token: int) -> Tensor:
         self._place += 1

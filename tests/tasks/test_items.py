@@ -47,7 +47,7 @@ def options(item: Item) -> list[str]:
 
 
 def test_every_task_is_tried_here() -> None:
-    assert {type(task) for task in SHORT} == set(known().values())
+    assert {type(task) for task in SHORT} == {kind for kind in known().values() if kind.model == Task.model}
 
 
 @tasks

@@ -12,7 +12,7 @@ import pytest
 import heedful
 from heedful import models
 from heedful.bench.compare import Series, compare
-from heedful.core.errors import CatalogueError, FieldError
+from heedful.core.errors import CatalogueError, FieldError, UnusableFile
 from heedful.methods.intervene.language.temp_scale import TempScale
 from heedful.tasks import find, from_file, known
 from heedful.tasks.task import Task
@@ -121,6 +121,10 @@ def test_files_that_hold_nothing_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(FieldError, match=wanted):
             from_file(lines(tmp_path / "my.jsonl", rows))
+    told = r"^compare\(\)\.tasks = 'nosuch.jsonl': no such file or folder; for example tasks='my.jsonl'$"
+    for missing in ("nosuch.jsonl", Path("nosuch.jsonl")):
+        with pytest.raises(UnusableFile, match=told):
+            compare((models.tiny("llama"), WORDS), ["act"], [missing])
     with pytest.raises(FieldError, match="no such file"):
         find("none.jsonl")
     (tmp_path / "short.txt").write_text("short")

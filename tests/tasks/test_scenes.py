@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.quality.scenes import KINDS, ROLES, TwoThings, halves, speller, unclean
-from claims._guided import STEPS, guided, under
+from claims._guided import STEPS, under
 from claims._pictures import COLOURS, SHAPES, WORDS, denoiser, draw, judge, sample
-from heedful import attached, models
+from heedful import attach, attached, models
 from heedful.bench.answer import answer
 from heedful.bench.asking import going_on
 from heedful.bench.compare import compare
@@ -31,7 +30,9 @@ from heedful.core.errors import FieldError, RefusedModel, SiteError
 from heedful.core.kinds import Prompt
 from heedful.drawing import drawn
 from heedful.methods import CONFORM, HRV, AttendAndExcite, TempScale
+from heedful.models.small_denoiser import speller
 from heedful.tasks import Scene, Scenes
+from heedful.tasks.scenes import KINDS, ROLES, TwoThings, halves, unclean
 from heedful.tasks.task import Item, Sheet
 from heedful.text_models import text_model
 
@@ -39,7 +40,7 @@ SHARP = TempScale(0.5)
 
 
 def small() -> models.Loaded:
-    return models.Loaded(denoiser(), speller(), "small denoiser")
+    return models.Loaded(denoiser(), speller(), "small denoiser")  # one for all, which loads once
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,11 @@ def test_a_scene_asks_for_two_things_and_says_where_their_words_are(task: TwoThi
     for item in items:
         words = [WORDS[token] for token in item.prompt.tokens]
         assert item.options == ((thing(*words[:2]), thing(*words[2:4])),)
-        said = {role: [words[i] for i in range(a, b)] for role, ((a, b),) in item.prompt.roles.items()}
+        roles = dict(item.prompt.roles)
+        named = [words[i] for a, b in roles.pop("things") for i in range(a, b)]
+        said = {role: [words[i] for i in range(a, b)] for role, ((a, b),) in roles.items()}
         assert said == {"subjects": words[:4], "first": words[:2], "second": words[2:4], "ground": words[4:]}
+        assert named == words[:4]
         assert task.chance(item) == 1 / KINDS
         assert item.size == 7
     again = task.items(speller(), 3)
@@ -95,7 +99,7 @@ def test_the_judge_names_what_the_claims_judge_names() -> None:
     spoilt = pictures + 0.3 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
     seen = TwoThings().judge(spoilt)
     assert torch.equal(seen.argmax(-1), things_of(judge(spoilt)))
-    table, kinds = halves()
+    table, kinds, _ = halves()
     left = spoilt[0, :, :, :8].flatten()
     far = [min(float((left - one).square().sum()) for one in table[kinds == kind]) for kind in range(KINDS)]
     assert close(seen[0, 0], -torch.tensor(far))
@@ -173,11 +177,25 @@ def test_a_method_acts_in_every_step_or_in_those_it_is_for(task: TwoThings) -> N
     assert len({*found, sheet_of(item).means[0]}) == 4, "each changes the picture in its own way"
 
 
+def moved_by_hand(method: Any, item: Item) -> Tensor:
+    x, context = noise_of(item), read(item)
+    with attach(denoiser(), method, roles=ROLES, inputs={"noised": x, "t": torch.ones(1), "context": context}) as run:
+        for number in range(STEPS):
+            t = torch.full((1,), 1 - number / STEPS)
+            with run.denoising(number, of=STEPS):
+                with torch.enable_grad():
+                    run(noised=x.requires_grad_(), t=t, context=context)
+                    x = method.moved(x, run.loss(), number, of=STEPS)
+                with torch.no_grad():
+                    x = x - run(noised=x, t=t, context=context) / STEPS
+    return x
+
+
 @pytest.mark.parametrize("method", [AttendAndExcite(grid=(8, 8), sharpness=5.0), CONFORM(grid=(8, 8))])
 def test_what_is_denoised_is_moved_before_each_step(task: TwoThings, method: Any) -> None:
     item = task.items(speller(), 1)[0]
     assert task.judged is not None
-    made = guided(method, noise_of(item), read(item), ROLES)
+    made = moved_by_hand(method, item)
     logits = (task.judged.scale * task.judge(made)[0].double()).log_softmax(-1)
     with text_model(denoiser(), method, item.shown) as speaker:
         sheet = answer(speaker, item)
@@ -210,15 +228,15 @@ def test_it_is_compared(tmp_path: Path) -> None:
     assert all(r.active for name, r in results.items() if name != "unedited")
     told = {r.contender: r.reason for r in found.refused}
     assert "rearranges the tokens of a text, and these prompts are scenes to draw" in told["AttentionSorting"]
-    for name in ("LargePiG(role='subjects')", "PruneHeads(groups=((0, 0),))"):
-        assert "acts on texts or on weights, and a scene is drawn under methods on attention alone" in told[name]
+    assert "combines next-token logits, and a scene has none" in told["LargePiG(role='subjects')"]
+    assert "acts on texts or on weights, and a scene is drawn under what" in told["PruneHeads(groups=((0, 0),))"]
     assert "tokens are merged where each attends to all, and here keys are another sequence's" in told["ToMe"]
-    assert "they mark 'subjects', 'first', 'second', 'ground'" in told["HRV"]
+    assert "they mark 'subjects', 'first', 'second', 'ground', 'things'" in told["HRV"]
     costs = [r for r in found.records if isinstance(r, Cost)]
     assert {(r.tokens, r.step, r.cache, r.density) for r in costs} == {(5, None, 0, None)}
     assert {r.batch for r in costs} == {1, 2}
-    assert [name for name, _ in found.matrix.columns] == ["verdict", "two things", "prefill"]
-    assert "two things: its judge names" in str(found)
+    assert [name for name, _ in found.matrix.columns] == ["verdict", "scenes", "prefill"]
+    assert "scenes: its judge names" in str(found)
     assert "judge names" in found.page(tmp_path / "page.html").read_text()
     assert Comparison.load(found.save(tmp_path / "kept.jsonl")).records == found.records
     again = compare(small(), methods[:2], [TwoThings(steps=3)], prompts=4, turns=0, out=tmp_path / "out")
@@ -253,8 +271,8 @@ def test_the_task_goes_to_other_processes(task: TwoThings) -> None:
 
 
 def test_models_that_do_not_draw_are_refused_and_one_that_draws_reads_no_texts() -> None:
-    with pytest.raises(RefusedModel, match="two things is drawn by the denoiser of the claims, not by Llama"):
-        compare((models.tiny("llama"), speller()), [SHARP], [TwoThings()])
+    with pytest.raises(RefusedModel, match=r"scenes: Llama\w+ is not the diffusion model .*models.denoiser\(\)"):
+        compare((models.tiny("llama"), speller()), [SHARP], ["scenes"])
     with pytest.raises(RefusedModel, match="Denoiser is not a transformers model"):
         compare((denoiser(), speller()), [SHARP], ["needle"])
 
@@ -265,7 +283,7 @@ def test_the_scenes_of_the_docs_run_with_a_model_of_diffusers(capsys: pytest.Cap
     assert found is not None
     exec(found[1], {})
     told = capsys.readouterr().out
-    assert "PixArtTransformer2DModel: 1 method, 1 task" in told
+    assert "PixArtTransformer2DModel: 2 methods, 1 task" in told
     assert "colours: its judge names 100% of 18 things in real pictures right." in told
     assert "Guessing scores 33%" in told
 
@@ -282,8 +300,8 @@ class Halves(Scenes):
         light = draw.randrange(2)
         return Scene(Prompt((light, 1 - light)), (light, 1 - light), torch.zeros(1, 2))
 
-    def step(self, prompt: Prompt, model: Any, x: Tensor, number: int) -> Tensor:
-        found: Tensor = x + model(torch.tensor([prompt.tokens]).float())
+    def step(self, scene: Scene, model: Any, x: Tensor, number: int) -> Tensor:
+        found: Tensor = x + model(torch.tensor([scene.prompt.tokens]).float())
         return found
 
     def judge(self, pictures: Tensor) -> Tensor:
@@ -318,7 +336,7 @@ def test_the_model_is_looked_at_where_it_is(monkeypatch: pytest.MonkeyPatch) -> 
         name = "still"
         about = "Leaves noise as it is."
 
-        def step(self, prompt: Prompt, model: Any, x: Tensor, number: int) -> Tensor:
+        def step(self, scene: Scene, model: Any, x: Tensor, number: int) -> Tensor:
             return x
 
     assert Still().inputs(nn.Identity(), None)().device.type == "meta"

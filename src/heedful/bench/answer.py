@@ -18,7 +18,8 @@ def answer(text_model: TextModel, item: Item) -> Sheet:
     text_model.shown = item.shown
     if item.shown.looks:
         text_model.read(item.prompt, item.cut)
-        return Sheet((), (), torch.empty(0), looks=text_model.looked().cpu())
+        looks, boxes = text_model.looked()
+        return Sheet((), (), torch.empty(0), looks=looks.cpu(), boxes=boxes.cpu())
     if not item.options:
         logits = text_model.read(item.prompt, item.cut, every=True)
         asked = torch.tensor(item.prompt.tokens[len(item.prompt) + 1 - len(logits) :], device=logits.device)

@@ -13,8 +13,10 @@ from heedful.api import still
 from heedful.bench.answer import answer
 from heedful.bench.records import Answered, Refused
 from heedful.core.errors import FieldError, HeedfulError, SiteError, first_line
-from heedful.core.kinds import Tokens
+from heedful.core.kinds import Decode, Tokens
 from heedful.core.method import Method, Stack, method_of
+from heedful.core.regions import Roles
+from heedful.drawing import require_denoises
 from heedful.engine.memory import enough_memory
 from heedful.tasks.task import Item, Task
 from heedful.text_models import Contender, TextModel, text_model
@@ -86,7 +88,7 @@ UNSUITED = {
 
 def require_fit(what: Contender | None, item: Item) -> None:
     """Refuse a method for other inputs, and one that looks for spans of a name that the prompt does not mark."""
-    prompt, shown = item.prompt, item.shown
+    shown = item.shown
     alone, theirs, ours = UNSUITED[shown.reads]
     if shown.reads == "text" and shown.inputs:  # an encoder reads the pictures in it
         alone = set()
@@ -98,13 +100,25 @@ def require_fit(what: Contender | None, item: Item) -> None:
         if isinstance(method, Tokens) and shown.reads != "text":
             rule = f"rearranges the tokens of a text, and these prompts are {ours}"
             raise FieldError(method, "prompt", ours, rule, "a method")
-        role = getattr(method, "role", None)
-        if isinstance(role, str) and role not in prompt.roles:
-            marked = (
-                f"they mark {', '.join(map(repr, prompt.roles))}" if prompt.roles else "they mark none; try the needle"
-            )
+        if isinstance(method, Decode) and shown.draws is not None:
+            require_denoises(method)
+        role, known = getattr(method, "role", None), _marked(method, item)
+        if isinstance(role, str) and role not in known:
+            marked = f"they mark {', '.join(map(repr, known))}" if known else "they mark none; try the needle"
             rule = f"no span in these prompts has that name; {marked}"
-            raise FieldError(method, "role", role, rule, next(iter(prompt.roles), "needle"))
+            if isinstance(method, Decode) and shown.draws is not None:
+                marked = ", ".join(map(repr, known)) or f"none, as Scene(..., roles={{{role!r}: ((8, 12),)}}) would"
+                rule = f"names places of the picture, and these scenes mark {marked}"
+                raise FieldError(method, "role", role, rule, next(iter(known), role))
+            raise FieldError(method, "role", role, rule, next(iter(known), "needle"))
+
+
+def _marked(method: Any, item: Item) -> Roles:
+    """The spans in which a method may look for those that it names."""
+    draws = item.shown.draws
+    if draws is None:
+        return item.prompt.roles
+    return draws.roles if isinstance(method, Decode) else {**item.prompt.roles, **draws.roles}
 
 
 def _answered(speaker: TextModel, asked: Asked, item: Item, n: int) -> Answered:
@@ -117,6 +131,6 @@ def _answered(speaker: TextModel, asked: Asked, item: Item, n: int) -> Answered:
             f"prompt {n}: the log-probability of what is right is {nats}, which can be compared with nothing"
         )
     return Answered(
-        asked.name, repr(task), asked.seed, n, score, nats, task.chance(item), seconds, speaker.active,
+        asked.name, repr(task), asked.seed, n, score, nats, task.guessed(item, sheet), seconds, speaker.active,
         dict(item.labels), speaker.reason,
     )  # fmt: skip

@@ -166,9 +166,10 @@ def _task(task: Task | str | Path) -> Task:
         return task
     if not isinstance(task, str | Path):
         raise FieldError("compare()", "tasks", task, "must be tasks, their names, or files of items", ["needle"])
-    from heedful.tasks import find, from_file
+    from heedful.tasks import find, from_file, named_as
 
-    return from_file(task) if isinstance(task, Path) else find(task)
+    with named_as("compare()", "tasks"):
+        return from_file(task) if isinstance(task, Path) else find(task)
 
 
 def _about(task: Task) -> dict[str, Any]:

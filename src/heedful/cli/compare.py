@@ -83,13 +83,30 @@ def _fitted(loaded: Loaded, what: Contender, bars: Bars, only: str | None) -> Co
         return what
 
 
+def _found(text: str) -> Task:
+    """The task of that name, or of that file."""
+    from heedful.tasks import find, named_as
+
+    with named_as("compare", "--tasks"):
+        return find(text)
+
+
+def _model_for(tasks: list[Task]) -> str:
+    """The model that comes along for these, where nobody named one."""
+    by_model = {task.model: task.title for task in tasks}
+    if len(by_model) > 1:
+        told = ", ".join(f"{name} for {title}" for name, title in by_model.items())
+        rule = f"must be named, since these tasks are for unlike ones ({told}); or ask them one after the other"
+        raise FieldError("compare", "MODEL", None, rule, next(iter(by_model)))
+    return next(iter(by_model))
+
+
 def _taken(loaded: Loaded, text: str, bars: Bars) -> list[Task]:
     """The task, or those of a range that are short enough for the model."""
     from heedful.bench.compare import fits
     from heedful.diagnosis.texts import positions
-    from heedful.tasks import find
 
-    found = [find(one) for one in ranged(text, positions(loaded.model))]
+    found = [_found(one) for one in ranged(text, positions(loaded.model))]
     long = [task for task in found[1:] if not fits(loaded, task)]
     for task in long:
         bars.console.print(f"left out: {task} is longer than the model takes", markup=False)
@@ -98,8 +115,12 @@ def _taken(loaded: Loaded, text: str, bars: Bars) -> list[Task]:
 
 def compare(
     model: Annotated[
-        str, typer.Argument(help="A model's name or folder: of text, text and pictures, pictures, speech.")
-    ] = "default",
+        str | None,
+        typer.Argument(
+            help="A model's name or folder: of text, text and pictures, pictures, speech; if left out, the one that "
+            "comes along for the tasks."
+        ),
+    ] = None,
     methods: Annotated[
         str,
         typer.Option(help="Parted by commas, joined by |, as in 'act,snapkv(budget=0.1..0.75)|tempscale'; or rooms."),
@@ -135,7 +156,7 @@ def compare(
     """Ask the unedited model and every method the same prompts; tell what each wins, loses and costs."""
     from heedful.bench.presets import PRESETS
     from heedful.bench.presets import preset as preset_of
-    from heedful.tasks import find, known
+    from heedful.tasks import Task, known
 
     if preset.strip() == "list":
         for each in PRESETS.values():
@@ -147,15 +168,17 @@ def compare(
     tasks = tasks or TASKS
     if tasks.strip() == "list":
         for name, kind in known().items():
-            console.print(f"{name:<22} {kind.about}", markup=False)
+            of = "" if kind.model == Task.model else f" Asked of the model {kind.model!r} where none is named."
+            console.print(f"{name:<22} {kind.about}{of}", markup=False)
         return
     contenders = [what for text in parted(methods) for what in _named(text)]
     if not contenders:
         raise FieldError("compare", "--methods", methods, "must name one or more", "act,snapkv(budget=0.25)")
     if not parted(tasks):
         raise FieldError("compare", "--tasks", tasks, "must name one or more", TASKS)
-    for text in parted(tasks):  # what is wrong is named before the model loads
-        find(ranged(text, most=1 << 30)[0])
+    # what is wrong is named before the model loads
+    first = [_found(ranged(text, most=1 << 30)[0]) for text in parted(tasks)]
+    model = _model_for(first) if model is None else model
     from heedful.bench.compare import costed, require_counts
     from heedful.bench.results import PLAIN
     from heedful.core.files import folder_for

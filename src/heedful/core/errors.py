@@ -3,7 +3,8 @@
 HeedfulError
 ├── FieldError           a field of a method or an argument has a value the rule forbids (also a ValueError)
 │   ├── UnknownFieldError  there is no such field or argument (also a TypeError)
-│   └── TooLittleMemory    the machine's memory does not hold it
+│   ├── TooLittleMemory    the machine's memory does not hold it
+│   └── UnusableFile       a file or folder that holds nothing of what it was given for
 ├── DefinitionError      a method class is written wrongly (also a TypeError)
 ├── SiteError            an edit returned something its site cannot hold
 ├── FoldError            an edit that a model's weights cannot hold
@@ -66,6 +67,14 @@ class UnknownFieldError(FieldError, TypeError):
 
 class TooLittleMemory(FieldError):
     """What the machine's memory does not hold."""
+
+
+class UnusableFile(FieldError):
+    """A file or folder that holds nothing of what it was given for."""
+
+    def __init__(self, owner: str, field: str, path: str, rule: str, good: str) -> None:
+        super().__init__(owner, field, path, rule, good)
+        self.why = (path, rule, good)
 
 
 class DefinitionError(HeedfulError, TypeError):

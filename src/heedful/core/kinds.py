@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -156,6 +156,8 @@ class Decode(CatalogueEntry, abstract=True):
 
     kind = "decode"
     handed_to = "heedful.decode()"
+    # whether it combines what a diffusion model predicts too; the `role` of one that has such names places of a picture
+    denoises: ClassVar[bool] = False
 
     def ready(self, prompt: Prompt, read: Reader) -> Decode:
         """The step that knows the prompt, where variants depend on what the model reads of it; the same otherwise."""

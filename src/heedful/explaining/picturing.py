@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,16 +16,14 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError, ModelError, StatisticError
 from heedful.core.figures import Description, Figure, Finding, Grid, Lit, percent
 from heedful.core.kinds import Measure
-from heedful.core.method import Method
-from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
-from heedful.core.stats import Cat, Sum
+from heedful.core.stats import Cat
+from heedful.looking import WordPlaces, WordShares, grid, one_size
 
 if TYPE_CHECKING:
     from heedful.report.pictures import Plots
 
 PARTS = ("transformer", "unet")  # what pipelines call the model that takes the noise away
-HALVES = {"image", "context"}  # roles of joint attention
 OWN = {  # options that are not the caller's
     "prompt", "num_inference_steps", "generator", "output_type", "num_images_per_prompt", "return_dict",
 }  # fmt: skip
@@ -36,42 +33,7 @@ REST = "(rest)"  # keys behind the prompt's own, such as padding or what another
 MARKS = {START, END, REST}
 
 
-class _Shown(Method, abstract=True):
-    """What the picture gives each word, the mean over heads; of a batch its last row, which the text guides."""
-
-    paper = Paper(
-        "",
-        "What the DAAM: Interpreting Stable Diffusion Using Cross Attention",
-        "Raphael Tang, Linqing Liu, Akshat Pandey, Zhiying Jiang, Gefei Yang, Karun Kumar, Pontus Stenetorp, "
-        "Jimmy Lin, Ferhan Ture",
-        2023,
-        "2210.04885",
-        "ACL 2023",
-        differs=(
-            "Maps are shares of attention, the mean over layers, heads and steps, where the authors add them up.",
-        ),
-    )
-
-    def __repr__(self) -> str:
-        return "word_maps()"
-
-    def idle(self, call: Call) -> bool:
-        return not (call.cross or set(call.roles) >= HALVES)
-
-    def shares(self, weights: Tensor, call: Call) -> Tensor:
-        found = weights[-1].float().mean(0)  # [q k]
-        if call.cross:
-            return found
-        return found[call.marked_queries("image")[-1, 0]][:, call.marked("context")[-1, 0]]
-
-
-class _Places(_Shown):
-    @reads(Site.PATTERN)
-    def look(self, weights: Tensor, call: Call) -> Sum:
-        return Sum.of(self.shares(weights, call))
-
-
-class _Times(_Shown):
+class _Times(WordShares):
     @reads(Site.PATTERN)
     def look(self, weights: Tensor, call: Call) -> Cat:
         return Cat.of(f"{call.forward:06d}", self.shares(weights, call).mean(0))
@@ -169,7 +131,7 @@ class WordMaps(Sequence[WordMap]):
             for n, found in enumerate(self.each)
             for figure in found.figures
         ]
-        return [(_Shown(), Description(tuple(figures)))]
+        return [(WordShares(), Description(tuple(figures)))]
 
     def findings(self) -> list[Finding]:
         return [finding for found in self.each for finding in found.findings()]
@@ -238,7 +200,7 @@ def word_maps(pipe: Any, prompts: str | Sequence[str], *, steps: int = 20, seed:
 
 
 def _one(pipe: Any, part: nn.Module, prompt: str, steps: int, seed: int, options: Mapping[str, Any]) -> WordMap:
-    places, times = _Places(), _Times()
+    places, times = WordPlaces(), _Times()
     draw = torch.Generator().manual_seed(seed)
     with attach(part, places | times, backend="reference") as run:
         made = pipe(prompt, num_inference_steps=steps, generator=draw, output_type="np", **options)
@@ -255,10 +217,10 @@ def _one(pipe: Any, part: nn.Module, prompt: str, steps: int, seed: int, options
     for layer, stat in where.items():
         every = torch.stack([piece for _, piece in sorted(when[layer].pieces.items())]).float()  # [forwards k]
         forwards = len(every)
-        maps.append(_grid((stat.total / forwards).float(), picture.shape[1] / picture.shape[2]))
+        maps.append(grid((stat.total / forwards).float(), picture.shape[1] / picture.shape[2]))
         by_layer.append(every.mean(0))
         by_step.append(every.unflatten(0, (steps, -1)).mean(1) if forwards % steps == 0 else every)
-    whole = (_one_size(maps), torch.stack(by_step).mean(0), torch.stack(by_layer))
+    whole = (one_size(maps), torch.stack(by_step).mean(0), torch.stack(by_layer))
     told = [_joined(x, len(words), axis) for x, axis in zip(whole, (0, 1, 1), strict=True)]
     if not all(bool(x.isfinite().all()) for x in told):
         raise ModelError(f"word_maps(): attention of {type(part).__name__} is not finite. Take bfloat16 or float32")
@@ -266,21 +228,6 @@ def _one(pipe: Any, part: nn.Module, prompt: str, steps: int, seed: int, options
     if words[-1] == REST and not share[-1].any():  # padding that a mask hides
         words, share, step, depth = words[:-1], share[:-1], step[:, :-1], depth[:, :-1]
     return WordMap(prompt, words, picture, share, step, depth, [names[layer] for layer in where])
-
-
-def _one_size(maps: list[Tensor]) -> Tensor:
-    """The mean of maps `[words rows columns]` of unlike sizes, in the largest of these."""
-    size = max((tuple(x.shape[1:]) for x in maps), key=math.prod)
-    large = [torch.nn.functional.interpolate(x[None], size, mode="bilinear", align_corners=False)[0] for x in maps]
-    return torch.stack(large).mean(0)
-
-
-def _grid(found: Tensor, tall: float) -> Tensor:
-    """Shares `[places words]` as maps `[words rows columns]`, rows and columns in the picture's proportion."""
-    rows = round(math.sqrt(len(found) * tall))
-    if rows * (len(found) // max(1, rows)) != len(found):
-        raise ModelError(f"word_maps(): {len(found)} places are no grid of the picture's proportion, {tall:.3g} to 1")
-    return found.T.unflatten(1, (rows, -1))
 
 
 def _words(pipe: Any, prompt: str, keys: int) -> list[str]:

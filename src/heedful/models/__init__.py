@@ -19,12 +19,14 @@ from heedful.models.gguf_weights import from_gguf
 from heedful.models.minilm import encoder
 from heedful.models.piper import voice
 from heedful.models.rxnmapper import reactions
+from heedful.models.small_denoiser import denoiser
 from heedful.models.whisper import speech
 from heedful.tiny import kinds, tiny, tiny_inputs
 
 __all__ = [
     "Loaded",
     "default",
+    "denoiser",
     "encoder",
     "gemma",
     "kinds",
@@ -69,6 +71,7 @@ _NAMES: dict[str, Callable[..., Loaded]] = {
     "piper": voice,
     "reactions": reactions,
     "rxnmapper": reactions,
+    "denoiser": denoiser,
 }
 
 

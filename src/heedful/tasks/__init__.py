@@ -16,10 +16,12 @@ from heedful.core.reading import name_in, written
 from heedful.diagnosis.texts import ENDINGS
 from heedful.tasks._files import from_file
 from heedful.tasks._own import OwnText
+from heedful.tasks._rows import named_as
+from heedful.tasks._scene_words import SceneWords
 from heedful.tasks._scenes import Scene, Scenes
 from heedful.tasks.task import Task
 
-__all__ = ["Scene", "Scenes", "Task", "find", "from_file", "known", "names"]
+__all__ = ["Scene", "SceneWords", "Scenes", "Task", "find", "from_file", "known", "named_as", "names"]
 
 
 @cache

@@ -15,13 +15,13 @@ from heedful.core.errors import FieldError
 from heedful.core.kinds import Prompt
 from heedful.diagnosis.images import opened, processor_of
 from heedful.looking import PICTURE
+from heedful.tasks._looked import log_share, peaks, stand_for
 from heedful.tasks._own import unbound
 from heedful.tasks._pictured import AboutPictures, asked
 from heedful.tasks._rows import Boxed
 from heedful.tasks.task import Item, Sheet, Tokenizer
 
 BOX = "box"  # the role of the picture's tokens that stand for the box
-LEAST = 1e-6  # of a look: less is as good as none
 
 
 class PicturedBoxes(AboutPictures):
@@ -65,11 +65,10 @@ class PicturedBoxes(AboutPictures):
         return replace(item, prompt=prompt, shown=replace(item.shown, looks=True))
 
     def score(self, item: Item, sheet: Sheet) -> float:
-        return float(_within(item)[int(sheet.looks.argmax())] and sheet.looks.any())
+        return peaks(sheet.looks, _within(item))
 
     def nats(self, item: Item, sheet: Sheet) -> float:
-        share = sheet.looks[_within(item)].sum() / sheet.looks.sum().clamp(min=LEAST)
-        return math.log(max(float(share), LEAST))
+        return log_share(sheet.looks, _within(item))
 
     def chance(self, item: Item) -> float:
         return float(_within(item).double().mean())
@@ -108,8 +107,7 @@ def covered(row: Boxed, processor: Any, tokens: int) -> tuple[bool, ...]:
     if parts is None:
         rule = f"is prepared as pixels {tuple(share.shape)} for {tokens} tokens, whose places are not known"
         raise FieldError("compare()", "tasks", row.image, rule, "a model that sees a picture as one grid")
-    most = float(parts.max())
-    return tuple(most > LEAST and 2 * part >= most for part in parts.tolist())
+    return tuple(stand_for(parts).tolist())
 
 
 def _pixels(image: Any, processor: Any) -> Tensor:

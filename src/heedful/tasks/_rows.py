@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from heedful.core.errors import FieldError
+from heedful.core.errors import UnusableFile
 from heedful.core.files import file_digest, is_there
 from heedful.diagnosis.images import opened
 from heedful.diagnosis.texts import ENDINGS, files_in, read_text
@@ -93,14 +94,23 @@ def rows_of(path: Path) -> tuple[list[Row], list[str]]:
     return rows, left_out
 
 
-def nothing(path: Path, left_out: Sequence[str], good: str) -> FieldError:
+def nothing(path: Path, left_out: Sequence[str], good: str) -> UnusableFile:
     """The error where no row is left."""
     why = "".join(f"; {reason}" for reason in left_out[:3]) + ("; ..." if len(left_out) > 3 else "")
     return _refuse(path, f"holds nothing that can be asked{why}", good)
 
 
-def _refuse(path: Path, rule: str, good: str = "my.jsonl") -> FieldError:
-    return FieldError("from_file()", "path", str(path), rule, good)
+@contextmanager
+def named_as(owner: str, field: str) -> Iterator[None]:
+    """While a task is made of what `owner` was given as its `field`: an error of the file names these."""
+    try:
+        yield
+    except UnusableFile as error:
+        raise UnusableFile(owner, field, *error.why) from None
+
+
+def _refuse(path: Path, rule: str, good: str = "my.jsonl") -> UnusableFile:
+    return UnusableFile("from_file()", "path", str(path), rule, good)
 
 
 def _kind(row: Row) -> str:

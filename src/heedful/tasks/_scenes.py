@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from heedful.adapters.wrapped import device_of
+from heedful.core.call import NO_ROLES
 from heedful.core.errors import FieldError
 from heedful.core.figures import percent
 from heedful.core.kinds import Prompt
+from heedful.core.regions import Roles
 from heedful.shown import Drawing, Shown
 from heedful.tasks._own import unbound
 from heedful.tasks._ridge import SCALES
@@ -25,11 +27,13 @@ from heedful.tasks.task import Item, Sheet, Task, Tokenizer
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """What a picture is made of, and what it has to show."""
+    """What a picture is made of, and what it has to show. Subclass it if a step has to know more."""
 
     prompt: Prompt  # with roles by which methods find words, such as "subjects"
     things: tuple[int, ...]  # the number of the right one among those that the judge knows, place by place
-    noise: Tensor  # [1 ...]
+    noise: Tensor  # [1 ...], which the picture is made of
+    # names of the picture's places as self-attention numbers them, for methods that act there: {"marked": ((8, 12),)}
+    roles: Roles = field(default_factory=lambda: NO_ROLES, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,11 @@ class Scenes(Task):
         """One scene, drawn."""
 
     @abstractmethod
-    def step(self, prompt: Prompt, model: Any, x: Tensor, number: int) -> Tensor:
-        """What step `number`, counted from 0 at noise, leaves of `x`, each row of which is made of the prompt.
+    def step(self, scene: Scene, model: Any, x: Tensor, number: int) -> Tensor:
+        """What step `number`, counted from 0 at noise, leaves of `x`, each row of which is made of the scene's prompt.
 
-        It calls the model, so that what is attached to it acts.
+        It calls the model, so that what is attached to it acts; of a decoding step that guides, such as SoftPAG, what
+        the model gives back is what is guided.
         """
 
     @abstractmethod
@@ -89,7 +94,7 @@ class Scenes(Task):
 
     def inputs(self, model: Any, tokenizer: Any) -> Callable[[], Any]:
         scene = self.scene(tokenizer, self.draw(0, 0))
-        return lambda: self.step(scene.prompt, model, scene.noise.to(device_of(model)), 0)
+        return lambda: self.step(scene, model, scene.noise.to(device_of(model)), 0)
 
     def on(self, model: Any, tokenizer: Any) -> Self:
         with torch.no_grad():
@@ -130,7 +135,10 @@ class Scenes(Task):
         if not (0 < len(scene.things) <= known.places and all(0 <= thing < known.kinds for thing in scene.things)):
             rule = f"must be 1 to {known.places} numbers, from 0, of the {known.kinds} things that the judge knows"
             raise FieldError(self, "scene().things", scene.things, rule, (0,) * known.places)
-        draws = Drawing(scene.noise, self.steps, partial(self.step, scene.prompt), self._seen)
+        if both := sorted(scene.roles.keys() & scene.prompt.roles.keys()):
+            rule = f"are names of words too, in the prompt's roles: {', '.join(both)}"
+            raise FieldError(self, "scene().roles", list(scene.roles), rule, {"marked": ((8, 12),)})
+        draws = Drawing(scene.noise, self.steps, partial(self.step, scene), self._seen, roles=scene.roles)
         return Item(scene.prompt, (scene.things,), shown=Shown(reads="scene", draws=draws))
 
     def _seen(self, pictures: Tensor) -> Tensor:
@@ -140,5 +148,5 @@ class Scenes(Task):
     def score(self, item: Item, sheet: Sheet) -> float:
         return sum(sheet.greedy) / len(sheet.greedy)
 
-    def chance(self, item: Item) -> float:
+    def chance(self, item: Item) -> float | None:
         return 1 / self._known.kinds

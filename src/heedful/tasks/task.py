@@ -72,7 +72,10 @@ class Sheet:
     greedy: tuple[bool, ...]  # whether each token of the right option was the likeliest; without options: as losses
     losses: Tensor  # nats for each prompt token after the cut (else after the first); empty where there are options
     said: tuple[int, ...] = ()  # what it wrote by itself, where it was let
-    looks: Tensor = EMPTY  # what the last token of the prompt gives to each of its picture's, where that was told
+    # what the last token of the prompt gives to each of its picture's, where that was told; of a picture that was made,
+    # what each place of it gives the words of each thing, [things rows columns], and 1 in the box of that thing
+    looks: Tensor = EMPTY
+    boxes: Tensor = EMPTY
 
     @property
     def means(self) -> tuple[float, ...]:
@@ -92,6 +95,7 @@ class Task(ABC):
     about: ClassVar[str]  # one plain sentence
     unit: ClassVar[str] = "share right"
     more_is_better: ClassVar[bool] = True
+    model: ClassVar[str] = "default"  # which of those that come along it is for, where nobody names one
 
     def __post_init__(self) -> None:
         """Refuse fields that do not suit; by then each is known to be of the kind that its annotation names."""
@@ -145,6 +149,10 @@ class Task(ABC):
     def chance(self, item: Item) -> float | None:
         """What guessing scores on the item; None where guessing means nothing."""
         return None
+
+    def guessed(self, item: Item, sheet: Sheet) -> float | None:
+        """The same of an item of which that depends on what the model made."""
+        return self.chance(item)
 
     def nats(self, item: Item, sheet: Sheet) -> float:
         """The mean log-probability of what is right, a token."""

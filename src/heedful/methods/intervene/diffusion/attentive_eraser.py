@@ -43,6 +43,7 @@ class AttentiveEraser(Decode):
     they predict. Outside the marked places the picture is put back after each step, noised as the step asks.
     """
 
+    denoises = True
     paper = Paper(
         "P277",
         "Attentive Eraser: Unleashing Diffusion Model's Object Removal Potential via Self-Attention Redirection "
