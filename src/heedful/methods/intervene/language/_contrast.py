@@ -1,4 +1,4 @@
-"""What methods that steer by a contrast share: what texts with a trait end in, and what texts without it."""
+"""What methods that steer by a contrast share: what is seen of texts with a trait, and of texts without it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
-from heedful.core.method import FitContext, Method
+from heedful.core.fitted import Fitted
+from heedful.core.method import FitContext, Method, Stack
 from heedful.core.sites import Site, reads
-from heedful.core.stats import Cat
+from heedful.core.stats import Cat, Mean
 from heedful.kit.batches import Batch
 
 
@@ -63,9 +64,7 @@ def contrast(
     marks: list[Tensor] = []
     for batch in batches:
         inputs: dict[str, Any] = dict(batch)
-        if "positive" not in inputs:
-            raise FieldError(owner, "batches", sorted(inputs), "need 'positive' in each", {"positive": True})
-        positive = torch.as_tensor(inputs.pop("positive")).reshape(-1).bool()
+        positive = _marks(owner, inputs).bool()
         with torch.no_grad(), context.attach(reader) as run:
             run(**inputs)
             for layer, kept in run[reader].items():
@@ -74,8 +73,93 @@ def contrast(
     with_it = torch.cat(marks) if marks else torch.zeros(0, dtype=torch.bool)
     counts = int(with_it.sum()), int((~with_it).sum())
     if 0 in counts:
-        raise FieldError(owner, "batches", len(marks), "must hold positive and other texts", {"positive": True})
+        raise _one_sided(owner, len(marks))
     if paired and counts[0] != counts[1]:
         raise FieldError(owner, "batches", counts, "must hold a text without the trait for each one with it", (8, 8))
     joined = {layer: torch.cat(each) for layer, each in found.items()}
     return {layer: Contrast(x[with_it.to(x.device)], x[~with_it.to(x.device)]) for layer, x in joined.items()}
+
+
+class _ClassHeads(Method):
+    """The mean of what each head hands to the output projection, for each class of texts."""
+
+    share: Fitted  # "tokens" [2 b n]: what each token weighs in its text's mean, by class
+
+    @reads(Site.HEAD_OUTPUT)
+    def read(self, heads: Tensor, call: Call) -> Mean:
+        share = self.share["tokens"].to(heads)
+        return Mean.of(torch.einsum("cbn,bhnd->chd", share, heads), share.sum((1, 2))[:, None, None])
+
+
+class _ClassOutputs(Method):
+    """The mean of the attention block's output, for each class of texts."""
+
+    share: Fitted
+
+    @reads(Site.OUTPUT)
+    def read(self, output: Tensor, call: Call) -> Mean:
+        share = self.share["tokens"].to(output)
+        return Mean.of(torch.einsum("cbn,bne->ce", share, output), share.sum((1, 2))[:, None])
+
+
+_MEANS = {Site.HEAD_OUTPUT: _ClassHeads, Site.OUTPUT: _ClassOutputs}
+
+
+def class_means(
+    owner: object, context: FitContext, sites: tuple[Site, ...], batches: Iterable[Batch]
+) -> dict[Site, dict[int, Tensor]]:
+    """By site and layer `[2 ...]`: the mean over each text's tokens, then over texts, those without the trait first.
+
+    Batches have "positive", a bool for the batch or `[b]`, and, if only some tokens count, "response", bool `[b n]`.
+    """
+    found: dict[Site, dict[int, Mean]] = {site: {} for site in sites}
+    for batch in batches:
+        inputs = dict(batch)
+        share = Fitted({"tokens": _shares(owner, inputs)})
+        parts = {site: _MEANS[site](share) for site in sites}
+        with torch.no_grad(), context.attach(Stack(tuple(parts.values()))) as run:
+            run(**inputs)
+            for site, part in parts.items():
+                for layer, mean in run[part].items():
+                    found[site][layer] = found[site][layer] + mean if layer in found[site] else mean
+    means = [mean for layers in found.values() for mean in layers.values()]
+    if not means or any(bool((mean.count == 0).any()) for mean in means):
+        raise _one_sided(owner, len(means))
+    return {site: {layer: mean.value for layer, mean in layers.items()} for site, layers in found.items()}
+
+
+def _shares(owner: object, inputs: dict[str, Any]) -> Tensor:
+    """Each token's weight in its text's mean, `[2 b n]`, other texts first; takes what is ours out of the inputs."""
+    positive, marked = _marks(owner, inputs), inputs.pop("response", None)
+    ids = inputs["input_ids"]
+    tokens = inputs.get("attention_mask", torch.ones_like(ids)) if marked is None else marked
+    tokens = tokens.to(ids.device, torch.float64)
+    share = tokens / tokens.sum(-1, keepdim=True).clamp(min=1)
+    positive = positive.to(ids.device, torch.float64)[:, None].expand(len(ids), 1)
+    return torch.stack([share * (1 - positive), share * positive])
+
+
+def _marks(owner: object, inputs: dict[str, Any]) -> Tensor:
+    """Which of a batch's texts have the trait, `[b|1]`; taken out of the inputs."""
+    if "positive" not in inputs:
+        raise FieldError(owner, "batches", sorted(inputs), "need 'positive' in each", {"positive": True})
+    return torch.as_tensor(inputs.pop("positive")).reshape(-1)
+
+
+def _one_sided(owner: object, count: int) -> FieldError:
+    return FieldError(owner, "batches", count, "must hold positive and other texts", {"positive": True})
+
+
+def vector_of(method: Method, vectors: Fitted | None, seed: int | None, layer: int, width: int) -> Tensor:
+    """What a method adds in a layer, `[e]`: of its fit, or random where it was given a seed in place of that."""
+    good = f"heedful.fit({type(method).__name__}(), model, batches)"
+    if vectors is None:
+        if seed is None:
+            rule = "are not there yet: fit to texts with and without the trait, or give seed"
+            raise FieldError(method, "vectors", None, rule, good)
+        return torch.randn(width, generator=torch.Generator().manual_seed(1_000_003 * seed + layer))
+    found = vectors.get(f"v.{layer}")
+    if found is None or found.shape != (width,):
+        rule = f"have no vector of width {width} for layer {layer}: fit to this model"
+        raise FieldError(method, "vectors", vectors, rule, good)
+    return found

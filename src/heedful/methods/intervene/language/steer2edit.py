@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heedful.core.call import Call
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights, Surgery
-from heedful.core.method import FitContext, Layer, Method
+from heedful.core.method import FitContext, Layer
 from heedful.core.paper import Paper
-from heedful.core.sites import Site, reads
-from heedful.core.stats import Mean
+from heedful.core.sites import Site
+from heedful.methods.intervene.language._contrast import class_means
 
 PAPER = Paper(
     "P299",
@@ -29,28 +28,6 @@ PAPER = Paper(
         "Means run over all text tokens unless `response` marks some; the authors take those that predict a response.",
     ),
 )
-
-
-class _HeadMean(Method):
-    """The mean of what each head hands to the output projection, for each class of texts."""
-
-    share: Fitted  # "tokens" [2 b n]: what each token weighs in its text's mean, by class
-
-    @reads(Site.HEAD_OUTPUT)
-    def read(self, heads: Tensor, call: Call) -> Mean:
-        share = self.share["tokens"].to(heads)
-        return Mean.of(torch.einsum("cbn,bhnd->chd", share, heads), share.sum((1, 2))[:, None, None])
-
-
-class _OutputMean(Method):
-    """The mean of the attention block's output, for each class of texts."""
-
-    share: Fitted
-
-    @reads(Site.OUTPUT)
-    def read(self, output: Tensor, call: Call) -> Mean:
-        share = self.share["tokens"].to(output)
-        return Mean.of(torch.einsum("cbn,bne->ce", share, output), share.sum((1, 2))[:, None])
 
 
 class Steer2Edit(Surgery):
@@ -81,23 +58,9 @@ class Steer2Edit(Surgery):
         return cls(rho=0.05, alpha=0.5, seed=0)
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> Steer2Edit:
-        found: dict[str, Mean] = {}
-        for batch in batches:
-            inputs = dict(batch)
-            share = Fitted({"tokens": _shares(inputs)})
-            parts = {"x": _HeadMean(share), "v": _OutputMean(share)}
-            with context.attach(parts["x"] | parts["v"]) as run, torch.no_grad():
-                run(**inputs)
-                for letter, part in parts.items():
-                    for layer, mean in run[part].items():
-                        name = f"{letter}.{layer}"
-                        found[name] = mean if name not in found else found[name] + mean
-        if not found or any(bool((mean.count == 0).any()) for mean in found.values()):
-            raise FieldError(self, "batches", len(found), "must hold positive and other texts", {"positive": True})
-        tensors = {}
-        for name, mean in found.items():
-            other, positive = mean.value
-            tensors[name] = positive - other if name.startswith("v") else (positive + other) / 2
+        means = class_means(self, context, (Site.HEAD_OUTPUT, Site.OUTPUT), batches)
+        tensors = {f"x.{layer}": (other + trait) / 2 for layer, (other, trait) in means[Site.HEAD_OUTPUT].items()}
+        tensors |= {f"v.{layer}": trait - other for layer, (other, trait) in means[Site.OUTPUT].items()}
         return replace(self, vectors=Fitted(tensors))
 
     def strengths(self, weights: HeadWeights, layer: int) -> Tensor:
@@ -134,19 +97,6 @@ class Steer2Edit(Surgery):
         k = torch.nn.functional.normalize(torch.einsum("ehd,e->hd", o, v), dim=-1)
         written = torch.einsum("ehd,hd->he", o, x)
         return v, k, torch.nn.functional.normalize(written, dim=-1) @ v
-
-
-def _shares(inputs: dict[str, Any]) -> Tensor:
-    """Each token's weight in its text's mean, `[2 b n]`, other texts first; takes what is ours out of the inputs."""
-    if "positive" not in inputs:
-        raise FieldError("Steer2Edit.fit()", "batches", sorted(inputs), "need 'positive' in each", {"positive": True})
-    positive, marked = torch.as_tensor(inputs.pop("positive")), inputs.pop("response", None)
-    ids = inputs["input_ids"]
-    tokens = inputs.get("attention_mask", torch.ones_like(ids)) if marked is None else marked
-    tokens = tokens.to(ids.device, torch.float64)
-    share = tokens / tokens.sum(-1, keepdim=True).clamp(min=1)
-    positive = positive.to(ids.device, torch.float64).reshape(-1, 1).expand(len(ids), 1)
-    return torch.stack([share * (1 - positive), share * positive])
 
 
 if __name__ == "__main__":

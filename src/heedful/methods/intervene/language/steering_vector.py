@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from heedful.core.call import Call
@@ -16,7 +15,7 @@ from heedful.core.kinds import HeadWeights
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.methods.intervene.language._contrast import contrast
+from heedful.methods.intervene.language._contrast import contrast, vector_of
 
 
 class SteeringVector(Method):
@@ -72,16 +71,7 @@ class SteeringVector(Method):
         )
 
     def _vector(self, width: int, layer: int) -> Tensor:
-        if self.vectors is None:
-            if self.seed is None:
-                rule = "are not there yet: fit to texts with and without the trait, or give seed"
-                raise FieldError(self, "vectors", None, rule, "heedful.fit(SteeringVector(), model, batches)")
-            return torch.randn(width, generator=torch.Generator().manual_seed(1_000_003 * self.seed + layer))
-        found = self.vectors.get(f"v.{layer}")
-        if found is None or found.shape != (width,):
-            rule = f"have no vector of width {width} for layer {layer}: fit to this model"
-            raise FieldError(self, "vectors", self.vectors, rule, "heedful.fit(SteeringVector(), model, batches)")
-        return found
+        return vector_of(self, self.vectors, self.seed, layer, width)
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> SteeringVector:
         found = contrast(self, context, Site.RESIDUAL, batches)
