@@ -13,11 +13,13 @@ from torch import Tensor
 from heedful import attach, models
 from heedful.authoring import Call, Method, Site, reads
 from heedful.conformance.bare import Bare
-from heedful.conformance.tolerances import close_model
+from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, InactiveWarning, SiteError
 from heedful.core.regions import Region
+from heedful.core.state import State
 from heedful.core.stats import Sum
 from heedful.methods import DOEI
+from heedful.methods.intervene.vision.doei import GIVEN, TAKEN
 
 
 def image_model() -> tuple[Any, Tensor]:
@@ -115,6 +117,23 @@ def test_it_comes_to_the_same_whoever_computes_the_map(what: Any, backend: str) 
     assert close_model(found, torch.stack([by_hand(model, image, DOEI(classes=2), (0, 1), 3) for image in pixels]))
 
 
+def test_tiles_are_put_together() -> None:
+    """Three class tokens, whose rows stand in two tiles of two."""
+    weights = torch.randn(2, 4, 19, 19, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    output, method = torch.randn(2, 19, 24, generator=torch.Generator().manual_seed(1)), DOEI(classes=3)
+    bare = Bare(rules=())
+    call = replace(bare.call, key=bare.k, state=State())
+    for start in range(0, 19, 2):
+        rows = slice(start, min(start + 2, 19))
+        method.look(weights[:, :, rows], call.tile(rows, slice(0, 19)))
+    given, taken = (torch.cat(call.state.forward[name], 1) for name in (GIVEN, TAKEN))
+    assert torch.equal(given, weights.mean(1)[:, :3])
+    assert torch.equal(taken, weights.mean(1)[:, :, :3])
+    scale = [factors(weights[i].mean(0), bare.hidden[i], method, 3) for i in (0, 1)]
+    assert close(method.part(output, call), output * torch.tensor(scale)[..., None])
+    assert not call.state.forward
+
+
 def test_it_rests_where_there_is_no_whole_image() -> None:
     model = models.tiny("llama")
     inputs = models.tiny_inputs(model)
@@ -137,7 +156,7 @@ def test_errors() -> None:
         with pytest.raises(FieldError, match=match):
             DOEI(**settings)  # type: ignore[arg-type]
     model, pixels = image_model()
-    rule = "DOEI.classes = 2: must be at most the 1 tokens before the patches of layer 0"
+    rule = "DOEI.classes = 2: must be at most the 1 tokens before the patches of layer 0; for example classes=1"
     with pytest.raises(FieldError, match=rule), attach(model, DOEI(classes=2)) as run:
         run(pixel_values=pixels)
 

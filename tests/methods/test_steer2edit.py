@@ -148,3 +148,14 @@ def test_a_threshold_of_one_edits_nothing() -> None:
     """And so it needs no vectors, as no cosine lies above one."""
     weights = _weights()
     assert Steer2Edit(rho=2.0, alpha=0.5).operate(weights, LAYER) is weights
+
+
+def test_random_vectors_are_the_seeds_own() -> None:
+    weights = _weights()
+    for seed, layer in ((3, 2), (0, 1), (1, 0)):
+        random = torch.Generator().manual_seed(1_000_003 * seed + layer)
+        v, x = torch.randn(6, generator=random).double(), torch.randn(3, 4, generator=random).double()
+        found, _, cosine = Steer2Edit(seed=seed)._aligned(weights, layer)
+        assert close(found, v / v.norm())
+        written = torch.stack([weights.o[:, j] @ x[j] for j in range(3)])
+        assert close(cosine, written @ v / (written.norm(dim=-1) * v.norm()))

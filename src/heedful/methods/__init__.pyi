@@ -65,6 +65,7 @@ from heedful.methods.intervene.language.largepig import LargePiG as LargePiG
 from heedful.methods.intervene.language.lofit import LoFiT as LoFiT
 from heedful.methods.intervene.language.pasta import PASTA as PASTA
 from heedful.methods.intervene.language.re_reading import ReReading as ReReading
+from heedful.methods.intervene.language.reply_language import ReplyLanguage as ReplyLanguage
 from heedful.methods.intervene.language.sadr import SADR as SADR
 from heedful.methods.intervene.language.soft_injection import SoftInjection as SoftInjection
 from heedful.methods.intervene.language.steer2edit import Steer2Edit as Steer2Edit
@@ -77,6 +78,7 @@ from heedful.methods.intervene.vision.carve import CARVE as CARVE
 from heedful.methods.intervene.vision.control_mllm import ControlMLLM as ControlMLLM
 from heedful.methods.intervene.vision.cyclical import Cyclical as Cyclical
 from heedful.methods.intervene.vision.damro import DAMRO as DAMRO
+from heedful.methods.intervene.vision.doei import DOEI as DOEI
 from heedful.methods.intervene.vision.gem import GEM as GEM
 from heedful.methods.intervene.vision.paint import PAINT as PAINT
 from heedful.methods.intervene.vision.v2p import V2P as V2P

@@ -87,6 +87,6 @@ if __name__ == "__main__":
     batches = [{**tokenizer(x, return_tensors="pt"), "positive": flag} for flag, each in texts.items() for x in each]
     method = fit(ReplyLanguage(), model, batches)
     asked = tokenizer("Once upon a time", return_tensors="pt")
-    for strength in (0.0, 1.0, 2.0):
+    for strength in (-1.0, 0.5, 1.0):
         with attach(model, replace(method, strength=strength).on(layers=range(10, 20))) as run:
             print(strength, tokenizer.decode(run.generate(**asked, max_new_tokens=12, do_sample=False)[0]))
