@@ -128,6 +128,7 @@ def elsewhere() -> Iterator[torch.device]:
     past_all_modes = torch.library.Library("aten", "IMPL")  # as torch.tensor goes, and an index that is a list
     past_all_modes.impl("empty_strided", _empty, "PrivateUse1")
     past_all_modes.impl("copy_", _copy, "PrivateUse1")
+    torch.__future__.set_swap_module_params_on_conversion(True)  # else a parameter of another type holds the old one
     with _Made():
         yield torch.device(NAME, 0)
 
