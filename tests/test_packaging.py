@@ -164,3 +164,5 @@ def test_a_wheel_can_be_built_without_a_compiler(tmp_path: Path) -> None:
     built = wheel(tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
     assert "heedful/native/kernel.so" not in zipfile.ZipFile(built).namelist()
     assert "was not built" in run_from(built, "-c", f"import json; {WHERE}")
+    drawer = "from heedful import models; print(models.denoiser().name)"
+    assert run_from(built, "-c", drawer).strip() == "the small denoiser", "its weights come with it"

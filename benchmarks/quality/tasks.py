@@ -1,6 +1,6 @@
 """What each task's chance level is and what the unedited default model scores.
 
-python -m benchmarks.quality.tasks            measures every task and writes benchmarks/records/tasks.json
+python -m benchmarks.quality.tasks            measures every task of that model and writes benchmarks/records/tasks.json
 python -m benchmarks.quality.tasks NAME ...   measures these and leaves the rest of the record as it is
 """
 
@@ -61,7 +61,7 @@ def main() -> None:
     model, tokenizer, name = models.default()
     rows = json.loads(RECORD.read_text())["tasks"] if asked.names and RECORD.exists() else {}
     with text_model(model) as speaker:
-        for task in map(find, asked.names or known()):
+        for task in map(find, asked.names or [name for name, kind in known().items() if kind.model == Task.model]):
             rows[task.name] = row = measure(task, speaker, tokenizer, asked.count)
             chance = "none" if row["chance"] is None else f"{row['chance']:.3g}"
             print(f"{row['task']}: {row['score']:.3g} ± {row['error']:.2g} {row['unit']}, chance {chance}", flush=True)

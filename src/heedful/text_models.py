@@ -60,10 +60,7 @@ class TextModel(ABC):
         """Logits `[v]` after one more token."""
 
     def looked(self) -> tuple[Tensor, Tensor]:
-        """Where the last token of the prompt looks in its picture, `[places]`, where that is to be told; and nothing.
-
-        Of a picture that was made, from where the words of each thing are looked at, and the box in which it stands.
-        """
+        """Where the prompt's last token looks in its picture; of a scene from where words are looked at, and boxes."""
         if self.run is None:
             raise FieldError("text_model()", "shown", self.shown, "does not say that looks are told", "looks=True")
         found: Tensor = self.run[LOOKS][0]
@@ -275,7 +272,7 @@ class Drawer(TextModel):
         if isinstance(what, Decode):
             self._guided = Guided(model, what, beside, **how)
         elif what is not None or shown.looks:
-            parts = Stack() if what is None else as_stack(what)
+            parts = as_stack(what or Stack())
             self._guide, self.run = guide_of(parts), attach(model, Stack((*parts, *beside)), **how)
         # what was made and of which words, what the judge says of it, [places things], and how far that is read
         self._made, self._prompt, self._said, self._place = torch.empty(0), Prompt((0,)), torch.empty(0), 0

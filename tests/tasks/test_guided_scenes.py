@@ -317,7 +317,7 @@ def test_an_eraser_wants_places_of_the_picture(item: Item) -> None:
     small = models.denoiser()
     erased = Erased().on(denoiser(), small.tokenizer).item(small.tokenizer, 0, 0)
     require_fit(AttentiveEraser(), erased)
-    with pytest.raises(FieldError, match="these scenes mark 'marked'; for example role='marked'"):
+    with pytest.raises(FieldError, match="these scenes mark 'marked', 'other'; for example role='marked'"):
         require_fit(AttentiveEraser(role="subjects"), erased)
 
 

@@ -30,8 +30,8 @@ _PAPER = Paper(
         "The authors search with u at 1, and soften afterwards; here a search has the u of the method.",
         "A fit has a language model's answers for its objective, and next-token logits are guided, which the authors "
         "do not try.",
-        "No pipeline is here that draws: `heedful.compare` guides each step of a scene so, and whoever else samples from "
-        "a diffusion model runs both `variants` in each step and has `combine` join what they predict.",
+        "No pipeline is here that draws: `heedful.compare` guides each step of a scene so; whoever else samples from a "
+        "diffusion model runs both `variants` in each step and has `combine` join what they predict.",
         "Cross-attention, which the authors' models have not, is left alone: there no token has itself among the keys.",
     ),
 )
