@@ -16,7 +16,7 @@ from heedful.conformance.tolerances import close
 from heedful.core.call import CachedKV, Call, Kept
 from heedful.core.errors import InactiveWarning, SiteError
 from heedful.core.method import Method
-from heedful.core.packed import Packed, Packing, Plain, Rows
+from heedful.core.packed import Packed, Packing, Rows
 from heedful.core.sites import Site, at
 from heedful.kit.packing import Channels, Codes
 from heedful.methods.sparse.cache.kivi import KIVI
@@ -50,7 +50,7 @@ def behind(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([first, second])
 
 
-KINDS: list[Callable[[int], Packed]] = [by_group, by_row, channels, lambda n: Plain(draw(n, 5))]
+KINDS: list[Callable[[int], Packed]] = [by_group, by_row, channels]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,8 +135,8 @@ def test_a_layer_holds_parts_packed_and_gives_them_back() -> None:
     those = torch.zeros(2, 2, 6, dtype=torch.bool)
     those[0, :, :3] = those[1, 1, 1:5] = True
     wanted = pack(held, those, Codes)
-    assert [type(x) for x in held._keys.parts] == [Plain, Codes]
-    assert [type(x) for x in held._values.parts] == [Plain]
+    assert [type(x) for x in held._keys.packed] == [Codes]
+    assert held._values.packed == ()
     assert torch.equal(held.keys, wanted)
     assert torch.equal(held.values, keys[..., :3])
     new = draw(2, 2, 2, 5)
@@ -148,7 +148,7 @@ def test_a_layer_holds_parts_packed_and_gives_them_back() -> None:
     again[..., 2:5] = True  # some of them packed already, in another way
     wanted = pack(held, again, Channels)
     assert torch.equal(held.keys, wanted)
-    assert [type(x) for x in held._keys.parts] == [Plain, Codes, Channels]
+    assert [type(x) for x in held._keys.packed] == [Codes, Channels]
     held.reorder_cache(torch.tensor([1, 1, 0]))
     assert torch.equal(held.keys, wanted[[1, 1, 0]])
     held.batch_select_indices(torch.tensor([0, 2]))
@@ -164,7 +164,7 @@ def test_a_layer_holds_parts_packed_and_gives_them_back() -> None:
     assert torch.equal(held.keys[:, 1], left[:, 1])
     assert torch.equal(held.keys[:, 0, 4:], left[:, 0, 4:])
     held.keep(Kept(held.is_filled, held.keys + 1))
-    assert [type(x) for x in held._keys.parts] == [Plain], "what is written as a tensor is whole again"
+    assert held._keys.packed == (), "what is written as a tensor is whole again"
     held.reset()
     assert held.get_seq_length() == 0
 
@@ -201,7 +201,7 @@ def test_rows_stay_in_order_whatever_is_done_to_them(counts: list[int]) -> None:
             held = held.take(which, [len(head) for head in wanted])
         assert torch.equal(held.tensor(), torch.stack([x for head in wanted for x in head]))
         assert [sum(n for _, n in head) for head in held.runs] == [len(head) for head in wanted]
-    assert [type(x) for x in held.parts] == [Plain, Channels, Codes]
+    assert [type(x) for x in held.packed] == [Channels, Codes]
 
 
 def test_nothing_may_be_left_of_rows() -> None:
@@ -299,5 +299,6 @@ def test_a_method_says_why_a_text_is_left_as_it_is() -> None:
 
 def test_some_heads_of_a_packing_have_their_own_rows() -> None:
     rows = torch.arange(12.0).view(6, 2)
-    second = Packing(torch.ones(1, 2, 3, dtype=torch.bool), Plain(rows)).among([1])
+    packed = Channels.of(rows, torch.ones(1, 2, dtype=torch.bool), torch.zeros(6, dtype=torch.long))
+    second = Packing(torch.ones(1, 2, 3, dtype=torch.bool), packed).among([1])
     assert torch.equal(second.over(torch.zeros(1, 2, 3, 2))[0], torch.stack([torch.zeros(3, 2), rows[3:]]))

@@ -154,15 +154,22 @@ class Around(nn.Module):
         y = self.linear(x)
         if self.does == "drops":
             y = nn.functional.dropout(y, training=self.training)
+        if self.does == "trains" and self.training:
+            y = -y
+        if self.does == "rests" and not self.training:
+            y = -y
         if self.does == "weighs":
             y = x @ self.linear.weight
         return y.clamp(-1, 1) if self.does == "behind" else y
 
 
-@pytest.mark.parametrize("does", ["asks", "before", "behind", "places", "twice", "drops", "weighs"])
-def test_what_is_around_a_linear_map_is_told(does: str) -> None:
-    assert gives_alone(Around()) == "linear"
-    assert gives_alone(Around(does)) is None
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("does", ["asks", "before", "behind", "places", "twice", "drops", "trains", "rests", "weighs"])
+def test_what_is_around_a_linear_map_is_told_in_training_and_at_rest(does: str, training: bool) -> None:
+    assert gives_alone(Around().train(training)) == "linear"
+    module = Around(does).train(training)
+    assert gives_alone(module) is None
+    assert module.training is module.linear.training is training
 
 
 class Keeps(Around):

@@ -21,12 +21,15 @@ from heedful.adapters.hooked import Standing
 from heedful.adapters.kvcache import held_layer, serve
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
+from heedful.core.call import Call
 from heedful.core.errors import FieldError, RefusedModel
+from heedful.core.method import Method
+from heedful.core.sites import Site, at
 from heedful.methods import FoPru, SinkRate
 from heedful.tiny import tiny
 
 from .interrupting import interrupted, ours
-from .samples import Gate, Scale
+from .samples import PAPER, Gate, Scale
 
 
 class Own(nn.Module):
@@ -266,6 +269,32 @@ def test_what_was_remembered_of_an_encoder_that_generate_asked_before_is_known_b
         )
         llava.get_image_features(inputs["pixel_values"])  # nor of a text that has no image
         assert close_model(run(**text).logits[:, -1], unseen)
+
+
+class Heard(Method):
+    """Remembers how often an encoder attended, and tells it to cross-attention."""
+
+    paper = PAPER
+
+    @at(Site.PATTERN)
+    def hear(self, weights: torch.Tensor, call: Call) -> torch.Tensor:
+        kept = call.state.forward
+        if not call.cross and not call.causal:
+            kept["times"] = kept.get("times", 0) + 1
+        return weights / (1 + kept.get("times", 0)) if call.cross else weights
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_what_was_remembered_of_a_text_is_known_to_a_decoder_that_writes_of_it(kind: str) -> None:
+    model = models.tiny(kind)
+    ids = models.tiny_inputs(model)["input_ids"]
+    asked = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 3}
+    with attach(model, Heard()) as run:
+        written = run.generate(input_ids=ids, min_new_tokens=3, **asked)
+        wanted = run(input_ids=ids, decoder_input_ids=written.sequences[:, :-1]).logits
+    assert close_model(torch.stack(written.logits, 1), wanted)
+    assert not close_model(wanted, model(input_ids=ids, decoder_input_ids=written.sequences[:, :-1]).logits)
 
 
 @torch.no_grad()

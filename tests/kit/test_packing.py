@@ -70,6 +70,14 @@ def test_groups_are_told_apart_however_many_come_together() -> None:
     assert (one.slot.dtype, both.slot.dtype) == (torch.uint8, torch.int16)
 
 
+def test_a_step_that_rounds_down_takes_no_code_beyond_the_last() -> None:
+    """The smallest numbers of half precision are whole multiples of one: 300 of them in 255 steps of one each."""
+    least = 2.0**-24
+    packed = Codes.by_row(torch.tensor([[0.0, 300 * least]]).half(), 2, 8)
+    assert packed.tensor().tolist() == [[0.0, 255 * least]]
+    assert Codes.by_row(torch.tensor([[0.0, least]]).half(), 2, 8).tensor().tolist() == [[0.0, 0.0]]  # no step at all
+
+
 def test_half_precision_is_a_step_off_at_most() -> None:
     half = X.half()
     packed = Codes.by_row(half, 5, 8)

@@ -20,7 +20,7 @@ def by_loop(row: list[float], k: int) -> list[bool]:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("k", [0, 2, 9, 0.4, 1.0, (4, 1, 6)])
-def test_padding_on_either_side_is_never_counted(side, k):
+def test_padding_on_either_side_is_never_counted(side: str, k: float | tuple[int, ...]) -> None:
     torch.manual_seed(0)
     texts = [torch.randint(0, 3, (2, n)).float() for n in LENGTHS]
     texts[1][0] = -torch.inf
@@ -49,7 +49,7 @@ def test_of_many_equals_the_earlier_go_first() -> None:
 
 @pytest.mark.parametrize("n", [1, TOGETHER - 1, TOGETHER, 3 * TOGETHER + 5])
 @pytest.mark.parametrize("count", [1, 2, TOGETHER, TOGETHER + 1])
-def test_the_place_of_the_last_that_counts(n, count):
+def test_the_place_of_the_last_that_counts(n: int, count: int) -> None:
     torch.manual_seed(0)
     seen = torch.rand(2, 1, 40, n) < torch.linspace(0, 1, 40)[:, None]
     for row, place in zip(seen.flatten(0, 2).tolist(), place_of(seen, count).flatten().tolist(), strict=True):

@@ -149,7 +149,7 @@ def test_it_is_compared(tmp_path: Path) -> None:
     assert {r.cache for r in costs if r.batch == 2} == {2 * r.cache for r in costs if r.batch == 1}
     assert found.matrix.columns[1] == ("clips", "points, less is better")
     assert "The margin is 5 points." in str(found)
-    assert "In share of words wrong; less is better. Guessing scores 100%." in str(found)
+    assert "Score: share of words wrong; less is better. Guessing scores 100%." in str(found)
     assert found.page(tmp_path / "page.html").stat().st_size > 100_000
     again = compare(given, methods, [tmp_path / "clips"], turns=1, batch=[1, 2], out=tmp_path / "out")
     assert again.records == found.records

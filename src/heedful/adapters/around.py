@@ -25,20 +25,26 @@ def whatever_is_around(owner: nn.Module, names: Iterable[str]) -> nn.Linear | No
 def gives_alone(module: nn.Module) -> str | None:
     """The name of the linear map in a module that gives what that map gives, and does nothing around it.
 
-    The forward of a copy is followed as torch.fx does it, so that what it counts or keeps is left as it was; one that
-    cannot be followed may do anything.
+    The forward of a copy is followed as torch.fx does it, in training and at rest, so that what it counts or keeps is
+    left as it was; one that cannot be followed may do anything.
     """
     if linear_in(module) is None or "forward" in vars(module):
         return None
     ((name, _),) = module.named_children()
+    return name if all(_is_alone(name, module, training) for training in (False, True)) else None
+
+
+def _is_alone(name: str, module: nn.Module, training: bool) -> bool:
+    """Whether a forward hands what it is given to a part, and gives what that gives."""
+    other = _beside(module)
+    other.training = training  # not its part's, which is the module's own
     try:
-        nodes = [*_Calls().trace(_beside(module)).nodes]
+        nodes = [*_Calls().trace(other).nodes]
     except Exception:  # noqa: BLE001 - a forward asks in its own way for what fx does not tell
-        return None
+        return False
     given, done = nodes[0], [node for node in nodes if node.op != "placeholder"]
     calls = [(node.op, node.target, node.args, node.kwargs) for node in done]
-    alone = calls == [("call_module", name, (given,), {}), ("output", "output", (done[0],), {})]
-    return name if alone else None
+    return calls == [("call_module", name, (given,), {}), ("output", "output", (done[0],), {})]
 
 
 def _beside(module: nn.Module) -> nn.Module:

@@ -50,7 +50,8 @@ def _rows_of_many(model: nn.Module, instead: str) -> str:
     )
 
 
-ENCODED = "mm_encoder_outputs"  # what models of transformers call that which an encoder made of images before
+OF_IMAGES = "mm_encoder_outputs"  # what models of transformers call that which an encoder made of images before
+ENCODED = (OF_IMAGES, "encoder_outputs")
 
 
 class _Look(NamedTuple):
@@ -137,17 +138,16 @@ class Forwards:
     def _remembered(self, model: nn.Module, kwargs: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
         """What methods remembered of what encoders made before this forward, which goes on from there.
 
-        So `generate` does it: it has the encoder look at an image, and then calls the whole model.
+        So `generate` does it: it has the encoder read a text or look at an image, and then calls the whole model.
         """
         before, self._of_part = self._of_part, bool(self._parts[model])
-        encoded = kwargs.get(ENCODED)
-        if not (before if self._of_part else encoded):
+        given, found = {id(x) for x in tensors_in([kwargs.get(name) for name in ENCODED])}, dict[int, dict[str, Any]]()
+        if not (before if self._of_part else given):
             self._looks.clear()
-        if self._of_part or not encoded:
+        if self._of_part or not given:
             return {}
-        given, found = {id(x) for x in tensors_in(encoded)}, dict[int, dict[str, Any]]()
         these = [look for look in self._looks if any(id(x()) in given for x in look.made)]
-        for look in these or (self._looks if before else []):
+        for look in these or (self._looks if before and kwargs.get(OF_IMAGES) else []):
             for number, noted in look.memory.items():
                 if noted.keys() & found.get(number, {}).keys():
                     raise RefusedModel(

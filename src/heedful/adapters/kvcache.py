@@ -275,7 +275,7 @@ def _bytes_of(thing: Any) -> int:
 def tensors_in(thing: Any) -> Iterator[Tensor]:
     """Every plain tensor in there; quantised and packed ones are made of others."""
     if isinstance(thing, Rows):
-        thing = thing.parts
+        thing = (thing.plain, thing.packed)
     if isinstance(thing, Packed):
         thing = vars(thing)
     if isinstance(thing, Tensor) and is_traceable_wrapper_subclass(thing):

@@ -150,7 +150,7 @@ def figures(c: Results) -> Iterable[Figure]:
             yield Listing(
                 f"task_{list(c.tasks).index(task)}",
                 task_name(c, task),
-                f"{about['about']} In {about['unit']}; {direction(about)} is better.{guess} The log-probability is "
+                f"{about['about']} Score: {about['unit']}; {direction(about)} is better.{guess} The log-probability is "
                 "that of what is right, a token.",
                 ("method", "prompts", "score", "difference", "low", "high", "log-prob", "active"),
                 [_row(r, about["unit"]) for r in mine],

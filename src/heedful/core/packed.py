@@ -26,7 +26,7 @@ class Packed(ABC):
 
     @property
     @abstractmethod
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, int]:
         """How many rows there are, and how wide they are: t and d."""
 
     @abstractmethod
@@ -46,53 +46,26 @@ class Packed(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Plain(Packed):
-    """Rows as they are."""
-
-    rows: Tensor  # [t d]
-
-    @property
-    def form(self) -> Hashable:
-        return self.rows.shape[1:]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.rows.shape
-
-    def tensor(self) -> Tensor:
-        return self.rows
-
-    def take(self, which: Tensor) -> Plain:
-        return Plain(self.rows.index_select(0, which))  # far faster than rows[which]
-
-    def join(self, more: Plain, weave: Weave) -> Plain:
-        return Plain(weave(self.rows, more.rows))
-
-
-@dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of one head after another in parts of several forms, the first of them plain; a part's rows are in order.
+    """Rows of one head after another: some as they are, and others in parts of several forms, each of them in order.
 
     Which part a row lies in is known without a look at a tensor, so that nothing need be put in order again.
     """
 
-    parts: tuple[Packed, ...]
+    plain: Tensor  # [t ...], part 0
+    packed: tuple[Packed, ...]  # parts 1, 2, ...
     runs: Runs
 
     @staticmethod
     def of(rows: Tensor, counts: Sequence[int]) -> Rows:
         """Rows `[t ...]`, so many of each head."""
-        return Rows((Plain(rows),), tuple(((0, n),) for n in counts))
-
-    @property
-    def plain(self) -> Tensor:
-        """Those that are as they are, `[t ...]`."""
-        return self.parts[0].tensor()
+        return Rows(rows, (), tuple(((0, n),) for n in counts))
 
     def tensor(self) -> Tensor:
         """All of them, `[t ...]`."""
-        held = [part.tensor() for part in self.parts]
-        return held[0] if len(held) == 1 else _woven(self.runs, *held).to(held[0].dtype)
+        if not self.packed:
+            return self.plain
+        return _woven(self.runs, self.plain, *(part.tensor() for part in self.packed)).to(self.plain.dtype)
 
     def append(self, new: Tensor) -> Rows:
         """With `new [b g n ...]`, some for each head behind its others."""
@@ -104,40 +77,46 @@ class Rows:
             pairs = zip(plain.split(counts), new.flatten(0, 1), strict=True)
             plain = torch.cat([x for pair in pairs for x in pair])
         longer = {head: _short((*head, (0, n))) for head in set(self.runs)}
-        return Rows((Plain(plain), *self.parts[1:]), tuple(longer[head] for head in self.runs))
+        return Rows(plain, self.packed, tuple(longer[head] for head in self.runs))
 
     def put(self, those: Tensor, packed: Packed) -> Rows:
         """The same rows, of which `those [t]` are held as `packed`, in their order."""
         cut = _cut(self.runs, those)
 
-        def left(number: int, part: Packed) -> Packed:
+        def left(number: int, part: Any) -> Any:
             mine = [(meant, n) for each, meant, n in chain(*cut) if each == number]
             if not any(meant for meant, _ in mine):
                 return part
             places = torch.arange(len(part), device=those.device)
             pieces = zip(places.split([n for _, n in mine]), mine, strict=True)
-            return part.take(torch.cat([places[:0], *(piece for piece, (meant, _) in pieces if not meant)]))
+            return _taken(part, torch.cat([places[:0], *(piece for piece, (meant, _) in pieces if not meant)]))
 
-        parts = [left(*each) for each in enumerate(self.parts)]
-        alike = [i for i, part in enumerate(parts) if type(part) is type(packed) and part.form == packed.form]
-        number = alike[0] if alike else len(parts)
-        runs = (_short((number if meant else part, n) for part, meant, n in head) for head in cut)
-        if not alike:
-            return Rows((*parts, packed), tuple(runs))
+        plain, *parts = (left(*each) for each in enumerate((self.plain, *self.packed)))
+        alike = [i for i, part in enumerate(parts, 1) if type(part) is type(packed) and part.form == packed.form]
+        number = alike[0] if alike else len(parts) + 1
         order = tuple(tuple((int(meant), n) for part, meant, n in head if meant or part == number) for head in cut)
-        parts[number] = parts[number].join(packed, partial(_woven, order))
-        return Rows(tuple(parts), tuple(runs))
+        if alike:
+            packed = parts.pop(number - 1).join(packed, partial(_woven, order))
+        parts.insert(number - 1, packed)
+        runs = (_short((number if meant else part, n) for part, meant, n in head) for head in cut)
+        return Rows(plain, tuple(parts), tuple(runs))
 
     def take(self, which: Tensor, counts: Sequence[int]) -> Rows:
         """The rows of these numbers, in this order, so many of each head."""
-        if len(self.parts) == 1:
-            return Rows.of(self.parts[0].take(which).tensor(), counts)
+        if not self.packed:
+            return Rows.of(_taken(self.plain, which), counts)
         runs = torch.tensor([*chain(*self.runs)], dtype=torch.long, device=which.device).view(-1, 2)
         number = runs[:, 0].repeat_interleave(runs[:, 1])
-        taken = number[which]
-        parts = (part.take(((number == i).cumsum(0) - 1)[which[taken == i]]) for i, part in enumerate(self.parts))
-        cut = _cut(Rows.of(which, counts).runs, taken)
-        return Rows(tuple(parts), tuple(_short((part, n) for _, part, n in head) for head in cut))
+        mine = number[which]
+        places = (((number == i).cumsum(0) - 1)[which[mine == i]] for i in range(len(self.packed) + 1))
+        plain, *parts = map(_taken, (self.plain, *self.packed), places)
+        cut = _cut(Rows.of(which, counts).runs, mine)
+        return Rows(plain, tuple(parts), tuple(_short((part, n) for _, part, n in head) for head in cut))
+
+
+def _taken(part: Any, which: Tensor) -> Any:
+    """The rows of these numbers, in this order."""
+    return part.index_select(0, which) if isinstance(part, Tensor) else part.take(which)  # far faster than part[which]
 
 
 def _woven(runs: Runs, *sources: Tensor) -> Tensor:

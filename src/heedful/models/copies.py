@@ -32,10 +32,10 @@ def unpacked(paths: Sequence[Path], convert: Convert, takes: str) -> Path:
     has asked for in a month go.
     """
     path = paths[0]
-    digest = file_digest(path)
-    source = {"code": _code(convert), "file": path.name, "size": path.stat().st_size, "sha256": digest}
+    digest, code = file_digest(path), _code(convert)
+    source = {"code": code, "file": path.name, "size": path.stat().st_size, "sha256": digest}
     file = f"{path.stem}-{digest[:12]}"
-    home = cache_folder() / f"{file}-{source['code'][:8]}"
+    home = cache_folder() / f"{file}-{code[:8]}"
     if not _is_copy(home, source):
         log.warning("unpacking %s once, about %s; the copy stays in %s", path.name, takes, home)
         try:
