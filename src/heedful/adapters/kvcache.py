@@ -88,7 +88,7 @@ class HeldLayer(DynamicLayer):
     @property
     def nbytes(self) -> int:
         """The memory that all of it takes."""
-        return _bytes_of((self._keys, self._values, self._index))
+        return _bytes_of([x for rows in (self._keys, self._values, self._index) if rows for x in rows.parts])
 
     @property
     def index(self) -> Tensor:
@@ -275,7 +275,7 @@ def _bytes_of(thing: Any) -> int:
 def tensors_in(thing: Any) -> Iterator[Tensor]:
     """Every plain tensor in there; quantised and packed ones are made of others."""
     if isinstance(thing, Rows):
-        thing = (thing.plain, thing.packed)
+        thing = thing.parts
     if isinstance(thing, Packed):
         thing = vars(thing)
     if isinstance(thing, Tensor) and is_traceable_wrapper_subclass(thing):

@@ -61,6 +61,11 @@ class Rows:
         """Rows `[t ...]`, so many of each head."""
         return Rows(rows, (), tuple(((0, n),) for n in counts))
 
+    @property
+    def parts(self) -> tuple[Tensor | Packed, ...]:
+        """Part 0, and the packed ones."""
+        return (self.plain, *self.packed)
+
     def tensor(self) -> Tensor:
         """All of them, `[t ...]`."""
         if not self.packed:
@@ -70,14 +75,23 @@ class Rows:
     def append(self, new: Tensor) -> Rows:
         """With `new [b g n ...]`, some for each head behind its others."""
         plain, heads, n = self.plain, new.shape[:2], new.shape[2]
-        counts = [sum(n for part, n in head if part == 0) for head in self.runs]
+        counts = self._plain_counts
         if len(set(counts)) == 1:
             plain = torch.cat([plain.view(*heads, counts[0], *plain.shape[1:]), new], 2).flatten(0, 2)
         else:
             pairs = zip(plain.split(counts), new.flatten(0, 1), strict=True)
             plain = torch.cat([x for pair in pairs for x in pair])
+        if not self.packed:
+            return Rows.of(plain, [count + n for count in counts])
         longer = {head: _short((*head, (0, n))) for head in set(self.runs)}
         return Rows(plain, self.packed, tuple(longer[head] for head in self.runs))
+
+    @property
+    def _plain_counts(self) -> list[int]:
+        """How many rows of each head are as they are."""
+        if not self.packed:
+            return [n for ((_, n),) in self.runs]
+        return [sum(n for part, n in head if part == 0) for head in self.runs]
 
     def put(self, those: Tensor, packed: Packed) -> Rows:
         """The same rows, of which `those [t]` are held as `packed`, in their order."""
@@ -91,7 +105,7 @@ class Rows:
             pieces = zip(places.split([n for _, n in mine]), mine, strict=True)
             return _taken(part, torch.cat([places[:0], *(piece for piece, (meant, _) in pieces if not meant)]))
 
-        plain, *parts = (left(*each) for each in enumerate((self.plain, *self.packed)))
+        plain, *parts = (left(*each) for each in enumerate(self.parts))
         alike = [i for i, part in enumerate(parts, 1) if type(part) is type(packed) and part.form == packed.form]
         number = alike[0] if alike else len(parts) + 1
         order = tuple(tuple((int(meant), n) for part, meant, n in head if meant or part == number) for head in cut)
@@ -109,7 +123,7 @@ class Rows:
         number = runs[:, 0].repeat_interleave(runs[:, 1])
         mine = number[which]
         places = (((number == i).cumsum(0) - 1)[which[mine == i]] for i in range(len(self.packed) + 1))
-        plain, *parts = map(_taken, (self.plain, *self.packed), places)
+        plain, *parts = map(_taken, self.parts, places)
         cut = _cut(Rows.of(which, counts).runs, mine)
         return Rows(plain, tuple(parts), tuple(_short((part, n) for _, part, n in head) for head in cut))
 
