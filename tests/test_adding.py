@@ -179,7 +179,7 @@ def test_it_is_derived_twice(cut: None) -> None:
     assert close(twice("native"), twice("reference"))
 
 
-@pytest.mark.parametrize("rules", [ODD, *RULES.values()], ids=["odd", *RULES])
+@pytest.mark.parametrize("rules", [ODD, RULES["blind rows"]], ids=["odd", "blind rows"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_bias_that_learns(shape: tuple[int, ...], rules: tuple[Rule, ...], cut: None) -> None:
     for apart in BIASES:

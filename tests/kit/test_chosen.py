@@ -118,3 +118,43 @@ def test_what_rows_reach_is_asked_once_and_pairs_are_looked_at_there_alone() -> 
     assert asked == [slice(4, 6), slice(6, 8)]
     assert bool(rule.keeps(pairs(slice(4, 6), slice(12, 15))).all())
     assert asked[2:] == [(slice(4, 6), slice(12, 15))]
+
+
+@pytest.mark.parametrize(
+    ("seen", "ranges"),
+    [
+        ((), ()),
+        ((4, 5, 6), ((4, 7),)),
+        ((2, 3, 5, 6, 8), ((2, 9),)),  # five of seven, which nobody would copy together
+        ((2, 3, 5, 6, 9), ((2, 4), (5, 7), (9, 10))),  # five of eight
+    ],
+)
+def test_hundreds_of_ranges_close_together_are_told_as_one(
+    seen: tuple[int, ...], ranges: tuple[tuple[int, int], ...]
+) -> None:
+    table = torch.zeros(1, 1, 1, 12, dtype=torch.bool)
+    table[..., list(seen)] = True
+    assert Chosen(lambda rows: table).columns(slice(0, 1)) == ranges
+
+
+def test_keys_of_groups_that_follow_one_another_are_ranges() -> None:
+    table = torch.rand(1, 2, ROWS, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    asked: list[slice] = []
+
+    def pick(rows: slice) -> Tensor:
+        asked.append(rows)
+        return table[:, :, rows]
+
+    def stretches(groups: Tensor) -> Tensor:
+        start = 10 * torch.arange(5).expand(groups.shape) * groups
+        return torch.stack([start, (start + 10).clamp(max=TOTAL) * groups], -1)
+
+    rule = Chosen(pick, lambda groups, cols: groups.repeat_interleave(10, -1)[..., cols], stretches)
+    assert not rule.scattered
+    assert Chosen(pick).scattered
+    assert Chosen(pick).key_ranges(Positions.row(0, ROWS), Positions.row(0, 50)) is None
+    found = rule.key_ranges(Positions.row(0, ROWS), Positions.row(0, 50))
+    assert found is not None
+    assert [rows.start for rows in asked] == [0, TOGETHER, 2 * TOGETHER]
+    inside = (torch.arange(50) >= found[..., :1]) & (torch.arange(50) < found[..., 1:])
+    assert torch.equal(inside.any(-2), table.repeat_interleave(10, -1))

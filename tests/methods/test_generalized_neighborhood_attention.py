@@ -11,6 +11,7 @@ import torch
 from heedful.conformance.bare import Bare, Shape
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
+from heedful.core.positions import Positions
 from heedful.core.regions import Region
 from heedful.methods import GeneralizedNeighborhoodAttention, NeighborhoodAttention
 
@@ -68,6 +69,20 @@ def test_a_group_sees_the_window_of_its_middle(
     for backend, rows in (("reference", None), ("tiled", 5)):
         found, _ = bare.run(GeneralizedNeighborhoodAttention(size, stride, dilation), backend, rows)
         assert close(found, want)
+
+
+def test_patches_of_texts_may_stand_in_other_columns() -> None:
+    method, n = GeneralizedNeighborhoodAttention((3, 4), (2, 3)), BEFORE + 63
+    bare = image((7, 9))
+    alone = method.narrow(bare.call.mask, bare.call).keeps(bare.call.pairs)
+    padded = Positions.row(0, n + 5, pad=torch.tensor([0, 3]))
+    both = replace(bare.call, queries=padded, keys=padded)
+    kept = method.narrow(both.mask, both).keeps(both.pairs)
+    assert alone is not None
+    assert kept is not None
+    for text, start in enumerate((0, 3)):
+        mine = slice(start, start + n)
+        assert torch.equal(kept[text, 0, mine, mine], alone[0, 0, :n, :n])
 
 
 def test_steps_of_one_are_neighbourhoods_and_steps_of_a_window_are_blocks() -> None:

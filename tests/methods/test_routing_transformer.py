@@ -180,7 +180,7 @@ def test_errors() -> None:
             RoutingTransformer(decay=decay)
 
 
-@pytest.mark.parametrize("clusters", [1, 31, 32, 70])
+@pytest.mark.parametrize("clusters", [1, 16, 17, 70])
 def test_tokens_meet_in_any_of_many_clusters(clusters: int) -> None:
     torch.manual_seed(0)
     one, other = (torch.rand(2, 3, clusters, 9) < 1.5 / clusters for _ in range(2))

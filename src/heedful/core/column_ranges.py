@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 Ranges = tuple[tuple[int, int], ...]
+GATHER_BELOW = 0.7  # scattered columns are copied together when they are at most this share of the range they span
 
 
 def union(a: Ranges, b: Ranges) -> Ranges:
@@ -18,4 +19,7 @@ def union(a: Ranges, b: Ranges) -> Ranges:
 
 def intersection(a: Ranges, b: Ranges) -> Ranges:
     """The intersection of two sets of half-open ranges."""
+    for one, many in ((a, b), (b, a)):
+        if len(one) == 1 < len(many) and all(one[0][0] <= lo and hi <= one[0][1] for lo, hi in many):
+            return union(many, ())  # where keys were picked there may be hundreds
     return union(tuple((max(p, r), min(q, s)) for p, q in a for r, s in b), ())

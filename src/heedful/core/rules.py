@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from heedful.core import key_ranges as ranges
 from heedful.core.column_ranges import Ranges, intersection, union
+from heedful.core.flags import between, either
 from heedful.core.positions import Pairs, Positions, spread_heads
 
 
@@ -125,3 +127,40 @@ class OnHeads(Rule):
     @property
     def scattered(self) -> bool:
         return self.rule.scattered
+
+
+@dataclass(frozen=True, eq=False)
+class Ranged(Rule):
+    """Ranges of columns that are told for each query of the whole call, `[b|1, h|1, q, n, 2]`."""
+
+    ranges: Tensor
+
+    def keeps(self, pairs: Pairs) -> Tensor:
+        start = pairs.cols.start or 0 if isinstance(pairs.cols, slice) else 0
+        columns = torch.arange(start, start + len(pairs.keys), device=self.ranges.device)
+        return self._holds(columns if isinstance(pairs.cols, slice) else pairs.cols, pairs.rows)
+
+    def _holds(self, places: Tensor, rows: slice) -> Tensor:
+        """Which of these places, broadcastable to `[b h r k]`, lie in a range of their row."""
+        ranges = self.ranges[:, :, rows, None]
+        return reduce(either, (between(places, x[..., 0], x[..., 1]) for x in ranges.unbind(-2)))
+
+    def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
+        return self.ranges
+
+
+@dataclass(frozen=True, eq=False)
+class Arranged(Ranged):
+    """Ranges of places, once tokens that see one another are put into an order of each head's own.
+
+    A kernel that is handed queries, keys and values in that order has nothing to leave out one by one.
+    """
+
+    place: Tensor  # [b|1, h|1, n], where each token comes, of the type of `ranges`
+
+    def keeps(self, pairs: Pairs) -> Tensor:
+        return self._holds(self.place[:, :, None, pairs.cols], pairs.rows)
+
+    @property
+    def scattered(self) -> bool:
+        return True

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from heedful.core.column_ranges import Ranges
+from heedful.core.column_ranges import GATHER_BELOW, Ranges
 from heedful.core.flags import some
 from heedful.core.key_ranges import tidy
 from heedful.core.mask import Rule
@@ -35,7 +35,10 @@ class _Picked(Rule):
 
     def columns(self, rows: slice) -> Ranges:
         if not self._told or self._told[0][0] != rows:
-            ends = pad(self._reached(rows), (1, 1)).long().diff().nonzero().flatten()
+            reached = self._reached(rows)
+            ends = pad(reached, (1, 1)).long().diff().nonzero().flatten()
+            if len(ends) > 2 and int(reached.sum()) > GATHER_BELOW * int(ends[-1] - ends[0]):
+                ends = ends[[0, -1]]  # hundreds of ranges that nobody would copy together
             self._told[:] = [(rows, tuple((lo, hi) for lo, hi in ends.view(-1, 2).tolist()))]
         return self._told[0][1]
 

@@ -14,6 +14,7 @@ from heedful.core.errors import BackendError
 from heedful.core.mask import Dense, Mask
 from heedful.core.paper import Paper
 from heedful.core.ragged import Ragged, padded
+from heedful.core.rules import Arranged, Ranged
 from heedful.core.sites import Site
 from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.core.values import replace
@@ -83,7 +84,10 @@ class Native:
         kernel = library()
         if isinstance(kernel, str):
             raise BackendError(kernel)
-        if _why_tiles(job.needs or Needs(call=job.call)):
+        needs = job.needs or Needs(call=job.call)
+        if (rule := _arranged(needs)) is not None:
+            return _in_order(kernel, job, rule, q, k, v), None
+        if _why_tiles(needs):
             return Tiled(compute=partial(_tile, kernel))(job, q, k, v)
         return through(lambda plain: _compute(kernel, plain, q, k, v), job, q, k, v), None
 
@@ -103,6 +107,26 @@ def _why_tiles(needs: Needs) -> str:
         return "blocks begin with the text, and padding on the left moves them off the kernel's panels"
     passes = needs.gradients or not _alone(needs.call)
     return STRETCHES if passes and needs.key_ranges is None else ""
+
+
+def _arranged(needs: Needs) -> Arranged | None:
+    """The rule of a call that leaves out no pair but by an order of its tokens."""
+    call = needs.call
+    if call is None or needs.adds or needs.bias or call.keys.is_filled is not None:
+        return None
+    rules = [rule for rule in call.mask.rules if not rule.idle(call.queries, call.keys)]
+    return rules[0] if len(rules) == 1 and isinstance(rules[0], Arranged) else None
+
+
+def _in_order(kernel: Library, job: AttentionCall, rule: Arranged, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A call whose tokens stand in the order of a rule, where each query's keys are ranges."""
+    order = rule.place.long().argsort(-1)[..., None]
+    ranges = rule.ranges.long().take_along_dim(order[..., None], 2)
+    q, k, v = (x.take_along_dim(order, 2) for x in (q, job.call.spread(k), job.call.spread(v)))
+    call = replace(job.call, mask=Mask((Ranged(ranges),)), kv_heads=job.call.heads)
+    needs = replace(job.needs or Needs(), call=call, tensors=(q, k, v))
+    heads = _compute(kernel, replace(job, call=call, needs=needs), q, k, v)
+    return heads.take_along_dim(rule.place.long()[..., None], 2)
 
 
 def _tile(kernel: Library, job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

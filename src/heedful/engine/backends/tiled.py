@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.column_ranges import Ranges
+from heedful.core.column_ranges import GATHER_BELOW, Ranges
 from heedful.core.paper import Paper
 from heedful.core.values import replace
 from heedful.engine.again import recomputed
@@ -39,7 +39,6 @@ TILE_BYTES = 8 << 20  # scores of one tile: a few of them fit into a last-level 
 KEPT_BYTES = 64 << 20  # of a call's scores that the way back may find kept
 LEAST, MOST = 16, 256  # rows of a tile
 EVEN = 8  # what they are a multiple of, so that threads share them evenly
-GATHER_BELOW = 0.7  # copy scattered columns together when they are at most this share of the range they span
 
 
 Compute = Callable[[AttentionCall, Call, Tensor, Tensor, Tensor], Tensor]

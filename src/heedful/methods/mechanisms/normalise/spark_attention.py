@@ -53,9 +53,9 @@ class SparkAttention(Method):
                 f"{self!r}, layer {call.layer}: queries and keys are not known, and scores are made of them"
             )
         q, k = call.query[:, :, call.rows].to(scores.dtype), call.spread(call.key[:, :, call.cols]).to(scores.dtype)
-        tells = torch.arange(q.shape[-1], device=q.device) % 4 < 2
-        q = q * call.scale
-        predicted, gates = (call.capped(q[..., part] @ k[..., part].mT) for part in (tells, ~tells))
+        tells, q = torch.arange(q.shape[-1], device=q.device) % 4 < 2, q * call.scale
+        parts = (part.nonzero()[:, 0] for part in (tells, ~tells))
+        predicted, gates = (call.capped(q.index_select(-1, part) @ k.index_select(-1, part).mT) for part in parts)
         seen = torch.ones_like(scores[:1, :1], dtype=torch.bool) if call.keep is None else call.keep
         kept = both(seen, at_least(predicted.detach(), self._threshold(predicted.detach(), seen)))
         weights = lowered(predicted, kept).softmax(-1)

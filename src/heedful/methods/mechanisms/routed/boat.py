@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, SiteError, at
-from heedful.core.flags import between, either, whole
-from heedful.kit.chosen import Reached
+from heedful.core.flags import whole
+from heedful.core.rules import Arranged
 from heedful.kit.patches import patch_tokens, sides, whole_image
 from heedful.kit.running import wide
 
@@ -73,20 +73,14 @@ class BOAT(Method):
         ahead, cut, stop = place >= start + size, start + size, start + 2 * size
         first = torch.where(ahead, (cut - self.overlap).maximum(start), start)
         stop = torch.where(ahead, stop, (cut + self.overlap).minimum(stop))
-        n = len(call.keys)
-
-        def laid(x: Tensor, outside: int) -> Tensor:
-            everywhere = torch.full(call.query.shape[:3], outside, device=x.device)  # type: ignore[union-attr]
-            return everywhere.index_copy(2, tokens, x).to(whole(n))
-
-        at, first, stop = laid(place, -1), laid(first, -1), laid(stop, n)
-        every_key = torch.ones(n, dtype=torch.bool, device=query.device)
-
-        def pick(rows: slice, cols: slice | Tensor) -> Tensor:
-            key = at[:, :, None, cols]
-            return either(between(key, first[:, :, rows, None], stop[:, :, rows, None]), key < 0)
-
-        return mask & Reached(pick, lambda rows: every_key)
+        # tokens outside the grid come first, see everything and are seen by all
+        n, outside = len(call.keys), len(call.keys) - len(tokens)
+        before = torch.zeros_like(place), torch.full_like(place, outside)
+        own = torch.stack([*before, outside + first, outside + stop], -1).unflatten(-1, (2, 2))
+        ranges = own.new_tensor([[0, n], [0, 0]]).expand(*place.shape[:2], n, 2, 2).index_copy(2, tokens, own)
+        others = torch.ones(n, dtype=torch.bool, device=place.device).index_fill(0, tokens, False)
+        places = (others.cumsum(0) - 1).expand(*place.shape[:2], n).index_copy(2, tokens, outside + place)
+        return mask & Arranged(ranges.to(whole(n)), places.to(whole(n)))
 
     def order(self, query: Tensor) -> Tensor:
         """The patches `[b h n d]` in the order in which parts stand side by side, `[b h n]`."""

@@ -84,6 +84,8 @@ class DynamicMaskAttention(Method):
             keep = mask.keeps(part.pairs)
             if keep is None:
                 return (rank < self.keep).expand(-1, -1, len(part.queries), -1)
+            if int(keep.sum(-1).amax()) <= self.keep:
+                return keep
             keep = keep.expand(*rank.shape[:2], -1, -1)
             by_rank = keep.gather(-1, order.expand(-1, -1, keep.shape[2], -1))
             last = place_of(by_rank, self.keep).to(rank.dtype)  # the rank of the last of its keys that a query sees

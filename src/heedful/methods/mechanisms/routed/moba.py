@@ -26,8 +26,8 @@ class MoBA(Method):
             "New tokens choose blocks as those of the prompt do; the authors' code decodes with full attention.",
             "Blocks are counted from where each text begins.",
             "Means of keys are float32 at least; the authors round them to the keys' own type before the product.",
-            "Blocks are chosen key by key of a mask, as in the authors' plain code: what their kernel saves is not "
-            "saved here.",
+            "Blocks are a mask's, query by query: what the authors' kernel saves by laying queries of one block "
+            "beside one another is not saved here.",
             "Layers with full attention, as the paper's last ones in fine-tuning, are left out by `.on(layers=...)`.",
         ),
     )
@@ -71,9 +71,6 @@ class MoBA(Method):
             return either(chosen, blocks == own[:, :, rows])
 
         def laid(chosen: Tensor, cols: slice | Tensor) -> Tensor:
-            if call.keys.first is not None and call.keys.pads == (0, 0):  # blocks stand side by side
-                by_place = chosen[..., None].expand(*chosen.shape, self.size).flatten(-2)
-                return by_place[..., call.keys.first : call.keys.first + len(call.keys)][..., cols]
             return chosen.gather(-1, spread_heads(number, heads)[:, :, None, cols].expand(*chosen.shape[:3], -1))
 
         each = blocks.expand(*number.shape[:2], -1).contiguous()

@@ -17,7 +17,7 @@ from heedful.kit.running import past_keys, text_keys
 from heedful.kit.told import of_keys
 from heedful.kit.topk import top_k
 
-WORD = 31  # bits that a whole number of four bytes has beside its sign
+WORD = 16  # bits of a whole number of two bytes, its sign among them
 
 
 class RoutingTransformer(Method):
@@ -114,7 +114,7 @@ class RoutingTransformer(Method):
 
 def _words(clusters: Tensor) -> list[Tensor]:
     """Which clusters `[b h c n]` have taken each token, as the bits of whole numbers `[b h n]`."""
-    bits = [x << i % WORD for i, x in enumerate(clusters.int().unbind(2))]
+    bits = [x << i % WORD for i, x in enumerate(clusters.short().unbind(2))]
     return [reduce(or_, bits[i : i + WORD]) for i in range(0, len(bits), WORD)]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -74,7 +76,8 @@ class SparseK(Method):
             return known.expand(-1, -1, len(part.queries), -1) & (True if keep is None else keep)
 
         rows = [slice(i, i + ROWS) for i in range(0, len(call.queries), ROWS)]
-        found = [threshold(scores[:, :, None], seen(part), self.keep) for part in rows]
+        order = _Order.of(scores[:, :, None])
+        found = [threshold(scores[:, :, None], seen(part), self.keep, order) for part in rows]
         levels, lowest = (torch.cat(x, 2) for x in zip(*found, strict=True))
         call.state.forward[str(call.layer)] = scores, levels
         return mask & Chosen(lambda rows: seen(rows) & (place >= lowest[:, :, rows]))
@@ -104,15 +107,32 @@ class SparseK(Method):
         return (scores[:, :, None, call.cols] - levels[:, :, call.rows]).clamp(0, 1)
 
 
-def threshold(scores: Tensor, there: Tensor, k: int) -> tuple[Tensor, Tensor]:
+class _Order(NamedTuple):
+    """What rows that share their entries share of where the sum of gates may bend."""
+
+    rising: Tensor  # the entries, from the lowest
+    order: Tensor  # which these are
+    bends: Tensor  # numbers that a threshold may pass, from the lowest
+    full: Tensor  # how many entries a threshold at each bend leaves below those that it lets through whole
+    some: Tensor  # and how many it lets nothing through of
+
+    @staticmethod
+    def of(scores: Tensor) -> _Order:
+        rising, order = _rising(scores)
+        bends = torch.cat([rising, rising - 1], -1).sort(-1).values
+        full, some = (torch.searchsorted(rising, x, right=True) for x in (bends + 1, bends))
+        return _Order(rising, order, bends, full, some)
+
+
+def threshold(scores: Tensor, there: Tensor, k: int, known: _Order | None = None) -> tuple[Tensor, Tensor]:
     """tau with sum clip(scores - tau, 0, 1) = k over the entries of each row that are there, `[... 1]`.
 
     Where there are no more than k, it is low enough to let all of them through. Its gradient is that of the paper's
     projection, since which entries lie between 0 and 1 does not change nearby. Beside it stands the place of the k-th
-    highest, of all from the lowest. Rows share the order of their entries, which is sought once.
+    highest, of all from the lowest. Rows share the order of their entries, which may be known already.
     """
     with torch.no_grad():
-        rising, order = _rising(scores)
+        rising, order, bends, full, some = known or _Order.of(scores)
         held = there.gather(-1, order.expand_as(there))
         many = pad(held.cumsum(-1, dtype=torch.int32), (1, 0))
         below = pad((rising * held).cumsum(-1), (1, 0))
@@ -120,8 +140,6 @@ def threshold(scores: Tensor, there: Tensor, k: int) -> tuple[Tensor, Tensor]:
         first = (torch.searchsorted(many, torch.ones_like(count)) - 1).clamp(max=rising.shape[-1] - 1)
         least = _at(rising, first).where(count > 0, 0.0)
         lowest = torch.searchsorted(many, count - k, right=True) - 1
-        bends = torch.cat([rising, rising - 1], -1).sort(-1).values  # where the sum of gates may bend
-        full, some = (torch.searchsorted(rising, x, right=True) for x in (bends + 1, bends))
 
         def gates(bend: Tensor) -> Tensor:
             """What the gates of each row add up to at one of the bends."""
