@@ -191,6 +191,8 @@ def beside(lengths: tuple[int, ...], rounds: int) -> None:
         for shape, (h, g, d) in SHAPES.items():
             torch.compiler.reset()  # or it would soon compile no more
             for n in lengths:
+                if n * h * d > 2**22:
+                    continue  # minutes a round, in eager torch
                 q, k, v = draw(h, g, d, n, n, kind)
                 for what, (told, torch_s) in under(q, k, v).items():
                     contenders = {
