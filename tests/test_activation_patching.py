@@ -223,3 +223,38 @@ def test_overlap_of_circuits() -> None:
 def test_says_what_is_wrong(call, match: str) -> None:
     with pytest.raises(FieldError, match=match):
         call(models.tiny("llama"))
+
+
+def rows(ids: list[Tensor]) -> dict[str, Tensor]:
+    """Texts of one batch, padded on the left."""
+    most = max(x.shape[1] for x in ids)
+    left = [most - x.shape[1] for x in ids]
+    padded = [torch.nn.functional.pad(x, (gap, 0)) for x, gap in zip(ids, left, strict=True)]
+    return {
+        "input_ids": torch.cat(padded),
+        "attention_mask": (torch.arange(most) >= torch.tensor(left)[:, None]).long(),
+    }
+
+
+@pytest.mark.parametrize(
+    "effects",
+    [
+        patching,
+        lambda *given: patching(*given, positions=(1, 2)),
+        lambda *given: patching(*given, estimate=True),
+        lambda *given: patching(*given, positions=(1, 2), estimate=True),
+        path_patching,
+        lambda *given: path_patching(*given, receivers=[(1, 0)]),
+        lambda *given: path_patching(*given, receivers=[(1, 0), (1, 1)], side="v"),
+    ],
+    ids=["all", "places", "estimate", "places estimated", "paths", "queries", "values"],
+)
+def test_a_padded_batch_has_the_effects_of_its_texts_alone(effects) -> None:
+    model = models.tiny("llama")
+    clean, corrupt = ([ids[:1], ids[1:, 1:5]] for ids in (CLEAN, CORRUPT))
+    alone = [effects(model, *pair, metric) for pair in zip(clean, corrupt, strict=True)]
+    leads = [found.clean - found.corrupt for found in alone]
+    expected = sum(found.share * lead for found, lead in zip(alone, leads, strict=True)) / sum(leads)
+    together = effects(model, rows(clean), rows(corrupt), metric)
+    assert close_model(together.share.nan_to_num(), expected.nan_to_num())
+    assert together.share.abs().nan_to_num().max() > 0

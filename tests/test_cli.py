@@ -7,6 +7,7 @@ import json
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -143,6 +144,53 @@ def test_another_paper_with_the_formula_is_found_shown_cited_and_counted() -> No
     assert told("cite", "P006", "V2P", "P018").count("@article") == 2
     found = json.loads(told("methods", "From Background Suppression", "--json"))
     assert [(one["name"], one["paper"], one["also"]) for one in found] == [("V2P", "P006", ["P018"])]
+
+
+OWN = """
+from torch import Tensor
+from heedful.authoring import Call, Method, Paper, Site, at
+
+
+class Halved(Method):
+    \"\"\"Halves the weights.\"\"\"
+
+    paper = Paper("2601.00001", "A Paper about Halves", "Ada Author", 2026, "2601.00001")
+    share: float = 0.5  # what is left
+
+    @at(Site.PATTERN)
+    def halve(self, weights: Tensor, call: Call) -> Tensor:
+        return weights * self.share
+"""
+
+
+def test_a_method_in_a_file_of_ones_own_is_named_by_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stem, text in (("own_halves", OWN), ("own_pair", OWN + OWN.replace("Halved", "Other")), ("own_none", "")):
+        (tmp_path / f"{stem}.py").write_text(text, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, stem, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert "share = 0.5  what is left" in told("show", "own_halves.py")
+    assert "Halved(share=0.25) at PATTERN" in told("explain", "own_halves.py(share=0.25)|act")
+    assert "A Paper about Halves" in told("cite", f"{tmp_path / 'own_pair.py'}:Other")
+    with heedful.attach(heedful.models.tiny("llama"), "own_halves.py:Halved") as run:
+        run(**heedful.models.tiny_inputs(run.model))
+        assert run.active
+    for name, reason in (
+        ("own_pair.py", "has several methods; name one of own_pair.py:Halved, own_pair.py:Other"),
+        ("own_pair.py:Third", "has no method named 'Third'; name one of"),
+        ("own_none.py", "has no method: write a class in it"),
+        ("nowhere.py", "there is no file 'nowhere.py'"),
+        ("nowhere", "one of your own goes by its file, as in mine.py"),
+    ):
+        with pytest.raises(HeedfulError, match=reason):
+            told("show", name)
+    (tmp_path / "json.py").write_text(OWN, encoding="utf-8")
+    with pytest.raises(HeedfulError, match="a module named json is imported already; give the file another name"):
+        told("check", "json.py")
+
+
+def test_what_is_cited_or_shown_may_have_settings() -> None:
+    assert told("cite", "act(beta=0.4) | sinkrate") == told("cite", "act", "sinkrate")
+    assert told("show", "act(beta=0.4)") == told("show", "act")
 
 
 def test_check_prints_every_law() -> None:

@@ -171,3 +171,15 @@ def test_an_export_of_what_values_decide_is_refused() -> None:
         model(IDS)
         with pytest.raises(RefusedModel, match=r"torch\.export cannot write down model\.layers\.0"):
             torch.export.export(model, (IDS,), strict=False)
+
+
+def test_a_compiled_model_is_attached_to_itself() -> None:
+    model = models.tiny("llama")
+    compiled = torch.compile(model, backend="eager")
+    before = logits(compiled)
+    with attach(model, TempScale(0.5)) as run:
+        expected = logits(run)
+    with attach(compiled, TempScale(0.5)) as run:
+        assert torch.equal(logits(run), expected)
+        assert torch.equal(logits(compiled), expected)
+    assert torch.equal(logits(compiled), before)

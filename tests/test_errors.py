@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
+import heedful
 from heedful.core.errors import CatalogueError, FieldError, HeedfulError, StatisticError, UnknownFieldError
+from heedful.core.sites import Site
 
 
 @pytest.mark.parametrize("sent", [lambda x: pickle.loads(pickle.dumps(x)), copy.copy, copy.deepcopy])
@@ -27,3 +29,12 @@ def test_an_error_that_is_sent_says_the_same(sent: Callable[[HeedfulError], Heed
         assert type(found) is type(error)
         assert str(found) == str(error)
         assert found.__notes__ == ["while reading"]
+
+
+def test_a_good_value_can_be_copied_and_a_site_has_its_name() -> None:
+    with pytest.raises(FieldError, match=r"site = Site\.MASK: .*for example site=Site\.HEAD_OUTPUT$"):
+        heedful.explaining.activations(heedful.models.tiny("llama"), [1, 2], Site.MASK)
+    with pytest.raises(FieldError, match=r"for example site=Site\.PATTERN$"):
+        heedful.edit("pattern", lambda x, call: x)  # type: ignore[arg-type]
+    with pytest.raises(FieldError, match=r"for example function=lambda value, call: 2 \* value$"):
+        heedful.edit(Site.PATTERN, lambda x: x)  # type: ignore[arg-type]

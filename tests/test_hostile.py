@@ -277,9 +277,9 @@ def test_every_annotation_of_a_verb_is_asked_for() -> None:
         ),
         (
             lambda: nn.convert(3),
-            r"convert\(\)\.model = 3: must be a model \(torch\.nn\.Module\); for example model='models\.default",
+            r"convert\(\)\.model = 3: must be a model \(torch\.nn\.Module\); for example model=models\.default",
         ),
-        (lambda: heedful.decode(models.tiny("llama"), [1, 2], None), r"for example prompt='Prompt\(\(1, 2, 3\)\)'"),
+        (lambda: heedful.decode(models.tiny("llama"), [1, 2], None), r"for example prompt=Prompt\(\(1, 2, 3\)\)"),
         (lambda: Prompt((1, 2.5)), r"Prompt\.tokens = .*: must be tuple\[int, \.\.\.\]"),
     ],
 )

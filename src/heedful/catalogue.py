@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 import re
+import sys
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -43,16 +45,47 @@ def entries() -> dict[str, type[CatalogueEntry]]:
 
 @asks
 def find(name: str) -> type[CatalogueEntry]:
-    """The class of that name, whatever its case; an error with near names otherwise."""
+    """The class of that name, whatever its case, or of a file of one's own; an error with near names otherwise."""
+    if file := re.fullmatch(r"(.+\.py)(?::(\w+))?", name):
+        return _of_file(Path(file[1]), file[2])
     known = entries()
     by_lower = {k.lower(): v for k, v in known.items()}
     by_lower |= {paper.key.lower(): v for v in known.values() for paper in v.paper.every}
     requested = by_lower.get(name.lower().replace("_", "").replace("-", ""))
     if requested is None:
         raise CatalogueError(
-            f"no method named {name!r}.{nearest(name, known)} `heedful methods` lists all {len(known)}."
+            f"no method named {name!r}.{nearest(name, known)} `heedful methods` lists all {len(known)}; one of your own "
+            "goes by its file, as in mine.py"
         )
     return requested
+
+
+def _of_file(file: Path, name: str | None) -> type[CatalogueEntry]:
+    """The class of a file outside of heedful, which is imported by its own name: the one there, or the one named."""
+    if not file.is_file():
+        raise CatalogueError(f"there is no file '{file}'; a method of your own is named by a file that exists")
+    there = sys.modules.get(file.stem)
+    if there is None:
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None and spec.loader is not None  # every file that ends in .py has them
+        there = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(there)
+        except BaseException:
+            del sys.modules[file.stem]
+            raise
+    elif not getattr(there, "__file__", None) or not file.samefile(str(there.__file__)):
+        raise CatalogueError(f"{file}: a module named {file.stem} is imported already; give the file another name")
+    kinds = {x.__name__: x for x in vars(there).values() if isinstance(x, type) and issubclass(x, CatalogueEntry)}
+    own = {k: x for k, x in kinds.items() if x.__module__ == file.stem and not k.startswith("_")}
+    if not own:
+        raise CatalogueError(f"{file} has no method: write a class in it (CONTRIBUTING.md)")
+    if name is None and len(own) == 1:
+        return next(iter(own.values()))
+    if name not in own:
+        which = f"no method named {name!r}" if name else "several methods"
+        raise CatalogueError(f"{file} has {which}; name one of {', '.join(f'{file}:{k}' for k in own)}")
+    return own[name]
 
 
 @asks

@@ -147,7 +147,8 @@ class ModelAdapter:
                 "its keys by itself, which does not fit once some are gone"
             )
         own = [self.model.get_submodule(name) for name in self._names if name not in through]
-        watched, apart = self._suspects(), beside(self.around or self.model, self.model) if self.only is None else {}
+        whole = self.model if self.around is None else self.around  # a compiled model has no truth value
+        watched, apart = self._suspects(), beside(whole, self.model) if self.only is None else {}
         require_free(self.model, [*through.values(), *own] if through else self.model.modules())
         hooks = self._hooks = Hooks(run, len(self._names))
         try:

@@ -12,7 +12,13 @@ from heedful.conformance import check, laws
 
 
 def check_laws(
-    name: Annotated[str, typer.Argument(metavar="METHOD", help="A name, with settings if you like: 'ACT(beta=0.2)'.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="METHOD",
+            help="A name, with settings if you like, 'ACT(beta=0.2)', or a file of your own, 'mine.py'.",
+        ),
+    ],
 ) -> None:
     """Try every law on a method; exit code 1 when one is broken."""
     with console.status("trying the laws"):

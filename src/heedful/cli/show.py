@@ -11,6 +11,7 @@ import typer
 from heedful.catalogue import family, find
 from heedful.cli.console import console
 from heedful.core.method import CatalogueEntry, Method
+from heedful.core.reading import name_in
 
 
 def comments(source: str) -> dict[str, str]:
@@ -33,9 +34,11 @@ def role(kind: type[CatalogueEntry]) -> str:
     return ", ".join(f"{does} {' and '.join(dict.fromkeys(where))}" for does, where in found.items())
 
 
-def show(name: Annotated[str, typer.Argument(help="The method's name or its paper's id.")]) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="The method's name, its paper's id, or a file of your own.")],
+) -> None:
     """Tell what a method does, its settings, its paper, and what we do unlike the authors."""
-    kind = find(name)
+    kind = find(name_in(name))  # settings that follow change nothing here
     module = inspect.getmodule(kind)
     console.print(f"[bold]{kind.__name__}[/]  {family(kind)}, {role(kind)}")
     console.print((module.__doc__ or "").strip() if module else "", style="cyan", markup=False)

@@ -15,7 +15,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from torch import Tensor
 
-from heedful.core.errors import FieldError, UnknownFieldError
+from heedful.core.errors import Code, FieldError, UnknownFieldError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,15 +24,15 @@ R = TypeVar("R")
 _BY_NAME: dict[str, Any] = {
     "roles": {"marked": ((0, 4),)}, "heads": [(3, 1)], "receivers": [(3, 1)], "layers": [0], "only": "model",
     "batches": [{"input_ids": "ids"}], "tasks": ["needle"], "methods": ["SnapKV(0.25)"], "parts": ("TempScale(0.9)",),
-    "tokenizer": "AutoTokenizer.from_pretrained(name)", "path": "found", "statistics": {},
+    "tokenizer": Code("AutoTokenizer.from_pretrained(name)"), "path": "found", "statistics": {},
     "folder": "kept", "name_or_path": "default",
 }  # fmt: skip
 _BY_KIND: dict[str, Any] = {
-    "Module": "models.default().model", "Loaded": "models.default()", "Method": "TempScale(0.9)",
-    "CatalogueEntry": "TempScale(0.9)", "Tensor": "torch.tensor([[1, 2, 3]])", "Path": "folder",
-    "Prompt": "Prompt((1, 2, 3))", "Callable": "a function", "Profile": "another profile", "int": 1,
+    "Module": Code("models.default().model"), "Loaded": Code("models.default()"), "Method": Code("TempScale(0.9)"),
+    "CatalogueEntry": Code("TempScale(0.9)"), "Tensor": Code("torch.tensor([[1, 2, 3]])"), "Path": "folder",
+    "Prompt": Code("Prompt((1, 2, 3))"), "Callable": Code("a function"), "Profile": Code("another profile"), "int": 1,
     "a number": 0.5, "str": "text", "bool": True, "tuple": (1, 2), "Sequence": [1, 2], "Iterable": [1, 2],
-    "Site": "Site.PATTERN",
+    "Site": Code("Site.PATTERN"),
 }  # fmt: skip
 
 _SAID = {  # kinds that a user need not know by name

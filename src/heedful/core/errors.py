@@ -26,7 +26,12 @@ from __future__ import annotations
 import copyreg
 import sys
 from collections.abc import Iterable, Sequence
+<<<<<<< HEAD
 from difflib import SequenceMatcher
+=======
+from difflib import get_close_matches
+from enum import Enum
+>>>>>>> hf
 from importlib.util import find_spec
 from pathlib import PurePath
 
@@ -36,6 +41,13 @@ class HeedfulError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__ or None  # type: ignore[attr-defined]
+
+
+class Code(str):
+    """A good value that is told by the code that makes it: shown without quotes, so that it can be copied."""
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 class FieldError(HeedfulError, ValueError):
@@ -50,6 +62,8 @@ def shown(value: object) -> str:
     """A value on one line, as one would write it; of what has no such form, its kind and shape."""
     if isinstance(value, PurePath):
         return f"Path({str(value)!r})"  # on every system
+    if isinstance(value, Enum):
+        return str(value)  # as it is written; a Site has a shape, and is none
     text = repr(value)
     if "\n" not in text and " at 0x" not in text and not hasattr(value, "shape"):
         return text

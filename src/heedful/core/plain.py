@@ -9,7 +9,7 @@ from typing import Any
 
 from heedful.core.asked import asks
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
+from heedful.core.errors import Code, FieldError
 from heedful.core.method import Method
 from heedful.core.sites import Site, at
 
@@ -23,7 +23,7 @@ class _Plain(Method, abstract=True):
         try:
             inspect.signature(self.function).bind("value", "call")
         except TypeError as error:
-            good = "lambda value, call: 2 * value"
+            good = Code("lambda value, call: 2 * value")
             rule = "must take the site's value and the call"
             raise FieldError("edit()", "function", self.function, rule, good) from error
         except ValueError:  # one of C's, which does not tell

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.image_processing_base import ImageProcessingMixin
 
-from heedful.core.errors import FieldError, HeedfulError, first_line
+from heedful.core.errors import Code, FieldError, HeedfulError, first_line
 from heedful.diagnosis.gathering import Gathering
 from heedful.diagnosis.texts import Source, Texts, Windows
 
@@ -55,7 +55,7 @@ def processor_of(reader: Any, owner: str = "diagnose()") -> ImageProcessingMixin
             "reading image files needs the model's image processor, and the model came without one: save it beside the "
             "model with processor.save_pretrained(folder), or pass it"
         )
-        raise FieldError(owner, "tokenizer", reader, rule, "AutoImageProcessor.from_pretrained(...)")
+        raise FieldError(owner, "tokenizer", reader, rule, Code("AutoImageProcessor.from_pretrained(...)"))
     return found
 
 

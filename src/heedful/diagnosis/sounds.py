@@ -13,7 +13,7 @@ from transformers import FeatureExtractionMixin
 
 from heedful.adapters.cache_name import CACHE, cache_of
 from heedful.adapters.wrapped import device_of
-from heedful.core.errors import FieldError
+from heedful.core.errors import Code, FieldError
 from heedful.diagnosis.gathering import Gathering
 from heedful.diagnosis.texts import Source, Texts, Windows
 from heedful.diagnosis.waves import ENDINGS, read_wave
@@ -70,7 +70,7 @@ def extractor_of(reader: Any, owner: str = "diagnose()") -> Any:
             "reading sound files needs the model's feature extractor, and the model came without one: save it beside "
             "the model with processor.save_pretrained(folder), or pass it"
         )
-        raise FieldError(owner, "tokenizer", reader, rule, "AutoProcessor.from_pretrained(...)")
+        raise FieldError(owner, "tokenizer", reader, rule, Code("AutoProcessor.from_pretrained(...)"))
     return found
 
 

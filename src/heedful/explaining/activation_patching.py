@@ -15,18 +15,20 @@ from heedful.adapters.wrapped import device_of
 from heedful.api import attach, still
 from heedful.core.asked import asks
 from heedful.core.call import Call
-from heedful.core.errors import FieldError, InactiveWarning
+from heedful.core.errors import Code, FieldError, InactiveWarning
 from heedful.core.figures import Head, HeadMap, head_name
 from heedful.core.fitted import Fitted
 from heedful.core.method import Method, Part, Stack, as_stack
-from heedful.core.sites import Site, at
+from heedful.core.sites import Site, at, reads
+from heedful.core.stats import Cat
 from heedful.explaining.aim import following, pairs, require_count, strongest
 from heedful.explaining.drawn import Told
-from heedful.explaining.site_values import keeping
+from heedful.explaining.site_values import keeping, require_once
 from heedful.methods.explain.patch import Patch, patched
 
 Metric = Callable[[Tensor], Tensor]  # logits [b n v] -> one number a text [b], higher where the answer is the clean one
 Inputs = Tensor | Mapping[str, Any]  # token ids [b n]; or all that a model takes, "roles" beside it
+METRIC = Code("lambda logits: logits[:, -1, right] - logits[:, -1, wrong]")
 SIDES = {"q": Site.QUERY, "k": Site.KEY, "v": Site.VALUE}
 
 
@@ -118,8 +120,8 @@ def patching(
 @asks
 def path_patching(
     model: nn.Module,
-    clean: Tensor,
-    corrupt: Tensor,
+    clean: Inputs,
+    corrupt: Inputs,
     metric: Metric,
     *,
     receivers: Iterable[Head] = (),
@@ -127,6 +129,8 @@ def path_patching(
     layers: Iterable[int] | None = None,
 ) -> HeadEffects:
     """Path patching: one head's output from the corrupt prompts, seen by the `receivers` alone, in a clean run.
+
+    Prompts are as in `patching`.
 
     All other heads hold what they had on the clean prompts, so that a sender reaches its receivers through the stream
     and MLPs only. Without receivers that is the logits. With them, it is their queries, keys or values (`side`): what
@@ -196,7 +200,7 @@ class _Probe:
         self.high, self.low = self.score(self.clean, Stack()), self.score(self.corrupt, self.under)
         if self.high == self.low:
             rule = f"is {self.high} on both, so there is nothing to bring back"
-            raise FieldError("patching()", "metric", metric, rule, "the logit of the right answer less a wrong one's")
+            raise FieldError("patching()", "metric", metric, rule, METRIC)
 
     @torch.no_grad()
     def score(self, inputs: Mapping[str, Tensor], what: Stack) -> float:
@@ -211,8 +215,9 @@ class _Probe:
                         logits = run(**inputs).logits
         found, texts = self.metric(logits), len(inputs["input_ids"])
         if not isinstance(found, Tensor) or found.shape != (texts,):
-            got = tuple(found.shape) if isinstance(found, Tensor) else found
-            raise FieldError("patching()", "metric", got, f"must give one number a text [{texts}]", (texts,))
+            got = f"of the shape {list(found.shape)}" if isinstance(found, Tensor) else f"of {type(found).__name__}"
+            rule = f"gave an answer {got}, and must give one number a text, of the shape [{texts}]"
+            raise FieldError("patching()", "metric", self.metric, rule, METRIC)
         return float(found.double().mean())
 
     @torch.no_grad()
@@ -223,8 +228,8 @@ class _Probe:
         under: Part | Stack | None = None,
         layers: Iterable[int] | None = None,
     ) -> Fitted:
-        """What stands at a site of some layers, by layer."""
-        keeper = keeping(site).on(layers=None if layers is None else list(layers))
+        """What stands at a site of some layers, by layer and text position."""
+        keeper = _placing(site).on(layers=None if layers is None else list(layers))
         stack = as_stack(keeper) if under is None else as_stack(under) | keeper
         with still(self.model), attach(self.model, stack) as run:
             run(**inputs)
@@ -232,19 +237,18 @@ class _Probe:
 
     def first_order(self, values: Fitted, positions: tuple[int, ...] | None) -> Callable[[Head], float]:
         """Each head's effect, were the metric linear in what heads hand over."""
-        keeper = keeping(Site.HEAD_OUTPUT)
+        keeper, change = keeping(Site.HEAD_OUTPUT), _Change(values, positions)
         with (
             still(self.model),
-            attach(self.model, self.under | keeper, roles=self.roles) as run,
+            attach(self.model, self.under | keeper | change, roles=self.roles) as run,
             following(self.model),
         ):
             self.metric(run(**self.corrupt).logits).double().mean().backward()
         effects = {}
         for layer, stat in run[keeper].items():
             (heads,) = stat.value
-            change = values[str(layer)] - heads.detach()
-            at = slice(None) if positions is None else list(positions)
-            effects[layer] = (change * heads.grad)[:, :, at].sum((0, 2, 3)) / (self.high - self.low)
+            (moved,) = run[change][layer].value
+            effects[layer] = (moved * heads.grad).sum((0, 2, 3)) / (self.high - self.low)
         return lambda head: float(effects[head[0]][head[1]])
 
     def each(self, effect: Callable[[Head], float]) -> HeadEffects:
@@ -257,6 +261,33 @@ class _Probe:
 
 def _whole(given: Inputs) -> dict[str, Any]:
     return {"input_ids": given} if isinstance(given, Tensor) else dict(given)
+
+
+class _Change(Method):
+    """Reads how far what heads hand over lies from another run's, where that would be put."""
+
+    paper = Patch.paper
+    values: Fitted
+    positions: tuple[int, ...] | None = None
+
+    @reads(Site.HEAD_OUTPUT)
+    def change(self, heads: Tensor, call: Call) -> Cat:
+        own = heads.detach()
+        return Cat.of("all", patched(own, call.q_pos, self.values, self.positions, call) - own)
+
+
+@cache
+def _placing(site: Site) -> Method:
+    """A reader that keeps `[b h n d]` of a site as `patched` looks for it: by text position, without padding."""
+
+    def keep(self: Method, x: Tensor, call: Call) -> Cat:
+        require_once("patching()", call)
+        place, is_text = call.q_pos[:, :1, :, None], call.is_text[..., None]
+        index = place.clamp(0, x.shape[2] - 1).expand_as(x)
+        return Cat.of("all", torch.zeros_like(x).scatter_add(2, index, x.where(is_text, 0.0)))
+
+    body = {"keep": reads(site)(keep), "paper": Patch.paper, "__module__": __name__}
+    return type(f"_Place{site.name.title()}", (Method,), body)()
 
 
 @cache

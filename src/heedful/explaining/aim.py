@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.adapters.wrapped import device_of, unwrapped
-from heedful.core.errors import FieldError, RefusedModel
+from heedful.core.errors import Code, FieldError, RefusedModel
 from heedful.core.figures import Head
 from heedful.core.kinds import Prompt, words_of
 from heedful.shown import Reads
@@ -66,7 +66,9 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
             rule = "a model that reads images takes the pixels of one, [c rows cols]"
             raise FieldError(owner, "text", text, rule, "processor(image, return_tensors='pt').pixel_values")
         if tokenizer is None:
-            raise FieldError(owner, "tokenizer", None, "is needed for a text", "AutoTokenizer.from_pretrained(name)")
+            raise FieldError(
+                owner, "tokenizer", None, "is needed for a text", Code("AutoTokenizer.from_pretrained(name)")
+            )
         text = words_of(tokenizer)(text, return_tensors="pt")
     rule, good = "must be one text: a string, token ids, or what the model is called with", "Paris is the"
     if isinstance(text, Mapping):

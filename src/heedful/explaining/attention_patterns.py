@@ -17,7 +17,7 @@ from heedful.adapters.wrapped import unwrapped
 from heedful.api import attach, still
 from heedful.core.asked import asks
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
+from heedful.core.errors import Code, FieldError
 from heedful.core.figures import Grid, Head, counted, head_name
 from heedful.core.kinds import Tokenizer, words_of
 from heedful.core.method import Method, Part, Stack, as_stack
@@ -130,7 +130,7 @@ class _Whole(Method):
     def keep(self, weights: Tensor, call: Call) -> Statistic:
         b, h, r, _ = weights.shape
         if b != 1:
-            raise FieldError("patterns()", "text", b, "must be one text; take texts one at a time", "texts[0]")
+            raise FieldError("patterns()", "text", b, "must be one text; take texts one at a time", Code("texts[0]"))
         stop = int(call.keys.index.max()) + 1
         size = 4 * (self.layers or call.depth) * h * (self.tokens or stop) * stop
         if size > MOST:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from heedful.adapters.wrapped import device_of
 from heedful.api import still
 from heedful.core.asked import asks, require_fields
-from heedful.core.errors import FieldError, InactiveWarning
+from heedful.core.errors import Code, FieldError, InactiveWarning
 from heedful.core.figures import Grid, Head, head_name
 from heedful.core.paper import Paper
 from heedful.explaining.ablation import ablate
@@ -58,7 +58,7 @@ class Ability:
         if not rows or not self.clean.shape[1] or self.corrupt.shape != self.clean.shape:
             got = tuple(self.clean.shape), tuple(self.corrupt.shape)
             rule = "and `corrupt` must be prompts of one length, [b n] both"
-            raise FieldError("Ability", "clean", got, rule, "torch.tensor([[1, 2, 3], [4, 5, 6]])")
+            raise FieldError("Ability", "clean", got, rule, Code("torch.tensor([[1, 2, 3], [4, 5, 6]])"))
         for field, given in (("right", self.right), ("wrong", self.wrong)):
             if given.shape != (rows,):
                 raise FieldError(

@@ -39,9 +39,9 @@ def activations(
     """What stands at a site in each layer, or in the `layers` named: `activations(model, text, Site.HEAD_OUTPUT)[3]`.
 
     `text` is a string, token ids, or all that the model is called with, a batch too. Shapes are the site's, as
-    `[b h n d]` of HEAD_OUTPUT and `[b n e]` of RESIDUAL, padding included; EMBEDDING stands before the first layer
-    alone, and half precision is shown as single. Under a `stack` it is what that leaves. `how` goes to `attach`.
-    `heedful.patterns` reads PATTERN.
+    `[b h n d]` of HEAD_OUTPUT and `[b n e]` of RESIDUAL, padding included; take that on the left away before `Patch`,
+    whose values stand by text position. EMBEDDING stands before the first layer alone, and half precision is shown as
+    single. Under a `stack` it is what that leaves. `how` goes to `attach`. `heedful.patterns` reads PATTERN.
     """
     if site not in WHOLE:
         other = "heedful.patterns() reads it; " if site is Site.PATTERN else ""

@@ -46,7 +46,8 @@ class Copying:
 class InductionHeads(Method):
     """How much each head looks at the token before, at earlier copies of a token and at what followed them.
 
-    Meant for its own prompts, `trials()`: in other texts nothing comes again after `period` tokens.
+    Meant for random tokens that come again after `period` tokens, and for no other text: `heedful.diagnose` reads such
+    prompts, its own; of prompts of yours, tell it the period.
     """
 
     paper = Paper(

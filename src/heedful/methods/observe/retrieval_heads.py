@@ -42,7 +42,7 @@ class Retrieval:
 class RetrievalHeads(Method):
     """Which heads fetch a needle from far back: they point at each of its tokens as the answer repeats it.
 
-    It reads texts with spans "needle" and "answer", the second repeating the first; `trials()` has such texts.
+    It reads texts with spans "needle" and "answer", the second repeating the first; `heedful.diagnose` reads its own.
     """
 
     paper = Paper(
