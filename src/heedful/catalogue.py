@@ -9,8 +9,9 @@ import re
 import sys
 from dataclasses import fields
 from functools import cache
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from heedful.core.asked import asks
 from heedful.core.errors import CatalogueError, FieldError, nearest
@@ -54,8 +55,8 @@ def find(name: str) -> type[CatalogueEntry]:
     requested = by_lower.get(name.lower().replace("_", "").replace("-", ""))
     if requested is None:
         raise CatalogueError(
-            f"no method named {name!r}.{nearest(name, known)} `heedful methods` lists all {len(known)}; one of your own "
-            "goes by its file, as in mine.py"
+            f"no method named {name!r}.{nearest(name, known)} `heedful methods` lists all {len(known)}; "
+            "one of your own goes by its file, as in mine.py"
         )
     return requested
 
@@ -66,11 +67,11 @@ def _of_file(file: Path, name: str | None) -> type[CatalogueEntry]:
         raise CatalogueError(f"there is no file '{file}'; a method of your own is named by a file that exists")
     there = sys.modules.get(file.stem)
     if there is None:
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        assert spec is not None and spec.loader is not None  # every file that ends in .py has them
+        loader = SourceFileLoader(file.stem, str(file))
+        spec: Any = importlib.util.spec_from_loader(file.stem, loader)
         there = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(there)
+            loader.exec_module(there)
         except BaseException:
             del sys.modules[file.stem]
             raise

@@ -64,7 +64,7 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
     if isinstance(text, str):
         if read_by(model) == "image":
             rule = "a model that reads images takes the pixels of one, [c rows cols]"
-            raise FieldError(owner, "text", text, rule, "processor(image, return_tensors='pt').pixel_values")
+            raise FieldError(owner, "text", text, rule, Code("processor(image, return_tensors='pt').pixel_values"))
         if tokenizer is None:
             raise FieldError(
                 owner, "tokenizer", None, "is needed for a text", Code("AutoTokenizer.from_pretrained(name)")
