@@ -26,12 +26,8 @@ from __future__ import annotations
 import copyreg
 import sys
 from collections.abc import Iterable, Sequence
-<<<<<<< HEAD
 from difflib import SequenceMatcher
-=======
-from difflib import get_close_matches
 from enum import Enum
->>>>>>> hf
 from importlib.util import find_spec
 from pathlib import PurePath
 
