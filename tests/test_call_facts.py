@@ -385,7 +385,6 @@ def test_queries_of_cross_attention_stand_in_their_own_text(kind: str, side: str
     with attach(model, Places()) as run:
         run(**given, decoder_attention_mask=own)
         crossed = [i for i, name in enumerate(run.layer_names) if name in dict(SEEN)]
-    assert len(SEEN) == 4
     with attach(model, Places().on(layers=crossed)) as run:  # the self attention before them is left alone
         run(**given, decoder_attention_mask=own)
     assert len(SEEN) == 8

@@ -208,8 +208,7 @@ def test_gguf_changed_or_spoilt_is_noticed(cache: Path, tmp_path: Path) -> None:
 def test_gguf_copy_by_two_processes(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gguf(tmp_path / "small.gguf")
     models.load(path)
-    (copy,) = copies(cache)
-    real, calls = copies_of._is_copy, []
+    (copy,), real, calls = copies(cache), copies_of._is_copy, []
 
     def late(home: Path, source: dict) -> bool:  # at first sight there is no copy: the other process is still writing
         calls.append(home)
@@ -248,11 +247,9 @@ def test_load_a_folder(kind: str, tmp_path: Path) -> None:
 def test_load_by_name() -> None:
     assert models.load("tiny:mqa", num_hidden_layers=3).model.config.num_hidden_layers == 3
     assert models.load("encoder").name == minilm.REPO
-    drawer = models.load("denoiser")
-    assert drawer.name == "the small denoiser"
+    assert (drawer := models.load("denoiser")).name == "the small denoiser"
     assert drawer.tokenizer.encode("red disc dark") == [2, 7, 10]
-    assert not drawer.model.training
-    assert not any(p.requires_grad for p in drawer.model.parameters())
+    assert not any([drawer.model.training, *(p.requires_grad for p in drawer.model.parameters())])
     with pytest.raises(ModelError, match=r"loaded as it is, without dtype: heedful\.models\.denoiser\(\)"):
         models.load("denoiser", dtype=torch.bfloat16)
 
