@@ -158,7 +158,29 @@ class CountsCalls(Method):
         return heads * (1 + 0.1 * call.state.run["calls"])
 
 
+class BeginsTheRow(Method):
+    """Moves every token as the row's first one stands, whichever text that is of."""
+
+    paper = PAPER
+
+    @at(Site.HEAD_OUTPUT)
+    def shift(self, heads: Tensor, call: Call) -> Tensor:
+        return heads + 0.1 * heads[:, :, :1]
+
+
+class CountsRows(Method):
+    """Takes rows for texts."""
+
+    paper = PAPER
+
+    @reads(Site.OUTPUT)
+    def rows(self, output: Tensor, call: Call) -> Sum:
+        return Sum.of(torch.tensor(float(len(output))))
+
+
 MIX_TEXTS_UP = [
+    ("packed_texts", BeginsTheRow(), "packed into one row, logits differ from each text alone"),
+    ("packed_texts", CountsRows(), "tells another rows, layer 0: total than of each; set `one_text`"),
     ("each_text_alone", KeepsLongest(), "in a batch, logits differ"),
     ("each_text_alone", KeepsRows(), "with its beams in another order, logits differ"),
     ("each_text_alone", CountsCalls(), "in turn with another text, logits differ"),

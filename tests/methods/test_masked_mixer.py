@@ -123,9 +123,9 @@ def test_errors() -> None:
         MaskedMixer(0)
     with pytest.raises(SiteError, match="layer 0: mixes what came before; restrict it to causal layers"):
         MaskedMixer(PLACES).mix(x, replace(_call(p), mask=Mask()))
-    places = Positions(torch.arange(N)[None, None], torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4])[None, None], 0)
-    with pytest.raises(SiteError, match="layer 0: a row holds several texts; read them one to a row"):
-        MaskedMixer(PLACES).mix(x, replace(_call(p), queries=places))
+    model, row = models.tiny("llama"), torch.arange(3, 11)[None]
+    with attach(model, MaskedMixer(PLACES)) as run, pytest.raises(SiteError, match="several are packed into one row"):
+        run(input_ids=row, position_ids=torch.arange(8)[None] % 4, use_cache=False)
     with pytest.raises(SiteError, match="layer 0: a mixer goes on from token 3, and holds 0 of those before"):
         MaskedMixer(PLACES).mix(x[:, :2], replace(_call(p, 3, 2), state=State()))
     with pytest.raises(SiteError, match="has weights of 8 places"):

@@ -47,10 +47,11 @@ def rows_of(hidden: Tensor | None, q: Tensor) -> Tensor | None:
 def plan_of(run: Run, call: Call) -> Plan:
     """The steps that act in a call."""
     plan = run.state.plan(call)
-    if plan.summed and call.queries.packed:
-        raise StatisticError(
-            f"{plan.summed[0].part!r} counts texts, and several are packed into one row (position_ids begin anew): "
-            "give each a row of its own, padded"
+    if (step := plan.one_text) is not None and call.queries.packed:
+        kind, what = (StatisticError, "counts texts") if step.edit.reads else (SiteError, "takes a row for one text")
+        raise kind(
+            f"{step.part!r} {what}, and several are packed into one row (position_ids begin anew): give each a row of "
+            "its own, padded"
         )
     return plan
 

@@ -1,4 +1,4 @@
-"""What a method remembers belongs to a text: beams, batches of unlike texts, and texts in turn.
+"""What a method remembers belongs to a text: beams, batches of unlike texts, texts in turn, and several in a row.
 
 Methods of cross-attention are tried on answers to texts.
 """
@@ -16,8 +16,9 @@ from torch import Tensor
 from heedful.adapters.cache_name import CACHE, cache_of
 from heedful.conformance.place import place
 from heedful.conformance.subjects import CROSS, SPLIT, TEXT, Subject, subjects_of, text, tiny_model
-from heedful.conformance.tolerances import close_model, error
+from heedful.conformance.tolerances import close_model, close_on_average, error
 from heedful.conformance.verdict import Broken, DoesNotApply, law
+from heedful.core.errors import SiteError, StatisticError
 from heedful.core.method import Method
 from heedful.engine.run import Run
 
@@ -106,6 +107,38 @@ def _compare(found: Tensor, requested: list[Tensor], what: str) -> None:
     want = torch.cat(requested)
     if not close_model(found, want):
         raise Broken(f"{what}, logits differ from the text alone by {error(found, want):.2g}")
+
+
+@law("texts that are packed into one row are each what they would be alone, or such a row is refused")
+@torch.no_grad()
+def packed_texts(method: Method) -> None:
+    if TEXT not in subjects_of(method):
+        raise DoesNotApply(f"is for {', '.join(method.subjects)}, not for text")
+    one, other = text()[:1], text(1)[:1, :SHORT]
+    places = torch.cat([torch.arange(x.shape[1], device=place()) for x in (one, other)])[None]
+    with _attached(method, TEXT) as run:
+        alone = [run(input_ids=x, use_cache=False).logits for x in (one, other)]
+        told = _told(run)
+    with _attached(method, TEXT) as run:
+        try:
+            found = run(input_ids=torch.cat([one, other], 1), position_ids=places, use_cache=False).logits
+        except (SiteError, StatisticError) as refused:
+            if "packed" not in str(refused) and "without a map" not in str(refused):
+                raise
+            return
+        tells = _told(run)
+    if not close_model(found, want := torch.cat(alone, 1)):
+        raise Broken(f"packed into one row, logits differ from each text alone by {error(found, want):.2g}")
+    for name, x in told.items():
+        y = tells.get(name)
+        if y is None or x.shape != y.shape or not close_on_average(y.double(), x.double()):
+            raise Broken(f"of texts packed into one row it tells another {name} than of each; set `one_text`")
+
+
+def _told(run: Run) -> dict[str, Tensor]:
+    """All that was told so far, by its name."""
+    found = {f"{name}, layer {layer}": x for (_, name, layer), x in run.state.statistics.items()}
+    return {f"{name}: {part}": x for name, stat in found.items() for part, x in stat.tensors().items()}
 
 
 @law("beams, batches of unlike texts, and two texts in turn equal each text alone")

@@ -51,6 +51,7 @@ class Method(CatalogueEntry, abstract=True):
     chunk_invariant: ClassVar[bool] = True  # what a token gets does not depend on how the text was cut into calls
     subjects: ClassVar[tuple[str, ...]] = ("text",)  # what it is for: "text", "image", "encoder-decoder", "cross"
     every_token: ClassVar[bool] = False  # it wants all tokens in their places, as the patches of an image in rows
+    one_text: ClassVar[bool] = False  # it takes a row for one text, so a row in which several are packed is refused
     forbids: ClassVar[dict[str, str]] = {}  # class, or site that it changes -> why the two cannot act together
 
     def __init_subclass__(cls, abstract: bool = False) -> None:

@@ -85,6 +85,11 @@ class Plan:
         return tuple(s for s in self.at(Site.PATTERN) if s.edit.sums and s.edit.reads)
 
     @cached_property
+    def one_text(self) -> Step | None:
+        """A step that takes a row for one text, if one does: what is summed up is of texts."""
+        return next((s for s in self.steps if s.method.one_text or s in self.summed), None)
+
+    @cached_property
     def requested(self) -> frozenset[str]:
         """The parts of the summary that they read."""
         return frozenset(part for step in self.summed for part in step.edit.sums)

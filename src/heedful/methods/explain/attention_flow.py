@@ -40,6 +40,7 @@ class AttentionFlow(LayerByLayer):
             "It runs in causal models too, which the paper does not study.",
         ),
     )
+    one_text = True
     rows: tuple[int, ...] | None = None  # text positions to start from, -1 being the last; None: all
 
     @classmethod

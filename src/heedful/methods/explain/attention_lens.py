@@ -51,6 +51,7 @@ class AttentionLens(Method):
             "Each batch makes a step; the authors' code adds up the gradients of ten and stops early.",
         ),
     )
+    one_text = True
     chunk_invariant = False  # a text in pieces has a Said a piece
     layer: int = 0  # the layer whose heads are looked at
     most: int = 10  # tokens to tell of each head and place

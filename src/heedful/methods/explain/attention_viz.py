@@ -66,6 +66,7 @@ class AttentionViz(Method):
             "With rotary embedding queries and keys are those after the turn, so that a point is of a word at a place.",
         ),
     )
+    one_text = True
     tokens: int = 64  # of each text that are kept, its first ones
 
     def __post_init__(self) -> None:

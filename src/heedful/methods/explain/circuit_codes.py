@@ -65,6 +65,7 @@ class CircuitCodes(Method):
             "where on a head is of the circuit. Pairs of heads, a circuit's edges, are not here.",
         ),
     )
+    one_text = True
     chunk_invariant = False  # in a text that is read in pieces the end of each piece would have a code
     features: int = 128
     penalty: float = 0.02  # on the sum of activations

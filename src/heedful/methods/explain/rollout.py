@@ -34,6 +34,7 @@ class AttentionRollout(LayerByLayer):
             "It runs in causal models too, which the paper does not study; there mass drifts to early tokens.",
         ),
     )
+    one_text = True
 
     sources: tuple[int, ...] | None = None  # text positions to trace; None: all, at N x N memory
 

@@ -56,6 +56,7 @@ class TAG(Method):
             "The place is the token of the highest weight, or all that come near it; the authors draw boxes round.",
         ),
     )
+    one_text = True
     heads: int = 10  # how many heads of the whole model count for a token; the authors' code: 10
     asked: str = "question"  # the span whose tokens are listened to
     role: str = "image"  # the span in which places are

@@ -39,6 +39,7 @@ class TokenNoise(Method):
             "Which heads segment, or inhibit things or outliers, is not told.",
         ),
     )
+    one_text = True
     size: float = 1.0  # standard deviation; causal tracing takes three times that of the model's embeddings
     role: str = "marked"  # the span that is hidden
     seed: int = 0

@@ -37,6 +37,7 @@ class TransformerAttribution(LayerByLayer):
             "each row of a layer's map plus I by its sum.",
         ),
     )
+    one_text = True
     whole_map = True  # a tile's gradient would be spread over tiles
 
     @reads(Site.PATTERN)

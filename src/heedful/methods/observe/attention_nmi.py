@@ -79,6 +79,7 @@ class AttentionNMI(Method):
             "come in several calls, each going on where the last one ended; decoding steps are not counted.",
         ),
     )
+    one_text = True
     low: float = 0.1  # NMI below which a layer is called global
     high: float = 0.25  # NMI above which it is called local
 

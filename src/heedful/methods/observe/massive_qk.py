@@ -75,6 +75,7 @@ class MassiveQK(Method):
             "The paper's disruption, which puts the mean in place of massive dimensions, is not part of the measure.",
         ),
     )
+    one_text = True
     times: float = 5.0  # times the head's mean dimension; the paper's default
 
     def __post_init__(self) -> None:

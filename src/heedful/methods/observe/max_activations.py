@@ -102,6 +102,7 @@ class MaxActivations(Method):
             "Positions are kept for the 8 largest channels of a text.",
         ),
     )
+    one_text = True
     massive: float = 1000.0  # times the layer's mean magnitude; above it an activation is called massive
 
     def __post_init__(self) -> None:

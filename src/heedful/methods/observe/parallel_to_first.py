@@ -60,6 +60,7 @@ class ParallelToFirst(Method):
             "Cosines are counted in bins of 0.05, so that texts add up.",
         ),
     )
+    one_text = True
     near: float = 0.9  # cosine from which on a token counts as parallel to the first
 
     def __post_init__(self) -> None:

@@ -55,6 +55,7 @@ class PositionalHeads(Method):
             "The threshold for a positional head is ours.",
         ),
     )
+    one_text = True
     far: int = 64  # tokens; from this distance on a key is distant
     rows: int = 8  # queries looked at in a text; cost grows with them
     high: float = 0.9  # correlation from which on a head is called positional

@@ -59,6 +59,7 @@ class SparseAttentionVectors(Method):
             "Nothing is voted for while a text is written.",
         ),
     )
+    one_text = True
     chunk_invariant = False  # in a text that is read in pieces the end of each piece would vote
     count: int = 20  # heads that vote; the authors: 20
     heads: tuple[Head, ...] = ()  # (layer, head) pairs from a fit, the best first

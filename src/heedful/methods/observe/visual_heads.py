@@ -82,6 +82,7 @@ class VisualHeads(Method):
             "All queries behind the span count while a prompt is read; the authors' are of the tokens written.",
         ),
     )
+    one_text = True
     role: str = "image"  # the name of the span
     least: float = 0.1  # score of a visual head
 

@@ -32,6 +32,7 @@ class LLMInt8(Method):
             "Any number of bits from 2 to 8; the paper has 8.",
         ),
     )
+    one_text = True
     causal = False
     chunk_invariant = False
     threshold: float = 6.0  # magnitude of an outlier; the paper's; 0: every column is left as it is

@@ -32,6 +32,7 @@ class InContextBrush(Method):
             "Cutting the subject out and laying both pictures side by side is left to the caller.",
         ),
     )
+    one_text = True
     whole_map = True
     causal = False
     chunk_invariant = False

@@ -44,6 +44,7 @@ class ACT(Method):
             "Decoding steps are left as they are, having no map of their own to calibrate by.",
         ),
     )
+    one_text = True
     causal = False  # a column's mean, and so what every row gives away, depends on later rows
     chunk_invariant = False  # only the call that reads the prompt is calibrated, by its own rows
     beta: float = 0.4  # share of a sink's weight that it keeps, 0 to 1; the authors' code: 0.4

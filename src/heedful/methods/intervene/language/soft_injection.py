@@ -38,6 +38,7 @@ class SoftInjection(Method):
             "The gates of the last step are kept, as in effect by the authors' code: no validation data are needed.",
         ),
     )
+    one_text = True
     causal = False  # what a token gets depends on whether it is the last of the prompt
     chunk_invariant = False  # a prompt read in pieces has the last token of every piece edited
     task: Fitted | None = None  # t.<layer> [h d] and a.<layer> [h], from a fit

@@ -37,6 +37,7 @@ class LearnableTaskVector(Method):
             "drawn anew for each step with shuffled answers.",
         ),
     )
+    one_text = True
     causal = False  # what a token gets depends on whether it is the last of the prompt
     chunk_invariant = False  # a prompt read in pieces has the last token of every piece edited
     vectors: Fitted | None = None  # v.<layer> [e] and the weights w.<layer> [h], from a fit

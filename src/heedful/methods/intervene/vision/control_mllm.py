@@ -48,6 +48,7 @@ class ControlMLLM(Method):
             "A role may be any span of tokens: in a model of text a passage can stand for the image.",
         ),
     )
+    one_text = True
     role: str = "marked"  # the part to look at
     image: str = "image"  # the tokens that the latent is added to
     question: str = ""  # the words that shall look; "": all after the image, as in the paper

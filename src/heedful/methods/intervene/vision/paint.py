@@ -37,6 +37,7 @@ class PAINT(Method):
             "not here.",
         ),
     )
+    one_text = True
     causal = False  # only the last token of a call is edited
     chunk_invariant = False
     role: str = "marked"  # the spans that stand for the image

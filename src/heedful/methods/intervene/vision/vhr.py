@@ -36,6 +36,7 @@ class VHR(Method):
             "The formulas are the paper's; the authors' code could not be read. Spreads divide by the number of heads.",
         ),
     )
+    one_text = True
     causal = False  # the last token of the prompt decides for all of them
     chunk_invariant = False  # a prompt read in pieces has heads chosen at the end of each piece
     role: str = "marked"  # the spans that stand for the image

@@ -34,6 +34,7 @@ class SentenceAttentionBlock(Method):
             "Weights are drawn as torch.nn.Linear draws them, by a generator seeded by the layer's number.",
         ),
     )
+    one_text = True
     subjects = ("image", "text")
     causal = False
     chunk_invariant = False

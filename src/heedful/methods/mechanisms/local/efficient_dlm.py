@@ -46,6 +46,7 @@ class EfficientDLM(Method):
             "answer's first, which they do not see once they are cached.",
         ),
     )
+    one_text = True
     causal = False  # tokens see the rest of their block
     chunk_invariant = False  # of their block, what is there when they are read
     size: int = 16  # tokens of a block; the authors study from 4 to 64 and more

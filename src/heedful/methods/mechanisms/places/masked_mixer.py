@@ -28,6 +28,7 @@ class MaskedMixer(Method):
             "Weights are drawn as torch.nn.Conv1d draws them, by a generator seeded by the layer's number.",
         ),
     )
+    one_text = True
     tokens: int = 512  # places that have weights, and so the longest text; the authors: 512
 
     def __post_init__(self) -> None:
@@ -43,8 +44,6 @@ class MaskedMixer(Method):
     def mix(self, hidden: Tensor, call: Call) -> Tensor:
         if not call.mask.causal:
             raise SiteError(f"{self!r}, layer {call.layer}: mixes what came before; restrict it to causal layers")
-        if call.queries.packed:
-            raise SiteError(f"{self!r}, layer {call.layer}: a row holds several texts; read them one to a row")
         weight, bias = call.params["places"], call.params["bias"]
         x = hidden.to(weight.dtype)
         place = call.q_pos[:, 0].masked_fill(~call.is_text[:, 0], -1).expand(x.shape[:2])

@@ -31,6 +31,7 @@ class TimeShiftedPositions(Method):
             "Initial shifts are those of the authors' linear map of one number, drawn by a seeded generator.",
         ),
     )
+    one_text = True
     channel: int = -1  # of an embedding, where the time since the event before stands
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:

@@ -46,6 +46,7 @@ class LlamaFusion(Beside):
             "A bias is the text's, and where a model norms queries and keys, what is added comes after the norm.",
         ),
     )
+    one_text = True
     causal = False  # an image is seen both ways
     chunk_invariant = False  # by what of it is there
     role: str = "image"  # names the tokens of images

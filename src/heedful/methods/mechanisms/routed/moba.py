@@ -31,6 +31,7 @@ class MoBA(Method):
             "Layers with full attention, as the paper's last ones in fine-tuning, are left out by `.on(layers=...)`.",
         ),
     )
+    one_text = True
     size: int = 512  # keys a block; the paper's scaling laws: 512
     blocks: int = 3  # blocks that a query sees, its own among them; the paper's scaling laws: 3
 

@@ -37,6 +37,7 @@ class MoSA(Method):
             "The position embedding is the model's; the authors turn half of each head.",
         ),
     )
+    one_text = True
     subjects = ("text", "image")
     causal = False
     chunk_invariant = False

@@ -43,6 +43,7 @@ class RoutingTransformer(Method):
             "module that trains, after it has chosen by them. There is no commitment loss.",
         ),
     )
+    one_text = True
     subjects = ("text", "image")
     causal = False
     chunk_invariant = False

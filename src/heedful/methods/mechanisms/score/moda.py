@@ -39,6 +39,7 @@ class MODA(Method):
             "writes.",
         ),
     )
+    one_text = True
     causal = False  # keys of an image are told by what is read behind it
     chunk_invariant = False  # by what is read in one call
     role: str = "image"  # names the tokens of images

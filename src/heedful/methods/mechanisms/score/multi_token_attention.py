@@ -37,6 +37,7 @@ class MultiTokenAttention(Method):
             "It does not go on behind a cache that has dropped what the rows above saw, nor one that has slid.",
         ),
     )
+    one_text = True
     before: Kernel | None = (6, 11)  # kernel on the scores; the authors: (6, 11), on their toy task (2, 9)
     groups_before: int | None = None  # groups of heads mixed before the softmax; the authors' code: 1, of all heads
     after: Kernel | None = None  # kernel on the weights; the authors' code: (6, 11)

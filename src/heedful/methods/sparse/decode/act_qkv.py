@@ -35,6 +35,7 @@ class ActQKV(ChunkChoice):
             "A chunk of one query, as a new token is, has it for its probe.",
         ),
     )
+    one_text = True
     budget: Budget = 2048  # tokens seen, a share never fewer than sinks and window; the authors: about 2048
     sinks: int = 64  # first tokens that are always seen; the authors: 64
     window: int = 512  # newest tokens that are always seen, the chunk's included; the authors: 512

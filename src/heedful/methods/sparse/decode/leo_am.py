@@ -34,6 +34,7 @@ class LeoAM(Method):
             "What a model adds to its scores does not count.",
         ),
     )
+    one_text = True
     budget: Budget = 0.1  # tokens that a query sees, beside those of its own smallest chunk
     grain: int = 8  # tokens of the smallest chunks
     splits: int = 3  # times that a chunk is halved: the largest hold grain * 2**splits tokens

@@ -32,6 +32,7 @@ class LessIsMore(Method):
             "Tokens that a layer's narrower mask hides stay hidden there, and nothing takes their place.",
         ),
     )
+    one_text = True
     budget: Budget = 2048  # tokens that a query sees; the paper: 1024 to 6144
     recent: float = 0.25  # share of them that are the newest, sinks included; the paper: 0.25
     sinks: int = 4  # first tokens that are always seen; the authors' runs: 4

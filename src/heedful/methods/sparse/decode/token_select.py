@@ -32,6 +32,7 @@ class TokenSelect(ChunkChoice):
             "Votes know of causality and padding alone: tokens that a narrower mask hides may take others' room.",
         ),
     )
+    one_text = True
 
     budget: Budget = 2688  # tokens seen, a share never fewer than sinks and window; the authors: 128 + 2048 + 512
     sinks: int = 128  # first tokens that are always seen; the authors: 128

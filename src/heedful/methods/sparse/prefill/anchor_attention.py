@@ -31,6 +31,7 @@ class AnchorAttention(StripeSparse):
             "Scores are computed in float32; the authors' kernel rounds them to 16 bits before it compares.",
         ),
     )
+    one_text = True
     theta: float = 12.0  # how far below the anchor a key may score; the authors: 12
     step: int = 16  # blocks of queries that share their keys; the authors: 16 of 128 queries
 

@@ -29,6 +29,7 @@ class FlexPrefill(BlockSparse):
             "A text of which more than `most` (90 %) of the blocks would be computed stays dense, being faster so.",
         ),
     )
+    one_text = True
     gamma: float = 0.95  # share of the weight that is computed; the authors: 0.9 to 0.95
     tau: float = 0.1  # root of the Jensen-Shannon divergence below which block means are trusted; the authors: 0.1
     least: int = 1024  # tokens that vertical and slash blocks span at least; the paper: 1024

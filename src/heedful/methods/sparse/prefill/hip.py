@@ -34,6 +34,7 @@ class HiP(StripeSparse):
             "Defaults and the first tokens, which always stay, are those of version 1.1 of the authors' code.",
         ),
     )
+    one_text = True
     keep: int = 512  # keys that a block of queries sees beside window and sinks; the authors: 512
     block: int = 2  # keys in a block, the tree's leaves; the authors: 2
     window: int = 256  # newest keys, up to the block's last query, that are always seen; the authors' code: 256

@@ -63,6 +63,7 @@ class HyLRA(BlockSparse):
     """A dynamic programme over a profile chooses the layers that see all; the others reuse their key blocks."""
 
     paper = PAPER
+    one_text = True
     keep: float = 0.25  # share of blocks that a reusing layer computes
     full: tuple[int, ...] | None = None  # layers that see all; None: every fourth, until fit() has chosen
     whole: float = 0.25  # share of layers that fit() lets see all

@@ -56,6 +56,7 @@ class HyperAttention(Method):
             "differ in one sign, which is that code's inverse.",
         ),
     )
+    one_text = True
     causal = False  # where a text is halved, and how it is sorted, depends on all of it
     chunk_invariant = False  # what continues a text sees all of it
     least: int = 4096  # tokens up to which a part is exact, and the smallest square that is not; the authors: 4096

@@ -39,6 +39,7 @@ class Lite3R(Method):
             "Scores are computed to be ranked; what fewer of them would save is not saved here.",
         ),
     )
+    one_text = True
     subjects = ("text", "image")
     keep: float = 0.3  # share of its keys that a query's softmax sees; the authors: 0.3
     start: float = 1e-3  # standard deviation of maps without a fit; the authors: 0.001

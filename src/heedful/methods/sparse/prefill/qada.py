@@ -28,6 +28,7 @@ class QAdA(BlockSparse):
             "The paper's code was not found; its default threshold was not verified.",
         ),
     )
+    one_text = True
     share: float = 0.9  # predicted share of the weight on sinks and window from which a block of queries is local
     window: int = 128  # tokens behind a query that count as near; the paper: 128
     sinks: int = 16  # tokens at the beginning that count as near; the paper: 16

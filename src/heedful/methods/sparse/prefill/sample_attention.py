@@ -28,6 +28,7 @@ class SampleAttention(BlockSparse):
             "nor their code, which was not found.",
         ),
     )
+    one_text = True
     alpha: float = 0.95  # share of the sampled rows' weight that is computed; the paper: 0.95
     rows: float = 0.05  # share of rows that are sampled; the paper: 0.05
     window: float = 0.08  # share of the text that each query sees behind itself; the paper: 0.08

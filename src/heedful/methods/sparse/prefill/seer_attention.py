@@ -101,6 +101,7 @@ class SeerAttention(BlockSparse):
             "A text of which more than `most` (90 %) of the blocks would be computed stays dense, being faster so.",
         ),
     )
+    one_text = True
     threshold: float = 5e-4  # what a gate must give a block; the authors: 5e-4 to 5e-3
     share: float | None = None  # of the pairs of blocks, each row's highest, in place of a threshold
     last: int = 2  # rows of blocks at a text's end that see everything; the authors' code: 2

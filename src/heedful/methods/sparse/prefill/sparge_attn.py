@@ -31,6 +31,7 @@ class SpargeAttn(BlockSparse):
             "A text of which more than `most` (90 %) of the blocks would be computed stays dense, being faster so.",
         ),
     )
+    one_text = True
     tau: float = 0.98  # share of the predicted weight that is computed; the authors' code: 0.98
     alike: float = 0.6  # mean cosine between a block's tokens below which it is always computed; their code: 0.6
 
