@@ -124,8 +124,10 @@ def test_errors() -> None:
     with pytest.raises(SiteError, match="layer 0: mixes what came before; restrict it to causal layers"):
         MaskedMixer(PLACES).mix(x, replace(_call(p), mask=Mask()))
     model, row = models.tiny("llama"), torch.arange(3, 11)[None]
-    with attach(model, MaskedMixer(PLACES)) as run, pytest.raises(SiteError, match="several are packed into one row"):
-        run(input_ids=row, position_ids=torch.arange(8)[None] % 4, use_cache=False)
+    with attach(model, MaskedMixer(PLACES)) as run:
+        run(input_ids=row)
+        with pytest.raises(SiteError, match="takes a row for one text, and several are packed into one row"):
+            run(input_ids=row, position_ids=torch.arange(8)[None] % 4, use_cache=False)
     with pytest.raises(SiteError, match="layer 0: a mixer goes on from token 3, and holds 0 of those before"):
         MaskedMixer(PLACES).mix(x[:, :2], replace(_call(p, 3, 2), state=State()))
     with pytest.raises(SiteError, match="has weights of 8 places"):
