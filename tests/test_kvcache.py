@@ -244,7 +244,7 @@ def test_a_head_that_keeps_nothing() -> None:
     kept = torch.zeros(2, 2, 6, dtype=torch.bool)
     held.keep(Kept(kept))
     assert held.keys.shape == (2, 2, 0, 3)
-    kept = torch.ones(2, 2, 2, dtype=torch.bool)
+    kept, held.served = torch.ones(2, 2, 2, dtype=torch.bool), True
     held.update(torch.ones(2, 2, 2, 3), torch.ones(2, 2, 2, 2))
     kept[0, 1] = False
     held.keep(Kept(kept))

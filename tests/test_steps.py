@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -9,11 +10,14 @@ import torch
 
 from benchmarks.speed.decoding import RUNS, Operations, added, read, step
 from heedful import attach
+from heedful.adapters.cache_name import CACHE
+from heedful.conformance.tolerances import close_model
 from heedful.core.call import CachedKV, Call
+from heedful.core.errors import RefusedModel
 from heedful.core.method import Method, Stack
 from heedful.core.positions import Positions
 from heedful.core.sites import Site, at
-from heedful.methods import KIVI, PyramidKV, SinkWindow, TempScale
+from heedful.methods import KIVI, KNorm, PyramidKV, SinkWindow, TempScale
 from heedful.tiny import tiny
 
 from .samples import PAPER
@@ -128,3 +132,17 @@ def test_places_know_their_end_and_whether_all_are_text() -> None:
     assert not Positions.row(3, 5, is_filled=torch.ones(1, 1, 5, dtype=torch.bool)).whole
     assert Positions(row.index, row.index + 1, last=9).end == 10
     assert not Positions(row.index, row.index + 1, last=9).whole
+
+
+@torch.no_grad()
+def test_a_plain_model_goes_on_from_a_cut_cache_token_by_token_alone() -> None:
+    with attach(MODEL, KNorm(0.5)):
+        cut = read(MODEL, IDS)
+    one, several = copy.deepcopy(cut), copy.deepcopy(cut)
+    with pytest.raises(RefusedModel, match=r"dropped, and for 2 tokens at once.*go on inside a run.*Stack\(\)"):
+        MODEL(input_ids=IDS[:, :2], **{CACHE: several})
+    for i in range(2):
+        found = MODEL(input_ids=IDS[:, i : i + 1], **{CACHE: one}).logits
+    with attach(MODEL, Stack()) as run:
+        wanted = run(input_ids=IDS[:, :2], **{CACHE: cut}).logits[:, 1:]
+    assert close_model(found, wanted)

@@ -131,13 +131,15 @@ class HeldLayer(DynamicLayer):
     # how it changes
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not (self.even or self.served):
+        b, g, n, _ = key_states.shape
+        if not self.served and not self.whole and (n > 1 or not self.even):
+            what = f"{n} tokens at once" if self.even else "heads of unlike numbers of entries"
             raise RefusedModel(
-                "heads of this cache hold unlike numbers of entries, which the model's own attention cannot tell from "
-                "padding; go on inside a run, as in `with attach(model, method) as run: run(...)`"
+                f"entries of this cache were dropped, and for {what} the model's own attention cannot tell which; go "
+                "on inside a run, as in `with attach(model, method) as run: run(...)`, or in one of Stack() to drop "
+                "no more"
             )
         self.served = False
-        b, g, n, _ = key_states.shape
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self.heads, self.counts = (b, g), [0] * (b * g)
