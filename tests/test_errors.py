@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import heedful
 from heedful.core.errors import CatalogueError, FieldError, HeedfulError, StatisticError, UnknownFieldError
@@ -38,3 +40,9 @@ def test_a_good_value_can_be_copied_and_a_site_has_its_name() -> None:
         heedful.edit("pattern", lambda x, call: x)  # type: ignore[arg-type]
     with pytest.raises(FieldError, match=r"for example function=lambda value, call: 2 \* value$"):
         heedful.edit(Site.PATTERN, lambda x: x)  # type: ignore[arg-type]
+
+
+def test_what_holds_something_that_would_do_is_told_what() -> None:
+    pipeline = SimpleNamespace(scheduler=None, transformer=heedful.models.tiny("llama"), _own=torch.nn.Linear(1, 1))
+    with pytest.raises(FieldError, match=r"must be a model \(torch.nn.Module\), such as its transformer; for example"):
+        heedful.attach(pipeline, heedful.methods.TempScale(0.9))  # type: ignore[arg-type]

@@ -135,6 +135,8 @@ def _require(owner: str, name: str, given: Any, hint: Any, default: Any, places:
     if ours and isinstance(place := getattr(given, "handed_to", None), str):  # of the catalogue, and of another kind
         whole = isinstance(given, type)
         elsewhere += f", and this is a class: {given.__name__}()" if whole else f", and this goes to {place}"
+    if held := [each for each, x in getattr(given, "__dict__", {}).items() if each[:1] != "_" and _fits(x, hint)]:
+        elsewhere += f", such as its {', '.join(held[:4])}"  # of a pipeline, say, the models
     raise FieldError(owner, name, given, f"must be {told}{elsewhere}", good)
 
 

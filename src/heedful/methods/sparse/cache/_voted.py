@@ -19,7 +19,8 @@ POOLS: dict[str, Callable[..., Tensor]] = {"max": max_pool1d, "mean": avg_pool1d
 VOTES = (  # what all of them do unlike the authors
     "The authors cut the prompt once; here later tokens vote too, so that decoding stays within the budget: "
     "a call of n tokens, one mostly, adds its votes, and what was voted before keeps 1 - n/w of its weight, "
-    "nothing from a whole window on. With .when('prefill') it is the authors' way.",
+    "nothing from a whole window on. With .when('prefill') it is the authors' way for one prompt; what is read later "
+    "several tokens at once, as a second question, is a prompt too.",
     "The votes are one number for each token of the text and key head, also of tokens that were dropped.",
     "Votes of tokens that are cropped later, as in assisted decoding, fade like the others.",
     "Votes know of causality, padding, a soft cap and a bias; of narrower masks and learned sinks they do not.",
