@@ -164,7 +164,11 @@ class Halved(Method):
 
 
 def test_a_method_in_a_file_of_ones_own_is_named_by_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for stem, text in (("own_halves", OWN), ("own_pair", OWN + OWN.replace("Halved", "Other")), ("own_none", "")):
+    for stem, text in (
+        ("own_halves", OWN + OWN.replace("Halved", "_Base")),
+        ("own_pair", OWN + OWN.replace("Halved", "Other")),
+        ("own_none", ""),
+    ):
         (tmp_path / f"{stem}.py").write_text(text, encoding="utf-8")
         monkeypatch.delitem(sys.modules, stem, raising=False)
     monkeypatch.chdir(tmp_path)

@@ -167,6 +167,7 @@ def test_near_names_are_offered() -> None:
     known = ["MODA", "AttenCraft", "SigmoidAttention", "AttnRank", "KIVI"]
     assert nearest("Sigmod", known) == " Did you mean SigmoidAttention, MODA?"
     assert nearest("attn", known) == " Did you mean AttnRank, AttenCraft?"
+    assert nearest("atn", known) == " Did you mean AttnRank, AttenCraft?"
     assert nearest("kiv", known) == " Did you mean KIVI?"
     assert str(CatalogueError("plain words")) == "plain words"
 
