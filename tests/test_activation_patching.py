@@ -258,3 +258,11 @@ def test_a_padded_batch_has_the_effects_of_its_texts_alone(effects) -> None:
     together = effects(model, rows(clean), rows(corrupt), metric)
     assert close_model(together.share.nan_to_num(), expected.nan_to_num())
     assert together.share.abs().nan_to_num().max() > 0
+
+
+def test_estimates_of_single_places_add_up() -> None:
+    model = models.tiny("llama")
+    whole = patching(model, CLEAN, CORRUPT, metric, estimate=True).share
+    each = [patching(model, CLEAN, CORRUPT, metric, positions=(p,), estimate=True).share for p in range(CLEAN.shape[1])]
+    assert close_model(sum(each), whole)
+    assert len({x.abs().sum().item() for x in each}) > 1

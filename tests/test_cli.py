@@ -164,7 +164,11 @@ class Halved(Method):
 
 
 def test_a_method_in_a_file_of_ones_own_is_named_by_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for stem, text in (("own_halves", OWN), ("own_pair", OWN + OWN.replace("Halved", "Other")), ("own_none", "")):
+    for stem, text in (
+        ("own_halves", OWN + OWN.replace("Halved", "_Base")),
+        ("own_pair", OWN + OWN.replace("Halved", "Other")),
+        ("own_none", ""),
+    ):
         (tmp_path / f"{stem}.py").write_text(text, encoding="utf-8")
         monkeypatch.delitem(sys.modules, stem, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -183,9 +187,10 @@ def test_a_method_in_a_file_of_ones_own_is_named_by_the_file(tmp_path: Path, mon
     ):
         with pytest.raises(HeedfulError, match=reason):
             told("show", name)
-    (tmp_path / "json.py").write_text(OWN, encoding="utf-8")
-    with pytest.raises(HeedfulError, match="a module named json is imported already; give the file another name"):
-        told("check", "json.py")
+    for taken in ("json", "poplib"):  # imported already, and there to be imported
+        (tmp_path / f"{taken}.py").write_text(OWN, encoding="utf-8")
+        with pytest.raises(HeedfulError, match=f"there is a module named {taken} already; give the file another name"):
+            told("check", f"{taken}.py")
 
 
 def test_what_is_cited_or_shown_may_have_settings() -> None:

@@ -163,10 +163,11 @@ def test_the_drawn_error_tree_is_the_tree() -> None:
 
 def test_near_names_are_offered() -> None:
     assert nearest("sinkwindo", ["SinkWindow", "ACT"]) == " Did you mean SinkWindow?"
-    assert nearest("zzz", ["SinkWindow"]) == ""
+    assert nearest("zzz", ["SinkWindow"]) == nearest("", ["SinkWindow"]) == ""
     known = ["MODA", "AttenCraft", "SigmoidAttention", "AttnRank", "KIVI"]
     assert nearest("Sigmod", known) == " Did you mean SigmoidAttention, MODA?"
     assert nearest("attn", known) == " Did you mean AttnRank, AttenCraft?"
+    assert nearest("atn", known) == " Did you mean AttnRank, AttenCraft?"
     assert nearest("kiv", known) == " Did you mean KIVI?"
     assert str(CatalogueError("plain words")) == "plain words"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -201,6 +202,7 @@ def test_rows_stay_in_order_whatever_is_done_to_them(counts: list[int]) -> None:
             held = held.take(which, [len(head) for head in wanted])
         assert torch.equal(held.tensor(), torch.stack([x for head in wanted for x in head]))
         assert [sum(n for _, n in head) for head in held.runs] == [len(head) for head in wanted]
+        assert all(a != b for head in held.runs for (a, _), (b, _) in pairwise(head)), "a run for each step"
     assert [type(x) for x in held.packed] == [Channels, Codes]
 
 

@@ -285,16 +285,19 @@ class Heard(Method):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize("kind", ["t5", "bart"])
-def test_what_was_remembered_of_a_text_is_known_to_a_decoder_that_writes_of_it(kind: str) -> None:
+def test_what_was_remembered_of_a_text_is_known_to_a_decoder_that_writes_of_it(kind: str, copies: int) -> None:
     model = models.tiny(kind)
     ids = models.tiny_inputs(model)["input_ids"]
-    asked = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 3}
-    with attach(model, Heard()) as run:
-        written = run.generate(input_ids=ids, min_new_tokens=3, **asked)
-        wanted = run(input_ids=ids, decoder_input_ids=written.sequences[:, :-1]).logits
+    asked = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 3, "min_new_tokens": 3}
+    with attach(model, Heard()) as run:  # generate repeats what an encoder made for each copy, as it does for beams
+        for _ in range(2):
+            written = run.generate(input_ids=ids, do_sample=copies > 1, num_return_sequences=copies, **asked)
+        given = {"input_ids": ids.repeat_interleave(copies, 0), "decoder_input_ids": written.sequences[:, :-1]}
+        wanted = run(**given).logits
     assert close_model(torch.stack(written.logits, 1), wanted)
-    assert not close_model(wanted, model(input_ids=ids, decoder_input_ids=written.sequences[:, :-1]).logits)
+    assert not close_model(wanted, model(**given).logits)
 
 
 @torch.no_grad()

@@ -7,17 +7,18 @@ import sys
 
 import pytest
 import torch
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from benchmarks.speed.decoding import RUNS, Operations, added, read, step
 from heedful import attach
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import CachedKV, Call
-from heedful.core.errors import RefusedModel
+from heedful.core.errors import RefusedModel, UnknownArgument
 from heedful.core.method import Method, Stack
 from heedful.core.positions import Positions
 from heedful.core.sites import Site, at
-from heedful.methods import KIVI, KNorm, PyramidKV, SinkWindow, TempScale
+from heedful.methods import KIVI, KNorm, PyramidKV, SinkWindow, SnapKV, TempScale
 from heedful.tiny import tiny
 
 from .samples import PAPER
@@ -79,6 +80,20 @@ def test_a_layer_in_which_nothing_acts_is_not_looked_into() -> None:
         step(MODEL, cache, IDS[:, :1])  # what is known of classes is found once
         assert calls_of_python(cache) < 1.7 * plain
         assert run.activity().entered == (0, 1, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_it_is_where_it_attends_to_keys_of_another_layer_which_dropped_some(kernel: str) -> None:
+    few = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "global_head_dim": 8, "num_kv_shared_layers": 1}
+    words = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8}
+    model = Gemma4ForCausalLM(Gemma4TextConfig(**few, **heads, **words, layer_types=["full_attention"] * 3)).eval()
+    model.set_attn_implementation(kernel)
+    with attach(model, SnapKV(0.25, window=4).on(layers=1)) as run:
+        cache = run(input_ids=IDS, use_cache=True)[CACHE]
+        with pytest.raises(UnknownArgument, match=r"layers\.2.* attends to the keys of another layer, .* dropped"):
+            run(input_ids=IDS[:, :1], **{CACHE: cache})
 
 
 def test_views_are_no_operations_and_looks_are_counted() -> None:

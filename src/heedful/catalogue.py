@@ -9,7 +9,7 @@ import re
 import sys
 from dataclasses import fields
 from functools import cache
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,17 +66,19 @@ def _of_file(file: Path, name: str | None) -> type[CatalogueEntry]:
     if not file.is_file():
         raise CatalogueError(f"there is no file '{file}'; a method of your own is named by a file that exists")
     there = sys.modules.get(file.stem)
+    spec: Any = PathFinder.find_spec(file.stem) if there is None else getattr(there, "__spec__", None)
+    origin = getattr(spec, "origin", None)
+    if (there or origin) and Path(origin or "").resolve() != file.resolve():
+        raise CatalogueError(f"{file}: there is a module named {file.stem} already; give the file another name")
     if there is None:
         loader = SourceFileLoader(file.stem, str(file))
-        spec: Any = importlib.util.spec_from_loader(file.stem, loader)
+        spec = importlib.util.spec_from_loader(file.stem, loader)
         there = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
         try:
             loader.exec_module(there)
         except BaseException:
             del sys.modules[file.stem]
             raise
-    elif not getattr(there, "__file__", None) or not file.samefile(str(there.__file__)):
-        raise CatalogueError(f"{file}: a module named {file.stem} is imported already; give the file another name")
     kinds = {x.__name__: x for x in vars(there).values() if isinstance(x, type) and issubclass(x, CatalogueEntry)}
     own = {k: x for k, x in kinds.items() if x.__module__ == file.stem and not k.startswith("_")}
     if not own:

@@ -50,8 +50,8 @@ def _rows_of_many(model: nn.Module, instead: str) -> str:
     )
 
 
-OF_IMAGES = "mm_encoder_outputs"  # what models of transformers call that which an encoder made of images before
-ENCODED = (OF_IMAGES, "encoder_outputs")
+# what models of transformers call that which an encoder made before: of images, and of a text or a sound
+ENCODED = ("mm_encoder_outputs", "encoder_outputs")
 
 
 class _Look(NamedTuple):
@@ -141,13 +141,18 @@ class Forwards:
         So `generate` does it: it has the encoder read a text or look at an image, and then calls the whole model.
         """
         before, self._of_part = self._of_part, bool(self._parts[model])
-        given, found = {id(x) for x in tensors_in([kwargs.get(name) for name in ENCODED])}, dict[int, dict[str, Any]]()
+        given, found = [*tensors_in([kwargs.get(name) for name in ENCODED])], dict[int, dict[str, Any]]()
         if not (before if self._of_part else given):
             self._looks.clear()
         if self._of_part or not given:
             return {}
-        these = [look for look in self._looks if any(id(x()) in given for x in look.made)]
-        for look in these or (self._looks if before and kwargs.get(OF_IMAGES) else []):
+        same = {id(x) for x in given}
+        these = [look for look in self._looks if any(id(x()) in same for x in look.made)]
+        if not these and before:  # a row for each beam, or a copy, which is known in the steps that follow
+            these = self._looks
+            for look in these:
+                look.made.extend(map(ref, given))
+        for look in these:
             for number, noted in look.memory.items():
                 if noted.keys() & found.get(number, {}).keys():
                     raise RefusedModel(

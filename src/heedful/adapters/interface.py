@@ -171,11 +171,14 @@ class Interface:
     def _rests(self, bound: Bound, request: Request) -> bool:
         """Whether it is known, whatever the call turns out to be, that the run leaves a layer to the model.
 
-        Packed texts, and masks that a model makes itself, have to be understood first, for layers that come after.
+        Packed texts, and masks that a model makes itself, have to be understood first, for layers that come after; so
+        have masks of other keys than came, as those of another layer, whose cache may have dropped some.
         """
-        packed = request.q.shape[2] > 1 and request.more.get("position_ids") is not None
+        mask, n = request.mask, request.q.shape[2]
+        packed = n > 1 and request.more.get("position_ids") is not None
+        plain = isinstance(mask, LazyMask) and mask.shape[2:] == (n, request.k.shape[2]) and not packed
         return (
-            (bound.cross or (isinstance(request.mask, LazyMask) and not packed))
+            (bound.cross or plain)
             and not self.run.stack.steps(bound.number)
             and self.run.backend == "auto"
             and bound.merges is None

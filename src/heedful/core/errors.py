@@ -149,7 +149,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
         whole, n = name.lower(), len(word)
         return max(SequenceMatcher(None, x, word.lower()).ratio() for x in (whole, whole[:n], whole[: n + 1]))
 
-    near = {name: found for name in known if (found := likeness(name)) >= 0.6}
+    near = {name: found for name in known if word and (found := likeness(name)) >= 0.6}
     close = sorted(near, key=lambda name: -near[name])[:3]
     return f" Did you mean {', '.join(close)}?" if close else ""
 

@@ -36,6 +36,8 @@ def unpacked(paths: Sequence[Path], convert: Convert, takes: str) -> Path:
     source = {"code": code, "file": path.name, "size": path.stat().st_size, "sha256": digest}
     file = f"{path.stem}-{digest[:12]}"
     home = cache_folder() / f"{file}-{code[:8]}"
+    with suppress(OSError):  # there is none yet, or it may be read alone; else it was asked for now
+        os.utime(home)
     if not _is_copy(home, source):
         log.warning("unpacking %s once, about %s; the copy stays in %s", path.name, takes, home)
         try:
@@ -47,8 +49,6 @@ def unpacked(paths: Sequence[Path], convert: Convert, takes: str) -> Path:
                 f"{path.name}: cannot keep the unpacked copy in {home}: {first_line(error)}; "
                 "set XDG_CACHE_HOME to a folder that can be written and has room for four bytes a parameter"
             ) from error
-    with suppress(OSError):  # a folder may be there to be read alone
-        os.utime(home)  # it was asked for now
     return home
 
 
