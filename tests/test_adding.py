@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable
 from typing import Any
 from weakref import ref
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, models
+from heedful import attach, explain, models
 from heedful.conformance.tolerances import close, close_model, within_budget
 from heedful.core.call import Call
 from heedful.core.errors import BackendError, SiteError
@@ -30,6 +31,7 @@ from .kernel_calls import (
     WEIGHINGS,
     Everything,
     Halved,
+    Same,
     Weighed,
     a_bias,
     a_call,
@@ -204,6 +206,19 @@ def test_masks_of_any_kind(how: Any, pad: Tensor | None, cut: None) -> None:
         compare_pulled("native", SHAPE, rules, method=plain, pad=pad)
 
 
+@pytest.mark.parametrize("rules", [CAUSAL, ODD], ids=["ranges", "table"])
+@pytest.mark.parametrize("method", [Same(), Waves()], ids=repr)
+@pytest.mark.parametrize("learned", [(), ("bias",)], ids=repr)
+def test_what_is_saved_elsewhere_may_come_back_laid_out_anew(
+    learned: tuple[str, ...], method: Method, rules: tuple[Rule, ...], cut: None
+) -> None:
+    tensors, bias = draw(SHAPE), a_bias(SHAPE, BIASES[2])
+    want = pulled("native", tensors, SHAPE, rules, learned, method=method, bias=bias)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().flatten().clone().view(x.shape), lambda x: x):
+        found = pulled("native", tensors, SHAPE, rules, learned, method=method, bias=bias)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
 def test_nothing_of_a_tile_is_kept_for_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiled, "KEPT_BYTES", 0)
     made: list[ref[Tensor]] = []
@@ -249,6 +264,8 @@ def test_other_backends_and_sums_are_refused() -> None:
         with pytest.raises(BackendError, match=r"Waves\(.*\) at SCORES says tile by tile what scores gain"):
             run("native", stack, *draw(SHAPE), call)
         assert run("auto", stack, *draw(SHAPE), call).isfinite().all()
+        assert re.search(r"native     no\n.*tile by tile it sums nothing up", str(explain(stack)))
+    assert re.search("native     (chosen|possible)", str(explain(Waves())))
     with pytest.raises(BackendError, match=r"Waves\(.*\) at SCORES needs the map"):
         run("sdpa", Waves(), *draw(SHAPE), call)
     assert run("tiled", Waves() | Sharpness(), *draw(SHAPE), call).isfinite().all()
@@ -283,3 +300,13 @@ def test_an_own_rule_beside_it() -> None:
     q, k, v = draw(SHAPE)
     found, want = (run(name, Odd(), q, k, v, a_call(SHAPE, CAUSAL)) for name in ("native", "reference"))
     assert close(found, want)
+
+
+@pytest.mark.parametrize("backend", ["tiled", "native"])
+def test_rows_above_are_for_those_who_are_shown_scores(backend: str, cut: None) -> None:
+    class Tall(Waves):
+        def above(self) -> int:
+            return 2
+
+    given = *draw(SHAPE), a_call(SHAPE, CAUSAL)
+    assert torch.equal(run(backend, Tall(), *given), run(backend, Waves(), *given))
