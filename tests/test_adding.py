@@ -6,6 +6,7 @@ import gc
 import re
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 from weakref import ref
 
 import pytest
@@ -181,6 +182,20 @@ def test_it_is_derived_twice(cut: None) -> None:
     assert close(twice("native"), twice("reference"))
 
 
+@pytest.mark.parametrize("method", [Same(), Waves()], ids=repr)
+def test_a_bias_that_learns_alone(method: Method, cut: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    (q, k, v), bias = draw(SHAPE), a_bias(SHAPE, BIASES[1])
+    monkeypatch.setattr(native, "_pulled", asked := Mock(wraps=native._pulled))
+
+    def learned(backend: str) -> Tensor:
+        leaf = bias.clone().requires_grad_()
+        heads = run(backend, method, q, k, v, a_call(SHAPE, CAUSAL), bias=leaf)
+        return torch.autograd.grad(heads.square().sum(), leaf)[0]
+
+    assert close(learned("native"), learned("reference"))
+    assert max(call.args[1].queries for call in asked.call_args_list) == 16, "no table of all pairs is held"
+
+
 @pytest.mark.parametrize("rules", [ODD, RULES["blind rows"]], ids=["odd", "blind rows"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_bias_that_learns(shape: tuple[int, ...], rules: tuple[Rule, ...], cut: None) -> None:
@@ -194,7 +209,8 @@ def test_masks_of_any_kind(how: Any, pad: Tensor | None, cut: None) -> None:
     q, k, v = draw(SHAPE)
     method = Halved() if how is None else Weighed(how)
     some = torch.rand(2, 4, 3, 3, generator=torch.Generator().manual_seed(1)) < 0.6
-    for rules in (ODD, (*CAUSAL, Blocks(some, 16)), (Where(lambda q, k: (q + k) % 3 == 0),)):
+    moved = Blocks(torch.tensor([[True, False], [True, True]])[None, None], 32, torch.tensor([[0, 0], [7, 7]]))
+    for rules in (ODD, (*CAUSAL, Blocks(some, 16)), (Where(lambda q, k: (q + k) % 3 == 0),), (moved,)):
         call = a_call(SHAPE, rules, pad)
         plain: Method = Waves("") if how is None else method
         found, want, exact = (
