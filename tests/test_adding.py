@@ -294,6 +294,7 @@ def test_nothing_added_is_told_as_a_step_that_changed_nothing() -> None:
         with attach(model, method, backend="native") as run, torch.no_grad():
             run(**ids)
             assert bool(run.state.changed) == changed
+            assert all(run.state.offered[step] for step in run.stack.steps())
             run.state.changed.update(run.stack.steps())  # so that nothing is warned of
 
 
