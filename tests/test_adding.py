@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 from weakref import ref
 
 import pytest
 import torch
 from torch import Tensor
 
-from heedful import attach, models
+from heedful import attach, explain, models
 from heedful.conformance.tolerances import close, close_model, within_budget
 from heedful.core.call import Call
 from heedful.core.errors import BackendError, SiteError
@@ -30,6 +32,7 @@ from .kernel_calls import (
     WEIGHINGS,
     Everything,
     Halved,
+    Same,
     Weighed,
     a_bias,
     a_call,
@@ -179,6 +182,20 @@ def test_it_is_derived_twice(cut: None) -> None:
     assert close(twice("native"), twice("reference"))
 
 
+@pytest.mark.parametrize("method", [Same(), Waves()], ids=repr)
+def test_a_bias_that_learns_alone(method: Method, cut: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    (q, k, v), bias = draw(SHAPE), a_bias(SHAPE, BIASES[1])
+    monkeypatch.setattr(native, "_pulled", asked := Mock(wraps=native._pulled))
+
+    def learned(backend: str) -> Tensor:
+        leaf = bias.clone().requires_grad_()
+        heads = run(backend, method, q, k, v, a_call(SHAPE, CAUSAL), bias=leaf)
+        return torch.autograd.grad(heads.square().sum(), leaf)[0]
+
+    assert close(learned("native"), learned("reference"))
+    assert max(call.args[1].queries for call in asked.call_args_list) == 16, "no table of all pairs is held"
+
+
 @pytest.mark.parametrize("rules", [ODD, RULES["blind rows"]], ids=["odd", "blind rows"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_bias_that_learns(shape: tuple[int, ...], rules: tuple[Rule, ...], cut: None) -> None:
@@ -192,7 +209,8 @@ def test_masks_of_any_kind(how: Any, pad: Tensor | None, cut: None) -> None:
     q, k, v = draw(SHAPE)
     method = Halved() if how is None else Weighed(how)
     some = torch.rand(2, 4, 3, 3, generator=torch.Generator().manual_seed(1)) < 0.6
-    for rules in (ODD, (*CAUSAL, Blocks(some, 16)), (Where(lambda q, k: (q + k) % 3 == 0),)):
+    moved = Blocks(torch.tensor([[True, False], [True, True]])[None, None], 32, torch.tensor([[0, 0], [7, 7]]))
+    for rules in (ODD, (*CAUSAL, Blocks(some, 16)), (Where(lambda q, k: (q + k) % 3 == 0),), (moved,)):
         call = a_call(SHAPE, rules, pad)
         plain: Method = Waves("") if how is None else method
         found, want, exact = (
@@ -202,6 +220,19 @@ def test_masks_of_any_kind(how: Any, pad: Tensor | None, cut: None) -> None:
         text = call.is_text[..., None].expand(found.shape)
         assert within_budget(found[text], want[text], exact[text])
         compare_pulled("native", SHAPE, rules, method=plain, pad=pad)
+
+
+@pytest.mark.parametrize("rules", [CAUSAL, ODD], ids=["ranges", "table"])
+@pytest.mark.parametrize("method", [Same(), Waves()], ids=repr)
+@pytest.mark.parametrize("learned", [(), ("bias",)], ids=repr)
+def test_what_is_saved_elsewhere_may_come_back_laid_out_anew(
+    learned: tuple[str, ...], method: Method, rules: tuple[Rule, ...], cut: None
+) -> None:
+    tensors, bias = draw(SHAPE), a_bias(SHAPE, BIASES[2])
+    want = pulled("native", tensors, SHAPE, rules, learned, method=method, bias=bias)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().flatten().clone().view(x.shape), lambda x: x):
+        found = pulled("native", tensors, SHAPE, rules, learned, method=method, bias=bias)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
 
 def test_nothing_of_a_tile_is_kept_for_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +280,8 @@ def test_other_backends_and_sums_are_refused() -> None:
         with pytest.raises(BackendError, match=r"Waves\(.*\) at SCORES says tile by tile what scores gain"):
             run("native", stack, *draw(SHAPE), call)
         assert run("auto", stack, *draw(SHAPE), call).isfinite().all()
+        assert re.search(r"native     no\n.*tile by tile it sums nothing up", str(explain(stack)))
+    assert re.search("native     (chosen|possible)", str(explain(Waves())))
     with pytest.raises(BackendError, match=r"Waves\(.*\) at SCORES needs the map"):
         run("sdpa", Waves(), *draw(SHAPE), call)
     assert run("tiled", Waves() | Sharpness(), *draw(SHAPE), call).isfinite().all()
@@ -261,6 +294,7 @@ def test_nothing_added_is_told_as_a_step_that_changed_nothing() -> None:
         with attach(model, method, backend="native") as run, torch.no_grad():
             run(**ids)
             assert bool(run.state.changed) == changed
+            assert all(run.state.offered[step] for step in run.stack.steps())
             run.state.changed.update(run.stack.steps())  # so that nothing is warned of
 
 
@@ -283,3 +317,13 @@ def test_an_own_rule_beside_it() -> None:
     q, k, v = draw(SHAPE)
     found, want = (run(name, Odd(), q, k, v, a_call(SHAPE, CAUSAL)) for name in ("native", "reference"))
     assert close(found, want)
+
+
+@pytest.mark.parametrize("backend", ["tiled", "native"])
+def test_rows_above_are_for_those_who_are_shown_scores(backend: str, cut: None) -> None:
+    class Tall(Waves):
+        def above(self) -> int:
+            return 2
+
+    given = *draw(SHAPE), a_call(SHAPE, CAUSAL)
+    assert torch.equal(run(backend, Tall(), *given), run(backend, Waves(), *given))

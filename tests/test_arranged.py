@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
 
@@ -100,6 +101,7 @@ def rules(order: Arranged) -> dict[str, tuple[tuple[Rule, ...], dict[str, Any], 
         "causal": ((Causal(), order), {}, False),
         "with a bias": ((order,), {"bias": a_bias(SHAPE, BIASES[0])}, False),
         "padded": ((order,), {"pad": pad}, False),
+        "with keys that are gone": ((order,), {"filled": torch.arange(40) % 3 > 0}, False),
     }
 
 
@@ -109,6 +111,8 @@ def test_tokens_are_put_in_order_where_that_says_all(name: str, monkeypatch: pyt
     monkeypatch.setattr(native, "_in_order", asked := Mock(wraps=native._in_order))
     q, k, v = draw(SHAPE)
     call = a_call(SHAPE, given, more.pop("pad", None))
+    if (filled := more.pop("filled", None)) is not None:
+        call = replace(call, keys=replace(call.keys, is_filled=filled[None, None]))
     found, want = (run(backend, Same(), q, k, v, call, **more) for backend in ("native", "reference"))
     text = call.is_text[..., None].expand(found.shape)
     assert close(found[text], want[text])

@@ -91,6 +91,12 @@ def test_distance_is_counted_to_either_side() -> None:
     assert close(found, heads_of(scores.softmax(-1), bare.v))
 
 
+def test_beside_a_table_in_half_precision_the_decay_is_not_rounded() -> None:
+    bare, table = Bare(text=TEXT), torch.zeros(4, 3)
+    found, want = (bare.run(EdgePrior(0.3, 3), "reference", params={"prior": x})[0] for x in (table.bfloat16(), table))
+    assert close(found, want)
+
+
 def test_an_even_prior_changes_no_bit() -> None:
     model = models.tiny("llama", attn_implementation="eager")
     plain = model(IDS).logits

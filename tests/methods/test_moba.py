@@ -131,8 +131,11 @@ def test_ranges_of_columns_say_the_same(blocks: int, rows: int) -> None:
     assert kept is not None
     assert ranges is not None
     assert ranges.shape[3] <= min(blocks, 5)
-    inside = (torch.arange(18) >= ranges[..., :1]) & (torch.arange(18) < ranges[..., 1:])
-    assert torch.equal(inside.any(-2).expand_as(kept), kept)
+    rule = mask.rules[-1]  # without causality too
+    for told, pairs in ((ranges, kept), (rule.key_ranges(call.queries, call.keys), rule.keeps(call.pairs))):
+        assert told is not None
+        inside = (torch.arange(18) >= told[..., :1]) & (torch.arange(18) < told[..., 1:])
+        assert torch.equal(inside.any(-2).expand_as(pairs), pairs)
     found, want = (bare.run(MoBA(SIZE, blocks), backend)[0] for backend in ("native", "reference"))
     assert close(found[0], want[0])
     assert close(found[1, :, 3 - 18 + rows if rows == 18 else 0 :], want[1, :, 3 - 18 + rows if rows == 18 else 0 :])

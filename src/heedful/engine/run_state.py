@@ -107,7 +107,7 @@ class Plan:
     @cached_property
     def above(self) -> int:
         """How many rows above a tile its edits look at."""
-        methods = {s.number: s.method for s in self.steps if s.edit.site in MAP_SITES}
+        methods = {s.number: s.method for s in self.steps if s.edit.site in MAP_SITES and not s.edit.adds}
         return sum(method.above() for method in methods.values())
 
     def before(self, shift: Step) -> Plan:

@@ -35,6 +35,6 @@ class Chunk(Rule):
     def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
         if k.pads is None:
             return None
-        start = q.position // self.size * self.size + (k.index - k.position)[..., :1] - k.index[..., :1]
+        start = q.position // self.size * self.size - k.position[..., :1]
         stop = (start + self.size + self.after).clamp(max=len(k))
         return single(0 if self.before is None else start - self.before, stop)

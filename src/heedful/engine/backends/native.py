@@ -51,6 +51,10 @@ PAPER = Paper(
 )
 
 WAY_BACK = ("ranges", "table", "blocks", "bias", "sink", "live", "rows")  # of a problem, what is asked there too
+STRIDES = {
+    "ranges": "range_stride", "table": "table_stride", "blocks": "block_stride", "bias": "bias_stride",
+    "picked": "picked_stride",
+}  # fmt: skip
 GRAIN = 32  # what a block of a block table must be a multiple of: the widest panel of the kernel
 
 
@@ -69,8 +73,6 @@ class Native:
             if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
                 reasons.append(f"it runs on the CPU in float32 and bfloat16, and this call is {x.dtype} on {x.device}")
                 break
-        if needs.call is None:
-            return reasons
         if len({x.dtype for x in needs.tensors}) > 1:
             reasons.append("queries, keys and values are of unlike types")
         if not reasons and (needs.sums or needs.reweights) and (why := _why_tiles(needs)):
@@ -157,8 +159,16 @@ class _Asked:
     def hold(self, name: str, x: Tensor) -> Tensor:
         """Let a field of the problem point at a tensor."""
         self.held[name] = x
-        setattr(self.problem, name, x.data_ptr())
+        _point(self.problem, name, x)
         return x
+
+
+def _point(p: Problem, name: str, x: Tensor) -> None:
+    """Let a field of a problem point at a tensor as it lies."""
+    setattr(p, name, x.data_ptr())
+    if name in STRIDES:
+        strides = getattr(p, STRIDES[name])
+        strides[:] = _shared(x, len(strides))
 
 
 class _Way(torch.autograd.Function):
@@ -201,7 +211,7 @@ class _Way(torch.autograd.Function):
             found = iter(_again(job, tensors[:3], given, columns, asks))
             return *(next(found) if wanted else None for wanted in asks), None, None, None
         for name, x in zip(ctx.names, held, strict=True):
-            setattr(ctx.problem, name, x.data_ptr())
+            _point(ctx.problem, name, x)  # who saves tensors elsewhere may lay them out anew
         made = _pulled(ctx.kernel, ctx.problem, tensors, out, given, columns, asks[3])
         found = (new.sum_to_size(x.shape).to(x.dtype) for new, x in zip(made, tensors, strict=False))
         return *found, *(None,) * (7 - len(made))
@@ -230,9 +240,10 @@ def _pulled(
 ) -> list[Tensor]:
     """What queries, keys and values are given, in float32, and what a bias that learns is, text by text."""
     q, k, v = (_in_rows(x) for x in tensors[:3])
+    p.q_stride, p.k_stride, p.v_stride = _strides(q), _strides(k), _strides(v)
     columns = None if columns is None else columns.float().contiguous()
     p.columns = 0 if columns is None else columns.data_ptr()
-    given, out = _in_rows(given.float()), out.transpose(1, 2)
+    given, out = _in_rows(given.float()), out.transpose(1, 2).contiguous()
     p.q, p.k, p.v, p.out, p.given = (x.data_ptr() for x in (q, k, v, out, given))
     p.given_stride[:] = _shared(given, 3)
     made = [
@@ -279,7 +290,7 @@ def _attended(
     if (form := weighing(job)) is not None:
         p.form, p.shift, p.mean = 1 + FORMS.index(form.form), form.shift, form.mean
     if job.bias is not None:
-        p.bias_stride[:] = _shared(asked.hold("bias", _in_rows(job.bias.detach().float())), 3)
+        asked.hold("bias", _in_rows(job.bias.detach().float()))
     if job.sink is not None:
         asked.hold("sink", job.sink.detach().float().reshape(-1).contiguous())
     if back:
@@ -298,25 +309,22 @@ def _tell_mask(asked: _Asked, needs: Needs, call: Call) -> None:
     for blocks in call.mask.blocks:
         table = asked.hold("blocks", blocks.table.to(torch.uint8).contiguous())
         p.block, p.block_cols, p.block_units = blocks.size, table.shape[3], table.shape[1]
-        p.block_stride[:] = _shared(table, 2)
     if asked.alone and needs.sees_all and (p.held or call.keys.is_filled is None):
         return
     if asked.alone and not call.mask.idle(call.queries, call.keys):
         kept = call.mask.keeps(call.pairs)
         if kept is None or bool(kept.all()):
             return
-        picked = asked.hold("picked", kept.to(torch.uint8).contiguous())
-        p.picked_stride[:] = _shared(picked, 2)
+        asked.hold("picked", kept.to(torch.uint8).contiguous())
         return
     rows = needs.key_ranges
     if rows is None:  # of a tile, whose mask is a table
         (rule,) = call.mask.rules
         kept = rule.keeps(call.pairs)
-        p.table_stride[:] = _shared(asked.hold("table", _in_rows(kept.view(torch.uint8))), 3)
+        asked.hold("table", _in_rows(kept.view(torch.uint8)))
         rows = torch.tensor([0, p.keys]).view(1, 1, 1, 1, 2)
     ranges = asked.hold("ranges", rows.expand(-1, -1, p.queries, -1, -1).to(torch.int32).contiguous())
     p.range_count = ranges.shape[3]
-    p.range_stride[:] = _shared(ranges, 2)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, adds
 from heedful.kit.distances import by_distance
+from heedful.kit.running import wide
 
 
 class EdgePrior(Method):
@@ -59,7 +60,7 @@ class EdgePrior(Method):
         prior = -self.decay * far.double()[None]
         if not self.learned:
             return prior
-        table = call.params["prior"]
+        (table,) = wide(call.params["prior"])
         return prior.to(table.dtype) + table[:, far.clamp(max=self.learned - 1)]
 
 
