@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import statistics
+from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from claims._seeing import LANGUAGE, SEEN, Shown, joined, language_model, shown
 from claims.ledger import Claim, run
@@ -16,29 +18,51 @@ from heedful.authoring import Fitted
 from heedful.core.method import Scoped, Stack
 from heedful.methods import ReplyLanguage
 
-# what is asked for, in English and in French
+# what is asked for, in English, in French and in German, after a verb
 THINGS = (
-    "cat un chat", "dog un chien", "horse un cheval", "bird un oiseau", "fish un poisson", "mouse une souris",
-    "cow une vache", "sheep un mouton", "lion un lion", "bear un ours", "wolf un loup", "fox un renard",
-    "house une maison", "door une porte", "table une table", "chair une chaise", "bed un lit", "lamp une lampe",
-    "window une fenêtre", "garden un jardin", "tree un arbre", "flower une fleur", "leaf une feuille",
-    "river une rivière", "mountain une montagne", "lake un lac", "forest une forêt", "bridge un pont",
-    "road une route", "street une rue", "city une ville", "village un village", "castle un château",
-    "church une église", "school une école", "shop un magasin", "boat un bateau", "car une voiture",
-    "train un train", "plane un avion", "book un livre", "letter une lettre", "pen un stylo", "key une clé",
-    "knife un couteau", "spoon une cuillère", "glass un verre", "plate une assiette", "bottle une bouteille",
-    "cake un gâteau", "bread un pain", "cheese un fromage", "pear une poire", "lemon un citron",
-    "strawberry une fraise", "tomato une tomate", "hat un chapeau", "coat un manteau", "shirt une chemise",
-    "shoe une chaussure", "dress une robe", "ring une bague", "clock une horloge", "candle une bougie",
-    "mirror un miroir", "rug un tapis", "violin un violon", "guitar une guitare", "drum un tambour",
-    "ball un ballon", "doll une poupée", "kite un cerf-volant", "star une étoile", "cloud un nuage",
-    "stone une pierre", "ladder une échelle", "hammer un marteau", "box une boîte", "bag un sac",
-    "basket un panier",
+    "cat un chat eine Katze", "dog un chien einen Hund", "horse un cheval ein Pferd", "bird un oiseau einen Vogel",
+    "fish un poisson einen Fisch", "mouse une souris eine Maus", "cow une vache eine Kuh", "sheep un mouton ein Schaf",
+    "lion un lion einen Löwen", "bear un ours einen Bären", "wolf un loup einen Wolf", "fox un renard einen Fuchs",
+    "house une maison ein Haus", "door une porte eine Tür", "table une table einen Tisch",
+    "chair une chaise einen Stuhl", "bed un lit ein Bett", "lamp une lampe eine Lampe",
+    "window une fenêtre ein Fenster", "garden un jardin einen Garten", "tree un arbre einen Baum",
+    "flower une fleur eine Blume", "leaf une feuille ein Blatt", "river une rivière einen Fluss",
+    "mountain une montagne einen Berg", "lake un lac einen See", "forest une forêt einen Wald",
+    "bridge un pont eine Brücke", "road une route eine Straße", "street une rue eine Gasse",
+    "city une ville eine Stadt", "village un village ein Dorf", "castle un château ein Schloss",
+    "church une église eine Kirche", "school une école eine Schule", "shop un magasin einen Laden",
+    "boat un bateau ein Boot", "car une voiture ein Auto", "train un train einen Zug", "plane un avion ein Flugzeug",
+    "book un livre ein Buch", "letter une lettre einen Brief", "pen un stylo einen Stift",
+    "key une clé einen Schlüssel", "knife un couteau ein Messer", "spoon une cuillère einen Löffel",
+    "glass un verre ein Glas", "plate une assiette einen Teller", "bottle une bouteille eine Flasche",
+    "cake un gâteau einen Kuchen", "bread un pain ein Brot", "cheese un fromage einen Käse",
+    "pear une poire eine Birne", "lemon un citron eine Zitrone", "strawberry une fraise eine Erdbeere",
+    "tomato une tomate eine Tomate", "hat un chapeau einen Hut", "coat un manteau einen Mantel",
+    "shirt une chemise ein Hemd", "shoe une chaussure einen Schuh", "dress une robe ein Kleid",
+    "ring une bague einen Ring", "clock une horloge eine Uhr", "candle une bougie eine Kerze",
+    "mirror un miroir einen Spiegel", "rug un tapis einen Teppich", "violin un violon eine Geige",
+    "guitar une guitare eine Gitarre", "drum un tambour eine Trommel", "ball un ballon einen Ball",
+    "doll une poupée eine Puppe", "kite un cerf-volant einen Drachen", "star une étoile einen Stern",
+    "cloud un nuage eine Wolke", "stone une pierre einen Stein", "ladder une échelle eine Leiter",
+    "hammer un marteau einen Hammer", "box une boîte eine Kiste", "bag un sac eine Tasche",
+    "basket un panier einen Korb",
 )  # fmt: skip
 SAID = (  # what the fit reads: of one meaning, and not of the form that is asked about
-    ("I saw a {} this morning, and it was beautiful.", "J'ai vu {} ce matin, et c'était très beau."),
-    ("She bought a {} for her brother yesterday.", "Elle a acheté {} pour son frère hier."),
-    ("We have wanted a {} for a long time.", "Nous voulons {} depuis longtemps."),
+    (
+        "I saw a {} this morning, and it was beautiful.",
+        "J'ai vu {} ce matin, et c'était très beau.",
+        "Ich habe heute Morgen {} gesehen, und es war sehr schön.",
+    ),
+    (
+        "She bought a {} for her brother yesterday.",
+        "Elle a acheté {} pour son frère hier.",
+        "Sie hat gestern {} für ihren Bruder gekauft.",
+    ),
+    (
+        "We have wanted a {} for a long time.",
+        "Nous voulons {} depuis longtemps.",
+        "Wir wollten schon lange {} haben.",
+    ),
 )
 ASKED = (  # a question, and replies to it
     (
@@ -55,33 +79,40 @@ BEFORE, BEHIND = "<|im_start|>user\n", "\n{}<|im_end|>\n<|im_start|>assistant\n"
 THIRDS = {"first": LANGUAGE[:10], "middle": LANGUAGE[10:20], "last": LANGUAGE[20:]}
 DRAWS = 2
 PLAIN = Stack()
+FRENCH, GERMAN = 1, 2  # places of a language in what is said
 
 
-def own_things(seed: int) -> list[tuple[str, str]]:
-    """In English without an article and in French with one; no two seeds share any."""
+def own_things(seed: int) -> list[tuple[str, str, str]]:
+    """In English without an article, and in French and German with one; no two seeds share any."""
     count = FITTED + TRIED
     every = random.Random(0).sample(THINGS, len(THINGS))[count * seed : count * (seed + 1)]
-    return [(english, french) for english, _, french in (thing.partition(" ") for thing in every)]
+    return [(a, f"{b} {c}", f"{d} {e}") for a, b, c, d, e in map(str.split, every)]
 
 
-def fitted(model: object, things: list[tuple[str, str]]) -> ReplyLanguage:
+def fitted(model: object, things: list[tuple[str, str, str]], language: int) -> ReplyLanguage:
+    """Vectors from English to a language."""
     tokenizer = language_model().tokenizer
     batches = [
-        {**tokenizer(pair[i].format(thing[i]), return_tensors="pt"), "positive": bool(i)}
-        for pair in SAID
+        {**tokenizer(same[i].format(thing[i]), return_tensors="pt"), "positive": i == language}
+        for same in SAID
         for thing in things
-        for i in (0, 1)
+        for i in (0, language)
     ]
     return fit(ReplyLanguage(), model, batches)
 
 
+def along(method: ReplyLanguage, others: Mapping[str, Tensor]) -> ReplyLanguage:
+    """A control: in each layer another vector, made as long as the method's."""
+    mine = method.vectors or {}
+    return ReplyLanguage(
+        vectors=Fitted({name: others[name] * x.norm() / others[name].norm() for name, x in mine.items()})
+    )
+
+
 def drawn(method: ReplyLanguage, by: torch.Generator) -> ReplyLanguage:
-    """The control: in each layer a random vector of the same length."""
-    found = {}
-    for name, vector in (method.vectors or {}).items():
-        along = torch.randn(vector.shape, generator=by, dtype=vector.dtype)
-        found[name] = along * vector.norm() / along.norm()
-    return ReplyLanguage(vectors=Fitted(found))
+    """In each layer a random vector of the same length."""
+    mine = method.vectors or {}
+    return along(method, {name: torch.randn(x.shape, generator=by, dtype=x.dtype) for name, x in mine.items()})
 
 
 def log_chance(model: Any, question: str, answer: str, picture: int | None, what: Scoped | Stack) -> float:
@@ -100,7 +131,8 @@ def log_chance(model: Any, question: str, answer: str, picture: int | None, what
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     model, things = joined(seed), own_things(seed)
-    vectors, by = fitted(model, things[:FITTED]), torch.Generator().manual_seed(seed)
+    vectors, german = (fitted(model, things[:FITTED], language) for language in (FRENCH, GERMAN))
+    by = torch.Generator().manual_seed(seed)
     numbers: dict[str, float] = {}
 
     def tell(name: str, what: Scoped | Stack = PLAIN, seen: bool = True) -> None:
@@ -117,10 +149,11 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     tell("as it is")
     for name, layers in THIRDS.items():
         tell(f"{name} layers", vectors.on(layers=layers))
+    tell("towards German", along(vectors, german.vectors or {}).on(layers=THIRDS["middle"]))
     for i in range(DRAWS):
         tell(f"random {i + 1}", drawn(vectors, by).on(layers=THIRDS["middle"]))
     random_ones = statistics.fmean(numbers[f"over English, random {i + 1}"] for i in range(DRAWS))
-    best = max(numbers["over English, as it is"], random_ones)
+    best = max(numbers["over English, as it is"], numbers["over English, towards German"], random_ones)
     return numbers["over English, middle layers"] - best, numbers
 
 
@@ -132,11 +165,13 @@ CLAIM = Claim(
     setup=f"{SEEN}; it knows French badly. {TRIED * len(ASKED)} questions in French a seed, each behind a picture, "
     "with a reply of one meaning in French and in English: by how many nats is that in French likelier? Vectors of "
     f"{len(SAID) * FITTED} sentences in each language about other things, without pictures, added at their whole "
-    "length in the middle third of the layers, against none and against random vectors of the same length in each "
-    f"layer, {DRAWS} of them, whichever is better. No two seeds share a thing. Details: the same without a picture, "
-    "the other thirds of the layers, and how likely the reply in French is by itself. Strength and layers were looked "
-    "at before, on two things that no seed has: +3.1 with these.",
-    effect="nats by which a reply in French gains on one in English, over no edit or random vectors",
+    "length in the middle third of the layers, against none, against vectors from the same sentences in English to "
+    f"German, and against {DRAWS} random ones, all of the same length in each layer, whichever is best. No two seeds "
+    "share a thing. It is a choice between two replies, and no more: by itself either becomes less likely under any "
+    "vector of this length, that in French by ten nats with these and by five with random ones. Details: the same "
+    "without a picture, the other thirds of the layers, and how likely the reply in French is by itself. Strength and "
+    "layers were looked at before, on two things that no seed has: +3.1 with these; German was added afterwards.",
+    effect="nats by which a reply in French gains on one in English, over no edit, German or random vectors",
     measure=measure,
     strong=1.0,
 )

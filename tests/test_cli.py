@@ -240,6 +240,9 @@ def test_the_program_prints_errors_and_exits_with_1() -> None:
 
 def test_doctor_tells_of_models_outside_the_interface() -> None:
     assert "served: 2 attention layers of BloomForCausalLM" in told("doctor", "tiny:bloom")
+    error = CliRunner().invoke(app, ["doctor", "denoiser"]).exception
+    assert "known once it has run: call it, or" in str(error)
+    assert "`heedful compare --tasks scenes` calls the small denoiser" in str(error)
 
 
 @pytest.mark.slow

@@ -187,8 +187,8 @@ def test_scenes_are_drawn_by_the_denoiser_where_no_model_is_named(tmp_path: Path
     assert (found["facts"]["model"], found["facts"]["kind"]) == ("the small denoiser", "Denoiser")
     assert {(r["contender"], r["prompts"]) for r in found["results"]} == {("unedited", 2), ("SoftPAG", 2)}
     told = RUN.invoke(app, ["compare", "--methods", "act", "--tasks", "needle,scenes"])
-    assert "compare.MODEL = None: must be named, since these" in str(told.exception)
-    assert "(default for needle, denoiser for scenes)" in str(told.exception)
+    rule = "compare.--tasks = 'needle,scenes': are for unlike models (default for needle, denoiser for scenes)"
+    assert rule in str(told.exception)
     told = RUN.invoke(app, ["compare", "", "--methods", "act", "--tasks", "scenes"])
     assert "no such file or folder" in str(told.exception), "a name that is empty is none that is left out"
 

@@ -158,6 +158,7 @@ def test_measures_are_parted_by_commas_outside_of_settings() -> None:
         ),
         (["tiny:whisper"], "reads sounds. Name one, or a folder of them: heedful diagnose tiny:whisper --audio clips"),
         (["tiny:whisper", "--images", "/etc/hostname"], "reads sounds. Name one"),
+        (["denoiser"], "`heedful compare --tasks scenes` calls the small denoiser"),
         (["tiny:whisper", "--audio", "no"], "--audio: there is no file or folder 'no'"),
         (["tiny:whisper", "--audio", "/etc/hostname"], "needs the model's feature extractor"),
         (

@@ -90,5 +90,24 @@ def test_answers_of_other_code_are_not_taken(tmp_path: Path) -> None:
         first + asked(0.1, out=None)
     records = tmp_path / RECORDS
     records.write_text(records.read_text() + json.dumps({"record": "facts", "code": 3}) + "\n")
-    with pytest.raises(StatisticError, match="code must be the name of each contender's code"):
+    with pytest.raises(StatisticError, match="code must be the name of each contender's and task's code"):
         asked(0.9)
+
+
+def test_answers_to_a_task_of_other_code_are_not_taken(tmp_path: Path) -> None:
+    """A task that is typed at a prompt, as one that is kept in a file, may be changed between two calls."""
+    loaded = models.Loaded(models.tiny("llama"), object(), "tiny")
+
+    def asked(right: float, out: Path | None = tmp_path) -> Comparison:
+        body = {"__module__": "typed", "name": "typed", "score": lambda self, item, sheet: right}
+        kind: Any = type("Typed", (Echo,), body)
+        return compare(loaded, [TempScale(0.5)], [kind()], prompts=3, turns=0, out=out)
+
+    first = asked(0.5)
+    assert asked(0.5).results == first.results
+    rule = r"answers of 'Typed\(length=20\)' are from before and from after its code was changed: name another folder"
+    with pytest.raises(StatisticError, match=rule):
+        asked(1.0)
+    with pytest.raises(StatisticError, match=rule):
+        first + asked(1.0, out=None)
+    assert {r.score for r in asked(1.0, out=tmp_path / "other").results} == {1.0}

@@ -131,7 +131,7 @@ def test_it_folds_into_the_bias_of_the_projection(has: bool) -> None:
     folded = fold(model, method.on(layers=1))
     with torch.no_grad():
         assert close_model(folded(**inputs).logits, _by_hand(model, method.vectors, -1.5, (1,), **inputs))
-        assert torch.equal(fold(model, ReplyLanguage(0.0, _vectors()))(**inputs).logits, model(**inputs).logits)
+        assert torch.equal(fold(model, ReplyLanguage(0.0))(**inputs).logits, model(**inputs).logits)
     with pytest.raises(FoldError, match=r"o_proj, a Linear, has no bias, .* its config has no switch for one"):
         fold(models.tiny("mistral"), method)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Iterator, Mapping
@@ -190,16 +191,27 @@ def test_what_models_of_diffusers_give_is_combined_as_it_is(item: Item) -> None:
 def test_neutral_settings_draw_as_the_model_does_and_others_are_told_as_active(item: Item) -> None:
     plain = drawn(denoiser(), None, None, draws_of(item), draws_of(item).noise)
     assert torch.equal(made_under(SoftPAG.neutral(), item), plain)
+    speaker: Any
     with text_model(denoiser(), SoftPAG(u=0.0), item.shown) as speaker:
         answer(speaker, item)
         assert not speaker.active
     with text_model(denoiser(), SOFT, item.shown) as speaker:
         first, again = answer(speaker, item), answer(speaker, item)
         assert speaker.active
+        (run,) = filter(None, speaker._guided.runs.values())
+    assert run.closed
     assert torch.equal(first.options[0], again.options[0])
     with text_model(denoiser(), None, item.shown) as speaker:
         assert answer(speaker, item).means != first.means
     assert attached(denoiser()) is None
+
+
+def test_a_model_in_half_precision_draws_the_same(item: Item) -> None:
+    half = copy.deepcopy(denoiser()).bfloat16()
+    for what in (None, SOFT, TempScale(0.5)):
+        with text_model(half, what, item.shown) as speaker, text_model(denoiser(), what, item.shown) as other:
+            assert answer(speaker, item).greedy == answer(other, item).greedy
+    assert TwoThings().on(half, models.denoiser().tokenizer).judged is not None
 
 
 def test_the_model_is_left_as_it_was_after_an_error_too(item: Item) -> None:

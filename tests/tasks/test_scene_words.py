@@ -115,6 +115,14 @@ def test_peaks_shares_and_chance_are_counted() -> None:
     assert task.score(ITEM, given(torch.zeros(2, 2, 2), boxes)) == 0  # what no place gives anything
 
 
+def test_a_picture_may_be_wider_than_it_is_tall() -> None:
+    boxes = torch.zeros(1, 4, 6)
+    boxes[0, 0:2, 4:6] = 1  # the last of three tokens above
+    sheet = given(torch.tensor([[[0.1, 0.2, 0.4], [0.1, 0.1, 0.1]]]), boxes)
+    assert TwoThingsWords().score(ITEM, sheet) == 1
+    assert TwoThingsWords().guessed(ITEM, sheet) == 1 / 6
+
+
 def test_a_token_stands_for_a_box_where_half_as_much_of_it_lies_there_as_of_any_other() -> None:
     boxes = torch.zeros(1, 4, 4)
     boxes[0, 1:4, 1] = 1  # two dots of the lower left, one of the upper left

@@ -107,7 +107,10 @@ class ModelAdapter:
     @property
     def layer_names(self) -> tuple[str, ...]:
         if not self.ready:
-            rule = f"the layers of {self.kind} are known once it has run: call it, or say what it is called with"
+            rule = (
+                f"the layers of {self.kind} are known once it has run: call it, or say what it is called with; "
+                "`heedful compare --tasks scenes` calls the small denoiser, `heedful diagnose --prompts` a pipeline"
+            )
             raise FieldError("attach()", "inputs", None, rule, "images")
         return self._names
 

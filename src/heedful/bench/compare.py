@@ -132,6 +132,7 @@ def compare(  # noqa: PLR0913 - what a user may set, each by name
     facts["code"] = {name: code_of(what) for name, what in contenders.items()}
     series = [Series(task, given.model, given.tokenizer, seed, prompts) for task in chosen]
     facts["tasks"] = {made.name: _about(made.task) | {"left_out": made.left_out} for made in series}
+    facts["code"] |= {made.name: code_of(made.task) for made in series}
     readers, asker = as_workers(workers, given.model, "compare()"), Asker(given.model, how, time.time() + 60 * minutes)
 
     def whole() -> Comparison:

@@ -181,7 +181,7 @@ def _checked_facts(found: dict[str, Any]) -> dict[str, Any]:
     if not (isinstance(contenders, dict) and all(isinstance(x, str) for x in contenders.values())):
         raise TypeError("contenders must be what each name stands for")
     if not (isinstance(code, dict) and all(isinstance(x, str) for x in code.values())):
-        raise TypeError("code must be the name of each contender's code")
+        raise TypeError("code must be the name of each contender's and task's code")
     for task, about in tasks.items() if isinstance(tasks, dict) else [("tasks", tasks)]:
         if not isinstance(about, dict) or any(type(about.get(name)) is not kind for name, kind in ABOUT.items()):
             raise TypeError(f"{task} must have {', '.join(ABOUT)}")

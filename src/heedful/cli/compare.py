@@ -96,8 +96,8 @@ def _model_for(tasks: list[Task]) -> str:
     by_model = {task.model: task.title for task in tasks}
     if len(by_model) > 1:
         told = ", ".join(f"{name} for {title}" for name, title in by_model.items())
-        rule = f"must be named, since these tasks are for unlike ones ({told}); or ask them one after the other"
-        raise FieldError("compare", "MODEL", None, rule, next(iter(by_model)))
+        rule = f"are for unlike models ({told}): ask one after the other, or name a model that takes them all"
+        raise FieldError("compare", "--tasks", ",".join(task.name for task in tasks), rule, tasks[0].name)
     return next(iter(by_model))
 
 

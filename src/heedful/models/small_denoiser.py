@@ -75,8 +75,9 @@ class Denoiser(nn.Module):
         turns = (
             1000 * t[:, None] * torch.exp(torch.arange(WIDTH // 2, device=t.device) * (-math.log(10000) / (WIDTH // 2)))
         )
-        time = self.time(torch.cat([turns.sin(), turns.cos()], -1)).unflatten(-1, (6, WIDTH))
-        x = self.patches(F.pixel_unshuffle(noised, PATCH).flatten(2).transpose(1, 2)) + self.position
+        kind = self.position.dtype  # in half precision too, noise and time are told in single
+        time = self.time(torch.cat([turns.sin(), turns.cos()], -1).to(kind)).unflatten(-1, (6, WIDTH))
+        x = self.patches(F.pixel_unshuffle(noised.to(kind), PATCH).flatten(2).transpose(1, 2)) + self.position
         for block in self.blocks:
             x = block(x, context, time)
         return F.pixel_shuffle(self.out(self.norm(x)).transpose(1, 2).unflatten(-1, (GRID, GRID)), PATCH)
