@@ -167,9 +167,10 @@ def test_importance_of_heads_of_a_plain_module_and_of_layers_of_unlike_numbers()
             self.one = torch.nn.MultiheadAttention(8, 2, batch_first=True)
             self.two = torch.nn.MultiheadAttention(8, 4, batch_first=True)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
             x = x + self.one(x, x, x, need_weights=False)[0]
-            return (x + self.two(x, x, x, need_weights=False)[0]).mean(1)
+            x = x + self.two(x, x, x, need_weights=False)[0]
+            return x.mean(1) if attention_mask is None else x
 
     told: list[Any] = []
     torch.manual_seed(0)
@@ -177,6 +178,7 @@ def test_importance_of_heads_of_a_plain_module_and_of_layers_of_unlike_numbers()
     found = head_importance(model, [{"x": x}], progress=told.append)
     assert found.divergence.isnan().tolist() == [[False, False, True, True], [False] * 4]
     assert len(found.top(99)) == 6
+    assert found.figure.high == float(found.divergence.nan_to_num(0.0).max()) < 1
     assert [(p.done, p.total) for p in told] == [(1, 2), (2, 2)]
     with heedful.ablate(model, [(0, 1)]) as run, torch.no_grad():
         without = run(x=x)
@@ -185,6 +187,13 @@ def test_importance_of_heads_of_a_plain_module_and_of_layers_of_unlike_numbers()
     torch.testing.assert_close(
         torch.stack([found.divergence, found.probability])[:, 0, 1].float(), torch.tensor(wanted)
     )
+    mask = torch.tensor([[1, 1, 1, 1, 0]]).expand(3, -1)
+    padded = head_importance(model, [{"x": x, "attention_mask": mask}])
+    with heedful.ablate(model, [(0, 1)]) as run, torch.no_grad():
+        without = run(x=x, attention_mask=mask)
+    with torch.no_grad():
+        wanted = moved(model(x, mask)[:, :4].flatten(0, 1), without[:, :4].flatten(0, 1))
+    torch.testing.assert_close(padded.divergence[0, 1].float(), torch.tensor(wanted[0]))
 
 
 def test_importance_of_logits_by_name_and_of_labels_that_some_batches_have() -> None:

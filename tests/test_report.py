@@ -306,7 +306,7 @@ def test_lines_of_heads_make_a_cloud_from_which_one_stands_out():
     assert math.isnan(cloud.y[at + 2])
     assert middle.y.tolist() == [1, 5]
     assert (picked.name, picked.y.tolist()) == ("head 3.1", [4, 5])
-    with pytest.raises(HeedfulError, match=r"x has no line '3.3'.*Did you mean 3.2, 3.1"):
+    with pytest.raises(HeedfulError, match=r"x has no line '3.3'.*Did you mean 3.1, 3.2"):
         curves(figure, picked=["3.3"])
 
 

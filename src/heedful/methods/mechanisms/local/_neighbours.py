@@ -92,6 +92,8 @@ class Lines:
         if torch.equal(self._place, inside.where((inside >= 0) & (inside < total), total).expand_as(self._place)):
             return pad(x, (before, behind - before)) if behind else x
         x = pad(x, (0, 1))
+        if len(self._place) == 1:
+            return x[..., self._place[0]]
         place = self._place[:, None, None].expand(-1, *x.shape[1:3], -1)
         return x.expand(len(place), -1, -1, -1).gather(-1, place)
 
