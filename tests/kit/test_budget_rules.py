@@ -16,6 +16,7 @@ from heedful.core.errors import FieldError
 from heedful.core.positions import Positions
 from heedful.kit.budget import (
     added_up,
+    grown,
     is_whole,
     keep_best,
     length,
@@ -97,3 +98,12 @@ def test_the_best_stay_and_padding_goes_first() -> None:
     assert kept[1].tolist() == [[False] * 2 + [True] * 2 + [False] * 2, [False] * 2 + [True] * 4]
     assert keep_best(score, entries, torch.tensor([[[6]]])).tolist() == entries.is_filled.tolist(), "room for all"
     assert math.isclose(float(keep_best(score, entries, torch.tensor([[[5]]]))[0].sum()), 10)
+
+
+def test_how_far_a_text_has_grown_is_plain_numbers_where_one_token_is_known_to_be_the_next() -> None:
+    _, call = given(9)
+    one = replace(call, queries=call.queries.take(slice(7, 8)))
+    assert grown(one) == (7, 8)
+    lost = replace(one, queries=Positions(one.queries.index, one.queries.position, None, (0, 0)))
+    assert [int(x) for x in grown(lost)] == [7, 8]
+    assert not any(isinstance(x, int) for x in (*grown(lost), *grown(call)))

@@ -66,14 +66,15 @@ def test_pieces_and_their_way_back(size: int, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("far", [50.0, 200.0, 1000.0])  # exponentials of twice the last are no numbers
 def test_units_far_apart_come_near_one_another_in_the_sum(far: float) -> None:
-    q = torch.tensor([far, far, -far], dtype=torch.float64).view(1, 1, 3, 1).requires_grad_()
-    k = torch.tensor([0.5 - far, far], dtype=torch.float64).view(1, 1, 2, 1)
+    q = torch.tensor([far, far, -far, 0.0], dtype=torch.float64).view(1, 1, 4, 1).requires_grad_()
+    k = torch.tensor([0.5 - far, far, 0.0], dtype=torch.float64).view(1, 1, 3, 1)
     one = torch.ones(1, 1, dtype=torch.float64)
     found = additive(q, k, one, one, one)
     near = math.tanh(0.5)
-    assert close(found[0, 0], torch.tensor([[near, 1.0], [near, 1.0], [-1.0, 0.0]], dtype=torch.float64))
+    wanted = [[near, 1.0, 1.0], [near, 1.0, 1.0], [-1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]
+    assert close(found[0, 0], torch.tensor(wanted, dtype=torch.float64))
     (slope,) = torch.autograd.grad(found.sum(), q)
-    assert close(slope.flatten(), torch.tensor([1 - near**2, 1 - near**2, 1.0], dtype=torch.float64))
+    assert close(slope.flatten(), torch.tensor([1 - near**2, 1 - near**2, 1.0, 1.0], dtype=torch.float64))
 
 
 # torch scripts its own rules when a derivative is first carried forward
