@@ -12,7 +12,7 @@ from torch import Tensor
 from heedful import attach, models
 from heedful.authoring import FieldError
 from heedful.conformance.tolerances import close_model
-from heedful.core.errors import InactiveWarning
+from heedful.core.errors import InactiveWarning, SiteError
 from heedful.methods import EfficientDLM
 from tests.by_hand import causal_map, heads_of, in_pieces, llama_states, turning
 
@@ -95,6 +95,10 @@ def test_errors() -> None:
     with pytest.raises(FieldError, match=r"EfficientDLM.noisy = '': must name a role"):
         EfficientDLM(noisy="")
     model, twice = models.tiny("llama"), torch.arange(6).repeat(2).expand(2, -1)
+    with attach(model, EfficientDLM(2)) as run:
+        run(IDS)
+        with pytest.raises(SiteError, match=r"several are packed into one row.*name the first of two copies 'noisy'"):
+            run(IDS, position_ids=twice, use_cache=False)
     for spans, place in (
         (((2, 6),), twice),
         (((0, 4), (4, 6)), twice),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from heedful.authoring import Call, Causal, FieldError, Mask, Method, Paper, Rule, Site, at
+from heedful.authoring import Call, Causal, FieldError, Mask, Method, Paper, Rule, Site, SiteError, at
 from heedful.core.positions import Pairs
 from heedful.kit.chunks import Chunk
 
@@ -46,7 +46,6 @@ class EfficientDLM(Method):
             "answer's first, which they do not see once they are cached.",
         ),
     )
-    one_text = True
     causal = False  # tokens see the rest of their block
     chunk_invariant = False  # of their block, what is there when they are read
     size: int = 16  # tokens of a block; the authors study from 4 to 64 and more
@@ -72,6 +71,11 @@ class EfficientDLM(Method):
     @at(Site.MASK)
     def open(self, mask: Mask, call: Call) -> Mask:
         noisy = self._copied(call)
+        if not noisy and call.queries.packed:
+            raise SiteError(
+                f"{self!r}, layer {call.layer}: takes a row for one text, and several are packed into one row; give each "
+                f"a row of its own, padded, or name the first of two copies {self.noisy!r}"
+            )
         rule = _Copied(self.size, noisy) if noisy else Chunk(self.size, before=None)
         return Mask((*(other for other in mask.rules if not isinstance(other, Causal)), rule))
 
