@@ -73,8 +73,8 @@ class EfficientDLM(Method):
         noisy = self._copied(call)
         if not noisy and call.queries.packed:
             raise SiteError(
-                f"{self!r}, layer {call.layer}: takes a row for one text, and several are packed into one row; give each "
-                f"a row of its own, padded, or name the first of two copies {self.noisy!r}"
+                f"{self!r}, layer {call.layer}: takes a row for one text, and several are packed into one row; give "
+                f"each a row of its own, padded, or name the first of two copies {self.noisy!r}"
             )
         rule = _Copied(self.size, noisy) if noisy else Chunk(self.size, before=None)
         return Mask((*(other for other in mask.rules if not isinstance(other, Causal)), rule))
