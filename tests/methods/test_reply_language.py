@@ -139,7 +139,7 @@ def test_it_folds_into_the_bias_of_the_projection(has: bool) -> None:
 def test_random_vectors_are_the_seeds_own() -> None:
     for seed, layer in ((3, 2), (0, 1), (1, 0)):
         wanted = -2 * torch.randn(6, generator=torch.Generator().manual_seed(1_000_003 * seed + layer))
-        assert torch.equal(ReplyLanguage(-2.0, seed=seed)._added(layer, 6), wanted)
+        assert torch.equal(ReplyLanguage(-2.0, seed=seed).added(layer, 6), wanted)
 
 
 def test_without_strength_nothing_is_asked_for() -> None:

@@ -141,4 +141,4 @@ def test_where_it_cannot_fold_it_says_why(kind: str, why: str) -> None:
 def test_random_vectors_are_the_seeds_own() -> None:
     for seed, layer in ((3, 2), (0, 1), (1, 0)):
         wanted = torch.randn(6, generator=torch.Generator().manual_seed(1_000_003 * seed + layer))
-        assert torch.equal(SteeringVector(seed=seed)._vector(6, layer), wanted)
+        assert torch.equal(SteeringVector(seed=seed).added(layer, 6), wanted)

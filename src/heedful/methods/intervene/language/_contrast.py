@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -150,16 +150,39 @@ def _one_sided(owner: object, count: int) -> FieldError:
     return FieldError(owner, "batches", count, "must hold positive and other texts", {"positive": True})
 
 
-def vector_of(method: Method, vectors: Fitted | None, seed: int | None, layer: int, width: int) -> Tensor:
-    """What a method adds in a layer, `[e]`: of its fit, or random where it was given a seed in place of that."""
-    good = f"heedful.fit({type(method).__name__}(), model, batches)"
-    if vectors is None:
-        if seed is None:
-            rule = "are not there yet: fit to texts with and without the trait, or give seed"
-            raise FieldError(method, "vectors", None, rule, good)
-        return torch.randn(width, generator=torch.Generator().manual_seed(1_000_003 * seed + layer))
-    found = vectors.get(f"v.{layer}")
-    if found is None or found.shape != (width,):
-        rule = f"have no vector of width {width} for layer {layer}: fit to this model"
-        raise FieldError(method, "vectors", vectors, rule, good)
-    return found
+class AddsVector(Method, abstract=True):
+    """Adds a vector of each layer to whatever it acts on: of a fit, or a random one."""
+
+    strength: float = 1.0  # factor on the vector; below 0 it turns the other way
+    vectors: Fitted | None = None  # "v.LAYER" [e], from a fit
+    seed: int | None = None  # draw random vectors in place of fitted ones: the control that any steering needs
+
+    def __post_init__(self) -> None:
+        if not abs(self.strength) < float("inf"):
+            raise FieldError(self, "strength", self.strength, "must be finite", 1.0)
+
+    @classmethod
+    def neutral(cls) -> Self:
+        return cls(strength=0.0)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(seed=0)
+
+    def idle(self, call: Call) -> bool:
+        return self.strength == 0
+
+    def added(self, layer: int, width: int) -> Tensor:
+        """What is added in a layer, `[e]`."""
+        good = f"heedful.fit({type(self).__name__}(), model, batches)"
+        if self.vectors is None:
+            if self.seed is None:
+                rule = "are not there yet: fit to texts with and without the trait, or give seed"
+                raise FieldError(self, "vectors", None, rule, good)
+            random = torch.Generator().manual_seed(1_000_003 * self.seed + layer)
+            return self.strength * torch.randn(width, generator=random)
+        found = self.vectors.get(f"v.{layer}")
+        if found is None or found.shape != (width,):
+            rule = f"have no vector of width {width} for layer {layer}: fit to this model"
+            raise FieldError(self, "vectors", self.vectors, rule, good)
+        return self.strength * found

@@ -9,16 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights
-from heedful.core.method import FitContext, Layer, Method
+from heedful.core.method import FitContext, Layer
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.methods.intervene.language._contrast import class_means, vector_of
+from heedful.methods.intervene.language._contrast import AddsVector, class_means
 
 
-class ReplyLanguage(Method):
+class ReplyLanguage(AddsVector):
     """Moves what attention blocks give towards the mean of a language, so that a model replies in that language.
 
     `fit` takes batches of the model's inputs with `positive` beside them, a bool for the batch or `[b]`: True for texts
@@ -42,37 +41,16 @@ class ReplyLanguage(Method):
             "The paper mainly compares how models are made and what they represent; the intervention alone is here.",
         ),
     )
-    strength: float = 1.0  # factor on the vector; 1 moves one language's mean onto the other's
-    vectors: Fitted | None = None  # "v.LAYER" [e], from a fit
-    seed: int | None = None  # draw random vectors in place of fitted ones: the control that any steering needs
-
-    def __post_init__(self) -> None:
-        if not abs(self.strength) < float("inf"):
-            raise FieldError(self, "strength", self.strength, "must be finite", 1.0)
-
-    @classmethod
-    def neutral(cls) -> ReplyLanguage:
-        return cls(strength=0.0)
-
-    @classmethod
-    def example(cls) -> ReplyLanguage:
-        return cls(seed=0)
-
-    def idle(self, call: Call) -> bool:
-        return self.strength == 0
 
     @at(Site.OUTPUT)
     def move(self, output: Tensor, call: Call) -> Tensor:
-        return output + self._added(call.layer, output.shape[-1]).to(output)
+        return output + self.added(call.layer, output.shape[-1]).to(output)
 
     def folds(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
         if self.strength == 0:
             return weights
-        added = self._added(layer.number, layer.width)
+        added = self.added(layer.number, layer.width)
         return replace(weights, o_bias=added if weights.o_bias is None else weights.o_bias + added.to(weights.o_bias))
-
-    def _added(self, layer: int, width: int) -> Tensor:
-        return self.strength * vector_of(self, self.vectors, self.seed, layer, width)
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> ReplyLanguage:
         means = class_means(self, context, (Site.OUTPUT,), batches)[Site.OUTPUT]

@@ -9,20 +9,20 @@ from typing import Any
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights
-from heedful.core.method import FitContext, Layer, Method
+from heedful.core.method import FitContext, Layer
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
-from heedful.methods.intervene.language._contrast import contrast, vector_of
+from heedful.methods.intervene.language._contrast import AddsVector, contrast
 
 
-class SteeringVector(Method):
+class SteeringVector(AddsVector):
     """Contrastive activation addition: pushes the residual stream along the difference that a trait makes.
 
     `fit` takes batches of the model's inputs with `positive` beside them, a bool for the batch or `[b]`, and looks at
     each text's last token. It finds a vector for each layer; `.on(layers=13)` adds one, which is what the paper does.
+    Its strengths are -2 to 2.
     """
 
     paper = Paper(
@@ -40,38 +40,13 @@ class SteeringVector(Method):
             "Vectors are not scaled to one norm across traits.",
         ),
     )
-    strength: float = 1.0  # factor on the vector; the paper: -2 to 2, below 0 turns away from the trait
-    vectors: Fitted | None = None  # "v.LAYER" [e], from a fit
-    seed: int | None = None  # draw random vectors in place of fitted ones: the control that any steering needs
-
-    def __post_init__(self) -> None:
-        if not abs(self.strength) < float("inf"):
-            raise FieldError(self, "strength", self.strength, "must be finite", 1.0)
-
-    @classmethod
-    def neutral(cls) -> SteeringVector:
-        return cls(strength=0.0)
-
-    @classmethod
-    def example(cls) -> SteeringVector:
-        return cls(seed=0)
-
-    def idle(self, call: Call) -> bool:
-        return self.strength == 0
 
     @at(Site.RESIDUAL)
     def steer(self, stream: Tensor, call: Call) -> Tensor:
-        return stream + self.strength * self._vector(stream.shape[-1], call.layer).to(stream)
+        return stream + self.added(call.layer, stream.shape[-1]).to(stream)
 
     def folds(self, weights: HeadWeights, layer: Layer) -> HeadWeights:
-        return (
-            weights
-            if self.strength == 0
-            else replace(weights, stream=self.strength * self._vector(layer.width, layer.number))
-        )
-
-    def _vector(self, width: int, layer: int) -> Tensor:
-        return vector_of(self, self.vectors, self.seed, layer, width)
+        return weights if self.strength == 0 else replace(weights, stream=self.added(layer.number, layer.width))
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> SteeringVector:
         found = contrast(self, context, Site.RESIDUAL, batches)
