@@ -13,7 +13,7 @@ from heedful.methods import EfficientAttention
 
 
 class _Unnormalised(Method):
-    """The control: Q (K^T V) over the number of keys, without the two softmaxes."""
+    """The control: Q (K^T V) over the number of keys, which is the paper's other way to normalise."""
 
     paper = HeadNorm.paper
 
@@ -35,8 +35,9 @@ CLAIM = Claim(
     method="EfficientAttention",
     says="Efficient attention takes the place of dot-product attention at linear cost and loses nothing.",
     paper_number="none given in the abstract",
-    setup=f"{SETUP} with softmax, with efficient attention, with Q (K^T V) / n that lacks its two softmaxes, and with "
-    "plain linear attention (ELU + 1); held-out loss. A match is a loss at most 2 % above softmax's.",
+    setup=f"{SETUP} with softmax, with efficient attention, with Q (K^T V) / n, which is the paper's other way to "
+    "normalise, and with plain linear attention (ELU + 1); held-out loss. A match is a loss at most 2 % above "
+    "softmax's.",
     effect="nats a byte left below softmax's loss plus 2 %",
     measure=measure,
 )

@@ -83,7 +83,7 @@ CLAIM = Claim(
     key="P133",
     method="ImageDecomposition",
     says="Patches that give an image's vector a thing's direction are that thing, more than those attended to are.",
-    paper_number="best zero-shot segmentation of ImageNet-S by CLIP, above raw attention, rollout and others",
+    paper_number="best zero-shot segmentation of ImageNet-Segmentation by CLIP, above attention, rollout and others",
     setup=f"DINOv2-S/14, which knows no texts; {SCENES} crops of one photograph a seed, each with a disc of a flower "
     f"from another; the direction is that from the mean class token of {SHOWN} crops of the first to that of {SHOWN} "
     f"views of the flower, before the last norm; parts of the last {LAST} layers. Against the class token's attention "

@@ -96,7 +96,7 @@ CLAIM = Claim(
     key="P273",
     method="SlotAttention",
     says="Slots that compete for inputs group them by the object that they belong to, without being told.",
-    paper_number="as good as or better than earlier methods of object discovery (abstract, which gives no figure)",
+    paper_number="objects found without being told, and in unseen combinations (abstract, which gives no figure)",
     setup=f"Sets of {POINTS} points of {CLUSTERS} clusters in a plane go through {CLUSTERS} slots of width {WIDTH} "
     f"and are to come out again, {STEPS} steps; slots compete, or each has a softmax over points, as attention has it. "
     f"Adjusted Rand index of clusters and the slot that each point goes to, on {TRIED} fresh sets. Details: {MORE} "

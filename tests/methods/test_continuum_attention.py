@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -54,6 +55,22 @@ def test_weights_by_the_trapezoidal_rule() -> None:
     line = sum((b - a) * (x + y) / 2 for a, b, x, y in zip(places, places[1:], values, values[1:], strict=False))
     assert sum(w * x for w, x in zip(weights, values, strict=True)) == line
     assert ContinuumAttention.of([2, 5]).weights == (1.5, 1.5)
+
+
+def test_on_a_line_it_is_the_authors_attention() -> None:
+    """exp(s) over its integral, and its integral with the values, both by the trapezoidal rule; from their code."""
+    bare = Bare(dtype=torch.float64, rules=())
+    places = [0.1 * i**1.5 for i in range(19)]
+    found, _ = bare.run(ContinuumAttention.of(places), "reference")
+    apart = torch.tensor(places, dtype=torch.float64).diff()
+    for b, h in product(range(2), range(4)):
+        k, v = bare.k[b, h // 2], bare.v[b, h // 2]
+        for i in range(19):
+            scores = k @ bare.q[b, h, i] / math.sqrt(8)
+            density = (scores - scores.max()).exp()
+            density = density / (0.5 * apart * (density[1:] + density[:-1])).sum()
+            moment = density[:, None] * v
+            assert close(found[b, h, i], (0.5 * apart[:, None] * (moment[1:] + moment[:-1])).sum(0))
 
 
 def test_only_ratios_count() -> None:

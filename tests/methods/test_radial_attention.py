@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -73,6 +75,28 @@ def test_each_pair_of_frames_has_the_authors_band(
     for backend, rows in (("reference", None), ("tiled", 5)):
         found, _ = bare.run(RadialAttention(block, decay, beside), backend, rows)
         assert close(found, want)
+
+
+def of_the_paper(i: int, j: int, k: int, other: int, size: int) -> bool:
+    """Whether place k of frame i sees the other of frame j, by the paper's formula and its first frame for all."""
+    apart = abs(i - j)
+    fewer = 2 ** math.floor(math.log2(max(apart, 1)))
+    if j == 0 or (fewer <= size and abs(k - other) + 1 <= size / fewer):
+        return True
+    return apart % math.ceil(fewer / size) == 0 and k == other
+
+
+@pytest.mark.parametrize("grid", [(12, 4), (20, 2, 2), (9, 16), (40, 1), (3, 8)])
+def test_bands_are_the_papers_and_one_wider_where_sizes_are_powers_of_two(grid: tuple[int, ...]) -> None:
+    frames, size = grid[0], math.prod(grid[1:])
+    bare = video(grid)
+    kept = RadialAttention(block=1).narrow(bare.call.mask, bare.call).keeps(bare.call.pairs)
+    assert kept is not None
+    for i, j, k in product(range(frames), range(frames), range(size)):
+        first, places = BEFORE + j * size, range(size)
+        thin = [of_the_paper(i, j, k, other, size) for other in places]
+        wide = [any(thin[max(0, at - 1) : at + 2]) for at in places]
+        assert kept[0, 0, BEFORE + i * size + k, first : first + size].tolist() == wide, (i, j, k)
 
 
 def test_pairs_grow_more_slowly_than_the_square() -> None:

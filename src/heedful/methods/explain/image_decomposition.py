@@ -76,8 +76,7 @@ class ImageDecomposition(Method):
             "Parts are those of the stream before the last norm; the authors scale each by that norm and project it.",
             "The biases of output projections belong to no head; the authors' code splits them among heads and tokens.",
             "Directions are the caller's, such as class centroids, where a model knows no texts.",
-            "In TextSpan directions are taken out at length 1, which is the authors' step, and ranked by spread as "
-            "theirs are, at the length that is left of them.",
+            "What MLPs and the first embedding bring is not told; the authors find that their means would do.",
         ),
     )
     subjects = ("image",)

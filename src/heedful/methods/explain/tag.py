@@ -46,12 +46,14 @@ class TAG(Method):
         "P113",
         "Attention-driven GUI Grounding: Leveraging Pretrained Multimodal Large Language Models without Fine-Tuning",
         "Hai-Ming Xu, Qi Chen, Lei Wang, Lingqiao Liu",
-        2024,
+        2025,
         "2412.10840",
         "AAAI 2025",
         differs=(
-            "Which tokens are listened to is the caller's to say; the authors let the model name what it looks for, "
-            "and take the tokens of that.",
+            "Which tokens are listened to is the caller's to say; the authors take those of the text that is sought, "
+            "or of what the model names when it is asked what to click on.",
+            "All of the image's span counts; the authors' image is an overview and slices, of which the slices alone "
+            "choose heads and make the map.",
             "The image's tokens are patches; the authors go on from the queries of a resampler to pixels.",
             "The place is the token of the highest weight, or all that come near it; the authors draw boxes round.",
         ),

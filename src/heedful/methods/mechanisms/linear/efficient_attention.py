@@ -25,7 +25,8 @@ class EfficientAttention(Method):
             "Causal models have a softmax over the keys so far; the authors' models see all places. What lies further "
             "below a later key of the same call and channel than numbers reach, 87 in float32, weighs nothing.",
             "Queries and keys come with the model's position embedding in them, where there is one.",
-            "Projections are the model's; the authors' are 1 x 1 convolutions with a residual around them.",
+            "Projections and heads are the model's; the authors' are 1 x 1 convolutions with a residual around them, "
+            "and the heads of their code are not in the paper.",
         ),
     )
     subjects = ("text", "image")

@@ -19,11 +19,13 @@ class ContinuumAttention(Method):
         "P048",
         "Continuum Attention for Neural Operators",
         "Edoardo Calvello, Nikola B. Kovachki, Matthew E. Levine, Andrew M. Stuart",
-        2024,
+        2025,
         "2406.06486",
+        "JMLR 26",
         differs=(
-            "This is the paper's attention over a domain by any quadrature; on an even grid, as in its experiments, it "
-            "is softmax. Its attention between patches of a function, and its convolutions, are not part of it.",
+            "This is the paper's attention over a domain by any quadrature: `of` has the trapezoidal rule, which the "
+            "authors' code has on a line, and equal weights are softmax, which it has over more dimensions. Its "
+            "attention between patches of a function, and its convolutions, are not part of it.",
             "One grid serves all texts of a batch: make a value for each grid, and attach it to the same model.",
         ),
     )

@@ -40,8 +40,9 @@ class BlindSight(Method):
         2025,
         "2507.09071",
         differs=(
-            "Their four kinds of heads are here; of how they tell them only the abstract was at hand. Here a head has "
-            "the narrowest mask that keeps a share of the weight of documents' tokens, in the mean of all of them.",
+            "Their four kinds of heads are here; of how they tell them the abstract and its reviews were at hand, by "
+            "which each kind has a bar of its own, layers a factor, and a head the kind of most samples. Here a head "
+            "has the narrowest mask that keeps a share of the weight of documents' tokens, in the mean of all of them.",
             "Their documents are images; here they are the spans of a role, of text or of images.",
             "A document's sinks are its first tokens; where theirs stand is told by a model's template.",
             "The mask alone; their kernel is not here.",

@@ -1,4 +1,4 @@
-"""Frames d apart see bands |p - q| <= S / 2^bits(d) of each other; those thinner than a block are wider and rarer."""
+"""Frames d apart see bands |p - q| <= 2^(bits(s) - bits(d)), s their size; those under a block are wider and rarer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ class RadialAttention(Method):
         "2506.19852",
         "NeurIPS 2025",
         differs=(
-            "Pairs are kept one by one as the authors' bands say; their kernel then rounds these to whole blocks.",
+            "Pairs are kept one by one as the bands of the authors' code say; their kernel then rounds these to whole "
+            "blocks. Where a frame's size is a power of two, these bands are one token wider to either side than the "
+            "paper's formula, else they go by the power below; and none is thinner than a block.",
+            "All see the first frame, as in the paper; the authors' code does without it for HunyuanVideo.",
             "Tokens outside the grid, as those of a text, see everything and are seen by all.",
             "The authors' fine-tuning for longer videos is not here.",
         ),
@@ -35,8 +38,8 @@ class RadialAttention(Method):
     subjects = ("image",)
     every_token = True
     block: int = 128  # tokens: no band is thinner; the authors: 128
-    decay: float = 1.0  # factor on the width of bands of frames 2 and more apart; the authors' function: 1
-    beside: float = 1.0  # width of the band between neighbouring frames, in frames; HunyuanVideo: 1, Wan: 0.5
+    decay: float = 1.0  # on the width of bands of frames 2 and more apart; the paper: 1, scripts 0.95, for Wan 0.2
+    beside: float = 1.0  # width of the band between neighbouring frames, in frames; the paper: 1, for Wan at first 0.5
 
     def __post_init__(self) -> None:
         if self.block < 1:

@@ -63,10 +63,10 @@ class SpecPC(Tokens):
     """Drops the tokens of a prompt to which a draft's last queries give least; their neighbours stay with the best."""
 
     paper = _PAPER
-    budget: Budget = 1024  # tokens that stay, or a share; the authors: 256 to 2048
+    budget: Budget = 1024  # tokens that stay, or a share; the authors: 1024 to 3072
     window: int = 64  # last tokens, whose queries are asked, and which stay; the authors: 64
-    kernel: int = 64  # tokens over which scores are pooled; the authors: 64
-    near: int = 64  # tokens around a good one that stay with it; the authors: 64
+    kernel: int = 64  # tokens over which scores are pooled; the authors: 64, for Llama 32
+    near: int = 64  # tokens around a good one that stay with it; the authors: 64, for Llama 32
     first: int = 8  # the first layer of the draft that is asked; the authors: 8
     stop: int | None = None  # the draft ends before this layer of the model; None: it is the model
 
