@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +84,8 @@ def test_delimiters_are_special_tokens_punctuation_and_ends_of_lines() -> None:
 def test_ordinary_tokens_are_no_special_ones(model: Any) -> None:
     assert ordinary(characters(), model, 100).tolist() == list(range(3, 100))
     assert ordinary(None, model, 10).tolist() == list(range(3, 10))
+    strange = SimpleNamespace(config=SimpleNamespace(pad_token_id=-1, eos_token_id=10))
+    assert ordinary(None, strange, 10).tolist() == list(range(10))  # type: ignore[arg-type]
 
 
 def test_positions_of_models() -> None:

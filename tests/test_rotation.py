@@ -81,6 +81,18 @@ def test_angles_that_are_not_handed_as_they_are_named_are_refused() -> None:
         rotated_in(Turned())(X)
 
 
+def test_layers_that_are_handed_the_same_angles_turn_alike() -> None:
+    one = rotated_in(Branched(placeless=False))
+    assert one == rotated_in(Branched(placeless=False))
+    assert len({one, rotated_in(Branched(placeless=False))}) == 1
+    for other in (
+        rotated_in(Branched(False), COS + 0),
+        rotated_in(Branched(False), COS, SIN + 0),
+        rotated_in(Partly()),
+    ):
+        assert one != other
+
+
 def test_one_vector_is_turned_for_every_token_of_every_text() -> None:
     cos, sin = torch.randn(2, 2, 5, 2, generator=torch.Generator().manual_seed(1))
     one = torch.randn(1, 3, 1, 4, generator=torch.Generator().manual_seed(2))

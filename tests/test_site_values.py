@@ -12,6 +12,8 @@ import heedful
 from heedful import Site, models
 from heedful.authoring import Fitted
 from heedful.conformance.model_laws import fingerprint
+from heedful.conformance.tolerances import close
+from heedful.conformance.torch_model import TinyTorch
 from heedful.core.errors import FieldError
 from heedful.explaining import activations, patching
 from heedful.methods import Patch, TempScale
@@ -50,6 +52,49 @@ def test_they_are_what_the_models_modules_hand_on() -> None:
     assert torch.equal(kept, given)
     assert kept.data_ptr() != given.data_ptr(), "what is kept does not change with what was given"
     assert fingerprint(model) == before
+
+
+def test_several_texts_are_a_batch_padded_on_the_right() -> None:
+    loaded = llava()
+    model, words = models.tiny("llama"), loaded.tokenizer
+    both = activations(model, [IDS, OTHER[:5].tolist()], Site.RESIDUAL)
+    for layer, alone in activations(model, OTHER[:5], Site.RESIDUAL).items():
+        assert both[layer].shape[:2] == (2, len(IDS))
+        assert close(both[layer][1:, :5], alone)
+        assert close(both[layer][:1], activations(model, IDS, Site.RESIDUAL)[layer])
+    [*_, told] = activations(loaded, ["w1 w2 w3", "w4 w5"], Site.OUTPUT).values()
+    [*_, wanted] = activations(loaded, words.tokenizer("w4 w5").input_ids, Site.OUTPUT).values()
+    assert close(told[1:, : wanted.shape[1]], wanted)
+    rows = [[5, 6], [7, 8]]
+    assert torch.equal(*(activations(model, x, Site.OUTPUT)[0] for x in (rows, torch.tensor(rows))))
+    halves = activations(models.tiny("t5"), [IDS, OTHER[:5]], Site.RESIDUAL)
+    alone = activations(models.tiny("t5"), OTHER[:5], Site.RESIDUAL)
+    assert list(halves) == list(alone)
+    assert all(close(halves[layer][1:, :5], alone[layer]) for layer in alone)
+
+
+def test_several_images_are_a_batch() -> None:
+    model, pixels = models.tiny("vit"), torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = activations(model, list(pixels), Site.HEAD_OUTPUT)[1]
+    assert torch.equal(found, activations(model, pixels, Site.HEAD_OUTPUT)[1])
+    with pytest.raises(FieldError, match=r"\(3, 8, 8\), \(3, 4, 8\).*are of one size"):
+        activations(model, [pixels[0], pixels[1, :, :4]], Site.OUTPUT)
+
+
+def test_models_of_plain_torch_are_given_their_first_argument() -> None:
+    model = TinyTorch().eval()
+    before = fingerprint(model)
+    heads = activations(model, IDS[None], Site.HEAD_OUTPUT)
+    assert list(heads) == [0, 1, 2]
+    wanted = entering(model, model.layers[2].attn.proj, IDS)  # type: ignore[union-attr, arg-type]
+    assert torch.equal(heads[2].transpose(1, 2).flatten(2), wanted)
+    named = activations(model, {"input_ids": IDS[None]}, Site.HEAD_OUTPUT, layers=2)
+    assert list(named) == [2]
+    assert torch.equal(named[2], heads[2])
+    assert fingerprint(model) == before
+    for given in ({"ids": IDS[None]}, "words", [IDS, OTHER]):
+        with pytest.raises(FieldError, match="what TinyTorch is called with, by name: input_ids"):
+            activations(model, given, Site.HEAD_OUTPUT)
 
 
 def test_they_are_read_under_a_stack() -> None:

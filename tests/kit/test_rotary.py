@@ -103,6 +103,29 @@ def test_what_does_not_turn_and_what_cannot_be_turned() -> None:
     assert periods(call_of(too_wide, 5), 6) is None
 
 
+def test_what_turns_by_the_same_angles_is_measured_once() -> None:
+    turned: list[Tensor] = []
+
+    def rotation(speed: float) -> Callable[[Tensor], Tensor]:
+        turn = turning(angles(9, sign=speed), True)
+        return lambda x: turned.append(x) or turn(x)  # type: ignore[func-returns-value]
+
+    call = call_of(rotation(1.0), 9)
+    first = periods(call, 8)
+    assert periods(replace(call, layer=1), 8) is first
+    assert len(turned) == 1
+    slower = periods(replace(call, layer=2, rotate=rotation(0.5)), 8)
+    assert first is not None
+    assert slower is not None
+    assert close(slower.float(), 2 * first.float())
+    wider = periods(call, 10)
+    assert wider is not None
+    assert len(wider) == 10
+    fewer = replace(call, queries=Positions.row(0, 9, is_filled=(torch.arange(9) < 1)[None, None]))
+    assert periods(fewer, 8) is None
+    assert len(turned) == 3
+
+
 class Looks(Method):
     paper = PAPER
 

@@ -1,5 +1,7 @@
 """Retrieval scores against dense maps, with padding and several needles, and the prompts that they are taken on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -120,6 +122,22 @@ def test_draws_needles_that_come_again() -> None:
     assert next(iter(method.probes(WORDS, 20))).tokens.shape == (6, 20)
     assert list(method.probes(WORDS, 15)) == []
     assert list(method.probes(WORDS[:7], 512)) == []
+
+
+def test_needles_of_all_depths_share_a_prompt_where_they_fit() -> None:
+    method = RetrievalHeads(size=6, cue=2, length=60, depths=(1.0, 0.0, 0.5), texts=2, together=True)
+    (probe,) = method.probes(WORDS, 512)
+    assert probe.tokens.shape == (2, 60)
+    needles = ((2, 8), (16, 22), (30, 36))  # 12 tokens lie around three blocks of 8, and as many blocks follow
+    for row, roles in zip(probe.tokens, probe.roles, strict=True):
+        assert roles == {"needle": needles, "answer": ((38, 44), (46, 52), (54, 60))}
+        for (start, stop), (first, last) in zip(roles["needle"], roles["answer"], strict=True):
+            assert torch.equal(row[start - 2 : stop], row[first - 2 : last])
+        assert len(set(row[36:].tolist())) == 24, "no token is of two needles"
+    apart = next(iter(replace(method, together=False).probes(WORDS, 47)))
+    (shorter,) = method.probes(WORDS, 47)
+    assert torch.equal(shorter.tokens, apart.tokens)
+    assert shorter.roles == apart.roles
 
 
 def test_finds_the_fetching_heads_of_a_trained_model(default_model: models.Loaded) -> None:

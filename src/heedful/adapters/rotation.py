@@ -7,6 +7,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from textwrap import dedent
 from typing import Any, NamedTuple
@@ -26,6 +27,28 @@ class _Turn(NamedTuple):
 
     tests: tuple[str, ...]  # what must be true of the module for it to come there
     function: Callable[..., Any] | None  # (q, k, cos, sin) to both; None where it is of another form
+
+
+@dataclass(frozen=True, eq=False)
+class _Rotation:
+    """A layer's own; equal to that of another layer that was handed the same angles."""
+
+    function: Callable[..., Any]
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.cos.ndim == 3:  # [b n d]; some functions join what they turn of a head with the rest of it
+            x = x.expand(torch.broadcast_shapes(x.shape, (len(self.cos), 1, self.cos.shape[1], 1)))
+        turned: Tensor = self.function(x, x, self.cos, self.sin)[0]
+        return turned
+
+    def __eq__(self, other: object) -> bool:
+        alike = isinstance(other, _Rotation) and self.function is other.function
+        return alike and self.cos is other.cos and self.sin is other.sin
+
+    def __hash__(self) -> int:
+        return hash((self.function, id(self.cos), id(self.sin)))
 
 
 @cache
@@ -49,14 +72,7 @@ def rotation(bound: Bound) -> Callable[[Tensor], Tensor] | None:
     function = acting[0].function if len(acting) == 1 else None
     if function is None or bound.rotary is None:
         return _refused(bound)
-    cos, sin = bound.rotary
-
-    def rotate(x: Tensor) -> Tensor:
-        if cos.ndim == 3:  # [b n d]; some functions join what they turn of a head with the rest of it
-            x = x.expand(torch.broadcast_shapes(x.shape, (len(cos), 1, cos.shape[1], 1)))
-        return function(x, x, cos, sin)[0]
-
-    return rotate
+    return _Rotation(function, *bound.rotary)
 
 
 def _refused(bound: Bound) -> Callable[[Tensor], Tensor]:

@@ -20,6 +20,7 @@ from heedful.diagnosis.profile import Profile
 from heedful.diagnosis.sounds import Sound, sounds, writes
 from heedful.diagnosis.store import View
 from heedful.diagnosis.texts import Texts, Windows, cut, some, sources
+from heedful.explaining.aim import batch_of
 from heedful.shown import Reads
 
 if TYPE_CHECKING:
@@ -62,17 +63,7 @@ class TextInput(Input):
         return len(row)
 
     def feed(self, subject: Subject, rows: tuple[Tensor, ...]) -> dict[str, Any]:
-        n = max(map(len, rows))
-        ids = torch.stack([nn.functional.pad(row, (0, n - len(row))) for row in rows]).to(subject.device)
-        feed: dict[str, Any] = {"input_ids": ids}
-        if any(len(row) < n for row in rows):
-            lengths = torch.tensor([len(row) for row in rows], device=subject.device)
-            feed["attention_mask"] = (torch.arange(n, device=subject.device) < lengths[:, None]).long()
-        if getattr(subject.model.config, "is_encoder_decoder", False):  # both halves read the text
-            feed["decoder_input_ids"] = ids
-            if "attention_mask" in feed:
-                feed["decoder_attention_mask"] = feed["attention_mask"]
-        return feed
+        return batch_of(subject.model, rows)
 
     def view(self, subject: Subject, windows: Windows, profile: Profile, looks: view.LooksByLayer) -> View | None:
         return view.look(subject, windows, profile, looks)

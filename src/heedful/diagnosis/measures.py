@@ -29,9 +29,9 @@ DEFAULT: tuple[Measure, ...] = (
     SinkRate(places=64),  # where heads park; further on the mean over heads is all that is shown
     SecondarySinks(),
     AttentionProfile(),
-    # half of the prompts that these two read by themselves: a diagnosis should cost what reading the text costs
+    # two prompts for what these read by themselves, fewer tokens than by default: reading the text is to cost the most
     InductionHeads(period=48, repeats=3),
-    RetrievalHeads(length=96, depths=(0.1, 0.5)),
+    RetrievalHeads(together=True),
     PositionalHeads(),
     PositionInfluence(),
     MaxActivations(),

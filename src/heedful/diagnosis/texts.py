@@ -243,7 +243,9 @@ def ordinary(tokenizer: Any, model: nn.Module, vocabulary: int) -> Tensor:
         odd = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     else:
         odd = {i for n in ("pad", "bos", "eos") if isinstance(i := getattr(config, f"{n}_token_id", None), int)}
-    return torch.tensor([i for i in range(vocabulary) if i not in odd])
+    plain = torch.ones(vocabulary, dtype=torch.bool)
+    plain[torch.tensor([i for i in odd if 0 <= i < vocabulary], dtype=torch.long)] = False
+    return plain.nonzero()[:, 0]
 
 
 class Delimiters:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from heedful.core.method import Method, Part, Stack
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Mean, Statistic
 from heedful.engine.run import Run
-from heedful.explaining.aim import fed, pairs, require_count, strongest
+from heedful.explaining.aim import fed, pairs, require_count, strongest, suiting
 from heedful.explaining.drawn import Told
 from heedful.explaining.streams import by_name
 from heedful.methods.explain.patch import Patch
@@ -155,7 +154,7 @@ def head_importance(
     with still(given.model), warnings.catch_warnings():
         warnings.simplefilter("ignore", InactiveWarning)  # a head may hand over nothing
         for number, batch in enumerate(batches):
-            inputs = _suiting(given.model, by_name("head_importance()", batch))
+            inputs = suiting("head_importance()", "batches", given.model, by_name("head_importance()", batch))
             with attach(given.model, _Means(), **how) as run:
                 whole, loss = _answers(run, inputs)
                 now = {layer: len(stat.value) for layer, stat in run[_Means()].items()}
@@ -175,18 +174,6 @@ def head_importance(
         raise FieldError("head_importance()", "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
     divergence, probability, rise = torch.stack(found).sum(0) / rows
     return HeadImportance(divergence, probability, None if bool(rise.isnan().all()) else rise)
-
-
-def _suiting(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Inputs that the model can be called with."""
-    takes = inspect.signature(model.forward)
-    try:
-        takes.bind(**inputs)
-    except TypeError as error:
-        rule = f"must hold what {type(model).__name__} is called with, by name: {', '.join(takes.parameters)}"
-        good = [{next(iter(takes.parameters), "x"): "..."}]
-        raise FieldError("head_importance()", "batches", list(inputs), rule, good) from error
-    return inputs
 
 
 def _answers(run: Run, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

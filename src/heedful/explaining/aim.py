@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from heedful.adapters.wrapped import device_of, unwrapped
 from heedful.core.errors import Code, FieldError, RefusedModel
@@ -59,8 +60,16 @@ def _as_ids(tokens: Any, device: torch.device) -> Tensor | None:
 
 
 def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
-    """What the model is called with: for a string, token ids, or what it is called with already."""
+    """What the model is called with: for a string, token ids, or what it is called with already.
+
+    Of a model that is none of transformers nothing else is known: a mapping, or its first argument.
+    """
     device = device_of(model)
+    if not isinstance(model, PreTrainedModel):
+        first = next(iter(inspect.signature(model.forward).parameters), "x")
+        given = {first: text} if isinstance(text, Tensor) else text if isinstance(text, Mapping) else {}
+        found = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
+        return dict(suiting(owner, "text", model, found))
     if isinstance(text, str):
         if read_by(model) == "image":
             rule = "a model that reads images takes the pixels of one, [c rows cols]"
@@ -89,6 +98,52 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
     if model.config.is_encoder_decoder and "input_ids" in found:
         found.setdefault("decoder_input_ids", found["input_ids"])
     return found
+
+
+def suiting(owner: str, field: str, model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Inputs that the model can be called with, by name."""
+    takes = inspect.signature(model.forward)
+    try:
+        takes.bind(**inputs)
+    except TypeError as error:
+        rule = f"must hold what {type(model).__name__} is called with, by name: {', '.join(takes.parameters)}"
+        good = {next(iter(takes.parameters), "x"): "..."}
+        raise FieldError(owner, field, list(inputs), rule, [good] if field == "batches" else good) from error
+    return inputs
+
+
+def fed_each(owner: str, model: Any, texts: Any, tokenizer: Any) -> dict[str, Any]:
+    """The same for one text, or for a list of texts or of images, which a model of transformers reads as a batch."""
+    several = isinstance(texts, Sequence) and not isinstance(texts, str) and isinstance(model, PreTrainedModel)
+    if not several or not texts or not all(isinstance(x, Sequence | Tensor) and not _number(x) for x in texts):
+        return fed(owner, model, texts, tokenizer)
+    each = [fed(owner, model, text, tokenizer) for text in texts]
+    if not (rows := [row for found in each for row in found.get("input_ids", ())]):
+        name = next(iter(each[0]))
+        if len({found[name].shape[1:] for found in each}) > 1:
+            shapes = [tuple(found[name].shape[1:]) for found in each]
+            raise FieldError(owner, "text", shapes, "several images are of one size", [(3, 224, 224)] * 2)
+        return {name: torch.cat([found[name] for found in each])}
+    return batch_of(model, rows)
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 0
+
+
+def batch_of(model: Any, rows: Sequence[Tensor]) -> dict[str, Any]:
+    """What a model is called with to read texts at once, `[n]` ids each, padded on the right to the longest."""
+    n, device = max(map(len, rows)), device_of(model)
+    ids = torch.stack([nn.functional.pad(row, (0, n - len(row))) for row in rows]).to(device)
+    feed: dict[str, Any] = {"input_ids": ids}
+    if any(len(row) < n for row in rows):
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        feed["attention_mask"] = (torch.arange(n, device=device) < lengths[:, None]).long()
+    if getattr(model.config, "is_encoder_decoder", False):  # both halves read the text
+        feed["decoder_input_ids"] = ids
+        if "attention_mask" in feed:
+            feed["decoder_attention_mask"] = feed["attention_mask"]
+    return feed
 
 
 def read_by(model: Any) -> Reads:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from heedful.adapters.wrapped import unwrapped
+from heedful.adapters.wrapped import inside
 from heedful.api import attach, still
 from heedful.core.asked import asks
 from heedful.core.call import Call
@@ -18,7 +18,7 @@ from heedful.core.kinds import Tokenizer
 from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
-from heedful.explaining.aim import fed
+from heedful.explaining.aim import fed_each
 from heedful.models import Loaded
 
 WHOLE = (Site.EMBEDDING, Site.HIDDEN, Site.QUERY, Site.KEY, Site.VALUE, Site.HEAD_OUTPUT, Site.OUTPUT, Site.RESIDUAL)
@@ -28,7 +28,7 @@ WHOLE = (Site.EMBEDDING, Site.HIDDEN, Site.QUERY, Site.KEY, Site.VALUE, Site.HEA
 @asks
 def activations(
     model: nn.Module | Loaded,
-    text: str | Tensor | Iterable[int] | Mapping[str, Any],
+    text: str | Tensor | Iterable[int] | Mapping[str, Any] | Sequence[str | Tensor | Sequence[int]],
     site: Site,
     *,
     layers: Iterable[int] | int | None = None,
@@ -38,20 +38,22 @@ def activations(
 ) -> dict[int, Tensor]:
     """What stands at a site in each layer, or in the `layers` named: `activations(model, text, Site.HEAD_OUTPUT)[3]`.
 
-    `text` is a string, token ids, or all that the model is called with, a batch too. Shapes are the site's, as
-    `[b h n d]` of HEAD_OUTPUT and `[b n e]` of RESIDUAL, padding included; take that on the left away before `Patch`,
-    whose values stand by text position. EMBEDDING stands before the first layer alone, and half precision is shown as
-    single. Under a `stack` it is what that leaves. `how` goes to `attach`. `heedful.patterns` reads PATTERN.
+    `text` is a string, token ids, an image's pixels, a list of these, or all that the model is called with, a batch
+    too: a mapping, or, of a model that is none of transformers, its first argument. Texts of a list are padded on the
+    right. Shapes are the site's, as `[b h n d]` of HEAD_OUTPUT and `[b n e]` of RESIDUAL, padding included; take that
+    on the left away before `Patch`, whose values stand by text position. EMBEDDING stands before the first layer
+    alone, and half precision is shown as single. Under a `stack` it is what that leaves. `how` goes to `attach`.
+    `heedful.patterns` reads PATTERN.
     """
     if site not in WHOLE:
         other = "heedful.patterns() reads it; " if site is Site.PATTERN else ""
         rule = f"{other}must be one of {', '.join(x.name for x in WHOLE)}"
         raise FieldError("activations()", "site", site, rule, Site.HEAD_OUTPUT)
-    given = model if isinstance(model, Loaded) else Loaded(unwrapped(model), None, "")
+    given = model if isinstance(model, Loaded) else Loaded(inside(model), None, "")
     keeper = keeping(site).on(layers)
     before = Stack() if stack is None else as_stack(stack)
     with still(given.model), attach(given.model, before | keeper, **how) as run:
-        run(**fed("activations()", given.model, text, tokenizer or given.tokenizer))
+        run(**fed_each("activations()", given.model, text, tokenizer or given.tokenizer))
         return {layer: stat.value[0].clone() for layer, stat in run[keeper].items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,13 +14,27 @@ from heedful.core.errors import RefusedModel
 
 def periods(call: Call, width: int) -> Tensor | None:
     """How many tokens each of a head's `width` dimensions takes for a full turn, `[d]`; infinite where it does not
-    turn. None where the model shows no rotary embedding or the call has fewer than two tokens of text."""
+    turn. None where the model shows no rotary embedding or the call has fewer than two tokens of text.
+
+    A method is told the same of all layers that turn by the same angles, which are measured once in a forward.
+    """
     rows = call.is_text[0, 0].nonzero()[:, 0]
     if call.rotate is None or len(rows) < 2:
         return None
-    ones = torch.ones(1, 1, len(call.queries), width, device=rows.device)
+    asked = call.rotate, width, int(rows[0]), int(rows[-1]) + 1
+    known, found = call.state.forward.get("periods", (None, None))
+    if known != asked:
+        found = _measured(*asked, len(call.queries), rows.device)
+        call.state.forward["periods"] = asked, found
+    return found
+
+
+def _measured(
+    rotate: Callable[[Tensor], Tensor], width: int, start: int, stop: int, n: int, device: torch.device
+) -> Tensor | None:
+    """The periods by what becomes of ones at the text's places, from `start` to `stop` of `n`."""
     try:
-        turned = call.rotate(ones)[0, 0, rows[0] : rows[-1] + 1]
+        turned = rotate(torch.ones(1, 1, n, width, device=device))[0, 0, start:stop]
     except (RuntimeError, RefusedModel):
         return None  # only a part of each head is turned, or in a way that nobody else can follow
     doubling = [0, *(2**i for i in range((len(turned) - 1).bit_length()))]

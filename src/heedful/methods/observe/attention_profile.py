@@ -65,7 +65,9 @@ class Profile:
         p = torch.cat(rows)
         p = p / p.sum(-1, keepdim=True).clamp(min=1e-9)
         entropy = torch.special.entr(p).sum(-1)
-        mixed = torch.stack([torch.special.entr((p + row) / 2).sum(-1) for row in p])
+        mixed = p.new_zeros(len(p), len(p))
+        for i, row in enumerate(p):  # each pair once, which is dear
+            mixed[i, i:] = mixed[i:, i] = torch.special.entr((p[i:] + row) / 2).sum(-1)
         apart = (mixed - (entropy + entropy[:, None]) / 2).clamp(min=0)
         return heads, apart.fill_diagonal_(0)  # also of a head whose shares are no numbers
 

@@ -65,6 +65,7 @@ class RetrievalHeads(Method):
     length: int = 128  # tokens of a prompt; the paper's 1000 to 50k
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)  # where the needle stands, 0 first; the paper's ten
     texts: int = 1  # prompts a depth
+    together: bool = False  # the needles of all depths in one prompt, where they fit; its answers follow one another
     seed: int = 0
     threshold: float = 0.1  # score above which a head is a retrieval head; the paper's
 
@@ -80,16 +81,24 @@ class RetrievalHeads(Method):
 
     def probes(self, vocabulary: Tensor, length: int) -> Iterable[Probe]:
         length, block = min(self.length, length), self.cue + self.size
-        if length < 2 * block or len(vocabulary) < block:
+        several = len(self.depths) if self.together and length >= 2 * len(self.depths) * block else 1
+        needed = several * block  # by the needles of a prompt with their cues, and again by its answers
+        if length < 2 * needed or len(vocabulary) < needed:
             return
+        prompts = [tuple(sorted(self.depths))] if several > 1 else [(depth,) for depth in self.depths]
         draw = torch.Generator().manual_seed(self.seed)
-        starts = [round(depth * (length - 2 * block)) for depth in self.depths for _ in range(self.texts)]
-        rows = vocabulary[torch.randint(len(vocabulary), (len(starts), length), generator=draw)]
-        for row, start in zip(rows, starts, strict=True):
-            row[start : start + block] = vocabulary[torch.randperm(len(vocabulary), generator=draw)[:block]]
-            row[-block:] = row[start : start + block]
-        answer = ((length - self.size, length),)
-        yield Probe(rows, [{"needle": ((at + self.cue, at + block),), "answer": answer} for at in starts])
+        shape = len(prompts) * self.texts, length
+        rows, roles = vocabulary[torch.randint(len(vocabulary), shape, generator=draw)], []
+        for row, depths in zip(rows, (depths for depths in prompts for _ in range(self.texts)), strict=True):
+            starts = [round(depth * (length - 2 * needed)) + n * block for n, depth in enumerate(depths)]
+            told = range(length - needed, length, block)  # where each comes again
+            fresh = vocabulary[torch.randperm(len(vocabulary), generator=draw)[:needed]].split(block)
+            for needle, *places in zip(fresh, starts, told, strict=True):
+                for at in places:
+                    row[at : at + block] = needle
+            spans = {"needle": starts, "answer": told}
+            roles.append({name: tuple((at + self.cue, at + block) for at in x) for name, x in spans.items()})
+        yield Probe(rows, roles)
 
     def idle(self, call: Call) -> bool:
         return call.phase is Phase.DECODE or call.cross or not {"needle", "answer"} <= call.roles.keys()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Self
 
 import torch
@@ -20,6 +21,12 @@ from heedful.core.paper import Paper
 GAUSSIAN = 1.2054  # the shape that Gaussian weights get, whatever their spread
 BINS = 1024
 NAMES = ("queries", "keys", "values", "output")
+
+
+@lru_cache(maxsize=8)
+def _spread(count: int, sample: int, device: torch.device) -> Tensor:
+    """The places of a sample that is spread evenly over so many; many matrices have as many weights."""
+    return torch.linspace(0, count - 1, sample, device=device, dtype=torch.float64).long()
 
 
 class WeibullWeights(Weights):
@@ -61,7 +68,7 @@ class WeibullWeights(Weights):
         """Shape, scale and R2 of one matrix, `[3]`; nan where all weights are alike."""
         x = weights.detach().flatten()
         if self.sample is not None and len(x) > self.sample:
-            x = x[torch.linspace(0, len(x) - 1, self.sample, device=x.device, dtype=torch.float64).long()]
+            x = x.index_select(0, _spread(len(x), self.sample, x.device))
         x = x.float().abs()
         if len(x) and not x.amin() > 0:  # picking out is the dearest step, and few models have zeros
             x = x[x > 0]
