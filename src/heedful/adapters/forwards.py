@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import get_ident
-from typing import Any, NamedTuple, TypeVar
-from weakref import ref
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from heedful.adapters.arguments import by_name, require_no_guesses
 from heedful.adapters.bound import Bound
+from heedful.adapters.carried import ENCODED, end_looks, note_look, remembered_of
 from heedful.adapters.grids import Grid, grid_of, regions
 from heedful.adapters.hooked import Hooked, Standing
 from heedful.adapters.kvcache import tensors_in
@@ -50,17 +50,6 @@ def _rows_of_many(model: nn.Module, instead: str) -> str:
     )
 
 
-# what models of transformers call that which an encoder made before: of images, and of a text or a sound
-ENCODED = ("mm_encoder_outputs", "encoder_outputs")
-
-
-class _Look(NamedTuple):
-    """A forward of one of the models in the model alone."""
-
-    made: list[ref[Tensor]]
-    memory: dict[int, dict[str, Any]]  # what methods remember of it, by part
-
-
 @dataclass(eq=False)
 class Forwards:
     """The forwards of one run in one model."""
@@ -72,8 +61,7 @@ class Forwards:
     _graph: bool = False  # gradients may be asked of the forward under way
     _thread: int | None = None  # the one that a forward is under way in
     _process: int | None = None  # the one that the last forward was in
-    _of_part: bool = False  # the last forward was of one of the models in the model alone
-    _looks: list[_Look] = field(default_factory=list)  # those of such models since the last of the whole
+    _encodes: bool = False  # the last forward was handed nothing that an encoder had made
     _parts: dict[nn.Module, str] = field(default_factory=dict)  # the models in the model, by name
     _images: dict[str, tuple[nn.Module, Grid]] = field(default_factory=dict)  # those that read images, and their grids
 
@@ -121,7 +109,9 @@ class Forwards:
                 raise FieldError("Run", "thread", get_ident(), rule, self._thread)
             self._require_threads()
             require_no_guesses(self.run.stack, kwargs)
-            known = self._remembered(model, kwargs)
+            encoded = [*tensors_in([kwargs.get(name) for name in ENCODED])]
+            self._encodes = not encoded
+            known = remembered_of(self.run.state, encoded, type(model).__name__)
             blind = stand_around(self.run, type(model).__name__, whole=True)
             self._thread = get_ident()
             if self.first is not None:
@@ -134,34 +124,6 @@ class Forwards:
             self.patterns = bool(requested)
         self.run.state.now.ids[self._parts[model]] = tokens_of(kwargs)
         self._inside += 1
-
-    def _remembered(self, model: nn.Module, kwargs: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-        """What methods remembered of what encoders made before this forward, which goes on from there.
-
-        So `generate` does it: it has the encoder read a text or look at an image, and then calls the whole model.
-        """
-        before, self._of_part = self._of_part, bool(self._parts[model])
-        given, found = [*tensors_in([kwargs.get(name) for name in ENCODED])], dict[int, dict[str, Any]]()
-        if not (before if self._of_part else given):
-            self._looks.clear()
-        if self._of_part or not given:
-            return {}
-        same = {id(x) for x in given}
-        these = [look for look in self._looks if any(id(x()) in same for x in look.made)]
-        if not these and before:  # a row for each beam, or a copy, which is known in the steps that follow
-            these = self._looks
-            for look in these:
-                look.made.extend(map(ref, given))
-        for look in these:
-            for number, noted in look.memory.items():
-                if noted.keys() & found.get(number, {}).keys():
-                    raise RefusedModel(
-                        f"{type(model).__name__} is handed what an encoder made, which looked more than once, and of "
-                        f"each time {self.run.stack.methods[number]!r} remembers something; it cannot be told which "
-                        "is meant: hand over what one look gave, as it came, or give the call the images themselves"
-                    )
-                found[number] = {**found.get(number, {}), **noted}
-        return found
 
     def _require_threads(self) -> None:
         """A fork has none of the threads that its parent computed with, and would wait for them without end."""
@@ -178,12 +140,14 @@ class Forwards:
         if not self.under_way:
             return None  # a forward that was refused, while another thread's is under way
         self._inside = max(0, self._inside - 1)
+        if self._inside and output is not None:
+            note_look(self.run.state, output)
         if not self._inside:
             self._thread = None
             if output is None:
                 self.run.state.fail_forward()
-            elif self._of_part and any((memory := self.run.state.now.memory).values()):
-                self._looks.append(_Look([ref(x) for x in tensors_in(output)], memory))
+            else:
+                end_looks(self.run.state, output, bool(self._parts[model]), self._encodes)
         if not self._inside and output is not None:
             require_parted(self.run)
         if self._inside or not self.run.state.losses or by_name(model, args, kwargs).get("labels") is None:
