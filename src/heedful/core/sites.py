@@ -111,7 +111,8 @@ def reads(site: Site, when: str = "", first: str = "") -> Callable[[F], F]:
     """Mark a method's function as a reader of a site: it takes the site's value and returns a statistic.
 
     `first` names a field of the method that says how many of a call's first query rows it wants. A PATTERN reader of
-    few rows rules no backend out: unless something edits the map, its rows are computed once more, for it alone.
+    few rows rules no backend out: unless something edits the map, other than by `adds` or `weighs`, its rows are
+    computed once more, for it alone.
     """
     if first and site is not Site.PATTERN:
         raise DefinitionError(

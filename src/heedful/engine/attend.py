@@ -20,7 +20,7 @@ from heedful.core.summary import SummaryAccumulator
 from heedful.core.values import replace
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.earlier import with_earlier
-from heedful.engine.needs import Needs
+from heedful.engine.needs import Needs, tilewise
 from heedful.engine.precision import mixed, unmixed, wide, widened
 from heedful.engine.run_state import Plan
 from heedful.engine.stages import added, chosen_heads, own_rows, stage, staged, untouched, weighing_of
@@ -223,7 +223,8 @@ def _first_rows(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Show the first rows of the pattern to those who want no more, computed for them alone."""
     call = job.call
     total = min(len(call.queries), max(s.first or 0 for s in job.plan.apart))
-    alone = replace(job, plan=Plan(job.plan.apart), accumulator=None, dropout=0.0)
+    edits = tuple(step for step in job.plan.steps if step.edit.site in MAP_SITES and tilewise(step))
+    alone = replace(job, plan=Plan((*edits, *job.plan.apart)), accumulator=None, dropout=0.0)
     for start in range(0, total, FIRST_ROWS):  # the first ones of a causal text see few columns
         rows = slice(start, min(start + FIRST_ROWS, total))
         ranges = call.mask.columns(call.queries.take(rows), call.keys, rows)
