@@ -274,6 +274,52 @@ def test_what_cannot_be_added(made: Callable[[Call], Any], got: str) -> None:
             run(backend, Wrong(), *draw(SHAPE), a_call(SHAPE, CAUSAL))
 
 
+class Hides(Method):
+    """Lets a query see none of some keys, and some queries none at all."""
+
+    paper = PAPER
+    row: bool = True  # the same for all queries, or not
+    by: str = "-inf"
+
+    @adds
+    def hide(self, call: Call) -> Tensor:
+        hidden = call.pairs.k % 3 == 1
+        if self.row:
+            hidden = hidden | (call.pairs.q < 6) | (call.pairs.q == 20)
+        return torch.zeros(hidden.shape).masked_fill(hidden, float(self.by))
+
+
+class Unseen(Hides):
+    """The same at MASK."""
+
+    @at(Site.MASK)
+    def hide(self, mask: Mask, call: Call) -> Mask:  # type: ignore[override]
+        return mask & Where(lambda q, k: ~((k % 3 == 1) | ((q < 6) | (q == 20) if self.row else q < 0)))
+
+
+@pytest.mark.parametrize("more", [None, *map(Weighed, WEIGHINGS)], ids=repr)
+@pytest.mark.parametrize("backend", ["reference", "tiled", "native"])
+@pytest.mark.parametrize("row", [True, False])
+def test_minus_infinity_is_a_pair_that_is_not_seen(row: bool, backend: str, more: Method | None, cut: None) -> None:
+    call, leaves = a_call(SHAPE, CAUSAL, torch.tensor([0, 7])), [x.requires_grad_() for x in draw(SHAPE)]
+
+    def told(method: Method, backend: str) -> tuple[Tensor, ...]:
+        heads = run(backend, method if more is None else method | more, *leaves, call)
+        return heads.detach(), *torch.autograd.grad(heads.square().sum(), leaves)
+
+    for found, want in zip(told(Hides(row), backend), told(Unseen(row), "reference"), strict=True):
+        assert close(found, want)
+
+
+@pytest.mark.parametrize("by", ["nan", "inf"])
+@pytest.mark.parametrize("backend", ["reference", "tiled", "native"])
+@pytest.mark.parametrize("row", [True, False])
+def test_what_is_no_number_is_refused(row: bool, backend: str, by: str) -> None:
+    place = r"\[0, 0, 0, 0\]" if row else r"\[0, 0, 0, 1\]"
+    with pytest.raises(SiteError, match=rf"Hides\(.*scores gain {by} at {place}.*-inf where a pair is not to be seen"):
+        run(backend, Hides(row, by), *draw(SHAPE), a_call(SHAPE, CAUSAL))
+
+
 def test_other_backends_and_sums_are_refused() -> None:
     call = a_call(SHAPE, CAUSAL)
     for stack in (Waves() | Everything([]), Waves() | Halved()):
