@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from heedful import attach, explain, models
-from heedful.conformance.tolerances import close, close_model, within_budget
+from heedful.conformance.tolerances import LOW_PRECISION, close, close_model, error, within_budget
 from heedful.core.call import Call
 from heedful.core.errors import BackendError, SiteError
 from heedful.core.mask import Blocks, Mask, Rule, Where
@@ -194,6 +194,25 @@ def test_a_bias_that_learns_alone(method: Method, cut: None, monkeypatch: pytest
 
     assert close(learned("native"), learned("reference"))
     assert max(call.args[1].queries for call in asked.call_args_list) == 16, "no table of all pairs is held"
+
+
+@pytest.mark.parametrize("backend", ["tiled", "native"])
+def test_a_bias_for_all_rows_has_its_gradients_added_up_in_single_precision(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiled, "MOST", 1)
+    monkeypatch.setattr(tiled, "LEAST", 1)
+    shape = (1, 2, 2, 512, 8, 16, 16)
+    q, k, v = draw(shape)
+
+    def learned(backend: str, dtype: torch.dtype) -> Tensor:
+        leaf = torch.zeros(1, 1, 1, 8, dtype=dtype).requires_grad_()
+        given = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v + torch.arange(8)[:, None]))
+        heads = run(backend, Waves(""), *given, a_call(shape, ()), bias=leaf)
+        return torch.autograd.grad(heads.sum(), leaf)[0]
+
+    exact = learned("reference", torch.float64)
+    assert error(learned(backend, torch.bfloat16), exact) <= LOW_PRECISION * error(exact.bfloat16(), exact)
 
 
 @pytest.mark.parametrize("rules", [ODD, RULES["blind rows"]], ids=["odd", "blind rows"])
