@@ -134,7 +134,7 @@ def remembered_of(state: RunState, given: list[Tensor], kind: str) -> Known:
     found: Known = {}
     state.looks[:] = [look for look in state.looks if look.held or look.marks is not None]
     looks = _same(state.looks, given) or _copies(state.looks, given)
-    if given and state.looks and not looks:
+    if state.looks and not looks:
         raise RefusedModel(
             f"{kind} is handed what an encoder made, and it is nothing that the encoder gave under this run, in whole "
             "rows of one call, while of what it gave methods remember something; hand over what it gave, as it came "

@@ -109,9 +109,9 @@ class Forwards:
                 raise FieldError("Run", "thread", get_ident(), rule, self._thread)
             self._require_threads()
             require_no_guesses(self.run.stack, kwargs)
-            encoded = [*tensors_in([kwargs.get(name) for name in ENCODED])]
+            encoded = [*tensors_in(tuple(kwargs[name] for name in ENCODED if name in kwargs))]
             self._encodes = not encoded
-            known = remembered_of(self.run.state, encoded, type(model).__name__)
+            known = remembered_of(self.run.state, encoded, type(model).__name__) if encoded else {}
             blind = stand_around(self.run, type(model).__name__, whole=True)
             self._thread = get_ident()
             if self.first is not None:
@@ -140,13 +140,13 @@ class Forwards:
         if not self.under_way:
             return None  # a forward that was refused, while another thread's is under way
         self._inside = max(0, self._inside - 1)
-        if self._inside and output is not None:
+        if self._inside and output is not None and self.run.stack:
             note_look(self.run.state, output)
         if not self._inside:
             self._thread = None
             if output is None:
                 self.run.state.fail_forward()
-            else:
+            elif self.run.stack:
                 end_looks(self.run.state, output, bool(self._parts[model]), self._encodes)
         if not self._inside and output is not None:
             require_parted(self.run)
