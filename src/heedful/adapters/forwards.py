@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -48,6 +49,18 @@ def _rows_of_many(model: nn.Module, instead: str) -> str:
         f"{type(model).__name__} is run with a paged cache (continuous batching), whose rows hold pieces of many "
         f"texts, which heedful cannot tell apart; {instead}"
     )
+
+
+def _calls_of(model: nn.Module) -> int:
+    """How many calls of a module are under way in this thread."""
+    frame, found = sys._getframe(1), 0
+    while frame is not None:
+        found += frame.f_code is _CALL and frame.f_locals.get("self") is model
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+_CALL = nn.Module._call_impl.__code__
 
 
 @dataclass(eq=False)
@@ -97,6 +110,11 @@ class Forwards:
             if type(thing).__name__.startswith("Paged"):
                 raise RefusedModel(_rows_of_many(model, "use generate() or plain forwards"))
         if self._parts.get(model) == "":
+            if self._inside and self.under_way and _calls_of(model) > 1:
+                raise RefusedModel(
+                    f"{type(model).__name__} is called again inside a forward of its own under this run, and what is "
+                    "known of the one under way would be lost; call it before or after, or a copy of it"
+                )
             self._inside = 0  # the whole model stands in no other: an interrupt left the last count standing
         elif not self._inside and self.run.state.now.again:
             return  # a part that gradient checkpointing computes again
