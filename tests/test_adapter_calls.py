@@ -20,6 +20,7 @@ from heedful.core.errors import RefusedModel, SiteError, UnknownArgument
 from heedful.core.mask import Mask, Window
 from heedful.core.method import Method
 from heedful.core.sites import Site, at
+from heedful.methods import ACT, SinkRate
 from heedful.methods.sparse.cache.knorm import KNorm
 from heedful.tiny import tiny, tiny_inputs
 
@@ -326,6 +327,20 @@ def test_guessed_tokens_are_of_neither_phase(how: str, phase: str) -> None:
         run.generate(prompt, **told)
         run(prompt, logits_to_keep=2)  # without a cache of earlier tokens it is a prompt
     with attach(model, Scale(3.0)) as run:
+        assert torch.equal(run.generate(prompt, **told, **guess), run.generate(prompt, **told))
+
+
+@pytest.mark.parametrize("how", ["assistant_model", "prompt_lookup_num_tokens"])
+def test_guessed_tokens_are_no_chunk_of_a_prompt(how: str) -> None:
+    """What is made of a call's own rows would be made of guesses, and of those that are taken back too."""
+    model, prompt = tiny("llama").eval(), torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
+    told = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    guess = {how: tiny("llama", num_hidden_layers=1).eval() if how == "assistant_model" else 4}
+    with attach(model, ACT(0.4)) as run:
+        with pytest.raises(SiteError, match=r"several are read at once, and the last \d tokens .*, leave ACT out"):
+            run.generate(prompt, **told, **guess)
+        run.generate(prompt, **told)
+    with attach(model, SinkRate()) as run:
         assert torch.equal(run.generate(prompt, **told, **guess), run.generate(prompt, **told))
 
 

@@ -21,6 +21,7 @@ from heedful.core.errors import SiteError, UnknownArgument
 from heedful.core.mask import Causal, Dense, Mask
 from heedful.core.method import Scoped, Stack
 from heedful.core.positions import Positions
+from heedful.core.sites import Site
 
 # tensors that models pass along and that do not change the map
 HARMLESS = frozenset({
@@ -146,19 +147,26 @@ def _by_text(queries: Positions, keys: Positions, position_ids: Any) -> tuple[Po
 
 
 def require_no_guesses(stack: Stack, given: Mapping[str, Any]) -> None:
-    """Refuse guessed tokens where a part acts in one phase: they are read several at once, as prompts are.
+    """Refuse guessed tokens where it matters that they are read several at once, as prompts are.
 
     Whoever guesses wants the logits of all of them, and whoever reads a prompt those of the last token, or of all.
     """
-    phased = next((part for part in stack if isinstance(part, Scoped) and part.phase is not None), None)
     kept = given.get("logits_to_keep")
-    if phased is None or not isinstance(kept, int) or kept < 2 or not any(isinstance(x, Cache) for x in given.values()):
+    if not isinstance(kept, int) or kept < 2 or not any(isinstance(x, Cache) for x in given.values()):
         return
-    raise SiteError(
-        f"{phased!r} acts in one phase, and the last {kept} tokens of a call may be guesses (logits_to_keep={kept} "
-        "with a cache, as in assisted and prompt-lookup decoding), which are read as a prompt is; generate one token "
-        "after another, leave .when(...) out, or read a prompt without logits_to_keep"
-    )
+    for part, method in zip(stack.parts, stack.methods, strict=True):
+        phased = isinstance(part, Scoped) and part.phase is not None
+        # what leaves the cache for good says so when a guess is taken back
+        edits = any(not edit.reads and edit.site is not Site.CACHE for edit in method.edits)
+        if not phased and (method.chunk_invariant or not edits):
+            continue
+        does = "acts in one phase" if phased else "gives tokens other things where several are read at once"
+        instead = "leave .when(...) out" if phased else f"leave {type(method).__name__} out"
+        raise SiteError(
+            f"{part!r} {does}, and the last {kept} tokens of a call may be guesses (logits_to_keep={kept} with a cache, "
+            "as in assisted and prompt-lookup decoding), which are read as a prompt is; generate one token after "
+            f"another, {instead}, or read a prompt without logits_to_keep"
+        )
 
 
 def from_dense(mask: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None]:
