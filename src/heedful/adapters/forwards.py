@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from heedful.adapters.arguments import by_name, require_no_guesses
+from heedful.adapters.arguments import by_name, places_in, require_no_guesses
 from heedful.adapters.bound import Bound
 from heedful.adapters.carried import ENCODED, end_looks, note_look, remembered_of
 from heedful.adapters.grids import Grid, grid_of, regions
@@ -136,6 +136,7 @@ class Forwards:
                 self.first(*given)
             self._graph = torch.is_grad_enabled()
             self.run.state.new_forward(blind, known)
+            self.run.state.now.told = places_in(kwargs.get("attention_mask"), kwargs.get("position_ids"))
             requested = kwargs.get("output_attentions")
             if requested is None:
                 requested = getattr(getattr(model, "config", None), "output_attentions", False)

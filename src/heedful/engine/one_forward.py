@@ -61,6 +61,7 @@ class Forward:
     losses: dict[Found, Tensor] = field(default_factory=dict)  # what steps penalised
     ids: dict[str, Tensor | None] = field(default_factory=dict)  # tokens given to the models in it, by name
     queries: dict[str, Positions] = field(default_factory=dict)  # where the tokens of each list of layers stand
+    told: Positions | None = None  # what a caller's mask of pairs tells of the keys
     causal: set[str] = field(default_factory=set)  # lists of layers in which no token sees later ones
     merges: dict[int, Merges] = field(default_factory=dict)  # of lists of layers, by the number of their first
     looks: list[Look] = field(default_factory=list)  # of models inside the one that is called
