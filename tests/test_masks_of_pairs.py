@@ -62,5 +62,5 @@ def test_texts_are_kept_apart() -> None:
         found = run(input_ids=IDS[:1], attention_mask=pairs).logits
         for part in (slice(0, 5), slice(5, None)):
             assert close_model(found[:, part], run(input_ids=IDS[:1, part]).logits)
-    with attach(model, ACT(0.4)) as run, pytest.raises(SiteError, match="several are packed into one row"):
+    with pytest.raises(SiteError, match="several are packed into one row"), attach(model, ACT(0.4)) as run:
         run(input_ids=IDS[:1], attention_mask=pairs)

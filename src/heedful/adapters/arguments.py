@@ -213,8 +213,8 @@ def require_no_guesses(stack: Stack, given: Mapping[str, Any]) -> None:
         instead = "leave .when(...) out" if phased else f"leave {type(method).__name__} out"
         raise SiteError(
             f"{part!r} {does}, and the last {kept} tokens of a call may be guesses (logits_to_keep={kept} with a "
-            "cache, as in assisted and prompt-lookup decoding), which are read as a prompt is; generate one token after "
-            f"another, {instead}, or read a prompt without logits_to_keep"
+            "cache, as in assisted and prompt-lookup decoding), which are read as a prompt is; generate one token "
+            f"after another, {instead}, or read a prompt without logits_to_keep"
         )
 
 
