@@ -6,7 +6,10 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from inspect import unwrap
 from threading import get_ident
+from types import CodeType, FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -51,16 +54,23 @@ def _rows_of_many(model: nn.Module, instead: str) -> str:
     )
 
 
-def _calls_of(model: nn.Module) -> int:
-    """How many calls of a module are under way in this thread."""
-    frame, found = sys._getframe(1), 0
+def _under_way(function: CodeType, model: nn.Module) -> int:
+    """How many calls of a function of a model's are under way in this thread."""
+    frame: FrameType | None = sys._getframe(1)
+    found = 0
     while frame is not None:
-        found += frame.f_code is _CALL and frame.f_locals.get("self") is model
-        frame = frame.f_back  # type: ignore[assignment]
+        found += frame.f_code is function and frame.f_locals.get("self") is model
+        frame = frame.f_back
     return found
 
 
 _CALL = nn.Module._call_impl.__code__
+
+
+def _guesses(model: nn.Module) -> bool:
+    """Whether `generate` has a model read tokens that were guessed by others."""
+    own = getattr(type(model), "_assisted_decoding", None)
+    return own is not None and _under_way(unwrap(own).__code__, model) > 0
 
 
 @dataclass(eq=False)
@@ -110,7 +120,7 @@ class Forwards:
             if type(thing).__name__.startswith("Paged"):
                 raise RefusedModel(_rows_of_many(model, "use generate() or plain forwards"))
         if self._parts.get(model) == "":
-            if self._inside and self.under_way and _calls_of(model) > 1:
+            if self._inside and self.under_way and _under_way(_CALL, model) > 1:
                 raise RefusedModel(
                     f"{type(model).__name__} is called again inside a forward of its own under this run, and what is "
                     "known of the one under way would be lost; call it before or after, or a copy of it"
@@ -126,7 +136,7 @@ class Forwards:
                 )
                 raise FieldError("Run", "thread", get_ident(), rule, self._thread)
             self._require_threads()
-            require_no_guesses(self.run.stack, kwargs)
+            require_no_guesses(self.run.stack, kwargs, partial(_guesses, model))
             encoded = [*tensors_in(tuple(kwargs[name] for name in ENCODED if name in kwargs))]
             self._encodes = not encoded
             known = remembered_of(self.run.state, encoded, type(model).__name__) if encoded else {}
