@@ -266,3 +266,23 @@ def test_estimates_of_single_places_add_up() -> None:
     each = [patching(model, CLEAN, CORRUPT, metric, positions=(p,), estimate=True).share for p in range(CLEAN.shape[1])]
     assert close_model(sum(each), whole)
     assert len({x.abs().sum().item() for x in each}) > 1
+
+
+@pytest.mark.parametrize("packed", ["clean", "corrupt"])
+def test_texts_that_share_a_row_are_refused_and_padding_may_have_any_place(packed: str) -> None:
+    model, pad = models.tiny("llama"), torch.zeros(2, 2, dtype=torch.long)
+    texts = {"clean": CLEAN, "corrupt": CORRUPT}
+    given = {name: {"input_ids": ids} for name, ids in texts.items()}
+    given[packed] = {"input_ids": texts[packed], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    with pytest.raises(FieldError, match="give each text a row of its own, padded"):
+        patching(model, given["clean"], given["corrupt"], metric)
+    with pytest.raises(FieldError, match="give each text a row of its own, padded"):
+        path_patching(model, given["clean"], given["corrupt"], metric)
+    mask = torch.cat([pad, torch.ones_like(CLEAN)], 1)
+    places = torch.cat([pad + 1, torch.arange(6).expand(2, -1)], 1)
+    padded = {
+        name: {"input_ids": torch.cat([pad, ids], 1), "attention_mask": mask, "position_ids": places}
+        for name, ids in texts.items()
+    }
+    found = patching(model, padded["clean"], padded["corrupt"], metric)
+    assert close_model(found.share, patching(model, CLEAN, CORRUPT, metric).share)

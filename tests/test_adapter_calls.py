@@ -20,7 +20,6 @@ from heedful.core.errors import RefusedModel, SiteError, UnknownArgument
 from heedful.core.mask import Mask, Window
 from heedful.core.method import Method
 from heedful.core.sites import Site, at
-from heedful.methods.sparse.cache.knorm import KNorm
 from heedful.tiny import tiny, tiny_inputs
 
 from .samples import PAPER, Forget, Keep, Scale, Zero
@@ -297,36 +296,6 @@ def test_dynamic_caches_of_the_caller() -> None:
             run(input_ids=IDS, **{CACHE: cache})
             found = run(input_ids=IDS[:, :3], **{CACHE: cache})[0]
     assert torch.equal(plain, found)
-
-
-@pytest.mark.parametrize("budget", [6, 64])
-@pytest.mark.parametrize("how", ["assistant_model", "prompt_lookup_num_tokens"])
-def test_guessed_tokens_and_a_cache_that_drops_entries_do_not_go_together(how: str, budget: int) -> None:
-    model, prompt = tiny("llama").eval(), torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
-    told = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    guess = {how: tiny("llama", num_hidden_layers=1).eval() if how == "assistant_model" else 4}
-    with attach(model, KNorm(budget)) as run:
-        if budget == 64:
-            assert torch.equal(run.generate(prompt, **told, **guess), run.generate(prompt, **told))
-            return
-        with pytest.raises(RefusedModel, match="generate one after another, or leave the CACHE edit out"):
-            run.generate(prompt, **told, **guess)
-
-
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-@pytest.mark.parametrize("how", ["assistant_model", "prompt_lookup_num_tokens"])
-def test_guessed_tokens_are_of_neither_phase(how: str, phase: str) -> None:
-    """They are read several at once, so that other tokens would be generated than one by one."""
-    model, prompt = tiny("llama").eval(), torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
-    told = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    guess = {how: tiny("llama", num_hidden_layers=1).eval() if how == "assistant_model" else 4}
-    with attach(model, Scale(3.0).when(phase)) as run:
-        with pytest.raises(SiteError, match=r"acts in one phase, and the last \d tokens of a call may be guesses"):
-            run.generate(prompt, **told, **guess)
-        run.generate(prompt, **told)
-        run(prompt, logits_to_keep=2)  # without a cache of earlier tokens it is a prompt
-    with attach(model, Scale(3.0)) as run:
-        assert torch.equal(run.generate(prompt, **told, **guess), run.generate(prompt, **told))
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from heedful import attach, explain, models
-from heedful.conformance.tolerances import close, close_model, within_budget
+from heedful.conformance.tolerances import LOW_PRECISION, close, close_model, error, within_budget
 from heedful.core.call import Call
 from heedful.core.errors import BackendError, SiteError
 from heedful.core.mask import Blocks, Mask, Rule, Where
@@ -196,6 +196,25 @@ def test_a_bias_that_learns_alone(method: Method, cut: None, monkeypatch: pytest
     assert max(call.args[1].queries for call in asked.call_args_list) == 16, "no table of all pairs is held"
 
 
+@pytest.mark.parametrize("backend", ["tiled", "native"])
+def test_a_bias_for_all_rows_has_its_gradients_added_up_in_single_precision(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiled, "MOST", 1)
+    monkeypatch.setattr(tiled, "LEAST", 1)
+    shape = (1, 2, 2, 512, 8, 16, 16)
+    q, k, v = draw(shape)
+
+    def learned(backend: str, dtype: torch.dtype) -> Tensor:
+        leaf = torch.zeros(1, 1, 1, 8, dtype=dtype).requires_grad_()
+        given = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v + torch.arange(8)[:, None]))
+        heads = run(backend, Waves(""), *given, a_call(shape, ()), bias=leaf)
+        return torch.autograd.grad(heads.sum(), leaf)[0]
+
+    exact = learned("reference", torch.float64)
+    assert error(learned(backend, torch.bfloat16), exact) <= LOW_PRECISION * error(exact.bfloat16(), exact)
+
+
 @pytest.mark.parametrize("rules", [ODD, RULES["blind rows"]], ids=["odd", "blind rows"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_bias_that_learns(shape: tuple[int, ...], rules: tuple[Rule, ...], cut: None) -> None:
@@ -272,6 +291,52 @@ def test_what_cannot_be_added(made: Callable[[Call], Any], got: str) -> None:
     for backend in ("tiled", "native"):
         with pytest.raises(SiteError, match=rf"must return what scores gain.*{got}"):
             run(backend, Wrong(), *draw(SHAPE), a_call(SHAPE, CAUSAL))
+
+
+class Hides(Method):
+    """Lets a query see none of some keys, and some queries none at all."""
+
+    paper = PAPER
+    row: bool = True  # the same for all queries, or not
+    by: str = "-inf"
+
+    @adds
+    def hide(self, call: Call) -> Tensor:
+        hidden = call.pairs.k % 3 == 1
+        if self.row:
+            hidden = hidden | (call.pairs.q < 6) | (call.pairs.q == 20)
+        return torch.zeros(hidden.shape).masked_fill(hidden, float(self.by))
+
+
+class Unseen(Hides):
+    """The same at MASK."""
+
+    @at(Site.MASK)
+    def hide(self, mask: Mask, call: Call) -> Mask:  # type: ignore[override]
+        return mask & Where(lambda q, k: ~((k % 3 == 1) | ((q < 6) | (q == 20) if self.row else q < 0)))
+
+
+@pytest.mark.parametrize("more", [None, *map(Weighed, WEIGHINGS)], ids=repr)
+@pytest.mark.parametrize("backend", ["reference", "tiled", "native"])
+@pytest.mark.parametrize("row", [True, False])
+def test_minus_infinity_is_a_pair_that_is_not_seen(row: bool, backend: str, more: Method | None, cut: None) -> None:
+    call, leaves = a_call(SHAPE, CAUSAL, torch.tensor([0, 7])), [x.requires_grad_() for x in draw(SHAPE)]
+
+    def told(method: Method, backend: str) -> tuple[Tensor, ...]:
+        heads = run(backend, method if more is None else method | more, *leaves, call)
+        return heads.detach(), *torch.autograd.grad(heads.square().sum(), leaves)
+
+    for found, want in zip(told(Hides(row), backend), told(Unseen(row), "reference"), strict=True):
+        assert close(found, want)
+
+
+@pytest.mark.parametrize("by", ["nan", "inf"])
+@pytest.mark.parametrize("backend", ["reference", "tiled", "native"])
+@pytest.mark.parametrize("row", [True, False])
+def test_what_is_no_number_is_refused(row: bool, backend: str, by: str) -> None:
+    place = r"\[0, 0, 0, 0\]" if row else r"\[0, 0, 0, 1\]"
+    with pytest.raises(SiteError, match=rf"Hides\(.*scores gain {by} at {place}.*-inf where a pair is not to be seen"):
+        run(backend, Hides(row, by), *draw(SHAPE), a_call(SHAPE, CAUSAL))
 
 
 def test_other_backends_and_sums_are_refused() -> None:

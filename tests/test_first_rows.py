@@ -13,10 +13,10 @@ from heedful.core.call import Call
 from heedful.core.errors import DefinitionError
 from heedful.core.mask import Blocks, Mask
 from heedful.core.method import Method, Stack
-from heedful.core.sites import Site, at, reads
+from heedful.core.sites import Site, adds, at, reads
 from heedful.core.stats import Cat, Statistic, Sum
 from heedful.core.summary import Summary, sums
-from heedful.methods import SinkRate, SinkWindow, TempScale
+from heedful.methods import SigmoidAttention, SinkRate, SinkWindow, TempScale
 
 
 class _Rows(Method):
@@ -34,6 +34,14 @@ class _Rows(Method):
         return Cat.of(f"{call.rows.start or 0:04d}", whole)
 
 
+class _Wave(Method):
+    """Adds a wave to scores."""
+
+    @adds
+    def swell(self, call: Call) -> Tensor:
+        return (call.pairs.q * 3 + call.pairs.k).sin()
+
+
 IDS = torch.arange(5, 65).view(2, 30)
 
 
@@ -46,7 +54,19 @@ def rows(model: Any, method: _Rows, *more: Any, **how: Any) -> tuple[list[Tensor
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "gemma2"])
-@pytest.mark.parametrize("more", [(), (SinkWindow(1, 3),), (TempScale(0.5),), (SinkRate(),)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        (SinkWindow(1, 3),),
+        (TempScale(0.5),),
+        (SinkRate(),),
+        (SigmoidAttention(),),
+        (SigmoidAttention().on(heads=[1]),),
+        (_Wave(),),
+        (SigmoidAttention(), _Wave()),
+    ],
+)
 @pytest.mark.parametrize("tile_rows", [None, 4])
 def test_they_are_those_of_the_whole_pattern(
     kind: str, more: tuple[Any, ...], tile_rows: int | None, monkeypatch: pytest.MonkeyPatch
@@ -68,6 +88,11 @@ def test_they_rule_no_backend_out() -> None:
     assert rows(model, _Rows(7), SinkRate())[1] == set(plain.state.backends.values())
     assert rows(model, _Rows(7))[1] == {"sdpa"}
     assert rows(model, _Rows())[1] == {"tiled"}
+    for more in (SigmoidAttention(), _Wave()):
+        with attach(model, more) as alone, torch.no_grad():
+            alone(input_ids=IDS, attention_mask=torch.ones_like(IDS).index_fill(1, torch.tensor([0, 1]), 0))
+        assert rows(model, _Rows(7), more)[1] == set(alone.state.backends.values())
+    assert rows(model, _Rows(7), SigmoidAttention().on(heads=[1]))[1] == {"tiled"}
 
 
 def test_the_first_of_them_are_computed_for_the_keys_that_they_see(monkeypatch: pytest.MonkeyPatch) -> None:

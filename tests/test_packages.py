@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,6 +99,66 @@ def test_code_that_unpacks_otherwise_has_a_copy_of_its_own_until_a_month_has_pas
     assert (copies.unpacked([packed], convert, "a second"), len(made)) == (third, 4)
     assert {file.name for file in third.iterdir()} == {"model.safetensors", "source.json"}
     assert "2 models unpacked, 0.0 GiB in" in CliRunner().invoke(app, ["doctor"]).output
+
+
+REMOVES = """
+import shutil, sys
+from pathlib import Path
+from heedful.models import copies
+
+remove = shutil.rmtree
+
+def slowly(folder, **how):
+    print("removing", flush=True)
+    sys.stdin.readline()
+    remove(folder, **how)
+
+copies.shutil.rmtree = slowly
+copies._drop_unused([Path(sys.argv[1])])
+"""
+
+
+def test_a_copy_that_another_process_removes_is_there_whole_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def convert(_: Sequence[Path], folder: Path) -> None:
+        (folder / "model.safetensors").touch()
+        made.append(folder)
+
+    made: list[Path] = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    packed = tmp_path / "packed"
+    packed.write_text("weights")
+    home = copies.unpacked([packed], convert, "a second")
+    os.utime(home, (time.time() - 31 * 24 * 3600,) * 2)
+    how: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", REMOVES, str(home)], **how) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "removing\n"
+        assert not home.exists()
+        assert copies.unpacked([packed], convert, "a second") == home  # while the other one is at it
+        other.communicate("go on\n")
+    assert (other.returncode, len(made)) == (0, 2)
+    assert {file.name for file in home.iterdir()} == {"model.safetensors", "source.json"}
+    assert list(home.parent.iterdir()) == [home]
+
+
+def test_a_copy_that_is_asked_for_as_it_goes_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    home, left, draft = tmp_path / "copy", tmp_path / f"{copies.GONE}left", tmp_path / f"{copies.DRAFT}left"
+    for folder in (home, left, draft):
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+        os.utime(folder, (time.time() - 31 * 24 * 3600,) * 2)
+    rename = Path.rename
+
+    def late(path: Path, to: Path) -> Path:
+        if path == home:
+            os.utime(home)
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", late)
+    copies._drop_unused([*tmp_path.iterdir()])
+    assert [*tmp_path.rglob("*")] == [home, home / "model.safetensors"]
 
 
 @pytest.mark.parametrize("how", ["moved away", "put its own there", "put its own there first"])

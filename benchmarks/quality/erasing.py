@@ -48,10 +48,11 @@ class Erased(TwoThings):
 
     def step(self, scene: Any, model: Any, x: Tensor, number: int) -> Tensor:
         now, then = (START * (1 - n / self.steps) for n in (number, number + 1))
-        context = model.words.weight[torch.tensor([scene.prompt.tokens])] + model.places
-        found = model(noised=x, t=torch.full((len(x),), now), context=context.expand(len(x), -1, -1))
-        around = (1 - then) * scene.picture + then * scene.plain
-        return torch.where(scene.gone > 0, x + (then - now) * found, around)
+        context = model.words.weight[torch.tensor([scene.prompt.tokens], device=x.device)] + model.places
+        t = torch.full((len(x),), now, device=x.device)
+        found = model(noised=x, t=t, context=context.expand(len(x), -1, -1))
+        around = ((1 - then) * scene.picture + then * scene.plain).to(x)
+        return torch.where(scene.gone.to(x) > 0, x + (then - now) * found, around)
 
     def judge(self, pictures: Tensor) -> Tensor:
         return super().judge(pictures)[:, :1]
@@ -62,7 +63,7 @@ class Erased(TwoThings):
         by = torch.Generator().manual_seed(1)
         there = torch.rand(PICTURES, 2, generator=by) < 0.5
         clean, kinds, _ = pictures(PICTURES, by, there)
-        return clean + unclean(drawn), torch.where(there, kinds, 0)[:, :1]
+        return clean.to(drawn) + unclean(drawn), torch.where(there, kinds, 0)[:, :1].to(drawn.device)
 
 
 def pictures(count: int, by: torch.Generator, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:

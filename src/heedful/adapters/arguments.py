@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,7 @@ from heedful.core.errors import SiteError, UnknownArgument
 from heedful.core.mask import Causal, Dense, Mask
 from heedful.core.method import Scoped, Stack
 from heedful.core.positions import Positions
+from heedful.core.sites import Site
 
 # tensors that models pass along and that do not change the map
 HARMLESS = frozenset({
@@ -45,8 +46,13 @@ class Given:
     scale: float
 
 
-def understand(bound: Bound, request: Request, held: HeldLayer | None, known: dict[str, Positions]) -> Given:
-    """Positions, rules and extras of a call; `known` is where the tokens of each list of layers stand."""
+def understand(
+    bound: Bound, request: Request, held: HeldLayer | None, known: dict[str, Positions], told: Positions | None = None
+) -> Given:
+    """Positions, rules and extras of a call; `known` is where the tokens of each list of layers stand.
+
+    `told` is what a mask of pairs tells of the keys that the caller of the whole model gave.
+    """
     q, k, mask, more = request.q, request.k, request.mask, request.more
     for key, value in more.items():
         if isinstance(value, Tensor) and key not in HARMLESS | READ and not passes_through(type(bound.module), key):
@@ -57,7 +63,7 @@ def understand(bound: Bound, request: Request, held: HeldLayer | None, known: di
             )
     bias = more.get("position_bias")
     require_no_table(bound, bias, None if isinstance(mask, LazyMask) else mask)
-    queries, keys, rules = _places(bound, request, held)
+    queries, keys, rules = _places(bound, request, held, told)
     if bound.cross:
         queries = own_places(bound, known, len(q), q.shape[2], q.device)
     else:
@@ -89,7 +95,9 @@ def understand(bound: Bound, request: Request, held: HeldLayer | None, known: di
     return Given(queries, keys, rules, bias, _sink(more), None if not softcap else float(softcap), scale)
 
 
-def _places(bound: Bound, request: Request, held: HeldLayer | None) -> tuple[Positions, Positions, Mask]:
+def _places(
+    bound: Bound, request: Request, held: HeldLayer | None, told: Positions | None
+) -> tuple[Positions, Positions, Mask]:
     q, mask = request.q, request.mask
     if bound.merges is not None and not bound.cross:
         left = bound.merges.places
@@ -117,11 +125,21 @@ def _places(bound: Bound, request: Request, held: HeldLayer | None) -> tuple[Pos
         if held is None and spec.pad is None and spec.position is None:
             queries, keys = _by_text(queries, keys, request.more.get("position_ids"))
         return queries, keys, spec.mask
+    whole = mask is not None and not bound.cross and (held is None or held.whole)
+    if whole and (both := as_told(told, n, m, len(q))) is not None:
+        return *both, Mask()
     if held is not None:
         keys = held.positions(None)
         return Positions.row(held.seen - n, n, q.device), keys, Mask()
     start = 0 if bound.cross else max(0, m - n)
     return Positions.row(start, n, q.device), Positions.row(0, m, q.device), Mask()
+
+
+def as_told(told: Positions | None, n: int, m: int, rows: int) -> tuple[Positions, Positions] | None:
+    """Where `n` queries and `m` keys stand by what a mask of pairs told, if that is of as many."""
+    if told is None or len(told) != m or len(told.position) not in (1, rows):
+        return None
+    return told.take(slice(m - n, m)), replace(told, is_filled=None)
 
 
 def own_places(bound: Bound, known: Mapping[str, Positions], rows: int, n: int, device: torch.device) -> Positions:
@@ -145,20 +163,66 @@ def _by_text(queries: Positions, keys: Positions, position_ids: Any) -> tuple[Po
     return tuple(Positions(p.index, position, p.first, None) for p in (queries, keys))  # type: ignore[return-value]
 
 
-def require_no_guesses(stack: Stack, given: Mapping[str, Any]) -> None:
-    """Refuse guessed tokens where a part acts in one phase: they are read several at once, as prompts are.
+def places_in(mask: Any, position_ids: Any) -> Positions | None:
+    """Where the keys stand that a caller's mask of pairs `[b 1 q k]` is for; None where it tells nothing of that.
 
-    Whoever guesses wants the logits of all of them, and whoever reads a prompt those of the last token, or of all.
+    Of a whole row, a text begins where no later token sees what was before, and what sees itself alone, itself not, or
+    other texts, is padding. Of a row with more keys than queries, position ids tell how much padding is on the left.
     """
-    phased = next((part for part in stack if isinstance(part, Scoped) and part.phase is not None), None)
-    kept = given.get("logits_to_keep")
-    if phased is None or not isinstance(kept, int) or kept < 2 or not any(isinstance(x, Cache) for x in given.values()):
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return None
+    n, m, device = *mask.shape[2:], mask.device
+    if n != m:
+        if not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
+            return None
+        pad = (m - 1 - position_ids[:, -1].to(device)).clamp(min=0)
+        return Positions.row(0, m, device, pad) if bool(pad.any()) else None
+    table = from_dense(mask, m)[0]
+    if table is None:
+        return None
+    table, row = table.any(1), torch.arange(m, device=device)
+    seen = row.where(table, m).amin(-1)  # the first that each row sees
+    begins = seen.flip(-1).cummin(-1).values.flip(-1) >= row
+    start = row.where(begins, 0).cummax(-1).values
+    stop = row.where(begins, m).roll(-1, -1).index_fill(-1, row[-1:], m).flip(-1).cummin(-1).values.flip(-1)
+    outside = row.where(table, -1).amax(-1) >= stop
+    is_text = table.diagonal(dim1=-2, dim2=-1) & (stop - start > 1) & ~outside
+    if bool((is_text & (start == 0)).any(-1).all()) and bool((start == 0).all()):
+        return None if bool(is_text.all()) else Positions.row(0, m, device, None, is_text[:, None])
+    if not bool((is_text & (start < start[:, -1:])).any()):  # one text a row, at its end
+        return Positions.row(0, m, device, start[:, -1], is_text[:, None])
+    position = (row - start).where(is_text | (start == 0), -1)
+    return Positions(row.view(1, 1, -1), position[:, None], 0, None, is_text[:, None])
+
+
+def require_no_guesses(stack: Stack, given: Mapping[str, Any], guesses: Callable[[], bool]) -> None:
+    """Refuse guessed tokens where it matters that they are read several at once, as prompts are.
+
+    Whoever guesses wants the logits of all of them, and whoever reads a prompt those of the last token, or of all; of
+    models that always give all, `guesses` knows.
+    """
+    if not any(isinstance(x, Cache) for x in given.values()):
         return
-    raise SiteError(
-        f"{phased!r} acts in one phase, and the last {kept} tokens of a call may be guesses (logits_to_keep={kept} "
-        "with a cache, as in assisted and prompt-lookup decoding), which are read as a prompt is; generate one token "
-        "after another, leave .when(...) out, or read a prompt without logits_to_keep"
-    )
+    kept = given.get("logits_to_keep")
+    for part, method in zip(stack.parts, stack.methods, strict=True):
+        phased = isinstance(part, Scoped) and part.phase is not None
+        # what leaves the cache for good says so when a guess is taken back
+        edits = any(not edit.reads and edit.site is not Site.CACHE for edit in method.edits)
+        if not phased and (method.chunk_invariant or not edits):
+            continue
+        several = isinstance(kept, int) and kept > 1
+        if not several and not guesses():
+            return
+        does = "acts in one phase" if phased else "gives tokens other things where several are read at once"
+        which = "the last tokens of a call are guesses (those of"
+        if several:
+            which = f"the last {kept} tokens of a call may be guesses (logits_to_keep={kept} with a cache, as in"
+        instead = "leave .when(...) out" if phased else f"leave {type(method).__name__} out"
+        rest = ", or read a prompt without logits_to_keep" if several else ""
+        raise SiteError(
+            f"{part!r} {does}, and {which} assisted and prompt-lookup decoding), which are read as a prompt is; "
+            f"generate one token after another, or {instead}{rest}"
+        )
 
 
 def from_dense(mask: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None]:

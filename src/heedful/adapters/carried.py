@@ -1,17 +1,27 @@
-"""What methods keep with a cache goes where the cache goes: into other rows, into copies, and away."""
+"""What methods keep with a cache goes where the cache goes: into other rows, into copies, and away.
+
+So does what they remember of what an encoder made: to whatever is handed that, in the same rows. It is known by being
+the same tensor, and a copy, or rows picked of it, by holding the same bits: `generate` repeats rows for beams, and
+callers keep, cut and copy what encoders gave.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from transformers.cache_utils import Cache
 
-from heedful.adapters.kvcache import own_cache
+from heedful.adapters.kvcache import own_cache, tensors_in
 from heedful.core.errors import RefusedModel
 from heedful.core.state import Shelf
+from heedful.engine.one_forward import Look
+from heedful.engine.run_state import RunState
 
 
 class _Carries:
@@ -84,3 +94,110 @@ def shelf_of(found: Cache | None) -> Shelf:
     if found not in _empty:
         _empty[found] = Shelf(partial(_settle, ref(found)))
     return _empty[found]
+
+
+# what models of transformers call that which an encoder made before: of images, and of a text or a sound
+ENCODED = ("mm_encoder_outputs", "encoder_outputs", "encoder_hidden_states")
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+Known = dict[int, dict[str, Any]]  # what methods remember, by part
+
+
+def note_look(state: RunState, output: Any) -> None:
+    """Keep what methods remember, behind a model inside the one that is called, which gave `output`."""
+    state.now.looks.append(Look([ref(x) for x in tensors_in(output)], _memory(state)))
+
+
+def end_looks(state: RunState, output: Any, alone: bool, encodes: bool) -> None:
+    """Keep what may be handed on: what an encoder gave that was called by itself, or the encoder inside the whole.
+
+    Of the others, those stay of which somebody has something.
+    """
+    made = [*tensors_in(output)]
+    if not alone:
+        state.looks[:] = [look for look in state.looks if look.held]
+        handed = output.get("encoder_last_hidden_state") if isinstance(output, Mapping) else made
+        # the first: what is around the encoder gives that too, behind the decoder
+        inner = [look for look in state.now.looks if encodes and _same([look], tensors_in(handed))][:1]
+        state.looks += [look for look in inner if look.memory]
+    elif encodes and made and (memory := _memory(state)):
+        # who calls it may have copied what it gave, and thrown that away, by the time it is handed on
+        state.looks.append(Look([ref(x) for x in made], memory, _marks(made[0])))
+    state.now.looks.clear()
+
+
+def _memory(state: RunState) -> Known:
+    return {number: _each(noted, lambda x: x) for number, noted in state.now.memory.items() if noted}
+
+
+def remembered_of(state: RunState, given: list[Tensor], kind: str) -> Known:
+    """What methods remembered of the looks at which these tensors were made."""
+    found: Known = {}
+    state.looks[:] = [look for look in state.looks if look.held or look.marks is not None]
+    looks = _same(state.looks, given) or _copies(state.looks, given)
+    if state.looks and not looks:
+        raise RefusedModel(
+            f"{kind} is handed what an encoder made, and it is nothing that the encoder gave under this run, in whole "
+            "rows of one call, while of what it gave methods remember something; hand over what it gave, as it came "
+            "or with rows picked and repeated"
+        )
+    for look in looks:
+        for number, noted in look.memory.items():
+            if noted.keys() & found.get(number, {}).keys():
+                raise RefusedModel(
+                    f"{kind} is handed what an encoder made, which looked more than once, and of each time "
+                    f"{state.stack.methods[number]!r} remembers something; it cannot be told which is meant: hand "
+                    "over what one look gave, or give the call the images themselves"
+                )
+            found[number] = {**found.get(number, {}), **_each(noted, lambda x: x)}
+    return found
+
+
+def _same(looks: list[Look], given: Iterable[Tensor]) -> list[Look]:
+    """The looks at which some of these very tensors were made: of each tensor the last, which went through most."""
+    found = (next((look for look in reversed(looks) if any(y() is x for y in look.made)), None) for x in given)
+    return [*{id(look): look for look in found if look is not None}.values()]
+
+
+def _copies(looks: list[Look], given: Iterable[Tensor]) -> list[Look]:
+    """The last look whose rows, picked and repeated, are those of the first of these tensors that has any."""
+    for x in given:
+        if (marks := _marks(x)) is None:
+            continue
+        for look in reversed(looks):
+            first = look.made[0]()
+            own = look.marks if look.marks is not None or first is None else _marks(first)
+            if own is None or own.device != marks.device:
+                continue
+            alike = marks[:, None] == own
+            if bool(alike.any(1).all()):
+                pick = partial(_picked, alike.long().argmax(1), len(own))
+                memory = {number: _each(noted, pick) for number, noted in look.memory.items()}
+                looks.append(Look([ref(x)], memory, marks))  # so that it is known in the steps that follow
+                return looks[-1:]
+    return []
+
+
+def _picked(rows: Tensor, texts: int, x: Tensor) -> Tensor:
+    """These rows of a tensor that has one for each text."""
+    return x[rows.to(x.device)] if x.ndim and len(x) == texts else x
+
+
+def _marks(x: Tensor) -> Tensor | None:
+    """A number `[b]` for the bits of each row, whatever rows stand beside it; None of what has no rows or bits."""
+    kind = _WHOLE.get(x.itemsize)
+    if type(x) is not Tensor or is_functorch_wrapped_tensor(x) or x.ndim < 2 or not x.numel() or kind is None:
+        return None
+    bits = x.detach().contiguous().view(kind).flatten(1).long()
+    places = torch.arange(1, 2 * bits.shape[1], 2, device=x.device)
+    return (bits * places).sum(1)  # of whole numbers, so that no order of adding them up tells
+
+
+def _each(x: Any, pick: Callable[[Tensor], Tensor]) -> Any:
+    """The same, with `pick` of every tensor, in lists and mappings of its own."""
+    if isinstance(x, Tensor):
+        return pick(x)
+    if type(x) is dict:
+        return {name: _each(one, pick) for name, one in x.items()}
+    if type(x) in (list, tuple):
+        return type(x)(_each(one, pick) for one in x)
+    return x

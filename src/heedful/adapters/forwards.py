@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from inspect import unwrap
 from threading import get_ident
-from typing import Any, NamedTuple, TypeVar
-from weakref import ref
+from types import CodeType, FrameType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from heedful.adapters.arguments import by_name, require_no_guesses
+from heedful.adapters.arguments import by_name, places_in, require_no_guesses
 from heedful.adapters.bound import Bound
+from heedful.adapters.carried import ENCODED, end_looks, note_look, remembered_of
 from heedful.adapters.grids import Grid, grid_of, regions
 from heedful.adapters.hooked import Hooked, Standing
 from heedful.adapters.kvcache import tensors_in
@@ -50,15 +54,23 @@ def _rows_of_many(model: nn.Module, instead: str) -> str:
     )
 
 
-# what models of transformers call that which an encoder made before: of images, and of a text or a sound
-ENCODED = ("mm_encoder_outputs", "encoder_outputs")
+def _under_way(function: CodeType, model: nn.Module) -> int:
+    """How many calls of a function of a model's are under way in this thread."""
+    frame: FrameType | None = sys._getframe(1)
+    found = 0
+    while frame is not None:
+        found += frame.f_code is function and frame.f_locals.get("self") is model
+        frame = frame.f_back
+    return found
 
 
-class _Look(NamedTuple):
-    """A forward of one of the models in the model alone."""
+_CALL = nn.Module._call_impl.__code__
 
-    made: list[ref[Tensor]]
-    memory: dict[int, dict[str, Any]]  # what methods remember of it, by part
+
+def _guesses(model: nn.Module) -> bool:
+    """Whether `generate` has a model read tokens that were guessed by others."""
+    own = getattr(type(model), "_assisted_decoding", None)
+    return own is not None and _under_way(unwrap(own).__code__, model) > 0
 
 
 @dataclass(eq=False)
@@ -72,8 +84,7 @@ class Forwards:
     _graph: bool = False  # gradients may be asked of the forward under way
     _thread: int | None = None  # the one that a forward is under way in
     _process: int | None = None  # the one that the last forward was in
-    _of_part: bool = False  # the last forward was of one of the models in the model alone
-    _looks: list[_Look] = field(default_factory=list)  # those of such models since the last of the whole
+    _encodes: bool = False  # the last forward was handed nothing that an encoder had made
     _parts: dict[nn.Module, str] = field(default_factory=dict)  # the models in the model, by name
     _images: dict[str, tuple[nn.Module, Grid]] = field(default_factory=dict)  # those that read images, and their grids
 
@@ -109,6 +120,11 @@ class Forwards:
             if type(thing).__name__.startswith("Paged"):
                 raise RefusedModel(_rows_of_many(model, "use generate() or plain forwards"))
         if self._parts.get(model) == "":
+            if self._inside and self.under_way and _under_way(_CALL, model) > 1:
+                raise RefusedModel(
+                    f"{type(model).__name__} is called again inside a forward of its own under this run, and what is "
+                    "known of the one under way would be lost; call it before or after, or a copy of it"
+                )
             self._inside = 0  # the whole model stands in no other: an interrupt left the last count standing
         elif not self._inside and self.run.state.now.again:
             return  # a part that gradient checkpointing computes again
@@ -120,48 +136,23 @@ class Forwards:
                 )
                 raise FieldError("Run", "thread", get_ident(), rule, self._thread)
             self._require_threads()
-            require_no_guesses(self.run.stack, kwargs)
-            known = self._remembered(model, kwargs)
+            require_no_guesses(self.run.stack, kwargs, partial(_guesses, model))
+            encoded = [*tensors_in(tuple(kwargs[name] for name in ENCODED if name in kwargs))]
+            self._encodes = not encoded
+            known = remembered_of(self.run.state, encoded, type(model).__name__) if encoded else {}
             blind = stand_around(self.run, type(model).__name__, whole=True)
             self._thread = get_ident()
             if self.first is not None:
                 self.first(*given)
             self._graph = torch.is_grad_enabled()
             self.run.state.new_forward(blind, known)
+            self.run.state.now.told = places_in(kwargs.get("attention_mask"), kwargs.get("position_ids"))
             requested = kwargs.get("output_attentions")
             if requested is None:
                 requested = getattr(getattr(model, "config", None), "output_attentions", False)
             self.patterns = bool(requested)
         self.run.state.now.ids[self._parts[model]] = tokens_of(kwargs)
         self._inside += 1
-
-    def _remembered(self, model: nn.Module, kwargs: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-        """What methods remembered of what encoders made before this forward, which goes on from there.
-
-        So `generate` does it: it has the encoder read a text or look at an image, and then calls the whole model.
-        """
-        before, self._of_part = self._of_part, bool(self._parts[model])
-        given, found = [*tensors_in([kwargs.get(name) for name in ENCODED])], dict[int, dict[str, Any]]()
-        if not (before if self._of_part else given):
-            self._looks.clear()
-        if self._of_part or not given:
-            return {}
-        same = {id(x) for x in given}
-        these = [look for look in self._looks if any(id(x()) in same for x in look.made)]
-        if not these and before:  # a row for each beam, or a copy, which is known in the steps that follow
-            these = self._looks
-            for look in these:
-                look.made.extend(map(ref, given))
-        for look in these:
-            for number, noted in look.memory.items():
-                if noted.keys() & found.get(number, {}).keys():
-                    raise RefusedModel(
-                        f"{type(model).__name__} is handed what an encoder made, which looked more than once, and of "
-                        f"each time {self.run.stack.methods[number]!r} remembers something; it cannot be told which "
-                        "is meant: hand over what one look gave, as it came, or give the call the images themselves"
-                    )
-                found[number] = {**found.get(number, {}), **noted}
-        return found
 
     def _require_threads(self) -> None:
         """A fork has none of the threads that its parent computed with, and would wait for them without end."""
@@ -178,12 +169,14 @@ class Forwards:
         if not self.under_way:
             return None  # a forward that was refused, while another thread's is under way
         self._inside = max(0, self._inside - 1)
+        if self._inside and output is not None and self.run.stack:
+            note_look(self.run.state, output)
         if not self._inside:
             self._thread = None
             if output is None:
                 self.run.state.fail_forward()
-            elif self._of_part and any((memory := self.run.state.now.memory).values()):
-                self._looks.append(_Look([ref(x) for x in tensors_in(output)], memory))
+            elif self.run.stack:
+                end_looks(self.run.state, output, bool(self._parts[model]), self._encodes)
         if not self._inside and output is not None:
             require_parted(self.run)
         if self._inside or not self.run.state.losses or by_name(model, args, kwargs).get("labels") is None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from heedful.adapters.arguments import by_name, own_places
+from heedful.adapters.arguments import as_told, by_name, own_places
 from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
 from heedful.adapters.forwards import Forwards
@@ -185,7 +185,9 @@ class Hooks:
             queries, keys = mask.spec.queries, mask.spec.keys
         else:
             start = 0 if cross else seen(cache, getattr(bound.module, "layer_idx", None))
-            queries, keys = Positions.row(start, n, hidden.device), Positions.row(0, start + n, hidden.device)
+            told = None if cross or mask is None else self.run.state.now.told
+            row = Positions.row(start, n, hidden.device), Positions.row(0, start + n, hidden.device)
+            queries, keys = as_told(told, n, start + n, len(hidden)) or row
         if cross:
             queries = own_places(bound, self.run.state.now.queries, len(hidden), n, hidden.device)
         phase = Phase.of(queries, cross and cache is not None)

@@ -1,8 +1,8 @@
 """transformers' masks without the N x N tensor: the mask function, the padding and the offsets, kept as a rule.
 
 A `LazyMask` has the shape `[b, 1, q, k]` of a mask and no storage. It stands for the mask that the model would have had
-without us, additive or boolean: any operator that touches it gets that one, so a model that slices, adds or inverts it
-computes what it always did.
+without us, additive or boolean: any operator that touches it gets that one, so a model that adds or inverts it computes
+what it always did. Rows that a model cuts out, as where later layers go on with the last tokens alone, are a rule too.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class MaskSpec:
     dense: dict[str, Any] = field(default_factory=dict)
     home: MaskSpec | None = None  # the same where the mask was made, on another device
     moved: dict[torch.device, MaskSpec] = field(default_factory=dict)
+    cut: tuple[MaskSpec, slice] | None = None  # the mask of which these are some rows, and which
 
     @property
     def device(self) -> torch.device:
@@ -75,12 +76,21 @@ class MaskSpec:
         if implementation not in self.dense:
             if self.home is not None:
                 found = self.home.native(implementation)
+            elif self.cut is not None:
+                whole, rows = self.cut
+                found = whole.native(implementation)
+                found = found if found is None or found.shape[2] == 1 else found[:, :, rows]
             elif implementation in ALL_MASK_ATTENTION_FUNCTIONS:
                 found = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
             else:
                 found = None
             self.dense[implementation] = found if found is None else found.to(self.device)
         return self.dense[implementation]
+
+    def rows(self, start: int, stop: int) -> MaskSpec:
+        """Some rows of it."""
+        told = {**self.arguments, "q_offset": self.q_start + start, "q_length": stop - start}
+        return MaskSpec(told, cut=(self, slice(start, stop)))
 
     @property
     def table(self) -> Tensor:
@@ -195,10 +205,26 @@ class LazyMask(Tensor):
             device = asked.get("device") or args[0].device  # as a `device_map` has it, from layer to layer
             return cls(args[0].spec.on(torch.device(device)), args[0].dtype != torch.bool)
 
+        if func is torch.ops.aten.alias.default:  # of slices that leave out nothing
+            return cls(args[0].spec, args[0].dtype != torch.bool)
+        if func is torch.ops.aten.slice.Tensor and (rows := _rows(*args, **asked)) is not None:
+            return rows
+
         def dense(x: Any) -> Any:
             return x.whole if isinstance(x, LazyMask) else x
 
         return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
+
+
+def _rows(
+    mask: LazyMask, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> LazyMask | None:
+    """What a slice leaves of a mask, if that is a run of its rows, or all of it."""
+    first, last, _ = slice(start, end).indices(mask.shape[dim])
+    if step != 1 or (dim % mask.ndim != 2 and (first, last) != (0, mask.shape[dim])):
+        return None
+    spec = mask.spec if dim % mask.ndim != 2 else mask.spec.rows(first, max(first, last))
+    return LazyMask(spec, mask.dtype != torch.bool)
 
 
 def lazy_mask(  # noqa: PLR0913 - the signature is transformers'

@@ -101,8 +101,9 @@ def at(
 def adds(function: F) -> F:
     """Mark a function that takes the call, a tile, and returns what its scores gain, in place of an edit of SCORES.
 
-    That is finite, `[b|1, h|1, r|1, k|1]`, or None for nothing. It may depend on anything but the scores, so kernels
-    can add it for themselves; pairs that are not to be seen are left out at MASK.
+    That is `[b|1, h|1, r|1, k|1]`, or None for nothing. It may depend on anything but the scores, so kernels can add it
+    for themselves. Minus infinity says that a pair is not to be seen, which costs less where MASK leaves it out; nan
+    and plus infinity are refused.
     """
     return _marking(Edit(Site.SCORES, "", reads=False, adds=True))(function)
 
@@ -111,7 +112,8 @@ def reads(site: Site, when: str = "", first: str = "") -> Callable[[F], F]:
     """Mark a method's function as a reader of a site: it takes the site's value and returns a statistic.
 
     `first` names a field of the method that says how many of a call's first query rows it wants. A PATTERN reader of
-    few rows rules no backend out: unless something edits the map, its rows are computed once more, for it alone.
+    few rows rules no backend out: unless something edits the map, other than by `adds` or `weighs`, its rows are
+    computed once more, for it alone.
     """
     if first and site is not Site.PATTERN:
         raise DefinitionError(

@@ -140,6 +140,8 @@ class Notes(MutableMapping[str, Tensor]):
 class State:
     """What one method remembers. It sees its own alone."""
 
-    forward: dict[str, Any] = field(default_factory=dict)  # for all layers of this one forward of the whole model
+    # for all layers of this one forward of the whole model, and behind an encoder that ran before it: of what is kept
+    # there, tensors that have a row for each text, in mappings and lists too, are handed on in the decoder's rows
+    forward: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)  # for this layer, whatever the text, until the run forgets
     cache: Notes = field(default_factory=Notes)  # for this layer, as long as the cache of the text

@@ -20,10 +20,18 @@ from heedful.core.summary import SummaryAccumulator
 from heedful.core.values import replace
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.earlier import with_earlier
-from heedful.engine.needs import Needs
+from heedful.engine.needs import Needs, tilewise
 from heedful.engine.precision import mixed, unmixed, wide, widened
 from heedful.engine.run_state import Plan
-from heedful.engine.stages import added, chosen_heads, own_rows, stage, staged, untouched, weighing_of
+from heedful.engine.stages import (
+    added,
+    chosen_heads,
+    own_rows,
+    stage,
+    staged,
+    untouched,
+    weighing_of,
+)
 
 SHARED_ROWS = 64  # of a product, from which on threads share it
 FIRST_ROWS = 128  # of a tile for those who read a pattern's first rows
@@ -208,6 +216,8 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
     else:
         longer, rows = with_earlier(job, q)
         heads, pattern = choose(needs)(longer, rows, k, v)
+    if needs.adds and not needs.transformed and not bool(heads.detach().abs().amax().isfinite()):
+        _require_numbers(job, q)
     if job.plan.apart:
         _first_rows(job, q, k, v)
     if job.accumulator is not None:
@@ -219,11 +229,28 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
 
 
 @torch.no_grad()
+def _require_numbers(job: AttentionCall, like: Tensor) -> None:
+    """Refuse what is added to scores and no number: looked for where heads are none, at no cost elsewhere."""
+    call, steps = job.call, [step for step in job.plan.tiles(Site.SCORES) if step.edit.adds]
+    for start, step in itertools.product(range(0, len(call.queries), FIRST_ROWS), steps):
+        part = call.tile(slice(start, start + FIRST_ROWS), slice(0, len(call.keys)))
+        shape = (len(like), call.heads, len(part.queries), len(part.keys))
+        found = added(step, job, part, shape, torch.float32)
+        if found is not None and bool((odd := found.isnan() | (found == torch.inf)).any()):
+            place = odd.nonzero()[0].tolist()
+            raise SiteError(
+                f"{step}, layer {call.layer}: scores gain {float(found[tuple(place)])} at {place} of a tile [b h r k]; "
+                "that must be a number, or -inf where a pair is not to be seen, which is better left out at MASK"
+            )
+
+
+@torch.no_grad()
 def _first_rows(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Show the first rows of the pattern to those who want no more, computed for them alone."""
     call = job.call
     total = min(len(call.queries), max(s.first or 0 for s in job.plan.apart))
-    alone = replace(job, plan=Plan(job.plan.apart), accumulator=None, dropout=0.0)
+    edits = tuple(step for step in job.plan.steps if step.edit.site in MAP_SITES and tilewise(step))
+    alone = replace(job, plan=Plan((*edits, *job.plan.apart)), accumulator=None, dropout=0.0)
     for start in range(0, total, FIRST_ROWS):  # the first ones of a causal text see few columns
         rows = slice(start, min(start + FIRST_ROWS, total))
         ranges = call.mask.columns(call.queries.take(rows), call.keys, rows)

@@ -17,9 +17,14 @@ from heedful.core.sites import MAP_SITES, Site
 TRANSFORMED = "torch.func or forward derivatives are in use"
 
 
+def tilewise(step: Step) -> bool:
+    """Whether a step edits the map in a way that kernels know too, and any tile of it can be made by itself."""
+    return step.edit.adds or (step.edit.weighs and step.heads is None)
+
+
 def apart(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """The readers of a pattern's first rows that are served beside the backend: all, where nothing edits the map."""
-    if any(s.edit.site in MAP_SITES and not s.edit.reads for s in steps):
+    """The readers of a pattern's first rows that are served beside the backend: all, where no tile must be kept."""
+    if any(s.edit.site in MAP_SITES and not s.edit.reads and not tilewise(s) for s in steps):
         return ()
     return tuple(s for s in steps if s.edit.site is Site.PATTERN and s.first is not None)
 
@@ -58,10 +63,7 @@ class Needs:
         inside = [s for s in steps if s.edit.site in MAP_SITES and s not in beside]
         return cls(
             map_steps=tuple(
-                str(s)
-                for s in inside
-                if not (s.edit.reweights or s.edit.adds or (s.edit.sums and s.edit.reads))
-                and not (s.edit.weighs and s.heads is None)
+                str(s) for s in inside if not (s.edit.reweights or tilewise(s) or (s.edit.sums and s.edit.reads))
             ),
             adds=tuple(str(s) for s in inside if s.edit.adds),
             weighed=tuple(str(s) for s in inside if s.edit.weighs),

@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -36,6 +37,19 @@ class Spare:
         return held[:size].view(shape)
 
 
+class Look(NamedTuple):
+    """A pass of a model in the model, such as its encoder: what it gave, and what methods remembered of it."""
+
+    made: list[ref[Tensor]]
+    memory: dict[int, dict[str, Any]]  # by part
+    marks: Tensor | None = None  # [b], a number for each row of the first that it made, see `adapters.carried`
+
+    @property
+    def held(self) -> bool:
+        """Whether somebody still has some of what it gave."""
+        return any(x() is not None for x in self.made)
+
+
 @dataclass(eq=False)
 class Forward:
     """One forward, or what a checkpoint computes of it again on the way back."""
@@ -47,8 +61,10 @@ class Forward:
     losses: dict[Found, Tensor] = field(default_factory=dict)  # what steps penalised
     ids: dict[str, Tensor | None] = field(default_factory=dict)  # tokens given to the models in it, by name
     queries: dict[str, Positions] = field(default_factory=dict)  # where the tokens of each list of layers stand
+    told: Positions | None = None  # what a caller's mask of pairs tells of the keys
     causal: set[str] = field(default_factory=set)  # lists of layers in which no token sees later ones
     merges: dict[int, Merges] = field(default_factory=dict)  # of lists of layers, by the number of their first
+    looks: list[Look] = field(default_factory=list)  # of models inside the one that is called
     shelves: dict[int, Shelf] = field(default_factory=dict)  # what methods keep with the cache of the call, by layer
     open: dict[Found, Statistic] = field(default_factory=dict)  # what the tiles of calls under way add up to
     counted: dict[Found, Statistic] = field(default_factory=dict)  # the statistics as they were before

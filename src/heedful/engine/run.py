@@ -115,6 +115,7 @@ class Run:
         if self._adapter.ready:
             require_there(self.stack, len(self.layer_names), self._adapter.heads)
 
+    @torch.inference_mode(False)  # what is made inside could not be learned outside
     def _add_parameters(self, adopted: int) -> None:
         if not any(type(m).parameters is not Method.parameters for m in self.stack.methods):
             return

@@ -25,7 +25,7 @@ from heedful.core.values import replace
 from heedful.engine.learned import planted_name
 from heedful.engine.merging import Merges, require_own_keys
 from heedful.engine.needs import Needs, apart
-from heedful.engine.one_forward import Forward, Found, Memory
+from heedful.engine.one_forward import Forward, Found, Look, Memory
 from heedful.engine.transformed import plain, summed
 
 _K = TypeVar("_K")
@@ -143,6 +143,7 @@ class RunState:
     cache_bytes: dict[int, tuple[int, int]] = field(default_factory=dict)  # the bytes of those, and of all as they came
     denoising: DenoisingStep | None = None  # the step that a diffusion model is at
     saves: int = 0  # how often the model was saved with the stack
+    looks: list[Look] = field(default_factory=list)  # of encoders, whose outputs may be handed to a decoder later
     now: Forward = field(default_factory=Forward)  # the last forward, or what is computed of an earlier one again
 
     def __post_init__(self) -> None:

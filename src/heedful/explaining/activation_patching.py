@@ -197,6 +197,8 @@ class _Probe:
         if ids is None or others is None or ids.ndim != 2 or ids.shape != others.shape:
             got, good = (None if x is None else tuple(x.shape) for x in (others, ids))
             raise FieldError("patching()", "corrupt", got, f"must be [b n] and of the shape of clean, {good}", good)
+        for inputs in (self.clean, self.corrupt):
+            _require_texts_apart(inputs)
         self.high, self.low = self.score(self.clean, Stack()), self.score(self.corrupt, self.under)
         if self.high == self.low:
             rule = f"is {self.high} on both, so there is nothing to bring back"
@@ -257,6 +259,19 @@ class _Probe:
             for head in range(size.heads if size.number in self.requested else 0):
                 share[size.number, head] = effect((size.number, head))
         return HeadEffects(share, self.high, self.low)
+
+
+def _require_texts_apart(inputs: Mapping[str, Tensor]) -> None:
+    """Refuse texts that share a row: heads are put by text position, which each of them would have once."""
+    places, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if places is None or places.ndim != 2:
+        return
+    anew = places.diff(dim=-1) < 0
+    if mask is not None and mask.ndim == 2:  # padding may have any place
+        anew = anew & mask[:, :-1].bool() & mask[:, 1:].bool()
+    if bool(anew.any()):
+        rule = "begin anew inside a row, where several texts are packed; give each text a row of its own, padded"
+        raise FieldError("patching()", "position_ids", places, rule, None)
 
 
 def _whole(given: Inputs) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from heedful.core.files import file_digest
 MONTH = 30 * 24 * 3600  # seconds
 FOLLOWED = ("heedful.models.",)  # whose code counts wherever a conversion uses it
 Convert = Callable[[Sequence[Path], Path], None]  # of a model's files, the first of which names it, into a folder
+DRAFT, GONE = ".draft-", ".gone-"  # names of folders on their way to a copy, and to nothing
 log = logging.getLogger(__name__)
 
 
@@ -43,7 +45,8 @@ def unpacked(paths: Sequence[Path], convert: Convert, takes: str) -> Path:
         try:
             home.parent.mkdir(parents=True, exist_ok=True)
             _make_copy(paths, home, source, convert)
-            _drop_unused(home.parent.glob(f"{glob.escape(file)}*"))
+            left = (home.parent.glob(f"{name}*") for name in (DRAFT, GONE))  # by processes that were killed
+            _drop_unused([*home.parent.glob(f"{glob.escape(file)}*"), *itertools.chain(*left)])
         except OSError as error:
             raise ModelError(
                 f"{path.name}: cannot keep the unpacked copy in {home}: {first_line(error)}; "
@@ -53,10 +56,23 @@ def unpacked(paths: Sequence[Path], convert: Convert, takes: str) -> Path:
 
 
 def _drop_unused(homes: Iterable[Path]) -> None:
+    """Remove those that nobody has asked for in a month; whoever reads one meanwhile finds all of it or none."""
     for home in homes:
         with suppress(FileNotFoundError):  # another process was first
-            if home.stat().st_mtime < time.time() - MONTH:
-                shutil.rmtree(home, ignore_errors=True)
+            if not _is_unused(home):
+                continue
+            away = Path(tempfile.mkdtemp(prefix=GONE, dir=home.parent))
+            try:
+                moved = home.rename(away / home.name)
+                if not _is_unused(moved):  # somebody asked for it just now
+                    with suppress(OSError):  # and has made it anew
+                        moved.rename(home)
+            finally:
+                shutil.rmtree(away, ignore_errors=True)
+
+
+def _is_unused(home: Path) -> bool:
+    return home.stat().st_mtime < time.time() - MONTH
 
 
 def _code(convert: Convert) -> str:
@@ -66,7 +82,7 @@ def _code(convert: Convert) -> str:
 
 def _make_copy(paths: Sequence[Path], home: Path, source: dict[str, Any], convert: Convert) -> None:
     """Write beside `home` and rename, so that a copy is there whole or not at all, whoever else makes one."""
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=home.parent))
+    draft = Path(tempfile.mkdtemp(prefix=DRAFT, dir=home.parent))
     try:
         convert(paths, draft)
         written = {**source, "weights": (draft / "model.safetensors").stat().st_size}

@@ -132,13 +132,28 @@ def _in_order(kernel: Library, job: AttentionCall, rule: Arranged, q: Tensor, k:
 
 
 def _tile(kernel: Library, job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A tile, as a call of its own: its mask is a table, and what its scores gain is a bias."""
+    """A tile, as a call of its own: its mask is a table, and what its scores gain is a bias.
+
+    A gain of minus infinity leaves no weight, so the kernel need not be told that the pair is not to be seen, but
+    where it leaves nothing of a row, which shows in the heads, and where a weight may be a share of what a query sees.
+    """
     gains = gained(job, call, q)
+    heads = _gaining(kernel, job, call, gains, q, k, v)
+    told = job.plan.at(Site.NORMALISE) or bool(heads.detach().isnan().any())
+    if gains is None or not told or not bool((hidden := gains == -torch.inf).any()):
+        return heads
+    hidden = hidden.expand(-1, -1, len(call.queries), -1)
+    seen = replace(call, keep=~hidden if call.keep is None else call.keep & ~hidden)
+    return _gaining(kernel, job, seen, gains.masked_fill(hidden, 0.0), q, k, v)
+
+
+def _gaining(
+    kernel: Library, job: AttentionCall, call: Call, gains: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
     mask = Mask() if call.keep is None else Mask((Dense(call.keep, apart=True),))
     own = replace(call, mask=mask, rows=slice(None), cols=slice(None), keep=None)
-    needs = replace(
-        job.needs or Needs(), call=own, tensors=(q, k, v), learned=() if gains is None else (gains,), adds=()
-    )
+    learned = () if gains is None else (gains,)
+    needs = replace(job.needs or Needs(), call=own, tensors=(q, k, v), learned=learned, adds=())
     plan = Plan(job.plan.at(Site.NORMALISE))
     return _compute(kernel, replace(job, plan=plan, call=own, bias=gains, needs=needs, spare=None), q, k, v)
 

@@ -73,6 +73,8 @@ class Tiled:
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         # of several texts whose tokens stand before their heads, keys would be copied anew for each tile
         q, k, v = wide(q), wide(k).contiguous(), wide(v).contiguous()
+        if job.bias is not None and job.bias.shape[-2] == 1:  # every tile's rows give it a gradient, to be added up
+            job = replace(job, bias=wide(job.bias))
         job = resolved(job, lambda first: self._all(first, q, k, v))
         return self._all(job, q, k, v), None
 

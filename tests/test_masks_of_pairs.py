@@ -1,0 +1,66 @@
+"""A mask that the caller gives for each pair of tokens: it tells where padding is, and where texts begin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from heedful import attach
+from heedful.adapters.cache_name import CACHE
+from heedful.conformance.tolerances import close_model
+from heedful.core.errors import SiteError
+from heedful.methods import ACT
+from heedful.tiny import tiny
+
+from .samples import Narrow, Shares
+
+IDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
+N = IDS.shape[1]
+PLACES = torch.stack([(torch.arange(N) - 4).clamp(min=0), torch.arange(N)])
+
+
+def padded(blind: str) -> Tensor:
+    """Four tokens of padding before the first text, which see nothing, themselves, or all."""
+    pairs = torch.ones(2, 1, N, N, dtype=torch.bool).tril()
+    pairs[0, :, :, :4] = False
+    if blind != "nothing":
+        pairs[0, :, :4] = torch.eye(N).bool()[:4] | (blind == "all")
+    return pairs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("added", [False, True])  # to scores
+@pytest.mark.parametrize("blind", ["nothing", "itself", "all"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_padding_is_none_of_the_text(kind: str, blind: str, added: bool) -> None:
+    model, pairs = tiny(kind), padded(blind)
+    mask = torch.zeros(pairs.shape).masked_fill(~pairs, torch.finfo(torch.float32).min) if added else pairs
+    with attach(model, Narrow(4) | ACT(0.4) | Shares()) as run:
+        alone = run(input_ids=IDS[:1, 4:]).logits
+        run.reset()
+        run(input_ids=IDS, attention_mask=pairs[:, 0, -1].long(), position_ids=PLACES)
+        counted = run[Shares()]
+        run.reset()
+        found = run(input_ids=IDS, attention_mask=mask, position_ids=PLACES).logits
+        assert close_model(found[:1, 4:], alone)
+        assert all(close_model(run[Shares()][layer].value, counted[layer].value) for layer in (0, 1))
+    with attach(model, Narrow(4)) as run:
+        first = {"attention_mask": mask[..., :-1, :-1], "position_ids": PLACES[:, :-1]}
+        last = {"attention_mask": mask[:, :, -1:], "position_ids": PLACES[:, -1:]}
+        cache = run(input_ids=IDS[:, :-1], **first)[CACHE]
+        found = run(input_ids=IDS[:, -1:], **last, **{CACHE: cache}).logits
+        assert close_model(found[0, -1], run(input_ids=IDS[:1, 4:]).logits[0, -1])
+
+
+@torch.no_grad()
+def test_texts_are_kept_apart() -> None:
+    model = tiny("llama")
+    pairs = torch.ones(1, 1, N, N, dtype=torch.bool).tril()
+    pairs[..., 5:, :5] = False
+    with attach(model, Narrow(4)) as run:
+        found = run(input_ids=IDS[:1], attention_mask=pairs).logits
+        for part in (slice(0, 5), slice(5, None)):
+            assert close_model(found[:, part], run(input_ids=IDS[:1, part]).logits)
+    with pytest.raises(SiteError, match="several are packed into one row"), attach(model, ACT(0.4)) as run:
+        run(input_ids=IDS[:1], attention_mask=pairs)
