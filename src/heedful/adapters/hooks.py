@@ -28,8 +28,8 @@ from heedful.core.sites import Site
 from heedful.engine.again import stand_around
 from heedful.engine.attend import replaced
 from heedful.engine.attention_call import AttentionCall
+from heedful.engine.plan import Plan
 from heedful.engine.run import Run
-from heedful.engine.run_state import Plan
 from heedful.engine.stages import stage
 
 

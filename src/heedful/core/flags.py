@@ -65,7 +65,10 @@ def meets(a: Tensor, b: Tensor) -> Tensor:
 
 def traced(*given: Tensor) -> bool:
     """Whether torch carries derivatives forward here, or runs over many inputs at once: it alone sees the numbers."""
-    return any(is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None for x in given)
+    for x in given:
+        if is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None:
+            return True
+    return False
 
 
 def _compared(how: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:

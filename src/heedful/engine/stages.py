@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import torch
@@ -87,21 +85,42 @@ def _hidden(old: Tensor, new: Tensor, call: Call) -> tuple[Tensor, Call]:
     return torch.where(hidden, old.to(new.dtype), new), replace(call, keep=keep)
 
 
-@contextmanager
-def untouched(step: Step, job: AttentionCall, *given: Any) -> Iterator[None]:
-    """See to it that a step leaves what it is handed as it was.
+class Untouched:
+    """A `with` that sees to it that a step leaves what it is handed as it was.
 
     Inference tensors count no versions: they are compared with copies until the step was seen to be clean.
     """
-    clean = job.run_state.clean
-    tensors = [x for x in given if isinstance(x, Tensor)]
-    counted = [(x, x._version) for x in tensors if not x.is_inference()]
-    copied = [(x, x.clone()) for x in tensors if step not in clean and x.is_inference()]
-    yield
-    if any(x._version != version for x, version in counted) or not all(_alike(x, copy) for x, copy in copied):
-        raise SiteError(f"{step}, layer {job.call.layer}: changed its input in place; return a new tensor instead")
-    if copied:
-        clean.add(step)
+
+    def __init__(self, step: Step, job: AttentionCall, *given: Any) -> None:
+        self.step, self.job = step, job
+        self.counted: list[tuple[Tensor, int]] = []
+        self.copied: list[tuple[Tensor, Tensor]] = []
+        for x in given:
+            if not isinstance(x, Tensor):
+                continue
+            if not x.is_inference():
+                self.counted.append((x, x._version))
+            elif step not in job.run_state.clean:
+                self.copied.append((x, x.clone()))
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
+        for x, version in self.counted:
+            if x._version != version:
+                raise self._changed
+        for x, copy in self.copied:
+            if not _alike(x, copy):
+                raise self._changed
+        if self.copied:
+            self.job.run_state.clean.add(self.step)
+
+    @property
+    def _changed(self) -> SiteError:
+        told = f"{self.step}, layer {self.job.call.layer}"
+        return SiteError(f"{told}: changed its input in place; return a new tensor instead")
 
 
 def own_rows(call: Call) -> Call:
@@ -141,7 +160,7 @@ def _read(step: Step, x: Any, job: AttentionCall, call: Call) -> Any:
         if left <= 0:
             return x
         mine, seen = mine[:, :, :left], _top(seen, left)
-    with untouched(step, job, mine):
+    with Untouched(step, job, mine):
         found = getattr(step.method, step.edit.name)(mine if chosen is None else mine[:, chosen], seen)
     job.run_state.note(step, call, found)
     # the same numbers, and a reader that keeps its tensor has its gradient
@@ -163,7 +182,7 @@ def _narrowed(step: Step, mask: Mask, job: AttentionCall, call: Call) -> Mask:
 def _edited(step: Step, x: Tensor, job: AttentionCall, call: Call) -> tuple[Tensor, Call]:
     """The tensor that an edit makes of one, in the heads that it is for, and the call as the next step sees it."""
     chosen, site = chosen_heads(step, call), step.edit.site
-    with untouched(step, job, x):
+    with Untouched(step, job, x):
         new = getattr(step.method, step.edit.name)(x, job.run_state.view(step, call))
     if isinstance(new, Merged):
         merges = merge(step, x, new, call, job.run_state.now.merges.get(call.lowest))
@@ -319,7 +338,7 @@ def keep_entries(job: AttentionCall, entries: CachedKV) -> list[Kept]:
     for step in (steps := job.plan.at(Site.CACHE)):
         seen = job.run_state.view(step, job.call)
         mine = replace(entries, in_row=is_text)
-        with untouched(step, job, entries.key, entries.value):
+        with Untouched(step, job, entries.key, entries.value):
             given = getattr(step.method, step.edit.name)(mine, seen)
         new = _left(step, given, entries, job.call)
         left.append(new)

@@ -21,7 +21,7 @@ from heedful.core.positions import Positions
 from heedful.core.sites import Site
 from heedful.engine.attend import replaced
 from heedful.engine.attention_call import AttentionCall
-from heedful.engine.run_state import Plan
+from heedful.engine.plan import Plan
 from heedful.engine.stages import stage
 from heedful.nn.masks import Sizes, Told
 from heedful.nn.rotary import turned

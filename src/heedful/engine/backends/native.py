@@ -33,7 +33,8 @@ from heedful.engine.backends.mapless import (
 )
 from heedful.engine.backends.tiled import Tiled
 from heedful.engine.needs import Needs
-from heedful.engine.run_state import Plan, RunState
+from heedful.engine.plan import Plan
+from heedful.engine.run_state import RunState
 from heedful.native import Library, Problem, library
 
 PAPER = Paper(
