@@ -113,6 +113,14 @@ class HeldLayer(DynamicLayer):
         shape, keys, values = (*self.heads, max(self.counts, default=0)), self._keys.plain, self._values.plain
         return self.seen > 0 and k.shape == (*shape, *keys.shape[1:]) and v.shape == (*shape, *values.shape[1:])
 
+    def require(self, k: Tensor, v: Tensor, module_name: str) -> None:
+        """Refuse a call whose keys are not the ones that are held."""
+        if not self.holds(k, v):
+            raise RefusedModel(
+                f"a CACHE edit cannot act in {module_name}: its cache layer does not hold the keys and values that it "
+                "attends to, but compressed ones or none; restrict the method to other layers with .on(layers=[...])"
+            )
+
     def positions(self, pad: Tensor | None, positions: Tensor | None = None) -> Positions:
         """Where the entries stand, given each row's left padding `[b]`, or every position `[b n]` of the row."""
         if self.whole:
@@ -295,7 +303,6 @@ def tensors_in(thing: Any) -> Iterator[Tensor]:
 
 def hold(cache: Cache, number: int, module_name: str) -> HeldLayer:
     """The cache's layer `number`, made into one that can shrink; refused where that cannot be right."""
-    cache = own_cache(cache)
     if cache.layer_class_to_replicate is DynamicLayer:
         while len(cache.layers) <= number:
             cache.layers.append(DynamicLayer())
@@ -314,11 +321,11 @@ def hold(cache: Cache, number: int, module_name: str) -> HeldLayer:
     return cache.layers[number]
 
 
-def serve(cache: Cache | None, number: int | None) -> None:
-    """Let the next call of a layer be handed heads of unlike length: the attention that follows is ours."""
-    layers = own_cache(cache).layers if cache else []
-    if number is not None and 0 <= number < len(layers) and isinstance(layers[number], HeldLayer):
-        layers[number].served = True
+def shrinking(cache: Cache, number: int | None) -> HeldLayer | None:
+    """The layer `number` if it is one that can shrink."""
+    layers = cache.layers
+    layer = layers[number] if number is not None and 0 <= number < len(layers) else None
+    return layer if type(layer) is HeldLayer else None
 
 
 def seen(cache: Cache | None, number: int | None) -> int:
@@ -328,23 +335,9 @@ def seen(cache: Cache | None, number: int | None) -> int:
 
 def shrunk(cache: Cache | None) -> bool:
     """Whether some layer of the cache dropped entries."""
-    return any(isinstance(x, HeldLayer) and not x.whole for x in own_cache(cache).layers) if cache else False
+    return any(isinstance(x, HeldLayer) and not x.whole for x in cache.layers) if cache else False
 
 
 def own_cache(cache: Cache) -> Cache:
     """The cache of self attention, where there is one for cross attention too."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-
-
-def held_layer(cache: Cache, number: int | None, k: Tensor, v: Tensor, module_name: str) -> HeldLayer | None:
-    """The layer `number` if it is one that can shrink, after checking that the call's keys are the ones it holds."""
-    layers = own_cache(cache).layers
-    layer = layers[number] if number is not None and 0 <= number < len(layers) else None
-    if not isinstance(layer, HeldLayer):
-        return None
-    if not layer.holds(k, v):
-        raise RefusedModel(
-            f"a CACHE edit cannot act in {module_name}: its cache layer does not hold the keys and values that it "
-            "attends to, but compressed ones or none; restrict the method to other layers with .on(layers=[...])"
-        )
-    return layer

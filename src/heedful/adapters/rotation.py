@@ -41,7 +41,7 @@ def rotation(bound: Bound) -> Callable[[Tensor], Tensor] | None:
     if not turns and not rotates(kind):
         return None
     try:
-        acting = [turn for turn in turns if all(_holds(test, bound) for test in turn.tests)]
+        acting = [turn for turn in turns if not turn.tests or all(_holds(test, bound) for test in turn.tests)]
     except (AttributeError, NameError, TypeError):  # a test of more than the module and its angles
         acting = list(turns)
     if turns and not acting:

@@ -347,7 +347,10 @@ class Mask:
 
     def idle(self, q: Positions, k: Positions) -> bool:
         """Whether every query is known to see every key that there is."""
-        return all(rule.idle(q, k) for rule in self.rules)
+        for rule in self.rules:
+            if not rule.idle(q, k):
+                return False
+        return True
 
     @cached_property
     def blocks(self) -> tuple[Blocks, ...]:
@@ -367,7 +370,7 @@ class Mask:
     @cached_property
     def causal(self) -> bool:
         """Some rule forbids every key after its query."""
-        return any(isinstance(rule, Causal) for rule in self.rules)
+        return any([isinstance(rule, Causal) for rule in self.rules])
 
     @property
     def only_causal(self) -> bool:

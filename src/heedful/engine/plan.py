@@ -129,3 +129,6 @@ class Plan:
     def inside(self) -> bool:
         """Whether something acts between projection and output projection."""
         return any(s.edit.site not in HEADLESS_SITES for s in self.steps)
+
+
+NOTHING = Plan(())
