@@ -81,7 +81,7 @@ def left_alone(run: Run, plan: Plan) -> bool:
 
 def computed(run: Run, plan: Plan, call: Call, operands: Operands) -> tuple[Tensor, Tensor | None, AttentionCall]:
     """Heads `[b h q d]`, the pattern where it was asked for, and the call as CACHE steps should see it."""
-    mixes = plan.at(Site.MIX)
+    mixes = plan.at(Site.MIX) if Site.MIX in plan.acts else ()
     if operands.pattern and mixes:
         raise SiteError(
             f"{mixes[0]}, layer {call.layer}: computes no pattern, so the weights that the caller wants "

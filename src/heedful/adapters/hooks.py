@@ -146,16 +146,15 @@ class Hooks:
         Its next update may hand out heads of unlike length: the attention that follows is ours.
         """
         number = getattr(bound.module, "layer_idx", None)
-        if Site.CACHE not in bound.steps.acts:
-            bound.held = shrinking(cache, number)
-        elif bound.outside:
-            raise RefusedModel(
-                f"a CACHE edit cannot act in {bound.name}: {bound.kind} computes attention by itself, and what it "
-                "does with its cache is not known; restrict the method to other layers with .on(layers=[...])"
-            )
-        elif number is None:
-            raise RefusedModel(f"a CACHE edit cannot act in {bound.name}: the module does not tell its cache layer")
-        else:
+        bound.held = shrinking(cache, number)
+        if Site.CACHE in bound.steps.acts and (bound.held is None or bound.outside):
+            if bound.outside:
+                raise RefusedModel(
+                    f"a CACHE edit cannot act in {bound.name}: {bound.kind} computes attention by itself, and what it "
+                    "does with its cache is not known; restrict the method to other layers with .on(layers=[...])"
+                )
+            if number is None:
+                raise RefusedModel(f"a CACHE edit cannot act in {bound.name}: the module does not tell its cache layer")
             bound.held = hold(cache, number, bound.name)
         if bound.held is not None:
             bound.held.served = True

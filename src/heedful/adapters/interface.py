@@ -137,13 +137,13 @@ class Interface:
         call = bound.call = replace(
             bound.outline, heads=q.shape[1], kv_heads=k.shape[1], queries=given.queries, keys=given.keys,
             scale=given.scale, softcap=given.softcap, phase=phase, denoising=run_state.denoising, cross=bound.cross,
-            training=bound.module.training, ids=forwards.ids(bound, len(q), q.shape[2]),
-            roles=forwards.roles(bound, len(given.keys)), hidden=rows_of(bound.hidden, q), rotate=rotation(bound),
-            mask=given.mask, forward=max(0, run_state.now.number), batch=len(q), sizes=bound.sizes,
+            training=bound.module.training, ids=forwards.ids(bound, q.shape[0], q.shape[2]),
+            roles=forwards.roles(bound, k.shape[2]), hidden=rows_of(bound.hidden, q), rotate=rotation(bound),
+            mask=given.mask, forward=max(0, run_state.now.number), batch=q.shape[0], sizes=bound.sizes,
             in_order=bound.cross and list_of(bound.name) in run_state.now.causal,
         )  # fmt: skip
         plan = plan_of(run, call)
-        if plan.at(Site.BLOCK) and (seen := replaced_whole(run, plan, call, Operands(q, k, v))) is not None:
+        if Site.BLOCK in plan.acts and (seen := replaced_whole(run, plan, call, Operands(q, k, v))) is not None:
             bound.call = seen
             return no_heads(mine.q, v), None
         pattern = self._wants_pattern(request)

@@ -123,9 +123,9 @@ class HeldLayer(DynamicLayer):
 
     def positions(self, pad: Tensor | None, positions: Tensor | None = None) -> Positions:
         """Where the entries stand, given each row's left padding `[b]`, or every position `[b n]` of the row."""
-        if self.whole:
+        if self._index is None:
             return Positions.row(0, self.seen, self._keys.plain.device, pad)
-        index = self.index
+        index = spread(self._index.long(), self.heads, self.counts)
         position = index if pad is None else index - pad[:, None, None]
         if positions is not None:
             position = positions[:, None].expand(-1, index.shape[1], -1).gather(-1, index)

@@ -208,8 +208,8 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
     accumulator = SummaryAccumulator(requested, call, carry, learned) if requested else None
     job = replace(job, call=call, accumulator=accumulator, needs=needs)
     pattern = None
-    if mixes := plan.at(Site.MIX):
-        heads = _mixed(mixes[0], job, q, k, v)
+    if Site.MIX in plan.acts:
+        heads = _mixed(plan.at(Site.MIX)[0], job, q, k, v)
     else:
         longer, rows = with_earlier(job, q) if plan.above else (job, q)
         heads, pattern = choose(needs)(longer, rows, k, v)

@@ -87,7 +87,7 @@ class Needs:
         None where there are more, or blocks or gradients: there they look at where keys lie, and at parameters.
         """
         call = self.call
-        if call is None or len(call.queries) > 1 or call.mask.blocks or self.gradients or self.transformed:
+        if call is None or not call.queries.single or call.mask.blocks or self.gradients or self.transformed:
             return None
         kinds = tuple([(type(x), x.dtype, x.device, x.shape[-1]) for x in self.tensors])
         return (
@@ -107,7 +107,7 @@ class Needs:
     @property
     def sees_all(self) -> bool:
         """Whether the call is one query for each head, known to see every key that its head has."""
-        if self.call is None or len(self.call.queries) > 1:
+        if self.call is None or not self.call.queries.single:
             return False
         q, k = self.call.queries, self.call.keys
         return (k.is_filled is None or k.filled is not None) and self.call.mask.idle(q, k)
