@@ -25,7 +25,7 @@ from heedful.core.call import Call
 from heedful.core.errors import FieldError, NotEntered, RefusedModel
 from heedful.core.positions import Positions
 from heedful.engine.merging import Merges
-from heedful.engine.plan import NOTHING, Plan
+from heedful.engine.plan import NO_STEPS, Plan
 
 if TYPE_CHECKING:
     from heedful.adapters.spread import Spread
@@ -108,7 +108,7 @@ class Bound:
     spared: frozenset[str] = frozenset()  # what nobody reads of this call's projections: q, k, v, o
     call: Call | None = None
     outline: Call = BLANK  # what is the same in each of its calls
-    steps: Plan = NOTHING  # those of all phases
+    steps: Plan = NO_STEPS  # those of all phases
     taking: Taking = field(default_factory=Taking)
     spread: Spread | None = None
     written: bool | None = None  # whether it gives its weights; None: it does not write attention out

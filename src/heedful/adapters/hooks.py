@@ -29,7 +29,7 @@ from heedful.core.values import replace
 from heedful.engine.again import stand_around
 from heedful.engine.attend import replaced
 from heedful.engine.attention_call import AttentionCall
-from heedful.engine.plan import NOTHING, Plan
+from heedful.engine.plan import NO_STEPS, Plan
 from heedful.engine.run import Run
 from heedful.engine.stages import stage
 
@@ -78,7 +78,7 @@ class Hooks:
         """See what goes into a module, edit HIDDEN, and make sure that its attention came to us."""
         known = {"layer": bound.number or 0, "depth": self.layers, "name": bound.name}
         bound.outline = replace(bound.outline, **known, lowest=bound.lowest, highest=bound.highest)
-        bound.steps = NOTHING if bound.number is None else Plan(self.run.stack.steps(bound.number))
+        bound.steps = NO_STEPS if bound.number is None else Plan(self.run.stack.steps(bound.number))
         goes_on = self.run.stack.touches(Site.BLOCK, Site.OUTPUT, Site.RESIDUAL)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

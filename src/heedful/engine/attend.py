@@ -23,7 +23,8 @@ from heedful.engine.earlier import with_earlier
 from heedful.engine.needs import Needs
 from heedful.engine.plan import Plan
 from heedful.engine.precision import mixed, unmixed, wide, widened
-from heedful.engine.stages import added, chosen_heads, own_rows, stage, staged, Untouched, weighing_of
+from heedful.engine.stages import added, chosen_heads, own_rows, stage, staged, weighing_of
+from heedful.engine.untouched import Untouched
 
 SHARED_ROWS = 64  # of a product, from which on threads share it
 FIRST_ROWS = 128  # of a tile for those who read a pattern's first rows

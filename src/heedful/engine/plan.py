@@ -131,4 +131,4 @@ class Plan:
         return any(s.edit.site not in HEADLESS_SITES for s in self.steps)
 
 
-NOTHING = Plan(())
+NO_STEPS = Plan(())

@@ -26,11 +26,7 @@ _available = cache(torch.amp.is_autocast_available)
 
 def mixed(x: object) -> bool:
     """Whether autocast is on where a tensor lies."""
-    return (
-        isinstance(x, Tensor)
-        and _available(x.device.type)
-        and torch.is_autocast_enabled(x.device.type)
-    )
+    return isinstance(x, Tensor) and _available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def unmixed(x: Tensor) -> AbstractContextManager[object]:

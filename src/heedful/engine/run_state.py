@@ -17,6 +17,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from heedful.core.call import Call, DenoisingStep, Phase
 from heedful.core.errors import DefinitionError, SiteError
 from heedful.core.method import Stack, Step
+from heedful.core.sites import Site
 from heedful.core.state import Key, Notes, Shelf, State
 from heedful.core.stats import Statistic
 from heedful.core.values import replace

@@ -23,6 +23,7 @@ from heedful.core.weighing import Weighing
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.merging import merge
 from heedful.engine.precision import mixed, unmixed, wide, widened
+from heedful.engine.untouched import Untouched
 
 
 def _kv_heads(heads: tuple[int, ...], call: Call, step: Step) -> list[int]:
@@ -85,44 +86,6 @@ def _hidden(old: Tensor, new: Tensor, call: Call) -> tuple[Tensor, Call]:
     return torch.where(hidden, old.to(new.dtype), new), replace(call, keep=keep)
 
 
-class Untouched:
-    """A `with` that sees to it that a step leaves what it is handed as it was.
-
-    Inference tensors count no versions: they are compared with copies until the step was seen to be clean.
-    """
-
-    def __init__(self, step: Step, job: AttentionCall, *given: Any) -> None:
-        self.step, self.job = step, job
-        self.counted: list[tuple[Tensor, int]] = []
-        self.copied: list[tuple[Tensor, Tensor]] = []
-        for x in given:
-            if not isinstance(x, Tensor):
-                continue
-            if not x.is_inference():
-                self.counted.append((x, x._version))
-            elif step not in job.run_state.clean:
-                self.copied.append((x, x.clone()))
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            return
-        for x, version in self.counted:
-            if x._version != version:
-                raise self._changed
-        for x, copy in self.copied:
-            if not _alike(x, copy):
-                raise self._changed
-        if self.copied:
-            self.job.run_state.clean.add(self.step)
-
-    @property
-    def _changed(self) -> SiteError:
-        told = f"{self.step}, layer {self.job.call.layer}"
-        return SiteError(f"{told}: changed its input in place; return a new tensor instead")
-
-
 def own_rows(call: Call) -> Call:
     """A tile without the rows that are only there to be looked at."""
     if not call.above:
@@ -139,11 +102,6 @@ def _top(call: Call, rows: int) -> Call:
     start, top = call.rows.start or 0, slice(0, rows)
     stop = start + min(rows, len(call.queries))
     return replace(call, queries=call.queries.take(top), rows=slice(start, stop), keep=keep)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Equal, where no number equals itself."""
-    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _read(step: Step, x: Any, job: AttentionCall, call: Call) -> Any:

@@ -119,13 +119,8 @@ def _arranged(needs: Needs) -> Arranged | None:
     call = needs.call
     if call is None or needs.adds or needs.bias or call.keys.is_filled is not None:
         return None
-    found: Arranged | None = None
-    for rule in call.mask.rules:
-        if not rule.idle(call.queries, call.keys):
-            if found is not None or not isinstance(rule, Arranged):
-                return None
-            found = rule
-    return found
+    rules = call.mask.acting(call.queries, call.keys)
+    return rules[0] if len(rules) == 1 and isinstance(rules[0], Arranged) else None
 
 
 def _in_order(kernel: Library, job: AttentionCall, rule: Arranged, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
