@@ -174,13 +174,13 @@ def test_a_layer_holds_parts_packed_and_gives_them_back() -> None:
 def test_rows_stay_in_order_whatever_is_done_to_them(counts: list[int]) -> None:
     """Thirty things done at random, against a list of rows for each head."""
     rows = draw(sum(counts), 5)
-    held, wanted = Rows.of(rows, counts), [list(x) for x in rows.split(counts)]
+    held, wanted = Rows(rows, counts), [list(x) for x in rows.split(counts)]
     for turn in range(30):
         flat = [x for head in wanted for x in head]
         if turn % 3 == 0:
             new = draw(1, len(wanted), 1 + turn % 2, 5)
-            held = held.append(new)
             wanted = [head + list(more) for head, more in zip(wanted, new[0], strict=True)]
+            held = held.append(new, [len(head) for head in wanted])
         elif turn % 3 == 1:
             those = torch.rand(len(flat), generator=GENERATOR) < (0.0, 0.5, 1.0)[turn // 3 % 3]
             kind = (by_row, channels)[turn % 2]
@@ -207,15 +207,15 @@ def test_rows_stay_in_order_whatever_is_done_to_them(counts: list[int]) -> None:
 
 
 def test_nothing_may_be_left_of_rows() -> None:
-    held = Rows.of(draw(4, 5), [2, 2]).put(torch.tensor([True, False, False, True]), by_row(2))
+    held = Rows(draw(4, 5), [2, 2]).put(torch.tensor([True, False, False, True]), by_row(2))
     nothing = held.take(torch.arange(0), [0, 0])
     assert nothing.tensor().shape == (0, 5)
-    assert torch.equal(nothing.append(new := draw(1, 2, 1, 5)).tensor(), new[0, :, 0])
+    assert torch.equal(nothing.append(new := draw(1, 2, 1, 5), [1, 1]).tensor(), new[0, :, 0])
 
 
 def test_what_is_packed_with_gradients_has_them() -> None:
     x = draw(4, 5).requires_grad_()
-    rows = Rows.of(draw(6, 5), [3, 3]).put(torch.tensor([True, True, False, True, True, False]), Codes.by_row(x, 5, 8))
+    rows = Rows(draw(6, 5), [3, 3]).put(torch.tensor([True, True, False, True, True, False]), Codes.by_row(x, 5, 8))
     rows.tensor().sum().backward()
     assert x.grad is not None
     assert x.grad.count_nonzero() == 8  # the lowest and highest of each row

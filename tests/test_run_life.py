@@ -18,7 +18,7 @@ from transformers import DynamicCache, GenerationConfig
 from heedful import attach, models
 from heedful.adapters.cache_name import CACHE
 from heedful.adapters.hooked import Standing
-from heedful.adapters.kvcache import held_layer, serve
+from heedful.adapters.kvcache import HeldLayer, shrinking
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, RefusedModel
@@ -111,10 +111,11 @@ def test_a_model_dropped_without_closing_is_freed() -> None:
 
 def test_a_layer_number_below_zero_names_no_layer_of_a_cache() -> None:
     """Zamba2's shared attention says -1."""
-    cache, x = DynamicCache(), torch.ones(1, 1, 1, 1)
-    serve(cache, -1)
-    serve(None, -1)
-    assert held_layer(cache, -1, x, x, "shared") is None
+    cache = DynamicCache()
+    assert shrinking(cache, -1) is None
+    cache.layers.append(HeldLayer())
+    assert shrinking(cache, 0) is cache.layers[0]
+    assert shrinking(cache, -1) is None
 
 
 def test_a_failed_forward_counts_for_nothing() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -11,14 +11,15 @@ from heedful.adapters.kvcache import HeldLayer
 from heedful.core.call import CachedKV, Call
 from heedful.core.errors import SiteError, StatisticError
 from heedful.core.sites import Site
+from heedful.core.values import replace
 from heedful.engine.attend import attend
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends import Backend
 from heedful.engine.backends.tiled import Tiled
 from heedful.engine.needs import Needs
+from heedful.engine.plan import Plan
 from heedful.engine.run import Run
-from heedful.engine.run_state import Plan
-from heedful.engine.select import select
+from heedful.engine.select import select_once
 from heedful.engine.stages import keep_entries
 
 
@@ -75,12 +76,12 @@ def no_heads(q: Tensor, v: Tensor) -> Tensor:
 
 def left_alone(run: Run, plan: Plan) -> bool:
     """Whether the model's own attention gives what is asked for."""
-    return not plan.acts_inside() and run.backend == "auto"
+    return not plan.inside and run.backend == "auto"
 
 
 def computed(run: Run, plan: Plan, call: Call, operands: Operands) -> tuple[Tensor, Tensor | None, AttentionCall]:
     """Heads `[b h q d]`, the pattern where it was asked for, and the call as CACHE steps should see it."""
-    mixes = plan.at(Site.MIX)
+    mixes = plan.at(Site.MIX) if Site.MIX in plan.acts else ()
     if operands.pattern and mixes:
         raise SiteError(
             f"{mixes[0]}, layer {call.layer}: computes no pattern, so the weights that the caller wants "
@@ -90,7 +91,7 @@ def computed(run: Run, plan: Plan, call: Call, operands: Operands) -> tuple[Tens
     job = AttentionCall(plan, run.state, call, operands.bias, operands.sink, operands.dropout, pattern)
 
     def choose(needs: Needs) -> Backend:
-        backend = select(run.backend, needs)
+        backend = select_once(run.backend, needs, plan.backends)
         require_written_down(call.name, backend.name)
         run.state.backends[call.layer] = backend.name
         return Tiled(run.tile_rows) if run.tile_rows and backend.name == "tiled" else backend
@@ -98,7 +99,7 @@ def computed(run: Run, plan: Plan, call: Call, operands: Operands) -> tuple[Tens
     for step in mixes:
         run.state.backends[call.layer] = repr(step.part)
     heads, weights, call = attend(job, operands.q, operands.k, operands.v, choose)
-    return heads, weights, AttentionCall(plan, run.state, call, operands.bias, operands.sink, operands.dropout, pattern)
+    return heads, weights, replace(job, call=call)
 
 
 def evict(job: AttentionCall, held: HeldLayer, k: Tensor, v: Tensor) -> None:

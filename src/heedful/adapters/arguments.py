@@ -62,7 +62,8 @@ def understand(
                 "attach(..., only=...)"
             )
     bias = more.get("position_bias")
-    require_no_table(bound, bias, None if isinstance(mask, LazyMask) else mask)
+    if bound.merges is not None:
+        require_no_table(bound, bias, None if isinstance(mask, LazyMask) else mask)
     queries, keys, rules = _places(bound, request, held, told)
     if bound.cross:
         queries = own_places(bound, known, len(q), q.shape[2], q.device)
@@ -88,7 +89,7 @@ def understand(
         rules = Mask() if table is None else Mask((Dense(table),))
         if more_bias is not None:
             bias = more_bias if bias is None else bias + more_bias
-    if (picked := chosen_pairs(bound.module, more, q.shape[1], k.shape[2])) is not None:
+    if not LISTS.isdisjoint(more) and (picked := chosen_pairs(bound.module, more, q.shape[1], k.shape[2])) is not None:
         rules = rules & Dense(picked)
     softcap = more.get("softcap")
     scale = float(request.scaling) if request.scaling is not None else q.shape[-1] ** -0.5

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,17 +17,22 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 
+from heedful.adapters.kvcache import HeldLayer
 from heedful.adapters.layers import own_source
-from heedful.adapters.lazymask import LazyMask, chosen_pairs, lazy_additive_mask, lazy_mask
+from heedful.adapters.lazymask import LISTS, LazyMask, chosen_pairs, lazy_additive_mask, lazy_mask
 from heedful.adapters.taking import Taking
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, NotEntered, RefusedModel
+from heedful.core.positions import Positions
 from heedful.engine.merging import Merges
+from heedful.engine.plan import NO_STEPS, Plan
 
 if TYPE_CHECKING:
     from heedful.adapters.spread import Spread
 
 LAZY, ADDITIVE = "heedful", "heedful_additive"  # the second for models whose own attention adds its mask
+BLANK = Call(0, 0, "", 0, 0, Positions.row(0, 0), Positions.row(0, 0), 1.0)
+OWN = ("eager", "sdpa")  # kernels for which models do themselves what they leave to others
 
 Outcome = tuple[Tensor, Tensor | None]  # [b q h d], and the pattern [b h q k] where there is one
 
@@ -94,7 +98,8 @@ class Bound:
     alone: bool = False  # it stands in no list of layers: what calls it may hand its weights on unasked
     hidden: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin of this call's tokens
-    cache: Cache | None = None
+    cache: Cache | None = None  # of this call; of an encoder and decoder's two that of self attention
+    held: HeldLayer | None = None  # its layer in there, if that may hold fewer entries than it has seen
     other: Tensor | None = None  # the sequence that it was handed beside its own
     joint: tuple[int, int] | None = None  # lengths of both sequences, in the order in which it attends to both at once
     merges: Merges | None = None  # what has become of its tokens in the layers before it
@@ -102,6 +107,8 @@ class Bound:
     called: bool = False
     spared: frozenset[str] = frozenset()  # what nobody reads of this call's projections: q, k, v, o
     call: Call | None = None
+    outline: Call = BLANK  # what is the same in each of its calls
+    steps: Plan = NO_STEPS  # those of all phases
     taking: Taking = field(default_factory=Taking)
     spread: Spread | None = None
     written: bool | None = None  # whether it gives its weights; None: it does not write attention out
@@ -123,20 +130,17 @@ class Bound:
 _attached: WeakKeyDictionary[nn.Module, ReferenceType[Any]] = WeakKeyDictionary()
 
 
-def _found(module: nn.Module) -> Any:
-    found = _attached.get(module)
-    return None if found is None else found()
-
-
 def bound_to(module: nn.Module) -> Bound | None:
     """What the run that is attached to a module through transformers' interface knows of it."""
-    found = _found(module)
+    place = _attached.get(module)
+    found = None if place is None else place()
     return found if isinstance(found, Bound) else None
 
 
 def server_of(module: nn.Module) -> Any:
     """The adapter of the run that is attached to a module, if one is."""
-    found = _found(module)
+    place = _attached.get(module)
+    found = None if place is None else place()
     return found.server if isinstance(found, Bound) else found
 
 
@@ -201,25 +205,17 @@ def native(module: nn.Module, implementation: str, request: Request) -> Outcome:
     if mask is None and isinstance(request.mask, LazyMask) and "is_causal" in more and request.q.shape[2] > 1:
         # some modules set the flag where they see no mask, and with us they have always seen one
         more = {**more, "is_causal": request.mask.spec.mask.causal}
-    with _named(module, implementation):
+    config: Any = None if implementation in OWN else getattr(module, "config", None)
+    name = None if config is None else config._attn_implementation_internal
+    if config is not None:  # all but those two may ask it for their own name
+        config._attn_implementation_internal = implementation
+    try:
         return function(
             module, request.q, request.k, request.v, mask, scaling=request.scaling, dropout=request.dropout, **more
         )
-
-
-@contextmanager
-def _named(module: nn.Module, implementation: str) -> Iterator[None]:
-    """The implementation's own name in the config, which all but these two may ask for it."""
-    config: Any = getattr(module, "config", None)
-    if config is None or implementation in ("eager", "sdpa"):
-        yield
-        return
-    name = config._attn_implementation_internal
-    config._attn_implementation_internal = implementation
-    try:
-        yield
     finally:
-        config._attn_implementation_internal = name
+        if config is not None:
+            config._attn_implementation_internal = name
 
 
 # a module names its eager function where it looks its attention up; a few have several in one file
@@ -247,8 +243,9 @@ def passes_through(kind: Any, argument: str) -> bool:
 
 def _native_mask(module: nn.Module, implementation: str, request: Request) -> Tensor | None:
     mask, q, k = request.mask, request.q, request.k
-    picked = chosen_pairs(module, request.more, q.shape[1], k.shape[2])
-    if picked is None or implementation not in ("eager", "sdpa"):
+    chosen = implementation in OWN and not LISTS.isdisjoint(request.more)
+    picked = chosen_pairs(module, request.more, q.shape[1], k.shape[2]) if chosen else None
+    if picked is None:
         return mask.spec.native(implementation) if isinstance(mask, LazyMask) else mask
     # models lay their choice of keys into the mask for these two names only, and hand it over apart for all others
     if isinstance(mask, LazyMask):

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from inspect import unwrap
 from threading import get_ident
 from types import CodeType, FrameType
@@ -34,8 +34,13 @@ _T = TypeVar("_T")
 
 def _around(name: str, known: Mapping[str, _T]) -> _T | None:
     """What is known of the innermost of these models that a layer lies in."""
-    inside = [prefix for prefix in known if within(name, (prefix,) if prefix else None)]
-    return known[max(inside, key=len)] if inside else None
+    found = _innermost(name, tuple(known))
+    return None if found is None else known[found]
+
+
+@lru_cache(1 << 14)
+def _innermost(name: str, models: tuple[str, ...]) -> str | None:
+    return max((x for x in models if within(name, (x,) if x else None)), key=len, default=None)
 
 
 class _Batching(Standing):
@@ -105,7 +110,7 @@ class Forwards:
     @property
     def asks_gradients(self) -> bool:
         """Whether gradients may be asked of what is computed now."""
-        return self._graph or torch.is_grad_enabled() or not self.under_way
+        return self._graph or torch.is_grad_enabled() or self._thread != get_ident()
 
     @property
     def elsewhere(self) -> bool:
@@ -193,7 +198,8 @@ class Forwards:
 
     def roles(self, bound: Bound, tokens: int) -> Marks:
         """The run's roles, and what the tokens are of the image that a layer attends over."""
-        image, roles, merges = _around(bound.name, self._images), self.run.roles, bound.merges
+        image = _around(bound.name, self._images) if self._images else None
+        roles, merges = self.run.roles, bound.merges
         if image is not None and "patches" not in roles:
             roles = {**regions(*image, tokens if merges is None else merges.to.shape[1]), **roles}
         return roles if merges is None else without_grids(roles)

@@ -15,7 +15,7 @@ from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
 from heedful.adapters.forwards import Forwards
 from heedful.adapters.hooked import Hooked
-from heedful.adapters.kvcache import hold, seen, serve
+from heedful.adapters.kvcache import hold, own_cache, seen, shrinking
 from heedful.adapters.layers import block_of, output_module, projections
 from heedful.adapters.lazymask import LazyMask
 from heedful.adapters.merging import came_to, part_behind
@@ -25,16 +25,21 @@ from heedful.core.call import Call, Phase
 from heedful.core.errors import NotEntered, RefusedModel, SiteError
 from heedful.core.positions import Positions
 from heedful.core.sites import Site
+from heedful.core.values import replace
 from heedful.engine.again import stand_around
 from heedful.engine.attend import replaced
 from heedful.engine.attention_call import AttentionCall
+from heedful.engine.plan import NO_STEPS, Plan
 from heedful.engine.run import Run
-from heedful.engine.run_state import Plan
 from heedful.engine.stages import stage
 
 
 def _cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
-    return next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
+    """The cache that a module is handed; of an encoder and decoder's two that of self attention."""
+    for x in (*kwargs.values(), *args):
+        if isinstance(x, Cache):
+            return own_cache(x)
+    return None
 
 
 @dataclass(eq=False)
@@ -71,6 +76,10 @@ class Hooks:
 
     def around(self, bound: Bound) -> None:
         """See what goes into a module, edit HIDDEN, and make sure that its attention came to us."""
+        known = {"layer": bound.number or 0, "depth": self.layers, "name": bound.name}
+        bound.outline = replace(bound.outline, **known, lowest=bound.lowest, highest=bound.highest)
+        bound.steps = NO_STEPS if bound.number is None else Plan(self.run.stack.steps(bound.number))
+        goes_on = self.run.stack.touches(Site.BLOCK, Site.OUTPUT, Site.RESIDUAL)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self.looking:
@@ -81,8 +90,8 @@ class Hooks:
         def after(_: nn.Module, args: Any, output: Any) -> None:
             if self.looking:
                 return
-            bound.hidden = bound.other = bound.cache = bound.rotary = bound.joint = bound.merges = None
-            if not self.run.stack.touches(Site.BLOCK, Site.OUTPUT, Site.RESIDUAL):
+            bound.hidden = bound.other = bound.cache = bound.held = bound.rotary = bound.joint = bound.merges = None
+            if not goes_on:
                 bound.call = None  # it holds the hidden states
             if not bound.called:
                 raise NotEntered(
@@ -102,26 +111,18 @@ class Hooks:
         bound.cache = _cache_among(args, kwargs)
         bound.other = other_of(told, hidden)
         bound.cross = bound.other is not None
-        bound.merges = came_to(self.run, bound, told, hidden)
+        if self.run.stack.merges:
+            bound.merges = came_to(self.run, bound, told, hidden)
         if bound.number is None:
             return None
-        self._stand_around(bound.name)
-        self.run.state.begin(bound.number, shelf_of(bound.cache), bound.module)
-        serve(bound.cache, getattr(bound.module, "layer_idx", None))
-        if not (steps := self.run.stack.steps(bound.number)):
+        if self.forwards.asks_gradients:
+            self._stand_around(bound.name)
+        if bound.cache is not None and not bound.cross:
+            self._reach(bound, bound.cache)
+        if not bound.steps.steps:
             return None
-        if any(s.edit.site is Site.CACHE for s in steps) and bound.cache is not None and not bound.cross:
-            if bound.outside:
-                raise RefusedModel(
-                    f"a CACHE edit cannot act in {bound.name}: {bound.kind} computes attention by itself, and what it "
-                    "does with its cache is not known; restrict the method to other layers with .on(layers=[...])"
-                )
-            number = getattr(bound.module, "layer_idx", None)
-            if number is None:
-                raise RefusedModel(f"a CACHE edit cannot act in {bound.name}: the module does not tell its cache layer")
-            hold(bound.cache, number, bound.name)
-        early = {s.edit.site for s in steps if s.edit.site in (Site.HIDDEN, Site.BLOCK) or s.edit.before_rotary}
-        if not early:
+        self.run.state.begin(bound.number, shelf_of(bound.cache), bound.module)
+        if not (early := bound.steps.early):
             return None
         if bound.hidden is None or bound.hidden.ndim not in (2, 3):
             places = " and ".join(sorted(site.name for site in early))
@@ -138,6 +139,25 @@ class Hooks:
         bound.hidden = hidden[0] if flat else hidden
         self.run.state.close_call(plan, call)
         return put(taking.turned(bound.hidden), args, kwargs)
+
+    def _reach(self, bound: Bound, cache: Cache) -> None:
+        """Find a module's layer of the cache, and let it hold fewer entries than it has seen, if some may be dropped.
+
+        Its next update may hand out heads of unlike length: the attention that follows is ours.
+        """
+        number = getattr(bound.module, "layer_idx", None)
+        bound.held = shrinking(cache, number)
+        if Site.CACHE in bound.steps.acts and (bound.held is None or bound.outside):
+            if bound.outside:
+                raise RefusedModel(
+                    f"a CACHE edit cannot act in {bound.name}: {bound.kind} computes attention by itself, and what it "
+                    "does with its cache is not known; restrict the method to other layers with .on(layers=[...])"
+                )
+            if number is None:
+                raise RefusedModel(f"a CACHE edit cannot act in {bound.name}: the module does not tell its cache layer")
+            bound.held = hold(cache, number, bound.name)
+        if bound.held is not None:
+            bound.held.served = True
 
     def _without_what_is_replaced(
         self, bound: Bound, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -173,8 +193,7 @@ class Hooks:
             self._hooked.after(module, spared.after)
 
     def _stand_around(self, name: str) -> None:
-        if self.forwards.asks_gradients:
-            self.run.state.now.blind_layer = stand_around(self.run, name, whole=False)
+        self.run.state.now.blind_layer = stand_around(self.run, name, whole=False)
 
     def _outline(self, bound: Bound, hidden: Tensor, mask: Any, cache: Cache | None, cross: bool = False) -> Call:
         """What can be known of a call before its queries are."""
@@ -191,12 +210,11 @@ class Hooks:
         if cross:
             queries = own_places(bound, self.run.state.now.queries, len(hidden), n, hidden.device)
         phase = Phase.of(queries, cross and cache is not None)
-        return Call(
-            bound.number or 0, self.layers, bound.name, 0, 0, queries, keys, 1.0, phase=phase,
-            denoising=self.run.state.denoising, cross=cross, training=bound.module.training,
-            ids=self.forwards.ids(bound, len(hidden), n), roles=self.forwards.roles(bound, len(keys)), hidden=hidden,
-            forward=self.run.state.now.number, lowest=bound.lowest, highest=bound.highest, batch=len(hidden),
-            sizes=bound.sizes,
+        return replace(
+            bound.outline, queries=queries, keys=keys, phase=phase, denoising=self.run.state.denoising, cross=cross,
+            training=bound.module.training, ids=self.forwards.ids(bound, len(hidden), n),
+            roles=self.forwards.roles(bound, len(keys)), hidden=hidden, forward=self.run.state.now.number,
+            batch=len(hidden), sizes=bound.sizes,
         )  # fmt: skip
 
     # the layers of one list
@@ -237,7 +255,8 @@ class Hooks:
             if given is None or given.ndim != 3:
                 raise RefusedModel(f"an EMBEDDING edit cannot act before {name}: it is not handed [b n e]")
             stream = taking.turned(given)
-            self._stand_around(name)
+            if self.forwards.asks_gradients:
+                self._stand_around(name)
             mask = by_name(block, args, kwargs).get("attention_mask")
             call = self._outline(bound, stream, mask, _cache_among(args, kwargs))
             self.run.state.begin_early(call.layer)

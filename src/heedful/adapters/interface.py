@@ -12,14 +12,14 @@ from heedful.adapters.answering import Operands, computed, evict, left_alone, no
 from heedful.adapters.arguments import understand
 from heedful.adapters.bound import ADDITIVE, LAZY, Bound, Outcome, Request, StandIn, native, native_name
 from heedful.adapters.hooks import Hooks
-from heedful.adapters.kvcache import held_layer
 from heedful.adapters.layers import block_of, interface_layers, list_of
 from heedful.adapters.lazymask import LazyMask
 from heedful.adapters.rotation import rotation
 from heedful.adapters.spread import spread_of
-from heedful.core.call import Call, Phase
+from heedful.core.call import Phase
 from heedful.core.errors import RefusedModel
 from heedful.core.sites import Site
+from heedful.core.values import replace
 from heedful.engine.run import Run
 
 HEEDFUL = (LAZY, ADDITIVE)
@@ -116,14 +116,14 @@ class Interface:
 
     def attention(self, bound: Bound, request: Request) -> Outcome:
         bound.called = True
-        run, run_state = self.run, self.run.state
+        run, forwards, held = self.hooks.run, self.hooks.forwards, bound.held
+        run_state = run.state
         if bound.number is None:
             return self._resting(bound, request)
         run_state.entered[bound.number] += 1
-        held = None
-        if bound.cache is not None and not bound.cross:
-            held = held_layer(bound.cache, getattr(bound.module, "layer_idx", None), request.k, request.v, bound.name)
-        if held is None and self._rests(bound, request):
+        if held is not None:
+            held.require(request.k, request.v, bound.name)
+        elif not bound.steps.steps and run.backend == "auto" and self._understood(bound, request):
             run_state.backends[bound.number] = f"the model's own ({bound.native})"
             return self._resting(bound, request)
         mine, spread = request, bound.spread
@@ -134,16 +134,16 @@ class Interface:
         if not bound.cross and given.mask.causal:
             run_state.now.causal.add(list_of(bound.name))
         phase = Phase.of(given.queries, bound.cross and bound.cache is not None)
-        call = bound.call = Call(
-            bound.number, self.hooks.layers, bound.name, q.shape[1], k.shape[1], given.queries, given.keys, given.scale,
-            given.softcap, phase, run_state.denoising, bound.cross, bound.module.training,
-            self.hooks.forwards.ids(bound, len(q), q.shape[2]), self.hooks.forwards.roles(bound, len(given.keys)),
-            rows_of(bound.hidden, q), rotation(bound), given.mask, max(0, run_state.now.number),
-            lowest=bound.lowest, highest=bound.highest, batch=len(q), sizes=bound.sizes,
+        call = bound.call = replace(
+            bound.outline, heads=q.shape[1], kv_heads=k.shape[1], queries=given.queries, keys=given.keys,
+            scale=given.scale, softcap=given.softcap, phase=phase, denoising=run_state.denoising, cross=bound.cross,
+            training=bound.module.training, ids=forwards.ids(bound, q.shape[0], q.shape[2]),
+            roles=forwards.roles(bound, k.shape[2]), hidden=rows_of(bound.hidden, q), rotate=rotation(bound),
+            mask=given.mask, forward=max(0, run_state.now.number), batch=q.shape[0], sizes=bound.sizes,
             in_order=bound.cross and list_of(bound.name) in run_state.now.causal,
         )  # fmt: skip
         plan = plan_of(run, call)
-        if (seen := replaced_whole(run, plan, call, Operands(q, k, v))) is not None:
+        if Site.BLOCK in plan.acts and (seen := replaced_whole(run, plan, call, Operands(q, k, v))) is not None:
             bound.call = seen
             return no_heads(mine.q, v), None
         pattern = self._wants_pattern(request)
@@ -168,8 +168,8 @@ class Interface:
     def _wants_pattern(self, request: Request) -> bool:
         return self.hooks.forwards.patterns or bool(request.more.get("output_attentions"))
 
-    def _rests(self, bound: Bound, request: Request) -> bool:
-        """Whether it is known, whatever the call turns out to be, that the run leaves a layer to the model.
+    def _understood(self, bound: Bound, request: Request) -> bool:
+        """Whether nothing of a call has to be looked at where the run leaves the layer to the model.
 
         Packed texts, and masks that a model makes itself, have to be understood first, for layers that come after; so
         have masks of other keys than came, as those of another layer, whose cache may have dropped some.
@@ -177,18 +177,14 @@ class Interface:
         mask, n = request.mask, request.q.shape[2]
         packed = n > 1 and request.more.get("position_ids") is not None
         plain = isinstance(mask, LazyMask) and mask.shape[2:] == (n, request.k.shape[2]) and not packed
-        return (
-            (bound.cross or plain)
-            and not self.run.stack.steps(bound.number)
-            and self.run.backend == "auto"
-            and bound.merges is None
-            and (bound.native == "eager" or not self._wants_pattern(request))
-        )
+        wanted = bound.native != "eager" and self._wants_pattern(request)
+        return (bound.cross or plain) and bound.merges is None and not wanted
 
     def _resting(self, bound: Bound, request: Request) -> Outcome:
         """What a layer gives where the run does nothing; those behind it are told where its tokens stand."""
         if not bound.cross and isinstance(request.mask, LazyMask):
-            self.run.state.now.queries[list_of(bound.name)] = request.mask.spec.queries
-            if request.mask.spec.mask.causal:
-                self.run.state.now.causal.add(list_of(bound.name))
+            now, spec, home = self.hooks.run.state.now, request.mask.spec, list_of(bound.name)
+            now.queries[home] = spec.queries
+            if spec.mask.causal:
+                now.causal.add(home)
         return native(bound.module, bound.native, request)

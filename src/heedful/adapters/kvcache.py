@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import reduce
-from operator import and_
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from heedful.core.call import Kept
 from heedful.core.errors import RefusedModel
-from heedful.core.packed import Packed, Packing, Rows
+from heedful.core.packed import Packed, Packing, Rows, longer
 from heedful.core.positions import Positions
 from heedful.core.ragged import padded, spread
 
@@ -34,8 +32,8 @@ class HeldLayer(DynamicLayer):
         super().__init__(**kwargs)
 
     def _clear(self) -> None:
-        self._keys = self._values = Rows.of(torch.empty(0, 0), ())
-        self._index: Rows | None = None  # int32; None: nothing was dropped so far
+        self._keys = self._values = Rows(torch.empty(0, 0), ())
+        self._index: Tensor | None = None  # int32; None: nothing was dropped so far
         self.heads = (0, 0)  # b, g
         self.counts: list[int] = []  # entries of each head of each text
         self.seen = 0
@@ -83,43 +81,51 @@ class HeldLayer(DynamicLayer):
     @property
     def handed(self) -> tuple[Tensor, Tensor]:
         """Keys and values as a model is handed them: without a copy, for who can do without."""
-        return self._spread(self._keys.tensor()), self._spread(self._values.tensor())
+        k, v = self._keys.tensor(), self._values.tensor()
+        return spread(k, self.heads, self.counts), spread(v, self.heads, self.counts)
 
     @property
     def nbytes(self) -> int:
         """The memory that all of it takes."""
-        return _bytes_of([x for rows in (self._keys, self._values, self._index) if rows for x in rows.parts])
+        plain = (self._keys.plain, self._values.plain, *(() if self._index is None else (self._index,)))
+        packed = (*self._keys.packed, *self._values.packed)
+        return sum([x.untyped_storage().nbytes() for x in plain]) + (_bytes_of(packed) if packed else 0)
 
     @property
     def index(self) -> Tensor:
         """`[b, g, k]`: the number in the padded row that each entry came from."""
-        return self._spread(self._indices().long())
+        return spread(self._indices().long(), self.heads, self.counts)
 
     @property
     def is_filled(self) -> Tensor:
         """`[b, g, k]`: False where a head holds fewer entries than the longest one."""
-        return self._spread(torch.ones(sum(self.counts), dtype=torch.bool, device=self._keys.plain.device))
+        held = torch.ones(sum(self.counts), dtype=torch.bool, device=self._keys.plain.device)
+        return spread(held, self.heads, self.counts)
 
     def _indices(self) -> Tensor:
         if self._index is not None:
-            return self._index.tensor()
+            return self._index
         row = torch.arange(self.seen, dtype=torch.int32, device=self._keys.plain.device)
         return row.repeat(len(self.counts))
 
-    def _spread(self, held: Tensor) -> Tensor:
-        """`[t ...]` as `[b g k ...]`."""
-        return spread(held, self.heads, self.counts)
-
     def holds(self, k: Tensor, v: Tensor) -> bool:
         """Whether these have the shape of what is held."""
-        shape, held = (*self.heads, max(self.counts, default=0)), (self._keys, self._values)
-        return self.seen > 0 and all(x.shape == (*shape, *y.plain.shape[1:]) for x, y in zip((k, v), held, strict=True))
+        shape, keys, values = (*self.heads, max(self.counts, default=0)), self._keys.plain, self._values.plain
+        return self.seen > 0 and k.shape == (*shape, *keys.shape[1:]) and v.shape == (*shape, *values.shape[1:])
+
+    def require(self, k: Tensor, v: Tensor, module_name: str) -> None:
+        """Refuse a call whose keys are not the ones that are held."""
+        if not self.holds(k, v):
+            raise RefusedModel(
+                f"a CACHE edit cannot act in {module_name}: its cache layer does not hold the keys and values that it "
+                "attends to, but compressed ones or none; restrict the method to other layers with .on(layers=[...])"
+            )
 
     def positions(self, pad: Tensor | None, positions: Tensor | None = None) -> Positions:
         """Where the entries stand, given each row's left padding `[b]`, or every position `[b n]` of the row."""
-        if self.whole:
+        if self._index is None:
             return Positions.row(0, self.seen, self._keys.plain.device, pad)
-        index = self.index
+        index = spread(self._index.long(), self.heads, self.counts)
         position = index if pad is None else index - pad[:, None, None]
         if positions is not None:
             position = positions[:, None].expand(-1, index.shape[1], -1).gather(-1, index)
@@ -144,12 +150,13 @@ class HeldLayer(DynamicLayer):
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self.heads, self.counts = (b, g), [0] * (b * g)
             none = (x[:, :, :0].flatten(0, 2) for x in (key_states, value_states))
-            self._keys, self._values = (Rows.of(x, self.counts) for x in none)
-        self._keys, self._values = self._keys.append(key_states), self._values.append(value_states)
+            self._keys, self._values = (Rows(x, self.counts) for x in none)
+        counts = [count + n for count in self.counts]
+        self._keys, self._values = self._keys.append(key_states, counts), self._values.append(value_states, counts)
         if self._index is not None:
             index = torch.arange(self.seen, self.seen + n, dtype=torch.int32, device=key_states.device)
-            self._index = self._index.append(index.expand(b, g, n))
-        self.counts = [count + n for count in self.counts]
+            self._index = longer(self._index, self.counts, index.expand(b, g, n))
+        self.counts = counts
         self.seen += n
         self.fresh = n
         return self.handed
@@ -159,21 +166,26 @@ class HeldLayer(DynamicLayer):
 
         The others may be given new keys and values, or packed ones.
         """
+        kept: Tensor | None = None
         for one in left:
-            self._keys, self._values = self._written(self._keys, one.key), self._written(self._values, one.value)
-        kept = [one.keep for one in left if one.keep is not None]
-        if not kept:
+            if one.key is not None:
+                self._keys = self._written(self._keys, one.key)
+            if one.value is not None:
+                self._values = self._written(self._values, one.value)
+            if one.keep is not None:
+                kept = one.keep if kept is None else kept & one.keep
+        if kept is None:
             return
-        mine = self._flat(reduce(and_, kept))
+        mine = self._flat(kept)
         counts = self._counts(mine)
         if counts != self.counts:
             self.chosen = self.seen
             self._drop(mine, counts)
 
-    def _written(self, held: Rows, new: Tensor | Packing | None) -> Rows:
+    def _written(self, held: Rows, new: Tensor | Packing) -> Rows:
         if isinstance(new, Packing):
             return held.put(self._flat(new.those), new.rows)
-        return held if new is None else Rows.of(new[self.is_filled].to(held.plain.dtype), self.counts)
+        return Rows(new[self.is_filled].to(held.plain.dtype), self.counts)
 
     def _flat(self, x: Tensor) -> Tensor:
         """`[b g k]` as what is held of it, head after head."""
@@ -181,15 +193,14 @@ class HeldLayer(DynamicLayer):
 
     def _counts(self, kept: Tensor) -> list[int]:
         """How many entries of each head the flat `kept [t]` keeps."""
-        return self._spread(kept).sum(-1).flatten().tolist()
+        return spread(kept, self.heads, self.counts).sum(-1).flatten().tolist()
 
     def _drop(self, kept: Tensor, counts: list[int]) -> None:
         """Drop every entry of which the flat `kept [t]` is False, so that heads have `counts` left."""
         # the second need not wait until a GPU has counted, and takes twice as long on a CPU
         mine = (kept.nonzero() if kept.is_cpu else kept.nonzero_static(size=sum(counts))).flatten()
-        index = self._index or Rows.of(self._indices(), self.counts)
-        self._keys, self._values, self._index = (x.take(mine, counts) for x in (self._keys, self._values, index))
-        self.counts = counts
+        self._index = self._indices().index_select(0, mine)
+        self._keys, self._values, self.counts = self._keys.take(mine, counts), self._values.take(mine, counts), counts
 
     @property
     def is_croppable(self) -> bool:
@@ -250,7 +261,7 @@ class HeldLayer(DynamicLayer):
         mine = torch.cat([parts[i] for i in heads])
         self.heads, self.counts = (len(rows), g), [self.counts[i] for i in heads]
         self._keys, self._values = self._keys.take(mine, self.counts), self._values.take(mine, self.counts)
-        self._index = self._index and self._index.take(mine, self.counts)
+        self._index = self._index if self._index is None else self._index.index_select(0, mine)
 
 
 def _refuse(given: Tensor | None) -> None:
@@ -271,7 +282,8 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def _bytes_of(thing: Any) -> int:
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_in(thing)}.values())
+    stores = [x.untyped_storage() for x in tensors_in(thing)]
+    return sum({store.data_ptr(): store.nbytes() for store in stores}.values())
 
 
 def tensors_in(thing: Any) -> Iterator[Tensor]:
@@ -291,7 +303,6 @@ def tensors_in(thing: Any) -> Iterator[Tensor]:
 
 def hold(cache: Cache, number: int, module_name: str) -> HeldLayer:
     """The cache's layer `number`, made into one that can shrink; refused where that cannot be right."""
-    cache = own_cache(cache)
     if cache.layer_class_to_replicate is DynamicLayer:
         while len(cache.layers) <= number:
             cache.layers.append(DynamicLayer())
@@ -310,11 +321,11 @@ def hold(cache: Cache, number: int, module_name: str) -> HeldLayer:
     return cache.layers[number]
 
 
-def serve(cache: Cache | None, number: int | None) -> None:
-    """Let the next call of a layer be handed heads of unlike length: the attention that follows is ours."""
-    layers = own_cache(cache).layers if cache else []
-    if number is not None and 0 <= number < len(layers) and isinstance(layers[number], HeldLayer):
-        layers[number].served = True
+def shrinking(cache: Cache, number: int | None) -> HeldLayer | None:
+    """The layer `number` if it is one that can shrink."""
+    layers = cache.layers
+    layer = layers[number] if number is not None and 0 <= number < len(layers) else None
+    return layer if type(layer) is HeldLayer else None
 
 
 def seen(cache: Cache | None, number: int | None) -> int:
@@ -324,23 +335,9 @@ def seen(cache: Cache | None, number: int | None) -> int:
 
 def shrunk(cache: Cache | None) -> bool:
     """Whether some layer of the cache dropped entries."""
-    return any(isinstance(x, HeldLayer) and not x.whole for x in own_cache(cache).layers) if cache else False
+    return any(isinstance(x, HeldLayer) and not x.whole for x in cache.layers) if cache else False
 
 
 def own_cache(cache: Cache) -> Cache:
     """The cache of self attention, where there is one for cross attention too."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-
-
-def held_layer(cache: Cache, number: int | None, k: Tensor, v: Tensor, module_name: str) -> HeldLayer | None:
-    """The layer `number` if it is one that can shrink, after checking that the call's keys are the ones it holds."""
-    layers = own_cache(cache).layers
-    layer = layers[number] if number is not None and 0 <= number < len(layers) else None
-    if not isinstance(layer, HeldLayer):
-        return None
-    if not layer.holds(k, v):
-        raise RefusedModel(
-            f"a CACHE edit cannot act in {module_name}: its cache layer does not hold the keys and values that it "
-            "attends to, but compressed ones or none; restrict the method to other layers with .on(layers=[...])"
-        )
-    return layer

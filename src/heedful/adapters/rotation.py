@@ -44,8 +44,9 @@ class _Rotation:
         return turned
 
     def __eq__(self, other: object) -> bool:
-        alike = isinstance(other, _Rotation) and self.function is other.function
-        return alike and self.cos is other.cos and self.sin is other.sin
+        if not isinstance(other, _Rotation):
+            return False
+        return self.function is other.function and self.cos is other.cos and self.sin is other.sin
 
     def __hash__(self) -> int:
         return hash((self.function, id(self.cos), id(self.sin)))
@@ -64,7 +65,7 @@ def rotation(bound: Bound) -> Callable[[Tensor], Tensor] | None:
     if not turns and not rotates(kind):
         return None
     try:
-        acting = [turn for turn in turns if all(_holds(test, bound) for test in turn.tests)]
+        acting = [turn for turn in turns if not turn.tests or all(_holds(test, bound) for test in turn.tests)]
     except (AttributeError, NameError, TypeError):  # a test of more than the module and its angles
         acting = list(turns)
     if turns and not acting:

@@ -18,17 +18,22 @@ Args = tuple[Any, ...]
 
 def stream_of(args: Args, kwargs: dict[str, Any]) -> Tensor | None:
     """A module's own sequence, as it is handed over."""
-    if "hidden_states" not in kwargs and args:
-        found = args[0]
-    else:
-        found = next((kwargs[name] for name in STREAMS if name in kwargs), None)
+    found = args[0] if args else None
+    if not args or "hidden_states" in kwargs:
+        for name in STREAMS:
+            if name in kwargs:
+                found = kwargs[name]
+                break
     return found if isinstance(found, Tensor) else None
 
 
 def other_of(told: Mapping[str, Any], stream: Tensor | None) -> Tensor | None:
     """The sequence that a module attends to beside its own, or in its place, among its arguments by name."""
-    found = (told[name] for name in OTHERS if name in told)
-    return next((x for x in found if isinstance(x, Tensor) and x is not stream), None)
+    for name in OTHERS:
+        x = told.get(name)
+        if isinstance(x, Tensor) and x is not stream:
+            return x
+    return None
 
 
 def tokens_of(told: Mapping[str, Any]) -> Tensor | None:

@@ -32,7 +32,7 @@ class Phase(Enum):
     @classmethod
     def of(cls, queries: Positions, past: bool = False) -> Phase:
         """A token alone with something before it is decoded: in its text, or in a cache that is there."""
-        return cls.DECODE if len(queries) == 1 and (past or (queries.first or 0) > 0) else cls.PREFILL
+        return cls.DECODE if queries.single and (past or (queries.first or 0) > 0) else cls.PREFILL
 
     @classmethod
     def named(cls, name: str | Phase) -> Phase:
@@ -129,7 +129,7 @@ class Call:
     @property
     def one_token(self) -> bool:
         """Whether it is known, without a look at a tensor, that each text reads one token here, and none is padding."""
-        return len(self.queries) == 1 and self.queries.whole
+        return self.queries.single and self.queries.whole
 
     @property
     def last(self) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import unpack_dual
 
 CHUNK = 1 << 19  # numbers whose flags are made numbers at once
@@ -65,7 +66,10 @@ def meets(a: Tensor, b: Tensor) -> Tensor:
 
 def traced(*given: Tensor) -> bool:
     """Whether torch carries derivatives forward here, or runs over many inputs at once: it alone sees the numbers."""
-    return any(is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None for x in given)
+    for x in given:
+        if is_functorch_wrapped_tensor(x) or (forward_ad._current_level >= 0 and unpack_dual(x).tangent is not None):
+            return True
+    return False
 
 
 def _compared(how: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:

@@ -291,7 +291,7 @@ class Mask:
 
     def keeps(self, pairs: Pairs) -> Tensor | None:
         """True where the pair is computed, `[b|1, h|1, r, k]`; None when all are."""
-        kept = [rule.keeps(pairs) for rule in self.rules if not rule.idle(pairs.queries, pairs.keys)]
+        kept = [rule.keeps(pairs) for rule in self.acting(pairs.queries, pairs.keys)]
         if pairs.keys.is_filled is not None:
             kept.append(spread_heads(pairs.keys.is_filled, pairs.heads)[..., None, :])
         if not kept:
@@ -321,7 +321,7 @@ class Mask:
         return self._last[0][2]
 
     def _find_rows(self, q: Positions, k: Positions, heads: int) -> Tensor | None:
-        rules = [rule for rule in self.rules if not isinstance(rule, Blocks) and not rule.idle(q, k)]
+        rules = [rule for rule in self.acting(q, k) if not isinstance(rule, Blocks)]
         if any(rule.scattered for rule in rules):
             return None
         if (k.first is not None or not rules) and (k.is_filled is None or k.filled is not None):
@@ -347,7 +347,11 @@ class Mask:
 
     def idle(self, q: Positions, k: Positions) -> bool:
         """Whether every query is known to see every key that there is."""
-        return all(rule.idle(q, k) for rule in self.rules)
+        return not self.acting(q, k)
+
+    def acting(self, q: Positions, k: Positions) -> list[Rule]:
+        """The rules that are not known to keep every pair of these."""
+        return [rule for rule in self.rules if not rule.idle(q, k)]
 
     @cached_property
     def blocks(self) -> tuple[Blocks, ...]:

@@ -226,11 +226,11 @@ class Step:
     part: Part
     edit: Edit
 
-    @property
+    @cached_property
     def method(self) -> Method:
         return method_of(self.part)
 
-    @property
+    @cached_property
     def heads(self) -> tuple[int, ...] | None:
         return self.part.heads if isinstance(self.part, Scoped) else None
 

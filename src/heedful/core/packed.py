@@ -53,13 +53,14 @@ class Rows:
     """
 
     plain: Tensor  # [t ...], part 0
-    packed: tuple[Packed, ...]  # parts 1, 2, ...
-    runs: Runs
+    counts: Sequence[int]  # how many rows each head has, of all parts together
+    packed: tuple[Packed, ...] = ()  # parts 1, 2, ...
+    parted: Runs = ()  # where something is packed, which part each row lies in
 
-    @staticmethod
-    def of(rows: Tensor, counts: Sequence[int]) -> Rows:
-        """Rows `[t ...]`, so many of each head."""
-        return Rows(rows, (), tuple(((0, n),) for n in counts))
+    @property
+    def runs(self) -> Runs:
+        """Of each head, which part its rows lie in."""
+        return self.parted if self.packed else tuple(((0, n),) for n in self.counts)
 
     @property
     def parts(self) -> tuple[Tensor | Packed, ...]:
@@ -72,26 +73,13 @@ class Rows:
             return self.plain
         return _woven(self.runs, self.plain, *(part.tensor() for part in self.packed)).to(self.plain.dtype)
 
-    def append(self, new: Tensor) -> Rows:
-        """With `new [b g n ...]`, some for each head behind its others."""
-        plain, heads, n = self.plain, new.shape[:2], new.shape[2]
-        counts = self._plain_counts
-        if len(set(counts)) == 1:
-            plain = torch.cat([plain.view(*heads, counts[0], *plain.shape[1:]), new], 2).flatten(0, 2)
-        else:
-            pairs = zip(plain.split(counts), new.flatten(0, 1), strict=True)
-            plain = torch.cat([x for pair in pairs for x in pair])
+    def append(self, new: Tensor, counts: Sequence[int]) -> Rows:
+        """With `new [b g n ...]`, some for each head behind its others, so that each has so many."""
         if not self.packed:
-            return Rows.of(plain, [count + n for count in counts])
-        longer = {head: _short((*head, (0, n))) for head in set(self.runs)}
-        return Rows(plain, self.packed, tuple(longer[head] for head in self.runs))
-
-    @property
-    def _plain_counts(self) -> list[int]:
-        """How many rows of each head are as they are."""
-        if not self.packed:
-            return [n for ((_, n),) in self.runs]
-        return [sum(n for part, n in head if part == 0) for head in self.runs]
+            return Rows(longer(self.plain, self.counts, new), counts)
+        plain = longer(self.plain, [sum(n for part, n in head if part == 0) for head in self.parted], new)
+        behind = {head: _short((*head, (0, new.shape[2]))) for head in set(self.parted)}
+        return Rows(plain, counts, self.packed, tuple(behind[head] for head in self.parted))
 
     def put(self, those: Tensor, packed: Packed) -> Rows:
         """The same rows, of which `those [t]` are held as `packed`, in their order."""
@@ -113,19 +101,28 @@ class Rows:
             packed = parts.pop(number - 1).join(packed, partial(_woven, order))
         parts.insert(number - 1, packed)
         runs = (_short((number if meant else part, n) for part, meant, n in head) for head in cut)
-        return Rows(plain, tuple(parts), tuple(runs))
+        return Rows(plain, self.counts, tuple(parts), tuple(runs))
 
     def take(self, which: Tensor, counts: Sequence[int]) -> Rows:
         """The rows of these numbers, in this order, so many of each head."""
         if not self.packed:
-            return Rows.of(_taken(self.plain, which), counts)
+            return Rows(self.plain.index_select(0, which), counts)
         runs = torch.tensor([*chain(*self.runs)], dtype=torch.long, device=which.device).view(-1, 2)
         number = runs[:, 0].repeat_interleave(runs[:, 1])
         mine = number[which]
         places = (((number == i).cumsum(0) - 1)[which[mine == i]] for i in range(len(self.packed) + 1))
         plain, *parts = map(_taken, self.parts, places)
-        cut = _cut(Rows.of(which, counts).runs, mine)
-        return Rows(plain, tuple(parts), tuple(_short((part, n) for _, part, n in head) for head in cut))
+        cut = _cut(Rows(which, counts).runs, mine)
+        return Rows(plain, counts, tuple(parts), tuple(_short((part, n) for _, part, n in head) for head in cut))
+
+
+def longer(held: Tensor, counts: Sequence[int], new: Tensor) -> Tensor:
+    """`held [t ...]`, so many of each head, with `new [b g n ...]`, some for each head behind its others."""
+    if len(set(counts)) == 1:
+        heads = new.shape[:2]
+        return torch.cat([held.view(*heads, counts[0], *held.shape[1:]), new], 2).flatten(0, 2)
+    pairs = zip(held.split(list(counts)), new.flatten(0, 1), strict=True)
+    return torch.cat([x for pair in pairs for x in pair])
 
 
 def _taken(part: Any, which: Tensor) -> Any:

@@ -29,7 +29,12 @@ class Positions:
     def __len__(self) -> int:
         return self.index.shape[-1]
 
-    @property
+    @cached_property
+    def single(self) -> bool:
+        """Whether there is one place, as where a text is written token by token."""
+        return self.index.shape[-1] == 1
+
+    @cached_property
     def whole(self) -> bool:
         """Whether it is known, without a look at a tensor, that every place is a token of a text."""
         return self.is_filled is None and (self.pads == (0, 0) or self.position is self.index)
@@ -54,7 +59,7 @@ class Positions:
         low, high = int(pad.min()), int(pad.max())
         return Positions(index, index - pad[:, None, None], start, (low, high), is_filled)
 
-    @property
+    @cached_property
     def end(self) -> int:
         """An index that none reaches."""
         if self.first is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import reduce
 
@@ -15,12 +14,15 @@ from heedful.core.flags import between, either
 from heedful.core.positions import Pairs, Positions, spread_heads
 
 
-class Rule(ABC):
-    """A condition on pairs. Rules join with `&` and `|`."""
+class Rule:
+    """A condition on pairs. Rules join with `&` and `|`.
 
-    @abstractmethod
+    It is no abstract class of Python's: every call tells rules apart, and `isinstance` would be a function in Python.
+    """
+
     def keeps(self, pairs: Pairs) -> Tensor:
         """True where the pair is computed, broadcastable to `[b h r k]`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which pairs are computed; write its `keeps`")
 
     def span(self, q: Positions, k: Positions) -> Ranges | None:
         """The key columns outside which no pair of these queries is kept; None when that is not known."""

@@ -21,17 +21,10 @@ from heedful.core.values import replace
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.earlier import with_earlier
 from heedful.engine.needs import Needs, tilewise
+from heedful.engine.plan import Plan
 from heedful.engine.precision import mixed, unmixed, wide, widened
-from heedful.engine.run_state import Plan
-from heedful.engine.stages import (
-    added,
-    chosen_heads,
-    own_rows,
-    stage,
-    staged,
-    untouched,
-    weighing_of,
-)
+from heedful.engine.stages import added, chosen_heads, own_rows, stage, staged, weighing_of
+from heedful.engine.untouched import Untouched
 
 SHARED_ROWS = 64  # of a product, from which on threads share it
 FIRST_ROWS = 128  # of a tile for those who read a pattern's first rows
@@ -190,18 +183,23 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
             heads, pattern, call = attend(job, wide(q), wide(k), wide(v), choose)
         return heads.to(v.dtype), pattern, call
     call, run_state = job.call, job.run_state
-    q = staged(Site.QUERY, q, job, call)[0]
-    k = staged(Site.KEY, k, job, call)[0]
-    v = staged(Site.VALUE, v, job, call)[0]
+    plan = job.plan
+    if Site.QUERY in plan.acts:
+        q = staged(Site.QUERY, q, job, call)[0]
+    if Site.KEY in plan.acts:
+        k = staged(Site.KEY, k, job, call)[0]
+    if Site.VALUE in plan.acts:
+        v = staged(Site.VALUE, v, job, call)[0]
     call = replace(call, query=q, key=k, value=v, bias=job.bias)
-    mask = staged(Site.MASK, call.mask, job, call)[0]
-    if mask is not call.mask:
-        call = replace(call, mask=mask, in_order=call.causal and not mask.causal)
-    requested = job.plan.requested
-    carries = _carries(job, call)
+    if Site.MASK in plan.acts:
+        mask = staged(Site.MASK, call.mask, job, call)[0]
+        if mask is not call.mask:
+            call = replace(call, mask=mask, in_order=call.causal and not mask.causal)
+    requested = plan.requested
+    carries = _carries(job, call) if plan.summed else {}
     carry = torch.cat(list(carries.values()), -1) if carries else None
     needs = replace(
-        job.plan.needs, softcap=call.softcap is not None, sink=job.sink is not None, pattern=job.keep_pattern,
+        plan.needs, softcap=call.softcap is not None, sink=job.sink is not None, pattern=job.keep_pattern,
         sinks_by_row=job.sink is not None and job.sink.numel() != call.heads,
         sink_learns=job.sink is not None and job.sink.requires_grad,
         bias=job.bias is not None, bias_learns=job.bias is not None and job.bias.requires_grad,
@@ -211,18 +209,20 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
     accumulator = SummaryAccumulator(requested, call, carry, learned) if requested else None
     job = replace(job, call=call, accumulator=accumulator, needs=needs)
     pattern = None
-    if mixes := job.plan.at(Site.MIX):
-        heads = _mixed(mixes[0], job, q, k, v)
+    if Site.MIX in plan.acts:
+        heads = _mixed(plan.at(Site.MIX)[0], job, q, k, v)
     else:
-        longer, rows = with_earlier(job, q)
+        longer, rows = with_earlier(job, q) if plan.above else (job, q)
         heads, pattern = choose(needs)(longer, rows, k, v)
     if needs.adds and not needs.transformed and not bool(heads.detach().abs().amax().isfinite()):
         _require_numbers(job, q)
-    if job.plan.apart:
+    if plan.apart:
         _first_rows(job, q, k, v)
     if job.accumulator is not None:
         _sum_up(job, job.accumulator, carries)
-    heads = staged(Site.HEAD_OUTPUT, heads.to(v.dtype), job, call)[0]
+    heads = heads.to(v.dtype)
+    if Site.HEAD_OUTPUT in plan.acts:
+        heads = staged(Site.HEAD_OUTPUT, heads, job, call)[0]
     run_state.remember(call)
     run_state.look_for_nan(call.layer, heads)
     return heads, pattern, call
@@ -262,10 +262,10 @@ def _first_rows(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _learned(job: AttentionCall) -> tuple[Tensor, ...]:
     """What the weights depend on beside queries and keys."""
-    given = (x for x in (job.sink, job.bias) if x is not None)
-    edits = (step for step in job.plan.steps if step.edit.site in MAP_SITES and not step.edit.weighs)
-    found = (job.run_state.params.get((step.number, job.call.layer), {}).values() for step in edits)
-    return (*given, *itertools.chain.from_iterable(found))
+    found = [x for x in (job.sink, job.bias) if x is not None]
+    for step in job.plan.learning:
+        found += job.run_state.params.get((step.number, job.call.layer), {}).values()
+    return tuple(found)
 
 
 def _carries(job: AttentionCall, call: Call) -> dict[int, Tensor]:
@@ -301,7 +301,7 @@ def _mixed(step: Step, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> T
     call = job.call
     if job.bias is not None or job.sink is not None or call.softcap is not None or not call.mask.plain:
         raise _without_map(step, call)
-    with untouched(step, job, q, k, v):
+    with Untouched(step, job, q, k, v):
         return _made(step, (q, k, v), (*q.shape[:3], v.shape[-1]), job, call)
 
 
@@ -319,7 +319,7 @@ def replaced(step: Step, job: AttentionCall, call: Call, output: Tensor) -> Tens
         )
     if not call.mask.plain:
         raise _without_map(step, call)
-    with untouched(step, job, call.hidden):
+    with Untouched(step, job, call.hidden):
         return _made(step, call.hidden, tuple(output.shape), job, call).to(output.dtype)
 
 

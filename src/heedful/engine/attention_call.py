@@ -13,7 +13,8 @@ from heedful.core.reweight import Reweight
 from heedful.core.summary import SummaryAccumulator
 from heedful.engine.needs import Needs
 from heedful.engine.one_forward import Spare
-from heedful.engine.run_state import Plan, RunState
+from heedful.engine.plan import Plan
+from heedful.engine.run_state import RunState
 
 
 @dataclass(frozen=True, eq=False)

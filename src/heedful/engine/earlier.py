@@ -16,7 +16,7 @@ from heedful.engine.attention_call import AttentionCall
 def with_earlier(job: AttentionCall, q: Tensor) -> tuple[AttentionCall, Tensor]:
     """The call with the rows above its own that its edits look at, from what was kept with the cache; keeps its own."""
     above, call = job.plan.above, job.call
-    if not above or call.cross:
+    if call.cross:
         return job, q
     kept = job.run_state.kept_by_engine(call)
     before = kept.get("queries")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -81,6 +82,21 @@ class Needs:
             **more,
         )
 
+    @property
+    def kind(self) -> Hashable:
+        """All that the backends' answers hang on, beside the steps, in a call of one query for each head.
+
+        None where there are more, or blocks or gradients: there they look at where keys lie, and at parameters.
+        """
+        call = self.call
+        if call is None or not call.queries.single or call.mask.blocks or self.gradients or self.transformed:
+            return None
+        kinds = tuple([(type(x), x.dtype, x.device, x.shape[-1]) for x in self.tensors])
+        return (
+            kinds, call.keys.pads is None, self.softcap, self.sink, self.sink_learns, self.sinks_by_row, self.bias,
+            self.bias_learns, self.dropout, self.pattern,
+        )  # fmt: skip
+
     @cached_property
     def gradients(self) -> bool:
         return torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors + self.learned)
@@ -88,12 +104,12 @@ class Needs:
     @cached_property
     def transformed(self) -> bool:
         """Whether torch derives forwards here, or runs over many inputs at once, which its own functions alone know."""
-        return traced(*(x for x in self.tensors + self.learned if isinstance(x, Tensor)))
+        return traced(*self.tensors, *self.learned)
 
     @property
     def sees_all(self) -> bool:
         """Whether the call is one query for each head, known to see every key that its head has."""
-        if self.call is None or len(self.call.queries) > 1:
+        if self.call is None or not self.call.queries.single:
             return False
         q, k = self.call.queries, self.call.keys
         return (k.is_filled is None or k.filled is not None) and self.call.mask.idle(q, k)

@@ -7,6 +7,7 @@ and narrower than what they are put beside.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,13 +21,12 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+_available = cache(torch.amp.is_autocast_available)
+
+
 def mixed(x: object) -> bool:
     """Whether autocast is on where a tensor lies."""
-    return (
-        isinstance(x, Tensor)
-        and torch.amp.is_autocast_available(x.device.type)
-        and torch.is_autocast_enabled(x.device.type)
-    )
+    return isinstance(x, Tensor) and _available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def unmixed(x: Tensor) -> AbstractContextManager[object]:

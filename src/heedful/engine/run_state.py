@@ -8,7 +8,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -16,113 +15,21 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from heedful.core.call import Call, DenoisingStep, Phase
-from heedful.core.errors import DefinitionError, FieldError, SiteError
-from heedful.core.method import Method, Scoped, Stack, Step
-from heedful.core.sites import HEADLESS_SITES, MAP_SITES, Site
+from heedful.core.errors import DefinitionError, SiteError
+from heedful.core.method import Stack, Step
+from heedful.core.sites import Site
 from heedful.core.state import Key, Notes, Shelf, State
 from heedful.core.stats import Statistic
 from heedful.core.values import replace
 from heedful.engine.learned import planted_name
 from heedful.engine.merging import Merges, require_own_keys
-from heedful.engine.needs import Needs, apart
+from heedful.engine.needs import apart
 from heedful.engine.one_forward import Forward, Found, Look, Memory
+from heedful.engine.plan import Plan
 from heedful.engine.transformed import plain, summed
 
 _K = TypeVar("_K")
-
-
-class Plan:
-    """The steps of one layer in one phase, by site; those that are served `apart` take no part in the tiles."""
-
-    def __init__(self, steps: tuple[Step, ...], apart: tuple[Step, ...] = ()) -> None:
-        self.steps = steps
-        self.apart = apart
-        self._by_site: dict[Site, tuple[Step, ...]] = {
-            site: tuple(s for s in steps if s.edit.site is site) for site in {s.edit.site for s in steps}
-        }
-        self._tiles = {
-            site: tuple(s for s in found if not (s.edit.sums and s.edit.reads) and s not in apart)
-            for site, found in self._by_site.items()
-        }
-
-    def at(self, site: Site) -> tuple[Step, ...]:
-        return self._by_site.get(site, ())
-
-    def edits(self, *sites: Site) -> bool:
-        """Whether some step changes one of the sites."""
-        return any(not s.edit.reads for site in sites for s in self.at(site))
-
-    def tiles(self, site: Site) -> tuple[Step, ...]:
-        """The steps that act on the site's tiles, and do not just read their summary."""
-        return self._tiles.get(site, ())
-
-    @cached_property
-    def may_idle(self) -> tuple[Step, ...]:
-        """The steps of methods that sometimes have nothing to do."""
-        return tuple(s for s in self.steps if type(s.method).idle is not Method.idle)
-
-    @cached_property
-    def merging(self) -> tuple[Step, ...]:
-        """The steps that may leave fewer tokens."""
-        return tuple(s for s in self.steps if s.edit.merges)
-
-    @cached_property
-    def _stepwise(self) -> dict[int, Scoped]:
-        """The parts that act in some denoising steps alone, by number."""
-        return {s.number: s.part for s in self.steps if isinstance(s.part, Scoped) and s.part.steps is not None}
-
-    def left_out(self, at: DenoisingStep | None) -> frozenset[int]:
-        """The parts that do not act in a denoising step."""
-        for part in self._stepwise.values():
-            if at is None:
-                rule = "acts in some denoising steps, and the run was not told at which one the model is"
-                raise FieldError(repr(part), "steps", list(part.steps or ()), rule, "with run.denoising(0, of=50): ...")
-        return frozenset(n for n, part in self._stepwise.items() if at and at.number not in (part.steps or ()))
-
-    @cached_property
-    def summed(self) -> tuple[Step, ...]:
-        """The steps that read the pattern's summary."""
-        return tuple(s for s in self.at(Site.PATTERN) if s.edit.sums and s.edit.reads)
-
-    @cached_property
-    def one_text(self) -> Step | None:
-        """A step that takes a row for one text, if one does: what is summed up is of texts."""
-        return next((s for s in self.steps if s.method.one_text or s in self.summed), None)
-
-    @cached_property
-    def requested(self) -> frozenset[str]:
-        """The parts of the summary that they read."""
-        return frozenset(part for step in self.summed for part in step.edit.sums)
-
-    @cached_property
-    def needs(self) -> Needs:
-        """What the steps need of a backend, whatever the call."""
-        return Needs.of(self.steps)
-
-    @cached_property
-    def reweights(self) -> tuple[Step, ...]:
-        """The steps that move weight between whole columns."""
-        return tuple(s for s in self.at(Site.PATTERN) if s.edit.reweights)
-
-    @cached_property
-    def above(self) -> int:
-        """How many rows above a tile its edits look at."""
-        methods = {s.number: s.method for s in self.steps if s.edit.site in MAP_SITES and not s.edit.adds}
-        return sum(method.above() for method in methods.values())
-
-    def before(self, shift: Step) -> Plan:
-        """What makes the pattern that a shift is told about."""
-        edits = (s for s in self.steps if s.edit.site in MAP_SITES and not s.edit.reads)
-        earlier = self.at(Site.PATTERN)[: self.at(Site.PATTERN).index(shift)]
-        return Plan(tuple(s for s in edits if s.edit.site is not Site.PATTERN or s in earlier))
-
-    def acts_inside(self) -> bool:
-        """Whether something acts between projection and output projection."""
-        return any(s.edit.site not in HEADLESS_SITES for s in self.steps)
-
-    @property
-    def whole_map(self) -> bool:
-        return any(s.method.whole_map for s in self.steps)
+NONE: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -147,13 +54,14 @@ class RunState:
     now: Forward = field(default_factory=Forward)  # the last forward, or what is computed of an earlier one again
 
     def __post_init__(self) -> None:
+        self._largest: dict[int, int] = {}  # how many pairs each layer's largest call has
         self._highest: dict[int, Tensor] = {}  # of all that the heads of each layer gave, without its sign
         self._of_run: dict[tuple[int, int], dict[str, Any]] = defaultdict(dict)  # by part and layer
         parts = self.stack.parts
         self._names = tuple(f"{part!r} {parts[:n].count(part)}" for n, part in enumerate(parts))
         edits = [any(not e.reads for e in method.edits) for method in self.stack.methods]
         self._editors = tuple(itertools.compress(self._names, edits))
-        self._plans: dict[tuple[int, Phase, frozenset[int], bool | None], Plan] = {}
+        self._plans: dict[tuple[int, Phase, bool, frozenset[int]], Plan] = {}
 
     @property
     def losses(self) -> dict[Found, Tensor]:
@@ -163,7 +71,7 @@ class RunState:
     def begin(self, layer: int, shelf: Shelf, module: nn.Module) -> None:
         """A call of a layer begins, with what methods keep with its cache."""
         self.now.shelves[layer] = shelf
-        for number, method in enumerate(self.stack.methods):
+        for number, method in enumerate(self.stack.methods if self.params else ()):
             if kept := self.params.get((number, layer)):  # whoever loads, moves or shards weights may put others there
                 found = {name: getattr(module, planted_name(method, number, name)) for name in kept}
                 self.params[number, layer] = found
@@ -182,25 +90,28 @@ class RunState:
 
         A part is asked once a call. With sites only those are asked that act there, and the others left for later.
         """
-        whole, asked = self._plan(call.layer, call.phase), self.now.idle[call.layer]
+        whole = self._plan(call.layer, call.phase, call.training)
+        if whole.settled:
+            return whole
+        asked = self.now.idle[call.layer]
         for step in whole.may_idle:
             if step.number not in asked and (not sites or step.edit.site in sites):
                 asked[step.number] = step.method.idle(self.view(step, call))
         idle = frozenset(number for number, yes in asked.items() if yes) | whole.left_out(call.denoising)
         self.idled |= idle
-        found = self._plan(call.layer, call.phase, idle, call.training)
+        found = self._plan(call.layer, call.phase, call.training, idle)
         if call.cross and not sites and not call.ends_list:  # behind the last none are merged, as in a pooling head
             for step in found.merging:
                 require_own_keys(step, call)  # before it takes the keys for its tokens
         return found
 
-    def _plan(self, layer: int, phase: Phase, idle: frozenset[int] = frozenset(), training: bool | None = None) -> Plan:
-        """Those of a layer in a phase, without idle parts; with `training` None those of training and of rest."""
-        found = self._plans.get((layer, phase, idle, training))
+    def _plan(self, layer: int, phase: Phase, training: bool, idle: frozenset[int] = NONE) -> Plan:
+        """That of a layer in a phase, in training or at rest, without idle parts."""
+        found = self._plans.get((layer, phase, training, idle))
         if found is None:
             left = (s for s in self.stack.steps(layer, phase) if s.number not in idle)
-            steps = tuple(s for s in left if training is None or s.edit.training in (None, training))
-            found = self._plans[layer, phase, idle, training] = Plan(steps, apart(steps))
+            steps = tuple(s for s in left if s.edit.training in (None, training))
+            found = self._plans[layer, phase, training, idle] = Plan(steps, apart(steps))
         return found
 
     def new_forward(self, blind: bool = False, known: Mapping[int, dict[str, Any]] | None = None) -> None:
@@ -295,9 +206,7 @@ class RunState:
 
     def close_call(self, plan: Plan, call: Call) -> None:
         """Hand what the tiles of a call added up to over to the run."""
-        for step in plan.steps:
-            if not step.edit.reads:
-                continue
+        for step in plan.readers:
             key = (step.number, step.edit.name, call.layer)
             if key in self.now.open:
                 whole = summed(step.method.finish(self.now.open.pop(key), self.view(step, call)))
@@ -313,10 +222,9 @@ class RunState:
 
     def remember(self, call: Call) -> None:
         """Keep the places and rules of a layer's largest call; of its tensors, only what a rule itself holds on to."""
-        have = self.calls.get(call.layer)
-        size = len(call.queries) * len(call.keys)
-        if have is None or size >= len(have.queries) * len(have.keys):
-            self.calls[call.layer] = call.places
+        size = call.queries.index.shape[-1] * call.keys.index.shape[-1]
+        if size >= self._largest.get(call.layer, 0):
+            self.calls[call.layer], self._largest[call.layer] = call.places, size
 
     def merge(self, step: Step, call: Call, merges: Merges) -> None:
         """Keep what has become of the tokens of a list of layers, for those behind this one."""

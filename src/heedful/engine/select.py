@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from heedful.core.asked import asks
@@ -29,6 +30,15 @@ def select(requested: str, needs: Needs, backends: dict[str, Backend] | None = N
             raise BackendError(f"backend {requested!r} cannot serve this call: " + "; ".join(reasons))
         return have[requested]
     return next(b for b in have.values() if not b.refuses(needs))
+
+
+def select_once(requested: str, needs: Needs, known: dict[Hashable, Backend]) -> Backend:
+    """The same, and where the steps are those of which some choices are `known`, only for calls of another kind."""
+    if (kind := needs.kind) is None:
+        return select(requested, needs)
+    if (requested, kind) not in known:
+        known[requested, kind] = select(requested, needs)
+    return known[requested, kind]
 
 
 @dataclass(frozen=True)

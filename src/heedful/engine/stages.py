@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import torch
@@ -25,6 +23,7 @@ from heedful.core.weighing import Weighing
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.merging import merge
 from heedful.engine.precision import mixed, unmixed, wide, widened
+from heedful.engine.untouched import Untouched
 
 
 def _kv_heads(heads: tuple[int, ...], call: Call, step: Step) -> list[int]:
@@ -87,23 +86,6 @@ def _hidden(old: Tensor, new: Tensor, call: Call) -> tuple[Tensor, Call]:
     return torch.where(hidden, old.to(new.dtype), new), replace(call, keep=keep)
 
 
-@contextmanager
-def untouched(step: Step, job: AttentionCall, *given: Any) -> Iterator[None]:
-    """See to it that a step leaves what it is handed as it was.
-
-    Inference tensors count no versions: they are compared with copies until the step was seen to be clean.
-    """
-    clean = job.run_state.clean
-    tensors = [x for x in given if isinstance(x, Tensor)]
-    counted = [(x, x._version) for x in tensors if not x.is_inference()]
-    copied = [(x, x.clone()) for x in tensors if step not in clean and x.is_inference()]
-    yield
-    if any(x._version != version for x, version in counted) or not all(_alike(x, copy) for x, copy in copied):
-        raise SiteError(f"{step}, layer {job.call.layer}: changed its input in place; return a new tensor instead")
-    if copied:
-        clean.add(step)
-
-
 def own_rows(call: Call) -> Call:
     """A tile without the rows that are only there to be looked at."""
     if not call.above:
@@ -122,11 +104,6 @@ def _top(call: Call, rows: int) -> Call:
     return replace(call, queries=call.queries.take(top), rows=slice(start, stop), keep=keep)
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Equal, where no number equals itself."""
-    return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
 def _read(step: Step, x: Any, job: AttentionCall, call: Call) -> Any:
     """What a reader leaves: the value as it was, of which it has told."""
     seen, chosen = own_rows(job.run_state.view(step, call)), chosen_heads(step, call)
@@ -141,7 +118,7 @@ def _read(step: Step, x: Any, job: AttentionCall, call: Call) -> Any:
         if left <= 0:
             return x
         mine, seen = mine[:, :, :left], _top(seen, left)
-    with untouched(step, job, mine):
+    with Untouched(step, job, mine):
         found = getattr(step.method, step.edit.name)(mine if chosen is None else mine[:, chosen], seen)
     job.run_state.note(step, call, found)
     # the same numbers, and a reader that keeps its tensor has its gradient
@@ -163,7 +140,7 @@ def _narrowed(step: Step, mask: Mask, job: AttentionCall, call: Call) -> Mask:
 def _edited(step: Step, x: Tensor, job: AttentionCall, call: Call) -> tuple[Tensor, Call]:
     """The tensor that an edit makes of one, in the heads that it is for, and the call as the next step sees it."""
     chosen, site = chosen_heads(step, call), step.edit.site
-    with untouched(step, job, x):
+    with Untouched(step, job, x):
         new = getattr(step.method, step.edit.name)(x, job.run_state.view(step, call))
     if isinstance(new, Merged):
         merges = merge(step, x, new, call, job.run_state.now.merges.get(call.lowest))
@@ -319,7 +296,7 @@ def keep_entries(job: AttentionCall, entries: CachedKV) -> list[Kept]:
     for step in (steps := job.plan.at(Site.CACHE)):
         seen = job.run_state.view(step, job.call)
         mine = replace(entries, in_row=is_text)
-        with untouched(step, job, entries.key, entries.value):
+        with Untouched(step, job, entries.key, entries.value):
             given = getattr(step.method, step.edit.name)(mine, seen)
         new = _left(step, given, entries, job.call)
         left.append(new)

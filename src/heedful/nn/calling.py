@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from heedful.adapters.answering import Operands, computed, evict, plan_of, replaced_whole
 from heedful.adapters.carried import shelf_of
-from heedful.adapters.kvcache import HeldLayer, held_layer, hold, serve
+from heedful.adapters.kvcache import HeldLayer, hold, own_cache, shrinking
 from heedful.adapters.operations.torch_masks import placed
 from heedful.adapters.replacing import ROTATED, UNROTATED
 from heedful.core.call import Call, Phase
@@ -21,7 +21,7 @@ from heedful.core.positions import Positions
 from heedful.core.sites import Site
 from heedful.engine.attend import replaced
 from heedful.engine.attention_call import AttentionCall
-from heedful.engine.run_state import Plan
+from heedful.engine.plan import Plan
 from heedful.engine.stages import stage
 from heedful.nn.masks import Sizes, Told
 from heedful.nn.rotary import turned
@@ -122,10 +122,13 @@ def _cached(
     if cache is None:
         return k, v, None
     if module.run.installed() and module.run.stack.touches(Site.CACHE):
-        hold(cache, number, call.name)
-    serve(cache, number)
+        hold(own_cache(cache), number, call.name)
+    if (held := shrinking(own_cache(cache), number)) is not None:
+        held.served = True
     k, v = cache.update(k, v, number)
-    if (held := held_layer(cache, number, k, v, call.name)) is None:
+    if held is not None:
+        held.require(k, v, call.name)
+    else:
         k, v = (x[:, :, : given.sizes.keys] for x in (k, v))  # a static cache has empty room behind them
         if k.shape[2] < given.sizes.keys:
             raise RefusedModel(

@@ -17,7 +17,7 @@ from heedful.core.regions import Region
 from heedful.core.sites import Site
 from heedful.engine.attend import replaced
 from heedful.engine.attention_call import AttentionCall
-from heedful.engine.run_state import Plan
+from heedful.engine.plan import Plan
 from heedful.engine.stages import stage
 from heedful.nn.served import Served
 

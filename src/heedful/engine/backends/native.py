@@ -33,7 +33,8 @@ from heedful.engine.backends.mapless import (
 )
 from heedful.engine.backends.tiled import Tiled
 from heedful.engine.needs import Needs
-from heedful.engine.run_state import Plan, RunState
+from heedful.engine.plan import Plan
+from heedful.engine.run_state import RunState
 from heedful.native import Library, Problem, library
 
 PAPER = Paper(
@@ -91,6 +92,8 @@ class Native:
             return _in_order(kernel, job, rule, q, k, v), None
         if _why_tiles(needs):
             return Tiled(compute=partial(_tile, kernel))(job, q, k, v)
+        if not job.plan.reweights:
+            return _compute(kernel, job, q, k, v), None
         return through(lambda plain: _compute(kernel, plain, q, k, v), job, q, k, v), None
 
 
@@ -103,9 +106,9 @@ def _why_tiles(needs: Needs) -> str:
     if needs.gradients and needs.bias_learns:
         return "gradients are wanted of the bias"
     blocks = needs.call.mask.blocks
-    if len(blocks) > 1 or any(b.size % GRAIN for b in blocks):
+    if blocks and (len(blocks) > 1 or any(b.size % GRAIN for b in blocks)):
         return f"there is more than one block table of blocks that are a multiple of {GRAIN} wide"
-    if any(b.first is not None for b in blocks):
+    if blocks and any(b.first is not None for b in blocks):
         return "blocks begin with the text, and padding on the left moves them off the kernel's panels"
     passes = needs.gradients or not _alone(needs.call)
     return STRETCHES if passes and needs.key_ranges is None else ""
@@ -116,7 +119,7 @@ def _arranged(needs: Needs) -> Arranged | None:
     call = needs.call
     if call is None or needs.adds or needs.bias or call.keys.is_filled is not None:
         return None
-    rules = [rule for rule in call.mask.rules if not rule.idle(call.queries, call.keys)]
+    rules = call.mask.acting(call.queries, call.keys)
     return rules[0] if len(rules) == 1 and isinstance(rules[0], Arranged) else None
 
 
@@ -160,7 +163,7 @@ def _gaining(
 
 def _alone(call: Call) -> bool:
     """Whether there is one query for each head; where there is no way back, it reads the cache as it lies."""
-    return len(call.queries) == 1 and not call.mask.blocks
+    return call.queries.single and not call.mask.blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,11 +301,11 @@ def _attended(
     q, k, v = _in_rows(q), _in_rows(k), _in_rows(v)
     p.out_bfloat16 = p.bfloat16 and not p.exact and not back  # who goes on computing with it wants it unrounded
     out = torch.empty(b, n, h, p.value_width, dtype=q.dtype if p.out_bfloat16 else torch.float32)
-    p.q, p.k, p.v, p.out = (x.data_ptr() for x in (q, k, v, out))
+    p.q, p.k, p.v, p.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
     p.q_stride, p.k_stride, p.v_stride = _strides(q), _strides(k), _strides(v)
     _tell_mask(asked, needs, call)
     p.softcap = call.softcap or 0.0
-    if (form := weighing(job)) is not None:
+    if Site.NORMALISE in job.plan.acts and (form := weighing(job)) is not None:
         p.form, p.shift, p.mean = 1 + FORMS.index(form.form), form.shift, form.mean
     if job.bias is not None:
         asked.hold("bias", _in_rows(job.bias.detach().float()))
@@ -324,9 +327,11 @@ def _tell_mask(asked: _Asked, needs: Needs, call: Call) -> None:
     for blocks in call.mask.blocks:
         table = asked.hold("blocks", blocks.table.to(torch.uint8).contiguous())
         p.block, p.block_cols, p.block_units = blocks.size, table.shape[3], table.shape[1]
-    if asked.alone and needs.sees_all and (p.held or call.keys.is_filled is None):
-        return
-    if asked.alone and not call.mask.idle(call.queries, call.keys):
+    even = call.keys.is_filled is None
+    if asked.alone and call.mask.idle(call.queries, call.keys):
+        if even or (p.held and call.keys.filled is not None):
+            return
+    elif asked.alone:
         kept = call.mask.keeps(call.pairs)
         if kept is None or bool(kept.all()):
             return
@@ -354,7 +359,7 @@ def _shared(x: Tensor, axes: int) -> list[int]:
 
 def _in_rows(x: Tensor) -> Tensor:
     """As the kernel reads it: the last axis without gaps."""
-    x = padded(x)
+    x = padded(x) if isinstance(x, Ragged) else x
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

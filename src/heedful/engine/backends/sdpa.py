@@ -60,6 +60,8 @@ class Sdpa:
 def _flag_or_table(call: Call) -> tuple[bool, Tensor | None]:
     """The kernel's causal flag where that says it all, else the table of pairs; neither when all pairs are kept."""
     q, k = call.queries, call.keys
+    if k.is_filled is None and call.mask.idle(q, k):
+        return False, None
     if call.mask.only_causal and k.is_filled is None and q.first is not None and k.first is not None:
         if len(q) == 1 and q.first >= k.first + len(k) - 1:
             return False, None

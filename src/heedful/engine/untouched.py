@@ -1,0 +1,54 @@
+"""Whether a step left what it was handed as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from heedful.core.errors import SiteError
+from heedful.core.method import Step
+from heedful.engine.attention_call import AttentionCall
+
+
+class Untouched:
+    """A `with` that sees to it that a step leaves what it is handed as it was.
+
+    Inference tensors count no versions: they are compared with copies until the step was seen to be clean.
+    """
+
+    def __init__(self, step: Step, job: AttentionCall, *given: Any) -> None:
+        self.step, self.job = step, job
+        self.counted: list[tuple[Tensor, int]] = []
+        self.copied: list[tuple[Tensor, Tensor]] = []
+        for x in given:
+            if not isinstance(x, Tensor):
+                continue
+            if not x.is_inference():
+                self.counted.append((x, x._version))
+            elif step not in job.run_state.clean:
+                self.copied.append((x, x.clone()))
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
+        for x, version in self.counted:
+            if x._version != version:
+                raise self._changed
+        for x, copy in self.copied:
+            if not _alike(x, copy):
+                raise self._changed
+        if self.copied:
+            self.job.run_state.clean.add(self.step)
+
+    @property
+    def _changed(self) -> SiteError:
+        told = f"{self.step}, layer {self.job.call.layer}"
+        return SiteError(f"{told}: changed its input in place; return a new tensor instead")
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Equal, where no number equals itself."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())
