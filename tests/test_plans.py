@@ -123,3 +123,15 @@ def test_cross_attention_lets_nobody_go_on_from_heads_of_unlike_length() -> None
     assert not all(layer.even for layer in cache.self_attention_cache.layers)
     with pytest.raises(RefusedModel, match="unlike numbers of entries"):
         model(**{**given, "decoder_input_ids": rest}, **{CACHE: cache})
+
+
+@torch.no_grad()
+def test_a_call_without_a_cache_remembers_none_of_a_call_that_failed() -> None:
+    model = tiny("llama", num_hidden_layers=2)
+    with attach(model, KNorm(0.5)) as run:
+        cache = read(model, IDS)
+        handle = model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            step(model, cache, IDS[:, :1])
+        handle.remove()
+        assert run(input_ids=IDS[:, :5], use_cache=False).logits.shape[1] == 5

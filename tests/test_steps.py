@@ -1,5 +1,6 @@
-"""What a run adds to each token that a model writes is few operations and few calls of Python's, counted: time on a busy
-machine says little.
+"""What a run adds to each token that a model writes is few operations and few calls of Python's.
+
+They are counted: time on a busy machine says little.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from .samples import PAPER
 
 MODEL = tiny("llama", num_hidden_layers=3)
 IDS = torch.arange(3, 99).view(1, 96)
-# for a layer: operations beyond the model's 44, looks at numbers, and calls of functions written in Python, some 35 of which
-# are those of a whole forward, divided among three layers: what was found, and a few to spare
+# for a layer: operations beyond the model's 44, looks at numbers, and calls of functions written in Python, of which
+# some 35 are a third of those of a whole forward: what was found, and a few to spare
 FEW = {
     "attached, nothing to do": (2, 0, 86),
     "SinkRate": (2, 0, 130),

@@ -117,6 +117,7 @@ class Hooks:
             return None
         if self.forwards.asks_gradients:
             self._stand_around(bound.name)
+        bound.held = None  # also where the last call ended with an error
         if bound.cache is not None and not bound.cross:
             self._reach(bound, bound.cache)
         if not bound.steps.steps:

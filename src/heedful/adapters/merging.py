@@ -14,7 +14,6 @@ from heedful.adapters.hooked import Hooked, Standing
 from heedful.adapters.layers import list_of
 from heedful.adapters.lazymask import LazyMask
 from heedful.core.errors import RefusedModel, SiteError
-from heedful.core.method import Step
 from heedful.core.regions import Marks, PerText, Region
 from heedful.engine.merging import Merges
 from heedful.engine.run import Run
@@ -31,9 +30,9 @@ def came_to(run: Run, bound: Bound, told: Mapping[str, Any], stream: Tensor | No
         if any(list_of(run.layer_names[first]) == list_of(bound.name) for first in known):
             raise RefusedModel(f"{bound.name} is not served, and tokens were merged before it; serve the whole list")
         return None
-    merging: Step | None = next((step for step in run.stack.steps(bound.number) if step.edit.merges), None)
-    if bound.cache is not None and merging is not None:
-        raise RefusedModel(f"{merging}: {bound.name} reads into a cache, which would hold every token; use_cache=False")
+    if bound.cache is not None and (merging := bound.steps.merging):
+        told = f"{merging[0]}: {bound.name} reads into a cache, which would hold every token"
+        raise RefusedModel(f"{told}; use_cache=False")
     merges = known.get(bound.lowest)
     if merges is None:
         return None

@@ -343,20 +343,12 @@ class Stack:
 
     def steps(self, layer: int | None = None, phase: Phase | None = None) -> tuple[Step, ...]:
         """Every edit in the order of sites, then of parts, that acts in the layer and phase."""
-        found = self._found.get((layer, phase))
-        if found is None:
-            found = self._found[layer, phase] = tuple(s for s in self._all if _acts(s.part, layer, phase))
-        return found
+        return tuple(s for s in self._all if _acts(s.part, layer, phase))
 
     @cached_property
     def _all(self) -> tuple[Step, ...]:
         found = (Step(number, part, edit) for number, part in enumerate(self.parts) for edit in method_of(part).edits)
         return tuple(sorted(found, key=lambda s: (s.edit.site.order, s.number)))
-
-    @cached_property
-    def _found(self) -> dict[tuple[int | None, Phase | None], tuple[Step, ...]]:
-        """Those of each layer and phase that somebody asked for: asked for anew in every call."""
-        return {}
 
     @cached_property
     def merges(self) -> bool:
