@@ -8,7 +8,7 @@ from heedful import catalogue, models
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError, StatisticError
 from heedful.core.stats import load, merged
-from heedful.methods.observe.sink_rate import SinkRate, Sinks, _curves, _finding
+from heedful.methods.observe.sink_rate import Columns, SinkRate, Sinks, _curves, _finding
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
 
 EPSILON = 0.12  # low enough that some heads of a tiny random model have sinks and some have none
@@ -210,6 +210,9 @@ def test_heads_are_told_apart_up_to_a_place(model) -> None:
             assert close(mine[:, :5], wanted[:, :5])
             assert close(mine[:, 5:], wanted[:, 5:].mean(0).expand(4, -1))
     assert close(some.by_position, whole.by_position)
+    columns = Columns.of(torch.rand(2, 4, 12, dtype=torch.float64), torch.ones(4, 12), 5)
+    for x in columns.tensors().values():
+        assert x.untyped_storage().nbytes() == x.nbytes, "positions that are told together are not held one by one"
     with pytest.raises(FieldError, match=r"places = 0: .*1 token or more"):
         SinkRate(places=0)
 

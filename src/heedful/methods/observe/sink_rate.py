@@ -64,7 +64,8 @@ class Columns(Statistic, by_element=True):
         early, later = (Mean.of(total[..., part], count[..., part]) for part in (slice(places), slice(places, None)))
         if places is None:
             later = Mean.of(total[..., :0], count[..., :0])
-        return cls(early.total, early.count, later.total.sum(1), later.count.sum(1))
+        # a copy, so that a few positions do not keep the sums of all of them
+        return cls(early.total.clone(), early.count, later.total.sum(1), later.count.sum(1))
 
     def merge(self, other: Self) -> Self:
         early = Mean(self.early, self.early_count) + Mean(other.early, other.early_count)

@@ -58,14 +58,19 @@ class WeibullWeights(Weights):
             raise FieldError(self, "middle", self.middle, "must be a share between 0 and 1", 0.8)
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]] = ()) -> Self:
-        rows = []
+        counted = []
         for layer in range(len(context.layers)):
             w = context.weights(layer)
-            rows.append(torch.stack([self.line(x) for x in (w.q, w.k, w.v, w.o)], 1))
-        return replace(self, fitted=Fitted(dict(zip(("shape", "scale", "r2"), torch.stack(rows, 1), strict=True))))
+            counted += [self._counted(x) for x in (w.q, w.k, w.v, w.o)]
+        found = self._lines(*map(torch.stack, zip(*counted, strict=True))).unflatten(0, (-1, 4))
+        return replace(self, fitted=Fitted(dict(zip(("shape", "scale", "r2"), found.unbind(-1), strict=True))))
 
     def line(self, weights: Tensor) -> Tensor:
         """Shape, scale and R2 of one matrix, `[3]`; nan where all weights are alike."""
+        return self._lines(*(x[None] for x in self._counted(weights)))[0]
+
+    def _counted(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """How many of a matrix' sizes are in each of equal bins of their logarithms, and where these begin and end."""
         x = weights.detach().flatten()
         if self.sample is not None and len(x) > self.sample:
             x = x.index_select(0, _spread(len(x), self.sample, x.device))
@@ -74,17 +79,24 @@ class WeibullWeights(Weights):
             x = x[x > 0]
         x = x.log()
         low, high = (float(end) for end in x.aminmax()) if len(x) else (0.0, 0.0)
-        count = torch.histc(x, BINS, low, high).double()
-        center = low + (torch.arange(BINS, dtype=torch.float64, device=x.device) + 0.5) * (high - low) / BINS
-        below = (count.cumsum(0) - count / 2) / count.sum()
+        ends = torch.tensor([low, high], dtype=torch.float64, device=x.device)
+        return torch.histc(x, BINS, low, high).double(), ends
+
+    def _lines(self, count: Tensor, ends: Tensor) -> Tensor:
+        """Shape, scale and R2 of matrices `[m 3]`, from their bins `[m bins]` and where these end `[m 2]`."""
+        low, high = ends.split(1, -1)
+        center = low + (torch.arange(BINS, dtype=torch.float64, device=count.device) + 0.5) * (high - low) / BINS
+        below = (count.cumsum(-1) - count / 2) / count.sum(-1, keepdim=True)
         margin = (1 - self.middle) / 2
-        body = (below >= margin) & (below <= 1 - margin) & (count > 0)
-        a, b, weight = center[body], (-torch.log1p(-below[body])).log(), count[body] / count[body].sum()
-        a0, b0 = (weight * a).sum(), (weight * b).sum()
+        body = (below >= margin) & (below <= 1 - margin)
+        weight = count * body
+        weight = weight / weight.sum(-1, keepdim=True)
+        a, b = center, (-torch.log1p(-below)).log().where(body & (count > 0), 0.0)
+        a0, b0 = ((weight * x).sum(-1, keepdim=True) for x in (a, b))
         a, b = a - a0, b - b0
-        aa, ab, bb = ((weight * u * v).sum() for u, v in ((a, a), (a, b), (b, b)))
+        aa, ab, bb = ((weight * u * v).sum(-1) for u, v in ((a, a), (a, b), (b, b)))
         shape = ab / aa
-        return torch.stack([shape, (a0 - b0 / shape).exp(), ab.square() / (aa * bb)])
+        return torch.stack([shape, (a0[:, 0] - b0[:, 0] / shape).exp(), ab.square() / (aa * bb)], -1)
 
     @property
     def shapes(self) -> Tensor:
