@@ -184,6 +184,7 @@ def test_each_beam_sees_what_was_chosen_of_its_own_image(beams: int) -> None:
         alone = [{name: x[i : i + 1] for name, x in inputs.items()} for i in range(2)]
         assert close_model(found, torch.cat([run.generate(**one, **asked).sequences_scores for one in alone]))
         looks = llava.get_image_features(inputs["pixel_values"], return_dict=True)
+        run(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": looks, "video": None})
         looks.pooler_output = [looks.pooler_output[i] for i in (0, 1, 0, 1)]
         ids = inputs["input_ids"].repeat(2, 1)
         with pytest.raises(RefusedModel, match=r"handed 4 images of the 2 that an encoder looked at, .* one image"):

@@ -162,8 +162,9 @@ def _as_it_is(x: Tensor) -> Tensor:
 
 def _repeated(look: Look, outputs: Any, kind: str) -> Callable[[Tensor], Tensor]:
     """Rows as often as images are handed on in what is made of them: `generate` repeats each text's for its beams."""
-    images = [x for made in outputs.values() for x in getattr(made, "pooler_output", None) or ()] if outputs else []
-    first = look.made[0]()
+    own = (made for made in (outputs.values() if outputs else ()) if _same([look], tensors_in(made)))
+    pooled = getattr(next(own, None), "pooler_output", None)
+    images, first = () if pooled is None else tuple(pooled), look.made[0]()
     texts = len(images) if first is None else len(first)
     if len(images) <= texts:  # as where an image is looked at in pieces
         return _as_it_is
