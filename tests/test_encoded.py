@@ -169,3 +169,23 @@ def test_what_a_decoder_remembers_is_of_no_later_call() -> None:
         made = (whole.encoder_last_hidden_state,)
         assert close_model(run(encoder_outputs=made, **other).logits, run(input_ids=IDS, **other).logits)
         run(encoder_outputs=(made[0] + 1,), **other)  # nothing is remembered of the encoder, so that nothing is lost
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beams", [2, 3])
+def test_each_beam_sees_what_was_chosen_of_its_own_image(beams: int) -> None:
+    llava = models.tiny("llava", vision_config={"image_size": 16}, image_seq_length=16)
+    inputs = models.tiny_inputs(llava, length=22, batch=2)
+    inputs["pixel_values"] = torch.randn(inputs["pixel_values"].shape)
+    asked: dict[str, Any] = dict(max_new_tokens=4, min_new_tokens=4, num_beams=beams, num_return_sequences=beams)
+    asked |= {"do_sample": False, "output_scores": True, "return_dict_in_generate": True, "pad_token_id": 0}
+    with attach(llava, FoPru(layer=0), roles={"image": ((1, 17),), "patches": ((1, 17),)}) as run:
+        found = run.generate(**inputs, **asked).sequences_scores
+        alone = [{name: x[i : i + 1] for name, x in inputs.items()} for i in range(2)]
+        assert close_model(found, torch.cat([run.generate(**one, **asked).sequences_scores for one in alone]))
+        looks = llava.get_image_features(inputs["pixel_values"], return_dict=True)
+        run(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": looks, "video": None})
+        looks.pooler_output = [looks.pooler_output[i] for i in (0, 1, 0, 1)]
+        ids = inputs["input_ids"].repeat(2, 1)
+        with pytest.raises(RefusedModel, match=r"handed 4 images of the 2 that an encoder looked at, .* one image"):
+            run(input_ids=ids, mm_encoder_outputs={"image": looks})

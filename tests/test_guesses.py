@@ -15,6 +15,8 @@ from heedful.tiny import tiny, tiny_inputs
 
 from .samples import Scale
 
+pytestmark = pytest.mark.filterwarnings("ignore:this run changed nothing")
+
 
 @pytest.mark.parametrize("budget", [6, 64])
 @pytest.mark.parametrize("how", ["assistant_model", "prompt_lookup_num_tokens"])

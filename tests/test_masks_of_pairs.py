@@ -64,3 +64,17 @@ def test_texts_are_kept_apart() -> None:
             assert close_model(found[:, part], run(input_ids=IDS[:1, part]).logits)
     with pytest.raises(SiteError, match="several are packed into one row"), attach(model, ACT(0.4)) as run:
         run(input_ids=IDS[:1], attention_mask=pairs)
+
+
+@torch.no_grad()
+def test_one_for_each_kind_of_layer() -> None:
+    model, pairs = tiny("gemma2"), padded("nothing")
+    masks = {"sliding_attention": pairs & ~torch.ones(N, N, dtype=torch.bool).tril(-4), "full_attention": pairs}
+    added = {
+        kind: torch.zeros(pairs.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        for kind, mask in masks.items()
+    }
+    with attach(model, Narrow(3)) as run:
+        found = run(input_ids=IDS, attention_mask=added).logits
+        assert close_model(found[:1, 4:], run(input_ids=IDS[:1, 4:]).logits)
+        assert close_model(found[1:], run(input_ids=IDS[1:]).logits)

@@ -170,7 +170,9 @@ def places_in(mask: Any, position_ids: Any) -> Positions | None:
     Of a whole row, a text begins where no later token sees what was before, and what sees itself alone, itself not, or
     other texts, is padding. Of a row with more keys than queries, position ids tell how much padding is on the left.
     """
-    if not isinstance(mask, Tensor) or mask.ndim != 4:
+    if isinstance(mask, Mapping):  # one for each kind of layer, which tell the same
+        mask = next(iter(mask.values()), None)
+    if not isinstance(mask, Tensor) or isinstance(mask, LazyMask) or mask.ndim != 4:
         return None
     n, m, device = *mask.shape[2:], mask.device
     if n != m:

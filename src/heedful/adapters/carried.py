@@ -126,11 +126,14 @@ def end_looks(state: RunState, output: Any, alone: bool, encodes: bool) -> None:
 
 
 def _memory(state: RunState) -> Known:
-    return {number: _each(noted, lambda x: x) for number, noted in state.now.memory.items() if noted}
+    return {number: _each(noted, _as_it_is) for number, noted in state.now.memory.items() if noted}
 
 
-def remembered_of(state: RunState, given: list[Tensor], kind: str) -> Known:
-    """What methods remembered of the looks at which these tensors were made."""
+def remembered_of(state: RunState, told: Mapping[str, Any], kind: str) -> Known | None:
+    """What methods remembered of the encoders' outputs that a model is handed; None where it is handed none."""
+    given = [*tensors_in(tuple(told[name] for name in ENCODED if name in told))]
+    if not given:
+        return None
     found: Known = {}
     state.looks[:] = [look for look in state.looks if look.held or look.marks is not None]
     looks = _same(state.looks, given) or _copies(state.looks, given)
@@ -141,6 +144,7 @@ def remembered_of(state: RunState, given: list[Tensor], kind: str) -> Known:
             "or with rows picked and repeated"
         )
     for look in looks:
+        pick = _repeated(look, told.get(ENCODED[0]), kind)
         for number, noted in look.memory.items():
             if noted.keys() & found.get(number, {}).keys():
                 raise RefusedModel(
@@ -148,8 +152,29 @@ def remembered_of(state: RunState, given: list[Tensor], kind: str) -> Known:
                     f"{state.stack.methods[number]!r} remembers something; it cannot be told which is meant: hand "
                     "over what one look gave, or give the call the images themselves"
                 )
-            found[number] = {**found.get(number, {}), **_each(noted, lambda x: x)}
+            found[number] = {**found.get(number, {}), **_each(noted, pick)}
     return found
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _repeated(look: Look, outputs: Any, kind: str) -> Callable[[Tensor], Tensor]:
+    """Rows as often as images are handed on in what is made of them: `generate` repeats each text's for its beams."""
+    own = (made for made in (outputs.values() if outputs else ()) if _same([look], tensors_in(made)))
+    pooled = getattr(next(own, None), "pooler_output", None)
+    images, first = () if pooled is None else tuple(pooled), look.made[0]()
+    texts = len(images) if first is None else len(first)
+    if len(images) <= texts:  # as where an image is looked at in pieces
+        return _as_it_is
+    times, rest = divmod(len(images), texts)
+    if rest or not all(torch.equal(x, images[i - i % times]) for i, x in enumerate(images)):
+        raise RefusedModel(
+            f"{kind} is handed {len(images)} images of the {texts} that an encoder looked at, and it cannot be told "
+            "which is which; give each text one image, and the images themselves to a call without beams"
+        )
+    return partial(_picked, torch.arange(texts).repeat_interleave(times), texts)
 
 
 def _same(looks: list[Look], given: Iterable[Tensor]) -> list[Look]:

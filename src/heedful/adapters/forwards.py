@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from heedful.adapters.arguments import by_name, places_in, require_no_guesses
 from heedful.adapters.bound import Bound
-from heedful.adapters.carried import ENCODED, end_looks, note_look, remembered_of
+from heedful.adapters.carried import end_looks, note_look, remembered_of
 from heedful.adapters.grids import Grid, grid_of, regions
 from heedful.adapters.hooked import Hooked, Standing
-from heedful.adapters.kvcache import tensors_in
 from heedful.adapters.layers import within
 from heedful.adapters.merging import require_parted, without_grids
 from heedful.adapters.taking import tokens_of
@@ -142,9 +141,8 @@ class Forwards:
                 raise FieldError("Run", "thread", get_ident(), rule, self._thread)
             self._require_threads()
             require_no_guesses(self.run.stack, kwargs, partial(_guesses, model))
-            encoded = [*tensors_in(tuple(kwargs[name] for name in ENCODED if name in kwargs))]
-            self._encodes = not encoded
-            known = remembered_of(self.run.state, encoded, type(model).__name__) if encoded else {}
+            known = remembered_of(self.run.state, kwargs, type(model).__name__)
+            self._encodes = known is None
             blind = stand_around(self.run, type(model).__name__, whole=True)
             self._thread = get_ident()
             if self.first is not None:
