@@ -29,15 +29,15 @@ class _Apart(Method):
 
 
 class _Excited(SentenceAttentionBlock):
-    """The control: squeeze-and-excitation, which is told the image alone."""
+    """The control: squeeze-and-excitation, which is told the image in the question's place."""
 
-    def told(self, sentence: Tensor, image: Tensor) -> Tensor:
-        return super().told(torch.zeros_like(sentence), image)
+    def told(self, words: Tensor, patches: Tensor) -> Tensor:
+        return patches
 
 
 WAYS: dict[str, Part] = {
-    "sentence": _Apart() | SentenceAttentionBlock(4),  # type: ignore[dict-item]
-    "image alone": _Apart() | _Excited(4),  # type: ignore[dict-item]
+    "sentence": _Apart() | SentenceAttentionBlock(),  # type: ignore[dict-item]
+    "image alone": _Apart() | _Excited(),  # type: ignore[dict-item]
     "no gate": _Apart(),
 }
 
@@ -104,14 +104,16 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
 CLAIM = Claim(
     key="P132",
     method="SentenceAttentionBlock",
-    says="A gate of channels that is told by a sentence and the image filters what an image's net hands on, so that "
-    "what a question is about is found better.",
+    says="A gate of channels that is told a sentence filters what an image's net hands on, so that what a question "
+    "is about is found better.",
     paper_number="state of the art on TextVQA-X, VQS, VQA-X and VizWiz-VQA-Grounding; no numbers in the abstract",
     setup=f"Noised pictures of two coloured things and a word, of colour or of shape, that one of them answers to; an "
-    f"encoder of {LAYERS} layers, whose patches do not see the word, and a net of one inner layer that is shown patch "
-    f"and word, {STEPS} steps of {BATCH} from nothing. Controls: the same gate told the image alone, which is "
-    f"squeeze-and-excitation, and no gate. The mean over {TRIED} fresh pictures of the overlap of patches named and "
-    "right ones over their union.",
+    f"encoder of {LAYERS} layers, whose patches do not see the word and are gated behind each, where the authors gate "
+    "nothing but what leaves it, and a net of one inner layer that is shown patch and word, "
+    f"{STEPS} steps of {BATCH} from nothing. Controls: the same gate told the image in the word's place, as "
+    f"squeeze-and-excitation is, and no gate. The mean over {TRIED} fresh pictures of the overlap of patches named and "
+    "right ones over their union. (Measured before of another gate, by sigmoids of word and image together: +0.187 "
+    "[-0.807, +1.18].)",
     effect="points of overlap above the better of a gate told the image alone and no gate",
     measure=measure,
     seeds=8,

@@ -14,7 +14,7 @@ from claims.ledger import Claim, run
 from heedful.methods import AttentionEditing, GatedHeads, SinkWindow
 
 STEPS = 60  # of each stage
-TARGET = SinkWindow(1, 4) | GatedHeads()  # gates begin at a half, as new ones do
+TARGET = SinkWindow(1, 4) | GatedHeads(whole=True)  # gates begin at a half, as new ones do
 WAYS = {  # passes over STEPS batches: in layers, and as a whole
     "swapped": (0, 0),
     "layers alone": (1, 0),

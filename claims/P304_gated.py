@@ -19,6 +19,7 @@ CLAIM = replace(
     P304.CLAIM,
     key="P304_gated",
     method="GatedHeads",
+    paper_number="OPT: kurtosis 1778 by softmax and 18.9 gated, perplexity in 8 bits 21.18 and 16.02 (table 2)",
     setup=P304.told(f"mean gate {GATED.start:g} at the start", before="-0.37 [-0.79, +0.06]"),
     measure=measure,
 )

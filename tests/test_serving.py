@@ -160,7 +160,7 @@ def test_gates_need_sizes_and_no_projections_of_their_own(name: str) -> None:
         weights = {name.split(".")[1]: x for name, x in run.state_dict().items() if name.endswith("weight")}
         for layer, call in seen.items():
             assert call.hidden is not None
-            assert weights[str(layer)].shape == (call.heads, call.hidden.shape[-1])
+            assert weights[str(layer)].shape == (call.heads, call.hidden.shape[-1] // call.heads)
         for size in adapter_for(one.model, None).sizes():
             call = seen[size.number]
             assert call.query is not None

@@ -30,7 +30,7 @@ READ, TURNS = 1024, 5
 EVERY_OTHER, FOUR = list(range(1, 30, 2)), [4, 11, 18, 25]  # of 30 layers
 WAYS: dict[str, tuple[Part | Stack, Surgery | None, str]] = {
     "gated window": (
-        SinkWindow(4, 64).on(layers=EVERY_OTHER) | GatedHeads(fine_tune=True).on(layers=EVERY_OTHER),
+        SinkWindow(4, 64).on(layers=EVERY_OTHER) | GatedHeads(fine_tune=True, whole=True).on(layers=EVERY_OTHER),
         None,
         "4 sinks, 64 tokens back and gates in every other layer",
     ),

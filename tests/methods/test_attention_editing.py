@@ -61,7 +61,7 @@ def attention(part: Any, y: Tensor, gates: tuple[Tensor, Tensor] | None) -> Tens
             scores = torch.stack([turned(q[i, h], i) @ turned(k[j, h // 2], j) / 2 for j in seen])
             head = sum(w * v[j, h // 2] for w, j in zip(scores.softmax(0), seen, strict=True))
             if gates is not None:
-                head = head * torch.sigmoid(gates[0][h] @ y[i] + gates[1][h])
+                head = head * torch.sigmoid(gates[0][h] @ y[i, 4 * h : 4 * h + 4] + gates[1][h])
             heads.append(head)
         rows.append(part.o_proj(torch.cat(heads)))
     return torch.stack(rows)

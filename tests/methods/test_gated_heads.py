@@ -17,25 +17,28 @@ from heedful.methods.mechanisms.gates.gated_heads import GatedHeads
 LAYER = Layer(number=0, heads=4, kv_heads=2, head_dim=10, value_dim=10, width=32)
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("fine_tune", [False, True])
-def test_the_formula(fine_tune: bool) -> None:
-    method = GatedHeads(start=0.25, fine_tune=fine_tune, spread=0.5)
+def test_the_formula(fine_tune: bool, whole: bool) -> None:
+    method = GatedHeads(start=0.25, fine_tune=fine_tune, spread=0.5, whole=whole)
     bare = Bare()
     params = parameters(method, bare.shape.layer, bare.dtype)
     hidden = bare.hidden
     heads = torch.randn(*bare.q.shape[:3], 7)
     found = method.gate(heads, replace(bare.call, hidden=hidden, params=params))
+    part = hidden.shape[-1] // heads.shape[1]
     for head in range(heads.shape[1]):
-        logit = hidden @ params["weight"][head] + params["bias"][head]
+        shown = hidden if whole else hidden[..., head * part : (head + 1) * part]
+        logit = shown @ params["weight"][head] + params["bias"][head]
         gate = 1 / (1 + torch.exp(-logit)) / (0.25 if fine_tune else 1)
         assert close(found[:, head], heads[:, head] * gate[..., None])
 
 
 def test_gates_start_where_they_should() -> None:
     plain = GatedHeads(start=0.25).parameters(LAYER)
-    assert plain["weight"].shape == (4, 32)
-    assert float(plain["weight"].abs().max()) <= 32**-0.5
-    assert close(plain["weight"], (2 * torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) - 1) / 32**0.5)
+    assert close(plain["weight"], (2 * torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) - 1) / 8**0.5)
+    wide = GatedHeads(start=0.25, whole=True).parameters(LAYER)["weight"]
+    assert close(wide, (2 * torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) - 1) / 32**0.5)
     assert close(plain["bias"].sigmoid(), torch.full((4,), 0.25))
     assert float(GatedHeads(fine_tune=True).parameters(LAYER)["weight"].std()) < 0.002
     again = GatedHeads(start=0.25).parameters(LAYER)["weight"]
@@ -75,6 +78,10 @@ def test_errors() -> None:
         GatedHeads(start=1.0)
     with pytest.raises(FieldError, match=r"GatedHeads.spread = -1: must be 0 or more"):
         GatedHeads(spread=-1)
+    odd = replace(LAYER, width=33)
+    with pytest.raises(FieldError, match=r"whole = False: gives each of 4 heads a slice of 33 channels.*True"):
+        GatedHeads().parameters(odd)
+    assert GatedHeads(whole=True).parameters(odd)["weight"].shape == (4, 33)
     bare = Bare()
     with pytest.raises(SiteError, match="layer 0: the layer's input"):
         GatedHeads().gate(bare.q, replace(bare.call, layer=0, hidden=None))

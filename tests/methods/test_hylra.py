@@ -14,7 +14,7 @@ from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.core.mask import Causal, Window
 from heedful.core.state import State
-from heedful.methods.sparse.prefill.hylra import HyLRA, _Lost, best, block_map, cheapest
+from heedful.methods.sparse.prefill.hylra import HyLRA, _Missed, best, block_map, cheapest
 from tests.test_blocks import PADDED, call_of, grid_of, true_map
 
 
@@ -71,11 +71,11 @@ def test_nothing_is_lent_between_unlike_masks(kind: str) -> None:
         alike = replace(one, layer=2)
         assert method.skip(alike.mask, alike) is not alike.mask
     else:
-        reader = _Lost(0.4, 4)
+        reader = _Missed(0.4, 4)
         reader.look(one.mask, one)
         mean = reader.look(other.mask, other)
         assert mean is not None
-        assert mean.value[0] == 0 < mean.value[1] < 1, "a share of the weight"
+        assert mean.value.tolist() == [0.0] * 4, "what sees all misses nothing"
 
 
 def test_a_fit_finds_the_layers_that_lose_least() -> None:
@@ -99,15 +99,15 @@ def test_wrong_fields_are_refused(settings: dict[str, float]) -> None:
         HyLRA(**settings)  # type: ignore[arg-type]
 
 
-def test_a_layer_loses_what_an_earlier_ones_blocks_leave_out() -> None:
+def test_a_layer_misses_what_an_earlier_ones_blocks_leave_out() -> None:
     size, keep, n = 4, 0.5, 5  # blocks of 19 tokens
     state, tables = State(), []
     for layer in range(3):
         bare = Bare(seed=layer)
         call = replace(call_of(bare), layer=layer, depth=3, state=state)
-        found = _Lost(keep, size).look(call.mask, call)
+        found = _Missed(keep, size).look(call.mask, call)
         assert found is not None
-        lost, tables = [0.0] * 3, [*tables, []]
+        missed, tables = [0.0] * 3, [*tables, []]
         for b in range(2):
             weights = true_map(bare, b).mean(0)  # over heads
             rows = [weights[i * size : (i + 1) * size] for i in range(n)]
@@ -115,9 +115,20 @@ def test_a_layer_loses_what_an_earlier_ones_blocks_leave_out() -> None:
             ranked = [sorted(range(i + 1), key=lambda j, row=blocks[i]: -row[j]) for i in range(n)]
             tables[layer].append([set(ranked[i][: -int(-keep * (i + 1) // 1)]) for i in range(n)])
             for full in range(layer + 1):
-                for i, row in enumerate(blocks):
-                    lost[full] += (1 - sum(row[j] for j in tables[full][b][i]) / sum(row)) / (2 * n)
-        assert found.value.tolist() == pytest.approx(lost, abs=1e-6)
+                for own, other in zip(tables[layer][b], tables[full][b], strict=True):
+                    missed[full] += (1 - len(own & other) / len(own)) / (2 * n)
+        assert found.value.tolist() == pytest.approx(missed, abs=1e-6)
+        assert layer == 0 or 0 < missed[0] < 1
+
+
+def test_rows_of_padding_miss_nothing() -> None:
+    state = State()
+    for layer in range(2):
+        call = replace(call_of(Bare(seed=layer, text=PADDED)), layer=layer, depth=2, state=state)
+        found = _Missed(0.5, 4).look(call.mask, call)
+        assert found is not None
+        assert found.count.tolist() == [5 + 4] * 2, "blocks of 19 tokens, and of 14"
+        assert 0 <= float(found.value[0]) < 1
 
 
 def test_of_many_equal_blocks_the_first_are_the_best() -> None:

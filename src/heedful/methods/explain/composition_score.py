@@ -47,8 +47,8 @@ class CompositionScore(Weights):
         "2406.09519",
         "NeurIPS 2024",
         differs=(
-            "The authors' full text and code were not at hand: the score is the known composition score, taken for "
-            "each singular vector as summaries of the paper tell it.",
+            "The authors' full text was not at hand, and their repository holds no code: the score is the known "
+            "composition score, taken for each singular vector as summaries of the paper tell it.",
             "Norms' scales are not folded into the projections, and biases are left out.",
             "With rotary embedding a query and a key meet as if they stood at one place: W_Q' W_K without the turn.",
             "Each pair of heads keeps the score of its best component and of the whole; the authors plot all of them.",

@@ -33,8 +33,8 @@ class TransformerAttribution(LayerByLayer):
             "The gradient is multiplied with the weights themselves, as in the authors' follow-up (2103.15679, rules 5 "
             "and 6), and not with the weights' relevance: that needs propagation rules for every module of a model, "
             "which only a rewritten model has.",
-            "Rows are not normalised, as in the follow-up's rules for one sequence; the authors' BERT code divides "
-            "each row of a layer's map plus I by its sum.",
+            "Rows are not normalised, as in the authors' code for images and the follow-up's rules for one sequence; "
+            "their code for BERT divides each row of a layer's map plus I by its sum.",
         ),
     )
     one_text = True

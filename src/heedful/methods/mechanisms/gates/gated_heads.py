@@ -1,4 +1,4 @@
-"""Each head's output times sigmoid(w . x + c), a gate that looks at the layer's input x token by token."""
+"""Each head's output times sigmoid(w_h . x_h + c_h), a gate that looks at its slice of the layer's input by token."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ class GatedHeads(Method):
         "2306.12929",
         "NeurIPS 2023",
         differs=(
-            "One linear map from the whole layer input gives every head's gate, an option of the authors' code; by "
-            "default they show each head its slice of the input, which needs h * d = e.",
+            "A gate is one linear map, the paper's own choice; small nets in its place, as in the authors' script for "
+            "BERT, are not here.",
+            "A slice is the input's width over the number of heads, also where heads are wider or narrower; in the "
+            "authors' models both are the same.",
             "The gate's weights come from a generator seeded by the layer's number and do not touch the global one.",
         ),
     )
     start: float = 0.5  # mean gate before training; the authors' default: 0.5, their OPT: 0.25
     fine_tune: bool = False  # start near the unedited model: small weights, and the gate divided by `start`
-    spread: float = 0.001  # standard deviation of the weights when fine-tuning; the authors: 0.001
+    spread: float = 0.001  # standard deviation of the weights when fine-tuning; the authors: OPT 0.001, BERT 0.01
+    whole: bool = False  # each gate looks at the whole input instead of its slice, an option of the authors' code
 
     def __post_init__(self) -> None:
         if not 0 < self.start < 1:
@@ -47,7 +50,10 @@ class GatedHeads(Method):
 
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(layer.number)
-        shape = (layer.heads, layer.width)
+        if layer.width % layer.heads and not self.whole:
+            rule = f"gives each of {layer.heads} heads a slice of {layer.width} channels, which is no whole number"
+            raise FieldError(self, "whole", self.whole, rule, True)
+        shape = (layer.heads, layer.width if self.whole else layer.width // layer.heads)
         if self.fine_tune:
             weight = torch.randn(shape, generator=random) * self.spread
         else:
@@ -62,7 +68,8 @@ class GatedHeads(Method):
                 f"{self!r}, layer {call.layer}: the layer's input [b n e] is not known, and the gate needs it"
             )
         hidden = call.hidden.reshape(b, q, -1)
-        gate = torch.sigmoid(torch.nn.functional.linear(hidden, call.params["weight"], call.params["bias"]))
+        weight = call.params["weight"] if self.whole else torch.block_diag(*call.params["weight"])  # [h e]
+        gate = torch.sigmoid(torch.nn.functional.linear(hidden, weight, call.params["bias"]))
         if self.fine_tune:
             gate = gate / self.start
         return heads * gate.transpose(1, 2)[..., None]

@@ -22,12 +22,13 @@ class PolarizedSelfAttention(Method):
         differs=(
             "Behind the attention of a vision transformer, as behind a convolution in the authors' residual blocks.",
             "The formulas are the paper's, the same for both layouts. In the authors' code the gate of channels has a "
-            "norm in the chain alone, within a narrower pair of maps, and in the sum the softmax of the gate of "
-            "patches is over patches, behind the product, which leaves that gate near a half.",
+            "norm in the chain alone, within a narrower pair of maps with biases, and the softmax of the gate of "
+            "patches is over patches: in the sum behind the product, which leaves that gate near a half, and in the "
+            "chain of the values, with a query that has none.",
             "Tokens outside the grid of patches, as a class token, are left as they are; the authors' models have "
             "none. Layers that are causal, or whose patches lie on no grid, are refused.",
             "Weights are drawn as torch.nn.Linear draws them, by a generator seeded by the layer's number; the "
-            "authors draw most of them normal. There are no biases, as in their code, but for the norm's.",
+            "authors draw most of them normal. There are no biases but the norm's.",
         ),
     )
     subjects = ("image",)

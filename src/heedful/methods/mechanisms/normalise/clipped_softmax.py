@@ -23,7 +23,7 @@ class ClippedSoftmax(Method):
         "2306.12929",
         "NeurIPS 2023",
     )
-    gamma: float = -0.025  # a weight's lowest stretched value; the authors' BERT with 128 tokens: -0.025, else -12/n
+    gamma: float = -0.025  # a weight's lowest stretched value; the authors: -0.025 for 128 tokens, -12/512 for 512
     zeta: float = 1.0  # a weight's highest stretched value; the authors' scripts: 1
 
     def __post_init__(self) -> None:

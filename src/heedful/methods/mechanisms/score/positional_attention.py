@@ -23,7 +23,12 @@ class PositionalAttention(Method):
         "2410.01686",
         "ICML 2025",
         differs=(
-            "A place is told by sines and cosines, as many as the layer is wide, and is not added to the tokens too.",
+            "A place is told by sines and cosines, as many as the layer is wide; in the authors' code by a number for "
+            "each place that is one there and zero elsewhere. Neither adds it to the tokens.",
+            "Scores are products as in the paper's formula; the authors' code adds biases to queries and keys, has "
+            "these in each head as wide as what tells a place, and divides by the root of that.",
+            "The rest of the model stays: in the authors' layers a net is shown what came in and what attention makes "
+            "of it side by side, without a sum of both.",
             "The model's own queries and keys, its factor and its soft cap go unused; a bias that it adds stays.",
             "Weights are drawn as torch.nn.Linear draws them, by a generator seeded by the layer's number.",
         ),

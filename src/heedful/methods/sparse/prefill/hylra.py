@@ -26,8 +26,10 @@ PAPER = Paper(
     "2602.00777",
     "arXiv",
     differs=(
-        "Only the paper's abstract could be read: what its dynamic programme weighs was not verified. Here a "
-        "layer's cost is the weight that it would lose by the blocks of the full layer before it.",
+        "Only the paper's abstract could be read. Readers of the rest tell that its programme wants the fewest full "
+        "layers whose top keys each layer behind them shares to some part at least, and of such the most that is "
+        "shared; here the number of full layers is given, and the most is shared.",
+        "No layer is full for being sensitive: what a layer's output loses by few keys is not measured.",
         "It reuses key blocks for blocks of queries, while the prompt is read; decoding sees everything.",
         "A layer's top blocks are those of the mean of its heads, from four true rows a block.",
         "Blocks are lent to layers of the same mask alone: others, as full layers behind one with a window, see all.",
@@ -93,15 +95,15 @@ class HyLRA(BlockSparse):
         return lent(call, "table", grid)
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> HyLRA:
-        """Choose the full layers by what every layer loses, on these texts, with the blocks of each before it."""
-        reader, texts = _Lost(self.keep, self.size), list(batches)
+        """Choose the full layers by how many of its top blocks each layer shares, on these texts, with those before."""
+        reader, texts = _Missed(self.keep, self.size), list(batches)
         if not texts:
             raise FieldError(self, "batches", None, "must hold a text or more", [{"input_ids": "..."}])
         with torch.no_grad(), context.attach(reader) as run:
             for inputs in texts:
                 run(**inputs)
-        lost: Mapping[int, Tensor] = run[reader]
-        cost = torch.stack([lost[layer] for layer in sorted(lost)], 1)
+        missed: Mapping[int, Tensor] = run[reader]
+        cost = torch.stack([missed[layer] for layer in sorted(missed)], 1)
         return replace(self, full=cheapest(cost, max(1, round(self.whole * len(cost)))))
 
 
@@ -118,8 +120,8 @@ def cheapest(cost: Tensor, count: int) -> tuple[int, ...]:
     return best[-1][1]
 
 
-class _Lost(Method):
-    """The weight that a layer would lose by the best blocks of each layer before it, `[layers]`."""
+class _Missed(Method):
+    """The share of a layer's best blocks that are not among those of each layer before it, `[layers]`."""
 
     keep: float = 0.25
     size: int = 64
@@ -134,14 +136,14 @@ class _Lost(Method):
             return None
         weight = block_map(grid)
         rows = weight.sum(-1) > 0
-        call.state.forward[str(call.layer)] = best(weight, grid, self.keep), grid.open
-        lost = torch.zeros(call.depth, dtype=torch.float64)
+        own = best(weight, grid, self.keep)
+        call.state.forward[str(call.layer)] = own, grid.open
+        missed = torch.zeros(call.depth, dtype=torch.float64)
         for layer in range(call.layer + 1):
             table = lent(call, str(layer), grid)
             if table is not None:
-                share = (weight * table).sum(-1) / weight.sum(-1).clamp(min=1e-12)
-                lost[layer] = (1 - share)[rows].sum()
-        return Mean.of(lost, float(rows.sum()))
+                missed[layer] = (1 - (own & table).sum(-1) / own.sum(-1))[rows].sum()
+        return Mean.of(missed, float(rows.sum()))
 
     def answer(self, readings: Readings) -> dict[int, Tensor]:
         return {layer: mean.value for layer, mean in readings.items()}
