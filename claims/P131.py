@@ -9,7 +9,7 @@ from claims._merged import SHOWN, merged
 from claims.ledger import Claim, run
 from heedful.methods import TokenPooling
 
-SHARE = 0.5  # behind layers 3, 6 and 9: of 256 patches 128, 64 and 32
+SHARE = 0.5  # behind the third, sixth and ninth layer: of 256 patches 128, 64 and 32
 
 
 class _Dropped(TokenPooling):
@@ -56,10 +56,10 @@ CLAIM = Claim(
     method="TokenPooling",
     says="Tokens chosen to stand for the others lose less than those that receive the most attention.",
     paper_number="DeiT's accuracy on ImageNet with 42 % fewer operations; better than pruning by scores (abstract)",
-    setup=f"DINOv2-S/14 without training, {SHOWN} picture a seed; half of the patches are left behind layers 3, 6 "
-    "and 9 each. How near the class token is to the unedited model's, against keeping as many that receive the most. "
-    "Details: as many at even steps, or drawn; patches; and the processor's time, as a share of the unedited "
-    "model's.",
+    setup=f"DINOv2-S/14 without training, {SHOWN} picture a seed; half of the patches are left behind the third, "
+    "the sixth and the ninth layer each. How near the class token is to the unedited model's, against keeping as many "
+    "that receive the most. Details: as many at even steps, or drawn; patches; and the processor's time, as a share of "
+    "the unedited model's.",
     effect="cosine with the class token of the unedited model, above that with patches that receive the most",
     measure=measure,
     seeds=8,

@@ -13,6 +13,7 @@ from heedful.core.positions import Positions
 from heedful.methods import MixtureOfHeads
 
 B, H, N, D, E = 2, 5, 4, 3, 6
+LAYERS = 3
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -26,7 +27,7 @@ def weights(shared: int) -> dict[str, Tensor]:
 
 def call(params: dict[str, Tensor], is_text: Tensor | None = None) -> Call:
     places = Positions.row(0, N, is_filled=None if is_text is None else is_text[:, None])
-    return Call(0, 1, "layer", H, H, places, places, 1.0, hidden=draw(7, B, N, E), params=params)
+    return Call(0, LAYERS, "layer", H, H, places, places, 1.0, hidden=draw(7, B, N, E), params=params)
 
 
 def softmax(x: list[float]) -> list[float]:
@@ -83,7 +84,8 @@ def test_the_balance_counts_text_alone(padded: bool) -> None:
             for i in range(left):
                 mean[i] += chances[i]
                 share[i] += i in chosen
-    want = 0.5 * left * sum(m / tokens * s / tokens for m, s in zip(mean, share, strict=True))
+    of_layer = left * sum(m / tokens * s / tokens for m, s in zip(mean, share, strict=True))
+    want = 0.5 * of_layer / LAYERS  # the authors' loss is the mean over layers, weighted
     assert close(found, torch.tensor(want, dtype=torch.float64))
 
 
@@ -123,6 +125,10 @@ def test_its_loss_joins_the_models() -> None:
         plain = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         assert close(out.loss, plain + run.loss())
         assert len(run.parameters()) == 3 * len(run.layer_names)
+        for p in run.parameters():  # a router that knows nothing: 2, its number of heads, in every layer and so overall
+            p.zero_()
+        run(input_ids=ids, labels=ids)
+        assert close(run.loss(), torch.tensor(0.1 * 2))
 
 
 def test_wrong_settings() -> None:

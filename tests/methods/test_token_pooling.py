@@ -116,6 +116,20 @@ def test_texts_of_unlike_length() -> None:
         assert bool(run(input_ids=ids).logits.isfinite().all())
 
 
+def test_tokens_are_pooled_before_the_fourth_the_seventh_and_the_tenth_layer() -> None:
+    """As in the comparison whose settings these are; three steps each."""
+    model = models.tiny("vit", num_hidden_layers=12, image_size=16)
+    counts: list[int] = []
+    hooks = [x.register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[1])) for x in model.vit.layers]
+    with torch.no_grad(), attach(model, TokenPooling()) as run:
+        run(**models.tiny_inputs(model))
+    for hook in hooks:
+        hook.remove()
+    left = [1 + 16, 1 + 11, 1 + 7, 1 + 4]  # 70 % each time
+    assert counts == [n for n in left for _ in range(3)]
+    assert TokenPooling().steps == 3
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("layers", ()), ("layers", (-1, 2)), ("share", 0.0), ("share", 1.1), ("steps", -1)]
 )

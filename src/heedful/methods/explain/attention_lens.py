@@ -49,13 +49,15 @@ class AttentionLens(Method):
             "head writes with a fraction of the numbers, though Adam's steps differ.",
             "All tokens of a text count; the authors' code takes each text's last.",
             "Each batch makes a step; the authors' code adds up the gradients of ten and stops early.",
+            "Lenses begin as the unembedding and no bias; the authors' code begins with a matrix and a bias from files "
+            "that do not come with it.",
         ),
     )
     one_text = True
     chunk_invariant = False  # a text in pieces has a Said a piece
     layer: int = 0  # the layer whose heads are looked at
     most: int = 10  # tokens to tell of each head and place
-    rate: float = 1e-3  # Adam's learning rate; the authors' code: 1e-3
+    rate: float = 1e-3  # Adam's learning rate; the authors' code: 1e-3, and 1e-4 from its command line
     epochs: int = 1  # passes over the batches; the authors' code: 1
     lens: Fitted | None = None  # "weight" [h v d] and "bias" [h v], from a fit
     seed: int | None = None  # without a fit: random lenses of a small vocabulary

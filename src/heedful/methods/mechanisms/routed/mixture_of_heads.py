@@ -24,8 +24,9 @@ class MixtureOfHeads(Method):
             "and leaves the chosen heads unweighted.",
             "As in the authors' code the chosen weights are divided by their sum and multiplied with their number, so "
             "that a gate is 1 on average; the paper's formula has the softmax alone.",
-            "The load balance is the mean over text tokens of each layer's call, and is added to the loss outside of "
-            "training too, wherever labels are given.",
+            "The load balance is the mean over text tokens of each layer's call and over all layers of the model, with "
+            "the method or without, and is added to the loss outside of training too, wherever labels are given.",
+            "Routers begin as torch draws linear layers; the authors' ViT draws normal numbers of deviation 0.02.",
             "A layer with fewer heads than are asked for uses those that it has.",
             "Heads that a token does not choose are computed all the same, as in the authors' code: what is saved is "
             "measured in heads used.",
@@ -33,7 +34,7 @@ class MixtureOfHeads(Method):
     )
     shared: int = 1  # heads that are always on, the first ones; the paper has 2 of 12 to 16 of 32
     routed: int = 2  # heads that each token chooses among the others
-    balance: float = 0.01  # weight of the load-balance loss in each layer; the paper's default
+    balance: float = 0.01  # weight of the load-balance loss, a mean over layers; the paper's default
 
     def __post_init__(self) -> None:
         if self.shared < 0:
@@ -78,13 +79,16 @@ class MixtureOfHeads(Method):
 
     @penalises(Site.HEAD_OUTPUT, when="balance")
     def unbalance(self, heads: Tensor, call: Call) -> Tensor:
-        """How unevenly heads are used: `heads * sum_i P_i f_i`, which is `routed` where all are used alike."""
+        """How unevenly heads are used: `heads * sum_i P_i f_i`, which is `routed` where all are used alike.
+
+        Of each layer its part of the mean over layers.
+        """
         chances, chosen = self._routes(call)
         text = call.is_text[:, 0, :, None].expand(len(chances), -1, 1).to(chances.dtype)
         tokens = text.sum((0, 1)).clamp(min=1)
         mean = (chances * text).sum((0, 1)) / tokens
         share = (chosen * text).sum((0, 1)) / tokens
-        return self.balance * chances.shape[-1] * (mean * share).sum()
+        return self.balance * chances.shape[-1] * (mean * share).sum() / call.depth
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ class SelectiveSelfAttention(Method):
             "reimplementations.",
             "The function is linear, of the layer's input for queries and of the value itself for values, which is "
             "what a cache keeps; each head has its own. What the authors' is made of could not be had.",
-            "Values have no part by place.",
+            "Values have no part by place but its 1; what the authors' have of it could not be read, and nothing of "
+            "values is in their code.",
         ),
     )
     start: float = 1.5  # b at the start; the authors' code: 1.5 to train from scratch, 2 to go on with a trained model

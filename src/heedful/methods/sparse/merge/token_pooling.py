@@ -26,23 +26,26 @@ class TokenPooling(MergesTokens):
         "2110.03860",
         "WACV 2023",
         differs=(
-            "The authors' text was at hand in part, and their code is not public: weights, start and number of steps "
-            "are those of a comparison of such methods, arXiv 2308.04657.",
+            "The authors' text was at hand in part, and their code is not public: weights, start, distances, layers "
+            "and number of steps are those of a comparison of such methods, arXiv 2308.04657, and of its code.",
+            "In a step that code weighs each candidate by what it receives itself and adds up its distances to all "
+            "patches; here the weighted sum is made least over the patches of the cluster. It rounds the numbers of "
+            "patches down once, and not each time anew.",
             "K-medoids alone, which the authors have beside K-means; models are taken as they are and not trained on.",
             "Behind the last layer each token is there again, as the medoid of its cluster.",
         ),
     )
-    layers: tuple[int, ...] = (3, 6, 9)  # behind which tokens are pooled; of 12, as in that comparison
+    layers: tuple[int, ...] = (2, 5, 8)  # behind which tokens are pooled, from 0; of 12, as in that comparison
     share: float = 0.7  # of the patches that are left each time
-    steps: int = 5  # in which medoids move
+    steps: int = 3  # in which medoids move; 3 in that comparison
 
     def __post_init__(self) -> None:
         if not self.layers or min(self.layers) < 0:
-            raise FieldError(self, "layers", self.layers, "must be numbers of layers, from 0 up", (3, 6, 9))
+            raise FieldError(self, "layers", self.layers, "must be numbers of layers, from 0 up", (2, 5, 8))
         if not 0 < self.share <= 1:
             raise FieldError(self, "share", self.share, "must lie above 0, and be 1 at most", 0.7)
         if self.steps < 0:
-            raise FieldError(self, "steps", self.steps, "must be 0 or more steps", 5)
+            raise FieldError(self, "steps", self.steps, "must be 0 or more steps", 3)
 
     @classmethod
     def neutral(cls) -> TokenPooling:
