@@ -9,7 +9,7 @@ from claims._loaded import default
 from claims._texts import apart
 from claims.ledger import Claim, run
 from heedful.explaining.linear import linearity
-from heedful.explaining.streams import streams
+from heedful.explaining.states import streams
 
 TEXTS, WORDS, LENGTH = 20, 170, 200  # tokens are cut at LENGTH
 BEFORE = 3  # tokens of the prefix that are to be told

@@ -16,6 +16,7 @@ from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean
+from heedful.kit.batches import at_least_one, read
 from heedful.kit.blocks import BlockSparse, Grid
 
 PAPER = Paper(
@@ -94,13 +95,7 @@ class HyLRA(BlockSparse):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> HyLRA:
         """Choose the full layers by what every layer loses, on these texts, with the blocks of each before it."""
-        reader, texts = _Lost(self.keep, self.size), list(batches)
-        if not texts:
-            raise FieldError(self, "batches", None, "must hold a text or more", [{"input_ids": "..."}])
-        with torch.no_grad(), context.attach(reader) as run:
-            for inputs in texts:
-                run(**inputs)
-        lost: Mapping[int, Tensor] = run[reader]
+        lost: Mapping[int, Tensor] = read(context, _Lost(self.keep, self.size), at_least_one(self, batches))
         cost = torch.stack([lost[layer] for layer in sorted(lost)], 1)
         return replace(self, full=cheapest(cost, max(1, round(self.whole * len(cost)))))
 
