@@ -204,7 +204,7 @@ def _require_taken(task: Task, given: Loaded) -> None:
         task.require(given.model, given.tokenizer)
     except RefusedModel as reason:
         takes = [name for name, kind in known().items() if _is_taken(kind(), given)]
-        raise RefusedModel(f"{reason}; it takes --tasks {','.join(takes)}" if takes else str(reason)) from reason
+        raise RefusedModel(f"{reason}. It can be asked --tasks {','.join(takes)}" if takes else str(reason)) from reason
 
 
 def _is_taken(task: Task, given: Loaded) -> bool:
