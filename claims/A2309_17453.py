@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
+from claims._loaded import default
 from claims._texts import passages
 from claims.ledger import Claim, run
-from heedful import attach, models
+from heedful import attach
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
 
 TOKENS, KEPT, SINKS = 1024, 128, 4
-
-
-@cache
-def default() -> models.Loaded:
-    return models.default()
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from claims._marked import gain, language_model, prompts
+from claims._loaded import default
+from claims._marked import gain, prompts
 from claims.ledger import Claim, run
 from heedful import fit
 from heedful.methods.intervene.language.pasta import PASTA
@@ -15,7 +16,7 @@ KEEP = 10
 def profiled(seed: int) -> PASTA:
     """On prompts of its own, other ones for each seed."""
     batches = [item.batch for item in prompts(1000 + seed, LEARN)]
-    return fit(PASTA(keep=KEEP, layers=LAYERS), language_model().model, batches)
+    return fit(PASTA(keep=KEEP, layers=LAYERS), default().model, batches)
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:

@@ -6,7 +6,8 @@ import statistics
 
 import torch
 
-from claims._praise import model, own_things, praise_and_blame, trait
+from claims._loaded import default
+from claims._praise import own_things, praise_and_blame, trait
 from claims.ledger import Claim, run
 from heedful import attach, fit
 from heedful.authoring import Fitted
@@ -18,7 +19,7 @@ DRAWS = 3
 
 @torch.no_grad()
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    plain = model().model
+    plain = default().model
     seen, unseen = own_things(seed)
     vector = fit(SteeringVector(), plain, praise_and_blame(seen)).vectors[f"v.{LAYER}"]
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import random
 from calendar import month_name
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from claims._loaded import padding_left
 from claims.ledger import Claim, run
-from heedful import attach, fit, models
+from heedful import attach, fit
 from heedful.core.method import Method, Scoped, Stack
 from heedful.methods.intervene.language.act import ACT
 
@@ -24,15 +24,8 @@ ANSWERS = {f"{step} {month}": MONTHS[(i + by) % 12] for i, month in enumerate(MO
 SHOTS, HALF, TRIES = 3, 16, 6
 
 
-@cache
-def language_model() -> models.Loaded:
-    loaded = models.default()
-    loaded.tokenizer.padding_side = "left"
-    return loaded
-
-
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model, tokenizer, _ = language_model()
+    model, tokenizer, _ = padding_left()
     draw = random.Random(seed)
     questions = draw.sample(sorted(ANSWERS), SHOTS + 2 * HALF)
     shots = "".join(f"Question: What is {q}?\nAnswer: {ANSWERS[q]}\n\n" for q in questions[:SHOTS])

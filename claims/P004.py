@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
+from claims._loaded import default
 from claims._texts import passages
 from claims.ledger import Claim, run
-from heedful import attach, models
+from heedful import attach
 from heedful.methods.observe.systematic_outliers import SystematicOutliers
 
 TEXTS, TOKENS = 4, 256  # a seed
 
 
-@cache
-def trained() -> models.Loaded:
-    return models.default()
-
-
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model, tokenizer, _ = trained()
+    model, tokenizer, _ = default()
     ids = torch.tensor([tokenizer(text).input_ids[:TOKENS] for text in passages(seed, TEXTS, TOKENS)])
     with attach(model, SystematicOutliers()) as attached, torch.no_grad():
         for row in ids:

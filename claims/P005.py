@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from claims._praise import model
+from claims._loaded import default
 from claims.ledger import Claim, run
 from claims.P294 import TRUTHS
 from heedful import attach, fit
@@ -28,7 +28,7 @@ def pushed(delta: Tensor, at: int) -> Iterator[None]:
     def push(module: Any, args: Any, out: Tensor) -> Tensor:
         return out + delta * (torch.arange(out.shape[1]) == at)[:, None]
 
-    loaded: Any = model().model
+    loaded: Any = default().model
     handle = loaded.model.layers[LAYER].mlp.register_forward_hook(push)
     try:
         yield
@@ -38,7 +38,7 @@ def pushed(delta: Tensor, at: int) -> Iterator[None]:
 
 def edited(prompt: Tensor, subject: int, target: int, weight: float) -> tuple[Tensor, float]:
     """The vector that makes the target likely enough, and how likely that is."""
-    plain: Any = model().model
+    plain: Any = default().model
     roles = {"subject": ((SUBJECT, subject + 1),)}
     penalty = fit(SADR(weight), plain, [{"input_ids": prompt, "roles": roles}])
     delta = torch.zeros(plain.config.hidden_size, requires_grad=True)
@@ -57,7 +57,7 @@ def edited(prompt: Tensor, subject: int, target: int, weight: float) -> tuple[Te
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    loaded: Any = model()
+    loaded: Any = default()
     draw = random.Random(seed)
     pairs = [pair.split() for pair in TRUTHS.split(",")]
     mine = random.Random(0).sample(pairs, len(pairs))[EDITS * seed : EDITS * (seed + 1)]

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import random
 import statistics
-from functools import cache
 from typing import Any
 
 import torch
 
+from claims._loaded import default
 from claims.ledger import Claim, run
 from claims.P125 import LEAD, NAMES, TOWNS
-from heedful import Prompt, attach, models
+from heedful import Prompt, attach
 from heedful.methods.intervene.language._documents import _DocumentAttention
 
 ITEMS, ORDERS, CHAINS = 5, 8, 4  # questions a seed, orders of each, pairs of documents in each
 
 
-@cache
-def trained() -> models.Loaded:
-    return models.default()
-
-
 def item(chance: random.Random) -> tuple[Prompt, list[int]]:
     """A question of two hops; documents 0 and 1 answer it, and the first tokens of towns begin with the right one's."""
-    tokenizer: Any = trained().tokenizer
+    tokenizer: Any = default().tokenizer
     names, towns = chance.sample(NAMES.split(), 2 * CHAINS), chance.sample(TOWNS.split(), CHAINS)
     tokens: list[int] = tokenizer(LEAD).input_ids
     spans = []
@@ -44,7 +39,7 @@ def item(chance: random.Random) -> tuple[Prompt, list[int]]:
 def read(prompt: Prompt, options: list[int]) -> tuple[float, float]:
     """The peak of attention, and the log-probability of the right town among those named."""
     reader = _DocumentAttention("documents", len(prompt) - 1)
-    with attach(trained().model, reader, roles=prompt.roles) as attached:
+    with attach(default().model, reader, roles=prompt.roles) as attached:
         logits = attached(input_ids=torch.tensor([prompt.tokens]), use_cache=False).logits[0, -1]
         return float(attached[reader].max()), float(logits[options].log_softmax(-1)[0])
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from functools import cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from claims._loaded import default
 from claims.ledger import Claim, run
-from heedful import Prompt, models
+from heedful import Prompt
 from heedful.core.kinds import NOTHING_READ, Read
 from heedful.methods.intervene.language.largepig import LAST, LargePiG
 from heedful.text_models import text_model
@@ -36,14 +36,9 @@ def even(read: Read) -> Read:
                    for part, (tokens, given) in read[LAST].items()}}  # fmt: skip
 
 
-@cache
-def trained() -> models.Loaded:
-    return models.default()
-
-
 def item(chance: random.Random) -> tuple[Prompt, list[int]]:
     """Who rules which town, in names that nobody has heard, and the name that is asked for."""
-    tokenizer = trained().tokenizer
+    tokenizer = default().tokenizer
 
     def name() -> str:
         return "".join(chance.sample(PARTS.split(), 3)).capitalize()
@@ -61,7 +56,7 @@ def surprise(prompt: Prompt, answer: list[int]) -> dict[str, float]:
     """Nats a token of the answer, by each way of saying it."""
     method = _Listening(layers=LAYERS)
     found = dict.fromkeys(("the model", "pointer", "even pointer"), 0.0) | {"p": 0.0}
-    with text_model(trained().model, method) as voice:
+    with text_model(default().model, method) as voice:
         pointed = voice.read(prompt)[0]
         for i, token in enumerate(answer):
             ((logits, read),) = method.told

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from claims._marked import gain, language_model, prompts
+from claims._loaded import default
+from claims._marked import gain, prompts
 from claims.ledger import Claim, run
 from heedful import fit
 from heedful.methods.intervene.vision.var import VAR
@@ -16,7 +17,7 @@ LAYERS = range(1, 29)  # of 30; the first only looks for sinks, so that layers 2
 
 def fitted(seed: int) -> VAR:
     learn = prompts(1000 + seed, 4, PASSAGE)
-    return fit(VAR(), language_model().model, [{"input_ids": item.tokens} for item in learn])  # type: ignore[no-any-return]
+    return fit(VAR(), default().model, [{"input_ids": item.tokens} for item in learn])  # type: ignore[no-any-return]
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from claims._seeing import LANGUAGE, SEEN, Shown, in_picture, joined, language_model, shown, told
+from claims._loaded import default
+from claims._seeing import LANGUAGE, SEEN, Shown, in_picture, joined, shown, told
 from claims._texts import apart
 from claims.ledger import Claim, run
 from heedful import attach, fit
@@ -64,7 +65,7 @@ class _Sunk(Method):
 
 def fitted(seed: int) -> VAR:
     """The authors' settings; dimensions that are massive in first tokens of texts."""
-    loaded = language_model()
+    loaded = default()
     texts = [loaded.tokenizer(text, return_tensors="pt") for text in apart(seed, 2, 40, fitting=True)]
     return replace(fit(VAR(), loaded.model, texts), role="image")
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from claims._cache import TOWNS, default
+from claims._cache import TOWNS
+from claims._loaded import default
 from claims._texts import sentences
 from claims.ledger import Claim, run
 from heedful import attach, fit

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from claims._loaded import default
 from claims._texts import passages
 from claims.ledger import Claim, run
-from heedful import attach, models
+from heedful import attach
 from heedful.methods.observe.sink_rate import SinkRate, Sinks
 
 TEXTS, TOKENS = 8, 64  # a seed; the paper's length
-
-
-@cache
-def trained() -> models.Loaded:
-    return models.default()
 
 
 def rates(model: Any, ids: Tensor) -> Sinks:
@@ -29,7 +24,7 @@ def rates(model: Any, ids: Tensor) -> Sinks:
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model, tokenizer, _ = trained()
+    model, tokenizer, _ = default()
     texts = passages(seed, TEXTS, 2 * TOKENS)
     ids = torch.tensor([tokenizer(text).input_ids[:TOKENS] for text in texts])
     noise = torch.randint(tokenizer.vocab_size, ids.shape)

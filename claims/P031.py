@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
+from claims._loaded import default
 from claims._texts import sentences
 from claims.ledger import Claim, run
-from heedful import models
 from heedful.explaining import ReAGent, attribute, faithfulness
 from heedful.methods.explain.rollout import AttentionRollout
 from heedful.methods.explain.transformer_attribution import TransformerAttribution
@@ -17,14 +15,9 @@ from heedful.methods.explain.transformer_attribution import TransformerAttributi
 SENTENCES, STEPS = 3, 20  # a seed; the steps of a run at most
 
 
-@cache
-def _model() -> models.Loaded:
-    return models.default()
-
-
 def _gradient(ids: Tensor) -> dict[str, Tensor]:
     """Gradient norms of the likeliest next token's logit, and gradient times input, of every token."""
-    model = _model().model
+    model = default().model
     table = model.get_input_embeddings()
     embedded = table(ids).detach().requires_grad_()
     (grad,) = torch.autograd.grad(model(inputs_embeds=embedded).logits[0, -1].max(), embedded)
@@ -32,7 +25,7 @@ def _gradient(ids: Tensor) -> dict[str, Tensor]:
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model, tokenizer, _ = _model()
+    model, tokenizer, _ = default()
     numbers: dict[str, float] = {}
     for text in sentences(seed, SENTENCES, 8, 12):
         ids = tokenizer(text.rsplit(" ", 1)[0], return_tensors="pt").input_ids

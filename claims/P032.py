@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
+from claims._loaded import default
 from claims._texts import passages
 from claims.ledger import Claim, run
-from heedful import attach, models
+from heedful import attach
 from heedful.methods.observe.secondary_sinks import SecondarySinks
 
 TEXTS, TOKENS = 4, 384  # a seed
 
 
-@cache
-def trained() -> models.Loaded:
-    return models.default()
-
-
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model, tokenizer, _ = trained()
+    model, tokenizer, _ = default()
     depth = model.config.num_hidden_layers
     with attach(model, SecondarySinks()) as attached, torch.no_grad():
         for text in passages(seed, TEXTS, TOKENS):

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 
+from claims._loaded import default
 from claims._texts import sentences
 from claims.ledger import Claim, run
-from heedful import attach, models
+from heedful import attach
 from heedful.methods.observe.modality_share import ModalityShare, Shares
 
 COPIES, WRITTEN = 12, 16  # times that the redundant passage stands there; tokens that the model writes
 BEFORE, AFTER = "Read the following notes.\n\n", "\n\nWhat are these notes about? Answer in one sentence.\n"
 
 
-@cache
-def trained() -> models.Loaded:
-    return models.default()
-
-
 def shares(passage: str, copies: int) -> Shares:
     """What the model looks at while it writes its answer."""
-    model, tokenizer, _ = trained()
+    model, tokenizer, _ = default()
     before, middle, after = (tokenizer(x).input_ids for x in (BEFORE, passage, AFTER))
     ids = torch.tensor([before + middle * copies + after])
     start, stop = len(before), len(before) + len(middle) * copies

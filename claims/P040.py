@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from claims._loaded import padding_left
 from claims.ledger import Claim, run
-from claims.P283 import OPPOSITES, language_model
+from claims.P283 import OPPOSITES
 from heedful import Prompt, attach, fit
 from heedful.methods.intervene.diffusion.soft_pag import Heads, SoftPAG
 
@@ -17,7 +18,7 @@ SHOTS, LEARN, TEST, AMONG, ROUNDS, DRAWS = 2, 6, 12, 16, 2, 2
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model, tokenizer, _ = language_model()
+    model, tokenizer, _ = padding_left()
     draw = random.Random(seed)
     pairs = [tuple(pair.split()) for pair in OPPOSITES.split(",")]
     draw.shuffle(pairs)

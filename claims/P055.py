@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from claims._loaded import default
 from claims.ledger import Claim, run
-from heedful import models
 from heedful.explaining.activation_patching import HeadEffects, patching
 
 PROMPTS, TOP = 12, 20
@@ -33,11 +32,6 @@ COLOURS = ("red", "blue", "green", "black", "white", "yellow", "purple", "brown"
 THINGS = ("pen", "cup", "book", "hat", "bag", "ball", "box", "key", "ring", "phone")
 PLACES = ("store", "park", "school", "garden", "station")
 Pair = tuple[str, str, str, str]  # clean prompt, corrupt prompt, right answer, the corrupt prompt's
-
-
-@cache
-def language_model() -> models.Loaded:
-    return models.default()
 
 
 def indirect_object(draw: random.Random) -> Pair:
@@ -64,7 +58,7 @@ def coloured_objects(draw: random.Random) -> Pair:
 
 def effects(task: str, draw: random.Random) -> HeadEffects:
     """First-order effects of all heads on the right answer's logit less the other's."""
-    model, tokenizer, _ = language_model()
+    model, tokenizer, _ = default()
     make = indirect_object if task == "names" else coloured_objects
     pairs = [make(draw) for _ in range(PROMPTS)]
     clean, corrupt, right, other = zip(*pairs, strict=True)

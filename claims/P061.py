@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
+from claims._loaded import default
 from claims.ledger import Claim, run
-from heedful import attach, fit, models
+from heedful import attach, fit
 from heedful.core.figures import Head
 from heedful.explaining import patching
 from heedful.methods.explain.circuit_codes import CircuitCodes
@@ -17,11 +16,6 @@ EXAMPLES, TRIED = 10, 16  # of each kind that codes are learned from, and pairs 
 LENGTH, AGAIN = 20, 8  # tokens of a passage, and how many of them come again
 CIRCUIT = 14  # heads with the largest effects, one in twenty
 LOW, HIGH = 1000, 20_000  # ids of ordinary tokens
-
-
-@cache
-def _model() -> models.Loaded:
-    return models.default()
 
 
 def _pairs(draw: torch.Generator, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +35,7 @@ def _effects(draw: torch.Generator) -> dict[Head, float]:
     def metric(logits: Tensor) -> Tensor:
         return logits[:, -1].log_softmax(-1).gather(-1, right[:, None])[:, 0]
 
-    found = patching(_model().model, clean, corrupt, metric, positions=(LENGTH + AGAIN - 1,), estimate=True).share
+    found = patching(default().model, clean, corrupt, metric, positions=(LENGTH + AGAIN - 1,), estimate=True).share
     return {(n, h): float(found[n, h]) for n in range(found.shape[0]) for h in range(found.shape[1])}
 
 
@@ -56,8 +50,8 @@ def _area(scores: dict[Head, float], circuit: set[Head]) -> float:
 def _scores(texts: Tensor) -> tuple[dict[Head, float], dict[Head, float]]:
     """Each head's score, and what it would be were every other text a positive one: as many of each kind among both."""
     positive = [True] * EXAMPLES + [False] * EXAMPLES
-    method = fit(CircuitCodes(), _model().model, [{"input_ids": texts, "positive": positive}])
-    with attach(_model().model, method) as seen, torch.no_grad():
+    method = fit(CircuitCodes(), default().model, [{"input_ids": texts, "positive": positive}])
+    with attach(default().model, method) as seen, torch.no_grad():
         seen(input_ids=texts)
         found = seen[method]
     mixed = {}

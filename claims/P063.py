@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from claims._loaded import default
 from claims.ledger import Claim, run
 from claims.P125 import NAMES, TOWNS
-from heedful import Method, Prompt, arrange, attach, models
+from heedful import Method, Prompt, arrange, attach
 from heedful.authoring import Call, Mask, Paper, Site, at
 from heedful.core.mask import Where
 from heedful.core.method import Stack
@@ -36,14 +36,9 @@ class _Apart(Method):
         return mask & Where(seen)
 
 
-@cache
-def trained() -> models.Loaded:
-    return models.default()
-
-
 def item(chance: random.Random, steps: int) -> tuple[Prompt, list[int], int]:
     """A question of one step or two, the first tokens of the towns that it names, and which of them is right."""
-    tokenizer: Any = trained().tokenizer
+    tokenizer: Any = default().tokenizer
     towns = chance.sample(TOWNS.split(), TOLD)
     people = chance.sample(NAMES.split(), 2 * TOLD)
     told, guests = people[:TOLD], people[TOLD:]
@@ -64,19 +59,19 @@ def item(chance: random.Random, steps: int) -> tuple[Prompt, list[int], int]:
 @torch.no_grad()
 def sureness(prompt: Prompt, options: list[int], right: int, apart: bool = False) -> float:
     """The log-probability of the right town, among those named."""
-    with attach(trained().model, _Apart() if apart else Stack(), roles=prompt.roles) as attached:
+    with attach(default().model, _Apart() if apart else Stack(), roles=prompt.roles) as attached:
         logits = attached(input_ids=torch.tensor([prompt.tokens])).logits[0, -1]
     return float(logits[options].log_softmax(-1)[right])
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     chance = random.Random(63_000 + seed)
-    lead = tuple(trained().tokenizer(LEAD).input_ids)
+    lead = tuple(default().tokenizer(LEAD).input_ids)
     numbers: dict[str, float] = {}
     for steps, kind in ((1, "one step"), (2, "two steps")):
         for _ in range(ITEMS):
             prompt, options, right = item(chance, steps)
-            twice = arrange(trained().model, prompt, ReReading(lead))
+            twice = arrange(default().model, prompt, ReReading(lead))
             found = {
                 "once": sureness(prompt, options, right),
                 "twice": sureness(twice, options, right),

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from claims._loaded import default
 from claims._pictures import COLOURS
-from claims._seeing import BEFORE, BEHIND, LANGUAGE, SEEN, Shown, joined, language_model, name_ids, shown
+from claims._seeing import BEFORE, BEHIND, LANGUAGE, SEEN, Shown, joined, name_ids, shown
 from claims.ledger import Claim, run
 from heedful import attach
 from heedful.adapters.cache_name import CACHE, cache_of
@@ -32,7 +33,7 @@ class _Drawn(PAINT):
 @torch.no_grad()
 def caption(model: Any, item: Shown, what: Part | None = None) -> Tensor:
     """The two colours `[n 2]` that the model names, the second unlike the first, and "and" between them."""
-    joint = language_model().tokenizer(" and").input_ids
+    joint = default().tokenizer(" and").input_ids
     names = name_ids()[: len(COLOURS)]
     with attach(model, Stack() if what is None else what, roles=item.roles) as attached:
         read = attached(**item.inputs, use_cache=True, logits_to_keep=1)

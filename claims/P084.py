@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import random
 import statistics
-from functools import cache
 from typing import Any
 
 import torch
 
+from claims._loaded import padding_left
 from claims.ledger import Claim, run
 from claims.P283 import OPPOSITES
-from heedful import attach, fit, models
+from heedful import attach, fit
 from heedful.methods.intervene.language.lofit import LoFiT
 
 LEARN, TEST, BATCH, EPOCHS, DRAWS = 16, 14, 16, 10, 2
 
 
-@cache
-def model() -> models.Loaded:
-    loaded = models.default()
-    loaded.tokenizer.padding_side = "left"
-    return loaded
-
-
 def batch(pairs: list[list[str]]) -> dict[str, Any]:
     """Questions with their answers; the answer's first token counts."""
-    tokenizer: Any = model().tokenizer
+    tokenizer: Any = padding_left().tokenizer
     answers = torch.tensor([tokenizer(f" {b}").input_ids[0] for _, b in pairs])
     inputs = tokenizer([f"Q: {a}\nA:" for a, _ in pairs], return_tensors="pt", padding=True)
     ids = torch.cat([inputs["input_ids"], answers[:, None]], 1)
@@ -40,9 +33,9 @@ def batch(pairs: list[list[str]]) -> dict[str, Any]:
 def scores(method: LoFiT | None, asked: dict[str, Any]) -> tuple[float, float]:
     """Loss and accuracy on the answers."""
     if method is None:
-        out = model().model(**asked)
+        out = padding_left().model(**asked)
     else:
-        with attach(model().model, method) as attached:
+        with attach(padding_left().model, method) as attached:
             out = attached(**asked)
     return float(out.loss), float((out.logits[:, -2].argmax(-1) == asked["labels"][:, -1]).double().mean())
 
@@ -53,7 +46,7 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     draw.shuffle(pairs)
     asked, learn = batch(pairs[:TEST]), pairs[TEST : TEST + LEARN]
     batches = [batch(learn[i : i + BATCH]) for i in range(0, LEARN, BATCH)]
-    plain = model().model
+    plain = padding_left().model
     method = fit(LoFiT(epochs=EPOCHS), plain, batches)
     config = plain.config
     every = [(i, h) for i in range(config.num_hidden_layers) for h in range(config.num_attention_heads)]

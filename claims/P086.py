@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from claims._loaded import encoder
 from claims.ledger import Claim, run
-from heedful import attach, models
+from heedful import attach
 from heedful.methods.intervene.language.temp_scale import TempScale
 
 TAU = 0.9
 SHORT, MIDDLE, LONG = 16, 64, 192  # tokens of text
 TEXTS = 24
-
-
-@cache
-def encoder() -> models.Loaded:
-    return models.encoder()
 
 
 def embed(ids: Tensor, tau: float) -> tuple[Tensor, list[float]]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
 
+from claims._loaded import default
 from claims.ledger import Claim, run
-from heedful import attach, fit, models
+from heedful import attach, fit
 from heedful.authoring import Fitted
 from heedful.core.method import Method
 from heedful.methods.intervene.language.focus_directions import FocusDirections, _Mass
@@ -24,14 +24,9 @@ WORDS = "red,blue,green,black,white,pink,brown,gold,gray,purple,yellow,blind,col
 LINES, LEARN, TEST, EPOCHS, RATE, HEAD_OUTPUT, ALPHA = 8, 8, 12, 4, 0.03, 10, 0.3
 
 
-@cache
-def language_model() -> models.Loaded:
-    return models.default()
-
-
 def example(draw: random.Random) -> tuple[dict[str, Any], int]:
     """Eight lines, a question about one of them, and the first token of its answer."""
-    tokenizer = language_model().tokenizer
+    tokenizer = default().tokenizer
     names, words = (draw.sample(x.split(","), LINES) for x in (NAMES, WORDS))
     asked = draw.randrange(LINES)
     ids: list[int] = []
@@ -65,7 +60,7 @@ def random_like(directions: Fitted, elsewhere: bool) -> Fitted:
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model = language_model().model
+    model = default().model
     draw = random.Random(seed)
     learn, test = ([example(draw) for _ in range(n)] for n in (LEARN, TEST))
     method = fit(FocusDirections(ALPHA, HEAD_OUTPUT, EPOCHS, RATE), model, [batch for batch, _ in learn])

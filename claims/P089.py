@@ -6,15 +6,15 @@ import random
 import statistics
 import time
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from claims._loaded import default
 from claims._texts import passages
 from claims.ledger import Claim, run
-from heedful import fit, models, operate
+from heedful import fit, operate
 from heedful.methods.compress.prune.prune_heads import PruneHeads
 
 SHARE, DRAWS = 0.2, 10
@@ -22,14 +22,9 @@ TOKENS = 96
 TEXTS = 6  # to judge heads by, and as many to measure on
 
 
-@cache
-def model() -> models.Loaded:
-    return models.default()
-
-
 def batches(seed: int) -> list[Tensor]:
     texts = passages(seed, 2 * TEXTS, 2 * TOKENS)
-    return [torch.tensor([model().tokenizer(text).input_ids[:TOKENS]]) for text in texts]
+    return [torch.tensor([default().tokenizer(text).input_ids[:TOKENS]]) for text in texts]
 
 
 @torch.no_grad()
@@ -51,14 +46,14 @@ def speeds(whole: nn.Module, small: nn.Module, ids: Tensor) -> tuple[float, floa
 def at_random(seed: int, count: int) -> PruneHeads:
     """As many groups, drawn; one in each layer stays."""
     draw = random.Random(seed)
-    groups = model().model.config.num_key_value_heads
-    stays = [draw.randrange(groups) for _ in range(model().model.config.num_hidden_layers)]
+    groups = default().model.config.num_key_value_heads
+    stays = [draw.randrange(groups) for _ in range(default().model.config.num_hidden_layers)]
     free = [(layer, group) for layer, kept in enumerate(stays) for group in range(groups) if group != kept]
     return PruneHeads(groups=tuple(draw.sample(free, count)))
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    whole: Any = model().model
+    whole: Any = default().model
     texts = batches(seed)
     fitted = fit(PruneHeads(SHARE, form="uneven"), whole, [{"input_ids": ids} for ids in texts[:TEXTS]])
     unseen = texts[TEXTS:]

@@ -6,8 +6,9 @@ import random
 
 import torch
 
+from claims._loaded import default
 from claims.ledger import Claim, run
-from claims.P125 import DOCUMENTS, item, sureness, trained
+from claims.P125 import DOCUMENTS, item, sureness
 from heedful import Prompt, arrange, fit
 from heedful.methods.intervene.language.attn_rank import AttnRank
 
@@ -26,12 +27,12 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     chance = random.Random(1000 + seed)
     shown = [item(chance, number % DOCUMENTS)[0] for number in range(SHOWN)]
     batches = [{"input_ids": torch.tensor([x.tokens]), "roles": x.roles} for x in shown]
-    method = fit(AttnRank(), trained().model, batches)
+    method = fit(AttnRank(), default().model, batches)
     asked = [item(chance, 0) for _ in range(ITEMS)]
     by_slot = torch.zeros(DOCUMENTS)
     ranked = 0.0
     for prompt, answer, place in asked:
-        ranked += sureness(arrange(trained().model, prompt, method), answer) / ITEMS  # the true one is first there
+        ranked += sureness(arrange(default().model, prompt, method), answer) / ITEMS  # the true one is first there
         by_slot += torch.tensor([sureness(at_slot(prompt, place, s), answer) for s in range(DOCUMENTS)]) / ITEMS
     attention = torch.tensor(method.attention)
     numbers = {f"attention, slot {slot}": x for slot, x in enumerate(method.attention)}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 from typing import Any
 
 import torch
 
+from claims._loaded import default
 from claims.ledger import Claim, run
-from heedful import Prompt, attach, models
+from heedful import Prompt, attach
 from heedful.methods.intervene.language.attention_buckets import AttentionBuckets
 
 PAIRS, PLACES, ITEMS = 14, (0, 4, 9, 13), 2  # in each prompt; where the wanted pair stands; for each place and seed
@@ -21,14 +21,9 @@ OWN = 100000.0  # SmolLM2's base; the authors' bases stand in the same proportio
 BUCKETS = AttentionBuckets(OWN, tuple(base * OWN / 10000 for base in AttentionBuckets().bases))
 
 
-@cache
-def trained() -> models.Loaded:
-    return models.default()
-
-
 def item(chance: random.Random, place: int) -> tuple[Prompt, int]:
     """A list of pairs that ends in the key at `place`, and the first token of its value."""
-    tokenizer: Any = trained().tokenizer
+    tokenizer: Any = default().tokenizer
     words = chance.sample(WORDS.split(), 2 * PAIRS)
     pairs = list(zip(words[:PAIRS], words[PAIRS:], strict=True))
     key, value = pairs[place]
@@ -41,7 +36,7 @@ def sureness(prompt: Prompt, answer: int) -> dict[str, float]:
     """The answer's log-probability from each run and from all together."""
     logits = {}
     for name, (shown, stack) in BUCKETS.variants(prompt).items():
-        with attach(trained().model, stack) as attached:
+        with attach(default().model, stack) as attached:
             logits[name] = attached(input_ids=torch.tensor([shown.tokens])).logits[0, -1]
     found = {**logits, "together": BUCKETS.combine(logits)}
     return {name: float(x.log_softmax(-1)[answer]) for name, x in found.items()}

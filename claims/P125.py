@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 from typing import Any
 
 import torch
 
+from claims._loaded import default
 from claims.ledger import Claim, run
-from heedful import Prompt, arrange, models
+from heedful import Prompt, arrange
 from heedful.methods.intervene.language.attention_sorting import AttentionSorting
 
 ITEMS, DOCUMENTS = 4, 8  # a seed; in each item
@@ -21,14 +21,9 @@ LEAD = (
 )
 
 
-@cache
-def trained() -> models.Loaded:
-    return models.default()
-
-
 def item(chance: random.Random, place: int) -> tuple[Prompt, int, int]:
     """A prompt whose true document stands at `place`, the first token of the answer, and which span is the true one."""
-    tokenizer: Any = trained().tokenizer
+    tokenizer: Any = default().tokenizer
     names, towns = chance.sample(NAMES.split(), DOCUMENTS), chance.sample(TOWNS.split(), DOCUMENTS)
     tokens: list[int] = tokenizer(LEAD).input_ids
     spans = []
@@ -43,7 +38,7 @@ def item(chance: random.Random, place: int) -> tuple[Prompt, int, int]:
 
 @torch.no_grad()
 def sureness(prompt: Prompt, answer: int) -> float:
-    logits = trained().model(input_ids=torch.tensor([prompt.tokens])).logits[0, -1]
+    logits = default().model(input_ids=torch.tensor([prompt.tokens])).logits[0, -1]
     return float(logits.log_softmax(-1)[answer])
 
 
@@ -62,8 +57,8 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
         prompt, answer, place = item(chance, (2 * number + seed) % DOCUMENTS)
         shuffled = prompt.reordered("documents", tuple(chance.sample(range(DOCUMENTS), DOCUMENTS)))
         shown = {"as given": prompt, "shuffled": shuffled}
-        shown["sorted once"] = arrange(trained().model, prompt, AttentionSorting(rounds=1))
-        shown["sorted"] = arrange(trained().model, shown["sorted once"], AttentionSorting(rounds=2))
+        shown["sorted once"] = arrange(default().model, prompt, AttentionSorting(rounds=1))
+        shown["sorted"] = arrange(default().model, shown["sorted once"], AttentionSorting(rounds=2))
         row = {f"log-probability, {name}": sureness(x, answer) for name, x in shown.items()}
         row |= {f"documents after the true one, {name}": rank(x, prompt, place) for name, x in shown.items()}
         rows.append(row)

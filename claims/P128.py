@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import Tensor
 
-from claims._cache import Reading, default, prose, recall
+from claims._cache import Reading, prose, recall
+from claims._loaded import default
 from claims.ledger import Claim, run
 from heedful import Method, Site, Stack, attach
 from heedful.adapters.cache_name import CACHE

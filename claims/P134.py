@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 
-from claims._cache import LESSONS, Newest, default, losses, prose, recall
+from claims._cache import LESSONS, Newest, losses, prose, recall
+from claims._loaded import default
 from claims._texts import apart
 from claims.ledger import Claim, run
 from heedful import fit

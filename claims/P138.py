@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from claims._loaded import default
 from claims.ledger import Claim, run
-from heedful import attach, models
+from heedful import attach
 from heedful.authoring import Stack
 from heedful.methods import FocusICL
 
@@ -24,14 +24,9 @@ SHOTS, ASKED = 40, 6  # demonstrations, and questions a seed
 BATCH, DROP = 10, 0.1  # demonstrations in a batch, share left out
 
 
-@cache
-def trained() -> models.Loaded:
-    return models.default()
-
-
 def item(chance: random.Random) -> tuple[Tensor, tuple[tuple[int, int], ...], list[int]]:
     """A prompt, its demonstrations, and the first tokens of the kinds with the right one first."""
-    tokenizer: Any = trained().tokenizer
+    tokenizer: Any = default().tokenizer
     words = [(word, kind) for kind, all_of_them in KINDS.items() for word in all_of_them.split()]
     *shots, (asked, right) = chance.sample(words, SHOTS + 1)
     tokens: list[int] = []
@@ -60,7 +55,7 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     for _ in range(ASKED):
         ids, spans, options = item(chance)
         for name, way in WAYS.items():
-            with attach(trained().model, way, roles={"demonstrations": spans}) as attached:
+            with attach(default().model, way, roles={"demonstrations": spans}) as attached:
                 found = attached(input_ids=ids, use_cache=False).logits[0, -1, options].log_softmax(-1)
             for what, value in (("log-probability", found[0]), ("right", found.argmax() == 0)):
                 numbers[f"{what}, {name}"] = numbers.get(f"{what}, {name}", 0.0) + float(value) / ASKED

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 
 import torch
 
+from claims._loaded import default
 from claims.ledger import Claim, run
-from heedful import attach, fit, models
+from heedful import attach, fit
 from heedful.core.figures import Head
 from heedful.core.method import Stack
 from heedful.methods.explain.maps import MAPS
@@ -54,14 +54,9 @@ TASKS = {
 }
 
 
-@cache
-def language_model() -> models.Loaded:
-    return models.default()
-
-
 def pairs_of(name: str) -> list[tuple[int, int]]:
     """Those of which both sides are one token."""
-    _, tokenizer, _ = language_model()
+    _, tokenizer, _ = default()
     ids = [tokenizer(f" {word}").input_ids for word in TASKS[name][0].split()]
     return [(a[0], b[0]) for a, b in zip(ids[::2], ids[1::2], strict=True) if len(a) == len(b) == 1]
 
@@ -69,7 +64,7 @@ def pairs_of(name: str) -> list[tuple[int, int]]:
 @torch.no_grad()
 def accuracy(name: str, pairs: list[tuple[int, int]], heads: list[Head]) -> float:
     """How often the target is the likeliest next token, with these heads silent at the last position."""
-    model, tokenizer, _ = language_model()
+    model, tokenizer, _ = default()
     template = TASKS[name][2].replace(" {}", "{}").partition("{}")
     before, after = (tokenizer(text).input_ids for text in (template[0], template[2]))
     ids = torch.tensor([[*before, source, *after] for source, _ in pairs])
@@ -101,7 +96,7 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
         pairs = pairs_of(name)
         draw.shuffle(pairs)
         half = len(pairs) // 2
-        scores = fit(MAPS(tuple(pairs[:half]), name, k), language_model().model, ()).scores
+        scores = fit(MAPS(tuple(pairs[:half]), name, k), default().model, ()).scores
         order = scores.flatten().argsort(descending=True, stable=True).tolist()[:HEADS]
         heads = [divmod(i, scores.shape[1]) for i in order if scores.flatten()[i] > 0]
         rest = pairs[half:]

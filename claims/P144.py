@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from claims._tiny_lm import Trained, batch
+from claims._tiny_lm import Trained, held_out_loss, shown
 from claims.ledger import Claim, run
 from heedful import fit, operate
 from heedful.authoring import Fitted
@@ -19,25 +17,13 @@ SHARE, LAYERS, HEADS, STEPS, DRAWS = 0.5, 3, 4, 120, 4
 EPOCHS = 4  # passes before each choice
 
 
-@torch.no_grad()
-def loss(model: Any, seed: int) -> float:
-    """Held-out loss, on text of the seed's own."""
-    ids = batch(torch.Generator().manual_seed(14_000 + seed), held_out=True, rows=32)
-    return float(model(input_ids=ids, labels=ids, use_cache=False).loss)
-
-
-def shown(seed: int) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(15_000 + seed)
-    return [{"input_ids": batch(generator)} for _ in range(4)]
-
-
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     trained = Trained(None, seed, STEPS, LAYERS)
     trained.run.close()
     model = trained.model
 
     def left(how: HeadPruner) -> float:
-        return loss(operate(model, how), seed)
+        return held_out_loss(operate(model, how), 14_000 + seed, rows=32)
 
     def ranked(number: int) -> HeadPruner:
         """Heads in an order that is drawn."""
@@ -51,8 +37,8 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
         "at once": SequentialAttention(SHARE, form="zeros", at_once=stay, epochs=EPOCHS * stay, seed=seed),
         "by gradient": PruneHeads(SHARE, form="zeros"),
     }
-    numbers = {"loss": loss(model, seed)}
-    numbers |= {f"loss, {name}": left(fit(how, model, shown(seed))) for name, how in ways.items()}
+    numbers = {"loss": held_out_loss(model, 14_000 + seed, rows=32)}
+    numbers |= {f"loss, {name}": left(fit(how, model, shown(15_000 + seed))) for name, how in ways.items()}
     numbers["loss, at random"] = statistics.fmean(left(ranked(number)) for number in range(DRAWS))
     return numbers["loss, at once"] - numbers["loss, one by one"], numbers
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
+from claims._loaded import encoder
 from claims._texts import passages
 from claims.ledger import Claim, run
-from heedful import attach, models
+from heedful import attach
 from heedful.methods.observe.attention_profile import AttentionProfile
 
 TEXTS, TOKENS = 8, 128  # a seed; the paper's length
-
-
-@cache
-def encoder() -> models.Loaded:
-    return models.encoder()
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:

@@ -7,8 +7,9 @@ import random
 import torch
 from torch import Tensor
 
+from claims._loaded import default
 from claims.ledger import Claim, run
-from claims.P125 import NAMES, TOWNS, trained
+from claims.P125 import NAMES, TOWNS
 from heedful import Prompt, attach, fit
 from heedful.methods.sparse.tokens.sentinel import Sentinel, _EachHead, features
 
@@ -22,7 +23,7 @@ UNKNOWN = ("For the summer {0} found work at a harbour near {1}.", "In which pla
 
 def item(draw: random.Random, template: tuple[str, str]) -> tuple[Prompt, list[int]]:
     """Sentences of one shape before a question, and which of them is wanted."""
-    tokenizer = trained().tokenizer
+    tokenizer = default().tokenizer
     names, towns = draw.sample(NAMES.split(), SENTENCES), draw.sample(TOWNS.split(), SENTENCES)
     tokens: list[int] = tokenizer("Some facts.\n").input_ids
     spans = []
@@ -37,7 +38,7 @@ def item(draw: random.Random, template: tuple[str, str]) -> tuple[Prompt, list[i
 
 @torch.no_grad()
 def read(prompt: Prompt) -> Tensor:
-    with attach(trained().model, reader := _EachHead(len(prompt))) as opened:
+    with attach(default().model, reader := _EachHead(len(prompt))) as opened:
         opened(input_ids=torch.tensor([prompt.tokens]), use_cache=False)
     return features(opened[reader], prompt.spans("documents"))
 
@@ -54,7 +55,7 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
         {"input_ids": torch.tensor([prompt.tokens]), "roles": prompt.roles, "label": label}
         for prompt, label in (item(draw, KNOWN[i % len(KNOWN)]) for i in range(FITTED))
     ]
-    probe: Sentinel = fit(Sentinel(), trained().model, batches)
+    probe: Sentinel = fit(Sentinel(), default().model, batches)
     tried = [item(draw, UNKNOWN) for _ in range(TRIED)]
     x = torch.cat([read(prompt) for prompt, _ in tried])
     wanted = torch.tensor([label for _, label in tried]).flatten().bool()

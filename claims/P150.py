@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from claims._marked import ASKS, LINES, NAMES, WORDS, language_model
+from claims._loaded import default
+from claims._marked import ASKS, LINES, NAMES, WORDS
 from claims.ledger import Claim, run
 from heedful import attach
 from heedful.core.figures import Head
@@ -31,7 +32,7 @@ class _Asked:
 
 
 def _prompts(draw: random.Random, count: int) -> list[_Asked]:
-    tokenizer = language_model().tokenizer
+    tokenizer = default().tokenizer
     out = []
     for number in range(count):
         names, codes = (draw.sample(every.split(","), LINES) for every in (NAMES, WORDS))
@@ -47,7 +48,7 @@ def _prompts(draw: random.Random, count: int) -> list[_Asked]:
 
 @torch.no_grad()
 def _looks(prompts: list[_Asked]) -> Looks:
-    with attach(language_model().model, METHOD) as seen:
+    with attach(default().model, METHOD) as seen:
         for item in prompts:
             seen.roles = {"context": (item.passage,)}
             seen(input_ids=item.tokens)
@@ -63,7 +64,7 @@ def _answers(prompts: list[_Asked], silent: list[Head]) -> float:
         by_layer[layer].append(head)
     stack = Stack(tuple(Patch().on(layer, heads) for layer, heads in sorted(by_layer.items())))
     found = []
-    with attach(language_model().model, stack) as session:
+    with attach(default().model, stack) as session:
         for item in prompts:
             logits = session(input_ids=item.tokens, logits_to_keep=1).logits[0, -1].log_softmax(-1)
             found.append(float(logits[item.right]))

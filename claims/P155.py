@@ -6,7 +6,8 @@ from collections import defaultdict
 
 import torch
 
-from claims._marked import LINES, Marked, language_model, prompts
+from claims._loaded import default
+from claims._marked import LINES, Marked, prompts
 from claims.ledger import Claim, run
 from heedful import attach, fit
 from heedful.core.regions import Span
@@ -18,7 +19,7 @@ RATE = 2.0  # the best of 2, 6, 16 and 50 on five prompts of their own
 
 def lines_of(item: Marked) -> Span:
     """Where the eight lines stand: all before the question but the first token, which every head uses as a sink."""
-    stop = language_model().tokenizer(".\n").input_ids[-1]
+    stop = default().tokenizer(".\n").input_ids[-1]
     ends = (item.tokens[0] == stop).nonzero().flatten()
     return 1, int(ends[LINES - 1]) + 1
 
@@ -31,7 +32,7 @@ def neighbour(item: Marked) -> Span:
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model = language_model().model
+    model = default().model
     found: defaultdict[str, list[float]] = defaultdict(list)
     for item in prompts(seed, PROMPTS):
         image = lines_of(item)

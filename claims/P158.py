@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from claims._marked import ASKS, LINES, NAMES, WORDS, language_model
+from claims._loaded import default
+from claims._marked import ASKS, LINES, NAMES, WORDS
 from claims.ledger import Claim, run
 from heedful import Prompt
 from heedful.api import reader
@@ -20,7 +21,7 @@ PROMPTS = 12
 
 def item(draw: random.Random) -> tuple[Prompt, list[int], int]:
     """Lines that give each thing a code, a question about one, the first tokens of all codes, and which is right."""
-    tokenizer = language_model().tokenizer
+    tokenizer = default().tokenizer
     names, words = draw.sample(NAMES.split(","), LINES), draw.sample(WORDS.split(","), LINES)
     text = "".join(f"The code of the {name} is {word}.\n" for name, word in zip(names, words, strict=True))
     lines, asked = tokenizer(text).input_ids, draw.randrange(LINES)
@@ -31,7 +32,7 @@ def item(draw: random.Random) -> tuple[Prompt, list[int], int]:
 
 @torch.no_grad()
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model, draw = language_model().model, random.Random(seed)
+    model, draw = default().model, random.Random(seed)
     found: defaultdict[str, float] = defaultdict(float)
     for _ in range(PROMPTS):
         prompt, codes, right = item(draw)

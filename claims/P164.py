@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from claims._cache import TOWNS, default
+from claims._cache import TOWNS
+from claims._loaded import default
 from claims._texts import passages
 from claims.ledger import Claim, run
 from heedful import attach

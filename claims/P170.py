@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from dataclasses import replace
 
-from claims._cache import LESSONS, default, losses, prose
+from claims._cache import LESSONS, losses, prose
+from claims._loaded import default
 from claims._texts import apart
 from claims.ledger import Claim, run
 from heedful import fit

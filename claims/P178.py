@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from claims._cache import default
+from claims._loaded import default
 from claims._texts import passages
 from claims.ledger import Claim, run
 from heedful import attach

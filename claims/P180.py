@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
+from claims._loaded import default
 from claims._texts import passages
 from claims.ledger import Claim, run
-from heedful import attach, models
+from heedful import attach
 from heedful.core.call import Call
 from heedful.core.method import Method
 from heedful.core.sites import Site, reads
@@ -17,11 +16,6 @@ from heedful.core.stats import Sum
 from heedful.methods.observe.massive_qk import MassiveQK
 
 TEXTS, TOKENS = 4, 256  # a seed
-
-
-@cache
-def trained() -> models.Loaded:
-    return models.default()
 
 
 class Values(Method):
@@ -35,7 +29,7 @@ class Values(Method):
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model, tokenizer, _ = trained()
+    model, tokenizer, _ = default()
     with attach(model, MassiveQK() | Values()) as attached, torch.no_grad():
         for text in passages(seed, TEXTS, TOKENS):
             attached(input_ids=torch.tensor([tokenizer(text).input_ids[:TOKENS]]))

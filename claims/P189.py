@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache, reduce
+from functools import reduce
 from operator import or_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from claims._loaded import default
 from claims.ledger import Claim, run
-from heedful import attach, models
+from heedful import attach
 from heedful.core.figures import Head
 from heedful.methods.observe.induction_heads import InductionHeads
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
@@ -18,11 +19,6 @@ from heedful.methods.sparse.prefill.sink_window import SinkWindow
 INDUCTION, ECHO = 0.14, 0.01  # the paper's shares of heads to keep
 SINKS, WINDOW = 4, 32  # tokens that all other heads see
 COPY = 128  # random tokens, which then come again
-
-
-@cache
-def trained() -> models.Loaded:
-    return models.default()
 
 
 def windowed(keep: set[Head], layers: int, heads: int) -> Any:
@@ -43,7 +39,7 @@ def loss(model: Any, ids: Tensor, what: Any = None) -> float:
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model, tokenizer, _ = trained()
+    model, tokenizer, _ = default()
     layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
     words = torch.arange(1000, tokenizer.vocab_size)
     method = InductionHeads(seed=seed)

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from claims._cache import default, losses, recall
+from claims._cache import losses, recall
+from claims._loaded import default
 from claims._texts import apart
 from claims.ledger import Claim, run
 from heedful import fit

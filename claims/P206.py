@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from claims._cache import default
+from claims._loaded import default
 from claims.ledger import Claim, run
 from heedful.bench.answer import answer
 from heedful.bench.compare import label

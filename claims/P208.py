@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from claims._cache import LESSONS, TOWNS, Source, default
+from claims._cache import LESSONS, TOWNS, Source
+from claims._loaded import default
 from claims._texts import apart
 from claims.ledger import Claim, run
 from heedful import Method, attach, fit

@@ -8,8 +8,9 @@ import random
 import torch
 from torch import Tensor
 
+from claims._loaded import default
 from claims.ledger import Claim, run
-from claims.P055 import TOP, indirect_object, language_model
+from claims.P055 import TOP, indirect_object
 from heedful import attach
 from heedful.authoring import Call, Method, Site, Statistic, reads
 from heedful.core.stats import Cat
@@ -34,7 +35,7 @@ class Texts:
     """Prompts, those with the other name as the giver, and what is right after the first and after the second."""
 
     def __init__(self, draw: random.Random, count: int) -> None:
-        _, tokenizer, _ = language_model()
+        _, tokenizer, _ = default()
         clean, corrupt, *answers = zip(*(indirect_object(draw) for _ in range(count)), strict=True)
         self.clean, self.corrupt = (tokenizer(list(x), return_tensors="pt").input_ids for x in (clean, corrupt))
         self.right, self.other = (torch.tensor([tokenizer(" " + w).input_ids[0] for w in x]) for x in answers)
@@ -48,14 +49,14 @@ class Texts:
     def effects(self, noise: TokenNoise | None = None) -> HeadEffects:
         """Where the giver is swapped, or hidden by noise."""
         corrupt = self.corrupt if noise is None else {"input_ids": self.clean, "roles": self.roles}
-        return patching(language_model().model, self.clean, corrupt, self.lead, estimate=True, under=noise)
+        return patching(default().model, self.clean, corrupt, self.lead, estimate=True, under=noise)
 
 
 @torch.no_grad()
 def streams(ids: Tensor, texts: Texts, noise: TokenNoise | None = None) -> Tensor:
     """That of the giver as it leaves each layer, `[n layers e]`."""
     reader = _Streams(texts.place)
-    with attach(language_model().model, noise | reader if noise else reader, roles=texts.roles) as run:
+    with attach(default().model, noise | reader if noise else reader, roles=texts.roles) as run:
         run(input_ids=ids, logits_to_keep=1)
     return torch.stack([stat.value[0] for stat in run[reader].values()], 1).double()
 
@@ -63,7 +64,7 @@ def streams(ids: Tensor, texts: Texts, noise: TokenNoise | None = None) -> Tenso
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     draw = random.Random(seed)
     texts, again, others = (Texts(draw, count) for count in (PROMPTS, PROMPTS, OTHERS))
-    embed = language_model().model.get_input_embeddings()
+    embed = default().model.get_input_embeddings()
     own, swapped = (embed(ids).detach().double() for ids in (texts.clean, texts.corrupt))
     sizes = {
         "usual noise": USUAL * float(own.std()),

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import random
 import statistics
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from claims._tiny_lm import Trained, batch
+from claims._tiny_lm import Trained, held_out_loss, shown
 from claims.ledger import Claim, run
 from heedful import fit, operate
 from heedful.methods import PruneHeads, VTrans
@@ -18,25 +14,13 @@ from heedful.methods.compress.prune._pruner import HeadPruner
 SHARE, LAYERS, HEADS, STEPS, DRAWS = 0.25, 4, 4, 200, 4
 
 
-@torch.no_grad()
-def loss(model: Any, seed: int) -> float:
-    """Held-out loss, on text of the seed's own."""
-    ids = batch(torch.Generator().manual_seed(7000 + seed), held_out=True, rows=64)
-    return float(model(input_ids=ids, labels=ids, use_cache=False).loss)
-
-
-def shown(seed: int) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(9000 + seed)
-    return [{"input_ids": batch(generator)} for _ in range(4)]
-
-
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     trained = Trained(None, seed, STEPS, LAYERS)
     trained.run.close()
     model = trained.model
 
     def left(how: HeadPruner) -> float:
-        return loss(operate(model, how), seed)
+        return held_out_loss(operate(model, how), 7000 + seed, rows=64)
 
     draw = random.Random(seed)
     every = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
@@ -44,9 +28,9 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
         PruneHeads(groups=tuple(draw.sample(every, round(SHARE * len(every)))), form="zeros") for _ in range(DRAWS)
     ]
     numbers = {
-        "loss": loss(model, seed),
-        "loss, by noise": left(fit(VTrans(SHARE, form="zeros", seed=seed), model, shown(seed))),
-        "loss, by gradient": left(fit(PruneHeads(SHARE, form="zeros"), model, shown(seed))),
+        "loss": held_out_loss(model, 7000 + seed, rows=64),
+        "loss, by noise": left(fit(VTrans(SHARE, form="zeros", seed=seed), model, shown(9000 + seed))),
+        "loss, by gradient": left(fit(PruneHeads(SHARE, form="zeros"), model, shown(9000 + seed))),
         "loss, at random": statistics.fmean(left(how) for how in drawn),
     }
     return numbers["loss, at random"] - numbers["loss, by noise"], numbers

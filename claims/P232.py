@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from claims._praise import batch, model
+from claims._loaded import default
+from claims._praise import batch
 from claims.ledger import Claim, run
 from heedful import attach, fit
 from heedful.kit.head_search import at_end
@@ -46,7 +47,7 @@ def _words(seed: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
 
 @cache
 def _names() -> Tensor:
-    tokenizer: Any = model().tokenizer
+    tokenizer: Any = default().tokenizer
     return torch.tensor([tokenizer(f" {kind}").input_ids[0] for kind in KINDS])
 
 
@@ -56,14 +57,14 @@ def _said(prompts: list[str]) -> Tensor:
     found = []
     for at in range(0, len(prompts), 16):
         inputs = batch(prompts[at : at + 16])
-        found.append(at_end(model().model(**inputs, use_cache=False).logits, inputs)[:, _names()].argmax(-1))
+        found.append(at_end(default().model(**inputs, use_cache=False).logits, inputs)[:, _names()].argmax(-1))
     return torch.cat(found)
 
 
 @torch.no_grad()
 def _final(words: list[tuple[str, int]]) -> Tensor:
     inputs = batch([ENDING.format(word) for word, _ in words])
-    states = model().model.model(**inputs, use_cache=False).last_hidden_state
+    states = default().model.model(**inputs, use_cache=False).last_hidden_state
     return normalize(at_end(states, inputs), dim=-1)
 
 
@@ -79,13 +80,13 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
         for word in [[word for word, its in fitted if its == kind][n]]
     )
     shown = {**batch([ENDING.format(word) for word, _ in fitted]), "label": kinds}
-    best = fit(SparseAttentionVectors(TOP), model().model, [shown])
-    every = fit(SparseAttentionVectors(270), model().model, [shown])
+    best = fit(SparseAttentionVectors(TOP), default().model, [shown])
+    every = fit(SparseAttentionVectors(270), default().model, [shown])
     rest = [head for head in every.heads if head not in best.heads]
     chance = random.Random(seed).sample(rest, TOP)
     said = {"zero shots": _said(prompts), f"{SHOTS} shots": _said([shots + prompt for prompt in prompts])}
     for name, method in {"heads chosen": best, "all heads": every}.items():
-        with attach(model().model, method) as seen:
+        with attach(default().model, method) as seen:
             seen(**batch(prompts), use_cache=False)
             votes = seen[method]
         said[name] = votes.classes

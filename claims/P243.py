@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
+from claims._loaded import encoder
 from claims._texts import sentences
 from claims.ledger import Claim, run
-from heedful import models
 from heedful.core.method import Readings
 from heedful.core.stats import Cat
 from heedful.explaining.attribution import attribute
@@ -18,11 +16,6 @@ from heedful.methods.explain.rollout import AttentionRollout
 from heedful.methods.explain.transformer_attribution import TransformerAttribution
 
 SENTENCES = 20  # a seed
-
-
-@cache
-def encoder() -> models.Loaded:
-    return models.encoder()
 
 
 class _Normalised(TransformerAttribution):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from claims._loaded import default
 from claims._texts import apart
 from claims.ledger import Claim, run
-from heedful import models
 from heedful.explaining.linear import linearity
-from heedful.explaining.streams import streams
+from heedful.explaining.states import streams
 
 TEXTS, WORDS, LENGTH = 20, 170, 200  # tokens are cut at LENGTH
 BEFORE = 3  # tokens of the prefix that are to be told
@@ -20,20 +17,15 @@ DEPTHS = (4, 9, 14, 19, 24)  # layers whose states may tell, of 30
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the states' mean square
 
 
-@cache
-def _model() -> Any:
-    return models.default()
-
-
 def _ids(seed: int, fitting: bool) -> list[Tensor]:
-    loaded = _model()
+    loaded = default()
     texts = (loaded.tokenizer(text, return_tensors="pt").input_ids for text in apart(seed, TEXTS, WORDS, fitting))
     return [ids[:, :LENGTH] for ids in texts]
 
 
 def _known(ids: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
     """Of tokens with enough before them: their states at each depth, what stands before, and which they are."""
-    model = _model().model
+    model = default().model
     embedding = model.get_input_embeddings().weight.detach()
     states, before, which, first = [], [], [], 0
     for text in ids:
@@ -77,9 +69,9 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
     ids = _ids(seed, fitting=False)
     states, before, which = _known(ids)
     missed = _missed(states[depth], before, (shown[depth], wanted), ridge)
-    told = linearity(_model().model, [{"input_ids": text, "use_cache": False} for text in ids])
+    told = linearity(default().model, [{"input_ids": text, "use_cache": False} for text in ids])
     bent = told.tokens[which]
-    words = _model().tokenizer.convert_ids_to_tokens(torch.cat(ids, 1)[0, which].tolist())
+    words = default().tokenizer.convert_ids_to_tokens(torch.cat(ids, 1)[0, which].tolist())
     marks = torch.tensor([not any(c.isalnum() for c in word) for word in words])
     drawn = bent[torch.randperm(len(bent), generator=torch.Generator().manual_seed(seed))]
     numbers = {

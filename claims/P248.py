@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import statistics
 
+from claims._loaded import default
 from claims.ledger import Claim, run
-from claims.P125 import NAMES, TOWNS, trained
+from claims.P125 import NAMES, TOWNS
 from heedful import Prompt, arrange
 from heedful.methods.sparse.tokens.attention_rag import AttentionRAG
 
@@ -15,7 +16,7 @@ ITEMS, SENTENCES = 16, 10  # a seed; in each item
 
 def item(draw: random.Random) -> tuple[Prompt, Prompt, int]:
     """The same sentences before a question alone and before the beginning of its answer; which of them is wanted."""
-    tokenizer = trained().tokenizer
+    tokenizer = default().tokenizer
     names, towns = draw.sample(NAMES.split(), SENTENCES), draw.sample(TOWNS.split(), SENTENCES)
     tokens: list[int] = tokenizer("Some facts.\n").input_ids
     spans = []
@@ -36,7 +37,7 @@ def item(draw: random.Random) -> tuple[Prompt, Prompt, int]:
 def found(prompt: Prompt, place: int) -> tuple[float, float]:
     """Whether the wanted sentence stays, and the share of sentences that do."""
     start, stop = prompt.roles["documents"][place]
-    left = arrange(trained().model, prompt, AttentionRAG(top=1))
+    left = arrange(default().model, prompt, AttentionRAG(top=1))
     kept = [left.tokens[a:b] for a, b in left.roles["documents"]]
     return float(prompt.tokens[start:stop] in kept), len(kept) / SENTENCES
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from claims._seeing import LANGUAGE, SEEN, Shown, joined, language_model, shown
+from claims._loaded import default
+from claims._seeing import LANGUAGE, SEEN, Shown, joined, shown
 from claims.ledger import Claim, run
 from heedful import attach, fit
 from heedful.authoring import Fitted
@@ -91,7 +92,7 @@ def own_things(seed: int) -> list[tuple[str, str, str]]:
 
 def fitted(model: object, things: list[tuple[str, str, str]], language: int) -> ReplyLanguage:
     """Vectors from English to a language."""
-    tokenizer = language_model().tokenizer
+    tokenizer = default().tokenizer
     batches = [
         {**tokenizer(same[i].format(thing[i]), return_tensors="pt"), "positive": i == language}
         for same in SAID
@@ -117,7 +118,7 @@ def drawn(method: ReplyLanguage, by: torch.Generator) -> ReplyLanguage:
 
 def log_chance(model: Any, question: str, answer: str, picture: int | None, what: Scoped | Stack) -> float:
     """Of an answer to a question, behind a picture that a seed draws, or behind none."""
-    tokenizer, prompt = language_model().tokenizer, BEHIND.format(question)
+    tokenizer, prompt = default().tokenizer, BEHIND.format(question)
     count = len(tokenizer(prompt + answer).input_ids) - len(tokenizer(prompt).input_ids)
     if picture is None:
         item = Shown(dict(tokenizer(BEFORE + prompt + answer, return_tensors="pt")), {}, torch.empty(0))

@@ -7,7 +7,8 @@ import statistics
 import torch
 from torch import Tensor
 
-from claims._cache import LESSONS, default, losses, recall
+from claims._cache import LESSONS, losses, recall
+from claims._loaded import default
 from claims._texts import apart
 from claims.ledger import Claim, run
 from heedful import fit

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from claims._loaded import padding_left
 from claims.ledger import Claim, run
-from claims.P283 import OPPOSITES, language_model
+from claims.P283 import OPPOSITES
 from heedful import attach, fit
 from heedful.authoring import Fitted
 from heedful.methods.intervene.language.task_vector import LearnableTaskVector
@@ -18,7 +19,7 @@ SHOTS, PROMPTS, LEARN, TEST, STEPS, RATE = 5, 6, 12, 14, 24, 0.1
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model, tokenizer, _ = language_model()
+    model, tokenizer, _ = padding_left()
     draw = random.Random(seed)
     pairs = [tuple(pair.split()) for pair in OPPOSITES.split(",")]
     draw.shuffle(pairs)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
+from claims._loaded import default
 from claims._texts import passages
 from claims.ledger import Claim, run
-from heedful import attach, models
+from heedful import attach
 from heedful.core.call import Call
 from heedful.core.method import Method
 from heedful.core.stats import Sum
@@ -17,11 +16,6 @@ from heedful.core.summary import Summary, sums
 from heedful.methods.observe.positional_heads import PositionalHeads
 
 TEXTS, TOKENS, FAR = 2, 512, 64  # a seed
-
-
-@cache
-def trained() -> models.Loaded:
-    return models.default()
 
 
 class FarMass(Method):
@@ -38,7 +32,7 @@ class FarMass(Method):
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model, tokenizer, _ = trained()
+    model, tokenizer, _ = default()
     method = PositionalHeads(far=FAR)
     with attach(model, method | FarMass()) as attached, torch.no_grad():
         for text in passages(seed, TEXTS, TOKENS):

@@ -7,7 +7,8 @@ import statistics
 import torch
 from torch import Tensor
 
-from claims._cache import Reading, default, losses, questions
+from claims._cache import Reading, losses, questions
+from claims._loaded import default
 from claims.ledger import Claim, run
 from heedful import Prompt, arrange
 from heedful.core.kinds import Reader

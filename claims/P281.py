@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
+from claims._loaded import default
 from claims._texts import passages
 from claims.ledger import Claim, run
-from heedful import attach, models
+from heedful import attach
 from heedful.core.call import Call
 from heedful.core.method import Method
 from heedful.core.sites import Site, reads
@@ -17,11 +16,6 @@ from heedful.methods.observe.parallel_to_first import ParallelToFirst
 
 TEXTS, TOKENS = 4, 256  # a seed
 LAST = TOKENS // 2  # later keys average too few rows
-
-
-@cache
-def trained() -> models.Loaded:
-    return models.default()
 
 
 class Stream(Method):
@@ -37,7 +31,7 @@ class Stream(Method):
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     from heedful.methods.observe.sink_rate import SinkRate
 
-    model, tokenizer, _ = trained()
+    model, tokenizer, _ = default()
     near: list[float] = []
     other: list[float] = []
     shares: dict[int, list[float]] = {}

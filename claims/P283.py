@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from claims._loaded import padding_left
 from claims.ledger import Claim, run
-from heedful import attach, fit, models
+from heedful import attach, fit
 from heedful.methods.intervene.language.soft_injection import SoftInjection
 
 OPPOSITES = (
@@ -29,15 +29,8 @@ TASKS = {"opposites": OPPOSITES, "past tense": PAST}
 SHOTS, PROMPTS, LEARN, TEST, STEPS = 10, 6, 12, 14, 24
 
 
-@cache
-def language_model() -> models.Loaded:
-    loaded = models.default()
-    loaded.tokenizer.padding_side = "left"
-    return loaded
-
-
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model, tokenizer, _ = language_model()
+    model, tokenizer, _ = padding_left()
     numbers: dict[str, float] = {}
     for task, words in TASKS.items():
         draw = random.Random(seed)

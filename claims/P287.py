@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from claims._marked import LINES, Marked, language_model, prompts
+from claims._loaded import default
+from claims._marked import LINES, Marked, prompts
 from claims.ledger import Claim, run
 from heedful import attach
 from heedful.adapters.cache_name import CACHE, cache_of
@@ -25,7 +26,7 @@ def aside(spans: Spans) -> Spans:
 @torch.no_grad()
 def told(item: Marked, method: VASparse, spans: Spans, found: dict[str, float], name: str) -> None:
     """What is said after the question, where the cache was cut before it."""
-    loaded, ((start, stop),) = language_model(), item.spans
+    loaded, ((start, stop),) = default(), item.spans
     lines = (item.tokens[0] == loaded.tokenizer("\n").input_ids[-1]).nonzero().flatten()
     cut = int(lines[LINES - 1]) + 1
     with attach(loaded.model, method.when("prefill"), roles={"marked": spans}) as run:

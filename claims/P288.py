@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from claims._cache import default
+from claims._loaded import default
 from claims._texts import apart
 from claims.ledger import Claim, run
 from claims.P244 import correlation

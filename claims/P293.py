@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from claims._cache import default
+from claims._loaded import default
 from claims._texts import apart
 from claims.ledger import Claim, run
 from heedful import Prompt, fit

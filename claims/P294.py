@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from claims._praise import model
+from claims._loaded import default
 from claims._texts import apart
 from claims.ledger import Claim, run
 from heedful import attach, fit
@@ -28,7 +28,7 @@ FIRST = 8  # lies are the capitals of countries so many places on and more
 
 def asked(lied: list[list[str]]) -> dict[str, Tensor]:
     """Texts padded on the left, a lie first if there is one, that end in the truth; its first token is labelled."""
-    tokenizer: Any = model().tokenizer
+    tokenizer: Any = default().tokenizer
     rows = []
     for country, answer, *lie in lied:
         lead = f"The capital of {country} is {lie[0]}. " if lie else ""
@@ -42,7 +42,7 @@ def asked(lied: list[list[str]]) -> dict[str, Tensor]:
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    loaded: Any = model()
+    loaded: Any = default()
     plain, draw = loaded.model, random.Random(seed)
     pairs = [pair.split() for pair in TRUTHS.split(",")]
     lied = [[*pair, pairs[(number + FIRST + seed) % len(pairs)][1]] for number, pair in enumerate(pairs)]

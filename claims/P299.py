@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from claims._praise import THINGS, model, praise_and_blame, trait
+from claims._loaded import default
+from claims._praise import THINGS, praise_and_blame, trait
 from claims._texts import passages
 from claims.ledger import Claim, run
 from heedful import Method, Site, attach, fit, operate
@@ -38,7 +39,7 @@ class AddVector(Method):
 
 def ids(texts: list[str]) -> Tensor:
     """Texts of one length each, one batch."""
-    tokenizer: Any = model().tokenizer
+    tokenizer: Any = default().tokenizer
     found = [tokenizer(text).input_ids for text in texts]
     n = min(map(len, found))
     return torch.tensor([x[:n] for x in found])
@@ -54,7 +55,7 @@ def matched(shift: Callable[[float], float], low: float, high: float) -> float:
 
 @torch.no_grad()
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    plain: Any = model().model
+    plain: Any = default().model
     things = random.Random(seed).sample(THINGS, len(THINGS))
     seen, unseen = things[:8], things[8:]
     texts = ids(passages(seed, 6, 120))[:, :96]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from claims._praise import model, own_things, praise_and_blame, trait
+from claims._loaded import default
+from claims._praise import own_things, praise_and_blame, trait
 from claims._texts import apart
 from claims.ledger import Claim, run
 from heedful import attach, fit
@@ -26,7 +27,7 @@ LAYER = 13  # of 30, as in the claim of the steering vector's paper
 
 @torch.no_grad()
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    loaded: Any = model()
+    loaded: Any = default()
     plain = loaded.model
     seen, unseen = own_things(seed)
     neutral = torch.tensor([loaded.tokenizer(text).input_ids[:64] for text in apart(seed, 4, 64)])

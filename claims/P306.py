@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 from typing import Any
 
 import torch
 
+from claims._loaded import default
 from claims.ledger import Claim, run
-from heedful import attach, fit, models
+from heedful import attach, fit
 from heedful.core.method import Method, Scoped
 from heedful.methods.intervene.language.g_act import GACT
 from heedful.methods.intervene.language.steering_vector import SteeringVector
@@ -31,18 +31,13 @@ TASKS = {
 }  # fmt: skip
 
 
-@cache
-def _model() -> models.Loaded:
-    return models.default()
-
-
 def _ids(text: str) -> torch.Tensor:
-    return torch.tensor([_model().tokenizer(text).input_ids])
+    return torch.tensor([default().tokenizer(text).input_ids])
 
 
 def _right(word: str, answer: str, what: Method | Scoped | None) -> float:
     """The log-probability of a word's answer, without an example."""
-    model, first = _model().model, _model().tokenizer(f" {answer}").input_ids[0]
+    model, first = default().model, default().tokenizer(f" {answer}").input_ids[0]
     with torch.no_grad():
         if what is None:
             logits = model(input_ids=_ids(f"{word} ->")).logits
@@ -64,7 +59,7 @@ def measure(seed: int) -> tuple[float, dict[str, float]]:
             batches.append({"input_ids": _ids(f"{before}{word} ->"), "positive": True})
             batches.append({"input_ids": _ids(f"{word} ->"), "positive": False})
         asked += [(task, word, pairs[word]) for word in words[FITTED : FITTED + ASKED]]
-    model = _model().model
+    model = default().model
     ways: dict[str, Method | Scoped | None] = {
         "nothing": None,
         "one vector": fit(SteeringVector(), model, batches).on(layers=LAYER),

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from claims._loaded import default
 from claims._texts import passages
 from claims.ledger import Claim, run
-from heedful import attach, models
+from heedful import attach
 from heedful.methods.observe.max_activations import MaxActivations
 
 TOKENS = 256
-
-
-@cache
-def trained() -> models.Loaded:
-    return models.default()
 
 
 def chunk_invariant(model: Any, ids: Tensor) -> list[Tensor]:
@@ -48,7 +43,7 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model, tokenizer, _ = trained()
+    model, tokenizer, _ = default()
     ids = torch.tensor([tokenizer(passages(seed, 1, TOKENS)[0]).input_ids[:TOKENS]])
     with torch.no_grad():
         with attach(model, MaxActivations()) as attached:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from claims._loaded import default
 from claims._texts import apart
 from claims.ledger import Claim, run
-from heedful import Site, attach, models, operate
+from heedful import Site, attach, operate
 from heedful.authoring import Call, at
 from heedful.core.method import Method
 from heedful.methods import Absmax, LLMInt8
@@ -46,17 +47,12 @@ class _Drawn(Method):
 
 
 @cache
-def loaded() -> models.Loaded:
-    return models.default()
-
-
-@cache
 def rounded() -> Any:
-    return operate(loaded().model, Absmax())
+    return operate(default().model, Absmax())
 
 
 def texts(seed: int) -> list[Tensor]:
-    return [torch.tensor([loaded().tokenizer(x).input_ids[:TOKENS]]) for x in apart(seed, TEXTS, TOKENS)]
+    return [torch.tensor([default().tokenizer(x).input_ids[:TOKENS]]) for x in apart(seed, TEXTS, TOKENS)]
 
 
 @torch.no_grad()
@@ -71,7 +67,7 @@ def loss(model: nn.Module, ids: list[Tensor], what: Method | None = None) -> flo
 def measure(seed: int) -> tuple[float, dict[str, float]]:
     ids = texts(seed)
     numbers = {
-        "loss": loss(loaded().model, ids),
+        "loss": loss(default().model, ids),
         "loss, weights in 8 bits": loss(rounded(), ids),
         "loss, inputs too, none apart": loss(rounded(), ids, LLMInt8(1e9)),
         "loss, columns of outliers apart": loss(rounded(), ids, LLMInt8()),

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
+from claims._loaded import default
 from claims._texts import passages
 from claims.ledger import Claim, run
-from heedful import attach, models
+from heedful import attach
 from heedful.methods.observe.position_influence import Influence, PositionInfluence
 
 TEXTS, TOKENS = 2, 256  # a seed
-
-
-@cache
-def trained() -> models.Loaded:
-    return models.default()
 
 
 def followed(model: torch.nn.Module, texts: list[torch.Tensor], residual: float) -> Influence:
@@ -29,7 +23,7 @@ def followed(model: torch.nn.Module, texts: list[torch.Tensor], residual: float)
 
 
 def measure(seed: int) -> tuple[float, dict[str, float]]:
-    model, tokenizer, _ = trained()
+    model, tokenizer, _ = default()
     texts = [torch.tensor([tokenizer(text).input_ids[:TOKENS]]) for text in passages(seed, TEXTS, TOKENS)]
     fresh = type(model)(model.config).eval()  # the same model before training: the mask alone; the ledger sets the seed
     bare, mixed, untrained = (followed(m, texts, r) for m, r in ((model, 0.0), (model, 0.5), (fresh, 0.0)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from claims._marked import Marked, language_model, prompts
+from claims._loaded import default
+from claims._marked import Marked, prompts
 from claims.ledger import Claim, run
 from heedful import attach
 from heedful.core.method import Stack
@@ -25,7 +26,7 @@ def _roles(asked: Marked, elsewhere: bool) -> dict[str, tuple[tuple[int, int], .
 def _taken_over(asked: list[Marked], what: InContextBrush | None, elsewhere: bool = False) -> tuple[float, float]:
     """The mean log-probability of what the subject's line says, and how often it beats the other line's."""
     chance, wins = 0.0, 0.0
-    with attach(language_model().model, what or Stack()) as brushed:
+    with attach(default().model, what or Stack()) as brushed:
         for item in asked:
             brushed.roles = _roles(item, elsewhere)
             logits = brushed(input_ids=item.tokens, logits_to_keep=1).logits[0, -1].log_softmax(-1)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from claims._loaded import default
 from claims._texts import apart, passages
-from heedful import attach, models
+from heedful import attach
 from heedful.adapters.kvcache import cache_bytes
 from heedful.core.call import CachedKV, Call
 from heedful.core.method import Method, Stack
@@ -44,11 +45,6 @@ class Reading(NamedTuple):
     context: Tensor
     rest: Tensor
     counts: Tensor
-
-
-@cache
-def default() -> models.Loaded:
-    return models.default()
 
 
 def prose(seed: int, tokens: int, rest: int, source: Source = passages) -> Reading:

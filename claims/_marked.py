@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 
-from heedful import attach, models
+from claims._loaded import default
+from heedful import attach
 from heedful.core.method import Method, Scoped, Stack
 
 NAMES = "apple,river,stone,cloud,tiger,piano,candle,garden,bridge,winter,orange,silver,doctor,forest,window,basket"
@@ -40,17 +40,12 @@ class Marked:
         return {"input_ids": self.tokens, "options": options, "roles": {"marked": self.spans}}
 
 
-@cache
-def language_model() -> models.Loaded:
-    return models.default()
-
-
 def prompts(seed: int, count: int, passage: int = 1) -> list[Marked]:
     """Eight lines, two of which give the same thing different codes; the passage of either may be the marked one.
 
     A passage has so many lines, a divisor of eight, and only one of the two lines in question.
     """
-    draw, tokenizer = random.Random(seed), language_model().tokenizer
+    draw, tokenizer = random.Random(seed), default().tokenizer
     out = []
     for i in range(count):
         names, words = draw.sample(NAMES.split(","), LINES - 1), draw.sample(WORDS.split(","), LINES)
@@ -78,7 +73,7 @@ def score(asked: list[Marked], what: Method | Scoped | Stack | None, elsewhere: 
 
     `elsewhere` marks another passage's place instead: the same number of tokens, before or after.
     """
-    model = language_model().model
+    model = default().model
     chance, wins = 0.0, 0.0
     with attach(model, what or Stack()) as run:
         for item in asked:

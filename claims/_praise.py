@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 
-from heedful import models
+from claims._loaded import default
 
 GOOD = ("wonderful", "excellent", "delightful", "lovely", "great", "fantastic")
 BAD = ("terrible", "awful", "dreadful", "horrible", "bad", "disgusting")
@@ -34,14 +33,9 @@ def own_things(seed: int) -> tuple[list[str], list[str]]:
     return every[:8], every[8:]
 
 
-@cache
-def model() -> models.Loaded:
-    return models.default()
-
-
 def batch(texts: list[str]) -> dict[str, torch.Tensor]:
     """Texts padded on the right."""
-    tokenizer: Any = model().tokenizer
+    tokenizer: Any = default().tokenizer
     ids = [torch.tensor(tokenizer(text).input_ids) for text in texts]
     text = torch.arange(max(map(len, ids))) < torch.tensor([[len(x)] for x in ids])
     return {"input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True), "attention_mask": text.long()}
@@ -66,7 +60,7 @@ def praise_and_blame(things: list[str], ending: str = "") -> list[dict[str, Any]
 
 def trait(of: Callable[..., Any], things: list[str]) -> float:
     """Log odds of a good word over a bad one as the next, mean over things, which a fit should not have seen."""
-    tokenizer: Any = model().tokenizer
+    tokenizer: Any = default().tokenizer
     inputs = batch([f"To be honest, the {thing} was" for thing in things])
     logits = of(**inputs, use_cache=False).logits
     chances = logits[torch.arange(len(logits)), inputs["attention_mask"].sum(-1) - 1].log_softmax(-1)

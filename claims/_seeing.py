@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from claims._loaded import default
 from claims._pictures import COLOURS, ID, PATCH, draw
 from claims._sight import ENCODER, PATCHES, SHOWN, noised
 from claims._sight import model as sight
-from heedful import attach, models
+from heedful import attach
 from heedful.core.method import Part, Stack
 
 NAMES = (*COLOURS, "black", "gray", "white")  # of colours, and of the grounds from dark to light
@@ -33,14 +34,9 @@ SEEN = (
 
 
 @cache
-def language_model() -> models.Loaded:
-    return models.default()
-
-
-@cache
 def name_ids() -> Tensor:
     """The tokens of the names."""
-    return torch.tensor([language_model().tokenizer(f" {name}").input_ids[0] for name in NAMES])
+    return torch.tensor([default().tokenizer(f" {name}").input_ids[0] for name in NAMES])
 
 
 @torch.no_grad()
@@ -54,7 +50,7 @@ def projection(seed: int) -> Tensor:
         on = F.avg_pool2d(covered[:, side, None].float(), PATCH).flatten(1) >= 0.5
         what = torch.where(on, (words[:, 2 * side] - ID["red"])[:, None], what)
     shown = F.pad(read[SHOWN + 1][:, 1:].flatten(0, 1), (0, 1), value=1.0)
-    wanted = language_model().model.get_input_embeddings().weight[name_ids()][what.flatten()]
+    wanted = default().model.get_input_embeddings().weight[name_ids()][what.flatten()]
     return torch.linalg.solve(shown.T @ shown + RIDGE * torch.eye(shown.shape[1]), shown.T @ wanted)
 
 
@@ -63,7 +59,7 @@ def joined(seed: int) -> Any:
     """The whole model."""
     from transformers import AutoModelForImageTextToText, LlavaConfig
 
-    language, eyes = language_model().model, sight()
+    language, eyes = default().model, sight()
     config = LlavaConfig(
         text_config=language.config, vision_config=eyes.config.vision_config, image_token_index=PICTURE,
         image_seq_length=PATCHES, vision_feature_layer=SHOWN - len(ENCODER), projector_hidden_act="linear",
@@ -96,7 +92,7 @@ def shown(seed: int, count: int, before: str, behind: str) -> Shown:
     pictures, words, _ = draw(8 * count, by)
     left, right = words[:, 0], words[:, 2]
     two = ((left != right) & (left != ID["nothing"]) & (right != ID["nothing"])).nonzero().flatten()[:count]
-    tokenizer = language_model().tokenizer
+    tokenizer = default().tokenizer
     first, last = (tokenizer(text).input_ids if text else [] for text in (before, behind))
     ids = torch.tensor([first + [PICTURE] * PATCHES + last]).expand(count, -1)
     start, stop = len(first), len(first) + PATCHES

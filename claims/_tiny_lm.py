@@ -6,13 +6,10 @@ The text is Python's own documentation, which every interpreter brings along: ab
 from __future__ import annotations
 
 import math
-from functools import cache
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from heedful import Site, attach
 from heedful.authoring import reads
@@ -20,17 +17,16 @@ from heedful.core.call import Call
 from heedful.core.method import Method, Part, Stack
 from heedful.core.paper import Paper
 from heedful.core.stats import Mean
+from heedful.laboratory import language
 
 LENGTH = 128  # bytes of a training sequence
 BATCH = 8
 RATE = 3e-3
 
 
-@cache
 def text(held_out: bool) -> Tensor:
     """The bytes of every tenth topic, or of all others."""
-    chosen = [body for i, (_, body) in enumerate(sorted(topics.items())) if (i % 10 == 0) == held_out]
-    return torch.frombuffer(bytearray("\n".join(chosen).encode()), dtype=torch.uint8).long()
+    return language.text(0, held_out)
 
 
 def batch(generator: torch.Generator, held_out: bool = False, rows: int = BATCH) -> Tensor:
@@ -39,13 +35,22 @@ def batch(generator: torch.Generator, held_out: bool = False, rows: int = BATCH)
     return torch.stack([data[i : i + LENGTH] for i in starts.tolist()])
 
 
-def fresh(seed: int, layers: int = 2) -> LlamaForCausalLM:
+def fresh(seed: int, layers: int = 2) -> Any:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=LENGTH, tie_word_embeddings=True, attn_implementation="sdpa",
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return language.byte_model(64, layers, 4, LENGTH)
+
+
+def shown(seed: int, count: int = 4) -> list[dict[str, Tensor]]:
+    """Batches of training text, as a fit takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": batch(generator)} for _ in range(count)]
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, seed: int, rows: int) -> float:
+    """Loss on held-out text of the seed's own."""
+    ids = batch(torch.Generator().manual_seed(seed), held_out=True, rows=rows)
+    return float(model(input_ids=ids, labels=ids, use_cache=False).loss)
 
 
 class Trained:
@@ -94,66 +99,3 @@ class HeadNorm(Method):
     @reads(Site.HEAD_OUTPUT)
     def read(self, heads: Tensor, call: Call) -> Mean:
         return Mean.of(heads.norm(dim=-1).sum(), heads.shape[:3].numel())
-
-
-class OutputShape(Method):
-    """Kurtosis and largest magnitude of each text's attention-block output, means over texts."""
-
-    paper = HeadNorm.paper
-
-    @reads(Site.OUTPUT)
-    def read(self, output: Tensor, call: Call) -> Mean:
-        x = output.flatten(1).double()
-        centred = x - x.mean(1, keepdim=True)
-        kurtosis = centred.pow(4).mean(1) / centred.square().mean(1).square()
-        return Mean.of(torch.stack([kurtosis.sum(), x.abs().amax(1).sum()]), len(x))
-
-
-def read(model: nn.Module, what: Part | Stack, reader: Method) -> Tensor:
-    """What a reader finds on held-out text under a stack: the mean over layers."""
-    with attach(model, what) as run, torch.no_grad():
-        run(input_ids=batch(torch.Generator().manual_seed(12345), held_out=True, rows=32), use_cache=False)
-        return torch.stack([mean.value for mean in run[reader].values()]).mean(0)
-
-
-def _rounded(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    step = ((high - low) / 255).clamp(min=1e-12)
-    return ((x - low) / step).round().clamp(0, 255) * step + low
-
-
-class EightBits:
-    """While open, every linear map has 8-bit weights and 8-bit inputs: one scale a tensor, from its extremes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.maps = [m for m in model.modules() if isinstance(m, nn.Linear)]
-
-    def __enter__(self) -> None:
-        self.weights = [m.weight.data for m in self.maps]
-        self.handles = []
-        for m in self.maps:
-            top = m.weight.data.abs().max()
-            m.weight.data = _rounded(m.weight.data, -top, top)
-            self.handles.append(
-                m.register_forward_pre_hook(
-                    lambda _, args: (_rounded(args[0], args[0].min(), args[0].max()), *args[1:])
-                )
-            )
-
-    def __exit__(self, *error: object) -> None:
-        for m, weight in zip(self.maps, self.weights, strict=True):
-            m.weight.data = weight
-        for handle in self.handles:
-            handle.remove()
-
-
-def outliers(what: Method | None, seed: int, steps: int) -> dict[str, float]:
-    """Train under a method (softmax when None); what comes of outliers and of 8 bits."""
-    reader = OutputShape()  # in the stack from the start, because learned gates live and die with their run
-    trained = Trained(reader if what is None else what | reader, seed, steps)
-    loss = trained.loss()
-    with EightBits(trained.model):
-        eight = trained.loss()
-    trained.run.reset()
-    trained.loss(1)
-    kurtosis, high = torch.stack([mean.value for mean in trained.run[reader].values()]).mean(0).tolist()
-    return {"loss": loss, "8-bit loss minus loss": eight - loss, "kurtosis": kurtosis, "largest": high}

@@ -27,7 +27,7 @@ from benchmarks.reliability import page as reliability  # noqa: E402
 from benchmarks.sinks import page as sinks  # noqa: E402
 from benchmarks.speed import page as speed  # noqa: E402
 from claims._page import counts, page, records  # noqa: E402
-from docs import method_pages, rooms  # noqa: E402
+from docs import faults, method_pages, rooms  # noqa: E402
 from heedful import explaining  # noqa: E402
 from heedful.catalogue import entries, family  # noqa: E402
 from heedful.conformance import laws  # noqa: E402
@@ -129,6 +129,14 @@ def release_page() -> str:
     return NOTE + "\n".join(rows) + "\n"
 
 
+def tiny_models() -> str:
+    """The tiny random models, and what each is there for."""
+    rows = ["| name | what it is there for | class |", "|---|---|---|"]
+    for name, about in heedful.models.kinds().items():
+        rows.append(f"| `tiny:{name}` | {about} | `{type(heedful.models.tiny(name)).__name__}` |")
+    return "\n".join(rows)
+
+
 def verdicts() -> str:
     """How many claims hold."""
     return counts(records())
@@ -159,6 +167,7 @@ def main() -> None:
     pages["docs/mutants.md"] = NOTE + mutants.page()
     pages["docs/rooms.svg"] = rooms.svg()
     pages["docs/reliability.md"] = NOTE + reliability.page()
+    pages["docs/models.md"] = renewed("docs/models.md", tiny=tiny_models)
     pages["docs/scale.md"] = renewed("docs/scale.md", merges=reliability.merge_table, simulation=reliability.simulation)
     pages["README.md"] = renewed(
         "README.md",
@@ -170,7 +179,8 @@ def main() -> None:
     )
     stale = [name for name, text in pages.items() if not (ROOT / name).exists() or (ROOT / name).read_text() != text]
     if "--check" in sys.argv:
-        sys.exit(f"stale: {', '.join(stale)}; run `make docs`" if stale else 0)
+        wrong = [f"stale: {name}; run `make docs`" for name in stale] + faults.everywhere()
+        sys.exit("\n".join(wrong) or 0)
     for name in stale:
         (ROOT / name).write_text(pages[name])
         print(f"wrote {name}")

@@ -90,7 +90,10 @@ def prose(name: str, known: dict[str, type[CatalogueEntry]]) -> str:
             raise SystemExit(f"docs/choose/{name}.md names {{{method}}}, which is not in the family {name}")
         return f"[{method}](#{method.lower()}) (*{told.get(method, 'no claim measured')}*)"
 
-    return re.sub(r"\{(\w+)\}", mention, (CHOOSE / f"{name}.md").read_text()).strip()
+    note, text = (CHOOSE / f"{name}.md").read_text().split("\n\n", 1)
+    if not note.startswith(f"> This is read in [docs/methods/{name}.md]"):
+        raise SystemExit(f"docs/choose/{name}.md must begin with the note that its neighbours begin with")
+    return re.sub(r"\{(\w+)\}", mention, text).strip()
 
 
 @cache

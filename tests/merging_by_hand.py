@@ -87,12 +87,6 @@ def image_model(attention: str = "eager") -> tuple[Any, dict[str, Tensor]]:
     return model, models.tiny_inputs(model, batch=3)
 
 
-def finished(model: Any, x: Tensor) -> Tensor:
-    """The last hidden states of a vision transformer, from the stream behind its last layer."""
-    out: Tensor = model.vit.layernorm(x)
-    return out
-
-
 @torch.no_grad()
 def under(model: Any, what: Any, inputs: dict[str, Tensor], **how: Any) -> Tensor:
     with attach(model, what, **how) as run:

@@ -13,11 +13,13 @@ import pytest
 from typer.testing import CliRunner
 
 import heedful
+from heedful.catalogue import entry_from, find
 from heedful.cli import main, require_given
 from heedful.cli.app import app
 from heedful.cli.console import console
 from heedful.cli.methods import VERBS
 from heedful.core.errors import HeedfulError
+from heedful.methods import SinkWindow
 
 runner = CliRunner()
 
@@ -122,6 +124,11 @@ def test_explain_takes_settings_and_stacks() -> None:
     assert "tiled      possible, but dearer" in text
 
 
+def test_explain_shows_what_attach_and_compare_take_where_no_settings_follow() -> None:
+    assert told("explain", "SinkWindow").startswith(f"{SinkWindow()!r}\n")
+    assert SinkWindow() != SinkWindow.example()
+
+
 def test_explain_takes_what_compare_takes() -> None:
     joined = told("explain", "SnapKV|ACT")
     assert joined == told("explain", "SnapKV", "ACT")
@@ -193,6 +200,22 @@ def test_a_method_in_a_file_of_ones_own_is_named_by_the_file(tmp_path: Path, mon
             told("check", f"{taken}.py")
 
 
+def test_a_file_that_was_changed_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "own_changed.py"
+    monkeypatch.setitem(sys.modules, "own_changed", None)
+    del sys.modules["own_changed"]
+    file.write_text(OWN, encoding="utf-8")
+    first = find(str(file))
+    assert find(str(file)) is first
+    file.write_text(OWN.replace("0.5", "0.7"), encoding="utf-8")  # of the same size, within a second
+    assert entry_from(str(file)).share == 0.7
+    file.write_text("broken(", encoding="utf-8")
+    with pytest.raises(SyntaxError):
+        find(str(file))
+    file.write_text(OWN, encoding="utf-8")
+    assert entry_from(str(file)).share == 0.5
+
+
 def test_what_is_cited_or_shown_may_have_settings() -> None:
     assert told("cite", "act(beta=0.4) | sinkrate") == told("cite", "act", "sinkrate")
     assert told("show", "act(beta=0.4)") == told("show", "act")
@@ -257,3 +280,5 @@ def test_methods_for_machines() -> None:
     one = next(row for row in found if row["name"] == "SnapKV")
     assert (one["family"], one["kind"], one["subjects"]) == ("sparse", "method", ["text"])
     assert {"site": "CACHE", "reads": False} in one["sites"]
+    (call,) = json.loads(told("methods", "logit lens", "--json"))
+    assert (call["kind"], call["call"]) == ("verb", "heedful.explaining.logit_lens(model, text)")

@@ -17,7 +17,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import heedful
-from docs import generate, method_pages
+from docs import faults, generate, method_pages
 from heedful import models
 from heedful.catalogue import entries, entry_from, family
 from heedful.core.errors import HeedfulError
@@ -29,9 +29,7 @@ FAMILIES = sorted({family(kind) for kind in entries().values()})
 HOMES = ("", "src/heedful", "src/heedful/methods", "src/heedful/adapters", "src/heedful/conformance")
 # examples, and what is written elsewhere
 INVENTED = re.compile(r"sharpen|A2601_00001|test_X|^dist/$|heedful\.safetensors")
-PAGES = sorted(
-    str(path.relative_to(ROOT)) for pattern in ("*.md", "docs/*.md", "docs/methods/*.md") for path in ROOT.glob(pattern)
-)
+PAGES = [str(path.relative_to(ROOT)) for path in faults.pages()]
 METHOD_PAGES = ["docs/methods.md", *(f"docs/methods/{name}.md" for name in FAMILIES)]
 
 
@@ -145,11 +143,20 @@ def test_the_method_in_contributing_keeps_every_law(tmp_path: Path, monkeypatch:
     assert len(report.verdicts) == len([law for law in heedful.conformance.laws().values() if "method" in law.kinds])
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
-        if not target.startswith("http"):
-            assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}, which is not there"
+def test_placeholders_and_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("## What `it` is, in short\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A [link](other.md)\n\n`{Code}` [a](other.md#what-it-is-in-short) [b](#a-link) [c](http://nowhere)\n"
+    )
+    assert faults.faults(page) == []
+    page.write_text("{Name} [a](none.md) [b](other.md#that)\n<!-- x -->\n<!-- /x -->\n")
+    assert [fault.split(",")[0] for fault in faults.faults(page)] == [
+        "{Name} was left",
+        "<!-- x -->\n<!-- /x --> was left",
+        "links to none.md",
+        "links to other.md#that",
+    ]
 
 
 def test_verdicts_say_which_claim_they_are_of_where_claims_differ() -> None:
@@ -172,6 +179,11 @@ def test_every_method_is_on_exactly_one_family_page() -> None:
     for name, kind in entries().items():
         where = [page for page, said in text.items() for line in said.splitlines() if line == f"## {name}"]
         assert where == [f"docs/methods/{family(kind)}.md"], f"{name} is on {where}"
+
+
+def test_every_tiny_model_is_on_the_page_of_models() -> None:
+    text = (ROOT / "docs" / "models.md").read_text()
+    assert [name for name in models.kinds() if f"| `tiny:{name}` |" not in text] == []
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from heedful import models
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.explaining import WeightGradients, weight_gradients
 from heedful.explaining.gradients import NAMES
+from tests.readers import ids
 from tests.samples import uneven
-
-
-def ids(n: int, seed: int = 0, rows: int = 1) -> Tensor:
-    return torch.randint(3, 127, (rows, n), generator=torch.Generator().manual_seed(seed))
 
 
 def by_hand(model, batches: list[dict]) -> dict[str, list[list[list[float]]]]:

@@ -12,10 +12,7 @@ from heedful import models
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.explaining import Inflection, inflection
-
-
-def ids(n: int, seed: int = 0, rows: int = 1) -> Tensor:
-    return torch.randint(3, 127, (rows, n), generator=torch.Generator().manual_seed(seed))
+from tests.readers import ids
 
 
 def by_hand(kind: str, batches: list[dict]) -> tuple[list[float], list[float], list[float], float]:

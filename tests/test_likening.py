@@ -13,10 +13,7 @@ from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.explaining import Likeness, likeness
 from heedful.explaining.likening import _standard, _together, alike
-
-
-def ids(n: int, seed: int = 0, rows: int = 1) -> Tensor:
-    return torch.randint(3, 127, (rows, n), generator=torch.Generator().manual_seed(seed))
+from tests.readers import ids, padded
 
 
 def correlation(x: list[float], y: list[float]) -> float:
@@ -140,11 +137,8 @@ def stream(model, out, layer: int) -> Tensor:
 def test_padding_does_not_count(left: bool) -> None:
     one, other = models.tiny("llama"), models.tiny("llama", seed=3)
     short, long = ids(11, 1), ids(17, 2)
-    pad, ones = torch.full((1, 6), 90), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([0 * pad, ones] if left else [ones, 0 * pad], 1), torch.ones_like(long)])
     apart = likeness(one, other, [{"input_ids": short}, {"input_ids": long}])
-    together = likeness(one, other, [{"input_ids": padded, "attention_mask": mask}])
+    together = likeness(one, other, [padded(short, long, left)])
     for level in ("neurons", "layers", "heads"):
         assert close(getattr(together, level), getattr(apart, level))
 

@@ -47,10 +47,13 @@ def test_words_are_cut_where_the_tokenizer_or_the_keys_end() -> None:
 
 def test_places_are_laid_out_in_the_proportion_of_the_picture() -> None:
     places = torch.arange(24.0)[:, None]
-    assert grid(places, 6 / 4)[0].tolist() == places.view(6, 4).tolist()
-    assert grid(places, 4 / 6)[0].tolist() == places.view(4, 6).tolist()
-    with pytest.raises(ModelError, match="24 places are no grid"):
-        grid(places, 1.0)
+    assert grid(places, 6 / 4, "up.0")[0].tolist() == places.view(6, 4).tolist()
+    assert grid(places, 4 / 6, "up.0")[0].tolist() == places.view(4, 6).tolist()
+    assert grid(places[:12], 65 / 97, "up.0")[0].shape == (3, 4)  # rounded up from 2.7 rows
+    with pytest.raises(ModelError, match=r"up\.0: its 24 places are no grid of the picture's proportion, 1 to 1"):
+        grid(places, 1.0, "up.0")
+    with pytest.raises(ModelError, match="12 places are no grid"):
+        grid(places[:12], 1.0, "up.0")  # 3 x 4 is no square, whatever was rounded
 
 
 def test_a_picture_is_lit_up_to_the_highest_place_of_a_map() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,13 +28,6 @@ from .two_doors import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:this run changed nothing with Through")
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 def test_layers_are_numbered_in_the_order_of_modules_whichever_door_they_have() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -41,13 +40,6 @@ from .two_doors import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:this run changed nothing with Through")
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from functools import wraps
 from typing import Any
 
@@ -25,13 +24,6 @@ from .two_doors import IDS, llama
 pytestmark = pytest.mark.filterwarnings("ignore:this run changed nothing with Through")
 REST = r"only=\['model.layers.0.self_attn', 'model.layers.1'\]"
 X = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 def scores_of(x: Tensor) -> Tensor:

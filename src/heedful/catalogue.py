@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from heedful.text_models import Contender
 
 HOME = Path(__file__).parent / "methods"
+_READ: dict[str, bytes] = {}  # what stood in each file of one's own when it was read last, by its module
 
 
 @cache
@@ -62,7 +63,10 @@ def find(name: str) -> type[CatalogueEntry]:
 
 
 def _of_file(file: Path, name: str | None) -> type[CatalogueEntry]:
-    """The class of a file outside of heedful, which is imported by its own name: the one there, or the one named."""
+    """The class of a file outside of heedful, which is imported by its own name: the one there, or the one named.
+
+    A file that was changed since is read again, as by whoever mends it beside a notebook.
+    """
     if not file.is_file():
         raise CatalogueError(f"there is no file '{file}'; a method of your own is named by a file that exists")
     there = sys.modules.get(file.stem)
@@ -70,12 +74,14 @@ def _of_file(file: Path, name: str | None) -> type[CatalogueEntry]:
     origin = getattr(spec, "origin", None)
     if (there or origin) and Path(origin or "").resolve() != file.resolve():
         raise CatalogueError(f"{file}: there is a module named {file.stem} already; give the file another name")
-    if there is None:
+    source = file.read_bytes()
+    if there is None or _READ.get(file.stem, source) != source:
         loader = SourceFileLoader(file.stem, str(file))
         spec = importlib.util.spec_from_loader(file.stem, loader)
         there = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+        _READ[file.stem] = source
         try:
-            loader.exec_module(there)
+            exec(loader.source_to_code(source, str(file)), vars(there))
         except BaseException:
             del sys.modules[file.stem]
             raise
@@ -121,14 +127,14 @@ def parted(text: str, by: str = ",") -> list[str]:
 
 
 def entry_from(text: str) -> CatalogueEntry:
-    """A method from its name, with settings if they follow: `SinkWindow`, `SinkWindow(sinks=2, window=64)`."""
+    """A method from its name, with the settings that follow or the defaults: `SinkWindow`, `SinkWindow(window=64)`."""
     kind = find(name_in(text))
-    return written(text, kind, kind.example()) if "(" in text else kind.example()
+    return written(text, kind, kind.example())
 
 
 def stack_from(text: str, owner: str = "compare()", field: str = "methods") -> Contender:
     """What can be tried on a model: one step, or methods joined by `|`; without settings, with the defaults."""
-    entries = [entry_from(part if "(" in part else part + "()") for part in parted(text, "|")]
+    entries = [entry_from(part) for part in parted(text, "|")]
     if len(entries) == 1 and not isinstance(entries[0], Weights):
         return entries[0]  # type: ignore[return-value]  # every other kind of entry is one
     if not entries:

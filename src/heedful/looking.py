@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class WordShares(Method, abstract=True):
     )
 
     def __repr__(self) -> str:
-        return "word_maps()"
+        return "the maps of words"
 
     def idle(self, call: Call) -> bool:
         return not (call.cross or set(call.roles) >= HALVES)
@@ -94,14 +94,18 @@ def one_size(maps: list[Tensor]) -> Tensor:
     return torch.stack(large).mean(0)
 
 
-def grid(found: Tensor, tall: float) -> Tensor:
+def grid(found: Tensor, tall: float, layer: str) -> Tensor:
     """Shares `[places words]` as maps `[words rows columns]`, rows and columns in the picture's proportion."""
-    rows = round(math.sqrt(len(found) * tall))
-    if rows * (len(found) // max(1, rows)) != len(found):
-        raise ModelError(f"word_maps(): {len(found)} places are no grid of the picture's proportion, {tall:.3g} to 1")
+    rows = max(1, round(math.sqrt(len(found) * tall)))
+    columns = len(found) // rows
+    if rows * columns != len(found) or abs(rows - columns * tall) >= max(1, tall):  # either may be rounded
+        raise ModelError(
+            f"{layer}: its {len(found)} places are no grid of the picture's proportion, {tall:.3g} to 1, so what "
+            "they give words is no map"
+        )
     return found.T.unflatten(1, (rows, -1))
 
 
-def word_places(found: Mapping[int, Sum], tall: float) -> Tensor:
+def word_places(found: Mapping[int, Sum], tall: float, names: Sequence[str]) -> Tensor:
     """What a picture of that proportion gives each word, `[words rows columns]`: the mean over layers."""
-    return one_size([grid(stat.total.float(), tall) for stat in found.values()])
+    return one_size([grid(stat.total.float(), tall, names[layer]) for layer, stat in found.items()])

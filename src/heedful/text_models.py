@@ -297,7 +297,7 @@ class Drawer(TextModel):
         if run is None or self.shown.draws is None or self.shown.draws.boxes is None:
             return super().looked()
         boxes = self.shown.draws.boxes(self._made)[0]
-        words = word_places(run[WORD_PLACES], boxes.shape[1] / boxes.shape[2])
+        words = word_places(run[WORD_PLACES], boxes.shape[1] / boxes.shape[2], run.layer_names)
         return torch.stack([words[start:stop].sum(0) for start, stop in self._prompt.spans(THINGS)]), boxes
 
     def close(self) -> None:

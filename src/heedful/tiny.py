@@ -13,6 +13,7 @@ from heedful.core.errors import FieldError, ModelError, nearest
 
 
 class _Kind(NamedTuple):
+    about: str  # what it is there for
     model_type: str
     auto: str
     config: dict[str, Any]
@@ -36,11 +37,12 @@ _SPLIT: dict[str, Any] = dict(
 _WINDOW: dict[str, Any] = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
 
 _KINDS = {
-    "llama": _Kind("llama", _CAUSAL, _LLAMA),
-    "mha": _Kind("llama", _CAUSAL, {**_LLAMA, "num_key_value_heads": 4}),
-    "mqa": _Kind("llama", _CAUSAL, {**_LLAMA, "num_key_value_heads": 1}),
-    "odd_head_dim": _Kind("llama", _CAUSAL, {**_LLAMA, "head_dim": 10}),  # 10 is neither e / h nor a multiple of 4
+    "llama": _Kind("text, two query heads a key head", "llama", _CAUSAL, _LLAMA),
+    "mha": _Kind("text, as many key heads as query heads", "llama", _CAUSAL, {**_LLAMA, "num_key_value_heads": 4}),
+    "mqa": _Kind("text, one key head", "llama", _CAUSAL, {**_LLAMA, "num_key_value_heads": 1}),
+    "odd_head_dim": _Kind("text, heads of an unusual width, 10", "llama", _CAUSAL, {**_LLAMA, "head_dim": 10}),
     "gpt2": _Kind(
+        "text, learned positions",
         "gpt2",
         _CAUSAL,
         dict(
@@ -48,28 +50,37 @@ _KINDS = {
         ),
     ),
     "bert": _Kind(
+        "text, seen both ways",
         "bert",
         "AutoModelForMaskedLM",
         dict(**_TOKENS, **_BLOCKS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
     ),
-    "qwen3": _Kind("qwen3", _CAUSAL, {**_LLAMA, "head_dim": 16}),
+    "qwen3": _Kind("text, queries and keys normalised", "qwen3", _CAUSAL, {**_LLAMA, "head_dim": 16}),
     "gemma2": _Kind(
+        "text, capped scores, a window in one layer",
         "gemma2",
         _CAUSAL,
         {**_LLAMA, **_WINDOW, "head_dim": 16, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 5.0},
     ),
-    "mistral": _Kind("mistral", _CAUSAL, {**_LLAMA, "head_dim": 8, "sliding_window": 4}),
+    "mistral": _Kind(
+        "text, a window in every layer", "mistral", _CAUSAL, {**_LLAMA, "head_dim": 8, "sliding_window": 4}
+    ),
     "t5": _Kind(
+        "text to text, a bias for each distance",
         "t5",
         _SEQ2SEQ,
         dict(**_TOKENS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4, dropout_rate=0.0)
         | dict(decoder_start_token_id=0, relative_attention_num_buckets=8, relative_attention_max_distance=16),
     ),
     "bart": _Kind(
-        "bart", _SEQ2SEQ, dict(**_TOKENS, **_SPLIT, max_position_embeddings=512, dropout=0.0, forced_eos_token_id=None)
+        "text to text, learned positions",
+        "bart",
+        _SEQ2SEQ,
+        dict(**_TOKENS, **_SPLIT, max_position_embeddings=512, dropout=0.0, forced_eos_token_id=None),
     ),
-    "vit": _Kind("vit", "AutoModelForImageClassification", dict(**_BLOCKS, **_IMAGE)),
+    "vit": _Kind("images", "vit", "AutoModelForImageClassification", dict(**_BLOCKS, **_IMAGE)),
     "clip": _Kind(
+        "images and texts, an encoder each",
         "clip",
         "AutoModel",
         dict(
@@ -79,11 +90,13 @@ _KINDS = {
         ),
     ),
     "whisper": _Kind(
+        "sound to text",
         "whisper",
         "AutoModelForSpeechSeq2Seq",
         dict(**_TOKENS, **_SPLIT, num_mel_bins=8, max_source_positions=10, max_target_positions=64),
     ),
     "llava": _Kind(
+        "text with images in it",
         "llava",
         "AutoModelForImageTextToText",
         dict(
@@ -95,25 +108,31 @@ _KINDS = {
         ),
     ),
     "gpt_oss": _Kind(
+        "text, a learned sink for each head, a window in one layer",
         "gpt_oss",
         _CAUSAL,
         {**_LLAMA, **_WINDOW, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
         | dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
     ),
-    # These two do not call transformers' attention interface.
     "falcon": _Kind(
+        "text, beside transformers' attention interface",
         "falcon",
         _CAUSAL,
         dict(**_TOKENS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_hidden_size=48)
         | dict(max_position_embeddings=512),
     ),
-    "bloom": _Kind("bloom", _CAUSAL, dict(**_TOKENS, hidden_size=32, n_layer=2, n_head=4)),
+    "bloom": _Kind(
+        "text, beside that interface too, a bias for each distance",
+        "bloom",
+        _CAUSAL,
+        dict(**_TOKENS, hidden_size=32, n_layer=2, n_head=4),
+    ),
 }
 
 
-def kinds() -> tuple[str, ...]:
-    """The names that `tiny` knows."""
-    return tuple(_KINDS)
+def kinds() -> dict[str, str]:
+    """What each tiny model is there for, by the name that `tiny` knows."""
+    return {name: kind.about for name, kind in _KINDS.items()}
 
 
 @asks

@@ -14,7 +14,7 @@ from heedful.core.errors import FieldError
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Sum
-from heedful.kit.batches import read, with_roles
+from heedful.kit.batches import at_least_one, read, with_roles
 from tests.samples import PAPER
 
 IDS, GOOD = torch.arange(3, 15).view(2, 6), [{"roles": {"a": ((0, 1),)}}]
@@ -79,3 +79,10 @@ def test_roles_that_are_not_named() -> None:
             with_roles("Fit", batches, "a", "b", good=GOOD)
     with pytest.raises(FieldError, match=r'each with roles naming "b"; '):
         with_roles("Fit", [{"roles": own}], "b", good=GOOD)
+
+
+def test_there_must_be_a_batch() -> None:
+    assert list(at_least_one("Fit", iter([{"a": 1}, {}]))) == [{"a": 1}, {}]
+    assert list(at_least_one("Fit", [{}])) == [{}]
+    with pytest.raises(FieldError, match=r"Fit\.batches = 0: must be 1 or more; for example batches=\[{'b': 2}\]"):
+        list(at_least_one("Fit", [], {"b": 2}))

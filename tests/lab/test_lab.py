@@ -15,8 +15,9 @@ from heedful.cli.app import app
 from heedful.core.errors import FieldError, StatisticError
 from heedful.core.figures import Curves, Intervals, Scatter
 from heedful.core.kinds import Progress
+from heedful.core.method import Stack
 from heedful.laboratory import costs, kinds, records
-from heedful.laboratory.lab import mechanism
+from heedful.laboratory.lab import _chosen
 from heedful.laboratory.outcome import Lab
 from heedful.laboratory.records import Record
 from heedful.laboratory.results import Refused
@@ -105,7 +106,7 @@ def test_the_verb_prints_and_writes(small: None, tmp_path: Path) -> None:
         ({"tokens": 3}, "enough for one batch"),
         ({"mechanisms": []}, "one or more beside softmax"),
         ({"mechanisms": {"softmax": Halved()}}, "is the name of softmax"),
-        ({"mechanisms": ["MALA"]}, "must be methods or stacks"),
+        ({"mechanisms": ["pruneheads"]}, "must be methods or stacks"),
         ({"mechanisms": [SinkRate()]}, "only reads, so that it trains as softmax does"),
         ({"out": ""}, r"lab\(\).out = '': must be the name of a folder"),
         ({"out": __file__}, "is a file, and must be the name of a folder"),
@@ -117,13 +118,11 @@ def test_what_makes_no_lab_is_refused_at_once(how: dict[str, Any], says: str) ->
 
 
 def test_mechanisms_are_named_by_text() -> None:
-    assert mechanism("mala") == MALA()
-    assert mechanism("sigmoidattention(length=5)") == SigmoidAttention(5)
-    assert mechanism("sigmoidattention") == SigmoidAttention()  # the default, not what laws try
-    with pytest.raises(FieldError, match="is surgery, which no model is trained under"):
-        mechanism("pruneheads")
-    for names in kinds.DEFAULTS.values():
-        assert len({type(mechanism(name)) for name in names}) == 8
+    found = _chosen(["mala", "sigmoidattention(length=5)|sinkrate", "sigmoidattention"], "lm")
+    wanted = [Stack(), Stack((MALA(),)), SigmoidAttention(5) | SinkRate(), Stack((SigmoidAttention(),))]
+    assert list(found.values()) == wanted  # of the last the default, not what laws try
+    for kind in kinds.KINDS:
+        assert len({type(stack.methods[0]) for stack in list(_chosen(None, kind).values())[1:]}) == 8
 
 
 def test_differences_are_paired_by_seed() -> None:

@@ -17,10 +17,10 @@ from heedful.authoring import Call, Mean, Method, Site, reads
 from heedful.conformance.tolerances import close_model
 from heedful.core import code
 from heedful.core.errors import StatisticError
-from heedful.core.method import Stack
+from heedful.core.method import Stack, as_stack
 from heedful.laboratory import costs, records, training
 from heedful.laboratory.course import Course, Recipe
-from heedful.laboratory.records import Trainings, as_stack, key
+from heedful.laboratory.records import Trainings, key
 from heedful.laboratory.training import MissingTrainer, fresh, train
 from heedful.methods import GatedHeads, MixtureOfHeads, RectifiedAttention
 from tests.lab.small import FEW, Fails, Halved, Little, Riddles

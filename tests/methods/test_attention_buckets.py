@@ -8,15 +8,12 @@ from heedful import Prompt, catalogue, models
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.methods.intervene.language.attention_buckets import AttentionBuckets, _Rebase
+from tests.readers import ids
 
 
 def based(base: float, kind: str = "llama"):
     rope = {"rope_type": "default", "rope_theta": base}
     return models.tiny(kind, num_hidden_layers=3, rope_parameters=rope)
-
-
-def ids(n: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("kind", ["llama", "mha", "mqa", "odd_head_dim", "qwen3"])

@@ -15,14 +15,10 @@ from heedful.authoring import Call, Method, Site, at
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.methods.observe.attention_nmi import AttentionNMI, Dependence
-from tests.readers import padded
+from tests.readers import ids, padded
 
 METHOD = AttentionNMI()
 SIDE = 20  # pixels; 5 x 5 patches behind a class token
-
-
-def ids(n: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 def found(model, *inputs: dict, **how) -> Dependence:

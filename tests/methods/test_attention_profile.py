@@ -11,6 +11,7 @@ from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, HeadMap, Listing
 from heedful.methods.observe.attention_profile import BINS, EDGES, PARTS, AttentionProfile, Profile, _curves, _words
+from tests.readers import ids, padded
 
 MARKED = ((0, 1), (4, 6), (11, 12))  # holds the first token, which must not count
 METHOD = AttentionProfile(local=3)
@@ -22,10 +23,6 @@ def found(model, inputs, method=METHOD, roles=True, **how) -> Profile:
         for batch in inputs if isinstance(inputs, list) else [inputs]:
             run(**batch)
         return run[method]
-
-
-def ids(n: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 def by_hand(maps: Tensor, causal: bool) -> dict[str, Tensor]:
@@ -79,11 +76,8 @@ def test_is_what_the_maps_add_up_to(kind: str) -> None:
 def test_padding_does_not_count(left: bool) -> None:
     model = models.tiny("llama")
     short, long = ids(13, 1), ids(19, 2)
-    pad, one = torch.zeros(1, 6, dtype=torch.long), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([pad, one] if left else [one, pad], 1), torch.ones_like(long)])
     apart = found(model, [{"input_ids": short}, {"input_ids": long}])
-    same(found(model, {"input_ids": padded, "attention_mask": mask}), apart)
+    same(found(model, padded(short, long, left)), apart)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "bert", "gpt2"])

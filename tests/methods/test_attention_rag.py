@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,18 +13,15 @@ from heedful import Prompt, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.methods.sparse.tokens.attention_rag import AttentionRAG, _LastQuery
+from tests.methods import documents
 
-SPANS = ((2, 5), (5, 11), (12, 14), (14, 19), (19, 20))
+SPANS = (*documents.SPANS, (19, 20))
+prompt = partial(documents.prompt, spans=SPANS, end=(22, 26))
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     return models.tiny("llama", num_hidden_layers=3, attn_implementation="eager")
-
-
-def prompt(seed: int = 0, role: str = "documents") -> Prompt:
-    generator = torch.Generator().manual_seed(seed)
-    return Prompt(tuple(torch.randint(3, 127, (26,), generator=generator).tolist()), {role: SPANS, "end": ((22, 26),)})
 
 
 def last_row(model: Any, tokens: list[int]) -> list[float]:

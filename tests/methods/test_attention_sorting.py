@@ -9,18 +9,12 @@ from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.methods.intervene.language._documents import _DocumentAttention
 from heedful.methods.intervene.language.attention_sorting import AttentionSorting
-
-SPANS = ((2, 5), (5, 11), (12, 14), (14, 19))
+from tests.methods.documents import prompt
 
 
 @pytest.fixture(scope="module")
 def model():
     return models.tiny("llama", num_hidden_layers=3, attn_implementation="eager")
-
-
-def prompt(seed: int = 0, role: str = "documents") -> Prompt:
-    generator = torch.Generator().manual_seed(seed)
-    return Prompt(tuple(torch.randint(3, 127, (23,), generator=generator).tolist()), {role: SPANS, "end": ((20, 23),)})
 
 
 def scores(model, shown: Prompt) -> torch.Tensor:

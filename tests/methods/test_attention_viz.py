@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,25 +19,17 @@ from heedful.core.errors import FieldError
 from heedful.core.method import Readings
 from heedful.core.stats import Cat
 from heedful.methods.explain.attention_viz import AttentionViz, JointEmbedding
+from tests import readers
 from tests.by_hand import llama_states
+from tests.readers import ids, padded
 
 METHOD = AttentionViz(9)
+found = partial(readers.found, method=METHOD)
 
 
 @pytest.fixture(scope="module")
 def model():
     return models.tiny("llama", num_hidden_layers=2)
-
-
-def ids(n: int, seed: int) -> torch.Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
-
-
-def found(model, *inputs, method=METHOD) -> JointEmbedding:
-    with attach(model, method) as run, torch.no_grad():
-        for batch in inputs:
-            run(**batch)
-        return run[method]
 
 
 def by_hand(model, text: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
@@ -137,12 +130,11 @@ def test_the_plane_holds_what_spreads_most() -> None:
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_does_not_count(model, left: bool) -> None:
     short, long = ids(6, 1), ids(11, 2)
-    pad, one = torch.full((1, 5), 90), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([0 * pad, one] if left else [one, 0 * pad], 1), torch.ones_like(long)])
-    more = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if left else {}
+    both = padded(short, long, left)
+    if left:
+        both["position_ids"] = (both["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     apart = found(model, {"input_ids": short}, {"input_ids": long})
-    together = found(model, {"input_ids": padded, "attention_mask": mask, **more})
+    together = found(model, both)
     for mine, theirs in zip(together.texts[1], apart.texts[1], strict=True):
         assert close_model(mine.float(), theirs.float())
 

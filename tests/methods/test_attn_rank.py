@@ -11,13 +11,7 @@ from heedful import Prompt, arrange, attach, fit, models
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.methods.intervene.language.attn_rank import AttnRank, _SlotAttention
-
-SPANS = ((2, 5), (5, 11), (12, 14), (14, 19))
-
-
-def prompt(seed: int = 0, role: str = "documents") -> Prompt:
-    generator = torch.Generator().manual_seed(seed)
-    return Prompt(tuple(torch.randint(3, 127, (23,), generator=generator).tolist()), {role: SPANS, "end": ((20, 23),)})
+from tests.methods.documents import SPANS, prompt
 
 
 def batch(shown: Prompt) -> dict[str, Any]:

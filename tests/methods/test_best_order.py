@@ -11,18 +11,12 @@ import heedful
 from heedful import Prompt, models
 from heedful.core.errors import FieldError
 from heedful.methods import BestOrder
-
-SPANS = ((2, 5), (5, 11), (12, 14), (14, 19))
+from tests.methods.documents import prompt
 
 
 @pytest.fixture(scope="module")
 def model():
     return models.tiny("llama", num_hidden_layers=3, attn_implementation="eager")
-
-
-def prompt(seed: int = 0, role: str = "documents") -> Prompt:
-    generator = torch.Generator().manual_seed(seed)
-    return Prompt(tuple(torch.randint(3, 127, (23,), generator=generator).tolist()), {role: SPANS, "end": ((20, 23),)})
 
 
 def peak(model, shown: Prompt) -> float:

@@ -15,6 +15,7 @@ from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.methods.explain.circuit_codes import CircuitCodes, Codes, _unique
 from tests.by_hand import Steps, causal_map, heads_of, llama_states
+from tests.readers import ids, padded
 
 METHOD = CircuitCodes(features=12, steps=40)
 
@@ -22,10 +23,6 @@ METHOD = CircuitCodes(features=12, steps=40)
 @pytest.fixture(scope="module")
 def model():
     return models.tiny("llama")
-
-
-def ids(n: int, seed: int = 0, rows: int = 1) -> Tensor:
-    return torch.randint(3, 127, (rows, n), generator=torch.Generator().manual_seed(seed))
 
 
 def examples() -> list[dict]:
@@ -134,15 +131,12 @@ def test_the_autoencoder_is_trained_on_what_it_leaves_and_how_much_fires(model, 
 def test_a_text_is_read_where_it_ends(model, left: bool) -> None:
     method = heedful.fit(METHOD, model, examples())
     short, long = ids(6, 8), ids(9, 9)
-    pad, ones = torch.full((1, 3), 90), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([0 * pad, ones] if left else [ones, 0 * pad], 1), torch.ones_like(long)])
     with heedful.attach(model, method) as run, torch.no_grad():
         run(input_ids=short)
         run(input_ids=long)
         apart = run[method].codes
         run.reset()
-        run(input_ids=padded, attention_mask=mask)
+        run(**padded(short, long, left))
         assert torch.equal(run[method].codes, apart)
 
 

@@ -10,6 +10,7 @@ from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.methods.observe.induction_heads import SCORES, Copying, InductionHeads
+from tests.readers import ids, padded
 
 METHOD = InductionHeads(period=5)
 WORDS = torch.arange(3, 127)
@@ -20,10 +21,6 @@ def found(model, inputs, method=METHOD, **how) -> Copying:
         for batch in inputs if isinstance(inputs, list) else [inputs]:
             run(**batch)
         return run[method]
-
-
-def ids(n: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 def same(a: Copying, b: Copying) -> None:
@@ -63,11 +60,8 @@ def test_is_what_the_maps_say(kind: str, length: int) -> None:
 def test_padding_does_not_count(left: bool) -> None:
     model = models.tiny("llama")
     short, long = ids(8, 1), ids(14, 2)
-    pad, one = torch.zeros(1, 6, dtype=torch.long), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([pad, one] if left else [one, pad], 1), torch.ones_like(long)])
     apart = found(model, [{"input_ids": short}, {"input_ids": long}])
-    same(found(model, {"input_ids": padded, "attention_mask": mask}), apart)
+    same(found(model, padded(short, long, left)), apart)
 
 
 def test_tiles_pieces_and_decoding_do_not_matter() -> None:

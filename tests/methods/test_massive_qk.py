@@ -1,6 +1,7 @@
 """Norms of queries and keys against those that the model's projections and rotary embedding give."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,24 +13,16 @@ from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.methods.observe.massive_qk import Massive, MassiveQK
+from tests import readers
+from tests.readers import ids, padded
 
 METHOD = MassiveQK(1.6)
+found = partial(readers.found, method=METHOD)
 
 
 @pytest.fixture(scope="module")
 def model():
     return models.tiny("llama", num_hidden_layers=2)
-
-
-def found(model, *inputs, method=METHOD) -> Massive:
-    with heedful.attach(model, method) as run, torch.no_grad():
-        for batch in inputs:
-            run(**batch)
-        return run[method]
-
-
-def ids(n: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 def test_is_the_norm_over_tokens(model) -> None:
@@ -123,12 +116,11 @@ def test_what_is_at_the_limit_is_not_above_it() -> None:
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_does_not_count(model, left: bool) -> None:
     short, long = ids(11, 1), ids(17, 2)
-    pad, one = torch.full((1, 6), 90), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([0 * pad, one] if left else [one, 0 * pad], 1), torch.ones_like(long)])
-    more = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if left else {}  # as `generate` gives them
+    both = padded(short, long, left)
+    if left:
+        both["position_ids"] = (both["attention_mask"].cumsum(-1) - 1).clamp(min=0)  # as `generate` gives them
     apart = found(model, {"input_ids": short}, {"input_ids": long})
-    together = found(model, {"input_ids": padded, "attention_mask": mask, **more})
+    together = found(model, both)
     for n in apart.query:
         assert close_model(together.query[n].float(), apart.query[n].float())
         assert close_model(together.key[n].float(), apart.key[n].float())

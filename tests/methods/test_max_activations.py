@@ -8,6 +8,7 @@ from heedful import models
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.methods.observe.max_activations import UNPLACED, MaxActivations, Maxima, Peaks
+from tests.readers import ids, padded
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +41,6 @@ def chunk_invariant(model, ids) -> list[torch.Tensor]:
     return seen
 
 
-def ids(n: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
-
-
 def test_is_the_maximum_of_the_residual_stream(model) -> None:
     text = torch.cat([ids(20, 1), ids(20, 2)])
     maxima = found(model, {"input_ids": text})
@@ -66,11 +63,8 @@ def test_is_the_maximum_of_the_residual_stream(model) -> None:
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_does_not_count(model, left: bool) -> None:
     short, long = ids(11, 1), ids(17, 2)
-    pad, one = torch.full((1, 6), 90), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([0 * pad, one] if left else [one, 0 * pad], 1), torch.ones_like(long)])
     apart = found(model, {"input_ids": short}, {"input_ids": long})
-    together = found(model, {"input_ids": padded, "attention_mask": mask})
+    together = found(model, padded(short, long, left))
     for n, peaks in apart.layers.items():
         assert close_model(together.layers[n].high, peaks.high)
         assert torch.equal(together.layers[n].place, peaks.place)

@@ -13,6 +13,7 @@ from heedful.core.errors import FieldError, StatisticError
 from heedful.core.positions import Positions
 from heedful.core.summary import Summary
 from heedful.methods.observe.modality_share import ModalityShare, Shares
+from tests.readers import ids, padded
 
 METHOD = ModalityShare(("image", "audio"))
 ROLES = {"image": ((2, 6), (9, 11)), "audio": ((5, 8),)}  # they share a token
@@ -23,10 +24,6 @@ def found(model, inputs, method=METHOD, roles=ROLES, **how) -> Shares:
         for batch in inputs if isinstance(inputs, list) else [inputs]:
             run(**batch)
         return run[method]
-
-
-def ids(n: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 def same(a: Shares, b: Shares) -> None:
@@ -83,11 +80,8 @@ def test_while_writing_it_is_the_measure_of_the_paper() -> None:
 def test_padding_does_not_count(left: bool) -> None:
     model = models.tiny("llama")
     short, long = ids(10, 1), ids(16, 2)
-    pad, one = torch.zeros(1, 6, dtype=torch.long), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([pad, one] if left else [one, pad], 1), torch.ones_like(long)])
     apart = found(model, [{"input_ids": short}, {"input_ids": long}])
-    same(found(model, {"input_ids": padded, "attention_mask": mask}), apart)
+    same(found(model, padded(short, long, left)), apart)
 
 
 def test_tiles_and_pieces_do_not_matter() -> None:

@@ -1,5 +1,7 @@
 """Cosines to the first token against the hidden states that the model gives out."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,25 +9,17 @@ import heedful
 from heedful import models
 from heedful.adapters.cache_name import CACHE
 from heedful.core.errors import FieldError, StatisticError
-from heedful.methods.observe.parallel_to_first import Parallels, ParallelToFirst
+from heedful.methods.observe.parallel_to_first import ParallelToFirst
+from tests import readers
+from tests.readers import ids, padded
 
 METHOD = ParallelToFirst(0.35)  # a cosine that tokens of a tiny random model reach
+found = partial(readers.found, method=METHOD)
 
 
 @pytest.fixture(scope="module")
 def model():
     return models.tiny("llama", num_hidden_layers=3)
-
-
-def found(model, *inputs, method=METHOD) -> Parallels:
-    with heedful.attach(model, method) as run, torch.no_grad():
-        for batch in inputs:
-            run(**batch)
-        return run[method]
-
-
-def ids(n: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 def test_counts_the_cosines_to_the_first_token(model) -> None:
@@ -58,11 +52,8 @@ def test_a_copy_of_the_first_token_runs_parallel_to_it() -> None:
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_does_not_count(model, left: bool) -> None:
     short, long = ids(11, 1), ids(17, 2)
-    pad, one = torch.full((1, 6), 90), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([0 * pad, one] if left else [one, 0 * pad], 1), torch.ones_like(long)])
     apart = found(model, {"input_ids": short}, {"input_ids": long})
-    together = found(model, {"input_ids": padded, "attention_mask": mask})
+    together = found(model, padded(short, long, left))
     for n, counts in apart.spread.items():
         assert torch.equal(together.spread[n], counts)
         assert counts.sum() == 26

@@ -1,5 +1,7 @@
 """Influence against the product of the model's own maps."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,24 +11,16 @@ from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError, StatisticError
 from heedful.methods.observe.position_influence import Influence, PositionInfluence
+from tests import readers
+from tests.readers import ids, padded
 
 METHOD = PositionInfluence(parts=4)
+found = partial(readers.found, method=METHOD)
 
 
 @pytest.fixture(scope="module")
 def model():
     return models.tiny("llama", num_hidden_layers=3)
-
-
-def found(model, *inputs, method=METHOD, **how) -> Influence:
-    with heedful.attach(model, method, **how) as run, torch.no_grad():
-        for batch in inputs:
-            run(**batch)
-        return run[method]
-
-
-def ids(n: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 def same(a: Influence, b: Influence) -> bool:
@@ -58,11 +52,8 @@ def test_is_the_product_of_the_maps(kind: str, residual: float) -> None:
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_does_not_count(model, left: bool) -> None:
     short, long = ids(11, 1), ids(17, 2)
-    pad, one = torch.full((1, 6), 90), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([0 * pad, one] if left else [one, 0 * pad], 1), torch.ones_like(long)])
     apart = found(model, {"input_ids": short}, {"input_ids": long})
-    assert same(found(model, {"input_ids": padded, "attention_mask": mask}), apart)
+    assert same(found(model, padded(short, long, left)), apart)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "bert"])

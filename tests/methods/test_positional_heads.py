@@ -1,5 +1,7 @@
 """Correlations of the slow part with whole scores against brute force, query by query."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -12,8 +14,11 @@ from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
 from heedful.methods.observe import positional_heads
 from heedful.methods.observe.positional_heads import Positional, PositionalHeads
+from tests import readers
+from tests.readers import ids, padded
 
 METHOD = PositionalHeads(far=5, rows=4, high=0.5)
+found = partial(readers.found, method=METHOD)
 
 
 class SpyQuery(Method):
@@ -35,17 +40,6 @@ class SpyKey(Method):
 @pytest.fixture(scope="module")
 def model():
     return models.tiny("llama", num_hidden_layers=2)
-
-
-def found(model, *inputs, method=METHOD) -> Positional:
-    with heedful.attach(model, method) as run, torch.no_grad():
-        for batch in inputs:
-            run(**batch)
-        return run[method]
-
-
-def ids(n: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 def test_is_the_correlation_of_the_slow_half(model) -> None:
@@ -107,12 +101,11 @@ def test_a_head_of_slow_dimensions_alone_is_positional() -> None:
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_does_not_count(model, left: bool) -> None:
     short, long = ids(16, 1), ids(23, 2)
-    pad, one = torch.full((1, 7), 90), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([0 * pad, one] if left else [one, 0 * pad], 1), torch.ones_like(long)])
-    more = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if left else {}  # as `generate` gives them
+    both = padded(short, long, left)
+    if left:
+        both["position_ids"] = (both["attention_mask"].cumsum(-1) - 1).clamp(min=0)  # as `generate` gives them
     apart = found(model, {"input_ids": short}, {"input_ids": long})
-    together = found(model, {"input_ids": padded, "attention_mask": mask, **more})
+    together = found(model, both)
     for n in apart.share:
         assert close_model(together.correlation[n].float(), apart.correlation[n].float())
         assert close_model(together.share[n].float(), apart.share[n].float())

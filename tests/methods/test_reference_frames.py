@@ -13,7 +13,7 @@ from heedful.authoring import Call, Method, Site, at
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.methods.observe.reference_frames import FRAMES, Frame, Frames, ReferenceFrames
-from tests.readers import padded
+from tests.readers import ids, padded
 
 METHOD = ReferenceFrames(share=0.12)  # a tiny random model has tokens on either side
 
@@ -21,10 +21,6 @@ METHOD = ReferenceFrames(share=0.12)  # a tiny random model has tokens on either
 @pytest.fixture(scope="module")
 def model():
     return models.tiny("llama", num_hidden_layers=3)
-
-
-def ids(n: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 def found(model, *inputs: dict, method: ReferenceFrames = METHOD, **how) -> Frames:

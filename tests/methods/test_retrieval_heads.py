@@ -12,6 +12,7 @@ from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.methods.observe.retrieval_heads import Retrieval, RetrievalHeads
+from tests.readers import ids, padded
 
 METHOD = RetrievalHeads()
 WORDS = torch.arange(3, 127)
@@ -23,10 +24,6 @@ def found(model, inputs, roles=ROLES, method=METHOD, **how) -> Retrieval:
         for batch in inputs if isinstance(inputs, list) else [inputs]:
             run(**batch)
         return run[method]
-
-
-def ids(n: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 def by_hand(maps: Tensor) -> Tensor:
@@ -64,11 +61,8 @@ def test_an_answer_is_as_long_as_its_needle() -> None:
 def test_padding_does_not_count(left: bool) -> None:
     model = models.tiny("llama")
     short, long = ids(14, 1), ids(20, 2)  # the short text ends before the last answer
-    pad, one = torch.zeros(1, 6, dtype=torch.long), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([pad, one] if left else [one, pad], 1), torch.ones_like(long)])
     apart = found(model, [{"input_ids": short}, {"input_ids": long}])
-    assert close(found(model, {"input_ids": padded, "attention_mask": mask}).map, apart.map)
+    assert close(found(model, padded(short, long, left)).map, apart.map)
 
 
 def test_tiles_pieces_and_decoding_do_not_matter() -> None:

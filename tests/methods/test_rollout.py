@@ -9,6 +9,7 @@ from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.methods.explain.rollout import AttentionRollout
+from tests.readers import ids, padded
 
 
 def traced(model, inputs, method=None, **how) -> torch.Tensor:
@@ -17,10 +18,6 @@ def traced(model, inputs, method=None, **how) -> torch.Tensor:
         run(**inputs)
     (out,) = run[method]
     return out
-
-
-def ids(n: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 def dense(model, inputs, heads=slice(None)) -> torch.Tensor:
@@ -71,12 +68,9 @@ def test_sources_are_columns_and_cost_no_more_than_they_are() -> None:
 def test_padding_has_no_part_in_it(kind: str, left: bool) -> None:
     model = models.tiny(kind, num_hidden_layers=3)
     short, long = ids(11, 1), ids(16, 2)
-    pad, one = torch.zeros(1, 5, dtype=torch.long), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([pad, one] if left else [one, pad], 1), torch.ones_like(long)])
-    batch = {"input_ids": padded, "attention_mask": mask}
+    batch = padded(short, long, left)
     if kind == "bert" and left:  # its positions are learned and count the padding
-        batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     found = traced(model, batch, tile_rows=4)
     rows = slice(5, 16) if left else slice(0, 11)
     assert close_model(found[:1, rows, :11], traced(model, {"input_ids": short}))

@@ -19,6 +19,7 @@ from heedful.methods import S3Attention
 from heedful.methods.sparse.tokens._spans import bm25, scaled
 from heedful.methods.sparse.tokens.s3_attention import _Projections
 from tests.by_hand import Steps, causal_map, heads_of, llama_states
+from tests.methods.documents import kept_by
 
 SPANS = ((2, 5), (5, 11), (12, 14), (14, 19), (19, 20))
 END, WIDTH = 20, 16
@@ -78,15 +79,6 @@ def by_hand(model: Any, shown: Prompt, sae: Fitted, layers: tuple[int, ...], act
     return [max(float(shared[i, j]) for i in range(26 - END) for j in range(a, b)) for a, b in SPANS]
 
 
-def kept_by(scores: list[float], room: int) -> list[int]:
-    kept: list[int] = []
-    for i in sorted(range(len(scores)), key=lambda i: -scores[i]):
-        if kept and sum(SPANS[j][1] - SPANS[j][0] for j in [*kept, i]) > room:
-            break
-        kept.append(i)
-    return sorted(kept)
-
-
 def stays(found: Prompt, shown: Prompt, kept: list[int]) -> None:
     gone = {i for number, (a, b) in enumerate(SPANS) if number not in kept for i in range(a, b)}
     assert found.tokens == tuple(t for i, t in enumerate(shown.tokens) if i not in gone), kept
@@ -123,9 +115,9 @@ def test_spans_score_by_features_that_their_best_token_shares(
         found = method.scores(shown, SPANS, (END, 26), heedful.api.reader(model))
         assert close_model(found, torch.tensor(wanted))
         for room in (3, 8, 12):
-            stays(heedful.arrange(model, shown, replace(method, budget=room)), shown, kept_by(wanted, room))
+            stays(heedful.arrange(model, shown, replace(method, budget=room)), shown, kept_by(wanted, room, SPANS))
         share = heedful.arrange(model, shown, replace(method, budget=0.5))
-        stays(share, shown, kept_by(wanted, 9))
+        stays(share, shown, kept_by(wanted, 9, SPANS))
 
 
 def okapi(shown: Prompt) -> list[float]:
@@ -155,7 +147,7 @@ def test_bm25_and_what_is_fused(model: Any) -> None:
         shown = some(seed)
         words = okapi(shown)
         assert close(bm25(shown, SPANS, (END, 26)), torch.tensor(words))
-        stays(heedful.arrange(model, shown, S3Attention(8, lexical=1.0)), shown, kept_by(words, 8))
+        stays(heedful.arrange(model, shown, S3Attention(8, lexical=1.0)), shown, kept_by(words, 8, SPANS))
         features = by_hand(model, shown, made(layers), layers, 4, 512)
 
         def unit(scores: list[float]) -> list[float]:
@@ -163,7 +155,7 @@ def test_bm25_and_what_is_fused(model: Any) -> None:
 
         both = [0.7 * f + 0.3 * w for f, w in zip(unit(features), unit(words), strict=True)]
         method = S3Attention(8, layers=layers, active=4, lexical=0.3, sae=made(layers))
-        stays(heedful.arrange(model, shown, method), shown, kept_by(both, 8))
+        stays(heedful.arrange(model, shown, method), shown, kept_by(both, 8, SPANS))
     assert scaled(torch.tensor([2.0, 2.0])).tolist() == [0.0, 0.0]
     assert scaled(torch.tensor([3.0, 1.0, 2.0])).tolist() == [1.0, 0.0, 0.5]
 

@@ -1,6 +1,7 @@
 """Secondary sinks against brute force over the model's own maps and hidden states, token by token."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,25 +13,17 @@ from heedful.adapters.cache_name import CACHE
 from heedful.conformance.bare import Bare, Shape
 from heedful.core.errors import FieldError
 from heedful.methods.observe.secondary_sinks import Level, Secondary, SecondarySinks
+from tests import readers
+from tests.readers import ids, padded
 
 DEPTH = 6
 METHOD = SecondarySinks(near=0.25, least=2, primary=0.9)  # a tiny random model has some tokens on either side
+found = partial(readers.found, method=METHOD)
 
 
 @pytest.fixture(scope="module")
 def model():
     return models.tiny("llama", num_hidden_layers=DEPTH)
-
-
-def found(model, *inputs, method=METHOD, **how) -> Secondary:
-    with heedful.attach(model, method, **how) as run, torch.no_grad():
-        for batch in inputs:
-            run(**batch)
-        return run[method]
-
-
-def ids(n: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 def same(a: dict[int, float], b: dict[int, float]) -> bool:
@@ -89,11 +82,8 @@ def test_the_first_token_must_be_a_sink_itself(model) -> None:
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_does_not_count(model, left: bool) -> None:
     short, long = ids(11, 1), ids(17, 2)
-    pad, one = torch.full((1, 6), 90), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([0 * pad, one] if left else [one, 0 * pad], 1), torch.ones_like(long)])
     apart = found(model, {"input_ids": short}, {"input_ids": long})
-    together = found(model, {"input_ids": padded, "attention_mask": mask})
+    together = found(model, padded(short, long, left))
     assert together.levels == apart.levels
     assert apart.levels
     for name in ("weight", "norm", "first_weight", "first_norm"):

@@ -260,5 +260,5 @@ def test_errors() -> None:
     for gate in ({"gates.1": gates()}, {"gates.0": gates()[:3]}, {"gates.0": gates(), "gates.1": gates()}):
         with pytest.raises(FieldError, match="was fitted to another model"):
             SeerAttention(gates=Fitted(gate)).skip(bare.call.mask, call_of(bare))
-    with pytest.raises(FieldError, match="batches = None: must hold a text or more"):
+    with pytest.raises(FieldError, match="batches = 0: must be 1 or more"):
         fit(SeerAttention(), models.tiny("llama"), [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,18 +17,16 @@ from heedful.core.fitted import Fitted
 from heedful.kit.regression import logistic
 from heedful.methods import Sentinel
 from heedful.methods.sparse.tokens.sentinel import _EachHead
+from tests.methods import documents
+from tests.methods.documents import kept_by
 
-SPANS = ((2, 5), (5, 11), (12, 14), (14, 19), (19, 20))
+SPANS = (*documents.SPANS, (19, 20))
+prompt = partial(documents.prompt, spans=SPANS, end=(22, 26))
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     return models.tiny("llama", num_hidden_layers=3, attn_implementation="eager")
-
-
-def prompt(seed: int = 0, role: str = "documents") -> Prompt:
-    generator = torch.Generator().manual_seed(seed)
-    return Prompt(tuple(torch.randint(3, 127, (26,), generator=generator).tolist()), {role: SPANS, "end": ((22, 26),)})
 
 
 def by_hand(model: Any, shown: Prompt) -> Tensor:
@@ -36,15 +35,6 @@ def by_hand(model: Any, shown: Prompt) -> Tensor:
         maps = model(torch.tensor([shown.tokens]), output_attentions=True).attentions
     rows = [layer[0, h, -1] for layer in maps for h in range(layer.shape[1])]
     return torch.tensor([[float(row[a:b].sum()) / (b - a) / float(row[2:20].sum()) for row in rows] for a, b in SPANS])
-
-
-def kept_by(scores: list[float], room: int) -> list[int]:
-    kept: list[int] = []
-    for i in sorted(range(len(scores)), key=lambda i: -scores[i]):
-        if kept and sum(SPANS[j][1] - SPANS[j][0] for j in [*kept, i]) > room:
-            break
-        kept.append(i)
-    return sorted(kept)
 
 
 @pytest.mark.parametrize("how", [{"backend": "reference"}, {"tile_rows": 3}])
@@ -67,7 +57,7 @@ def test_sentences_of_the_best_scores_stay_while_there_is_room(model: Any, budge
     for seed in range(4):
         shown = prompt(seed)
         scores = ((by_hand(model, shown) - probe["mean"]) / probe["deviation"]) @ probe["weight"] + 0.3
-        kept = kept_by(scores.tolist(), room)
+        kept = kept_by(scores.tolist(), room, SPANS)
         found = heedful.arrange(model, shown, method)
         gone = {i for number, (a, b) in enumerate(SPANS) if number not in kept for i in range(a, b)}
         assert found.tokens == tuple(t for i, t in enumerate(shown.tokens) if i not in gone), (seed, kept)

@@ -10,6 +10,7 @@ from heedful.core.errors import FieldError, StatisticError
 from heedful.core.stats import load, merged
 from heedful.methods.observe.sink_rate import Columns, SinkRate, Sinks, _curves, _finding
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
+from tests.readers import ids, padded
 
 EPSILON = 0.12  # low enough that some heads of a tiny random model have sinks and some have none
 
@@ -25,10 +26,6 @@ def found(model, inputs, method=None, **how) -> Sinks:
         for batch in inputs if isinstance(inputs, list) else [inputs]:
             run(**batch)
         return run[method]
-
-
-def ids(n: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 def same(a: Sinks, b: Sinks) -> bool:
@@ -66,11 +63,8 @@ def test_epsilon_is_exclusive(model) -> None:
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_does_not_count(model, left: bool) -> None:
     short, long = ids(11, 1), ids(17, 2)
-    pad, one = torch.zeros(1, 6, dtype=torch.long), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([pad, one] if left else [one, pad], 1), torch.ones_like(long)])
     apart = found(model, [{"input_ids": short}, {"input_ids": long}])
-    together = found(model, {"input_ids": padded, "attention_mask": mask})
+    together = found(model, padded(short, long, left))
     assert same(together, apart)
     assert together.rate[0].shape == (4, 17)
 

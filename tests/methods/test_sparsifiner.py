@@ -178,7 +178,7 @@ def test_what_cannot_be() -> None:
         ):
             _method(0.25, 8, 0.02).parts(layer, torch.zeros(1, 2, tokens, 8))
     model = models.tiny("vit")
-    with pytest.raises(FieldError, match=r"batches = None: must hold an image or more"):
+    with pytest.raises(FieldError, match=r"batches = 0: must be 1 or more"):
         fit(Sparsifiner(), model, [])
     with pytest.raises(SiteError, match="queries and keys are known from MASK on"):
         _method(0.25, 8, 0.02).narrow(Mask(), _bare().call)

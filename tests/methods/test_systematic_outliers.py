@@ -1,5 +1,7 @@
 """Outliers of both kinds against brute force over the model's own maps and hidden states."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import StaticCache
@@ -9,24 +11,16 @@ from heedful import models
 from heedful.adapters.cache_name import CACHE
 from heedful.core.errors import FieldError
 from heedful.methods.observe.systematic_outliers import Counts, Outliers, SystematicOutliers
+from tests import readers
+from tests.readers import ids, padded
 
 METHOD = SystematicOutliers(times=3.0, share=0.12)  # a tiny random model has some tokens on either side
+found = partial(readers.found, method=METHOD)
 
 
 @pytest.fixture(scope="module")
 def model():
     return models.tiny("llama", num_hidden_layers=4)
-
-
-def found(model, *inputs, method=METHOD, **how) -> Outliers:
-    with heedful.attach(model, method, **how) as run, torch.no_grad():
-        for batch in inputs:
-            run(**batch)
-        return run[method]
-
-
-def ids(n: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 def test_is_the_definition_of_the_paper() -> None:
@@ -56,11 +50,8 @@ def test_is_the_definition_of_the_paper() -> None:
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_does_not_count(model, left: bool) -> None:
     short, long = ids(11, 1), ids(17, 2)
-    pad, one = torch.full((1, 6), 90), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([0 * pad, one] if left else [one, 0 * pad], 1), torch.ones_like(long)])
     apart = found(model, {"input_ids": short}, {"input_ids": long})
-    together = found(model, {"input_ids": padded, "attention_mask": mask})
+    together = found(model, padded(short, long, left))
     assert together.layers == apart.layers
     assert apart.total.both > 0
 

@@ -6,17 +6,13 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 import heedful
 from heedful import models
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.methods.observe.tree_levels import Levels, TreeLevels
-
-
-def ids(n: int, seed: int = 0, rows: int = 1) -> Tensor:
-    return torch.randint(3, 127, (rows, n), generator=torch.Generator().manual_seed(seed))
+from tests.readers import ids, padded
 
 
 def found(model, batches: list[dict], method: TreeLevels, **how) -> Levels:
@@ -67,11 +63,8 @@ def test_is_what_the_maps_add_up_to(kind: str, branching: int, depth: int, backe
 def test_padding_does_not_count(left: bool) -> None:
     model = models.tiny("llama")
     short, long = ids(11, 1), ids(17, 2)
-    pad, ones = torch.full((1, 6), 90), torch.ones_like(short)
-    padded = torch.cat([torch.cat([pad, short] if left else [short, pad], 1), long])
-    mask = torch.cat([torch.cat([0 * pad, ones] if left else [ones, 0 * pad], 1), torch.ones_like(long)])
     apart = found(model, [{"input_ids": short}, {"input_ids": long}], TreeLevels())
-    together = found(model, [{"input_ids": padded, "attention_mask": mask}], TreeLevels())
+    together = found(model, [padded(short, long, left)], TreeLevels())
     assert close(together.share.float(), apart.share.float())
     assert close(together.even.float(), apart.even.float())
 

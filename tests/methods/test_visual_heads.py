@@ -15,16 +15,12 @@ from heedful.authoring import Call, Fitted, Method, Site, at
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, StatisticError
 from heedful.methods.observe.visual_heads import Looks, VisualHeads
-from tests.readers import padded
+from tests.readers import ids, padded
 
 METHOD = VisualHeads()
 SPANS = ((2, 6), (8, 9))
 ROLES = {"image": SPANS}
 IMAGE = [2, 3, 4, 5, 8]
-
-
-def ids(n: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 127, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 def found(model, *inputs: dict, method: VisualHeads = METHOD, roles=ROLES, **how) -> Looks:

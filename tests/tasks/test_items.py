@@ -308,6 +308,7 @@ def test_tasks_are_found_by_name_and_read_with_settings() -> None:
     for text, said in (
         ("neddle", r"Did you mean needle"),
         ("needle(lenght=3)", r"no such field. Did you mean length\?"),
+        ("scenes(judged=None)", r"no such field. It has steps, least$"),
         ("needle(length=", "write it as in Python, for example 'Needle"),
         ("needle(length=open)", "write it as in Python"),
         ("induction(1, 2)", "takes at most 1"),

@@ -273,7 +273,8 @@ def test_the_task_goes_to_other_processes(task: TwoThings) -> None:
 def test_models_that_do_not_draw_are_refused_and_one_that_draws_reads_no_texts() -> None:
     with pytest.raises(RefusedModel, match=r"scenes: Llama\w+ is not the diffusion model .*models.denoiser\(\)"):
         compare((models.tiny("llama"), speller()), [SHARP], ["scenes"])
-    with pytest.raises(RefusedModel, match="Denoiser is not a transformers model"):
+    told = r"Denoiser is not a transformers model .*\. It can be asked --tasks scene_words,scenes$"
+    with pytest.raises(RefusedModel, match=told):
         compare((denoiser(), speller()), [SHARP], ["needle"])
 
 

@@ -23,7 +23,7 @@ from heedful.bench.results import MARGIN, PLAIN
 from heedful.catalogue import stack_from
 from heedful.core.asked import asks
 from heedful.core.code import code_of
-from heedful.core.errors import FieldError, HeedfulError, WriteError
+from heedful.core.errors import FieldError, HeedfulError, RefusedModel, WriteError
 from heedful.core.figures import counted
 from heedful.core.files import RECORDS, folder_for, held
 from heedful.core.kinds import Decode, Progress, Report, Surgery, Tokens
@@ -192,8 +192,27 @@ def require(
     if not tasks:
         raise FieldError("compare()", "tasks", (), "must name one or more", "['needle']")
     for task in tasks:
-        task.require(given.model, given.tokenizer)
+        _require_taken(task, given)
     adapter_for(given.model, how.get("only"))
+
+
+def _require_taken(task: Task, given: Loaded) -> None:
+    """Refuse a model that cannot be asked this, with the tasks of ours that it can be asked."""
+    from heedful.tasks import known
+
+    try:
+        task.require(given.model, given.tokenizer)
+    except RefusedModel as reason:
+        takes = [name for name, kind in known().items() if _is_taken(kind(), given)]
+        raise RefusedModel(f"{reason}. It can be asked --tasks {','.join(takes)}" if takes else str(reason)) from reason
+
+
+def _is_taken(task: Task, given: Loaded) -> bool:
+    try:
+        task.require(given.model, given.tokenizer)
+    except RefusedModel:
+        return False
+    return True
 
 
 def require_counts(prompts: int, minutes: float, margin: float, turns: int, backend: str) -> None:

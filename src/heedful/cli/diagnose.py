@@ -47,7 +47,7 @@ def measures_from(text: str) -> list[Measure] | None:
     """Measures by name, parted by commas, with settings if they follow; none for the default ones."""
     parts: list[Measure] = []
     for name in parted(text):
-        entry: CatalogueEntry = entry_from(name if "(" in name else name + "()")
+        entry: CatalogueEntry = entry_from(name)
         if not isinstance(entry, Method | Weights):
             raise FieldError("diagnose", "measures", name, f"is {entry.kind}, which reads nothing", "SinkRate")
         parts.append(entry)

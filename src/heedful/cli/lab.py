@@ -29,16 +29,13 @@ def lab(
     page: Annotated[bool, typer.Option(help="Write the page.")] = True,
 ) -> None:
     """Train softmax and every mechanism on the same tiny models, data and budget; tell what each wins and costs."""
-    from heedful.core.method import Stack
     from heedful.laboratory.lab import lab as run
-    from heedful.laboratory.lab import mechanism
 
     if page:
         require_page()
-    chosen = [Stack(tuple(mechanism(part) for part in parted(text, "|"))) for text in parted(mechanisms)] or None
     bars = Bars(STAGES)
     with stopping(bars, out):
-        found = run(chosen, kind, seeds=seeds, tokens=tokens, out=out, progress=bars)
+        found = run(parted(mechanisms) or None, kind, seeds=seeds, tokens=tokens, out=out, progress=bars)
     where = write_page(found, "lab", kind, out) if page else None
     if as_json:
         told = {"facts": found.facts, "results": [asdict(r) for r in found.results], "page": where and str(where)}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from heedful.catalogue import entry_from
+from heedful.catalogue import entry_from, find
 from heedful.cli.console import console
 from heedful.conformance import check, laws
 
@@ -22,7 +22,7 @@ def check_laws(
 ) -> None:
     """Try every law on a method; exit code 1 when one is broken."""
     with console.status("trying the laws"):
-        report = check(entry_from(name))
+        report = check(entry_from(name) if "(" in name else find(name))
     texts = {law.name: law.text for law in laws().values()}
     for verdict in report:
         colour = {"kept": "green", "broken": "red", "does not apply": "dim"}[verdict.outcome]

@@ -72,7 +72,8 @@ def methods(
     if not found and not other:
         raise CatalogueError(f"no method mentions {word!r}; `heedful methods` lists them all")
     if as_json:
-        typer.echo(json.dumps([plain(kind) for kind in found], indent=1))
+        calls = [{"name": call.partition("(")[0], "kind": "verb", "call": call} for call in other]
+        typer.echo(json.dumps([*calls, *map(plain, found)], indent=1))
         return
     for call in other:
         console.print(f"In Python: {call}", markup=False, highlight=False)

@@ -368,5 +368,6 @@ class Stack:
         return "\n\n".join(dict.fromkeys(paper.bibtex() for paper in papers))
 
 
-def as_stack(what: Part | Stack) -> Stack:
-    return what if isinstance(what, Stack) else Stack((what,))
+def as_stack(what: Part | Stack | None) -> Stack:
+    """A stack of the part, or of none."""
+    return what if isinstance(what, Stack) else Stack(() if what is None else (what,))

@@ -29,7 +29,7 @@ def written(text: str, kind: type[T], good: object) -> T:
         settings = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError) as problem:
         raise CatalogueError(f"cannot read {text!r}: write it as in Python, for example '{good!r}'") from problem
-    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    known = [f.name for f in fields(kind) if f.repr]  # type: ignore[arg-type]  # what is hidden is no setting
     for word, value in settings.items():
         if word not in known:
             raise UnknownFieldError(kind.__name__, word, value, known)

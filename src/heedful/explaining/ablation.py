@@ -23,7 +23,7 @@ from heedful.core.stats import Mean, Statistic
 from heedful.engine.run import Run
 from heedful.explaining.aim import fed, pairs, require_count, strongest, suiting
 from heedful.explaining.drawn import Told
-from heedful.explaining.streams import by_name
+from heedful.explaining.states import named
 from heedful.methods.explain.patch import Patch
 from heedful.models import Loaded
 
@@ -153,8 +153,8 @@ def head_importance(
     rows = 0
     with still(given.model), warnings.catch_warnings():
         warnings.simplefilter("ignore", InactiveWarning)  # a head may hand over nothing
-        for number, batch in enumerate(batches):
-            inputs = suiting("head_importance()", "batches", given.model, by_name("head_importance()", batch))
+        for number, batch in enumerate(named("head_importance()", batches)):
+            inputs = suiting("head_importance()", "batches", given.model, batch)
             with attach(given.model, _Means(), **how) as run:
                 whole, loss = _answers(run, inputs)
                 now = {layer: len(stat.value) for layer, stat in run[_Means()].items()}
@@ -170,8 +170,6 @@ def head_importance(
                     progress(Progress("layers", row + 1, len(counts), f"batch {number + 1}"))
             found.append(sums)
             rows += len(whole)
-    if not found:
-        raise FieldError("head_importance()", "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
     divergence, probability, rise = torch.stack(found).sum(0) / rows
     return HeadImportance(divergence, probability, None if bool(rise.isnan().all()) else rise)
 

@@ -179,7 +179,7 @@ class _Probe:
         from heedful.adapters.choosing import adapter_for
 
         self.model, self.metric = model, metric
-        self.under = Stack() if under is None else as_stack(under)
+        self.under = as_stack(under)
         self.sizes = adapter_for(model, None).sizes()
         known = range(len(self.sizes))
         requested = list(known if layers is None else layers)
@@ -232,8 +232,7 @@ class _Probe:
     ) -> Fitted:
         """What stands at a site of some layers, by layer and text position."""
         keeper = _placing(site).on(layers=None if layers is None else list(layers))
-        stack = as_stack(keeper) if under is None else as_stack(under) | keeper
-        with still(self.model), attach(self.model, stack) as run:
+        with still(self.model), attach(self.model, as_stack(under) | keeper) as run:
             run(**inputs)
         return Fitted({str(layer): stat.value[0] for layer, stat in run[keeper].items()})
 

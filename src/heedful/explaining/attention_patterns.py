@@ -172,8 +172,7 @@ def patterns(
     reader = _Whole(tokens, len(wanted) or None)
     parts: list[Part] = [reader.on(layer, mine) for layer, mine in wanted.items()]
     parts = parts or [reader]
-    before = () if stack is None else as_stack(stack).parts
-    with still(given.model), attach(given.model, Stack((*before, *parts)), **how) as run:
+    with still(given.model), attach(given.model, Stack((*as_stack(stack), *parts)), **how) as run:
         with _readers(given.model, ids, run.layer_names) as readers:
             run(**inputs)
         text = frozenset(n for n, name in enumerate(run.layer_names) if any(map(name.startswith, readers)))

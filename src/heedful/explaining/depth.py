@@ -22,7 +22,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat
 from heedful.explaining.drawn import Told
-from heedful.explaining.streams import by_name
+from heedful.explaining.states import named
 
 PAPER = Paper(
     "P288",
@@ -85,10 +85,10 @@ def depth_use(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, only: s
     part of the model whose layers are tried, such as "model.decoder".
     """
     unwrapped(model)  # or the reason why there is no model in it
-    given = [dict(by_name("depth_use()", batch)) for batch in batches]
-    if not given or any("labels" not in batch for batch in given):
+    given = [dict(batch) for batch in named("depth_use()", batches)]
+    if any("labels" not in batch for batch in given):
         good = [{"input_ids": "...", "labels": "..."}]
-        raise FieldError("depth_use()", "batches", len(given), 'must be 1 or more, each with "labels"', good)
+        raise FieldError("depth_use()", "batches", len(given), 'must each have "labels"', good)
     reader = _Entering() | _Leaving()
     with torch.no_grad(), still(model), attach(model, reader, only=only) as run:
         loss = _loss(run, given)

@@ -20,7 +20,7 @@ from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.figures import Grid
 from heedful.core.paper import Paper
 from heedful.explaining.drawn import Told
-from heedful.explaining.streams import by_name
+from heedful.explaining.states import named
 from heedful.kit.labels import labelled
 
 PAPER = Paper(
@@ -108,12 +108,10 @@ def pulled(
     verb: str, copy: nn.Module, asked: Callable[..., Any], batches: Iterable[Mapping[str, Any]]
 ) -> Iterator[float]:
     """The loss of each batch, as it is asked for, while the copy of the model has that loss's gradients."""
-    none = True
-    for batch in batches:
-        none = False
+    for batch in named(verb, batches):
         copy.zero_grad()
         with torch.enable_grad():
-            loss = getattr(asked(**labelled(by_name(verb, batch))), "loss", None)
+            loss = getattr(asked(**labelled(batch)), "loss", None)
         if loss is None:
             raise RefusedModel(f"{type(copy).__name__} gives no loss of these inputs; add labels that it takes")
         if not loss.isfinite():
@@ -121,8 +119,6 @@ def pulled(
             raise FieldError(verb, "batches", float(loss.detach()), rule, [{"input_ids": "..."}])
         loss.backward()
         yield float(loss.detach())
-    if none:
-        raise FieldError(verb, "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
 
 
 def _sizes(copy: nn.Module, only: str | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -20,7 +20,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
 from heedful.explaining.drawn import Told
-from heedful.explaining.streams import STREAMS, by_name
+from heedful.explaining.states import STREAMS, named
 
 PAPER = Paper(
     "P124",
@@ -103,13 +103,13 @@ def likeness(
     States of all tokens are kept until the end: a few thousand of them tell enough. `only` names the part of both that
     is compared, such as "model.encoder".
     """
-    for each in (model, other):
-        unwrapped(each)  # or the reason why there is no model in it
+    for which in (model, other):
+        unwrapped(which)  # or the reason why there is no model in it
     states: tuple[list[list[Tensor]], ...] = ([], [])
     heads: list[list[Tensor]] = []
     rows = 0
-    for batch in batches:
-        (one, mine), (two, theirs) = (_seen(which, by_name("likeness()", batch), only) for which in (model, other))
+    for batch in named("likeness()", batches):
+        (one, mine), (two, theirs) = (_seen(which, batch, only) for which in (model, other))
         if one[0].shape[0] != two[0].shape[0] or mine[0].shape[2:] != theirs[0].shape[2:]:
             rule = f"reads {len(two[0])} tokens where the model reads {len(one[0])}; both must read the same"
             raise FieldError("likeness()", "other", type(other).__name__, rule, "a model with the same tokens")
@@ -118,8 +118,6 @@ def likeness(
         rows += count
         states[0].append(one)
         states[1].append(two)
-    if not heads:
-        raise FieldError("likeness()", "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
     firsts, seconds = ([torch.cat(layer) for layer in zip(*kept, strict=True)] for kept in states)
     pairs = [[alike(x, y) for y in seconds] for x in firsts]
     neurons, layers = (torch.tensor([[pair[i] for pair in row] for row in pairs]) for i in (0, 1))

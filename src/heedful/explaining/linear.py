@@ -17,7 +17,7 @@ from heedful.core.errors import FieldError, ModelError
 from heedful.core.figures import Grid
 from heedful.core.paper import Paper
 from heedful.explaining.drawn import Told
-from heedful.explaining.streams import by_name, streams
+from heedful.explaining.states import named, streams
 
 PAPER = Paper(
     "P244",
@@ -78,9 +78,7 @@ def linearity(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, only: s
     times as many. `only` names the part of the model that is looked at, such as "model.encoder".
     """
     unwrapped(model)  # or the reason why there is no model in it
-    kept = [streams(model, by_name("linearity()", batch), only) for batch in batches]
-    if not kept:
-        raise FieldError("linearity()", "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
+    kept = [streams(model, batch, only) for batch in named("linearity()", batches)]
     parts = list(dict.fromkeys(re.split(r"\d", name)[0].rstrip(".") for name in kept[0]))
     if len(parts) > 1:
         rule = f"must name one part of the model, where layers follow one another: {' or '.join(parts)}"

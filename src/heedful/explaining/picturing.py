@@ -217,7 +217,7 @@ def _one(pipe: Any, part: nn.Module, prompt: str, steps: int, seed: int, options
     for layer, stat in where.items():
         every = torch.stack([piece for _, piece in sorted(when[layer].pieces.items())]).float()  # [forwards k]
         forwards = len(every)
-        maps.append(grid((stat.total / forwards).float(), picture.shape[1] / picture.shape[2]))
+        maps.append(grid((stat.total / forwards).float(), picture.shape[1] / picture.shape[2], names[layer]))
         by_layer.append(every.mean(0))
         by_step.append(every.unflatten(0, (steps, -1)).mean(1) if forwards % steps == 0 else every)
     whole = (one_size(maps), torch.stack(by_step).mean(0), torch.stack(by_layer))

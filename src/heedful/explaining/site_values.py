@@ -51,8 +51,7 @@ def activations(
         raise FieldError("activations()", "site", site, rule, Site.HEAD_OUTPUT)
     given = model if isinstance(model, Loaded) else Loaded(inside(model), None, "")
     keeper = keeping(site).on(layers)
-    before = Stack() if stack is None else as_stack(stack)
-    with still(given.model), attach(given.model, before | keeper, **how) as run:
+    with still(given.model), attach(given.model, as_stack(stack) | keeper, **how) as run:
         run(**fed_each("activations()", given.model, text, tokenizer or given.tokenizer))
         return {layer: stat.value[0].clone() for layer, stat in run[keeper].items()}
 

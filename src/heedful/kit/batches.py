@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 
 from heedful.core.errors import FieldError
 from heedful.core.method import FitContext, Part
 
+T = TypeVar("T")
 Batch = Mapping[str, Any]
+GOOD = {"input_ids": "..."}
+
+
+def at_least_one(owner: object, batches: Iterable[T], good: Batch = GOOD) -> Iterator[T]:
+    """The batches, one by one; refused where there are none."""
+    none = True
+    for batch in batches:
+        none = False
+        yield batch
+    if none:
+        raise FieldError(owner, "batches", 0, "must be 1 or more", [good])
 
 
 def with_roles(owner: object, batches: Iterable[Batch], *roles: str, good: object) -> list[Batch]:

@@ -7,22 +7,23 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from heedful.catalogue import find
+from heedful.catalogue import stack_from
 from heedful.core.errors import FieldError, HeedfulError, WriteError
 from heedful.core.files import folder_for
 from heedful.core.kinds import Progress, Report
-from heedful.core.method import Method, Part, Scoped, Stack
-from heedful.core.reading import name_in, written
+from heedful.core.method import Method, Part, Scoped, Stack, as_stack
 from heedful.laboratory.costs import PLAIN
 from heedful.laboratory.kinds import DEFAULTS, courses
 from heedful.laboratory.outcome import Lab
-from heedful.laboratory.records import Record, Trainings, as_stack, name_of
+from heedful.laboratory.records import Record, Trainings, name_of
 from heedful.laboratory.results import Refused, facts
 from heedful.laboratory.training import MissingTrainer, Steps
 
+Mechanism = Part | Stack | str
+
 
 def lab(
-    mechanisms: Mapping[str, Part | Stack] | Iterable[Part | Stack] | None = None,
+    mechanisms: Mapping[str, Mechanism] | Iterable[Mechanism] | None = None,
     kind: str = "lm",
     *,
     seeds: int = 3,
@@ -32,10 +33,10 @@ def lab(
 ) -> Lab:
     """Train softmax and each mechanism on the same tiny models, data and budget, and measure what comes of it.
 
-    `mechanisms` are methods or stacks, eight of the catalogue for None. `kind` is "lm" (bytes of text, synthetic tasks,
-    and regression in context), "vit" (digits), "seq2seq" (strings), "pool" (bags of digits) or "sinks" (words over
-    which softmax comes to park). `tokens` is the budget of each training, None for each course's own. `out` keeps what
-    is trained: the same call goes on where it stopped, and other calls use what they share with it.
+    `mechanisms` are methods, stacks or their spelling, eight of the catalogue for None. `kind` is "lm" (bytes of text,
+    synthetic tasks, and regression in context), "vit" (digits), "seq2seq" (strings), "pool" (bags of digits) or "sinks"
+    (words over which softmax comes to park). `tokens` is the budget of each training, None for each course's own. `out`
+    keeps what is trained: the same call goes on where it stopped, and other calls use what they share with it.
     """
     wanted = courses(kind, tokens)
     chosen = _chosen(mechanisms, kind)
@@ -76,13 +77,13 @@ def _counted(report: Report, before: int, total: int) -> Steps:
     return lambda now: report(Progress("steps", before + now, total))
 
 
-def _chosen(mechanisms: Mapping[str, Part | Stack] | Iterable[Part | Stack] | None, kind: str) -> dict[str, Stack]:
+def _chosen(mechanisms: Mapping[str, Mechanism] | Iterable[Mechanism] | None, kind: str) -> dict[str, Stack]:
     """The mechanisms by name, softmax first."""
     found = {PLAIN: Stack()}
-    if mechanisms is None:
-        mechanisms = [mechanism(text) for text in DEFAULTS.get(kind, ())]
-    items = mechanisms.items() if isinstance(mechanisms, Mapping) else ((None, what) for what in mechanisms)
-    for given, what in items:
+    mechanisms = DEFAULTS.get(kind, ()) if mechanisms is None else mechanisms
+    items = mechanisms.items() if isinstance(mechanisms, Mapping) else ((None, one) for one in mechanisms)
+    for given, one in items:
+        what = stack_from(one, "lab()", "mechanisms") if isinstance(one, str) else one
         if not isinstance(what, Method | Scoped | Stack):
             raise FieldError("lab()", "mechanisms", what, "must be methods or stacks", "[ClippedSoftmax()]")
         stack = as_stack(what)
@@ -95,11 +96,3 @@ def _chosen(mechanisms: Mapping[str, Part | Stack] | Iterable[Part | Stack] | No
     if len(found) < 2:
         raise FieldError("lab()", "mechanisms", (), "must name one or more beside softmax", "[ClippedSoftmax()]")
     return found
-
-
-def mechanism(text: str) -> Method:
-    """A mechanism as text names it, with its defaults where no settings are given."""
-    kind = find(name_in(text))
-    if not issubclass(kind, Method):
-        raise FieldError("lab()", "mechanisms", text, f"is {kind.kind}, which no model is trained under", "MALA")
-    return written(text if "(" in text else f"{text}()", kind, kind.example())

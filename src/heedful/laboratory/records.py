@@ -23,7 +23,7 @@ from heedful.core.code import sources
 from heedful.core.errors import StatisticError
 from heedful.core.files import digest_of, placed, replace_text, sealed, writing
 from heedful.core.fitted import Fitted
-from heedful.core.method import Method, Part, Stack
+from heedful.core.method import Method, Part, Stack, as_stack
 from heedful.core.spelling import spelled
 from heedful.engine.run import Run
 from heedful.facts import surroundings
@@ -64,11 +64,6 @@ class Record:
             known = ", ".join(self.numbers)
             raise StatisticError(f"{self.mechanism} has no {name!r} in the course {self.course!r}; it has {known}")
         return self.numbers[name]
-
-
-def as_stack(what: Part | Stack | None) -> Stack:
-    """Softmax is the stack of nothing."""
-    return what if isinstance(what, Stack) else Stack() if what is None else Stack((what,))
 
 
 def name_of(what: Stack) -> str:

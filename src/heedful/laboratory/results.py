@@ -6,16 +6,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from heedful.laboratory import costs
 from heedful.laboratory.costs import PLAIN
 from heedful.laboratory.course import Course, Quantity
 from heedful.laboratory.differences import Difference
 from heedful.laboratory.records import Record
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ KINDS: dict[type[Figure], str] = {
 
 
 class View(Protocol):
-    """The token view of a profile (`heedful.diagnose.view.TokenView`)."""
+    """The token view of a profile (`heedful.diagnosis.view.TokenView`)."""
 
     @property
     def tokens(self) -> Sequence[str]: ...

@@ -21,7 +21,7 @@ from heedful.tasks._scene_words import SceneWords
 from heedful.tasks._scenes import Scene, Scenes
 from heedful.tasks.task import Task
 
-__all__ = ["Scene", "SceneWords", "Scenes", "Task", "find", "from_file", "known", "named_as", "names"]
+__all__ = ["Scene", "SceneWords", "Scenes", "Task", "find", "from_file", "known", "named_as"]
 
 
 @cache
@@ -40,11 +40,6 @@ def known() -> dict[str, type[Task]]:
     if len(by_name) < len(found):
         raise CatalogueError(f"two tasks have one name: {sorted(kind.name for kind in found)}")
     return dict(sorted(by_name.items()))
-
-
-def names() -> dict[str, str]:
-    """What each task is about, by its name."""
-    return {name: kind.about for name, kind in known().items()}
 
 
 @asks

@@ -23,7 +23,6 @@ PORTION = re.compile(r".{1,4000}(?=\s|$)|.{1,4000}", re.DOTALL)  # a tokenizer w
 class Given(Task):
     """Items that somebody has, in an order that the seed draws: a file may be sorted, and asking may stop early."""
 
-    unit = "share right"
     source: str = ""  # where they were read
     rows: tuple[Any, ...] = ()
     left_out: tuple[str, ...] = ()  # what could not be read there, and why

@@ -55,7 +55,6 @@ class Scenes(Task):
     is refused; the share that it names right is told beside the scores, which can be no surer.
     """
 
-    unit = "share right"
     steps: int = 10  # that a picture is made in
     least: float = 0.9  # share of the things in real pictures that the judge has to name right
     judged: Judged | None = field(default=None, repr=False)

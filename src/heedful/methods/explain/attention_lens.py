@@ -17,6 +17,7 @@ from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Statistic
+from heedful.kit.batches import at_least_one
 from heedful.kit.seeds import seed_of
 
 RANDOM_WORDS = 50  # tokens that a lens of a seed alone knows
@@ -98,9 +99,7 @@ class AttentionLens(Method):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> AttentionLens:
         """Lenses that begin as the unembedding and learn from the model's inputs in `batches`, a step for each."""
-        found = list(batches)
-        if not found:
-            raise FieldError(self, "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
+        found = list(at_least_one(self, batches))
         if self.layer >= len(context.layers):
             raise FieldError(self, "layer", self.layer, f"must be below {len(context.layers)}", len(context.layers) - 1)
         o, table = context.weights(self.layer).o.float(), context.vocabulary().unembedding.float()

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError, StatisticError
+from heedful.core.errors import FieldError
 from heedful.core.figures import Description, Finding, HeadMap, Listing, head_name, percent
 from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat, Mean, Statistic
+from heedful.kit.batches import at_least_one, read
 from heedful.kit.seeds import seed_of
 
 RANDOM_FEATURES = 32  # that a seed alone draws
@@ -157,14 +158,7 @@ class AttentionOutputSAE(Method):
         """Features learned from all tokens of the model's inputs in `batches`."""
         if self.layer >= len(context.layers):
             raise FieldError(self, "layer", self.layer, f"must be below {len(context.layers)}", len(context.layers) - 1)
-        part = _Kept().on(layers=self.layer)
-        with torch.no_grad(), context.attach(part) as run:
-            for batch in batches:
-                run(**batch)
-            try:
-                x = torch.cat(run[part])
-            except StatisticError:
-                raise FieldError(self, "batches", 0, "must be 1 or more", [{"input_ids": "..."}]) from None
+        x = torch.cat(read(context, _Kept().on(layers=self.layer), at_least_one(self, batches)))
         h, d = x.shape[1:]
         seed = self.seed or 0
         maps = [p.to(x.device).requires_grad_() for p in _start(h, d, self.widen * h * d, seed)]

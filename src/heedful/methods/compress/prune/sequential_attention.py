@@ -15,6 +15,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
+from heedful.kit.batches import at_least_one
 from heedful.kit.labels import labelled, loss_of
 from heedful.methods.compress.prune._pruner import HeadPruner
 
@@ -72,9 +73,7 @@ class SequentialAttention(HeadPruner):
             raise FieldError(self, "rate", self.rate, "must be above 0 and finite", 0.05)
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> SequentialAttention:
-        shown = [labelled(batch) for batch in batches]
-        if not shown:
-            raise FieldError(self, "batches", 0, "must be 1 or more", [{"labels": "..."}])
+        shown = [labelled(batch) for batch in at_least_one(self, batches, {"labels": "..."})]
         draw = torch.Generator().manual_seed(self.seed)
         with context.attach(_Factors()) as run, torch.enable_grad():
             factors = list(run.parameters())

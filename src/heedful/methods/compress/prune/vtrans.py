@@ -16,6 +16,7 @@ from heedful.core.kinds import HeadWeights
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, penalises
+from heedful.kit.batches import at_least_one
 from heedful.kit.labels import labelled, loss_of
 from heedful.methods.compress.prune._pruner import HeadPruner
 
@@ -85,9 +86,7 @@ class VTrans(HeadPruner):
                 raise FieldError(self, name, getattr(self, name), "must be above 0 and finite", 1e-3)
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> VTrans:
-        shown = [labelled(batch) for batch in batches]
-        if not shown:
-            raise FieldError(self, "batches", 0, "must be 1 or more", [{"labels": "..."}])
+        shown = [labelled(batch) for batch in at_least_one(self, batches, {"labels": "..."})]
         with context.attach(_Masks(self.beta, self.seed)) as run, torch.enable_grad():
             learns = run.parameters()
             optimiser = torch.optim.Adam(learns, lr=self.rate)

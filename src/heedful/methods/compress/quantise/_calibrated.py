@@ -17,6 +17,7 @@ from heedful.core.kinds import HeadWeights, Surgery
 from heedful.core.method import FitContext, Layer, Method, Stack
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
+from heedful.kit.batches import at_least_one
 from heedful.methods.compress.quantise._quantiser import Quantiser, matrix, written
 
 Batches = Sequence[Mapping[str, Any]]
@@ -63,9 +64,7 @@ class Calibrated(Quantiser, abstract=True):
 
     @torch.no_grad()
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> Self:
-        shown = [dict(batch) for batch in batches]
-        if not shown:
-            raise FieldError(self, "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
+        shown = [dict(batch) for batch in at_least_one(self, batches)]
         found: dict[str, Tensor] = {}
         for layer in context.layers:
             for turn in self.turns if self.layers is None or layer.number in self.layers else ():

@@ -16,6 +16,7 @@ from heedful.core.fitted import Fitted
 from heedful.core.kinds import HeadWeights
 from heedful.core.method import FitContext, Layer, Stack
 from heedful.core.paper import Paper
+from heedful.kit.batches import at_least_one
 from heedful.kit.grids import above_zero
 from heedful.kit.labels import labelled, loss_of
 from heedful.methods.compress.quantise._quantiser import Quantiser
@@ -58,9 +59,7 @@ class FP4(Quantiser):
         return cls(projections="")
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> FP4:
-        shown = [labelled(batch) for batch in batches]
-        if not shown:
-            raise FieldError(self, "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
+        shown = [labelled(batch) for batch in at_least_one(self, batches)]
         layers = [x.number for x in context.layers if self.layers is None or x.number in self.layers]
 
         def loss(of: FitContext) -> float:

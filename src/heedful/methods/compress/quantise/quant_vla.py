@@ -17,6 +17,7 @@ from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Sum
+from heedful.kit.batches import at_least_one
 from heedful.methods.compress.quantise.absmax import Absmax
 
 PAPER = Paper(
@@ -47,9 +48,7 @@ class QuantVLA(Surgery):
     scales: Fitted | None = None  # "LAYER" [h + 1]: of each head's scores, and of the output
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> QuantVLA:
-        shown = [dict(batch) for batch in batches]
-        if not shown:
-            raise FieldError(self, "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
+        shown = [dict(batch) for batch in at_least_one(self, batches)]
         layers = context.layers
         ones = {str(x.number): torch.ones(x.heads + 1, dtype=torch.float64) for x in layers}
         how = replace(self, quantiser=self.quantiser.fit(context, shown), scales=Fitted(ones))

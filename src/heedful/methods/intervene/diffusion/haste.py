@@ -11,6 +11,7 @@ from torch import Tensor
 
 from heedful.authoring import Call, FieldError, FitContext, Fitted, Method, Paper, Site, penalises, reads
 from heedful.core.stats import Cat
+from heedful.kit.batches import at_least_one
 
 TINY = 1e-8  # of a weight whose logarithm would be infinite
 
@@ -99,13 +100,11 @@ class HASTE(Method):
             raise FieldError(self, "layers", self.layers, rule, tuple(range(max(1, len(context.layers) - self.behind))))
         found: dict[str, Tensor] = {}
         reader, count = _Maps().on(layers=[layer + self.behind for layer in self.layers]), 0
-        for batch in batches:
+        for batch in at_least_one(self, batches, {"pixel_values": "..."}):
             with torch.no_grad(), context.attach(reader) as run:
                 run(**batch)
                 found |= {f"{count}.{layer}": stat.value[0].float() for layer, stat in run[reader].items()}
             count += 1
-        if not count:
-            raise FieldError(self, "batches", 0, "must be 1 or more", [{"pixel_values": "..."}])
         return replace(self, maps=Fitted({**found, "batches": torch.tensor(count)}))
 
 

@@ -15,7 +15,7 @@ from heedful.core.paper import Paper
 from heedful.core.reweight import Reweight, reweights
 from heedful.core.stats import Sum
 from heedful.core.summary import Summary, sums
-from heedful.kit.batches import Batch
+from heedful.kit.batches import Batch, at_least_one
 from heedful.kit.head_search import Head, gains, heads_here, require_heads
 
 
@@ -94,9 +94,7 @@ class ACT(Method):
 
     def fit(self, context: FitContext, batches: Iterable[Batch]) -> ACT:
         """Try heads one by one and keep those with which the batches are answered better."""
-        found = list(batches)
-        if not found:
-            raise FieldError(self, "batches", 0, "must be 1 or more", [{"input_ids": "...", "target": "token ids"}])
+        found = list(at_least_one(self, batches, {"input_ids": "...", "target": "token ids"}))
         reader, depth = _Sinks(replace(self, heads=None)), len(context.layers)
         with torch.no_grad(), context.attach(reader) as run:
             for batch in found:

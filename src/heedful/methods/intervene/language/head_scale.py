@@ -17,6 +17,7 @@ from heedful.core.kinds import HeadWeights
 from heedful.core.method import FitContext, Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
+from heedful.kit.batches import at_least_one
 
 
 class HeadScale(Method):
@@ -95,9 +96,7 @@ class HeadScale(Method):
 
         "labels" in a batch say which tokens count, -100 for those that do not.
         """
-        found = [dict(batch) for batch in batches]
-        if not found:
-            raise FieldError(self, "batches", 0, "must be 1 or more texts", [{"input_ids": "..."}])
+        found = [dict(batch) for batch in at_least_one(self, batches)]
         with context.attach(_Learner(self.scale)) as run:
             factors = run.parameters()
             optimiser = torch.optim.AdamW(factors, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0)

@@ -16,6 +16,7 @@ from heedful.core.method import FitContext
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Sum
+from heedful.kit.batches import at_least_one, read
 from heedful.kit.budget import Budget, newest
 from heedful.kit.scored_cache import ScoredCache
 from heedful.methods.sparse.cache._fits import Moments, of_layer
@@ -62,11 +63,7 @@ class QFilters(ScoredCache):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> QFilters:
         """Find each head's filter from the queries of a few texts."""
-        reader = _Queries()
-        with torch.no_grad(), context.attach(reader) as run:
-            for inputs in batches:
-                run(**inputs)
-            moments = run[reader]
+        moments = read(context, _Queries(), at_least_one(self, batches))
         found = {}
         for size in context.layers:
             moment = moments[size.number]

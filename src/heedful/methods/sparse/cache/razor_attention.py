@@ -18,6 +18,7 @@ from heedful.core.positions import Positions
 from heedful.core.sites import Site, at
 from heedful.core.stats import Statistic, Sum
 from heedful.core.summary import Summary, sums
+from heedful.kit.batches import at_least_one
 from heedful.kit.budget import Budget, all_fit, newest, require_budget, room, room_for
 from heedful.kit.scores import scores_of
 from heedful.methods.sparse.cache._fits import among_best
@@ -88,14 +89,12 @@ class RazorAttention(Method):
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> RazorAttention:
         """Score heads by how much they look at earlier copies of a token, and at what followed them."""
         found: dict[int, Tensor] = {}
-        for batch in batches:
+        for batch in at_least_one(self, batches):
             reader = _Copies(self._period(batch["input_ids"]))
             with torch.no_grad(), context.attach(reader) as run:
                 run(**batch)
                 for layer, score in run[reader].items():
                     found[layer] = score + found.get(layer, 0.0)
-        if not found:
-            raise FieldError(self, "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
         best = {i: found[i].unflatten(0, (context.layers[i].kv_heads, -1)).amax(1) for i in found}  # [g 2]
         kinds = ("induction", "echo")
         scores = {f"{kind}.{i}": x[:, n].float() for i, x in best.items() for n, kind in enumerate(kinds)}

@@ -17,6 +17,7 @@ from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Cat, Statistic
+from heedful.kit.batches import at_least_one
 from heedful.kit.budget import Budget, keep_best
 from heedful.kit.seeds import seed_of
 from heedful.methods.sparse.cache._fits import other_model
@@ -84,7 +85,7 @@ class SparseMM(UnevenCache):
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> SparseMM:
         """Score heads: how often the token that the last one looks at most is of the thing, over the thing's size."""
         total: dict[int, Tensor] = {}
-        for batch in batches:
+        for batch in at_least_one(self, batches, GOOD_BATCHES[0]):
             inputs = {name: x for name, x in batch.items() if name != "things"}
             things = batch.get("things")
             if things is None or not bool(things.any(-1).all()):
@@ -101,8 +102,6 @@ class SparseMM(UnevenCache):
             for layer, peak in peaks.items():
                 hits = worth.to(peak.device).double().gather(1, peak).sum(0)  # [h]
                 total[layer] = total.get(layer, 0) + hits.unflatten(0, (sizes[layer], -1)).sum(-1)
-        if not total:
-            raise FieldError(self, "batches", 0, "must be 1 or more", GOOD_BATCHES)
         return replace(self, scores=Fitted({f"scores.{layer}": x.float() for layer, x in total.items()}))
 
 

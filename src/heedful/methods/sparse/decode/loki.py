@@ -17,6 +17,7 @@ from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Sum
+from heedful.kit.batches import at_least_one, read
 from heedful.kit.budget import Budget, all_fit, is_whole, require_budget, room_for, rooms
 from heedful.kit.chosen import Chosen
 from heedful.methods.sparse.cache._fits import Moments, of_layer
@@ -70,11 +71,7 @@ class Loki(Method):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> Loki:
         """Find the principal axes of each key head from the keys of a few texts."""
-        reader = _Keys()
-        with torch.no_grad(), context.attach(reader) as run:
-            for inputs in batches:
-                run(**inputs)
-            moments = run[reader]
+        moments = read(context, _Keys(), at_least_one(self, batches))
         found = {}
         for layer, moment in moments.items():
             mean = moment[..., :-1, -1:] / moment[..., -1:, -1:]

@@ -19,7 +19,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
 from heedful.core.stats import Mean, Statistic
 from heedful.core.summary import Summary, sums
-from heedful.kit.batches import read
+from heedful.kit.batches import at_least_one, read
 from heedful.kit.seeds import seed_of
 
 
@@ -89,10 +89,7 @@ class AttentionAwareTokenFiltering(Method):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> AttentionAwareTokenFiltering:
         """How often each patch draws more than the mean in the first layer, over all images."""
-        shown = list(batches)
-        if not shown:
-            raise FieldError(self, "batches", 0, "must be 1 or more", [{"pixel_values": "..."}])
-        (found,) = read(context, _Drawn(), shown).values()
+        (found,) = read(context, _Drawn(), at_least_one(self, batches, {"pixel_values": "..."})).values()
         rate, mean = found.value.float()
         return replace(self, rates=Fitted({"rate": rate, "mean": mean}))
 

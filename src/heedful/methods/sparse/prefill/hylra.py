@@ -16,6 +16,7 @@ from heedful.core.method import FitContext, Method, Readings
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Mean
+from heedful.kit.batches import at_least_one, read
 from heedful.kit.blocks import BlockSparse, Grid
 
 PAPER = Paper(
@@ -96,13 +97,7 @@ class HyLRA(BlockSparse):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> HyLRA:
         """Choose the full layers by how many of its top blocks each layer shares, on these texts, with those before."""
-        reader, texts = _Missed(self.keep, self.size), list(batches)
-        if not texts:
-            raise FieldError(self, "batches", None, "must hold a text or more", [{"input_ids": "..."}])
-        with torch.no_grad(), context.attach(reader) as run:
-            for inputs in texts:
-                run(**inputs)
-        missed: Mapping[int, Tensor] = run[reader]
+        missed: Mapping[int, Tensor] = read(context, _Missed(self.keep, self.size), at_least_one(self, batches))
         cost = torch.stack([missed[layer] for layer in sorted(missed)], 1)
         return replace(self, full=cheapest(cost, max(1, round(self.whole * len(cost)))))
 

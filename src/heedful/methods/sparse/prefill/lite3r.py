@@ -12,6 +12,7 @@ from torch.nn.functional import elu
 
 from heedful.authoring import Call, FieldError, FitContext, Fitted, Layer, Method, Paper, Site, SiteError, at, reads
 from heedful.core.stats import Sum
+from heedful.kit.batches import at_least_one, read
 from heedful.kit.running import Running, divided, wide
 
 DAMPING = 1.0  # times the mean square of a feature, added, since features of all tokens are much alike
@@ -80,16 +81,9 @@ class Lite3R(Method):
         return heads + (found @ call.params["map"].to(found.dtype).mT).to(heads.dtype)
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> Lite3R:
-        reader, found = _Lost(self.keep), list(batches)
-        if not found:
-            raise FieldError(self, "batches", 0, "must be 1 or more", [{"input_ids": "..."}])
-        with torch.no_grad(), context.attach(reader) as run:
-            for inputs in found:
-                run(**inputs)
-            sums = {layer: stat.value for layer, stat in run[reader].items()}
         maps = {}
-        for layer, both in sums.items():
-            gram, cross = both.chunk(2, -1)
+        for layer, both in read(context, _Lost(self.keep), at_least_one(self, batches)).items():
+            gram, cross = both.value.chunk(2, -1)
             ridge = DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             maps[f"map.{layer}"] = torch.linalg.solve(gram + ridge, cross).mT.float()
         return replace(self, maps=Fitted(maps))

@@ -18,6 +18,7 @@ from heedful.core.mask import Mask
 from heedful.core.method import FitContext, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, reads
+from heedful.kit.batches import at_least_one
 from heedful.kit.blocks import BlockSparse, Grid, fold, means
 from heedful.kit.rotary import turned_back
 from heedful.kit.seeds import seed_of
@@ -170,10 +171,8 @@ class SeerAttention(BlockSparse):
         """Teach each layer's gate what the highest weight of each pair of blocks is, by their divergence."""
         reader = _Maps(self.size)
         with torch.no_grad(), context.attach(reader) as run:
-            for inputs in batches:
+            for inputs in at_least_one(self, batches):
                 run(**inputs)
-        if not reader.seen:
-            raise FieldError(self, "batches", None, "must hold a text or more", [{"input_ids": "..."}])
         return replace(self, gates=Fitted({f"gates.{n}": self._taught(n, seen) for n, seen in reader.seen.items()}))
 
     def _taught(self, layer: int, seen: list[tuple[Pooled, Tensor]]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from heedful.authoring import Call, FieldError, FitContext, Fitted, Mask, Method, Paper, Site, SiteError, at, reads
+from heedful.kit.batches import at_least_one
 from heedful.kit.budget import room_for
 from heedful.kit.chosen import Chosen
 from heedful.kit.running import wide
@@ -122,10 +123,8 @@ class Sparsifiner(Method):
         """Teach each layer's predictor the model's own map, by their squared differences."""
         reader = _Maps()
         with torch.no_grad(), context.attach(reader) as run:
-            for inputs in batches:
+            for inputs in at_least_one(self, batches, {"pixel_values": "..."}):
                 run(**inputs)
-        if not reader.seen:
-            raise FieldError(self, "batches", None, "must hold an image or more", [{"pixel_values": "..."}])
         found: dict[str, Tensor] = {}
         for layer, seen in reader.seen.items():
             found |= {f"{name}.{layer}": x for name, x in self._taught(layer, seen).items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from heedful.core.call import Call
-from heedful.core.errors import FieldError, StatisticError
+from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Prompt, Reader, Tokens
 from heedful.core.method import FitContext, Method, Readings
@@ -19,6 +19,7 @@ from heedful.core.paper import Paper
 from heedful.core.regions import Span
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
+from heedful.kit.batches import at_least_one, read
 from heedful.kit.budget import Budget, require_budget, room_for
 from heedful.kit.rotary import turned_back
 from heedful.kit.seeds import seed_of
@@ -169,14 +170,7 @@ class S3Attention(Tokens):
         depth = len(context.layers)
         if self.layers is not None and max(self.layers) >= depth:
             raise FieldError(self, "layers", self.layers, f"must be below {depth}", (depth - 1,))
-        part = _Projections(self.layers)
-        with torch.no_grad(), context.attach(part) as run:
-            for batch in batches:
-                run(**batch)
-            try:
-                found: dict[int, Tensor] = run[part]
-            except StatisticError:
-                raise FieldError(self, "batches", 0, "must be 1 or more", [{"input_ids": "..."}]) from None
+        found: dict[int, Tensor] = read(context, _Projections(self.layers), at_least_one(self, batches))
         fitted: dict[str, Tensor] = {}
         for layer, x in found.items():
             center = x.mean(1)

@@ -1,8 +1,8 @@
-"""The residual stream as it leaves each layer."""
+"""What verbs that compare layers share: states behind each layer, and batches whose inputs are named."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from heedful.core.errors import FieldError
 from heedful.core.method import Method
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
+from heedful.kit.batches import at_least_one
 
 
 class _Streams(Method):
@@ -27,12 +28,13 @@ class _Streams(Method):
 STREAMS = _Streams()
 
 
-def by_name(verb: str, batch: object) -> Mapping[str, Any]:
-    """A batch, which must say what each input is."""
-    if not isinstance(batch, Mapping):
-        rule = "must hold what a model is called with, by name"
-        raise FieldError(verb, "batches", batch, rule, [{"input_ids": "..."}])
-    return batch
+def named(verb: str, batches: Iterable[object]) -> Iterator[Mapping[str, Any]]:
+    """The batches one by one, each of which must say what each input is; refused where there are none."""
+    for batch in at_least_one(verb, batches):
+        if not isinstance(batch, Mapping):
+            rule = "must hold what a model is called with, by name"
+            raise FieldError(verb, "batches", batch, rule, [{"input_ids": "..."}])
+        yield batch
 
 
 def streams(model: nn.Module, batch: Mapping[str, Any], only: str | None = None) -> dict[str, Tensor]:
