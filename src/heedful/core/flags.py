@@ -116,7 +116,7 @@ class _Zeroed(torch.autograd.Function):
 
 def _products(x: Tensor, keep: Tensor) -> Tensor:
     """A new tensor of what is kept, and zeros."""
-    if x.device.type != "cpu" or not _tame(x, torch.finfo(x.dtype).max):
+    if x.device.type != "cpu" or not _reach(x) < torch.inf:
         return x.masked_fill(~keep, 0.0)
     out = torch.empty_like(x)
     for part, those, to in _chunks(x, keep, out):
@@ -150,10 +150,11 @@ def left_out(keep: Tensor) -> slice | None:
 
 
 def _sums(x: Tensor, keep: Tensor, into: bool, cut: bool) -> Tensor:
-    """The least number plus one that is not of its own size is the least number."""
+    """The least number plus one that is not of its own size is the least number; of its own size is what was hidden."""
     least, far = torch.finfo(x.dtype).min, torch.finfo(x.dtype).max * torch.finfo(x.dtype).eps / 4
-    if x.device.type != "cpu" or not _tame(x, far):
+    if x.device.type != "cpu" or not (reach := _reach(x)) < torch.inf:
         return x.masked_fill_(~keep, least) if into else x.masked_fill(~keep, least)
+    cut = cut or reach >= far
     if x.requires_grad:
         gone = numbers(~keep, x)
         if cut:
@@ -161,7 +162,8 @@ def _sums(x: Tensor, keep: Tensor, into: bool, cut: bool) -> Tensor:
         return x.add_(gone, alpha=least) if into else x.add(gone, alpha=least)
     out = x if into else torch.empty_like(x)
     for part, those, to in _chunks(x, keep, out):
-        torch.add(part, numbers(~those, part), alpha=least, out=to)
+        left = torch.mul(part, numbers(those, part), out=to) if cut else part
+        torch.add(left, numbers(~those, part), alpha=least, out=to)
     return out
 
 
@@ -176,9 +178,9 @@ def _chunks(x: Tensor, keep: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tens
     yield from zip(x.split(rows, -2), keep.split(rows, -2), out.split(rows, -2), strict=True)
 
 
-def _tame(x: Tensor, far: float) -> bool:
-    """Whether all are numbers, and none is as far from zero as that; nobody can look into those of a transform."""
-    if traced(x) or not x.numel():
-        return False
+def _reach(x: Tensor) -> float:
+    """How far the farthest is from zero, and no number where one is none."""
+    if not x.numel():
+        return 0.0
     x = x.detach()
-    return bool((x.amin() > -far) & (x.amax() < far))
+    return float(torch.maximum(-x.amin(), x.amax()))

@@ -36,7 +36,7 @@ PAPER = Paper(
 )
 
 TILE_BYTES = 8 << 20  # scores of one tile: a few of them fit into a last-level cache
-SMALLER = 2  # times are tiles that are computed again, all of whose maps are kept for their way back
+SMALLER = 2  # times are tiles of which many maps are held at once: by steps, or for their way back
 KEPT_BYTES = 64 << 20  # of a call's scores that the way back may find kept
 ROOM_BYTES = 31 << 20  # the largest piece of memory by which glibc learns how much to hold on to
 LEAST, MOST = 16, 256  # rows of a tile
@@ -65,8 +65,8 @@ class Tiled:
             reasons.append("the whole pattern was asked for (output_attentions), which tiles never hold")
         return reasons
 
-    def tile_rows(self, b: int, h: int, k: int, again: bool = False) -> int:
-        size = TILE_BYTES // SMALLER if again else TILE_BYTES
+    def tile_rows(self, b: int, h: int, k: int, smaller: bool = False) -> int:
+        size = TILE_BYTES // SMALLER if smaller else TILE_BYTES
         rows = min(MOST, size // max(1, 4 * b * h * k))
         return self.rows or max(LEAST, rows - rows % EVEN)
 
@@ -85,11 +85,12 @@ class Tiled:
         again = needs.gradients and not needs.transformed and _bytes(job.call, len(q)) > KEPT_BYTES
         if not (needs.gradients or needs.transformed or needs.map_steps):  # a step may keep what it is shown
             job = replace(job, spare=job.run_state.now.spare)
-        parts = (partial(self.block, rows=rows, q=q, k=k, v=v) for rows in self._blocks(job, q.shape[0], again))
+        rows = self._blocks(job, q.shape[0], again or bool(needs.map_steps))
+        parts = (partial(self.block, rows=some, q=q, k=k, v=v) for some in rows)
         heads = [recomputed(part, job) if again else part(job) for part in parts]
         return heads[0] if len(heads) == 1 else torch.cat(heads, 2)
 
-    def _blocks(self, job: AttentionCall, texts: int, again: bool) -> Iterator[slice]:
+    def _blocks(self, job: AttentionCall, texts: int, smaller: bool) -> Iterator[slice]:
         """Rows for each tile, as many as its bytes allow: the first ones of a causal text see few columns."""
         call, start, total = job.call, job.call.earlier, len(job.call.queries)
         while start < total:
@@ -98,7 +99,7 @@ class Tiled:
                 rows = slice(start, min(start + MOST, total))
                 cols = _seen(call, rows, between=job.plan.above > 0)
                 width = cols.stop - cols.start if isinstance(cols, slice) else len(cols)
-                step = self.tile_rows(texts, call.heads, width, again)
+                step = self.tile_rows(texts, call.heads, width, smaller)
             yield slice(start, min(start + step, total))
             start += step
 
