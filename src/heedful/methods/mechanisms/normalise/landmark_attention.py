@@ -76,11 +76,11 @@ class LandmarkAttention(Method):
         first = lowered(scores, own | marks, cut=True).softmax(-1)
         # a block's keys follow one another, however many a cache dropped
         blocks = pad(giving.diff(dim=-1).ne(0), (1, 0)).cumsum(-1)
-        number = blocks.expand(scores.shape)
-        within = softmax_by_group(scores, past, number)
-        empty = scores.new_zeros(*scores.shape[:-1], int(blocks.max()) + 1)
-        shares = empty.scatter_add(-1, number, zeroed(first, marks)).gather(-1, number)
-        return torch.addcmul(zeroed(first, own), within, shares)
+        sizes = blocks.new_zeros(*blocks.shape[:-1], int(blocks.max()) + 1)
+        sizes = sizes.scatter_add(-1, blocks, torch.ones_like(blocks))
+        last = (sizes.cumsum(-1) - 1).expand(*scores.shape[:-1], -1)  # of each block, where its landmark stands
+        share = zeroed(first, marks).gather(-1, last)
+        return zeroed(first, own) + softmax_by_group(scores, past, blocks.expand(scores.shape), share)
 
 
 def _highest(scores: Tensor, among: Tensor, count: int) -> Tensor:
