@@ -86,7 +86,28 @@ def test_gradients_come_back_through_what_is_kept_and_are_cut_off_elsewhere(into
     assert torch.equal(found, told * keep)
     (found,) = torch.autograd.grad(flags.lowered(x * 1, keep, into=into, cut=False), x, told)
     assert torch.equal(found, told)
+    assert torch.equal(torch.autograd.grad(flags.zeroed(x * keep, keep, into=into), x, told)[0], told * keep)
     keep[..., 0] = True
     plain = torch.autograd.grad(x.masked_fill(~keep, LEAST).softmax(-1), x, told)[0]
     (found,) = torch.autograd.grad(flags.lowered(x * 1, keep, into=into, cut=False).softmax(-1), x, told)
     assert torch.equal(found, plain)
+
+
+def test_columns_that_all_rows_keep_are_not_touched() -> None:
+    keep, x = torch.ones(1, 1, 5, 9, dtype=torch.bool), torch.randn(1, 2, 5, 9)
+    assert flags.left_out(keep) is None
+    assert flags.zeroed(x, keep) is x
+    assert flags.lowered(x, keep) is x
+    keep[..., 1, 3] = keep[..., 2, 6] = False
+    assert flags.left_out(keep) == slice(3, 7)
+    assert flags.left_out(keep.expand(1, 2, 5, 9)) == slice(3, 7)
+    for act, other in ((flags.zeroed, 0.0), (flags.lowered, LEAST)):
+        assert torch.equal(act(x, keep), x.masked_fill(~keep, other))
+        assert torch.equal(act(x, keep[..., :1, :]), x)  # flags of one row for all
+    clean = x * keep
+    assert flags.zeroed(clean, keep) is clean
+
+
+def test_what_comes_back_may_be_derived_again() -> None:
+    keep, x = drawn(1, 1, 3, 4), torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: flags.zeroed(x * x, keep) ** 2, x)

@@ -32,3 +32,9 @@ def test_of_scores_far_apart_and_its_gradient() -> None:
     share = 1 / (1 + math.exp(-3))
     expected = torch.tensor([[0.0, share * (1 - share), 0.0, -share * (1 - share), 0.0, 0.0]], dtype=torch.float64)
     assert close(x.grad, expected)
+
+
+def test_times_the_shares_of_groups() -> None:
+    share = torch.tensor([[0.5, 0.25, 3.0, 7.0]], dtype=torch.float64)
+    wanted = softmax_by_group(SCORES, AMONG, NUMBER) * share[0, NUMBER]
+    assert close(softmax_by_group(SCORES, AMONG, NUMBER, share), wanted)

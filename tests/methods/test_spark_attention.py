@@ -74,9 +74,9 @@ def test_equal_scores_are_all_kept_and_gradients_stay_finite() -> None:
 
 def test_about_as_many_keys_are_looked_at_as_are_asked_for() -> None:
     scores = torch.randn(2000, generator=torch.Generator().manual_seed(1))
-    seen = torch.ones(2000, dtype=torch.bool)
+    call = replace(Bare().call, keep=None)
     for keep in (20, 200, 1000):
-        threshold = SparkAttention(keep)._threshold(scores[None], seen)
+        threshold = SparkAttention(keep)._threshold(scores[None, None, None], call)
         assert abs(int((scores >= threshold).sum()) / keep - 1) < 0.2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,45 +80,111 @@ def _compared(how: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:
 
 
 def zeroed(x: Tensor, keep: Tensor, into: bool = False) -> Tensor:
-    """`x [... r k]` where `keep` says so, and zeros elsewhere, whatever stood there; `into` itself where it may."""
-    if x.device.type != "cpu" or not _tame(x, torch.finfo(x.dtype).max):
+    """`x [... r k]` where `keep` says so, and zeros elsewhere, whatever stood there; `into` itself where it may.
+
+    It is `x` itself where that is so already. Nothing comes back through the other pairs.
+    """
+    if traced(x, keep):
         return x.masked_fill(~keep, 0.0)
-    if x.requires_grad:
-        return x * numbers(keep, x)
-    out = x if into else torch.empty_like(x)
+    if x.requires_grad and torch.is_grad_enabled():
+        found: Tensor = _Zeroed.apply(x, keep)
+        return found
+    keep = _spread(keep, x)
+    near = left_out(keep)
+    if near is None:
+        return x
+    part = x.detach()[..., near]
+    clean = _products(part, keep[..., near])
+    if torch.equal(part, clean):
+        return x
+    if not into and clean.shape == x.shape:
+        return clean
+    x = x if into else x.clone()
+    x[..., near] = clean
+    return x
+
+
+class _Zeroed(torch.autograd.Function):
+    """There and back through the columns alone that some row leaves out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor) -> Tensor:
+        ctx.save_for_backward(keep)
+        return zeroed(x, keep)
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None]:
+        (keep,) = ctx.saved_tensors
+        return zeroed(given, keep), None
+
+
+def _products(x: Tensor, keep: Tensor) -> Tensor:
+    """A new tensor of what is kept, and zeros."""
+    if x.device.type != "cpu" or not _reach(x) < torch.inf:
+        return x.masked_fill(~keep, 0.0)
+    out = torch.empty_like(x)
     for part, those, to in _chunks(x, keep, out):
         torch.mul(part, numbers(those, part), out=to)
     return out
 
 
 def lowered(x: Tensor, keep: Tensor, into: bool = False, cut: bool = False) -> Tensor:
-    """`x [... r k]` where `keep` says so, and the least number elsewhere; `into` the tensor itself, or a new one.
+    """`x [... r k]` where `keep` says so, and the least number elsewhere; `into` itself where it may.
 
-    The least number plus one that is not of its own size is the least number. What comes back through such a sum is
-    not `cut` off where `keep` says no: nothing does from a softmax.
+    It is `x` itself where all are kept. What comes back through the least number is not `cut` off where `keep` says no:
+    nothing does from a softmax.
     """
+    if traced(x, keep):
+        return x.masked_fill(~keep, torch.finfo(x.dtype).min)
+    keep = _spread(keep, x)
+    near = left_out(keep)
+    if near is None:
+        return x
+    if near == slice(0, keep.shape[-1]):
+        return _sums(x, keep, into, cut)
+    x = x if into else x.clone()
+    _sums(x[..., near], keep[..., near], True, cut)
+    return x
+
+
+def left_out(keep: Tensor) -> slice | None:
+    """The columns of `keep [... r k]` from the first to the last that some row leaves out; None where all are kept."""
+    columns = (~every(keep.flatten(0, -2), 0)).nonzero()[:, 0]
+    return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else None
+
+
+def _sums(x: Tensor, keep: Tensor, into: bool, cut: bool) -> Tensor:
+    """The least number plus one that is not of its own size is the least number; of its own size is what was hidden."""
     least, far = torch.finfo(x.dtype).min, torch.finfo(x.dtype).max * torch.finfo(x.dtype).eps / 4
-    if x.device.type != "cpu" or (cut and x.requires_grad) or not _tame(x, far):
+    if x.device.type != "cpu" or not (reach := _reach(x)) < torch.inf:
         return x.masked_fill_(~keep, least) if into else x.masked_fill(~keep, least)
+    cut = cut or reach >= far
     if x.requires_grad:
         gone = numbers(~keep, x)
+        if cut:
+            x, into = (x.mul_ if into else x.mul)(1 - gone), True
         return x.add_(gone, alpha=least) if into else x.add(gone, alpha=least)
     out = x if into else torch.empty_like(x)
     for part, those, to in _chunks(x, keep, out):
-        torch.add(part, numbers(~those, part), alpha=least, out=to)
+        left = torch.mul(part, numbers(those, part), out=to) if cut else part
+        torch.add(left, numbers(~those, part), alpha=least, out=to)
     return out
+
+
+def _spread(keep: Tensor, x: Tensor) -> Tensor:
+    """Flags for all rows and columns of `x`."""
+    return keep.expand(*keep.shape[:-2], *x.shape[-2:])
 
 
 def _chunks(x: Tensor, keep: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Some rows of each, few enough for what is made of them to stay in a core's cache."""
     rows = max(1, CHUNK * x.shape[-2] // x.numel())
-    keep = keep.expand(*keep.shape[:-2], *x.shape[-2:])
     yield from zip(x.split(rows, -2), keep.split(rows, -2), out.split(rows, -2), strict=True)
 
 
-def _tame(x: Tensor, far: float) -> bool:
-    """Whether all are numbers, and none is as far from zero as that; nobody can look into those of a transform."""
-    if traced(x) or not x.numel():
-        return False
+def _reach(x: Tensor) -> float:
+    """How far the farthest is from zero, and no number where one is none."""
+    if not x.numel():
+        return 0.0
     x = x.detach()
-    return bool((x.amin() > -far) & (x.amax() < far))
+    return float(torch.maximum(-x.amin(), x.amax()))

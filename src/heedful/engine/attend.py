@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import SiteError
-from heedful.core.flags import every, lowered, zeroed
+from heedful.core.flags import lowered, zeroed
 from heedful.core.method import Step
 from heedful.core.sites import MAP_SITES, Site
 from heedful.core.summary import SummaryAccumulator
@@ -64,29 +63,6 @@ def _shared_out(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _hide(scores: Tensor, keep: Tensor, job: AttentionCall) -> tuple[Tensor, bool]:
-    """Scores whose pairs that are not computed have the least number, and whether some query may see nothing.
-
-    They are changed in place where no step has seen them, and only where there are such pairs.
-    """
-    seen, normalised = bool(job.plan.at(Site.SCORES)), bool(job.plan.at(Site.NORMALISE))
-    if is_functorch_wrapped_tensor(keep):  # of many inputs, which nobody can look into
-        return scores.masked_fill(~keep, torch.finfo(scores.dtype).min), True
-    columns = (~every(keep.flatten(0, -2), 0)).nonzero()[:, 0]
-    if not len(columns):
-        return scores, False
-    near = slice(int(columns[0]), int(columns[-1]) + 1)
-    if near == slice(0, keep.shape[-1]):
-        scores = lowered(scores, keep, into=not seen, cut=normalised)
-    else:
-        scores = scores.clone() if seen else scores
-        lowered(scores[..., near], keep[..., near], into=True, cut=normalised)
-    if is_functorch_wrapped_tensor(scores):
-        return scores, True
-    # a step may have hidden all that a query may see by other numbers of that size
-    return scores, not bool((scores.detach().amax(-1) > torch.finfo(scores.dtype).min / 2).all())
-
-
 def _bias(job: AttentionCall, rows: slice, cols: slice | Tensor) -> Tensor | None:
     """What the model adds to the scores of some rows and columns."""
     if job.bias is None:
@@ -123,19 +99,24 @@ def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tup
     scores = call.capped(scores if early else scores.mul_(call.scale))
     scores = biased(scores, job, call.rows, call.cols)
     scores, call = staged(Site.SCORES, scores, job, call)
-    keep, blind = call.keep, False
+    keep = call.keep
     if keep is not None:
-        scores, blind = _hide(scores, keep, job)
+        # in place where no step has seen them
+        seen, normalised = bool(job.plan.at(Site.SCORES)), bool(job.plan.at(Site.NORMALISE))
+        scores = lowered(scores, keep, into=not seen, cut=normalised)
     sink = job.sink if job.sink is None or job.sink.shape[-2] == 1 else job.sink[..., call.rows, :]
     steps = job.plan.at(Site.NORMALISE)
-    if any(step.edit.weighs and step.heads is None for step in steps):
-        weights = scores  # no head has a softmax
+    whole = [step for step in steps if step.heads is None]
+    if any(step.edit.weighs or step in job.run_state.changed for step in whole):
+        weights = scores  # no head has a softmax, and nobody asks any more whether a step changes it
     else:
-        weights = softmax(scores, sink, job.lent("weights", scores.shape, scores))
+        # one that a step is compared with is not learned through: what is computed again may do without
+        weights = softmax(scores.detach() if whole else scores, sink, job.lent("weights", scores.shape, scores))
     for step in steps:
         weights = _normalised(step, scores, weights, job, call)
-    if keep is not None and (blind or job.plan.edits(Site.NORMALISE)):
-        # an exact zero already, but for these; what a step made is not changed in place
+    if keep is not None:
+        # zeros already, but where a step hid all that a query may see by numbers as low, or normalises otherwise;
+        # what a step made is not changed in place
         weights = zeroed(weights, keep, into=not steps)
     weights = stage(Site.PATTERN, weights, job, call)
     if call.above:

@@ -6,7 +6,7 @@ Where gradients are asked of a long call, blocks are computed again on the way b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -36,7 +36,9 @@ PAPER = Paper(
 )
 
 TILE_BYTES = 8 << 20  # scores of one tile: a few of them fit into a last-level cache
+SMALLER = 2  # times are tiles of which many maps are held at once: by steps, or for their way back
 KEPT_BYTES = 64 << 20  # of a call's scores that the way back may find kept
+ROOM_BYTES = 31 << 20  # the largest piece of memory by which glibc learns how much to hold on to
 LEAST, MOST = 16, 256  # rows of a tile
 EVEN = 8  # what they are a multiple of, so that threads share them evenly
 
@@ -63,14 +65,16 @@ class Tiled:
             reasons.append("the whole pattern was asked for (output_attentions), which tiles never hold")
         return reasons
 
-    def tile_rows(self, b: int, h: int, k: int) -> int:
-        rows = min(MOST, TILE_BYTES // max(1, 4 * b * h * k))
+    def tile_rows(self, b: int, h: int, k: int, smaller: bool = False) -> int:
+        size = TILE_BYTES // SMALLER if smaller else TILE_BYTES
+        rows = min(MOST, size // max(1, 4 * b * h * k))
         return self.rows or max(LEAST, rows - rows % EVEN)
 
     def runs(self, needs: Needs) -> str:
         return ""
 
     def __call__(self, job: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+        _hold_on()
         # of several texts whose tokens stand before their heads, keys would be copied anew for each tile
         q, k, v = wide(q), wide(k).contiguous(), wide(v).contiguous()
         if job.bias is not None and job.bias.shape[-2] == 1:  # every tile's rows give it a gradient, to be added up
@@ -83,11 +87,12 @@ class Tiled:
         again = needs.gradients and not needs.transformed and _bytes(job.call, len(q)) > KEPT_BYTES
         if not (needs.gradients or needs.transformed or needs.map_steps):  # a step may keep what it is shown
             job = replace(job, spare=job.run_state.now.spare)
-        parts = (partial(self.block, rows=rows, q=q, k=k, v=v) for rows in self._blocks(job, q.shape[0]))
+        rows = self._blocks(job, q.shape[0], again or bool(needs.map_steps))
+        parts = (partial(self.block, rows=some, q=q, k=k, v=v) for some in rows)
         heads = [recomputed(part, job) if again else part(job) for part in parts]
         return heads[0] if len(heads) == 1 else torch.cat(heads, 2)
 
-    def _blocks(self, job: AttentionCall, texts: int) -> Iterator[slice]:
+    def _blocks(self, job: AttentionCall, texts: int, smaller: bool) -> Iterator[slice]:
         """Rows for each tile, as many as its bytes allow: the first ones of a causal text see few columns."""
         call, start, total = job.call, job.call.earlier, len(job.call.queries)
         while start < total:
@@ -96,7 +101,7 @@ class Tiled:
                 rows = slice(start, min(start + MOST, total))
                 cols = _seen(call, rows, between=job.plan.above > 0)
                 width = cols.stop - cols.start if isinstance(cols, slice) else len(cols)
-                step = self.tile_rows(texts, call.heads, width)
+                step = self.tile_rows(texts, call.heads, width, smaller)
             yield slice(start, min(start + step, total))
             start += step
 
@@ -106,6 +111,15 @@ class Tiled:
         call, cols = _cut(job.call, slice(rows.start - above, rows.stop), above if job.plan.above else None)
         rows = call.rows
         return self.compute(job, call, wide(q[:, :, rows]), wide(k[:, :, cols]), wide(v[:, :, cols]))
+
+
+@cache
+def _hold_on() -> None:
+    """Let the system's allocator hold on to what tiles give back, as it does once it was given back as large a piece.
+
+    Otherwise it hands a tile's maps to the system and asks for them anew, which takes as long as a softmax does.
+    """
+    torch.empty(ROOM_BYTES, dtype=torch.uint8)
 
 
 def _bytes(call: Call, texts: int) -> int:

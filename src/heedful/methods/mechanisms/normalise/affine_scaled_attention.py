@@ -12,6 +12,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.stats import Mean
 from heedful.kit.feature_maps import drawn
+from heedful.kit.seen import how_many, only_seen
 
 
 class AffineScaledAttention(Method):
@@ -59,10 +60,10 @@ class AffineScaledAttention(Method):
 
     @at(Site.PATTERN)
     def scale(self, weights: Tensor, call: Call) -> Tensor:
-        scale = self.scales(call)[..., None]
+        scale = self.scales(call)[..., None].to(weights.dtype)
         mean = call.params["mean"].detach().to(scale.dtype)[:, None, None]
-        keep = weights.new_ones(weights.shape[-1]) if call.keep is None else call.keep.to(weights.dtype)
-        return scale * weights + (mean - scale) * keep / keep.sum(-1, keepdim=True).clamp(min=1)
+        shift = (mean - scale) / how_many(call, weights)
+        return only_seen(torch.addcmul(shift, scale, weights), call, into=True)
 
     def scales(self, call: Call) -> Tensor:
         """The scales of a tile's rows, `[b h r]`; rows of earlier calls, which are looked at alone, have zero."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardtanh_
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
@@ -43,7 +44,8 @@ class ClippedSoftmax(Method):
     @at(Site.NORMALISE)
     def clip(self, scores: Tensor, call: Call) -> Tensor:
         weights = torch.softmax(scores, -1)
-        return ((self.zeta - self.gamma) * weights + self.gamma).clamp(0.0, 1.0)
+        stretched = torch.add(weights.new_full((), self.gamma), weights, alpha=self.zeta - self.gamma)
+        return hardtanh_(stretched, 0.0, 1.0)
 
 
 if __name__ == "__main__":

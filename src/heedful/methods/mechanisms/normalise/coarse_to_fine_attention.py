@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from heedful.authoring import Call, FieldError, Method, Paper, Site, at
+from heedful.core.flags import numbers, zeroed
 from heedful.core.positions import spread_heads
 from heedful.methods.mechanisms.normalise._grouped import softmax_by_group
 
@@ -49,8 +50,8 @@ class CoarseToFineAttention(Method):
         counted = pad(cells.diff(dim=-1).ne(0), (1, 0)).cumsum(-1)
         number = torch.zeros_like(order).scatter(-1, order, counted)[..., None, :].expand_as(scores)
         empty = scores.new_zeros(*scores.shape[:-1], int(counted.max()) + 1)
-        counts = empty.scatter_add(-1, number, seen.to(scores.dtype))
-        sums = empty.scatter_add(-1, number, scores.masked_fill(~seen, 0.0))
+        counts = empty.scatter_add(-1, number, numbers(seen, scores))
+        sums = empty.scatter_add(-1, number, zeroed(scores, seen))
         of_cell = self.across(sums / counts.clamp(min=1), counts > 0)
         return of_cell.gather(-1, number) * self.within(scores, seen, number)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, at, reads
+from heedful.core.flags import lowered, zeroed
 from heedful.core.positions import Positions, spread_heads
 from heedful.kit.told import at_places, token_ids
 from heedful.methods.mechanisms.normalise._grouped import softmax_by_group
@@ -72,13 +73,14 @@ class LandmarkAttention(Method):
         )
         if self.blocks is not None:
             marks = marks & _highest(scores, marks, self.blocks)
-        first = scores.masked_fill(~(own | marks), torch.finfo(scores.dtype).min).softmax(-1)
+        first = lowered(scores, own | marks, cut=True).softmax(-1)
         # a block's keys follow one another, however many a cache dropped
         blocks = pad(giving.diff(dim=-1).ne(0), (1, 0)).cumsum(-1)
-        number = blocks.expand(scores.shape)
-        within = softmax_by_group(scores, past, number)
-        empty = scores.new_zeros(*scores.shape[:-1], int(blocks.max()) + 1)
-        return first * own + within * empty.scatter_add(-1, number, first * marks).gather(-1, number)
+        sizes = blocks.new_zeros(*blocks.shape[:-1], int(blocks.max()) + 1)
+        sizes = sizes.scatter_add(-1, blocks, torch.ones_like(blocks))
+        last = (sizes.cumsum(-1) - 1).expand(*scores.shape[:-1], -1)  # of each block, where its landmark stands
+        share = zeroed(first, marks).gather(-1, last)
+        return zeroed(first, own) + softmax_by_group(scores, past, blocks.expand(scores.shape), share)
 
 
 def _highest(scores: Tensor, among: Tensor, count: int) -> Tensor:

@@ -12,6 +12,7 @@ from heedful.core.errors import FieldError
 from heedful.core.method import Layer, Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
+from heedful.kit.seen import how_many, only_seen
 
 
 class NormalizedAttention(Method):
@@ -44,13 +45,12 @@ class NormalizedAttention(Method):
 
     @at(Site.NORMALISE)
     def standardise(self, scores: Tensor, call: Call) -> Tensor:
-        hidden = torch.zeros_like(scores, dtype=torch.bool) if call.keep is None else ~call.keep.expand_as(scores)
-        seen = (~hidden).sum(-1, keepdim=True).clamp(min=1)
-        mean = scores.masked_fill(hidden, 0.0).sum(-1, keepdim=True) / seen
-        off = (scores - mean).masked_fill(hidden, 0.0)
-        variance = off.square().sum(-1, keepdim=True) / seen
-        gain, shift = (call.params[name][:, None, None] for name in ("gain", "shift"))
-        return gain * off * torch.rsqrt(variance + self.eps) + shift
+        seen = how_many(call, scores)
+        mean = only_seen(scores, call).sum(-1, keepdim=True) / seen
+        off = only_seen(scores - mean, call, into=True)
+        variance = torch.linalg.vector_norm(off, dim=-1, keepdim=True).square() / seen
+        gain, shift = (call.params[name][:, None, None].to(off.dtype) for name in ("gain", "shift"))
+        return torch.addcmul(shift, gain * torch.rsqrt(variance + self.eps), off)
 
 
 if __name__ == "__main__":

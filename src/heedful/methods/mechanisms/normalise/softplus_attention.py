@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import normalize, relu, relu_, softplus
 
 from heedful.core.call import Call
 from heedful.core.errors import FieldError
+from heedful.core.flags import traced
 from heedful.core.method import Method
 from heedful.core.paper import Paper
 from heedful.core.sites import Site, at
+from heedful.kit.seen import how_many, only_seen
 
 FIRST = 3  # rows that see so many keys or fewer keep all of their weights
 
@@ -55,15 +58,43 @@ class SoftplusAttention(Method):
 
     @at(Site.NORMALISE)
     def weigh(self, scores: Tensor, call: Call) -> Tensor:
-        keep = scores.new_ones(scores.shape[-1], dtype=torch.bool) if call.keep is None else call.keep
-        seen = keep.sum(-1, keepdim=True).clamp(min=1)
-        weights = softplus(scores * seen.log()).masked_fill(~keep, 0.0)
-        # the sum is above 0 wherever something is seen, and so is that of the powers, whose highest is 1
-        weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
-        sharp = torch.relu(weights * seen - (seen > FIRST).to(scores.dtype))
-        highest = sharp.detach().amax(-1, keepdim=True)
-        sharp = (sharp / torch.where(highest > 0, highest, 1.0)) ** self.power
-        return sharp / sharp.sum(-1, keepdim=True).clamp(min=1.0)
+        seen = how_many(call, scores)
+        weights = only_seen(softplus(scores * seen.log()), call, into=True)
+        # the sum is above 0 wherever something is seen, and so is that of the powers, whose highest is near 1
+        share = seen / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+        least = (seen > FIRST).to(scores.dtype)
+        highest = relu(weights.amax(-1, keepdim=True) * share - least).detach()
+        highest = torch.where(highest > 0, highest, 1.0)
+        sharp = powered(relu_(weights * (share / highest) - least / highest), self.power)
+        return sharp / sharp.sum(-1, keepdim=True).clamp(min=0.5)
+
+
+def powered(x: Tensor, power: float) -> Tensor:
+    """`x ** power` by products alone, which take a fourth of the time, where it is whole."""
+    if power % 1 or power < 1 or traced(x):
+        return x**power
+    found: Tensor = _Powered.apply(x, int(power))
+    return found
+
+
+class _Powered(torch.autograd.Function):
+    """Of the products nothing is kept for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, power: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.power = power
+        found = x
+        for digit in f"{power:b}"[1:]:
+            found = found * found
+            found = found.mul_(x) if digit == "1" else found
+        return found.clone() if power == 1 else found
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        slope = powered(x, ctx.power - 1) if ctx.power > 1 else torch.ones_like(x)
+        return given * ctx.power * slope, None
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import softplus, threshold
 
 from heedful.authoring import Call, FieldError, Method, Paper, Site, SiteError, at
-from heedful.core.flags import at_least, both, lowered, numbers, zeroed
+from heedful.core.flags import lowered
+from heedful.kit.seen import how_many, only_seen
 
 
 class SparkAttention(Method):
@@ -56,19 +57,22 @@ class SparkAttention(Method):
         tells, q = torch.arange(q.shape[-1], device=q.device) % 4 < 2, q * call.scale
         parts = (part.nonzero()[:, 0] for part in (tells, ~tells))
         predicted, gates = (call.capped(q.index_select(-1, part) @ k.index_select(-1, part).mT) for part in parts)
-        seen = torch.ones_like(scores[:1, :1], dtype=torch.bool) if call.keep is None else call.keep
-        kept = both(seen, at_least(predicted.detach(), self._threshold(predicted.detach(), seen)))
-        weights = lowered(predicted, kept).softmax(-1)
+        if call.keep is not None:
+            predicted = lowered(predicted, call.keep, into=True)
+        # a row's softmax stays as it is where all move alike
+        above = predicted - self._threshold(predicted.detach(), call)
+        weights = threshold(above, -torch.finfo(above.dtype).tiny, torch.finfo(above.dtype).min).softmax(-1)
         return weights * softplus(gates)
 
-    def _threshold(self, x: Tensor, seen: Tensor) -> Tensor:
+    def _threshold(self, x: Tensor, call: Call) -> Tensor:
         """What about `keep` of the entries seen exceed if they are normally distributed, `[b h r 1]`."""
-        n = numbers(seen, x).sum(-1, keepdim=True).clamp(min=1)
-        mean = zeroed(x, seen).sum(-1, keepdim=True) / n
-        deviation = (zeroed(x - mean, seen).square_().sum(-1, keepdim=True) / n).sqrt()
-        quantile = torch.special.ndtri((1 - self.keep / n).clamp(min=0))
-        threshold = torch.where(n > self.keep, mean + deviation * quantile, -torch.inf)
-        return threshold.minimum(lowered(x, seen).amax(-1, keepdim=True))
+        n = how_many(call, x)
+        mean = only_seen(x, call).sum(-1, keepdim=True) / n
+        off = only_seen(x - mean, call, into=True)
+        spread = torch.linalg.vector_norm(off, dim=-1, keepdim=True)
+        quantile = torch.special.ndtri((1 - self.keep / n).clamp(min=0)) / n.sqrt()
+        lowest = mean + spread * torch.where(n > self.keep, quantile, -2.0)  # of few all are farther up
+        return lowest.minimum(x.amax(-1, keepdim=True))
 
 
 if __name__ == "__main__":

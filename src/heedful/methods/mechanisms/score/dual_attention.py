@@ -93,7 +93,7 @@ class DualAttention(Method):
             keep = call.mask.keeps(call.tile(rows, cols).pairs)
             keep = known[..., cols] if keep is None else both(keep, known[..., cols])
             scores = q[:, :, rows] * call.scale @ k[:, :, cols].mT
-            weights = zeroed(lowered(scores, keep).softmax(-1), keep)
+            weights = zeroed(lowered(scores, keep, into=True).softmax(-1), keep)
             sensory, relational = weights.split([call.heads - count, count], 1)
             products = (relational @ to[:, None, cols]).unflatten(-1, (n, -1)) * asking[:, None, rows]  # [b c r n .]
             related = products.sum(-1) @ p["relation"].mT + relational @ symbols[:, :, cols]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from heedful.authoring import Call, FieldError, Layer, Method, Paper, Site, at
-from heedful.core.flags import traced
 from heedful.core.positions import spread_heads
+from heedful.kit.seen import only_seen
 
-STEP = 16  # columns whose products are taken side by side
+SIDE = 16  # columns side by side that are taken as channels
 Kernel = tuple[int, int]  # query rows, the last of them the query's own, and key columns, the middle one the key's own
 
 
@@ -102,8 +101,7 @@ class MultiTokenAttention(Method):
 
 def _convolved(x: Tensor, kernel: Tensor, call: Call) -> Tensor:
     """Each head's map under its kernel `[h a b]`: rows above and keys on both sides."""
-    if call.keep is not None:
-        x = x.masked_fill(~call.keep, 0.0)
+    x = only_seen(x, call)
     index = None
     if call.keys.first is None:  # columns beside one another need not be tokens beside one another
         index = spread_heads(call.keys.index, call.heads)[:, :, None].expand(x.shape)
@@ -114,47 +112,27 @@ def _convolved(x: Tensor, kernel: Tensor, call: Call) -> Tensor:
 
 
 def correlated(x: Tensor, kernel: Tensor) -> Tensor:
-    """Each head's map `x [b h r k]` under its kernel `[h a b]`, wherever that has all of its places."""
-    if traced(x, kernel):
-        return conv2d(x, kernel[:, None], groups=len(kernel))
-    found: Tensor = _Correlated.apply(x, kernel)
-    return found
+    """Each head's map `x [b h r k]` under its kernel `[h a b]`, wherever that has all of its places.
 
-
-class _Correlated(torch.autograd.Function):
-    """The same with ways back of its own: torch's take longer than a convolution, and products of a STEP of columns."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Tensor) -> Tensor:
-        ctx.save_for_backward(x, kernel)
-        return conv2d(x, kernel[:, None], groups=len(kernel))
-
-    @staticmethod
-    def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, kernel = ctx.saved_tensors
-        of_x, of_kernel = ctx.needs_input_grad
-        rows, columns = kernel.shape[1:]
-        wider = pad(given, (columns - 1, columns - 1, rows - 1, rows - 1)) if of_x else given
-        return (
-            correlated(wider, kernel.flip(-2, -1)) if of_x else None,
-            _products(x, given, rows, columns) if of_kernel else None,
-        )
-
-
-def _products(x: Tensor, y: Tensor, rows: int, columns: int) -> Tensor:
-    """What the maps `y [b h r k]` and parts of `x` as large come to, by where that part begins, `[h rows columns]`."""
-    short = -y.shape[-1] % STEP
-    y = pad(y, (0, short)).unflatten(-1, (-1, STEP)).flatten(2, 3)
-    pieces = pad(x, (0, short)).unfold(-1, STEP + columns - 1, STEP)
-    taken = x.shape[2] - rows + 1
-    found = torch.stack([(pieces[:, :, a : a + taken].flatten(2, 3).mT @ y).sum(0) for a in range(rows)], 1)
-    return torch.stack([found[..., b : b + STEP, :].diagonal(dim1=-2, dim2=-1).sum(-1) for b in range(columns)], -1)
+    SIDE columns are taken as channels, as which they lie in memory already: each of them is told by those of its own
+    and of the next places, and a convolution of channels is products of matrices.
+    """
+    columns = x.shape[-1] - kernel.shape[-1] + 1
+    places = -(-columns // SIDE)
+    near = 1 + -(-(kernel.shape[-1] - 1) // SIDE)  # places that one is told by
+    x = pad(x, (0, (places + near - 1) * SIDE - x.shape[-1])).unflatten(-1, (-1, SIDE))
+    offset = torch.arange(near * SIDE, device=x.device) - torch.arange(SIDE, device=x.device)[:, None]
+    inside = (offset >= 0) & (offset < kernel.shape[-1])
+    taps = torch.where(inside, kernel[..., offset.clamp(0, kernel.shape[-1] - 1)], 0.0)  # [h a to near*from]
+    taps = taps.unflatten(-1, (near, SIDE)).permute(0, 2, 4, 1, 3).contiguous()
+    found = [conv2d(one.permute(0, 3, 1, 2), tap) for one, tap in zip(x.unbind(1), taps, strict=True)]
+    return torch.stack(found, 1).permute(0, 1, 3, 4, 2).flatten(3)[..., :columns]
 
 
 def _mixed(x: Tensor, mix: Tensor) -> Tensor:
     """Each head as a sum over the heads of its group, `mix [groups, from, to]`."""
-    groups = x.unflatten(1, (len(mix), -1))
-    return torch.einsum("bgfrk,gft->bgtrk", groups, mix.to(x)).flatten(1, 2)
+    groups = x.unflatten(1, (len(mix), -1)).flatten(3)  # [b groups from r*k]
+    return (mix.to(x).mT @ groups).view_as(x)
 
 
 if __name__ == "__main__":

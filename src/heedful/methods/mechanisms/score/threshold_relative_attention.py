@@ -55,10 +55,10 @@ class ThresholdRelativeAttention(Method):
             scores = grouped(q[:, :, part.rows], k[:, :, part.cols].mT)
             if part.keep is not None:
                 scores = zeroed(scores, part.keep, into=True)
-            there = scores > 0
-            before = there.cumsum(-1, dtype=torch.int32)
+            there = scores.detach().sign().relu_()  # 1 or 0
+            before = there.cumsum(-1)
             # 1 where none is left, so that a row's highest is one that is there
-            places = (before[..., -1:] - before).add_(there).clamp_(min=1).to(scores.dtype)
+            places = (before[..., -1:] - before).add_(there).clamp_(min=1)
             weights = torch.addcmul(scores, decay[:, :, part.rows], places).softmax(-1) * there
             out.append(divided(grouped(weights, v[:, :, part.cols])))
         return torch.cat(out, 2).to(qkv[2].dtype)
