@@ -11,11 +11,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from heedful.core.column_ranges import GATHER_BELOW, Ranges
-from heedful.core.flags import some
+from heedful.core.flags import both, some
 from heedful.core.key_ranges import tidy
 from heedful.core.mask import Rule
 from heedful.core.positions import Pairs, Positions
+from heedful.core.rules import Parts
+from heedful.kit.topk import places_of
 
+SPARSE = 0.5  # of a call's pairs that parts may have and be worth gathering
 TOGETHER = 256  # rows that are picked at once, whichever of them a tile is about, there and on the way back
 
 
@@ -49,9 +52,13 @@ class Reached(_Picked):
 
     pick: Callable[[slice, slice | Tensor], Tensor]  # [b|1, h|1, r, k]
     reach: Callable[[slice], Tensor]  # [k], told without looking at pairs: where it is False, none of the rows sees any
+    gather: Callable[[], tuple[Parts, ...]] | None = None  # the same pairs once more, see `Rule.parts`
 
     def keeps(self, pairs: Pairs) -> Tensor:
         return self.pick(pairs.rows, pairs.cols)
+
+    def parts(self) -> tuple[Parts, ...]:
+        return () if self.gather is None else self.gather()
 
     def _reached(self, rows: slice) -> Tensor:
         return self.reach(rows)
@@ -108,3 +115,19 @@ class Chosen(_Picked):
         picked = self.pick(block)
         self._last[:] = [*self._last[-1:], (block, picked)]
         return picked
+
+
+def meeting(asking: Tensor, giving: Tensor, alone: Callable[[Tensor, Tensor], Tensor] | None = None) -> tuple[Parts, ...]:
+    """Parts of queries `asking [b|1 h|1 parts q]` and keys `giving [b|1 h|1 parts k]`, all of which see one another.
+
+    Where queries are in several of them `alone` says which pairs of some queries and keys, `[b|1 h|1 parts r|k]`, are
+    of this part and of none before it.
+    """
+    (rows, asked), (cols, held) = places_of(asking), places_of(giving)
+    if rows.shape[2] * rows.shape[3] * cols.shape[3] > SPARSE * asking.shape[3] * giving.shape[3]:
+        return ()
+    keep = None if bool(held.all()) else held[..., None, :].expand(-1, -1, -1, rows.shape[3], -1)
+    if alone is not None:
+        own = alone(rows, cols)
+        keep = own if keep is None else both(keep, own)
+    return (Parts(rows.where(asked, asking.shape[3]), cols, keep, shared=alone is not None),)
