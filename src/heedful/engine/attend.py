@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from heedful.core.call import Call
+from heedful.core.distances import laid
 from heedful.core.errors import SiteError
 from heedful.core.flags import every, lowered, zeroed
 from heedful.core.method import Step
@@ -90,6 +91,10 @@ def _bias(job: AttentionCall, rows: slice, cols: slice | Tensor) -> Tensor | Non
     """What the model adds to the scores of some rows and columns."""
     if job.bias is None:
         return None
+    if job.diagonal:
+        start, stop, _ = rows.indices(len(job.call.queries))
+        last, keys = len(job.call.queries) - stop, len(job.call.keys)
+        return laid(job.bias[:, :, 0, last : last + stop - start + keys - 1], keys)[..., cols]
     return (job.bias if job.bias.shape[-2] == 1 else job.bias[..., rows, :])[..., cols]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.nn.functional import pad
 
 from heedful.core.column_ranges import GATHER_BELOW, Ranges
 from heedful.core.flags import both, some
-from heedful.core.key_ranges import tidy
+from heedful.core.key_ranges import encode, tidy
 from heedful.core.mask import Rule
 from heedful.core.positions import Pairs, Positions
 from heedful.core.rules import Parts
@@ -20,6 +21,7 @@ from heedful.kit.topk import places_of
 
 SPARSE = 0.5  # of a call's pairs that parts may have and be worth gathering
 TOGETHER = 256  # rows that are picked at once, whichever of them a tile is about, there and on the way back
+GROUPS_TOGETHER = 2048  # the same where groups of keys are picked, which are few
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +67,30 @@ class Reached(_Picked):
 
 
 @dataclass(frozen=True, eq=False)
+class Shown(_Picked):
+    """Some keys for all queries, `[b|1, h|1, k]`."""
+
+    shown: Tensor
+
+    def keeps(self, pairs: Pairs) -> Tensor:
+        return self.shown[:, :, None, pairs.cols]
+
+    @cached_property
+    def _stretches(self) -> Tensor | None:
+        return encode(lambda start, stop: self.shown[:, :, None], 1)
+
+    @property
+    def scattered(self) -> bool:
+        return self._stretches is None
+
+    def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
+        return None if self._stretches is None else self._stretches.expand(-1, -1, len(q), -1, -1)
+
+    def _reached(self, rows: slice) -> Tensor:
+        return self.shown.flatten(0, 1).any(0)
+
+
+@dataclass(frozen=True, eq=False)
 class Chosen(_Picked):
     """Keys that `pick` names for the rows it is asked for, `[b|1, h|1, r, k]`; tiles ask, and no map is held whole.
 
@@ -81,10 +107,14 @@ class Chosen(_Picked):
     def scattered(self) -> bool:
         return self.stretches is None
 
+    @property
+    def _together(self) -> int:
+        return TOGETHER if self.stretches is None else GROUPS_TOGETHER
+
     def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
         if self.stretches is None:
             return None
-        blocks = (slice(start, start + TOGETHER) for start in range(0, len(q), TOGETHER))
+        blocks = (slice(start, start + self._together) for start in range(0, len(q), self._together))
         return tidy(torch.cat([self.stretches(self.pick(rows)) for rows in blocks], 2))
 
     def keeps(self, pairs: Pairs) -> Tensor:
@@ -103,8 +133,9 @@ class Chosen(_Picked):
         if stop is None:
             return self._picked(slice(None))[..., start:, :]
         parts = []
-        for first in range(start - start % TOGETHER, max(stop, start + 1), TOGETHER):
-            block = self._picked(slice(first, first + TOGETHER))
+        together = self._together
+        for first in range(start - start % together, max(stop, start + 1), together):
+            block = self._picked(slice(first, first + together))
             parts.append(block[..., max(start - first, 0) : stop - first, :])
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
@@ -117,7 +148,10 @@ class Chosen(_Picked):
         return picked
 
 
-def meeting(asking: Tensor, giving: Tensor, alone: Callable[[Tensor, Tensor], Tensor] | None = None) -> tuple[Parts, ...]:
+Alone = Callable[[Tensor, Tensor], Tensor]
+
+
+def meeting(asking: Tensor, giving: Tensor, alone: Alone | None = None) -> tuple[Parts, ...]:
     """Parts of queries `asking [b|1 h|1 parts q]` and keys `giving [b|1 h|1 parts k]`, all of which see one another.
 
     Where queries are in several of them `alone` says which pairs of some queries and keys, `[b|1 h|1 parts r|k]`, are

@@ -30,8 +30,8 @@ def top_k(scores: Tensor, k: int | Tensor, is_text: Tensor | None) -> Tensor:
 def _above(scores: Tensor, k: int) -> Tensor:
     """The k best of each row, found without sorting it: what is above the k-th, and the earliest of its equals."""
     least = scores.topk(k, sorted=False).values.amin(-1, keepdim=True)
-    if bool(least.isnan().any()):  # which are above all numbers, and their own equals
-        scores, least = scores.isnan().to(scores.dtype), torch.ones_like(least)
+    if bool((lost := least.isnan()).any()):  # which are above all numbers, and one another's equals
+        scores, least = scores.isnan().to(scores.dtype).where(lost, scores), least.nan_to_num(1.0)
     chosen = ~(scores < least)
     if bool((chosen.sum(-1) == k).all()):
         return chosen
@@ -64,3 +64,24 @@ def place_of(seen: Tensor, count: int) -> Tensor:
     inside = parts.gather(-2, at[..., None].expand(*at.shape, TOGETHER))[..., 0, :].cumsum(-1)
     place = at * TOGETHER + (inside + so_far.gather(-1, at) < count).sum(-1, keepdim=True)
     return place.where(whole == at, n)
+
+
+def smallest(rank: Tensor, k: int, start: Tensor, stop: Tensor) -> Tensor:
+    """The k-th smallest of each range of a permutation `rank [... n]`, from `start [... q]` up to `stop`, `[... q]`.
+
+    A range of fewer has n. Numbers are parted by one binary digit after another, the highest first, and with each it is
+    counted how many of a range have a 0 there (a wavelet matrix), so that no range is sorted.
+    """
+    n, short = rank.shape[-1], stop - start < k
+    left, found = torch.full_like(start, k - 1), torch.zeros_like(start)
+    for digit in reversed(range((n - 1).bit_length())):
+        ones = rank >> digit & 1
+        zeros = pad((1 - ones).cumsum(-1), (1, 0))  # before each number, and in all
+        before, behind = zeros.gather(-1, start), zeros.gather(-1, stop)
+        high = left >= behind - before
+        found = found + (high.long() << digit)
+        left = left - (behind - before).where(high, 0)
+        middle = zeros[..., -1:]
+        start, stop = ((middle + x - z).where(high, z) for x, z in ((start, before), (stop, behind)))
+        rank = rank.gather(-1, ones.argsort(dim=-1, stable=True))
+    return found.where(~short, n)

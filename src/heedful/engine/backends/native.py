@@ -11,6 +11,7 @@ from heedful.core.call import Call
 from heedful.core.errors import BackendError
 from heedful.core.mask import Dense, Mask
 from heedful.core.paper import Paper
+from heedful.core.rows import taken
 from heedful.core.rules import Arranged, Ranged
 from heedful.core.sites import Site
 from heedful.core.values import replace
@@ -23,6 +24,7 @@ from heedful.engine.backends.parted import parts_of
 from heedful.engine.backends.tiled import Tiled
 from heedful.engine.needs import Needs
 from heedful.engine.run_state import Plan
+from heedful.engine.stages import gained_by_distance
 from heedful.native import Library, library
 
 PAPER = Paper(
@@ -75,6 +77,8 @@ class Native:
             return _in_order(kernel, job, rule, q, k, v), None
         if not needs.weighed and (parts := parts_of(job, shared=True)):
             return merged(kernel, job, parts, q, k, v), None
+        if (apart := _by_distance(job, needs, q)) is not None:
+            return computed(kernel, apart, q, k, v), None
         if _why_tiles(needs):
             return Tiled(compute=partial(_tile, kernel))(job, q, k, v)
         return through(lambda plain: computed(kernel, plain, q, k, v), job, q, k, v), None
@@ -97,6 +101,15 @@ def _why_tiles(needs: Needs) -> str:
     return STRETCHES if passes and needs.key_ranges is None else ""
 
 
+def _by_distance(job: AttentionCall, needs: Needs, q: Tensor) -> AttentionCall | None:
+    """A call whose scores gain what goes by distance alone, as one of the whole."""
+    needs = replace(needs, adds=())
+    if needs.bias or _why_tiles(needs) or (gains := gained_by_distance(job, q)) is None:
+        return None
+    plan, needs = Plan(job.plan.at(Site.NORMALISE)), replace(needs, learned=(gains,))
+    return replace(job, plan=plan, bias=gains, diagonal=True, needs=needs, spare=None)
+
+
 def _arranged(needs: Needs) -> Arranged | None:
     """The rule of a call that leaves out no pair but by an order of its tokens."""
     call = needs.call
@@ -108,13 +121,15 @@ def _arranged(needs: Needs) -> Arranged | None:
 
 def _in_order(kernel: Library, job: AttentionCall, rule: Arranged, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A call whose tokens stand in the order of a rule, where each query's keys are ranges."""
-    order = rule.place.long().argsort(-1)[..., None]
-    ranges = rule.ranges.long().take_along_dim(order[..., None], 2)
-    q, k, v = (x.take_along_dim(order, 2) for x in (q, job.call.spread(k), job.call.spread(v)))
+    place = rule.place.long()
+    order = place.argsort(-1)
+    each = torch.broadcast_shapes(place.shape[:2], rule.ranges.shape[:2])
+    ranges = taken(rule.ranges.long().expand(*each, -1, -1, -1).flatten(3), order).unflatten(3, (-1, 2))
+    q, k, v = (taken(x, order) for x in (q, job.call.spread(k), job.call.spread(v)))
     call = replace(job.call, mask=Mask((Ranged(ranges),)), kv_heads=job.call.heads)
     needs = replace(job.needs or Needs(), call=call, tensors=(q, k, v))
     heads = computed(kernel, replace(job, call=call, needs=needs), q, k, v)
-    return heads.take_along_dim(rule.place.long()[..., None], 2)
+    return taken(heads, place)
 
 
 def _tile(kernel: Library, job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from heedful.engine.needs import Needs
 from heedful.engine.run_state import Plan, RunState
 from heedful.native import Library, Problem
 
-WAY_BACK = ("ranges", "table", "blocks", "bias", "sink", "live", "rows")  # of a problem, what is asked there too
+# of a problem, what is asked on the way back too
+WAY_BACK = ("ranges", "table", "blocks", "bias", "diagonals", "sink", "live", "rows")
 STRIDES = {
     "ranges": "range_stride", "table": "table_stride", "blocks": "block_stride", "bias": "bias_stride",
     "picked": "picked_stride",
@@ -52,6 +53,10 @@ class Asked:
 
 def point(p: Problem, name: str, x: Tensor) -> None:
     """Let a field of a problem point at a tensor as it lies."""
+    if name == "diagonals":  # the first query's row is the last
+        p.bias, p.diagonal = x.data_ptr() + x.element_size() * (p.queries - 1), True
+        p.bias_stride[:] = (*_shared(x, 2), -1)
+        return
     setattr(p, name, x.data_ptr())
     if name in STRIDES:
         strides = getattr(p, STRIDES[name])
@@ -94,7 +99,8 @@ class _Way(torch.autograd.Function):
             needs = Needs(tensors=(q, k, v), learned=() if bias is None else (bias,))
             table = dict(zip(ctx.names, held, strict=True)).get("table")
             call = ctx.call if table is None else replace(ctx.call, mask=Mask((Dense(table.bool()),)))
-            job = AttentionCall(ctx.plan, ctx.fresh(), call, bias, ctx.sink, needs=needs)
+            diagonal = "diagonals" in ctx.names
+            job = AttentionCall(ctx.plan, ctx.fresh(), call, bias, ctx.sink, needs=needs, diagonal=diagonal)
             found = iter(_again(job, tensors[:3], given, columns, asks))
             return *(next(found) if wanted else None for wanted in asks), None, None, None
         for name, x in zip(ctx.names, held, strict=True):
@@ -140,7 +146,8 @@ def pulled(
     ]
     p.to_q, p.to_k, p.to_v = (x.data_ptr() for x in made)
     if learns:
-        made.append(torch.zeros(out.shape[0], p.heads, p.queries, p.keys))
+        each = (1, p.queries + p.keys - 1) if p.diagonal else (p.queries, p.keys)
+        made.append(torch.zeros(out.shape[0], p.heads, *each))
         p.to_bias = made[-1].data_ptr()
     kernel.pull(p)
     return made
@@ -177,7 +184,7 @@ def attended(
     if (form := weighing(job)) is not None:
         p.form, p.shift, p.mean = 1 + FORMS.index(form.form), form.shift, form.mean
     if job.bias is not None:
-        asked.hold("bias", _in_rows(job.bias.detach().float()))
+        asked.hold("diagonals" if job.diagonal else "bias", _in_rows(job.bias.detach().float()))
     if job.sink is not None:
         asked.hold("sink", job.sink.detach().float().reshape(-1).contiguous())
     if back:

@@ -40,7 +40,8 @@ def parts_of(job: AttentionCall, shared: bool = False) -> tuple[Parts, ...]:
         return ()
     if (job.needs or Needs()).transformed or any(isinstance(role, PerText) for role in call.roles.values()):
         return ()
-    steps = [step for site in (Site.SCORES, Site.NORMALISE, Site.PATTERN) for step in plan.tiles(site)]
+    sites = (Site.SCORES, Site.NORMALISE, Site.PATTERN)
+    steps = [step for site in sites for step in plan.tiles(site) if not step.edit.weighs]
     if not all(step.method.anywhere for step in steps):
         return ()
     rules = [rule for rule in call.mask.rules if not rule.idle(call.queries, call.keys)]
@@ -104,8 +105,8 @@ class Fold:
         q, k, v = self._take(q, rows), self._take(k, self.part.cols), self._take(v, self.part.cols)
         own = replace(
             call, queries=self._places(call.queries, rows), keys=self._places(call.keys, self.part.cols),
-            heads=q.shape[1], kv_heads=k.shape[1], batch=len(q), keep=self._kept(), mask=Mask(), query=q, key=k, value=v,
-            ids=None, hidden=None, rotate=None,
+            heads=q.shape[1], kv_heads=k.shape[1], batch=len(q), keep=self._kept(), mask=Mask(),
+            query=q, key=k, value=v, ids=None, hidden=None, rotate=None,
         )  # fmt: skip
         return own, q, k, v
 

@@ -78,7 +78,7 @@ class Tiled:
         again = needs.gradients and not needs.transformed and _bytes(job.call, len(q)) > KEPT_BYTES
         if not (needs.gradients or needs.transformed or needs.map_steps):  # a step may keep what it is shown
             job = replace(job, spare=job.run_state.now.spare)
-        if gathered := parts_of(job):
+        if self.rows is None and (gathered := parts_of(job)):
             return in_parts(job, gathered, self.compute, (q, k, v))
         blocks = (partial(self.block, rows=rows, q=q, k=k, v=v) for rows in self._blocks(job, q.shape[0]))
         heads = [recomputed(block, job) if again else block(job) for block in blocks]

@@ -57,9 +57,11 @@ def _by_cell(places: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor] | No
         number = number * n + places[:, axis]
     number = number.where(places[:, 0] < sides[0], cells)
     order = number.argsort(stable=True)
-    if not torch.equal(number[order[: cells + 1]], torch.arange(cells + 1, device=order.device)[: len(order)].clamp(max=cells)):
-        return None
-    return order[:cells], order[cells:]
+    patches, others = order[:cells], order[cells:]
+    once = torch.equal(number[patches], torch.arange(cells, device=order.device)) and bool(
+        (number[others] == cells).all()
+    )
+    return (patches, others) if once else None
 
 
 def _ends(table: Tensor) -> Ends:
