@@ -16,7 +16,6 @@ from torch import Tensor
 from heedful import attach, explain, models
 from heedful.conformance.tolerances import close, close_model, within_budget
 from heedful.core.call import Call
-from heedful.core.distances import by_distance
 from heedful.core.errors import BackendError, SiteError
 from heedful.core.mask import Blocks, Mask, Rule, Where
 from heedful.core.method import Layer, Method, Stack
@@ -24,6 +23,7 @@ from heedful.core.sites import Site, adds, at
 from heedful.engine import attend as attend_module
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends import native, native_call, tiled
+from heedful.engine.distances import by_distance
 
 from .kernel_calls import (
     BIASES,

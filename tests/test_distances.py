@@ -10,8 +10,8 @@ from torch import Tensor
 
 from heedful.conformance.tolerances import close
 from heedful.core.call import Call
-from heedful.core.distances import by_distance
 from heedful.core.positions import Positions
+from heedful.engine.distances import by_distance
 from tests.kernel_calls import a_call
 
 TABLE = torch.randn(2, 99, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from heedful.core.call import Call
-from heedful.core.distances import laid
 from heedful.core.errors import SiteError
 from heedful.core.flags import every, lowered, zeroed
 from heedful.core.method import Step
@@ -20,6 +19,7 @@ from heedful.core.sites import MAP_SITES, Site
 from heedful.core.summary import SummaryAccumulator
 from heedful.core.values import replace
 from heedful.engine.attention_call import AttentionCall
+from heedful.engine.distances import laid
 from heedful.engine.earlier import with_earlier
 from heedful.engine.needs import Needs
 from heedful.engine.precision import mixed, unmixed, wide, widened

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from heedful.core.call import CachedKV, Call, Kept, Merged
-from heedful.core.distances import by_distance, diagonals
 from heedful.core.errors import SiteError
 from heedful.core.flags import zeroed
 from heedful.core.mask import Causal, Mask
@@ -26,6 +25,7 @@ from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.core.values import replace
 from heedful.core.weighing import Weighing
 from heedful.engine.attention_call import AttentionCall
+from heedful.engine.distances import by_distance, diagonals
 from heedful.engine.merging import merge
 from heedful.engine.precision import mixed, unmixed, wide, widened
 

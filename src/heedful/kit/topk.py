@@ -29,8 +29,8 @@ def top_k(scores: Tensor, k: int | Tensor, is_text: Tensor | None) -> Tensor:
 
 def _above(scores: Tensor, k: int) -> Tensor:
     """The k best of each row, found without sorting it: what is above the k-th, and the earliest of its equals."""
-    least = scores.topk(k, sorted=False).values.amin(-1, keepdim=True)
-    if bool((lost := least.isnan()).any()):  # which are above all numbers, and one another's equals
+    least = scores.topk(k).values[..., -1:]
+    if bool((lost := least.isnan()).any()):  # a number is below it, and it is its own equal
         scores, least = scores.isnan().to(scores.dtype).where(lost, scores), least.nan_to_num(1.0)
     chosen = ~(scores < least)
     if bool((chosen.sum(-1) == k).all()):

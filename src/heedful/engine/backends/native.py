@@ -11,7 +11,7 @@ from heedful.core.call import Call
 from heedful.core.errors import BackendError
 from heedful.core.mask import Dense, Mask
 from heedful.core.paper import Paper
-from heedful.core.rows import taken
+from heedful.core.positions import taken
 from heedful.core.rules import Arranged, Ranged
 from heedful.core.sites import Site
 from heedful.core.values import replace

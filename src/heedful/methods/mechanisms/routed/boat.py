@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, SiteError, at
 from heedful.core.flags import whole
-from heedful.core.rows import taken
+from heedful.core.positions import taken
 from heedful.core.rules import Arranged
 from heedful.kit.patches import patch_tokens, sides, whole_image
 from heedful.kit.running import wide
