@@ -22,8 +22,8 @@ from heedful.core.method import Layer, Method, Stack
 from heedful.core.sites import Site, adds, at
 from heedful.engine import attend as attend_module
 from heedful.engine.attention_call import AttentionCall
-from heedful.engine.backends import native, tiled
-from heedful.kit.distances import by_distance
+from heedful.engine.backends import native, native_call, tiled
+from heedful.engine.distances import by_distance
 
 from .kernel_calls import (
     BIASES,
@@ -185,7 +185,7 @@ def test_it_is_derived_twice(cut: None) -> None:
 @pytest.mark.parametrize("method", [Same(), Waves()], ids=repr)
 def test_a_bias_that_learns_alone(method: Method, cut: None, monkeypatch: pytest.MonkeyPatch) -> None:
     (q, k, v), bias = draw(SHAPE), a_bias(SHAPE, BIASES[1])
-    monkeypatch.setattr(native, "_pulled", asked := Mock(wraps=native._pulled))
+    monkeypatch.setattr(native_call, "pulled", asked := Mock(wraps=native_call.pulled))
 
     def learned(backend: str) -> Tensor:
         leaf = bias.clone().requires_grad_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,21 @@ def test_mechanisms_are_timed_once_and_what_is_foretold_too_long_is_left(
     (whole,) = timing.load("mechanisms")
     assert sorted(row["tokens"] for row in whole["rows"] if "there" in row)[-3:] == [64, 64, 64]
     assert any("ELA (*both*)" in line for line in page.mechanisms(whole))
+
+
+def test_what_a_layer_takes_without_attention_is_taken_off_a_share() -> None:
+    def row(name: str, seconds: float, tokens: int = 64) -> dict[str, Any]:
+        return {
+            "method": name,
+            "tokens": tokens,
+            "density": 0.25,
+            "there": {name: {"seconds": seconds}, "softmax": {"seconds": 5.0}},
+        }
+
+    rows = [row("M", 2.0), row("NoMixing", 3.0, 16), {"method": "NoMixing", "tokens": 64}]
+    assert page.over_share(rows[0], rows) == 2.0 / 5.0 / 0.25
+    rows.append(row("NoMixing", 1.0))
+    assert page.over_share(rows[0], rows) == 1.0 / 4.0 / 0.25
 
 
 def test_the_length_from_which_a_mechanism_pays() -> None:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.speed.bars import Row, verdicts, where
+from benchmarks.speed.mechanisms import BASE
 from benchmarks.speed.mechanisms import pays as pays_from
 from benchmarks.speed.timing import label, load
 
 WHOLE = 0.9  # a share of pairs below this is what a mechanism is for
+FLOOR = "NoMixing"  # a layer's projections, and no attention
 Told = dict[str, Any]  # what one machine gave
 Table = Callable[[Told], Iterator[str]]
 
@@ -133,7 +135,8 @@ def mechanisms(told: Told) -> Iterator[str]:
     yield "Seconds of one core over those of softmax in the same layer, projections and all; below 1 is faster. Where"
     yield "nothing stands, a shorter text foretold too long a step, or a run ended before it came to that. Share"
     yield "of pairs: what is computed at the greatest length tried, and by how much the time exceeds such a share"
-    yield "of softmax's. *both* attends to both sides, the others to the past."
+    yield f"of softmax's, of both without what the layer takes without attention, {FLOOR}'s time where it was tried."
+    yield "*both* attends to both sides, the others to the past."
     yield ""
     ways = {"there": "there", "and_back": "there and back"}
     heads = [f"{said}, {n:,}" for said in ways.values() for n in lengths]
@@ -145,11 +148,21 @@ def mechanisms(told: Told) -> Iterator[str]:
         froms = [f"{pays[what][name]:,}" if pays[what][name] else "" for what in ways]
         last = by_length[max(by_length)]
         share = last.get("density", 1.0)
-        over = [f"{share:.1%}", f"{last['there'][name]['ratio'] / share:.2f}"] if share < WHOLE else ["", ""]
+        over = [f"{share:.1%}", f"{over_share(last, told['rows']):.2f}"] if share < WHOLE else ["", ""]
         yield _row(name if last["causal"] else f"{name} (*both*)", *cells, *froms, *over)
     cannot = sorted({row["method"] for row in told["rows"] if row.get("why", "").startswith("cannot")})
     yield ""
     yield f"In no such layer by themselves: {', '.join(cannot)}." if cannot else ""
+
+
+def over_share(row: Row, rows: list[Row]) -> float:
+    """A mechanism's time there over its share of softmax's, both without what the layer takes without attention."""
+    alike = (
+        other for other in rows if (other["method"], other["tokens"]) == (FLOOR, row["tokens"]) and "there" in other
+    )
+    floor = next((other["there"][FLOOR]["seconds"] for other in alike), 0.0)
+    mine, whole = (row["there"][name]["seconds"] - floor for name in (row["method"], BASE))
+    return mine / whole / row["density"]
 
 
 HEAD = (

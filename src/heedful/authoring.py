@@ -25,7 +25,7 @@ from heedful.core.paper import Paper
 from heedful.core.regions import Region
 from heedful.core.reweight import Reweight, reweights
 from heedful.core.rules import Rule
-from heedful.core.sites import Site, adds, at, penalises, reads
+from heedful.core.sites import Site, adds, adds_by_distance, at, penalises, reads
 from heedful.core.state import ByIndex, Until
 from heedful.core.stats import Cat, Histogram, Max, Mean, Statistic, Sum, TopK
 from heedful.core.summary import Summary, sums
@@ -38,6 +38,7 @@ __all__ = [
     "Intervals", "Kept", "Layer", "Listing", "Mask", "Max", "Mean", "Merged", "Method", "Packed", "Packing", "Paper",
     "Part", "Phase", "Probe", "Prompt", "Read", "Reader", "Readings", "Region", "Reweight", "Role", "Rule", "Scatter",
     "ScoredCache", "Site", "SiteError", "Stack", "Statistic", "Sum", "Summary", "Surgery", "Tokens", "TopK",
-    "Until", "Vocabulary", "Weighing", "Weights", "Where", "Window", "adds", "at", "penalises", "reads", "reweights",
+    "Until", "Vocabulary", "Weighing", "Weights", "Where", "Window", "adds",
+    "adds_by_distance", "at", "penalises", "reads", "reweights",
     "sums", "weighs",
 ]  # fmt: skip

@@ -9,7 +9,8 @@ from torch import Tensor
 from heedful.core.mask import Mask
 from heedful.core.positions import Pairs, Positions
 from heedful.engine.backends.tiled import _columns
-from heedful.kit.chosen import TOGETHER, Chosen, Reached
+from heedful.kit import chosen
+from heedful.kit.chosen import TOGETHER, Chosen, Reached, Shown, meeting
 
 TOTAL, ROWS = 53, 2 * TOGETHER + 9
 EVERY = slice(None)
@@ -137,7 +138,8 @@ def test_hundreds_of_ranges_close_together_are_told_as_one(
     assert Chosen(lambda rows: table).columns(slice(0, 1)) == ranges
 
 
-def test_keys_of_groups_that_follow_one_another_are_ranges() -> None:
+def test_keys_of_groups_that_follow_one_another_are_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chosen, "GROUPS_TOGETHER", 200)
     table = torch.rand(1, 2, ROWS, 5, generator=torch.Generator().manual_seed(0)) < 0.5
     asked: list[slice] = []
 
@@ -155,6 +157,59 @@ def test_keys_of_groups_that_follow_one_another_are_ranges() -> None:
     assert Chosen(pick).key_ranges(Positions.row(0, ROWS), Positions.row(0, 50)) is None
     found = rule.key_ranges(Positions.row(0, ROWS), Positions.row(0, 50))
     assert found is not None
-    assert [rows.start for rows in asked] == [0, TOGETHER, 2 * TOGETHER]
+    assert [rows.start for rows in asked] == [0, 200, 400]
     inside = (torch.arange(50) >= found[..., :1]) & (torch.arange(50) < found[..., 1:])
     assert torch.equal(inside.any(-2), table.repeat_interleave(10, -1))
+
+
+@pytest.mark.parametrize(
+    ("keys", "ranges"),
+    [(([3, 4, 5], [3, 4, 5, 9]), 2), (([], [0]), 1), ((range(0, TOTAL, 2), [1]), None)],
+)
+def test_keys_shown_to_all_are_ranges_where_they_are_few(keys: tuple[list[int], list[int]], ranges: int | None) -> None:
+    shown = torch.zeros(1, 2, TOTAL, dtype=torch.bool)
+    for head, some in enumerate(keys):
+        shown[0, head, list(some)] = True
+    rule, whole = Shown(shown), Positions.row(0, TOTAL)
+    found = Mask((rule,)).key_ranges(Positions.row(0, ROWS), whole, 2)
+    assert (None if found is None else found.shape[3]) == ranges
+    assert rule.scattered == (ranges is None)
+    assert (
+        rule.keeps(pairs(slice(2, 9), slice(4, 12)))
+        .expand(1, 2, 7, 8)
+        .equal(shown[:, :, None, 4:12].expand(1, 2, 7, 8))
+    )
+    seen = {j for lo, hi in rule.columns(slice(0, 3)) for j in range(lo, hi)}
+    assert seen >= set(keys[0]) | set(keys[1])
+    if found is not None:
+        inside = (torch.arange(TOTAL) >= found[..., :1]) & (torch.arange(TOTAL) < found[..., 1:])
+        assert inside.any(-2).equal(shown[:, :, None].expand(-1, -1, ROWS, -1))
+
+
+def _flags(*rows: tuple[int, ...]) -> Tensor:
+    out = torch.zeros(1, len(rows), 1, 40, dtype=torch.bool)
+    for head, places in enumerate(rows):
+        out[0, head, 0, list(places)] = True
+    return out
+
+
+def test_queries_and_keys_that_meet_are_parts() -> None:
+    (part,) = meeting(_flags((3, 8, 21), (5,)), _flags((0, 8), (1, 2)))
+    assert part.rows.tolist() == [[[[3, 8, 21]], [[5, 40, 40]]]]
+    assert part.cols.tolist() == [[[[0, 8]], [[1, 2]]]]
+    assert part.keep is None
+    assert not part.shared
+    (part,) = meeting(_flags((3,), (5,)), _flags((0, 8), (2,)))
+    assert part.keep is not None
+    assert part.keep.tolist() == [[[[[True, True]]], [[[True, False]]]]]
+    (part,) = meeting(
+        _flags((3,), (5,)), _flags((0, 8), (2,)), lambda rows, cols: rows[..., None] + cols[..., None, :] > 3
+    )
+    assert part.shared
+    assert part.keep.tolist() == [[[[[False, True]]], [[[True, False]]]]]
+
+
+@pytest.mark.parametrize(("keys", "parts"), [(20, 1), (21, 0)])
+def test_nothing_is_gathered_where_parts_have_most_pairs(keys: int, parts: int) -> None:
+    everyone = tuple(range(40))
+    assert len(meeting(_flags(everyone), _flags(everyone[:keys]))) == parts

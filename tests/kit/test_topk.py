@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from heedful.kit.budget import rooms
-from heedful.kit.topk import TOGETHER, place_of, top_k
+from heedful.kit.topk import TOGETHER, place_of, places_of, smallest, top_k
 
 LENGTHS = (7, 3, 5)
 
@@ -55,3 +55,32 @@ def test_the_place_of_the_last_that_counts(n: int, count: int) -> None:
     for row, place in zip(seen.flatten(0, 2).tolist(), place_of(seen, count).flatten().tolist(), strict=True):
         trues = [i for i, yes in enumerate(row) if yes]
         assert place == (trues[count - 1] if len(trues) >= count else n)
+
+
+@pytest.mark.parametrize("k", [1, 3, 6, 7])
+def test_of_a_whole_row_the_earlier_of_equals_go_first_too(k: int) -> None:
+    rows = torch.randint(0, 3, (4, 20, 7), generator=torch.Generator().manual_seed(0)).float()
+    rows[0, 0, 2], rows[0, 1, :3], rows[0, 2, 1:4] = math.nan, math.nan, -torch.inf
+    found = top_k(rows, k, None)
+    for row, kept in zip(rows.flatten(0, 1).tolist(), found.flatten(0, 1).tolist(), strict=True):
+        assert kept == by_loop([math.inf if math.isnan(x) else x for x in row], k)
+
+
+def test_where_each_row_is_true() -> None:
+    chosen = torch.tensor([[[0, 1, 0, 1], [0, 0, 0, 0]], [[1, 1, 1, 0], [0, 0, 0, 1]]]).bool()
+    places, there = places_of(chosen)
+    assert places.tolist() == [[[1, 3, 0], [0, 0, 0]], [[0, 1, 2], [3, 0, 0]]]
+    assert there.sum(-1).tolist() == [[2, 0], [3, 1]]
+    assert bool((there.int().diff() <= 0).all())
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 16, 33])
+@pytest.mark.parametrize("k", [1, 2, 7])
+def test_the_smallest_of_each_range_against_sorting(n: int, k: int) -> None:
+    made = torch.Generator().manual_seed(n)
+    rank = torch.rand(2, 3, n, generator=made).argsort(-1)
+    start, stop = torch.randint(0, n + 1, (2, 3, 20, 2), generator=made).sort(-1).values.unbind(-1)
+    found = smallest(rank, k, start, stop)
+    for row, lo, hi, got in zip(*(x.flatten(0, 1).tolist() for x in (rank, start, stop, found)), strict=True):
+        for a, b, one in zip(lo, hi, got, strict=True):
+            assert one == (sorted(row[a:b])[k - 1] if b - a >= k else n)

@@ -47,6 +47,7 @@ class Method(CatalogueEntry, abstract=True):
     kind = "method"
     edits: ClassVar[Any] = _Edits(())
     whole_map: ClassVar[bool] = False  # a SCORES or PATTERN edit that must see all rows at once
+    anywhere: ClassVar[bool] = False  # its edits of tiles go by these' own places and tensors, however gathered
     causal: ClassVar[bool] = True  # later tokens never change what earlier ones get, if the model is causal
     chunk_invariant: ClassVar[bool] = True  # what a token gets does not depend on how the text was cut into calls
     subjects: ClassVar[tuple[str, ...]] = ("text",)  # what it is for: "text", "image", "encoder-decoder", "cross"

@@ -14,6 +14,16 @@ def spread_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1)
 
 
+def taken(x: Tensor, where: Tensor) -> Tensor:
+    """The tokens `[b|1 h|1 m]` of something `[b h n d]`, in that order, `[b h m d]`.
+
+    On a CPU torch copies whole rows many times faster than one number after another.
+    """
+    texts, heads, n, width = x.shape
+    at = where + torch.arange(0, texts * heads * n, n, device=x.device).view(texts, heads, 1)
+    return x.reshape(-1, width).index_select(0, at.flatten()).view(*at.shape, width)
+
+
 @dataclass(frozen=True, eq=False)
 class Positions:
     """Where the queries or the keys of a call stand. Both tensors are `[b|1, g|1, n]`."""

@@ -14,6 +14,21 @@ from heedful.core.flags import between, either
 from heedful.core.positions import Pairs, Positions, spread_heads
 
 
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Queries that few keys are for, gathered part by part with these; a query in no part sees nothing."""
+
+    rows: Tensor  # [b|1, h|1, parts, r], which queries of the call; as many as it has: none
+    cols: Tensor  # [b|1, h|1, parts, k], which keys
+    keep: Tensor | None = None  # [b|1, h|1, parts, r, k], which pairs of a part are computed; None: all
+    shared: bool = False  # a query is in several parts, no two of which compute the same pair
+
+    def some(self, those: slice) -> Parts:
+        """These of the parts."""
+        keep = None if self.keep is None else self.keep[:, :, those]
+        return Parts(self.rows[:, :, those], self.cols[:, :, those], keep, self.shared)
+
+
 class Rule:
     """A condition on pairs. Rules join with `&` and `|`.
 
@@ -43,6 +58,13 @@ class Rule:
     def scattered(self) -> bool:
         """Whether its keys lie apart by nature, so that looking for ranges is in vain."""
         return False
+
+    def parts(self) -> tuple[Parts, ...]:
+        """All pairs that it keeps, gathered: several kinds of parts, none of which has a query of another's.
+
+        Empty where nothing would be saved, or that is not known.
+        """
+        return ()
 
     def idle(self, q: Positions, k: Positions) -> bool:
         """Whether the rule is known to keep every pair of these."""

@@ -68,6 +68,7 @@ class Edit(NamedTuple):
     merges: bool = False  # it may leave fewer tokens than there were
     weighs: bool = False  # it says what each weight is of its score, see `core.weighing`
     adds: bool = False  # it says what scores gain, and is not shown them
+    by_distance: bool = False  # and it goes by how far apart tokens are
 
 
 def _marking(edit: Edit) -> Callable[[F], F]:
@@ -106,6 +107,14 @@ def adds(function: F) -> F:
     and plus infinity are refused.
     """
     return _marking(Edit(Site.SCORES, "", reads=False, adds=True))(function)
+
+
+def adds_by_distance(function: F) -> F:
+    """Mark a function that takes whole distances `[m]` and the call, and returns what scores gain there, `[h|1 m]`.
+
+    A distance is how far a key stands behind its query. It is as `@adds`, where a kernel need ask but once a call.
+    """
+    return _marking(Edit(Site.SCORES, "", reads=False, adds=True, by_distance=True))(function)
 
 
 def reads(site: Site, when: str = "", first: str = "") -> Callable[[F], F]:

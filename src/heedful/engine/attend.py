@@ -18,6 +18,7 @@ from heedful.core.sites import MAP_SITES, Site
 from heedful.core.summary import SummaryAccumulator
 from heedful.core.values import replace
 from heedful.engine.attention_call import AttentionCall
+from heedful.engine.distances import laid
 from heedful.engine.earlier import with_earlier
 from heedful.engine.needs import Needs, tilewise
 from heedful.engine.plan import Plan
@@ -67,6 +68,10 @@ def _bias(job: AttentionCall, rows: slice, cols: slice | Tensor) -> Tensor | Non
     """What the model adds to the scores of some rows and columns."""
     if job.bias is None:
         return None
+    if job.diagonal:
+        start, stop, _ = rows.indices(len(job.call.queries))
+        last, keys = len(job.call.queries) - stop, len(job.call.keys)
+        return laid(job.bias[:, :, 0, last : last + stop - start + keys - 1], keys)[..., cols]
     return (job.bias if job.bias.shape[-2] == 1 else job.bias[..., rows, :])[..., cols]
 
 

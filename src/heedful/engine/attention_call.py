@@ -32,6 +32,7 @@ class AttentionCall:
     needs: Needs | None = None  # what the backend was chosen by
     spare: Spare | None = None  # where tiles write their maps
     reweights: Mapping[Step, Reweight | None] = field(default_factory=dict)  # those known already
+    diagonal: bool = False  # the bias is of the call's `diagonals` alone, [1, h|1, 1, q+k-1]
 
     def lent(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         """Where a tile's map may be written, if nobody keeps it."""

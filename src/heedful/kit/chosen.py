@@ -5,18 +5,23 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from heedful.core.column_ranges import GATHER_BELOW, Ranges
-from heedful.core.flags import some
-from heedful.core.key_ranges import tidy
+from heedful.core.flags import both, some
+from heedful.core.key_ranges import encode, tidy
 from heedful.core.mask import Rule
 from heedful.core.positions import Pairs, Positions
+from heedful.core.rules import Parts
+from heedful.kit.topk import places_of
 
+SPARSE = 0.5  # of a call's pairs that parts may have and be worth gathering
 TOGETHER = 256  # rows that are picked at once, whichever of them a tile is about, there and on the way back
+GROUPS_TOGETHER = 2048  # the same where groups of keys are picked, which are few
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +54,40 @@ class Reached(_Picked):
 
     pick: Callable[[slice, slice | Tensor], Tensor]  # [b|1, h|1, r, k]
     reach: Callable[[slice], Tensor]  # [k], told without looking at pairs: where it is False, none of the rows sees any
+    gather: Callable[[], tuple[Parts, ...]] | None = None  # the same pairs once more, see `Rule.parts`
 
     def keeps(self, pairs: Pairs) -> Tensor:
         return self.pick(pairs.rows, pairs.cols)
 
+    def parts(self) -> tuple[Parts, ...]:
+        return () if self.gather is None else self.gather()
+
     def _reached(self, rows: slice) -> Tensor:
         return self.reach(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Shown(_Picked):
+    """Some keys for all queries, `[b|1, h|1, k]`."""
+
+    shown: Tensor
+
+    def keeps(self, pairs: Pairs) -> Tensor:
+        return self.shown[:, :, None, pairs.cols]
+
+    @cached_property
+    def _stretches(self) -> Tensor | None:
+        return encode(lambda start, stop: self.shown[:, :, None], 1)
+
+    @property
+    def scattered(self) -> bool:
+        return self._stretches is None
+
+    def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
+        return None if self._stretches is None else self._stretches.expand(-1, -1, len(q), -1, -1)
+
+    def _reached(self, rows: slice) -> Tensor:
+        return self.shown.flatten(0, 1).any(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +107,14 @@ class Chosen(_Picked):
     def scattered(self) -> bool:
         return self.stretches is None
 
+    @property
+    def _together(self) -> int:
+        return TOGETHER if self.stretches is None else GROUPS_TOGETHER
+
     def key_ranges(self, q: Positions, k: Positions) -> Tensor | None:
         if self.stretches is None:
             return None
-        blocks = (slice(start, start + TOGETHER) for start in range(0, len(q), TOGETHER))
+        blocks = (slice(start, start + self._together) for start in range(0, len(q), self._together))
         return tidy(torch.cat([self.stretches(self.pick(rows)) for rows in blocks], 2))
 
     def keeps(self, pairs: Pairs) -> Tensor:
@@ -96,8 +133,9 @@ class Chosen(_Picked):
         if stop is None:
             return self._picked(slice(None))[..., start:, :]
         parts = []
-        for first in range(start - start % TOGETHER, max(stop, start + 1), TOGETHER):
-            block = self._picked(slice(first, first + TOGETHER))
+        together = self._together
+        for first in range(start - start % together, max(stop, start + 1), together):
+            block = self._picked(slice(first, first + together))
             parts.append(block[..., max(start - first, 0) : stop - first, :])
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
@@ -108,3 +146,22 @@ class Chosen(_Picked):
         picked = self.pick(block)
         self._last[:] = [*self._last[-1:], (block, picked)]
         return picked
+
+
+Alone = Callable[[Tensor, Tensor], Tensor]
+
+
+def meeting(asking: Tensor, giving: Tensor, alone: Alone | None = None) -> tuple[Parts, ...]:
+    """Parts of queries `asking [b|1 h|1 parts q]` and keys `giving [b|1 h|1 parts k]`, all of which see one another.
+
+    Where queries are in several of them `alone` says which pairs of some queries and keys, `[b|1 h|1 parts r|k]`, are
+    of this part and of none before it.
+    """
+    (rows, asked), (cols, held) = places_of(asking), places_of(giving)
+    if rows.shape[2] * rows.shape[3] * cols.shape[3] > SPARSE * asking.shape[3] * giving.shape[3]:
+        return ()
+    keep = None if bool(held.all()) else held[..., None, :].expand(-1, -1, -1, rows.shape[3], -1)
+    if alone is not None:
+        own = alone(rows, cols)
+        keep = own if keep is None else both(keep, own)
+    return (Parts(rows.where(asked, asking.shape[3]), cols, keep, shared=alone is not None),)

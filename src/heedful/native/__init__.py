@@ -59,6 +59,7 @@ class Problem(ctypes.Structure):
         ("given_stride", _I * 3),
         ("columns", _P),
         *((name, _P) for name in ("to_q", "to_k", "to_v", "to_bias")),
+        ("diagonal", _I),
     ]
 
 

@@ -22,6 +22,7 @@ INLINE void turned(const float *a, int64_t lda, const float *b, int64_t n, float
 struct Pull {
   Floats queries, given, given_rows;  // in panels of NR widths, [rows][NR] each; and [rows][e]
   Floats slope, due, to_queries, to_keys, to_values;
+  Floats diagonals;  // what each distance of the block is given, head by head
   Floats columns;  // what the keys' sums are given, for each head in whole panels
 };
 
@@ -61,6 +62,7 @@ struct Back {
   }
 
   int64_t across() const { return block.s.panels * NR; }
+  int64_t apart() const { return block.p.keys + block.n - 1; }  // how many distances the block has
 
   // Calls act(place in the chunk, vector) with what a row's weights are given since keys receive them; of text alone.
   template <class F>
@@ -104,7 +106,14 @@ struct Back {
       vf pulled = rise * (load(given + i) - due);
       store(given + i, w == none ? none : pulled);  // where nothing is seen, anything may stand
     }
-    if (p.to_bias) {
+    if (p.to_bias && p.diagonal) {
+      float *to = pull.diagonals.data() + r / block.n * apart() + block.n - 1 - r % block.n;
+      for (int64_t i = c.from; i < c.to; i++) {
+        const Run &run = block.desk.runs[i];
+        for (int64_t j = 0, many = std::min(run.width, p.keys - run.column); j < many; j++)
+          to[run.column + j] += given[run.at + j];
+      }
+    } else if (p.to_bias) {
       float *to = p.to_bias + ((block.b * p.heads + block.head(r)) * p.queries + block.query(r)) * p.keys;
       for (int64_t i = c.from; i < c.to; i++) {
         const Run &run = block.desk.runs[i];
@@ -158,6 +167,7 @@ struct Back {
     else
       block.load_queries<float>(), take<float>();
     float *weights = desk.weights.data(), *given = desk.scores.data();
+    if (p.to_bias && p.diagonal) pull.diagonals.assign(s.stacked * apart(), 0.0f);
     if (p.columns && !p.form) meet(weights);
     for (const Chunk &c : desk.chunks) {
       auto runs = [&](auto act) {
@@ -197,6 +207,11 @@ struct Back {
         for (int64_t j = run.column; j < std::min(run.column + run.width, p.keys); j++)
           for (int64_t e = 0; e < own; e++) to[(pair * p.keys + j) * own + e] += from[j * wide + e];
     };
+    for (int64_t h = 0; p.to_bias && p.diagonal && h < block.s.stacked; h++) {
+      float *to = p.to_bias + (block.b * p.heads + block.head(h * block.n)) * (p.queries + p.keys - 1) +
+                  p.queries - block.row0 - block.n;
+      for (int64_t i = 0; i < apart(); i++) to[i] += pull.diagonals[h * apart() + i];
+    }
     all_of(pull.to_keys, width(), p.to_k, p.width);
     all_of(pull.to_values, value_width(), p.to_v, p.value_width);
   }

@@ -48,4 +48,7 @@ struct Problem {
   const float *columns;  // [b h k] what sums of received weights are given, or null
   float *to_q, *to_k, *to_v;  // [b q h d], [b g k d], [b g k e], contiguous; the last two begin as zeros
   float *to_bias;  // [b h q k], begins as zeros; null where the bias does not learn
+  // Whether a bias goes by how far apart query and key are: rows are one query on from one another in [b|1 h|1 q+k-1], which
+  // begins with the last query's, so their stride is -1; and so is to_bias.
+  int64_t diagonal;
 };

@@ -5,7 +5,7 @@ Where gradients are asked of a long call, blocks are computed again on the way b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, partial
 
 import torch
@@ -18,6 +18,7 @@ from heedful.core.values import replace
 from heedful.engine.again import recomputed
 from heedful.engine.attend import tile
 from heedful.engine.attention_call import AttentionCall
+from heedful.engine.backends.parted import TILE_BYTES, Compute, in_parts, parts_of
 from heedful.engine.needs import Needs
 from heedful.engine.precision import wide
 from heedful.engine.reweighting import resolved
@@ -35,15 +36,11 @@ PAPER = Paper(
     ),
 )
 
-TILE_BYTES = 8 << 20  # scores of one tile: a few of them fit into a last-level cache
 SMALLER = 2  # times are tiles of which many maps are held at once: by steps, or for their way back
 KEPT_BYTES = 64 << 20  # of a call's scores that the way back may find kept
 ROOM_BYTES = 31 << 20  # the largest piece of memory by which glibc learns how much to hold on to
 LEAST, MOST = 16, 256  # rows of a tile
 EVEN = 8  # what they are a multiple of, so that threads share them evenly
-
-
-Compute = Callable[[AttentionCall, Call, Tensor, Tensor, Tensor], Tensor]
 
 
 def _computed(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -87,9 +84,11 @@ class Tiled:
         again = needs.gradients and not needs.transformed and _bytes(job.call, len(q)) > KEPT_BYTES
         if not (needs.gradients or needs.transformed or needs.map_steps):  # a step may keep what it is shown
             job = replace(job, spare=job.run_state.now.spare)
+        if self.rows is None and (gathered := parts_of(job)):
+            return in_parts(job, gathered, self.compute, (q, k, v))
         rows = self._blocks(job, q.shape[0], again or bool(needs.map_steps))
-        parts = (partial(self.block, rows=some, q=q, k=k, v=v) for some in rows)
-        heads = [recomputed(part, job) if again else part(job) for part in parts]
+        blocks = (partial(self.block, rows=some, q=q, k=k, v=v) for some in rows)
+        heads = [recomputed(block, job) if again else block(job) for block in blocks]
         return heads[0] if len(heads) == 1 else torch.cat(heads, 2)
 
     def _blocks(self, job: AttentionCall, texts: int, smaller: bool) -> Iterator[slice]:

@@ -13,6 +13,7 @@ from heedful.authoring import Call, FieldError, Mask, Method
 from heedful.core.flags import between, both, same, some, whole
 from heedful.kit.chosen import Reached
 from heedful.kit.patches import grid_of
+from heedful.methods.mechanisms.local._squares import squares
 
 Sees = Callable[[int, Tensor, Tensor], Tensor]  # (axis, places of queries, places of keys) -> which may meet
 
@@ -50,7 +51,7 @@ def narrowed(mask: Mask, call: Call, sees: Sees) -> Mask:
     def pick(rows: slice, cols: slice | Tensor) -> Tensor:
         return reduce(both, (_met(table, query[:, :, rows, i], key[:, :, cols, i]) for i, table in enumerate(meet)))
 
-    return mask & Reached(pick, reach)
+    return mask & Reached(pick, reach, lambda: squares(query, key, sides, meet))
 
 
 def _met(table: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -69,23 +70,34 @@ def _met(table: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 class Lines:
-    """A tile's keys as whole lines of a grid of two axes: what goes by offsets is looked up a line at a time."""
+    """A tile's keys as lines of a grid of two axes: what goes by offsets is looked up a line at a time.
+
+    Of tiles that lie as their tokens do lines are whole; keys that were gathered are a rectangle for each text.
+    """
 
     def __init__(self, call: Call) -> None:
         query, key = (x[:, 0] for x in call.coordinates("patches"))
         self.query = query  # [b|1 r 2]
-        self.width = grid_of(call)[1]
         row, col = key.unbind(-1)
-        self.rows = row[row >= 0].unique()  # those of the grid that keys stand on, [lines]
-        place = torch.searchsorted(self.rows, row.contiguous()) * self.width + col
-        self._place = place.where(row >= 0, len(self.rows) * self.width)  # of each key, [b|1 k]; the last is off
+        self._keys, self._place = key.shape[1], None  # those of a rectangle come first, those off the grid behind them
+        found = _rectangle(row, col) if len(key) > 1 else None
+        if found is not None:
+            self.rows, self.columns = found  # those of the grid that keys stand on, [b|1 lines], [b|1 width]
+            return
+        rows, width = row[row >= 0].unique(), grid_of(call)[1]
+        place = torch.searchsorted(rows, row.contiguous()) * width + col
+        self.rows, self.columns = rows[None], torch.arange(width, device=row.device)[None]
+        self._place = place.where(row >= 0, len(rows) * width)  # of each key, [b|1 k]; the last is off
 
     def laid(self, x: Tensor) -> Tensor:
         """What pairs on the lines have `[b|1 h r lines width]`, by key `[b|1 h r k]`; 0 for one off the grid."""
-        x, total = x.flatten(-2), len(self.rows) * self.width
+        total = self.rows.shape[1] * self.columns.shape[1]
+        x = x.flatten(-2)
         off = self.query[:, None, :, :1] < 0
         if bool(off.any()):
             x = x.masked_fill(off, 0.0)
+        if self._place is None:
+            return pad(x, (0, self._keys - total)) if self._keys > total else x
         behind = self._place.shape[1] - total  # so many keys stand beside those of whole lines
         before = int((self._place[0, : max(behind, 0)] == total).long().cumprod(0).sum())
         inside = torch.arange(-before, total + behind - before, device=x.device)
@@ -103,15 +115,29 @@ class Lines:
         What is farther than the table reaches has its entries at the border.
         """
         h, high, wide = table.shape
-        n = self.width
-        right = torch.arange(1 - n, n, device=table.device).div(step, rounding_mode="floor")
-        shifted = table[..., (right + wide // 2).clamp(0, wide - 1)].unfold(-1, n, 1)  # [h a n n], last column first
-        known = shifted.reshape(h * high * n, n)  # a line of keys for each head, row's offset and column
         row, col = self.query.clamp(min=0).unbind(-1)
-        down = (self.rows - row[..., None]).div(step, rounding_mode="floor")  # [b|1 r lines]
-        which = (down + high // 2).clamp(0, high - 1) * n + (n - 1 - col[..., None])
-        heads = torch.arange(h, device=table.device)[:, None, None] * (high * n)
+        first = self.columns[:, :1] - col  # how far right of its query a line begins, [b|1 r]
+        low, n = int(first.amin()), self.columns.shape[1]
+        right = torch.arange(low, int(first.amax()) + n, device=table.device).div(step, rounding_mode="floor")
+        shifted = table[..., (right + wide // 2).clamp(0, wide - 1)].unfold(-1, n, 1)  # [h a firsts n]
+        firsts = shifted.shape[2]
+        known = shifted.reshape(h * high * firsts, n)  # a line of keys for each head, row's offset and beginning
+        down = (self.rows[:, None] - row[..., None]).div(step, rounding_mode="floor")  # [b|1 r lines]
+        which = (down + high // 2).clamp(0, high - 1) * firsts + (first - low)[..., None]
+        heads = torch.arange(h, device=table.device)[:, None, None] * (high * firsts)
         return self.laid(embedding(which[:, None] + heads, known))  # [b|1 h r lines n]
+
+
+def _rectangle(row: Tensor, col: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The rows and columns `[b m]` of keys `[b k]` that are a rectangle line by line, and then none; None of others."""
+    many, width = int((row[0] >= 0).sum()), int((row[0] == row[0, 0]).sum())
+    rows, columns = row[:, :many:width], col[:, :width]
+    lines = rows.shape[1]
+    fits = many == lines * width and torch.equal(row[:, :many], rows.repeat_interleave(width, 1))
+    fits = fits and torch.equal(columns, columns[:, :1] + torch.arange(width, device=col.device))
+    if not fits or not torch.equal(col[:, :many], columns.repeat(1, lines)) or bool((row[:, many:] >= 0).any()):
+        return None
+    return rows, columns
 
 
 def require_room(

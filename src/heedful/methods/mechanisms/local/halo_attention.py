@@ -36,6 +36,7 @@ class HaloAttention(Method):
     )
     subjects = ("image",)
     every_token = True
+    anywhere = True
     block: int = 8  # patches along a side of a block; the paper: 8
     halo: int = 3  # patches around it that are seen too; the paper: 3
 
@@ -75,12 +76,11 @@ class HaloAttention(Method):
             raise SiteError(f"{self!r}, layer {call.layer}: offsets are for queries, and it is handed none")
         lines, far = Lines(call), self._farthest
         asked = wide(call.query[:, :, call.rows])[0] * call.scale
-        keys = (lines.rows, torch.arange(lines.width, device=asked.device))  # along each axis
         found = []
-        for axis, name in enumerate(("rows", "columns")):
+        for axis, (name, keys) in enumerate((("rows", lines.rows), ("columns", lines.columns))):
             by_offset = asked @ call.params[name].to(asked.dtype).mT  # [b h r offsets]
-            offset = (keys[axis] - lines.query[:, None, :, axis, None] + far).clamp(0, 2 * far)
-            found.append(by_offset.gather(-1, offset.expand(*asked.shape[:3], -1)))
+            offset = (keys[:, None] - lines.query[..., axis, None] + far).clamp(0, 2 * far)  # [b|1 r lines|width]
+            found.append(by_offset.gather(-1, offset[:, None].expand(*asked.shape[:3], -1)))
         down, right = found
         return lines.laid(down[..., None] + right[..., None, :])
 

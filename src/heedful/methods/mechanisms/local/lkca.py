@@ -33,6 +33,7 @@ class LKCA(Method):
     )
     subjects = ("image",)
     every_token = True
+    anywhere = True
     size: int = 11  # patches along a side of the kernel
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ class NeighborhoodAttention(Method):
     )
     subjects = ("image",)
     every_token = True
+    anywhere = True
     size: int = 7  # patches along a side of the neighbourhood; the paper: 7
     dilation: int = 1  # patches from one neighbour to the next; NAT: 1
 

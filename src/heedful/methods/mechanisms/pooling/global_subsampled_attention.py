@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, layer_norm
 
 from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
-from heedful.kit.chosen import Reached
+from heedful.kit.chosen import Shown
 from heedful.kit.patches import patch_tokens, require_divides, sides, whole_image
 
 
@@ -83,7 +83,7 @@ class GlobalSubsampledAttention(Method):
     def narrow(self, mask: Mask, call: Call) -> Mask:
         hidden = patch_tokens(self, call)[self._windows(call) :]
         seen = torch.ones(len(call.keys), dtype=torch.bool, device=hidden.device).index_fill(0, hidden, False)
-        return mask & Reached(lambda rows, cols: seen[None, None, None, cols], lambda rows: seen)
+        return mask & Shown(seen[None, None])
 
     def _windows(self, call: Call) -> int:
         require_divides(self, "stride", call)

@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from heedful.authoring import Call, FieldError, Mask, Method, Paper, Site, SiteError, at
 from heedful.core.flags import whole
+from heedful.core.positions import taken
 from heedful.core.rules import Arranged
 from heedful.kit.patches import patch_tokens, sides, whole_image
 from heedful.kit.running import wide
@@ -88,7 +89,7 @@ class BOAT(Method):
         order = torch.arange(n, device=query.device).expand(b, h, n)
         for halving in range(self.halvings):
             parts = order.unflatten(-1, (2**halving, -1))  # [b h parts p]
-            placed = query.gather(2, order[..., None].expand_as(query)).unflatten(2, parts.shape[2:])
+            placed = taken(query, order).unflatten(2, parts.shape[2:])
             x = normalize(placed, dim=-1)
             centres = normalize(placed.unflatten(3, (2, -1)).mean(-2), dim=-1)  # of the halves as they stand
             for _ in range(ROUNDS):

@@ -10,8 +10,8 @@ from torch import Tensor
 from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, adds, at
 from heedful.core.flags import at_least, both, whole
 from heedful.core.positions import spread_heads
-from heedful.kit.chosen import Chosen
-from heedful.kit.topk import place_of
+from heedful.kit.chosen import Chosen, Reached
+from heedful.kit.topk import place_of, smallest
 
 
 class DynamicMaskAttention(Method):
@@ -76,8 +76,18 @@ class DynamicMaskAttention(Method):
             return mask
         newest_first = _counts(call, slice(None)).detach().flip(-1)  # a stable sort leaves the newest of equals first
         order = total - 1 - newest_first.argsort(dim=-1, descending=True, stable=True)
-        rank = order.argsort(-1).to(whole(total))  # of each key
-        order, rank = (spread_heads(x, call.heads)[:, :, None] for x in (order, rank))  # [b h 1 k]
+        order = spread_heads(order, call.heads)  # [b h k]
+        rank = order.argsort(-1)  # of each key
+        seen = None if mask.blocks else mask.key_ranges(call.queries, call.keys, call.heads)
+        if seen is not None and seen.shape[3] == 1:  # a query's keys are one range, as in a plain text
+            start, stop = (x.expand(*rank.shape[:2], -1) for x in seen[..., 0, :].unbind(-1))
+            most = smallest(rank, self.keep, start, stop).to(whole(total))[..., None]  # of a query's keys that it sees
+            rank = rank.to(most.dtype)[:, :, None]
+            return mask & Reached(
+                lambda rows, cols: at_least(most[:, :, rows], rank[..., cols]),
+                lambda rows: (rank <= most[:, :, rows].amax(2, keepdim=True)).flatten(0, 2).any(0),
+            )
+        order, rank = order[:, :, None], rank.to(whole(total))[:, :, None]
 
         def pick(rows: slice) -> Tensor:
             part = call.tile(rows, slice(0, total))

@@ -8,7 +8,7 @@ from torch import Tensor
 from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
 from heedful.core.flags import both
 from heedful.core.positions import spread_heads
-from heedful.kit.chosen import Reached
+from heedful.kit.chosen import Reached, meeting
 from heedful.kit.feature_maps import drawn
 from heedful.kit.running import past_keys, text_keys
 from heedful.kit.told import of_keys
@@ -68,9 +68,13 @@ class MoSA(Method):
         count = text.sum(-1, keepdim=True)
         chosen = top_k(routes, (count // self.sparsity).clamp(min=LEAST), text)
         start = past_keys(call, n, total)
-        mine, theirs = chosen[:, :, start : start + n, None], chosen[:, :, None]
+        mine, theirs = chosen[:, :, None, start : start + n], chosen[:, :, None]  # one part for each head
         some_head = chosen.flatten(0, 1).any(0)
-        return mask & Reached(lambda rows, cols: both(mine[:, :, rows], theirs[..., cols]), lambda rows: some_head)
+        return mask & Reached(
+            lambda rows, cols: both(mine[..., rows].mT, theirs[..., cols]),
+            lambda rows: some_head,
+            lambda: meeting(mine, theirs),
+        )
 
     @at(Site.HEAD_OUTPUT)
     def weigh(self, heads: Tensor, call: Call) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.functional import layer_norm, one_hot
 from heedful.authoring import Call, FieldError, Layer, Mask, Method, Paper, Site, SiteError, at
 from heedful.core.flags import either, meets
 from heedful.core.positions import spread_heads
-from heedful.kit.chosen import Reached
+from heedful.kit.chosen import Reached, meeting
 from heedful.kit.running import past_keys, text_keys
 from heedful.kit.told import of_keys
 from heedful.kit.topk import top_k
@@ -35,7 +35,7 @@ class RoutingTransformer(Method):
         differs=(
             "Queries and keys are unlike, as in the authors' encoders; in their decoders keys are the queries.",
             "A token that several clusters take sees the members of all in one softmax, where the authors take a "
-            "mean of several. Pairs are left out by a mask, and what gathering them saves is not saved here.",
+            "mean of several.",
             "Clusters take tokens out of a whole text, which tells earlier tokens of later ones, as in the authors' "
             "training. New tokens choose anew among all so far; a query that was read without it is in no cluster.",
             "Scores have the model's factor; in the authors' code the levelling of queries takes theirs away again.",
@@ -90,19 +90,26 @@ class RoutingTransformer(Method):
         query, key = call.query.detach().to(means.dtype), call.spread(call.key.detach()).to(means.dtype)
         asked, held = of_keys(call, "queries", query @ means.mT).mT, (key @ means.mT).mT  # [b h c k]
         start = past_keys(call, n, total)
-        asking = top_k(asked, size, text & asked.isfinite())[..., start : start + n]
-        giving = top_k(held, size, text)
+        asking = _nearest(asked, size, text & asked.isfinite())[..., start : start + n]
+        giving = _nearest(held, size, text)
         if call.training:
             self._move(call, torch.cat([query, key], 2), torch.cat([text[..., start : start + n], text], -1))
 
-        words = zip(_words(asking), _words(giving), strict=True)
-        codes = [(one[..., None], other[:, :, None]) for one, other in words]
+        codes = [(one[..., None], other[:, :, None]) for one, other in zip(_words(asking), _words(giving), strict=True)]
+        before = _words(torch.ones(self.clusters, self.clusters, device=giving.device).tril(-1).T[None, None])
 
         def meet(rows: slice, cols: slice | Tensor) -> Tensor:
             return reduce(either, (meets(one[:, :, rows], other[..., cols]) for one, other in codes))
 
+        def alone(rows: Tensor, cols: Tensor) -> Tensor:
+            met = []
+            for (one, other), earlier in zip(codes, before, strict=True):
+                asked = one.mT.expand(*rows.shape[:3], -1).gather(-1, rows) & earlier[..., None]
+                met.append(meets(asked[..., None], other.expand(*cols.shape[:3], -1).gather(-1, cols)[..., None, :]))
+            return ~reduce(either, met)
+
         taken = giving.flatten(0, 2).any(0)  # rows of a tile are of all clusters, mostly
-        return mask & Reached(meet, lambda rows: taken)
+        return mask & Reached(meet, lambda rows: taken, lambda: meeting(asking, giving, alone))
 
     @torch.no_grad()
     def _move(self, call: Call, x: Tensor, text: Tensor) -> None:
@@ -111,6 +118,11 @@ class RoutingTransformer(Method):
         nearest = one_hot((x @ (sums / counts[..., None]).mT).argmax(-1), self.clusters).to(x.dtype) * text.mT
         counts.lerp_(nearest.sum((0, 2)), 1 - self.decay)
         sums.lerp_((nearest.mT @ x).sum(0), 1 - self.decay)
+
+
+def _nearest(near: Tensor, size: Tensor, text: Tensor) -> Tensor:
+    """The tokens that each cluster takes, by how near they are `[b h c n]`: as many of its text as `size` says."""
+    return top_k(near, int(size.flatten()[0]), None) if bool(text.all()) else top_k(near, size, text)
 
 
 def _words(clusters: Tensor) -> list[Tensor]:

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from heedful.authoring import Call, FieldError, Layer, Method, Paper, adds
-from heedful.kit.distances import by_distance
+from heedful.authoring import Call, FieldError, Layer, Method, Paper, adds_by_distance
 from heedful.kit.running import wide
 
 
@@ -51,12 +50,10 @@ class EdgePrior(Method):
     def parameters(self, layer: Layer) -> dict[str, Tensor]:
         return {"prior": torch.zeros(layer.heads, self.learned)} if self.learned else {}
 
-    @adds
-    def lean(self, call: Call) -> Tensor:
-        return by_distance(lambda apart: self._prior(apart.abs(), call), call)
-
-    def _prior(self, far: Tensor, call: Call) -> Tensor:
+    @adds_by_distance
+    def lean(self, apart: Tensor, call: Call) -> Tensor:
         """The log prior of these distances `[m]`, `[h|1 m]`."""
+        far = apart.abs()
         prior = -self.decay * far.double()[None]
         if not self.learned:
             return prior

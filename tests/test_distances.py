@@ -11,7 +11,7 @@ from torch import Tensor
 from heedful.conformance.tolerances import close
 from heedful.core.call import Call
 from heedful.core.positions import Positions
-from heedful.kit.distances import by_distance
+from heedful.engine.distances import by_distance
 from tests.kernel_calls import a_call
 
 TABLE = torch.randn(2, 99, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,105 @@
+"""Squares of a grid, each with the rectangle of patches that its own may see, on a grid of any number of axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from heedful.core.rules import Parts
+
+SIDES = range(2, 17)  # of squares that are tried
+GATHERED = 60  # pairs that take as long as it does to gather a key
+WORTH = 0.5  # of a grid's patches that a patch may cost, to be gathered at all
+
+Ends = tuple[tuple[int, int], ...]  # of an axis, the first place that each place sees, and the one behind the last
+
+
+def squares(query: Tensor, key: Tensor, sides: Sequence[int], meet: Sequence[Tensor]) -> tuple[Parts, ...]:
+    """The parts of a mask by axes, from places of queries and keys `[b|1 g|1 n axes]`, behind the ends for none.
+
+    `meet` says which places of an axis see one another, `[n+1 n+1]`. Nothing is gathered where patches are missing,
+    stand otherwise in each text, or see most of the grid.
+    """
+    whole = [table[:n, :n] for table, n in zip(meet, sides, strict=True)]
+    if query.shape[:2] != (1, 1) or key.shape[:2] != (1, 1) or not all(bool(x.any(1).all()) for x in whole):
+        return ()
+    asking, held = _by_cell(query[0, 0], sides), _by_cell(key[0, 0], sides)
+    side = _side(tuple(_ends(table) for table in whole))
+    if asking is None or held is None or side is None:
+        return ()
+    rows, cols, keep = _along(whole[0], side)
+    for n, table in zip(sides[1:], whole[1:], strict=True):
+        more_rows, more_cols, more = _along(table, side)
+        rows = _joined(rows, more_rows, n)
+        cols = _joined(cols, more_cols, n)
+        keep = (keep[:, None, :, None, :, None] & more[None, :, None, :, None]).flatten(4).flatten(2, 3).flatten(0, 1)
+    cells, total = prod(sides), query.shape[2]
+    (patches, others), (their_patches, their_others) = asking, held
+    rows = torch.cat([patches, patches.new_tensor([total])])[rows.where(rows >= 0, cells)]
+    cols = torch.cat([their_patches[cols], their_others.expand(len(cols), -1)], 1)
+    keep = pad(keep, (0, len(their_others)), value=True)
+    found = (Parts(rows[None, None], cols[None, None], None if bool(keep.all()) else keep[None, None]),)
+    if not len(others):
+        return found
+    everything = torch.arange(key.shape[2], device=key.device)
+    return *found, Parts(others[None, None, None], everything[None, None, None])
+
+
+def _by_cell(places: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+    """Which tokens the patches are, row by row, and which are none; None where there is not one for each place."""
+    number, cells = torch.zeros_like(places[:, 0]), prod(sides)
+    for axis, n in enumerate(sides):
+        number = number * n + places[:, axis]
+    number = number.where(places[:, 0] < sides[0], cells)
+    order = number.argsort(stable=True)
+    patches, others = order[:cells], order[cells:]
+    once = torch.equal(number[patches], torch.arange(cells, device=order.device)) and bool(
+        (number[others] == cells).all()
+    )
+    return (patches, others) if once else None
+
+
+def _ends(table: Tensor) -> Ends:
+    """What each place of an axis sees, from a table `[n n]`."""
+    first, last = table.int().argmax(1), table.shape[1] - table.flip(1).int().argmax(1)
+    return tuple(zip(first.tolist(), last.tolist(), strict=True))
+
+
+@lru_cache(maxsize=64)
+def _side(axes: tuple[Ends, ...]) -> int | None:
+    """The side of the squares that cost least a patch; None where that is as much as it costs to see the grid."""
+    cost = {}
+    for side in SIDES:
+        wide = [max(stop - start for start, stop in _groups(ends, side)) for ends in axes]
+        gathered = prod(w / min(side, len(ends)) for w, ends in zip(wide, axes, strict=True))
+        cost[side] = prod(wide) + GATHERED * gathered
+    best = min(cost, key=cost.__getitem__)
+    return best if cost[best] < WORTH * prod(len(ends) for ends in axes) else None
+
+
+def _groups(ends: Ends, side: int) -> list[tuple[int, int]]:
+    """What the places of each stretch of an axis see together."""
+    parts = (ends[start : start + side] for start in range(0, len(ends), side))
+    return [(min(a for a, _ in part), max(b for _, b in part)) for part in parts]
+
+
+def _along(table: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each stretch of an axis: its places `[m side]`, -1 behind the last, those seen `[m w]`, and who sees which."""
+    n, groups = len(table), _groups(_ends(table), side)
+    width = max(stop - start for start, stop in groups)
+    starts = torch.tensor([min(start, n - width) for start, _ in groups], device=table.device)
+    rows = torch.arange(len(groups) * side, device=table.device).view(-1, side)
+    cols = starts[:, None] + torch.arange(width, device=table.device)
+    keep = table[rows.clamp(max=n - 1)[..., None], cols[:, None]]
+    return rows.where(rows < n, -1), cols, keep
+
+
+def _joined(one: Tensor, other: Tensor, n: int) -> Tensor:
+    """Places of a grid `[m x]`, -1 for none, and of one axis more `[l y]`, of length n: `[m l, x y]`."""
+    one, other = one[:, None, :, None], other[None, :, None]
+    return (one * n + other).where((one >= 0) & (other >= 0), -1).flatten(2).flatten(0, 1)
