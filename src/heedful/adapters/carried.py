@@ -112,6 +112,9 @@ def end_looks(state: RunState, output: Any, alone: bool, encodes: bool) -> None:
 
     Of the others, those stay of which somebody has something.
     """
+    if not (state.looks or any(state.now.memory.values())):
+        state.now.looks.clear()
+        return
     made = [*tensors_in(output)]
     if not alone:
         state.looks[:] = [look for look in state.looks if look.held]
