@@ -40,10 +40,12 @@ def test_guessed_tokens_are_of_neither_phase(how: str, phase: str) -> None:
     told = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     guess = {how: tiny("llama", num_hidden_layers=1).eval() if how == "assistant_model" else 4}
     with attach(model, Scale(3.0).when(phase)) as run:
-        with pytest.raises(SiteError, match=r"acts in one phase, and the last \d tokens of a call may be guesses"):
+        with pytest.raises(SiteError, match="acts in one phase, and assisted and prompt-lookup decoding have guesses"):
             run.generate(prompt, **told, **guess)
         run.generate(prompt, **told)
-        run(prompt, logits_to_keep=2)  # without a cache of earlier tokens it is a prompt
+        cache = run(prompt, logits_to_keep=2).past_key_values  # without a cache of earlier tokens it is a prompt
+        with pytest.raises(SiteError, match=r"the last 2 tokens here may be guesses \(logits_to_keep=2\).* or read a"):
+            run(prompt[:, :2], past_key_values=cache, logits_to_keep=2)
     with attach(model, Scale(3.0)) as run:
         assert torch.equal(run.generate(prompt, **told, **guess), run.generate(prompt, **told))
 
@@ -55,7 +57,7 @@ def test_guessed_tokens_are_no_chunk_of_a_prompt(how: str) -> None:
     told = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     guess = {how: tiny("llama", num_hidden_layers=1).eval() if how == "assistant_model" else 4}
     with attach(model, ACT(0.4)) as run:
-        with pytest.raises(SiteError, match=r"several are read at once, and the last \d tokens .*, or leave ACT out"):
+        with pytest.raises(SiteError, match=r"several are read at once, and assisted .*, or leave ACT out"):
             run.generate(prompt, **told, **guess)
         run.generate(prompt, **told)
     with attach(model, SinkRate()) as run:
@@ -67,7 +69,7 @@ def test_guesses_are_known_in_models_that_give_all_logits(what: Any) -> None:
     model, asked = tiny("t5"), {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     ids = tiny_inputs(model)["input_ids"][:1]
     with attach(model, what) as run:
-        with pytest.raises(SiteError, match=r"the last tokens of a call are guesses \(those of assisted and prompt-"):
+        with pytest.raises(SiteError, match="assisted and prompt-lookup decoding have guesses read at once"):
             run.generate(ids, **asked, assistant_model=tiny("t5"))
         run.generate(ids, **asked)
         run(input_ids=ids, decoder_input_ids=ids[:, :4], use_cache=True)

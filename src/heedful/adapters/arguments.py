@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from heedful.adapters.bound import Bound, Request, passes_through
 from heedful.adapters.kvcache import HeldLayer, shrunk
@@ -198,34 +197,18 @@ def places_in(mask: Any, position_ids: Any) -> Positions | None:
     return Positions(row.view(1, 1, -1), position[:, None], 0, None, is_text[:, None])
 
 
-def require_no_guesses(stack: Stack, given: Mapping[str, Any], guesses: Callable[[], bool]) -> None:
-    """Refuse guessed tokens where it matters that they are read several at once, as prompts are.
-
-    Whoever guesses wants the logits of all of them, and whoever reads a prompt those of the last token, or of all; of
-    models that always give all, `guesses` knows.
-    """
-    if not any(isinstance(x, Cache) for x in given.values()):
-        return
-    kept = given.get("logits_to_keep")
+def require_no_guesses(stack: Stack, read: str, rest: str = "") -> None:
+    """Refuse guessed tokens where it matters that they are read several at once, as prompts are."""
     for part, method in zip(stack.parts, stack.methods, strict=True):
         phased = isinstance(part, Scoped) and part.phase is not None
         # what leaves the cache for good says so when a guess is taken back
         edits = any(not edit.reads and edit.site is not Site.CACHE for edit in method.edits)
-        if not phased and (method.chunk_invariant or not edits):
-            continue
-        several = isinstance(kept, int) and kept > 1
-        if not several and not guesses():
-            return
-        does = "acts in one phase" if phased else "gives tokens other things where several are read at once"
-        which = "the last tokens of a call are guesses (those of"
-        if several:
-            which = f"the last {kept} tokens of a call may be guesses (logits_to_keep={kept} with a cache, as in"
-        instead = "leave .when(...) out" if phased else f"leave {type(method).__name__} out"
-        rest = ", or read a prompt without logits_to_keep" if several else ""
-        raise SiteError(
-            f"{part!r} {does}, and {which} assisted and prompt-lookup decoding), which are read as a prompt is; "
-            f"generate one token after another, or {instead}{rest}"
-        )
+        if phased or (edits and not method.chunk_invariant):
+            does = "acts in one phase" if phased else "gives tokens other things where several are read at once"
+            instead = "leave .when(...) out" if phased else f"leave {type(method).__name__} out"
+            raise SiteError(
+                f"{part!r} {does}, and {read}, as a prompt is; generate one token after another, or {instead}{rest}"
+            )
 
 
 def from_dense(mask: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None]:

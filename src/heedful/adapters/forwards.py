@@ -6,14 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from inspect import unwrap
+from functools import lru_cache
 from threading import get_ident
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from heedful.adapters.arguments import by_name, places_in, require_no_guesses
 from heedful.adapters.bound import Bound
@@ -24,6 +24,7 @@ from heedful.adapters.layers import within
 from heedful.adapters.merging import require_parted, without_grids
 from heedful.adapters.taking import tokens_of
 from heedful.core.errors import FieldError, RefusedModel
+from heedful.core.method import Stack
 from heedful.core.regions import Marks
 from heedful.engine.again import stand_around
 from heedful.engine.run import Run
@@ -51,6 +52,19 @@ class _Batching(Standing):
         raise RefusedModel(_rows_of_many(self.module, "close the run first, or use generate() or plain forwards"))
 
 
+@dataclass(eq=False)
+class _Guessing(Standing):
+    """Where `generate` begins to have tokens guessed, which a model then reads several at once."""
+
+    NAME = "_get_candidate_generator"
+
+    stack: Stack
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        require_no_guesses(self.stack, "assisted and prompt-lookup decoding have guesses read at once")
+        return self.own(*args, **kwargs)
+
+
 def _rows_of_many(model: nn.Module, instead: str) -> str:
     return (
         f"{type(model).__name__} is run with a paged cache (continuous batching), whose rows hold pieces of many "
@@ -58,23 +72,17 @@ def _rows_of_many(model: nn.Module, instead: str) -> str:
     )
 
 
-def _under_way(function: CodeType, model: nn.Module) -> int:
-    """How many calls of a function of a model's are under way in this thread."""
-    frame: FrameType | None = sys._getframe(1)
-    found = 0
-    while frame is not None:
-        found += frame.f_code is function and frame.f_locals.get("self") is model
-        frame = frame.f_back
-    return found
-
-
 _CALL = nn.Module._call_impl.__code__
 
 
-def _guesses(model: nn.Module) -> bool:
-    """Whether `generate` has a model read tokens that were guessed by others."""
-    own = getattr(type(model), "_assisted_decoding", None)
-    return own is not None and _under_way(unwrap(own).__code__, model) > 0
+def _calls(model: nn.Module) -> int:
+    """How many calls of a model are under way in this thread."""
+    frame: FrameType | None = sys._getframe(1)
+    found = 0
+    while frame is not None:
+        found += frame.f_code is _CALL and frame.f_locals.get("self") is model
+        frame = frame.f_back
+    return found
 
 
 @dataclass(eq=False)
@@ -100,6 +108,8 @@ class Forwards:
             hooked.after(part, self._ends, with_kwargs=True, always_call=True)
             if hasattr(part, _Batching.NAME):
                 hooked.stand(_Batching(part))
+            if hasattr(part, _Guessing.NAME):
+                hooked.stand(_Guessing(part, self.run.stack))
 
     @property
     def under_way(self) -> bool:
@@ -124,7 +134,7 @@ class Forwards:
             if type(thing).__name__.startswith("Paged"):
                 raise RefusedModel(_rows_of_many(model, "use generate() or plain forwards"))
         if self._parts.get(model) == "":
-            if self._inside and self.under_way and _under_way(_CALL, model) > 1:
+            if self._inside and self.under_way and _calls(model) > 1:
                 raise RefusedModel(
                     f"{type(model).__name__} is called again inside a forward of its own under this run, and what is "
                     "known of the one under way would be lost; call it before or after, or a copy of it"
@@ -140,7 +150,10 @@ class Forwards:
                 )
                 raise FieldError("Run", "thread", get_ident(), rule, self._thread)
             self._require_threads()
-            require_no_guesses(self.run.stack, kwargs, partial(_guesses, model))
+            kept = kwargs.get("logits_to_keep")  # of a prompt, one; or all
+            if isinstance(kept, int) and kept > 1 and any(isinstance(x, Cache) for x in kwargs.values()):
+                read = f"the last {kept} tokens here may be guesses (logits_to_keep={kept}), read at once"
+                require_no_guesses(self.run.stack, read, ", or read a prompt without logits_to_keep")
             known = remembered_of(self.run.state, kwargs, type(model).__name__)
             self._encodes = known is None
             blind = stand_around(self.run, type(model).__name__, whole=True)
