@@ -31,8 +31,8 @@ def came_to(run: Run, bound: Bound, told: Mapping[str, Any], stream: Tensor | No
             raise RefusedModel(f"{bound.name} is not served, and tokens were merged before it; serve the whole list")
         return None
     if bound.cache is not None and (merging := bound.steps.merging):
-        told = f"{merging[0]}: {bound.name} reads into a cache, which would hold every token"
-        raise RefusedModel(f"{told}; use_cache=False")
+        why = f"{merging[0]}: {bound.name} reads into a cache, which would hold every token"
+        raise RefusedModel(f"{why}; use_cache=False")
     merges = known.get(bound.lowest)
     if merges is None:
         return None
