@@ -13,7 +13,7 @@ from benchmarks.speed.decoding import read, step
 from heedful import attach
 from heedful.adapters.cache_name import CACHE
 from heedful.core.call import Call
-from heedful.core.errors import RefusedModel
+from heedful.core.errors import RefusedModel, UnknownArgument
 from heedful.core.mask import Causal, Mask
 from heedful.core.method import Method, as_stack
 from heedful.core.positions import Positions
@@ -135,3 +135,13 @@ def test_a_call_without_a_cache_remembers_none_of_a_call_that_failed() -> None:
             step(model, cache, IDS[:, :1])
         handle.remove()
         assert run(input_ids=IDS[:, :5], use_cache=False).logits.shape[1] == 5
+
+
+@torch.no_grad()
+def test_a_bias_for_keys_by_number_is_laid_over_no_cache_with_dropped_entries() -> None:
+    model = tiny("t5")
+    given = tiny_inputs(model, batch=1)
+    with attach(model, KNorm(0.5).on(layers=[2])) as run:
+        cache = run(**given, use_cache=True)[CACHE]
+        with pytest.raises(UnknownArgument, match=r"T5Attention.* a bias for keys by their number"):
+            run(**{**given, "decoder_input_ids": IDS[:, :1]}, **{CACHE: cache})

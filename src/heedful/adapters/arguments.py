@@ -63,6 +63,11 @@ def understand(
     bias = more.get("position_bias")
     if bound.merges is not None:
         require_no_table(bound, bias, None if isinstance(mask, LazyMask) else mask)
+    if isinstance(bias, Tensor) and held is not None and not held.whole:
+        raise UnknownArgument(
+            f"{bound.name} ({bound.kind}) hands its attention a bias for keys by their number, which tells nothing of "
+            "a cache with dropped entries; leave the CACHE edit out for this model"
+        )
     queries, keys, rules = _places(bound, request, held, told)
     if bound.cross:
         queries = own_places(bound, known, len(q), q.shape[2], q.device)
