@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,17 +16,12 @@ from heedful.authoring import Call, Method, Site, at
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.methods.observe.attention_nmi import AttentionNMI, Dependence
+from tests import readers
 from tests.readers import ids, padded
 
 METHOD = AttentionNMI()
+found = partial(readers.found, method=METHOD)
 SIDE = 20  # pixels; 5 x 5 patches behind a class token
-
-
-def found(model, *inputs: dict, **how) -> Dependence:
-    with heedful.attach(model, METHOD, **how) as run, torch.no_grad():
-        for batch in inputs:
-            run(**batch)
-        return run[METHOD]
 
 
 def same(a: Dependence, b: Dependence) -> bool:

@@ -1,5 +1,7 @@
 """The profile of every head against sums over dense maps, with padding, in tiles, and what it tells."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,18 +13,12 @@ from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.core.figures import Curves, HeadMap, Listing
 from heedful.methods.observe.attention_profile import BINS, EDGES, PARTS, AttentionProfile, Profile, _curves, _words
+from tests import readers
 from tests.readers import ids, padded
 
 MARKED = ((0, 1), (4, 6), (11, 12))  # holds the first token, which must not count
 METHOD = AttentionProfile(local=3)
-
-
-def found(model, inputs, method=METHOD, roles=True, **how) -> Profile:
-    how |= {"roles": {"delimiters": MARKED}} if roles else {}
-    with heedful.attach(model, method, **how) as run, torch.no_grad():
-        for batch in inputs if isinstance(inputs, list) else [inputs]:
-            run(**batch)
-        return run[method]
+found = partial(readers.found, method=METHOD, roles={"delimiters": MARKED})
 
 
 def by_hand(maps: Tensor, causal: bool) -> dict[str, Tensor]:
@@ -76,7 +72,7 @@ def test_is_what_the_maps_add_up_to(kind: str) -> None:
 def test_padding_does_not_count(left: bool) -> None:
     model = models.tiny("llama")
     short, long = ids(13, 1), ids(19, 2)
-    apart = found(model, [{"input_ids": short}, {"input_ids": long}])
+    apart = found(model, {"input_ids": short}, {"input_ids": long})
     same(found(model, padded(short, long, left)), apart)
 
 
@@ -175,7 +171,7 @@ def test_tells_what_a_reader_wants_to_know() -> None:
 
 def test_says_nothing_of_delimiters_that_nobody_named() -> None:
     model = models.tiny("llama")
-    told = METHOD.describe(found(model, {"input_ids": ids(12)}, roles=False))
+    told = METHOD.describe(found(model, {"input_ids": ids(12)}, roles=None))
     assert "delimiters" not in [figure.key for figure in told.figures]
     assert not any("Punctuation" in finding.text for finding in told.findings)
     told = METHOD.describe(found(model, {"input_ids": ids(12)}))

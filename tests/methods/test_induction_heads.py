@@ -1,5 +1,7 @@
 """The three scores against dense maps and against attention made by hand, and the prompts that they are taken on."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,17 +12,12 @@ from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.methods.observe.induction_heads import SCORES, Copying, InductionHeads
+from tests import readers
 from tests.readers import ids, padded
 
 METHOD = InductionHeads(period=5)
+found = partial(readers.found, method=METHOD)
 WORDS = torch.arange(3, 127)
-
-
-def found(model, inputs, method=METHOD, **how) -> Copying:
-    with heedful.attach(model, method, **how) as run, torch.no_grad():
-        for batch in inputs if isinstance(inputs, list) else [inputs]:
-            run(**batch)
-        return run[method]
 
 
 def same(a: Copying, b: Copying) -> None:
@@ -60,7 +57,7 @@ def test_is_what_the_maps_say(kind: str, length: int) -> None:
 def test_padding_does_not_count(left: bool) -> None:
     model = models.tiny("llama")
     short, long = ids(8, 1), ids(14, 2)
-    apart = found(model, [{"input_ids": short}, {"input_ids": long}])
+    apart = found(model, {"input_ids": short}, {"input_ids": long})
     same(found(model, padded(short, long, left)), apart)
 
 
@@ -104,7 +101,7 @@ def test_draws_prompts_that_repeat() -> None:
 def test_finds_the_copying_heads_of_a_trained_model(default_model: models.Loaded) -> None:
     method = InductionHeads(period=32, repeats=2, texts=1)
     (probe,) = method.probes(torch.arange(1000, 40000), 128)
-    scores = found(default_model.model, {"input_ids": probe.tokens}, method)
+    scores = found(default_model.model, {"input_ids": probe.tokens}, method=method)
     (best, score), *_ = scores.heads("induction", method.share).items()
     assert best[0] > 8  # a head that copies needs the heads before it
     assert score > 0.6

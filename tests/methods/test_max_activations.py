@@ -1,5 +1,7 @@
 """Maxima against brute force over the hidden states that the model itself gives out."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,7 +10,10 @@ from heedful import models
 from heedful.conformance.tolerances import close_model
 from heedful.core.errors import FieldError
 from heedful.methods.observe.max_activations import UNPLACED, MaxActivations, Maxima, Peaks
+from tests import readers
 from tests.readers import ids, padded
+
+found = partial(readers.found, method=MaxActivations(5.0))
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +22,6 @@ def model():
     with torch.no_grad():  # one channel that a layer blows up
         made.model.layers[1].mlp.down_proj.weight[5] *= 300
     return made
-
-
-def found(model, *inputs, method=None) -> Maxima:
-    method = method or MaxActivations(5.0)
-    with heedful.attach(model, method) as run, torch.no_grad():
-        for batch in inputs:
-            run(**batch)
-        return run[method]
 
 
 def chunk_invariant(model, ids) -> list[torch.Tensor]:

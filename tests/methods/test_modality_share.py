@@ -1,5 +1,7 @@
 """Attention by kind of token against sums over dense maps, while reading and while writing."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,17 +15,12 @@ from heedful.core.errors import FieldError, StatisticError
 from heedful.core.positions import Positions
 from heedful.core.summary import Summary
 from heedful.methods.observe.modality_share import ModalityShare, Shares
+from tests import readers
 from tests.readers import ids, padded
 
 METHOD = ModalityShare(("image", "audio"))
 ROLES = {"image": ((2, 6), (9, 11)), "audio": ((5, 8),)}  # they share a token
-
-
-def found(model, inputs, method=METHOD, roles=ROLES, **how) -> Shares:
-    with heedful.attach(model, method, roles=roles, **how) as run, torch.no_grad():
-        for batch in inputs if isinstance(inputs, list) else [inputs]:
-            run(**batch)
-        return run[method]
+found = partial(readers.found, method=METHOD, roles=ROLES)
 
 
 def same(a: Shares, b: Shares) -> None:
@@ -80,7 +77,7 @@ def test_while_writing_it_is_the_measure_of_the_paper() -> None:
 def test_padding_does_not_count(left: bool) -> None:
     model = models.tiny("llama")
     short, long = ids(10, 1), ids(16, 2)
-    apart = found(model, [{"input_ids": short}, {"input_ids": long}])
+    apart = found(model, {"input_ids": short}, {"input_ids": long})
     same(found(model, padded(short, long, left)), apart)
 
 

@@ -1,6 +1,7 @@
 """Retrieval scores against dense maps, with padding and several needles, and the prompts that they are taken on."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,18 +13,13 @@ from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.methods.observe.retrieval_heads import Retrieval, RetrievalHeads
+from tests import readers
 from tests.readers import ids, padded
 
 METHOD = RetrievalHeads()
 WORDS = torch.arange(3, 127)
 ROLES = {"needle": ((0, 4), (5, 8), (2, 5)), "answer": ((6, 10), (11, 14), (16, 19))}
-
-
-def found(model, inputs, roles=ROLES, method=METHOD, **how) -> Retrieval:
-    with heedful.attach(model, method, roles=roles, **how) as run, torch.no_grad():
-        for batch in inputs if isinstance(inputs, list) else [inputs]:
-            run(**batch)
-        return run[method]
+found = partial(readers.found, method=METHOD, roles=ROLES)
 
 
 def by_hand(maps: Tensor) -> Tensor:
@@ -52,8 +48,8 @@ def test_is_what_the_maps_say(kind: str) -> None:
 def test_an_answer_is_as_long_as_its_needle() -> None:
     model = models.tiny("llama")
     inputs = {"input_ids": ids(20)}
-    short = found(model, inputs, {"needle": ((2, 4),), "answer": ((12, 14),)})
-    assert close(found(model, inputs, {"needle": ((2, 4),), "answer": ((12, 19),)}).map, short.map)
+    short = found(model, inputs, roles={"needle": ((2, 4),), "answer": ((12, 14),)})
+    assert close(found(model, inputs, roles={"needle": ((2, 4),), "answer": ((12, 19),)}).map, short.map)
 
 
 @pytest.mark.usefixtures("poison")
@@ -61,7 +57,7 @@ def test_an_answer_is_as_long_as_its_needle() -> None:
 def test_padding_does_not_count(left: bool) -> None:
     model = models.tiny("llama")
     short, long = ids(14, 1), ids(20, 2)  # the short text ends before the last answer
-    apart = found(model, [{"input_ids": short}, {"input_ids": long}])
+    apart = found(model, {"input_ids": short}, {"input_ids": long})
     assert close(found(model, padded(short, long, left)).map, apart.map)
 
 
@@ -83,8 +79,8 @@ def test_tiles_pieces_and_decoding_do_not_matter() -> None:
 def test_every_text_may_have_its_own_needles() -> None:
     model = models.tiny("llama")
     each = [{name: spans[i : i + 2] for name, spans in ROLES.items()} for i in (0, 1)]
-    alone = [found(model, {"input_ids": ids(20, seed)}, roles).map for seed, roles in enumerate(each)]
-    both = found(model, {"input_ids": torch.cat([ids(20, 0), ids(20, 1)])}, each).map
+    alone = [found(model, {"input_ids": ids(20, seed)}, roles=roles).map for seed, roles in enumerate(each)]
+    both = found(model, {"input_ids": torch.cat([ids(20, 0), ids(20, 1)])}, roles=each).map
     asked = [sum(stop - start for start, stop in roles["needle"]) for roles in each]
     assert not close(alone[0], alone[1])
     assert close(both, (asked[0] * alone[0] + asked[1] * alone[1]) / sum(asked))
@@ -137,7 +133,7 @@ def test_needles_of_all_depths_share_a_prompt_where_they_fit() -> None:
 def test_finds_the_fetching_heads_of_a_trained_model(default_model: models.Loaded) -> None:
     method = RetrievalHeads(length=96, depths=(0.3,), texts=1)
     (probe,) = method.probes(torch.arange(1000, 40000), 512)
-    scores = found(default_model.model, {"input_ids": probe.tokens}, probe.roles, method)
+    scores = found(default_model.model, {"input_ids": probe.tokens}, roles=probe.roles, method=method)
     assert next(iter(scores.heads(0.5).values())) > 0.8
     assert 0.01 < len(scores.heads(method.threshold)) / scores.map.numel() < 0.2  # few, but some
 

@@ -1,5 +1,7 @@
 """Sink rate against dense maps, with padding on either side, in tiles, and where it must keep silent."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,22 +12,16 @@ from heedful.core.errors import FieldError, StatisticError
 from heedful.core.stats import load, merged
 from heedful.methods.observe.sink_rate import Columns, SinkRate, Sinks, _curves, _finding
 from heedful.methods.sparse.prefill.sink_window import SinkWindow
+from tests import readers
 from tests.readers import ids, padded
 
 EPSILON = 0.12  # low enough that some heads of a tiny random model have sinks and some have none
+found = partial(readers.found, method=SinkRate(EPSILON))
 
 
 @pytest.fixture(scope="module")
 def model():
     return models.tiny("llama", num_hidden_layers=3)
-
-
-def found(model, inputs, method=None, **how) -> Sinks:
-    method = method or SinkRate(EPSILON)
-    with heedful.attach(model, method, **how) as run, torch.no_grad():
-        for batch in inputs if isinstance(inputs, list) else [inputs]:
-            run(**batch)
-        return run[method]
 
 
 def same(a: Sinks, b: Sinks) -> bool:
@@ -53,17 +49,17 @@ def test_is_the_formula_of_the_paper() -> None:
 def test_epsilon_is_exclusive(model) -> None:
     # a text of one token gives its only key the weight one, which no epsilon below one hides
     only = {"input_ids": ids(1)}
-    assert found(model, only, SinkRate(0.999)).first == 1.0
+    assert found(model, only, method=SinkRate(0.999)).first == 1.0
     alpha = found(model, {"input_ids": ids(9)}).importance[0]
     edge = float(alpha[0, 0])
-    assert found(model, {"input_ids": ids(9)}, SinkRate(edge)).rate[0][0, 0] == 0.0
+    assert found(model, {"input_ids": ids(9)}, method=SinkRate(edge)).rate[0][0, 0] == 0.0
 
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_does_not_count(model, left: bool) -> None:
     short, long = ids(11, 1), ids(17, 2)
-    apart = found(model, [{"input_ids": short}, {"input_ids": long}])
+    apart = found(model, {"input_ids": short}, {"input_ids": long})
     together = found(model, padded(short, long, left))
     assert same(together, apart)
     assert together.rate[0].shape == (4, 17)
@@ -88,7 +84,7 @@ def test_only_rows_that_see_a_key_count(model) -> None:
 
 def test_batches_merge_and_come_back_from_disk(model, tmp_path) -> None:
     batches = [{"input_ids": ids(n, n)} for n in (5, 9, 13)]
-    whole = found(model, batches)
+    whole = found(model, *batches)
     files = []
     for i, batch in enumerate(batches):
         with heedful.attach(model, SinkRate(EPSILON)) as run:
@@ -198,7 +194,7 @@ def test_positions_are_drawn_on_logarithms_and_far_ones_together() -> None:
 
 def test_heads_are_told_apart_up_to_a_place(model) -> None:
     texts = [{"input_ids": ids(n, n)} for n in (3, 9, 12)]
-    whole, some = found(model, texts), found(model, texts, SinkRate(EPSILON, places=5))
+    whole, some = found(model, *texts), found(model, *texts, method=SinkRate(EPSILON, places=5))
     for n in whole.rate:
         for mine, wanted in ((some.rate[n], whole.rate[n]), (some.importance[n], whole.importance[n])):
             assert close(mine[:, :5], wanted[:, :5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,19 +16,14 @@ from heedful.authoring import Call, Fitted, Method, Site, at
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError, StatisticError
 from heedful.methods.observe.visual_heads import Looks, VisualHeads
+from tests import readers
 from tests.readers import ids, padded
 
 METHOD = VisualHeads()
 SPANS = ((2, 6), (8, 9))
 ROLES = {"image": SPANS}
+found = partial(readers.found, method=METHOD, roles=ROLES)
 IMAGE = [2, 3, 4, 5, 8]
-
-
-def found(model, *inputs: dict, method: VisualHeads = METHOD, roles=ROLES, **how) -> Looks:
-    with heedful.attach(model, method, roles=roles, **how) as run, torch.no_grad():
-        for batch in inputs:
-            run(**batch)
-        return run[method]
 
 
 def same(a: Looks, b: Looks) -> bool:
