@@ -44,8 +44,9 @@ class _Rotation:
         return turned
 
     def __eq__(self, other: object) -> bool:
-        alike = isinstance(other, _Rotation) and self.function is other.function
-        return alike and self.cos is other.cos and self.sin is other.sin
+        if not isinstance(other, _Rotation):
+            return NotImplemented
+        return self.function is other.function and self.cos is other.cos and self.sin is other.sin
 
     def __hash__(self) -> int:
         return hash((self.function, id(self.cos), id(self.sin)))
