@@ -45,7 +45,7 @@ class _Rotation:
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Rotation):
-            return False
+            return NotImplemented
         return self.function is other.function and self.cos is other.cos and self.sin is other.sin
 
     def __hash__(self) -> int:
