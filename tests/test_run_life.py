@@ -151,13 +151,19 @@ def test_an_interrupt_in_a_forward_leaves_no_forward_open() -> None:
 @torch.no_grad()
 def test_a_model_that_is_called_inside_its_own_forward_is_refused() -> None:
     model = models.tiny("llama").eval()
+
+    def ask(*_: object) -> None:
+        with pytest.raises(RefusedModel, match="is called again inside a forward of its own under this run"):
+            run(input_ids=IDS[:, :5])
+
     with attach(model, SinkRate()) as run:
         wanted = run(input_ids=IDS).logits
-        handle = model.model.layers[0].register_forward_hook(lambda *_: run(input_ids=IDS[:, :5]) and None)
-        with pytest.raises(RefusedModel, match="is called again inside a forward of its own under this run"):
-            run(input_ids=IDS)
+        once = run[SinkRate()].rate
+        run.reset()
+        handle = model.model.layers[0].register_forward_hook(ask)
+        assert torch.equal(run(input_ids=IDS).logits, wanted)  # and the one around it goes on
         handle.remove()
-        assert torch.equal(run(input_ids=IDS).logits, wanted)
+        assert all(torch.equal(run[SinkRate()].rate[layer], once[layer]) for layer in once)
 
 
 def test_what_is_attached_in_inference_learns_outside() -> None:
