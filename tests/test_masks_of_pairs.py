@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from heedful.methods import ACT
 from heedful.tiny import tiny
 
 from .samples import Narrow, Shares
+from .test_checkpointing import by_hand
 
 IDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
 N = IDS.shape[1]
@@ -78,3 +81,16 @@ def test_one_for_each_kind_of_layer() -> None:
         found = run(input_ids=IDS, attention_mask=added).logits
         assert close_model(found[:1, 4:], run(input_ids=IDS[:1, 4:]).logits)
         assert close_model(found[1:], run(input_ids=IDS[1:]).logits)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_checkpoint_computes_again_stands_where_it_stood(reentrant: bool) -> None:
+    given = {"input_ids": IDS, "attention_mask": padded("nothing"), "position_ids": PLACES, "labels": IDS}
+
+    def gradients(model: Any) -> list[Tensor]:
+        with attach(model, Narrow(4)) as run:
+            run(**given, use_cache=False).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    wanted, found = gradients(tiny("llama").train()), gradients(by_hand(reentrant))
+    assert all(close_model(x, want) for x, want in zip(found, wanted, strict=True))

@@ -26,7 +26,7 @@ from heedful.methods import SinkRate
 from heedful.tiny import tiny
 
 from .interrupting import interrupted, ours
-from .samples import Gate, Scale
+from .samples import Gate, Scale, Sharpness
 
 
 class Own(nn.Module):
@@ -152,13 +152,16 @@ def test_an_interrupt_in_a_forward_leaves_no_forward_open() -> None:
 @torch.no_grad()
 def test_a_model_that_is_called_inside_its_own_forward_is_refused() -> None:
     model = models.tiny("llama").eval()
-    with attach(model, SinkRate()) as run:
-        wanted = run(input_ids=IDS).logits
-        handle = model.model.layers[0].register_forward_hook(lambda *_: run(input_ids=IDS[:, :5]) and None)
+
+    def ask(*_: object) -> None:
         with pytest.raises(RefusedModel, match="is called again inside a forward of its own under this run"):
-            run(input_ids=IDS)
+            run(input_ids=IDS[:, :5])
+
+    with attach(model, Sharpness()) as run:
+        wanted = run(input_ids=IDS, labels=IDS).loss
+        handle = model.model.layers[0].register_forward_hook(ask)
+        assert torch.equal(run(input_ids=IDS, labels=IDS).loss, wanted)  # and the one around it goes on
         handle.remove()
-        assert torch.equal(run(input_ids=IDS).logits, wanted)
 
 
 def test_what_is_attached_in_inference_learns_outside() -> None:

@@ -29,6 +29,7 @@ HARMLESS = frozenset({
     "input_ids", "labels", "encoder_hidden_states", "encoder_attention_mask", "seq_idx", "deepstack_visual_embeds",
     "visual_pos_masks", "pixel_values", "num_items_in_batch", "padding_mask",
 })  # fmt: skip
+PAIRS = 1 << 20  # of a caller's mask, that are looked at at once
 READ = LISTS | {"s_aux", "sinks", "position_bias"}  # those that do, and are read below
 
 
@@ -188,18 +189,24 @@ def places_in(mask: Any, position_ids: Any) -> Positions | None:
     if table is None:
         return None
     table, row = table.any(1), torch.arange(m, device=device)
-    seen = row.where(table, m).amin(-1)  # the first that each row sees
-    begins = seen.flip(-1).cummin(-1).values.flip(-1) >= row
+    ends = [_ends(rows) for rows in table.split(PAIRS // (m * len(table)) + 1, 1)]  # places are wider than flags
+    first, last = (torch.cat(x, -1) for x in zip(*ends, strict=True))
+    begins = first.flip(-1).cummin(-1).values.flip(-1) >= row
     start = row.where(begins, 0).cummax(-1).values
     stop = row.where(begins, m).roll(-1, -1).index_fill(-1, row[-1:], m).flip(-1).cummin(-1).values.flip(-1)
-    outside = row.where(table, -1).amax(-1) >= stop
-    is_text = table.diagonal(dim1=-2, dim2=-1) & (stop - start > 1) & ~outside
+    is_text = table.diagonal(dim1=-2, dim2=-1) & (stop - start > 1) & (last < stop)
     if bool((is_text & (start == 0)).any(-1).all()) and bool((start == 0).all()):
         return None if bool(is_text.all()) else Positions.row(0, m, device, None, is_text[:, None])
     if not bool((is_text & (start < start[:, -1:])).any()):  # one text a row, at its end
         return Positions.row(0, m, device, start[:, -1], is_text[:, None])
     position = (row - start).where(is_text | (start == 0), -1)
     return Positions(row.view(1, 1, -1), position[:, None], 0, None, is_text[:, None])
+
+
+def _ends(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the last key `[b r]` that each of some rows `[b r k]` sees: k and -1 where that is none."""
+    row = torch.arange(table.shape[-1], device=table.device)
+    return row.where(table, len(row)).amin(-1), row.where(table, -1).amax(-1)
 
 
 def require_no_guesses(stack: Stack, read: str, rest: str = "") -> None:

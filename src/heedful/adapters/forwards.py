@@ -135,6 +135,7 @@ class Forwards:
                 raise RefusedModel(_rows_of_many(model, "use generate() or plain forwards"))
         if self._parts.get(model) == "":
             if self._inside and self.under_way and _calls(model) > 1:
+                self._inside += 1  # which `_ends` takes away again, so that the one around may go on
                 raise RefusedModel(
                     f"{type(model).__name__} is called again inside a forward of its own under this run, and what is "
                     "known of the one under way would be lost; call it before or after, or a copy of it"

@@ -84,3 +84,4 @@ class Memory(NamedTuple):
     run: dict[tuple[int, int], dict[str, Any]]
     ids: dict[str, Tensor | None]
     merges: dict[int, Merges]
+    told: Positions | None

@@ -133,7 +133,7 @@ class RunState:
     def memory(self) -> Memory:
         """What methods remember now, for whatever computes this again."""
         now = self.now
-        return Memory(now.number, _copied(now.memory), _copied(self._of_run), dict(now.ids), dict(now.merges))
+        return Memory(now.number, _copied(now.memory), _copied(self._of_run), dict(now.ids), dict(now.merges), now.told)
 
     @contextmanager
     def computing_again(self, memory: Memory) -> Iterator[None]:
@@ -143,6 +143,7 @@ class RunState:
             "memory": _copied(memory.forward),
             "ids": dict(memory.ids),
             "merges": dict(memory.merges),
+            "told": memory.told,
         }
         self.now = Forward(memory.number, again=True, **kept)
         self._of_run = _copied(memory.run)
