@@ -56,7 +56,7 @@ def _by_cell(places: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor] | No
     for axis, n in enumerate(sides):
         number = number * n + places[:, axis]
     number = number.where(places[:, 0] < sides[0], cells)
-    order = number.argsort(stable=True)
+    order = number.argsort()
     patches, others = order[:cells], order[cells:]
     once = torch.equal(number[patches], torch.arange(cells, device=order.device)) and bool(
         (number[others] == cells).all()
