@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import reduce
 from math import frexp, gcd
+from operator import add
 from typing import Any
 
 import torch
@@ -18,12 +20,12 @@ from heedful.core.sites import MAP_SITES, Site
 from heedful.core.summary import SummaryAccumulator
 from heedful.core.values import replace
 from heedful.engine.attention_call import AttentionCall
-from heedful.engine.distances import laid
+from heedful.engine.distances import diagonals, laid
 from heedful.engine.earlier import with_earlier
 from heedful.engine.needs import Needs, tilewise
 from heedful.engine.plan import Plan
 from heedful.engine.precision import mixed, unmixed, wide, widened
-from heedful.engine.stages import added, chosen_heads, own_rows, stage, staged, weighing_of
+from heedful.engine.stages import added, chosen_heads, in_heads, own_rows, stage, staged, weighing_of
 from heedful.engine.untouched import Untouched
 
 SHARED_ROWS = 64  # of a product, from which on threads share it
@@ -94,6 +96,16 @@ def gained(job: AttentionCall, call: Call, like: Tensor) -> Tensor | None:
         if more is not None:
             total = more if total is None else total + more
     return total if total is None else total.expand(*total.shape[:3], shape[3])
+
+
+def gained_by_distance(job: AttentionCall, like: Tensor) -> Tensor | None:
+    """What the `diagonals` of a call gain, `[1 h|1 1 m]`, of the type of `like`; None where something else is added."""
+    steps, call = job.plan.tiles(Site.SCORES), job.call
+    if not steps or not all(step.edit.by_distance for step in steps) or (far := diagonals(call)) is None:
+        return None
+    found = (getattr(step.method, step.edit.name)(far, job.run_state.view(step, call)) for step in steps)
+    gains = (in_heads(step, job, call, x[None, :, None].to(like.dtype)) for step, x in zip(steps, found, strict=True))
+    return reduce(add, gains)
 
 
 def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import add
 from typing import Any, TypeGuard
 
 import torch
@@ -23,7 +21,7 @@ from heedful.core.summary import Summary, SummaryAccumulator
 from heedful.core.values import replace
 from heedful.core.weighing import Weighing
 from heedful.engine.attention_call import AttentionCall
-from heedful.engine.distances import by_distance, diagonals
+from heedful.engine.distances import by_distance
 from heedful.engine.merging import merge
 from heedful.engine.precision import mixed, unmixed, wide, widened
 from heedful.engine.untouched import Untouched
@@ -182,20 +180,10 @@ def added(step: Step, job: AttentionCall, call: Call, shape: tuple[int, ...], dt
             f"{step}, layer {call.layer}: must return what scores gain, [b|1, h|1, r|1, k|1] = {shape}, or None for "
             f"nothing, got {got}"
         )
-    return _gained(step, job, call, found.to(dtype))
+    return in_heads(step, job, call, found.to(dtype))
 
 
-def gained_by_distance(job: AttentionCall, like: Tensor) -> Tensor | None:
-    """What the `diagonals` of a call gain, `[1 h|1 1 m]`, of the type of `like`; None where something else is added."""
-    steps, call = job.plan.tiles(Site.SCORES), job.call
-    if not steps or not all(step.edit.by_distance for step in steps) or (far := diagonals(call)) is None:
-        return None
-    found = (getattr(step.method, step.edit.name)(far, job.run_state.view(step, call)) for step in steps)
-    gains = (_gained(step, job, call, x[None, :, None].to(like.dtype)) for step, x in zip(steps, found, strict=True))
-    return reduce(add, gains)
-
-
-def _gained(step: Step, job: AttentionCall, call: Call, found: Tensor) -> Tensor:
+def in_heads(step: Step, job: AttentionCall, call: Call, found: Tensor) -> Tensor:
     """What a step adds `[b|1 h|1 ...]`, in the heads that it is for."""
     chosen = chosen_heads(step, call)
     if chosen is not None:

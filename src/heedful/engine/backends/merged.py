@@ -93,7 +93,7 @@ class _Merged(torch.autograd.Function):
             for name, x in [*((name, next(left)) for name in names), ("rows", own_rows)]:
                 point(problem, name, x)
             theirs, gave = (x[at.flatten()].view(*at.shape, -1) for x in (merged, due))
-            found = pulled(ctx.kernel, problem, [*own, None], theirs, gave, None, False)
-            for to, new, where in zip(made, found, (fold.part.rows, *(fold.part.cols,) * 2), strict=True):
+            given_back = pulled(ctx.kernel, problem, own, theirs, gave, None, False)
+            for to, new, where in zip(made, given_back, (fold.part.rows, *(fold.part.cols,) * 2), strict=True):
                 fold.add(to, new, where)
         return *(x.to(like.dtype) for x, like in zip(made, (q, k, v), strict=True)), None, None, None

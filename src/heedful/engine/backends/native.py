@@ -15,7 +15,7 @@ from heedful.core.positions import taken
 from heedful.core.rules import Arranged, Ranged
 from heedful.core.sites import Site
 from heedful.core.values import replace
-from heedful.engine.attend import gained
+from heedful.engine.attend import gained, gained_by_distance
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends.mapless import STRETCHES, kept_back, through
 from heedful.engine.backends.merged import merged
@@ -24,7 +24,6 @@ from heedful.engine.backends.parted import parts_of
 from heedful.engine.backends.tiled import Tiled
 from heedful.engine.needs import Needs
 from heedful.engine.plan import Plan
-from heedful.engine.stages import gained_by_distance
 from heedful.native import Library, library
 
 PAPER = Paper(

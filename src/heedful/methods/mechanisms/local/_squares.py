@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from heedful.core.flags import both, every
 from heedful.core.rules import Parts
 
 SIDES = range(2, 17)  # of squares that are tried
@@ -37,13 +38,15 @@ def squares(query: Tensor, key: Tensor, sides: Sequence[int], meet: Sequence[Ten
         more_rows, more_cols, more = _along(table, side)
         rows = _joined(rows, more_rows, n)
         cols = _joined(cols, more_cols, n)
-        keep = (keep[:, None, :, None, :, None] & more[None, :, None, :, None]).flatten(4).flatten(2, 3).flatten(0, 1)
+        keep = (
+            both(keep[:, None, :, None, :, None], more[None, :, None, :, None]).flatten(4).flatten(2, 3).flatten(0, 1)
+        )
     cells, total = prod(sides), query.shape[2]
     (patches, others), (their_patches, their_others) = asking, held
     rows = torch.cat([patches, patches.new_tensor([total])])[rows.where(rows >= 0, cells)]
     cols = torch.cat([their_patches[cols], their_others.expand(len(cols), -1)], 1)
-    keep = pad(keep, (0, len(their_others)), value=True)
-    found = (Parts(rows[None, None], cols[None, None], None if bool(keep.all()) else keep[None, None]),)
+    keep = pad(keep, (0, len(their_others)), value=True) if len(their_others) else keep
+    found = (Parts(rows[None, None], cols[None, None], None if bool(every(keep.flatten(), 0)) else keep[None, None]),)
     if not len(others):
         return found
     everything = torch.arange(key.shape[2], device=key.device)
@@ -56,7 +59,7 @@ def _by_cell(places: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor] | No
     for axis, n in enumerate(sides):
         number = number * n + places[:, axis]
     number = number.where(places[:, 0] < sides[0], cells)
-    order = number.argsort(stable=True)
+    order = number.argsort()
     patches, others = order[:cells], order[cells:]
     once = torch.equal(number[patches], torch.arange(cells, device=order.device)) and bool(
         (number[others] == cells).all()
