@@ -8,11 +8,13 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close
 from heedful.core.errors import FieldError
 from heedful.methods import SoftplusAttention
+from heedful.methods.mechanisms.normalise.softplus_attention import powered
 from tests.methods.rows import agrees, agrees_where_all_is_seen, learns
 
 
@@ -69,3 +71,21 @@ def test_settings_are_checked() -> None:
         SoftplusAttention(0.5)
     with pytest.raises(FieldError, match="power = inf"):
         SoftplusAttention(math.inf)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0, 6.0, 15.0, 2.5])
+def test_powers_and_their_ways_back(power: float) -> None:
+    x = torch.rand(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found, wanted = powered(x, power), x**power
+    assert close(found, wanted)
+    assert close(torch.autograd.grad(found.sum(), x)[0], torch.autograd.grad(wanted.sum(), x)[0])
+    assert torch.autograd.gradgradcheck(lambda y: powered(y * y, power), x)
+
+
+def test_products_are_taken_of_whole_powers_alone() -> None:
+    x = torch.rand(3, 4).requires_grad_()
+    assert powered(x, 1.0) is x
+    for power, made in ((2.0, "_Powered"), (15.0, "_Powered"), (2.5, "Pow")):
+        assert f"{made}Backward" in str(powered(x, power).grad_fn)
+    many = vmap(lambda y: powered(y, 3.0))(x)
+    assert close(many, x**3)

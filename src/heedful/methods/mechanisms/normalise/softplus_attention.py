@@ -71,7 +71,9 @@ class SoftplusAttention(Method):
 
 def powered(x: Tensor, power: float) -> Tensor:
     """`x ** power` by products alone, which take a fourth of the time, where it is whole."""
-    if power % 1 or power < 1 or traced(x):
+    if power == 1:
+        return x
+    if power % 1 or traced(x):
         return x**power
     found: Tensor = _Powered.apply(x, int(power))
     return found
@@ -88,13 +90,12 @@ class _Powered(torch.autograd.Function):
         for digit in f"{power:b}"[1:]:
             found = found * found
             found = found.mul_(x) if digit == "1" else found
-        return found.clone() if power == 1 else found
+        return found
 
     @staticmethod
     def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        slope = powered(x, ctx.power - 1) if ctx.power > 1 else torch.ones_like(x)
-        return given * ctx.power * slope, None
+        return given * ctx.power * powered(x, ctx.power - 1), None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""How large tiles are, and what of them is not computed."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor
+
+from heedful import Method, Site
+from heedful.authoring import at
+from heedful.conformance.bare import Bare, Shape
+from heedful.conformance.tolerances import close
+from heedful.core.call import Call
+from heedful.engine import attend
+from heedful.engine.backends import tiled
+from heedful.methods import ClippedSoftmax
+
+from .samples import PAPER, Scale
+
+TOKENS = 64
+
+
+class Halved(Method):
+    """Half of the weights."""
+
+    paper = PAPER
+
+    @at(Site.NORMALISE)
+    def halve(self, scores: Tensor, call: Call) -> Tensor:
+        return scores.softmax(-1) / 2
+
+
+def test_tiles_are_smaller_where_steps_or_the_way_back_hold_many_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tiled.Tiled().tile_rows(1, 2, 8192) == 2 * tiled.Tiled().tile_rows(1, 2, 8192, smaller=True) == 128
+    made: list[int] = []
+    own = tiled.Tiled.block
+
+    def counted(self: tiled.Tiled, job: object, rows: slice, **more: Tensor) -> Tensor:
+        made.append(rows.stop - rows.start)
+        return own(self, job, rows, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tiled.Tiled, "block", counted)
+    bare = Bare(Shape(b=1, h=2, g=2, q=TOKENS, k=TOKENS), rules=())
+    monkeypatch.setattr(tiled, "TILE_BYTES", 4 * 2 * TOKENS * 32)
+    bare.run(Scale(), "tiled")
+    assert made == [32, 32]
+    made.clear()
+    bare.run(Halved(), "tiled")
+    assert made == [16] * 4
+    made.clear()
+    monkeypatch.setattr(tiled, "KEPT_BYTES", 0)
+    bare.q.requires_grad_()
+    bare.run(Scale(), "tiled")
+    assert made == [16] * 4
+
+
+def test_no_softmax_is_made_where_a_step_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bool] = []
+    own = attend.softmax
+
+    def counted(scores: Tensor, *more: Tensor | None) -> Tensor:
+        made.append(scores.requires_grad)
+        return own(scores, *more)
+
+    monkeypatch.setattr(attend, "softmax", counted)
+    bare = Bare(Shape(q=TOKENS, k=TOKENS))
+    bare.q.requires_grad_()
+    whole = bare.run(Scale(1.0), "tiled", tile_rows=16)[0]
+    assert made == [True] * 4
+    made.clear()
+    assert close(bare.run(Halved(), "tiled", tile_rows=16)[0], whole / 2)
+    assert made == [False]  # to see whether the step changes anything, and not to learn from
+    made.clear()
+    bare.run(ClippedSoftmax(0.0), "tiled", tile_rows=16)  # one that changes nothing is compared with it for good
+    assert made == [False] * 4
