@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from heedful import attach, models
+from heedful.adapters import carried
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
 from heedful.core.errors import RefusedModel
@@ -16,7 +18,7 @@ from heedful.core.method import Method
 from heedful.core.sites import Site, at
 from heedful.methods import FoPru, TrimmedLlama
 
-from .samples import PAPER
+from .samples import PAPER, Scale
 
 IDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -189,3 +191,15 @@ def test_each_beam_sees_what_was_chosen_of_its_own_image(beams: int) -> None:
         ids = inputs["input_ids"].repeat(2, 1)
         with pytest.raises(RefusedModel, match=r"handed 4 images of the 2 that an encoder looked at, .* one image"):
             run(input_ids=ids, mm_encoder_outputs={"image": looks})
+
+
+@torch.no_grad()
+def test_nothing_is_looked_at_where_nothing_is_remembered_and_a_copy_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carried, "_marks", asked := Mock(wraps=carried._marks))
+    model, times = models.tiny("bart"), {}
+    for method in (Scale(), Told()):
+        asked.reset_mock()
+        with attach(model, method) as run:
+            run.generate(input_ids=IDS, num_beams=2, max_new_tokens=6, min_new_tokens=6)
+        times[type(method)] = asked.call_count
+    assert times == {Scale: 0, Told: 2}

@@ -139,8 +139,10 @@ def remembered_of(state: RunState, told: Mapping[str, Any], kind: str) -> Known 
         return None
     found: Known = {}
     state.looks[:] = [look for look in state.looks if look.held or look.marks is not None]
+    if not state.looks:
+        return found
     looks = _same(state.looks, given) or _copies(state.looks, given)
-    if state.looks and not looks:
+    if not looks:
         raise RefusedModel(
             f"{kind} is handed what an encoder made, and it is nothing that the encoder gave under this run, in whole "
             "rows of one call, while of what it gave methods remember something; hand over what it gave, as it came "
