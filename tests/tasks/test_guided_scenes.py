@@ -19,7 +19,7 @@ from heedful import attach, attached, models
 from heedful.bench.answer import answer
 from heedful.bench.asking import require_fit
 from heedful.bench.compare import compare
-from heedful.conformance.tolerances import close, close_model
+from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
 from heedful.core.errors import FieldError, SiteError
 from heedful.core.kinds import NOTHING_READ, Decode, Prompt, Read, Reader
@@ -34,8 +34,6 @@ from heedful.shown import Drawing
 from heedful.tasks.scenes import TwoThings
 from heedful.tasks.task import Item
 from heedful.text_models import text_model
-from tests import apart
-from tests.elsewhere import elsewhere
 
 STEPS = 4
 SOFT = SoftPAG(heads=((0, 1), (2, 0), (2, 3)), u=0.7, w=2.0)
@@ -360,23 +358,6 @@ def test_an_eraser_acts_on_the_marked_places_and_in_early_steps() -> None:
     late = made_under(replace(method, early=0.0), item)
     assert not close_model(late, x), "scores are flattened in early steps alone"
     assert torch.equal((x != late).any(1, keepdim=True) & (scene.gone == 0), torch.zeros_like(scene.gone).bool())
-
-
-def test_a_picture_is_erased_where_the_model_is() -> None:
-    told = apart.said(_erased_elsewhere)
-    assert told.returncode == 0, told.stderr[-3000:]
-
-
-@torch.no_grad()
-def _erased_elsewhere() -> None:
-    task, small = Erased(steps=2), models.denoiser()
-    scene = task.scene(small.tokenizer, task.draw(0, 0))
-    with elsewhere() as device:
-        model, x = copy.deepcopy(small.model).to(device), scene.noise.to(device)
-        assert close(task.step(scene, model, x, 0).cpu(), task.step(scene, small.model, scene.noise, 0))
-        pictures, kinds = task.real(model, small.tokenizer)
-        assert pictures.device == kinds.device == x.device
-        assert torch.equal(kinds.cpu(), task.real(small.model, small.tokenizer)[1])
 
 
 def test_they_are_compared() -> None:
