@@ -35,9 +35,11 @@ CLAIM = Claim(
     says="What a question makes a model look at more than a general one does is what it should be shown.",
     paper_number="up to 75 % better on open models",
     setup=f"A vision-language model of LLaVA's class with 0.3M parameters, {PICTURES} very noisy 16 x 16 pictures of "
-    "two things a seed, and a question about one of them; a question about the ground stands for the general one. Half "
-    "of the patches are hidden, by the attention in the language model's two later layers. Against none hidden, and "
-    "against half hidden by attention without the contrast, whichever is better.",
+    "two things a seed, and a question about one of them; a question about the ground stands for the general one. A "
+    f"share of {CARVE().share:g} of the patches, the authors' own, is left to be seen, by the attention in the "
+    "language model's two later layers; nothing is enlarged, as theirs is, and the whole is not shown beside it. "
+    "Against none hidden, and against as many hidden by attention without the contrast, whichever is better. "
+    "(Measured before with half of them left and a larger lambda, 0.01 of the mean weight: -19.4 [-21.6, -17.2].)",
     effect="points of questions answered rightly, above the better control",
     measure=measure,
     seeds=8,

@@ -51,9 +51,10 @@ CLAIM = Claim(
     says="A decoder whose attention must come to one at every place of its source writes better.",
     paper_number="none given; the penalty 'was important quantitatively to improving overall BLEU score'",
     setup=f"The lab's strings to copy, to reverse and to sort, {COURSE.steps} steps: with softmax in cross-attention, "
-    f"with the penalty at {WEIGHT:g}, which beside a mean over the {COURSE.length} words is the authors' 1, and with a "
-    "penalty of the same weight on rows that are not even. Images and captions are not at hand: a source's words stand "
-    "for an image's places. Each seed has strings of its own.",
+    f"with the penalty at {WEIGHT:g}, which beside a mean over the {COURSE.length} words is a lambda of 1 in the "
+    "paper's formula (the authors' code has 1 beside another mean), and with a penalty of the same weight on rows that "
+    "are not even. Images and captions are not at hand: a source's words stand for an image's places. Each seed has "
+    "strings of its own.",
     effect="share of words right under the penalty, mean of the three tasks, less the better of softmax and even rows",
     measure=measure,
 )

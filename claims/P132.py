@@ -35,9 +35,10 @@ class _Excited(SentenceAttentionBlock):
         return patches
 
 
+LAST = LAYERS - 1  # behind it the authors' gate is, once
 WAYS: dict[str, Part] = {
-    "sentence": _Apart() | SentenceAttentionBlock(),  # type: ignore[dict-item]
-    "image alone": _Apart() | _Excited(),  # type: ignore[dict-item]
+    "sentence": _Apart() | SentenceAttentionBlock().on(layers=LAST),  # type: ignore[dict-item]
+    "image alone": _Apart() | _Excited().on(layers=LAST),  # type: ignore[dict-item]
     "no gate": _Apart(),
 }
 
@@ -108,12 +109,11 @@ CLAIM = Claim(
     "is about is found better.",
     paper_number="state of the art on TextVQA-X, VQS, VQA-X and VizWiz-VQA-Grounding; no numbers in the abstract",
     setup=f"Noised pictures of two coloured things and a word, of colour or of shape, that one of them answers to; an "
-    f"encoder of {LAYERS} layers, whose patches do not see the word and are gated behind each, where the authors gate "
-    "nothing but what leaves it, and a net of one inner layer that is shown patch and word, "
-    f"{STEPS} steps of {BATCH} from nothing. Controls: the same gate told the image in the word's place, as "
-    f"squeeze-and-excitation is, and no gate. The mean over {TRIED} fresh pictures of the overlap of patches named and "
-    "right ones over their union. (Measured before of another gate, by sigmoids of word and image together: +0.187 "
-    "[-0.807, +1.18].)",
+    f"encoder of {LAYERS} layers, whose patches do not see the word and are gated once, where they leave it, as the "
+    f"authors' are, and a net of one inner layer that is shown patch and word, {STEPS} steps of {BATCH} from nothing. "
+    "Controls: the same gate told the image in the word's place, as squeeze-and-excitation is, and no gate. The mean "
+    f"over {TRIED} fresh pictures of the overlap of patches named and right ones over their union. "
+    "(Measured before with a gate behind each layer: -2.15 [-2.86, -1.44].)",
     effect="points of overlap above the better of a gate told the image alone and no gate",
     measure=measure,
     seeds=8,

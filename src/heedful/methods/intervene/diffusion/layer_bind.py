@@ -33,6 +33,8 @@ class LayerBind(Method):
             "The authors branch off a latent for each thing in the first steps and paste them together, with masks "
             "of what is in front; here all share one, a place belongs to the nearest thing, and sees none of the "
             "others'.",
+            "Layers in which a thing sees nothing but itself and its words are named by hand, by default none; the "
+            "authors take those that answer most to words, the first among them.",
             "Words for a thing are some of the prompt's; the authors encode a prompt for each, and one for the "
             "background. Rows of words are left as they are.",
         ),

@@ -31,6 +31,8 @@ class V2P(Method):
             "It is the loss alone, on the attention of a model's own layers, heads averaged; the authors have a "
             "pointer head behind the last layer, with a layer of self-attention among patches.",
             "Attention on patches is divided by its sum, since the authors' softmax is over patches alone.",
+            "A box has 4.1325 standard deviations to a side, as by default in the authors' code; the scripts beside it "
+            "train with 1.",
             "A box is one of whole patches, the least around those that are named; the authors cut patches at the "
             "box's pixels.",
         ),

@@ -28,12 +28,14 @@ class DoublyStochastic(Method):
             "attention, which draws a place, are left out.",
             "The map of a layer is the mean over its heads, and the losses of layers are added up; the authors have "
             "one layer of one head.",
+            "It is the paper's sum over places, the mean over texts; the authors' code adds it up over the texts of a "
+            "batch and takes the mean over places, so that their weight of 1 is here their texts over their places.",
             "The authors add it to a loss that is summed over the words of a caption; where a model's loss is the mean "
             "over words, the same weight is that over their number.",
         ),
     )
     subjects = ("cross",)
-    weight: float = 1.0  # lambda; the authors' code: 1, beside a loss summed over words
+    weight: float = 1.0  # lambda, beside a loss summed over words; the authors' code: 1, of another mean
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:

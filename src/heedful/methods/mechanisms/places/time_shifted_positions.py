@@ -27,6 +27,8 @@ class TimeShiftedPositions(Method):
         differs=(
             "The paper's time encoding alone. What makes intensities of a model's last states, and their likelihood, "
             "is the user's; the claim has them.",
+            "Shifts are of the time since the event before, as in the authors' code; the paper's formula has the time "
+            "of the event itself.",
             "The authors hand times beside tokens; here they come in a channel of the embeddings.",
             "Initial shifts are those of the authors' linear map of one number, drawn by a seeded generator.",
         ),

@@ -94,6 +94,8 @@ class SeerAttention(BlockSparse):
         "NeurIPS 2025",
         differs=(
             "As the authors' code has it, with its defaults; the paper's sections could not be read.",
+            "Gates begin as Xavier has it, which stands in the authors' code but switched off: theirs begin as the "
+            "model's own weights do, normal with its initializer_range.",
             "A prompt is read in one call; the later pieces of one that is read in several see everything.",
             "A gate learns layer by layer from one text a step, the texts in turn; the authors take 16 texts of 65536 "
             "tokens a step, and clip the gradient of all layers together. Their rate falls once it has risen; here it "

@@ -41,8 +41,9 @@ class VFlowOpt(PickedPatches):
         "2508.05211",
         "ICCV 2025",
         differs=(
-            "The importance is that of the authors' code. Settings are drawn at random where theirs are searched by a "
-            "Gaussian process, and the shares of several stages, which they search too, are one share that is given.",
+            "The importance is that of the authors' code. Settings are drawn at random, thresholds up to 3, where "
+            "theirs are searched by a Gaussian process, thresholds up to 50, and the shares of several stages, which "
+            "they search too, are one share that is given.",
             "Patches that go are not merged into recycled ones, nor are more dropped in the language model.",
             "A patch that goes is seen by nobody from then on and keeps its place; the authors take it out.",
             "Entropy is of grey levels between -1 and 1, in 256 steps; the authors' code takes them times 255.",
