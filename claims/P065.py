@@ -42,8 +42,8 @@ CLAIM = Claim(
     "two things a seed, and a question about one of them; a question about the ground stands for the general one. A "
     f"share of {LEFT:g} of the patches is left to be seen (the authors' is 0.2, which they enlarge; here nothing is, "
     "and the whole is not shown beside it), by the attention in the language model's two later layers. Against none "
-    "hidden, and against as many hidden by attention without the contrast, whichever is better. (At a share of 0.2 the effect "
-    "was -55.8 [-59.6, -51.9]; before lambda was the authors', at 0.5, -19.4 [-21.6, -17.2].)",
+    "hidden, and against as many hidden by attention without the contrast, whichever is better. (At a share of 0.2 the "
+    "effect was -55.8 [-59.6, -51.9]; before lambda was the authors', at 0.5, -19.4 [-21.6, -17.2].)",
     effect="points of questions answered rightly, above the better control",
     measure=measure,
     seeds=8,

@@ -39,14 +39,13 @@ def test_what_was_remembered_of_an_encoder_that_generate_asked_before_is_known_b
             assert close_model(found.logits[1], run(**{**inputs, "input_ids": longer}).logits[:, -1])
         with run.paused():
             plain = llava(**inputs).logits[:, -1]
-            looked = llava.get_image_features(inputs["pixel_values"], return_dict=True)
+            looked = llava.get_image_features(2 * inputs["pixel_values"], return_dict=True)
             text = {"input_ids": inputs["input_ids"] % 120}  # none stands for an image
             unseen = llava(**text).logits[:, -1]
         assert not close_model(plain, wanted)
         run(**inputs)  # what was chosen here is of no other look
-        assert close_model(
-            run(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": looked}).logits[:, -1], plain
-        )
+        with pytest.raises(RefusedModel, match="nothing that the encoder gave under this run"):
+            run(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": looked})
         llava.get_image_features(inputs["pixel_values"])  # nor of a text that has no image
         assert close_model(run(**text).logits[:, -1], unseen)
 
@@ -157,8 +156,34 @@ def test_what_an_encoder_made_is_known_wherever_it_is_handed() -> None:
         del look, made, whole, flipped  # the last gives what its encoder gave, too
         run(input_ids=ids, **begun)
         with run.paused():
-            elsewhere = model.get_encoder()(ids).last_hidden_state
-        assert not close_model(run(encoder_outputs=(elsewhere,), **begun).logits, wanted)
+            elsewhere = model.get_encoder()(ids + 1).last_hidden_state
+        with pytest.raises(RefusedModel, match="nothing that the encoder gave under this run"):
+            run(encoder_outputs=(elsewhere,), **begun)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_copy_of_what_nobody_has_any_more_is_known_or_refused(alone: bool) -> None:
+    model, begun = models.tiny("bart"), IDS[:, :3] + 1
+
+    def encoded(ids: torch.Tensor) -> torch.Tensor:
+        if alone:
+            return model.get_encoder()(ids).last_hidden_state.clone()
+        return run(input_ids=ids, decoder_input_ids=begun).encoder_last_hidden_state.clone()
+
+    def written(look: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        return run(encoder_outputs=(look[rows].clone(),), decoder_input_ids=begun[rows]).logits
+
+    with attach(model, Told()) as run:
+        wanted = run(input_ids=IDS, decoder_input_ids=begun).logits
+        kept = encoded(IDS)
+        for rows in ([0, 1], [1], [0], [1, 0, 1]):  # step after step, and of each text in turn
+            assert close_model(written(kept, rows), wanted[rows])
+        for i in range(5):
+            encoded(IDS + 1 + i)
+        assert len(run.state.looks) == 1  # of the others nobody has anything
+        with pytest.raises(RefusedModel, match="and of the last call"):
+            written(kept, [0, 1])
 
 
 @torch.no_grad()

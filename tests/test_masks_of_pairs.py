@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 from heedful import attach
 from heedful.adapters.cache_name import CACHE
@@ -54,6 +55,59 @@ def test_padding_is_none_of_the_text(kind: str, blind: str, added: bool) -> None
         cache = run(input_ids=IDS[:, :-1], **first)[CACHE]
         found = run(input_ids=IDS[:, -1:], **last, **{CACHE: cache}).logits
         assert close_model(found[0, -1], run(input_ids=IDS[:1, 4:]).logits[0, -1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blind", ["nothing", "itself", "the text"])
+def test_padding_behind_a_text_is_no_other_text(blind: str) -> None:
+    model, pairs = tiny("llama"), torch.ones(2, 1, N, N, dtype=torch.bool).tril()
+    pairs[0, :, :, 8:] = False
+    if blind != "the text":
+        pairs[0, :, 8:] = torch.eye(N).bool()[8:] & (blind == "itself")
+    with attach(model, Narrow(4) | ACT(0.4)) as run:
+        found = run(input_ids=IDS, attention_mask=pairs).logits
+        assert close_model(found[:1, :8], run(input_ids=IDS[:1, :8]).logits)
+        assert close_model(found[1:], run(input_ids=IDS[1:]).logits)
+
+
+@torch.no_grad()
+def test_a_tree_of_guesses_stands_behind_no_padding() -> None:
+    """Its last token has a lower position than it has a number, and sees the first all the same."""
+    model, pairs = tiny("llama"), torch.ones(1, 1, 3, 11, dtype=torch.bool)
+    pairs[..., 8:] = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()
+    with attach(model, Narrow(4)) as run:
+        cache = run(input_ids=IDS[:1, :8])[CACHE]
+        places = {"attention_mask": pairs, "position_ids": torch.tensor([[8, 9, 9]])}
+        found = run(input_ids=IDS[:1, 8:11], **places, **{CACHE: cache}).logits
+        assert close_model(found[:, :2], run(input_ids=IDS[:1, :10]).logits[:, 8:])
+
+
+@torch.no_grad()
+def test_a_static_cache_with_more_room_than_tokens_is_no_padding() -> None:
+    model, pairs = tiny("llama"), torch.ones(1, 1, N, 16, dtype=torch.bool).tril()
+    with attach(model, Narrow(4)) as run:
+        cache, found = StaticCache(config=model.config, max_cache_len=16), []
+        for part in (slice(0, 8), slice(8, 11), slice(11, N)):
+            places = {"attention_mask": pairs[:, :, part], "position_ids": torch.arange(N)[None, part]}
+            found.append(run(input_ids=IDS[:1, part], **places, **{CACHE: cache}).logits)
+        assert close_model(torch.cat(found, 1), run(input_ids=IDS[:1]).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_the_mask_of_an_encoder_tells_its_decoder_nothing(kind: str) -> None:
+    model, own = tiny(kind), (0, 1, 2, 4)  # self attention
+    text = torch.ones(1, N, dtype=torch.long)
+    text[:, :4] = 0
+    pairs = {"attention_mask": text[:, None, None].expand(1, 1, N, N).bool()}
+    pairs["decoder_attention_mask"] = torch.ones(1, 1, N, N, dtype=torch.bool).tril()
+    added = {
+        name: torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min) for name, mask in pairs.items()
+    }
+    given = {"input_ids": IDS[:1], "decoder_input_ids": IDS[1:]}
+    with attach(model, Narrow(4).on(layers=own)) as run:
+        found = run(**given, **added).logits
+        assert close_model(found, run(**given, attention_mask=text).logits)
 
 
 @torch.no_grad()

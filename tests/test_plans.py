@@ -14,7 +14,7 @@ from heedful import attach
 from heedful.adapters.cache_name import CACHE
 from heedful.core.call import Call
 from heedful.core.errors import RefusedModel, UnknownArgument
-from heedful.core.mask import Causal, Mask
+from heedful.core.mask import Blocks, Causal, Mask
 from heedful.core.method import Method, as_stack
 from heedful.core.positions import Positions
 from heedful.core.ragged import Ragged
@@ -91,6 +91,13 @@ def test_calls_that_backends_tell_apart_are_of_unlike_kinds() -> None:
     assert len(set(found)) == len(found)
     learned = needs_of(KNorm()).tensors[0].requires_grad_()
     assert replace(needs_of(KNorm()), learned=(learned,)).kind is None
+    plain, traced = needs_of(KNorm()), list[object]()
+    assert plain.call is not None
+    blocks = Mask((Blocks(torch.ones(1, 1, 1, 1, dtype=torch.bool), 32),))
+    assert replace(plain, call=replace(plain.call, mask=blocks)).kind is None
+    assert replace(plain, call=replace(plain.call, queries=Positions.row(4, 2))).kind is None
+    torch.func.vmap(lambda q: (traced.append(replace(plain, tensors=(q,)).kind), q)[1])(plain.tensors[0])
+    assert traced == [None]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.adapters.bound import Bound, Request, passes_through
-from heedful.adapters.kvcache import HeldLayer, shrunk
+from heedful.adapters.kvcache import HeldLayer, seen, shrunk
 from heedful.adapters.layers import list_of
 from heedful.adapters.lazymask import LISTS, LazyMask, chosen_pairs
 from heedful.adapters.merging import require_no_table
@@ -51,7 +51,7 @@ def understand(
 ) -> Given:
     """Positions, rules and extras of a call; `known` is where the tokens of each list of layers stand.
 
-    `told` is what a mask of pairs tells of the keys that the caller of the whole model gave.
+    `told` is what a mask of pairs tells of the keys that the caller of the model around gave.
     """
     q, k, mask, more = request.q, request.k, request.mask, request.more
     for key, value in more.items():
@@ -137,7 +137,8 @@ def _places(
     if held is not None:
         keys = held.positions(None)
         return Positions.row(held.seen - n, n, q.device), keys, Mask()
-    start = 0 if bound.cross else max(0, m - n)
+    there = seen(bound.cache, getattr(bound.module, "layer_idx", None)) or m  # a static cache has room for more
+    start = 0 if bound.cross else max(0, min(there, m) - n)
     return Positions.row(start, n, q.device), Positions.row(0, m, q.device), Mask()
 
 
@@ -173,7 +174,8 @@ def places_in(mask: Any, position_ids: Any) -> Positions | None:
     """Where the keys stand that a caller's mask of pairs `[b 1 q k]` is for; None where it tells nothing of that.
 
     Of a whole row, a text begins where no later token sees what was before, and what sees itself alone, itself not, or
-    other texts, is padding. Of a row with more keys than queries, position ids tell how much padding is on the left.
+    other texts, is padding. Of a row with more keys than queries, position ids tell how much padding is on the left, if
+    nobody sees it: a tree of guesses stands in fewer places than it has tokens, and a static cache has more.
     """
     if isinstance(mask, Mapping):  # one for each kind of layer, which tell the same
         mask = next(iter(mask.values()), None)
@@ -184,9 +186,11 @@ def places_in(mask: Any, position_ids: Any) -> Positions | None:
         if not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
             return None
         pad = (m - 1 - position_ids[:, -1].to(device)).clamp(min=0)
-        return Positions.row(0, m, device, pad) if bool(pad.any()) else None
-    table = from_dense(mask, m)[0]
-    if table is None:
+        if not bool(pad.any()) or (table := from_dense(mask, m)[0]) is None:
+            return None
+        unseen = _ends(table.any(1))[0].amin(-1) >= pad
+        return Positions.row(0, m, device, pad) if bool(unseen.all()) else None
+    if (table := from_dense(mask, m)[0]) is None:
         return None
     table, row = table.any(1), torch.arange(m, device=device)
     ends = [_ends(rows) for rows in table.split(PAIRS // (m * len(table)) + 1, 1)]  # places are wider than flags
@@ -195,10 +199,10 @@ def places_in(mask: Any, position_ids: Any) -> Positions | None:
     start = row.where(begins, 0).cummax(-1).values
     stop = row.where(begins, m).roll(-1, -1).index_fill(-1, row[-1:], m).flip(-1).cummin(-1).values.flip(-1)
     is_text = table.diagonal(dim1=-2, dim2=-1) & (stop - start > 1) & (last < stop)
-    if bool((is_text & (start == 0)).any(-1).all()) and bool((start == 0).all()):
-        return None if bool(is_text.all()) else Positions.row(0, m, device, None, is_text[:, None])
-    if not bool((is_text & (start < start[:, -1:])).any()):  # one text a row, at its end
-        return Positions.row(0, m, device, start[:, -1], is_text[:, None])
+    pad = start.where(is_text, m).amin(-1)  # before the first text of each row
+    if not bool((is_text & (start > pad[:, None])).any()):  # it has no other
+        some = pad if bool(pad.any()) else None
+        return None if bool(is_text.all()) else Positions.row(0, m, device, some, is_text[:, None])
     position = (row - start).where(is_text | (start == 0), -1)
     return Positions(row.view(1, 1, -1), position[:, None], 0, None, is_text[:, None])
 

@@ -110,22 +110,28 @@ def note_look(state: RunState, output: Any) -> None:
 def end_looks(state: RunState, output: Any, alone: bool, encodes: bool) -> None:
     """Keep what may be handed on: what an encoder gave that was called by itself, or the encoder inside the whole.
 
-    Of the others, those stay of which somebody has something.
+    Of the others, those stay of which somebody has something. The last stays in any case: somebody may have a copy, and
+    what is of no look is refused where there was one.
     """
     if not (state.looks or any(state.now.memory.values())):
         state.now.looks.clear()
         return
     made = [*tensors_in(output)]
     if not alone:
-        state.looks[:] = [look for look in state.looks if look.held]
         handed = output.get("encoder_last_hidden_state") if isinstance(output, Mapping) else made
         # the first: what is around the encoder gives that too, behind the decoder
         inner = [look for look in state.now.looks if encodes and _same([look], tensors_in(handed))][:1]
-        state.looks += [look for look in inner if look.memory]
+        state.looks += [_marked(look) for look in inner if look.memory]
     elif encodes and made and (memory := _memory(state)):
-        # who calls it may have copied what it gave, and thrown that away, by the time it is handed on
-        state.looks.append(Look([ref(x) for x in made], memory, _marks(made[0])))
+        state.looks.append(_marked(Look([ref(x) for x in made], memory)))
+    state.looks[:] = [look for look in state.looks if look.held or look is state.looks[-1]]
     state.now.looks.clear()
+
+
+def _marked(look: Look) -> Look:
+    """With a number for each of its rows: by the time it is handed on there may be nothing but a copy."""
+    first = look.made[0]()
+    return look if first is None else look._replace(marks=_marks(first))
 
 
 def _memory(state: RunState) -> Known:
@@ -138,7 +144,6 @@ def remembered_of(state: RunState, told: Mapping[str, Any], kind: str) -> Known 
     if not given:
         return None
     found: Known = {}
-    state.looks[:] = [look for look in state.looks if look.held or look.marks is not None]
     if not state.looks:
         return found
     looks = _same(state.looks, given) or _copies(state.looks, given)
@@ -146,7 +151,7 @@ def remembered_of(state: RunState, told: Mapping[str, Any], kind: str) -> Known 
         raise RefusedModel(
             f"{kind} is handed what an encoder made, and it is nothing that the encoder gave under this run, in whole "
             "rows of one call, while of what it gave methods remember something; hand over what it gave, as it came "
-            "or with rows picked and repeated"
+            "or with rows picked and repeated (copies are known while you hold what it gave, and of the last call)"
         )
     for look in looks:
         pick = _repeated(look, told.get(ENCODED[0]), kind)
@@ -196,14 +201,14 @@ def _copies(looks: list[Look], given: Iterable[Tensor]) -> list[Look]:
         for look in reversed(looks):
             first = look.made[0]()
             own = look.marks if look.marks is not None or first is None else _marks(first)
-            if own is None or own.device != marks.device:
+            if own is None:
                 continue
-            alike = marks[:, None] == own
+            alike = marks[:, None].to(own.device) == own
             if bool(alike.any(1).all()):
                 pick = partial(_picked, alike.long().argmax(1), len(own))
                 memory = {number: _each(noted, pick) for number, noted in look.memory.items()}
-                looks.append(Look([ref(x)], memory, marks))  # so that it is known in the steps that follow
-                return looks[-1:]
+                looks.insert(0, Look([ref(x)], memory))  # so that it is known in the steps that follow
+                return looks[:1]
     return []
 
 

@@ -25,6 +25,7 @@ from heedful.adapters.merging import require_parted, without_grids
 from heedful.adapters.taking import tokens_of
 from heedful.core.errors import FieldError, RefusedModel
 from heedful.core.method import Stack
+from heedful.core.positions import Positions
 from heedful.core.regions import Marks
 from heedful.engine.again import stand_around
 from heedful.engine.run import Run
@@ -96,6 +97,7 @@ class Forwards:
     _graph: bool = False  # gradients may be asked of the forward under way
     _thread: int | None = None  # the one that a forward is under way in
     _process: int | None = None  # the one that the last forward was in
+    _mask: Any = None  # what the last of the models under way was handed as its attention mask
     _encodes: bool = False  # the last forward was handed nothing that an encoder had made
     _parts: dict[nn.Module, str] = field(default_factory=dict)  # the models in the model, by name
     _images: dict[str, tuple[nn.Module, Grid]] = field(default_factory=dict)  # those that read images, and their grids
@@ -163,13 +165,23 @@ class Forwards:
                 self.first(*given)
             self._graph = torch.is_grad_enabled()
             self.run.state.new_forward(blind, known)
-            self.run.state.now.told = places_in(kwargs.get("attention_mask"), kwargs.get("position_ids"))
+            self._mask = None
             requested = kwargs.get("output_attentions")
             if requested is None:
                 requested = getattr(getattr(model, "config", None), "output_attentions", False)
             self.patterns = bool(requested)
         self.run.state.now.ids[self._parts[model]] = tokens_of(kwargs)
+        self._look_for_places(self._parts[model], kwargs)
         self._inside += 1
+
+    def _look_for_places(self, name: str, kwargs: dict[str, Any]) -> None:
+        """Note what a caller's mask of pairs tells a model, unless the one around it was handed the same."""
+        mask, told = kwargs.get("attention_mask"), self.run.state.now.told
+        if mask is not self._mask:
+            self._mask = mask
+            places = places_in(mask, kwargs.get("position_ids"))
+            if places is not None or told:  # of a decoder's mask nothing, where its encoder's tells something
+                told[name] = places
 
     def _require_threads(self) -> None:
         """A fork has none of the threads that its parent computed with, and would wait for them without end."""
@@ -189,7 +201,7 @@ class Forwards:
         if self._inside and output is not None and self.run.stack:
             note_look(self.run.state, output)
         if not self._inside:
-            self._thread = None
+            self._thread = self._mask = None
             if output is None:
                 self.run.state.fail_forward()
             elif self.run.stack:
@@ -207,6 +219,10 @@ class Forwards:
             return None
         output["loss"] = output["loss"] + self.run.loss()
         return output
+
+    def told(self, bound: Bound) -> Positions | None:
+        """What a caller's mask of pairs tells of the keys of the model around a layer."""
+        return _around(bound.name, self.run.state.now.told)
 
     def roles(self, bound: Bound, tokens: int) -> Marks:
         """The run's roles, and what the tokens are of the image that a layer attends over."""

@@ -205,7 +205,7 @@ class Hooks:
             queries, keys = mask.spec.queries, mask.spec.keys
         else:
             start = 0 if cross else seen(cache, getattr(bound.module, "layer_idx", None))
-            told = None if cross or mask is None else self.run.state.now.told
+            told = None if cross or mask is None else self.forwards.told(bound)
             row = Positions.row(start, n, hidden.device), Positions.row(0, start + n, hidden.device)
             queries, keys = as_told(told, n, start + n, len(hidden)) or row
         if cross:

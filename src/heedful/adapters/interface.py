@@ -130,7 +130,8 @@ class Interface:
         if spread is not None and (spread := spread.serves(request, run)) is not None:
             request = spread.joined(request)
         q, k, v = request.q, request.k, request.v
-        given = understand(bound, request, held, run_state.now.queries, run_state.now.told)
+        told = forwards.told(bound) if run_state.now.told else None
+        given = understand(bound, request, held, run_state.now.queries, told)
         if not bound.cross and given.mask.causal:
             run_state.now.causal.add(list_of(bound.name))
         phase = Phase.of(given.queries, bound.cross and bound.cache is not None)

@@ -61,7 +61,7 @@ class Forward:
     losses: dict[Found, Tensor] = field(default_factory=dict)  # what steps penalised
     ids: dict[str, Tensor | None] = field(default_factory=dict)  # tokens given to the models in it, by name
     queries: dict[str, Positions] = field(default_factory=dict)  # where the tokens of each list of layers stand
-    told: Positions | None = None  # what a caller's mask of pairs tells of the keys
+    told: dict[str, Positions | None] = field(default_factory=dict)  # what a mask of pairs tells a model of its keys
     causal: set[str] = field(default_factory=set)  # lists of layers in which no token sees later ones
     merges: dict[int, Merges] = field(default_factory=dict)  # of lists of layers, by the number of their first
     looks: list[Look] = field(default_factory=list)  # of models inside the one that is called
@@ -84,4 +84,4 @@ class Memory(NamedTuple):
     run: dict[tuple[int, int], dict[str, Any]]
     ids: dict[str, Tensor | None]
     merges: dict[int, Merges]
-    told: Positions | None
+    told: dict[str, Positions | None]

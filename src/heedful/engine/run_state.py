@@ -133,7 +133,8 @@ class RunState:
     def memory(self) -> Memory:
         """What methods remember now, for whatever computes this again."""
         now = self.now
-        return Memory(now.number, _copied(now.memory), _copied(self._of_run), dict(now.ids), dict(now.merges), now.told)
+        own = dict(now.ids), dict(now.merges), dict(now.told)
+        return Memory(now.number, _copied(now.memory), _copied(self._of_run), *own)
 
     @contextmanager
     def computing_again(self, memory: Memory) -> Iterator[None]:
@@ -143,7 +144,7 @@ class RunState:
             "memory": _copied(memory.forward),
             "ids": dict(memory.ids),
             "merges": dict(memory.merges),
-            "told": memory.told,
+            "told": dict(memory.told),
         }
         self.now = Forward(memory.number, again=True, **kept)
         self._of_run = _copied(memory.run)
