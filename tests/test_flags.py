@@ -104,6 +104,9 @@ def test_columns_that_all_rows_keep_are_not_touched() -> None:
     for act, other in ((flags.zeroed, 0.0), (flags.lowered, LEAST)):
         assert torch.equal(act(x, keep), x.masked_fill(~keep, other))
         assert torch.equal(act(x, keep[..., :1, :]), x)  # flags of one row for all
+    rows = torch.arange(5)[:, None] != 2  # flags of whole rows
+    assert flags.left_out(rows, x) == slice(0, 9)
+    assert torch.equal(flags.zeroed(x, rows[None, None]), x * rows)
     clean = x * keep
     assert flags.zeroed(clean, keep) is clean
 
