@@ -95,15 +95,18 @@ def test_gradients_come_back_through_what_is_kept_and_are_cut_off_elsewhere(into
 
 def test_columns_that_all_rows_keep_are_not_touched() -> None:
     keep, x = torch.ones(1, 1, 5, 9, dtype=torch.bool), torch.randn(1, 2, 5, 9)
-    assert flags.left_out(keep) is None
+    assert flags.left_out(keep, x) is None
     assert flags.zeroed(x, keep) is x
     assert flags.lowered(x, keep) is x
     keep[..., 1, 3] = keep[..., 2, 6] = False
-    assert flags.left_out(keep) == slice(3, 7)
-    assert flags.left_out(keep.expand(1, 2, 5, 9)) == slice(3, 7)
+    assert flags.left_out(keep, x) == slice(3, 7)
+    assert flags.left_out(keep.expand(1, 2, 5, 9), x) == slice(3, 7)
     for act, other in ((flags.zeroed, 0.0), (flags.lowered, LEAST)):
         assert torch.equal(act(x, keep), x.masked_fill(~keep, other))
         assert torch.equal(act(x, keep[..., :1, :]), x)  # flags of one row for all
+    rows = torch.arange(5)[:, None] != 2  # flags of whole rows
+    assert flags.left_out(rows, x) == slice(0, 9)
+    assert torch.equal(flags.zeroed(x, rows[None, None]), x * rows)
     clean = x * keep
     assert flags.zeroed(clean, keep) is clean
 

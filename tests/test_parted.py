@@ -140,6 +140,12 @@ def test_what_scores_gain(method: Method, heads: int, backend: str, asked: Mock)
     assert asked.called == (heads == 1 and method.anywhere)
 
 
+@pytest.mark.parametrize("method", [Near(), Far()], ids=repr)
+def test_what_scores_gain_where_parts_share_queries(method: Method, asked: Mock) -> None:
+    compare_pulled("native", SHAPE, (clusters(1, 1),), method=method)
+    assert not asked.called
+
+
 def others(rule: Reached) -> dict[str, tuple[tuple[Rule, ...], dict[str, Any]]]:
     """Of calls that are computed as their tokens stand: rules, and what else there is."""
     return {
@@ -187,6 +193,20 @@ def test_it_is_derived_twice(made: Any, asked: Mock) -> None:
     for one, other in zip(twice("native"), twice("reference"), strict=True):
         assert close(one, other)
     assert asked.called
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("empty", [0, 1], ids=["nobody asks", "nobody gives"])
+def test_parts_without_a_query_or_a_key(empty: int, shared: bool, asked: Mock) -> None:
+    flags = list(chosen(2, 4, 1))
+    flags[empty] = torch.zeros_like(flags[empty])
+    rule = meet(*flags, shared=shared)
+    for backend in ("native", *(() if shared else ("tiled",))):
+        before = asked.call_count
+        leaves = [x.requires_grad_() for x in draw(SHAPE)]
+        heads = run(backend, Same(), *leaves, a_call(SHAPE, (rule,)))  # type: ignore[arg-type]
+        assert asked.call_count == before + 1
+        assert not any(bool(x.any()) for x in (heads, *torch.autograd.grad(heads.sum(), leaves)))
 
 
 def test_half_precision(asked: Mock) -> None:

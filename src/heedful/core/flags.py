@@ -79,20 +79,21 @@ def _compared(how: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:
     return how(a, b, out=torch.empty(0, dtype=a.dtype, device=a.device)).to(torch.bool)
 
 
-def zeroed(x: Tensor, keep: Tensor, into: bool = False) -> Tensor:
+def zeroed(x: Tensor, keep: Tensor, into: bool = False, near: slice | None = None) -> Tensor:
     """`x [... r k]` where `keep` says so, and zeros elsewhere, whatever stood there; `into` itself where it may.
 
-    It is `x` itself where that is so already. Nothing comes back through the other pairs.
+    It is `x` itself where that is so already. Nothing comes back through the other pairs. Who knows the columns
+    `left_out` says them as `near`.
     """
     if traced(x, keep):
         return x.masked_fill(~keep, 0.0)
-    if x.requires_grad and torch.is_grad_enabled():
-        found: Tensor = _Zeroed.apply(x, keep)
-        return found
-    keep = _spread(keep, x)
-    near = left_out(keep)
+    near = near or left_out(keep, x)
     if near is None:
         return x
+    if x.requires_grad and torch.is_grad_enabled():
+        found: Tensor = _Zeroed.apply(x, keep, near)
+        return found
+    keep = _spread(keep, x)
     part = x.detach()[..., near]
     clean = _products(part, keep[..., near])
     if torch.equal(part, clean):
@@ -108,14 +109,15 @@ class _Zeroed(torch.autograd.Function):
     """There and back through the columns alone that some row leaves out."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keep: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, keep: Tensor, near: slice) -> Tensor:
         ctx.save_for_backward(keep)
-        return zeroed(x, keep)
+        ctx.near = near
+        return zeroed(x, keep, near=near)
 
     @staticmethod
-    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None, None]:
         (keep,) = ctx.saved_tensors
-        return zeroed(given, keep), None
+        return zeroed(given, keep, near=ctx.near), None, None
 
 
 def _products(x: Tensor, keep: Tensor) -> Tensor:
@@ -128,18 +130,18 @@ def _products(x: Tensor, keep: Tensor) -> Tensor:
     return out
 
 
-def lowered(x: Tensor, keep: Tensor, into: bool = False, cut: bool = False) -> Tensor:
+def lowered(x: Tensor, keep: Tensor, into: bool = False, cut: bool = False, near: slice | None = None) -> Tensor:
     """`x [... r k]` where `keep` says so, and the least number elsewhere; `into` itself where it may.
 
     It is `x` itself where all are kept. What comes back through the least number is not `cut` off where `keep` says no:
-    nothing does from a softmax.
+    nothing does from a softmax. `near` is as in `zeroed`.
     """
     if traced(x, keep):
         return x.masked_fill(~keep, torch.finfo(x.dtype).min)
-    keep = _spread(keep, x)
-    near = left_out(keep)
+    near = near or left_out(keep, x)
     if near is None:
         return x
+    keep = _spread(keep, x)
     if near == slice(0, keep.shape[-1]):
         return _sums(x, keep, into, cut)
     x = x if into else x.clone()
@@ -147,9 +149,14 @@ def lowered(x: Tensor, keep: Tensor, into: bool = False, cut: bool = False) -> T
     return x
 
 
-def left_out(keep: Tensor) -> slice | None:
-    """The columns of `keep [... r k]` from the first to the last that some row leaves out; None where all are kept."""
-    columns = (~every(keep.flatten(0, -2), 0)).nonzero()[:, 0]
+def left_out(keep: Tensor, x: Tensor) -> slice | None:
+    """The columns of `x [... r k]` from the first to the last that `keep` leaves out of a row; None where all are kept.
+
+    Looking has to wait for a GPU. Where nobody can look it is all columns.
+    """
+    if traced(keep):
+        return slice(0, x.shape[-1])
+    columns = (~every(_spread(keep, x).flatten(0, -2), 0)).nonzero()[:, 0]
     return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else None
 
 

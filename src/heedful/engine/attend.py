@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heedful.core.call import Call
 from heedful.core.errors import SiteError
-from heedful.core.flags import lowered, zeroed
+from heedful.core.flags import left_out, lowered, zeroed
 from heedful.core.method import Step
 from heedful.core.sites import MAP_SITES, Site
 from heedful.core.summary import SummaryAccumulator
@@ -25,7 +25,7 @@ from heedful.engine.earlier import with_earlier
 from heedful.engine.needs import Needs, tilewise
 from heedful.engine.plan import Plan
 from heedful.engine.precision import mixed, unmixed, wide, widened
-from heedful.engine.stages import added, chosen_heads, in_heads, own_rows, stage, staged, weighing_of
+from heedful.engine.stages import added, at_distances, chosen_heads, in_heads, own_rows, stage, staged, weighing_of
 from heedful.engine.untouched import Untouched
 
 SHARED_ROWS = 64  # of a product, from which on threads share it
@@ -98,13 +98,13 @@ def gained(job: AttentionCall, call: Call, like: Tensor) -> Tensor | None:
     return total if total is None else total.expand(*total.shape[:3], shape[3])
 
 
-def gained_by_distance(job: AttentionCall, like: Tensor) -> Tensor | None:
-    """What the `diagonals` of a call gain, `[1 h|1 1 m]`, of the type of `like`; None where something else is added."""
+def gained_by_distance(job: AttentionCall) -> Tensor | None:
+    """What the `diagonals` of a call gain, `[1 h|1 1 m]` in float32; None where something else is added."""
     steps, call = job.plan.tiles(Site.SCORES), job.call
     if not steps or not all(step.edit.by_distance for step in steps) or (far := diagonals(call)) is None:
         return None
-    found = (getattr(step.method, step.edit.name)(far, job.run_state.view(step, call)) for step in steps)
-    gains = (in_heads(step, job, call, x[None, :, None].to(like.dtype)) for step, x in zip(steps, found, strict=True))
+    found = (at_distances(step, job, call, far) for step in steps)
+    gains = (in_heads(step, job, call, x[None, :, None].float()) for step, x in zip(steps, found, strict=True))
     return reduce(add, gains)
 
 
@@ -116,25 +116,24 @@ def tile(job: AttentionCall, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tup
     scores = call.capped(scores if early else scores.mul_(call.scale))
     scores = biased(scores, job, call.rows, call.cols)
     scores, call = staged(Site.SCORES, scores, job, call)
-    keep = call.keep
-    if keep is not None:
+    keep, steps = call.keep, job.plan.at(Site.NORMALISE)
+    near = None if keep is None else left_out(keep, scores)
+    if keep is not None and near:
         # in place where no step has seen them
-        seen, normalised = bool(job.plan.at(Site.SCORES)), bool(job.plan.at(Site.NORMALISE))
-        scores = lowered(scores, keep, into=not seen, cut=normalised)
+        scores = lowered(scores, keep, into=not job.plan.at(Site.SCORES), cut=bool(steps), near=near)
     sink = job.sink if job.sink is None or job.sink.shape[-2] == 1 else job.sink[..., call.rows, :]
-    steps = job.plan.at(Site.NORMALISE)
-    whole = [step for step in steps if step.heads is None]
-    if any(step.edit.weighs or step in job.run_state.changed for step in whole):
-        weights = scores  # no head has a softmax, and nobody asks any more whether a step changes it
+    first = steps[0] if steps and steps[0].heads is None else None
+    if first and (first.edit.weighs or first in job.run_state.changed):
+        weights = scores  # no head has a softmax, and nobody asks any more whether the step changes it
     else:
         # one that a step is compared with is not learned through: what is computed again may do without
-        weights = softmax(scores.detach() if whole else scores, sink, job.lent("weights", scores.shape, scores))
+        weights = softmax(scores.detach() if first else scores, sink, job.lent("weights", scores.shape, scores))
     for step in steps:
         weights = _normalised(step, scores, weights, job, call)
-    if keep is not None:
+    if keep is not None and near:
         # zeros already, but where a step hid all that a query may see by numbers as low, or normalises otherwise;
         # what a step made is not changed in place
-        weights = zeroed(weights, keep, into=not steps)
+        weights = zeroed(weights, keep, into=not steps, near=near)
     weights = stage(Site.PATTERN, weights, job, call)
     if call.above:
         scores, weights, call = scores[:, :, call.above :], weights[:, :, call.above :], own_rows(call)

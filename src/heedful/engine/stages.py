@@ -168,9 +168,10 @@ def _edited(step: Step, x: Tensor, job: AttentionCall, call: Call) -> tuple[Tens
 
 def added(step: Step, job: AttentionCall, call: Call, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
     """What a step adds to a tile's scores of that shape `b h r k`, in the heads that it is for; None for nothing."""
-    view = job.run_state.view(step, call)
-    act = getattr(step.method, step.edit.name)
-    found = by_distance(lambda far: act(far, view), view) if step.edit.by_distance else act(view)
+    if step.edit.by_distance:
+        found = by_distance(lambda far: at_distances(step, job, call, far), call)
+    else:
+        found = getattr(step.method, step.edit.name)(job.run_state.view(step, call))
     if found is None:
         job.run_state.offered[step] += 1
         return None
@@ -181,6 +182,18 @@ def added(step: Step, job: AttentionCall, call: Call, shape: tuple[int, ...], dt
             f"nothing, got {got}"
         )
     return in_heads(step, job, call, found.to(dtype))
+
+
+def at_distances(step: Step, job: AttentionCall, call: Call, far: Tensor) -> Tensor:
+    """What scores gain at distances `[m]`, as the step says it, `[h|1 m]`."""
+    found = getattr(step.method, step.edit.name)(far, job.run_state.view(step, call))
+    if not isinstance(found, Tensor) or found.shape not in {(h, len(far)) for h in (1, call.heads)}:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise SiteError(
+            f"{step}, layer {call.layer}: must return what scores gain at each distance, [h|1, m] = "
+            f"{(call.heads, len(far))}, got {got}"
+        )
+    return found
 
 
 def in_heads(step: Step, job: AttentionCall, call: Call, found: Tensor) -> Tensor:

@@ -11,14 +11,13 @@ from torch import Tensor
 from heedful.core.mask import Dense, Mask
 from heedful.core.ragged import padded
 from heedful.core.rules import Parts
-from heedful.core.sites import Site
 from heedful.core.values import replace
 from heedful.engine.attention_call import AttentionCall
 from heedful.engine.backends.native_call import Asked, attended, point, pulled
 from heedful.engine.backends.parted import Fold, folded
 from heedful.engine.backends.tiled import Tiled
 from heedful.engine.needs import Needs
-from heedful.engine.plan import Plan
+from heedful.engine.plan import NO_STEPS
 from heedful.engine.run_state import RunState
 from heedful.native import Library
 
@@ -26,7 +25,7 @@ from heedful.native import Library
 def merged(kernel: Library, job: AttentionCall, parts: tuple[Parts, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The heads of a call whose queries stand in several parts."""
     q, k, v = padded(q), padded(k), padded(v)
-    plain = replace(job, plan=Plan(job.plan.at(Site.NORMALISE)), spare=None)
+    plain = replace(job, plan=NO_STEPS, spare=None)
     return _Merged.apply(q, k, v, kernel, plain, [fold for part in parts for fold in folded(part, (q, k, v))])
 
 
@@ -71,7 +70,7 @@ class _Merged(torch.autograd.Function):
         saved = (each[name] for each, names in zip(held, ctx.names, strict=True) for name in names)
         ctx.save_for_backward(q, k, v, merged, rows, *saved)
         ctx.kernel, ctx.folds, ctx.problems = kernel, folds, [piece.asked.problem for piece, _ in found]
-        ctx.call, ctx.plan = job.call, job.plan
+        ctx.call = job.call
         ctx.fresh = partial(RunState, job.run_state.stack, job.run_state.params)
         return merged[:-1].view(texts, heads, queries, width).to(q.dtype)
 
@@ -79,7 +78,7 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, merged, rows, *saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants to derive once more
-            job = AttentionCall(ctx.plan, ctx.fresh(), ctx.call, needs=Needs(call=ctx.call, tensors=(q, k, v)))
+            job = AttentionCall(NO_STEPS, ctx.fresh(), ctx.call, needs=Needs(call=ctx.call, tensors=(q, k, v)))
             heads, asks = Tiled()(job, q, k, v)[0], ctx.needs_input_grad[:3]
             wanted = [x for x, asked in zip((q, k, v), asks, strict=True) if asked]
             found = iter(torch.autograd.grad(heads, wanted, given.to(heads.dtype), create_graph=True))
@@ -92,7 +91,7 @@ class _Merged(torch.autograd.Function):
             own_rows = rows[at.flatten()]
             for name, x in [*((name, next(left)) for name in names), ("rows", own_rows)]:
                 point(problem, name, x)
-            theirs, gave = (x[at.flatten()].view(*at.shape, -1) for x in (merged, due))
+            theirs, gave = (x[at.flatten()].view(*at.shape, x.shape[-1]) for x in (merged, due))
             given_back = pulled(ctx.kernel, problem, own, theirs, gave, None, False)
             for to, new, where in zip(made, given_back, (fold.part.rows, *(fold.part.cols,) * 2), strict=True):
                 fold.add(to, new, where)

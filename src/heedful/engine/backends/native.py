@@ -74,9 +74,9 @@ class Native:
         needs = job.needs or Needs(call=job.call)
         if (rule := _arranged(needs)) is not None:
             return _in_order(kernel, job, rule, q, k, v), None
-        if not needs.weighed and (parts := parts_of(job, shared=True)):
+        if not (needs.weighed or needs.adds) and (parts := parts_of(job, shared=True)):
             return merged(kernel, job, parts, q, k, v), None
-        if (apart := _by_distance(job, needs, q)) is not None:
+        if (apart := _by_distance(job, needs)) is not None:
             return computed(kernel, apart, q, k, v), None
         if _why_tiles(needs):
             return Tiled(compute=partial(_tile, kernel))(job, q, k, v)
@@ -102,10 +102,10 @@ def _why_tiles(needs: Needs) -> str:
     return STRETCHES if passes and needs.key_ranges is None else ""
 
 
-def _by_distance(job: AttentionCall, needs: Needs, q: Tensor) -> AttentionCall | None:
+def _by_distance(job: AttentionCall, needs: Needs) -> AttentionCall | None:
     """A call whose scores gain what goes by distance alone, as one of the whole."""
     needs = replace(needs, adds=())
-    if needs.bias or _why_tiles(needs) or (gains := gained_by_distance(job, q)) is None:
+    if needs.bias or _why_tiles(needs) or (gains := gained_by_distance(job)) is None:
         return None
     plan, needs = Plan(job.plan.at(Site.NORMALISE)), replace(needs, learned=(gains,))
     return replace(job, plan=plan, bias=gains, diagonal=True, needs=needs, spare=None)

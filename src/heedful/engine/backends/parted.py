@@ -44,7 +44,7 @@ def parts_of(job: AttentionCall, shared: bool = False) -> tuple[Parts, ...]:
     steps = [step for site in sites for step in plan.tiles(site) if not step.edit.weighs]
     if not all(step.method.anywhere for step in steps):
         return ()
-    rules = [rule for rule in call.mask.rules if not rule.idle(call.queries, call.keys)]
+    rules = call.mask.acting(call.queries, call.keys)
     parts = rules[0].parts() if len(rules) == 1 else ()
     if any(part.shared != shared or (steps and _by_head(part)) for part in parts):
         return ()

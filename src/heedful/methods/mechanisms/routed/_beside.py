@@ -10,7 +10,7 @@ from torch import Tensor
 from heedful.authoring import Call, Layer, Method, Site, SiteError, at
 from heedful.kit.told import of_keys
 
-QUERY, KEY, VALUE, HEADS = PARTS = ("query", "key", "value", "heads")
+QUERY, KEY, VALUE, HEADS = "query", "key", "value", "heads"  # what something is added to
 
 
 def sizes(layer: Layer) -> dict[str, tuple[int, int]]:
@@ -33,7 +33,7 @@ class Beside(Method, abstract=True):
 
     @abstractmethod
     def beside(self, part: str, x: Tensor, call: Call) -> Tensor:
-        """What is added to one of the PARTS, `[b n out]`, given what it is made of, `[b n in]`."""
+        """What is added to a part, `[b n out]`, given what it is made of, `[b n in]`."""
 
     def idle(self, call: Call) -> bool:
         return call.cross
