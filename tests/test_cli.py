@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import inspect
 import json
+import pickle
 import runpy
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from heedful.cli import main, require_given
 from heedful.cli.app import app
 from heedful.cli.console import console
 from heedful.cli.methods import VERBS
+from heedful.core.code import code_of, file_of
 from heedful.core.errors import HeedfulError
 from heedful.methods import SinkWindow
 
@@ -214,6 +218,38 @@ def test_a_file_that_was_changed_is_read_again(tmp_path: Path, monkeypatch: pyte
         find(str(file))
     file.write_text(OWN, encoding="utf-8")
     assert entry_from(str(file)).share == 0.5
+
+
+def test_what_is_kept_under_the_code_of_a_file_goes_by_what_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that neither a comparison nor a training goes on from what other code under the same name has made."""
+    file = tmp_path / "own_kept.py"
+    monkeypatch.setitem(sys.modules, "own_kept", None)
+    del sys.modules["own_kept"]
+    file.write_text(OWN, encoding="utf-8")
+    first = entry_from(str(file))
+    file.write_text(OWN.replace("weights * self.share", "weights / self.share"), encoding="utf-8")
+    before = code_of(first), file_of("own_kept")
+    assert "weights * self.share" in before[1]
+    again = entry_from(str(file))
+    assert "weights / self.share" in file_of("own_kept")
+    assert code_of(again) != before[0]
+    assert pickle.loads(pickle.dumps(again)) == again
+    assert copy.deepcopy(first) == first != again
+
+
+def test_a_file_that_somebody_imported_is_read_again_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "own_imported", None)
+    del sys.modules["own_imported"]
+    file = tmp_path / "own_imported.py"
+    file.write_text(OWN, encoding="utf-8")
+    importlib.invalidate_caches()
+    there = importlib.import_module("own_imported")
+    assert find(str(file)) is there.Halved
+    file.write_text(OWN.replace("0.5", "0.7"), encoding="utf-8")
+    assert entry_from(str(file)).share == 0.7
 
 
 def test_what_is_cited_or_shown_may_have_settings() -> None:

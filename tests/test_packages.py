@@ -161,6 +161,21 @@ def test_a_copy_that_is_asked_for_as_it_goes_stays(monkeypatch: pytest.MonkeyPat
     assert [*tmp_path.rglob("*")] == [home, home / "model.safetensors"]
 
 
+def test_an_old_copy_that_cannot_be_moved_stays_and_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    os.utime(old, (time.time() - 31 * 24 * 3600,) * 2)
+
+    def refused(*_: Path) -> None:
+        raise PermissionError("another process has files of it open")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    copies._drop_unused([old])
+    assert [*tmp_path.iterdir()] == [old]
+
+
 @pytest.mark.parametrize("how", ["moved away", "put its own there", "put its own there first"])
 def test_a_spoilt_copy_that_another_process_replaces_meanwhile_is_no_error(
     how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import linecache
 import pkgutil
 import re
 import sys
@@ -75,11 +76,13 @@ def _of_file(file: Path, name: str | None) -> type[CatalogueEntry]:
     if (there or origin) and Path(origin or "").resolve() != file.resolve():
         raise CatalogueError(f"{file}: there is a module named {file.stem} already; give the file another name")
     source = file.read_bytes()
-    if there is None or _READ.get(file.stem, source) != source:
+    if there is None or _READ.setdefault(file.stem, source) != source:
         loader = SourceFileLoader(file.stem, str(file))
         spec = importlib.util.spec_from_loader(file.stem, loader)
         there = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
         _READ[file.stem] = source
+        lines = importlib.util.decode_source(source).splitlines(keepends=True)
+        linecache.cache[str(file)] = len(source), None, lines, str(file)  # its code is told as it was read
         try:
             exec(loader.source_to_code(source, str(file)), vars(there))
         except BaseException:

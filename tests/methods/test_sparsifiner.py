@@ -180,5 +180,8 @@ def test_what_cannot_be() -> None:
     model = models.tiny("vit")
     with pytest.raises(FieldError, match=r"batches = 0: must be 1 or more"):
         fit(Sparsifiner(), model, [])
+    text = models.tiny("llama")
+    with pytest.raises(FieldError, match="must be read by a layer whose tokens see all others"):
+        fit(Sparsifiner(), text, [models.tiny_inputs(text)])
     with pytest.raises(SiteError, match="queries and keys are known from MASK on"):
         _method(0.25, 8, 0.02).narrow(Mask(), _bare().call)

@@ -27,13 +27,18 @@ def sources(modules: Iterable[str], followed: tuple[str, ...]) -> list[str]:
     return [found[name] for name in sorted(found)]
 
 
-@cache
 def file_of(module: str) -> str:
     """A file as it was when it was asked for first; what was typed at a prompt is told by its name alone."""
+    return _file_of(sys.modules[module])
+
+
+@cache
+def _file_of(module: ModuleType) -> str:
+    """By the module and not its name, since a file of one's own is read again where it was changed."""
     try:
-        return inspect.getsource(sys.modules[module])
+        return inspect.getsource(module)
     except (OSError, TypeError):
-        return module
+        return module.__name__
 
 
 def code_of(*given: Any) -> str:

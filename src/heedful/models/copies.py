@@ -58,7 +58,7 @@ def unpacked(paths: Sequence[Path], convert: Convert, takes: str) -> Path:
 def _drop_unused(homes: Iterable[Path]) -> None:
     """Remove those that nobody has asked for in a month; whoever reads one meanwhile finds all of it or none."""
     for home in homes:
-        with suppress(FileNotFoundError):  # another process was first
+        with suppress(OSError):  # another process was first, or has it open and may not be disturbed
             if not _is_unused(home):
                 continue
             away = Path(tempfile.mkdtemp(prefix=GONE, dir=home.parent))

@@ -91,7 +91,7 @@ class WeibullWeights(Weights):
         body = (below >= margin) & (below <= 1 - margin)
         weight = count * body
         weight = weight / weight.sum(-1, keepdim=True)
-        a, b = center, (-torch.log1p(-below)).log().where(body & (count > 0), 0.0)
+        a, b = center, (-torch.log1p(-below)).log().where(body, 0.0)
         a0, b0 = ((weight * x).sum(-1, keepdim=True) for x in (a, b))
         a, b = a - a0, b - b0
         aa, ab, bb = ((weight * u * v).sum(-1) for u, v in ((a, a), (a, b), (b, b)))

@@ -28,7 +28,7 @@ class AttentionEditing(Conversion):
             "are the stream as it leaves each converted layer.",
             "The target is any stack: what it learns is new, and the layer's projections begin as they were. The "
             "paper's latent attention has projections of its own; its GateSWA is written here as SinkWindow | "
-            "GatedHeads, with one gate a head from the layer's input.",
+            "GatedHeads(whole=True), with one gate a head from the layer's input.",
             "All layers are taught in one forward: each is shown the model's own input, so that none feels another.",
             "The second stage trains every weight of the copy.",
         ),

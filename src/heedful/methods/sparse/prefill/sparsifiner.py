@@ -125,6 +125,9 @@ class Sparsifiner(Method):
         with torch.no_grad(), context.attach(reader) as run:
             for inputs in at_least_one(self, batches, {"pixel_values": "..."}):
                 run(**inputs)
+        if not reader.seen:
+            rule = "must be read by a layer whose tokens see all others, as those of an image"
+            raise FieldError(self, "batches", "read by none", rule, [{"pixel_values": "..."}])
         found: dict[str, Tensor] = {}
         for layer, seen in reader.seen.items():
             found |= {f"{name}.{layer}": x for name, x in self._taught(layer, seen).items()}
