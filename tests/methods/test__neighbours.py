@@ -61,7 +61,9 @@ def test_what_goes_by_offsets_is_the_table_s_entry_of_each_pair(keys: str, step:
     table = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0))
     query, key = (torch.tensor(x)[:, None] for x in (asking, held))
     call: Any = SimpleNamespace(coordinates=lambda role: (query, key), region=lambda role: Region(((0, 20),), GRID))
-    found = Lines(call).by_offset(table, step)
+    lines = Lines(call)
+    assert (lines._place is None) == keys.startswith("a rectangle of each text"), "these are not looked up one by one"
+    found = lines.by_offset(table, step)
     wanted = torch.zeros(len(held), 2, 3, len(held[0]))
     for b, places in enumerate(held):
         for i, (y, x) in enumerate(asking[b]):
