@@ -47,7 +47,7 @@ def test_both_halves_of_a_model_are_told_which_tokens_are_padding() -> None:
     text, halves = IDS[0], ("input_ids", "decoder_input_ids")
     alike = batch_of(models.tiny("t5"), [text, text.flip(0)])
     wanted = [*IDS.tolist(), *IDS.flip(1).tolist()]
-    assert {name: x.tolist() for name, x in alike.items()} == {name: wanted for name in halves}
+    assert {name: x.tolist() for name, x in alike.items()} == dict.fromkeys(halves, wanted)
     unlike = batch_of(models.tiny("t5"), [text, text[:5]])
     for name in ("attention_mask", "decoder_attention_mask"):
         assert unlike[name].tolist() == [[1] * 7, [1] * 5 + [0] * 2]
