@@ -8,12 +8,13 @@ from torch import Tensor
 
 import heedful
 from heedful import models
+from heedful.conformance.bare import Bare
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
 from heedful.core.fitted import Fitted
 from heedful.core.sites import Site, reads
 from heedful.core.stats import Cat
-from heedful.explaining.activation_patching import HeadEffects, patching, path_patching
+from heedful.explaining.activation_patching import HeadEffects, _placing, patching, path_patching
 from heedful.methods.explain.patch import Patch
 from tests.samples import PAPER, uneven
 
@@ -286,3 +287,12 @@ def test_texts_that_share_a_row_are_refused_and_padding_may_have_any_place(packe
     }
     found = patching(model, padded["clean"], padded["corrupt"], metric)
     assert close_model(found.share, patching(model, CLEAN, CORRUPT, metric).share)
+
+
+def test_what_is_kept_stands_by_text_position_however_long_the_text_is() -> None:
+    text = torch.arange(19) >= torch.tensor([[0], [4]])
+    bare = Bare(text=text)
+    found = _placing(Site.QUERY).keep(bare.q, bare.call).value[0]  # type: ignore[attr-defined]
+    assert torch.equal(found[0], bare.q[0])
+    assert torch.equal(found[1, :, :15], bare.q[1, :, 4:])
+    assert not bool(found[1, :, 15:].any())

@@ -11,7 +11,7 @@ import torch
 from heedful import models
 from heedful.conformance.tolerances import close, close_model
 from heedful.core.errors import FieldError
-from heedful.explaining.aim import Aim, _causal, aim_of, fed, read_by, strongest
+from heedful.explaining.aim import Aim, _causal, aim_of, batch_of, fed, read_by, strongest
 
 IDS = torch.tensor([[5, 17, 9, 88, 40, 23, 61]])
 
@@ -41,6 +41,16 @@ def test_a_decoder_reads_what_the_encoder_does_unless_it_is_told() -> None:
     assert torch.equal(fed("x()", model, IDS, None)["decoder_input_ids"], IDS)
     both = fed("x()", model, {"input_ids": IDS, "decoder_input_ids": other}, None)
     assert torch.equal(both["decoder_input_ids"], other)
+
+
+def test_both_halves_of_a_model_are_told_which_tokens_are_padding() -> None:
+    text, halves = IDS[0], ("input_ids", "decoder_input_ids")
+    alike = batch_of(models.tiny("t5"), [text, text.flip(0)])
+    wanted = [*IDS.tolist(), *IDS.flip(1).tolist()]
+    assert {name: x.tolist() for name, x in alike.items()} == dict.fromkeys(halves, wanted)
+    unlike = batch_of(models.tiny("t5"), [text, text[:5]])
+    for name in ("attention_mask", "decoder_attention_mask"):
+        assert unlike[name].tolist() == [[1] * 7, [1] * 5 + [0] * 2]
 
 
 @pytest.mark.parametrize(

@@ -181,9 +181,9 @@ def test_what_methods_share_is_tried_with_the_tests_of_those_who_use_it() -> Non
 def test_what_verbs_share_is_tried_with_the_tests_of_those_who_use_it() -> None:
     paths = {path.stem: path for path in tool.files()}
     verbs = [path for path in paths.values() if path.parent == tool.EXPLAINING]
-    assert [path.stem for path in verbs if tool.is_shared(path)] == ["aim", "drawn", "stream", "streams"]
+    assert [path.stem for path in verbs if tool.is_shared(path)] == ["aim", "drawn", "states", "stream"]
     assert [path.stem for path in tool.users(paths["stream"])] == ["logits", "tracing"]
-    tests = [path.stem for path in tool.tests_of(paths["streams"])]
+    tests = [path.stem for path in tool.tests_of(paths["states"])]
     assert tests == ["test_ablation", "test_depth", "test_gradients", "test_likening", "test_linear"]
     assert paths["gradients"] in tool.users(paths["labels"]), "what the kit holds is not for methods alone"
     for path in verbs:

@@ -12,7 +12,7 @@ import torch
 from heedful.cli.pictured import pipeline
 from heedful.core.errors import HeedfulError, ModelError
 from heedful.core.figures import Lit
-from heedful.explaining.picturing import END, START, WordMap, WordMaps, _words
+from heedful.explaining.picturing import END, START, WordMap, WordMaps, _told_apart, _words
 from heedful.looking import grid, one_size
 from heedful.report.lit import DARK, lit, png, sources
 from tests.test_picturing import PROMPT, Words
@@ -86,6 +86,16 @@ def test_pictures_are_as_they_are_and_then_lit_by_each_map_and_small_ones_are_ma
     assert (plain, name) == ("the picture", "0. a")
     assert first == png(torch.ones(3, 120, 60))
     assert second == png(lit(torch.ones(3, 120, 60), half)) != first
+
+
+def test_layers_are_told_apart_by_what_their_names_do_not_share_at_the_end() -> None:
+    for names, told in (
+        (["down.0.attn", "up.0.attn"], ["down", "up"]),
+        (["attn", "up.attn"], ["attn", "up.attn"]),  # something is left of each
+        (["up.attn"], ["up.attn"]),
+        (["a.one", "a.two"], ["a.one", "a.two"]),
+    ):
+        assert _told_apart(names) == told
 
 
 def test_marks_are_no_words_of_what_is_found() -> None:

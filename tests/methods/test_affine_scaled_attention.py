@@ -93,6 +93,15 @@ def test_the_running_mean_moves_in_training_alone_and_leaves_padding_out() -> No
     assert params["weight"].grad is not None
 
 
+def test_one_token_alone_is_its_own_mean_and_padding_alone_is_zero() -> None:
+    for many in (0, 1):
+        bare = Bare(text=(torch.arange(19) < many).expand(2, 19) & torch.tensor([[True], [False]]))
+        params = {name: nn.Parameter(x) for name, x in drawn().items()}
+        AffineScaledAttention(0.0).watch(bare.q, replace(bare.call, hidden=bare.hidden, params=params))
+        wanted = [many * linear_clipping(float(w @ bare.hidden[0, 0])) for w in params["weight"].detach()]
+        assert close(params["mean"].detach(), torch.tensor(wanted))
+
+
 def test_the_first_step_s_loss_and_gradient() -> None:
     model = models.tiny("llama")
     ids = models.tiny_inputs(model)["input_ids"]
@@ -132,6 +141,7 @@ def test_it_starts_as_a_linear_map_with_no_mean() -> None:
     again = torch.rand(4, 32, generator=torch.Generator().manual_seed(3))
     assert close(found["weight"], (2 * again - 1) / 32**0.5)
     assert found["mean"].tolist() == [0.0] * 4
+    assert not found["mean"].requires_grad, "the mean moves by itself"
 
 
 def test_errors() -> None:

@@ -178,6 +178,14 @@ def test_says_nothing_of_delimiters_that_nobody_named() -> None:
     assert any("Punctuation" in finding.text for finding in told.findings)
 
 
+def test_delimiters_weigh_by_how_far_from_an_even_spread_they_are_looked_at() -> None:
+    for share, fair, weight in ((0.4, 0.1, 0.05 + 0.6 * 3 / 4), (0.1, 0.4, 0.05 + 0.6 * 3 / 4), (0.2, 0.2, 0.05)):
+        profile = made({0: [{1: 0.7}, {1: 0.6}]})
+        profile.parts["delimiters"], profile.parts["fair"] = ({0: torch.full((2,), x)} for x in (share, fair))
+        told = next(x for x in AttentionProfile().describe(profile).findings if "Punctuation" in x.text)
+        assert told.weight == pytest.approx(weight)
+
+
 def test_a_text_of_one_token_can_be_told() -> None:
     profile = found(models.tiny("llama"), {"input_ids": ids(1)})
     assert profile.mean("first") == 1.0

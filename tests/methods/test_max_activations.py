@@ -117,6 +117,13 @@ def test_massive_is_above_the_threshold_times_the_mean_however_small() -> None:
     assert answer.massive_channels() == {1: [1]}
 
 
+def test_sums_are_one_for_all_channels() -> None:
+    high, one = torch.zeros(2, 3), torch.zeros(2)
+    assert Peaks(high, high, one, one).fits
+    for other in (high, torch.zeros(())):
+        assert not Peaks(high, high, other, other).fits
+
+
 @pytest.mark.parametrize(("place", "words"), [(0, "the first token"), (3, "token 3"), (1, "token 1")])
 def test_the_finding_names_the_token(place: int, words: str) -> None:
     answer = Maxima({0: _peaks([1.0, 8.0], [7, place], 2.0)}, 4.0)

@@ -184,6 +184,14 @@ def test_padding_moves_a_picture() -> None:
     assert close(found[1, :, :N, :N], wanted)
 
 
+@pytest.mark.parametrize("sigma", [0.0, 0.5, 1.0])
+def test_a_smoothed_map_is_as_high_as_before_but_at_its_borders(sigma: float) -> None:
+    drawn = torch.rand(2, 2, ROWS, COLS, generator=torch.Generator().manual_seed(5))
+    found = SaaS(blur=sigma)._smoothed(drawn)
+    for one, wanted in zip(found.flatten(0, 1), drawn.flatten(0, 1), strict=True):
+        assert close(one.flatten(), torch.tensor(smoothed(wanted.flatten().tolist(), ROWS, COLS, sigma)))
+
+
 def test_what_goes_to_a_sink_stays_there() -> None:
     patterns = [maps(0), maps(1)]
     patterns[1][:, 1] /= 2  # the other half of what this head gives

@@ -62,6 +62,17 @@ def test_the_length_of_queries_and_keys_tells_nothing() -> None:
     assert close(bare.run(method, "reference")[0], longer.run(method, "reference")[0])
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0, 15.0, 0.5, 1.5, 3.5])
+def test_whole_powers_are_products_of_their_own_and_others_are_torch_s(power: float) -> None:
+    x = (0.5 + torch.rand(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).requires_grad_()
+    found = powered(x, power)
+    assert ("_Powered" in type(found.grad_fn).__name__) == (power == int(power))
+    assert found.data_ptr() != x.data_ptr()
+    assert close(found, torch.stack([torch.exp(power * one.log()) for one in x]))
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    assert close(slope, power * torch.exp((power - 1) * x.detach().log()))
+
+
 def test_the_first_step_s_loss_and_gradient() -> None:
     learns(SoftplusAttention(3.0), partial(weights, power=3.0))
 

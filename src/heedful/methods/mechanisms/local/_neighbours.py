@@ -26,7 +26,7 @@ def within(mask: Mask, call: Call, size: Sequence[int], stride: Sequence[int], d
         n, w, s, d = (each[axis] for each in (grid, size, stride, dilation))
         rest = at % d
         many = (n - rest + d - 1) // d
-        leader = (at // d // s * s + s // 2).minimum(many - 1)  # the query in the middle of its group
+        leader = at // d // s * s + s // 2  # the query in the middle of its group, or where it would stand
         start = (leader - w // 2).clamp(min=0).minimum(many - w) * d + rest  # moved in at borders
         inside = between(cols, start, start + w * d)
         return both(inside, same(cols % d, rest)) if d > 1 else inside
