@@ -76,7 +76,9 @@ def given_back(
     return found.detach() * text, *torch.autograd.grad((found * waves).sum(), leaves)
 
 
-@pytest.mark.parametrize("rules", [CAUSAL, (), RULES["blind rows"], RULES["sliding"]], ids=str)
+@pytest.mark.parametrize(
+    "rules", [CAUSAL, (), RULES["blind rows"], RULES["sliding"]], ids=["causal", "both", "blind rows", "sliding"]
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("each", [True, False], ids=["each head", "all heads"])
 def test_there_and_back(each: bool, shape: tuple[int, ...], rules: tuple[Rule, ...], asked: Mock) -> None:
