@@ -82,13 +82,13 @@ def test_random_problems_hold_and_a_fault_in_one_is_counted(monkeypatch: pytest.
     told = sum((problems.Problem(number).complaints() for number in range(12)), Counter())
     assert told[problems.SEVERAL] == told[problems.EXACT] == 0
     assert told.total() == 12
-    plain = backend._compute
+    plain = backend.computed
 
     def off(kernel: Any, job: Any, *given: Any) -> Any:
         heads = plain(kernel, job, *given)
         return heads * (1 + (torch.get_num_threads() > 1) * 0.02)
 
-    monkeypatch.setattr(backend, "_compute", off)
+    monkeypatch.setattr(backend, "computed", off)
     assert problems.Problem(3).complaints()[problems.SEVERAL] == 1
     shown: set[int] = set()
 
@@ -97,7 +97,7 @@ def test_random_problems_hold_and_a_fault_in_one_is_counted(monkeypatch: pytest.
         shown.update([number] if heads.any() else [])
         return heads * 1.05
 
-    monkeypatch.setattr(backend, "_compute", wrong)
+    monkeypatch.setattr(backend, "computed", wrong)
     found: Counter[str] = Counter()
     for number in range(10):
         found += problems.Problem(number).complaints()

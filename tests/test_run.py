@@ -180,7 +180,7 @@ def test_what_goes_elsewhere_is_told_where(model: nn.Module) -> None:
 
 
 def test_a_fit_to_nothing_says_so(model: nn.Module) -> None:
-    with pytest.raises(FieldError, match=r"fit\(\)\.batches = \[\]: hold nothing to fit to"):
+    with pytest.raises(FieldError, match=r"QFilters\.batches = 0: must be 1 or more; for example"):
         fit(QFilters(), model, [])
 
 

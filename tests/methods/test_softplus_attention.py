@@ -62,7 +62,7 @@ def test_the_length_of_queries_and_keys_tells_nothing() -> None:
     assert close(bare.run(method, "reference")[0], longer.run(method, "reference")[0])
 
 
-@pytest.mark.parametrize("power", [1.0, 2.0, 3.0, 15.0, 0.5, 1.5, 3.5])
+@pytest.mark.parametrize("power", [2.0, 3.0, 15.0, 0.5, 1.5, 3.5])
 def test_whole_powers_are_products_of_their_own_and_others_are_torch_s(power: float) -> None:
     x = (0.5 + torch.rand(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).requires_grad_()
     found = powered(x, power)

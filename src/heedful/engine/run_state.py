@@ -225,7 +225,7 @@ class RunState:
     def remember(self, call: Call) -> None:
         """Keep the places and rules of a layer's largest call; of its tensors, only what a rule itself holds on to."""
         size = call.queries.index.shape[-1] * call.keys.index.shape[-1]
-        if size >= self._largest.get(call.layer, 0):
+        if call.layer not in self.calls or size >= self._largest[call.layer]:
             self.calls[call.layer], self._largest[call.layer] = call.places, size
 
     def merge(self, step: Step, call: Call, merges: Merges) -> None:
