@@ -89,7 +89,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "logit_lens": (explaining.logit_lens, {"model": model, "text": IDS}, "model text"),
         "activations": (
             explaining.activations, {"model": model, "text": IDS, "site": heedful.Site.OUTPUT},
-            "text site layers stack only backend",  # a model of plain torch is called first, and says itself what it takes
+            "text site layers stack only backend",  # plain torch says itself what it takes
         ),
         "direct_logits": (
             explaining.direct_logits, {"model": model, "text": IDS}, "model text answer instead position"
