@@ -339,6 +339,12 @@ def test_what_is_no_number_is_refused(row: bool, backend: str, by: str) -> None:
         run(backend, Hides(row, by), *draw(SHAPE), a_call(SHAPE, CAUSAL))
 
 
+@pytest.mark.parametrize("backend", ["reference", "tiled", "native"])
+def test_of_no_text_there_is_nothing_to_refuse(backend: str) -> None:
+    shape = (0, *SHAPE[1:])
+    assert run(backend, Waves(), *draw(shape), a_call(shape, CAUSAL)).shape == (0, 4, 40, 16)
+
+
 def test_other_backends_and_sums_are_refused() -> None:
     call = a_call(SHAPE, CAUSAL)
     for stack in (Waves() | Everything([]), Waves() | Halved()):

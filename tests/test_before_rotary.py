@@ -240,6 +240,20 @@ def test_a_cache_of_such_keys_is_nobody_elses() -> None:
     model(**step, **{CACHE: cache})
 
 
+@torch.no_grad()
+def test_a_call_that_failed_opens_such_a_cache_to_nobody() -> None:
+    model = models.tiny("llama")
+    step = {"input_ids": IDS[:, :1], "use_cache": True}
+    with attach(model, Placeless().on(layers=0)) as run:
+        cache = cache_of(run(input_ids=IDS, use_cache=True))
+        handle = model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(**step, **{CACHE: cache})
+        handle.remove()
+    with pytest.raises(RefusedModel, match="holds keys from before the rotary embedding"):
+        model(**step, **{CACHE: cache})
+
+
 class Sometimes(Placeless):
     def idle(self, call: Call) -> bool:
         return len(call.queries) == 1

@@ -17,7 +17,7 @@ from heedful.core import errors
 from heedful.core.call import Call, Phase
 from heedful.core.column_ranges import intersection, union
 from heedful.core.errors import CatalogueError, ClashError, DefinitionError, FieldError, HeedfulError, nearest
-from heedful.core.mask import Causal, First, Mask, Where, Window
+from heedful.core.mask import Causal, First, Mask, Rule, Where, Window
 from heedful.core.paper import Paper
 from heedful.core.positions import Pairs, Positions
 from heedful.core.sites import reads
@@ -228,6 +228,8 @@ def test_rules_join() -> None:
     both = (Window(3) & even).keeps(pairs)
     assert torch.equal(both, Window(3).keeps(pairs) & even.keeps(pairs))
     assert Mask().keeps(pairs) is None
+    with pytest.raises(DefinitionError, match=r"Rule does not say which pairs are computed: write its keeps\(pairs\)"):
+        Mask((Rule(),)).keeps(pairs)
 
 
 def test_a_prompt_reorders_its_documents_and_nothing_else() -> None:

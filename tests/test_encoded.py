@@ -92,6 +92,8 @@ def test_of_several_looks_that_one_is_remembered_which_a_call_is_handed() -> Non
             assert close_model(run(input_ids=ids, mm_encoder_outputs={"image": look}).logits, logits)
         assert not close_model(*wanted)
         looks = [llava.get_image_features(x, return_dict=True) for x in (pixels, pixels.flip(0))]
+        with pytest.raises(RefusedModel, match=r"looked more than once, and of each time FoPru\(.*cannot be told"):
+            run(input_ids=ids, mm_encoder_outputs=dict(zip(("image", "video"), looks, strict=True)))
         copied = copy.deepcopy(looks[1])  # known by what it holds
         assert close_model(run(input_ids=ids, mm_encoder_outputs={"image": copied}).logits, wanted[1])
 
@@ -179,6 +181,8 @@ def test_a_copy_of_what_nobody_has_any_more_is_known_or_refused(alone: bool) -> 
         kept = encoded(IDS)
         for rows in ([0, 1], [1], [0], [1, 0, 1]):  # step after step, and of each text in turn
             assert close_model(written(kept, rows), wanted[rows])
+        model.get_decoder()(input_ids=begun, encoder_hidden_states=kept.clone())  # which is no encoder's look
+        assert close_model(written(kept, [0, 1]), wanted)
         for i in range(5):
             encoded(IDS + 1 + i)
         assert len(run.state.looks) == 1  # of the others nobody has anything

@@ -12,16 +12,29 @@ from transformers import StaticCache
 from heedful import attach
 from heedful.adapters.cache_name import CACHE
 from heedful.conformance.tolerances import close_model
+from heedful.core.call import Call
 from heedful.core.errors import SiteError
+from heedful.core.method import Method
+from heedful.core.sites import Site, at
 from heedful.methods import ACT
 from heedful.tiny import tiny
 
-from .samples import Narrow, Shares
+from .samples import PAPER, Narrow, Shares
 from .test_checkpointing import by_hand
 
 IDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
 N = IDS.shape[1]
 PLACES = torch.stack([(torch.arange(N) - 4).clamp(min=0), torch.arange(N)])
+
+
+class Placed(Method):
+    """Tells a layer where its tokens stand, before there are queries and keys."""
+
+    paper = PAPER
+
+    @at(Site.HIDDEN)
+    def tell(self, x: Tensor, call: Call) -> Tensor:
+        return x + call.q_pos[:, 0, :, None].sin()
 
 
 def padded(blind: str) -> Tensor:
@@ -40,7 +53,7 @@ def padded(blind: str) -> Tensor:
 def test_padding_is_none_of_the_text(kind: str, blind: str, added: bool) -> None:
     model, pairs = tiny(kind), padded(blind)
     mask = torch.zeros(pairs.shape).masked_fill(~pairs, torch.finfo(torch.float32).min) if added else pairs
-    with attach(model, Narrow(4) | ACT(0.4) | Shares()) as run:
+    with attach(model, Placed() | Narrow(4) | ACT(0.4) | Shares()) as run:
         alone = run(input_ids=IDS[:1, 4:]).logits
         run.reset()
         run(input_ids=IDS, attention_mask=pairs[:, 0, -1].long(), position_ids=PLACES)
@@ -49,7 +62,7 @@ def test_padding_is_none_of_the_text(kind: str, blind: str, added: bool) -> None
         found = run(input_ids=IDS, attention_mask=mask, position_ids=PLACES).logits
         assert close_model(found[:1, 4:], alone)
         assert all(close_model(run[Shares()][layer].value, counted[layer].value) for layer in (0, 1))
-    with attach(model, Narrow(4)) as run:
+    with attach(model, Placed() | Narrow(4)) as run:
         first = {"attention_mask": mask[..., :-1, :-1], "position_ids": PLACES[:, :-1]}
         last = {"attention_mask": mask[:, :, -1:], "position_ids": PLACES[:, -1:]}
         cache = run(input_ids=IDS[:, :-1], **first)[CACHE]

@@ -152,3 +152,15 @@ def test_a_bias_for_keys_by_number_is_laid_over_no_cache_with_dropped_entries() 
         cache = run(**given, use_cache=True)[CACHE]
         with pytest.raises(UnknownArgument, match=r"T5Attention.* a bias for keys by their number"):
             run(**{**given, "decoder_input_ids": IDS[:, :1]}, **{CACHE: cache})
+
+
+@torch.no_grad()
+def test_each_layer_s_largest_call_is_kept_until_it_is_forgotten() -> None:
+    model = tiny("llama", num_hidden_layers=2)
+    with attach(model, TempScale(2.0)) as run:
+        cache, calls = read(model, IDS), run.state.calls
+        step(model, cache, IDS[:, :1])
+        assert [len(calls[layer].queries) for layer in (0, 1)] == [32, 32]
+        calls.clear()
+        step(model, cache, IDS[:, :1])
+        assert [len(calls[layer].queries) for layer in (0, 1)] == [1, 1]

@@ -166,6 +166,18 @@ def test_places_know_their_end_and_whether_all_are_text() -> None:
 
 
 @torch.no_grad()
+def test_a_call_that_failed_before_it_reached_a_cut_cache_opens_it_to_no_plain_model() -> None:
+    with attach(MODEL, KNorm(0.5)):
+        cut = read(MODEL, IDS)
+        handle = MODEL.model.layers[0].self_attn.k_proj.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            step(MODEL, cut, IDS[:, :1])
+        handle.remove()
+    with pytest.raises(RefusedModel, match="dropped, and for 2 tokens at once"):
+        MODEL(input_ids=IDS[:, :2], **{CACHE: cut})
+
+
+@torch.no_grad()
 def test_a_plain_model_goes_on_from_a_cut_cache_token_by_token_alone() -> None:
     with attach(MODEL, KNorm(0.5)):
         cut = read(MODEL, IDS)

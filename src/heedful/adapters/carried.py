@@ -15,6 +15,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import Cache
 
 from heedful.adapters.kvcache import own_cache, tensors_in
@@ -135,7 +136,7 @@ def _marked(look: Look) -> Look:
 
 
 def _memory(state: RunState) -> Known:
-    return {number: _each(noted, _as_it_is) for number, noted in state.now.memory.items() if noted}
+    return {number: tree_map_only(Tensor, _as_it_is, noted) for number, noted in state.now.memory.items() if noted}
 
 
 def remembered_of(state: RunState, told: Mapping[str, Any], kind: str) -> Known | None:
@@ -162,7 +163,7 @@ def remembered_of(state: RunState, told: Mapping[str, Any], kind: str) -> Known 
                     f"{state.stack.methods[number]!r} remembers something; it cannot be told which is meant: hand "
                     "over what one look gave, or give the call the images themselves"
                 )
-            found[number] = {**found.get(number, {}), **_each(noted, pick)}
+            found[number] = {**found.get(number, {}), **tree_map_only(Tensor, pick, noted)}
     return found
 
 
@@ -206,7 +207,7 @@ def _copies(looks: list[Look], given: Iterable[Tensor]) -> list[Look]:
             alike = marks[:, None].to(own.device) == own
             if bool(alike.any(1).all()):
                 pick = partial(_picked, alike.long().argmax(1), len(own))
-                memory = {number: _each(noted, pick) for number, noted in look.memory.items()}
+                memory = {number: tree_map_only(Tensor, pick, noted) for number, noted in look.memory.items()}
                 looks.insert(0, Look([ref(x)], memory))  # so that it is known in the steps that follow
                 return looks[:1]
     return []
@@ -225,14 +226,3 @@ def _marks(x: Tensor) -> Tensor | None:
     bits = x.detach().contiguous().view(kind).flatten(1).long()
     places = torch.arange(1, 2 * bits.shape[1], 2, device=x.device)
     return (bits * places).sum(1)  # of whole numbers, so that no order of adding them up tells
-
-
-def _each(x: Any, pick: Callable[[Tensor], Tensor]) -> Any:
-    """The same, with `pick` of every tensor, in lists and mappings of its own."""
-    if isinstance(x, Tensor):
-        return pick(x)
-    if type(x) is dict:
-        return {name: _each(one, pick) for name, one in x.items()}
-    if type(x) in (list, tuple):
-        return type(x)(_each(one, pick) for one in x)
-    return x

@@ -15,7 +15,7 @@ from heedful.adapters.bound import Bound
 from heedful.adapters.carried import shelf_of
 from heedful.adapters.forwards import Forwards
 from heedful.adapters.hooked import Hooked
-from heedful.adapters.kvcache import hold, own_cache, seen, shrinking
+from heedful.adapters.kvcache import HeldLayer, hold, own_cache, seen, shrinking
 from heedful.adapters.layers import block_of, output_module, projections
 from heedful.adapters.lazymask import LazyMask
 from heedful.adapters.merging import came_to, part_behind
@@ -40,6 +40,13 @@ def _cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
         if isinstance(x, Cache):
             return own_cache(x)
     return None
+
+
+def _serve_no_more(bound: Bound) -> None:
+    """Let a module's layer of the cache be read by the run alone again, where an error came before its update."""
+    if bound.held is not None:
+        bound.held.served = False
+    shelf_of(bound.cache).served = None
 
 
 @dataclass(eq=False)
@@ -90,17 +97,19 @@ class Hooks:
         def after(_: nn.Module, args: Any, output: Any) -> None:
             if self.looking:
                 return
+            if output is None:
+                _serve_no_more(bound)
             bound.hidden = bound.other = bound.cache = bound.held = bound.rotary = bound.joint = bound.merges = None
             if not goes_on:
                 bound.call = None  # it holds the hidden states
-            if not bound.called:
+            if not bound.called and output is not None:
                 raise NotEntered(
                     f"{bound.name} ({bound.kind}) ran, but its attention did not pass through heedful; the answer "
                     "would silently be the unedited model's. Was it compiled or replaced since?"
                 )
 
         self._hooked.before(bound.module, before)
-        self._hooked.after(bound.module, after)
+        self._hooked.after(bound.module, after, always_call=True)
 
     def _enter(self, bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         taking, hidden = bound.taking, stream_of(args, kwargs)
@@ -117,9 +126,7 @@ class Hooks:
             return None
         if self.forwards.asks_gradients:
             self._stand_around(bound.name)
-        bound.held = None  # also where the last call ended with an error
-        if bound.cache is not None and not bound.cross:
-            self._reach(bound, bound.cache)
+        bound.held = None if bound.cache is None or bound.cross else self._reach(bound, bound.cache)
         if not bound.steps.steps:
             return None
         self.run.state.begin(bound.number, shelf_of(bound.cache), bound.module)
@@ -141,14 +148,14 @@ class Hooks:
         self.run.state.close_call(plan, call)
         return put(taking.turned(bound.hidden), args, kwargs)
 
-    def _reach(self, bound: Bound, cache: Cache) -> None:
+    def _reach(self, bound: Bound, cache: Cache) -> HeldLayer | None:
         """Find a module's layer of the cache, and let it hold fewer entries than it has seen, if some may be dropped.
 
         Its next update may hand out heads of unlike length: the attention that follows is ours.
         """
         number = getattr(bound.module, "layer_idx", None)
-        bound.held = shrinking(cache, number)
-        if Site.CACHE in bound.steps.acts and (bound.held is None or bound.outside):
+        held = shrinking(cache, number)
+        if Site.CACHE in bound.steps.acts and (held is None or bound.outside):
             if bound.outside:
                 raise RefusedModel(
                     f"a CACHE edit cannot act in {bound.name}: {bound.kind} computes attention by itself, and what it "
@@ -156,9 +163,10 @@ class Hooks:
                 )
             if number is None:
                 raise RefusedModel(f"a CACHE edit cannot act in {bound.name}: the module does not tell its cache layer")
-            bound.held = hold(cache, number, bound.name)
-        if bound.held is not None:
-            bound.held.served = True
+            held = hold(cache, number, bound.name)
+        if held is not None:
+            held.served = True
+        return held
 
     def _without_what_is_replaced(
         self, bound: Bound, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]

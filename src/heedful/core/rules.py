@@ -10,6 +10,7 @@ from torch import Tensor
 
 from heedful.core import key_ranges as ranges
 from heedful.core.column_ranges import Ranges, intersection, union
+from heedful.core.errors import DefinitionError
 from heedful.core.flags import between, either
 from heedful.core.positions import Pairs, Positions, spread_heads
 
@@ -37,7 +38,7 @@ class Rule:
 
     def keeps(self, pairs: Pairs) -> Tensor:
         """True where the pair is computed, broadcastable to `[b h r k]`."""
-        raise NotImplementedError(f"{type(self).__name__} does not say which pairs are computed; write its `keeps`")
+        raise DefinitionError(f"{type(self).__name__} does not say which pairs are computed: write its keeps(pairs)")
 
     def span(self, q: Positions, k: Positions) -> Ranges | None:
         """The key columns outside which no pair of these queries is kept; None when that is not known."""

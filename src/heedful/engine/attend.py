@@ -211,7 +211,7 @@ def attend(job: AttentionCall, q: Tensor, k: Tensor, v: Tensor, choose: Choose) 
     else:
         longer, rows = with_earlier(job, q) if plan.above else (job, q)
         heads, pattern = choose(needs)(longer, rows, k, v)
-    if needs.adds and not needs.transformed and not bool(heads.detach().abs().amax().isfinite()):
+    if needs.adds and not needs.transformed and heads.numel() and not bool(heads.detach().abs().amax().isfinite()):
         _require_numbers(job, q)
     if plan.apart:
         _first_rows(job, q, k, v)

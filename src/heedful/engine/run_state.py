@@ -54,7 +54,6 @@ class RunState:
     now: Forward = field(default_factory=Forward)  # the last forward, or what is computed of an earlier one again
 
     def __post_init__(self) -> None:
-        self._largest: dict[int, int] = {}  # how many pairs each layer's largest call has
         self._highest: dict[int, Tensor] = {}  # of all that the heads of each layer gave, without its sign
         self._of_run: dict[tuple[int, int], dict[str, Any]] = defaultdict(dict)  # by part and layer
         parts = self.stack.parts
@@ -224,9 +223,9 @@ class RunState:
 
     def remember(self, call: Call) -> None:
         """Keep the places and rules of a layer's largest call; of its tensors, only what a rule itself holds on to."""
-        size = call.queries.index.shape[-1] * call.keys.index.shape[-1]
-        if call.layer not in self.calls or size >= self._largest[call.layer]:
-            self.calls[call.layer], self._largest[call.layer] = call.places, size
+        have, n, m = self.calls.get(call.layer), call.queries.index.shape[-1], call.keys.index.shape[-1]
+        if have is None or n * m >= have.queries.index.shape[-1] * have.keys.index.shape[-1]:
+            self.calls[call.layer] = call.places
 
     def merge(self, step: Step, call: Call, merges: Merges) -> None:
         """Keep what has become of the tokens of a list of layers, for those behind this one."""
