@@ -16,6 +16,7 @@ from heedful.conformance.tolerances import close, within_budget
 from heedful.core.flags import meets
 from heedful.core.mask import Ahead, Causal, Rule
 from heedful.core.method import Method
+from heedful.core.positions import Positions
 from heedful.core.regions import marks
 from heedful.core.rules import Parts
 from heedful.core.sites import adds
@@ -139,6 +140,16 @@ def test_weights_that_are_each_made_of_their_own_score(how: Any, asked: Mock) ->
 def test_what_scores_gain(method: Method, heads: int, backend: str, asked: Mock) -> None:
     compare_pulled(backend, SHAPE, (groups(1, heads),), method=method)
     assert asked.called == (heads == 1 and method.anywhere)
+
+
+@pytest.mark.parametrize("backend", ["native", "tiled"])
+def test_places_that_are_not_columns_go_with_their_tokens(backend: str, asked: Mock) -> None:
+    call = a_call(SHAPE, (groups(1, 1),))
+    places = Positions(call.queries.index, call.queries.index // 2 * 3)
+    call = replace(call, queries=places, keys=places)
+    found, want = (run(name, Near(), *draw(SHAPE), call) for name in (backend, "reference"))
+    assert close(found, want)
+    assert asked.called
 
 
 @pytest.mark.parametrize("method", [Near(), Far()], ids=repr)
