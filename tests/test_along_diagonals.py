@@ -12,7 +12,7 @@ from torch import Tensor
 from heedful.conformance.tolerances import LOW_PRECISION, close, error, within_budget
 from heedful.core.call import Call
 from heedful.core.errors import SiteError
-from heedful.core.mask import Rule
+from heedful.core.mask import Rule, Where
 from heedful.core.method import Method
 from heedful.core.sites import Site, adds_by_distance, at
 from heedful.engine.backends import native_call
@@ -131,6 +131,16 @@ def test_it_is_derived_twice(rules: tuple[Rule, ...], asked: Mock) -> None:
 
     for one, other in zip(twice("native", Leaning), twice("reference", Shown), strict=True):
         assert close(one, other)
+
+
+def test_a_table_that_learns_alone_beside_one_query_whose_keys_are_scattered() -> None:
+    shape, rules = SHAPES[3], (*CAUSAL, Where(lambda q, k: k % 2 == 0))
+    found, want = [], []
+    for backend, method, into in (("native", Leaning, found), ("reference", Shown, want)):
+        leaf = a_table(2).requires_grad_()
+        heads = run(backend, method(leaf), *draw(shape), a_call(shape, rules))
+        into += [heads.detach(), *torch.autograd.grad(heads.square().sum(), leaf)]
+    assert all(close(one, other) for one, other in zip(found, want, strict=True))
 
 
 def test_what_is_gained_is_not_rounded_to_half_precision() -> None:

@@ -10,18 +10,20 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from heedful.conformance.tolerances import close, within_budget
 from heedful.core.flags import meets
 from heedful.core.mask import Ahead, Causal, Rule
 from heedful.core.method import Method
+from heedful.core.positions import Positions
 from heedful.core.regions import marks
 from heedful.core.rules import Parts
 from heedful.core.sites import adds
 from heedful.engine.backends import native, parted, tiled
 from heedful.kit.chosen import Reached, meeting
 
-from .kernel_calls import BIASES, WEIGHINGS, Same, Weighed, a_bias, a_call, compare_pulled, draw, run
+from .kernel_calls import BIASES, WEIGHINGS, Halved, Same, Weighed, a_bias, a_call, compare_pulled, draw, run
 from .samples import PAPER
 from .test_native import pytestmark
 from .test_native_extremes import path
@@ -140,6 +142,16 @@ def test_what_scores_gain(method: Method, heads: int, backend: str, asked: Mock)
     assert asked.called == (heads == 1 and method.anywhere)
 
 
+@pytest.mark.parametrize("backend", ["native", "tiled"])
+def test_places_that_are_not_columns_go_with_their_tokens(backend: str, asked: Mock) -> None:
+    call = a_call(SHAPE, (groups(1, 1),))
+    places = Positions(call.queries.index, call.queries.index // 2 * 3)
+    call = replace(call, queries=places, keys=places)
+    found, want = (run(name, Near(), *draw(SHAPE), call) for name in (backend, "reference"))
+    assert close(found, want)
+    assert asked.called
+
+
 @pytest.mark.parametrize("method", [Near(), Far()], ids=repr)
 def test_what_scores_gain_where_parts_share_queries(method: Method, asked: Mock) -> None:
     compare_pulled("native", SHAPE, (clusters(1, 1),), method=method)
@@ -178,6 +190,38 @@ def test_tiles_that_share_queries_are_put_together_by_the_kernel_alone(asked: Mo
     found, want = (run(name, Same(), *draw(SHAPE), a_call(SHAPE, (rule,))) for name in ("tiled", "reference"))
     assert close(found, want)
     assert not asked.called
+
+
+class Moved(Halved):
+    """What it moves goes by the columns of the whole call."""
+
+    anywhere = True
+
+
+def test_weights_that_are_moved_and_many_inputs_at_once_are_computed_as_their_tokens_stand(asked: Mock) -> None:
+    rule, (q, k, v) = groups(1, 1), draw(SHAPE)
+    found, want = (run(name, Moved(), q, k, v, a_call(SHAPE, (rule,))) for name in ("tiled", "reference"))
+    assert close(found, want)
+    both = torch.stack([q, q.cos()])
+    found = vmap(lambda x: run("tiled", Same(), x, k, v, a_call(SHAPE, (rule,))))(both)
+    assert close(found, torch.stack([run("reference", Same(), x, k, v, a_call(SHAPE, (rule,))) for x in both]))
+    assert not asked.called
+
+
+@pytest.mark.parametrize(("kept", "again"), [(2, True), (3, False)])
+def test_as_many_parts_at_once_as_a_tile_has_room_for(
+    kept: int, again: bool, asked: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule, q, k, v = groups(1, 1), *draw(SHAPE)
+    (part,) = rule.parts()
+    monkeypatch.setattr(parted, "TILE_BYTES", 4 * 2 * 4 * part.rows.shape[3] * part.cols.shape[3])  # of one part
+    monkeypatch.setattr(parted, "KEPT", kept)
+    monkeypatch.setattr(parted, "recomputed", seen := Mock(wraps=parted.recomputed))
+    assert [fold.part.rows.shape[2] for fold in parted.folded(part, (q, k, v))] == [1, 1, 1]
+    run("tiled", Same(), q.requires_grad_(), k, v, a_call(SHAPE, (rule,)))
+    assert seen.call_count == (3 if again else 0)
+    monkeypatch.setattr(parted, "TILE_BYTES", 2 * parted.TILE_BYTES)
+    assert [fold.part.rows.shape[2] for fold in parted.folded(part, (q, k, v))] == [2, 1]
 
 
 @pytest.mark.parametrize("made", [groups, clusters])

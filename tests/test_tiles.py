@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 from torch import Tensor
 
@@ -72,3 +76,30 @@ def test_no_softmax_is_made_where_a_step_has_its_own(monkeypatch: pytest.MonkeyP
     made.clear()
     bare.run(ClippedSoftmax(0.0), "tiled", tile_rows=16)  # one that changes nothing is compared with it for good
     assert made == [False] * 4
+
+
+FAULTS = """
+import resource, torch
+from heedful.engine.backends import tiled
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        maps = [torch.ones(tiled.TILE_BYTES, dtype=torch.uint8) for _ in range(3)]
+        del maps
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(faults())
+with torch.device("meta"):
+    tiled._hold_on()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have ways of their own")
+def test_maps_of_a_tile_are_asked_of_the_system_once() -> None:
+    told = subprocess.run([sys.executable, "-c", FAULTS], check=True, capture_output=True, text=True).stdout
+    before, held = map(int, told.split())
+    assert 10 * held < before

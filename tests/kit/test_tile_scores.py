@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from heedful.conformance.bare import Bare
-from heedful.conformance.tolerances import close
+from heedful.conformance.tolerances import close, within_budget
 from heedful.core.errors import SiteError
 from heedful.kit import rows, tile_scores
 from heedful.kit.tile_scores import additive, biased, operands
@@ -75,6 +75,16 @@ def test_units_far_apart_come_near_one_another_in_the_sum(far: float) -> None:
     assert close(found[0, 0], torch.tensor(wanted, dtype=torch.float64))
     (slope,) = torch.autograd.grad(found.sum(), q)
     assert close(slope.flatten(), torch.tensor([1 - near**2, 1 - near**2, 1.0, 1.0], dtype=torch.float64))
+
+
+def test_the_slope_of_a_unit_whose_exponential_has_few_digits_left_beside_one_near_the_largest() -> None:
+    def slope(how: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+        q, k = (torch.tensor(x).to(dtype).view(1, 1, 1, 1) for x in (-51.437, 44.3))
+        return torch.autograd.grad(how(q.requires_grad_(), k).sum(), q)[0]
+
+    one, plain = torch.ones(1, 1), lambda q, k: (q + k).tanh()
+    found = slope(lambda q, k: additive(q, k, one, one, one), torch.float32)
+    assert within_budget(found, slope(plain, torch.float32), slope(plain, torch.float64))
 
 
 # torch scripts its own rules when a derivative is first carried forward

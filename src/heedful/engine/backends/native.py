@@ -104,10 +104,12 @@ def _why_tiles(needs: Needs) -> str:
 
 def _by_distance(job: AttentionCall, needs: Needs) -> AttentionCall | None:
     """A call whose scores gain what goes by distance alone, as one of the whole."""
-    needs = replace(needs, adds=())
-    if needs.bias or _why_tiles(needs) or (gains := gained_by_distance(job)) is None:
+    if needs.bias or (gains := gained_by_distance(job)) is None:
         return None
-    plan, needs = Plan(job.plan.at(Site.NORMALISE)), replace(needs, learned=(gains,))
+    needs = replace(needs, adds=(), learned=(gains,))
+    if _why_tiles(needs):
+        return None
+    plan = Plan(job.plan.at(Site.NORMALISE))
     return replace(job, plan=plan, bias=gains, diagonal=True, needs=needs, spare=None)
 
 

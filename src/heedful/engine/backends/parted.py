@@ -36,7 +36,7 @@ def parts_of(job: AttentionCall, shared: bool = False) -> tuple[Parts, ...]:
     """
     call, plan = job.call, job.plan
     told = (job.bias, job.sink, job.accumulator, call.keys.is_filled, call.sizes)
-    if any(x is not None for x in told) or job.dropout or job.keep_pattern or call.earlier or plan.reweights:
+    if any(x is not None for x in told) or job.dropout or call.earlier or plan.reweights:
         return ()
     if (job.needs or Needs()).transformed or any(isinstance(role, PerText) for role in call.roles.values()):
         return ()

@@ -118,7 +118,7 @@ def _hold_on() -> None:
 
     Otherwise it hands a tile's maps to the system and asks for them anew, which takes as long as a softmax does.
     """
-    torch.empty(ROOM_BYTES, dtype=torch.uint8)
+    torch.empty(ROOM_BYTES, dtype=torch.uint8, device="cpu")
 
 
 def _bytes(call: Call, texts: int) -> int:

@@ -14,7 +14,7 @@ def softmax_by_group(scores: Tensor, among: Tensor, number: Tensor, share: Tenso
     Each is multiplied by its group's `share [b h r groups]` where there is one.
     """
     low = torch.finfo(scores.dtype).min
-    scores, groups = lowered(scores, among, cut=True), (*scores.shape[:-1], int(number[..., 0, :].max()) + 1)
+    scores, groups = lowered(scores, among), (*scores.shape[:-1], int(number[..., 0, :].max()) + 1)
     highest = scores.new_full(groups, low).scatter_reduce(-1, number, scores.detach(), "amax")
     highest = highest.where(highest > low, 0.0)  # of a group without any, whose powers thus are zeros like the others'
     raised = (scores - highest.gather(-1, number)).exp_()

@@ -73,7 +73,7 @@ class LandmarkAttention(Method):
         )
         if self.blocks is not None:
             marks = marks & _highest(scores, marks, self.blocks)
-        first = lowered(scores, own | marks, cut=True).softmax(-1)
+        first = lowered(scores, own | marks).softmax(-1)
         # a block's keys follow one another, however many a cache dropped
         blocks = pad(giving.diff(dim=-1).ne(0), (1, 0)).cumsum(-1)
         sizes = blocks.new_zeros(*blocks.shape[:-1], int(blocks.max()) + 1)
