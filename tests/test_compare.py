@@ -354,6 +354,8 @@ def test_bad_input_is_named(loaded) -> None:
         ("methods", lambda: compare(loaded, [SinkWindow], [Echo()])),
         (r"Surgery \| str\]; for example", lambda: compare(loaded, [Echo()], [Echo()])),
         (r"Surgery \| str\] \(this suits tasks=\); for", lambda: compare(loaded, [Echo()], [SinkWindow()])),
+        (r"methods = 'knorm': must", lambda: compare(loaded, "knorm", [Echo()])),
+        (r"methods = .* \| SinkWindow\(.*: must", lambda: compare(loaded, TempScale(0.5) | SinkWindow(), [Echo()])),
         ("methods", lambda: compare(loaded, {PLAIN: SinkWindow()}, [Echo()])),
         ("tasks", lambda: compare(loaded, [SinkWindow()], [])),
         ("tasks", lambda: compare(loaded, [SinkWindow()], [Echo(5000)])),

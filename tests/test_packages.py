@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,9 @@ def test_making_a_model_says_what_does_not_fit_and_leaves_random_numbers_alone()
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_code_that_unpacks_otherwise_has_a_copy_of_its_own_until_a_month_has_passed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def unpacking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Callable[[], Path], list[Path]]:
+    """Unpacks a file of weights into a cache of its own, and every folder that it was converted into."""
+
     def convert(_: Sequence[Path], folder: Path) -> None:
         (folder / "model.safetensors").touch()
         made.append(folder)
@@ -79,24 +79,34 @@ def test_code_that_unpacks_otherwise_has_a_copy_of_its_own_until_a_month_has_pas
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     packed = tmp_path / "packed"
     packed.write_text("weights")
-    home = copies.unpacked([packed], convert, "a second")
-    assert (copies.unpacked([packed], convert, "a second"), len(made)) == (home, 1)
+    return lambda: copies.unpacked([packed], convert, "a second"), made
+
+
+def test_code_that_unpacks_otherwise_has_a_copy_of_its_own_until_a_month_has_passed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    unpack, made = unpacking(monkeypatch, tmp_path)
+    home = unpack()
+    assert (unpack(), len(made)) == (home, 1)
     whole = code.file_of
     monkeypatch.setattr(code, "file_of", lambda name: whole(name) + "# mended" * (name == __name__))
-    beside = copies.unpacked([packed], convert, "a second")
+    beside = unpack()
     assert (len(made), {*home.parent.iterdir()}) == (2, {home, beside})
     month = 31 * 24 * 3600
-    for each in (home, beside):
+    left = [home.parent / f"{name}left" for name in (copies.DRAFT, copies.GONE)]  # by processes that were killed
+    for each in left:
+        each.mkdir()
+    for each in (home, beside, *left):
         os.utime(each, (time.time() - month,) * 2)
     monkeypatch.setattr(code, "file_of", whole)
-    assert (copies.unpacked([packed], convert, "a second"), len(made)) == (home, 2)  # and is asked for from now on
+    assert (unpack(), len(made)) == (home, 2)  # and is asked for from now on
     monkeypatch.setattr(code, "file_of", lambda name: whole(name) + "# once more" * (name == __name__))
-    third = copies.unpacked([packed], convert, "a second")
+    third = unpack()
     assert (len(made), {*home.parent.iterdir()}) == (3, {home, third})
     assert {file.name for file in third.iterdir()} == {"model.safetensors", "source.json"}
     (third / "source.json").write_text("spoilt")
     (third / "old").touch()
-    assert (copies.unpacked([packed], convert, "a second"), len(made)) == (third, 4)
+    assert (unpack(), len(made)) == (third, 4)
     assert {file.name for file in third.iterdir()} == {"model.safetensors", "source.json"}
     assert "2 models unpacked, 0.0 GiB in" in CliRunner().invoke(app, ["doctor"]).output
 
@@ -121,22 +131,15 @@ copies._drop_unused([Path(sys.argv[1])])
 def test_a_copy_that_another_process_removes_is_there_whole_or_not_at_all(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def convert(_: Sequence[Path], folder: Path) -> None:
-        (folder / "model.safetensors").touch()
-        made.append(folder)
-
-    made: list[Path] = []
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    packed = tmp_path / "packed"
-    packed.write_text("weights")
-    home = copies.unpacked([packed], convert, "a second")
+    unpack, made = unpacking(monkeypatch, tmp_path)
+    home = unpack()
     os.utime(home, (time.time() - 31 * 24 * 3600,) * 2)
     how: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", REMOVES, str(home)], **how) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "removing\n"
         assert not home.exists()
-        assert copies.unpacked([packed], convert, "a second") == home  # while the other one is at it
+        assert unpack() == home  # while the other one is at it
         other.communicate("go on\n")
     assert (other.returncode, len(made)) == (0, 2)
     assert {file.name for file in home.iterdir()} == {"model.safetensors", "source.json"}
@@ -180,13 +183,8 @@ def test_an_old_copy_that_cannot_be_moved_stays_and_is_no_error(
 def test_a_spoilt_copy_that_another_process_replaces_meanwhile_is_no_error(
     how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def convert(_: Sequence[Path], folder: Path) -> None:
-        (folder / "model.safetensors").touch()
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    packed = tmp_path / "packed"
-    packed.write_text("weights")
-    home = copies.unpacked([packed], convert, "a second")
+    unpack, _ = unpacking(monkeypatch, tmp_path)
+    home = unpack()
     right = (home / "source.json").read_text()
     (home / "source.json").write_text("spoilt")
     rename = Path.rename
@@ -201,7 +199,7 @@ def test_a_spoilt_copy_that_another_process_replaces_meanwhile_is_no_error(
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", late)
-    assert copies.unpacked([packed], convert, "a second") == home
+    assert unpack() == home
     assert (home / "source.json").read_text() == right
     assert list(home.parent.iterdir()) == [home]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import heedful
 from heedful import attach, attached, edit, fit
+from heedful.catalogue import entries
 from heedful.conformance.model_laws import fingerprint
 from heedful.conformance.tolerances import close_model
 from heedful.core.call import Call
@@ -179,9 +180,21 @@ def test_what_goes_elsewhere_is_told_where(model: nn.Module) -> None:
         attach(model, Scale(), backend=TempScale())  # type: ignore[arg-type]
 
 
-def test_a_fit_to_nothing_says_so(model: nn.Module) -> None:
+def test_a_fit_to_nothing_says_so_but_where_weights_alone_are_looked_at(model: nn.Module) -> None:
     with pytest.raises(FieldError, match=r"QFilters\.batches = 0: must be 1 or more; for example"):
         fit(QFilters(), model, [])
+    of_weights, told = [], {}
+    for name, kind in entries().items():
+        start = kind.example()
+        try:
+            of_weights += [name] if fit(start, model, []) is not start else []
+        except FieldError as refused:
+            told[name] = str(refused)
+    assert [text for name, text in told.items() if f"{name}.batches = " not in text] == []
+    assert of_weights == [
+        "CompositionScore", "DIMAP", "GEM", "HeadCircuits", "ImageDecomposition", "MAPS",
+        "SparseAttentionDecomposition", "WeibullWeights",
+    ]  # fmt: skip
 
 
 def test_untouched_layers_keep_the_models_own_attention(model: nn.Module) -> None:

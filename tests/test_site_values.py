@@ -96,6 +96,13 @@ def test_models_of_plain_torch_are_given_their_first_argument() -> None:
         with pytest.raises(FieldError, match="what TinyTorch is called with, by name: input_ids"):
             activations(model, given, Site.HEAD_OUTPUT)
 
+    class Ready(TinyTorch):
+        def forward(self, input_ids: Tensor = IDS[None], **_: Any) -> Any:
+            return super().forward(input_ids)
+
+    with pytest.raises(FieldError, match=r"text = 'words': must hold what Ready is called with"):
+        activations(Ready(), "words", Site.HEAD_OUTPUT)
+
 
 def test_they_are_read_under_a_stack() -> None:
     model = models.tiny("llama")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from heedful.catalogue import stack_from
 from heedful.core.asked import asks
-from heedful.core.errors import FieldError, InactiveWarning, StatisticError
+from heedful.core.errors import FieldError, InactiveWarning
 from heedful.core.kinds import (
     NOTHING,
     Conversion,
@@ -168,12 +168,7 @@ def fit(
     with still(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", InactiveWarning)  # what a fit starts from changes nothing, often on purpose
         context: FitContext = _FitContext(model, only)
-        try:
-            return method.fit(context, batches)
-        except StatisticError as error:
-            if not isinstance(batches, Sized) or len(batches):
-                raise
-            raise FieldError("fit()", "batches", batches, "hold nothing to fit to", [{"input_ids": "ids"}]) from error
+        return method.fit(context, batches)
 
 
 @torch.no_grad()

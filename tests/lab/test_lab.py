@@ -21,7 +21,7 @@ from heedful.laboratory.lab import _chosen
 from heedful.laboratory.outcome import Lab
 from heedful.laboratory.records import Record
 from heedful.laboratory.results import Refused
-from heedful.methods import MALA, GatedHeads, SigmoidAttention, SinkRate
+from heedful.methods import MALA, GatedHeads, SigmoidAttention, SinkRate, SinkWindow
 from tests.lab.small import Fails, Halved, Little, Riddles
 
 COURSES = (Little(), Riddles())
@@ -105,6 +105,9 @@ def test_the_verb_prints_and_writes(small: None, tmp_path: Path) -> None:
         ({"seeds": 0}, "must be 1 or more"),
         ({"tokens": 3}, "enough for one batch"),
         ({"mechanisms": []}, "one or more beside softmax"),
+        ({"mechanisms": "mala"}, r"= 'mala': must be .* for example mechanisms=\['MALA\(\)'\]$"),
+        ({"mechanisms": MALA()}, r"= MALA\(chunk=64\): must be "),
+        ({"mechanisms": SinkWindow() | SigmoidAttention()}, r"\| SigmoidAttention\(.*\): must be "),
         ({"mechanisms": {"softmax": Halved()}}, "is the name of softmax"),
         ({"mechanisms": ["pruneheads"]}, "must be methods or stacks"),
         ({"mechanisms": [SinkRate()]}, "only reads, so that it trains as softmax does"),

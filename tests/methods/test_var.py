@@ -157,6 +157,8 @@ def test_massive_dimensions_are_found_in_first_tokens() -> None:
     assert fit(VAR(tau=0.9 * high), model, [batch]).dims == (5,)
     with pytest.raises(FieldError, match=r"VAR\.tau"):
         fit(VAR(tau=1.1 * high), model, [batch])
+    with pytest.raises(FieldError, match=r"VAR\.batches = 0: must be 1 or more"):
+        fit(VAR(), model, [])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -25,7 +25,7 @@ _BY_NAME: dict[str, Any] = {
     "roles": {"marked": ((0, 4),)}, "heads": [(3, 1)], "receivers": [(3, 1)], "layers": [0], "only": "model",
     "batches": [{"input_ids": "ids"}], "tasks": ["needle"], "methods": ["SnapKV(0.25)"], "parts": ("TempScale(0.9)",),
     "tokenizer": Code("AutoTokenizer.from_pretrained(name)"), "path": "found", "statistics": {},
-    "folder": "kept", "name_or_path": "default",
+    "folder": "kept", "name_or_path": "default", "mechanisms": ["MALA()"],
 }  # fmt: skip
 _BY_KIND: dict[str, Any] = {
     "Module": Code("models.default().model"), "Loaded": Code("models.default()"), "Method": Code("TempScale(0.9)"),
@@ -169,6 +169,8 @@ def _fits(x: Any, hint: Any) -> bool:
         return False  # one batch is no list of its names
     if isinstance(x, list | tuple | set | frozenset) and origin in (Iterable, Sequence):
         return get_origin(inside[0]) is tuple or all(_fits(one, inside[0]) for one in x)  # heads: pairs of any kind
+    if origin is Iterable and inside[0] is not Any and _fits(x, inside[0]):
+        return False  # one stack is no list of its parts
     if isinstance(x, dict) and origin is Mapping:
         return all(_fits(key, inside[0]) and _fits(one, inside[1]) for key, one in x.items())
     if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):

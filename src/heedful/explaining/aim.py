@@ -67,9 +67,8 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
     device = device_of(model)
     if not isinstance(model, PreTrainedModel):
         first = next(iter(inspect.signature(model.forward).parameters), "x")
-        given = {first: text} if isinstance(text, Tensor) else text if isinstance(text, Mapping) else {}
-        found = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
-        return dict(suiting(owner, "text", model, found))
+        given = suiting(owner, "text", model, {first: text} if isinstance(text, Tensor) else text)
+        return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
     if isinstance(text, str):
         if read_by(model) == "image":
             rule = "a model that reads images takes the pixels of one, [c rows cols]"
@@ -100,7 +99,7 @@ def fed(owner: str, model: Any, text: Any, tokenizer: Any) -> dict[str, Any]:
     return found
 
 
-def suiting(owner: str, field: str, model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+def suiting(owner: str, field: str, model: nn.Module, inputs: Any) -> Mapping[str, Any]:
     """Inputs that the model can be called with, by name."""
     takes = inspect.signature(model.forward)
     try:
@@ -108,8 +107,9 @@ def suiting(owner: str, field: str, model: nn.Module, inputs: Mapping[str, Any])
     except TypeError as error:
         rule = f"must hold what {type(model).__name__} is called with, by name: {', '.join(takes.parameters)}"
         good = {next(iter(takes.parameters), "x"): "..."}
-        raise FieldError(owner, field, list(inputs), rule, [good] if field == "batches" else good) from error
-    return inputs
+        told = list(inputs) if isinstance(inputs, Mapping) else inputs
+        raise FieldError(owner, field, told, rule, [good] if field == "batches" else good) from error
+    return dict(inputs)
 
 
 def fed_each(owner: str, model: Any, texts: Any, tokenizer: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from heedful.catalogue import stack_from
+from heedful.core.asked import asks
 from heedful.core.errors import FieldError, HeedfulError, WriteError
 from heedful.core.files import folder_for
 from heedful.core.kinds import Progress, Report
@@ -22,6 +23,7 @@ from heedful.laboratory.training import MissingTrainer, Steps
 Mechanism = Part | Stack | str
 
 
+@asks
 def lab(
     mechanisms: Mapping[str, Mechanism] | Iterable[Mechanism] | None = None,
     kind: str = "lm",

@@ -16,7 +16,7 @@ from heedful.core.paper import Paper
 from heedful.core.sites import Site, at, reads
 from heedful.core.state import ByIndex
 from heedful.core.stats import Mean
-from heedful.kit.batches import read
+from heedful.kit.batches import at_least_one, read
 
 
 def _shares(stream: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class VAR(Method):
 
     def fit(self, context: FitContext, batches: Iterable[Mapping[str, Any]]) -> VAR:
         """The dimensions in which first tokens are above tau, on average, in at least half of the layers."""
-        shares = read(context, _FirstToken(), batches)
+        shares = read(context, _FirstToken(), at_least_one(self, batches))
         found = ((shares > self.tau).double().mean(0) >= 0.5).nonzero().flatten().tolist()
         if not found:
             top = float(shares.amax(-1).median())
