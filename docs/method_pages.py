@@ -16,6 +16,7 @@ from heedful.cli.methods import sites
 from heedful.cli.show import comments
 from heedful.core.method import CatalogueEntry
 from heedful.core.paper import Paper
+from heedful.functions import functions
 
 CHOOSE = Path(__file__).parent / "choose"
 FAMILIES = {
@@ -68,7 +69,8 @@ def members() -> dict[str, dict[str, type[CatalogueEntry]]]:
 
 def index() -> str:
     """The families, a sentence and a table each."""
-    rows = ["# Methods\n", "Each family has a page that tells how to choose and then describes every method.\n"]
+    rows = ["# Methods\n", "Each family has a page that tells how to choose and then describes every method."]
+    rows += ["What is no method but a function of the library has [a page too](functions.md).\n"]
     for name, kinds in members().items():
         rows += [f"## [{name}](methods/{name}.md)\n", FAMILIES[name] + "\n"]
         rows += ["| name | what it does | acts at | paper |", "|---|---|---|---|"]
@@ -120,7 +122,7 @@ def settings(kind: type[CatalogueEntry]) -> list[str]:
 
 def source(word: str, paper: Paper) -> list[str]:
     """A paper, and what is unlike it."""
-    rows = [f"{word}: [{paper.title}]({paper.link}), {paper.venue or 'arXiv'}, {paper.year} (`{paper.key}`).\n"]
+    rows = [f"{word}: [{paper.title}]({paper.link}), {paper.appeared} (`{paper.key}`).\n"]
     if paper.differs:
         rows += ["Unlike the authors:\n", *(f"- {sentence}" for sentence in paper.differs), ""]
     return rows
@@ -140,10 +142,26 @@ def section(name: str, kind: type[CatalogueEntry], verdict: str) -> list[str]:
     return rows
 
 
-def pages() -> dict[str, str]:
-    """The index and the pages of the families, by path."""
+def function_page() -> str:
+    """The functions, a table, and what is unlike the authors of those that follow a paper."""
     told = verdicts()
-    out = {"docs/methods.md": index()}
+    rows = ["# Functions\n", "What is no method but done with a model and methods; `heedful show NAME` tells more.\n"]
+    rows += ["| call | what it does | paper |", "|---|---|---|"]
+    following = []
+    for name, function in functions().items():
+        first, paper = re.split(r"[.:;]\s", function.about.replace("\n", " "))[0].rstrip("."), function.paper
+        link = f"[{paper.key}](#{name})" if paper else ""
+        rows.append(f"| `{function.call}` | {cell(first)}. | {link} |")
+        if paper:
+            following += [f"## {name}\n", function.about + "\n", *source("Paper", paper)]
+            following.append(f"Claim: [{told.get(name, 'none measured')}](claims.md).\n")
+    return "\n".join([*rows, "", *following]).rstrip() + "\n"
+
+
+def pages() -> dict[str, str]:
+    """The index, the pages of the families and that of the functions, by path."""
+    told = verdicts()
+    out = {"docs/methods.md": index(), "docs/functions.md": function_page()}
     for name, kinds in members().items():
         rows = [f"# {name.capitalize()}\n", FAMILIES[name] + " [All families](../methods.md).\n"]
         rows += ["## How to choose\n", prose(name, kinds) + "\n"]

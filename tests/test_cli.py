@@ -16,13 +16,13 @@ import pytest
 from typer.testing import CliRunner
 
 import heedful
-from heedful.catalogue import entry_from, find
+from heedful.catalogue import entries, entry_from, find
 from heedful.cli import main, require_given
 from heedful.cli.app import app
 from heedful.cli.console import console
-from heedful.cli.methods import VERBS
 from heedful.core.code import code_of, file_of
 from heedful.core.errors import HeedfulError
+from heedful.functions import SOUGHT, functions, sought
 from heedful.methods import SinkWindow
 
 runner = CliRunner()
@@ -90,14 +90,43 @@ def test_what_people_look_for_is_found_where_it_is_no_method(word: str, call: st
     assert f"In Python: heedful.{call}(" in told("methods", word)
 
 
-def test_every_verb_that_is_named_is_there() -> None:
-    for call in VERBS.values():
-        found: object = heedful
-        for name in call.split("(")[0].split(".")[1:]:
-            found = getattr(found, name)
-        told_of = call.split("(")[1].rstrip(")").split(", ")
-        known = inspect.signature(found).parameters  # type: ignore[arg-type]
-        assert all(word.split("=")[0] in known or word == "text" for word in told_of), call
+def test_every_function_that_is_sought_is_there_and_called_so() -> None:
+    by_name = {function.name: function for function in functions().values()}
+    for call in SOUGHT.values():
+        name, _, rest = call.partition("(")
+        known = inspect.signature(by_name[name].itself).parameters
+        assert all(word.split("=")[0] in known or word == "text" for word in rest.rstrip(")").split(", ")), call
+
+
+def test_functions_are_found_shown_and_cited_as_methods_are() -> None:
+    call = "heedful.explaining.linearity(model, batches)"
+    found = functions()["linearity"]
+    assert (found.call, functions()["agreement"].call) == (call, "heedful.explaining.agreement(*texts)")
+    assert found.paper is not None
+    assert found.paper.key == "P244"
+    for word in ("linearity", "P244", "LLM-Microscope", "Razzhigaev"):
+        assert f"In Python: {call}" in told("methods", word)
+    assert json.loads(told("methods", "P244", "--json")) == [
+        {"name": "heedful.explaining.linearity", "kind": "function", "call": call}
+    ]
+    assert sought("depth use") == ["heedful.explaining.depth_use(model, batches)"]
+    assert sought("logit_lens") == ["heedful.explaining.logit_lens(model, text)"]
+    assert sought("") == []
+    for name in ("linearity", "heedful.explaining.linearity", "p244", "LINEARITY"):
+        text = told("show", name)
+        assert text.startswith(call + "\n" + found.about.splitlines()[0])
+        assert all(sentence[:30] in text for sentence in found.paper.differs)
+    assert told("show", "depth-use") == told("show", "depth_use")
+    assert told("cite", "linearity", "P244", "linearity").strip() == found.paper.bibtex()
+    assert told("cite", "sinkrate | linearity").count("@article") == 2
+    with pytest.raises(HeedfulError, match=r"heedful\.ablate follows no paper; cite the methods that it is given"):
+        told("cite", "ablate")
+    assert not {name.replace("_", "") for name in functions()} & {name.lower() for name in entries()}
+
+
+def test_each_file_of_the_explaining_that_names_a_paper_has_one_function() -> None:
+    homes = [function.itself.__module__ for function in functions().values() if function.paper]
+    assert len(set(homes)) == len(homes) == 9
 
 
 @pytest.mark.parametrize(
@@ -317,4 +346,4 @@ def test_methods_for_machines() -> None:
     assert (one["family"], one["kind"], one["subjects"]) == ("sparse", "method", ["text"])
     assert {"site": "CACHE", "reads": False} in one["sites"]
     (call,) = json.loads(told("methods", "logit lens", "--json"))
-    assert (call["kind"], call["call"]) == ("verb", "heedful.explaining.logit_lens(model, text)")
+    assert (call["kind"], call["call"]) == ("function", "heedful.explaining.logit_lens(model, text)")

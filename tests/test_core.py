@@ -172,6 +172,12 @@ def test_near_names_are_offered() -> None:
     assert str(CatalogueError("plain words")) == "plain words"
 
 
+def test_where_a_paper_appeared_tells_its_year_once() -> None:
+    assert Paper("k", "t", "a", 2025, venue="ICCV 2025").appeared == "ICCV 2025"
+    assert Paper("k", "t", "a", 2025, venue="TMLR").appeared == "TMLR, 2025"
+    assert OTHER.appeared == "arXiv, 2020"
+
+
 def test_bibtex_is_made_of_the_paper() -> None:
     text = Paper("P1", "Some Title", "Ada B. Tester, Bo Other", 2025, "2501.00001", "ICML").bibtex()
     assert text.startswith("@article{tester2025some,")

@@ -21,6 +21,7 @@ def main() -> None:
         "sparse",
         "pattern",
         "model",
+        "memory",
         "diagnose",
         "peers",
         "linear",
@@ -64,6 +65,8 @@ def main() -> None:
         timing.apart()
     if given.what in ("model", "all"):
         model.measure(given.quick)
+    if given.what in ("memory", "all"):
+        model.memory(given.quick)
     if given.what in ("diagnose", "all"):
         diagnose.measure(given.quick)
     if given.what in ("step", "all"):

@@ -19,7 +19,7 @@ from heedful.core.method import Stack
 from heedful.diagnosis.measures import chosen, reads_text
 from heedful.diagnosis.texts import Delimiters
 
-PROCESSES = 5  # whose peaks are measured: how an allocator divides its memory differs from one to the next
+PROCESSES = 3  # whose peaks are measured: how an allocator divides its memory differs from one to the next
 TEXT = Path(__file__).parents[2] / "src" / "heedful" / "cli" / "text.txt"
 
 
@@ -53,13 +53,14 @@ def contenders(model: Any, tokenizer: Any, n: int) -> dict[str, Callable[[], Any
         finally:
             model.set_attn_implementation("sdpa")
 
+    eager_too = {"output_attentions": eager} if n <= 2048 else {}  # 19 GB at 4k
     return {
         "plain forward": lambda: model(input_ids=ids, use_cache=False),
         "plain forward, last logits": lambda: model(**feed),
         "attached, nothing to do": lambda: run(Stack()),
         "diagnose, native": lambda: run(measures),
         "diagnose, tiled": lambda: run(measures, "tiled"),
-        "output_attentions": eager,
+        **eager_too,
     }
 
 
@@ -85,16 +86,21 @@ def measure(quick: bool = False) -> None:
     lengths = (512, 1024) if quick else (1024, 2048, 8192)
     rows: list[dict[str, Any]] = []
     for n in lengths:
-        runs = contenders(model, tokenizer, n)
-        if n > 2048:
-            del runs["output_attentions"]  # 19 GB at 4k
-        found = race(runs, 3 if quick else max(3, 7 * 2048 // (n + 1024)))
-        peaks: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(PROCESSES if n <= 2048 else 1):
-            for name in runs:
-                peaks[name].append(round(alone_in_a_process(f"model.contenders(*model.load(), {n})[{name!r}]"), 1))
-        middle = {name: statistics.median(mb) for name, mb in peaks.items()}
-        ranges = {name: [min(mb), max(mb)] for name, mb in peaks.items() if len(mb) > 1}
-        rows.append({"tokens": n, "found": found, "peak_mb": middle, "peak_range": ranges})
-        print(n, {name: x["ratio"] for name, x in found.items()}, peaks, flush=True)
+        found = race(contenders(model, tokenizer, n), 3 if quick else max(3, 7 * 2048 // (n + 1024)))
+        rows.append({"tokens": n, "found": found})
+        print(n, {name: x["ratio"] for name, x in found.items()}, flush=True)
     record("model", rows, baseline="plain forward", model="SmolLM2-135M")
+
+
+def memory(quick: bool = False) -> None:
+    """The peaks of the same contenders, each in several processes of its own, whatever else the machine does."""
+    model, tokenizer = load()
+    rows: list[dict[str, Any]] = []
+    for n in (512,) if quick else (1024, 2048, 8192):
+        peaks: dict[str, list[float]] = {name: [] for name in contenders(model, tokenizer, n)}
+        for name in [*peaks] * (1 if quick else PROCESSES):
+            peaks[name].append(round(alone_in_a_process(f"model.contenders(*model.load(), {n})[{name!r}]"), 1))
+        middle = {name: statistics.median(mb) for name, mb in peaks.items()}
+        rows.append({"tokens": n, "peak_mb": middle, "peak_range": {x: [min(mb), max(mb)] for x, mb in peaks.items()}})
+        print(n, peaks, flush=True)
+    record("memory", rows, model="SmolLM2-135M")

@@ -171,7 +171,8 @@ HEAD = (
     "missed is in bold, with where it is missed by most.",
 )
 SECTIONS: tuple[tuple[str, str, tuple[Table, ...]], ...] = (
-    ("The whole model", "model", (races, peaks, growth)),
+    ("The whole model", "model", (races, growth)),
+    ("Its memory", "memory", (peaks,)),
     ("The whole of diagnose", "diagnose", (races,)),
     ("Peers", "peers", (peers,)),
     ("The attention call alone", "attention", (races,)),

@@ -116,7 +116,7 @@ def test_broken_lines_are_left_out_and_named(tmp_path: Path) -> None:
 
 def test_files_that_hold_nothing_are_refused(tmp_path: Path) -> None:
     for rows, wanted in (
-        (["{"] * 5, r"nothing that can be asked; my.jsonl, line 1: is not JSON"),
+        (["{"] * 5, r"nothing that can be asked: my.jsonl, line 1: is not JSON"),
         ([""], "holds noth"),
     ):
         with pytest.raises(FieldError, match=wanted):

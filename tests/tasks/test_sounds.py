@@ -110,7 +110,7 @@ def test_what_is_never_written_is_not(tmp_path: Path) -> None:
 
 def test_a_folder_without_any_that_can_be_asked_is_refused(tmp_path: Path) -> None:
     sound(tmp_path / "lone.wav")
-    with pytest.raises(FieldError, match=r"holds nothing that can be asked; lone.wav: has no lone.txt beside it"):
+    with pytest.raises(FieldError, match=r"holds nothing that can be asked: lone.wav: has no lone.txt beside it"):
         from_file(tmp_path)
 
 

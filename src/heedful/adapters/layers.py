@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from heedful.adapters.around import gives_alone, linear_in
 from heedful.adapters.suspects import calls_kernel, has_softmax, may_attend
 from heedful.core.errors import FieldError, RefusedModel
+from heedful.core.figures import a_few
 from heedful.core.method import Layer
 
 QUERY_NAMES = ("q_proj", "query", "q_lin", "wq", "q", "query_proj", "to_q", "linear_q")
@@ -159,7 +160,7 @@ def served(
             raise FieldError("attach()", "only", prefix, f"no served layer of {kind} lies there", roots[:1] or None)
     said = [left[name] for name in outside]
     if not names:
-        raise RefusedModel(f"{kind} {none}" + (f"; its own are {_some(said)}" if outside else ""))
+        raise RefusedModel(f"{kind} {none}" + (f"; its own are {a_few(said)}" if outside else ""))
     if outside:
         raise unreached(kind, names, outside, said)
     return names
@@ -170,11 +171,7 @@ def unreached(kind: str, names: Iterable[str], left: list[str], said: list[str],
     also = f", and {unseen} that did not run yet (`inputs` would show which can be served)" if unseen else ""
     rest = _roots(names, left)
     hint = f". To work on the rest and leave these alone{also}, name it: attach(..., only={rest!r})" if rest else ""
-    return RefusedModel(f"{kind} computes some attention by itself, which heedful cannot reach: {_some(said)}{hint}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return RefusedModel(f"{kind} computes some attention by itself, which heedful cannot reach: {a_few(said)}{hint}")
 
 
 def _roots(served: Iterable[str], left: list[str]) -> list[str]:

@@ -24,7 +24,7 @@ from heedful.catalogue import stack_from
 from heedful.core.asked import asks
 from heedful.core.code import code_of
 from heedful.core.errors import FieldError, HeedfulError, RefusedModel, WriteError
-from heedful.core.figures import counted
+from heedful.core.figures import a_few, counted
 from heedful.core.files import RECORDS, folder_for, held
 from heedful.core.kinds import Decode, Progress, Report, Surgery, Tokens
 from heedful.core.method import Method, Scoped, Stack, method_of
@@ -304,7 +304,7 @@ class _Job:
             self.report(Progress("answers", 0, 1, f"goes on after {self.log.found} records made before"))
         for task in tasks:
             if out := task.left_out:
-                note = f"{task.task.title}: {len(out)} left out: {'; '.join(out[:3])}{'; ...' if len(out) > 3 else ''}"
+                note = f"{task.task.title}: {len(out)} left out: {a_few(out)}"
                 self.report(Progress("answers", 0, 1, note))
         count, open_ = 0, {(task.name, name) for task in tasks for name, _ in self.everyone()}
         while open_ and count < max(task.prompts for task in tasks):

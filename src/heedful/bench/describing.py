@@ -16,7 +16,18 @@ from heedful.bench.numbers import MB, direction, margin, number, rounded, task_n
 from heedful.bench.records import Answered
 from heedful.bench.results import PLAIN, POINTS, Price, Result, Results
 from heedful.bench.worst import listing, sentence
-from heedful.core.figures import Description, Figure, Finding, Intervals, Listing, Matrix, Scatter, counted, percent
+from heedful.core.figures import (
+    Description,
+    Figure,
+    Finding,
+    Intervals,
+    Listing,
+    Matrix,
+    Scatter,
+    a_few,
+    counted,
+    percent,
+)
 
 
 def findings(c: Results) -> Iterable[Finding]:
@@ -59,10 +70,7 @@ def findings(c: Results) -> Iterable[Finding]:
         for said in about.get("told", ()):
             yield Finding(f"{task_name(c, task)}: {said}.", 0.85)
         if out := about.get("left_out"):
-            yield Finding(
-                f"{task_name(c, task)}: {len(out)} left out: {'; '.join(out[:3])}{'; ...' if len(out) > 3 else ''}.",
-                0.85,
-            )
+            yield Finding(f"{task_name(c, task)}: {len(out)} left out: {a_few(out)}.", 0.85)
     refused: dict[tuple[str, str], list[str]] = {}
     for one in c.refused:
         refused.setdefault((one.contender, one.reason), []).append(_where(c, one.task))

@@ -14,27 +14,7 @@ from heedful.catalogue import family, search
 from heedful.cli.console import console
 from heedful.core.errors import CatalogueError
 from heedful.core.method import CatalogueEntry, Method
-
-VERBS = {  # what people look for that is a verb of the library and no method
-    "ablate, ablation, knock out, knockout, zero a head, mean ablation": "heedful.ablate(model, heads, mean=texts)",
-    "attention patterns, attention maps, view, bertviz, circuitsvis": "heedful.patterns(model, text)",
-    "logit lens": "heedful.explaining.logit_lens(model, text)",
-    "direct logit attribution, dla": "heedful.explaining.direct_logits(model, text, answer, instead)",
-    "activation patching, causal tracing": "heedful.explaining.trace(model, clean, corrupt, answer, instead)",
-    "attribution patching, head patching": "heedful.explaining.patching(model, clean, corrupt, metric, estimate=True)",
-    "path patching, circuit": "heedful.explaining.path_patching(model, clean, corrupt, metric)",
-    "faithfulness, deletion, insertion": "heedful.explaining.faithfulness(model, text, scores)",
-    "diagnose, head roles, profile": "heedful.diagnose(model, texts)",
-    "compare, recommend, benchmark, which budget, cache budget": "heedful.compare(model, methods, tasks)",
-    "train from scratch, learning curves": "heedful.lab(mechanisms)",
-    "save and load, from_pretrained": "heedful.load(folder)",
-    "hook, own function, edit activations": "heedful.edit(site, function)",
-}
-
-
-def verbs(word: str) -> list[str]:
-    """Calls of the library that the word may mean."""
-    return [call for words, call in VERBS.items() if word and word.lower() in words]
+from heedful.functions import sought
 
 
 def sites(kind: type[CatalogueEntry]) -> str:
@@ -68,11 +48,11 @@ def methods(
 ) -> None:
     """List the methods, with where they act and their papers."""
     found = search(word)
-    other = verbs(word)
+    other = sought(word)
     if not found and not other:
         raise CatalogueError(f"no method mentions {word!r}; `heedful methods` lists them all")
     if as_json:
-        calls = [{"name": call.partition("(")[0], "kind": "verb", "call": call} for call in other]
+        calls = [{"name": call.partition("(")[0], "kind": "function", "call": call} for call in other]
         typer.echo(json.dumps([*calls, *map(plain, found)], indent=1))
         return
     for call in other:

@@ -11,7 +11,9 @@ import typer
 from heedful.catalogue import family, find
 from heedful.cli.console import console
 from heedful.core.method import CatalogueEntry, Method
+from heedful.core.paper import Paper
 from heedful.core.reading import name_in
+from heedful.functions import function_named
 
 
 def comments(source: str) -> dict[str, str]:
@@ -35,9 +37,13 @@ def role(kind: type[CatalogueEntry]) -> str:
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="The method's name, its paper's id, or a file of your own.")],
+    name: Annotated[str, typer.Argument(help="A method's or function's name, its paper's id, or a file of your own.")],
 ) -> None:
-    """Tell what a method does, its settings, its paper, and what we do unlike the authors."""
+    """Tell what a method does, its settings, its paper, and what we do unlike the authors; of a function, likewise."""
+    if function := function_named(name):
+        console.print(f"{function.call}\n{function.about}", markup=False, highlight=False)
+        _tell(function.paper)
+        return
     kind = find(name_in(name))  # settings that follow change nothing here
     module = inspect.getmodule(kind)
     console.print(f"[bold]{kind.__name__}[/]  {family(kind)}, {role(kind)}")
@@ -47,9 +53,11 @@ def show(
     for field in fields(kind):  # type: ignore[arg-type]
         default = "" if field.default is MISSING else f" = {field.default!r}"
         console.print(f"  {field.name}{default}  {said.get(field.name, '')}".rstrip(), markup=False)
-    for paper in kind.paper.every:
-        console.print(
-            f"\n{paper.authors}. {paper.title}. {paper.venue or 'arXiv'}, {paper.year}. {paper.link}", markup=False
-        )
+    _tell(kind.paper)
+
+
+def _tell(found: Paper | None) -> None:
+    for paper in found.every if found else ():
+        console.print(f"\n{paper.authors}. {paper.title}. {paper.appeared}. {paper.link}", markup=False)
         for sentence in paper.differs:
             console.print(f"  unlike the authors: {sentence}", markup=False)

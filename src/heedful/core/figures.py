@@ -170,6 +170,11 @@ def counted(number: int, thing: str) -> str:
     return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
+def a_few(told: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    return "; ".join([*told[:3], *([f"and {len(told) - 3} more"] if len(told) > 3 else [])])
+
+
 def layers_from(first: int, last: int) -> str:
     """A stretch of layers: `layer 3`, `layers 3 to 5`."""
     return f"layer {first}" if first == last else f"layers {first} to {last}"

@@ -50,6 +50,12 @@ class Paper:
     def link(self) -> str:
         return self.url or (f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else "")
 
+    @property
+    def appeared(self) -> str:
+        """Where and when: `ICCV 2025`, or `arXiv, 2025`."""
+        where = self.venue or "arXiv"
+        return where if str(self.year) in where else f"{where}, {self.year}"
+
     def bibtex(self) -> str:
         """A BibTeX entry; its key is the first author's last word, the year and the title's first word."""
         first = self.authors.split(",")[0].split(" and ")[0].split()

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from heedful.core.errors import FieldError
+from heedful.core.figures import a_few
 from heedful.core.files import is_there
 from heedful.diagnosis.texts import Source, Texts, files_in
 
@@ -57,5 +58,5 @@ class Gathering(Generic[T]):
 
     def nothing(self, given: Texts, skipped: Sequence[str]) -> FieldError:
         """The error where all that was given could not be read."""
-        rule = f"holds no {self.name} that can be read" + "".join(f"; {x}" for x in skipped[:3])
-        return self.refuse(str(given), rule)
+        why = f": {a_few(skipped)}" if skipped else ""
+        return self.refuse(str(given), f"holds no {self.name} that can be read{why}")

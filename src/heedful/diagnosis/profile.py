@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from heedful.core.asked import asks
 from heedful.core.errors import FieldError, StatisticError
-from heedful.core.figures import Curves, Description, Figure, Finding, Role, counted
+from heedful.core.figures import Curves, Description, Figure, Finding, Role, a_few, counted
 from heedful.core.files import folder_named
 from heedful.core.fitted import Fitted
 from heedful.core.kinds import Measure, Weights
@@ -101,9 +101,8 @@ class Profile:
         """What to know before the rest is believed."""
         skipped, tokens = self.facts.get("skipped"), self.facts.get("tokens")
         if skipped:
-            some = "; ".join(skipped[:3]) + (" ..." if len(skipped) > 3 else "")
             read = counted(self.facts["texts"] + len(skipped), self.facts.get("reads", "text"))
-            yield Finding(f"{len(skipped)} of {read} left out: {some}.", 1.0)
+            yield Finding(f"{len(skipped)} of {read} left out: {a_few(skipped)}.", 1.0)
         if tokens is not None and tokens < FEW and any(map(reads_text, self.parts)):
             yield Finding(f"{tokens} tokens are too few to tell much of a model; give it {FEW} or more to read.", 1.0)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.core.errors import FieldError
+from heedful.core.figures import a_few
 from heedful.core.files import is_there
 from heedful.core.regions import Span
 from heedful.facts import text_config
@@ -93,7 +94,8 @@ def _files(path: Path) -> list[Source]:
         found.append(Source(str(p), text, found=True, unread=why))
     if all(source.unread for source in found):
         rule = f"the folder holds no file with text in it that ends in {', '.join(ENDINGS)}"
-        raise _refuse(str(path), rule + "".join(f"; {source.name} {source.unread}" for source in found[:3]))
+        unread = [f"{source.name} {source.unread}" for source in found]
+        raise _refuse(str(path), f"{rule}: {a_few(unread)}" if unread else rule)
     return found
 
 

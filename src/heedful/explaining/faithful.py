@@ -154,7 +154,7 @@ def faithfulness(
     """Remove, and put back, tokens from the highest score `[n]` down, and watch what the model says of `target`.
 
     Several explanations of one text, by name, share the random orders that they are measured against, which are the
-    same for a seed. `target` and `position` are as in `heedful.attribute`.
+    same for a seed. `target` and `position` are as in `attribute`.
     """
     if steps < 1 or seeds < 1:
         raise FieldError("faithfulness()", "steps, seeds", (steps, seeds), "both must be 1 or more", (10, 8))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heedful.core.errors import UnusableFile
+from heedful.core.figures import a_few
 from heedful.core.files import file_digest, is_there
 from heedful.diagnosis.images import opened
 from heedful.diagnosis.texts import ENDINGS, files_in, read_text
@@ -96,7 +97,7 @@ def rows_of(path: Path) -> tuple[list[Row], list[str]]:
 
 def nothing(path: Path, left_out: Sequence[str], good: str) -> UnusableFile:
     """The error where no row is left."""
-    why = "".join(f"; {reason}" for reason in left_out[:3]) + ("; ..." if len(left_out) > 3 else "")
+    why = f": {a_few(left_out)}" if left_out else ""
     return _refuse(path, f"holds nothing that can be asked{why}", good)
 
 
