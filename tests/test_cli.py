@@ -119,7 +119,7 @@ def test_functions_are_found_shown_and_cited_as_methods_are() -> None:
     assert told("show", "depth-use") == told("show", "depth_use")
     assert told("cite", "linearity", "P244", "linearity").strip() == found.paper.bibtex()
     assert told("cite", "sinkrate | linearity").count("@article") == 2
-    with pytest.raises(HeedfulError, match=r"heedful\.ablate follows no paper; cite the methods that it is given"):
+    with pytest.raises(HeedfulError, match=r"heedful\.ablate\(model, heads\) follows no paper; cite the methods"):
         told("cite", "ablate")
     assert not {name.replace("_", "") for name in functions()} & {name.lower() for name in entries()}
 

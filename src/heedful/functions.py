@@ -12,7 +12,11 @@ from typing import Any
 
 import heedful
 from heedful import explaining
+from heedful.catalogue import find
+from heedful.core.errors import CatalogueError
+from heedful.core.method import CatalogueEntry
 from heedful.core.paper import Paper
+from heedful.core.reading import name_in
 
 SOUGHT = {  # what people look for that is a function of the library and no method
     "ablate, ablation, knock out, knockout, zero a head, mean ablation": "heedful.ablate(model, heads, mean=texts)",
@@ -58,33 +62,39 @@ class Function:
 @cache
 def functions() -> dict[str, Function]:
     """Those of `heedful` and of `heedful.explaining`, by their last names."""
-    found: dict[str, Function] = {}
+    known: dict[str, Function] = {}
     for home in (heedful, explaining):
         for name in home._HOMES:
             itself = getattr(home, name)
-            if isinstance(itself, FunctionType) and name not in found:
-                found[name] = Function(f"{home.__name__}.{name}", itself)
-    return dict(sorted(found.items()))
+            if isinstance(itself, FunctionType) and name not in known:
+                known[name] = Function(f"{home.__name__}.{name}", itself)
+    return dict(sorted(known.items()))
 
 
-def function_named(name: str) -> Function | None:
-    """The one of that name, however it is written, or of that paper."""
-    plain = name.lower().rpartition(".")[2].replace("-", "_")
-    by_key = {found.paper.key.lower(): found for found in functions().values() if found.paper}
-    return functions().get(plain) or by_key.get(plain)
+def found(name: str) -> type[CatalogueEntry] | Function:
+    """The method of that name or paper, or else the function, however its name is written."""
+    try:
+        return find(name_in(name))  # settings that follow change nothing
+    except CatalogueError:
+        plain = name.lower().rpartition(".")[2].replace("-", "_")
+        by_key = {function.paper.key.lower(): function for function in functions().values() if function.paper}
+        known = functions() | by_key
+        if plain not in known:
+            raise
+        return known[plain]
 
 
 def sought(word: str) -> list[str]:
     """Calls of the functions that the word may mean, by what they are for, their names or their papers."""
-    low = word.lower()
+    if not (low := word.lower()):
+        return []
     known = {call.partition("(")[0]: (words, call) for words, call in SOUGHT.items()}
     calls = []
-    for found in functions().values():
-        words, call = known.get(found.name, ("", found.call))
-        name = found.name.rpartition(".")[2]
+    for name, function in functions().items():
+        words, call = known.get(function.name, ("", function.call))
         told = [words, name, name.replace("_", " ")]
-        if found.paper:
-            told += [found.paper.title, found.paper.key, found.paper.authors]
-        if low and any(low in one.lower() for one in told):
+        if function.paper:
+            told += [function.paper.title, function.paper.key, function.paper.authors]
+        if any(low in one.lower() for one in told):
             calls.append(call)
     return calls

@@ -6,25 +6,22 @@ from typing import Annotated
 
 import typer
 
-from heedful.catalogue import find, parted
+from heedful.catalogue import parted
 from heedful.core.errors import CatalogueError
 from heedful.core.paper import Paper
-from heedful.core.reading import name_in
-from heedful.functions import function_named
+from heedful.functions import found
 
 
 def cite(
     names: Annotated[list[str], typer.Argument(metavar="METHOD...", help="Names, paper ids, or stacks as elsewhere.")],
 ) -> None:
     """Print the BibTeX of the papers behind methods, and behind functions."""
-    asked = (name_in(one) for name in names for one in parted(name, "|") or [name])
+    asked = (one for name in names for one in parted(name, "|") or [name])
     typer.echo("\n\n".join(dict.fromkeys(paper.bibtex() for name in asked for paper in _papers(name))))
 
 
 def _papers(name: str) -> tuple[Paper, ...]:
-    function = function_named(name)
-    if function is None:
-        return find(name).paper.every
-    if function.paper is None:
-        raise CatalogueError(f"{function.name} follows no paper; cite the methods that it is given")
-    return function.paper.every
+    asked = found(name)
+    if asked.paper is None:
+        raise CatalogueError(f"{asked.call} follows no paper; cite the methods that it is given")
+    return asked.paper.every

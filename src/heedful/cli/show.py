@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 
-from heedful.catalogue import family, find
+from heedful.catalogue import family
 from heedful.cli.console import console
 from heedful.core.method import CatalogueEntry, Method
 from heedful.core.paper import Paper
-from heedful.core.reading import name_in
-from heedful.functions import function_named
+from heedful.functions import Function, found
 
 
 def comments(source: str) -> dict[str, str]:
@@ -40,11 +39,11 @@ def show(
     name: Annotated[str, typer.Argument(help="A method's or function's name, its paper's id, or a file of your own.")],
 ) -> None:
     """Tell what a method does, its settings, its paper, and what we do unlike the authors; of a function, likewise."""
-    if function := function_named(name):
-        console.print(f"{function.call}\n{function.about}", markup=False, highlight=False)
-        _tell(function.paper)
+    kind = found(name)
+    if isinstance(kind, Function):
+        console.print(f"{kind.call}\n{kind.about}", markup=False, highlight=False)
+        _tell(kind.paper)
         return
-    kind = find(name_in(name))  # settings that follow change nothing here
     module = inspect.getmodule(kind)
     console.print(f"[bold]{kind.__name__}[/]  {family(kind)}, {role(kind)}")
     console.print((module.__doc__ or "").strip() if module else "", style="cyan", markup=False)
@@ -56,8 +55,8 @@ def show(
     _tell(kind.paper)
 
 
-def _tell(found: Paper | None) -> None:
-    for paper in found.every if found else ():
+def _tell(first: Paper | None) -> None:
+    for paper in first.every if first else ():
         console.print(f"\n{paper.authors}. {paper.title}. {paper.appeared}. {paper.link}", markup=False)
         for sentence in paper.differs:
             console.print(f"  unlike the authors: {sentence}", markup=False)
