@@ -33,7 +33,7 @@ class SeqBoat(Method):
             "normal, and not cut off at two deviations. Nothing is dropped in training.",
         ),
     )
-    shared: int = 64  # channels that queries and keys are made of; the authors: 96 on long ranges
+    shared: int = 64  # channels that queries and keys are made of; the authors: 64 on long ranges, 128 for language
     averages: int = 16  # of each channel; the authors: 16
     window: int = 256  # tokens that attend, back from each, that it sees besides itself; the authors: 128 to 1024
     reach: int = 1024  # distances with a bias of their own; the authors: 1024
