@@ -34,7 +34,7 @@ CLAIM = Claim(
     key="P188",
     method="LightningAttention",
     says="A language model of linear attention with decay is on a par with one of softmax attention.",
-    paper_number="none given in the abstract; on par with conventional transformers",
+    paper_number="perplexity 24.03 on WikiText-103, softmax 24.78 (paper, of whole models of 45M weights)",
     setup=f"{SETUP} with softmax, with lightning attention, and with the same but no decay; held-out loss. A match is "
     "a loss at most 2 % above softmax's.",
     effect="nats a byte left below softmax's loss plus 2 %",

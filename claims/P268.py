@@ -35,7 +35,8 @@ CLAIM = Claim(
     key="P268",
     method="GlobalLocalCrossAttention",
     says="Letting the patches that went most into the class token ask all others once more names images better.",
-    paper_number="DeiT-Tiny +2.5 points on CUB-200-2011, with the half that is for training (paper)",
+    paper_number="DeiT-Tiny with this half alone 83.1 % on CUB-200-2011; with both 84.6 %, 2.5 points more than "
+    "without (paper)",
     setup=f"The lab's digits, {DIGITS.steps} steps of a vision transformer of {DEPTH} layers, without more, with the "
     f"foremost {SHARE:.0%} of the patches asking behind its last layer, or with as many drawn ones. Accuracy on "
     "another held-out third a seed. Fine-grained classes are not part of it. The first run, not changed after it was "

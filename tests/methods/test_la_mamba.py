@@ -112,7 +112,10 @@ def test_pieces_side_by_side_are_one_way(tokens: int) -> None:
         assert close(one, other)
 
 
-@pytest.mark.parametrize(("grid", "window", "shift"), [((5, 4), 2, 0), ((5, 4), 3, 1), ((4, 5), 3, 2), ((2, 2), 1, 0)])
+@pytest.mark.parametrize(
+    ("grid", "window", "shift"),
+    [((5, 4), 2, 0), ((5, 4), 3, 1), ((4, 5), 3, 2), ((2, 2), 1, 0), ((3, 3), 3, 1), ((2, 4), 3, 1)],
+)
 def test_patches_see_their_window(grid: Place, window: int, shift: int) -> None:
     n = 1 + math.prod(grid) + 1
     bare = Bare(Shape(q=n, k=n), dtype=torch.float64, rules=())
@@ -126,7 +129,9 @@ def test_patches_see_their_window(grid: Place, window: int, shift: int) -> None:
     def of(i: int) -> tuple[int, ...] | None:
         if not 0 < i < n - 1:
             return None
-        return tuple(sum(start <= x for start in starts) for x in divmod(i - 1, grid[1]))
+        at = zip(divmod(i - 1, grid[1]), grid, strict=True)
+        # along a side no longer than a window there is one, as in the authors' code
+        return tuple(0 if side <= window else sum(start <= x for start in starts) for x, side in at)
 
     for i in range(n):
         for j in range(n):

@@ -34,7 +34,8 @@ class HyperZZW(Method):
             "channels, or meets one. The authors' first block has a global net one layer deeper.",
             "Each image changes local kernels by itself; in the authors' code the mean of a batch does. Their hidden "
             "states are renormed there, which is left out.",
-            "The authors' factor on frequencies is not among the settings that could be read, and is 1 here.",
+            "The authors' factor on frequencies is not among the settings that could be read, and is 1 here; their "
+            "class has 2000 unless told otherwise.",
             "Tokens outside the grid of patches, as a class token, get nothing and are seen by none; the authors' "
             "models have none. Let the last layer attend, .on(layers=...), where a model reads a class token.",
             "Layers that are causal, or whose patches lie on no grid, are refused.",

@@ -28,7 +28,7 @@ class SkimAttention(Method):
         "EMNLP 2021",
         differs=(
             "A token stands in a cell of a grid, told by its row and column; the authors have boxes, told by four "
-            "edges, height and width.",
+            "edges, height and width, or, where their code is asked for less, by the middle.",
             "The authors' variant that has places look at one another first, and SkimmingMask, which hides from a "
             "trained model what layout gives little weight, are not here.",
             "Queries and keys have no bias, and are drawn as torch.nn.Linear draws its weight, tables as "

@@ -23,7 +23,8 @@ class Combiner(Method):
         "NeurIPS 2021",
         differs=(
             "Of the paper's patterns it has the fixed one, with summaries by a small net and the highest of each "
-            "channel (`deepset-max` in the authors' code); the axial and the logarithmic ones are not part of it.",
+            "channel (`deepset-max` in the authors' code, whose settings for language have the highest without a net); "
+            "the axial and the logarithmic ones are not part of it.",
             "Blocks are counted from where each text begins, and the last may be shorter.",
             "Queries of past tokens, which their block's mean needs, are kept with the cache; those of tokens that a "
             "cache took up without it are left out of the summary.",
@@ -32,7 +33,7 @@ class Combiner(Method):
     )
     subjects = ("text", "image")
     every_token = True
-    size: int = 64  # tokens of a block; the square root of a text's length costs least
+    size: int = 64  # tokens of a block; the square root of a text's length costs least; the authors: 128 of 2048
 
     def __post_init__(self) -> None:
         if self.size < 1:

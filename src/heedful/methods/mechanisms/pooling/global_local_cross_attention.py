@@ -31,8 +31,10 @@ class GlobalLocalCrossAttention(Method):
         differs=(
             "The local half; the other is PairwiseCrossAttention.",
             "The mean of what the chosen patches come to is added to the class token, for one classifier; the paper "
-            "has one for each of the two and adds up what they say, and does not tell how patches reach theirs.",
-            "Patches alone are ranked, and the class token does not ask; it is a key like others.",
+            "has one for each of the two and adds up what they say, and does not tell what theirs reads, but for a "
+            "class token where persons are known again.",
+            "Patches alone are ranked, and the class token does not ask; it is a key like others. The paper ranks it "
+            "among them.",
             "Weights are drawn as torch.nn.Linear draws them, by a generator seeded by the layer's number.",
         ),
     )

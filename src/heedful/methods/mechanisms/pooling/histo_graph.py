@@ -30,8 +30,8 @@ class HistoGraph(Method):
         "ICLR 2026",
         differs=(
             "Written from the paper's abstract and from notes that have its formulas; the authors' code was not to be "
-            "had. Queries and keys have no bias. The residual and the norm behind what patches find of one another, "
-            "which are optional, are there.",
+            "had. Queries and keys have no bias, and one map serves all layers. The residual and the norm behind what "
+            "patches find of one another, which are optional, are there.",
             "Nodes are the patches of an image, and all of them see one another; the authors' are nodes of a graph.",
             "What comes of it stands in the class token's place, before the model's last norm.",
             "Weights are drawn as torch.nn.Linear draws them, by a generator seeded by the layer's number.",

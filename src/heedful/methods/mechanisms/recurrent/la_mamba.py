@@ -47,7 +47,7 @@ class LaMamba(Method):
     subjects = ("image",)
     every_token = True
     window: int = 8  # patches along a side; the authors' code: 8
-    shift: int = 0  # patches before the first whole window; the authors: half a window, in every other layer
+    shift: int = 0  # patches before the first whole window, if there are more; the authors: half a window, in turns
     state: int = 16  # numbers that each scanned channel remembers; the authors' code: 16, their XL model: 1
     ratio: int = 2  # channels scanned, for each of the model's; the authors' code: 2
 
@@ -84,8 +84,9 @@ class LaMamba(Method):
         if "patches" not in call.roles:
             return mask  # what is no image `scan` refuses, and says why
 
-        def sees(_: int, query: Tensor, key: Tensor) -> Tensor:
-            back = self.window - self.shift
+        def sees(axis: int, query: Tensor, key: Tensor) -> Tensor:
+            whole = sides(call)[axis] <= self.window  # one window, wherever it would begin
+            back = 0 if whole else self.window - self.shift
             return (query + back) // self.window == (key + back) // self.window
 
         return narrowed(mask, call, sees)

@@ -25,7 +25,8 @@ class Mega(Method):
             "into chunks that see themselves alone.",
             "The update gate weighs the difference to what the block is handed, which the model's norm has seen, where "
             "the authors' has the stream itself. The model's own projections stay in it, unused.",
-            "The learned bias of a distance is shared by all of `reach` tokens and more; the authors' ends there.",
+            "Distances have a learned bias, the last of which all further ones share; the authors' is for no more "
+            "tokens than it has entries, and their language models have one made of rotations instead.",
             "Weights are drawn by a generator seeded by the layer's number; nothing is dropped in training.",
         ),
     )

@@ -23,7 +23,8 @@ class SeqBoat(Method):
         "2306.11197",
         "NeurIPS 2023",
         differs=(
-            "For causal models, with softmax, which is one of the authors' two ways to weigh.",
+            "For causal models, with softmax, which is one of the authors' two ways to weigh, and a learned bias of "
+            "distances, in whose place their language models rotate queries and keys.",
             "What the block gives is added to the stream behind its activation; the authors' activation has the stream "
             "in it. The model's own projections stay in the block, unused.",
             "Tokens that do not attend are computed and left out, not gathered: what is saved is told by how many "
@@ -32,9 +33,9 @@ class SeqBoat(Method):
             "normal, and not cut off at two deviations. Nothing is dropped in training.",
         ),
     )
-    shared: int = 64  # channels that queries and keys are made of; the authors: 96 on long ranges
+    shared: int = 64  # channels that queries and keys are made of; the authors: 64 on long ranges, 128 for language
     averages: int = 16  # of each channel; the authors: 16
-    window: int = 256  # tokens that attend, back from each, that it sees besides itself; the authors: 128, 256
+    window: int = 256  # tokens that attend, back from each, that it sees besides itself; the authors: 128 to 1024
     reach: int = 1024  # distances with a bias of their own; the authors: 1024
 
     def __post_init__(self) -> None:
