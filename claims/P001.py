@@ -44,7 +44,8 @@ CLAIM = Claim(
     key="P001",
     method="KolmogorovArnoldAttention",
     says="Weights made of learned waves of a row's scores name images as well as softmax of these, or better.",
-    paper_number="outperform or match ViTs on CIFAR-10, CIFAR-100 and ImageNet-1K, in some cases (abstract)",
+    paper_number="ViT-Tiny with three waves a score: 76.69 % on CIFAR-10, 46.29 % on CIFAR-100, 59.11 % on ImageNet-1K "
+    "against 72.76, 43.53 and 59.15 %; ViT-Base with one: 81.81, 55.92 and 68.03 % against 83.45, 58.07 and 72.90 %",
     setup=f"The lab's digits, {DIGITS.steps} steps of a vision transformer of {DIGITS.layers} layers, with softmax or "
     f"with three waves of each score, rank {RANK}, in all of them. Accuracy on another held-out third a seed. Details: "
     "a linear map of the same rank in the waves' place. The first run, not changed after it was seen.",

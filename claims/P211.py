@@ -20,7 +20,7 @@ TEXTS = 16
 
 
 def norm(heads: Tensor, call: Call) -> Tensor:
-    """The norm that the authors put behind the heads, over all heads of a token."""
+    """A norm behind the heads, over all heads of a token; that of the authors takes their mean away too."""
     return heads * torch.rsqrt(heads.square().mean((1, 3), keepdim=True) + 1e-5)
 
 
@@ -63,9 +63,9 @@ CLAIM = Claim(
     says="Before training, softmax isolates tokens from one another the more the longer the text; NAP does not.",
     paper_number="none given in the abstract; more than 25,000 models trained",
     setup=f"Fresh 2-layer byte models on {TEXTS} texts of {LENGTHS[0]} and of {LENGTHS[1]} bytes: gradient of the last "
-    "token's state by all other tokens' embeddings over that by its own, as a power of the length. NAP has the "
-    "authors' norm behind the heads. Details: with and without that norm, and held-out loss after "
-    f"{STEPS} steps of training.",
+    "token's state by all other tokens' embeddings over that by its own, as a power of the length. NAP has a norm by "
+    "the root mean square behind the heads, where the authors have a LayerNorm and a GELU. Details: with and without "
+    f"that norm, and held-out loss after {STEPS} steps of training.",
     effect="exponent of the others' influence in the length, NAP's less softmax's",
     measure=measure,
 )

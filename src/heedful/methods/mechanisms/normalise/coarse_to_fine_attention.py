@@ -23,6 +23,8 @@ class CoarseToFineAttention(Method):
         "1609.04938",
         "ICML 2017",
         differs=(
+            "The paper's full text was not at hand: that weights are a cell's times those in it is told by its "
+            "abstract and others' summaries.",
             "A cell is scored by the mean of the scores of its keys, which is the score of their mean; the authors "
             "score features of a coarser grid, made by further convolutions, with weights of their own.",
             "Sparsemax alone: the paper's other way, one cell drawn and taught by REINFORCE, is not here.",

@@ -21,17 +21,19 @@ class KolmogorovArnoldAttention(Method):
         2025,
         "2503.10632",
         differs=(
-            "The paper's abstracts were at hand, and the code of the layer of waves that it takes from others, which "
-            "also tells how coefficients are drawn; its bias is left out. W is drawn as torch.nn.Linear draws it.",
-            "Each layer has waves of its own; the authors also let all layers share them.",
+            "Read from the authors' text; their code is not out. Coefficients are drawn with a variance of 1 over "
+            "waves and tokens, as common code for layers of waves draws them; the paper's table says 1. W is drawn as "
+            "torch.nn.Linear draws it.",
+            "Each layer has waves of its own (blockwise); the authors also let all layers share them, and try other "
+            "functions than waves.",
             "For images, which have at most as many tokens as there are places. A key that a token may not see adds "
             "no wave and gets no weight.",
         ),
     )
     subjects = ("image",)
     tokens: int = 197  # N, of every image, a class token counted; that of ViT-B/16
-    rank: int = 12  # r, what the waves of a row add up to before W; the paper: 12 in its smallest model
-    waves: int = 3  # per score; the paper: 1 and 3, among others
+    rank: int = 12  # r, what the waves of a row add up to before W; the paper: 12
+    waves: int = 3  # per score; the paper: 3 in ViT-Tiny and -Small, 1 in ViT-Base
 
     def __post_init__(self) -> None:
         for name, good in (("tokens", 197), ("rank", 12), ("waves", 3)):

@@ -14,7 +14,10 @@ from heedful.methods.mechanisms.normalise._grouped import softmax_by_group
 
 
 class LandmarkAttention(Method):
-    """The last token of each block stands for it: who looks at it looks into the block. For models trained with it."""
+    """The last token of each block stands for it: who looks at it looks into the block. For models trained with it.
+
+    A query that has nothing before it in its block and no landmark gets nothing, as in the authors' code.
+    """
 
     paper = Paper(
         "P193",
@@ -30,7 +33,8 @@ class LandmarkAttention(Method):
             "saves is not saved here.",
             "Every query chooses blocks in each head by itself, and keys keep their positions; for texts longer than "
             "in training the authors' code moves chosen blocks to positions that were seen there.",
-            "A query that has nothing before it in its block and no landmark gets nothing.",
+            "`blocks` are of all blocks before a query's own; the authors read a text in stretches, look at all of the "
+            "stretch that is read, and choose among the blocks before it.",
         ),
     )
     every: int = 51  # tokens of a block, with its landmark; the authors' LLaMA: 50 and the landmark

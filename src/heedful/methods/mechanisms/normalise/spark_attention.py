@@ -33,7 +33,8 @@ class SparkAttention(Method):
             "channels the model's rotary embedding turns whole pairs of each part; the authors turn each part by "
             "itself.",
             "The highest score is kept where the threshold is above it, since a softmax of nothing is no number.",
-            "A bias that a model adds to its scores is left out; both products are bounded as the model bounds one.",
+            "A bias that a model adds to its scores is left out; both products are scaled and bounded as the "
+            "model's one is.",
             "Attention alone, and not the feed-forward part.",
         ),
     )

@@ -20,6 +20,8 @@ PAPER = Paper(
     "2403.01643",
     differs=(
         "For images alone: no cache holds the tokens themselves.",
+        "The authors' full text was not at hand: formulas are told by the abstract and by code of another, whom the "
+        "authors helped.",
         "There are no biases; weights are drawn as torch.nn.Linear draws them, by a generator seeded by the layer's "
         "number. The model's own projections stay in it, unused.",
     ),

@@ -29,8 +29,9 @@ class DualAttention(Method):
         differs=(
             "The relational heads are the layer's last, look by the model's own queries and keys, and hand over to its "
             "own output projection, which mixes both kinds; the authors have one for each.",
-            "Symbols are told by symbolic attention of one head, in each layer anew; the authors' by position are not "
-            "part of it. Relations are as they are, without an activation.",
+            "Symbols are told by symbolic attention of one head, from a library of each layer's own; the authors' "
+            "layers share one unless told otherwise. Their symbols by position, and activations of relations other "
+            "than none, are not part of it.",
             "Relations of a head are added up before they are products: sum_j a_ij <q_i, k_j> = <q_i, sum_j a_ij k_j>.",
             "Tokens that a cache took up without it are not seen, by any head.",
             "Weights are drawn by a generator seeded by the layer's number, from the authors' distributions.",

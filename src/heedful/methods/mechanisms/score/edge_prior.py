@@ -21,6 +21,8 @@ class EdgePrior(Method):
         2023,
         "2304.04556",
         differs=(
+            "The paper's full text was not at hand: that attention is a mean over edges, which have a prior, is told "
+            "by its abstract and that of the paper that followed it.",
             "Of the priors over edges that the paper speaks of this has those by distance, learned ones and the "
             "geometric one; priors of zero and one are masks, which are rules here.",
             "Distance is counted to either side alike. The model's own scores are the logarithm of the likelihood.",

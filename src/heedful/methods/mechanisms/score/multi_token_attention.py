@@ -31,7 +31,10 @@ class MultiTokenAttention(Method):
         differs=(
             "The norm of each head's output, its factor by depth and its gate, which follow in their models, are not "
             "part of it.",
-            "It acts in every layer; the authors' code convolves in every fourth, for which there is .on(layers=...).",
+            "By default a kernel acts before the softmax and heads are mixed behind it; in the authors' "
+            "configurations for language both act on both sides, with (6, 11) and all heads.",
+            "It acts in every layer; the authors' code convolves in every fourth, for which there is .on(layers=...), "
+            "and mixes heads in all.",
             "Queries of earlier calls are kept as constants: gradients do not reach them through a cache.",
             "It does not go on behind a cache that has dropped what the rows above saw, nor one that has slid.",
         ),

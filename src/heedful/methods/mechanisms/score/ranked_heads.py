@@ -28,7 +28,8 @@ class RankedHeads(Method):
             "A mechanism to train models with; of the authors' theorems, and of depth in place of rank, nothing is "
             "here.",
             "For images alone: no cache holds such keys.",
-            "Scores are divided by the square root of the rank; the authors' maps may be of any size.",
+            "A head's values have the rank too; in the authors' code they have the layer's width, and one map stands "
+            "for those of a head's values and output.",
             "There are no biases; weights are drawn as torch.nn.Linear draws them, by a generator seeded by the "
             "layer's number. The model's own projections stay in it, unused.",
         ),

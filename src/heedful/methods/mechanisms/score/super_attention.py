@@ -17,8 +17,6 @@ class SuperAttention(Method):
         PAPER,
         differs=(
             "For images alone, whose tokens are always as many; the triangular map proposed for texts is not here.",
-            "That keys have no map either is told by the abstract's counts and by others' code that was checked with "
-            "the authors; their full text was not at hand.",
             *PAPER.differs[1:],
         ),
     )
