@@ -84,8 +84,8 @@ def test_a_selective_copy_leaves_the_blanks_out(times: int) -> None:
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_induction_repeats_unlike_words(times: int) -> None:
-    rows, graded = made("induction", times)
+def test_repetition_repeats_unlike_words(times: int) -> None:
+    rows, graded = made("repetition", times)
     for ids, marks in zip(rows, graded.tolist(), strict=True):
         split = ids.index(GO)
         assert ids[:split] == ids[split + 1 :]

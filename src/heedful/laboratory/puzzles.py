@@ -1,4 +1,4 @@
-"""The field's synthetic tasks, all learned by one model: associative recall, selective copy, induction and a needle.
+"""The field's synthetic tasks, all learned by one model: associative recall, selective copy, repetition and a needle.
 
 A text begins with a token that names its task; only what can be known is graded.
 """
@@ -65,8 +65,8 @@ def selective_copy(random: Generator, rows: int, times: int) -> Puzzle:
     return _asked(torch.full((rows, length), BLANK).scatter(1, places, values), last=values)
 
 
-def induction(random: Generator, rows: int, times: int) -> Puzzle:
-    """Words in random order, twice; all but the first of the second time can be known."""
+def repetition(random: Generator, rows: int, times: int) -> Puzzle:
+    """Words in random order, twice; all but the first of the second time can be known, also by the distance alone."""
     words = _drawn(random, torch.cat([KEYS, VALUES]), rows, 16 * times)
     ids, graded = _asked(words, last=words)
     graded[:, -words.shape[1]] = False
@@ -87,7 +87,7 @@ def needle(random: Generator, rows: int, times: int) -> Puzzle:
 PUZZLES: dict[str, Callable[[Generator, int, int], Puzzle]] = {
     "recall": recall,
     "copy": selective_copy,
-    "induction": induction,
+    "repetition": repetition,
     "needle": needle,
 }
 
