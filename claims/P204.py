@@ -51,7 +51,7 @@ CLAIM = Claim(
     key="P204",
     method="SparseMM",
     says="Heads that look at the thing they name need more of the cache, and sharing it so loses less than evenly.",
-    paper_number="parity at 52 % of the memory; under 5 % of heads are visual",
+    paper_number="parity at 52 % less memory while it writes; under 5 % of heads are visual (abstract)",
     setup=f"A vision-language model of LLaVA's class with 0.3M parameters, {PICTURES} noisy 16 x 16 pictures of two "
     "things a seed, and two questions about one of them, its colour and its shape in either order. Behind the first "
     f"the cache is cut to {BUDGET} of 66 entries in the mean of 16 heads, {WINDOW} of them the newest; the right "

@@ -141,7 +141,7 @@ def test_the_rest_is_dropped_for_good(model: Any) -> None:
 
 
 def test_defaults_and_wrong_fields(model: Any) -> None:
-    assert (AVL().kept, AVL().core, AVL().every, AVL(every=1).every) == (0.5, 0.1, 16, 1)
+    assert (AVL().kept, AVL().core, AVL().every, AVL(every=1).every) == (0.5, 0.3, 3, 1)
     for name, wrong in (("kept", 0.0), ("kept", 1.1), ("core", 0.0), ("core", 1.1), ("every", 0)):
         with pytest.raises(FieldError, match=rf"AVL\.{name} = "):
             AVL(**{name: wrong})

@@ -24,6 +24,7 @@ class KNorm(ScoredCache):
         differs=(
             "Every layer is cut unless .on(layers=...) says otherwise; the authors' example spares the first two.",
             "The cache is cut after every call that outgrows its budget; the authors' code waits for 2048 tokens.",
+            "A share is of the text so far; the authors' is of what the cache holds, anew at each cut.",
         ),
     )
     budget: Budget = 0.5  # share of the text, or entries a head; half costs the paper nothing on its tasks

@@ -44,13 +44,12 @@ class SparseMM(UnevenCache):
             *VOTES,
             "The authors score heads on pages of letters, and on photographs with names and boxes, while the model "
             "writes; here each prompt gives one token to name, and where what it names stands.",
-            "The share that all heads keep alike is one of several that the authors try; theirs could not be told.",
         ),
     )
     budget: Budget = 1024  # entries of the average head, the window included, or a share; the paper: 64 to 2048
     window: int = 32  # last queries that vote, and entries that stay in every head; the authors' code: 32
     kernel: int = 7  # tokens that votes are pooled over, odd; the authors' code: 7
-    floor: float = 0.1  # share of the budget before the window that every head keeps
+    floor: float = 0.1  # share of the budget before the window that every head keeps; the authors' scripts: 0.1
     scores: Fitted | None = None  # "scores.LAYER" [g], from a fit
     seed: int | None = None  # without a fit: random scores, the control
 

@@ -36,16 +36,17 @@ class AVL(Method):
         "2409.14846",
         "AAAI 2025",
         differs=(
-            "The authors' text was at hand in summaries: the three kinds of entries and the renewal are theirs, the "
-            "shares and how often are ours.",
+            "The authors' text was at hand in summaries, and of their code how it is set: the three kinds of entries "
+            "and the renewal are theirs, and the shares and how often are those of a script of theirs.",
+            "Every layer reads the whole prompt; the authors may leave out some of an image from an early layer on.",
             "The core is first chosen by the first written token, which sees all that was kept; theirs by the prompt.",
             "Text is left whole; the authors drop text that is far and draws little attention.",
         ),
     )
     chunk_invariant = False  # what a prompt drops depends on its end
-    kept: float = 0.5  # share of the image's entries that stay, by what the prompt's last token gives them
-    core: float = 0.1  # share of them all that a step sees
-    every: int = 16  # steps after which the core is chosen anew; that step sees all that was kept
+    kept: float = 0.5  # share of the image's entries that stay, by what the prompt's last token gives them; theirs: 0.5
+    core: float = 0.3  # share of them all that a step sees; the authors: 0.3
+    every: int = 3  # steps after which the core is chosen anew; that step sees all that was kept; the authors: 3
 
     def __post_init__(self) -> None:
         for name, good in (("kept", 0.5), ("core", 0.1)):

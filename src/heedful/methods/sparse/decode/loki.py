@@ -37,8 +37,10 @@ class Loki(Method):
         "2406.02542",
         "NeurIPS 2024",
         differs=(
-            "A share is that of the text up to the query; the authors take that of all keys in the call, so that the "
-            "first queries of a prompt see everything.",
+            "A share is that of the text up to the query, rounded up; the authors take that of all keys in the call, "
+            "rounded down, so that the first queries of a prompt see everything.",
+            "The rank is a share of a head's dimensions, as in the paper; their code reads a fraction as one of the "
+            "keys' variance.",
             "Axes are those of keys after rotary embedding; the authors also try keys before it, and choose by model.",
             "Cached keys stay in the model's own axes: the authors turn them once, here their first axes are "
             "computed anew at each step.",

@@ -29,6 +29,10 @@ class TokenSelect(ChunkChoice):
             "With grouped heads a query head votes by the keys of its group; the authors' kernel deals key heads out "
             "in turn.",
             "As in the authors' code, scores are not scaled before the softmax.",
+            "Votes and attention have queries and keys as the model turns them. In the authors' code keys vote "
+            "unturned and queries turned by the window, and what is seen is then turned as if it stood in a row, which "
+            "lets a model run past its trained length.",
+            "For most of their tasks the authors take the highest vote among a few neighbours, as many as suit each.",
             "Votes know of causality and padding alone: tokens that a narrower mask hides may take others' room.",
         ),
     )

@@ -39,6 +39,8 @@ class SelectAndPack(MergesTokens):
         differs=(
             "The authors' abstract and a summary were at hand.",
             "A gate is fitted beside a model as it is; the authors train both at once, with labels at several scales.",
+            "One layer is gated; theirs are all of the last two stages, where a patch scores the higher of what it is "
+            "given there and before, and what stays is multiplied with its gate.",
             "Rows are as long as the longest selection of the batch, with empty places that nobody sees; the authors "
             "pack the patches of several images into one container.",
             "What is not selected stands still until the last layer is through; theirs goes on in other ways.",

@@ -32,7 +32,7 @@ class HierarchicalChunks(Method):
             "One encoder whose last layers are the second level; the authors put two new layers over a pretrained "
             "encoder. All its layers read on within the chunks; theirs see the chunks' states alone.",
             "Chunks stand side by side; the authors' overlap by a quarter, which reads some tokens twice.",
-            "Positions go on through the text; to the authors each chunk begins anew.",
+            "Positions go on through the text; to the authors each chunk begins anew, and is told its number.",
             "Each chunk's first token speaks for it; the authors put a token of its own before it.",
             "Windows with global tokens, which they compare with this, are PrefixGlobal here.",
         ),

@@ -50,6 +50,8 @@ class HyperAttention(Method):
             "Its answers are here, and not its speed: pairs are left out and reweighted in attention as it is computed "
             "anyway, tile by tile.",
             "Where a block is not full it holds fewer keys; the authors' code fills it with zeros, which are attended.",
+            "A drawn key that is in the query's block counts once, as the authors' code means it to; in full precision "
+            "and with FlashAttention's own kernel that code counts it again.",
             "The same columns are drawn in every call of a layer, from its number and the seed, for all texts.",
             "A prompt that comes in several calls, and decoding, is exact after the first call.",
             "As in the authors' code the hash is the Gray code of the signs; in the paper's order neighbouring buckets "

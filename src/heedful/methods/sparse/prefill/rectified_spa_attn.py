@@ -23,6 +23,8 @@ class RectifiedSpaAttn(Method):
         differs=(
             "Blocks are of tokens in the order in which the model has them, where the authors lay video along a curve "
             "that keeps neighbours together; nearby blocks and those of the first frame are not always kept.",
+            "Every layer and every step of denoising is thinned out; the authors leave the first two layers whole, "
+            "which `.on(layers=...)` does, and with some models the first steps.",
             "All tokens are pooled alike; where text stands beside video the authors keep its blocks apart and exact.",
             "Means of a last, shorter block are of the tokens that it has; the authors fill it with zeros.",
             "Where a mask hides anything, as in causal models or of padding, plain attention stays.",

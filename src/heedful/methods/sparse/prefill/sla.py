@@ -23,7 +23,8 @@ class SLA(Method):
         "2509.24006",
         "ICLR 2026",
         differs=(
-            "Linear attention is over the blocks between, as in the paper; the authors' code has it over all blocks.",
+            "Linear attention is over the blocks between, as in the paper; the authors' code has it over all blocks, "
+            "and a branch of it over all but the exact ones.",
             "Features are a softmax over channels, the best of those that the paper tries; the others are not here.",
             "One block is exact at least, where a share of few blocks would be none.",
             "Where a mask hides anything, as in causal models or of padding, plain attention stays.",

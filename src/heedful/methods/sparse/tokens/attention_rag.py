@@ -30,7 +30,8 @@ _PAPER = Paper(
         "word's own attention.",
         "What the first word is, is not looked at: the authors drop a chunk for which it is 'none'.",
         "A chunk is whole sentences, as many as its tokens allow, and the spans of a role say where they stand.",
-        "The paper's formulas were taken from another's code for it; the authors' own was not found.",
+        "The paper's formulas were taken from another's code for it, which tells that the paper does not say how a "
+        "layer's heads are put together; the authors' own was not found.",
     ),
 )
 
